@@ -1,0 +1,1 @@
+"""The run directory: what was asked, what is done, what it gave."""

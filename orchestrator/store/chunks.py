@@ -1,0 +1,79 @@
+"""Chunks at the boundaries between shards, on disk until the blocks behind them are committed.
+
+A chunk's file is what makes a lost worker or driver cheap: whoever takes over a shard reads its
+input here. It carries the hash of its content, so damage is found where it is read.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from orchestrator.store.files import atomic
+
+Record = Mapping[str, np.ndarray]
+"""A packed chunk: a flat mapping from names to arrays."""
+
+
+class MissingChunk(Exception):
+    """A boundary chunk that should be there is not, or is damaged; it has to be computed again."""
+
+
+class Chunks:
+    """The boundary chunks of one pass; boundary b is the input of block b."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, boundary: int, index: int) -> Path:
+        return self.root / f"{boundary:05d}" / f"{index:07d}.safetensors"
+
+    def write(self, boundary: int, index: int, record: Record) -> None:
+        """Stores one chunk; a process may die at any moment, a machine's crash is found by hash."""
+        metadata = {"blake2b": _digest(record)}
+        arrays = {name: np.ascontiguousarray(array) for name, array in record.items()}
+        with atomic(self.path(boundary, index), durable=False) as temporary:
+            save_file(arrays, temporary, metadata=metadata)
+
+    def read(self, boundary: int, index: int) -> dict[str, np.ndarray] | None:
+        """The chunk, or nothing if it is not there or its content is not what was written."""
+        path = self.path(boundary, index)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                record = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                expected = (file.metadata() or {}).get("blake2b")
+        except (OSError, SafetensorError):
+            return None
+        return record if _digest(record) == expected else None
+
+    def present(self, boundary: int, count: int) -> set[int]:
+        """Which of the first `count` chunks of a boundary have a file."""
+        try:
+            names = {path.name for path in (self.root / f"{boundary:05d}").iterdir()}
+        except OSError:
+            return set()
+        return {index for index in range(count) if self.path(boundary, index).name in names}
+
+    def drop(self, boundary: int, index: int | None = None) -> None:
+        """Removes one chunk of a boundary, or all of them."""
+        if index is None:
+            shutil.rmtree(self.root / f"{boundary:05d}", ignore_errors=True)
+        else:
+            self.path(boundary, index).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _digest(record: Record) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    for name in sorted(record):
+        array = record[name]
+        digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""Units of work, named by what they are computed from, committed by a manifest that comes last.
+
+A unit's key is the hash of its stage, the integer version of the stage's code, the keys of its
+inputs and the parameters that matter to its bits. How many workers there are, how the model is cut
+and in which order things ran are not in it: running a unit twice, anywhere, is harmless.
+
+    units/<first two digits>/<key>/<file>     the unit's files
+    units/<first two digits>/<key>/manifest.json   written last: sizes, hashes, environment, facts
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orchestrator.store.files import atomic, digest_file, digest_json, write_json
+
+_MANIFEST = "manifest.json"
+_FORMAT_VERSION = 1
+
+
+def unit_key(stage: str, version: int, inputs: Sequence[str], **parameters: Any) -> str:
+    """The name of a unit: 256 bits over everything that decides its content."""
+    return digest_json(
+        {"stage": stage, "version": version, "inputs": list(inputs), "parameters": parameters}
+    )
+
+
+class UnitWriter:
+    """One unit being written; its files appear one by one, its manifest at the end."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """A temporary path to write one of the unit's files to."""
+        path = self._directory / name
+        with atomic(path) as temporary:
+            yield temporary
+            size, digest = temporary.stat().st_size, digest_file(temporary)
+        self._files[name] = {"bytes": size, "blake2b": digest}
+
+    def commit(self, *, environment: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Writes the manifest; from here on the unit is done.
+
+        Args:
+            environment: What else can change bits: device kind, library versions, threads.
+            facts: The unit's small results, what the driver reads instead of the files.
+        """
+        write_json(
+            self._directory / _MANIFEST,
+            {
+                "format_version": _FORMAT_VERSION,
+                "files": self._files,
+                "environment": dict(environment),
+                "facts": dict(facts),
+            },
+        )
+
+
+class Units:
+    """The units of one run directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def directory(self, key: str) -> Path:
+        return self.root / key[:2] / key
+
+    def begin(self, key: str) -> UnitWriter:
+        """Starts a unit; what an earlier attempt left is overwritten file by file."""
+        return UnitWriter(self.directory(key))
+
+    def manifest(self, key: str) -> dict[str, Any] | None:
+        """The manifest of a committed unit, or nothing.
+
+        A unit counts as committed when its manifest is readable and every file has the size that
+        the manifest says; `verify` also reads the content.
+        """
+        directory = self.directory(key)
+        try:
+            manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+            if manifest["format_version"] != _FORMAT_VERSION:
+                return None
+            for name, file in manifest["files"].items():
+                if (directory / name).stat().st_size != file["bytes"]:
+                    return None
+            return {name: manifest[name] for name in ("files", "environment", "facts")}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def facts(self, key: str, environment: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The small results of a unit committed in this environment, or nothing."""
+        manifest = self.manifest(key)
+        if manifest is None or manifest["environment"] != dict(environment):
+            return None
+        facts: dict[str, Any] = manifest["facts"]
+        return facts
+
+    def verify(self, key: str) -> bool:
+        """Whether the unit is committed and every file has the hash that its manifest says."""
+        manifest = self.manifest(key)
+        return manifest is not None and all(
+            digest_file(self.directory(key) / name) == file["blake2b"]
+            for name, file in manifest["files"].items()
+        )
+
+    def drop(self, key: str) -> None:
+        """Removes a unit, manifest first, so that it never looks whole while it goes."""
+        directory = self.directory(key)
+        (directory / _MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)

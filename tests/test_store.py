@@ -1,0 +1,173 @@
+"""The run directory: atomic files, units committed by their manifest, chunks, status."""
+
+import json
+import os
+import resource
+import signal
+
+import numpy as np
+import pytest
+
+from orchestrator.errors import InputError, OrchestratorError
+from orchestrator.store.chunks import Chunks
+from orchestrator.store.files import atomic, digest_json, write_json
+from orchestrator.store.run import RunDirectory
+from orchestrator.store.units import Units, unit_key
+
+
+def commit(units, key, content=b"content", environment=None, **facts):
+    unit = units.begin(key)
+    with unit.file("a.bin") as path:
+        path.write_bytes(content)
+    unit.commit(environment=environment or {}, facts=facts)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    """When the body raises, the old content stays and no temporary file is left."""
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def interrupted():
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, interrupted)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_refused_write_is_one_clear_line(tmp_path):
+    """A write that the system refuses names the path and leaves nothing behind."""
+    path = tmp_path / "unit.json"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(OrchestratorError, match="unit.json: cannot be written"):
+            write_json(path, "x" * 4096)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == []
+
+
+def test_keys_depend_on_every_part_and_on_no_order():
+    """Equal parts give equal keys; any other stage, version, input or parameter another key."""
+    key = unit_key("decompose", 1, ["a", "b"], rank=3, dtype="float32")
+    assert key == unit_key("decompose", 1, ["a", "b"], dtype="float32", rank=3)
+    others = [
+        unit_key("calibrate", 1, ["a", "b"], rank=3, dtype="float32"),
+        unit_key("decompose", 2, ["a", "b"], rank=3, dtype="float32"),
+        unit_key("decompose", 1, ["b", "a"], rank=3, dtype="float32"),
+        unit_key("decompose", 1, ["a", "b"], rank=4, dtype="float32"),
+    ]
+    assert len({key, *others}) == 5
+
+
+def test_a_unit_without_manifest_is_not_there(tmp_path):
+    """Files alone commit nothing; the manifest does."""
+    units = Units(tmp_path)
+    unit = units.begin("ab" * 32)
+    with unit.file("a.bin") as path:
+        path.write_bytes(b"x")
+    assert units.manifest("ab" * 32) is None
+    unit.commit(environment={}, facts={"n": 1})
+    assert units.facts("ab" * 32, {}) == {"n": 1}
+
+
+def test_a_unit_counts_only_in_its_environment(tmp_path):
+    """What another environment computed is computed again here."""
+    units = Units(tmp_path)
+    commit(units, "cd" * 32, environment={"threads": 1})
+    assert units.facts("cd" * 32, {"threads": 1}) == {}
+    assert units.facts("cd" * 32, {"threads": 2}) is None
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "manifest"])
+def test_damage_to_a_unit_is_found(tmp_path, damage):
+    """A unit that was truncated, flipped or lost a file is not whole any more."""
+    units = Units(tmp_path)
+    commit(units, "ef" * 32)
+    file = units.directory("ef" * 32) / "a.bin"
+    assert units.verify("ef" * 32)
+    if damage == "truncate":
+        file.write_bytes(b"con")
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "flip":
+        file.write_bytes(b"kontent")
+    else:
+        (file.parent / "manifest.json").write_text("{")
+    assert not units.verify("ef" * 32)
+    if damage != "flip":
+        assert units.manifest("ef" * 32) is None
+
+
+def test_writing_a_unit_twice_gives_the_same_bytes(tmp_path):
+    """Two attempts at one unit leave what one attempt leaves."""
+    units = Units(tmp_path)
+    commit(units, "01" * 32, seconds=1)
+    before = (units.directory("01" * 32) / "manifest.json").read_bytes()
+    commit(units, "01" * 32, seconds=1)
+    assert (units.directory("01" * 32) / "manifest.json").read_bytes() == before
+    assert sorted(os.listdir(units.directory("01" * 32))) == ["a.bin", "manifest.json"]
+
+
+def test_chunks_come_back_as_written_or_not_at_all(tmp_path):
+    """A chunk read is the chunk written; one flipped bit makes it missing."""
+    chunks = Chunks(tmp_path)
+    rng = np.random.default_rng(0)
+    record = {"hidden": rng.integers(-9, 9, (3, 4)).astype(np.int16), "mask": np.ones(3, bool)}
+    chunks.write(2, 7, record)
+    back = chunks.read(2, 7)
+    assert all(np.array_equal(back[name], record[name]) for name in record)
+    assert chunks.present(2, 10) == {7}
+
+    content = bytearray(chunks.path(2, 7).read_bytes())
+    content[-1] ^= 1
+    chunks.path(2, 7).write_bytes(content)
+    assert chunks.read(2, 7) is None
+    chunks.drop(2)
+    assert chunks.present(2, 10) == set()
+    assert chunks.read(2, 7) is None
+
+
+def test_a_run_directory_claims_only_what_is_its_own(tmp_path):
+    """An empty or own directory is taken, one that holds something else is refused and kept."""
+    run = RunDirectory(tmp_path / "run")
+    run.claim({"recipe": {}})
+    run.claim({"recipe": {}})
+    assert run.description()["recipe"] == {}
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"x")
+    with pytest.raises(InputError, match="no run directory"):
+        RunDirectory(tmp_path / "photos").claim({})
+    with pytest.raises(InputError, match="no run directory"):
+        RunDirectory(tmp_path / "photos").remove()
+    assert (tmp_path / "photos" / "cat.png").exists()
+
+
+def test_a_status_whose_process_is_gone_says_so(tmp_path):
+    """`running` is said only while the process runs."""
+    run = RunDirectory(tmp_path)
+    run.claim({})
+    run.write_status(state="running")
+    assert run.status()["state"] == "running"
+    status = json.loads((tmp_path / "status.json").read_text())
+    write_json(tmp_path / "status.json", {**status, "pid": 2**22 + 1})
+    assert run.status()["state"] == "lost"
+
+
+def test_the_journal_is_one_line_an_event(tmp_path):
+    """Events are appended as JSON lines, in order."""
+    run = RunDirectory(tmp_path)
+    run.append({"event": "note", "text": "ä\nb"})
+    run.append({"event": "stage"})
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["note", "stage"]
+
+
+def test_digests_do_not_depend_on_the_order_of_keys():
+    """Canonical JSON: equal values, equal digests."""
+    assert digest_json({"a": 1, "b": [2]}) == digest_json({"b": [2], "a": 1})
