@@ -1,0 +1,53 @@
+"""The budget: what may be stored, what the least possible plan stores, and the plan that results."""
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from orchestrator.errors import InfeasibleError, UsageError
+from orchestrator.plan import Assignment, Linear, Plan
+
+
+def budget_values(linears: Sequence[Linear], keep: float) -> int:
+    """The values that these linears may store together, `floor(keep * dense values)`.
+
+    `keep` is taken as the decimal it was written as, so that 0.3 of 10 values is 3 and not 2.
+
+    Raises:
+        UsageError: `keep` is not above 0 and at most 1.
+        InfeasibleError: Rank 1 everywhere stores more.
+    """
+    if not 0 < keep <= 1:
+        raise UsageError(f"keep: {keep} is outside (0, 1]; 0.8 keeps four values in five")
+    dense = sum(linear.values for linear in linears)
+    budget = math.floor(Fraction(str(keep)) * dense)
+    least = sum(min(linear.rank_cost, linear.values) for linear in linears)
+    if budget < least:
+        raise InfeasibleError(
+            f"keep: {keep} allows {budget} of {dense} values, but rank 1 for each of "
+            f"{len(linears)} linears stores {least}; the least possible is "
+            f"{math.ceil(1e6 * least / dense) / 1e6}"
+        )
+    return budget
+
+
+def assign_rank(linear: Linear, rank: int, values: int) -> Assignment:
+    """Factors of this rank, or what break-even says.
+
+    At break-even and above factors save nothing: the linear stays dense if its share of `values`
+    holds the dense weight, and takes the last rank below break-even otherwise.
+    """
+    if rank < linear.break_even:
+        return Assignment(form="low_rank", rank=rank)
+    if values >= linear.values:
+        return Assignment(form="dense")
+    return Assignment(form="low_rank", rank=linear.break_even - 1)
+
+
+def make_plan(
+    linears: Sequence[Linear], assignments: Mapping[str, Assignment], budget: int
+) -> Plan:
+    """The plan with its total; the caller has kept the budget."""
+    stored = sum(assignments[linear.name].stored_values(linear) for linear in linears)
+    assert stored <= budget, f"stored {stored} values of a budget of {budget}"
+    return Plan(assignments=assignments, budget_values=budget, stored_values=stored)
