@@ -1,0 +1,318 @@
+"""What runs next: pure state, no Ray and no tensors, so every decision is tested as a value.
+
+A schedule is asked for calls (`calls(idle)`), told what became of them (`succeeded`, `lost`), and
+says when it is `finished`. `Pass` moves chunks through shards; `Bag` holds independent units.
+
+Rules of a pass, asserted by the tests:
+
+- A shard with blocks to commit takes every chunk in order, and only then finishes its blocks one
+  by one. A shard that only passes chunks on takes just those that are missing behind it.
+- A free worker takes the first shard that nobody holds, so a shard's upstream is always held or
+  done, unless its worker was lost.
+- A worker that waits for chunks while an earlier shard is held by nobody gives up its own shard
+  and takes the earlier one, so a pass goes on with any number of workers above zero.
+- A chunk behind a shard is computed once; a shard that is run again adds only what is missing.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One method of one worker: the quantum of dispatch."""
+
+    worker: int
+    method: str
+    arguments: tuple[Any, ...]
+    label: str
+    """What the call does, for messages: `blocks 2-3, chunk 17`."""
+    shard: int = -1
+    takes: tuple[int, int] | None = None
+    """The chunk it reads, as (boundary, index)."""
+    emits: tuple[int, int] | None = None
+    """The chunk it gives, as (boundary, index)."""
+
+
+class Schedule(Protocol):
+    """What the dispatch loop drives."""
+
+    @property
+    def finished(self) -> bool: ...
+
+    def calls(self, idle: Sequence[int]) -> list[Call]:
+        """The calls to start now, at most one for each idle worker."""
+        ...
+
+    def succeeded(self, call: Call) -> None: ...
+
+    def lost(self, call: Call) -> None:
+        """The worker died, or gave up, in the middle of the call; its state is gone."""
+        ...
+
+    def missing(self, call: Call) -> None:
+        """The chunk that the call was to read is not there after all."""
+        ...
+
+
+@dataclass(slots=True)
+class ShardState:
+    """One shard of a pass."""
+
+    blocks: range
+    todo: tuple[int, ...]
+    """Blocks whose unit is not committed yet."""
+    owner: int | None = None
+    opened: bool = False
+    busy: bool = False
+    fed: set[int] = field(default_factory=set)
+    """Chunks that went through since the owner opened the shard."""
+
+    @property
+    def label(self) -> str:
+        first, last = self.blocks[0], self.blocks[-1]
+        return f"block {first}" if first == last else f"blocks {first}-{last}"
+
+
+class Pass:
+    """Chunks flowing through contiguous shards.
+
+    Args:
+        cut: The shards' blocks, contiguous and in order.
+        todo: Blocks whose unit must be committed.
+        num_chunks: Chunks of the pass.
+        present: For each shard the chunks that are at its input already; what is past the last
+            shard is `results`.
+        results: Chunks whose result behind the last shard is there; nothing when the pass wants
+            no results (a calibration).
+    """
+
+    def __init__(
+        self,
+        cut: Sequence[range],
+        *,
+        todo: Iterable[int],
+        num_chunks: int,
+        present: Sequence[set[int]],
+        results: set[int] | None = None,
+    ) -> None:
+        wanted = set(todo)
+        everything = set(range(num_chunks))
+        self.num_chunks = num_chunks
+        self.shards = [
+            ShardState(blocks=blocks, todo=tuple(b for b in blocks if b in wanted))
+            for blocks in cut
+        ]
+        # chunks at boundary k are the input of shard k; the model's input is always there
+        behind = everything if results is None else set(results)
+        self._present = [everything, *(set(chunks) for chunks in present[1:]), behind]
+        self._wants_results = results is not None
+        self._needed = self._needs()
+
+    def _needs(self) -> list[set[int]]:
+        """For each boundary the chunks that must come to be there, from the last one backwards."""
+        everything = set(range(self.num_chunks))
+        needed: list[set[int]] = [set() for _ in range(len(self.shards) + 1)]
+        needed[-1] = everything if self._wants_results else set()
+        for k in reversed(range(len(self.shards))):
+            missing_behind = needed[k + 1] - self._present[k + 1]
+            needed[k] = everything if self.shards[k].todo else missing_behind
+        return needed
+
+    def is_done(self, shard: int) -> bool:
+        return not self.shards[shard].todo and self._needed[shard + 1] <= self._present[shard + 1]
+
+    @property
+    def finished(self) -> bool:
+        return all(self.is_done(k) for k in range(len(self.shards)))
+
+    def boundary(self, shard: int) -> int:
+        """The boundary's name: the block that it is the input of."""
+        if shard < len(self.shards):
+            return self.shards[shard].blocks.start
+        return self.shards[-1].blocks.stop
+
+    def drop_inputs(self) -> list[int]:
+        """Boundaries whose chunks will not be read again; they count as gone from here on."""
+        spent = [
+            k for k in range(1, len(self.shards)) if self.is_done(k) and self._present[k]
+        ]
+        for k in spent:
+            self._present[k] = set()
+        self._needed = self._needs()
+        return [self.boundary(k) for k in spent]
+
+    def is_awaited(self, chunk: tuple[int, int], window: int) -> bool:
+        """Whether a worker will take this chunk among its next `window` ones."""
+        boundary, index = chunk
+        for k, state in enumerate(self.shards):
+            if state.blocks.start == boundary and state.owner is not None:
+                following = self._next_chunk(k)
+                return following is not None and following <= index < following + window
+        return False
+
+    def _next_chunk(self, shard: int) -> int | None:
+        state = self.shards[shard]
+        if state.todo:
+            waiting = set(range(self.num_chunks)) - state.fed
+        else:
+            waiting = self._needed[shard + 1] - self._present[shard + 1] - state.fed
+        return min(waiting, default=None)
+
+    def calls(self, idle: Sequence[int]) -> list[Call]:
+        held = {state.owner: k for k, state in enumerate(self.shards) if state.owner is not None}
+        calls, starved = [], []
+        free = [worker for worker in idle if worker not in held]
+        for worker in idle:
+            if worker in held:
+                call = self._call(worker, held[worker])
+                if call is not None:
+                    calls.append(call)
+                elif self.is_done(held[worker]):
+                    self._release(held[worker])
+                    free.append(worker)
+                else:
+                    starved.append(worker)
+        calls += [call for worker in sorted(free) if (call := self._take(worker)) is not None]
+        for worker in sorted(starved, key=lambda w: -held[w]):
+            earlier = self._first_unheld()
+            if earlier is not None and earlier < held[worker]:
+                self._release(held[worker])
+                call = self._take(worker)
+                if call is not None:
+                    calls.append(call)
+        return calls
+
+    def _first_unheld(self) -> int | None:
+        for k, state in enumerate(self.shards):
+            if state.owner is None and not self.is_done(k):
+                return k
+        return None
+
+    def _take(self, worker: int) -> Call | None:
+        shard = self._first_unheld()
+        if shard is None:
+            return None
+        self.shards[shard].owner = worker
+        return self._call(worker, shard)
+
+    def _call(self, worker: int, shard: int) -> Call | None:
+        state = self.shards[shard]
+        if state.busy or self.is_done(shard):
+            return None
+        if not state.opened:
+            blocks = (state.blocks.start, state.blocks.stop)
+            return self._start(
+                Call(worker, "open", (blocks, state.todo), f"{state.label}, open", shard)
+            )
+        index = self._next_chunk(shard)
+        if index is not None:
+            return self._step(worker, shard, index)
+        block = state.todo[0]
+        return self._start(Call(worker, "finish", (block,), f"block {block}, finish", shard))
+
+    def _step(self, worker: int, shard: int, index: int) -> Call | None:
+        if index not in self._present[shard]:
+            return None
+        state = self.shards[shard]
+        emit = index in self._needed[shard + 1] and index not in self._present[shard + 1]
+        return self._start(
+            Call(
+                worker,
+                "step",
+                (index, emit),
+                f"{state.label}, chunk {index}",
+                shard,
+                takes=(state.blocks.start, index),
+                emits=(state.blocks.stop, index) if emit else None,
+            )
+        )
+
+    def _start(self, call: Call) -> Call:
+        self.shards[call.shard].busy = True
+        return call
+
+    def succeeded(self, call: Call) -> None:
+        state = self.shards[call.shard]
+        state.busy = False
+        if call.method == "open":
+            state.opened = True
+        elif call.method == "step":
+            state.fed.add(call.arguments[0])
+            if call.emits is not None:
+                self._present[call.shard + 1].add(call.emits[1])
+        else:
+            state.todo = tuple(block for block in state.todo if block != call.arguments[0])
+            self._needed = self._needs()
+        if self.is_done(call.shard):
+            self._release(call.shard)
+
+    def lost(self, call: Call) -> None:
+        self._release(call.shard)
+
+    def missing(self, call: Call) -> None:
+        assert call.takes is not None
+        self._release(call.shard)
+        self._present[call.shard].discard(call.takes[1])
+        self._needed = self._needs()
+
+    def _release(self, shard: int) -> None:
+        state = self.shards[shard]
+        state.owner, state.opened, state.busy, state.fed = None, False, False, set()
+
+
+class Bag:
+    """Independent units, started in order on whoever is idle."""
+
+    def __init__(self, method: str, units: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
+        self._method = method
+        self._waiting = list(units)
+        self._running: dict[int, tuple[str, tuple[Any, ...]]] = {}
+
+    @property
+    def finished(self) -> bool:
+        return not self._waiting and not self._running
+
+    def calls(self, idle: Sequence[int]) -> list[Call]:
+        calls = []
+        for worker in idle:
+            if self._waiting and worker not in self._running:
+                label, arguments = self._running[worker] = self._waiting.pop(0)
+                calls.append(Call(worker, self._method, arguments, label))
+        return calls
+
+    def succeeded(self, call: Call) -> None:
+        del self._running[call.worker]
+
+    def lost(self, call: Call) -> None:
+        self._waiting.insert(0, self._running.pop(call.worker))
+
+    def missing(self, call: Call) -> None:
+        raise AssertionError(f"{call.label} reads no chunk")
+
+
+def cut_blocks(num_blocks: int, shards: int, group: int = 1) -> tuple[range, ...]:
+    """Contiguous cuts whose sizes differ by one group at most, the larger ones first.
+
+    Boundaries fall only between groups of `group` blocks counted from block 0. There are never more
+    shards than groups.
+    """
+    groups = -(-num_blocks // group)
+    shards = min(shards, groups)
+    small, larger = divmod(groups, shards)
+    cuts, start = [], 0
+    for index in range(shards):
+        stop = start + group * (small + (index < larger))
+        cuts.append(range(start, min(stop, num_blocks)))
+        start = stop
+    return tuple(cuts)
+
+
+def default_shards(num_blocks: int, workers: int, blocks: int = 2) -> int:
+    """The smallest multiple of the workers that leaves at most `blocks` blocks in a shard.
+
+    Two blocks are what a lost worker may cost; a multiple keeps the last wave full.
+    """
+    least = -(-num_blocks // blocks)
+    return min(num_blocks, -(-least // workers) * workers)

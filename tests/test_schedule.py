@@ -1,0 +1,206 @@
+"""The schedule of a pass and of a bag, driven by a simulated pool; no Ray, no tensors."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_shards
+
+
+class Simulation:
+    """Performs a schedule's calls in a random order, and checks each against the rules."""
+
+    def __init__(self, schedule, workers, seed=0, loss=0.0):
+        self.schedule = schedule
+        self.workers = list(range(workers))
+        self.rng = random.Random(seed)
+        self.loss = loss
+        self.held = {}
+        self.performed = Counter()
+        self.finished = []
+        self.there = {k: set(chunks) for k, chunks in enumerate(schedule._present)}
+
+    def run(self, limit=100_000):
+        busy: list[Call] = []
+        for _ in range(limit):
+            if self.schedule.finished:
+                return self
+            idle = [w for w in self.workers if w not in {call.worker for call in busy}]
+            calls = self.schedule.calls(idle)
+            assert len({call.worker for call in calls}) == len(calls)
+            busy += calls
+            assert busy, "nothing runs and nothing is finished"
+            call = busy.pop(self.rng.randrange(len(busy)))
+            if self.rng.random() < self.loss:
+                self.lose(call)
+            else:
+                self.perform(call)
+        raise AssertionError("the schedule does not come to an end")
+
+    def lose(self, call):
+        self.held.pop(call.worker, None)
+        self.workers.remove(call.worker)
+        self.workers.append(max(self.workers, default=call.worker) + 1)
+        self.schedule.lost(call)
+
+    def perform(self, call):
+        self.performed[call.label] += 1
+        if call.method == "open":
+            self.held[call.worker] = [call.shard, []]
+        elif call.method == "step":
+            shard, fed = self.held[call.worker]
+            assert shard == call.shard
+            assert call.takes[1] in self.there[call.shard], "took a chunk that is not there"
+            assert not fed or fed[-1] < call.takes[1], "chunks out of order"
+            fed.append(call.takes[1])
+            if call.emits:
+                self.there[call.shard + 1].add(call.emits[1])
+        else:
+            assert self.held[call.worker][1] == list(range(self.schedule.num_chunks))
+            self.finished.append(call.arguments[0])
+        self.schedule.succeeded(call)
+
+
+def make_pass(blocks=10, shards=4, chunks=5, todo=None, results=None, present=None):
+    cut = cut_blocks(blocks, shards)
+    return Pass(
+        cut,
+        todo=range(blocks) if todo is None else todo,
+        num_chunks=chunks,
+        present=present or [set() for _ in cut],
+        results=results,
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+@pytest.mark.parametrize("shards", [1, 2, 4, 10])
+def test_every_block_is_finished_once_after_every_chunk_in_order(workers, shards):
+    """With any number of workers and shards the pass ends, and no work is done twice."""
+    simulation = Simulation(make_pass(shards=shards), workers, seed=workers).run()
+    assert sorted(simulation.finished) == list(range(10))
+    assert set(simulation.performed.values()) == {1}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_losing_workers_loses_nothing(seed):
+    """Whoever is lost in whatever call, every block is finished exactly once."""
+    simulation = Simulation(make_pass(), workers=3, seed=seed, loss=0.1).run()
+    assert sorted(simulation.finished) == list(range(10))
+
+
+def test_a_block_that_is_committed_is_not_finished_again():
+    """Blocks that are not to do take part only as far as the blocks behind them need chunks."""
+    simulation = Simulation(make_pass(todo=[7]), workers=2).run()
+    assert simulation.finished == [7]
+    assert not any(label.startswith("blocks 8-9") for label in simulation.performed)
+
+
+def test_chunks_that_are_there_are_not_computed_again():
+    """A pass that is taken up again starts at the boundary whose chunks lie in the store."""
+    present = [set(), set(range(5)), {0, 1}, set()]
+    simulation = Simulation(make_pass(todo=[8, 9], present=present), workers=1).run()
+    steps = [label for label in simulation.performed if "chunk" in label]
+    assert not any(label.startswith("blocks 0-2") for label in steps)
+    assert [label for label in steps if label.startswith("blocks 3-5")] == [
+        f"blocks 3-5, chunk {index}" for index in (2, 3, 4)
+    ]
+
+
+def test_results_behind_the_last_shard_are_made_once():
+    """A pass that wants results feeds only the chunks whose result is missing."""
+    simulation = Simulation(make_pass(todo=[], results={0, 2}), workers=2).run()
+    last = [label for label in simulation.performed if label.startswith("blocks 8-9, chunk")]
+    assert sorted(last) == [f"blocks 8-9, chunk {index}" for index in (1, 3, 4)]
+
+
+def test_a_pass_with_nothing_to_do_is_finished():
+    """When every block is committed no call is made."""
+    schedule = make_pass(todo=[])
+    assert schedule.finished
+    assert schedule.calls([0, 1]) == []
+
+
+def test_a_starved_worker_gives_its_shard_up_for_an_earlier_one():
+    """When the only worker left waits for chunks of a shard that nobody holds, it takes that."""
+    schedule = make_pass(blocks=4, shards=2, chunks=2)
+    first, second = schedule.calls([0, 1])
+    schedule.succeeded(second)
+    schedule.lost(first)
+    (call,) = schedule.calls([1])
+    assert (call.method, call.shard) == ("open", 0)
+
+
+def test_spent_boundaries_are_dropped_and_not_needed_again():
+    """Once a shard is done its input may go, and the shard before it stays done."""
+    schedule = make_pass(blocks=2, shards=2, chunks=1)
+    dropped = []
+    while not schedule.finished:
+        for call in schedule.calls([0]):
+            schedule.succeeded(call)
+            dropped += schedule.drop_inputs()
+    assert dropped == [1]
+    assert all(schedule.is_done(shard) for shard in range(2))
+
+
+def test_a_missing_chunk_is_computed_again():
+    """A chunk that turns out damaged sends the pass back to the shard that makes it."""
+    schedule = make_pass(blocks=2, shards=2, chunks=1, todo=[1])
+    calls = []
+    damaged = True
+    while not schedule.finished:
+        (call,) = schedule.calls([0])
+        calls.append(call.label)
+        if call.method == "step" and call.shard == 1 and damaged:
+            damaged = False
+            schedule.missing(call)
+        else:
+            schedule.succeeded(call)
+    assert calls.count("block 0, chunk 0") == 2
+    assert calls.count("block 1, finish") == 1
+
+
+def test_only_chunks_that_are_taken_soon_are_held():
+    """A chunk is awaited when its taker is at most a window behind, and never without a taker."""
+    schedule = make_pass(blocks=2, shards=2, chunks=9)
+    assert not schedule.is_awaited((1, 0), window=3)
+    schedule.calls([0, 1])
+    assert [i for i in range(9) if schedule.is_awaited((1, i), window=3)] == [0, 1, 2]
+
+
+def test_a_bag_runs_every_unit_once_and_a_lost_one_again():
+    """Independent units end once each, whatever is lost on the way."""
+    bag = Bag("write", [(f"file {n}", (n,)) for n in range(5)])
+    done, lost_once = [], False
+    while not bag.finished:
+        for call in bag.calls([0, 1]):
+            if call.label == "file 2" and not lost_once:
+                lost_once = True
+                bag.lost(call)
+            else:
+                bag.succeeded(call)
+                done.append(call.arguments[0])
+    assert sorted(done) == list(range(5))
+
+
+@pytest.mark.parametrize(("blocks", "shards"), [(30, 16), (30, 4), (7, 7), (3, 10), (80, 1)])
+def test_cuts_are_contiguous_and_even(blocks, shards):
+    """Cuts cover every block once, in order, and differ by one block at most."""
+    cut = cut_blocks(blocks, shards)
+    assert [block for part in cut for block in part] == list(range(blocks))
+    assert max(map(len, cut)) - min(map(len, cut)) <= 1
+    assert len(cut) == min(blocks, shards)
+
+
+def test_cuts_fall_between_groups():
+    """Groups counted from block 0 are never split."""
+    assert all(part.start % 4 == 0 for part in cut_blocks(30, 5, group=4))
+    assert cut_blocks(30, 5, group=4)[-1].stop == 30
+
+
+def test_default_shards_fill_the_last_wave():
+    """At most two blocks a shard, and a multiple of the workers where blocks allow it."""
+    assert default_shards(30, 2) == 16
+    assert default_shards(30, 1) == 15
+    assert default_shards(80, 8) == 40
+    assert default_shards(3, 8) == 3
