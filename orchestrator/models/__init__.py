@@ -1,0 +1,1 @@
+"""All of transformers: surveying, running and writing models."""

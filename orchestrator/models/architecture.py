@@ -1,0 +1,192 @@
+"""What a config says: the model's class, its form on the meta device, and its stack of blocks.
+
+Only classes of transformers itself are ever used; nothing in a config is taken for code, for a
+path, or for the name of a kernel to fetch.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from orchestrator.errors import InputError
+from orchestrator.models.forms import METHOD, install_forms
+from orchestrator.models.weights import read_json
+
+FORMS_KEYS = ("quantization_config", "compression_config")
+"""Where configs say that weights are not stored as the class has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A model's class and config, with the forms of its linears if we compressed it."""
+
+    directory: Path
+    model_class: type[PreTrainedModel]
+    config: PretrainedConfig
+    forms: Mapping[str, Any] | None
+    """The `quantization_config` of a checkpoint compressed by us; None for a dense one."""
+
+    @classmethod
+    def read(cls, directory: Path) -> "Architecture":
+        """The architecture that `directory/config.json` describes.
+
+        Raises:
+            InputError: an unknown or missing class or model type, or a checkpoint that another
+                program has quantised.
+        """
+        path = directory / "config.json"
+        content = read_json(path)
+        forms = _read_forms(path, content)
+        model_type = content.get("model_type")
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+            raise InputError(
+                f"{path}: model_type is {model_type!r}, "
+                f"unknown to transformers {transformers.__version__}"
+            )
+        model_class = _find_class(path, content.get("architectures"))
+        try:
+            config = AutoConfig.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # whatever the config class makes of foreign values
+            raise InputError(f"{path}: not a valid {model_type} config: {brief(error)}") from error
+        if not isinstance(config, model_class.config_class):
+            raise InputError(
+                f"{path}: architectures names {model_class.__name__}, "
+                f"which does not go with model_type {model_type!r}"
+            )
+        # Taken out, or building the class would look for the quantiser's own modules.
+        for key in FORMS_KEYS:
+            vars(config).pop(key, None)
+        return cls(directory, model_class, config, forms)
+
+    def build(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model in eval mode, every parameter and buffer on the meta device.
+
+        Made inside the same contexts as `from_pretrained` makes it, so that what depends on them
+        (default dtype, patches) is the same. Weights are not tied. Attention is `sdpa` where the
+        class has it, else `eager`, whatever the config asks for.
+        """
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = None
+        parts = [getattr(config, name) for name in config.sub_configs]
+        for part in [config, *(part for part in parts if part is not None)]:
+            part.use_cache, part.dtype = False, dtype
+        contexts = self.model_class.get_init_context(dtype, False, False, None)
+        try:
+            with transformers.utils.generic.ContextManagers(contexts):
+                model = self.model_class(config)
+        except Exception as error:  # whatever the class makes of foreign values
+            raise InputError(
+                f"{self.directory}: config.json does not make a {self.model_class.__name__}: "
+                f"{brief(error)}"
+            ) from error
+        if self.forms is not None:
+            install_forms(model, self.forms)
+        for parameter in model.parameters():
+            mark_initialized(parameter)
+        for module in model.modules():
+            mark_initialized(module)
+        return model.eval()
+
+
+def find_blocks(model: PreTrainedModel, directory: Path) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks and the name of their list: `("model.layers", ModuleList)`.
+
+    The list with `num_hidden_layers` entries under the decoder; with more than one (nested
+    lists), the one that holds the most parameters.
+
+    Raises:
+        InputError: there is none.
+    """
+    num_blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = model.get_decoder()
+    for root in (decoder, model):
+        inside = {id(module) for module in root.modules()}
+        stacks = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and id(module) in inside
+            and len(module) == num_blocks > 0
+        ]
+        if stacks:
+            return max(stacks, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))
+    raise InputError(
+        f"{directory}: {type(model).__name__} has no list of num_hidden_layers = {num_blocks} "
+        "blocks; only models with one stack of decoder blocks are supported"
+    )
+
+
+def recompute_buffers(model: PreTrainedModel, modules: Iterable[Any], device: torch.device) -> None:
+    """Gives the buffers that `modules` hold themselves their initial values, on `device`.
+
+    As `from_pretrained` does with buffers that are not stored: the class's own initialisation
+    runs again, and everything marked as initialised, all parameters that is, stays as it is.
+    """
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+        module._is_hf_initialized = False
+    model.initialize_weights()
+
+
+def mark_initialized(value: Any) -> None:
+    """Tells transformers to leave a module or tensor alone when it initialises a model."""
+    value._is_hf_initialized = True
+
+
+def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts a tensor in the place of the parameter or buffer `name`."""
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if child in module._buffers:
+        module._buffers[child] = tensor
+        return
+    parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+    mark_initialized(parameter)
+    module._parameters[child] = parameter
+
+
+def brief(error: BaseException) -> str:
+    """Kind and first line of an error of someone else's code."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _read_forms(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    for key in FORMS_KEYS:
+        forms = content.get(key)
+        method = forms.get("quant_method") if isinstance(forms, dict) else None
+        if forms is not None and method != METHOD:
+            raise InputError(
+                f"{path}: already quantised ({key}.quant_method is {method!r}); "
+                "a dense checkpoint is needed"
+            )
+    return content.get("quantization_config")
+
+
+def _find_class(path: Path, architectures: Any) -> type[PreTrainedModel]:
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise InputError(f"{path}: architectures is {architectures!r}; one class name is expected")
+    (name,) = architectures
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model:
+        raise InputError(
+            f"{path}: architectures names {name!r}, which is no model class of "
+            f"transformers {transformers.__version__}"
+        )
+    if not found.can_generate():
+        raise InputError(f"{path}: architectures names {name}; a causal language model is needed")
+    model_class: type[PreTrainedModel] = found
+    return model_class

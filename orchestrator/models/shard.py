@@ -1,0 +1,265 @@
+"""A contiguous run of a model's blocks, with its own weights and nothing else in memory.
+
+The model's own forward runs every time: blocks before the shard hand on the payload received
+instead of computing, the shard's blocks compute, and the last of them ends the pass and gives
+its return value as the payload to send. So masks, position embeddings and whatever else a
+family prepares outside its blocks are made by its own code, in every shard, from tokens and mask.
+
+B sequences, T tokens each, V tokens in the vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PretrainedConfig, PreTrainedModel
+
+from orchestrator.models.architecture import recompute_buffers, set_tensor
+from orchestrator.models.chunk import Chunk, Payload
+from orchestrator.plan import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What all shards of a skeleton share: the model without weights, ready to run."""
+
+    model: PreTrainedModel
+    prefix: str
+    blocks: nn.ModuleList
+    extras: tuple[str, ...]
+    """Block arguments whose contents travel with the payload."""
+    device: torch.device
+
+
+class Shard:
+    """Blocks that can be run, forward and backward; made by `Skeleton.shard`.
+
+    One call at a time. A shard computes bit for bit what the whole model computes with the same
+    dtype, attention implementation, number of threads, and shape of the chunk.
+    """
+
+    def __init__(
+        self,
+        frame: Frame,
+        blocks: range,
+        sources: Mapping[str, str],
+        linears: tuple[Linear, ...],
+        load: Callable[[str], Tensor],
+    ) -> None:
+        """Args beyond the attributes: for every tensor to load the stored one, and its reader."""
+        self.blocks = blocks
+        self.linears = linears
+        """The linears of the shard's blocks in survey order; none if the model is compressed."""
+        self.is_first = blocks.start == 0
+        self.is_last = blocks.stop == len(frame.blocks)
+        self.is_open = True
+        self._frame = frame
+        self._received: Payload | None = None
+        self._cache: Cache | None = None
+        self._size = torch.Size((0, 0))
+        self._ends_at_last_block = True
+        self._replaced: list[tuple[str, Tensor]] = []
+        try:
+            self._recompute_buffers()
+            self._load(sources, load)
+            for index, block in enumerate(frame.blocks):
+                block.forward = partial(self._visit, index, block.forward)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the shard's weights; the skeleton can then open another."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        for block in self._frame.blocks:
+            vars(block).pop("forward", None)
+        for name, tensor in reversed(self._replaced):
+            set_tensor(self._frame.model, name, tensor)
+        self._replaced.clear()
+
+    def forward(self, chunk: Chunk, cache: Cache | None = None) -> Chunk:
+        """The chunk with the state after the shard's last block, on the shard's device.
+
+        The chunk given is not changed. No gradients are recorded; forward hooks on `module`s
+        fire as usual.
+
+        Args:
+            cache: Keys and values of the tokens before the chunk, to which its own are added;
+                the chunk then has no padding.
+        """
+        with torch.no_grad():
+            received = self._copy(chunk.payload)
+            return chunk.with_payload(self._payload(chunk, received, cache))
+
+    def logits(self, chunk: Chunk, cache: Cache | None = None) -> Tensor:
+        """The model's logits [B, T, V] for a chunk at the shard's input; last shard only."""
+        with torch.no_grad():
+            return self._logits(chunk, self._copy(chunk.payload), cache)
+
+    def backward(self, chunk: Chunk, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Runs the shard again, with gradients, and goes back through it.
+
+        Gradients of the shard's parameters are added to their `.grad`. A tied parameter that the
+        first and the last shard both hold has in each the part of its gradient that arises there.
+
+        Args:
+            chunk: At the shard's input.
+            grads: Of the loss, by the tensors of the payload that `forward` gives
+                (`Payload.tensors`), or, on the last shard, by the logits alone.
+
+        Returns:
+            Gradients by the tensors of the chunk's payload; empty on the first shard.
+        """
+        received = self._copy(chunk.payload)
+        leaves = received.tensors() if received else []
+        for leaf in leaves:
+            leaf.requires_grad_(leaf.is_floating_point())
+        with torch.enable_grad():
+            if self.is_last:
+                outputs = [self._logits(chunk, received)]
+            else:
+                outputs = self._payload(chunk, received).tensors()
+        pairs = zip(outputs, grads, strict=True)
+        wanted = [(out, grad) for out, grad in pairs if grad is not None and out.requires_grad]
+        torch.autograd.backward(
+            [out for out, _ in wanted], [grad.to(self._frame.device) for _, grad in wanted]
+        )
+        return [leaf.grad for leaf in leaves]
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self._frame.model.config
+
+    def module(self, name: str) -> nn.Module:
+        """The live module of this name in the shard's blocks, for hooks and for its weight."""
+        own = [f"{self._frame.prefix}.{block}." for block in self.blocks]
+        if not name.startswith(tuple(own)):
+            raise ValueError(f"{name} is not in blocks {self.blocks.start} to {self.blocks.stop}")
+        module: nn.Module = self._frame.model.get_submodule(name)
+        return module
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the shard has loaded, by their names in the model."""
+        model = self._frame.model
+        names = {name for name, _ in self._replaced}
+        parameters = model.named_parameters(remove_duplicate=False)
+        return {name: parameter for name, parameter in parameters if name in names}
+
+    def _visit(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands in for a block's forward."""
+        if index < self.blocks.start:
+            assert self._received is not None
+            if self._cache is not None:
+                # positions and masks come from the length of the first layer's keys, so there
+                # must be some, as many as tokens; one channel of one head will do
+                sequences, tokens = self._size
+                stand_in = torch.zeros(sequences, 1, tokens, 1, device=self._frame.device)
+                self._cache.update(stand_in, stand_in, index)
+            return self._received.output
+        if index == self.blocks.start and self._received is not None:
+            for name, content in self._received.extras.items():
+                kwargs[name].update(content)
+        output = forward(*args, **kwargs)
+        if index == self.blocks.stop - 1 and self._ends_at_last_block:
+            extras = {name: dict(kwargs[name]) for name in self._frame.extras if name in kwargs}
+            raise _LastBlockDone(Payload(output, extras).map(Tensor.contiguous))
+        return output
+
+    def _payload(
+        self, chunk: Chunk, received: Payload | None, cache: Cache | None = None
+    ) -> Payload:
+        try:
+            self._run(chunk, received, cache, ends_at_last_block=True)
+        except _LastBlockDone as done:
+            return done.payload
+        raise AssertionError("the model did not reach the shard's last block")
+
+    def _logits(self, chunk: Chunk, received: Payload | None, cache: Cache | None = None) -> Tensor:
+        if not self.is_last:
+            raise ValueError(f"logits need the last block; this shard has blocks {self.blocks}")
+        logits_BTV: Tensor = self._run(chunk, received, cache, ends_at_last_block=False).logits
+        return logits_BTV
+
+    def _run(
+        self,
+        chunk: Chunk,
+        received: Payload | None,
+        cache: Cache | None,
+        *,
+        ends_at_last_block: bool,
+    ) -> Any:
+        if not self.is_open:
+            raise ValueError(f"the shard of blocks {self.blocks} is closed")
+        if (received is None) != self.is_first:
+            place = "no payload" if received is None else "a payload"
+            raise ValueError(f"the chunk has {place}, the shard starts at {self.blocks.start}")
+        self._received, self._ends_at_last_block = received, ends_at_last_block
+        self._cache, self._size = cache, chunk.tokens.shape
+        mask = None if cache is not None else chunk.mask.to(self._frame.device, torch.int64)
+        try:
+            # The mask always: one of ones gives the same bits as none, and all shards agree.
+            return self._frame.model(
+                input_ids=chunk.tokens.to(self._frame.device),
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                return_dict=True,
+            )
+        finally:
+            self._received = self._cache = None
+
+    def _copy(self, payload: Payload | None) -> Payload | None:
+        # A model may write to its hidden states in place; the caller's chunk stays as it is.
+        device = self._frame.device
+        return payload and payload.map(lambda tensor: tensor.to(device, copy=True))
+
+    def _recompute_buffers(self) -> None:
+        frame, modules = self._frame, []
+        for index in self.blocks:
+            start = f"{frame.prefix}.{index}."
+            modules += [m for m in frame.blocks[index].modules() if m._buffers]
+            buffers = frame.blocks[index].named_buffers()
+            self._replaced += [(start + name, buffer) for name, buffer in buffers]
+        if modules:
+            recompute_buffers(frame.model, modules, frame.device)
+
+    def _load(self, sources: Mapping[str, str], load: Callable[[str], Tensor]) -> None:
+        loaded: dict[str, Tensor] = {}
+        model = self._frame.model
+        for name, source in sources.items():
+            if source not in loaded:
+                tensor = load(source)
+                loaded[source] = nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+            parent, _, child = name.rpartition(".")
+            module = model.get_submodule(parent)
+            is_buffer = child in module._buffers
+            old = module._buffers[child] if is_buffer else module._parameters[child]
+            assert old is not None
+            self._replaced.append((name, old))
+            new = loaded[source]
+            set_tensor(model, name, new.detach() if is_buffer else new)
+
+
+class _LastBlockDone(BaseException):
+    """Ends a forward pass from inside; not an `Exception`, so that no model's code catches it."""
+
+    def __init__(self, payload: Payload) -> None:
+        super().__init__()
+        self.payload = payload

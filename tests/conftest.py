@@ -1,0 +1,45 @@
+"""What several test files share."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from families import write_checkpoint
+
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
+)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a family's tiny checkpoint, written once a session; not to be changed."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return cache(lambda family: write_checkpoint(family, root / family))
+
+
+@pytest.fixture(scope="session")
+def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the session's one Ray: no dashboard, eight CPUs that it may pretend to have.
+
+    Drivers in this process use it as it is, drivers in processes of their own join it.
+    """
+    import ray
+
+    context = ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200 * 2**20,
+        _temp_dir=tempfile.mkdtemp(prefix="or-", dir=tempfile.gettempdir()),
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
