@@ -1,0 +1,8 @@
+"""Importing this makes transformers load compressed checkpoints: `from_pretrained` as ever."""
+
+from orchestrator.hf.loading import load
+from orchestrator.hf.quantizer import OrchestratorConfig, OrchestratorQuantizer, register
+
+__all__ = ["OrchestratorConfig", "OrchestratorQuantizer", "load", "register"]
+
+register()

@@ -1,0 +1,75 @@
+"""Compressed checkpoints as a "quantization method" of transformers: its one way to swap modules.
+
+`from_pretrained` reads `quantization_config` of config.json, finds this quantizer by its
+`quant_method`, builds the model without weights, lets the quantizer swap modules, and only then
+loads. Sharding, offload, dtype and saving stay what they are for any other model.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from orchestrator.models.forms import METHOD, LowRankLinear, install_forms, low_rank_modules
+
+
+class OrchestratorConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers has no types
+    """The field `quantization_config` of config.json, checked when it is made."""
+
+    def __init__(self, **fields: Any) -> None:
+        low_rank_modules(fields)
+        self.__dict__.update(fields)
+
+
+class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers has no types
+    """Gives a model the modules that its config names; the weights come from the checkpoint."""
+
+    # "calibration" is compression itself: this class loads what was compressed, and no more
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        install_forms(model, self.quantization_config.to_dict())
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        # a native class does not write the file that `auto_map` points to when it is saved
+        if not model.is_remote_code() and hasattr(model.config, "auto_map"):
+            del model.config.auto_map
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Splits the inputs of a row-wise linear at `down`, so the sum over ranks is R wide.
+
+        Rules hold for all blocks alike, so a linear that is low-rank in some and dense in others
+        cannot be split: its forward pass then stops at mismatched shapes.
+        """
+        from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+
+        for name, module in model.named_modules():
+            rule = replace_layer_number_by_wildcard(name)
+            if isinstance(module, LowRankLinear) and plan.get(rule) == "rowwise":
+                plan[f"{rule}.down"] = plan.pop(rule)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Makes `from_pretrained` know the format; calling it again changes nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(OrchestratorConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(OrchestratorQuantizer)

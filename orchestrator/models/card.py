@@ -1,0 +1,88 @@
+"""The model card of a compressed checkpoint: README.md, with the front matter that hubs read."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator import __version__
+from orchestrator.plan import Plan, Survey
+
+_CARD = """\
+---
+base_model: {quoted_base_model}
+library_name: transformers
+pipeline_tag: text-generation
+{license}tags:
+- orchestrator
+- low-rank
+---
+
+# {base_model}, compressed
+
+Low-rank factors of {base_model}, made by orchestrator {version}: {low_rank} of {linears} linears
+stand as two factors each. They keep {kept_linears:.1%} of the values of the linears that were
+targeted; the whole model keeps {kept_model:.1%} of its parameters ({parameters:,} of
+{dense_parameters:,}). `recipe.toml` says how it was made, `orchestrator_report.json` what every
+linear became. The licence is that of the base model.
+{metrics}
+## Load
+
+```python
+import orchestrator.hf  # or, where orchestrator is not installed, trust_remote_code=True below
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+```
+
+Without either of the two, loading stops with mismatched shapes.
+
+## Serve
+
+```
+transformers serve --trust-remote-code DIRECTORY
+orchestrator export DIRECTORY DENSE --format dense    # for engines that know nothing of factors
+```
+"""
+
+
+def model_card(
+    survey: Survey,
+    plan: Plan,
+    *,
+    base_model: str,
+    dense_card: Path,
+    metrics: Mapping[str, float],
+) -> str:
+    """The card as Markdown.
+
+    The licence is named as the dense model's card names it, if it does.
+    """
+    linears = {linear.name: linear for linear in survey.linears}
+    targeted = sum(linears[name].values for name in plan.assignments)
+    parameters = survey.total_parameters - targeted + plan.stored_values
+    rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in metrics.items())
+    return _CARD.format(
+        base_model=base_model,
+        quoted_base_model=json.dumps(base_model, ensure_ascii=False),
+        license=_license(dense_card),
+        version=__version__,
+        low_rank=sum(each.form == "low_rank" for each in plan.assignments.values()),
+        linears=len(linears),
+        kept_linears=plan.stored_values / targeted if targeted else 1.0,
+        kept_model=parameters / survey.total_parameters,
+        parameters=parameters,
+        dense_parameters=survey.total_parameters,
+        metrics=f"\n| measured | |\n|---|---|\n{rows}" if rows else "",
+    )
+
+
+def _license(card: Path) -> str:
+    """The lines of a card's front matter that name its licence."""
+    if not card.is_file():
+        return ""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\r?\n(.*?)\r?\n---", text, flags=re.DOTALL)
+    lines = front[1].splitlines() if front else []
+    return "".join(f"{line}\n" for line in lines if re.match(r"license(_name|_link)?:\s*\S", line))

@@ -1,0 +1,109 @@
+"""Compressed checkpoints multiplied back to dense ones."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from compressed import compress, logits
+from families import FAMILIES, write_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import orchestrator.hf  # noqa: F401 # the compressed checkpoints are loaded to compare
+from orchestrator.errors import InputError, UsageError
+from orchestrator.models.export import export_dense
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dense_export_has_the_logits_of_the_compressed_model(family, tmp_path):
+    """Only the order of multiplication differs: 1e-5 of the largest logit in fp32."""
+    dense = write_checkpoint(family, tmp_path / "dense")
+    made = compress(dense, tmp_path / "out", max_shard_bytes=40_000)
+    export_dense(made.directory, tmp_path / "export")
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "export"))
+    expected = logits(AutoModelForCausalLM.from_pretrained(made.directory))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_products_are_taken_in_fp32_and_rounded_once(tmp_path):
+    """bf16 factors give the bf16 rounding of their fp32 product; other tensors stay bit for bit."""
+    dense = write_checkpoint("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    made = compress(dense, tmp_path / "out")
+    export_dense(made.directory, tmp_path / "export")
+    before = load_file(made.directory / "model.safetensors")
+    after = load_file(tmp_path / "export" / "model.safetensors")
+    native = load_file(dense / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in after.items()} == {
+        name: tensor.shape for name, tensor in native.items()
+    }
+    for name, tensor in after.items():
+        linear = name.removesuffix(".weight")
+        if linear in made.factors:
+            weight, down = before[name].float(), before[f"{linear}.down.weight"].float()
+            assert torch.equal(tensor, (weight @ down).bfloat16()), name
+        else:
+            assert torch.equal(tensor, native[name]), name
+
+
+def test_an_export_loads_where_this_package_is_unknown(tmp_path):
+    """The directory holds nothing of ours, and stock transformers loads it without a word."""
+    dense = write_checkpoint("gpt2", tmp_path / "dense")
+    (dense / "LICENSE").write_bytes(b"a licence")
+    (dense / "tokenizer.json").write_bytes(b"{}")
+    made = compress(dense, tmp_path / "out")
+    export = tmp_path / "export"
+    export_dense(made.directory, export)
+    names = {"LICENSE", "tokenizer.json", "config.json", "generation_config.json"}
+    assert {path.name for path in export.iterdir()} == names | {"model.safetensors"}
+    assert (export / "config.json").read_bytes() != (made.directory / "config.json").read_bytes()
+    config = json.loads((export / "config.json").read_bytes())
+    assert config == json.loads((dense / "config.json").read_bytes())
+    program = (
+        "import sys; sys.modules['orchestrator'] = None\n"
+        "from transformers import AutoModelForCausalLM as M\n"
+        "_, info = M.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+        "print(sorted(map(len, info.values())))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(export)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout) <= set("[0, ]\n")
+
+
+def test_a_saved_again_checkpoint_exports_too(tmp_path):
+    """The factors of one linear may lie in different files after save_pretrained."""
+    made = compress(write_checkpoint("llama", tmp_path / "dense"), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(made.directory)
+    model.save_pretrained(tmp_path / "again", max_shard_size="10KB")
+    export_dense(made.directory, tmp_path / "one")
+    export_dense(tmp_path / "again", tmp_path / "two")
+    one = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    two = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert torch.equal(logits(one), logits(two))
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    """A dense model, a rank that is not the stored one, and a target in use are told apart."""
+    dense = write_checkpoint("llama", tmp_path / "dense")
+    made = compress(dense, tmp_path / "out")
+    with pytest.raises(InputError, match="not compressed by orchestrator"):
+        export_dense(dense, tmp_path / "export")
+    with pytest.raises(UsageError, match="holds something else"):
+        export_dense(made.directory, dense)
+    with pytest.raises(UsageError, match="finished checkpoint"):
+        export_dense(made.directory, made.directory)
+    path = made.directory / "config.json"
+    config = json.loads(path.read_bytes())
+    config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"]["rank"] = 4
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="has shape"):
+        export_dense(made.directory, tmp_path / "export")
+    assert not (tmp_path / "export").exists()

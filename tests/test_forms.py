@@ -1,0 +1,126 @@
+"""The modules of a compressed model, and the config that asks for them."""
+
+import pytest
+import torch
+from families import FAMILIES
+from torch import nn
+
+from orchestrator.errors import InputError
+from orchestrator.models.forms import LowRankLinear, install_forms, low_rank_modules
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def config(modules=None, **changes):
+    low_rank = {name: {"form": "low_rank", "rank": rank} for name, rank in (modules or {}).items()}
+    fields = {"quant_method": "orchestrator", "format_version": 1, "modules": low_rank}
+    return {**fields, **changes}
+
+
+def meta_model(family="llama"):
+    with torch.device("meta"):
+        return FAMILIES[family]()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_low_rank_linear_is_the_product_of_its_factors(bias):
+    """It maps x to W D x + b, in values and in gradients."""
+    module = LowRankLinear(7, 5, 3, bias=bias, dtype=torch.float64)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    dense = nn.Linear(7, 5, bias=bias, dtype=torch.float64)
+    dense.weight = nn.Parameter(module.weight.detach() @ module.down.weight.detach())
+    if bias:
+        dense.bias = nn.Parameter(module.bias.detach())
+    x_TI = torch.randn(4, 7, dtype=torch.float64)
+    torch.testing.assert_close(module(x_TI), dense(x_TI))
+    module(x_TI).square().sum().backward()
+    dense(x_TI).square().sum().backward()
+    torch.testing.assert_close(
+        module.weight.grad, dense.weight.grad @ module.down.weight.detach().T
+    )
+
+
+def test_its_tensors_stand_under_the_names_of_the_format():
+    """The first factor has the dense weight's name; the module is no dense linear."""
+    module = LowRankLinear(7, 5, 3)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    assert shapes == {"weight": (5, 3), "down.weight": (3, 7), "bias": (5,)}
+    assert (module.in_features, module.out_features, module.rank) == (7, 5, 3)
+    assert not isinstance(module, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shapes"),
+    [
+        ("llama", Q_PROJ, {"weight": (32, 5), "down.weight": (5, 32)}),
+        ("qwen2", Q_PROJ, {"weight": (32, 5), "down.weight": (5, 32), "bias": (32,)}),
+        (
+            "gpt2",
+            "transformer.h.1.attn.c_attn",
+            {"weight": (96, 5), "down.weight": (5, 32), "bias": (96,)},
+        ),
+    ],
+)
+def test_installing_replaces_the_named_modules_and_no_others(family, name, shapes):
+    """A linear or a Conv1D becomes factors of its own shape, on the meta device, bias kept."""
+    model = meta_model(family)
+    before = dict(model.named_modules())
+    install_forms(model, config({name: 5}))
+    after = dict(model.named_modules())
+    assert {key for key in before if after[key] is not before[key]} == {name}
+    state = after[name].state_dict()
+    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == shapes
+    assert all(tensor.is_meta for tensor in state.values())
+
+
+def test_a_model_without_head_takes_the_same_config():
+    """Module names may lack the base model's prefix."""
+    model = meta_model()
+    install_forms(model.model, config({Q_PROJ: 5}))
+    assert isinstance(model.model.layers[0].self_attn.q_proj, LowRankLinear)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (config(quant_method="gptq"), "found 'gptq', need 'orchestrator'"),
+        (config(format_version=2), "found 2, this program reads 1"),
+        (config(format_version=True), "found True, this program reads 1"),
+        (config(format_version=None), "found None"),
+        (config(modules_=1), "unknown field 'modules_'"),
+        ({"quant_method": "orchestrator", "format_version": 1}, "found None, need an object"),
+        (config() | {"modules": ["a"]}, "need an object"),
+        (config() | {"modules": {Q_PROJ: 5}}, "found 5, need"),
+        (config() | {"modules": {Q_PROJ: {"form": "os.system", "rank": 5}}}, "need"),
+        (config() | {"modules": {Q_PROJ: {"form": "low_rank", "rank": 5, "x": 1}}}, "need"),
+        (config({Q_PROJ: "5"}), "found '5', need a whole number"),
+        (config({Q_PROJ: 5.0}), "found 5.0, need a whole number"),
+        (config({Q_PROJ: True}), "found True, need a whole number"),
+        (config({Q_PROJ: 0}), r"found rank 0, a \[32, 32\] linear takes 1 to 15"),
+        (config({Q_PROJ: -3}), "found rank -3"),
+        (config({Q_PROJ: 16}), "found rank 16"),
+        (config({Q_PROJ: 10**30}), "takes 1 to 15"),
+        (config({"model.layers.9.self_attn.q_proj": 5}), "found no such module"),
+        (config({"__class__": 5}), "found no such module"),
+        (config({"": 5}), "found a LlamaForCausalLM"),
+        (config({"model.norm": 5}), "found a LlamaRMSNorm"),
+        (config({"model.embed_tokens": 5}), "found a Embedding"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_in_one_line(given, message):
+    """Whatever a config.json may hold gives an InputError that says what was found."""
+    with pytest.raises(InputError, match=message) as caught:
+        install_forms(meta_model(), given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tied_weight_stays_dense():
+    """A head that shares its weight with the embedding cannot take factors."""
+    with pytest.raises(InputError, match="tied to another"):
+        install_forms(meta_model("llama_tied"), config({"lm_head": 5}))
+
+
+def test_ranks_come_in_the_order_of_the_config():
+    """Reading needs no model."""
+    assert list(low_rank_modules(config({"b": 2, "a": 1})).items()) == [("b", 2), ("a", 1)]
