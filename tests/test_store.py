@@ -32,7 +32,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
             temporary.write_text("half")
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -44,7 +45,7 @@ def test_a_refused_write_is_one_clear_line(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
-        with pytest.raises(OrchestratorError, match="unit.json: cannot be written"):
+        with pytest.raises(OrchestratorError, match=r"unit\.json: cannot be written"):
             write_json(path, "x" * 4096)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

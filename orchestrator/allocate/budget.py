@@ -1,4 +1,4 @@
-"""The budget: what may be stored, what the least possible plan stores, and the plan that results."""
+"""The budget: what may be stored, the least that any plan stores, and the plan that results."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -135,9 +135,7 @@ class Pass:
 
     def drop_inputs(self) -> list[int]:
         """Boundaries whose chunks will not be read again; they count as gone from here on."""
-        spent = [
-            k for k in range(1, len(self.shards)) if self.is_done(k) and self._present[k]
-        ]
+        spent = [k for k in range(1, len(self.shards)) if self.is_done(k) and self._present[k]]
         for k in spent:
             self._present[k] = set()
         self._needed = self._needs()

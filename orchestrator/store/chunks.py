@@ -75,5 +75,5 @@ def _digest(record: Record) -> str:
     for name in sorted(record):
         array = record[name]
         digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

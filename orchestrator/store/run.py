@@ -1,10 +1,10 @@
 """One run directory: recipe, status, journal, units and boundary chunks.
 
-    run.json       what was asked, of which model, with which versions
-    status.json    where it stands; replaced as a whole, readable when everything else is gone
-    events.jsonl   what happened, one line an event, appended
-    units/         work that is done (see `units`)
-    chunks/        boundary chunks of the pass at hand (see `chunks`)
+run.json       what was asked, of which model, with which versions
+status.json    where it stands; replaced as a whole, readable when everything else is gone
+events.jsonl   what happened, one line an event, appended
+units/         work that is done (see `units`)
+chunks/        boundary chunks of the pass at hand (see `chunks`)
 """
 
 import json

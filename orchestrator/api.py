@@ -1,0 +1,157 @@
+"""The Python API: the same verbs as the command line, blocking, with an event callback.
+
+    from orchestrator import Recipe, compress, load
+
+    result = compress(Recipe(model="dense/", out="small/", keep=0.8, calibration="text.txt"))
+    model = load(result.out)
+
+Heavy packages are imported when a verb is called.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orchestrator.recipe import Recipe
+from orchestrator.result import Result
+
+OnEvent = Callable[[dict[str, Any]], None]
+"""Told of everything that happens: plain dicts with an `event` of `stage`, `unit`, `note`,
+`waiting`, `lost` or `missing`."""
+
+
+def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
+    """Performs a recipe, or takes it up where it was left; blocks until the result is written.
+
+    Uses the Ray that this process is connected to if there is one, so it may be called inside a
+    script that is itself a Ray job; otherwise `recipe.address` decides.
+
+    Raises:
+        OrchestratorError: One of its kinds, by what is wrong; `exit_code` says which.
+    """
+    from orchestrator.cluster import driver
+
+    return driver.compress(recipe, on_event)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    text: str,
+    against: str | Path | None = None,
+    field: str = "text",
+    samples: int = 32,
+    sequence_length: int = 2048,
+    stride: int = 1,
+    layout: str = "packed",
+    dtype: str = "auto",
+    executor: str = "ray",
+    address: str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    shards: int | None = None,
+    run_dir: str | Path | None = None,
+    on_event: OnEvent | None = None,
+) -> dict[str, Any]:
+    """Perplexity, speed and size of a model, and how close it is to another on the same tokens.
+
+    Runs through the shards like a calibration: the same blocks of both models side by side, never
+    a whole model in one process unless there is one shard.
+
+    Args:
+        model: Directory or hub id of a dense or compressed checkpoint.
+        text: Held-out text: .txt, .jsonl, .parquet, a directory of them, or `datasets:NAME`.
+        against: The dense model; adds its own figures, the mean KL divergence from it in nats, and
+            the fraction of tokens on which both put the same token first.
+        samples, sequence_length, stride, layout: As for calibration; every `stride`-th window.
+        dtype: Of the forward passes; `auto` is each checkpoint's own.
+        run_dir: Where it is resumed from; nothing means `MODEL.evaluation`.
+
+    Returns:
+        `models` (for `model` and `against`: perplexity = exp of the mean over sequences of the
+        mean loss, parameters, bytes, tokens a second in prefill and in decoding), `kl`,
+        `top1_agreement`, `predictions`, `text`, and what it ran on.
+
+    Raises:
+        OrchestratorError: One of its kinds, by what is wrong.
+    """
+    from orchestrator.cluster import driver
+    from orchestrator.cluster.crew import Schedule
+    from orchestrator.cluster.evaluate_job import Evaluation
+    from orchestrator.models.weights import parse_dtype
+
+    models = {"model": str(model)} | ({} if against is None else {"against": str(against)})
+    job = Evaluation(
+        models,
+        text={
+            "source": text,
+            "field": field,
+            "samples": samples,
+            "sequence_length": sequence_length,
+            "stride": stride,
+            "layout": layout,
+        },
+        dtype=parse_dtype(dtype),
+        schedule=Schedule(
+            executor=executor, address=address, workers=workers, threads=threads, shards=shards
+        ),
+        run_dir=Path(run_dir or f"{Path(model)}.evaluation"),
+    )
+    return driver.evaluate(job, on_event)
+
+
+def export(out: str | Path, dense_dir: str | Path, format: str = "dense") -> Path:
+    """Multiplies the factors of a compressed checkpoint back, for programs that know only dense.
+
+    Raises:
+        UsageError: The format is unknown, or `dense_dir` holds something else.
+        InputError: `out` is no checkpoint of ours, or is damaged.
+    """
+    from orchestrator.errors import UsageError
+    from orchestrator.models.export import export_dense
+
+    if format != "dense":
+        raise UsageError(f"format is {format!r}; it must be dense")
+    export_dense(Path(out), Path(dense_dir))
+    return Path(dense_dir)
+
+
+def load(out: str | Path, **options: Any) -> Any:
+    """The model in a compressed (or dense) checkpoint, ready to run, by plain transformers.
+
+    Args:
+        options: What `AutoModelForCausalLM.from_pretrained` takes: `dtype`, `device_map`, ...
+    """
+    from orchestrator import hf
+
+    return hf.load(out, **options)
+
+
+def status(run_dir: str | Path) -> dict[str, Any]:
+    """Where a run stands, from its directory alone.
+
+    Raises:
+        InputError: There is no run here.
+    """
+    from orchestrator.store.run import RunDirectory
+
+    return RunDirectory(Path(run_dir)).status()
+
+
+def clean(run_dir: str | Path) -> None:
+    """Removes a run directory; what it has written elsewhere stays.
+
+    Raises:
+        InputError: There is no run here.
+        UsageError: A driver is at work on it.
+    """
+    from orchestrator.errors import UsageError
+    from orchestrator.store.run import RunDirectory
+
+    run = RunDirectory(Path(run_dir))
+    found = run.status()
+    if found["state"] == "running":
+        raise UsageError(
+            f"{run_dir}: process {found['pid']} on {found['host']} is at work on it; stop it first"
+        )
+    run.remove()

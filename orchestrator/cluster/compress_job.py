@@ -1,0 +1,317 @@
+"""One compression: its verbs, each a few lines, and what they pass to each other."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from orchestrator.allocate import ALLOCATORS
+from orchestrator.allocate.budget import budget_values
+from orchestrator.cluster.compress_worker import CompressionTask
+from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
+from orchestrator.cluster.policy import FailurePolicy
+from orchestrator.cluster.pool import dispatch
+from orchestrator.cluster.report import make_report
+from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.tokens import commit_tokens
+from orchestrator.cluster.watch import Stage, Watch
+from orchestrator.errors import UsageError
+from orchestrator.hf.bootstrap import bootstrap_source
+from orchestrator.methods import METHODS
+from orchestrator.models.checkpoint import REPORT_FILE, FileSpec, finish, layout
+from orchestrator.models.locate import locate
+from orchestrator.models.output import check_out, claim_out
+from orchestrator.models.select import select
+from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.text import load_tokens
+from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.models.weights import parse_dtype, read_json
+from orchestrator.plan import Assignment, Curve, Plan
+from orchestrator.recipe import SCHEDULE, Recipe
+from orchestrator.result import Result
+from orchestrator.store.files import digest_file, digest_json
+from orchestrator.store.run import RunDirectory
+from orchestrator.store.units import unit_key
+
+WINDOW = 4
+"""Chunks that wait in memory between two workers; what is further ahead waits in files."""
+CALIBRATE_VERSION = 1
+"""Raised when what reaches the statistics changes."""
+WRITE_VERSION = 1
+"""Raised when the bytes of a written file change."""
+
+
+class Compression:
+    """What is known of one compression as its verbs go by; names, curves and plans, no weights."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        recipe.check_names(methods=METHODS, allocations=ALLOCATORS)
+        self.recipe = recipe
+        self.method = METHODS[recipe.method]
+        self.out = Path(recipe.out).expanduser().absolute()
+        found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
+        self.model = found.absolute()
+        self.is_hub_id = not Path(recipe.model).expanduser().is_dir()
+        check_out(self.out)
+        root = Path(recipe.run_dir or f"{self.out}.run").expanduser().absolute()
+        self.run = RunDirectory(root)
+        self.run.claim({"recipe": asdict(recipe), "out": str(self.out), "model": str(self.model)})
+
+    def survey(self) -> None:
+        """Config and headers to blocks, linears, sites, shapes; no weight is read."""
+        skeleton = Skeleton.open(self.model, dtype=parse_dtype(self.recipe.dtype))
+        self.surveyed = skeleton.survey()
+        self.dtype = skeleton.dtype
+        self.tensors = skeleton.tensors()
+        names = [linear.name for linear in self.surveyed.linears]
+        chosen = set(select(names, self.recipe.target, self.recipe.ignore))
+        self.linears = tuple(each for each in self.surveyed.linears if each.name in chosen)
+        # an impossible budget is said before anything is computed for it
+        budget_values(self.linears, self.recipe.keep)
+
+    def read_text(self) -> None:
+        """Calibration text to token sequences."""
+        recipe = self.recipe
+        if recipe.calibration is None:
+            raise UsageError(
+                "calibration: no text is named; give --calibration a .txt, .jsonl or .parquet "
+                "file, a directory of them, or datasets:NAME"
+            )
+        tokens = load_tokens(
+            recipe.calibration,
+            field=recipe.calibration_field,
+            samples=recipe.samples,
+            sequence_length=recipe.sequence_length,
+            sampling=recipe.sampling,
+            layout=recipe.layout,
+            seed=recipe.seed,
+            tokenizer=load_tokenizer(self.model),
+        )
+        self.token_report = tokens.report
+        self.tokens_key = commit_tokens(self.run, tokens)
+
+    @cached_property
+    def key(self) -> str:
+        """The name of the result: everything that decides its bytes, but for the environment."""
+        decisive = self.recipe.to_toml(schedule=False)
+        return unit_key("compress", WRITE_VERSION, [*self.block_keys.values()], recipe=decisive)
+
+    @cached_property
+    def block_keys(self) -> Mapping[int, str]:
+        """For each block with targeted linears the key of the unit of its decompositions."""
+        keys = {}
+        for block in range(self.surveyed.num_blocks):
+            names = [linear.name for linear in self.linears if linear.block == block]
+            if names:
+                keys[block] = unit_key(
+                    "decompose",
+                    self.method.version,
+                    [self.pass_key],
+                    method=self.method.name,
+                    linears=names,
+                    output_dtype=self.recipe.output_dtype,
+                )
+        return keys
+
+    @cached_property
+    def pass_key(self) -> str:
+        inputs = [self.surveyed.fingerprint, self.tokens_key]
+        return unit_key("calibrate", CALIBRATE_VERSION, inputs, dtype=str(self.dtype))
+
+    @property
+    def task(self) -> CompressionTask:
+        """What the workers need to know."""
+        return CompressionTask(
+            run_dir=self.run.root,
+            threads=self.schedule.threads or DEFAULT_THREADS,
+            pass_key=self.pass_key,
+            fingerprints={self.model: self.surveyed.fingerprint},
+            writes=(self.run.root, self.out),
+            model=self.model,
+            out=self.out,
+            method=self.recipe.method,
+            dtype=self.dtype,
+            output_dtype=parse_dtype(self.recipe.output_dtype),
+            linears=self.linears,
+            tokens_key=self.tokens_key,
+            block_keys=self.block_keys,
+        )
+
+    @property
+    def schedule(self) -> Schedule:
+        recipe = self.recipe
+        return Schedule(
+            executor=recipe.executor,
+            address=recipe.address,
+            workers=recipe.workers,
+            threads=recipe.threads,
+            shards=recipe.shards,
+        )
+
+    def calibrate_and_decompose(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+        """Chunks flow through the shards; each block's linears are decomposed where they are.
+
+        Blocks that an earlier run has committed in this environment are not touched again.
+        """
+        units = self.run.units
+        self.facts = {
+            block: facts
+            for block, key in self.block_keys.items()
+            if (facts := units.facts(key, crew.environment)) is not None
+        }
+        total = len(self.block_keys)
+        if self.facts:
+            watch.note(f"{len(self.facts)} of {total} blocks are committed already")
+        num_blocks, num_chunks = self.surveyed.num_blocks, self.token_report["sequences"]
+        shards = self.recipe.shards or default_shards(num_blocks, crew.size)
+        cut = cut_blocks(num_blocks, shards)
+        chunks = self.run.chunks(self.pass_key, crew.environment)
+        schedule = Pass(
+            cut,
+            todo=self.block_keys.keys() - self.facts.keys(),
+            num_chunks=num_chunks,
+            present=[chunks.present(blocks.start, num_chunks) for blocks in cut],
+        )
+
+        def on_success(call: Call, value: Any) -> None:
+            if call.method == "finish":
+                (block,) = call.arguments
+                self.facts[block] = value
+                seconds = value["timings"]["seconds"]
+                stage.progress(len(self.facts), total, unit=f"block {block}", seconds=seconds)
+            for boundary in schedule.drop_inputs():
+                chunks.drop(boundary)
+
+        dispatch(
+            crew.pool,
+            schedule,
+            FailurePolicy(),
+            on_success=on_success,
+            is_awaited=lambda chunk: schedule.is_awaited(chunk, WINDOW),
+            on_event=watch.event,
+        )
+        chunks.clear()
+
+    def allocate(self) -> None:
+        """Curves and the budget to the plan; milliseconds, no tensor."""
+        self.results = {
+            result["curve"]["name"]: result
+            for facts in self.facts.values()
+            for result in facts["linears"]
+        }
+        self.curves = {
+            name: Curve.from_json(result["curve"]) for name, result in self.results.items()
+        }
+        allocator = ALLOCATORS[self.recipe.allocation]
+        self.plan: Plan = allocator(self.linears, self.curves, self.recipe.keep)
+
+    def write(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+        """Workers cut the stored decompositions to the plan, and write the checkpoint's files."""
+        self.specs = layout(
+            self.surveyed,
+            self.tensors,
+            self.plan,
+            output_dtype=parse_dtype(self.recipe.output_dtype),
+            max_shard_bytes=self.recipe.max_shard_bytes,
+        )
+        keys = {spec.name: self._file_key(spec) for spec in self.specs}
+        self.files = {}
+        for spec in self.specs:
+            facts = self.run.units.facts(keys[spec.name], crew.environment)
+            if facts is not None and _is_whole(self.out / spec.name, facts):
+                self.files[spec.name] = facts
+        missing = [spec for spec in self.specs if spec.name not in self.files]
+
+        def on_success(call: Call, value: Any) -> None:
+            name = call.label
+            self.files[name] = value
+            unit = self.run.units.begin(keys[name])
+            unit.commit(environment=crew.environment, facts=value)
+            stage.progress(len(self.files), len(self.specs), unit=name)
+
+        bag = Bag("write", [(spec.name, (spec.to_json(),)) for spec in missing])
+        dispatch(crew.pool, bag, FailurePolicy(), on_success=on_success, on_event=watch.event)
+
+    def _file_key(self, spec: FileSpec) -> str:
+        inputs = [self.surveyed.fingerprint, *self.block_keys.values()]
+        return unit_key("write", WRITE_VERSION, inputs, spec=digest_json(spec.to_json()))
+
+    def finish(self, crew: Crew, watch: Watch) -> Result:
+        """The small files of the checkpoint, config last."""
+        timings = {
+            "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
+            "workers": crew.size,
+            "nodes": list(crew.nodes),
+            "environment": crew.environment,
+            "schedule": {name: getattr(self.recipe, name) for name in SCHEDULE if name != "out"},
+            "decompose_seconds": sum(f["timings"]["seconds"] for f in self.facts.values()),
+            "peak_worker_bytes": max(f["timings"]["peak_bytes"] for f in self.facts.values()),
+        }
+        asked = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self.recipe).items()
+        }
+        report = make_report(
+            survey=self.surveyed,
+            linears=self.linears,
+            plan=self.plan,
+            curves=self.curves,
+            facts=self.results,
+            tokens=self.token_report,
+            recipe={name: value for name, value in asked.items() if name not in SCHEDULE},
+            key=self.key,
+            timings=timings,
+        )
+        finish(
+            self.out,
+            dense=self.model,
+            survey=self.surveyed,
+            plan=self.plan,
+            files=self.specs,
+            base_model=self.recipe.model if self.is_hub_id else self.model.name,
+            output_dtype=parse_dtype(self.recipe.output_dtype),
+            recipe=self.recipe.to_toml(schedule=False),
+            report=report,
+            bootstrap=bootstrap_source(self.surveyed.architecture),
+        )
+        return self._result(report)
+
+    def finished(self) -> Result | None:
+        """The result, if the output directory holds just what this recipe asks for.
+
+        Raises:
+            UsageError: It holds a finished checkpoint of another recipe.
+        """
+        if not check_out(self.out):
+            claim_out(self.out)
+            return None
+        report = read_json(self.out / REPORT_FILE)
+        if report.get("key") != self.key:
+            raise UsageError(
+                f"{self.out}: holds a checkpoint made from another recipe, model or text; "
+                "name another directory, or remove this one"
+            )
+        return self._result(report)
+
+    def _result(self, report: dict[str, Any]) -> Result:
+        linears = report["linears"].items()
+        assignments = {
+            name: Assignment(form=entry["form"], rank=entry.get("rank", 0))
+            for name, entry in linears
+        }
+        plan = Plan(
+            assignments=assignments,
+            budget_values=report["values"]["budget"],
+            stored_values=report["values"]["stored"],
+        )
+        return Result(out=self.out, run_dir=self.run.root, plan=plan, report=report)
+
+
+def _is_whole(path: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether the file is there and has the content that its unit says."""
+    try:
+        same_size: bool = path.stat().st_size == facts["bytes"]
+        return same_size and digest_file(path) == facts["blake2b"]
+    except OSError:
+        return False

@@ -1,0 +1,55 @@
+"""`compress` and `evaluate`: the page that is the program.
+
+The driver holds names, curves and the plan; weights, statistics and decompositions are read, made
+and written by the workers alone.
+"""
+
+from typing import Any
+
+from orchestrator.cluster.compress_job import Compression
+from orchestrator.cluster.compress_worker import CompressionWorker
+from orchestrator.cluster.crew import assemble
+from orchestrator.cluster.evaluate_job import Evaluation
+from orchestrator.cluster.evaluate_worker import EvaluationWorker
+from orchestrator.cluster.watch import OnEvent, Watch
+from orchestrator.recipe import Recipe
+from orchestrator.result import Result
+
+
+def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
+    """Performs a recipe, from where its run directory says it stands; blocks."""
+    job = Compression(recipe)
+    with Watch(job.run, on_event, out=str(job.out), model=str(job.model)) as watch:
+        with watch.stage("survey"):
+            job.survey()
+        with watch.stage("read"):
+            job.read_text()
+        if (result := job.finished()) is not None:
+            watch.note(f"{job.out} is complete: nothing to do")
+            return result
+        most = job.surveyed.num_blocks
+        with assemble(CompressionWorker, job.task, job.schedule, most, watch) as crew:
+            with watch.stage("calibrate") as stage:
+                job.calibrate_and_decompose(crew, watch, stage)
+            with watch.stage("allocate"):
+                job.allocate()
+            with watch.stage("write") as stage:
+                job.write(crew, watch, stage)
+            return job.finish(crew, watch)
+
+
+def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]:
+    """Performs an evaluation, from where its run directory says it stands; gives the report."""
+    models = {name: str(path) for name, path in job.models.items()}
+    with Watch(job.run, on_event, **models) as watch:
+        with watch.stage("survey"):
+            job.survey()
+        with watch.stage("read"):
+            job.read_text()
+        if (report := job.finished()) is not None:
+            watch.note(f"evaluated already, in {job.run.root}: nothing to do")
+            return report
+        with assemble(EvaluationWorker, job.task, job.schedule, job.num_blocks, watch) as crew:
+            with watch.stage("evaluate") as stage:
+                job.score(crew, watch, stage)
+            return job.report(crew)

@@ -1,0 +1,202 @@
+"""One evaluation: what its verbs know as they go by."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
+from orchestrator.cluster.evaluate_worker import EvaluationTask, tokens_per_second
+from orchestrator.cluster.policy import FailurePolicy
+from orchestrator.cluster.pool import dispatch
+from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.tokens import commit_tokens
+from orchestrator.cluster.watch import Stage, Watch
+from orchestrator.errors import InputError
+from orchestrator.models.evaluation import Score
+from orchestrator.models.locate import locate
+from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.text import load_tokens
+from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.store.run import RunDirectory
+from orchestrator.store.units import unit_key
+
+WINDOW = 4
+"""Sequences that wait in memory between two workers."""
+EVALUATE_VERSION = 1
+
+
+class Evaluation:
+    """One or two models on one text."""
+
+    def __init__(
+        self,
+        models: Mapping[str, str],
+        *,
+        text: Mapping[str, Any],
+        dtype: torch.dtype | None,
+        schedule: Schedule,
+        run_dir: Path,
+    ) -> None:
+        self.models = {name: locate(model).absolute() for name, model in models.items()}
+        self.text = text
+        self.schedule = schedule
+        self.run = RunDirectory(run_dir.expanduser().absolute())
+        self.run.claim({"evaluate": dict(models), "text": dict(text)})
+        self._dtype = dtype
+        self._prefill: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._decode: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._peak_bytes = 0
+
+    def survey(self) -> None:
+        """Blocks and sizes of every model; no weight is read.
+
+        Raises:
+            InputError: The models do not have the same blocks and vocabulary.
+        """
+        self.skeletons = {
+            name: Skeleton.open(path, dtype=self._dtype) for name, path in self.models.items()
+        }
+        self.fingerprints = {
+            self.models[name]: skeleton.weights.fingerprint
+            for name, skeleton in self.skeletons.items()
+        }
+        ours = self.skeletons["model"]
+        self.num_blocks = ours.num_blocks
+        for name, skeleton in self.skeletons.items():
+            found = skeleton.num_blocks, skeleton.config.get_text_config().vocab_size
+            wanted = ours.num_blocks, ours.config.get_text_config().vocab_size
+            if found != wanted:
+                raise InputError(
+                    f"{self.models[name]}: {found[0]} blocks and {found[1]} tokens in the "
+                    f"vocabulary; {self.models['model']} has {wanted[0]} and {wanted[1]}, and only "
+                    "models of one shape are compared token by token"
+                )
+
+    def read_text(self) -> None:
+        """Text to token sequences, by the first model's tokenizer."""
+        tokens = load_tokens(**self.text, tokenizer=load_tokenizer(self.models["model"]))
+        self.token_report = tokens.report
+        self.tokens_key = commit_tokens(self.run, tokens)
+        inputs = [*self.fingerprints.values(), self.tokens_key]
+        dtypes = {name: str(skeleton.dtype) for name, skeleton in self.skeletons.items()}
+        self.pass_key = unit_key("evaluate", EVALUATE_VERSION, inputs, dtypes=dtypes)
+        self.slice_keys = tuple(
+            unit_key("score", EVALUATE_VERSION, [self.pass_key], sequence=index)
+            for index in range(tokens.report["sequences"])
+        )
+
+    @property
+    def task(self) -> EvaluationTask:
+        return EvaluationTask(
+            run_dir=self.run.root,
+            threads=self.schedule.threads or DEFAULT_THREADS,
+            pass_key=self.pass_key,
+            fingerprints=self.fingerprints,
+            writes=(self.run.root,),
+            models=self.models,
+            dtype=self._dtype,
+            tokens_key=self.tokens_key,
+            slice_keys=self.slice_keys,
+        )
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of an earlier run of the same evaluation."""
+        manifest = self.run.units.manifest(self._result_key)
+        return None if manifest is None else manifest["facts"]
+
+    @property
+    def _result_key(self) -> str:
+        return unit_key("evaluation", EVALUATE_VERSION, [self.pass_key])
+
+    def score(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+        """Sequences flow through the shards of all models; behind the last ones lie the scores."""
+        units, total = self.run.units, len(self.slice_keys)
+
+        def scored(index: int) -> dict[str, Any] | None:
+            return units.facts(self.slice_keys[index], crew.environment)
+
+        chunks = self.run.chunks(self.pass_key, crew.environment)
+        shards = self.schedule.shards or default_shards(self.num_blocks, crew.size)
+        cut = cut_blocks(self.num_blocks, shards)
+        done = {index for index in range(total) if scored(index) is not None}
+        schedule = Pass(
+            cut,
+            todo=(),
+            num_chunks=total,
+            present=[chunks.present(blocks.start, total) for blocks in cut],
+            results=set(done),
+        )
+
+        def on_success(call: Call, value: Any) -> None:
+            if call.method == "step":
+                self._note_timings(call.shard, value)
+                if call.emits is not None and call.emits[0] == self.num_blocks:
+                    done.add(call.emits[1])
+                    stage.progress(len(done), total)
+            for boundary in schedule.drop_inputs():
+                chunks.drop(boundary)
+
+        dispatch(
+            crew.pool,
+            schedule,
+            FailurePolicy(),
+            on_success=on_success,
+            is_awaited=lambda chunk: schedule.is_awaited(chunk, WINDOW),
+            on_event=watch.event,
+        )
+        chunks.clear()
+        self.total = Score()
+        for index in range(total):
+            facts = scored(index)
+            assert facts is not None
+            self.total = self.total.merge(Score.from_json(facts))
+        self._shards = len(cut)
+
+    def _note_timings(self, shard: int, timings: Mapping[str, Any]) -> None:
+        for name, seconds in timings["prefill"].items():
+            self._prefill[name][shard].append(seconds)
+        for name, seconds in timings["decode"].items():
+            if seconds is not None:
+                self._decode[name][shard].append(seconds)
+        self._peak_bytes = max(self._peak_bytes, timings["peak_bytes"])
+
+    def report(self, crew: Crew) -> dict[str, Any]:
+        """Everything that was measured; committed, so that the same evaluation is not repeated."""
+        total = self.total
+        losses = {"model": total.window_loss, "against": total.against_window_loss}
+        models = {
+            name: {
+                "path": str(path),
+                "perplexity": math.exp(losses[name] / total.windows) if total.windows else None,
+                "parameters": self.skeletons[name].total_parameters,
+                "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+                "prefill_tokens_per_second": self._speed(self._prefill[name], prefill=True),
+                "decode_tokens_per_second": self._speed(self._decode[name], prefill=False),
+            }
+            for name, path in self.models.items()
+        }
+        report: dict[str, Any] = {
+            "models": models,
+            "text": self.token_report,
+            "predictions": total.predictions,
+            "shards": self._shards,
+            "workers": crew.size,
+            "environment": crew.environment,
+            "peak_worker_bytes": self._peak_bytes,
+        }
+        if "against" in models and total.predictions:
+            report["kl"] = total.divergence / total.predictions
+            report["top1_agreement"] = total.agreements / total.predictions
+        unit = self.run.units.begin(self._result_key)
+        unit.commit(environment=crew.environment, facts=report)
+        return report
+
+    def _speed(self, seconds: Mapping[int, list[float]], *, prefill: bool) -> float | None:
+        if len(seconds) < self._shards:
+            return None
+        tokens = self.token_report["sequence_length"] if prefill else 1
+        return tokens_per_second(tokens, seconds)

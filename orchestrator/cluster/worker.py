@@ -1,0 +1,123 @@
+"""What every worker is: a plain class that performs one call at a time, in an actor or here.
+
+A worker keeps no truth. What it has computed it commits to the run directory; what it holds in
+memory (weights, statistics) can be made again by any other worker from what lies there.
+"""
+
+import os
+import platform
+import resource
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import orchestrator
+from orchestrator.errors import InputError
+from orchestrator.models.chunk import Chunk
+from orchestrator.store.chunks import Chunks, MissingChunk, Record
+from orchestrator.store.run import RunDirectory
+
+Emitted = Record | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What all workers of a run share: paths that every node must see, threads, and the pass."""
+
+    run_dir: Path
+    threads: int
+    pass_key: str
+    fingerprints: Mapping[Path, str]
+    """Every model that is read, with the fingerprint that the driver saw."""
+    writes: tuple[Path, ...] = ()
+    """Directories that are written to."""
+
+
+class Worker:
+    """Base of the workers; the methods that calls name are those of the subclasses."""
+
+    def __init__(self, task: Task) -> None:
+        torch.set_num_threads(task.threads)
+        self._threads = task.threads
+        self._reads, self._writes = task.fingerprints, task.writes
+        self.run = RunDirectory(task.run_dir)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.chunks: Chunks = self.run.chunks(task.pass_key, self.environment())
+
+    def perform(
+        self, method: str, arguments: tuple[Any, ...], record: Emitted
+    ) -> tuple[Any, Emitted]:
+        """One call: its small result, and the chunk that it emits."""
+        if method == "step":
+            index, emit = arguments
+            return self.step(index, emit, record)
+        return getattr(self, method)(*arguments), None
+
+    def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
+        """Passes one chunk through the open shard; subclasses say how."""
+        raise NotImplementedError
+
+    def probe(self, nonce: str) -> dict[str, Any]:
+        """Proves that this node sees what it must, and says what it is.
+
+        Raises:
+            InputError: The model differs from the driver's, or a probe file that the driver wrote
+                is not seen here; the message names the node.
+        """
+        from orchestrator.models.weights import Weights
+
+        node = f"node {socket.gethostname()}"
+        for model, expected in self._reads.items():
+            try:
+                found = Weights.open(model).fingerprint
+            except InputError as error:
+                raise InputError(f"{node}: does not see the model: {error}") from error
+            if found != expected:
+                raise InputError(
+                    f"{node}: {model} has fingerprint {found[:12]}, the driver's has "
+                    f"{expected[:12]}; every node must read the same checkpoint"
+                )
+        for directory in self._writes:
+            if not (directory / f".probe-{nonce}").exists():
+                raise InputError(
+                    f"{node}: does not see {directory} as the driver does; "
+                    "give a path on storage that all nodes share"
+                )
+        return {"environment": self.environment(), "node": socket.gethostname(), "pid": os.getpid()}
+
+    def environment(self) -> dict[str, Any]:
+        """What can change bits beside the units' keys."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine()
+        return {
+            "device": f"{self.device.type} {name}",
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": self._threads,
+            "torch": torch.__version__,
+            "orchestrator": orchestrator.__version__,
+        }
+
+    def peak_bytes(self) -> int:
+        """The most memory that this process has held resident, file pages included."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def input_record(self, boundary: int, index: int, record: Emitted) -> Record:
+        """What lies at a boundary: what was handed over, or else its file.
+
+        Raises:
+            MissingChunk: Neither is there, or the file is damaged.
+        """
+        if record is None:
+            record = self.chunks.read(boundary, index)
+        if record is None:
+            raise MissingChunk(boundary, index)
+        return record
+
+    def emit(self, boundary: int, chunk: Chunk) -> Record:
+        """Stores a chunk behind the shard and gives it for handing over."""
+        record = chunk.pack()
+        self.chunks.write(boundary, chunk.index, record)
+        return record

@@ -1,0 +1,96 @@
+"""Gathering the statistics of a shard while chunks pass through it.
+
+Shape suffixes: T tokens, O outputs, I inputs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.functional import linear as apply_linear
+from transformers.pytorch_utils import Conv1D
+
+from orchestrator.linalg.gram import Gram
+from orchestrator.linalg.low_rank import InputGram, OutputGram
+from orchestrator.models.chunk import Chunk
+from orchestrator.models.shard import Shard
+from orchestrator.plan import Linear
+
+Side = Literal["input", "output"]
+"""Which Gram a method asks for: of what a linear reads, or of what it gives, without its bias."""
+
+
+class Calibration:
+    """The Grams of some linears of a shard, summed over the chunks that pass, in their order.
+
+    Only tokens inside a chunk's mask count. Linears of one site share one input Gram, gathered
+    once. An output Gram is of `W x` recomputed in float32 without the bias, not of the layer's own
+    output, whose rounding to 16 bits would be 2 % of the Gram.
+
+    Costs T n^2 multiply-adds a chunk for each Gram of n channels (see `Gram`), and one more
+    product with the weight for an output Gram. Close it to remove its hooks.
+    """
+
+    def __init__(
+        self, shard: Shard, linears: Sequence[Linear], side: Callable[[Linear], Side]
+    ) -> None:
+        self._shard = shard
+        self._grams: dict[str, Gram] = {}
+        self._sources: dict[str, tuple[str, Side]] = {}
+        self._hooks: list[Any] = []
+        self._mask: Tensor | None = None
+        for linear in linears:
+            self._request(linear, side(linear))
+
+    def _request(self, linear: Linear, side: Side) -> None:
+        source = linear.site if side == "input" else f"{linear.name} output"
+        self._sources[linear.name] = source, side
+        if source in self._grams:
+            return
+        module = self._shard.module(linear.name)
+        size = linear.in_features if side == "input" else linear.out_features
+        gram = self._grams[source] = Gram(size, dense_weight(module).device)
+
+        def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows_TI = self._select(inputs[0])
+            if side == "output":
+                weight_OI = dense_weight(module)
+                rows_TI = apply_linear(rows_TI.float(), weight_OI.float())
+            gram.update(rows_TI)
+
+        self._hooks.append(module.register_forward_pre_hook(gather))
+
+    def _select(self, inputs_BTI: Tensor) -> Tensor:
+        rows_TI = inputs_BTI.detach().reshape(-1, inputs_BTI.shape[-1])
+        return rows_TI if self._mask is None else rows_TI[self._mask.to(rows_TI.device)]
+
+    def forward(self, chunk: Chunk) -> Chunk:
+        """Passes one chunk through the shard and adds it to the statistics."""
+        self._mask = None if bool(chunk.mask.all()) else chunk.mask.reshape(-1)
+        return self._shard.forward(chunk)
+
+    def statistic(self, linear: Linear) -> InputGram | OutputGram:
+        """What has been gathered for one of the linears."""
+        source, side = self._sources[linear.name]
+        gram = self._grams[source]
+        kind = InputGram if side == "input" else OutputGram
+        return kind(gram.matrix())
+
+    def forget(self, linears: Sequence[Linear]) -> None:
+        """Frees the Grams that only these linears use."""
+        for linear in linears:
+            self._sources.pop(linear.name, None)
+        used = {source for source, _ in self._sources.values()}
+        self._grams = {source: gram for source, gram in self._grams.items() if source in used}
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._grams, self._sources = [], {}, {}
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of an `nn.Linear` or `Conv1D` as [outputs, inputs]; a view."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()

@@ -1,0 +1,23 @@
+"""The tokenizer of a checkpoint directory; no code from the directory is run."""
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import InputError
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer that the directory holds.
+
+    Raises:
+        InputError: There is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{directory}: no tokenizer can be loaded: {line}") from error

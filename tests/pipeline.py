@@ -1,0 +1,62 @@
+"""What the tests of the whole job share: models with a tokenizer, a text, runs and their bytes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from families import VOCABULARY, _llama, write_model
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from orchestrator import Recipe, Result, compress
+
+SENTENCES = (
+    "The river ran past seven mills before it came to the sea.\n"
+    "Nobody at the inn could say who had built the bridge, or when.\n"
+    "She counted 42 ships; the last of them carried salt & rope.\n"
+)
+
+
+def add_tokenizer(directory: Path) -> Path:
+    """Gives a tiny model a tokenizer of single characters, which suits its vocabulary of 96."""
+    characters = [chr(code) for code in range(32, 32 + VOCABULARY - 1)]
+    vocabulary = {character: n for n, character in enumerate([*characters, "\n"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?").save_pretrained(directory)
+    return directory
+
+
+def with_tokenizer(checkpoint: Path, directory: Path) -> Path:
+    """A copy of a checkpoint with a tokenizer."""
+    return add_tokenizer(Path(shutil.copytree(checkpoint, directory)))
+
+
+def write_llama(directory: Path, *, blocks: int = 10, hidden: int = 64) -> Path:
+    """A Llama with more blocks, and slow enough to be interrupted if it is wide."""
+    config = _llama(num_hidden_layers=blocks, hidden_size=hidden, intermediate_size=3 * hidden)
+    write_model(lambda: LlamaForCausalLM(LlamaConfig(**config)), directory)
+    return add_tokenizer(directory)
+
+
+def write_text(path: Path, characters: int = 4000) -> Path:
+    path.write_text((SENTENCES * (characters // len(SENTENCES) + 1))[:characters])
+    return path
+
+
+def run(model: Path, out: Path, text: Path, *, on_event: Any = None, **fields: Any) -> Result:
+    """Compresses with small defaults, in this process unless told otherwise."""
+    small = {"keep": 0.5, "samples": 6, "sequence_length": 48, "executor": "local"}
+    recipe = Recipe(model=str(model), out=str(out), calibration=str(text), **(small | fields))
+    return compress(recipe, on_event)
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Every file of a checkpoint as bytes, its report without the timings."""
+    files: dict[str, Any] = {
+        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    }
+    report = json.loads(files["orchestrator_report.json"])
+    del report["timings"]
+    return files | {"orchestrator_report.json": report}
