@@ -1,0 +1,1 @@
+"""Numerics: tensors in, tensors out. Knows nothing of names, linears, models or clusters."""
