@@ -1,5 +1,6 @@
 """What a method is to the rest of the system."""
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -28,8 +29,8 @@ class Method(Protocol):
         """The allocator that the paper uses."""
         ...
 
-    def side(self, linear: Linear) -> Literal["input", "output"]:
-        """Which Gram this linear needs."""
+    def side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
+        """Which Gram this linear needs, given all targeted linears of its site."""
         ...
 
     def decompose(

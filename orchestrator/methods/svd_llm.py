@@ -1,5 +1,6 @@
 """SVD-LLM: truncation-aware whitening (Wang et al., ICLR 2025, arXiv 2403.07378)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,9 +29,15 @@ class SvdLlm:
     version: int = 1
     allocation: str = "uniform"
 
-    def side(self, linear: Linear) -> Literal["input", "output"]:
-        """The output Gram where it is smaller: the left singular vectors need no more."""
-        return "output" if linear.in_features > linear.out_features else "input"
+    def side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
+        """The output Gram where no linear of the site needs H and it is smaller than H.
+
+        The left singular vectors need no more. Where H is there anyway it is the better one: its
+        products of inputs are rounded once, those of outputs twice.
+        """
+        narrow = all(each.in_features > each.out_features for each in site)
+        smaller = sum(each.out_features**2 for each in site) < linear.in_features**2
+        return "output" if narrow and smaller else "input"
 
     def decompose(self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int) -> LowRank:
         return decompose(weight_OI, statistic, rank)

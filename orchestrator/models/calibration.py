@@ -32,7 +32,10 @@ class Calibration:
     """
 
     def __init__(
-        self, shard: Shard, linears: Sequence[Linear], side: Callable[[Linear], Side]
+        self,
+        shard: Shard,
+        linears: Sequence[Linear],
+        side: Callable[[Linear, Sequence[Linear]], Side],
     ) -> None:
         self._shard = shard
         self._grams: dict[str, Gram] = {}
@@ -40,7 +43,8 @@ class Calibration:
         self._hooks: list[Any] = []
         self._mask: Tensor | None = None
         for linear in linears:
-            self._request(linear, side(linear))
+            together = [each for each in linears if each.site == linear.site]
+            self._request(linear, side(linear, together))
 
     def _request(self, linear: Linear, side: Side) -> None:
         source = linear.site if side == "input" else f"{linear.name} output"
@@ -74,7 +78,7 @@ class Calibration:
         source, side = self._sources[linear.name]
         gram = self._grams[source]
         kind = InputGram if side == "input" else OutputGram
-        return kind(gram.matrix())
+        return kind(gram.matrix(), gram.tokens)
 
     def forget(self, linears: Sequence[Linear]) -> None:
         """Frees the Grams that only these linears use."""

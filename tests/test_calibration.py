@@ -1,0 +1,86 @@
+"""Statistics of a shard: the Grams of just the tokens that count, by whichever side is asked."""
+
+import pytest
+import torch
+from pipeline import write_llama
+from transformers import AutoModelForCausalLM
+
+from orchestrator.linalg.low_rank import InputGram, OutputGram
+from orchestrator.methods import METHODS
+from orchestrator.models.calibration import Calibration
+from orchestrator.models.chunk import Chunk
+from orchestrator.models.skeleton import Skeleton
+
+TOKENS = torch.arange(40).view(2, 20) * 7 % 96
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("calibration") / "dense", blocks=2)
+
+
+def gather(model, mask, side):
+    skeleton = Skeleton.open(model)
+    with skeleton.shard(range(2)) as shard:
+        calibration = Calibration(shard, shard.linears, side)
+        for row in range(2):
+            calibration.forward(Chunk(row, TOKENS[row : row + 1], mask[row : row + 1]))
+        found = {linear.name: calibration.statistic(linear) for linear in shard.linears}
+        calibration.close()
+        assert not any(shard.module(linear.name)._forward_pre_hooks for linear in shard.linears)
+    return found
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_grams_are_of_the_real_tokens(model, padding):
+    """H is the sum of x xᵀ over what the whole model feeds the linear, padding left out."""
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    mask[:, 20 - padding :] = False
+    found = gather(model, mask, lambda linear, site: "input")
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    for name, statistic in found.items():
+        seen = []
+        hook = whole.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, seen=seen: seen.append(inputs[0])
+        )
+        with torch.no_grad():
+            for row in range(2):
+                whole(input_ids=TOKENS[row : row + 1])
+        hook.remove()
+        rows = torch.cat(seen)[mask].double()
+        assert statistic.tokens == int(mask.sum())
+        torch.testing.assert_close(statistic.matrix_II, rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
+def test_linears_of_a_site_share_one_gram(model):
+    """q, k and v read one input, gate and up another; their Grams are the same object's content."""
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    found = gather(model, mask, lambda linear, site: "input")
+    for block in range(2):
+        attention, mlp = f"model.layers.{block}.self_attn", f"model.layers.{block}.mlp"
+        for one, other in [("q", "k"), ("q", "v")]:
+            assert torch.equal(
+                found[f"{attention}.{one}_proj"].matrix_II,
+                found[f"{attention}.{other}_proj"].matrix_II,
+            )
+        assert torch.equal(found[f"{mlp}.gate_proj"].matrix_II, found[f"{mlp}.up_proj"].matrix_II)
+
+
+def test_an_output_gram_is_the_weight_around_the_input_gram(model):
+    """W H Wᵀ gathered from outputs equals the product made from H."""
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    inputs = gather(model, mask, lambda linear, site: "input")
+    outputs = gather(model, mask, lambda linear, site: "output")
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    for name, statistic in outputs.items():
+        weight = whole.get_submodule(name).weight.detach().double()
+        expected = weight @ inputs[name].matrix_II @ weight.T
+        torch.testing.assert_close(statistic.matrix_OO, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_svd_llm_asks_for_the_smaller_gram(model):
+    """Only down_proj, alone at its site and narrower than its input, takes the output Gram."""
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    for name, statistic in gather(model, mask, METHODS["svd-llm"].side).items():
+        kind = OutputGram if name.endswith("down_proj") else InputGram
+        assert isinstance(statistic, kind)
