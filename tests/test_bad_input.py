@@ -1,0 +1,199 @@
+"""Bad input: one clear line, the documented exit code, and nothing that looks complete."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from pipeline import with_tokenizer, write_text
+from safetensors.torch import load_file, save_file
+
+from orchestrator.cli import main
+
+
+@pytest.fixture
+def model(checkpoint, tmp_path):
+    """A tiny Llama of the test's own, to be damaged."""
+    return with_tokenizer(checkpoint("llama"), tmp_path / "dense")
+
+
+@pytest.fixture
+def command(model, tmp_path, capsys):
+    """Runs `orchestrator compress`; gives the exit code and the line of the error."""
+    text = write_text(tmp_path / "text.txt")
+
+    def run(*flags, model=model, calibration=text, keep="0.5"):
+        small = ["--samples", "4", "--sequence-length", "32", "--executor", "local"]
+        named = ["--keep", keep, "--calibration", str(calibration)]
+        try:
+            code = main(["compress", str(model), str(tmp_path / "out"), *named, *small, *flags])
+        except SystemExit as exit:
+            code = exit.code
+        lines = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
+        assert not (tmp_path / "out" / "config.json").exists()
+        assert len(lines) == (code != 0)
+        return code, lines[0] if lines else ""
+
+    return run
+
+
+def test_good_input_gives_a_checkpoint(model, tmp_path, capsys):
+    """What the cases below damage is sound before."""
+    text = write_text(tmp_path / "text.txt")
+    small = ["--samples", "4", "--sequence-length", "32", "--executor", "local"]
+    arguments = [str(model), str(tmp_path / "out"), "--keep", "0.5", "--calibration", str(text)]
+    assert main(["compress", *arguments, *small]) == 0
+    assert (tmp_path / "out" / "config.json").exists()
+    assert "0.5" in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_exist(command, tmp_path):
+    """A path that is not there is invalid input, and makes no directory."""
+    code, line = command(model=tmp_path / "nowhere")
+    assert (code, "no such directory" in line) == (4, True)
+    assert not (tmp_path / "out.run").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "says"), [("config.json", "config.json"), ("model.safetensors", "no weights")]
+)
+def test_a_directory_without_config_or_weights(command, model, file, says):
+    """What is missing is named."""
+    (model / file).unlink()
+    code, line = command()
+    assert code == 4
+    assert says in line
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "missing", "nan", "infinity"])
+def test_damaged_weights(command, model, damage):
+    """A damaged file or weight is named, wherever the damage shows."""
+    path = model / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    name = "model.layers.2.mlp.up_proj.weight"
+    if damage == "truncated":
+        path.write_bytes(content[:-100])
+        says = "truncated"
+    elif damage == "header":
+        content[9] ^= 0x80
+        path.write_bytes(content)
+        says = "header"
+    else:
+        tensors = load_file(path)
+        if damage == "missing":
+            del tensors[name]
+        else:
+            tensors[name][3, 4] = torch.nan if damage == "nan" else torch.inf
+        save_file(tensors, path, metadata={"format": "pt"})
+        says = name
+    code, line = command()
+    assert code == 4
+    assert says in line
+
+
+def test_a_tensor_that_the_index_places_nowhere(command, model):
+    """An index and its files must agree."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").rename(model / "a.safetensors")
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | {"model.norm.bias": "a.safetensors"}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    code, line = command()
+    assert code == 4
+    assert "model.norm.bias" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "0 tokens"), (b"too short", "9 tokens"), (b"caf\xe9 " * 99, "UTF-8")],
+)
+def test_text_that_is_no_calibration(command, tmp_path, content, says):
+    """Empty, too short and undecodable text are refused with what was found."""
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    code, line = command(calibration=path)
+    assert code == 4
+    assert says in line
+
+
+def test_a_field_that_is_not_there(command, tmp_path):
+    """The fields that are there are listed."""
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"body": "words"}) + "\n")
+    code, line = command(calibration=path)
+    assert code == 4
+    assert "body" in line
+
+
+@pytest.mark.parametrize(("keep", "code"), [("1.5", 2), ("0", 2), ("nan", 2), ("0.01", 3)])
+def test_a_kept_fraction_that_cannot_be(command, keep, code):
+    """Out of range is usage; below rank 1 everywhere is infeasible, and said before any work."""
+    found, line = command(keep=keep)
+    assert found == code
+    assert "keep" in line
+
+
+def test_a_selector_that_matches_nothing(command):
+    """Near misses are shown."""
+    code, line = command("--target", "*.q_prj")
+    assert code == 2
+    assert "q_proj" in line
+
+
+def test_an_output_that_holds_something_else(command, tmp_path):
+    """What is there stays, and nothing is added."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    code, line = command()
+    assert code == 2
+    assert "thesis.tex" in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_a_model_that_is_compressed_already(command, model, tmp_path):
+    """Ours is told from others', and both are refused."""
+    text = write_text(tmp_path / "text.txt")
+    small = ["--samples", "4", "--sequence-length", "32", "--executor", "local"]
+    first = [str(model), str(tmp_path / "first"), "--keep", "0.5", "--calibration", str(text)]
+    assert main(["compress", *first, *small]) == 0
+    code, line = command(model=tmp_path / "first")
+    assert code == 4
+    assert "already compressed" in line
+
+
+def test_more_workers_than_this_process_is(command):
+    """The local executor is one process."""
+    code, line = command("--workers", "2")
+    assert code == 2
+    assert "--executor ray" in line
+
+
+def test_no_space_left(model, tmp_path):
+    """A write that the system refuses ends with the path, and the same command then resumes."""
+    text = write_text(tmp_path / "text.txt")
+    arguments = [
+        sys.executable,
+        "-m",
+        "orchestrator",
+        "compress",
+        str(model),
+        str(tmp_path / "out"),
+    ]
+    arguments += ["--keep", "0.5", "--calibration", str(text), "--executor", "local"]
+    arguments += ["--samples", "4", "--sequence-length", "32"]
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
+
+    full = subprocess.run(arguments, preexec_fn=small_disk, capture_output=True, text=True)
+    assert full.returncode == 1
+    (line,) = [line for line in full.stderr.splitlines() if "error:" in line]
+    assert "cannot be written" in line
+    assert not (tmp_path / "out" / "config.json").exists()
+    again = subprocess.run(arguments, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert not list(tmp_path.rglob("*.tmp"))
+    shutil.rmtree(tmp_path / "out")
