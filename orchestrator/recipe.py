@@ -1,0 +1,251 @@
+"""A run as one frozen value: what was asked, with every default written out.
+
+A recipe file is flat TOML whose keys are the fields below, which are also the command's flags
+with underscores for dashes. Paths in it are taken from the working directory, as on the command
+line.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from orchestrator.errors import UsageError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+CHOICES = {
+    "sampling": ("first", "random"),
+    "layout": ("packed", "padded"),
+    "executor": ("ray", "local"),
+    "dtype": DTYPES,
+    "output_dtype": DTYPES,
+}
+TYPE_NAMES = {bool: "true or false", float: "a number", int: "a whole number", str: "a string"}
+COUNTS = ("samples", "sequence_length", "workers", "threads", "shards")
+SIZE_UNITS = {
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
+}
+
+SCHEDULE = ("out", "download", "executor", "address", "workers", "threads", "shards", "run_dir")
+"""Fields that say where and how fast, never what: the written checkpoint does not depend on them.
+
+The one exception, `threads`, decides the order of sums inside a matrix product: bytes are equal
+at equal threads.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides a compression; the same recipe gives the same bytes.
+
+    The fields under "schedule" change how fast it goes and on what, never the result.
+
+    Raises:
+        UsageError: A field has a type or value that is not allowed; checked on construction.
+    """
+
+    model: str
+    """Directory of the dense checkpoint, or a hub id that is in the local cache."""
+    out: str
+    """Directory that the compressed checkpoint is written to."""
+    keep: float
+    """Stored values of the targeted linears over their dense values, above 0, at most 1."""
+    method: str = "svd-llm"
+    """Published method, a name of `orchestrator.methods.METHODS`."""
+    allocation: str = "uniform"
+    """How the budget is divided, a name of `orchestrator.allocate.ALLOCATORS`."""
+
+    calibration: str | None = None
+    """Calibration text: .txt, .jsonl, .parquet, a directory of them, or
+    datasets:NAME[:CONFIG[:SPLIT]]."""
+    calibration_field: str = "text"
+    """Field of .jsonl and .parquet records that holds the text."""
+    samples: int = 256
+    """Sequences to calibrate on."""
+    sequence_length: int = 2048
+    """Tokens in a sequence; one sequence is the quantum of every forward pass."""
+    sampling: str = "first"
+    """`first` sequences in order, or `random` ones drawn with the seed."""
+    layout: str = "packed"
+    """`packed` windows of the joined text, or `padded` documents; only real tokens count."""
+    seed: int = 0
+    """Seed of everything random, 0 or above."""
+
+    target: tuple[str, ...] = ("*",)
+    """Linears to compress: exact names, globs, or `re:` and a regular expression."""
+    ignore: tuple[str, ...] = ()
+    """Linears to leave as they are, in the same words; wins over `target`."""
+    dtype: str = "auto"
+    """Dtype of the forward passes; `auto` is the checkpoint's own."""
+    output_dtype: str = "auto"
+    """Dtype of the factors that are written; `auto` is the checkpoint's own."""
+    max_shard_size: str = "5GB"
+    """Largest file of the written checkpoint; whole blocks, one at least."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    download: bool = False
+    """Whether a hub id may be downloaded when the local cache lacks it."""
+
+    # schedule
+    executor: str = "ray"
+    """`ray` actors, or `local`: the same units in this process without Ray."""
+    address: str | None = None
+    """Ray cluster: nothing starts a local Ray, `auto` or an address joins that cluster."""
+    workers: int | None = None
+    """Actors; nothing means one a GPU, or one a CPU share where there are none."""
+    threads: int | None = None
+    """Threads an actor; nothing means one, with which the bits depend on no machine's size."""
+    shards: int | None = None
+    """Contiguous cuts of the model; nothing means at most two blocks in each."""
+    run_dir: str | None = None
+    """Run directory; nothing means `OUT.run` beside the output."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = _of_type(field.name, field.type, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        if not 0 < self.keep <= 1:
+            raise UsageError(f"keep is {self.keep}; it must be above 0 and at most 1")
+        for name in COUNTS:
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise UsageError(f"{name} is {count}; it must be 1 or above")
+        if self.seed < 0:
+            raise UsageError(f"seed is {self.seed}; it must be 0 or above")
+        for name, allowed in CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
+        for name in ("model", "out", "calibration_field"):
+            if not getattr(self, name):
+                raise UsageError(f"{name} is empty; it must name something")
+        if not self.target:
+            raise UsageError('target is empty; leave it out or give "*" for every linear')
+        size_in_bytes(self.max_shard_size)
+
+    def check_names(self, *, methods: Collection[str], allocations: Collection[str]) -> None:
+        """Raises UsageError unless the method and the allocation are among the names given.
+
+        Apart from construction, so that a recipe can be read without importing the methods.
+        """
+        check_choice("method", self.method, methods)
+        check_choice("allocation", self.allocation, allocations)
+
+    @property
+    def max_shard_bytes(self) -> int:
+        return size_in_bytes(self.max_shard_size)
+
+    def to_toml(self, *, schedule: bool = True) -> str:
+        """The recipe as TOML with every default written out; what is not set stands as a comment.
+
+        Without `schedule` the fields of `SCHEDULE` are left out: what remains decides the bytes of
+        the checkpoint, so that the copy written into it is the same whatever it was made on.
+        """
+        names = [f.name for f in fields(self) if schedule or f.name not in SCHEDULE]
+        lines = []
+        for name in names:
+            value = getattr(self, name)
+            lines.append(f"# {name} =" if value is None else f"{name} = {_toml_value(value)}")
+        return "\n".join(lines) + "\n"
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """The recipe with these fields.
+
+    Raises:
+        UsageError: A field is unknown (with near misses) or a required one is missing.
+    """
+    _check_known("recipe", values)
+    missing = [f.name for f in fields(Recipe) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise UsageError(
+            f"recipe: {', '.join(missing)} missing; give it on the command line or in a recipe file"
+        )
+    return Recipe(**values)
+
+
+def read_recipe_fields(path: Path) -> dict[str, Any]:
+    """The fields that a recipe file sets, their names checked, their values not yet.
+
+    Raises:
+        UsageError: The file cannot be read, is not TOML, or sets a field that does not exist.
+    """
+    try:
+        values = tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a TOML file: {error}") from error
+    _check_known(str(path), values)
+    return values
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of "5GB", "200MB", "1.5 GiB" or "4096"; KB is 1000 bytes, KiB 1024.
+
+    Raises:
+        UsageError: It is no such size, or below one byte.
+    """
+    stripped = text.strip().upper()
+    digits = stripped.rstrip("BKMGTI ")
+    unit = stripped[len(digits) :].strip() or "B"
+    try:
+        size = int(float(digits) * SIZE_UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UsageError(f'size is {text!r}; write it like "5GB", "200MB" or "1.5GiB"')
+    return size
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    """Raises UsageError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(sorted(allowed))}")
+
+
+def _of_type(name: str, kind: Any, value: Any) -> Any:
+    """The value in its field's type; a list becomes a tuple, a whole number a fraction if asked."""
+    if kind == tuple[str, ...]:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UsageError(f"{name} is {value!r}; it must be a list of strings")
+    if kind is float and type(value) is int:
+        return float(value)
+    is_disguised_bool = isinstance(value, bool) and kind is not bool
+    if is_disguised_bool or not isinstance(value, kind):
+        (wanted, *_) = get_args(kind) or (kind,)
+        raise UsageError(f"{name} is {value!r}; it must be {TYPE_NAMES[wanted]}")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{name} is {value!r}; it must be valid Unicode") from error
+    return value
+
+
+def _check_known(where: str, values: Mapping[str, Any]) -> None:
+    """Raises UsageError for the first name that is no field of a recipe."""
+    known = [field.name for field in fields(Recipe)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known) or known
+            raise UsageError(f"{where}: unknown field {name!r}; near misses: {', '.join(near)}")
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _toml_string(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml_string(item) for item in value)}]"
+    return repr(value)
+
+
+def _toml_string(text: str) -> str:
+    """A basic string, in which TOML wants quotes, backslashes and control characters escaped."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'

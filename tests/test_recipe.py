@@ -1,0 +1,158 @@
+"""A recipe is checked on construction and goes to TOML and back unchanged."""
+
+import tomllib
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.errors import UsageError
+from orchestrator.recipe import (
+    SCHEDULE,
+    Recipe,
+    make_recipe,
+    read_recipe_fields,
+    size_in_bytes,
+)
+
+REQUIRED = {"model": "dense", "out": "small", "keep": 0.8}
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+counts = st.integers(min_value=1, max_value=2**70)
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "model": texts,
+            "out": texts,
+            "keep": st.floats(min_value=0, max_value=1, exclude_min=True),
+            "target": st.lists(texts, min_size=1).map(tuple),
+            "ignore": st.lists(texts).map(tuple),
+            "download": st.booleans(),
+        },
+        optional={"calibration": texts, "samples": counts, "workers": counts, "seed": counts},
+    )
+)
+def test_toml_round_trip(values):
+    """The written recipe reads back as an equal one, whatever its strings hold."""
+    recipe = make_recipe(values)
+    assert make_recipe(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_toml_names_every_field():
+    """The written recipe shows every field, those that are not set as comments."""
+    shown = [line.removeprefix("# ").split(" =")[0] for line in _recipe().to_toml().splitlines()]
+    assert shown == [field.name for field in fields(Recipe)]
+
+
+def test_toml_without_schedule_does_not_depend_on_it():
+    """Without its schedule the written recipe is the same for any schedule, and reads back."""
+    recipe = _recipe(out="elsewhere", workers=4, threads=2, shards=7, address="auto")
+    text = recipe.to_toml(schedule=False)
+    assert text == _recipe().to_toml(schedule=False)
+    assert not set(SCHEDULE) & tomllib.loads(text).keys()
+    assert make_recipe({**tomllib.loads(text), "out": "small"}) == _recipe()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("keep", 0, "above 0"),
+        ("keep", 1.01, "at most 1"),
+        ("keep", float("nan"), "above 0"),
+        ("keep", "0.8", "a number"),
+        ("keep", True, "a number"),
+        ("samples", 0, "1 or above"),
+        ("samples", 2.0, "a whole number"),
+        ("sequence_length", -1, "1 or above"),
+        ("workers", 0, "1 or above"),
+        ("threads", True, "a whole number"),
+        ("shards", "two", "a whole number"),
+        ("seed", -1, "0 or above"),
+        ("dtype", "float31", "bfloat16"),
+        ("output_dtype", "int8", "bfloat16"),
+        ("sampling", "last", "first, random"),
+        ("layout", "ragged", "packed, padded"),
+        ("executor", "dask", "local, ray"),
+        ("max_shard_size", "5 boxes", "5GB"),
+        ("download", "yes", "true or false"),
+        ("model", "", "empty"),
+        ("model", "\udcff", "Unicode"),
+        ("target", "*", "a list of strings"),
+        ("target", [], "every linear"),
+        ("ignore", [1], "a list of strings"),
+    ],
+)
+def test_wrong_value(field, value, says):
+    """A value that is not allowed is refused with the field, what was found and what is allowed."""
+    with pytest.raises(UsageError, match=says) as caught:
+        _recipe(**{field: value})
+    assert str(caught.value).startswith(f"{field} is ") or field == "max_shard_size"
+
+
+def test_whole_keep():
+    """`keep = 1` in TOML is the fraction 1.0."""
+    assert isinstance(_recipe(keep=1).keep, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("200 mb", 2 * 10**8),
+        ("1.5GiB", 3 * 2**29),
+        ("64KiB", 2**16),
+        ("4096", 4096),
+        ("1B", 1),
+    ],
+)
+def test_size(text, size):
+    """Sizes are decimal, or binary with an i."""
+    assert size_in_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1XB", "nanGB", "infB", "1 2"])
+def test_no_size(text):
+    """What is no size above zero is refused."""
+    with pytest.raises(UsageError, match="write it like"):
+        size_in_bytes(text)
+
+
+def test_unknown_field(tmp_path):
+    """An unknown field is refused with the names it may have meant, from Python and from a file."""
+    with pytest.raises(UsageError, match="near misses: samples, sampling"):
+        make_recipe({**REQUIRED, "sample": 8})
+    path = tmp_path / "recipe.toml"
+    path.write_text("kep = 0.8\n")
+    with pytest.raises(UsageError, match=r"recipe\.toml: unknown field 'kep'; near misses: keep"):
+        read_recipe_fields(path)
+
+
+def test_missing_fields():
+    """All required fields that are missing are named at once."""
+    with pytest.raises(UsageError, match="out, keep missing"):
+        make_recipe({"model": "dense"})
+
+
+@pytest.mark.parametrize("content", [b"keep = ", b"\xff", None])
+def test_unreadable_file(tmp_path, content):
+    """A recipe file that is missing or no TOML is refused by its path."""
+    path = tmp_path / "recipe.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"recipe\.toml"):
+        read_recipe_fields(path)
+
+
+def test_names_are_checked_against_what_there_is():
+    """A method or an allocation that does not exist is refused with those that do."""
+    recipe = _recipe(method="svd")
+    with pytest.raises(UsageError, match="method is 'svd'; it must be one of asvd, svd-llm"):
+        recipe.check_names(methods={"svd-llm": 1, "asvd": 2}, allocations={"uniform": 1})
+    with pytest.raises(UsageError, match="allocation is 'uniform'"):
+        _recipe().check_names(methods=["svd-llm"], allocations=["greedy"])
+
+
+def _recipe(**changes):
+    return Recipe(**{**REQUIRED, **changes})
