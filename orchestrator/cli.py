@@ -1,0 +1,298 @@
+"""The command line: words into calls of `orchestrator.api`, results into text, errors into codes.
+
+Progress goes to stderr, results to stdout. Exit codes: 0 done, 2 usage, 3 infeasible, 4 model or
+data invalid, 75 stopped and resumable, 1 other. Nothing heavy is imported before a command runs.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any, get_args
+
+from orchestrator import __version__
+from orchestrator.errors import OrchestratorError, StoppedError
+from orchestrator.progress import JsonLines, Lines, duration, size
+from orchestrator.recipe import CHOICES, Recipe, make_recipe, read_recipe_fields
+
+HELP = {
+    "keep": "values to keep of the targeted linears, above 0, at most 1",
+    "method": "published method",
+    "allocation": "how the budget is divided over the linears",
+    "calibration": ".txt, .jsonl, .parquet, a directory of them, datasets:NAME[:CONFIG[:SPLIT]]",
+    "calibration_field": "field of records that holds the text",
+    "samples": "sequences",
+    "sequence_length": "tokens in a sequence",
+    "sampling": "the first sequences, or random ones drawn with the seed",
+    "layout": "packed windows of the joined text, or padded documents",
+    "seed": "seed of everything random",
+    "target": "linears to compress: a name, a glob or re:REGEX; may be repeated",
+    "ignore": "linears to leave dense, in the same words; wins over --target",
+    "dtype": "of the forward passes",
+    "output_dtype": "of the factors that are written",
+    "max_shard_size": "largest file of the checkpoint",
+    "revision": "of a hub id",
+    "download": "let a hub id be downloaded when the local cache lacks it",
+    "executor": "actors of Ray, or the same units in this process",
+    "address": "Ray cluster to join: auto or an address; a local Ray without it",
+    "workers": "actors; one a GPU, or one a CPU where there are no GPUs, without it",
+    "threads": "of an actor; one without it",
+    "shards": "contiguous cuts of the model; at most two blocks each without it",
+    "run_dir": "run directory; OUT.run without it",
+}
+METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"} | {
+    "address": "ADDRESS",
+    "calibration": "TEXT",
+    "max_shard_size": "SIZE",
+    "run_dir": "DIR",
+}
+EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
+    "perplexity": "{:.2f}".format,
+    "parameters": "{:,}".format,
+    "bytes": "{:,}".format,
+    "prefill_tokens_per_second": "{:,.1f}".format,
+    "decode_tokens_per_second": "{:,.1f}".format,
+}
+FIELDS = {field.name: field for field in fields(Recipe)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; gives its exit code. Wrong arguments leave through SystemExit(2)."""
+    options = _parser().parse_args(arguments)
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        options.command(options)
+    except KeyboardInterrupt:
+        return _complain("stopped by the keyboard", StoppedError.exit_code, options.verbose)
+    except OrchestratorError as error:
+        return _complain(str(error), error.exit_code, options.verbose)
+    except OSError as error:
+        return _complain(str(error), 1, options.verbose)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise StoppedError(f"stopped by {signal.Signals(number).name}")
+
+
+def _complain(message: str, exit_code: int, verbose: bool) -> int:
+    first, *more = message.strip().splitlines() or ["no message"]
+    if verbose:
+        traceback.print_exc()
+    elif more:
+        first += " (--verbose shows the rest)"
+    print(f"orchestrator: error: {first}", file=sys.stderr)
+    return exit_code
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    given = {name: value for name, value in vars(options).items() if name in FIELDS}
+    written = read_recipe_fields(options.recipe) if "recipe" in options else {}
+    result = api.compress(make_recipe({**written, **given}), on_event=_progress(options))
+    if options.json:
+        print(json.dumps(result.report, indent=2))
+        return
+    kept, values = result.report["kept"], result.report["values"]
+    _print_rows(
+        {
+            "kept of the targeted linears": f"{kept['linears']:.4f} (asked {kept['asked']:g})",
+            "kept of the whole model": f"{kept['model']:.4f}",
+            "parameters": f"{values['model_before']:,} before, {values['model_after']:,} after",
+            "checkpoint": result.out,
+            "run directory": result.run_dir,
+        }
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    taken = vars(options).keys() - {"command", "json", "model", "progress", "verbose"}
+    arguments = {name: getattr(options, name) for name in taken}
+    report = api.evaluate(options.model, on_event=_progress(options), **arguments)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_evaluation(report)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    print(api.export(options.out, options.dense_dir, format=options.format))
+
+
+def _status(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    status = api.status(options.run)
+    if options.json:
+        print(json.dumps(status, indent=2))
+        return
+    shown = {"run": options.run, **status}
+    for name in ("started", "updated"):
+        if name in shown:
+            shown[name] = f"{duration(max(time.time() - shown[name], 0.0))} ago"
+    if "done" in shown and "total" in shown:
+        shown["done"] = f"{shown['done']} of {shown.pop('total')}"
+    _print_rows(shown)
+
+
+def _clean(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    api.clean(options.run)
+    print(f"removed {options.run}")
+
+
+def _progress(options: argparse.Namespace) -> Lines | JsonLines:
+    return JsonLines(sys.stderr) if options.progress == "json" else Lines(sys.stderr)
+
+
+def _print_evaluation(report: Mapping[str, Any]) -> None:
+    """One row a quantity, one column a model, the dense one first; then what compares the two."""
+    models = [report["models"][name] for name in ("against", "model") if name in report["models"]]
+    table = [["", *(Path(model["path"]).name for model in models)]]
+    for name, shown in EVALUATION_ROWS.items():
+        values = [model[name] for model in models]
+        label = name.replace("_", " ")
+        table.append([label, *("unknown" if v is None else shown(v) for v in values)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for label, *cells in table:
+        shown_cells = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        print("  ".join([f"{label:<{widths[0]}}", *shown_cells]).rstrip())
+    if "kl" in report:
+        print(f"mean KL from the dense model {report['kl']:.4f} nats, ", end="")
+        print(f"same first token on {report['top1_agreement']:.1%}")
+    print(f"{report['predictions']:,} predictions, ", end="")
+    print(f"peak memory of a worker {size(report['peak_worker_bytes'])}")
+
+
+def _print_rows(rows: Mapping[str, Any]) -> None:
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="orchestrator",
+        description="Compresses large language models on a Ray cluster.",
+        epilog="Exit codes: 0 done, 2 usage, 3 infeasible, 4 model or data invalid, "
+        "75 stopped and resumable, 1 other.",
+    )
+    parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_compress(commands)
+    _add_evaluate(commands)
+    _add_export(commands)
+    _add_status(commands)
+    _add_clean(commands)
+    return parser
+
+
+def _add_compress(commands: Any) -> None:
+    parser = _command(commands, "compress", _compress, "make a smaller model out of a dense one")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="directory or hub id")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="directory of the result")
+    parser.add_argument(
+        "--recipe", metavar="FILE", type=Path, help="TOML with these flags as keys; flags win"
+    )
+    for name in HELP:
+        _add_field(parser, FIELDS[name])
+    _add_progress(parser)
+    _add_json(parser, "print the whole report")
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands, "evaluate", _evaluate, "perplexity, agreement with the dense model, speed, size"
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory or hub id, dense or compressed")
+    parser.add_argument("--against", metavar="DENSE", help="dense model to compare with")
+    parser.add_argument(
+        "--text", metavar="TEXT", required=True, help=f"held-out text: {HELP['calibration']}"
+    )
+    parser.add_argument("--field", metavar="NAME", help=HELP["calibration_field"])
+    parser.add_argument("--stride", metavar="N", type=int, help="take each N-th sequence only")
+    for name in ("samples", "sequence_length", "layout", "dtype"):
+        _add_field(parser, FIELDS[name], shows_default=False)
+    for name in ("executor", "address", "workers", "threads", "shards"):
+        _add_field(parser, FIELDS[name])
+    parser.add_argument("--run-dir", metavar="DIR", help="run directory; MODEL.evaluation without")
+    _add_progress(parser)
+    _add_json(parser, "print the result as JSON")
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands, "export", _export, "a compressed checkpoint in a form that other programs know"
+    )
+    parser.add_argument("out", metavar="OUT", help="compressed checkpoint")
+    parser.add_argument("dense_dir", metavar="DENSE_DIR", help="directory to write")
+    parser.add_argument(
+        "--format", choices=("dense",), default="dense", help="dense: factors multiplied back"
+    )
+
+
+def _add_status(commands: Any) -> None:
+    parser = _command(commands, "status", _status, "where a run stands, from its directory alone")
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    _add_json(parser, "print the status as JSON")
+
+
+def _add_clean(commands: Any) -> None:
+    parser = _command(commands, "clean", _clean, "remove a run directory")
+    parser.add_argument("run", metavar="RUN", help="run directory")
+
+
+def _command(
+    commands: Any, name: str, command: Callable[[argparse.Namespace], None], says: str
+) -> argparse.ArgumentParser:
+    """A parser that leaves out of its result what was not given: defaults live in one place."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=says, description=says, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    parser.add_argument("--verbose", action="store_true", help="errors with their traceback")
+    parser.set_defaults(command=command, verbose=False, json=False)
+    return parser
+
+
+def _add_progress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--progress", choices=("lines", "json"), default="lines", help="form of events on stderr"
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser, says: str) -> None:
+    parser.add_argument("--json", action="store_true", help=says)
+
+
+def _add_field(
+    parser: argparse.ArgumentParser, field: Field[Any], *, shows_default: bool = True
+) -> None:
+    """The flag of a recipe field."""
+    says = HELP[field.name]
+    if shows_default and isinstance(field.default, str | int) and field.name != "download":
+        says += f" (default: {field.default})"
+    flag = "--" + field.name.replace("_", "-")
+    kind: Any = field.type
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=says)
+    elif kind == tuple[str, ...]:
+        parser.add_argument(flag, action="append", metavar="SELECTOR", help=says)
+    else:
+        (wanted, *_) = get_args(kind) or (kind,)
+        choices = CHOICES.get(field.name)
+        metavar = None if choices else METAVARS.get(field.name, METAVARS[wanted])
+        parser.add_argument(flag, type=wanted, choices=choices, metavar=metavar, help=says)

@@ -1,0 +1,105 @@
+"""How the events of a run become lines: plain ones for people, JSON for machines.
+
+An event is a plain dict. Known are
+
+    {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ...}
+    {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "seconds": ...}
+    {"event": "note", "text": ...}
+    {"event": "waiting", "for": ..., "there": ...}
+    {"event": "workers", "workers": [{"node": ..., "pid": ...}, ...]}
+    {"event": "lost" | "missing", "unit": ..., "why": ...}
+
+and any other is shown with its fields as they are. Lines carry no escape codes and never return
+the cursor, so that they read the same on a terminal, in a file and in the logs of a Ray job.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+SECONDS_BETWEEN_LINES = 1.0
+"""Units that finish faster share a line: a stage of thousands stays readable."""
+
+Event = Mapping[str, Any]
+
+
+class Lines:
+    """Writes each event as a line that says when, what, how far and how long still."""
+
+    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._start = clock()
+        self._stage_start = self._start
+        self._units_seen = 0
+        self._last_line = float("-inf")
+
+    def __call__(self, event: Event) -> None:
+        text = self._unit(event) if event["event"] == "unit" else self._other(event)
+        if text is not None:
+            self._stream.write(f"[{duration(self._clock() - self._start)}] {text}\n")
+            self._stream.flush()
+
+    def _unit(self, event: Event) -> str | None:
+        now, done, total = self._clock(), event["done"], event["total"]
+        self._units_seen += 1
+        if done < total and now - self._last_line < SECONDS_BETWEEN_LINES:
+            return None
+        self._last_line = now
+        # Units that an earlier run left behind took no time now, so only those seen count.
+        left = (now - self._stage_start) / self._units_seen * (total - done)
+        unit = f": {event['unit']}" if "unit" in event else ""
+        took = f" in {duration(event['seconds'])}" if "seconds" in event else ""
+        eta = f", {duration(left)} left" if done < total else ""
+        return f"{event['stage']} {done}/{total}{unit}{took}{eta}"
+
+    def _other(self, event: Event) -> str:
+        match event:
+            case {"event": "stage", "state": "begin", "stage": stage}:
+                self._stage_start = self._clock()
+                self._units_seen = 0
+                self._last_line = float("-inf")
+                return str(stage)
+            case {"event": "stage", "state": "end", "stage": stage}:
+                return f"{stage} done in {duration(event.get('seconds', 0.0))}"
+            case {"event": "note", "text": text}:
+                return str(text)
+            case {"event": "waiting"}:
+                return f"waiting for {event.get('for')}; there is {event.get('there')}"
+            case {"event": "workers", "workers": workers}:
+                return ", ".join(f"process {each['pid']} on {each['node']}" for each in workers)
+        fields = ", ".join(f"{name} {value}" for name, value in event.items() if name != "event")
+        return f"{event['event']}: {fields}"
+
+
+class JsonLines:
+    """Writes each event as one JSON object a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __call__(self, event: Event) -> None:
+        self._stream.write(json.dumps(dict(event), ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """A length of time as a person says it: 0.4s, 12s, 3m05s, 2h07m."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them, in powers of 1000: 512 B, 3.5 MB, 140 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

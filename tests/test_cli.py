@@ -1,0 +1,298 @@
+"""The command line: words into calls, results into text, errors into exit codes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from byte_tokenizer import bytes_tokenizer
+
+from orchestrator import __version__, api
+from orchestrator.cli import HELP, main
+from orchestrator.errors import (
+    InfeasibleError,
+    InputError,
+    StoppedError,
+    UsageError,
+    WorkerError,
+)
+from orchestrator.plan import Plan
+from orchestrator.recipe import Recipe, make_recipe
+from orchestrator.result import Result
+
+COMMANDS = ("compress", "evaluate", "export", "status", "clean")
+
+
+@pytest.fixture
+def compressed(monkeypatch):
+    """The recipes that reach the API, which gives a result without doing anything."""
+    recipes = []
+
+    def compress(recipe, on_event):
+        recipes.append(recipe)
+        on_event({"event": "note", "text": "here"})
+        report = {
+            "kept": {"asked": recipe.keep, "linears": 0.79, "model": 0.85},
+            "values": {"model_before": 1000, "model_after": 850},
+        }
+        plan = Plan(assignments={}, budget_values=0, stored_values=0)
+        return Result(out=Path(recipe.out), run_dir=Path("run"), plan=plan, report=report)
+
+    monkeypatch.setattr(api, "compress", compress)
+    return recipes
+
+
+def error_of(capsys):
+    """The one line that a failed command says."""
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("orchestrator: error: ")
+    return line
+
+
+def test_version_and_help(capsys):
+    """`--version` and every `--help` end with 0."""
+    calls = [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS)]
+    for call in calls:
+        with pytest.raises(SystemExit) as ended:
+            main(call)
+        assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"orchestrator {__version__}\n")
+
+
+def test_runs_as_a_module():
+    """`python -m orchestrator` is the same program."""
+    call = [sys.executable, "-m", "orchestrator", "--version"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(api.__file__).parent.parent)}
+    assert subprocess.check_output(call, env=environment, text=True).startswith("orchestrator ")
+
+
+def test_every_field_of_a_recipe_is_a_flag():
+    """Flags are the fields of a recipe, and each has a word of help."""
+    assert {*HELP, "model", "out"} == {field.name for field in fields(Recipe)}
+
+
+def test_flags_reach_the_recipe(compressed):
+    """Every flag sets its field; what is not given has the recipe's default."""
+    flags = (
+        "--keep 0.5 --calibration t.txt --samples 3 --sampling random --target *.mlp.* "
+        "--target re:.*q_proj --ignore a --download --workers 2 --run-dir r --max-shard-size 1MB"
+    )
+    assert main(["compress", "dense", "small", *flags.split()]) == 0
+    assert compressed == [
+        Recipe(
+            model="dense",
+            out="small",
+            keep=0.5,
+            calibration="t.txt",
+            samples=3,
+            sampling="random",
+            target=("*.mlp.*", "re:.*q_proj"),
+            ignore=("a",),
+            download=True,
+            workers=2,
+            run_dir="r",
+            max_shard_size="1MB",
+        )
+    ]
+
+
+def test_flags_win_over_the_recipe_file(compressed, tmp_path):
+    """A field is the flag's, else the file's, else the default."""
+    file = tmp_path / "recipe.toml"
+    written = make_recipe(
+        {"model": "dense", "out": "small", "keep": 0.5, "seed": 7, "download": True}
+    )
+    file.write_text(written.to_toml())
+    arguments = ["compress", "other", "--recipe", str(file), "--keep", "0.25", "--no-download"]
+    assert main(arguments) == 0
+    assert compressed == [make_recipe({"model": "other", "out": "small", "keep": 0.25, "seed": 7})]
+
+
+def test_result_on_stdout_and_progress_on_stderr(compressed, capsys):
+    """A result can be piped; events do not mix with it, as lines or as JSON."""
+    assert main(["compress", "dense", "small", "--keep", "0.8"]) == 0
+    said = capsys.readouterr()
+    assert "0.7900 (asked 0.8)" in said.out
+    assert said.err.endswith("] here\n")
+    arguments = ["compress", "dense", "small", "--keep", "0.8", "--json", "--progress", "json"]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["kept"]["model"] == 0.85
+    assert json.loads(said.err) == {"event": "note", "text": "here"}
+
+
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
+def test_evaluate_passes_what_was_given(monkeypatch, capsys, json_flag):
+    """`evaluate` passes the flags that were given on, and shows both models side by side."""
+    given = {}
+
+    def evaluate(model, *, on_event, **options):
+        given.update(options, model=model)
+        one = {
+            "path": model,
+            "perplexity": 10.0,
+            "parameters": 1000,
+            "bytes": 2000,
+            "prefill_tokens_per_second": 3.0,
+            "decode_tokens_per_second": None,
+        }
+        return {
+            "models": {"model": one, "against": {**one, "path": "dense", "perplexity": 9.5}},
+            "kl": 0.25,
+            "top1_agreement": 0.875,
+            "predictions": 511,
+            "peak_worker_bytes": 10**9,
+        }
+
+    monkeypatch.setattr(api, "evaluate", evaluate)
+    flags = "--against dense --text t.txt --stride 17 --dtype float32"
+    assert main(["evaluate", "small", *flags.split(), *json_flag]) == 0
+    assert given == {
+        "model": "small",
+        "against": "dense",
+        "text": "t.txt",
+        "stride": 17,
+        "dtype": "float32",
+    }
+    shown = capsys.readouterr().out
+    if json_flag:
+        assert json.loads(shown)["kl"] == 0.25
+    else:
+        rows = [line.split() for line in shown.splitlines()]
+        assert rows[:2] == [["dense", "small"], ["perplexity", "9.50", "10.00"]]
+        assert "same first token on 87.5%" in shown
+
+
+def test_export(monkeypatch, capsys):
+    """`export` names what it wrote."""
+    monkeypatch.setattr(api, "export", lambda out, dense_dir, format: f"{out} {dense_dir} {format}")
+    assert main(["export", "small", "dense"]) == 0
+    assert capsys.readouterr().out == "small dense dense\n"
+
+
+def test_status_and_clean(tmp_path, capsys):
+    """`status` reads a run from its directory, `clean` removes it and nothing else."""
+    from orchestrator.store.run import RunDirectory
+
+    run = RunDirectory(tmp_path / "run")
+    run.claim({})
+    run.write_status(state="stopped", exit_code=75, stage="calibrate", done=3, total=30)
+    assert main(["status", str(run.root)]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (shown["state"], shown["exit_code"], shown["done"]) == ("stopped", "75", "3 of 30")
+    assert main(["status", str(run.root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"] == 30
+    assert main(["clean", str(run.root)]) == 0
+    assert not run.root.exists()
+    capsys.readouterr()
+    assert main(["clean", str(tmp_path)]) == InputError.exit_code
+    assert tmp_path.exists()
+    error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("wrong flag"), 2),
+        (InfeasibleError("too small"), 3),
+        (InputError("damaged"), 4),
+        (StoppedError("stopped"), 75),
+        (WorkerError("unit failed\nTraceback"), 1),
+        (KeyboardInterrupt(), 75),
+        (OSError(28, "No space left on device", "out/model.safetensors"), 1),
+    ],
+)
+def test_errors_are_one_line_and_a_code(monkeypatch, capsys, error, code):
+    """An error is one line on stderr and its own exit code; its traceback needs `--verbose`."""
+
+    def status(run):
+        raise error
+
+    monkeypatch.setattr(api, "status", status)
+    assert main(["status", "run"]) == code
+    error_of(capsys)
+    assert main(["status", "run", "--verbose"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_sigterm_ends_with_75(monkeypatch, capsys):
+    """SIGTERM ends any command with 75, and leaves the process as it was."""
+    monkeypatch.setattr(api, "status", lambda run: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["status", "run"]) == 75
+    assert error_of(capsys).endswith("stopped by SIGTERM")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["reduce"],
+        ["compress", "a", "b", "--keep", "much"],
+        ["compress", "a", "b", "--sampling", "last"],
+        ["compress", "a", "b", "--sample", "3"],
+        ["evaluate", "a"],
+        ["export", "a", "b", "--format", "gguf"],
+    ],
+)
+def test_wrong_arguments_end_with_2(arguments, capsys):
+    """What the parser refuses, abbreviations included, ends with 2 and the usage."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        ([], 2, "recipe: keep missing"),
+        (["--keep", "1.5"], 2, "keep is 1.5"),
+        (["--keep", "nan"], 2, "keep is nan"),
+        (["--keep", "0.8", "--recipe", "none.toml"], 2, "none.toml"),
+        (["--keep", "0.8", "--method", "svd"], 2, "svd-llm"),
+        (["--keep", "0.8", "--max-shard-size", "big"], 2, "'big'"),
+        (
+            ["--keep", "0.8", "--target", "*.mlp.down_prj"],
+            2,
+            "near misses: model.layers.*.mlp.down",
+        ),
+        (["--keep", "0.8", "--calibration", "none.txt"], 4, "none.txt: no such text"),
+        (["--keep", "0.8", "--calibration", "short.txt"], 4, "tokens give"),
+        (["--keep", "0.8", "--calibration", "latin.txt"], 4, "at offset 3 is not UTF-8"),
+        (["--keep", "0.8", "--calibration", "fields.jsonl"], 4, "fields found: body"),
+    ],
+)
+def test_bad_input(checkpoint, tmp_path, monkeypatch, capsys, flags, code, says):
+    """Bad input ends with its code and a line that names it, and leaves no checkpoint behind."""
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("too short")
+    Path("latin.txt").write_bytes(b"caf\xe9 and more of it")
+    Path("fields.jsonl").write_text('{"body": "text"}\n')
+    if "--calibration" not in flags:
+        flags = [*flags, "--calibration", "short.txt"]
+    shutil.copytree(checkpoint("llama"), "dense")
+    bytes_tokenizer().save_pretrained("dense")
+    capsys.readouterr()
+    assert main(["compress", "dense", "out", "--executor", "local", *flags]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
+    assert len(lines) == 1, lines
+    assert says in lines[0]
+    assert not Path("out/config.json").exists()
+
+
+@pytest.mark.parametrize(("model", "says"), [("none/at/all", "no such directory"), (".", "config")])
+def test_bad_model(tmp_path, monkeypatch, capsys, model, says):
+    """A model that is not there, or is none, ends with 4 and its path."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compress", model, "out", "--keep", "0.8", "--calibration", "x.txt"]
+    assert main([*arguments, "--executor", "local"]) == 4
+    assert says in capsys.readouterr().err.splitlines()[-1]

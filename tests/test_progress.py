@@ -1,0 +1,101 @@
+"""Events become lines that read the same everywhere."""
+
+import io
+import json
+
+import pytest
+
+from orchestrator.progress import JsonLines, Lines, duration, size
+
+
+class Clock:
+    """A clock that is moved by hand; seconds."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def stream():
+    return io.StringIO()
+
+
+def unit(done, total=100):
+    return {"event": "unit", "stage": "calibrate", "done": done, "total": total}
+
+
+def test_a_run_in_lines(clock, stream):
+    """Stages, units with what is left, and notes are a line each."""
+    show = Lines(stream, clock=clock)
+    show({"event": "stage", "stage": "calibrate", "state": "begin"})
+    for done in (1, 2):
+        clock.now += 30
+        show({**unit(done, total=4), "unit": f"block {done - 1}", "seconds": 2.5})
+    show({"event": "note", "text": "all is well"})
+    show({"event": "waiting", "for": "3 calls", "there": "2 workers"})
+    show({"event": "workers", "workers": [{"node": "a", "pid": 3}, {"node": "b", "pid": 4}]})
+    show({"event": "lost", "unit": "block 2", "why": "gone"})
+    show({"event": "stage", "stage": "calibrate", "state": "end", "seconds": 65.0})
+    assert stream.getvalue().splitlines() == [
+        "[0.0s] calibrate",
+        "[30s] calibrate 1/4: block 0 in 2.5s, 1m30s left",
+        "[1m00s] calibrate 2/4: block 1 in 2.5s, 1m00s left",
+        "[1m00s] all is well",
+        "[1m00s] waiting for 3 calls; there is 2 workers",
+        "[1m00s] process 3 on a, process 4 on b",
+        "[1m00s] lost: unit block 2, why gone",
+        "[1m00s] calibrate done in 1m05s",
+    ]
+
+
+def test_fast_units_share_a_line(clock, stream):
+    """Of units that finish within a second one is shown, and the last one always."""
+    show = Lines(stream, clock=clock)
+    for done in range(1, 101):
+        clock.now += 0.1
+        show(unit(done))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) <= 12
+    assert lines[-1].endswith("calibrate 100/100")
+
+
+def test_resumed_units_do_not_shorten_what_is_left(clock, stream):
+    """What is left is reckoned from the units of this run, not from those that were there."""
+    show = Lines(stream, clock=clock)
+    show({"event": "stage", "stage": "calibrate", "state": "begin"})
+    clock.now = 10.0
+    show(unit(91))
+    assert stream.getvalue().endswith("1m30s left\n")
+
+
+def test_json_lines(stream):
+    """As JSON every event is one line that reads back as itself."""
+    events = [unit(1), {"event": "note", "text": "two\nlines, é"}]
+    show = JsonLines(stream)
+    for event in events:
+        show(event)
+    assert [json.loads(line) for line in stream.getvalue().splitlines()] == events
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.44, "0.4s"), (9.96, "10s"), (59.6, "1m00s"), (3599.6, "1h00m"), (7500, "2h05m")],
+)
+def test_duration(seconds, said):
+    """Lengths of time are rounded before they are cut into units."""
+    assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 B"), (999, "999 B"), (1e6 - 1, "1 MB"), (1.4e11, "140 GB")]
+)
+def test_size(count, said):
+    """Sizes are in powers of 1000, to three digits."""
+    assert size(count) == said
