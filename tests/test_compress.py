@@ -1,4 +1,4 @@
-"""The whole job on tiny models: every family, every cut, every number of workers, the same bytes."""
+"""The whole job on tiny models: every family; any cut and any crew give the same bytes."""
 
 import json
 
@@ -175,7 +175,7 @@ def test_only_targets_are_touched(layout, llama, text, tmp_path):
 
 
 def test_padding_does_not_reach_the_statistics(llama, text, tmp_path):
-    """Documents padded to a longer sequence lose nothing: the same tokens, nearly the same model."""
+    """Documents padded to a longer sequence lose nothing: the same tokens, the same errors."""
     rows = text.read_text().splitlines()[:6]
     lines = tmp_path / "text.jsonl"
     lines.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
