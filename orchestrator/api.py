@@ -80,6 +80,8 @@ def evaluate(
     from orchestrator.cluster.evaluate_job import Evaluation
     from orchestrator.models.weights import parse_dtype
 
+    # a hub id has no place of its own: the working directory then
+    beside = Path(model) if Path(model).is_dir() else Path(model).name
     models = {"model": str(model)} | ({} if against is None else {"against": str(against)})
     job = Evaluation(
         models,
@@ -95,7 +97,7 @@ def evaluate(
         schedule=Schedule(
             executor=executor, address=address, workers=workers, threads=threads, shards=shards
         ),
-        run_dir=Path(run_dir or f"{Path(model)}.evaluation"),
+        run_dir=Path(run_dir or f"{beside}.evaluation"),
     )
     return driver.evaluate(job, on_event)
 

@@ -27,7 +27,8 @@ def gather(model, mask, side):
             calibration.forward(Chunk(row, TOKENS[row : row + 1], mask[row : row + 1]))
         found = {linear.name: calibration.statistic(linear) for linear in shard.linears}
         calibration.close()
-        assert not any(shard.module(linear.name)._forward_pre_hooks for linear in shard.linears)
+        modules = [shard.module(linear.name) for linear in shard.linears]
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
     return found
 
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from orchestrator.cluster.pool import LocalPool, Pool
 from orchestrator.cluster.watch import Watch
 from orchestrator.cluster.worker import Task, Worker
@@ -59,10 +61,15 @@ def assemble(
                 f"workers: {schedule.workers} with the local executor, which is one process; "
                 "leave it out, or use --executor ray"
             )
-        with _probe_files(task) as nonce:
-            pool = LocalPool(lambda: worker_class(task))
-            probe = pool.worker.probe(nonce)
-        yield Crew(pool, 1, probe["environment"], (probe["node"],))
+        threads = torch.get_num_threads()
+        try:
+            with _probe_files(task) as nonce:
+                pool = LocalPool(lambda: worker_class(task))
+                probe = pool.worker.probe(nonce)
+            yield Crew(pool, 1, probe["environment"], (probe["node"],))
+        finally:
+            # the worker has set its own number, in what is the caller's process
+            torch.set_num_threads(threads)
         return
     with _ray_pool(worker_class, task, schedule, most, watch) as (ray_pool, size):
         with _probe_files(task) as nonce:

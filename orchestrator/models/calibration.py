@@ -24,11 +24,11 @@ class Calibration:
     """The Grams of some linears of a shard, summed over the chunks that pass, in their order.
 
     Only tokens inside a chunk's mask count. Linears of one site share one input Gram, gathered
-    once. An output Gram is of `W x` recomputed in float32 without the bias, not of the layer's own
-    output, whose rounding to 16 bits would be 2 % of the Gram.
+    once. An output Gram is of `W x` in float32 without the bias: the layer's own output where it is
+    just that, else recomputed, because its rounding to 16 bits would be 2 % of the Gram.
 
     Costs T n^2 multiply-adds a chunk for each Gram of n channels (see `Gram`), and one more
-    product with the weight for an output Gram. Close it to remove its hooks.
+    product with the weight for an output that is recomputed. Close it to remove its hooks.
     """
 
     def __init__(
@@ -55,17 +55,24 @@ class Calibration:
         size = linear.in_features if side == "input" else linear.out_features
         gram = self._grams[source] = Gram(size, dense_weight(module).device)
 
-        def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows_TI = self._select(inputs[0])
-            if side == "output":
-                weight_OI = dense_weight(module)
-                rows_TI = apply_linear(rows_TI.float(), weight_OI.float())
-            gram.update(rows_TI)
+        def gather_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            gram.update(self._select(inputs[0]))
 
-        self._hooks.append(module.register_forward_pre_hook(gather))
+        def gather_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if module.bias is None and output.dtype.itemsize >= 4:
+                gram.update(self._select(output))
+            else:
+                rows_TI, weight_OI = self._select(inputs[0]), dense_weight(module)
+                gram.update(apply_linear(rows_TI.float(), weight_OI.float()))
 
-    def _select(self, inputs_BTI: Tensor) -> Tensor:
-        rows_TI = inputs_BTI.detach().reshape(-1, inputs_BTI.shape[-1])
+        self._hooks.append(
+            module.register_forward_pre_hook(gather_input)
+            if side == "input"
+            else module.register_forward_hook(gather_output)
+        )
+
+    def _select(self, states_BTI: Tensor) -> Tensor:
+        rows_TI = states_BTI.detach().reshape(-1, states_BTI.shape[-1])
         return rows_TI if self._mask is None else rows_TI[self._mask.to(rows_TI.device)]
 
     def forward(self, chunk: Chunk) -> Chunk:
