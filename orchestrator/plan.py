@@ -28,6 +28,13 @@ class Linear:
     out_features: int
     in_features: int
     has_bias: bool
+    norm: str = ""
+    """Module name of the norm that its input comes from; empty where it comes from no module."""
+
+    @property
+    def sublayer(self) -> str:
+        """The part of its block that it belongs to, `3.self_attn`, or `3.` if it has no parent."""
+        return f"{self.block}.{self.role.rpartition('.')[0]}"
 
     @property
     def values(self) -> int:

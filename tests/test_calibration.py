@@ -85,3 +85,56 @@ def test_svd_llm_asks_for_the_smaller_gram(model):
     for name, statistic in gather(model, mask, METHODS["svd-llm"].side).items():
         kind = OutputGram if name.endswith("down_proj") else InputGram
         assert isinstance(statistic, kind)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "gpt_neox", "falcon"])
+def test_cosines_are_of_the_stream_around_each_sublayer(family, checkpoint):
+    """In sequence each sublayer has its own turn; in parallel both have their block's."""
+    tokens = torch.arange(30)[None] * 7 % 96
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 25:] = False
+    skeleton = Skeleton.open(checkpoint(family))
+    with skeleton.shard(range(skeleton.num_blocks)) as shard:
+        calibration = Calibration(shard, shard.linears, METHODS["svd-llm"].side)
+        calibration.forward(Chunk(0, tokens, mask))
+        found = [calibration.cosines(block) for block in range(4)]
+        calibration.close()
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint(family))
+    with torch.no_grad():
+        states = whole(input_ids=tokens, output_hidden_states=True).hidden_states
+    for block in range(3):
+        cosines = list(found[block].values())
+        assert {cosine.tokens for cosine in cosines} == {25}
+        assert len(cosines) == 2
+        before, after = (state[0, :25].double() for state in states[block : block + 2])
+        whole_block = torch.cosine_similarity(before, after, dim=-1).mean().item()
+        if family in ("gpt_neox", "falcon"):
+            assert [c.mean for c in cosines] == pytest.approx([whole_block] * 2, rel=1e-5)
+        else:
+            assert all(-1 <= cosine.mean <= 1 for cosine in cosines)
+            assert cosines[0].mean != pytest.approx(cosines[1].mean, rel=1e-4)
+
+
+def test_the_stream_between_the_sublayers_is_the_models(model):
+    """For a Llama the stream after attention is its input plus what attention gives."""
+    tokens = TOKENS[:1]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    skeleton = Skeleton.open(model)
+    with skeleton.shard(range(2)) as shard:
+        calibration = Calibration(shard, shard.linears, METHODS["svd-llm"].side)
+        calibration.forward(Chunk(0, tokens, mask))
+        found = calibration.cosines(1)
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    seen = {}
+    layer = whole.model.layers[1]
+    layer.register_forward_pre_hook(lambda m, inputs: seen.update(before=inputs[0]))
+    layer.self_attn.register_forward_hook(lambda m, i, output: seen.update(attention=output[0]))
+    layer.register_forward_hook(lambda m, i, output: seen.update(after=output))
+    with torch.no_grad():
+        whole(input_ids=tokens)
+    between = seen["before"] + seen["attention"]
+    expected = {
+        "1.self_attn": torch.cosine_similarity(seen["before"], between, dim=-1).mean().item(),
+        "1.mlp": torch.cosine_similarity(between, seen["after"], dim=-1).mean().item(),
+    }
+    assert {name: cosine.mean for name, cosine in found.items()} == pytest.approx(expected)

@@ -125,6 +125,10 @@ class CompressionWorker(Worker):
             )
         facts = {
             "linears": results,
+            "cosines": {
+                name: {"mean": cosine.mean, "tokens": cosine.tokens}
+                for name, cosine in self._calibration.cosines(block).items()
+            },
             "timings": {"seconds": time.monotonic() - start, "peak_bytes": self.peak_bytes()},
         }
         unit.commit(environment=self.environment(), facts=facts)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from transformers.pytorch_utils import Conv1D
 
+from orchestrator.linalg.cosine import Cosine
 from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.shard import Shard
+from orchestrator.models.streams import Streams
 from orchestrator.plan import Linear
 
 Side = Literal["input", "output"]
@@ -37,11 +39,13 @@ class Calibration:
         linears: Sequence[Linear],
         side: Callable[[Linear, Sequence[Linear]], Side],
     ) -> None:
+        blocks = {linear.block for linear in linears}
         self._shard = shard
         self._grams: dict[str, Gram] = {}
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
         self._mask: Tensor | None = None
+        self._streams = Streams(shard, [x for x in shard.linears if x.block in blocks])
         for linear in linears:
             together = [each for each in linears if each.site == linear.site]
             self._request(linear, side(linear, together))
@@ -78,7 +82,9 @@ class Calibration:
     def forward(self, chunk: Chunk) -> Chunk:
         """Passes one chunk through the shard and adds it to the statistics."""
         self._mask = None if bool(chunk.mask.all()) else chunk.mask.reshape(-1)
-        return self._shard.forward(chunk)
+        passed = self._shard.forward(chunk)
+        self._streams.add(passed, self._select)
+        return passed
 
     def statistic(self, linear: Linear) -> InputGram | OutputGram:
         """What has been gathered for one of the linears."""
@@ -86,6 +92,11 @@ class Calibration:
         gram = self._grams[source]
         kind = InputGram if side == "input" else OutputGram
         return kind(gram.matrix(), gram.tokens)
+
+    def cosines(self, block: int) -> dict[str, Cosine]:
+        """How much each sublayer of a block turns the residual stream, by the sublayer's name."""
+        found = self._streams.cosines.items()
+        return {name: cosine for name, cosine in found if name.startswith(f"{block}.")}
 
     def forget(self, linears: Sequence[Linear]) -> None:
         """Frees the Grams that only these linears use."""
@@ -95,6 +106,7 @@ class Calibration:
         self._grams = {source: gram for source, gram in self._grams.items() if source in used}
 
     def close(self) -> None:
+        self._streams.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._grams, self._sources = [], {}, {}

@@ -54,14 +54,21 @@ class LinearCalls:
             self.modules = {role: m for role, m in modules if isinstance(m, nn.Linear | Conv1D)}
         self.calls: list[tuple[str, Hashable]] = []
         """Role and identity of the input, call by call."""
-        self._inputs: list[Tensor] = []
+        self._seen: list[Tensor] = []
         """Kept alive, so that no two of them lie in the same memory one after the other."""
+        self._norms: dict[Hashable, str] = {}
+        """Name of the norm that gave a tensor, by the tensor's identity."""
+        self._block = block
 
     def __enter__(self) -> None:
         self.handles = [
             module.register_forward_pre_hook(partial(self._note, role), with_kwargs=True)
             for role, module in self.modules.items()
         ]
+        for path, module in self._block.named_modules() if self._block is not None else ():
+            if "Norm" in type(module).__name__:
+                hook = module.register_forward_hook(partial(self._note_norm, path))
+                self.handles.append(hook)
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
@@ -69,8 +76,13 @@ class LinearCalls:
 
     def _note(self, role: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         tensor = args[0] if args else kwargs["input"]
-        self._inputs.append(tensor)
+        self._seen.append(tensor)
         self.calls.append((role, _identity(tensor)))
+
+    def _note_norm(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._seen.append(output)
+            self._norms[_identity(output)] = f"{self.name}.{path}"
 
     def linears(self, where: str, block: int) -> list[Linear]:
         """The block's linears in call order.
@@ -106,6 +118,7 @@ class LinearCalls:
                     out_features=out_features,
                     in_features=in_features,
                     has_bias=module.bias is not None,
+                    norm=self._norms.get(identity, ""),
                 )
             )
         return linears
