@@ -142,9 +142,10 @@ def dispatch(
 
 
 def as_ours(error: BaseException, call: Call) -> OrchestratorError:
-    """Our own errors as they are; anything else with the unit's name before it."""
+    """Our own errors as they are; anything else with the unit's name, and its traceback behind."""
     if isinstance(error, OrchestratorError):
         return error
-    wrapped = WorkerError(f"{call.label}: {type(error).__name__}: {error}")
+    cause = getattr(error, "cause", None) or error
+    wrapped = WorkerError(f"{call.label}: {type(cause).__name__}: {cause}")
     wrapped.__cause__ = error
     return wrapped

@@ -25,7 +25,7 @@ from ray.exceptions import (
 import orchestrator
 from orchestrator.cluster.pool import PATIENCE_SECONDS, Outcome
 from orchestrator.cluster.schedule import Call
-from orchestrator.errors import InfeasibleError, UsageError
+from orchestrator.errors import InfeasibleError, OrchestratorError, UsageError
 from orchestrator.store.chunks import MissingChunk
 
 CONNECT_SECONDS = 5.0
@@ -204,7 +204,9 @@ class RayPool:
             if isinstance(cause, ObjectLostError):
                 # the chunk went with its node; its file is still there
                 return Outcome(call, error=MissingChunk(*(call.takes or (-1, -1))))
-            return Outcome(call, error=cause)
+            # what is not ours keeps Ray's wrapper, whose text is the traceback on the worker
+            is_ours = isinstance(cause, OrchestratorError | MissingChunk)
+            return Outcome(call, error=cause if is_ours else error)
         except ObjectLostError as error:
             return Outcome(call, lost=_first(error))
         except _LOST as error:
