@@ -1,97 +1,195 @@
-"""The battery that every allocator passes, and the claims of each."""
+"""The battery that every allocator passes, naming the laws each of them holds."""
 
 import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from allocation import assert_invariants, lost, make_cosines, make_curves, make_linears, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.allocate import ALLOCATORS
+from orchestrator.allocate.d_rank import DRank
+from orchestrator.allocate.mgaa import RULES, Mgaa
+from orchestrator.allocate.steps import spend, step_costs
+from orchestrator.allocate.svd_llm_v2 import SvdLlmV2
+from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, UsageError
-from orchestrator.plan import Curve, Linear, Plan
+from orchestrator.plan import Curve, Plan
 
-SHAPES = st.tuples(st.integers(2, 60), st.integers(2, 60))
+GROWS = "no rank, and so no stored total, falls as the budget grows, and no loss rises"
+DENSE = "everything is dense at 1"
+TYPES = "linears of one type may exchange their curves"
+WHOLE = "a curve cut at break-even gives the same plan"
+
+CASES = {
+    "uniform": (Uniform(), {GROWS, DENSE, TYPES, WHOLE}),
+    # its scores are taken at the uniform rank, which moves with the budget
+    "svd-llm-v2": (SvdLlmV2(), {DENSE, TYPES, WHOLE}),
+    # an effective rank needs the whole spectrum
+    "d-rank": (DRank(), {GROWS, DENSE, TYPES}),
+    "d-rank beta": (DRank(beta=0.3), {GROWS, DENSE, TYPES}),
+    "d-rank model": (DRank(scope="model"), {GROWS, DENSE, TYPES}),
+    "d-rank model beta": (DRank(scope="model", beta=0.3), {GROWS, DENSE, TYPES}),
+    # a type that turns uniform or back may lose ranks
+    "d-rank code": (DRank(accept="code", beta=0.2), {DENSE, TYPES}),
+    # rounding may pass the budget, and ranks over break-even are given to nobody
+    "d-rank paper": (DRank(setting="paper"), {TYPES}),
+    "d-rank paper beta": (DRank(setting="paper", beta=0.3), {TYPES}),
+    "d-rank paper model": (DRank(setting="paper", scope="model", beta=0.3), {TYPES}),
+    "d-rank paper code": (DRank(setting="paper", accept="code"), {TYPES}),
+    # a curve counts beside those of its own sublayer
+    "mgaa bounds": (Mgaa(), {GROWS, WHOLE}),
+    **{f"mgaa {rule}": (Mgaa(rule=rule, low=0.2, high=1), {GROWS, DENSE, WHOLE}) for rule in RULES},
+}
+
+ROLES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "mlp.gate_proj",
+    "mlp.down_proj",
+)
+SHAPES = st.tuples(st.integers(2, 40), st.integers(2, 40))
+MODELS = st.builds(
+    make_model,
+    st.tuples(*[SHAPES] * len(ROLES)).map(lambda shapes: dict(zip(ROLES, shapes, strict=True))),
+    st.integers(1, 3),
+)
+SMALL = make_model(
+    dict(zip(ROLES, [(48, 48), (16, 48), (16, 48), (96, 48), (48, 96)], strict=True)), blocks=4
+)
+
+every_case = pytest.mark.parametrize("case", CASES)
 
 
-def make_linears(shapes):
-    return [
-        Linear(
-            name=f"blocks.{n}.proj",
-            block=n,
-            role="proj",
-            site=f"blocks.{n}.proj",
-            out_features=out,
-            in_features=inputs,
-            has_bias=False,
-        )
-        for n, (out, inputs) in enumerate(shapes)
-    ]
+def with_law(law):
+    return pytest.mark.parametrize(
+        "case", [case for case, (_, laws) in CASES.items() if law in laws]
+    )
 
 
-def make_curves(linears, seed=0):
-    rng = np.random.default_rng(seed)
-    curves = {}
-    for linear in linears:
-        energies = np.sort(rng.exponential(size=min(linear.out_features, linear.in_features)))[::-1]
-        curves[linear.name] = Curve(
-            name=linear.name, energies=energies, total=float(energies.sum())
-        )
-    return curves
+def run(case, linears, keep, curves=None, cosines=None):
+    curves = curves or make_curves(linears)
+    return CASES[case][0](linears, curves, keep, cosines=cosines or make_cosines(linears))
 
 
-def assert_invariants(plan, linears, keep):
-    """The laws in the docstring of `orchestrator.allocate`."""
-    dense = sum(linear.values for linear in linears)
-    stored = sum(plan.assignments[linear.name].stored_values(linear) for linear in linears)
-    assert stored == plan.stored_values
-    assert stored <= plan.budget_values <= keep * dense + 1e-9 * dense
-    assert plan.assignments.keys() == {linear.name for linear in linears}
-    for linear in linears:
-        assignment = plan.assignments[linear.name]
-        if assignment.form == "low_rank":
-            assert 1 <= assignment.rank < linear.break_even
+def test_the_battery_covers_every_allocator():
+    """Each name of the table stands for a frozen class with a case above."""
+    assert {type(allocator) for allocator, _ in CASES.values()} == set(ALLOCATORS.values())
+    for allocator in ALLOCATORS.values():
+        assert [*allocator.__slots__] == [field.name for field in fields(allocator)]
+        assert allocator() == allocator()
+        assert hash(allocator()) == hash(allocator())
 
 
-@pytest.mark.parametrize("name", ALLOCATORS)
-@given(shapes=st.lists(SHAPES, min_size=1, max_size=6), percent=st.integers(1, 100))
-@settings(deadline=None, max_examples=100)
-def test_allocators_keep_the_laws(name, shapes, percent):
+@every_case
+@given(linears=MODELS, percent=st.integers(1, 100), seed=st.integers(0, 9))
+@settings(deadline=None, max_examples=60)
+def test_allocators_keep_the_laws(case, linears, percent, seed):
     """The budget is met from below, ranks stay below break-even, or the budget is infeasible."""
-    linears, keep = make_linears(shapes), percent / 100
     try:
-        plan = ALLOCATORS[name](linears, make_curves(linears), keep)
+        plan = run(case, linears, percent / 100, make_curves(linears, seed))
     except InfeasibleError:
         return
-    assert_invariants(plan, linears, keep)
+    assert_invariants(plan, linears, percent / 100)
     assert Plan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize("name", ALLOCATORS)
-def test_more_budget_never_stores_less(name):
-    """Stored values grow with the budget, and everything is dense at 1."""
-    linears = make_linears([(64, 64), (16, 64), (96, 64), (64, 96)])
-    curves = make_curves(linears)
-    stored = [ALLOCATORS[name](linears, curves, k / 50).stored_values for k in range(10, 51)]
-    assert stored == sorted(stored)
-    assert stored[-1] == sum(linear.values for linear in linears)
+@with_law(GROWS)
+def test_more_budget_never_means_less(case):
+    """Each linear's rank, the stored total and minus the loss grow with the budget."""
+    curves = make_curves(SMALL)
+    before = None
+    for percent in range(32, 98):
+        plan = run(case, SMALL, percent / 100, curves)
+        sizes = np.array([plan.assignments[each.name].stored_values(each) for each in SMALL])
+        loss = sum(lost(plan.assignments[each.name], curves[each.name]) for each in SMALL)
+        if before is not None:
+            assert np.all(sizes >= before[0])
+            assert loss <= before[1]
+        before = sizes, loss
+
+
+@with_law(DENSE)
+def test_everything_is_dense_at_one(case):
+    """A budget of all values is spent on all values."""
+    plan = run(case, SMALL, 1.0)
+    assert {assignment.form for assignment in plan.assignments.values()} == {"dense"}
+    assert plan.slack_values == 0
+
+
+@every_case
+def test_blocks_may_be_exchanged(case):
+    """Blocks that exchange their curves and cosines exchange what they get."""
+    curves, cosines = make_curves(SMALL), make_cosines(SMALL)
+    plan = run(case, SMALL, 0.7, curves, cosines)
+
+    def at_other(block):
+        return (block + 1) % 4
+
+    other = {each.name: f"blocks.{at_other(each.block)}.{each.role}" for each in SMALL}
+    moved = {name: replace(curves[other[name]], name=name) for name in other}
+    parts = {name: name.partition(".") for name in cosines}
+    turned = {n: cosines[f"{at_other(int(block))}.{part}"] for n, (block, _, part) in parts.items()}
+    after = run(case, SMALL, 0.7, moved, turned)
+    assert after.assignments == {name: plan.assignments[other[name]] for name in other}
+
+
+@with_law(TYPES)
+def test_linears_of_one_type_may_be_exchanged(case):
+    """Two linears of one type that exchange their curves exchange what they get."""
+    curves = make_curves(SMALL)
+    plan = run(case, SMALL, 0.7, curves)
+    for role in ROLES:
+        one, two = f"blocks.0.{role}", f"blocks.2.{role}"
+        swapped = curves | {
+            one: replace(curves[two], name=one),
+            two: replace(curves[one], name=two),
+        }
+        after = run(case, SMALL, 0.7, swapped).assignments
+        expected = plan.assignments | {one: plan.assignments[two], two: plan.assignments[one]}
+        assert after == expected
+
+
+@with_law(WHOLE)
+def test_a_curve_may_be_cut_at_break_even(case):
+    """What lies beyond break-even is needed only in the total."""
+    curves = make_curves(SMALL)
+    cut = {
+        each.name: Curve(
+            name=each.name,
+            energies=curves[each.name].energies[: each.break_even],
+            total=curves[each.name].total,
+        )
+        for each in SMALL
+    }
+    assert run(case, SMALL, 0.6, cut) == run(case, SMALL, 0.6, curves)
+
+
+@every_case
+def test_linears_that_cost_as_much_as_their_factors_stay_dense(case):
+    """Where rank 1 reaches break-even there is nothing but the dense weight to choose."""
+    linears = make_model(dict.fromkeys(ROLES, (2, 2)), blocks=2)
+    with pytest.raises(InfeasibleError):
+        run(case, linears, 0.95)
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, math.nan])
-@pytest.mark.parametrize("name", ALLOCATORS)
-def test_a_kept_fraction_outside_its_range_is_refused(name, keep):
+@every_case
+def test_a_kept_fraction_outside_its_range_is_refused(case, keep):
     """Only (0, 1] is a kept fraction."""
-    linears = make_linears([(8, 8)])
     with pytest.raises(UsageError, match="keep"):
-        ALLOCATORS[name](linears, make_curves(linears), keep)
+        run(case, SMALL, keep)
 
 
-@pytest.mark.parametrize("name", ALLOCATORS)
-def test_less_than_rank_one_everywhere_is_infeasible(name):
+@every_case
+def test_less_than_rank_one_everywhere_is_infeasible(case):
     """The error says what is needed and what the least possible is."""
-    linears = make_linears([(64, 64)])
-    with pytest.raises(InfeasibleError, match=r"128.*0\.03125"):
-        ALLOCATORS[name](linears, make_curves(linears), 0.03)
+    linears = make_model(dict.fromkeys(ROLES, (64, 64)), blocks=1)
+    with pytest.raises(InfeasibleError, match=r"640.*0\.03125"):
+        run(case, linears, 0.03)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +199,31 @@ def test_less_than_rank_one_everywhere_is_infeasible(name):
 def test_uniform_gives_the_published_ranks(shape, rank):
     """At 0.8 kept the rank is floor(0.8 m n / (m + n)), as the papers print it."""
     (linear,) = make_linears([shape])
-    assert ALLOCATORS["uniform"]([linear], {}, 0.8).assignments[linear.name].rank == rank
+    plan = Uniform()([linear], {}, 0.8, cosines={})
+    assert plan.assignments[linear.name].rank == rank
+
+
+@given(shape=SHAPES)
+def test_steps_lead_to_the_dense_weight(shape):
+    """Break-even many steps cost the dense weight together, the last one less than two ranks."""
+    (linear,) = make_linears([shape])
+    costs = step_costs(linear)
+    assert costs.sum() == linear.values
+    assert len(costs) == max(linear.break_even, 1)
+    if len(costs) > 1:
+        assert set(costs[:-1]) <= {linear.rank_cost}
+        assert linear.rank_cost <= costs[-1] < 2 * linear.rank_cost
+
+
+def test_steps_are_taken_in_order_and_none_out_of_turn():
+    """The first step that does not fit ends it, though a later one is cheaper."""
+    wide, narrow = make_linears([(40, 40), (8, 8)])
+    keys = [np.arange(20.0), np.arange(4.0) + 0.5]
+    # both first ranks, 80 + 16; then 80 at key 1, 16 at 1.5, and 80 at 2 does not fit in 79
+    plan = spend([wide, narrow], keys, 80 + 16 + 80 + 16 + 79, where="here")
+    assert [plan[each.name].rank for each in (wide, narrow)] == [2, 2]
+    with pytest.raises(InfeasibleError, match=r"here.*95.*96"):
+        spend([wide, narrow], keys, 95, where="here")
 
 
 def test_losses_of_a_curve_are_its_cut_tail():

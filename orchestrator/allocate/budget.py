@@ -8,10 +8,21 @@ from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan import Assignment, Linear, Plan
 
 
-def budget_values(linears: Sequence[Linear], keep: float) -> int:
-    """The values that these linears may store together, `floor(keep * dense values)`.
+def share_values(linears: Sequence[Linear], keep: float) -> int:
+    """The kept fraction of the dense values of these linears, `floor(keep * dense values)`.
 
     `keep` is taken as the decimal it was written as, so that 0.3 of 10 values is 3 and not 2.
+    """
+    return math.floor(Fraction(str(keep)) * sum(linear.values for linear in linears))
+
+
+def least_values(linear: Linear) -> int:
+    """The least that this linear can store: rank 1, or the dense weight if that is no larger."""
+    return linear.rank_cost if linear.break_even > 1 else linear.values
+
+
+def budget_values(linears: Sequence[Linear], keep: float) -> int:
+    """The values that these linears may store together, their share.
 
     Raises:
         UsageError: `keep` is not above 0 and at most 1.
@@ -20,8 +31,8 @@ def budget_values(linears: Sequence[Linear], keep: float) -> int:
     if not 0 < keep <= 1:
         raise UsageError(f"keep: {keep} is outside (0, 1]; 0.8 keeps four values in five")
     dense = sum(linear.values for linear in linears)
-    budget = math.floor(Fraction(str(keep)) * dense)
-    least = sum(min(linear.rank_cost, linear.values) for linear in linears)
+    budget = share_values(linears, keep)
+    least = sum(least_values(linear) for linear in linears)
     if budget < least:
         raise InfeasibleError(
             f"keep: {keep} allows {budget} of {dense} values, but rank 1 for each of "
@@ -47,7 +58,16 @@ def assign_rank(linear: Linear, rank: int, values: int) -> Assignment:
 def make_plan(
     linears: Sequence[Linear], assignments: Mapping[str, Assignment], budget: int
 ) -> Plan:
-    """The plan with its total; the caller has kept the budget."""
+    """The plan in the order of the linears, with its total; the caller has kept the budget."""
+    assignments = {linear.name: assignments[linear.name] for linear in linears}
     stored = sum(assignments[linear.name].stored_values(linear) for linear in linears)
     assert stored <= budget, f"stored {stored} values of a budget of {budget}"
     return Plan(assignments=assignments, budget_values=budget, stored_values=stored)
+
+
+def by_role(linears: Sequence[Linear]) -> dict[str, list[Linear]]:
+    """The linears of each type: those with the same role, in the order they came in."""
+    types: dict[str, list[Linear]] = {}
+    for linear in linears:
+        types.setdefault(linear.role, []).append(linear)
+    return types

@@ -1,0 +1,291 @@
+"""D-Rank: ranks by effective rank, and attention's Q and K give to V (arXiv 2509.25622).
+
+Indices: G linears (groups of one) that share a budget, K steps of a linear.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from orchestrator.allocate.budget import budget_values, by_role, make_plan, share_values
+from orchestrator.allocate.options import check_choice, check_number
+from orchestrator.allocate.steps import spend, step_costs
+from orchestrator.allocate.uniform import Uniform
+from orchestrator.errors import UsageError
+from orchestrator.plan import Assignment, Curve, Linear, Plan
+
+GIVERS, TAKER = ("q_proj", "k_proj"), "v_proj"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DRank:
+    """Minimises Σ R_g / k_g under Σ k_g ω_g = T: k_g = T / Σ √(R ω) · √(R_g / ω_g).
+
+    R is the effective rank exp(−Σ p ln p), p the squared singular values in the method's norm
+    over their sum; ω the stored values of one rank; T the budget. A group is one linear here.
+
+    `setting="exact"` is ours. The minimum is taken over integers, with every linear that reaches
+    break-even made dense (which counts as the rank that stores as much, a fraction included): the
+    next rank goes where R (1/k − 1/(k+1)) / ω is largest. No plan that stores as little has a
+    smaller sum; the ranks follow min(break-even, C √(R/ω)), the water-filling solution, with C
+    set by the budget. Rebalancing moves beta of the budgets of Q and K to V, never more than
+    makes V dense, and each of the three is solved again. Every rank grows with the budget, and
+    with it the stored total; the modelled loss falls.
+
+    `setting="paper"` rounds the formula above to the nearest rank, clamped to at least 1; where
+    that passes the budget, the ranks rounded up furthest are given back first. What reaches
+    break-even is stored dense, since no larger than its factors and exact, and what it leaves is
+    given to nobody (the paper caps at min(m, n) and says nothing of it). Rebalancing scales the
+    ranks of Q and K by 1 − beta and adds the same number of ranks to every V, up to min(m, n);
+    the rest goes back to Q and K in proportion. Not monotone in the budget, and not everything is
+    dense at 1.
+
+    Rebalancing is counted in stored values: with as many heads for K and V as for Q these are the
+    paper's ranks, with fewer its formulas would miss the budget. Departures from the authors'
+    code: the budget is met from below, where theirs takes up to 2 G steps of one rank around it;
+    `accept` and `scope` are off the paper, and said so.
+    """
+
+    setting: Literal["exact", "paper"] = "exact"
+    """Integers at the optimum (`exact`), or the rounded closed form (`paper`)."""
+    scope: Literal["type", "model"] = "type"
+    """What shares one budget: the linears of one type, as in the paper, or all of them."""
+    beta: float = 0.0
+    """Fraction of the values of Q and K that goes to V; 0.3 to 0.4 in the paper."""
+    accept: Literal["none", "code"] = "none"
+    """`code`: the test of the authors' code. A type takes these ranks only if they cut less energy
+    than uniform ranks do, and uniform ones otherwise; q, k and v are not tested, gate_proj is
+    always uniform."""
+
+    needs_cosines: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choice("d-rank: setting", self.setting, ("exact", "paper"))
+        check_choice("d-rank: scope", self.scope, ("type", "model"))
+        check_choice("d-rank: accept", self.accept, ("none", "code"))
+        check_number("d-rank: beta", self.beta, 0, 1)
+        if self.accept == "code" and self.scope == "model":
+            raise UsageError(
+                "d-rank: accept is 'code' and scope is 'model'; uniform ranks of one type fit only "
+                "the budget of that type, so give scope 'type'"
+            )
+
+    def __call__(
+        self,
+        linears: Sequence[Linear],
+        curves: Mapping[str, Curve],
+        keep: float,
+        cosines: Mapping[str, float],
+    ) -> Plan:
+        """
+        Raises:
+            UsageError, InfeasibleError: As `budget_values`; also when beta is above 0 and there
+                is not one type each of q_proj, k_proj and v_proj, or a budget is below rank 1
+                for each of its linears.
+        """
+        budget = budget_values(linears, keep)
+        types = by_role(linears)
+        trio = _find_trio(types) if self.beta > 0 else None
+        effective = {each.name: effective_rank(each, curves[each.name]) for each in linears}
+        if self.setting == "exact":
+            assignments = self._exact(types, keep, effective, trio)
+        else:
+            assignments = self._paper(types, keep, effective, trio)
+        if self.accept == "code":
+            assignments = _accept(types, curves, keep, assignments)
+        return make_plan(linears, assignments, budget)
+
+    def _pools(self, types: Mapping[str, list[Linear]]) -> dict[str, list[Linear]]:
+        """The linears that share a budget, by a name for messages."""
+        if self.scope == "type":
+            return dict(types)
+        return {"the model": [linear for group in types.values() for linear in group]}
+
+    def _exact(
+        self,
+        types: Mapping[str, list[Linear]],
+        keep: float,
+        effective: Mapping[str, float],
+        trio: Sequence[str] | None,
+    ) -> dict[str, Assignment]:
+        assignments: dict[str, Assignment] = {}
+        for where, pool in self._pools(types).items():
+            assignments |= _minimise(pool, effective, share_values(pool, keep), where)
+        if trio is None:
+            return assignments
+        if self.scope == "type":
+            held = [share_values(types[role], keep) for role in trio]
+        else:
+            held = [_stored(types[role], assignments) for role in trio]
+        most = sum(linear.values for linear in types[trio[-1]])
+        for role, share in zip(trio, rebalance(held, most, self.beta), strict=True):
+            where = f"{role} at beta {self.beta}"
+            assignments |= _minimise(types[role], effective, share, where)
+        return assignments
+
+    def _paper(
+        self,
+        types: Mapping[str, list[Linear]],
+        keep: float,
+        effective: Mapping[str, float],
+        trio: Sequence[str] | None,
+    ) -> dict[str, Assignment]:
+        pools = self._pools(types)
+        shares = {where: share_values(pool, keep) for where, pool in pools.items()}
+        ranks: dict[str, float] = {}
+        for where, pool in pools.items():
+            ranks |= closed_form(pool, effective, shares[where])
+        if trio is not None:
+            ranks |= _rebalance_ranks([types[role] for role in trio], ranks, self.beta)
+            if self.scope == "type":
+                # what moves between the three leaves only their common budget as it was
+                joined = [linear for role in trio for linear in pools.pop(role)]
+                where = ", ".join(trio)
+                pools[where], shares[where] = joined, sum(shares.pop(role) for role in trio)
+        assignments: dict[str, Assignment] = {}
+        for where, pool in pools.items():
+            assignments |= _round(pool, ranks, shares[where], where)
+        return assignments
+
+
+def effective_rank(linear: Linear, curve: Curve) -> float:
+    """exp(−Σ p ln p), p the squared singular values over their sum; 1 where all are 0.
+
+    Between 1 and min(m, n). Where the curve is cut, what its total says is left counts as spread
+    evenly over the directions not listed: an upper bound, off by at most ε ln(their number) in
+    the exponent for a fraction ε left.
+    """
+    unlisted = min(linear.out_features, linear.in_features) - len(curve.energies)
+    rest = max(curve.total - float(curve.energies.sum()), 0.0) if unlisted > 0 else 0.0
+    energies = curve.energies[curve.energies > 0]
+    total = float(energies.sum()) + rest
+    if total <= 0:
+        return 1.0
+    p = energies / total
+    entropy = -float(p @ np.log(p))
+    if rest > 0:
+        entropy -= rest / total * math.log(rest / total / unlisted)
+    return math.exp(entropy)
+
+
+def closed_form(
+    linears: Sequence[Linear], effective: Mapping[str, float], budget: int
+) -> dict[str, float]:
+    """k_g = T / Σ √(R ω) · √(R_g / ω_g) for each linear, real and without any bound."""
+    effective_G = np.array([effective[linear.name] for linear in linears])
+    cost_G = np.array([float(linear.rank_cost) for linear in linears])
+    level = budget / float(np.sqrt(effective_G * cost_G).sum())
+    ranks_G = level * np.sqrt(effective_G / cost_G)
+    return {linear.name: float(rank) for linear, rank in zip(linears, ranks_G, strict=True)}
+
+
+def rebalance(held: Sequence[int], most: int, beta: float) -> list[int]:
+    """Budgets of q, k and v after q and k have given beta of theirs to v, who takes up to `most`.
+
+    What v cannot take stays with q and k in proportion. Rounded down each: together they lose at
+    most two values.
+    """
+    query, key, value = held
+    given = min(Fraction(str(beta)), Fraction(most - value, query + key))
+    return [
+        math.floor(query * (1 - given)),
+        math.floor(key * (1 - given)),
+        value + math.floor(given * (query + key)),
+    ]
+
+
+def _minimise(
+    linears: Sequence[Linear], effective: Mapping[str, float], budget: int, where: str
+) -> dict[str, Assignment]:
+    """The integers that minimise Σ R / k: steps by stored values per gain, the cheapest first.
+
+    Rank k + 1 gains R / (k (k + 1)) for ω values. The dense weight counts as rank m n / ω.
+    """
+    keys = []
+    for linear in linears:
+        rank_K = np.arange(len(step_costs(linear)), dtype=np.float64)
+        after_K = (rank_K + 1) * linear.rank_cost
+        after_K[-1] = linear.values
+        keys.append(rank_K * after_K / effective[linear.name])
+    return spend(linears, keys, budget, where=where)
+
+
+def _round(
+    linears: Sequence[Linear], ranks: Mapping[str, float], budget: int, where: str
+) -> dict[str, Assignment]:
+    """The nearest integers within the budget: steps by how far they pass the real rank.
+
+    Steps that pass it by more than half a rank are not taken.
+    """
+    keys = []
+    for linear in linears:
+        passed_K = np.arange(1, len(step_costs(linear)) + 1) - ranks[linear.name]
+        keys.append(np.where(passed_K > 0.5, np.inf, passed_K))
+    return spend(linears, keys, budget, where=where)
+
+
+def _find_trio(types: Mapping[str, list[Linear]]) -> list[str]:
+    """The roles of q, k and v."""
+    trio = []
+    for name in (*GIVERS, TAKER):
+        found = [role for role in types if _last(role) == name]
+        if len(found) != 1:
+            raise UsageError(
+                f"d-rank: beta is above 0, which needs one type of linear named {name}; found "
+                f"{', '.join(found) or 'none'} among those targeted; give beta 0"
+            )
+        trio += found
+    return trio
+
+
+def _rebalance_ranks(
+    trio: Sequence[Sequence[Linear]], ranks: Mapping[str, float], beta: float
+) -> dict[str, float]:
+    """Real ranks after Q and K have given beta of theirs to V, as the same rank for every V."""
+    givers, takers = [*trio[0], *trio[1]], trio[2]
+    offered = beta * sum(ranks[linear.name] * linear.rank_cost for linear in givers)
+    each = offered / sum(linear.rank_cost for linear in takers)
+    raised, taken = {}, 0.0
+    for linear in takers:
+        rank = ranks[linear.name]
+        cap = min(linear.out_features, linear.in_features)
+        raised[linear.name] = min(rank + each, max(rank, cap))
+        taken += (raised[linear.name] - rank) * linear.rank_cost
+    left = 1 - beta * taken / offered
+    return raised | {linear.name: left * ranks[linear.name] for linear in givers}
+
+
+def _accept(
+    types: Mapping[str, list[Linear]],
+    curves: Mapping[str, Curve],
+    keep: float,
+    assignments: Mapping[str, Assignment],
+) -> dict[str, Assignment]:
+    """The assignments, with uniform ones for every type that the authors' test refuses."""
+    accepted = dict(assignments)
+    for role, group in types.items():
+        if _last(role) in (*GIVERS, TAKER):
+            continue
+        uniform = Uniform()(group, curves, keep, cosines={}).assignments
+        lost = sum(_loss(curves[each.name], assignments[each.name]) for each in group)
+        if _last(role) == "gate_proj" or not lost < sum(
+            _loss(curves[each.name], uniform[each.name]) for each in group
+        ):
+            accepted |= uniform
+    return accepted
+
+
+def _loss(curve: Curve, assignment: Assignment) -> float:
+    return 0.0 if assignment.form == "dense" else curve.loss(assignment.rank)
+
+
+def _stored(linears: Sequence[Linear], assignments: Mapping[str, Assignment]) -> int:
+    return sum(assignments[linear.name].stored_values(linear) for linear in linears)
+
+
+def _last(role: str) -> str:
+    return role.rpartition(".")[2]

@@ -1,0 +1,139 @@
+"""MGAA (reconstruction): between sublayers by cosine, within one by energy (arXiv 2507.03294).
+
+Indices: S sublayers, K steps of a linear.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from orchestrator.allocate.budget import budget_values, make_plan
+from orchestrator.allocate.options import check_choice, check_number
+from orchestrator.allocate.scale import find_scale
+from orchestrator.allocate.steps import spend, step_costs
+from orchestrator.errors import InfeasibleError, InputError
+from orchestrator.plan import Assignment, Curve, Linear, Plan
+
+RULES = ("power", "softmax", "linear", "retain")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mgaa:
+    """MGAA (reconstruction): the paper's formula from cosine to kept fraction is not public.
+
+    The abstract of Multi-Granular Adaptive Allocation gives two principles, and they are kept:
+
+    1. Between sublayers (the attention or the MLP part of a block) the kept fraction follows the
+       cosine c between the residual stream before and after it: the more alike, the less is kept.
+       The rules below are ours; each is scaled so that the fractions, weighted by size, meet the
+       budget. Cosines are clamped to [0, 1].
+    2. Within a sublayer all matrices retain the same fraction of their energy E(k), the sum of
+       the k largest squared singular values over all, in the norm that the method truncates in.
+       Solved exactly in integers: the next rank always goes to the linear that has captured the
+       least, until the next one does not fit. No other ranks within the sublayer's share have a
+       larger least retained energy. A linear whose turn comes at break-even becomes dense, at the
+       dense weight's price, so what the others share is right by construction.
+
+    What a sublayer's share leaves is less than its next rank, and is not handed on; it is
+    reported as slack. So every rank grows with the budget, and with it the stored total; the
+    modelled loss falls.
+    """
+
+    rule: Literal["power", "softmax", "linear", "retain"] = "power"
+    """Kept ∝ (1 − c)^t (`power`) or the angle arccos(c) (`retain`); removed ∝
+    exp(c / temperature) (`softmax`) or c (`linear`)."""
+    t: float = 0.5
+    """Exponent of `power`; 0 is uniform, 1 in proportion to 1 − c."""
+    temperature: float = 0.1
+    """Temperature of `softmax`; larger is closer to uniform."""
+    low: float = 0.3
+    """Least kept fraction of a sublayer."""
+    high: float = 0.98
+    """Largest kept fraction of a sublayer."""
+
+    needs_cosines: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_choice("mgaa: rule", self.rule, RULES)
+        check_number("mgaa: t", self.t, 0, 100)
+        check_number("mgaa: temperature", self.temperature, 0.001, 1000)
+        check_number("mgaa: high", self.high, 0, 1)
+        check_number("mgaa: low", self.low, 0, self.high)
+
+    def __call__(
+        self,
+        linears: Sequence[Linear],
+        curves: Mapping[str, Curve],
+        keep: float,
+        cosines: Mapping[str, float],
+    ) -> Plan:
+        """
+        Raises:
+            UsageError, InfeasibleError: As `budget_values`; also when `keep` lies outside the
+                bounds, or a sublayer's share is below rank 1 for each of its linears.
+            InputError: The cosine of a sublayer is missing or not finite.
+        """
+        budget = budget_values(linears, keep)
+        if not self.low <= keep <= self.high:
+            raise InfeasibleError(
+                f"keep: {keep} is outside [{self.low}, {self.high}], what mgaa may keep of a "
+                f"sublayer; {'lower its low' if keep < self.low else 'raise its high'}"
+            )
+        sublayers: dict[str, list[Linear]] = {}
+        for linear in linears:
+            sublayers.setdefault(linear.sublayer, []).append(linear)
+        cosine_S = np.array([_cosine(cosines, name) for name in sublayers])
+        size_S = np.array([sum(each.values for each in part) for part in sublayers.values()])
+        kept_S = self.kept_fractions(cosine_S, size_S, budget)
+
+        assignments: dict[str, Assignment] = {}
+        for (name, part), share in zip(sublayers.items(), kept_S * size_S, strict=True):
+            keys = [captured(linear, curves[linear.name]) for linear in part]
+            # what bisection left below a whole number is given back: under one value in all
+            values = math.floor(share * (1 + 1e-13))
+            assignments |= spend(part, keys, values, where=f"sublayer {name}")
+        return make_plan(linears, assignments, budget)
+
+    def kept_fractions(self, cosine_S: np.ndarray, size_S: np.ndarray, budget: float) -> np.ndarray:
+        """What each sublayer keeps, [S]: within the bounds, its sum over sizes the budget.
+
+        Met from below to rounding. Each fraction grows with the budget; equal cosines give equal
+        fractions.
+        """
+        cosine_S = np.clip(cosine_S, 0, 1)
+        if self.rule in ("power", "retain"):
+            power = self.rule == "power"
+            score_S = (1 - cosine_S) ** self.t if power else np.arccos(cosine_S)
+            kept_S, _ = find_scale(score_S, size_S, self.low, self.high, budget)
+            return kept_S
+        distance_S = (cosine_S - cosine_S.max()) / self.temperature
+        score_S = np.exp(distance_S) if self.rule == "softmax" else cosine_S
+        removed = float(size_S.sum() - budget)
+        _, removed_S = find_scale(score_S, size_S, 1 - self.high, 1 - self.low, removed)
+        return np.asarray(np.clip(1 - removed_S, self.low, self.high))
+
+
+def captured(linear: Linear, curve: Curve) -> np.ndarray:
+    """Fraction of the energy that is captured before each step, ascending from 0, [K].
+
+    A linear without energy has captured all of it from rank 1 on.
+    """
+    steps = len(step_costs(linear))
+    if curve.total <= 0:
+        return np.minimum(np.arange(steps), 1.0)
+    energy_K = np.concatenate([[0.0], np.cumsum(curve.energies[: steps - 1])])
+    fraction_K: np.ndarray = energy_K / curve.total
+    return fraction_K
+
+
+def _cosine(cosines: Mapping[str, float], sublayer: str) -> float:
+    cosine = cosines.get(sublayer, math.nan)
+    if not math.isfinite(cosine):
+        raise InputError(
+            f"sublayer {sublayer}: its cosine is {cosines.get(sublayer, 'missing')}; mgaa needs "
+            "a finite one for every sublayer, from calibration"
+        )
+    return cosine

@@ -1,0 +1,97 @@
+"""SVD-LLM v2: by the logarithm of each linear's truncation loss (arXiv 2503.12340).
+
+Indices: N linears of one type, K steps of a linear.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from orchestrator.allocate.budget import budget_values, by_role, make_plan, share_values
+from orchestrator.allocate.options import check_number
+from orchestrator.allocate.scale import find_scale
+from orchestrator.allocate.steps import spend, step_costs
+from orchestrator.errors import InfeasibleError
+from orchestrator.plan import Assignment, Curve, Linear, Plan
+
+LEAST_LOG = 1e-6
+"""Stands for the logarithm of a loss of 1 or less, where the paper's formula has no meaning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SvdLlmV2:
+    """Within each type of N linears the removed fraction is N R s_i / Σ s, with s_i = 1 / ln L_i.
+
+    R is the removed fraction asked for and L_i = |(W − W') X|_F the loss at uniform rank, the
+    root of the curve's tail there: what loses much is cut less. Each type keeps its own budget.
+
+    What the paper leaves open: L is the sum over all calibration tokens, not normalised, so the
+    result depends on their number. The formula needs L > 1; as L falls to 1 its score grows
+    without end, and a loss of 1 or less takes that limit: such a linear is cut to the cap before
+    any other (those at the limit alike). Removed fractions are clipped to [0, most_removed] and
+    the factor N R / Σ s is solved for again, so that the type's budget holds. The shares become
+    ranks by largest remainder: each linear gets what its share holds, then the ranks that pass
+    their share by least, until the next one does not fit.
+
+    Not monotone in the budget: the scores are taken at the uniform rank, which moves with it, so
+    a larger budget can take ranks from a linear. The stored total does not fall by more than the
+    rank that did not fit.
+    """
+
+    most_removed: float = 0.95
+    """Largest fraction that may be removed of one linear."""
+
+    needs_cosines: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_number("svd-llm-v2: most_removed", self.most_removed, 0, 1)
+
+    def __call__(
+        self,
+        linears: Sequence[Linear],
+        curves: Mapping[str, Curve],
+        keep: float,
+        cosines: Mapping[str, float],
+    ) -> Plan:
+        """
+        Raises:
+            UsageError, InfeasibleError: As `budget_values`; also when more than `most_removed`
+                would have to go, or a type's share is below rank 1 for each of its linears.
+        """
+        budget = budget_values(linears, keep)
+        if keep + self.most_removed < 1:
+            raise InfeasibleError(
+                f"keep: {keep} removes more than {self.most_removed}, what svd-llm-v2 may remove "
+                "of a linear; keep more, or raise its most_removed"
+            )
+        assignments: dict[str, Assignment] = {}
+        for role, group in by_role(linears).items():
+            share = share_values(group, keep)
+            share_N = self._shares(group, curves, keep, share)
+            keys = [
+                np.cumsum(step_costs(linear)) - held
+                for linear, held in zip(group, share_N, strict=True)
+            ]
+            assignments |= spend(group, keys, share, where=role)
+        return make_plan(linears, assignments, budget)
+
+    def _shares(
+        self, group: Sequence[Linear], curves: Mapping[str, Curve], keep: float, share: int
+    ) -> np.ndarray:
+        """Values that each linear of a type should store, [N]; at most `share` together."""
+        loss_N = np.array([_uniform_loss(each, curves[each.name], keep) for each in group])
+        size_N = np.array([float(linear.values) for linear in group])
+        # ln L = ln(L²) / 2
+        score_N = 1 / np.maximum(np.log(np.maximum(loss_N, 1)) / 2, LEAST_LOG)
+        removed = float(size_N.sum() - share)
+        _, removed_N = find_scale(score_N, size_N, 0, self.most_removed, removed)
+        share_N: np.ndarray = (1 - removed_N) * size_N
+        return share_N
+
+
+def _uniform_loss(linear: Linear, curve: Curve, keep: float) -> float:
+    """L², the energy that the uniform rank cuts."""
+    rank = share_values([linear], keep) // linear.rank_cost
+    return curve.loss(max(min(rank, linear.break_even - 1), 0))

@@ -1,0 +1,90 @@
+"""Linears, curves and cosines for allocators, the laws of a plan, and all plans there are."""
+
+import itertools
+
+import numpy as np
+
+from orchestrator.plan import Assignment, Curve, Linear
+
+
+def make_linears(shapes, *, role="mlp.proj"):
+    """One linear a block, all of one type."""
+    return [_linear(block, role, *shape) for block, shape in enumerate(shapes)]
+
+
+def make_model(shape_by_role, blocks):
+    """The same types in every block."""
+    return [
+        _linear(block, role, *shape)
+        for block in range(blocks)
+        for role, shape in shape_by_role.items()
+    ]
+
+
+def _linear(block, role, out_features, in_features):
+    name = f"blocks.{block}.{role}"
+    return Linear(
+        name=name,
+        block=block,
+        role=role,
+        site=name,
+        out_features=out_features,
+        in_features=in_features,
+        has_bias=False,
+    )
+
+
+def make_curve(name, energies, total=None):
+    energies = np.asarray(energies, dtype=np.float64)
+    return Curve(name=name, energies=energies, total=total or float(energies.sum()))
+
+
+def make_curves(linears, seed=0):
+    """Random curves, some steep, some flat, of very different weight."""
+    rng = np.random.default_rng(seed)
+    curves = {}
+    for linear in linears:
+        count = min(linear.out_features, linear.in_features)
+        steep = np.exp(-rng.uniform(0, 6) * np.arange(count) / count)
+        energies = np.sort(rng.exponential(size=count) * steep)[::-1] * 10 ** rng.uniform(0, 6)
+        curves[linear.name] = make_curve(linear.name, energies)
+    return curves
+
+
+def make_cosines(linears, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.uniform(0.4, 0.99) for name in sorted({each.sublayer for each in linears})}
+
+
+def assert_invariants(plan, linears, keep):
+    """The laws in the docstring of `orchestrator.allocate`."""
+    dense = sum(linear.values for linear in linears)
+    stored = sum(plan.assignments[linear.name].stored_values(linear) for linear in linears)
+    assert stored == plan.stored_values
+    assert stored <= plan.budget_values <= keep * dense + 1e-9 * dense
+    assert plan.assignments.keys() == {linear.name for linear in linears}
+    for linear in linears:
+        assignment = plan.assignments[linear.name]
+        if assignment.form == "low_rank":
+            assert 1 <= assignment.rank < linear.break_even
+
+
+def size_as_rank(assignment, linear):
+    """The rank, a fraction included, at which factors store as much."""
+    return assignment.stored_values(linear) / linear.rank_cost
+
+
+def lost(assignment, curve):
+    return 0.0 if assignment.form == "dense" else curve.loss(assignment.rank)
+
+
+def every_plan(linears, budget):
+    """All assignments of these linears that store at most the budget."""
+    choices = [
+        [Assignment(form="low_rank", rank=rank) for rank in range(1, linear.break_even)]
+        for linear in linears
+    ]
+    for picked in itertools.product(*[[*each, Assignment(form="dense")] for each in choices]):
+        stored = sum(a.stored_values(each) for a, each in zip(picked, linears, strict=True))
+        if stored <= budget:
+            yield dict(zip([linear.name for linear in linears], picked, strict=True))
