@@ -6,11 +6,13 @@ data invalid, 75 stopped and resumable, 1 other. Nothing heavy is imported befor
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
 from types import FrameType
@@ -19,7 +21,7 @@ from typing import Any, get_args
 from orchestrator import __version__
 from orchestrator.errors import OrchestratorError, StoppedError
 from orchestrator.progress import JsonLines, Lines, duration, size
-from orchestrator.recipe import CHOICES, Recipe, make_recipe, read_recipe_fields
+from orchestrator.recipe import CHOICES, Recipe, make_recipe, parse_option, read_recipe_fields
 
 HELP = {
     "keep": "values to keep of the targeted linears, above 0, at most 1",
@@ -75,12 +77,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _complain(str(error), 1, options.verbose)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        # a run that was stopped leaves it ignored
+        if signal.getsignal(signal.SIGTERM) is _stop:
+            signal.signal(signal.SIGTERM, previous)
     return 0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise StoppedError(f"stopped by {signal.Signals(number).name}")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Lets SIGTERM and SIGINT end the command with 75 also while no run is there to be stopped.
+
+    That is for seconds: packages are imported, a model is looked up. Nothing is to be cleaned up
+    yet, and an exception would go through imports that turn it into others, so it ends on the spot.
+    After a run was stopped there is only the exit left, which nothing should disturb.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, _leave) for number in numbers}
+    try:
+        yield
+    except StoppedError:
+        previous = dict.fromkeys(numbers, signal.SIG_IGN)
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    line = f"orchestrator: error: stopped by {name} before the run began\n"
+    os.write(sys.stderr.fileno(), line.encode())
+    os._exit(StoppedError.exit_code)
 
 
 def _complain(message: str, exit_code: int, verbose: bool) -> int:
@@ -98,7 +129,12 @@ def _compress(options: argparse.Namespace) -> None:
 
     given = {name: value for name, value in vars(options).items() if name in FIELDS}
     written = read_recipe_fields(options.recipe) if "recipe" in options else {}
-    result = api.compress(make_recipe({**written, **given}), on_event=_progress(options))
+    for text in vars(options).get("option", ()):
+        name, option, value = parse_option(text)
+        written[name] = {**written.get(name, {}), option: value}
+    recipe = make_recipe({**written, **given})
+    with _stoppable():
+        result = api.compress(recipe, on_event=_progress(options))
     if options.json:
         print(json.dumps(result.report, indent=2))
         return
@@ -119,7 +155,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     taken = vars(options).keys() - {"command", "json", "model", "progress", "verbose"}
     arguments = {name: getattr(options, name) for name in taken}
-    report = api.evaluate(options.model, on_event=_progress(options), **arguments)
+    with _stoppable():
+        report = api.evaluate(options.model, on_event=_progress(options), **arguments)
     if options.json:
         print(json.dumps(report, indent=2))
     else:
@@ -210,6 +247,12 @@ def _add_compress(commands: Any) -> None:
     )
     for name in HELP:
         _add_field(parser, FIELDS[name])
+    parser.add_argument(
+        "--option",
+        action="append",
+        metavar="NAME.OPTION=VALUE",
+        help="option of a method or an allocation, mgaa.t=0.5; may be repeated",
+    )
     _add_progress(parser)
     _add_json(parser, "print the whole report")
 

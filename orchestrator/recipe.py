@@ -1,14 +1,16 @@
 """A run as one frozen value: what was asked, with every default written out.
 
-A recipe file is flat TOML whose keys are the fields below, which are also the command's flags
-with underscores for dashes. Paths in it are taken from the working directory, as on the command
+A recipe file is TOML whose keys are the fields below, which are also the command's flags with
+underscores for dashes; options of a method or an allocation stand in a table of its name. Paths in it are taken from the working directory, as on the command
 line.
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +25,7 @@ CHOICES = {
     "output_dtype": DTYPES,
 }
 TYPE_NAMES = {bool: "true or false", float: "a number", int: "a whole number", str: "a string"}
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 COUNTS = ("samples", "sequence_length", "workers", "threads", "shards")
 SIZE_UNITS = {
     "B": 1,
@@ -56,8 +59,9 @@ class Recipe:
     """Stored values of the targeted linears over their dense values, above 0, at most 1."""
     method: str = "svd-llm"
     """Published method, a name of `orchestrator.methods.METHODS`."""
-    allocation: str = "uniform"
-    """How the budget is divided, a name of `orchestrator.allocate.ALLOCATORS`."""
+    allocation: str | None = None
+    """How the budget is divided, a name of `orchestrator.allocate.ALLOCATORS`; nothing means as
+    the method's paper does."""
 
     calibration: str | None = None
     """Calibration text: .txt, .jsonl, .parquet, a directory of them, or
@@ -104,10 +108,15 @@ class Recipe:
     run_dir: str | None = None
     """Run directory; nothing means `OUT.run` beside the output."""
 
+    options: dict[str, dict[str, Any]] = dataclass_field(default_factory=dict)
+    """Options of a method or an allocation, by its name: a TOML table each, `[mgaa]`."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = _of_type(field.name, field.type, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+            if field.name != "options":
+                value = _of_type(field.name, field.type, getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
+        _check_options(self.options)
         if not 0 < self.keep <= 1:
             raise UsageError(f"keep is {self.keep}; it must be above 0 and at most 1")
         for name in COUNTS:
@@ -131,7 +140,10 @@ class Recipe:
         Apart from construction, so that a recipe can be read without importing the methods.
         """
         check_choice("method", self.method, methods)
-        check_choice("allocation", self.allocation, allocations)
+        if self.allocation is not None:
+            check_choice("allocation", self.allocation, allocations)
+        for name in self.options:
+            check_choice("options", name, {*methods, *allocations})
 
     @property
     def max_shard_bytes(self) -> int:
@@ -147,16 +159,23 @@ class Recipe:
         lines = []
         for name in names:
             value = getattr(self, name)
-            lines.append(f"# {name} =" if value is None else f"{name} = {_toml_value(value)}")
+            if name != "options":
+                lines.append(f"# {name} =" if value is None else f"{name} = {_toml_value(value)}")
+        for name, table in sorted(self.options.items()):
+            lines += ["", f"[{name}]"]
+            lines += [f"{option} = {_toml_value(value)}" for option, value in sorted(table.items())]
         return "\n".join(lines) + "\n"
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """The recipe with these fields.
+    """The recipe with these fields; tables are the options of what they are named after.
 
     Raises:
         UsageError: A field is unknown (with near misses) or a required one is missing.
     """
+    tables = {name: table for name, table in values.items() if isinstance(table, dict)}
+    options = {**tables.pop("options", {}), **tables}
+    values = {**{name: v for name, v in values.items() if name not in tables}, "options": options}
     _check_known("recipe", values)
     missing = [f.name for f in fields(Recipe) if f.default is MISSING and f.name not in values]
     if missing:
@@ -178,8 +197,24 @@ def read_recipe_fields(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not a TOML file: {error}") from error
-    _check_known(str(path), values)
+    _check_known(str(path), {n: v for n, v in values.items() if not isinstance(v, dict)})
     return values
+
+
+def parse_option(text: str) -> tuple[str, str, Any]:
+    """Name, option and value of `mgaa.t=0.5`; what is no TOML value is a string.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    path, separator, written = text.partition("=")
+    name, dot, option = path.strip().partition(".")
+    if not (separator and dot and name and BARE_KEY.fullmatch(option)):
+        raise UsageError(f"option is {text!r}; write it like mgaa.t=0.5")
+    try:
+        return name, option, tomllib.loads(f"value = {written}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, option, written.strip()
 
 
 def size_in_bytes(text: str) -> int:
@@ -204,6 +239,21 @@ def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
     """Raises UsageError unless the value is one of those allowed."""
     if value not in allowed:
         raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(sorted(allowed))}")
+
+
+def _check_options(options: Any) -> None:
+    """Raises UsageError unless they are tables of plain values, under names that TOML can write."""
+    if not isinstance(options, dict):
+        raise UsageError(f"options is {options!r}; it must be tables of options")
+    for name, table in options.items():
+        if not isinstance(table, dict):
+            raise UsageError(f"options: {name} is {table!r}; it must be a table of options")
+        for option, value in table.items():
+            where = f"options: {name}.{option}"
+            if not BARE_KEY.fullmatch(str(option)):
+                raise UsageError(f"{where}: a name of letters, digits and underscores is needed")
+            if not isinstance(value, bool | int | float | str) or value != value:
+                raise UsageError(f"{where} is {value!r}; it must be a number, a string or a boolean")
 
 
 def _of_type(name: str, kind: Any, value: Any) -> Any:

@@ -75,7 +75,7 @@ def test_runs_as_a_module():
 
 def test_every_field_of_a_recipe_is_a_flag():
     """Flags are the fields of a recipe, and each has a word of help."""
-    assert {*HELP, "model", "out"} == {field.name for field in fields(Recipe)}
+    assert {*HELP, "model", "out", "options"} == {field.name for field in fields(Recipe)}
 
 
 def test_flags_reach_the_recipe(compressed):

@@ -12,12 +12,14 @@ from orchestrator.recipe import (
     SCHEDULE,
     Recipe,
     make_recipe,
+    parse_option,
     read_recipe_fields,
     size_in_bytes,
 )
 
 REQUIRED = {"model": "dense", "out": "small", "keep": 0.8}
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+names = st.from_regex(r"[a-z][a-z0-9_-]{0,9}", fullmatch=True)
 counts = st.integers(min_value=1, max_value=2**70)
 
 
@@ -30,6 +32,7 @@ counts = st.integers(min_value=1, max_value=2**70)
             "target": st.lists(texts, min_size=1).map(tuple),
             "ignore": st.lists(texts).map(tuple),
             "download": st.booleans(),
+            "options": st.dictionaries(names, st.dictionaries(names, st.booleans() | texts)),
         },
         optional={"calibration": texts, "samples": counts, "workers": counts, "seed": counts},
     )
@@ -43,7 +46,7 @@ def test_toml_round_trip(values):
 def test_toml_names_every_field():
     """The written recipe shows every field, those that are not set as comments."""
     shown = [line.removeprefix("# ").split(" =")[0] for line in _recipe().to_toml().splitlines()]
-    assert shown == [field.name for field in fields(Recipe)]
+    assert shown == [field.name for field in fields(Recipe) if field.name != "options"]
 
 
 def test_toml_without_schedule_does_not_depend_on_it():
@@ -151,7 +154,37 @@ def test_names_are_checked_against_what_there_is():
     with pytest.raises(UsageError, match="method is 'svd'; it must be one of asvd, svd-llm"):
         recipe.check_names(methods={"svd-llm": 1, "asvd": 2}, allocations={"uniform": 1})
     with pytest.raises(UsageError, match="allocation is 'uniform'"):
-        _recipe().check_names(methods=["svd-llm"], allocations=["greedy"])
+        _recipe(allocation="uniform").check_names(methods=["svd-llm"], allocations=["greedy"])
+    with pytest.raises(UsageError, match="options is 'mgga'; it must be one of mgaa, svd-llm"):
+        _recipe(options={"mgga": {}}).check_names(methods=["svd-llm"], allocations=["mgaa"])
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("mgaa.t=0.5", ("mgaa", "t", 0.5)),
+        ("mgaa.rule=power", ("mgaa", "rule", "power")),
+        ('d-rank.scope="type"', ("d-rank", "scope", "type")),
+        ("a.b=true", ("a", "b", True)),
+    ],
+)
+def test_an_option_is_a_toml_value_or_a_string(text, parsed):
+    """Numbers, booleans and quoted strings as in TOML, bare words as strings."""
+    assert parse_option(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["mgaa", "mgaa.t", "t=1", ".t=1", "mgaa.=1", "mgaa.a b=1"])
+def test_an_option_without_name_or_value_is_refused(text):
+    """The form is shown."""
+    with pytest.raises(UsageError, match=r"mgaa\.t=0\.5"):
+        parse_option(text)
+
+
+@pytest.mark.parametrize("options", [{"mgaa": 1}, {"mgaa": {"t": []}}, {"mgaa": {"a b": 1}}, 3])
+def test_options_are_tables_of_plain_values(options):
+    """Anything else could not be written back."""
+    with pytest.raises(UsageError, match="options"):
+        _recipe(options=options)
 
 
 def _recipe(**changes):

@@ -1,12 +1,12 @@
 """One compression: its verbs, each a few lines, and what they pass to each other."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.allocate import ALLOCATORS
+from orchestrator.allocate import ALLOCATORS, make_allocator
 from orchestrator.allocate.budget import budget_values
 from orchestrator.cluster.compress_worker import CompressionTask
 from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
@@ -15,6 +15,7 @@ from orchestrator.cluster.pool import dispatch
 from orchestrator.cluster.report import make_report
 from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_shards
 from orchestrator.cluster.tokens import commit_tokens
+from orchestrator.cluster.verify import intact
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import UsageError
 from orchestrator.hf.bootstrap import bootstrap_source
@@ -30,7 +31,7 @@ from orchestrator.models.weights import parse_dtype, read_json
 from orchestrator.plan import Assignment, Curve, Plan
 from orchestrator.recipe import SCHEDULE, Recipe
 from orchestrator.result import Result
-from orchestrator.store.files import digest_file, digest_json
+from orchestrator.store.files import digest_json
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
 
@@ -47,8 +48,10 @@ class Compression:
 
     def __init__(self, recipe: Recipe) -> None:
         recipe.check_names(methods=METHODS, allocations=ALLOCATORS)
-        self.recipe = recipe
         self.method = METHODS[recipe.method]
+        allocation = recipe.allocation or self.method.allocation
+        self.recipe = replace(recipe, allocation=allocation)
+        self.allocator = make_allocator(allocation, recipe.options.get(allocation, {}))
         self.out = Path(recipe.out).expanduser().absolute()
         found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
         self.model = found.absolute()
@@ -108,7 +111,7 @@ class Compression:
                     "decompose",
                     self.method.version,
                     [self.pass_key],
-                    method=self.method.name,
+                    decomposition=self.method.decomposition,
                     linears=names,
                     output_dtype=self.recipe.output_dtype,
                 )
@@ -155,11 +158,14 @@ class Compression:
         Blocks that an earlier run has committed in this environment are not touched again.
         """
         units = self.run.units
-        self.facts = {
+        found = {
             block: facts
             for block, key in self.block_keys.items()
             if (facts := units.facts(key, crew.environment)) is not None
         }
+        hashes = {f"block {block}": units.hashes(self.block_keys[block]) for block in found}
+        whole = intact(crew, watch, hashes)
+        self.facts = {block: facts for block, facts in found.items() if f"block {block}" in whole}
         total = len(self.block_keys)
         if self.facts:
             watch.note(f"{len(self.facts)} of {total} blocks are committed already")
@@ -203,8 +209,13 @@ class Compression:
         self.curves = {
             name: Curve.from_json(result["curve"]) for name, result in self.results.items()
         }
-        allocator = ALLOCATORS[self.recipe.allocation]
-        self.plan: Plan = allocator(self.linears, self.curves, self.recipe.keep)
+        cosines = {
+            sublayer: cosine["mean"]
+            for facts in self.facts.values()
+            for sublayer, cosine in facts["cosines"].items()
+        }
+        keep = self.recipe.keep
+        self.plan: Plan = self.allocator(self.linears, self.curves, keep, cosines)
 
     def write(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Workers cut the stored decompositions to the plan, and write the checkpoint's files."""
@@ -216,11 +227,14 @@ class Compression:
             max_shard_bytes=self.recipe.max_shard_bytes,
         )
         keys = {spec.name: self._file_key(spec) for spec in self.specs}
-        self.files = {}
-        for spec in self.specs:
-            facts = self.run.units.facts(keys[spec.name], crew.environment)
-            if facts is not None and _is_whole(self.out / spec.name, facts):
-                self.files[spec.name] = facts
+        found = {
+            spec.name: facts
+            for spec in self.specs
+            if (facts := self.run.units.facts(keys[spec.name], crew.environment)) is not None
+        }
+        hashes = {name: [(self.out / name, facts["blake2b"])] for name, facts in found.items()}
+        whole = intact(crew, watch, hashes)
+        self.files = {name: facts for name, facts in found.items() if name in whole}
         missing = [spec for spec in self.specs if spec.name not in self.files]
 
         def on_success(call: Call, value: Any) -> None:
@@ -306,12 +320,3 @@ class Compression:
             stored_values=report["values"]["stored"],
         )
         return Result(out=self.out, run_dir=self.run.root, plan=plan, report=report)
-
-
-def _is_whole(path: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether the file is there and has the content that its unit says."""
-    try:
-        same_size: bool = path.stat().st_size == facts["bytes"]
-        return same_size and digest_file(path) == facts["blake2b"]
-    except OSError:
-        return False

@@ -20,6 +20,11 @@ class Method(Protocol):
     def name(self) -> str: ...
 
     @property
+    def decomposition(self) -> str:
+        """Name of what is stored; methods that share it cut their sizes from the same units."""
+        ...
+
+    @property
     def version(self) -> int:
         """Raised when the method's results change; older units are then computed again."""
         ...

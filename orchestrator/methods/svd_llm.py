@@ -26,6 +26,7 @@ class SvdLlm:
     """
 
     name: str = "svd-llm"
+    decomposition: str = "whitened-svd"
     version: int = 1
     allocation: str = "uniform"
 

@@ -1,0 +1,17 @@
+"""SVD-LLM v2: heterogeneous ratios by truncation loss (Wang et al., arXiv 2503.12340)."""
+
+from dataclasses import dataclass
+
+from orchestrator.methods.svd_llm import SvdLlm
+
+
+@dataclass(frozen=True, slots=True)
+class SvdLlmV2(SvdLlm):
+    """SVD-LLM's decomposition with kept fractions by theoretical loss (`allocate.svd_llm_v2`).
+
+    The paper's second change, truncation by two SVDs instead of a Cholesky factor, gives the same
+    matrix in exact arithmetic, and our decomposition already does without the factor.
+    """
+
+    name: str = "svd-llm-v2"
+    allocation: str = "svd-llm-v2"
