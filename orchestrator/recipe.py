@@ -1,8 +1,8 @@
 """A run as one frozen value: what was asked, with every default written out.
 
 A recipe file is TOML whose keys are the fields below, which are also the command's flags with
-underscores for dashes; options of a method or an allocation stand in a table of its name. Paths in it are taken from the working directory, as on the command
-line.
+underscores for dashes; options of a method or an allocation stand in a table of its name. Paths in
+it are taken from the working directory, as on the command line.
 """
 
 import difflib
@@ -253,7 +253,7 @@ def _check_options(options: Any) -> None:
             if not BARE_KEY.fullmatch(str(option)):
                 raise UsageError(f"{where}: a name of letters, digits and underscores is needed")
             if not isinstance(value, bool | int | float | str) or value != value:
-                raise UsageError(f"{where} is {value!r}; it must be a number, a string or a boolean")
+                raise UsageError(f"{where} is {value!r}; it must be a number, a word or a boolean")
 
 
 def _of_type(name: str, kind: Any, value: Any) -> Any:
