@@ -1,0 +1,35 @@
+"""`scripts/benchmark`: one subcommand a question, figures as text and, with --json, as a file."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from benchmarks import memory, quality, speed
+
+SUBCOMMANDS = {"quality": quality, "speed": speed, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/benchmark", description=__doc__)
+    commands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
+    for name, module in SUBCOMMANDS.items():
+        says = (module.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(
+            name,
+            help=says,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--json", metavar="FILE", type=Path, help="figures as JSON")
+        command.set_defaults(run=module.run)
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    figures = options.run(options)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

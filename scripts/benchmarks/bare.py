@@ -1,0 +1,112 @@
+"""Two processes that do the numerics of a compression and nothing else: no Ray, no store.
+
+Half the work each means: of the shards that the actors' schedule cuts, a process takes every
+second one. With the inputs of all its shards at hand in memory, made before the clock starts, it
+loads a shard's weights, passes every chunk through forward and Grams, and decomposes the shard's
+linears to break-even rank, by the very classes that the workers use. Nothing is waited for,
+hashed, written or sent, so this is the most that the same numerics could give.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from orchestrator.cluster.heap import keep_freed_memory
+from orchestrator.cluster.tokens import TokenArrays, first_chunk
+from orchestrator.methods import METHODS
+from orchestrator.models.calibration import Calibration, dense_weight
+from orchestrator.models.chunk import Chunk
+from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.text import load_tokens
+from orchestrator.models.tokenizer import load_tokenizer
+
+METHOD = METHODS["svd-llm"]
+
+
+class BareProcesses:
+    """Processes that stand ready; `work` lets all of them do their part once."""
+
+    def __init__(
+        self, model: Path, text: Path, parts: Sequence[Sequence[range]], samples: int
+    ) -> None:
+        self._arguments = [(model, text, part, samples) for part in parts]
+
+    def __enter__(self) -> "BareProcesses":
+        context = multiprocessing.get_context("spawn")
+        self._ends: list[Connection] = []
+        self._processes = []
+        for arguments in self._arguments:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
+            process.start()
+            theirs.close()
+            self._ends.append(ours)
+            self._processes.append(process)
+        for end in self._ends:
+            end.recv()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for end in self._ends:
+            end.close()
+        for process in self._processes:
+            process.join()
+
+    def work(self) -> float:
+        """Seconds until the last process is done."""
+        start = time.perf_counter()
+        for end in self._ends:
+            end.send("go")
+        for end in self._ends:
+            end.recv()
+        return time.perf_counter() - start
+
+
+def _serve(end: Connection, model: Path, text: Path, part: Sequence[range], samples: int) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    skeleton = Skeleton.open(model, dtype=torch.float32)
+    inputs = _inputs(skeleton, text, part, samples)
+    try:
+        while True:
+            end.send("ready")
+            end.recv()
+            for blocks in part:
+                _calibrate_and_decompose(skeleton, blocks, inputs[blocks.start])
+    except EOFError:
+        return
+
+
+def _inputs(
+    skeleton: Skeleton, text: Path, part: Sequence[range], samples: int
+) -> dict[int, list[Chunk]]:
+    """All chunks at the first block of every shard of the part."""
+    tokenizer = load_tokenizer(skeleton.directory)
+    tokens = load_tokens(str(text), tokenizer=tokenizer, samples=samples, sequence_length=512)
+    arrays = TokenArrays(tokens.ids.astype(np.int32), tokens.mask)
+    chunks = [first_chunk(arrays, index) for index in range(samples)]
+    inputs, done = {}, 0
+    for blocks in part:
+        if blocks.start > done:
+            with skeleton.shard(range(done, blocks.start)) as shard:
+                chunks = [shard.forward(chunk) for chunk in chunks]
+            done = blocks.start
+        inputs[done] = chunks
+    return inputs
+
+
+def _calibrate_and_decompose(skeleton: Skeleton, blocks: range, chunks: Sequence[Chunk]) -> None:
+    with skeleton.shard(blocks) as shard:
+        calibration = Calibration(shard, shard.linears, METHOD.side)
+        for chunk in chunks:
+            calibration.forward(chunk)
+        for linear in shard.linears:
+            weight_OI = dense_weight(shard.module(linear.name))
+            METHOD.decompose(weight_OI, calibration.statistic(linear), linear.break_even)
+            calibration.forget([linear])
+        calibration.close()

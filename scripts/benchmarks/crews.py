@@ -1,0 +1,150 @@
+"""Actors against bare processes, and an actor against the worker in this process.
+
+The work is that of `orchestrator compress`, by its own code: `Compression` and its verbs.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.bare import BareProcesses
+from benchmarks.figures import Figure, compare, in_turns, say
+
+from orchestrator.cluster.compress_job import Compression
+from orchestrator.cluster.compress_worker import CompressionWorker
+from orchestrator.cluster.crew import Crew, assemble
+from orchestrator.cluster.policy import FailurePolicy
+from orchestrator.cluster.pool import dispatch
+from orchestrator.cluster.schedule import Bag, cut_blocks, default_shards
+from orchestrator.cluster.watch import Watch
+from orchestrator.recipe import Recipe
+
+SPEED_TARGET = 0.9
+RAY_TARGET = 1.15
+
+
+class Job:
+    """A compression with its workers up and warm, whose parts can be performed again and again."""
+
+    def __init__(self, job: Compression, crew: Crew, watch: Watch) -> None:
+        self._job, self._crew, self._watch = job, crew, watch
+
+    @property
+    def num_blocks(self) -> int:
+        return self._job.surveyed.num_blocks
+
+    def clear(self) -> None:
+        """Forgets what earlier turns have committed and written."""
+        shutil.rmtree(self._job.run.units.root)
+        shutil.rmtree(self._job.out)
+        self._job.read_text()
+        self._job.finished()
+
+    def calibrate_and_decompose(self) -> float:
+        self.clear()
+        start = time.perf_counter()
+        self._calibrate()
+        return time.perf_counter() - start
+
+    def everything(self) -> float:
+        """From the first chunk to the last file of the checkpoint."""
+        self.clear()
+        start = time.perf_counter()
+        self._calibrate()
+        self._job.allocate()
+        with self._watch.stage("write") as stage:
+            self._job.write(self._crew, self._watch, stage)
+        self._job.finish(self._crew, self._watch)
+        return time.perf_counter() - start
+
+    def _calibrate(self) -> None:
+        with self._watch.stage("calibrate") as stage:
+            self._job.calibrate_and_decompose(self._crew, self._watch, stage)
+
+
+@contextmanager
+def warm_job(recipe: Recipe) -> Iterator[Job]:
+    """Workers that are up, have imported what they need, and have opened the model once."""
+    job = Compression(recipe)
+    with Watch(job.run, None) as watch:
+        job.survey()
+        job.read_text()
+        job.finished()
+        most = job.surveyed.num_blocks
+        with assemble(CompressionWorker, job.task, job.schedule, most, watch) as crew:
+            opening = Bag("open", [("warm up", ((0, 1), ()))] * crew.size)
+            dispatch(
+                crew.pool,
+                opening,
+                FailurePolicy(),
+                on_success=lambda call, value: None,
+                on_event=watch.event,
+            )
+            yield Job(job, crew, watch)
+
+
+def recipe_for(
+    model: Path, text: Path, work: Path, name: str, *, executor: str, workers: int, samples: int
+) -> Recipe:
+    return Recipe(
+        model=str(model),
+        out=str(work / name),
+        keep=0.8,
+        calibration=str(text),
+        samples=samples,
+        sequence_length=512,
+        dtype="float32",
+        executor=executor,
+        workers=workers,
+        threads=1,
+        shards=None,
+    )
+
+
+def actors_against_bare(
+    model: Path, text: Path, work: Path, *, samples: int, repeats: int
+) -> list[Figure]:
+    """Two actors against two processes without Ray and store; see `benchmarks.bare`."""
+    recipe = recipe_for(model, text, work, "two", executor="ray", workers=2, samples=samples)
+    with warm_job(recipe) as job:
+        cut = cut_blocks(job.num_blocks, default_shards(job.num_blocks, 2))
+        halves = [[blocks for blocks in cut[side::2]] for side in range(2)]
+        with BareProcesses(model, text, halves, samples) as bare:
+            say("two actors against two bare processes")
+            seconds = in_turns({"actors": job.calibrate_and_decompose, "bare": bare.work}, repeats)
+    speeds = {name: [job.num_blocks / each for each in found] for name, found in seconds.items()}
+    return [
+        compare(
+            "two actors against two bare processes, speed",
+            speeds["actors"],
+            speeds["bare"],
+            unit="blocks/s",
+            target=SPEED_TARGET,
+            at_least=True,
+        )
+    ]
+
+
+def ray_against_local(
+    model: Path, text: Path, work: Path, *, samples: int, repeats: int
+) -> list[Figure]:
+    """The whole job but for its start, by one actor and by the worker in this process."""
+
+    def recipe(executor: str) -> Recipe:
+        given = {"executor": executor, "workers": 1, "samples": samples}
+        return recipe_for(model, text, work, executor, **given)
+
+    with warm_job(recipe("ray")) as actor, warm_job(recipe("local")) as local:
+        say("one actor against the local executor")
+        seconds = in_turns({"ray": actor.everything, "local": local.everything}, repeats)
+    return [
+        compare(
+            "one actor against --executor local, time",
+            seconds["ray"],
+            seconds["local"],
+            unit="s",
+            target=RAY_TARGET,
+        )
+    ]
