@@ -5,6 +5,7 @@ Shape suffixes: O outputs, I inputs, R rank.
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from orchestrator.cluster.heap import return_freed_memory
 from orchestrator.cluster.tokens import TokenArrays, first_chunk, read_tokens
 from orchestrator.cluster.worker import Emitted, Task, Worker
+from orchestrator.linalg.low_rank import LowRank
 from orchestrator.methods import METHODS
 from orchestrator.models.calibration import Calibration, dense_weight
 from orchestrator.models.checkpoint import FileSpec, TensorSpec, write_file
@@ -24,6 +27,7 @@ from orchestrator.models.shard import Shard
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.weights import Weights
 from orchestrator.plan import Curve, Linear
+from orchestrator.store.units import UnitWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,7 @@ class CompressionWorker(Worker):
         super().__init__(task)
         self.task = task
         self.method = METHODS[task.method]
-        self._weights = Weights.open(task.model)
+        self._weights: Weights | None = None
         self._skeleton: Skeleton | None = None
         self._tokens: TokenArrays | None = None
         self._shard: Shard | None = None
@@ -73,6 +77,7 @@ class CompressionWorker(Worker):
         if self._shard is not None:
             self._shard.close()
         self._calibration = self._shard = None
+        return_freed_memory()
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
         """Passes one chunk through the shard, and into the statistics."""
@@ -98,31 +103,22 @@ class CompressionWorker(Worker):
         linears = [linear for linear in self.task.linears if linear.block == block]
         unit = self.run.units.begin(self.task.block_keys[block])
         results = []
-        for linear in linears:
-            weight_OI = dense_weight(self._shard.module(linear.name))
-            result = self.method.decompose(
-                weight_OI, self._calibration.statistic(linear), max(linear.break_even, 1)
-            )
-            self._calibration.forget([linear])
-            dtype = self.task.output_dtype or weight_OI.dtype
-            factors = {
-                "weight": result.weight_OR.T.to(dtype).contiguous(),
-                "down": result.down_RI.to(dtype).contiguous(),
-            }
-            with unit.file(factors_file(linear)) as path:
-                save_file({name: tensor.cpu() for name, tensor in factors.items()}, path)
-            curve = Curve(
-                name=linear.name, energies=result.energies_K.cpu().numpy(), total=result.total
-            )
-            weight_energies = result.down_RI.double().square().sum(dim=1)
-            results.append(
-                {
-                    "curve": curve.to_json(),
-                    "weight_energies": weight_energies.tolist(),
-                    "weight_total": float(weight_OI.double().square().sum()),
-                    "numerics": result.report,
-                }
-            )
+        with ThreadPoolExecutor(max_workers=1) as disk:
+            saved: Future[None] | None = None
+            for linear in linears:
+                weight_OI = dense_weight(self._shard.module(linear.name))
+                result = self.method.decompose(
+                    weight_OI, self._calibration.statistic(linear), max(linear.break_even, 1)
+                )
+                self._calibration.forget([linear])
+                results.append(_facts(linear, weight_OI, result))
+                factors = _stored_factors(result, self.task.output_dtype or weight_OI.dtype)
+                if saved is not None:
+                    saved.result()
+                # while the disk is at work on one linear, the next is decomposed
+                saved = disk.submit(_save, factors, unit, factors_file(linear))
+            if saved is not None:
+                saved.result()
         facts = {
             "linears": results,
             "cosines": {
@@ -141,10 +137,34 @@ class CompressionWorker(Worker):
 
     def _read(self, tensor: TensorSpec) -> Tensor:
         if tensor.part == "copy":
+            self._weights = self._weights or Weights.open(self.task.model)
             return self._weights.read(tensor.source)
         linear = next(each for each in self.task.linears if each.name == tensor.source)
         directory = self.run.units.directory(self.task.block_keys[linear.block])
         return read_factor(directory / factors_file(linear), tensor.part, tensor.rank)
+
+
+def _facts(linear: Linear, weight_OI: Tensor, result: LowRank) -> dict[str, Any]:
+    """What the driver learns of one decomposition."""
+    energies_K = result.energies_K.cpu().numpy()
+    curve = Curve(name=linear.name, energies=energies_K, total=result.total)
+    return {
+        "curve": curve.to_json(),
+        "weight_energies": result.down_RI.double().square().sum(dim=1).tolist(),
+        "weight_total": float(weight_OI.double().square().sum()),
+        "numerics": result.report,
+    }
+
+
+def _stored_factors(result: LowRank, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Both factors with ranks as rows, in the host's memory."""
+    factors = {"weight": result.weight_OR.T, "down": result.down_RI}
+    return {name: rows.to("cpu", dtype).contiguous() for name, rows in factors.items()}
+
+
+def _save(tensors: dict[str, Tensor], unit: UnitWriter, name: str) -> None:
+    with unit.file(name) as path:
+        save_file(tensors, path)
 
 
 def factors_file(linear: Linear) -> str:

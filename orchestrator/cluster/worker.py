@@ -4,32 +4,28 @@ A worker keeps no truth. What it has computed it commits to the run directory; w
 memory (weights, statistics) can be made again by any other worker from what lies there.
 """
 
-import ctypes
 import os
 import platform
 import resource
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import orchestrator
+from orchestrator.cluster.heap import keep_freed_memory
 from orchestrator.errors import InputError
 from orchestrator.models.chunk import Chunk
 from orchestrator.store.chunks import Chunks, MissingChunk, Record
+from orchestrator.store.files import digest_file
 from orchestrator.store.run import RunDirectory
 
 Emitted = Record | None
-
-LARGEST_REUSED_BYTES = 32 * 2**20
-MOST_FREE_BYTES = 256 * 2**20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Names of these two in glibc's malloc.h."""
+PROBE_PREFIX = ".probe-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +66,13 @@ class Worker:
         """Passes one chunk through the open shard; subclasses say how."""
         raise NotImplementedError
 
+    def verify(self, files: Sequence[tuple[Path, str]]) -> bool:
+        """Whether every file has the BLAKE2b that is given with it."""
+        try:
+            return all(digest_file(path) == digest for path, digest in files)
+        except OSError:
+            return False
+
     def probe(self, nonce: str) -> dict[str, Any]:
         """Proves that this node sees what it must, and says what it is.
 
@@ -91,7 +94,7 @@ class Worker:
                     f"{expected[:12]}; every node must read the same checkpoint"
                 )
         for directory in self._writes:
-            if not (directory / f".probe-{nonce}").exists():
+            if not (directory / f"{PROBE_PREFIX}{nonce}").exists():
                 raise InputError(
                     f"{node}: does not see {directory} as the driver does; "
                     "give a path on storage that all nodes share"
@@ -106,7 +109,7 @@ class Worker:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": self._threads,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
             "orchestrator": orchestrator.__version__,
         }
 
@@ -133,16 +136,12 @@ class Worker:
         return record
 
 
-def keep_freed_memory() -> None:
-    """Lets the C library use freed memory again instead of giving it back to the system at once.
-
-    Every chunk asks for the same few megabytes that the one before it has freed. Left alone, glibc
-    may return them each time, and the kernel zeroes them page by page when they are touched:
-    measured up to a quarter of the time of a forward pass of SmolLM2. Buffers above
-    `LARGEST_REUSED_BYTES` still go back at once, and at most `MOST_FREE_BYTES` are kept.
-    Does nothing where the C library is another one.
-    """
-    with suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, LARGEST_REUSED_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, MOST_FREE_BYTES)
+def check_alike(probe: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raises InputError unless two workers' probes tell of the same environment."""
+    for name, value in probe["environment"].items():
+        if value != first["environment"][name]:
+            raise InputError(
+                f"node {probe['node']}: {name} is {value}, on node {first['node']} it is "
+                f"{first['environment'][name]}; all workers of a run must be alike, or its bits "
+                "would depend on who did what"
+            )
