@@ -17,7 +17,7 @@ from orchestrator.result import Result
 
 OnEvent = Callable[[dict[str, Any]], None]
 """Told of everything that happens: plain dicts with an `event` of `stage`, `unit`, `note`,
-`waiting`, `lost` or `missing`."""
+`workers`, `waiting`, `lost`, `missing` or `damaged`."""
 
 
 def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:

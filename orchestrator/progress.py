@@ -7,7 +7,7 @@ An event is a plain dict. Known are
     {"event": "note", "text": ...}
     {"event": "waiting", "for": ..., "there": ...}
     {"event": "workers", "workers": [{"node": ..., "pid": ...}, ...]}
-    {"event": "lost" | "missing", "unit": ..., "why": ...}
+    {"event": "lost" | "missing" | "damaged", "unit": ..., "why": ...}
 
 and any other is shown with its fields as they are. Lines carry no escape codes and never return
 the cursor, so that they read the same on a terminal, in a file and in the logs of a Ray job.

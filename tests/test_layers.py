@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "models": "errors plan linalg store torch transformers accelerate safetensors numpy pyarrow "
     "huggingface_hub datasets",
     "hf": "errors plan models torch transformers",
-    "cluster": f"{ALL_PARTS} torch numpy safetensors ray",
+    "cluster": f"{ALL_PARTS} torch numpy safetensors ray grpc",
     "api": f"{ALL_PARTS} transformers",
     "cli": "errors recipe progress api",
     "__main__": "cli",

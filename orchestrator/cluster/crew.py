@@ -10,8 +10,8 @@ import torch
 
 from orchestrator.cluster.pool import LocalPool, Pool
 from orchestrator.cluster.watch import Watch
-from orchestrator.cluster.worker import Task, Worker
-from orchestrator.errors import InputError, UsageError
+from orchestrator.cluster.worker import PROBE_PREFIX, Task, Worker
+from orchestrator.errors import UsageError
 from orchestrator.store.files import atomic
 
 DEFAULT_THREADS = 1
@@ -71,40 +71,48 @@ def assemble(
             # the worker has set its own number, in what is the caller's process
             torch.set_num_threads(threads)
         return
-    with _ray_pool(worker_class, task, schedule, most, watch) as (ray_pool, size):
-        with _probe_files(task) as nonce:
-            probes = ray_pool.probe(nonce)
-        environment = _common([probe["environment"] for probe in probes], probes)
+    with _ray_pool(worker_class, task, schedule, most, watch) as (ray_pool, probes):
+        environment = probes[0]["environment"]
         nodes = tuple(sorted({probe["node"] for probe in probes}))
-        watch.note(f"{size} workers on {', '.join(nodes)}: {environment['device']}")
+        watch.note(f"{len(probes)} workers on {', '.join(nodes)}: {environment['device']}")
         where = [{"node": probe["node"], "pid": probe["pid"]} for probe in probes]
         watch.event({"event": "workers", "workers": where})
-        yield Crew(ray_pool, size, environment, nodes)
+        yield Crew(ray_pool, len(probes), environment, nodes)
 
 
 @contextmanager
 def _ray_pool(
     worker_class: type[Worker], task: Task, schedule: Schedule, most: int, watch: Watch
-) -> Iterator[tuple[Any, int]]:
+) -> Iterator[tuple[Pool, Sequence[dict[str, Any]]]]:
+    """A pool of Ray actors, and what each of them said of itself."""
     # Ray takes a second to import, and a run in this process does without it
     import ray
 
-    from orchestrator.cluster.ray_pool import RayPool, check_workers, cluster_shares, connect
+    from orchestrator.cluster.ray_cluster import check_workers, cluster_shares, connect
+    from orchestrator.cluster.ray_pool import RayPool
 
-    started = connect(schedule.address, watch.note)
+    # half a start leaves processes behind, and a driver that crashes on its way out
+    with watch.signals.deferred():
+        started = connect(schedule.address, watch.note)
     try:
-        share, room = cluster_shares(schedule.threads or DEFAULT_THREADS)
+        share, room = cluster_shares(task.threads)
         size = schedule.workers or max(1, min(room, most))
         check_workers(size, share, room)
-        with RayPool(
-            worker_class,
-            task,
-            workers=min(size, most),
-            share=share,
-            threads=task.threads,
-            announce=watch.event,
-        ) as pool:
-            yield pool, min(size, most)
+        size = min(size, most)
+        with (
+            _probe_files(task) as nonce,
+            RayPool(
+                worker_class,
+                task,
+                nonce=nonce,
+                workers=size,
+                share=share,
+                threads=task.threads,
+                announce=watch.event,
+            ) as pool,
+        ):
+            # who named a number gets it; else what there is room for begins
+            yield pool, pool.gather(size if schedule.workers else 1)
     finally:
         if started:
             ray.shutdown()
@@ -112,9 +120,15 @@ def _ray_pool(
 
 @contextmanager
 def _probe_files(task: Task) -> Iterator[str]:
-    """Files that only storage shared with the driver shows, for the time of the probe."""
+    """Files by which workers know that they see the driver's directories; those are the run's own.
+
+    They stay as long as workers may come; what a killed driver left is removed.
+    """
     nonce = uuid.uuid4().hex[:12]
-    paths = [directory / f".probe-{nonce}" for directory in task.writes]
+    for directory in task.writes:
+        for stale in directory.glob(f"{PROBE_PREFIX}*"):
+            stale.unlink(missing_ok=True)
+    paths = [directory / f"{PROBE_PREFIX}{nonce}" for directory in task.writes]
     try:
         for path in paths:
             with atomic(path) as temporary:
@@ -124,17 +138,3 @@ def _probe_files(task: Task) -> Iterator[str]:
         for path in paths:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-
-
-def _common(environments: Sequence[dict[str, Any]], probes: Sequence[dict[str, Any]]) -> Any:
-    """The environment that all workers share."""
-    first = environments[0]
-    for environment, probe in zip(environments, probes, strict=True):
-        for name, value in environment.items():
-            if value != first[name]:
-                raise InputError(
-                    f"node {probe['node']}: {name} is {value}, on node {probes[0]['node']} it is "
-                    f"{first[name]}; all workers of a run must be alike, or its bits would depend "
-                    "on who did what"
-                )
-    return first

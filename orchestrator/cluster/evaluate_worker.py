@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.cluster.heap import return_freed_memory
 from orchestrator.cluster.tokens import TokenArrays, first_chunk, read_tokens
 from orchestrator.cluster.worker import Emitted, Task, Worker
 from orchestrator.models.chunk import Chunk
@@ -48,6 +49,7 @@ class EvaluationWorker(Worker):
         """Loads the same blocks of every model."""
         for shard in self._shards.values():
             shard.close()
+        return_freed_memory()
         if self._tokens is None:
             self._tokens = read_tokens(self.run, self.task.tokens_key)
             for name, path in self.task.models.items():

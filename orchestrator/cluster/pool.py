@@ -131,6 +131,7 @@ def dispatch(
                 pool.replace(call.worker)
             elif isinstance(outcome.error, MissingChunk):
                 on_event({"event": "missing", "unit": call.label})
+                policy.after_missing(call.label)
                 schedule.missing(call)
             elif outcome.error is not None:
                 raise as_ours(outcome.error, call)

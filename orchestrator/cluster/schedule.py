@@ -155,7 +155,8 @@ class Pass:
         if state.todo:
             waiting = set(range(self.num_chunks)) - state.fed
         else:
-            waiting = self._needed[shard + 1] - self._present[shard + 1] - state.fed
+            # also what went through already, if it was lost behind the shard
+            waiting = self._needed[shard + 1] - self._present[shard + 1]
         return min(waiting, default=None)
 
     def calls(self, idle: Sequence[int]) -> list[Call]:

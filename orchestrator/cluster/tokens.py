@@ -23,10 +23,10 @@ class TokenArrays(NamedTuple):
 
 
 def commit_tokens(run: RunDirectory, tokens: Tokens) -> str:
-    """Stores the sequences, unless they are there, and gives the key of their unit."""
+    """Stores the sequences, unless they are there undamaged, and gives the key of their unit."""
     content = digest_json([tokens.ids.tolist(), tokens.mask.tolist()])
     key = unit_key("tokens", 1, [], content=content)
-    if run.units.facts(key, {}) is None:
+    if not run.units.verify(key):
         unit = run.units.begin(key)
         with unit.file(_FILE) as path:
             save_file({"ids": tokens.ids, "mask": tokens.mask}, path)

@@ -51,15 +51,15 @@ class UnitWriter:
             environment: What else can change bits: device kind, library versions, threads.
             facts: The unit's small results, what the driver reads instead of the files.
         """
-        write_json(
-            self._directory / _MANIFEST,
-            {
-                "format_version": _FORMAT_VERSION,
-                "files": self._files,
-                "environment": dict(environment),
-                "facts": dict(facts),
-            },
-        )
+        manifest = {
+            "format_version": _FORMAT_VERSION,
+            "files": self._files,
+            "environment": dict(environment),
+            "facts": dict(facts),
+        }
+        # the facts are results too, and a flipped digit is still JSON
+        manifest["blake2b"] = digest_json(manifest)
+        write_json(self._directory / _MANIFEST, manifest)
 
 
 class Units:
@@ -78,13 +78,14 @@ class Units:
     def manifest(self, key: str) -> dict[str, Any] | None:
         """The manifest of a committed unit, or nothing.
 
-        A unit counts as committed when its manifest is readable and every file has the size that
-        the manifest says; `verify` also reads the content.
+        A unit counts as committed when its manifest is whole and every file has the size that the
+        manifest says; `verify` also reads the content.
         """
         directory = self.directory(key)
         try:
             manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-            if manifest["format_version"] != _FORMAT_VERSION:
+            digest = manifest.pop("blake2b")
+            if manifest["format_version"] != _FORMAT_VERSION or digest_json(manifest) != digest:
                 return None
             for name, file in manifest["files"].items():
                 if (directory / name).stat().st_size != file["bytes"]:
@@ -103,11 +104,15 @@ class Units:
 
     def verify(self, key: str) -> bool:
         """Whether the unit is committed and every file has the hash that its manifest says."""
-        manifest = self.manifest(key)
-        return manifest is not None and all(
-            digest_file(self.directory(key) / name) == file["blake2b"]
-            for name, file in manifest["files"].items()
+        return self.manifest(key) is not None and all(
+            digest_file(path) == digest for path, digest in self.hashes(key)
         )
+
+    def hashes(self, key: str) -> list[tuple[Path, str]]:
+        """The files of a committed unit, each with the BLAKE2b that its manifest says."""
+        manifest = self.manifest(key)
+        files = manifest["files"] if manifest is not None else {}
+        return [(self.directory(key) / name, file["blake2b"]) for name, file in files.items()]
 
     def drop(self, key: str) -> None:
         """Removes a unit, manifest first, so that it never looks whole while it goes."""

@@ -1,0 +1,179 @@
+"""Joining a Ray cluster, or starting one in this machine, and what it can hold.
+
+This module and `ray_pool` hold everything that Ray does not promise to keep.
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import canonicalize_bootstrap_address
+from ray.exceptions import RayError
+
+import orchestrator
+from orchestrator.errors import InfeasibleError, UsageError
+
+CONNECT_SECONDS = 5.0
+_CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""A call that every head answers in milliseconds."""
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Variable in which Ray gives a job's driver what the job was submitted with."""
+
+
+def connect(address: str | None, announce: Callable[[str], None]) -> bool:
+    """Joins a Ray cluster, or starts one in this machine; says whether it was this call's doing.
+
+    Inside a script that has called `ray.init` that cluster is used. Inside a Ray job, where Ray
+    names the cluster in `RAY_ADDRESS`, no address means that cluster. Workers on other nodes get
+    this very package through the runtime environment.
+
+    Raises:
+        UsageError: Nothing answers at the address, or it does not let us in.
+    """
+    if ray.is_initialized():
+        return False
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        announce("starting a Ray of its own on this machine")
+        options |= {"address": "local", "include_dashboard": False}
+    else:
+        announce(f"joining the Ray cluster at {address}")
+        _check_answers(address)
+        options |= {"address": address, "runtime_env": _own_package()}
+    try:
+        with _keeping_handlers():
+            ray.init(**options)
+    except (OSError, RayError, RuntimeError, ValueError) as error:
+        ray.shutdown()
+        if address == "local":
+            raise
+        raise UsageError(f"address {address}: cannot be joined: {first_line(error)}") from error
+    return True
+
+
+@contextmanager
+def _keeping_handlers() -> Iterator[None]:
+    """Keeps Ray from taking SIGTERM: its Python handler leaves through `sys.exit`, and below that
+    a native one writes a stack trace and aborts the process three seconds later.
+    """
+    theirs = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = theirs
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            # installs Python's native handler again
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _own_package() -> dict[str, Any]:
+    """A runtime environment that brings this package to nodes that need not have it.
+
+    A job that was submitted with modules of its own has chosen its code, and Ray refuses what
+    would contradict it.
+    """
+    job = json.loads(os.environ.get(_JOB_CONFIG, "{}")).get("runtime_env") or {}
+    if "py_modules" in job:
+        return {}
+    own = {"py_modules": [str(Path(orchestrator.__file__).parent)], "excludes": ["__pycache__"]}
+    return {name: value for name, value in own.items() if name not in job}
+
+
+def _check_answers(address: str) -> None:
+    """Fails in seconds where Ray would try for a minute or more, deaf to signals."""
+    if address.startswith("ray://"):
+        raise UsageError(
+            f"address {address}: the Ray client is not supported; run on the cluster with "
+            "`ray job submit`, or give the head's own address, host:6379"
+        )
+    remedy = "give host:port of the head, `auto` on a node of it, or nothing for a Ray of its own"
+    try:
+        where = canonicalize_bootstrap_address(address)
+        if where is None:
+            return
+        host, _, port = where.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"address {address}: no Ray cluster answers: {error}; {remedy}") from error
+    try:
+        with init_grpc_channel(where) as channel:
+            channel.unary_unary(_CHECK_ALIVE)(b"", timeout=CONNECT_SECONDS, wait_for_ready=True)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise UsageError(
+                f"address {address}: the cluster asks for another token than RAY_AUTH_TOKEN or "
+                "RAY_AUTH_TOKEN_PATH give here; set RAY_AUTH_MODE=token and one of them"
+            ) from error
+        raise UsageError(
+            f"address {address}: something listens there, but no Ray cluster answers: "
+            f"{error.code().name}; {remedy}"
+        ) from error
+    except RayError as error:
+        raise UsageError(f"address {address}: cannot be joined: {first_line(error)}") from error
+
+
+def cluster_shares(threads: int) -> tuple[dict[str, float], int]:
+    """What one worker asks for, and how many such workers the cluster's nodes can hold."""
+    nodes = _nodes()
+    if any(node.get("GPU", 0) >= 1 for node in nodes):
+        room = sum(min(int(node.get("GPU", 0)), _whole(node, threads)) for node in nodes)
+        return {"num_gpus": 1, "num_cpus": threads}, room
+    room = sum(_whole(node, threads) for node in nodes)
+    return {"num_gpus": 0, "num_cpus": threads}, room
+
+
+def check_workers(workers: int, share: dict[str, float], room: int) -> None:
+    """Raises InfeasibleError when the cluster can never hold so many workers."""
+    if workers <= room:
+        return
+    nodes = _nodes()
+    there = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+    raise InfeasibleError(
+        f"workers: {workers} asked for, each with {_words(share)}; the cluster has "
+        f"{_words(there)} on {len(nodes)} nodes, enough for {room}; "
+        "ask for fewer workers or threads, or add nodes"
+    )
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node that is alive has in all."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _whole(node: dict[str, float], threads: int) -> int:
+    return int(node.get("CPU", 0) // threads)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of Ray says first: usually what is wrong."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """What an error of Ray says last, after a traceback or the actor's particulars: usually why."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return plain.strip().splitlines() or [type(error).__name__]
+
+
+def _words(amounts: dict[str, float]) -> str:
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    shown = [f"{amount:g} {names.get(name, name)}" for name, amount in amounts.items() if amount]
+    return " and ".join(shown) or "no CPU"

@@ -1,0 +1,119 @@
+"""Drivers in processes of their own, to be killed and stopped."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from orchestrator.store.run import RunDirectory
+
+SMALL = ("--keep", "0.5", "--samples", "6", "--sequence-length", "48")
+"""What `pipeline.run` takes too: the results are the same bytes."""
+
+
+def start(*command, **options):
+    """A process whose output is text, with one thread and no colours."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], env=environment, **pipes, **options)
+
+
+class Driver:
+    """`orchestrator compress` at work; its events as they come."""
+
+    def __init__(self, model, out, text, *flags, **options):
+        self.run = RunDirectory(Path(f"{out}.run"))
+        arguments = [str(model), str(out), "--calibration", str(text), *SMALL, *flags]
+        command = ["-m", "orchestrator", "compress", *arguments, "--progress", "json"]
+        self.process = start(*command, **options)
+        self.events, self.other = [], []
+
+    def until(self, wanted):
+        """Reads events up to the first that is wanted; all of them if none is."""
+        for line in self.process.stderr:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                self.other.append(line)
+                continue
+            self.events.append(event)
+            if wanted(event):
+                return event
+        return None
+
+    def signal_and_time(self, number, *, again=None):
+        """Seconds from the signal until the status says `stopped`, and until the exit."""
+        stopped = []
+
+        def watch():
+            while not stopped and self.process.poll() is None:
+                if self.run.status()["state"] == "stopped":
+                    stopped.append(time.monotonic() - sent)
+                time.sleep(0.005)
+
+        sent = time.monotonic()
+        self.process.send_signal(number)
+        thread = threading.Thread(target=watch)
+        thread.start()
+        if again is not None:
+            time.sleep(again)
+            self.process.send_signal(number)
+        self.end()
+        thread.join()
+        return stopped[0], time.monotonic() - sent
+
+    def kill(self):
+        self.process.kill()
+        self.end()
+
+    def end(self):
+        """Waits for the end, and gives the exit code."""
+        self.until(lambda event: False)
+        self.process.stdout.read()
+        code = self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+        return code
+
+
+def is_unit(done, stage="calibrate"):
+    """Whether an event says that this many units of a stage are done."""
+    return lambda event: event.get("stage") == stage and event.get("done") == done
+
+
+def units(events, stage="calibrate"):
+    """How many units of a stage were done."""
+    return sum(event["event"] == "unit" and event["stage"] == stage for event in events)
+
+
+def wait_for(condition, seconds=10.0):
+    """Whether a condition comes true in time."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def is_alive(pid):
+    """Whether a process runs; one that only waits to be noticed by its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def processes_naming(text):
+    """Processes whose command line holds a text."""
+    found = set()
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and is_alive(entry):
+            try:
+                with open(f"/proc/{entry}/cmdline", "rb") as file:
+                    if text.encode() in file.read():
+                        found.add(int(entry))
+            except OSError:
+                continue
+    return found

@@ -1,0 +1,158 @@
+"""The status of a run whatever its end, and what a signal does to it; no Ray, no model."""
+
+import hashlib
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from orchestrator.cluster.signals import STOPPING
+from orchestrator.cluster.watch import Watch
+from orchestrator.errors import InputError, StoppedError
+from orchestrator.store.run import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.claim({})
+    return run
+
+
+def ended(run):
+    status = run.status()
+    return status["state"], status["exit_code"]
+
+
+def test_a_run_says_how_it_ended(run):
+    """Done, failed with the error's code and words, or failed by a fault of the code."""
+    with Watch(run, None):
+        assert run.status()["state"] == "running"
+    assert ended(run) == ("done", 0)
+    with pytest.raises(InputError), Watch(run, None):
+        raise InputError("text: empty")
+    assert ended(run) == ("failed", 4)
+    assert run.status()["error"] == "text: empty"
+    with pytest.raises(ZeroDivisionError), Watch(run, None):
+        raise ZeroDivisionError
+    assert ended(run) == ("failed", 1)
+
+
+def perform(run, work):
+    with Watch(run, None) as watch:
+        work(watch)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_stops_where_the_program_is(run, number):
+    """It leaves as StoppedError, the status is written, and the process is as it was."""
+    before = [signal.getsignal(each) for each in STOPPING], signal.set_wakeup_fd(-1)
+    went_on = []
+
+    def work(watch):
+        signal.raise_signal(number)
+        went_on.append(True)
+
+    with pytest.raises(StoppedError, match=rf"stopped by {number.name}; .* resumes"):
+        perform(run, work)
+    assert not went_on
+    assert ended(run) == ("stopped", 75)
+    assert ([signal.getsignal(each) for each in STOPPING], signal.set_wakeup_fd(-1)) == before
+    assert not [thread for thread in threading.enumerate() if thread.name == "signals"]
+
+
+def test_a_signal_is_noted_while_the_program_is_away(run):
+    """The status is written at once, even if the main thread is in native code for longer."""
+    seen, away = [], []
+
+    def stop():
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        sent = time.monotonic()
+        while run.status()["state"] != "stopped":
+            time.sleep(0.005)
+        seen.append(time.monotonic() - sent)
+
+    def work(watch):
+        thread.start()
+        begun = time.monotonic()
+        try:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)
+        finally:
+            away.append(time.monotonic() - begun)
+
+    thread = threading.Thread(target=stop)
+    with pytest.raises(StoppedError):
+        perform(run, work)
+    thread.join()
+    assert seen[0] < away[0] - 0.2
+
+
+def test_more_signals_change_nothing(run):
+    """While what the first one ended is cleaned up, a second one does not disturb."""
+    cleaned = []
+
+    def work(watch):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            cleaned.append(True)
+
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        perform(run, work)
+    assert cleaned
+    assert ended(run) == ("stopped", 75)
+
+
+def test_a_swallowed_signal_stops_at_the_next_event(run):
+    """Whoever catches everything does not keep a run from being stopped."""
+    went_on = []
+
+    def work(watch):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            time.sleep(0.2)
+        watch.note("still here")
+        went_on.append(True)
+
+    with pytest.raises(StoppedError):
+        perform(run, work)
+    assert not went_on
+
+
+def test_a_deferred_signal_is_noted_now_and_obeyed_later(run):
+    """A part that must not be cut in two comes to its end; the status does not wait for it."""
+    noted, went_on = [], []
+
+    def work(watch):
+        with watch.signals.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            noted.append(ended(run))
+        went_on.append(True)
+
+    with pytest.raises(StoppedError):
+        perform(run, work)
+    assert noted == [("stopped", 75)]
+    assert not went_on
+
+
+def test_a_run_in_another_thread_takes_no_signals(run):
+    """Outside the main thread the handlers are left alone."""
+    before = [signal.getsignal(each) for each in STOPPING]
+    inside = []
+
+    def work():
+        with Watch(run, None):
+            inside.append([signal.getsignal(each) for each in STOPPING])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [before]
+    assert ended(run) == ("done", 0)
