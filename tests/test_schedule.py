@@ -114,6 +114,16 @@ def test_results_behind_the_last_shard_are_made_once():
     assert sorted(last) == [f"blocks 8-9, chunk {index}" for index in (1, 3, 4)]
 
 
+def test_a_chunk_is_handed_over_only_where_somebody_waits_for_it():
+    """With one worker the file is enough; with two, the second holds what comes next."""
+    for workers, expected in [(1, False), (2, True)]:
+        schedule = make_pass(blocks=4, shards=2, chunks=2)
+        for call in schedule.calls(range(workers)):
+            schedule.succeeded(call)
+        step = schedule.calls([0])[0]
+        assert (step.method, step.arguments) == ("step", (0, True, expected))
+
+
 def test_a_pass_with_nothing_to_do_is_finished():
     """When every block is committed no call is made."""
     schedule = make_pass(todo=[])

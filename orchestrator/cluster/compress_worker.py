@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.linalg import vector_norm as norm
 
 from orchestrator.cluster.heap import return_freed_memory
 from orchestrator.cluster.tokens import TokenArrays, first_chunk, read_tokens
@@ -150,8 +151,8 @@ def _facts(linear: Linear, weight_OI: Tensor, result: LowRank) -> dict[str, Any]
     curve = Curve(name=linear.name, energies=energies_K, total=result.total)
     return {
         "curve": curve.to_json(),
-        "weight_energies": result.down_RI.double().square().sum(dim=1).tolist(),
-        "weight_total": float(weight_OI.double().square().sum()),
+        "weight_energies": norm(result.down_RI, dim=1, dtype=torch.float64).square().tolist(),
+        "weight_total": float(norm(weight_OI, dtype=torch.float64).square()),
         "numerics": result.report,
     }
 

@@ -11,6 +11,7 @@ Rules of a pass, asserted by the tests:
   done, unless its worker was lost.
 - A worker that waits for chunks while an earlier shard is held by nobody gives up its own shard
   and takes the earlier one, so a pass goes on with any number of workers above zero.
+- A chunk is handed over only if somebody holds the next shard; else its file is enough.
 - A chunk behind a shard is computed once; a shard that is run again adds only what is missing.
 """
 
@@ -216,11 +217,13 @@ class Pass:
             return None
         state = self.shards[shard]
         emit = index in self._needed[shard + 1] and index not in self._present[shard + 1]
+        following = self.shards[shard + 1 : shard + 2]
+        hand_over = emit and any(each.owner is not None for each in following)
         return self._start(
             Call(
                 worker,
                 "step",
-                (index, emit),
+                (index, emit, hand_over),
                 f"{state.label}, chunk {index}",
                 shard,
                 takes=(state.blocks.start, index),

@@ -56,10 +56,11 @@ class Worker:
     def perform(
         self, method: str, arguments: tuple[Any, ...], record: Emitted
     ) -> tuple[Any, Emitted]:
-        """One call: its small result, and the chunk that it emits."""
+        """One call: its small result, and the chunk that it hands over."""
         if method == "step":
-            index, emit = arguments
-            return self.step(index, emit, record)
+            index, emit, hand_over = arguments
+            value, emitted = self.step(index, emit, record)
+            return value, emitted if hand_over else None
         return getattr(self, method)(*arguments), None
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:

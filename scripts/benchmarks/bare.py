@@ -57,6 +57,10 @@ class BareProcesses:
         for process in self._processes:
             process.join()
 
+    @property
+    def pids(self) -> set[int]:
+        return {process.pid for process in self._processes if process.pid is not None}
+
     def work(self) -> float:
         """Seconds until the last process is done."""
         start = time.perf_counter()

@@ -3,14 +3,16 @@
 The work is that of `orchestrator compress`, by its own code: `Compression` and its verbs.
 """
 
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.bare import BareProcesses
 from benchmarks.figures import Figure, compare, in_turns, say
+from benchmarks.watching import cpu_seconds, family
 
 from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.compress_worker import CompressionWorker
@@ -106,25 +108,51 @@ def recipe_for(
 def actors_against_bare(
     model: Path, text: Path, work: Path, *, samples: int, repeats: int
 ) -> list[Figure]:
-    """Two actors against two processes without Ray and store; see `benchmarks.bare`."""
+    """Two actors against two processes without Ray and store; see `benchmarks.bare`.
+
+    By the clock, and by the CPU seconds that all processes of either side took together, Ray's own
+    included; on a machine that does other things too, the second is the steadier one.
+    """
     recipe = recipe_for(model, text, work, "two", executor="ray", workers=2, samples=samples)
     with warm_job(recipe) as job:
         cut = cut_blocks(job.num_blocks, default_shards(job.num_blocks, 2))
-        halves = [[blocks for blocks in cut[side::2]] for side in range(2)]
+        halves = [list(cut[side::2]) for side in range(2)]
         with BareProcesses(model, text, halves, samples) as bare:
             say("two actors against two bare processes")
-            seconds = in_turns({"actors": job.calibrate_and_decompose, "bare": bare.work}, repeats)
-    speeds = {name: [job.num_blocks / each for each in found] for name, found in seconds.items()}
-    return [
-        compare(
-            "two actors against two bare processes, speed",
-            speeds["actors"],
-            speeds["bare"],
-            unit="blocks/s",
-            target=SPEED_TARGET,
-            at_least=True,
+            actors = Measured(job.calibrate_and_decompose, lambda: family(os.getpid()) - bare.pids)
+            alone = Measured(bare.work, lambda: bare.pids)
+            in_turns({"actors": actors, "bare": alone}, repeats)
+    figures = []
+    for says, of_actors, of_bare, target in [
+        ("speed", actors.seconds, alone.seconds, SPEED_TARGET),
+        ("by CPU seconds", actors.cpu_seconds, alone.cpu_seconds, None),
+    ]:
+        figures.append(
+            compare(
+                f"two actors against two bare processes, {says}",
+                [job.num_blocks / each for each in of_actors],
+                [job.num_blocks / each for each in of_bare],
+                unit="blocks/s",
+                target=target,
+                at_least=True,
+            )
         )
-    ]
+    return figures
+
+
+class Measured:
+    """A way that gives its own seconds; keeps them, and the CPU seconds of some processes."""
+
+    def __init__(self, way: Callable[[], float], pids: Callable[[], set[int]]) -> None:
+        self._way, self._pids = way, pids
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+
+    def __call__(self) -> float:
+        before = cpu_seconds(self._pids())
+        self.seconds.append(self._way())
+        self.cpu_seconds.append(cpu_seconds(self._pids()) - before)
+        return self.seconds[-1]
 
 
 def ray_against_local(

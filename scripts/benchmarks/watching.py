@@ -1,7 +1,9 @@
-"""The memory that processes hold for themselves, sampled while they run."""
+"""What processes take: memory that they hold for themselves, and CPU seconds."""
 
+import os
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 INTERVAL_SECONDS = 0.02
@@ -57,3 +59,34 @@ def _read(pid: int) -> int:
         return resident_bytes(Path(f"/proc/{pid}/status").read_text())
     except OSError:
         return 0  # it has ended
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """Of all threads of these processes since they began; nothing of those that have ended."""
+    return sum(_ticks(_stat(pid)) for pid in pids) / os.sysconf("SC_CLK_TCK")
+
+
+def family(pid: int) -> set[int]:
+    """A process and all that descend from it."""
+    parents = {
+        int(path.name): int(words[1])
+        for path in Path("/proc").iterdir()
+        if path.name.isdigit() and (words := _stat(int(path.name)))
+    }
+    found, size = {pid}, 0
+    while len(found) > size:
+        size = len(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found
+
+
+def _stat(pid: int) -> list[str]:
+    """The words of /proc/PID/stat behind the name, which may hold spaces."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _ticks(words: list[str]) -> int:
+    return int(words[11]) + int(words[12]) if words else 0
