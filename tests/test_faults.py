@@ -13,6 +13,7 @@ import pytest
 from drivers import Driver, is_alive, is_unit, processes_naming, start, units, wait_for
 from pipeline import contents, run, write_llama, write_text
 
+from orchestrator import evaluate
 from orchestrator.cli import main
 from orchestrator.errors import StoppedError
 from orchestrator.store.run import RunDirectory
@@ -71,7 +72,6 @@ def nothing_is_left(killer, run_dir):
 MOMENTS = {
     "before the first unit": [lambda event: event["event"] == "workers"],
     "in the middle": [is_unit(4)],
-    "as writing begins": [lambda e: e.get("stage") == "write" and e.get("state") == "begin"],
     "while writing": [is_unit(2, "write"), is_unit(6, "write")],
 }
 
@@ -90,18 +90,28 @@ def test_a_killed_actor_changes_no_byte(moment, llama, text, reference, tmp_path
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("seed", [1])
-def test_actors_killed_at_random_change_no_byte(
-    seed, llama, text, reference, tmp_path, ray_address
-):
-    """Three workers, killed at three random units, whoever does them."""
-    rng = random.Random(seed)
-    moments = [is_unit(done) for done in sorted(rng.sample(range(1, 10), 3))]
+def test_actors_killed_at_random_change_no_byte(llama, text, reference, tmp_path, ray_address):
+    """Two of three workers, killed at random units, whoever does them."""
+    rng = random.Random(1)
+    moments = [is_unit(done) for done in sorted(rng.sample(range(1, 10), 2))]
     killer = Killer(moments, rng)
     run(llama, tmp_path / "out", text, on_event=killer, executor="ray", workers=3, shards=10)
     assert contents(tmp_path / "out") == reference["one"]
-    assert len(killer.killed) == 3
+    assert len(killer.killed) == 2
     assert nothing_is_left(killer, tmp_path / "out.run")
+
+
+@pytest.mark.ray
+def test_a_killed_actor_changes_no_score(llama, text, tmp_path, ray_address):
+    """An evaluation that lost a worker on the way reports what an undisturbed one reports."""
+    fields = {"samples": 12, "sequence_length": 48, "text": str(text)}
+    killer = Killer([is_unit(3, "evaluate")])
+    spread = {"executor": "ray", "workers": 2, "shards": 4, "on_event": killer}
+    disturbed = evaluate(llama, run_dir=tmp_path / "disturbed", **spread, **fields)
+    alone = evaluate(llama, run_dir=tmp_path / "alone", executor="local", **fields)
+    assert killer.count("lost") == 1
+    assert disturbed["models"]["model"]["perplexity"] == alone["models"]["model"]["perplexity"]
+    assert nothing_is_left(killer, tmp_path / "disturbed")
 
 
 def flags(executor, request, **others):
@@ -116,8 +126,7 @@ def flags(executor, request, **others):
     ("executor", "resumed"),
     [
         ("local", {"executor": "local", "shards": 3}),
-        pytest.param("ray", {"executor": "ray", "workers": 3, "shards": 7}, marks=pytest.mark.ray),
-        pytest.param("ray", {"executor": "local", "shards": 2}, marks=pytest.mark.ray),
+        pytest.param("ray", {"executor": "ray", "workers": 1, "shards": 7}, marks=pytest.mark.ray),
     ],
 )
 def test_a_killed_driver_is_resumed(
@@ -145,9 +154,7 @@ def test_a_killed_driver_is_resumed(
         pytest.param("ray", signal.SIGTERM, marks=pytest.mark.ray),
     ],
 )
-def test_a_stopped_driver_is_resumed(
-    executor, number, llama, text, reference, tmp_path, request, record_property
-):
+def test_a_stopped_driver_is_resumed(executor, number, llama, text, reference, tmp_path, request):
     """Exit code 75, `stopped` in the status within two seconds, and nothing is lost or doubled.
 
     A second signal on the heels of the first changes nothing of that.
@@ -155,8 +162,7 @@ def test_a_stopped_driver_is_resumed(
     driver = Driver(llama, tmp_path / "out", text, *flags(executor, request), "--shards", "5")
     assert driver.until(is_unit(3))
     again = 0.1 if number == signal.SIGINT else None
-    stopped, exited = driver.signal_and_time(number, again=again)
-    record_property("seconds", (stopped, exited))
+    stopped, _ = driver.signal_and_time(number, again=again)
     assert stopped < 2
     assert driver.process.returncode == 75
     assert driver.run.status()["exit_code"] == 75
@@ -174,6 +180,7 @@ def test_a_signal_before_the_run_begins(number, module, tmp_path):
     """While packages are imported there is nothing to resume: one line, exit code 75, no traces."""
     code = f"""
 import os, sys
+from orchestrator import evaluate
 from orchestrator.cli import main
 def hook(event, arguments):
     if event == "import" and arguments[0] == {module!r}:

@@ -1,5 +1,6 @@
 """What a cluster can refuse, and the ways into one: each a clear error, or the same bytes."""
 
+import json
 import os
 import shutil
 import signal
@@ -18,8 +19,6 @@ from orchestrator.cluster.worker import Task, Worker, check_alike
 from orchestrator.errors import InfeasibleError, InputError, WorkerError
 from orchestrator.models.output import MARKER_FILE
 from orchestrator.models.weights import Weights
-
-ray_test = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +39,7 @@ def reference(model, text, tmp_path_factory):
     return contents(out)
 
 
-# what the cluster cannot give
-
-
-@ray_test
+@pytest.mark.ray
 @pytest.mark.parametrize("fields", [{"workers": 9}, {"workers": 3, "threads": 3}])
 def test_more_workers_than_the_cluster_can_hold(fields, model, text, tmp_path, ray_address):
     """What is asked for, what is there and what fits are said; exit code 3."""
@@ -90,9 +86,6 @@ def test_the_command_says_which_address_does_not_answer(model, text, tmp_path):
     assert process.returncode == 2
     assert "error: address 127.0.0.1:1: no Ray cluster answers" in error
     assert "Traceback" not in error
-
-
-# what a node does not see
 
 
 def task(model, run_dir, **fields):
@@ -158,7 +151,7 @@ def alive_nodes(ray):
     return sum(node["Alive"] for node in ray.nodes())
 
 
-@ray_test
+@pytest.mark.ray
 def test_a_node_that_does_not_see_a_directory(model, text, tmp_path, blind_node):
     """The run ends before any work, with exit code 4, the node and the path."""
     hidden = Path(shutil.copytree(model, blind_node / "dense"))
@@ -175,12 +168,8 @@ def test_a_node_that_does_not_see_a_directory(model, text, tmp_path, blind_node)
         assert [path.name for path in out.iterdir()] == [MARKER_FILE]
 
 
-# the ways into a cluster
-
-
-@ray_test
-@pytest.mark.parametrize("kind", ["task", "actor"])
-def test_inside_a_task_or_an_actor(kind, model, text, reference, tmp_path, ray_address):
+@pytest.mark.ray
+def test_inside_a_task(model, text, reference, tmp_path, ray_address):
     """`compress` called where Ray runs already uses that Ray, and asks for its workers there."""
     import ray
 
@@ -192,20 +181,11 @@ def test_inside_a_task_or_an_actor(kind, model, text, reference, tmp_path, ray_a
 
         return str(compress(Recipe(**fields)).out)
 
-    class Script:
-        def work(self):
-            return work()
-
-    if kind == "task":
-        out = ray.get(ray.remote(num_cpus=1)(work).remote())
-    else:
-        actor = ray.remote(num_cpus=1)(Script).remote()
-        out = ray.get(actor.work.remote())
-        ray.kill(actor)
+    out = ray.get(ray.remote(num_cpus=1)(work).remote())
     assert contents(Path(out)) == reference
 
 
-@ray_test
+@pytest.mark.ray
 def test_the_package_comes_with_the_driver(model, text, reference, tmp_path, ray_address):
     """Nodes run the driver's own copy of the package, whatever they have themselves."""
     import orchestrator
@@ -224,8 +204,6 @@ from orchestrator import Recipe, compress
 fields = json.loads(sys.argv[1])
 print(json.dumps(compress(Recipe(**fields)).report["timings"]["environment"]))
 """
-    import json
-
     fields = {"keep": 0.5, "samples": 6, "sequence_length": 48, "workers": 1, "shards": 2}
     fields |= {"model": str(model), "out": str(tmp_path / "out"), "calibration": str(text)}
     fields |= {"address": ray_address}
@@ -236,9 +214,6 @@ print(json.dumps(compress(Recipe(**fields)).report["timings"]["environment"]))
     assert json.loads(output)["orchestrator"] == f"copy {orchestrator.__version__}"
     written = contents(tmp_path / "out")
     assert written["model.safetensors"] == reference["model.safetensors"]
-
-
-# the pool
 
 
 @pytest.fixture
@@ -264,7 +239,7 @@ def make_pool(ray_address):
     return make
 
 
-@ray_test
+@pytest.mark.ray
 def test_a_worker_that_cannot_start_is_an_error(make_pool):
     """What its constructor raised is said at once, in one line."""
     with make_pool("broken") as pool, pytest.raises(WorkerError) as raised:
@@ -272,7 +247,7 @@ def test_a_worker_that_cannot_start_is_an_error(make_pool):
     assert str(raised.value) == "a worker cannot start: ValueError: no such thing"
 
 
-@ray_test
+@pytest.mark.ray
 def test_workers_without_room_are_not_waited_for(make_pool, monkeypatch):
     """The run begins with those that fit; those that do not are no workers until they do."""
     monkeypatch.setattr("orchestrator.cluster.ray_pool.PATIENCE_SECONDS", 4.0)
@@ -284,7 +259,7 @@ def test_workers_without_room_are_not_waited_for(make_pool, monkeypatch):
         assert wait_for(lambda: not pool.wait(0.1) and len(pool.workers()) == 2)
 
 
-@ray_test
+@pytest.mark.ray
 def test_too_few_workers_in_time_is_infeasible(make_pool, monkeypatch):
     """Who asks for more than there is room for now hears what is there."""
     monkeypatch.setattr("orchestrator.cluster.ray_pool.PATIENCE_SECONDS", 2.0)
@@ -295,7 +270,7 @@ def test_too_few_workers_in_time_is_infeasible(make_pool, monkeypatch):
         pool.gather(3)
 
 
-@ray_test
+@pytest.mark.ray
 def test_a_chunk_that_went_with_its_node_is_read_from_its_file(make_pool):
     """The call is repeated on the same worker, whose state is not lost, without the chunk."""
     import ray

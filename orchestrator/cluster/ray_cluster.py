@@ -22,7 +22,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
 import orchestrator
-from orchestrator.errors import InfeasibleError, UsageError
+from orchestrator.errors import InfeasibleError, UsageError, WorkerError
 
 CONNECT_SECONDS = 5.0
 _CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
@@ -40,6 +40,7 @@ def connect(address: str | None, announce: Callable[[str], None]) -> bool:
 
     Raises:
         UsageError: Nothing answers at the address, or it does not let us in.
+        WorkerError: Ray does not start on this machine.
     """
     if ray.is_initialized():
         return False
@@ -58,7 +59,7 @@ def connect(address: str | None, announce: Callable[[str], None]) -> bool:
     except (OSError, RayError, RuntimeError, ValueError) as error:
         ray.shutdown()
         if address == "local":
-            raise
+            raise WorkerError(f"Ray cannot be started here: {first_line(error)}") from error
         raise UsageError(f"address {address}: cannot be joined: {first_line(error)}") from error
     return True
 
