@@ -34,12 +34,13 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """
     import ray
 
-    context = ray.init(
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=200 * 2**20,
-        _temp_dir=tempfile.mkdtemp(prefix="or-", dir=tempfile.gettempdir()),
-    )
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="or-", ignore_cleanup_errors=True) as directory:
+        context = ray.init(
+            num_cpus=8,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=200 * 2**20,
+            _temp_dir=directory,
+        )
+        yield context.address_info["gcs_address"]
+        ray.shutdown()

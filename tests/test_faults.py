@@ -103,13 +103,13 @@ def test_actors_killed_at_random_change_no_byte(llama, text, reference, tmp_path
 
 @pytest.mark.ray
 def test_a_killed_actor_changes_no_score(llama, text, tmp_path, ray_address):
-    """An evaluation that lost a worker on the way reports what an undisturbed one reports."""
+    """An evaluation that lost workers on the way reports what an undisturbed one reports."""
     fields = {"samples": 12, "sequence_length": 48, "text": str(text)}
-    killer = Killer([is_unit(3, "evaluate")])
+    killer = Killer([lambda event: event["event"] == "workers", is_unit(3, "evaluate")])
     spread = {"executor": "ray", "workers": 2, "shards": 4, "on_event": killer}
     disturbed = evaluate(llama, run_dir=tmp_path / "disturbed", **spread, **fields)
     alone = evaluate(llama, run_dir=tmp_path / "alone", executor="local", **fields)
-    assert killer.count("lost") == 1
+    assert killer.count("lost") >= 1
     assert disturbed["models"]["model"]["perplexity"] == alone["models"]["model"]["perplexity"]
     assert nothing_is_left(killer, tmp_path / "disturbed")
 
@@ -199,15 +199,16 @@ sys.exit(main(["compress", "dense", "out", "--keep", "0.5", "--calibration", "te
 @pytest.mark.ray
 def test_a_signal_while_ray_is_started(llama, text, tmp_path):
     """The status does not wait for Ray to be up, and no process of Ray is left."""
-    session = tempfile.mkdtemp(prefix="or-")
-    driver = Driver(llama, tmp_path / "out", text, "--workers", "2", env={"RAY_TMPDIR": session})
-    assert driver.until(lambda event: "starting a Ray" in event.get("text", ""))
-    assert wait_for(lambda: processes_naming(session) - {driver.process.pid})
-    stopped, _ = driver.signal_and_time(signal.SIGTERM)
-    assert stopped < 2
-    assert driver.process.returncode == 75
-    assert not any("Traceback" in line for line in driver.other)
-    assert wait_for(lambda: not processes_naming(session))
+    with tempfile.TemporaryDirectory(prefix="or-", ignore_cleanup_errors=True) as session:
+        environment = {"RAY_TMPDIR": session}
+        driver = Driver(llama, tmp_path / "out", text, "--workers", "2", env=environment)
+        assert driver.until(lambda event: "starting a Ray" in event.get("text", ""))
+        assert wait_for(lambda: processes_naming(session) - {driver.process.pid})
+        stopped, _ = driver.signal_and_time(signal.SIGTERM)
+        assert stopped < 2
+        assert driver.process.returncode == 75
+        assert not any("Traceback" in line for line in driver.other)
+        assert wait_for(lambda: not processes_naming(session))
 
 
 class Interruption(Exception):

@@ -29,6 +29,7 @@ def head():
     """The address of a head's dashboard; the head is ended by its process group."""
     directory = tempfile.mkdtemp(prefix="or-")
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
     ports = {name: free_port() for name in names}
     flags = [f"--{name}={port}" for name, port in ports.items()]

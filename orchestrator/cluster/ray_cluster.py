@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import grpc
@@ -166,7 +167,7 @@ def first_line(error: BaseException) -> str:
 
 def last_line(error: BaseException) -> str:
     """What an error of Ray says last, after a traceback or the actor's particulars: usually why."""
-    return _lines(error)[-1]
+    return shorten(_lines(error)[-1], 300, placeholder=" ...")
 
 
 def _lines(error: BaseException) -> list[str]:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from benchmarks import memory, quality, speed
@@ -25,7 +24,6 @@ def main() -> None:
         command.add_argument("--json", metavar="FILE", type=Path, help="figures as JSON")
         command.set_defaults(run=module.run)
     options = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     figures = options.run(options)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

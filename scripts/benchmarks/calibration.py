@@ -44,7 +44,7 @@ OPERATIONS = {
 def measure_calibration(
     model: Path, repeats: int, first_block: int = 14
 ) -> tuple[list[Figure], dict[str, Any]]:
-    """The figure, strictly and as the issue counts it, and where the time of a chunk goes."""
+    """The figure, with Grams counted in full and as triangles, and where the time goes."""
     torch.set_num_threads(1)
     keep_freed_memory()
     skeleton = Skeleton.open(model, dtype=torch.float32)
@@ -81,7 +81,7 @@ def measure_calibration(
             )
         )
     rate = of_linears * CHUNKS / sorted(times["gemms"])[len(times["gemms"]) // 2] / 1e9
-    return figures, {"gemm_gflops": rate, "milliseconds_a_chunk": parts}
+    return figures, {"gemm_gflops": rate, "parts_of_the_time": parts}
 
 
 def chunk_before(skeleton: Skeleton, block: int) -> Chunk:
@@ -109,13 +109,15 @@ def linears_alone(shard: Shard) -> Callable[[], None]:
 
 
 def where_time_goes(work: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds a chunk by kind of operation; `rest` is Python and dispatch."""
+    """Parts of the time by kind of operation; `rest` is Python and dispatch, and the profiler."""
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-        seconds = cpu_seconds(work)
-    own = {each.key: each.self_cpu_time_total / 1e3 for each in profiler.key_averages()}
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+    own = {each.key: each.self_cpu_time_total / 1e6 for each in profiler.key_averages()}
     parts = {kind: sum(own.get(name, 0.0) for name in names) for kind, names in OPERATIONS.items()}
-    parts["rest"] = seconds * 1e3 - sum(parts.values())
-    return {kind: round(milliseconds / CHUNKS, 2) for kind, milliseconds in parts.items()}
+    parts["rest"] = seconds - sum(parts.values())
+    return {kind: round(part / seconds, 3) for kind, part in parts.items()}
 
 
 def cpu_seconds(work: Callable[[], None]) -> float:

@@ -96,5 +96,5 @@ def measure_numerics(model: Path, text: Path, repeats: int) -> Figure:
 
 
 def show_calibration(found: dict[str, Any]) -> None:
-    print(f"rate of the GEMMs {found['gemm_gflops']:.0f} GFLOP/s; a chunk by kind of operation:")
-    print_table([(kind, f"{ms:.1f} ms") for kind, ms in found["milliseconds_a_chunk"].items()])
+    print(f"rate of the GEMMs {found['gemm_gflops']:.0f} GFLOP/s; parts of a calibration's time:")
+    print_table([(kind, f"{part:.1%}") for kind, part in found["parts_of_the_time"].items()])
