@@ -37,7 +37,7 @@ from orchestrator.store.units import unit_key
 
 WINDOW = 4
 """Chunks that wait in memory between two workers; what is further ahead waits in files."""
-CALIBRATE_VERSION = 1
+CALIBRATE_VERSION = 2
 """Raised when what reaches the statistics changes."""
 WRITE_VERSION = 1
 """Raised when the bytes of a written file change."""

@@ -45,7 +45,9 @@ class Calibration:
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
         self._mask: Tensor | None = None
-        self._streams = Streams(shard, [x for x in shard.linears if x.block in blocks])
+        self._streams = Streams(
+            shard, [linear for linear in shard.linears if linear.block in blocks], self._select
+        )
         for linear in linears:
             together = [each for each in linears if each.site == linear.site]
             self._request(linear, side(linear, together))
@@ -83,7 +85,7 @@ class Calibration:
         """Passes one chunk through the shard and adds it to the statistics."""
         self._mask = None if bool(chunk.mask.all()) else chunk.mask.reshape(-1)
         passed = self._shard.forward(chunk)
-        self._streams.add(passed, self._select)
+        self._streams.leave(passed)
         return passed
 
     def statistic(self, linear: Linear) -> InputGram | OutputGram:

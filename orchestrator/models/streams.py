@@ -5,7 +5,6 @@ Shape suffixes: T tokens, C channels.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,44 +21,56 @@ class Streams:
     stream after it is what enters the next norm, or leaves the shard. Sublayers that read the same
     stream (in parallel, as in GPT-NeoX) have the same stream after them, too. A sublayer without
     such a norm has no cosine.
+
+    A cosine is taken as soon as the stream after a sublayer is there: both are then still in the
+    processor's caches, and none is kept longer than a sublayer.
+
+    Args:
+        select: Gives the rows of a state [B, T, C] that belong to real tokens.
     """
 
-    def __init__(self, shard: Shard, linears: Sequence[Linear]) -> None:
+    def __init__(
+        self, shard: Shard, linears: Sequence[Linear], select: Callable[[Tensor], Tensor]
+    ) -> None:
         self.cosines: dict[str, Cosine] = {}
         """By the sublayer's name."""
-        self._norms: dict[str, str] = {}
-        self._entered: list[tuple[str, Tensor]] = []
+        self._select = select
+        self._sublayers: dict[str, list[str]] = {}
+        self._stream: Tensor | None = None
+        self._within: list[str] = []
         for linear in linears:
-            if linear.norm:
-                self._norms.setdefault(linear.sublayer, linear.norm)
-                self.cosines.setdefault(linear.sublayer, Cosine())
+            if linear.norm and linear.sublayer not in self.cosines:
+                self._sublayers.setdefault(linear.norm, []).append(linear.sublayer)
+                self.cosines[linear.sublayer] = Cosine()
         self._hooks = [
-            shard.module(norm).register_forward_pre_hook(partial(self._note, norm))
-            for norm in dict.fromkeys(self._norms.values())
+            shard.module(norm).register_forward_pre_hook(partial(self._enter, norm))
+            for norm in self._sublayers
         ]
 
-    def _note(self, norm: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._entered.append((norm, inputs[0]))
+    def _enter(self, norm: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._meet(inputs[0])
+        self._stream = inputs[0]
+        self._within += self._sublayers[norm]
 
-    def add(self, passed: Chunk, select: Callable[[Tensor], Tensor]) -> None:
-        """Adds the chunk that has just passed the shard; `select` gives its real tokens' rows."""
+    def _meet(self, stream: Tensor) -> None:
+        """Ends the sublayers that began with another stream than this one."""
+        if self._stream is None or _same(self._stream, stream):
+            return
+        before_TC, after_TC = self._select(self._stream), self._select(stream)
+        for sublayer in self._within:
+            self.cosines[sublayer].update(before_TC, after_TC)
+        self._stream, self._within = None, []
+
+    def leave(self, passed: Chunk) -> None:
+        """Ends the last sublayers with what has just left the shard."""
         assert passed.payload is not None
-        streams = [*(tensor for _, tensor in self._entered), passed.payload.tensors()[0]]
-        following = {
-            norm: next(later for later in streams[index + 1 :] if not _same(later, stream))
-            for index, (norm, stream) in enumerate(self._entered)
-        }
-        before = dict(self._entered)
-        self._entered = []
-        for sublayer, norm in self._norms.items():
-            rows_TC = select(before[norm])
-            self.cosines[sublayer].update(rows_TC, select(following[norm]))
+        self._meet(passed.payload.tensors()[0])
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._entered = [], []
+        self._hooks, self._stream = [], None
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)

@@ -26,8 +26,8 @@ from orchestrator.models.skeleton import Skeleton
 
 METHOD = METHODS["svd-llm"]
 TOKENS = 512
-CHUNKS = 8
-"""A pass: 4096 tokens, after which each Gram is flushed once."""
+CHUNKS = 16
+"""A pass: 8192 tokens, after which each Gram is flushed once."""
 TARGET = 1.15
 OPERATIONS = {
     "linears": ("aten::mm", "aten::addmm"),
