@@ -59,7 +59,7 @@ class UnitWriter:
         }
         # the facts are results too, and a flipped digit is still JSON
         manifest["blake2b"] = digest_json(manifest)
-        write_json(self._directory / _MANIFEST, manifest)
+        write_json(self._directory / _MANIFEST, manifest, indent=None)
 
 
 class Units:

@@ -32,9 +32,14 @@ class BareProcesses:
     """Processes that stand ready; `work` lets all of them do their part once."""
 
     def __init__(
-        self, model: Path, text: Path, parts: Sequence[Sequence[range]], samples: int
+        self,
+        model: Path,
+        text: Path,
+        parts: Sequence[Sequence[range]],
+        samples: int,
+        sequence_length: int,
     ) -> None:
-        self._arguments = [(model, text, part, samples) for part in parts]
+        self._arguments = [(model, text, part, samples, sequence_length) for part in parts]
 
     def __enter__(self) -> "BareProcesses":
         context = multiprocessing.get_context("spawn")
@@ -71,11 +76,18 @@ class BareProcesses:
         return time.perf_counter() - start
 
 
-def _serve(end: Connection, model: Path, text: Path, part: Sequence[range], samples: int) -> None:
+def _serve(
+    end: Connection,
+    model: Path,
+    text: Path,
+    part: Sequence[range],
+    samples: int,
+    sequence_length: int,
+) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     skeleton = Skeleton.open(model, dtype=torch.float32)
-    inputs = _inputs(skeleton, text, part, samples)
+    inputs = _inputs(skeleton, text, part, samples, sequence_length)
     try:
         while True:
             end.send("ready")
@@ -87,11 +99,13 @@ def _serve(end: Connection, model: Path, text: Path, part: Sequence[range], samp
 
 
 def _inputs(
-    skeleton: Skeleton, text: Path, part: Sequence[range], samples: int
+    skeleton: Skeleton, text: Path, part: Sequence[range], samples: int, sequence_length: int
 ) -> dict[int, list[Chunk]]:
     """All chunks at the first block of every shard of the part."""
     tokenizer = load_tokenizer(skeleton.directory)
-    tokens = load_tokens(str(text), tokenizer=tokenizer, samples=samples, sequence_length=512)
+    tokens = load_tokens(
+        str(text), tokenizer=tokenizer, samples=samples, sequence_length=sequence_length
+    )
     arrays = TokenArrays(tokens.ids.astype(np.int32), tokens.mask)
     chunks = [first_chunk(arrays, index) for index in range(samples)]
     inputs, done = {}, 0

@@ -88,7 +88,15 @@ def warm_job(recipe: Recipe) -> Iterator[Job]:
 
 
 def recipe_for(
-    model: Path, text: Path, work: Path, name: str, *, executor: str, workers: int, samples: int
+    model: Path,
+    text: Path,
+    work: Path,
+    name: str,
+    *,
+    executor: str,
+    workers: int,
+    samples: int,
+    sequence_length: int,
 ) -> Recipe:
     return Recipe(
         model=str(model),
@@ -96,7 +104,7 @@ def recipe_for(
         keep=0.8,
         calibration=str(text),
         samples=samples,
-        sequence_length=512,
+        sequence_length=sequence_length,
         dtype="float32",
         executor=executor,
         workers=workers,
@@ -106,18 +114,24 @@ def recipe_for(
 
 
 def actors_against_bare(
-    model: Path, text: Path, work: Path, *, samples: int, repeats: int
+    model: Path, text: Path, work: Path, *, samples: int, sequence_length: int, repeats: int
 ) -> list[Figure]:
     """Two actors against two processes without Ray and store; see `benchmarks.bare`.
 
     By the clock, and by the CPU seconds that all processes of either side took together, Ray's own
     included; on a machine that does other things too, the second is the steadier one.
     """
-    recipe = recipe_for(model, text, work, "two", executor="ray", workers=2, samples=samples)
+    recipe = recipe_for(
+        *(model, text, work, "two"),
+        executor="ray",
+        workers=2,
+        samples=samples,
+        sequence_length=sequence_length,
+    )
     with warm_job(recipe) as job:
         cut = cut_blocks(job.num_blocks, default_shards(job.num_blocks, 2))
         halves = [list(cut[side::2]) for side in range(2)]
-        with BareProcesses(model, text, halves, samples) as bare:
+        with BareProcesses(model, text, halves, samples, sequence_length) as bare:
             say("two actors against two bare processes")
             actors = Measured(job.calibrate_and_decompose, lambda: family(os.getpid()) - bare.pids)
             alone = Measured(bare.work, lambda: bare.pids)
@@ -156,13 +170,18 @@ class Measured:
 
 
 def ray_against_local(
-    model: Path, text: Path, work: Path, *, samples: int, repeats: int
+    model: Path, text: Path, work: Path, *, samples: int, sequence_length: int, repeats: int
 ) -> list[Figure]:
     """The whole job but for its start, by one actor and by the worker in this process."""
 
     def recipe(executor: str) -> Recipe:
-        given = {"executor": executor, "workers": 1, "samples": samples}
-        return recipe_for(model, text, work, executor, **given)
+        return recipe_for(
+            *(model, text, work, executor),
+            executor=executor,
+            workers=1,
+            samples=samples,
+            sequence_length=sequence_length,
+        )
 
     with warm_job(recipe("ray")) as actor, warm_job(recipe("local")) as local:
         say("one actor against the local executor")

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import ray
 
+from orchestrator.cluster.ray_cluster import QUIET
+
 
 @contextmanager
 def local_ray() -> Iterator[None]:
@@ -21,7 +23,7 @@ def local_ray() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _system_config={"worker_niceness": 0},
+        _system_config={**QUIET, "worker_niceness": 0},
     )
     try:
         yield

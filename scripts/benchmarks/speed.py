@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--work", metavar="DIR", type=Path, default=Path(".work/speed"))
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
-    parser.add_argument("--samples", type=int, default=32, help="sequences; the part ray: a fourth")
+    parser.add_argument("--samples", type=int, default=16, help="sequences; the part ray: a fourth")
+    parser.add_argument(
+        "--sequence-length", metavar="TOKENS", type=int, default=2048, help="of actors and ray"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="turns; the others: five times that")
 
 
@@ -73,8 +76,12 @@ def measure_crews(options: argparse.Namespace, text: Path) -> list[Figure]:
             ("ray", ray_against_local, max(1, options.samples // 4)),
         ]:
             if part in options.only:
-                given = {"samples": samples, "repeats": options.repeats}
-                figures += measure(options.model, text, options.work, **given)
+                figures += measure(
+                    *(options.model, text, options.work),
+                    samples=samples,
+                    sequence_length=options.sequence_length,
+                    repeats=options.repeats,
+                )
     return figures
 
 
