@@ -3,6 +3,7 @@
 Shape suffixes: O outputs, I inputs, K = min(O, I), R rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,8 @@ class InputGram:
     matrix_II: Tensor
     tokens: int | None = None
     """Number of rows, if known: H has no larger rank."""
+    magnitude_I: Tensor | None = None
+    """Mean of |x_j| over the rows, float64, where a method asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,27 @@ class OutputGram:
     matrix_OO: Tensor
     tokens: int | None = None
     """Number of rows, if known: the Gram has no larger rank."""
+    magnitude_I: Tensor | None = None
+    """Mean of |x_j| over the rows that were read, float64, where a method asks for it."""
 
 
 Statistic = InputGram | OutputGram
+
+
+def summed(statistics: Sequence[Statistic]) -> Statistic:
+    """The statistic of all rows together: Grams of inputs add up, in their order.
+
+    Raises:
+        ValueError: There are several, and not all of them are Grams of inputs.
+    """
+    first, *others = statistics
+    for other in others:
+        if not isinstance(first, InputGram) or not isinstance(other, InputGram):
+            raise ValueError("only Grams of inputs are those of one and the same sum")
+        counts = first.tokens, other.tokens
+        tokens = None if None in counts else sum(filter(None, counts))
+        first = InputGram(first.matrix_II + other.matrix_II, tokens)
+    return first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,43 @@
+"""Left factors fitted again to inputs that have changed since the decomposition.
+
+Shape suffixes: O outputs, I inputs, R rank.
+"""
+
+import torch
+from torch import Tensor
+
+from orchestrator.linalg.gram import check_finite
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def refit(weight_OI: Tensor, left_OR: Tensor, down_RI: Tensor, gram_II: Tensor) -> Tensor:
+    """The left factor that changes the dense outputs least on new inputs; the basis stays.
+
+    Minimises `trace(E H E^T)` for `E = W - A D` over A, D = `down_RI` and H the second moment of
+    the inputs, which are those of the compressed model:
+
+        A = A0 + (W - A0 D) H D^T (D H D^T)^+
+
+    with A0 = `left_OR`. In exact arithmetic A does not depend on A0 where D H D^T is regular; along
+    directions that no input excites, below R eps of the largest eigenvalue, A0 stays as it is.
+
+    Float64 throughout; the result has the dtype of `left_OR`. All on one device. O(O I^2 + R^3).
+
+    Raises:
+        InputError: H holds NaN or infinity.
+
+    References:
+        The coefficient update of Basis Sharing (arXiv:2410.03765) and D-Rank (arXiv:2509.25622),
+        and the least-squares update of SVD-LLM (arXiv:2403.07378, first version). Their code
+        inverts D H D^T.
+    """
+    check_finite("input Gram", gram_II)
+    down, gram, left = down_RI.double(), gram_II.double(), left_OR.double()
+    image_IR = gram @ down.T
+    values_R, vectors_RR = torch.linalg.eigh(down @ image_IR)
+    known = values_R > len(values_R) * EPS * values_R[-1].clamp(min=0)
+    scale_R = torch.where(known, 1 / values_R, 0.0)
+    gap_OR = (weight_OI.double() - left @ down) @ image_IR
+    step_OR: Tensor = ((gap_OR @ vectors_RR) * scale_R) @ vectors_RR.T
+    return (left + step_OR).to(left_OR.dtype)

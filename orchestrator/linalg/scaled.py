@@ -1,0 +1,86 @@
+"""Low-rank factors of a weight with scaled inputs, and what they lose on its calibration inputs.
+
+Shape suffixes: O outputs, I inputs, K = min(O, I), R rank.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from orchestrator.linalg.gram import check_finite
+from orchestrator.linalg.low_rank import (
+    InputGram,
+    LowRank,
+    OutputGram,
+    Statistic,
+    decompose,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledLowRank(LowRank):
+    """Factors that are best in the norm of a scale, measured in that of a statistic too."""
+
+    activation_R: Tensor
+    """What each direction explains of `activation_total`, u^T (W H W^T) u, float64; in the order of
+    the factors, so not by size."""
+    activation_total: float
+    """trace(W H W^T): rank r loses it less the first r of `activation_R`."""
+
+
+def decompose_scaled(
+    weight_OI: Tensor, statistic: Statistic, rank: int, scale_I: Tensor
+) -> ScaledLowRank:
+    """The factors, of every rank up to `rank`, that are closest to `W diag(s)` when scaled alike.
+
+    Minimises `|(W - W') diag(s)|` in the Frobenius norm, by the truncated SVD of `W diag(s)` and
+    the division by s: `U_r Σ_r V_r^T diag(s)^-1 = U_r (U_r^T W)`, so nothing is divided. Energies
+    and total are those of `W diag(s)`. U holds the leading eigenvectors of `W diag(s²) W^T`; those
+    below about 1e-7 of the largest singular value go by the weight alone, see `decompose`.
+
+    What the factors lose on the rows of the statistic is exact too: U is orthonormal, so rank r
+    loses `trace(W H W^T)` less the first r of `diag(U^T W H W^T U)`.
+
+    Dtype and device as in `decompose`; the scale is float64 [I], above 0. O(O I K + K^3), and
+    O I^2 more for the loss where the statistic is the inputs' Gram.
+
+    Raises:
+        InputError: The weight, the scale or the statistic holds NaN or infinity.
+        ValueError: The scale does not fit the weight, or is not above 0.
+    """
+    outputs, inputs = weight_OI.shape
+    if scale_I.shape != (inputs,) or not bool((scale_I > 0).logical_or(scale_I.isnan()).all()):
+        raise ValueError(f"the scale is {tuple(scale_I.shape)}, not {inputs} numbers above 0")
+    check_finite("weight", weight_OI)
+    check_finite("scale of the inputs", scale_I)
+    check_finite("statistic", _matrix(statistic))
+    own: Statistic
+    if outputs <= inputs:
+        scaled_OI = weight_OI.double() * scale_I
+        own = OutputGram(scaled_OI @ scaled_OI.T)
+    else:
+        own = InputGram(scale_I.double().square().diag())
+    result = decompose(weight_OI, own, rank)
+    activation_R, activation_total = _explained(weight_OI, result, statistic)
+    return ScaledLowRank(
+        **{field.name: getattr(result, field.name) for field in fields(result)},
+        activation_R=activation_R,
+        activation_total=activation_total,
+    )
+
+
+def _explained(weight_OI: Tensor, result: LowRank, statistic: Statistic) -> tuple[Tensor, float]:
+    """`diag(U^T W H W^T U)` and `trace(W H W^T)`, products and sums in float64."""
+    if isinstance(statistic, InputGram):
+        matrix, rows, whole = statistic.matrix_II.double(), result.down_RI, weight_OI
+        total = torch.sum(whole.double() @ matrix * whole)
+    else:
+        matrix, rows = statistic.matrix_OO.double(), result.weight_OR.T
+        total = matrix.trace()
+    rows_R = rows.double()
+    return torch.sum(rows_R @ matrix * rows_R, dim=1), float(total)
+
+
+def _matrix(statistic: Statistic) -> Tensor:
+    return statistic.matrix_II if isinstance(statistic, InputGram) else statistic.matrix_OO
