@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-Form = Literal["dense", "low_rank"]
+Form = Literal["dense", "low_rank", "sparse", "low_rank_sparse"]
+IndexCode = Literal["bitmask", "columns", "positions"]
+"""How a sparse weight stores where its values stand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,8 @@ class Curve:
     """What truncating one linear to rank r loses: `total - sum(energies[:r])`.
 
     `energies` are the squared singular values of the weight in the method's norm, descending,
-    float64, at least up to the break-even rank; `total` is the sum of all of them.
+    float64, at least up to the break-even rank; `total` is the sum of all of them. Of a sparse form
+    they are of equal parts of the entries, in the order in which they are kept, and r counts parts.
     """
 
     name: str
@@ -109,16 +112,54 @@ class Curve:
         return cls(name=value["name"], energies=energies, total=value["total"])
 
 
+def index_bytes(out_features: int, in_features: int, nonzeros: int) -> dict[IndexCode, int]:
+    """Bytes of the index of N values in an [O, I] weight, in every code that can hold it.
+
+    `bitmask`: one bit an element, ceil(O I / 8). `columns`: column numbers of 16 bits and O + 1 row
+    pointers of 32, 2 N + 4 (O + 1); up to 65536 columns. `positions`: flat, of 32 bits, 4 N; up to
+    2^31 elements.
+    """
+    elements = out_features * in_features
+    sizes: dict[IndexCode, int] = {"bitmask": (elements + 7) // 8}
+    if in_features <= 2**16 and nonzeros < 2**31:
+        sizes["columns"] = 2 * nonzeros + 4 * (out_features + 1)
+    if elements <= 2**31:
+        sizes["positions"] = 4 * nonzeros
+    return sizes
+
+
+def index_code(out_features: int, in_features: int, nonzeros: int) -> IndexCode:
+    """The smallest code; of equal ones the first in the order bitmask, columns, positions."""
+    sizes = index_bytes(out_features, in_features, nonzeros)
+    return min(sizes, key=lambda code: sizes[code])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """What one linear becomes."""
 
     form: Form
     rank: int = 0
-    """Rank of the factors; 0 where the form has none."""
+    """Rank of the factors of `low_rank` and `low_rank_sparse`; 0 where the form has none."""
+    nonzeros: int = 0
+    """Stored entries of `sparse` and `low_rank_sparse`; 0 where the form has none."""
+    basis: str = ""
+    """Name of the `low_rank` linear whose `down` [R, I] this one uses; empty: it has its own."""
 
     def stored_values(self, linear: Linear) -> int:
-        return linear.values if self.form == "dense" else self.rank * linear.rank_cost
+        """The values of its weight: R O, R I unless the basis is another's, and the nonzeros."""
+        if self.form == "dense":
+            return linear.values
+        own_down = 0 if self.basis else self.rank * linear.in_features
+        return self.rank * linear.out_features + own_down + self.nonzeros
+
+    def stored_bytes(self, linear: Linear, itemsize: int) -> int:
+        """The bytes of its weight: `itemsize` a value, and the smallest index of the nonzeros."""
+        values_bytes = self.stored_values(linear) * itemsize
+        if not self.nonzeros:
+            return values_bytes
+        sizes = index_bytes(linear.out_features, linear.in_features, self.nonzeros)
+        return values_bytes + min(sizes.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,8 +55,10 @@ class Recipe:
     """Directory of the dense checkpoint, or a hub id that is in the local cache."""
     out: str
     """Directory that the compressed checkpoint is written to."""
-    keep: float
+    keep: float | None = None
     """Stored values of the targeted linears over their dense values, above 0, at most 1."""
+    keep_bytes: float | None = None
+    """The same in bytes, indices of sparse parts included. One of the two is given."""
     method: str = "svd-llm"
     """Published method, a name of `orchestrator.methods.METHODS`."""
     allocation: str | None = None
@@ -117,8 +119,14 @@ class Recipe:
                 value = _of_type(field.name, field.type, getattr(self, field.name))
                 object.__setattr__(self, field.name, value)
         _check_options(self.options)
-        if not 0 < self.keep <= 1:
-            raise UsageError(f"keep is {self.keep}; it must be above 0 and at most 1")
+        asked = {name: getattr(self, name) for name in ("keep", "keep_bytes")}
+        given = {name: share for name, share in asked.items() if share is not None}
+        if len(given) != 1:
+            found = " and ".join(given) or "neither keep nor keep_bytes"
+            raise UsageError(f"recipe: {found} given; give one of them, keep 0.8 for example")
+        for name, share in given.items():
+            if not 0 < share <= 1:
+                raise UsageError(f"{name} is {share}; it must be above 0 and at most 1")
         for name in COUNTS:
             count = getattr(self, name)
             if count is not None and count < 1:
@@ -148,6 +156,13 @@ class Recipe:
     @property
     def max_shard_bytes(self) -> int:
         return size_in_bytes(self.max_shard_size)
+
+    @property
+    def share(self) -> float:
+        """The fraction that is asked for, of values or of bytes."""
+        share = self.keep if self.keep_bytes is None else self.keep_bytes
+        assert share is not None
+        return share
 
     def to_toml(self, *, schedule: bool = True) -> str:
         """The recipe as TOML with every default written out; what is not set stands as a comment.
@@ -262,7 +277,7 @@ def _of_type(name: str, kind: Any, value: Any) -> Any:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise UsageError(f"{name} is {value!r}; it must be a list of strings")
-    if kind is float and type(value) is int:
+    if float in (kind, *get_args(kind)) and type(value) is int:
         return float(value)
     is_disguised_bool = isinstance(value, bool) and kind is not bool
     if is_disguised_bool or not isinstance(value, kind):

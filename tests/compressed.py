@@ -1,6 +1,6 @@
-"""Compressed checkpoints made without the pipeline: every linear cut by a plain SVD."""
+"""Compressed checkpoints made without the pipeline: plain SVDs and largest entries."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.hf.bootstrap import bootstrap_source
-from orchestrator.models.checkpoint import FileSpec, TensorSpec, finish, layout, write_file
+from orchestrator.models.checkpoint import finish, write_file
+from orchestrator.models.index_codes import encode
+from orchestrator.models.layout import FileSpec, TensorSpec, layout
 from orchestrator.models.output import claim_out
 from orchestrator.models.skeleton import Skeleton
-from orchestrator.plan import Assignment, Plan, Survey
+from orchestrator.plan import Assignment, Linear, Plan, Survey
 
 TOKENS = torch.arange(3, 23)[None] * 3 % 96
 
@@ -27,7 +29,23 @@ class Compressed:
     survey: Survey
     plan: Plan
     files: tuple[FileSpec, ...]
-    factors: Mapping[str, tuple[Tensor, Tensor]]
+    parts: Mapping[str, Mapping[str, Tensor]]
+    """Of every linear that is not dense: `weight` and `down`, `values` and `positions`."""
+
+    @property
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: (part["weight"], part["down"]) for name, part in self.parts.items()}
+
+    def dense_weight(self, name: str) -> Tensor:
+        """What a linear's parts stand for [O, I], in float64 and by the definition."""
+        linear = next(each for each in self.survey.linears if each.name == name)
+        weight_OI = torch.zeros(linear.out_features, linear.in_features, dtype=torch.float64)
+        parts = self.parts[name]
+        if "weight" in parts:
+            weight_OI += parts["weight"].double() @ parts["down"].double()
+        if "values" in parts:
+            weight_OI.view(-1)[parts["positions"]] += parts["values"].double()
+        return weight_OI
 
 
 def half_plan(survey: Survey) -> Plan:
@@ -37,7 +55,43 @@ def half_plan(survey: Survey) -> Plan:
         for linear in survey.linears[:-1]
     }
     assignments[survey.linears[-1].name] = Assignment(form="dense")
-    stored = sum(assignments[each.name].stored_values(each) for each in survey.linears)
+    return plan_of(survey, assignments)
+
+
+def mixed_plan(survey: Survey) -> Plan:
+    """Every form, and every index code that some linear is wide enough for.
+
+    The first linear of blocks 0 and 1, and of blocks 2 and 3, share a basis; the others take the
+    forms in turn, sparse ones with few entries, with some, and with nearly half of them.
+    """
+    assignments = {}
+    for block in range(survey.num_blocks):
+        for turn, linear in enumerate(survey.of_block(block)):
+            assignments[linear.name] = _assignment_in_turn(linear, 2 * block + turn)
+    firsts = [survey.of_block(block)[0] for block in range(survey.num_blocks)]
+    for one, two in zip(firsts[::2], firsts[1::2], strict=True):
+        rank = one.break_even + 1  # more than either could have alone
+        assignments[one.name] = Assignment(form="low_rank", rank=rank)
+        assignments[two.name] = Assignment(form="low_rank", rank=rank, basis=one.name)
+    return plan_of(survey, assignments)
+
+
+def _assignment_in_turn(linear: Linear, turn: int) -> Assignment:
+    half = linear.values // 2 - 5
+    some = 5 * linear.out_features // 2
+    return (
+        Assignment(form="sparse", nonzeros=half),
+        Assignment(form="low_rank_sparse", rank=linear.break_even // 3, nonzeros=some),
+        Assignment(form="sparse", nonzeros=some),
+        Assignment(form="low_rank", rank=linear.break_even // 2),
+        Assignment(form="low_rank_sparse", rank=1, nonzeros=3),
+        Assignment(form="dense"),
+    )[turn % 6]
+
+
+def plan_of(survey: Survey, assignments: Mapping[str, Assignment]) -> Plan:
+    linears = {linear.name: linear for linear in survey.linears}
+    stored = sum(each.stored_values(linears[name]) for name, each in assignments.items())
     return Plan(assignments=assignments, budget_values=stored, stored_values=stored)
 
 
@@ -45,12 +99,13 @@ def compress(
     dense: Path,
     out: Path,
     *,
+    make_plan: Callable[[Survey], Plan] = half_plan,
     max_shard_bytes: int = 10**9,
     output_dtype: torch.dtype | None = None,
 ) -> Compressed:
     """Writes `out` from the dense checkpoint, file by file, as the workers do."""
     skeleton = Skeleton.open(dense)
-    survey, plan = skeleton.survey(), half_plan(skeleton.survey())
+    survey, plan = skeleton.survey(), make_plan(skeleton.survey())
     files = layout(
         survey,
         skeleton.tensors(),
@@ -58,12 +113,17 @@ def compress(
         output_dtype=output_dtype,
         max_shard_bytes=max_shard_bytes,
     )
-    factors = cut(dense, plan)
+    parts = cut(dense, survey, plan)
+    linears = {linear.name: linear for linear in survey.linears}
 
     def read(spec: TensorSpec) -> Tensor:
         if spec.part == "copy":
             return skeleton.weights.read(spec.source)
-        return factors[spec.source][spec.part == "down"]
+        if spec.part in parts[spec.source]:
+            return parts[spec.source][spec.part]
+        linear = linears[spec.source]
+        sizes = linear.out_features, linear.in_features
+        return encode(spec.code, parts[linear.name]["positions"], *sizes)[spec.part]
 
     claim_out(out)
     for file in files:
@@ -80,22 +140,51 @@ def compress(
         report={"version": 1},
         bootstrap=bootstrap_source(survey.architecture),
     )
-    return Compressed(dense, out, survey, plan, files, factors)
+    return Compressed(dense, out, survey, plan, files, parts)
 
 
-def cut(dense: Path, plan: Plan) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors [O, R] and [R, I] of every low-rank linear of the plan."""
+def cut(dense: Path, survey: Survey, plan: Plan) -> dict[str, dict[str, Tensor]]:
+    """What is stored of every linear that does not stay dense."""
     modules = dict(AutoModelForCausalLM.from_pretrained(dense).named_modules())
-    factors = {}
-    for name, assignment in plan.assignments.items():
-        if assignment.form == "low_rank":
-            weight = modules[name].weight.detach()
-            weight_OI = weight.T if isinstance(modules[name], Conv1D) else weight
-            u_OK, _, _ = torch.linalg.svd(weight_OI.double(), full_matrices=False)
-            u_OR = u_OK[:, : assignment.rank]
-            down_RI = u_OR.T @ weight_OI.double()
-            factors[name] = u_OR.to(weight.dtype).contiguous(), down_RI.to(weight.dtype)
-    return factors
+    groups: dict[str, list[str]] = {}
+    for linear in survey.linears:
+        assignment = plan.assignments.get(linear.name, Assignment(form="dense"))
+        if assignment.form != "dense":
+            groups.setdefault(assignment.basis or linear.name, []).append(linear.name)
+    parts = {}
+    for first, names in groups.items():
+        weights = [_weight(modules[name]) for name in names]
+        for name, stored in zip(names, _cut(weights, plan.assignments[first]), strict=True):
+            dtype = modules[name].weight.dtype
+            parts[name] = {
+                part: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for part, tensor in stored.items()
+            }
+    return parts
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The weight [O, I] in float64."""
+    weight = module.weight.detach().double()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _cut(weights: list[Tensor], assignment: Assignment) -> list[dict[str, Tensor]]:
+    """Factors of the weights on top of each other, and the largest entries of what they leave."""
+    tall_OI = torch.cat(weights)
+    parts: list[dict[str, Tensor]] = [{} for _ in weights]
+    if assignment.rank:
+        u_OK, _, _ = torch.linalg.svd(tall_OI, full_matrices=False)
+        u_OR = u_OK[:, : assignment.rank]
+        down_RI = u_OR.T @ tall_OI
+        for part, rows_OR in zip(parts, u_OR.split([len(each) for each in weights]), strict=True):
+            part |= {"weight": rows_OR.contiguous(), "down": down_RI}
+        tall_OI = tall_OI - u_OR @ down_RI
+    if assignment.nonzeros:
+        rest_E = tall_OI.flatten()
+        positions_N = rest_E.abs().topk(assignment.nonzeros).indices.sort().values
+        parts[0] |= {"values": rest_E[positions_N], "positions": positions_N}
+    return parts
 
 
 def reference(compressed: Compressed) -> PreTrainedModel:
@@ -110,6 +199,16 @@ def reference(compressed: Compressed) -> PreTrainedModel:
             up.bias = bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Sequential(down, up))
+    return model.eval()
+
+
+def dense_reference(compressed: Compressed) -> PreTrainedModel:
+    """The dense model with the weights that the forms stand for."""
+    model = AutoModelForCausalLM.from_pretrained(compressed.dense)
+    for name in compressed.parts:
+        module, weight_OI = model.get_submodule(name), compressed.dense_weight(name)
+        weight = weight_OI.T if isinstance(module, Conv1D) else weight_OI
+        module.weight = nn.Parameter(weight.to(module.weight.dtype))
     return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from allocation import assert_invariants, lost, make_cosines, make_curves, make_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.allocate import ALLOCATORS
+from orchestrator.allocate import ALLOCATORS, make_allocator
+from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.d_rank import DRank
 from orchestrator.allocate.mgaa import RULES, Mgaa
 from orchestrator.allocate.steps import spend, step_costs
@@ -231,3 +233,38 @@ def test_losses_of_a_curve_are_its_cut_tail():
     curve = Curve(name="a", energies=np.array([4.0, 2.0, 1.0]), total=7.5)
     assert [curve.loss(rank) for rank in range(4)] == [7.5, 3.5, 1.5, 0.5]
     assert Curve.from_json(curve.to_json()).loss(2) == 1.5
+
+
+@pytest.mark.parametrize("share", [0.3, 0.62, 0.9, 1])
+def test_bytes_of_factors_are_values(share):
+    """Where every byte is a value's, a budget in bytes gives the plan of that many values."""
+    linears = make_model({"q": (24, 16), "up": (40, 16)}, 3)
+    curves = make_curves(linears)
+    allocate = partial(DRank(), linears, curves, cosines={})
+    assert fill_bytes(lambda keep: allocate(keep=keep), linears, share, 2) == allocate(keep=share)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("share", [0.2, 0.55, 0.8])
+def test_bytes_of_indices_count(share, itemsize):
+    """Sparse: values and indices fit from below, and one value in 1e5 more no longer does."""
+    linears = make_linears([(50, 40), (64, 64)])
+    allocate = make_allocator("uniform", {}, "sparse")
+    plan = fill_bytes(lambda keep: allocate(linears, {}, keep, {}), linears, share, itemsize)
+
+    def stored_bytes(plan):
+        return sum(plan.assignments[x.name].stored_bytes(x, itemsize) for x in linears)
+
+    dense = sum(linear.values for linear in linears)
+    assert stored_bytes(plan) <= share * dense * itemsize
+    more = allocate(linears, {}, (plan.budget_values + 2) / dense, {})
+    assert more.stored_values > plan.stored_values
+    assert stored_bytes(more) > share * dense * itemsize
+
+
+def test_bytes_that_hold_no_plan_are_infeasible():
+    """Fewer bytes than rank 1 everywhere takes are refused, with what was asked for."""
+    linears = make_linears([(50, 40)])
+    curves = make_curves(linears)
+    with pytest.raises(InfeasibleError, match=r"keep_bytes: 0\.01"):
+        fill_bytes(lambda keep: Uniform()(linears, curves, keep, {}), linears, 0.01, 2)

@@ -19,10 +19,10 @@ def model(tmp_path_factory):
     return write_llama(tmp_path_factory.mktemp("calibration") / "dense", blocks=2)
 
 
-def gather(model, mask, side):
+def gather(model, mask, side, **options):
     skeleton = Skeleton.open(model)
     with skeleton.shard(range(2)) as shard:
-        calibration = Calibration(shard, shard.linears, side)
+        calibration = Calibration(shard, shard.linears, side, **options)
         for row in range(2):
             calibration.forward(Chunk(row, TOKENS[row : row + 1], mask[row : row + 1]))
         found = {linear.name: calibration.statistic(linear) for linear in shard.linears}
@@ -51,6 +51,33 @@ def test_grams_are_of_the_real_tokens(model, padding):
         rows = torch.cat(seen)[mask].double()
         assert statistic.tokens == int(mask.sum())
         torch.testing.assert_close(statistic.matrix_II, rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_magnitudes_are_of_the_real_tokens(model, padding):
+    """The mean of |x| over what the whole model feeds each linear, whichever Gram it asks for."""
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    mask[:, 20 - padding :] = False
+    found = gather(model, mask, METHODS["asvd"].side, magnitudes=True)
+    assert {type(statistic) for statistic in found.values()} == {InputGram, OutputGram}
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    for name, statistic in found.items():
+        seen = []
+        hook = whole.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, seen=seen: seen.append(inputs[0])
+        )
+        with torch.no_grad():
+            for row in range(2):
+                whole(input_ids=TOKENS[row : row + 1])
+        hook.remove()
+        rows = torch.cat(seen)[mask].double()
+        torch.testing.assert_close(statistic.magnitude_I, rows.abs().mean(dim=0), rtol=1e-5, atol=0)
+
+
+def test_magnitudes_are_gathered_only_where_asked(model):
+    """Other methods pay nothing for them."""
+    found = gather(model, torch.ones_like(TOKENS, dtype=torch.bool), METHODS["svd"].side)
+    assert {statistic.magnitude_I for statistic in found.values()} == {None}
 
 
 def test_linears_of_a_site_share_one_gram(model):

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import orchestrator.hf  # noqa: F401 # the checkpoints written here are loaded
 from orchestrator.errors import InputError, OrchestratorError, UsageError
-from orchestrator.models.checkpoint import FileSpec, TensorSpec, finish, layout, write_file
+from orchestrator.models.checkpoint import finish, write_file
+from orchestrator.models.layout import FileSpec, TensorSpec, layout
 from orchestrator.models.output import MARKER_FILE, check_out, claim_out
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.plan import Assignment
@@ -246,7 +247,7 @@ def test_the_card_names_base_model_licence_and_sizes(made):
     front = card.split("---")[1].splitlines()
     assert {'base_model: "someone/tiny"', "license: apache-2.0", "license_link: x"} <= set(front)
     stored = sum(tensor.values for file in made.files for tensor in file.tensors)
-    assert f"({stored:,} of\n{made.survey.total_parameters:,})" in card
+    assert f"({stored:,} of {made.survey.total_parameters:,})" in card
 
 
 def test_the_same_plan_gives_the_same_bytes(made, dense, tmp_path):

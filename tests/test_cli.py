@@ -25,7 +25,7 @@ from orchestrator.plan import Plan
 from orchestrator.recipe import Recipe, make_recipe
 from orchestrator.result import Result
 
-COMMANDS = ("compress", "evaluate", "export", "status", "clean")
+COMMANDS = ("compress", "evaluate", "export", "status", "report", "compare", "clean")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def compressed(monkeypatch):
         recipes.append(recipe)
         on_event({"event": "note", "text": "here"})
         report = {
-            "kept": {"asked": recipe.keep, "linears": 0.79, "model": 0.85},
+            "kept": {"asked": recipe.share, "asked_of": "values", "linears": 0.79, "model": 0.85},
             "values": {"model_before": 1000, "model_after": 850},
         }
         plan = Plan(assignments={}, budget_values=0, stored_values=0)
@@ -119,7 +119,7 @@ def test_result_on_stdout_and_progress_on_stderr(compressed, capsys):
     """A result can be piped; events do not mix with it, as lines or as JSON."""
     assert main(["compress", "dense", "small", "--keep", "0.8"]) == 0
     said = capsys.readouterr()
-    assert "0.7900 (asked 0.8)" in said.out
+    assert "0.7900 (asked 0.8 of values)" in said.out
     assert said.err.endswith("] here\n")
     arguments = ["compress", "dense", "small", "--keep", "0.8", "--json", "--progress", "json"]
     assert main(arguments) == 0
@@ -254,11 +254,11 @@ def test_wrong_arguments_end_with_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("flags", "code", "says"),
     [
-        ([], 2, "recipe: keep missing"),
+        ([], 2, "recipe: neither keep nor keep_bytes given"),
         (["--keep", "1.5"], 2, "keep is 1.5"),
         (["--keep", "nan"], 2, "keep is nan"),
         (["--keep", "0.8", "--recipe", "none.toml"], 2, "none.toml"),
-        (["--keep", "0.8", "--method", "svd"], 2, "svd-llm"),
+        (["--keep", "0.8", "--method", "svd-lm"], 2, "svd-llm"),
         (["--keep", "0.8", "--max-shard-size", "big"], 2, "'big'"),
         (
             ["--keep", "0.8", "--target", "*.mlp.down_prj"],

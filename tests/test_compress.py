@@ -54,6 +54,9 @@ def test_every_family_is_compressed_and_loads(family, checkpoint, text, tmp_path
     saved = sum(e["shape"][0] * e["shape"][1] - e["values"] for e in report["linears"].values())
     assert report["values"]["model_after"] == sum(p.numel() for p in loaded.parameters())
     assert report["values"]["model_before"] - saved == report["values"]["model_after"]
+    values = report["values"]
+    stored = {"dense_linears": 4 * values["dense_linears"], "stored": 4 * values["stored"]}
+    assert report["bytes"] == stored  # float32, and factors need no index
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])

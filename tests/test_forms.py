@@ -6,7 +6,8 @@ from families import FAMILIES
 from torch import nn
 
 from orchestrator.errors import InputError
-from orchestrator.models.forms import LowRankLinear, install_forms, low_rank_modules
+from orchestrator.models.forms import install_forms, read_forms
+from orchestrator.models.modules import LowRankLinear
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -15,6 +16,10 @@ def config(modules=None, **changes):
     low_rank = {name: {"form": "low_rank", "rank": rank} for name, rank in (modules or {}).items()}
     fields = {"quant_method": "orchestrator", "format_version": 1, "modules": low_rank}
     return {**fields, **changes}
+
+
+def entry(**fields):
+    return config() | {"modules": {Q_PROJ: fields}}
 
 
 def meta_model(family="llama"):
@@ -97,10 +102,23 @@ def test_a_model_without_head_takes_the_same_config():
         (config({Q_PROJ: "5"}), "found '5', need a whole number"),
         (config({Q_PROJ: 5.0}), "found 5.0, need a whole number"),
         (config({Q_PROJ: True}), "found True, need a whole number"),
-        (config({Q_PROJ: 0}), r"found rank 0, a \[32, 32\] linear takes 1 to 15"),
+        (config({Q_PROJ: 0}), r"found rank 0 for low_rank, a \[32, 32\] linear takes 1 or more"),
         (config({Q_PROJ: -3}), "found rank -3"),
-        (config({Q_PROJ: 16}), "found rank 16"),
+        (config({Q_PROJ: 16}), r"found rank 16, a \[32, 32\] linear takes 1 to 15"),
         (config({Q_PROJ: 10**30}), "takes 1 to 15"),
+        (entry(form="sparse", nonzeros=5), "need a form: .* sparse with nonzeros, index"),
+        (entry(form="sparse", nonzeros=5, index="bitmask", basis="x"), "need a form"),
+        (entry(form="sparse", nonzeros="5", index="bitmask"), "found '5', need a whole number"),
+        (entry(form="sparse", nonzeros=5, index=3), "found 3, need a name"),
+        (entry(form="sparse", nonzeros=5, index="zip"), "takes bitmask, columns, positions"),
+        (entry(form="sparse", nonzeros=0, index="bitmask"), "found nonzeros 0 for sparse"),
+        (entry(form="sparse", nonzeros=1024, index="bitmask"), r"\[32, 32\] linear has 1024"),
+        (
+            entry(form="low_rank_sparse", rank=15, nonzeros=64, index="bitmask"),
+            "found rank 15 and 64 nonzeros, which store 1024 values",
+        ),
+        (entry(form="low_rank", rank=3, basis="x"), "found basis 'x', need a low_rank linear"),
+        (entry(form=["low_rank"], rank=3), "need a form"),
         (config({"model.layers.9.self_attn.q_proj": 5}), "found no such module"),
         (config({"__class__": 5}), "found no such module"),
         (config({"": 5}), "found a LlamaForCausalLM"),
@@ -123,4 +141,5 @@ def test_a_tied_weight_stays_dense():
 
 def test_ranks_come_in_the_order_of_the_config():
     """Reading needs no model."""
-    assert list(low_rank_modules(config({"b": 2, "a": 1})).items()) == [("b", 2), ("a", 1)]
+    forms = read_forms(config({"b": 2, "a": 1}))
+    assert [(name, form.rank) for name, form in forms.items()] == [("b", 2), ("a", 1)]

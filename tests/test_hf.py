@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressed import TOKENS, compress, logits, reference
+from compressed import TOKENS, compress, logits, mixed_plan, reference
 from families import FAMILIES, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
@@ -18,7 +18,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 import orchestrator.hf
 from orchestrator.errors import InputError
 from orchestrator.hf.bootstrap import bootstrap_source
-from orchestrator.models.forms import LowRankLinear, install_forms
+from orchestrator.models.forms import install_forms
+from orchestrator.models.modules import LowRankLinear
 
 ROOT = Path(__file__).parent.parent
 
@@ -243,6 +244,20 @@ def test_package_or_trust_is_enough(made, expected, tmp_path, package, trust):
         config = json.loads((resaved[0] / "config.json").read_bytes())
         assert config["architectures"] == ["LlamaForCausalLM"]
         assert (resaved[0] / "modeling_orchestrator.py").is_file()
+
+
+def test_the_checkpoint_brings_every_form_with_it(tmp_path):
+    """Where the package is not installed, sparse weights and shared bases load, save and run."""
+    dense = write_checkpoint("gpt2", tmp_path / "dense")
+    made = compress(dense, tmp_path / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
+    expected = logits(AutoModelForCausalLM.from_pretrained(made.directory))
+    result, resaved = tmp_path / "result", tmp_path / "resaved"
+    done = run_program(tmp_path, "blocked", "trusted", made.directory, result, resaved)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(result)
+    assert torch.equal(found["logits"], expected)
+    assert torch.equal(found["again"], expected)
+    assert found["generated"][0, TOKENS.shape[1]] == expected[0, -1].argmax()
 
 
 def test_neither_package_nor_trust_fails_loudly(made, tmp_path):

@@ -11,22 +11,27 @@ from pathlib import Path
 
 import pytest
 
-ALL_PARTS = "errors plan recipe result linalg allocate store methods models hf cluster"
+ALL_PARTS = (
+    "errors options plan groups recipe result linalg allocate store methods models hf cluster"
+)
 MAY_IMPORT = {
     "errors": "",
     "plan": "errors numpy",
+    "options": "errors",
+    "groups": "plan",
     "recipe": "errors",
     "result": "plan",
     "progress": "",
+    "pages": "errors plan recipe progress store numpy",
     "linalg": "errors torch",
-    "allocate": "errors plan numpy",
+    "allocate": "errors options plan numpy",
     "store": "errors plan numpy pyarrow safetensors",
-    "methods": "errors plan linalg torch",
+    "methods": "errors options plan groups linalg torch",
     "models": "errors plan linalg store torch transformers accelerate safetensors numpy pyarrow "
     "huggingface_hub datasets",
     "hf": "errors plan models torch transformers",
     "cluster": f"{ALL_PARTS} torch numpy safetensors ray grpc",
-    "api": f"{ALL_PARTS} transformers",
+    "api": f"{ALL_PARTS} pages transformers",
     "cli": "errors recipe progress api",
     "__main__": "cli",
 }
@@ -87,6 +92,7 @@ def test_only_cluster_knows_ray():
         "import orchestrator.api",
         "import orchestrator.models.select",
         "import orchestrator.allocate",
+        "import orchestrator.pages",
     ],
 )
 def test_light_import(statement):
@@ -94,7 +100,9 @@ def test_light_import(statement):
     assert loaded_by(statement) == set()
 
 
-@pytest.mark.parametrize("command", ["", "compress", "evaluate", "export", "status", "clean"])
+@pytest.mark.parametrize(
+    "command", ["", "compress", "evaluate", "export", "status", "report", "compare", "clean"]
+)
 def test_help_is_light(command):
     """`--help` answers without importing a heavy package, numpy included."""
     call = f"from orchestrator.cli import main\ntry: main({[*command.split(), '--help']})"

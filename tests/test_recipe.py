@@ -94,6 +94,15 @@ def test_wrong_value(field, value, says):
     assert str(caught.value).startswith(f"{field} is ") or field == "max_shard_size"
 
 
+@pytest.mark.parametrize("given", [{}, {"keep": 0.8, "keep_bytes": 0.8}])
+def test_one_budget(given):
+    """A recipe without a budget, or with two, is refused; each alone is the share asked for."""
+    paths = {"model": "dense", "out": "small"}
+    with pytest.raises(UsageError, match="give one of them"):
+        Recipe(**paths, **given)
+    assert Recipe(**paths, keep=0.8).share == Recipe(**paths, keep_bytes=0.8).share == 0.8
+
+
 def test_whole_keep():
     """`keep = 1` in TOML is the fraction 1.0."""
     assert isinstance(_recipe(keep=1).keep, float)
@@ -134,7 +143,7 @@ def test_unknown_field(tmp_path):
 
 def test_missing_fields():
     """All required fields that are missing are named at once."""
-    with pytest.raises(UsageError, match="out, keep missing"):
+    with pytest.raises(UsageError, match="out missing"):
         make_recipe({"model": "dense"})
 
 

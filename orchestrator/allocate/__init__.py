@@ -17,17 +17,18 @@ Held by those whose docstring does not say otherwise:
 A new allocator is one file, and one line in `ALLOCATORS`; the battery finds it there.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field
 from typing import Any, ClassVar, Protocol
 
+from orchestrator.allocate.cap import Cap
 from orchestrator.allocate.d_rank import DRank
 from orchestrator.allocate.mgaa import Mgaa
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2
-from orchestrator.allocate.uniform import Uniform
+from orchestrator.allocate.uniform import Uniform, UniformSparse
 from orchestrator.errors import UsageError
-from orchestrator.plan import Curve, Linear, Plan
+from orchestrator.options import check_known, option_names
+from orchestrator.plan import Curve, Form, Linear, Plan
 
 
 class Allocator(Protocol):
@@ -60,16 +61,31 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 }
 
 
-def make_allocator(name: str, options: Mapping[str, Any]) -> Allocator:
-    """The allocator of this name with these options.
+SPARSE_ALLOCATORS: dict[str, type[Allocator]] = {"uniform": UniformSparse}
+"""The same, for linears that become sparse: they divide entries instead of ranks."""
+POOL_ALLOCATORS: dict[str, type[Allocator]] = {"cap": Cap}
+"""The same, for linears that keep ranks and entries side by side."""
+ALLOCATION_NAMES = frozenset({*ALLOCATORS, *SPARSE_ALLOCATORS, *POOL_ALLOCATORS})
+_BY_FORM: dict[Form, tuple[str, dict[str, type[Allocator]]]] = {
+    "low_rank": ("ranks", ALLOCATORS),
+    "sparse": ("entries", SPARSE_ALLOCATORS),
+    "low_rank_sparse": ("ranks and entries together", POOL_ALLOCATORS),
+}
+
+
+def make_allocator(name: str, options: Mapping[str, Any], form: Form = "low_rank") -> Allocator:
+    """The allocator of this name for linears that take this form, with these options.
 
     Raises:
-        UsageError: An option does not exist (with near misses), or has a value not allowed.
+        UsageError: It does not divide what the form is made of; an option does not exist (with
+            near misses), or has a value not allowed.
     """
-    known = [field.name for field in fields(ALLOCATORS[name])]
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known) or known
-            there = f"near misses: {', '.join(near)}" if near else "it takes none"
-            raise UsageError(f"{name}: unknown option {option!r}; {there}")
-    return ALLOCATORS[name](**options)
+    parts, table = _BY_FORM[form]
+    if name not in table:
+        divided = "ranks and entries together" if name in POOL_ALLOCATORS else "ranks"
+        raise UsageError(
+            f"allocation: {name!r} divides {divided}, and of a linear the method keeps {parts}; it "
+            f"must be one of {', '.join(table)}"
+        )
+    check_known(name, options, option_names(table[name]))
+    return table[name](**options)

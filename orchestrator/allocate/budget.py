@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from orchestrator.errors import InfeasibleError, UsageError
-from orchestrator.plan import Assignment, Linear, Plan
+from orchestrator.plan import Assignment, Form, Linear, Plan
 
 
 def share_values(linears: Sequence[Linear], keep: float) -> int:
@@ -16,26 +16,32 @@ def share_values(linears: Sequence[Linear], keep: float) -> int:
     return math.floor(Fraction(str(keep)) * sum(linear.values for linear in linears))
 
 
-def least_values(linear: Linear) -> int:
-    """The least that this linear can store: rank 1, or the dense weight if that is no larger."""
+def least_values(linear: Linear, form: Form = "low_rank") -> int:
+    """The least that this linear can store in a form.
+
+    Rank 1, or the dense weight if that is no larger; one entry where it is sparse.
+    """
+    if form == "sparse":
+        return 1
     return linear.rank_cost if linear.break_even > 1 else linear.values
 
 
-def budget_values(linears: Sequence[Linear], keep: float) -> int:
+def budget_values(linears: Sequence[Linear], keep: float, form: Form = "low_rank") -> int:
     """The values that these linears may store together, their share.
 
     Raises:
         UsageError: `keep` is not above 0 and at most 1.
-        InfeasibleError: Rank 1 everywhere stores more.
+        InfeasibleError: Rank 1 everywhere, or one entry where the form is sparse, stores more.
     """
     if not 0 < keep <= 1:
         raise UsageError(f"keep: {keep} is outside (0, 1]; 0.8 keeps four values in five")
     dense = sum(linear.values for linear in linears)
     budget = share_values(linears, keep)
-    least = sum(least_values(linear) for linear in linears)
+    least = sum(least_values(linear, form) for linear in linears)
     if budget < least:
+        what = "one entry" if form == "sparse" else "rank 1"
         raise InfeasibleError(
-            f"keep: {keep} allows {budget} of {dense} values, but rank 1 for each of "
+            f"keep: {keep} allows {budget} of {dense} values, but {what} for each of "
             f"{len(linears)} linears stores {least}; the least possible is "
             f"{math.ceil(1e6 * least / dense) / 1e6}"
         )

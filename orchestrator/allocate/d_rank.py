@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from orchestrator.allocate.budget import budget_values, by_role, make_plan, share_values
-from orchestrator.allocate.options import check_choice, check_number
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import UsageError
+from orchestrator.options import check_choice, check_number
 from orchestrator.plan import Assignment, Curve, Linear, Plan
 
 GIVERS, TAKER = ("q_proj", "k_proj"), "v_proj"

@@ -11,10 +11,10 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from orchestrator.allocate.budget import budget_values, make_plan
-from orchestrator.allocate.options import check_choice, check_number
 from orchestrator.allocate.scale import find_scale
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import InfeasibleError, InputError
+from orchestrator.options import check_choice, check_number
 from orchestrator.plan import Assignment, Curve, Linear, Plan
 
 RULES = ("power", "softmax", "linear", "retain")

@@ -10,10 +10,10 @@ from typing import ClassVar
 import numpy as np
 
 from orchestrator.allocate.budget import budget_values, by_role, make_plan, share_values
-from orchestrator.allocate.options import check_number
 from orchestrator.allocate.scale import find_scale
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import InfeasibleError
+from orchestrator.options import check_number
 from orchestrator.plan import Assignment, Curve, Linear, Plan
 
 LEAST_LOG = 1e-6

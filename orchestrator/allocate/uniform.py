@@ -1,4 +1,4 @@
-"""The same kept fraction for every linear: the allocation of SVD-LLM (arXiv 2403.07378)."""
+"""The same kept fraction for every linear, in ranks or in entries."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,14 @@ from typing import ClassVar
 
 from orchestrator.allocate.budget import assign_rank, budget_values, make_plan, share_values
 from orchestrator.errors import InfeasibleError
-from orchestrator.plan import Curve, Linear, Plan
+from orchestrator.plan import Assignment, Curve, Linear, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Uniform:
     """Rank floor(keep · m n / (m + n)) for each m × n linear; the curves are not looked at.
+
+    The allocation of SVD-LLM (arXiv 2403.07378).
 
     The floors leave less than one rank a linear unused; it is reported as slack and not given to
     anyone, because the published figures are for exactly these ranks.
@@ -43,4 +45,41 @@ class Uniform:
                     "values; keep more, or leave it out with --ignore"
                 )
             assignments[linear.name] = assign_rank(linear, rank, share)
+        return make_plan(linears, assignments, budget)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UniformSparse:
+    """floor(keep · m n) entries of each m × n linear, as Wanda has it (arXiv 2306.11695).
+
+    The curves are not looked at. The floors leave less than one value a linear unused.
+    """
+
+    needs_cosines: ClassVar[bool] = False
+
+    def __call__(
+        self,
+        linears: Sequence[Linear],
+        curves: Mapping[str, Curve],
+        keep: float,
+        cosines: Mapping[str, float],
+    ) -> Plan:
+        """
+        Raises:
+            UsageError, InfeasibleError: As `budget_values`; also when a single linear's share is
+                below one entry, with its name.
+        """
+        budget = budget_values(linears, keep, "sparse")
+        assignments = {}
+        for linear in linears:
+            share = share_values([linear], keep)
+            if share < 1:
+                raise InfeasibleError(
+                    f"{linear.name}: {keep} of a {linear.out_features} x {linear.in_features} "
+                    "weight is below one entry; keep more, or leave it out with --ignore"
+                )
+            whole = share == linear.values
+            assignments[linear.name] = (
+                Assignment(form="dense") if whole else Assignment(form="sparse", nonzeros=share)
+            )
         return make_plan(linears, assignments, budget)

@@ -1,26 +1,34 @@
 """One compression: its verbs, each a few lines, and what they pass to each other."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.allocate import ALLOCATORS, make_allocator
+from orchestrator.allocate import ALLOCATION_NAMES, make_allocator
+from orchestrator.allocate.bernoulli import Candidates
 from orchestrator.allocate.budget import budget_values
-from orchestrator.cluster.compress_worker import CompressionTask
+from orchestrator.allocate.by_bytes import fill_bytes
+from orchestrator.allocate.cap import Cap
+from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.pool import dispatch
+from orchestrator.cluster.refit_worker import RefitTask
 from orchestrator.cluster.report import make_report
 from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.score_job import Scoring
+from orchestrator.cluster.score_worker import ScoreWorker
 from orchestrator.cluster.tokens import commit_tokens
 from orchestrator.cluster.verify import intact
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import UsageError
+from orchestrator.groups import Grouping
 from orchestrator.hf.bootstrap import bootstrap_source
-from orchestrator.methods import METHODS
-from orchestrator.models.checkpoint import REPORT_FILE, FileSpec, finish, layout
+from orchestrator.methods import METHODS, make_method
+from orchestrator.models.checkpoint import REPORT_FILE, finish
+from orchestrator.models.layout import FileSpec, layout
 from orchestrator.models.locate import locate
 from orchestrator.models.output import check_out, claim_out
 from orchestrator.models.select import select
@@ -28,7 +36,8 @@ from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.text import load_tokens
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.models.weights import parse_dtype, read_json
-from orchestrator.plan import Assignment, Curve, Plan
+from orchestrator.options import option_names
+from orchestrator.plan import Assignment, Curve, Linear, Plan
 from orchestrator.recipe import SCHEDULE, Recipe
 from orchestrator.result import Result
 from orchestrator.store.files import digest_json
@@ -39,19 +48,34 @@ WINDOW = 4
 """Chunks that wait in memory between two workers; what is further ahead waits in files."""
 CALIBRATE_VERSION = 2
 """Raised when what reaches the statistics changes."""
+REFIT_VERSION = 1
+"""Raised when a fit changes."""
 WRITE_VERSION = 1
 """Raised when the bytes of a written file change."""
+
+
+def split_options(recipe: Recipe, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the method and those of the allocation of this name, which share a table.
+
+    What is no option of the method is the allocation's, if there is one of this name, to refuse.
+    """
+    table = recipe.options.get(name, {})
+    own = option_names(METHODS[name]) if name in METHODS else []
+    of_method = {o: v for o, v in table.items() if o in own or name not in ALLOCATION_NAMES}
+    return of_method, {o: v for o, v in table.items() if o not in of_method}
 
 
 class Compression:
     """What is known of one compression as its verbs go by; names, curves and plans, no weights."""
 
     def __init__(self, recipe: Recipe) -> None:
-        recipe.check_names(methods=METHODS, allocations=ALLOCATORS)
-        self.method = METHODS[recipe.method]
+        recipe.check_names(methods=METHODS, allocations=ALLOCATION_NAMES)
+        options, _ = split_options(recipe, recipe.method)
+        self.method = make_method(recipe.method, options)
         allocation = recipe.allocation or self.method.allocation
         self.recipe = replace(recipe, allocation=allocation)
-        self.allocator = make_allocator(allocation, recipe.options.get(allocation, {}))
+        _, options = split_options(recipe, allocation)
+        self.allocator = make_allocator(allocation, options, self.method.form)
         self.out = Path(recipe.out).expanduser().absolute()
         found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
         self.model = found.absolute()
@@ -71,7 +95,7 @@ class Compression:
         chosen = set(select(names, self.recipe.target, self.recipe.ignore))
         self.linears = tuple(each for each in self.surveyed.linears if each.name in chosen)
         # an impossible budget is said before anything is computed for it
-        budget_values(self.linears, self.recipe.keep)
+        budget_values(self.grouping.stacked(self.linears), self.recipe.share, self.method.form)
 
     def read_text(self) -> None:
         """Calibration text to token sequences."""
@@ -102,17 +126,20 @@ class Compression:
 
     @cached_property
     def block_keys(self) -> Mapping[int, str]:
-        """For each block with targeted linears the key of the unit of its decompositions."""
+        """The keys of the units of decompositions, by the first block of each group of blocks.
+
+        Blocks without targeted linears have none.
+        """
         keys = {}
-        for block in range(self.surveyed.num_blocks):
-            names = [linear.name for linear in self.linears if linear.block == block]
-            if names:
+        for block in range(0, self.surveyed.num_blocks, self.grouping.size):
+            linears = [each for each in self.linears if self.grouping.first(each.block) == block]
+            if linears:
                 keys[block] = unit_key(
                     "decompose",
                     self.method.version,
                     [self.pass_key],
                     decomposition=self.method.decomposition,
-                    linears=names,
+                    linears=[[each.name for each in g] for g in self.grouping.groups(linears)],
                     output_dtype=self.recipe.output_dtype,
                 )
         return keys
@@ -121,6 +148,11 @@ class Compression:
     def pass_key(self) -> str:
         inputs = [self.surveyed.fingerprint, self.tokens_key]
         return unit_key("calibrate", CALIBRATE_VERSION, inputs, dtype=str(self.dtype))
+
+    @property
+    def grouping(self) -> Grouping:
+        """Which linears share a basis."""
+        return self.method.grouping
 
     @property
     def task(self) -> CompressionTask:
@@ -133,10 +165,11 @@ class Compression:
             writes=(self.run.root, self.out),
             model=self.model,
             out=self.out,
-            method=self.recipe.method,
+            method=self.method,
             dtype=self.dtype,
             output_dtype=parse_dtype(self.recipe.output_dtype),
             linears=self.linears,
+            grouping=self.grouping,
             tokens_key=self.tokens_key,
             block_keys=self.block_keys,
         )
@@ -157,25 +190,35 @@ class Compression:
 
         Blocks that an earlier run has committed in this environment are not touched again.
         """
+        self.facts = self._pass(self.pass_key, self.block_keys, crew, watch, stage)
+
+    def _pass(
+        self, pass_key: str, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
+    ) -> dict[int, dict[str, Any]]:
+        """Chunks through all shards, whose workers then finish the blocks that have a key.
+
+        Gives the facts of the units of these keys, those committed earlier among them.
+        """
         units = self.run.units
         found = {
             block: facts
-            for block, key in self.block_keys.items()
+            for block, key in keys.items()
             if (facts := units.facts(key, crew.environment)) is not None
         }
-        hashes = {f"block {block}": units.hashes(self.block_keys[block]) for block in found}
+        hashes = {f"block {block}": units.hashes(keys[block]) for block in found}
         whole = intact(crew, watch, hashes)
-        self.facts = {block: facts for block, facts in found.items() if f"block {block}" in whole}
-        total = len(self.block_keys)
-        if self.facts:
-            watch.note(f"{len(self.facts)} of {total} blocks are committed already")
+        done = {block: facts for block, facts in found.items() if f"block {block}" in whole}
+        total = len(keys)
+        if done:
+            watch.note(f"{len(done)} of {total} blocks are committed already")
         num_blocks, num_chunks = self.surveyed.num_blocks, self.token_report["sequences"]
-        shards = self.recipe.shards or default_shards(num_blocks, crew.size)
-        cut = cut_blocks(num_blocks, shards)
-        chunks = self.run.chunks(self.pass_key, crew.environment)
+        size = self.grouping.size
+        shards = self.recipe.shards or default_shards(num_blocks, crew.size, max(2, size))
+        cut = cut_blocks(num_blocks, shards, size)
+        chunks = self.run.chunks(pass_key, crew.environment)
         schedule = Pass(
             cut,
-            todo=self.block_keys.keys() - self.facts.keys(),
+            todo=keys.keys() - done.keys(),
             num_chunks=num_chunks,
             present=[chunks.present(blocks.start, num_chunks) for blocks in cut],
         )
@@ -183,9 +226,9 @@ class Compression:
         def on_success(call: Call, value: Any) -> None:
             if call.method == "finish":
                 (block,) = call.arguments
-                self.facts[block] = value
+                done[block] = value
                 seconds = value["timings"]["seconds"]
-                stage.progress(len(self.facts), total, unit=f"block {block}", seconds=seconds)
+                stage.progress(len(done), total, unit=f"block {block}", seconds=seconds)
             for boundary in schedule.drop_inputs():
                 chunks.drop(boundary)
 
@@ -198,14 +241,39 @@ class Compression:
             on_event=watch.event,
         )
         chunks.clear()
+        return done
 
-    def allocate(self) -> None:
-        """Curves and the budget to the plan; milliseconds, no tensor."""
-        self.results = {
+    @cached_property
+    def results(self) -> Mapping[str, dict[str, Any]]:
+        """What is known of every decomposition, by the linear's name."""
+        return {
             result["curve"]["name"]: result
             for facts in self.facts.values()
             for result in facts["linears"]
         }
+
+    @property
+    def scores(self) -> bool:
+        """Whether what is kept is chosen by passes through masked models."""
+        return isinstance(self.allocator, Cap)
+
+    @property
+    def worker_class(self) -> type[CompressionWorker]:
+        return ScoreWorker if self.scores else CompressionWorker
+
+    def score(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+        """Losses of masked models, and the choice that they lead to."""
+        candidates = {
+            name: Candidates.from_json(result["curve"]) for name, result in self.results.items()
+        }
+        scoring = Scoring(self, candidates, crew, watch, stage, itemsize=self._itemsize)
+        self.learnt = scoring.learn()
+
+    def allocate(self) -> None:
+        """Curves and the budget to the plan; milliseconds, no tensor."""
+        if self.scores:
+            self.plan: Plan = self.learnt.plan
+            return
         self.curves = {
             name: Curve.from_json(result["curve"]) for name, result in self.results.items()
         }
@@ -214,8 +282,56 @@ class Compression:
             for facts in self.facts.values()
             for sublayer, cosine in facts["cosines"].items()
         }
-        keep = self.recipe.keep
-        self.plan: Plan = self.allocator(self.linears, self.curves, keep, cosines)
+        stacked = self.grouping.stacked(self.linears)
+
+        def allocate(keep: float) -> Plan:
+            plan = self.allocator(stacked, self.curves, keep, cosines)
+            return self.grouping.spread(self.linears, plan)
+
+        share = self.recipe.share
+        if self.recipe.keep_bytes is None:
+            self.plan = allocate(share)
+        else:
+            self.plan = fill_bytes(allocate, self.linears, share, self._itemsize)
+
+    @property
+    def _itemsize(self) -> int:
+        """Bytes of a value that is written."""
+        dtype = parse_dtype(self.recipe.output_dtype) or parse_dtype(self.surveyed.dtype)
+        assert dtype is not None
+        return dtype.itemsize
+
+    @property
+    def refits(self) -> bool:
+        """Whether the cut factors are fitted again before they are written."""
+        return self.method.refits(self.recipe.share)
+
+    @property
+    def refit_task(self) -> RefitTask:
+        """What the workers need to know for it, once there is a plan."""
+        key = self._refit_key
+        blocks = sorted({each.block for each in self.linears if self._is_cut(each)})
+        return RefitTask(
+            **{field.name: getattr(self.task, field.name) for field in fields(CompressionTask)}
+            | {"pass_key": key},
+            plan=self.plan,
+            refit_keys={
+                block: unit_key("refit", REFIT_VERSION, [key], block=block) for block in blocks
+            },
+        )
+
+    @property
+    def _refit_key(self) -> str:
+        inputs = [self.pass_key, *self.block_keys.values()]
+        return unit_key("calibrate cut", REFIT_VERSION, inputs, plan=self.plan.to_json())
+
+    def _is_cut(self, linear: Linear) -> bool:
+        return self.plan.assignments[linear.name].form == "low_rank"
+
+    def refit(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+        """Chunks flow through the cut blocks; left factors are fitted to the inputs found there."""
+        task = self.refit_task
+        self._pass(task.pass_key, task.refit_keys, crew, watch, stage)
 
     def write(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Workers cut the stored decompositions to the plan, and write the checkpoint's files."""
@@ -244,11 +360,18 @@ class Compression:
             unit.commit(environment=crew.environment, facts=value)
             stage.progress(len(self.files), len(self.specs), unit=name)
 
-        bag = Bag("write", [(spec.name, (spec.to_json(),)) for spec in missing])
+        bag = Bag("write", [(spec.name, (spec.to_json(), *self._choice)) for spec in missing])
         dispatch(crew.pool, bag, FailurePolicy(), on_success=on_success, on_event=watch.event)
 
+    @property
+    def _choice(self) -> tuple[str, ...]:
+        """The unit that says what of every linear is kept, where a prefix does not."""
+        return (self.learnt.key,) if self.scores else ()
+
     def _file_key(self, spec: FileSpec) -> str:
-        inputs = [self.surveyed.fingerprint, *self.block_keys.values()]
+        inputs = [self.surveyed.fingerprint, *self.block_keys.values(), *self._choice]
+        if self.refits:
+            inputs.append(self._refit_key)
         return unit_key("write", WRITE_VERSION, inputs, spec=digest_json(spec.to_json()))
 
     def finish(self, crew: Crew, watch: Watch) -> Result:
@@ -266,17 +389,21 @@ class Compression:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self.recipe).items()
         }
+        groups = self.grouping.groups(self.linears)
+        first_of = {linear.name: group[0].name for group in groups for linear in group}
         report = make_report(
             survey=self.surveyed,
             linears=self.linears,
             plan=self.plan,
-            curves=self.curves,
-            facts=self.results,
+            curves={} if self.scores else {n: self.curves[first] for n, first in first_of.items()},
+            facts={name: self.results[first] for name, first in first_of.items()},
             tokens=self.token_report,
             recipe={name: value for name, value in asked.items() if name not in SCHEDULE},
             key=self.key,
             timings=timings,
         )
+        if self.scores:
+            report["cap"] = self.learnt.report
         finish(
             self.out,
             dense=self.model,
@@ -310,8 +437,9 @@ class Compression:
 
     def _result(self, report: dict[str, Any]) -> Result:
         linears = report["linears"].items()
+        sizes = ("form", "rank", "nonzeros", "basis")
         assignments = {
-            name: Assignment(form=entry["form"], rank=entry.get("rank", 0))
+            name: Assignment(**{size: entry[size] for size in sizes if size in entry})
             for name, entry in linears
         }
         plan = Plan(

@@ -4,11 +4,11 @@ Shape suffixes: O outputs, I inputs, R rank.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -16,14 +16,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.linalg import vector_norm as norm
 
+from orchestrator.allocate.bernoulli import Candidates
 from orchestrator.cluster.heap import return_freed_memory
 from orchestrator.cluster.tokens import TokenArrays, first_chunk, read_tokens
 from orchestrator.cluster.worker import Emitted, Task, Worker
-from orchestrator.linalg.low_rank import LowRank
-from orchestrator.methods import METHODS
+from orchestrator.groups import Grouping, stack
+from orchestrator.linalg.low_rank import LowRank, summed
+from orchestrator.linalg.ranked import RankedParts
+from orchestrator.linalg.scaled import ScaledLowRank
+from orchestrator.linalg.sparse import Sparse
+from orchestrator.methods.base import Method
 from orchestrator.models.calibration import Calibration, dense_weight
-from orchestrator.models.checkpoint import FileSpec, TensorSpec, write_file
+from orchestrator.models.checkpoint import write_file
 from orchestrator.models.chunk import Chunk
+from orchestrator.models.index_codes import encode
+from orchestrator.models.layout import FileSpec, TensorSpec
 from orchestrator.models.shard import Shard
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.weights import Weights
@@ -37,14 +44,15 @@ class CompressionTask(Task):
 
     model: Path
     out: Path
-    method: str
+    method: Method
     dtype: torch.dtype | None
     output_dtype: torch.dtype | None
     linears: tuple[Linear, ...]
     """The targeted linears."""
+    grouping: Grouping
     tokens_key: str
     block_keys: Mapping[int, str]
-    """For each block the key of the unit that holds its decompositions."""
+    """The key of the unit of decompositions, by the first block of each group of blocks."""
 
 
 class CompressionWorker(Worker):
@@ -53,7 +61,7 @@ class CompressionWorker(Worker):
     def __init__(self, task: CompressionTask) -> None:
         super().__init__(task)
         self.task = task
-        self.method = METHODS[task.method]
+        self.method = task.method
         self._weights: Weights | None = None
         self._skeleton: Skeleton | None = None
         self._tokens: TokenArrays | None = None
@@ -68,8 +76,19 @@ class CompressionWorker(Worker):
             self._skeleton = Skeleton.open(task.model, dtype=task.dtype, device=self.device)
             self._tokens = read_tokens(self.run, task.tokens_key)
         self._shard = self._skeleton.shard(range(*blocks))
-        wanted = [linear for linear in task.linears if linear.block in todo]
-        self._calibration = Calibration(self._shard, wanted, self.method.side)
+        self._calibration = self._gather(self._shard, todo)
+
+    def _gather(self, shard: Shard, todo: tuple[int, ...]) -> Calibration:
+        """The statistics of the groups of blocks that are still to do, none gathered yet."""
+        first = self.task.grouping.first
+        wanted = [each for each in self.task.linears if first(each.block) in todo]
+        return Calibration(shard, wanted, self._side, magnitudes=self.method.magnitudes)
+
+    def _side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
+        """Which Gram a linear needs; those of a group are summed, which only inputs can be."""
+        if self.task.grouping.joins(linear):
+            return "input"
+        return self.method.side(linear, site)
 
     def close(self) -> None:
         """Frees the shard and its statistics."""
@@ -94,37 +113,43 @@ class CompressionWorker(Worker):
         return None, self.emit(blocks.stop, passed) if emit else None
 
     def finish(self, block: int) -> dict[str, Any]:
-        """Decomposes the linears of one block and commits them, one file each.
+        """Decomposes the linears of a group of blocks and commits them, one file each.
+
+        Linears that share a basis are one tall weight; their inputs' Grams are summed.
 
         Returns the unit's facts: curves and, for each linear, what the numerics reported.
         """
         assert self._shard is not None
         assert self._calibration is not None
         start = time.monotonic()
-        linears = [linear for linear in self.task.linears if linear.block == block]
+        grouping = self.task.grouping
+        blocks = range(block, block + grouping.size)
+        groups = grouping.groups([each for each in self.task.linears if each.block in blocks])
         unit = self.run.units.begin(self.task.block_keys[block])
         results = []
         with ThreadPoolExecutor(max_workers=1) as disk:
             saved: Future[None] | None = None
-            for linear in linears:
-                weight_OI = dense_weight(self._shard.module(linear.name))
-                result = self.method.decompose(
-                    weight_OI, self._calibration.statistic(linear), max(linear.break_even, 1)
-                )
-                self._calibration.forget([linear])
+            for group in groups:
+                linear = stack(group)
+                weights = [dense_weight(self._shard.module(each.name)) for each in group]
+                weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
+                statistic = summed([self._calibration.statistic(each) for each in group])
+                result = self.method.decompose(weight_OI, statistic, max(linear.break_even, 1))
+                self._calibration.forget(group)
                 results.append(_facts(linear, weight_OI, result))
-                factors = _stored_factors(result, self.task.output_dtype or weight_OI.dtype)
+                stored = _stored(result, self.task.output_dtype or weight_OI.dtype)
                 if saved is not None:
                     saved.result()
                 # while the disk is at work on one linear, the next is decomposed
-                saved = disk.submit(_save, factors, unit, factors_file(linear))
+                saved = disk.submit(_save, stored, unit, factors_file(linear))
             if saved is not None:
                 saved.result()
         facts = {
             "linears": results,
             "cosines": {
                 name: {"mean": cosine.mean, "tokens": cosine.tokens}
-                for name, cosine in self._calibration.cosines(block).items()
+                for each in blocks
+                for name, cosine in self._calibration.cosines(each).items()
             },
             "timings": {"seconds": time.monotonic() - start, "peak_bytes": self.peak_bytes()},
         }
@@ -132,7 +157,7 @@ class CompressionWorker(Worker):
         return facts
 
     def write(self, file: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes one file of the checkpoint: dense tensors copied, factors cut to their rank."""
+        """Writes one file of the checkpoint: dense tensors copied, the others cut to their size."""
         spec = FileSpec.from_json(file)
         return write_file(spec, self.task.out / spec.name, self._read)
 
@@ -141,26 +166,74 @@ class CompressionWorker(Worker):
             self._weights = self._weights or Weights.open(self.task.model)
             return self._weights.read(tensor.source)
         linear = next(each for each in self.task.linears if each.name == tensor.source)
-        directory = self.run.units.directory(self.task.block_keys[linear.block])
-        return read_factor(directory / factors_file(linear), tensor.part, tensor.rank)
+        if tensor.part in ("weight", "down"):
+            return self._factor(linear, tensor.part, tensor.rank)
+        return read_sparse(self._stored_file([linear]), tensor, linear)
+
+    def _factor(self, linear: Linear, part: str, rank: int) -> Tensor:
+        """`weight` or `down` of a linear, cut to a rank."""
+        groups = self.task.grouping.groups(self.task.linears)
+        group = next(each for each in groups if linear in each)
+        start = group.index(linear) * linear.out_features
+        outputs = range(start, start + linear.out_features)
+        return read_factor(self._stored_file(group), part, rank, outputs)
+
+    def _stored_file(self, group: Sequence[Linear]) -> Path:
+        """What is stored of linears that share a basis, or of one that shares none."""
+        key = self.task.block_keys[self.task.grouping.first(group[0].block)]
+        return self.run.units.directory(key) / factors_file(group[0])
 
 
-def _facts(linear: Linear, weight_OI: Tensor, result: LowRank) -> dict[str, Any]:
-    """What the driver learns of one decomposition."""
+def _facts(
+    linear: Linear, weight_OI: Tensor, result: LowRank | Sparse | RankedParts
+) -> dict[str, Any]:
+    """What the driver learns of one decomposition; see `report` for what becomes of it."""
+    if isinstance(result, RankedParts):
+        curve = _candidates(result).to_json() | {"name": linear.name}
+        return {"curve": curve, "numerics": result.report}
+    if isinstance(result, Sparse):
+        energies_P = result.energies_P.cpu().numpy()
+        return {
+            "curve": Curve(name=linear.name, energies=energies_P, total=result.total).to_json(),
+            "activation_losses": result.activation_losses,
+            "weight_losses": result.weight_losses,
+            "numerics": result.report,
+        }
     energies_K = result.energies_K.cpu().numpy()
-    curve = Curve(name=linear.name, energies=energies_K, total=result.total)
-    return {
-        "curve": curve.to_json(),
+    facts = {
+        "curve": Curve(name=linear.name, energies=energies_K, total=result.total).to_json(),
         "weight_energies": norm(result.down_RI, dim=1, dtype=torch.float64).square().tolist(),
         "weight_total": float(norm(weight_OI, dtype=torch.float64).square()),
         "numerics": result.report,
     }
+    if isinstance(result, ScaledLowRank):
+        facts["activation_energies"] = result.activation_R.tolist()
+        facts["activation_total"] = result.activation_total
+    return facts
 
 
-def _stored_factors(result: LowRank, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Both factors with ranks as rows, in the host's memory."""
-    factors = {"weight": result.weight_OR.T, "down": result.down_RI}
-    return {name: rows.to("cpu", dtype).contiguous() for name, rows in factors.items()}
+def _candidates(result: RankedParts) -> Candidates:
+    return Candidates(
+        direction_utilities=result.direction_utilities_R.cpu().numpy(),
+        direction_magnitudes=result.direction_magnitudes_R.cpu().numpy(),
+        bucket_counts=result.bucket_counts_B.cpu().numpy(),
+        bucket_utilities=result.bucket_utilities_B.cpu().numpy(),
+        bucket_magnitudes=result.bucket_magnitudes_B.cpu().numpy(),
+        energy=result.energy,
+    )
+
+
+def _stored(result: LowRank | Sparse | RankedParts, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a unit holds, in the host's memory, to be cut by a prefix.
+
+    Both factors in `dtype` with ranks as rows; values in float32 and positions; or all of them.
+    """
+    stored = {}
+    if isinstance(result, Sparse | RankedParts):
+        stored = {"values": result.values_N, "positions": result.positions_N}
+    if not isinstance(result, Sparse):
+        stored |= {"weight": result.weight_OR.T.to(dtype), "down": result.down_RI.to(dtype)}
+    return {name: rows.cpu().contiguous() for name, rows in stored.items()}
 
 
 def _save(tensors: dict[str, Tensor], unit: UnitWriter, name: str) -> None:
@@ -169,12 +242,30 @@ def _save(tensors: dict[str, Tensor], unit: UnitWriter, name: str) -> None:
 
 
 def factors_file(linear: Linear) -> str:
-    """Name of the file in a block's unit that holds a linear's factors to break-even rank."""
-    return f"{linear.role}.safetensors"
+    """Name of the file in a unit that holds a linear's factors to break-even rank."""
+    return f"{linear.name}.safetensors"
 
 
-def read_factor(path: Path, part: str, rank: int) -> Tensor:
-    """One factor at a rank: one contiguous range of what is stored, rows being ranks in both."""
+def read_factor(path: Path, part: str, rank: int, outputs: range) -> Tensor:
+    """One factor at a rank, the first rows of what is stored, rows being ranks in both.
+
+    Of linears that share a basis all outputs are stored together; `outputs` are this linear's.
+    """
     with safe_open(path, framework="pt") as file:
-        rows: Tensor = file.get_slice(part)[:rank]
-        return rows.T.contiguous() if part == "weight" else rows
+        stored = file.get_slice(part)
+        if part == "down":
+            down_RI: Tensor = stored[:rank]
+            return down_RI
+        rows_RO: Tensor = stored[:rank, outputs.start : outputs.stop]
+        return rows_RO.T.contiguous()
+
+
+def read_sparse(path: Path, tensor: TensorSpec, linear: Linear) -> Tensor:
+    """Values or index of the most important entries, which stand first, by ascending position."""
+    with safe_open(path, framework="pt") as file:
+        positions_N, order_N = file.get_slice("positions")[: tensor.nonzeros].sort()
+        if tensor.part == "values":
+            values_N: Tensor = file.get_slice("values")[: tensor.nonzeros]
+            return values_N[order_N]
+    sizes = linear.out_features, linear.in_features
+    return encode(tensor.code, positions_N, *sizes)[tensor.part]

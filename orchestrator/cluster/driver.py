@@ -7,10 +7,10 @@ and written by the workers alone.
 from typing import Any
 
 from orchestrator.cluster.compress_job import Compression
-from orchestrator.cluster.compress_worker import CompressionWorker
-from orchestrator.cluster.crew import assemble
+from orchestrator.cluster.crew import Crew, assemble
 from orchestrator.cluster.evaluate_job import Evaluation
 from orchestrator.cluster.evaluate_worker import EvaluationWorker
+from orchestrator.cluster.refit_worker import RefitWorker
 from orchestrator.cluster.watch import OnEvent, Watch
 from orchestrator.recipe import Recipe
 from orchestrator.result import Result
@@ -28,14 +28,26 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
             watch.note(f"{job.out} is complete: nothing to do")
             return result
         most = job.surveyed.num_blocks
-        with assemble(CompressionWorker, job.task, job.schedule, most, watch) as crew:
+        with assemble(job.worker_class, job.task, job.schedule, most, watch) as crew:
             with watch.stage("calibrate") as stage:
                 job.calibrate_and_decompose(crew, watch, stage)
+            if job.scores:
+                with watch.stage("score") as stage:
+                    job.score(crew, watch, stage)
             with watch.stage("allocate"):
                 job.allocate()
-            with watch.stage("write") as stage:
-                job.write(crew, watch, stage)
-            return job.finish(crew, watch)
+            if not job.refits:
+                return _write(job, crew, watch)
+        with assemble(RefitWorker, job.refit_task, job.schedule, most, watch) as crew:
+            with watch.stage("refit") as stage:
+                job.refit(crew, watch, stage)
+            return _write(job, crew, watch)
+
+
+def _write(job: Compression, crew: Crew, watch: Watch) -> Result:
+    with watch.stage("write") as stage:
+        job.write(crew, watch, stage)
+    return job.finish(crew, watch)
 
 
 def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]:

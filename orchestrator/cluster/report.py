@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 import orchestrator
+from orchestrator.models.weights import parse_dtype
 from orchestrator.plan import Curve, Linear, Plan, Survey
 
 FORMAT_VERSION = 1
@@ -30,12 +32,17 @@ def make_report(
     """What was asked, what became of every linear, and what it lost.
 
     For each linear `activation_error` is Σ|Wx − W'x|² / Σ|Wx|² over the calibration tokens, and
-    `weight_error` is |W − W'|² / |W|² in the Frobenius norm, both from the decomposition.
+    `weight_error` is |W − W'|² / |W|² in the Frobenius norm, both from the decomposition; those of
+    sparse weights are interpolated between every 5 % of the density.
+
+    `values` are counted without indices, `bytes` with them, in the dtype that is written.
 
     Args:
+        curves: For each linear; none of those whose parts are chosen one by one.
         facts: For each linear the facts of its decomposition.
         key: The name of the result: hash of all that decides its bytes.
     """
+    dtype = parse_dtype(recipe["output_dtype"]) or getattr(torch, survey.dtype)
     dense_values = sum(linear.values for linear in linears)
     whole = survey.total_parameters - dense_values + plan.stored_values
     return {
@@ -47,7 +54,8 @@ def make_report(
         "recipe": dict(recipe),
         "calibration": dict(tokens),
         "kept": {
-            "asked": recipe["keep"],
+            "asked": recipe["keep"] if recipe["keep_bytes"] is None else recipe["keep_bytes"],
+            "asked_of": "values" if recipe["keep_bytes"] is None else "bytes",
             "linears": plan.stored_values / dense_values,
             "model": whole / survey.total_parameters,
         },
@@ -59,8 +67,15 @@ def make_report(
             "model_before": survey.total_parameters,
             "model_after": whole,
         },
+        "bytes": {
+            "dense_linears": dense_values * dtype.itemsize,
+            "stored": sum(
+                plan.assignments[linear.name].stored_bytes(linear, dtype.itemsize)
+                for linear in linears
+            ),
+        },
         "linears": {
-            linear.name: _linear(linear, plan, curves[linear.name], facts[linear.name])
+            linear.name: _linear(linear, plan, curves.get(linear.name), facts[linear.name])
             for linear in linears
         },
         "not_targeted": sorted(
@@ -70,7 +85,9 @@ def make_report(
     }
 
 
-def _linear(linear: Linear, plan: Plan, curve: Curve, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _linear(
+    linear: Linear, plan: Plan, curve: Curve | None, facts: Mapping[str, Any]
+) -> dict[str, Any]:
     assignment = plan.assignments[linear.name]
     entry: dict[str, Any] = {
         "form": assignment.form,
@@ -80,14 +97,46 @@ def _linear(linear: Linear, plan: Plan, curve: Curve, facts: Mapping[str, Any]) 
         "numerics": facts["numerics"],
     }
     if assignment.form == "dense":
-        reason = "its rank is not below break-even"
+        reason = "its share of the budget holds the whole weight"
         return {**entry, "why_dense": reason, "activation_error": 0.0, "weight_error": 0.0}
-    kept = float(np.sum(facts["weight_energies"][: assignment.rank]))
-    return {
-        **entry,
-        "rank": assignment.rank,
-        "activation_error": curve.loss(assignment.rank) / curve.total if curve.total else 0.0,
-        "weight_error": max(1.0 - kept / facts["weight_total"], 0.0)
-        if facts["weight_total"]
-        else 0.0,
-    }
+    if assignment.form == "low_rank_sparse" or curve is None:
+        # what is left of two parts that overlap follows from no curve
+        entry |= {"rank": assignment.rank, "nonzeros": assignment.nonzeros}
+        return {**entry, "activation_error": None, "weight_error": None}
+    if assignment.form == "sparse":
+        entry["nonzeros"] = assignment.nonzeros
+        activation_error, weight_error = _sparse_errors(linear, assignment.nonzeros, facts)
+    else:
+        entry["rank"] = assignment.rank
+        if assignment.basis:
+            entry["basis"] = assignment.basis
+        activation_error, weight_error = _low_rank_errors(curve, assignment.rank, facts)
+    return {**entry, "activation_error": activation_error, "weight_error": weight_error}
+
+
+def _low_rank_errors(curve: Curve, rank: int, facts: Mapping[str, Any]) -> tuple[float, float]:
+    """What this rank loses of the outputs' energy and of the weight's.
+
+    The method's own curve is of the outputs unless the facts have one apart.
+    """
+    energies = facts.get("activation_energies", curve.energies)
+    activation_error = _tail(energies, rank, facts.get("activation_total", curve.total))
+    weight_error = _tail(facts["weight_energies"], rank, facts["weight_total"])
+    return activation_error, weight_error
+
+
+def _tail(energies: Sequence[float], kept: int, total: float) -> float:
+    """The fraction of a total that the first energies do not hold."""
+    return max(1.0 - float(np.sum(energies[:kept])) / total, 0.0) if total else 0.0
+
+
+def _sparse_errors(linear: Linear, nonzeros: int, facts: Mapping[str, Any]) -> tuple[float, float]:
+    """The same for entries, between two parts of them interpolated."""
+    errors = []
+    for losses in (facts["activation_losses"], facts["weight_losses"]):
+        kept = np.linspace(0, linear.values, len(losses))
+        # a norm falls more evenly than its square
+        lost = float(np.interp(nonzeros, kept, np.sqrt(losses))) ** 2
+        errors.append(lost / losses[0] if losses[0] else 0.0)
+    activation_error, weight_error = errors
+    return activation_error, weight_error

@@ -87,6 +87,7 @@ class Pass:
             shard is `results`.
         results: Chunks whose result behind the last shard is there; nothing when the pass wants
             no results (a calibration).
+        about: What else a worker is told when it opens a shard.
     """
 
     def __init__(
@@ -97,10 +98,12 @@ class Pass:
         num_chunks: int,
         present: Sequence[set[int]],
         results: set[int] | None = None,
+        about: tuple[Any, ...] = (),
     ) -> None:
         wanted = set(todo)
         everything = set(range(num_chunks))
         self.num_chunks = num_chunks
+        self._about = about
         self.shards = [
             ShardState(blocks=blocks, todo=tuple(b for b in blocks if b in wanted))
             for blocks in cut
@@ -203,9 +206,8 @@ class Pass:
             return None
         if not state.opened:
             blocks = (state.blocks.start, state.blocks.stop)
-            return self._start(
-                Call(worker, "open", (blocks, state.todo), f"{state.label}, open", shard)
-            )
+            arguments = (blocks, state.todo, *self._about)
+            return self._start(Call(worker, "open", arguments, f"{state.label}, open", shard))
         index = self._next_chunk(shard)
         if index is not None:
             return self._step(worker, shard, index)

@@ -8,6 +8,7 @@ loads. Sharding, offload, dtype and saving stay what they are for any other mode
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -17,14 +18,16 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from orchestrator.models.forms import METHOD, LowRankLinear, install_forms, low_rank_modules
+from orchestrator.errors import InputError
+from orchestrator.models.forms import METHOD, install_forms, read_forms
+from orchestrator.models.modules import LowRankLinear, SparseLinear
 
 
 class OrchestratorConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers has no types
     """The field `quantization_config` of config.json, checked when it is made."""
 
     def __init__(self, **fields: Any) -> None:
-        low_rank_modules(fields)
+        read_forms(fields)
         self.__dict__.update(fields)
 
 
@@ -34,10 +37,22 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
     # "calibration" is compression itself: this class loads what was compressed, and no more
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         install_forms(model, self.quantization_config.to_dict())
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        """Checks the indices at hand: one that is not stored would put values anywhere.
+
+        Raises:
+            InputError: An index does not name as many entries as there are values.
+        """
+        for name, module in model.named_modules():
+            is_here = isinstance(module, SparseLinear) and not module.index.is_meta
+            if is_here and not module.is_sound():
+                raise InputError(
+                    f"{name}: its index does not name {module.nonzeros} entries in order; "
+                    "the checkpoint is damaged"
+                )
         # a native class does not write the file that `auto_map` points to when it is saved
         if not model.is_remote_code() and hasattr(model.config, "auto_map"):
             del model.config.auto_map
@@ -46,7 +61,8 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
         """Splits the inputs of a row-wise linear at `down`, so the sum over ranks is R wide.
 
         Rules hold for all blocks alike, so a linear that is low-rank in some and dense in others
-        cannot be split: its forward pass then stops at mismatched shapes.
+        cannot be split, and nor can one with a sparse part: its forward pass then stops at
+        mismatched shapes.
         """
         from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 

@@ -1,43 +1,69 @@
 """What a method is to the rest of the system."""
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from dataclasses import Field
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from orchestrator.groups import Grouping
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
-from orchestrator.plan import Linear
+from orchestrator.linalg.ranked import RankedParts
+from orchestrator.linalg.sparse import Sparse
+from orchestrator.plan import Form, Linear
 
 
 class Method(Protocol):
     """One published way to turn a linear and its statistics into something to cut from.
 
-    Laws: `decompose` is a function of its arguments alone, to the bit; its result at rank r is a
-    slice of its result at any larger rank; `energies` and `total` say what a cut loses.
+    A frozen dataclass, of this class, whose fields are its options; what is said here with a value
+    holds for those that say nothing else.
+
+    Laws: `decompose` is a function of the options and its arguments alone, to the bit; any size of
+    its result is a slice of any larger one; `energies` and `total` say what a cut loses.
     """
 
-    @property
-    def name(self) -> str: ...
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Raised when the method's results change; older units are then computed again."""
+    form: ClassVar[Form] = "low_rank"
+    """What a linear becomes where it is cut."""
+    allocation: ClassVar[str] = "uniform"
+    """The allocator that the paper uses."""
+    magnitudes: ClassVar[bool] = False
+    """Whether `decompose` needs the mean magnitude of every input, beside a Gram."""
 
     @property
     def decomposition(self) -> str:
-        """Name of what is stored; methods that share it cut their sizes from the same units."""
+        """Name of what is stored, with every option that changes it.
+
+        Methods that share it cut their sizes from the same units.
+        """
         ...
 
     @property
-    def version(self) -> int:
-        """Raised when the method's results change; older units are then computed again."""
-        ...
+    def grouping(self) -> Grouping:
+        """Which linears are decomposed as one, and share its basis; none."""
+        return Grouping()
 
-    @property
-    def allocation(self) -> str:
-        """The allocator that the paper uses."""
-        ...
+    def refits(self, keep: float) -> bool:
+        """Whether left factors are fitted again to the compressed model's inputs; they are not."""
+        return False
 
     def side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
-        """Which Gram this linear needs, given all targeted linears of its site."""
-        ...
+        """Which Gram this linear needs, given all targeted linears of its site.
+
+        The output Gram where no linear of the site needs H and it is smaller than H. The left
+        singular vectors need no more. Where H is there anyway it is the better one: its products
+        of inputs are rounded once, those of outputs twice.
+        """
+        narrow = all(each.in_features > each.out_features for each in site)
+        smaller = sum(each.out_features**2 for each in site) < linear.in_features**2
+        return "output" if narrow and smaller else "input"
 
     def decompose(
         self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int
-    ) -> LowRank: ...
+    ) -> LowRank | Sparse | RankedParts:
+        """What is stored of one linear: low rank up to `rank`, sparse to any density, or both."""
+        ...

@@ -1,6 +1,7 @@
 """MGAA: multi-granular adaptive allocation (arXiv 2507.03294), a reconstruction."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from orchestrator.methods.svd_llm import SvdLlm
 
@@ -14,5 +15,5 @@ class Mgaa(SvdLlm):
     cosine to kept fraction is not public either; see the allocator for the rules to choose from.
     """
 
-    name: str = "mgaa"
-    allocation: str = "mgaa"
+    name: ClassVar[str] = "mgaa"
+    allocation: ClassVar[str] = "mgaa"

@@ -1,17 +1,19 @@
 """SVD-LLM: truncation-aware whitening (Wang et al., ICLR 2025, arXiv 2403.07378)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram, decompose
-from orchestrator.plan import Linear
+from orchestrator.methods.base import Method
+from orchestrator.options import check_choice
+
+REFIT = ("never", "above_forty", "always")
 
 
 @dataclass(frozen=True, slots=True)
-class SvdLlm:
+class SvdLlm(Method):
     """The truncated SVD of W H^(1/2), H the second moment of the linear's inputs.
 
     Of all matrices W' of rank r it minimises Σ |W x - W' x|² over the calibration tokens; each
@@ -20,25 +22,25 @@ class SvdLlm:
     Departures from the authors' code: no Cholesky factor and no inverse (`W' = U_r U_rᵀ W`, the
     same matrix where H is well conditioned, and defined where it is not); float64 sums; every
     linear is decomposed on inputs of the dense model, as in the paper's first stage. The paper's
-    least-squares update is not part of this method.
+    least-squares update of the left factors is the option `refit`; here one pass through the
+    compressed model serves all linears, where theirs walks the blocks in order, each updated before
+    the next is calibrated.
 
     Left open by the paper: the calibration text and its length, which the recipe names.
     """
 
-    name: str = "svd-llm"
-    decomposition: str = "whitened-svd"
-    version: int = 1
-    allocation: str = "uniform"
+    name: ClassVar[str] = "svd-llm"
+    decomposition: ClassVar[str] = "whitened-svd"
 
-    def side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
-        """The output Gram where no linear of the site needs H and it is smaller than H.
+    refit: Literal["never", "above_forty", "always"] = "never"
+    """Whether left factors are fitted again to the compressed model's inputs, the basis kept:
+    never, where 40 % or more are removed, or always."""
 
-        The left singular vectors need no more. Where H is there anyway it is the better one: its
-        products of inputs are rounded once, those of outputs twice.
-        """
-        narrow = all(each.in_features > each.out_features for each in site)
-        smaller = sum(each.out_features**2 for each in site) < linear.in_features**2
-        return "output" if narrow and smaller else "input"
+    def __post_init__(self) -> None:
+        check_choice(f"{self.name}: refit", self.refit, REFIT)
+
+    def refits(self, keep: float) -> bool:
+        return self.refit == "always" or (self.refit == "above_forty" and keep <= 0.6)
 
     def decompose(self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int) -> LowRank:
         return decompose(weight_OI, statistic, rank)

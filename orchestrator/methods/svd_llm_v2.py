@@ -1,6 +1,7 @@
 """SVD-LLM v2: heterogeneous ratios by truncation loss (Wang et al., arXiv 2503.12340)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from orchestrator.methods.svd_llm import SvdLlm
 
@@ -13,5 +14,5 @@ class SvdLlmV2(SvdLlm):
     matrix in exact arithmetic, and our decomposition already does without the factor.
     """
 
-    name: str = "svd-llm-v2"
-    allocation: str = "svd-llm-v2"
+    name: ClassVar[str] = "svd-llm-v2"
+    allocation: ClassVar[str] = "svd-llm-v2"

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from orchestrator.linalg.cosine import Cosine
 from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import InputGram, OutputGram
+from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.shard import Shard
 from orchestrator.models.streams import Streams
@@ -31,6 +32,9 @@ class Calibration:
 
     Costs T n^2 multiply-adds a chunk for each Gram of n channels (see `Gram`), and one more
     product with the weight for an output that is recomputed. Close it to remove its hooks.
+
+    Args:
+        magnitudes: Whether the mean magnitudes of the inputs are gathered too.
     """
 
     def __init__(
@@ -38,10 +42,13 @@ class Calibration:
         shard: Shard,
         linears: Sequence[Linear],
         side: Callable[[Linear, Sequence[Linear]], Side],
+        *,
+        magnitudes: bool = False,
     ) -> None:
         blocks = {linear.block for linear in linears}
         self._shard = shard
         self._grams: dict[str, Gram] = {}
+        self._magnitudes: dict[str, Magnitude] = {}
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
         self._mask: Tensor | None = None
@@ -51,6 +58,8 @@ class Calibration:
         for linear in linears:
             together = [each for each in linears if each.site == linear.site]
             self._request(linear, side(linear, together))
+            if magnitudes and linear.site not in self._magnitudes:
+                self._request_magnitude(linear)
 
     def _request(self, linear: Linear, side: Side) -> None:
         source = linear.site if side == "input" else f"{linear.name} output"
@@ -77,6 +86,16 @@ class Calibration:
             else module.register_forward_hook(gather_output)
         )
 
+    def _request_magnitude(self, linear: Linear) -> None:
+        module = self._shard.module(linear.name)
+        magnitude = Magnitude(linear.in_features, dense_weight(module).device)
+        self._magnitudes[linear.site] = magnitude
+
+        def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            magnitude.update(self._select(inputs[0]))
+
+        self._hooks.append(module.register_forward_pre_hook(gather))
+
     def _select(self, states_BTI: Tensor) -> Tensor:
         rows_TI = states_BTI.detach().reshape(-1, states_BTI.shape[-1])
         return rows_TI if self._mask is None else rows_TI[self._mask.to(rows_TI.device)]
@@ -91,9 +110,9 @@ class Calibration:
     def statistic(self, linear: Linear) -> InputGram | OutputGram:
         """What has been gathered for one of the linears."""
         source, side = self._sources[linear.name]
-        gram = self._grams[source]
+        gram, magnitude = self._grams[source], self._magnitudes.get(linear.site)
         kind = InputGram if side == "input" else OutputGram
-        return kind(gram.matrix(), gram.tokens)
+        return kind(gram.matrix(), gram.tokens, magnitude.mean() if magnitude else None)
 
     def cosines(self, block: int) -> dict[str, Cosine]:
         """How much each sublayer of a block turns the residual stream, by the sublayer's name."""
@@ -111,11 +130,16 @@ class Calibration:
         self._streams.close()
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._grams, self._sources = [], {}, {}
+        self._hooks, self._grams, self._magnitudes, self._sources = [], {}, {}, {}
 
 
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight of an `nn.Linear` or `Conv1D` as [outputs, inputs]; a view."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+    return as_dense(module, weight.detach())
+
+
+def as_dense(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight stored for this module as [outputs, inputs]; a view."""
+    return weight.T if isinstance(module, Conv1D) else weight

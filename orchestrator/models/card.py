@@ -2,11 +2,12 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator import __version__
-from orchestrator.plan import Plan, Survey
+from orchestrator.plan import Assignment, Form, Plan, Survey
 
 _CARD = """\
 ---
@@ -15,17 +16,18 @@ library_name: transformers
 pipeline_tag: text-generation
 {license}tags:
 - orchestrator
-- low-rank
----
+{tags}---
 
 # {base_model}, compressed
 
-Low-rank factors of {base_model}, made by orchestrator {version}: {low_rank} of {linears} linears
-stand as two factors each. They keep {kept_linears:.1%} of the values of the linears that were
-targeted; the whole model keeps {kept_model:.1%} of its parameters ({parameters:,} of
-{dense_parameters:,}). `recipe.toml` says how it was made, `orchestrator_report.json` what every
-linear became. The licence is that of the base model.
-{metrics}
+{base_model}, made smaller by orchestrator {version}. It keeps {kept_linears:.1%} of the values of
+the linears that were targeted; the whole model keeps {kept_model:.1%} of its parameters
+({parameters:,} of {dense_parameters:,}). `recipe.toml` says how it was made,
+`orchestrator_report.json` what every linear became. The licence is that of the base model.
+
+| stored as | linears |
+|---|---|
+{forms}{metrics}
 ## Load
 
 ```python
@@ -42,9 +44,17 @@ Without either of the two, loading stops with mismatched shapes.
 
 ```
 transformers serve --trust-remote-code DIRECTORY
-orchestrator export DIRECTORY DENSE --format dense    # for engines that know nothing of factors
+orchestrator export DIRECTORY DENSE --format dense    # for engines that know no forms
 ```
 """
+
+_WORDS: Mapping[Form, str] = {
+    "dense": "dense",
+    "low_rank": "low-rank",
+    "sparse": "sparse",
+    "low_rank_sparse": "low-rank plus sparse",
+}
+_SHARED = ", on the basis of another"
 
 
 def model_card(
@@ -68,14 +78,27 @@ def model_card(
         quoted_base_model=json.dumps(base_model, ensure_ascii=False),
         license=_license(dense_card),
         version=__version__,
-        low_rank=sum(each.form == "low_rank" for each in plan.assignments.values()),
-        linears=len(linears),
+        tags="".join(f"- {tag}\n" for tag in _tags(plan)),
+        forms=_forms(survey, plan),
         kept_linears=plan.stored_values / targeted if targeted else 1.0,
         kept_model=parameters / survey.total_parameters,
         parameters=parameters,
         dense_parameters=survey.total_parameters,
         metrics=f"\n| measured | |\n|---|---|\n{rows}" if rows else "",
     )
+
+
+def _tags(plan: Plan) -> list[str]:
+    forms = {assignment.form for assignment in plan.assignments.values()}
+    return [tag for tag in ("low-rank", "sparse") if any(tag in _WORDS[form] for form in forms)]
+
+
+def _forms(survey: Survey, plan: Plan) -> str:
+    """Rows of the table: how many linears are stored in each form that there is."""
+    dense = Assignment(form="dense")
+    stored = [plan.assignments.get(linear.name, dense) for linear in survey.linears]
+    words = Counter(_WORDS[each.form] + (_SHARED if each.basis else "") for each in stored)
+    return "".join(f"| {word} | {count} |\n" for word, count in sorted(words.items()))
 
 
 def _license(card: Path) -> str:

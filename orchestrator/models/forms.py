@@ -1,18 +1,21 @@
-"""The forms a linear can take in a loaded model, and the config that says which takes which.
+"""The forms a linear can take in a loaded model: what the config says of them, and putting them in.
 
-Shape suffixes: O outputs, I inputs, R rank.
+Shape suffixes: O outputs, I inputs, R rank, N nonzeros.
 """
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
+from orchestrator.models.index_codes import INDEX_CODES
+from orchestrator.models.modules import LowRankLinear, LowRankSparseLinear, SparseLinear
 
 METHOD = "orchestrator"
 FORMAT_VERSION = 1
@@ -25,54 +28,37 @@ FIELDS = (
     "modules",
     "modules_to_not_convert",
 )
+FORMS: Mapping[str, tuple[str, ...]] = {
+    "low_rank": ("rank",),
+    "sparse": ("nonzeros", "index"),
+    "low_rank_sparse": ("rank", "nonzeros", "index"),
+}
+"""What the config says of a module in each form; of a `low_rank` one perhaps its `basis` too."""
 
 
-class LowRankLinear(nn.Module):
-    """A linear whose weight is a product of two factors: `y = (x down^T) weight^T + bias`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredForm:
+    """How one module is stored."""
 
-    `weight` [O, R] stands under the dense weight's name on purpose: a program that does not know
-    this form finds a tensor of the wrong shape and stops, where a missing one would have been
-    filled with random values. `down.weight` is [R, I]. R (O + I) stored values and as many
-    multiplications a token, against O I of the dense linear; both factors have one dtype.
+    form: str
+    rank: int = 0
+    nonzeros: int = 0
+    index: str = ""
+    """The code of the nonzeros' positions."""
+    basis: str = ""
+    """Name of the module whose `down.weight` this one is tied to; empty: it has its own."""
 
-    Not an `nn.Linear`: programs that look for those take `weight` for the dense matrix.
-    """
+    def to_json(self) -> dict[str, Any]:
+        """The entry of the config: the fields that the form has."""
+        return {name: value for name, value in asdict(self).items() if value}
 
-    # transformers then hands local tensors, not DTensors, to `forward` under tensor parallelism
-    _hf_quantized_needs_local_tp = True
-
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = True,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        weight_OR = torch.empty(out_features, rank, device=device, dtype=dtype)
-        self.weight = nn.Parameter(weight_OR)
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        bias_O = torch.empty(out_features, device=device, dtype=dtype)
-        self.register_parameter("bias", nn.Parameter(bias_O) if bias else None)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(self.down(input), self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"rank={self.rank}, bias={self.bias is not None}"
-        )
+    def stored_values(self, out_features: int, in_features: int) -> int:
+        own_down = 0 if self.basis else self.rank * in_features
+        return self.rank * out_features + own_down + self.nonzeros
 
 
-def low_rank_modules(quantization_config: Mapping[str, Any]) -> dict[str, int]:
-    """Rank of every low-rank module, by module name, in the config's order.
+def read_forms(quantization_config: Mapping[str, Any]) -> dict[str, StoredForm]:
+    """How every module that is not dense is stored, by module name, in the config's order.
 
     Everything that can be said without the model is checked here; nothing in the config is ever
     taken for code, a class or a path.
@@ -97,46 +83,62 @@ def low_rank_modules(quantization_config: Mapping[str, Any]) -> dict[str, int]:
     modules = quantization_config.get("modules")
     if not isinstance(modules, Mapping):
         raise InputError(f"{where}.modules: found {reprlib.repr(modules)}, need an object")
-    return {name: _rank(f"{where}.modules[{name!r}]", form) for name, form in modules.items()}
+    return {name: _read_form(f"{where}.modules[{name!r}]", form) for name, form in modules.items()}
 
 
-def install_forms(model: nn.Module, quantization_config: Mapping[str, Any]) -> None:
+def misfits(
+    forms: Mapping[str, StoredForm], sizes: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[str, str]]:
+    """Every module that cannot be stored as it says, and why: what was found, what is possible.
+
+    A form must save values. Members of a group that shares a basis are weighed together: their
+    outputs stand on top of each other in one weight [sum of O, I].
+
+    Args:
+        sizes: Outputs and inputs of every module.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, form in forms.items():
+        groups.setdefault(form.basis or name, []).append(name)
+    for name, form in forms.items():
+        reason = _misfit(form, *sizes[name])
+        if not reason and form.basis:
+            reason = _basis_misfit(name, forms, sizes)
+        elif not reason and form.form == "low_rank":
+            outputs = sum(sizes[member][0] for member in groups[name])
+            reason = _rank_misfit(form.rank, outputs, sizes[name][1])
+        if reason:
+            yield name, reason
+
+
+def install_forms(model: PreTrainedModel, quantization_config: Mapping[str, Any]) -> None:
     """Replaces in place every module that the config names by its form, with empty parameters.
 
     Device and dtype are those of the weight that goes; on the meta device nothing is allocated.
     A model without the head, whose modules lack the `model.` in front, takes the same config.
+    A shared basis is registered as tied, which loading and saving act on; it is not yet tied.
 
     Raises:
-        InputError: The config is invalid, names no linear of this model, or gives a rank that is
-            below 1 or saves nothing.
+        InputError: The config is invalid, names no linear of this model, or gives a form that
+            does not fit the linear or saves nothing.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    modules = {name.removeprefix(prefix): (name, module) for name, module in model.named_modules()}
-    tied = {name for pair in getattr(model, "all_tied_weights_keys", {}).items() for name in pair}
-    for given, rank in low_rank_modules(quantization_config).items():
-        where = f"config.json: quantization_config.modules[{given!r}]"
-        name, module = modules.get(given.removeprefix(prefix), ("", None))
-        if not isinstance(module, nn.Linear | Conv1D):
-            found = "no such module" if module is None else f"a {type(module).__name__}"
-            raise InputError(f"{where}: found {found} in {type(model).__name__}, need a linear")
-        if f"{name}.weight" in tied:
-            raise InputError(f"{where}: its weight is tied to another, so it must stay dense")
-        in_features, out_features = features(module)
-        break_even = in_features * out_features // (in_features + out_features)
-        if not 0 < rank < break_even:
-            raise InputError(
-                f"{where}: found rank {rank}, a [{out_features}, {in_features}] linear "
-                f"takes 1 to {break_even - 1}; the config does not belong to this model"
-            )
-        parent, _, child = name.rpartition(".")
-        replacement = LowRankLinear(
-            in_features,
-            out_features,
-            rank,
-            bias=module.bias is not None,
-            device=module.weight.device,
-            dtype=module.weight.dtype,
+    forms = read_forms(quantization_config)
+    linears = _find_linears(model, forms)
+    sizes = {given: features(module)[::-1] for given, (_, module) in linears.items()}
+    for given, reason in misfits(forms, sizes):
+        raise InputError(
+            f"config.json: quantization_config.modules[{given!r}]: {reason}; "
+            "the config does not belong to this model"
         )
+    for given, form in forms.items():
+        name, module = linears[given]
+        replacement = _make(form, module)
+        if form.basis:
+            basis = f"{linears[form.basis][0]}.down.weight"
+            # the model's map is read when weights are loaded, the module's when they are saved
+            model.all_tied_weights_keys[f"{name}.down.weight"] = basis
+            replacement._tied_weights_keys = {"down.weight": basis}  # type: ignore[assignment]
+        parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)
 
 
@@ -147,12 +149,107 @@ def features(module: nn.Module) -> tuple[int, int]:
     return (size[0], size[1]) if isinstance(module, Conv1D) else (size[1], size[0])
 
 
-def _rank(where: str, form: Any) -> int:
-    if not isinstance(form, Mapping) or form.get("form") != "low_rank" or len(form) != 2:
-        raise InputError(
-            f'{where}: found {reprlib.repr(form)}, need {{"form": "low_rank", "rank": RANK}}'
+def _read_form(where: str, entry: Any) -> StoredForm:
+    form = entry.get("form") if isinstance(entry, Mapping) else None
+    fields = FORMS.get(form) if isinstance(form, str) else None
+    optional = {"basis"} if form == "low_rank" else set()
+    if fields is None or set(entry) - optional != {"form", *fields}:
+        known = "; ".join(f"{name} with {', '.join(fields)}" for name, fields in FORMS.items())
+        raise InputError(f"{where}: found {reprlib.repr(entry)}, need a form: {known}")
+    for name, value in entry.items():
+        if type(value) is not (int if name in ("rank", "nonzeros") else str):
+            need = "a whole number" if name in ("rank", "nonzeros") else "a name"
+            raise InputError(f"{where}.{name}: found {reprlib.repr(value)}, need {need}")
+    return StoredForm(**entry)
+
+
+def _misfit(form: StoredForm, out_features: int, in_features: int) -> str:
+    """Why a linear of this size cannot have this form, whatever the others have; empty if it can.
+
+    The rank of `low_rank` is bounded below only: how far it may go depends on who shares the basis.
+    """
+    fields = FORMS[form.form]
+    linear = f"a [{out_features}, {in_features}] linear"
+    for name, value in (("rank", form.rank), ("nonzeros", form.nonzeros)):
+        if (value > 0) != (name in fields) or value < 0:
+            need = "1 or more" if name in fields else "none"
+            return f"found {name} {value} for {form.form}, {linear} takes {need}"
+    if form.basis and form.form != "low_rank":
+        return f"found a shared basis for {form.form}, only low_rank has one"
+    if "index" in fields and form.index not in _codes(out_features, in_features):
+        codes = ", ".join(_codes(out_features, in_features))
+        return f"found index {reprlib.repr(form.index)}, {linear} takes {codes}"
+    elements = out_features * in_features
+    if "nonzeros" in fields and form.stored_values(out_features, in_features) >= elements:
+        rank = f"rank {form.rank} and " if form.rank else ""
+        stored = form.stored_values(out_features, in_features)
+        return (
+            f"found {rank}{form.nonzeros} nonzeros, which store {stored} values, "
+            f"{linear} has {elements} and takes fewer"
         )
-    rank = form.get("rank")
-    if type(rank) is not int:
-        raise InputError(f"{where}.rank: found {reprlib.repr(rank)}, need a whole number")
-    return rank
+    return ""
+
+
+def _rank_misfit(rank: int, outputs: int, in_features: int) -> str:
+    """Why factors of this rank save nothing, for a linear or a group on one basis."""
+    break_even = in_features * outputs // (in_features + outputs)
+    if rank < break_even:
+        return ""
+    return f"found rank {rank}, a [{outputs}, {in_features}] linear takes 1 to {break_even - 1}"
+
+
+def _codes(out_features: int, in_features: int) -> list[str]:
+    """The codes whose whole numbers are wide enough."""
+    limits = {"columns": in_features <= 2**16, "positions": out_features * in_features <= 2**31}
+    return [code for code in INDEX_CODES if limits.get(code, True)]
+
+
+def _basis_misfit(
+    name: str, forms: Mapping[str, StoredForm], sizes: Mapping[str, tuple[int, int]]
+) -> str:
+    """Why the basis that a linear names cannot be its own."""
+    form, basis = forms[name], forms.get(forms[name].basis)
+    if basis is None or basis.form != "low_rank" or basis.basis:
+        return f"found basis {reprlib.repr(form.basis)}, need a low_rank linear with its own"
+    if (basis.rank, sizes[form.basis][1]) != (form.rank, sizes[name][1]):
+        return (
+            f"found rank {form.rank} of {sizes[name][1]} inputs, its basis {form.basis} has "
+            f"rank {basis.rank} of {sizes[form.basis][1]}"
+        )
+    return ""
+
+
+def _find_linears(
+    model: PreTrainedModel, forms: Mapping[str, StoredForm]
+) -> dict[str, tuple[str, nn.Linear | Conv1D]]:
+    """Name in the model and module of every linear, by its name in the config."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = {name.removeprefix(prefix): (name, module) for name, module in model.named_modules()}
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    linears = {}
+    for given in forms:
+        where = f"config.json: quantization_config.modules[{given!r}]"
+        name, module = modules.get(given.removeprefix(prefix), ("", None))
+        if not isinstance(module, nn.Linear | Conv1D):
+            found = "no such module" if module is None else f"a {type(module).__name__}"
+            raise InputError(f"{where}: found {found} in {type(model).__name__}, need a linear")
+        if f"{name}.weight" in tied:
+            raise InputError(f"{where}: its weight is tied to another, so it must stay dense")
+        linears[given] = name, module
+    return linears
+
+
+def _make(form: StoredForm, module: nn.Linear | Conv1D) -> LowRankLinear | SparseLinear:
+    """The module of this form, of the linear's size, with empty parameters."""
+    in_features, out_features = features(module)
+    options: dict[str, Any] = {
+        "bias": module.bias is not None,
+        "device": module.weight.device,
+        "dtype": module.weight.dtype,
+    }
+    sizes = in_features, out_features
+    if form.form == "sparse":
+        return SparseLinear(*sizes, form.nonzeros, form.index, **options)
+    if form.form == "low_rank_sparse":
+        return LowRankSparseLinear(*sizes, form.rank, form.nonzeros, form.index, **options)
+    return LowRankLinear(*sizes, form.rank, **options)

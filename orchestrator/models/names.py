@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
 )
 
 from orchestrator.errors import InputError
+from orchestrator.models.modules import SparseLinear
 from orchestrator.models.weights import Weights
 
 Place = Literal["front", "block", "tail"]
@@ -55,7 +56,8 @@ class Names:
 def map_names(model: PreTrainedModel, weights: Weights) -> Names:
     """The mapping for a model on the meta device; no weight is read.
 
-    A persistent buffer that is not stored keeps its initial value, as in `from_pretrained`.
+    A persistent buffer that is not stored keeps its initial value, as in `from_pretrained`; the
+    index of a sparse weight has none, and counts as a parameter.
 
     Raises:
         InputError: a parameter is not stored, or with another shape, or twice, or in a layout
@@ -88,11 +90,14 @@ def map_names(model: PreTrainedModel, weights: Weights) -> Names:
             )
         disk[name] = disk_name
     tied = _find_tied(model, disk)
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    missing = [name for name in parameters if name not in disk and name not in tied]
+    needed = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            needed += [f"{name}.{buffer}" for buffer, _ in module.named_buffers()]
+    missing = [name for name in needed if name not in disk and name not in tied]
     if missing:
         raise InputError(
-            f"{weights.directory}: {len(missing)} of {len(parameters)} parameters of "
+            f"{weights.directory}: {len(missing)} of {len(needed)} parameters of "
             f"{type(model).__name__} are not stored: {', '.join(missing[:3])}"
             + (", ..." if len(missing) > 3 else "")
         )

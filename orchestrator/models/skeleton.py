@@ -58,7 +58,8 @@ class Skeleton:
         self.names: Names = map_names(throwaway, weights)
         tied = dict(throwaway.all_tied_weights_keys)
         for name in [name for pair in tied.items() for name in pair]:
-            if self._block(name) is not None:
+            # a compressed model's blocks share what our forms tie, and nothing else
+            if self._block(name) is not None and not self.is_compressed:
                 raise InputError(f"{self.directory}: {name} is tied; blocks must not share weights")
         self.total_parameters = sum(
             p.numel() for name, p in throwaway.named_parameters() if name not in tied
@@ -202,7 +203,7 @@ class Skeleton:
         linears = tuple(x for x in self._discovery.linears if x.block in blocks)
         sources = {name: self.names.tied.get(name, name) for name in names}
         sources = {name: source for name, source in sources.items() if source in self.names.disk}
-        self._shard = Shard(self._frame, blocks, sources, linears, self._load)
+        self._shard = Shard(self._frame, blocks, sources, linears, self.load)
         return self._shard
 
     @cached_property
@@ -237,7 +238,7 @@ class Skeleton:
         start = f"{self.prefix}."
         return int(name[len(start) :].split(".")[0]) if name.startswith(start) else None
 
-    def _load(self, name: str) -> Tensor:
+    def load(self, name: str) -> Tensor:
         """The stored tensor of this module name, checked, cast, and on the device."""
         disk_name = self.names.disk[name]
         tensor = self.weights.read(disk_name)

@@ -1,0 +1,52 @@
+"""Wanda: pruning by weights and activations (Sun et al., ICLR 2024, arXiv 2306.11695)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from orchestrator.errors import InputError
+from orchestrator.linalg.low_rank import InputGram, OutputGram
+from orchestrator.linalg.sparse import Sparse, sort_within_rows
+from orchestrator.methods.base import Method
+from orchestrator.plan import Form, Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Wanda(Method):
+    """Of every output's weights those with the largest |W_ij| · |x_j|₂ stay; none is changed.
+
+    |x_j|₂ is the norm of input j over the calibration tokens, the root of H's diagonal. Scores
+    are compared within a row, as the paper does for language models, so every row keeps the same
+    number of entries, to within one.
+
+    The entries are stored once, 8 bytes each (value and position): all of them, four times a
+    weight of 16 bits, since any kept fraction is cut from the same unit.
+
+    Departures from the authors' code: every linear is pruned on inputs of the dense model, where
+    theirs feeds each block the outputs of the pruned ones before it; no n:m patterns.
+    """
+
+    name: ClassVar[str] = "wanda"
+    decomposition: ClassVar[str] = "wanda"
+    form: ClassVar[Form] = "sparse"
+
+    def side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
+        return "input"
+
+    def decompose(self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int) -> Sparse:
+        """
+        Raises:
+            InputError: As `sort_within_rows`; also when H has a negative diagonal.
+        """
+        if not isinstance(statistic, InputGram):
+            raise ValueError("wanda needs the Gram of the inputs, not that of the outputs")
+        square_I = statistic.matrix_II.diagonal()
+        if negative := int((square_I < 0).sum()):
+            raise InputError(
+                f"input Gram is no second moment: {negative} of {len(square_I)} diagonal entries "
+                "are negative; calibrate again"
+            )
+        score_OI = weight_OI.abs() * square_I.double().sqrt()
+        return sort_within_rows(weight_OI, score_OI, statistic)

@@ -1,0 +1,79 @@
+"""Groups of linears that share a basis: as one tall linear, and back."""
+
+import numpy as np
+import torch
+from allocation import make_curves, make_model
+
+from orchestrator.allocate import ALLOCATORS
+from orchestrator.groups import Grouping, stack
+from orchestrator.linalg.low_rank import InputGram, decompose, summed
+
+SHAPES = {"attn.q_proj": (24, 16), "attn.o_proj": (16, 24), "mlp.up_proj": (40, 16)}
+GROUPING = Grouping(2, ("q_proj", "up_proj"))
+
+
+def test_only_the_named_kinds_are_grouped_and_the_last_group_may_be_short():
+    """Blocks 0-1 and 2-3 share, block 4 stands alone, and o_proj is never grouped."""
+    linears = make_model(SHAPES, blocks=5)
+    sizes = {group[0].name: [each.block for each in group] for group in GROUPING.groups(linears)}
+    assert sizes["blocks.0.attn.q_proj"] == [0, 1]
+    assert sizes["blocks.2.mlp.up_proj"] == [2, 3]
+    assert sizes["blocks.4.attn.q_proj"] == [4]
+    assert all(blocks == [int(n.split(".")[1])] for n, blocks in sizes.items() if "o_proj" in n)
+    assert sum(map(len, sizes.values())) == len(linears)
+
+
+def test_linears_of_other_shapes_stay_alone():
+    """A group never stacks weights that read inputs of different sizes."""
+    linears = make_model({"q_proj": (8, 8)}, 1) + make_model({"q_proj": (8, 12)}, 2)[1:]
+    assert [len(group) for group in GROUPING.groups(linears)] == [1, 1]
+
+
+def test_a_rank_of_a_group_stores_one_basis_and_all_left_factors():
+    """n matrices m by k: n m + k values a rank, and break-even at n m k / (n m + k)."""
+    first, second = make_model({"q_proj": (24, 16)}, 2)
+    tall = stack([first, second])
+    assert (tall.name, tall.out_features, tall.rank_cost) == (first.name, 48, 64)
+    assert tall.break_even == 48 * 16 // 64
+
+
+def test_a_plan_for_groups_stores_the_same_spread_over_their_linears():
+    """Every allocator's plan keeps its total when each linear gets its own part of the group."""
+    linears = make_model(SHAPES, blocks=5)
+    tall = GROUPING.stacked(linears)
+    curves = make_curves(tall)
+    cosines = dict.fromkeys({each.sublayer for each in linears}, 0.8)
+    for name, allocator in ALLOCATORS.items():
+        if "low_rank" not in getattr(allocator, "forms", ("low_rank",)):
+            continue
+        plan = allocator()(tall, curves, 0.7, cosines)
+        spread = GROUPING.spread(linears, plan)
+        assert list(spread.assignments) == [each.name for each in linears], name
+        stored = sum(spread.assignments[each.name].stored_values(each) for each in linears)
+        assert stored == plan.stored_values == spread.stored_values, name
+        for first, *others in GROUPING.groups(linears):
+            of_first = spread.assignments[first.name]
+            assert of_first.basis == ""
+            for other in others:
+                assignment = spread.assignments[other.name]
+                assert (assignment.form, assignment.rank) == (of_first.form, of_first.rank)
+                assert assignment.basis == (first.name if of_first.form != "dense" else "")
+
+
+def test_the_shared_basis_is_the_best_one_for_the_summed_moment():
+    """Cut energies of the stacked decomposition are what its members lose on all inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(24, 16, dtype=torch.float64, generator=generator) for _ in range(2)]
+    inputs = [torch.randn(100, 16, dtype=torch.float64, generator=generator) for _ in range(2)]
+    grams = [InputGram(rows_TI.T @ rows_TI, len(rows_TI)) for rows_TI in inputs]
+    statistic = summed(grams)
+    assert statistic.tokens == 200
+    rank = 7
+    result = decompose(torch.cat(weights), statistic, rank, precision="exact")
+    lost = 0.0
+    for index, weight_OI in enumerate(weights):
+        rows_OR = result.weight_OR[24 * index : 24 * (index + 1)]
+        gap_OI = weight_OI - rows_OR @ result.down_RI
+        lost += float(torch.trace(gap_OI @ statistic.matrix_II @ gap_OI.T))
+    predicted = result.total - float(result.energies_K[:rank].sum())
+    np.testing.assert_allclose(lost, predicted, rtol=1e-9)

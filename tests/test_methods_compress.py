@@ -1,0 +1,196 @@
+"""The baselines from end to end on a tiny model: budget, errors, options, allocations."""
+
+import pytest
+import torch
+from pipeline import contents, run, with_tokenizer, write_llama, write_text
+from transformers import AutoModelForCausalLM
+
+import orchestrator
+from orchestrator.errors import UsageError
+from orchestrator.models.tokenizer import load_tokenizer
+
+BASELINES = ("svd", "asvd", "wanda")
+every_baseline = pytest.mark.parametrize("method", BASELINES)
+NAMES = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj")
+NARROW = "model.layers.1.mlp.down_proj"
+"""The only linear whose output Gram is gathered."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama2") / "dense", blocks=2)
+
+
+def weights(model):
+    """What every linear multiplies with, by its name, whatever its form."""
+    found = {}
+    for name in (*NAMES, NARROW):
+        linear = model.get_submodule(name)
+        columns = torch.eye(linear.in_features)
+        found[name] = linear(columns).detach().double().T
+    return found
+
+
+def inputs_of(dense, directory, text):
+    """What the linears read of the calibration tokens, 6 windows of 48."""
+    seen = {}
+    for name in (*NAMES, NARROW):
+        dense.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.setdefault(name, []).append(inputs[0][0])
+        )
+    ids = torch.tensor(load_tokenizer(directory)(text.read_text())["input_ids"][: 6 * 48])
+    with torch.no_grad():
+        for row in ids.view(6, 48):
+            dense(input_ids=row[None])
+    return {name: torch.cat(rows).double() for name, rows in seen.items()}
+
+
+@every_baseline
+@pytest.mark.parametrize("keep", [0.35, 0.5, 0.8])
+def test_baselines_meet_the_budget_from_below(method, keep, llama, text, tmp_path):
+    """What is stored is within the budget, close to it, and what the loaded model holds."""
+    report = run(llama, tmp_path / "out", text, method=method, keep=keep).report
+    assert report["kept"]["linears"] <= keep
+    entries = report["linears"].values()
+    values = report["values"]
+    assert sum(entry["values"] for entry in entries) == values["stored"] <= values["budget"]
+    assert {entry["form"] for entry in entries} == {"sparse" if method == "wanda" else "low_rank"}
+    step = 1 if method == "wanda" else 3 * 64 + 64
+    assert values["slack"] < len(entries) * step
+    loaded = orchestrator.load(tmp_path / "out")
+    assert values["model_after"] == sum(each.numel() for each in loaded.parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "within"),
+    [("svd", 0.5, 1e-3), ("asvd", 0.53, 1e-3), ("wanda", 0.5, 1e-3), ("wanda", 0.53, 0.02)],
+)
+def test_errors_are_those_of_what_is_written(method, keep, within, llama, text, tmp_path):
+    """On outputs of the calibration tokens, and on the weight, of what the loaded model does.
+
+    For entries they are known at every 5 % of the density, and interpolated between.
+    """
+    report = run(llama, tmp_path / "out", text, method=method, keep=keep).report
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    before, after = weights(dense), weights(orchestrator.load(tmp_path / "out"))
+    inputs = inputs_of(dense, llama, text)
+    for name in (*NAMES, NARROW):
+        entry, change = report["linears"][name], before[name] - after[name]
+        lost = (inputs[name] @ change.T).square().sum()
+        error = float(lost / (inputs[name] @ before[name].T).square().sum())
+        assert entry["activation_error"] == pytest.approx(error, rel=within)
+        error = float(change.square().sum() / before[name].square().sum())
+        assert entry["weight_error"] == pytest.approx(error, rel=within)
+
+
+@every_baseline
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "opt"])
+def test_other_families_are_cut_alike(family, method, checkpoint, text, tmp_path):
+    """Weights stored the other way round and biases too: each linear has the error reported."""
+    directory = with_tokenizer(checkpoint(family), tmp_path / "dense")
+    report = run(directory, tmp_path / "out", text, method=method).report
+    dense = AutoModelForCausalLM.from_pretrained(directory)
+    loaded = orchestrator.load(tmp_path / "out")
+    for name, entry in report["linears"].items():
+        columns = torch.eye(entry["shape"][1])
+        modules = [model.get_submodule(name) for model in (dense, loaded)]
+        before, after = ((each(columns) - each(0 * columns)).detach() for each in modules)
+        error = float((before - after).square().sum() / before.square().sum())
+        assert entry["weight_error"] == pytest.approx(error, rel=1e-3)
+
+
+def test_wanda_keeps_weights_as_they_are(llama, text, tmp_path):
+    """Every row of a pruned weight has its best entries, bit by bit, and zeros."""
+    run(llama, tmp_path / "out", text, method="wanda", keep=0.5)
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    before, after = weights(dense), weights(orchestrator.load(tmp_path / "out"))
+    inputs = inputs_of(dense, llama, text)
+    for name in NAMES:
+        score = before[name].abs() * inputs[name].norm(dim=0)
+        best = score.argsort(dim=1, descending=True)[:, : score.shape[1] // 2]
+        expected = torch.zeros_like(score).scatter(1, best, before[name].gather(1, best))
+        assert torch.equal(after[name], expected)
+
+
+@every_baseline
+def test_any_cut_gives_the_same_bytes(method, llama, text, tmp_path):
+    """One shard or one a block: the checkpoint and its report are the same."""
+    for shards in (1, 2):
+        run(llama, tmp_path / f"out{shards}", text, method=method, shards=shards)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+
+
+@every_baseline
+def test_other_sizes_are_cut_from_the_same_unit(method, llama, text, tmp_path):
+    """A second size from the same run directory needs no pass, and has a direct run's bytes."""
+    run_dir, events = str(tmp_path / "run"), []
+    run(llama, tmp_path / "half", text, method=method, run_dir=run_dir)
+    fields = {"method": method, "keep": 0.7}
+    run(llama, tmp_path / "more", text, run_dir=run_dir, on_event=events.append, **fields)
+    assert not any(e["event"] == "unit" and e["stage"] == "calibrate" for e in events)
+    run(llama, tmp_path / "direct", text, **fields)
+    assert contents(tmp_path / "more") == contents(tmp_path / "direct")
+
+
+@every_baseline
+def test_a_finished_run_is_known_again(method, llama, text, tmp_path):
+    """The same command gives the same plan and report, read from what is written."""
+    first = run(llama, tmp_path / "out", text, method=method)
+    again = run(llama, tmp_path / "out", text, method=method)
+    assert again.plan == first.plan
+    assert again.report == first.report
+
+
+@pytest.mark.parametrize("method", ["svd", "asvd"])
+@pytest.mark.parametrize("allocation", ["svd-llm-v2", "mgaa", "d-rank"])
+def test_any_allocation_of_ranks_serves_them(method, allocation, llama, text, tmp_path):
+    """Ranks by another method's rule, from the curve in this method's norm, within the budget."""
+    uniform = run(llama, tmp_path / "uniform", text, method=method, keep=0.6)
+    fields = {"method": method, "allocation": allocation, "keep": 0.6}
+    other = run(llama, tmp_path / "other", text, **fields)
+    assert other.plan.stored_values <= other.plan.budget_values
+    assert other.plan.assignments != uniform.plan.assignments
+
+
+def test_options_reach_the_decomposition(llama, text, tmp_path):
+    """Another alpha is another unit and other bytes; at 0 it cuts what the plain SVD cuts."""
+    run_dir, errors = str(tmp_path / "run"), []
+    for name, method, options in [
+        ("half", "asvd", {"asvd": {"alpha": 0.5}}),
+        ("none", "asvd", {"asvd": {"alpha": 0}}),
+        ("plain", "svd", {}),
+    ]:
+        fields = {"method": method, "options": options, "run_dir": run_dir}
+        report = run(llama, tmp_path / name, text, **fields).report
+        errors.append([each["weight_error"] for each in report["linears"].values()])
+    assert errors[1] == pytest.approx(errors[2], rel=1e-5)
+    assert all(half > none for half, none in zip(*errors[:2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "wanda", "allocation": "mgaa"}, "'mgaa' divides ranks"),
+        ({"method": "asvd", "options": {"asvd": {"alpha": -1}}}, "alpha is -1"),
+        ({"method": "asvd", "options": {"asvd": {"beta": 1}}}, "asvd: unknown option 'beta'"),
+        ({"method": "mgaa", "options": {"mgaa": {"tt": 1}}}, "mgaa: unknown option 'tt'"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_runs(fields, message, llama, text, tmp_path):
+    """An allocation for another form, an option that is not there, or a value out of bounds."""
+    with pytest.raises(UsageError, match=message):
+        run(llama, tmp_path / "out", text, **fields)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_and_its_allocation_share_a_table(llama, text, tmp_path):
+    """Options that a method does not have are its allocation's."""
+    options = {"mgaa": {"t": 0.0, "low": 0.0, "high": 1.0}}
+    even = run(llama, tmp_path / "even", text, method="mgaa", options=options)
+    steep = run(llama, tmp_path / "steep", text, method="mgaa", options={"mgaa": {"t": 2.0}})
+    assert even.plan.assignments != steep.plan.assignments
