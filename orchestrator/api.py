@@ -8,7 +8,7 @@
 Heavy packages are imported when a verb is called.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,43 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     from orchestrator.store.run import RunDirectory
 
     return RunDirectory(Path(run_dir)).status()
+
+
+def report(run_dir: str | Path, output: str | Path | None = None) -> Path:
+    """Writes one HTML page that shows a run: what was asked, what it became, what it lost.
+
+    The page loads nothing. A run that is not done is shown as far as it has come. Evaluations that
+    lie beside the checkpoint (`OUT.evaluation`, or any run directory that names it) are shown too.
+
+    Args:
+        run_dir: A run directory, or a compressed checkpoint: a run directory from which several
+            were cut speaks of the last one only.
+        output: The file; nothing means `report.html` in the run directory, `OUT.report.html`
+            beside a checkpoint.
+
+    Raises:
+        InputError: There is neither a run nor a checkpoint here, or a file of it is damaged.
+    """
+    from orchestrator.pages import write_report
+
+    return write_report(Path(run_dir), None if output is None else Path(output))
+
+
+def compare(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Writes one HTML page that puts runs side by side.
+
+    Args:
+        run_dirs: Two or more, as `report` takes them.
+        output: The file; nothing means `comparison.html` in the working directory.
+
+    Raises:
+        InputError: One of them is neither a run nor a checkpoint, or a file of it is damaged.
+        UsageError: There are fewer than two.
+    """
+    from orchestrator.pages import write_comparison
+
+    runs = [Path(run_dir) for run_dir in run_dirs]
+    return write_comparison(runs, None if output is None else Path(output))
 
 
 def clean(run_dir: str | Path) -> None:

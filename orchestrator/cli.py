@@ -25,6 +25,7 @@ from orchestrator.recipe import CHOICES, Recipe, make_recipe, parse_option, read
 
 HELP = {
     "keep": "values to keep of the targeted linears, above 0, at most 1",
+    "keep_bytes": "the same in bytes, indices of sparse parts included; instead of --keep",
     "method": "published method",
     "allocation": "how the budget is divided over the linears",
     "calibration": ".txt, .jsonl, .parquet, a directory of them, datasets:NAME[:CONFIG[:SPLIT]]",
@@ -132,6 +133,9 @@ def _compress(options: argparse.Namespace) -> None:
     for text in vars(options).get("option", ()):
         name, option, value = parse_option(text)
         written[name] = {**written.get(name, {}), option: value}
+    if {"keep", "keep_bytes"} & given.keys():
+        # one of the two on the command line stands for either of them in the file
+        written = {name: v for name, v in written.items() if name not in ("keep", "keep_bytes")}
     recipe = make_recipe({**written, **given})
     with _stoppable():
         result = api.compress(recipe, on_event=_progress(options))
@@ -139,9 +143,10 @@ def _compress(options: argparse.Namespace) -> None:
         print(json.dumps(result.report, indent=2))
         return
     kept, values = result.report["kept"], result.report["values"]
+    asked = f"asked {kept['asked']:g} of {kept['asked_of']}"
     _print_rows(
         {
-            "kept of the targeted linears": f"{kept['linears']:.4f} (asked {kept['asked']:g})",
+            "kept of the targeted linears": f"{kept['linears']:.4f} ({asked})",
             "kept of the whole model": f"{kept['model']:.4f}",
             "parameters": f"{values['model_before']:,} before, {values['model_after']:,} after",
             "checkpoint": result.out,
@@ -183,6 +188,18 @@ def _status(options: argparse.Namespace) -> None:
     if "done" in shown and "total" in shown:
         shown["done"] = f"{shown['done']} of {shown.pop('total')}"
     _print_rows(shown)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    print(api.report(options.run, vars(options).get("output")))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    print(api.compare(options.runs, vars(options).get("output")))
 
 
 def _clean(options: argparse.Namespace) -> None:
@@ -234,6 +251,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_export(commands)
     _add_status(commands)
+    _add_report(commands)
+    _add_compare(commands)
     _add_clean(commands)
     return parser
 
@@ -292,6 +311,22 @@ def _add_status(commands: Any) -> None:
     parser = _command(commands, "status", _status, "where a run stands, from its directory alone")
     parser.add_argument("run", metavar="RUN", help="run directory")
     _add_json(parser, "print the status as JSON")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(commands, "report", _report, "one HTML page that shows a run")
+    parser.add_argument("run", metavar="RUN", help="run directory, or a compressed checkpoint")
+    parser.add_argument(
+        "--output", metavar="FILE", help="the page; RUN/report.html or OUT.report.html without it"
+    )
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _command(commands, "compare", _compare, "one HTML page that puts runs side by side")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run directories, or compressed checkpoints"
+    )
+    parser.add_argument("--output", metavar="FILE", help="the page; comparison.html without it")
 
 
 def _add_clean(commands: Any) -> None:

@@ -1,0 +1,53 @@
+"""What `evaluate` measured, before and after."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from orchestrator.pages import tables
+from orchestrator.pages.markup import Markup
+from orchestrator.pages.tables import DASH, head, number, row_head
+from orchestrator.progress import size
+
+QUANTITIES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "perplexity": ("perplexity", "{:.2f}".format),
+    "parameters": ("parameters", "{:,}".format),
+    "bytes": ("bytes", "{:,}".format),
+    "prefill_tokens_per_second": ("prefill, tokens a second", "{:,.1f}".format),
+    "decode_tokens_per_second": ("decode, tokens a second", "{:,.1f}".format),
+}
+AGREEMENT: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "kl": ("mean KL from the dense model, nats", "{:.4f}".format),
+    "top1_agreement": ("same first token", "{:.1%}".format),
+}
+
+
+def evaluated_text(facts: Mapping[str, Any]) -> str:
+    """On what: the text, how much of it, and how many predictions."""
+    text = facts.get("text", {})
+    says = f"On {text.get('source', 'a text that is not named')}"
+    if "sequences" in text and "sequence_length" in text:
+        says += f", {text['sequences']:,} sequences of {text['sequence_length']:,} tokens"
+    if "predictions" in facts:
+        says += f", {facts['predictions']:,} predictions"
+    if "peak_worker_bytes" in facts:
+        says += f"; peak memory of a worker {size(facts['peak_worker_bytes'])}"
+    return f"{says}."
+
+
+def before_and_after(facts: Mapping[str, Any]) -> Markup:
+    """One row a quantity; dense, compressed, and one over the other."""
+    ours, dense = (facts["models"].get(name, {}) for name in ("model", "against"))
+    rows = []
+    for name, (label, shown) in QUANTITIES.items():
+        before, after = dense.get(name), ours.get(name)
+        if before is None and after is None:
+            continue
+        change = f"{after / before:.3g} ×" if before and after is not None else DASH
+        cells = [number(DASH if each is None else shown(each), each) for each in (before, after)]
+        rows.append([row_head(label), *cells, number(change)])
+    for name, (label, shown) in AGREEMENT.items():
+        if facts.get(name) is not None:
+            agreement = number(shown(facts[name]), facts[name])
+            rows.append([row_head(label), number(DASH), agreement, number(DASH)])
+    heads = [head(""), *(head(name, "n") for name in ("dense", "compressed", "after over before"))]
+    return tables.table(heads, rows, label="evaluation")

@@ -1,0 +1,256 @@
+"""Figures as SVG, drawn by hand; colours are the style sheet's, so they follow light and dark."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.pages.markup import Markup, element, joined
+
+POINTS = 64
+"""Of a curve; closer at small ranks, where it bends."""
+NINES = 4
+"""How far the scale of a curve goes: to 0.9999."""
+FAINTEST = 0.1
+"""Opacity of the least kept cell; 1 is a linear kept whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of the heat map."""
+
+    kept: float
+    is_dense: bool
+    says: str
+
+
+def heat_map(
+    rows: Sequence[str], blocks: Sequence[int], cells: Mapping[tuple[str, int], Cell], label: str
+) -> Markup:
+    """Kept fraction of every role (rows) in every block (columns), darker where more is kept.
+
+    A linear that stays dense carries a dot; an empty frame is one that was not targeted.
+    """
+    left = 9 + 7.2 * max(map(len, rows))
+    wide = min(max((930 - left) / len(blocks), 9), 36)
+    high, low = 22, scale_floor([each.kept for each in cells.values()])
+    drawn = []
+    for y, role in enumerate(rows):
+        middle = y * high + high / 2
+        drawn.append(_text(role, 0, middle + 4, class_="role"))
+        for x, block in enumerate(blocks):
+            drawn.append(
+                _cell(cells.get((role, block)), left + x * wide, y * high, wide, high, low)
+            )
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * wide >= 20)
+    bottom = len(rows) * high
+    for x, block in enumerate(blocks):
+        if block % step == 0:
+            center = left + (x + 0.5) * wide
+            drawn.append(_text(str(block), center, bottom + 14, text_anchor="middle"))
+    drawn.append(_text("block", left - 9, bottom + 14, text_anchor="end"))
+    return _svg(left + len(blocks) * wide, bottom + 18, label, *drawn, is_fixed=True)
+
+
+def _cell(cell: Cell | None, x: float, y: float, wide: float, high: float, low: float) -> Markup:
+    box = {"x": _r(x + 0.75), "y": y + 0.75, "width": _r(wide - 1.5), "height": high - 1.5}
+    if cell is None:
+        return element("rect", element("title", "not targeted"), class_="empty", rx=1, **box)
+    opacity = _r(strength(cell.kept, low))
+    shown = element("rect", class_="hue", fill_opacity=opacity, rx=1, **box)
+    if not cell.is_dense:
+        return element("g", element("title", cell.says), shown)
+    dot = element("circle", cx=_r(x + wide / 2), cy=y + high / 2, r=2, class_="paper")
+    return element("g", element("title", cell.says), shown, dot)
+
+
+def heat_legend(kept: Sequence[float], *, has_empty: bool) -> Markup:
+    """The scale of `heat_map` and its two signs."""
+    low, steps, wide = scale_floor(kept), 10, 17
+    drawn = []
+    for step in range(steps):
+        value = low + (1 - low) * (step + 0.5) / steps
+        box = {"x": step * wide, "width": wide, "height": 12}
+        drawn.append(element("rect", class_="hue", fill_opacity=_r(strength(value, low)), **box))
+    end = steps * wide
+    drawn += [
+        _text(f"{low:g}", 0, 27),
+        _text("kept", end / 2, 27, text_anchor="middle"),
+        _text("1", end, 27, text_anchor="end"),
+        element("rect", x=end + 22, width=16, height=12, rx=1, class_="hue"),
+        element("circle", cx=end + 30, cy=6, r=2, class_="paper"),
+        _text("dense", end + 44, 10),
+    ]
+    if has_empty:
+        drawn += [
+            element("rect", x=end + 92.5, y=0.5, width=15, height=11, rx=1, class_="empty"),
+            _text("not targeted", end + 114, 10),
+        ]
+    return _svg(end + 190, 32, "scale of the heat map", *drawn, is_fixed=True)
+
+
+def scale_floor(kept: Sequence[float]) -> float:
+    """Where the scale begins: the tenth below the least kept, below one in any case."""
+    return min(math.floor(10 * min(kept, default=0.0)) / 10, 0.9)
+
+
+def strength(kept: float, low: float) -> float:
+    """Opacity of a cell."""
+    return FAINTEST + (1 - FAINTEST) * min(max((kept - low) / (1 - low), 0.0), 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve of a small multiple."""
+
+    block: int
+    sizes: np.ndarray
+    """Ranks 1, 2, ..., or densities above 0; ascending."""
+    shares: np.ndarray
+    """Share of energy that each of them holds."""
+    chosen: float | None
+    """The rank or density that the linear got, if it lies on the curve."""
+    says: str
+
+    @property
+    def chosen_share(self) -> float | None:
+        """What it holds there."""
+        if self.chosen is None:
+            return None
+        return float(np.interp(self.chosen, self.sizes, self.shares))
+
+
+def energy_lines(lines: Sequence[Line], *, break_even: int | None, label: str) -> Markup:
+    """Share of energy against rank or density, a line for each block from light to dark.
+
+    The scale counts nines: as far as from 0 to 0.9 is it from there to 0.99, for what a rank loses
+    matters long after what it holds looks like 1.
+    """
+    wide, high, left = 250.0, 160.0, 44.0
+    longest = max(float(line.sizes[-1]) for line in lines)
+
+    def x(size: float) -> float:
+        return _r(left + (wide - left) * size / longest)
+
+    def y(share: float) -> float:
+        return _r(6 + (high - 6) * (1 + math.log10(max(1 - share, 10.0**-NINES)) / NINES))
+
+    drawn = []
+    for nines in range(NINES + 1):
+        share = 1 - 10.0**-nines
+        drawn.append(element("path", d=f"M{left} {y(share)}H{wide}", class_="axis"))
+        drawn.append(_text(f"{share:.{nines}f}", left - 6, y(share) + 4, text_anchor="end"))
+    for size in _even_ticks(0, longest, most_ticks=4):
+        drawn.append(_text(f"{size:g}", x(size), high + 15, text_anchor="middle"))
+    if break_even is not None and break_even <= longest:
+        title = element("title", f"break-even rank {break_even:,}")
+        drawn.append(element("path", title, d=f"M{x(break_even)} 6V{high}", class_="mark"))
+    ordered = sorted(lines, key=lambda line: line.block)
+    for n, line in enumerate(ordered):
+        opacity = _r(0.2 + 0.8 * n / max(len(ordered) - 1, 1))
+        spaced = (len(line.shares) - 1) * np.linspace(0, 1, POINTS) ** 1.5
+        at = np.unique(spaced.round().astype(int))
+        pairs = zip(line.sizes[at].tolist(), line.shares[at].tolist(), strict=True)
+        points = " ".join(f"{x(size)},{y(share)}" for size, share in pairs)
+        title = element("title", line.says)
+        drawn.append(
+            element("polyline", title, points=points, class_="line", stroke_opacity=opacity)
+        )
+    for line in ordered:
+        if line.chosen is not None and line.chosen_share is not None:
+            at_point = {"cx": x(line.chosen), "cy": y(line.chosen_share)}
+            title = element("title", line.says)
+            drawn.append(element("circle", title, r=2.2, class_="other", **at_point))
+    return _svg(wide, high + 19, label, *drawn)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run in a scatter."""
+
+    name: str
+    x: float
+    y: float
+
+
+def scatter(points: Sequence[Point], *, level: float | None, label: str) -> Markup:
+    """Perplexity (logarithmic) against kept fraction; `level` is that of the dense model."""
+    wide, high, left = 460.0, 260.0, 44.0
+    heights = [math.log(point.y) for point in points] + ([math.log(level)] if level else [])
+    low, top = min(heights), max(heights)
+    margin = max(0.12 * (top - low), 0.05)
+    low, top = low - margin, top + margin
+    least, most = min(point.x for point in points), max(point.x for point in points)
+    pad = max(0.12 * (most - least), 0.02)
+    least, most = least - pad, most + pad
+
+    def x(kept: float) -> float:
+        return left + (wide - left) * (kept - least) / (most - least)
+
+    def y(value: float) -> float:
+        return 6 + (high - 6) * (top - math.log(value)) / (top - low)
+
+    drawn = [element("path", d=f"M{left} 6V{high}H{wide}", class_="axis")]
+    for value in _log_ticks(math.exp(low), math.exp(top)):
+        height = _r(y(value))
+        drawn.append(element("path", d=f"M{left} {height}H{wide}", class_="axis"))
+        drawn.append(_text(f"{value:,.4g}", left - 6, height + 4, text_anchor="end"))
+    for kept in _even_ticks(least, most):
+        drawn.append(_text(f"{kept:.3g}", x(kept), high + 16, text_anchor="middle"))
+    if level:
+        height = _r(y(level))
+        drawn.append(element("path", d=f"M{left} {height}H{wide}", class_="mark"))
+        drawn.append(_text(f"dense {level:.2f}", wide, height - 5, text_anchor="end"))
+    for point in points:
+        says = f"{point.name}: kept {point.x:.4f}, perplexity {point.y:.2f}"
+        at = {"cx": _r(x(point.x)), "cy": _r(y(point.y))}
+        drawn.append(element("circle", element("title", says), r=4, class_="hue", **at))
+        is_right = at["cx"] > wide - 7 * len(point.name) - 10
+        anchor, shift = ("end", -8) if is_right else ("start", 8)
+        drawn.append(
+            _text(point.name, at["cx"] + shift, at["cy"] + 4, text_anchor=anchor, class_="name")
+        )
+    drawn.append(_text("kept of the targeted linears", wide, high + 34, text_anchor="end"))
+    return _svg(wide, high + 38, label, *drawn, is_fixed=True)
+
+
+def _even_ticks(least: float, most: float, most_ticks: int = 8) -> list[float]:
+    """Round numbers at even distances, at most so many."""
+    steps = (digit * 10.0**power for power in range(-3, 9) for digit in (1, 2, 5))
+    step = next(each for each in steps if (most - least) / each < most_ticks - 0.1)
+    return [n * step for n in range(math.ceil(least / step), math.floor(most / step) + 1)]
+
+
+def _log_ticks(least: float, most: float) -> list[float]:
+    """Powers of ten times 1, 2, 3 and 5, and finer where few of them fall in between."""
+    decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    for digits in ((1, 10), (1, 2, 5), (1, 2, 3, 5, 7), range(10, 100, 5), range(100, 1000, 5)):
+        scale = 10 ** (len(str(digits[-1])) - 1) if isinstance(digits, range) else 1
+        ticks = sorted({d / scale * 10.0**n for n in decades for d in digits})
+        inside = [tick for tick in ticks if least <= tick <= most]
+        if len(inside) >= 3:
+            return inside
+    return inside
+
+
+def _text(text: str, x: float, y: float, **attributes: str) -> Markup:
+    return element("text", text, x=_r(x), y=_r(y), **attributes)
+
+
+def _svg(wide: float, high: float, label: str, *drawn: Markup, is_fixed: bool = False) -> Markup:
+    """A drawing; a fixed one keeps its size, and scrolls where there is no room."""
+    size = {"width": _r(wide), "height": _r(high)} if is_fixed else {}
+    return element(
+        "svg",
+        joined(drawn),
+        viewBox=f"0 0 {_r(wide)} {_r(high)}",
+        role="img",
+        aria_label=label,
+        **size,
+    )
+
+
+def _r(value: float) -> float:
+    """A hundredth of a pixel is enough."""
+    return round(value, 2)

@@ -1,0 +1,304 @@
+"""The page of one run: what was asked, what it became, what it lost, how long it took."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator import __version__
+from orchestrator.pages import linear_sections, tables
+from orchestrator.pages.evaluations import before_and_after, evaluated_text
+from orchestrator.pages.linears import entries
+from orchestrator.pages.markup import Markup, element, joined, page, section, write_page
+from orchestrator.pages.sources import Source, read_source
+from orchestrator.pages.tables import cell, head, number, row_head
+from orchestrator.progress import duration, size
+from orchestrator.recipe import SCHEDULE
+
+SHOWN_EVENTS = 40
+"""Of the journal, the last ones; a run of days has thousands."""
+KNOWN = {
+    *("format_version", "producer", "key", "base_fingerprint", "architecture", "recipe", "kept"),
+    *("bytes", "calibration", "values", "linears", "not_targeted", "timings"),
+}
+"""Fields of a report that have a place of their own; any other is listed under "Also reported"."""
+WANTED = {
+    "kept.linears": "kept fraction of the targeted linears",
+    "kept.model": "kept fraction of the whole model",
+    "values.model_before": "parameters before",
+    "values.model_after": "parameters after",
+    "values.stored": "stored values",
+    "values.budget": "budget",
+    "calibration": "calibration",
+    "linears": "linears",
+    "timings.seconds": "timings",
+}
+"""Fields that the page would show, and what it calls them where it says that they are missing."""
+
+
+def write_report(run: Path, output: Path | None = None) -> Path:
+    """Writes the page of a run directory, or of a compressed checkpoint; gives its path.
+
+    Args:
+        output: The file; nothing means `report.html` in the run directory, beside a checkpoint
+            `OUT.report.html`: nothing is added to what a hub would be given.
+
+    Raises:
+        InputError: There is no run or checkpoint here, or a file of it is damaged.
+        UsageError: `output` is a directory.
+    """
+    source = read_source(run)
+    if output is None:
+        is_run = source.run == source.place
+        beside = source.place.with_name(f"{source.place.name}.report.html")
+        output = source.place / "report.html" if is_run else beside
+    return write_page(output, report_page(source))
+
+
+def report_page(source: Source) -> Markup:
+    """The page."""
+    found = entries(source.report)
+    return page(
+        f"{source.name}: {source.model}",
+        _header(source),
+        _state(source),
+        _key_figures(source),
+        linear_sections.heat_map(found, source.report.get("not_targeted", ())),
+        linear_sections.budget(found),
+        linear_sections.rank_curves(found, source.rank_shares),
+        linear_sections.density_curves(found, source.density_shares),
+        _evaluations(source),
+        _timings(source.report.get("timings", {})),
+        _recipe(source),
+        linear_sections.numerics(found),
+        _further(source.report),
+        _journal(source),
+        _missing(source),
+        linear_sections.every_linear(found),
+        _footer(source),
+    )
+
+
+def _header(source: Source) -> Markup:
+    made = source.recipe.get("method", "a method that is not named")
+    allocation = source.recipe.get("allocation")
+    by = f", budget divided by {allocation}" if allocation not in (None, made) else ""
+    model = source.model.rstrip("/").rpartition("/")[2]
+    return joined(
+        [
+            element("h1", source.name),
+            element("p", f"{model}, compressed with {made}{by}", class_="soft"),
+        ]
+    )
+
+
+def _state(source: Source) -> Markup | None:
+    """What to know first of a run that is not done."""
+    state = source.status.get("state")
+    if source.is_done and state in (None, "done"):
+        return None
+    status = source.status
+    says = f"This run is not done: {state or 'unknown'}"
+    if "exit_code" in status:
+        says += f", exit code {status['exit_code']}"
+    if "stage" in status:
+        says += f", in stage {status['stage']}"
+    if "done" in status and "total" in status:
+        says += f", {status['done']} of {status['total']} units"
+    if "error" in status:
+        says += f". {status['error']}"
+    if source.is_done:
+        says += ". The checkpoint in its output directory is whole; it is what the page shows"
+    else:
+        says += ". The page shows what there is so far"
+    return element("p", f"{says}.", class_="said")
+
+
+def _key_figures(source: Source) -> Markup | None:
+    kept, values = source.report.get("kept", {}), source.report.get("values", {})
+    shown: list[tuple[str, str, str]] = []
+    if "linears" in kept:
+        asked = f"asked {kept['asked']:g}" if "asked" in kept else ""
+        asked += f" of {kept['asked_of']}" if asked and "asked_of" in kept else ""
+        shown.append(("kept of the targeted linears", tables.fraction(kept["linears"]), asked))
+    else:
+        for name, of in (("keep", "values"), ("keep_bytes", "bytes")):
+            if source.recipe.get(name) is not None:
+                said = f"of the targeted linears' {of}"
+                shown.append(("asked to keep", f"{source.recipe[name]:g}", said))
+    if "model" in kept:
+        shown.append(("kept of the whole model", tables.fraction(kept["model"]), ""))
+    if "model_after" in values:
+        before = values.get("model_before")
+        said = f"{before:,} before" if before is not None else ""
+        shown.append(("parameters", tables.count(values["model_after"]), said))
+    if "stored" in values and "budget" in values:
+        is_in_values = kept.get("asked_of", "values") == "values"
+        slack = values["budget"] - values["stored"]
+        said = f"{slack:,} below the budget" if is_in_values else ""
+        shown.append(("values of the linears", tables.count(values["stored"]), said))
+    linear_bytes = source.report.get("bytes", {})
+    if "stored" in linear_bytes:
+        before = linear_bytes.get("dense_linears")
+        said = f"{size(before)} before" if before is not None else ""
+        shown.append(("bytes of the linears", size(linear_bytes["stored"]), said))
+    if source.out_bytes is not None:
+        said = f"{size(source.dense_bytes)} before" if source.dense_bytes is not None else ""
+        shown.append(("weights on disk", size(source.out_bytes), said))
+    for facts in source.evaluations[:1]:
+        ours, dense = (facts["models"].get(name, {}) for name in ("model", "against"))
+        if ours.get("perplexity") is not None:
+            before = dense.get("perplexity")
+            said = f"{before:.2f} before" if before is not None else ""
+            shown.append(("perplexity", f"{ours['perplexity']:.2f}", said))
+    items = (
+        element("div", element("dt", name), element("dd", text, element("small", said)))
+        for name, text, said in shown
+    )
+    return element("dl", *items, class_="key") if shown else None
+
+
+def _evaluations(source: Source) -> Markup | None:
+    if not source.evaluations:
+        return None
+    shown = [
+        joined([element("p", evaluated_text(facts)), before_and_after(facts)])
+        for facts in source.evaluations
+    ]
+    return section("Before and after", *shown)
+
+
+def _timings(timings: Mapping[str, Any]) -> Markup | None:
+    seconds = timings.get("seconds", {})
+    if not seconds:
+        return None
+    whole = sum(seconds.values()) or 1.0
+    rows = [
+        [
+            row_head(stage),
+            number(duration(took), took),
+            number(f"{took / whole:.1%}"),
+            tables.bar(took / whole),
+        ]
+        for stage, took in seconds.items()
+    ]
+    rows.append([row_head("together"), number(duration(whole), whole), number(""), cell("")])
+    heads = [head("stage"), head("wall time", "n"), head("share", "n"), head("", "bar")]
+    said: dict[str, Any] = {}
+    if "decompose_seconds" in timings:
+        said["decompositions, over all workers"] = duration(timings["decompose_seconds"])
+    if "peak_worker_bytes" in timings:
+        said["peak memory of a worker"] = size(timings["peak_worker_bytes"])
+    said |= {name: timings[name] for name in ("workers", "nodes") if name in timings}
+    said |= timings.get("environment", {})
+    return section(
+        "Time",
+        element(
+            "div",
+            tables.table(heads, rows, label="wall time by stage"),
+            tables.pairs(said, label="machines") if said else None,
+            class_="beside",
+        ),
+    )
+
+
+def _recipe(source: Source) -> Markup | None:
+    if not source.recipe:
+        return None
+    what = {name: value for name, value in source.recipe.items() if name not in SCHEDULE}
+    where = {name: value for name, value in source.recipe.items() if name in SCHEDULE}
+    where |= source.report.get("timings", {}).get("schedule", {})
+    right = [
+        _part("Where and how fast, which decides no bytes", where),
+        _part("What the text gave", source.report.get("calibration", {})),
+    ]
+    return section(
+        "What was asked",
+        element(
+            "div",
+            element("div", _part("Recipe", tables.flat(what))),
+            element("div", *right),
+            class_="beside",
+        ),
+    )
+
+
+def _part(title: str, values: Mapping[str, Any]) -> Markup | None:
+    if not values:
+        return None
+    heading = element("h3", title, class_="plain")
+    return joined([heading, tables.pairs(values, label=title)])
+
+
+def _further(report: Mapping[str, Any]) -> Markup | None:
+    """Whatever else a method reports."""
+    further = tables.flat({name: each for name, each in report.items() if name not in KNOWN})
+    if not further:
+        return None
+    return section("Also reported", tables.pairs(further, label="also reported"))
+
+
+def _journal(source: Source) -> Markup | None:
+    if not source.events:
+        return None
+    rows = []
+    for event in source.events[-SHOWN_EVENTS:]:
+        fields = {n: v for n, v in event.items() if n not in ("event", "time", "times", "text")}
+        told = [event["text"]] if "text" in event else []
+        told += [f"{name} {tables.plain(value)}" for name, value in tables.flat(fields).items()]
+        times = f"{event['times']:,} times" if event.get("times", 1) > 1 else ""
+        rows.append(
+            [row_head(str(event.get("event"))), cell(", ".join(told), "wide"), number(times)]
+        )
+    left_out = len(source.events) - len(rows)
+    said = f"The last {len(rows)} of {len(source.events):,}." if left_out > 0 else None
+    return section(
+        "What happened",
+        element("p", said) if said else None,
+        tables.table([], rows, label="journal"),
+    )
+
+
+def _missing(source: Source) -> Markup | None:
+    """What the page would show and could not."""
+    remarks = list(source.remarks)
+    if source.report:
+        absent = [name for path, name in WANTED.items() if not _has(source.report, path)]
+        if absent:
+            remarks.append(f"The report says nothing of: {', '.join(absent)}.")
+        facts = source.report.get("linears", {}).values()
+        for field in ("shape", "form", "values", "weight_error", "activation_error"):
+            lacking = sum(each.get(field) is None for each in facts)
+            if lacking:
+                remarks.append(f"{lacking:,} linears have no {field.replace('_', ' ')} reported.")
+        if source.run is not None and not any((source.rank_shares, source.density_shares)):
+            remarks.append("The run directory holds no curves that could be drawn.")
+        if not source.evaluations:
+            remarks.append(
+                "No evaluation lies beside the checkpoint: `orchestrator evaluate OUT --against "
+                "MODEL --text FILE` adds one."
+            )
+    if not remarks:
+        return None
+    return section("Left out", element("ul", *(element("li", each) for each in remarks)))
+
+
+def _has(report: Mapping[str, Any], path: str) -> bool:
+    value: Any = report
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return False
+        value = value[name]
+    return True
+
+
+def _footer(source: Source) -> Markup:
+    said = [f"Made by orchestrator {__version__}"]
+    if "producer" in source.report:
+        said.append(f"from a report by {source.report['producer']}")
+    if source.out is not None:
+        said.append(f"checkpoint {source.out}")
+    if source.run is not None:
+        said.append(f"run directory {source.run}")
+    if "key" in source.report:
+        said.append(f"key {source.report['key']}")
+    return element("footer", "; ".join(said), ".")

@@ -1,0 +1,292 @@
+"""What a page is made of: a run directory, the checkpoint it names, and its evaluations.
+
+All of it is optional but one of the first two. What is not there, or does not belong to the
+checkpoint at hand, is said in `remarks`.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator.errors import InputError
+from orchestrator.plan import Curve
+from orchestrator.recipe import SCHEDULE, Recipe
+from orchestrator.store.run import RunDirectory
+
+REPORT_FILE = "orchestrator_report.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One compression, as far as it has come."""
+
+    place: Path
+    """The directory that was named."""
+    out: Path | None
+    """The checkpoint, written or not."""
+    run: Path | None
+    """The run directory, if there is one."""
+    status: Mapping[str, Any]
+    """Empty where no run directory speaks of this checkpoint."""
+    recipe: Mapping[str, Any]
+    report: Mapping[str, Any]
+    """Empty as long as the checkpoint is not finished."""
+    rank_shares: Mapping[str, np.ndarray]
+    """By linear: the share of energy that the leading 1, 2, ... ranks hold."""
+    density_shares: Mapping[str, np.ndarray]
+    """The same at equally spaced densities, the last one 1, of linears that were made sparse."""
+    evaluations: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
+    """What happened besides stages and units."""
+    out_bytes: int | None
+    dense_bytes: int | None
+    remarks: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint's directory, else of the run's."""
+        return (self.out or self.place).name
+
+    @property
+    def model(self) -> str:
+        """The dense model as the recipe names it."""
+        return str(self.recipe.get("model", "a model that is not named"))
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.report)
+
+
+def read_source(place: Path) -> Source:
+    """Reads a run directory or a compressed checkpoint.
+
+    Of a checkpoint the run directory is the one that its report names, else `OUT.run`.
+
+    Raises:
+        InputError: It is neither of the two, or one of its files cannot be read.
+    """
+    place = place.expanduser().absolute()
+    out: Path | None
+    run: Path | None
+    if (place / REPORT_FILE).is_file():
+        out, report = place, _read_report(place)
+        run, description = _run_of(place, report)
+    else:
+        run, description = place, RunDirectory(place).description()
+        if "recipe" not in description:
+            raise InputError(f"{place}: is no run of `compress`; name the run directory of one")
+        out = Path(description["out"]) if description.get("out") else None
+        report = _read_report(out) if out and (out / REPORT_FILE).is_file() else {}
+    speaks_of_out = run is not None and description.get("out") in (None, str(out))
+    status = RunDirectory(run).status() if run and speaks_of_out else {}
+    asked = description.get("recipe", {}) if speaks_of_out else {}
+    remarks = _remarks(asked, report, run)
+    units = list(_unit_facts(run)) if run else []
+    ranks, densities, left_out = _curves(units, report.get("linears", {}))
+    out_bytes = _weight_bytes(out)
+    evaluations, stale = _evaluations(out, out_bytes)
+    dense = description.get("model") or report.get("recipe", {}).get("model")
+    return Source(
+        place=place,
+        out=out,
+        run=run,
+        status=status,
+        recipe=_in_order({**asked, **report.get("recipe", {})}),
+        report=report,
+        rank_shares=ranks,
+        density_shares=densities,
+        evaluations=evaluations,
+        events=list(_events(run)) if run and speaks_of_out else [],
+        out_bytes=out_bytes if report else None,
+        dense_bytes=_weight_bytes(Path(dense)) if dense else None,
+        remarks=[*remarks, *left_out, *stale],
+    )
+
+
+def _read_report(out: Path) -> dict[str, Any]:
+    path = out / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(report, dict):
+        raise InputError(f"{path}: holds {type(report).__name__}, an object was expected")
+    return report
+
+
+def _run_of(out: Path, report: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """The run directory that a checkpoint came from, and what it says of itself."""
+    named = report.get("timings", {}).get("schedule", {}).get("run_dir")
+    run = Path(named or f"{out}.run").absolute()
+    return (run, RunDirectory(run).description()) if (run / "run.json").is_file() else (None, {})
+
+
+def _in_order(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as a recipe has them; those that it has no more come last."""
+    known = [field.name for field in fields(Recipe)]
+    names = [*(name for name in known if name in recipe), *(recipe.keys() - set(known))]
+    return {name: recipe[name] for name in dict.fromkeys(names)}
+
+
+def _remarks(
+    asked: Mapping[str, Any], report: Mapping[str, Any], run: Path | None
+) -> Iterator[str]:
+    made = report.get("recipe", {})
+    # the report names the allocation that a method brings, the recipe may leave it open
+    differ = [
+        name
+        for name, value in made.items()
+        if name in asked and name not in SCHEDULE and asked[name] not in (value, None)
+    ]
+    if differ:
+        yield (
+            "The checkpoint was made by another recipe than the run directory now asks for "
+            f"({', '.join(differ)} differ); the page shows the checkpoint."
+        )
+    if run is None:
+        yield "There is no run directory: neither curves nor journal are shown."
+
+
+def _unit_facts(run: Path) -> Iterator[dict[str, Any]]:
+    """The facts of every committed unit."""
+    units = RunDirectory(run).units
+    for path in sorted(units.root.glob("*/*/manifest.json")):
+        manifest = units.manifest(path.parent.name)
+        if manifest is not None:
+            yield manifest["facts"]
+
+
+def _curves(
+    units: Sequence[Mapping[str, Any]], linears: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
+    """For each linear the share of energy that it holds, from the units of decompositions.
+
+    A run directory may hold the decompositions of several methods or texts. Then a linear's curve
+    is taken from the units whose errors at the ranks chosen are those of the report. Linears that
+    share a basis have one curve, under the first one's name.
+
+    Returns:
+        Shares of the leading 1, 2, ... ranks; shares at equally spaced densities, the last one 1;
+        remarks.
+    """
+    found: dict[tuple[str, bool], list[tuple[np.ndarray, bool]]] = {}
+    for facts in units:
+        results = facts.get("linears", ())
+        agrees = all(_agrees(result, linears) for result in results)
+        for result in results:
+            is_sparse = "activation_losses" in result
+            shares = _density_shares(result) if is_sparse else _rank_shares(result)
+            if shares is not None:
+                key = (result["curve"]["name"], is_sparse)
+                found.setdefault(key, []).append((shares, agrees))
+    chosen = {}
+    for key, several in found.items():
+        curves = [shares for shares, agrees in several if agrees or len(several) == 1]
+        # the same one may have been computed more than once
+        if curves and all(np.array_equal(shares, curves[0]) for shares in curves):
+            chosen[key] = curves[0]
+    unclear = len(found) - len(chosen)
+    remark = (
+        f"The run directory holds several decompositions of {unclear:,} linears, and the report "
+        "does not tell which one was used; their curves are left out."
+    )
+    ranks = {name: shares for (name, is_sparse), shares in chosen.items() if not is_sparse}
+    densities = {name: shares for (name, is_sparse), shares in chosen.items() if is_sparse}
+    return ranks, densities, [remark] if unclear else []
+
+
+def _rank_shares(result: Mapping[str, Any]) -> np.ndarray | None:
+    """Of a low-rank decomposition, in the method's norm."""
+    if "weight_energies" not in result:
+        return None
+    curve = Curve.from_json(result["curve"])
+    return _sound(np.cumsum(curve.energies), curve.total)
+
+
+def _density_shares(result: Mapping[str, Any]) -> np.ndarray | None:
+    """Of a weight whose entries are kept one by one, in the norm of its outputs."""
+    losses = np.asarray(result["activation_losses"], dtype=np.float64)
+    return _sound(losses[0] - losses[1:], float(losses[0]))
+
+
+def _sound(held: np.ndarray, total: float) -> np.ndarray | None:
+    if not total > 0 or len(held) < 2 or not np.isfinite(held).all():
+        return None
+    return np.clip(held / total, 0.0, 1.0)
+
+
+def _agrees(result: Mapping[str, Any], linears: Mapping[str, Any]) -> bool:
+    """Whether a decomposition, cut to the rank that the report says, has the error it says."""
+    entry = linears.get(result.get("curve", {}).get("name"), {})
+    rank, error, total = entry.get("rank"), entry.get("weight_error"), result.get("weight_total")
+    if not (rank and total) or error is None:
+        return True
+    lost = 1.0 - float(np.sum(result.get("weight_energies", ())[:rank])) / total
+    return math.isclose(lost, error, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _evaluations(out: Path | None, out_bytes: int | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """Results of `evaluate` for the checkpoint, from run directories beside it.
+
+    `OUT.evaluation` is taken by its name, any other one if its results name the checkpoint. Those
+    of a checkpoint of another size, which stood here before, are not.
+    """
+    if out is None or not out.parent.is_dir():
+        return [], []
+    found, stale = [], 0
+    for directory in sorted(out.parent.iterdir()):
+        if not _is_evaluation(directory):
+            continue
+        for facts in _unit_facts(directory):
+            model = facts.get("models", {}).get("model", {})
+            is_ours = directory.name == f"{out.name}.evaluation" or model.get("path") == str(out)
+            if not model or not is_ours:
+                continue
+            if model.get("bytes") == out_bytes:
+                found.append(facts)
+            else:
+                stale += 1
+    remark = f"{stale} evaluations beside the checkpoint are of another size of it, and left out."
+    found.sort(key=lambda facts: json.dumps(facts.get("text"), sort_keys=True))
+    return found, [remark] if stale else []
+
+
+def _is_evaluation(directory: Path) -> bool:
+    """Whether it is the run directory of an `evaluate`; a neighbour that is damaged is none."""
+    try:
+        return "evaluate" in RunDirectory(directory).description()
+    except InputError:
+        return False
+
+
+def _events(run: Path) -> Iterator[dict[str, Any]]:
+    """Notes, losses and workers; the same one many times over is told once, with its count."""
+    try:
+        lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    told = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            # a driver that was killed leaves half a line
+            continue
+        if isinstance(event, dict) and event.get("event") not in ("stage", "unit"):
+            told.append(event)
+    for _, same in groupby(told, key=lambda event: {**event, "time": None}):
+        repeated = list(same)
+        yield {**repeated[0], "times": len(repeated)}
+
+
+def _weight_bytes(directory: Path | None) -> int | None:
+    """Bytes of a checkpoint's safetensors, as `evaluate` counts them."""
+    if directory is None or not directory.is_dir():
+        return None
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors")) or None

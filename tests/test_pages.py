@@ -1,0 +1,407 @@
+"""The pages of `report` and `compare`: whole, true to the report, and safe to open anywhere."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pipeline import run, with_tokenizer, write_text
+
+from orchestrator import api
+from orchestrator.cli import main
+from orchestrator.errors import InputError, UsageError
+from orchestrator.pages.figures import Line
+from orchestrator.pages.linears import by_role, entries, heat_cells, place, size_at
+from orchestrator.pages.markup import Markup, element
+from orchestrator.pages.sources import read_source
+from orchestrator.store.files import write_json
+from orchestrator.store.run import RunDirectory
+
+NAME = '<b>&"model'
+VOID = {"meta", "wbr"}
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+class Page(HTMLParser):
+    """A page taken apart; complains where its tags do not match."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open, self.ids, self.tags, self.values = [], [], set(), set()
+        self.texts = []
+        """What stands behind each opening tag, up to the next one."""
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        assert not given.keys() & {"src", "href", "srcset", "action", "data"}
+        self.tags.add(tag)
+        self.ids += [given["id"]] if "id" in given else []
+        self.values |= {given["data-value"]} if "data-value" in given else set()
+        if tag not in VOID:
+            self.open.append(tag)
+            self.texts.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open:
+            self.texts[-1] += data
+
+    @property
+    def text(self):
+        return "\n".join(self.texts)
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoint, tmp_path_factory):
+    """Two compressions cut from one run directory, the first of them evaluated."""
+    root = tmp_path_factory.mktemp("pages")
+    model = with_tokenizer(checkpoint("llama"), root / NAME)
+    text = write_text(root / "text.txt")
+    first = run(model, root / "first", text, keep=0.6, method="mgaa", run_dir=str(root / "run"))
+    api.evaluate(
+        first.out,
+        against=model,
+        text=str(text),
+        samples=3,
+        sequence_length=48,
+        executor="local",
+    )
+    second = run(model, root / "second", text, keep=0.5, samples=4, run_dir=str(root / "run"))
+    return first, second
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    """The first checkpoint with its evaluation and its run directory, to be changed."""
+    first, _ = runs
+    for name in ("first", "first.evaluation"):
+        shutil.copytree(first.out.with_name(name), tmp_path / name)
+    shutil.copytree(first.run_dir, tmp_path / "first.run")
+    return tmp_path / "first"
+
+
+def edit(out, change):
+    path = out / "orchestrator_report.json"
+    report = json.loads(path.read_text())
+    del report["timings"]["schedule"]["run_dir"]
+    change(report)
+    write_json(path, report)
+
+
+def test_the_page_says_what_the_report_says(runs):
+    """The page is whole, names every linear, and shows the report's own figures."""
+    first, _ = runs
+    page = Page(api.report(first.out))
+    report = first.report
+    assert len(page.ids) == len(set(page.ids)) > 5
+    names = [name for name in report["linears"] if name in page.texts]
+    assert names == list(report["linears"])
+    for number in ("linears", "model"):
+        assert f"{report['kept'][number]:.4f}" in page.texts
+    for number in ("stored", "model_after"):
+        assert f"{report['values'][number]:,}" in page.text
+    for linear in report["linears"].values():
+        assert {str(linear["weight_error"]), str(linear["activation_error"])} <= page.values
+    assert {f"{seconds}" for seconds in report["timings"]["seconds"].values()} <= page.values
+
+
+def test_the_page_shows_the_evaluation(runs):
+    """Before and after stand there as `evaluate` measured them."""
+    first, _ = runs
+    (facts,) = read_source(first.out).evaluations
+    page = Page(api.report(first.out))
+    for model in facts["models"].values():
+        assert f"{model['perplexity']:.2f}" in page.texts
+    assert f"{facts['kl']:.4f}" in page.texts
+
+
+def test_a_page_loads_nothing(runs, tmp_path):
+    """No address, no external element; the browser is told to refuse them."""
+    first, second = runs
+    compared = api.compare([first.out, second.out], tmp_path / "compared.html")
+    for path in (api.report(first.out, tmp_path / "page.html"), compared):
+        page = Page(path)
+        assert not re.search(r"https?://|//\w|url\(|@import", page.source)
+        assert not page.tags & {"link", "img", "iframe", "object", "embed", "base", "form"}
+        assert "default-src 'none'" in page.source
+
+
+def test_every_string_is_escaped(runs):
+    """A model's name is text, whatever it looks like."""
+    first, _ = runs
+    page = Page(api.report(first.out))
+    assert "<b>" not in page.source
+    assert NAME in page.text
+    assert (
+        element("p", '<&">', title='<&">')
+        == '<p title="&lt;&amp;&quot;&gt;">&lt;&amp;&quot;&gt;</p>'
+    )
+    assert element("p", Markup("<b></b>"), "\ud800") == "<p><b></b>?</p>"
+
+
+def test_curves_are_those_that_the_checkpoint_was_cut_from(runs):
+    """Of two decompositions in a run directory each checkpoint finds its own."""
+    for result in runs:
+        shares = read_source(result.out).rank_shares
+        ranked = {name: e for name, e in result.report["linears"].items() if e.get("rank")}
+        assert ranked.keys() <= shares.keys()
+        for name, entry in ranked.items():
+            lost = 1 - shares[name][entry["rank"] - 1]
+            assert lost == pytest.approx(entry["activation_error"], rel=1e-9, abs=1e-12)
+
+
+def test_curves_of_sparse_linears_end_where_the_report_says(runs, tmp_path):
+    """Where a density lies between two known ones the share does too; with all kept it is 1."""
+    first, _ = runs
+    model, text = (Path(first.report["recipe"][name]) for name in ("model", "calibration"))
+    sparse = run(model, tmp_path / "out", text, keep=0.47, method="wanda")
+    source = read_source(sparse.out)
+    assert (len(source.rank_shares), len(source.density_shares)) == (0, 28)
+    for name, entry in sparse.report["linears"].items():
+        shares = np.array([0.0, *source.density_shares[name]])
+        assert shares[-1] == 1.0
+        at = entry["nonzeros"] / np.prod(entry["shape"]) * (len(shares) - 1)
+        low, high = shares[int(np.floor(at))], shares[int(np.ceil(at))]
+        assert low < 1 - entry["activation_error"] < high
+    page = Page(api.report(sparse.out))
+    assert "Energy against density" in page.texts
+    assert "Energy against rank" not in page.texts
+
+
+def test_parts_sum_to_the_whole(runs):
+    """Roles have the stored values of all linears among them, cells the kept fraction of each."""
+    first, _ = runs
+    found = entries(first.report)
+    roles = by_role(found)
+    assert sum(e.values for same in roles.values() for e in same) == first.plan.stored_values
+    cells = heat_cells(found)
+    assert len(cells) == len(found) == len(roles) * 4
+    for entry in found:
+        cell = cells[entry.role, entry.block]
+        assert cell.kept == entry.values / (entry.shape[0] * entry.shape[1])
+        assert entry.name in cell.says
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("model.layers.3.mlp.down_proj", (3, "mlp.down_proj")),
+        ("transformer.h.11.attn.c_attn", (11, "attn.c_attn")),
+        ("model.layers.2.mlp.experts.7.up_proj", (2, "mlp.experts.*.up_proj")),
+        ("lm_head", (None, "lm_head")),
+    ],
+)
+def test_block_and_role(name, found):
+    """The first number of a name is its block, later ones count experts."""
+    assert place(name) == found
+
+
+def test_size_at_is_the_least_that_holds_the_share():
+    """Equal to trying rank after rank."""
+    energies = np.sort(np.random.default_rng(0).random(20))[::-1]
+    line = Line(0, np.arange(1, 21), np.cumsum(energies) / (1.25 * energies.sum()), None, "")
+    for share in np.linspace(0.01, 0.99, 33):
+        tried = next((r for r in range(1, 21) if line.shares[r - 1] >= share), None)
+        assert size_at(line, share) == tried
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    """A stopped run is shown as far as it came, and called stopped."""
+    journal = RunDirectory(tmp_path / "run")
+    recipe = {"model": "dense", "out": str(tmp_path / "out"), "keep": 0.25, "method": "mgaa"}
+    journal.claim({"recipe": recipe, "out": recipe["out"]})
+    journal.write_status(state="stopped", exit_code=75, stage="calibrate", done=3, total=30)
+    for _ in range(3):
+        journal.append({"event": "lost", "unit": "block 4", "why": "actor died"})
+    page = Page(api.report(journal.root))
+    said = "not done: stopped, exit code 75, in stage calibrate, 3 of 30 units"
+    assert said in page.text
+    assert {"asked to keep", "0.25"} <= set(page.texts)
+    assert {"lost", "unit block 4, why actor died", "3 times"} <= set(page.texts)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("kept", "kept fraction of the targeted linears"),
+        ("values", "stored values"),
+        ("calibration", "calibration"),
+        ("timings.seconds", "timings"),
+        ("linears", "linears"),
+        ("recipe", ""),
+        ("not_targeted", ""),
+        ("linears.*.shape", "28 linears have no shape reported"),
+        ("linears.*.form", "28 linears have no form reported"),
+        ("linears.*.rank", ""),
+        ("linears.*.values", "28 linears have no values reported"),
+        ("linears.*.weight_error", "28 linears have no weight error reported"),
+        ("linears.*.activation_error", "28 linears have no activation error reported"),
+        ("linears.*.numerics", ""),
+    ],
+)
+def test_a_report_that_lacks_a_field(copied, path, says):
+    """A missing field is left out of the page, which says so."""
+    *parents, name = path.split(".")
+
+    def change(report):
+        parts = [report]
+        for parent in parents:
+            parts = [
+                p for part in parts for p in (part.values() if parent == "*" else [part[parent]])
+            ]
+        for part in parts:
+            part.pop(name, None)
+
+    edit(copied, change)
+    text = Page(api.report(copied)).text
+    left_out = text.partition("Left out")[2]
+    assert says in left_out
+
+
+def test_other_forms_and_fields_are_shown(copied):
+    """A sparse linear shows its nonzeros, and what a method adds to the report is listed."""
+    changed = "model.layers.0.mlp.up_proj"
+
+    def change(report):
+        entry = report["linears"][changed]
+        entry.pop("rank", None)
+        entry |= {"form": "sparse", "nonzeros": 1234, "values": 1234}
+        report["stage_two"] = {"loss": {"before": 3.25, "after": 2.125}}
+        report["not_targeted"] = ["model.layers.0.self_attn.q_proj"]
+        del report["linears"]["model.layers.0.self_attn.q_proj"]
+
+    edit(copied, change)
+    page = Page(api.report(copied))
+    assert {"sparse", "1,234", "stage_two.loss.before", "3.25", "2.125"} <= set(page.texts)
+    assert "not targeted" in page.source
+
+
+def test_an_evaluation_of_another_checkpoint_is_left_out(copied):
+    """What was measured on a checkpoint of another size is not shown as this one's."""
+    assert len(read_source(copied).evaluations) == 1
+    (copied / "more.safetensors").write_bytes(b"12345678")
+    source = read_source(copied)
+    assert source.evaluations == []
+    assert "of another size" in source.remarks[-1]
+
+
+def test_compare_shows_what_differs(runs, tmp_path):
+    """Fields in which recipes agree are not listed; every run is a row of every table."""
+    first, second = runs
+    page = Page(api.compare([first.out, second.out], tmp_path / "compared.html"))
+    assert len(page.ids) == len(set(page.ids))
+    start = page.texts.index("run")
+    heads, values = page.texts[start + 1 : start + 5], page.texts[start + 8 : start + 12]
+    assert heads == ["keep", "method", "allocation", "samples"]
+    assert values == ["0.6", "mgaa", "mgaa", "6"]
+    for result in runs:
+        report = result.report
+        assert str(report["values"]["stored"]) in page.values
+        assert str(sum(report["timings"]["seconds"].values())) in page.values
+        kept = sum(e["values"] for n, e in report["linears"].items() if n.endswith("down_proj"))
+        assert str(kept / (4 * 32 * 48)) in page.values
+    (facts,) = read_source(first.out).evaluations
+    assert f"{facts['models']['model']['perplexity']:.2f}" in page.texts
+    assert "second: No evaluation lies beside the checkpoint." in page.texts
+
+
+def test_runs_of_one_name_are_told_apart(copied, runs, tmp_path):
+    """Two checkpoints of one name are called by the directories above them too."""
+    first, _ = runs
+    page = Page(api.compare([first.out, copied], tmp_path / "compared.html"))
+    above = first.out.parent.name, copied.parent.name
+    assert {f"{name}/first" for name in above} <= set(page.texts)
+
+
+def test_commands_print_the_path(runs, tmp_path, capsys, monkeypatch):
+    """Both commands end with 0 and say where the page is; a run directory takes its own."""
+    first, second = runs
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(first.run_dir)]) == 0
+    assert capsys.readouterr().out == f"{first.run_dir / 'report.html'}\n"
+    assert main(["compare", str(first.out), str(second.out)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'comparison.html'}\n"
+    assert main(["report", str(first.out), "--output", "page.html"]) == 0
+    assert capsys.readouterr().out == "page.html\n"
+    (first.run_dir / "report.html").unlink()
+
+
+def test_wrong_places_have_their_codes(runs, copied, tmp_path, capsys):
+    """No run is 4, so is an evaluation's or a damaged report; one run to compare is 2."""
+    evaluation = copied.with_name("first.evaluation")
+    for place_ in (tmp_path / "none", evaluation):
+        assert main(["report", str(place_)]) == InputError.exit_code
+        assert str(place_) in capsys.readouterr().err
+    assert main(["compare", str(copied)]) == UsageError.exit_code
+    assert main(["report", str(copied), "--output", str(tmp_path)]) == UsageError.exit_code
+    (copied / "orchestrator_report.json").write_text("{")
+    assert main(["report", str(copied)]) == InputError.exit_code
+
+
+PROBE = """<script>
+const failed = [];
+addEventListener("error", (e) => failed.push(String(e.message || e.target.outerHTML)), true);
+addEventListener("securitypolicyviolation", (e) => failed.push(e.blockedURI));
+addEventListener("load", () => {
+  const kept = [...document.querySelectorAll("th")].filter((th) => th.textContent === "kept").pop();
+  kept?.querySelector("button")?.click();
+  const column = kept?.cellIndex;
+  const rows = kept?.closest("table.sortable")?.tBodies[0].rows ?? [];
+  parent.postMessage(JSON.stringify({
+    failed,
+    loaded: performance.getEntriesByType("resource").map((each) => each.name),
+    wide: document.documentElement.scrollWidth,
+    inner: innerWidth,
+    figures: [...document.querySelectorAll("svg[role=img]")].map((s) => s.clientHeight),
+    sorted: [...rows].map((row) => Number(row.cells[column].dataset.value)),
+  }), "*");
+});
+</script>"""
+HOST = """<!DOCTYPE html><pre></pre><iframe src="{}" width="{}" height="900"></iframe><script>
+addEventListener("message", (e) => document.querySelector("pre").append(e.data));
+</script>"""
+
+
+def rendered(page, width, directory):
+    """What a page in a frame of this width measures on itself, in headless Chromium."""
+    probed, host = directory / "probed.html", directory / "host.html"
+    probed.write_text(page.read_text().replace("<title>", f"{PROBE}<title>", 1))
+    host.write_text(HOST.format(probed.name, width))
+    call = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    call += ["--virtual-time-budget=5000", f"--user-data-dir={directory / 'profile'}"]
+    call += ["--disable-background-networking", host.as_uri()]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    measured = re.search(r"<pre>({.*?})</pre>", done.stdout, re.DOTALL)
+    assert measured, done.stderr
+    return json.loads(measured[1].replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_pages_in_a_browser(runs, tmp_path):
+    """Both pages render in Chromium, load nothing, and fit 400 pixels without scrolling."""
+    first, second = runs
+    report = api.report(first.out, tmp_path / "report.html")
+    compared = api.compare([first.out, second.out], tmp_path / "compared.html")
+    for page in (report, compared):
+        for width in (400, 1100):
+            seen = rendered(page, width, tmp_path)
+            assert (seen["failed"], seen["loaded"]) == ([], [])
+            assert seen["wide"] <= seen["inner"] == width
+            assert seen["figures"]
+            assert min(seen["figures"]) > 20
+    sorted_by_script = rendered(report, 400, tmp_path)["sorted"]
+    assert sorted_by_script == sorted(sorted_by_script)
+    assert len(sorted_by_script) == len(first.report["linears"])
