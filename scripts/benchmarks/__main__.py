@@ -4,9 +4,15 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import memory, quality, speed
+from benchmarks import memory, methods, quality, rpca, speed
 
-SUBCOMMANDS = {"quality": quality, "speed": speed, "memory": memory}
+SUBCOMMANDS = {
+    "quality": quality,
+    "methods": methods,
+    "speed": speed,
+    "rpca": rpca,
+    "memory": memory,
+}
 
 
 def main() -> None:

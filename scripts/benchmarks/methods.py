@@ -1,0 +1,185 @@
+"""Every method at every size: perplexity on two texts, two zero-shot accuracies, time and size.
+
+The small protocol: float32, calibrated on the first 32 windows of 512 tokens of WikiText-2's
+training text; perplexity on 32 windows of 512 tokens of WikiText-2's test text (every 17th) and of
+C4's first thousand documents (every 29th); accuracy on evenly spaced samples of ARC-Easy and
+LAMBADA. One run directory serves all rows, so methods that cut from the same decompositions share
+calibration and decompositions. A row is a file: started again, rows that are there are not measured
+again.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.figures import print_table, say
+from benchmarks.local_ray import local_ray
+from benchmarks.quality import (
+    SAMPLES,
+    SEQUENCE_LENGTH,
+    STRIDE,
+    write_calibration_text,
+    write_evaluation_text,
+)
+from benchmarks.zero_shot import ARC_FILE, LAMBADA_FILE, arc_easy, lambada, sample
+
+from orchestrator import api
+from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.progress import Lines
+from orchestrator.recipe import Recipe
+
+C4_FILE = "c4/c4_train_first1k.jsonl"
+C4_STRIDE = 29
+Options = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way to compress, as a recipe says it."""
+
+    method: str
+    options: Options = field(default_factory=dict)
+    allocation: str | None = None
+
+
+ROWS = {
+    "svd": Row("svd"),
+    "asvd": Row("asvd"),
+    "svd-llm": Row("svd-llm"),
+    "svd-llm-v2": Row("svd-llm-v2"),
+    "basis-sharing": Row("basis-sharing"),
+    "d-rank (paper)": Row("d-rank", {"d-rank": {"setting": "paper"}}),
+    "d-rank": Row("d-rank"),
+    "mgaa": Row("mgaa"),
+    "wanda": Row("wanda"),
+    "cap": Row("cap"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", type=Path, required=True)
+    parser.add_argument(
+        "--data", metavar="DIR", type=Path, required=True, help="holds wikitext2/, c4/, arc/, ..."
+    )
+    parser.add_argument("--work", metavar="DIR", type=Path, default=Path(".work/methods"))
+    parser.add_argument("--keep", metavar="FRACTION", type=float, nargs="+", default=[0.8, 0.6])
+    parser.add_argument("--only", metavar="ROW", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--questions", type=int, default=100, help="of ARC-Easy and of LAMBADA")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    options.work.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, dict[str, Any]] = {}
+    with local_ray():
+        rows["dense"] = once(options.work / "dense.json", lambda: measure(options, options.model))
+        for name in options.only:
+            for keep in options.keep:
+                label = f"{name} {keep:g}"
+                path = options.work / f"{label.replace(' ', '-')}.json"
+                rows[label] = once(path, lambda n=name, k=keep: compress(options, n, k))
+    show(rows)
+    print(f"ARC-Easy and LAMBADA: {options.questions} evenly spaced items of each")
+    return {"rows": rows, "questions": options.questions}
+
+
+def once(path: Path, work: Any) -> dict[str, Any]:
+    """What the file holds, or the work's result, which it then holds."""
+    if not path.exists():
+        value = work()
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.rename(path)
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def compress(options: argparse.Namespace, name: str, keep: float) -> dict[str, Any]:
+    row = ROWS[name]
+    say(f"{name} at {keep:g}")
+    recipe = Recipe(
+        model=str(options.model),
+        out=str(options.work / "out" / f"{name.replace(' ', '-')}-{keep:g}"),
+        keep=keep,
+        method=row.method,
+        allocation=row.allocation,
+        options=row.options,
+        calibration=str(write_calibration_text(options.data / "wikitext2", options.work)),
+        samples=SAMPLES,
+        sequence_length=SEQUENCE_LENGTH,
+        dtype="float32",
+        threads=1,
+        run_dir=str(options.work / "run"),
+    )
+    begun = time.monotonic()
+    result = api.compress(recipe, on_event=Lines(sys.stderr))
+    return measure(options, result.out) | {
+        "seconds": time.monotonic() - begun,
+        "stages": result.report["timings"]["seconds"],
+        "kept": result.report["kept"]["linears"],
+        "values": result.report["values"]["stored"],
+    }
+
+
+def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
+    texts = {
+        "wikitext2": (write_evaluation_text(options.data / "wikitext2", options.work), STRIDE),
+        "c4": (options.data / C4_FILE, C4_STRIDE),
+    }
+    found: dict[str, Any] = {"bytes": sum(f.stat().st_size for f in model.glob("*.safetensors"))}
+    for name, (text, stride) in texts.items():
+        report = api.evaluate(
+            model,
+            text=str(text),
+            samples=SAMPLES,
+            sequence_length=SEQUENCE_LENGTH,
+            stride=stride,
+            dtype="float32",
+            threads=1,
+            run_dir=options.work / "evaluation" / f"{model.name}-{name}",
+            on_event=Lines(sys.stderr),
+        )
+        found[name] = report["models"]["model"]["perplexity"]
+    found |= accuracies(options, model)
+    return found
+
+
+def accuracies(options: argparse.Namespace, directory: Path) -> dict[str, float]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model, tokenizer = api.load(directory, dtype=torch.float32), load_tokenizer(directory)
+        return {
+            "arc_easy": arc_easy(
+                model, tokenizer, sample(options.data / ARC_FILE, options.questions)
+            ),
+            "lambada": lambada(
+                model, tokenizer, sample(options.data / LAMBADA_FILE, options.questions)
+            ),
+        }
+    finally:
+        torch.set_num_threads(threads)
+
+
+def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    heads = ("", "kept", "MB", "WikiText-2", "C4", "ARC-Easy", "LAMBADA", "seconds")
+    table = [heads]
+    for name, row in rows.items():
+        table.append(
+            (
+                name,
+                f"{row['kept']:.4f}" if "kept" in row else "",
+                f"{row['bytes'] / 1e6:.0f}",
+                f"{row['wikitext2']:.2f}",
+                f"{row['c4']:.2f}",
+                f"{row['arc_easy']:.0%}",
+                f"{row['lambada']:.0%}",
+                f"{sum(row['stages'].values()):.0f}" if "stages" in row else "",
+            )
+        )
+    print_table(table)
