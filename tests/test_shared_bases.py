@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from pipeline import contents, run, write_llama, write_text
+from pipeline import contents, run, with_tokenizer, write_llama, write_text
 
 import orchestrator
+from orchestrator.errors import UsageError
 from orchestrator.models.text import load_tokens
 from orchestrator.models.tokenizer import load_tokenizer
 
@@ -38,6 +39,13 @@ def test_blocks_share_their_bases(llama, text, tmp_path):
     values = result.report["values"]
     assert values["stored"] <= values["budget"]
     assert values["model_after"] == sum(each.numel() for each in model.parameters())
+
+
+def test_a_model_without_such_linears_is_refused(text, checkpoint, tmp_path):
+    """GPT-2 names no linear q_proj: a group of two is an error, not silence."""
+    model = with_tokenizer(checkpoint("gpt2"), tmp_path / "dense")
+    with pytest.raises(UsageError, match="group is 2, but no targeted linear is named"):
+        shared(model, tmp_path / "out", text)
 
 
 def test_one_block_a_group_is_svd_llm(llama, text, tmp_path):

@@ -94,6 +94,11 @@ class Compression:
         names = [linear.name for linear in self.surveyed.linears]
         chosen = set(select(names, self.recipe.target, self.recipe.ignore))
         self.linears = tuple(each for each in self.surveyed.linears if each.name in chosen)
+        if self.grouping.size > 1 and not any(map(self.grouping.joins, self.linears)):
+            raise UsageError(
+                f"{self.recipe.method}: group is {self.grouping.size}, but no targeted linear is "
+                f"named one of {', '.join(self.grouping.kinds)}; give group 1"
+            )
         # an impossible budget is said before anything is computed for it
         budget_values(self.grouping.stacked(self.linears), self.recipe.share, self.method.form)
 
