@@ -62,8 +62,8 @@ class Recipe:
     method: str = "svd-llm"
     """Published method, a name of `orchestrator.methods.METHODS`."""
     allocation: str | None = None
-    """How the budget is divided, a name of `orchestrator.allocate.ALLOCATORS`; nothing means as
-    the method's paper does."""
+    """How the budget is divided, a name of `orchestrator.allocate.ALLOCATION_NAMES`; nothing means
+    as the method's paper does."""
 
     calibration: str | None = None
     """Calibration text: .txt, .jsonl, .parquet, a directory of them, or

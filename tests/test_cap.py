@@ -1,6 +1,7 @@
 """CAP: probabilities on the budget, an unbiased estimator, exact choices, and the whole job."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from orchestrator.allocate.bernoulli import (
     Baseline,
     Candidates,
     Draw,
-    choose,
     initial,
     learn,
     make_pool,
@@ -26,6 +26,7 @@ from orchestrator.allocate.bernoulli import (
 )
 from orchestrator.allocate.budget import share_values
 from orchestrator.allocate.cap import Cap
+from orchestrator.allocate.choice import choose
 from orchestrator.cluster.masks import CandidateValues, masked_weight, read_masked
 from orchestrator.cluster.schedule import Pass
 from orchestrator.errors import InfeasibleError, StoppedError, UsageError
@@ -241,6 +242,35 @@ def test_the_start_prefers_utility():
     assert magnitude_N.min() >= 0.05
     assert magnitude_N.max() == 0.95
     assert set(initial(pool, budget, "constant", 0.5)) == {0.5}
+
+
+@pytest.mark.parametrize("across", ["linear", "relative", "absolute"])
+def test_linears_compare_by_what_is_asked(across):
+    """A linear whose energies are a million times larger takes from the others only in absolute
+    terms; by their own linears' break points all start with the same kept fraction."""
+    rng = np.random.default_rng(5)
+    linears = make_linears([(60, 60)] * 3)
+    candidates = {each.name: make_candidates(each, rng, 64, 100) for each in linears}
+
+    def plan(factors):
+        scaled = {
+            name: replace(
+                part,
+                direction_utilities=part.direction_utilities * factor,
+                bucket_utilities=part.bucket_utilities * factor,
+                energy=part.energy * factor,
+            )
+            for (name, part), factor in zip(candidates.items(), factors, strict=True)
+        }
+        return Cap(across=across)(linears, scaled, 0.5, {})
+
+    # powers of two change no digit
+    one, other = plan([2.0**-20, 1, 2.0**20]), plan([2.0**20, 1, 2.0**-20])
+    assert (one == other) == (across != "absolute")
+    if across == "linear":
+        stored = [one.assignments[each.name].stored_values(each) for each in linears]
+        # what is on both sides of a break point: a direction, a bucket
+        assert stored == pytest.approx([1800] * 3, abs=120 + 100)
 
 
 def masks_of(pool):
@@ -617,8 +647,7 @@ def test_losses_are_not_taken_twice(llama, text, reference, tmp_path):
     compress_cap(llama, tmp_path / "out", text, shards=2, on_event=events.append)
     assert contents(tmp_path / "out") == reference
     units = [e for e in events if e["event"] == "unit" and e["stage"] == "score"]
-    # the start and the first iteration's two were one pass, which is committed as a whole
-    assert len(units) == 8 - 3
+    assert len(units) == 8 - 4
 
 
 def test_without_its_second_stage_it_takes_no_loss(llama, text, tmp_path):
@@ -650,7 +679,8 @@ def test_another_size_needs_no_second_decomposition(llama, text, tmp_path):
 @pytest.mark.parametrize("keep", [1.0, 0.9, 0.2])
 def test_every_budget_is_met(keep, llama, text, tmp_path):
     """From above, with linears that stay dense, the rest is spent to the last value."""
-    result = compress_cap(llama, tmp_path / "out", text, {"stage2": False}, keep=keep)
+    options = {"stage2": False, "across": "absolute"}
+    result = compress_cap(llama, tmp_path / "out", text, options, keep=keep)
     values = result.report["values"]
     assert values["stored"] <= values["budget"]
     forms = {entry["form"] for entry in result.report["linears"].values()}

@@ -1,8 +1,8 @@
-"""Keep-probabilities of candidates, how they learn from losses, and what they choose in the end.
+"""Keep-probabilities of candidates, and how they learn from losses.
 
 A candidate is a singular direction of a linear (one draw, of m + n stored values) or a bucket of
 sparse entries that share one probability (as many draws as entries, of one value each). Pure:
-losses and counts of draws come in, probabilities and choices go out.
+losses and counts of draws come in, probabilities go out.
 
 Shape suffix: N candidates of all linears, in the order of the linears, directions before buckets.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from orchestrator.plan import Linear
 
 Init = Literal["utility", "magnitude", "constant"]
+Across = Literal["linear", "relative", "absolute"]
 Projection = Literal["shift", "euclid", "multiplicative"]
 LEAST_SHARE = 1e-3
 """Bounds of the first author's probabilities, [1e-3, 1 - 1e-3], which a factor cannot leave."""
@@ -90,11 +91,17 @@ class Pool:
 
 
 def make_pool(
-    linears: Sequence[Linear], candidates: Mapping[str, Candidates], *, relative: bool = False
+    linears: Sequence[Linear],
+    candidates: Mapping[str, Candidates],
+    across: Across = "absolute",
+    share: float = 1.0,
 ) -> Pool:
     """The pool of these linears; its order is the tie-break of every choice.
 
-    `relative`: utilities are fractions of their own linear's energy.
+    Args:
+        across: What utilities are measured by: nothing (`absolute`), their own linear's energy
+            (`relative`), or the utility at which a greedy choice from their own linear exhausts
+            this share of its values (`linear`).
     """
     parts = [candidates[linear.name] for linear in linears]
     ranks = [len(part.direction_utilities) for part in parts]
@@ -107,20 +114,38 @@ def make_pool(
     utility_N = _alternate(
         [part.direction_utilities for part in parts], [part.bucket_utilities for part in parts]
     )
-    # a linear without energy has utilities of zero, by whatever they are divided
-    energy_M = np.array([part.energy or 1.0 for part in parts])
+    units = [_unit(e, part, across, share) for e, part in zip(linears, parts, strict=True)]
     return Pool(
         linears=tuple(linears),
         owner_N=np.repeat(np.arange(len(linears)), sizes),
         is_direction_N=is_direction_N,
         count_N=_alternate(ones, [part.bucket_counts for part in parts]),
         cost_N=np.where(is_direction_N, rank_cost_N, 1),
-        utility_N=utility_N / np.repeat(energy_M, sizes) if relative else utility_N,
+        utility_N=utility_N / np.repeat(units, sizes),
         magnitude_N=_alternate(
             [part.direction_magnitudes for part in parts],
             [part.bucket_magnitudes for part in parts],
         ),
     )
+
+
+def _unit(linear: Linear, part: Candidates, across: Across, share: float) -> float:
+    """What a linear's utilities are divided by; 1 where that would be nothing."""
+    if across == "absolute":
+        return 1.0
+    if across == "relative":
+        return part.energy or 1.0
+    utility_N = np.concatenate([part.direction_utilities, part.bucket_utilities])
+    whole_R = np.full(len(part.direction_utilities), linear.rank_cost)
+    weight_N = np.concatenate([whole_R, part.bucket_counts])
+    return _break_point(utility_N, weight_N, share * linear.values) or 1.0
+
+
+def _break_point(utility_N: np.ndarray, weight_N: np.ndarray, budget: float) -> float:
+    """The utility at which a greedy choice by utility exhausts the budget, or its last one."""
+    order = np.argsort(-utility_N, kind="stable")
+    last = min(int(np.searchsorted(np.cumsum(weight_N[order]), budget)), len(order) - 1)
+    return float(utility_N[order[last]])
 
 
 def _alternate(first: Iterable[np.ndarray], second: Iterable[np.ndarray]) -> np.ndarray:
@@ -143,10 +168,8 @@ def initial(pool: Pool, budget: int, init: Init, temperature: float) -> np.ndarr
     # zero has no logarithm: it counts as the least that stands out beside the largest
     least = max(float(pool.utility_N.max()) * 1e-300, np.finfo(np.float64).tiny)
     log_N = np.log(np.maximum(pool.utility_N, least))
-    order = np.argsort(-log_N, kind="stable")
-    spent = np.cumsum(pool.weight_N[order])
-    last = min(int(np.searchsorted(spent, budget)), len(order) - 1)
-    distance_N = (log_N - log_N[order[last]]) / temperature
+    middle = np.log(max(_break_point(pool.utility_N, pool.weight_N, budget), least))
+    distance_N = (log_N - middle) / temperature
     share_N: np.ndarray = 1 / (1 + np.exp(-np.clip(distance_N, -700, 700)))
     return share_N
 
@@ -264,70 +287,3 @@ def learn(
         score_N = score_function(share_N, draw.drawn_N, pool.count_N, eps) / pool.count_N
         step_N += baseline.advantage(draw.loss) * score_N / len(draws)
     return share_N - eta * step_N
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What is kept: of every candidate how many draws, and the linears that stay dense whole."""
-
-    kept_N: np.ndarray
-    """int64; all draws of the linears in `dense`."""
-    dense: frozenset[str]
-
-
-def choose(pool: Pool, share_N: np.ndarray, budget: int) -> Choice:
-    """The candidates with the largest probabilities that the budget holds.
-
-    Ties go by utility, then by the order of the linears, directions before entries, and index.
-    Each linear's first direction comes before all others, and the last rank below break-even is
-    the last. What does not fit is skipped; of a bucket as many entries as fit are kept, those of
-    the largest utility. A linear whose choice would store as much as the dense weight stays dense,
-    at the dense weight's price, which frees what was above it.
-
-    O(n log n) for each time that linears become dense.
-    """
-    values_M = np.array([linear.values for linear in pool.linears], dtype=np.int64)
-    if budget >= int(values_M.sum()):
-        return Choice(pool.count_N.copy(), frozenset(each.name for each in pool.linears))
-    order, dense_M = _order(pool, share_N), np.array([e.break_even <= 1 for e in pool.linears])
-    while True:
-        left = budget - int(values_M[dense_M].sum())
-        kept_N = np.where(dense_M[pool.owner_N], pool.count_N, 0)
-        _take(pool, order[~dense_M[pool.owner_N[order]]], left, kept_N)
-        cost_M = np.bincount(pool.owner_N, kept_N * pool.cost_N, minlength=len(values_M))
-        surplus_M = (cost_M >= values_M) & ~dense_M
-        if not surplus_M.any():
-            names = [pool.linears[index].name for index in np.flatnonzero(dense_M)]
-            return Choice(kept_N, frozenset(names))
-        dense_M |= surplus_M
-
-
-def _order(pool: Pool, share_N: np.ndarray) -> np.ndarray:
-    """Indices of the candidates that may be kept, in the order in which they are asked."""
-    order = np.lexsort((np.arange(len(share_N)), -pool.utility_N, -share_N))
-    owners = pool.owner_N[order]
-    directions = np.flatnonzero(pool.is_direction_N[order])
-    # the place of each direction among those of its linear
-    by_owner = directions[np.argsort(owners[directions], kind="stable")]
-    starts = np.searchsorted(owners[by_owner], owners[by_owner])
-    rank_N = np.full(len(order), -1)
-    rank_N[by_owner] = np.arange(len(by_owner)) - starts
-    last_M = np.array([linear.break_even - 1 for linear in pool.linears])
-    return np.concatenate([order[rank_N == 0], order[(rank_N != 0) & (rank_N < last_M[owners])]])
-
-
-def _take(pool: Pool, order: np.ndarray, budget: int, kept_N: np.ndarray) -> None:
-    """Writes to `kept_N` what of the candidates, in this order, the budget holds."""
-    weight_K = pool.weight_N[order]
-    is_direction_K = pool.is_direction_N[order]
-    spent_K = np.concatenate([[0], np.cumsum(weight_K)])
-    place = 0
-    while place < len(order) and budget > 0:
-        stop = int(np.searchsorted(spent_K, spent_K[place] + budget, side="right")) - 1
-        taken = order[place:stop]
-        kept_N[taken] = pool.count_N[taken]
-        budget -= int(spent_K[stop] - spent_K[place])
-        if stop < len(order) and not is_direction_K[stop]:
-            kept_N[order[stop]] = budget
-            return
-        place = stop + 1

@@ -7,20 +7,20 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from orchestrator.allocate.bernoulli import (
+    Across,
     Baseline,
     Candidates,
-    Choice,
     Draw,
     Init,
     Pool,
     Projection,
-    choose,
     initial,
     learn,
     make_pool,
     project,
 )
 from orchestrator.allocate.budget import budget_values, make_plan
+from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import UsageError
 from orchestrator.options import check_choice, check_number
 from orchestrator.plan import Assignment, Form, Linear, Plan
@@ -52,9 +52,12 @@ class Cap:
     """
 
     init: Init = "utility"
-    relative: bool = False
-    """Whether a utility is a fraction of its linear's energy; an absolute energy otherwise, which
-    lets linears with large outputs take from the others."""
+    across: Across = "linear"
+    """How utilities of different linears compare before losses have their say: each over the one
+    at which its own linear would have spent its share (`linear`: all linears start with the same
+    kept fraction), over its linear's energy (`relative`), or as they are (`absolute`: linears with
+    large outputs take from the others). On SmolLM2-135M-Instruct at 0.5 kept, without the second
+    stage: perplexity 2.3e3, 5.8e3 and 7.4e4 on validation text of WikiText-2."""
     temperature: float = 0.5
     """Of the sigmoid in `utility`: smaller is closer to the greedy choice, and draws less."""
     stage2: bool = True
@@ -82,6 +85,7 @@ class Cap:
 
     def __post_init__(self) -> None:
         check_choice("cap: init", self.init, ("utility", "magnitude", "constant"))
+        check_choice("cap: across", self.across, ("linear", "relative", "absolute"))
         check_choice("cap: baseline", self.baseline, ("window", "ema"))
         check_choice("cap: projection", self.projection, ("shift", "euclid", "multiplicative"))
         check_number("cap: temperature", self.temperature, 1e-3, 1e3)
@@ -94,7 +98,7 @@ class Cap:
                 raise UsageError(
                     f"cap: {name} is {value!r}; it must be a whole number, {lowest} up"
                 )
-        for name in ("relative", "stage2", "keep_better"):
+        for name in ("stage2", "keep_better"):
             if type(getattr(self, name)) is not bool:
                 raise UsageError(
                     f"cap: {name} is {getattr(self, name)!r}; it must be true or false"
@@ -118,11 +122,14 @@ class Cap:
             UsageError, InfeasibleError: As `budget_values`.
         """
         budget = budget_values(linears, keep)
-        pool = self.pool(linears, curves)
+        pool = self.pool(linears, curves, keep)
         return self.plan(pool, choose(pool, self.start(pool, budget), budget), budget)
 
-    def pool(self, linears: Sequence[Linear], candidates: Mapping[str, Candidates]) -> Pool:
-        return make_pool(linears, candidates, relative=self.relative)
+    def pool(
+        self, linears: Sequence[Linear], candidates: Mapping[str, Candidates], share: float
+    ) -> Pool:
+        """The candidates of all linears; `share` is what is to be kept of them."""
+        return make_pool(linears, candidates, self.across, share)
 
     def start(self, pool: Pool, budget: int) -> np.ndarray:
         """The probabilities before the first loss, [N]."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator.allocate.bernoulli import Candidates, Choice, Draw, Pool, choose
+from orchestrator.allocate.bernoulli import Candidates, Draw, Pool
 from orchestrator.allocate.budget import budget_values
 from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.cap import Cap
+from orchestrator.allocate.choice import Choice, choose
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.masks import commit_candidates
 from orchestrator.cluster.policy import FailurePolicy
@@ -48,7 +49,7 @@ class Learnt:
 
 
 class Scoring:
-    """Losses of masked models, each one a unit: a killed driver takes none of them twice."""
+    """Losses of masked models, each one a unit: what a killed driver has is not taken again."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class Scoring:
         allocator = job.allocator
         assert isinstance(allocator, Cap)
         self.allocator: Cap = allocator
-        self.pool = self.allocator.pool(job.linears, candidates)
+        self.pool = self.allocator.pool(job.linears, candidates, job.recipe.share)
         self._counts = self.pool.split(self.pool.count_N)
         self._chunks = min(self.allocator.chunks, job.token_report["sequences"])
         self._done = 0
@@ -154,10 +155,7 @@ class Scoring:
         missing = [trial for trial, key in zip(trials, keys, strict=True) if key not in found]
         self._done += len(trials) - len(missing)
         if missing:
-            for trial, facts in zip(missing, self._run(missing), strict=True):
-                key = self._unit_key(trial)
-                units.begin(key).commit(environment=environment, facts=facts)
-                found[key] = facts
+            found |= self._run(missing)
         return [self._draw(trial, found[key]) for trial, key in zip(trials, keys, strict=True)]
 
     def _draw(self, trial: Trial, facts: Mapping[str, Any]) -> Draw:
@@ -173,10 +171,11 @@ class Scoring:
         drawn = {name: (np.array(d), np.array(b)) for name, (d, b) in facts["drawn"].items()}
         return Draw(self.pool.join(drawn), loss)
 
-    def _run(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
-        """All sequences of all trials through the shards; what an earlier attempt left is gone.
+    def _run(self, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
+        """All sequences of all trials through the shards: for each unit its facts, committed.
 
-        Not resumed within a trial: the counts of its draws come from the shards as it passes.
+        Not resumed within a trial: the counts of its draws come from the shards as it passes, so
+        chunks that an earlier attempt left are of no use.
         """
         job, crew = self._job, self._crew
         pass_key = digest_json([self._unit_key(trial) for trial in trials])
@@ -194,14 +193,20 @@ class Scoring:
         )
         scores: dict[int, Score] = {}
         drawn: list[dict[str, Any]] = [{} for _ in trials]
+        done: dict[str, dict[str, Any]] = {}
 
         def on_success(call: Call, value: Any) -> None:
             if call.method == "step":
                 index = call.arguments[0]
-                drawn[index // self._chunks] |= value["drawn"]
+                number = index // self._chunks
+                drawn[number] |= value["drawn"]
                 if "score" in value:
                     scores[index] = Score.from_json(value["score"])
-                    self._progress(index // self._chunks, scores)
+                    total = self._sum(scores, number)
+                    if total is not None:
+                        facts = {"score": total.to_json(), "drawn": drawn[number]}
+                        done[self._unit_key(trials[number])] = facts
+                        self._finish(trials[number], facts)
             for boundary in schedule.drop_inputs():
                 chunks.drop(boundary)
 
@@ -214,23 +219,22 @@ class Scoring:
             on_event=self._watch.event,
         )
         chunks.clear()
-        return [
-            {"score": self._sum(scores, number).to_json(), "drawn": drawn[number]}
-            for number in range(len(trials))
-        ]
+        return done
 
-    def _sum(self, scores: Mapping[int, Score], number: int) -> Score:
-        """A trial's sequences in their order."""
+    def _sum(self, scores: Mapping[int, Score], number: int) -> Score | None:
+        """A trial's sequences in their order; nothing while some are under way."""
         total = Score()
         for index in range(number * self._chunks, (number + 1) * self._chunks):
+            if index not in scores:
+                return None
             total = total.merge(scores[index])
         return total
 
-    def _progress(self, number: int, scores: Mapping[int, Score]) -> None:
-        indices = range(number * self._chunks, (number + 1) * self._chunks)
-        if all(index in scores for index in indices):
-            self._done += 1
-            self._stage.progress(self._done, self._total, unit="loss of a masked model")
+    def _finish(self, trial: Trial, facts: Mapping[str, Any]) -> None:
+        unit = self._job.run.units.begin(self._unit_key(trial))
+        unit.commit(environment=self._crew.environment, facts=facts)
+        self._done += 1
+        self._stage.progress(self._done, self._total, unit="loss of a masked model")
 
 
 def _kept(pool: Pool, choice: Choice) -> dict[str, int]:

@@ -1,0 +1,77 @@
+"""What a budget holds of all candidates: from keep-probabilities to what is kept for good.
+
+Shape suffixes: N candidates of all linears, K of them in an order, M linears.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.allocate.bernoulli import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is kept: of every candidate how many draws, and the linears that stay dense whole."""
+
+    kept_N: np.ndarray
+    """int64; all draws of the linears in `dense`."""
+    dense: frozenset[str]
+
+
+def choose(pool: Pool, share_N: np.ndarray, budget: int) -> Choice:
+    """The candidates with the largest probabilities that the budget holds.
+
+    Ties go by utility, then by the order of the linears, directions before entries, and index.
+    Each linear's first direction comes before all others, and the last rank below break-even is
+    the last. What does not fit is skipped; of a bucket as many entries as fit are kept, those of
+    the largest utility. A linear whose choice would store as much as the dense weight stays dense,
+    at the dense weight's price, which frees what was above it.
+
+    O(n log n) for each time that linears become dense.
+    """
+    values_M = np.array([linear.values for linear in pool.linears], dtype=np.int64)
+    if budget >= int(values_M.sum()):
+        return Choice(pool.count_N.copy(), frozenset(each.name for each in pool.linears))
+    order, dense_M = _order(pool, share_N), np.array([e.break_even <= 1 for e in pool.linears])
+    while True:
+        left = budget - int(values_M[dense_M].sum())
+        kept_N = np.where(dense_M[pool.owner_N], pool.count_N, 0)
+        _take(pool, order[~dense_M[pool.owner_N[order]]], left, kept_N)
+        cost_M = np.bincount(pool.owner_N, kept_N * pool.cost_N, minlength=len(values_M))
+        surplus_M = (cost_M >= values_M) & ~dense_M
+        if not surplus_M.any():
+            names = [pool.linears[index].name for index in np.flatnonzero(dense_M)]
+            return Choice(kept_N, frozenset(names))
+        dense_M |= surplus_M
+
+
+def _order(pool: Pool, share_N: np.ndarray) -> np.ndarray:
+    """Indices of the candidates that may be kept, in the order in which they are asked."""
+    order = np.lexsort((np.arange(len(share_N)), -pool.utility_N, -share_N))
+    owners = pool.owner_N[order]
+    directions = np.flatnonzero(pool.is_direction_N[order])
+    # the place of each direction among those of its linear
+    by_owner = directions[np.argsort(owners[directions], kind="stable")]
+    starts = np.searchsorted(owners[by_owner], owners[by_owner])
+    rank_N = np.full(len(order), -1)
+    rank_N[by_owner] = np.arange(len(by_owner)) - starts
+    last_M = np.array([linear.break_even - 1 for linear in pool.linears])
+    return np.concatenate([order[rank_N == 0], order[(rank_N != 0) & (rank_N < last_M[owners])]])
+
+
+def _take(pool: Pool, order: np.ndarray, budget: int, kept_N: np.ndarray) -> None:
+    """Writes to `kept_N` what of the candidates, in this order, the budget holds."""
+    weight_K = pool.weight_N[order]
+    is_direction_K = pool.is_direction_N[order]
+    spent_K = np.concatenate([[0], np.cumsum(weight_K)])
+    place = 0
+    while place < len(order) and budget > 0:
+        stop = int(np.searchsorted(spent_K, spent_K[place] + budget, side="right")) - 1
+        taken = order[place:stop]
+        kept_N[taken] = pool.count_N[taken]
+        budget -= int(spent_K[stop] - spent_K[place])
+        if stop < len(order) and not is_direction_K[stop]:
+            kept_N[order[stop]] = budget
+            return
+        place = stop + 1
