@@ -54,7 +54,7 @@ ROWS = {
     "svd-llm": Row("svd-llm"),
     "svd-llm-v2": Row("svd-llm-v2"),
     "basis-sharing": Row("basis-sharing"),
-    "d-rank (paper)": Row("d-rank", {"d-rank": {"setting": "paper"}}),
+    "d-rank (paper)": Row("d-rank", {"d-rank": {"setting": "paper", "refit": "above_forty"}}),
     "d-rank": Row("d-rank"),
     "mgaa": Row("mgaa"),
     "wanda": Row("wanda"),
