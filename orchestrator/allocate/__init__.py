@@ -35,8 +35,6 @@ class Allocator(Protocol):
     """A frozen dataclass whose fields are its options."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-    needs_cosines: ClassVar[bool]
-    """Whether it reads `cosines`; calibration measures them only where this is so."""
 
     def __init__(self, **options: Any) -> None:
         """Raises UsageError for an option's value that is not allowed."""
@@ -49,7 +47,7 @@ class Allocator(Protocol):
         cosines: Mapping[str, float],
     ) -> Plan:
         """`cosines`: by `Linear.sublayer`, the mean over calibration tokens of the cosine between
-        the residual stream before and after it; empty where they are not asked for."""
+        the residual stream before and after it."""
         ...
 
 

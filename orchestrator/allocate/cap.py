@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -80,8 +80,6 @@ class Cap:
     """Whether the initialisation is kept where its loss on the same sequences is no larger; the
     report names both losses and the one that was taken. The first author's code also ends with
     the better of two."""
-
-    needs_cosines: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice("cap: init", self.init, ("utility", "magnitude", "constant"))

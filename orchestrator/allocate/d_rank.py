@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -60,8 +60,6 @@ class DRank:
     """`code`: the test of the authors' code. A type takes these ranks only if they cut less energy
     than uniform ranks do, and uniform ones otherwise; q, k and v are not tested, gate_proj is
     always uniform."""
-
-    needs_cosines: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice("d-rank: setting", self.setting, ("exact", "paper"))

@@ -6,7 +6,7 @@ Indices: S sublayers, K steps of a linear.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -53,8 +53,6 @@ class Mgaa:
     """Least kept fraction of a sublayer."""
     high: float = 0.98
     """Largest kept fraction of a sublayer."""
-
-    needs_cosines: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("mgaa: rule", self.rule, RULES)

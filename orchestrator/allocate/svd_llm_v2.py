@@ -5,7 +5,6 @@ Indices: N linears of one type, K steps of a linear.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -42,8 +41,6 @@ class SvdLlmV2:
 
     most_removed: float = 0.95
     """Largest fraction that may be removed of one linear."""
-
-    needs_cosines: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("svd-llm-v2: most_removed", self.most_removed, 0, 1)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from orchestrator.allocate.budget import assign_rank, budget_values, make_plan, share_values
 from orchestrator.errors import InfeasibleError
@@ -18,8 +17,6 @@ class Uniform:
     The floors leave less than one rank a linear unused; it is reported as slack and not given to
     anyone, because the published figures are for exactly these ranks.
     """
-
-    needs_cosines: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -54,8 +51,6 @@ class UniformSparse:
 
     The curves are not looked at. The floors leave less than one value a linear unused.
     """
-
-    needs_cosines: ClassVar[bool] = False
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.pool import dispatch
 from orchestrator.cluster.refit_worker import RefitTask
 from orchestrator.cluster.report import make_report
+from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_shards
 from orchestrator.cluster.score_job import Scoring
 from orchestrator.cluster.score_worker import ScoreWorker
@@ -44,8 +45,6 @@ from orchestrator.store.files import digest_json
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
 
-WINDOW = 4
-"""Chunks that wait in memory between two workers; what is further ahead waits in files."""
 CALIBRATE_VERSION = 2
 """Raised when what reaches the statistics changes."""
 REFIT_VERSION = 1
@@ -234,18 +233,8 @@ class Compression:
                 done[block] = value
                 seconds = value["timings"]["seconds"]
                 stage.progress(len(done), total, unit=f"block {block}", seconds=seconds)
-            for boundary in schedule.drop_inputs():
-                chunks.drop(boundary)
 
-        dispatch(
-            crew.pool,
-            schedule,
-            FailurePolicy(),
-            on_success=on_success,
-            is_awaited=lambda chunk: schedule.is_awaited(chunk, WINDOW),
-            on_event=watch.event,
-        )
-        chunks.clear()
+        run_pass(crew, watch, schedule, chunks, on_success)
         return done
 
     @cached_property

@@ -10,8 +10,7 @@ import torch
 
 from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
 from orchestrator.cluster.evaluate_worker import EvaluationTask, tokens_per_second
-from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.pool import dispatch
+from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
 from orchestrator.cluster.tokens import commit_tokens
 from orchestrator.cluster.watch import Stage, Watch
@@ -24,8 +23,6 @@ from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
 
-WINDOW = 4
-"""Sequences that wait in memory between two workers."""
 EVALUATE_VERSION = 1
 
 
@@ -137,18 +134,8 @@ class Evaluation:
                 if call.emits is not None and call.emits[0] == self.num_blocks:
                     done.add(call.emits[1])
                     stage.progress(len(done), total)
-            for boundary in schedule.drop_inputs():
-                chunks.drop(boundary)
 
-        dispatch(
-            crew.pool,
-            schedule,
-            FailurePolicy(),
-            on_success=on_success,
-            is_awaited=lambda chunk: schedule.is_awaited(chunk, WINDOW),
-            on_event=watch.event,
-        )
-        chunks.clear()
+        run_pass(crew, watch, schedule, chunks, on_success)
         self.total = Score()
         for index in range(total):
             facts = scored(index)

@@ -6,7 +6,7 @@ a failure policy what a lost worker means.
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,9 +17,6 @@ from orchestrator.store.chunks import MissingChunk
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 30.0
-
-Records = Mapping[tuple[int, int], Any]
-"""Chunks on their way, by (boundary, index): values, or references to them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,7 @@ from orchestrator.allocate.cap import Cap
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.masks import commit_candidates
-from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.pool import dispatch
+from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
 from orchestrator.cluster.score_worker import Trial, Trials
 from orchestrator.cluster.watch import Stage, Watch
@@ -32,8 +31,6 @@ from orchestrator.store.units import unit_key
 if TYPE_CHECKING:
     from orchestrator.cluster.compress_job import Compression
 
-WINDOW = 4
-"""Chunks that wait in memory between two workers."""
 SCORE_VERSION = 1
 """Raised when a loss, or what is learnt from it, changes."""
 
@@ -207,18 +204,8 @@ class Scoring:
                         facts = {"score": total.to_json(), "drawn": drawn[number]}
                         done[self._unit_key(trials[number])] = facts
                         self._finish(trials[number], facts)
-            for boundary in schedule.drop_inputs():
-                chunks.drop(boundary)
 
-        dispatch(
-            crew.pool,
-            schedule,
-            FailurePolicy(),
-            on_success=on_success,
-            is_awaited=lambda chunk: schedule.is_awaited(chunk, WINDOW),
-            on_event=self._watch.event,
-        )
-        chunks.clear()
+        run_pass(crew, self._watch, schedule, chunks, on_success)
         return done
 
     def _sum(self, scores: Mapping[int, Score], number: int) -> Score | None:

@@ -1,0 +1,47 @@
+"""A pass of chunks through the shards, performed: calls dispatched, spent chunks let go."""
+
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.cluster.crew import Crew
+from orchestrator.cluster.policy import FailurePolicy
+from orchestrator.cluster.pool import dispatch
+from orchestrator.cluster.schedule import Call, Pass
+from orchestrator.cluster.watch import Watch
+from orchestrator.store.chunks import Chunks
+
+WINDOW = 4
+"""Chunks that wait in memory between two workers; what is further ahead waits in files."""
+
+
+def run_pass(
+    crew: Crew,
+    watch: Watch,
+    schedule: Pass,
+    chunks: Chunks,
+    on_success: Callable[[Call, Any], None],
+) -> None:
+    """Performs a pass to its end; nothing of its boundary chunks stays.
+
+    Args:
+        chunks: Where the pass keeps its boundary chunks.
+        on_success: Told of each call that ended well, with its small result.
+
+    Raises:
+        OrchestratorError: As `dispatch`.
+    """
+
+    def succeeded(call: Call, value: Any) -> None:
+        on_success(call, value)
+        for boundary in schedule.drop_inputs():
+            chunks.drop(boundary)
+
+    dispatch(
+        crew.pool,
+        schedule,
+        FailurePolicy(),
+        on_success=succeeded,
+        is_awaited=lambda chunk: schedule.is_awaited(chunk, WINDOW),
+        on_event=watch.event,
+    )
+    chunks.clear()
