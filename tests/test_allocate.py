@@ -263,8 +263,19 @@ def test_bytes_of_indices_count(share, itemsize):
 
 
 def test_bytes_that_hold_no_plan_are_infeasible():
-    """Fewer bytes than rank 1 everywhere takes are refused, with what was asked for."""
+    """Fewer bytes than rank 1 everywhere, or than an index, are refused by what is too small."""
     linears = make_linears([(50, 40)])
     curves = make_curves(linears)
-    with pytest.raises(InfeasibleError, match=r"keep_bytes: 0\.01"):
+    with pytest.raises(InfeasibleError, match=r"keep: 0\.01 allows"):
         fill_bytes(lambda keep: Uniform()(linears, curves, keep, {}), linears, 0.01, 2)
+    sparse = make_allocator("uniform", {}, "sparse")
+    with pytest.raises(InfeasibleError, match=r"keep_bytes: 0\.0005 .* indices included"):
+        fill_bytes(lambda keep: sparse(linears, {}, keep, {}), linears, 0.0005, 2)
+
+
+def test_bytes_beyond_what_a_rule_may_keep_say_so():
+    """MGAA keeps at most 0.98: a budget of all bytes fails with its own words."""
+    linears = make_model({"q": (24, 16)}, 3)
+    curves, cosines = make_curves(linears), make_cosines(linears)
+    with pytest.raises(InfeasibleError, match="raise its high"):
+        fill_bytes(lambda keep: Mgaa()(linears, curves, keep, cosines), linears, 1.0, 2)

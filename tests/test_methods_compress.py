@@ -3,6 +3,7 @@
 import pytest
 import torch
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import orchestrator
@@ -194,3 +195,17 @@ def test_a_method_and_its_allocation_share_a_table(llama, text, tmp_path):
     even = run(llama, tmp_path / "even", text, method="mgaa", options=options)
     steep = run(llama, tmp_path / "steep", text, method="mgaa", options={"mgaa": {"t": 2.0}})
     assert even.plan.assignments != steep.plan.assignments
+
+
+def test_a_budget_in_bytes_counts_what_is_on_disk(llama, text, tmp_path):
+    """Wanda at half the bytes: values and indices in the files fit, and few bytes are left over."""
+    result = run(llama, tmp_path / "out", text, method="wanda", keep=None, keep_bytes=0.5)
+    found = result.report["bytes"]
+    linears = tuple(f"{name}." for name in result.report["linears"])
+    on_disk = 0
+    for path in result.out.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(linears)]  # noqa: SIM118
+            on_disk += sum(file.get_tensor(name).nbytes for name in names)
+    assert on_disk == found["stored"]
+    assert 0.49 * found["dense_linears"] < on_disk <= 0.5 * found["dense_linears"]

@@ -23,27 +23,33 @@ def fill_bytes(
         itemsize: Bytes of a value, dense or not.
 
     Raises:
-        InfeasibleError: No plan is that small.
+        InfeasibleError: No plan is that small, or none has a budget of `share` at all.
     """
     dense_bytes = sum(linear.values for linear in linears) * itemsize
     most = Fraction(str(share)) * dense_bytes
+
+    def fits(plan: Plan) -> bool:
+        stored = sum(plan.assignments[each.name].stored_bytes(each, itemsize) for each in linears)
+        return stored <= most
+
+    # what stores no index ends here, and so does what no smaller share can mend
+    largest = allocate(share)
+    if fits(largest):
+        return largest
     found: Plan | None = None
     low, high = 0, int(Fraction(str(share)) * STEPS)
-    step = high
     while low < high:
+        step = low + (high - low + 1) // 2
         try:
             plan = allocate(step / STEPS)
-            stored = sum(plan.assignments[x.name].stored_bytes(x, itemsize) for x in linears)
-            fits = stored <= most
         except InfeasibleError:
-            # too little for a rank everywhere
+            # too little for a rank or an entry everywhere
             low = step
+            continue
+        if fits(plan):
+            low, found = step, plan
         else:
-            if fits:
-                low, found = step, plan
-            else:
-                high = step - 1
-        step = low + (high - low + 1) // 2
+            high = step - 1
     if found is None:
         raise InfeasibleError(
             f"keep_bytes: {share} of {dense_bytes} bytes holds no plan, indices included; keep more"

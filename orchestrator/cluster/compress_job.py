@@ -398,6 +398,8 @@ class Compression:
         )
         if self.scores:
             report["cap"] = self.learnt.report
+        if self.refits:
+            report["refit"] = "errors of linears are those before left factors were fitted again"
         finish(
             self.out,
             dense=self.model,

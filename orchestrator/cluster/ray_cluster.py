@@ -33,8 +33,8 @@ _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 QUIET = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
-"""Settings of a Ray of our own, which nobody looks at: no metrics, no journal of its tasks. On two
-cores that Ray and two workers share they are about 1 % of the time."""
+"""Settings of a Ray of our own, which nobody looks at: no metrics, no journal of its tasks. Where
+workers and Ray share few cores, it is the workers' time that they take."""
 
 
 def connect(address: str | None, announce: Callable[[str], None]) -> bool:

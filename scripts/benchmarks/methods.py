@@ -11,7 +11,6 @@ again.
 import argparse
 import json
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,13 +44,13 @@ class Row:
 
     method: str
     options: Options = field(default_factory=dict)
-    allocation: str | None = None
 
 
 ROWS = {
     "svd": Row("svd"),
     "asvd": Row("asvd"),
     "svd-llm": Row("svd-llm"),
+    "svd-llm (refit)": Row("svd-llm", {"svd-llm": {"refit": "always"}}),
     "svd-llm-v2": Row("svd-llm-v2"),
     "basis-sharing": Row("basis-sharing"),
     "d-rank (paper)": Row("d-rank", {"d-rank": {"setting": "paper", "refit": "above_forty"}}),
@@ -107,7 +106,6 @@ def compress(options: argparse.Namespace, name: str, keep: float) -> dict[str, A
         out=str(options.work / "out" / f"{name.replace(' ', '-')}-{keep:g}"),
         keep=keep,
         method=row.method,
-        allocation=row.allocation,
         options=row.options,
         calibration=str(write_calibration_text(options.data / "wikitext2", options.work)),
         samples=SAMPLES,
@@ -116,10 +114,8 @@ def compress(options: argparse.Namespace, name: str, keep: float) -> dict[str, A
         threads=1,
         run_dir=str(options.work / "run"),
     )
-    begun = time.monotonic()
     result = api.compress(recipe, on_event=Lines(sys.stderr))
     return measure(options, result.out) | {
-        "seconds": time.monotonic() - begun,
         "stages": result.report["timings"]["seconds"],
         "kept": result.report["kept"]["linears"],
         "values": result.report["values"]["stored"],
