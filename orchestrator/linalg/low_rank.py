@@ -31,6 +31,20 @@ EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True, slots=True)
+class Curvature:
+    """Statistic of one linear: sum g g^T over gradients g of the loss by its outputs y.
+
+    On the smaller side: `C` itself [O, O] where O <= I, else `W^T C W` [I, I], which is the second
+    moment of `W^T g`.
+    """
+
+    matrix_KK: Tensor
+    gradients: int
+    """Number of gradients in the sum; their mean is the Fisher information of the outputs, if the
+    labels of the loss are drawn from the model."""
+
+
+@dataclass(frozen=True, slots=True)
 class InputGram:
     """Statistic of a site: H = sum x x^T over the rows x that its linears read."""
 
@@ -39,6 +53,8 @@ class InputGram:
     """Number of rows, if known: H has no larger rank."""
     magnitude_I: Tensor | None = None
     """Mean of |x_j| over the rows, float64, where a method asks for it."""
+    curvature: Curvature | None = None
+    """How the loss bends with the outputs, where a method asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +66,8 @@ class OutputGram:
     """Number of rows, if known: the Gram has no larger rank."""
     magnitude_I: Tensor | None = None
     """Mean of |x_j| over the rows that were read, float64, where a method asks for it."""
+    curvature: Curvature | None = None
+    """How the loss bends with the outputs, where a method asks for it."""
 
 
 Statistic = InputGram | OutputGram
@@ -139,16 +157,16 @@ def decompose(
 def _compute(weight_OI: Tensor, statistic: Statistic, rank: int, precision: Precision) -> LowRank:
     """The decomposition in one precision, and what was measured on it."""
     work_OI = weight_OI.double().contiguous()
-    basis, basis_OK, core_KI = _column_space(work_OI, precision)
-    moment_KK = _moment(basis_OK, core_KI, statistic)
+    basis, basis_OK, core_KI = column_space(work_OI, precision)
+    moment_KK = second_moment(basis_OK, core_KI, statistic)
     # LAPACK through torch: the upper triangle takes 0.9 of the lower one's time.
     values_K, vectors_KK = torch.linalg.eigh(moment_KK, UPLO="U")
     energies_K, vectors_KK = values_K.flip(0), vectors_KK.flip(1)
 
-    known_rank = _known_rank(energies_K, statistic.tokens)
+    known_rank = count_known(energies_K, statistic.tokens)
     energies_K[known_rank:] = 0
     if known_rank < rank:
-        vectors_KK = _complete(vectors_KK, known_rank, core_KI)
+        vectors_KK = complete(vectors_KK, known_rank, core_KI)
 
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     assembly = torch.float64 if precision == "exact" else dtype
@@ -175,7 +193,7 @@ def _compute(weight_OI: Tensor, statistic: Statistic, rank: int, precision: Prec
     )
 
 
-def _column_space(work_OI: Tensor, precision: Precision) -> tuple[str, Tensor | None, Tensor]:
+def column_space(work_OI: Tensor, precision: Precision) -> tuple[str, Tensor | None, Tensor]:
     """`W = Q S` with orthonormal columns of Q [O, K], S [K, I]; None stands for Q = 1."""
     outputs, inputs = work_OI.shape
     if outputs <= inputs:
@@ -194,7 +212,7 @@ def _column_space(work_OI: Tensor, precision: Precision) -> tuple[str, Tensor | 
     return ("householder", *torch.linalg.qr(work_OI))
 
 
-def _moment(basis_OK: Tensor | None, core_KI: Tensor, statistic: Statistic) -> Tensor:
+def second_moment(basis_OK: Tensor | None, core_KI: Tensor, statistic: Statistic) -> Tensor:
     """`S H S^T = Q^T (W H W^T) Q` [K, K], its upper triangle."""
     if isinstance(statistic, OutputGram):
         gram_OO = statistic.matrix_OO.double()
@@ -208,14 +226,14 @@ def _moment(basis_OK: Tensor | None, core_KI: Tensor, statistic: Statistic) -> T
     return moment_KK
 
 
-def _known_rank(energies_K: Tensor, tokens: int | None) -> int:
+def count_known(energies_K: Tensor, tokens: int | None) -> int:
     """Number of directions whose energy is more than rounding noise; energies descend."""
     noise = max(len(energies_K) * EPS * float(energies_K[0]), -2 * float(energies_K[-1]))
     known_rank = int((energies_K > noise).sum())
     return known_rank if tokens is None else min(known_rank, tokens)
 
 
-def _complete(vectors_KK: Tensor, known_rank: int, core_KI: Tensor) -> Tensor:
+def complete(vectors_KK: Tensor, known_rank: int, core_KI: Tensor) -> Tensor:
     """The vectors, those beyond the known ones turned to explain most of the weight."""
     free_K = vectors_KK[:, known_rank:]
     unexplained = free_K.T @ core_KI
