@@ -1,0 +1,133 @@
+"""A product of two factors as some of its rows and what the other rows are of them.
+
+Shape suffixes: O outputs, I inputs, R rank, S = O - R.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orchestrator.linalg.gram import check_finite
+
+BOUND = 1.1
+"""No entry of the coefficients is larger in magnitude.
+
+Measured on weights of SmolLM2-135M at 0.6 and 0.9 kept: elimination alone leaves up to 2.7, and 15
+exchanges a weight lead to 1.1. Rounded to bfloat16 the product is then off by 2.4 times what two
+rounded factors are off, against 3.1 without an exchange; to float32 by 1.5e-7 of its norm at most.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pivoted:
+    """R rows of a product, the pivots, and the other rows as their combinations."""
+
+    weight_SR: Tensor
+    """The other rows in terms of the pivots; both stand in the order of the product's rows."""
+    down_RI: Tensor
+    """The pivots: rows of the product as they are."""
+    order_O: Tensor
+    """Where each output of the product stands in [pivots, others]; int64."""
+    report: dict[str, float | int]
+    """What it took and what was measured:
+
+    - `exchanges`: pivots exchanged after elimination.
+    - `largest`: the largest entry of |weight_SR|.
+    - `error`: |A D - rebuilt| / |A D| in the Frobenius norm, of the tensors as they are returned.
+    """
+
+
+def pivot(weight_OR: Tensor, down_RI: Tensor) -> Pivoted:
+    """The product A D, A = `weight_OR`, in R (O + I) - R^2 values instead of R (O + I).
+
+    With P the pivots and N the other rows,
+
+        (A D)_P = A_P D,    (A D)_N = C (A D)_P,    C = A_N A_P^-1,
+
+    which loses nothing. C depends on the columns' span alone, so A is replaced in it by the Q of
+    A = Q T: its pivots are independent whatever the rank of A. Elimination with partial pivoting
+    finds P; then the largest entry of C names a pivot and another row to exchange, until none is
+    above `BOUND`. Each exchange multiplies |det Q_P| by that entry, so it ends, and the rounding
+    of stored pivots reaches the other rows through coefficients that are at most `BOUND`.
+
+    Float64 throughout; the tensors have the dtype of their factors and live on their device, which
+    is one for both. O(O R^2 + O R I), and O R for each exchange. The same input gives the same bits
+    on the same device with the same number of threads.
+
+    Raises:
+        ValueError: The shapes do not fit, or R is not below O.
+        InputError: A factor holds NaN or infinity.
+
+    References:
+        PIFA, arXiv:2501.19090, which takes P from a QR decomposition of the product's rows with
+        column pivoting, and C by least squares. The exchanges are those of maximum-volume
+        submatrices (Goreinov et al., How to find a good submatrix, 2010).
+    """
+    outputs, rank = weight_OR.shape
+    if not 1 <= rank < outputs or len(down_RI) != rank:
+        raise ValueError(
+            f"factors are {tuple(weight_OR.shape)} and {tuple(down_RI.shape)}; they need one rank, "
+            f"in 1 to {outputs - 1}, one less than the outputs"
+        )
+    check_finite("left factor", weight_OR)
+    check_finite("right factor", down_RI)
+    basis_OR, _ = torch.linalg.qr(weight_OR.double())
+    rows_O, exchanges = _choose(basis_OR)
+    pivots_R, others_S = rows_O[:rank].sort().values, rows_O[rank:].sort().values
+    coefficients_SR = _solve(basis_OR[pivots_R], basis_OR[others_S])
+    order_O = torch.cat([pivots_R, others_S]).argsort()
+    kept_RI = weight_OR[pivots_R].double() @ down_RI.double()
+    weight_SR, rows_RI = coefficients_SR.to(weight_OR.dtype), kept_RI.to(down_RI.dtype)
+    return Pivoted(
+        weight_SR=weight_SR,
+        down_RI=rows_RI,
+        order_O=order_O,
+        report={
+            "exchanges": exchanges,
+            "largest": float(coefficients_SR.abs().max()),
+            "error": _error(weight_OR, down_RI, weight_SR, rows_RI, order_O),
+        },
+    )
+
+
+def _choose(basis_OR: Tensor) -> tuple[Tensor, int]:
+    """All rows, the pivots first, and how many were exchanged for it."""
+    outputs, rank = basis_OR.shape
+    _, swaps_R = torch.linalg.lu_factor(basis_OR)
+    rows = list(range(outputs))
+    for place, other in enumerate(swaps_R.tolist()):
+        rows[place], rows[other - 1] = rows[other - 1], rows[place]
+    rows_O = torch.tensor(rows, device=basis_OR.device)
+    coefficients_SR = _solve(basis_OR[rows_O[:rank]], basis_OR[rows_O[rank:]])
+    exchanges = 0
+    while True:
+        flat = int(coefficients_SR.abs().argmax())
+        other, place = divmod(flat, rank)
+        entry = coefficients_SR[other, place].clone()
+        if not abs(float(entry)) > BOUND:
+            return rows_O, exchanges
+        # the other row takes the pivot's place: one elimination step on the coefficients
+        column_S, row_R = coefficients_SR[:, place].clone(), coefficients_SR[other].clone()
+        column_S[other] -= 1
+        row_R[place] += 1
+        coefficients_SR.addr_(column_S, row_R / entry, alpha=-1)
+        rows_O[[place, rank + other]] = rows_O[[rank + other, place]]
+        exchanges += 1
+
+
+def _solve(pivots_RR: Tensor, others_SR: Tensor) -> Tensor:
+    """C with C Q_P = Q_N."""
+    coefficients_SR: Tensor = torch.linalg.solve(pivots_RR, others_SR, left=False)
+    return coefficients_SR
+
+
+def _error(
+    weight_OR: Tensor, down_RI: Tensor, weight_SR: Tensor, rows_RI: Tensor, order_O: Tensor
+) -> float:
+    product_OI = weight_OR.double() @ down_RI.double()
+    kept_RI = rows_RI.double()
+    rebuilt_OI = torch.cat([kept_RI, weight_SR.double() @ kept_RI])[order_O]
+    norm = float(torch.linalg.vector_norm(product_OI))
+    gap = float(torch.linalg.vector_norm(rebuilt_OI - product_OI))
+    return gap / norm if norm else gap
