@@ -62,14 +62,15 @@ class Simulation:
         self.schedule.succeeded(call)
 
 
-def make_pass(blocks=10, shards=4, chunks=5, todo=None, results=None, present=None):
+def make_pass(blocks=10, shards=4, chunks=5, todo=None, results=None, present=None, **options):
     cut = cut_blocks(blocks, shards)
     return Pass(
-        cut,
+        cut[::-1] if options.get("backward") else cut,
         todo=range(blocks) if todo is None else todo,
         num_chunks=chunks,
         present=present or [set() for _ in cut],
         results=results,
+        **options,
     )
 
 
@@ -87,6 +88,29 @@ def test_losing_workers_loses_nothing(seed):
     """Whoever is lost in whatever call, every block is finished exactly once."""
     simulation = Simulation(make_pass(), workers=3, seed=seed, loss=0.1).run()
     assert sorted(simulation.finished) == list(range(10))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_backward_pass_goes_from_the_last_shard_to_the_first(seed):
+    """Chunks enter a shard behind its last block; whoever is lost, nothing else changes."""
+    schedule = make_pass(backward=True)
+    (call,) = schedule.calls([0])
+    assert call.arguments == ((8, 10), (8, 9))
+    schedule.lost(call)
+    simulation = Simulation(schedule, workers=3, seed=seed, loss=0.05).run()
+    assert sorted(simulation.finished) == list(range(10))
+    assert [schedule.boundary(k) for k in range(5)] == [10, 8, 6, 3, 0]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_pass_that_keeps_fills_every_boundary(workers):
+    """Chunks that lie behind a gap do not stand for those in it, and none is dropped."""
+    present = [set(), {0}, set(range(5)), {3}]
+    schedule = make_pass(todo=[], results=set(range(5)), present=present, keeps=True)
+    simulation = Simulation(schedule, workers).run()
+    assert simulation.there[1] == simulation.there[2] == simulation.there[3] == set(range(5))
+    assert schedule.drop_inputs() == []
+    assert not any(label.startswith("blocks 8-9, chunk") for label in simulation.performed)
 
 
 def test_a_block_that_is_committed_is_not_finished_again():

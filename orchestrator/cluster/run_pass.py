@@ -21,7 +21,7 @@ def run_pass(
     chunks: Chunks,
     on_success: Callable[[Call, Any], None],
 ) -> None:
-    """Performs a pass to its end; nothing of its boundary chunks stays.
+    """Performs a pass to its end; nothing of its boundary chunks stays, unless it keeps them.
 
     Args:
         chunks: Where the pass keeps its boundary chunks.
@@ -44,4 +44,5 @@ def run_pass(
         is_awaited=lambda chunk: schedule.is_awaited(chunk, WINDOW),
         on_event=watch.event,
     )
-    chunks.clear()
+    if not schedule.keeps:
+        chunks.clear()

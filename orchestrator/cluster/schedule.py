@@ -69,6 +69,18 @@ class ShardState:
     busy: bool = False
     fed: set[int] = field(default_factory=set)
     """Chunks that went through since the owner opened the shard."""
+    backward: bool = False
+    """Whether chunks go through it from its last block to its first."""
+
+    @property
+    def entry(self) -> int:
+        """The boundary at which chunks come, by the block that it is the input of."""
+        return self.blocks.stop if self.backward else self.blocks.start
+
+    @property
+    def exit(self) -> int:
+        """The boundary at which they go."""
+        return self.blocks.start if self.backward else self.blocks.stop
 
     @property
     def label(self) -> str:
@@ -80,13 +92,16 @@ class Pass:
     """Chunks flowing through contiguous shards.
 
     Args:
-        cut: The shards' blocks, contiguous and in order.
+        cut: The shards' blocks, contiguous and in the order in which chunks pass: from the first
+            block on, or, of a backward pass, from the last one on.
         todo: Blocks whose unit must be committed.
         num_chunks: Chunks of the pass.
         present: For each shard the chunks that are at its input already; what is past the last
             shard is `results`.
         results: Chunks whose result behind the last shard is there; nothing when the pass wants
             no results (a calibration).
+        backward: Whether chunks are gradients, that enter a shard behind its last block.
+        keeps: Whether every boundary's chunks are wanted, for a later pass to read.
         about: What else a worker is told when it opens a shard.
     """
 
@@ -98,6 +113,8 @@ class Pass:
         num_chunks: int,
         present: Sequence[set[int]],
         results: set[int] | None = None,
+        backward: bool = False,
+        keeps: bool = False,
         about: tuple[Any, ...] = (),
     ) -> None:
         wanted = set(todo)
@@ -105,13 +122,16 @@ class Pass:
         self.num_chunks = num_chunks
         self._about = about
         self.shards = [
-            ShardState(blocks=blocks, todo=tuple(b for b in blocks if b in wanted))
+            ShardState(
+                blocks=blocks, todo=tuple(b for b in blocks if b in wanted), backward=backward
+            )
             for blocks in cut
         ]
         # chunks at boundary k are the input of shard k; the model's input is always there
         behind = everything if results is None else set(results)
         self._present = [everything, *(set(chunks) for chunks in present[1:]), behind]
         self._wants_results = results is not None
+        self.keeps = keeps
         self._needed = self._needs()
 
     def _needs(self) -> list[set[int]]:
@@ -121,7 +141,8 @@ class Pass:
         needed[-1] = everything if self._wants_results else set()
         for k in reversed(range(len(self.shards))):
             missing_behind = needed[k + 1] - self._present[k + 1]
-            needed[k] = everything if self.shards[k].todo else missing_behind
+            wants_all = self.shards[k].todo or (self.keeps and k > 0)
+            needed[k] = everything if wants_all else missing_behind
         return needed
 
     def is_done(self, shard: int) -> bool:
@@ -133,12 +154,12 @@ class Pass:
 
     def boundary(self, shard: int) -> int:
         """The boundary's name: the block that it is the input of."""
-        if shard < len(self.shards):
-            return self.shards[shard].blocks.start
-        return self.shards[-1].blocks.stop
+        return self.shards[shard].entry if shard < len(self.shards) else self.shards[-1].exit
 
     def drop_inputs(self) -> list[int]:
         """Boundaries whose chunks will not be read again; they count as gone from here on."""
+        if self.keeps:
+            return []
         spent = [k for k in range(1, len(self.shards)) if self.is_done(k) and self._present[k]]
         for k in spent:
             self._present[k] = set()
@@ -149,7 +170,7 @@ class Pass:
         """Whether a worker will take this chunk among its next `window` ones."""
         boundary, index = chunk
         for k, state in enumerate(self.shards):
-            if state.blocks.start == boundary and state.owner is not None:
+            if state.entry == boundary and state.owner is not None:
                 following = self._next_chunk(k)
                 return following is not None and following <= index < following + window
         return False
@@ -228,8 +249,8 @@ class Pass:
                 (index, emit, hand_over),
                 f"{state.label}, chunk {index}",
                 shard,
-                takes=(state.blocks.start, index),
-                emits=(state.blocks.stop, index) if emit else None,
+                takes=(state.entry, index),
+                emits=(state.exit, index) if emit else None,
             )
         )
 
