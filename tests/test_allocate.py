@@ -42,8 +42,16 @@ CASES = {
     "d-rank paper model": (DRank(setting="paper", scope="model", beta=0.3), {TYPES}),
     "d-rank paper code": (DRank(setting="paper", accept="code"), {TYPES}),
     # a curve counts beside those of its own sublayer
-    "mgaa bounds": (Mgaa(), {GROWS, WHOLE}),
-    **{f"mgaa {rule}": (Mgaa(rule=rule, low=0.2, high=1), {GROWS, DENSE, WHOLE}) for rule in RULES},
+    "mgaa bounds": (Mgaa(leftover="slack"), {GROWS, WHOLE}),
+    # who has the largest remainder changes with the budget
+    "mgaa": (Mgaa(low=0.2, high=1), {DENSE, WHOLE}),
+    **{
+        f"mgaa {rule}": (
+            Mgaa(rule=rule, low=0.2, high=1, leftover="slack"),
+            {GROWS, DENSE, WHOLE},
+        )
+        for rule in RULES
+    },
 }
 
 ROLES = (

@@ -109,17 +109,21 @@ def test_the_energy_level_within_a_sublayer_is_the_highest_there_is(seed, keep):
     assert least_retained(linears, curves, plan.assignments) == best
 
 
-def test_a_sublayer_stores_its_fraction_but_for_the_next_rank():
-    """What is left of a share is below the dearest step, and is not handed on."""
+@pytest.mark.parametrize("leftover", ["slack", "largest"])
+def test_a_sublayer_stores_its_fraction_but_for_one_rank(leftover):
+    """What is left of a share is below the dearest step; handed on, it passes it by no more."""
     linears = make_model(BLOCK, blocks=3)
     cosines = {"0.mlp": 0.9, "1.mlp": 0.8, "2.mlp": 0.5}
-    plan = Mgaa()(linears, make_curves(linears), 0.7, cosines=cosines)
+    plan = Mgaa(leftover=leftover)(linears, make_curves(linears), 0.7, cosines=cosines)
     size = sum(each.values for each in linears) / 3
     kept = Mgaa().kept_fractions(np.array([*cosines.values()]), np.full(3, size), 0.7 * 3 * size)
     for block in range(3):
         part = [each for each in linears if each.block == block]
         stored = sum(plan.assignments[each.name].stored_values(each) for each in part)
-        assert 0 <= kept[block] * size - stored <= 2 * max(each.rank_cost for each in part)
+        left, dearest = kept[block] * size - stored, 2 * max(each.rank_cost for each in part)
+        assert (0 if leftover == "slack" else -dearest) <= left <= dearest
+    if leftover == "largest":
+        assert plan.slack_values < dearest
 
 
 def test_a_linear_without_energy_gets_rank_one():

@@ -5,7 +5,7 @@ Indices: S sublayers, K steps of a linear.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -37,9 +37,11 @@ class Mgaa:
        larger least retained energy. A linear whose turn comes at break-even becomes dense, at the
        dense weight's price, so what the others share is right by construction.
 
-    What a sublayer's share leaves is less than its next rank, and is not handed on; it is
-    reported as slack. So every rank grows with the budget, and with it the stored total; the
-    modelled loss falls.
+    What a sublayer's share leaves is less than its next rank. With `leftover="largest"` the
+    sublayers whose next rank passes their share by least, as a fraction of it, get it from what
+    all leave together, until the next one does not fit; a share and its bounds are passed by less
+    than one rank. With `slack` it is left: then every rank grows with the budget, and with it the
+    stored total; the modelled loss falls.
     """
 
     rule: Literal["power", "softmax", "linear", "retain"] = "power"
@@ -53,6 +55,8 @@ class Mgaa:
     """Least kept fraction of a sublayer."""
     high: float = 0.98
     """Largest kept fraction of a sublayer."""
+    leftover: Literal["largest", "slack"] = "largest"
+    """What becomes of values that hold no further rank of their sublayer."""
 
     def __post_init__(self) -> None:
         check_choice("mgaa: rule", self.rule, RULES)
@@ -60,6 +64,7 @@ class Mgaa:
         check_number("mgaa: temperature", self.temperature, 0.001, 1000)
         check_number("mgaa: high", self.high, 0, 1)
         check_number("mgaa: low", self.low, 0, self.high)
+        check_choice("mgaa: leftover", self.leftover, ("largest", "slack"))
 
     def __call__(
         self,
@@ -88,11 +93,24 @@ class Mgaa:
         kept_S = self.kept_fractions(cosine_S, size_S, budget)
 
         assignments: dict[str, Assignment] = {}
+        following: list[tuple[float, int, Linear]] = []
         for (name, part), share in zip(sublayers.items(), kept_S * size_S, strict=True):
             keys = [captured(linear, curves[linear.name]) for linear in part]
             # what bisection left below a whole number is given back: under one value in all
             values = math.floor(share * (1 + 1e-13))
-            assignments |= spend(part, keys, values, where=f"sublayer {name}")
+            taken = spend(part, keys, values, where=f"sublayer {name}")
+            assignments |= taken
+            left = share - sum(taken[each.name].stored_values(each) for each in part)
+            if step := _next_step(part, keys, taken):
+                linear, cost = step
+                following.append(((cost - left) / cost, cost, linear))
+        if self.leftover == "largest":
+            stored = sum(assignments[each.name].stored_values(each) for each in linears)
+            for _, cost, linear in sorted(following, key=lambda step: step[0]):
+                if stored + cost > budget:
+                    break
+                stored += cost
+                assignments[linear.name] = _larger(linear, assignments[linear.name])
         return make_plan(linears, assignments, budget)
 
     def kept_fractions(self, cosine_S: np.ndarray, size_S: np.ndarray, budget: float) -> np.ndarray:
@@ -112,6 +130,28 @@ class Mgaa:
         removed = float(size_S.sum() - budget)
         _, removed_S = find_scale(score_S, size_S, 1 - self.high, 1 - self.low, removed)
         return np.asarray(np.clip(1 - removed_S, self.low, self.high))
+
+
+def _next_step(
+    part: Sequence[Linear], keys: Sequence[np.ndarray], taken: Mapping[str, Assignment]
+) -> tuple[Linear, int] | None:
+    """The linear of a sublayer whose turn it is, and what its step stores more."""
+    waiting = [
+        (float(key[taken[linear.name].rank]), linear)
+        for linear, key in zip(part, keys, strict=True)
+        if taken[linear.name].form != "dense"
+    ]
+    if not waiting:
+        return None
+    _, linear = min(waiting, key=lambda pair: pair[0])
+    return linear, int(step_costs(linear)[taken[linear.name].rank])
+
+
+def _larger(linear: Linear, assignment: Assignment) -> Assignment:
+    """One step more."""
+    if assignment.rank + 1 == len(step_costs(linear)):
+        return Assignment(form="dense")
+    return replace(assignment, rank=assignment.rank + 1)
 
 
 def captured(linear: Linear, curve: Curve) -> np.ndarray:
