@@ -16,6 +16,7 @@ from orchestrator.allocate.d_rank import DRank
 from orchestrator.allocate.mgaa import RULES, Mgaa
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2
+from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan import Curve, Plan
@@ -41,6 +42,11 @@ CASES = {
     "d-rank paper beta": (DRank(setting="paper", beta=0.3), {TYPES}),
     "d-rank paper model": (DRank(setting="paper", scope="model", beta=0.3), {TYPES}),
     "d-rank paper code": (DRank(setting="paper", accept="code"), {TYPES}),
+    # a curve's total counts: what the dense weight gains beyond break-even
+    "threshold": (Threshold(), {GROWS, DENSE, TYPES, WHOLE}),
+    "threshold break-even": (Threshold(dense="break_even"), {GROWS, DENSE, TYPES, WHOLE}),
+    # a floor grows with the budget, and what is left for others need not
+    "threshold floor": (Threshold(floor=0.5), {DENSE, TYPES, WHOLE}),
     # a curve counts beside those of its own sublayer
     "mgaa bounds": (Mgaa(leftover="slack"), {GROWS, WHOLE}),
     # who has the largest remainder changes with the budget
@@ -168,10 +174,8 @@ def test_a_curve_may_be_cut_at_break_even(case):
     """What lies beyond break-even is needed only in the total."""
     curves = make_curves(SMALL)
     cut = {
-        each.name: Curve(
-            name=each.name,
-            energies=curves[each.name].energies[: each.break_even],
-            total=curves[each.name].total,
+        each.name: replace(
+            curves[each.name], energies=curves[each.name].energies[: each.break_even]
         )
         for each in SMALL
     }

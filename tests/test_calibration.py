@@ -1,5 +1,7 @@
 """Statistics of a shard: the Grams of just the tokens that count, by whichever side is asked."""
 
+import itertools
+
 import pytest
 import torch
 from pipeline import write_llama
@@ -7,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.methods import METHODS
-from orchestrator.models.calibration import Calibration
+from orchestrator.models.calibration import Calibration, dense_weight
 from orchestrator.models.chunk import Chunk
+from orchestrator.models.evaluation import draw_label_gradient
 from orchestrator.models.skeleton import Skeleton
 
 TOKENS = torch.arange(40).view(2, 20) * 7 % 96
@@ -165,3 +168,77 @@ def test_the_stream_between_the_sublayers_is_the_models(model):
         "1.mlp": torch.cosine_similarity(between, seen["after"], dim=-1).mean().item(),
     }
     assert {name: cosine.mean for name, cosine in found.items()} == pytest.approx(expected)
+
+
+def label_gradient(mask, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda logits: draw_label_gradient(logits, mask, generator)
+
+
+@pytest.mark.parametrize("cut", [(2,), (1, 2)])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "gpt_neox", "qwen3"])
+def test_curvature_is_the_second_moment_of_the_losss_gradients(family, cut, checkpoint):
+    """Per linear sum g gᵀ over real tokens, or Wᵀ of it around, as the whole model's autograd says.
+
+    The shards' boundaries change nothing.
+    """
+    tokens = torch.arange(30)[None] * 7 % 96
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 25:] = False
+    skeleton = Skeleton.open(checkpoint(family))
+    starts = (0, *(skeleton.num_blocks * part // cut[-1] for part in cut))
+    chunks, found = [Chunk(0, tokens, mask)], {}
+    for start, stop in itertools.pairwise(starts[:-1]):
+        with skeleton.shard(range(start, stop)) as shard:
+            chunks.append(shard.forward(chunks[-1]))
+    gradient = label_gradient(mask, 5)
+    for (start, stop), chunk in zip(
+        reversed([*itertools.pairwise(starts)]), reversed(chunks), strict=True
+    ):
+        with skeleton.shard(range(start, stop)) as shard:
+            shard.freeze()
+            calibration = Calibration(
+                shard, shard.linears, METHODS["two-sided"].side, curvature=True
+            )
+            gradient = calibration.backward(chunk, gradient)
+            found |= {each.name: (each, calibration.statistic(each)) for each in shard.linears}
+            calibration.close()
+            assert all(parameter.grad is None for parameter in shard.parameters().values())
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint(family))
+    outputs = {}
+    for name in found:
+        if name in dict(whole.named_modules()):
+            whole.get_submodule(name).register_forward_hook(
+                lambda module, inputs, output, name=name: outputs.update({name: output})
+            )
+    logits = whole(input_ids=tokens, attention_mask=mask.long()).logits
+    names = [name for name in outputs]
+    grads = torch.autograd.grad(
+        logits, [outputs[name] for name in names], label_gradient(mask, 5)(logits.detach())
+    )
+    assert names
+    for name, grad in zip(names, grads, strict=True):
+        linear, statistic = found[name]
+        rows = grad.reshape(-1, linear.out_features)[mask[0]].double()
+        if linear.out_features > linear.in_features:
+            weight = dense_weight(whole.get_submodule(name)).double()
+            rows = rows @ weight
+        expected = rows.T @ rows
+        assert statistic.curvature.gradients == statistic.tokens == 25
+        torch.testing.assert_close(
+            statistic.curvature.matrix_KK, expected, rtol=1e-3, atol=1e-4 * float(expected.max())
+        )
+
+
+def test_drawn_gradients_have_the_fisher_information():
+    """Their mean is zero, their second moment diag(p) − p pᵀ; nothing outside the mask."""
+    logits = torch.randn(1, 6000, 5, generator=torch.Generator().manual_seed(0))
+    logits[:] = logits[:, :1]
+    mask = torch.ones(1, 6000, dtype=torch.bool)
+    mask[:, 4000:] = False
+    found = draw_label_gradient(logits, mask, torch.Generator().manual_seed(1))[0].double()
+    assert not found[4000:].any()
+    p = torch.softmax(logits[0, 0].double(), 0)
+    second = found[:4000].T @ found[:4000] / 4000
+    torch.testing.assert_close(second, p.diag() - p.outer(p), rtol=0, atol=0.02)
+    torch.testing.assert_close(found[:4000].mean(0), torch.zeros(5).double(), rtol=0, atol=0.03)

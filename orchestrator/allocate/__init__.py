@@ -25,6 +25,7 @@ from orchestrator.allocate.cap import Cap
 from orchestrator.allocate.d_rank import DRank
 from orchestrator.allocate.mgaa import Mgaa
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2
+from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.uniform import Uniform, UniformSparse
 from orchestrator.errors import UsageError
 from orchestrator.options import check_known, option_names
@@ -56,6 +57,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "svd-llm-v2": SvdLlmV2,
     "d-rank": DRank,
     "mgaa": Mgaa,
+    "threshold": Threshold,
 }
 
 

@@ -13,6 +13,7 @@ from orchestrator.methods.mgaa import Mgaa
 from orchestrator.methods.svd import Svd
 from orchestrator.methods.svd_llm import SvdLlm
 from orchestrator.methods.svd_llm_v2 import SvdLlmV2
+from orchestrator.methods.two_sided import TwoSided
 from orchestrator.methods.wanda import Wanda
 from orchestrator.options import check_known, option_names
 
@@ -25,6 +26,7 @@ _ALL: tuple[Method, ...] = (
     DRank(),
     Mgaa(),
     Cap(),
+    TwoSided(),
     Wanda(),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

@@ -35,6 +35,12 @@ class Method(Protocol):
     """Whether `decompose` needs the mean magnitude of every input, beside a Gram."""
 
     @property
+    def labels(self) -> int:
+        """Labels drawn for each token, whose losses' gradients make the curvature that `decompose`
+        needs; none, and no backward pass."""
+        return 0
+
+    @property
     def decomposition(self) -> str:
         """Name of what is stored, with every option that changes it.
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.linalg.cosine import Cosine
 from orchestrator.linalg.gram import Gram
-from orchestrator.linalg.low_rank import InputGram, OutputGram
+from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram
 from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.shard import Shard
@@ -33,8 +33,13 @@ class Calibration:
     Costs T n^2 multiply-adds a chunk for each Gram of n channels (see `Gram`), and one more
     product with the weight for an output that is recomputed. Close it to remove its hooks.
 
+    With a curvature, `backward` takes the place of `forward`: it passes a chunk through the shard
+    and back again, and adds beside the rest the gradients by each linear's outputs, g where O <= I
+    and W^T g where O > I, for one Gram more and one product with the weight in the second case.
+
     Args:
         magnitudes: Whether the mean magnitudes of the inputs are gathered too.
+        curvature: Whether gradients are.
     """
 
     def __init__(
@@ -44,11 +49,13 @@ class Calibration:
         side: Callable[[Linear, Sequence[Linear]], Side],
         *,
         magnitudes: bool = False,
+        curvature: bool = False,
     ) -> None:
         blocks = {linear.block for linear in linears}
         self._shard = shard
         self._grams: dict[str, Gram] = {}
         self._magnitudes: dict[str, Magnitude] = {}
+        self._curvatures: dict[str, Gram] = {}
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
         self._mask: Tensor | None = None
@@ -60,6 +67,8 @@ class Calibration:
             self._request(linear, side(linear, together))
             if magnitudes and linear.site not in self._magnitudes:
                 self._request_magnitude(linear)
+            if curvature:
+                self._request_curvature(linear)
 
     def _request(self, linear: Linear, side: Side) -> None:
         source = linear.site if side == "input" else f"{linear.name} output"
@@ -96,23 +105,55 @@ class Calibration:
 
         self._hooks.append(module.register_forward_pre_hook(gather))
 
+    def _request_curvature(self, linear: Linear) -> None:
+        module = self._shard.module(linear.name)
+        size = min(linear.out_features, linear.in_features)
+        gram = self._curvatures[linear.name] = Gram(size, dense_weight(module).device)
+
+        def gather(grad_BTO: Tensor) -> None:
+            rows_TO = self._select(grad_BTO)
+            if linear.out_features > linear.in_features:
+                gram.update(rows_TO.float() @ dense_weight(module).float())
+            else:
+                gram.update(rows_TO)
+
+        def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            # nothing before the model's first linears takes a gradient
+            output.requires_grad_().register_hook(gather)  # type: ignore[no-untyped-call]
+
+        self._hooks.append(module.register_forward_hook(watch))
+
     def _select(self, states_BTI: Tensor) -> Tensor:
         rows_TI = states_BTI.detach().reshape(-1, states_BTI.shape[-1])
         return rows_TI if self._mask is None else rows_TI[self._mask.to(rows_TI.device)]
 
     def forward(self, chunk: Chunk) -> Chunk:
         """Passes one chunk through the shard and adds it to the statistics."""
+        self._take_mask(chunk)
+        return self._shard.forward(chunk)
+
+    def backward(
+        self, chunk: Chunk, grads: Sequence[Tensor | None] | Callable[[Tensor], Tensor]
+    ) -> list[Tensor | None]:
+        """Passes one chunk through the shard and back, as `Shard.backward`, and adds both ways."""
+        self._take_mask(chunk)
+        return self._shard.backward(chunk, grads)
+
+    def _take_mask(self, chunk: Chunk) -> None:
         self._mask = None if bool(chunk.mask.all()) else chunk.mask.reshape(-1)
-        passed = self._shard.forward(chunk)
-        self._streams.leave(passed)
-        return passed
 
     def statistic(self, linear: Linear) -> InputGram | OutputGram:
         """What has been gathered for one of the linears."""
         source, side = self._sources[linear.name]
         gram, magnitude = self._grams[source], self._magnitudes.get(linear.site)
+        bends = self._curvatures.get(linear.name)
         kind = InputGram if side == "input" else OutputGram
-        return kind(gram.matrix(), gram.tokens, magnitude.mean() if magnitude else None)
+        return kind(
+            gram.matrix(),
+            gram.tokens,
+            magnitude.mean() if magnitude else None,
+            Curvature(bends.matrix(), bends.tokens) if bends else None,
+        )
 
     def cosines(self, block: int) -> dict[str, Cosine]:
         """How much each sublayer of a block turns the residual stream, by the sublayer's name."""
@@ -123,6 +164,7 @@ class Calibration:
         """Frees the Grams that only these linears use."""
         for linear in linears:
             self._sources.pop(linear.name, None)
+            self._curvatures.pop(linear.name, None)
         used = {source for source, _ in self._sources.values()}
         self._grams = {source: gram for source, gram in self._grams.items() if source in used}
 
@@ -130,7 +172,8 @@ class Calibration:
         self._streams.close()
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._grams, self._magnitudes, self._sources = [], {}, {}, {}
+        self._hooks, self._sources = [], {}
+        self._grams, self._magnitudes, self._curvatures = {}, {}, {}
 
 
 def dense_weight(module: nn.Module) -> Tensor:

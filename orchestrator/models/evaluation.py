@@ -94,3 +94,21 @@ def _sums(target_P: Tensor, logits_PV: Tensor, against_PV: Tensor | None) -> Ten
     divergence_P = (log_p_PV.exp() * (log_p_PV - log_q_PV)).sum(dim=-1, dtype=torch.float64)
     agreements = (log_p_PV.argmax(dim=-1) == log_q_PV.argmax(dim=-1)).sum()
     return torch.stack([loss, against_loss, divergence_P.sum(), agreements.double()]).cpu()
+
+
+def draw_label_gradient(logits_BTV: Tensor, mask_BT: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient by the logits of −Σ log p(label), a label drawn from p for each real token.
+
+    `p − 1[label]` [B, T, V], p the model's own distribution, in the logits' dtype; zero outside the
+    mask. The second moment of such gradients is the Fisher information of what they reach. Every
+    token counts, the last of a sequence too: a drawn label needs no token that follows.
+    """
+    grad_BTV = torch.zeros_like(logits_BTV)
+    for row, real_T in enumerate(mask_BT):
+        where_T = real_T.nonzero().squeeze(1)
+        for slice_T in torch.split(where_T, SLICE_TOKENS):
+            p_TV = torch.softmax(logits_BTV[row, slice_T].float(), dim=-1)
+            label_T1 = torch.multinomial(p_TV, 1, generator=generator)
+            p_TV.scatter_add_(1, label_T1, torch.full_like(label_T1, -1, dtype=p_TV.dtype))
+            grad_BTV[row, slice_T] = p_TV.to(grad_BTV.dtype)
+    return grad_BTV

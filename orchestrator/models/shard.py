@@ -8,7 +8,8 @@ family prepares outside its blocks are made by its own code, in every shard, fro
 B sequences, T tokens each, V tokens in the vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -57,11 +58,14 @@ class Shard:
         self.is_first = blocks.start == 0
         self.is_last = blocks.stop == len(frame.blocks)
         self.is_open = True
+        self.on_output: Callable[[Tensor], None] | None = None
+        """Told of the hidden states that the last block gives, in every pass, forward or back."""
         self._frame = frame
         self._received: Payload | None = None
         self._cache: Cache | None = None
         self._size = torch.Size((0, 0))
         self._ends_at_last_block = True
+        self._part = blocks
         self._replaced: list[tuple[str, Tensor]] = []
         try:
             self._recompute_buffers()
@@ -94,7 +98,7 @@ class Shard:
             set_tensor(self._frame.model, name, tensor)
         self._replaced.clear()
 
-    def forward(self, chunk: Chunk, cache: Cache | None = None) -> Chunk:
+    def forward(self, chunk: Chunk, cache: Cache | None = None, part: range | None = None) -> Chunk:
         """The chunk with the state after the shard's last block, on the shard's device.
 
         The chunk given is not changed. No gradients are recorded; forward hooks on `module`s
@@ -103,26 +107,47 @@ class Shard:
         Args:
             cache: Keys and values of the tokens before the chunk, to which its own are added;
                 the chunk then has no padding.
+            part: Contiguous blocks of the shard to run, the chunk being at their input; nothing
+                runs all of them. The state is then the one after the last of these.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._limited_to(part):
             received = self._copy(chunk.payload)
             return chunk.with_payload(self._payload(chunk, received, cache))
 
-    def logits(self, chunk: Chunk, cache: Cache | None = None) -> Tensor:
-        """The model's logits [B, T, V] for a chunk at the shard's input; last shard only."""
-        with torch.no_grad():
+    def logits(self, chunk: Chunk, cache: Cache | None = None, part: range | None = None) -> Tensor:
+        """The model's logits [B, T, V] for a chunk at the shard's input; last shard only.
+
+        Args:
+            cache, part: As for `forward`; a part goes to the shard's last block.
+        """
+        with torch.no_grad(), self._limited_to(part):
             return self._logits(chunk, self._copy(chunk.payload), cache)
 
-    def backward(self, chunk: Chunk, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def trace(self, chunk: Chunk) -> Chunk:
+        """As `forward`, with the way back to the parameters that require gradients recorded.
+
+        For a loss on the state after the last block: one pass forward and one back. Nothing goes
+        back into the chunk given.
+        """
+        with torch.enable_grad():
+            return chunk.with_payload(self._payload(chunk, self._copy(chunk.payload)))
+
+    def backward(
+        self,
+        chunk: Chunk,
+        grads: Sequence[Tensor | None] | Callable[[Tensor], Tensor],
+    ) -> list[Tensor | None]:
         """Runs the shard again, with gradients, and goes back through it.
 
-        Gradients of the shard's parameters are added to their `.grad`. A tied parameter that the
-        first and the last shard both hold has in each the part of its gradient that arises there.
+        Gradients of the shard's parameters are added to their `.grad`, unless they require none
+        (`freeze`). A tied parameter that the first and the last shard both hold has in each the
+        part of its gradient that arises there.
 
         Args:
             chunk: At the shard's input.
             grads: Of the loss, by the tensors of the payload that `forward` gives
-                (`Payload.tensors`), or, on the last shard, by the logits alone.
+                (`Payload.tensors`), or, on the last shard, by the logits alone; there it may be
+                what makes the gradient out of the logits [B, T, V].
 
         Returns:
             Gradients by the tensors of the chunk's payload; empty on the first shard.
@@ -136,6 +161,9 @@ class Shard:
                 outputs = [self._logits(chunk, received)]
             else:
                 outputs = self._payload(chunk, received).tensors()
+        if callable(grads):
+            (logits_BTV,) = outputs
+            grads = [grads(logits_BTV.detach())]
         pairs = zip(outputs, grads, strict=True)
         wanted = [(out, grad) for out, grad in pairs if grad is not None and out.requires_grad]
         torch.autograd.backward(
@@ -143,14 +171,18 @@ class Shard:
         )
         return [leaf.grad for leaf in leaves]
 
+    def freeze(self) -> None:
+        """From here on no parameter takes a gradient: what goes back is for activations alone."""
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(False)
+
     @property
     def config(self) -> PretrainedConfig:
         return self._frame.model.config
 
     def module(self, name: str) -> nn.Module:
         """The live module of this name in the shard's blocks, for hooks and for its weight."""
-        own = [f"{self._frame.prefix}.{block}." for block in self.blocks]
-        if not name.startswith(tuple(own)):
+        if not self._is_inside(f"{name}."):
             raise ValueError(f"{name} is not in blocks {self.blocks.start} to {self.blocks.stop}")
         module: nn.Module = self._frame.model.get_submodule(name)
         return module
@@ -162,9 +194,26 @@ class Shard:
         parameters = model.named_parameters(remove_duplicate=False)
         return {name: parameter for name, parameter in parameters if name in names}
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of its blocks, but for a basis that blocks outside the shard use too."""
+        loaded = self.parameters()
+        groups: dict[str, set[str]] = {}
+        for name, basis in self._frame.model.all_tied_weights_keys.items():
+            groups.setdefault(basis, {basis}).add(name)
+        shared = {name for group in groups.values() if not group <= loaded.keys() for name in group}
+        return {
+            name: parameter
+            for name, parameter in loaded.items()
+            if self._is_inside(name) and name not in shared
+        }
+
+    def _is_inside(self, name: str) -> bool:
+        """Whether what has this name belongs to one of the shard's blocks."""
+        return name.startswith(tuple(f"{self._frame.prefix}.{block}." for block in self.blocks))
+
     def _visit(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands in for a block's forward."""
-        if index < self.blocks.start:
+        if index < self._part.start:
             assert self._received is not None
             if self._cache is not None:
                 # positions and masks come from the length of the first layer's keys, so there
@@ -173,11 +222,13 @@ class Shard:
                 stand_in = torch.zeros(sequences, 1, tokens, 1, device=self._frame.device)
                 self._cache.update(stand_in, stand_in, index)
             return self._received.output
-        if index == self.blocks.start and self._received is not None:
+        if index == self._part.start and self._received is not None:
             for name, content in self._received.extras.items():
                 kwargs[name].update(content)
         output = forward(*args, **kwargs)
-        if index == self.blocks.stop - 1 and self._ends_at_last_block:
+        if index == self.blocks.stop - 1 and self.on_output is not None:
+            self.on_output(Payload(output).tensors()[0])
+        if index == self._part.stop - 1 and self._ends_at_last_block:
             extras = {name: dict(kwargs[name]) for name in self._frame.extras if name in kwargs}
             raise _LastBlockDone(Payload(output, extras).map(Tensor.contiguous))
         return output
@@ -207,9 +258,9 @@ class Shard:
     ) -> Any:
         if not self.is_open:
             raise ValueError(f"the shard of blocks {self.blocks} is closed")
-        if (received is None) != self.is_first:
+        if (received is None) != (self._part.start == 0):
             place = "no payload" if received is None else "a payload"
-            raise ValueError(f"the chunk has {place}, the shard starts at {self.blocks.start}")
+            raise ValueError(f"the chunk has {place}, the shard starts at {self._part.start}")
         self._received, self._ends_at_last_block = received, ends_at_last_block
         self._cache, self._size = cache, chunk.tokens.shape
         mask = None if cache is not None else chunk.mask.to(self._frame.device, torch.int64)
@@ -224,6 +275,19 @@ class Shard:
             )
         finally:
             self._received = self._cache = None
+
+    @contextmanager
+    def _limited_to(self, part: range | None) -> Iterator[None]:
+        """Only these of the shard's blocks run."""
+        if part is not None:
+            within = self.blocks.start <= part.start < part.stop <= self.blocks.stop
+            if part.step != 1 or not within:
+                raise ValueError(f"{part} is no part of the shard of blocks {self.blocks}")
+            self._part = part
+        try:
+            yield
+        finally:
+            self._part = self.blocks
 
     def _copy(self, payload: Payload | None) -> Payload | None:
         # A model may write to its hidden states in place; the caller's chunk stays as it is.

@@ -9,7 +9,6 @@ from functools import partial
 from torch import Tensor, nn
 
 from orchestrator.linalg.cosine import Cosine
-from orchestrator.models.chunk import Chunk
 from orchestrator.models.shard import Shard
 from orchestrator.plan import Linear
 
@@ -34,6 +33,7 @@ class Streams:
     ) -> None:
         self.cosines: dict[str, Cosine] = {}
         """By the sublayer's name."""
+        self._shard = shard
         self._select = select
         self._sublayers: dict[str, list[str]] = {}
         self._stream: Tensor | None = None
@@ -46,6 +46,7 @@ class Streams:
             shard.module(norm).register_forward_pre_hook(partial(self._enter, norm))
             for norm in self._sublayers
         ]
+        shard.on_output = self._meet
 
     def _enter(self, norm: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._meet(inputs[0])
@@ -61,12 +62,8 @@ class Streams:
             self.cosines[sublayer].update(before_TC, after_TC)
         self._stream, self._within = None, []
 
-    def leave(self, passed: Chunk) -> None:
-        """Ends the last sublayers with what has just left the shard."""
-        assert passed.payload is not None
-        self._meet(passed.payload.tensors()[0])
-
     def close(self) -> None:
+        self._shard.on_output = None
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._stream = [], None

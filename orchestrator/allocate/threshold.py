@@ -1,0 +1,101 @@
+"""One threshold for the whole model: the next step where it gains most for its values.
+
+Indices: K steps of a linear.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from orchestrator.allocate.budget import budget_values, make_plan, share_values
+from orchestrator.allocate.steps import spend, step_costs
+from orchestrator.options import check_choice, check_number
+from orchestrator.plan import Curve, Linear, Plan
+
+NEVER_GAINS = np.finfo(np.float64).max
+"""Key of a step that gains nothing: after all others, but taken when there is room."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Threshold:
+    """Minimises the summed loss of all curves under the budget; they must be in one unit.
+
+    Without break-even the optimum keeps component i of a linear [m, n] while σ_i² / (m + n) is at
+    least τ, one τ for the model, which the budget sets. A dense weight costs less than all its
+    components, so a linear's loss against its values is no convex curve: `hull` takes its lower
+    convex hull, along which the last ranks before the dense weight are skipped as one step, and is
+    the optimum for every budget that ends at a corner of some hull. `break_even` is the published
+    rule: the dense weight takes the place of the component at break-even rank, no sooner.
+
+    The curves of two-sided factors are in nats and fit. Those of other norms are in units of each
+    linear's own outputs: they mix too, but what is summed then means nothing for the loss.
+
+    With `floor` above 0 the budget's first part goes to a uniform share of every linear, and the
+    ranks of one linear may fall as the budget grows; the stored total does not.
+    """
+
+    dense: Literal["hull", "break_even"] = "hull"
+    """When the dense weight is worth its values."""
+    floor: float = 0.0
+    """Fraction of the uniform share that every linear gets first."""
+
+    def __post_init__(self) -> None:
+        check_choice("threshold: dense", self.dense, ("hull", "break_even"))
+        check_number("threshold: floor", self.floor, 0, 1)
+
+    def __call__(
+        self,
+        linears: Sequence[Linear],
+        curves: Mapping[str, Curve],
+        keep: float,
+        cosines: Mapping[str, float],
+    ) -> Plan:
+        """
+        Raises:
+            UsageError, InfeasibleError: As `budget_values`.
+        """
+        budget = budget_values(linears, keep)
+        keys = []
+        for linear in linears:
+            key_K = self.keys(linear, curves[linear.name])
+            within_K = np.cumsum(step_costs(linear)) <= self.floor * share_values([linear], keep)
+            keys.append(np.where(within_K, -1.0, key_K))
+        return make_plan(linears, spend(linears, keys, budget, where="the model"), budget)
+
+    def keys(self, linear: Linear, curve: Curve) -> np.ndarray:
+        """Values per gain of each step, ascending, [K]: 1 / τ at which the step is taken."""
+        cost_K = step_costs(linear)
+        gain_K = np.zeros(len(cost_K))
+        gain_K[:-1] = curve.energies[: len(cost_K) - 1]
+        if self.dense == "break_even":
+            last = curve.energies[len(cost_K) - 1 : len(cost_K)].sum()
+            gain_K[-1] = last * cost_K[-1] / linear.rank_cost
+            return _rates(cost_K, gain_K)
+        gain_K[-1] = curve.loss(len(cost_K) - 1)
+        return _hull_rates(cost_K, gain_K)
+
+
+def _rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
+    """Cost per gain; a step waits for those that it builds on."""
+    with np.errstate(divide="ignore", over="ignore"):
+        rate_K = np.where(gain_K > 0, cost_K / gain_K, NEVER_GAINS)
+    return np.maximum.accumulate(np.minimum(rate_K, NEVER_GAINS))
+
+
+def _hull_rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
+    """Cost per gain of the piece of the lower convex hull that each step lies on.
+
+    Steps that gain more per value than those before them are taken together with them.
+    """
+    pieces: list[tuple[int, float, int]] = []
+    for cost, gain in zip(cost_K.tolist(), gain_K.tolist(), strict=True):
+        piece = (cost, gain, 1)
+        # gain / cost must fall from piece to piece; products, since a gain may be zero
+        while pieces and piece[1] * pieces[-1][0] > pieces[-1][1] * piece[0]:
+            before = pieces.pop()
+            piece = (before[0] + piece[0], before[1] + piece[1], before[2] + piece[2])
+        pieces.append(piece)
+    costs, gains, counts = (np.array(column) for column in zip(*pieces, strict=True))
+    return np.repeat(_rates(costs, gains), counts)
