@@ -31,7 +31,7 @@ from orchestrator.cluster.masks import CandidateValues, masked_weight, read_mask
 from orchestrator.cluster.schedule import Pass
 from orchestrator.errors import InfeasibleError, StoppedError, UsageError
 from orchestrator.linalg.low_rank import InputGram
-from orchestrator.linalg.ranked import rank_parts
+from orchestrator.linalg.ranked import SKETCH, rank_parts
 from orchestrator.linalg.rpca import rpca
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.tokenizer import load_tokenizer
@@ -489,6 +489,20 @@ def test_buckets_are_equal_pieces_of_the_order(buckets):
     pieces = torch.split(alone.bucket_utilities_B, counts_B.tolist())
     means = torch.stack([piece.mean() for piece in pieces])
     assert torch.allclose(together.bucket_utilities_B, means)
+
+
+def test_the_sketch_estimates_what_any_change_does_to_outputs():
+    """Within four standard deviations of trace(D H D^T), for a change of one row and of all."""
+    generator = torch.Generator().manual_seed(3)
+    inputs_IT = torch.randn(40, 90, generator=generator, dtype=torch.float64)
+    gram = InputGram(inputs_IT @ inputs_IT.T, 90)
+    weight_OI = torch.randn(30, 40, generator=generator, dtype=torch.float64)
+    sketch_IS = rank_parts(weight_OI, rpca(weight_OI), gram, "activation", 8).sketch_IS.double()
+    for rows in (1, 30):
+        change_OI = weight_OI[:rows]
+        exact = float((change_OI @ gram.matrix_II * change_OI).sum())
+        estimate = float((change_OI @ sketch_IS).square().sum())
+        assert estimate == pytest.approx(exact, rel=4 * (2 / SKETCH / rows) ** 0.5)
 
 
 def test_a_weight_of_zeros_has_a_direction_to_keep():

@@ -89,6 +89,26 @@ def test_errors_are_those_of_what_is_written(method, keep, within, llama, text, 
         assert entry["weight_error"] == pytest.approx(error, rel=within)
 
 
+@pytest.mark.parametrize(("method", "within"), [("cap", 0.25)])
+def test_errors_are_measured_outside_the_norm_that_is_cut_in(method, within, llama, text, tmp_path):
+    """Two-sided factors say what outputs and weight lose; for low rank + sparse, outputs by sketch.
+
+    The sketch's standard deviation is 12 % at most.
+    """
+    options = {"cap": {"stage2": False}} if method == "cap" else {}
+    report = run(llama, tmp_path / "out", text, method=method, options=options).report
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    before, after = weights(dense), weights(orchestrator.load(tmp_path / "out"))
+    inputs = inputs_of(dense, llama, text)
+    for name in (*NAMES, NARROW):
+        entry, change = report["linears"][name], before[name] - after[name]
+        lost = (inputs[name] @ change.T).square().sum()
+        error = float(lost / (inputs[name] @ before[name].T).square().sum())
+        assert entry["activation_error"] == pytest.approx(error, rel=within)
+        error = float(change.square().sum() / before[name].square().sum())
+        assert entry["weight_error"] == pytest.approx(error, rel=1e-3)
+
+
 @every_baseline
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "opt"])
 def test_other_families_are_cut_alike(family, method, checkpoint, text, tmp_path):

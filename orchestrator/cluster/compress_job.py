@@ -49,8 +49,8 @@ CALIBRATE_VERSION = 2
 """Raised when what reaches the statistics changes."""
 REFIT_VERSION = 1
 """Raised when a fit changes."""
-WRITE_VERSION = 1
-"""Raised when the bytes of a written file change."""
+WRITE_VERSION = 2
+"""Raised when the bytes of a written file change, or what is said of it."""
 
 
 def split_options(recipe: Recipe, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -385,12 +385,13 @@ class Compression:
         }
         groups = self.grouping.groups(self.linears)
         first_of = {linear.name: group[0].name for group in groups for linear in group}
+        errors = {name: e for f in self.files.values() for name, e in f.get("errors", {}).items()}
         report = make_report(
             survey=self.surveyed,
             linears=self.linears,
             plan=self.plan,
             curves={} if self.scores else {n: self.curves[first] for n, first in first_of.items()},
-            facts={name: self.results[first] for name, first in first_of.items()},
+            facts={n: self.results[first] | errors.get(n, {}) for n, first in first_of.items()},
             tokens=self.token_report,
             recipe={name: value for name, value in asked.items() if name not in SCHEDULE},
             key=self.key,

@@ -233,6 +233,8 @@ def _stored(result: LowRank | Sparse | RankedParts, dtype: torch.dtype) -> dict[
         stored = {"values": result.values_N, "positions": result.positions_N}
     if not isinstance(result, Sparse):
         stored |= {"weight": result.weight_OR.T.to(dtype), "down": result.down_RI.to(dtype)}
+    if isinstance(result, RankedParts):
+        stored["sketch"] = result.sketch_IS
     return {name: rows.cpu().contiguous() for name, rows in stored.items()}
 
 

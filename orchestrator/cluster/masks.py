@@ -110,10 +110,31 @@ def read_candidates(run: RunDirectory, key: str, linear: Linear) -> CandidateVal
 def read_masked(path: Path, mask: Mask) -> dict[str, Tensor]:
     """What a mask leaves of a linear's stored parts, in their order: `weight` and `down` with
     ranks as rows, `values` and `positions`."""
-    with safe_open(path, framework="pt") as file:
-        parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     kept = {"weight": mask.directions_R, "down": mask.directions_R}
-    return {name: rows[kept.get(name, mask.entries_N)] for name, rows in parts.items()}
+    kept |= {"values": mask.entries_N, "positions": mask.entries_N}
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name)[rows] for name, rows in kept.items()}
+
+
+def masked_errors(path: Path, parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """What a mask loses of the weight and, by the sketch of its inputs, of its outputs.
+
+    As fractions of what all stored parts together have, which is the weight but for the residual
+    of the robust PCA. `parts` is what `read_masked` gave.
+    """
+    with safe_open(path, framework="pt") as file:
+        whole = {name: file.get_tensor(name) for name in parts}
+        sketch_IS = file.get_tensor("sketch")
+    whole_OI = masked_weight(whole, torch.device("cpu"))
+    lost_OI = whole_OI - masked_weight(parts, torch.device("cpu"))
+    errors = {}
+    for name, lost, total in (
+        ("weight_error", lost_OI, whole_OI),
+        ("activation_error", lost_OI @ sketch_IS, whole_OI @ sketch_IS),
+    ):
+        energy = float(total.double().square().sum())
+        errors[name] = float(lost.double().square().sum()) / energy if energy else 0.0
+    return errors
 
 
 def masked_weight(parts: Mapping[str, Tensor], device: torch.device) -> Tensor:

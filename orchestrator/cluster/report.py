@@ -33,7 +33,8 @@ def make_report(
 
     For each linear `activation_error` is Σ|Wx − W'x|² / Σ|Wx|² over the calibration tokens, and
     `weight_error` is |W − W'|² / |W|² in the Frobenius norm, both from the decomposition; those of
-    sparse weights are interpolated between every 5 % of the density.
+    sparse weights are interpolated between every 5 % of the density, and of low rank + sparse the
+    first is an estimate from random combinations of the inputs (`linalg.ranked.SKETCH`).
 
     `values` are counted without indices, `bytes` with them, in the dtype that is written.
 
@@ -102,7 +103,8 @@ def _linear(
     if assignment.form == "low_rank_sparse" or curve is None:
         # what is left of two parts that overlap follows from no curve
         entry |= {"rank": assignment.rank, "nonzeros": assignment.nonzeros}
-        return {**entry, "activation_error": None, "weight_error": None}
+        errors = ("activation_error", "weight_error")
+        return {**entry, **{name: facts.get(name) for name in errors}}
     if assignment.form == "sparse":
         entry["nonzeros"] = assignment.nonzeros
         activation_error, weight_error = _sparse_errors(linear, assignment.nonzeros, facts)

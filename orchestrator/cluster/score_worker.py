@@ -8,7 +8,12 @@ from torch import Tensor
 
 from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.heap import return_freed_memory
-from orchestrator.cluster.masks import masked_weight, read_candidates, read_masked
+from orchestrator.cluster.masks import (
+    masked_errors,
+    masked_weight,
+    read_candidates,
+    read_masked,
+)
 from orchestrator.cluster.tokens import first_chunk
 from orchestrator.cluster.worker import Emitted
 from orchestrator.models.calibration import as_dense, dense_weight
@@ -118,9 +123,20 @@ class ScoreWorker(CompressionWorker):
         self._masked.remove(linear.name)
 
     def write(self, file: Mapping[str, Any], choice: str = "") -> dict[str, Any]:
-        """Writes one file of the checkpoint, with what the unit `choice` says of every linear."""
+        """Writes one file of the checkpoint, with what the unit `choice` says of every linear.
+
+        The facts say too what the choice loses of each.
+        """
         self._choice = choice
-        return super().write(file)
+        facts = super().write(file)
+        names = {tensor["source"] for tensor in file["tensors"] if tensor["part"] == "values"}
+        return facts | {
+            "errors": {
+                linear.name: masked_errors(self._stored_file([linear]), self._chosen(linear))
+                for linear in self.task.linears
+                if linear.name in names
+            }
+        }
 
     def _read(self, tensor: TensorSpec) -> Tensor:
         if tensor.part == "copy":

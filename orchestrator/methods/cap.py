@@ -43,6 +43,7 @@ class Cap(Method):
     solver: Solver = "ialm"
 
     name: ClassVar[str] = "cap"
+    version: ClassVar[int] = 2
     form: ClassVar[Form] = "low_rank_sparse"
     allocation: ClassVar[str] = "cap"
 
