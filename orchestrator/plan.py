@@ -4,15 +4,23 @@
 every linear becomes. All are immutable, and go to JSON and back unchanged.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-Form = Literal["dense", "low_rank", "sparse", "low_rank_sparse"]
+Form = Literal["dense", "low_rank", "pivoted", "sparse", "low_rank_sparse"]
 IndexCode = Literal["bitmask", "columns", "positions"]
 """How a sparse weight stores where its values stand."""
+FACTORED: frozenset[Form] = frozenset({"low_rank", "pivoted"})
+"""The forms that are two factors and nothing else."""
+PIVOT_BYTES = 4
+"""Of an output's place among the pivots and the others, a whole number."""
+
+Ranks = TypeVar("Ranks", int, np.ndarray)
+"""One rank or many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +40,13 @@ class Linear:
     has_bias: bool
     norm: str = ""
     """Module name of the norm that its input comes from; empty where it comes from no module."""
+    pivoted: bool = False
+    """Whether its factors are to be stored as `pivoted` and not as `low_rank`."""
+
+    @property
+    def factored(self) -> Form:
+        """The form that factors of it take."""
+        return "pivoted" if self.pivoted else "low_rank"
 
     @property
     def sublayer(self) -> str:
@@ -45,16 +60,34 @@ class Linear:
 
     @property
     def rank_cost(self) -> int:
-        """Stored values of one rank."""
+        """Stored values of one rank, but for what pivoting saves."""
         return self.out_features + self.in_features
 
     @property
     def break_even(self) -> int:
-        """The rank from which on factors save nothing: floor(m n / (m + n)).
+        """The rank from which on factors save nothing: floor(m n / (m + n)), pivoted min(m, n).
 
         A linear that would get this rank or a larger one stays dense.
         """
+        if self.pivoted:
+            return min(self.out_features, self.in_features)
         return self.values // self.rank_cost
+
+    def factor_values(self, rank: Ranks) -> Ranks:
+        """Values that factors of this rank store: r (m + n), pivoted r (m + n) - r^2."""
+        saved = rank * rank if self.pivoted else 0
+        return rank * self.rank_cost - saved
+
+    def rank_within(self, values: int) -> int:
+        """The largest rank whose factors store no more than these values, at most the dense ones.
+
+        Pivoted: (m + n - 2 r)^2 is then at least (m + n)^2 - 4 values.
+        """
+        if not self.pivoted:
+            return values // self.rank_cost
+        least = self.rank_cost**2 - 4 * values
+        root = math.isqrt(least - 1) + 1 if least > 0 else 0
+        return (self.rank_cost - root) // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +131,9 @@ class Curve:
     name: str
     energies: np.ndarray
     total: float
+    sensitivities: Mapping[int, float] = field(default_factory=dict)
+    """By rank, the model's mean cross-entropy where this linear alone is cut to it; at the ranks
+    where an allocation has asked for it. Measured apart, and no part of the JSON."""
 
     def loss(self, rank: int) -> float:
         """Squared error, in the method's norm, of the best approximation of this rank."""
@@ -140,22 +176,31 @@ class Assignment:
 
     form: Form
     rank: int = 0
-    """Rank of the factors of `low_rank` and `low_rank_sparse`; 0 where the form has none."""
+    """Rank of the factors; 0 where the form has none."""
     nonzeros: int = 0
     """Stored entries of `sparse` and `low_rank_sparse`; 0 where the form has none."""
     basis: str = ""
     """Name of the `low_rank` linear whose `down` [R, I] this one uses; empty: it has its own."""
 
     def stored_values(self, linear: Linear) -> int:
-        """The values of its weight: R O, R I unless the basis is another's, and the nonzeros."""
+        """The values of its weight: R O, R I unless the basis is another's, and the nonzeros.
+
+        Pivoted factors store R^2 fewer.
+        """
         if self.form == "dense":
             return linear.values
         own_down = 0 if self.basis else self.rank * linear.in_features
-        return self.rank * linear.out_features + own_down + self.nonzeros
+        outputs = linear.out_features - (self.rank if self.form == "pivoted" else 0)
+        return self.rank * outputs + own_down + self.nonzeros
 
     def stored_bytes(self, linear: Linear, itemsize: int) -> int:
-        """The bytes of its weight: `itemsize` a value, and the smallest index of the nonzeros."""
+        """The bytes of its weight: `itemsize` a value, and the index.
+
+        That is the smallest one of the nonzeros, or that of the pivots.
+        """
         values_bytes = self.stored_values(linear) * itemsize
+        if self.form == "pivoted":
+            return values_bytes + PIVOT_BYTES * linear.out_features
         if not self.nonzeros:
             return values_bytes
         sizes = index_bytes(linear.out_features, linear.in_features, self.nonzeros)

@@ -1,10 +1,11 @@
 """Linears, curves and cosines for allocators, the laws of a plan, and all plans there are."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 
-from orchestrator.plan import Assignment, Curve, Linear
+from orchestrator.plan import FACTORED, Assignment, Curve, Linear
 
 
 def make_linears(shapes, *, role="mlp.proj"):
@@ -34,13 +35,14 @@ def _linear(block, role, out_features, in_features):
     )
 
 
-def make_curve(name, energies, total=None):
+def make_curve(name, energies, total=None, sensitivities=None):
     energies = np.asarray(energies, dtype=np.float64)
-    return Curve(name=name, energies=energies, total=total or float(energies.sum()))
+    total = total or float(energies.sum())
+    return Curve(name=name, energies=energies, total=total, sensitivities=sensitivities or {})
 
 
 def make_curves(linears, seed=0):
-    """Random curves, some steep, some flat, of very different weight."""
+    """Random curves, some steep, some flat, of very different weight; any sensitivities."""
     rng = np.random.default_rng(seed)
     curves = {}
     for linear in linears:
@@ -48,6 +50,11 @@ def make_curves(linears, seed=0):
         steep = np.exp(-rng.uniform(0, 6) * np.arange(count) / count)
         energies = np.sort(rng.exponential(size=count) * steep)[::-1] * 10 ** rng.uniform(0, 6)
         curves[linear.name] = make_curve(linear.name, energies)
+    # drawn last, so that a seed gives the energies that it gave before there were any
+    for linear in linears:
+        drawn = rng.uniform(2, 9, size=linear.break_even)
+        sensitivities = {rank: float(loss) for rank, loss in enumerate(drawn) if rank}
+        curves[linear.name] = replace(curves[linear.name], sensitivities=sensitivities)
     return curves
 
 
@@ -65,7 +72,8 @@ def assert_invariants(plan, linears, keep):
     assert plan.assignments.keys() == {linear.name for linear in linears}
     for linear in linears:
         assignment = plan.assignments[linear.name]
-        if assignment.form == "low_rank":
+        if assignment.form in FACTORED:
+            assert assignment.form == linear.factored
             assert 1 <= assignment.rank < linear.break_even
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.hf.bootstrap import bootstrap_source
+from orchestrator.linalg.pivot import pivot
 from orchestrator.models.checkpoint import finish, write_file
 from orchestrator.models.index_codes import encode
 from orchestrator.models.layout import FileSpec, TensorSpec, layout
@@ -30,7 +31,8 @@ class Compressed:
     plan: Plan
     files: tuple[FileSpec, ...]
     parts: Mapping[str, Mapping[str, Tensor]]
-    """Of every linear that is not dense: `weight` and `down`, `values` and `positions`."""
+    """Of every linear that is not dense: `weight` and `down`, and what they are pivoted; `values`
+    and `positions`."""
 
     @property
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -85,8 +87,9 @@ def _assignment_in_turn(linear: Linear, turn: int) -> Assignment:
         Assignment(form="sparse", nonzeros=some),
         Assignment(form="low_rank", rank=linear.break_even // 2),
         Assignment(form="low_rank_sparse", rank=1, nonzeros=3),
+        Assignment(form="pivoted", rank=linear.break_even + 1),
         Assignment(form="dense"),
-    )[turn % 6]
+    )[turn % 7]
 
 
 def plan_of(survey: Survey, assignments: Mapping[str, Assignment]) -> Plan:
@@ -179,6 +182,10 @@ def _cut(weights: list[Tensor], assignment: Assignment) -> list[dict[str, Tensor
         down_RI = u_OR.T @ tall_OI
         for part, rows_OR in zip(parts, u_OR.split([len(each) for each in weights]), strict=True):
             part |= {"weight": rows_OR.contiguous(), "down": down_RI}
+        if assignment.form == "pivoted":
+            found = pivot(u_OR, down_RI)
+            parts[0] |= {"others": found.weight_SR, "pivots": found.down_RI}
+            parts[0] |= {"order": found.order_O}
         tall_OI = tall_OI - u_OR @ down_RI
     if assignment.nonzeros:
         rest_E = tall_OI.flatten()

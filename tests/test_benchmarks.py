@@ -7,6 +7,7 @@ import torch
 from benchmarks.figures import Figure, compare, in_turns
 from benchmarks.flops import attention_flops, gram_channels, gram_flops, linear_flops
 from benchmarks.memory import bytes_a_block
+from benchmarks.pivot import ranks_of
 from benchmarks.quality import join_rows
 from benchmarks.synthetic import block_shapes, config_of, write_model
 from benchmarks.watching import PeakWatcher, resident_bytes
@@ -95,6 +96,15 @@ def test_a_ratio_is_taken_within_a_turn():
     assert not Figure(
         name="", measured=1, reference=1, unit="", ratio=0.8, target=0.9, at_least=True
     ).met
+
+
+def test_equal_values_are_as_equal_as_ranks_allow():
+    """The pivoted rank stores no more than the plain one, and the next would."""
+    outputs, inputs = 1536, 576
+    plain, pivoted = ranks_of(outputs, inputs, 0.8)
+    assert plain == 335
+    stored = [rank * (outputs + inputs) - rank**2 for rank in (pivoted, pivoted + 1)]
+    assert stored[0] <= plain * (outputs + inputs) < stored[1]
 
 
 def test_ways_take_turns():

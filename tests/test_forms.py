@@ -7,7 +7,7 @@ from torch import nn
 
 from orchestrator.errors import InputError
 from orchestrator.models.forms import install_forms, read_forms
-from orchestrator.models.modules import LowRankLinear
+from orchestrator.models.modules import LowRankLinear, PivotedLinear
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -53,6 +53,41 @@ def test_its_tensors_stand_under_the_names_of_the_format():
     assert shapes == {"weight": (5, 3), "down.weight": (3, 7), "bias": (5,)}
     assert (module.in_features, module.out_features, module.rank) == (7, 5, 3)
     assert not isinstance(module, nn.Linear)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pivoted_linear_is_its_rows_in_their_order(bias):
+    """It maps x to [D; W D] x + b with rows as the index says, in values and in gradients."""
+    module = PivotedLinear(7, 5, 3, bias=bias, dtype=torch.float64)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    order = [3, 0, 2, 4, 1]
+    module.index.copy_(torch.tensor(order))
+    down, weight = module.down.weight.detach(), module.weight.detach()
+    rows = [*down, *(weight @ down)]
+    dense = nn.Linear(7, 5, bias=bias, dtype=torch.float64)
+    dense.weight = nn.Parameter(torch.stack([rows[place] for place in order]))
+    if bias:
+        dense.bias = nn.Parameter(module.bias.detach())
+    torch.testing.assert_close(module.dense_weight(), dense.weight)
+    x_TI = torch.randn(2, 4, 7, dtype=torch.float64)
+    torch.testing.assert_close(module(x_TI), dense(x_TI))
+    module(x_TI).square().sum().backward()
+    dense(x_TI).square().sum().backward()
+    others = dense.weight.grad[[order.index(3), order.index(4)]]
+    torch.testing.assert_close(module.weight.grad, others @ down.T)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    biases = {"bias": (5,)} if bias else {}
+    assert shapes == {"weight": (2, 3), "down.weight": (3, 7), "index": (5,)} | biases
+    assert (module.index.dtype, module.is_sound()) == (torch.int32, True)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 3], [0, 1, 2, 3, 5], [-1, 0, 1, 2, 3]])
+def test_an_order_that_misses_an_output_is_known(order):
+    """A place twice, one beyond the last, one before the first."""
+    module = PivotedLinear(7, 5, 3)
+    module.index.copy_(torch.tensor(order))
+    assert not module.is_sound()
 
 
 @pytest.mark.parametrize(
@@ -106,6 +141,12 @@ def test_a_model_without_head_takes_the_same_config():
         (config({Q_PROJ: -3}), "found rank -3"),
         (config({Q_PROJ: 16}), r"found rank 16, a \[32, 32\] linear takes 1 to 15"),
         (config({Q_PROJ: 10**30}), "takes 1 to 15"),
+        (entry(form="pivoted", rank=0), "found rank 0 for pivoted"),
+        (
+            entry(form="pivoted", rank=32),
+            r"found rank 32, pivoted a \[32, 32\] linear takes 1 to 31",
+        ),
+        (entry(form="pivoted", rank=3, basis="x"), "need a form"),
         (entry(form="sparse", nonzeros=5), "need a form: .* sparse with nonzeros, index"),
         (entry(form="sparse", nonzeros=5, index="bitmask", basis="x"), "need a form"),
         (entry(form="sparse", nonzeros="5", index="bitmask"), "found '5', need a whole number"),

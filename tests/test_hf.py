@@ -306,6 +306,26 @@ def test_a_row_wise_linear_is_split_at_its_inner_factor():
     }
 
 
+def test_pivoted_outputs_are_not_split():
+    """Their order is another than their rows', so the rule of a column-wise linear goes."""
+    with torch.device("meta"):
+        model = FAMILIES["llama"]()
+    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qo"]
+    forms = {name: {"form": "pivoted", "rank": 20} for name in names}
+    fields = {"quant_method": "orchestrator", "format_version": 1, "modules": forms}
+    install_forms(model, fields)
+    plan = {
+        f"model.layers.*.self_attn.{p}_proj": s
+        for p, s in [("q", "colwise"), ("k", "colwise"), ("o", "rowwise")]
+    }
+    quantizer = AUTO_QUANTIZER_MAPPING["orchestrator"](orchestrator.hf.OrchestratorConfig(**fields))
+    quantizer.update_parallel_plan(model, plan)
+    assert plan == {
+        "model.layers.*.self_attn.k_proj": "colwise",
+        "model.layers.*.self_attn.o_proj.down": "rowwise",
+    }
+
+
 def test_only_compressed_checkpoints_take_the_config(made):
     """Handing the config to a dense checkpoint is refused: nothing is compressed on the fly."""
     config = orchestrator.hf.OrchestratorConfig(

@@ -150,6 +150,8 @@ def test_a_damaged_index_is_known(code, tensors):
         (Assignment(form="dense"), 60_000, 0),
         (Assignment(form="low_rank", rank=7), 7 * 500, 0),
         (Assignment(form="low_rank", rank=7, basis="a"), 7 * 200, 0),
+        (Assignment(form="pivoted", rank=7), 7 * 493, 800),
+        (Assignment(form="pivoted", rank=199), 59_899, 800),
         (Assignment(form="sparse", nonzeros=30_000), 30_000, 7_500),
         (Assignment(form="sparse", nonzeros=1_000), 1_000, 2_804),
         (Assignment(form="low_rank_sparse", rank=7, nonzeros=10), 3_510, 40),

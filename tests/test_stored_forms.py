@@ -17,12 +17,12 @@ from orchestrator.models.chunk import Chunk
 from orchestrator.models.export import export_dense
 from orchestrator.models.index_codes import INDEX_CODES, materialize
 from orchestrator.models.layout import layout
-from orchestrator.models.modules import SparseLinear
+from orchestrator.models.modules import PivotedLinear, SparseLinear
 from orchestrator.models.names import StoredTensor
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.plan import Assignment, Linear, Plan, Survey, index_code
 
-FORMS = ("low_rank", "sparse", "low_rank_sparse", "shared")
+FORMS = ("low_rank", "pivoted", "sparse", "low_rank_sparse", "shared")
 
 
 def one_form(form):
@@ -37,6 +37,15 @@ def one_form(form):
             return plan_of(survey, assignments)
         if form == "low_rank":
             return half_plan(survey)
+        if form == "pivoted":
+            # the largest rank that saves anything
+            assignments = {
+                linear.name: Assignment(
+                    form=form, rank=replace(linear, pivoted=True).break_even - 1
+                )
+                for linear in survey.linears
+            }
+            return plan_of(survey, assignments)
         assignments = {
             linear.name: Assignment(
                 form=form,
@@ -104,6 +113,7 @@ def test_all_forms_and_codes_are_tried(made):
     ]
     assert {entry["form"] for entry in modules.values()} == {
         "low_rank",
+        "pivoted",
         "sparse",
         "low_rank_sparse",
     }
@@ -374,8 +384,17 @@ def test_it_compiles_in_one_graph(made):
     assert torch.equal(logits(compiled), expected)
 
 
-@pytest.mark.parametrize("part", ["index", "rows", "weight"])
-def test_what_is_not_stored_is_not_made_up(made, tmp_path, part):
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        (SparseLinear, "index"),
+        (SparseLinear, "rows"),
+        (SparseLinear, "weight"),
+        (PivotedLinear, "index"),
+        (PivotedLinear, "weight"),
+    ],
+)
+def test_what_is_not_stored_is_not_made_up(made, tmp_path, kind, part):
     """A missing index stops every load; so do missing values where the package's own is used."""
     for path in made.directory.iterdir():
         (tmp_path / path.name).symlink_to(path)
@@ -383,7 +402,7 @@ def test_what_is_not_stored_is_not_made_up(made, tmp_path, part):
     name = next(
         f"{name}.{part}"
         for name, module in model.named_modules()
-        if isinstance(module, SparseLinear) and hasattr(module, part)
+        if isinstance(module, kind) and hasattr(module, part)
     )
     path = next(p for p in tmp_path.glob("*.safetensors") if name in load_file(p))
     tensors = load_file(path)
@@ -427,6 +446,7 @@ def test_the_card_counts_the_forms(made):
         "dense": forms.count("dense"),
         "low-rank": forms.count("low_rank") - 2,
         "low-rank, on the basis of another": 2,
+        "low-rank, pivoted": forms.count("pivoted"),
         "sparse": forms.count("sparse"),
         "low-rank plus sparse": forms.count("low_rank_sparse"),
     }
@@ -446,6 +466,9 @@ Q, K, DOWN = (
         ({Q: Assignment(form="low_rank")}, "found rank 0 for low_rank"),
         ({Q: Assignment(form="low_rank", rank=16)}, "takes 1 to 15"),
         ({Q: Assignment(form="low_rank", rank=3, nonzeros=3)}, "found nonzeros 3 for low_rank"),
+        ({Q: Assignment(form="pivoted")}, "found rank 0 for pivoted"),
+        ({Q: Assignment(form="pivoted", rank=32)}, r"pivoted a \[32, 32\] linear takes 1 to 31"),
+        ({Q: Assignment(form="pivoted", rank=3, basis=K)}, "only low_rank has one"),
         ({Q: Assignment(form="sparse")}, "found nonzeros 0 for sparse"),
         ({Q: Assignment(form="sparse", nonzeros=-1)}, "found nonzeros -1 for sparse"),
         ({Q: Assignment(form="sparse", nonzeros=1024)}, "which store 1024 values"),

@@ -23,7 +23,7 @@ def least_values(linear: Linear, form: Form = "low_rank") -> int:
     """
     if form == "sparse":
         return 1
-    return linear.rank_cost if linear.break_even > 1 else linear.values
+    return linear.factor_values(1) if linear.break_even > 1 else linear.values
 
 
 def budget_values(linears: Sequence[Linear], keep: float, form: Form = "low_rank") -> int:
@@ -55,10 +55,10 @@ def assign_rank(linear: Linear, rank: int, values: int) -> Assignment:
     holds the dense weight, and takes the last rank below break-even otherwise.
     """
     if rank < linear.break_even:
-        return Assignment(form="low_rank", rank=rank)
+        return Assignment(form=linear.factored, rank=rank)
     if values >= linear.values:
         return Assignment(form="dense")
-    return Assignment(form="low_rank", rank=linear.break_even - 1)
+    return Assignment(form=linear.factored, rank=linear.break_even - 1)
 
 
 def make_plan(

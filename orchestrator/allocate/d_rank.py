@@ -47,7 +47,8 @@ class DRank:
     Rebalancing is counted in stored values: with as many heads for K and V as for Q these are the
     paper's ranks, with fewer its formulas would miss the budget. Departures from the authors'
     code: the budget is met from below, where theirs takes up to 2 G steps of one rank around it;
-    `accept` and `scope` are off the paper, and said so.
+    `accept` and `scope` are off the paper, and said so. Pivoted ranks, whose price falls, are
+    refused: the formulas are for one price.
     """
 
     setting: Literal["exact", "paper"] = "exact"
@@ -81,10 +82,15 @@ class DRank:
     ) -> Plan:
         """
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also when beta is above 0 and there
-                is not one type each of q_proj, k_proj and v_proj, or a budget is below rank 1
-                for each of its linears.
+            UsageError, InfeasibleError: As `budget_values`; also when factors are pivoted, when
+                beta is above 0 and there is not one type each of q_proj, k_proj and v_proj, or a
+                budget is below rank 1 for each of its linears.
         """
+        if any(linear.pivoted for linear in linears):
+            raise UsageError(
+                "d-rank: its formulas want one price for every rank, and that of pivoted ranks "
+                "falls; give storage 'plain', or another allocation"
+            )
         budget = budget_values(linears, keep)
         types = by_role(linears)
         trio = _find_trio(types) if self.beta > 0 else None

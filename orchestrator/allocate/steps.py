@@ -2,7 +2,8 @@
 
 A linear of break-even rank b has b steps: one for each rank below b, and a last one that makes it
 dense, at the price of what the dense weight stores more. Where b is 0 or 1 its only step is the
-dense weight. An allocator says in which order steps are worth taking; `spend` takes them.
+dense weight. Every rank costs the same, pivoted each one less than the one before. An allocator
+says in which order steps are worth taking; `spend` takes them.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,8 @@ from orchestrator.plan import Assignment, Linear
 
 def step_costs(linear: Linear) -> np.ndarray:
     """Stored values that each step adds, int64 [steps]; they sum to the dense weight's values."""
-    steps = max(linear.break_even, 1)
-    costs = np.full(steps, linear.rank_cost, dtype=np.int64)
-    costs[-1] = linear.values - (steps - 1) * linear.rank_cost
-    return costs
+    ranks = np.arange(max(linear.break_even, 1), dtype=np.int64)
+    return np.diff(linear.factor_values(ranks), append=linear.values)
 
 
 def spend(
@@ -59,6 +58,6 @@ def spend(
     return {
         linear.name: Assignment(form="dense")
         if count == len(cost)
-        else Assignment(form="low_rank", rank=int(count))
+        else Assignment(form=linear.factored, rank=int(count))
         for linear, cost, count in zip(linears, costs, counts, strict=True)
     }

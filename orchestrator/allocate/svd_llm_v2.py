@@ -90,5 +90,5 @@ class SvdLlmV2:
 
 def _uniform_loss(linear: Linear, curve: Curve, keep: float) -> float:
     """L², the energy that the uniform rank cuts."""
-    rank = share_values([linear], keep) // linear.rank_cost
+    rank = linear.rank_within(share_values([linear], keep))
     return curve.loss(max(min(rank, linear.break_even - 1), 0))

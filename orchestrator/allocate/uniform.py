@@ -12,7 +12,8 @@ from orchestrator.plan import Assignment, Curve, Linear, Plan
 class Uniform:
     """Rank floor(keep · m n / (m + n)) for each m × n linear; the curves are not looked at.
 
-    The allocation of SVD-LLM (arXiv 2403.07378).
+    The allocation of SVD-LLM (arXiv 2403.07378). Of pivoted factors it is the largest rank r with
+    r (m + n) - r² at most keep · m n, as in PIFA (arXiv 2501.19090).
 
     The floors leave less than one rank a linear unused; it is reported as slack and not given to
     anyone, because the published figures are for exactly these ranks.
@@ -34,12 +35,12 @@ class Uniform:
         assignments = {}
         for linear in linears:
             share = share_values([linear], keep)
-            rank = share // linear.rank_cost
+            rank = linear.rank_within(share)
             if share < linear.values and min(rank, linear.break_even - 1) < 1:
                 raise InfeasibleError(
                     f"{linear.name}: {keep} of a {linear.out_features} x {linear.in_features} "
-                    f"weight is below rank 1, which stores {linear.rank_cost} of {linear.values} "
-                    "values; keep more, or leave it out with --ignore"
+                    f"weight is below rank 1, which stores {linear.factor_values(1)} of "
+                    f"{linear.values} values; keep more, or leave it out with --ignore"
                 )
             assignments[linear.name] = assign_rank(linear, rank, share)
         return make_plan(linears, assignments, budget)

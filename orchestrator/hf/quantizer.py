@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from orchestrator.errors import InputError
 from orchestrator.models.forms import METHOD, install_forms, read_forms
-from orchestrator.models.modules import LowRankLinear, SparseLinear
+from orchestrator.models.modules import LowRankLinear, PivotedLinear, SparseLinear
 
 
 class OrchestratorConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers has no types
@@ -44,14 +44,13 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
         """Checks the indices at hand: one that is not stored would put values anywhere.
 
         Raises:
-            InputError: An index does not name as many entries as there are values.
+            InputError: An index does not name as many entries as there are values, or every output.
         """
         for name, module in model.named_modules():
-            is_here = isinstance(module, SparseLinear) and not module.index.is_meta
-            if is_here and not module.is_sound():
+            has_index = isinstance(module, SparseLinear | PivotedLinear)
+            if has_index and not module.index.is_meta and not module.is_sound():
                 raise InputError(
-                    f"{name}: its index does not name {module.nonzeros} entries in order; "
-                    "the checkpoint is damaged"
+                    f"{name}: its index does not name {module.indexed}; the checkpoint is damaged"
                 )
         # a native class does not write the file that `auto_map` points to when it is saved
         if not model.is_remote_code() and hasattr(model.config, "auto_map"):
@@ -62,13 +61,16 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
 
         Rules hold for all blocks alike, so a linear that is low-rank in some and dense in others
         cannot be split, and nor can one with a sparse part: its forward pass then stops at
-        mismatched shapes.
+        mismatched shapes. Pivoted outputs stand in another order than their rows, so they are not
+        split either, and what takes them for a part stops in the same way.
         """
         from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
         for name, module in model.named_modules():
             rule = replace_layer_number_by_wildcard(name)
-            if isinstance(module, LowRankLinear) and plan.get(rule) == "rowwise":
+            if isinstance(module, PivotedLinear) and plan.get(rule) != "rowwise":
+                plan.pop(rule, None)
+            elif isinstance(module, LowRankLinear) and plan.get(rule) == "rowwise":
                 plan[f"{rule}.down"] = plan.pop(rule)
 
     def is_serializable(self) -> bool:

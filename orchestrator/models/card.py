@@ -51,6 +51,7 @@ orchestrator export DIRECTORY DENSE --format dense    # for engines that know no
 _WORDS: Mapping[Form, str] = {
     "dense": "dense",
     "low_rank": "low-rank",
+    "pivoted": "low-rank, pivoted",
     "sparse": "sparse",
     "low_rank_sparse": "low-rank plus sparse",
 }

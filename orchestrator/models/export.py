@@ -17,7 +17,7 @@ from orchestrator.models.architecture import Architecture
 from orchestrator.models.checkpoint import write_file, write_index
 from orchestrator.models.forms import install_forms
 from orchestrator.models.layout import FileSpec, Part, TensorSpec, dtype_name
-from orchestrator.models.modules import LowRankLinear, SparseLinear
+from orchestrator.models.modules import LowRankLinear, PivotedLinear, SparseLinear
 from orchestrator.models.names import Names, map_names
 from orchestrator.models.output import claim_out, copy_companions, seal
 from orchestrator.models.weights import INDEX_FILE, SINGLE_FILE, Weights, read_json
@@ -73,10 +73,10 @@ def _dense_weight(model: PreTrainedModel, linear: str, weights: Weights, names: 
             state[key] = tensor.float() if tensor.is_floating_point() else tensor
     module.load_state_dict(state, strict=False, assign=True)
     for part in module.modules():
-        if isinstance(part, SparseLinear) and not part.is_sound():
+        if isinstance(part, SparseLinear | PivotedLinear) and not part.is_sound():
             raise InputError(
-                f"{weights.directory}: the index of {linear} does not name {part.nonzeros} "
-                "entries in order; the checkpoint is damaged"
+                f"{weights.directory}: the index of {linear} does not name {part.indexed}; "
+                "the checkpoint is damaged"
             )
     with torch.no_grad():
         weight_OI = module.dense_weight()

@@ -15,7 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
 from orchestrator.models.index_codes import INDEX_CODES
-from orchestrator.models.modules import LowRankLinear, LowRankSparseLinear, SparseLinear
+from orchestrator.models.modules import (
+    LowRankLinear,
+    LowRankSparseLinear,
+    PivotedLinear,
+    SparseLinear,
+)
 
 METHOD = "orchestrator"
 FORMAT_VERSION = 1
@@ -30,6 +35,7 @@ FIELDS = (
 )
 FORMS: Mapping[str, tuple[str, ...]] = {
     "low_rank": ("rank",),
+    "pivoted": ("rank",),
     "sparse": ("nonzeros", "index"),
     "low_rank_sparse": ("rank", "nonzeros", "index"),
 }
@@ -167,6 +173,7 @@ def _misfit(form: StoredForm, out_features: int, in_features: int) -> str:
     """Why a linear of this size cannot have this form, whatever the others have; empty if it can.
 
     The rank of `low_rank` is bounded below only: how far it may go depends on who shares the basis.
+    Pivoted factors save values at every rank below the smaller side.
     """
     fields = FORMS[form.form]
     linear = f"a [{out_features}, {in_features}] linear"
@@ -176,6 +183,9 @@ def _misfit(form: StoredForm, out_features: int, in_features: int) -> str:
             return f"found {name} {value} for {form.form}, {linear} takes {need}"
     if form.basis and form.form != "low_rank":
         return f"found a shared basis for {form.form}, only low_rank has one"
+    most = min(out_features, in_features) - 1
+    if form.form == "pivoted" and form.rank > most:
+        return f"found rank {form.rank}, pivoted {linear} takes 1 to {most}"
     if "index" in fields and form.index not in _codes(out_features, in_features):
         codes = ", ".join(_codes(out_features, in_features))
         return f"found index {reprlib.repr(form.index)}, {linear} takes {codes}"
@@ -252,4 +262,6 @@ def _make(form: StoredForm, module: nn.Linear | Conv1D) -> LowRankLinear | Spars
         return SparseLinear(*sizes, form.nonzeros, form.index, **options)
     if form.form == "low_rank_sparse":
         return LowRankSparseLinear(*sizes, form.rank, form.nonzeros, form.index, **options)
+    if form.form == "pivoted":
+        return PivotedLinear(*sizes, form.rank, **options)
     return LowRankLinear(*sizes, form.rank, **options)

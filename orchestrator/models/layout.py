@@ -1,6 +1,6 @@
 """Which tensor of a compressed checkpoint lies in which file: a function of the plan alone.
 
-Shape suffixes: O outputs, I inputs, R rank, N nonzeros.
+Shape suffixes: O outputs, I inputs, R rank, S = O - R, N nonzeros.
 """
 
 import math
@@ -16,7 +16,9 @@ from orchestrator.models.names import StoredTensor
 from orchestrator.models.weights import SINGLE_FILE
 from orchestrator.plan import Assignment, Linear, Plan, Survey, index_code
 
-Part = Literal["copy", "weight", "down", "values", "index", "rows", "dense"]
+Part = Literal[
+    "copy", "weight", "down", "others", "pivots", "order", "values", "index", "rows", "dense"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +31,9 @@ class TensorSpec:
     """`bfloat16`."""
     shape: tuple[int, ...]
     part: Part
-    """`copy` of a stored tensor; factor `weight` [O, R] or `down` [R, I]; `values` [N] of a sparse
-    weight, its `index` or `rows`; or the `dense` weight that an export makes of them."""
+    """`copy` of a stored tensor; factor `weight` [O, R] or `down` [R, I]; pivoted the `others`
+    [S, R], the `pivots` [R, I] and the `order` [O] of both; `values` [N] of a sparse weight, its
+    `index` or `rows`; or the `dense` weight that an export makes of them."""
     source: str
     """Name on disk of the tensor that is copied, or name of the linear."""
     rank: int = 0
@@ -43,7 +46,7 @@ class TensorSpec:
     @property
     def values(self) -> int:
         """What counts as parameters: an index says where values stand and is none itself."""
-        return 0 if self.part in ("index", "rows") else math.prod(self.shape)
+        return 0 if self.part in ("order", "index", "rows") else math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
@@ -187,7 +190,7 @@ def _stored_specs(linear: Linear, form: StoredForm, dtype: str) -> list[TensorSp
     specs = []
 
     def add(name: str, part: Part, dtype: str, shape: tuple[int, ...]) -> None:
-        is_factor = part in ("weight", "down")
+        is_factor = part in ("weight", "down", "others", "pivots", "order")
         specs.append(
             TensorSpec(
                 name=f"{linear.name}.{name}",
@@ -201,7 +204,11 @@ def _stored_specs(linear: Linear, form: StoredForm, dtype: str) -> list[TensorSp
             )
         )
 
-    if form.rank:
+    if form.form == "pivoted":
+        add("weight", "others", dtype, (m - form.rank, form.rank))
+        add("down.weight", "pivots", dtype, (form.rank, n))
+        add("index", "order", dtype_name(torch.int32), (m,))
+    elif form.rank:
         add("weight", "weight", dtype, (m, form.rank))
         if not form.basis:
             add("down.weight", "down", dtype, (form.rank, n))

@@ -6,7 +6,7 @@ tensor would have been filled with random values. None is an `nn.Linear`: progra
 those take `weight` for the dense matrix. Values are parameters in one dtype, indices are buffers
 of whole numbers that no cast of the model changes.
 
-Shape suffixes: O outputs, I inputs, R rank, N nonzeros.
+Shape suffixes: O outputs, I inputs, R rank, S = O - R, N nonzeros.
 """
 
 import torch
@@ -61,6 +61,55 @@ class LowRankLinear(nn.Module):
         )
 
 
+class PivotedLinear(LowRankLinear):
+    """A linear whose weight is R of its own rows, and the other rows as combinations of those.
+
+    With z = x down^T the outputs are [z, z weight^T] in the order that `index` says, + bias.
+    `weight` is [O - R, R], `down.weight` [R, I], R < min(O, I), `index` [O], int32: where each
+    output stands among the pivots and the others. R (O + I) - R^2 stored values and as many
+    multiplications a token.
+    """
+
+    index: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, bias=bias, device=device, dtype=dtype)
+        weight_SR = torch.empty(out_features - rank, rank, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight_SR)
+        index_O = torch.empty(out_features, device=device, dtype=torch.int32)
+        self.register_buffer("index", index_O)
+
+    def forward(self, input: Tensor) -> Tensor:
+        pivots = self.down(input)
+        outputs = torch.cat([pivots, linear(pivots, self.weight)], dim=-1)
+        ordered = outputs.index_select(-1, self.index)
+        return ordered if self.bias is None else ordered + self.bias
+
+    def dense_weight(self) -> Tensor:
+        """The rows [O, I] in their order, in the values' dtype."""
+        rows_OI = torch.cat([self.down.weight, self.weight @ self.down.weight])
+        return rows_OI.index_select(0, self.index)
+
+    @property
+    def indexed(self) -> str:
+        """What a sound index names, in words."""
+        return f"each of {self.out_features} outputs once"
+
+    def is_sound(self) -> bool:
+        """Whether the index names every place once."""
+        places_O = torch.arange(self.out_features, device=self.index.device)
+        return torch.equal(self.index.long().sort().values, places_O)
+
+
 class SparseLinear(nn.Module):
     """A linear of which N entries are stored: `weight` [N], and the code that says where they are.
 
@@ -102,6 +151,11 @@ class SparseLinear(nn.Module):
         """The weight [O, I] with zeros where nothing is stored, in the values' dtype."""
         tensors = dict(self.named_buffers(recurse=False))
         return materialize(self.code, tensors, self.weight, self.out_features, self.in_features)
+
+    @property
+    def indexed(self) -> str:
+        """What a sound index names, in words."""
+        return f"{self.nonzeros} entries in order"
 
     def is_sound(self) -> bool:
         """Whether the index names as many different entries as there are values, in order."""

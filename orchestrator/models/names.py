@@ -19,8 +19,8 @@ from transformers.core_model_loading import (
 )
 
 from orchestrator.errors import InputError
-from orchestrator.models.modules import SparseLinear
-from orchestrator.models.weights import Weights
+from orchestrator.models.modules import PivotedLinear, SparseLinear
+from orchestrator.models.weights import Checkpoint
 
 Place = Literal["front", "block", "tail"]
 
@@ -53,7 +53,7 @@ class Names:
     """Names on disk that are no tensor of the model."""
 
 
-def map_names(model: PreTrainedModel, weights: Weights) -> Names:
+def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
     """The mapping for a model on the meta device; no weight is read.
 
     A persistent buffer that is not stored keeps its initial value, as in `from_pretrained`; the
@@ -92,7 +92,7 @@ def map_names(model: PreTrainedModel, weights: Weights) -> Names:
     tied = _find_tied(model, disk)
     needed = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseLinear | PivotedLinear):
             needed += [f"{name}.{buffer}" for buffer, _ in module.named_buffers()]
     missing = [name for name in needed if name not in disk and name not in tied]
     if missing:
@@ -110,7 +110,7 @@ def _module_name(
     disk_name: str,
     conversions: list[WeightRenaming | WeightConverter],
     tensors: Mapping[str, Tensor],
-    weights: Weights,
+    weights: Checkpoint,
 ) -> str:
     renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -54,6 +54,25 @@ def parse_dtype(name: str) -> torch.dtype | None:
     if name not in known or not known[name].is_floating_point:
         raise UsageError(f"dtype is {name!r}; it must be auto, float32, bfloat16, float16, float64")
     return known[name]
+
+
+class Checkpoint(Protocol):
+    """Named tensors with the headers that say what they are, written to files or not yet."""
+
+    directory: Path
+    """Of the model's config, and what errors name."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)

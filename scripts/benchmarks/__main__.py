@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import memory, methods, quality, rpca, speed
+from benchmarks import memory, methods, pivot, quality, rpca, speed
 
 SUBCOMMANDS = {
     "quality": quality,
@@ -12,6 +12,7 @@ SUBCOMMANDS = {
     "speed": speed,
     "rpca": rpca,
     "memory": memory,
+    "pivot": pivot,
 }
 
 

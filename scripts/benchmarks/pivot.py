@@ -1,0 +1,117 @@
+"""Forward passes of pivoted factors against those of two plain ones, everything timed in turns.
+
+For every shape and number of rows: a plain linear of the uniform rank at the kept fraction, a
+pivoted one of the same rank, which stores R^2 values fewer, and a pivoted one that stores as many
+values as the plain one, which has more ranks. Values and inputs are random.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from benchmarks.figures import Figure, compare, in_turns, print_figures, say
+
+from orchestrator.models.modules import LowRankLinear, PivotedLinear
+from orchestrator.plan import Linear
+
+SHAPES = ("576x576", "1536x576", "576x1536", "4096x4096", "11008x4096", "4096x11008")
+"""Outputs by inputs: of SmolLM2-135M, and of a model with 7B parameters."""
+ROWS = (1, 4, 16, 64, 512)
+TARGET = 1.0
+TARGET_ROWS = 16
+"""From this many rows on, equal ranks are to take no longer than plain ones."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", metavar="OxI", nargs="+", default=SHAPES)
+    parser.add_argument("--rows", metavar="N", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--keep", metavar="FRACTION", type=float, default=0.8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=15, help="turns")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(options.threads)
+    figures: list[Figure] = []
+    for shape in options.shapes:
+        outputs, inputs = (int(side) for side in shape.split("x"))
+        say(f"a {shape} weight")
+        figures += measure(outputs, inputs, options)
+    print_figures(figures)
+    return {"figures": [each.to_json() for each in figures]}
+
+
+def ranks_of(outputs: int, inputs: int, keep: float) -> tuple[int, int]:
+    """The plain rank at a kept fraction, and the pivoted one of no more values than that stores."""
+    plain, pivoted = (
+        Linear(
+            name="linear",
+            block=0,
+            role="linear",
+            site="linear",
+            out_features=outputs,
+            in_features=inputs,
+            has_bias=False,
+            pivoted=is_pivoted,
+        )
+        for is_pivoted in (False, True)
+    )
+    rank = plain.rank_within(int(keep * plain.values))
+    return rank, pivoted.rank_within(plain.factor_values(rank))
+
+
+@torch.no_grad()
+def measure(outputs: int, inputs: int, options: argparse.Namespace) -> list[Figure]:
+    """Two figures a number of rows: pivoted over plain at equal rank, and at equal values."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    rank, more = ranks_of(outputs, inputs, options.keep)
+    made = {"bias": False, "device": device, "dtype": dtype}
+    modules = {
+        "plain": LowRankLinear(inputs, outputs, rank, **made),
+        "equal rank": PivotedLinear(inputs, outputs, rank, **made),
+        "equal values": PivotedLinear(inputs, outputs, more, **made),
+    }
+    for module in modules.values():
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        if isinstance(module, PivotedLinear):
+            module.index.copy_(torch.randperm(outputs))
+    figures = []
+    for rows in options.rows:
+        input_TI = torch.randn(rows, inputs, dtype=dtype, device=device)
+        ways = {name: timer(module, input_TI) for name, module in modules.items()}
+        found = in_turns(ways, options.repeats, warm_up=2)
+        for name in ("equal rank", "equal values"):
+            is_aimed = name == "equal rank" and rows >= TARGET_ROWS
+            figures.append(
+                compare(
+                    f"{outputs} x {inputs}, {rows} rows, {name}",
+                    found[name],
+                    found["plain"],
+                    unit="us",
+                    target=TARGET if is_aimed else None,
+                )
+            )
+    return figures
+
+
+def timer(module: torch.nn.Module, input_TI: torch.Tensor) -> Callable[[], float]:
+    """Microseconds of a forward pass, from as many as take about 20 ms together."""
+
+    def seconds(passes: int) -> float:
+        if input_TI.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(passes):
+            module(input_TI)
+        if input_TI.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds(1)
+    passes = max(1, round(0.02 / seconds(3) * 3))
+    return lambda: 1e6 * seconds(passes) / passes
