@@ -27,8 +27,8 @@ MAY_IMPORT = {
     "allocate": "errors options plan numpy",
     "store": "errors plan numpy pyarrow safetensors",
     "methods": "errors options plan groups linalg torch",
-    "models": "errors plan linalg store torch transformers accelerate safetensors numpy pyarrow "
-    "huggingface_hub datasets",
+    "models": "errors options plan linalg store torch transformers accelerate safetensors numpy "
+    "pyarrow huggingface_hub datasets",
     "hf": "errors plan models torch transformers",
     "cluster": f"{ALL_PARTS} torch numpy safetensors ray grpc",
     "api": f"{ALL_PARTS} pages transformers",

@@ -5,7 +5,9 @@ structure (`discovery`); `shard` then puts the weights of a few blocks into it, 
 shard takes them out again.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,11 +24,14 @@ from orchestrator.models.architecture import (
     set_tensor,
 )
 from orchestrator.models.discovery import Discovery, discover, phantom
+from orchestrator.models.forms import FORMAT_VERSION, METHOD
+from orchestrator.models.layout import TensorSpec, layout, stored_forms
 from orchestrator.models.linears import check_parameters
 from orchestrator.models.names import Names, Place, StoredTensor, map_names
+from orchestrator.models.planned import PlannedCheckpoint
 from orchestrator.models.shard import Frame, Shard
-from orchestrator.models.weights import Weights
-from orchestrator.plan import Survey
+from orchestrator.models.weights import Checkpoint, Weights
+from orchestrator.plan import Plan, Survey
 
 
 class Skeleton:
@@ -35,7 +40,7 @@ class Skeleton:
     def __init__(
         self,
         architecture: Architecture,
-        weights: Weights,
+        weights: Checkpoint,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -96,6 +101,41 @@ class Skeleton:
         if dtype is None:
             dtype = _stored_dtype(architecture.config, weights)
         return cls(architecture, weights, dtype=dtype, device=device or torch.device("cpu"))
+
+    def planned(
+        self,
+        plan: Plan,
+        read: Callable[[TensorSpec], Tensor],
+        *,
+        output_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Skeleton":
+        """The skeleton of the checkpoint that a plan makes of this dense one, before it is written.
+
+        Its shards compute what those of the written checkpoint would: the modules are the plan's
+        forms, the values cast to the dtype of the output. Nothing is read before a shard is opened.
+
+        Args:
+            read: Gives every tensor, copies included: what `checkpoint.write_file` would be given.
+            output_dtype: As for `layout`; float32 rounds nothing.
+            dtype: Dtype to compute in; None: this skeleton's.
+
+        Raises:
+            InputError: this is a checkpoint that we compressed.
+            ValueError: the plan does not fit the model.
+        """
+        survey = self.survey()
+        files = layout(
+            survey, self.tensors(), plan, output_dtype=output_dtype, max_shard_bytes=sys.maxsize
+        )
+        modules = {name: form.to_json() for name, form in stored_forms(survey, plan).items()}
+        forms = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules}
+        return Skeleton(
+            replace(self._architecture, forms=forms),
+            PlannedCheckpoint(self.weights, files, read),
+            dtype=dtype or self.dtype,
+            device=self.device,
+        )
 
     @property
     def config(self) -> PretrainedConfig:

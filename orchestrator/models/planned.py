@@ -1,0 +1,43 @@
+"""A compressed checkpoint before any of it is written: the plan's tensors, from where they lie."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from orchestrator.models.layout import FileSpec, TensorSpec
+from orchestrator.models.weights import Checkpoint
+
+
+class PlannedCheckpoint:
+    """The tensors that `layout` announces; what writing them and opening the files would give.
+
+    Args:
+        dense: The checkpoint that the plan was made for.
+        read: Gives every tensor in its shape, on any device and in any dtype, copies of dense ones
+            too: what `checkpoint.write_file` would be given.
+    """
+
+    def __init__(
+        self, dense: Checkpoint, files: Sequence[FileSpec], read: Callable[[TensorSpec], Tensor]
+    ) -> None:
+        self.directory: Path = dense.directory
+        self.fingerprint: str = dense.fingerprint
+        self._read = read
+        self._specs = {spec.name: spec for file in files for spec in file.tensors}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._specs)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._specs[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._specs[name].torch_dtype
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, cast to the dtype in which it will be written."""
+        spec = self._specs[name]
+        return self._read(spec).to(spec.torch_dtype)
