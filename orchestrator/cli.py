@@ -25,9 +25,11 @@ from orchestrator.recipe import CHOICES, Recipe, make_recipe, parse_option, read
 
 HELP = {
     "keep": "values to keep of the targeted linears, above 0, at most 1",
-    "keep_bytes": "the same in bytes, indices of sparse parts included; instead of --keep",
+    "keep_bytes": "the same in bytes, indices included; instead of --keep",
     "method": "published method",
     "allocation": "how the budget is divided over the linears",
+    "storage": "factors as they are, or pivoted: the same weight in fewer values",
+    "refine": "train what is cut: nothing, or each block towards what the dense one gives",
     "calibration": ".txt, .jsonl, .parquet, a directory of them, datasets:NAME[:CONFIG[:SPLIT]]",
     "calibration_field": "field of records that holds the text",
     "samples": "sequences",

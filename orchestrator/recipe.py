@@ -8,7 +8,7 @@ it are taken from the working directory, as on the command line.
 import difflib
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -18,6 +18,8 @@ from orchestrator.errors import UsageError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CHOICES = {
+    "storage": ("plain", "pivoted"),
+    "refine": ("none", "blocks"),
     "sampling": ("first", "random"),
     "layout": ("packed", "padded"),
     "executor": ("ray", "local"),
@@ -58,12 +60,18 @@ class Recipe:
     keep: float | None = None
     """Stored values of the targeted linears over their dense values, above 0, at most 1."""
     keep_bytes: float | None = None
-    """The same in bytes, indices of sparse parts included. One of the two is given."""
+    """The same in bytes, indices included. One of the two is given."""
     method: str = "svd-llm"
     """Published method, a name of `orchestrator.methods.METHODS`."""
     allocation: str | None = None
     """How the budget is divided, a name of `orchestrator.allocate.ALLOCATION_NAMES`; nothing means
     as the method's paper does."""
+    storage: str = "plain"
+    """How factors are stored: `plain`, or `pivoted`, as R of the weight's rows and the others in
+    terms of those. Pivoting loses nothing and stores fewer values, so a budget holds more ranks."""
+    refine: str = "none"
+    """Whether what is cut is trained before it is written: `none`, or `blocks`, each block towards
+    what the dense one gives, all of them apart from each other."""
 
     calibration: str | None = None
     """Calibration text: .txt, .jsonl, .parquet, a directory of them, or
@@ -111,7 +119,8 @@ class Recipe:
     """Run directory; nothing means `OUT.run` beside the output."""
 
     options: dict[str, dict[str, Any]] = dataclass_field(default_factory=dict)
-    """Options of a method or an allocation, by its name: a TOML table each, `[mgaa]`."""
+    """Options of a method or an allocation, by its name, and of `refinement`: a TOML table each,
+    `[mgaa]`."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -151,7 +160,7 @@ class Recipe:
         if self.allocation is not None:
             check_choice("allocation", self.allocation, allocations)
         for name in self.options:
-            check_choice("options", name, {*methods, *allocations})
+            check_choice("options", name, {*methods, *allocations, "refinement"})
 
     @property
     def max_shard_bytes(self) -> int:
@@ -212,7 +221,8 @@ def read_recipe_fields(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not a TOML file: {error}") from error
-    _check_known(str(path), {n: v for n, v in values.items() if not isinstance(v, dict)})
+    plain = {name for name, value in values.items() if not isinstance(value, dict)}
+    _check_known(str(path), plain)
     return values
 
 
@@ -291,10 +301,10 @@ def _of_type(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
-def _check_known(where: str, values: Mapping[str, Any]) -> None:
+def _check_known(where: str, names: Iterable[str]) -> None:
     """Raises UsageError for the first name that is no field of a recipe."""
     known = [field.name for field in fields(Recipe)]
-    for name in values:
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known) or known
             raise UsageError(f"{where}: unknown field {name!r}; near misses: {', '.join(near)}")

@@ -15,6 +15,7 @@ from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.d_rank import DRank
 from orchestrator.allocate.mgaa import RULES, Mgaa
 from orchestrator.allocate.steps import spend, step_costs
+from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.uniform import Uniform
@@ -58,6 +59,8 @@ CASES = {
         )
         for rule in RULES
     },
+    # sensitivities are exchanged with the curves that hold them
+    "strs": (Strs(grid="0.2 0.4 0.6 0.8 0.9"), {GROWS, DENSE, TYPES, WHOLE}),
 }
 
 ROLES = (

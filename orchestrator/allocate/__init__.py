@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Protocol
 from orchestrator.allocate.cap import Cap
 from orchestrator.allocate.d_rank import DRank
 from orchestrator.allocate.mgaa import Mgaa
+from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.uniform import Uniform, UniformSparse
@@ -57,6 +58,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "svd-llm-v2": SvdLlmV2,
     "d-rank": DRank,
     "mgaa": Mgaa,
+    "strs": Strs,
     "threshold": Threshold,
 }
 

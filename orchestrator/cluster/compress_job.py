@@ -11,16 +11,21 @@ from orchestrator.allocate.bernoulli import Candidates
 from orchestrator.allocate.budget import budget_values
 from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.cap import Cap
+from orchestrator.allocate.strs import Strs
+from orchestrator.cluster.block_pass import BlockPass
 from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
+from orchestrator.cluster.curvature_worker import CurvatureTask, CurvatureWorker
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.pool import dispatch
-from orchestrator.cluster.refit_worker import RefitTask
+from orchestrator.cluster.refine_job import Refine
+from orchestrator.cluster.refit_job import Refit
 from orchestrator.cluster.report import make_report
-from orchestrator.cluster.run_pass import run_pass
-from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Bag, Call
 from orchestrator.cluster.score_job import Scoring
 from orchestrator.cluster.score_worker import ScoreWorker
+from orchestrator.cluster.sensitivity_job import Sensitivities
+from orchestrator.cluster.sensitivity_worker import CurvatureSensitivityWorker, SensitivityWorker
 from orchestrator.cluster.tokens import commit_tokens
 from orchestrator.cluster.verify import intact
 from orchestrator.cluster.watch import Stage, Watch
@@ -32,13 +37,14 @@ from orchestrator.models.checkpoint import REPORT_FILE, finish
 from orchestrator.models.layout import FileSpec, layout
 from orchestrator.models.locate import locate
 from orchestrator.models.output import check_out, claim_out
+from orchestrator.models.refine_options import RefineOptions
 from orchestrator.models.select import select
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.text import load_tokens
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.models.weights import parse_dtype, read_json
-from orchestrator.options import option_names
-from orchestrator.plan import Assignment, Curve, Linear, Plan
+from orchestrator.options import check_known, option_names
+from orchestrator.plan import Assignment, Curve, Plan
 from orchestrator.recipe import SCHEDULE, Recipe
 from orchestrator.result import Result
 from orchestrator.store.files import digest_json
@@ -47,8 +53,8 @@ from orchestrator.store.units import unit_key
 
 CALIBRATE_VERSION = 2
 """Raised when what reaches the statistics changes."""
-REFIT_VERSION = 1
-"""Raised when a fit changes."""
+CURVATURE_VERSION = 1
+"""Raised when a gradient changes, or what reaches the statistics beside it."""
 WRITE_VERSION = 2
 """Raised when the bytes of a written file change, or what is said of it."""
 
@@ -75,6 +81,8 @@ class Compression:
         self.recipe = replace(recipe, allocation=allocation)
         _, options = split_options(recipe, allocation)
         self.allocator = make_allocator(allocation, options, self.method.form)
+        self._check_storage()
+        self.refine_options = RefineOptions(**self._refine_table())
         self.out = Path(recipe.out).expanduser().absolute()
         found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
         self.model = found.absolute()
@@ -84,6 +92,42 @@ class Compression:
         self.run = RunDirectory(root)
         self.run.claim({"recipe": asdict(recipe), "out": str(self.out), "model": str(self.model)})
 
+    @property
+    def pivots(self) -> bool:
+        """Whether factors are written pivoted, which saves values up to the full rank."""
+        return self.recipe.storage == "pivoted"
+
+    def _check_storage(self) -> None:
+        """Raises UsageError where factors are to be pivoted and are none, or share a basis."""
+        if not self.pivots:
+            return
+        if self.method.form != "low_rank":
+            raise UsageError(
+                f"storage is 'pivoted', which is for the factors of a low rank; {self.method.name} "
+                "keeps entries; give storage 'plain'"
+            )
+        if self.grouping.size > 1:
+            raise UsageError(
+                f"storage is 'pivoted' and {self.method.name}'s group is {self.grouping.size}; "
+                "pivots are rows of one linear, so none share a basis; give group 1"
+            )
+
+    def _refine_table(self) -> dict[str, Any]:
+        """The options of refinement, as the recipe gives them.
+
+        Raises:
+            UsageError: An option does not exist; blocks are to be refined whose left factors a
+                method fits again.
+        """
+        table = self.recipe.options.get("refinement", {})
+        check_known("refinement", table, option_names(RefineOptions))
+        if self.refines and self.refits:
+            raise UsageError(
+                f"refine is {self.recipe.refine!r} and {self.method.name}'s refit is on; training "
+                "fits left factors too, so give refit 'never' or refine 'none'"
+            )
+        return table
+
     def survey(self) -> None:
         """Config and headers to blocks, linears, sites, shapes; no weight is read."""
         skeleton = Skeleton.open(self.model, dtype=parse_dtype(self.recipe.dtype))
@@ -92,14 +136,22 @@ class Compression:
         self.tensors = skeleton.tensors()
         names = [linear.name for linear in self.surveyed.linears]
         chosen = set(select(names, self.recipe.target, self.recipe.ignore))
-        self.linears = tuple(each for each in self.surveyed.linears if each.name in chosen)
+        self.linears = tuple(
+            replace(each, pivoted=self.pivots)
+            for each in self.surveyed.linears
+            if each.name in chosen
+        )
         if self.grouping.size > 1 and not any(map(self.grouping.joins, self.linears)):
             raise UsageError(
                 f"{self.recipe.method}: group is {self.grouping.size}, but no targeted linear is "
                 f"named one of {', '.join(self.grouping.kinds)}; give group 1"
             )
         # an impossible budget is said before anything is computed for it
-        budget_values(self.grouping.stacked(self.linears), self.recipe.share, self.method.form)
+        stacked = self.grouping.stacked(self.linears)
+        if isinstance(self.allocator, Strs):
+            self.allocator.budget(stacked, self.recipe.share)
+        else:
+            budget_values(stacked, self.recipe.share, self.method.form)
 
     def read_text(self) -> None:
         """Calibration text to token sequences."""
@@ -141,10 +193,11 @@ class Compression:
                 keys[block] = unit_key(
                     "decompose",
                     self.method.version,
-                    [self.pass_key],
+                    [self.statistics_key],
                     decomposition=self.method.decomposition,
                     linears=[[each.name for each in g] for g in self.grouping.groups(linears)],
                     output_dtype=self.recipe.output_dtype,
+                    **({"ranks": "all"} if self.pivots else {}),
                 )
         return keys
 
@@ -154,6 +207,19 @@ class Compression:
         return unit_key("calibrate", CALIBRATE_VERSION, inputs, dtype=str(self.dtype))
 
     @property
+    def bends(self) -> bool:
+        """Whether the statistics hold how the loss bends, from gradients that flow back."""
+        return self.method.labels > 0
+
+    @cached_property
+    def statistics_key(self) -> str:
+        """The pass that leaves the statistics."""
+        if not self.bends:
+            return self.pass_key
+        draws = {"labels": self.method.labels, "seed": self.recipe.seed}
+        return unit_key("curvature", CURVATURE_VERSION, [self.pass_key], **draws)
+
+    @property
     def grouping(self) -> Grouping:
         """Which linears share a basis."""
         return self.method.grouping
@@ -161,6 +227,18 @@ class Compression:
     @property
     def task(self) -> CompressionTask:
         """What the workers need to know."""
+        task = self._compression_task
+        if not self.bends:
+            return task
+        return CurvatureTask(
+            **{field.name: getattr(task, field.name) for field in fields(CompressionTask)},
+            gradients_key=self.statistics_key,
+            sequences=self.token_report["sequences"],
+            seed=self.recipe.seed,
+        )
+
+    @property
+    def _compression_task(self) -> CompressionTask:
         return CompressionTask(
             run_dir=self.run.root,
             threads=self.schedule.threads or DEFAULT_THREADS,
@@ -194,48 +272,23 @@ class Compression:
 
         Blocks that an earlier run has committed in this environment are not touched again.
         """
-        self.facts = self._pass(self.pass_key, self.block_keys, crew, watch, stage)
+        keys = self.block_keys
+        if self.bends:
+            passes = self.pass_key, self.statistics_key, self.method.labels
+            self.facts = self.block_pass.backward(*passes, keys, crew, watch, stage)
+        else:
+            self.facts = self.block_pass.forward(self.pass_key, keys, crew, watch, stage)
 
-    def _pass(
-        self, pass_key: str, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
-    ) -> dict[int, dict[str, Any]]:
-        """Chunks through all shards, whose workers then finish the blocks that have a key.
-
-        Gives the facts of the units of these keys, those committed earlier among them.
-        """
-        units = self.run.units
-        found = {
-            block: facts
-            for block, key in keys.items()
-            if (facts := units.facts(key, crew.environment)) is not None
-        }
-        hashes = {f"block {block}": units.hashes(keys[block]) for block in found}
-        whole = intact(crew, watch, hashes)
-        done = {block: facts for block, facts in found.items() if f"block {block}" in whole}
-        total = len(keys)
-        if done:
-            watch.note(f"{len(done)} of {total} blocks are committed already")
-        num_blocks, num_chunks = self.surveyed.num_blocks, self.token_report["sequences"]
-        size = self.grouping.size
-        shards = self.recipe.shards or default_shards(num_blocks, crew.size, max(2, size))
-        cut = cut_blocks(num_blocks, shards, size)
-        chunks = self.run.chunks(pass_key, crew.environment)
-        schedule = Pass(
-            cut,
-            todo=keys.keys() - done.keys(),
-            num_chunks=num_chunks,
-            present=[chunks.present(blocks.start, num_chunks) for blocks in cut],
+    @property
+    def block_pass(self) -> BlockPass:
+        """How chunks pass through the blocks."""
+        return BlockPass(
+            run=self.run,
+            num_blocks=self.surveyed.num_blocks,
+            sequences=self.token_report["sequences"],
+            shards=self.recipe.shards,
+            group=self.grouping.size,
         )
-
-        def on_success(call: Call, value: Any) -> None:
-            if call.method == "finish":
-                (block,) = call.arguments
-                done[block] = value
-                seconds = value["timings"]["seconds"]
-                stage.progress(len(done), total, unit=f"block {block}", seconds=seconds)
-
-        run_pass(crew, watch, schedule, chunks, on_success)
-        return done
 
     @cached_property
     def results(self) -> Mapping[str, dict[str, Any]]:
@@ -248,15 +301,32 @@ class Compression:
 
     @property
     def scores(self) -> bool:
+        """Whether the allocation asks for losses: of masked models, or of ones with one cut."""
+        return self.masks or self.measures
+
+    @property
+    def masks(self) -> bool:
         """Whether what is kept is chosen by passes through masked models."""
         return isinstance(self.allocator, Cap)
 
     @property
+    def measures(self) -> bool:
+        """Whether sizes follow from what the model loses where one linear alone is cut."""
+        return isinstance(self.allocator, Strs)
+
+    @property
     def worker_class(self) -> type[CompressionWorker]:
-        return ScoreWorker if self.scores else CompressionWorker
+        if self.measures:
+            return CurvatureSensitivityWorker if self.bends else SensitivityWorker
+        if self.bends:
+            return CurvatureWorker
+        return ScoreWorker if self.masks else CompressionWorker
 
     def score(self, crew: Crew, watch: Watch, stage: Stage) -> None:
-        """Losses of masked models, and the choice that they lead to."""
+        """Losses of models with one cut, or of masked ones and the choice that they lead to."""
+        if self.measures:
+            self.measured = Sensitivities(self, crew, watch, stage).measure()
+            return
         candidates = {
             name: Candidates.from_json(result["curve"]) for name, result in self.results.items()
         }
@@ -265,12 +335,15 @@ class Compression:
 
     def allocate(self) -> None:
         """Curves and the budget to the plan; milliseconds, no tensor."""
-        if self.scores:
+        if self.masks:
             self.plan: Plan = self.learnt.plan
             return
         self.curves = {
             name: Curve.from_json(result["curve"]) for name, result in self.results.items()
         }
+        if self.measures:
+            for name, losses in self.measured.losses.items():
+                self.curves[name] = replace(self.curves[name], sensitivities=losses)
         cosines = {
             sublayer: cosine["mean"]
             for facts in self.facts.values()
@@ -300,32 +373,20 @@ class Compression:
         """Whether the cut factors are fitted again before they are written."""
         return self.method.refits(self.recipe.share)
 
-    @property
-    def refit_task(self) -> RefitTask:
-        """What the workers need to know for it, once there is a plan."""
-        key = self._refit_key
-        blocks = sorted({each.block for each in self.linears if self._is_cut(each)})
-        return RefitTask(
-            **{field.name: getattr(self.task, field.name) for field in fields(CompressionTask)}
-            | {"pass_key": key},
-            plan=self.plan,
-            refit_keys={
-                block: unit_key("refit", REFIT_VERSION, [key], block=block) for block in blocks
-            },
-        )
+    @cached_property
+    def refit(self) -> Refit:
+        """The fit, once there is a plan."""
+        return Refit(self)
 
     @property
-    def _refit_key(self) -> str:
-        inputs = [self.pass_key, *self.block_keys.values()]
-        return unit_key("calibrate cut", REFIT_VERSION, inputs, plan=self.plan.to_json())
+    def refines(self) -> bool:
+        """Whether blocks are trained before they are written."""
+        return self.recipe.refine != "none"
 
-    def _is_cut(self, linear: Linear) -> bool:
-        return self.plan.assignments[linear.name].form == "low_rank"
-
-    def refit(self, crew: Crew, watch: Watch, stage: Stage) -> None:
-        """Chunks flow through the cut blocks; left factors are fitted to the inputs found there."""
-        task = self.refit_task
-        self._pass(task.pass_key, task.refit_keys, crew, watch, stage)
+    @cached_property
+    def refine(self) -> Refine:
+        """The training, once there is a plan."""
+        return Refine(self)
 
     def write(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Workers cut the stored decompositions to the plan, and write the checkpoint's files."""
@@ -354,18 +415,20 @@ class Compression:
             unit.commit(environment=crew.environment, facts=value)
             stage.progress(len(self.files), len(self.specs), unit=name)
 
-        bag = Bag("write", [(spec.name, (spec.to_json(), *self._choice)) for spec in missing])
+        bag = Bag("write", [(spec.name, (spec.to_json(), *self.choice)) for spec in missing])
         dispatch(crew.pool, bag, FailurePolicy(), on_success=on_success, on_event=watch.event)
 
     @property
-    def _choice(self) -> tuple[str, ...]:
+    def choice(self) -> tuple[str, ...]:
         """The unit that says what of every linear is kept, where a prefix does not."""
-        return (self.learnt.key,) if self.scores else ()
+        return (self.learnt.key,) if self.masks else ()
 
     def _file_key(self, spec: FileSpec) -> str:
-        inputs = [self.surveyed.fingerprint, *self.block_keys.values(), *self._choice]
+        inputs = [self.surveyed.fingerprint, *self.block_keys.values(), *self.choice]
         if self.refits:
-            inputs.append(self._refit_key)
+            inputs.append(self.refit.key)
+        if self.refines:
+            inputs.append(self.refine.key)
         return unit_key("write", WRITE_VERSION, inputs, spec=digest_json(spec.to_json()))
 
     def finish(self, crew: Crew, watch: Watch) -> Result:
@@ -390,17 +453,21 @@ class Compression:
             survey=self.surveyed,
             linears=self.linears,
             plan=self.plan,
-            curves={} if self.scores else {n: self.curves[first] for n, first in first_of.items()},
+            curves={} if self.masks else {n: self.curves[first] for n, first in first_of.items()},
             facts={n: self.results[first] | errors.get(n, {}) for n, first in first_of.items()},
             tokens=self.token_report,
             recipe={name: value for name, value in asked.items() if name not in SCHEDULE},
             key=self.key,
             timings=timings,
         )
-        if self.scores:
+        if self.masks:
             report["cap"] = self.learnt.report
+        if self.measures:
+            report["strs"] = self.measured.report
         if self.refits:
             report["refit"] = "errors of linears are those before left factors were fitted again"
+        if self.refines:
+            report["refine"] = self.refine.report
         finish(
             self.out,
             dense=self.model,

@@ -22,15 +22,17 @@ from orchestrator.cluster.tokens import TokenArrays, first_chunk, read_tokens
 from orchestrator.cluster.worker import Emitted, Task, Worker
 from orchestrator.groups import Grouping, stack
 from orchestrator.linalg.low_rank import LowRank, summed
+from orchestrator.linalg.pivot import pivot
 from orchestrator.linalg.ranked import RankedParts
 from orchestrator.linalg.scaled import ScaledLowRank
 from orchestrator.linalg.sparse import Sparse
+from orchestrator.linalg.two_sided import TwoSidedLowRank
 from orchestrator.methods.base import Method
 from orchestrator.models.calibration import Calibration, dense_weight
 from orchestrator.models.checkpoint import write_file
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.index_codes import encode
-from orchestrator.models.layout import FileSpec, TensorSpec
+from orchestrator.models.layout import FileSpec, Part, TensorSpec
 from orchestrator.models.shard import Shard
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.weights import Weights
@@ -67,6 +69,7 @@ class CompressionWorker(Worker):
         self._tokens: TokenArrays | None = None
         self._shard: Shard | None = None
         self._calibration: Calibration | None = None
+        self._pivoted: tuple[tuple[str, int], Mapping[Part, Tensor]] | None = None
 
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...]) -> None:
         """Loads a shard, and starts the statistics of the blocks that are not committed."""
@@ -80,9 +83,12 @@ class CompressionWorker(Worker):
 
     def _gather(self, shard: Shard, todo: tuple[int, ...]) -> Calibration:
         """The statistics of the groups of blocks that are still to do, none gathered yet."""
-        first = self.task.grouping.first
-        wanted = [each for each in self.task.linears if first(each.block) in todo]
+        wanted = self._wanted(todo)
         return Calibration(shard, wanted, self._side, magnitudes=self.method.magnitudes)
+
+    def _wanted(self, todo: tuple[int, ...]) -> list[Linear]:
+        first = self.task.grouping.first
+        return [each for each in self.task.linears if first(each.block) in todo]
 
     def _side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
         """Which Gram a linear needs; those of a group are summed, which only inputs can be."""
@@ -167,8 +173,29 @@ class CompressionWorker(Worker):
             return self._weights.read(tensor.source)
         linear = next(each for each in self.task.linears if each.name == tensor.source)
         if tensor.part in ("weight", "down"):
-            return self._factor(linear, tensor.part, tensor.rank)
+            return self._written(linear, tensor.part, tensor.rank)
+        if tensor.part in ("others", "pivots", "order"):
+            return self._pivot(linear, tensor.rank)[tensor.part]
         return read_sparse(self._stored_file([linear]), tensor, linear)
+
+    def _pivot(self, linear: Linear, rank: int) -> Mapping[Part, Tensor]:
+        """The parts of a linear's pivoted factors; the last ones are kept, they come in a row."""
+        wanted = (linear.name, rank)
+        if self._pivoted is None or self._pivoted[0] != wanted:
+            factors = [self._written(linear, part, rank) for part in ("weight", "down")]
+            weight_OR, down_RI = (each.to(self.device) for each in factors)
+            result = pivot(weight_OR, down_RI)
+            parts: Mapping[Part, Tensor] = {
+                "others": result.weight_SR,
+                "pivots": result.down_RI,
+                "order": result.order_O,
+            }
+            self._pivoted = (wanted, parts)
+        return self._pivoted[1]
+
+    def _written(self, linear: Linear, part: str, rank: int) -> Tensor:
+        """`weight` or `down` of a linear as the checkpoint is to have it."""
+        return self._factor(linear, part, rank)
 
     def _factor(self, linear: Linear, part: str, rank: int) -> Tensor:
         """`weight` or `down` of a linear, cut to a rank."""
@@ -200,9 +227,14 @@ def _facts(
             "numerics": result.report,
         }
     energies_K = result.energies_K.cpu().numpy()
+    weight_R = (
+        result.weight_R
+        if isinstance(result, TwoSidedLowRank)
+        else norm(result.down_RI, dim=1, dtype=torch.float64).square()
+    )
     facts = {
         "curve": Curve(name=linear.name, energies=energies_K, total=result.total).to_json(),
-        "weight_energies": norm(result.down_RI, dim=1, dtype=torch.float64).square().tolist(),
+        "weight_energies": weight_R.tolist(),
         "weight_total": float(norm(weight_OI, dtype=torch.float64).square()),
         "numerics": result.report,
     }

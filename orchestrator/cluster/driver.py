@@ -10,6 +10,7 @@ from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.crew import Crew, assemble
 from orchestrator.cluster.evaluate_job import Evaluation
 from orchestrator.cluster.evaluate_worker import EvaluationWorker
+from orchestrator.cluster.refine_worker import RefineWorker
 from orchestrator.cluster.refit_worker import RefitWorker
 from orchestrator.cluster.watch import OnEvent, Watch
 from orchestrator.recipe import Recipe
@@ -36,11 +37,16 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
                     job.score(crew, watch, stage)
             with watch.stage("allocate"):
                 job.allocate()
-            if not job.refits:
+            if not (job.refits or job.refines):
                 return _write(job, crew, watch)
-        with assemble(RefitWorker, job.refit_task, job.schedule, most, watch) as crew:
-            with watch.stage("refit") as stage:
-                job.refit(crew, watch, stage)
+        if job.refits:
+            with assemble(RefitWorker, job.refit.task, job.schedule, most, watch) as crew:
+                with watch.stage("refit") as stage:
+                    job.refit.perform(crew, watch, stage)
+                return _write(job, crew, watch)
+        with assemble(RefineWorker, job.refine.task, job.schedule, most, watch) as crew:
+            with watch.stage("refine") as stage:
+                job.refine.perform(crew, watch, stage)
             return _write(job, crew, watch)
 
 

@@ -20,9 +20,8 @@ from orchestrator.cluster.compress_worker import (
 from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.refit import refit
 from orchestrator.models.calibration import Calibration, as_dense, dense_weight
-from orchestrator.models.layout import TensorSpec
 from orchestrator.models.shard import Shard
-from orchestrator.plan import Linear, Plan
+from orchestrator.plan import FACTORED, Linear, Plan
 
 FITTED_FILE = "fitted.safetensors"
 
@@ -55,17 +54,16 @@ class RefitWorker(CompressionWorker):
         return Calibration(shard, wanted, lambda linear, site: "input")
 
     def _is_cut(self, linear: Linear) -> bool:
-        return self.task.plan.assignments[linear.name].form == "low_rank"
+        return self.task.plan.assignments[linear.name].form in FACTORED
 
     def _factors(self, linear: Linear) -> tuple[Tensor, Tensor]:
         """Both factors as the plan cuts them."""
         rank = self.task.plan.assignments[linear.name].rank
         return self._factor(linear, "weight", rank), self._factor(linear, "down", rank)
 
-    def _read(self, tensor: TensorSpec) -> Tensor:
-        if tensor.part != "weight":
-            return super()._read(tensor)
-        linear = next(each for each in self.task.linears if each.name == tensor.source)
+    def _written(self, linear: Linear, part: str, rank: int) -> Tensor:
+        if part != "weight":
+            return super()._written(linear, part, rank)
         directory = self.run.units.directory(self.task.refit_keys[linear.block])
         with safe_open(directory / FITTED_FILE, framework="pt") as file:
             rows_RO: Tensor = file.get_tensor(linear.name)

@@ -21,15 +21,17 @@ class Asvd(Method):
     Inputs that are large on the calibration tokens count for more. Division and all it is
     `W' = U_r U_rᵀ W`, U the left singular vectors of W diag(s).
 
-    Departures: ranks are uniform. The paper's sensitivity-based rank search, which measures the
-    perplexity of every linear compressed alone, is an allocation and not part of this method; nor
-    is its choice of which linears stay whole. From the authors' code: the mean is over all tokens,
-    where theirs is a sum of means over batches (a common factor, which only the 1e-6 beside it
-    sees); ranks are not rounded to a multiple; an exact eigendecomposition, where theirs takes
-    `svd_lowrank`, which is random.
+    Ranks come from the paper's search by sensitivities, the allocation `strs`, which measures what
+    the model loses where one linear alone is cut, and leaves whole what no trial is good enough of;
+    `uniform` does without those passes through the model.
+
+    Departures from the authors' code: the mean is over all tokens, where theirs is a sum of means
+    over batches (a common factor, which only the 1e-6 beside it sees); ranks are not rounded to a
+    multiple; an exact eigendecomposition, where theirs takes `svd_lowrank`, which is random.
     """
 
     name: ClassVar[str] = "asvd"
+    allocation: ClassVar[str] = "strs"
     magnitudes: ClassVar[bool] = True
 
     alpha: float = 0.5

@@ -1,0 +1,146 @@
+"""Chunks through all shards, whose workers then finish their blocks: forward, or back as gradients.
+
+The driver's part of everything that gathers statistics and commits a unit a block.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.cluster.crew import Crew
+from orchestrator.cluster.run_pass import run_pass
+from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.verify import intact
+from orchestrator.cluster.watch import Stage, Watch
+from orchestrator.store.run import RunDirectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPass:
+    """What all passes of a run over a model's blocks share."""
+
+    run: RunDirectory
+    num_blocks: int
+    sequences: int
+    shards: int | None
+    """How many, if the recipe says so."""
+    group: int
+    """Blocks that are finished as one."""
+
+    def forward(
+        self, pass_key: str, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
+    ) -> dict[int, dict[str, Any]]:
+        """Passes chunks on; gives the facts of the units of these keys, by block.
+
+        Units that are committed, and whole, are not made again.
+        """
+        done = self._committed(keys, crew, watch)
+        cut = self._cut(crew)
+        schedule = Pass(
+            cut,
+            todo=keys.keys() - done.keys(),
+            num_chunks=self.sequences,
+            present=self._present(pass_key, [blocks.start for blocks in cut], crew),
+        )
+        self._perform(schedule, pass_key, done, len(keys), crew, watch, stage)
+        return done
+
+    def backward(
+        self,
+        dense_key: str,
+        pass_key: str,
+        draws: int,
+        keys: Mapping[int, str],
+        crew: Crew,
+        watch: Watch,
+        stage: Stage,
+    ) -> dict[int, dict[str, Any]]:
+        """The same with gradients, `draws` for every sequence, from the last block to the first.
+
+        Chunks pass once before, under `dense_key`, and stay at the boundaries until all is done:
+        each shard is run again on what lies before it, and goes back through that.
+        """
+        done = self._committed(keys, crew, watch)
+        cut, todo = self._cut(crew), keys.keys() - done.keys()
+        if todo:
+            self._keep_boundaries(dense_key, cut, crew, watch)
+        count = draws * self.sequences
+        schedule = Pass(
+            cut[::-1],
+            todo=todo,
+            num_chunks=count,
+            present=self._present(pass_key, [blocks.stop for blocks in cut[::-1]], crew, count),
+            backward=True,
+            about=(True,),
+        )
+        self._perform(schedule, pass_key, done, len(keys), crew, watch, stage)
+        self.run.chunks(dense_key, crew.environment).clear()
+        return done
+
+    def _committed(
+        self, keys: Mapping[int, str], crew: Crew, watch: Watch
+    ) -> dict[int, dict[str, Any]]:
+        """Facts of the units that an earlier run has left in this environment, undamaged."""
+        units = self.run.units
+        found = {
+            block: facts
+            for block, key in keys.items()
+            if (facts := units.facts(key, crew.environment)) is not None
+        }
+        hashes = {f"block {block}": units.hashes(keys[block]) for block in found}
+        whole = intact(crew, watch, hashes)
+        done = {block: facts for block, facts in found.items() if f"block {block}" in whole}
+        if done:
+            watch.note(f"{len(done)} of {len(keys)} blocks are committed already")
+        return done
+
+    def _cut(self, crew: Crew) -> tuple[range, ...]:
+        default = default_shards(self.num_blocks, crew.size, max(2, self.group))
+        return cut_blocks(self.num_blocks, self.shards or default, self.group)
+
+    def _present(
+        self, pass_key: str, boundaries: list[int], crew: Crew, count: int | None = None
+    ) -> list[set[int]]:
+        """Which chunks lie at each boundary."""
+        chunks = self.run.chunks(pass_key, crew.environment)
+        return [chunks.present(boundary, count or self.sequences) for boundary in boundaries]
+
+    def _keep_boundaries(
+        self, dense_key: str, cut: tuple[range, ...], crew: Crew, watch: Watch
+    ) -> None:
+        """Chunks through all shards but the last, to stay where shards meet."""
+        if len(cut) == 1:
+            return
+        present = self._present(dense_key, [blocks.start for blocks in cut], crew)
+        schedule = Pass(
+            cut[:-1],
+            todo=(),
+            num_chunks=self.sequences,
+            present=present[:-1],
+            results=present[-1],
+            keeps=True,
+        )
+        chunks = self.run.chunks(dense_key, crew.environment)
+        run_pass(crew, watch, schedule, chunks, lambda call, value: None)
+
+    def _perform(
+        self,
+        schedule: Pass,
+        pass_key: str,
+        done: dict[int, dict[str, Any]],
+        total: int,
+        crew: Crew,
+        watch: Watch,
+        stage: Stage,
+    ) -> None:
+        """The pass to its end, each block's facts into `done`."""
+
+        def on_success(call: Call, value: Any) -> None:
+            if call.method == "finish":
+                (block,) = call.arguments
+                done[block] = value
+                seconds = value["timings"]["seconds"]
+                stage.progress(len(done), total, unit=f"block {block}", seconds=seconds)
+
+        chunks = self.run.chunks(pass_key, crew.environment)
+        run_pass(crew, watch, schedule, chunks, on_success)

@@ -1,0 +1,47 @@
+"""Fitting left factors again, once there is a plan: the driver's part."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from orchestrator.cluster.compress_worker import CompressionTask
+from orchestrator.cluster.crew import Crew
+from orchestrator.cluster.refit_worker import RefitTask
+from orchestrator.cluster.watch import Stage, Watch
+from orchestrator.plan import FACTORED
+from orchestrator.store.units import unit_key
+
+if TYPE_CHECKING:
+    from orchestrator.cluster.compress_job import Compression
+
+REFIT_VERSION = 1
+"""Raised when a fit changes."""
+
+
+class Refit:
+    """One pass through the cut blocks, and a unit of left factors for each of them."""
+
+    def __init__(self, job: "Compression") -> None:
+        self._job = job
+        inputs = [job.pass_key, *job.block_keys.values()]
+        plan = job.plan.to_json()
+        self.key = unit_key("calibrate cut", REFIT_VERSION, inputs, plan=plan)
+        """The name of what the pass gives: it decides the bytes of files that hold factors."""
+
+    @property
+    def task(self) -> RefitTask:
+        """What the workers need to know."""
+        job = self._job
+        forms = {name: assignment.form for name, assignment in job.plan.assignments.items()}
+        blocks = sorted({each.block for each in job.linears if forms[each.name] in FACTORED})
+        return RefitTask(
+            **{field.name: getattr(job.task, field.name) for field in fields(CompressionTask)}
+            | {"pass_key": self.key},
+            plan=job.plan,
+            refit_keys={
+                block: unit_key("refit", REFIT_VERSION, [self.key], block=block) for block in blocks
+            },
+        )
+
+    def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+        """Chunks flow through the cut blocks; left factors are fitted to the inputs found there."""
+        self._job.block_pass.forward(self.key, self.task.refit_keys, crew, watch, stage)

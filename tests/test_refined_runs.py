@@ -1,0 +1,138 @@
+"""Blocks refined as a stage of a run: every form, any crew, killed and resumed."""
+
+import os
+import signal
+
+import pytest
+import torch
+from pipeline import contents, run, with_tokenizer, write_llama, write_text
+from safetensors import safe_open
+
+import orchestrator
+from orchestrator.errors import UsageError
+
+TOKENS = torch.arange(2, 34)[None] * 5 % 96
+SHORT = {"refinement": {"epochs": 4, "batches": 4, "learning_rate": 2e-4}}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
+
+
+def refined(llama, out, text, *, options=None, **fields):
+    return run(llama, out, text, refine="blocks", options=SHORT | (options or {}), **fields)
+
+
+@pytest.fixture(scope="module")
+def reference(llama, text, tmp_path_factory):
+    """The result in one process and one shard."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    refined(llama, out, text, shards=1)
+    return contents(out)
+
+
+CASES = {
+    "low_rank": {},
+    "pivoted": {"storage": "pivoted"},
+    "two-sided": {"method": "two-sided"},
+    "sparse": {"method": "wanda"},
+    "low_rank_sparse": {"method": "cap", "options": {"cap": {"stage2": False}}},
+    "shared basis": {"method": "basis-sharing"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_form_is_refined_on_its_support(case, llama, text, tmp_path):
+    """Held-out errors never rise, and some fall; sizes and indices are those without training."""
+    fields = CASES[case]
+    options = {"basis-sharing": {"refit": "never"}} if case == "shared basis" else {}
+    options |= fields.get("options", {})
+    fields = {name: value for name, value in fields.items() if name != "options"}
+    result = refined(llama, tmp_path / "out", text, options=options, **fields)
+    plain = run(
+        llama, tmp_path / "plain", text, options=options, run_dir=str(result.run_dir), **fields
+    )
+    blocks = result.report["refine"]["blocks"]
+    assert all(entry["after"] <= entry["before"] for entry in blocks.values())
+    assert any(entry["after"] < entry["before"] for entry in blocks.values())
+    assert result.plan == plain.plan
+    with (
+        safe_open(result.out / "model.safetensors", framework="pt") as after,
+        safe_open(plain.out / "model.safetensors", framework="pt") as before,
+    ):
+        assert set(after.keys()) == set(before.keys())
+        for name in before.keys():  # noqa: SIM118
+            one, other = after.get_tensor(name), before.get_tensor(name)
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            if not one.is_floating_point():
+                assert torch.equal(one, other)
+    assert bool(orchestrator.load(result.out)(input_ids=TOKENS).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3"])
+def test_families_are_refined(family, checkpoint, text, tmp_path):
+    """Norms, biases and transposed weights find their names in the file."""
+    model = with_tokenizer(checkpoint(family), tmp_path / "dense")
+    result = refined(model, tmp_path / "out", text, shards=2)
+    blocks = result.report["refine"]["blocks"]
+    assert any(entry["after"] < entry["before"] for entry in blocks.values())
+    assert bool(orchestrator.load(result.out)(input_ids=TOKENS).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
+    """A block's training depends on its inputs alone, wherever the model is cut."""
+    refined(llama, tmp_path / "out", text, shards=shards)
+    assert contents(tmp_path / "out") == reference
+
+
+@pytest.mark.ray
+def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_address):
+    """An actor killed after the first refined block: another trains what it held, to the bit."""
+    pids, killed = [], []
+
+    def kill(event):
+        if event["event"] == "workers":
+            pids[:] = [worker["pid"] for worker in event["workers"]]
+        if event["event"] == "unit" and event["stage"] == "refine" and not killed:
+            killed.append(pids[0])
+            os.kill(pids[0], signal.SIGKILL)
+
+    fields = {"executor": "ray", "workers": 2, "shards": 4, "on_event": kill}
+    refined(llama, tmp_path / "out", text, **fields)
+    assert killed
+    assert contents(tmp_path / "out") == reference
+
+
+def test_refined_blocks_are_not_trained_again(llama, text, tmp_path):
+    """A run that is taken up has its units; other options train anew."""
+    run_dir = str(tmp_path / "run")
+    refined(llama, tmp_path / "one", text, run_dir=run_dir)
+    events = []
+    refined(llama, tmp_path / "two", text, run_dir=run_dir, on_event=events.append)
+    assert not any(e["event"] == "unit" and e["stage"] == "refine" for e in events)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    longer = {"refinement": SHORT["refinement"] | {"epochs": 5}}
+    refined(
+        llama, tmp_path / "three", text, run_dir=run_dir, options=longer, on_event=events.append
+    )
+    trained = [e for e in events if e["event"] == "unit" and e["stage"] == "refine"]
+    assert len(trained) == 4
+
+
+def test_what_cannot_be_refined_is_refused_at_once(llama, text, tmp_path):
+    """Unknown options, values out of range, and a refit beside it, each in one line."""
+    for options, message in (
+        ({"refinement": {"epoch": 3}}, "epochs"),
+        ({"refinement": {"epochs": 0}}, "refinement: epochs"),
+        ({"svd-llm": {"refit": "always"}}, "give refit 'never'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(llama, tmp_path / "out", text, refine="blocks", options=options)
+    assert not (tmp_path / "out.run").exists()
