@@ -21,7 +21,14 @@ from typing import Any, get_args
 from orchestrator import __version__
 from orchestrator.errors import OrchestratorError, StoppedError
 from orchestrator.progress import JsonLines, Lines, duration, size
-from orchestrator.recipe import CHOICES, Recipe, make_recipe, parse_option, read_recipe_fields
+from orchestrator.recipe import (
+    CHOICES,
+    PRESETS,
+    Recipe,
+    make_recipe,
+    parse_option,
+    read_recipe_fields,
+)
 
 HELP = {
     "keep": "values to keep of the targeted linears, above 0, at most 1",
@@ -138,7 +145,8 @@ def _compress(options: argparse.Namespace) -> None:
     if {"keep", "keep_bytes"} & given.keys():
         # one of the two on the command line stands for either of them in the file
         written = {name: v for name, v in written.items() if name not in ("keep", "keep_bytes")}
-    recipe = make_recipe({**written, **given})
+    preset = {"preset": options.preset} if "preset" in options else {}
+    recipe = make_recipe({**written, **given, **preset})
     with _stoppable():
         result = api.compress(recipe, on_event=_progress(options))
     if options.json:
@@ -268,6 +276,11 @@ def _add_compress(commands: Any) -> None:
     )
     for name in HELP:
         _add_field(parser, FIELDS[name])
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="recipe that a name stands for, what else is given wins; fast: the best closed form",
+    )
     parser.add_argument(
         "--option",
         action="append",

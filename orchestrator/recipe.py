@@ -35,6 +35,11 @@ SIZE_UNITS = {
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
 }
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "two-sided", "storage": "pivoted"},
+}
+"""Recipes that a name stands for. `fast` is the best closed form: no weight is trained."""
+
 SCHEDULE = ("out", "download", "executor", "address", "workers", "threads", "shards", "run_dir")
 """Fields that say where and how fast, never what: the written checkpoint does not depend on them.
 
@@ -151,6 +156,16 @@ class Recipe:
             raise UsageError('target is empty; leave it out or give "*" for every linear')
         size_in_bytes(self.max_shard_size)
 
+    @classmethod
+    def preset(cls, name: str, **given: Any) -> "Recipe":
+        """The recipe that a name of `PRESETS` stands for, with these fields; they win.
+
+        Raises:
+            UsageError: There is no such preset; as the recipe itself.
+        """
+        check_choice("preset", name, PRESETS)
+        return cls(**(PRESETS[name] | given))
+
     def check_names(self, *, methods: Collection[str], allocations: Collection[str]) -> None:
         """Raises UsageError unless the method and the allocation are among the names given.
 
@@ -194,9 +209,14 @@ class Recipe:
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
     """The recipe with these fields; tables are the options of what they are named after.
 
+    A `preset` among them stands for the fields of `PRESETS` that are not given.
+
     Raises:
-        UsageError: A field is unknown (with near misses) or a required one is missing.
+        UsageError: A field or a preset is unknown (with near misses), or a required field missing.
     """
+    if "preset" in values:
+        check_choice("preset", values["preset"], PRESETS)
+        values = PRESETS[values["preset"]] | {n: v for n, v in values.items() if n != "preset"}
     tables = {name: table for name, table in values.items() if isinstance(table, dict)}
     options = {**tables.pop("options", {}), **tables}
     values = {**{name: v for name, v in values.items() if name not in tables}, "options": options}
@@ -222,7 +242,7 @@ def read_recipe_fields(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not a TOML file: {error}") from error
     plain = {name for name, value in values.items() if not isinstance(value, dict)}
-    _check_known(str(path), plain)
+    _check_known(str(path), plain - {"preset"})
     return values
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import UsageError
 from orchestrator.recipe import (
+    PRESETS,
     SCHEDULE,
     Recipe,
     make_recipe,
@@ -199,3 +200,26 @@ def test_options_are_tables_of_plain_values(options):
 
 def _recipe(**changes):
     return Recipe(**{**REQUIRED, **changes})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_gives_the_fields_that_nothing_else_gives(preset, tmp_path):
+    """On the command line, in a file and from Python it is the same recipe, written out."""
+    fixed = {"model": "m", "out": "o", "keep": 0.8}
+    recipe = Recipe.preset(preset, **fixed)
+    assert make_recipe({**fixed, "preset": preset}) == recipe
+    file = tmp_path / "recipe.toml"
+    file.write_text(f'preset = "{preset}"\nmodel = "m"\nout = "o"\nkeep = 0.8\n')
+    assert make_recipe(read_recipe_fields(file)) == recipe
+    assert make_recipe(tomllib.loads(recipe.to_toml())) == recipe
+    assert make_recipe({**fixed, "preset": preset, "method": "svd"}).method == "svd"
+    assert all(getattr(recipe, name) == value for name, value in PRESETS[preset].items())
+
+
+def test_a_preset_that_does_not_exist_is_refused():
+    """The line names those that do."""
+    fixed = {"model": "m", "out": "o", "keep": 0.8}
+    with pytest.raises(UsageError, match=r"preset is .faster.; it must be one of .*fast"):
+        make_recipe({**fixed, "preset": "faster"})
+    with pytest.raises(UsageError, match="preset"):
+        Recipe.preset("faster", **fixed)

@@ -44,6 +44,7 @@ class Row:
 
     method: str
     options: Options = field(default_factory=dict)
+    storage: str = "plain"
 
 
 ROWS = {
@@ -58,6 +59,8 @@ ROWS = {
     "mgaa": Row("mgaa"),
     "wanda": Row("wanda"),
     "cap": Row("cap"),
+    "two-sided": Row("two-sided"),
+    "two-sided (pivoted)": Row("two-sided", storage="pivoted"),
 }
 
 
@@ -107,6 +110,7 @@ def compress(options: argparse.Namespace, name: str, keep: float) -> dict[str, A
         keep=keep,
         method=row.method,
         options=row.options,
+        storage=row.storage,
         calibration=str(write_calibration_text(options.data / "wikitext2", options.work)),
         samples=SAMPLES,
         sequence_length=SEQUENCE_LENGTH,
