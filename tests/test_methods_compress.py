@@ -72,6 +72,20 @@ def test_baselines_meet_the_budget_from_below(method, keep, llama, text, tmp_pat
     assert values["model_after"] == sum(each.numel() for each in loaded.parameters())
 
 
+def assert_errors(report, llama, out, text, of_outputs, of_weights):
+    """The report's errors are those of the loaded model's linears, each within a tolerance."""
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    before, after = weights(dense), weights(orchestrator.load(out))
+    inputs = inputs_of(dense, llama, text)
+    for name in (*NAMES, NARROW):
+        entry, change = report["linears"][name], before[name] - after[name]
+        lost = (inputs[name] @ change.T).square().sum()
+        error = float(lost / (inputs[name] @ before[name].T).square().sum())
+        assert entry["activation_error"] == pytest.approx(error, rel=of_outputs)
+        error = float(change.square().sum() / before[name].square().sum())
+        assert entry["weight_error"] == pytest.approx(error, rel=of_weights)
+
+
 @pytest.mark.parametrize(
     ("method", "keep", "within"),
     [("svd", 0.5, 1e-3), ("asvd", 0.53, 1e-3), ("wanda", 0.5, 1e-3), ("wanda", 0.53, 0.02)],
@@ -82,16 +96,7 @@ def test_errors_are_those_of_what_is_written(method, keep, within, llama, text, 
     For entries they are known at every 5 % of the density, and interpolated between.
     """
     report = run_uniform(llama, tmp_path / "out", text, method=method, keep=keep).report
-    dense = AutoModelForCausalLM.from_pretrained(llama)
-    before, after = weights(dense), weights(orchestrator.load(tmp_path / "out"))
-    inputs = inputs_of(dense, llama, text)
-    for name in (*NAMES, NARROW):
-        entry, change = report["linears"][name], before[name] - after[name]
-        lost = (inputs[name] @ change.T).square().sum()
-        error = float(lost / (inputs[name] @ before[name].T).square().sum())
-        assert entry["activation_error"] == pytest.approx(error, rel=within)
-        error = float(change.square().sum() / before[name].square().sum())
-        assert entry["weight_error"] == pytest.approx(error, rel=within)
+    assert_errors(report, llama, tmp_path / "out", text, within, within)
 
 
 @pytest.mark.parametrize(("method", "within"), [("two-sided", 1e-3), ("cap", 0.25)])
@@ -102,16 +107,7 @@ def test_errors_are_measured_outside_the_norm_that_is_cut_in(method, within, lla
     """
     options = {"cap": {"stage2": False}} if method == "cap" else {}
     report = run(llama, tmp_path / "out", text, method=method, options=options).report
-    dense = AutoModelForCausalLM.from_pretrained(llama)
-    before, after = weights(dense), weights(orchestrator.load(tmp_path / "out"))
-    inputs = inputs_of(dense, llama, text)
-    for name in (*NAMES, NARROW):
-        entry, change = report["linears"][name], before[name] - after[name]
-        lost = (inputs[name] @ change.T).square().sum()
-        error = float(lost / (inputs[name] @ before[name].T).square().sum())
-        assert entry["activation_error"] == pytest.approx(error, rel=within)
-        error = float(change.square().sum() / before[name].square().sum())
-        assert entry["weight_error"] == pytest.approx(error, rel=1e-3)
+    assert_errors(report, llama, tmp_path / "out", text, within, 1e-3)
 
 
 @every_baseline

@@ -373,20 +373,17 @@ class Compression:
         """Whether the cut factors are fitted again before they are written."""
         return self.method.refits(self.recipe.share)
 
-    @cached_property
-    def refit(self) -> Refit:
-        """The fit, once there is a plan."""
-        return Refit(self)
-
     @property
     def refines(self) -> bool:
         """Whether blocks are trained before they are written."""
         return self.recipe.refine != "none"
 
     @cached_property
-    def refine(self) -> Refine:
-        """The training, once there is a plan."""
-        return Refine(self)
+    def after(self) -> Refit | Refine | None:
+        """What is done to the cut factors before they are written, once there is a plan."""
+        if self.refits:
+            return Refit(self)
+        return Refine(self) if self.refines else None
 
     def write(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Workers cut the stored decompositions to the plan, and write the checkpoint's files."""
@@ -425,10 +422,8 @@ class Compression:
 
     def _file_key(self, spec: FileSpec) -> str:
         inputs = [self.surveyed.fingerprint, *self.block_keys.values(), *self.choice]
-        if self.refits:
-            inputs.append(self.refit.key)
-        if self.refines:
-            inputs.append(self.refine.key)
+        if self.after is not None:
+            inputs.append(self.after.key)
         return unit_key("write", WRITE_VERSION, inputs, spec=digest_json(spec.to_json()))
 
     def finish(self, crew: Crew, watch: Watch) -> Result:
@@ -464,10 +459,8 @@ class Compression:
             report["cap"] = self.learnt.report
         if self.measures:
             report["strs"] = self.measured.report
-        if self.refits:
-            report["refit"] = "errors of linears are those before left factors were fitted again"
-        if self.refines:
-            report["refine"] = self.refine.report
+        if self.after is not None:
+            report[self.after.name] = self.after.report
         finish(
             self.out,
             dense=self.model,

@@ -109,14 +109,21 @@ class CompressionWorker(Worker):
         """Passes one chunk through the shard, and into the statistics."""
         assert self._shard is not None
         assert self._calibration is not None
+        passed = self._calibration.forward(self.entering(index, record))
+        return None, self.emit(self._shard.blocks.stop, passed) if emit else None
+
+    def entering(self, index: int, record: Emitted) -> Chunk:
+        """A chunk at the shard's input: tokens at the model's, else what a shard before has left.
+
+        Raises:
+            MissingChunk: That is not there.
+        """
+        assert self._shard is not None
         assert self._tokens is not None
-        blocks = self._shard.blocks
-        if blocks.start == 0:
-            chunk = first_chunk(self._tokens, index)
-        else:
-            chunk = Chunk.unpack(self.input_record(blocks.start, index, record))
-        passed = self._calibration.forward(chunk)
-        return None, self.emit(blocks.stop, passed) if emit else None
+        start = self._shard.blocks.start
+        if start == 0:
+            return first_chunk(self._tokens, index)
+        return Chunk.unpack(self.input_record(start, index, record))
 
     def finish(self, block: int) -> dict[str, Any]:
         """Decomposes the linears of a group of blocks and commits them, one file each.

@@ -10,8 +10,6 @@ from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.crew import Crew, assemble
 from orchestrator.cluster.evaluate_job import Evaluation
 from orchestrator.cluster.evaluate_worker import EvaluationWorker
-from orchestrator.cluster.refine_worker import RefineWorker
-from orchestrator.cluster.refit_worker import RefitWorker
 from orchestrator.cluster.watch import OnEvent, Watch
 from orchestrator.recipe import Recipe
 from orchestrator.result import Result
@@ -37,16 +35,12 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
                     job.score(crew, watch, stage)
             with watch.stage("allocate"):
                 job.allocate()
-            if not (job.refits or job.refines):
+            if job.after is None:
                 return _write(job, crew, watch)
-        if job.refits:
-            with assemble(RefitWorker, job.refit.task, job.schedule, most, watch) as crew:
-                with watch.stage("refit") as stage:
-                    job.refit.perform(crew, watch, stage)
-                return _write(job, crew, watch)
-        with assemble(RefineWorker, job.refine.task, job.schedule, most, watch) as crew:
-            with watch.stage("refine") as stage:
-                job.refine.perform(crew, watch, stage)
+        # a second crew, since what it does starts from the plan
+        with assemble(job.after.worker_class, job.after.task, job.schedule, most, watch) as crew:
+            with watch.stage(job.after.name) as stage:
+                job.after.perform(crew, watch, stage)
             return _write(job, crew, watch)
 
 

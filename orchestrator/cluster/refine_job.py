@@ -1,11 +1,11 @@
 """Refining blocks in parallel, on the dense model's inputs: the driver's part."""
 
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.cluster.compress_worker import CompressionTask
 from orchestrator.cluster.crew import Crew
-from orchestrator.cluster.refine_worker import RefineTask
+from orchestrator.cluster.refine_worker import RefineTask, RefineWorker
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.store.units import unit_key
 
@@ -23,6 +23,9 @@ class Refine:
     model's own inputs (the first step of design and of no published method, which all walk the
     blocks in order).
     """
+
+    name: ClassVar[str] = "refine"
+    worker_class: ClassVar[type[RefineWorker]] = RefineWorker
 
     def __init__(self, job: "Compression") -> None:
         self._job = job

@@ -14,7 +14,6 @@ from torch import Tensor
 from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.heap import return_freed_memory
 from orchestrator.cluster.score_worker import ScoreWorker
-from orchestrator.cluster.tokens import first_chunk
 from orchestrator.cluster.worker import Emitted
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.layout import TensorSpec
@@ -68,12 +67,7 @@ class RefineWorker(ScoreWorker):
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
         """Passes one chunk through the shard, block by block."""
         assert self._shard is not None
-        assert self._tokens is not None
-        blocks = self._shard.blocks
-        if blocks.start == 0:
-            chunk = first_chunk(self._tokens, index)
-        else:
-            chunk = Chunk.unpack(self.input_record(blocks.start, index, record))
+        blocks, chunk = self._shard.blocks, self.entering(index, record)
         for block in blocks:
             self._states[block].append(chunk)
             chunk = self._shard.forward(chunk, part=range(block, block + 1))

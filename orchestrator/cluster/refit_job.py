@@ -1,11 +1,11 @@
 """Fitting left factors again, once there is a plan: the driver's part."""
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from orchestrator.cluster.compress_worker import CompressionTask
 from orchestrator.cluster.crew import Crew
-from orchestrator.cluster.refit_worker import RefitTask
+from orchestrator.cluster.refit_worker import RefitTask, RefitWorker
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.plan import FACTORED
 from orchestrator.store.units import unit_key
@@ -19,6 +19,10 @@ REFIT_VERSION = 1
 
 class Refit:
     """One pass through the cut blocks, and a unit of left factors for each of them."""
+
+    name: ClassVar[str] = "refit"
+    worker_class: ClassVar[type[RefitWorker]] = RefitWorker
+    report: ClassVar[str] = "errors of linears are those before left factors were fitted again"
 
     def __init__(self, job: "Compression") -> None:
         self._job = job
