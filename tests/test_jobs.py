@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -120,6 +121,7 @@ def test_submit_follow_stop_and_resume(head, client, tree, tmp_path):
     assert directory.status()["exit_code"] == 75
     assert wait_for(lambda: client.get_job_status("first").is_terminal(), seconds=20)
     assert client.get_job_status("first") == "STOPPED"
+    told = done(directory)
     logs = client.get_job_logs("first")
     assert "stopped by SIGTERM" in logs
     assert "Traceback" not in logs
@@ -127,7 +129,7 @@ def test_submit_follow_stop_and_resume(head, client, tree, tmp_path):
     second = ray_job("submit", head, *submit, "second", *entrypoint)
     output, error = second.communicate()
     assert second.returncode == 0, output + error
-    assert "blocks are committed already" in output
+    (committed,) = re.findall(r"(\d+) of 10 blocks are committed already", output)
     assert client.get_job_info("second").driver_exit_code == 0
     for job in ("first", "second"):
         logs = client.get_job_logs(job)
@@ -135,7 +137,9 @@ def test_submit_follow_stop_and_resume(head, client, tree, tmp_path):
         assert "\r" not in logs
         assert "calibrate" in logs
 
-    assert units(events(directory)) == 10
+    # what two workers had under way, they may have committed when nobody listened any more
+    assert told <= int(committed) <= told + 2
+    assert done(directory) - told == 10 - int(committed)
     run(model, tmp_path / "local", text)
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
 
