@@ -84,16 +84,25 @@ def test_a_killed_actor_costs_no_bit(units, llama, text, reference, tmp_path, ra
 
 
 def test_labels_and_seed_are_part_of_the_result(llama, text, reference, tmp_path):
-    """Another seed draws other labels; more draws are another statistic; a size needs neither."""
+    """Another seed, however large, draws other labels; more draws are another statistic.
+
+    A size needs neither.
+    """
     run_dir = str(tmp_path / "run")
-    compress(llama, tmp_path / "seed", text, seed=7, run_dir=run_dir)
+    compress(llama, tmp_path / "seed", text, seed=2**60, run_dir=run_dir)
     assert contents(tmp_path / "seed")["model.safetensors"] != reference["model.safetensors"]
     options = {"two-sided": {"draws": 2}}
     compress(llama, tmp_path / "draws", text, options=options, run_dir=run_dir)
     assert contents(tmp_path / "draws")["model.safetensors"] != reference["model.safetensors"]
     events = []
     compress(
-        llama, tmp_path / "size", text, keep=0.7, seed=7, run_dir=run_dir, on_event=events.append
+        llama,
+        tmp_path / "size",
+        text,
+        keep=0.7,
+        seed=2**60,
+        run_dir=run_dir,
+        on_event=events.append,
     )
     assert not any(e["event"] == "unit" and e["stage"] == "calibrate" for e in events)
 

@@ -18,6 +18,9 @@ from orchestrator.models.chunk import Chunk, Payload
 from orchestrator.models.evaluation import draw_label_gradient
 from orchestrator.models.shard import Shard
 
+LARGEST_PRIME = 2**63 - 25
+"""Below 2^63: torch takes no larger seed, and modulo a power of two many would be one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurvatureTask(CompressionTask):
@@ -66,7 +69,8 @@ class CurvatureWorker(CompressionWorker):
         chunk = self._dense_chunk(index % self.task.sequences)
         if self._shard.is_last:
             # one stream of random numbers for each draw, whoever makes it
-            generator = torch.Generator(self.device).manual_seed(self.task.seed * 2**24 + index)
+            seed = (self.task.seed * 2**24 + index) % LARGEST_PRIME
+            generator = torch.Generator(self.device).manual_seed(seed)
 
             def grads(logits_BTV: Tensor) -> Tensor:
                 mask_BT = chunk.mask.to(logits_BTV.device)

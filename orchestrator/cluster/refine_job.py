@@ -20,8 +20,7 @@ class Refine:
     """One pass of dense chunks, and a unit of trained tensors for each block with a cut linear.
 
     Blocks do not wait for each other: each learns to give what its dense block gives on the dense
-    model's own inputs (the first step of design and of no published method, which all walk the
-    blocks in order).
+    model's own inputs. Published methods walk the blocks in order, each behind the compressed ones.
     """
 
     name: ClassVar[str] = "refine"
