@@ -27,6 +27,7 @@ from orchestrator.cluster.score_worker import ScoreWorker
 from orchestrator.cluster.sensitivity_job import Sensitivities
 from orchestrator.cluster.sensitivity_worker import CurvatureSensitivityWorker, SensitivityWorker
 from orchestrator.cluster.tokens import commit_tokens
+from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.verify import intact
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import UsageError
@@ -379,11 +380,14 @@ class Compression:
         return self.recipe.refine != "none"
 
     @cached_property
-    def after(self) -> Refit | Refine | None:
+    def after(self) -> tuple[Refit | TrainedStage, ...]:
         """What is done to the cut factors before they are written, once there is a plan."""
         if self.refits:
-            return Refit(self)
-        return Refine(self) if self.refines else None
+            return (Refit(self),)
+        stages: list[TrainedStage] = []
+        if self.recipe.refine == "blocks":
+            stages.append(Refine(self, stages))
+        return tuple(stages)
 
     def write(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Workers cut the stored decompositions to the plan, and write the checkpoint's files."""
@@ -422,8 +426,7 @@ class Compression:
 
     def _file_key(self, spec: FileSpec) -> str:
         inputs = [self.surveyed.fingerprint, *self.block_keys.values(), *self.choice]
-        if self.after is not None:
-            inputs.append(self.after.key)
+        inputs += [after.key for after in self.after]
         return unit_key("write", WRITE_VERSION, inputs, spec=digest_json(spec.to_json()))
 
     def finish(self, crew: Crew, watch: Watch) -> Result:
@@ -459,8 +462,8 @@ class Compression:
             report["cap"] = self.learnt.report
         if self.measures:
             report["strs"] = self.measured.report
-        if self.after is not None:
-            report[self.after.name] = self.after.report
+        for after in self.after:
+            report[after.name] = after.report
         finish(
             self.out,
             dense=self.model,

@@ -10,6 +10,8 @@ from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.crew import Crew, assemble
 from orchestrator.cluster.evaluate_job import Evaluation
 from orchestrator.cluster.evaluate_worker import EvaluationWorker
+from orchestrator.cluster.refit_job import Refit
+from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.watch import OnEvent, Watch
 from orchestrator.recipe import Recipe
 from orchestrator.result import Result
@@ -35,13 +37,21 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
                     job.score(crew, watch, stage)
             with watch.stage("allocate"):
                 job.allocate()
-            if job.after is None:
+            if not job.after:
                 return _write(job, crew, watch)
-        # a second crew, since what it does starts from the plan
-        with assemble(job.after.worker_class, job.after.task, job.schedule, most, watch) as crew:
-            with watch.stage(job.after.name) as stage:
-                job.after.perform(crew, watch, stage)
+        # each with a crew of its own, since what it does starts from the plan
+        *earlier, last = job.after
+        for after in earlier:
+            with assemble(after.worker_class, after.task, job.schedule, most, watch) as crew:
+                _train(after, crew, watch)
+        with assemble(last.worker_class, last.task, job.schedule, most, watch) as crew:
+            _train(last, crew, watch)
             return _write(job, crew, watch)
+
+
+def _train(after: Refit | TrainedStage, crew: Crew, watch: Watch) -> None:
+    with watch.stage(after.name) as stage:
+        after.perform(crew, watch, stage)
 
 
 def _write(job: Compression, crew: Crew, watch: Watch) -> Result:

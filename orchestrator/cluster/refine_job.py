@@ -1,22 +1,22 @@
 """Refining blocks in parallel, on the dense model's inputs: the driver's part."""
 
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from orchestrator.cluster.compress_worker import CompressionTask
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.refine_worker import RefineTask, RefineWorker
+from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.watch import Stage, Watch
-from orchestrator.store.units import unit_key
 
 if TYPE_CHECKING:
     from orchestrator.cluster.compress_job import Compression
 
-REFINE_VERSION = 1
+REFINE_VERSION = 2
 """Raised when a trained tensor changes."""
 
 
-class Refine:
+class Refine(TrainedStage):
     """One pass of dense chunks, and a unit of trained tensors for each block with a cut linear.
 
     Blocks do not wait for each other: each learns to give what its dense block gives on the dense
@@ -26,43 +26,18 @@ class Refine:
     name: ClassVar[str] = "refine"
     worker_class: ClassVar[type[RefineWorker]] = RefineWorker
 
-    def __init__(self, job: "Compression") -> None:
-        self._job = job
-        inputs = [job.pass_key, *job.block_keys.values(), *job.choice]
-        self.key = unit_key(
-            "refine",
-            REFINE_VERSION,
-            inputs,
-            plan=job.plan.to_json(),
-            options=asdict(job.refine_options),
-            seed=job.recipe.seed,
-        )
-        """The name of what all blocks become."""
-        forms = {name: assignment.form for name, assignment in job.plan.assignments.items()}
-        blocks = sorted({each.block for each in job.linears if forms[each.name] != "dense"})
-        self._keys = {
-            block: unit_key("refined block", REFINE_VERSION, [self.key], block=block)
-            for block in blocks
-        }
+    def __init__(self, job: "Compression", earlier: Sequence[TrainedStage]) -> None:
+        options = asdict(job.refine_options)
+        super().__init__(job, earlier, version=REFINE_VERSION, options=options)
 
     @property
     def task(self) -> RefineTask:
-        """What the workers need to know."""
-        job = self._job
-        return RefineTask(
-            **{field.name: getattr(job.task, field.name) for field in fields(CompressionTask)}
-            | {"pass_key": self.key},
-            plan=job.plan,
-            options=job.refine_options,
-            seed=job.recipe.seed,
-            choice="".join(job.choice),
-            refine_keys=self._keys,
-        )
+        return RefineTask(**self.shared, options=self._job.refine_options)
 
     def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Dense chunks flow through the shards; then each shard's blocks are trained."""
         passes = self._job.block_pass
-        self._facts = passes.forward(self.key, self._keys, crew, watch, stage)
+        self._facts = passes.forward(self.key, self.keys, crew, watch, stage)
 
     @property
     def report(self) -> dict[str, Any]:
