@@ -2,7 +2,8 @@
 
 from orchestrator.hf.loading import load
 from orchestrator.hf.quantizer import OrchestratorConfig, OrchestratorQuantizer, register
+from orchestrator.hf.recovery import recovery_targets
 
-__all__ = ["OrchestratorConfig", "OrchestratorQuantizer", "load", "register"]
+__all__ = ["OrchestratorConfig", "OrchestratorQuantizer", "load", "recovery_targets", "register"]
 
 register()

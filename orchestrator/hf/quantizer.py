@@ -73,11 +73,31 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
             elif isinstance(module, LowRankLinear) and plan.get(rule) == "rowwise":
                 plan[f"{rule}.down"] = plan.pop(rule)
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called when a model is saved; leaves to transformers what is written.
+
+        Raises:
+            InputError: An adapter is not merged, so nothing could load what would be written.
+        """
+        names = [name for name, _ in model.named_parameters() if ".base_layer." in name]
+        # under transformers' own `add_adapter` the adapter alone is saved
+        if names and not getattr(model, "_hf_peft_config_loaded", False):
+            raise InputError(
+                f"{names[0]}: cannot be saved inside an adapter; merge it (merge_and_unload), "
+                "and adapt one factor at a time"
+            )
+        return None, {}
+
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether `Trainer` takes the model without adapters: its values are plain parameters."""
         return True
 
     @property

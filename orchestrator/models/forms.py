@@ -136,9 +136,10 @@ def install_forms(model: PreTrainedModel, quantization_config: Mapping[str, Any]
             f"config.json: quantization_config.modules[{given!r}]: {reason}; "
             "the config does not belong to this model"
         )
+    shared = {form.basis for form in forms.values()}
     for given, form in forms.items():
         name, module = linears[given]
-        replacement = _make(form, module)
+        replacement = _make(form, module, shares_basis=bool(form.basis) or given in shared)
         if form.basis:
             basis = f"{linears[form.basis][0]}.down.weight"
             # the model's map is read when weights are loaded, the module's when they are saved
@@ -249,7 +250,9 @@ def _find_linears(
     return linears
 
 
-def _make(form: StoredForm, module: nn.Linear | Conv1D) -> LowRankLinear | SparseLinear:
+def _make(
+    form: StoredForm, module: nn.Linear | Conv1D, *, shares_basis: bool
+) -> LowRankLinear | SparseLinear:
     """The module of this form, of the linear's size, with empty parameters."""
     in_features, out_features = features(module)
     options: dict[str, Any] = {
@@ -264,4 +267,4 @@ def _make(form: StoredForm, module: nn.Linear | Conv1D) -> LowRankLinear | Spars
         return LowRankSparseLinear(*sizes, form.rank, form.nonzeros, form.index, **options)
     if form.form == "pivoted":
         return PivotedLinear(*sizes, form.rank, **options)
-    return LowRankLinear(*sizes, form.rank, **options)
+    return LowRankLinear(*sizes, form.rank, shares_basis=shares_basis, **options)

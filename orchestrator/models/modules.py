@@ -12,8 +12,44 @@ Shape suffixes: O outputs, I inputs, R rank, S = O - R, N nonzeros.
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.utils.parametrize import is_parametrized
 
+from orchestrator.errors import InputError
 from orchestrator.models.index_codes import index_tensors, is_sound, materialize
+
+
+class SharedBasis(nn.Module):
+    """The inner factor of linears that share one: `y = x weight^T`, `weight` [R, I] is tied.
+
+    Not an `nn.Linear`, on purpose: a program that adapts those would give every linear an adapter
+    of its own, and merging would then add all of them to the one tensor that they share.
+    """
+
+    _hf_quantized_needs_local_tp = True
+
+    def __init__(
+        self,
+        in_features: int,
+        rank: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, rank
+        self.weight = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Raises: InputError: something changes `weight` for this one of the linears alone."""
+        if is_parametrized(self):
+            raise InputError(
+                "a basis that several linears share was adapted for one of them, which cannot be "
+                "merged; adapt the linears' own factors, as recovery_targets(model, 'weight') does"
+            )
+        return linear(input, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 class LowRankLinear(nn.Module):
@@ -36,6 +72,7 @@ class LowRankLinear(nn.Module):
         rank: int,
         *,
         bias: bool = True,
+        shares_basis: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -43,7 +80,11 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         weight_OR = torch.empty(out_features, rank, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight_OR)
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.down: nn.Linear | SharedBasis = (
+            SharedBasis(in_features, rank, device=device, dtype=dtype)
+            if shares_basis
+            else nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        )
         bias_O = torch.empty(out_features, device=device, dtype=dtype)
         self.register_parameter("bias", nn.Parameter(bias_O) if bias else None)
 
