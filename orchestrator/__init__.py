@@ -18,11 +18,12 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "search",
     "status",
 ]
 
 if TYPE_CHECKING:
-    from orchestrator.api import clean, compress, evaluate, export, load, status
+    from orchestrator.api import clean, compress, evaluate, export, load, search, status
     from orchestrator.errors import OrchestratorError
     from orchestrator.plan import Plan
     from orchestrator.recipe import Recipe

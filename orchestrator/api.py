@@ -8,12 +8,16 @@
 Heavy packages are imported when a verb is called.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.recipe import Recipe
 from orchestrator.result import Result
+
+if TYPE_CHECKING:
+    from orchestrator.searching import Search
 
 OnEvent = Callable[[dict[str, Any]], None]
 """Told of everything that happens: plain dicts with an `event` of `stage`, `unit`, `note`,
@@ -32,6 +36,24 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
     from orchestrator.cluster import driver
 
     return driver.compress(recipe, on_event)
+
+
+def search(
+    recipe: Recipe,
+    vary: Mapping[str, Sequence[Any]],
+    *,
+    text: str,
+    on_event: OnEvent | None = None,
+    **evaluation: Any,
+) -> "Search":
+    """Compresses with every combination of settings, keeps what held-out text likes best.
+
+    See `orchestrator.searching`: `vary` has the values to try by field (`storage`) or option
+    (`mgaa.t`); `evaluation` is as `evaluate` takes it.
+    """
+    from orchestrator import searching
+
+    return searching.search(recipe, vary, text=text, on_event=on_event, **evaluation)
 
 
 def evaluate(
@@ -175,6 +197,65 @@ def compare(run_dirs: Sequence[str | Path], output: str | Path | None = None) ->
 
     runs = [Path(run_dir) for run_dir in run_dirs]
     return write_comparison(runs, None if output is None else Path(output))
+
+
+def submit(
+    program: Sequence[str],
+    *,
+    address: str | None = None,
+    retries: int = 3,
+    working_dir: str | Path = ".",
+    exclude: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    wait: bool = True,
+    show: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> int:
+    """Runs a command line as a Ray job, again while that may help; gives its exit code.
+
+    Another attempt resumes the run. It is made, under another submission id, when the driver was
+    killed, its node or the head went, or the run was stopped or lost its workers; not when the
+    program said that what was asked is wrong (2, 3, 4). SIGINT and SIGTERM stop the job.
+
+    Args:
+        program: What follows `orchestrator`: `["compress", "/shared/dense", ...]`.
+        address: The dashboard, http://HEAD:8265; without it what Ray finds.
+        retries: Attempts after the first, each after a pause of 5 to 60 s.
+        working_dir: Directory that travels with the job and that its program starts in.
+        exclude: What of it stays behind, in the words of `.gitignore`; besides `.venv`, `.work`,
+            `.git` and what its `.gitignore` names.
+        env: Variables of the job. The cluster knows its token; here it is refused, because who
+            sees the job sees its variables.
+        wait: Otherwise the job is submitted and left alone; 0 is given.
+        show: Takes the job's log in pieces; stdout without it.
+        say: Takes lines about the job; stdout without it.
+
+    Raises:
+        UsageError: An argument is wrong, nothing answers at the address, it does not let us in,
+            or it refuses the job.
+        StoppedError: A signal came, or the head was silent for ten minutes.
+    """
+    from orchestrator.cluster import submit as jobs
+    from orchestrator.errors import UsageError
+
+    if retries < 0:
+        raise UsageError(f"retries: {retries} given; 0 or more are possible")
+    if not Path(working_dir).is_dir():
+        raise UsageError(f"working_dir: {working_dir} is no directory")
+    for name in env or {}:
+        if name.startswith("RAY_AUTH_TOKEN"):
+            raise UsageError(f"env: {name} would be shown with the job; the cluster has its token")
+    return jobs.submit(
+        program,
+        address=address,
+        retries=retries,
+        working_dir=str(working_dir),
+        exclude=exclude,
+        env=env or {},
+        wait=wait,
+        show=show or partial(print, end="", flush=True),
+        say=say or print,
+    )
 
 
 def clean(run_dir: str | Path) -> None:

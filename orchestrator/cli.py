@@ -14,12 +14,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
 
 from orchestrator import __version__
-from orchestrator.errors import OrchestratorError, StoppedError
+from orchestrator.errors import OrchestratorError, StoppedError, UsageError
 from orchestrator.progress import JsonLines, Lines, duration, size
 from orchestrator.recipe import (
     CHOICES,
@@ -27,8 +28,10 @@ from orchestrator.recipe import (
     Recipe,
     make_recipe,
     parse_option,
+    parse_vary,
     read_recipe_fields,
 )
+from orchestrator.result import Result
 
 HELP = {
     "keep": "values to keep of the targeted linears, above 0, at most 1",
@@ -79,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        options.command(options)
+        code: int | None = options.command(options)
+        return code or 0
     except KeyboardInterrupt:
         return _complain("stopped by the keyboard", StoppedError.exit_code, options.verbose)
     except OrchestratorError as error:
@@ -90,7 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # a run that was stopped leaves it ignored
         if signal.getsignal(signal.SIGTERM) is _stop:
             signal.signal(signal.SIGTERM, previous)
-    return 0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -134,9 +137,8 @@ def _complain(message: str, exit_code: int, verbose: bool) -> int:
     return exit_code
 
 
-def _compress(options: argparse.Namespace) -> None:
-    from orchestrator import api
-
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe that a file and the flags say; flags win."""
     given = {name: value for name, value in vars(options).items() if name in FIELDS}
     written = read_recipe_fields(options.recipe) if "recipe" in options else {}
     for text in vars(options).get("option", ()):
@@ -146,10 +148,37 @@ def _compress(options: argparse.Namespace) -> None:
         # one of the two on the command line stands for either of them in the file
         written = {name: v for name, v in written.items() if name not in ("keep", "keep_bytes")}
     preset = {"preset": options.preset} if "preset" in options else {}
-    recipe = make_recipe({**written, **given, **preset})
+    return make_recipe({**written, **given, **preset})
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    recipe = _recipe(options)
     with _stoppable():
         result = api.compress(recipe, on_event=_progress(options))
-    if options.json:
+    _print_result(result, options.json)
+
+
+def _search(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    recipe, vary = _recipe(options), dict(map(parse_vary, options.vary))
+    names = {"field": "text_field", "samples": "text_samples", "stride": "stride"}
+    given = {name: getattr(options, flag) for name, flag in names.items() if flag in options}
+    given |= {"sequence_length": recipe.sequence_length}
+    with _stoppable():
+        found = api.search(recipe, vary, text=options.text, on_event=_progress(options), **given)
+    if not options.json:
+        for candidate in found.candidates:
+            setting = ", ".join(f"{name}={value}" for name, value in candidate.setting.items())
+            mark = "  best" if candidate is found.best else ""
+            print(f"{candidate.perplexity:12.2f}  {candidate.kept:.4f}  {setting}{mark}")
+    _print_result(found.result, options.json)
+
+
+def _print_result(result: Result, as_json: bool) -> None:
+    if as_json:
         print(json.dumps(result.report, indent=2))
         return
     kept, values = result.report["kept"], result.report["values"]
@@ -219,6 +248,41 @@ def _clean(options: argparse.Namespace) -> None:
     print(f"removed {options.run}")
 
 
+def _submit(options: argparse.Namespace) -> int:
+    from orchestrator import api
+
+    program = _parser().parse_args(options.program)
+    if program.command is _submit:
+        raise UsageError("submit: the job's command cannot be submit itself")
+    written = read_recipe_fields(program.recipe) if "recipe" in program else {}
+    for name in ("out", "run_dir"):
+        path = vars(program).get(name) or written.get(name) or "/"
+        if not Path(path).is_absolute():
+            raise UsageError(
+                f"{name}: {path} would lie in the job's own directory and go with it; "
+                "give the whole path of a place that all nodes see"
+            )
+    names = ("address", "retries", "working_dir", "exclude")
+    given = {name: getattr(options, name) for name in names if name in options}
+    given["env"] = dict(map(_variable, vars(options).get("env", ())))
+    if options.no_wait and "retries" in given:
+        raise UsageError("--retries: with --no-wait nobody is there to submit the job again")
+    with _stoppable():
+        return api.submit(
+            options.program,
+            wait=not options.no_wait,
+            say=partial(print, file=sys.stderr, flush=True),
+            **given,
+        )
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise UsageError(f"--env {text}: NAME=VALUE was expected")
+    return name, value
+
+
 def _progress(options: argparse.Namespace) -> Lines | JsonLines:
     return JsonLines(sys.stderr) if options.progress == "json" else Lines(sys.stderr)
 
@@ -258,17 +322,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_compress(commands)
+    _add_search(commands)
     _add_evaluate(commands)
     _add_export(commands)
     _add_status(commands)
     _add_report(commands)
     _add_compare(commands)
     _add_clean(commands)
+    _add_submit(commands)
     return parser
 
 
 def _add_compress(commands: Any) -> None:
     parser = _command(commands, "compress", _compress, "make a smaller model out of a dense one")
+    _add_recipe(parser)
+
+
+def _add_search(commands: Any) -> None:
+    parser = _command(
+        commands, "search", _search, "compress with several settings, keep what held-out text likes"
+    )
+    _add_recipe(parser)
+    parser.add_argument(
+        "--vary",
+        action="append",
+        required=True,
+        metavar="NAME=VALUE,...",
+        help="values to try of a flag, storage=plain,pivoted, or an option, mgaa.t=0.5,1; "
+        "may be repeated, every combination is tried",
+    )
+    parser.add_argument(
+        "--text", metavar="TEXT", required=True, help=f"held-out text: {HELP['calibration']}"
+    )
+    parser.add_argument("--text-field", metavar="NAME", help=HELP["calibration_field"])
+    parser.add_argument("--text-samples", metavar="N", type=int, help="sequences of held-out text")
+    parser.add_argument("--stride", metavar="N", type=int, help="take each N-th sequence only")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The flags of a recipe, and how it is told of."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="directory or hub id")
     parser.add_argument("out", metavar="OUT", nargs="?", help="directory of the result")
     parser.add_argument(
@@ -349,8 +441,47 @@ def _add_clean(commands: Any) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory")
 
 
+def _add_submit(commands: Any) -> None:
+    parser = _command(
+        commands, "submit", _submit, "run a command as a Ray job, again while that may help"
+    )
+    parser.usage = "%(prog)s [options] -- COMMAND ..."
+    parser.add_argument(
+        "program", metavar="COMMAND", nargs="+", help="compress or another, with its arguments"
+    )
+    parser.add_argument(
+        "--address", metavar="URL", help="dashboard, http://HEAD:8265; what Ray finds without it"
+    )
+    parser.add_argument(
+        "--retries",
+        metavar="N",
+        type=int,
+        help="attempts after the first; what is wrong with the command is not tried again "
+        "(default: 3)",
+    )
+    parser.add_argument(
+        "--working-dir", metavar="DIR", help="directory that travels with the job (default: .)"
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="what of it stays behind, besides .venv, .work, .git and what .gitignore names; "
+        "may be repeated",
+    )
+    parser.add_argument(
+        "--env", action="append", metavar="NAME=VALUE", help="variable of the job; may be repeated"
+    )
+    parser.add_argument(
+        "--no-wait",
+        action="store_true",
+        default=False,
+        help="print the submission id and leave the job alone",
+    )
+
+
 def _command(
-    commands: Any, name: str, command: Callable[[argparse.Namespace], None], says: str
+    commands: Any, name: str, command: Callable[[argparse.Namespace], int | None], says: str
 ) -> argparse.ArgumentParser:
     """A parser that leaves out of its result what was not given: defaults live in one place."""
     parser: argparse.ArgumentParser = commands.add_parser(

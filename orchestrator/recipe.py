@@ -256,10 +256,28 @@ def parse_option(text: str) -> tuple[str, str, Any]:
     name, dot, option = path.strip().partition(".")
     if not (separator and dot and name and BARE_KEY.fullmatch(option)):
         raise UsageError(f"option is {text!r}; write it like mgaa.t=0.5")
+    return name, option, parse_value(written)
+
+
+def parse_value(written: str) -> Any:
+    """The value that is written, as TOML; what is none is a string."""
     try:
-        return name, option, tomllib.loads(f"value = {written}")["value"]
+        return tomllib.loads(f"value = {written}")["value"]
     except tomllib.TOMLDecodeError:
-        return name, option, written.strip()
+        return written.strip()
+
+
+def parse_vary(text: str) -> tuple[str, list[Any]]:
+    """Name and values of `storage=plain,pivoted` or `mgaa.t=0.5,1`, each read as TOML if it can be.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    name, separator, written = text.partition("=")
+    values = [value.strip() for value in written.split(",")]
+    if not separator or not name.strip() or not all(values):
+        raise UsageError(f"vary is {text!r}; write it like storage=plain,pivoted or mgaa.t=0.5,1")
+    return name.strip(), [parse_value(value) for value in values]
 
 
 def size_in_bytes(text: str) -> int:

@@ -31,8 +31,9 @@ MAY_IMPORT = {
     "pyarrow huggingface_hub datasets",
     "hf": "errors plan models torch transformers",
     "cluster": f"{ALL_PARTS} torch numpy safetensors ray grpc",
-    "api": f"{ALL_PARTS} pages transformers",
-    "cli": "errors recipe progress api",
+    "api": f"{ALL_PARTS} pages searching transformers",
+    "searching": "api errors options recipe result store",
+    "cli": "errors recipe result progress api",
     "__main__": "cli",
 }
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "pyarrow", "ray", "torch", "transformers"}
@@ -101,7 +102,8 @@ def test_light_import(statement):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "compress", "evaluate", "export", "status", "report", "compare", "clean"]
+    "command",
+    ["", "compress", "evaluate", "export", "status", "report", "compare", "clean", "submit"],
 )
 def test_help_is_light(command):
     """`--help` answers without importing a heavy package, numpy included."""
