@@ -40,6 +40,7 @@ HELP = {
     "allocation": "how the budget is divided over the linears",
     "storage": "factors as they are, or pivoted: the same weight in fewer values",
     "refine": "train what is cut: nothing, or each block towards what the dense one gives",
+    "train": "train the whole compressed model: all, lean or light in memory, or nothing",
     "calibration": ".txt, .jsonl, .parquet, a directory of them, datasets:NAME[:CONFIG[:SPLIT]]",
     "calibration_field": "field of records that holds the text",
     "samples": "sequences",

@@ -20,6 +20,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CHOICES = {
     "storage": ("plain", "pivoted"),
     "refine": ("none", "blocks"),
+    "train": ("none", "all", "lean", "light"),
     "sampling": ("first", "random"),
     "layout": ("packed", "padded"),
     "executor": ("ray", "local"),
@@ -77,6 +78,10 @@ class Recipe:
     refine: str = "none"
     """Whether what is cut is trained before it is written: `none`, or `blocks`, each block towards
     what the dense one gives, all of them apart from each other."""
+    train: str = "none"
+    """Whether the whole compressed model is then trained towards what the dense one says of the
+    next token: `none`, `all` that is cut, the same with `lean` moments of 16 bits, or `light`,
+    norms and scales alone."""
 
     calibration: str | None = None
     """Calibration text: .txt, .jsonl, .parquet, a directory of them, or
@@ -124,8 +129,8 @@ class Recipe:
     """Run directory; nothing means `OUT.run` beside the output."""
 
     options: dict[str, dict[str, Any]] = dataclass_field(default_factory=dict)
-    """Options of a method or an allocation, by its name, and of `refinement`: a TOML table each,
-    `[mgaa]`."""
+    """Options of a method or an allocation, by its name, and of `refinement` and `training`: a TOML
+    table each, `[mgaa]`."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -175,7 +180,8 @@ class Recipe:
         if self.allocation is not None:
             check_choice("allocation", self.allocation, allocations)
         for name in self.options:
-            check_choice("options", name, {*methods, *allocations, "refinement"})
+            stages = {"refinement", "training"}
+            check_choice("options", name, {*methods, *allocations, *stages})
 
     @property
     def max_shard_bytes(self) -> int:

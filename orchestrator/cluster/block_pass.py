@@ -34,7 +34,7 @@ class BlockPass:
 
         Units that are committed, and whole, are not made again.
         """
-        done = self._committed(keys, crew, watch)
+        done = self.committed(keys, crew, watch)
         cut = self._cut(crew)
         schedule = Pass(
             cut,
@@ -60,7 +60,7 @@ class BlockPass:
         Chunks pass once before, under `dense_key`, and stay at the boundaries until all is done:
         each shard is run again on what lies before it, and goes back through that.
         """
-        done = self._committed(keys, crew, watch)
+        done = self.committed(keys, crew, watch)
         cut, todo = self._cut(crew), keys.keys() - done.keys()
         if todo:
             self._keep_boundaries(dense_key, cut, crew, watch)
@@ -77,7 +77,7 @@ class BlockPass:
         self.run.chunks(dense_key, crew.environment).clear()
         return done
 
-    def _committed(
+    def committed(
         self, keys: Mapping[int, str], crew: Crew, watch: Watch
     ) -> dict[int, dict[str, Any]]:
         """Facts of the units that an earlier run has left in this environment, undamaged."""

@@ -27,6 +27,7 @@ from orchestrator.cluster.score_worker import ScoreWorker
 from orchestrator.cluster.sensitivity_job import Sensitivities
 from orchestrator.cluster.sensitivity_worker import CurvatureSensitivityWorker, SensitivityWorker
 from orchestrator.cluster.tokens import commit_tokens
+from orchestrator.cluster.train_job import Train, train_options_of
 from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.verify import intact
 from orchestrator.cluster.watch import Stage, Watch
@@ -84,6 +85,7 @@ class Compression:
         self.allocator = make_allocator(allocation, options, self.method.form)
         self._check_storage()
         self.refine_options = RefineOptions(**self._refine_table())
+        self.train_options = train_options_of(self)
         self.out = Path(recipe.out).expanduser().absolute()
         found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
         self.model = found.absolute()
@@ -387,6 +389,8 @@ class Compression:
         stages: list[TrainedStage] = []
         if self.recipe.refine == "blocks":
             stages.append(Refine(self, stages))
+        if self.recipe.train != "none":
+            stages.append(Train(self, stages))
         return tuple(stages)
 
     def write(self, crew: Crew, watch: Watch, stage: Stage) -> None:
@@ -464,6 +468,8 @@ class Compression:
             report["strs"] = self.measured.report
         for after in self.after:
             report[after.name] = after.report
+            if isinstance(after, Train):
+                report["timings"]["train"] = after.timings
         finish(
             self.out,
             dense=self.model,

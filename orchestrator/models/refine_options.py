@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from orchestrator.errors import UsageError
 from orchestrator.options import check_number, check_whole
@@ -45,7 +46,20 @@ class RefineOptions:
             raise UsageError(f"refinement: dense is {self.dense!r}; it must be true or false")
 
 
-def rate(step: int, steps: int, options: RefineOptions) -> float:
+class Rates(Protocol):
+    """The options that say how the learning rate goes."""
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def warm_up(self) -> float: ...
+
+    @property
+    def floor(self) -> float: ...
+
+
+def rate(step: int, steps: int, options: Rates) -> float:
     """The learning rate of a step, counted from 0: a linear warm-up, then a cosine to the floor."""
     warm = int(options.warm_up * steps)
     if step < warm:

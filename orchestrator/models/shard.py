@@ -136,6 +136,7 @@ class Shard:
         self,
         chunk: Chunk,
         grads: Sequence[Tensor | None] | Callable[[Tensor], Tensor],
+        part: range | None = None,
     ) -> list[Tensor | None]:
         """Runs the shard again, with gradients, and goes back through it.
 
@@ -148,6 +149,7 @@ class Shard:
             grads: Of the loss, by the tensors of the payload that `forward` gives
                 (`Payload.tensors`), or, on the last shard, by the logits alone; there it may be
                 what makes the gradient out of the logits [B, T, V].
+            part: As for `forward`; what is said of the shard is then true of these blocks.
 
         Returns:
             Gradients by the tensors of the chunk's payload; empty on the first shard.
@@ -156,8 +158,8 @@ class Shard:
         leaves = received.tensors() if received else []
         for leaf in leaves:
             leaf.requires_grad_(leaf.is_floating_point())
-        with torch.enable_grad():
-            if self.is_last:
+        with torch.enable_grad(), self._limited_to(part):
+            if self._part.stop == len(self._frame.blocks):
                 outputs = [self._logits(chunk, received)]
             else:
                 outputs = self._payload(chunk, received).tensors()
@@ -193,6 +195,10 @@ class Shard:
         names = {name for name, _ in self._replaced}
         parameters = model.named_parameters(remove_duplicate=False)
         return {name: parameter for name, parameter in parameters if name in names}
+
+    def block(self, name: str) -> int:
+        """Index of the block that a parameter of this name belongs to."""
+        return int(name.removeprefix(f"{self._frame.prefix}.").partition(".")[0])
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of its blocks, but for a basis that blocks outside the shard use too."""
