@@ -19,7 +19,8 @@ from orchestrator.errors import UsageError
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CHOICES = {
     "storage": ("plain", "pivoted"),
-    "refine": ("none", "blocks"),
+    "compensate": ("none", "input", "anchored", "blend"),
+    "refine": ("none", "blocks", "in_order"),
     "train": ("none", "all", "lean", "light"),
     "sampling": ("first", "random"),
     "layout": ("packed", "padded"),
@@ -75,9 +76,14 @@ class Recipe:
     storage: str = "plain"
     """How factors are stored: `plain`, or `pivoted`, as R of the weight's rows and the others in
     terms of those. Pivoting loses nothing and stores fewer values, so a budget holds more ranks."""
+    compensate: str = "none"
+    """Whether factors are fitted again to the inputs that the compressed model makes, block by
+    block: towards what the dense weight gives on these, `input`, on its own inputs, `anchored`, or
+    on a `blend` of both."""
     refine: str = "none"
-    """Whether what is cut is trained before it is written: `none`, or `blocks`, each block towards
-    what the dense one gives, all of them apart from each other."""
+    """Whether what is cut is trained before it is written: `none`, or each block towards what the
+    dense one gives, `blocks` all of them apart from each other, `in_order` each behind the
+    compressed ones."""
     train: str = "none"
     """Whether the whole compressed model is then trained towards what the dense one says of the
     next token: `none`, `all` that is cut, the same with `lean` moments of 16 bits, or `light`,
@@ -129,8 +135,8 @@ class Recipe:
     """Run directory; nothing means `OUT.run` beside the output."""
 
     options: dict[str, dict[str, Any]] = dataclass_field(default_factory=dict)
-    """Options of a method or an allocation, by its name, and of `refinement` and `training`: a TOML
-    table each, `[mgaa]`."""
+    """Options of a method or an allocation, by its name, and of `compensation`, `refinement` and
+    `training`: a TOML table each, `[mgaa]`."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -180,7 +186,7 @@ class Recipe:
         if self.allocation is not None:
             check_choice("allocation", self.allocation, allocations)
         for name in self.options:
-            stages = {"refinement", "training"}
+            stages = {"compensation", "refinement", "training"}
             check_choice("options", name, {*methods, *allocations, *stages})
 
     @property

@@ -165,7 +165,7 @@ def test_names_are_checked_against_what_there_is():
         recipe.check_names(methods={"svd-llm": 1, "asvd": 2}, allocations={"uniform": 1})
     with pytest.raises(UsageError, match="allocation is 'uniform'"):
         _recipe(allocation="uniform").check_names(methods=["svd-llm"], allocations=["greedy"])
-    allowed = "mgaa, refinement, svd-llm, training"
+    allowed = "compensation, mgaa, refinement, svd-llm, training"
     with pytest.raises(UsageError, match=f"options is 'mgga'; it must be one of {allowed}"):
         _recipe(options={"mgga": {}}).check_names(methods=["svd-llm"], allocations=["mgaa"])
 

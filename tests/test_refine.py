@@ -18,7 +18,6 @@ from orchestrator.models.modules import SparseLinear
 from orchestrator.models.refine import Refinement, refine, trained_parameters
 from orchestrator.models.refine_options import RefineOptions, rate, split
 from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.sweep import sweep
 from orchestrator.plan import Assignment
 
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon"]
@@ -287,24 +286,6 @@ def test_sparse_values_come_nearer_on_their_support(checkpoint, tmp_path, form):
         result = refine(shard, *ends, SHORT, 0)
         assert torch.equal(sparse.dense_weight() != 0, support)
     assert result.best > 0
-
-
-def test_a_sweep_refines_behind_the_refined_blocks(checkpoint, compressed):
-    """Block by block the bits of a refinement whose inputs come from the blocks given before."""
-    directory, chunks = compressed("llama"), some_chunks(5)
-    dense, skeleton = Skeleton.open(checkpoint("llama")), Skeleton.open(directory)
-    before = {}
-    for block, found in enumerate(sweep(dense, skeleton, chunks, SHORT, 0)):
-        inputs = chunks
-        if block:
-            with Skeleton.open(directory).shard(range(block)) as shard, torch.no_grad():
-                for name, tensor in before.items():
-                    shard.parameters()[name].copy_(tensor)
-                inputs = [shard.forward(chunk) for chunk in chunks]
-        _, targets = dense_ends(checkpoint("llama"), block)
-        assert_same(found, refined(directory, (inputs, targets), block))
-        before |= found.tensors
-    assert block == 3
 
 
 def test_what_stands_at_padding_counts_for_nothing(checkpoint, compressed):

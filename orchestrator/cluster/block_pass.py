@@ -3,11 +3,14 @@
 The driver's part of everything that gathers statistics and commits a unit a block.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.cluster.chain import Chain
 from orchestrator.cluster.crew import Crew
+from orchestrator.cluster.policy import FailurePolicy
+from orchestrator.cluster.pool import dispatch
 from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
 from orchestrator.cluster.verify import intact
@@ -75,6 +78,43 @@ class BlockPass:
         )
         self._perform(schedule, pass_key, done, len(keys), crew, watch, stage)
         self.run.chunks(dense_key, crew.environment).clear()
+        return done
+
+    def in_order(
+        self,
+        streams: Sequence[str],
+        keys: Mapping[int, str],
+        crew: Crew,
+        watch: Watch,
+        stage: Stage,
+    ) -> dict[int, dict[str, Any]]:
+        """Blocks one after the other, each from all the chunks that the one before has left.
+
+        Args:
+            streams: Pass keys of the chunks that move from block to block, side by side.
+            keys: Of the units of all blocks that are gone through, from block 0 on.
+        """
+        done = self.committed(keys, crew, watch)
+        stores = [self.run.chunks(stream, crew.environment) for stream in streams]
+        present = [
+            block
+            for block in keys
+            if all(len(store.present(block, self.sequences)) == self.sequences for store in stores)
+        ]
+        schedule = Chain(todo=keys.keys() - done.keys(), present=present)
+
+        def on_success(call: Call, value: Any) -> None:
+            (block,) = call.arguments
+            for store in stores:
+                store.drop(block)
+            if value is not None:
+                done[block] = value
+                seconds = value["timings"]["seconds"]
+                stage.progress(len(done), len(keys), unit=call.label, seconds=seconds)
+
+        dispatch(crew.pool, schedule, FailurePolicy(), on_success=on_success, on_event=watch.event)
+        for store in stores:
+            store.clear()
         return done
 
     def committed(

@@ -30,6 +30,7 @@ from orchestrator.cluster.tokens import commit_tokens
 from orchestrator.cluster.train_job import Train, train_options_of
 from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.verify import intact
+from orchestrator.cluster.walk_job import Walk, compensation_of
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import UsageError
 from orchestrator.groups import Grouping
@@ -85,6 +86,7 @@ class Compression:
         self.allocator = make_allocator(allocation, options, self.method.form)
         self._check_storage()
         self.refine_options = RefineOptions(**self._refine_table())
+        self.compensation = compensation_of(self)
         self.train_options = train_options_of(self)
         self.out = Path(recipe.out).expanduser().absolute()
         found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
@@ -387,6 +389,8 @@ class Compression:
         if self.refits:
             return (Refit(self),)
         stages: list[TrainedStage] = []
+        if self.compensation is not None or self.recipe.refine == "in_order":
+            stages.append(Walk(self, stages))
         if self.recipe.refine == "blocks":
             stages.append(Refine(self, stages))
         if self.recipe.train != "none":
@@ -468,6 +472,8 @@ class Compression:
             report["strs"] = self.measured.report
         for after in self.after:
             report[after.name] = after.report
+            if isinstance(after, Walk):
+                report["timings"]["walk"] = after.seconds
             if isinstance(after, Train):
                 report["timings"]["train"] = after.timings
         finish(

@@ -74,12 +74,17 @@ class CompressionWorker(Worker):
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...]) -> None:
         """Loads a shard, and starts the statistics of the blocks that are not committed."""
         self.close()
+        self._shard = self.dense.shard(range(*blocks))
+        self._calibration = self._gather(self._shard, todo)
+
+    @property
+    def dense(self) -> Skeleton:
+        """The dense model; the tokens are read with it."""
         task = self.task
         if self._skeleton is None:
             self._skeleton = Skeleton.open(task.model, dtype=task.dtype, device=self.device)
             self._tokens = read_tokens(self.run, task.tokens_key)
-        self._shard = self._skeleton.shard(range(*blocks))
-        self._calibration = self._gather(self._shard, todo)
+        return self._skeleton
 
     def _gather(self, shard: Shard, todo: tuple[int, ...]) -> Calibration:
         """The statistics of the groups of blocks that are still to do, none gathered yet."""

@@ -47,9 +47,8 @@ class TrainedWorker(ScoreWorker):
     @property
     def planned(self) -> Skeleton:
         """The compressed model before this stage; factors are not rounded to the output's dtype."""
-        assert self._skeleton is not None
         if self._planned is None:
-            self._planned = self._skeleton.planned(
+            self._planned = self.dense.planned(
                 self.task.plan, self._before, output_dtype=torch.float32, dtype=torch.float32
             )
         return self._planned

@@ -1,0 +1,144 @@
+"""Walking the blocks in order, each behind the compressed ones: the driver's part."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from orchestrator.cluster.crew import Crew
+from orchestrator.cluster.trained_stage import TrainedStage
+from orchestrator.cluster.walk_worker import WalkTask, WalkWorker
+from orchestrator.cluster.watch import Stage, Watch
+from orchestrator.errors import UsageError
+from orchestrator.models.compensation_options import CompensationOptions
+from orchestrator.options import check_known
+from orchestrator.store.units import unit_key
+
+if TYPE_CHECKING:
+    from orchestrator.cluster.compress_job import Compression
+
+WALK_VERSION = 1
+"""Raised when a tensor changes, or what reaches a block."""
+
+
+class Walk(TrainedStage):
+    """A unit of tensors for each block, block 0 first, each made from what those before it give.
+
+    Where the recipe compensates, the block's factors are fitted to the inputs that the compressed
+    model makes (`linalg.compensate`); where it refines in order, the block is trained on them then
+    towards what the dense block gives on its own (`models.refine`). One block is at work at a time.
+    The chunks before it lie in the run directory, so a lost worker costs one block.
+
+    AA-SVD (arXiv:2604.02119) as its code runs by default: method `svd-llm`, allocation `uniform`,
+    refine `in_order`, and compensate `none`, because its input-aware start (its objective 2) is
+    truncated on the dense model's inputs. Its other starts are compensate `input` (objective 3, the
+    shifted inputs alone) and `anchored` (objective 4), with the basis `new`.
+    Departures: some sequences are held out and the best state is kept, not the last; training ends
+    early where it no longer helps; batches are drawn anew each epoch and the first step counts; a
+    block whose linears all stay dense is not trained; the head is left alone, in both.
+    """
+
+    name: ClassVar[str] = "walk"
+    worker_class: ClassVar[type[WalkWorker]] = WalkWorker
+
+    def __init__(self, job: "Compression", earlier: Sequence[TrainedStage]) -> None:
+        self._compensation = job.compensation
+        self._refinement = job.refine_options if job.recipe.refine == "in_order" else None
+        options = {
+            name: each and asdict(each)
+            for name, each in (
+                ("compensation", self._compensation),
+                ("refinement", self._refinement),
+            )
+        }
+        super().__init__(job, earlier, version=WALK_VERSION, **options)
+        self._dense_key = unit_key("walk dense", WALK_VERSION, [job.pass_key])
+
+    @property
+    def blocks(self) -> list[int]:
+        """All blocks up to the last with a linear that is cut."""
+        return list(range(max(super().blocks, default=-1) + 1))
+
+    @property
+    def task(self) -> WalkTask:
+        return WalkTask(
+            **self.shared,
+            compensation=self._compensation,
+            refinement=self._refinement,
+            changed=frozenset(super().blocks),
+            dense_key=self._dense_key,
+            sequences=self._job.token_report["sequences"],
+        )
+
+    def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+        """Both models' chunks go from block to block."""
+        streams = self._dense_key, self.key
+        self._facts = self._job.block_pass.in_order(streams, self.keys, crew, watch, stage)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Each block's error behind the compressed ones, and what was done about it."""
+        return {
+            "compensation": self._compensation and asdict(self._compensation),
+            "refinement": self._refinement and asdict(self._refinement),
+            "errors": "errors of linears above are those before the walk; of blocks here the mean "
+            "squared difference from the dense model behind the block, before the block was "
+            "changed and after",
+            "blocks": {
+                str(block): _reported(facts) for block, facts in sorted(self._facts.items())
+            },
+        }
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each block took, when it was made."""
+        return {str(b): facts["timings"]["seconds"] for b, facts in sorted(self._facts.items())}
+
+
+def compensation_of(job: "Compression") -> CompensationOptions | None:
+    """How the recipe compensates, if it does.
+
+    Raises:
+        UsageError: An option does not exist or has no effect, or what is cut is no factors of a
+            linear's own, or is fitted again by the method.
+    """
+    recipe, method = job.recipe, job.method
+    table = recipe.options.get("compensation", {})
+    known = [each.name for each in fields(CompensationOptions) if each.name != "objective"]
+    check_known("compensation", table, known)
+    if recipe.compensate == "none":
+        return None
+    asked = f"compensate is {recipe.compensate!r}"
+    if job.refits:
+        raise UsageError(
+            f"{asked} and {method.name}'s refit is on; both fit factors to the compressed model's "
+            "inputs, so give refit 'never' or compensate 'none'"
+        )
+    if method.form == "sparse":
+        raise UsageError(
+            f"{asked}, which fits factors; {method.name} keeps entries alone; give compensate "
+            "'none', or refine 'in_order', which trains them"
+        )
+    if job.grouping.size > 1:
+        raise UsageError(
+            f"{asked} and {method.name}'s group is {job.grouping.size}; a basis that blocks share "
+            "cannot follow the inputs of each; give group 1 or compensate 'none'"
+        )
+    if "beta" in table and recipe.compensate != "blend":
+        raise UsageError(f"{asked} and beta is given, which is for 'blend'; leave one of them out")
+    return CompensationOptions(objective=recipe.compensate, **table)
+
+
+def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A block's facts without what may differ between two equal runs."""
+    entry = {name: each for name, each in facts.items() if name not in ("timings", "refinement")}
+    if "refinement" in facts:
+        trained = facts["refinement"]
+        losses = [trained["start"], *(epoch["held_out"] for epoch in trained["epochs"])]
+        entry["refinement"] = {
+            "before": trained["start"],
+            "after": losses[trained["best"]],
+            "best_epoch": trained["best"],
+            "steps": trained["steps"],
+            "stop": trained["stop"],
+        }
+    return entry

@@ -1,0 +1,377 @@
+"""Blocks walked in order as a stage of a run: compensation, refinement, any crew, resumed."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from pipeline import SENTENCES, contents, run, with_tokenizer, write_llama, write_text
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import orchestrator
+from orchestrator.errors import UsageError
+from orchestrator.models.chunk import Chunk
+from orchestrator.models.refine import refine
+from orchestrator.models.refine_options import RefineOptions
+from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.text import load_tokens
+from orchestrator.models.tokenizer import load_tokenizer
+
+TOKENS = torch.arange(2, 34)[None] * 5 % 96
+SHORT = {"refinement": {"epochs": 3, "batches": 2, "learning_rate": 2e-4}}
+BOTH = {"compensate": "blend", "refine": "in_order", "options": SHORT}
+SITES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """Six documents, some of them shorter than a sequence."""
+    path = tmp_path_factory.mktemp("documents") / "text.jsonl"
+    lengths = (48, 20, 48, 33, 40, 12)
+    texts = [(SENTENCES * 2)[7 * i : 7 * i + length] for i, length in enumerate(lengths)]
+    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
+
+
+@pytest.fixture(scope="module")
+def reference(llama, text, tmp_path_factory):
+    """Compensated and refined in one process: the checkpoint, and its run directory."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    result = run(llama, out, text, **BOTH)
+    return contents(out), result.run_dir
+
+
+def some_chunks(llama, text, layout="packed"):
+    """The sequences that `run` calibrates on."""
+    tokens = load_tokens(
+        str(text),
+        field="text",
+        samples=6,
+        sequence_length=48,
+        sampling="first",
+        layout=layout,
+        seed=0,
+        tokenizer=load_tokenizer(llama),
+    )
+    pairs = zip(tokens.ids, tokens.mask, strict=True)
+    return [
+        Chunk(index, torch.from_numpy(ids)[None].long(), torch.from_numpy(mask)[None])
+        for index, (ids, mask) in enumerate(pairs)
+    ]
+
+
+def seen(model, name, chunks):
+    """What a whole model's linear reads of the chunks' tokens inside the mask, float64."""
+    rows = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0]))
+    with torch.no_grad():
+        for chunk in chunks:
+            model(input_ids=chunk.tokens, attention_mask=chunk.mask.long())
+    hook.remove()
+    pairs = zip(rows, chunks, strict=True)
+    return torch.cat([states[chunk.mask] for states, chunk in pairs]).detach().double()
+
+
+@torch.no_grad()
+def by_definition(dense, model, chunks, *, beta, basis, damping=0.01):
+    """Compensates a whole compressed model in place, with every token's input in memory."""
+    for block in range(4):
+        for site in SITES:
+            names = [f"model.layers.{block}.{role}" for role in site]
+            x, z = seen(dense, names[0], chunks), seen(model, names[0], chunks)
+            target, ridge = (1 - beta) * z + beta * x, damping * float((z.T @ z).diagonal().mean())
+            eye = torch.eye(z.shape[1], dtype=torch.float64)
+            turn = torch.linalg.solve(z.T @ z + ridge * eye, z.T @ target + ridge * eye).T
+            for name in names:
+                factors, weight = model.get_submodule(name), dense.get_submodule(name).weight
+                down, left = factors.down.weight.double() @ turn, factors.weight.double()
+                if basis == "new":
+                    outputs = z @ (weight.double() @ turn).T
+                    left = torch.linalg.svd(outputs.T).U[:, : factors.rank]
+                    down = left.T @ (weight.double() @ turn)
+                factors.weight.data, factors.down.weight.data = left.float(), down.float()
+
+
+@pytest.mark.parametrize(
+    ("objective", "basis", "beta", "layout"),
+    [
+        ("anchored", "new", 1.0, "packed"),
+        ("anchored", "kept", 1.0, "packed"),
+        ("blend", "new", 0.5, "padded"),
+        ("input", "new", 0.0, "packed"),
+    ],
+)
+def test_compensation_is_what_the_definition_says(
+    objective, basis, beta, layout, llama, text, documents, tmp_path
+):
+    """The model that plain torch makes of whole ones with all inputs in memory, to 1e-5."""
+    source = text if layout == "packed" else documents
+    shared = {"run_dir": str(tmp_path / "run"), "layout": layout}
+    plain = run(llama, tmp_path / "plain", source, **shared)
+    options = {"compensation": {"basis": basis}}
+    done = run(llama, tmp_path / "out", source, compensate=objective, options=options, **shared)
+    model = orchestrator.load(plain.out)
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    chunks = some_chunks(llama, source, layout)
+    by_definition(dense, model, chunks, beta=beta, basis=basis)
+    found = orchestrator.load(done.out)
+    for name in done.plan.assignments:
+        inputs = seen(model, name, chunks)
+        ends = (each.get_submodule(name).dense_weight().detach() for each in (model, found))
+        expected, outputs = (inputs @ weight.double().T for weight in ends)
+        assert float((outputs - expected).norm() / expected.norm()) < 2e-5
+    with torch.no_grad():
+        expected, logits = (each(chunks[0].tokens).logits for each in (model, found))
+    assert float((logits - expected).norm() / expected.norm()) < 1e-5
+    assert done.plan == plain.plan
+
+
+CASES = {
+    "low_rank": {},
+    "pivoted": {"storage": "pivoted"},
+    "two-sided": {"method": "two-sided", "storage": "pivoted"},
+    "low_rank_sparse": {"method": "cap", "options": {"cap": {"stage2": False}}},
+}
+
+
+@pytest.mark.parametrize("basis", ["kept", "new"])
+@pytest.mark.parametrize("case", CASES)
+def test_no_linear_of_any_form_is_made_worse(case, basis, llama, text, tmp_path):
+    """Errors of linears never rise, nearly all fall; the model is nearer to the dense one."""
+    fields = CASES[case] | {"run_dir": str(tmp_path / "run")}
+    options = fields.pop("options", {})
+    plain = run(llama, tmp_path / "plain", text, options=options, **fields)
+    options = options | {"compensation": {"basis": basis}}
+    result = run(llama, tmp_path / "out", text, compensate="anchored", options=options, **fields)
+    assert result.plan == plain.plan
+    blocks = result.report["walk"]["blocks"].values()
+    linears = [each for entry in blocks for each in entry["linears"].values()]
+    assert len(linears) == sum(each.rank > 0 for each in result.plan.assignments.values())
+    assert sum(each["taken"] for each in linears) > 0.8 * len(linears)
+    if case != "two-sided" or basis == "new":
+        # a basis that was kept for the loss is judged in the loss's norm
+        assert all(each["after"] <= each["before"] for each in linears)
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    gaps = []
+    for out in (plain.out, result.out):
+        model = orchestrator.load(out)
+        chunks = some_chunks(llama, text)
+        with torch.no_grad():
+            pairs = [(model(c.tokens).logits, dense(c.tokens).logits) for c in chunks]
+        gaps.append(sum(float((one - other).square().sum()) for one, other in pairs))
+    assert gaps[1] < gaps[0]
+
+
+def test_sites_come_in_the_order_of_their_calls(llama, text, tmp_path):
+    """Within every block q, k, v, then o, then gate and up, then down."""
+    result = run(llama, tmp_path / "out", text, compensate="anchored")
+    for block, entry in result.report["walk"]["blocks"].items():
+        expected = [f"model.layers.{block}.{role}" for site in SITES for role in site]
+        assert list(entry["linears"]) == expected
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3"])
+def test_families_are_walked(family, checkpoint, text, tmp_path):
+    """Every family's sites are found by its own forward pass; norms, biases, other layouts."""
+    model = with_tokenizer(checkpoint(family), tmp_path / "dense")
+    options = SHORT | {"compensation": {"basis": "kept"}}
+    result = run(
+        model, tmp_path / "out", text, compensate="anchored", refine="in_order", options=options
+    )
+    blocks = result.report["walk"]["blocks"].values()
+    assert all(entry["after"] <= entry["before"] for entry in blocks)
+    assert all(entry["refinement"]["after"] <= entry["refinement"]["before"] for entry in blocks)
+    assert any(each["taken"] for entry in blocks for each in entry["linears"].values())
+    assert bool(orchestrator.load(result.out)(input_ids=TOKENS).logits.isfinite().all())
+
+
+def test_blocks_are_refined_behind_the_refined_ones(llama, text, tmp_path):
+    """Block by block the bits of a refinement whose inputs come from the blocks given before."""
+    run_dir = str(tmp_path / "run")
+    plain = run(llama, tmp_path / "plain", text, run_dir=run_dir)
+    result = run(llama, tmp_path / "out", text, refine="in_order", options=SHORT, run_dir=run_dir)
+    stored = load_file(result.out / "model.safetensors")
+    dense, compressed = Skeleton.open(llama), Skeleton.open(plain.out)
+    options = RefineOptions(**SHORT["refinement"])
+    targets = inputs = some_chunks(llama, text)
+    for block in range(4):
+        with dense.shard(range(block, block + 1)) as shard:
+            targets = [shard.forward(chunk) for chunk in targets]
+        with compressed.shard(range(block, block + 1)) as shard:
+            refined = refine(shard, inputs, targets, options, 0)
+            inputs = [shard.forward(chunk) for chunk in inputs]
+        for name, tensor in refined.tensors.items():
+            assert torch.equal(stored[name], tensor)
+        entry = result.report["walk"]["blocks"][str(block)]
+        assert entry["refinement"]["before"] == refined.start
+        assert entry["after"] < entry["before"]
+
+
+@pytest.mark.parametrize("method", ["wanda", "basis-sharing"])
+def test_forms_without_factors_of_their_own_are_refined_in_order(method, llama, text, tmp_path):
+    """Values on their support, and shared bases as they are: held-out errors fall."""
+    options = SHORT | ({"basis-sharing": {"refit": "never"}} if method == "basis-sharing" else {})
+    result = run(llama, tmp_path / "out", text, method=method, refine="in_order", options=options)
+    entries = [entry["refinement"] for entry in result.report["walk"]["blocks"].values()]
+    assert any(entry["after"] < entry["before"] for entry in entries)
+    assert all(entry["after"] <= entry["before"] for entry in entries)
+
+
+def test_blocks_without_a_cut_linear_are_gone_through(llama, text, tmp_path):
+    """They stay as they are, before and between; behind the last cut one nothing is walked."""
+    options = {"target": ("re:.*layers\\.[02]\\..*",), "compensate": "anchored"}
+    result = run(llama, tmp_path / "out", text, **options)
+    blocks = result.report["walk"]["blocks"]
+    assert list(blocks) == ["0", "1", "2"]
+    assert "linears" not in blocks["1"]
+    assert blocks["1"]["after"] > 0
+    before, after = (load_file(each / "model.safetensors") for each in (llama, result.out))
+    whole = [name for name in before if "layers.1." in name or "layers.3." in name]
+    assert all(torch.equal(before[name], after[name]) for name in whole)
+
+
+def test_where_nothing_is_cut_nothing_is_walked(llama, text, tmp_path):
+    """All linears dense: the stage has no unit, and the checkpoint is the dense one."""
+    result = run(llama, tmp_path / "out", text, keep=1.0, compensate="anchored")
+    assert result.report["walk"]["blocks"] == {}
+    before, after = (load_file(each / "model.safetensors") for each in (llama, result.out))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_refinement_in_parallel_follows_the_walk(llama, text, tmp_path):
+    """Compensated blocks are where the next stage begins: its own bits, on what the walk left."""
+    run_dir = str(tmp_path / "run")
+    options = SHORT | {"compensation": {"basis": "kept"}}
+    fields = {"compensate": "anchored", "options": options, "run_dir": run_dir}
+    run(llama, tmp_path / "walked", text, **fields)
+    events = []
+    result = run(llama, tmp_path / "out", text, refine="blocks", on_event=events.append, **fields)
+    assert not any(e["event"] == "unit" and e["stage"] == "walk" for e in events)
+    assert "refinement" not in result.report["walk"]["blocks"]["0"]
+    dense, compressed = Skeleton.open(llama), Skeleton.open(tmp_path / "walked")
+    part, chunks = range(1, 2), some_chunks(llama, text)
+    with dense.shard(range(1)) as shard:
+        inputs = [shard.forward(chunk) for chunk in chunks]
+    with dense.shard(part) as shard:
+        targets = [shard.forward(chunk) for chunk in inputs]
+    with compressed.shard(part) as shard:
+        refined = refine(shard, inputs, targets, RefineOptions(**SHORT["refinement"]), 0)
+    stored = load_file(result.out / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in refined.tensors.items())
+
+
+def test_the_cut_changes_no_bit(llama, text, reference, tmp_path):
+    """The walk knows no shards."""
+    run(llama, tmp_path / "out", text, shards=4, **BOTH)
+    assert contents(tmp_path / "out") == reference[0]
+
+
+class Stopped(Exception):
+    """What stands for a driver's end."""
+
+
+def stop_after(stage, units, events):
+    """An event callback that ends the run after so many units of a stage."""
+
+    def on_event(event):
+        events.append(event)
+        if event["event"] == "unit" and (event["stage"], event["done"]) == (stage, units):
+            raise Stopped
+
+    return on_event
+
+
+def walked(events):
+    return [e["unit"] for e in events if e["event"] == "unit" and e["stage"] == "walk"]
+
+
+@pytest.mark.parametrize("harm", ["nothing", "lost", "damaged"])
+def test_a_stopped_walk_goes_on(harm, llama, text, reference, tmp_path):
+    """From the chunks before the next block, or through the blocks again: the same bytes."""
+    out, events = tmp_path / "out", []
+    with pytest.raises(Stopped):
+        run(llama, out, text, on_event=stop_after("walk", 2, events), **BOTH)
+    files = sorted((tmp_path / "out.run" / "chunks").rglob("*.safetensors"))
+    assert len(files) == 12  # two streams of six sequences before block 2, and no others
+    if harm == "lost":
+        shutil.rmtree(tmp_path / "out.run" / "chunks")
+    elif harm == "damaged":
+        data = bytearray(files[3].read_bytes())
+        data[-1] ^= 1
+        files[3].write_bytes(data)
+    events.clear()
+    run(llama, out, text, on_event=events.append, **BOTH)
+    assert walked(events) == ["block 2", "block 3"]
+    assert any(e["event"] == "missing" for e in events) == (harm == "damaged")
+    assert contents(out) == reference[0]
+    assert not list((tmp_path / "out.run" / "chunks").rglob("*.safetensors"))
+
+
+def test_a_damaged_unit_is_made_again_alone(llama, text, reference, tmp_path):
+    """The blocks behind it stay; their bits would be the same."""
+    run_dir = shutil.copytree(reference[1], tmp_path / "run")
+    events = []
+    found = [path for path in run_dir.rglob("trained.safetensors")]
+    assert len(found) == 4
+    victim = next(path for path in found if "model.layers.1.mlp.up_proj.weight" in load_file(path))
+    victim.write_bytes(victim.read_bytes()[:-4] + b"\1\2\3\4")
+    run(llama, tmp_path / "out", text, run_dir=str(run_dir), on_event=events.append, **BOTH)
+    assert walked(events) == ["block 1"]
+    assert contents(tmp_path / "out") == reference[0]
+
+
+@pytest.mark.ray
+def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_address):
+    """Both actors killed, one behind each of the first two blocks: others go on, to the bit."""
+    crew, killed = [], []
+
+    def kill(event):
+        if event["event"] == "workers" and len(event["workers"]) == 2:
+            crew[:] = [worker["pid"] for worker in event["workers"]]
+        if event["event"] == "unit" and event["stage"] == "walk" and crew:
+            killed.append(crew.pop(0))
+            os.kill(killed[-1], signal.SIGKILL)
+
+    fields = {"executor": "ray", "workers": 2, "on_event": kill}
+    run(llama, tmp_path / "out", text, **fields, **BOTH)
+    assert len(killed) == 2
+    assert contents(tmp_path / "out") == reference[0]
+
+
+def test_what_cannot_be_walked_is_refused_at_once(llama, text, tmp_path):
+    """Options that do not exist or do nothing, and forms that compensation cannot take."""
+    cases = (
+        ({"options": {"compensation": {"betta": 1}}}, "beta"),
+        ({"options": {"compensation": {"damping": -1}}}, "compensation: damping"),
+        ({"options": {"compensation": {"basis": "old"}}}, "compensation: basis"),
+        ({"options": {"compensation": {"beta": 0.5}}}, "beta is given, which is for 'blend'"),
+        (
+            {"compensate": "input", "options": {"compensation": {"basis": "kept"}}},
+            "give basis 'new'",
+        ),
+        ({"options": {"svd-llm": {"refit": "always"}}}, "give refit 'never'"),
+        ({"method": "wanda"}, "give compensate 'none', or refine 'in_order'"),
+        ({"method": "basis-sharing", "options": {"basis-sharing": {"refit": "never"}}}, "group 1"),
+    )
+    for fields, message in cases:
+        with pytest.raises(UsageError, match=message):
+            run(llama, tmp_path / "out", text, **({"compensate": "anchored"} | fields))
+    assert not (tmp_path / "out.run").exists()
