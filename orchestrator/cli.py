@@ -41,8 +41,8 @@ HELP = {
     "storage": "factors as they are, or pivoted: the same weight in fewer values",
     "compensate": "fit factors again to the compressed model's inputs, towards the dense outputs "
     "on these (input), on the dense model's own (anchored), or between (blend)",
-    "refine": "train what is cut towards what the dense blocks give: nothing, all blocks apart, or "
-    "in order, each behind the compressed ones",
+    "refine": "train what is cut towards what the dense blocks give: nothing, all blocks apart, "
+    "in order each behind the compressed ones, or swept: apart and then in order",
     "train": "train the whole compressed model: all, lean or light in memory, or nothing",
     "calibration": ".txt, .jsonl, .parquet, a directory of them, datasets:NAME[:CONFIG[:SPLIT]]",
     "calibration_field": "field of records that holds the text",

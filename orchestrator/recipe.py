@@ -20,7 +20,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CHOICES = {
     "storage": ("plain", "pivoted"),
     "compensate": ("none", "input", "anchored", "blend"),
-    "refine": ("none", "blocks", "in_order"),
+    "refine": ("none", "blocks", "in_order", "swept"),
     "train": ("none", "all", "lean", "light"),
     "sampling": ("first", "random"),
     "layout": ("packed", "padded"),
@@ -83,7 +83,7 @@ class Recipe:
     refine: str = "none"
     """Whether what is cut is trained before it is written: `none`, or each block towards what the
     dense one gives, `blocks` all of them apart from each other, `in_order` each behind the
-    compressed ones."""
+    compressed ones, `swept` the one and then the other."""
     train: str = "none"
     """Whether the whole compressed model is then trained towards what the dense one says of the
     next token: `none`, `all` that is cut, the same with `lean` moments of 16 bits, or `light`,

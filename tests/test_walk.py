@@ -225,6 +225,28 @@ def test_blocks_are_refined_behind_the_refined_ones(llama, text, tmp_path):
         assert entry["after"] < entry["before"]
 
 
+def test_a_sweep_is_a_walk_over_what_was_refined_apart(llama, text, tmp_path):
+    """Its bits are those of refinement in order that starts from the blocks refined apart."""
+    run_dir = str(tmp_path / "run")
+    fields = {"options": SHORT, "run_dir": run_dir}
+    apart = run(llama, tmp_path / "apart", text, refine="blocks", **fields)
+    result = run(llama, tmp_path / "out", text, refine="swept", **fields)
+    assert result.report["refine"] == apart.report["refine"]
+    assert "walk" not in result.report
+    stored = load_file(result.out / "model.safetensors")
+    dense, refined_apart = Skeleton.open(llama), Skeleton.open(apart.out)
+    targets = inputs = some_chunks(llama, text)
+    for block in range(4):
+        with dense.shard(range(block, block + 1)) as shard:
+            targets = [shard.forward(chunk) for chunk in targets]
+        with refined_apart.shard(range(block, block + 1)) as shard:
+            refined = refine(shard, inputs, targets, RefineOptions(**SHORT["refinement"]), 0)
+            inputs = [shard.forward(chunk) for chunk in inputs]
+        assert all(torch.equal(stored[name], tensor) for name, tensor in refined.tensors.items())
+        entry = result.report["sweep"]["blocks"][str(block)]
+        assert entry["refinement"]["after"] <= entry["refinement"]["before"]
+
+
 @pytest.mark.parametrize("method", ["wanda", "basis-sharing"])
 def test_forms_without_factors_of_their_own_are_refined_in_order(method, llama, text, tmp_path):
     """Values on their support, and shared bases as they are: held-out errors fall."""

@@ -30,7 +30,7 @@ from orchestrator.cluster.tokens import commit_tokens
 from orchestrator.cluster.train_job import Train, train_options_of
 from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.verify import intact
-from orchestrator.cluster.walk_job import Walk, compensation_of
+from orchestrator.cluster.walk_job import Sweep, Walk, compensation_of
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import UsageError
 from orchestrator.groups import Grouping
@@ -391,8 +391,10 @@ class Compression:
         stages: list[TrainedStage] = []
         if self.compensation is not None or self.recipe.refine == "in_order":
             stages.append(Walk(self, stages))
-        if self.recipe.refine == "blocks":
+        if self.recipe.refine in ("blocks", "swept"):
             stages.append(Refine(self, stages))
+        if self.recipe.refine == "swept":
+            stages.append(Sweep(self, stages))
         if self.recipe.train != "none":
             stages.append(Train(self, stages))
         return tuple(stages)
@@ -473,7 +475,7 @@ class Compression:
         for after in self.after:
             report[after.name] = after.report
             if isinstance(after, Walk):
-                report["timings"]["walk"] = after.seconds
+                report["timings"][after.name] = after.seconds
             if isinstance(after, Train):
                 report["timings"]["train"] = after.timings
         finish(

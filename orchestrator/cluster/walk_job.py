@@ -39,10 +39,12 @@ class Walk(TrainedStage):
 
     name: ClassVar[str] = "walk"
     worker_class: ClassVar[type[WalkWorker]] = WalkWorker
+    refines: ClassVar[tuple[str, ...]] = ("in_order",)
+    """What the recipe's `refine` says where blocks are trained as they are walked."""
 
     def __init__(self, job: "Compression", earlier: Sequence[TrainedStage]) -> None:
-        self._compensation = job.compensation
-        self._refinement = job.refine_options if job.recipe.refine == "in_order" else None
+        self._compensation = self._compensates(job)
+        self._refinement = job.refine_options if job.recipe.refine in self.refines else None
         options = {
             name: each and asdict(each)
             for name, each in (
@@ -51,7 +53,10 @@ class Walk(TrainedStage):
             )
         }
         super().__init__(job, earlier, version=WALK_VERSION, **options)
-        self._dense_key = unit_key("walk dense", WALK_VERSION, [job.pass_key])
+        self._dense_key = unit_key(f"{self.name} dense", WALK_VERSION, [job.pass_key])
+
+    def _compensates(self, job: "Compression") -> CompensationOptions | None:
+        return job.compensation
 
     @property
     def blocks(self) -> list[int]:
@@ -92,6 +97,19 @@ class Walk(TrainedStage):
     def seconds(self) -> dict[str, float]:
         """What each block took, when it was made."""
         return {str(b): facts["timings"]["seconds"] for b, facts in sorted(self._facts.items())}
+
+
+class Sweep(Walk):
+    """A walk over blocks that were refined apart from each other: each is trained once more.
+
+    What each has learnt on the dense model's inputs it corrects for those that it really gets.
+    """
+
+    name: ClassVar[str] = "sweep"
+    refines: ClassVar[tuple[str, ...]] = ("swept",)
+
+    def _compensates(self, job: "Compression") -> None:
+        return None
 
 
 def compensation_of(job: "Compression") -> CompensationOptions | None:
