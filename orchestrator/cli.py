@@ -375,7 +375,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="recipe that a name stands for, what else is given wins; fast: the best closed form",
+        help="recipe that a name stands for, what else is given wins; fast: the best closed form, "
+        "best: that, trained",
     )
     parser.add_argument(
         "--option",

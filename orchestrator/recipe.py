@@ -39,8 +39,19 @@ SIZE_UNITS = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "two-sided", "storage": "pivoted"},
+    "best": {
+        "method": "two-sided",
+        "storage": "pivoted",
+        "refine": "blocks",
+        "train": "all",
+        "options": {
+            "refinement": {"epochs": 10, "learning_rate": 3e-4},
+            "training": {"epochs": 4, "learning_rate": 4e-5},
+        },
+    },
 }
-"""Recipes that a name stands for. `fast` is the best closed form: no weight is trained."""
+"""Recipes that a name stands for. `fast` is the best closed form: no weight is trained. `best` goes
+on from there: its blocks are refined apart from each other, then the whole is trained."""
 
 SCHEDULE = ("out", "download", "executor", "address", "workers", "threads", "shards", "run_dir")
 """Fields that say where and how fast, never what: the written checkpoint does not depend on them.
@@ -175,7 +186,7 @@ class Recipe:
             UsageError: There is no such preset; as the recipe itself.
         """
         check_choice("preset", name, PRESETS)
-        return cls(**(PRESETS[name] | given))
+        return cls(**_over_preset(name, given))
 
     def check_names(self, *, methods: Collection[str], allocations: Collection[str]) -> None:
         """Raises UsageError unless the method and the allocation are among the names given.
@@ -226,12 +237,13 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         UsageError: A field or a preset is unknown (with near misses), or a required field missing.
     """
-    if "preset" in values:
-        check_choice("preset", values["preset"], PRESETS)
-        values = PRESETS[values["preset"]] | {n: v for n, v in values.items() if n != "preset"}
     tables = {name: table for name, table in values.items() if isinstance(table, dict)}
     options = {**tables.pop("options", {}), **tables}
     values = {**{name: v for name, v in values.items() if name not in tables}, "options": options}
+    if "preset" in values:
+        check_choice("preset", values["preset"], PRESETS)
+        given = {name: value for name, value in values.items() if name != "preset"}
+        values = _over_preset(values["preset"], given)
     _check_known("recipe", values)
     missing = [f.name for f in fields(Recipe) if f.default is MISSING and f.name not in values]
     if missing:
@@ -239,6 +251,16 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             f"recipe: {', '.join(missing)} missing; give it on the command line or in a recipe file"
         )
     return Recipe(**values)
+
+
+def _over_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a preset, under those that are given; of a table option by option."""
+    preset = PRESETS[name]
+    _check_options(given.get("options", {}))
+    options = {table: dict(known) for table, known in preset.get("options", {}).items()}
+    for table, known in given.get("options", {}).items():
+        options[table] = {**options.get(table, {}), **known}
+    return {**preset, **given, "options": options}
 
 
 def read_recipe_fields(path: Path) -> dict[str, Any]:

@@ -216,6 +216,21 @@ def test_a_preset_gives_the_fields_that_nothing_else_gives(preset, tmp_path):
     assert all(getattr(recipe, name) == value for name, value in PRESETS[preset].items())
 
 
+def test_options_stand_over_those_of_a_preset_one_by_one():
+    """What is given of a table replaces that option alone; what is no table is refused."""
+    fixed = {"model": "m", "out": "o", "keep": 0.8}
+    options = {"training": {"epochs": 2}, "two-sided": {"draws": 2}}
+    expected = {name: dict(table) for name, table in PRESETS["best"]["options"].items()}
+    expected["training"]["epochs"] = 2
+    expected["two-sided"] = {"draws": 2}
+    recipe = Recipe.preset("best", options=options, **fixed)
+    assert recipe.options == expected
+    assert make_recipe({**fixed, "preset": "best", **options}) == recipe
+    assert Recipe.preset("best", **fixed).options == PRESETS["best"]["options"]
+    with pytest.raises(UsageError, match="must be a table"):
+        Recipe.preset("best", options={"training": 3}, **fixed)
+
+
 def test_a_preset_that_does_not_exist_is_refused():
     """The line names those that do."""
     fixed = {"model": "m", "out": "o", "keep": 0.8}
