@@ -4,15 +4,17 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import memory, methods, pivot, quality, rpca, speed
+from benchmarks import ablation, memory, methods, pivot, quality, refinement, rpca, speed
 
 SUBCOMMANDS = {
     "quality": quality,
     "methods": methods,
+    "ablation": ablation,
     "speed": speed,
     "rpca": rpca,
     "memory": memory,
     "pivot": pivot,
+    "refinement": refinement,
 }
 
 

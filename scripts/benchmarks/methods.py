@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +31,30 @@ from orchestrator import api
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.progress import Lines
 from orchestrator.recipe import Recipe
+from orchestrator.result import Result
 
 C4_FILE = "c4/c4_train_first1k.jsonl"
 C4_STRIDE = 29
-Options = Mapping[str, Mapping[str, Any]]
+Row = Mapping[str, Any]
+"""Fields of a recipe."""
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One way to compress, as a recipe says it."""
-
-    method: str
-    options: Options = field(default_factory=dict)
-    storage: str = "plain"
-
-
-ROWS = {
-    "svd": Row("svd"),
-    "asvd": Row("asvd"),
-    "svd-llm": Row("svd-llm"),
-    "svd-llm (refit)": Row("svd-llm", {"svd-llm": {"refit": "always"}}),
-    "svd-llm-v2": Row("svd-llm-v2"),
-    "basis-sharing": Row("basis-sharing"),
-    "d-rank (paper)": Row("d-rank", {"d-rank": {"setting": "paper", "refit": "above_forty"}}),
-    "d-rank": Row("d-rank"),
-    "mgaa": Row("mgaa"),
-    "wanda": Row("wanda"),
-    "cap": Row("cap"),
-    "two-sided": Row("two-sided"),
-    "two-sided (pivoted)": Row("two-sided", storage="pivoted"),
+ROWS: Mapping[str, Row] = {
+    "svd": {"method": "svd"},
+    "asvd": {"method": "asvd"},
+    "svd-llm": {"method": "svd-llm"},
+    "svd-llm (refit)": {"method": "svd-llm", "options": {"svd-llm": {"refit": "always"}}},
+    "svd-llm-v2": {"method": "svd-llm-v2"},
+    "basis-sharing": {"method": "basis-sharing"},
+    "d-rank (paper)": {
+        "method": "d-rank",
+        "options": {"d-rank": {"setting": "paper", "refit": "above_forty"}},
+    },
+    "d-rank": {"method": "d-rank"},
+    "mgaa": {"method": "mgaa"},
+    "wanda": {"method": "wanda"},
+    "cap": {"method": "cap"},
+    "two-sided": {"method": "two-sided"},
+    "two-sided (pivoted)": {"method": "two-sided", "storage": "pivoted"},
 }
 
 
@@ -84,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for keep in options.keep:
                 label = f"{name} {keep:g}"
                 path = options.work / f"{label.replace(' ', '-')}.json"
-                rows[label] = once(path, lambda n=name, k=keep: compress(options, n, k))
+                rows[label] = once(path, lambda n=name, k=keep: row(options, n, k))
     show(rows)
     print(f"ARC-Easy and LAMBADA: {options.questions} evenly spaced items of each")
     return {"rows": rows, "questions": options.questions}
@@ -101,25 +95,31 @@ def once(path: Path, work: Any) -> dict[str, Any]:
     return found
 
 
-def compress(options: argparse.Namespace, name: str, keep: float) -> dict[str, Any]:
-    row = ROWS[name]
+def row(options: argparse.Namespace, name: str, keep: float) -> dict[str, Any]:
     say(f"{name} at {keep:g}")
+    result = compress(options, ROWS[name], f"{name.replace(' ', '-')}-{keep:g}", keep=keep)
+    return measure(options, result.out) | facts(result)
+
+
+def compress(options: argparse.Namespace, given: Row, name: str, **fields: Any) -> Result:
+    """The small protocol's recipe with these fields, into the run directory that all rows share."""
     recipe = Recipe(
         model=str(options.model),
-        out=str(options.work / "out" / f"{name.replace(' ', '-')}-{keep:g}"),
-        keep=keep,
-        method=row.method,
-        options=row.options,
-        storage=row.storage,
+        out=str(options.work / "out" / name),
         calibration=str(write_calibration_text(options.data / "wikitext2", options.work)),
         samples=SAMPLES,
         sequence_length=SEQUENCE_LENGTH,
         dtype="float32",
         threads=1,
         run_dir=str(options.work / "run"),
+        **{**given, **fields},
     )
-    result = api.compress(recipe, on_event=Lines(sys.stderr))
-    return measure(options, result.out) | {
+    return api.compress(recipe, on_event=Lines(sys.stderr))
+
+
+def facts(result: Result) -> dict[str, Any]:
+    """What a compression says of itself."""
+    return {
         "stages": result.report["timings"]["seconds"],
         "kept": result.report["kept"]["linears"],
         "values": result.report["values"]["stored"],
@@ -127,11 +127,17 @@ def compress(options: argparse.Namespace, name: str, keep: float) -> dict[str, A
 
 
 def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    return {"bytes": size} | perplexities(options, model) | accuracies(options, model)
+
+
+def perplexities(options: argparse.Namespace, model: Path) -> dict[str, float]:
+    """On both texts."""
     texts = {
         "wikitext2": (write_evaluation_text(options.data / "wikitext2", options.work), STRIDE),
         "c4": (options.data / C4_FILE, C4_STRIDE),
     }
-    found: dict[str, Any] = {"bytes": sum(f.stat().st_size for f in model.glob("*.safetensors"))}
+    found = {}
     for name, (text, stride) in texts.items():
         report = api.evaluate(
             model,
@@ -145,7 +151,6 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
             on_event=Lines(sys.stderr),
         )
         found[name] = report["models"]["model"]["perplexity"]
-    found |= accuracies(options, model)
     return found
 
 
