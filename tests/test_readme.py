@@ -33,16 +33,15 @@ def directory(checkpoint, tmp_path_factory):
     return root
 
 
-def test_the_readme_is_under_200_lines():
+def test_the_readme_is_under_280_lines():
     """Short."""
-    assert len(README.read_text().splitlines()) < 200
+    assert len(README.read_text().splitlines()) < 280
 
 
 def test_every_command_of_the_readme_is_known():
-    """What is not run below is one of the two scripts or a `ray job` command, tested elsewhere."""
+    """What is not run below is one of the two scripts; what needs a cluster is no `sh` block."""
     known = {"orchestrator", "scripts/quickstart", "scripts/test"}
-    others = [words[:2] for words in commands() if words[0] not in known]
-    assert others == [["ray", "job"]] * 3
+    assert {words[0] for words in commands()} == known
     for script in ("quickstart", "test"):
         assert (README.parent / "scripts" / script).stat().st_mode & 0o100
 
@@ -60,9 +59,9 @@ def test_the_commands_of_the_readme_run(directory, ray_address):
             assert done.returncode == 0, f"{words}: {done.stderr}"
     assert (directory / "small-dense" / "config.json").is_file()
     assert not (directory / "small.run").exists()
-    compressing, loading = blocks("python")
+    compressing, loading, recovering = blocks("python")
     code = f"import ray\nray.init(address={ray_address!r}, log_to_driver=False)\n{compressing}"
-    for source in (code, loading):
+    for source in (code, loading, recovering):
         run = [sys.executable, "-c", source]
         done = subprocess.run(run, cwd=directory, capture_output=True, text=True)
         assert done.returncode == 0, f"{source}\n{done.stderr}"
