@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OnEvent = Callable[[dict[str, Any]], None]
 """Told of everything that happens: plain dicts with an `event` of `stage`, `unit`, `note`,
-`workers`, `waiting`, `lost`, `missing` or `damaged`."""
+`workers`, `waiting`, `snapshot`, `lost`, `missing` or `damaged`."""
 
 
 def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:

@@ -7,6 +7,7 @@ An event is a plain dict. Known are
     {"event": "note", "text": ...}
     {"event": "waiting", "for": ..., "there": ...}
     {"event": "workers", "workers": [{"node": ..., "pid": ...}, ...]}
+    {"event": "snapshot", "step": ..., "train": ..., "held_out": ..., ...}
     {"event": "lost" | "missing" | "damaged", "unit": ..., "why": ...}
 
 and any other is shown with its fields as they are. Lines carry no escape codes and never return
@@ -69,6 +70,9 @@ class Lines:
                 return f"waiting for {event.get('for')}; there is {event.get('there')}"
             case {"event": "workers", "workers": workers}:
                 return ", ".join(f"process {each['pid']} on {each['node']}" for each in workers)
+        if event["event"] == "snapshot":
+            train = "" if event["train"] is None else f"loss {event['train']:.4f} in training, "
+            return f"step {event['step']}: {train}{event['held_out']:.4f} on held-out sequences"
         fields = ", ".join(f"{name} {value}" for name, value in event.items() if name != "event")
         return f"{event['event']}: {fields}"
 

@@ -41,6 +41,8 @@ def test_a_run_in_lines(clock, stream):
     show({"event": "note", "text": "all is well"})
     show({"event": "waiting", "for": "3 calls", "there": "2 workers"})
     show({"event": "workers", "workers": [{"node": "a", "pid": 3}, {"node": "b", "pid": 4}]})
+    show({"event": "snapshot", "step": 0, "train": None, "held_out": 0.5})
+    show({"event": "snapshot", "step": 7, "train": 0.5, "held_out": 0.25, "gradient": 1.0})
     show({"event": "lost", "unit": "block 2", "why": "gone"})
     show({"event": "stage", "stage": "calibrate", "state": "end", "seconds": 65.0})
     assert stream.getvalue().splitlines() == [
@@ -50,6 +52,8 @@ def test_a_run_in_lines(clock, stream):
         "[1m00s] all is well",
         "[1m00s] waiting for 3 calls; there is 2 workers",
         "[1m00s] process 3 on a, process 4 on b",
+        "[1m00s] step 0: 0.5000 on held-out sequences",
+        "[1m00s] step 7: loss 0.5000 in training, 0.2500 on held-out sequences",
         "[1m00s] lost: unit block 2, why gone",
         "[1m00s] calibrate done in 1m05s",
     ]
