@@ -27,6 +27,7 @@ from orchestrator.allocate.mgaa import Mgaa
 from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2
 from orchestrator.allocate.threshold import Threshold
+from orchestrator.allocate.two_sided_sparse import TwoSidedSparse
 from orchestrator.allocate.uniform import Uniform, UniformSparse
 from orchestrator.errors import UsageError
 from orchestrator.options import check_known, option_names
@@ -65,8 +66,9 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 
 SPARSE_ALLOCATORS: dict[str, type[Allocator]] = {"uniform": UniformSparse}
 """The same, for linears that become sparse: they divide entries instead of ranks."""
-POOL_ALLOCATORS: dict[str, type[Allocator]] = {"cap": Cap}
-"""The same, for linears that keep ranks and entries side by side."""
+POOL_ALLOCATORS: dict[str, type[Allocator]] = {"cap": Cap, "two-sided-sparse": TwoSidedSparse}
+"""The same, for linears that keep ranks and entries side by side; each of what the method of the
+same name stores."""
 ALLOCATION_NAMES = frozenset({*ALLOCATORS, *SPARSE_ALLOCATORS, *POOL_ALLOCATORS})
 _BY_FORM: dict[Form, tuple[str, dict[str, type[Allocator]]]] = {
     "low_rank": ("ranks", ALLOCATORS),

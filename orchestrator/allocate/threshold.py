@@ -74,7 +74,7 @@ class Threshold:
             gain_K[-1] = last * cost_K[-1] / linear.rank_cost
             return _rates(cost_K, gain_K)
         gain_K[-1] = curve.loss(len(cost_K) - 1)
-        return _hull_rates(cost_K, gain_K)
+        return hull_rates(cost_K, gain_K)
 
 
 def _rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
@@ -84,7 +84,7 @@ def _rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.minimum(rate_K, NEVER_GAINS))
 
 
-def _hull_rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
+def hull_rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
     """Cost per gain of the piece of the lower convex hull that each step lies on.
 
     Steps that gain more per value than those before them are taken together with them.

@@ -12,6 +12,7 @@ from orchestrator.allocate.budget import budget_values
 from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.cap import Cap
 from orchestrator.allocate.strs import Strs
+from orchestrator.allocate.two_sided_sparse import Surface, TwoSidedSparse
 from orchestrator.cluster.block_pass import BlockPass
 from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
@@ -84,6 +85,7 @@ class Compression:
         self.recipe = replace(recipe, allocation=allocation)
         _, options = split_options(recipe, allocation)
         self.allocator = make_allocator(allocation, options, self.method.form)
+        self._check_parts()
         self._check_storage()
         self.refine_options = RefineOptions(**self._refine_table())
         self.compensation = compensation_of(self)
@@ -101,6 +103,15 @@ class Compression:
     def pivots(self) -> bool:
         """Whether factors are written pivoted, which saves values up to the full rank."""
         return self.recipe.storage == "pivoted"
+
+    def _check_parts(self) -> None:
+        """Raises UsageError where ranks and entries are not those of the allocation's method."""
+        own = self.method.allocation
+        if self.method.form == "low_rank_sparse" and self.recipe.allocation != own:
+            raise UsageError(
+                f"allocation is {self.recipe.allocation!r}, and {self.method.name} measures ranks "
+                f"and entries for {own!r}; give that, or leave allocation out"
+            )
 
     def _check_storage(self) -> None:
         """Raises UsageError where factors are to be pivoted and are none, or share a basis."""
@@ -315,6 +326,11 @@ class Compression:
         return isinstance(self.allocator, Cap)
 
     @property
+    def mixes(self) -> bool:
+        """Whether a linear's rank and entries are chosen together from losses of both."""
+        return isinstance(self.allocator, TwoSidedSparse)
+
+    @property
     def measures(self) -> bool:
         """Whether sizes follow from what the model loses where one linear alone is cut."""
         return isinstance(self.allocator, Strs)
@@ -343,8 +359,9 @@ class Compression:
         if self.masks:
             self.plan: Plan = self.learnt.plan
             return
-        self.curves = {
-            name: Curve.from_json(result["curve"]) for name, result in self.results.items()
+        kind = Surface if self.mixes else Curve
+        self.curves: dict[str, Any] = {
+            name: kind.from_json(result["curve"]) for name, result in self.results.items()
         }
         if self.measures:
             for name, losses in self.measured.losses.items():
@@ -457,11 +474,19 @@ class Compression:
         groups = self.grouping.groups(self.linears)
         first_of = {linear.name: group[0].name for group in groups for linear in group}
         errors = {name: e for f in self.files.values() for name, e in f.get("errors", {}).items()}
+        if self.mixes:
+            assigned = self.plan.assignments
+            errors |= {
+                n: s.errors(assigned[n].rank, assigned[n].nonzeros)
+                for n, s in self.curves.items()
+                if assigned[n].form != "dense"
+            }
+        no_curves = self.masks or self.mixes
         report = make_report(
             survey=self.surveyed,
             linears=self.linears,
             plan=self.plan,
-            curves={} if self.masks else {n: self.curves[first] for n, first in first_of.items()},
+            curves={} if no_curves else {n: self.curves[first] for n, first in first_of.items()},
             facts={n: self.results[first] | errors.get(n, {}) for n, first in first_of.items()},
             tokens=self.token_report,
             recipe={name: value for name, value in asked.items() if name not in SCHEDULE},

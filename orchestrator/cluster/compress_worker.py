@@ -18,6 +18,7 @@ from torch.linalg import vector_norm as norm
 
 from orchestrator.allocate.bernoulli import Candidates
 from orchestrator.cluster.heap import return_freed_memory
+from orchestrator.cluster.pruned import read_entries, stored_pruned, surface_of
 from orchestrator.cluster.tokens import TokenArrays, first_chunk, read_tokens
 from orchestrator.cluster.worker import Emitted, Task, Worker
 from orchestrator.groups import Grouping, stack
@@ -27,7 +28,9 @@ from orchestrator.linalg.ranked import RankedParts
 from orchestrator.linalg.scaled import ScaledLowRank
 from orchestrator.linalg.sparse import Sparse
 from orchestrator.linalg.two_sided import TwoSidedLowRank
+from orchestrator.linalg.two_sided_sparse import SparseLowRank
 from orchestrator.methods.base import Method
+from orchestrator.methods.two_sided_sparse import TwoSidedSparse
 from orchestrator.models.calibration import Calibration, dense_weight
 from orchestrator.models.checkpoint import write_file
 from orchestrator.models.chunk import Chunk
@@ -70,6 +73,7 @@ class CompressionWorker(Worker):
         self._shard: Shard | None = None
         self._calibration: Calibration | None = None
         self._pivoted: tuple[tuple[str, int], Mapping[Part, Tensor]] | None = None
+        self._entries: tuple[tuple[str, int], tuple[Tensor, Tensor]] | None = None
 
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...]) -> None:
         """Loads a shard, and starts the statistics of the blocks that are not committed."""
@@ -184,6 +188,8 @@ class CompressionWorker(Worker):
             self._weights = self._weights or Weights.open(self.task.model)
             return self._weights.read(tensor.source)
         linear = next(each for each in self.task.linears if each.name == tensor.source)
+        if isinstance(self.method, TwoSidedSparse):
+            return self._pruned(linear, tensor)
         if tensor.part in ("weight", "down"):
             return self._written(linear, tensor.part, tensor.rank)
         if tensor.part in ("others", "pivots", "order"):
@@ -205,6 +211,21 @@ class CompressionWorker(Worker):
             self._pivoted = (wanted, parts)
         return self._pivoted[1]
 
+    def _pruned(self, linear: Linear, tensor: TensorSpec) -> Tensor:
+        """A part of a pruned weight or of the factors beside it; entries are kept, as above."""
+        path = self._stored_file([linear])
+        if tensor.part in ("weight", "down"):
+            outputs = range(linear.out_features)
+            return read_factor(path, tensor.part, tensor.rank, outputs, f".{tensor.nonzeros}")
+        wanted = (linear.name, tensor.nonzeros)
+        if self._entries is None or self._entries[0] != wanted:
+            self._entries = (wanted, read_entries(path, tensor.nonzeros, self.device))
+        values_N, positions_N = self._entries[1]
+        if tensor.part == "values":
+            return values_N
+        sizes = linear.out_features, linear.in_features
+        return encode(tensor.code, positions_N, *sizes)[tensor.part]
+
     def _written(self, linear: Linear, part: str, rank: int) -> Tensor:
         """`weight` or `down` of a linear as the checkpoint is to have it."""
         return self._factor(linear, part, rank)
@@ -224,9 +245,11 @@ class CompressionWorker(Worker):
 
 
 def _facts(
-    linear: Linear, weight_OI: Tensor, result: LowRank | Sparse | RankedParts
+    linear: Linear, weight_OI: Tensor, result: LowRank | Sparse | RankedParts | SparseLowRank
 ) -> dict[str, Any]:
     """What the driver learns of one decomposition; see `report` for what becomes of it."""
+    if isinstance(result, SparseLowRank):
+        return {"curve": surface_of(linear.name, result).to_json(), "numerics": result.report}
     if isinstance(result, RankedParts):
         curve = _candidates(result).to_json() | {"name": linear.name}
         return {"curve": curve, "numerics": result.report}
@@ -267,15 +290,19 @@ def _candidates(result: RankedParts) -> Candidates:
     )
 
 
-def _stored(result: LowRank | Sparse | RankedParts, dtype: torch.dtype) -> dict[str, Tensor]:
+def _stored(
+    result: LowRank | Sparse | RankedParts | SparseLowRank, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """What a unit holds, in the host's memory, to be cut by a prefix.
 
     Both factors in `dtype` with ranks as rows; values in float32 and positions; or all of them.
     """
     stored = {}
-    if isinstance(result, Sparse | RankedParts):
+    if isinstance(result, SparseLowRank):
+        stored = stored_pruned(result, dtype)
+    elif isinstance(result, Sparse | RankedParts):
         stored = {"values": result.values_N, "positions": result.positions_N}
-    if not isinstance(result, Sparse):
+    if isinstance(result, LowRank | RankedParts):
         stored |= {"weight": result.weight_OR.T.to(dtype), "down": result.down_RI.to(dtype)}
     if isinstance(result, RankedParts):
         stored["sketch"] = result.sketch_IS
@@ -292,13 +319,13 @@ def factors_file(linear: Linear) -> str:
     return f"{linear.name}.safetensors"
 
 
-def read_factor(path: Path, part: str, rank: int, outputs: range) -> Tensor:
+def read_factor(path: Path, part: str, rank: int, outputs: range, suffix: str = "") -> Tensor:
     """One factor at a rank, the first rows of what is stored, rows being ranks in both.
 
     Of linears that share a basis all outputs are stored together; `outputs` are this linear's.
     """
     with safe_open(path, framework="pt") as file:
-        stored = file.get_slice(part)
+        stored = file.get_slice(part + suffix)
         if part == "down":
             down_RI: Tensor = stored[:rank]
             return down_RI

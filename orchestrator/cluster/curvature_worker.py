@@ -57,7 +57,12 @@ class CurvatureWorker(CompressionWorker):
             return super()._gather(shard, todo)
         shard.freeze()
         return Calibration(
-            shard, self._wanted(todo), self._side, magnitudes=self.method.magnitudes, curvature=True
+            shard,
+            self._wanted(todo),
+            self._side,
+            magnitudes=self.method.magnitudes,
+            curvature=True,
+            outputs=self.method.bends_outputs,
         )
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:

@@ -33,8 +33,9 @@ def make_report(
 
     For each linear `activation_error` is Σ|Wx − W'x|² / Σ|Wx|² over the calibration tokens, and
     `weight_error` is |W − W'|² / |W|² in the Frobenius norm, both from the decomposition; those of
-    sparse weights are interpolated between every 5 % of the density, and of low rank + sparse the
-    first is an estimate from random combinations of the inputs (`linalg.ranked.SKETCH`).
+    sparse weights are interpolated between every 5 % of the density, those of `two-sided-sparse`
+    between its measured points, and of `cap` the first is an estimate from random combinations of
+    the inputs (`linalg.ranked.SKETCH`).
 
     `values` are counted without indices, `bytes` with them, in the dtype that is written.
 

@@ -14,6 +14,7 @@ from orchestrator.methods.svd import Svd
 from orchestrator.methods.svd_llm import SvdLlm
 from orchestrator.methods.svd_llm_v2 import SvdLlmV2
 from orchestrator.methods.two_sided import TwoSided
+from orchestrator.methods.two_sided_sparse import TwoSidedSparse
 from orchestrator.methods.wanda import Wanda
 from orchestrator.options import check_known, option_names
 
@@ -27,6 +28,7 @@ _ALL: tuple[Method, ...] = (
     Mgaa(),
     Cap(),
     TwoSided(),
+    TwoSidedSparse(),
     Wanda(),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

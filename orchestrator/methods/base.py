@@ -10,6 +10,7 @@ from orchestrator.groups import Grouping
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 from orchestrator.linalg.ranked import RankedParts
 from orchestrator.linalg.sparse import Sparse
+from orchestrator.linalg.two_sided_sparse import SparseLowRank
 from orchestrator.plan import Form, Linear
 
 
@@ -33,6 +34,8 @@ class Method(Protocol):
     """The allocator that the paper uses."""
     magnitudes: ClassVar[bool] = False
     """Whether `decompose` needs the mean magnitude of every input, beside a Gram."""
+    bends_outputs: ClassVar[bool] = False
+    """Whether a curvature is that of the outputs, [O, O], where O > I too."""
 
     @property
     def labels(self) -> int:
@@ -70,6 +73,6 @@ class Method(Protocol):
 
     def decompose(
         self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int
-    ) -> LowRank | Sparse | RankedParts:
+    ) -> LowRank | Sparse | RankedParts | SparseLowRank:
         """What is stored of one linear: low rank up to `rank`, sparse to any density, or both."""
         ...

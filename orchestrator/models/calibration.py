@@ -40,6 +40,7 @@ class Calibration:
     Args:
         magnitudes: Whether the mean magnitudes of the inputs are gathered too.
         curvature: Whether gradients are.
+        outputs: Whether gradients are gathered as g where O > I too.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Calibration:
         *,
         magnitudes: bool = False,
         curvature: bool = False,
+        outputs: bool = False,
     ) -> None:
         blocks = {linear.block for linear in linears}
         self._shard = shard
@@ -68,7 +70,7 @@ class Calibration:
             if magnitudes and linear.site not in self._magnitudes:
                 self._request_magnitude(linear)
             if curvature:
-                self._request_curvature(linear)
+                self._request_curvature(linear, outputs)
 
     def _request(self, linear: Linear, side: Side) -> None:
         source = linear.site if side == "input" else f"{linear.name} output"
@@ -105,17 +107,18 @@ class Calibration:
 
         self._hooks.append(module.register_forward_pre_hook(gather))
 
-    def _request_curvature(self, linear: Linear) -> None:
+    def _request_curvature(self, linear: Linear, outputs: bool) -> None:
         module = self._shard.module(linear.name)
-        size = min(linear.out_features, linear.in_features)
+        as_is = outputs or linear.out_features <= linear.in_features
+        size = linear.out_features if as_is else linear.in_features
         gram = self._curvatures[linear.name] = Gram(size, dense_weight(module).device)
 
         def gather(grad_BTO: Tensor) -> None:
             rows_TO = self._select(grad_BTO)
-            if linear.out_features > linear.in_features:
-                gram.update(rows_TO.float() @ dense_weight(module).float())
-            else:
+            if as_is:
                 gram.update(rows_TO)
+            else:
+                gram.update(rows_TO.float() @ dense_weight(module).float())
 
         def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             # nothing before the model's first linears takes a gradient

@@ -37,9 +37,9 @@ class TensorSpec:
     source: str
     """Name on disk of the tensor that is copied, or name of the linear."""
     rank: int = 0
-    """Of a factor."""
+    """Of a factor, and of the factors beside a sparse weight."""
     nonzeros: int = 0
-    """Of a sparse weight, in all its tensors."""
+    """Of a sparse weight, in all its tensors, and of the one beside a factor."""
     code: str = ""
     """The code of its `index` and `rows`."""
 
@@ -198,8 +198,8 @@ def _stored_specs(linear: Linear, form: StoredForm, dtype: str) -> list[TensorSp
                 shape=shape,
                 part=part,
                 source=linear.name,
-                rank=form.rank if is_factor else 0,
-                nonzeros=0 if is_factor else form.nonzeros,
+                rank=form.rank,
+                nonzeros=form.nonzeros,
                 code="" if is_factor else form.index,
             )
         )
