@@ -32,8 +32,8 @@ class Lines:
         self._stream = stream
         self._clock = clock
         self._start = clock()
-        self._stage_start = self._start
-        self._units_seen = 0
+        # by stage, since one may begin within another: when it began, units seen of it
+        self._stages: dict[str, tuple[float, int]] = {}
         self._last_line = float("-inf")
 
     def __call__(self, event: Event) -> None:
@@ -44,12 +44,13 @@ class Lines:
 
     def _unit(self, event: Event) -> str | None:
         now, done, total = self._clock(), event["done"], event["total"]
-        self._units_seen += 1
+        begun, seen = self._stages.get(event["stage"], (self._start, 0))
+        self._stages[event["stage"]] = (begun, seen + 1)
         if done < total and now - self._last_line < SECONDS_BETWEEN_LINES:
             return None
         self._last_line = now
         # Units that an earlier run left behind took no time now, so only those seen count.
-        left = (now - self._stage_start) / self._units_seen * (total - done)
+        left = (now - begun) / (seen + 1) * (total - done)
         unit = f": {event['unit']}" if "unit" in event else ""
         took = f" in {duration(event['seconds'])}" if "seconds" in event else ""
         eta = f", {duration(left)} left" if done < total else ""
@@ -58,8 +59,7 @@ class Lines:
     def _other(self, event: Event) -> str:
         match event:
             case {"event": "stage", "state": "begin", "stage": stage}:
-                self._stage_start = self._clock()
-                self._units_seen = 0
+                self._stages[stage] = (self._clock(), 0)
                 self._last_line = float("-inf")
                 return str(stage)
             case {"event": "stage", "state": "end", "stage": stage}:

@@ -79,6 +79,19 @@ def test_resumed_units_do_not_shorten_what_is_left(clock, stream):
     assert stream.getvalue().endswith("1m30s left\n")
 
 
+def test_a_stage_within_another_does_not_change_what_is_left_of_it(clock, stream):
+    """Units count for their own stage, from its own begin."""
+    show = Lines(stream, clock=clock)
+    show({"event": "stage", "stage": "train", "state": "begin"})
+    show({"event": "stage", "stage": "verify", "state": "begin"})
+    for done in range(1, 9):
+        show({**unit(done, total=8), "stage": "verify"})
+    show({"event": "stage", "stage": "verify", "state": "end", "seconds": 0.0})
+    clock.now = 20.0
+    show({**unit(1, total=4), "stage": "train"})
+    assert stream.getvalue().endswith("train 1/4, 1m00s left\n")
+
+
 def test_json_lines(stream):
     """As JSON every event is one line that reads back as itself."""
     events = [unit(1), {"event": "note", "text": "two\nlines, é"}]
