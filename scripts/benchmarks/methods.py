@@ -30,7 +30,7 @@ from benchmarks.zero_shot import ARC_FILE, LAMBADA_FILE, arc_easy, lambada, samp
 from orchestrator import api
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.progress import Lines
-from orchestrator.recipe import Recipe
+from orchestrator.recipe import PRESETS, Recipe
 from orchestrator.result import Result
 
 C4_FILE = "c4/c4_train_first1k.jsonl"
@@ -54,7 +54,9 @@ ROWS: Mapping[str, Row] = {
     "wanda": {"method": "wanda"},
     "cap": {"method": "cap"},
     "two-sided": {"method": "two-sided"},
-    "two-sided (pivoted)": {"method": "two-sided", "storage": "pivoted"},
+    "two-sided (pivoted)": PRESETS["fast"],
+    "best": PRESETS["best"],
+    "two-sided-sparse": {"method": "two-sided-sparse"},
 }
 
 
