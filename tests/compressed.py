@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from families import VOCABULARY
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from orchestrator.hf.bootstrap import bootstrap_source
 from orchestrator.linalg.pivot import pivot
 from orchestrator.models.checkpoint import finish, write_file
+from orchestrator.models.chunk import Chunk
 from orchestrator.models.index_codes import encode
 from orchestrator.models.layout import FileSpec, TensorSpec, layout
 from orchestrator.models.output import claim_out
@@ -19,6 +21,18 @@ from orchestrator.models.skeleton import Skeleton
 from orchestrator.plan import Assignment, Linear, Plan, Survey
 
 TOKENS = torch.arange(3, 23)[None] * 3 % 96
+
+
+def some_chunks(count: int) -> list[Chunk]:
+    """Chunks of two sequences of 12 tokens, with more padding in each than in the one before."""
+    generator = torch.Generator().manual_seed(3)
+    chunks = []
+    for index in range(count):
+        tokens_BT = torch.randint(3, VOCABULARY, (2, 12), generator=generator)
+        mask_BT = torch.ones(2, 12, dtype=torch.bool)
+        mask_BT[1, 11 - index :] = False
+        chunks.append(Chunk(index, tokens_BT * mask_BT, mask_BT))
+    return chunks
 
 
 @dataclass(frozen=True)

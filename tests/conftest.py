@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from compressed import compress, mixed_plan
 from families import write_checkpoint
 
 os.environ.update(
@@ -24,6 +25,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     """The directory of a family's tiny checkpoint, written once a session; not to be changed."""
     root = tmp_path_factory.mktemp("checkpoints")
     return cache(lambda family: write_checkpoint(family, root / family))
+
+
+@pytest.fixture(scope="session")
+def compressed(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The directory of a family's checkpoint with every form in it; not to be changed."""
+    root = tmp_path_factory.mktemp("compressed")
+
+    def make(family: str) -> Path:
+        return compress(checkpoint(family), root / family, make_plan=mixed_plan).directory
+
+    return cache(make)
 
 
 @pytest.fixture(scope="session")

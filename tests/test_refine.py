@@ -6,14 +6,12 @@ from math import cos, pi
 
 import pytest
 import torch
-from compressed import compress, mixed_plan, plan_of
-from families import VOCABULARY
+from compressed import compress, plan_of, some_chunks
 from test_families import whole_model
 from torch.nn.utils import clip_grad_norm_
 
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import UsageError
-from orchestrator.models.chunk import Chunk
 from orchestrator.models.modules import SparseLinear
 from orchestrator.models.refine import Refinement, refine, trained_parameters
 from orchestrator.models.refine_options import RefineOptions, rate, split
@@ -22,32 +20,6 @@ from orchestrator.plan import Assignment
 
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon"]
 SHORT = RefineOptions(epochs=3, batches=2, learning_rate=1e-3, held_out=0.2)
-
-
-@pytest.fixture(scope="session")
-def compressed(checkpoint, tmp_path_factory):
-    """The directory of a family's checkpoint with every form in it."""
-    root, made = tmp_path_factory.mktemp("refine"), {}
-
-    def make(family):
-        if family not in made:
-            out = root / family
-            made[family] = compress(checkpoint(family), out, make_plan=mixed_plan)
-        return made[family].directory
-
-    return make
-
-
-def some_chunks(count):
-    """Chunks of two sequences of 12 tokens, with more padding in each than in the one before."""
-    generator = torch.Generator().manual_seed(3)
-    chunks = []
-    for index in range(count):
-        tokens_BT = torch.randint(3, VOCABULARY, (2, 12), generator=generator)
-        mask_BT = torch.ones(2, 12, dtype=torch.bool)
-        mask_BT[1, 11 - index :] = False
-        chunks.append(Chunk(index, tokens_BT * mask_BT, mask_BT))
-    return chunks
 
 
 def passed(skeleton, blocks, chunks):

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from compressed import compress, mixed_plan
-from families import VOCABULARY
+from compressed import some_chunks
 from test_families import whole_model
 from torch.nn.functional import cross_entropy, log_softmax
 
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import InfeasibleError
-from orchestrator.models.chunk import Chunk
 from orchestrator.models.distill import Weights, distill
 from orchestrator.models.modules import LowRankLinear, SparseLinear
 from orchestrator.models.skeleton import Skeleton
@@ -20,32 +18,6 @@ FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon", "phi3"]
 WEIGHTS = Weights(divergence=0.6 / 40, cross_entropy=0.4 / 37)
 CUTS = ([range(4)], [range(2), range(2, 4)])
 """Of four blocks, of which each two share a basis."""
-
-
-@pytest.fixture(scope="session")
-def compressed(checkpoint, tmp_path_factory):
-    """The directory of a family's checkpoint with every form in it."""
-    root, made = tmp_path_factory.mktemp("training"), {}
-
-    def make(family):
-        if family not in made:
-            out = root / family
-            made[family] = compress(checkpoint(family), out, make_plan=mixed_plan)
-        return made[family].directory
-
-    return make
-
-
-def some_chunks(count):
-    """Chunks of two sequences of 12 tokens, with more padding in each than in the one before."""
-    generator = torch.Generator().manual_seed(3)
-    chunks = []
-    for index in range(count):
-        tokens_BT = torch.randint(3, VOCABULARY, (2, 12), generator=generator)
-        mask_BT = torch.ones(2, 12, dtype=torch.bool)
-        mask_BT[1, 11 - index :] = False
-        chunks.append(Chunk(index, tokens_BT * mask_BT, mask_BT))
-    return chunks
 
 
 def dense_logits(directory, chunks):
