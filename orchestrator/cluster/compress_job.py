@@ -499,10 +499,7 @@ class Compression:
             report["strs"] = self.measured.report
         for after in self.after:
             report[after.name] = after.report
-            if isinstance(after, Walk):
-                report["timings"][after.name] = after.seconds
-            if isinstance(after, Train):
-                report["timings"]["train"] = after.timings
+            report["timings"][after.name] = after.timings
         finish(
             self.out,
             dense=self.model,

@@ -40,6 +40,11 @@ class Refine(TrainedStage):
         self._facts = passes.forward(self.key, self.keys, crew, watch, stage)
 
     @property
+    def timings(self) -> dict[str, Any]:
+        """Seconds that each block took, when it was made."""
+        return {str(b): facts["timings"]["seconds"] for b, facts in sorted(self._facts.items())}
+
+    @property
     def report(self) -> dict[str, Any]:
         """What training did to each block's error on the sequences that were held out."""
         blocks = {}

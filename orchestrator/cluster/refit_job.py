@@ -1,5 +1,6 @@
 """Fitting left factors again, once there is a plan: the driver's part."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,6 +23,7 @@ class Refit:
 
     name: ClassVar[str] = "refit"
     worker_class: ClassVar[type[RefitWorker]] = RefitWorker
+    timings: ClassVar[Mapping[str, float]] = {}
     report: ClassVar[str] = "errors of linears are those before left factors were fitted again"
 
     def __init__(self, job: "Compression") -> None:

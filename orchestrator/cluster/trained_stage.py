@@ -1,5 +1,6 @@
 """What the stages that train the compressed model share: keys, and what their workers are told."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from orchestrator.cluster.compress_job import Compression
 
 
-class TrainedStage:
+class TrainedStage(ABC):
     """A stage behind the plan, that leaves a unit of trained tensors for each block it changes.
 
     Stages stand in a row: each begins where those before it have left the model.
@@ -74,15 +75,20 @@ class TrainedStage:
         }
 
     @property
+    @abstractmethod
     def task(self) -> Any:
         """What the workers need to know."""
-        raise NotImplementedError
 
-    @property
-    def report(self) -> Any:
-        """What training did, as JSON."""
-        raise NotImplementedError
-
+    @abstractmethod
     def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Makes the units that are not there yet."""
-        raise NotImplementedError
+
+    @property
+    @abstractmethod
+    def report(self) -> dict[str, Any]:
+        """What training did, as JSON; nothing that may differ between two equal runs."""
+
+    @property
+    @abstractmethod
+    def timings(self) -> dict[str, Any]:
+        """What it took, which may."""

@@ -94,8 +94,8 @@ class Walk(TrainedStage):
         }
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """What each block took, when it was made."""
+    def timings(self) -> dict[str, Any]:
+        """Seconds that each block took, when it was made."""
         return {str(b): facts["timings"]["seconds"] for b, facts in sorted(self._facts.items())}
 
 
