@@ -42,8 +42,8 @@ def damped(given):
     return c_OO + DAMPING * c_OO.diagonal().mean() * torch.eye(len(c_OO))
 
 
-def measure(weight_OI, given, densities=(0, 0.3, 0.6), ranks=0.6):
-    return sparse_low_rank(weight_OI, given, densities, ranks, damping=DAMPING)
+def measure(weight_OI, given, densities=(0, 0.3, 0.6), ranks=0.6, fits=False):
+    return sparse_low_rank(weight_OI, given, densities, ranks, damping=DAMPING, fits=fits)
 
 
 def left_out(found, nonzeros):
@@ -205,7 +205,8 @@ def test_options_that_are_not_allowed_are_refused(options):
 def test_the_method_is_its_options():
     """What is stored is named by its options; labels are part of the statistics' key."""
     named = make_method("two-sided-sparse", {"densities": "0, 0.5", "ranks": 1, "draws": 2})
-    assert named.decomposition == "two-sided-sparse damping=0.01 densities=0.0 0.5 ranks=1.0"
+    of = "damping=0.01 densities=0.0 0.5 ranks=1.0 steps=8"
+    assert named.decomposition == f"two-sided-sparse {of}"
     assert named.labels == 2
     found = named.decompose(of_model(12, 8).weight_OI, statistic(of_model(12, 8)), 4)
     assert found.factors.keys() == {0, 48}
@@ -219,9 +220,36 @@ def test_entries_come_back_as_they_are(dtype, tmp_path):
     save_file({k: v.contiguous() for k, v in stored_pruned(found, dtype).items()}, tmp_path / "a")
     order_N = entry_order(found.weight_OI, found.curvature_O, found.square_I)
     for nonzeros in (1, 33, 140):
-        values_N, positions_N = read_entries(tmp_path / "a", nonzeros, torch.device("cpu"))
+        given = tmp_path / "a", nonzeros, 0, torch.device("cpu")
+        values_N, positions_N = read_entries(*given, steps=0)
         assert positions_N.tolist() == sorted(order_N[:nonzeros].tolist())
         assert torch.equal(values_N, found.weight_OI.flatten()[positions_N])
+
+
+@pytest.mark.parametrize(("nonzeros", "rank"), [(33, 0), (42, 2), (140, 0)])
+def test_entries_are_fitted_to_what_factors_leave(nonzeros, rank, tmp_path):
+    """They lose less beside the stored factors than the weight's own; all of them are the weight"""
+    specimen = of_model(14, 10)
+    weight_OI, given = specimen.weight_OI.float(), statistic(specimen)
+    found = measure(weight_OI, given, fits=True)
+    stored = {k: v.contiguous() for k, v in stored_pruned(found, torch.float32).items()}
+    save_file(stored, tmp_path / "a")
+    curvature_OO, losses, kept = damped(given), [], []
+    for steps in (0, 4, 40):
+        where = tmp_path / "a", nonzeros, rank, torch.device("cpu")
+        values_N, positions_N = read_entries(*where, steps=steps)
+        gap_OI = weight_OI.double()
+        if rank:
+            weight_OR, down_RI = found.factors[nonzeros]
+            gap_OI = gap_OI - (weight_OR[:, :rank] @ down_RI[:rank]).double()
+        gap_OI = gap_OI.contiguous()
+        gap_OI.view(-1)[positions_N] -= values_N.double()
+        losses.append(float(torch.trace(curvature_OO @ gap_OI @ specimen.gram_II @ gap_OI.T)))
+        kept.append(values_N)
+    if nonzeros == weight_OI.numel():
+        assert torch.equal(kept[2], weight_OI.flatten())
+    else:
+        assert losses[2] <= losses[1] < losses[0]
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +277,8 @@ def reference(llama, text, tmp_path_factory):
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.85])
 def test_a_checkpoint_is_factors_and_entries(keep, llama, text, tmp_path):
     """Every linear of the loaded model is L + S by hand; its errors are near those reported."""
-    result = compress(llama, tmp_path / "out", text, keep=keep)
+    options = {"two-sided-sparse": {"steps": 0}}
+    result = compress(llama, tmp_path / "out", text, keep=keep, options=options)
     values = result.report["values"]
     assert 0 <= values["slack"] < 0.01 * values["dense_linears"]
     dense, loaded = AutoModelForCausalLM.from_pretrained(llama), orchestrator.load(result.out)

@@ -189,7 +189,7 @@ class CompressionWorker(Worker):
             return self._weights.read(tensor.source)
         linear = next(each for each in self.task.linears if each.name == tensor.source)
         if isinstance(self.method, TwoSidedSparse):
-            return self._pruned(linear, tensor)
+            return self._pruned(linear, tensor, self.method.steps)
         if tensor.part in ("weight", "down"):
             return self._written(linear, tensor.part, tensor.rank)
         if tensor.part in ("others", "pivots", "order"):
@@ -211,7 +211,7 @@ class CompressionWorker(Worker):
             self._pivoted = (wanted, parts)
         return self._pivoted[1]
 
-    def _pruned(self, linear: Linear, tensor: TensorSpec) -> Tensor:
+    def _pruned(self, linear: Linear, tensor: TensorSpec, steps: int) -> Tensor:
         """A part of a pruned weight or of the factors beside it; entries are kept, as above."""
         path = self._stored_file([linear])
         if tensor.part in ("weight", "down"):
@@ -219,7 +219,8 @@ class CompressionWorker(Worker):
             return read_factor(path, tensor.part, tensor.rank, outputs, f".{tensor.nonzeros}")
         wanted = (linear.name, tensor.nonzeros)
         if self._entries is None or self._entries[0] != wanted:
-            self._entries = (wanted, read_entries(path, tensor.nonzeros, self.device))
+            sizes = tensor.nonzeros, tensor.rank
+            self._entries = (wanted, read_entries(path, *sizes, self.device, steps=steps))
         values_N, positions_N = self._entries[1]
         if tensor.part == "values":
             return values_N

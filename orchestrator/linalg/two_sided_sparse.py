@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from orchestrator.linalg.fit_entries import correlations
 from orchestrator.linalg.gram import check_finite
 from orchestrator.linalg.low_rank import Curvature, InputGram
 from orchestrator.linalg.two_sided import TwoSidedLowRank, decompose_two_sided
@@ -44,6 +45,8 @@ class SparseLowRank:
     """Root of the damped C's diagonal, float32."""
     square_I: Tensor
     """Root of H's diagonal, float32. Both and the weight give the order of the entries."""
+    correlations: tuple[Tensor, Tensor] | None
+    """Of the damped C and of H, where entries are to be fitted."""
     factors: Mapping[int, tuple[Tensor, Tensor]]
     """By the number of entries kept: `weight_OR` and `down_RI` of the others, nested in rank."""
     mixes_P: tuple[Mix, ...]
@@ -59,6 +62,7 @@ def sparse_low_rank(
     ranks: float,
     *,
     damping: float,
+    fits: bool = False,
 ) -> SparseLowRank:
     """Entries S of a weight as they are, and the best factors L of what is left without them.
 
@@ -76,7 +80,7 @@ def sparse_low_rank(
     I), if that is less; losses are told at `RANKS` steps. One `decompose_two_sided` for each
     density, and O I (O + I) multiply-adds for each of `DENSE_SHARES`. Needs C [O, O] and H [I, I]
     whatever the shape: 3.3 GB in float32 on the wide side of a 70B model's MLP. Factors have the
-    weight's dtype, float32 at least.
+    weight's dtype, float32 at least. With `fits` the result has what `fit_entries` needs later.
 
     Raises:
         InputError: As `decompose_two_sided`.
@@ -110,6 +114,7 @@ def sparse_low_rank(
         weight_OI=weight_OI,
         curvature_O=curvature_O,
         square_I=square_I,
+        correlations=(correlations(bend_OO), correlations(matrix_II)) if fits else None,
         factors=factors,
         mixes_P=tuple(mix if is_seen else replace(mix, loss=0.0) for mix in mixes),
         report=reports[0] | {"deviation": max(report["deviation"] for report in reports)},

@@ -1,0 +1,107 @@
+"""Entries fitted together: the least-squares optimum on their support, and never a rise."""
+
+import pytest
+import torch
+from matrices import gaussian, menagerie, of_model
+
+from orchestrator.linalg.fit_entries import correlations, fit_entries, second_moment_of
+
+OUTPUTS, INPUTS = 7, 5
+
+
+def moment(size, seed, rank=None):
+    rows_TN = gaussian(rank or 3 * size, size, seed=seed)
+    return rows_TN.T @ rows_TN
+
+
+def loss(gap_OI, curvature_OO, moment_II):
+    return float(torch.trace(curvature_OO @ gap_OI @ moment_II @ gap_OI.T))
+
+
+def put(positions_N, values_N, like_OI):
+    found_OI = torch.zeros_like(like_OI)
+    found_OI.view(-1)[positions_N] = values_N.to(like_OI.dtype)
+    return found_OI
+
+
+def some(total, count, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(total, generator=generator)[:count].sort().values
+
+
+@pytest.mark.parametrize("count", [1, 4, 20, 35])
+def test_it_is_the_least_squares_solution(count):
+    """With as many steps as entries, what a dense solve of the normal equations gives."""
+    rest_OI = gaussian(OUTPUTS, INPUTS, seed=0)
+    curvature_OO, moment_II = moment(OUTPUTS, 1), moment(INPUTS, 2)
+    positions_N = some(rest_OI.numel(), count)
+    whole = torch.kron(curvature_OO, moment_II)
+    right_N = (curvature_OO @ rest_OI @ moment_II).flatten()[positions_N]
+    expected_N = torch.linalg.solve(whole[positions_N][:, positions_N], right_N)
+    found_N = fit_entries(rest_OI, positions_N, curvature_OO, moment_II, 3 * count)
+    torch.testing.assert_close(found_N, expected_N, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", menagerie())
+def test_no_step_raises_the_loss(name):
+    """From specimen to specimen, each further step loses as much or less."""
+    specimen = menagerie()[name]
+    rest_OI, moment_II = specimen.weight_OI.double(), specimen.gram_II.double()
+    curvature_OO = moment(len(rest_OI), 1)
+    positions_N = some(rest_OI.numel(), max(rest_OI.numel() // 2, 1))
+    least = before = loss(rest_OI, curvature_OO, moment_II)
+    for steps in range(6):
+        found_N = fit_entries(rest_OI, positions_N, curvature_OO, moment_II, steps)
+        after = loss(rest_OI - put(positions_N, found_N, rest_OI), curvature_OO, moment_II)
+        assert after <= least * (1 + 1e-9)
+        least = after
+    gradient_OI = curvature_OO @ rest_OI @ moment_II
+    if float(gradient_OI.flatten()[positions_N].abs().max()) > 1e-6 * max(before, 1e-300):
+        assert least < before
+
+
+def test_no_step_changes_nothing():
+    """Zero steps, a loss that nothing feels and inputs that are never there: no change."""
+    rest_OI, positions_N = gaussian(OUTPUTS, INPUTS, seed=0), some(35, 12)
+    bends, moves = moment(OUTPUTS, 1), moment(INPUTS, 2)
+    zeros = torch.zeros_like
+    for given in ((bends, moves, 0), (zeros(bends), moves, 5), (bends, zeros(moves), 5)):
+        assert not fit_entries(rest_OI, positions_N, *given).any()
+    moves[2] = moves[:, 2] = 0
+    found_OI = put(positions_N, fit_entries(rest_OI, positions_N, bends, moves, 9), rest_OI)
+    assert not found_OI[:, 2].any()
+    assert found_OI.any()
+
+
+def test_what_is_no_second_moment_ends_it_early():
+    """An indefinite curvature gives numbers, and no larger loss in its own terms than without."""
+    rest_OI, positions_N = gaussian(OUTPUTS, INPUTS, seed=0), some(35, 20)
+    curvature_OO = torch.eye(OUTPUTS, dtype=torch.float64)
+    curvature_OO[0, 1] = curvature_OO[1, 0] = 1.5
+    moment_II = moment(INPUTS, 2)
+    found_N = fit_entries(rest_OI, positions_N, curvature_OO, moment_II, 50)
+    assert found_N.isfinite().all()
+    after_OI = rest_OI - put(positions_N, found_N, rest_OI)
+    assert loss(after_OI, curvature_OO, moment_II) <= loss(rest_OI, curvature_OO, moment_II)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype):
+    """The weight's own, float32 at least; statistics may be finer."""
+    rest_OI = gaussian(OUTPUTS, INPUTS, seed=0).to(dtype)
+    found_N = fit_entries(rest_OI, some(35, 9), moment(OUTPUTS, 1), moment(INPUTS, 2), 4)
+    assert found_N.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("rank", [2, 40])
+def test_a_moment_comes_back(rank):
+    """Of its diagonal's root and its correlations, to half precision of each correlation."""
+    matrix_NN = moment(9, 4, rank=rank)
+    matrix_NN[3] = matrix_NN[:, 3] = 0
+    root_N = matrix_NN.diagonal().sqrt().float()
+    found_NN = second_moment_of(root_N, correlations(matrix_NN)).double()
+    assert torch.equal(found_NN, found_NN.T)
+    scale_NN = root_N.double()[:, None] * root_N.double()
+    assert float((found_NN - matrix_NN).abs().sub(2**-11 * scale_NN).max()) <= 1e-9
+    assert correlations(matrix_NN).shape == (36,)
+    assert correlations(of_model(6, 1).gram_II).shape == (0,)
