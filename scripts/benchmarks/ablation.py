@@ -22,6 +22,9 @@ from orchestrator.recipe import PRESETS
 
 UNIFORM, FAST, BEST = "uniform", "fast", "best"
 TWO_SIDED = {"method": "two-sided"}
+TRAINED = {stage: {stage: PRESETS[BEST]["options"][stage]} for stage in ("refinement", "training")}
+STEPS = sum(PRESETS[BEST]["options"][stage]["epochs"] for stage in TRAINED)
+"""Epochs of `best`: in all of them together each weight takes one gradient step a batch."""
 ROWS: Mapping[str, Row] = {
     UNIFORM: {"method": "svd-llm"},
     "two-sided norm, uniform ranks": TWO_SIDED | {"allocation": "uniform"},
@@ -30,10 +33,14 @@ ROWS: Mapping[str, Row] = {
     FAST: PRESETS[FAST],
     "fast + compensation": PRESETS[FAST]
     | {"compensate": "anchored", "options": {"compensation": {"basis": "kept"}}},
-    "fast + refinement": PRESETS[FAST] | {"refine": "blocks"},
-    "fast + training": PRESETS[FAST] | {"train": "all"},
+    "fast + refinement": PRESETS[FAST] | {"refine": "blocks", "options": TRAINED["refinement"]},
+    "fast + training": PRESETS[FAST] | {"train": "all", "options": TRAINED["training"]},
     BEST: PRESETS[BEST],
-    "AA-SVD": {"method": "svd-llm", "refine": "in_order"},
+    "AA-SVD, equal steps": {
+        "method": "svd-llm",
+        "refine": "in_order",
+        "options": {"refinement": {"epochs": STEPS}},
+    },
 }
 SEEDED = (FAST, BEST)
 TEXTS = ("wikitext2", "c4")
