@@ -8,7 +8,12 @@ An event is a plain dict. Known are
     {"event": "waiting", "for": ..., "there": ...}
     {"event": "workers", "workers": [{"node": ..., "pid": ...}, ...]}
     {"event": "snapshot", "step": ..., "train": ..., "held_out": ..., ...}
-    {"event": "lost" | "missing" | "damaged", "unit": ..., "why": ...}
+    {"event": "lost" | "failed", "unit": ..., "why": ..., "cause": ..., "node": ..., "pid": ...,
+     "decided": ..., "record": ...}
+    {"event": "draining", "node": ..., "deadline": ...}
+    {"event": "retired", "node": ..., "pid": ...}
+    {"event": "quarantined", "node": ...}
+    {"event": "missing" | "damaged", "unit": ..., "why": ...}
 
 and any other is shown with its fields as they are. Lines carry no escape codes and never return
 the cursor, so that they read the same on a terminal, in a file and in the logs of a Ray job.
@@ -70,6 +75,14 @@ class Lines:
                 return f"waiting for {event.get('for')}; there is {event.get('there')}"
             case {"event": "workers", "workers": workers}:
                 return ", ".join(f"process {each['pid']} on {each['node']}" for each in workers)
+            case {"event": "lost" | "failed", "record": record}:
+                where = f"{event['unit']}: process {event['pid']} on {event['node']}"
+                then = f"{event['decided']}, see {record}"
+                return f"{where} {event['cause']}: {event['why']}; {then}"
+            case {"event": "draining", "node": node, "deadline": deadline}:
+                left = max((deadline or 0.0) - time.time(), 0.0)
+                when = f" in {duration(left)}" if deadline else ""
+                return f"{node} goes{when}: its workers end their calls, others take over"
         if event["event"] == "snapshot":
             train = "" if event["train"] is None else f"loss {event['train']:.4f} in training, "
             return f"step {event['step']}: {train}{event['held_out']:.4f} on held-out sequences"

@@ -1,45 +1,84 @@
-"""What a lost worker means, and the dispatch loop with a pool that loses workers as told."""
+"""What a failure means, and the dispatch loop with a pool whose workers fail as told."""
 
 import random
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.pool import Outcome, dispatch
+from orchestrator.cluster.deadline import VARIABLE, Deadlines
+from orchestrator.cluster.policy import (
+    Action,
+    Cause,
+    Failure,
+    FailurePolicy,
+    Limits,
+    Status,
+    check_nodes,
+    decide,
+)
+from orchestrator.cluster.pool import LocalPool, Outcome, Seat, dispatch, is_out_of_memory
 from orchestrator.cluster.schedule import Bag, Pass, cut_blocks
-from orchestrator.errors import InputError, WorkerError
+from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
 from orchestrator.store.chunks import MissingChunk
+
+DIED, HUNG, MEMORY = Cause.DIED, Cause.HUNG, Cause.OUT_OF_MEMORY
+GONE, PREEMPTED = Cause.NODE_LOST, Cause.PREEMPTED
 
 
 class ScriptedPool:
     """Workers that do nothing; what becomes of a call is looked up by its label, once an entry.
 
     A block is only finished by a worker that has seen every chunk of its shard once, in order.
+    Workers are spread over the nodes in turn; those of a node that drains, once so many calls were
+    made, are to leave it.
     """
 
-    def __init__(self, workers, script=()):
-        self._workers = list(range(workers))
+    def __init__(self, workers, script=(), nodes=("a",), drains=None):
         self._script = list(script)
-        self._running = []
+        self._nodes = list(nodes)
+        self._drains = drains or {}
+        self._draining, self._quarantined = set(), set()
+        self._seats = {}
+        self._count = 0
+        self._running, self._hanging = [], []
         self._fed = {}
         self.started = []
         self.records = {}
+        self.abandoned = []
+        for _ in range(workers):
+            self._add()
+
+    def _add(self):
+        open_nodes = sorted(self.nodes())
+        self._seats[self._count] = Seat(open_nodes[self._count % len(open_nodes)], self._count)
+        self._count += 1
 
     def workers(self):
-        return self._workers
+        return list(self._seats)
+
+    def seat(self, worker):
+        return self._seats[worker]
 
     def start(self, call, record):
-        assert call.worker in self._workers
+        assert call.worker in self._seats
+        assert self._seats[call.worker].node in self.nodes()
         self.started.append(call.label)
         self.records[call.label] = record
         self._running.append(call)
 
     def wait(self, seconds):
+        if not self._running:
+            return []
         call = self._running.pop(0)
         for entry in self._script:
             label, becomes = entry
-            if label == call.label:
+            if label in (call.label, self._seats[call.worker].node):
                 self._script.remove(entry)
+                if becomes == "hang":
+                    self._hanging.append(call)
+                    return []
                 return [Outcome(call, **becomes)]
         if call.method == "open":
             self._fed[call.worker] = []
@@ -49,23 +88,49 @@ class ScriptedPool:
             assert self._fed[call.worker] == [0, 1, 2]
         return [Outcome(call, value=call.label, record=f"{call.label} gave this")]
 
+    def abandon(self, call, why):
+        if call not in self._hanging:
+            # it would answer, were it listened to
+            self._running.remove(call)
+            return [Outcome(call, value=call.label)]
+        self._hanging.remove(call)
+        self.abandoned.append(call.label)
+        return [Outcome(call, lost=why, cause=HUNG, log="stacks")]
+
     def replace(self, worker):
-        self._workers.remove(worker)
-        self._workers.append(max([*self._workers, worker]) + 1)
+        del self._seats[worker]
+        self._add()
+
+    def leaving(self):
+        self._draining = {
+            node for node, calls in self._drains.items() if len(self.started) >= calls
+        }
+        fit = self.nodes()
+        return [worker for worker, seat in self._seats.items() if seat.node not in fit]
+
+    def quarantine(self, node):
+        self._quarantined.add(node)
+
+    def nodes(self):
+        return set(self._nodes) - self._quarantined - self._draining
+
+    def quarantined(self):
+        return self._quarantined
 
     def describe(self):
         return "a script"
 
 
 LOST = {"lost": "the node went away"}
+TOO_LARGE = {"lost": "CUDA out of memory", "cause": MEMORY}
 
 
 @pytest.fixture
 def run():
     """Dispatches a schedule on a scripted pool; gives the pool, what succeeded and the events."""
 
-    def run(schedule, workers=2, script=(), policy=None, awaited=lambda chunk: False):
-        pool, done, events = ScriptedPool(workers, script), [], []
+    def run(schedule, workers=2, script=(), policy=None, awaited=lambda chunk: False, **options):
+        pool, done, events = ScriptedPool(workers, script, **options), [], []
         dispatch(
             pool,
             schedule,
@@ -85,34 +150,167 @@ def bag(count=6):
 
 def four_blocks(chunks=3):
     cut = cut_blocks(4, 2)
-    return Pass(cut, todo=range(4), num_chunks=chunks, present=[set() for _ in cut])
+    present = [set() for _ in cut]
+    return Pass(cut, todo=range(4), num_chunks=chunks, present=present, joints=range(4))
 
 
-def test_losses_are_counted_and_forgiven():
-    """Different units may lose workers, each of them twice."""
+def eight_blocks():
+    cut = cut_blocks(8, 4)
+    present = [set() for _ in cut]
+    return Pass(cut, todo=range(8), num_chunks=3, present=present, joints=range(8))
+
+
+def failures(*words):
+    """`a:x` is a worker that died over unit a on node x; `a:x:hung` one that hung."""
+    split = (word.split(":") for word in words)
+    causes = {"": DIED, "hung": HUNG, "memory": MEMORY, "gone": GONE, "preempted": PREEMPTED}
+    return tuple(
+        Failure(unit, node, causes[cause[0] if cause else ""], f"why {n}")
+        for n, (unit, node, *cause) in enumerate(split)
+    )
+
+
+ONE, TWO, THREE = {"x"}, {"x", "y"}, {"x", "y", "z"}
+TABLE = {
+    "a first failure": (["a:x"], TWO, Action.REPEAT),
+    "again on the same node": (["a:x", "a:x"], TWO, Action.REPEAT),
+    "on another node": (["a:x", "a:y"], TWO, Action.END),
+    "in another way on another node": (["a:x:hung", "b:x", "a:y"], THREE, Action.END),
+    "another unit on another node": (["a:x", "b:y"], TWO, Action.REPEAT),
+    "twice on the only node": (["a:x", "a:x"], ONE, Action.REPEAT),
+    "three times on the only node": (["a:x", "a:x", "a:x"], ONE, Action.END),
+    "three units on one of two nodes": (["a:x", "b:x", "c:x"], TWO, Action.QUARANTINE),
+    "one unit three times on one of two": (["a:x", "a:x", "a:x"], TWO, Action.QUARANTINE),
+    "three units on the only node": (["a:x", "b:x", "c:x"], ONE, Action.REPEAT),
+    "on a node that nobody may use": (["a:x", "b:x", "c:x"], {"y"}, Action.QUARANTINE),
+    "preempted after another failure": (["a:x", "a:y:preempted"], TWO, Action.REPEAT),
+    "a failure after being preempted": (["a:x:preempted", "a:y"], TWO, Action.REPEAT),
+    "both nodes lost": (["a:x:gone", "a:y:gone"], TWO, Action.REPEAT),
+    "a third node lost": (["a:x:gone", "a:y:gone", "a:z:gone"], THREE, Action.END),
+    "a node lost, then a failure": (["a:x:gone", "a:y"], TWO, Action.REPEAT),
+    "three units with their node": (["a:x:gone", "b:x:gone", "c:x:gone"], TWO, Action.REPEAT),
+    "memory on two nodes": (["a:x:memory", "a:y:memory"], TWO, Action.END),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_what_a_failure_means(case):
+    """Where and how a unit failed before says whether it, or the node, or neither is the cause."""
+    words, nodes, action = TABLE[case]
+    assert decide(Status(failures(*words), nodes)).action is action
+
+
+def test_a_unit_that_fails_on_two_nodes_is_named_with_what_it_did():
+    """The error says where it failed, how, and what the last worker said."""
+    error = decide(Status(failures("block 7:x:hung", "block 7:y"), TWO)).error
+    assert isinstance(error, WorkerError)
+    assert str(error).startswith("block 7: its worker hung on x and died on y, so it is taken")
+    assert "the last time: why 1; what is committed stays" in str(error)
+
+
+def test_out_of_memory_is_an_error_of_its_own():
+    """It says what can be done, and its exit code is that of what the machines cannot do."""
+    error = decide(Status(failures(*["block 7:x:memory"] * 3), ONE)).error
+    assert isinstance(error, InfeasibleError)
+    assert "smallest part already: start fewer workers on a node" in str(error)
+
+
+def test_what_is_split_is_performed_again():
+    """Whatever was before; and it is not held against the parts, which may have its name."""
+    status = Status(failures("a:x:memory", "a:y:memory"), TWO, is_split=True)
+    assert decide(status).action is Action.SPLIT
     policy = FailurePolicy()
-    for unit in "abc":
-        policy.after_loss(unit, "gone")
-        policy.after_loss(unit, "gone")
-    assert policy.losses == 6
+    failure = Failure("a", "x", MEMORY)
+    actions = [policy.after_failure(failure, ONE, is_split=n == 0).action for n in range(4)]
+    assert actions == [Action.SPLIT, Action.REPEAT, Action.REPEAT, Action.END]
 
 
-def test_a_unit_that_takes_three_workers_down_ends_the_run():
-    """The third loss of one unit is taken to be its own doing, and is said with its last reason."""
+def test_fifty_failures_end_a_stage():
+    """However they spread over units and nodes, the fiftieth is one too many."""
     policy = FailurePolicy()
-    policy.after_loss("block 7, finish", "out of memory")
-    policy.after_loss("block 7, finish", "out of memory")
-    with pytest.raises(WorkerError, match=r"^block 7, finish: lost its worker 3 times.*memory"):
-        policy.after_loss("block 7, finish", "out of memory")
-
-
-def test_fifty_losses_end_a_run():
-    """However they spread over the units, the fiftieth loss is one too many."""
-    policy = FailurePolicy()
+    nodes = {f"node {n}" for n in range(60)}
     for n in range(49):
-        policy.after_loss(f"block {n}", "gone")
-    with pytest.raises(WorkerError, match="50 workers lost in one run"):
-        policy.after_loss("block 49", "gone")
+        after = policy.after_failure(Failure(f"block {n}", f"node {n}"), nodes)
+        assert after.action is Action.REPEAT
+    error = policy.after_failure(Failure("block 49", "node 49"), nodes).error
+    assert "50 workers lost in one stage" in str(error)
+
+
+FAILURES = st.lists(
+    st.builds(
+        Failure, st.sampled_from("abcde"), st.sampled_from(["x", "y", "z"]), st.sampled_from(Cause)
+    ),
+    min_size=1,
+    max_size=12,
+)
+NODES = st.frozensets(st.sampled_from(["x", "y", "z"]), min_size=1)
+
+
+@given(FAILURES, NODES)
+def test_preemptions_count_for_nothing(history, nodes):
+    """Whatever else happened, a preemption is repeated, and the others mean what they mean
+    without it."""
+    counted = [each for each in history if each.cause is not PREEMPTED]
+    if history[-1].cause is PREEMPTED:
+        assert decide(Status(tuple(history), nodes)).action is Action.REPEAT
+    else:
+        assert decide(Status(tuple(history), nodes)).action is (
+            decide(Status(tuple(counted), nodes)).action
+        )
+
+
+@given(FAILURES, NODES)
+def test_a_node_is_quarantined_only_if_there_is_another(history, nodes):
+    """And only for what happened on it: three failures that were no loss of the node itself."""
+    decision = decide(Status(tuple(history), nodes))
+    if decision.action is Action.QUARANTINE:
+        node = history[-1].node
+        assert nodes - {node}
+        assert sum(each.node == node and each.cause in (DIED, HUNG, MEMORY) for each in history) > 2
+    assert (decision.error is not None) == (decision.action is Action.END)
+
+
+@given(FAILURES, NODES)
+def test_a_unit_ends_the_run_for_its_own_failures_alone(history, nodes):
+    """Failures of other units never make a unit's own mean more than a quarantine."""
+    own = tuple(each for each in history if each.unit == history[-1].unit)
+    ends = decide(Status(own, nodes)).action is Action.END
+    if decide(Status(tuple(history), nodes)).action is Action.END:
+        assert ends or decide(Status(own, nodes)).action is Action.QUARANTINE
+
+
+def test_a_cluster_of_quarantined_nodes_ends_the_run():
+    """Nobody could be waited for; with another node, or none quarantined, somebody can."""
+    check_nodes({"x"}, {"y"})
+    check_nodes(set(), set())
+    with pytest.raises(WorkerError, match="no node is left but those that are quarantined: x, y"):
+        check_nodes(set(), {"y", "x"})
+
+
+def test_a_deadline_is_ten_times_the_longest_call(monkeypatch):
+    """Of the same method, and never below the floor, which the environment may set."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    deadlines = Deadlines()
+    assert deadlines.of("step") == 1800
+    for seconds in (200.0, 300.0, 100.0):
+        deadlines.note("step", seconds)
+    assert (deadlines.of("step"), deadlines.of("finish")) == (3000, 1800)
+    monkeypatch.setenv(VARIABLE, "2.5")
+    assert Deadlines().of("step") == 2.5
+    for wrong in ("soon", "0", "-1", "nan"):
+        monkeypatch.setenv(VARIABLE, wrong)
+        with pytest.raises(UsageError, match=rf"{VARIABLE} is '{wrong}'"):
+            Deadlines()
+
+
+def test_what_counts_as_out_of_memory():
+    """Python's error, torch's for a GPU, and the one that torch raises for the host."""
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_an_input_that_vanishes_again_and_again_ends_the_run():
@@ -122,7 +320,6 @@ def test_an_input_that_vanishes_again_and_again_ends_the_run():
     policy.after_missing("blocks 2-3, chunk 1")
     with pytest.raises(WorkerError, match="do all nodes share the run directory"):
         policy.after_missing("blocks 2-3, chunk 1")
-    assert policy.losses == 0
 
 
 def test_a_bag_survives_lost_workers(run):
@@ -132,7 +329,7 @@ def test_a_bag_survives_lost_workers(run):
     assert sorted(done) == [f"file {n}" for n in range(6)]
     assert [event["unit"] for event in events] == ["file 1", "file 1", "file 4"]
     assert {event["event"] for event in events} == {"lost"}
-    assert pool.workers() == [3, 4] or sorted(pool.workers())[-1] == 4
+    assert max(pool.workers()) == 4
     assert len(pool.started) == 6 + 3
 
 
@@ -161,17 +358,29 @@ def test_the_last_worker_may_be_lost_too(run):
 def test_any_mixture_of_losses_and_missing_chunks_ends_well(seed, run):
     """Every block is finished, whatever is lost or missing on the way, and in whatever call."""
     rng = random.Random(seed)
-    cut = cut_blocks(8, 4)
-    schedule = Pass(cut, todo=range(8), num_chunks=3, present=[set() for _ in cut])
-    pool, _, _ = run(schedule, workers=3)
+    pool, _, _ = run(eight_blocks(), workers=3)
     script = [(label, LOST) for label in rng.sample(pool.started, 6) for _ in range(2)]
     for boundary, chunk in rng.sample([(b, c) for b in (2, 4, 6) for c in range(3)], k=4):
         label = f"blocks {boundary}-{boundary + 1}, chunk {chunk}"
         script.append((label, {"error": MissingChunk(boundary, chunk)}))
     rng.shuffle(script)
-    schedule = Pass(cut, todo=range(8), num_chunks=3, present=[set() for _ in cut])
-    policy = FailurePolicy(a_unit=9)
-    _, done, _ = run(schedule, workers=rng.choice([1, 2, 3]), script=script, policy=policy)
+    policy = FailurePolicy(Limits(unit=9))
+    _, done, _ = run(eight_blocks(), rng.choice([1, 2, 3]), script, policy)
+    assert sorted(label for label in done if "finish" in label) == [
+        f"block {block}, finish" for block in range(8)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_faults_of_every_kind_together_end_well(seed, run, monkeypatch):
+    """Units that fail once, in whatever way, on nodes that drain or are quarantined meanwhile."""
+    monkeypatch.setenv(VARIABLE, "0.02")
+    rng = random.Random(seed)
+    pool, _, _ = run(eight_blocks(), workers=3)
+    kinds = [LOST, TOO_LARGE, {"lost": "gone", "cause": GONE}, {"lost": "spot", "cause": PREEMPTED}]
+    script = [(label, rng.choice([*kinds, "hang"])) for label in rng.sample(pool.started, 9)]
+    options = {"nodes": "abcd", "drains": {"d": rng.randrange(20)}}
+    _, done, _ = run(eight_blocks(), rng.choice([1, 2, 5]), script, **options)
     assert sorted(label for label in done if "finish" in label) == [
         f"block {block}, finish" for block in range(8)
     ]
@@ -181,6 +390,94 @@ def test_a_poisonous_unit_is_named(run):
     """The loop ends with the policy's words after the third worker."""
     with pytest.raises(WorkerError, match=r"^block 1, finish: lost its worker 3 times"):
         run(four_blocks(), script=[("block 1, finish", LOST)] * 3)
+
+
+def held_at_once(pool):
+    """The blocks that workers were told to hold, in the order in which they first were."""
+    return list(dict.fromkeys(label.split(",")[0] for label in pool.started if "open" in label))
+
+
+def test_a_shard_that_is_too_large_is_held_in_parts(run):
+    """Whatever call runs out of memory, blocks are held one by one from then on, all finished."""
+    for call in ("open", "chunk 1"):
+        pool, done, events = run(four_blocks(), 1, [(f"blocks 0-1, {call}", TOO_LARGE)])
+        assert held_at_once(pool) == ["blocks 0-1", *(f"block {block}" for block in range(4))]
+        assert sorted(label for label in done if "finish" in label) == [
+            f"block {block}, finish" for block in range(4)
+        ]
+        assert [event["decided"] for event in events] == ["repeat in smaller parts"]
+
+
+def test_a_block_that_is_too_large_ends_the_run(run):
+    """When there is nothing left to split, the machines cannot do it."""
+    script = [("blocks 0-1, open", TOO_LARGE), *[("block 0, open", TOO_LARGE)] * 3]
+    with pytest.raises(InfeasibleError, match=r"^block 0, open: lost its worker 3 times"):
+        run(four_blocks(), 1, script)
+
+
+def test_a_worker_in_this_process_gives_up_its_memory():
+    """Without Ray too: the worker that ran out of memory is dropped before another is made."""
+    made, alive = [], []
+
+    class Worker:
+        def __init__(self):
+            made.append(len(alive))
+            alive.append(self)
+
+        def perform(self, method, arguments, record):
+            if len(made) == 1:
+                alive.clear()
+                raise MemoryError("cannot allocate")
+            return arguments, None
+
+    done, events = [], []
+    dispatch(
+        LocalPool(Worker),
+        bag(2),
+        FailurePolicy(),
+        on_success=lambda call, value: done.append(call.label),
+        on_event=events.append,
+    )
+    assert done == ["file 0", "file 1"]
+    assert made == [0, 0]
+    assert "MemoryError: cannot allocate" in events[0]["log"]
+
+
+def test_a_call_past_its_deadline_is_made_by_another(run, monkeypatch):
+    """The one that hangs is ended with its stacks; one that has only not been heard is not."""
+    monkeypatch.setenv(VARIABLE, "0.05")
+    pool, done, events = run(bag(), script=[("file 1", "hang")])
+    assert sorted(done) == [f"file {n}" for n in range(6)]
+    assert pool.abandoned == ["file 1"]
+    (event,) = events
+    assert (event["cause"], event["log"], event["unit"]) == ("hung", "stacks", "file 1")
+    assert event["why"].startswith("no answer for 0 s")
+
+
+def test_a_unit_that_hangs_on_two_nodes_ends_the_run(run, monkeypatch):
+    """It would hang everywhere."""
+    monkeypatch.setenv(VARIABLE, "0.05")
+    script = [("file 5", "hang"), ("file 5", {"lost": "killed"})]
+    with pytest.raises(WorkerError, match=r"^file 5: its worker hung on . and died on"):
+        run(bag(), script=script, nodes="ab")
+
+
+def test_a_node_with_three_failures_gets_no_more_work(run):
+    """Its other workers are given up too, and everything is done on the other node."""
+    pool, done, events = run(bag(20), workers=4, script=[("b", LOST)] * 3, nodes="ab")
+    assert sorted(done) == sorted(f"file {n}" for n in range(20))
+    assert [event["event"] for event in events][:4] == ["lost", "lost", "lost", "quarantined"]
+    assert events[2]["decided"] == "repeat and quarantine the node"
+    assert {pool.seat(worker).node for worker in pool.workers()} == {"a"}
+
+
+@pytest.mark.parametrize("calls", range(1, 20, 3))
+def test_a_draining_node_gets_no_new_call(run, calls):
+    """Whenever it is told to go, calls that run there end well, and others do the rest."""
+    pool, done, events = run(four_blocks(), nodes="ab", drains={"b": calls})
+    assert sum("finish" in label for label in done) == 4
+    assert {(event["event"], event["node"]) for event in events} <= {("retired", "b")}
+    assert len(events) == (calls < len(pool.started) - 2)
 
 
 def test_a_missing_chunk_is_made_again(run):

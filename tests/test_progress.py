@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 
 import pytest
 
@@ -56,6 +57,21 @@ def test_a_run_in_lines(clock, stream):
         "[1m00s] step 7: loss 0.5000 in training, 0.2500 on held-out sequences",
         "[1m00s] lost: unit block 2, why gone",
         "[1m00s] calibrate done in 1m05s",
+    ]
+
+
+def test_failures_in_lines(clock, stream):
+    """Who failed where and how, what is done about it, and where more of it is written."""
+    show = Lines(stream, clock=clock)
+    where = {"unit": "block 2", "node": "a (12)", "pid": 3, "record": "failures/0001.json"}
+    what = {"why": "no answer", "cause": "hung", "decided": "repeat"}
+    show({"event": "lost", **where, **what})
+    show({"event": "draining", "node": "a (12)", "deadline": None})
+    show({"event": "draining", "node": "a (12)", "deadline": time.time() + 30.4})
+    assert stream.getvalue().splitlines() == [
+        "[0.0s] block 2: process 3 on a (12) hung: no answer; repeat, see failures/0001.json",
+        "[0.0s] a (12) goes: its workers end their calls, others take over",
+        "[0.0s] a (12) goes in 30s: its workers end their calls, others take over",
     ]
 
 

@@ -226,14 +226,15 @@ def make_pool(ray_address):
             if task == "broken":
                 raise ValueError("no such thing")
 
+        def probe(self, nonce):
+            return {"environment": {}, "node": "here", "pid": os.getpid()}
+
         def perform(self, method, arguments, record):
-            if method == "probe":
-                return {"environment": {}, "node": "here", "pid": os.getpid()}, None
             return (None if record is None else int(record["x"].sum())), None
 
-    def make(task, workers=1, cpus=1):
+    def make(task, workers=1, cpus=1, announce=lambda event: None):
         share = {"num_cpus": cpus, "num_gpus": 0}
-        options = {"nonce": "n", "share": share, "threads": 1, "announce": lambda event: None}
+        options = {"nonce": "n", "share": share, "threads": 1, "announce": announce}
         return RayPool(Plain, task, workers=workers, **options)
 
     return make
@@ -261,13 +262,16 @@ def test_workers_without_room_are_not_waited_for(make_pool, monkeypatch):
 
 @pytest.mark.ray
 def test_too_few_workers_in_time_is_infeasible(make_pool, monkeypatch):
-    """Who asks for more than there is room for now hears what is there."""
+    """Who asks for more than there is room for now hears what is there, also while it waits."""
     monkeypatch.setattr("orchestrator.cluster.ray_pool.PATIENCE_SECONDS", 2.0)
     monkeypatch.setattr("orchestrator.cluster.ray_pool.START_SECONDS", 6.0)
     says = "2 of 3 workers started within 6 s; 2 workers, 0 of 8 CPU free"
-    pool = make_pool("fine", workers=3, cpus=4)
+    events = []
+    pool = make_pool("fine", workers=3, cpus=4, announce=events.append)
     with pool, pytest.raises(InfeasibleError, match=says):
         pool.gather(3)
+    there = "2 workers, 0 of 8 CPU free"
+    assert {"event": "waiting", "for": "1 of 3 workers to start", "there": there} in events
 
 
 @pytest.mark.ray

@@ -4,6 +4,8 @@ import random
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_shards
 
@@ -11,15 +13,18 @@ from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_s
 class Simulation:
     """Performs a schedule's calls in a random order, and checks each against the rules."""
 
-    def __init__(self, schedule, workers, seed=0, loss=0.0):
+    def __init__(self, schedule, workers, seed=0, loss=0.0, want=0.0):
         self.schedule = schedule
         self.workers = list(range(workers))
         self.rng = random.Random(seed)
-        self.loss = loss
+        self.loss, self.want = loss, want
         self.held = {}
         self.performed = Counter()
         self.finished = []
-        self.there = {k: set(chunks) for k, chunks in enumerate(schedule._present)}
+        self.splits = 0
+        self.there = {
+            schedule.boundary(k): set(chunks) for k, chunks in enumerate(schedule._present)
+        }
 
     def run(self, limit=100_000):
         busy: list[Call] = []
@@ -32,7 +37,10 @@ class Simulation:
             busy += calls
             assert busy, "nothing runs and nothing is finished"
             call = busy.pop(self.rng.randrange(len(busy)))
-            if self.rng.random() < self.loss:
+            if self.rng.random() < self.want:
+                self.splits += self.schedule.split(call)
+                self.lose(call)
+            elif self.rng.random() < self.loss:
                 self.lose(call)
             else:
                 self.perform(call)
@@ -47,16 +55,19 @@ class Simulation:
     def perform(self, call):
         self.performed[call.label] += 1
         if call.method == "open":
-            self.held[call.worker] = [call.shard, []]
+            self.held[call.worker] = [range(*call.arguments[0]), []]
         elif call.method == "step":
-            shard, fed = self.held[call.worker]
-            assert shard == call.shard
-            assert call.takes[1] in self.there[call.shard], "took a chunk that is not there"
+            blocks, fed = self.held[call.worker]
+            boundary, index = call.takes
+            assert boundary in (blocks.start, blocks.stop)
+            assert index in self.there[boundary], "took a chunk that is not there"
             assert not fed or fed[-1] < call.takes[1], "chunks out of order"
             fed.append(call.takes[1])
             if call.emits:
-                self.there[call.shard + 1].add(call.emits[1])
+                assert {boundary, call.emits[0]} == {blocks.start, blocks.stop}
+                self.there.setdefault(call.emits[0], set()).add(call.emits[1])
         else:
+            assert call.arguments[0] in self.held[call.worker][0]
             assert self.held[call.worker][1] == list(range(self.schedule.num_chunks))
             self.finished.append(call.arguments[0])
         self.schedule.succeeded(call)
@@ -108,7 +119,7 @@ def test_a_pass_that_keeps_fills_every_boundary(workers):
     present = [set(), {0}, set(range(5)), {3}]
     schedule = make_pass(todo=[], results=set(range(5)), present=present, keeps=True)
     simulation = Simulation(schedule, workers).run()
-    assert simulation.there[1] == simulation.there[2] == simulation.there[3] == set(range(5))
+    assert simulation.there[3] == simulation.there[6] == simulation.there[8] == set(range(5))
     assert schedule.drop_inputs() == []
     assert not any(label.startswith("blocks 8-9, chunk") for label in simulation.performed)
 
@@ -200,6 +211,74 @@ def test_only_chunks_that_are_taken_soon_are_held():
     assert not schedule.is_awaited((1, 0), window=3)
     schedule.calls([0, 1])
     assert [i for i in range(9) if schedule.is_awaited((1, i), window=3)] == [0, 1, 2]
+
+
+@given(data=st.data())
+def test_splitting_shards_changes_no_statistic(data):
+    """Whoever wants memory in whatever call, and whoever is lost: every block is still finished
+    once, by a worker that has seen every chunk in order; no chunk is taken that is not there."""
+    blocks = data.draw(st.integers(1, 12), label="blocks")
+    group = data.draw(st.integers(1, 3), label="group")
+    count = data.draw(st.integers(1, 4), label="chunks")
+    cut = cut_blocks(blocks, data.draw(st.integers(1, blocks), label="shards"), group)
+    chunks = st.sets(st.integers(0, count - 1))
+    schedule = Pass(
+        cut,
+        todo=data.draw(st.sets(st.integers(0, blocks - 1)), label="todo"),
+        num_chunks=count,
+        present=[data.draw(chunks, label="present") for _ in cut],
+        results=data.draw(st.none() | chunks, label="results"),
+        joints=range(0, blocks, group),
+    )
+    todo = [block for state in schedule.shards for block in state.todo]
+    workers, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 999))
+    simulation = Simulation(schedule, workers, seed, loss=0.05, want=0.1).run()
+    assert sorted(simulation.finished) == todo
+    assert [block for part in schedule.cut for block in part] == list(range(blocks))
+    assert all(part.start % group == 0 for part in schedule.cut)
+    if schedule._wants_results:
+        assert simulation.there[blocks] == set(range(count))
+
+
+def test_one_want_of_memory_is_enough():
+    """What nobody holds and is not done is split with it; what is held or done stays as it is."""
+    schedule = make_pass(blocks=8, shards=4, chunks=1, joints=range(8))
+    while not schedule.is_done(0):
+        (call,) = schedule.calls([0])
+        schedule.succeeded(call)
+    first, second = schedule.calls([0, 1])
+    assert (first.label, second.label) == ("blocks 2-3, open", "blocks 4-5, open")
+    assert schedule.split(first)
+    cut = [range(0, 2), range(2, 3), range(3, 4), range(4, 6), range(6, 7), range(7, 8)]
+    assert schedule.cut == cut
+    schedule.succeeded(second)
+    (step,) = schedule.calls([0])
+    assert step.label == "block 2, open"
+
+
+def test_a_shard_without_joints_is_not_split():
+    """Of one block, of one group of blocks, or where chunks between blocks are of no use."""
+    for options in ({"shards": 10, "joints": range(10)}, {"shards": 4}, {"joints": [0, 3, 6, 8]}):
+        schedule = make_pass(**options)
+        (call,) = schedule.calls([0])
+        assert not schedule.split(call)
+        schedule.lost(call)
+        assert schedule.calls([1])[0].arguments == call.arguments
+
+
+def test_a_retired_worker_leaves_its_shard_to_others():
+    """Its shard is opened again by whoever is there, from its first chunk."""
+    schedule = make_pass(blocks=2, shards=1, chunks=2)
+    for _ in range(2):
+        (call,) = schedule.calls([0])
+        schedule.succeeded(call)
+    schedule.retired(0)
+    calls = []
+    while not schedule.finished:
+        (call,) = schedule.calls([1])
+        calls.append(call.method)
+        schedule.succeeded(call)
+    assert calls == ["open", "step", "step", "finish", "finish"]
 
 
 def test_a_bag_runs_every_unit_once_and_a_lost_one_again():

@@ -1,6 +1,7 @@
 """The status of a run whatever its end, and what a signal does to it; no Ray, no model."""
 
 import hashlib
+import json
 import os
 import signal
 import threading
@@ -38,6 +39,47 @@ def test_a_run_says_how_it_ended(run):
     with pytest.raises(ZeroDivisionError), Watch(run, None):
         raise ZeroDivisionError
     assert ended(run) == ("failed", 1)
+
+
+def worker(node, pid):
+    return {"node": node, "pid": pid}
+
+
+def test_the_status_says_who_is_at_work_and_what_is_left(run):
+    """Workers come and go, failures are counted, time is reckoned from the units of this run."""
+    with Watch(run, None) as watch:
+        with watch.stage("calibrate") as stage:
+            workers = [worker("a", 1), worker("a", 2), worker("b", 1)]
+            watch.event({"event": "workers", "workers": workers})
+            status = run.status()
+            assert (status["workers"], status["nodes"], status["failures"]) == (3, 2, 0)
+            time.sleep(0.02)
+            stage.progress(6, 10)
+            assert 0.08 <= run.status()["left"] < 1
+            watch.event({"event": "lost", **worker("b", 1), "unit": "block 6", "log": "its words"})
+            watch.event({"event": "retired", **worker("a", 2)})
+            status = run.status()
+            assert (status["workers"], status["nodes"], status["failures"]) == (1, 1, 1)
+            watch.event({"event": "workers", "workers": [worker("c", 5)]})
+            assert run.status()["nodes"] == 2
+        with watch.stage("write"):
+            assert not {"done", "total", "left"} & run.status().keys()
+
+
+def test_a_failure_is_on_record_with_its_log(run):
+    """The journal names the file, which holds all that is known; numbers go on in the next run."""
+    failed = {"event": "failed", "unit": "block 6", "why": "no", "log": "line one\nline two"}
+    events = []
+    for number in (1, 2):
+        with Watch(run, events.append) as watch:
+            watch.event(failed)
+        record = json.loads((run.root / f"failures/000{number}.json").read_text())
+        assert record.pop("time") > 0
+        assert record == failed
+    named = [event["record"] for event in events]
+    assert named == ["failures/0001.json", "failures/0002.json"]
+    assert not any("log" in event for event in events)
+    assert run.status()["failures"] == 2
 
 
 def perform(run, work):

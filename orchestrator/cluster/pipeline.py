@@ -336,6 +336,14 @@ class Pipeline:
         if self._counts(call):
             self._go_back()
 
+    def retired(self, worker: int) -> None:
+        if any(shard.worker == worker for shard in self._shards):
+            self._go_back()
+
+    def split(self, call: Call) -> bool:
+        """Shards are as many as there are workers: more of them need more workers."""
+        return False
+
     def missing(self, call: Call) -> None:
         self.lost(call)
 

@@ -1,49 +1,167 @@
-"""What a lost worker means: pure, so that it is tested without a cluster."""
+"""What a failed call means: pure functions of a status, so that they are tested without a cluster.
+
+Rules, in this order:
+
+- A worker that went with a node that was drained or preempted is nobody's failure.
+- What ran out of memory and is held in smaller parts from now on is performed again.
+- A unit whose worker died, hung or ran out of memory on two different nodes is the cause itself,
+  and ends the run.
+- A node on which three such failures happened is quarantined, if another one is there.
+- A unit that has failed three times, on whatever nodes, ends the run, and so do fifty failures.
+
+A node that is lost without a word counts for the last rule alone: it says nothing of the unit, nor
+of a node that will be used again. An exception that a call raises is no matter of policy: it would
+be raised again anywhere, and ends the run.
+"""
 
 from collections import Counter
+from collections.abc import Set
+from dataclasses import dataclass
+from enum import StrEnum
 
-from orchestrator.errors import WorkerError
+from orchestrator.errors import InfeasibleError, OrchestratorError, WorkerError
 
-LOSSES_A_RUN = 50
-LOSSES_A_UNIT = 3
+FAILURES_A_RUN = 50
+FAILURES_A_UNIT = 3
+FAILURES_A_NODE = 3
+NODES_A_UNIT = 2
 MISSES_A_UNIT = 3
 
 
+class Cause(StrEnum):
+    """How a call came to fail with its worker."""
+
+    DIED = "died"
+    HUNG = "hung"
+    OUT_OF_MEMORY = "ran out of memory"
+    NODE_LOST = "lost its node"
+    PREEMPTED = "was preempted"
+
+
+OWN = {Cause.DIED, Cause.HUNG, Cause.OUT_OF_MEMORY}
+"""Causes that lie with the unit or with the node, which is told by where it happens again."""
+
+
+class Action(StrEnum):
+    """What is done about a failure."""
+
+    REPEAT = "repeat"
+    SPLIT = "repeat in smaller parts"
+    QUARANTINE = "repeat and quarantine the node"
+    END = "end the run"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One call that failed with its worker."""
+
+    unit: str
+    node: str
+    cause: Cause = Cause.DIED
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many failures end what."""
+
+    run: int = FAILURES_A_RUN
+    unit: int = FAILURES_A_UNIT
+    node: int = FAILURES_A_NODE
+    nodes: int = NODES_A_UNIT
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is known when a call has failed."""
+
+    failures: tuple[Failure, ...]
+    """All so far, the new one last."""
+    nodes: Set[str]
+    """Nodes that can hold a worker: neither draining nor quarantined."""
+    is_split: bool = False
+    """Whether what the call held is held in smaller parts from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do, and the error that says why if it is to end."""
+
+    action: Action
+    error: OrchestratorError | None = None
+
+
+def decide(status: Status, limits: Limits = Limits()) -> Decision:
+    """What the last failure means; see the module for the rules."""
+    last = status.failures[-1]
+    if last.cause is Cause.PREEMPTED:
+        return Decision(Action.REPEAT)
+    if status.is_split:
+        return Decision(Action.SPLIT)
+    counted = [each for each in status.failures if each.cause is not Cause.PREEMPTED]
+    of_unit = [each for each in counted if each.unit == last.unit]
+    nodes = {each.node: each for each in of_unit if each.cause in OWN}
+    if len(nodes) >= limits.nodes:
+        where = " and ".join(f"{each.cause} on {each.node}" for each in nodes.values())
+        return _end(last, f"its worker {where}, so it is taken to be the cause")
+    here = [each for each in counted if each.node == last.node and each.cause in OWN]
+    if last.cause in OWN and len(here) >= limits.node and status.nodes - {last.node}:
+        return Decision(Action.QUARANTINE)
+    if len(of_unit) >= limits.unit:
+        most = limits.unit - 1
+        return _end(last, f"lost its worker {len(of_unit)} times, at most {most} are repeated")
+    if len(counted) >= limits.run:
+        error = WorkerError(
+            f"{len(counted)} workers lost in one stage, at most {limits.run - 1} are replaced; "
+            f"the last time: {last.why}; what is committed stays, the same command resumes"
+        )
+        return Decision(Action.END, error)
+    return Decision(Action.REPEAT)
+
+
+def _end(last: Failure, what: str) -> Decision:
+    """The end of a run by one unit, said by what happened to it the last time."""
+    said = f"{last.unit}: {what}; the last time: {last.why}; "
+    if last.cause is Cause.OUT_OF_MEMORY:
+        remedy = "it was held in the smallest part already: start fewer workers on a node, or add "
+        error: OrchestratorError = InfeasibleError(
+            f"{said}{remedy}nodes with more memory; what is committed stays, the same command "
+            "resumes"
+        )
+    else:
+        error = WorkerError(f"{said}what is committed stays")
+    return Decision(Action.END, error)
+
+
+def check_nodes(nodes: Set[str], quarantined: Set[str]) -> None:
+    """Raises WorkerError if every node that could hold a worker is quarantined."""
+    if quarantined and not nodes:
+        raise WorkerError(
+            f"no node is left but those that are quarantined: {', '.join(sorted(quarantined))}; "
+            "see the run's failures, mend or replace the nodes, then run the same command again"
+        )
+
+
 class FailurePolicy:
-    """Counts losses and says when to give up; until then lost calls are performed again.
+    """Keeps the failures of a stage, and decides on each."""
 
-    A call that takes its worker down again and again is taken to be the cause: three times ends
-    the run with its name. Fifty losses in one run mean that the machines are not fit for it. An
-    input that is gone again and again after it was made means that its storage does not hold.
-    """
-
-    def __init__(self, *, a_run: int = LOSSES_A_RUN, a_unit: int = LOSSES_A_UNIT) -> None:
-        self._a_run = a_run
-        self._a_unit = a_unit
-        self._losses: Counter[str] = Counter()
+    def __init__(self, limits: Limits = Limits()) -> None:
+        self._limits = limits
+        self._failures: tuple[Failure, ...] = ()
         self._misses: Counter[str] = Counter()
 
-    @property
-    def losses(self) -> int:
-        return self._losses.total()
+    def after_failure(
+        self, failure: Failure, nodes: Set[str], *, is_split: bool = False
+    ) -> Decision:
+        """Notes a failure, and says what it means.
 
-    def after_loss(self, unit: str, why: str) -> None:
-        """Notes a loss.
-
-        Raises:
-            WorkerError: It was one too many.
+        One that was answered by smaller parts is not held against any of these.
         """
-        self._losses[unit] += 1
-        if self._losses[unit] >= self._a_unit:
-            raise WorkerError(
-                f"{unit}: lost its worker {self._losses[unit]} times, at most "
-                f"{self._a_unit - 1} are repeated; the last time: {why}; what is committed stays"
-            )
-        if self.losses >= self._a_run:
-            raise WorkerError(
-                f"{self.losses} workers lost in one run, at most {self._a_run - 1} are replaced; "
-                f"the last time: {why}; what is committed stays, the same command resumes"
-            )
+        failures = (*self._failures, failure)
+        decision = decide(Status(failures, nodes, is_split), self._limits)
+        if decision.action is not Action.SPLIT:
+            self._failures = failures
+        return decision
 
     def after_missing(self, unit: str) -> None:
         """Notes that what a call was to read is not there, or is damaged.

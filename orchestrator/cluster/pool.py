@@ -4,19 +4,25 @@ The loop knows neither Ray nor tensors. It asks a schedule what to start, a pool
 a failure policy what a lost worker means.
 """
 
+import os
+import socket
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from orchestrator.cluster.policy import FailurePolicy
+from orchestrator.cluster.deadline import Deadlines
+from orchestrator.cluster.policy import Action, Cause, Failure, FailurePolicy, check_nodes
 from orchestrator.cluster.schedule import Call, Schedule
 from orchestrator.errors import OrchestratorError, WorkerError
 from orchestrator.store.chunks import MissingChunk
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 30.0
+NAMED_CALLS = 3
+"""Calls that a message about waiting names; of the others it gives the number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,20 @@ class Outcome:
     error: BaseException | None = None
     """What the method raised; it will raise it again on any worker."""
     lost: str | None = None
-    """Why the worker is gone; the call itself is not to blame."""
+    """Why the worker is gone, or of no use any more."""
+    cause: Cause = Cause.DIED
+    """What kind of loss that is."""
+    log: str = ""
+    """Of a failure, what was found to explain it: a traceback, stacks, the end of a log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a worker is."""
+
+    node: str
+    """The node's name, which no other node of the pool has."""
+    pid: int
 
 
 class Pool(Protocol):
@@ -39,15 +58,38 @@ class Pool(Protocol):
 
     def workers(self) -> Sequence[int]: ...
 
+    def seat(self, worker: int) -> Seat: ...
+
     def start(self, call: Call, record: Any) -> None: ...
 
     def wait(self, seconds: float) -> list[Outcome]:
         """The calls that ended; empty when none did in that time."""
         ...
 
+    def abandon(self, call: Call, why: str) -> list[Outcome]:
+        """Ends a call that is taken to hang, and its worker's process; what became of it.
+
+        If it has ended since, that is what it gives.
+        """
+        ...
+
     def replace(self, worker: int) -> None:
         """Puts a fresh worker in the place of a lost one, under a new number."""
         ...
+
+    def leaving(self) -> Sequence[int]:
+        """Workers that are to take no new call: their nodes are draining or quarantined."""
+        ...
+
+    def quarantine(self, node: str) -> None:
+        """Gives the workers of a node up, and starts none there any more."""
+        ...
+
+    def nodes(self) -> Set[str]:
+        """Nodes that can hold a worker: neither draining nor quarantined."""
+        ...
+
+    def quarantined(self) -> Set[str]: ...
 
     def describe(self) -> str:
         """What is there, for messages about waiting."""
@@ -55,14 +97,21 @@ class Pool(Protocol):
 
 
 class LocalPool:
-    """One worker in this process: the same units and bits, without Ray."""
+    """One worker in this process: the same units and bits, without Ray.
+
+    A call that runs out of memory costs the worker what it holds; nothing else can be lost.
+    """
 
     def __init__(self, make_worker: Callable[[], Any]) -> None:
+        self._make_worker = make_worker
         self.worker = make_worker()
         self._calls: deque[tuple[Call, Any]] = deque()
 
     def workers(self) -> Sequence[int]:
         return [0]
+
+    def seat(self, worker: int) -> Seat:
+        return Seat(socket.gethostname(), os.getpid())
 
     def start(self, call: Call, record: Any) -> None:
         self._calls.append((call, record))
@@ -72,11 +121,31 @@ class LocalPool:
         try:
             value, emitted = self.worker.perform(call.method, call.arguments, record)
         except Exception as error:
-            return [Outcome(call, error=error)]
+            log = traceback.format_exc()
+            if is_out_of_memory(error):
+                return [Outcome(call, lost=str(error), cause=Cause.OUT_OF_MEMORY, log=log)]
+            return [Outcome(call, error=error, log=log)]
         return [Outcome(call, value, emitted)]
 
+    def abandon(self, call: Call, why: str) -> list[Outcome]:
+        raise AssertionError("a call in this process is waited for, however long it takes")
+
     def replace(self, worker: int) -> None:
-        raise AssertionError("a worker in this process is never lost")
+        # the old one's memory is free before the new one takes any
+        self.worker = None
+        self.worker = self._make_worker()
+
+    def leaving(self) -> Sequence[int]:
+        return []
+
+    def quarantine(self, node: str) -> None:
+        raise AssertionError("there is no other node")
+
+    def nodes(self) -> Set[str]:
+        return {socket.gethostname()}
+
+    def quarantined(self) -> Set[str]:
+        return frozenset()
 
     def describe(self) -> str:
         return "one worker in this process"
@@ -93,50 +162,157 @@ def dispatch(
 ) -> None:
     """Performs a schedule to its end.
 
+    A call that runs past its deadline (see `Deadlines`) is a failure as its worker's death is. What
+    a failure means is the policy's to say; what it decided is in the event that tells of it.
+
     Args:
         on_success: Told of each call that ended well, with its small result.
         is_awaited: Whether an emitted chunk is held for the worker that takes it next; all others
             are let go and read back from their files.
-        on_event: Told of lost workers and of long waits.
+        on_event: Told of failures and of long waits.
 
     Raises:
         OrchestratorError: A call raised it, or the policy gave up.
     """
-    records: dict[tuple[int, int], Any] = {}
-    busy: set[int] = set()
-    heard = time.monotonic()
+    loop = _Loop(pool, schedule, policy, on_success, is_awaited, on_event)
     while not schedule.finished:
-        idle = [worker for worker in pool.workers() if worker not in busy]
-        for call in schedule.calls(idle):
-            record = records.pop(call.takes, None) if call.takes else None
-            pool.start(call, record)
-            busy.add(call.worker)
-        records = {chunk: record for chunk, record in records.items() if is_awaited(chunk)}
+        loop.part_with_leaving()
+        loop.start_calls()
         outcomes = pool.wait(POLL_SECONDS)
-        if outcomes:
-            heard = time.monotonic()
-        elif time.monotonic() - heard > PATIENCE_SECONDS:
-            heard = time.monotonic()
-            on_event({"event": "waiting", "for": f"{len(busy)} calls", "there": pool.describe()})
-        for outcome in outcomes:
-            call = outcome.call
-            busy.discard(call.worker)
-            if outcome.lost is not None:
-                on_event({"event": "lost", "unit": call.label, "why": outcome.lost})
-                policy.after_loss(call.label, outcome.lost)
-                schedule.lost(call)
-                pool.replace(call.worker)
-            elif isinstance(outcome.error, MissingChunk):
-                on_event({"event": "missing", "unit": call.label})
-                policy.after_missing(call.label)
-                schedule.missing(call)
-            elif outcome.error is not None:
-                raise as_ours(outcome.error, call)
-            else:
-                schedule.succeeded(call)
-                on_success(call, outcome.value)
-                if outcome.record is not None and call.emits and is_awaited(call.emits):
-                    records[call.emits] = outcome.record
+        for outcome in outcomes or loop.overdue():
+            loop.conclude(outcome)
+        loop.speak_up(bool(outcomes))
+
+
+class _Loop:
+    """What the dispatch loop knows as it goes round: who is at what, since when."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        schedule: Schedule,
+        policy: FailurePolicy,
+        on_success: Callable[[Call, Any], None],
+        is_awaited: Callable[[tuple[int, int]], bool],
+        on_event: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._pool, self._schedule, self._policy = pool, schedule, policy
+        self._on_success, self._is_awaited, self._on_event = on_success, is_awaited, on_event
+        self._deadlines = Deadlines()
+        self._records: dict[tuple[int, int], Any] = {}
+        self._busy: dict[int, tuple[Call, float]] = {}
+        self._heard = time.monotonic()
+
+    def part_with_leaving(self) -> None:
+        """Puts others in the place of idle workers whose nodes go; busy ones may end their call."""
+        for worker in self._pool.leaving():
+            if worker not in self._busy:
+                self._on_event({"event": "retired", **asdict(self._pool.seat(worker))})
+                self._schedule.retired(worker)
+                self._pool.replace(worker)
+
+    def start_calls(self) -> None:
+        idle = [worker for worker in self._pool.workers() if worker not in self._busy]
+        for call in self._schedule.calls(idle):
+            record = self._records.pop(call.takes, None) if call.takes else None
+            gathered = [self._records.get(chunk) for chunk in call.gathers]
+            self._pool.start(call, gathered or record)
+            self._busy[call.worker] = (call, time.monotonic())
+        self._records = {
+            chunk: record for chunk, record in self._records.items() if self._is_awaited(chunk)
+        }
+
+    def overdue(self) -> list[Outcome]:
+        """The calls that have run past their deadline, ended."""
+        now = time.monotonic()
+        outcomes: list[Outcome] = []
+        for call, begun in self._busy.values():
+            deadline = self._deadlines.of(call.method)
+            if now - begun > deadline:
+                why = f"no answer for {now - begun:.0f} s, at most {deadline:.0f} s are allowed"
+                outcomes += self._pool.abandon(call, why)
+        return outcomes
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Tells the schedule what became of a call, and performs what the policy decides."""
+        call = outcome.call
+        _, begun = self._busy.pop(call.worker)
+        if outcome.lost is not None:
+            self._conclude_loss(outcome)
+        elif isinstance(outcome.error, MissingChunk):
+            self._on_event({"event": "missing", "unit": call.label})
+            self._policy.after_missing(call.label)
+            self._schedule.missing(call)
+        elif outcome.error is not None:
+            error = as_ours(outcome.error, call)
+            self._tell("failed", outcome, str(error), "raised an error", Action.END)
+            raise error
+        else:
+            self._deadlines.note(call.method, time.monotonic() - begun)
+            self._schedule.succeeded(call)
+            self._on_success(call, outcome.value)
+            if outcome.record is not None and call.emits and self._is_awaited(call.emits):
+                self._records[call.emits] = outcome.record
+
+    def _conclude_loss(self, outcome: Outcome) -> None:
+        call, why = outcome.call, outcome.lost or ""
+        node = self._pool.seat(call.worker).node
+        is_split = outcome.cause is Cause.OUT_OF_MEMORY and self._schedule.split(call)
+        failure = Failure(call.label, node, outcome.cause, why)
+        decision = self._policy.after_failure(failure, self._pool.nodes(), is_split=is_split)
+        self._tell("lost", outcome, why, outcome.cause, decision.action)
+        if decision.error is not None:
+            raise decision.error
+        if decision.action is Action.QUARANTINE:
+            self._pool.quarantine(node)
+            self._on_event({"event": "quarantined", "node": node})
+        self._schedule.lost(call)
+        self._pool.replace(call.worker)
+
+    def _tell(self, name: str, outcome: Outcome, why: str, cause: str, action: Action) -> None:
+        self._on_event(
+            {
+                "event": name,
+                "unit": outcome.call.label,
+                "why": why,
+                "cause": str(cause),
+                "decided": str(action),
+                **asdict(self._pool.seat(outcome.call.worker)),
+                "log": outcome.log,
+            }
+        )
+
+    def speak_up(self, heard: bool) -> None:
+        """Says for what the loop waits, when nothing was heard for long.
+
+        Raises:
+            WorkerError: It waits for workers, and no node may hold one.
+        """
+        now = time.monotonic()
+        if heard:
+            self._heard = now
+        if now - self._heard > PATIENCE_SECONDS:
+            self._heard = now
+            there = self._pool.describe()
+            self._on_event({"event": "waiting", "for": self._awaited(), "there": there})
+            if not self._pool.workers():
+                check_nodes(self._pool.nodes(), self._pool.quarantined())
+
+    def _awaited(self) -> str:
+        """The calls that are under way, or a worker to perform any."""
+        labels = [call.label for call, _ in self._busy.values()]
+        if not labels:
+            return "a worker"
+        more = len(labels) - NAMED_CALLS
+        return "; ".join(labels[:NAMED_CALLS]) + (f" and {more} more" if more > 0 else "")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a call had too little memory, on the host or on the GPU."""
+    # torch has a class for a GPU's memory, and raises a RuntimeError for the host's
+    name, text = type(error).__name__, str(error)
+    is_of_torch = name == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in text
+    return isinstance(error, MemoryError) or is_of_torch
 
 
 def as_ours(error: BaseException, call: Call) -> OrchestratorError:

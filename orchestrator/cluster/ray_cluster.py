@@ -10,7 +10,7 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -28,6 +28,8 @@ from orchestrator.errors import InfeasibleError, UsageError, WorkerError
 CONNECT_SECONDS = 5.0
 _CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """A call that every head answers in milliseconds."""
+_NODE_LABEL = "ray.io/node-id"
+"""What Ray calls each node by, for selectors."""
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Variable in which Ray gives a job's driver what the job was submitted with."""
 
@@ -154,6 +156,42 @@ def check_workers(workers: int, share: dict[str, float], room: int) -> None:
         f"{_words(there)} on {len(nodes)} nodes, enough for {room}; "
         "ask for fewer workers or threads, or add nodes"
     )
+
+
+def fitting_nodes(share: dict[str, float]) -> set[str]:
+    """Ids of the nodes that are alive and could hold a worker, were they idle."""
+    asked = {"CPU": share["num_cpus"], "GPU": share["num_gpus"]}
+    return {
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"]
+        and all(node["Resources"].get(name, 0) >= amount for name, amount in asked.items())
+    }
+
+
+def node_names() -> dict[str, str]:
+    """The names of all nodes that were ever there, by id; machines may hold several nodes."""
+    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+    return {node: f"{host} ({node[:8]})" for node, host in nodes.items()}
+
+
+def draining_nodes() -> dict[str, float | None]:
+    """Ids of the nodes that were told to go, and when they do: seconds since 1970, if it is known.
+
+    A node takes no new work from then on; what runs there goes on until it goes.
+    """
+    deadlines = ray._private.state.state.get_draining_nodes()
+    return {node: deadline / 1000 or None for node, deadline in deadlines.items()}
+
+
+def on_node(node: str) -> dict[str, Any]:
+    """The options that have a task run on one node."""
+    return {"label_selector": {_NODE_LABEL: node}}
+
+
+def on_other_nodes(nodes: Set[str]) -> dict[str, Any]:
+    """The options that keep an actor off some nodes."""
+    return {"label_selector": {_NODE_LABEL: f"!in({','.join(sorted(nodes))})"}} if nodes else {}
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -1,7 +1,7 @@
 """Workers as Ray actors, each pinned to one GPU, or to a share of the CPUs where there are none."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -15,16 +15,29 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from orchestrator.cluster.pool import PATIENCE_SECONDS, Outcome
-from orchestrator.cluster.ray_cluster import last_line
+from orchestrator.cluster import postmortem
+from orchestrator.cluster.policy import Cause
+from orchestrator.cluster.pool import PATIENCE_SECONDS, Outcome, Seat, is_out_of_memory
+from orchestrator.cluster.ray_cluster import (
+    draining_nodes,
+    fitting_nodes,
+    last_line,
+    node_names,
+    on_node,
+    on_other_nodes,
+)
 from orchestrator.cluster.schedule import Call
 from orchestrator.cluster.worker import check_alike
+from orchestrator.cluster.worker_actor import WorkerActor
 from orchestrator.errors import InfeasibleError, OrchestratorError, WorkerError
 from orchestrator.store.chunks import MissingChunk
 
 START_SECONDS = 120.0
 FAILED_STARTS = 3
+DRAIN_POLL_SECONDS = 2.0
+POSTMORTEM_SECONDS = 10.0
 _LOST = (ActorDiedError, ActorUnavailableError, ObjectLostError, OutOfMemoryError)
+_LEAVES_ITS_LOG = (Cause.DIED, Cause.OUT_OF_MEMORY)
 
 Announce = Callable[[dict[str, Any]], None]
 
@@ -33,9 +46,10 @@ class RayPool:
     """Equal actors; a lost one is replaced, never restarted, because its memory is gone anyway.
 
     Actors have `max_restarts=0` and calls no retries: what to repeat, and where, is the dispatch
-    loop's decision. An actor counts as a worker once it has started and proved itself, so calls
-    wait for no actor that the cluster has no room for. Use as a context manager; leaving it kills
-    the actors.
+    loop's decision. No actor starts on a node that is quarantined, nor, which is Ray's own rule, on
+    one that is draining. An actor counts as a worker once it has started and proved itself, so
+    calls wait for no actor that the cluster has no room for. Use as a context manager; leaving it
+    kills the actors.
 
     Args:
         nonce: What the workers' probe looks for; their directories must hold it all the time.
@@ -59,7 +73,9 @@ class RayPool:
             max_restarts=0,
             max_task_retries=0,
             runtime_env={"env_vars": variables},
-        )(worker_class)
+        )(WorkerActor)
+        self._worker_class = worker_class
+        self._share = share
         self._task = ray.put(task)
         self._nonce = nonce
         self._announce = announce
@@ -69,6 +85,11 @@ class RayPool:
         self._probes: dict[int, dict[str, Any]] = {}
         self._first: dict[str, Any] | None = None
         self._calls: dict[Any, tuple[Call, Any, Any]] = {}
+        self._names: dict[str, str] = {}
+        self._draining: set[str] = set()
+        self._quarantined: set[str] = set()
+        self._silent: set[str] = set()
+        self._polled = 0.0
         for _ in range(workers):
             self._add()
 
@@ -82,13 +103,23 @@ class RayPool:
         self._actors, self._probes, self._joining, self._calls = {}, {}, {}, {}
 
     def _add(self) -> None:
-        actor = self._actors[self._count] = self._actor_class.remote(self._task)
-        probe, _ = actor.perform.options(num_returns=2).remote("probe", (self._nonce,), None)
-        self._joining[probe] = self._count
+        where = on_other_nodes(self._quarantined)
+        actor = self._actor_class.options(**where).remote(self._worker_class, self._task)
+        self._actors[self._count] = actor
+        self._joining[actor.probe.remote(self._nonce)] = self._count
         self._count += 1
 
     def workers(self) -> Sequence[int]:
         return list(self._probes)
+
+    def seat(self, worker: int) -> Seat:
+        probe = self._probes[worker]
+        return Seat(self._name(probe["node_id"]), probe["pid"])
+
+    def _name(self, node_id: str) -> str:
+        if node_id not in self._names:
+            self._names |= node_names()
+        return self._names[node_id]
 
     def gather(self, least: int) -> list[dict[str, Any]]:
         """Waits for the workers to start, aloud; gives what each says of its node.
@@ -130,7 +161,7 @@ class RayPool:
                 raise cause from error
             raise WorkerError(f"a worker cannot start: {last_line(error)}") from error
         except _LOST as error:
-            self._failed_starts += 1
+            self._failed_starts += not _is_node_loss(error)
             if getattr(error, "actor_init_failed", False) or self._failed_starts >= FAILED_STARTS:
                 raise WorkerError(f"a worker cannot start: {last_line(error)}") from error
             self.replace(worker)
@@ -143,7 +174,9 @@ class RayPool:
 
     def start(self, call: Call, record: Any) -> None:
         method = self._actors[call.worker].perform.options(num_returns=2)
-        value, emitted = method.remote(call.method, call.arguments, record)
+        # references are looked up where they are arguments themselves, not in a list
+        records = record if isinstance(record, list) else [record]
+        value, emitted = method.remote(call.method, call.arguments, *records)
         self._calls[value] = (call, emitted, record)
 
     def wait(self, seconds: float) -> list[Outcome]:
@@ -156,7 +189,7 @@ class RayPool:
             if ref in self._calls:
                 outcomes += self._outcome(ref)
             elif (probe := self._join(ref)) is not None:
-                came = {"node": probe["node"], "pid": probe["pid"]}
+                came = {"node": self._name(probe["node_id"]), "pid": probe["pid"]}
                 self._announce({"event": "workers", "workers": [came]})
         return outcomes
 
@@ -170,11 +203,54 @@ class RayPool:
                 # the chunk went with its node before the call began; its file is still there
                 self.start(call, None)
                 return []
+            if is_out_of_memory(cause):
+                why = f"{type(cause).__name__}: {cause}"
+                return [Outcome(call, lost=why, cause=Cause.OUT_OF_MEMORY, log=str(error))]
             # what is not ours keeps Ray's wrapper, whose text is the traceback on the worker
             is_ours = isinstance(cause, OrchestratorError | MissingChunk)
-            return [Outcome(call, error=cause if is_ours else error)]
+            return [Outcome(call, error=cause if is_ours else error, log=str(error))]
         except _LOST as error:
-            return [Outcome(call, lost=last_line(error))]
+            cause_of_loss = self._cause_of_loss(call.worker, error)
+            log = self._log(call.worker) if cause_of_loss in _LEAVES_ITS_LOG else str(error)
+            return [Outcome(call, lost=last_line(error), cause=cause_of_loss, log=log)]
+
+    def _cause_of_loss(self, worker: int, error: RayError) -> Cause:
+        node = self._probes[worker]["node_id"]
+        if isinstance(error, OutOfMemoryError):
+            return Cause.OUT_OF_MEMORY
+        if node in self._draining or getattr(error, "preempted", False):
+            return Cause.PREEMPTED
+        return Cause.NODE_LOST if _is_node_loss(error) else Cause.DIED
+
+    def _log(self, worker: int) -> str:
+        return self._on_its_node(worker, postmortem.tail, self._probes[worker]["log"])
+
+    def _on_its_node(self, worker: int, function: Callable[..., str], *arguments: Any) -> str:
+        """What a function says of a worker's process where that is, or why it cannot."""
+        node = self._probes[worker]["node_id"]
+        if node == ray.get_runtime_context().get_node_id():
+            return function(*arguments)
+        if node in self._silent:
+            return f"node {self._name(node)} has not answered before"
+        task = ray.remote(num_cpus=0, max_retries=0)(function).options(**on_node(node))
+        ref = task.remote(*arguments)
+        try:
+            said: str = ray.get(ref, timeout=POSTMORTEM_SECONDS)
+        except RayError as error:
+            ray.cancel(ref, force=True)
+            self._silent.add(node)
+            return f"node {self._name(node)} does not say more: {last_line(error)}"
+        return said
+
+    def abandon(self, call: Call, why: str) -> list[Outcome]:
+        (ref,) = (ref for ref, (each, _, _) in self._calls.items() if each is call)
+        if ray.wait([ref], timeout=0)[0]:
+            # it has answered while others were listened to
+            return self._outcome(ref)
+        del self._calls[ref]
+        probe = self._probes[call.worker]
+        log = self._on_its_node(call.worker, postmortem.end_hung, probe["pid"], probe["log"])
+        return [Outcome(call, lost=why, cause=Cause.HUNG, log=log)]
 
     def replace(self, worker: int) -> None:
         with suppress(RayError):
@@ -183,6 +259,32 @@ class RayPool:
         self._probes.pop(worker, None)
         self._add()
 
+    def leaving(self) -> Sequence[int]:
+        self._look_for_drains()
+        going = self._draining | self._quarantined
+        return [worker for worker, probe in self._probes.items() if probe["node_id"] in going]
+
+    def _look_for_drains(self) -> None:
+        """Notes nodes that are told to go; every two seconds, it takes Ray a millisecond."""
+        if time.monotonic() - self._polled < DRAIN_POLL_SECONDS:
+            return
+        self._polled = time.monotonic()
+        for node, deadline in draining_nodes().items():
+            if node not in self._draining:
+                self._draining.add(node)
+                event = {"event": "draining", "node": self._name(node), "deadline": deadline}
+                self._announce(event)
+
+    def quarantine(self, node: str) -> None:
+        self._quarantined |= {each for each, name in self._names.items() if name == node}
+
+    def nodes(self) -> Set[str]:
+        fit = fitting_nodes(self._share) - self._draining - self._quarantined
+        return {self._name(node) for node in fit}
+
+    def quarantined(self) -> Set[str]:
+        return {self._name(node) for node in self._quarantined}
+
     def describe(self) -> str:
         free, there = ray.available_resources(), ray.cluster_resources()
         amounts = [
@@ -190,7 +292,16 @@ class RayPool:
             for name in ("CPU", "GPU")
             if name in there
         ]
-        return ", ".join([f"{len(self._probes)} workers", *amounts])
+        going = [f"{self._name(node)} is draining" for node in sorted(self._draining)]
+        going += [f"{name} is quarantined" for name in sorted(self.quarantined())]
+        return ", ".join([f"{len(self._probes)} workers", *amounts, *going])
+
+
+def _is_node_loss(error: RayError) -> bool:
+    """Whether an actor is gone because its node is, or has not been reached for a while."""
+    if isinstance(error, ActorUnavailableError | ObjectLostError):
+        return True
+    return getattr(error, "preempted", False) or "its node has died" in str(error)
 
 
 def _cause(error: RayTaskError) -> BaseException:

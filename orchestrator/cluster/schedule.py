@@ -1,7 +1,8 @@
 """What runs next: pure state, no Ray and no tensors, so every decision is tested as a value.
 
-A schedule is asked for calls (`calls(idle)`), told what became of them (`succeeded`, `lost`), and
-says when it is `finished`. `Pass` moves chunks through shards; `Bag` holds independent units.
+A schedule is asked for calls (`calls(idle)`), told what became of them (`succeeded`, `lost`) and of
+workers that are given up (`retired`), and says when it is `finished`. `Pass` moves chunks through
+shards; `Bag` holds independent units.
 
 Rules of a pass, asserted by the tests:
 
@@ -13,10 +14,14 @@ Rules of a pass, asserted by the tests:
   and takes the earlier one, so a pass goes on with any number of workers above zero.
 - A chunk is handed over only if somebody holds the next shard; else its file is enough.
 - A chunk behind a shard is computed once; a shard that is run again adds only what is missing.
+- A shard that was too much for a worker's memory is cut into its smallest parts, and so is every
+  other one that nobody holds and that is not done. Of their inner boundaries chunks are missing,
+  as behind any shard that is run again.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 
@@ -34,6 +39,8 @@ class Call:
     """The chunk it reads, as (boundary, index)."""
     emits: tuple[int, int] | None = None
     """The chunk it gives, as (boundary, index)."""
+    gathers: tuple[tuple[int, int], ...] = ()
+    """Chunks that it reads together, as others do too."""
 
 
 class Schedule(Protocol):
@@ -50,6 +57,14 @@ class Schedule(Protocol):
 
     def lost(self, call: Call) -> None:
         """The worker died, or gave up, in the middle of the call; its state is gone."""
+        ...
+
+    def retired(self, worker: int) -> None:
+        """An idle worker is given up; what it held is free."""
+        ...
+
+    def split(self, call: Call) -> bool:
+        """Has less held at once than in this call, which is lost for want of memory; if it can."""
         ...
 
     def missing(self, call: Call) -> None:
@@ -102,6 +117,7 @@ class Pass:
             no results (a calibration).
         backward: Whether chunks are gradients, that enter a shard behind its last block.
         keeps: Whether every boundary's chunks are wanted, for a later pass to read.
+        joints: Boundaries at which shards may be cut further, should one be too much for a worker.
         about: What else a worker is told when it opens a shard.
     """
 
@@ -115,6 +131,7 @@ class Pass:
         results: set[int] | None = None,
         backward: bool = False,
         keeps: bool = False,
+        joints: Iterable[int] = (),
         about: tuple[Any, ...] = (),
     ) -> None:
         wanted = set(todo)
@@ -132,6 +149,7 @@ class Pass:
         self._present = [everything, *(set(chunks) for chunks in present[1:]), behind]
         self._wants_results = results is not None
         self.keeps = keeps
+        self._joints = sorted(set(joints))
         self._needed = self._needs()
 
     def _needs(self) -> list[set[int]]:
@@ -144,6 +162,11 @@ class Pass:
             wants_all = self.shards[k].todo or (self.keeps and k > 0)
             needed[k] = everything if wants_all else missing_behind
         return needed
+
+    @property
+    def cut(self) -> list[range]:
+        """The shards' blocks, as they are now."""
+        return [state.blocks for state in self.shards]
 
     def is_done(self, shard: int) -> bool:
         return not self.shards[shard].todo and self._needed[shard + 1] <= self._present[shard + 1]
@@ -258,28 +281,73 @@ class Pass:
         self.shards[call.shard].busy = True
         return call
 
+    def _held(self, worker: int) -> int | None:
+        """The shard of a worker. What a call says of it may be old: cuts shift the numbers."""
+        owners = (k for k, state in enumerate(self.shards) if state.owner == worker)
+        return next(owners, None)
+
     def succeeded(self, call: Call) -> None:
-        state = self.shards[call.shard]
+        shard = self._held(call.worker)
+        assert shard is not None
+        state = self.shards[shard]
         state.busy = False
         if call.method == "open":
             state.opened = True
         elif call.method == "step":
             state.fed.add(call.arguments[0])
             if call.emits is not None:
-                self._present[call.shard + 1].add(call.emits[1])
+                self._present[shard + 1].add(call.emits[1])
         else:
             state.todo = tuple(block for block in state.todo if block != call.arguments[0])
             self._needed = self._needs()
-        if self.is_done(call.shard):
-            self._release(call.shard)
+        if self.is_done(shard):
+            self._release(shard)
 
     def lost(self, call: Call) -> None:
-        self._release(call.shard)
+        self.retired(call.worker)
+
+    def retired(self, worker: int) -> None:
+        shard = self._held(worker)
+        if shard is not None:
+            self._release(shard)
+
+    def split(self, call: Call) -> bool:
+        shard = self._held(call.worker)
+        if shard is None or not self._inner(self.shards[shard]):
+            return False
+        self._release(shard)
+        for k in reversed(range(len(self.shards))):
+            if self.shards[k].owner is None and not self.is_done(k):
+                self._cut(k)
+        self._needed = self._needs()
+        return True
+
+    def _inner(self, state: ShardState) -> list[int]:
+        """Boundaries within a shard at which it may be cut."""
+        return [b for b in self._joints if state.blocks.start < b < state.blocks.stop]
+
+    def _cut(self, shard: int) -> None:
+        """Puts the smallest parts of a shard in its place, with no chunks between them."""
+        state = self.shards[shard]
+        inner = self._inner(state)
+        edges = [state.blocks.start, *inner, state.blocks.stop]
+        parts = [
+            ShardState(
+                blocks=range(start, stop),
+                todo=tuple(block for block in state.todo if start <= block < stop),
+                backward=state.backward,
+            )
+            for start, stop in pairwise(edges)
+        ]
+        self.shards[shard : shard + 1] = parts[::-1] if state.backward else parts
+        self._present[shard + 1 : shard + 1] = [set() for _ in inner]
 
     def missing(self, call: Call) -> None:
         assert call.takes is not None
-        self._release(call.shard)
-        self._present[call.shard].discard(call.takes[1])
+        shard = self._held(call.worker)
+        assert shard is not None
+        self._release(shard)
+        self._present[shard].discard(call.takes[1])
         self._needed = self._needs()
 
     def _release(self, shard: int) -> None:
@@ -312,6 +380,12 @@ class Bag:
 
     def lost(self, call: Call) -> None:
         self._waiting.insert(0, self._running.pop(call.worker))
+
+    def retired(self, worker: int) -> None:
+        """Between its calls a worker holds nothing."""
+
+    def split(self, call: Call) -> bool:
+        return False
 
     def missing(self, call: Call) -> None:
         raise AssertionError(f"{call.label} reads no chunk")

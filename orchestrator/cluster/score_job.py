@@ -186,6 +186,7 @@ class Scoring:
             num_chunks=len(trials) * self._chunks,
             present=[set() for _ in cut],
             results=set(),
+            joints=range(num_blocks),
             about=(Trials(pass_key, tuple(trials), self._chunks),),
         )
         scores: dict[int, Score] = {}

@@ -27,6 +27,9 @@ class Watch:
         self._on_event = on_event
         self._status: dict[str, Any] = {**fields, "state": "running", "started": time.time()}
         self._lock = threading.Lock()
+        self._begun: dict[str, tuple[float, int]] = {}
+        self._workers: set[tuple[str, int]] = set()
+        self._failures = run.failures()
         self.signals = Signals(lambda name: self._write_stopped())
         self.seconds: dict[str, float] = {}
         """Wall time by stage."""
@@ -64,7 +67,8 @@ class Watch:
     def _write(self, **fields: Any) -> None:
         with self._lock:
             self._status.update(fields)
-            self._run.write_status(**self._status)
+            known = {name: value for name, value in self._status.items() if value is not None}
+            self._run.write_status(**known)
 
     def stage(self, name: str) -> "Stage":
         """A stage of the run; its begin, end and wall time are recorded."""
@@ -77,12 +81,54 @@ class Watch:
             KeyboardInterrupt: A signal came, and what it raised was caught by somebody.
         """
         self.signals.check()
+        if "log" in event:
+            event = self._recorded(event)
         self._run.append(event)
-        if event["event"] in ("stage", "unit"):
-            shown = {name: event[name] for name in ("stage", "done", "total") if name in event}
+        if (shown := self._shown(event)) is not None:
             self._write(**shown)
         if self._on_event is not None:
             self._on_event(dict(event))
+
+    def _recorded(self, event: Mapping[str, Any]) -> Event:
+        """Files a failure away with its log; the event names the file in its place."""
+        self._failures += 1
+        record = self._run.record_failure(self._failures, event)
+        return {name: value for name, value in event.items() if name != "log"} | {"record": record}
+
+    def _shown(self, event: Mapping[str, Any]) -> Event | None:
+        """What an event changes in the status; nothing at all, mostly."""
+        match event:
+            case {"event": "stage", "state": "begin", "stage": stage}:
+                self._begun[stage] = (time.monotonic(), 0)
+                return {"stage": stage, "done": None, "total": None, "left": None}
+            case {"event": "stage" | "unit", "stage": stage}:
+                return {"stage": stage, **self._progress(event)}
+            case {"event": "workers", "workers": workers}:
+                self._workers |= {(each["node"], each["pid"]) for each in workers}
+            case {"event": "lost" | "retired", "node": node, "pid": pid}:
+                self._workers.discard((node, pid))
+            case {"event": "failed"}:
+                pass
+            case _:
+                return None
+        nodes = {node for node, _ in self._workers}
+        there = {"workers": len(self._workers) or None, "nodes": len(nodes) or None}
+        return {**there, "failures": self._failures}
+
+    def _progress(self, event: Mapping[str, Any]) -> Event:
+        """Units that are done, and the seconds that the others take at the same pace."""
+        if event["event"] != "unit":
+            return {}
+        begun, seen = self._begun.get(event["stage"], (time.monotonic(), 0))
+        self._begun[event["stage"]] = (begun, seen + 1)
+        done, total = event["done"], event["total"]
+        left = (time.monotonic() - begun) / (seen + 1) * (total - done)
+        return {"done": done, "total": total, "left": left}
+
+    def dismiss_workers(self) -> None:
+        """Those that were there are gone; others may come."""
+        self._workers.clear()
+        self._status |= {"workers": None, "nodes": None, "left": None}
 
     def note(self, text: str) -> None:
         self.event({"event": "note", "text": text})

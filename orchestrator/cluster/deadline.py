@@ -1,0 +1,50 @@
+"""When a call that does not answer is taken to hang: pure, without a clock."""
+
+import os
+from collections import defaultdict
+
+from orchestrator.errors import UsageError
+
+FLOOR_SECONDS = 1800.0
+FACTOR = 10.0
+VARIABLE = "ORCHESTRATOR_DEADLINE_SECONDS"
+
+
+class Deadlines:
+    """Deadlines by method: ten times the longest call of it that ended well, or the floor if more.
+
+    A call that is taken to hang costs its worker, and one that was only slow would be taken to
+    again on the next node, which ends the run. So the floor is half an hour; the environment
+    variable `ORCHESTRATOR_DEADLINE_SECONDS` of the driver sets another one, for machines that
+    are slower still, or to be sure sooner.
+
+    Args:
+        floor: Seconds; the variable's without it.
+
+    Raises:
+        UsageError: The variable holds no number above 0.
+    """
+
+    def __init__(self, floor: float | None = None) -> None:
+        self._floor = floor_seconds() if floor is None else floor
+        self._longest: defaultdict[str, float] = defaultdict(float)
+
+    def note(self, method: str, seconds: float) -> None:
+        """A call has ended well."""
+        self._longest[method] = max(self._longest[method], seconds)
+
+    def of(self, method: str) -> float:
+        """Seconds after which a call of this method is taken to hang."""
+        return max(self._floor, FACTOR * self._longest[method])
+
+
+def floor_seconds() -> float:
+    """What the environment says, or the default."""
+    said = os.environ.get(VARIABLE, str(FLOOR_SECONDS))
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UsageError(f"{VARIABLE} is {said!r}; seconds above 0 are allowed")
+    return seconds

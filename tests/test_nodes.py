@@ -1,0 +1,313 @@
+"""Workers that hang, units that kill, nodes that are sick or go: the same bytes, or a clear error.
+
+The faults are real: processes stop, hold the interpreter, kill themselves; nodes are drained and
+killed. What fails is a worker that does so where a test tells it to.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from drivers import is_alive, is_unit, units, wait_for
+from nodes import Nodes
+from pipeline import contents, run, write_llama, write_text
+
+from orchestrator.cluster.compress_job import Compression
+from orchestrator.cluster.compress_worker import CompressionWorker
+from orchestrator.cluster.deadline import VARIABLE
+from orchestrator.errors import InfeasibleError, WorkerError
+from orchestrator.store.run import RunDirectory
+
+pytestmark = pytest.mark.chaos
+SPREAD = {"executor": "ray", "workers": 4, "shards": 5}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama") / "dense")
+
+
+@pytest.fixture(scope="module")
+def reference(llama, text, tmp_path_factory):
+    """What an undisturbed run in one process writes."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    run(llama, out, text)
+    return contents(out)
+
+
+@pytest.fixture(scope="module")
+def nodes(ray_address):
+    from ray import cloudpickle
+
+    # workers cannot import this module, and do what its functions say
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    nodes = Nodes(ray_address)
+    yield nodes
+    nodes.close()
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def inject(monkeypatch):
+    """Makes every worker suffer a fault, a function of its method and arguments, before a call."""
+
+    def inject(fault):
+        class Faulty(CompressionWorker):
+            def perform(self, method, arguments, record):
+                fault(method, arguments)
+                return super().perform(method, arguments, record)
+
+        monkeypatch.setattr(Compression, "worker_class", property(lambda job: Faulty))
+
+    return inject
+
+
+class Once:
+    """True the first time that anybody asks, in whatever process."""
+
+    def __init__(self, path):
+        self._path = str(path)
+
+    def __call__(self):
+        try:
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+
+class Seen:
+    """The events of a run, and what is found in them."""
+
+    def __init__(self, and_then=None):
+        self.events = []
+        self._and_then = and_then
+
+    def __call__(self, event):
+        self.events.append(event)
+        if self._and_then is not None:
+            self._and_then(event)
+
+    def named(self, name):
+        return [event for event in self.events if event["event"] == name]
+
+    @property
+    def workers(self):
+        return [worker for event in self.named("workers") for worker in event["workers"]]
+
+    def all_are_gone(self):
+        return wait_for(lambda: not any(is_alive(worker["pid"]) for worker in self.workers))
+
+
+def records(run_dir):
+    """What is on record of a run's failures, in their order."""
+    return [json.loads(path.read_text()) for path in sorted((run_dir / "failures").iterdir())]
+
+
+def wait_until_there_are(count, directory, pattern):
+    """For a worker that is to be late: until others have left so many files."""
+    while sum(1 for _ in directory.rglob(pattern)) < count:
+        time.sleep(0.05)
+
+
+def hold_the_interpreter():
+    ctypes.PyDLL(None).sleep(10_000)
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+HANGS = {
+    "holding the interpreter": (hold_the_interpreter, "in hold_the_interpreter"),
+    "stopped": (stop, "the process was T (stopped)"),
+}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("how", HANGS)
+def test_a_worker_that_hangs_is_replaced(
+    how, llama, text, reference, tmp_path, nodes, inject, monkeypatch
+):
+    """After its deadline it is killed, and what it was doing then is on record."""
+    monkeypatch.setenv(VARIABLE, "12")
+    hang, found = HANGS[how]
+    once = Once(tmp_path / "once")
+
+    def fault(method, arguments):
+        if method == "finish" and arguments == (5,) and once():
+            hang()
+
+    nodes.fill(2)
+    inject(fault)
+    seen = Seen()
+    run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    assert contents(tmp_path / "out") == reference
+    (lost,) = seen.named("lost")
+    assert (lost["unit"], lost["cause"], lost["decided"]) == ("block 5, finish", "hung", "repeat")
+    assert lost["record"] == "failures/0001.json"
+    (record,) = records(tmp_path / "out.run")
+    assert found in record["log"]
+    assert "at most 12 s are allowed" in record["why"]
+    assert RunDirectory(tmp_path / "out.run").status()["failures"] == 1
+    assert seen.all_are_gone()
+
+
+@pytest.mark.ray
+def test_a_unit_that_kills_its_workers_is_named(
+    llama, text, reference, tmp_path, nodes, inject, monkeypatch
+):
+    """On a second node it is known to be the cause; what others have done is not done again."""
+
+    def fault(method, arguments):
+        if method == "finish" and arguments == (6,):
+            # the tokens are a unit too
+            wait_until_there_are(5, tmp_path / "out.run" / "units", "manifest.json")
+            os.write(2, b"last words\n")
+            die()
+
+    nodes.fill(2)
+    inject(fault)
+    seen = Seen()
+    with pytest.raises(WorkerError, match=r"^block 6, finish: its worker died on .* and died on"):
+        run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    assert {lost["unit"] for lost in seen.named("lost")} == {"block 6, finish"}
+    last = records(tmp_path / "out.run")[-1]
+    assert last["decided"] == "end the run"
+    assert last["log"].rstrip().endswith("last words")
+    assert RunDirectory(tmp_path / "out.run").status()["state"] == "failed"
+    assert seen.all_are_gone()
+    monkeypatch.undo()
+    again = Seen()
+    run(llama, tmp_path / "out", text, on_event=again)
+    assert units(again.events) == 10 - units(seen.events)
+    assert units(seen.events) >= 4
+    assert contents(tmp_path / "out") == reference
+
+
+@pytest.mark.ray
+def test_a_sick_node_is_quarantined(llama, text, reference, tmp_path, nodes, inject):
+    """Three units fail on it and elsewhere do not: all is done elsewhere, and nobody is left."""
+    sick, well = nodes.fill(2)
+
+    def fault(method, arguments):
+        import ray
+
+        if method != "finish":
+            return
+        if ray.get_runtime_context().get_node_id() == sick:
+            die()
+        wait_until_there_are(3, tmp_path / "out.run", "failures/*.json")
+
+    inject(fault)
+    seen = Seen()
+    run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    assert contents(tmp_path / "out") == reference
+    (quarantined,) = seen.named("quarantined")
+    assert sick[:8] in quarantined["node"]
+    assert all(sick[:8] in lost["node"] for lost in seen.named("lost"))
+    after = seen.events[seen.events.index(quarantined) :]
+    came = [worker for event in after if event["event"] == "workers" for worker in event["workers"]]
+    assert all(well[:8] in worker["node"] for worker in came)
+    assert seen.all_are_gone()
+
+
+@pytest.mark.ray
+def test_a_drained_node_costs_nothing(llama, text, reference, tmp_path, nodes):
+    """Its workers end their calls and are replaced elsewhere; nothing counts as a failure."""
+    going, staying = nodes.fill(2)
+
+    def drain(event):
+        if is_unit(2)(event):
+            nodes.drain(going, seconds=60)
+
+    seen = Seen(drain)
+    run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    assert contents(tmp_path / "out") == reference
+    (draining,) = seen.named("draining")
+    assert going[:8] in draining["node"]
+    assert draining["deadline"] > 0
+    after = seen.events[seen.events.index(draining) :]
+    came = [worker for event in after if event["event"] == "workers" for worker in event["workers"]]
+    assert all(staying[:8] in worker["node"] for worker in came)
+    assert not seen.named("lost")
+    assert seen.all_are_gone()
+    nodes.kill(going)
+
+
+@pytest.mark.ray
+def test_a_killed_node_changes_no_byte(llama, text, reference, tmp_path, nodes):
+    """Its workers' calls are made on the other node, once it is known to be gone."""
+    killed, _ = nodes.fill(2)
+
+    def kill(event):
+        if is_unit(2)(event):
+            nodes.kill(killed)
+
+    seen = Seen(kill)
+    run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    assert contents(tmp_path / "out") == reference
+    assert seen.named("lost")
+    assert {lost["cause"] for lost in seen.named("lost")} <= {"lost its node", "died"}
+    assert {lost["decided"] for lost in seen.named("lost")} <= {"repeat"}
+    assert seen.all_are_gone()
+
+
+def too_large(method, arguments):
+    """Shards of more than one block do not fit."""
+    if method == "open" and arguments[0][1] - arguments[0][0] > 1:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.2 GiB")
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+def test_what_does_not_fit_is_held_in_parts(
+    executor, llama, text, reference, tmp_path, inject, request
+):
+    """The same bytes from shards of one block, and no failure of anybody."""
+    spread = {"executor": "local", "shards": 3}
+    if executor == "ray":
+        request.getfixturevalue("nodes").fill(2)
+        spread = SPREAD
+    inject(too_large)
+    seen = Seen()
+    run(llama, tmp_path / "out", text, on_event=seen, **spread)
+    assert contents(tmp_path / "out") == reference
+    lost = seen.named("lost")
+    assert {each["decided"] for each in lost} == {"repeat in smaller parts"}
+    assert {each["cause"] for each in lost} == {"ran out of memory"}
+    assert all("CUDA out of memory" in each["log"] for each in records(tmp_path / "out.run"))
+    assert seen.all_are_gone() or executor == "local"
+
+
+def test_a_block_that_does_not_fit_is_infeasible(llama, text, reference, tmp_path, inject):
+    """Exit code 3, with what was tried and what to do; with more memory the run is resumed."""
+
+    def fault(method, arguments):
+        if method == "finish" and arguments == (6,):
+            raise MemoryError("cannot allocate 7 GB")
+
+    inject(fault)
+    seen = Seen()
+    with pytest.raises(InfeasibleError, match=r"^block 6, finish: .*cannot allocate 7 GB; .*"):
+        run(llama, tmp_path / "out", text, on_event=seen, shards=5)
+    decided = [record["decided"] for record in records(tmp_path / "out.run")]
+    assert decided == ["repeat in smaller parts", "repeat", "repeat", "end the run"]
+    assert RunDirectory(tmp_path / "out.run").status()["exit_code"] == 3
+    assert units(seen.events) == 6
+    inject(lambda method, arguments: None)
+    run(llama, tmp_path / "out", text, shards=5)
+    assert contents(tmp_path / "out") == reference
