@@ -1,5 +1,6 @@
 """Blocks trained to give what the dense blocks give."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from math import cos, pi
@@ -13,7 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import UsageError
 from orchestrator.models.modules import SparseLinear
-from orchestrator.models.refine import Refinement, refine, trained_parameters
+from orchestrator.models.refine import Refinement, merge, refine, trained_parameters
+from orchestrator.models.refine_ledger import Ledger
 from orchestrator.models.refine_options import RefineOptions, rate, split
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.plan import Assignment
@@ -164,6 +166,56 @@ def test_the_same_bits_whatever_else_draws_numbers(checkpoint, compressed):
     assert_same(first, second)
     other = refined(directory, ends, 1, seed=1)
     assert other.epochs != first.epochs
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3, 8])
+def test_replicas_that_share_the_slices_hold_the_same_bits(checkpoint, compressed, slices):
+    """Two of them, each with half of the slices and of the held-out chunks: the bits of one."""
+    directory, ends = compressed("llama"), dense_ends(checkpoint("llama"), 1, count=8)
+    options = replace(SHORT, batches=1, slices=slices, held_out=0.3)
+    ledger, skeletons = Ledger(8, options), [Skeleton.open(directory) for _ in range(2)]
+    assert ledger.parts(0) == min(slices, 6)
+    with ExitStack() as stack:
+        shards = [stack.enter_context(each.shard(range(1, 2))) for each in skeletons]
+        made = [Refinement(shard, *ends, options, 0) for shard in shards]
+        replicas = [stack.enter_context(each) for each in made]
+
+        def evaluate():
+            places = range(len(ledger.held_out))
+            return ledger.evaluated([replicas[place % 2].error(place) for place in places])
+
+        evaluate()
+        while ledger.stop is None:
+            epoch = len(ledger.epochs)
+            found = [replicas[p % 2].slice(epoch, 0, p) for p in range(ledger.parts(0))]
+            gradients = [each.gradients for each in found]
+            copies = [[{k: g.clone() for k, g in each.items()} for each in gradients] for _ in "ab"]
+            ledger.summed([loss for each in found for loss in each.losses], found[0].tokens)
+            norms = [one.step(merge(each)) for one, each in zip(replicas, copies, strict=True)]
+            assert norms[0] == norms[1]
+            ledger.stepped(norms[0])
+            assert replicas[0].digest() == replicas[1].digest()
+            if evaluate():
+                for replica in replicas:
+                    replica.keep()
+        tensors = replicas[1].take_best()
+    alone = refined(directory, ends, 1, options)
+    assert ledger.account().facts() == alone.facts()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in alone.tensors.items())
+
+
+def test_one_slice_or_one_for_each_chunk_is_a_sum_over_the_chunks(checkpoint, compressed):
+    """The same bits; with slices between the two others, and the same to rounding."""
+    directory, ends = compressed("llama"), dense_ends(checkpoint("llama"), 1, count=8)
+    results = [
+        refined(directory, ends, 1, replace(SHORT, batches=1, slices=slices))
+        for slices in (1, 6, 99, 2)
+    ]
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+    assert results[0].epochs != results[3].epochs
+    for one, other in zip(results[0].epochs, results[3].epochs, strict=True):
+        assert one.gradient == pytest.approx(other.gradient, rel=1e-5)
 
 
 def test_it_goes_on_from_a_snapshot(checkpoint, compressed):

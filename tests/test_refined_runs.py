@@ -131,6 +131,7 @@ def test_what_cannot_be_refined_is_refused_at_once(llama, text, tmp_path):
     for options, message in (
         ({"refinement": {"epoch": 3}}, "epochs"),
         ({"refinement": {"epochs": 0}}, "refinement: epochs"),
+        ({"refinement": {"slices": 2}}, "refinement: slices is given"),
         ({"svd-llm": {"refit": "always"}}, "give refit 'never'"),
     ):
         with pytest.raises(UsageError, match=message):

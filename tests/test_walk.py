@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -376,6 +378,56 @@ def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_addre
     run(llama, tmp_path / "out", text, **fields, **BOTH)
     assert len(killed) == 2
     assert contents(tmp_path / "out") == reference[0]
+
+
+LONG = {"refinement": {"epochs": 40, "patience": 40, "batches": 2, "slices": 2}}
+
+
+@pytest.fixture(scope="module")
+def sliced(llama, text, tmp_path_factory):
+    """Refined in one process with slices of several chunks, compensated before."""
+    out = tmp_path_factory.mktemp("sliced") / "out"
+    run(llama, out, text, compensate="blend", refine="in_order", options=LONG)
+    return contents(out)
+
+
+def kill_when_there(directory, pid):
+    """A thread that kills a process as soon as a boundary's chunks are written."""
+
+    def wait():
+        while not list(directory.glob("*/00002")):
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("workers", [2, 3])
+def test_actors_that_share_each_step_change_no_bit(
+    workers, llama, text, sliced, tmp_path, ray_address
+):
+    """An actor killed while block 1 is lent: the others make its slices, to the bit."""
+    events, crew, threads = [], [], []
+
+    def on_event(event):
+        events.append(event)
+        if event["event"] == "workers" and len(event["workers"]) == workers:
+            crew[:] = [worker["pid"] for worker in event["workers"]]
+        if event["event"] == "unit" and event["stage"] == "walk" and not threads:
+            threads.append(kill_when_there(tmp_path / "out.run" / "chunks", crew[0]))
+
+    fields = {"executor": "ray", "workers": workers, "on_event": on_event}
+    run(
+        llama, tmp_path / "out", text, compensate="blend", refine="in_order", options=LONG, **fields
+    )
+    threads[0].join()
+    lost = [event["unit"] for event in events if event["event"] == "lost"]
+    assert len(lost) == 1
+    assert lost[0].startswith("block 1, ")
+    assert contents(tmp_path / "out") == sliced
 
 
 def test_what_cannot_be_walked_is_refused_at_once(llama, text, tmp_path):

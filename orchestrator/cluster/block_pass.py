@@ -3,11 +3,11 @@
 The driver's part of everything that gathers statistics and commits a unit a block.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.cluster.chain import Chain
+from orchestrator.cluster.chain import Chain, Program
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.pool import dispatch
@@ -44,6 +44,7 @@ class BlockPass:
             todo=keys.keys() - done.keys(),
             num_chunks=self.sequences,
             present=self._present(pass_key, [blocks.start for blocks in cut], crew),
+            joints=range(0, self.num_blocks, self.group),
         )
         self._perform(schedule, pass_key, done, len(keys), crew, watch, stage)
         return done
@@ -84,6 +85,7 @@ class BlockPass:
         self,
         streams: Sequence[str],
         keys: Mapping[int, str],
+        program: Callable[[int, bool], Program],
         crew: Crew,
         watch: Watch,
         stage: Stage,
@@ -93,6 +95,7 @@ class BlockPass:
         Args:
             streams: Pass keys of the chunks that move from block to block, side by side.
             keys: Of the units of all blocks that are gone through, from block 0 on.
+            program: The rounds of a block, told whether it is made; gives the facts of its unit.
         """
         done = self.committed(keys, crew, watch)
         stores = [self.run.chunks(stream, crew.environment) for stream in streams]
@@ -101,18 +104,30 @@ class BlockPass:
             for block in keys
             if all(len(store.present(block, self.sequences)) == self.sequences for store in stores)
         ]
-        schedule = Chain(todo=keys.keys() - done.keys(), present=present)
+        schedule = Chain(todo=keys.keys() - done.keys(), present=present, program=program)
+
+        def note_ended() -> None:
+            for block, facts in schedule.ended():
+                for store in stores:
+                    store.drop(block)
+                if facts is not None:
+                    done[block] = facts
+                    seconds = facts["timings"]["seconds"]
+                    stage.progress(len(done), len(keys), unit=f"block {block}", seconds=seconds)
 
         def on_success(call: Call, value: Any) -> None:
-            (block,) = call.arguments
-            for store in stores:
-                store.drop(block)
-            if value is not None:
-                done[block] = value
-                seconds = value["timings"]["seconds"]
-                stage.progress(len(done), len(keys), unit=call.label, seconds=seconds)
+            schedule.told(call, value)
+            note_ended()
 
-        dispatch(crew.pool, schedule, FailurePolicy(), on_success=on_success, on_event=watch.event)
+        dispatch(
+            crew.pool,
+            schedule,
+            FailurePolicy(),
+            on_success=on_success,
+            is_awaited=schedule.is_awaited,
+            on_event=watch.event,
+        )
+        note_ended()
         for store in stores:
             store.clear()
         return done

@@ -1,7 +1,7 @@
 """Refining blocks in parallel, on the dense model's inputs: the driver's part."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.cluster.crew import Crew
@@ -27,12 +27,18 @@ class Refine(TrainedStage):
     worker_class: ClassVar[type[RefineWorker]] = RefineWorker
 
     def __init__(self, job: "Compression", earlier: Sequence[TrainedStage]) -> None:
-        options = asdict(job.refine_options)
-        super().__init__(job, earlier, version=REFINE_VERSION, options=options)
+        # nobody lends a block here: its gradients are one sum
+        self._options = replace(job.refine_options, slices=1)
+        super().__init__(job, earlier, version=REFINE_VERSION, options=self._decisive)
+
+    @property
+    def _decisive(self) -> dict[str, Any]:
+        """The options that say what is trained."""
+        return {name: each for name, each in asdict(self._options).items() if name != "slices"}
 
     @property
     def task(self) -> RefineTask:
-        return RefineTask(**self.shared, options=self._job.refine_options)
+        return RefineTask(**self.shared, options=self._options)
 
     def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Dense chunks flow through the shards; then each shard's blocks are trained."""
@@ -58,7 +64,7 @@ class Refine(TrainedStage):
                 "stop": facts["stop"],
             }
         return {
-            "options": asdict(self._job.refine_options),
+            "options": self._decisive,
             "errors": "errors of linears are those before their blocks were refined",
             "blocks": blocks,
         }

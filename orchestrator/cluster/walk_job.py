@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from orchestrator.cluster.chain import Program
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.trained_stage import TrainedStage
+from orchestrator.cluster.walk_program import walk_block
 from orchestrator.cluster.walk_worker import WalkTask, WalkWorker
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import UsageError
@@ -25,8 +27,13 @@ class Walk(TrainedStage):
 
     Where the recipe compensates, the block's factors are fitted to the inputs that the compressed
     model makes (`linalg.compensate`); where it refines in order, the block is trained on them then
-    towards what the dense block gives on its own (`models.refine`). One block is at work at a time.
-    The chunks before it lie in the run directory, so a lost worker costs one block.
+    towards what the dense block gives on its own (`models.refine`). One block is at work at a time,
+    and lent to all workers (`chain`, `walk_program`): each holds it, chunks are shared out, so are
+    the slices of every step's gradient and the held-out chunks, and what they give is added up in
+    an order that neither workers nor accidents change. Compensation's solves are made by each.
+
+    A lost worker costs the others what it was at; the last one costs the block, and so does a node
+    with a record on it. The chunks before the block lie in the run directory.
 
     AA-SVD (arXiv:2604.02119) as its code runs by default: method `svd-llm`, allocation `uniform`,
     refine `in_order`, and compensate `none`, because its input-aware start (its objective 2) is
@@ -77,7 +84,19 @@ class Walk(TrainedStage):
     def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Both models' chunks go from block to block."""
         streams = self._dense_key, self.key
-        self._facts = self._job.block_pass.in_order(streams, self.keys, crew, watch, stage)
+        passes = self._job.block_pass
+        self._facts = passes.in_order(streams, self.keys, self._program, crew, watch, stage)
+
+    def _program(self, block: int, is_made: bool) -> Program:
+        task = self.task
+        return walk_block(
+            block,
+            task.sequences,
+            is_made=is_made,
+            is_changed=block in task.changed,
+            compensates=task.compensation is not None,
+            refinement=task.refinement,
+        )
 
     @property
     def report(self) -> dict[str, Any]:

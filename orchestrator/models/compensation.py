@@ -194,17 +194,13 @@ def _stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> NoReturn:
     raise _SiteReached(inputs[0].detach())
 
 
-def block_error(found: Sequence[Chunk], targets: Sequence[Chunk]) -> float:
-    """Mean over the tokens inside the mask and the channels of the squared difference.
+def squared_error(found: Chunk, target: Chunk) -> tuple[int, float]:
+    """Values of the residual stream inside the mask, and the sum of their squared differences.
 
-    Of the residual stream, summed in float64.
+    In float64.
     """
-    total, values = 0.0, 0
-    for chunk, target in zip(found, targets, strict=True):
-        one_TC, other_TC = _stream(chunk), _stream(target)
-        total += float((one_TC - other_TC).square().sum())
-        values += one_TC.numel()
-    return total / max(values, 1)
+    one_TC, other_TC = _stream(found), _stream(target)
+    return one_TC.numel(), float((one_TC - other_TC).square().sum())
 
 
 def _stream(chunk: Chunk) -> Tensor:

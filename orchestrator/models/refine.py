@@ -5,10 +5,9 @@ Shape suffixes: B sequences, T tokens, C channels.
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,48 +16,31 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.modules import LowRankLinear
-from orchestrator.models.refine_options import RefineOptions, rate, split
+from orchestrator.models.refine_ledger import Account, Epoch, Ledger, Stop
+from orchestrator.models.refine_options import RefineOptions, divide, rate
 from orchestrator.models.shard import Shard
 
-Stop = Literal["end", "patience", "diverged"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Epoch:
-    """What one epoch gave."""
-
-    train: float
-    """Mean squared error over the training tokens, each batch before its own step."""
-    held_out: float
-    """Mean squared error over the held-out tokens, after the last step."""
-    gradient: float
-    """Mean over the steps of the gradient's norm before it is clipped."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refined:
+class Refined(Account):
     """The best state that training came through, the start included."""
 
     tensors: Mapping[str, Tensor]
     """Every trained parameter by its name in the model, on the CPU."""
-    start: float
-    """The held-out loss before the first step."""
-    epochs: tuple[Epoch, ...]
-    best: int
-    """Epochs after which the state was the best; 0 is the start, bit for bit."""
-    steps: int
-    stop: Stop
 
-    def facts(self) -> dict[str, Any]:
-        """All but the tensors, as JSON."""
-        return {
-            "start": self.start,
-            "epochs": [asdict(epoch) for epoch in self.epochs],
-            "best": self.best,
-            "steps": self.steps,
-            "stop": self.stop,
-        }
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of a step's gradient."""
+
+    losses: tuple[float, ...]
+    """Of its chunks, each divided by the tokens of the whole batch."""
+    tokens: int
+    """Of the whole batch."""
+    gradients: Mapping[int, Tensor]
+    """By the parameter's place; one that the chunks do not reach has none."""
 
 
 def refine(
@@ -91,15 +73,20 @@ class Refinement:
     AdamW with decay on all of them, a linear warm-up, a cosine to the floor, clipped gradients.
 
     Everything is float32 on any device (float64 if the shard is). The order of the chunks comes
-    from (seed, first block, epoch) alone; one step adds up the gradients of its chunks one by one
-    in that order, a chunk being the quantum. So a result is a function of its arguments and the
-    environment, to the bit, and one that was interrupted goes on from a `snapshot` as if it were
-    not. Forward and backward run once a step and chunk.
+    from (seed, first block, epoch) alone. A step's batch is divided into slices; each adds up the
+    gradients of its chunks one by one in that order, a chunk being the quantum, and the slices are
+    added up in theirs. So a result is a function of its arguments and the environment, to the bit,
+    and one that was interrupted goes on from a `snapshot` as if it were not. Forward and backward
+    run once a step and chunk.
 
-    Memory: 20 bytes a trained parameter (value, gradient, two moments, best state), 4 a parameter
-    that is not, and the activations of one chunk. `inputs` and `targets` are indexed once an epoch,
-    so they may be read from where they lie. An epoch costs about three forward passes over the
-    chunks: 3 multiply-adds a parameter and token.
+    Replicas: of a block that several workers train each has a refinement of its own. They share out
+    the slices (`slice`) and the held-out chunks (`error`), and each makes every step with the
+    gradients of all (`merge`, `step`), so that all hold the same bits (`digest`) and none ever
+    sends a parameter. `epoch` is the same with one.
+
+    Memory: 24 bytes a trained parameter (value, gradient and that of a slice, two moments, best
+    state), 4 a parameter that is not, and the activations of one chunk. An epoch costs about three
+    forward passes over the chunks: 3 multiply-adds a parameter and token.
 
     Args:
         shard: Of a compressed model, opened in float32; usually one block.
@@ -128,8 +115,7 @@ class Refinement:
             raise ValueError(f"{len(inputs)} chunks go in, {len(targets)} are the targets")
         self._shard, self._inputs, self._targets = shard, inputs, targets
         self._options, self._seed = options, seed
-        self._training, self._held_out = split(len(inputs), options.held_out)
-        self._batches = min(options.batches, len(self._training))
+        self._ledger = Ledger(len(inputs), options)
         self._parameters = trained_parameters(shard, dense=options.dense)
         dtypes = {parameter.dtype for parameter in self._parameters.values()}
         if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
@@ -141,9 +127,8 @@ class Refinement:
         self._required = {p: p.requires_grad for p in shard.parameters().values()}
         decay = options.weight_decay
         self._optimizer = torch.optim.AdamW(self._distinct, weight_decay=decay)
-        self._epochs: list[Epoch] = []
-        self._start: float | None = None
-        self._best, self._best_state = 0, self._state()
+        self._made = 0
+        self._best_state = self._state()
 
     def __enter__(self) -> Self:
         """From here on gradients reach the trained parameters and no others."""
@@ -162,45 +147,81 @@ class Refinement:
     @property
     def stop(self) -> Stop | None:
         """Why training is over; None while it is not."""
-        done = len(self._epochs)
-        if done and not math.isfinite(self._epochs[-1].held_out):
-            return "diverged"
-        if done == self._options.epochs:
-            return "end"
-        return "patience" if done - self._best >= self._options.patience else None
+        return self._ledger.stop
 
     def epoch(self) -> Epoch:
         """Performs the next epoch."""
-        lowest = self._lowest()
-        train = tokens = gradient = 0.0
-        first = len(self._epochs) * self._batches
-        for step, batch in enumerate(self._order(len(self._epochs)), start=first):
-            weight, error = self._accumulate(batch)
-            train, tokens = train + error, tokens + weight
-            gradient += float(clip_grad_norm_(self._distinct, self._options.clip))
-            self._optimizer.param_groups[0]["lr"] = rate(step, self._steps, self._options)
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-        held_out = self._evaluate()
-        self._epochs.append(
-            Epoch(train=train / tokens, held_out=held_out, gradient=gradient / self._batches)
-        )
-        if held_out < lowest:
-            self._best, self._best_state = len(self._epochs), self._state()
-        return self._epochs[-1]
+        ledger, _ = self._ledger, self.start
+        epoch = len(ledger.epochs)
+        for batch in range(ledger.batches):
+            losses: list[float] = []
+            gradients: dict[int, Tensor] = {}
+            for part in range(ledger.parts(batch)):
+                found = self.slice(epoch, batch, part)
+                losses += found.losses
+                gradients = merge([gradients, found.gradients])
+            ledger.summed(losses, found.tokens)
+            ledger.stepped(self.step(gradients))
+        if ledger.evaluated([self.error(place) for place in range(len(ledger.held_out))]):
+            self.keep()
+        return ledger.epochs[-1]
+
+    def slice(self, epoch: int, batch: int, part: int) -> Slice:
+        """One part of the gradient of a step's loss."""
+        chunks = self._batch(epoch, batch)
+        tokens = sum(int(self._inputs[index].mask.sum()) for index in chunks)
+        losses = []
+        for index in divide(chunks, self._ledger.parts(batch))[part]:
+            error = self._error(index, self._shard.trace) / max(tokens, 1)
+            torch.autograd.backward(error)
+            losses.append(float(error.detach()))
+        gradients = {}
+        for place, parameter in enumerate(self._distinct):
+            if parameter.grad is not None:
+                gradients[place] = parameter.grad.contiguous()
+                parameter.grad = None
+        return Slice(tuple(losses), tokens, gradients)
+
+    def step(self, gradients: Mapping[int, Tensor]) -> float:
+        """The next step, with the merged gradients of its slices; their norm before the clip."""
+        for place, gradient in gradients.items():
+            parameter = self._distinct[place]
+            parameter.grad = gradient.to(parameter.device)
+        norm = float(clip_grad_norm_(self._distinct, self._options.clip))
+        steps = self._options.epochs * self._ledger.batches
+        self._optimizer.param_groups[0]["lr"] = rate(self._made, steps, self._options)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._made += 1
+        return norm
+
+    def error(self, place: int) -> tuple[int, float]:
+        """Of one of the held-out chunks its tokens, and the sum of their errors."""
+        index = self._ledger.held_out[place]
+        error = float(self._error(index, self._shard.forward))
+        return int(self._inputs[index].mask.sum()), error
+
+    def keep(self) -> None:
+        """The state as it is now is the best so far."""
+        self._best_state = self._state()
+
+    def take_best(self) -> dict[str, Tensor]:
+        """Puts the best state into the shard and gives it, on the CPU."""
+        self._load(self._best_state)
+        return {name: tensor.cpu() for name, tensor in self._best_state.items()}
+
+    def digest(self) -> str:
+        """BLAKE2b of the trained parameters: the same of all replicas."""
+        digest = hashlib.blake2b(digest_size=16)
+        for parameter in self._distinct:
+            digest.update(parameter.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def result(self) -> Refined:
         """Puts the best state into the shard and gives it."""
-        start = self.start
-        self._load(self._best_state)
-        return Refined(
-            tensors={name: tensor.cpu() for name, tensor in self._best_state.items()},
-            start=start,
-            epochs=tuple(self._epochs),
-            best=self._best,
-            steps=len(self._epochs) * self._batches,
-            stop=self.stop or "end",
-        )
+        _, account = self.start, self._ledger.account()
+        found = {field.name: getattr(account, field.name) for field in fields(Account)}
+        return Refined(tensors=self.take_best(), **found)
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next epoch depends on: tensors, 16 bytes a trained parameter, and JSON."""
@@ -212,15 +233,15 @@ class Refinement:
             tensors |= {f"{each}.{name}": moments[each] for each in MOMENTS if each in moments}
         facts = {
             "start": self.start,
-            "epochs": [asdict(epoch) for epoch in self._epochs],
-            "best": self._best,
+            "epochs": [asdict(epoch) for epoch in self._ledger.epochs],
+            "best": self._ledger.best,
         }
         return {name: tensor.cpu().clone() for name, tensor in tensors.items()}, facts
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Goes on from a snapshot of a refinement of the same shard, chunks, options and seed."""
-        self._start, self._best = facts["start"], facts["best"]
-        self._epochs = [Epoch(**epoch) for epoch in facts["epochs"]]
+        self._ledger.restore(facts)
+        self._made = len(self._ledger.epochs) * self._ledger.batches
         names = self._parameters
         self._load({name: tensors[f"value.{name}"] for name in names})
         self._best_state = {name: tensors[f"best.{name}"].to(p.device) for name, p in names.items()}
@@ -228,52 +249,30 @@ class Refinement:
             keys = {each: f"{each}.{name}" for each in MOMENTS}
             if tensors.keys() >= set(keys.values()):
                 state = {each: tensors[key].to(parameter).clone() for each, key in keys.items()}
-                step = torch.tensor(float(len(self._epochs) * self._batches))
+                step = torch.tensor(float(self._made))
                 self._optimizer.state[parameter] = {"step": step, **state}
 
     @property
     def start(self) -> float:
         """The held-out loss before the first step."""
-        if self._start is None:
-            self._start = self._evaluate()
-        return self._start
+        ledger = self._ledger
+        if ledger.start is None:
+            ledger.evaluated([self.error(place) for place in range(len(ledger.held_out))])
+        assert ledger.start is not None
+        return ledger.start
 
-    @property
-    def _steps(self) -> int:
-        return self._options.epochs * self._batches
-
-    def _order(self, epoch: int) -> Iterator[list[int]]:
-        """The training chunks of every batch of an epoch."""
+    def _batch(self, epoch: int, batch: int) -> Sequence[int]:
+        """The training chunks of a step."""
         key = json.dumps([self._seed, self._shard.blocks.start, epoch])
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        order = torch.randperm(len(self._training), generator=generator)
-        for places in order.tensor_split(self._batches):
-            yield [self._training[place] for place in places.tolist()]
+        training = self._ledger.training
+        order = torch.randperm(len(training), generator=generator).tolist()
+        return [training[place] for place in divide(order, self._ledger.batches)[batch]]
 
-    def _accumulate(self, batch: Sequence[int]) -> tuple[float, float]:
-        """Adds the gradients of a batch's loss; its tokens and the sum of their errors."""
-        targets = [self._targets[index] for index in batch]
-        tokens = sum(int(target.mask.sum()) for target in targets)
-        total = 0.0
-        for index, target in zip(batch, targets, strict=True):
-            error = self._error(index, target, self._shard.trace) / max(tokens, 1)
-            torch.autograd.backward(error)
-            total += float(error.detach())
-        return float(tokens), total * tokens
-
-    def _evaluate(self) -> float:
-        """The loss over the held-out chunks."""
-        tokens, total = 0, 0.0
-        for index in self._held_out:
-            target = self._targets[index]
-            tokens += int(target.mask.sum())
-            total += float(self._error(index, target, self._shard.forward))
-        return total / max(tokens, 1)
-
-    def _error(self, index: int, target: Chunk, run: Callable[[Chunk], Chunk]) -> Tensor:
+    def _error(self, index: int, run: Callable[[Chunk], Chunk]) -> Tensor:
         """The sum over a chunk's tokens of the squared error, averaged over the channels."""
-        chunk = self._inputs[index]
+        chunk, target = self._inputs[index], self._targets[index]
         if chunk.index != target.index or not torch.equal(chunk.mask, target.mask):
             raise ValueError(f"input {chunk.index} and target {target.index} are different chunks")
         payload = chunk.payload and chunk.payload.map(self._cast)
@@ -286,10 +285,6 @@ class Refinement:
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
-    def _lowest(self) -> float:
-        """The best held-out loss that there was before this epoch."""
-        return self._epochs[self._best - 1].held_out if self._best else self.start
-
     def _state(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self._parameters.items()}
 
@@ -297,6 +292,15 @@ class Refinement:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(state[name])
+
+
+def merge(parts: Iterable[Mapping[int, Tensor]]) -> dict[int, Tensor]:
+    """The sum of slices' gradients in their order, in the memory of the first of each."""
+    total: dict[int, Tensor] = {}
+    for part in parts:
+        for place, gradient in part.items():
+            total[place] = total[place].add_(gradient) if place in total else gradient
+    return total
 
 
 def _hidden(chunk: Chunk) -> Tensor:

@@ -1,11 +1,14 @@
 """How compressed blocks are refined: the options, the learning rate, and what is held out."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from orchestrator.errors import UsageError
 from orchestrator.options import check_number, check_whole
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +19,13 @@ class RefineOptions:
     """The most times that every training chunk is used; the schedule's length, however it ends."""
     batches: int = 8
     """Steps an epoch. The training chunks are divided among them as evenly as they can be."""
+    slices: int = 8
+    """Parts that a step's gradient is summed from, where a block is lent: its most workers.
+
+    A part sums its chunks one by one, then the parts are summed in their order; so with one part,
+    or one for each chunk, the bits are those of a sum over the chunks. Eight are the GPUs of a
+    node; each part travels to every worker, 4 bytes a trained parameter.
+    """
     learning_rate: float = 1e-4
     """The highest, at the end of the warm-up."""
     weight_decay: float = 0.01
@@ -35,6 +45,7 @@ class RefineOptions:
     def __post_init__(self) -> None:
         check_whole("refinement: epochs", self.epochs, 1, 10_000)
         check_whole("refinement: batches", self.batches, 1, 10_000)
+        check_whole("refinement: slices", self.slices, 1, 10_000)
         check_number("refinement: learning_rate", self.learning_rate, 0, 1)
         check_number("refinement: weight_decay", self.weight_decay, 0, 1)
         check_number("refinement: warm_up", self.warm_up, 0, 1)
@@ -81,3 +92,10 @@ def split(count: int, held_out: float) -> tuple[list[int], list[int]]:
     number = max(round(count * held_out), 1)
     chosen = [(2 * i + 1) * count // (2 * number) for i in range(number)]
     return [i for i in range(count) if i not in set(chosen)], chosen
+
+
+def divide(items: Sequence[Item], parts: int) -> list[Sequence[Item]]:
+    """Contiguous parts whose lengths differ by one at most, the longer ones first."""
+    size, longer = divmod(len(items), parts)
+    stops = [size * (part + 1) + min(part + 1, longer) for part in range(parts)]
+    return [items[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
