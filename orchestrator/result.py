@@ -1,19 +1,19 @@
 """What a compression gives back."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from orchestrator.plan import Plan
+from orchestrator.store.places import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What a compression gave."""
 
-    out: Path
+    out: Place
     """The compressed checkpoint."""
-    run_dir: Path
+    run_dir: Place
     """Its run directory, from which further sizes can be cut."""
     plan: Plan
     report: dict[str, Any]

@@ -7,7 +7,6 @@ of its own, over all workers.
 """
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import api
-from orchestrator.errors import UsageError
+from orchestrator.errors import InputError, UsageError
 from orchestrator.options import check_known
 from orchestrator.recipe import SCHEDULE, Recipe
 from orchestrator.result import Result
-from orchestrator.store.files import digest_json, write_json
+from orchestrator.store.files import digest_json, parse_json, write_json
+from orchestrator.store.places import Remote, parse_place
 
 EVALUATION_SCHEDULE = ("executor", "address", "workers", "threads", "shards")
 Setting = Mapping[str, Any]
@@ -79,6 +79,11 @@ def search(
             f"text: {text} is the calibration text, on which every candidate looks too good; "
             "give text that nothing was calibrated on"
         )
+    if isinstance(parse_place(recipe.out), Remote):
+        raise UsageError(
+            f"out: {recipe.out} is not on local disk, where the candidates are evaluated; "
+            "search there, and copy what it finds"
+        )
     given = {"text": text, **evaluation}
     schedule = {name: getattr(recipe, name) for name in (*EVALUATION_SCHEDULE, "dtype")}
     recipe = replace(recipe, run_dir=recipe.run_dir or f"{recipe.out}.run")
@@ -100,10 +105,19 @@ def search(
             write_json(found, value)
             for spent in (out, Path(f"{out}.evaluation")):
                 shutil.rmtree(spent)
-        tried.append(Candidate(**json.loads(found.read_text(encoding="utf-8"))))
+        tried.append(_read_candidate(found, dict(setting)))
     best = min(tried, key=lambda each: each.perplexity)
     chosen = recipes[tuple(best.setting.items())]
     return Search(result=api.compress(chosen, on_event), best=best, candidates=tuple(tried))
+
+
+def _read_candidate(path: Path, setting: Setting) -> Candidate:
+    try:
+        found = parse_json(path.read_bytes())
+        perplexity, kept = float(found["perplexity"]), float(found["kept"])
+    except (OSError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: is damaged, remove it: {error}") from error
+    return Candidate(setting=setting, perplexity=perplexity, kept=kept)
 
 
 def settings(vary: Mapping[str, Sequence[Any]]) -> list[tuple[tuple[str, Any], ...]]:

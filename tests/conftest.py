@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from compressed import compress, mixed_plan
 from families import write_checkpoint
+from object_store import ObjectStore, object_store
 
 os.environ.update(
     {
@@ -16,6 +17,10 @@ os.environ.update(
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # of the object store on this machine, which lets everybody in
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_EC2_METADATA_DISABLED": "true",
     }
 )
 
@@ -58,3 +63,10 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )
         yield context.address_info["gcs_address"]
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[ObjectStore]:
+    """A real S3 server on this machine, with one bucket; each test takes prefixes of its own."""
+    with object_store() as store:
+        yield store

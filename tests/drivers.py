@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+from orchestrator.store.places import parse_place
 from orchestrator.store.run import RunDirectory
 
 SMALL = ("--keep", "0.5", "--samples", "6", "--sequence-length", "48")
@@ -25,7 +26,8 @@ class Driver:
     """`orchestrator compress` at work; its events as they come."""
 
     def __init__(self, model, out, text, *flags, **options):
-        self.run = RunDirectory(Path(f"{out}.run"))
+        place = parse_place(str(out))
+        self.run = RunDirectory(place.with_name(f"{place.name}.run"))
         arguments = [str(model), str(out), "--calibration", str(text), *SMALL, *flags]
         command = ["-m", "orchestrator", "compress", *arguments, "--progress", "json"]
         self.process = start(*command, **options)

@@ -183,10 +183,13 @@ def test_status_and_clean(tmp_path, capsys):
 
     run = RunDirectory(tmp_path / "run")
     run.claim({})
-    run.write_status(state="stopped", exit_code=75, stage="calibrate", done=3, total=30)
+    counts = {"done": 3, "total": 30, "workers": 4, "nodes": 2, "failures": 1, "left": 95.0}
+    run.write_status(state="stopped", exit_code=75, stage="calibrate", **counts)
     assert main(["status", str(run.root)]) == 0
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert (shown["state"], shown["exit_code"], shown["done"]) == ("stopped", "75", "3 of 30")
+    assert (shown["workers"], shown["nodes"], shown["failures"]) == ("4", "2", "1")
+    assert shown["left"] == "about 1m35s"
     assert main(["status", str(run.root), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["total"] == 30
     assert main(["clean", str(run.root)]) == 0

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "options": "errors",
     "groups": "plan",
     "recipe": "errors",
-    "result": "plan",
+    "result": "plan store",
     "progress": "",
     "pages": "errors plan recipe progress store numpy",
     "linalg": "errors torch",

@@ -40,7 +40,7 @@ from orchestrator.methods import METHODS, make_method
 from orchestrator.models.checkpoint import REPORT_FILE, finish
 from orchestrator.models.layout import FileSpec, layout
 from orchestrator.models.locate import locate
-from orchestrator.models.output import check_out, claim_out
+from orchestrator.models.output import HOLD_FILE, check_out, claim_out
 from orchestrator.models.refine_options import RefineOptions
 from orchestrator.models.select import select
 from orchestrator.models.skeleton import Skeleton
@@ -52,6 +52,8 @@ from orchestrator.plan import Assignment, Curve, Plan
 from orchestrator.recipe import SCHEDULE, Recipe
 from orchestrator.result import Result
 from orchestrator.store.files import digest_json
+from orchestrator.store.hold import Hold
+from orchestrator.store.places import parse_place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
 
@@ -82,6 +84,7 @@ class Compression:
         options, _ = split_options(recipe, recipe.method)
         self.method = make_method(recipe.method, options)
         allocation = recipe.allocation or self.method.allocation
+        self._asked = recipe
         self.recipe = replace(recipe, allocation=allocation)
         _, options = split_options(recipe, allocation)
         self.allocator = make_allocator(allocation, options, self.method.form)
@@ -90,14 +93,20 @@ class Compression:
         self.refine_options = RefineOptions(**self._refine_table())
         self.compensation = compensation_of(self)
         self.train_options = train_options_of(self)
-        self.out = Path(recipe.out).expanduser().absolute()
+        self.out = parse_place(recipe.out).expanduser().absolute()
         found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
         self.model = found.absolute()
         self.is_hub_id = not Path(recipe.model).expanduser().is_dir()
         check_out(self.out)
-        root = Path(recipe.run_dir or f"{self.out}.run").expanduser().absolute()
+        beside = self.out.with_name(f"{self.out.name}.run")
+        root = parse_place(recipe.run_dir).expanduser().absolute() if recipe.run_dir else beside
         self.run = RunDirectory(root)
-        self.run.claim({"recipe": asdict(recipe), "out": str(self.out), "model": str(self.model)})
+        self.run.check()
+
+    def claim(self) -> None:
+        """Makes the run directory this compression's; nothing was written before."""
+        about = {"out": str(self.out), "model": str(self.model)}
+        self.run.claim({"recipe": asdict(self._asked), **about})
 
     @property
     def pivots(self) -> bool:
@@ -137,6 +146,11 @@ class Compression:
         """
         table = self.recipe.options.get("refinement", {})
         check_known("refinement", table, option_names(RefineOptions))
+        if "slices" in table and self.recipe.refine == "blocks":
+            raise UsageError(
+                "refine is 'blocks' and refinement: slices is given, which is for blocks that are "
+                "lent, 'in_order' and 'swept'; leave it out"
+            )
         if self.refines and self.refits:
             raise UsageError(
                 f"refine is {self.recipe.refine!r} and {self.method.name}'s refit is on; training "
@@ -513,6 +527,10 @@ class Compression:
             bootstrap=bootstrap_source(self.surveyed.architecture),
         )
         return self._result(report)
+
+    def hold_out(self) -> Hold:
+        """What says that this driver writes to the output directory."""
+        return Hold(self.out / HOLD_FILE)
 
     def finished(self) -> Result | None:
         """The result, if the output directory holds just what this recipe asks for.

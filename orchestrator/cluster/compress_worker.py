@@ -40,6 +40,7 @@ from orchestrator.models.shard import Shard
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.weights import Weights
 from orchestrator.plan import Curve, Linear
+from orchestrator.store.places import Place
 from orchestrator.store.units import UnitWriter
 
 
@@ -48,7 +49,7 @@ class CompressionTask(Task):
     """What the workers of one compression share; a plain value."""
 
     model: Path
-    out: Path
+    out: Place
     method: Method
     dtype: torch.dtype | None
     output_dtype: torch.dtype | None
@@ -242,7 +243,7 @@ class CompressionWorker(Worker):
     def _stored_file(self, group: Sequence[Linear]) -> Path:
         """What is stored of linears that share a basis, or of one that shares none."""
         key = self.task.block_keys[self.task.grouping.first(group[0].block)]
-        return self.run.units.directory(key) / factors_file(group[0])
+        return self.run.units.file(key, factors_file(group[0]))
 
 
 def _facts(

@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from orchestrator.cluster.pool import LocalPool, Pool
 from orchestrator.cluster.watch import Watch
 from orchestrator.cluster.worker import PROBE_PREFIX, Task, Worker
-from orchestrator.errors import UsageError
+from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.store.files import atomic
 
 DEFAULT_THREADS = 1
@@ -75,9 +75,12 @@ def assemble(
         environment = probes[0]["environment"]
         nodes = tuple(sorted({probe["node"] for probe in probes}))
         watch.note(f"{len(probes)} workers on {', '.join(nodes)}: {environment['device']}")
-        where = [{"node": probe["node"], "pid": probe["pid"]} for probe in probes]
+        where = [asdict(ray_pool.seat(worker)) for worker in ray_pool.workers()]
         watch.event({"event": "workers", "workers": where})
-        yield Crew(ray_pool, len(probes), environment, nodes)
+        try:
+            yield Crew(ray_pool, len(probes), environment, nodes)
+        finally:
+            watch.dismiss_workers()
 
 
 @contextmanager
@@ -126,8 +129,9 @@ def _probe_files(task: Task) -> Iterator[str]:
     """
     nonce = uuid.uuid4().hex[:12]
     for directory in task.writes:
-        for stale in directory.glob(f"{PROBE_PREFIX}*"):
-            stale.unlink(missing_ok=True)
+        for stale in directory.iterdir() if directory.is_dir() else ():
+            if stale.name.startswith(PROBE_PREFIX):
+                stale.unlink(missing_ok=True)
     paths = [directory / f"{PROBE_PREFIX}{nonce}" for directory in task.writes]
     try:
         for path in paths:
@@ -136,5 +140,5 @@ def _probe_files(task: Task) -> Iterator[str]:
         yield nonce
     finally:
         for path in paths:
-            with suppress(OSError):
+            with suppress(OSError, OrchestratorError):
                 path.unlink(missing_ok=True)

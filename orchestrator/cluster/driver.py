@@ -4,6 +4,8 @@ The driver holds names, curves and the plan; weights, statistics and decompositi
 and written by the workers alone.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from orchestrator.cluster.compress_job import Compression
@@ -15,12 +17,15 @@ from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.watch import OnEvent, Watch
 from orchestrator.recipe import Recipe
 from orchestrator.result import Result
+from orchestrator.store.hold import Hold
 
 
 def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
     """Performs a recipe, from where its run directory says it stands; blocks."""
     job = Compression(recipe)
-    with Watch(job.run, on_event, out=str(job.out), model=str(job.model)) as watch:
+    about = {"out": str(job.out), "model": str(job.model)}
+    with _held(job, on_event) as hold, Watch(job.run, on_event, **about) as watch:
+        _note_taken(hold, watch)
         with watch.stage("survey"):
             job.survey()
         with watch.stage("read"):
@@ -28,25 +33,31 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
         if (result := job.finished()) is not None:
             watch.note(f"{job.out} is complete: nothing to do")
             return result
-        most = job.surveyed.num_blocks
-        with assemble(job.worker_class, job.task, job.schedule, most, watch) as crew:
-            with watch.stage("calibrate") as stage:
-                job.calibrate_and_decompose(crew, watch, stage)
-            if job.scores:
-                with watch.stage("score") as stage:
-                    job.score(crew, watch, stage)
-            with watch.stage("allocate"):
-                job.allocate()
-            if not job.after:
-                return _write(job, crew, watch)
-        # each with a crew of its own, since what it does starts from the plan
-        *earlier, last = job.after
-        for after in earlier:
-            with assemble(after.worker_class, after.task, job.schedule, most, watch) as crew:
-                _train(after, crew, watch)
-        with assemble(last.worker_class, last.task, job.schedule, most, watch) as crew:
-            _train(last, crew, watch)
+        with job.hold_out().taken(on_event) as hold:
+            _note_taken(hold, watch)
+            return _perform(job, watch)
+
+
+def _perform(job: Compression, watch: Watch) -> Result:
+    most = job.surveyed.num_blocks
+    with assemble(job.worker_class, job.task, job.schedule, most, watch) as crew:
+        with watch.stage("calibrate") as stage:
+            job.calibrate_and_decompose(crew, watch, stage)
+        if job.scores:
+            with watch.stage("score") as stage:
+                job.score(crew, watch, stage)
+        with watch.stage("allocate"):
+            job.allocate()
+        if not job.after:
             return _write(job, crew, watch)
+    # each with a crew of its own, since what it does starts from the plan
+    *earlier, last = job.after
+    for after in earlier:
+        with assemble(after.worker_class, after.task, job.schedule, most, watch) as crew:
+            _train(after, crew, watch)
+    with assemble(last.worker_class, last.task, job.schedule, most, watch) as crew:
+        _train(last, crew, watch)
+        return _write(job, crew, watch)
 
 
 def _train(after: Refit | TrainedStage, crew: Crew, watch: Watch) -> None:
@@ -63,7 +74,8 @@ def _write(job: Compression, crew: Crew, watch: Watch) -> Result:
 def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]:
     """Performs an evaluation, from where its run directory says it stands; gives the report."""
     models = {name: str(path) for name, path in job.models.items()}
-    with Watch(job.run, on_event, **models) as watch:
+    with _held(job, on_event) as hold, Watch(job.run, on_event, **models) as watch:
+        _note_taken(hold, watch)
         with watch.stage("survey"):
             job.survey()
         with watch.stage("read"):
@@ -75,3 +87,17 @@ def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]
             with watch.stage("evaluate") as stage:
                 job.score(crew, watch, stage)
             return job.report(crew)
+
+
+@contextmanager
+def _held(job: Compression | Evaluation, on_event: OnEvent | None) -> Iterator[Hold]:
+    """Keeps the run directory for this driver, and makes it the job's."""
+    with job.run.hold().taken(on_event) as hold:
+        job.claim()
+        yield hold
+
+
+def _note_taken(hold: Hold, watch: Watch) -> None:
+    """Says from whom a hold was taken over."""
+    if hold.note is not None:
+        watch.note(hold.note)

@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from orchestrator.models.locate import locate
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.text import load_tokens
 from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
 
@@ -36,17 +36,22 @@ class Evaluation:
         text: Mapping[str, Any],
         dtype: torch.dtype | None,
         schedule: Schedule,
-        run_dir: Path,
+        run_dir: Place,
     ) -> None:
         self.models = {name: locate(model).absolute() for name, model in models.items()}
         self.text = text
         self.schedule = schedule
         self.run = RunDirectory(run_dir.expanduser().absolute())
-        self.run.claim({"evaluate": dict(models), "text": dict(text)})
+        self.run.check()
+        self._asked = {"evaluate": dict(models), "text": dict(text)}
         self._dtype = dtype
-        self._prefill: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self._decode: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._prefill: dict[str, dict[range, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._decode: dict[str, dict[range, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._peak_bytes = 0
+
+    def claim(self) -> None:
+        """Makes the run directory this evaluation's; nothing was written before."""
+        self.run.claim(self._asked)
 
     def survey(self) -> None:
         """Blocks and sizes of every model; no weight is read.
@@ -126,12 +131,15 @@ class Evaluation:
             num_chunks=total,
             present=[chunks.present(blocks.start, total) for blocks in cut],
             results=set(done),
+            joints=range(self.num_blocks),
         )
 
         def on_success(call: Call, value: Any) -> None:
             if call.method == "step":
-                self._note_timings(call.shard, value)
-                if call.emits is not None and call.emits[0] == self.num_blocks:
+                assert call.takes is not None
+                assert call.emits is not None
+                self._note_timings(range(call.takes[0], call.emits[0]), value)
+                if call.emits[0] == self.num_blocks:
                     done.add(call.emits[1])
                     stage.progress(len(done), total)
 
@@ -141,9 +149,9 @@ class Evaluation:
             facts = scored(index)
             assert facts is not None
             self.total = self.total.merge(Score.from_json(facts))
-        self._shards = len(cut)
+        self._cut = schedule.cut
 
-    def _note_timings(self, shard: int, timings: Mapping[str, Any]) -> None:
+    def _note_timings(self, shard: range, timings: Mapping[str, Any]) -> None:
         for name, seconds in timings["prefill"].items():
             self._prefill[name][shard].append(seconds)
         for name, seconds in timings["decode"].items():
@@ -170,7 +178,7 @@ class Evaluation:
             "models": models,
             "text": self.token_report,
             "predictions": total.predictions,
-            "shards": self._shards,
+            "shards": len(self._cut),
             "workers": crew.size,
             "environment": crew.environment,
             "peak_worker_bytes": self._peak_bytes,
@@ -182,8 +190,7 @@ class Evaluation:
         unit.commit(environment=crew.environment, facts=report)
         return report
 
-    def _speed(self, seconds: Mapping[int, list[float]], *, prefill: bool) -> float | None:
-        if len(seconds) < self._shards:
-            return None
+    def _speed(self, seconds: Mapping[range, list[float]], *, prefill: bool) -> float | None:
         tokens = self.token_report["sequence_length"] if prefill else 1
-        return tokens_per_second(tokens, seconds)
+        by_shard = {shard: seconds.get(blocks, []) for shard, blocks in enumerate(self._cut)}
+        return tokens_per_second(tokens, by_shard)

@@ -98,7 +98,7 @@ class CandidateValues:
 
 def read_candidates(run: RunDirectory, key: str, linear: Linear) -> CandidateValues | None:
     """What the unit says of a linear; nothing if that stays dense."""
-    with safe_open(run.units.directory(key) / _FILE, framework="pt") as file:
+    with safe_open(run.units.file(key, _FILE), framework="pt") as file:
         if f"{linear.name}.directions" not in file.keys():  # noqa: SIM118
             return None
         directions_R, buckets_B, counts_B = (

@@ -64,8 +64,8 @@ class RefitWorker(CompressionWorker):
     def _written(self, linear: Linear, part: str, rank: int) -> Tensor:
         if part != "weight":
             return super()._written(linear, part, rank)
-        directory = self.run.units.directory(self.task.refit_keys[linear.block])
-        with safe_open(directory / FITTED_FILE, framework="pt") as file:
+        path = self.run.units.file(self.task.refit_keys[linear.block], FITTED_FILE)
+        with safe_open(path, framework="pt") as file:
             rows_RO: Tensor = file.get_tensor(linear.name)
         return rows_RO.T.contiguous()
 

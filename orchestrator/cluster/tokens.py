@@ -35,7 +35,7 @@ def commit_tokens(run: RunDirectory, tokens: Tokens) -> str:
 
 
 def read_tokens(run: RunDirectory, key: str) -> TokenArrays:
-    arrays = load_file(run.units.directory(key) / _FILE)
+    arrays = load_file(run.units.file(key, _FILE))
     return TokenArrays(arrays["ids"], arrays["mask"])
 
 

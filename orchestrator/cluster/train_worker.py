@@ -130,7 +130,7 @@ class TrainWorker(TrainedWorker):
     def _load_state(self, training: Training, step: int) -> None:
         for block in training.blocks if step else ():
             key = snapshot_key(self.task.pass_key, step, block)
-            training.load(block, load_file(self.run.units.directory(key) / FILE))
+            training.load(block, load_file(self.run.units.file(key, FILE)))
 
     def forward(self, serial: int, sequence: int, record: Emitted) -> tuple[Any, Emitted]:
         """Passes a micro-batch on, and keeps what it takes to come back."""
@@ -241,8 +241,8 @@ class TrainWorker(TrainedWorker):
         if "dense" in streams:
             assert self._shard is not None
             return self._shard.logits(streams["dense"])
-        directory = self.run.units.directory(self.task.target_keys[sequence])
-        return TopK.from_tensors(load_file(directory / TARGETS_FILE))
+        path = self.run.units.file(self.task.target_keys[sequence], TARGETS_FILE)
+        return TopK.from_tensors(load_file(path))
 
     def _through(self, chunk: Chunk, but: int) -> tuple[list[Chunk], Chunk]:
         """What enters each block but the last so many, and what then comes."""

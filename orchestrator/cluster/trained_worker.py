@@ -98,4 +98,4 @@ class TrainedWorker(ScoreWorker):
         return self._names[key]
 
     def _trained_path(self, key: str) -> Path:
-        return self.run.units.directory(key) / TRAINED_FILE
+        return self.run.units.file(key, TRAINED_FILE)

@@ -7,7 +7,6 @@ files, seconds where making them again takes hours.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster.crew import Crew
@@ -15,10 +14,11 @@ from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.pool import dispatch
 from orchestrator.cluster.schedule import Bag, Call
 from orchestrator.cluster.watch import Watch
+from orchestrator.store.places import Place
 
 
 def intact(
-    crew: Crew, watch: Watch, hashes: Mapping[str, Sequence[tuple[Path, str]]]
+    crew: Crew, watch: Watch, hashes: Mapping[str, Sequence[tuple[Place, str]]]
 ) -> frozenset[str]:
     """The names of those whose files all have their hashes; the others are named aloud.
 

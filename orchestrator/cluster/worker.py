@@ -22,6 +22,7 @@ from orchestrator.errors import InputError
 from orchestrator.models.chunk import Chunk
 from orchestrator.store.chunks import Chunks, MissingChunk, Record
 from orchestrator.store.files import digest_file
+from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 
 Emitted = Record | None
@@ -32,12 +33,12 @@ PROBE_PREFIX = ".probe-"
 class Task:
     """What all workers of a run share: paths that every node must see, threads, and the pass."""
 
-    run_dir: Path
+    run_dir: Place
     threads: int
     pass_key: str
     fingerprints: Mapping[Path, str]
     """Every model that is read, with the fingerprint that the driver saw."""
-    writes: tuple[Path, ...] = ()
+    writes: tuple[Place, ...] = ()
     """Directories that are written to."""
 
 
@@ -67,7 +68,7 @@ class Worker:
         """Passes one chunk through the open shard; subclasses say how."""
         raise NotImplementedError
 
-    def verify(self, files: Sequence[tuple[Path, str]]) -> bool:
+    def verify(self, files: Sequence[tuple[Place, str]]) -> bool:
         """Whether every file has the BLAKE2b that is given with it."""
         try:
             return all(digest_file(path) == digest for path, digest in files)

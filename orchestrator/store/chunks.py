@@ -5,16 +5,15 @@ input here. It carries the checksum of its content, so damage is found where it 
 """
 
 import json
-import shutil
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from orchestrator.store.files import atomic
+from orchestrator.store.files import local_copy, remove_tree, write_whole
+from orchestrator.store.places import Place
 
 Record = Mapping[str, np.ndarray]
 """A packed chunk: a flat mapping from names to arrays."""
@@ -27,27 +26,29 @@ class MissingChunk(Exception):
 class Chunks:
     """The boundary chunks of one pass; boundary b is the input of block b."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Place) -> None:
         self.root = root
 
-    def path(self, boundary: int, index: int) -> Path:
+    def path(self, boundary: int, index: int) -> Place:
         return self.root / f"{boundary:05d}" / f"{index:07d}.safetensors"
 
     def write(self, boundary: int, index: int, record: Record) -> None:
         """Stores one chunk; a process may die at any moment, a machine's crash is found later."""
         metadata = {"crc32": _checksum(record)}
         arrays = {name: np.ascontiguousarray(array) for name, array in record.items()}
-        with atomic(self.path(boundary, index), durable=False) as temporary:
-            save_file(arrays, temporary, metadata=metadata)
+        path = self.path(boundary, index)
+        write_whole(path, lambda file: save_file(arrays, file, metadata=metadata), durable=False)
 
     def read(self, boundary: int, index: int) -> dict[str, np.ndarray] | None:
         """The chunk, or nothing if it is not there or its content is not what was written."""
-        path = self.path(boundary, index)
         try:
-            with safe_open(path, framework="numpy") as file:
+            with (
+                local_copy(self.path(boundary, index)) as path,
+                safe_open(path, framework="numpy") as file,
+            ):
                 record = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 expected = (file.metadata() or {}).get("crc32")
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, TypeError, ValueError):  # the last two: no dtype of numpy
             return None
         return record if _checksum(record) == expected else None
 
@@ -62,12 +63,12 @@ class Chunks:
     def drop(self, boundary: int, index: int | None = None) -> None:
         """Removes one chunk of a boundary, or all of them."""
         if index is None:
-            shutil.rmtree(self.root / f"{boundary:05d}", ignore_errors=True)
+            remove_tree(self.root / f"{boundary:05d}")
         else:
             self.path(boundary, index).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        remove_tree(self.root)
 
 
 def _checksum(record: Record) -> str:

@@ -2,41 +2,65 @@
 
 run.json       what was asked, of which model, with which versions
 status.json    where it stands; replaced as a whole, readable when everything else is gone
-events.jsonl   what happened, one line an event, appended
+events.jsonl   what happened, one line an event, appended (in a store see `journal`)
+failures/      a record of each failure, with the log that explains it
+hold.json      which driver is at work on it (see `hold`)
 units/         work that is done (see `units`)
 chunks/        boundary chunks of the pass at hand (see `chunks`)
 """
 
-import json
+import math
 import os
-import shutil
+import reprlib
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, OrchestratorError
 from orchestrator.store.chunks import Chunks
-from orchestrator.store.files import digest_json, write_json
+from orchestrator.store.files import (
+    digest_json,
+    parse_json,
+    read_bytes,
+    remove_tree,
+    write_json,
+)
+from orchestrator.store.hold import HOLD_FILE, Hold, is_alive, is_forsaken
+from orchestrator.store.journal import Journal
+from orchestrator.store.places import Place, Remote
 from orchestrator.store.units import Units
 
+STATUS_SECONDS = 1.0
+"""How often a store is told of progress; of another state at once."""
 _FORMAT_VERSION = 1
 _MARKER = "run.json"
 _STATUS = "status.json"
-_EVENTS = "events.jsonl"
+_FAILURES = "failures"
+_NUMBERS = ("started", "updated", "done", "total", "left")
+"""Fields of a status that are computed with."""
 
 
 class RunDirectory:
-    """A run directory on a path that the driver and every worker see."""
+    """A run directory at a place that the driver and every worker see."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Place) -> None:
         self.root = root
         self.units = Units(root / "units")
+        self.journal = Journal(root)
+        self._guard = threading.RLock()
+        self._written: tuple[object, float] = (None, 0.0)
+        self._waiting: dict[str, Any] | None = None
 
     def chunks(self, pass_key: str, environment: Mapping[str, Any]) -> Chunks:
         """The boundary chunks of one pass in one environment; no others are mistaken for them."""
         return Chunks(self.root / "chunks" / digest_json([pass_key, dict(environment)])[:16])
+
+    def hold(self) -> Hold:
+        """What says that this driver is at work here; renewing it writes what has waited."""
+        return Hold(self.root / HOLD_FILE, beat=self.flush)
 
     def claim(self, description: Mapping[str, Any]) -> None:
         """Makes the directory this run's, or takes it up again.
@@ -44,14 +68,22 @@ class RunDirectory:
         Raises:
             InputError: It exists, is not empty and is no run directory.
         """
+        self.check()
+        write_json(self.root / _MARKER, {"format_version": _FORMAT_VERSION, **description})
+
+    def check(self) -> None:
+        """Raises InputError unless it is new, empty or a run directory; changes nothing."""
+        if isinstance(self.root, Remote):
+            self.root.check()
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"{self.root}: is a file; a run directory was expected")
-        if self.root.is_dir() and any(self.root.iterdir()) and not (self.root / _MARKER).exists():
+        if not self.root.is_dir() or (self.root / _MARKER).exists():
+            return
+        if any(each.name != HOLD_FILE for each in self.root.iterdir()):
             raise InputError(
                 f"{self.root}: holds files but no {_MARKER}, so it is no run directory; "
                 "name another with --run-dir"
             )
-        write_json(self.root / _MARKER, {"format_version": _FORMAT_VERSION, **description})
 
     def description(self) -> dict[str, Any]:
         """What `claim` wrote.
@@ -59,15 +91,46 @@ class RunDirectory:
         Raises:
             InputError: There is no run here, or one of an unknown format.
         """
-        return _read(self.root / _MARKER, "is no run directory")
+        description = _read(self.root / _MARKER, "is no run directory")
+        version = description.get("format_version")
+        if type(version) is not int or version != _FORMAT_VERSION:
+            raise InputError(
+                f"{self.root / _MARKER}: format_version is {reprlib.repr(version)}, this program "
+                f"reads {_FORMAT_VERSION}"
+            )
+        return description
 
     def write_status(self, **fields: Any) -> None:
-        """Replaces the status; `pid`, `host` and `updated` (seconds since 1970) are added."""
+        """Replaces the status; `pid`, `host` and `updated` (seconds since 1970) are added.
+
+        In a store one of an unchanged state waits until the last one is a second old.
+        """
         where = {"pid": os.getpid(), "host": socket.gethostname(), "updated": time.time()}
-        write_json(self.root / _STATUS, {**where, **fields}, durable=False)
+        with self._guard:
+            self._waiting = {**where, **fields}
+            state, written = self._written
+            recent = state == fields.get("state") and time.monotonic() - written < STATUS_SECONDS
+            if not (recent and isinstance(self.root, Remote)):
+                self._write_status()
+                if state != fields.get("state"):
+                    self.journal.flush()
+
+    def _write_status(self) -> None:
+        if self._waiting is not None:
+            write_json(self.root / _STATUS, self._waiting, durable=False)
+            self._written = self._waiting.get("state"), time.monotonic()
+            self._waiting = None
+
+    def flush(self) -> None:
+        """Writes the status and the events that have waited."""
+        with self._guard:
+            self._write_status()
+        self.journal.flush()
 
     def status(self) -> dict[str, Any]:
         """The last status written; a running one whose process is gone says `lost`.
+
+        On another host it is gone when its hold has not been renewed for long.
 
         Raises:
             InputError: There is no run here.
@@ -76,30 +139,61 @@ class RunDirectory:
         if not (self.root / _STATUS).exists():
             return {"state": "new"}
         status = _read(self.root / _STATUS, "has no readable status")
-        here = status.get("host") == socket.gethostname()
-        if status.get("state") == "running" and here and not _alive(status.get("pid")):
-            status["state"] = "lost"
+        numbers = [status[name] for name in _NUMBERS if name in status]
+        if not isinstance(status.get("state"), str) or not all(map(_is_number, numbers)):
+            raise InputError(
+                f"{self.root / _STATUS}: is damaged; nothing is known of the run's state"
+            )
+        if status.get("state") == "running":
+            here = status.get("host") == socket.gethostname()
+            gone = not is_alive(status.get("pid")) if here else is_forsaken(self.root / HOLD_FILE)
+            if gone:
+                status["state"] = "lost"
         return status
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Adds one event to the journal in a single write."""
-        line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False) + "\n"
-        with (self.root / _EVENTS).open("a", encoding="utf-8") as file:
-            file.write(line)
+        """Adds one event to the journal."""
+        self.journal.append(event)
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The events of the journal, in order."""
+        return self.journal.events()
+
+    def failures(self) -> int:
+        """How many failures are on record."""
+        root = self.root / _FAILURES
+        return sum(1 for _ in root.iterdir()) if root.is_dir() else 0
+
+    def record_failure(self, number: int, record: Mapping[str, Any]) -> str:
+        """Files a failure away; gives the file's name within the run directory."""
+        name = f"{_FAILURES}/{number:04d}.json"
+        write_json(self.root / name, {"time": round(time.time(), 3), **record}, durable=False)
+        return name
 
     def remove(self) -> None:
         """Removes the run directory, and nothing that is not one.
 
         Raises:
-            InputError: There is no run here.
+            InputError: There is no run here, or a link to one.
+            OrchestratorError: Some of it cannot be removed.
         """
         self.description()
-        shutil.rmtree(self.root)
+        if isinstance(self.root, Path) and self.root.is_symlink():
+            raise InputError(
+                f"{self.root}: is a link; name {self.root.resolve()}, where the run is"
+            )
+        remove_tree(self.root)
+        if self.root.exists():
+            raise OrchestratorError(f"{self.root}: not all of it can be removed; look what is left")
 
 
-def _read(path: Path, otherwise: str) -> dict[str, Any]:
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 2**53  # type: ignore[arg-type]
+
+
+def _read(path: Place, otherwise: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_bytes(path))
     except FileNotFoundError as error:
         raise InputError(f"{path.parent}: {otherwise}: there is no {path.name}") from error
     except (OSError, ValueError) as error:
@@ -107,15 +201,3 @@ def _read(path: Path, otherwise: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds {type(value).__name__}, an object was expected")
     return value
-
-
-def _alive(pid: object) -> bool:
-    if not isinstance(pid, int):
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -8,14 +8,23 @@ and in which order things ran are not in it: running a unit twice, anywhere, is 
     units/<first two digits>/<key>/manifest.json   written last: sizes, hashes, environment, facts
 """
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.store.files import atomic, digest_file, digest_json, write_json
+from orchestrator.errors import OrchestratorError
+from orchestrator.store.cache import process_cache
+from orchestrator.store.files import (
+    atomic,
+    digest_file,
+    digest_json,
+    parse_json,
+    read_bytes,
+    remove_tree,
+    write_json,
+)
+from orchestrator.store.places import Place, Remote
 
 _MANIFEST = "manifest.json"
 _FORMAT_VERSION = 1
@@ -31,7 +40,7 @@ def unit_key(stage: str, version: int, inputs: Sequence[str], **parameters: Any)
 class UnitWriter:
     """One unit being written; its files appear one by one, its manifest at the end."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Place) -> None:
         self._directory = directory
         self._files: dict[str, dict[str, Any]] = {}
 
@@ -65,10 +74,10 @@ class UnitWriter:
 class Units:
     """The units of one run directory."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Place) -> None:
         self.root = root
 
-    def directory(self, key: str) -> Path:
+    def directory(self, key: str) -> Place:
         return self.root / key[:2] / key
 
     def begin(self, key: str) -> UnitWriter:
@@ -83,12 +92,20 @@ class Units:
         """
         directory = self.directory(key)
         try:
-            manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+            manifest = parse_json(read_bytes(directory / _MANIFEST))
             digest = manifest.pop("blake2b")
             if manifest["format_version"] != _FORMAT_VERSION or digest_json(manifest) != digest:
                 return None
+            sizes = directory.sizes() if isinstance(directory, Remote) else {}
+            if not isinstance(manifest["facts"], dict):
+                return None
             for name, file in manifest["files"].items():
-                if (directory / name).stat().st_size != file["bytes"]:
+                # a bare name only: a manifest must not lead out of its unit
+                if name in ("", ".", "..") or "/" in name:
+                    return None
+                there = directory / name
+                size = there.stat().st_size if isinstance(there, Path) else sizes.get(name)
+                if size != file["bytes"]:
                     return None
             return {name: manifest[name] for name in ("files", "environment", "facts")}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -108,7 +125,26 @@ class Units:
             digest_file(path) == digest for path, digest in self.hashes(key)
         )
 
-    def hashes(self, key: str) -> list[tuple[Path, str]]:
+    def file(self, key: str, name: str) -> Path:
+        """A local path to open a committed unit's file by: itself, or a copy on this node.
+
+        What comes from a store is compared with its hash; a copy stays while there is room.
+
+        Raises:
+            OrchestratorError: It is in a store, and missing or damaged there.
+        """
+        place = self.directory(key) / name
+        return place if isinstance(place, Path) else process_cache().fetch(place, self._check)
+
+    def _check(self, place: Remote, copy: Path) -> None:
+        manifest = self.manifest(place.parent.name)
+        if manifest is None or manifest["files"][place.name]["blake2b"] != digest_file(copy):
+            raise OrchestratorError(
+                f"{place}: is not what its unit's manifest says; run the same command again, "
+                "which finds damaged units and makes them anew"
+            )
+
+    def hashes(self, key: str) -> list[tuple[Place, str]]:
         """The files of a committed unit, each with the BLAKE2b that its manifest says."""
         manifest = self.manifest(key)
         files = manifest["files"] if manifest is not None else {}
@@ -117,5 +153,13 @@ class Units:
     def drop(self, key: str) -> None:
         """Removes a unit, manifest first, so that it never looks whole while it goes."""
         directory = self.directory(key)
+        if isinstance(directory, Path) and directory.is_symlink():
+            directory.unlink()  # what lies behind it is not ours
+            return
         (directory / _MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_tree(directory)
+
+    def begun(self) -> list[str]:
+        """The keys of all units that have begun, in order."""
+        starts = self.root.iterdir() if self.root.is_dir() else ()
+        return sorted(unit.name for start in starts for unit in start.iterdir())

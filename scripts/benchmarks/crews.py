@@ -70,6 +70,7 @@ class Job:
 def warm_job(recipe: Recipe) -> Iterator[Job]:
     """Workers that are up, have imported what they need, and have opened the model once."""
     job = Compression(recipe)
+    job.claim()
     with Watch(job.run, None) as watch:
         job.survey()
         job.read_text()

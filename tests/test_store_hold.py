@@ -1,0 +1,265 @@
+"""Who is at work on a run: told to the second driver, taken over from one that is gone."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+from drivers import Driver, is_unit
+from object_store import remote
+from pipeline import contents, run, write_llama, write_text
+
+from orchestrator.cli import main
+from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.store import hold as holds
+from orchestrator.store.files import write_json
+from orchestrator.store.hold import HOLD_FILE, Hold
+from orchestrator.store.run import RunDirectory
+
+HERE = socket.gethostname()
+
+
+@pytest.fixture(params=["disk", "store"])
+def place(request, tmp_path):
+    """A place for a hold, on local disk and in an object store."""
+    if request.param == "disk":
+        return tmp_path / "run" / HOLD_FILE
+    s3 = request.getfixturevalue("s3")
+    return remote(s3.uri(f"holds/{tmp_path.name}/run")) / HOLD_FILE
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Holds that are renewed, settled and given up within tenths of a second."""
+    monkeypatch.setattr(holds, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(holds, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(holds, "STALE_SECONDS", 1.0)
+
+
+def found(**fields):
+    return {"id": "x", "host": HERE, "pid": 1, "since": 0.0, "renewed": time.time()} | fields
+
+
+def gone():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_hold_is_given_back(place, quick):
+    """It is there while the body runs, renewed, and gone afterwards, whatever ended it."""
+    with Hold(place).taken():
+        before = json.loads(place.read_bytes())
+        time.sleep(0.6)
+        after = json.loads(place.read_bytes())
+        assert after["renewals"] > before["renewals"]
+        assert (after["id"], after["host"]) == (before["id"], HERE)
+    assert not place.exists()
+
+    def interrupted():
+        with Hold(place).taken():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not place.exists()
+
+
+def test_a_second_holder_is_told_of_the_first(place, quick):
+    """In the same process or in another, it is refused in one line that says who, and keeps it."""
+    with Hold(place).taken():
+        with pytest.raises(UsageError, match=rf"process \d+ on {HERE} is at work on it since \d"):
+            Hold(place).taken().__enter__()
+        assert place.exists()
+
+
+def test_a_hold_of_a_dead_process_is_taken_over(place, quick):
+    """On this host at once, with a note that says from whom."""
+    write_json(place, found(pid=gone()))
+    begun = time.monotonic()
+    with Hold(place).taken() as hold:
+        assert "is gone; taken over" in hold.note
+        assert time.monotonic() - begun < 0.8
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("holder", [{"host": "elsewhere"}, {"pid": 1, "renewed": 0.0}, {}])
+def test_a_hold_that_nobody_renews_is_taken_over(holder, place, quick):
+    """Of another host, or of a number that another process has by now, after a look at it."""
+    write_json(place, found(**holder) if holder else {})
+    told = []
+    begun = time.monotonic()
+    with Hold(place).taken(told.append) as hold:
+        assert time.monotonic() - begun >= 1.0
+        assert "does not renew" in hold.note
+    assert [event["event"] for event in told] == ["waiting"]
+
+
+def test_a_hold_elsewhere_that_is_renewed_stays(place, quick):
+    """The clocks of the hosts do not matter: who renews it lives."""
+    code = """
+import socket, sys, time
+from orchestrator.store import hold
+from orchestrator.store.places import parse_place
+hold.RENEW_SECONDS = 0.2
+socket.gethostname = lambda: "elsewhere"
+time.time = lambda: 1000.0
+with hold.Hold(parse_place(sys.argv[1])).taken():
+    print(flush=True)
+    sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    other = subprocess.Popen([sys.executable, "-c", code, str(place)], **pipes)
+    other.stdout.readline()
+    try:
+        with pytest.raises(UsageError, match="on elsewhere is at work"):
+            Hold(place).taken().__enter__()
+    finally:
+        other.communicate()
+    with Hold(place).taken() as hold:
+        assert hold.note is None
+
+
+def test_who_lost_its_hold_does_not_take_it_back(place, quick):
+    """A driver that was taken for dead renews and removes nothing of the one that took over."""
+    with Hold(place).taken():
+        write_json(place, found(id="other"))
+        time.sleep(0.5)
+        assert json.loads(place.read_bytes())["id"] == "other"
+    assert json.loads(place.read_bytes())["id"] == "other"
+
+
+def test_of_many_at_once_one_holds(place, quick):
+    """Drivers that start in the same moment: one gets it, all others are told."""
+    code = """
+import sys
+from orchestrator.errors import UsageError
+from orchestrator.store import hold
+from orchestrator.store.places import parse_place
+place = parse_place(sys.argv[1])
+place.exists()
+print(flush=True)
+sys.stdin.readline()
+try:
+    with hold.Hold(place).taken():
+        print("held", flush=True)
+        sys.stdin.readline()
+except UsageError:
+    print("told", flush=True)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", code, str(place)]
+    drivers = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    try:
+        for driver in drivers:
+            driver.stdout.readline()
+        for driver in drivers:
+            driver.stdin.write("\n")
+            driver.stdin.flush()
+        said = [driver.stdout.readline().strip() for driver in drivers]
+    finally:
+        for driver in drivers:
+            driver.communicate()
+    assert sorted(said) == ["held", "told", "told", "told"]
+    assert not place.exists()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama") / "dense", hidden=96)
+
+
+@pytest.fixture(scope="module")
+def reference(llama, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference") / "out"
+    run(llama, out, text)
+    return contents(out)
+
+
+def once(wanted, action):
+    """An event callback that acts at the first event that is wanted; the run waits for it."""
+    waiting = [action]
+
+    def on_event(event):
+        if waiting and wanted(event):
+            waiting.pop()()
+
+    return on_event
+
+
+@pytest.mark.chaos
+def test_two_drivers_on_one_run(llama, text, reference, tmp_path, capsys):
+    """The second is told who is at work, exits with 2, and leaves the first undisturbed."""
+    out, elsewhere = tmp_path / "out", str(tmp_path / "elsewhere")
+    said = []
+
+    def others():
+        for flags in ((), ("--run-dir", elsewhere)):
+            driver = Driver(llama, out, text, "--executor", "local", *flags)
+            assert driver.end() == 2
+            said.extend(line for line in driver.other if "error" in line)
+        assert RunDirectory(tmp_path / "out.run").status()["state"] == "running"
+        assert main(["clean", str(tmp_path / "out.run")]) == 2
+
+    run(llama, out, text, on_event=once(is_unit(2), others))
+    told = f"process {os.getpid()} on {HERE} is at work on it since"
+    assert [told in line for line in said] == [True, True]
+    assert f"{out}.run: " in said[0]
+    assert f"{out}: " in said[1]
+    assert f"process {os.getpid()}" in capsys.readouterr().err
+    assert contents(out) == reference
+    assert not (tmp_path / "out.run" / HOLD_FILE).exists()
+
+
+@pytest.mark.chaos
+def test_two_drivers_that_run_after_all_damage_nothing(llama, text, reference, tmp_path):
+    """With the hold taken away under one, both go on; what comes of it is the undisturbed result.
+
+    One may end early, where the other has cleared away what it needs; the same command resumes.
+    """
+    out = tmp_path / "out"
+    drivers = []
+
+    def another():
+        (tmp_path / "out.run" / HOLD_FILE).unlink()
+        (out / ".orchestrator-hold.json").unlink()
+        drivers.append(Driver(llama, out, text, "--executor", "local", "--shards", "3"))
+        assert drivers[0].until(is_unit(2))
+
+    with suppress(OrchestratorError):
+        run(llama, out, text, shards=5, on_event=once(is_unit(1), another))
+    assert drivers[0].end() in (0, 1)
+    run(llama, out, text)
+    assert contents(out) == reference
+    units = RunDirectory(tmp_path / "out.run").units
+    assert all(units.verify(key) for key in units.begun())
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_driver_leaves_no_hold(number, llama, text, reference, tmp_path):
+    """One that is asked to stop gives it back; one that is killed is found out at once."""
+    out = tmp_path / "out"
+    driver = Driver(llama, out, text, "--executor", "local")
+    assert driver.until(is_unit(2))
+    driver.process.send_signal(number)
+    driver.end()
+    killed = number == signal.SIGKILL
+    assert (driver.run.root / HOLD_FILE).exists() is killed
+    assert (out / ".orchestrator-hold.json").exists() is killed
+    events = []
+    run(llama, out, text, on_event=events.append)
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert sum("taken over" in note for note in notes) == 2 * killed
+    assert contents(out) == reference
