@@ -8,6 +8,7 @@
 Heavy packages are imported when a verb is called.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.recipe import Recipe
 from orchestrator.result import Result
+from orchestrator.store.places import Place
 
 if TYPE_CHECKING:
     from orchestrator.searching import Search
 
+SECRET = re.compile(r"SECRET|PASSWORD|(ACCESS|ACCOUNT|API)_KEY|SESSION_TOKEN|^(HF|.*_HUB)_TOKEN$")
+"""Names of variables that a job is not to show."""
 OnEvent = Callable[[dict[str, Any]], None]
 """Told of everything that happens: plain dicts with an `event` of `stage`, `unit`, `note`,
 `workers`, `waiting`, `snapshot`, `lost`, `missing` or `damaged`."""
@@ -101,6 +105,7 @@ def evaluate(
     from orchestrator.cluster.crew import Schedule
     from orchestrator.cluster.evaluate_job import Evaluation
     from orchestrator.models.weights import parse_dtype
+    from orchestrator.store.places import parse_place
 
     # a hub id has no place of its own: the working directory then
     beside = Path(model) if Path(model).is_dir() else Path(model).name
@@ -119,7 +124,7 @@ def evaluate(
         schedule=Schedule(
             executor=executor, address=address, workers=workers, threads=threads, shards=shards
         ),
-        run_dir=Path(run_dir or f"{beside}.evaluation"),
+        run_dir=parse_place(run_dir or f"{beside}.evaluation"),
     )
     return driver.evaluate(job, on_event)
 
@@ -157,12 +162,13 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     Raises:
         InputError: There is no run here.
     """
+    from orchestrator.store.places import parse_place
     from orchestrator.store.run import RunDirectory
 
-    return RunDirectory(Path(run_dir)).status()
+    return RunDirectory(parse_place(run_dir)).status()
 
 
-def report(run_dir: str | Path, output: str | Path | None = None) -> Path:
+def report(run_dir: str | Path, output: str | Path | None = None) -> "Place":
     """Writes one HTML page that shows a run: what was asked, what it became, what it lost.
 
     The page loads nothing. A run that is not done is shown as far as it has come. Evaluations that
@@ -178,11 +184,12 @@ def report(run_dir: str | Path, output: str | Path | None = None) -> Path:
         InputError: There is neither a run nor a checkpoint here, or a file of it is damaged.
     """
     from orchestrator.pages import write_report
+    from orchestrator.store.places import parse_place
 
-    return write_report(Path(run_dir), None if output is None else Path(output))
+    return write_report(parse_place(run_dir), None if output is None else parse_place(output))
 
 
-def compare(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
+def compare(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> "Place":
     """Writes one HTML page that puts runs side by side.
 
     Args:
@@ -194,9 +201,10 @@ def compare(run_dirs: Sequence[str | Path], output: str | Path | None = None) ->
         UsageError: There are fewer than two.
     """
     from orchestrator.pages import write_comparison
+    from orchestrator.store.places import parse_place
 
-    runs = [Path(run_dir) for run_dir in run_dirs]
-    return write_comparison(runs, None if output is None else Path(output))
+    runs = [parse_place(run_dir) for run_dir in run_dirs]
+    return write_comparison(runs, None if output is None else parse_place(output))
 
 
 def submit(
@@ -224,8 +232,8 @@ def submit(
         working_dir: Directory that travels with the job and that its program starts in.
         exclude: What of it stays behind, in the words of `.gitignore`; besides `.venv`, `.work`,
             `.git` and what its `.gitignore` names.
-        env: Variables of the job. The cluster knows its token; here it is refused, because who
-            sees the job sees its variables.
+        env: Variables of the job. The cluster knows its token; here it is refused, as keys to
+            stores and hubs are, because who sees the job sees its variables.
         wait: Otherwise the job is submitted and left alone; 0 is given.
         show: Takes the job's log in pieces; stdout without it.
         say: Takes lines about the job; stdout without it.
@@ -245,6 +253,8 @@ def submit(
     for name in env or {}:
         if name.startswith("RAY_AUTH_TOKEN"):
             raise UsageError(f"env: {name} would be shown with the job; the cluster has its token")
+        if SECRET.search(name):
+            raise UsageError(f"env: {name} would be shown with the job; set it on the nodes")
     return jobs.submit(
         program,
         address=address,
@@ -266,12 +276,14 @@ def clean(run_dir: str | Path) -> None:
         UsageError: A driver is at work on it.
     """
     from orchestrator.errors import UsageError
+    from orchestrator.store.places import parse_place
     from orchestrator.store.run import RunDirectory
 
-    run = RunDirectory(Path(run_dir))
+    run = RunDirectory(parse_place(run_dir))
     found = run.status()
     if found["state"] == "running":
         raise UsageError(
-            f"{run_dir}: process {found['pid']} on {found['host']} is at work on it; stop it first"
+            f"{run_dir}: process {found.get('pid')} on {found.get('host')} is at work on it; "
+            "stop it first"
         )
     run.remove()

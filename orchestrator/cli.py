@@ -147,7 +147,10 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     written = read_recipe_fields(options.recipe) if "recipe" in options else {}
     for text in vars(options).get("option", ()):
         name, option, value = parse_option(text)
-        written[name] = {**written.get(name, {}), option: value}
+        table = written.get(name, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"option {text}: {name} is a field of the recipe, not a table")
+        written[name] = {**table, option: value}
     if {"keep", "keep_bytes"} & given.keys():
         # one of the two on the command line stands for either of them in the file
         written = {name: v for name, v in written.items() if name not in ("keep", "keep_bytes")}
@@ -230,6 +233,8 @@ def _status(options: argparse.Namespace) -> None:
             shown[name] = f"{duration(max(time.time() - shown[name], 0.0))} ago"
     if "done" in shown and "total" in shown:
         shown["done"] = f"{shown['done']} of {shown.pop('total')}"
+    if "left" in shown:
+        shown["left"] = f"about {duration(shown['left'])}"
     _print_rows(shown)
 
 
@@ -261,7 +266,7 @@ def _submit(options: argparse.Namespace) -> int:
     written = read_recipe_fields(program.recipe) if "recipe" in program else {}
     for name in ("out", "run_dir"):
         path = vars(program).get(name) or written.get(name) or "/"
-        if not Path(path).is_absolute():
+        if isinstance(path, str) and "://" not in path and not Path(path).is_absolute():
             raise UsageError(
                 f"{name}: {path} would lie in the job's own directory and go with it; "
                 "give the whole path of a place that all nodes see"

@@ -5,11 +5,14 @@ every linear becomes. All are immutable, and go to JSON and back unchanged.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
+
+from orchestrator.errors import InputError
 
 Form = Literal["dense", "low_rank", "pivoted", "sparse", "low_rank_sparse"]
 IndexCode = Literal["bitmask", "columns", "positions"]
@@ -144,8 +147,16 @@ class Curve:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Curve":
-        energies = np.asarray(value["energies"], dtype=np.float64)
-        return cls(name=value["name"], energies=energies, total=value["total"])
+        """Raises InputError where it is not what `to_json` gives."""
+        try:
+            energies = np.asarray(value["energies"], dtype=np.float64)
+            curve = cls(name=str(value["name"]), energies=energies, total=float(value["total"]))
+        except (LookupError, OverflowError, TypeError, ValueError) as error:
+            said = repr(str(error)[:200])
+            raise InputError(f"curve: a field is missing or no number: {said}") from error
+        if energies.ndim != 1:
+            raise InputError(f"curve: energies have {energies.ndim} dimensions, one is needed")
+        return curve
 
 
 def index_bytes(out_features: int, in_features: int, nonzeros: int) -> dict[IndexCode, int]:
@@ -230,5 +241,19 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Plan":
-        assignments = {name: Assignment(**a) for name, a in value["assignments"].items()}
-        return cls(**{**value, "assignments": assignments})
+        """Raises InputError where it is not what `to_json` gives."""
+        try:
+            assignments = {name: Assignment(**a) for name, a in value["assignments"].items()}
+            plan = cls(**{**value, "assignments": assignments})
+        except (AttributeError, KeyError, TypeError) as error:
+            said = repr(str(error)[:200])
+            raise InputError(f"plan: a field is missing or unknown: {said}") from error
+        counts = [plan.budget_values, plan.stored_values]
+        for name, each in assignments.items():
+            counts += [each.rank, each.nonzeros]
+            is_named = isinstance(name, str) and isinstance(each.basis, str)
+            if not is_named or each.form not in get_args(Form):
+                raise InputError(f"plan: no linear can be {reprlib.repr(each)}")
+        if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+            raise InputError("plan: a rank, nonzeros or values are no whole numbers, 0 or above")
+        return plan

@@ -273,7 +273,7 @@ def read_recipe_fields(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of numbers and arrays without end, too
         raise UsageError(f"{path}: not a TOML file: {error}") from error
     plain = {name for name, value in values.items() if not isinstance(value, dict)}
     _check_known(str(path), plain - {"preset"})
@@ -297,7 +297,7 @@ def parse_value(written: str) -> Any:
     """The value that is written, as TOML; what is none is a string."""
     try:
         return tomllib.loads(f"value = {written}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return written.strip()
 
 
@@ -332,45 +332,72 @@ def size_in_bytes(text: str) -> int:
     return size
 
 
-def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """Raises UsageError unless the value is one of those allowed."""
-    if value not in allowed:
-        raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(sorted(allowed))}")
+    if not isinstance(value, str) or value not in allowed:
+        raise UsageError(
+            f"{name} is {_shown(value)}; it must be one of {', '.join(sorted(allowed))}"
+        )
 
 
 def _check_options(options: Any) -> None:
     """Raises UsageError unless they are tables of plain values, under names that TOML can write."""
     if not isinstance(options, dict):
-        raise UsageError(f"options is {options!r}; it must be tables of options")
+        raise UsageError(f"options is {_shown(options)}; it must be tables of options")
     for name, table in options.items():
         if not isinstance(table, dict):
-            raise UsageError(f"options: {name} is {table!r}; it must be a table of options")
+            found = f"{_name(name)} is {_shown(table)}"
+            raise UsageError(f"options: {found}; it must be a table of options")
         for option, value in table.items():
-            where = f"options: {name}.{option}"
+            where = f"options: {_name(name)}.{_name(option)}"
             if not BARE_KEY.fullmatch(str(option)):
                 raise UsageError(f"{where}: a name of letters, digits and underscores is needed")
             if not isinstance(value, bool | int | float | str) or value != value:
-                raise UsageError(f"{where} is {value!r}; it must be a number, a word or a boolean")
+                found = _shown(value)
+                raise UsageError(f"{where} is {found}; it must be a number, a word or a boolean")
+            _check_plain(where, value)
 
 
 def _of_type(name: str, kind: Any, value: Any) -> Any:
     """The value in its field's type; a list becomes a tuple, a whole number a fraction if asked."""
     if kind == tuple[str, ...]:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            for item in value:
+                _check_plain(name, item)
             return tuple(value)
-        raise UsageError(f"{name} is {value!r}; it must be a list of strings")
+        raise UsageError(f"{name} is {_shown(value)}; it must be a list of strings")
+    _check_plain(name, value)
     if float in (kind, *get_args(kind)) and type(value) is int:
         return float(value)
     is_disguised_bool = isinstance(value, bool) and kind is not bool
     if is_disguised_bool or not isinstance(value, kind):
         (wanted, *_) = get_args(kind) or (kind,)
-        raise UsageError(f"{name} is {value!r}; it must be {TYPE_NAMES[wanted]}")
-    if isinstance(value, str) and not value.isascii():
+        raise UsageError(f"{name} is {_shown(value)}; it must be {TYPE_NAMES[wanted]}")
+    return value
+
+
+def _check_plain(where: str, value: Any) -> None:
+    """Raises UsageError where TOML could not hold the number or the string."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UsageError(f"{where} is {_shown(value)}; whole numbers go to 2^63 - 1")
+    if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise UsageError(f"{name} is {value!r}; it must be valid Unicode") from error
-    return value
+            raise UsageError(f"{where} is {_shown(value)}; it must be valid Unicode") from error
+
+
+def _name(name: object) -> str:
+    return str(name) if BARE_KEY.fullmatch(str(name)) else _shown(name)
+
+
+def _shown(value: Any) -> str:
+    """What was found, for a message: however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check_known(where: str, names: Iterable[str]) -> None:
@@ -379,7 +406,9 @@ def _check_known(where: str, names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known) or known
-            raise UsageError(f"{where}: unknown field {name!r}; near misses: {', '.join(near)}")
+            raise UsageError(
+                f"{where}: unknown field {_shown(name)}; near misses: {', '.join(near)}"
+            )
 
 
 def _toml_value(value: Any) -> str:

@@ -32,7 +32,9 @@ def command(model, tmp_path, capsys):
             code = main(["compress", str(model), str(tmp_path / "out"), *named, *small, *flags])
         except SystemExit as exit:
             code = exit.code
-        lines = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
+        lines = [
+            x for x in capsys.readouterr().err.splitlines() if x.startswith("orchestrator: error:")
+        ]
         assert not (tmp_path / "out" / "config.json").exists()
         assert len(lines) == (code != 0)
         return code, lines[0] if lines else ""
@@ -190,7 +192,7 @@ def test_no_space_left(model, tmp_path):
 
     full = subprocess.run(arguments, preexec_fn=small_disk, capture_output=True, text=True)
     assert full.returncode == 1
-    (line,) = [line for line in full.stderr.splitlines() if "error:" in line]
+    (line,) = [line for line in full.stderr.splitlines() if line.startswith("orchestrator: error:")]
     assert "cannot be written" in line
     assert not (tmp_path / "out" / "config.json").exists()
     again = subprocess.run(arguments, capture_output=True, text=True)

@@ -203,7 +203,7 @@ def test_a_missing_factor_is_not_made_up(made, expected, tmp_path):
     del tensors[name]
     first.unlink()
     save_file(tensors, first, {"format": "pt"})
-    with pytest.raises(InputError, match=f"1 weights are not stored: {name}"):
+    with pytest.raises(InputError, match=name):
         orchestrator.hf.load(tmp_path)
 
 

@@ -111,7 +111,7 @@ class Head(ThreadingHTTPServer):
 
     def __init__(self, port, becomes):
         super().__init__(("127.0.0.1", port), Dashboard)
-        self.jobs, self.becomes = {}, becomes
+        self.jobs, self.asked, self.becomes = {}, [], becomes
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
         self.thread.start()
 
@@ -134,6 +134,7 @@ class Dashboard(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         job = {"type": "SUBMISSION", "entrypoint": asked["entrypoint"]}
+        self.server.asked.append(asked)
         name = asked["submission_id"]
         self.server.jobs[name] = job | {"submission_id": name, **self.server.becomes}
         self._answer({"job_id": name, "submission_id": name})

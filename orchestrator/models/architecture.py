@@ -5,7 +5,9 @@ path, or for the name of a kernel to fetch.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,25 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.generic import ContextManagers
 
 from orchestrator.errors import InputError
 from orchestrator.models.forms import METHOD, install_forms
-from orchestrator.models.weights import read_json
+from orchestrator.models.weights import quoted, read_json
+from orchestrator.store.places import Place
 
 FORMS_KEYS = ("quantization_config", "compression_config")
 """Where configs say that weights are not stored as the class has them."""
+ELSEWHERE_KEYS = ("configuration_files", "transformers_weights")
+"""Where configs name files that are to be read in the place of the usual ones."""
+MAX_REPEATS = 10_000
+"""Of blocks, labels and the like, of which transformers makes lists while it reads a config."""
+MAX_BUFFER_BYTES = 2**30
+"""Of all buffers of a model, which are computed and not stored: masks, frequencies of rotations."""
+_REPEATS = re.compile(r"(^|_)(n_?)?(layers?|labels|types)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +57,12 @@ class Architecture:
         path = directory / "config.json"
         content = read_json(path)
         forms = _read_forms(path, content)
+        _check_leads_nowhere(path, content)
+        _check_repeats(path, "", content)
         model_type = content.get("model_type")
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise InputError(
-                f"{path}: model_type is {model_type!r}, "
+                f"{path}: model_type is {quoted(model_type)}, "
                 f"unknown to transformers {transformers.__version__}"
             )
         model_class = _find_class(path, content.get("architectures"))
@@ -68,27 +82,39 @@ class Architecture:
             vars(config).pop(key, None)
         return cls(directory, model_class, config, forms)
 
-    def build(self, dtype: torch.dtype) -> PreTrainedModel:
+    def build(self, dtype: torch.dtype, *, stored: int) -> PreTrainedModel:
         """The model in eval mode, every parameter and buffer on the meta device.
 
         Made inside the same contexts as `from_pretrained` makes it, so that what depends on them
         (default dtype, patches) is the same. Weights are not tied. Attention is `sdpa` where the
         class has it, else `eager`, whatever the config asks for.
+
+        Args:
+            stored: Tensors in the checkpoint, which a model of many more parameters cannot be.
+
+        Raises:
+            InputError: the config does not make a model, or one that is out of all proportion.
         """
-        config = copy.deepcopy(self.config)
-        config._attn_implementation = None
-        parts = [getattr(config, name) for name in config.sub_configs]
-        for part in [config, *(part for part in parts if part is not None)]:
-            part.use_cache, part.dtype = False, dtype
-        contexts = self.model_class.get_init_context(dtype, False, False, None)
         try:
-            with transformers.utils.generic.ContextManagers(contexts):
+            config = copy.deepcopy(self.config)
+            config._attn_implementation = None
+            parts = [getattr(config, name) for name in config.sub_configs]
+            for part in [config, *(part for part in parts if part is not None)]:
+                part.use_cache, part.dtype = False, dtype
+            contexts = self.model_class.get_init_context(dtype, False, False, None)
+            with ContextManagers(contexts), _at_most(2 * stored + MAX_REPEATS):
                 model = self.model_class(config)
         except Exception as error:  # whatever the class makes of foreign values
             raise InputError(
                 f"{self.directory}: config.json does not make a {self.model_class.__name__}: "
                 f"{brief(error)}"
             ) from error
+        size_bytes = sum(buffer.nbytes for buffer in model.buffers())
+        if size_bytes > MAX_BUFFER_BYTES:
+            raise InputError(
+                f"{self.directory}: config.json makes a {self.model_class.__name__} with "
+                f"{size_bytes} bytes of buffers; at most {MAX_BUFFER_BYTES} are computed"
+            )
         if self.forms is not None:
             install_forms(model, self.forms)
         for parameter in model.parameters():
@@ -98,7 +124,7 @@ class Architecture:
         return model.eval()
 
 
-def find_blocks(model: PreTrainedModel, directory: Path) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: PreTrainedModel, directory: Place) -> tuple[str, nn.ModuleList]:
     """The decoder blocks and the name of their list: `("model.layers", ModuleList)`.
 
     The list with `num_hidden_layers` entries under the decoder; with more than one (nested
@@ -107,8 +133,14 @@ def find_blocks(model: PreTrainedModel, directory: Path) -> tuple[str, nn.Module
     Raises:
         InputError: there is none.
     """
-    num_blocks = model.config.get_text_config(decoder=True).num_hidden_layers
-    decoder = model.get_decoder()
+    try:
+        num_blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+        decoder = model.get_decoder()
+    except (AttributeError, ValueError) as error:
+        raise InputError(
+            f"{directory}: {type(model).__name__} has no decoder with num_hidden_layers: "
+            f"{brief(error)}"
+        ) from error
     for root in (decoder, model):
         inside = {id(module) for module in root.modules()}
         stacks = [
@@ -163,13 +195,50 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Stops a class that makes more parameters than that: it might go on for hours."""
+    count = 0
+
+    def note(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > parameters:
+            raise ValueError(f"more than {parameters} parameters, far more than are stored")
+
+    handle = register_module_parameter_registration_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_leads_nowhere(path: Path, content: Mapping[str, Any]) -> None:
+    """Raises InputError where the config names other files, which transformers would go to."""
+    for key in ELSEWHERE_KEYS:
+        if key in content:
+            raise InputError(
+                f"{path}: {key} names other files; only the usual names are read, rename the files"
+            )
+
+
+def _check_repeats(path: Path, key: str, value: Any) -> None:
+    """Raises InputError for a number of blocks or labels that no model has."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else [(key, each) for each in value]
+        for name, each in inner:
+            _check_repeats(path, name, each)
+    elif isinstance(value, int) and value > MAX_REPEATS and _REPEATS.search(key):
+        raise InputError(f"{path}: {key} is {value}; at most {MAX_REPEATS} is possible")
+
+
 def _read_forms(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
     for key in FORMS_KEYS:
         forms = content.get(key)
         method = forms.get("quant_method") if isinstance(forms, dict) else None
         if forms is not None and method != METHOD:
             raise InputError(
-                f"{path}: already quantised ({key}.quant_method is {method!r}); "
+                f"{path}: already quantised ({key}.quant_method is {quoted(method)}); "
                 "a dense checkpoint is needed"
             )
     return content.get("quantization_config")
@@ -177,13 +246,18 @@ def _read_forms(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any] | N
 
 def _find_class(path: Path, architectures: Any) -> type[PreTrainedModel]:
     if not isinstance(architectures, list) or len(architectures) != 1:
-        raise InputError(f"{path}: architectures is {architectures!r}; one class name is expected")
+        raise InputError(
+            f"{path}: architectures is {quoted(architectures)}; one class name is expected"
+        )
     (name,) = architectures
-    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    try:
+        found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    except Exception:  # what the import of a module of transformers may raise
+        found = None
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
     if not is_model:
         raise InputError(
-            f"{path}: architectures names {name!r}, which is no model class of "
+            f"{path}: architectures names {quoted(name)}, which is no model class of "
             f"transformers {transformers.__version__}"
         )
     if not found.can_generate():

@@ -21,6 +21,8 @@ from orchestrator.models.output import copy_companions, seal, write_json, write_
 from orchestrator.models.safetensors_file import has_header, write_safetensors
 from orchestrator.models.weights import INDEX_FILE, read_json
 from orchestrator.plan import Plan, Survey
+from orchestrator.store.files import size_of
+from orchestrator.store.places import Place
 
 BOOTSTRAP_FILE = "modeling_orchestrator.py"
 RECIPE_FILE = "recipe.toml"
@@ -28,7 +30,7 @@ REPORT_FILE = "orchestrator_report.json"
 CARD_FILE = "README.md"
 
 
-def write_file(spec: FileSpec, path: Path, read: Callable[[TensorSpec], Tensor]) -> dict[str, Any]:
+def write_file(spec: FileSpec, path: Place, read: Callable[[TensorSpec], Tensor]) -> dict[str, Any]:
     """Writes one file atomically and durably, with one tensor in memory at a time.
 
     `read` gives each tensor in its shape, on any device and in any dtype; it is cast here. The
@@ -52,11 +54,11 @@ def write_file(spec: FileSpec, path: Path, read: Callable[[TensorSpec], Tensor])
         return result
 
     blake2b = write_safetensors(path, spec.announced, read_cast)
-    return {"name": spec.name, "bytes": path.stat().st_size, "blake2b": blake2b}
+    return {"name": spec.name, "bytes": size_of(path), "blake2b": blake2b}
 
 
 def finish(
-    out: Path,
+    out: Place,
     *,
     dense: Path,
     survey: Survey,
@@ -134,7 +136,7 @@ def make_config(
     return config
 
 
-def write_index(out: Path, files: Sequence[FileSpec]) -> None:
+def write_index(out: Place, files: Sequence[FileSpec]) -> None:
     """Checks the files against the layout, removes other weights, and writes the index of several.
 
     Raises:

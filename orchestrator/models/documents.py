@@ -6,12 +6,14 @@ records of the others hold one each, under a named field.
 """
 
 import codecs
-import json
+import reprlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from orchestrator.errors import InputError, UsageError
+from orchestrator.store.files import parse_json
 
 DATASETS_PREFIX = "datasets:"
 PLAIN = (".txt", ".raw")  # WikiText comes as .raw
@@ -35,7 +37,11 @@ def read_documents(source: str, field: str) -> Iterator[Document]:
     if source.startswith(DATASETS_PREFIX):
         yield from _from_datasets(source, field)
         return
-    for path in _files(Path(source).expanduser()):
+    try:
+        files = _files(Path(source).expanduser())
+    except (OSError, RuntimeError) as error:  # a name longer than any, the `~` of nobody
+        raise InputError(f"{reprlib.repr(source)}: no such text: {error}") from error
+    for path in files:
         suffix = path.suffix.lower()
         if suffix in PLAIN:
             yield _decoded(path)
@@ -43,6 +49,15 @@ def read_documents(source: str, field: str) -> Iterator[Document]:
             yield from _from_jsonl(path, field)
         else:
             yield from _from_parquet(path, field)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _files(path: Path) -> list[Path]:
@@ -65,7 +80,7 @@ def _files(path: Path) -> list[Path]:
 def _decoded(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
-    with path.open("rb") as file:
+    with _opened(path) as file:
         while data := file.read(READ_BYTES):
             pending = len(decoder.getstate()[0])
             try:
@@ -77,7 +92,7 @@ def _decoded(path: Path) -> Iterator[str]:
 
 def _from_jsonl(path: Path, field: str) -> Iterator[Document]:
     offset = 0
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
             try:
@@ -88,8 +103,8 @@ def _from_jsonl(path: Path, field: str) -> Iterator[Document]:
             if not text.strip():
                 continue
             try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
+                record = parse_json(text)
+            except ValueError as error:
                 raise InputError(f"{where}: not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise InputError(
@@ -111,8 +126,9 @@ def _from_parquet(path: Path, field: str) -> Iterator[Document]:
                 for value in batch.column(0).to_pylist():
                     number += 1
                     yield (_text(f"{path}, row {number}", field, value),)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a readable parquet file: {error}") from error
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        (line, *_) = str(error).splitlines() or [type(error).__name__]
+        raise InputError(f"{path}: not a readable parquet file: {line[:200]}") from error
 
 
 def _from_datasets(source: str, field: str) -> Iterator[Document]:

@@ -40,7 +40,8 @@ def export_dense(directory: Path, out: Path) -> None:
     architecture = Architecture.read(directory)
     if architecture.forms is None:
         raise InputError(f"{directory}: is not compressed by orchestrator; there is nothing to do")
-    model = replace(architecture, forms=None).build(torch.float32)
+    stored = len(weights.names)
+    model = replace(architecture, forms=None).build(torch.float32, stored=stored)
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     install_forms(model, architecture.forms)
     names = map_names(model, weights)

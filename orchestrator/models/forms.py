@@ -167,6 +167,8 @@ def _read_form(where: str, entry: Any) -> StoredForm:
         if type(value) is not (int if name in ("rank", "nonzeros") else str):
             need = "a whole number" if name in ("rank", "nonzeros") else "a name"
             raise InputError(f"{where}.{name}: found {reprlib.repr(value)}, need {need}")
+        if type(value) is int and abs(value) >= 2**63:
+            raise InputError(f"{where}.{name}: found {reprlib.repr(value)}, which no linear has")
     return StoredForm(**entry)
 
 

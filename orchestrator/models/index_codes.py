@@ -91,7 +91,7 @@ def is_sound(
     """
     rows = tensors.get("rows")
     if rows is not None:
-        counts_O = rows.diff()
+        counts_O = rows.long().diff()  # in 32 bits differences wrap
         if rows[0] != 0 or rows[-1] != nonzeros or bool((counts_O < 0).any()):
             return False
     positions_N = decode(code, tensors, out_features, in_features)

@@ -1,6 +1,7 @@
 """Where a model's files are: a directory, or a snapshot in the local cache of the hub."""
 
 import re
+import reprlib
 from pathlib import Path
 
 from orchestrator.errors import InputError, UsageError
@@ -19,12 +20,18 @@ def locate(model: str, *, revision: str | None = None, download: bool = False) -
         UsageError: A revision is given for a directory.
         InputError: There is no such directory or snapshot, or the download failed.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name longer than any, the `~` of nobody
+        raise InputError(
+            f"{reprlib.repr(model)}: no such directory: {_first_line(error)}"
+        ) from error
+    if is_directory:
         if revision is not None:
             raise UsageError(f"{model} is a directory; revision {revision!r} goes with a hub id")
         return path
-    if path.exists():
+    if exists:
         raise InputError(f"{model} is a file; a model is a directory with config and safetensors")
     if not HUB_ID.fullmatch(model):
         raise InputError(f"{model}: no such directory")

@@ -67,8 +67,14 @@ def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
     disk: dict[str, str] = {}
     unused = []
     conversions = get_model_conversion_mapping(model)
-    # In the loader's order: some rules remember names they have seen.
-    for disk_name in sorted(weights.names, key=dot_natural_key):
+    try:
+        # In the loader's order: some rules remember names they have seen.
+        disk_names = sorted(weights.names, key=dot_natural_key)
+    except ValueError as error:  # the loader's order takes `²` for a number
+        raise InputError(
+            f"{weights.directory}: a tensor's name is none of a model's: {error}"
+        ) from error
+    for disk_name in disk_names:
         name = _module_name(model, disk_name, conversions, tensors, weights)
         if name not in tensors:
             unused.append(disk_name)

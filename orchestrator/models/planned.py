@@ -1,13 +1,13 @@
 """A compressed checkpoint before any of it is written: the plan's tensors, from where they lie."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from orchestrator.models.layout import FileSpec, TensorSpec
 from orchestrator.models.weights import Checkpoint
+from orchestrator.store.places import Place
 
 
 class PlannedCheckpoint:
@@ -22,7 +22,7 @@ class PlannedCheckpoint:
     def __init__(
         self, dense: Checkpoint, files: Sequence[FileSpec], read: Callable[[TensorSpec], Tensor]
     ) -> None:
-        self.directory: Path = dense.directory
+        self.directory: Place = dense.directory
         self.fingerprint: str = dense.fingerprint
         self._read = read
         self._specs = {spec.name: spec for file in files for spec in file.tensors}

@@ -8,14 +8,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor
 
 from orchestrator.models.weights import DTYPES
-from orchestrator.store.files import atomic
+from orchestrator.store.files import atomic, size_of
+from orchestrator.store.places import Place
 
 # the library's order: by alignment, so that every tensor starts at a multiple of its item size
 _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
@@ -26,7 +26,7 @@ Announced: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def write_safetensors(
-    path: Path,
+    path: Place,
     tensors: Announced,
     read: Callable[[str], Tensor],
 ) -> str:
@@ -64,13 +64,13 @@ def _put(
         file.write(data)
 
 
-def has_header(path: Path, tensors: Announced) -> bool:
+def has_header(path: Place, tensors: Announced) -> bool:
     """Whether a file of the right size stands there, with the header of these tensors."""
     header = make_header(tensors)
     size_bytes = len(header) + sum(
         math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values()
     )
-    if not path.is_file() or path.stat().st_size != size_bytes:
+    if not path.is_file() or size_of(path) != size_bytes:
         return False
     with path.open("rb") as file:
         return file.read(len(header)) == header

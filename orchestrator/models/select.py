@@ -42,7 +42,7 @@ def covered(names: Sequence[str], selector: str) -> list[str]:
     if selector.startswith("re:"):
         try:
             pattern = re.compile(selector.removeprefix("re:"))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UsageError(
                 f"selector {selector!r} is not a regular expression: {error}"
             ) from error

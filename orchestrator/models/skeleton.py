@@ -51,7 +51,7 @@ class Skeleton:
         """Dtype of the computation; stored weights are cast to it."""
         self.device = device
         self._architecture = architecture
-        throwaway = architecture.build(dtype)
+        throwaway = architecture.build(dtype, stored=len(weights.names))
         self.attention: str = throwaway.config._attn_implementation
         """Implementation of the attention, `sdpa` or `eager`."""
         self.prefix, blocks = find_blocks(throwaway, self.directory)
@@ -249,7 +249,7 @@ class Skeleton:
     @cached_property
     def _frame(self) -> Frame:
         """The model that shards are put into; made when the first one is opened."""
-        model = self._architecture.build(self.dtype)
+        model = self._architecture.build(self.dtype, stored=len(self.weights.names))
         prefix, blocks = find_blocks(model, self.directory)
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if self._block(name) is None:

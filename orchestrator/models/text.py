@@ -26,6 +26,8 @@ from orchestrator.models.documents import Document, read_documents
 
 PIECE_CHARACTERS = 2**21
 BETWEEN_DOCUMENTS = "\n\n"
+MAX_TOKENS = 2**32
+"""That are read of a text; what is taken of them is held in memory."""
 LAYOUTS = ("packed", "padded")
 SAMPLINGS = ("first", "random")
 
@@ -77,6 +79,11 @@ def load_tokens(
         InputError: The source does not exist, cannot be decoded, lacks the field or is too short.
     """
     _check(samples=samples, sequence_length=sequence_length, stride=stride)
+    if samples * sequence_length * stride > MAX_TOKENS:
+        raise UsageError(
+            f"{samples} sequences of {sequence_length} tokens with stride {stride} are asked for; "
+            f"{MAX_TOKENS} tokens are possible"
+        )
     if layout not in LAYOUTS or sampling not in SAMPLINGS:
         raise UsageError(
             f"layout is {layout!r} and sampling {sampling!r}; "

@@ -18,6 +18,8 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except BaseException as error:  # tokenizers raises bare Exception, and panics are no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{directory}: no tokenizer can be loaded: {line}") from error

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,8 @@ from typing import Any, Protocol
 import torch
 
 from orchestrator.errors import InputError, UsageError
+from orchestrator.store.files import parse_json, size_of
+from orchestrator.store.places import Place
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,6 +43,14 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the format; a longer one is a damaged length."""
+MAX_DIMENSIONS = 64
+"""The limit of numpy and of torch's loops."""
+MAX_VALUES = 2**59
+"""Of a tensor, counted without its dimensions of zero: its bytes are a number that numpy has."""
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 200
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
@@ -59,7 +70,7 @@ def parse_dtype(name: str) -> torch.dtype | None:
 class Checkpoint(Protocol):
     """Named tensors with the headers that say what they are, written to files or not yet."""
 
-    directory: Path
+    directory: Place
     """Of the model's config, and what errors name."""
 
     @property
@@ -79,7 +90,7 @@ class Checkpoint(Protocol):
 class _Entry:
     """Where one tensor lies: its file, dtype, shape, and first byte in the file."""
 
-    path: Path
+    path: Place
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
@@ -104,13 +115,13 @@ class Weights:
     Holds headers only; every `read` opens the file, takes one byte range and closes it.
     """
 
-    def __init__(self, directory: Path, files: Mapping[str, _File], config: Any) -> None:
+    def __init__(self, directory: Place, files: Mapping[str, _File], config: Any) -> None:
         self.directory = directory
         self._entries = {name: e for file in files.values() for name, e in file.entries.items()}
         self._identity = [config, [[n, f.size_bytes, f.header_hash] for n, f in files.items()]]
 
     @classmethod
-    def open(cls, directory: Path) -> "Weights":
+    def open(cls, directory: Place) -> "Weights":
         """Reads and checks every header of the checkpoint in `directory`.
 
         Raises:
@@ -127,8 +138,10 @@ class Weights:
         weight_map = _read_weight_map(directory / INDEX_FILE)
         files = {}
         for name in sorted(set(weight_map.values())):
-            if not (directory / name).is_file():
-                raise InputError(f"{directory}: {INDEX_FILE} names {name}, which is not there")
+            if not _is_file(directory / name):
+                raise InputError(
+                    f"{directory}: {INDEX_FILE} names {shown(name)}, which is not there"
+                )
             files[name] = _read_header(directory / name)
         _check_index(directory, weight_map, files)
         return cls(directory, files, config)
@@ -148,7 +161,7 @@ class Weights:
         by_file = sorted(self._entries.values(), key=lambda entry: (entry.path.name, entry.offset))
         for path, entries in groupby(by_file, key=lambda entry: entry.path):
             try:
-                with open(path, "rb", buffering=0) as file:
+                with path.open("rb", buffering=0) as file:
                     for entry in entries:
                         last = max(entry.size_bytes - SAMPLE_BYTES, 0)
                         for start in sorted({0, last // 3, 2 * last // 3, last}):
@@ -185,7 +198,7 @@ class Weights:
         buffer = tensor.view(-1).view(torch.uint8).numpy().data
         done = 0
         try:
-            with open(entry.path, "rb", buffering=0) as file:
+            with entry.path.open("rb", buffering=0) as file:
                 file.seek(entry.offset)
                 while done < entry.size_bytes:
                     count = file.readinto(buffer[done:])
@@ -193,37 +206,59 @@ class Weights:
                         break
                     done += count
         except OSError as error:
-            raise InputError(f"{entry.path}: cannot read {name}: {error.strerror}") from error
+            raise InputError(
+                f"{entry.path}: cannot read {shown(name)}: {error.strerror}"
+            ) from error
         if done < entry.size_bytes:
             raise InputError(
-                f"{entry.path}: ended after {done} of the {entry.size_bytes} bytes of {name}; "
-                "the file was changed or is truncated"
+                f"{entry.path}: ended after {done} of the {entry.size_bytes} bytes of "
+                f"{shown(name)}; the file was changed or is truncated"
             )
         return tensor
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
         InputError: the file is missing, is not JSON, or holds something else than an object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        if isinstance(path, Path) and path.exists() and not path.is_file():
+            raise InputError(f"{path}: is no file; a checkpoint has one")
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path.parent}: no {path.name}; a checkpoint has one") from None
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}; a JSON object is expected")
     return value
 
 
-def _no_weights(directory: Path) -> str:
-    others = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
-    safetensors = sorted(p.name for p in directory.glob("*.safetensors"))
+def quoted(value: Any) -> str:
+    """What was found in somebody's file, for a message: one line, however long it is."""
+    return _BRIEF.repr(value)
+
+
+def shown(name: str) -> str:
+    """The same of a name, without quotes where it needs none."""
+    return name if name.isprintable() and len(name) <= _BRIEF.maxstring else quoted(name)
+
+
+def _is_file(path: Place) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than any
+        return False
+
+
+def _no_weights(directory: Place) -> str:
+    names = sorted(path.name for path in directory.iterdir())
+    others = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    safetensors = [name for name in names if name.endswith(".safetensors")]
     if safetensors:
         return (
             f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE}, but {', '.join(safetensors[:3])}"
@@ -237,7 +272,7 @@ def _no_weights(directory: Path) -> str:
     return f"{directory}: no weights; {SINGLE_FILE} or {INDEX_FILE} is expected"
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
+def _read_weight_map(path: Place) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map; it maps every tensor to its file")
@@ -246,29 +281,31 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         is_bare = isinstance(name, str) and name == os.path.basename(name) and "\\" not in name
         if not is_bare or not name.endswith(".safetensors"):
             raise InputError(
-                f"{path}: {tensor} lies in {name!r}; "
+                f"{path}: {shown(tensor)} lies in {quoted(name)}; "
                 "only a safetensors file of the same directory is allowed"
             )
     return weight_map
 
 
-def _check_index(directory: Path, weight_map: Mapping[str, str], files: dict[str, _File]) -> None:
+def _check_index(directory: Place, weight_map: Mapping[str, str], files: dict[str, _File]) -> None:
     for tensor, name in weight_map.items():
         if tensor not in files[name].entries:
-            raise InputError(f"{directory}: {INDEX_FILE} places {tensor} in {name}, not in there")
+            raise InputError(
+                f"{directory}: {INDEX_FILE} places {shown(tensor)} in {name}, not in there"
+            )
     for name, file in files.items():
         for tensor in file.entries:
             if weight_map.get(tensor) != name:
                 raise InputError(
-                    f"{directory}: {name} holds {tensor}, which {INDEX_FILE} "
+                    f"{directory}: {name} holds {shown(tensor)}, which {INDEX_FILE} "
                     + (f"places in {weight_map[tensor]}" if tensor in weight_map else "lacks")
                 )
 
 
-def _read_header(path: Path) -> _File:
+def _read_header(path: Place) -> _File:
     try:
-        size_bytes = path.stat().st_size
-        with open(path, "rb") as file:
+        size_bytes = size_of(path)
+        with path.open("rb") as file:
             length_bytes = file.read(8)
             length = int.from_bytes(length_bytes, "little")
             if len(length_bytes) < 8 or length > min(size_bytes - 8, MAX_HEADER_BYTES):
@@ -280,8 +317,8 @@ def _read_header(path: Path) -> _File:
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from error
     try:
-        content = json.loads(header)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(header)
+    except ValueError as error:
         raise InputError(f"{path}: damaged header, not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: damaged header, holds a {type(content).__name__}")
@@ -295,36 +332,39 @@ def _read_header(path: Path) -> _File:
     return _File(size_bytes, digest, entries)
 
 
-def _read_entry(path: Path, name: str, value: Any, *, first_byte: int) -> _Entry:
+def _read_entry(path: Place, name: str, value: Any, *, first_byte: int) -> _Entry:
     try:
-        dtype_name, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
-        is_sound = all(type(n) is int and n >= 0 for n in [start, end, *shape])
+        code, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+        is_sound = (
+            isinstance(code, str) and isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
+        )
+        is_sound = is_sound and all(type(n) is int and 0 <= n < 2**63 for n in [start, end, *shape])
     except (KeyError, TypeError, ValueError):
         is_sound = False
-    if not is_sound:
-        raise InputError(f"{path}: damaged header, entry of {name} is {str(value)[:120]}")
-    if dtype_name not in DTYPES:
+    if not is_sound or math.prod(n for n in shape if n) > MAX_VALUES:
+        raise InputError(f"{path}: damaged header, entry of {shown(name)} is {quoted(value)}")
+    if code not in DTYPES:
         raise InputError(
-            f"{path}: {name} has dtype {dtype_name!r}; allowed are {', '.join(DTYPES)}"
+            f"{path}: {shown(name)} has dtype {quoted(code)}; allowed are {', '.join(DTYPES)}"
         )
-    entry = _Entry(path, DTYPES[dtype_name], tuple(shape), first_byte + start)
+    entry = _Entry(path, DTYPES[code], tuple(shape), first_byte + start)
     if end - start != entry.size_bytes:
         raise InputError(
-            f"{path}: damaged header, {name} of shape {shape} and dtype {dtype_name} takes "
+            f"{path}: damaged header, {shown(name)} of shape {shape} and dtype {code} takes "
             f"{entry.size_bytes} bytes, its range has {end - start}"
         )
     return entry
 
 
 def _check_ranges(
-    path: Path, entries: Mapping[str, _Entry], *, first_byte: int, size_bytes: int
+    path: Place, entries: Mapping[str, _Entry], *, first_byte: int, size_bytes: int
 ) -> None:
     """Ranges must follow each other without gap or overlap and end where the file ends."""
     position = first_byte
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[0])):
         if entry.offset != position and entry.size_bytes:
             raise InputError(
-                f"{path}: damaged header, {name} starts at byte {entry.offset}, "
+                f"{path}: damaged header, {shown(name)} starts at byte {entry.offset}, "
                 f"the tensor before it ends at {position}"
             )
         position += entry.size_bytes

@@ -11,13 +11,14 @@ from orchestrator.pages import figures, tables
 from orchestrator.pages.evaluations import AGREEMENT, QUANTITIES, evaluated_text
 from orchestrator.pages.linears import by_role, entries, kept_of
 from orchestrator.pages.markup import Markup, element, page, section, write_page
-from orchestrator.pages.sources import Source, read_source
+from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.tables import DASH, cell, head, number, row_head
 from orchestrator.progress import duration
 from orchestrator.recipe import SCHEDULE
+from orchestrator.store.places import Place
 
 
-def write_comparison(runs: Sequence[Path], output: Path | None = None) -> Path:
+def write_comparison(runs: Sequence[Place], output: Place | None = None) -> Place:
     """Writes the page that compares run directories or checkpoints; gives its path.
 
     Args:
@@ -29,8 +30,13 @@ def write_comparison(runs: Sequence[Path], output: Path | None = None) -> Path:
     """
     if len(runs) < 2:
         raise UsageError(f"{len(runs)} run is given; name two or more to compare")
-    sources = [read_source(run) for run in runs]
-    return write_page(output or Path("comparison.html").absolute(), comparison_page(sources))
+    sources = []
+    for run in runs:
+        with whole(run):
+            sources.append(read_source(run))
+    with whole(runs[0].parent):
+        content = comparison_page(sources)
+    return write_page(output or Path("comparison.html").absolute(), content)
 
 
 def comparison_page(sources: Sequence[Source]) -> Markup:
@@ -53,7 +59,7 @@ def comparison_page(sources: Sequence[Source]) -> Markup:
 
 def _names(sources: Sequence[Source]) -> list[str]:
     """The shortest ends of the paths that tell the runs apart."""
-    paths = [(source.out or source.place).parts for source in sources]
+    paths = [str(source.out or source.place).split("/") for source in sources]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-depth:]) for path in paths]
         if len(set(names)) == len(names):

@@ -2,11 +2,11 @@
 
 import html
 from collections.abc import Iterable
-from pathlib import Path
 
 from orchestrator.errors import UsageError
 from orchestrator.pages.style import SCRIPT, STYLE
 from orchestrator.store.files import atomic
+from orchestrator.store.places import Place
 
 _VOID = {"meta", "wbr"}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -77,7 +77,7 @@ def page(title: str, *sections: str | None) -> Markup:
     return Markup(f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n")
 
 
-def write_page(path: Path, content: Markup) -> Path:
+def write_page(path: Place, content: Markup) -> Place:
     """Writes the page in one step; what was there is replaced.
 
     Raises:

@@ -1,7 +1,6 @@
 """The page of one run: what was asked, what it became, what it lost, how long it took."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
@@ -9,10 +8,11 @@ from orchestrator.pages import linear_sections, tables
 from orchestrator.pages.evaluations import before_and_after, evaluated_text
 from orchestrator.pages.linears import entries
 from orchestrator.pages.markup import Markup, element, joined, page, section, write_page
-from orchestrator.pages.sources import Source, read_source
+from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.tables import cell, head, number, row_head
 from orchestrator.progress import duration, size
 from orchestrator.recipe import SCHEDULE
+from orchestrator.store.places import Place
 
 SHOWN_EVENTS = 40
 """Of the journal, the last ones; a run of days has thousands."""
@@ -35,7 +35,7 @@ WANTED = {
 """Fields that the page would show, and what it calls them where it says that they are missing."""
 
 
-def write_report(run: Path, output: Path | None = None) -> Path:
+def write_report(run: Place, output: Place | None = None) -> Place:
     """Writes the page of a run directory, or of a compressed checkpoint; gives its path.
 
     Args:
@@ -46,12 +46,14 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         InputError: There is no run or checkpoint here, or a file of it is damaged.
         UsageError: `output` is a directory.
     """
-    source = read_source(run)
+    with whole(run):
+        source = read_source(run)
+        content = report_page(source)
     if output is None:
         is_run = source.run == source.place
         beside = source.place.with_name(f"{source.place.name}.report.html")
         output = source.place / "report.html" if is_run else beside
-    return write_page(output, report_page(source))
+    return write_page(output, content)
 
 
 def report_page(source: Source) -> Markup:

@@ -7,6 +7,7 @@ checkpoint at hand, is said in `remarks`.
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 from orchestrator.errors import InputError
 from orchestrator.plan import Curve
 from orchestrator.recipe import SCHEDULE, Recipe
+from orchestrator.store.files import parse_json, size_of
+from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
 
 REPORT_FILE = "orchestrator_report.json"
@@ -26,11 +29,11 @@ REPORT_FILE = "orchestrator_report.json"
 class Source:
     """One compression, as far as it has come."""
 
-    place: Path
+    place: Place
     """The directory that was named."""
-    out: Path | None
+    out: Place | None
     """The checkpoint, written or not."""
-    run: Path | None
+    run: Place | None
     """The run directory, if there is one."""
     status: Mapping[str, Any]
     """Empty where no run directory speaks of this checkpoint."""
@@ -63,7 +66,20 @@ class Source:
         return bool(self.report)
 
 
-def read_source(place: Path) -> Source:
+@contextmanager
+def whole(place: Place) -> Iterator[None]:
+    """Turns what the body stumbles over into an InputError: a run that we wrote has its form.
+
+    Hashes tell damage in a manifest, and nothing tells who has written it.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {str(error)[:200]!r}"
+        raise InputError(f"{place}: holds what orchestrator does not write: {said}") from error
+
+
+def read_source(place: Place) -> Source:
     """Reads a run directory or a compressed checkpoint.
 
     Of a checkpoint the run directory is the one that its report names, else `OUT.run`.
@@ -72,8 +88,8 @@ def read_source(place: Path) -> Source:
         InputError: It is neither of the two, or one of its files cannot be read.
     """
     place = place.expanduser().absolute()
-    out: Path | None
-    run: Path | None
+    out: Place | None
+    run: Place | None
     if (place / REPORT_FILE).is_file():
         out, report = place, _read_report(place)
         run, description = _run_of(place, report)
@@ -81,7 +97,7 @@ def read_source(place: Path) -> Source:
         run, description = place, RunDirectory(place).description()
         if "recipe" not in description:
             raise InputError(f"{place}: is no run of `compress`; name the run directory of one")
-        out = Path(description["out"]) if description.get("out") else None
+        out = parse_place(description["out"]) if description.get("out") else None
         report = _read_report(out) if out and (out / REPORT_FILE).is_file() else {}
     speaks_of_out = run is not None and description.get("out") in (None, str(out))
     status = RunDirectory(run).status() if run and speaks_of_out else {}
@@ -109,10 +125,10 @@ def read_source(place: Path) -> Source:
     )
 
 
-def _read_report(out: Path) -> dict[str, Any]:
+def _read_report(out: Place) -> dict[str, Any]:
     path = out / REPORT_FILE
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(report, dict):
@@ -120,10 +136,10 @@ def _read_report(out: Path) -> dict[str, Any]:
     return report
 
 
-def _run_of(out: Path, report: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+def _run_of(out: Place, report: Mapping[str, Any]) -> tuple[Place | None, dict[str, Any]]:
     """The run directory that a checkpoint came from, and what it says of itself."""
     named = report.get("timings", {}).get("schedule", {}).get("run_dir")
-    run = Path(named or f"{out}.run").absolute()
+    run = parse_place(named).absolute() if named else out.with_name(f"{out.name}.run")
     return (run, RunDirectory(run).description()) if (run / "run.json").is_file() else (None, {})
 
 
@@ -135,7 +151,7 @@ def _in_order(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _remarks(
-    asked: Mapping[str, Any], report: Mapping[str, Any], run: Path | None
+    asked: Mapping[str, Any], report: Mapping[str, Any], run: Place | None
 ) -> Iterator[str]:
     made = report.get("recipe", {})
     # the report names the allocation that a method brings, the recipe may leave it open
@@ -153,11 +169,11 @@ def _remarks(
         yield "There is no run directory: neither curves nor journal are shown."
 
 
-def _unit_facts(run: Path) -> Iterator[dict[str, Any]]:
+def _unit_facts(run: Place) -> Iterator[dict[str, Any]]:
     """The facts of every committed unit."""
     units = RunDirectory(run).units
-    for path in sorted(units.root.glob("*/*/manifest.json")):
-        manifest = units.manifest(path.parent.name)
+    for key in units.begun():
+        manifest = units.manifest(key)
         if manifest is not None:
             yield manifest["facts"]
 
@@ -231,7 +247,9 @@ def _agrees(result: Mapping[str, Any], linears: Mapping[str, Any]) -> bool:
     return math.isclose(lost, error, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _evaluations(out: Path | None, out_bytes: int | None) -> tuple[list[dict[str, Any]], list[str]]:
+def _evaluations(
+    out: Place | None, out_bytes: int | None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Results of `evaluate` for the checkpoint, from run directories beside it.
 
     `OUT.evaluation` is taken by its name, any other one if its results name the checkpoint. Those
@@ -240,7 +258,8 @@ def _evaluations(out: Path | None, out_bytes: int | None) -> tuple[list[dict[str
     if out is None or not out.parent.is_dir():
         return [], []
     found, stale = [], 0
-    for directory in sorted(out.parent.iterdir()):
+    beside: list[Place] = [*out.parent.iterdir()]
+    for directory in sorted(beside, key=lambda each: each.name):
         if not _is_evaluation(directory):
             continue
         for facts in _unit_facts(directory):
@@ -257,7 +276,7 @@ def _evaluations(out: Path | None, out_bytes: int | None) -> tuple[list[dict[str
     return found, [remark] if stale else []
 
 
-def _is_evaluation(directory: Path) -> bool:
+def _is_evaluation(directory: Place) -> bool:
     """Whether it is the run directory of an `evaluate`; a neighbour that is damaged is none."""
     try:
         return "evaluate" in RunDirectory(directory).description()
@@ -265,28 +284,19 @@ def _is_evaluation(directory: Path) -> bool:
         return False
 
 
-def _events(run: Path) -> Iterator[dict[str, Any]]:
+def _events(run: Place) -> Iterator[dict[str, Any]]:
     """Notes, losses and workers; the same one many times over is told once, with its count."""
-    try:
-        lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return
-    told = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            # a driver that was killed leaves half a line
-            continue
-        if isinstance(event, dict) and event.get("event") not in ("stage", "unit"):
-            told.append(event)
+    told = [
+        event for event in RunDirectory(run).events() if event.get("event") not in ("stage", "unit")
+    ]
     for _, same in groupby(told, key=lambda event: {**event, "time": None}):
         repeated = list(same)
         yield {**repeated[0], "times": len(repeated)}
 
 
-def _weight_bytes(directory: Path | None) -> int | None:
+def _weight_bytes(directory: Place | None) -> int | None:
     """Bytes of a checkpoint's safetensors, as `evaluate` counts them."""
     if directory is None or not directory.is_dir():
         return None
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors")) or None
+    weights = (file for file in directory.iterdir() if file.name.endswith(".safetensors"))
+    return sum(map(size_of, weights)) or None

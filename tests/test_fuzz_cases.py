@@ -1,0 +1,522 @@
+"""The smallest cases of what fuzzing found, worst cases for memory, links, pickles and code."""
+
+import json
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+import torch
+from pipeline import run, with_tokenizer, write_text
+from pyarrow import parquet
+from safetensors.torch import save_file
+
+import orchestrator.hf
+from orchestrator import api
+from orchestrator.cli import main
+from orchestrator.errors import InputError, UsageError
+from orchestrator.models.architecture import Architecture
+from orchestrator.models.documents import read_documents
+from orchestrator.models.forms import misfits, read_forms
+from orchestrator.models.index_codes import is_sound
+from orchestrator.models.locate import locate
+from orchestrator.models.output import copy_companions
+from orchestrator.models.select import select
+from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.text import load_tokens
+from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.models.weights import Weights
+from orchestrator.plan import Curve, Plan
+from orchestrator.recipe import make_recipe, read_recipe_fields
+from orchestrator.store.files import digest_json, parse_json
+from orchestrator.store.hold import is_alive
+from orchestrator.store.places import parse_place
+from orchestrator.store.run import RunDirectory
+from orchestrator.store.units import Units, unit_key
+
+
+def header(entry, data=b""):
+    text = json.dumps({"x": entry}).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+ENTRY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ENTRY | {"dtype": []},  # was a TypeError
+        ENTRY | {"shape": [2**62] * 300},  # was a ValueError, of a number of 5400 digits
+        ENTRY | {"shape": [0, 2**61]},  # was a ValueError of numpy when it was read
+        ENTRY | {"shape": {}},  # was taken for a scalar
+        ENTRY | {"shape": [0] * 65},
+        [[[[0]]]],
+    ],
+)
+def test_headers_that_were_not_refused(tmp_path, entry):
+    """Each is an InputError, of one short line."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(header(entry))
+    with pytest.raises(InputError, match="damaged header, entry of x is") as caught:
+        Weights.open(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "a\0.safetensors"])
+def test_names_of_files_that_no_disk_has(tmp_path, name):
+    """A name too long for the disk (was an OSError) is one that is not there."""
+    (tmp_path / "config.json").write_text("{}")
+    index = {"weight_map": {"x": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="which is not there"):
+        Weights.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.layers.²", "model.layers." + "9" * 5000])
+def test_names_of_tensors_that_are_no_numbers(checkpoint, tmp_path, name):
+    """What transformers takes for a number, and is none, was a ValueError."""
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "m"))
+    save_file({name: torch.zeros(1)}, model / "model.safetensors")
+    with pytest.raises(InputError, match="name"):
+        Skeleton.open(model)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 101, "[" * 10**5, '"\\ud800"', b"\xff", b'"\xed\xa0\x80"', "1" * 5000]
+)
+def test_json_that_could_not_be_written_again(text, tmp_path):
+    """Depth (was a RecursionError) and half characters are refused where JSON is read."""
+    with pytest.raises(ValueError, match=r"."):
+        parse_json(text)
+    content = text if isinstance(text, bytes) else text.encode()
+    for name in ("config.json", "run.json", "records.jsonl"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="not valid JSON"):
+        Weights.open(tmp_path)
+    with pytest.raises(InputError, match="cannot be read"):
+        RunDirectory(tmp_path).description()
+    with pytest.raises(InputError, match=r"line 1: not JSON|is not UTF-8"):
+        list(read_documents(str(tmp_path / "records.jsonl"), "text"))
+
+
+def test_ranks_that_no_number_shows():
+    """A product of more than 4300 digits was a ValueError while the error was put into words."""
+    form = {"form": "low_rank_sparse", "rank": 10**4299, "nonzeros": 1, "index": "bitmask"}
+    config = {"quant_method": "orchestrator", "format_version": 1, "modules": {"a": form}}
+    with pytest.raises(InputError, match="which no linear has"):
+        read_forms(config)
+    form["rank"] = 2**62
+    assert dict(misfits(read_forms(config), {"a": (8, 8)})).keys() == {"a"}
+
+
+def test_row_pointers_that_overflow():
+    """Differences of 32-bit row pointers wrap; such an index was let through to the scatter."""
+    tensors = {
+        "index": torch.tensor([0, 1], dtype=torch.int16),
+        "rows": torch.tensor([0, 2**31 - 1, -(2**31), 2], dtype=torch.int32),
+    }
+    assert not is_sound("columns", tensors, 3, 4, 2)
+
+
+@pytest.mark.parametrize(
+    "content", ["a = [" * 5000, "seed = " + "9" * 5000, "a.b = 1\na = 2", "seed = 0x"]
+)
+def test_recipe_files_without_end(tmp_path, content):
+    """Arrays and numbers without end were a RecursionError and a ValueError."""
+    (tmp_path / "recipe.toml").write_text(content)
+    with pytest.raises(UsageError, match="not a TOML file"):
+        read_recipe_fields(tmp_path / "recipe.toml")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"preset": ["fast"]}, "preset is"),  # was a TypeError
+        ({"keep": 10**400}, "keep is"),  # was an OverflowError
+        ({"seed": 16**5000}, "seed is a number of thousands of digits"),  # was a ValueError
+        ({"target": [16**5000]}, "target is a number"),
+        ({"options": {"mgaa": {"t": 16**5000}}}, "mgaa.t is"),
+        ({"options": {"mgaa": {"t": "\ud800"}}}, "valid Unicode"),
+        ({"options": {"mgaa": {"a\nb": 1}}}, r"mgaa.'a\\nb'"),  # was an error of two lines
+    ],
+)
+def test_recipe_fields_that_were_not_refused(fields, says):
+    """Each is a UsageError that names the field."""
+    with pytest.raises(UsageError, match=says):
+        make_recipe({"model": "m", "out": "o", "keep": 0.5} | fields)
+
+
+def test_an_option_of_what_is_a_field(tmp_path, capsys):
+    """`--option keep.x=1` beside `keep = 0.5` in the file was a TypeError."""
+    (tmp_path / "r.toml").write_text('model = "m"\nout = "o"\nkeep = 0.5\n')
+    assert main(["compress", "--recipe", str(tmp_path / "r.toml"), "--option", "keep.x=1"]) == 2
+    assert "not a table" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern", ["re:" + "(" * 5000, "re:a{99999999999999999999}"])
+def test_patterns_without_end(pattern):
+    """Both were errors of the regular expressions' own making."""
+    with pytest.raises(UsageError, match="not a regular expression"):
+        select(["a"], [pattern])
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-at-all/x", "a\0b"])
+def test_paths_that_no_disk_has(name, tmp_path):
+    """They were an OSError, a RuntimeError and a ValueError."""
+    with pytest.raises(InputError, match="no such"):
+        locate(f"{name}/model")
+    with pytest.raises(InputError, match="no such text"):
+        list(read_documents(f"{name}.txt", "text"))
+    if not name.startswith("~"):
+        with pytest.raises(UsageError, match="a file's name"):
+            parse_place(f"/tmp/{name}")
+        assert main(["status", f"/tmp/{name}"]) == 2
+
+
+def test_a_parquet_file_that_is_cut(tmp_path):
+    """A damaged footer was an OSError."""
+    path = tmp_path / "text.parquet"
+    parquet.write_table(pyarrow.table({"text": ["one"] * 99}), path)
+    content = bytearray(path.read_bytes())
+    content[-60:-8] = b"\xff" * 52
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not a readable parquet file"):
+        list(read_documents(str(path), "text"))
+
+
+def test_more_text_than_memory(tmp_path):
+    """Random windows overlap, so a text could be asked for any number of them: a MemoryError."""
+    text = write_text(tmp_path / "text.txt")
+    with pytest.raises(UsageError, match="tokens are possible"):
+        load_tokens(str(text), tokenizer=None, samples=10**15, sequence_length=8, sampling="random")
+
+
+def test_a_tokenizer_that_is_none(checkpoint, tmp_path):
+    """The library raises a bare Exception."""
+    model = with_tokenizer(checkpoint("llama"), tmp_path / "m")
+    (model / "tokenizer.json").write_text('{"model": {"type": "Nothing"}}')
+    with pytest.raises(InputError, match="no tokenizer can be loaded"):
+        load_tokenizer(model)
+
+
+@pytest.mark.parametrize("value", [{}, {"assignments": []}, {"assignments": {"a": {"form": []}}}])
+def test_plans_that_are_none(value):
+    """They were a KeyError, an AttributeError, and a plan that no linear has."""
+    with pytest.raises(InputError, match="plan: "):
+        Plan.from_json({"budget_values": 1, "stored_values": 1} | value)
+    with pytest.raises(InputError, match="curve: "):
+        Curve.from_json(value)
+
+
+# ---- runs
+
+
+def make_run(directory, **status):
+    found = RunDirectory(directory)
+    found.claim({"recipe": {"model": "m"}, "out": "/nowhere/o"})
+    if status:
+        (directory / "status.json").write_text(json.dumps(status))
+    return found
+
+
+def test_process_numbers_that_are_none():
+    """10^20 was an OverflowError; 0 and -1 are groups of processes, and always alive."""
+    assert not any(map(is_alive, [10**20, -1, 0, True, "1", None, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "status", [{"pid": 1}, {"state": []}, {"state": "done", "updated": 1e300}, {"state": 5}]
+)
+def test_states_that_are_none(tmp_path, status, capsys):
+    """They were a KeyError, a TypeError and an OverflowError of `clean`, `status` and `report`."""
+    make_run(tmp_path / "r", **status)
+    for command in ("status", "clean", "report"):
+        assert main([command, str(tmp_path / "r")]) == 4
+        assert "status.json: is damaged" in capsys.readouterr().err
+
+
+def test_a_run_of_another_format_is_left_alone(tmp_path):
+    """What a later version may have written is neither read nor removed."""
+    make_run(tmp_path / "r")
+    (tmp_path / "r" / "run.json").write_text('{"format_version": 2}')
+    with pytest.raises(InputError, match="format_version is 2"):
+        api.clean(tmp_path / "r")
+    assert (tmp_path / "r" / "run.json").exists()
+
+
+def test_a_journal_that_is_no_text(tmp_path):
+    """A byte that is not UTF-8 was a UnicodeDecodeError of `report`."""
+    run = make_run(tmp_path / "r", state="done")
+    (tmp_path / "r" / "events.jsonl").write_bytes(b'\xff\n{"event": "note", "text": "seen"}\n')
+    assert [event["text"] for event in run.events()] == ["seen"]
+    assert "seen" in Path(str(api.report(tmp_path / "r"))).read_text()
+
+
+def commit(units, facts, files=None):
+    """A unit whose manifest says these files, with a hash that is right."""
+    key = unit_key("test", 1, [], facts=facts)
+    manifest = {"format_version": 1, "files": files or {}, "environment": {}, "facts": facts}
+    directory = units.directory(key)
+    directory.mkdir(parents=True)
+    manifest["blake2b"] = digest_json(manifest)
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return key
+
+
+@pytest.mark.parametrize("facts", [{"linears": [{"weight_energies": []}]}, {"linears": 5}])
+def test_facts_that_are_none(tmp_path, facts):
+    """A manifest of right hash and wrong content was a KeyError of `report`."""
+    run = make_run(tmp_path / "r", state="done")
+    commit(run.units, facts)
+    with pytest.raises(InputError, match=r"holds what orchestrator does not write|curve: "):
+        api.report(tmp_path / "r")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "..", ""])
+def test_a_manifest_does_not_lead_out_of_its_unit(tmp_path, name):
+    """A unit that names a file elsewhere is not committed, whatever lies there."""
+    units = Units(tmp_path / "units")
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units" / "secret").write_text("x")
+    size = Path("/etc/hostname").stat().st_size if name.startswith("/") else 1
+    key = commit(units, {}, {name: {"bytes": size, "blake2b": ""}})
+    assert units.manifest(key) is None
+    assert units.hashes(key) == []
+
+
+# ---- links
+
+
+def test_dropping_and_cleaning_remove_nothing_else(tmp_path):
+    """Of what links in a run lead to nothing is removed; a run behind a link is not either."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "manifest.json").write_text("mine")
+    (mine / "thesis.tex").write_text("mine")
+    run = make_run(tmp_path / "r", state="done")
+    key = unit_key("test", 1, [])
+    place = run.units.directory(key)
+    place.parent.mkdir(parents=True)
+    place.symlink_to(mine)
+    run.units.drop(key)
+    assert not place.exists()
+    (tmp_path / "r" / "chunks").symlink_to(mine)
+    (tmp_path / "r" / "units" / "more").symlink_to(mine)
+    (tmp_path / "link").symlink_to(tmp_path / "r")
+    with pytest.raises(InputError, match="is a link"):
+        api.clean(tmp_path / "link")
+    assert (tmp_path / "r" / "run.json").exists()
+    api.clean(tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+    assert sorted(path.name for path in mine.iterdir()) == ["manifest.json", "thesis.tex"]
+
+
+def test_links_as_the_hub_s_cache_has_them(checkpoint, tmp_path):
+    """A snapshot is links to blobs; they are read and copied."""
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    model = with_tokenizer(checkpoint("llama"), tmp_path / "m")
+    for number, path in enumerate(model.iterdir()):
+        shutil.copyfile(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert Skeleton.open(snapshot).survey() == Skeleton.open(model).survey()
+    copy_companions(snapshot, tmp_path / "out")
+    same = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    assert same == (model / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+
+
+@pytest.mark.parametrize("target", ["../secret", "{}/secret"])
+def test_a_link_out_of_the_model_is_not_given_away(tmp_path, target):
+    """A licence that is a link to somebody's key would be copied beside the weights."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "m" / "LICENSE").symlink_to(target.format(tmp_path))
+    with pytest.raises(InputError, match="link out of the model"):
+        copy_companions(tmp_path / "m", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_leads_elsewhere(checkpoint, tmp_path):
+    """transformers would go to a config outside the directory, or to a pickle in it."""
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "m"))
+    config = json.loads((model / "config.json").read_bytes())
+    elsewhere = {"configuration_files": ["../config.4.0.0.json"]}
+    for more in (elsewhere, {"transformers_weights": "pytorch_model.bin"}):
+        (model / "config.json").write_text(json.dumps(config | more))
+        for read in (Architecture.read, Skeleton.open, orchestrator.hf.load):
+            with pytest.raises(InputError, match="names other files"):
+                read(model)
+
+
+# ---- code
+
+
+class Planted:
+    """Writes the marker when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.marker)!r}, 'w').close()",)
+
+
+def plant(model, marker):
+    """Puts code into a model directory wherever somebody might run it."""
+    code = f"open({str(marker)!r}, 'w').close()\n"
+    for name in ("evil.py", "tokenization_evil.py", "modeling_evil.py", "__init__.py", "setup.py"):
+        (model / name).write_text(code)
+    for name in ("pytorch_model.bin", "tokenizer.pkl", "model.pt", "training_args.bin"):
+        (model / name).write_bytes(pickle.dumps(Planted(marker)))
+    for name, auto in {
+        "config.json": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "modeling_evil.M"},
+        "tokenizer_config.json": {"AutoTokenizer": ["tokenization_evil.T", "evil.F"]},
+    }.items():
+        content = json.loads((model / name).read_bytes()) | {"auto_map": auto}
+        (model / name).write_text(json.dumps(content))
+
+
+def test_no_code_of_a_model_is_run(checkpoint, tmp_path):
+    """Compress, evaluate, export, report and load run nothing that lies in the directory."""
+    marker = tmp_path / "marker"
+    model = with_tokenizer(checkpoint("llama"), tmp_path / "m")
+    plant(model, marker)
+    text = write_text(tmp_path / "text.txt")
+    result = run(model, tmp_path / "out", text, samples=2, sequence_length=32)
+    plant(tmp_path / "out", marker)
+    asked = {"text": str(text), "samples": 2, "sequence_length": 32, "executor": "local"}
+    api.evaluate(tmp_path / "out", against=model, **asked)
+    api.export(tmp_path / "out", tmp_path / "dense")
+    (Path(result.run_dir) / "report.pkl").write_bytes(pickle.dumps(Planted(marker)))
+    api.report(result.run_dir)
+    for directory in (model, tmp_path / "out"):
+        orchestrator.hf.load(directory)
+    (model / "model.safetensors").unlink()
+    for read in (Skeleton.open, orchestrator.hf.load):
+        with pytest.raises(InputError, match="pickled weights are not read"):
+            read(model)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Planted(marker)))
+    assert marker.exists()
+
+
+def test_an_adapter_in_a_model_is_not_loaded(checkpoint, tmp_path):
+    """transformers would add it to the model, from a pickle."""
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "m"))
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    with pytest.raises(InputError, match="adapter"):
+        orchestrator.hf.load(model)
+
+
+def test_a_kernel_of_a_hub_is_not_fetched(checkpoint, tmp_path):
+    """It would be native code; a survey leaves it alone, a load refuses it."""
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "m"))
+    config = json.loads((model / "config.json").read_bytes())
+    asks = {"attn_implementation": "someone/kernel"}
+    (model / "config.json").write_text(json.dumps(config | asks))
+    assert Skeleton.open(model).attention == "sdpa"
+    with pytest.raises(InputError, match="kernel someone/kernel"):
+        orchestrator.hf.load(model)
+
+
+# ---- memory
+
+WORST = """
+import json, resource, struct, sys, time
+from pathlib import Path
+import torch
+import orchestrator.hf
+from orchestrator.errors import InputError
+from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.weights import Weights
+
+dense, compressed, room = map(Path, sys.argv[1:])
+Skeleton.open(dense)
+orchestrator.hf.load(compressed)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
+
+def entry(shape, offsets, dtype="F32"):
+    text = json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+    return struct.pack("<Q", len(text)) + text
+
+HEADERS = {
+    "length": struct.pack("<Q", 2**63) + b"{}",
+    "signed length": struct.pack("<q", -1) + b"{}",
+    "large": entry([10**15], [0, 4 * 10**15]),
+    "beyond": entry([16], [10**15, 10**15 + 64]) + bytes(64),
+    "product": entry([2**32, 2**32], [0, 0]),
+    "dimensions": entry([2**62] * 70_000, [0, 0]),
+    "negative": entry([-1, -16], [0, 64]) + bytes(64),
+    "backwards": entry([16], [64, 0]) + bytes(64),
+}
+CONFIGS = [
+    {"num_hidden_layers": 10**9},
+    {"num_hidden_layers": 9_999},
+    {"num_labels": 10**9},
+    {"vocab_size": 10**12},
+    {"hidden_size": 2**40, "head_dim": 2**36},
+    {"intermediate_size": 10**15},
+]
+SPARSE = {"form": "sparse", "nonzeros": 10**15, "index": "bitmask"}
+FORMS = [{"rank": 10**15}, {"rank": 2**62}, SPARSE]
+
+def refuse(label, read, directory):
+    begun = time.monotonic()
+    try:
+        read(directory)
+    except InputError as error:
+        print("refused", label, flush=True)
+    assert time.monotonic() - begun < 30, label
+
+room.mkdir()
+(room / "config.json").write_text("{}")
+for label, content in HEADERS.items():
+    (room / "model.safetensors").write_bytes(content)
+    refuse(label, Weights.open, room)
+for source, changes in ((dense, CONFIGS), (compressed, CONFIGS), (compressed, FORMS)):
+    (room / "model.safetensors").unlink()
+    (room / "model.safetensors").symlink_to(source / "model.safetensors")
+    for change in changes:
+        config = json.loads((source / "config.json").read_bytes())
+        if changes is FORMS:
+            modules = config["quantization_config"]["modules"]
+            name = next(name for name, form in modules.items() if form["form"] == "low_rank")
+            modules[name] = ({} if "form" in change else modules[name]) | change
+        else:
+            config |= change
+        (room / "config.json").write_text(json.dumps(config))
+        refuse(f"{change} survey", Skeleton.open, room)
+        refuse(f"{change} load", orchestrator.hf.load, room)
+print("end")
+"""
+
+
+def test_buffers_out_of_all_proportion(checkpoint, tmp_path):
+    """What is computed and not stored has no shape to compare with; 40 GB were allocated for it."""
+    model = Path(shutil.copytree(checkpoint("gpt_neox"), tmp_path / "m"))
+    config = json.loads((model / "config.json").read_bytes())
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e10}
+    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    for read in (Skeleton.open, orchestrator.hf.load):
+        with pytest.raises(InputError, match="bytes of buffers"):
+            read(model)
+
+
+def test_hostile_sizes_end_before_an_allocation(checkpoint, compressed, tmp_path):
+    """With half a GiB of address space left, each ends in an InputError, within seconds."""
+    arguments = [checkpoint("llama"), compressed("llama"), tmp_path / "room"]
+    done = subprocess.run(
+        [sys.executable, "-c", WORST, *map(str, arguments)], capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    assert lines[-1:] == ["end"], done.stderr[-2000:]
+    assert len(lines) == 1 + 8 + 2 * 6 + 2 * 6 + 2 * 3
