@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.cluster.deadline import VARIABLE, Deadlines
+from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import (
     Action,
     Cause,
@@ -18,7 +19,7 @@ from orchestrator.cluster.policy import (
     check_nodes,
     decide,
 )
-from orchestrator.cluster.pool import LocalPool, Outcome, Seat, dispatch, is_out_of_memory
+from orchestrator.cluster.pool import LocalPool, Outcome, Seat, is_out_of_memory
 from orchestrator.cluster.schedule import Bag, Pass, cut_blocks
 from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
 from orchestrator.store.chunks import MissingChunk

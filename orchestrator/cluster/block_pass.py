@@ -9,8 +9,8 @@ from typing import Any
 
 from orchestrator.cluster.chain import Chain, Program
 from orchestrator.cluster.crew import Crew
+from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.pool import dispatch
 from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
 from orchestrator.cluster.verify import intact

@@ -17,8 +17,8 @@ from orchestrator.cluster.block_pass import BlockPass
 from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
 from orchestrator.cluster.curvature_worker import CurvatureTask, CurvatureWorker
+from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.pool import dispatch
 from orchestrator.cluster.refine_job import Refine
 from orchestrator.cluster.refit_job import Refit
 from orchestrator.cluster.report import make_report

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.cluster.crew import Crew
+from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.pool import dispatch
 from orchestrator.cluster.schedule import Call, Pass
 from orchestrator.cluster.watch import Watch
 from orchestrator.store.chunks import Chunks

@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.cluster.crew import Crew
+from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.pipeline import Pipeline, Snapshot
 from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.pool import dispatch
 from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_shards
 from orchestrator.cluster.tokens import read_tokens

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.cluster.crew import Crew
+from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.pool import dispatch
 from orchestrator.cluster.schedule import Bag, Call
 from orchestrator.cluster.watch import Watch
 from orchestrator.store.places import Place

@@ -17,8 +17,8 @@ from benchmarks.watching import cpu_seconds, family
 from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.compress_worker import CompressionWorker
 from orchestrator.cluster.crew import Crew, assemble
+from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.pool import dispatch
 from orchestrator.cluster.schedule import Bag, cut_blocks, default_shards
 from orchestrator.cluster.watch import Watch
 from orchestrator.recipe import Recipe
