@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.allocate import ALLOCATION_NAMES, make_allocator
 from orchestrator.allocate.bernoulli import Candidates
 from orchestrator.allocate.budget import budget_values
 from orchestrator.allocate.by_bytes import fill_bytes
@@ -18,6 +17,7 @@ from orchestrator.cluster.compress_worker import CompressionTask, CompressionWor
 from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
 from orchestrator.cluster.curvature_worker import CurvatureTask, CurvatureWorker
 from orchestrator.cluster.dispatch import dispatch
+from orchestrator.cluster.parts import parts_of
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.refine_job import Refine
 from orchestrator.cluster.refit_job import Refit
@@ -28,26 +28,23 @@ from orchestrator.cluster.score_worker import ScoreWorker
 from orchestrator.cluster.sensitivity_job import Sensitivities
 from orchestrator.cluster.sensitivity_worker import CurvatureSensitivityWorker, SensitivityWorker
 from orchestrator.cluster.tokens import commit_tokens
-from orchestrator.cluster.train_job import Train, train_options_of
+from orchestrator.cluster.train_job import Train
 from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.verify import intact
-from orchestrator.cluster.walk_job import Sweep, Walk, compensation_of
+from orchestrator.cluster.walk_job import Sweep, Walk
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import UsageError
 from orchestrator.groups import Grouping
 from orchestrator.hf.bootstrap import bootstrap_source
-from orchestrator.methods import METHODS, make_method
 from orchestrator.models.checkpoint import REPORT_FILE, finish
 from orchestrator.models.layout import FileSpec, layout
 from orchestrator.models.locate import locate
 from orchestrator.models.output import HOLD_FILE, check_out, claim_out
-from orchestrator.models.refine_options import RefineOptions
 from orchestrator.models.select import select
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.text import load_tokens
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.models.weights import parse_dtype, read_json
-from orchestrator.options import check_known, option_names
 from orchestrator.plan import Assignment, Curve, Plan
 from orchestrator.recipe import SCHEDULE, Recipe
 from orchestrator.result import Result
@@ -65,34 +62,15 @@ WRITE_VERSION = 2
 """Raised when the bytes of a written file change, or what is said of it."""
 
 
-def split_options(recipe: Recipe, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of the method and those of the allocation of this name, which share a table.
-
-    What is no option of the method is the allocation's, if there is one of this name, to refuse.
-    """
-    table = recipe.options.get(name, {})
-    own = option_names(METHODS[name]) if name in METHODS else []
-    of_method = {o: v for o, v in table.items() if o in own or name not in ALLOCATION_NAMES}
-    return of_method, {o: v for o, v in table.items() if o not in of_method}
-
-
 class Compression:
     """What is known of one compression as its verbs go by; names, curves and plans, no weights."""
 
     def __init__(self, recipe: Recipe) -> None:
-        recipe.check_names(methods=METHODS, allocations=ALLOCATION_NAMES)
-        options, _ = split_options(recipe, recipe.method)
-        self.method = make_method(recipe.method, options)
-        allocation = recipe.allocation or self.method.allocation
-        self._asked = recipe
-        self.recipe = replace(recipe, allocation=allocation)
-        _, options = split_options(recipe, allocation)
-        self.allocator = make_allocator(allocation, options, self.method.form)
-        self._check_parts()
-        self._check_storage()
-        self.refine_options = RefineOptions(**self._refine_table())
-        self.compensation = compensation_of(self)
-        self.train_options = train_options_of(self)
+        parts = parts_of(recipe)
+        self._asked, self.recipe = recipe, parts.recipe
+        self.method, self.allocator = parts.method, parts.allocator
+        self.compensation, self.refine_options = parts.compensation, parts.refinement
+        self.train_options = parts.training
         self.out = parse_place(recipe.out).expanduser().absolute()
         found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
         self.model = found.absolute()
@@ -112,51 +90,6 @@ class Compression:
     def pivots(self) -> bool:
         """Whether factors are written pivoted, which saves values up to the full rank."""
         return self.recipe.storage == "pivoted"
-
-    def _check_parts(self) -> None:
-        """Raises UsageError where ranks and entries are not those of the allocation's method."""
-        own = self.method.allocation
-        if self.method.form == "low_rank_sparse" and self.recipe.allocation != own:
-            raise UsageError(
-                f"allocation is {self.recipe.allocation!r}, and {self.method.name} measures ranks "
-                f"and entries for {own!r}; give that, or leave allocation out"
-            )
-
-    def _check_storage(self) -> None:
-        """Raises UsageError where factors are to be pivoted and are none, or share a basis."""
-        if not self.pivots:
-            return
-        if self.method.form != "low_rank":
-            raise UsageError(
-                f"storage is 'pivoted', which is for the factors of a low rank; {self.method.name} "
-                "keeps entries; give storage 'plain'"
-            )
-        if self.grouping.size > 1:
-            raise UsageError(
-                f"storage is 'pivoted' and {self.method.name}'s group is {self.grouping.size}; "
-                "pivots are rows of one linear, so none share a basis; give group 1"
-            )
-
-    def _refine_table(self) -> dict[str, Any]:
-        """The options of refinement, as the recipe gives them.
-
-        Raises:
-            UsageError: An option does not exist; blocks are to be refined whose left factors a
-                method fits again.
-        """
-        table = self.recipe.options.get("refinement", {})
-        check_known("refinement", table, option_names(RefineOptions))
-        if "slices" in table and self.recipe.refine == "blocks":
-            raise UsageError(
-                "refine is 'blocks' and refinement: slices is given, which is for blocks that are "
-                "lent, 'in_order' and 'swept'; leave it out"
-            )
-        if self.refines and self.refits:
-            raise UsageError(
-                f"refine is {self.recipe.refine!r} and {self.method.name}'s refit is on; training "
-                "fits left factors too, so give refit 'never' or refine 'none'"
-            )
-        return table
 
     def survey(self) -> None:
         """Config and headers to blocks, linears, sites, shapes; no weight is read."""

@@ -18,8 +18,7 @@ from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.verify import intact
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import UsageError
-from orchestrator.models.train_options import Course, TrainOptions, plan_course
-from orchestrator.options import check_known, option_names
+from orchestrator.models.train_options import Course, plan_course
 from orchestrator.store.units import unit_key
 
 if TYPE_CHECKING:
@@ -31,24 +30,6 @@ TARGETS_VERSION = 1
 """Raised when what is kept of the dense model's logits changes."""
 BYTES = {"all": 16, "lean": 12, "light": 16}
 """Of value, gradient and moments together, for each number that is trained."""
-
-
-def train_options_of(job: "Compression") -> TrainOptions:
-    """The options of training, as the recipe gives them.
-
-    Raises:
-        UsageError: An option does not exist or has a value that is not allowed, or a method fits
-            left factors again that are to be trained.
-    """
-    recipe = job.recipe
-    table = recipe.options.get("training", {})
-    check_known("training", table, option_names(TrainOptions))
-    if recipe.train != "none" and job.refits:
-        raise UsageError(
-            f"train is {recipe.train!r} and {job.method.name}'s refit is on; training fits left "
-            "factors too, so give refit 'never' or train 'none'"
-        )
-    return TrainOptions(**table)
 
 
 class Train(TrainedStage):

@@ -1,7 +1,7 @@
 """Walking the blocks in order, each behind the compressed ones: the driver's part."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.cluster.chain import Program
@@ -10,9 +10,7 @@ from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.walk_program import walk_block
 from orchestrator.cluster.walk_worker import WalkTask, WalkWorker
 from orchestrator.cluster.watch import Stage, Watch
-from orchestrator.errors import UsageError
 from orchestrator.models.compensation_options import CompensationOptions
-from orchestrator.options import check_known
 from orchestrator.store.units import unit_key
 
 if TYPE_CHECKING:
@@ -129,40 +127,6 @@ class Sweep(Walk):
 
     def _compensates(self, job: "Compression") -> None:
         return None
-
-
-def compensation_of(job: "Compression") -> CompensationOptions | None:
-    """How the recipe compensates, if it does.
-
-    Raises:
-        UsageError: An option does not exist or has no effect, or what is cut is no factors of a
-            linear's own, or is fitted again by the method.
-    """
-    recipe, method = job.recipe, job.method
-    table = recipe.options.get("compensation", {})
-    known = [each.name for each in fields(CompensationOptions) if each.name != "objective"]
-    check_known("compensation", table, known)
-    if recipe.compensate == "none":
-        return None
-    asked = f"compensate is {recipe.compensate!r}"
-    if job.refits:
-        raise UsageError(
-            f"{asked} and {method.name}'s refit is on; both fit factors to the compressed model's "
-            "inputs, so give refit 'never' or compensate 'none'"
-        )
-    if method.form == "sparse":
-        raise UsageError(
-            f"{asked}, which fits factors; {method.name} keeps entries alone; give compensate "
-            "'none', or refine 'in_order', which trains them"
-        )
-    if job.grouping.size > 1:
-        raise UsageError(
-            f"{asked} and {method.name}'s group is {job.grouping.size}; a basis that blocks share "
-            "cannot follow the inputs of each; give group 1 or compensate 'none'"
-        )
-    if "beta" in table and recipe.compensate != "blend":
-        raise UsageError(f"{asked} and beta is given, which is for 'blend'; leave one of them out")
-    return CompensationOptions(objective=recipe.compensate, **table)
 
 
 def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _read_form(where: str, entry: Any) -> StoredForm:
             need = "a whole number" if name in ("rank", "nonzeros") else "a name"
             raise InputError(f"{where}.{name}: found {reprlib.repr(value)}, need {need}")
         if type(value) is int and abs(value) >= 2**63:
-            raise InputError(f"{where}.{name}: found {reprlib.repr(value)}, which no linear has")
+            raise InputError(f"{where}.{name}: found {reprlib.repr(value)}, need one below 2^63")
     return StoredForm(**entry)
 
 
