@@ -13,18 +13,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_args
+from typing import Any
 
-from orchestrator import __version__
+from orchestrator.arguments import FIELDS, make_parser
 from orchestrator.errors import OrchestratorError, StoppedError, UsageError
 from orchestrator.progress import JsonLines, Lines, duration, size
 from orchestrator.recipe import (
-    CHOICES,
-    PRESETS,
     Recipe,
     make_recipe,
     parse_option,
@@ -33,44 +30,6 @@ from orchestrator.recipe import (
 )
 from orchestrator.result import Result
 
-HELP = {
-    "keep": "values to keep of the targeted linears, above 0, at most 1",
-    "keep_bytes": "the same in bytes, indices included; instead of --keep",
-    "method": "published method",
-    "allocation": "how the budget is divided over the linears",
-    "storage": "factors as they are, or pivoted: the same weight in fewer values",
-    "compensate": "fit factors again to the compressed model's inputs, towards the dense outputs "
-    "on these (input), on the dense model's own (anchored), or between (blend)",
-    "refine": "train what is cut towards what the dense blocks give: nothing, all blocks apart, "
-    "in order each behind the compressed ones, or swept: apart and then in order",
-    "train": "train the whole compressed model: all, lean or light in memory, or nothing",
-    "calibration": ".txt, .jsonl, .parquet, a directory of them, datasets:NAME[:CONFIG[:SPLIT]]",
-    "calibration_field": "field of records that holds the text",
-    "samples": "sequences",
-    "sequence_length": "tokens in a sequence",
-    "sampling": "the first sequences, or random ones drawn with the seed",
-    "layout": "packed windows of the joined text, or padded documents",
-    "seed": "seed of everything random",
-    "target": "linears to compress: a name, a glob or re:REGEX; may be repeated",
-    "ignore": "linears to leave dense, in the same words; wins over --target",
-    "dtype": "of the forward passes",
-    "output_dtype": "of the factors that are written",
-    "max_shard_size": "largest file of the checkpoint",
-    "revision": "of a hub id",
-    "download": "let a hub id be downloaded when the local cache lacks it",
-    "executor": "actors of Ray, or the same units in this process",
-    "address": "Ray cluster to join: auto or an address; a local Ray without it",
-    "workers": "actors; one a GPU, or one a CPU where there are no GPUs, without it",
-    "threads": "of an actor; one without it",
-    "shards": "contiguous cuts of the model; at most two blocks each without it",
-    "run_dir": "run directory; OUT.run without it",
-}
-METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"} | {
-    "address": "ADDRESS",
-    "calibration": "TEXT",
-    "max_shard_size": "SIZE",
-    "run_dir": "DIR",
-}
 EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
     "perplexity": "{:.2f}".format,
     "parameters": "{:,}".format,
@@ -78,15 +37,14 @@ EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
     "prefill_tokens_per_second": "{:,.1f}".format,
     "decode_tokens_per_second": "{:,.1f}".format,
 }
-FIELDS = {field.name: field for field in fields(Recipe)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; gives its exit code. Wrong arguments leave through SystemExit(2)."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        code: int | None = options.command(options)
+        code: int | None = COMMANDS[options.command](options)
         return code or 0
     except KeyboardInterrupt:
         return _complain("stopped by the keyboard", StoppedError.exit_code, options.verbose)
@@ -260,8 +218,8 @@ def _clean(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> int:
     from orchestrator import api
 
-    program = _parser().parse_args(options.program)
-    if program.command is _submit:
+    program = make_parser().parse_args(options.program)
+    if program.command == "submit":
         raise UsageError("submit: the job's command cannot be submit itself")
     written = read_recipe_fields(program.recipe) if "recipe" in program else {}
     for name in ("out", "run_dir"):
@@ -321,212 +279,15 @@ def _print_rows(rows: Mapping[str, Any]) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="orchestrator",
-        description="Compresses large language models on a Ray cluster.",
-        epilog="Exit codes: 0 done, 2 usage, 3 infeasible, 4 model or data invalid, "
-        "75 stopped and resumable, 1 other.",
-    )
-    parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_compress(commands)
-    _add_search(commands)
-    _add_evaluate(commands)
-    _add_export(commands)
-    _add_status(commands)
-    _add_report(commands)
-    _add_compare(commands)
-    _add_clean(commands)
-    _add_submit(commands)
-    return parser
-
-
-def _add_compress(commands: Any) -> None:
-    parser = _command(commands, "compress", _compress, "make a smaller model out of a dense one")
-    _add_recipe(parser)
-
-
-def _add_search(commands: Any) -> None:
-    parser = _command(
-        commands, "search", _search, "compress with several settings, keep what held-out text likes"
-    )
-    _add_recipe(parser)
-    parser.add_argument(
-        "--vary",
-        action="append",
-        required=True,
-        metavar="NAME=VALUE,...",
-        help="values to try of a flag, storage=plain,pivoted, or an option, mgaa.t=0.5,1; "
-        "may be repeated, every combination is tried",
-    )
-    parser.add_argument(
-        "--text", metavar="TEXT", required=True, help=f"held-out text: {HELP['calibration']}"
-    )
-    parser.add_argument("--text-field", metavar="NAME", help=HELP["calibration_field"])
-    parser.add_argument("--text-samples", metavar="N", type=int, help="sequences of held-out text")
-    parser.add_argument("--stride", metavar="N", type=int, help="take each N-th sequence only")
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    """The flags of a recipe, and how it is told of."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="directory or hub id")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="directory of the result")
-    parser.add_argument(
-        "--recipe", metavar="FILE", type=Path, help="TOML with these flags as keys; flags win"
-    )
-    for name in HELP:
-        _add_field(parser, FIELDS[name])
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        help="recipe that a name stands for, what else is given wins; fast: the best closed form, "
-        "best: that, trained",
-    )
-    parser.add_argument(
-        "--option",
-        action="append",
-        metavar="NAME.OPTION=VALUE",
-        help="option of a method or an allocation, mgaa.t=0.5; may be repeated",
-    )
-    _add_progress(parser)
-    _add_json(parser, "print the whole report")
-
-
-def _add_evaluate(commands: Any) -> None:
-    parser = _command(
-        commands, "evaluate", _evaluate, "perplexity, agreement with the dense model, speed, size"
-    )
-    parser.add_argument("model", metavar="MODEL", help="directory or hub id, dense or compressed")
-    parser.add_argument("--against", metavar="DENSE", help="dense model to compare with")
-    parser.add_argument(
-        "--text", metavar="TEXT", required=True, help=f"held-out text: {HELP['calibration']}"
-    )
-    parser.add_argument("--field", metavar="NAME", help=HELP["calibration_field"])
-    parser.add_argument("--stride", metavar="N", type=int, help="take each N-th sequence only")
-    for name in ("samples", "sequence_length", "layout", "dtype"):
-        _add_field(parser, FIELDS[name], shows_default=False)
-    for name in ("executor", "address", "workers", "threads", "shards"):
-        _add_field(parser, FIELDS[name])
-    parser.add_argument("--run-dir", metavar="DIR", help="run directory; MODEL.evaluation without")
-    _add_progress(parser)
-    _add_json(parser, "print the result as JSON")
-
-
-def _add_export(commands: Any) -> None:
-    parser = _command(
-        commands, "export", _export, "a compressed checkpoint in a form that other programs know"
-    )
-    parser.add_argument("out", metavar="OUT", help="compressed checkpoint")
-    parser.add_argument("dense_dir", metavar="DENSE_DIR", help="directory to write")
-    parser.add_argument(
-        "--format", choices=("dense",), default="dense", help="dense: factors multiplied back"
-    )
-
-
-def _add_status(commands: Any) -> None:
-    parser = _command(commands, "status", _status, "where a run stands, from its directory alone")
-    parser.add_argument("run", metavar="RUN", help="run directory")
-    _add_json(parser, "print the status as JSON")
-
-
-def _add_report(commands: Any) -> None:
-    parser = _command(commands, "report", _report, "one HTML page that shows a run")
-    parser.add_argument("run", metavar="RUN", help="run directory, or a compressed checkpoint")
-    parser.add_argument(
-        "--output", metavar="FILE", help="the page; RUN/report.html or OUT.report.html without it"
-    )
-
-
-def _add_compare(commands: Any) -> None:
-    parser = _command(commands, "compare", _compare, "one HTML page that puts runs side by side")
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="+", help="run directories, or compressed checkpoints"
-    )
-    parser.add_argument("--output", metavar="FILE", help="the page; comparison.html without it")
-
-
-def _add_clean(commands: Any) -> None:
-    parser = _command(commands, "clean", _clean, "remove a run directory")
-    parser.add_argument("run", metavar="RUN", help="run directory")
-
-
-def _add_submit(commands: Any) -> None:
-    parser = _command(
-        commands, "submit", _submit, "run a command as a Ray job, again while that may help"
-    )
-    parser.usage = "%(prog)s [options] -- COMMAND ..."
-    parser.add_argument(
-        "program", metavar="COMMAND", nargs="+", help="compress or another, with its arguments"
-    )
-    parser.add_argument(
-        "--address", metavar="URL", help="dashboard, http://HEAD:8265; what Ray finds without it"
-    )
-    parser.add_argument(
-        "--retries",
-        metavar="N",
-        type=int,
-        help="attempts after the first; what is wrong with the command is not tried again "
-        "(default: 3)",
-    )
-    parser.add_argument(
-        "--working-dir", metavar="DIR", help="directory that travels with the job (default: .)"
-    )
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        metavar="PATTERN",
-        help="what of it stays behind, besides .venv, .work, .git and what .gitignore names; "
-        "may be repeated",
-    )
-    parser.add_argument(
-        "--env", action="append", metavar="NAME=VALUE", help="variable of the job; may be repeated"
-    )
-    parser.add_argument(
-        "--no-wait",
-        action="store_true",
-        default=False,
-        help="print the submission id and leave the job alone",
-    )
-
-
-def _command(
-    commands: Any, name: str, command: Callable[[argparse.Namespace], int | None], says: str
-) -> argparse.ArgumentParser:
-    """A parser that leaves out of its result what was not given: defaults live in one place."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=says, description=says, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
-    parser.add_argument("--verbose", action="store_true", help="errors with their traceback")
-    parser.set_defaults(command=command, verbose=False, json=False)
-    return parser
-
-
-def _add_progress(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--progress", choices=("lines", "json"), default="lines", help="form of events on stderr"
-    )
-
-
-def _add_json(parser: argparse.ArgumentParser, says: str) -> None:
-    parser.add_argument("--json", action="store_true", help=says)
-
-
-def _add_field(
-    parser: argparse.ArgumentParser, field: Field[Any], *, shows_default: bool = True
-) -> None:
-    """The flag of a recipe field."""
-    says = HELP[field.name]
-    if shows_default and isinstance(field.default, str | int) and field.name != "download":
-        says += f" (default: {field.default})"
-    flag = "--" + field.name.replace("_", "-")
-    kind: Any = field.type
-    if kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=says)
-    elif kind == tuple[str, ...]:
-        parser.add_argument(flag, action="append", metavar="SELECTOR", help=says)
-    else:
-        (wanted, *_) = get_args(kind) or (kind,)
-        choices = CHOICES.get(field.name)
-        metavar = None if choices else METAVARS.get(field.name, METAVARS[wanted])
-        parser.add_argument(flag, type=wanted, choices=choices, metavar=metavar, help=says)
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "compress": _compress,
+    "search": _search,
+    "evaluate": _evaluate,
+    "export": _export,
+    "status": _status,
+    "report": _report,
+    "compare": _compare,
+    "clean": _clean,
+    "submit": _submit,
+}
+"""What performs a command of `arguments.parser`."""

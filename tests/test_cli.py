@@ -13,7 +13,8 @@ import pytest
 from byte_tokenizer import bytes_tokenizer
 
 from orchestrator import __version__, api
-from orchestrator.cli import HELP, main
+from orchestrator.arguments import HELP
+from orchestrator.cli import main
 from orchestrator.errors import (
     InfeasibleError,
     InputError,

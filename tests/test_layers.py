@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "cluster": f"{ALL_PARTS} torch numpy safetensors ray grpc",
     "api": f"{ALL_PARTS} pages searching transformers",
     "searching": "api errors options recipe result store",
-    "cli": "errors recipe result progress api",
+    "arguments": "recipe",
+    "cli": "arguments errors recipe result progress api",
     "__main__": "cli",
 }
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "pyarrow", "ray", "torch", "transformers"}

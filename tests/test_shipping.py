@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.cli import _parser
+from orchestrator.arguments import make_parser
 from orchestrator.store.run import RunDirectory
 
 ROOT = Path(__file__).parent.parent
@@ -306,7 +306,7 @@ def test_the_job_is_tried_again_and_cleans_up():
     assert JOB_SPEC["ttlSecondsAfterFinished"] > 0
     python, module, name, *arguments = shlex.split(JOB_SPEC["entrypoint"])
     assert [python, module, name] == ["python", "-m", "orchestrator"]
-    options = vars(_parser().parse_args(arguments))
+    options = vars(make_parser().parse_args(arguments))
     (mount,) = HEAD["template"]["spec"]["containers"][0]["volumeMounts"]
     for path in (options["model"], options["out"], options["calibration"]):
         assert path.startswith(f"{mount['mountPath']}/")
@@ -355,7 +355,7 @@ def test_slurm_calls_are_ray_s_and_ours(slurm):
     check_ray_command(["start", *start])
     python, module, name, *arguments = call[separator + 1 :]
     assert [python, module, name] == ["python", "-m", "orchestrator"]
-    assert _parser().parse_args(arguments).address == "auto"
+    assert make_parser().parse_args(arguments).address == "auto"
     assert not any("requeue" in call for call in calls)
 
 

@@ -132,7 +132,8 @@ class _Loop:
         self._tell("lost", outcome, why, outcome.cause, decision.action)
         if decision.error is not None:
             raise decision.error
-        if decision.action is Action.QUARANTINE:
+        # its other workers may fail on their last call
+        if decision.action is Action.QUARANTINE and node not in self._pool.quarantined():
             self._pool.quarantine(node)
             self._on_event({"event": "quarantined", "node": node})
         self._schedule.lost(call)
