@@ -194,7 +194,8 @@ def test_a_unit_that_kills_its_workers_is_named(
     monkeypatch.undo()
     again = Seen()
     run(llama, tmp_path / "out", text, on_event=again)
-    assert units(again.events) == 10 - units(seen.events)
+    # one that was under way may have been committed after the end
+    assert units(again.events) <= 10 - units(seen.events)
     assert units(seen.events) >= 4
     assert contents(tmp_path / "out") == reference
 
