@@ -73,7 +73,7 @@ def evaluate(
     dtype: str = "auto",
     executor: str = "ray",
     address: str | None = None,
-    workers: int | None = None,
+    workers: int | str | None = None,
     threads: int | None = None,
     shards: int | None = None,
     run_dir: str | Path | None = None,

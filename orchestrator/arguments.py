@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from orchestrator import __version__
-from orchestrator.recipe import CHOICES, PRESETS, Recipe
+from orchestrator.recipe import CHOICES, PRESETS, Recipe, parse_value
 
 HELP = {
     "keep": "values to keep of the targeted linears, above 0, at most 1",
@@ -35,7 +35,8 @@ HELP = {
     "download": "let a hub id be downloaded when the local cache lacks it",
     "executor": "actors of Ray, or the same units in this process",
     "address": "Ray cluster to join: auto or an address; a local Ray without it",
-    "workers": "actors; one a GPU, or one a CPU where there are no GPUs, without it",
+    "workers": "actors; one a GPU, or one a CPU where there are no GPUs, without it; 2..8 begins "
+    "with 2, and an autoscaler is asked for up to 8",
     "threads": "of an actor; one without it",
     "shards": "contiguous cuts of the model; at most two blocks each without it",
     "run_dir": "run directory; OUT.run without it",
@@ -45,6 +46,7 @@ METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"} | {
     "calibration": "TEXT",
     "max_shard_size": "SIZE",
     "run_dir": "DIR",
+    "workers": "N",
 }
 FIELDS = {field.name: field for field in fields(Recipe)}
 
@@ -251,7 +253,9 @@ def _add_field(
     elif kind == tuple[str, ...]:
         parser.add_argument(flag, action="append", metavar="SELECTOR", help=says)
     else:
-        (wanted, *_) = get_args(kind) or (kind,)
+        (wanted, *others) = get_args(kind) or (kind,)
+        if str in others:
+            wanted = parse_value
         choices = CHOICES.get(field.name)
-        metavar = None if choices else METAVARS.get(field.name, METAVARS[wanted])
+        metavar = None if choices else METAVARS.get(field.name, METAVARS.get(wanted))
         parser.add_argument(flag, type=wanted, choices=choices, metavar=metavar, help=says)

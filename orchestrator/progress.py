@@ -11,7 +11,7 @@ An event is a plain dict. Known are
     {"event": "lost" | "failed", "unit": ..., "why": ..., "cause": ..., "node": ..., "pid": ...,
      "decided": ..., "record": ...}
     {"event": "draining", "node": ..., "deadline": ...}
-    {"event": "retired", "node": ..., "pid": ...}
+    {"event": "retired" | "returned", "node": ..., "pid": ...}
     {"event": "quarantined", "node": ...}
     {"event": "missing" | "damaged", "unit": ..., "why": ...}
 
@@ -79,6 +79,8 @@ class Lines:
                 where = f"{event['unit']}: process {event['pid']} on {event['node']}"
                 then = f"{event['decided']}, see {record}"
                 return f"{where} {event['cause']}: {event['why']}; {then}"
+            case {"event": "returned", "node": node, "pid": pid}:
+                return f"process {pid} on {node} is given back: there is nothing left for it to do"
             case {"event": "draining", "node": node, "deadline": deadline}:
                 left = max((deadline or 0.0) - time.time(), 0.0)
                 when = f" in {duration(left)}" if deadline else ""

@@ -29,8 +29,9 @@ CHOICES = {
     "output_dtype": DTYPES,
 }
 TYPE_NAMES = {bool: "true or false", float: "a number", int: "a whole number", str: "a string"}
+WORKERS = re.compile(r"([0-9]{1,19})(?:\.\.([0-9]{1,19}))?")
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-COUNTS = ("samples", "sequence_length", "workers", "threads", "shards")
+COUNTS = ("samples", "sequence_length", "threads", "shards")
 SIZE_UNITS = {
     "B": 1,
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
@@ -136,8 +137,9 @@ class Recipe:
     """`ray` actors, or `local`: the same units in this process without Ray."""
     address: str | None = None
     """Ray cluster: nothing starts a local Ray, `auto` or an address joins that cluster."""
-    workers: int | None = None
-    """Actors; nothing means one a GPU, or one a CPU share where there are none."""
+    workers: int | str | None = None
+    """Actors; nothing means one a GPU, or one a CPU share where there are none, and more when nodes
+    come. `MIN..MAX` begins with MIN and asks an autoscaler for what else the work can use."""
     threads: int | None = None
     """Threads an actor; nothing means one, with which the bits depend on no machine's size."""
     shards: int | None = None
@@ -167,6 +169,7 @@ class Recipe:
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise UsageError(f"{name} is {count}; it must be 1 or above")
+        parse_workers(self.workers)
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}; it must be 0 or above")
         for name, allowed in CHOICES.items():
@@ -312,6 +315,24 @@ def parse_vary(text: str) -> tuple[str, list[Any]]:
     if not separator or not name.strip() or not all(values):
         raise UsageError(f"vary is {text!r}; write it like storage=plain,pivoted or mgaa.t=0.5,1")
     return name.strip(), [parse_value(value) for value in values]
+
+
+def parse_workers(workers: int | str | None) -> tuple[int, int] | None:
+    """The fewest and the most workers of `2..8`, or of 4 as both; nothing of nothing.
+
+    Raises:
+        UsageError: It is neither, or not in that order, or below one.
+    """
+    if workers is None:
+        return None
+    found = WORKERS.fullmatch(str(workers))
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most:
+        raise UsageError(
+            f"workers is {_shown(workers)}; it must be a number of 1 or above, or MIN..MAX, "
+            "1..8 for example"
+        )
+    return least, most
 
 
 def size_in_bytes(text: str) -> int:

@@ -33,11 +33,13 @@ class ScriptedPool:
 
     A block is only finished by a worker that has seen every chunk of its shard once, in order.
     Workers are spread over the nodes in turn; those of a node that drains, once so many calls were
-    made, are to leave it.
+    made, are to leave it. There is room for more workers if it is said for how many.
     """
 
-    def __init__(self, workers, script=(), nodes=("a",), drains=None):
+    def __init__(self, workers, script=(), nodes=("a",), drains=None, growing_to=0):
         self._script = list(script)
+        self._growing_to = growing_to
+        self.asked = []
         self._nodes = list(nodes)
         self._drains = drains or {}
         self._draining, self._quarantined = set(), set()
@@ -101,6 +103,16 @@ class ScriptedPool:
     def replace(self, worker):
         del self._seats[worker]
         self._add()
+
+    def scale(self, usable):
+        self.asked.append(usable)
+        while len(self._seats) < min(usable, self._growing_to):
+            self._add()
+        return max(0, len(self._seats) - usable)
+
+    def give_back(self, worker):
+        assert all(call.worker != worker for call in self._running)
+        del self._seats[worker]
 
     def leaving(self):
         self._draining = {
@@ -521,3 +533,22 @@ def test_only_awaited_chunks_are_handed_over(run):
     pool, _, _ = run(four_blocks(), awaited=lambda chunk: chunk[1] < 2)
     assert pool.records["blocks 2-3, chunk 0"] == "blocks 0-1, chunk 0 gave this"
     assert pool.records["blocks 2-3, chunk 2"] is None
+
+
+def test_workers_come_for_what_a_schedule_can_use(run):
+    """A run that began with one takes those that come, and asks for no more than it can use."""
+    pool, done, _ = run(bag(), workers=1, growing_to=4)
+    assert len(done) == 6
+    assert len(pool.workers()) == 4
+    assert pool.asked[0] == 6
+    assert pool.asked[-1] == 1
+
+
+def test_an_idle_worker_that_is_too_many_is_given_back(run, monkeypatch):
+    """At the end of a stage those go that have nothing to do, and say so; one is at its call."""
+    monkeypatch.setattr("orchestrator.cluster.scaling.IDLE_SECONDS", -1.0)
+    pool, done, events = run(bag(4), workers=4)
+    assert len(done) == 4
+    assert len(pool.workers()) == 1
+    assert [event["event"] for event in events] == ["returned"] * 3
+    assert {event["pid"] for event in events} | set(pool.workers()) == {0, 1, 2, 3}

@@ -15,6 +15,7 @@ import pytest
 from drivers import SMALL, start, wait_for
 from pipeline import contents, run, with_tokenizer, write_text
 
+from orchestrator.cluster.scaling import Bounds
 from orchestrator.cluster.worker import Task, Worker, check_alike
 from orchestrator.errors import InfeasibleError, InputError, WorkerError
 from orchestrator.models.output import MARKER_FILE
@@ -216,6 +217,9 @@ print(json.dumps(compress(Recipe(**fields)).report["timings"]["environment"]))
     assert written["model.safetensors"] == reference["model.safetensors"]
 
 
+UNASKED = Bounds()
+
+
 @pytest.fixture
 def make_pool(ray_address):
     """Makes pools of workers that need no model."""
@@ -232,10 +236,10 @@ def make_pool(ray_address):
         def perform(self, method, arguments, record):
             return (None if record is None else int(record["x"].sum())), None
 
-    def make(task, workers=1, cpus=1, announce=lambda event: None):
+    def make(task, bounds=UNASKED, usable=1, cpus=1, announce=lambda event: None):
         share = {"num_cpus": cpus, "num_gpus": 0}
         options = {"nonce": "n", "share": share, "threads": 1, "announce": announce}
-        return RayPool(Plain, task, workers=workers, **options)
+        return RayPool(Plain, task, bounds=bounds, usable=usable, is_shared=True, **options)
 
     return make
 
@@ -244,16 +248,31 @@ def make_pool(ray_address):
 def test_a_worker_that_cannot_start_is_an_error(make_pool):
     """What its constructor raised is said at once, in one line."""
     with make_pool("broken") as pool, pytest.raises(WorkerError) as raised:
-        pool.gather(1)
+        pool.gather()
     assert str(raised.value) == "a worker cannot start: ValueError: no such thing"
 
 
+@pytest.fixture
+def half_taken():
+    """Half of the cluster's eight CPUs are at something else."""
+    import ray
+
+    class Other:
+        def is_there(self):
+            return True
+
+    other = ray.remote(num_cpus=4)(Other).remote()
+    ray.get(other.is_there.remote())
+    yield
+    ray.kill(other)
+
+
 @pytest.mark.ray
-def test_workers_without_room_are_not_waited_for(make_pool, monkeypatch):
+def test_workers_without_room_are_not_waited_for(make_pool):
     """The run begins with those that fit; those that do not are no workers until they do."""
-    monkeypatch.setattr("orchestrator.cluster.ray_pool.PATIENCE_SECONDS", 4.0)
-    with make_pool("fine", workers=3, cpus=4) as pool:
-        assert len(pool.gather(1)) == 2
+    with make_pool("fine", Bounds(1, 3, is_growing=True), usable=9, cpus=4) as pool:
+        assert len(pool.gather()) == 2
+        assert len(pool._actors) == 3
         first, second = pool.workers()
         pool.replace(first)
         assert pool.workers() == [second]
@@ -261,17 +280,42 @@ def test_workers_without_room_are_not_waited_for(make_pool, monkeypatch):
 
 
 @pytest.mark.ray
-def test_too_few_workers_in_time_is_infeasible(make_pool, monkeypatch):
+def test_the_room_there_is_is_taken_and_given_back(make_pool):
+    """Unasked no more actors are there than fit; what a stage cannot use is given back."""
+    with make_pool("fine", usable=9, cpus=4) as pool:
+        assert len(pool.gather()) == len(pool._actors) == 2
+        assert pool.scale(2) == 0
+        assert pool.scale(1) == 1
+        pool.give_back(pool.workers()[0])
+        assert pool.scale(1) == 0
+        assert len(pool.workers()) == len(pool._actors) == 1
+        assert pool.scale(2) == 0
+        assert wait_for(lambda: not pool.wait(0.1) and len(pool.workers()) == 2)
+
+
+@pytest.mark.ray
+def test_who_has_not_come_is_asked_for_no_more(make_pool, half_taken):
+    """When less is left to do, the first to be given up are those without a place."""
+    with make_pool("fine", usable=9, cpus=4) as pool:
+        (probe,) = pool.gather()
+        assert len(pool._actors) == 2
+        assert pool.scale(1) == 0
+        assert [pool.seat(worker).pid for worker in pool._actors] == [probe["pid"]]
+        assert not pool._joining
+
+
+@pytest.mark.ray
+def test_too_few_workers_in_time_is_infeasible(make_pool, half_taken, monkeypatch):
     """Who asks for more than there is room for now hears what is there, also while it waits."""
     monkeypatch.setattr("orchestrator.cluster.ray_pool.PATIENCE_SECONDS", 2.0)
     monkeypatch.setattr("orchestrator.cluster.ray_pool.START_SECONDS", 6.0)
-    says = "2 of 3 workers started within 6 s; 2 workers, 0 of 8 CPU free"
+    says = "1 of 2 workers started within 6 s; 1 workers, 0 of 8 CPU free"
     events = []
-    pool = make_pool("fine", workers=3, cpus=4, announce=events.append)
+    pool = make_pool("fine", Bounds(2, 2), usable=2, cpus=4, announce=events.append)
     with pool, pytest.raises(InfeasibleError, match=says):
-        pool.gather(3)
-    there = "2 workers, 0 of 8 CPU free"
-    assert {"event": "waiting", "for": "1 of 3 workers to start", "there": there} in events
+        pool.gather()
+    there = "1 workers, 0 of 8 CPU free"
+    assert {"event": "waiting", "for": "1 of 2 workers to start", "there": there} in events
 
 
 @pytest.mark.ray
@@ -286,7 +330,7 @@ def test_a_chunk_that_went_with_its_node_is_read_from_its_file(make_pool):
             return [ray.put({"x": np.ones(10**6)})]
 
     with make_pool("fine") as pool:
-        pool.gather(1)
+        pool.gather()
         (worker,) = pool.workers()
         call = Call(worker, "step", (0, False), "blocks 2-3, chunk 0", 1, takes=(2, 0))
         for is_lost in (False, True):

@@ -36,6 +36,7 @@ class Simulation:
             assert len({call.worker for call in calls}) == len(calls)
             busy += calls
             assert busy, "nothing runs and nothing is finished"
+            assert len(busy) <= self.schedule.usable
             call = busy.pop(self.rng.randrange(len(busy)))
             if self.rng.random() < self.want:
                 self.splits += self.schedule.split(call)
@@ -317,3 +318,32 @@ def test_default_shards_fill_the_last_wave():
     assert default_shards(30, 1) == 15
     assert default_shards(80, 8) == 40
     assert default_shards(3, 8) == 3
+
+
+def test_a_shard_goes_where_its_chunks_are_made():
+    """Neighbours come to lie on one node, and what a lost worker held goes back to its node."""
+    nodes = {0: "a", 1: "b", 2: "a", 3: "b", 4: "b"}
+    schedule = Pass(
+        cut_blocks(8, 4), todo=range(8), num_chunks=3, present=[set() for _ in range(4)]
+    )
+    calls = schedule.calls([0, 1, 2, 3], nodes)
+    assert [(call.worker, call.shard) for call in calls] == [(0, 0), (2, 1), (1, 2), (3, 3)]
+    for call in calls:
+        schedule.succeeded(call)
+    schedule.retired(1)
+    schedule.retired(3)
+    nodes = {4: "b", 5: "a", 6: "b"}
+    took = {call.shard: call.worker for call in schedule.calls([4, 5, 6], nodes)}
+    assert took == {2: 5, 3: 4}, "behind shard 1, which is on a; then anywhere"
+
+
+def test_what_a_schedule_can_use_falls_to_nothing():
+    """Whoever is one too many is told so before the end: at it, nobody is wanted."""
+    bag = Bag("write", [(f"file {n}", (n,)) for n in range(3)])
+    seen = []
+    while not bag.finished:
+        seen.append(bag.usable)
+        for call in bag.calls([0, 1]):
+            bag.succeeded(call)
+    assert seen == [3, 1]
+    assert bag.usable == 0

@@ -18,7 +18,7 @@ Rules, asserted by the tests:
 - A worker that comes later takes part from the next block on. One is enough.
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,7 @@ class Chain:
         self._running: set[int] = set()
         self._waiting: list[int] = []
         self._life = self._serial = 0
+        self._most_parts = 1
         self._rest_here()
 
     def _rest_here(self) -> None:
@@ -100,12 +101,16 @@ class Chain:
     def finished(self) -> bool:
         return not self._todo
 
+    @property
+    def usable(self) -> int:
+        return self._most_parts
+
     def ended(self) -> list[tuple[int, Any]]:
         """Blocks that came to their end since this was last asked, and what their programs gave."""
         ended, self._ended = self._ended, []
         return ended
 
-    def calls(self, idle: Sequence[int]) -> list[Call]:
+    def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
         if self._round is None and not self._begin(sorted(idle)):
             return []
         fresh = [worker for worker in self._replicas if worker not in self._entered]
@@ -132,6 +137,7 @@ class Chain:
         """The next round, in which all read what the one before has emitted."""
         self._round = each
         self._waiting = list(range(each.parts)) if each else []
+        self._most_parts = max(self._most_parts, len(self._waiting))
         self._entered: set[int] = set()
         self._values: dict[int, Any] = {}
         self._states: dict[int, Any] = {}

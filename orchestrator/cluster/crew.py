@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from orchestrator.cluster.pool import LocalPool, Pool
+from orchestrator.cluster.scaling import Bounds
 from orchestrator.cluster.watch import Watch
 from orchestrator.cluster.worker import PROBE_PREFIX, Task, Worker
 from orchestrator.errors import OrchestratorError, UsageError
@@ -25,7 +26,7 @@ class Schedule:
 
     executor: str = "ray"
     address: str | None = None
-    workers: int | None = None
+    workers: int | str | None = None
     threads: int | None = None
     shards: int | None = None
 
@@ -55,8 +56,9 @@ def assemble(
         InfeasibleError: The cluster can never hold so many workers.
         InputError: A node does not see the model or a directory, or runs other versions.
     """
+    bounds = Bounds.of(schedule.workers)
     if schedule.executor == "local":
-        if schedule.workers not in (None, 1):
+        if bounds.least > 1:
             raise UsageError(
                 f"workers: {schedule.workers} with the local executor, which is one process; "
                 "leave it out, or use --executor ray"
@@ -71,7 +73,7 @@ def assemble(
             # the worker has set its own number, in what is the caller's process
             torch.set_num_threads(threads)
         return
-    with _ray_pool(worker_class, task, schedule, most, watch) as (ray_pool, probes):
+    with _ray_pool(worker_class, task, schedule, bounds, most, watch) as (ray_pool, probes):
         environment = probes[0]["environment"]
         nodes = tuple(sorted({probe["node"] for probe in probes}))
         watch.note(f"{len(probes)} workers on {', '.join(nodes)}: {environment['device']}")
@@ -85,39 +87,47 @@ def assemble(
 
 @contextmanager
 def _ray_pool(
-    worker_class: type[Worker], task: Task, schedule: Schedule, most: int, watch: Watch
+    worker_class: type[Worker],
+    task: Task,
+    schedule: Schedule,
+    bounds: Bounds,
+    most: int,
+    watch: Watch,
 ) -> Iterator[tuple[Pool, Sequence[dict[str, Any]]]]:
     """A pool of Ray actors, and what each of them said of itself."""
     # Ray takes a second to import, and a run in this process does without it
     import ray
 
-    from orchestrator.cluster.ray_cluster import check_workers, cluster_shares, connect
+    from orchestrator.cluster import ray_cluster
     from orchestrator.cluster.ray_pool import RayPool
 
     # half a start leaves processes behind, and a driver that crashes on its way out
     with watch.signals.deferred():
-        started = connect(schedule.address, watch.note)
+        cluster = ray_cluster.connect(schedule.address, watch.note)
     try:
-        share, room = cluster_shares(task.threads)
-        size = schedule.workers or max(1, min(room, most))
-        check_workers(size, share, room)
-        size = min(size, most)
+        share = ray_cluster.worker_share(task.threads)
+        if not bounds.is_growing:
+            ray_cluster.check_workers(bounds.least, share)
+        elif not ray_cluster.room(share):
+            ray_cluster.await_node(task.threads, watch.event)
+            share = ray_cluster.worker_share(task.threads)
         with (
             _probe_files(task) as nonce,
             RayPool(
                 worker_class,
                 task,
                 nonce=nonce,
-                workers=size,
+                bounds=bounds.for_work(most),
+                usable=most,
                 share=share,
                 threads=task.threads,
+                is_shared=cluster != "own",
                 announce=watch.event,
             ) as pool,
         ):
-            # who named a number gets it; else what there is room for begins
-            yield pool, pool.gather(size if schedule.workers else 1)
+            yield pool, pool.gather()
     finally:
-        if started:
+        if cluster != "given":
             ray.shutdown()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.cluster.deadline import Deadlines
 from orchestrator.cluster.policy import Action, Cause, Failure, FailurePolicy, check_nodes
 from orchestrator.cluster.pool import PATIENCE_SECONDS, Outcome, Pool
+from orchestrator.cluster.scaling import to_give_back
 from orchestrator.cluster.schedule import Call, Schedule
 from orchestrator.errors import OrchestratorError, WorkerError
 from orchestrator.store.chunks import MissingChunk
@@ -47,6 +48,7 @@ def dispatch(
     while not schedule.finished:
         loop.part_with_leaving()
         loop.start_calls()
+        loop.scale()
         outcomes = pool.wait(POLL_SECONDS)
         for outcome in outcomes or loop.overdue():
             loop.conclude(outcome)
@@ -70,6 +72,7 @@ class _Loop:
         self._deadlines = Deadlines()
         self._records: dict[tuple[int, int], Any] = {}
         self._busy: dict[int, tuple[Call, float]] = {}
+        self._idle: dict[int, float] = {}
         self._heard = time.monotonic()
 
     def part_with_leaving(self) -> None:
@@ -81,8 +84,9 @@ class _Loop:
                 self._pool.replace(worker)
 
     def start_calls(self) -> None:
-        idle = [worker for worker in self._pool.workers() if worker not in self._busy]
-        for call in self._schedule.calls(idle):
+        idle = self._idle_workers()
+        nodes = {worker: self._pool.seat(worker).node for worker in idle}
+        for call in self._schedule.calls(idle, nodes):
             record = self._records.pop(call.takes, None) if call.takes else None
             gathered = [self._records.get(chunk) for chunk in call.gathers]
             self._pool.start(call, gathered or record)
@@ -90,6 +94,20 @@ class _Loop:
         self._records = {
             chunk: record for chunk, record in self._records.items() if self._is_awaited(chunk)
         }
+
+    def _idle_workers(self) -> list[int]:
+        return [worker for worker in self._pool.workers() if worker not in self._busy]
+
+    def scale(self) -> None:
+        """Has workers come for what can be used, and gives those back that are idle for long."""
+        now = time.monotonic()
+        self._idle = {each: self._idle.get(each, now) for each in self._idle_workers()}
+        spare = self._pool.scale(self._schedule.usable)
+        idle = {worker: now - since for worker, since in self._idle.items()}
+        for worker in to_give_back(idle, spare):
+            self._on_event({"event": "returned", **asdict(self._pool.seat(worker))})
+            self._schedule.retired(worker)
+            self._pool.give_back(worker)
 
     def overdue(self) -> list[Outcome]:
         """The calls that have run past their deadline, ended."""

@@ -20,7 +20,7 @@ Rules, asserted by the tests:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
@@ -159,6 +159,10 @@ class Pipeline:
         return self.stop is not None
 
     @property
+    def usable(self) -> int:
+        return len(cut_blocks(self._num_blocks, self._num_blocks, self._group))
+
+    @property
     def cut(self) -> list[range]:
         """The shards' blocks, as they are now."""
         return [shard.blocks for shard in self._shards]
@@ -176,7 +180,7 @@ class Pipeline:
         steps = range(self.step, self._course.following(self.step))
         return [(step + 1, self._course.batches[step]) for step in steps]
 
-    def calls(self, idle: Sequence[int]) -> list[Call]:
+    def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
         if self._is_at_rest and not self._begin(sorted(idle)):
             return []
         calls = []

@@ -67,6 +67,17 @@ class Pool(Protocol):
         """Puts a fresh worker in the place of a lost one, under a new number."""
         ...
 
+    def scale(self, usable: int) -> int:
+        """Has workers come, or no more of them, for work that can use so many.
+
+        Gives how many of those that are there are too many.
+        """
+        ...
+
+    def give_back(self, worker: int) -> None:
+        """Ends an idle worker, in whose place none comes."""
+        ...
+
     def leaving(self) -> Sequence[int]:
         """Workers that are to take no new call: their nodes are draining or quarantined."""
         ...
@@ -124,6 +135,12 @@ class LocalPool:
         # the old one's memory is free before the new one takes any
         self.worker = None
         self.worker = self._make_worker()
+
+    def scale(self, usable: int) -> int:
+        return 0
+
+    def give_back(self, worker: int) -> None:
+        raise AssertionError("the only worker is never too many")
 
     def leaving(self) -> Sequence[int]:
         return []

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import ray
@@ -23,7 +23,12 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
 import orchestrator
+from orchestrator.cluster.pool import PATIENCE_SECONDS
 from orchestrator.errors import InfeasibleError, UsageError, WorkerError
+
+Event = dict[str, Any]
+Cluster = Literal["given", "joined", "own"]
+"""One that the process was connected to already, that it has joined, or that it has started."""
 
 CONNECT_SECONDS = 5.0
 _CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
@@ -39,8 +44,8 @@ QUIET = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0
 workers and Ray share few cores, it is the workers' time that they take."""
 
 
-def connect(address: str | None, announce: Callable[[str], None]) -> bool:
-    """Joins a Ray cluster, or starts one in this machine; says whether it was this call's doing.
+def connect(address: str | None, announce: Callable[[str], None]) -> Cluster:
+    """Joins a Ray cluster, or starts one in this machine; says which it is now connected to.
 
     Inside a script that has called `ray.init` that cluster is used. Inside a Ray job, where Ray
     names the cluster in `RAY_ADDRESS`, no address means that cluster. Workers on other nodes get
@@ -51,7 +56,7 @@ def connect(address: str | None, announce: Callable[[str], None]) -> bool:
         WorkerError: Ray does not start on this machine.
     """
     if ray.is_initialized():
-        return False
+        return "given"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
@@ -69,7 +74,7 @@ def connect(address: str | None, announce: Callable[[str], None]) -> bool:
         if address == "local":
             raise WorkerError(f"Ray cannot be started here: {first_line(error)}") from error
         raise UsageError(f"address {address}: cannot be joined: {first_line(error)}") from error
-    return True
+    return "own" if address == "local" else "joined"
 
 
 @contextmanager
@@ -135,38 +140,59 @@ def _check_answers(address: str) -> None:
         raise UsageError(f"address {address}: cannot be joined: {first_line(error)}") from error
 
 
-def cluster_shares(threads: int) -> tuple[dict[str, float], int]:
-    """What one worker asks for, and how many such workers the cluster's nodes can hold."""
-    nodes = _nodes()
-    if any(node.get("GPU", 0) >= 1 for node in nodes):
-        room = sum(min(int(node.get("GPU", 0)), _whole(node, threads)) for node in nodes)
-        return {"num_gpus": 1, "num_cpus": threads}, room
-    room = sum(_whole(node, threads) for node in nodes)
-    return {"num_gpus": 0, "num_cpus": threads}, room
+Share = dict[str, float]
+"""What one worker asks for, in the words of `ray.remote`."""
 
 
-def check_workers(workers: int, share: dict[str, float], room: int) -> None:
-    """Raises InfeasibleError when the cluster can never hold so many workers."""
-    if workers <= room:
+def worker_share(threads: int) -> Share:
+    """One GPU and its threads' CPUs; the CPUs alone where no node has a GPU."""
+    has_gpu = any(node["Resources"].get("GPU", 0) >= 1 for node in _nodes())
+    return {"num_gpus": int(has_gpu), "num_cpus": threads}
+
+
+def room(share: Share) -> dict[str, int]:
+    """How many workers each node that is alive could hold, were it idle; by its id."""
+    asked = {"CPU": share["num_cpus"], "GPU": share["num_gpus"]}
+    held = {}
+    for node in _nodes():
+        there = node["Resources"]
+        workers = min(int(there.get(name, 0) // each) for name, each in asked.items() if each)
+        if workers:
+            held[node["NodeID"]] = workers
+    return held
+
+
+def check_workers(workers: int, share: Share) -> None:
+    """Raises InfeasibleError when the nodes that are there cannot hold so many workers."""
+    there = sum(room(share).values())
+    if workers <= there:
         return
-    nodes = _nodes()
-    there = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+    nodes = [node["Resources"] for node in _nodes()]
+    amounts = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
     raise InfeasibleError(
         f"workers: {workers} asked for, each with {_words(share)}; the cluster has "
-        f"{_words(there)} on {len(nodes)} nodes, enough for {room}; "
-        "ask for fewer workers or threads, or add nodes"
+        f"{_words(amounts)} on {len(nodes)} nodes, enough for {there}; "
+        "ask for fewer workers or threads, or add nodes; an autoscaler is asked for them with "
+        f"--workers 1..{workers}"
     )
 
 
-def fitting_nodes(share: dict[str, float]) -> set[str]:
-    """Ids of the nodes that are alive and could hold a worker, were they idle."""
-    asked = {"CPU": share["num_cpus"], "GPU": share["num_gpus"]}
-    return {
-        node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"]
-        and all(node["Resources"].get(name, 0) >= amount for name, amount in asked.items())
-    }
+def await_node(threads: int, announce: Callable[[Event], None]) -> None:
+    """Waits, aloud, until a node has come that can hold a worker.
+
+    What it asks an autoscaler for is CPUs alone: which GPUs there will be is not known before.
+    """
+    ref = ray.remote(num_cpus=threads, max_retries=-1)(_nothing).remote()
+    try:
+        while not ray.wait([ref], timeout=PATIENCE_SECONDS)[0]:
+            there = f"{len(_nodes())} nodes, none with {threads} CPU for workers"
+            announce({"event": "waiting", "for": "a node for the first worker", "there": there})
+    finally:
+        ray.cancel(ref)
+
+
+def _nothing() -> None:
+    """A task's work whose start is all that is wanted."""
 
 
 def node_names() -> dict[str, str]:
@@ -194,13 +220,9 @@ def on_other_nodes(nodes: Set[str]) -> dict[str, Any]:
     return {"label_selector": {_NODE_LABEL: f"!in({','.join(sorted(nodes))})"}} if nodes else {}
 
 
-def _nodes() -> list[dict[str, float]]:
-    """What each node that is alive has in all."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _whole(node: dict[str, float], threads: int) -> int:
-    return int(node.get("CPU", 0) // threads)
+def _nodes() -> list[dict[str, Any]]:
+    """What Ray says of each node that is alive."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def first_line(error: BaseException) -> str:

@@ -19,13 +19,15 @@ from orchestrator.cluster import postmortem
 from orchestrator.cluster.policy import Cause
 from orchestrator.cluster.pool import PATIENCE_SECONDS, Outcome, Seat, is_out_of_memory
 from orchestrator.cluster.ray_cluster import (
+    Share,
     draining_nodes,
-    fitting_nodes,
     last_line,
     node_names,
     on_node,
     on_other_nodes,
+    room,
 )
+from orchestrator.cluster.scaling import Bounds, wanted
 from orchestrator.cluster.schedule import Call
 from orchestrator.cluster.worker import check_alike
 from orchestrator.cluster.worker_actor import WorkerActor
@@ -34,7 +36,8 @@ from orchestrator.store.chunks import MissingChunk
 
 START_SECONDS = 120.0
 FAILED_STARTS = 3
-DRAIN_POLL_SECONDS = 2.0
+POLL_SECONDS = 2.0
+"""How often Ray is asked which nodes there are; it takes it a few milliseconds."""
 POSTMORTEM_SECONDS = 10.0
 _LOST = (ActorDiedError, ActorUnavailableError, ObjectLostError, OutOfMemoryError)
 _LEAVES_ITS_LOG = (Cause.DIED, Cause.OUT_OF_MEMORY)
@@ -51,8 +54,13 @@ class RayPool:
     calls wait for no actor that the cluster has no room for. Use as a context manager; leaving it
     kills the actors.
 
+    An actor that is asked for and has not come is, to an autoscaler, a demand for a node. It goes
+    with this process, however that ends, so nothing is ever left to be taken back.
+
     Args:
         nonce: What the workers' probe looks for; their directories must hold it all the time.
+        usable: Workers that the work can use, before a schedule says so.
+        is_shared: Whether idle workers are given back, for what else the cluster has to do.
         announce: Told of waits, and of workers that came later.
     """
 
@@ -62,9 +70,11 @@ class RayPool:
         task: Any,
         *,
         nonce: str,
-        workers: int,
-        share: dict[str, float],
+        bounds: Bounds,
+        usable: int,
+        share: Share,
         threads: int,
+        is_shared: bool,
         announce: Announce,
     ) -> None:
         variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -75,7 +85,7 @@ class RayPool:
             runtime_env={"env_vars": variables},
         )(WorkerActor)
         self._worker_class = worker_class
-        self._share = share
+        self._bounds, self._share, self._is_shared = bounds, share, is_shared
         self._task = ray.put(task)
         self._nonce = nonce
         self._announce = announce
@@ -90,8 +100,8 @@ class RayPool:
         self._quarantined: set[str] = set()
         self._silent: set[str] = set()
         self._polled = 0.0
-        for _ in range(workers):
-            self._add()
+        self._room: dict[str, int] = {}
+        self.scale(usable)
 
     def __enter__(self) -> "RayPool":
         return self
@@ -121,33 +131,37 @@ class RayPool:
             self._names |= node_names()
         return self._names[node_id]
 
-    def gather(self, least: int) -> list[dict[str, Any]]:
+    def gather(self) -> list[dict[str, Any]]:
         """Waits for the workers to start, aloud; gives what each says of its node.
 
-        When `least` are there, the others are waited for no longer than patience lasts; they join
-        when the cluster has room for them.
+        When the fewest that were asked for are there, the others for which there was room are
+        waited for no longer than patience lasts; they join later. Who grows waits without end.
 
         Raises:
             InputError: A worker does not see what it must, or runs other versions than the rest.
             InfeasibleError: Fewer started in time.
             WorkerError: They die as they start.
         """
-        begun = time.monotonic()
+        begun = spoke = time.monotonic()
+        least, room = self._bounds.least, self._total_room()
         while self._joining:
             waited, there = time.monotonic() - begun, len(self._probes)
-            if there >= least and waited > PATIENCE_SECONDS:
+            if there >= least and (there >= room or waited > PATIENCE_SECONDS):
                 break
-            if waited > START_SECONDS:
+            if waited > START_SECONDS and not self._bounds.is_growing:
                 raise InfeasibleError(
                     f"{there} of {least} workers started within {START_SECONDS:.0f} s; "
                     f"{self.describe()}"
                 )
-            started, _ = ray.wait(list(self._joining), timeout=PATIENCE_SECONDS)
-            if not started:
-                what = f"{len(self._joining)} of {len(self._actors)} workers to start"
-                self._announce({"event": "waiting", "for": what, "there": self.describe()})
+            started, _ = ray.wait(list(self._joining), timeout=POLL_SECONDS)
             for ref in started:
                 self._join(ref)
+            if started:
+                spoke = time.monotonic()
+            elif time.monotonic() - spoke > PATIENCE_SECONDS:
+                spoke = time.monotonic()
+                what = f"{len(self._joining)} of {len(self._actors)} workers to start"
+                self._announce({"event": "waiting", "for": what, "there": self.describe()})
         return list(self._probes.values())
 
     def _join(self, ref: Any) -> dict[str, Any] | None:
@@ -253,22 +267,43 @@ class RayPool:
         return [Outcome(call, lost=why, cause=Cause.HUNG, log=log)]
 
     def replace(self, worker: int) -> None:
+        self.give_back(worker)
+        self._add()
+
+    def scale(self, usable: int) -> int:
+        self._poll()
+        count = wanted(self._bounds, usable, self._total_room())
+        staying = len(self._actors) - len(self.leaving())
+        for _ in range(staying, count):
+            self._add()
+        # the last ones that were asked for are the last to come
+        for ref in list(self._joining)[::-1][: max(0, staying - count)]:
+            self.give_back(self._joining[ref])
+        return max(0, len(self._probes) - count) if self._is_shared else 0
+
+    def give_back(self, worker: int) -> None:
         with suppress(RayError):
             ray.kill(self._actors[worker])
         del self._actors[worker]
         self._probes.pop(worker, None)
-        self._add()
+        self._joining = {ref: each for ref, each in self._joining.items() if each != worker}
 
     def leaving(self) -> Sequence[int]:
-        self._look_for_drains()
+        self._poll()
         going = self._draining | self._quarantined
         return [worker for worker, probe in self._probes.items() if probe["node_id"] in going]
 
-    def _look_for_drains(self) -> None:
-        """Notes nodes that are told to go; every two seconds, it takes Ray a millisecond."""
-        if time.monotonic() - self._polled < DRAIN_POLL_SECONDS:
+    def _total_room(self) -> int:
+        """Workers that the nodes that are there, and stay, can hold."""
+        going = self._draining | self._quarantined
+        return sum(workers for node, workers in self._room.items() if node not in going)
+
+    def _poll(self) -> None:
+        """Notes what nodes there are, and which are told to go."""
+        if time.monotonic() - self._polled < POLL_SECONDS:
             return
         self._polled = time.monotonic()
+        self._room = room(self._share)
         for node, deadline in draining_nodes().items():
             if node not in self._draining:
                 self._draining.add(node)
@@ -279,7 +314,7 @@ class RayPool:
         self._quarantined |= {each for each, name in self._names.items() if name == node}
 
     def nodes(self) -> Set[str]:
-        fit = fitting_nodes(self._share) - self._draining - self._quarantined
+        fit = room(self._share).keys() - self._draining - self._quarantined
         return {self._name(node) for node in fit}
 
     def quarantined(self) -> Set[str]:

@@ -8,8 +8,9 @@ Rules of a pass, asserted by the tests:
 
 - A shard with blocks to commit takes every chunk in order, and only then finishes its blocks one
   by one. A shard that only passes chunks on takes just those that are missing behind it.
-- A free worker takes the first shard that nobody holds, so a shard's upstream is always held or
-  done, unless its worker was lost.
+- The first shard that nobody holds is taken by a free worker, so a shard's upstream is always held
+  or done, unless its worker was lost. Of several free workers one takes it that is where the
+  shard's chunks are made, or where they were made last.
 - A worker that waits for chunks while an earlier shard is held by nobody gives up its own shard
   and takes the earlier one, so a pass goes on with any number of workers above zero.
 - A chunk is handed over only if somebody holds the next shard; else its file is enough.
@@ -19,7 +20,7 @@ Rules of a pass, asserted by the tests:
   as behind any shard that is run again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -49,8 +50,17 @@ class Schedule(Protocol):
     @property
     def finished(self) -> bool: ...
 
-    def calls(self, idle: Sequence[int]) -> list[Call]:
-        """The calls to start now, at most one for each idle worker."""
+    @property
+    def usable(self) -> int:
+        """The most workers that can be at work from now on."""
+        ...
+
+    def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
+        """The calls to start now, at most one for each idle worker.
+
+        Args:
+            nodes: Where workers are, as far as it is known.
+        """
         ...
 
     def succeeded(self, call: Call) -> None: ...
@@ -84,6 +94,8 @@ class ShardState:
     busy: bool = False
     fed: set[int] = field(default_factory=set)
     """Chunks that went through since the owner opened the shard."""
+    node: str | None = None
+    """Where it is held, or was held last: what it has emitted is there in memory, or cached."""
     backward: bool = False
     """Whether chunks go through it from its last block to its first."""
 
@@ -179,6 +191,10 @@ class Pass:
         """The boundary's name: the block that it is the input of."""
         return self.shards[shard].entry if shard < len(self.shards) else self.shards[-1].exit
 
+    @property
+    def usable(self) -> int:
+        return sum(not self.is_done(k) for k in range(len(self.shards)))
+
     def drop_inputs(self) -> list[int]:
         """Boundaries whose chunks will not be read again; they count as gone from here on."""
         if self.keeps:
@@ -207,7 +223,7 @@ class Pass:
             waiting = self._needed[shard + 1] - self._present[shard + 1]
         return min(waiting, default=None)
 
-    def calls(self, idle: Sequence[int]) -> list[Call]:
+    def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
         held = {state.owner: k for k, state in enumerate(self.shards) if state.owner is not None}
         calls, starved = [], []
         free = [worker for worker in idle if worker not in held]
@@ -221,12 +237,17 @@ class Pass:
                     free.append(worker)
                 else:
                     starved.append(worker)
-        calls += [call for worker in sorted(free) if (call := self._take(worker)) is not None]
+        free.sort()
+        while free and (shard := self._first_unheld()) is not None:
+            worker = self._nearest(shard, free, nodes)
+            free.remove(worker)
+            if (call := self._take(worker, shard, nodes)) is not None:
+                calls.append(call)
         for worker in sorted(starved, key=lambda w: -held[w]):
             earlier = self._first_unheld()
             if earlier is not None and earlier < held[worker]:
                 self._release(held[worker])
-                call = self._take(worker)
+                call = self._take(worker, earlier, nodes)
                 if call is not None:
                     calls.append(call)
         return calls
@@ -237,11 +258,14 @@ class Pass:
                 return k
         return None
 
-    def _take(self, worker: int) -> Call | None:
-        shard = self._first_unheld()
-        if shard is None:
-            return None
-        self.shards[shard].owner = worker
+    def _nearest(self, shard: int, free: Sequence[int], nodes: Mapping[int, str]) -> int:
+        """The first of the workers that are where the shard's input is made; else the first."""
+        upstream = self.shards[shard - 1].node if shard else self.shards[shard].node
+        return min(free, key=lambda worker: nodes.get(worker) != upstream)
+
+    def _take(self, worker: int, shard: int, nodes: Mapping[int, str]) -> Call | None:
+        state = self.shards[shard]
+        state.owner, state.node = worker, nodes.get(worker)
         return self._call(worker, shard)
 
     def _call(self, worker: int, shard: int) -> Call | None:
@@ -365,9 +389,13 @@ class Bag:
 
     @property
     def finished(self) -> bool:
-        return not self._waiting and not self._running
+        return self.usable == 0
 
-    def calls(self, idle: Sequence[int]) -> list[Call]:
+    @property
+    def usable(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
         calls = []
         for worker in idle:
             if self._waiting and worker not in self._running:

@@ -105,7 +105,7 @@ class Watch:
                 return {"stage": stage, **self._progress(event)}
             case {"event": "workers", "workers": workers}:
                 self._workers |= {(each["node"], each["pid"]) for each in workers}
-            case {"event": "lost" | "retired", "node": node, "pid": pid}:
+            case {"event": "lost" | "retired" | "returned", "node": node, "pid": pid}:
                 self._workers.discard((node, pid))
             case {"event": "failed"}:
                 pass
