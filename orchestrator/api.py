@@ -77,6 +77,7 @@ def evaluate(
     threads: int | None = None,
     shards: int | None = None,
     run_dir: str | Path | None = None,
+    allow_mixed: bool = False,
     on_event: OnEvent | None = None,
 ) -> dict[str, Any]:
     """Perplexity, speed and size of a model, and how close it is to another on the same tokens.
@@ -92,6 +93,7 @@ def evaluate(
         samples, sequence_length, stride, layout: As for calibration; every `stride`-th window.
         dtype: Of the forward passes; `auto` is each checkpoint's own.
         run_dir: Where it is resumed from; nothing means `MODEL.evaluation`.
+        allow_mixed: Whether scores of another device kind or version are added to.
 
     Returns:
         `models` (for `model` and `against`: perplexity = exp of the mean over sequences of the
@@ -122,7 +124,12 @@ def evaluate(
         },
         dtype=parse_dtype(dtype),
         schedule=Schedule(
-            executor=executor, address=address, workers=workers, threads=threads, shards=shards
+            executor=executor,
+            address=address,
+            workers=workers,
+            threads=threads,
+            shards=shards,
+            allow_mixed=allow_mixed,
         ),
         run_dir=parse_place(run_dir or f"{beside}.evaluation"),
     )

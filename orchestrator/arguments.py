@@ -40,6 +40,8 @@ HELP = {
     "threads": "of an actor; one without it",
     "shards": "contiguous cuts of the model; at most two blocks each without it",
     "run_dir": "run directory; OUT.run without it",
+    "allow_mixed": "go on with stages left unfinished on another kind of device, with other "
+    "threads or versions; they are made again without it",
 }
 METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"} | {
     "address": "ADDRESS",
@@ -137,7 +139,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--stride", metavar="N", type=int, help="take each N-th sequence only")
     for name in ("samples", "sequence_length", "layout", "dtype"):
         _add_field(parser, FIELDS[name], shows_default=False)
-    for name in ("executor", "address", "workers", "threads", "shards"):
+    for name in ("executor", "address", "workers", "threads", "shards", "allow_mixed"):
         _add_field(parser, FIELDS[name])
     parser.add_argument("--run-dir", metavar="DIR", help="run directory; MODEL.evaluation without")
     _add_progress(parser)
@@ -244,7 +246,7 @@ def _add_field(
 ) -> None:
     """The flag of a recipe field."""
     says = HELP[field.name]
-    if shows_default and isinstance(field.default, str | int) and field.name != "download":
+    if shows_default and isinstance(field.default, str | int) and field.type is not bool:
         says += f" (default: {field.default})"
     flag = "--" + field.name.replace("_", "-")
     kind: Any = field.type

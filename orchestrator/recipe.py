@@ -54,11 +54,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Recipes that a name stands for. `fast` is the best closed form: no weight is trained. `best` goes
 on from there: its blocks are refined apart from each other, then the whole is trained."""
 
-SCHEDULE = ("out", "download", "executor", "address", "workers", "threads", "shards", "run_dir")
+SCHEDULE = (
+    "out",
+    "download",
+    "executor",
+    "address",
+    "workers",
+    "threads",
+    "shards",
+    "run_dir",
+    "allow_mixed",
+)
 """Fields that say where and how fast, never what: the written checkpoint does not depend on them.
 
-The one exception, `threads`, decides the order of sums inside a matrix product: bytes are equal
-at equal threads.
+The exceptions: `threads` decides the order of sums inside a matrix product, so bytes are equal at
+equal threads; and `allow_mixed` lets an environment's bits stand beside another's.
 """
 
 
@@ -146,6 +156,9 @@ class Recipe:
     """Contiguous cuts of the model; nothing means at most two blocks in each."""
     run_dir: str | None = None
     """Run directory; nothing means `OUT.run` beside the output."""
+    allow_mixed: bool = False
+    """Whether a stage that was left unfinished with another device kind, number of threads or
+    version of a library is gone on with; without it, it is made again from its start."""
 
     options: dict[str, dict[str, Any]] = dataclass_field(default_factory=dict)
     """Options of a method or an allocation, by its name, and of `compensation`, `refinement` and

@@ -21,7 +21,7 @@ from orchestrator.result import Result
 from orchestrator.store.files import digest_json, parse_json, write_json
 from orchestrator.store.places import Remote, parse_place
 
-EVALUATION_SCHEDULE = ("executor", "address", "workers", "threads", "shards")
+EVALUATION_SCHEDULE = ("executor", "address", "workers", "threads", "shards", "allow_mixed")
 Setting = Mapping[str, Any]
 """Values by what they are of: a field of the recipe, `storage`, or an option, `two-sided.dense`."""
 

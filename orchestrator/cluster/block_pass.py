@@ -13,6 +13,7 @@ from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.verify import intact
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.store.run import RunDirectory
@@ -37,7 +38,7 @@ class BlockPass:
 
         Units that are committed, and whole, are not made again.
         """
-        done = self.committed(keys, crew, watch)
+        done = self.committed(keys, crew, watch, stage)
         cut = self._cut(crew)
         schedule = Pass(
             cut,
@@ -64,7 +65,7 @@ class BlockPass:
         Chunks pass once before, under `dense_key`, and stay at the boundaries until all is done:
         each shard is run again on what lies before it, and goes back through that.
         """
-        done = self.committed(keys, crew, watch)
+        done = self.committed(keys, crew, watch, stage)
         cut, todo = self._cut(crew), keys.keys() - done.keys()
         if todo:
             self._keep_boundaries(dense_key, cut, crew, watch)
@@ -97,7 +98,7 @@ class BlockPass:
             keys: Of the units of all blocks that are gone through, from block 0 on.
             program: The rounds of a block, told whether it is made; gives the facts of its unit.
         """
-        done = self.committed(keys, crew, watch)
+        done = self.committed(keys, crew, watch, stage)
         stores = [self.run.chunks(stream, crew.environment) for stream in streams]
         present = [
             block
@@ -133,15 +134,11 @@ class BlockPass:
         return done
 
     def committed(
-        self, keys: Mapping[int, str], crew: Crew, watch: Watch
+        self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
     ) -> dict[int, dict[str, Any]]:
-        """Facts of the units that an earlier run has left in this environment, undamaged."""
+        """Facts of the units that are taken up from an earlier run, undamaged."""
         units = self.run.units
-        found = {
-            block: facts
-            for block, key in keys.items()
-            if (facts := units.facts(key, crew.environment)) is not None
-        }
+        found = taken_up(units, keys, crew, watch, stage.name)
         hashes = {f"block {block}": units.hashes(keys[block]) for block in found}
         whole = intact(crew, watch, hashes)
         done = {block: facts for block, facts in found.items() if f"block {block}" in whole}

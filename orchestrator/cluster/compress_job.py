@@ -27,6 +27,7 @@ from orchestrator.cluster.score_job import Scoring
 from orchestrator.cluster.score_worker import ScoreWorker
 from orchestrator.cluster.sensitivity_job import Sensitivities
 from orchestrator.cluster.sensitivity_worker import CurvatureSensitivityWorker, SensitivityWorker
+from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.tokens import commit_tokens
 from orchestrator.cluster.train_job import Train
 from orchestrator.cluster.trained_stage import TrainedStage
@@ -228,6 +229,7 @@ class Compression:
             workers=recipe.workers,
             threads=recipe.threads,
             shards=recipe.shards,
+            allow_mixed=recipe.allow_mixed,
         )
 
     def calibrate_and_decompose(self, crew: Crew, watch: Watch, stage: Stage) -> None:
@@ -373,11 +375,7 @@ class Compression:
             max_shard_bytes=self.recipe.max_shard_bytes,
         )
         keys = {spec.name: self._file_key(spec) for spec in self.specs}
-        found = {
-            spec.name: facts
-            for spec in self.specs
-            if (facts := self.run.units.facts(keys[spec.name], crew.environment)) is not None
-        }
+        found = taken_up(self.run.units, keys, crew, watch, stage.name)
         hashes = {name: [(self.out / name, facts["blake2b"])] for name, facts in found.items()}
         whole = intact(crew, watch, hashes)
         self.files = {name: facts for name, facts in found.items() if name in whole}
@@ -410,6 +408,7 @@ class Compression:
             "workers": crew.size,
             "nodes": list(crew.nodes),
             "environment": crew.environment,
+            **({"made_elsewhere": watch.made_elsewhere} if watch.made_elsewhere else {}),
             "schedule": {name: getattr(self.recipe, name) for name in SCHEDULE if name != "out"},
             "decompose_seconds": sum(f["timings"]["seconds"] for f in self.facts.values()),
             "peak_worker_bytes": max(f["timings"]["peak_bytes"] for f in self.facts.values()),

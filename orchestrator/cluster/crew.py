@@ -29,6 +29,7 @@ class Schedule:
     workers: int | str | None = None
     threads: int | None = None
     shards: int | None = None
+    allow_mixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Crew:
     environment: dict[str, Any]
     """What can change bits, the same for all of them."""
     nodes: tuple[str, ...]
+    allows_mixed: bool = False
+    """Whether what was left in another environment is gone on from."""
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def assemble(
             with _probe_files(task) as nonce:
                 pool = LocalPool(lambda: worker_class(task))
                 probe = pool.worker.probe(nonce)
-            yield Crew(pool, 1, probe["environment"], (probe["node"],))
+            yield Crew(pool, 1, probe["environment"], (probe["node"],), schedule.allow_mixed)
         finally:
             # the worker has set its own number, in what is the caller's process
             torch.set_num_threads(threads)
@@ -80,7 +83,7 @@ def assemble(
         where = [asdict(ray_pool.seat(worker)) for worker in ray_pool.workers()]
         watch.event({"event": "workers", "workers": where})
         try:
-            yield Crew(ray_pool, len(probes), environment, nodes)
+            yield Crew(ray_pool, len(probes), environment, nodes, schedule.allow_mixed)
         finally:
             watch.dismiss_workers()
 

@@ -11,6 +11,7 @@ from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
 from orchestrator.cluster.evaluate_worker import EvaluationTask, tokens_per_second
 from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.tokens import commit_tokens
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import InputError
@@ -117,14 +118,13 @@ class Evaluation:
     def score(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Sequences flow through the shards of all models; behind the last ones lie the scores."""
         units, total = self.run.units, len(self.slice_keys)
-
-        def scored(index: int) -> dict[str, Any] | None:
-            return units.facts(self.slice_keys[index], crew.environment)
-
+        keys = dict(enumerate(self.slice_keys))
+        left = taken_up(units, keys, crew, watch, stage.name)
+        self._elsewhere = watch.made_elsewhere
         chunks = self.run.chunks(self.pass_key, crew.environment)
         shards = self.schedule.shards or default_shards(self.num_blocks, crew.size)
         cut = cut_blocks(self.num_blocks, shards)
-        done = {index for index in range(total) if scored(index) is not None}
+        done = set(left)
         schedule = Pass(
             cut,
             todo=(),
@@ -146,7 +146,7 @@ class Evaluation:
         run_pass(crew, watch, schedule, chunks, on_success)
         self.total = Score()
         for index in range(total):
-            facts = scored(index)
+            facts = left.get(index) or units.facts(keys[index], crew.environment)
             assert facts is not None
             self.total = self.total.merge(Score.from_json(facts))
         self._cut = schedule.cut
@@ -181,6 +181,7 @@ class Evaluation:
             "shards": len(self._cut),
             "workers": crew.size,
             "environment": crew.environment,
+            **({"made_elsewhere": self._elsewhere} if self._elsewhere else {}),
             "peak_worker_bytes": self._peak_bytes,
         }
         if "against" in models and total.predictions:

@@ -21,6 +21,7 @@ from orchestrator.cluster.masks import commit_candidates
 from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
 from orchestrator.cluster.score_worker import Trial, Trials
+from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation import Score
@@ -146,9 +147,9 @@ class Scoring:
 
     def _losses(self, trials: Sequence[Trial]) -> list[Draw]:
         """The losses of masked models, in one pass those that are not committed."""
-        units, environment = self._job.run.units, self._crew.environment
         keys = [self._unit_key(trial) for trial in trials]
-        found = {key: facts for key in keys if (facts := units.facts(key, environment)) is not None}
+        units, stage = self._job.run.units, self._stage.name
+        found = taken_up(units, {key: key for key in keys}, self._crew, self._watch, stage)
         missing = [trial for trial, key in zip(trials, keys, strict=True) if key not in found]
         self._done += len(trials) - len(missing)
         if missing:

@@ -17,6 +17,7 @@ from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
 from orchestrator.cluster.sensitivity_worker import Trial, Trials
+from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import InputError
 from orchestrator.groups import stack
@@ -68,12 +69,12 @@ class Sensitivities:
         Raises:
             InputError: A loss is not finite.
         """
-        units, environment = self._job.run.units, self._crew.environment
         keys = {trial: self._unit_key(trial) for trial in self._trials}
         scores = {
             trial: Score.from_json(facts["score"])
-            for trial, key in keys.items()
-            if (facts := units.facts(key, environment)) is not None
+            for trial, facts in taken_up(
+                self._job.run.units, keys, self._crew, self._watch, self._stage.name
+            ).items()
         }
         if len(scores) < len(keys):
             self._run(keys, scores)

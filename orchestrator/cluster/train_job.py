@@ -12,6 +12,7 @@ from orchestrator.cluster.pipeline import Pipeline, Snapshot
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.tokens import read_tokens
 from orchestrator.cluster.train_worker import TrainTask, TrainWorker, snapshot_key
 from orchestrator.cluster.trained_stage import TrainedStage
@@ -91,23 +92,22 @@ class Train(TrainedStage):
     def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Targets, steps, and a unit for each block of what the best step has made of it."""
         self._facts: dict[str, Any] = {"snapshots": [], "best": 0, "stop": "end", "numbers": 0}
-        done = self._job.block_pass.committed(self.keys, crew, watch)
+        done = self._job.block_pass.committed(self.keys, crew, watch, stage)
         if done.keys() == self.keys.keys():
             self._facts = next(iter(done.values()), self._facts)
             return
-        self._make_targets(crew, watch)
+        self._make_targets(crew, watch, stage)
         self._train(crew, watch, stage)
         self._commit(crew, watch)
 
-    def _make_targets(self, crew: Crew, watch: Watch) -> None:
+    def _make_targets(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Dense chunks through all shards, those whose top-k is not there yet."""
         job, environment = self._job, crew.environment
         units = job.run.units
         keys = dict(enumerate(self._target_keys))
+        left = taken_up(units, keys, crew, watch, "targets")
         hashes = {
-            f"targets {index}": units.hashes(key)
-            for index, key in keys.items()
-            if units.facts(key, environment) is not None
+            f"targets {index}": units.hashes(key) for index, key in keys.items() if index in left
         }
         whole = intact(crew, watch, hashes)
         results = {index for index in keys if f"targets {index}" in whole}
@@ -187,9 +187,11 @@ class Train(TrainedStage):
     def _left(self, crew: Crew, watch: Watch) -> tuple[list[Snapshot], dict[int, int]]:
         """What an earlier run has found, if the snapshots that it needs are there undamaged."""
         units = self._job.run.units
-        facts = units.facts(self._progress_key, crew.environment)
-        if facts is None:
+        key = {"snapshots": self._progress_key}
+        left = taken_up(units, key, crew, watch, "training", is_all=False)
+        if not left:
             return [], {}
+        facts = left["snapshots"]
         snapshots = [Snapshot(**each) for each in facts["snapshots"]]
         numbers = {int(block): count for block, count in facts["numbers"].items()}
         hashes = {

@@ -33,6 +33,8 @@ class Watch:
         self.signals = Signals(lambda name: self._write_stopped())
         self.seconds: dict[str, float] = {}
         """Wall time by stage."""
+        self.made_elsewhere: list[dict[str, Any]] = []
+        """Stages with units of another environment: how many, and which environment."""
 
     def __enter__(self) -> "Watch":
         self._write()

@@ -1,0 +1,139 @@
+"""A run that is taken up where bits may differ: other threads stand for any other environment."""
+
+import pytest
+from pipeline import contents, run, write_llama, write_text
+from safetensors.torch import load_file
+
+from orchestrator import evaluate
+from orchestrator.cluster.crew import Crew
+from orchestrator.cluster.taken_up import taken_up
+from orchestrator.cluster.watch import Watch
+from orchestrator.errors import StoppedError
+from orchestrator.store.run import RunDirectory
+
+HERE, THERE = {"device": "cpu", "threads": 2}, {"device": "cpu", "threads": 1}
+
+
+@pytest.fixture
+def left(tmp_path):
+    """What is taken up of four units, of which each was made in one of two environments, or not."""
+    directory = RunDirectory(tmp_path)
+
+    def left(made, *, allows_mixed=False, is_all=True):
+        keys = {n: f"{n:02d}" * 32 for n in range(4)}
+        for n, environment in made.items():
+            directory.units.begin(keys[n]).commit(environment=environment, facts={"n": n})
+        events = []
+        crew = Crew(None, 1, HERE, ("node",), allows_mixed)
+        watch = Watch(directory, events.append)
+        found = taken_up(directory.units, keys, crew, watch, "calibrate", is_all=is_all)
+        assert all(facts == {"n": n} for n, facts in found.items())
+        notes = [event["text"] for event in events]
+        return set(found), notes, watch.made_elsewhere
+
+    return left
+
+
+def test_units_of_this_environment_are_taken_up(left):
+    """Nothing is said of them, and the report has no word of another environment."""
+    assert left({0: HERE, 2: HERE}) == ({0, 2}, [], [])
+
+
+def test_a_stage_that_is_complete_elsewhere_is_taken_as_it_is(left):
+    """All its units are alike, so nothing is gained by making them again; but it is said."""
+    found, (note,), elsewhere = left(dict.fromkeys(range(4), THERE))
+    assert found == {0, 1, 2, 3}
+    assert note.startswith("4 of 4 units of calibrate were made with threads 1 (here 2): taken")
+    assert elsewhere == [{"stage": "calibrate", "units": 4, "environment": THERE}]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {0: THERE, 1: THERE, 3: THERE},
+        {0: THERE, 1: THERE, 2: HERE, 3: THERE},
+        {0: THERE, 1: THERE, 2: THERE | {"device": "cuda"}, 3: THERE},
+    ],
+)
+def test_a_stage_left_unfinished_elsewhere_is_made_again_whole(left, made):
+    """Its units would not be alike; who wants them all the same says so."""
+    here = {n for n, environment in made.items() if environment == HERE}
+    found, (note,), elsewhere = left(made)
+    assert (found, elsewhere) == (here, [])
+    assert note.endswith("made again, since others are missing; --allow-mixed takes them")
+    found, (note,), elsewhere = left(made, allows_mixed=True)
+    assert found == made.keys()
+    assert elsewhere[0]["units"] == len(made) - len(here)
+    assert "taken as they are" in note
+
+
+def test_what_is_only_a_part_of_a_stage_is_never_complete(left):
+    """The record of snapshots is one unit, however far training has come."""
+    made = dict.fromkeys(range(4), THERE)
+    assert left(made, is_all=False)[0] == set()
+    assert left(made, is_all=False, allows_mixed=True)[0] == {0, 1, 2, 3}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def stop_at(stage, done):
+    """Ends a run as a signal does, once so many units of a stage are done."""
+
+    def on_event(event):
+        if event.get("stage") == stage and event.get("done") == done:
+            raise StoppedError("enough")
+
+    return on_event
+
+
+def stopped_and_taken_up(llama, text, out, stage, done, **fields):
+    """The report and the notes of a run that is left with one thread and taken up with two."""
+    with pytest.raises(StoppedError):
+        run(llama, out, text, on_event=stop_at(stage, done), threads=1, shards=4)
+    events = []
+    result = run(llama, out, text, on_event=events.append, threads=2, shards=4, **fields)
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    return result.report["timings"], notes
+
+
+def test_an_unfinished_stage_is_made_again_with_other_threads(llama, text, tmp_path):
+    """The bytes are those of a run that had two threads from its start."""
+    timings, notes = stopped_and_taken_up(llama, text, tmp_path / "out", "calibrate", 2)
+    assert "made_elsewhere" not in timings
+    assert sum("2 of 4 units of calibrate were made with threads 1" in note for note in notes) == 1
+    run(llama, tmp_path / "whole", text, threads=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_finished_stage_and_a_mixed_one_are_said_in_the_report(llama, text, tmp_path):
+    """What other threads have made is gone on from: equal within rounding, and told."""
+    run(llama, tmp_path / "whole", text, threads=2)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    for name, done, fields in (("all", 4, {}), ("some", 2, {"allow_mixed": True})):
+        out = tmp_path / name
+        timings, _ = stopped_and_taken_up(llama, text, out, "calibrate", done, **fields)
+        (made,) = timings["made_elsewhere"]
+        assert (made["stage"], made["units"]) == ("calibrate", done)
+        assert made["environment"] == timings["environment"] | {"threads": 1}
+        found = load_file(out / "model.safetensors")
+        assert found.keys() == whole.keys()
+        assert all((found[each] - whole[each]).abs().max() < 1e-3 for each in whole)
+
+
+def test_an_evaluation_says_what_was_scored_elsewhere(llama, text, tmp_path):
+    """Half of the scores come from one thread; two add the others."""
+    fields = {"text": str(text), "samples": 4, "sequence_length": 48, "executor": "local"}
+    fields |= {"run_dir": tmp_path / "run"}
+    with pytest.raises(StoppedError):
+        evaluate(llama, on_event=stop_at("evaluate", 2), threads=1, shards=1, **fields)
+    report = evaluate(llama, threads=2, shards=1, allow_mixed=True, **fields)
+    (made,) = report["made_elsewhere"]
+    assert (made["stage"], made["units"]) == ("evaluate", 2)
