@@ -47,7 +47,7 @@ class BlockPass:
             present=self._present(pass_key, [blocks.start for blocks in cut], crew),
             joints=range(0, self.num_blocks, self.group),
         )
-        self._perform(schedule, pass_key, done, len(keys), crew, watch, stage)
+        self._perform(schedule, pass_key, done, keys, crew, watch, stage)
         return done
 
     def backward(
@@ -78,7 +78,7 @@ class BlockPass:
             backward=True,
             about=(True,),
         )
-        self._perform(schedule, pass_key, done, len(keys), crew, watch, stage)
+        self._perform(schedule, pass_key, done, keys, crew, watch, stage)
         self.run.chunks(dense_key, crew.environment).clear()
         return done
 
@@ -113,8 +113,7 @@ class BlockPass:
                     store.drop(block)
                 if facts is not None:
                     done[block] = facts
-                    seconds = facts["timings"]["seconds"]
-                    stage.progress(len(done), len(keys), unit=f"block {block}", seconds=seconds)
+                    self._progress(block, done, keys, stage)
 
         def on_success(call: Call, value: Any) -> None:
             schedule.told(call, value)
@@ -180,7 +179,7 @@ class BlockPass:
         schedule: Pass,
         pass_key: str,
         done: dict[int, dict[str, Any]],
-        total: int,
+        keys: Mapping[int, str],
         crew: Crew,
         watch: Watch,
         stage: Stage,
@@ -191,8 +190,18 @@ class BlockPass:
             if call.method == "finish":
                 (block,) = call.arguments
                 done[block] = value
-                seconds = value["timings"]["seconds"]
-                stage.progress(len(done), total, unit=f"block {block}", seconds=seconds)
+                self._progress(block, done, keys, stage)
 
         chunks = self.run.chunks(pass_key, crew.environment)
         run_pass(crew, watch, schedule, chunks, on_success)
+
+    def _progress(
+        self,
+        block: int,
+        done: Mapping[int, Mapping[str, Any]],
+        keys: Mapping[int, str],
+        stage: Stage,
+    ) -> None:
+        """Tells of a block whose unit is committed."""
+        seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])
+        stage.progress(len(done), len(keys), unit=f"block {block}", seconds=seconds, bytes=size)

@@ -386,7 +386,7 @@ class Compression:
             self.files[name] = value
             unit = self.run.units.begin(keys[name])
             unit.commit(environment=crew.environment, facts=value)
-            stage.progress(len(self.files), len(self.specs), unit=name)
+            stage.progress(len(self.files), len(self.specs), unit=name, bytes=value["bytes"])
 
         bag = Bag("write", [(spec.name, (spec.to_json(), *self.choice)) for spec in missing])
         dispatch(crew.pool, bag, FailurePolicy(), on_success=on_success, on_event=watch.event)

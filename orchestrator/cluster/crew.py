@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,20 +45,58 @@ class Crew:
     """Whether what was left in another environment is gone on from."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """Where crews are assembled: a Ray cluster, or this process."""
+
+    schedule: Schedule
+    is_shared: bool = False
+    """Whether it is a cluster that may have other things to do."""
+
+
+@contextmanager
+def ground(schedule: Schedule, watch: Watch) -> Iterator[Ground]:
+    """Joins a Ray cluster or starts one, for all crews of a run; leaves it, or ends it.
+
+    Raises:
+        UsageError: The address does not answer.
+    """
+    if schedule.executor == "local":
+        yield Ground(schedule)
+        return
+    # Ray takes a second to import, and a run in this process does without it
+    import ray
+
+    from orchestrator.cluster.metrics import Metrics
+    from orchestrator.cluster.ray_cluster import connect
+
+    # half a start leaves processes behind, and a driver that crashes on its way out
+    with watch.signals.deferred():
+        cluster = connect(schedule.address, watch.note)
+    try:
+        # a Ray of our own is asked for its metrics by nobody
+        with nullcontext() if cluster == "own" else Metrics().following(watch):
+            yield Ground(schedule, is_shared=cluster != "own")
+    finally:
+        if cluster != "given":
+            ray.shutdown()
+
+
 @contextmanager
 def assemble(
-    worker_class: type[Worker], task: Task, schedule: Schedule, most: int, watch: Watch
+    worker_class: type[Worker], task: Task, where: Ground, most: int, watch: Watch
 ) -> Iterator[Crew]:
-    """Starts workers and proves them; ends them, and a Ray that was started here, on the way out.
+    """Starts workers and proves them; ends them on the way out.
 
     Args:
         most: Workers that the work can use.
 
     Raises:
-        UsageError: The address does not answer, or more than one local worker is asked for.
+        UsageError: More than one local worker is asked for.
         InfeasibleError: The cluster can never hold so many workers.
         InputError: A node does not see the model or a directory, or runs other versions.
     """
+    schedule = where.schedule
     bounds = Bounds.of(schedule.workers)
     if schedule.executor == "local":
         if bounds.least > 1:
@@ -76,12 +114,12 @@ def assemble(
             # the worker has set its own number, in what is the caller's process
             torch.set_num_threads(threads)
         return
-    with _ray_pool(worker_class, task, schedule, bounds, most, watch) as (ray_pool, probes):
+    with _ray_pool(worker_class, task, where, bounds, most, watch) as (ray_pool, probes):
         environment = probes[0]["environment"]
         nodes = tuple(sorted({probe["node"] for probe in probes}))
         watch.note(f"{len(probes)} workers on {', '.join(nodes)}: {environment['device']}")
-        where = [asdict(ray_pool.seat(worker)) for worker in ray_pool.workers()]
-        watch.event({"event": "workers", "workers": where})
+        seats = [asdict(ray_pool.seat(worker)) for worker in ray_pool.workers()]
+        watch.event({"event": "workers", "workers": seats})
         try:
             yield Crew(ray_pool, len(probes), environment, nodes, schedule.allow_mixed)
         finally:
@@ -92,46 +130,36 @@ def assemble(
 def _ray_pool(
     worker_class: type[Worker],
     task: Task,
-    schedule: Schedule,
+    where: Ground,
     bounds: Bounds,
     most: int,
     watch: Watch,
 ) -> Iterator[tuple[Pool, Sequence[dict[str, Any]]]]:
     """A pool of Ray actors, and what each of them said of itself."""
-    # Ray takes a second to import, and a run in this process does without it
-    import ray
-
     from orchestrator.cluster import ray_cluster
     from orchestrator.cluster.ray_pool import RayPool
 
-    # half a start leaves processes behind, and a driver that crashes on its way out
-    with watch.signals.deferred():
-        cluster = ray_cluster.connect(schedule.address, watch.note)
-    try:
+    share = ray_cluster.worker_share(task.threads)
+    if not bounds.is_growing:
+        ray_cluster.check_workers(bounds.least, share)
+    elif not ray_cluster.room(share):
+        ray_cluster.await_node(task.threads, watch.event)
         share = ray_cluster.worker_share(task.threads)
-        if not bounds.is_growing:
-            ray_cluster.check_workers(bounds.least, share)
-        elif not ray_cluster.room(share):
-            ray_cluster.await_node(task.threads, watch.event)
-            share = ray_cluster.worker_share(task.threads)
-        with (
-            _probe_files(task) as nonce,
-            RayPool(
-                worker_class,
-                task,
-                nonce=nonce,
-                bounds=bounds.for_work(most),
-                usable=most,
-                share=share,
-                threads=task.threads,
-                is_shared=cluster != "own",
-                announce=watch.event,
-            ) as pool,
-        ):
-            yield pool, pool.gather()
-    finally:
-        if cluster != "given":
-            ray.shutdown()
+    with (
+        _probe_files(task) as nonce,
+        RayPool(
+            worker_class,
+            task,
+            nonce=nonce,
+            bounds=bounds.for_work(most),
+            usable=most,
+            share=share,
+            threads=task.threads,
+            is_shared=where.is_shared,
+            announce=watch.event,
+        ) as pool,
+    ):
+        yield pool, pool.gather()
 
 
 @contextmanager

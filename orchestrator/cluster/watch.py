@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +13,8 @@ from orchestrator.store.run import RunDirectory
 
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
+Follower = Callable[[Event, Mapping[str, Any]], None]
+"""Told of an event, and of the status that it led to."""
 
 
 class Watch:
@@ -30,6 +33,7 @@ class Watch:
         self._begun: dict[str, tuple[float, int]] = {}
         self._workers: set[tuple[str, int]] = set()
         self._failures = run.failures()
+        self._followers: list[Follower] = []
         self.signals = Signals(lambda name: self._write_stopped())
         self.seconds: dict[str, float] = {}
         """Wall time by stage."""
@@ -88,8 +92,19 @@ class Watch:
         self._run.append(event)
         if (shown := self._shown(event)) is not None:
             self._write(**shown)
+        for follow in self._followers:
+            follow(dict(event), self._status)
         if self._on_event is not None:
             self._on_event(dict(event))
+
+    @contextmanager
+    def followed(self, follower: Follower) -> Iterator[None]:
+        """Tells one more of the events, for a while."""
+        self._followers.append(follower)
+        try:
+            yield
+        finally:
+            self._followers.remove(follower)
 
     def _recorded(self, event: Mapping[str, Any]) -> Event:
         """Files a failure away with its log; the event names the file in its place."""

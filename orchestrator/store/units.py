@@ -150,6 +150,11 @@ class Units:
         files = manifest["files"] if manifest is not None else {}
         return [(self.directory(key) / name, file["blake2b"]) for name, file in files.items()]
 
+    def size(self, key: str) -> int:
+        """Bytes of a committed unit's files."""
+        manifest = self.manifest(key)
+        return sum(file["bytes"] for file in manifest["files"].values()) if manifest else 0
+
     def drop(self, key: str) -> None:
         """Removes a unit, manifest first, so that it never looks whole while it goes."""
         directory = self.directory(key)

@@ -1,0 +1,79 @@
+"""A run's metrics, read where Prometheus reads them; and the dashboard that shows them."""
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+
+import pytest
+from drivers import wait_for
+from pipeline import run, write_llama, write_text
+
+DASHBOARD = Path(__file__).parents[1] / "scripts" / "grafana.json"
+SAMPLE = re.compile(r"^ray_orchestrator_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+
+
+def samples():
+    """Values of our metrics by name and stage, as this machine's node says them."""
+    import ray
+
+    (node,) = (node for node in ray.nodes() if node["Alive"])
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    try:
+        with urllib.request.urlopen(address, timeout=5) as response:
+            text = response.read().decode()
+    except OSError:
+        return {}
+    found = {}
+    for name, labels, value in SAMPLE.findall(text):
+        stage = re.search(r'stage="(\w+)"', labels)
+        found[name, stage and stage[1]] = float(value)
+    return found
+
+
+@pytest.mark.ray
+def test_a_run_is_counted(ray_address, tmp_path):
+    """Units, their seconds and bytes, and the workers that are there, by the cluster's own port."""
+    before = samples()
+    llama = write_llama(tmp_path / "dense", blocks=4)
+    text = write_text(tmp_path / "text.txt")
+    result = run(llama, tmp_path / "out", text, executor="ray", workers=2)
+
+    def added(name, stage):
+        return samples().get((name, stage), 0) - before.get((name, stage), 0)
+
+    assert wait_for(lambda: added("units_total", "write") == 1, seconds=60)
+    assert added("units_total", "calibrate") == 4
+    units = (result.run_dir / "units").rglob("model.layers.*.safetensors")
+    assert added("unit_bytes_total", "calibrate") == sum(unit.stat().st_size for unit in units)
+    assert added("unit_bytes_total", "write") == (result.out / "model.safetensors").stat().st_size
+    spent = result.report["timings"]["decompose_seconds"]
+    assert added("unit_seconds_total", "calibrate") == pytest.approx(spent)
+    wall = result.report["timings"]["seconds"]["calibrate"]
+    assert added("stage_seconds_total", "calibrate") == pytest.approx(wall, abs=1e-3)
+    assert samples()["units_left", "calibrate"] == 0
+    assert wait_for(lambda: samples()["workers", None] == 0, seconds=60), "they have gone"
+
+
+@pytest.mark.ray
+def test_failures_are_counted_by_cause(ray_address):
+    """What the journal tells of a failure, and what was done about it."""
+    from orchestrator.cluster.metrics import Metrics
+
+    event = {"event": "lost", "cause": "hung", "decided": "repeat"}
+    Metrics().note(event, {"workers": 7})
+
+    assert wait_for(lambda: samples().get(("workers", None)) == 7, seconds=60)
+    assert samples()["failures_total", None] == 1
+
+
+def test_the_dashboard_shows_what_is_counted():
+    """Each of our metrics has its panel, and none names another."""
+    source = (DASHBOARD.parents[1] / "orchestrator" / "cluster" / "metrics.py").read_text()
+    gauges = set(re.findall(r'Gauge\(\s*f"\{PREFIX\}(\w+)"', source))
+    counters = set(re.findall(r'Counter\(\s*f"\{PREFIX\}(\w+)"', source))
+    assert (len(gauges), len(counters)) == (2, 5)
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    shown = re.findall(r"ray_orchestrator_(\w+)", " ".join(p["targets"][0]["expr"] for p in panels))
+    assert set(shown) == gauges | {f"{name}_total" for name in counters}
+    assert len({panel["id"] for panel in panels}) == len(panels)
