@@ -15,7 +15,7 @@ from object_store import remote
 from pipeline import contents, run, write_llama, write_text
 
 from orchestrator.cli import main
-from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.errors import OrchestratorError, StoppedError, UsageError
 from orchestrator.store import hold as holds
 from orchestrator.store.files import write_json
 from orchestrator.store.hold import HOLD_FILE, Hold
@@ -128,11 +128,23 @@ with hold.Hold(parse_place(sys.argv[1])).taken():
 
 def test_who_lost_its_hold_does_not_take_it_back(place, quick):
     """A driver that was taken for dead renews and removes nothing of the one that took over."""
-    with Hold(place).taken():
+    with Hold(place).taken() as hold:
         write_json(place, found(id="other"))
         time.sleep(0.5)
+        assert hold.taken_by == f"process 1 on {HERE}"
         assert json.loads(place.read_bytes())["id"] == "other"
     assert json.loads(place.read_bytes())["id"] == "other"
+
+
+def test_a_hold_that_was_removed_is_made_anew(place, quick):
+    """Nobody else has it: it stays with whom it was."""
+    with Hold(place).taken() as hold:
+        before = json.loads(place.read_bytes())["id"]
+        place.unlink()
+        time.sleep(0.5)
+        assert json.loads(place.read_bytes())["id"] == before
+        assert hold.taken_by is None
+    assert not place.exists()
 
 
 def test_of_many_at_once_one_holds(place, quick):
@@ -220,6 +232,23 @@ def test_two_drivers_on_one_run(llama, text, reference, tmp_path, capsys):
     assert f"process {os.getpid()}" in capsys.readouterr().err
     assert contents(out) == reference
     assert not (tmp_path / "out.run" / HOLD_FILE).exists()
+
+
+@pytest.mark.parametrize("directory", ["out.run", "out"])
+def test_who_lost_its_hold_leaves_the_run_alone(directory, llama, text, tmp_path, quick):
+    """It says to whom, exits as one that was stopped, and writes nothing over that one's status."""
+    out, file = tmp_path / "out", {"out": ".orchestrator-hold.json", "out.run": HOLD_FILE}
+    status = tmp_path / "out.run" / "status.json"
+
+    def take():
+        write_json(tmp_path / directory / file[directory], found(id="other", host="there"))
+        time.sleep(0.5)
+        status.write_text("theirs")
+
+    with pytest.raises(StoppedError, match=f"^process 1 on there has taken over .*{directory}, "):
+        run(llama, out, text, on_event=once(is_unit(2), take))
+    assert status.read_text() == "theirs"
+    assert not (out / "config.json").exists()
 
 
 @pytest.mark.chaos

@@ -25,7 +25,7 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
     job = Compression(recipe)
     about = {"out": str(job.out), "model": str(job.model)}
     with _held(job, on_event) as hold, Watch(job.run, on_event, **about) as watch:
-        _note_taken(hold, watch)
+        watch.guard(hold)
         with watch.stage("survey"):
             job.survey()
         with watch.stage("read"):
@@ -34,7 +34,7 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
             watch.note(f"{job.out} is complete: nothing to do")
             return result
         with job.hold_out().taken(on_event) as hold:
-            _note_taken(hold, watch)
+            watch.guard(hold)
             with ground(job.schedule, watch) as where:
                 return _perform(job, where, watch)
 
@@ -76,7 +76,7 @@ def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]
     """Performs an evaluation, from where its run directory says it stands; gives the report."""
     models = {name: str(path) for name, path in job.models.items()}
     with _held(job, on_event) as hold, Watch(job.run, on_event, **models) as watch:
-        _note_taken(hold, watch)
+        watch.guard(hold)
         with watch.stage("survey"):
             job.survey()
         with watch.stage("read"):
@@ -99,9 +99,3 @@ def _held(job: Compression | Evaluation, on_event: OnEvent | None) -> Iterator[H
     with job.run.hold().taken(on_event) as hold:
         job.claim()
         yield hold
-
-
-def _note_taken(hold: Hold, watch: Watch) -> None:
-    """Says from whom a hold was taken over."""
-    if hold.note is not None:
-        watch.note(hold.note)

@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.cluster.signals import Signals
 from orchestrator.errors import OrchestratorError, StoppedError
+from orchestrator.store.hold import Hold
 from orchestrator.store.run import RunDirectory
 
 Event = dict[str, Any]
@@ -22,7 +23,8 @@ class Watch:
 
     As a context manager it writes `running` on entry and, on exit, `done`, `failed` with the error
     and its exit code, or `stopped` with 75. SIGTERM and SIGINT write `stopped, 75` at once, then
-    interrupt the program where it stands, and leave as `StoppedError`.
+    interrupt the program where it stands, and leave as `StoppedError`. What another driver has
+    taken over is left to that one.
     """
 
     def __init__(self, run: RunDirectory, on_event: OnEvent | None, **fields: Any) -> None:
@@ -34,6 +36,7 @@ class Watch:
         self._workers: set[tuple[str, int]] = set()
         self._failures = run.failures()
         self._followers: list[Follower] = []
+        self._holds: list[Hold] = []
         self.signals = Signals(lambda name: self._write_stopped())
         self.seconds: dict[str, float] = {}
         """Wall time by stage."""
@@ -52,6 +55,8 @@ class Watch:
         traceback: TracebackType | None,
     ) -> None:
         self.signals.__exit__()
+        if any(hold.taken_by for hold in self._holds):
+            return  # the status is another driver's
         if error is None:
             self._write(state="done", exit_code=0)
         elif self.signals.received is not None:
@@ -76,6 +81,12 @@ class Watch:
             known = {name: value for name, value in self._status.items() if value is not None}
             self._run.write_status(**known)
 
+    def guard(self, hold: Hold) -> None:
+        """Says from whom a hold was taken; from here on the run ends when another takes it."""
+        if hold.note is not None:
+            self.note(hold.note)
+        self._holds.append(hold)
+
     def stage(self, name: str) -> "Stage":
         """A stage of the run; its begin, end and wall time are recorded."""
         return Stage(self, name)
@@ -85,8 +96,15 @@ class Watch:
 
         Raises:
             KeyboardInterrupt: A signal came, and what it raised was caught by somebody.
+            StoppedError: Another driver is at work on the run, or on its output.
         """
         self.signals.check()
+        for hold in self._holds:
+            if hold.taken_by is not None:
+                raise StoppedError(
+                    f"{hold.taken_by} has taken over {hold.place.parent}, since nothing was heard "
+                    "of this process; what is committed stays, and that one goes on"
+                )
         if "log" in event:
             event = self._recorded(event)
         self._run.append(event)

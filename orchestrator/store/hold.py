@@ -39,7 +39,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 class Hold:
-    """To be held once; a thread renews it.
+    """To be held once; a thread renews it, and makes it anew where it was removed.
 
     Args:
         place: The file.
@@ -47,7 +47,7 @@ class Hold:
     """
 
     def __init__(self, place: Place, *, beat: Callable[[], None] = lambda: None) -> None:
-        self._place = place
+        self.place = place
         self._beat = beat
         self._id = uuid.uuid4().hex
         self._since = time.time()
@@ -56,6 +56,8 @@ class Hold:
         self._thread = threading.Thread(target=self._renew, name="hold", daemon=True)
         self.note: str | None = None
         """What was found when it was taken, for the journal."""
+        self.taken_by: str | None = None
+        """Who has taken it over since, having seen no sign of life."""
 
     @contextmanager
     def taken(self, tell: Tell | None = None) -> Iterator["Hold"]:
@@ -76,7 +78,7 @@ class Hold:
 
     def _take(self, tell: Tell | None) -> None:
         while True:
-            found = _read(self._place)
+            found = _read(self.place)
             if found is not None:
                 self._check_gone(found, tell)
                 self._remove(found)
@@ -91,8 +93,8 @@ class Hold:
         self._thread.join(timeout=RENEW_SECONDS)
         _ours.discard(self._id)
         with suppress(OSError, OrchestratorError):
-            if (_read(self._place) or {}).get("id") == self._id:
-                self._place.unlink(missing_ok=True)
+            if (_read(self.place) or {}).get("id") == self._id:
+                self.place.unlink(missing_ok=True)
 
     def _check_gone(self, found: dict[str, Any], tell: Tell | None) -> None:
         """Raises UsageError unless the holder is gone; looks on for a while where that is unclear.
@@ -104,36 +106,36 @@ class Hold:
         if found.get("id") in _ours:
             raise self._held(found)
         if here and (pid == os.getpid() or not is_alive(pid)):
-            self.note = f"{_name(found)} held {self._place.parent} and is gone; taken over"
+            self.note = f"{_name(found)} held {self.place.parent} and is gone; taken over"
             return
         if here and _age(found) < 2 * RENEW_SECONDS:
             raise self._held(found)
         if tell is not None:
-            waits = f"{_name(found)} to renew its hold on {self._place.parent}, or not"
+            waits = f"{_name(found)} to renew its hold on {self.place.parent}, or not"
             tell({"event": "waiting", "for": waits, "there": f"{STALE_SECONDS:.0f} s at most"})
         end = time.monotonic() + STALE_SECONDS
         while time.monotonic() < end:
-            time.sleep(_LOOK_SECONDS if not isinstance(self._place, Remote) else SETTLE_SECONDS)
-            now = _read(self._place)
+            time.sleep(_LOOK_SECONDS if not isinstance(self.place, Remote) else SETTLE_SECONDS)
+            now = _read(self.place)
             if now is None:
                 return
             if now != found:
                 raise self._held(now)
-        self.note = f"{_name(found)} held {self._place.parent} and does not renew that; taken over"
+        self.note = f"{_name(found)} held {self.place.parent} and does not renew that; taken over"
 
     def _held(self, found: dict[str, Any]) -> UsageError:
         since = found.get("since")
         is_time = isinstance(since, int | float) and 0 <= since < 2**32
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since)) if is_time else "long ago"
         return UsageError(
-            f"{self._place.parent}: {_name(found)} is at work on it since {when}; "
+            f"{self.place.parent}: {_name(found)} is at work on it since {when}; "
             "wait for its end, or stop it first"
         )
 
     def _remove(self, found: dict[str, Any]) -> None:
         """Takes the file of a holder that is gone out of the way; another may be faster."""
-        if _read(self._place) == found:
-            self._place.unlink(missing_ok=True)
+        if _read(self.place) == found:
+            self.place.unlink(missing_ok=True)
 
     def _place_ours(self) -> bool:
         """Whether the file is ours now: the first to make it on disk, the last to write in a store.
@@ -141,19 +143,19 @@ class Hold:
         Raises:
             OrchestratorError: It cannot be written.
         """
-        if isinstance(self._place, Remote):
-            write_json(self._place, self._content())
+        if isinstance(self.place, Remote):
+            write_json(self.place, self._content())
             time.sleep(SETTLE_SECONDS)
-            return (_read(self._place) or {}).get("id") == self._id
+            return (_read(self.place) or {}).get("id") == self._id
         try:
-            self._place.parent.mkdir(parents=True, exist_ok=True)
-            with self._place.open("x", encoding="utf-8") as file:
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            with self.place.open("x", encoding="utf-8") as file:
                 file.write(json.dumps(self._content(), sort_keys=True))
         except FileExistsError:
             return False
         except OSError as error:
             raise OrchestratorError(
-                f"{self._place}: cannot be written: {error.strerror or error}; "
+                f"{self.place}: cannot be written: {error.strerror or error}; "
                 "free or choose another place, then run the same command again"
             ) from error
         return True
@@ -172,10 +174,15 @@ class Hold:
         while not self._done.wait(RENEW_SECONDS):
             # a store or a disk may be away for a while; the next time it is tried again
             with suppress(Exception):
-                if (_read(self._place) or {}).get("id") != self._id:
+                found = _read(self.place)
+                if found is None:
+                    self._place_ours()
+                elif found.get("id") == self._id:
+                    self._renewals += 1
+                    write_json(self.place, self._content(), durable=False)
+                elif "id" in found:
+                    self.taken_by = _name(found)
                     return
-                self._renewals += 1
-                write_json(self._place, self._content(), durable=False)
             with suppress(Exception):
                 self._beat()
 
