@@ -4,7 +4,18 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import ablation, memory, methods, pivot, quality, refinement, rpca, speed
+from benchmarks import (
+    ablation,
+    bookkeeping,
+    faults,
+    memory,
+    methods,
+    pivot,
+    quality,
+    refinement,
+    rpca,
+    speed,
+)
 
 SUBCOMMANDS = {
     "quality": quality,
@@ -15,6 +26,8 @@ SUBCOMMANDS = {
     "memory": memory,
     "pivot": pivot,
     "refinement": refinement,
+    "faults": faults,
+    "bookkeeping": bookkeeping,
 }
 
 

@@ -1,0 +1,366 @@
+"""Runs that are disturbed, again and again: what became of each fault, and that no byte changed.
+
+Every trial is a run of its own on a cluster of nodes on this machine, with a few faults at moments
+that its seed chooses: a stage, and how many of its units are done. The faults are real: processes
+are killed, stopped and starved of memory, nodes killed and drained, drivers killed and stopped,
+whole clusters replaced, files damaged. Whatever the exit code, the same command is given again
+until it is done. A trial is a file: started again, trials that are there are not performed again.
+
+A unit counts as redone for each time beyond the first that a run says it is done; of training steps
+those since the last snapshot. Recovery is the time from a fault to the next unit that is done once
+the loss was noticed, or the driver started again; a fault that nothing was lost by has none.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import synthetic
+from benchmarks.figures import print_table, say
+from benchmarks.methods import once
+from benchmarks.nodes import Nodes
+
+from orchestrator.cluster.deadline import VARIABLE as DEADLINE
+from orchestrator.store.files import digest_file, digest_json
+
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "best": {"flags": ["--preset", "best"], "stages": ["calibrate", "refine", "train", "write"]},
+    "cap": {"flags": ["--method", "cap"], "stages": ["calibrate", "score", "write"]},
+    "walk": {
+        "flags": ["--method", "svd-llm", "--refine", "in_order", "--compensate", "anchored"],
+        "stages": ["calibrate", "walk", "write"],
+    },
+}
+"""Between them they have every stage; of those that train, few epochs."""
+SHORT = {"refinement.epochs": 3, "training.epochs": 2, "training.every": 2}
+SMALL = ["--samples", "8", "--sequence-length", "48", "--keep", "0.6", "--max-shard-size", "150KB"]
+LIVES = 8
+"""A run that is not done after so many drivers never will be."""
+NODES = 2
+RECOVERY_SECONDS = 30.0
+"""What a killed node may cost, with Ray's default health checks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What happens, and when."""
+
+    kind: str
+    stage: str
+    share: float
+    """The part of the stage's units that are done."""
+
+    def is_due(self, event: Mapping[str, Any]) -> bool:
+        if event.get("stage") != self.stage:
+            return False
+        if event["event"] == "stage":
+            return self.share == 0 and event["state"] == "begin"
+        return bool(event["event"] == "unit" and event["done"] >= self.share * event["total"])
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run, and the faults that it meets."""
+
+    seed: int
+    recipe: str
+    faults: tuple[Fault, ...]
+
+    @classmethod
+    def drawn(cls, seed: int, count: int) -> "Trial":
+        """Kinds in turns over the trials, so that few trials have them all; the rest by chance."""
+        rng = random.Random(seed)
+        recipe = list(RECIPES)[seed % len(RECIPES)]
+        kinds = list(KINDS)
+        faults = [
+            Fault(
+                kinds[(seed * count + n) % len(kinds)],
+                rng.choice(RECIPES[recipe]["stages"]),
+                rng.choice([0.0, 0.2, 0.4, 0.6, 0.8]),
+            )
+            for n in range(count)
+        ]
+        return cls(seed, recipe, tuple(faults))
+
+
+@dataclass(slots=True)
+class Scene:
+    """A run under way, as a fault finds it."""
+
+    nodes: Nodes
+    driver: subprocess.Popen[str]
+    out: Path
+    rng: random.Random
+    workers: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def worker(self) -> int:
+        """The process of a worker that is there."""
+        there = [each["pid"] for each in self.workers if Path(f"/proc/{each['pid']}").exists()]
+        return self.rng.choice(there)
+
+    def node(self) -> str:
+        return self.rng.choice(self.nodes.there())
+
+
+def kill_worker(scene: Scene) -> None:
+    os.kill(scene.worker(), signal.SIGKILL)
+
+
+def stop_worker(scene: Scene) -> None:
+    """It hangs, until its deadline is over."""
+    os.kill(scene.worker(), signal.SIGSTOP)
+
+
+def starve_worker(scene: Scene) -> None:
+    """It gets no memory any more but what it has mapped."""
+    worker = scene.worker()
+    pages = int(Path(f"/proc/{worker}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize()
+    resource.prlimit(worker, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def kill_node(scene: Scene) -> None:
+    scene.nodes.kill(scene.node())
+
+
+def drain_node(scene: Scene) -> None:
+    scene.nodes.drain(scene.node(), seconds=30)
+
+
+def terminate_node(scene: Scene) -> None:
+    scene.nodes.terminate(scene.node())
+
+
+def kill_driver(scene: Scene) -> None:
+    scene.driver.kill()
+
+
+def stop_driver(scene: Scene) -> None:
+    scene.driver.terminate()
+
+
+def replace_cluster(scene: Scene) -> None:
+    """The driver's machine goes with it; the next cluster has another number of nodes."""
+    scene.driver.kill()
+    scene.nodes.renew(scene.rng.choice([1, 3]))
+
+
+def damage_unit(scene: Scene) -> None:
+    """A byte of a committed unit is another one; what finds it is the next driver."""
+    scene.driver.kill()
+    scene.driver.wait()
+    files = sorted((Path(f"{scene.out}.run") / "units").rglob("*.safetensors"))
+    if files:
+        file = scene.rng.choice(files)
+        content = bytearray(file.read_bytes())
+        content[scene.rng.randrange(len(content))] ^= 1
+        file.write_bytes(content)
+
+
+def lose_chunks(scene: Scene) -> None:
+    """Boundary chunks go while they are to be read."""
+    for chunk in sorted((Path(f"{scene.out}.run") / "chunks").rglob("*")):
+        if chunk.is_file() and scene.rng.random() < 0.5:
+            chunk.unlink(missing_ok=True)
+
+
+KINDS: Mapping[str, Callable[[Scene], None]] = {
+    "worker killed": kill_worker,
+    "worker hangs": stop_worker,
+    "worker out of memory": starve_worker,
+    "node killed": kill_node,
+    "node drained": drain_node,
+    "node terminated": terminate_node,
+    "driver killed": kill_driver,
+    "driver stopped": stop_driver,
+    "cluster replaced": replace_cluster,
+    "unit damaged": damage_unit,
+    "chunks lost": lose_chunks,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--work", metavar="DIR", type=Path, default=Path(".work/faults"))
+    parser.add_argument("--trials", metavar="N", type=int, default=4)
+    parser.add_argument("--faults", metavar="N", type=int, default=3, help="of each trial")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the first trial")
+    parser.add_argument("--soak", action="store_true", help="enough trials for 201 faults")
+    parser.add_argument("--model", metavar="DIR", type=Path, help="a real one; a tiny one without")
+    parser.add_argument("--calibration", metavar="TEXT", type=Path, help="for the real one")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    options.work.mkdir(parents=True, exist_ok=True)
+    trials = math.ceil(201 / options.faults) if options.soak else options.trials
+    drawn = [Trial.drawn(options.seed + n, options.faults) for n in range(trials)]
+    subject = _Subject(options)
+    results = []
+    with Nodes(NODES) as nodes:
+        for trial in drawn:
+            path = options.work / f"{subject.name}-{trial.seed}-{options.faults}.json"
+            results.append(once(path, lambda t=trial: perform(t, nodes, subject)))
+    show(results)
+    return {"trials": results}
+
+
+class _Subject:
+    """The model that is compressed, with its text, and what comes out if nothing happens."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._work = options.work
+        if options.model is None:
+            self.name, self.model, self.text = "tiny", self._work / "dense", self._work / "text.txt"
+            if not self.model.exists():
+                config = synthetic.config_of(blocks=8, hidden=128, intermediate=256)
+                synthetic.write_model(self.model, config)
+                synthetic.write_text(self.text, 4000)
+        else:
+            self.name, self.model, self.text = "real", options.model, options.calibration
+
+    def out(self, trial: Trial) -> Path:
+        path: Path = self._work / f"{self.name}-{trial.seed}"
+        return path
+
+    def arguments(self, recipe: str, out: Path) -> list[str]:
+        options = [f"--option={name}={value}" for name, value in SHORT.items()]
+        known = [each for each in options if each[9:].split(".")[0] in _trained(recipe)]
+        flags = [*RECIPES[recipe]["flags"], *known, *SMALL, f"--calibration={self.text}"]
+        return ["compress", str(self.model), str(out), *flags, "--progress", "json"]
+
+    def reference(self, recipe: str) -> dict[str, str]:
+        """The hashes of what an undisturbed run in one process writes."""
+        out = self._work / f"{self.name}-{recipe}"
+        if not (out / "config.json").exists():
+            command = [*self.arguments(recipe, out), "--executor", "local"]
+            subprocess.run(_command(command), check=True, stderr=subprocess.DEVNULL)
+        return hashes(out)
+
+
+def _trained(recipe: str) -> set[str]:
+    """The stages of a recipe that take options of `SHORT`."""
+    named = {"refine": "refinement", "walk": "refinement", "train": "training"}
+    return {named[stage] for stage in RECIPES[recipe]["stages"] if stage in named}
+
+
+def perform(trial: Trial, nodes: Nodes, subject: _Subject) -> dict[str, Any]:
+    """One run to its end, through all that happens to it."""
+    say(f"trial {trial.seed}: {trial.recipe}, {', '.join(fault.kind for fault in trial.faults)}")
+    expected, out, rng = (
+        subject.reference(trial.recipe),
+        subject.out(trial),
+        random.Random(trial.seed),
+    )
+    nodes.fill(NODES)
+    waiting, codes, begun = list(trial.faults), [], time.monotonic()
+    told: Counter[str] = Counter()
+    most: dict[str, int] = {}
+    happened: list[dict[str, Any]] = []
+    while len(codes) < LIVES and codes[-1:] != [0]:
+        command = [*subject.arguments(trial.recipe, out), "--address", nodes.address]
+        driver = subprocess.Popen(
+            _command(command),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {DEADLINE: "20", "OMP_NUM_THREADS": "1"},
+        )
+        scene = Scene(nodes, driver, out, rng)
+        for event in _events(driver):
+            scene.workers += event.get("workers", []) if event["event"] == "workers" else []
+            if event["event"] == "unit" and event["stage"] != "verify":
+                told[event["stage"]] += 1
+                most[event["stage"]] = max(most.get(event["stage"], 0), event["done"])
+                for each in happened:
+                    if each["noticed"] or each["life"] < len(codes):
+                        each.setdefault("recovered", time.monotonic() - begun - each["at"])
+            for each in happened:
+                each["noticed"] |= event["event"] in ("lost", "retired")
+            due = next((fault for fault in waiting if fault.is_due(event)), None)
+            if due is not None and scene.workers:
+                waiting.remove(due)
+                at = {"at": time.monotonic() - begun, "life": len(codes), "noticed": False}
+                happened.append(asdict(due) | at)
+                KINDS[due.kind](scene)
+        codes.append(driver.wait())
+        nodes.fill(1)
+    return {
+        "recipe": trial.recipe,
+        "faults": happened,
+        "missed": [asdict(fault) for fault in waiting],
+        "codes": codes,
+        "identical": codes[-1:] == [0] and hashes(out) == expected,
+        "redone": {stage: told[stage] - most[stage] for stage in told},
+        "left": nodes.left_behind(),
+        "seconds": time.monotonic() - begun,
+    }
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "orchestrator", *arguments]
+
+
+def _events(driver: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    assert driver.stderr is not None
+    for line in driver.stderr:
+        if line.startswith("{"):
+            yield json.loads(line)
+
+
+def hashes(out: Path) -> dict[str, str]:
+    """Of every file of a checkpoint; of the report without what may differ between equal runs."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        if path.name == "orchestrator_report.json":
+            report = json.loads(path.read_text())
+            report.pop("timings")
+            found[path.name] = digest_json(report)
+        elif path.is_file():
+            found[str(path.relative_to(out))] = digest_file(path)
+    return found
+
+
+def show(results: Sequence[Mapping[str, Any]]) -> None:
+    """A row for each kind of fault in each stage, then the sums."""
+    rows = [("fault", "stage", "times", "identical", "recovery, median", "most")]
+    for kind in KINDS:
+        for stage in sorted({fault["stage"] for each in results for fault in each["faults"]}):
+            met = [
+                (each, fault)
+                for each in results
+                for fault in each["faults"]
+                if (fault["kind"], fault["stage"]) == (kind, stage)
+            ]
+            if met:
+                seconds = [fault["recovered"] for _, fault in met if "recovered" in fault]
+                times = [statistics.median(seconds), max(seconds)] if seconds else []
+                identical = sum(each["identical"] for each, _ in met)
+                cells = [f"{value:.1f} s" for value in times] or ["", ""]
+                rows.append((kind, stage, str(len(met)), str(identical), *cells))
+    print_table(rows)
+    faults = [fault for each in results for fault in each["faults"]]
+    redone = sum(sum(each["redone"].values()) for each in results)
+    differ = sum(not each["identical"] for each in results)
+    left = sum(bool(each["left"]) for each in results)
+    of_nodes = [fault for fault in faults if fault["kind"] == "node killed"]
+    killed = [fault["recovered"] for fault in of_nodes if "recovered" in fault]
+    print(
+        f"{len(faults)} faults in {len(results)} runs: {differ} results lost or different, "
+        f"{redone} units redone, {left} runs left something behind"
+    )
+    if killed:
+        print(
+            f"after a killed node the next unit came within {max(killed):.1f} s; at most "
+            f"{RECOVERY_SECONDS:.0f} s are allowed"
+        )
