@@ -1,9 +1,14 @@
-"""The arithmetic that the benchmarks compare with; nothing is timed."""
+"""The arithmetic that the benchmarks compare with, and a sample of faults; nothing is timed."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.faults import KINDS, RECIPES, Course, Fault, Trial
 from benchmarks.figures import Figure, compare, in_turns
 from benchmarks.flops import attention_flops, gram_channels, gram_flops, linear_flops
 from benchmarks.memory import bytes_a_block
@@ -117,3 +122,59 @@ def test_ways_take_turns():
     found = in_turns({"a": way("a"), "b": way("b")}, repeats=2, warm_up=1)
     assert calls == ["a", "b"] * 3
     assert found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+def unit(stage, done, total=5):
+    return {"event": "unit", "stage": stage, "done": done, "total": total}
+
+
+def test_trials_meet_every_kind_of_fault_in_every_recipe():
+    """The same seed draws the same trial; two hundred faults leave no kind and no stage out."""
+    trials = [Trial.drawn(seed, 3) for seed in range(67)]
+    assert trials == [Trial.drawn(seed, 3) for seed in range(67)]
+    met = {(trial.recipe, fault.kind) for trial in trials for fault in trial.faults}
+    assert met == {(recipe, kind) for recipe in RECIPES for kind in KINDS}
+    stages = {(trial.recipe, fault.stage) for trial in trials for fault in trial.faults}
+    assert stages == {(recipe, stage) for recipe in RECIPES for stage in RECIPES[recipe]["stages"]}
+
+
+def test_a_fault_s_cost_is_what_is_told_of_again():
+    """Each happens once, at its moment; recovered is who tells of a unit after the loss."""
+    faults = (Fault("worker killed", "calibrate", 0.4), Fault("driver killed", "write", 0.0))
+    course = Course(Trial(0, "cap", faults))
+    assert course.due(unit("calibrate", 1)) is None
+    assert course.due(unit("calibrate", 2)) == faults[0]
+    assert course.due(unit("calibrate", 3)) is None
+    course.note(unit("calibrate", 3))
+    assert "recovered" not in course.happened[0], "another worker's unit"
+    course.note({"event": "lost"})
+    course.note(unit("calibrate", 3))
+    assert course.happened[0]["recovered"] >= 0
+    assert course.happened[0]["redone"] == 1
+    assert course.due({"event": "stage", "stage": "write", "state": "begin"}) == faults[1]
+    course.life += 1
+    course.note(unit("calibrate", 3))
+    course.note(unit("write", 1))
+    assert course.happened[1]["redone"] == 1
+    assert course.happened[0]["redone"] == 1
+    assert course.waiting == []
+
+
+@pytest.mark.chaos
+def test_a_sample_of_faults_changes_no_byte(tmp_path):
+    """One seeded run of those that `scripts/benchmark faults --soak` performs by the dozen."""
+    figures = tmp_path / "figures.json"
+    scripts = str(Path(__file__).parents[1] / "scripts")
+    command = [sys.executable, "-m", "benchmarks", "faults", "--trials", "1", "--faults", "4"]
+    subprocess.run(
+        [*command, "--seed", "12", "--work", str(tmp_path / "work"), "--json", str(figures)],
+        env=os.environ | {"PYTHONPATH": scripts},
+        check=True,
+        timeout=600,
+    )
+    (trial,) = json.loads(figures.read_text())["trials"]
+    assert trial["identical"]
+    assert trial["codes"][-1] == 0
+    assert len(trial["faults"]) >= 3
+    assert trial["missed"] == []
+    assert trial["left"] == {}

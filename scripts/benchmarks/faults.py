@@ -22,8 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Trial:
     def drawn(cls, seed: int, count: int) -> "Trial":
         """Kinds in turns over the trials, so that few trials have them all; the rest by chance."""
         rng = random.Random(seed)
-        recipe = list(RECIPES)[seed % len(RECIPES)]
+        recipe = rng.choice(list(RECIPES))
         kinds = list(KINDS)
         faults = [
             Fault(
@@ -101,10 +101,17 @@ class Scene:
     """A run under way, as a fault finds it."""
 
     nodes: Nodes
-    driver: subprocess.Popen[str]
     out: Path
     rng: random.Random
+    driver: subprocess.Popen[str] | None = None
     workers: list[Mapping[str, Any]] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
+    """What the next driver finds in its environment."""
+
+    def end_driver(self, how: signal.Signals) -> None:
+        assert self.driver is not None
+        self.driver.send_signal(how)
+        self.driver.wait()
 
     def worker(self) -> int:
         """The process of a worker that is there."""
@@ -145,23 +152,30 @@ def terminate_node(scene: Scene) -> None:
 
 
 def kill_driver(scene: Scene) -> None:
-    scene.driver.kill()
+    scene.end_driver(signal.SIGKILL)
 
 
 def stop_driver(scene: Scene) -> None:
-    scene.driver.terminate()
+    scene.end_driver(signal.SIGTERM)
+
+
+def fail_calls(scene: Scene) -> None:
+    """Of the next driver's calls some never arrive, and of some the answer does not."""
+    scene.end_driver(signal.SIGTERM)
+    chances = {"req_failure_prob": 25, "resp_failure_prob": 25, "in_flight_failure_prob": 0}
+    failing = {"CoreWorkerService.grpc_client.PushTask": {"num_failures": 3} | chances}
+    scene.variables["RAY_testing_rpc_failure"] = json.dumps(failing)
 
 
 def replace_cluster(scene: Scene) -> None:
     """The driver's machine goes with it; the next cluster has another number of nodes."""
-    scene.driver.kill()
+    scene.end_driver(signal.SIGKILL)
     scene.nodes.renew(scene.rng.choice([1, 3]))
 
 
 def damage_unit(scene: Scene) -> None:
     """A byte of a committed unit is another one; what finds it is the next driver."""
-    scene.driver.kill()
-    scene.driver.wait()
+    scene.end_driver(signal.SIGKILL)
     files = sorted((Path(f"{scene.out}.run") / "units").rglob("*.safetensors"))
     if files:
         file = scene.rng.choice(files)
@@ -186,6 +200,7 @@ KINDS: Mapping[str, Callable[[Scene], None]] = {
     "node terminated": terminate_node,
     "driver killed": kill_driver,
     "driver stopped": stop_driver,
+    "calls fail": fail_calls,
     "cluster replaced": replace_cluster,
     "unit damaged": damage_unit,
     "chunks lost": lose_chunks,
@@ -255,56 +270,87 @@ def _trained(recipe: str) -> set[str]:
     return {named[stage] for stage in RECIPES[recipe]["stages"] if stage in named}
 
 
+class Course:
+    """What a run has met so far, life by life, and what it has told since."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.waiting = list(trial.faults)
+        self.happened: list[dict[str, Any]] = []
+        self.life = 0
+        self._told: set[tuple[str, int]] = set()
+        self._begun = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """A unit that is told of a second time was redone, for the last fault's sake."""
+        if event["event"] in ("lost", "retired"):
+            for each in self.happened:
+                each["noticed"] = True
+        if event["event"] != "unit" or event["stage"] == "verify":
+            return
+        for each in self.happened:
+            if each["noticed"] or each["life"] < self.life:
+                each.setdefault("recovered", self.seconds - each["at"])
+        unit = event["stage"], event["done"]
+        if unit in self._told:
+            self.happened[-1]["redone"] += 1
+        self._told.add(unit)
+
+    def due(self, event: Mapping[str, Any]) -> Fault | None:
+        """A fault whose moment this is; it has happened then."""
+        fault = next((each for each in self.waiting if each.is_due(event)), None)
+        if fault is not None:
+            self.waiting.remove(fault)
+            now = {"at": self.seconds, "life": self.life, "noticed": False, "redone": 0}
+            self.happened.append(asdict(fault) | now)
+        return fault
+
+
 def perform(trial: Trial, nodes: Nodes, subject: _Subject) -> dict[str, Any]:
     """One run to its end, through all that happens to it."""
-    say(f"trial {trial.seed}: {trial.recipe}, {', '.join(fault.kind for fault in trial.faults)}")
-    expected, out, rng = (
-        subject.reference(trial.recipe),
-        subject.out(trial),
-        random.Random(trial.seed),
-    )
+    say(f"trial {trial.seed}: {trial.recipe}, {', '.join(each.kind for each in trial.faults)}")
+    expected, out = subject.reference(trial.recipe), subject.out(trial)
     nodes.fill(NODES)
-    waiting, codes, begun = list(trial.faults), [], time.monotonic()
-    told: Counter[str] = Counter()
-    most: dict[str, int] = {}
-    happened: list[dict[str, Any]] = []
-    while len(codes) < LIVES and codes[-1:] != [0]:
-        command = [*subject.arguments(trial.recipe, out), "--address", nodes.address]
-        driver = subprocess.Popen(
-            _command(command),
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {DEADLINE: "20", "OMP_NUM_THREADS": "1"},
-        )
-        scene = Scene(nodes, driver, out, rng)
-        for event in _events(driver):
-            scene.workers += event.get("workers", []) if event["event"] == "workers" else []
-            if event["event"] == "unit" and event["stage"] != "verify":
-                told[event["stage"]] += 1
-                most[event["stage"]] = max(most.get(event["stage"], 0), event["done"])
-                for each in happened:
-                    if each["noticed"] or each["life"] < len(codes):
-                        each.setdefault("recovered", time.monotonic() - begun - each["at"])
-            for each in happened:
-                each["noticed"] |= event["event"] in ("lost", "retired")
-            due = next((fault for fault in waiting if fault.is_due(event)), None)
-            if due is not None and scene.workers:
-                waiting.remove(due)
-                at = {"at": time.monotonic() - begun, "life": len(codes), "noticed": False}
-                happened.append(asdict(due) | at)
-                KINDS[due.kind](scene)
-        codes.append(driver.wait())
+    course, scene, codes = Course(trial), Scene(nodes, out, random.Random(trial.seed)), []
+    while course.life < LIVES and codes[-1:] != [0]:
+        _live(subject.arguments(trial.recipe, out), course, scene)
+        assert scene.driver is not None
+        codes.append(scene.driver.wait())
+        course.life += 1
         nodes.fill(1)
     return {
         "recipe": trial.recipe,
-        "faults": happened,
-        "missed": [asdict(fault) for fault in waiting],
+        "faults": course.happened,
+        "missed": [asdict(fault) for fault in course.waiting],
         "codes": codes,
         "identical": codes[-1:] == [0] and hashes(out) == expected,
-        "redone": {stage: told[stage] - most[stage] for stage in told},
         "left": nodes.left_behind(),
-        "seconds": time.monotonic() - begun,
+        "seconds": course.seconds,
     }
+
+
+def _live(arguments: Sequence[str], course: Course, scene: Scene) -> None:
+    """One driver to its end, and what happens to it."""
+    scene.driver = subprocess.Popen(
+        _command([*arguments, "--address", scene.nodes.address]),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | scene.variables | {DEADLINE: "20", "OMP_NUM_THREADS": "1"},
+    )
+    scene.workers, scene.variables = [], {}
+    for event in _events(scene.driver):
+        if event["event"] == "workers":
+            scene.workers += event["workers"]
+        course.note(event)
+        # what happens before there are workers happens to nobody
+        if scene.workers and (fault := course.due(event)) is not None:
+            # of what is to be hit there may be nothing at this moment
+            with suppress(LookupError):
+                KINDS[fault.kind](scene)
 
 
 def _command(arguments: Sequence[str]) -> list[str]:
@@ -333,34 +379,35 @@ def hashes(out: Path) -> dict[str, str]:
 
 def show(results: Sequence[Mapping[str, Any]]) -> None:
     """A row for each kind of fault in each stage, then the sums."""
-    rows = [("fault", "stage", "times", "identical", "recovery, median", "most")]
-    for kind in KINDS:
-        for stage in sorted({fault["stage"] for each in results for fault in each["faults"]}):
-            met = [
-                (each, fault)
-                for each in results
-                for fault in each["faults"]
-                if (fault["kind"], fault["stage"]) == (kind, stage)
-            ]
-            if met:
-                seconds = [fault["recovered"] for _, fault in met if "recovered" in fault]
-                times = [statistics.median(seconds), max(seconds)] if seconds else []
-                identical = sum(each["identical"] for each, _ in met)
-                cells = [f"{value:.1f} s" for value in times] or ["", ""]
-                rows.append((kind, stage, str(len(met)), str(identical), *cells))
+    rows = [("fault", "stage", "times", "identical", "redone", "at most", "recovery", "at most")]
+    met: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for each in results:
+        for fault in each["faults"]:
+            about = fault | {"identical": each["identical"]}
+            met.setdefault((fault["kind"], fault["stage"]), []).append(about)
+    for (kind, stage), faults in sorted(
+        met.items(), key=lambda item: list(KINDS).index(item[0][0])
+    ):
+        redone = [fault["redone"] for fault in faults]
+        identical = sum(fault["identical"] for fault in faults)
+        cells = [len(faults), identical, sum(redone), max(redone)]
+        rows.append((kind, stage, *map(str, cells), *_recovery(faults)))
     print_table(rows)
-    faults = [fault for each in results for fault in each["faults"]]
-    redone = sum(sum(each["redone"].values()) for each in results)
+    faults = [fault for each in met.values() for fault in each]
     differ = sum(not each["identical"] for each in results)
     left = sum(bool(each["left"]) for each in results)
-    of_nodes = [fault for fault in faults if fault["kind"] == "node killed"]
-    killed = [fault["recovered"] for fault in of_nodes if "recovered" in fault]
     print(
         f"{len(faults)} faults in {len(results)} runs: {differ} results lost or different, "
-        f"{redone} units redone, {left} runs left something behind"
+        f"{sum(fault['redone'] for fault in faults)} units redone, {left} runs left something"
     )
-    if killed:
-        print(
-            f"after a killed node the next unit came within {max(killed):.1f} s; at most "
-            f"{RECOVERY_SECONDS:.0f} s are allowed"
-        )
+    killed = [fault for (kind, _), each in met.items() for fault in each if kind == "node killed"]
+    median, most = _recovery(killed)
+    print(f"after a killed node: {median}, at most {most}; {RECOVERY_SECONDS:.0f} s are allowed")
+
+
+def _recovery(faults: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The median and the longest; of faults that nothing was lost by there is none."""
+    seconds = [fault["recovered"] for fault in faults if "recovered" in fault]
+    if not seconds:
+        return "", ""
+    return f"{statistics.median(seconds):.1f} s", f"{max(seconds):.1f} s"
