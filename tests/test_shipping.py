@@ -1,6 +1,5 @@
 """What starts clusters: AWS, KubeRay, SLURM. As far as it can be held to the truth without them."""
 
-import json
 import os
 import re
 import shlex
@@ -86,7 +85,7 @@ def test_the_head_runs_no_work_and_is_on_demand():
 
 
 def test_spot_workers_have_an_on_demand_fallback():
-    """The same machine twice; spot comes first, and either may be the one that is always there."""
+    """The same machine twice; spot comes first, and either may be there alone."""
     spot, fallback = TYPES["spot"], TYPES["on_demand"]
     market = {"InstanceMarketOptions": {"MarketType": "spot"}}
     assert spot["node_config"] == fallback["node_config"] | market
@@ -101,12 +100,11 @@ def test_spot_workers_have_an_on_demand_fallback():
 def test_ray_launches_spot_and_falls_back(spot_can_be_had, kind):
     """Ray's own scheduler takes spot nodes, or on-demand ones where spot was not to be had.
 
-    One node for what is asked for when the head starts; a second one for sixteen workers.
+    None before anybody asks, one for a run that waits for its first node, two for its workers.
     """
     from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
-    from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint
 
     configs = {
         name: NodeTypeConfig(
@@ -119,24 +117,22 @@ def test_ray_launches_spot_and_falls_back(spot_can_be_had, kind):
         )
         for name, node in TYPES.items()
     }
-    (asked,) = re.findall(r"request_resources\(bundles=(.*?)\)", " ".join(COMMANDS))
-    floor = [ResourceRequestUtil.make(bundle) for bundle in json.loads(asked)]
-    constraint = ClusterResourceConstraint(
-        resource_requests=ResourceRequestUtil.group_by_count(floor)
-    )
-    for workers, nodes in ((0, 1), (16, 2)):
-        demand = [ResourceRequestUtil.make({"GPU": 1, "CPU": 1})] * workers
+    for asked, count, launched in (
+        ({"CPU": 1}, 0, {}),
+        ({"CPU": 1}, 1, {kind: 1}),
+        ({"GPU": 1, "CPU": 1}, 16, {kind: 2}),
+    ):
+        demand = [ResourceRequestUtil.make(asked)] * count
         request = SchedulingRequest(
             disable_launch_config_check=True,
             node_type_configs=configs,
             max_num_nodes=CLUSTER["max_workers"] + 1,
             resource_requests=ResourceRequestUtil.group_by_count(demand),
-            cluster_resource_constraints=[constraint],
             recoverable_resource_availabilities={"spot": spot_can_be_had},
         )
         reply = ResourceDemandScheduler(event_logger=None).schedule(request)
-        assert {launch.instance_type: launch.count for launch in reply.to_launch} == {kind: nodes}
-        assert not reply.infeasible_cluster_resource_constraints
+        assert {launch.instance_type: launch.count for launch in reply.to_launch} == launched
+        assert not reply.infeasible_resource_requests
 
 
 def test_commands_are_shell_and_options_are_ray_s():
