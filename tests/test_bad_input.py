@@ -52,6 +52,19 @@ def test_good_input_gives_a_checkpoint(model, tmp_path, capsys):
     assert "0.5" in capsys.readouterr().out
 
 
+def test_a_tokenizer_of_another_model(command, model, tmp_path):
+    """Tokens beyond the vocabulary are said before any worker looks one up."""
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {each: n + 40 * (each == "e") for each, n in vocabulary.items()}
+    path.write_text(json.dumps(tokenizer))
+    highest = vocabulary["e"] + 40
+    code, line = command()
+    assert code == 4
+    assert f"its tokenizer gives token {highest}, and its vocabulary has 96; the tok" in line
+
+
 def test_a_model_that_does_not_exist(command, tmp_path):
     """A path that is not there is invalid input, and makes no directory."""
     code, line = command(model=tmp_path / "nowhere")

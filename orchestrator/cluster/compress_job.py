@@ -97,6 +97,7 @@ class Compression:
         skeleton = Skeleton.open(self.model, dtype=parse_dtype(self.recipe.dtype))
         self.surveyed = skeleton.survey()
         self.dtype = skeleton.dtype
+        self._vocabulary = skeleton.config.get_text_config().vocab_size
         self.tensors = skeleton.tensors()
         names = [linear.name for linear in self.surveyed.linears]
         chosen = set(select(names, self.recipe.target, self.recipe.ignore))
@@ -135,6 +136,7 @@ class Compression:
             seed=recipe.seed,
             tokenizer=load_tokenizer(self.model),
         )
+        tokens.check_within(self._vocabulary, self.model)
         self.token_report = tokens.report
         self.tokens_key = commit_tokens(self.run, tokens)
 

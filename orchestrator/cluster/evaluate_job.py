@@ -82,6 +82,8 @@ class Evaluation:
     def read_text(self) -> None:
         """Text to token sequences, by the first model's tokenizer."""
         tokens = load_tokens(**self.text, tokenizer=load_tokenizer(self.models["model"]))
+        vocabulary = self.skeletons["model"].config.get_text_config().vocab_size
+        tokens.check_within(vocabulary, self.models["model"])
         self.token_report = tokens.report
         self.tokens_key = commit_tokens(self.run, tokens)
         inputs = [*self.fingerprints.values(), self.tokens_key]

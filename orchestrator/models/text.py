@@ -44,6 +44,15 @@ class Tokens:
     """Where they are from: source, documents and tokens read, sequences, tokens used (real ones),
     documents cut short by the sequence length."""
 
+    def check_within(self, vocabulary: int, model: object) -> None:
+        """Raises InputError if a token is none of a model's vocabulary."""
+        highest = int(self.ids.max())
+        if highest >= vocabulary:
+            raise InputError(
+                f"{model}: its tokenizer gives token {highest}, and its vocabulary has "
+                f"{vocabulary}; the tokenizer's files must be this model's own"
+            )
+
 
 def load_tokens(
     source: str,
