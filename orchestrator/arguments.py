@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from orchestrator import __version__
-from orchestrator.recipe import CHOICES, PRESETS, Recipe, parse_value
+from orchestrator.recipe import CHOICES, PRESETS, Recipe
+from orchestrator.values import parse_value
 
 HELP = {
     "keep": "values to keep of the targeted linears, above 0, at most 1",

@@ -21,14 +21,9 @@ from typing import Any
 from orchestrator.arguments import FIELDS, make_parser
 from orchestrator.errors import OrchestratorError, StoppedError, UsageError
 from orchestrator.progress import JsonLines, Lines, duration, size
-from orchestrator.recipe import (
-    Recipe,
-    make_recipe,
-    parse_option,
-    parse_vary,
-    read_recipe_fields,
-)
+from orchestrator.recipe import Recipe, make_recipe, read_recipe_fields
 from orchestrator.result import Result
+from orchestrator.values import parse_option, parse_vary
 
 EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
     "perplexity": "{:.2f}".format,

@@ -30,20 +30,14 @@ from orchestrator.models.weights import Weights
 from orchestrator.pages.report import report_page
 from orchestrator.pages.sources import read_source, whole
 from orchestrator.plan import Curve, Plan
-from orchestrator.recipe import (
-    Recipe,
-    make_recipe,
-    parse_option,
-    parse_vary,
-    read_recipe_fields,
-    size_in_bytes,
-)
+from orchestrator.recipe import Recipe, make_recipe, read_recipe_fields
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.files import digest_json
 from orchestrator.store.hold import is_forsaken
 from orchestrator.store.places import parse_place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import Units
+from orchestrator.values import parse_option, parse_vary, size_in_bytes
 
 many = partial(settings, SOME)
 

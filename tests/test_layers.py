@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 ALL_PARTS = (
-    "errors options plan groups recipe result linalg allocate store methods models hf cluster"
+    "errors options plan groups values recipe result linalg allocate store methods models hf "
+    "cluster"
 )
 MAY_IMPORT = {
     "errors": "",
     "plan": "errors numpy",
     "options": "errors",
     "groups": "plan",
-    "recipe": "errors",
+    "recipe": "errors values",
+    "values": "errors",
     "result": "plan store",
     "progress": "",
     "pages": "errors plan recipe progress store numpy",
@@ -33,8 +35,8 @@ MAY_IMPORT = {
     "cluster": f"{ALL_PARTS} torch numpy safetensors ray grpc",
     "api": f"{ALL_PARTS} pages searching transformers",
     "searching": "api errors options recipe result store",
-    "arguments": "recipe",
-    "cli": "arguments errors recipe result progress api",
+    "arguments": "recipe values",
+    "cli": "arguments errors recipe result progress values api",
     "__main__": "cli",
 }
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "pyarrow", "ray", "torch", "transformers"}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from orchestrator.recipe import parse_workers
+from orchestrator.values import parse_workers
 
 IDLE_SECONDS = 30.0
 """A worker that is too many, and idle for so long, is given back. To start another one takes some

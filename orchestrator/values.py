@@ -1,0 +1,171 @@
+"""Values as people write them, in flags and in TOML: read, checked, shown and written."""
+
+import re
+import tomllib
+from collections.abc import Collection
+from typing import Any, get_args
+
+from orchestrator.errors import UsageError
+
+TYPE_NAMES = {bool: "true or false", float: "a number", int: "a whole number", str: "a string"}
+WORKERS = re.compile(r"([0-9]{1,19})(?:\.\.([0-9]{1,19}))?")
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+SIZE_UNITS = {
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
+}
+
+
+def parse_option(text: str) -> tuple[str, str, Any]:
+    """Name, option and value of `mgaa.t=0.5`; what is no TOML value is a string.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    path, separator, written = text.partition("=")
+    name, dot, option = path.strip().partition(".")
+    if not (separator and dot and name and BARE_KEY.fullmatch(option)):
+        raise UsageError(f"option is {text!r}; write it like mgaa.t=0.5")
+    return name, option, parse_value(written)
+
+
+def parse_value(written: str) -> Any:
+    """The value that is written, as TOML; what is none is a string."""
+    try:
+        return tomllib.loads(f"value = {written}")["value"]
+    except (ValueError, RecursionError):
+        return written.strip()
+
+
+def parse_vary(text: str) -> tuple[str, list[Any]]:
+    """Name and values of `storage=plain,pivoted` or `mgaa.t=0.5,1`, each read as TOML if it can be.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    name, separator, written = text.partition("=")
+    values = [value.strip() for value in written.split(",")]
+    if not separator or not name.strip() or not all(values):
+        raise UsageError(f"vary is {text!r}; write it like storage=plain,pivoted or mgaa.t=0.5,1")
+    return name.strip(), [parse_value(value) for value in values]
+
+
+def parse_workers(workers: int | str | None) -> tuple[int, int] | None:
+    """The fewest and the most workers of `2..8`, or of 4 as both; nothing of nothing.
+
+    Raises:
+        UsageError: It is neither, or not in that order, or below one.
+    """
+    if workers is None:
+        return None
+    found = WORKERS.fullmatch(str(workers))
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most:
+        raise UsageError(
+            f"workers is {shown(workers)}; it must be a number of 1 or above, or MIN..MAX, "
+            "1..8 for example"
+        )
+    return least, most
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of "5GB", "200MB", "1.5 GiB" or "4096"; KB is 1000 bytes, KiB 1024.
+
+    Raises:
+        UsageError: It is no such size, or below one byte.
+    """
+    stripped = text.strip().upper()
+    digits = stripped.rstrip("BKMGTI ")
+    unit = stripped[len(digits) :].strip() or "B"
+    try:
+        size = int(float(digits) * SIZE_UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UsageError(f'size is {text!r}; write it like "5GB", "200MB" or "1.5GiB"')
+    return size
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Raises UsageError unless the value is one of those allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise UsageError(
+            f"{name} is {shown(value)}; it must be one of {', '.join(sorted(allowed))}"
+        )
+
+
+def check_options(options: Any) -> None:
+    """Raises UsageError unless they are tables of plain values, under names that TOML can write."""
+    if not isinstance(options, dict):
+        raise UsageError(f"options is {shown(options)}; it must be tables of options")
+    for name, table in options.items():
+        if not isinstance(table, dict):
+            found = f"{written_name(name)} is {shown(table)}"
+            raise UsageError(f"options: {found}; it must be a table of options")
+        for option, value in table.items():
+            where = f"options: {written_name(name)}.{written_name(option)}"
+            if not BARE_KEY.fullmatch(str(option)):
+                raise UsageError(f"{where}: a name of letters, digits and underscores is needed")
+            if not isinstance(value, bool | int | float | str) or value != value:
+                found = shown(value)
+                raise UsageError(f"{where} is {found}; it must be a number, a word or a boolean")
+            check_plain(where, value)
+
+
+def of_type(name: str, kind: Any, value: Any) -> Any:
+    """The value in its field's type; a list becomes a tuple, a whole number a fraction if asked."""
+    if kind == tuple[str, ...]:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            for item in value:
+                check_plain(name, item)
+            return tuple(value)
+        raise UsageError(f"{name} is {shown(value)}; it must be a list of strings")
+    check_plain(name, value)
+    if float in (kind, *get_args(kind)) and type(value) is int:
+        return float(value)
+    is_disguised_bool = isinstance(value, bool) and kind is not bool
+    if is_disguised_bool or not isinstance(value, kind):
+        (wanted, *_) = get_args(kind) or (kind,)
+        raise UsageError(f"{name} is {shown(value)}; it must be {TYPE_NAMES[wanted]}")
+    return value
+
+
+def check_plain(where: str, value: Any) -> None:
+    """Raises UsageError where TOML could not hold the number or the string."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UsageError(f"{where} is {shown(value)}; whole numbers go to 2^63 - 1")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{where} is {shown(value)}; it must be valid Unicode") from error
+
+
+def toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _toml_string(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml_string(item) for item in value)}]"
+    return repr(value)
+
+
+def _toml_string(text: str) -> str:
+    """A basic string, in which TOML wants quotes, backslashes and control characters escaped."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
+
+
+def written_name(name: object) -> str:
+    return str(name) if BARE_KEY.fullmatch(str(name)) else shown(name)
+
+
+def shown(value: Any) -> str:
+    """What was found, for a message: however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
