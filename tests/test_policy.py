@@ -104,9 +104,12 @@ class ScriptedPool:
         del self._seats[worker]
         self._add()
 
+    def is_growing(self):
+        return self._growing_to > 0
+
     def scale(self, usable):
         self.asked.append(usable)
-        while len(self._seats) < min(usable, self._growing_to):
+        while self.nodes() and len(self._seats) < min(usable, self._growing_to):
             self._add()
         return max(0, len(self._seats) - usable)
 
@@ -552,3 +555,38 @@ def test_an_idle_worker_that_is_too_many_is_given_back(run, monkeypatch):
     assert len(pool.workers()) == 1
     assert [event["event"] for event in events] == ["returned"] * 3
     assert {event["pid"] for event in events} | set(pool.workers()) == {0, 1, 2, 3}
+
+
+def test_who_holds_a_shard_is_never_given_back(run, monkeypatch):
+    """A worker that waits for chunks keeps what it has gathered; those that are free go."""
+    monkeypatch.setattr("orchestrator.cluster.scaling.IDLE_SECONDS", -1.0)
+    pool, done, events = run(four_blocks(), workers=4)
+    assert [event["event"] for event in events].count("returned") == 3
+    opened = [label for label in pool.started if label.endswith("open")]
+    assert sorted(opened) == ["blocks 0-1, open", "blocks 2-3, open"]
+    assert done
+
+
+def test_a_growing_run_waits_for_its_nodes(run, monkeypatch):
+    """All its nodes are quarantined: others may come, so it is said, and waited for."""
+    monkeypatch.setattr("orchestrator.cluster.dispatch.PATIENCE_SECONDS", -1.0)
+
+    for growing, ends in ((0, True), (1, False)):
+        pool = ScriptedPool(0, nodes=("a",), growing_to=growing)
+        pool.quarantine("a")
+        events = []
+
+        def on_event(event, events=events):
+            events.append(event)
+            if len(events) == 3:
+                raise InterruptedError
+
+        with pytest.raises(WorkerError if ends else InterruptedError):
+            dispatch(
+                pool,
+                bag(),
+                FailurePolicy(),
+                on_success=lambda call, value: None,
+                on_event=on_event,
+            )
+        assert len(events) == (1 if ends else 3)

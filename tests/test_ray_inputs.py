@@ -227,11 +227,13 @@ def make_pool(ray_address):
 
     class Plain:
         def __init__(self, task):
+            self.other = task
             if task == "broken":
                 raise ValueError("no such thing")
 
         def probe(self, nonce):
-            return {"environment": {}, "node": "here", "pid": os.getpid()}
+            environment = {"torch": "2.12.1" if os.path.exists(self.other) else "2.13.0"}
+            return {"environment": environment, "node": "here", "pid": os.getpid()}
 
         def perform(self, method, arguments, record):
             return (None if record is None else int(record["x"].sum())), None
@@ -239,7 +241,7 @@ def make_pool(ray_address):
     def make(task, bounds=UNASKED, usable=1, cpus=1, announce=lambda event: None):
         share = {"num_cpus": cpus, "num_gpus": 0}
         options = {"nonce": "n", "share": share, "threads": 1, "announce": announce}
-        return RayPool(Plain, task, bounds=bounds, usable=usable, is_shared=True, **options)
+        return RayPool(Plain, task, bounds=bounds, usable=usable, **options)
 
     return make
 
@@ -280,35 +282,63 @@ def test_workers_without_room_are_not_waited_for(make_pool):
 
 
 @pytest.mark.ray
-def test_the_room_there_is_is_taken_and_given_back(make_pool):
-    """Unasked no more actors are there than fit; what a stage cannot use is given back."""
+def test_the_room_there_is_is_taken_and_kept(make_pool):
+    """Unasked no more actors are there than fit; they stay, since others could not be asked for."""
     with make_pool("fine", usable=9, cpus=4) as pool:
         assert len(pool.gather()) == len(pool._actors) == 2
-        assert pool.scale(2) == 0
+        assert pool.scale(9) == pool.scale(1) == 0
+        assert len(pool._actors) == 2
+
+
+@pytest.mark.ray
+def test_what_others_hold_is_no_room(make_pool, half_taken):
+    """No actor is asked for that would wait for somebody else's end, or call for a node."""
+    with make_pool("fine", usable=9, cpus=4) as pool:
+        assert len(pool.gather()) == 1
+        assert wait_for(lambda: not pool.wait(0.1) and pool._free == 0)
+        pool.scale(9)
+        assert len(pool._actors) == 1
+
+
+@pytest.mark.ray
+def test_who_grows_gives_back(make_pool, monkeypatch):
+    """More are asked for than fit; what a stage cannot use any more is spare, and comes again."""
+    monkeypatch.setattr("orchestrator.cluster.scaling.IDLE_SECONDS", 0.5)
+    with make_pool("fine", Bounds(1, 3, is_growing=True), usable=9, cpus=4) as pool:
+        assert len(pool.gather()) == 2
+        assert len(pool._actors) == 3
         assert pool.scale(1) == 1
+        assert len(pool._actors) == 3, "it may be wanted in a moment"
+        assert wait_for(lambda: pool.scale(1) == 1 and not pool._joining)
         pool.give_back(pool.workers()[0])
         assert pool.scale(1) == 0
-        assert len(pool.workers()) == len(pool._actors) == 1
+        assert len(pool._actors) == 1
         assert pool.scale(2) == 0
         assert wait_for(lambda: not pool.wait(0.1) and len(pool.workers()) == 2)
 
 
 @pytest.mark.ray
-def test_who_has_not_come_is_asked_for_no_more(make_pool, half_taken):
-    """When less is left to do, the first to be given up are those without a place."""
-    with make_pool("fine", usable=9, cpus=4) as pool:
-        (probe,) = pool.gather()
-        assert len(pool._actors) == 2
-        assert pool.scale(1) == 0
-        assert [pool.seat(worker).pid for worker in pool._actors] == [probe["pid"]]
-        assert not pool._joining
+def test_a_late_worker_of_another_kind_is_not_used(make_pool, tmp_path):
+    """What would have ended the start of a run is said, and the run goes on without it."""
+    other, events = tmp_path / "other", []
+    bounds = Bounds(1, 2, is_growing=True)
+    with make_pool(str(other), bounds, usable=1, announce=events.append) as pool:
+        pool.gather()
+        other.touch()
+        pool.scale(2)
+        assert wait_for(lambda: not pool.wait(0.1) and any(e["event"] == "note" for e in events))
+        assert len(pool.workers()) == len(pool._actors) == 1
+        assert not pool.quarantined(), "another worker is of use there"
+    (note,) = [event["text"] for event in events if event["event"] == "note"]
+    assert note.startswith("a worker that came is not used: ")
+    assert "2.12.1" in note
 
 
 @pytest.mark.ray
 def test_too_few_workers_in_time_is_infeasible(make_pool, half_taken, monkeypatch):
     """Who asks for more than there is room for now hears what is there, also while it waits."""
-    monkeypatch.setattr("orchestrator.cluster.ray_pool.PATIENCE_SECONDS", 2.0)
-    monkeypatch.setattr("orchestrator.cluster.ray_pool.START_SECONDS", 6.0)
+    monkeypatch.setattr("orchestrator.cluster.ray_actors.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("orchestrator.cluster.ray_actors.START_SECONDS", 6.0)
     says = "1 of 2 workers started within 6 s; 1 workers, 0 of 8 CPU free"
     events = []
     pool = make_pool("fine", Bounds(2, 2), usable=2, cpus=4, announce=events.append)

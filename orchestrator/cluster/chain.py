@@ -165,6 +165,9 @@ class Chain:
             gathers=gathers,
         )
 
+    def holds(self, worker: int) -> bool:
+        return worker in self._replicas
+
     def is_awaited(self, chunk: tuple[int, int]) -> bool:
         """Whether replicas are to read what was emitted."""
         all_have_read = self._entered.issuperset(self._replicas)

@@ -38,6 +38,7 @@ class Crew:
 
     pool: Pool
     size: int
+    """Workers that there are, or that there may come to be, for which models are cut."""
     environment: dict[str, Any]
     """What can change bits, the same for all of them."""
     nodes: tuple[str, ...]
@@ -45,24 +46,15 @@ class Crew:
     """Whether what was left in another environment is gone on from."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ground:
-    """Where crews are assembled: a Ray cluster, or this process."""
-
-    schedule: Schedule
-    is_shared: bool = False
-    """Whether it is a cluster that may have other things to do."""
-
-
 @contextmanager
-def ground(schedule: Schedule, watch: Watch) -> Iterator[Ground]:
+def connected(schedule: Schedule, watch: Watch) -> Iterator[None]:
     """Joins a Ray cluster or starts one, for all crews of a run; leaves it, or ends it.
 
     Raises:
         UsageError: The address does not answer.
     """
     if schedule.executor == "local":
-        yield Ground(schedule)
+        yield
         return
     # Ray takes a second to import, and a run in this process does without it
     import ray
@@ -76,7 +68,7 @@ def ground(schedule: Schedule, watch: Watch) -> Iterator[Ground]:
     try:
         # a Ray of our own is asked for its metrics by nobody
         with nullcontext() if cluster == "own" else Metrics().following(watch):
-            yield Ground(schedule, is_shared=cluster != "own")
+            yield
     finally:
         if cluster != "given":
             ray.shutdown()
@@ -84,9 +76,9 @@ def ground(schedule: Schedule, watch: Watch) -> Iterator[Ground]:
 
 @contextmanager
 def assemble(
-    worker_class: type[Worker], task: Task, where: Ground, most: int, watch: Watch
+    worker_class: type[Worker], task: Task, schedule: Schedule, most: int, watch: Watch
 ) -> Iterator[Crew]:
-    """Starts workers and proves them; ends them on the way out.
+    """Starts workers where the process is connected, and proves them; ends them on the way out.
 
     Args:
         most: Workers that the work can use.
@@ -96,10 +88,10 @@ def assemble(
         InfeasibleError: The cluster can never hold so many workers.
         InputError: A node does not see the model or a directory, or runs other versions.
     """
-    schedule = where.schedule
-    bounds = Bounds.of(schedule.workers)
+    asked = Bounds.of(schedule.workers)
+    bounds = asked.for_work(most)
     if schedule.executor == "local":
-        if bounds.least > 1:
+        if asked.least > 1:
             raise UsageError(
                 f"workers: {schedule.workers} with the local executor, which is one process; "
                 "leave it out, or use --executor ray"
@@ -114,14 +106,15 @@ def assemble(
             # the worker has set its own number, in what is the caller's process
             torch.set_num_threads(threads)
         return
-    with _ray_pool(worker_class, task, where, bounds, most, watch) as (ray_pool, probes):
+    with _ray_pool(worker_class, task, asked, most, watch) as (ray_pool, probes):
         environment = probes[0]["environment"]
         nodes = tuple(sorted({probe["node"] for probe in probes}))
         watch.note(f"{len(probes)} workers on {', '.join(nodes)}: {environment['device']}")
         seats = [asdict(ray_pool.seat(worker)) for worker in ray_pool.workers()]
         watch.event({"event": "workers", "workers": seats})
         try:
-            yield Crew(ray_pool, len(probes), environment, nodes, schedule.allow_mixed)
+            size = bounds.within(most) if bounds.is_growing else len(probes)
+            yield Crew(ray_pool, size, environment, nodes, schedule.allow_mixed)
         finally:
             watch.dismiss_workers()
 
@@ -130,8 +123,7 @@ def assemble(
 def _ray_pool(
     worker_class: type[Worker],
     task: Task,
-    where: Ground,
-    bounds: Bounds,
+    asked: Bounds,
     most: int,
     watch: Watch,
 ) -> Iterator[tuple[Pool, Sequence[dict[str, Any]]]]:
@@ -140,9 +132,9 @@ def _ray_pool(
     from orchestrator.cluster.ray_pool import RayPool
 
     share = ray_cluster.worker_share(task.threads)
-    if not bounds.is_growing:
-        ray_cluster.check_workers(bounds.least, share)
-    elif not ray_cluster.room(share):
+    if not asked.is_growing:
+        ray_cluster.check_workers(asked.least, share)
+    elif not ray_cluster.total_room(share):
         ray_cluster.await_node(task.threads, watch.event)
         share = ray_cluster.worker_share(task.threads)
     with (
@@ -151,11 +143,10 @@ def _ray_pool(
             worker_class,
             task,
             nonce=nonce,
-            bounds=bounds.for_work(most),
+            bounds=asked.for_work(most),
             usable=most,
             share=share,
             threads=task.threads,
-            is_shared=where.is_shared,
             announce=watch.event,
         ) as pool,
     ):

@@ -99,9 +99,10 @@ class _Loop:
         return [worker for worker in self._pool.workers() if worker not in self._busy]
 
     def scale(self) -> None:
-        """Has workers come for what can be used, and gives those back that are idle for long."""
+        """Has workers come for what can be used, and gives back those that it is too little for."""
         now = time.monotonic()
-        self._idle = {each: self._idle.get(each, now) for each in self._idle_workers()}
+        free = [each for each in self._idle_workers() if not self._schedule.holds(each)]
+        self._idle = {each: self._idle.get(each, now) for each in free}
         spare = self._pool.scale(self._schedule.usable)
         idle = {worker: now - since for worker, since in self._idle.items()}
         for worker in to_give_back(idle, spare):
@@ -183,7 +184,7 @@ class _Loop:
             self._heard = now
             there = self._pool.describe()
             self._on_event({"event": "waiting", "for": self._awaited(), "there": there})
-            if not self._pool.workers():
+            if not self._pool.workers() and not self._pool.is_growing():
                 check_nodes(self._pool.nodes(), self._pool.quarantined())
 
     def _awaited(self) -> str:

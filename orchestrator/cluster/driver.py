@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from orchestrator.cluster.compress_job import Compression
-from orchestrator.cluster.crew import Crew, Ground, assemble, ground
+from orchestrator.cluster.crew import Crew, assemble, connected
 from orchestrator.cluster.evaluate_job import Evaluation
 from orchestrator.cluster.evaluate_worker import EvaluationWorker
 from orchestrator.cluster.refit_job import Refit
@@ -35,13 +35,13 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
             return result
         with job.hold_out().taken(on_event) as hold:
             watch.guard(hold)
-            with ground(job.schedule, watch) as where:
-                return _perform(job, where, watch)
+            with connected(job.schedule, watch):
+                return _perform(job, watch)
 
 
-def _perform(job: Compression, where: Ground, watch: Watch) -> Result:
+def _perform(job: Compression, watch: Watch) -> Result:
     most = job.surveyed.num_blocks
-    with assemble(job.worker_class, job.task, where, most, watch) as crew:
+    with assemble(job.worker_class, job.task, job.schedule, most, watch) as crew:
         with watch.stage("calibrate") as stage:
             job.calibrate_and_decompose(crew, watch, stage)
         if job.scores:
@@ -54,9 +54,9 @@ def _perform(job: Compression, where: Ground, watch: Watch) -> Result:
     # each with a crew of its own, since what it does starts from the plan
     *earlier, last = job.after
     for after in earlier:
-        with assemble(after.worker_class, after.task, where, most, watch) as crew:
+        with assemble(after.worker_class, after.task, job.schedule, most, watch) as crew:
             _train(after, crew, watch)
-    with assemble(last.worker_class, last.task, where, most, watch) as crew:
+    with assemble(last.worker_class, last.task, job.schedule, most, watch) as crew:
         _train(last, crew, watch)
         return _write(job, crew, watch)
 
@@ -85,8 +85,8 @@ def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]
             watch.note(f"evaluated already, in {job.run.root}: nothing to do")
             return report
         with (
-            ground(job.schedule, watch) as where,
-            assemble(EvaluationWorker, job.task, where, job.num_blocks, watch) as crew,
+            connected(job.schedule, watch),
+            assemble(EvaluationWorker, job.task, job.schedule, job.num_blocks, watch) as crew,
         ):
             with watch.stage("evaluate") as stage:
                 job.score(crew, watch, stage)

@@ -268,6 +268,9 @@ class Pipeline:
         """Whether a shard is to read what was emitted."""
         return chunk in self._present
 
+    def holds(self, worker: int) -> bool:
+        return any(shard.worker == worker for shard in self._shards)
+
     def succeeded(self, call: Call) -> None:
         self._running.discard(call.worker)
         if not self._counts(call):

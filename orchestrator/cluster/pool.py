@@ -67,6 +67,10 @@ class Pool(Protocol):
         """Puts a fresh worker in the place of a lost one, under a new number."""
         ...
 
+    def is_growing(self) -> bool:
+        """Whether nodes may come for it that are not there yet."""
+        ...
+
     def scale(self, usable: int) -> int:
         """Has workers come, or no more of them, for work that can use so many.
 
@@ -135,6 +139,9 @@ class LocalPool:
         # the old one's memory is free before the new one takes any
         self.worker = None
         self.worker = self._make_worker()
+
+    def is_growing(self) -> bool:
+        return False
 
     def scale(self, usable: int) -> int:
         return 0

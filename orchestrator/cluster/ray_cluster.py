@@ -10,7 +10,7 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -150,21 +150,29 @@ def worker_share(threads: int) -> Share:
     return {"num_gpus": int(has_gpu), "num_cpus": threads}
 
 
-def room(share: Share) -> dict[str, int]:
+def total_room(share: Share) -> dict[str, int]:
     """How many workers each node that is alive could hold, were it idle; by its id."""
+    return _room(share, {node["NodeID"]: node["Resources"] for node in _nodes()})
+
+
+def free_room(share: Share) -> dict[str, int]:
+    """How many more workers each node could hold now; by its id."""
+    return _room(share, ray._private.state.available_resources_per_node())
+
+
+def _room(share: Share, amounts: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
     asked = {"CPU": share["num_cpus"], "GPU": share["num_gpus"]}
     held = {}
-    for node in _nodes():
-        there = node["Resources"]
+    for node, there in amounts.items():
         workers = min(int(there.get(name, 0) // each) for name, each in asked.items() if each)
         if workers:
-            held[node["NodeID"]] = workers
+            held[node] = workers
     return held
 
 
 def check_workers(workers: int, share: Share) -> None:
     """Raises InfeasibleError when the nodes that are there cannot hold so many workers."""
-    there = sum(room(share).values())
+    there = sum(total_room(share).values())
     if workers <= there:
         return
     nodes = [node["Resources"] for node in _nodes()]
@@ -172,8 +180,8 @@ def check_workers(workers: int, share: Share) -> None:
     raise InfeasibleError(
         f"workers: {workers} asked for, each with {_words(share)}; the cluster has "
         f"{_words(amounts)} on {len(nodes)} nodes, enough for {there}; "
-        "ask for fewer workers or threads, or add nodes; an autoscaler is asked for them with "
-        f"--workers 1..{workers}"
+        "ask for fewer workers or threads, or add nodes; an autoscaler is asked for more with "
+        f"--workers {workers}..MAX"
     )
 
 
@@ -199,6 +207,12 @@ def node_names() -> dict[str, str]:
     """The names of all nodes that were ever there, by id; machines may hold several nodes."""
     nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
     return {node: f"{host} ({node[:8]})" for node, host in nodes.items()}
+
+
+def node_of(actor: Any) -> str | None:
+    """The id of the node that an actor is on, or was; nothing if it never came to one."""
+    known = ray._private.state.actors(actor._actor_id.hex())
+    return known.get("Address", {}).get("NodeID") or None
 
 
 def draining_nodes() -> dict[str, float | None]:

@@ -26,7 +26,8 @@ class Bounds:
         """What `--workers` means.
 
         Without it a run takes the room there is, and what comes: nobody's cloud grows unasked. With
-        a number it takes just so many, of the room there is; with `MIN..MAX` it grows.
+        a number it takes just so many, of the room there is; with `MIN..MAX` it grows, and gives
+        back what it does not need: only who can ask for more can let go.
         """
         asked = parse_workers(workers)
         return cls() if asked is None else cls(*asked, is_growing=".." in str(workers))
@@ -45,7 +46,7 @@ def wanted(bounds: Bounds, usable: int, room: int) -> int:
 
     Args:
         usable: Workers that the work can use.
-        room: Workers that the nodes that are there can hold.
+        room: Workers that there are or are asked for, and those that the nodes have room for.
     """
     within = bounds.within(usable)
     return within if bounds.is_growing else min(within, room)
@@ -55,7 +56,7 @@ def to_give_back(idle: Mapping[int, float], spare: int) -> list[int]:
     """Those of the spare workers that are idle for long, the longest first.
 
     Args:
-        idle: Seconds for which idle workers have been so.
+        idle: Seconds for which workers have been idle that hold nothing.
         spare: Workers that are too many.
     """
     long = [worker for worker, seconds in idle.items() if seconds > IDLE_SECONDS]

@@ -63,6 +63,10 @@ class Schedule(Protocol):
         """
         ...
 
+    def holds(self, worker: int) -> bool:
+        """Whether an idle worker has something that another would have to make again."""
+        ...
+
     def succeeded(self, call: Call) -> None: ...
 
     def lost(self, call: Call) -> None:
@@ -305,6 +309,9 @@ class Pass:
         self.shards[call.shard].busy = True
         return call
 
+    def holds(self, worker: int) -> bool:
+        return self._held(worker) is not None
+
     def _held(self, worker: int) -> int | None:
         """The shard of a worker. What a call says of it may be old: cuts shift the numbers."""
         owners = (k for k, state in enumerate(self.shards) if state.owner == worker)
@@ -402,6 +409,9 @@ class Bag:
                 label, arguments = self._running[worker] = self._waiting.pop(0)
                 calls.append(Call(worker, self._method, arguments, label))
         return calls
+
+    def holds(self, worker: int) -> bool:
+        return False
 
     def succeeded(self, call: Call) -> None:
         del self._running[call.worker]

@@ -16,7 +16,7 @@ from benchmarks.watching import cpu_seconds, family
 
 from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.compress_worker import CompressionWorker
-from orchestrator.cluster.crew import Crew, assemble, ground
+from orchestrator.cluster.crew import Crew, assemble, connected
 from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.schedule import Bag, cut_blocks, default_shards
@@ -77,8 +77,8 @@ def warm_job(recipe: Recipe) -> Iterator[Job]:
         job.finished()
         most = job.surveyed.num_blocks
         with (
-            ground(job.schedule, watch) as where,
-            assemble(CompressionWorker, job.task, where, most, watch) as crew,
+            connected(job.schedule, watch),
+            assemble(CompressionWorker, job.task, job.schedule, most, watch) as crew,
         ):
             opening = Bag("open", [("warm up", ((0, 1), ()))] * crew.size)
             dispatch(
