@@ -2,22 +2,32 @@
 
 import json
 import re
+import subprocess
 import urllib.request
 from pathlib import Path
 
 import pytest
-from drivers import wait_for
-from pipeline import run, write_llama, write_text
+from drivers import start, wait_for
+from pipeline import write_llama, write_text
 
 DASHBOARD = Path(__file__).parents[1] / "scripts" / "grafana.json"
 SAMPLE = re.compile(r"^ray_orchestrator_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+DRIVER = """
+import json, sys, ray
+from orchestrator import Recipe, compress
+ray.init(address=sys.argv[1], log_to_driver=False)
+result = compress(Recipe(**json.loads(sys.argv[2])))
+print(ray.get_runtime_context().get_worker_id(), json.dumps(result.report["timings"]), flush=True)
+sys.stdin.readline()
+"""
+"""Metrics are those of a process, and last as long as it is there."""
 
 
-def samples():
-    """Values of our metrics by name and stage, as this machine's node says them."""
+def samples(process=""):
+    """Values of our metrics by name and stage, as this machine's node says them of a process."""
     import ray
 
-    (node,) = (node for node in ray.nodes() if node["Alive"])
+    node = next(node for node in ray.nodes() if node["Alive"])
     address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
     try:
         with urllib.request.urlopen(address, timeout=5) as response:
@@ -27,32 +37,38 @@ def samples():
     found = {}
     for name, labels, value in SAMPLE.findall(text):
         stage = re.search(r'stage="(\w+)"', labels)
-        found[name, stage and stage[1]] = float(value)
+        if process in labels:
+            found[name, stage and stage[1]] = float(value)
     return found
 
 
 @pytest.mark.ray
 def test_a_run_is_counted(ray_address, tmp_path):
     """Units, their seconds and bytes, and the workers that are there, by the cluster's own port."""
-    before = samples()
     llama = write_llama(tmp_path / "dense", blocks=4)
     text = write_text(tmp_path / "text.txt")
-    result = run(llama, tmp_path / "out", text, executor="ray", workers=2)
+    fields = {"model": str(llama), "out": str(tmp_path / "out"), "calibration": str(text)}
+    fields |= {"keep": 0.5, "samples": 6, "sequence_length": 48, "workers": 2}
+    driver = start("-c", DRIVER, ray_address, json.dumps(fields), stdin=subprocess.PIPE)
+    process, _, written = driver.stdout.readline().partition(" ")
+    timings = json.loads(written)
 
-    def added(name, stage):
-        return samples().get((name, stage), 0) - before.get((name, stage), 0)
+    def found(name, stage):
+        return samples(process).get((name, stage))
 
-    assert wait_for(lambda: added("units_total", "write") == 1, seconds=60)
-    assert added("units_total", "calibrate") == 4
-    units = (result.run_dir / "units").rglob("model.layers.*.safetensors")
-    assert added("unit_bytes_total", "calibrate") == sum(unit.stat().st_size for unit in units)
-    assert added("unit_bytes_total", "write") == (result.out / "model.safetensors").stat().st_size
-    spent = result.report["timings"]["decompose_seconds"]
-    assert added("unit_seconds_total", "calibrate") == pytest.approx(spent)
-    wall = result.report["timings"]["seconds"]["calibrate"]
-    assert added("stage_seconds_total", "calibrate") == pytest.approx(wall, abs=1e-3)
-    assert samples()["units_left", "calibrate"] == 0
-    assert wait_for(lambda: samples()["workers", None] == 0, seconds=60), "they have gone"
+    assert wait_for(lambda: found("units_total", "write") == 1, seconds=60)
+    assert wait_for(lambda: found("workers", None) == 0, seconds=60), "they have gone"
+    assert found("units_total", "calibrate") == 4
+    units = (tmp_path / "out.run" / "units").rglob("model.layers.*.safetensors")
+    assert found("unit_bytes_total", "calibrate") == sum(unit.stat().st_size for unit in units)
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert found("unit_bytes_total", "write") == size
+    spent = timings["decompose_seconds"]
+    assert found("unit_seconds_total", "calibrate") == pytest.approx(spent)
+    wall = timings["seconds"]["calibrate"]
+    assert found("stage_seconds_total", "calibrate") == pytest.approx(wall, abs=1e-3)
+    assert found("units_left", "calibrate") == 0
+    driver.communicate("\n")
 
 
 @pytest.mark.ray

@@ -14,7 +14,6 @@ from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
 from orchestrator.cluster.taken_up import taken_up
-from orchestrator.cluster.verify import intact
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.store.run import RunDirectory
 
@@ -135,12 +134,8 @@ class BlockPass:
     def committed(
         self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
     ) -> dict[int, dict[str, Any]]:
-        """Facts of the units that are taken up from an earlier run, undamaged."""
-        units = self.run.units
-        found = taken_up(units, keys, crew, watch, stage.name)
-        hashes = {f"block {block}": units.hashes(keys[block]) for block in found}
-        whole = intact(crew, watch, hashes)
-        done = {block: facts for block, facts in found.items() if f"block {block}" in whole}
+        """Facts of the units that are taken up from an earlier run."""
+        done = taken_up(self.run.units, keys, crew, watch, stage.name, called="block {}")
         if done:
             watch.note(f"{len(done)} of {len(keys)} blocks are committed already")
         return done

@@ -31,7 +31,6 @@ from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.tokens import commit_tokens
 from orchestrator.cluster.train_job import Train
 from orchestrator.cluster.trained_stage import TrainedStage
-from orchestrator.cluster.verify import intact
 from orchestrator.cluster.walk_job import Sweep, Walk
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import UsageError
@@ -377,10 +376,14 @@ class Compression:
             max_shard_bytes=self.recipe.max_shard_bytes,
         )
         keys = {spec.name: self._file_key(spec) for spec in self.specs}
-        found = taken_up(self.run.units, keys, crew, watch, stage.name)
-        hashes = {name: [(self.out / name, facts["blake2b"])] for name, facts in found.items()}
-        whole = intact(crew, watch, hashes)
-        self.files = {name: facts for name, facts in found.items() if name in whole}
+        self.files = taken_up(
+            self.run.units,
+            keys,
+            crew,
+            watch,
+            stage.name,
+            files=lambda name, facts: [(self.out / name, facts["blake2b"])],
+        )
         missing = [spec for spec in self.specs if spec.name not in self.files]
 
         def on_success(call: Call, value: Any) -> None:
@@ -407,7 +410,7 @@ class Compression:
         """The small files of the checkpoint, config last."""
         timings = {
             "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
-            "workers": crew.size,
+            "workers": watch.most_workers,
             "nodes": list(crew.nodes),
             "environment": crew.environment,
             **({"made_elsewhere": watch.made_elsewhere} if watch.made_elsewhere else {}),

@@ -123,6 +123,7 @@ class Evaluation:
         keys = dict(enumerate(self.slice_keys))
         left = taken_up(units, keys, crew, watch, stage.name)
         self._elsewhere = watch.made_elsewhere
+        self._workers = watch.most_workers
         chunks = self.run.chunks(self.pass_key, crew.environment)
         shards = self.schedule.shards or default_shards(self.num_blocks, crew.size)
         cut = cut_blocks(self.num_blocks, shards)
@@ -181,7 +182,7 @@ class Evaluation:
             "text": self.token_report,
             "predictions": total.predictions,
             "shards": len(self._cut),
-            "workers": crew.size,
+            "workers": self._workers,
             "environment": crew.environment,
             **({"made_elsewhere": self._elsewhere} if self._elsewhere else {}),
             "peak_worker_bytes": self._peak_bytes,

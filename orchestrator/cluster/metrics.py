@@ -50,9 +50,11 @@ class Metrics:
     @contextmanager
     def following(self, watch: Watch) -> Iterator[None]:
         """Follows a run's events for a while."""
-        with watch.followed(self.note):
-            yield
-        self._workers.set(0)
+        try:
+            with watch.followed(self.note):
+                yield
+        finally:
+            self._workers.set(0)
 
     def note(self, event: Mapping[str, Any], status: Mapping[str, Any]) -> None:
         """Follows one event.

@@ -103,14 +103,8 @@ class Train(TrainedStage):
     def _make_targets(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Dense chunks through all shards, those whose top-k is not there yet."""
         job, environment = self._job, crew.environment
-        units = job.run.units
         keys = dict(enumerate(self._target_keys))
-        left = taken_up(units, keys, crew, watch, "targets")
-        hashes = {
-            f"targets {index}": units.hashes(key) for index, key in keys.items() if index in left
-        }
-        whole = intact(crew, watch, hashes)
-        results = {index for index in keys if f"targets {index}" in whole}
+        results = set(taken_up(job.run.units, keys, crew, watch, "targets", called="targets {}"))
         if len(results) == len(keys):
             return
         num_blocks, size = job.surveyed.num_blocks, job.grouping.size

@@ -42,6 +42,8 @@ class Watch:
         """Wall time by stage."""
         self.made_elsewhere: list[dict[str, Any]] = []
         """Stages with units of another environment: how many, and which environment."""
+        self.most_workers = 1
+        """That were there at the same time."""
 
     def __enter__(self) -> "Watch":
         self._write()
@@ -55,8 +57,6 @@ class Watch:
         traceback: TracebackType | None,
     ) -> None:
         self.signals.__exit__()
-        if any(hold.taken_by for hold in self._holds):
-            return  # the status is another driver's
         if error is None:
             self._write(state="done", exit_code=0)
         elif self.signals.received is not None:
@@ -76,10 +76,22 @@ class Watch:
         self._write(state="stopped", exit_code=StoppedError.exit_code)
 
     def _write(self, **fields: Any) -> None:
+        """Adds to the status, unless that is another driver's by now."""
+        if any(hold.taken_by for hold in self._holds):
+            return
         with self._lock:
             self._status.update(fields)
             known = {name: value for name, value in self._status.items() if value is not None}
             self._run.write_status(**known)
+
+    def add_made_elsewhere(self, stage: str, units: int, environment: Mapping[str, Any]) -> None:
+        """Notes for the report what was made in another environment; of a stage it is added up."""
+        about = {"stage": stage, "environment": dict(environment)}
+        for entry in self.made_elsewhere:
+            if about.items() <= entry.items():
+                entry["units"] += units
+                return
+        self.made_elsewhere.append(about | {"units": units})
 
     def guard(self, hold: Hold) -> None:
         """Says from whom a hold was taken; from here on the run ends when another takes it."""
@@ -146,6 +158,7 @@ class Watch:
                 pass
             case _:
                 return None
+        self.most_workers = max(self.most_workers, len(self._workers))
         nodes = {node for node, _ in self._workers}
         there = {"workers": len(self._workers) or None, "nodes": len(nodes) or None}
         return {**there, "failures": self._failures}
