@@ -144,6 +144,7 @@ def test_a_fault_s_cost_is_what_is_told_of_again():
     course = Course(Trial(0, "cap", faults))
     assert course.due(unit("calibrate", 1)) is None
     assert course.due(unit("calibrate", 2)) == faults[0]
+    course.met(faults[0])
     assert course.due(unit("calibrate", 3)) is None
     course.note(unit("calibrate", 3))
     assert "recovered" not in course.happened[0], "another worker's unit"
@@ -152,6 +153,7 @@ def test_a_fault_s_cost_is_what_is_told_of_again():
     assert course.happened[0]["recovered"] >= 0
     assert course.happened[0]["redone"] == 1
     assert course.due({"event": "stage", "stage": "write", "state": "begin"}) == faults[1]
+    course.met(faults[1])
     course.life += 1
     course.note(unit("calibrate", 3))
     course.note(unit("write", 1))

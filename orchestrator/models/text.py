@@ -123,7 +123,8 @@ def load_tokens(
             f"{f' with stride {stride}' if stride > 1 else ''}; "
             "give more text, or ask for fewer or shorter sequences"
         )
-    ids = np.full((samples, sequence_length), _padding_id(tokenizer), dtype=np.int32)
+    # padding is masked, so any token does that every model can embed
+    ids = np.zeros((samples, sequence_length), dtype=np.int32)
     mask = np.zeros((samples, sequence_length), dtype=bool)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = row
@@ -240,8 +241,3 @@ def _encode(tokenizer: Any, text: str, *, is_start: bool) -> np.ndarray:
         text, add_special_tokens=is_start, return_attention_mask=False, verbose=False
     )
     return np.asarray(encoded["input_ids"], dtype=np.int32)
-
-
-def _padding_id(tokenizer: Any) -> int:
-    """An id that every model can embed; masked wherever it stands, so that any would do."""
-    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)

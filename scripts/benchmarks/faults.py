@@ -17,6 +17,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -177,11 +178,10 @@ def damage_unit(scene: Scene) -> None:
     """A byte of a committed unit is another one; what finds it is the next driver."""
     scene.end_driver(signal.SIGKILL)
     files = sorted((Path(f"{scene.out}.run") / "units").rglob("*.safetensors"))
-    if files:
-        file = scene.rng.choice(files)
-        content = bytearray(file.read_bytes())
-        content[scene.rng.randrange(len(content))] ^= 1
-        file.write_bytes(content)
+    file = scene.rng.choice(files)
+    content = bytearray(file.read_bytes())
+    content[scene.rng.randrange(len(content))] ^= 1
+    file.write_bytes(content)
 
 
 def lose_chunks(scene: Scene) -> None:
@@ -300,19 +300,22 @@ class Course:
         self._told.add(unit)
 
     def due(self, event: Mapping[str, Any]) -> Fault | None:
-        """A fault whose moment this is; it has happened then."""
-        fault = next((each for each in self.waiting if each.is_due(event)), None)
-        if fault is not None:
-            self.waiting.remove(fault)
-            now = {"at": self.seconds, "life": self.life, "noticed": False, "redone": 0}
-            self.happened.append(asdict(fault) | now)
-        return fault
+        """A fault whose moment this is."""
+        return next((each for each in self.waiting if each.is_due(event)), None)
+
+    def met(self, fault: Fault) -> None:
+        """It has happened."""
+        self.waiting.remove(fault)
+        now = {"at": self.seconds, "life": self.life, "noticed": False, "redone": 0}
+        self.happened.append(asdict(fault) | now)
 
 
 def perform(trial: Trial, nodes: Nodes, subject: _Subject) -> dict[str, Any]:
     """One run to its end, through all that happens to it."""
     say(f"trial {trial.seed}: {trial.recipe}, {', '.join(each.kind for each in trial.faults)}")
     expected, out = subject.reference(trial.recipe), subject.out(trial)
+    for left in (out, Path(f"{out}.run")):
+        shutil.rmtree(left, ignore_errors=True)
     nodes.fill(NODES)
     course, scene, codes = Course(trial), Scene(nodes, out, random.Random(trial.seed)), []
     while course.life < LIVES and codes[-1:] != [0]:
@@ -346,11 +349,13 @@ def _live(arguments: Sequence[str], course: Course, scene: Scene) -> None:
         if event["event"] == "workers":
             scene.workers += event["workers"]
         course.note(event)
-        # what happens before there are workers happens to nobody
-        if scene.workers and (fault := course.due(event)) is not None:
+        # what happens before there are workers, or behind the driver's end, happens to nobody
+        is_there = scene.workers and scene.driver.poll() is None
+        if is_there and (fault := course.due(event)) is not None:
             # of what is to be hit there may be nothing at this moment
             with suppress(LookupError):
                 KINDS[fault.kind](scene)
+                course.met(fault)
 
 
 def _command(arguments: Sequence[str]) -> list[str]:
