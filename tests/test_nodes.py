@@ -13,8 +13,8 @@ import time
 
 import pytest
 import torch
+from benchmarks.nodes import Nodes
 from drivers import is_alive, is_unit, units, wait_for
-from nodes import Nodes
 from pipeline import contents, run, write_llama, write_text
 
 from orchestrator.cluster.compress_job import Compression

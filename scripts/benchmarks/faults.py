@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks import synthetic
 from benchmarks.figures import print_table, say
 from benchmarks.methods import once
-from benchmarks.nodes import Nodes
+from benchmarks.nodes import Cluster
 
 from orchestrator.cluster.deadline import VARIABLE as DEADLINE
 from orchestrator.store.files import digest_file, digest_json
@@ -101,7 +101,7 @@ class Trial:
 class Scene:
     """A run under way, as a fault finds it."""
 
-    nodes: Nodes
+    cluster: Cluster
     out: Path
     rng: random.Random
     driver: subprocess.Popen[str] | None = None
@@ -120,7 +120,7 @@ class Scene:
         return self.rng.choice(there)
 
     def node(self) -> str:
-        return self.rng.choice(self.nodes.there())
+        return self.rng.choice(self.cluster.nodes.there())
 
 
 def kill_worker(scene: Scene) -> None:
@@ -141,15 +141,15 @@ def starve_worker(scene: Scene) -> None:
 
 
 def kill_node(scene: Scene) -> None:
-    scene.nodes.kill(scene.node())
+    scene.cluster.nodes.kill(scene.node())
 
 
 def drain_node(scene: Scene) -> None:
-    scene.nodes.drain(scene.node(), seconds=30)
+    scene.cluster.nodes.drain(scene.node(), seconds=30)
 
 
 def terminate_node(scene: Scene) -> None:
-    scene.nodes.terminate(scene.node())
+    scene.cluster.nodes.terminate(scene.node())
 
 
 def kill_driver(scene: Scene) -> None:
@@ -171,7 +171,7 @@ def fail_calls(scene: Scene) -> None:
 def replace_cluster(scene: Scene) -> None:
     """The driver's machine goes with it; the next cluster has another number of nodes."""
     scene.end_driver(signal.SIGKILL)
-    scene.nodes.renew(scene.rng.choice([1, 3]))
+    scene.cluster.replace(scene.rng.choice([1, 3]))
 
 
 def damage_unit(scene: Scene) -> None:
@@ -223,10 +223,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     drawn = [Trial.drawn(options.seed + n, options.faults) for n in range(trials)]
     subject = _Subject(options)
     results = []
-    with Nodes(NODES) as nodes:
+    with Cluster(NODES) as cluster:
         for trial in drawn:
             path = options.work / f"{subject.name}-{trial.seed}-{options.faults}.json"
-            results.append(once(path, lambda t=trial: perform(t, nodes, subject)))
+            results.append(once(path, lambda t=trial: perform(t, cluster, subject)))
     show(results)
     return {"trials": results}
 
@@ -310,27 +310,27 @@ class Course:
         self.happened.append(asdict(fault) | now)
 
 
-def perform(trial: Trial, nodes: Nodes, subject: _Subject) -> dict[str, Any]:
+def perform(trial: Trial, cluster: Cluster, subject: _Subject) -> dict[str, Any]:
     """One run to its end, through all that happens to it."""
     say(f"trial {trial.seed}: {trial.recipe}, {', '.join(each.kind for each in trial.faults)}")
     expected, out = subject.reference(trial.recipe), subject.out(trial)
     for left in (out, Path(f"{out}.run")):
         shutil.rmtree(left, ignore_errors=True)
-    nodes.fill(NODES)
-    course, scene, codes = Course(trial), Scene(nodes, out, random.Random(trial.seed)), []
+    cluster.nodes.fill(NODES)
+    course, scene, codes = Course(trial), Scene(cluster, out, random.Random(trial.seed)), []
     while course.life < LIVES and codes[-1:] != [0]:
         _live(subject.arguments(trial.recipe, out), course, scene)
         assert scene.driver is not None
         codes.append(scene.driver.wait())
         course.life += 1
-        nodes.fill(1)
+        cluster.nodes.fill(1)
     return {
         "recipe": trial.recipe,
         "faults": course.happened,
         "missed": [asdict(fault) for fault in course.waiting],
         "codes": codes,
         "identical": codes[-1:] == [0] and hashes(out) == expected,
-        "left": nodes.left_behind(),
+        "left": cluster.left_behind(),
         "seconds": course.seconds,
     }
 
@@ -338,7 +338,7 @@ def perform(trial: Trial, nodes: Nodes, subject: _Subject) -> dict[str, Any]:
 def _live(arguments: Sequence[str], course: Course, scene: Scene) -> None:
     """One driver to its end, and what happens to it."""
     scene.driver = subprocess.Popen(
-        _command([*arguments, "--address", scene.nodes.address]),
+        _command([*arguments, "--address", scene.cluster.nodes.address]),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

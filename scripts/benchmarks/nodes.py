@@ -1,4 +1,4 @@
-"""A Ray of several nodes on this machine, whose nodes are a few processes each, to be ended."""
+"""Nodes of a Ray on this machine, each a few processes of its own, to be drained and killed."""
 
 import os
 import shutil
@@ -20,91 +20,105 @@ LEAVE_SECONDS = 60.0
 
 
 class Nodes:
-    """A head that holds no worker, and nodes of two GPUs each that they only pretend to have.
+    """Nodes of two GPUs each, that they only pretend to have, so that workers go nowhere else.
 
-    This process joins it to see who is there. Use as a context manager; leaving it ends all that
-    was started, by the ids of its processes.
+    They join a cluster that this process is connected to.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._directory = ""
-        self._head: subprocess.Popen[bytes] | None = None
-        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self.address = ""
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def __enter__(self) -> "Nodes":
-        self._start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end(signal.SIGTERM)
-
-    def _start(self) -> None:
-        self._directory = tempfile.mkdtemp(prefix="or-")
-        with socket.create_server(("", 0)) as server:
-            port = server.getsockname()[1]
-        self.address = f"127.0.0.1:{port}"
-        flags = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=False"]
-        self._head = _ray("start", *flags, f"--temp-dir={self._directory}", "--block")
-        until(lambda: _listens(port), START_SECONDS, "the head to listen")
-        ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
-        self.fill(self._count)
-
-    def _end(self, how: signal.Signals) -> None:
-        ray.shutdown()
-        processes = [*self._nodes.values(), *([self._head] if self._head else [])]
-        for process in processes:
-            for pid in family(process.pid) if how is signal.SIGKILL else [process.pid]:
-                _signal(pid, how)
-        for process in processes:
-            process.wait()
-        self._nodes, self._head = {}, None
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def renew(self, count: int) -> None:
-        """Kills the whole cluster and starts another one, with so many nodes."""
-        self._end(signal.SIGKILL)
-        self._count = count
-        self._start()
-
-    def fill(self, count: int) -> None:
-        """Starts nodes until there are so many."""
-        gone = [node for node in self._nodes if node not in self._alive()]
-        for node in gone:
-            process = self._nodes.pop(node)
-            _signal(process.pid, signal.SIGTERM)
-            process.wait()
-        while len(self._nodes) < count:
+    def fill(self, count: int) -> list[str]:
+        """Starts nodes until there are so many; gives their ids, in order."""
+        for node in self._processes.keys() - self._alive():
+            _end(self._processes.pop(node))
+        while len(self._processes) < count:
             before = self._alive()
             amounts = ["--num-cpus=2", "--num-gpus=2", "--object-store-memory=80000000"]
-            process = _ray("start", f"--address={self.address}", *amounts, "--block")
+            process = ray_command("start", f"--address={self.address}", *amounts, "--block")
             until(lambda known=before: self._alive() - known, START_SECONDS, "a node to join")
             (node,) = self._alive() - before
-            self._nodes[node] = process
+            self._processes[node] = process
+        return self.there()
 
     def there(self) -> list[str]:
-        """The nodes that are alive, beside the head."""
-        return sorted(self._nodes.keys() & self._alive())
+        """Those that are alive, in order."""
+        return sorted(self._processes.keys() & self._alive())
 
     def kill(self, node: str) -> None:
         """Ends all processes of a node at once, without a word to anybody."""
-        process = self._nodes.pop(node)
-        for pid in family(process.pid):
-            _signal(pid, signal.SIGKILL)
-        process.wait()
+        kill_family(self._processes.pop(node))
 
     def terminate(self, node: str) -> None:
         """Tells a node's `ray start --block` to end, upon which it drains itself."""
-        _signal(self._nodes[node].pid, signal.SIGTERM)
+        _signal(self._processes[node].pid, signal.SIGTERM)
 
     def drain(self, node: str, seconds: int) -> None:
         """Tells the cluster that a node goes, as a spot notice does."""
         why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot notice"]
         where = [f"--address={self.address}", f"--node-id={node}"]
-        drained = _ray("drain-node", *where, *why, f"--deadline-remaining-seconds={seconds}")
+        until_then = f"--deadline-remaining-seconds={seconds}"
+        drained = ray_command("drain-node", *where, *why, until_then)
         if drained.wait() != 0:
             raise RuntimeError(f"node {node} cannot be drained: exit code {drained.returncode}")
+
+    def close(self) -> None:
+        """Ends all nodes; when it returns none of them is there any more."""
+        for process in self._processes.values():
+            _end(process)
+        gone = self._processes.keys()
+        until(lambda: not self._alive() & gone, START_SECONDS, "nodes to be gone")
+        self._processes = {}
+
+    def kill_all(self) -> None:
+        for process in self._processes.values():
+            kill_family(process)
+        self._processes = {}
+
+    def _alive(self) -> set[str]:
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+class Cluster:
+    """A head that holds no worker, and nodes, all on this machine; this process joins it.
+
+    Use as a context manager; leaving it ends all that was started, by the ids of its processes.
+    """
+
+    nodes: Nodes
+
+    def __init__(self, nodes: int) -> None:
+        self._count = nodes
+
+    def __enter__(self) -> "Cluster":
+        self._start(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.nodes.close()
+        ray.shutdown()
+        _end(self._head)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _start(self, nodes: int) -> None:
+        self._directory = tempfile.mkdtemp(prefix="or-")
+        with socket.create_server(("", 0)) as server:
+            port = server.getsockname()[1]
+        flags = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=False"]
+        self._head = ray_command("start", *flags, f"--temp-dir={self._directory}", "--block")
+        until(lambda: _listens(port), START_SECONDS, "the head to listen")
+        self.nodes = Nodes(f"127.0.0.1:{port}")
+        ray.init(address=self.nodes.address, log_to_driver=False, logging_level="ERROR")
+        self.nodes.fill(nodes)
+
+    def replace(self, nodes: int) -> None:
+        """Kills the whole cluster and starts another one, with so many nodes."""
+        ray.shutdown()
+        self.nodes.kill_all()
+        kill_family(self._head)
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._start(nodes)
 
     def left_behind(self) -> dict[str, Any]:
         """What of a run is still there, once it had time to go: actors, groups, taken GPUs."""
@@ -124,9 +138,6 @@ class Nodes:
             time.sleep(0.2)
         return left
 
-    def _alive(self) -> set[str]:
-        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> None:
     """Waits for a condition to come true.
@@ -141,13 +152,27 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> None:
         time.sleep(0.05)
 
 
-def _ray(command: str, *arguments: str) -> subprocess.Popen[bytes]:
+def ray_command(command: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """A command of Ray's as a process, in a session of its own, that says nothing."""
     return subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", command, *arguments],
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+def kill_family(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all that descend from it, without a word to any of them."""
+    for pid in family(process.pid):
+        _signal(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
