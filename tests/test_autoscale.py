@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from drivers import processes_naming, start, wait_for
-from pipeline import contents, run, write_llama, write_text
+from pipeline import write_llama, write_text
 
 pytestmark = pytest.mark.autoscale
 
@@ -28,8 +28,7 @@ from orchestrator.cli import main
 scaling.IDLE_SECONDS = 1.0
 sys.exit(main())
 """
-REFINED = {"refine": "blocks", "threads": 1}
-LONG = {"epochs": 500, "patience": 10_000, "batches": 4, "learning_rate": 1e-6}
+LONG = {"epochs": 400, "patience": 10_000, "batches": 4, "learning_rate": 1e-6}
 
 
 def config(port):
@@ -143,7 +142,7 @@ def test_a_run_grows_a_cluster_and_lets_it_shrink(cluster, tmp_path):
     """From no node to one, where it begins, to three; at the end of a stage back to one.
 
     The last of four blocks is refined when two of three workers have nothing to do any more: their
-    nodes go while it is at work. After the run none is left; the bytes are those of one process.
+    nodes go while it is at work. After the run none is left.
     """
     llama = write_llama(tmp_path / "dense", blocks=4)
     text = write_text(tmp_path / "text.txt")
@@ -173,6 +172,3 @@ def test_a_run_grows_a_cluster_and_lets_it_shrink(cluster, tmp_path):
     done = names.index("stage", returned)
     assert events[done]["stage"] == "refine", "given back while the last block was at work"
     assert 1 in after, "the last block's worker stayed"
-
-    local = run(llama, tmp_path / "local", text, options={"refinement": LONG}, **REFINED)
-    assert contents(local.out) == contents(tmp_path / "out")
