@@ -1,8 +1,8 @@
 """Getting workers, on Ray or in this process: proved to see the same files and be alike."""
 
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,21 +57,10 @@ def connected(schedule: Schedule, watch: Watch) -> Iterator[None]:
         yield
         return
     # Ray takes a second to import, and a run in this process does without it
-    import ray
+    from orchestrator.cluster import ray_crew
 
-    from orchestrator.cluster.metrics import Metrics
-    from orchestrator.cluster.ray_cluster import connect
-
-    # half a start leaves processes behind, and a driver that crashes on its way out
-    with watch.signals.deferred():
-        cluster = connect(schedule.address, watch.note)
-    try:
-        # a Ray of our own is asked for its metrics by nobody
-        with nullcontext() if cluster == "own" else Metrics().following(watch):
-            yield
-    finally:
-        if cluster != "given":
-            ray.shutdown()
+    with ray_crew.connected(schedule.address, watch):
+        yield
 
 
 @contextmanager
@@ -106,7 +95,13 @@ def assemble(
             # the worker has set its own number, in what is the caller's process
             torch.set_num_threads(threads)
         return
-    with _ray_pool(worker_class, task, asked, most, watch) as (ray_pool, probes):
+    from orchestrator.cluster import ray_crew
+
+    with (
+        _probe_files(task) as nonce,
+        ray_crew.pool(worker_class, task, asked, most, nonce, watch) as ray_pool,
+    ):
+        probes = ray_pool.gather()
         environment = probes[0]["environment"]
         nodes = tuple(sorted({probe["node"] for probe in probes}))
         watch.note(f"{len(probes)} workers on {', '.join(nodes)}: {environment['device']}")
@@ -117,40 +112,6 @@ def assemble(
             yield Crew(ray_pool, size, environment, nodes, schedule.allow_mixed)
         finally:
             watch.dismiss_workers()
-
-
-@contextmanager
-def _ray_pool(
-    worker_class: type[Worker],
-    task: Task,
-    asked: Bounds,
-    most: int,
-    watch: Watch,
-) -> Iterator[tuple[Pool, Sequence[dict[str, Any]]]]:
-    """A pool of Ray actors, and what each of them said of itself."""
-    from orchestrator.cluster import ray_cluster
-    from orchestrator.cluster.ray_pool import RayPool
-
-    share = ray_cluster.worker_share(task.threads)
-    if not asked.is_growing:
-        ray_cluster.check_workers(asked.least, share)
-    elif not ray_cluster.total_room(share):
-        ray_cluster.await_node(task.threads, watch.event)
-        share = ray_cluster.worker_share(task.threads)
-    with (
-        _probe_files(task) as nonce,
-        RayPool(
-            worker_class,
-            task,
-            nonce=nonce,
-            bounds=asked.for_work(most),
-            usable=most,
-            share=share,
-            threads=task.threads,
-            announce=watch.event,
-        ) as pool,
-    ):
-        yield pool, pool.gather()
 
 
 @contextmanager

@@ -1,0 +1,56 @@
+"""What a crew needs of Ray: the connection for a run, and a pool of actors for a stage.
+
+All that is imported of Ray's side is imported here, before a run connects: where nodes share a
+directory, Ray may be unpacking the very package again as a driver joins.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import ray
+
+from orchestrator.cluster import ray_cluster
+from orchestrator.cluster.metrics import Metrics
+from orchestrator.cluster.ray_pool import RayPool
+from orchestrator.cluster.scaling import Bounds
+from orchestrator.cluster.watch import Watch
+from orchestrator.cluster.worker import Task, Worker
+
+
+@contextmanager
+def connected(address: str | None, watch: Watch) -> Iterator[None]:
+    """Joins a cluster or starts one, and counts what happens there; leaves it, or ends it."""
+    # half a start leaves processes behind, and a driver that crashes on its way out
+    with watch.signals.deferred():
+        cluster = ray_cluster.connect(address, watch.note)
+    try:
+        # a Ray of our own is asked for its metrics by nobody
+        with nullcontext() if cluster == "own" else Metrics().following(watch):
+            yield
+    finally:
+        if cluster != "given":
+            ray.shutdown()
+
+
+@contextmanager
+def pool(
+    worker_class: type[Worker], task: Task, asked: Bounds, most: int, nonce: str, watch: Watch
+) -> Iterator[RayPool]:
+    """Actors for so much work at most; who grows waits for its first node here."""
+    share = ray_cluster.worker_share(task.threads)
+    if not asked.is_growing:
+        ray_cluster.check_workers(asked.least, share)
+    elif not ray_cluster.total_room(share):
+        ray_cluster.await_node(task.threads, watch.event)
+        share = ray_cluster.worker_share(task.threads)
+    with RayPool(
+        worker_class,
+        task,
+        nonce=nonce,
+        bounds=asked.for_work(most),
+        usable=most,
+        share=share,
+        threads=task.threads,
+        announce=watch.event,
+    ) as actors:
+        yield actors
