@@ -335,6 +335,18 @@ def test_a_late_worker_of_another_kind_is_not_used(make_pool, tmp_path):
 
 
 @pytest.mark.ray
+def test_when_nobody_is_left_a_useless_worker_ends_the_run(make_pool, tmp_path):
+    """There is none to go on with, so what is wrong with those that come is no side matter."""
+    other = tmp_path / "other"
+    with make_pool(str(other)) as pool:
+        pool.gather()
+        other.touch()
+        pool.replace(pool.workers()[0])
+        with pytest.raises(InputError, match=r"2\.12\.1"):
+            wait_for(lambda: pool.wait(0.1))
+
+
+@pytest.mark.ray
 def test_too_few_workers_in_time_is_infeasible(make_pool, half_taken, monkeypatch):
     """Who asks for more than there is room for now hears what is there, also while it waits."""
     monkeypatch.setattr("orchestrator.cluster.ray_actors.PATIENCE_SECONDS", 2.0)

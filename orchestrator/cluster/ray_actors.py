@@ -190,11 +190,11 @@ class RayActors:
         return probe
 
     def _refuse(self, worker: int, error: BaseException) -> None:
-        """Raises what makes a worker useless; but a run that is under way goes on without it.
+        """Raises what makes a worker useless; but a run that has others goes on without it.
 
         Its node is quarantined, unless others are of use there.
         """
-        if not self._is_gathered:
+        if not self._is_gathered or not self._probes:
             raise error
         self._refused += 1
         node = node_of(self._actors[worker])
