@@ -123,7 +123,6 @@ class Evaluation:
         keys = dict(enumerate(self.slice_keys))
         left = taken_up(units, keys, crew, watch, stage.name)
         self._elsewhere = watch.made_elsewhere
-        self._workers = watch.most_workers
         chunks = self.run.chunks(self.pass_key, crew.environment)
         shards = self.schedule.shards or default_shards(self.num_blocks, crew.size)
         cut = cut_blocks(self.num_blocks, shards)
@@ -147,6 +146,7 @@ class Evaluation:
                     stage.progress(len(done), total)
 
         run_pass(crew, watch, schedule, chunks, on_success)
+        self._workers = watch.most_workers
         self.total = Score()
         for index in range(total):
             facts = left.get(index) or units.facts(keys[index], crew.environment)
