@@ -19,12 +19,12 @@ def left(tmp_path):
     """What is taken up of four units, of which each was made in one of two environments, or not."""
     directory = RunDirectory(tmp_path)
 
-    def left(made, *, allows_mixed=False, is_all=True):
+    def left(made, *, allow_mixed=False, is_all=True):
         keys = {n: f"{n:02d}" * 32 for n in range(4)}
         for n, environment in made.items():
             directory.units.begin(keys[n]).commit(environment=environment, facts={"n": n})
         events = []
-        crew = Crew(None, 1, HERE, ("node",), allows_mixed)
+        crew = Crew(None, 1, HERE, ("node",), allow_mixed)
         watch = Watch(directory, events.append)
         found = taken_up(directory.units, keys, crew, watch, "calibrate", is_all=is_all)
         assert all(facts == {"n": n} for n, facts in found.items())
@@ -61,7 +61,7 @@ def test_a_stage_left_unfinished_elsewhere_is_made_again_whole(left, made):
     found, (note,), elsewhere = left(made)
     assert (found, elsewhere) == (here, [])
     assert note.endswith("made again, since others are missing; --allow-mixed takes them")
-    found, (note,), elsewhere = left(made, allows_mixed=True)
+    found, (note,), elsewhere = left(made, allow_mixed=True)
     assert found == made.keys()
     assert elsewhere[0]["units"] == len(made) - len(here)
     assert "taken as they are" in note
@@ -71,7 +71,7 @@ def test_what_is_only_a_part_of_a_stage_is_never_complete(left):
     """The record of snapshots is one unit, however far training has come."""
     made = dict.fromkeys(range(4), THERE)
     assert left(made, is_all=False)[0] == set()
-    assert left(made, is_all=False, allows_mixed=True)[0] == {0, 1, 2, 3}
+    assert left(made, is_all=False, allow_mixed=True)[0] == {0, 1, 2, 3}
 
 
 @pytest.fixture(scope="module")

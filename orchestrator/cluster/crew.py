@@ -42,7 +42,7 @@ class Crew:
     environment: dict[str, Any]
     """What can change bits, the same for all of them."""
     nodes: tuple[str, ...]
-    allows_mixed: bool = False
+    allow_mixed: bool = False
     """Whether what was left in another environment is gone on from."""
 
 

@@ -80,7 +80,7 @@ def _judge(
     is_complete = is_complete and all(each == first for each in others.values())
     what = f"{len(others)} of {wanted} units of {stage} were made with "
     what += _differences(first, crew.environment)
-    if is_complete or crew.allows_mixed:
+    if is_complete or crew.allow_mixed:
         watch.note(f"{what}: taken as they are, so the result has not the bits of one machine")
         watch.add_made_elsewhere(stage, len(others), first)
         return set()
