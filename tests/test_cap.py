@@ -27,8 +27,8 @@ from orchestrator.allocate.bernoulli import (
 from orchestrator.allocate.budget import share_values
 from orchestrator.allocate.cap import Cap
 from orchestrator.allocate.choice import choose
+from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.masks import CandidateValues, masked_weight, read_masked
-from orchestrator.cluster.schedule import Pass
 from orchestrator.errors import InfeasibleError, StoppedError, UsageError
 from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.ranked import SKETCH, rank_parts

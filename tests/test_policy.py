@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.deadline import VARIABLE, Deadlines
 from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import (
@@ -20,7 +21,7 @@ from orchestrator.cluster.policy import (
     decide,
 )
 from orchestrator.cluster.pool import LocalPool, Outcome, Seat, is_out_of_memory
-from orchestrator.cluster.schedule import Bag, Pass, cut_blocks
+from orchestrator.cluster.schedule import Bag, cut_blocks
 from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
 from orchestrator.store.chunks import MissingChunk
 

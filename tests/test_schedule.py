@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.chunk_pass import Pass
+from orchestrator.cluster.schedule import Bag, Call, cut_blocks, default_shards
 
 
 class Simulation:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.cluster.chain import Chain, Program
+from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.run_pass import run_pass
-from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Call, cut_blocks, default_shards
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.store.run import RunDirectory

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
 from orchestrator.cluster.evaluate_worker import EvaluationTask, tokens_per_second
 from orchestrator.cluster.run_pass import run_pass
-from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Call, cut_blocks, default_shards
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.tokens import commit_tokens
 from orchestrator.cluster.watch import Stage, Watch

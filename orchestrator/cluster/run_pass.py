@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.schedule import Call, Pass
+from orchestrator.cluster.schedule import Call
 from orchestrator.cluster.watch import Watch
 from orchestrator.store.chunks import Chunks
 

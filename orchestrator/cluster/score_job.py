@@ -16,10 +16,11 @@ from orchestrator.allocate.budget import budget_values
 from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.cap import Cap
 from orchestrator.allocate.choice import Choice, choose
+from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.masks import commit_candidates
 from orchestrator.cluster.run_pass import run_pass
-from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Call, cut_blocks, default_shards
 from orchestrator.cluster.score_worker import Trial, Trials
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.watch import Stage, Watch

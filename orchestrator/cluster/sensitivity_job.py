@@ -13,9 +13,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.allocate.strs import Strs
+from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.run_pass import run_pass
-from orchestrator.cluster.schedule import Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Call, cut_blocks, default_shards
 from orchestrator.cluster.sensitivity_worker import Trial, Trials
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.watch import Stage, Watch

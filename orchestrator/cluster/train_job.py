@@ -6,12 +6,13 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.pipeline import Pipeline, Snapshot
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.run_pass import run_pass
-from orchestrator.cluster.schedule import Bag, Call, Pass, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Bag, Call, cut_blocks, default_shards
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.tokens import read_tokens
 from orchestrator.cluster.train_worker import TrainTask, TrainWorker, snapshot_key
