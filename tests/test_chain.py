@@ -70,7 +70,7 @@ def drive(chain, workers=(0, 1), *, loss=0.0, gone=0.0, late=0.0, seed=0):
             chain.lost(call)
             replicas[max([*replicas, call.worker]) + 1] = Replica()
         elif gathered and (None in gathered or rng.random() < gone):
-            chain.missing(call)
+            chain.missing(call, (0, 0))
         else:
             value, record = replicas[call.worker].perform(call, gathered)
             chain.succeeded(call)
@@ -185,7 +185,7 @@ def test_a_missing_input_is_made_again_from_the_models():
         chain.told(call, value)
         ended = chain.ended()
     (call,) = chain.calls([0])
-    chain.missing(call)
+    chain.missing(call, (0, 0))
     ended, _ = drive(chain)
     assert ended == [(0, None), *expected([1, 2])]
 

@@ -14,7 +14,7 @@ from orchestrator.cluster.schedule import Bag, Call, cut_blocks, default_shards
 class Simulation:
     """Performs a schedule's calls in a random order, and checks each against the rules."""
 
-    def __init__(self, schedule, workers, seed=0, loss=0.0, want=0.0):
+    def __init__(self, schedule, workers, seed=0, loss=0.0, want=0.0, beside=None):
         self.schedule = schedule
         self.workers = list(range(workers))
         self.rng = random.Random(seed)
@@ -23,6 +23,7 @@ class Simulation:
         self.performed = Counter()
         self.finished = []
         self.splits = 0
+        self.beside = beside
         self.there = {
             schedule.boundary(k): set(chunks) for k, chunks in enumerate(schedule._present)
         }
@@ -61,6 +62,11 @@ class Simulation:
         elif call.method == "step":
             blocks, fed = self.held[call.worker]
             boundary, index = call.takes
+            entry = (blocks.start, index)
+            if self.beside is not None and blocks.start and entry not in self.beside:
+                self.schedule.missing(call, entry)
+                del self.held[call.worker]
+                return
             assert boundary in (blocks.start, blocks.stop)
             assert index in self.there[boundary], "took a chunk that is not there"
             assert not fed or fed[-1] < call.takes[1], "chunks out of order"
@@ -113,6 +119,38 @@ def test_a_backward_pass_goes_from_the_last_shard_to_the_first(seed):
     simulation = Simulation(schedule, workers=3, seed=seed, loss=0.05).run()
     assert sorted(simulation.finished) == list(range(10))
     assert [schedule.boundary(k) for k in range(5)] == [10, 8, 6, 3, 0]
+
+
+@given(data=st.data())
+def test_a_pass_that_reads_another_ones_chunks_breaks_off_and_is_gone_on_with(data):
+    """Whatever the other pass has lost, and whoever wants memory: each block is finished once."""
+    blocks = data.draw(st.integers(1, 9), label="blocks")
+    group = data.draw(st.integers(1, 2), label="group")
+    cut = cut_blocks(blocks, data.draw(st.integers(1, blocks), label="shards"), group)
+    workers, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 999))
+    todo, there, lost = (
+        set(range(blocks)),
+        {},
+        data.draw(st.sets(st.tuples(*[st.integers(0, 8)] * 2))),
+    )
+    while todo:
+        schedule = Pass(
+            cut[::-1],
+            todo=todo,
+            num_chunks=3,
+            present=[there.get(part.stop, set()) for part in cut[::-1]],
+            backward=True,
+            joints=range(0, blocks, group),
+            reads_beside=True,
+        )
+        beside = {(part.start, index) for part in cut for index in range(3)} - lost
+        simulation = Simulation(schedule, workers, seed, loss=0.05, want=0.05, beside=beside).run()
+        assert todo >= set(simulation.finished)
+        assert schedule.broken_off or todo == set(simulation.finished)
+        todo -= set(simulation.finished)
+        cut, there, lost = schedule.following_cut(), simulation.there, set()
+        assert [block for part in cut for block in part] == list(range(blocks))
+        assert all(part.start % group == 0 for part in cut)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -200,7 +238,7 @@ def test_a_missing_chunk_is_computed_again():
         calls.append(call.label)
         if call.method == "step" and call.shard == 1 and damaged:
             damaged = False
-            schedule.missing(call)
+            schedule.missing(call, call.takes)
         else:
             schedule.succeeded(call)
     assert calls.count("block 0, chunk 0") == 2

@@ -45,7 +45,7 @@ class BlockPass:
             todo=keys.keys() - done.keys(),
             num_chunks=self.sequences,
             present=self._present(pass_key, [blocks.start for blocks in cut], crew),
-            joints=range(0, self.num_blocks, self.group),
+            joints=self._joints,
         )
         self._perform(schedule, pass_key, done, keys, crew, watch, stage)
         return done
@@ -63,22 +63,25 @@ class BlockPass:
         """The same with gradients, `draws` for every sequence, from the last block to the first.
 
         Chunks pass once before, under `dense_key`, and stay at the boundaries until all is done:
-        each shard is run again on what lies before it, and goes back through that.
+        each shard is run again on what lies before it, and goes back through that. If a shard is
+        too much for a worker, chunks pass once more to where it is cut.
         """
         done = self.committed(keys, crew, watch, stage)
-        cut, todo = self._cut(crew), keys.keys() - done.keys()
-        if todo:
-            self._keep_boundaries(dense_key, cut, crew, watch)
-        count = draws * self.sequences
-        schedule = Pass(
-            cut[::-1],
-            todo=todo,
-            num_chunks=count,
-            present=self._present(pass_key, [blocks.stop for blocks in cut[::-1]], crew, count),
-            backward=True,
-            about=(True,),
-        )
-        self._perform(schedule, pass_key, done, keys, crew, watch, stage)
+        cut, count = self._cut(crew), draws * self.sequences
+        while todo := keys.keys() - done.keys():
+            cut = self._keep_boundaries(dense_key, cut, crew, watch)
+            schedule = Pass(
+                cut[::-1],
+                todo=todo,
+                num_chunks=count,
+                present=self._present(pass_key, [blocks.stop for blocks in cut[::-1]], crew, count),
+                backward=True,
+                joints=self._joints,
+                reads_beside=True,
+                about=(True,),
+            )
+            self._perform(schedule, pass_key, done, keys, crew, watch, stage)
+            cut = schedule.following_cut()
         self.run.chunks(dense_key, crew.environment).clear()
         return done
 
@@ -141,6 +144,11 @@ class BlockPass:
             watch.note(f"{len(done)} of {len(keys)} blocks are committed already")
         return done
 
+    @property
+    def _joints(self) -> range:
+        """Where shards may meet."""
+        return range(0, self.num_blocks, self.group)
+
     def _cut(self, crew: Crew) -> tuple[range, ...]:
         default = default_shards(self.num_blocks, crew.size, max(2, self.group))
         return cut_blocks(self.num_blocks, self.shards or default, self.group)
@@ -154,10 +162,10 @@ class BlockPass:
 
     def _keep_boundaries(
         self, dense_key: str, cut: tuple[range, ...], crew: Crew, watch: Watch
-    ) -> None:
-        """Chunks through all shards but the last, to stay where shards meet."""
+    ) -> tuple[range, ...]:
+        """Chunks through all shards but the last, to stay where shards meet; how it is cut now."""
         if len(cut) == 1:
-            return
+            return cut
         present = self._present(dense_key, [blocks.start for blocks in cut], crew)
         schedule = Pass(
             cut[:-1],
@@ -166,9 +174,11 @@ class BlockPass:
             present=present[:-1],
             results=present[-1],
             keeps=True,
+            joints=self._joints,
         )
         chunks = self.run.chunks(dense_key, crew.environment)
         run_pass(crew, watch, schedule, chunks, lambda call, value: None)
+        return (*schedule.cut, cut[-1])
 
     def _perform(
         self,

@@ -220,7 +220,7 @@ class Chain:
         """A replica holds one block, and no less will do."""
         return False
 
-    def missing(self, call: Call) -> None:
+    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
         """What the call was to read is gone: what it was made of still lies there."""
         self._running.discard(call.worker)
         if self._counts(call):

@@ -14,6 +14,8 @@ Rules of a pass, asserted by the tests:
 - A shard that was too much for a worker's memory is cut into its smallest parts, and so is every
   other one that nobody holds and that is not done. Of their inner boundaries chunks are missing,
   as behind any shard that is run again.
+- A pass that reads another's chunks beside its own cannot make those: it starts nothing more, and
+  ends once nothing runs. What has its unit by then, and the chunks that lie there, stay.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,6 +74,8 @@ class Pass:
         backward: Whether chunks are gradients, that enter a shard behind its last block.
         keeps: Whether every boundary's chunks are wanted, for a later pass to read.
         joints: Boundaries at which shards may be cut further, should one be too much for a worker.
+        reads_beside: Whether shards read chunks of another pass at their boundaries too. Where one
+            is missing, or shards are to be cut further, the pass breaks off.
         about: What else a worker is told when it opens a shard.
     """
 
@@ -86,6 +90,7 @@ class Pass:
         backward: bool = False,
         keeps: bool = False,
         joints: Iterable[int] = (),
+        reads_beside: bool = False,
         about: tuple[Any, ...] = (),
     ) -> None:
         wanted = set(todo)
@@ -104,6 +109,10 @@ class Pass:
         self._wants_results = results is not None
         self.keeps = keeps
         self._joints = sorted(set(joints))
+        self._reads_beside = reads_beside
+        self.broken_off = False
+        """Whether it ended before its end, since chunks of the other pass have to be made first."""
+        self._was_too_much = False
         self._needed = self._needs()
 
     def _needs(self) -> list[set[int]]:
@@ -127,6 +136,8 @@ class Pass:
 
     @property
     def finished(self) -> bool:
+        if self.broken_off:
+            return not any(state.busy for state in self.shards)
         return all(self.is_done(k) for k in range(len(self.shards)))
 
     def boundary(self, shard: int) -> int:
@@ -166,6 +177,8 @@ class Pass:
         return min(waiting, default=None)
 
     def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
+        if self.broken_off:
+            return []
         held = {state.owner: k for k, state in enumerate(self.shards) if state.owner is not None}
         calls, starved = [], []
         free = [worker for worker in idle if worker not in held]
@@ -285,11 +298,24 @@ class Pass:
         if shard is None or not self._inner(self.shards[shard]):
             return False
         self._release(shard)
+        if self._reads_beside:
+            self.broken_off = self._was_too_much = True
+            return True
         for k in reversed(range(len(self.shards))):
             if self.shards[k].owner is None and not self.is_done(k):
                 self._cut(k)
         self._needed = self._needs()
         return True
+
+    def following_cut(self) -> tuple[range, ...]:
+        """What to go on with after breaking off: where a shard was too much, the smallest parts."""
+        parts: list[range] = []
+        for k, state in enumerate(self.shards):
+            is_cut = self._was_too_much and not self.is_done(k)
+            edges = self._inner(state) if is_cut else []
+            pairs = pairwise([state.blocks.start, *edges, state.blocks.stop])
+            parts += [range(start, stop) for start, stop in pairs]
+        return tuple(sorted(parts, key=lambda blocks: blocks.start))
 
     def _inner(self, state: ShardState) -> list[int]:
         """Boundaries within a shard at which it may be cut."""
@@ -311,13 +337,15 @@ class Pass:
         self.shards[shard : shard + 1] = parts[::-1] if state.backward else parts
         self._present[shard + 1 : shard + 1] = [set() for _ in inner]
 
-    def missing(self, call: Call) -> None:
-        assert call.takes is not None
+    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
         shard = self._held(call.worker)
         assert shard is not None
         self._release(shard)
-        self._present[shard].discard(call.takes[1])
-        self._needed = self._needs()
+        if chunk == call.takes:
+            self._present[shard].discard(chunk[1])
+            self._needed = self._needs()
+        else:
+            self.broken_off = True
 
     def _release(self, shard: int) -> None:
         state = self.shards[shard]

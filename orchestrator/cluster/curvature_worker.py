@@ -12,11 +12,11 @@ from torch import Tensor
 from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.tokens import first_chunk
 from orchestrator.cluster.worker import Emitted
-from orchestrator.errors import InputError
 from orchestrator.models.calibration import Calibration
 from orchestrator.models.chunk import Chunk, Payload
 from orchestrator.models.evaluation import draw_label_gradient
 from orchestrator.models.shard import Shard
+from orchestrator.store.chunks import MissingChunk
 
 LARGEST_PRIME = 2**63 - 25
 """Below 2^63: torch takes no larger seed, and modulo a power of two many would be one."""
@@ -91,7 +91,11 @@ class CurvatureWorker(CompressionWorker):
         return None, self.emit(self._shard.blocks.start, gradients) if emit else None
 
     def _dense_chunk(self, sequence: int) -> Chunk:
-        """What enters the shard, as the dense model's earlier blocks have left it."""
+        """What enters the shard, as the dense model's earlier blocks have left it.
+
+        Raises:
+            MissingChunk: That is not there, or damaged.
+        """
         assert self._shard is not None
         assert self._tokens is not None
         start = self._shard.blocks.start
@@ -100,8 +104,5 @@ class CurvatureWorker(CompressionWorker):
         record = self._dense.read(start, sequence)
         if record is None:
             self._dense.drop(start, sequence)
-            raise InputError(
-                f"{self._dense.path(start, sequence)}: chunk is missing or damaged; "
-                "run the same command again, which makes it again"
-            )
+            raise MissingChunk(start, sequence)
         return Chunk.unpack(record)

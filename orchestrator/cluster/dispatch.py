@@ -130,7 +130,7 @@ class _Loop:
         elif isinstance(outcome.error, MissingChunk):
             self._on_event({"event": "missing", "unit": call.label})
             self._policy.after_missing(call.label)
-            self._schedule.missing(call)
+            self._schedule.missing(call, outcome.error.chunk)
         elif outcome.error is not None:
             error = as_ours(outcome.error, call)
             self._tell("failed", outcome, str(error), "raised an error", Action.END)

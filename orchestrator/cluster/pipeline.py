@@ -351,7 +351,7 @@ class Pipeline:
         """Shards are as many as there are workers: more of them need more workers."""
         return False
 
-    def missing(self, call: Call) -> None:
+    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
         self.lost(call)
 
     def _go_back(self) -> None:

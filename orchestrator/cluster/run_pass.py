@@ -24,6 +24,8 @@ def run_pass(
 ) -> None:
     """Performs a pass to its end; nothing of its boundary chunks stays, unless it keeps them.
 
+    A pass that breaks off (see `Pass`) leaves them for the one that goes on.
+
     Args:
         chunks: Where the pass keeps its boundary chunks.
         on_success: Told of each call that ended well, with its small result.
@@ -45,5 +47,5 @@ def run_pass(
         is_awaited=lambda chunk: schedule.is_awaited(chunk, WINDOW),
         on_event=watch.event,
     )
-    if not schedule.keeps:
+    if not schedule.keeps and not schedule.broken_off:
         chunks.clear()

@@ -66,8 +66,8 @@ class Schedule(Protocol):
         """Has less held at once than in this call, which is lost for want of memory; if it can."""
         ...
 
-    def missing(self, call: Call) -> None:
-        """The chunk that the call was to read is not there after all."""
+    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+        """A chunk that the call was to read is not there after all."""
         ...
 
 
@@ -110,7 +110,7 @@ class Bag:
     def split(self, call: Call) -> bool:
         return False
 
-    def missing(self, call: Call) -> None:
+    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
         raise AssertionError(f"{call.label} reads no chunk")
 
 

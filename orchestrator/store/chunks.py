@@ -22,6 +22,10 @@ Record = Mapping[str, np.ndarray]
 class MissingChunk(Exception):
     """A boundary chunk that should be there is not, or is damaged; it has to be computed again."""
 
+    def __init__(self, boundary: int, index: int) -> None:
+        super().__init__(boundary, index)
+        self.chunk = boundary, index
+
 
 class Chunks:
     """The boundary chunks of one pass; boundary b is the input of block b."""
