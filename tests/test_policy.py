@@ -437,19 +437,21 @@ def test_a_worker_in_this_process_gives_up_its_memory():
     made, alive = [], []
 
     class Worker:
-        def __init__(self):
+        def __init__(self, task):
             made.append(len(alive))
             alive.append(self)
 
+        def let_go(self):
+            alive.remove(self)
+
         def perform(self, method, arguments, record):
             if len(made) == 1:
-                alive.clear()
                 raise MemoryError("cannot allocate")
             return arguments, None
 
     done, events = [], []
     dispatch(
-        LocalPool(Worker),
+        LocalPool(Worker, "task", "nonce"),
         bag(2),
         FailurePolicy(),
         on_success=lambda call, value: done.append(call.label),

@@ -231,6 +231,9 @@ def make_pool(ray_address):
             if task == "broken":
                 raise ValueError("no such thing")
 
+        def let_go(self):
+            Path(self.other).unlink(missing_ok=True)
+
         def probe(self, nonce):
             environment = {"torch": "2.12.1" if os.path.exists(self.other) else "2.13.0"}
             return {"environment": environment, "node": "here", "pid": os.getpid()}
@@ -244,6 +247,32 @@ def make_pool(ray_address):
         return RayPool(Plain, task, bounds=bounds, usable=usable, **options)
 
     return make
+
+
+@pytest.mark.ray
+def test_workers_turn_to_another_task_where_they_are(make_pool, tmp_path):
+    """The same processes under the same numbers, told of once; each lets the task before go first,
+    and one that has died since is replaced. A task that none can take up is an error."""
+    events, first = [], tmp_path / "first"
+    with make_pool(str(first), Bounds(2, 2), usable=2, announce=events.append) as pool:
+        first.touch()
+        seats = [probe["pid"] for probe in pool.gather()]
+        assert {probe["environment"]["torch"] for probe in pool._probes.values()} == {"2.12.1"}
+        kept, lost = pool.workers()
+        os.kill(pool.seat(lost).pid, signal.SIGKILL)
+        pool.turn_to(pool._worker_class, "fine")
+        again = pool.gather()
+        assert {probe["environment"]["torch"] for probe in again} == {"2.13.0"}
+        assert not first.exists()
+        assert kept in pool.workers()
+        assert lost not in pool.workers()
+        assert pool.seat(kept).pid in seats
+        told = [seat["pid"] for e in events if e["event"] == "workers" for seat in e["workers"]]
+        assert sorted(told) == sorted({*seats, *(probe["pid"] for probe in again)})
+        assert [e["event"] for e in events if e["event"] != "workers"] == ["retired"]
+        pool.turn_to(pool._worker_class, "broken")
+        with pytest.raises(WorkerError, match="a worker cannot start: ValueError: no such thing"):
+            pool.gather()
 
 
 @pytest.mark.ray

@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,29 @@ class Crew:
     nodes: tuple[str, ...]
     allow_mixed: bool = False
     """Whether what was left in another environment is gone on from."""
+    most: int = 1
+    """Workers that the work can use."""
+    bounds: Bounds = field(default_factory=Bounds)
+
+    def turned_to(self, worker_class: type[Worker], task: Task) -> "Crew":
+        """The workers at another task of the run, in the processes that they have.
+
+        Raises:
+            InfeasibleError, InputError: As `assemble`.
+        """
+        self.pool.turn_to(worker_class, task)
+        return self.gathered()
+
+    def gathered(self) -> "Crew":
+        """What it is once enough workers are there."""
+        probes = self.pool.gather()
+        within = self.bounds.for_work(self.most)
+        return replace(
+            self,
+            size=within.within(self.most) if within.is_growing else len(probes),
+            environment=probes[0]["environment"],
+            nodes=tuple(sorted({probe["node"] for probe in probes})),
+        )
 
 
 @contextmanager
@@ -78,7 +101,6 @@ def assemble(
         InputError: A node does not see the model or a directory, or runs other versions.
     """
     asked = Bounds.of(schedule.workers)
-    bounds = asked.for_work(most)
     if schedule.executor == "local":
         if asked.least > 1:
             raise UsageError(
@@ -88,9 +110,8 @@ def assemble(
         threads = torch.get_num_threads()
         try:
             with _probe_files(task) as nonce:
-                pool = LocalPool(lambda: worker_class(task))
-                probe = pool.worker.probe(nonce)
-            yield Crew(pool, 1, probe["environment"], (probe["node"],), schedule.allow_mixed)
+                pool = LocalPool(worker_class, task, nonce)
+                yield Crew(pool, 1, {}, (), schedule.allow_mixed).gathered()
         finally:
             # the worker has set its own number, in what is the caller's process
             torch.set_num_threads(threads)
@@ -101,15 +122,11 @@ def assemble(
         _probe_files(task) as nonce,
         ray_crew.pool(worker_class, task, asked, most, nonce, watch) as ray_pool,
     ):
-        probes = ray_pool.gather()
-        environment = probes[0]["environment"]
-        nodes = tuple(sorted({probe["node"] for probe in probes}))
-        watch.note(f"{len(probes)} workers on {', '.join(nodes)}: {environment['device']}")
-        seats = [asdict(ray_pool.seat(worker)) for worker in ray_pool.workers()]
-        watch.event({"event": "workers", "workers": seats})
         try:
-            size = bounds.within(most) if bounds.is_growing else len(probes)
-            yield Crew(ray_pool, size, environment, nodes, schedule.allow_mixed)
+            crew = Crew(ray_pool, 0, {}, (), schedule.allow_mixed, most, asked).gathered()
+            there = len(ray_pool.workers())
+            watch.note(f"{there} workers on {', '.join(crew.nodes)}: {crew.environment['device']}")
+            yield crew
         finally:
             watch.dismiss_workers()
 

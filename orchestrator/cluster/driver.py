@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from orchestrator.cluster.compress_job import Compression
-from orchestrator.cluster.crew import Crew, assemble, connected
+from orchestrator.cluster.crew import assemble, connected
 from orchestrator.cluster.evaluate_job import Evaluation
 from orchestrator.cluster.evaluate_worker import EvaluationWorker
-from orchestrator.cluster.refit_job import Refit
-from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.watch import OnEvent, Watch
 from orchestrator.recipe import Recipe
 from orchestrator.result import Result
@@ -49,27 +47,14 @@ def _perform(job: Compression, watch: Watch) -> Result:
                 job.score(crew, watch, stage)
         with watch.stage("allocate"):
             job.allocate()
-        if not job.after:
-            return _write(job, crew, watch)
-    # each with a crew of its own, since what it does starts from the plan
-    *earlier, last = job.after
-    for after in earlier:
-        with assemble(after.worker_class, after.task, job.schedule, most, watch) as crew:
-            _train(after, crew, watch)
-    with assemble(last.worker_class, last.task, job.schedule, most, watch) as crew:
-        _train(last, crew, watch)
-        return _write(job, crew, watch)
-
-
-def _train(after: Refit | TrainedStage, crew: Crew, watch: Watch) -> None:
-    with watch.stage(after.name) as stage:
-        after.perform(crew, watch, stage)
-
-
-def _write(job: Compression, crew: Crew, watch: Watch) -> Result:
-    with watch.stage("write") as stage:
-        job.write(crew, watch, stage)
-    return job.finish(crew, watch)
+        for after in job.after:
+            # what it does starts from the plan, so the workers learn of it here
+            crew = crew.turned_to(after.worker_class, after.task)
+            with watch.stage(after.name) as stage:
+                after.perform(crew, watch, stage)
+        with watch.stage("write") as stage:
+            job.write(crew, watch, stage)
+        return job.finish(crew, watch)
 
 
 def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import os
 import socket
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +45,14 @@ class Seat:
 
 class Pool(Protocol):
     """Equal workers, each performing one call at a time."""
+
+    def turn_to(self, worker_class: type, task: Any) -> None:
+        """Has the workers take up another task; what they hold of the one before is let go."""
+        ...
+
+    def gather(self) -> list[dict[str, Any]]:
+        """Waits until there are enough workers; gives what each proves of where it is."""
+        ...
 
     def workers(self) -> Sequence[int]: ...
 
@@ -107,10 +115,18 @@ class LocalPool:
     A call that runs out of memory costs the worker what it holds; nothing else can be lost.
     """
 
-    def __init__(self, make_worker: Callable[[], Any]) -> None:
-        self._make_worker = make_worker
-        self.worker = make_worker()
+    def __init__(self, worker_class: type, task: Any, nonce: str) -> None:
+        self._nonce = nonce
         self._calls: deque[tuple[Call, Any]] = deque()
+        self.worker: Any = None
+        self.turn_to(worker_class, task)
+
+    def turn_to(self, worker_class: type, task: Any) -> None:
+        self._worker_class, self._task = worker_class, task
+        self.replace(0)
+
+    def gather(self) -> list[dict[str, Any]]:
+        return [self.worker.probe(self._nonce)]
 
     def workers(self) -> Sequence[int]:
         return [0]
@@ -137,8 +153,10 @@ class LocalPool:
 
     def replace(self, worker: int) -> None:
         # the old one's memory is free before the new one takes any
-        self.worker = None
-        self.worker = self._make_worker()
+        if self.worker is not None:
+            self.worker.let_go()
+            self.worker = None
+        self.worker = self._worker_class(self._task)
 
     def is_growing(self) -> bool:
         return False

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, Self
 
 import ray
@@ -81,6 +82,7 @@ class RayActors:
         self._count = self._failed_starts = self._refused = 0
         self._is_gathered = False
         self._actors: dict[int, Any] = {}
+        self._seats: dict[int, Seat] = {}
         self._joining: dict[Any, int] = {}
         self._probes: dict[int, dict[str, Any]] = {}
         self._first: dict[str, Any] | None = None
@@ -99,21 +101,32 @@ class RayActors:
         for actor in self._actors.values():
             with suppress(RayError):
                 ray.kill(actor)
-        self._actors, self._probes, self._joining = {}, {}, {}
+        self._actors, self._probes, self._joining, self._seats = {}, {}, {}, {}
 
     def _add(self) -> None:
         where = on_other_nodes(self._quarantined)
-        actor = self._actor_class.options(**where).remote(self._worker_class, self._task)
-        self._actors[self._count] = actor
-        self._joining[actor.probe.remote(self._nonce)] = self._count
+        self._actors[self._count] = self._actor_class.options(**where).remote()
+        self._turn(self._count)
         self._count += 1
+
+    def _turn(self, worker: int) -> None:
+        """Has an actor take up the task; it joins once it has."""
+        becomes = self._actors[worker].become
+        self._joining[becomes.remote(self._worker_class, self._task, self._nonce)] = worker
+
+    def turn_to(self, worker_class: type, task: Any) -> None:
+        """Has all workers take up another task, in the processes that they have; then `gather`."""
+        self._worker_class, self._task = worker_class, ray.put(task)
+        self._first, self._is_gathered = None, False
+        self._probes, self._joining = {}, {}
+        for worker in self._actors:
+            self._turn(worker)
 
     def workers(self) -> Sequence[int]:
         return list(self._probes)
 
     def seat(self, worker: int) -> Seat:
-        probe = self._probes[worker]
-        return Seat(self._name(probe["node_id"]), probe["pid"])
+        return self._seats[worker]
 
     def _name(self, node_id: str) -> str:
         if node_id not in self._names:
@@ -159,7 +172,18 @@ class RayActors:
                 what = f"{max(least, fitting) - there} of {max(least, fitting)} workers to start"
                 self._announce({"event": "waiting", "for": what, "there": self.describe()})
         self._is_gathered = True
+        self._announce_new(list(self._probes))
         return list(self._probes.values())
+
+    def _announce_new(self, workers: Sequence[int]) -> None:
+        """Tells of workers that nobody was told of."""
+        new = [worker for worker in workers if worker not in self._seats]
+        for worker in new:
+            probe = self._probes[worker]
+            self._seats[worker] = Seat(self._name(probe["node_id"]), probe["pid"])
+        if new:
+            seats = [asdict(self._seats[worker]) for worker in new]
+            self._announce({"event": "workers", "workers": seats})
 
     def _join(self, ref: Any) -> dict[str, Any] | None:
         """Takes in a worker that has answered its probe, or replaces it if it died over it."""
@@ -180,6 +204,8 @@ class RayActors:
                 said = WorkerError(f"a worker cannot start: {last_line(error)}")
                 self._refuse(worker, said)
             else:
+                if worker in self._seats:
+                    self._announce({"event": "retired", **asdict(self._seats[worker])})
                 self.replace(worker)
             return None
         except OrchestratorError as error:
@@ -235,6 +261,7 @@ class RayActors:
             ray.kill(self._actors[worker])
         del self._actors[worker]
         self._probes.pop(worker, None)
+        self._seats.pop(worker, None)
         self._joining = {ref: each for ref, each in self._joining.items() if each != worker}
 
     def leaving(self) -> Sequence[int]:

@@ -53,9 +53,10 @@ class RayPool(RayActors):
         for ref in ray.wait(waiting, num_returns=1, timeout=seconds)[0]:
             if ref in self._calls:
                 outcomes += self._outcome(ref)
-            elif (probe := self._join(ref)) is not None:
-                came = {"node": self._name(probe["node_id"]), "pid": probe["pid"]}
-                self._announce({"event": "workers", "workers": [came]})
+            else:
+                worker = self._joining[ref]
+                if self._join(ref) is not None:
+                    self._announce_new([worker])
         return outcomes
 
     def _outcome(self, ref: Any) -> list[Outcome]:

@@ -4,6 +4,7 @@ A worker keeps no truth. What it has computed it commits to the run directory; w
 memory (weights, statistics) can be made again by any other worker from what lies there.
 """
 
+import gc
 import os
 import platform
 import resource
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 import orchestrator
-from orchestrator.cluster.heap import keep_freed_memory
+from orchestrator.cluster.heap import keep_freed_memory, return_freed_memory
 from orchestrator.errors import InputError
 from orchestrator.models.chunk import Chunk
 from orchestrator.store.chunks import Chunks, MissingChunk, Record
@@ -53,6 +54,12 @@ class Worker:
         self.run = RunDirectory(task.run_dir)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.chunks: Chunks = self.run.chunks(task.pass_key, self.environment())
+
+    def let_go(self) -> None:
+        """Lets go of what the worker holds; nothing is called after it."""
+        vars(self).clear()
+        gc.collect()
+        return_freed_memory()
 
     def perform(
         self, method: str, arguments: tuple[Any, ...], record: Emitted

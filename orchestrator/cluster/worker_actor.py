@@ -8,17 +8,27 @@ from orchestrator.cluster import postmortem
 
 
 class WorkerActor:
-    """A worker in an actor of its own, which also says where it is and how it can be looked at."""
+    """A process that is one worker after another, and says where it is and how to look at it.
 
-    def __init__(self, worker_class: type, task: Any) -> None:
+    What a worker needs takes seconds to import; the next one of the run finds it there.
+    """
+
+    def __init__(self) -> None:
         self._log = postmortem.listen()
+        self._worker: Any = None
+
+    def become(self, worker_class: type, task: Any, nonce: str) -> dict[str, Any]:
+        """Puts a worker of this class in the place of the one before, whose memory is free first.
+
+        Gives what it proves, with its node's id and the file that its stderr goes to.
+        """
+        if self._worker is not None:
+            self._worker.let_go()
+            self._worker = None
         self._worker = worker_class(task)
+        where = {"node_id": ray.get_runtime_context().get_node_id(), "log": self._log}
+        return {**self._worker.probe(nonce), **where}
 
     def perform(self, method: str, arguments: tuple[Any, ...], *records: Any) -> tuple[Any, Any]:
         performed: tuple[Any, Any] = self._worker.perform(method, arguments, *records)
         return performed
-
-    def probe(self, nonce: str) -> dict[str, Any]:
-        """What the worker proves, with its node's id and the file that its stderr goes to."""
-        where = {"node_id": ray.get_runtime_context().get_node_id(), "log": self._log}
-        return {**self._worker.probe(nonce), **where}
