@@ -3,8 +3,9 @@
 Every trial is a run of its own on a cluster of nodes on this machine, with a few faults at moments
 that its seed chooses: a stage, and how many of its units are done. The faults are real: processes
 are killed, stopped and starved of memory, nodes killed and drained, drivers killed and stopped,
-whole clusters replaced, files damaged. Whatever the exit code, the same command is given again
-until it is done. A trial is a file: started again, trials that are there are not performed again.
+whole clusters replaced, files damaged. Where no node would stay, another one comes. Whatever the
+exit code, the same command is given again until it is done. A trial is a file: started again,
+trials that are there are not performed again.
 
 A unit counts as redone for each time beyond the first that a run says it is done; of training steps
 those since the last snapshot. Recovery is the time from a fault to the next unit that is done once
@@ -142,14 +143,17 @@ def starve_worker(scene: Scene) -> None:
 
 def kill_node(scene: Scene) -> None:
     scene.cluster.nodes.kill(scene.node())
+    scene.cluster.nodes.fill(1)
 
 
 def drain_node(scene: Scene) -> None:
     scene.cluster.nodes.drain(scene.node(), seconds=30)
+    scene.cluster.nodes.fill(1)
 
 
 def terminate_node(scene: Scene) -> None:
     scene.cluster.nodes.terminate(scene.node())
+    scene.cluster.nodes.fill(1)
 
 
 def kill_driver(scene: Scene) -> None:

@@ -28,12 +28,13 @@ class Nodes:
     def __init__(self, address: str) -> None:
         self.address = address
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._leaving: set[str] = set()
 
     def fill(self, count: int) -> list[str]:
-        """Starts nodes until there are so many; gives their ids, in order."""
+        """Starts nodes until so many are there that were not told to go; their ids, in order."""
         for node in self._processes.keys() - self._alive():
             _end(self._processes.pop(node))
-        while len(self._processes) < count:
+        while len(self.there()) < count:
             before = self._alive()
             amounts = ["--num-cpus=2", "--num-gpus=2", "--object-store-memory=80000000"]
             process = ray_command("start", f"--address={self.address}", *amounts, "--block")
@@ -43,8 +44,8 @@ class Nodes:
         return self.there()
 
     def there(self) -> list[str]:
-        """Those that are alive, in order."""
-        return sorted(self._processes.keys() & self._alive())
+        """Those that are alive, and were not told to go, in order."""
+        return sorted(self._processes.keys() & self._alive() - self._leaving)
 
     def kill(self, node: str) -> None:
         """Ends all processes of a node at once, without a word to anybody."""
@@ -52,10 +53,12 @@ class Nodes:
 
     def terminate(self, node: str) -> None:
         """Tells a node's `ray start --block` to end, upon which it drains itself."""
+        self._leaving.add(node)
         _signal(self._processes[node].pid, signal.SIGTERM)
 
     def drain(self, node: str, seconds: int) -> None:
         """Tells the cluster that a node goes, as a spot notice does."""
+        self._leaving.add(node)
         why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot notice"]
         where = [f"--address={self.address}", f"--node-id={node}"]
         until_then = f"--deadline-remaining-seconds={seconds}"
