@@ -15,15 +15,27 @@ __all__ = [
     "Result",
     "clean",
     "compress",
+    "compress_sizes",
     "evaluate",
     "export",
     "load",
+    "retarget",
     "search",
     "status",
 ]
 
 if TYPE_CHECKING:
-    from orchestrator.api import clean, compress, evaluate, export, load, search, status
+    from orchestrator.api import (
+        clean,
+        compress,
+        compress_sizes,
+        evaluate,
+        export,
+        load,
+        retarget,
+        search,
+        status,
+    )
     from orchestrator.errors import OrchestratorError
     from orchestrator.plan import Plan
     from orchestrator.recipe import Recipe

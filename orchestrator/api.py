@@ -10,6 +10,7 @@ Heavy packages are imported when a verb is called.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,60 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
     from orchestrator.cluster import driver
 
     return driver.compress(recipe, on_event)
+
+
+def compress_sizes(
+    recipe: Recipe, keeps: Sequence[float], on_event: OnEvent | None = None
+) -> list[Result]:
+    """One calibration, many sizes: each in `OUT-KEEP`, byte for byte what it is when asked alone.
+
+    All share the run directory, `OUT.run` without another one, so what does not depend on the size
+    is computed once.
+
+    Args:
+        recipe: Its own size is not used.
+        keeps: Fractions of values, or of bytes if the recipe has `keep_bytes`, each above 0 and at
+            most 1.
+
+    Raises:
+        UsageError: Two sizes are the same.
+        OrchestratorError: As `compress`.
+    """
+    from orchestrator.errors import UsageError
+
+    if len(set(keeps)) < len(keeps):
+        raise UsageError(f"keep: {', '.join(map(str, keeps))} names a size twice")
+    name = "keep" if recipe.keep_bytes is None else "keep_bytes"
+    shared = replace(recipe, run_dir=recipe.run_dir or f"{recipe.out}.run")
+    sizes: list[dict[str, Any]] = [{name: keep, "out": f"{recipe.out}-{keep:g}"} for keep in keeps]
+    recipes = [replace(shared, **size) for size in sizes]
+    return [compress(each, on_event) for each in recipes]
+
+
+def retarget(
+    run_dir: str | Path,
+    out: str | Path,
+    *,
+    on_event: OnEvent | None = None,
+    **given: Any,
+) -> Result:
+    """Cuts another size from what a run has stored, without its text, calibration or SVD.
+
+    The result is byte for byte what a run of its own would give.
+
+    Args:
+        given: `keep` or `keep_bytes`, and any other field of the recipe that is to change; what
+            depends on it is computed again.
+
+    Raises:
+        InputError: There is no run here, or it came not so far as to read its text.
+        OrchestratorError: As `compress`.
+    """
+    from orchestrator.cluster import driver
+    from orchestrator.cluster.retarget import asked_before
+
+    recipe, before = asked_before(str(run_dir), str(out), **given)
+    return driver.compress(recipe, on_event, before)
 
 
 def search(

@@ -7,10 +7,11 @@ from typing import Any, get_args
 
 from orchestrator import __version__
 from orchestrator.recipe import CHOICES, PRESETS, Recipe
-from orchestrator.values import parse_value
+from orchestrator.values import fraction, parse_value
 
 HELP = {
-    "keep": "values to keep of the targeted linears, above 0, at most 1",
+    "keep": "values to keep of the targeted linears, above 0, at most 1; of several, 0.8,0.6, "
+    "compress writes OUT-0.8 and OUT-0.6",
     "keep_bytes": "the same in bytes, indices included; instead of --keep",
     "method": "published method",
     "allocation": "how the budget is divided over the linears",
@@ -47,6 +48,8 @@ HELP = {
 METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"} | {
     "address": "ADDRESS",
     "calibration": "TEXT",
+    "keep": "FRACTION",
+    "keep_bytes": "FRACTION",
     "max_shard_size": "SIZE",
     "run_dir": "DIR",
     "workers": "N",
@@ -65,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_compress(commands)
+    _add_retarget(commands)
     _add_search(commands)
     _add_evaluate(commands)
     _add_export(commands)
@@ -79,6 +83,20 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_compress(commands: Any) -> None:
     parser = _command(commands, "compress", "make a smaller model out of a dense one")
     _add_recipe(parser)
+
+
+def _add_retarget(commands: Any) -> None:
+    parser = _command(
+        commands, "retarget", "another size of what a run has stored, without calibration or SVD"
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory of a compression")
+    parser.add_argument("out", metavar="OUT", help="directory of the result")
+    for name in ("keep", "keep_bytes", "max_shard_size"):
+        _add_field(parser, FIELDS[name])
+    for name in ("executor", "address", "workers", "shards", "allow_mixed"):
+        _add_field(parser, FIELDS[name])
+    _add_progress(parser)
+    _add_json(parser, "print the whole report")
 
 
 def _add_search(commands: Any) -> None:
@@ -257,7 +275,9 @@ def _add_field(
         parser.add_argument(flag, action="append", metavar="SELECTOR", help=says)
     else:
         (wanted, *others) = get_args(kind) or (kind,)
-        if str in others:
+        if field.name in ("keep", "keep_bytes"):
+            wanted = fraction
+        elif str in others:
             wanted = parse_value
         choices = CHOICES.get(field.name)
         metavar = None if choices else METAVARS.get(field.name, METAVARS.get(wanted))

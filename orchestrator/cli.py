@@ -114,9 +114,38 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _compress(options: argparse.Namespace) -> None:
     from orchestrator import api
 
+    sizes = _sizes(options)
     recipe = _recipe(options)
+    if not sizes:
+        with _stoppable():
+            result = api.compress(recipe, on_event=_progress(options))
+        _print_result(result, options.json)
+        return
     with _stoppable():
-        result = api.compress(recipe, on_event=_progress(options))
+        results = api.compress_sizes(recipe, sizes, on_event=_progress(options))
+    if options.json:
+        print(json.dumps([result.report for result in results], indent=2))
+    else:
+        for result in results:
+            _print_result(result, as_json=False)
+
+
+def _sizes(options: argparse.Namespace) -> tuple[float, ...]:
+    """The sizes that are asked for, if they are several; the first then stands for all of them."""
+    for name in ("keep", "keep_bytes"):
+        sizes = getattr(options, name, None)
+        if isinstance(sizes, tuple):
+            setattr(options, name, sizes[0])
+            return sizes
+    return ()
+
+
+def _retarget(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    given = {name: value for name, value in vars(options).items() if name in {*FIELDS} - {"out"}}
+    with _stoppable():
+        result = api.retarget(options.run, options.out, on_event=_progress(options), **given)
     _print_result(result, options.json)
 
 
@@ -276,6 +305,7 @@ def _print_rows(rows: Mapping[str, Any]) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "compress": _compress,
+    "retarget": _retarget,
     "search": _search,
     "evaluate": _evaluate,
     "export": _export,

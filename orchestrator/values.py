@@ -38,6 +38,16 @@ def parse_value(written: str) -> Any:
         return written.strip()
 
 
+def fraction(written: str) -> float | tuple[float, ...]:
+    """A fraction, or several with commas between them.
+
+    Raises:
+        ValueError: One is no number.
+    """
+    sizes = tuple(map(float, written.split(",")))
+    return sizes if len(sizes) > 1 else sizes[0]
+
+
 def parse_vary(text: str) -> tuple[str, list[Any]]:
     """Name and values of `storage=plain,pivoted` or `mgaa.t=0.5,1`, each read as TOML if it can be.
 

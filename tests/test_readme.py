@@ -52,7 +52,8 @@ def test_the_commands_of_the_readme_run(directory, ray_address):
     for words in commands():
         if words[0] == "orchestrator":
             # one Ray serves all tests; without an address each command would start its own
-            joins = ["--address", ray_address] if words[1] in ("compress", "evaluate") else []
+            on_ray = words[1] in ("compress", "retarget", "evaluate")
+            joins = ["--address", ray_address] if on_ray else []
             workers = ["--workers", "1"] if joins else []
             arguments = [sys.executable, "-m", "orchestrator", *words[1:], *joins, *workers]
             done = subprocess.run(arguments, cwd=directory, capture_output=True, text=True)

@@ -22,6 +22,7 @@ from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.refine_job import Refine
 from orchestrator.cluster.refit_job import Refit
 from orchestrator.cluster.report import make_report
+from orchestrator.cluster.retarget import Before
 from orchestrator.cluster.schedule import Bag, Call
 from orchestrator.cluster.score_job import Scoring
 from orchestrator.cluster.score_worker import ScoreWorker
@@ -65,16 +66,21 @@ WRITE_VERSION = 2
 class Compression:
     """What is known of one compression as its verbs go by; names, curves and plans, no weights."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, before: Before | None = None) -> None:
         parts = parts_of(recipe)
         self._asked, self.recipe = recipe, parts.recipe
         self.method, self.allocator = parts.method, parts.allocator
         self.compensation, self.refine_options = parts.compensation, parts.refinement
         self.train_options = parts.training
         self.out = parse_place(recipe.out).expanduser().absolute()
-        found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
-        self.model = found.absolute()
-        self.is_hub_id = not Path(recipe.model).expanduser().is_dir()
+        if before is None:
+            found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
+            is_hub_id = not Path(recipe.model).expanduser().is_dir()
+            self.model = found.absolute()
+            self.base_model = recipe.model if is_hub_id else self.model.name
+        else:
+            self.model, self.base_model = before.model, before.base_model
+        self._before = before
         check_out(self.out)
         beside = self.out.with_name(f"{self.out.name}.run")
         root = parse_place(recipe.run_dir).expanduser().absolute() if recipe.run_dir else beside
@@ -83,8 +89,12 @@ class Compression:
 
     def claim(self) -> None:
         """Makes the run directory this compression's; nothing was written before."""
-        about = {"out": str(self.out), "model": str(self.model)}
-        self.run.claim({"recipe": asdict(self._asked), **about})
+        self.run.claim(self._description)
+
+    @property
+    def _description(self) -> dict[str, Any]:
+        about = {"out": str(self.out), "model": str(self.model), "base_model": self.base_model}
+        return {"recipe": asdict(self._asked), **about}
 
     @property
     def pivots(self) -> bool:
@@ -118,7 +128,15 @@ class Compression:
             budget_values(stacked, self.recipe.share, self.method.form)
 
     def read_text(self) -> None:
-        """Calibration text to token sequences."""
+        """Calibration text to token sequences, or those that the run has before it."""
+        if self._before is not None:
+            self.token_report, self.tokens_key = self._before.tokens, self._before.tokens_key
+        else:
+            self.token_report, self.tokens_key = self._tokenise()
+        self.run.claim({**self._description, "tokens_key": self.tokens_key})
+
+    def _tokenise(self) -> tuple[Mapping[str, Any], str]:
+        """What the text gives, committed: its report and its key."""
         recipe = self.recipe
         if recipe.calibration is None:
             raise UsageError(
@@ -136,8 +154,7 @@ class Compression:
             tokenizer=load_tokenizer(self.model),
         )
         tokens.check_within(self._vocabulary, self.model)
-        self.token_report = tokens.report
-        self.tokens_key = commit_tokens(self.run, tokens)
+        return tokens.report, commit_tokens(self.run, tokens)
 
     @cached_property
     def key(self) -> str:
@@ -457,7 +474,7 @@ class Compression:
             survey=self.surveyed,
             plan=self.plan,
             files=self.specs,
-            base_model=self.recipe.model if self.is_hub_id else self.model.name,
+            base_model=self.base_model,
             output_dtype=parse_dtype(self.recipe.output_dtype),
             recipe=self.recipe.to_toml(schedule=False),
             report=report,

@@ -12,15 +12,18 @@ from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.crew import assemble, connected
 from orchestrator.cluster.evaluate_job import Evaluation
 from orchestrator.cluster.evaluate_worker import EvaluationWorker
+from orchestrator.cluster.retarget import Before
 from orchestrator.cluster.watch import OnEvent, Watch
 from orchestrator.recipe import Recipe
 from orchestrator.result import Result
 from orchestrator.store.hold import Hold
 
 
-def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
+def compress(
+    recipe: Recipe, on_event: OnEvent | None = None, before: Before | None = None
+) -> Result:
     """Performs a recipe, from where its run directory says it stands; blocks."""
-    job = Compression(recipe)
+    job = Compression(recipe, before)
     about = {"out": str(job.out), "model": str(job.model)}
     with _held(job, on_event) as hold, Watch(job.run, on_event, **about) as watch:
         watch.guard(hold)

@@ -1,0 +1,108 @@
+"""Several sizes from one calibration: the bytes of runs of their own, and nothing done twice."""
+
+import json
+
+import pytest
+from pipeline import contents, run, write_llama, write_text
+
+from orchestrator import Recipe, compress_sizes, retarget
+from orchestrator.cli import main
+from orchestrator.errors import InputError, UsageError
+
+STAGES = ["survey", "read", "calibrate", "verify", "allocate", "write"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama") / "dense", blocks=4)
+
+
+METHODS = {
+    "svd-llm": {},
+    "fast": {"method": "two-sided", "storage": "pivoted"},
+    "shared": {"method": "d-rank"},
+    "masks": {"method": "cap"},
+    "refined": {
+        "method": "two-sided",
+        "refine": "blocks",
+        "options": {"refinement": {"epochs": 1}},
+    },
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_another_size_has_the_bytes_of_a_run_of_its_own(name, llama, text, tmp_path):
+    """Without the text; decompositions are those of the first run, and not one is made again."""
+    copy = write_text(tmp_path / "text.txt")
+    fields, events = METHODS[name] | {"shards": 2}, []
+    run(llama, tmp_path / "first", copy, keep=0.8, **fields)
+    copy.unlink()
+    result = retarget(
+        tmp_path / "first.run", tmp_path / "cut", keep=0.6, executor="local", on_event=events.append
+    )
+    copy.write_bytes(text.read_bytes())
+    run(llama, tmp_path / "alone", copy, keep=0.6, **fields)
+    assert contents(result.out) == contents(tmp_path / "alone")
+    stages = [each["stage"] for each in events if each["event"] == "stage"]
+    assert set(STAGES) <= set(stages)
+    assert not [e for e in events if e["event"] == "unit" and e["stage"] == "calibrate"]
+
+
+def test_several_sizes_are_cut_from_one_run(llama, text, tmp_path):
+    """Each in a directory that says its size, all from one run directory."""
+    recipe = Recipe(
+        model=str(llama),
+        out=str(tmp_path / "out"),
+        keep=0.8,
+        calibration=str(text),
+        samples=6,
+        sequence_length=48,
+        executor="local",
+    )
+    events = []
+    results = compress_sizes(recipe, [0.8, 0.6, 0.5], events.append)
+    assert [each.out.name for each in results] == ["out-0.8", "out-0.6", "out-0.5"]
+    assert {each.run_dir for each in results} == {tmp_path / "out.run"}
+    decomposed = [e for e in events if e["event"] == "unit" and e["stage"] == "calibrate"]
+    assert len(decomposed) == 4
+    run(llama, tmp_path / "alone", text, keep=0.5)
+    assert contents(results[-1].out) == contents(tmp_path / "alone")
+    with pytest.raises(UsageError, match=r"keep: 0\.5, 0\.5 names a size twice"):
+        compress_sizes(recipe, [0.5, 0.5])
+
+
+def test_the_command_line_takes_several_sizes(llama, text, tmp_path, capsys):
+    """`--keep 0.8,0.6`, and `retarget` after it; a run that never read its text has nothing."""
+    flags = ["--samples=6", "--sequence-length=48", "--executor=local", f"--calibration={text}"]
+    out, cut = str(tmp_path / "out"), str(tmp_path / "cut")
+    assert main(["compress", str(llama), out, "--keep", "0.8,0.6", *flags, "--json"]) == 0
+    kept = [report["kept"]["asked"] for report in json.loads(capsys.readouterr().out)]
+    assert kept == [0.8, 0.6]
+    run_dir = f"{out}.run"
+    assert main(["retarget", run_dir, cut, "--keep-bytes", "0.5", "--executor=local"]) == 0
+    assert "asked 0.5 of bytes" in capsys.readouterr().out
+    assert main(["retarget", run_dir, cut + "2", "--keep", "0.5,0.4", "--executor=local"]) == 2
+    assert "keep is (0.5, 0.4); it must be a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["tokens", "marker"])
+def test_a_run_without_tokens_is_refused(damage, llama, text, tmp_path):
+    """One line says what to give instead."""
+    run(llama, tmp_path / "out", text)
+    run_dir = tmp_path / "out.run"
+    if damage == "tokens":
+        (tokens,) = run_dir.rglob("tokens.safetensors")
+        tokens.write_bytes(tokens.read_bytes()[:-1] + b"?")
+        says = "the tokens of its calibration are missing or damaged"
+    else:
+        marker = json.loads((run_dir / "run.json").read_text())
+        del marker["tokens_key"]
+        (run_dir / "run.json").write_text(json.dumps(marker))
+        says = "no compression has read its text here"
+    with pytest.raises(InputError, match=says):
+        retarget(run_dir, tmp_path / "cut", keep=0.7)
