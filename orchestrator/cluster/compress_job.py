@@ -38,6 +38,7 @@ from orchestrator.errors import UsageError
 from orchestrator.groups import Grouping
 from orchestrator.hf.bootstrap import bootstrap_source
 from orchestrator.models.checkpoint import REPORT_FILE, finish
+from orchestrator.models.headers import read_json
 from orchestrator.models.layout import FileSpec, layout
 from orchestrator.models.locate import locate
 from orchestrator.models.output import HOLD_FILE, check_out, claim_out
@@ -45,7 +46,7 @@ from orchestrator.models.select import select
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.text import load_tokens
 from orchestrator.models.tokenizer import load_tokenizer
-from orchestrator.models.weights import parse_dtype, read_json
+from orchestrator.models.weights import parse_dtype
 from orchestrator.plan import Assignment, Curve, Plan
 from orchestrator.recipe import SCHEDULE, Recipe
 from orchestrator.result import Result

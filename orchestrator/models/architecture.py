@@ -22,7 +22,7 @@ from transformers.utils.generic import ContextManagers
 
 from orchestrator.errors import InputError
 from orchestrator.models.forms import METHOD, install_forms
-from orchestrator.models.weights import quoted, read_json
+from orchestrator.models.headers import quoted, read_json
 from orchestrator.store.places import Place
 
 FORMS_KEYS = ("quantization_config", "compression_config")

@@ -16,10 +16,10 @@ from orchestrator import __version__
 from orchestrator.errors import InputError
 from orchestrator.models.card import model_card
 from orchestrator.models.forms import FORMAT_VERSION, METHOD
+from orchestrator.models.headers import INDEX_FILE, read_json
 from orchestrator.models.layout import FileSpec, TensorSpec, dtype_name, stored_forms
 from orchestrator.models.output import copy_companions, seal, write_json, write_text
 from orchestrator.models.safetensors_file import has_header, write_safetensors
-from orchestrator.models.weights import INDEX_FILE, read_json
 from orchestrator.plan import Plan, Survey
 from orchestrator.store.files import size_of
 from orchestrator.store.places import Place

@@ -16,11 +16,12 @@ from orchestrator.errors import InputError
 from orchestrator.models.architecture import Architecture
 from orchestrator.models.checkpoint import write_file, write_index
 from orchestrator.models.forms import install_forms
+from orchestrator.models.headers import INDEX_FILE, SINGLE_FILE, read_json
 from orchestrator.models.layout import FileSpec, Part, TensorSpec, dtype_name
 from orchestrator.models.modules import LowRankLinear, PivotedLinear, SparseLinear
 from orchestrator.models.names import Names, map_names
 from orchestrator.models.output import claim_out, copy_companions, seal
-from orchestrator.models.weights import INDEX_FILE, SINGLE_FILE, Weights, read_json
+from orchestrator.models.weights import Weights
 
 
 def export_dense(directory: Path, out: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 
 from orchestrator.models.forms import StoredForm, misfits
+from orchestrator.models.headers import SINGLE_FILE
 from orchestrator.models.index_codes import index_tensors
 from orchestrator.models.names import StoredTensor
-from orchestrator.models.weights import SINGLE_FILE
 from orchestrator.plan import Assignment, Linear, Plan, Survey, index_code
 
 Part = Literal[

@@ -14,7 +14,8 @@ from typing import Any
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.models.forms import METHOD
-from orchestrator.models.weights import Weights, read_json
+from orchestrator.models.headers import read_json
+from orchestrator.models.weights import Weights
 from orchestrator.store.files import atomic
 from orchestrator.store.places import Place, Remote
 

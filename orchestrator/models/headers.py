@@ -1,0 +1,299 @@
+"""The safetensors files of a checkpoint, validated from their headers alone; no tensor is read.
+
+A safetensors file is eight bytes N (little-endian), N bytes of JSON that give every tensor's dtype,
+shape and byte range, then the tensors. Nothing here needs torch.
+"""
+
+import hashlib
+import json
+import math
+import os
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import InputError
+from orchestrator.store.files import parse_json, size_of
+from orchestrator.store.places import Place
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SAMPLE_BYTES = 128
+
+ITEMSIZES: Mapping[str, int] = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+"""Bytes of a value, by the format's name of its dtype."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the format; a longer one is a damaged length."""
+MAX_DIMENSIONS = 64
+"""The limit of numpy and of torch's loops."""
+MAX_VALUES = 2**59
+"""Of a tensor, counted without its dimensions of zero: its bytes are a number that numpy has."""
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies: its file, dtype, shape, and first byte in the file."""
+
+    path: Place
+    code: str
+    """The format's name of its dtype, `BF16`."""
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def values(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.values * ITEMSIZES[self.code]
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderFile:
+    """One safetensors file: its size, the hash of its header, and its tensors."""
+
+    size_bytes: int
+    header_hash: str
+    entries: dict[str, Entry]
+
+
+class Headers:
+    """The tensors of a checkpoint directory, by their names on disk: what they are, and where."""
+
+    def __init__(self, directory: Place, files: Mapping[str, HeaderFile], config: Any) -> None:
+        self.directory = directory
+        self.config = config
+        self.entries = {name: e for file in files.values() for name, e in file.entries.items()}
+        self._identity = [config, [[n, f.size_bytes, f.header_hash] for n, f in files.items()]]
+
+    @classmethod
+    def open(cls, directory: Place) -> "Headers":
+        """Reads and checks every header of the checkpoint in `directory`.
+
+        Raises:
+            InputError: no config or no safetensors; a file that is missing, truncated or damaged;
+                an index that does not agree with the files or points outside the directory.
+        """
+        if not directory.is_dir():
+            raise InputError(f"{directory}: no such directory; give the directory of a checkpoint")
+        config = read_json(directory / "config.json")
+        if (directory / SINGLE_FILE).exists():
+            return cls(directory, {SINGLE_FILE: _read_header(directory / SINGLE_FILE)}, config)
+        if not (directory / INDEX_FILE).exists():
+            raise InputError(_no_weights(directory))
+        weight_map = _read_weight_map(directory / INDEX_FILE)
+        files = {}
+        for name in sorted(set(weight_map.values())):
+            if not _is_file(directory / name):
+                raise InputError(
+                    f"{directory}: {INDEX_FILE} names {shown(name)}, which is not there"
+                )
+            files[name] = _read_header(directory / name)
+        _check_index(directory, weight_map, files)
+        return cls(directory, files, config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the config, of every file's name, size and header, and of samples of all tensors.
+
+        A few hundred bytes of each tensor tell two trainings of one model apart, which no header
+        does, without reading the whole checkpoint.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        text = json.dumps(self._identity, sort_keys=True, separators=(",", ":"))
+        digest = hashlib.blake2b(text.encode(), digest_size=16)
+        by_file = sorted(self.entries.values(), key=lambda entry: (entry.path.name, entry.offset))
+        for path, entries in groupby(by_file, key=lambda entry: entry.path):
+            try:
+                with path.open("rb", buffering=0) as file:
+                    for entry in entries:
+                        last = max(entry.size_bytes - SAMPLE_BYTES, 0)
+                        for start in sorted({0, last // 3, 2 * last // 3, last}):
+                            file.seek(entry.offset + start)
+                            digest.update(file.read(min(SAMPLE_BYTES, entry.size_bytes)))
+            except OSError as error:
+                raise InputError(f"{path}: cannot read: {error.strerror}") from error
+        return digest.hexdigest()
+
+
+def read_json(path: Place) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        InputError: the file is missing, is not JSON, or holds something else than an object.
+    """
+    try:
+        if isinstance(path, Path) and path.exists() and not path.is_file():
+            raise InputError(f"{path}: is no file; a checkpoint has one")
+        value = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path.parent}: no {path.name}; a checkpoint has one") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}; a JSON object is expected")
+    return value
+
+
+def quoted(value: Any) -> str:
+    """What was found in somebody's file, for a message: one line, however long it is."""
+    return _BRIEF.repr(value)
+
+
+def shown(name: str) -> str:
+    """The same of a name, without quotes where it needs none."""
+    return name if name.isprintable() and len(name) <= _BRIEF.maxstring else quoted(name)
+
+
+def _is_file(path: Place) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than any
+        return False
+
+
+def _no_weights(directory: Place) -> str:
+    names = sorted(path.name for path in directory.iterdir())
+    others = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    if safetensors:
+        return (
+            f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE}, but {', '.join(safetensors[:3])}"
+            "; several files need their index"
+        )
+    if others:
+        return (
+            f"{directory}: no safetensors, only {', '.join(others[:3])}; "
+            "convert with save_pretrained first, pickled weights are not read"
+        )
+    return f"{directory}: no weights; {SINGLE_FILE} or {INDEX_FILE} is expected"
+
+
+def _read_weight_map(path: Place) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: no weight_map; it maps every tensor to its file")
+    for tensor, name in weight_map.items():
+        # A bare name only: an index must not lead out of the directory it lies in.
+        is_bare = isinstance(name, str) and name == os.path.basename(name) and "\\" not in name
+        if not is_bare or not name.endswith(".safetensors"):
+            raise InputError(
+                f"{path}: {shown(tensor)} lies in {quoted(name)}; "
+                "only a safetensors file of the same directory is allowed"
+            )
+    return weight_map
+
+
+def _check_index(
+    directory: Place, weight_map: Mapping[str, str], files: dict[str, HeaderFile]
+) -> None:
+    for tensor, name in weight_map.items():
+        if tensor not in files[name].entries:
+            raise InputError(
+                f"{directory}: {INDEX_FILE} places {shown(tensor)} in {name}, not in there"
+            )
+    for name, file in files.items():
+        for tensor in file.entries:
+            if weight_map.get(tensor) != name:
+                raise InputError(
+                    f"{directory}: {name} holds {shown(tensor)}, which {INDEX_FILE} "
+                    + (f"places in {weight_map[tensor]}" if tensor in weight_map else "lacks")
+                )
+
+
+def _read_header(path: Place) -> HeaderFile:
+    try:
+        size_bytes = size_of(path)
+        with path.open("rb") as file:
+            length_bytes = file.read(8)
+            length = int.from_bytes(length_bytes, "little")
+            if len(length_bytes) < 8 or length > min(size_bytes - 8, MAX_HEADER_BYTES):
+                raise InputError(
+                    f"{path}: {size_bytes} bytes, header of {length} bytes expected; "
+                    "the file is truncated or not safetensors"
+                )
+            header = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror}") from error
+    try:
+        content = parse_json(header)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged header, not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: damaged header, holds a {type(content).__name__}")
+    content.pop("__metadata__", None)
+    entries = {
+        name: _read_entry(path, name, value, first_byte=8 + length)
+        for name, value in content.items()
+    }
+    _check_ranges(path, entries, first_byte=8 + length, size_bytes=size_bytes)
+    digest = hashlib.blake2b(header, digest_size=16).hexdigest()
+    return HeaderFile(size_bytes, digest, entries)
+
+
+def _read_entry(path: Place, name: str, value: Any, *, first_byte: int) -> Entry:
+    try:
+        code, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+        is_sound = (
+            isinstance(code, str) and isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
+        )
+        is_sound = is_sound and all(type(n) is int and 0 <= n < 2**63 for n in [start, end, *shape])
+    except (KeyError, TypeError, ValueError):
+        is_sound = False
+    if not is_sound or math.prod(n for n in shape if n) > MAX_VALUES:
+        raise InputError(f"{path}: damaged header, entry of {shown(name)} is {quoted(value)}")
+    if code not in ITEMSIZES:
+        raise InputError(
+            f"{path}: {shown(name)} has dtype {quoted(code)}; allowed are {', '.join(ITEMSIZES)}"
+        )
+    entry = Entry(path, code, tuple(shape), first_byte + start)
+    if end - start != entry.size_bytes:
+        raise InputError(
+            f"{path}: damaged header, {shown(name)} of shape {shape} and dtype {code} takes "
+            f"{entry.size_bytes} bytes, its range has {end - start}"
+        )
+    return entry
+
+
+def _check_ranges(
+    path: Place, entries: Mapping[str, Entry], *, first_byte: int, size_bytes: int
+) -> None:
+    """Ranges must follow each other without gap or overlap and end where the file ends."""
+    position = first_byte
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[0])):
+        if entry.offset != position and entry.size_bytes:
+            raise InputError(
+                f"{path}: damaged header, {shown(name)} starts at byte {entry.offset}, "
+                f"the tensor before it ends at {position}"
+            )
+        position += entry.size_bytes
+    if position != size_bytes:
+        state = "truncated" if position > size_bytes else "damaged"
+        raise InputError(
+            f"{path}: {size_bytes} bytes, its header describes {position}; the file is {state}"
+        )
