@@ -9,10 +9,10 @@ from pipeline import contents, run, with_tokenizer, write_llama, write_text
 from transformers import AutoModelForCausalLM
 
 import orchestrator
-from orchestrator.cluster.schedule import cut_blocks
 from orchestrator.errors import UsageError
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.skeleton import Skeleton
+from orchestrator.shards import cut_blocks
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 ALL_PARTS = (
-    "errors options plan groups values recipe result linalg allocate store methods models hf "
-    "cluster"
+    "errors options plan groups shards values recipe result linalg allocate store methods models "
+    "hf cluster"
 )
 MAY_IMPORT = {
     "errors": "",
     "plan": "errors numpy",
     "options": "errors",
     "groups": "plan",
+    "shards": "",
     "recipe": "errors values",
     "values": "errors",
     "result": "plan store",

@@ -21,8 +21,9 @@ from orchestrator.cluster.policy import (
     decide,
 )
 from orchestrator.cluster.pool import LocalPool, Outcome, Seat, is_out_of_memory
-from orchestrator.cluster.schedule import Bag, cut_blocks
+from orchestrator.cluster.schedule import Bag
 from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
+from orchestrator.shards import cut_blocks
 from orchestrator.store.chunks import MissingChunk
 
 DIED, HUNG, MEMORY = Cause.DIED, Cause.HUNG, Cause.OUT_OF_MEMORY

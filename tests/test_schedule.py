@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.cluster.chunk_pass import Pass
-from orchestrator.cluster.schedule import Bag, Call, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Bag, Call
+from orchestrator.shards import cut_blocks, default_shards
 
 
 class Simulation:

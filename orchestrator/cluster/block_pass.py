@@ -13,9 +13,10 @@ from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.run_pass import run_pass
-from orchestrator.cluster.schedule import Call, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Call
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.watch import Stage, Watch
+from orchestrator.shards import cut_blocks, default_shards
 from orchestrator.store.run import RunDirectory
 
 

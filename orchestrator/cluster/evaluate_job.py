@@ -11,7 +11,7 @@ from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
 from orchestrator.cluster.evaluate_worker import EvaluationTask, tokens_per_second
 from orchestrator.cluster.run_pass import run_pass
-from orchestrator.cluster.schedule import Call, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Call
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.tokens import commit_tokens
 from orchestrator.cluster.watch import Stage, Watch
@@ -21,6 +21,7 @@ from orchestrator.models.locate import locate
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.text import load_tokens
 from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.shards import cut_blocks, default_shards
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key

@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
 
-from orchestrator.cluster.schedule import Call, cut_blocks
+from orchestrator.cluster.schedule import Call
 from orchestrator.models.train_options import Course
+from orchestrator.shards import cut_blocks
 
 Kind = Literal["take", "forward", "turn", "backward", "update", "evaluate", "snapshot"]
 Stop = Literal["end", "patience", "diverged"]

@@ -20,13 +20,14 @@ from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.masks import commit_candidates
 from orchestrator.cluster.run_pass import run_pass
-from orchestrator.cluster.schedule import Call, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Call
 from orchestrator.cluster.score_worker import Trial, Trials
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation import Score
 from orchestrator.plan import Plan
+from orchestrator.shards import cut_blocks, default_shards
 from orchestrator.store.files import digest_json
 from orchestrator.store.units import unit_key
 

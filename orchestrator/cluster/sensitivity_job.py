@@ -16,7 +16,7 @@ from orchestrator.allocate.strs import Strs
 from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.run_pass import run_pass
-from orchestrator.cluster.schedule import Call, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Call
 from orchestrator.cluster.sensitivity_worker import Trial, Trials
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.watch import Stage, Watch
@@ -24,6 +24,7 @@ from orchestrator.errors import InputError
 from orchestrator.groups import stack
 from orchestrator.models.evaluation import Score
 from orchestrator.plan import Linear
+from orchestrator.shards import cut_blocks, default_shards
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.files import digest_json
 from orchestrator.store.units import unit_key

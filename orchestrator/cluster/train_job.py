@@ -12,7 +12,7 @@ from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.pipeline import Pipeline, Snapshot
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.run_pass import run_pass
-from orchestrator.cluster.schedule import Bag, Call, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Bag, Call
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.tokens import read_tokens
 from orchestrator.cluster.train_worker import TrainTask, TrainWorker, snapshot_key
@@ -21,6 +21,7 @@ from orchestrator.cluster.verify import intact
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import UsageError
 from orchestrator.models.train_options import Course, plan_course
+from orchestrator.shards import cut_blocks, default_shards
 from orchestrator.store.units import unit_key
 
 if TYPE_CHECKING:

@@ -97,6 +97,8 @@ def plan_course(options: TrainOptions, sequences: int, seed: int) -> Course:
     Raises:
         ValueError: Fewer than two sequences.
     """
+    # a forecast reads the options and does without torch
+
     training, held_out = split(sequences, options.held_out)
     number = min(options.batches, len(training))
     batches: list[tuple[int, ...]] = []

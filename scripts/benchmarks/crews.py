@@ -19,9 +19,10 @@ from orchestrator.cluster.compress_worker import CompressionWorker
 from orchestrator.cluster.crew import Crew, assemble, connected
 from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.schedule import Bag, cut_blocks, default_shards
+from orchestrator.cluster.schedule import Bag
 from orchestrator.cluster.watch import Watch
 from orchestrator.recipe import Recipe
+from orchestrator.shards import cut_blocks, default_shards
 
 SPEED_TARGET = 0.9
 RAY_TARGET = 1.15

@@ -26,9 +26,9 @@ from benchmarks.synthetic import block_shapes, config_of, write_model, write_tex
 from benchmarks.watching import PeakWatcher
 from transformers import LlamaConfig
 
-from orchestrator.cluster.schedule import cut_blocks
 from orchestrator.methods import METHODS
 from orchestrator.models.skeleton import Skeleton
+from orchestrator.shards import cut_blocks
 
 TARGET = "*.self_attn.*"
 SAMPLES = 4
