@@ -20,6 +20,7 @@ from orchestrator.result import Result
 from orchestrator.store.places import Place
 
 if TYPE_CHECKING:
+    from orchestrator.forecast.forecast import Forecast
     from orchestrator.searching import Search
 
 SECRET = re.compile(r"SECRET|PASSWORD|(ACCESS|ACCOUNT|API)_KEY|SESSION_TOKEN|^(HF|.*_HUB)_TOKEN$")
@@ -95,6 +96,75 @@ def retarget(
 
     recipe, before = asked_before(str(run_dir), str(out), **given)
     return driver.compress(recipe, on_event, before)
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    gpus: int = 1,
+    gpu: str = "H100",
+    gpu_memory: str | None = None,
+    host_memory: str | None = None,
+    price: float | None = None,
+    rates: str | Path | None = None,
+) -> "Forecast":
+    """What a recipe will take, from config and headers alone: no torch, no machine, milliseconds.
+
+    Args:
+        recipe: Its model may be a directory, a hub id in the local cache, or a config.json of one
+            of `orchestrator.forecast.shapes.FAMILIES`.
+        gpus: Workers, one a GPU; `recipe.workers`, where it is a number, wins.
+        gpu: A name of `orchestrator.forecast.rates.known_devices`.
+        gpu_memory: "80GB"; the device's own without it.
+        host_memory: Of a worker; not checked without it.
+        price: Of a worker for an hour.
+        rates: A file that `measure` has written, in place of the named GPU.
+
+    Raises:
+        UsageError: A name or a number is not allowed.
+        InputError: The model cannot be read, or is of a family that needs its headers.
+    """
+    from orchestrator.errors import UsageError
+    from orchestrator.forecast.forecast import Resources, forecast
+    from orchestrator.forecast.rates import machine_of, read_machine
+    from orchestrator.forecast.shapes import read_shapes
+    from orchestrator.values import size_in_bytes
+
+    if gpus < 1:
+        raise UsageError(f"gpus is {gpus}; it must be 1 or above")
+    if price is not None and not 0 <= price < float("inf"):
+        raise UsageError(f"price is {price}; it must be 0 or above")
+    model = Path(recipe.model).expanduser()
+    if not model.exists():
+        from orchestrator.models.locate import locate
+
+        model = locate(recipe.model, revision=recipe.revision)
+    resources = Resources(
+        workers=recipe.workers if isinstance(recipe.workers, int) else gpus,
+        machine=machine_of(gpu) if rates is None else read_machine(Path(rates)),
+        memory_bytes=None if gpu_memory is None else size_in_bytes(gpu_memory),
+        host_bytes=None if host_memory is None else size_in_bytes(host_memory),
+        price=price,
+    )
+    return forecast(read_shapes(model), recipe, resources)
+
+
+def measure(output: str | Path, *, dtype: str = "bfloat16", threads: int = 1) -> Path:
+    """Measures this machine, as one worker has it, for `plan`; some seconds, more on a CPU.
+
+    Written are the rates of products and eigendecompositions, of reading and writing beside the
+    file, of copying in memory, how long a worker's process takes to start, and the memory there is.
+
+    Args:
+        output: The JSON file.
+        dtype: Of forward passes.
+        threads: Of a worker; a GPU does not mind.
+    """
+    from orchestrator.models.machine import measure_machine
+    from orchestrator.store.files import write_json
+
+    write_json(Path(output), measure_machine(Path(output).absolute().parent, dtype, threads))
+    return Path(output)
 
 
 def search(

@@ -67,6 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_plan(commands)
+    _add_measure(commands)
     _add_compress(commands)
     _add_retarget(commands)
     _add_search(commands)
@@ -83,6 +85,30 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_compress(commands: Any) -> None:
     parser = _command(commands, "compress", "make a smaller model out of a dense one")
     _add_recipe(parser)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(
+        commands, "plan", "what a compression takes, from config and headers: memory, time, money"
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory, hub id or a config.json")
+    parser.add_argument("--gpus", metavar="N", type=int, help="workers, one a GPU (default: 1)")
+    parser.add_argument("--gpu", metavar="NAME", help="H100, A100-80GB, A10G, ... (default: H100)")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="80GB; the GPU's own without it")
+    parser.add_argument("--host-memory", metavar="SIZE", help="of a worker; not checked without it")
+    parser.add_argument("--price", metavar="AMOUNT", type=float, help="of a worker for an hour")
+    parser.add_argument(
+        "--rates", metavar="FILE", help="what `measure` has written, in place of a named GPU"
+    )
+    _add_recipe_flags(parser)
+    _add_json(parser, "print the forecast as JSON")
+
+
+def _add_measure(commands: Any) -> None:
+    parser = _command(commands, "measure", "how fast this machine is, for plan --rates")
+    parser.add_argument("output", metavar="FILE", help="JSON file to write")
+    for name in ("dtype", "threads"):
+        _add_field(parser, FIELDS[name], shows_default=False)
 
 
 def _add_retarget(commands: Any) -> None:
@@ -124,6 +150,13 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     """The flags of a recipe, and how it is told of."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="directory or hub id")
     parser.add_argument("out", metavar="OUT", nargs="?", help="directory of the result")
+    _add_recipe_flags(parser)
+    _add_progress(parser)
+    _add_json(parser, "print the whole report")
+
+
+def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """A recipe's fields, from a file or one by one."""
     parser.add_argument(
         "--recipe", metavar="FILE", type=Path, help="TOML with these flags as keys; flags win"
     )
@@ -141,8 +174,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="NAME.OPTION=VALUE",
         help="option of a method or an allocation, mgaa.t=0.5; may be repeated",
     )
-    _add_progress(parser)
-    _add_json(parser, "print the whole report")
 
 
 def _add_evaluate(commands: Any) -> None:

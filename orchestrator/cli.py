@@ -111,6 +111,29 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     return make_recipe({**written, **given, **preset})
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from orchestrator import api
+    from orchestrator.errors import InfeasibleError
+    from orchestrator.forecast import text
+
+    names = ("gpus", "gpu", "gpu_memory", "host_memory", "price", "rates")
+    given = {name: getattr(options, name) for name in names if name in options}
+    if "rates" in given and "gpu" in given:
+        raise UsageError("--gpu names a GPU and --rates a machine that was measured; give one")
+    options.out = "planned"
+    found = api.plan(_recipe(options), **given)
+    print(json.dumps(found.to_json(), indent=2) if options.json else "\n".join(text.lines(found)))
+    return InfeasibleError.exit_code if found.infeasible else 0
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    names = ("dtype", "threads")
+    given = {name: getattr(options, name) for name in names if name in options}
+    print(api.measure(options.output, **given))
+
+
 def _compress(options: argparse.Namespace) -> None:
     from orchestrator import api
 
@@ -304,6 +327,8 @@ def _print_rows(rows: Mapping[str, Any]) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "plan": _plan,
+    "measure": _measure,
     "compress": _compress,
     "retarget": _retarget,
     "search": _search,

@@ -7,6 +7,7 @@ break-even and budget of a group are those of the tall linear.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from orchestrator.plan import Assignment, Linear, Plan
 
@@ -66,3 +67,13 @@ def stack(group: Sequence[Linear]) -> Linear:
     """The linears of a group as one, outputs on top of each other."""
     outputs = sum(linear.out_features for linear in group)
     return replace(group[0], out_features=outputs) if len(group) > 1 else group[0]
+
+
+def gram_side(linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
+    """Of what the Gram of a linear is that needs no more than its left singular vectors.
+
+    Of outputs where no linear of the site needs that of the inputs, and it is smaller.
+    """
+    narrow = all(each.in_features > each.out_features for each in site)
+    smaller = sum(each.out_features**2 for each in site) < linear.in_features**2
+    return "output" if narrow and smaller else "input"

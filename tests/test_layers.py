@@ -5,6 +5,7 @@ nothing else. What is imported inside a function counts too.
 """
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 ALL_PARTS = (
     "errors options plan groups shards values recipe result linalg allocate store methods models "
-    "hf cluster"
+    "hf cluster forecast"
 )
 MAY_IMPORT = {
     "errors": "",
@@ -25,6 +26,7 @@ MAY_IMPORT = {
     "values": "errors",
     "result": "plan store",
     "progress": "",
+    "forecast": "allocate errors groups models options plan progress recipe shards",
     "pages": "errors plan recipe progress store numpy",
     "linalg": "errors torch",
     "allocate": "errors options plan numpy",
@@ -37,7 +39,7 @@ MAY_IMPORT = {
     "api": f"{ALL_PARTS} pages searching transformers",
     "searching": "api errors options recipe result store",
     "arguments": "recipe values",
-    "cli": "arguments errors recipe result progress values api",
+    "cli": "arguments errors forecast recipe result progress values api",
     "__main__": "cli",
 }
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "pyarrow", "ray", "torch", "transformers"}
@@ -98,6 +100,7 @@ def test_only_cluster_knows_ray():
         "import orchestrator.models.select",
         "import orchestrator.allocate",
         "import orchestrator.pages",
+        "import orchestrator.forecast.forecast",
     ],
 )
 def test_light_import(statement):
@@ -107,12 +110,26 @@ def test_light_import(statement):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "compress", "evaluate", "export", "status", "report", "compare", "clean", "submit"],
+    [
+        *("", "plan", "measure", "compress", "retarget", "evaluate", "export", "status", "report"),
+        *("compare", "clean", "submit"),
+    ],
 )
 def test_help_is_light(command):
     """`--help` answers without importing a heavy package, numpy included."""
     call = f"from orchestrator.cli import main\ntry: main({[*command.split(), '--help']})"
     assert loaded_by(f"{call}\nexcept SystemExit: pass") == set()
+
+
+def test_plan_is_light(tmp_path):
+    """`plan` forecasts from a config without loading a heavy package."""
+    numbers = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    config = {"model_type": "llama", "num_attention_heads": 2} | dict.fromkeys(numbers, 64)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    flags = ["plan", str(path), "--keep=0.8", "--preset=best"]
+    call = f"from orchestrator.cli import main; assert main({flags!r}) == 0"
+    assert loaded_by(call) == set()
 
 
 def test_status_is_light(tmp_path):

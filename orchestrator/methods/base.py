@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-from orchestrator.groups import Grouping
+from orchestrator.groups import Grouping, gram_side
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 from orchestrator.linalg.ranked import RankedParts
 from orchestrator.linalg.sparse import Sparse
@@ -67,9 +67,7 @@ class Method(Protocol):
         singular vectors need no more. Where H is there anyway it is the better one: its products
         of inputs are rounded once, those of outputs twice.
         """
-        narrow = all(each.in_features > each.out_features for each in site)
-        smaller = sum(each.out_features**2 for each in site) < linear.in_features**2
-        return "output" if narrow and smaller else "input"
+        return gram_side(linear, site)
 
     def decompose(
         self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int

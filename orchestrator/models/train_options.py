@@ -4,8 +4,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-import torch
-
 from orchestrator.errors import UsageError
 from orchestrator.models.refine_options import rate, split
 from orchestrator.options import check_choice, check_number, check_whole
@@ -98,6 +96,7 @@ def plan_course(options: TrainOptions, sequences: int, seed: int) -> Course:
         ValueError: Fewer than two sequences.
     """
     # a forecast reads the options and does without torch
+    import torch
 
     training, held_out = split(sequences, options.held_out)
     number = min(options.batches, len(training))

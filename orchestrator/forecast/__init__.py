@@ -1,0 +1,1 @@
+"""What a run will take, from shapes and rates alone, before any machine is asked for."""

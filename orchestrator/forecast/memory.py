@@ -1,0 +1,197 @@
+"""Bytes that a worker holds at its worst, stage by stage, read off what the code keeps alive.
+
+Shape letters: O outputs, I inputs, K = min(O, I), R the rank that is stored, T tokens of a
+sequence. A decomposition works in float64 (8 bytes) and returns factors in float32.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.forecast.needs import (
+    Needs,
+    curvature_channels,
+    curvatures,
+    gram_of,
+    input_grams,
+)
+from orchestrator.forecast.shapes import Shapes
+from orchestrator.plan import Linear
+
+GRAM_BYTES = 12
+"""Of an entry: a float64 sum and a float32 one."""
+REFINED_BYTES = 24
+"""Of a refined parameter: value, gradient, that of a slice, two moments, the best state."""
+TRAINED_BYTES: Mapping[str, int] = {"all": 16, "lean": 12, "light": 8}
+"""Of a parameter of the trained model; `light` holds W0 and W of the left factors."""
+EIGENVECTOR_COPIES = 4
+"""[K, K] matrices that an eigendecomposition has beside its argument: vectors, and LAPACK's or
+cuSOLVER's workspace by divide and conquer, 1 + 6 K + 2 K^2 numbers, with the copy it works on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What is in memory at the worst moment of a stage, by what it is; bytes."""
+
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def calibration(
+    shapes: Shapes, needs: Needs, blocks: int, *, tokens: int, itemsize: int, pivoted: bool
+) -> Footprint:
+    """Of a shard of so many blocks, the first ones, while chunks pass or a block is finished.
+
+    Grams are there from the first chunk on; a linear's is let go once it is decomposed, so the
+    worst moment is found by going through the first block.
+
+    Args:
+        tokens: Of a sequence.
+        itemsize: Bytes of a value in the passes.
+    """
+    linears = [each for each in shapes.linears if each.block < blocks]
+    grams = input_grams(linears, needs)
+    bends = curvatures(linears, needs)
+    held = GRAM_BYTES * sum(n * n for n in [*grams.values(), *bends.values()])
+    weights = {
+        "weights": blocks * shapes.block_values * itemsize,
+        "embeddings": shapes.front_values * itemsize,
+    }
+    backward = needs.labels > 0
+    activations = _activations(shapes, tokens, itemsize, blocks if backward else 1)
+    logits = 3 * 4 * tokens * shapes.vocabulary if backward else 0
+    passing = Footprint({**weights, "Grams": held, "activations": activations + logits})
+    return max(
+        [passing, *_finishing(linears, needs, grams, weights, held, pivoted)],
+        key=lambda each: each.total,
+    )
+
+
+def _finishing(
+    linears: Sequence[Linear],
+    needs: Needs,
+    grams: Mapping[str, int],
+    weights: Mapping[str, int],
+    held: int,
+    pivoted: bool,
+) -> list[Footprint]:
+    """While each linear of the first block is decomposed, the one before it being written."""
+    found = []
+    block = [each for each in linears if each.block == 0]
+    before = 0
+    for place, linear in enumerate(block):
+        source = gram_of(linear, grams)
+        side = linear.in_features if source == linear.site else linear.out_features
+        working = decomposition(linear, needs, side, pivoted)
+        found.append(
+            Footprint({**weights, "Grams": held, "decomposition": working, "written": before})
+        )
+        rank = stored_rank(linear, needs, pivoted)
+        # factors in float32, and as they are stored
+        before = 6 * rank * linear.rank_cost
+        later = {gram_of(each, grams) for each in block[place + 1 :]}
+        if source not in later:
+            held -= GRAM_BYTES * grams[source] ** 2
+        if needs.labels:
+            held -= GRAM_BYTES * curvature_channels(linear, needs) ** 2
+    return found
+
+
+def stored_rank(linear: Linear, needs: Needs, pivoted: bool) -> int:
+    """The rank up to which factors are stored."""
+    if needs.kind in ("sparse",):
+        return 0
+    narrow = min(linear.out_features, linear.in_features)
+    return narrow if pivoted or needs.kind == "rpca" else max(linear.break_even, 1)
+
+
+def decomposition(linear: Linear, needs: Needs, side: int, pivoted: bool) -> int:
+    """At the worst moment of decomposing one linear, its statistics read out included.
+
+    Args:
+        side: Channels of its Gram.
+    """
+    outputs, inputs = linear.out_features, linear.in_features
+    narrow = min(outputs, inputs)
+    rank = stored_rank(linear, needs, pivoted)
+    whole, square = 8 * outputs * inputs, 8 * narrow * narrow
+    reading = 3 * 8 * side * side
+    statistic = 8 * side * side
+    if needs.kind == "sparse":
+        # scores, their order, and positions of all entries
+        return max(reading, statistic + 4 * whole)
+    if needs.kind == "rpca":
+        # weight, L, S, the multiplier and two iterates, and a Gram's eigenvectors
+        return max(reading, statistic + 7 * whole + (2 + EIGENVECTOR_COPIES) * square)
+    tall = outputs > inputs
+    space = whole + (whole + square if tall else 0)
+    factors = 4 * rank * linear.rank_cost
+    if needs.kind == "low_rank":
+        forming = whole if side == inputs else 0
+        turning = (1 + EIGENVECTOR_COPIES) * square
+        halves = whole // 2
+        measuring = 2 * square + factors + 4 * narrow * rank
+        measuring += (2 * halves + 4 * inputs * inputs) if inputs < 2 * narrow else square
+        moments = [forming + square, turning, 2 * square + factors + halves, measuring]
+        return max(reading, statistic + space + max(moments))
+    # both sides: moment, curvature, its factor, and products of these with the weight
+    statistic += square
+    core = 8 * narrow * inputs
+    turning = core + (4 + 1 + EIGENVECTOR_COPIES) * square
+    measuring = core + 6 * square + 8 * rank * (outputs + 5 * narrow) + 2 * factors
+    working = statistic + space + max(turning, measuring)
+    if needs.kind == "two_sided_sparse":
+        working += 3 * whole
+    return max(reading, working)
+
+
+def _activations(shapes: Shapes, tokens: int, itemsize: int, blocks: int) -> int:
+    """Of one sequence: what a pass forward has at once, or what a pass back keeps of all blocks."""
+    widest = max(each.out_features for each in shapes.of_block(0))
+    states = 24 * shapes.hidden + itemsize * (6 * shapes.hidden + 3 * shapes.attention + 3 * widest)
+    gram_rows = 4 * max(each.in_features for each in shapes.of_block(0))
+    return tokens * (states * blocks + gram_rows)
+
+
+def refinement(
+    shapes: Shapes, kept: float, *, tokens: int, sequences: int, itemsize: int
+) -> Footprint:
+    """Of one block that is refined: the training state, and its chunks before and behind it."""
+    trained = int(kept * sum(each.values for each in shapes.of_block(0)))
+    states = 2 * tokens * sequences * shapes.hidden * itemsize
+    return Footprint(
+        {
+            "training state": REFINED_BYTES * trained,
+            "dense block": shapes.block_values * itemsize,
+            "inputs and targets": states,
+            "activations": _activations(shapes, tokens, 4, 1),
+        }
+    )
+
+
+def training(
+    shapes: Shapes, kept: float, mode: str, workers: int, *, tokens: int, stored_targets: bool
+) -> Footprint:
+    """Of the shard of one of so many workers, which between them hold the whole model."""
+    blocks = -(-shapes.num_blocks // workers)
+    trained = int(kept * sum(each.values for each in shapes.of_block(0))) * blocks
+    ends = 4 * max(shapes.front_values, shapes.head_values)
+    dense = 0 if stored_targets else blocks * shapes.block_values * 4
+    logits = 4 * 4 * tokens * shapes.vocabulary
+    between = 4 * tokens * shapes.hidden * (blocks + 2 * workers)
+    return Footprint(
+        {
+            "training state": TRAINED_BYTES[mode] * trained,
+            "embeddings or head": ends,
+            "dense copy": dense,
+            "activations": _activations(shapes, tokens, 4, 1) + logits + between,
+        }
+    )
+
+
+def writing(shapes: Shapes) -> Footprint:
+    """Of a worker that writes: one linear at a time, cut and cast."""
+    largest = max((each.values for each in shapes.linears), default=0)
+    return Footprint({"one linear": 8 * largest + 4 * shapes.front_values})

@@ -1,0 +1,90 @@
+"""How fast machines are: named GPUs from `rates.json`, or this machine as it was measured."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import UsageError
+from orchestrator.models.headers import read_json
+
+ROWS = ("data_sheet", "pessimistic")
+MEASURED = "measured"
+_SPEEDS = ("half", "single", "double", "eigen", "read", "write", "network", "start")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Of one worker and what surrounds it; FLOPs or bytes a second."""
+
+    row: str
+    """`data_sheet`, `pessimistic` or `measured`."""
+    half: float
+    """Matrix products of bfloat16, and forward passes."""
+    single: float
+    """Products of float32 sums: Grams, training."""
+    double: float
+    """Products of float64."""
+    eigen: float
+    """Symmetric eigendecompositions in float64, counted as 9 n^3."""
+    read: float
+    write: float
+    network: float
+    start: float
+    """Seconds until workers are ready."""
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a worker runs on."""
+
+    name: str
+    memory_bytes: float | None
+    """Of the device; unknown of a machine that was measured without one."""
+    rows: tuple[Rates, ...]
+
+
+def known_devices() -> tuple[str, ...]:
+    return tuple(_file()["devices"])
+
+
+def machine_of(name: str) -> Machine:
+    """A named GPU, with a row that its maker promises and one that we would plan with.
+
+    Raises:
+        UsageError: There is no such name.
+    """
+    content = _file()
+    if name not in content["devices"]:
+        raise UsageError(f"gpu is {name!r}; it must be one of {', '.join(content['devices'])}")
+    device, around = content["devices"][name], content["surroundings"]
+    source = f"{device['source']} {around['source']}"
+    rows = tuple(Rates(row=row, source=source, **device[row], **around[row]) for row in ROWS)
+    return Machine(name, float(device["memory_bytes"]), rows)
+
+
+def read_machine(path: Path) -> Machine:
+    """What `orchestrator measure` has written.
+
+    Raises:
+        UsageError: It is something else.
+        InputError: The file cannot be read.
+    """
+    content = read_json(path)
+    speeds = {name: content.get(name) for name in _SPEEDS}
+    for name, value in speeds.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:  # type: ignore[operator]
+            raise UsageError(f"{path}: {name} is {value!r:.60}; `orchestrator measure` writes it")
+    memory = content.get("memory_bytes")
+    known = memory if type(memory) in (int, float) else None
+    row = Rates(row=MEASURED, source=f"measured, {path}", **speeds)  # type: ignore[arg-type]
+    return Machine(str(content.get("name", path)), known, (row,))
+
+
+def _file() -> Mapping[str, Any]:
+    content: Mapping[str, Any] = json.loads(Path(__file__).with_name("rates.json").read_text())
+    return content

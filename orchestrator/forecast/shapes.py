@@ -1,0 +1,252 @@
+"""What a model is made of, as far as time and memory go: from its config, or its headers too.
+
+A config alone is enough for the families of `FAMILIES`. Of another one the tensors' headers say
+which matrices its blocks hold; that linears read the same input they do not say, so there each
+linear is counted with a statistic of its own, which forecasts too much rather than too little.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import InputError
+from orchestrator.models.headers import INDEX_FILE, ITEMSIZES, SINGLE_FILE, Headers, read_json
+from orchestrator.plan import Linear
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose shapes follow from their config."""
+ITEMSIZE_OF = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+LARGEST = 2**32
+"""Of any number in a config; a larger one is damage."""
+MOST_BLOCKS = 10_000
+_BLOCK = re.compile(r"(.+?\.)(\d+)\.(.+)")
+_SITES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shapes:
+    """A model's matrices and what else it holds, in values."""
+
+    model_type: str
+    num_blocks: int
+    linears: tuple[Linear, ...]
+    """Of all blocks, in block order and, within a block, in call order."""
+    block_values: int
+    """Of the largest block, all its tensors."""
+    front_values: int
+    """Before the first block: the embeddings."""
+    tail_values: int
+    """Behind the last block; a head that is the embeddings again counts here as none."""
+    total_values: int
+    hidden: int
+    vocabulary: int
+    attention: int
+    """Heads times their channels."""
+    itemsize: int
+    """Bytes of a value on disk."""
+
+    def of_block(self, block: int) -> tuple[Linear, ...]:
+        return tuple(linear for linear in self.linears if linear.block == block)
+
+    @property
+    def head_values(self) -> int:
+        """That the logits are computed from, tied or not."""
+        return self.vocabulary * self.hidden
+
+
+def read_shapes(model: Path) -> Shapes:
+    """The shapes of the checkpoint in a directory, or of a config.json alone.
+
+    Raises:
+        InputError: It is neither; the family is not known and there are no headers; a number in
+            the config is missing or not allowed; a header is damaged.
+    """
+    if model.is_file():
+        return from_config(read_json(model), str(model))
+    if not model.is_dir():
+        raise InputError(
+            f"{model}: no such directory or file; give a checkpoint's directory, or a config.json"
+        )
+    config = read_json(model / "config.json")
+    has_weights = any((model / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+    if not has_weights:
+        return from_config(config, str(model / "config.json"))
+    headers = Headers.open(model)
+    found = from_headers(headers)
+    if config.get("model_type") not in FAMILIES:
+        return found
+    # sites and order come from the family; what there is, and in which dtype, from the headers
+    known = from_config(config, str(model / "config.json"))
+    return replace(
+        known,
+        block_values=found.block_values,
+        total_values=found.total_values,
+        itemsize=found.itemsize,
+    )
+
+
+def from_config(config: Mapping[str, Any], where: str) -> Shapes:
+    """The shapes of a family's model.
+
+    Raises:
+        InputError: The family is none of `FAMILIES`, or a number is missing or not allowed.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise InputError(
+            f"{where}: model_type is {family!r}; of {', '.join(FAMILIES)} a config is enough, of "
+            "others the safetensors files are needed beside it (their headers are read)"
+        )
+    hidden = _number(config, "hidden_size", where)
+    blocks = _number(config, "num_hidden_layers", where, most=MOST_BLOCKS)
+    inner = _number(config, "intermediate_size", where)
+    vocabulary = _number(config, "vocab_size", where)
+    heads = _number(config, "num_attention_heads", where)
+    groups = _number(config, "num_key_value_heads", where, heads)
+    channels = _number(config, "head_dim", where, hidden // heads)
+    wide, narrow = heads * channels, groups * channels
+    shapes = {
+        "self_attn.q_proj": (wide, hidden),
+        "self_attn.k_proj": (narrow, hidden),
+        "self_attn.v_proj": (narrow, hidden),
+        "self_attn.o_proj": (hidden, wide),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    biased = _biased(family, config, shapes)
+    norms = 2 * hidden + (2 * channels if family == "qwen3" else 0)
+    biases = sum(shapes[role][0] for role in biased)
+    linears = tuple(
+        Linear(
+            name=f"model.layers.{block}.{role}",
+            block=block,
+            role=role,
+            site=f"model.layers.{block}.{_site(role, shapes)}",
+            out_features=out_features,
+            in_features=in_features,
+            has_bias=role in biased,
+        )
+        for block in range(blocks)
+        for role, (out_features, in_features) in shapes.items()
+    )
+    block_values = sum(o * i for o, i in shapes.values()) + norms + biases
+    tied = bool(config.get("tie_word_embeddings", False))
+    head = 0 if tied else vocabulary * hidden
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    return Shapes(
+        model_type=str(family),
+        num_blocks=blocks,
+        linears=linears,
+        block_values=block_values,
+        front_values=vocabulary * hidden,
+        tail_values=hidden + head,
+        total_values=blocks * block_values + vocabulary * hidden + hidden + head,
+        hidden=hidden,
+        vocabulary=vocabulary,
+        attention=wide,
+        itemsize=ITEMSIZE_OF.get(str(dtype), 4),
+    )
+
+
+def _biased(family: str, config: Mapping[str, Any], roles: Mapping[str, Any]) -> set[str]:
+    """The linears that have a bias."""
+    if family == "qwen2":
+        return {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
+    found = set()
+    if family in ("llama", "qwen3") and config.get("attention_bias"):
+        found |= {role for role in roles if role.startswith("self_attn")}
+    if family == "llama" and config.get("mlp_bias"):
+        found |= {role for role in roles if role.startswith("mlp")}
+    return found
+
+
+def _site(role: str, roles: Mapping[str, Any]) -> str:
+    """The first linear of the block, in call order, that reads the same input."""
+    parent, _, name = role.rpartition(".")
+    for site in _SITES:
+        if name in site:
+            (first, *_) = [each for each in site if f"{parent}.{each}" in roles]
+            return f"{parent}.{first}"
+    return role
+
+
+def _number(
+    config: Mapping[str, Any],
+    name: str,
+    where: str,
+    otherwise: int | None = None,
+    most: int = LARGEST,
+) -> int:
+    value = config.get(name)
+    if value is None and otherwise is not None:
+        value = otherwise
+    if type(value) is not int or not 0 < value <= most:
+        raise InputError(
+            f"{where}: {name} is {value!r:.100}; a whole number from 1 to {most} is needed"
+        )
+    return value
+
+
+def from_headers(headers: Headers) -> Shapes:
+    """The shapes of a checkpoint of any family.
+
+    Raises:
+        InputError: No tensor's name says which block it belongs to.
+    """
+    matches = {name: match for name in headers.entries if (match := _BLOCK.fullmatch(name))}
+    stacks = Counter(match[1] for match in matches.values())
+    if not stacks:
+        raise InputError(f"{headers.directory}: no tensor is named after a block, like layers.0.x")
+    (prefix, _), *_ = stacks.most_common(1)
+    inside = {name: match for name, match in matches.items() if match[1] == prefix}
+    blocks = sorted({int(match[2]) for match in inside.values()})
+    if blocks != list(range(len(blocks))):
+        raise InputError(
+            f"{headers.directory}: of {prefix}N not all blocks up to {blocks[-1]} are there"
+        )
+    values = Counter[int]()
+    shapes: dict[int, dict[str, tuple[int, int]]] = {block: {} for block in blocks}
+    for name, match in inside.items():
+        entry = headers.entries[name]
+        values[int(match[2])] += entry.values
+        role, _, part = match[3].rpartition(".")
+        if part == "weight" and len(entry.shape) == 2 and min(entry.shape) > 1:
+            shapes[int(match[2])][role] = (entry.shape[0], entry.shape[1])
+    linears = tuple(
+        Linear(
+            name=f"{prefix}{block}.{role}",
+            block=block,
+            role=role,
+            site=f"{prefix}{block}.{_site(role, roles)}",
+            out_features=out_features,
+            in_features=in_features,
+            has_bias=f"{prefix}{block}.{role}.bias" in headers.entries,
+        )
+        for block, roles in shapes.items()
+        for role, (out_features, in_features) in roles.items()
+    )
+    outside = {n: e for n, e in headers.entries.items() if n not in inside}
+    tables = [e.shape for e in outside.values() if len(e.shape) == 2]
+    vocabulary, hidden = max(tables, key=math.prod, default=(0, 0))
+    head = sum(e.values for n, e in outside.items() if "head" in n or "output" in n)
+    total = sum(entry.values for entry in headers.entries.values())
+    heads = [each.in_features for each in linears if each.role.endswith("o_proj")]
+    size = sum(entry.size_bytes for entry in headers.entries.values())
+    return Shapes(
+        model_type=str(headers.config.get("model_type")),
+        num_blocks=len(blocks),
+        linears=linears,
+        block_values=max(values.values()),
+        front_values=sum(e.values for e in outside.values()) - head,
+        tail_values=head,
+        total_values=total,
+        hidden=hidden,
+        vocabulary=vocabulary,
+        attention=max(heads, default=hidden),
+        itemsize=min(ITEMSIZES.values(), key=lambda bytes_: abs(bytes_ * total - size)),
+    )

@@ -1,0 +1,55 @@
+"""A forecast as a person reads it."""
+
+from collections.abc import Mapping
+
+from orchestrator.forecast.forecast import USABLE, Forecast
+from orchestrator.progress import duration, size
+
+
+def lines(found: Forecast) -> list[str]:
+    """What the run takes, a table of its stages, and what does not fit."""
+    model, rows = found.model, list(found.start_seconds)
+    peak = found.peak
+    limit = found.limits["device"]
+    of = f" of {size(limit * USABLE)} usable" if limit is not None else ""
+    facts = {
+        "model": f"{model['type']}, {model['values']:,} parameters in {model['blocks']} blocks, "
+        f"{size(model['bytes'])}",
+        "machine": f"{found.workers} workers on {found.machine}",
+        "shards": f"{found.shards} of at most {found.blocks_a_shard} blocks, in {found.waves} "
+        + ("wave" if found.waves == 1 else "waves"),
+        "memory of a worker": f"{size(peak.device.total)}{of}, in {peak.name}: "
+        + _parts(peak.device.parts),
+        "beside a device": f"{size(found.host.total)}: {_parts(found.host.parts)}",
+        "run directory": size(found.run_bytes),
+        "chunks moved": size(found.moved_bytes),
+        "result": f"{found.final['values']:,} parameters, {size(found.final['bytes'])}",
+    }
+    table = [["stage", "FLOPs", *rows]]
+    table.append(["start", "", *(duration(found.start_seconds[row]) for row in rows)])
+    for stage in found.stages:
+        times = [duration(stage.seconds[row]) for row in rows]
+        table.append([stage.name, f"{stage.flops:.2g}" if stage.flops else "", *times])
+    total = sum(stage.flops for stage in found.stages)
+    table.append(["together", f"{total:.2g}", *(duration(found.seconds[row]) for row in rows)])
+    if found.money is not None:
+        table.append(["money", "", *(f"{found.money[row]:.2f}" for row in rows)])
+    width = max(map(len, facts))
+    shown = [f"{name:<{width}}  {text}" for name, text in facts.items()]
+    shown += ["", *_aligned(table), "", *(f"rates: {source}" for source in found.sources)]
+    return shown + [f"infeasible: {reason}" for reason in found.infeasible]
+
+
+def _parts(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if place == 0 else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]

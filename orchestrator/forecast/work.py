@@ -1,0 +1,121 @@
+"""What a run computes, reads and writes: FLOPs by kind and bytes, stage by stage.
+
+A multiply-add counts two. Shape letters as in `memory`; an eigendecomposition of [n, n] counts
+9 n^3, which is what its rate is stated in.
+"""
+
+import math
+from dataclasses import dataclass
+
+from orchestrator.forecast.memory import stored_rank
+from orchestrator.forecast.needs import Needs, curvatures, gram_of, input_grams
+from orchestrator.forecast.rates import Rates
+from orchestrator.forecast.shapes import Shapes
+from orchestrator.plan import Linear
+
+TRIANGLE = 0.6
+"""Of a symmetric product's FLOPs, those that are computed (see `linalg.gram`)."""
+RPCA_ITERATIONS = 40
+"""Singular value thresholdings of a weight: its steps grow by 1.5 to a tolerance of 1e-7."""
+MASKED_SEQUENCES = 96
+"""Passed through masked models for a choice of masks: `cap`'s 3 iterations of 4 samples on 8."""
+TRIALS, TRIAL_SEQUENCES = 4, 2
+"""For each linear, sizes at which it alone is cut; and sequences that each is judged on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """FLOPs by the rate that they go at, and bytes."""
+
+    half: float = 0.0
+    single: float = 0.0
+    double: float = 0.0
+    eigen: float = 0.0
+    read: float = 0.0
+    write: float = 0.0
+    network: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return self.half + self.single + self.double + self.eigen
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(getattr(self, n) + getattr(other, n) for n in _NAMES))
+
+    def times(self, factor: float) -> "Work":
+        return Work(*(getattr(self, name) * factor for name in _NAMES))
+
+    def seconds(self, rates: Rates) -> float:
+        """One worker's, nothing at the same time as anything else."""
+        return math.fsum(getattr(self, name) / getattr(rates, name) for name in _NAMES)
+
+
+_NAMES = ("half", "single", "double", "eigen", "read", "write", "network")
+
+
+def forward_flops(shapes: Shapes, tokens: int) -> float:
+    """Of one sequence through one block."""
+    values = sum(each.values for each in shapes.of_block(0))
+    return 2.0 * tokens * values + 4.0 * tokens * tokens * shapes.attention
+
+
+def passing(shapes: Shapes, needs: Needs, tokens: int, itemsize: int) -> Work:
+    """One sequence through one block, with its statistics; gradients back where they are asked."""
+    linears = shapes.of_block(0)
+    forward = forward_flops(shapes, tokens)
+    grams = TRIANGLE * sum(2.0 * tokens * n * n for n in input_grams(linears, needs).values())
+    again = sum(
+        2.0 * tokens * each.values
+        for each in linears
+        if gram_of(each, input_grams(linears, needs)) != each.site and itemsize < 4
+    )
+    state = float(tokens * shapes.hidden * itemsize)
+    once = Work(half=forward, single=grams + again)
+    if not needs.labels:
+        return once
+    bends = TRIANGLE * sum(2.0 * tokens * n * n for n in curvatures(linears, needs).values())
+    turned = sum(2.0 * tokens * each.values for each in linears if is_turned(each, needs))
+    back = Work(half=2 * forward, single=grams + again + bends + turned, write=state)
+    return Work(half=forward) + back.times(needs.labels)
+
+
+def is_turned(linear: Linear, needs: Needs) -> bool:
+    """Whether gradients are brought to the inputs' side for their second moment."""
+    return linear.out_features > linear.in_features and not needs.wide_curvature
+
+
+def decomposing(linear: Linear, needs: Needs, side: int, pivoted: bool, itemsize: int) -> Work:
+    """One linear, its factors written; the formulas of `linalg`, as they stand there."""
+    outputs, inputs = float(linear.out_features), float(linear.in_features)
+    narrow = min(outputs, inputs)
+    rank = float(stored_rank(linear, needs, pivoted))
+    written = Work(write=rank * (outputs + inputs) * itemsize)
+    square = 2.0 * narrow**3
+    if needs.kind == "sparse":
+        return Work(write=outputs * inputs * 8)
+    if needs.kind == "rpca":
+        once = Work(double=4.0 * outputs * inputs * narrow, eigen=9.0 * narrow**3)
+        entries = Work(write=outputs * inputs * 8)
+        return once.times(RPCA_ITERATIONS) + written + entries
+    basis = 0.0
+    if outputs > inputs:
+        basis = TRIANGLE * 2 * outputs * inputs**2 + inputs**3 / 3 + outputs * inputs**2
+    moment = 2.0 * narrow * inputs**2 + TRIANGLE * square if side == linear.in_features else 0.0
+    turn = 2.0 * outputs * narrow * rank if outputs > inputs else 0.0
+    cut = turn + 2.0 * narrow * rank * inputs
+    check = 2.0 * outputs * rank**2 + 2.0 * narrow * rank * inputs + 2.0 * narrow * inputs**2
+    eigen = Work(eigen=9.0 * narrow**3)
+    if needs.kind == "low_rank":
+        return Work(double=basis + moment, single=cut + check) + eigen + written
+    both = 7 * square + 2.0 * narrow**2 * inputs + cut + 6.0 * narrow**2 * rank
+    whole = Work(double=basis + moment + both + 2.0 * outputs * narrow * rank) + eigen + written
+    if needs.kind == "two_sided_sparse":
+        # entries against factors on a grid of eight densities, each an eigendecomposition
+        return whole + Work(double=8 * both, eigen=8 * 9.0 * narrow**3)
+    return whole
+
+
+def trained(shapes: Shapes, kept: float, tokens: int) -> float:
+    """FLOPs of one sequence through one block of factors, forward and back."""
+    values = kept * sum(each.values for each in shapes.of_block(0))
+    return 6.0 * tokens * values + 12.0 * tokens * tokens * shapes.attention

@@ -1,0 +1,40 @@
+"""How fast this process computes what a compression is made of.
+
+Each rate is the median of a few repetitions after one that is not counted, with the threads that
+the process has.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+REPEATS = 3
+
+
+def product_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """FLOPs a second of a product of two matrices [size, size]; a multiply-add counts two."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(size, size, generator=generator).to(device, dtype)
+    right = torch.randn(size, size, generator=generator).to(device, dtype)
+    return 2.0 * size**3 / _seconds(lambda: left @ right, device)
+
+
+def eigen_rate(device: torch.device, size: int) -> float:
+    """The same of a symmetric eigendecomposition in float64, counted as 9 size^3."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(size, size, generator=generator, dtype=torch.float64).to(device)
+    square = rows @ rows.T
+    return 9.0 * size**3 / _seconds(lambda: torch.linalg.eigh(square, UPLO="U"), device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

@@ -1,0 +1,324 @@
+"""What a run will take: shapes, needs and formulas against the code that they are about."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES as TINY
+from pipeline import run, with_tokenizer, write_llama, write_text
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from orchestrator.api import measure, plan
+from orchestrator.cli import main
+from orchestrator.errors import InputError, UsageError
+from orchestrator.forecast import memory
+from orchestrator.forecast.needs import (
+    NEEDS,
+    curvature_channels,
+    gram_of,
+    input_grams,
+)
+from orchestrator.forecast.rates import ROWS, known_devices, machine_of
+from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
+from orchestrator.methods import METHODS
+from orchestrator.models.skeleton import Skeleton
+from orchestrator.plan import Linear
+from orchestrator.recipe import Recipe, make_recipe
+
+CONFIGS = {
+    "Llama-3-8B": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "Llama-2-70B": {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "intermediate_size": 28672,
+        "vocab_size": 32000,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "Llama-3-70B": {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "Qwen2.5-72B": {
+        "model_type": "qwen2",
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "intermediate_size": 29568,
+        "vocab_size": 152064,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "Qwen3-8B": {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "intermediate_size": 12288,
+        "vocab_size": 151936,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "Mistral-7B": {
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+PUBLISHED = {
+    "Llama-3-8B": 8_030_261_248,
+    "Llama-2-70B": 68_976_648_192,
+    "Llama-3-70B": 70_553_706_496,
+    "Qwen2.5-72B": 72_706_203_648,
+    "Qwen3-8B": 8_190_735_360,
+    "Mistral-7B": 7_241_732_096,
+}
+"""Parameters of the checkpoints on the hub."""
+
+
+def shapes_of(name):
+    settings = {"dtype": "bfloat16", "tie_word_embeddings": False}
+    return from_config(CONFIGS[name] | settings, name)
+
+
+def recipe(**fields):
+    return make_recipe({"model": "m", "out": "o", "keep": 0.8} | fields)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a config.json, and nothing beside it."""
+
+    def write(name, **fields):
+        path = tmp_path / name
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(CONFIGS[name] | fields))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_formulas_have_the_parameters_that_are_published(name):
+    """Of a checkpoint, from its config alone."""
+    assert shapes_of(name).total_values == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_formulas_agree_with_transformers(name):
+    """Every linear's name, shape and bias, in blocks that are built without memory."""
+    settings = {**CONFIGS[name], "num_hidden_layers": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    shapes = from_config(settings, name)
+    modules = {
+        each: module
+        for each, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and each != "lm_head"
+    }
+    assert {each.name for each in shapes.linears} == modules.keys()
+    for each in shapes.linears:
+        module = modules[each.name]
+        assert (each.out_features, each.in_features) == tuple(module.weight.shape)
+        assert each.has_bias == (module.bias is not None)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert shapes.block_values == block
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_headers_say_what_a_survey_says(family, checkpoint):
+    """Of any family all linears that are matrices of their own on disk; of those with formulas,
+    which of them read the same input too."""
+    directory = checkpoint(family)
+    surveyed = Skeleton.open(directory).survey()
+    shapes = read_shapes(directory)
+    found = {(each.out_features, each.in_features) for each in shapes.linears}
+    if shapes.model_type in FAMILIES:
+        sites = [(each.name, each.site) for each in surveyed.linears]
+        assert [(each.name, each.site) for each in shapes.linears] == sites
+        assert shapes.total_values == surveyed.total_parameters
+    else:
+        turned = {(inputs, outputs) for outputs, inputs in found}
+        named = {each.role.rpartition(".")[2] for each in shapes.linears}
+        for each in surveyed.of_block(0):
+            if each.role.rpartition(".")[2] in named:
+                assert (each.out_features, each.in_features) in found | turned
+    assert shapes.num_blocks == surveyed.num_blocks
+
+
+def test_needs_are_those_of_the_methods():
+    """Every method: which Grams, how many labels, which curvatures, which rank is stored."""
+    assert NEEDS.keys() == METHODS.keys()
+    tall = Linear(
+        name="0.a", block=0, role="a", site="0.a", out_features=8, in_features=4, has_bias=False
+    )
+    wide = Linear(
+        name="0.b", block=0, role="b", site="0.b", out_features=4, in_features=9, has_bias=False
+    )
+    for name, method in METHODS.items():
+        needs = NEEDS[name]
+        assert needs.labels == method.labels
+        assert needs.wide_curvature == (method.bends_outputs and method.labels > 0)
+        for linear in (tall, wide):
+            grams = input_grams([linear], needs)
+            side = "input" if gram_of(linear, grams) == linear.site else "output"
+            assert side == method.side(linear, [linear])
+        kinds = {"low_rank": "low_rank", "two_sided": "low_rank", "rpca": "low_rank_sparse"}
+        kinds |= {"two_sided_sparse": "low_rank_sparse", "sparse": "sparse"}
+        assert kinds[needs.kind] == method.form
+        assert bool(needs.scores) == (method.allocation in ("cap", "strs"))
+    assert curvature_channels(tall, NEEDS["two-sided"]) == 4
+    assert curvature_channels(tall, NEEDS["two-sided-sparse"]) == 8
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_more_machines_take_less_time_and_hold_no_more(name, preset, config):
+    """Whatever the rates; what all compute together stays the same but for the order of cuts."""
+    path = config(name, dtype="bfloat16", tie_word_embeddings=False)
+    found = [plan(recipe(model=path, preset=preset), gpus=gpus) for gpus in (1, 8, 64)]
+    for row in ROWS:
+        seconds = [each.seconds[row] for each in found]
+        assert sorted(seconds, reverse=True) == seconds
+    assert len({each.final["values"] for each in found}) == 1
+    assert found[0].seconds["data_sheet"] < found[0].seconds["pessimistic"]
+    calibrating = [each.stages[0].device.total for each in found]
+    assert sorted(calibrating, reverse=True) == calibrating
+    training = [each.stages[-2].device.total for each in found]
+    assert preset == "fast" or sorted(training, reverse=True) == training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_and_stage_has_a_forecast(method, config):
+    """Positive times and bytes; longer sequences and more blocks hold more."""
+    path = config("Llama-3-8B", dtype="bfloat16")
+    options = {"model": path, "method": method}
+    if method in ("svd-llm", "two-sided"):
+        options |= {"refine": "swept", "train": "light", "compensate": "anchored"}
+    found = plan(recipe(**options), gpus=4, gpu="A10G", price=2.0)
+    assert all(stage.seconds[row] > 0 for stage in found.stages for row in ROWS)
+    assert found.run_bytes > 0
+    assert found.money["pessimistic"] == pytest.approx(found.seconds["pessimistic"] / 3600 * 8)
+    shapes, needs = shapes_of("Llama-3-8B"), NEEDS[method]
+    sizes = [
+        memory.calibration(shapes, needs, blocks, tokens=tokens, itemsize=2, pivoted=False).total
+        for blocks, tokens in ((1, 512), (1, 65536), (2, 65536))
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2]
+
+
+def test_what_does_not_fit_is_said_with_what_would(config, capsys):
+    """Exit code 3 after the whole forecast; one line each, with the part that is too large."""
+    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
+    flags = ["--keep=0.8", "--preset=best", "--gpus=8", "--gpu-memory=80GB"]
+    assert main(["plan", path, *flags]) == 3
+    said = capsys.readouterr().out.splitlines()
+    (reason,) = [line for line in said if line.startswith("infeasible")]
+    assert "train: a worker holds" in reason
+    assert "training state" in reason
+    fits = dict(
+        reversed(each.split(" with ")) for each in reason.split("what fits: ")[1].split(", ")
+    )
+    for workers, mode in fits.items():
+        count = workers.removesuffix(" workers")
+        more = ["--gpus", count, "--train", mode.split()[-1]]
+        assert main(["plan", path, *flags, *more]) == 0
+    assert main(["plan", path, "--keep=0.8", "--preset=fast", "--gpu=A10G"]) == 3
+    assert "of memory a worker would hold a block" in capsys.readouterr().out
+    small = ["--keep=0.8", "--gpu=A10G", "--gpu-memory=20GB", "--json"]
+    assert main(["plan", path, *small]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["blocks_a_shard"], shown["waves"]) == (1, 80)
+
+
+def test_a_machine_that_was_measured(llama_dir, tmp_path, capsys):
+    """`measure` writes what `plan` reads; its rates are of this process."""
+    rates = measure(tmp_path / "rates.json", dtype="float32")
+    found = plan(recipe(model=str(llama_dir), samples=4, sequence_length=32), rates=rates)
+    assert list(found.seconds) == ["measured"]
+    assert 0 < found.seconds["measured"] < 600
+    content = json.loads(rates.read_text())
+    rates.write_text(json.dumps(content | {"half": "fast"}))
+    with pytest.raises(UsageError, match="half is 'fast'"):
+        plan(recipe(model=str(llama_dir)), rates=rates)
+
+
+@pytest.fixture
+def llama_dir(tmp_path):
+    return write_llama(tmp_path / "llama", blocks=4)
+
+
+def test_the_size_of_the_result_is_the_one_that_is_written(llama_dir, tmp_path):
+    """The budget is met from below, so a run writes no more values than its forecast."""
+    text = write_text(tmp_path / "text.txt")
+    result = run(llama_dir, tmp_path / "out", text, keep=0.6)
+    asked = Recipe(model=str(llama_dir), out="o", keep=0.6, samples=6, sequence_length=48)
+    expected = plan(asked).final["values"]
+    written = result.report["values"]["model_after"]
+    assert expected - result.report["values"]["slack"] == written
+
+
+BAD = {
+    "another family": ({"model_type": "mamba"}, "model_type is 'mamba'; of llama, mistral"),
+    "no number": ({"hidden_size": "wide"}, "hidden_size is 'wide'; a whole number from 1"),
+    "too many blocks": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; a whole"),
+    "nothing": ({"vocab_size": None}, "vocab_size is None"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_config_that_says_too_little_is_refused(name, config):
+    """One line with what was found and what is needed; nothing is allocated for it."""
+    fields, says = BAD[name]
+    with pytest.raises(InputError, match=says):
+        plan(recipe(model=config("Llama-3-8B", **fields)))
+
+
+def test_wrong_words_are_usage_errors(config, capsys):
+    """An unknown GPU, no GPUs, a price below nothing, rates and a GPU at once."""
+    path = config("Llama-3-8B")
+    for flags, says in {
+        "--gpu=H1000": "gpu is 'H1000'; it must be one of H100",
+        "--gpus=0": "gpus is 0",
+        "--price=-1": "price is -1",
+        "--gpu=H100 --rates=x.json": "give one",
+        "--gpu-memory=much": "size is 'much'",
+    }.items():
+        assert main(["plan", path, "--keep=0.8", *flags.split()]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_every_device_has_both_rows_and_a_source():
+    """What would be planned with is no more than what the data sheet promises."""
+    for name in known_devices():
+        sheet, sober = machine_of(name).rows
+        assert len(sheet.source) > 80
+        for rate in ("half", "single", "double", "eigen", "read", "write", "network"):
+            assert getattr(sheet, rate) >= getattr(sober, rate) > 0
+        assert sheet.start < sober.start
+
+
+def test_with_tokenizer_is_a_checkpoint_too(checkpoint, tmp_path):
+    """A directory is read by its headers: their dtype counts, not the config's."""
+    directory = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(content | {"dtype": "float64"}))
+    assert read_shapes(directory).itemsize == 4
