@@ -44,6 +44,7 @@ HELP = {
     "run_dir": "run directory; OUT.run without it",
     "allow_mixed": "go on with stages left unfinished on another kind of device, with other "
     "threads or versions; they are made again without it",
+    "allow_infeasible": "try what is forecast not to fit in memory",
 }
 METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"} | {
     "address": "ADDRESS",

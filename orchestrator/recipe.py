@@ -64,6 +64,7 @@ SCHEDULE = (
     "shards",
     "run_dir",
     "allow_mixed",
+    "allow_infeasible",
 )
 """Fields that say where and how fast, never what: the written checkpoint does not depend on them.
 
@@ -159,6 +160,8 @@ class Recipe:
     allow_mixed: bool = False
     """Whether a stage that was left unfinished with another device kind, number of threads or
     version of a library is gone on with; without it, it is made again from its start."""
+    allow_infeasible: bool = False
+    """Whether what is forecast not to fit in memory is tried nevertheless."""
 
     options: dict[str, dict[str, Any]] = dataclass_field(default_factory=dict)
     """Options of a method or an allocation, by its name, and of `compensation`, `refinement` and

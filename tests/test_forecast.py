@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.api import measure, plan
 from orchestrator.cli import main
-from orchestrator.errors import InputError, UsageError
+from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.forecast import memory
 from orchestrator.forecast.needs import (
     NEEDS,
@@ -18,7 +18,7 @@ from orchestrator.forecast.needs import (
     gram_of,
     input_grams,
 )
-from orchestrator.forecast.rates import ROWS, known_devices, machine_of
+from orchestrator.forecast.rates import ROWS, known_devices, largest_memory, machine_of
 from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
 from orchestrator.methods import METHODS
 from orchestrator.models.skeleton import Skeleton
@@ -322,3 +322,23 @@ def test_with_tokenizer_is_a_checkpoint_too(checkpoint, tmp_path):
     content = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(content | {"dtype": "float64"}))
     assert read_shapes(directory).itemsize == 4
+
+
+def test_a_run_that_does_not_fit_is_refused(llama_dir, tmp_path, monkeypatch):
+    """Before a worker starts, with exit code 3; unless it is to be tried nevertheless."""
+    text = write_text(tmp_path / "text.txt")
+    monkeypatch.setattr("orchestrator.cluster.foresight.host_bytes", lambda: 100_000)
+    events = []
+    with pytest.raises(InfeasibleError, match=r"^calibrate: a worker holds .*--allow-infeasible"):
+        run(llama_dir, tmp_path / "out", text, on_event=events.append)
+    assert not [event for event in events if event.get("stage") == "calibrate"]
+    run(llama_dir, tmp_path / "out", text, on_event=events.append, allow_infeasible=True)
+    assert [e["text"] for e in events if e["event"] == "note" and "forecast: " in e["text"]]
+
+
+def test_the_memory_of_a_kind_of_gpu():
+    """Ray does not say which of the two A100s a node has; the larger refuses no run wrongly."""
+    assert largest_memory("A100") == 80e9
+    assert largest_memory("H100") == 80e9
+    assert largest_memory("") is None
+    assert largest_memory("V100") is None

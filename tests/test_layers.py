@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "models": "errors options plan linalg store torch transformers accelerate safetensors numpy "
     "pyarrow huggingface_hub datasets",
     "hf": "errors plan models torch transformers",
-    "cluster": f"{ALL_PARTS} torch numpy safetensors ray grpc",
+    "cluster": f"{ALL_PARTS} progress torch numpy safetensors ray grpc",
     "api": f"{ALL_PARTS} pages searching transformers",
     "searching": "api errors options recipe result store",
     "arguments": "recipe values",

@@ -12,6 +12,7 @@ from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.crew import assemble, connected
 from orchestrator.cluster.evaluate_job import Evaluation
 from orchestrator.cluster.evaluate_worker import EvaluationWorker
+from orchestrator.cluster.foresight import foresee
 from orchestrator.cluster.retarget import Before
 from orchestrator.cluster.watch import OnEvent, Watch
 from orchestrator.recipe import Recipe
@@ -37,6 +38,7 @@ def compress(
         with job.hold_out().taken(on_event) as hold:
             watch.guard(hold)
             with connected(job.schedule, watch):
+                foresee(job.recipe, job.model, job.schedule, watch)
                 return _perform(job, watch)
 
 

@@ -150,6 +150,16 @@ def worker_share(threads: int) -> Share:
     return {"num_gpus": int(has_gpu), "num_cpus": threads}
 
 
+def gpu_kinds() -> set[str]:
+    """The kinds of the GPUs that nodes say they have; of some that do not say it, an empty name."""
+    kinds = set()
+    for node in _nodes():
+        if node["Resources"].get("GPU", 0) >= 1:
+            named = [n for n in node["Resources"] if n.startswith("accelerator_type:")]
+            kinds |= {name.partition(":")[2] for name in named} or {""}
+    return kinds
+
+
 def total_room(share: Share) -> dict[str, int]:
     """How many workers each node that is alive could hold, were it idle; by its id."""
     return _room(share, {node["NodeID"]: node["Resources"] for node in _nodes()})

@@ -15,6 +15,7 @@ from orchestrator.cluster.ray_pool import RayPool
 from orchestrator.cluster.scaling import Bounds
 from orchestrator.cluster.watch import Watch
 from orchestrator.cluster.worker import Task, Worker
+from orchestrator.forecast.rates import largest_memory
 
 
 @contextmanager
@@ -30,6 +31,17 @@ def connected(address: str | None, watch: Watch) -> Iterator[None]:
     finally:
         if cluster != "given":
             ray.shutdown()
+
+
+def devices(threads: int | None) -> tuple[int, float | None]:
+    """How many workers the nodes that are there can hold, and the most memory of a GPU of theirs.
+
+    Nothing, where there are no GPUs, or some of a kind that is not known.
+    """
+    there = ray_cluster.total_room(ray_cluster.worker_share(threads or 1))
+    kinds = ray_cluster.gpu_kinds()
+    known = [memory for kind in kinds for memory in [largest_memory(kind)] if memory is not None]
+    return sum(there.values()), max(known) if known and len(known) == len(kinds) else None
 
 
 @contextmanager

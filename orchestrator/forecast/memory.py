@@ -133,7 +133,10 @@ def decomposition(linear: Linear, needs: Needs, side: int, pivoted: bool) -> int
         turning = (1 + EIGENVECTOR_COPIES) * square
         halves = whole // 2
         measuring = 2 * square + factors + 4 * narrow * rank
-        measuring += (2 * halves + 4 * inputs * inputs) if inputs < 2 * narrow else square
+        if side == inputs and inputs < 2 * narrow:
+            measuring += 2 * halves + 4 * inputs * inputs + 4 * rank * rank
+        else:
+            measuring += square + 8 * rank * (outputs + 2 * narrow) + 16 * rank * rank
         moments = [forming + square, turning, 2 * square + factors + halves, measuring]
         return max(reading, statistic + space + max(moments))
     # both sides: moment, curvature, its factor, and products of these with the weight

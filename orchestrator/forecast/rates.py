@@ -66,6 +66,13 @@ def machine_of(name: str) -> Machine:
     return Machine(name, float(device["memory_bytes"]), rows)
 
 
+def largest_memory(kind: str) -> float | None:
+    """Of the GPUs of a kind, as Ray names it (`A100`), the most memory; nothing if unknown."""
+    devices = _file()["devices"].items()
+    known = [d["memory_bytes"] for name, d in devices if kind in (name, name.partition("-")[0])]
+    return max(known, default=None)
+
+
 def read_machine(path: Path) -> Machine:
     """What `orchestrator measure` has written.
 

@@ -1,0 +1,54 @@
+"""The forecast that a compression begins with, for the machines that are there."""
+
+from pathlib import Path
+
+import torch
+
+from orchestrator.cluster.crew import Schedule
+from orchestrator.cluster.scaling import Bounds
+from orchestrator.cluster.watch import Watch
+from orchestrator.errors import InfeasibleError
+from orchestrator.forecast.forecast import Forecast, Resources, forecast
+from orchestrator.forecast.rates import Machine
+from orchestrator.forecast.shapes import read_shapes
+from orchestrator.models.machine import host_bytes
+from orchestrator.progress import size
+from orchestrator.recipe import Recipe
+
+
+def foresee(recipe: Recipe, model: Path, schedule: Schedule, watch: Watch) -> Forecast:
+    """Says what a worker will hold, and refuses what cannot fit.
+
+    Of a device's memory a run knows in this process, and where Ray says which GPUs its nodes have;
+    otherwise nothing is refused.
+
+    Raises:
+        InfeasibleError: A stage does not fit on the largest device, whose memory is known.
+    """
+    workers, room = _in_this_process() if schedule.executor == "local" else _on_ray(schedule)
+    resources = Resources(workers=workers, machine=Machine("", room, ()), memory_bytes=room)
+    found = forecast(read_shapes(model), recipe, resources)
+    peak = found.peak
+    what = f"a worker holds up to {size(peak.device.total)}, in {peak.name}"
+    watch.note(f"forecast: {what}; the run directory {size(found.run_bytes)}")
+    if found.infeasible and not recipe.allow_infeasible:
+        raise InfeasibleError(
+            f"{found.infeasible[0]}; `orchestrator plan` says more, and --allow-infeasible tries "
+            "it nevertheless"
+        )
+    return found
+
+
+def _in_this_process() -> tuple[int, float]:
+    if torch.cuda.is_available():
+        return 1, float(torch.cuda.get_device_properties(0).total_memory)
+    return 1, float(host_bytes())
+
+
+def _on_ray(schedule: Schedule) -> tuple[int, float | None]:
+    from orchestrator.cluster import ray_crew
+
+    there, room = ray_crew.devices(schedule.threads)
+    bounds = Bounds.of(schedule.workers)
+    most = bounds.most if bounds.is_growing and bounds.most else max(there, 1)
+    return max(1, min(most, bounds.most or most)), room
