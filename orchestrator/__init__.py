@@ -22,6 +22,7 @@ __all__ = [
     "retarget",
     "search",
     "status",
+    "verify",
 ]
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         retarget,
         search,
         status,
+        verify,
     )
     from orchestrator.errors import OrchestratorError
     from orchestrator.plan import Plan

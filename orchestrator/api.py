@@ -277,6 +277,28 @@ def export(out: str | Path, dense_dir: str | Path, format: str = "dense") -> Pat
     return Path(dense_dir)
 
 
+def verify(
+    out: str | Path, *, against: str | Path | None = None, linears: int = 14
+) -> dict[str, Any]:
+    """Reads a compressed checkpoint again: hashes, shapes, ranks, values, samples, logits.
+
+    See `orchestrator.models.verification`.
+
+    Args:
+        against: The dense model's directory; with it errors and logits are compared.
+        linears: How many are reconstructed.
+
+    Returns:
+        What was found; `problems` is empty if all is well.
+    """
+    from orchestrator.errors import UsageError
+    from orchestrator.models.verification import verify as perform
+
+    if linears < 0:
+        raise UsageError(f"linears is {linears}; it must be 0 or above")
+    return perform(Path(out), dense=None if against is None else Path(against), linears=linears)
+
+
 def load(out: str | Path, **options: Any) -> Any:
     """The model in a compressed (or dense) checkpoint, ready to run, by plain transformers.
 

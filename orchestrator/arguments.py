@@ -74,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_retarget(commands)
     _add_search(commands)
     _add_evaluate(commands)
+    _add_verify(commands)
     _add_export(commands)
     _add_status(commands)
     _add_report(commands)
@@ -195,6 +196,16 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--run-dir", metavar="DIR", help="run directory; MODEL.evaluation without")
     _add_progress(parser)
     _add_json(parser, "print the result as JSON")
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(
+        commands, "verify", "read a compressed checkpoint again, and say what is wrong with it"
+    )
+    parser.add_argument("out", metavar="OUT", help="compressed checkpoint")
+    parser.add_argument("--against", metavar="DENSE", help="dense model to compare with")
+    parser.add_argument("--linears", metavar="N", type=int, help="how many are reconstructed")
+    _add_json(parser, "print all that was found as JSON")
 
 
 def _add_export(commands: Any) -> None:

@@ -219,6 +219,39 @@ def _evaluate(options: argparse.Namespace) -> None:
         _print_evaluation(report)
 
 
+def _verify(options: argparse.Namespace) -> int:
+    from orchestrator import api
+    from orchestrator.errors import InputError
+
+    names = ("against", "linears")
+    found = api.verify(options.out, **{n: getattr(options, n) for n in names if n in options})
+    problems = found["problems"]
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for problem in problems:
+            print(f"wrong: {problem}")
+        if {"files", "tensors", "linears", "logits"} <= found.keys():
+            _print_verification(found)
+    return InputError.exit_code if problems else 0
+
+
+def _print_verification(found: Mapping[str, Any]) -> None:
+    files, linears, logits = found["files"], found["linears"], found["logits"]
+    states = {state: list(files.values()).count(state) for state in files.values()}
+    errors = [each["error"] for each in linears.values() if "error" in each]
+    beside = f", |W - W'|²/|W|² up to {max(errors):.4f}" if errors else ""
+    kl = f", mean KL from the dense model {logits['kl']:.4f} nats" if "kl" in logits else ""
+    _print_rows(
+        {
+            "files": ", ".join(f"{count} {state}" for state, count in states.items()),
+            "tensors": f"{found['tensors']} read",
+            "linears": f"{len(linears)} reconstructed{beside}",
+            "logits": f"{'finite' if logits['finite'] else 'not finite'}{kl}",
+        }
+    )
+
+
 def _export(options: argparse.Namespace) -> None:
     from orchestrator import api
 
@@ -333,6 +366,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "retarget": _retarget,
     "search": _search,
     "evaluate": _evaluate,
+    "verify": _verify,
     "export": _export,
     "status": _status,
     "report": _report,

@@ -32,8 +32,8 @@ MAY_IMPORT = {
     "allocate": "errors options plan numpy",
     "store": "errors plan numpy pyarrow safetensors",
     "methods": "errors options plan groups linalg torch",
-    "models": "errors options plan linalg store torch transformers accelerate safetensors numpy "
-    "pyarrow huggingface_hub datasets",
+    "models": "errors options plan shards linalg store torch transformers accelerate safetensors "
+    "numpy pyarrow huggingface_hub datasets",
     "hf": "errors plan models torch transformers",
     "cluster": f"{ALL_PARTS} progress torch numpy safetensors ray grpc",
     "api": f"{ALL_PARTS} pages searching transformers",
@@ -112,7 +112,7 @@ def test_light_import(statement):
     "command",
     [
         *("", "plan", "measure", "compress", "retarget", "evaluate", "export", "status", "report"),
-        *("compare", "clean", "submit"),
+        *("compare", "clean", "submit", "verify"),
     ],
 )
 def test_help_is_light(command):

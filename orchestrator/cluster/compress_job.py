@@ -462,6 +462,7 @@ class Compression:
             key=self.key,
             timings=timings,
         )
+        report["files"] = {name: file["blake2b"] for name, file in sorted(self.files.items())}
         if self.masks:
             report["cap"] = self.learnt.report
         if self.measures:

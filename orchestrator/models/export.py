@@ -50,7 +50,7 @@ def export_dense(directory: Path, out: Path) -> None:
     def read(spec: TensorSpec) -> Tensor:
         if spec.part == "copy":
             return weights.read(spec.source)
-        weight_OI = _dense_weight(model, spec.source, weights, names)
+        weight_OI = read_dense_weight(model, spec.source, weights, names)
         return weight_OI.T if spec.source in transposed else weight_OI
 
     claim_out(out)
@@ -63,7 +63,9 @@ def export_dense(directory: Path, out: Path) -> None:
     seal(out, {key: value for key, value in config.items() if key not in dropped})
 
 
-def _dense_weight(model: PreTrainedModel, linear: str, weights: Weights, names: Names) -> Tensor:
+def read_dense_weight(
+    model: PreTrainedModel, linear: str, weights: Weights, names: Names
+) -> Tensor:
     """The dense weight [O, I] of a linear in fp32, by its own module."""
     module = model.get_submodule(linear)
     assert isinstance(module, LowRankLinear | SparseLinear)

@@ -1,0 +1,157 @@
+"""A checkpoint read again: sound ones pass, and every kind of damage is named."""
+
+import json
+
+import pytest
+import torch
+from pipeline import run, with_tokenizer, write_llama, write_text
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import orchestrator
+from orchestrator import verify
+from orchestrator.cli import main
+
+RECIPES = {
+    "svd-llm": {},
+    "pivoted": {"method": "two-sided", "storage": "pivoted"},
+    "sparse": {"method": "wanda"},
+    "both": {"method": "cap"},
+    "shared": {"method": "basis-sharing"},
+    "refined": {"refine": "blocks", "options": {"refinement": {"epochs": 1}}},
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama") / "dense", blocks=4)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_run_writes_is_sound(name, llama, text, tmp_path):
+    """Every form; errors are those of the report, to what 16 bits round."""
+    result = run(llama, tmp_path / "out", text, max_shard_size="100KB", **RECIPES[name])
+    found = verify(result.out, against=llama, linears=100)
+    assert found["problems"] == []
+    assert set(found["files"].values()) == {"as reported"}
+    assert len(found["files"]) > 1
+    assert found["linears"].keys() == {
+        n for n, a in result.plan.assignments.items() if a.form != "dense"
+    }
+    if name not in ("refined", "shared"):
+        for linear in found["linears"].values():
+            assert linear["error"] == pytest.approx(linear["reported"], rel=0.01, abs=1e-3)
+    assert 0 < found["logits"]["kl"] < 5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "falcon"])
+def test_other_families_are_verified_too(family, checkpoint, text, tmp_path):
+    """Weights that lie transposed, and heads that are tied."""
+    model = with_tokenizer(checkpoint(family), tmp_path / "dense")
+    result = run(model, tmp_path / "out", text)
+    assert verify(result.out, against=model)["problems"] == []
+
+
+def test_the_probe_sees_the_model_that_is_loaded(llama, text, tmp_path):
+    """Block by block, the logits are those of the loaded model, and so is their distance."""
+    result = run(llama, tmp_path / "out", text)
+    kl = verify(result.out, against=llama)["logits"]["kl"]
+    import numpy as np
+
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 96, (1, 64)))
+    with torch.no_grad():
+        dense, small = (
+            torch.log_softmax(orchestrator.load(path, dtype=torch.float32)(ids).logits, -1)
+            for path in (llama, result.out)
+        )
+    assert kl == pytest.approx(float((dense.exp() * (dense - small)).sum(-1).mean()), rel=1e-4)
+
+
+@pytest.fixture
+def sound(llama, text, tmp_path):
+    return run(llama, tmp_path / "out", text).out
+
+
+def change(path, name, function):
+    """Writes a file again with one tensor changed."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors[name] = function(tensors[name].clone())
+    save_file(tensors, path, metadata=metadata)
+
+
+def first_factor(out):
+    return next(
+        n for n in sorted(load_file(out / "model.safetensors")) if n.endswith(".down.weight")
+    )
+
+
+def spoil(tensor):
+    tensor.view(-1)[0] = float("nan")
+    return tensor
+
+
+DAMAGES = {
+    "another value": (lambda out: change(*_at(out), lambda t: t * 1.5), "is not the file that was"),
+    "no number": (lambda out: change(*_at(out), spoil), "has 1 NaN or infinite of"),
+    "another rank": (lambda out: change(*_at(out), lambda t: t[:-1]), "down"),
+    "truncated": (
+        lambda out: (out / "model.safetensors").write_bytes(
+            (out / "model.safetensors").read_bytes()[:-8]
+        ),
+        "truncated",
+    ),
+    "no config": (lambda out: (out / "config.json").unlink(), "no config.json"),
+    "no report": (
+        lambda out: (out / "orchestrator_report.json").unlink(),
+        "no orchestrator_report.json",
+    ),
+}
+
+
+def _at(out):
+    return out / "model.safetensors", first_factor(out)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_named(name, sound, llama, capsys):
+    """Exit code 4, and a line that says what is wrong."""
+    damage, says = DAMAGES[name]
+    damage(sound)
+    assert main(["verify", str(sound), "--against", str(llama)]) == 4
+    assert says in capsys.readouterr().out
+
+
+def test_a_changed_weight_is_seen_without_hashes(sound, llama):
+    """By its error beside the dense weight; a form that the report does not have is said too."""
+    report = json.loads((sound / "orchestrator_report.json").read_text())
+    del report["files"]
+    name = first_factor(sound)
+    linear = name.removesuffix(".down.weight")
+    report["linears"][linear]["rank"] += 1
+    (sound / "orchestrator_report.json").write_text(json.dumps(report))
+    change(sound / "model.safetensors", name, lambda tensor: tensor * 1.5)
+    found = verify(sound, against=llama, linears=1000)
+    assert set(found["files"].values()) == {"not reported"}
+    assert any(f"{linear}: |W - W'|^2 / |W|^2 is" in each for each in found["problems"])
+    assert any(f"{linear}: rank is" in each for each in found["problems"])
+
+
+def test_a_dense_model_is_none_of_ours(llama):
+    """It is said, and nothing is read."""
+    (problem,) = verify(llama)["problems"]
+    assert "is not compressed by orchestrator" in problem
+
+
+def test_the_command_says_what_it_saw(sound, llama, capsys):
+    """A line each; as JSON all of it."""
+    assert main(["verify", str(sound)]) == 0
+    assert "1 as reported" in capsys.readouterr().out
+    assert main(["verify", str(sound), "--against", str(llama), "--json", "--linears=2"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["linears"]) == 2
