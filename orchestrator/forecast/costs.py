@@ -1,6 +1,6 @@
 """What each call of a closed-form compression computes, reads and writes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from orchestrator.forecast.needs import gram_of, input_grams, needs_of
@@ -68,6 +68,14 @@ class Costs:
     def _state(self) -> float:
         """Bytes of one sequence at a boundary."""
         return float(self.recipe.sequence_length * self.shapes.hidden * self._itemsize)
+
+    def compute(self) -> Work:
+        """FLOPs of calibration and decomposition, of all blocks together; no byte."""
+        needs, tokens = needs_of(self.recipe.method), self.recipe.sequence_length
+        passed = passing(self.shapes, needs, tokens, self._itemsize).times(self.sequences)
+        head = 6.0 * tokens * self.shapes.head_values * self.sequences * needs.labels
+        whole = (passed + self._finish()).times(self.num_blocks) + Work(half=head)
+        return replace(whole, read=0.0, write=0.0, network=0.0)
 
     def forward(self, call: Called) -> Work:
         """Of a pass that leaves chunks at the boundaries and no statistics."""

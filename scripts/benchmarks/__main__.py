@@ -14,6 +14,7 @@ from benchmarks import (
     quality,
     refinement,
     rpca,
+    scale,
     speed,
 )
 
@@ -28,6 +29,7 @@ SUBCOMMANDS = {
     "refinement": refinement,
     "faults": faults,
     "bookkeeping": bookkeeping,
+    "scale": scale,
 }
 
 
