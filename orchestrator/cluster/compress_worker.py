@@ -153,18 +153,13 @@ class CompressionWorker(Worker):
         with ThreadPoolExecutor(max_workers=1) as disk:
             saved: Future[None] | None = None
             for group in groups:
-                linear = stack(group)
-                weights = [dense_weight(self._shard.module(each.name)) for each in group]
-                weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
-                statistic = summed([self._calibration.statistic(each) for each in group])
-                result = self.method.decompose(weight_OI, statistic, max(linear.break_even, 1))
-                self._calibration.forget(group)
-                results.append(_facts(linear, weight_OI, result))
-                stored = _stored(result, self.task.output_dtype or weight_OI.dtype)
+                found, stored = self._decompose(group)
+                results.append(found)
                 if saved is not None:
                     saved.result()
                 # while the disk is at work on one linear, the next is decomposed
-                saved = disk.submit(_save, stored, unit, factors_file(linear))
+                saved = disk.submit(_save, stored, unit, factors_file(group[0]))
+                del stored
             if saved is not None:
                 saved.result()
         facts = {
@@ -178,6 +173,19 @@ class CompressionWorker(Worker):
         }
         unit.commit(environment=self.environment(), facts=facts)
         return facts
+
+    def _decompose(self, group: Sequence[Linear]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Facts and what is stored of linears that are decomposed as one; nothing else stays."""
+        assert self._shard is not None
+        assert self._calibration is not None
+        linear = stack(group)
+        weights = [dense_weight(self._shard.module(each.name)) for each in group]
+        weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
+        statistic = summed([self._calibration.statistic(each) for each in group])
+        result = self.method.decompose(weight_OI, statistic, max(linear.break_even, 1))
+        self._calibration.forget(group)
+        stored = _stored(result, self.task.output_dtype or weight_OI.dtype)
+        return _facts(linear, weight_OI, result), stored
 
     def write(self, file: Mapping[str, Any]) -> dict[str, Any]:
         """Writes one file of the checkpoint: dense tensors copied, the others cut to their size."""

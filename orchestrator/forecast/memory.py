@@ -64,7 +64,7 @@ def calibration(
     logits = 3 * 4 * tokens * shapes.vocabulary if backward else 0
     passing = Footprint({**weights, "Grams": held, "activations": activations + logits})
     return max(
-        [passing, *_finishing(linears, needs, grams, weights, held, pivoted)],
+        [passing, *_finishing(linears, needs, grams, weights, held, pivoted, shapes.itemsize)],
         key=lambda each: each.total,
     )
 
@@ -76,6 +76,7 @@ def _finishing(
     weights: Mapping[str, int],
     held: int,
     pivoted: bool,
+    stored_itemsize: int,
 ) -> list[Footprint]:
     """While each linear of the first block is decomposed, the one before it being written."""
     found = []
@@ -89,8 +90,8 @@ def _finishing(
             Footprint({**weights, "Grams": held, "decomposition": working, "written": before})
         )
         rank = stored_rank(linear, needs, pivoted)
-        # factors in float32, and as they are stored
-        before = 6 * rank * linear.rank_cost
+        # as they are stored, for the disk
+        before = stored_itemsize * rank * linear.rank_cost
         later = {gram_of(each, grams) for each in block[place + 1 :]}
         if source not in later:
             held -= GRAM_BYTES * grams[source] ** 2
