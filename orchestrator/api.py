@@ -134,7 +134,7 @@ def plan(
         raise UsageError(f"gpus is {gpus}; it must be 1 or above")
     if price is not None and not 0 <= price < float("inf"):
         raise UsageError(f"price is {price}; it must be 0 or above")
-    model = Path(recipe.model).expanduser()
+    model: Place = Path(recipe.model).expanduser()
     if not model.exists():
         from orchestrator.models.locate import locate
 
@@ -235,7 +235,7 @@ def evaluate(
     from orchestrator.store.places import parse_place
 
     # a hub id has no place of its own: the working directory then
-    beside = Path(model) if Path(model).is_dir() else Path(model).name
+    beside = Path(model) if Path(model).is_dir() else parse_place(model).name
     models = {"model": str(model)} | ({} if against is None else {"against": str(against)})
     job = Evaluation(
         models,

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "values": "errors",
     "result": "plan store",
     "progress": "",
-    "forecast": "allocate errors groups models options plan progress recipe shards",
+    "forecast": "allocate errors groups models options plan progress recipe shards store",
     "pages": "errors plan recipe progress store numpy",
     "linalg": "errors torch",
     "allocate": "errors options plan numpy",

@@ -45,6 +45,52 @@ def nothing_is_left(s3, prefix):
     return not any("chunks/" in name or "probe" in name or "hold" in name for name in names)
 
 
+@pytest.fixture(scope="module")
+def stored(s3, llama):
+    """The model in the store, and a file beside it that is no part of a model."""
+    for path in llama.iterdir():
+        s3.write(f"models/dense/{path.name}", path.read_bytes())
+    s3.write("models/dense/optimizer.bin", b"x" * 1000)
+    return "models/dense"
+
+
+def test_a_model_in_a_store_is_read_there(s3, stored, llama, text, reference, tmp_path, capsys):
+    """The bytes of a local model, by ranges: no file of weights is copied. It can be planned and
+    evaluated from there too."""
+    uri = s3.uri(stored)
+    result = run(uri, tmp_path / "out", text, shards=2, **SEVERAL)
+    assert named(contents(result.out), uri) == named(reference, uri)
+    (small,) = process_cache()._directory.glob("*-model")
+    kept = {path.name for path in small.iterdir()}
+    assert {"config.json", "tokenizer.json"} <= kept
+    assert not any(name.endswith((".safetensors", ".bin")) for name in kept)
+    assert main(["plan", uri, "--keep=0.5"]) == 0
+    assert "llama" in capsys.readouterr().out
+    options = {"text": str(text), "samples": 2, "sequence_length": 32, "executor": "local"}
+    found = evaluate(uri, run_dir=tmp_path / "remote", **options)["models"]["model"]
+    local = evaluate(llama, run_dir=tmp_path / "local", **options)["models"]["model"]
+    assert (found["perplexity"], found["bytes"]) == (local["perplexity"], local["bytes"])
+
+
+def named(files, model):
+    """What a run would have written whose recipe names the model so; of any key."""
+    local = files["orchestrator_report.json"]["recipe"]["model"]
+    report = json.dumps(files["orchestrator_report.json"]).replace(local, model)
+    recipe = files["recipe.toml"].decode().replace(local, model).encode()
+    key = {"key": None}
+    return files | {"recipe.toml": recipe, "orchestrator_report.json": json.loads(report) | key}
+
+
+def test_no_model_in_a_store_is_said(s3, text, tmp_path, capsys):
+    """One line and exit code 4; 2 where there is no such bucket."""
+    flags = ["--keep=0.5", "--executor=local", f"--calibration={text}"]
+    out = str(tmp_path / "out")
+    assert main(["compress", s3.uri("models/none"), out, *flags]) == 4
+    assert "nothing lies there" in capsys.readouterr().err
+    assert main(["compress", s3.uri("models/none", bucket="none"), out, *flags]) in (2, 4)
+    assert main(["compress", "ftp://x/y", out, *flags]) == 2
+
+
 @pytest.mark.chaos
 def test_a_run_in_a_store_is_the_local_one(s3, llama, text, reference, tmp_path, capsys):
     """The same bytes; done again there is nothing to do; what is downloaded loads and runs."""

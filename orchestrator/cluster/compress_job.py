@@ -52,7 +52,7 @@ from orchestrator.recipe import SCHEDULE, Recipe
 from orchestrator.result import Result
 from orchestrator.store.files import digest_json
 from orchestrator.store.hold import Hold
-from orchestrator.store.places import parse_place
+from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
 
@@ -76,8 +76,8 @@ class Compression:
         self.out = parse_place(recipe.out).expanduser().absolute()
         if before is None:
             found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
-            is_hub_id = not Path(recipe.model).expanduser().is_dir()
-            self.model = found.absolute()
+            is_hub_id = isinstance(found, Path) and not Path(recipe.model).expanduser().is_dir()
+            self.model: Place = found.absolute()
             self.base_model = recipe.model if is_hub_id else self.model.name
         else:
             self.model, self.base_model = before.model, before.base_model

@@ -48,7 +48,7 @@ from orchestrator.store.units import UnitWriter
 class CompressionTask(Task):
     """What the workers of one compression share; a plain value."""
 
-    model: Path
+    model: Place
     out: Place
     method: Method
     dtype: torch.dtype | None

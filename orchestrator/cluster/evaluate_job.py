@@ -173,7 +173,7 @@ class Evaluation:
                 "path": str(path),
                 "perplexity": math.exp(losses[name] / total.windows) if total.windows else None,
                 "parameters": self.skeletons[name].total_parameters,
-                "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+                "bytes": self.skeletons[name].weights.size_bytes,
                 "prefill_tokens_per_second": self._speed(self._prefill[name], prefill=True),
                 "decode_tokens_per_second": self._speed(self._decode[name], prefill=False),
             }

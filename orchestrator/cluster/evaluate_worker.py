@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from orchestrator.models.evaluation import score
 from orchestrator.models.shard import Shard
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.speed import decode_seconds
+from orchestrator.store.places import Place
 
 SEPARATOR = ":"
 """Between a model's name and an array's name in a record that carries two chunks."""
@@ -26,7 +26,7 @@ SEPARATOR = ":"
 class EvaluationTask(Task):
     """What the workers of one evaluation share."""
 
-    models: Mapping[str, Path]
+    models: Mapping[str, Place]
     """`model`, and `against` if there is another to compare with."""
     dtype: torch.dtype | None
     tokens_key: str

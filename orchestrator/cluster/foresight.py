@@ -1,7 +1,5 @@
 """The forecast that a compression begins with, for the machines that are there."""
 
-from pathlib import Path
-
 import torch
 
 from orchestrator.cluster.crew import Schedule
@@ -14,9 +12,10 @@ from orchestrator.forecast.shapes import read_shapes
 from orchestrator.models.machine import host_bytes
 from orchestrator.progress import size
 from orchestrator.recipe import Recipe
+from orchestrator.store.places import Place
 
 
-def foresee(recipe: Recipe, model: Path, schedule: Schedule, watch: Watch) -> Forecast:
+def foresee(recipe: Recipe, model: Place, schedule: Schedule, watch: Watch) -> Forecast:
     """Says what a worker will hold, and refuses what cannot fit.
 
     Of a device's memory a run knows in this process, and where Ray says which GPUs its nodes have;

@@ -7,12 +7,11 @@ compensation, training) is done for the new one.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError
 from orchestrator.recipe import SCHEDULE, Recipe, make_recipe
-from orchestrator.store.places import parse_place
+from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
 
 SIZES = {"keep", "keep_bytes"}
@@ -22,7 +21,7 @@ SIZES = {"keep", "keep_bytes"}
 class Before:
     """What a run knew that its recipe does not say."""
 
-    model: Path
+    model: Place
     """Where the model was found."""
     base_model: str
     """What the result calls it."""
@@ -68,4 +67,4 @@ def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Before]:
         name: value for name, value in written.items() if value is not None and name not in dropped
     }
     recipe = make_recipe({**kept, **given, "out": out, "run_dir": run_dir})
-    return recipe, Before(Path(str(model)), str(base_model), str(key), tokens["facts"])
+    return recipe, Before(parse_place(str(model)), str(base_model), str(key), tokens["facts"])

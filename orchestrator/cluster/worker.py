@@ -12,7 +12,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class Task:
     run_dir: Place
     threads: int
     pass_key: str
-    fingerprints: Mapping[Path, str]
+    fingerprints: Mapping[Place, str]
     """Every model that is read, with the fingerprint that the driver saw."""
     writes: tuple[Place, ...] = ()
     """Directories that are written to."""

@@ -10,12 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError
 from orchestrator.models.headers import INDEX_FILE, ITEMSIZES, SINGLE_FILE, Headers, read_json
 from orchestrator.plan import Linear
+from orchestrator.store.places import Place
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose shapes follow from their config."""
@@ -58,7 +58,7 @@ class Shapes:
         return self.vocabulary * self.hidden
 
 
-def read_shapes(model: Path) -> Shapes:
+def read_shapes(model: Place) -> Shapes:
     """The shapes of the checkpoint in a directory, or of a config.json alone.
 
     Raises:

@@ -23,6 +23,7 @@ from transformers.utils.generic import ContextManagers
 from orchestrator.errors import InputError
 from orchestrator.models.forms import METHOD, install_forms
 from orchestrator.models.headers import quoted, read_json
+from orchestrator.models.small_files import small_files
 from orchestrator.store.places import Place
 
 FORMS_KEYS = ("quantization_config", "compression_config")
@@ -47,13 +48,14 @@ class Architecture:
     """The `quantization_config` of a checkpoint compressed by us; None for a dense one."""
 
     @classmethod
-    def read(cls, directory: Path) -> "Architecture":
-        """The architecture that `directory/config.json` describes.
+    def read(cls, place: Place) -> "Architecture":
+        """The architecture that the config.json of a checkpoint describes.
 
         Raises:
             InputError: an unknown or missing class or model type, or a checkpoint that another
                 program has quantised.
         """
+        directory = small_files(place)
         path = directory / "config.json"
         content = read_json(path)
         forms = _read_forms(path, content)

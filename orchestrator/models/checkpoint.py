@@ -6,7 +6,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from orchestrator.models.headers import INDEX_FILE, read_json
 from orchestrator.models.layout import FileSpec, TensorSpec, dtype_name, stored_forms
 from orchestrator.models.output import copy_companions, seal, write_json, write_text
 from orchestrator.models.safetensors_file import has_header, write_safetensors
+from orchestrator.models.small_files import small_files
 from orchestrator.plan import Plan, Survey
 from orchestrator.store.files import size_of
 from orchestrator.store.places import Place
@@ -60,7 +60,7 @@ def write_file(spec: FileSpec, path: Place, read: Callable[[TensorSpec], Tensor]
 def finish(
     out: Place,
     *,
-    dense: Path,
+    dense: Place,
     survey: Survey,
     plan: Plan,
     files: Sequence[FileSpec],
@@ -101,7 +101,11 @@ def finish(
     write_text(out / RECIPE_FILE, recipe)
     write_json(out / REPORT_FILE, report)
     card = model_card(
-        survey, plan, base_model=base_model, dense_card=dense / CARD_FILE, metrics=metrics or {}
+        survey,
+        plan,
+        base_model=base_model,
+        dense_card=small_files(dense) / CARD_FILE,
+        metrics=metrics or {},
     )
     write_text(out / CARD_FILE, card)
     seal(out, config)

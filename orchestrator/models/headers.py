@@ -9,15 +9,15 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError
-from orchestrator.store.files import parse_json, size_of
+from orchestrator.store.files import parse_json, read_with, size_of
 from orchestrator.store.places import Place
 
 SINGLE_FILE = "model.safetensors"
@@ -85,6 +85,8 @@ class Headers:
         self.directory = directory
         self.config = config
         self.entries = {name: e for file in files.values() for name, e in file.entries.items()}
+        self.size_bytes = sum(file.size_bytes for file in files.values())
+        """Of all files, headers included."""
         self._identity = [config, [[n, f.size_bytes, f.header_hash] for n, f in files.items()]]
 
     @classmethod
@@ -128,15 +130,22 @@ class Headers:
         by_file = sorted(self.entries.values(), key=lambda entry: (entry.path.name, entry.offset))
         for path, entries in groupby(by_file, key=lambda entry: entry.path):
             try:
-                with path.open("rb", buffering=0) as file:
-                    for entry in entries:
-                        last = max(entry.size_bytes - SAMPLE_BYTES, 0)
-                        for start in sorted({0, last // 3, 2 * last // 3, last}):
-                            file.seek(entry.offset + start)
-                            digest.update(file.read(min(SAMPLE_BYTES, entry.size_bytes)))
+                for sample in read_with(path, partial(_samples, list(entries))):
+                    digest.update(sample)
             except OSError as error:
                 raise InputError(f"{path}: cannot read: {error.strerror}") from error
         return digest.hexdigest()
+
+
+def _samples(entries: Sequence[Entry], file: Any) -> list[bytes]:
+    """A few bytes of every tensor."""
+    samples = []
+    for entry in entries:
+        last = max(entry.size_bytes - SAMPLE_BYTES, 0)
+        for start in sorted({0, last // 3, 2 * last // 3, last}):
+            file.seek(entry.offset + start)
+            samples.append(file.read(min(SAMPLE_BYTES, entry.size_bytes)))
+    return samples
 
 
 def read_json(path: Place) -> dict[str, Any]:
@@ -229,7 +238,8 @@ def _check_index(
 def _read_header(path: Place) -> HeaderFile:
     try:
         size_bytes = size_of(path)
-        with path.open("rb") as file:
+
+        def read(file: Any) -> bytes:
             length_bytes = file.read(8)
             length = int.from_bytes(length_bytes, "little")
             if len(length_bytes) < 8 or length > min(size_bytes - 8, MAX_HEADER_BYTES):
@@ -237,7 +247,11 @@ def _read_header(path: Place) -> HeaderFile:
                     f"{path}: {size_bytes} bytes, header of {length} bytes expected; "
                     "the file is truncated or not safetensors"
                 )
-            header = file.read(length)
+            content: bytes = file.read(length)
+            return content
+
+        header = read_with(path, read)
+        length = len(header)
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from error
     try:

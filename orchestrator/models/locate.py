@@ -5,21 +5,29 @@ import reprlib
 from pathlib import Path
 
 from orchestrator.errors import InputError, UsageError
+from orchestrator.store.places import Place, parse_place
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """What a snapshot needs; weights in other formats and demonstration files stay on the hub."""
 
 
-def locate(model: str, *, revision: str | None = None, download: bool = False) -> Path:
-    """The directory of a model given as a directory or as a hub id.
+def locate(model: str, *, revision: str | None = None, download: bool = False) -> Place:
+    """The directory of a model given as a directory, the URI of one in a store, or a hub id.
 
-    A directory of that name wins over a hub id. The network is used only with `download`.
+    A directory of that name wins over a hub id. The hub is asked only with `download`.
 
     Raises:
-        UsageError: A revision is given for a directory.
+        UsageError: A revision is given for a directory; a store is unknown or does not let us in.
         InputError: There is no such directory or snapshot, or the download failed.
     """
+    if "://" in model:
+        place = parse_place(model)
+        if revision is not None:
+            raise UsageError(f"{model} is no hub id, which revision {revision!r} goes with")
+        if not place.is_dir():
+            raise InputError(f"{model}: nothing lies there; give the prefix of a checkpoint")
+        return place
     try:
         path = Path(model).expanduser()
         is_directory, exists = path.is_dir(), path.exists()

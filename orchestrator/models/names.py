@@ -22,7 +22,7 @@ from orchestrator.errors import InputError
 from orchestrator.models.modules import PivotedLinear, SparseLinear
 from orchestrator.models.weights import Checkpoint
 
-Place = Literal["front", "block", "tail"]
+Region = Literal["front", "block", "tail"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class StoredTensor:
     """Dtype on disk, `bfloat16`."""
     block: int | None
     """Index of its block; None outside the blocks."""
-    place: Place
+    place: Region
     """Before the blocks, in one of them, or after them."""
 
 

@@ -9,12 +9,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.models.forms import METHOD
 from orchestrator.models.headers import read_json
+from orchestrator.models.small_files import small_files
 from orchestrator.models.weights import Weights
 from orchestrator.store.files import atomic
 from orchestrator.store.places import Place, Remote
@@ -86,7 +86,7 @@ def claim_out(out: Place) -> None:
     write_text(out / MARKER_FILE, "This checkpoint is being written by orchestrator.\n")
 
 
-def copy_companions(source: Path, out: Place) -> None:
+def copy_companions(model: Place, out: Place) -> None:
     """Copies tokenizer, chat template, generation config and licence files byte for byte.
 
     A link is followed within the model, or, as they lie in the hub's cache, to the blobs beside its
@@ -95,6 +95,7 @@ def copy_companions(source: Path, out: Place) -> None:
     Raises:
         InputError: A link leads elsewhere.
     """
+    source = small_files(model)
     home = source.resolve()
     if home.parent.name == "snapshots":
         home = home.parent.parent

@@ -24,6 +24,8 @@ class PlannedCheckpoint:
     ) -> None:
         self.directory: Place = dense.directory
         self.fingerprint: str = dense.fingerprint
+        self.size_bytes: int = sum(file.size_bytes for file in files)
+        """Of the tensors; headers come when it is written."""
         self._read = read
         self._specs = {spec.name: spec for file in files for spec in file.tensors}
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,11 +26,12 @@ from orchestrator.models.discovery import Discovery, discover, phantom
 from orchestrator.models.forms import FORMAT_VERSION, METHOD
 from orchestrator.models.layout import TensorSpec, layout, stored_forms
 from orchestrator.models.linears import check_parameters
-from orchestrator.models.names import Names, Place, StoredTensor, map_names
+from orchestrator.models.names import Names, Region, StoredTensor, map_names
 from orchestrator.models.planned import PlannedCheckpoint
 from orchestrator.models.shard import Frame, Shard
 from orchestrator.models.weights import Checkpoint, Weights
 from orchestrator.plan import Plan, Survey
+from orchestrator.store.places import Place
 
 
 class Skeleton:
@@ -82,7 +82,7 @@ class Skeleton:
     @classmethod
     def open(
         cls,
-        directory: Path,
+        directory: Place,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
@@ -174,12 +174,12 @@ class Skeleton:
         """
         first_block = min(i for i, name in enumerate(self._order) if self._block(name) is not None)
         tail = set(self.tail_names) - set(self.front_names)
-        parts: dict[Place, list[StoredTensor]] = {"front": [], "block": [], "tail": []}
+        parts: dict[Region, list[StoredTensor]] = {"front": [], "block": [], "tail": []}
         for position, name in enumerate(self._order):
             if name not in self.names.disk:
                 continue
             disk_name, block = self.names.disk[name], self._block(name)
-            place: Place = "block"
+            place: Region = "block"
             if block is None:
                 is_front = name in self.front_names or (name not in tail and position < first_block)
                 place = "front" if is_front else "tail"

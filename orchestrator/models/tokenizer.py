@@ -1,12 +1,13 @@
 """The tokenizer of a checkpoint directory; no code from the directory is run."""
 
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError
+from orchestrator.models.small_files import small_files
+from orchestrator.store.places import Place
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Place) -> Any:
     """The tokenizer that the directory holds.
 
     Raises:
@@ -16,7 +17,7 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
+            small_files(directory), local_files_only=True, trust_remote_code=False
         )
     except BaseException as error:  # tokenizers raises bare Exception, and panics are no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):

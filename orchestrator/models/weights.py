@@ -5,12 +5,13 @@ shard's memory is exactly what it read and nothing depends on the file staying m
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.models.headers import Headers, shown
+from orchestrator.store.files import read_with
 from orchestrator.store.places import Place
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -53,6 +54,9 @@ class Checkpoint(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
+    @property
+    def size_bytes(self) -> int: ...
+
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def dtype(self, name: str) -> torch.dtype: ...
@@ -85,6 +89,11 @@ class Weights:
         return self._headers.fingerprint
 
     @property
+    def size_bytes(self) -> int:
+        """Of all files."""
+        return self._headers.size_bytes
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Every tensor's name on disk, in the order of the files."""
         return tuple(self._headers.entries)
@@ -109,15 +118,19 @@ class Weights:
         if not entry.size_bytes:
             return tensor
         buffer = tensor.view(-1).view(torch.uint8).numpy().data
-        done = 0
+
+        def fill(file: Any) -> int:
+            file.seek(entry.offset)
+            done = 0
+            while done < entry.size_bytes:
+                count = file.readinto(buffer[done:])
+                if not count:
+                    break
+                done += count
+            return done
+
         try:
-            with entry.path.open("rb", buffering=0) as file:
-                file.seek(entry.offset)
-                while done < entry.size_bytes:
-                    count = file.readinto(buffer[done:])
-                    if not count:
-                        break
-                    done += count
+            done = read_with(entry.path, fill)
         except OSError as error:
             raise InputError(
                 f"{entry.path}: cannot read {shown(name)}: {error.strerror}"

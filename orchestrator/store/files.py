@@ -14,12 +14,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.store.cache import process_cache, temporary_file
 from orchestrator.store.places import Place, Remote
 from orchestrator.store.retries import patiently
+
+Result = TypeVar("Result")
 
 MAX_NESTING = 100
 """Of JSON that is read: what Python's own functions then do with the value ends at some 1000."""
@@ -164,6 +166,19 @@ def local_copy(path: Place) -> Iterator[Path]:
     with temporary_file(f"-{path.name}") as temporary:
         path.download(temporary)
         yield temporary
+
+
+def read_with(path: Place, read: Callable[[Any], Result]) -> Result:
+    """What a function makes of a file, opened to be read; of a store's it may be called again.
+
+    Raises:
+        OSError: As opening and reading do.
+        OrchestratorError: The store does not answer.
+    """
+    if isinstance(path, Remote):
+        return path.read_with(read)
+    with path.open("rb", buffering=0) as file:
+        return read(file)
 
 
 def size_of(path: Place) -> int:
