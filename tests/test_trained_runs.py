@@ -46,11 +46,13 @@ class SeveralPool(LocalPool):
 
     size, losses, replaces = 3, (), True
 
-    def __init__(self, make_worker):
-        super().__init__(make_worker)
-        self._make = make_worker
-        self._workers = {n: self.worker if n == 0 else make_worker() for n in range(self.size)}
+    def turn_to(self, worker_class, task):
+        self._make = lambda: worker_class(task)
+        self._workers = {n: self._make() for n in range(self.size)}
         self._performed = 0  # passes of the pipeline
+
+    def gather(self):
+        return [worker.probe(self._nonce) for worker in self._workers.values()]
 
     def workers(self):
         return list(self._workers)
