@@ -342,3 +342,17 @@ def test_the_memory_of_a_kind_of_gpu():
     assert largest_memory("H100") == 80e9
     assert largest_memory("") is None
     assert largest_memory("V100") is None
+
+
+def test_a_model_that_cannot_be_foreseen_is_compressed_all_the_same(
+    llama_dir, tmp_path, monkeypatch
+):
+    """Headers that say too little end a plan, and no run."""
+
+    def refuse(model):
+        raise InputError("the first block stores no matrix of its own")
+
+    monkeypatch.setattr("orchestrator.cluster.foresight.read_shapes", refuse)
+    events = []
+    run(llama_dir, tmp_path / "out", write_text(tmp_path / "t.txt"), on_event=events.append)
+    assert any("no forecast" in event.get("text", "") for event in events)

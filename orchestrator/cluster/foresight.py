@@ -5,7 +5,7 @@ import torch
 from orchestrator.cluster.crew import Schedule
 from orchestrator.cluster.scaling import Bounds
 from orchestrator.cluster.watch import Watch
-from orchestrator.errors import InfeasibleError
+from orchestrator.errors import InfeasibleError, InputError
 from orchestrator.forecast.forecast import Forecast, Resources, forecast
 from orchestrator.forecast.rates import Machine
 from orchestrator.forecast.shapes import read_shapes
@@ -15,18 +15,23 @@ from orchestrator.recipe import Recipe
 from orchestrator.store.places import Place
 
 
-def foresee(recipe: Recipe, model: Place, schedule: Schedule, watch: Watch) -> Forecast:
+def foresee(recipe: Recipe, model: Place, schedule: Schedule, watch: Watch) -> Forecast | None:
     """Says what a worker will hold, and refuses what cannot fit.
 
     Of a device's memory a run knows in this process, and where Ray says which GPUs its nodes have;
-    otherwise nothing is refused.
+    otherwise nothing is refused, nor where a model's headers do not say what a forecast needs.
 
     Raises:
         InfeasibleError: A stage does not fit on the largest device, whose memory is known.
     """
     workers, room = _in_this_process() if schedule.executor == "local" else _on_ray(schedule)
     resources = Resources(workers=workers, machine=Machine("", room, ()), memory_bytes=room)
-    found = forecast(read_shapes(model), recipe, resources)
+    try:
+        shapes = read_shapes(model)
+    except InputError as error:
+        watch.note(f"no forecast: {error}")
+        return None
+    found = forecast(shapes, recipe, resources)
     peak = found.peak
     what = f"a worker holds up to {size(peak.device.total)}, in {peak.name}"
     watch.note(f"forecast: {what}; the run directory {size(found.run_bytes)}")

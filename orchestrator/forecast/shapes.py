@@ -196,7 +196,7 @@ def from_headers(headers: Headers) -> Shapes:
     """The shapes of a checkpoint of any family.
 
     Raises:
-        InputError: No tensor's name says which block it belongs to.
+        InputError: No tensor's name says which block it belongs to, or the first block has none.
     """
     matches = {name: match for name in headers.entries if (match := _BLOCK.fullmatch(name))}
     stacks = Counter(match[1] for match in matches.values())
@@ -230,6 +230,8 @@ def from_headers(headers: Headers) -> Shapes:
         for block, roles in shapes.items()
         for role, (out_features, in_features) in roles.items()
     )
+    if not shapes[0]:
+        raise InputError(f"{headers.directory}: the first block stores no matrix of its own")
     outside = {n: e for n, e in headers.entries.items() if n not in inside}
     tables = [e.shape for e in outside.values() if len(e.shape) == 2]
     vocabulary, hidden = max(tables, key=math.prod, default=(0, 0))
