@@ -81,7 +81,6 @@ class SimulatedPool:
         self._events: list[tuple[float, int, str, int]] = []
         self._fresh = workers
         self._next_node = -(-workers // node_size)
-        self.absent_seconds = 0.0
         for node in range(self._next_node):
             self._await_loss(node)
 
@@ -147,7 +146,6 @@ class SimulatedPool:
             self._next_node += 1
             self._await_loss(self._next_node - 1)
         self._node_of[fresh], self._there[fresh] = self._next_node - 1, False
-        self.absent_seconds += self._start_seconds
         self._at(self.now + self._start_seconds, "come", fresh)
 
     def turn_to(self, worker_class: type, task: Any) -> None:

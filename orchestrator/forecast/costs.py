@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from orchestrator.forecast.needs import gram_of, input_grams, needs_of
+from orchestrator.forecast.needs import needs_of
 from orchestrator.forecast.shapes import ITEMSIZE_OF, Shapes
-from orchestrator.forecast.work import Work, decomposing, forward_flops, passing, trained
+from orchestrator.forecast.work import Work, decomposing_block, forward_flops, passing, trained
 from orchestrator.models.refine_options import RefineOptions
 from orchestrator.recipe import Recipe
 
@@ -129,14 +129,8 @@ class Costs:
 
     def _finish(self) -> Work:
         """All linears of a block."""
-        needs, linears = needs_of(self.recipe.method), self.shapes.of_block(0)
-        grams = input_grams(linears, needs)
-        pivoted = self.recipe.storage == "pivoted"
-        total = Work()
-        for linear in linears:
-            side = grams[gram_of(linear, grams)]
-            total += decomposing(linear, needs, side, pivoted, self._out_itemsize)
-        return total
+        needs, pivoted = needs_of(self.recipe.method), self.recipe.storage == "pivoted"
+        return decomposing_block(self.shapes, needs, pivoted, self._out_itemsize)
 
 
 def _blocks(call: Called) -> int:

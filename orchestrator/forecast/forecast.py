@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.allocate.budget import share_values
 from orchestrator.forecast import memory
 from orchestrator.forecast.memory import Footprint
-from orchestrator.forecast.needs import Needs, gram_of, input_grams, needs_of
+from orchestrator.forecast.needs import Needs, needs_of
 from orchestrator.forecast.rates import Machine, Rates
 from orchestrator.forecast.shapes import ITEMSIZE_OF, Shapes
 from orchestrator.forecast.work import (
@@ -15,7 +15,7 @@ from orchestrator.forecast.work import (
     TRIAL_SEQUENCES,
     TRIALS,
     Work,
-    decomposing,
+    decomposing_block,
     forward_flops,
     passing,
     trained,
@@ -231,13 +231,7 @@ class _Forecasting:
 
     def _decomposing(self) -> Work:
         """All linears of a block."""
-        linears = self.shapes.of_block(0)
-        grams = input_grams(linears, self.needs)
-        total = Work()
-        for linear in linears:
-            side = grams[gram_of(linear, grams)]
-            total += decomposing(linear, self.needs, side, self.pivoted, self.out_itemsize)
-        return total
+        return decomposing_block(self.shapes, self.needs, self.pivoted, self.out_itemsize)
 
     def _score(self) -> Stage:
         """Passes through models that are masked, or cut in one place."""

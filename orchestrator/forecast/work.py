@@ -115,6 +115,16 @@ def decomposing(linear: Linear, needs: Needs, side: int, pivoted: bool, itemsize
     return whole
 
 
+def decomposing_block(shapes: Shapes, needs: Needs, pivoted: bool, itemsize: int) -> Work:
+    """All linears of a block."""
+    linears = shapes.of_block(0)
+    grams = input_grams(linears, needs)
+    total = Work()
+    for linear in linears:
+        total += decomposing(linear, needs, grams[gram_of(linear, grams)], pivoted, itemsize)
+    return total
+
+
 def trained(shapes: Shapes, kept: float, tokens: int) -> float:
     """FLOPs of one sequence through one block of factors, forward and back."""
     values = kept * sum(each.values for each in shapes.of_block(0))
