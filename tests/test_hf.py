@@ -18,7 +18,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 import orchestrator.hf
 from orchestrator.errors import InputError
 from orchestrator.hf.bootstrap import bootstrap_source
-from orchestrator.models.forms import install_forms
 from orchestrator.models.modules import LowRankLinear
 
 ROOT = Path(__file__).parent.parent
@@ -285,45 +284,6 @@ def test_no_config_writes_code():
     """A class name from a config is written into the file only if it is a name."""
     with pytest.raises(InputError, match="not a class name"):
         bootstrap_source("A(): pass\nimport os\nclass B")
-
-
-def test_a_row_wise_linear_is_split_at_its_inner_factor():
-    """Under tensor parallelism the sum over ranks is taken at `down`, which is R wide."""
-    with torch.device("meta"):
-        model = FAMILIES["llama"]()
-    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qo"]
-    forms = {name: {"form": "low_rank", "rank": 4} for name in names}
-    fields = {"quant_method": "orchestrator", "format_version": 1, "modules": forms}
-    install_forms(model, fields)
-    plan = {
-        f"model.layers.*.self_attn.{p}_proj": s for p, s in [("q", "colwise"), ("o", "rowwise")]
-    }
-    quantizer = AUTO_QUANTIZER_MAPPING["orchestrator"](orchestrator.hf.OrchestratorConfig(**fields))
-    quantizer.update_parallel_plan(model, plan)
-    assert plan == {
-        "model.layers.*.self_attn.q_proj": "colwise",
-        "model.layers.*.self_attn.o_proj.down": "rowwise",
-    }
-
-
-def test_pivoted_outputs_are_not_split():
-    """Their order is another than their rows', so the rule of a column-wise linear goes."""
-    with torch.device("meta"):
-        model = FAMILIES["llama"]()
-    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qo"]
-    forms = {name: {"form": "pivoted", "rank": 20} for name in names}
-    fields = {"quant_method": "orchestrator", "format_version": 1, "modules": forms}
-    install_forms(model, fields)
-    plan = {
-        f"model.layers.*.self_attn.{p}_proj": s
-        for p, s in [("q", "colwise"), ("k", "colwise"), ("o", "rowwise")]
-    }
-    quantizer = AUTO_QUANTIZER_MAPPING["orchestrator"](orchestrator.hf.OrchestratorConfig(**fields))
-    quantizer.update_parallel_plan(model, plan)
-    assert plan == {
-        "model.layers.*.self_attn.k_proj": "colwise",
-        "model.layers.*.self_attn.o_proj.down": "rowwise",
-    }
 
 
 def test_only_compressed_checkpoints_take_the_config(made):

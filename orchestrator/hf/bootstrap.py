@@ -1,7 +1,8 @@
 """The file that lets a checkpoint load where this package is not installed.
 
-It is put together from the sources of the modules, of the config that names them and of the
-quantizer that installs them, so there is one implementation and two ways to reach it.
+It is put together from the sources of the modules, of the config that names them, of the rules
+that split them over ranks and of the quantizer that installs them, so there is one implementation
+and two ways to reach it.
 """
 
 import ast
@@ -10,7 +11,7 @@ from types import ModuleType
 
 from orchestrator import __version__
 from orchestrator.errors import InputError
-from orchestrator.hf import quantizer
+from orchestrator.hf import quantizer, tensor_parallel
 from orchestrator.models import forms, index_codes, modules
 
 FILE = "modeling_orchestrator.py"
@@ -53,7 +54,7 @@ def bootstrap_source(architecture: str) -> str:
     if not architecture.isidentifier():
         raise InputError(f"config.json: architectures: {architecture!r} is not a class name")
     imports, bodies = {"import transformers"}, []
-    for module in index_codes, modules, forms, quantizer:
+    for module in index_codes, modules, forms, tensor_parallel, quantizer:
         found, body = _split(module)
         imports |= found
         bodies.append(body)

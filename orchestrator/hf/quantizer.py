@@ -19,8 +19,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from orchestrator.errors import InputError
+from orchestrator.hf.tensor_parallel import split
 from orchestrator.models.forms import METHOD, install_forms, read_forms
-from orchestrator.models.modules import LowRankLinear, PivotedLinear, SparseLinear
+from orchestrator.models.modules import PivotedLinear, SparseLinear
 
 
 class OrchestratorConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers has no types
@@ -57,21 +58,8 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
             del model.config.auto_map
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
-        """Splits the inputs of a row-wise linear at `down`, so the sum over ranks is R wide.
-
-        Rules hold for all blocks alike, so a linear that is low-rank in some and dense in others
-        cannot be split, and nor can one with a sparse part: its forward pass then stops at
-        mismatched shapes. Pivoted outputs stand in another order than their rows, so they are not
-        split either, and what takes them for a part stops in the same way.
-        """
-        from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
-
-        for name, module in model.named_modules():
-            rule = replace_layer_number_by_wildcard(name)
-            if isinstance(module, PivotedLinear) and plan.get(rule) != "rowwise":
-                plan.pop(rule, None)
-            elif isinstance(module, LowRankLinear) and plan.get(rule) == "rowwise":
-                plan[f"{rule}.down"] = plan.pop(rule)
+        """Gives linears that are compressed rules that know their forms."""
+        split(model, plan)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Called when a model is saved; leaves to transformers what is written.

@@ -1,0 +1,147 @@
+"""Compressed linears under transformers' tensor parallelism, whatever form each of them has.
+
+A model's plan has one rule for the linears of one name in all blocks: its outputs are split over
+the ranks (`colwise`), or its inputs are and the sum is taken (`rowwise`). Compressed, these linears
+differ from block to block, so a rule is replaced by one that asks each module what it is:
+
+- the outputs of a low-rank linear are split at `weight`; `down` is whole on every rank;
+- the inputs of one, pivoted or not, are split at `down`: the sum over the ranks is R wide, and
+  `weight` is whole;
+- what has an order of its own, pivoted rows and sparse entries, is whole: a rank computes all
+  outputs and keeps its part, or gathers its inputs first.
+
+Gradients are those of a single process: where a rank keeps a part, those of all are gathered.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor.placement_types import Placement
+from transformers.distributed.parallel_utils import (
+    ALL_PARALLEL_STYLES,
+    replace_layer_number_by_wildcard,
+)
+from transformers.distributed.tensor_parallel import ColwiseParallel, TensorParallelLayer
+
+from orchestrator.models.modules import (
+    LowRankLinear,
+    LowRankSparseLinear,
+    PivotedLinear,
+    SparseLinear,
+)
+
+COLUMNS = ("colwise", "colwise_gather_output", "colwise_rep")
+"""Rules that split outputs, the last two gathering them again."""
+ROWS = ("rowwise", "rowwise_split_input", "rowwise_rep")
+"""Rules that split inputs, the last two those that are whole."""
+
+
+class _Whole(TensorParallelLayer):  # type: ignore[misc] # transformers has no types
+    """A module with all of its tensors on every rank, between neighbours that are split."""
+
+    def __init__(self, input_layouts: Placement, output_layouts: Placement) -> None:
+        self.inputs, self.outputs = input_layouts, output_layouts
+
+    def transform_inputs_pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, mesh: DeviceMesh
+    ) -> tuple[tuple[Any, ...], Any]:
+        first, *others = args
+        if not isinstance(first, DTensor) and self.inputs != Replicate():
+            first = self._from_local_last_dim_shard(first, mesh, module.in_features)
+        return (_local(first, mesh, self.inputs, Replicate()), *others), kwargs
+
+    def context_around_forward(self, module: nn.Module, mesh: DeviceMesh) -> Any:
+        return nullcontext()
+
+    def transform_output_post_forward(
+        self, module: nn.Module, output: Tensor, mesh: DeviceMesh
+    ) -> Tensor:
+        return _local(output, mesh, Replicate(), self.outputs)
+
+
+def _local(tensor: Tensor, mesh: DeviceMesh, given: Placement, wanted: Placement) -> Tensor:
+    """This rank's part of a tensor that lies as `given`, once it lies as `wanted`."""
+    if not isinstance(tensor, DTensor):
+        if given == wanted:
+            return tensor
+        tensor = DTensor.from_local(tensor, mesh, [given], run_check=False)
+    local: Tensor = tensor.redistribute(placements=[wanted]).to_local()
+    return local
+
+
+class _SplitOuter(ColwiseParallel):  # type: ignore[misc] # transformers has no types
+    """Columns of the outer factor alone; what comes back through it is a part of the gradient."""
+
+    def transform_inputs_pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, mesh: DeviceMesh
+    ) -> tuple[tuple[Any, ...], Any]:
+        first, *others = args
+        return (_local(first, mesh, Replicate(), Replicate()), *others), kwargs
+
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        inner = module.get_submodule("down").forward
+
+        def forward(input: Tensor) -> Tensor:
+            whole = DTensor.from_local(inner(input), mesh, [Replicate()], run_check=False)
+            local: Tensor = whole.to_local(grad_placements=[Partial()])
+            return local
+
+        module.get_submodule("down").forward = forward
+        installed: nn.Module = super().install_forward(module, mesh)
+        return installed
+
+
+class _ByForm(TensorParallelLayer):  # type: ignore[misc] # transformers has no types
+    """A rule of a plan, for linears of which each has a form of its own."""
+
+    def __init__(self, rule: str) -> None:
+        self.dense = ALL_PARALLEL_STYLES[rule]
+        ends = {"input_layouts": self.dense.input_layouts}
+        ends["output_layouts"] = self.dense.output_layouts
+        self.low_rank = _SplitOuter(**ends) if rule in COLUMNS else TensorParallelLayer()
+        self.whole = _Whole(**ends)
+
+    def of(self, module: nn.Module) -> TensorParallelLayer:
+        """The rule of one module; by rows the parts of a low-rank one have rules of their own."""
+        if not isinstance(module, LowRankLinear | SparseLinear):
+            return self.dense
+        ordered = isinstance(module, PivotedLinear | LowRankSparseLinear)
+        by_columns = isinstance(self.low_rank, _SplitOuter)
+        is_whole = isinstance(module, SparseLinear) or (ordered and by_columns)
+        return self.whole if is_whole else self.low_rank
+
+    def validate_param(
+        self, module: nn.Module, param: str, mesh: DeviceMesh, parameter_name: str | None = None
+    ) -> None:
+        self.of(module).validate_param(module, param, mesh, parameter_name)
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        self.of(module).shard_param(module, param, mesh)
+
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        installed: nn.Module = self.of(module).install_forward(module, mesh)
+        return installed
+
+
+def split(model: nn.Module, plan: dict[str, str]) -> None:
+    """Replaces, in a plan, the rules of linears that are compressed in some block."""
+    modules = [(replace_layer_number_by_wildcard(n), m) for n, m in model.named_modules()]
+    names = {name for name, _ in modules}
+    compressed = {n for n, m in modules if isinstance(m, LowRankLinear | SparseLinear)}
+    for name in compressed & plan.keys():
+        rule = plan[name]
+        if rule not in COLUMNS + ROWS:
+            continue
+        plan[name] = _registered(rule)
+        if rule in ROWS:
+            plan |= {part: plan[name] for part in names & {f"{name}.down", f"{name}.sparse"}}
+
+
+def _registered(rule: str) -> str:
+    name = f"orchestrator_{rule}"
+    if name not in ALL_PARALLEL_STYLES:
+        ALL_PARALLEL_STYLES.register(name, _ByForm(rule))
+    return name
