@@ -20,7 +20,7 @@ from orchestrator.result import Result
 from orchestrator.store.places import Place
 
 if TYPE_CHECKING:
-    from orchestrator.forecast.forecast import Forecast
+    from orchestrator.forecast.outcome import Forecast
     from orchestrator.searching import Search
 
 SECRET = re.compile(r"SECRET|PASSWORD|(ACCESS|ACCOUNT|API)_KEY|SESSION_TOKEN|^(HF|.*_HUB)_TOKEN$")
@@ -125,7 +125,8 @@ def plan(
         InputError: The model cannot be read, or is of a family that needs its headers.
     """
     from orchestrator.errors import UsageError
-    from orchestrator.forecast.forecast import Resources, forecast
+    from orchestrator.forecast.forecast import forecast
+    from orchestrator.forecast.outcome import Resources
     from orchestrator.forecast.rates import machine_of, read_machine
     from orchestrator.forecast.shapes import read_shapes
     from orchestrator.values import size_in_bytes

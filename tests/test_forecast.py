@@ -225,6 +225,27 @@ def test_every_method_and_stage_has_a_forecast(method, config):
     assert sizes[0] < sizes[2]
 
 
+def test_only_targeted_linears_are_counted(config):
+    """Attention alone: no statistic of the MLP is held, and what is left out keeps its values."""
+    path = config("Llama-3-8B", dtype="bfloat16")
+    whole, part = (
+        plan(recipe(model=path, preset="fast", target=target), gpus=8)
+        for target in (("*",), ("*.self_attn.*",))
+    )
+    assert part.model["linears"] == 4 * 32
+    assert part.stages[0].device.total < whole.stages[0].device.total
+    attention = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096)
+    lost = part.model["values"] - part.final["values"]
+    assert lost == pytest.approx(0.2 * attention, rel=1e-6)
+    assert all(part.seconds[row] < whole.seconds[row] for row in ROWS)
+
+
+def test_a_selector_that_covers_nothing_is_refused(config):
+    path = config("Llama-3-8B", dtype="bfloat16")
+    with pytest.raises(UsageError, match="matches none of 224 linears"):
+        plan(recipe(model=path, ignore=("*.experts.*",)), gpus=8)
+
+
 def test_what_does_not_fit_is_said_with_what_would(config, capsys):
     """Exit code 3 after the whole forecast; one line each, with the part that is too large."""
     path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)

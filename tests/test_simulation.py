@@ -5,7 +5,9 @@ from test_forecast import CONFIGS
 
 from orchestrator.cluster.simulation import simulate
 from orchestrator.forecast.costs import Costs
-from orchestrator.forecast.rates import Rates
+from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.outcome import Resources
+from orchestrator.forecast.rates import Machine, Rates
 from orchestrator.forecast.shapes import from_config
 from orchestrator.recipe import make_recipe
 
@@ -52,18 +54,8 @@ def test_a_wave_takes_its_closed_form():
     found = costs()
     simulated = simulate(found, RATES, 6)["calibrate"]
 
-    class Call:
-        method, label, takes, emits = "step", "blocks 0-1, chunk 0", (2, 0), (4, 0)
-        arguments = (0, True, True)
-
-    class Open(Call):
-        method, arguments = "open", ((0, 2), ())
-
-    class Finish(Call):
-        method = "finish"
-
-    step = found.gather(Call()).seconds(RATES)
-    ends = found.gather(Open()).seconds(RATES) + 2 * found.gather(Finish()).seconds(RATES)
+    step = (found.gather(2) + found.comes() + found.goes()).seconds(RATES)
+    ends = (found.load(2) + found.finish().times(2)).seconds(RATES)
     expected = ends + (16 + 5) * step
     assert simulated.seconds == pytest.approx(expected, rel=0.02)
 
@@ -92,3 +84,16 @@ def test_a_large_model_on_many_machines():
     many = simulate(costs(config), RATES, 1024)["calibrate"]
     assert many.seconds == few.seconds
     assert many.utilisation < 0.1
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
+@pytest.mark.parametrize("workers", [1, 2, 6])
+def test_the_forecast_is_what_the_schedule_does(method, workers):
+    """The closed form of a pass is what the real schedule takes, on as many workers as divide."""
+    found = costs(method=method)
+    machine = Machine("test", None, (RATES,))
+    expected = forecast(
+        found.shapes, found.recipe, Resources(workers=workers, machine=machine, memory_bytes=None)
+    )
+    simulated = sum(stage.seconds for stage in simulate(found, RATES, workers).values())
+    assert expected.seconds["test"] - RATES.start == pytest.approx(simulated, rel=0.08)

@@ -5,8 +5,9 @@ import torch
 from orchestrator.cluster.crew import Schedule
 from orchestrator.cluster.scaling import Bounds
 from orchestrator.cluster.watch import Watch
-from orchestrator.errors import InfeasibleError, InputError
-from orchestrator.forecast.forecast import Forecast, Resources, forecast
+from orchestrator.errors import InfeasibleError, InputError, UsageError
+from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.outcome import Forecast, Resources
 from orchestrator.forecast.rates import Machine
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.models.machine import host_bytes
@@ -27,11 +28,11 @@ def foresee(recipe: Recipe, model: Place, schedule: Schedule, watch: Watch) -> F
     workers, room = _in_this_process() if schedule.executor == "local" else _on_ray(schedule)
     resources = Resources(workers=workers, machine=Machine("", room, ()), memory_bytes=room)
     try:
-        shapes = read_shapes(model)
-    except InputError as error:
+        found = forecast(read_shapes(model), recipe, resources)
+    except (InputError, UsageError) as error:
+        # headers may lack what it needs, or name linears otherwise than the model does
         watch.note(f"no forecast: {error}")
         return None
-    found = forecast(shapes, recipe, resources)
     peak = found.peak
     what = f"a worker holds up to {size(peak.device.total)}, in {peak.name}"
     watch.note(f"forecast: {what}; the run directory {size(found.run_bytes)}")

@@ -187,6 +187,7 @@ def simulate(
     rates: Rates,
     workers: int,
     *,
+    blocks_a_shard: int = 2,
     loss_hours: float | None = None,
     seed: int = 0,
 ) -> dict[str, Simulated]:
@@ -196,37 +197,33 @@ def simulate(
         costs: What its calls compute, read and write.
         loss_hours: Mean hours until a node of `GPUS_A_NODE` workers is lost.
     """
-    shards = default_shards(costs.num_blocks, workers, costs.blocks_a_shard)
+    shards = default_shards(costs.num_blocks, workers, blocks_a_shard)
     cut = cut_blocks(costs.num_blocks, shards)
     everything = set(range(costs.sequences))
     stages: dict[str, tuple[Schedule, Callable[[Call], Work]]] = {}
     if costs.labels:
-        stages["boundaries"] = (
-            Pass(
-                cut[:-1] or cut,
-                todo=(),
-                num_chunks=costs.sequences,
-                present=[set() for _ in cut[:-1] or cut],
-                results=set() if len(cut) > 1 else everything,
-                keeps=True,
-            ),
-            costs.forward,
+        boundaries = Pass(
+            cut[:-1] or cut,
+            todo=(),
+            num_chunks=costs.sequences,
+            present=[set() for _ in cut[:-1] or cut],
+            results=set() if len(cut) > 1 else everything,
+            keeps=True,
         )
-    stages["calibrate"] = (
-        Pass(
-            cut[::-1] if costs.labels else cut,
-            todo=range(costs.num_blocks),
-            num_chunks=costs.sequences * max(costs.labels, 1),
-            present=[set() for _ in cut],
-            backward=costs.labels > 0,
-        ),
-        costs.gather,
+        stages["boundaries"] = boundaries, _passing(costs, boundaries)
+    gathering = Pass(
+        cut[::-1] if costs.labels else cut,
+        todo=range(costs.num_blocks),
+        num_chunks=costs.sequences * max(costs.labels, 1),
+        present=[set() for _ in cut],
+        backward=costs.labels > 0,
     )
+    stages["calibrate"] = gathering, _passing(costs, gathering)
     if costs.recipe.refine == "blocks":
         blocks = [(f"block {block}, refine", (block,)) for block in range(costs.num_blocks)]
-        stages["refine"] = (Bag("refine", blocks), costs.refine)
+        stages["refine"] = Bag("refine", blocks), lambda call: costs.refine()
     files = [(f"file {number}", (number,)) for number in range(costs.files)]
-    stages["write"] = (Bag("write", files), costs.write)
+    stages["write"] = Bag("write", files), lambda call: costs.file()
     return {
         name: _perform(
             schedule,
@@ -238,6 +235,29 @@ def simulate(
         )
         for place, (name, (schedule, work)) in enumerate(stages.items())
     }
+
+
+def _passing(costs: Costs, schedule: Pass) -> Callable[[Call], Work]:
+    """What a call of a pass takes, by the shard that it is of."""
+    gathers = any(state.todo for state in schedule.shards)
+
+    def work(call: Call) -> Work:
+        state = schedule.shards[call.shard]
+        blocks = len(state.blocks)
+        if call.method == "open":
+            return costs.load(blocks)
+        if call.method == "finish":
+            return costs.finish()
+        found = costs.gather(blocks) if gathers else costs.forward(blocks)
+        if gathers and costs.labels:
+            # the dense pass left the shard's inputs; behind the last block are the labels
+            found += costs.comes() if state.blocks.start else Work()
+            if state.blocks.stop == costs.num_blocks:
+                return found + costs.head() + costs.goes()
+        found += costs.comes() if state.entry else Work()
+        return found + costs.goes() if call.emits is not None else found
+
+    return work
 
 
 def _perform(

@@ -1,23 +1,21 @@
 """A whole run, forecast: shards, memory, bytes, time and money, and whether it can be at all."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.allocate.budget import share_values
 from orchestrator.forecast import memory
+from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.memory import Footprint
-from orchestrator.forecast.needs import Needs, needs_of
-from orchestrator.forecast.rates import Machine, Rates
-from orchestrator.forecast.shapes import ITEMSIZE_OF, Shapes
+from orchestrator.forecast.needs import Needs
+from orchestrator.forecast.outcome import Forecast, Resources, Stage
+from orchestrator.forecast.rates import Rates
+from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.work import (
     MASKED_SEQUENCES,
     TRIAL_SEQUENCES,
     TRIALS,
     Work,
-    decomposing_block,
-    forward_flops,
-    passing,
+    kept_values,
     trained,
 )
 from orchestrator.models.refine_options import RefineOptions
@@ -33,80 +31,6 @@ MOST_BLOCKS = 2
 """In a shard, unless the recipe cuts otherwise."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resources:
-    """What a run is to have."""
-
-    workers: int
-    machine: Machine
-    memory_bytes: float | None
-    """Of a worker's device, or of its share of a host without one; what the machine has, else."""
-    host_bytes: float | None = None
-    """Of a worker's host memory beside a device; not checked where it is not said."""
-    price: float | None = None
-    """Of a worker for an hour."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One stage of the run."""
-
-    name: str
-    flops: float
-    """Of all workers."""
-    seconds: Mapping[str, float]
-    """By the row of rates."""
-    device: Footprint
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
-    """What a run takes; a value that goes to JSON."""
-
-    model: Mapping[str, Any]
-    machine: str
-    workers: int
-    shards: int
-    blocks_a_shard: int
-    waves: int
-    stages: tuple[Stage, ...]
-    limits: Mapping[str, float | None]
-    """Bytes that a worker may take on its device and its host."""
-    host: Footprint
-    run_bytes: float
-    """Of the run directory at its largest."""
-    moved_bytes: float
-    """Boundary chunks, written and read again."""
-    final: Mapping[str, int]
-    """Values and bytes of the result."""
-    start_seconds: Mapping[str, float]
-    price: float | None
-    sources: tuple[str, ...]
-    infeasible: tuple[str, ...]
-    """What does not fit, and what would make it; nothing, and the run can be."""
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {
-            row: start + sum(stage.seconds[row] for stage in self.stages)
-            for row, start in self.start_seconds.items()
-        }
-
-    @property
-    def peak(self) -> Stage:
-        """The stage whose workers hold the most."""
-        return max(self.stages, key=lambda stage: stage.device.total)
-
-    @property
-    def money(self) -> dict[str, float] | None:
-        if self.price is None:
-            return None
-        return {r: s / 3600 * self.workers * self.price for r, s in self.seconds.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "seconds": self.seconds, "money": self.money}
-
-
 def forecast(shapes: Shapes, recipe: Recipe, resources: Resources) -> Forecast:
     """What a recipe takes of a model's shapes; milliseconds.
 
@@ -119,11 +43,10 @@ def forecast(shapes: Shapes, recipe: Recipe, resources: Resources) -> Forecast:
 
 class _Forecasting:
     def __init__(self, shapes: Shapes, recipe: Recipe, resources: Resources) -> None:
-        self.shapes, self.recipe, self.resources = shapes, recipe, resources
-        self.needs: Needs = needs_of(recipe.method)
-        self.itemsize = ITEMSIZE_OF.get(recipe.dtype, shapes.itemsize)
-        self.out_itemsize = ITEMSIZE_OF.get(recipe.output_dtype, shapes.itemsize)
-        self.pivoted = recipe.storage == "pivoted"
+        self.recipe, self.resources = recipe, resources
+        self.shapes = shapes.narrowed(recipe.target, recipe.ignore)
+        self.costs = Costs(self.shapes, recipe)
+        self.needs: Needs = self.costs.needs
         self.tokens, self.sequences = recipe.sequence_length, recipe.samples
         self.kept = recipe.share
         self.refining = RefineOptions(**recipe.options.get("refinement", {}))
@@ -146,8 +69,8 @@ class _Forecasting:
             self.needs,
             blocks,
             tokens=self.tokens,
-            itemsize=self.itemsize,
-            pivoted=self.pivoted,
+            itemsize=self.costs.itemsize,
+            pivoted=self.costs.is_pivoted,
         )
 
     def _blocks_that_fit(self) -> int:
@@ -204,43 +127,53 @@ class _Forecasting:
         return {rates.row: take(rates) for rates in self.resources.machine.rows}
 
     def _calibrate(self) -> Stage:
-        """Shards in waves: load, pass all chunks, decompose; a wave's shards start one by one."""
+        """Shards in waves: load, pass all chunks, decompose; a wave's shards start one by one.
+
+        With gradients there are two passes, and the first leaves boundaries alone.
+        """
         blocks = -(-self.shapes.num_blocks // self.shards)
-        waves = -(-self.shards // self.workers)
-        load = Work(read=float(blocks * self.shapes.block_values * self.shapes.itemsize))
-        chunk = passing(self.shapes, self.needs, self.tokens, self.itemsize).times(blocks)
-        state = float(self.tokens * self.shapes.hidden * self.itemsize)
-        chunk += Work(write=state, network=state if self.workers > 1 else 0.0)
-        finish = self._decomposing().times(blocks)
-        head = Work(half=6.0 * self.tokens * self.shapes.head_values if self.needs.labels else 0.0)
+        labels, costs = self.needs.labels, self.costs
+        carried = costs.goes() + (costs.comes() if self.shards > 1 else Work())
+        finish = costs.finish().times(blocks)
+        gather = costs.gather(blocks) + carried
+        passes = [(gather, self.sequences, finish)]
+        if labels:
+            back = gather + (costs.comes() if self.shards > 1 else Work())
+            passes = [
+                (costs.forward(blocks) + carried, self.sequences, Work()),
+                (back, labels * self.sequences, finish),
+            ]
+        # behind the last block: the worker that has it does that too
+        head = costs.head().times(labels * self.sequences)
 
         def take(rates: Rates) -> float:
-            one = load.seconds(rates) + finish.seconds(rates)
-            one += self.sequences * chunk.seconds(rates)
-            filling = (min(self.shards, self.workers) - 1) * chunk.seconds(rates)
-            return waves * one + filling + self.sequences * head.seconds(rates)
+            return head.seconds(rates) + sum(
+                self._waves(costs.load(blocks) + end, chunk, count, rates)
+                for chunk, count, end in passes
+            )
 
-        total = chunk.times(self.sequences) + finish
-        whole = self.shapes.num_blocks / blocks
         return Stage(
             name="calibrate",
-            flops=whole * total.flops + self.sequences * head.flops,
+            flops=costs.compute().flops,
             seconds=self._seconds(take),
             device=self._calibrating(blocks),
         )
 
-    def _decomposing(self) -> Work:
-        """All linears of a block."""
-        return decomposing_block(self.shapes, self.needs, self.pivoted, self.out_itemsize)
+    def _waves(self, ends: Work, chunk: Work, count: int, rates: Rates) -> float:
+        """Seconds of a pass: what each shard takes, in waves, and until the last one has begun."""
+        waves = -(-self.shards // self.workers)
+        filling = min(self.shards, self.workers) - 1
+        one = ends.seconds(rates) + count * chunk.seconds(rates)
+        return waves * one + filling * chunk.seconds(rates)
 
     def _score(self) -> Stage:
         """Passes through models that are masked, or cut in one place."""
-        forward = forward_flops(self.shapes, self.tokens) * self.shapes.num_blocks
+        forward = self.costs.forward(self.shapes.num_blocks)
         passes = float(MASKED_SEQUENCES)
         if self.needs.scores == "sensitivities":
             # a trial runs from the block that it cuts on: half of the model in the mean
             passes = TRIALS * TRIAL_SEQUENCES * len(self.shapes.linears) / 2
-        work = Work(half=passes * forward)
+        work = forward.times(passes)
         return Stage(
             name="score",
             flops=work.flops,
@@ -248,20 +181,13 @@ class _Forecasting:
             device=self._calibrating(1),
         )
 
-    def _epoch(self) -> Work:
-        return Work(single=self.sequences * trained(self.shapes, self.kept, self.tokens))
-
     def _refine(self) -> Stage:
         """Every block a unit, as many at a time as there are workers."""
-        blocks = self.shapes.num_blocks
-        waves = -(-blocks // self.workers)
-        epochs = self._epoch().times(self.refining.epochs)
-        chunks = 2 * self._chunks()
-        one = epochs + Work(half=self.sequences * forward_flops(self.shapes, self.tokens))
-        one += Work(read=chunks + self.shapes.block_values * self.shapes.itemsize)
+        waves = -(-self.shapes.num_blocks // self.workers)
+        one = self.costs.refine()
         return Stage(
             name="refine",
-            flops=blocks * one.flops,
+            flops=self.shapes.num_blocks * one.flops,
             seconds=self._seconds(lambda rates: waves * one.seconds(rates)),
             device=self._refining(),
         )
@@ -272,21 +198,21 @@ class _Forecasting:
             self.kept,
             tokens=self.tokens,
             sequences=self.sequences,
-            itemsize=self.itemsize,
+            itemsize=self.costs.itemsize,
         )
 
     def _walk(self, name: str = "walk") -> Stage:
         """Block after block, each lent to all workers; unrefined one pass of statistics."""
         blocks, refines = self.shapes.num_blocks, self.recipe.refine in ("in_order", "swept")
         lent = min(self.workers, self.refining.slices)
-        one = Work(half=3 * self.sequences * forward_flops(self.shapes, self.tokens))
-        one += passing(self.shapes, self.needs, self.tokens, self.itemsize).times(self.sequences)
+        costs = self.costs
+        one = (costs.forward(3) + costs.gather(1)).times(self.sequences)
         if refines:
-            one += self._epoch().times(self.refining.epochs)
-        parameters = self.kept * sum(each.values for each in self.shapes.of_block(0))
+            one += costs.epochs()
+        parameters = kept_values(self.shapes, self.kept)
         steps = self.refining.epochs * self.refining.batches if refines else 0
         lending = Work(network=4.0 * parameters * steps if lent > 1 else 0.0)
-        solving = self._decomposing() if self.recipe.compensate != "none" else Work()
+        solving = costs.finish() if self.recipe.compensate != "none" else Work()
 
         def take(rates: Rates) -> float:
             shared = one.seconds(rates) / lent
@@ -305,11 +231,11 @@ class _Forecasting:
         """The whole model as a pipeline over the workers; recomputation adds a pass forward."""
         blocks, options = self.shapes.num_blocks, self.training
         step = trained(self.shapes, self.kept, self.tokens) * 4 / 3 * blocks
-        step += 6.0 * self.tokens * self.shapes.head_values
+        step += self.costs.head().half
         work = Work(single=options.epochs * self.sequences * step)
         micro = max(self.sequences // options.batches, 1)
         filling = (micro + self.workers - 1) / micro
-        state = 12.0 * self.kept * blocks * sum(e.values for e in self.shapes.of_block(0))
+        state = 12.0 * blocks * kept_values(self.shapes, self.kept)
         snapshots = options.epochs * options.batches / options.every
         saving = Work(write=state * snapshots / self.workers)
 
@@ -334,36 +260,35 @@ class _Forecasting:
         )
 
     def _write(self) -> Stage:
-        size = float(self._final()["bytes"])
-        work = Work(read=2 * size, write=size)
+        files, one = self.costs.files, self.costs.file()
+        waves = -(-files // self.workers)
         return Stage(
             name="write",
             flops=0.0,
-            seconds=self._seconds(lambda rates: work.seconds(rates) / self.workers),
+            seconds=self._seconds(lambda rates: waves * one.seconds(rates)),
             device=memory.writing(self.shapes),
         )
 
     def _chunks(self) -> float:
         """Bytes of all sequences at one boundary."""
-        return float(self.tokens * self.sequences * self.shapes.hidden * self.itemsize)
+        return self.sequences * self.costs.state
 
     def _host(self) -> Footprint:
         """Beside a device: the process, one tensor on its way, a few chunks, what is written."""
         largest = max(each.values for each in self.shapes.linears)
-        window = 8 * self.tokens * self.shapes.hidden * self.itemsize
         parts = {
             "process": HOST_PROCESS,
             "one tensor": max(largest, self.shapes.front_values) * self.shapes.itemsize,
-            "chunks": window,
-            "written": 4 * largest * self.out_itemsize,
+            "chunks": int(8 * self.costs.state),
+            "written": 4 * largest * self.costs.out_itemsize,
         }
         return Footprint(parts)
 
     def _run_bytes(self) -> float:
         """Decompositions of all linears, the chunks at the boundaries, and what training keeps."""
         linears = self.shapes.linears
-        stored = sum(
-            memory.stored_rank(each, self.needs, self.pivoted) * each.rank_cost * self.out_itemsize
+        stored = self.costs.out_itemsize * sum(
+            memory.stored_rank(each, self.needs, self.costs.is_pivoted) * each.rank_cost
             for each in linears
         )
         if self.needs.kind in ("rpca", "sparse", "two_sided_sparse"):
@@ -379,10 +304,8 @@ class _Forecasting:
 
     def _final(self) -> dict[str, int]:
         """The budget met exactly; indices of sparse parts are not in the bytes."""
-        dense = sum(each.values for each in self.shapes.linears)
-        kept = share_values(self.shapes.linears, self.kept)
-        values = self.shapes.total_values - dense + kept
-        return {"values": values, "bytes": values * self.out_itemsize}
+        values = self.costs.final_values
+        return {"values": values, "bytes": values * self.costs.out_itemsize}
 
     def _infeasible(self, stages: Sequence[Stage]) -> list[str]:
         found = []

@@ -42,19 +42,19 @@ class Footprint:
 def calibration(
     shapes: Shapes, needs: Needs, blocks: int, *, tokens: int, itemsize: int, pivoted: bool
 ) -> Footprint:
-    """Of a shard of so many blocks, the first ones, while chunks pass or a block is finished.
+    """Of a shard of so many blocks, while chunks pass or a block is finished.
 
     Grams are there from the first chunk on; a linear's is let go once it is decomposed, so the
-    worst moment is found by going through the first block.
+    worst moment is found by going through one block, the heaviest.
 
     Args:
         tokens: Of a sequence.
         itemsize: Bytes of a value in the passes.
     """
-    linears = [each for each in shapes.linears if each.block < blocks]
+    linears = shapes.heaviest
     grams = input_grams(linears, needs)
     bends = curvatures(linears, needs)
-    held = GRAM_BYTES * sum(n * n for n in [*grams.values(), *bends.values()])
+    held = blocks * GRAM_BYTES * sum(n * n for n in [*grams.values(), *bends.values()])
     weights = {
         "weights": blocks * shapes.block_values * itemsize,
         "embeddings": shapes.front_values * itemsize,
@@ -80,9 +80,8 @@ def _finishing(
 ) -> list[Footprint]:
     """While each linear of the first block is decomposed, the one before it being written."""
     found = []
-    block = [each for each in linears if each.block == 0]
     before = 0
-    for place, linear in enumerate(block):
+    for place, linear in enumerate(linears):
         source = gram_of(linear, grams)
         side = linear.in_features if source == linear.site else linear.out_features
         working = decomposition(linear, needs, side, pivoted)
@@ -92,7 +91,7 @@ def _finishing(
         rank = stored_rank(linear, needs, pivoted)
         # as they are stored, for the disk
         before = stored_itemsize * rank * linear.rank_cost
-        later = {gram_of(each, grams) for each in block[place + 1 :]}
+        later = {gram_of(each, grams) for each in linears[place + 1 :]}
         if source not in later:
             held -= GRAM_BYTES * grams[source] ** 2
         if needs.labels:
@@ -153,9 +152,9 @@ def decomposition(linear: Linear, needs: Needs, side: int, pivoted: bool) -> int
 
 def _activations(shapes: Shapes, tokens: int, itemsize: int, blocks: int) -> int:
     """Of one sequence: what a pass forward has at once, or what a pass back keeps of all blocks."""
-    widest = max(each.out_features for each in shapes.of_block(0))
+    widest = max(each.out_features for each in shapes.heaviest)
     states = 24 * shapes.hidden + itemsize * (6 * shapes.hidden + 3 * shapes.attention + 3 * widest)
-    gram_rows = 4 * max(each.in_features for each in shapes.of_block(0))
+    gram_rows = 4 * max(each.in_features for each in shapes.heaviest)
     return tokens * (states * blocks + gram_rows)
 
 
@@ -163,7 +162,7 @@ def refinement(
     shapes: Shapes, kept: float, *, tokens: int, sequences: int, itemsize: int
 ) -> Footprint:
     """Of one block that is refined: the training state, and its chunks before and behind it."""
-    trained = int(kept * sum(each.values for each in shapes.of_block(0)))
+    trained = int(kept * sum(each.values for each in shapes.heaviest))
     states = 2 * tokens * sequences * shapes.hidden * itemsize
     return Footprint(
         {
@@ -180,7 +179,7 @@ def training(
 ) -> Footprint:
     """Of the shard of one of so many workers, which between them hold the whole model."""
     blocks = -(-shapes.num_blocks // workers)
-    trained = int(kept * sum(each.values for each in shapes.of_block(0))) * blocks
+    trained = int(kept * sum(each.values for each in shapes.heaviest)) * blocks
     ends = 4 * max(shapes.front_values, shapes.head_values)
     dense = 0 if stored_targets else blocks * shapes.block_values * 4
     logits = 4 * 4 * tokens * shapes.vocabulary

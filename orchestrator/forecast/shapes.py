@@ -8,12 +8,13 @@ linear is counted with a statistic of its own, which forecasts too much rather t
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.errors import InputError
 from orchestrator.models.headers import INDEX_FILE, ITEMSIZES, SINGLE_FILE, Headers, read_json
+from orchestrator.models.select import select
 from orchestrator.plan import Linear
 from orchestrator.store.places import Place
 
@@ -34,7 +35,7 @@ class Shapes:
     model_type: str
     num_blocks: int
     linears: tuple[Linear, ...]
-    """Of all blocks, in block order and, within a block, in call order."""
+    """Those that are compressed, in block order and, within a block, in call order."""
     block_values: int
     """Of the largest block, all its tensors."""
     front_values: int
@@ -49,8 +50,24 @@ class Shapes:
     itemsize: int
     """Bytes of a value on disk."""
 
-    def of_block(self, block: int) -> tuple[Linear, ...]:
+    @property
+    def heaviest(self) -> tuple[Linear, ...]:
+        """The linears of the block that has the most values in them; every block counts as it."""
+        values = Counter[int]()
+        for linear in self.linears:
+            values[linear.block] += linear.values
+        ((block, _),) = values.most_common(1)
         return tuple(linear for linear in self.linears if linear.block == block)
+
+    def narrowed(self, target: Iterable[str], ignore: Iterable[str]) -> "Shapes":
+        """The same model with fewer linears to compress.
+
+        Raises:
+            UsageError: As `models.select.select` does: a selector covers nothing, or none is
+                left.
+        """
+        chosen = set(select([each.name for each in self.linears], target, ignore))
+        return replace(self, linears=tuple(each for each in self.linears if each.name in chosen))
 
     @property
     def head_values(self) -> int:

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from orchestrator.forecast.forecast import USABLE, Forecast
+from orchestrator.forecast.forecast import USABLE
+from orchestrator.forecast.outcome import Forecast
 from orchestrator.progress import duration, size
 
 

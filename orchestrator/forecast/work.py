@@ -55,13 +55,15 @@ _NAMES = ("half", "single", "double", "eigen", "read", "write", "network")
 
 def forward_flops(shapes: Shapes, tokens: int) -> float:
     """Of one sequence through one block."""
-    values = sum(each.values for each in shapes.of_block(0))
-    return 2.0 * tokens * values + 4.0 * tokens * tokens * shapes.attention
+    return 2.0 * tokens * shapes.block_values + 4.0 * tokens * tokens * shapes.attention
 
 
-def passing(shapes: Shapes, needs: Needs, tokens: int, itemsize: int) -> Work:
-    """One sequence through one block, with its statistics; gradients back where they are asked."""
-    linears = shapes.of_block(0)
+def gathering(shapes: Shapes, needs: Needs, tokens: int, itemsize: int) -> Work:
+    """One sequence through one block, with its statistics; of a backward pass, one label.
+
+    A pass back computes the block again and brings gradients to its inputs, not to its weights.
+    """
+    linears = shapes.heaviest
     forward = forward_flops(shapes, tokens)
     grams = TRIANGLE * sum(2.0 * tokens * n * n for n in input_grams(linears, needs).values())
     again = sum(
@@ -69,14 +71,11 @@ def passing(shapes: Shapes, needs: Needs, tokens: int, itemsize: int) -> Work:
         for each in linears
         if gram_of(each, input_grams(linears, needs)) != each.site and itemsize < 4
     )
-    state = float(tokens * shapes.hidden * itemsize)
-    once = Work(half=forward, single=grams + again)
     if not needs.labels:
-        return once
+        return Work(half=forward, single=grams + again)
     bends = TRIANGLE * sum(2.0 * tokens * n * n for n in curvatures(linears, needs).values())
     turned = sum(2.0 * tokens * each.values for each in linears if is_turned(each, needs))
-    back = Work(half=2 * forward, single=grams + again + bends + turned, write=state)
-    return Work(half=forward) + back.times(needs.labels)
+    return Work(half=2 * forward, single=grams + again + bends + turned)
 
 
 def is_turned(linear: Linear, needs: Needs) -> bool:
@@ -117,7 +116,7 @@ def decomposing(linear: Linear, needs: Needs, side: int, pivoted: bool, itemsize
 
 def decomposing_block(shapes: Shapes, needs: Needs, pivoted: bool, itemsize: int) -> Work:
     """All linears of a block."""
-    linears = shapes.of_block(0)
+    linears = shapes.heaviest
     grams = input_grams(linears, needs)
     total = Work()
     for linear in linears:
@@ -127,5 +126,10 @@ def decomposing_block(shapes: Shapes, needs: Needs, pivoted: bool, itemsize: int
 
 def trained(shapes: Shapes, kept: float, tokens: int) -> float:
     """FLOPs of one sequence through one block of factors, forward and back."""
-    values = kept * sum(each.values for each in shapes.of_block(0))
-    return 6.0 * tokens * values + 12.0 * tokens * tokens * shapes.attention
+    return 6.0 * tokens * kept_values(shapes, kept) + 12.0 * tokens * tokens * shapes.attention
+
+
+def kept_values(shapes: Shapes, kept: float) -> float:
+    """Of a block, what is not targeted included."""
+    targeted = sum(each.values for each in shapes.heaviest)
+    return shapes.block_values - (1 - kept) * targeted

@@ -19,7 +19,8 @@ from benchmarks.figures import print_table, say
 from orchestrator.allocate import ALLOCATORS
 from orchestrator.cluster.simulation import Simulated, simulate
 from orchestrator.forecast.costs import Costs
-from orchestrator.forecast.forecast import Resources, forecast
+from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import Machine, Rates, machine_of
 from orchestrator.forecast.shapes import Shapes, from_config
 from orchestrator.plan import Curve, Linear

@@ -1,0 +1,82 @@
+"""What a forecast is asked with, and what it says."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from orchestrator.forecast.memory import Footprint
+from orchestrator.forecast.rates import Machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a run is to have."""
+
+    workers: int
+    machine: Machine
+    memory_bytes: float | None
+    """Of a worker's device, or of its share of a host without one; what the machine has, else."""
+    host_bytes: float | None = None
+    """Of a worker's host memory beside a device; not checked where it is not said."""
+    price: float | None = None
+    """Of a worker for an hour."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One stage of the run."""
+
+    name: str
+    flops: float
+    """Of all workers."""
+    seconds: Mapping[str, float]
+    """By the row of rates."""
+    device: Footprint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a run takes; a value that goes to JSON."""
+
+    model: Mapping[str, Any]
+    machine: str
+    workers: int
+    shards: int
+    blocks_a_shard: int
+    waves: int
+    stages: tuple[Stage, ...]
+    limits: Mapping[str, float | None]
+    """Bytes that a worker may take on its device and its host."""
+    host: Footprint
+    run_bytes: float
+    """Of the run directory at its largest."""
+    moved_bytes: float
+    """Boundary chunks, written and read again."""
+    final: Mapping[str, int]
+    """Values and bytes of the result."""
+    start_seconds: Mapping[str, float]
+    price: float | None
+    sources: tuple[str, ...]
+    infeasible: tuple[str, ...]
+    """What does not fit, and what would make it; nothing, and the run can be."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {
+            row: start + sum(stage.seconds[row] for stage in self.stages)
+            for row, start in self.start_seconds.items()
+        }
+
+    @property
+    def peak(self) -> Stage:
+        """The stage whose workers hold the most."""
+        return max(self.stages, key=lambda stage: stage.device.total)
+
+    @property
+    def money(self) -> dict[str, float] | None:
+        if self.price is None:
+            return None
+        return {r: s / 3600 * self.workers * self.price for r, s in self.seconds.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "seconds": self.seconds, "money": self.money}
