@@ -2,7 +2,7 @@
 
 An event is a plain dict. Known are
 
-    {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ...}
+    {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ..., "busy": ...}
     {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "seconds": ...}
     {"event": "note", "text": ...}
     {"event": "waiting", "for": ..., "there": ...}
@@ -68,7 +68,8 @@ class Lines:
                 self._last_line = float("-inf")
                 return str(stage)
             case {"event": "stage", "state": "end", "stage": stage}:
-                return f"{stage} done in {duration(event.get('seconds', 0.0))}"
+                busy = f", workers {event['busy']:.0%} busy" if "busy" in event else ""
+                return f"{stage} done in {duration(event.get('seconds', 0.0))}{busy}"
             case {"event": "note", "text": text}:
                 return str(text)
             case {"event": "waiting"}:

@@ -146,7 +146,7 @@ def test_gradients_that_do_not_fit_go_through_single_blocks(
     perform, lost = CurvatureWorker.perform, []
 
     def fault(worker, method, arguments, record):
-        if method == "open" and (len(arguments) > 2) == is_backward:
+        if method == "open" and (len(arguments) > 3) == is_backward:
             (start, stop), *_ = arguments
             if stop - start > 1:
                 raise MemoryError("cannot allocate 7 GB")

@@ -157,6 +157,7 @@ def run():
             is_awaited=awaited,
             on_event=events.append,
         )
+        assert events.pop()["event"] == "busy"
         return pool, done, events
 
     return run

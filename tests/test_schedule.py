@@ -115,7 +115,7 @@ def test_a_backward_pass_goes_from_the_last_shard_to_the_first(seed):
     """Chunks enter a shard behind its last block; whoever is lost, nothing else changes."""
     schedule = make_pass(backward=True)
     (call,) = schedule.calls([0])
-    assert call.arguments == ((8, 10), (8, 9))
+    assert call.arguments == ((8, 10), (8, 9), (6, 8))
     schedule.lost(call)
     simulation = Simulation(schedule, workers=3, seed=seed, loss=0.05).run()
     assert sorted(simulation.finished) == list(range(10))
@@ -197,7 +197,21 @@ def test_a_chunk_is_handed_over_only_where_somebody_waits_for_it():
         for call in schedule.calls(range(workers)):
             schedule.succeeded(call)
         step = schedule.calls([0])[0]
-        assert (step.method, step.arguments) == ("step", (0, True, expected))
+        assert (step.method, step.arguments) == ("step", (0, True, expected, True))
+        schedule.succeeded(step)
+        step = schedule.calls([0])[0]
+        # behind the last chunk there is none to write it beside
+        assert (step.method, step.arguments) == ("step", (1, True, expected, False))
+
+
+def test_a_worker_is_told_what_it_will_hold_next():
+    """The first of the pass is the first to be free, and takes the first that nobody holds."""
+    schedule = make_pass(blocks=10, shards=5)
+    opened = schedule.calls([0, 1])
+    assert [call.arguments[0] for call in opened] == [(0, 2), (2, 4)]
+    assert [call.arguments[2] for call in opened] == [(4, 6), (6, 8)]
+    schedule = make_pass(blocks=10, shards=5)
+    assert [call.arguments[2] for call in schedule.calls(range(4))] == [(8, 10), None, None, None]
 
 
 def test_a_pass_with_nothing_to_do_is_finished():

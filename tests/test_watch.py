@@ -66,6 +66,22 @@ def test_the_status_says_who_is_at_work_and_what_is_left(run):
             assert not {"done", "total", "left"} & run.status().keys()
 
 
+def test_a_stage_says_how_busy_its_workers_were(run):
+    """Of all passes of the stage together, also if another stage came between."""
+    events = []
+    with Watch(run, events.append) as watch:
+        with watch.stage("calibrate"):
+            watch.event({"event": "busy", "seconds": 3.0, "of": 4.0})
+            with watch.stage("verify"):
+                pass
+            watch.event({"event": "busy", "seconds": 0.0, "of": 2.0})
+        assert watch.busy == {"calibrate": 0.5}
+    _, *between, end = events
+    assert [each["stage"] for each in between] == ["verify", "verify"]
+    assert "busy" not in between[1]
+    assert end["busy"] == 0.5
+
+
 def test_a_failure_is_on_record_with_its_log(run):
     """The journal names the file, which holds all that is known; numbers go on in the next run."""
     failed = {"event": "failed", "unit": "block 6", "why": "no", "log": "line one\nline two"}

@@ -9,6 +9,7 @@ Rules of a pass, asserted by the tests:
   shard's chunks are made, or where they were made last.
 - A worker that waits for chunks while an earlier shard is held by nobody gives up its own shard
   and takes the earlier one, so a pass goes on with any number of workers above zero.
+- A worker that opens a shard is told which one it is likely to take next, to read ahead.
 - A chunk is handed over only if somebody holds the next shard; else its file is enough.
 - A chunk behind a shard is computed once; a shard that is run again adds only what is missing.
 - A shard that was too much for a worker's memory is cut into its smallest parts, and so is every
@@ -19,7 +20,7 @@ Rules of a pass, asserted by the tests:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -167,14 +168,14 @@ class Pass:
                 return following is not None and following <= index < following + window
         return False
 
-    def _next_chunk(self, shard: int) -> int | None:
+    def _next_chunk(self, shard: int, without: int | None = None) -> int | None:
         state = self.shards[shard]
         if state.todo:
             waiting = set(range(self.num_chunks)) - state.fed
         else:
             # also what went through already, if it was lost behind the shard
             waiting = self._needed[shard + 1] - self._present[shard + 1]
-        return min(waiting, default=None)
+        return min(waiting - {without}, default=None)
 
     def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
         if self.broken_off:
@@ -205,7 +206,19 @@ class Pass:
                 call = self._take(worker, earlier, nodes)
                 if call is not None:
                     calls.append(call)
-        return calls
+        return [self._with_ahead(call) if call.method == "open" else call for call in calls]
+
+    def _with_ahead(self, call: Call) -> Call:
+        """The call, told which blocks its worker is likely to hold next: the first shards to be
+        done are the first in the pass, and their workers take the first that nobody holds."""
+        held = [k for k, state in enumerate(self.shards) if state.owner is not None]
+        following = [k for k in range(call.shard, len(self.shards)) if self.shards[k].owner is None]
+        place = held.index(call.shard)
+        if place >= len(following):
+            return call
+        blocks = self.shards[following[place]].blocks
+        opened, todo, _, *about = call.arguments
+        return replace(call, arguments=(opened, todo, (blocks.start, blocks.stop), *about))
 
     def _first_unheld(self) -> int | None:
         for k, state in enumerate(self.shards):
@@ -229,7 +242,7 @@ class Pass:
             return None
         if not state.opened:
             blocks = (state.blocks.start, state.blocks.stop)
-            arguments = (blocks, state.todo, *self._about)
+            arguments = (blocks, state.todo, None, *self._about)
             return self._start(Call(worker, "open", arguments, f"{state.label}, open", shard))
         index = self._next_chunk(shard)
         if index is not None:
@@ -244,11 +257,12 @@ class Pass:
         emit = index in self._needed[shard + 1] and index not in self._present[shard + 1]
         following = self.shards[shard + 1 : shard + 2]
         hand_over = emit and any(each.owner is not None for each in following)
+        goes_on = self._next_chunk(shard, without=index) is not None
         return self._start(
             Call(
                 worker,
                 "step",
-                (index, emit, hand_over),
+                (index, emit, hand_over, goes_on),
                 f"{state.label}, chunk {index}",
                 shard,
                 takes=(state.entry, index),

@@ -428,6 +428,7 @@ class Compression:
         """The small files of the checkpoint, config last."""
         timings = {
             "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
+            "busy": {name: round(value, 3) for name, value in watch.busy.items()},
             "workers": watch.most_workers,
             "nodes": list(crew.nodes),
             "environment": crew.environment,

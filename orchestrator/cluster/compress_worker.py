@@ -82,6 +82,10 @@ class CompressionWorker(Worker):
         self._shard = self.dense.shard(range(*blocks))
         self._calibration = self._gather(self._shard, todo)
 
+    def read_ahead(self, blocks: range) -> None:
+        """Has the dense weights of blocks read into the system's cache."""
+        self.dense.read_ahead(blocks)
+
     @property
     def dense(self) -> Skeleton:
         """The dense model; the tokens are read with it."""

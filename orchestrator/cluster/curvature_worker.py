@@ -101,7 +101,7 @@ class CurvatureWorker(CompressionWorker):
         start = self._shard.blocks.start
         if start == 0:
             return first_chunk(self._tokens, sequence)
-        record = self._dense.read(start, sequence)
+        record = self._dense.await_written(start, sequence)
         if record is None:
             self._dense.drop(start, sequence)
             raise MissingChunk(start, sequence)

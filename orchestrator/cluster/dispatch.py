@@ -39,7 +39,7 @@ def dispatch(
         on_success: Told of each call that ended well, with its small result.
         is_awaited: Whether an emitted chunk is held for the worker that takes it next; all others
             are let go and read back from their files.
-        on_event: Told of failures and of long waits.
+        on_event: Told of failures, of long waits and, at the end, of how busy the workers were.
 
     Raises:
         OrchestratorError: A call raised it, or the policy gave up.
@@ -53,6 +53,7 @@ def dispatch(
         for outcome in outcomes or loop.overdue():
             loop.conclude(outcome)
         loop.speak_up(bool(outcomes))
+    loop.sum_up()
 
 
 class _Loop:
@@ -73,7 +74,8 @@ class _Loop:
         self._records: dict[tuple[int, int], Any] = {}
         self._busy: dict[int, tuple[Call, float]] = {}
         self._idle: dict[int, float] = {}
-        self._heard = time.monotonic()
+        self._heard = self._counted = time.monotonic()
+        self._busy_seconds = self._there_seconds = 0.0
 
     def part_with_leaving(self) -> None:
         """Puts others in the place of idle workers whose nodes go; busy ones may end their call."""
@@ -84,6 +86,9 @@ class _Loop:
                 self._pool.replace(worker)
 
     def start_calls(self) -> None:
+        now = time.monotonic()
+        self._there_seconds += (now - self._counted) * len(self._pool.workers())
+        self._counted = now
         idle = self._idle_workers()
         nodes = {worker: self._pool.seat(worker).node for worker in idle}
         for call in self._schedule.calls(idle, nodes):
@@ -125,6 +130,7 @@ class _Loop:
         """Tells the schedule what became of a call, and performs what the policy decides."""
         call = outcome.call
         _, begun = self._busy.pop(call.worker)
+        self._busy_seconds += time.monotonic() - begun
         if outcome.lost is not None:
             self._conclude_loss(outcome)
         elif isinstance(outcome.error, MissingChunk):
@@ -170,6 +176,11 @@ class _Loop:
                 "log": outcome.log,
             }
         )
+
+    def sum_up(self) -> None:
+        """Tells how long workers were at a call, of all the time that they were there."""
+        there = self._there_seconds + (time.monotonic() - self._counted) * len(self._pool.workers())
+        self._on_event({"event": "busy", "seconds": self._busy_seconds, "of": there})
 
     def speak_up(self, heard: bool) -> None:
         """Says for what the loop waits, when nothing was heard for long.

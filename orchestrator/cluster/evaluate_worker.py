@@ -87,7 +87,7 @@ class EvaluationWorker(Worker):
             for name, chunk in passed.items()
             for key, array in chunk.pack().items()
         }
-        self.chunks.write(first.blocks.stop, index, records)
+        self.store(first.blocks.stop, index, records)
         return timings, records
 
     def _inputs(self, index: int, record: Emitted) -> dict[str, Chunk]:

@@ -44,6 +44,14 @@ class Watch:
         """Stages with units of another environment: how many, and which environment."""
         self.most_workers = 1
         """That were there at the same time."""
+        self.within: list[str] = []
+        """The stages that have begun and not ended, the innermost last."""
+        self._busy: dict[str, tuple[float, float]] = {}
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """By stage, which part of the time that workers were there they were at a call."""
+        return {stage: part / of for stage, (part, of) in self._busy.items() if of}
 
     def __enter__(self) -> "Watch":
         self._write()
@@ -106,6 +114,8 @@ class Watch:
     def event(self, event: Mapping[str, Any]) -> None:
         """Adds an event to the journal, shows it in the status, and passes it on.
 
+        How busy workers were is kept for the end of the stage.
+
         Raises:
             KeyboardInterrupt: A signal came, and what it raised was caught by somebody.
             StoppedError: Another driver is at work on the run, or on its output.
@@ -117,6 +127,11 @@ class Watch:
                     f"{hold.taken_by} has taken over {hold.place.parent}, since nothing was heard "
                     "of this process; what is committed stays, and that one goes on"
                 )
+        if event["event"] == "busy":
+            stage = self.within[-1]
+            seconds, of = self._busy.get(stage, (0.0, 0.0))
+            self._busy[stage] = seconds + event["seconds"], of + event["of"]
+            return
         if "log" in event:
             event = self._recorded(event)
         self._run.append(event)
@@ -192,14 +207,18 @@ class Stage:
 
     def __enter__(self) -> "Stage":
         self._begun = time.monotonic()
+        self._watch.within.append(self.name)
         self._watch.event({"event": "stage", "stage": self.name, "state": "begin"})
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._watch.within.pop()
         seconds = time.monotonic() - self._begun
         self._watch.seconds[self.name] = self._watch.seconds.get(self.name, 0.0) + seconds
         if error is None:
             ended = {"event": "stage", "stage": self.name, "state": "end", "seconds": seconds}
+            if self.name in self._watch.busy:
+                ended["busy"] = self._watch.busy[self.name]
             self._watch.event(ended)
 
     def progress(self, done: int, total: int, **facts: Any) -> None:

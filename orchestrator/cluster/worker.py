@@ -10,6 +10,7 @@ import platform
 import resource
 import socket
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -53,9 +54,13 @@ class Worker:
         self.run = RunDirectory(task.run_dir)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.chunks: Chunks = self.run.chunks(task.pass_key, self.environment())
+        self._disk = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
 
     def let_go(self) -> None:
         """Lets go of what the worker holds; nothing is called after it."""
+        self.settle()
+        self._disk.shutdown()
         vars(self).clear()
         gc.collect()
         return_freed_memory()
@@ -65,12 +70,43 @@ class Worker:
     def perform(
         self, method: str, arguments: tuple[Any, ...], record: Emitted
     ) -> tuple[Any, Emitted]:
-        """One call: its small result, and the chunk that it hands over."""
+        """One call: its small result, and the chunk that it hands over.
+
+        A chunk is on its way to its file while the next is computed, and the weights of the blocks
+        that are likely to be next are on theirs to the system's cache. The last chunk is in its
+        file when its call ends.
+        """
         if method == "step":
-            index, emit, hand_over = arguments
+            index, emit, hand_over, goes_on = arguments
             value, emitted = self.step(index, emit, record)
+            if not goes_on:
+                self.settle()
             return value, emitted if hand_over else None
+        self.settle()
+        if method == "open":
+            blocks, todo, ahead, *about = arguments
+            self.open(blocks, todo, *about)
+            if ahead is not None:
+                self._disk.submit(self.read_ahead, range(*ahead))
+            return None, None
         return getattr(self, method)(*arguments), None
+
+    def open(self, blocks: tuple[int, int], todo: tuple[int, ...], *about: Any) -> None:
+        """Takes a shard; subclasses say how."""
+        raise NotImplementedError
+
+    def read_ahead(self, blocks: range) -> None:
+        """Has blocks that are not needed yet read from storage; nothing that a result needs."""
+
+    def settle(self) -> None:
+        """Waits until what was emitted is in its file.
+
+        Raises:
+            OSError: It could not be written; so do errors of a store.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
         """Passes one chunk through the open shard; subclasses say how."""
@@ -134,16 +170,25 @@ class Worker:
             MissingChunk: Neither is there, or the file is damaged.
         """
         if record is None:
-            record = self.chunks.read(boundary, index)
+            record = self.chunks.await_written(boundary, index)
         if record is None:
             raise MissingChunk(boundary, index)
         return record
 
     def emit(self, boundary: int, chunk: Chunk) -> Record:
-        """Stores a chunk behind the shard and gives it for handing over."""
+        """Has a chunk stored behind the shard and gives it for handing over."""
         record = chunk.pack()
-        self.chunks.write(boundary, chunk.index, record)
+        self.store(boundary, chunk.index, record)
         return record
+
+    def store(self, boundary: int, index: int, record: Record) -> None:
+        """Has a chunk written; the one before is in its file then.
+
+        Raises:
+            OSError: That one could not be written; so do errors of a store.
+        """
+        self.settle()
+        self._writing = self._disk.submit(self.chunks.write, boundary, index, record)
 
 
 def check_alike(probe: Mapping[str, Any], first: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """A compressed checkpoint before any of it is written: the plan's tensors, from where they lie."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class PlannedCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._specs[name].torch_dtype
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Does nothing: where they come from is for `read` to know."""
 
     def read(self, name: str) -> Tensor:
         """The tensor, cast to the dtype in which it will be written."""

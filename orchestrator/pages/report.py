@@ -174,17 +174,21 @@ def _timings(timings: Mapping[str, Any]) -> Markup | None:
     if not seconds:
         return None
     whole = sum(seconds.values()) or 1.0
+    busy = timings.get("busy", {})
     rows = [
         [
             row_head(stage),
             number(duration(took), took),
+            number(f"{busy[stage]:.0%}" if stage in busy else "", busy.get(stage)),
             number(f"{took / whole:.1%}"),
             tables.bar(took / whole),
         ]
         for stage, took in seconds.items()
     ]
-    rows.append([row_head("together"), number(duration(whole), whole), number(""), cell("")])
-    heads = [head("stage"), head("wall time", "n"), head("share", "n"), head("", "bar")]
+    together = [row_head("together"), number(duration(whole), whole), number(""), number("")]
+    rows.append([*together, cell("")])
+    heads = [head("stage"), head("wall time", "n"), head("workers busy", "n"), head("share", "n")]
+    heads.append(head("", "bar"))
     said: dict[str, Any] = {}
     if "decompose_seconds" in timings:
         said["decompositions, over all workers"] = duration(timings["decompose_seconds"])

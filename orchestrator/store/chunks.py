@@ -5,6 +5,7 @@ input here. It carries the checksum of its content, so damage is found where it 
 """
 
 import json
+import time
 import zlib
 from collections.abc import Mapping
 
@@ -15,6 +16,9 @@ from safetensors.numpy import save_file
 from orchestrator.store.files import local_copy, remove_tree, write_whole
 from orchestrator.store.places import Place
 
+WRITING_SECONDS = 3.0
+"""A chunk that is not there after so long is not on its way to its file, but lost."""
+POLL_SECONDS = 0.02
 Record = Mapping[str, np.ndarray]
 """A packed chunk: a flat mapping from names to arrays."""
 
@@ -55,6 +59,13 @@ class Chunks:
         except (OSError, SafetensorError, TypeError, ValueError):  # the last two: no dtype of numpy
             return None
         return record if _checksum(record) == expected else None
+
+    def await_written(self, boundary: int, index: int) -> dict[str, np.ndarray] | None:
+        """The same of a chunk that somebody may be about to write: it is waited for a little."""
+        until = time.monotonic() + WRITING_SECONDS
+        while not self.path(boundary, index).exists() and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+        return self.read(boundary, index)
 
     def present(self, boundary: int, count: int) -> set[int]:
         """Which of the first `count` chunks of a boundary have a file."""

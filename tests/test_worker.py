@@ -1,0 +1,99 @@
+"""What a worker does at once: the next chunk while the last one is on its way to its file."""
+
+import threading
+
+import pytest
+import torch
+
+from orchestrator.cluster.worker import Task, Worker
+from orchestrator.models.chunk import Chunk
+from orchestrator.store.chunks import Chunks, MissingChunk
+
+
+class Passing(Worker):
+    """Passes chunks through no block at all."""
+
+    def step(self, index, emit, record):
+        tokens_BT = torch.full((1, 4), index)
+        chunk = Chunk(index, tokens_BT, torch.ones(1, 4, dtype=torch.bool))
+        return index, self.emit(2, chunk)
+
+    def look(self, index):
+        return Chunk.unpack(self.input_record(2, index, None)).tokens.tolist()
+
+
+@pytest.fixture
+def worker(tmp_path):
+    task = Task(run_dir=tmp_path / "run", threads=1, pass_key="pass", fingerprints={})
+    worker = Passing(task)
+    yield worker
+    worker.let_go()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """No chunk is written before it opens."""
+    write, gate = Chunks.write, threading.Event()
+
+    def wait(chunks, *arguments):
+        assert gate.wait(30)
+        write(chunks, *arguments)
+
+    monkeypatch.setattr(Chunks, "write", wait)
+    return gate
+
+
+def test_a_chunk_is_computed_while_the_one_before_is_written(worker, gate):
+    value, record = worker.perform("step", (0, True, True, True), None)
+    assert value == 0
+    assert record is not None
+    assert not worker.chunks.path(2, 0).exists()
+    # the second is not stored before the first is
+    second = threading.Thread(target=worker.perform, args=("step", (1, True, True, True), None))
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()
+    gate.set()
+    second.join(30)
+    assert worker.chunks.path(2, 0).exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"), [("look", (0,)), ("step", (1, True, True, False))]
+)
+def test_other_calls_and_the_last_chunk_find_or_leave_all_written(worker, method, arguments):
+    """Whoever reads behind this worker when its call has ended finds the file."""
+    worker.perform("step", (0, True, False, True), None)
+    worker.perform(method, arguments, None)
+    assert worker.chunks.present(2, 1 + arguments[0]) == set(range(1 + arguments[0]))
+
+
+def test_a_chunk_that_could_not_be_written_ends_the_next_call(worker, monkeypatch):
+    """Once: what comes after it is another attempt."""
+
+    def fail(chunks, boundary, index, record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Chunks, "write", fail)
+    worker.perform("step", (0, True, True, True), None)
+    with pytest.raises(OSError, match="No space left"):
+        worker.perform("step", (1, True, True, True), None)
+    monkeypatch.undo()
+    worker.perform("step", (1, True, True, False), None)
+    assert worker.chunks.present(2, 2) == {1}
+
+
+def test_a_chunk_on_its_way_is_waited_for_and_a_lost_one_is_not_for_long(
+    worker, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("orchestrator.store.chunks.WRITING_SECONDS", 0.2)
+    with pytest.raises(MissingChunk):
+        worker.perform("look", (0,), None)
+    monkeypatch.setattr("orchestrator.store.chunks.WRITING_SECONDS", 30.0)
+    other = Passing(Task(run_dir=tmp_path / "run", threads=1, pass_key="pass", fingerprints={}))
+    other.chunks = worker.chunks
+    late = threading.Timer(0.2, other.perform, ("step", (0, True, False, False), None))
+    late.start()
+    assert worker.perform("look", (0,), None)[0] == [[0, 0, 0, 0]]
+    late.join()
+    other.let_go()
