@@ -54,8 +54,8 @@ def test_a_wave_takes_its_closed_form():
     found = costs()
     simulated = simulate(found, RATES, 6)["calibrate"]
 
-    step = (found.gather(2) + found.comes() + found.goes()).seconds(RATES)
-    ends = (found.load(2) + found.finish().times(2)).seconds(RATES)
+    step = (found.gather(2) + found.comes() + found.goes()).overlapped(RATES)
+    ends = (found.load(2) + found.finish().times(2)).overlapped(RATES)
     expected = ends + (16 + 5) * step
     assert simulated.seconds == pytest.approx(expected, rel=0.02)
 

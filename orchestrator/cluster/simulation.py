@@ -278,7 +278,7 @@ def _perform(
         nonlocal moved
         found = work(call)
         moved += found.network
-        return found.seconds(rates)
+        return found.overlapped(rates) if isinstance(schedule, Pass) else found.seconds(rates)
 
     pool = SimulatedPool(useful, take, start_seconds=rates.start, loss_hours=loss_hours, seed=seed)
 

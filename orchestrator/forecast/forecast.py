@@ -163,8 +163,8 @@ class _Forecasting:
         """Seconds of a pass: what each shard takes, in waves, and until the last one has begun."""
         waves = -(-self.shards // self.workers)
         filling = min(self.shards, self.workers) - 1
-        one = ends.seconds(rates) + count * chunk.seconds(rates)
-        return waves * one + filling * chunk.seconds(rates)
+        one = ends.overlapped(rates) + count * chunk.overlapped(rates)
+        return waves * one + filling * chunk.overlapped(rates)
 
     def _score(self) -> Stage:
         """Passes through models that are masked, or cut in one place."""

@@ -49,6 +49,11 @@ class Work:
         """One worker's, nothing at the same time as anything else."""
         return math.fsum(getattr(self, name) / getattr(rates, name) for name in _NAMES)
 
+    def overlapped(self, rates: Rates) -> float:
+        """The same of a worker that writes what it has while it computes what is next."""
+        written = self.write / rates.write
+        return max(written, self.seconds(rates) - written)
+
 
 _NAMES = ("half", "single", "double", "eigen", "read", "write", "network")
 
