@@ -6,7 +6,7 @@ from allocation import every_plan, lost, make_curve, make_curves, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.allocate.threshold import Threshold
+from orchestrator.allocate.threshold import Threshold, hull_rates
 from orchestrator.errors import UsageError
 
 TINY = make_model({"mlp.up_proj": (9, 6), "mlp.down_proj": (5, 8)}, blocks=2)
@@ -83,3 +83,25 @@ def test_values_that_are_not_allowed_are_refused(options):
     """Each with the name of the option."""
     with pytest.raises(UsageError, match=next(iter(options))):
         Threshold(**options)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_hull_rates_are_those_of_the_hull(seed):
+    """Each step's rate is that of the hull through its piece, by the definition: the hull at a cost
+    is the most that any two corners around it reach."""
+    rng = np.random.default_rng(seed)
+    steps = int(rng.integers(1, 25))
+    cost_K = np.full(steps, 7) if seed % 2 else 2 * np.arange(steps, 0, -1) + 1
+    gain_K = np.sort(rng.random(steps) ** 4)[::-1].copy()
+    gain_K[-1] = rng.random() * 2
+    x = np.concatenate([[0], np.cumsum(cost_K)]).astype(float)
+    y = np.concatenate([[0], np.cumsum(gain_K)])
+    hull = [
+        max(
+            (y[a] * (x[b] - x[k]) + y[b] * (x[k] - x[a])) / (x[b] - x[a]) if b > a else y[k]
+            for a in range(k + 1)
+            for b in range(k, steps + 1)
+        )
+        for k in range(steps + 1)
+    ]
+    assert hull_rates(cost_K, gain_K) == pytest.approx(cost_K / np.diff(hull), rel=1e-9)

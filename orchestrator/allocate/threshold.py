@@ -87,15 +87,23 @@ def _rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
 def hull_rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
     """Cost per gain of the piece of the lower convex hull that each step lies on.
 
-    Steps that gain more per value than those before them are taken together with them.
+    Steps that gain more per value than those before them are taken together with them. The last
+    piece begins where the line to the end rises least, which finds it whole; before it neighbours
+    in the wrong order are joined until there are none, and their order does not matter. O(K) a
+    round, and few rounds, since energies descend.
     """
-    pieces: list[tuple[int, float, int]] = []
-    for cost, gain in zip(cost_K.tolist(), gain_K.tolist(), strict=True):
-        piece = (cost, gain, 1)
-        # gain / cost must fall from piece to piece; products, since a gain may be zero
-        while pieces and piece[1] * pieces[-1][0] > pieces[-1][1] * piece[0]:
-            before = pieces.pop()
-            piece = (before[0] + piece[0], before[1] + piece[1], before[2] + piece[2])
-        pieces.append(piece)
-    costs, gains, counts = (np.array(column) for column in zip(*pieces, strict=True))
-    return np.repeat(_rates(costs, gains), counts)
+    # what is still to gain and to pay before each step; sums from the small end lose no digits
+    gain_left_K = np.append(np.cumsum(gain_K[::-1])[::-1], 0.0)
+    cost_left_K = np.append(np.cumsum(cost_K[::-1])[::-1], 0)
+    steps = len(cost_K)
+    last = int(np.argmin(gain_left_K[:-1] / cost_left_K[:-1]))
+    edges = np.arange(last + 1)
+    while True:
+        cost, gain = -np.diff(cost_left_K[edges]), -np.diff(gain_left_K[edges])
+        is_late = gain[1:] * cost[:-1] > gain[:-1] * cost[1:]
+        if not is_late.any():
+            break
+        edges = np.delete(edges, np.flatnonzero(is_late) + 1)
+    edges = np.append(edges, steps)
+    rates = _rates(-np.diff(cost_left_K[edges]), -np.diff(gain_left_K[edges]))
+    return np.repeat(rates, np.diff(edges))

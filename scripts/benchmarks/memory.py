@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -101,7 +101,17 @@ def measure(
     say(f"{shards} shards")
     out = options.work / f"out-{shards}"
     start = time.monotonic()
-    peak, driver_peak = compress(model, out, text, shards, options.threads)
+    recipe = {
+        "keep": 0.5,
+        "target": TARGET,
+        "calibration": text,
+        "samples": SAMPLES,
+        "sequence_length": SEQUENCE_LENGTH,
+        "workers": 1,
+        "threads": options.threads,
+        "shards": shards,
+    }
+    peak, driver_peak = compress(model, out, recipe)
     seconds = time.monotonic() - start
     if not options.keep_files:
         shutil.rmtree(out)
@@ -119,21 +129,11 @@ def measure(
     )
 
 
-def compress(model: Path, out: Path, text: Path, shards: int, threads: int) -> tuple[int, int]:
+def compress(model: Path, out: Path, recipe: Mapping[str, Any]) -> tuple[int, int]:
     """Runs the command; peaks of its actor and of itself, above their baselines."""
     command = [sys.executable, "-m", "orchestrator", "compress", str(model), str(out)]
-    options = {
-        "keep": 0.5,
-        "target": TARGET,
-        "calibration": text,
-        "samples": SAMPLES,
-        "sequence-length": SEQUENCE_LENGTH,
-        "workers": 1,
-        "threads": threads,
-        "shards": shards,
-        "progress": "json",
-    }
-    command += [f"--{name}={value}" for name, value in options.items()]
+    given = {**recipe, "progress": "json"}
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     actors: list[int] = []
     with (
         PeakWatcher() as watcher,

@@ -10,7 +10,7 @@ import argparse
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows = [row for name, gpus in RUNS[: options.runs] for row in simulated(name, gpus, machine)]
     show(rows)
     allocations = [allocated(name) for name in CLOSED_FORMS]
+    allocations.append(allocated("threshold", is_pivoted=True))
     print_table(
         [("allocation of 560 linears", "seconds", "asked")]
         + [(each["name"], f"{each['seconds']:.3f}", f"{LIMIT_SECONDS:g}") for each in allocations]
@@ -158,15 +159,16 @@ def show(rows: list[dict[str, Any]]) -> None:
     print_table(table)
 
 
-def allocated(name: str) -> dict[str, Any]:
+def allocated(name: str, *, is_pivoted: bool = False) -> dict[str, Any]:
     """One allocation of a 70B model's linears, with curves to the full rank."""
-    linears = shapes_of("70B").linears
+    linears = [replace(each, pivoted=is_pivoted) for each in shapes_of("70B").linears]
     curves = {each.name: curve_of(each, number) for number, each in enumerate(linears)}
     sublayers = {each.sublayer: 0.9 for each in linears}
     allocate = ALLOCATORS[name]()
     start = time.perf_counter()
     allocate(linears, curves, 0.8, sublayers)
-    return {"name": name, "seconds": time.perf_counter() - start, "linears": len(linears)}
+    label = f"{name}, pivoted" if is_pivoted else name
+    return {"name": label, "seconds": time.perf_counter() - start, "linears": len(linears)}
 
 
 def curve_of(linear: Linear, number: int) -> Curve:

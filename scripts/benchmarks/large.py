@@ -1,0 +1,110 @@
+"""Two blocks with the shapes of Llama-70B go through the whole job: its memory against the plan.
+
+The checkpoint is made here: hidden 8192, MLP 28672, 8 key-value heads, random bfloat16 weights,
+about 3.5 GB. `orchestrator compress` runs on Ray with one actor; its peak, and the driver's, are
+anonymous plus shared memory above what each held once the workers had started and imported what
+they need. What `orchestrator plan` says of the same recipe stands beside it. There are as many
+tokens as a Gram has channels, so that no decomposition has to make up directions.
+"""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import print_table, say
+from benchmarks.memory import compress
+from benchmarks.synthetic import config_of, write_model, write_text
+
+from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.outcome import Forecast, Resources
+from orchestrator.forecast.rates import Machine
+from orchestrator.forecast.shapes import read_shapes
+from orchestrator.recipe import make_recipe
+
+SEQUENCE_LENGTH = 512
+WITHIN = 0.15
+DRIVER_LIMIT = 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--work", metavar="DIR", type=Path, default=Path(".work/large"))
+    parser.add_argument("--hidden", type=int, default=8192)
+    parser.add_argument("--intermediate", type=int, default=28672)
+    parser.add_argument("--method", default="svd-llm")
+    parser.add_argument("--storage", default="plain")
+    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    shutil.rmtree(options.work, ignore_errors=True)
+    try:
+        return measure(options)
+    finally:
+        shutil.rmtree(options.work, ignore_errors=True)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    model, out = options.work / "model", options.work / "out"
+    write_model(
+        model, config_of(blocks=2, hidden=options.hidden, intermediate=options.intermediate)
+    )
+    text = write_text(options.work / "text.txt", options.hidden)
+    recipe = {
+        "keep": 0.8,
+        "method": options.method,
+        "storage": options.storage,
+        "calibration": str(text),
+        "samples": options.hidden // SEQUENCE_LENGTH,
+        "sequence_length": SEQUENCE_LENGTH,
+        "workers": 1,
+        "threads": options.threads,
+        "shards": options.shards,
+    }
+    planned = plan(model, recipe)
+    said = planned.peak
+    say(f"the plan: {said.device.total / 1e9:.2f} GB in {said.name}, {parts(planned)}")
+    start = time.monotonic()
+    peak, driver = compress(model, out, recipe)
+    figures = {
+        "model_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        "planned_bytes": said.device.total,
+        "parts": dict(said.device.parts),
+        "peak_bytes": peak,
+        "ratio": said.device.total / peak,
+        "is_within": abs(said.device.total / peak - 1) <= WITHIN,
+        "driver_bytes": driver,
+        "driver_is_small": driver < DRIVER_LIMIT,
+        "seconds": time.monotonic() - start,
+    }
+    show(figures)
+    return figures
+
+
+def plan(model: Path, fields: dict[str, Any]) -> Forecast:
+    recipe = make_recipe({"model": str(model), "out": "out", **fields})
+    resources = Resources(workers=1, machine=Machine("", None, ()), memory_bytes=None)
+    return forecast(read_shapes(model), recipe, resources)
+
+
+def parts(planned: Forecast) -> str:
+    held = planned.peak.device.parts.items()
+    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in held)
+
+
+def show(figures: dict[str, Any]) -> None:
+    print_table(
+        [
+            ("model", "plan", "actor's peak", "plan / peak", "driver's peak", "seconds"),
+            (
+                *(f"{figures[n] / 1e9:.2f} GB" for n in ("model_bytes", "planned_bytes")),
+                f"{figures['peak_bytes'] / 1e9:.2f} GB",
+                f"{figures['ratio']:.3f}",
+                f"{figures['driver_bytes'] / 1e9:.2f} GB",
+                f"{figures['seconds']:.0f}",
+            ),
+        ]
+    )
+    print(f"asked: plan / peak within {1 - WITHIN:g} and {1 + WITHIN:g}, driver below 1 GB")
