@@ -2,11 +2,12 @@
 
 A linear of break-even rank b has b steps: one for each rank below b, and a last one that makes it
 dense, at the price of what the dense weight stores more. Where b is 0 or 1 its only step is the
-dense weight. Every rank costs the same, pivoted each one less than the one before. An allocator
+dense weight. Every rank costs the same, pivoted each one less than the one before. Of a curve that
+is known at some ranks alone (`Knots`) a step takes all ranks up to the next of these. An allocator
 says in which order steps are worth taking; `spend` takes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,14 +15,27 @@ from orchestrator.errors import InfeasibleError
 from orchestrator.plan import Assignment, Linear
 
 
-def step_costs(linear: Linear) -> np.ndarray:
-    """Stored values that each step adds, int64 [steps]; they sum to the dense weight's values."""
-    ranks = np.arange(max(linear.break_even, 1), dtype=np.int64)
-    return np.diff(linear.factor_values(ranks), append=linear.values)
+def step_costs(linear: Linear, ranks: np.ndarray | None = None) -> np.ndarray:
+    """Stored values that each step adds, int64 [steps]; they sum to the dense weight's values.
+
+    Args:
+        ranks: Those that steps end at, ascending, the dense one's left out; else every rank.
+    """
+    if ranks is None:
+        edges = np.arange(max(linear.break_even, 1), dtype=np.int64)
+    else:
+        edges = np.zeros(len(ranks) + 1, dtype=np.int64)
+        edges[1:] = ranks
+    return np.diff(linear.factor_values(edges), append=linear.values)
 
 
 def spend(
-    linears: Sequence[Linear], keys: Sequence[np.ndarray], budget: int, *, where: str
+    linears: Sequence[Linear],
+    keys: Iterable[np.ndarray],
+    budget: int,
+    *,
+    where: str,
+    ranks: Sequence[np.ndarray | None] | None = None,
 ) -> dict[str, Assignment]:
     """Takes steps in ascending order of their keys until the next one does not fit.
 
@@ -30,34 +44,54 @@ def spend(
     infinite key is never taken. What is left is less than the next step's cost, and stays unused:
     no cheaper step is taken out of turn. So what a smaller budget buys with the same keys is part
     of what a larger one buys, and with keys that are costs per gain no plan that stores as little
-    gains more.
+    gains more. Of a step of several ranks as many are taken as fit.
 
-    O(n log n) in the number of steps.
+    O(n log n) in the number of steps, and some 40 bytes for each.
+
+    Args:
+        keys: One after the other; nothing of them is kept but the numbers.
+        ranks: Of each linear those that its steps end at, as `step_costs` has it.
 
     Raises:
         InfeasibleError: The first steps alone cost more, with `where` in the message.
     """
-    costs = [step_costs(linear) for linear in linears]
-    order_keys = []
-    for cost, key in zip(costs, keys, strict=True):
-        assert key.shape == cost.shape
+    ends = [None] * len(linears) if ranks is None else ranks
+    costs = [step_costs(linear, end) for linear, end in zip(linears, ends, strict=True)]
+    counts = np.array([len(cost) for cost in costs])
+    first = np.concatenate([[0], np.cumsum(counts)])
+    all_costs = np.concatenate(costs)
+    del costs
+    all_keys = np.empty(len(all_costs))
+    for start, count, key in zip(first, counts, keys, strict=False):
+        assert key.shape == (count,)
         assert np.all(key[1:] >= key[:-1]), "a step must not come before those it builds on"
-        order_keys.append(np.concatenate([[-np.inf], key[1:]]))
-    all_keys = np.concatenate(order_keys)
+        all_keys[start : start + count] = key
+    all_keys[first[:-1]] = -np.inf
     order = np.argsort(all_keys, kind="stable")
-    spent = np.cumsum(np.concatenate(costs)[order])
+    wanted = int(np.count_nonzero(all_keys < np.inf))
+    del all_keys
+    spent = all_costs[order]
+    del all_costs
+    np.cumsum(spent, out=spent)
     least = int(spent[len(linears) - 1])
     if least > budget:
         raise InfeasibleError(
             f"{where}: a share of {budget} values is below rank 1 for each of {len(linears)} "
             f"linears, which stores {least}; keep more, or leave some out with --ignore"
         )
-    taken = min(np.searchsorted(spent, budget, side="right"), np.sum(all_keys < np.inf))
-    owners = np.repeat(np.arange(len(linears)), [len(cost) for cost in costs])
-    counts = np.bincount(owners[order[:taken]], minlength=len(linears))
-    return {
-        linear.name: Assignment(form="dense")
-        if count == len(cost)
-        else Assignment(form=linear.factored, rank=int(count))
-        for linear, cost, count in zip(linears, costs, counts, strict=True)
-    }
+    taken = min(int(np.searchsorted(spent, budget, side="right")), wanted)
+    left = budget - int(spent[taken - 1])
+    is_taken = np.zeros(len(order), dtype=bool)
+    is_taken[order[:taken]] = True
+    steps = np.add.reduceat(is_taken, first[:-1], dtype=np.int64)
+    following = int(np.searchsorted(first, order[taken], "right")) - 1 if taken < wanted else -1
+    assignments = {}
+    for place, (linear, end, count) in enumerate(zip(linears, ends, steps.tolist(), strict=True)):
+        if count == counts[place]:
+            assignments[linear.name] = Assignment(form="dense")
+            continue
+        rank = count if end is None else int(end[count - 1])
+        if end is not None and place == following and count < len(end):
+            rank = linear.rank_within(int(linear.factor_values(rank)) + left)
+        assignments[linear.name] = Assignment(form=linear.factored, rank=rank)
+    return assignments

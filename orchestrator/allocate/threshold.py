@@ -10,7 +10,9 @@ from typing import Literal
 import numpy as np
 
 from orchestrator.allocate.budget import budget_values, make_plan, share_values
+from orchestrator.allocate.knots import Knots
 from orchestrator.allocate.steps import spend, step_costs
+from orchestrator.errors import UsageError
 from orchestrator.options import check_choice, check_number
 from orchestrator.plan import Curve, Linear, Plan
 
@@ -32,6 +34,9 @@ class Threshold:
     The curves of two-sided factors are in nats and fit. Those of other norms are in units of each
     linear's own outputs: they mix too, but what is summed then means nothing for the loss.
 
+    Curves may be `Knots`, for models of very many linears: what the plan loses by them is at most
+    the sum of their errors times their totals.
+
     With `floor` above 0 the budget's first part goes to a uniform share of every linear, and the
     ranks of one linear may fall as the budget grows; the stored total does not.
     """
@@ -48,7 +53,7 @@ class Threshold:
     def __call__(
         self,
         linears: Sequence[Linear],
-        curves: Mapping[str, Curve],
+        curves: Mapping[str, Curve | Knots],
         keep: float,
         cosines: Mapping[str, float],
     ) -> Plan:
@@ -57,24 +62,38 @@ class Threshold:
             UsageError, InfeasibleError: As `budget_values`.
         """
         budget = budget_values(linears, keep)
-        keys = []
-        for linear in linears:
-            key_K = self.keys(linear, curves[linear.name])
-            within_K = np.cumsum(step_costs(linear)) <= self.floor * share_values([linear], keep)
-            keys.append(np.where(within_K, -1.0, key_K))
-        return make_plan(linears, spend(linears, keys, budget, where="the model"), budget)
+        ranks = [_ranks(curves[linear.name]) for linear in linears]
+        keys = (self._floored(linear, curves[linear.name], keep) for linear in linears)
+        taken = spend(linears, keys, budget, where="the model", ranks=ranks)
+        return make_plan(linears, taken, budget)
 
-    def keys(self, linear: Linear, curve: Curve) -> np.ndarray:
+    def _floored(self, linear: Linear, curve: Curve | Knots, keep: float) -> np.ndarray:
+        """The keys, those of steps within the floor before all others."""
+        key_K = self.keys(linear, curve)
+        if not self.floor:
+            return key_K
+        spent_K = np.cumsum(step_costs(linear, _ranks(curve)))
+        return np.where(spent_K <= self.floor * share_values([linear], keep), -1.0, key_K)
+
+    def keys(self, linear: Linear, curve: Curve | Knots) -> np.ndarray:
         """Values per gain of each step, ascending, [K]: 1 / τ at which the step is taken."""
-        cost_K = step_costs(linear)
+        cost_K = step_costs(linear, _ranks(curve))
         gain_K = np.zeros(len(cost_K))
         gain_K[:-1] = curve.energies[: len(cost_K) - 1]
         if self.dense == "break_even":
+            if isinstance(curve, Knots):
+                raise UsageError("threshold: dense is 'break_even', which wants curves, not knots")
             last = curve.energies[len(cost_K) - 1 : len(cost_K)].sum()
             gain_K[-1] = last * cost_K[-1] / linear.rank_cost
             return _rates(cost_K, gain_K)
-        gain_K[-1] = curve.loss(len(cost_K) - 1)
+        # what no step before the dense weight captures
+        gain_K[-1] = max(curve.total - float(gain_K[:-1].sum()), 0.0)
         return hull_rates(cost_K, gain_K)
+
+
+def _ranks(curve: Curve | Knots) -> np.ndarray | None:
+    """The ranks that steps end at; nothing: every one."""
+    return curve.ranks if isinstance(curve, Knots) else None
 
 
 def _rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
