@@ -21,12 +21,11 @@ def step_costs(linear: Linear, ranks: np.ndarray | None = None) -> np.ndarray:
     Args:
         ranks: Those that steps end at, ascending, the dense one's left out; else every rank.
     """
-    if ranks is None:
-        edges = np.arange(max(linear.break_even, 1), dtype=np.int64)
-    else:
-        edges = np.zeros(len(ranks) + 1, dtype=np.int64)
-        edges[1:] = ranks
-    return np.diff(linear.factor_values(edges), append=linear.values)
+    ends = np.arange(1, linear.break_even) if ranks is None else ranks
+    stored = np.zeros(len(ends) + 2, dtype=np.int64)
+    stored[1:-1], stored[-1] = linear.factor_values(ends.astype(np.int64)), linear.values
+    costs: np.ndarray = stored[1:] - stored[:-1]
+    return costs
 
 
 def spend(

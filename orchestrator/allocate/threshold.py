@@ -112,17 +112,16 @@ def hull_rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
     round, and few rounds, since energies descend.
     """
     # what is still to gain and to pay before each step; sums from the small end lose no digits
-    gain_left_K = np.append(np.cumsum(gain_K[::-1])[::-1], 0.0)
-    cost_left_K = np.append(np.cumsum(cost_K[::-1])[::-1], 0)
     steps = len(cost_K)
+    gain_left_K, cost_left_K = np.zeros(steps + 1), np.zeros(steps + 1, dtype=np.int64)
+    np.cumsum(gain_K[::-1], out=gain_left_K[:-1][::-1])
+    np.cumsum(cost_K[::-1], out=cost_left_K[:-1][::-1])
     last = int(np.argmin(gain_left_K[:-1] / cost_left_K[:-1]))
-    edges = np.arange(last + 1)
+    edges = np.append(np.arange(last + 1), steps)
     while True:
-        cost, gain = -np.diff(cost_left_K[edges]), -np.diff(gain_left_K[edges])
-        is_late = gain[1:] * cost[:-1] > gain[:-1] * cost[1:]
+        costs = cost_left_K[edges[:-1]] - cost_left_K[edges[1:]]
+        gains = gain_left_K[edges[:-1]] - gain_left_K[edges[1:]]
+        is_late = gains[1:-1] * costs[:-2] > gains[:-2] * costs[1:-1]
         if not is_late.any():
-            break
+            return np.repeat(_rates(costs, gains), edges[1:] - edges[:-1])
         edges = np.delete(edges, np.flatnonzero(is_late) + 1)
-    edges = np.append(edges, steps)
-    rates = _rates(-np.diff(cost_left_K[edges]), -np.diff(gain_left_K[edges]))
-    return np.repeat(rates, np.diff(edges))

@@ -1,22 +1,42 @@
-"""70B and beyond: simulated runs beside their floors, and the driver's allocation at 560 linears.
+"""What a 70B model takes: each part of the work beside its floor, and whole runs simulated.
 
-A simulated run is the closed form of `--preset fast` at 0.8: the real schedules and the real
-failure policy, on a clock that jumps by what each call computes, reads and writes at a GPU's rates
-(`orchestrator/forecast/rates.json`). The floor is that of the FLOPs alone, with all GPUs at work
-from the first moment to the last. No GPU is asked.
+simulated       whole runs of `--preset fast` at 0.8 for 70B, 405B and 1T: the real
+                schedules and the real failure policy, on a clock that jumps by what each call
+                computes, reads and writes at a GPU's rates (`orchestrator/forecast/rates.json`).
+                The floor is that of the FLOPs alone, all GPUs at work from first to last. No GPU
+                is asked
+simulator       the same simulator against real runs of a small model on this machine
+allocation      the driver's: 560 linears with full curves, 560,000 with curves at 128 ranks
+decompositions  one 8192 x 8192 and one 8192 x 28672 linear against the published way and against
+                their FLOPs; `--size 4096` is an eighth of the work
+calibration     forward and Grams of two blocks against their FLOPs at the rate of the GEMMs
+actors          two one-thread actors against two bare processes with the same numerics
+growth          4 to 32 blocks: seconds a block, peak of an actor
 """
 
 import argparse
+import multiprocessing
+import os
 import resource
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.figures import print_table, say
+import torch
+from benchmarks.calibration import measure_calibration
+from benchmarks.crews import actors_against_bare
+from benchmarks.decompositions import measure_linears, measure_ways, show_linears, show_ways
+from benchmarks.figures import print_figures, print_table, say
+from benchmarks.local_ray import local_ray
+from benchmarks.runs import SAMPLES, SEQUENCE_LENGTH, measure_growth, measure_simulator
+from benchmarks.synthetic import config_of, write_model, write_text
 
 from orchestrator.allocate import ALLOCATORS
+from orchestrator.allocate.knots import MOST, knotted
 from orchestrator.cluster.simulation import Simulated, simulate
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.forecast import forecast
@@ -61,26 +81,88 @@ LOSS_HOURS = 1.0
 """Mean life of a node of eight GPUs, in the rows with losses: far worse than spot markets are."""
 CLOSED_FORMS = ("uniform", "threshold", "svd-llm-v2", "d-rank", "mgaa")
 LIMIT_SECONDS = 1.0
+LINEARS, EXPERTS = 560, 1000
+"""Of a 70B model, and how many times as many there may be."""
+KNOTS_SECONDS, KNOTS_BYTES = 60.0, 4e9
+PARTS = (
+    *("simulated", "simulator", "allocation", "decompositions"),
+    *("calibration", "actors", "growth"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--gpu", default="H100")
-    parser.add_argument("--runs", type=int, default=len(RUNS), help="the first so many")
+    parser.add_argument("--runs", type=int, default=len(RUNS), help="the first so many simulated")
+    parser.add_argument("--size", type=int, default=8192, help="channels of the large linears")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of their numerics")
+    parser.add_argument("--repeats", type=int, default=3, help="of what takes seconds")
+    parser.add_argument("--work", metavar="DIR", type=Path, default=Path(".work/scale"))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    shutil.rmtree(options.work, ignore_errors=True)
+    options.work.mkdir(parents=True)
+    parts: Mapping[str, Callable[[argparse.Namespace], Any]] = {
+        "simulated": run_simulated,
+        "simulator": lambda options: measure_simulator(options.work, options.repeats),
+        "allocation": run_allocations,
+        "decompositions": run_decompositions,
+        "calibration": run_calibration,
+        "actors": run_actors,
+        "growth": lambda options: measure_growth(options.work),
+    }
+    figures: dict[str, Any] = {"load": os.getloadavg()}
+    try:
+        for name in options.only:
+            print(f"\n{name}", flush=True)
+            figures[name] = parts[name](options)
+    finally:
+        shutil.rmtree(options.work, ignore_errors=True)
+    return figures
+
+
+def run_simulated(options: argparse.Namespace) -> list[dict[str, Any]]:
     machine = machine_of(options.gpu)
     rows = [row for name, gpus in RUNS[: options.runs] for row in simulated(name, gpus, machine)]
     show(rows)
-    allocations = [allocated(name) for name in CLOSED_FORMS]
-    allocations.append(allocated("threshold", is_pivoted=True))
-    print_table(
-        [("allocation of 560 linears", "seconds", "asked")]
-        + [(each["name"], f"{each['seconds']:.3f}", f"{LIMIT_SECONDS:g}") for each in allocations]
-    )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory of this process {peak / 1e9:.2f} GB")
-    return {"gpu": options.gpu, "simulated": rows, "allocations": allocations, "peak_bytes": peak}
+    return rows
+
+
+def run_decompositions(options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(options.threads)
+    linears = measure_linears(options.size, options.size * 7 // 2)
+    show_linears(linears)
+    ways = measure_ways(options.size // 4, options.repeats)
+    show_ways(ways)
+    return {"linears": linears, "ways": ways}
+
+
+def run_calibration(options: argparse.Namespace) -> dict[str, Any]:
+    figures, more = measure_calibration(some_model(options), 5 * options.repeats, first_block=4)
+    print_figures(figures)
+    return {"figures": [each.to_json() for each in figures], **more}
+
+
+def run_actors(options: argparse.Namespace) -> list[dict[str, Any]]:
+    text = write_text(options.work / "text.txt", SAMPLES * SEQUENCE_LENGTH)
+    with local_ray():
+        figures = actors_against_bare(
+            *(some_model(options), text, options.work),
+            samples=SAMPLES,
+            sequence_length=SEQUENCE_LENGTH,
+            repeats=options.repeats,
+        )
+    print_figures(figures)
+    return [each.to_json() for each in figures]
+
+
+def some_model(options: argparse.Namespace) -> Path:
+    """Eight blocks of a Llama of 1024 channels, written once."""
+    model: Path = options.work / "eight-blocks"
+    if not model.exists():
+        write_model(model, config_of(blocks=8, hidden=1024, intermediate=2816))
+    return model
 
 
 def shapes_of(name: str) -> Shapes:
@@ -159,6 +241,28 @@ def show(rows: list[dict[str, Any]]) -> None:
     print_table(table)
 
 
+def run_allocations(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = [allocated(name) for name in CLOSED_FORMS]
+    rows.append(allocated("threshold", is_pivoted=True))
+    rows.append(allocated_knots())
+    table = [("allocation", "linears", "seconds", "asked", "peak of the driver", "asked")]
+    for row in rows:
+        many = row["linears"] > LINEARS
+        table.append(
+            (
+                row["name"],
+                f"{row['linears']:,}",
+                f"{row['seconds']:.2f}",
+                f"{KNOTS_SECONDS if many else LIMIT_SECONDS:g}",
+                f"{row['peak_bytes'] / 1e9:.2f} GB" if many else "",
+                f"{KNOTS_BYTES / 1e9:g} GB" if many else "",
+            )
+        )
+    print_table(table)
+    print(f"what {MOST} knots a curve may cost: {rows[-1]['error']:.1e} of the whole energy")
+    return rows
+
+
 def allocated(name: str, *, is_pivoted: bool = False) -> dict[str, Any]:
     """One allocation of a 70B model's linears, with curves to the full rank."""
     linears = [replace(each, pivoted=is_pivoted) for each in shapes_of("70B").linears]
@@ -169,6 +273,41 @@ def allocated(name: str, *, is_pivoted: bool = False) -> dict[str, Any]:
     allocate(linears, curves, 0.8, sublayers)
     label = f"{name}, pivoted" if is_pivoted else name
     return {"name": label, "seconds": time.perf_counter() - start, "linears": len(linears)}
+
+
+def allocated_knots() -> dict[str, Any]:
+    """In a process of its own, whose memory is the driver's."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_allocate_knots)
+
+
+def _allocate_knots() -> dict[str, Any]:
+    """A threshold over the linears of many small experts, each curve at `MOST` of its ranks."""
+    linears, curves = [], {}
+    for number in range(EXPERTS * LINEARS):
+        name = f"model.layers.{number // 5600}.mlp.experts.{number % 5600}"
+        linear = Linear(
+            name=name,
+            block=number // 5600,
+            role="mlp.experts",
+            site=name,
+            out_features=768,
+            in_features=2048,
+            has_bias=False,
+        )
+        linears.append(linear)
+        curves[name] = knotted(curve_of(linear, number), linear.break_even - 1)
+    start = time.perf_counter()
+    ALLOCATORS["threshold"]()(linears, curves, 0.8, {})  # type: ignore[arg-type]
+    seconds = time.perf_counter() - start
+    whole = sum(each.total for each in curves.values())
+    return {
+        "name": "threshold, knots",
+        "linears": len(linears),
+        "seconds": seconds,
+        "error": sum(each.error * each.total for each in curves.values()) / whole,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 def curve_of(linear: Linear, number: int) -> Curve:

@@ -1,0 +1,160 @@
+"""Real runs of small models: what the simulator says of them, and how they grow with the blocks."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import print_table, say
+from benchmarks.local_ray import local_ray
+from benchmarks.memory import compress
+from benchmarks.synthetic import config_of, write_model, write_text
+
+from orchestrator import api
+from orchestrator.cluster.simulation import simulate
+from orchestrator.forecast.costs import Costs
+from orchestrator.forecast.rates import Rates, read_machine
+from orchestrator.forecast.shapes import read_shapes
+from orchestrator.recipe import Recipe, make_recipe
+
+SEQUENCE_LENGTH = 512
+SAMPLES = 16
+WITHIN = 0.15
+STAGES = {"calibrate": ("boundaries", "calibrate"), "write": ("write",)}
+"""Of a run, and what they are to the simulator."""
+WORKERS = (1, 2)
+BLOCKS = (4, 8, 16, 32)
+
+
+def measure_simulator(work: Path, repeats: int) -> dict[str, Any]:
+    """The same recipe on one and on two one-thread workers, really and simulated.
+
+    Twice: at this machine's rates as `orchestrator measure` finds them, which is what a plan goes
+    by; and with the times of one worker as they really were, which is what the schedule adds.
+    """
+    model = work / "model"
+    write_model(model, config_of(blocks=8, hidden=1024, intermediate=2816))
+    text = write_text(work / "text.txt", SAMPLES * SEQUENCE_LENGTH)
+    machine = read_machine(api.measure(work / "machine.json", dtype="float32", threads=1))
+    real: dict[int, list[dict[str, float]]] = {workers: [] for workers in WORKERS}
+    with local_ray():
+        for repeat in range(repeats):
+            for workers in WORKERS:
+                say(f"{workers} workers, run {repeat + 1} of {repeats}")
+                recipe = recipe_for(model, text, work / f"out-{workers}-{repeat}", workers)
+                seconds = api.compress(recipe).report["timings"]["seconds"]
+                real[workers].append({stage: seconds[stage] for stage in STAGES})
+    (rates,) = machine.rows
+    rows = []
+    for stage in STAGES:
+        found = {w: statistics.median(each[stage] for each in real[w]) for w in WORKERS}
+        expected = {w: simulated(model, text, w, rates)[stage] for w in WORKERS}
+        scaled = found[1] * expected[2] / expected[1]
+        rows.append(
+            {
+                "stage": stage,
+                "seconds": found,
+                "simulated": expected,
+                "from_one_worker": scaled,
+                "ratio": scaled / found[2],
+            }
+        )
+    show_simulator(rows)
+    return {"rows": rows, "is_within": abs(rows[0]["ratio"] - 1) <= WITHIN}
+
+
+def recipe_for(model: Path, text: Path, out: Path, workers: int) -> Recipe:
+    fields = {
+        "preset": "fast",
+        "model": str(model),
+        "out": str(out),
+        "keep": 0.8,
+        "calibration": str(text),
+        "samples": SAMPLES,
+        "sequence_length": SEQUENCE_LENGTH,
+        "dtype": "float32",
+        "workers": workers,
+        "threads": 1,
+    }
+    return make_recipe(fields)
+
+
+def simulated(model: Path, text: Path, workers: int, rates: Rates) -> dict[str, float]:
+    costs = Costs(read_shapes(model), recipe_for(model, text, Path("out"), workers))
+    found = simulate(costs, rates, workers)
+    return {stage: sum(found[part].seconds for part in parts) for stage, parts in STAGES.items()}
+
+
+def show_simulator(rows: list[dict[str, Any]]) -> None:
+    table = [
+        (
+            *("stage", "1 worker", "at measured rates", "ratio", "2 workers"),
+            *("at measured rates", "ratio", "from one worker", "ratio"),
+        )
+    ]
+    for row in rows:
+        cells = [row["stage"]]
+        for workers in WORKERS:
+            took, expected = row["seconds"][workers], row["simulated"][workers]
+            cells += [f"{took:.1f} s", f"{expected:.1f} s", f"{expected / took:.2f}"]
+        table.append((*cells, f"{row['from_one_worker']:.1f} s", f"{row['ratio']:.2f}"))
+    print_table(table)
+    print(f"asked: the last ratio of calibrate within {1 - WITHIN:g} and {1 + WITHIN:g}")
+
+
+def measure_growth(work: Path) -> dict[str, Any]:
+    """One actor on models of more and more blocks: seconds a block, and the actor's peak."""
+    rows = []
+    for blocks in BLOCKS:
+        say(f"{blocks} blocks")
+        model, out = work / f"model-{blocks}", work / f"grown-{blocks}"
+        write_model(model, config_of(blocks=blocks, hidden=512, intermediate=1792))
+        text = write_text(work / "text.txt", SAMPLES * SEQUENCE_LENGTH)
+        recipe = {
+            "preset": "fast",
+            "keep": 0.8,
+            "calibration": text,
+            "samples": SAMPLES,
+            "sequence_length": SEQUENCE_LENGTH,
+            "workers": 1,
+            "threads": 1,
+        }
+        start = time.monotonic()
+        peak, driver = compress(model, out, recipe)
+        whole = time.monotonic() - start
+        report = json.loads((out / "orchestrator_report.json").read_text())
+        seconds = report["timings"]["seconds"]["calibrate"]
+        rows.append(
+            {
+                "blocks": blocks,
+                "seconds": seconds,
+                "whole_seconds": whole,
+                "peak_bytes": peak,
+                "driver_bytes": driver,
+            }
+        )
+    table = [("blocks", "calibrate", "a block", "actor's peak", "driver's peak")]
+    for row in rows:
+        table.append(
+            (
+                f"{row['blocks']}",
+                f"{row['seconds']:.1f} s",
+                f"{row['seconds'] / row['blocks']:.2f} s",
+                f"{row['peak_bytes'] / 1e6:.0f} MB",
+                f"{row['driver_bytes'] / 1e6:.0f} MB",
+            )
+        )
+    print_table(table)
+    per_block = [row["seconds"] / row["blocks"] for row in rows]
+    peaks = [row["peak_bytes"] for row in rows]
+    figures = {
+        "time": max(per_block) / min(per_block),
+        "memory": max(peaks) / min(peaks),
+        "rows": rows,
+    }
+    print(
+        f"from {BLOCKS[0]} to {BLOCKS[-1]} blocks: seconds a block differ by a factor of "
+        f"{figures['time']:.2f}, peaks by {figures['memory']:.2f}; floor 1"
+    )
+    return figures
