@@ -218,7 +218,9 @@ def test_every_method_and_stage_has_a_forecast(method, config):
     assert found.money["pessimistic"] == pytest.approx(found.seconds["pessimistic"] / 3600 * 8)
     shapes, needs = shapes_of("Llama-3-8B"), NEEDS[method]
     sizes = [
-        memory.calibration(shapes, needs, blocks, tokens=tokens, itemsize=2, pivoted=False).total
+        memory.calibration(
+            shapes, needs, blocks, tokens=tokens, sequences=32, itemsize=2, pivoted=False
+        ).total
         for blocks, tokens in ((1, 512), (1, 65536), (2, 65536))
     ]
     assert sizes == sorted(sizes)

@@ -4,7 +4,7 @@ The driver's part of everything that gathers statistics and commits a unit a blo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class BlockPass:
     """How many, if the recipe says so."""
     group: int
     """Blocks that are finished as one."""
+    patience: Mapping[str, float] = field(default_factory=dict)
+    """By method, seconds that a call may take (see `Deadlines`)."""
 
     def forward(
         self, pass_key: str, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
@@ -222,7 +224,7 @@ class BlockPass:
                 self._progress(block, done, keys, stage)
 
         chunks = self.run.chunks(pass_key, crew.environment)
-        run_pass(crew, watch, schedule, chunks, on_success)
+        run_pass(crew, watch, schedule, chunks, on_success, self.patience)
 
     def _progress(
         self,

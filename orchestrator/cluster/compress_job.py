@@ -35,6 +35,8 @@ from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.walk_job import Sweep, Walk
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.errors import UsageError
+from orchestrator.forecast.needs import needs_of
+from orchestrator.forecast.work import decomposing_block
 from orchestrator.groups import Grouping
 from orchestrator.hf.bootstrap import bootstrap_source
 from orchestrator.models.checkpoint import REPORT_FILE, finish
@@ -56,6 +58,8 @@ from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
 
+SLOW_FLOPS = {"cpu": 2e9, "cuda": 2e11}
+"""A second, by the kind of device: what decompositions surely reach."""
 CALIBRATE_VERSION = 2
 """Raised when what reaches the statistics changes."""
 CURVATURE_VERSION = 1
@@ -257,11 +261,12 @@ class Compression:
         Blocks that an earlier run has committed in this environment are not touched again.
         """
         keys = self.block_keys
+        through = replace(self.block_pass, patience={"finish": self._finish_seconds(crew)})
         if self.bends:
             passes = self.pass_key, self.statistics_key, self.method.labels
-            self.facts = self.block_pass.backward(*passes, keys, crew, watch, stage)
+            self.facts = through.backward(*passes, keys, crew, watch, stage)
         else:
-            self.facts = self.block_pass.forward(self.pass_key, keys, crew, watch, stage)
+            self.facts = through.forward(self.pass_key, keys, crew, watch, stage)
 
     @property
     def block_pass(self) -> BlockPass:
@@ -273,6 +278,17 @@ class Compression:
             shards=self.recipe.shards,
             group=self.grouping.size,
         )
+
+    def _finish_seconds(self, crew: Crew) -> float:
+        """What a group of blocks may take to be decomposed, where that is slow."""
+        work = decomposing_block(
+            [each for each in self.linears if self.grouping.first(each.block) == 0],
+            needs_of(self.recipe.method),
+            self.recipe.storage == "pivoted",
+            self._itemsize,
+        )
+        kind = str(crew.environment["device"]).partition(" ")[0]
+        return work.flops / SLOW_FLOPS.get(kind, SLOW_FLOPS["cpu"])
 
     @cached_property
     def results(self) -> Mapping[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 
 from orchestrator.errors import UsageError
 
@@ -19,14 +20,16 @@ class Deadlines:
     are slower still, or to be sure sooner.
 
     Args:
-        floor: Seconds; the variable's without it.
+        patience: Seconds that a call of a method may take where all is slow, known before the
+            first one; the floor is raised to it, unless the environment sets one.
 
     Raises:
         UsageError: The variable holds no number above 0.
     """
 
-    def __init__(self, floor: float | None = None) -> None:
-        self._floor = floor_seconds() if floor is None else floor
+    def __init__(self, patience: Mapping[str, float] = {}) -> None:
+        self._floor = floor_seconds()
+        self._patience = {} if VARIABLE in os.environ else patience
         self._longest: defaultdict[str, float] = defaultdict(float)
 
     def note(self, method: str, seconds: float) -> None:
@@ -35,7 +38,7 @@ class Deadlines:
 
     def of(self, method: str) -> float:
         """Seconds after which a call of this method is taken to hang."""
-        return max(self._floor, FACTOR * self._longest[method])
+        return max(self._floor, self._patience.get(method, 0.0), FACTOR * self._longest[method])
 
 
 def floor_seconds() -> float:

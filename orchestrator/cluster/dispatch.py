@@ -4,7 +4,7 @@ It asks a schedule what to start, a pool to start it, and a failure policy what 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -29,6 +29,7 @@ def dispatch(
     on_success: Callable[[Call, Any], None],
     is_awaited: Callable[[tuple[int, int]], bool] = lambda chunk: False,
     on_event: Callable[[dict[str, Any]], None],
+    patience: Mapping[str, float] = {},
 ) -> None:
     """Performs a schedule to its end.
 
@@ -40,11 +41,12 @@ def dispatch(
         is_awaited: Whether an emitted chunk is held for the worker that takes it next; all others
             are let go and read back from their files.
         on_event: Told of failures, of long waits and, at the end, of how busy the workers were.
+        patience: By method, seconds that a call may take (see `Deadlines`).
 
     Raises:
         OrchestratorError: A call raised it, or the policy gave up.
     """
-    loop = _Loop(pool, schedule, policy, on_success, is_awaited, on_event)
+    loop = _Loop(pool, schedule, policy, on_success, is_awaited, on_event, Deadlines(patience))
     while not schedule.finished:
         loop.part_with_leaving()
         loop.start_calls()
@@ -67,10 +69,11 @@ class _Loop:
         on_success: Callable[[Call, Any], None],
         is_awaited: Callable[[tuple[int, int]], bool],
         on_event: Callable[[dict[str, Any]], None],
+        deadlines: Deadlines,
     ) -> None:
         self._pool, self._schedule, self._policy = pool, schedule, policy
         self._on_success, self._is_awaited, self._on_event = on_success, is_awaited, on_event
-        self._deadlines = Deadlines()
+        self._deadlines = deadlines
         self._records: dict[tuple[int, int], Any] = {}
         self._busy: dict[int, tuple[Call, float]] = {}
         self._idle: dict[int, float] = {}

@@ -1,6 +1,6 @@
 """A pass of chunks through the shards, performed: calls dispatched, spent chunks let go."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from orchestrator.cluster.chunk_pass import Pass
@@ -21,6 +21,7 @@ def run_pass(
     schedule: Pass,
     chunks: Chunks,
     on_success: Callable[[Call, Any], None],
+    patience: Mapping[str, float] = {},
 ) -> None:
     """Performs a pass to its end; nothing of its boundary chunks stays, unless it keeps them.
 
@@ -29,6 +30,7 @@ def run_pass(
     Args:
         chunks: Where the pass keeps its boundary chunks.
         on_success: Told of each call that ended well, with its small result.
+        patience: By method, seconds that a call may take.
 
     Raises:
         OrchestratorError: As `dispatch`.
@@ -46,6 +48,7 @@ def run_pass(
         on_success=succeeded,
         is_awaited=lambda chunk: schedule.is_awaited(chunk, WINDOW),
         on_event=watch.event,
+        patience=patience,
     )
     if not schedule.keeps and not schedule.broken_off:
         chunks.clear()

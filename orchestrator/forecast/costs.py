@@ -129,4 +129,6 @@ class Costs:
 
     @cached_property
     def _finish(self) -> Work:
-        return decomposing_block(self.shapes, self.needs, self.is_pivoted, self.out_itemsize)
+        return decomposing_block(
+            self.shapes.heaviest, self.needs, self.is_pivoted, self.out_itemsize
+        )

@@ -69,6 +69,7 @@ class _Forecasting:
             self.needs,
             blocks,
             tokens=self.tokens,
+            sequences=self.sequences,
             itemsize=self.costs.itemsize,
             pivoted=self.costs.is_pivoted,
         )

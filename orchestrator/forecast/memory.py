@@ -40,7 +40,14 @@ class Footprint:
 
 
 def calibration(
-    shapes: Shapes, needs: Needs, blocks: int, *, tokens: int, itemsize: int, pivoted: bool
+    shapes: Shapes,
+    needs: Needs,
+    blocks: int,
+    *,
+    tokens: int,
+    sequences: int,
+    itemsize: int,
+    pivoted: bool,
 ) -> Footprint:
     """Of a shard of so many blocks, while chunks pass or a block is finished.
 
@@ -49,6 +56,7 @@ def calibration(
 
     Args:
         tokens: Of a sequence.
+        sequences: All together; what fewer tokens than ranks leave open is made up.
         itemsize: Bytes of a value in the passes.
     """
     linears = shapes.heaviest
@@ -64,7 +72,12 @@ def calibration(
     logits = 3 * 4 * tokens * shapes.vocabulary if backward else 0
     passing = Footprint({**weights, "Grams": held, "activations": activations + logits})
     return max(
-        [passing, *_finishing(linears, needs, grams, weights, held, pivoted, shapes.itemsize)],
+        [
+            passing,
+            *_finishing(
+                linears, needs, grams, weights, held, pivoted, shapes.itemsize, tokens * sequences
+            ),
+        ],
         key=lambda each: each.total,
     )
 
@@ -77,6 +90,7 @@ def _finishing(
     held: int,
     pivoted: bool,
     stored_itemsize: int,
+    known: int,
 ) -> list[Footprint]:
     """While each linear of the first block is decomposed, the one before it being written."""
     found = []
@@ -84,7 +98,7 @@ def _finishing(
     for place, linear in enumerate(linears):
         source = gram_of(linear, grams)
         side = linear.in_features if source == linear.site else linear.out_features
-        working = decomposition(linear, needs, side, pivoted)
+        working = decomposition(linear, needs, side, pivoted, known)
         found.append(
             Footprint({**weights, "Grams": held, "decomposition": working, "written": before})
         )
@@ -107,11 +121,14 @@ def stored_rank(linear: Linear, needs: Needs, pivoted: bool) -> int:
     return narrow if pivoted or needs.kind == "rpca" else max(linear.break_even, 1)
 
 
-def decomposition(linear: Linear, needs: Needs, side: int, pivoted: bool) -> int:
+def decomposition(
+    linear: Linear, needs: Needs, side: int, pivoted: bool, known: int | None = None
+) -> int:
     """At the worst moment of decomposing one linear, its statistics read out included.
 
     Args:
         side: Channels of its Gram.
+        known: The largest rank that its Gram can have, if less than all.
     """
     outputs, inputs = linear.out_features, linear.in_features
     narrow = min(outputs, inputs)
@@ -128,6 +145,9 @@ def decomposition(linear: Linear, needs: Needs, side: int, pivoted: bool) -> int
     tall = outputs > inputs
     space = whole + (whole + square if tall else 0)
     factors = 4 * rank * linear.rank_cost
+    # directions that the Gram does not know go by the weight, whose part in them is decomposed
+    free = max(narrow - known, 0) if known is not None and known < rank else 0
+    completing = 2 * square + 8 * free * inputs + 8 * (1 + EIGENVECTOR_COPIES) * free * free
     if needs.kind == "low_rank":
         forming = whole if side == inputs else 0
         turning = (1 + EIGENVECTOR_COPIES) * square
@@ -138,13 +158,16 @@ def decomposition(linear: Linear, needs: Needs, side: int, pivoted: bool) -> int
         else:
             measuring += square + 8 * rank * (outputs + 2 * narrow) + 16 * rank * rank
         moments = [forming + square, turning, 2 * square + factors + halves, measuring]
+        moments += [completing] if free else []
         return max(reading, statistic + space + max(moments))
     # both sides: moment, curvature, its factor, and products of these with the weight
     statistic += square
     core = 8 * narrow * inputs
     turning = core + (4 + 1 + EIGENVECTOR_COPIES) * square
     measuring = core + 6 * square + 8 * rank * (outputs + 5 * narrow) + 2 * factors
-    working = statistic + space + max(turning, measuring)
+    working = (
+        statistic + space + max(turning, measuring, core + 4 * square + completing * (free > 0))
+    )
     if needs.kind == "two_sided_sparse":
         working += 3 * whole
     return max(reading, working)

@@ -5,6 +5,7 @@ A multiply-add counts two. Shape letters as in `memory`; an eigendecomposition o
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.forecast.memory import stored_rank
@@ -119,9 +120,10 @@ def decomposing(linear: Linear, needs: Needs, side: int, pivoted: bool, itemsize
     return whole
 
 
-def decomposing_block(shapes: Shapes, needs: Needs, pivoted: bool, itemsize: int) -> Work:
+def decomposing_block(
+    linears: Sequence[Linear], needs: Needs, pivoted: bool, itemsize: int
+) -> Work:
     """All linears of a block."""
-    linears = shapes.heaviest
     grams = input_grams(linears, needs)
     total = Work()
     for linear in linears:
