@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="svd-llm")
     parser.add_argument("--storage", default="plain")
     parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--target", default="*", help="linears, as `compress` takes them")
     parser.add_argument("--threads", type=int, default=2)
 
 
@@ -62,6 +63,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "workers": 1,
         "threads": options.threads,
         "shards": options.shards,
+        "target": options.target,
     }
     planned = plan(model, recipe)
     said = planned.peak
@@ -84,7 +86,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan(model: Path, fields: dict[str, Any]) -> Forecast:
-    recipe = make_recipe({"model": str(model), "out": "out", **fields})
+    listed = {**fields, "target": (fields["target"],)}
+    recipe = make_recipe({"model": str(model), "out": "out", **listed})
     resources = Resources(workers=1, machine=Machine("", None, ()), memory_bytes=None)
     return forecast(read_shapes(model), recipe, resources)
 
