@@ -16,32 +16,26 @@ from orchestrator.cluster.block_pass import BlockPass
 from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
 from orchestrator.cluster.curvature_worker import CurvatureTask, CurvatureWorker
-from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.parts import parts_of
-from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.refine_job import Refine
 from orchestrator.cluster.refit_job import Refit
-from orchestrator.cluster.report import make_report
 from orchestrator.cluster.retarget import Before
-from orchestrator.cluster.schedule import Bag, Call
 from orchestrator.cluster.score_job import Scoring
 from orchestrator.cluster.score_worker import ScoreWorker
 from orchestrator.cluster.sensitivity_job import Sensitivities
 from orchestrator.cluster.sensitivity_worker import CurvatureSensitivityWorker, SensitivityWorker
-from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.tokens import commit_tokens
 from orchestrator.cluster.train_job import Train
 from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.walk_job import Sweep, Walk
 from orchestrator.cluster.watch import Stage, Watch
+from orchestrator.cluster.write_job import WRITE_VERSION, result_of
 from orchestrator.errors import UsageError
 from orchestrator.forecast.needs import needs_of
 from orchestrator.forecast.work import decomposing_block
 from orchestrator.groups import Grouping
-from orchestrator.hf.bootstrap import bootstrap_source
-from orchestrator.models.checkpoint import REPORT_FILE, finish
+from orchestrator.models.checkpoint import REPORT_FILE
 from orchestrator.models.headers import read_json
-from orchestrator.models.layout import FileSpec, layout
 from orchestrator.models.locate import locate
 from orchestrator.models.output import HOLD_FILE, check_out, claim_out
 from orchestrator.models.select import select
@@ -49,10 +43,9 @@ from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.text import load_tokens
 from orchestrator.models.tokenizer import load_tokenizer
 from orchestrator.models.weights import parse_dtype
-from orchestrator.plan import Assignment, Curve, Plan
-from orchestrator.recipe import SCHEDULE, Recipe
+from orchestrator.plan import Curve, Plan
+from orchestrator.recipe import Recipe
 from orchestrator.result import Result
-from orchestrator.store.files import digest_json
 from orchestrator.store.hold import Hold
 from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
@@ -64,8 +57,6 @@ CALIBRATE_VERSION = 2
 """Raised when what reaches the statistics changes."""
 CURVATURE_VERSION = 1
 """Raised when a gradient changes, or what reaches the statistics beside it."""
-WRITE_VERSION = 2
-"""Raised when the bytes of a written file change, or what is said of it."""
 
 
 class Compression:
@@ -400,106 +391,10 @@ class Compression:
             stages.append(Train(self, stages))
         return tuple(stages)
 
-    def write(self, crew: Crew, watch: Watch, stage: Stage) -> None:
-        """Workers cut the stored decompositions to the plan, and write the checkpoint's files."""
-        self.specs = layout(
-            self.surveyed,
-            self.tensors,
-            self.plan,
-            output_dtype=parse_dtype(self.recipe.output_dtype),
-            max_shard_bytes=self.recipe.max_shard_bytes,
-        )
-        keys = {spec.name: self._file_key(spec) for spec in self.specs}
-        self.files = taken_up(
-            self.run.units,
-            keys,
-            crew,
-            watch,
-            stage.name,
-            files=lambda name, facts: [(self.out / name, facts["blake2b"])],
-        )
-        missing = [spec for spec in self.specs if spec.name not in self.files]
-
-        def on_success(call: Call, value: Any) -> None:
-            name = call.label
-            self.files[name] = value
-            unit = self.run.units.begin(keys[name])
-            unit.commit(environment=crew.environment, facts=value)
-            stage.progress(len(self.files), len(self.specs), unit=name, bytes=value["bytes"])
-
-        bag = Bag("write", [(spec.name, (spec.to_json(), *self.choice)) for spec in missing])
-        dispatch(crew.pool, bag, FailurePolicy(), on_success=on_success, on_event=watch.event)
-
     @property
     def choice(self) -> tuple[str, ...]:
         """The unit that says what of every linear is kept, where a prefix does not."""
         return (self.learnt.key,) if self.masks else ()
-
-    def _file_key(self, spec: FileSpec) -> str:
-        inputs = [self.surveyed.fingerprint, *self.block_keys.values(), *self.choice]
-        inputs += [after.key for after in self.after]
-        return unit_key("write", WRITE_VERSION, inputs, spec=digest_json(spec.to_json()))
-
-    def finish(self, crew: Crew, watch: Watch) -> Result:
-        """The small files of the checkpoint, config last."""
-        timings = {
-            "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
-            "busy": {name: round(value, 3) for name, value in watch.busy.items()},
-            "workers": watch.most_workers,
-            "nodes": list(crew.nodes),
-            "environment": crew.environment,
-            **({"made_elsewhere": watch.made_elsewhere} if watch.made_elsewhere else {}),
-            "schedule": {name: getattr(self.recipe, name) for name in SCHEDULE if name != "out"},
-            "decompose_seconds": sum(f["timings"]["seconds"] for f in self.facts.values()),
-            "peak_worker_bytes": max(f["timings"]["peak_bytes"] for f in self.facts.values()),
-        }
-        asked = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self.recipe).items()
-        }
-        groups = self.grouping.groups(self.linears)
-        first_of = {linear.name: group[0].name for group in groups for linear in group}
-        errors = {name: e for f in self.files.values() for name, e in f.get("errors", {}).items()}
-        if self.mixes:
-            assigned = self.plan.assignments
-            errors |= {
-                n: s.errors(assigned[n].rank, assigned[n].nonzeros)
-                for n, s in self.curves.items()
-                if assigned[n].form != "dense"
-            }
-        no_curves = self.masks or self.mixes
-        report = make_report(
-            survey=self.surveyed,
-            linears=self.linears,
-            plan=self.plan,
-            curves={} if no_curves else {n: self.curves[first] for n, first in first_of.items()},
-            facts={n: self.results[first] | errors.get(n, {}) for n, first in first_of.items()},
-            tokens=self.token_report,
-            recipe={name: value for name, value in asked.items() if name not in SCHEDULE},
-            key=self.key,
-            timings=timings,
-        )
-        report["files"] = {name: file["blake2b"] for name, file in sorted(self.files.items())}
-        if self.masks:
-            report["cap"] = self.learnt.report
-        if self.measures:
-            report["strs"] = self.measured.report
-        for after in self.after:
-            report[after.name] = after.report
-            report["timings"][after.name] = after.timings
-        finish(
-            self.out,
-            dense=self.model,
-            survey=self.surveyed,
-            plan=self.plan,
-            files=self.specs,
-            base_model=self.base_model,
-            output_dtype=parse_dtype(self.recipe.output_dtype),
-            recipe=self.recipe.to_toml(schedule=False),
-            report=report,
-            bootstrap=bootstrap_source(self.surveyed.architecture),
-        )
-        return self._result(report)
 
     def hold_out(self) -> Hold:
         """What says that this driver writes to the output directory."""
@@ -520,18 +415,4 @@ class Compression:
                 f"{self.out}: holds a checkpoint made from another recipe, model or text; "
                 "name another directory, or remove this one"
             )
-        return self._result(report)
-
-    def _result(self, report: dict[str, Any]) -> Result:
-        linears = report["linears"].items()
-        sizes = ("form", "rank", "nonzeros", "basis")
-        assignments = {
-            name: Assignment(**{size: entry[size] for size in sizes if size in entry})
-            for name, entry in linears
-        }
-        plan = Plan(
-            assignments=assignments,
-            budget_values=report["values"]["budget"],
-            stored_values=report["values"]["stored"],
-        )
-        return Result(out=self.out, run_dir=self.run.root, plan=plan, report=report)
+        return result_of(report, self.out, self.run)

@@ -15,6 +15,7 @@ from orchestrator.cluster.evaluate_worker import EvaluationWorker
 from orchestrator.cluster.foresight import foresee
 from orchestrator.cluster.retarget import Before
 from orchestrator.cluster.watch import OnEvent, Watch
+from orchestrator.cluster.write_job import Writing
 from orchestrator.recipe import Recipe
 from orchestrator.result import Result
 from orchestrator.store.hold import Hold
@@ -57,9 +58,10 @@ def _perform(job: Compression, watch: Watch) -> Result:
             crew = crew.turned_to(after.worker_class, after.task)
             with watch.stage(after.name) as stage:
                 after.perform(crew, watch, stage)
+        writing = Writing(job)
         with watch.stage("write") as stage:
-            job.write(crew, watch, stage)
-        return job.finish(crew, watch)
+            writing.perform(crew, watch, stage)
+        return writing.finish(crew, watch)
 
 
 def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]:
