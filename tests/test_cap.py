@@ -572,11 +572,11 @@ def test_a_pass_tells_what_it_is_about():
         about=("masks",),
     )
     first, second = schedule.calls([0, 1])
-    assert first.arguments == ((0, 2), (), "masks")
-    assert second.arguments == ((2, 4), (), "masks")
+    assert first.arguments == ((0, 2), (), None, "masks")
+    assert second.arguments == ((2, 4), (), None, "masks")
     schedule.succeeded(first)
     (step,) = schedule.calls([0])
-    assert step.arguments == (0, True, True)
+    assert step.arguments == (0, True, True, False)
 
 
 @pytest.fixture(scope="module")
