@@ -128,7 +128,7 @@ class Watch:
                     "of this process; what is committed stays, and that one goes on"
                 )
         if event["event"] == "busy":
-            stage = self.within[-1]
+            stage = self.within[-1] if self.within else ""
             seconds, of = self._busy.get(stage, (0.0, 0.0))
             self._busy[stage] = seconds + event["seconds"], of + event["of"]
             return

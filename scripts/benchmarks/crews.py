@@ -81,7 +81,7 @@ def warm_job(recipe: Recipe) -> Iterator[Job]:
             connected(job.schedule, watch),
             assemble(CompressionWorker, job.task, job.schedule, most, watch) as crew,
         ):
-            opening = Bag("open", [("warm up", ((0, 1), ()))] * crew.size)
+            opening = Bag("open", [("warm up", ((0, 1), (), None))] * crew.size)
             dispatch(
                 crew.pool,
                 opening,
