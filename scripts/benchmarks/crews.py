@@ -24,7 +24,7 @@ from orchestrator.cluster.watch import Watch
 from orchestrator.recipe import Recipe
 from orchestrator.shards import cut_blocks, default_shards
 
-SPEED_TARGET = 0.9
+SPEED_TARGET = 0.92
 RAY_TARGET = 1.15
 
 

@@ -32,7 +32,7 @@ from benchmarks.crews import actors_against_bare
 from benchmarks.decompositions import measure_linears, measure_ways, show_linears, show_ways
 from benchmarks.figures import print_figures, print_table, say
 from benchmarks.local_ray import local_ray
-from benchmarks.runs import SAMPLES, SEQUENCE_LENGTH, measure_growth, measure_simulator
+from benchmarks.runs import SEQUENCE_LENGTH, measure_growth, measure_simulator
 from benchmarks.synthetic import config_of, write_model, write_text
 
 from orchestrator.allocate import ALLOCATORS
@@ -83,6 +83,8 @@ CLOSED_FORMS = ("uniform", "threshold", "svd-llm-v2", "d-rank", "mgaa")
 LIMIT_SECONDS = 1.0
 LINEARS, EXPERTS = 560, 1000
 """Of a 70B model, and how many times as many there may be."""
+CHUNKS = 48
+"""Of the run with two actors: the second one waits for one of them, which is nothing of many."""
 KNOTS_SECONDS, KNOTS_BYTES = 60.0, 4e9
 PARTS = (
     *("simulated", "simulator", "allocation", "decompositions"),
@@ -145,11 +147,11 @@ def run_calibration(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_actors(options: argparse.Namespace) -> list[dict[str, Any]]:
-    text = write_text(options.work / "text.txt", SAMPLES * SEQUENCE_LENGTH)
+    text = write_text(options.work / "text.txt", CHUNKS * SEQUENCE_LENGTH)
     with local_ray():
         figures = actors_against_bare(
             *(some_model(options), text, options.work),
-            samples=SAMPLES,
+            samples=CHUNKS,
             sequence_length=SEQUENCE_LENGTH,
             repeats=options.repeats,
         )
