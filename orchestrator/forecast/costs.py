@@ -6,7 +6,14 @@ from functools import cached_property
 from orchestrator.allocate.budget import share_values
 from orchestrator.forecast.needs import Needs, needs_of
 from orchestrator.forecast.shapes import ITEMSIZE_OF, Shapes
-from orchestrator.forecast.work import Work, decomposing_block, forward_flops, gathering, trained
+from orchestrator.forecast.work import (
+    Work,
+    decomposing_block,
+    forward_flops,
+    gathering,
+    pivoting,
+    trained,
+)
 from orchestrator.models.refine_options import RefineOptions
 from orchestrator.recipe import Recipe
 
@@ -116,8 +123,16 @@ class Costs:
 
     def file(self) -> Work:
         """One file of the result: what is stored is read, cut, written and read for its hash."""
-        size = self.final_values * self.out_itemsize / self.files
-        return Work(read=2 * size, write=size)
+        return self._file
+
+    @cached_property
+    def _file(self) -> Work:
+        size = self.final_values * self.out_itemsize
+        whole = Work(read=2.0 * size, write=float(size))
+        if self.is_pivoted:
+            for each in self.shapes.linears:
+                whole += pivoting(replace(each, pivoted=True), self.recipe.share)
+        return whole.times(1 / self.files)
 
     @cached_property
     def _forward(self) -> Work:

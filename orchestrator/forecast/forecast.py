@@ -265,7 +265,7 @@ class _Forecasting:
         waves = -(-files // self.workers)
         return Stage(
             name="write",
-            flops=0.0,
+            flops=files * one.flops,
             seconds=self._seconds(lambda rates: waves * one.seconds(rates)),
             device=memory.writing(self.shapes),
         )

@@ -131,6 +131,23 @@ def decomposing_block(
     return total
 
 
+def pivoting(linear: Linear, kept: float) -> Work:
+    """Brings one linear's factors to pivoted storage, at the rank that so much of it holds.
+
+    By the formulas of `linalg.pivot`; exchanges behind the elimination, each a pass over the
+    coefficients, are not counted.
+    """
+    outputs, inputs = float(linear.out_features), float(linear.in_features)
+    rank = float(linear.rank_within(int(kept * linear.values)))
+    others = outputs - rank
+    basis = 4 * outputs * rank**2 - 4 / 3 * rank**3
+    eliminated = outputs * rank**2 - rank**3 / 3
+    solved = 2 * (2 / 3 * rank**3 + 2 * others * rank**2)
+    rows = 2 * rank**2 * inputs
+    checked = 2 * (outputs + others) * rank * inputs
+    return Work(double=basis + eliminated + solved + rows + checked)
+
+
 def trained(shapes: Shapes, kept: float, tokens: int) -> float:
     """FLOPs of one sequence through one block of factors, forward and back."""
     return 6.0 * tokens * kept_values(shapes, kept) + 12.0 * tokens * tokens * shapes.attention
