@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from orchestrator.store.files import local_copy, remove_tree, write_whole
 from orchestrator.store.places import Place
 
-WRITING_SECONDS = 3.0
+WRITING_SECONDS = 1.0
 """A chunk that is not there after so long is not on its way to its file, but lost."""
 POLL_SECONDS = 0.02
 Record = Mapping[str, np.ndarray]
