@@ -252,11 +252,15 @@ def test_who_lost_its_hold_leaves_the_run_alone(directory, llama, text, tmp_path
 
 
 @pytest.mark.chaos
-def test_two_drivers_that_run_after_all_damage_nothing(llama, text, reference, tmp_path):
+def test_two_drivers_that_run_after_all_damage_nothing(
+    llama, text, reference, tmp_path, monkeypatch
+):
     """With the hold taken away under one, both go on; what comes of it is the undisturbed result.
 
     One may end early, where the other has cleared away what it needs; the same command resumes.
     """
+    # a renewal would put the hold back before the second driver has come to look for it
+    monkeypatch.setattr("orchestrator.store.hold.RENEW_SECONDS", 3600.0)
     out = tmp_path / "out"
     drivers = []
 
