@@ -81,3 +81,11 @@ def test_break_even_wants_whole_curves(problem):
     linears, curves = problem
     with pytest.raises(UsageError, match="not knots"):
         Threshold(dense="break_even")(linears, in_knots(linears, curves, 8), 0.5, {})
+
+
+def test_very_many_steps_are_taken_by_knots(problem, monkeypatch):
+    """A threshold over more than it can hold does so by itself."""
+    linears, curves = problem
+    monkeypatch.setattr("orchestrator.allocate.threshold.MOST_STEPS", 10)
+    found = Threshold()(linears, curves, 0.5, {})
+    assert found == Threshold()(linears, in_knots(linears, curves, 128), 0.5, {})

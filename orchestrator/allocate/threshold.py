@@ -10,12 +10,14 @@ from typing import Literal
 import numpy as np
 
 from orchestrator.allocate.budget import budget_values, make_plan, share_values
-from orchestrator.allocate.knots import Knots
+from orchestrator.allocate.knots import Knots, knotted
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import UsageError
 from orchestrator.options import check_choice, check_number
 from orchestrator.plan import Curve, Linear, Plan
 
+MOST_STEPS = 100_000_000
+"""Of all linears together, 40 bytes each; with more, curves are taken at their knots alone."""
 NEVER_GAINS = np.finfo(np.float64).max
 """Key of a step that gains nothing: after all others, but taken when there is room."""
 
@@ -62,6 +64,8 @@ class Threshold:
             UsageError, InfeasibleError: As `budget_values`.
         """
         budget = budget_values(linears, keep)
+        if self.dense == "hull" and sum(each.break_even for each in linears) > MOST_STEPS:
+            curves = {each.name: _in_knots(each, curves[each.name]) for each in linears}
         ranks = [_ranks(curves[linear.name]) for linear in linears]
         keys = (self._floored(linear, curves[linear.name], keep) for linear in linears)
         taken = spend(linears, keys, budget, where="the model", ranks=ranks)
@@ -89,6 +93,10 @@ class Threshold:
         # what no step before the dense weight captures
         gain_K[-1] = max(curve.total - float(gain_K[:-1].sum()), 0.0)
         return hull_rates(cost_K, gain_K)
+
+
+def _in_knots(linear: Linear, curve: Curve | Knots) -> Knots:
+    return curve if isinstance(curve, Knots) else knotted(curve, max(linear.break_even - 1, 0))
 
 
 def _ranks(curve: Curve | Knots) -> np.ndarray | None:
