@@ -54,7 +54,8 @@ class Worker:
         self.run = RunDirectory(task.run_dir)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.chunks: Chunks = self.run.chunks(task.pass_key, self.environment())
-        self._disk = ThreadPoolExecutor(max_workers=1)
+        # one for the chunk that is written, one for what is read ahead
+        self._disk = ThreadPoolExecutor(max_workers=2)
         self._writing: Future[None] | None = None
 
     def let_go(self) -> None:
