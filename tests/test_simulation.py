@@ -12,7 +12,7 @@ from orchestrator.forecast.shapes import from_config
 from orchestrator.recipe import make_recipe
 
 SMALL = CONFIGS["Llama-3-8B"] | {"num_hidden_layers": 12, "dtype": "bfloat16"}
-FAST = dict.fromkeys(["half", "single", "double", "eigen"], 1e12)
+FAST = dict.fromkeys(["half", "tf32", "single", "double", "eigen"], 1e12)
 RATES = Rates(row="test", **FAST, read=1e10, write=1e10, network=1e10, start=30.0, source="none")
 
 

@@ -12,7 +12,7 @@ from orchestrator.models.headers import read_json
 
 ROWS = ("data_sheet", "pessimistic")
 MEASURED = "measured"
-_SPEEDS = ("half", "single", "double", "eigen", "read", "write", "network", "start")
+_SPEEDS = ("half", "tf32", "single", "double", "eigen", "read", "write", "network", "start")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +23,10 @@ class Rates:
     """`data_sheet`, `pessimistic` or `measured`."""
     half: float
     """Matrix products of bfloat16, and forward passes."""
+    tf32: float
+    """Products of 16-bit values in float32: most Grams (`linalg.tensor_cores`)."""
     single: float
-    """Products of float32 sums: Grams, training."""
+    """Products of float32: Grams of what is computed in it, training."""
     double: float
     """Products of float64."""
     eigen: float

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.forecast.memory import stored_rank
-from orchestrator.forecast.needs import Needs, curvatures, gram_of, input_grams
+from orchestrator.forecast.needs import Needs, curvature_channels, gram_of, input_grams
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.plan import Linear
@@ -29,6 +29,7 @@ class Work:
     """FLOPs by the rate that they go at, and bytes."""
 
     half: float = 0.0
+    tf32: float = 0.0
     single: float = 0.0
     double: float = 0.0
     eigen: float = 0.0
@@ -38,7 +39,7 @@ class Work:
 
     @property
     def flops(self) -> float:
-        return self.half + self.single + self.double + self.eigen
+        return self.half + self.tf32 + self.single + self.double + self.eigen
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(getattr(self, n) + getattr(other, n) for n in _NAMES))
@@ -56,7 +57,7 @@ class Work:
         return max(written, self.seconds(rates) - written)
 
 
-_NAMES = ("half", "single", "double", "eigen", "read", "write", "network")
+_NAMES = ("half", "tf32", "single", "double", "eigen", "read", "write", "network")
 
 
 def forward_flops(shapes: Shapes, tokens: int) -> float:
@@ -70,18 +71,28 @@ def gathering(shapes: Shapes, needs: Needs, tokens: int, itemsize: int) -> Work:
     A pass back computes the block again and brings gradients to its inputs, not to its weights.
     """
     linears = shapes.heaviest
-    forward = forward_flops(shapes, tokens)
-    grams = TRIANGLE * sum(2.0 * tokens * n * n for n in input_grams(linears, needs).values())
-    again = sum(
-        2.0 * tokens * each.values
-        for each in linears
-        if gram_of(each, input_grams(linears, needs)) != each.site and itemsize < 4
-    )
-    if not needs.labels:
-        return Work(half=forward, single=grams + again)
-    bends = TRIANGLE * sum(2.0 * tokens * n * n for n in curvatures(linears, needs).values())
-    turned = sum(2.0 * tokens * each.values for each in linears if is_turned(each, needs))
-    return Work(half=2 * forward, single=grams + again + bends + turned)
+    sizes = input_grams(linears, needs)
+    sites = {each.site for each in linears}
+    total = Work(half=forward_flops(shapes, tokens)).times(2 if needs.labels else 1)
+
+    def as_passed(flops: float) -> Work:
+        """Products of what the pass computes, in its dtype; what comes of them is float32."""
+        return Work(tf32=flops) if itemsize < 4 else Work(single=flops)
+
+    def gram(channels: int) -> float:
+        return TRIANGLE * 2.0 * tokens * channels * channels
+
+    for source, channels in sizes.items():
+        total += as_passed(gram(channels)) if source in sites else Work(single=gram(channels))
+    for linear in linears:
+        product = as_passed(2.0 * tokens * linear.values)
+        if gram_of(linear, sizes) != linear.site and itemsize < 4:
+            total += product
+        if needs.labels and is_turned(linear, needs):
+            total += product + Work(single=gram(curvature_channels(linear, needs)))
+        elif needs.labels:
+            total += as_passed(gram(curvature_channels(linear, needs)))
+    return total
 
 
 def is_turned(linear: Linear, needs: Needs) -> bool:

@@ -14,6 +14,7 @@ from orchestrator.linalg.cosine import Cosine
 from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram
 from orchestrator.linalg.magnitude import Magnitude
+from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.shard import Shard
 from orchestrator.models.streams import Streams
@@ -89,7 +90,9 @@ class Calibration:
                 gram.update(self._select(output))
             else:
                 rows_TI, weight_OI = self._select(inputs[0]), dense_weight(module)
-                gram.update(apply_linear(rows_TI.float(), weight_OI.float()))
+                with tensor_cores(rows_TI.dtype, weight_OI.dtype):
+                    rows_TO = apply_linear(rows_TI.float(), weight_OI.float())
+                gram.update(rows_TO)
 
         self._hooks.append(
             module.register_forward_pre_hook(gather_input)
@@ -118,7 +121,10 @@ class Calibration:
             if as_is:
                 gram.update(rows_TO)
             else:
-                gram.update(rows_TO.float() @ dense_weight(module).float())
+                weight_OI = dense_weight(module)
+                with tensor_cores(rows_TO.dtype, weight_OI.dtype):
+                    rows_TI = rows_TO.float() @ weight_OI.float()
+                gram.update(rows_TI)
 
         def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             # nothing before the model's first linears takes a gradient

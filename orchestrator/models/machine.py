@@ -15,6 +15,7 @@ import torch
 
 from orchestrator.errors import UsageError
 from orchestrator.linalg.speeds import eigen_rate, product_rate
+from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.weights import parse_dtype
 
 SIZES = {"cpu": (1024, 768), "cuda": (8192, 4096)}
@@ -40,6 +41,7 @@ def measure_machine(directory: Path, dtype: str, threads: int) -> dict[str, Any]
         products, eigen = SIZES[device.type]
         found = {
             "half": product_rate(half, device, products),
+            "tf32": _product_rate_of(half, device, products),
             "single": product_rate(torch.float32, device, products),
             "double": product_rate(torch.float64, device, products),
             "eigen": eigen_rate(device, eigen),
@@ -61,6 +63,12 @@ def measure_machine(directory: Path, dtype: str, threads: int) -> dict[str, Any]
         "dtype": dtype,
         "sizes": {"products": products, "eigen": eigen},
     }
+
+
+def _product_rate_of(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """Of float32 products whose sides were cast from a dtype."""
+    with tensor_cores(dtype):
+        return product_rate(torch.float32, device, size)
 
 
 def host_bytes() -> int:

@@ -1,0 +1,35 @@
+"""Float32 products on a GPU's tensor cores, where that rounds nothing.
+
+TF32 keeps 10 bits behind the binary point and float32's exponents. Every value of bfloat16 (7 bits)
+and of float16 (10) is one of TF32's, and a product of two of them has at most 22 bits, so it is
+exact in float32 as it is without tensor cores; what is left is rounding of the sum. A GPU computes
+so at 5 (H100: 7, A100: 8) times the rate of its float32.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_EXACT = (torch.bfloat16, torch.float16)
+
+
+def is_exact(*dtypes: torch.dtype) -> bool:
+    """Whether TF32 holds every value of these dtypes."""
+    return all(dtype in _EXACT for dtype in dtypes)
+
+
+@contextmanager
+def tensor_cores(*dtypes: torch.dtype) -> Iterator[None]:
+    """Lets CUDA use TF32 for float32 products if what both sides were cast from is exact in it.
+
+    Everywhere else, and on a CPU, this changes nothing. Not for two threads at a time: the setting
+    is the process's.
+    """
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32" if is_exact(*dtypes) else before
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
