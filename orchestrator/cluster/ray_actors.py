@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayError, RayTaskError
 
 from orchestrator.cluster import scaling
+from orchestrator.cluster.heap import ARENAS
 from orchestrator.cluster.pool import PATIENCE_SECONDS, Seat
 from orchestrator.cluster.ray_cluster import (
     Share,
@@ -67,7 +68,11 @@ class RayActors:
         threads: int,
         announce: Announce,
     ) -> None:
-        variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        variables = {
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            **ARENAS,
+        }
         self._actor_class = ray.remote(
             **share,
             max_restarts=0,
