@@ -23,6 +23,9 @@ REFINED_BYTES = 24
 """Of a refined parameter: value, gradient, that of a slice, two moments, the best state."""
 TRAINED_BYTES: Mapping[str, int] = {"all": 16, "lean": 12, "light": 8}
 """Of a parameter of the trained model; `light` holds W0 and W of the left factors."""
+PROCESS_BYTES = 100_000_000
+"""What no shard decides: modules imported late, small buffers that were freed and kept. Measured
+0.1 to 0.2 GB of a worker without a GPU, above what it holds before its first call."""
 EIGENVECTOR_COPIES = 4
 """[K, K] matrices that an eigendecomposition has beside its argument: vectors, and LAPACK's or
 cuSOLVER's workspace by divide and conquer, 1 + 6 K + 2 K^2 numbers, with the copy it works on."""
@@ -64,6 +67,7 @@ def calibration(
     bends = curvatures(linears, needs)
     held = blocks * GRAM_BYTES * sum(n * n for n in [*grams.values(), *bends.values()])
     weights = {
+        "process": PROCESS_BYTES,
         "weights": blocks * shapes.block_values * itemsize,
         "embeddings": shapes.front_values * itemsize,
     }
@@ -189,6 +193,7 @@ def refinement(
     states = 2 * tokens * sequences * shapes.hidden * itemsize
     return Footprint(
         {
+            "process": PROCESS_BYTES,
             "training state": REFINED_BYTES * trained,
             "dense block": shapes.block_values * itemsize,
             "inputs and targets": states,
@@ -209,6 +214,7 @@ def training(
     between = 4 * tokens * shapes.hidden * (blocks + 2 * workers)
     return Footprint(
         {
+            "process": PROCESS_BYTES,
             "training state": TRAINED_BYTES[mode] * trained,
             "embeddings or head": ends,
             "dense copy": dense,
@@ -220,4 +226,6 @@ def training(
 def writing(shapes: Shapes) -> Footprint:
     """Of a worker that writes: one linear at a time, cut and cast."""
     largest = max((each.values for each in shapes.linears), default=0)
-    return Footprint({"one linear": 8 * largest + 4 * shapes.front_values})
+    return Footprint(
+        {"process": PROCESS_BYTES, "one linear": 8 * largest + 4 * shapes.front_values}
+    )

@@ -3,8 +3,9 @@
 The checkpoint is made here: hidden 8192, MLP 28672, 8 key-value heads, random bfloat16 weights,
 about 3.5 GB. `orchestrator compress` runs on Ray with one actor; its peak, and the driver's, are
 anonymous plus shared memory above what each held once the workers had started and imported what
-they need. What `orchestrator plan` says of the same recipe stands beside it. There are as many
-tokens as a Gram has channels, so that no decomposition has to make up directions.
+they need. What `orchestrator plan` says of the same recipe stands beside it. Unless `--samples` says
+less, there are as many tokens as a Gram has channels, so that no decomposition has to make up
+directions.
 """
 
 import argparse
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", metavar="DIR", type=Path, default=Path(".work/large"))
     parser.add_argument("--hidden", type=int, default=8192)
     parser.add_argument("--intermediate", type=int, default=28672)
+    parser.add_argument("--samples", type=int, help=f"sequences of {SEQUENCE_LENGTH} tokens")
     parser.add_argument("--method", default="svd-llm")
     parser.add_argument("--storage", default="plain")
     parser.add_argument("--shards", type=int, default=1)
@@ -52,13 +54,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     write_model(
         model, config_of(blocks=2, hidden=options.hidden, intermediate=options.intermediate)
     )
-    text = write_text(options.work / "text.txt", options.hidden)
+    samples = options.samples or options.hidden // SEQUENCE_LENGTH
+    text = write_text(options.work / "text.txt", samples * SEQUENCE_LENGTH)
     recipe = {
         "keep": 0.8,
         "method": options.method,
         "storage": options.storage,
         "calibration": str(text),
-        "samples": options.hidden // SEQUENCE_LENGTH,
+        "samples": samples,
         "sequence_length": SEQUENCE_LENGTH,
         "workers": 1,
         "threads": options.threads,
