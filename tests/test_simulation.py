@@ -37,6 +37,15 @@ def test_the_units_are_those_of_a_run():
     assert found["boundaries"].units == 0
 
 
+def test_pivoting_is_spread_over_all_workers():
+    """A unit for each linear, however few files the result has."""
+    each = costs(storage="pivoted")
+    alone, many = simulate(each, RATES, 1)["pivot"], simulate(each, RATES, 8)["pivot"]
+    assert each.files < 8
+    assert alone.units == many.units == len(each.shapes.linears)
+    assert alone.seconds == pytest.approx(8 * many.seconds, rel=0.15)
+
+
 @pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
 def test_more_workers_are_faster_and_no_faster_than_their_number(method):
     """Between the time of one and that time divided by them."""

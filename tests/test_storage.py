@@ -1,5 +1,6 @@
 """Factors that are stored pivoted: what they cost, what a budget holds of them, the whole job."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -146,6 +147,42 @@ def test_pivoting_loses_nothing(method, llama, text, tmp_path):
         expected = stored["weight"][: entry["rank"]].T @ stored["down"][: entry["rank"]]
         gap = (model.get_submodule(name).dense_weight().detach() - expected).norm()
         assert float(gap / expected.norm()) < 2e-6
+
+
+def test_what_pivoting_measured_is_what_was_written(llama, text, tmp_path):
+    """The report's errors are those of the stored parts against the product, in their dtype."""
+    result = run(llama, tmp_path / "out", text, storage="pivoted", output_dtype="bfloat16")
+    measured = result.report["pivot"]
+    assert measured.keys() == {
+        name for name, entry in result.report["linears"].items() if entry["form"] == "pivoted"
+    }
+    model = orchestrator.load(result.out, dtype=torch.bfloat16)
+    for name, said in measured.items():
+        (path,) = result.run_dir.rglob(f"{name}.safetensors")
+        rank = result.report["linears"][name]["rank"]
+        stored = {part: rows[:rank].double() for part, rows in load_file(path).items()}
+        product_OI = stored["weight"].T @ stored["down"]
+        written_OI = model.get_submodule(name).double().dense_weight().detach()
+        gap = float((written_OI - product_OI).norm() / product_OI.norm())
+        assert said["error"] == pytest.approx(gap, rel=1e-6)
+        assert 0 < gap < 2**-6
+        assert said["largest"] <= 1.1
+
+
+def test_one_damaged_linear_is_pivoted_again(llama, text, tmp_path):
+    """Every linear is a unit of its own: only the one whose file changed is made anew."""
+    events = []
+    result = run(llama, tmp_path / "out", text, storage="pivoted")
+    before = contents(result.out)
+    damaged = sorted(result.run_dir.rglob("pivoted.safetensors"))[2]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    shutil.rmtree(result.out)
+    run(llama, tmp_path / "out", text, storage="pivoted", on_event=events.append)
+    made = [each["unit"] for each in events if each["event"] == "unit" and each["stage"] == "pivot"]
+    assert len(made) == 1
+    assert contents(result.out) == before
 
 
 def test_every_way_writes_the_same_bytes(llama, text, tmp_path):

@@ -16,7 +16,9 @@ from orchestrator.cluster.block_pass import BlockPass
 from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.crew import DEFAULT_THREADS, Crew, Schedule
 from orchestrator.cluster.curvature_worker import CurvatureTask, CurvatureWorker
+from orchestrator.cluster.deadline import slowly
 from orchestrator.cluster.parts import parts_of
+from orchestrator.cluster.pivot_job import Pivot
 from orchestrator.cluster.refine_job import Refine
 from orchestrator.cluster.refit_job import Refit
 from orchestrator.cluster.retarget import Before
@@ -51,8 +53,6 @@ from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
 
-SLOW_FLOPS = {"cpu": 2e9, "cuda": 2e11}
-"""A second, by the kind of device: what decompositions surely reach."""
 CALIBRATE_VERSION = 2
 """Raised when what reaches the statistics changes."""
 CURVATURE_VERSION = 1
@@ -278,8 +278,7 @@ class Compression:
             self.recipe.storage == "pivoted",
             self._itemsize,
         )
-        kind = str(crew.environment["device"]).partition(" ")[0]
-        return work.flops / SLOW_FLOPS.get(kind, SLOW_FLOPS["cpu"])
+        return slowly(work.flops, crew.environment["device"])
 
     @cached_property
     def results(self) -> Mapping[str, dict[str, Any]]:
@@ -376,10 +375,12 @@ class Compression:
         return self.recipe.refine != "none"
 
     @cached_property
-    def after(self) -> tuple[Refit | TrainedStage, ...]:
+    def after(self) -> tuple[Refit | Pivot | TrainedStage, ...]:
         """What is done to the cut factors before they are written, once there is a plan."""
         if self.refits:
-            return (Refit(self),)
+            refit = Refit(self)
+            fitted = Pivot(self, refit.worker_class, refit.task)
+            return (refit, fitted) if self.pivots else (refit,)
         stages: list[TrainedStage] = []
         if self.compensation is not None or self.recipe.refine == "in_order":
             stages.append(Walk(self, stages))
@@ -389,7 +390,8 @@ class Compression:
             stages.append(Sweep(self, stages))
         if self.recipe.train != "none":
             stages.append(Train(self, stages))
-        return tuple(stages)
+        pivot = Pivot(self, self.worker_class, self.task)
+        return (pivot, *stages) if self.pivots else tuple(stages)
 
     @property
     def choice(self) -> tuple[str, ...]:

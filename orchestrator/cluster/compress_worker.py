@@ -35,13 +35,18 @@ from orchestrator.models.calibration import Calibration, dense_weight
 from orchestrator.models.checkpoint import write_file
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.index_codes import encode
-from orchestrator.models.layout import FileSpec, Part, TensorSpec
+from orchestrator.models.layout import FileSpec, TensorSpec
 from orchestrator.models.shard import Shard
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.weights import Weights
 from orchestrator.plan import Curve, Linear
 from orchestrator.store.places import Place
-from orchestrator.store.units import UnitWriter
+from orchestrator.store.units import UnitWriter, unit_key
+
+PIVOT_VERSION = 1
+"""Raised when pivoted factors change."""
+PIVOTED_FILE = "pivoted.safetensors"
+PIVOTED_PARTS = ("others", "pivots", "order")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,14 @@ class CompressionTask(Task):
     block_keys: Mapping[int, str]
     """The key of the unit of decompositions, by the first block of each group of blocks."""
 
+    def made_by(self, linear: Linear) -> list[str]:
+        """The keys of the units that a linear's factors are cut from."""
+        return [self.block_keys[self.grouping.first(linear.block)]]
+
+    def pivoted_key(self, linear: Linear, rank: int) -> str:
+        """The key of the unit of a linear's pivoted factors."""
+        return unit_key("pivot", PIVOT_VERSION, self.made_by(linear), linear=linear.name, rank=rank)
+
 
 class CompressionWorker(Worker):
     """Holds one shard at a time, with its statistics."""
@@ -73,7 +86,6 @@ class CompressionWorker(Worker):
         self._tokens: TokenArrays | None = None
         self._shard: Shard | None = None
         self._calibration: Calibration | None = None
-        self._pivoted: tuple[tuple[str, int], Mapping[Part, Tensor]] | None = None
         self._entries: tuple[tuple[str, int], tuple[Tensor, Tensor]] | None = None
 
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...]) -> None:
@@ -191,6 +203,27 @@ class CompressionWorker(Worker):
         stored = _stored(result, self.task.output_dtype or weight_OI.dtype)
         return _facts(linear, weight_OI, result), stored
 
+    def pivot(self, name: str, rank: int) -> dict[str, Any]:
+        """Brings a linear's factors of a rank to pivoted storage and commits them.
+
+        Returns the unit's facts: what was measured, see `Pivoted`.
+        """
+        start = time.monotonic()
+        linear = self._linear(name)
+        factors = [self._written(linear, part, rank) for part in ("weight", "down")]
+        weight_OR, down_RI = (each.to(self.device) for each in factors)
+        result = pivot(weight_OR, down_RI)
+        parts = result.weight_SR, result.down_RI, result.order_O
+        unit = self.run.units.begin(self.task.pivoted_key(linear, rank))
+        with unit.file(PIVOTED_FILE) as path:
+            save_file({n: each.cpu() for n, each in zip(PIVOTED_PARTS, parts, strict=True)}, path)
+        facts = {"numerics": result.report, "timings": {"seconds": time.monotonic() - start}}
+        unit.commit(environment=self.environment(), facts=facts)
+        return facts
+
+    def _linear(self, name: str) -> Linear:
+        return next(each for each in self.task.linears if each.name == name)
+
     def write(self, file: Mapping[str, Any]) -> dict[str, Any]:
         """Writes one file of the checkpoint: dense tensors copied, the others cut to their size."""
         spec = FileSpec.from_json(file)
@@ -200,29 +233,21 @@ class CompressionWorker(Worker):
         if tensor.part == "copy":
             self._weights = self._weights or Weights.open(self.task.model)
             return self._weights.read(tensor.source)
-        linear = next(each for each in self.task.linears if each.name == tensor.source)
+        linear = self._linear(tensor.source)
         if isinstance(self.method, TwoSidedSparse):
             return self._pruned(linear, tensor, self.method.steps)
         if tensor.part in ("weight", "down"):
             return self._written(linear, tensor.part, tensor.rank)
-        if tensor.part in ("others", "pivots", "order"):
-            return self._pivot(linear, tensor.rank)[tensor.part]
+        if tensor.part in PIVOTED_PARTS:
+            return self._pivoted(linear, tensor)
         return read_sparse(self._stored_file([linear]), tensor, linear)
 
-    def _pivot(self, linear: Linear, rank: int) -> Mapping[Part, Tensor]:
-        """The parts of a linear's pivoted factors; the last ones are kept, they come in a row."""
-        wanted = (linear.name, rank)
-        if self._pivoted is None or self._pivoted[0] != wanted:
-            factors = [self._written(linear, part, rank) for part in ("weight", "down")]
-            weight_OR, down_RI = (each.to(self.device) for each in factors)
-            result = pivot(weight_OR, down_RI)
-            parts: Mapping[Part, Tensor] = {
-                "others": result.weight_SR,
-                "pivots": result.down_RI,
-                "order": result.order_O,
-            }
-            self._pivoted = (wanted, parts)
-        return self._pivoted[1]
+    def _pivoted(self, linear: Linear, tensor: TensorSpec) -> Tensor:
+        """A part of a linear's pivoted factors, as `pivot` has left it."""
+        path = self.run.units.file(self.task.pivoted_key(linear, tensor.rank), PIVOTED_FILE)
+        with safe_open(path, framework="pt") as file:
+            part: Tensor = file.get_tensor(tensor.part)
+        return part
 
     def _pruned(self, linear: Linear, tensor: TensorSpec, steps: int) -> Tensor:
         """A part of a pruned weight or of the factors beside it; entries are kept, as above."""

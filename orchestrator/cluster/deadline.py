@@ -8,6 +8,8 @@ from orchestrator.errors import UsageError
 
 FLOOR_SECONDS = 1800.0
 FACTOR = 10.0
+SLOW_FLOPS = {"cpu": 2e9, "cuda": 2e11}
+"""A second, by the kind of device: what decompositions surely reach."""
 VARIABLE = "ORCHESTRATOR_DEADLINE_SECONDS"
 
 
@@ -39,6 +41,11 @@ class Deadlines:
     def of(self, method: str) -> float:
         """Seconds after which a call of this method is taken to hang."""
         return max(self._floor, self._patience.get(method, 0.0), FACTOR * self._longest[method])
+
+
+def slowly(flops: float, device: str) -> float:
+    """Seconds that numerics may take on a slow device, named as a worker's environment does."""
+    return flops / SLOW_FLOPS.get(device.partition(" ")[0], SLOW_FLOPS["cpu"])
 
 
 def floor_seconds() -> float:

@@ -34,6 +34,10 @@ class RefitTask(CompressionTask):
     refit_keys: Mapping[int, str]
     """The key of the unit of left factors, by block; blocks without any have none."""
 
+    def made_by(self, linear: Linear) -> list[str]:
+        # a class with slots is another one than super() without arguments means
+        return [*CompressionTask.made_by(self, linear), self.refit_keys[linear.block]]
+
 
 class RefitWorker(CompressionWorker):
     """Calibrates the compressed model: its shards have the cut weights in the dense ones' places.

@@ -222,6 +222,9 @@ def simulate(
     if costs.recipe.refine == "blocks":
         blocks = [(f"block {block}, refine", (block,)) for block in range(costs.num_blocks)]
         stages["refine"] = Bag("refine", blocks), lambda call: costs.refine()
+    if costs.pivots:
+        linears = [(f"linear {number}", (number,)) for number in range(len(costs.pivots))]
+        stages["pivot"] = Bag("pivot", linears), lambda call: costs.pivots[call.arguments[0]]
     files = [(f"file {number}", (number,)) for number in range(costs.files)]
     stages["write"] = Bag("write", files), lambda call: costs.file()
     return {

@@ -15,6 +15,7 @@ from orchestrator.forecast.work import (
     trained,
 )
 from orchestrator.models.refine_options import RefineOptions
+from orchestrator.plan import Linear
 from orchestrator.recipe import Recipe
 
 
@@ -123,16 +124,20 @@ class Costs:
 
     def file(self) -> Work:
         """One file of the result: what is stored is read, cut, written and read for its hash."""
-        return self._file
+        size = self.final_values * self.out_itemsize
+        return Work(read=2.0 * size, write=float(size)).times(1 / self.files)
 
     @cached_property
-    def _file(self) -> Work:
-        size = self.final_values * self.out_itemsize
-        whole = Work(read=2.0 * size, write=float(size))
-        if self.is_pivoted:
-            for each in self.shapes.linears:
-                whole += pivoting(replace(each, pivoted=True), self.recipe.share)
-        return whole.times(1 / self.files)
+    def pivots(self) -> tuple[Work, ...]:
+        """Each linear's factors read, brought to pivoted storage and written."""
+        return tuple(map(self._pivot, self.shapes.linears)) if self.is_pivoted else ()
+
+    def _pivot(self, linear: Linear) -> Work:
+        each = replace(linear, pivoted=True)
+        rank = each.rank_within(int(self.recipe.share * each.values))
+        read = float(rank * each.rank_cost * self.out_itemsize)
+        written = float(each.factor_values(rank) * self.out_itemsize)
+        return pivoting(each, rank) + Work(read=read, write=written)
 
     @cached_property
     def _forward(self) -> Work:

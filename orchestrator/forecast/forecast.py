@@ -84,6 +84,8 @@ class _Forecasting:
         stages = [self._calibrate()]
         if self.needs.scores:
             stages.append(self._score())
+        if self.costs.is_pivoted:
+            stages.append(self._pivot())
         if self.recipe.compensate != "none" or self.recipe.refine == "in_order":
             stages.append(self._walk())
         if self.recipe.refine in ("blocks", "swept"):
@@ -260,12 +262,27 @@ class _Forecasting:
             stored_targets=self.training.targets == "stored",
         )
 
+    def _pivot(self) -> Stage:
+        """Every linear a unit; the last of them may keep one worker longer than the others."""
+        pivots = self.costs.pivots
+
+        def take(rates: Rates) -> float:
+            seconds = [each.seconds(rates) for each in pivots]
+            return max(sum(seconds) / self.workers, max(seconds, default=0.0))
+
+        return Stage(
+            name="pivot",
+            flops=sum(each.flops for each in pivots),
+            seconds=self._seconds(take),
+            device=memory.pivoting(self.shapes, self.kept, self.costs.out_itemsize),
+        )
+
     def _write(self) -> Stage:
         files, one = self.costs.files, self.costs.file()
         waves = -(-files // self.workers)
         return Stage(
             name="write",
-            flops=files * one.flops,
+            flops=0.0,
             seconds=self._seconds(lambda rates: waves * one.seconds(rates)),
             device=memory.writing(self.shapes),
         )
@@ -299,9 +316,10 @@ class _Forecasting:
         if self.recipe.refine != "none":
             chunks = max(chunks, (self.shapes.num_blocks + 1) * self._chunks())
         kept = self.kept * sum(each.values for each in linears)
+        pivoted = self.costs.out_itemsize * kept if self.costs.is_pivoted else 0.0
         refined = 4 * kept if self.recipe.refine != "none" else 0.0
         snapshots = 2 * 12 * kept if self.recipe.train != "none" else 0.0
-        return float(stored) + chunks + refined + snapshots
+        return float(stored) + chunks + pivoted + refined + snapshots
 
     def _final(self) -> dict[str, int]:
         """The budget met exactly; indices of sparse parts are not in the bytes."""
@@ -336,6 +354,8 @@ class _Forecasting:
                 if (workers := next(fits, None)) is not None:
                     ways.append(f"--train {mode} with {workers} workers")
             return f"what fits: {', '.join(ways)}" if ways else "--train none leaves it out"
+        if stage == "pivot":
+            return "--storage plain leaves it out"
         if stage in ("refine", "walk", "sweep"):
             return "fewer or shorter sequences (--samples, --sequence-length), or --refine none"
         needed = self._calibrating(1).total / USABLE

@@ -5,7 +5,7 @@ sequence. A decomposition works in float64 (8 bytes) and returns factors in floa
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.forecast.needs import (
     Needs,
@@ -26,6 +26,8 @@ TRAINED_BYTES: Mapping[str, int] = {"all": 16, "lean": 12, "light": 8}
 PROCESS_BYTES = 100_000_000
 """What no shard decides: modules imported late, small buffers that were freed and kept. Measured
 0.1 to 0.2 GB of a worker without a GPU, above what it holds before its first call."""
+BAND = 256
+"""Rows at a time in which a pivoted product is compared (`linalg.pivot`, which imports torch)."""
 EIGENVECTOR_COPIES = 4
 """[K, K] matrices that an eigendecomposition has beside its argument: vectors, and LAPACK's or
 cuSOLVER's workspace by divide and conquer, 1 + 6 K + 2 K^2 numbers, with the copy it works on."""
@@ -183,6 +185,28 @@ def _activations(shapes: Shapes, tokens: int, itemsize: int, blocks: int) -> int
     states = 24 * shapes.hidden + itemsize * (6 * shapes.hidden + 3 * shapes.attention + 3 * widest)
     gram_rows = 4 * max(each.in_features for each in shapes.heaviest)
     return tokens * (states * blocks + gram_rows)
+
+
+def pivoting(shapes: Shapes, kept: float, itemsize: int) -> Footprint:
+    """Of the linear whose factors take most to be brought to pivoted storage."""
+    return Footprint(
+        {
+            "process": PROCESS_BYTES,
+            "pivoting": max(
+                (_pivoting(each, kept, itemsize) for each in shapes.linears), default=0
+            ),
+        }
+    )
+
+
+def _pivoting(linear: Linear, kept: float, itemsize: int) -> int:
+    """The factors as stored, and an orthonormal basis being made, or the result being compared."""
+    each = replace(linear, pivoted=True)
+    outputs, inputs = each.out_features, each.in_features
+    rank = each.rank_within(int(kept * each.values))
+    choosing = 5 * outputs * rank
+    comparing = 3 * rank * inputs + outputs * rank + 6 * BAND * inputs
+    return 2 * itemsize * rank * each.rank_cost + 8 * max(choosing, comparing)
 
 
 def refinement(

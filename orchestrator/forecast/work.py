@@ -142,14 +142,13 @@ def decomposing_block(
     return total
 
 
-def pivoting(linear: Linear, kept: float) -> Work:
-    """Brings one linear's factors to pivoted storage, at the rank that so much of it holds.
+def pivoting(linear: Linear, rank: float) -> Work:
+    """Brings one linear's factors of a rank to pivoted storage; no byte.
 
     By the formulas of `linalg.pivot`; exchanges behind the elimination, each a pass over the
     coefficients, are not counted.
     """
     outputs, inputs = float(linear.out_features), float(linear.in_features)
-    rank = float(linear.rank_within(int(kept * linear.values)))
     others = outputs - rank
     basis = 4 * outputs * rank**2 - 4 / 3 * rank**3
     eliminated = outputs * rank**2 - rank**3 / 3

@@ -3,6 +3,7 @@
 Shape suffixes: O outputs, I inputs, R rank, S = O - R.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from orchestrator.linalg.gram import check_finite
 
+BAND = 256
+"""Rows of a product that are compared at a time."""
 BOUND = 1.1
 """No entry of the coefficients is larger in magnitude.
 
@@ -76,6 +79,7 @@ def pivot(weight_OR: Tensor, down_RI: Tensor) -> Pivoted:
     rows_O, exchanges = _choose(basis_OR)
     pivots_R, others_S = rows_O[:rank].sort().values, rows_O[rank:].sort().values
     coefficients_SR = _solve(basis_OR[pivots_R], basis_OR[others_S])
+    del basis_OR
     order_O = torch.cat([pivots_R, others_S]).argsort()
     kept_RI = weight_OR[pivots_R].double() @ down_RI.double()
     weight_SR, rows_RI = coefficients_SR.to(weight_OR.dtype), kept_RI.to(down_RI.dtype)
@@ -125,9 +129,16 @@ def _solve(pivots_RR: Tensor, others_SR: Tensor) -> Tensor:
 def _error(
     weight_OR: Tensor, down_RI: Tensor, weight_SR: Tensor, rows_RI: Tensor, order_O: Tensor
 ) -> float:
-    product_OI = weight_OR.double() @ down_RI.double()
-    kept_RI = rows_RI.double()
-    rebuilt_OI = torch.cat([kept_RI, weight_SR.double() @ kept_RI])[order_O]
-    norm = float(torch.linalg.vector_norm(product_OI))
-    gap = float(torch.linalg.vector_norm(rebuilt_OI - product_OI))
-    return gap / norm if norm else gap
+    """By bands of rows, so that the product is never whole in memory."""
+    rank = len(rows_RI)
+    full_RI, kept_RI = down_RI.double(), rows_RI.double()
+    norm = gap = 0.0
+    for start in range(0, len(weight_OR), BAND):
+        gap_BI = weight_OR[start : start + BAND].double() @ full_RI
+        norm += float(gap_BI.square().sum())
+        places_B = order_O[start : start + BAND]
+        is_pivot_B = places_B < rank
+        gap_BI[is_pivot_B] -= kept_RI[places_B[is_pivot_B]]
+        gap_BI[~is_pivot_B] -= weight_SR[places_B[~is_pivot_B] - rank].double() @ kept_RI
+        gap += float(gap_BI.square().sum())
+    return math.sqrt(gap / norm) if norm else math.sqrt(gap)

@@ -3,8 +3,8 @@
 The checkpoint is made here: hidden 8192, MLP 28672, 8 key-value heads, random bfloat16 weights,
 about 3.5 GB. `orchestrator compress` runs on Ray with one actor; its peak, and the driver's, are
 anonymous plus shared memory above what each held once the workers had started and imported what
-they need. What `orchestrator plan` says of the same recipe stands beside it. Unless `--samples` says
-less, there are as many tokens as a Gram has channels, so that no decomposition has to make up
+they need. What `orchestrator plan` says of the same recipe stands beside it. Unless `--samples`
+says less, there are as many tokens as a Gram has channels, so that no decomposition has to make up
 directions.
 """
 

@@ -21,7 +21,11 @@ from orchestrator.recipe import Recipe, make_recipe
 SEQUENCE_LENGTH = 512
 SAMPLES = 16
 WITHIN = 0.15
-STAGES = {"calibrate": ("boundaries", "calibrate"), "write": ("write",)}
+STAGES = {
+    "calibrate": ("boundaries", "calibrate"),
+    "pivot": ("pivot",),
+    "write": ("write",),
+}
 """Of a run, and what they are to the simulator."""
 WORKERS = (1, 2)
 BLOCKS = (4, 8, 16, 32)
