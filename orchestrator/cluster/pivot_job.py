@@ -66,6 +66,13 @@ class Pivot:
         )
 
     @property
-    def report(self) -> Mapping[str, Any]:
+    def measured(self) -> Mapping[str, Any]:
         """What was measured of each linear, see `linalg.pivot.Pivoted`."""
-        return {name: self._facts[name]["numerics"] for name in sorted(self._facts)}
+        return {name: facts["numerics"] for name, facts in self._facts.items()}
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """The most of each figure over all linears; theirs stand with their numerics."""
+        figures = self.measured.values()
+        names: Mapping[str, Any] = next(iter(figures), {})
+        return {"linears": len(figures), **{n: max(each[n] for each in figures) for n in names}}

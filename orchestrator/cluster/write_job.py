@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.dispatch import dispatch
+from orchestrator.cluster.pivot_job import Pivot
 from orchestrator.cluster.policy import FailurePolicy
 from orchestrator.cluster.report import make_report
 from orchestrator.cluster.schedule import Bag, Call
@@ -91,10 +92,8 @@ class Writing:
 
     def _report(self, timings: Mapping[str, Any]) -> dict[str, Any]:
         job = self.job
-        groups = job.grouping.groups(job.linears)
-        first_of = {linear.name: group[0].name for group in groups for linear in group}
+        first_of = self._first_of
         curves = {} if job.masks or job.mixes else job.curves
-        errors = self._errors()
         asked = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(job.recipe).items()
@@ -104,7 +103,7 @@ class Writing:
             linears=job.linears,
             plan=job.plan,
             curves={name: curves[first] for name, first in first_of.items() if curves},
-            facts={n: job.results[first] | errors.get(n, {}) for n, first in first_of.items()},
+            facts=self._facts(),
             tokens=job.token_report,
             recipe={name: value for name, value in asked.items() if name not in SCHEDULE},
             key=job.key,
@@ -135,6 +134,24 @@ class Writing:
             "decompose_seconds": sum(each["seconds"] for each in decomposed),
             "peak_worker_bytes": max(each["peak_bytes"] for each in decomposed),
         }
+
+    @property
+    def _first_of(self) -> dict[str, str]:
+        """By linear, the one that its decomposition is named after."""
+        groups = self.job.grouping.groups(self.job.linears)
+        return {linear.name: group[0].name for group in groups for linear in group}
+
+    def _facts(self) -> dict[str, dict[str, Any]]:
+        """By linear, what its decomposition said and what was measured of it later."""
+        results, errors = self.job.results, self._errors()
+        facts = {
+            name: results[first] | errors.get(name, {}) for name, first in self._first_of.items()
+        }
+        for after in self.job.after:
+            if isinstance(after, Pivot):
+                for name, said in after.measured.items():
+                    facts[name]["numerics"] = facts[name]["numerics"] | {"pivot": said}
+        return facts
 
     def _errors(self) -> dict[str, Any]:
         """By linear, what no curve says of it."""

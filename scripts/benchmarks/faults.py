@@ -39,7 +39,10 @@ from orchestrator.cluster.deadline import VARIABLE as DEADLINE
 from orchestrator.store.files import digest_file, digest_json
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "best": {"flags": ["--preset", "best"], "stages": ["calibrate", "refine", "train", "write"]},
+    "best": {
+        "flags": ["--preset", "best"],
+        "stages": ["calibrate", "pivot", "refine", "train", "write"],
+    },
     "cap": {"flags": ["--method", "cap"], "stages": ["calibrate", "score", "write"]},
     "walk": {
         "flags": ["--method", "svd-llm", "--refine", "in_order", "--compensate", "anchored"],
