@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import orchestrator
 from orchestrator import verify
 from orchestrator.cli import main
+from orchestrator.models.verification import sampled
 
 RECIPES = {
     "svd-llm": {},
@@ -155,3 +156,24 @@ def test_the_command_says_what_it_saw(sound, llama, capsys):
     assert "1 as reported" in capsys.readouterr().out
     assert main(["verify", str(sound), "--against", str(llama), "--json", "--linears=2"]) == 0
     assert len(json.loads(capsys.readouterr().out)["linears"]) == 2
+
+
+@pytest.mark.parametrize("blocks", [1, 28, 30, 42])
+@pytest.mark.parametrize("count", [2, 14, 30])
+def test_every_role_is_sampled_alike(blocks, count):
+    """Whatever the number of blocks; and of each role from the whole depth."""
+    roles = [f"role_{role}" for role in range(7)]
+    names = [f"model.layers.{block}.{role}" for block in range(blocks) for role in roles]
+    chosen = sampled(names, count)
+    assert chosen == sorted(chosen, key=names.index)
+    assert len(set(chosen)) == len(chosen) == min(count, len(names))
+    counts = [sum(name.endswith(role) for name in chosen) for role in roles]
+    assert max(counts) - min(counts) <= 1
+    if count == 30 and blocks > 1:
+        places = [int(name.split(".")[2]) for name in chosen if name.endswith("role_0")]
+        assert max(places) >= blocks / 2
+
+
+def test_a_role_of_few_linears_leaves_its_share_to_others():
+    names = ["a.0.x", *(f"a.{block}.y" for block in range(5))]
+    assert sampled(names, 4) == ["a.0.x", "a.0.y", "a.1.y", "a.3.y"]

@@ -39,7 +39,7 @@ class Simulated:
     repeated: int
     """Calls that were performed more than once."""
     units: int
-    """Blocks that were finished, or files written."""
+    """Blocks finished, linears pivoted, or files written."""
     redone: int
     """Of them more than once."""
     lost_nodes: int

@@ -8,6 +8,7 @@ from orchestrator.forecast.needs import Needs, needs_of
 from orchestrator.forecast.shapes import ITEMSIZE_OF, Shapes
 from orchestrator.forecast.work import (
     Work,
+    computed,
     decomposing_block,
     forward_flops,
     gathering,
@@ -97,7 +98,8 @@ class Costs:
 
     def head(self) -> Work:
         """Logits of one sequence, and the gradient of the labels that are drawn from them."""
-        return Work(half=6.0 * self.recipe.sequence_length * self.shapes.head_values)
+        flops = 6.0 * self.recipe.sequence_length * self.shapes.head_values
+        return computed(flops, self.itemsize)
 
     def comes(self) -> Work:
         """A chunk from another worker."""
@@ -141,7 +143,7 @@ class Costs:
 
     @cached_property
     def _forward(self) -> Work:
-        return Work(half=forward_flops(self.shapes, self.recipe.sequence_length))
+        return computed(forward_flops(self.shapes, self.recipe.sequence_length), self.itemsize)
 
     @cached_property
     def _gather(self) -> Work:

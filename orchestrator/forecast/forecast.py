@@ -234,7 +234,7 @@ class _Forecasting:
         """The whole model as a pipeline over the workers; recomputation adds a pass forward."""
         blocks, options = self.shapes.num_blocks, self.training
         step = trained(self.shapes, self.kept, self.tokens) * 4 / 3 * blocks
-        step += self.costs.head().half
+        step += self.costs.head().flops
         work = Work(single=options.epochs * self.sequences * step)
         micro = max(self.sequences // options.batches, 1)
         filling = (micro + self.workers - 1) / micro

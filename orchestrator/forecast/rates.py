@@ -22,11 +22,11 @@ class Rates:
     row: str
     """`data_sheet`, `pessimistic` or `measured`."""
     half: float
-    """Matrix products of bfloat16, and forward passes."""
+    """Matrix products of 16-bit values, and passes in them."""
     tf32: float
     """Products of 16-bit values in float32: most Grams (`linalg.tensor_cores`)."""
     single: float
-    """Products of float32: Grams of what is computed in it, training."""
+    """Products of float32: passes and Grams of what is computed in it, training."""
     double: float
     """Products of float64."""
     eigen: float

@@ -60,6 +60,13 @@ class Work:
 _NAMES = ("half", "tf32", "single", "double", "eigen", "read", "write", "network")
 
 
+def computed(flops: float, itemsize: int) -> Work:
+    """Products of a pass in a dtype of so many bytes."""
+    if itemsize < 4:
+        return Work(half=flops)
+    return Work(single=flops) if itemsize == 4 else Work(double=flops)
+
+
 def forward_flops(shapes: Shapes, tokens: int) -> float:
     """Of one sequence through one block."""
     return 2.0 * tokens * shapes.block_values + 4.0 * tokens * tokens * shapes.attention
@@ -73,7 +80,7 @@ def gathering(shapes: Shapes, needs: Needs, tokens: int, itemsize: int) -> Work:
     linears = shapes.heaviest
     sizes = input_grams(linears, needs)
     sites = {each.site for each in linears}
-    total = Work(half=forward_flops(shapes, tokens)).times(2 if needs.labels else 1)
+    total = computed(forward_flops(shapes, tokens), itemsize).times(2 if needs.labels else 1)
 
     def as_passed(flops: float) -> Work:
         """Products of what the pass computes, in its dtype; what comes of them is float32."""

@@ -3,7 +3,8 @@
 Shape suffixes: O outputs, I inputs, B sequences, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,7 @@ CHANGED = ("refit", "walk", "refine", "sweep", "train")
 """Stages after which a linear's error is no longer that of its decomposition."""
 TOLERANCE = 0.02, 1e-3
 """What a measured error may differ by from the reported one: a part of it, and rounding."""
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 def verify(
@@ -146,7 +148,7 @@ class _Verification:
         install_forms(model, architecture.forms)
         names = map_names(model, weights)
         found = {}
-        for name in self._sampled(list(read_forms(architecture.forms))):
+        for name in sampled(list(read_forms(architecture.forms)), self._linears):
             weight_OI = read_dense_weight(model, name, weights, names)
             entry = self._report["linears"].get(name, {})
             found[name] = {"form": entry.get("form"), "reported": entry.get("weight_error")}
@@ -171,12 +173,6 @@ class _Verification:
             for size, value in sizes.items():
                 if size in entry and value and entry[size] != value:
                     self._complain(f"{name}: {size} is {value}, the report says {entry[size]}")
-
-    def _sampled(self, names: list[str]) -> Iterator[str]:
-        """Evenly from all, in the model's order."""
-        step = max(len(names) / max(self._linears, 1), 1.0)
-        for place in range(min(self._linears, len(names))):
-            yield names[int(place * step)]
 
     def _compare(self, name: str, error: float, reported: float | None) -> None:
         if reported is None or any(stage in self._report for stage in CHANGED):
@@ -229,3 +225,24 @@ def _logits(skeleton: Skeleton, chunk: Chunk) -> Tensor:
 def _error(whole_OI: Tensor, weight_OI: Tensor) -> float:
     lost = norm(whole_OI.float() - weight_OI, dtype=torch.float64).square()
     return float(lost / norm(whole_OI, dtype=torch.float64).square())
+
+
+def sampled(names: Sequence[str], count: int) -> list[str]:
+    """So many names, in their order: as many of each role as of any other, or one more.
+
+    Of each role evenly over the model; roles are what names differ in beside their blocks and experts.
+    """
+    roles: dict[str, list[str]] = {}
+    for name in names:
+        roles.setdefault(_NUMBER.sub(".", name), []).append(name)
+    wanted = dict.fromkeys(roles, 0)
+    while sum(wanted.values()) < min(count, len(names)):
+        for role, there in roles.items():
+            if sum(wanted.values()) < count and wanted[role] < len(there):
+                wanted[role] += 1
+    chosen = {
+        there[place * len(there) // wanted[role]]
+        for role, there in roles.items()
+        for place in range(wanted[role])
+    }
+    return [name for name in names if name in chosen]
