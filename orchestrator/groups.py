@@ -11,6 +11,9 @@ from typing import Literal
 
 from orchestrator.plan import Assignment, Linear, Plan
 
+SHARED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""What Basis Sharing's authors group; o and down, whose inputs differ most, stand alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grouping:

@@ -274,7 +274,7 @@ class Compression:
         """What a group of blocks may take to be decomposed, where that is slow."""
         work = decomposing_block(
             [each for each in self.linears if self.grouping.first(each.block) == 0],
-            needs_of(self.recipe.method),
+            needs_of(self.recipe),
             self.recipe.storage == "pivoted",
             self._itemsize,
         )

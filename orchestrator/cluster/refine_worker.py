@@ -4,8 +4,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from orchestrator.cluster.heap import return_freed_memory
 from orchestrator.cluster.trained_worker import TrainedTask, TrainedWorker
 from orchestrator.cluster.worker import Emitted
@@ -58,19 +56,10 @@ class RefineWorker(TrainedWorker):
         """Trains one block and commits its tensors; gives the unit's facts: losses, seconds."""
         start = time.monotonic()
         with self.planned.shard(range(block, block + 1)) as shard:
-            inputs, targets = map(_in_float32, (self._states[block], self._states[block + 1]))
+            inputs, targets = self._states[block], self._states[block + 1]
             refined = refine(shard, inputs, targets, self.task.options, self.task.seed)
         timings = {"seconds": time.monotonic() - start, "peak_bytes": self.peak_bytes()}
         facts = refined.facts() | {"timings": timings}
         self.commit_trained(block, refined.tensors, facts)
         return_freed_memory()
         return facts
-
-
-def _in_float32(chunks: list[Chunk]) -> list[Chunk]:
-    """The chunks in the precision that blocks are trained in."""
-
-    def widen(tensor: Tensor) -> Tensor:
-        return tensor.float() if tensor.is_floating_point() else tensor
-
-    return [chunk.with_payload(chunk.payload and chunk.payload.map(widen)) for chunk in chunks]

@@ -16,7 +16,7 @@ from orchestrator.store.units import unit_key
 if TYPE_CHECKING:
     from orchestrator.cluster.compress_job import Compression
 
-WALK_VERSION = 1
+WALK_VERSION = 2
 """Raised when a tensor changes, or what reaches a block."""
 
 

@@ -7,6 +7,7 @@ from orchestrator.allocate.budget import share_values
 from orchestrator.forecast.needs import Needs, needs_of
 from orchestrator.forecast.shapes import ITEMSIZE_OF, Shapes
 from orchestrator.forecast.work import (
+    DRIFT_FLOPS,
     Work,
     computed,
     decomposing_block,
@@ -37,7 +38,7 @@ class Costs:
 
     @cached_property
     def needs(self) -> Needs:
-        return needs_of(self.recipe.method)
+        return needs_of(self.recipe)
 
     @property
     def labels(self) -> int:
@@ -118,6 +119,39 @@ class Costs:
         options = RefineOptions(**self.recipe.options.get("refinement", {}))
         step = trained(self.shapes, self.recipe.share, self.recipe.sequence_length)
         return Work(single=self.sequences * options.epochs * step)
+
+    def forward_in_float32(self, blocks: int) -> Work:
+        """The same through blocks of the compressed model, before they are written."""
+        flops = forward_flops(self.shapes, self.recipe.sequence_length)
+        return computed(flops, 4).times(blocks)
+
+    def drift(self) -> Work:
+        """One sequence up to each site of a block of both models, and its moments there."""
+        sites = self._input_sites
+        passes = self.forward(1) + self.forward_in_float32(1)
+        # up to a site and no further: half of the block in the mean
+        total = passes.times(len(sites) / 2)
+        moments = sum(DRIFT_FLOPS * self.recipe.sequence_length * n * n for n in sites)
+        return total + Work(single=moments)
+
+    def turns(self) -> Work:
+        """The solves of a block, and what new right factors take."""
+        solves = sum(4.0 * n**3 for n in self._input_sites)
+        fitted = sum(3 * 2.0 * each.values * each.in_features for each in self.shapes.heaviest)
+        return Work(double=solves + fitted)
+
+    def calibrate_cut(self, blocks: int) -> Work:
+        """A shard of the cut model: loaded, all sequences passed, left factors fitted."""
+        needs = Needs(inputs_only=True)
+        one = gathering(self.shapes, needs, self.recipe.sequence_length, self.itemsize)
+        passed = (one.times(blocks) + self.goes() + self.comes()).times(self.sequences)
+        fitted = sum(2.0 * each.values * each.in_features for each in self.shapes.heaviest)
+        return self.load(blocks) + passed + Work(double=fitted).times(blocks)
+
+    @property
+    def _input_sites(self) -> list[int]:
+        """Channels of what the linears of a block read, each once."""
+        return list({each.site: each.in_features for each in self.shapes.heaviest}.values())
 
     def refine(self) -> Work:
         """The same with what it begins with: the block's chunks, its weights and its targets."""

@@ -53,11 +53,13 @@ class _Forecasting:
         self.training = TrainOptions(**recipe.options.get("training", {}))
         self.workers = resources.workers
         self.limit = resources.memory_bytes or resources.machine.memory_bytes
-        self.blocks = self._blocks_that_fit()
-        self.shards = recipe.shards or max(
+        self.even = self.needs.allocation == "uniform"
+        group = self.needs.group
+        self.blocks = max(self._blocks_that_fit(), group)
+        shards = recipe.shards or max(
             default_shards(shapes.num_blocks, self.workers, self.blocks), 1
         )
-        self.shards = len(cut_blocks(shapes.num_blocks, self.shards))
+        self.shards = len(cut_blocks(shapes.num_blocks, shards, group))
 
     @property
     def _usable(self) -> float:
@@ -84,6 +86,8 @@ class _Forecasting:
         stages = [self._calibrate()]
         if self.needs.scores:
             stages.append(self._score())
+        if self.needs.refits(self.kept):
+            stages.append(self._refit())
         if self.costs.is_pivoted:
             stages.append(self._pivot())
         if self.recipe.compensate != "none" or self.recipe.refine == "in_order":
@@ -188,17 +192,20 @@ class _Forecasting:
         """Every block a unit, as many at a time as there are workers."""
         waves = -(-self.shapes.num_blocks // self.workers)
         one = self.costs.refine()
+        fits = [b for b in (1, MOST_BLOCKS) if self._refining(b).total <= self._usable]
         return Stage(
             name="refine",
             flops=self.shapes.num_blocks * one.flops,
             seconds=self._seconds(lambda rates: waves * one.seconds(rates)),
-            device=self._refining(),
+            device=self._refining(max(fits, default=1)),
         )
 
-    def _refining(self) -> Footprint:
+    def _refining(self, blocks: int) -> Footprint:
         return memory.refinement(
             self.shapes,
             self.kept,
+            self.even,
+            blocks,
             tokens=self.tokens,
             sequences=self.sequences,
             itemsize=self.costs.itemsize,
@@ -209,13 +216,18 @@ class _Forecasting:
         blocks, refines = self.shapes.num_blocks, self.recipe.refine in ("in_order", "swept")
         lent = min(self.workers, self.refining.slices)
         costs = self.costs
-        one = (costs.forward(3) + costs.gather(1)).times(self.sequences)
+        compensates = self.recipe.compensate != "none"
+        # dense, compressed before and behind what is done; the compressed one is float32
+        one = costs.forward(1) + costs.forward_in_float32(2)
+        if compensates:
+            one += costs.drift()
+        one = one.times(self.sequences)
         if refines:
             one += costs.epochs()
         parameters = kept_values(self.shapes, self.kept)
         steps = self.refining.epochs * self.refining.batches if refines else 0
         lending = Work(network=4.0 * parameters * steps if lent > 1 else 0.0)
-        solving = costs.finish() if self.recipe.compensate != "none" else Work()
+        solving = costs.turns() if compensates else Work()
 
         def take(rates: Rates) -> float:
             shared = one.seconds(rates) / lent
@@ -225,8 +237,30 @@ class _Forecasting:
             name=name,
             flops=blocks * (one.flops + solving.flops),
             seconds=self._seconds(take),
-            device=max(
-                [self._refining(), self._calibrating(1)], key=lambda footprint: footprint.total
+            device=memory.walking(
+                self.shapes,
+                self.kept,
+                self.even,
+                tokens=self.tokens,
+                sequences=self.sequences,
+                itemsize=costs.itemsize,
+                lent=lent,
+                compensates=compensates,
+                refines=refines,
+            ),
+        )
+
+    def _refit(self) -> Stage:
+        """The cut model calibrated again, every Gram of inputs, and left factors fitted to it."""
+        blocks = -(-self.shapes.num_blocks // self.shards)
+        one = self.costs.calibrate_cut(blocks)
+        waves = -(-self.shards // self.workers)
+        return Stage(
+            name="refit",
+            flops=self.shards * one.flops,
+            seconds=self._seconds(lambda rates: waves * one.overlapped(rates)),
+            device=memory.refitting(
+                self.shapes, blocks, tokens=self.tokens, itemsize=self.costs.itemsize
             ),
         )
 
@@ -256,6 +290,7 @@ class _Forecasting:
         return memory.training(
             self.shapes,
             self.kept,
+            self.even,
             mode,
             workers,
             tokens=self.tokens,
@@ -357,7 +392,10 @@ class _Forecasting:
         if stage == "pivot":
             return "--storage plain leaves it out"
         if stage in ("refine", "walk", "sweep"):
-            return "fewer or shorter sequences (--samples, --sequence-length), or --refine none"
+            less = ["fewer or shorter sequences (--samples, --sequence-length)"]
+            less += ["--compensate none"] if self.recipe.compensate != "none" else []
+            less += ["--refine none"] if self.recipe.refine != "none" else []
+            return ", or ".join(less)
         needed = self._calibrating(1).total / USABLE
         return f"{_gb(needed)} of memory a worker would hold a block"
 

@@ -28,6 +28,8 @@ PROCESS_BYTES = 100_000_000
 0.1 to 0.2 GB of a worker without a GPU, above what it holds before its first call."""
 BAND = 256
 """Rows at a time in which a pivoted product is compared (`linalg.pivot`, which imports torch)."""
+MOMENT_BYTES = 56
+"""Of a squared channel: three moments of two streams while they are summed and read out."""
 EIGENVECTOR_COPIES = 4
 """[K, K] matrices that an eigendecomposition has beside its argument: vectors, and LAPACK's or
 cuSOLVER's workspace by divide and conquer, 1 + 6 K + 2 K^2 numbers, with the copy it works on."""
@@ -104,13 +106,15 @@ def _finishing(
     for place, linear in enumerate(linears):
         source = gram_of(linear, grams)
         side = linear.in_features if source == linear.site else linear.out_features
-        working = decomposition(linear, needs, side, pivoted, known)
+        whole = needs.stacked(linear)
+        # Grams of a group are read out together and summed
+        summed = 8 * side * side * (whole.out_features // linear.out_features - 1)
+        working = decomposition(whole, needs, side, pivoted, known) + summed
         found.append(
             Footprint({**weights, "Grams": held, "decomposition": working, "written": before})
         )
-        rank = stored_rank(linear, needs, pivoted)
         # as they are stored, for the disk
-        before = stored_itemsize * rank * linear.rank_cost
+        before = stored_itemsize * stored_rank(whole, needs, pivoted) * whole.rank_cost
         later = {gram_of(each, grams) for each in linears[place + 1 :]}
         if source not in later:
             held -= GRAM_BYTES * grams[source] ** 2
@@ -210,28 +214,107 @@ def _pivoting(linear: Linear, kept: float, itemsize: int) -> int:
 
 
 def refinement(
-    shapes: Shapes, kept: float, *, tokens: int, sequences: int, itemsize: int
+    shapes: Shapes,
+    kept: float,
+    even: bool,
+    blocks: int,
+    *,
+    tokens: int,
+    sequences: int,
+    itemsize: int,
 ) -> Footprint:
-    """Of one block that is refined: the training state, and its chunks before and behind it."""
-    trained = int(kept * sum(each.values for each in shapes.heaviest))
-    states = 2 * tokens * sequences * shapes.hidden * itemsize
+    """Of one block that is refined behind a dense shard, with the chunks at all its boundaries."""
+    states = (blocks + 1) * tokens * sequences * shapes.hidden * itemsize
     return Footprint(
         {
             "process": PROCESS_BYTES,
-            "training state": REFINED_BYTES * trained,
-            "dense block": shapes.block_values * itemsize,
+            "training state": trained_block(shapes, kept, even, REFINED_BYTES),
+            "dense shard": (blocks * shapes.block_values + shapes.front_values) * itemsize,
             "inputs and targets": states,
             "activations": _activations(shapes, tokens, 4, 1),
         }
     )
 
 
+def trained_block(shapes: Shapes, kept: float, even: bool, each: int) -> int:
+    """A block with its trained factors at so many bytes a value, the rest in float32.
+
+    Where sizes are not even a block may keep all of its values; then that counts.
+
+    Args:
+        even: Whether every block keeps the same share.
+    """
+    targeted = sum(linear.values for linear in shapes.heaviest)
+    trained = int((kept if even else 1.0) * targeted)
+    return each * trained + 4 * (shapes.block_values - targeted)
+
+
+def walking(
+    shapes: Shapes,
+    kept: float,
+    even: bool,
+    *,
+    tokens: int,
+    sequences: int,
+    itemsize: int,
+    lent: int,
+    compensates: bool,
+    refines: bool,
+) -> Footprint:
+    """Of a block of both models, with the dense stream on both its sides and the compressed one.
+
+    Args:
+        lent: Workers that share a block, and the compressed stream behind it.
+        compensates: Whether moments of both streams are taken, site by site.
+        refines: Whether the block is trained.
+    """
+    state = tokens * sequences * shapes.hidden
+    widest = max(linear.in_features for linear in shapes.heaviest)
+    outputs = max(linear.out_features for linear in shapes.heaviest)
+    solving = max(MOMENT_BYTES * widest**2, 32 * widest**2 + 32 * widest * outputs)
+    training = trained_block(shapes, kept, even, REFINED_BYTES if refines else 4)
+    return Footprint(
+        {
+            "process": PROCESS_BYTES,
+            "dense block": (shapes.block_values + shapes.front_values) * itemsize,
+            "compressed block": 4 * shapes.front_values + training,
+            "streams": int(state * (2 * itemsize + 4 + 4 / lent)),
+            "moments": solving if compensates else 0,
+            "activations": _activations(shapes, tokens, 4, 1),
+        }
+    )
+
+
+def refitting(shapes: Shapes, blocks: int, *, tokens: int, itemsize: int) -> Footprint:
+    """Of a shard of the cut model whose left factors are fitted to the inputs that they get."""
+    sites = {linear.site: linear.in_features for linear in shapes.heaviest}
+    largest = max(linear.values for linear in shapes.heaviest)
+    return Footprint(
+        {
+            "process": PROCESS_BYTES,
+            "weights": blocks * shapes.block_values * itemsize,
+            "embeddings": shapes.front_values * itemsize,
+            "Grams": blocks * GRAM_BYTES * sum(n * n for n in sites.values()),
+            "activations": _activations(shapes, tokens, itemsize, 1),
+            "fit": 3 * 8 * max(n * n for n in sites.values()) + 3 * 8 * largest,
+        }
+    )
+
+
 def training(
-    shapes: Shapes, kept: float, mode: str, workers: int, *, tokens: int, stored_targets: bool
+    shapes: Shapes,
+    kept: float,
+    even: bool,
+    mode: str,
+    workers: int,
+    *,
+    tokens: int,
+    stored_targets: bool,
 ) -> Footprint:
     """Of the shard of one of so many workers, which between them hold the whole model."""
     blocks = -(-shapes.num_blocks // workers)
-    trained = int(kept * sum(each.values for each in shapes.heaviest)) * blocks
+    # over many blocks sizes even out
+    trained = trained_block(shapes, kept, even or blocks > 2, TRAINED_BYTES[mode])
     ends = 4 * max(shapes.front_values, shapes.head_values)
     dense = 0 if stored_targets else blocks * shapes.block_values * 4
     logits = 4 * 4 * tokens * shapes.vocabulary
@@ -239,7 +322,7 @@ def training(
     return Footprint(
         {
             "process": PROCESS_BYTES,
-            "training state": TRAINED_BYTES[mode] * trained,
+            "training state": blocks * trained,
             "embeddings or head": ends,
             "dense copy": dense,
             "activations": _activations(shapes, tokens, 4, 1) + logits + between,

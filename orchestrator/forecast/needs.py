@@ -4,54 +4,111 @@ The methods themselves need torch, which a forecast does without.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from orchestrator.allocate import ALLOCATION_NAMES
 from orchestrator.errors import UsageError
-from orchestrator.groups import gram_side
+from orchestrator.groups import SHARED, Grouping, gram_side
+from orchestrator.options import check_choice, check_whole
 from orchestrator.plan import Linear
+from orchestrator.recipe import Recipe
 
 Kind = Literal["low_rank", "two_sided", "two_sided_sparse", "rpca", "sparse"]
 """How a weight is decomposed."""
+FACTORS = ("low_rank", "two_sided")
+"""Those of these that leave two factors and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Of one method, with its options at their defaults."""
+    """Of one method with its options."""
 
     kind: Kind = "low_rank"
+    allocation: str = "uniform"
+    """That the method comes with, or that the recipe asks for."""
     labels: int = 0
     """Passes backward for each sequence."""
+    group: int = 1
+    """Blocks whose linears share a basis."""
+    refit: str = "never"
+    """When left factors are fitted again: `never`, `above_forty` per cent removed, `always`."""
     inputs_only: bool = False
     """Whether every Gram is of inputs."""
     wide_curvature: bool = False
     """Whether curvatures are of the outputs where these are the wider side too."""
-    scores: Literal["", "masks", "sensitivities"] = ""
-    """Passes through the model behind the decomposition."""
+
+    @property
+    def scores(self) -> Literal["", "masks", "sensitivities"]:
+        """Passes through the model behind the decomposition."""
+        if self.allocation == "cap":
+            return "masks"
+        return "sensitivities" if self.allocation == "strs" else ""
+
+    def refits(self, kept: float) -> bool:
+        """Whether there is one more pass, through the cut model."""
+        return self.refit == "always" or (self.refit == "above_forty" and kept <= 0.6)
+
+    @property
+    def grouping(self) -> Grouping:
+        return Grouping(self.group, SHARED if self.group > 1 else ())
+
+    def stacked(self, linear: Linear) -> Linear:
+        """The tall linear that is decomposed in its place and that of the others of its group."""
+        if not self.grouping.joins(linear):
+            return linear
+        return replace(linear, out_features=self.group * linear.out_features)
 
 
 NEEDS: Mapping[str, Needs] = {
     "svd": Needs(),
-    "asvd": Needs(scores="sensitivities"),
+    "asvd": Needs(allocation="strs"),
     "svd-llm": Needs(),
-    "svd-llm-v2": Needs(),
-    "basis-sharing": Needs(),
-    "d-rank": Needs(),
-    "mgaa": Needs(),
-    "cap": Needs(kind="rpca", inputs_only=True, scores="masks"),
-    "two-sided": Needs(kind="two_sided", labels=1),
+    "svd-llm-v2": Needs(allocation="svd-llm-v2"),
+    "basis-sharing": Needs(group=2, refit="above_forty"),
+    "d-rank": Needs(allocation="d-rank"),
+    "mgaa": Needs(allocation="mgaa"),
+    "cap": Needs(kind="rpca", allocation="cap", inputs_only=True),
+    "two-sided": Needs(kind="two_sided", allocation="threshold", labels=1),
     "two-sided-sparse": Needs(
-        kind="two_sided_sparse", labels=1, inputs_only=True, wide_curvature=True
+        kind="two_sided_sparse",
+        allocation="two-sided-sparse",
+        labels=1,
+        inputs_only=True,
+        wide_curvature=True,
     ),
     "wanda": Needs(kind="sparse", inputs_only=True),
 }
+"""Of every method, its options at their defaults."""
 
 
-def needs_of(method: str) -> Needs:
-    """Raises UsageError where there is no such method."""
-    if method not in NEEDS:
-        raise UsageError(f"method is {method!r}; it must be one of {', '.join(NEEDS)}")
-    return NEEDS[method]
+def needs_of(recipe: Recipe) -> Needs:
+    """Of what a recipe asks for.
+
+    Raises:
+        UsageError: There is no such method or allocation, the two do not go together with how
+            factors are stored, or an option that counts here has a value that is not allowed.
+    """
+    method, options = recipe.method, recipe.options.get(recipe.method, {})
+    recipe.check_names(methods=NEEDS, allocations=ALLOCATION_NAMES)
+    needs = NEEDS[method]
+    draws = options.get("draws", 1)
+    needs = replace(
+        needs,
+        allocation=recipe.allocation or needs.allocation,
+        labels=needs.labels and draws,
+        group=options.get("group", needs.group),
+        refit=options.get("refit", needs.refit),
+    )
+    check_whole(f"{method}: draws", draws, 1, 1000)
+    check_whole(f"{method}: group", needs.group, 1, 1000)
+    check_choice(f"{method}: refit", needs.refit, ("never", "above_forty", "always"))
+    if recipe.storage == "pivoted" and (needs.kind not in FACTORS or needs.group > 1):
+        raise UsageError(
+            f"storage is 'pivoted', which is for two factors of one linear each; {method} "
+            "keeps entries or shares bases; give storage 'plain'"
+        )
+    return needs
 
 
 def input_grams(linears: Sequence[Linear], needs: Needs) -> dict[str, int]:
@@ -59,7 +116,8 @@ def input_grams(linears: Sequence[Linear], needs: Needs) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for linear in linears:
         site = [each for each in linears if each.site == linear.site]
-        if needs.inputs_only or gram_side(linear, site) == "input":
+        of_inputs = needs.inputs_only or needs.grouping.joins(linear)
+        if of_inputs or gram_side(linear, site) == "input":
             sizes[linear.site] = linear.in_features
         else:
             sizes[f"{linear.name} output"] = linear.out_features

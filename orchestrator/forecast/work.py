@@ -16,6 +16,8 @@ from orchestrator.plan import Linear
 
 TRIANGLE = 0.6
 """Of a symmetric product's FLOPs, those that are computed (see `linalg.gram`)."""
+DRIFT_FLOPS = 4.4
+"""Of the moments of two streams, a token and a squared channel (see `linalg.compensate`)."""
 RPCA_ITERATIONS = 40
 """Singular value thresholdings of a weight: its steps grow by 1.5 to a tolerance of 1e-7."""
 MASKED_SEQUENCES = 96
@@ -145,7 +147,9 @@ def decomposing_block(
     grams = input_grams(linears, needs)
     total = Work()
     for linear in linears:
-        total += decomposing(linear, needs, grams[gram_of(linear, grams)], pivoted, itemsize)
+        whole, side = needs.stacked(linear), grams[gram_of(linear, grams)]
+        part = linear.out_features / whole.out_features
+        total += decomposing(whole, needs, side, pivoted, itemsize).times(part)
     return total
 
 

@@ -106,26 +106,30 @@ def input_map(drift: Drift, beta: float, damping: float) -> InputMap:
     By Cholesky in float64 on the statistics' device. 4 I^3.
     """
     moment_II, size = drift.moment_II, len(drift.moment_II)
-    eye_II = torch.eye(size, dtype=moment_II.dtype, device=moment_II.device)
     if beta == 0:
+        eye_II = torch.eye(size, dtype=moment_II.dtype, device=moment_II.device)
         return InputMap(matrix_II=eye_II, report={})
-    damped_II = moment_II + damping * moment_II.diagonal().mean() * eye_II
+    damped_II = moment_II.clone()
+    damped_II.diagonal().add_(damping * moment_II.diagonal().mean())
     lower_II, info = torch.linalg.cholesky_ex(damped_II)
     if int(info):
         return InputMap(matrix_II=None, report={"trouble": "singular"})
-    right_II = beta * drift.cross_II.T
-    step_II = torch.cholesky_solve(right_II, lower_II)
     one_norm = torch.linalg.matrix_norm
     inverse_II = torch.cholesky_inverse(lower_II)
+    condition = float(one_norm(damped_II, 1) * one_norm(inverse_II, 1))
+    # the widest matrices of a model: no more of them at a time than it takes
+    del inverse_II
+    right_II = beta * drift.cross_II.T
+    step_II = torch.cholesky_solve(right_II, lower_II)
+    del lower_II
     norm = float(torch.linalg.norm(right_II))
-    gap = float(torch.linalg.norm(damped_II @ step_II - right_II))
-    report: dict[str, float | str] = {
-        "condition": float(one_norm(damped_II, 1) * one_norm(inverse_II, 1)),
-        "residual": gap / norm if norm else gap,
-    }
-    if not float(report["residual"]) <= LARGEST_RESIDUAL:
+    gap = float(torch.linalg.norm(right_II.addmm_(damped_II, step_II, alpha=-1)))
+    residual = gap / norm if norm else gap
+    report: dict[str, float | str] = {"condition": condition, "residual": residual}
+    if not residual <= LARGEST_RESIDUAL:
         return InputMap(matrix_II=None, report=report | {"trouble": "residual"})
-    return InputMap(matrix_II=eye_II + step_II.T, report=report)
+    step_II.diagonal().add_(1)
+    return InputMap(matrix_II=step_II.T, report=report)
 
 
 def modelled_error(weight_OI: Tensor, found_OI: Tensor, drift: Drift, beta: float) -> float:

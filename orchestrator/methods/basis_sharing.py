@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from orchestrator.groups import Grouping
+from orchestrator.groups import SHARED, Grouping
 from orchestrator.methods.svd_llm import SvdLlm
 from orchestrator.options import check_whole
-
-SHARED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""What the authors group; o and down, whose inputs differ most between blocks, stand alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,7 +230,7 @@ def _error(whole_OI: Tensor, weight_OI: Tensor) -> float:
 def sampled(names: Sequence[str], count: int) -> list[str]:
     """So many names, in their order: as many of each role as of any other, or one more.
 
-    Of each role evenly over the model; roles are what names differ in beside their blocks and experts.
+    Of each role evenly over the model; names of one role differ in blocks and experts alone.
     """
     roles: dict[str, list[str]] = {}
     for name in names:
