@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from compressed import compress, mixed_plan
 from families import write_checkpoint
 from object_store import ObjectStore, object_store
@@ -23,6 +24,9 @@ os.environ.update(
         "AWS_EC2_METADATA_DISABLED": "true",
     }
 )
+
+# as workers compute: what is compared to the bit here must not depend on how a BLAS shares its work
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

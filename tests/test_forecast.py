@@ -183,7 +183,9 @@ def test_needs_are_those_of_the_methods():
         kinds = {"low_rank": "low_rank", "two_sided": "low_rank", "rpca": "low_rank_sparse"}
         kinds |= {"two_sided_sparse": "low_rank_sparse", "sparse": "sparse"}
         assert kinds[needs.kind] == method.form
-        assert bool(needs.scores) == (method.allocation in ("cap", "strs"))
+        assert needs.allocation == method.allocation
+        assert needs.grouping == method.grouping
+        assert all(needs.refits(kept) == method.refits(kept) for kept in (0.5, 0.6, 0.7))
     assert curvature_channels(tall, NEEDS["two-sided"]) == 4
     assert curvature_channels(tall, NEEDS["two-sided-sparse"]) == 8
 
@@ -379,3 +381,90 @@ def test_a_model_that_cannot_be_foreseen_is_compressed_all_the_same(
     events = []
     run(llama_dir, tmp_path / "out", write_text(tmp_path / "t.txt"), on_event=events.append)
     assert any("no forecast" in event.get("text", "") for event in events)
+
+
+BEHIND = {"score", "refit", "pivot", "walk", "refine", "sweep", "train", "write"}
+SHORT = {"refinement": {"epochs": 1, "batches": 2}, "training": {"epochs": 1, "batches": 2}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "svd-llm"},
+        {"method": "svd-llm", "allocation": "strs"},
+        {"method": "asvd"},
+        {"method": "asvd", "allocation": "uniform"},
+        {"method": "cap"},
+        {"method": "basis-sharing"},
+        {"method": "basis-sharing", "keep": 0.8},
+        {
+            "method": "basis-sharing",
+            "storage": "pivoted",
+            "options": {"basis-sharing": {"group": 1, "refit": "always"}},
+        },
+        {"method": "two-sided", "storage": "pivoted", "refine": "swept", "options": SHORT},
+        {"method": "svd-llm", "compensate": "anchored", "refine": "in_order", "options": SHORT},
+        {"method": "svd-llm", "refine": "blocks", "train": "light", "options": SHORT},
+    ],
+    ids=lambda fields: " ".join(str(each) for each in fields.values() if isinstance(each, str)),
+)
+def test_its_stages_are_those_of_the_run(fields, llama_dir, tmp_path):
+    """Whatever a recipe asks for: no stage is left out, none is made up, in the run's order."""
+    events = []
+    fields = {"keep": 0.5, **fields}
+    text = write_text(tmp_path / "text.txt")
+    run(llama_dir, tmp_path / "out", text, on_event=events.append, **fields)
+    begun = [e["stage"] for e in events if e["event"] == "stage" and e["state"] == "begin"]
+    asked = {"model": str(llama_dir), "out": "o", "samples": 6, "sequence_length": 48}
+    expected = plan(make_recipe({**asked, **fields}))
+    assert [each.name for each in expected.stages][1:] == [e for e in begun if e in BEHIND]
+
+
+def test_a_basis_for_several_blocks_holds_them_together(config):
+    """Grams are summed and the weights stacked, and no shard has fewer blocks than a group."""
+    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
+    sizes, shards = [], []
+    for group in (1, 2, 8):
+        options = {"basis-sharing": {"group": group, "refit": "never"}}
+        found = plan(recipe(model=path, method="basis-sharing", options=options), gpus=8)
+        sizes.append(found.stages[0].device.parts["decomposition"])
+        shards.append(found.blocks_a_shard)
+    assert sizes[0] < sizes[1] < sizes[2] / 2
+    assert shards == [2, 2, 8]
+
+
+def test_options_that_cost_are_counted(config):
+    """More draws are more passes back, and float32 is not the rate of 16 bits."""
+    path = config("Llama-3-8B", dtype="bfloat16")
+
+    def seconds(**fields):
+        return plan(recipe(model=path, **fields), gpus=8).stages[0].seconds["data_sheet"]
+
+    once = seconds(method="two-sided")
+    four = seconds(method="two-sided", options={"two-sided": {"draws": 4}})
+    assert 2 * once < four < 4 * once
+    assert seconds(method="two-sided", dtype="float32") > 2 * once
+
+
+def test_compensation_holds_the_moments_of_the_widest_site(config):
+    """46 GB of a 70B block, and the advice is about what was asked for."""
+    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
+    found = plan(recipe(model=path, compensate="anchored"), gpus=8, gpu_memory="48GB")
+    walk = next(stage for stage in found.stages if stage.name == "walk")
+    assert walk.device.parts["moments"] == 56 * 28672**2
+    (reason,) = found.infeasible
+    assert "--compensate none" in reason
+    assert "--refine" not in reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"allocation": "nosuch"}, "allocation is 'nosuch'"),
+        ({"method": "cap", "storage": "pivoted"}, "storage is 'pivoted'"),
+        ({"method": "two-sided", "options": {"two-sided": {"draws": 0}}}, "draws is 0"),
+    ],
+)
+def test_what_no_run_would_take_has_no_forecast(fields, message, config):
+    with pytest.raises(UsageError, match=message):
+        plan(recipe(model=config("Llama-3-8B", dtype="bfloat16"), **fields), gpus=8)

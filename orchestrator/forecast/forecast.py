@@ -11,9 +11,6 @@ from orchestrator.forecast.outcome import Forecast, Resources, Stage
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.work import (
-    MASKED_SEQUENCES,
-    TRIAL_SEQUENCES,
-    TRIALS,
     Work,
     kept_values,
     trained,
@@ -176,10 +173,10 @@ class _Forecasting:
     def _score(self) -> Stage:
         """Passes through models that are masked, or cut in one place."""
         forward = self.costs.forward(self.shapes.num_blocks)
-        passes = float(MASKED_SEQUENCES)
+        passes = float(self.needs.masked)
         if self.needs.scores == "sensitivities":
             # a trial runs from the block that it cuts on: half of the model in the mean
-            passes = TRIALS * TRIAL_SEQUENCES * len(self.shapes.linears) / 2
+            passes = self.needs.trials * len(self.shapes.linears) / 2
         work = forward.times(passes)
         return Stage(
             name="score",

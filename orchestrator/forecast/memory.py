@@ -171,7 +171,8 @@ def decomposition(
         moments += [completing] if free else []
         return max(reading, statistic + space + max(moments))
     # both sides: moment, curvature, its factor, and products of these with the weight
-    statistic += square
+    channels = curvature_channels(linear, needs)
+    statistic += 8 * channels * channels
     core = 8 * narrow * inputs
     turning = core + (4 + 1 + EIGENVECTOR_COPIES) * square
     measuring = core + 6 * square + 8 * rank * (outputs + 5 * narrow) + 2 * factors
@@ -179,7 +180,8 @@ def decomposition(
         statistic + space + max(turning, measuring, core + 4 * square + completing * (free > 0))
     )
     if needs.kind == "two_sided_sparse":
-        working += 3 * whole
+        # entries, their order, the damped curvature, and the correlations of both sides
+        working += 4 * whole + 8 * channels**2 + channels**2 + inputs**2
     return max(reading, working)
 
 
@@ -269,9 +271,10 @@ def walking(
         refines: Whether the block is trained.
     """
     state = tokens * sequences * shapes.hidden
-    widest = max(linear.in_features for linear in shapes.heaviest)
-    outputs = max(linear.out_features for linear in shapes.heaviest)
-    solving = max(MOMENT_BYTES * widest**2, 32 * widest**2 + 32 * widest * outputs)
+    solving = max(
+        max(MOMENT_BYTES * each.in_features**2, 32 * each.in_features**2 + 32 * each.values)
+        for each in shapes.heaviest
+    )
     training = trained_block(shapes, kept, even, REFINED_BYTES if refines else 4)
     return Footprint(
         {

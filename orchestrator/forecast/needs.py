@@ -5,17 +5,20 @@ The methods themselves need torch, which a forecast does without.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.allocate import ALLOCATION_NAMES
+from orchestrator.allocate.cap import Cap
+from orchestrator.allocate.strs import Strs
 from orchestrator.errors import UsageError
 from orchestrator.groups import SHARED, Grouping, gram_side
-from orchestrator.options import check_choice, check_whole
+from orchestrator.options import check_choice, check_known, check_whole, option_names
 from orchestrator.plan import Linear
 from orchestrator.recipe import Recipe
 
 Kind = Literal["low_rank", "two_sided", "two_sided_sparse", "rpca", "sparse"]
 """How a weight is decomposed."""
+_MASKED = ("iterations", "samples", "chunks")
 FACTORS = ("low_rank", "two_sided")
 """Those of these that leave two factors and nothing else."""
 
@@ -37,6 +40,12 @@ class Needs:
     """Whether every Gram is of inputs."""
     wide_curvature: bool = False
     """Whether curvatures are of the outputs where these are the wider side too."""
+
+    masked: int = 96
+    """Sequences through masked models for a choice of masks: `cap`'s iterations by its samples by
+    its chunks."""
+    trials: int = 8
+    """For each linear, sequences through models with one cut: `strs`' sizes times its windows."""
 
     @property
     def scores(self) -> Literal["", "masks", "sensitivities"]:
@@ -99,6 +108,8 @@ def needs_of(recipe: Recipe) -> Needs:
         labels=needs.labels and draws,
         group=options.get("group", needs.group),
         refit=options.get("refit", needs.refit),
+        masked=_masked(recipe.options.get("cap", {})),
+        trials=_trials(recipe.options.get("strs", {})),
     )
     check_whole(f"{method}: draws", draws, 1, 1000)
     check_whole(f"{method}: group", needs.group, 1, 1000)
@@ -109,6 +120,17 @@ def needs_of(recipe: Recipe) -> Needs:
             "keeps entries or shares bases; give storage 'plain'"
         )
     return needs
+
+
+def _masked(options: Mapping[str, Any]) -> int:
+    found = Cap(**{name: options[name] for name in options if name in _MASKED})
+    return found.iterations * found.samples * found.chunks
+
+
+def _trials(options: Mapping[str, Any]) -> int:
+    check_known("strs", options, option_names(Strs))
+    found = Strs(**options)
+    return len(found.grid.split()) * found.windows
 
 
 def input_grams(linears: Sequence[Linear], needs: Needs) -> dict[str, int]:

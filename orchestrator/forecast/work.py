@@ -20,10 +20,6 @@ DRIFT_FLOPS = 4.4
 """Of the moments of two streams, a token and a squared channel (see `linalg.compensate`)."""
 RPCA_ITERATIONS = 40
 """Singular value thresholdings of a weight: its steps grow by 1.5 to a tolerance of 1e-7."""
-MASKED_SEQUENCES = 96
-"""Passed through masked models for a choice of masks: `cap`'s 3 iterations of 4 samples on 8."""
-TRIALS, TRIAL_SEQUENCES = 4, 2
-"""For each linear, sizes at which it alone is cut; and sequences that each is judged on."""
 
 
 @dataclass(frozen=True, slots=True)

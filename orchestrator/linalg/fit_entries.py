@@ -3,6 +3,9 @@
 Shape suffixes: O outputs, I inputs, N entries, P pairs of different rows.
 """
 
+from collections.abc import Iterator
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -57,17 +60,24 @@ def correlations(matrix_NN: Tensor) -> Tensor:
     root_N = matrix_NN.diagonal().clamp(min=0).sqrt()
     inverse_N = torch.where(root_N > 0, 1 / root_N, 0.0)
     size = len(matrix_NN)
-    row_P, column_P = torch.triu_indices(size, size, offset=1, device=matrix_NN.device)
-    found_P = matrix_NN[row_P, column_P] * inverse_N[row_P] * inverse_N[column_P]
-    return found_P.clamp(-1, 1).half()
+    found_P = torch.empty(size * (size - 1) // 2, dtype=torch.float16, device=matrix_NN.device)
+    for row, rest_P in enumerate(_rows(found_P, size)):
+        rest_P[:] = (matrix_NN[row, row + 1 :] * inverse_N[row] * inverse_N[row + 1 :]).clamp(-1, 1)
+    return found_P
+
+
+def _rows(upper_P: Tensor, size: int) -> Iterator[Tensor]:
+    """What stands right of the diagonal, row by row; views."""
+    starts = accumulate(range(size - 1, 0, -1), initial=0)
+    return (upper_P[start : start + size - 1 - row] for row, start in enumerate(starts))
 
 
 def second_moment_of(root_N: Tensor, correlations_P: Tensor) -> Tensor:
     """M of its diagonal's root and its correlations; float32 [N, N]."""
     size = len(root_N)
     matrix_NN = torch.zeros(size, size, device=root_N.device)
-    row_P, column_P = torch.triu_indices(size, size, offset=1, device=root_N.device)
-    matrix_NN[row_P, column_P] = correlations_P.float()
+    for row, rest_P in enumerate(_rows(correlations_P, size)):
+        matrix_NN[row, row + 1 :] = rest_P
     matrix_NN += matrix_NN.T.clone()
     matrix_NN.fill_diagonal_(1)
     return matrix_NN * (root_N[:, None] * root_N)
