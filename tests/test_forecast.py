@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from families import FAMILIES as TINY
-from pipeline import run, with_tokenizer, write_llama, write_text
+from pipeline import contents, run, with_tokenizer, write_llama, write_text
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.api import measure, plan
 from orchestrator.cli import main
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.forecast import memory
+from orchestrator.forecast.forecast import USABLE
 from orchestrator.forecast.needs import (
     NEEDS,
     curvature_channels,
@@ -24,6 +25,7 @@ from orchestrator.methods import METHODS
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.plan import Linear
 from orchestrator.recipe import Recipe, make_recipe
+from orchestrator.shards import cut_blocks
 
 CONFIGS = {
     "Llama-3-8B": {
@@ -359,6 +361,34 @@ def test_a_run_that_does_not_fit_is_refused(llama_dir, tmp_path, monkeypatch):
     assert not [event for event in events if event.get("stage") == "calibrate"]
     run(llama_dir, tmp_path / "out", text, on_event=events.append, allow_infeasible=True)
     assert [e["text"] for e in events if e["event"] == "note" and "forecast: " in e["text"]]
+
+
+def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
+    """Where two blocks at a time do not fit, shards have one from the first on; the bytes stay."""
+    text, cuts = write_text(tmp_path / "text.txt"), []
+
+    def note(*about):
+        cuts.append(cut_blocks(*about))
+        return cuts[-1]
+
+    monkeypatch.setattr("orchestrator.cluster.block_pass.cut_blocks", note)
+    outs = [tmp_path / "two", tmp_path / "one"]
+    run(llama_dir, outs[0], text)
+    sizes = [
+        memory.calibration(
+            *(read_shapes(llama_dir), NEEDS["svd-llm"], blocks),
+            tokens=48,
+            sequences=6,
+            itemsize=4,
+            pivoted=False,
+        ).total
+        for blocks in (1, 2)
+    ]
+    room = sum(sizes) / 2 / USABLE
+    monkeypatch.setattr("orchestrator.cluster.foresight.host_bytes", lambda: room)
+    run(llama_dir, outs[1], text)
+    assert [[len(blocks) for blocks in cut] for cut in cuts] == [[2, 2], [1, 1, 1, 1]]
+    assert contents(outs[0]) == contents(outs[1])
 
 
 def test_the_memory_of_a_kind_of_gpu():

@@ -47,6 +47,8 @@ class BlockPass:
     """How many, if the recipe says so."""
     group: int
     """Blocks that are finished as one."""
+    blocks: int
+    """The most in a shard, where the recipe does not say how many there are."""
     patience: Mapping[str, float] = field(default_factory=dict)
     """By method, seconds that a call may take (see `Deadlines`)."""
 
@@ -175,7 +177,7 @@ class BlockPass:
         return range(0, self.num_blocks, self.group)
 
     def _cut(self, crew: Crew) -> tuple[range, ...]:
-        default = default_shards(self.num_blocks, crew.size, max(2, self.group))
+        default = default_shards(self.num_blocks, crew.size, max(self.blocks, self.group))
         return cut_blocks(self.num_blocks, self.shards or default, self.group)
 
     def _present(

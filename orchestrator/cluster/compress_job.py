@@ -33,7 +33,9 @@ from orchestrator.cluster.walk_job import Sweep, Walk
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.cluster.write_job import WRITE_VERSION, result_of
 from orchestrator.errors import UsageError
+from orchestrator.forecast.forecast import MOST_BLOCKS
 from orchestrator.forecast.needs import needs_of
+from orchestrator.forecast.outcome import Forecast
 from orchestrator.forecast.work import decomposing_block
 from orchestrator.groups import Grouping
 from orchestrator.models.checkpoint import REPORT_FILE
@@ -77,6 +79,8 @@ class Compression:
         else:
             self.model, self.base_model = before.model, before.base_model
         self._before = before
+        self.foreseen: Forecast | None = None
+        """What a worker can hold, once that is known; it decides how the model is cut."""
         check_out(self.out)
         beside = self.out.with_name(f"{self.out.name}.run")
         root = parse_place(recipe.run_dir).expanduser().absolute() if recipe.run_dir else beside
@@ -268,6 +272,7 @@ class Compression:
             sequences=self.token_report["sequences"],
             shards=self.recipe.shards,
             group=self.grouping.size,
+            blocks=self.foreseen.blocks_that_fit if self.foreseen else MOST_BLOCKS,
         )
 
     def _finish_seconds(self, crew: Crew) -> float:

@@ -107,14 +107,16 @@ def assemble(
                 f"workers: {schedule.workers} with the local executor, which is one process; "
                 "leave it out, or use --executor ray"
             )
-        threads = torch.get_num_threads()
+        products = torch.backends.cuda.matmul
+        threads, precision = torch.get_num_threads(), products.fp32_precision
         try:
             with _probe_files(task) as nonce:
                 pool = LocalPool(worker_class, task, nonce)
                 yield Crew(pool, 1, {}, (), schedule.allow_mixed).gathered()
         finally:
-            # the worker has set its own number, in what is the caller's process
+            # the worker has set its own, in what is the caller's process
             torch.set_num_threads(threads)
+            products.fp32_precision = precision
         return
     from orchestrator.cluster import ray_crew
 

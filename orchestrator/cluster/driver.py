@@ -39,7 +39,7 @@ def compress(
         with job.hold_out().taken(on_event) as hold:
             watch.guard(hold)
             with connected(job.schedule, watch):
-                foresee(job.recipe, job.model, job.schedule, watch)
+                job.foreseen = foresee(job.recipe, job.model, job.schedule, watch)
                 return _perform(job, watch)
 
 

@@ -50,7 +50,6 @@ class Worker:
         torch.set_num_threads(task.threads)
         keep_freed_memory()
         # whatever a container's environment says of TF32; see `linalg.tensor_cores`
-        self._precision = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         self._threads = task.threads
         self._reads, self._writes = task.fingerprints, task.writes
@@ -65,7 +64,6 @@ class Worker:
         """Lets go of what the worker holds; nothing is called after it."""
         self.settle()
         self._disk.shutdown()
-        torch.backends.cuda.matmul.fp32_precision = self._precision
         vars(self).clear()
         gc.collect()
         return_freed_memory()

@@ -103,6 +103,7 @@ class _Forecasting:
             workers=self.workers,
             shards=self.shards,
             blocks_a_shard=-(-self.shapes.num_blocks // self.shards),
+            blocks_that_fit=self.blocks,
             waves=-(-self.shards // self.workers),
             stages=tuple(stages),
             limits={"device": self.limit, "host": self.resources.host_bytes},
@@ -332,6 +333,9 @@ class _Forecasting:
             "chunks": int(8 * self.costs.state),
             "written": 4 * largest * self.costs.out_itemsize,
         }
+        if self.recipe.refine != "none" or self.recipe.compensate != "none":
+            # what was not made here is unpacked from files
+            parts["a boundary"] = int(self._chunks())
         return Footprint(parts)
 
     def _run_bytes(self) -> float:

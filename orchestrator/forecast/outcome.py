@@ -43,6 +43,8 @@ class Forecast:
     workers: int
     shards: int
     blocks_a_shard: int
+    blocks_that_fit: int
+    """Of a shard, two at most unless more share a basis."""
     waves: int
     stages: tuple[Stage, ...]
     limits: Mapping[str, float | None]
