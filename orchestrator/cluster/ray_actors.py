@@ -216,6 +216,10 @@ class RayActors:
         except OrchestratorError as error:
             self._refuse(worker, error)
             return None
+        if probe["node_id"] in self._quarantined:
+            # it was on its way there before the node was known to be sick
+            self.replace(worker)
+            return None
         self._probes[worker] = probe
         self._failed_starts = 0
         return probe
