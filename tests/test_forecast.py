@@ -351,6 +351,22 @@ def test_with_tokenizer_is_a_checkpoint_too(checkpoint, tmp_path):
     assert read_shapes(directory).itemsize == 4
 
 
+@pytest.mark.ray
+def test_what_cannot_fit_this_machine_is_refused_on_ray_too(
+    llama_dir, tmp_path, monkeypatch, ray_address
+):
+    """Where its only node is the driver's own; a machine of the same size with room for it runs."""
+    text = write_text(tmp_path / "text.txt")
+    fields = {"executor": "ray", "workers": 1}
+    with monkeypatch.context() as small:
+        small.setattr("orchestrator.cluster.foresight.host_bytes", lambda: 100_000)
+        with pytest.raises(InfeasibleError, match=r"^calibrate: a worker holds .*usable"):
+            run(llama_dir, tmp_path / "out", text, **fields)
+    run(llama_dir, tmp_path / "out", text, **fields)
+    run(llama_dir, tmp_path / "local", text)
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+
+
 def test_a_run_that_does_not_fit_is_refused(llama_dir, tmp_path, monkeypatch):
     """Before a worker starts, with exit code 3; unless it is to be tried nevertheless."""
     text = write_text(tmp_path / "text.txt")

@@ -19,8 +19,9 @@ from orchestrator.store.places import Place
 def foresee(recipe: Recipe, model: Place, schedule: Schedule, watch: Watch) -> Forecast | None:
     """Says what a worker will hold, and refuses what cannot fit.
 
-    Of a device's memory a run knows in this process, and where Ray says which GPUs its nodes have;
-    otherwise nothing is refused, nor where a model's headers do not say what a forecast needs.
+    Of a device's memory a run knows in this process, where Ray says which GPUs its nodes have, and
+    where workers are to run on this machine alone: one of them at least must fit it. Otherwise
+    nothing is refused, nor where a model's headers do not say what a forecast needs.
 
     Raises:
         InfeasibleError: A stage does not fit on the largest device, whose memory is known.
@@ -55,5 +56,7 @@ def _on_ray(schedule: Schedule) -> tuple[int, float | None]:
 
     there, room = ray_crew.devices(schedule.threads)
     bounds = Bounds.of(schedule.workers)
+    if room is None and not bounds.is_growing and ray_crew.is_this_machine():
+        room = float(host_bytes())
     most = bounds.most if bounds.is_growing and bounds.most else max(there, 1)
     return max(1, min(most, bounds.most or most)), room
