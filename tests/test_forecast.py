@@ -21,6 +21,7 @@ from orchestrator.forecast.needs import (
 )
 from orchestrator.forecast.rates import ROWS, known_devices, largest_memory, machine_of
 from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
+from orchestrator.linalg import pivot
 from orchestrator.methods import METHODS
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.plan import Linear
@@ -405,6 +406,11 @@ def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
     run(llama_dir, outs[1], text)
     assert [[len(blocks) for blocks in cut] for cut in cuts] == [[2, 2], [1, 1, 1, 1]]
     assert contents(outs[0]) == contents(outs[1])
+
+
+def test_a_band_is_that_of_the_numerics():
+    """A forecast has no torch, so it has the number again."""
+    assert memory.BAND == pivot.BAND
 
 
 def test_the_memory_of_a_kind_of_gpu():

@@ -216,7 +216,8 @@ class CompressionWorker(Worker):
         parts = result.weight_SR, result.down_RI, result.order_O
         unit = self.run.units.begin(self.task.pivoted_key(linear, rank))
         with unit.file(PIVOTED_FILE) as path:
-            save_file({n: each.cpu() for n, each in zip(PIVOTED_PARTS, parts, strict=True)}, path)
+            stored = (each.cpu().contiguous() for each in parts)
+            save_file(dict(zip(PIVOTED_PARTS, stored, strict=True)), path)
         facts = {"numerics": result.report, "timings": {"seconds": time.monotonic() - start}}
         unit.commit(environment=self.environment(), facts=facts)
         return facts

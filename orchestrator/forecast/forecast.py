@@ -390,6 +390,8 @@ class _Forecasting:
                 if (workers := next(fits, None)) is not None:
                     ways.append(f"--train {mode} with {workers} workers")
             return f"what fits: {', '.join(ways)}" if ways else "--train none leaves it out"
+        if stage == "refit":
+            return f"--option {self.recipe.method}.refit=never leaves it out"
         if stage == "pivot":
             return "--storage plain leaves it out"
         if stage in ("refine", "walk", "sweep"):
