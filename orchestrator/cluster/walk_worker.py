@@ -16,7 +16,12 @@ from orchestrator.cluster.tokens import first_chunk
 from orchestrator.cluster.trained_worker import TrainedTask, TrainedWorker
 from orchestrator.cluster.worker import Emitted
 from orchestrator.models.chunk import Chunk
-from orchestrator.models.compensation import compensate_block, restore, squared_error
+from orchestrator.models.compensation import (
+    compensate_block,
+    read_errors,
+    restore,
+    squared_error,
+)
 from orchestrator.models.compensation_options import CompensationOptions
 from orchestrator.models.refine import Refinement, merge
 from orchestrator.models.refine_options import RefineOptions
@@ -138,7 +143,7 @@ class WalkWorker(TrainedWorker):
 
     def look(self, parts: Sequence[int], block: int, is_made: bool) -> Given:
         """Passes dense chunks on, and says how far the compressed ones would be from them."""
-        work, values = self.work, dict[int, tuple[int, float]]()
+        work, errors = self.work, dict[int, tuple[int, Tensor]]()
         # behind the last block only the other replicas ask for them
         stored = block + 1 in self.task.keys or self.task.refinement is not None
         for index in parts:
@@ -146,8 +151,8 @@ class WalkWorker(TrainedWorker):
             if stored:
                 self._dense_chunks.write(block + 1, index, target.pack())
             if block in self.task.changed and not is_made:
-                values[index] = squared_error(work.shard.forward(work.inputs[index]), target)
-        return values, {}
+                errors[index] = squared_error(work.shard.forward(work.inputs[index]), target)
+        return read_errors(errors), {}
 
     def compensate(self, parts: Sequence[int]) -> Given:
         """Fits the block's factors again; every replica does, and says what was measured."""
@@ -220,14 +225,14 @@ class WalkWorker(TrainedWorker):
             if keep:
                 work.refinement.keep()
             work.tensors |= work.refinement.take_best()
-        boundary, values = work.block + 1, dict[int, tuple[int, float]]()
+        boundary, errors = work.block + 1, dict[int, tuple[int, Tensor]]()
         for index in parts:
             passed = work.passed[index] = work.shard.forward(work.inputs[index])
             if boundary in self.task.keys:
                 self.chunks.write(boundary, index, passed.pack())
-            values[index] = squared_error(passed, self._target(index))
+            errors[index] = squared_error(passed, self._target(index))
         self._left = boundary, work.targets, work.passed
-        return values, {}
+        return read_errors(errors), {}
 
     def commit(self, parts: Sequence[int], facts: dict[str, Any]) -> Given:
         """One replica commits the block's tensors and gives its facts; all of them free it."""

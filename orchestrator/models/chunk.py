@@ -57,6 +57,16 @@ class Chunk:
     def with_payload(self, payload: Payload | None) -> "Chunk":
         return replace(self, payload=payload)
 
+    def places(self, device: torch.device) -> Tensor | None:
+        """Indices of the real tokens in the flattened [B T], int64 on `device`; None if all are.
+
+        The mask is searched on the host, where it lies, so no pass waits for the device to say how
+        many tokens are real.
+        """
+        if bool(self.mask.all()):
+            return None
+        return self.mask.reshape(-1).nonzero().squeeze(1).to(device)
+
     def to(self, device: torch.device) -> "Chunk":
         """The chunk with every tensor on `device`; tensors that are there are not copied."""
         payload = self.payload and self.payload.map(lambda tensor: tensor.to(device))
@@ -90,6 +100,12 @@ class Chunk:
         return cls(structure["index"], tokens, mask, payload and Payload(*payload))
 
 
+def rows_at(states: Tensor, places_N: Tensor | None) -> Tensor:
+    """The rows [N, C] of states [B, T, C] or [B T, C] at `Chunk.places`; a view if that is None."""
+    rows = states.reshape(-1, states.shape[-1])
+    return rows if places_N is None else rows.index_select(0, places_N)
+
+
 def map_tensors(function: Any, tree: Any) -> Any:
     """`tree` (tuples, lists, mappings, anything) with `function` applied to every tensor in it."""
     if isinstance(tree, Tensor):
@@ -111,7 +127,7 @@ def _encode(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
     """
     if isinstance(tree, Tensor):
         name = f"tensor{len(arrays)}"
-        tensor = tree.detach().cpu().contiguous()
+        tensor = tree.detach().contiguous().cpu()
         is_bfloat16 = tensor.dtype == torch.bfloat16
         arrays[name] = (tensor.view(torch.int16) if is_bfloat16 else tensor).numpy()
         return {"bfloat16" if is_bfloat16 else "tensor": name}

@@ -179,6 +179,11 @@ class Shard:
             parameter.requires_grad_(False)
 
     @property
+    def device(self) -> torch.device:
+        """Where the shard's weights lie and chunks are computed."""
+        return self._frame.device
+
+    @property
     def config(self) -> PretrainedConfig:
         return self._frame.model.config
 
