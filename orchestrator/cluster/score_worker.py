@@ -104,8 +104,8 @@ class ScoreWorker(CompressionWorker):
                 self._restore(linear, weight_OI)
                 continue
             mask = values.chosen() if trial.seed is None else values.draw(*trial.seed, linear.name)
-            parts = read_masked(self._stored_file([linear]), mask)
-            weight_OI.copy_(masked_weight(parts, self.device))
+            parts = read_masked(self._stored_file([linear]), mask, self.device)
+            weight_OI.copy_(masked_weight(parts))
             self._masked.add(linear.name)
             drawn[linear.name] = mask.drawn(values.counts_B)
         self._trial = number
@@ -144,7 +144,7 @@ class ScoreWorker(CompressionWorker):
         linear = next(each for each in self.task.linears if each.name == tensor.source)
         parts = self._chosen(linear)
         if tensor.part == "weight":
-            return parts["weight"].T.contiguous()
+            return parts["weight"].T
         if tensor.part == "down":
             return parts["down"]
         positions_N, order_N = parts["positions"].sort()
@@ -159,6 +159,6 @@ class ScoreWorker(CompressionWorker):
         if self._read_last is None or self._read_last[0] != wanted:
             values = read_candidates(self.run, self._choice, linear)
             assert values is not None, f"{linear.name} is dense in the choice"
-            parts = read_masked(self._stored_file([linear]), values.chosen())
+            parts = read_masked(self._stored_file([linear]), values.chosen(), self.device)
             self._read_last = (wanted, parts)
         return self._read_last[1]

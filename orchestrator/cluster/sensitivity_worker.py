@@ -141,8 +141,7 @@ class SensitivityWorker(CompressionWorker):
             self._whole.append((weight_OI, weight_OI.clone()))
             dtype = torch.promote_types(weight_OI.dtype, torch.float32)
             weight_OR, down_RI = (
-                self._factor(linear, part, trial.rank).to(self.device, dtype)
-                for part in ("weight", "down")
+                self._factor(linear, part, trial.rank).to(dtype) for part in ("weight", "down")
             )
             weight_OI.copy_(weight_OR @ down_RI)
 
