@@ -574,7 +574,7 @@ def test_a_pass_tells_what_it_is_about():
     assert second.arguments == ((2, 4), (), None, "masks")
     schedule.succeeded(first)
     (step,) = schedule.calls([0])
-    assert step.arguments == (0, True, True, False)
+    assert step.arguments == (0, True, True, None)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from orchestrator.allocate.bernoulli import Candidates
 from orchestrator.cluster.heap import return_freed_memory
 from orchestrator.cluster.pruned import read_entries, stored_pruned, surface_of
 from orchestrator.cluster.tokens import TokenArrays, first_chunk, read_tokens
-from orchestrator.cluster.worker import Emitted, Task, Worker
+from orchestrator.cluster.worker import Emitted, Stored, Task, Worker
 from orchestrator.groups import Grouping, stack
 from orchestrator.linalg.low_rank import LowRank, summed
 from orchestrator.linalg.pivot import pivot
@@ -150,7 +150,12 @@ class CompressionWorker(Worker):
         start = self._shard.blocks.start
         if start == 0:
             return first_chunk(self._tokens, index)
-        return Chunk.unpack(self.input_record(start, index, record))
+        return self.input_chunk(start, index, record)
+
+    def next_inputs(self, index: int) -> list[Stored]:
+        if self._shard is None or self._shard.is_first:
+            return []
+        return [(self.chunks, self._shard.blocks.start, index)]
 
     def finish(self, block: int) -> dict[str, Any]:
         """Decomposes the linears of a group of blocks and commits them, one file each.

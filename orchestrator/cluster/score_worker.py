@@ -17,7 +17,6 @@ from orchestrator.cluster.masks import (
 from orchestrator.cluster.tokens import first_chunk
 from orchestrator.cluster.worker import Emitted
 from orchestrator.models.calibration import as_dense, dense_weight
-from orchestrator.models.chunk import Chunk
 from orchestrator.models.evaluation import score
 from orchestrator.models.index_codes import encode
 from orchestrator.models.layout import TensorSpec
@@ -82,7 +81,7 @@ class ScoreWorker(CompressionWorker):
         if blocks.start == 0:
             chunk = replace(first_chunk(self._tokens, sequence), index=index)
         else:
-            chunk = Chunk.unpack(self.input_record(blocks.start, index, record))
+            chunk = self.input_chunk(blocks.start, index, record)
         if not self._shard.is_last:
             passed = self._shard.forward(chunk)
             return {"drawn": drawn}, self.emit(blocks.stop, passed) if emit else None

@@ -26,6 +26,7 @@ from orchestrator.models.compensation_options import CompensationOptions
 from orchestrator.models.refine import Refinement, merge
 from orchestrator.models.refine_options import RefineOptions
 from orchestrator.models.shard import Shard
+from orchestrator.models.transport import Departure
 from orchestrator.store.chunks import Chunks, MissingChunk, Record
 
 Given = tuple[dict[int, Any], dict[str, Any]]
@@ -149,9 +150,10 @@ class WalkWorker(TrainedWorker):
         for index in parts:
             target = work.targets[index] = work.dense.forward(work.dense_inputs[index])
             if stored:
-                self._dense_chunks.write(block + 1, index, target.pack())
+                self._emit(self._dense_chunks, block + 1, target)
             if block in self.task.changed and not is_made:
                 errors[index] = squared_error(work.shard.forward(work.inputs[index]), target)
+        self.settle()
         return read_errors(errors), {}
 
     def compensate(self, parts: Sequence[int]) -> Given:
@@ -229,9 +231,10 @@ class WalkWorker(TrainedWorker):
         for index in parts:
             passed = work.passed[index] = work.shard.forward(work.inputs[index])
             if boundary in self.task.keys:
-                self.chunks.write(boundary, index, passed.pack())
+                self._emit(self.chunks, boundary, passed)
             errors[index] = squared_error(passed, self._target(index))
         self._left = boundary, work.targets, work.passed
+        self.settle()
         return read_errors(errors), {}
 
     def commit(self, parts: Sequence[int], facts: dict[str, Any]) -> Given:
@@ -245,6 +248,11 @@ class WalkWorker(TrainedWorker):
             self.commit_trained(work.block, tensors, values[part])
         self._put_down()
         return values, {}
+
+    def _emit(self, store: Chunks, boundary: int, chunk: Chunk) -> None:
+        """Has a chunk stored while the next is computed; `settle` when the round is done."""
+        departure = Departure()
+        self.store(boundary, chunk.index, chunk.pack(departure), departure, store)
 
     def _entering(self, block: int) -> tuple[list[Chunk], list[Chunk]]:
         """Both streams at a block's input: what this worker has left there, else the files."""
