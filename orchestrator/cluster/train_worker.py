@@ -246,7 +246,7 @@ class TrainWorker(TrainedWorker):
             assert self._shard is not None
             return self._shard.logits(streams["dense"])
         path = self.run.units.file(self.task.target_keys[sequence], TARGETS_FILE)
-        return TopK.from_tensors(load_file(path))
+        return TopK.from_tensors(load_file(path)).to(self.device)
 
     def _through(self, chunk: Chunk, but: int) -> tuple[list[Chunk], Chunk]:
         """What enters each block but the last so many, and what then comes."""
@@ -275,9 +275,8 @@ class TrainWorker(TrainedWorker):
     def _distill(
         self, logits_BTV: Tensor, chunk: Chunk, targets: TopK | Tensor, weights: Weights | None
     ) -> tuple[Losses, Tensor | None]:
-        tokens_BT, mask_BT = (each.to(logits_BTV.device) for each in (chunk.tokens, chunk.mask))
         temperature = self.task.options.temperature
-        return distill(logits_BTV, tokens_BT, mask_BT, targets, temperature, weights)
+        return distill(logits_BTV, chunk.tokens, chunk.mask, targets, temperature, weights)
 
     def _norms(self, is_last: bool) -> dict[str, Any]:
         assert self._training is not None

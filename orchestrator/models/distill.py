@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, T tokens, V vocabulary, K outcomes that are kept.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.models.evaluation import SLICE_TOKENS
+from orchestrator.models.transport import bring
 
 _NAMES = ("log_p", "index", "log_rest")
 
@@ -57,6 +58,13 @@ class TopK:
         log_p, index, log_rest = (tensors[name] for name in _NAMES)
         return cls(log_p_BTK=log_p, index_BTK=index, log_rest_BT=log_rest)
 
+    def to(self, device: torch.device) -> Self:
+        return type(self)(
+            log_p_BTK=bring(self.log_p_BTK, device),
+            index_BTK=bring(self.index_BTK, device),
+            log_rest_BT=bring(self.log_rest_BT, device),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
@@ -101,25 +109,24 @@ def distill(
 
     so nothing pulls on how they are divided. τ² keeps the gradient's size as τ changes (Hinton et
     al., arXiv:1503.02531). Closed forms, float32 by slices of tokens, so beside logits and gradient
-    there is no third tensor of their size. The gradient [B, T, V] has the logits' dtype and is zero
+    there is no third tensor of their size. With tokens and mask on the host, a GPU is waited for
+    once. The gradient [B, T, V] has the logits' dtype and is zero
     outside the mask.
 
     Args:
         targets: Top-k of the other model at the same temperature, or all its logits [B, T, V].
     """
     grad_BTV = None if weights is None else torch.zeros_like(logits_BTV)
-    sums = torch.zeros(2, dtype=torch.float64)
+    device = logits_BTV.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     for row in range(len(tokens_BT)):
-        for where_T in torch.split(mask_BT[row].nonzero().squeeze(1), SLICE_TOKENS):
-            if not len(where_T):
-                continue
+        for parts in _slices(tokens_BT[row], mask_BT[row]):
+            where_T, label_T, real_T = (bring(part, device) for part in parts)
             logits_TV = logits_BTV[row, where_T].float()
             divergence, grad_TV = _divergence(logits_TV, targets, row, where_T, temperature)
-            real_T = _followed(mask_BT[row], where_T)
-            label_T = tokens_BT[row, (where_T + 1).clamp(max=tokens_BT.shape[1] - 1)]
             log_q_TV = logits_TV.log_softmax(dim=-1)
             entropy_T = -log_q_TV.gather(1, label_T[:, None]).squeeze(1).double()
-            sums += torch.stack([divergence, entropy_T.where(real_T, 0.0).sum()]).cpu()
+            sums += torch.stack([divergence, entropy_T.where(real_T, 0.0).sum()])
             if grad_BTV is not None and weights is not None:
                 grad_TV *= weights.divergence
                 if weights.cross_entropy:
@@ -131,10 +138,14 @@ def distill(
     return Losses(divergence=divergence, cross_entropy=cross_entropy), grad_BTV
 
 
-def _followed(mask_T: Tensor, where_T: Tensor) -> Tensor:
-    """Which of some real tokens have a real one behind them."""
-    following_T = torch.cat([mask_T[1:], mask_T.new_zeros(1)])
-    return following_T[where_T]
+def _slices(tokens_T: Tensor, mask_T: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The real tokens of a sequence, `SLICE_TOKENS` at a time: their places, the tokens that follow
+    them, and which of those are real."""
+    follows_T = torch.cat([mask_T[1:], mask_T.new_zeros(1)])
+    for where_T in torch.split(mask_T.nonzero().squeeze(1), SLICE_TOKENS):
+        if len(where_T):
+            label_T = tokens_T[(where_T + 1).clamp(max=len(tokens_T) - 1)]
+            yield where_T, label_T, follows_T[where_T]
 
 
 def _divergence(

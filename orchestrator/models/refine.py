@@ -19,6 +19,7 @@ from orchestrator.models.modules import LowRankLinear
 from orchestrator.models.refine_ledger import Account, Epoch, Ledger, Stop
 from orchestrator.models.refine_options import RefineOptions, divide, rate
 from orchestrator.models.shard import Shard
+from orchestrator.models.transport import bring
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -170,16 +171,18 @@ class Refinement:
         """One part of the gradient of a step's loss."""
         chunks = self._batch(epoch, batch)
         tokens = sum(int(self._inputs[index].mask.sum()) for index in chunks)
-        losses = []
+        errors = []
         for index in divide(chunks, self._ledger.parts(batch))[part]:
             error = self._error(index, self._shard.trace) / max(tokens, 1)
             torch.autograd.backward(error)
-            losses.append(float(error.detach()))
+            errors.append(error.detach())
         gradients = {}
         for place, parameter in enumerate(self._distinct):
             if parameter.grad is not None:
                 gradients[place] = parameter.grad.contiguous()
                 parameter.grad = None
+        # read together: the host is ahead of the device meanwhile
+        losses = torch.stack(errors).tolist() if errors else []
         return Slice(tuple(losses), tokens, gradients)
 
     def step(self, gradients: Mapping[int, Tensor]) -> float:
@@ -277,12 +280,14 @@ class Refinement:
             raise ValueError(f"input {chunk.index} and target {target.index} are different chunks")
         payload = chunk.payload and chunk.payload.map(self._cast)
         found_BTC = _hidden(run(chunk.with_payload(payload)))
-        gap_BTC = found_BTC - _hidden(target).to(found_BTC)
+        gap_BTC = found_BTC - bring(_hidden(target), found_BTC.device).to(found_BTC.dtype)
         # what stands at padding may be anything
-        gap_BTC = gap_BTC.where(target.mask.to(gap_BTC.device)[..., None], 0.0)
+        gap_BTC = gap_BTC.where(bring(target.mask, gap_BTC.device)[..., None], 0.0)
         return gap_BTC.square().sum() / gap_BTC.shape[-1]
 
     def _cast(self, tensor: Tensor) -> Tensor:
+        """Cast on the device: a chunk may lie on the host."""
+        tensor = bring(tensor, self._shard.device)
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def _state(self) -> dict[str, Tensor]:
