@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orchestrator.cluster.compress_worker import _stored
 from orchestrator.cluster.worker import Task, Worker
 from orchestrator.linalg.low_rank import LowRank
+from orchestrator.linalg.pivot import pivot
 from orchestrator.models.calibration import Calibration
 from orchestrator.models.chunk import Chunk, Payload
 from orchestrator.models.compensation import read_errors, squared_error
@@ -262,6 +263,28 @@ def test_the_host_is_one_step_ahead_at_most():
             pace.step()
             assert [call.operation for call in device.stream_calls] == expected
     Pace(torch.device("cpu")).step()
+
+
+def test_an_exchange_of_pivots_takes_one_read():
+    """Whatever the number of exchanges and of bands of rows: the reads that there are without any,
+    and one for each. The bits and the report are the CPU's."""
+    few, many = [], []
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        weight_OR = torch.randn(40 if seed < 6 else 700, 24, generator=generator)
+        down_RI = torch.randn(24, 5, generator=generator)
+        expected = pivot(weight_OR, down_RI)
+        with pretended_device() as device:
+            given = weight_OR.to(CUDA), down_RI.to(CUDA)
+            device.clear()
+            found = pivot(*given)
+            reads = len(device.reads)
+        assert found.report == expected.report
+        for name in ("weight_SR", "down_RI", "order_O"):
+            assert torch.equal(on_host(getattr(found, name)), getattr(expected, name))
+        (few if seed < 6 else many).append((expected.report["exchanges"], reads))
+    assert max(many)[0] > min(few)[0]
+    assert len({reads - exchanges for exchanges, reads in few + many}) == 1
 
 
 class Passing(Worker):
