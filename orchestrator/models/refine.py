@@ -19,6 +19,7 @@ from orchestrator.models.modules import LowRankLinear
 from orchestrator.models.refine_ledger import Account, Epoch, Ledger, Stop
 from orchestrator.models.refine_options import RefineOptions, divide, rate
 from orchestrator.models.shard import Shard
+from orchestrator.models.strict import strict
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -166,6 +167,7 @@ class Refinement:
             self.keep()
         return ledger.epochs[-1]
 
+    @strict()
     def slice(self, epoch: int, batch: int, part: int) -> Slice:
         """One part of the gradient of a step's loss."""
         chunks = self._batch(epoch, batch)
