@@ -197,11 +197,11 @@ def test_a_chunk_is_handed_over_only_where_somebody_waits_for_it():
         for call in schedule.calls(range(workers)):
             schedule.succeeded(call)
         step = schedule.calls([0])[0]
-        assert (step.method, step.arguments) == ("step", (0, True, expected, True))
+        assert (step.method, step.arguments) == ("step", (0, True, expected, 1))
         schedule.succeeded(step)
         step = schedule.calls([0])[0]
         # behind the last chunk there is none to write it beside
-        assert (step.method, step.arguments) == ("step", (1, True, expected, False))
+        assert (step.method, step.arguments) == ("step", (1, True, expected, None))
 
 
 def test_a_worker_is_told_what_it_will_hold_next():

@@ -44,12 +44,12 @@ def gate(monkeypatch):
 
 
 def test_a_chunk_is_computed_while_the_one_before_is_written(worker, gate):
-    value, record = worker.perform("step", (0, True, True, True), None)
+    value, record = worker.perform("step", (0, True, True, 1), None)
     assert value == 0
     assert record is not None
     assert not worker.chunks.path(2, 0).exists()
     # the second is not stored before the first is
-    second = threading.Thread(target=worker.perform, args=("step", (1, True, True, True), None))
+    second = threading.Thread(target=worker.perform, args=("step", (1, True, True, 2), None))
     second.start()
     second.join(0.1)
     assert second.is_alive()
@@ -58,12 +58,10 @@ def test_a_chunk_is_computed_while_the_one_before_is_written(worker, gate):
     assert worker.chunks.path(2, 0).exists()
 
 
-@pytest.mark.parametrize(
-    ("method", "arguments"), [("look", (0,)), ("step", (1, True, True, False))]
-)
+@pytest.mark.parametrize(("method", "arguments"), [("look", (0,)), ("step", (1, True, True, None))])
 def test_other_calls_and_the_last_chunk_find_or_leave_all_written(worker, method, arguments):
     """Whoever reads behind this worker when its call has ended finds the file."""
-    worker.perform("step", (0, True, False, True), None)
+    worker.perform("step", (0, True, False, 1), None)
     worker.perform(method, arguments, None)
     assert worker.chunks.present(2, 1 + arguments[0]) == set(range(1 + arguments[0]))
 
@@ -75,11 +73,11 @@ def test_a_chunk_that_could_not_be_written_ends_the_next_call(worker, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Chunks, "write", fail)
-    worker.perform("step", (0, True, True, True), None)
+    worker.perform("step", (0, True, True, 1), None)
     with pytest.raises(OSError, match="No space left"):
-        worker.perform("step", (1, True, True, True), None)
+        worker.perform("step", (1, True, True, 2), None)
     monkeypatch.undo()
-    worker.perform("step", (1, True, True, False), None)
+    worker.perform("step", (1, True, True, None), None)
     assert worker.chunks.present(2, 2) == {1}
 
 
@@ -92,7 +90,7 @@ def test_a_chunk_on_its_way_is_waited_for_and_a_lost_one_is_not_for_long(
     monkeypatch.setattr("orchestrator.store.chunks.WRITING_SECONDS", 30.0)
     other = Passing(Task(run_dir=tmp_path / "run", threads=1, pass_key="pass", fingerprints={}))
     other.chunks = worker.chunks
-    late = threading.Timer(0.2, other.perform, ("step", (0, True, False, False), None))
+    late = threading.Timer(0.2, other.perform, ("step", (0, True, False, None), None))
     late.start()
     assert worker.perform("look", (0,), None)[0] == [[0, 0, 0, 0]]
     late.join()

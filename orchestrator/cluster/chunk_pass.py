@@ -257,12 +257,12 @@ class Pass:
         emit = index in self._needed[shard + 1] and index not in self._present[shard + 1]
         following = self.shards[shard + 1 : shard + 2]
         hand_over = emit and any(each.owner is not None for each in following)
-        goes_on = self._next_chunk(shard, without=index) is not None
+        next_index = self._next_chunk(shard, without=index)
         return self._start(
             Call(
                 worker,
                 "step",
-                (index, emit, hand_over, goes_on),
+                (index, emit, hand_over, next_index),
                 f"{state.label}, chunk {index}",
                 shard,
                 takes=(state.entry, index),

@@ -20,7 +20,7 @@ from orchestrator.allocate.bernoulli import Candidates
 from orchestrator.cluster.heap import return_freed_memory
 from orchestrator.cluster.pruned import read_entries, stored_pruned, surface_of
 from orchestrator.cluster.tokens import TokenArrays, first_chunk, read_tokens
-from orchestrator.cluster.worker import Emitted, Task, Worker
+from orchestrator.cluster.worker import Emitted, Stored, Task, Worker
 from orchestrator.groups import Grouping, stack
 from orchestrator.linalg.low_rank import LowRank, summed
 from orchestrator.linalg.pivot import pivot
@@ -38,6 +38,7 @@ from orchestrator.models.index_codes import encode
 from orchestrator.models.layout import FileSpec, TensorSpec
 from orchestrator.models.shard import Shard
 from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.transport import CPU, upload
 from orchestrator.models.weights import Weights
 from orchestrator.plan import Curve, Linear
 from orchestrator.store.places import Place
@@ -149,7 +150,12 @@ class CompressionWorker(Worker):
         start = self._shard.blocks.start
         if start == 0:
             return first_chunk(self._tokens, index)
-        return Chunk.unpack(self.input_record(start, index, record))
+        return self.input_chunk(start, index, record)
+
+    def next_inputs(self, index: int) -> list[Stored]:
+        if self._shard is None or self._shard.is_first:
+            return []
+        return [(self.chunks, self._shard.blocks.start, index)]
 
     def finish(self, block: int) -> dict[str, Any]:
         """Decomposes the linears of a group of blocks and commits them, one file each.
@@ -210,13 +216,12 @@ class CompressionWorker(Worker):
         """
         start = time.monotonic()
         linear = self._linear(name)
-        factors = [self._written(linear, part, rank) for part in ("weight", "down")]
-        weight_OR, down_RI = (each.to(self.device) for each in factors)
+        weight_OR, down_RI = (self._written(linear, part, rank) for part in ("weight", "down"))
         result = pivot(weight_OR, down_RI)
         parts = result.weight_SR, result.down_RI, result.order_O
         unit = self.run.units.begin(self.task.pivoted_key(linear, rank))
         with unit.file(PIVOTED_FILE) as path:
-            stored = (each.cpu().contiguous() for each in parts)
+            stored = (each.contiguous().cpu() for each in parts)
             save_file(dict(zip(PIVOTED_PARTS, stored, strict=True)), path)
         facts = {"numerics": result.report, "timings": {"seconds": time.monotonic() - start}}
         unit.commit(environment=self.environment(), facts=facts)
@@ -241,7 +246,7 @@ class CompressionWorker(Worker):
             return self._written(linear, tensor.part, tensor.rank)
         if tensor.part in PIVOTED_PARTS:
             return self._pivoted(linear, tensor)
-        return read_sparse(self._stored_file([linear]), tensor, linear)
+        return read_sparse(self._stored_file([linear]), tensor, linear, self.device)
 
     def _pivoted(self, linear: Linear, tensor: TensorSpec) -> Tensor:
         """A part of a linear's pivoted factors, as `pivot` has left it."""
@@ -255,7 +260,9 @@ class CompressionWorker(Worker):
         path = self._stored_file([linear])
         if tensor.part in ("weight", "down"):
             outputs = range(linear.out_features)
-            return read_factor(path, tensor.part, tensor.rank, outputs, f".{tensor.nonzeros}")
+            suffix = f".{tensor.nonzeros}"
+            found = read_factor(path, tensor.part, tensor.rank, outputs, suffix)
+            return upload(found, self.device)
         wanted = (linear.name, tensor.nonzeros)
         if self._entries is None or self._entries[0] != wanted:
             sizes = tensor.nonzeros, tensor.rank
@@ -267,16 +274,17 @@ class CompressionWorker(Worker):
         return encode(tensor.code, positions_N, *sizes)[tensor.part]
 
     def _written(self, linear: Linear, part: str, rank: int) -> Tensor:
-        """`weight` or `down` of a linear as the checkpoint is to have it."""
+        """`weight` or `down` of a linear as the checkpoint is to have it, on the device."""
         return self._factor(linear, part, rank)
 
     def _factor(self, linear: Linear, part: str, rank: int) -> Tensor:
-        """`weight` or `down` of a linear, cut to a rank."""
+        """`weight` or `down` of a linear, cut to a rank, on the device."""
         groups = self.task.grouping.groups(self.task.linears)
         group = next(each for each in groups if linear in each)
         start = group.index(linear) * linear.out_features
         outputs = range(start, start + linear.out_features)
-        return read_factor(self._stored_file(group), part, rank, outputs)
+        found = read_factor(self._stored_file(group), part, rank, outputs)
+        return upload(found, self.device)
 
     def _stored_file(self, group: Sequence[Linear]) -> Path:
         """What is stored of linears that share a basis, or of one that shares none."""
@@ -346,7 +354,8 @@ def _stored(
         stored |= {"weight": result.weight_OR.T.to(dtype), "down": result.down_RI.to(dtype)}
     if isinstance(result, RankedParts):
         stored["sketch"] = result.sketch_IS
-    return {name: rows.cpu().contiguous() for name, rows in stored.items()}
+    # transposed where it lies: on a GPU, if there is one, in milliseconds
+    return {name: rows.contiguous().cpu() for name, rows in stored.items()}
 
 
 def _save(tensors: dict[str, Tensor], unit: UnitWriter, name: str) -> None:
@@ -362,7 +371,8 @@ def factors_file(linear: Linear) -> str:
 def read_factor(path: Path, part: str, rank: int, outputs: range, suffix: str = "") -> Tensor:
     """One factor at a rank, the first rows of what is stored, rows being ranks in both.
 
-    Of linears that share a basis all outputs are stored together; `outputs` are this linear's.
+    On the CPU; `weight` is a transposed view, to be made contiguous on the device that needs it. Of
+    linears that share a basis all outputs are stored together; `outputs` are this linear's.
     """
     with safe_open(path, framework="pt") as file:
         stored = file.get_slice(part + suffix)
@@ -370,15 +380,20 @@ def read_factor(path: Path, part: str, rank: int, outputs: range, suffix: str = 
             down_RI: Tensor = stored[:rank]
             return down_RI
         rows_RO: Tensor = stored[:rank, outputs.start : outputs.stop]
-        return rows_RO.T.contiguous()
+        return rows_RO.T
 
 
-def read_sparse(path: Path, tensor: TensorSpec, linear: Linear) -> Tensor:
-    """Values or index of the most important entries, which stand first, by ascending position."""
+def read_sparse(
+    path: Path, tensor: TensorSpec, linear: Linear, device: torch.device = CPU
+) -> Tensor:
+    """Values or index of the most important entries, which stand first, by ascending position.
+
+    Sorted on `device`, where the result lies.
+    """
     with safe_open(path, framework="pt") as file:
-        positions_N, order_N = file.get_slice("positions")[: tensor.nonzeros].sort()
+        stored = upload(file.get_slice("positions")[: tensor.nonzeros], device)
+        positions_N, order_N = stored.sort()
         if tensor.part == "values":
-            values_N: Tensor = file.get_slice("values")[: tensor.nonzeros]
-            return values_N[order_N]
+            return upload(file.get_slice("values")[: tensor.nonzeros], device)[order_N]
     sizes = linear.out_features, linear.in_features
     return encode(tensor.code, positions_N, *sizes)[tensor.part]

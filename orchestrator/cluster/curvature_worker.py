@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.tokens import first_chunk
-from orchestrator.cluster.worker import Emitted
+from orchestrator.cluster.worker import Emitted, Stored
 from orchestrator.models.calibration import Calibration
 from orchestrator.models.chunk import Chunk, Payload
 from orchestrator.models.evaluation import draw_label_gradient
@@ -83,8 +83,7 @@ class CurvatureWorker(CompressionWorker):
 
             passed = self._calibration.backward(chunk, grads)
         else:
-            received = self.input_record(self._shard.blocks.stop, index, record)
-            payload = Chunk.unpack(received).payload
+            payload = self.input_chunk(self._shard.blocks.stop, index, record).payload
             assert payload is not None
             passed = self._calibration.backward(chunk, list(payload.output))
         gradients = Chunk(index, chunk.tokens, chunk.mask, Payload(tuple(passed)))
@@ -101,8 +100,18 @@ class CurvatureWorker(CompressionWorker):
         start = self._shard.blocks.start
         if start == 0:
             return first_chunk(self._tokens, sequence)
+        if (coming := self.take_coming(self._dense, start, sequence)) is not None:
+            return coming
         record = self._dense.await_written(start, sequence)
         if record is None:
             self._dense.drop(start, sequence)
             raise MissingChunk(start, sequence)
-        return Chunk.unpack(record)
+        return self.unpack(record)
+
+    def next_inputs(self, index: int) -> list[Stored]:
+        if not self._is_backward or self._shard is None:
+            return super().next_inputs(index)
+        blocks, sequence = self._shard.blocks, index % self.task.sequences
+        dense = [] if self._shard.is_first else [(self._dense, blocks.start, sequence)]
+        gradients = [] if self._shard.is_last else [(self.chunks, blocks.stop, index)]
+        return dense + gradients

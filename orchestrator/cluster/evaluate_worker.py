@@ -16,6 +16,7 @@ from orchestrator.models.evaluation import score
 from orchestrator.models.shard import Shard
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.speed import decode_seconds
+from orchestrator.models.transport import Departure
 from orchestrator.store.places import Place
 
 SEPARATOR = ":"
@@ -82,12 +83,13 @@ class EvaluationWorker(Worker):
         if first.is_last:
             self._commit_score(index, chunks["model"], passed)
             return timings, None
+        departure = Departure()
         records = {
             f"{name}{SEPARATOR}{key}": array
             for name, chunk in passed.items()
-            for key, array in chunk.pack().items()
+            for key, array in chunk.pack(departure).items()
         }
-        self.store(first.blocks.stop, index, records)
+        self.store(first.blocks.stop, index, records, departure)
         return timings, records
 
     def _inputs(self, index: int, record: Emitted) -> dict[str, Chunk]:
@@ -102,7 +104,7 @@ class EvaluationWorker(Worker):
         for name, array in record.items():
             model, _, key = name.partition(SEPARATOR)
             parts[model][key] = array
-        return {name: Chunk.unpack(part) for name, part in parts.items()}
+        return {name: self.unpack(part) for name, part in parts.items()}
 
     def _commit_score(self, index: int, chunk: Chunk, logits: Mapping[str, torch.Tensor]) -> None:
         ours = logits["model"]

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
+from orchestrator.models.transport import CPU, upload
 from orchestrator.plan import Linear
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
@@ -107,26 +108,30 @@ def read_candidates(run: RunDirectory, key: str, linear: Linear) -> CandidateVal
     return CandidateValues(directions_R, buckets_B, counts_B)
 
 
-def read_masked(path: Path, mask: Mask) -> dict[str, Tensor]:
+def read_masked(path: Path, mask: Mask, device: torch.device = CPU) -> dict[str, Tensor]:
     """What a mask leaves of a linear's stored parts, in their order: `weight` and `down` with
-    ranks as rows, `values` and `positions`."""
+    ranks as rows, `values` and `positions`; selected on `device`, where they lie."""
     kept = {"weight": mask.directions_R, "down": mask.directions_R}
     kept |= {"values": mask.entries_N, "positions": mask.entries_N}
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name)[rows] for name, rows in kept.items()}
+        return {
+            name: upload(file.get_tensor(name), device)[rows.to(device)]
+            for name, rows in kept.items()
+        }
 
 
 def masked_errors(path: Path, parts: Mapping[str, Tensor]) -> dict[str, float]:
     """What a mask loses of the weight and, by the sketch of its inputs, of its outputs.
 
     As fractions of what all stored parts together have, which is the weight but for the residual
-    of the robust PCA. `parts` is what `read_masked` gave.
+    of the robust PCA. `parts` is what `read_masked` gave; all is computed on their device.
     """
+    device = parts["weight"].device
     with safe_open(path, framework="pt") as file:
-        whole = {name: file.get_tensor(name) for name in parts}
-        sketch_IS = file.get_tensor("sketch")
-    whole_OI = masked_weight(whole, torch.device("cpu"))
-    lost_OI = whole_OI - masked_weight(parts, torch.device("cpu"))
+        whole = {name: upload(file.get_tensor(name), device) for name in parts}
+        sketch_IS = upload(file.get_tensor("sketch"), device)
+    whole_OI = masked_weight(whole)
+    lost_OI = whole_OI - masked_weight(parts)
     errors = {}
     for name, lost, total in (
         ("weight_error", lost_OI, whole_OI),
@@ -137,15 +142,15 @@ def masked_errors(path: Path, parts: Mapping[str, Tensor]) -> dict[str, float]:
     return errors
 
 
-def masked_weight(parts: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """The dense product of what `read_masked` gave, float32 [O, I].
+def masked_weight(parts: Mapping[str, Tensor]) -> Tensor:
+    """The dense product of what `read_masked` gave, float32 [O, I], on their device.
 
     R O I multiply-adds, R the directions that are left.
     """
     weight_RO, down_RI, values_N = (
-        parts[name].to(device, torch.float32) for name in ("weight", "down", "values")
+        parts[name].to(torch.float32) for name in ("weight", "down", "values")
     )
     product_OI = weight_RO.T @ down_RI
     # every position stands once, so the order of the sums is no question
-    product_OI.view(-1)[parts["positions"].to(device).long()] += values_N
+    product_OI.view(-1)[parts["positions"].long()] += values_N
     return product_OI

@@ -13,6 +13,7 @@ from torch import Tensor
 from orchestrator.allocate.two_sided_sparse import Surface
 from orchestrator.linalg.fit_entries import fit_entries, second_moment_of
 from orchestrator.linalg.two_sided_sparse import SparseLowRank, entry_order
+from orchestrator.models.transport import upload
 
 
 def surface_of(name: str, result: SparseLowRank) -> Surface:
@@ -59,8 +60,7 @@ def read_entries(
     with safe_open(path, framework="pt") as file:
 
         def read(name: str) -> Tensor:
-            tensor: Tensor = file.get_tensor(name).to(device)
-            return tensor
+            return upload(file.get_tensor(name), device)
 
         weight_OI, curvature_O, square_I = map(read, ("dense", "curvature", "square"))
         positions_N = entry_order(weight_OI, curvature_O, square_I)[:nonzeros].sort().values

@@ -10,6 +10,7 @@ from orchestrator.cluster.worker import Emitted
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.refine import refine
 from orchestrator.models.refine_options import RefineOptions
+from orchestrator.store.chunks import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,10 @@ class RefineWorker(TrainedWorker):
         """Frees the shard and what was kept of it."""
         self._states = {}
         super().close()
+
+    def unpack(self, record: Record) -> Chunk:
+        """A chunk that is kept as long as the shard: too many of them to be pinned."""
+        return Chunk.unpack(record)
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
         """Passes one chunk through the shard, block by block."""

@@ -21,6 +21,7 @@ from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.refit import refit
 from orchestrator.models.calibration import Calibration, as_dense, dense_weight
 from orchestrator.models.shard import Shard
+from orchestrator.models.transport import upload
 from orchestrator.plan import FACTORED, Linear, Plan
 
 FITTED_FILE = "fitted.safetensors"
@@ -71,7 +72,7 @@ class RefitWorker(CompressionWorker):
         path = self.run.units.file(self.task.refit_keys[linear.block], FITTED_FILE)
         with safe_open(path, framework="pt") as file:
             rows_RO: Tensor = file.get_tensor(linear.name)
-        return rows_RO.T.contiguous()
+        return upload(rows_RO.T, self.device)
 
     def _dense(self, linear: Linear) -> Tensor:
         """The dense weight, read again: the shard has the cut one in its place."""
@@ -91,13 +92,13 @@ class RefitWorker(CompressionWorker):
         for linear in self.task.linears:
             if linear.block != block or not self._is_cut(linear):
                 continue
-            weight_OR, down_RI = (each.to(self.device) for each in self._factors(linear))
+            weight_OR, down_RI = self._factors(linear)
             statistic = self._calibration.statistic(linear)
             assert isinstance(statistic, InputGram)
             fitted_OR = refit(self._dense(linear), weight_OR, down_RI, statistic.matrix_II)
             self._calibration.forget([linear])
             # ranks as rows, like everything that is stored of a linear
-            fitted[linear.name] = fitted_OR.T.cpu().contiguous()
+            fitted[linear.name] = fitted_OR.T.contiguous().cpu()
         facts = {"timings": {"seconds": time.monotonic() - start}}
         unit = self.run.units.begin(self.task.refit_keys[block])
         with unit.file(FITTED_FILE) as path:

@@ -17,7 +17,6 @@ from orchestrator.cluster.masks import (
 from orchestrator.cluster.tokens import first_chunk
 from orchestrator.cluster.worker import Emitted
 from orchestrator.models.calibration import as_dense, dense_weight
-from orchestrator.models.chunk import Chunk
 from orchestrator.models.evaluation import score
 from orchestrator.models.index_codes import encode
 from orchestrator.models.layout import TensorSpec
@@ -82,7 +81,7 @@ class ScoreWorker(CompressionWorker):
         if blocks.start == 0:
             chunk = replace(first_chunk(self._tokens, sequence), index=index)
         else:
-            chunk = Chunk.unpack(self.input_record(blocks.start, index, record))
+            chunk = self.input_chunk(blocks.start, index, record)
         if not self._shard.is_last:
             passed = self._shard.forward(chunk)
             return {"drawn": drawn}, self.emit(blocks.stop, passed) if emit else None
@@ -104,8 +103,8 @@ class ScoreWorker(CompressionWorker):
                 self._restore(linear, weight_OI)
                 continue
             mask = values.chosen() if trial.seed is None else values.draw(*trial.seed, linear.name)
-            parts = read_masked(self._stored_file([linear]), mask)
-            weight_OI.copy_(masked_weight(parts, self.device))
+            parts = read_masked(self._stored_file([linear]), mask, self.device)
+            weight_OI.copy_(masked_weight(parts))
             self._masked.add(linear.name)
             drawn[linear.name] = mask.drawn(values.counts_B)
         self._trial = number
@@ -144,7 +143,7 @@ class ScoreWorker(CompressionWorker):
         linear = next(each for each in self.task.linears if each.name == tensor.source)
         parts = self._chosen(linear)
         if tensor.part == "weight":
-            return parts["weight"].T.contiguous()
+            return parts["weight"].T
         if tensor.part == "down":
             return parts["down"]
         positions_N, order_N = parts["positions"].sort()
@@ -159,6 +158,6 @@ class ScoreWorker(CompressionWorker):
         if self._read_last is None or self._read_last[0] != wanted:
             values = read_candidates(self.run, self._choice, linear)
             assert values is not None, f"{linear.name} is dense in the choice"
-            parts = read_masked(self._stored_file([linear]), values.chosen())
+            parts = read_masked(self._stored_file([linear]), values.chosen(), self.device)
             self._read_last = (wanted, parts)
         return self._read_last[1]

@@ -9,7 +9,7 @@ from torch import Tensor
 from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.curvature_worker import CurvatureWorker
 from orchestrator.cluster.tokens import first_chunk
-from orchestrator.cluster.worker import Emitted
+from orchestrator.cluster.worker import Emitted, Stored
 from orchestrator.models.calibration import dense_weight
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.evaluation import score
@@ -86,7 +86,7 @@ class SensitivityWorker(CompressionWorker):
             self._take_up(number)
         if trial.block < blocks.start:
             start = blocks.start
-            chunk = Chunk.unpack(self.input_record(start, index, record))
+            chunk = self.input_chunk(start, index, record)
         else:
             # one that comes to its block only later is dense up to the shard's end
             start = min(trial.block, blocks.stop - 1)
@@ -98,6 +98,10 @@ class SensitivityWorker(CompressionWorker):
         logits = self._shard.logits(chunk, part=part)
         tokens, mask = chunk.tokens.to(logits.device), chunk.mask.to(logits.device)
         return score(tokens, mask, logits, None).to_json(), None
+
+    def next_inputs(self, index: int) -> list[Stored]:
+        # what a trial starts from is kept here, or lies under another index
+        return super().next_inputs(index) if self._trials is None else []
 
     def _dense_state(self, block: int, sequence: int, index: int, record: Emitted) -> Chunk:
         """The dense model's state at a block's input; blocks before it are dense in the shard."""
@@ -141,8 +145,7 @@ class SensitivityWorker(CompressionWorker):
             self._whole.append((weight_OI, weight_OI.clone()))
             dtype = torch.promote_types(weight_OI.dtype, torch.float32)
             weight_OR, down_RI = (
-                self._factor(linear, part, trial.rank).to(self.device, dtype)
-                for part in ("weight", "down")
+                self._factor(linear, part, trial.rank).to(dtype) for part in ("weight", "down")
             )
             weight_OI.copy_(weight_OR @ down_RI)
 

@@ -18,6 +18,7 @@ from orchestrator.models.distill import Losses, TopK, Weights, distill
 from orchestrator.models.shard import Shard
 from orchestrator.models.train_options import TrainOptions
 from orchestrator.models.training import Training
+from orchestrator.models.transport import Departure
 from orchestrator.store.chunks import MissingChunk, Record
 from orchestrator.store.units import unit_key
 
@@ -168,7 +169,7 @@ class TrainWorker(TrainedWorker):
         assert self._model is not None
         if record is None:
             raise MissingChunk(-self._model.blocks.stop, serial)
-        payload = Chunk.unpack(record).payload
+        payload = self.unpack(record).payload
         assert payload is not None
         emitted = self._back(serial, self._entered.pop(serial), list(payload.output))
         return self._norms(is_last), emitted
@@ -223,18 +224,21 @@ class TrainWorker(TrainedWorker):
         for name, array in record.items():
             stream, _, key = name.partition(SEPARATOR)
             parts[stream][key] = array
-        return {name: Chunk.unpack(part) for name, part in parts.items()}
+        return {name: self.unpack(part) for name, part in parts.items()}
 
     def _record(self, streams: dict[str, Chunk]) -> Record:
         """What leaves the shard; the dense chunk passes its own shard here."""
         if "dense" in streams:
             assert self._shard is not None
             streams["dense"] = self._shard.forward(streams["dense"])
-        return {
+        departure = Departure()
+        record = {
             f"{name}{SEPARATOR}{key}": array
             for name, chunk in streams.items()
-            for key, array in chunk.pack().items()
+            for key, array in chunk.pack(departure).items()
         }
+        departure.wait()
+        return record
 
     def _targets(self, sequence: int, streams: Mapping[str, Chunk]) -> TopK | Tensor:
         """What the dense model says of a sequence, at its last shard or in the run directory."""

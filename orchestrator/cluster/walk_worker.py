@@ -16,11 +16,17 @@ from orchestrator.cluster.tokens import first_chunk
 from orchestrator.cluster.trained_worker import TrainedTask, TrainedWorker
 from orchestrator.cluster.worker import Emitted
 from orchestrator.models.chunk import Chunk
-from orchestrator.models.compensation import compensate_block, restore, squared_error
+from orchestrator.models.compensation import (
+    compensate_block,
+    read_errors,
+    restore,
+    squared_error,
+)
 from orchestrator.models.compensation_options import CompensationOptions
 from orchestrator.models.refine import Refinement, merge
 from orchestrator.models.refine_options import RefineOptions
 from orchestrator.models.shard import Shard
+from orchestrator.models.transport import Departure
 from orchestrator.store.chunks import Chunks, MissingChunk, Record
 
 Given = tuple[dict[int, Any], dict[str, Any]]
@@ -138,16 +144,17 @@ class WalkWorker(TrainedWorker):
 
     def look(self, parts: Sequence[int], block: int, is_made: bool) -> Given:
         """Passes dense chunks on, and says how far the compressed ones would be from them."""
-        work, values = self.work, dict[int, tuple[int, float]]()
+        work, errors = self.work, dict[int, tuple[int, Tensor]]()
         # behind the last block only the other replicas ask for them
         stored = block + 1 in self.task.keys or self.task.refinement is not None
         for index in parts:
             target = work.targets[index] = work.dense.forward(work.dense_inputs[index])
             if stored:
-                self._dense_chunks.write(block + 1, index, target.pack())
+                self._emit(self._dense_chunks, block + 1, target)
             if block in self.task.changed and not is_made:
-                values[index] = squared_error(work.shard.forward(work.inputs[index]), target)
-        return values, {}
+                errors[index] = squared_error(work.shard.forward(work.inputs[index]), target)
+        self.settle()
+        return read_errors(errors), {}
 
     def compensate(self, parts: Sequence[int]) -> Given:
         """Fits the block's factors again; every replica does, and says what was measured."""
@@ -220,14 +227,15 @@ class WalkWorker(TrainedWorker):
             if keep:
                 work.refinement.keep()
             work.tensors |= work.refinement.take_best()
-        boundary, values = work.block + 1, dict[int, tuple[int, float]]()
+        boundary, errors = work.block + 1, dict[int, tuple[int, Tensor]]()
         for index in parts:
             passed = work.passed[index] = work.shard.forward(work.inputs[index])
             if boundary in self.task.keys:
-                self.chunks.write(boundary, index, passed.pack())
-            values[index] = squared_error(passed, self._target(index))
+                self._emit(self.chunks, boundary, passed)
+            errors[index] = squared_error(passed, self._target(index))
         self._left = boundary, work.targets, work.passed
-        return values, {}
+        self.settle()
+        return read_errors(errors), {}
 
     def commit(self, parts: Sequence[int], facts: dict[str, Any]) -> Given:
         """One replica commits the block's tensors and gives its facts; all of them free it."""
@@ -240,6 +248,11 @@ class WalkWorker(TrainedWorker):
             self.commit_trained(work.block, tensors, values[part])
         self._put_down()
         return values, {}
+
+    def _emit(self, store: Chunks, boundary: int, chunk: Chunk) -> None:
+        """Has a chunk stored while the next is computed; `settle` when the round is done."""
+        departure = Departure()
+        self.store(boundary, chunk.index, chunk.pack(departure), departure, store)
 
     def _entering(self, block: int) -> tuple[list[Chunk], list[Chunk]]:
         """Both streams at a block's input: what this worker has left there, else the files."""

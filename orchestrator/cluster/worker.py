@@ -21,12 +21,15 @@ import orchestrator
 from orchestrator.cluster.heap import keep_freed_memory, return_freed_memory
 from orchestrator.errors import InputError
 from orchestrator.models.chunk import Chunk
+from orchestrator.models.transport import Departure, Pace
 from orchestrator.store.chunks import Chunks, MissingChunk, Record
 from orchestrator.store.files import digest_file
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 
 Emitted = Record | None
+Stored = tuple[Chunks, int, int]
+"""A chunk in a file: of which pass, at which boundary, and its index."""
 PROBE_PREFIX = ".probe-"
 
 
@@ -59,6 +62,9 @@ class Worker:
         # one for the chunk that is written, one for what is read ahead
         self._disk = ThreadPoolExecutor(max_workers=2)
         self._writing: Future[None] | None = None
+        self._departure = Departure()
+        self._coming: dict[Stored, Future[Chunk | None]] = {}
+        self._pace = Pace(self.device)
 
     def let_go(self) -> None:
         """Lets go of what the worker holds; nothing is called after it."""
@@ -78,14 +84,24 @@ class Worker:
         A chunk is on its way to its file while the next is computed, and the weights of the blocks
         that are likely to be next are on theirs to the system's cache. The last chunk is in its
         file when its call ends.
+
+        A GPU may still be computing when a step's call ends, unless its chunk is handed over: the
+        chunk leaves the GPU, and the next one is read, while it does.
         """
         if method == "step":
-            index, emit, hand_over, goes_on = arguments
+            index, emit, hand_over, next_index = arguments
+            self._pace.step()
             value, emitted = self.step(index, emit, record)
-            if not goes_on:
+            # one that was handed over is likely to be followed by another
+            self._read_next(next_index if record is None else None)
+            if next_index is None:
                 self.settle()
-            return value, emitted if hand_over else None
+            if not hand_over:
+                return value, None
+            self._departure.wait()
+            return value, emitted
         self.settle()
+        self._coming = {}
         if method == "open":
             blocks, todo, ahead, *about = arguments
             self.open(blocks, todo, *about)
@@ -178,20 +194,79 @@ class Worker:
             raise MissingChunk(boundary, index)
         return record
 
+    def input_chunk(self, boundary: int, index: int, record: Emitted) -> Chunk:
+        """The chunk at a boundary, for a shard that takes it at once.
+
+        Raises:
+            MissingChunk: As `input_record`.
+        """
+        return self.take_coming(self.chunks, boundary, index, record) or self.unpack(
+            self.input_record(boundary, index, record)
+        )
+
+    def take_coming(
+        self, chunks: Chunks, boundary: int, index: int, record: Emitted = None
+    ) -> Chunk | None:
+        """A stored chunk that was read while the one before was computed; None if it was not."""
+        coming = self._coming.pop((chunks, boundary, index), None)
+        return coming.result() if coming is not None and record is None else None
+
+    def next_inputs(self, index: int) -> list[Stored]:
+        """Stored chunks that the step of an index takes by `take_coming`; subclasses say which."""
+        return []
+
+    def _read_next(self, index: int | None) -> None:
+        """Starts to read what the next step takes, for a GPU that is busy with this one.
+
+        On a CPU the reading thread would take the time of the one that computes.
+        """
+        wanted = self.next_inputs(index) if index is not None and self._has_gpu else []
+        self._coming = {each: self._disk.submit(self._read_chunk, *each) for each in wanted}
+
+    def _read_chunk(self, chunks: Chunks, boundary: int, index: int) -> Chunk | None:
+        record = chunks.read(boundary, index)
+        return None if record is None else self.unpack(record)
+
+    @property
+    def _has_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def unpack(self, record: Record) -> Chunk:
+        """A chunk that goes to the device at once."""
+        return Chunk.unpack(record, pinned=self._has_gpu)
+
     def emit(self, boundary: int, chunk: Chunk) -> Record:
-        """Has a chunk stored behind the shard and gives it for handing over."""
-        record = chunk.pack()
-        self.store(boundary, chunk.index, record)
+        """Has a chunk stored behind the shard and gives it for handing over, which waits for it."""
+        departure = Departure()
+        record = chunk.pack(departure)
+        self.store(boundary, chunk.index, record, departure)
         return record
 
-    def store(self, boundary: int, index: int, record: Record) -> None:
-        """Has a chunk written; the one before is in its file then.
+    def store(
+        self,
+        boundary: int,
+        index: int,
+        record: Record,
+        departure: Departure,
+        chunks: Chunks | None = None,
+    ) -> None:
+        """Has a chunk written once it has left the device; the one before is in its file then.
+
+        Args:
+            chunks: Those of another pass than the worker's.
 
         Raises:
             OSError: That one could not be written; so do errors of a store.
         """
         self.settle()
-        self._writing = self._disk.submit(self.chunks.write, boundary, index, record)
+        self._departure = departure
+        write = (chunks or self.chunks).write
+
+        def write_departed() -> None:
+            departure.wait()
+            write(boundary, index, record)
+
+        self._writing = self._disk.submit(write_departed)
 
 
 def check_alike(probe: Mapping[str, Any], first: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram
 from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.linalg.tensor_cores import tensor_cores
-from orchestrator.models.chunk import Chunk
+from orchestrator.models.chunk import Chunk, rows_at
 from orchestrator.models.shard import Shard
 from orchestrator.models.streams import Streams
 from orchestrator.plan import Linear
@@ -61,7 +61,7 @@ class Calibration:
         self._curvatures: dict[str, Gram] = {}
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
-        self._mask: Tensor | None = None
+        self._places_N: Tensor | None = None
         self._streams = Streams(
             shard, [linear for linear in shard.linears if linear.block in blocks], self._select
         )
@@ -133,8 +133,7 @@ class Calibration:
         self._hooks.append(module.register_forward_hook(watch))
 
     def _select(self, states_BTI: Tensor) -> Tensor:
-        rows_TI = states_BTI.detach().reshape(-1, states_BTI.shape[-1])
-        return rows_TI if self._mask is None else rows_TI[self._mask.to(rows_TI.device)]
+        return rows_at(states_BTI.detach(), self._places_N)
 
     def forward(self, chunk: Chunk) -> Chunk:
         """Passes one chunk through the shard and adds it to the statistics."""
@@ -149,7 +148,8 @@ class Calibration:
         return self._shard.backward(chunk, grads)
 
     def _take_mask(self, chunk: Chunk) -> None:
-        self._mask = None if bool(chunk.mask.all()) else chunk.mask.reshape(-1)
+        # once a chunk: every hook of every linear selects with the same indices
+        self._places_N = chunk.places(self._shard.device)
 
     def statistic(self, linear: Linear) -> InputGram | OutputGram:
         """What has been gathered for one of the linears."""

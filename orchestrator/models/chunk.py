@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrator.models.transport import Departure, bring
+
 
 @dataclass(frozen=True, slots=True)
 class Payload:
@@ -57,37 +59,65 @@ class Chunk:
     def with_payload(self, payload: Payload | None) -> "Chunk":
         return replace(self, payload=payload)
 
+    def places(self, device: torch.device) -> Tensor | None:
+        """Indices of the real tokens in the flattened [B T], int64 on `device`; None if all are.
+
+        The mask is searched on the host, where it lies, so no pass waits for the device to say how
+        many tokens are real.
+        """
+        if bool(self.mask.all()):
+            return None
+        return bring(self.mask.reshape(-1).nonzero().squeeze(1), device)
+
     def to(self, device: torch.device) -> "Chunk":
         """The chunk with every tensor on `device`; tensors that are there are not copied."""
         payload = self.payload and self.payload.map(lambda tensor: tensor.to(device))
         return Chunk(self.index, self.tokens.to(device), self.mask.to(device), payload)
 
-    def pack(self) -> dict[str, np.ndarray]:
+    def pack(self, departure: Departure | None = None) -> dict[str, np.ndarray]:
         """Named arrays that hold the chunk; they share memory with its CPU tensors.
 
         bfloat16 travels as int16 with the same bits; `structure` is JSON in bytes.
+
+        Args:
+            departure: What the tensors of a GPU leave with: nobody may read the arrays before it
+                has been waited for. Without one they are all there.
         """
+        leaving = departure or Departure()
         arrays: dict[str, np.ndarray] = {}
         parts = [
             self.tokens,
             self.mask,
             self.payload and [self.payload.output, self.payload.extras],
         ]
-        structure = {"index": self.index, "parts": [_encode(part, arrays) for part in parts]}
+        structure = {
+            "index": self.index,
+            "parts": [_encode(part, arrays, leaving) for part in parts],
+        }
         text = json.dumps(structure, separators=(",", ":"))
         arrays["structure"] = np.frombuffer(text.encode(), dtype=np.uint8)
+        if departure is None:
+            leaving.wait()
         return arrays
 
     @classmethod
-    def unpack(cls, arrays: Mapping[str, np.ndarray]) -> "Chunk":
+    def unpack(cls, arrays: Mapping[str, np.ndarray], *, pinned: bool = False) -> "Chunk":
         """The chunk that `pack` packed, bit for bit, in memory of its own.
+
+        Pinned is for one that goes to a GPU at once: it takes the host what no other can use.
 
         The arrays may be read-only views of shared memory. They are copied: a block may write to
         its input in place, which on such memory would end the process.
         """
         structure = json.loads(arrays["structure"].tobytes())
-        tokens, mask, payload = (_decode(part, arrays) for part in structure["parts"])
+        tokens, mask, payload = (_decode(part, arrays, pinned) for part in structure["parts"])
         return cls(structure["index"], tokens, mask, payload and Payload(*payload))
+
+
+def rows_at(states: Tensor, places_N: Tensor | None) -> Tensor:
+    """The rows [N, C] of states [B, T, C] or [B T, C] at `Chunk.places`; a view if that is None."""
+    rows = states.reshape(-1, states.shape[-1])
+    return rows if places_N is None else rows.index_select(0, places_N)
 
 
 def map_tensors(function: Any, tree: Any) -> Any:
@@ -103,7 +133,7 @@ def map_tensors(function: Any, tree: Any) -> Any:
     return tree
 
 
-def _encode(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
+def _encode(tree: Any, arrays: dict[str, np.ndarray], departure: Departure) -> Any:
     """JSON for `tree`; its tensors go into `arrays` under their number.
 
     Raises:
@@ -111,38 +141,38 @@ def _encode(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
     """
     if isinstance(tree, Tensor):
         name = f"tensor{len(arrays)}"
-        tensor = tree.detach().cpu().contiguous()
+        tensor = departure.host(tree.detach().contiguous())
         is_bfloat16 = tensor.dtype == torch.bfloat16
         arrays[name] = (tensor.view(torch.int16) if is_bfloat16 else tensor).numpy()
         return {"bfloat16" if is_bfloat16 else "tensor": name}
     if isinstance(tree, tuple):
-        return {"tuple": [_encode(item, arrays) for item in tree]}
+        return {"tuple": [_encode(item, arrays, departure) for item in tree]}
     if isinstance(tree, list):
-        return {"list": [_encode(item, arrays) for item in tree]}
+        return {"list": [_encode(item, arrays, departure) for item in tree]}
     if isinstance(tree, Mapping):
-        items = tree.items()
-        return {"dict": [[_encode(key, arrays), _encode(item, arrays)] for key, item in items]}
+        pairs = [[_encode(each, arrays, departure) for each in pair] for pair in tree.items()]
+        return {"dict": pairs}
     if tree is None or isinstance(tree, bool | int | float | str):
         return {"value": tree}
     raise TypeError(f"a chunk cannot carry a {type(tree).__name__}")
 
 
-def _decode(node: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+def _decode(node: Any, arrays: Mapping[str, np.ndarray], pinned: bool) -> Any:
     ((kind, content),) = node.items()
     if kind in {"tensor", "bfloat16"}:
-        return _copy(arrays[content], is_bfloat16=kind == "bfloat16")
+        return _copy(arrays[content], is_bfloat16=kind == "bfloat16", pinned=pinned)
     if kind == "tuple":
-        return tuple(_decode(item, arrays) for item in content)
+        return tuple(_decode(item, arrays, pinned) for item in content)
     if kind == "list":
-        return [_decode(item, arrays) for item in content]
+        return [_decode(item, arrays, pinned) for item in content]
     if kind == "dict":
-        return {_decode(key, arrays): _decode(item, arrays) for key, item in content}
+        return dict([_decode(each, arrays, pinned) for each in pair] for pair in content)
     return content
 
 
-def _copy(array: np.ndarray, *, is_bfloat16: bool) -> Tensor:
+def _copy(array: np.ndarray, *, is_bfloat16: bool, pinned: bool) -> Tensor:
     # Into memory that torch has aligned: matrix products may round differently on other memory.
     dtype = getattr(torch, array.dtype.name)
-    tensor = torch.empty(array.shape, dtype=dtype)
+    tensor = torch.empty(array.shape, dtype=dtype, pin_memory=pinned)
     tensor.numpy()[...] = array
     return tensor.view(torch.bfloat16) if is_bfloat16 else tensor

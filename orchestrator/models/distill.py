@@ -50,7 +50,7 @@ class TopK:
     def tensors(self) -> dict[str, Tensor]:
         """By name, on the CPU, to be stored."""
         values = (self.log_p_BTK, self.index_BTK, self.log_rest_BT)
-        return {name: each.cpu().contiguous() for name, each in zip(_NAMES, values, strict=True)}
+        return {name: each.contiguous().cpu() for name, each in zip(_NAMES, values, strict=True)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:

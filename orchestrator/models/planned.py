@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.models.layout import FileSpec, TensorSpec
+from orchestrator.models.transport import CPU, upload
 from orchestrator.models.weights import Checkpoint
 from orchestrator.store.places import Place
 
@@ -42,7 +43,7 @@ class PlannedCheckpoint:
     def read_ahead(self, names: Iterable[str]) -> None:
         """Does nothing: where they come from is for `read` to know."""
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, cast to the dtype in which it will be written."""
+    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+        """The tensor on a device, cast there to the dtype in which it will be written."""
         spec = self._specs[name]
-        return self._read(spec).to(spec.torch_dtype)
+        return upload(self._read(spec), device).to(spec.torch_dtype)

@@ -216,7 +216,7 @@ class Refinement:
         """BLAKE2b of the trained parameters: the same of all replicas."""
         digest = hashlib.blake2b(digest_size=16)
         for parameter in self._distinct:
-            digest.update(parameter.detach().cpu().contiguous().numpy().data)
+            digest.update(parameter.detach().contiguous().cpu().numpy().data)
         return digest.hexdigest()
 
     def result(self) -> Refined:

@@ -59,7 +59,7 @@ def _put(
     if found != announced:
         raise ValueError(f"{name} is {found}, announced as {announced}")
     if tensor.numel():
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        data = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
         digest.update(data)
         file.write(data)
 

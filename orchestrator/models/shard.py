@@ -22,6 +22,7 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 from orchestrator.models.architecture import recompute_buffers, set_tensor
 from orchestrator.models.chunk import Chunk, Payload
 from orchestrator.models.strict import strict
+from orchestrator.models.transport import bring
 from orchestrator.plan import Linear
 
 
@@ -172,7 +173,7 @@ class Shard:
         pairs = zip(outputs, grads, strict=True)
         wanted = [(out, grad) for out, grad in pairs if grad is not None and out.requires_grad]
         torch.autograd.backward(
-            [out for out, _ in wanted], [grad.to(self._frame.device) for _, grad in wanted]
+            [out for out, _ in wanted], [bring(grad, self.device) for _, grad in wanted]
         )
         return [leaf.grad for leaf in leaves]
 
@@ -180,6 +181,11 @@ class Shard:
         """From here on no parameter takes a gradient: what goes back is for activations alone."""
         for parameter in self.parameters().values():
             parameter.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the shard's weights lie and chunks are computed."""
+        return self._frame.device
 
     @property
     def config(self) -> PretrainedConfig:
@@ -272,11 +278,11 @@ class Shard:
             raise ValueError(f"the chunk has {place}, the shard starts at {self._part.start}")
         self._received, self._ends_at_last_block = received, ends_at_last_block
         self._cache, self._size = cache, chunk.tokens.shape
-        mask = None if cache is not None else chunk.mask.to(self._frame.device, torch.int64)
+        mask = None if cache is not None else bring(chunk.mask, self.device).to(torch.int64)
         try:
             # The mask always: one of ones gives the same bits as none, and all shards agree.
             return self._frame.model(
-                input_ids=chunk.tokens.to(self._frame.device),
+                input_ids=bring(chunk.tokens, self.device),
                 attention_mask=mask,
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -300,8 +306,11 @@ class Shard:
 
     def _copy(self, payload: Payload | None) -> Payload | None:
         # A model may write to its hidden states in place; the caller's chunk stays as it is.
-        device = self._frame.device
-        return payload and payload.map(lambda tensor: tensor.to(device, copy=True))
+        def copied(tensor: Tensor) -> Tensor:
+            found = bring(tensor, self.device)
+            return found.clone() if found is tensor else found
+
+        return payload and payload.map(copied)
 
     def _recompute_buffers(self) -> None:
         frame, modules = self._frame, []

@@ -14,6 +14,7 @@ import torch
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.models.headers import Headers, shown
+from orchestrator.models.transport import CPU, fill
 from orchestrator.store.files import read_with
 from orchestrator.store.places import Place
 
@@ -64,7 +65,7 @@ class Checkpoint(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def read(self, name: str) -> torch.Tensor: ...
+    def read(self, name: str, device: torch.device = CPU) -> torch.Tensor: ...
 
     def read_ahead(self, names: Iterable[str]) -> None: ...
 
@@ -122,30 +123,25 @@ class Weights:
                 wanted = (entry.offset, entry.size_bytes, os.POSIX_FADV_WILLNEED)
                 os.posix_fadvise(file.fileno(), *wanted)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, in its dtype on disk, on the CPU, in private memory of its own size.
+    def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
+        """The tensor, in its dtype on disk, on a device, in private memory of its own size.
+
+        On its way to a GPU the host holds a piece of it at a time.
 
         Raises:
             InputError: the file has become shorter, or cannot be read.
         """
         entry = self._headers.entries[name]
-        tensor = torch.empty(entry.shape, dtype=self.dtype(name))
+        tensor = torch.empty(entry.shape, dtype=self.dtype(name), device=device)
         if not entry.size_bytes:
             return tensor
-        buffer = tensor.view(-1).view(torch.uint8).numpy().data
 
-        def fill(file: Any) -> int:
+        def read(file: Any) -> int:
             file.seek(entry.offset)
-            done = 0
-            while done < entry.size_bytes:
-                count = file.readinto(buffer[done:])
-                if not count:
-                    break
-                done += count
-            return done
+            return fill(tensor, lambda buffer: _read_into(file, buffer))
 
         try:
-            done = read_with(entry.path, fill)
+            done = read_with(entry.path, read)
         except OSError as error:
             raise InputError(
                 f"{entry.path}: cannot read {shown(name)}: {error.strerror}"
@@ -156,3 +152,14 @@ class Weights:
                 f"{shown(name)}; the file was changed or is truncated"
             )
         return tensor
+
+
+def _read_into(file: Any, buffer: memoryview) -> int:
+    """Fills a buffer from a file as far as that goes; the number of bytes."""
+    done = 0
+    while done < len(buffer):
+        count: int = file.readinto(buffer[done:])
+        if not count:
+            break
+        done += count
+    return done
