@@ -78,8 +78,7 @@ class CurvatureWorker(CompressionWorker):
             generator = torch.Generator(self.device).manual_seed(seed)
 
             def grads(logits_BTV: Tensor) -> Tensor:
-                mask_BT = chunk.mask.to(logits_BTV.device)
-                return draw_label_gradient(logits_BTV, mask_BT, generator)
+                return draw_label_gradient(logits_BTV, chunk.mask, generator)
 
             passed = self._calibration.backward(chunk, grads)
         else:

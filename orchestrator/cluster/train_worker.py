@@ -275,9 +275,8 @@ class TrainWorker(TrainedWorker):
     def _distill(
         self, logits_BTV: Tensor, chunk: Chunk, targets: TopK | Tensor, weights: Weights | None
     ) -> tuple[Losses, Tensor | None]:
-        tokens_BT, mask_BT = (each.to(logits_BTV.device) for each in (chunk.tokens, chunk.mask))
         temperature = self.task.options.temperature
-        return distill(logits_BTV, tokens_BT, mask_BT, targets, temperature, weights)
+        return distill(logits_BTV, chunk.tokens, chunk.mask, targets, temperature, weights)
 
     def _norms(self, is_last: bool) -> dict[str, Any]:
         assert self._training is not None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.models.evaluation import SLICE_TOKENS
+from orchestrator.models.transport import bring
 
 _NAMES = ("log_p", "index", "log_rest")
 
@@ -51,6 +52,13 @@ class TopK:
         """By name, on the CPU, to be stored."""
         values = (self.log_p_BTK, self.index_BTK, self.log_rest_BT)
         return {name: each.contiguous().cpu() for name, each in zip(_NAMES, values, strict=True)}
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(
+            log_p_BTK=bring(self.log_p_BTK, device),
+            index_BTK=bring(self.index_BTK, device),
+            log_rest_BT=bring(self.log_rest_BT, device),
+        )
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
@@ -104,22 +112,29 @@ def distill(
     there is no third tensor of their size. The gradient [B, T, V] has the logits' dtype and is zero
     outside the mask.
 
+    Computed on the logits' device, which is read once, at the end.
+
     Args:
+        tokens_BT, mask_BT: On the host, or the device is read for them first.
         targets: Top-k of the other model at the same temperature, or all its logits [B, T, V].
     """
+    device = logits_BTV.device
+    targets = bring(targets, device) if isinstance(targets, Tensor) else targets.to(device)
     grad_BTV = None if weights is None else torch.zeros_like(logits_BTV)
-    sums = torch.zeros(2, dtype=torch.float64)
-    for row in range(len(tokens_BT)):
-        for where_T in torch.split(mask_BT[row].nonzero().squeeze(1), SLICE_TOKENS):
-            if not len(where_T):
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for row, (tokens_T, mask_T) in enumerate(zip(tokens_BT.cpu(), mask_BT.cpu(), strict=True)):
+        for slice_T in torch.split(mask_T.nonzero().squeeze(1), SLICE_TOKENS):
+            if not len(slice_T):
                 continue
+            following_T = (slice_T + 1).clamp(max=len(tokens_T) - 1)
+            parts = (slice_T, tokens_T[following_T], _followed(mask_T, slice_T))
+            where_T, label_T, real_T = bring(torch.stack(parts), device)
+            real_T = real_T.bool()
             logits_TV = logits_BTV[row, where_T].float()
             divergence, grad_TV = _divergence(logits_TV, targets, row, where_T, temperature)
-            real_T = _followed(mask_BT[row], where_T)
-            label_T = tokens_BT[row, (where_T + 1).clamp(max=tokens_BT.shape[1] - 1)]
             log_q_TV = logits_TV.log_softmax(dim=-1)
             entropy_T = -log_q_TV.gather(1, label_T[:, None]).squeeze(1).double()
-            sums += torch.stack([divergence, entropy_T.where(real_T, 0.0).sum()]).cpu()
+            sums += torch.stack([divergence, entropy_T.where(real_T, 0.0).sum()])
             if grad_BTV is not None and weights is not None:
                 grad_TV *= weights.divergence
                 if weights.cross_entropy:
@@ -149,9 +164,8 @@ def _divergence(
         total = (p_TV * (log_p_TV - log_q_TV)).sum(dim=-1, dtype=torch.float64).sum()
         return temperature**2 * total, temperature * (q_TV - p_TV)
     parts = (targets.log_p_BTK, targets.index_BTK, targets.log_rest_BT)
-    log_p_TK, index_TK, log_r_T = (part[row, where_T.to(part.device)] for part in parts)
-    log_p_TK, log_r_T = log_p_TK.to(q_TV), log_r_T.to(q_TV)
-    index_TK = index_TK.to(q_TV.device, torch.int64)
+    log_p_TK, index_TK, log_r_T = (part[row, where_T] for part in parts)
+    index_TK = index_TK.long()
     p_TK, r_T = log_p_TK.exp(), log_r_T.exp()
     total_T = (p_TK * (log_p_TK - log_q_TV.gather(1, index_TK))).sum(dim=-1, dtype=torch.float64)
     grad_TV = q_TV

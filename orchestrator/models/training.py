@@ -14,6 +14,7 @@ from orchestrator.models.modules import LowRankLinear, SparseLinear
 from orchestrator.models.refine import trained_parameters
 from orchestrator.models.shard import Shard
 from orchestrator.models.train_options import MODES
+from orchestrator.models.transport import CPU
 
 BETAS = {"all": (0.9, 0.999), "lean": (0.9, 0.99), "light": (0.9, 0.999)}
 EPSILON = 1e-8
@@ -157,7 +158,7 @@ class Training:
             # what has had no gradient has no moments
             for moment, tensor in zip(MOMENTS, self._moments.get(name, ()), strict=False):
                 tensors[f"{moment}.{name}"] = tensor
-        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        return {name: tensor.detach().to(CPU, copy=True) for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def load(self, block: int, tensors: Mapping[str, Tensor]) -> None:
@@ -173,7 +174,7 @@ class Training:
     def tensors(self, block: int) -> dict[str, Tensor]:
         """What a block's parameters have become, scales multiplied in, on the CPU, by name."""
         entries = self._by_block[block].items()
-        return {name: entry.parameter.detach().cpu().clone() for name, entry in entries}
+        return {name: entry.parameter.detach().to(CPU, copy=True) for name, entry in entries}
 
 
 def _squared_norms(tensors: list[Tensor]) -> list[float]:
