@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrices import gaussian, of_model
 
 from orchestrator.errors import InputError
+from orchestrator.forecast.work import eigen_side
 from orchestrator.linalg.eigen import JACOBI_ROWS, LARGEST, Eigensolver, attempts
-from orchestrator.linalg.low_rank import InputGram, decompose
+from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, decompose
 from orchestrator.linalg.refit import refit
 from orchestrator.linalg.rpca import rpca
+from orchestrator.methods import METHODS
+from orchestrator.plan import Linear
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float32, torch.float64]
@@ -42,7 +46,7 @@ def failing(monkeypatch):
         real, left, calls = getattr(torch.linalg, name), list(outcomes), []
 
         def call(matrix_NN, **options):
-            calls.append((matrix_NN.device.type, matrix_NN.dtype))
+            calls.append((matrix_NN.device.type, matrix_NN.dtype, len(matrix_NN)))
             outcome = left.pop(0) if left else None
             if isinstance(outcome, Exception):
                 raise outcome
@@ -105,7 +109,7 @@ def test_a_solver_that_does_not_converge_gives_way_to_float64(failing):
     assert torch.equal(values_N, expected_N.float())
     assert torch.equal(vectors_NN, expected_NN.float())
     assert eigen.report == {"eigen": "cpu float64"}
-    assert calls[:2] == [("cpu", torch.float32), ("cpu", torch.float64)]
+    assert calls[:2] == [("cpu", torch.float32, 50), ("cpu", torch.float64, 50)]
 
 
 def swapped(found):
@@ -238,6 +242,45 @@ def test_a_decomposition_in_float64_has_nothing_to_fall_back_on_here(failing):
         decompose(weight_OI, InputGram(gram_II), 3)
     with pytest.raises(InputError, match=r"no eigendecomposition of a \[3, 3\] matrix"):
         refit(weight_OI, factors.weight_OR, factors.down_RI, gram_II)
+
+
+@pytest.mark.parametrize("tokens", [300, 5])
+@pytest.mark.parametrize(("outputs", "inputs"), [(60, 24), (24, 60), (30, 30)])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_decomposes_more_than_the_smaller_side(method, outputs, inputs, tokens, failing):
+    """The largest of all eigendecompositions has the side that a forecast counts.
+
+    A weight of [60, 24] is also what two linears that share a basis come to; few tokens are what
+    leaves directions to the weight.
+    """
+    linear = Linear(
+        name="0.a",
+        block=0,
+        role="a",
+        site="0.a",
+        out_features=outputs,
+        in_features=inputs,
+        has_bias=False,
+    )
+    sizes = [failing(name) for name in ("eigh", "eigvalsh")]
+    given = of_model(outputs, inputs)
+    rows_TI, gradients_TO = given.inputs_TI[:tokens], gaussian(50, outputs)
+    made = METHODS[method]
+    side = made.side(linear, [linear])
+    gram_II, bend_OO = rows_TI.T @ rows_TI, gradients_TO.T @ gradients_TO
+    bends = made.bends_outputs or outputs <= inputs
+    bend = bend_OO if bends else given.weight_OI.T @ bend_OO @ given.weight_OI
+    curvature = Curvature(bend, 50) if made.labels else None
+    magnitude_I = rows_TI.abs().mean(dim=0)
+    about = (len(rows_TI), magnitude_I, curvature)
+    statistic = (
+        InputGram(gram_II, *about)
+        if side == "input"
+        else OutputGram(given.weight_OI @ gram_II @ given.weight_OI.T, *about)
+    )
+    made.decompose(given.weight_OI, statistic, min(outputs, inputs))
+    most = max((n for calls in sizes for _, _, n in calls), default=0)
+    assert most == (0 if method == "wanda" else eigen_side(linear))
 
 
 def test_nobody_else_calls_the_solvers():
