@@ -20,7 +20,8 @@ from pipeline import contents, run, write_llama, write_text
 from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.compress_worker import CompressionWorker
 from orchestrator.cluster.deadline import VARIABLE
-from orchestrator.errors import InfeasibleError, StoppedError, WorkerError
+from orchestrator.cluster.gpu import PRETENDED
+from orchestrator.errors import InfeasibleError, InputError, StoppedError, WorkerError
 from orchestrator.store.run import RunDirectory
 
 pytestmark = pytest.mark.chaos
@@ -269,6 +270,20 @@ def test_a_killed_node_changes_no_byte(llama, text, reference, tmp_path, nodes):
     assert {lost["cause"] for lost in seen.named("lost")} <= {"lost its node", "died"}
     assert {lost["decided"] for lost in seen.named("lost")} <= {"repeat"}
     assert seen.all_are_gone()
+
+
+@pytest.mark.ray
+def test_a_gpu_that_no_worker_sees_ends_a_run_as_it_starts(
+    llama, text, tmp_path, nodes, monkeypatch
+):
+    """Ray gives workers GPUs that this machine has not: node and build are named, exit code 4."""
+    nodes.fill(1)
+    monkeypatch.delenv(PRETENDED)
+    with pytest.raises(
+        InputError, match=r"^node .*: Ray gave a worker GPU [01], but torch .*"
+    ) as e:
+        run(llama, tmp_path / "out", text, **SPREAD)
+    assert e.value.exit_code == 4
 
 
 @pytest.mark.ray

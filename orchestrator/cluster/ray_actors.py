@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayError, RayTaskError
 
 from orchestrator.cluster import scaling
+from orchestrator.cluster.gpu import check_seen
 from orchestrator.cluster.heap import ARENAS
 from orchestrator.cluster.losses import loss_of
 from orchestrator.cluster.pool import PATIENCE_SECONDS, Seat
@@ -146,7 +147,8 @@ class RayActors:
         waited for no longer than patience lasts; they join later. Who grows waits without end.
 
         Raises:
-            InputError: A worker does not see what it must, or runs other versions than the rest.
+            InputError: A worker does not see what it must, its GPU included, or runs other versions
+                than the rest.
             InfeasibleError: Fewer started in time.
             WorkerError: They die as they start.
         """
@@ -196,6 +198,7 @@ class RayActors:
         worker = self._joining.pop(ref)
         try:
             probe: dict[str, Any] = ray.get(ref)
+            check_seen(probe)
             self._first = self._first or probe
             check_alike(probe, self._first)
         except RayTaskError as error:
