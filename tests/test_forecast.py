@@ -24,6 +24,7 @@ from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
 from orchestrator.linalg import pivot, ranked
 from orchestrator.linalg.eigen import LARGEST
 from orchestrator.methods import METHODS
+from orchestrator.models.machine import SIZES
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.plan import Linear
 from orchestrator.recipe import Recipe, make_recipe
@@ -446,6 +447,12 @@ def test_no_eigendecomposition_is_too_large_for_a_gpu(method, name):
         assert bool(flops) == (needs.kind != "sparse")
     # the wide side of the larger ones would be
     assert (wide > LARGEST["cuda"]) == (shapes.hidden >= 8192)
+
+
+def test_a_gpu_is_measured_with_what_a_70b_model_asks_of_it():
+    """A smaller eigendecomposition has another rate."""
+    sides = {work.eigen_side(each) for each in shapes_of("Llama-3-70B").linears}
+    assert SIZES["cuda"][1] == max(sides)
 
 
 def test_the_memory_of_a_kind_of_gpu():

@@ -282,7 +282,7 @@ def test_a_gpu_that_no_worker_sees_ends_a_run_as_it_starts(
     with pytest.raises(
         InputError, match=r"^node .*: Ray gave a worker GPU [01], but torch .*"
     ) as e:
-        run(llama, tmp_path / "out", text, **SPREAD)
+        run(llama, tmp_path / "out", text, executor="ray", workers=1)
     assert e.value.exit_code == 4
 
 
