@@ -10,7 +10,7 @@ from pathlib import Path
 
 SUBCOMMANDS = (
     *("quality", "methods", "ablation", "speed", "rpca", "memory", "large", "pivot", "refinement"),
-    *("faults", "bookkeeping", "scale"),
+    *("faults", "bookkeeping", "scale", "gpu"),
 )
 """Modules of `benchmarks`. Only the one that is asked for is imported, so that a benchmark without
 Ray runs where Ray is not installed."""

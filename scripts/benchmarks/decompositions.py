@@ -66,9 +66,11 @@ class SecondMoment:
             found_II.addr_(vector_I, vector_I @ found_II, alpha=-2)
         return found_II
 
-    def loss(self, gap_OI: Tensor) -> float:
-        """trace(D H D^T)."""
-        return float((self.turned(gap_OI).square() @ self.energies_I).sum())
+    def loss(self, gap_OI: Tensor, curvature_OO: Tensor | None = None) -> float:
+        """trace(C D H D^T); without a curvature C = 1."""
+        turned_OI = self.turned(gap_OI)
+        image_OI = turned_OI if curvature_OO is None else curvature_OO @ turned_OI
+        return float(((turned_OI * image_OI) @ self.energies_I).sum())
 
     def output_moment(self, weight_OI: Tensor) -> Tensor:
         """W H W^T, as a calibration of outputs leaves it."""
@@ -105,9 +107,10 @@ class Problem:
             return OutputGram(self.moment.output_moment(self.weight_OI))
         return InputGram(self.moment.matrix())
 
-    def loss(self, left_OR: Tensor, right_RI: Tensor) -> float:
+    def loss(self, left_OR: Tensor, right_RI: Tensor, curvature_OO: Tensor | None = None) -> float:
         """Of a product, taken in float64: in float32 its rounding would come out as a gain."""
-        return self.moment.loss(self.weight_OI.double() - left_OR.double() @ right_RI.double())
+        gap_OI = self.weight_OI.double() - left_OR.double() @ right_RI.double()
+        return self.moment.loss(gap_OI, curvature_OO)
 
 
 def published(weight_OI: Tensor, gram_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:

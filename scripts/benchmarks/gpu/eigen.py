@@ -1,0 +1,71 @@
+"""Symmetric eigendecompositions by size, dtype and triangle; rates count 9 n^3 FLOPs."""
+
+from typing import Any
+
+import torch
+from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.rates import asked_for
+from torch import Tensor
+
+ACCURACY = {torch.float64: 1e-12, torch.float32: 1e-4}
+"""Most that |A V - V diag(w)| and |V^T V - 1| may be, in units of the spectral norm: eps sqrt(n)
+and one power of ten for the algorithm."""
+
+
+def measure(bench: Bench) -> Found:
+    rows = []
+    for size in bench.size((1024, 2048, 4096, 8192), (64, 128)):
+        square_II = second_moment(size, bench.device)
+        for dtype in (torch.float64, torch.float32):
+            for triangle in ("U", "L"):
+                rows.append(decomposed(bench, square_II.to(dtype), triangle))
+    largest = asked_for(rows)
+    rate = largest["rate"] / 1e12
+    line = (
+        f"n = {largest['size']}, float64: {largest['seconds']:.3g} s, {rate:.3g} TFLOP/s of 9 n^3"
+    )
+    return Found(line, rows, tuple(check for row in rows for check in checks_of(row)))
+
+
+def second_moment(size: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(size)
+    options = {"dtype": torch.float64, "device": device, "generator": generator}
+    rows_TI = torch.randn(size, size, **options)
+    return rows_TI.T @ rows_TI / size
+
+
+def decomposed(bench: Bench, matrix_II: Tensor, triangle: str) -> dict[str, Any]:
+    """Two times after one to warm up, whether both gave the same bits, memory, and errors."""
+    bench.free()
+    before = torch.cuda.memory_allocated() if bench.is_cuda else 0
+    results, times = [], []
+    for _ in range(3):
+        result, seconds = bench.timed(lambda: torch.linalg.eigh(matrix_II, UPLO=triangle))
+        results, times = [*results[-1:], result], [*times, seconds]
+    peak = bench.peak_bytes()
+    (values_I, vectors_II), (_, again_II) = results
+    scale = float(values_I.abs().max())
+    gap_II = matrix_II @ vectors_II - vectors_II * values_I
+    product_II = vectors_II.T @ vectors_II
+    product_II.diagonal().sub_(1)
+    return {
+        "size": len(matrix_II),
+        "dtype": str(matrix_II.dtype).removeprefix("torch."),
+        "triangle": triangle,
+        "seconds": min(times[1:]),
+        "rate": 9.0 * len(matrix_II) ** 3 / min(times[1:]),
+        "same_bits": torch.equal(vectors_II, again_II),
+        # with what comes out: values, vectors, and those of the time before
+        "matrices_at_the_peak": None if peak is None else (peak - before) / matrix_II.nbytes,
+        "residual": float(gap_II.abs().max()) / scale,
+        "orthonormality": float(product_II.abs().max()),
+    }
+
+
+def checks_of(row: dict[str, Any]) -> list[Check]:
+    name = f"{row['size']}, {row['dtype']}, {row['triangle']}"
+    bound = ACCURACY[getattr(torch, row["dtype"])]
+    return [
+        Check(f"same bits, {name}", row["same_bits"]),
+        *(Check(f"{what}, {name}", row[what], bound) for what in ("residual", "orthonormality")),
+    ]
