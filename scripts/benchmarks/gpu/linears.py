@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from benchmarks.gpu.bench import Bench, Check, Found
-from benchmarks.gpu.machine import bandwidth, product_rates
+from benchmarks.gpu.machine import bandwidth
 from benchmarks.pivot import fill, ranks_of
 from torch import Tensor, nn
 
+from orchestrator.linalg.speeds import product_rate
 from orchestrator.models.modules import LowRankLinear, PivotedLinear
 
 KEEPS = (0.8, 0.6, 0.4)
@@ -25,7 +26,7 @@ three roundings to bfloat16, of 2^-9 each, and sums in float32."""
 @torch.no_grad()
 def measure(bench: Bench) -> Found:
     size = bench.size(8192, 128)
-    ceilings = product_rates(bench)["half"], bandwidth(bench)
+    ceilings = product_rate(DTYPE, bench.device, size), bandwidth(bench)
     rows, checks = [], []
     for outputs, inputs in ((size, size), (7 * size // 2, size), (size, 7 * size // 2)):
         bench.free()
