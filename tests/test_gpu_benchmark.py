@@ -191,7 +191,7 @@ def test_results_are_named_by_device_and_date():
     """Under benchmarks/results, nothing in the name that a file system minds."""
     environment = {"cuda_device": "NVIDIA A100-SXM4-80GB", "date": "2026-01-31T09:05"}
     found = default_out(environment, is_small=False)
-    assert found == Path("benchmarks/results/gpu-nvidia-a100-sxm4-80gb-2026-01-31T0905.json")
+    assert found == ROOT / "benchmarks/results/gpu-nvidia-a100-sxm4-80gb-2026-01-31T0905.json"
 
 
 def test_a_part_that_cannot_be_imported_stops_no_other(bench, monkeypatch):

@@ -21,14 +21,23 @@ from typing import Any
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.rates import device_row
 from benchmarks.gpu.results import Results, summary
-from benchmarks.gpu.supervisor import read_environment, supervise
+from benchmarks.gpu.supervisor import ROOT, read_environment, supervise
 
-RESULTS = Path("benchmarks/results")
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="FILE", type=Path, help=f"of {RESULTS} by default")
-    parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="benchmarks/results/gpu-DEVICE-DATE.json by default",
+    )
+    names = list(PARTS)
+    says = f"of {', '.join(names)}"
+    parser.add_argument(
+        "--only", metavar="PART", choices=names, nargs="+", default=names, help=says
+    )
     parser.add_argument("--seconds", type=float, default=480, help="of all parts together")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the code")
     parser.add_argument("--commit", help="of the code, where git does not tell")

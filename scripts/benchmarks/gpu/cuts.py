@@ -29,7 +29,6 @@ def measure(bench: Bench) -> Found:
     rates = product_rates(bench.size(4096, 128), bench.device)
     for problem in problems(bench):
         row = measure_ours(problem, rates, repeats=2)
-        row["peak_bytes"] = bench.peak_bytes()
         row |= two_sided_and_pivot(bench, problem)
         rows.append(row)
         bench.say(
@@ -43,7 +42,7 @@ def measure(bench: Bench) -> Found:
 
 
 def problems(bench: Bench) -> Iterator[Problem]:
-    """A square and a wide weight; peaks of memory count from each on."""
+    """A square and a wide weight."""
     size = bench.size(8192, 128)
     for inputs in (size, 7 * size // 2):
         bench.free()
@@ -62,7 +61,6 @@ def two_sided_and_pivot(bench: Bench, problem: Problem) -> dict[str, Any]:
     statistic = replace(problem.statistic(), curvature=Curvature(curvature_OO, 1))
     work = partial(decompose_two_sided, problem.weight_OI, statistic, problem.rank, damping=DAMPING)
     two, seconds = bench.timed(work)
-    peak_bytes = bench.peak_bytes()
     curvature_OO.diagonal().add_(DAMPING * curvature_OO.diagonal().mean())
     lost = problem.loss(two.weight_OR, two.down_RI, curvature_OO)
     del work, statistic, curvature_OO
@@ -71,7 +69,6 @@ def two_sided_and_pivot(bench: Bench, problem: Problem) -> dict[str, Any]:
     pivoted, pivot_seconds = bench.timed(partial(pivot, *factors))
     return {
         "two_sided_seconds": seconds,
-        "two_sided_peak_bytes": peak_bytes,
         "two_sided_above_optimum": lost / float(two.energies_K[problem.rank :].sum()) - 1,
         "two_sided": dict(two.report),
         "pivot_rank": rank,
