@@ -14,19 +14,20 @@ products, an eigendecomposition at 9 n^3 and the rate of products too, which non
 LAPACK's in float64, and what it loses above the optimum at break-even rank.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from benchmarks.clock import median_seconds, timed
 from benchmarks.figures import print_table, say
 from torch import Tensor
 
-from orchestrator.linalg.low_rank import InputGram, OutputGram, decompose
+from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram, decompose
 from orchestrator.linalg.speeds import product_rate
 
+CPU = torch.device("cpu")
 REFLECTIONS = 32
 DECAY = 1.2
 ASKED = 3.0
@@ -42,10 +43,12 @@ class SecondMoment:
     """Unit normals of the reflections."""
 
     @classmethod
-    def of(cls, size: int) -> "SecondMoment":
+    def of(cls, size: int, device: torch.device = CPU) -> "SecondMoment":
+        """The same numbers on every device, but for the rounding of the normals' lengths."""
         generator = torch.Generator().manual_seed(size)
         vectors_LI = torch.randn(REFLECTIONS, size, generator=generator, dtype=torch.float64)
-        energies_I = torch.arange(1, size + 1, dtype=torch.float64) ** -DECAY
+        vectors_LI = vectors_LI.to(device)
+        energies_I = torch.arange(1, size + 1, dtype=torch.float64, device=device) ** -DECAY
         return cls(energies_I, vectors_LI / vectors_LI.norm(dim=1, keepdim=True))
 
     def turned(self, rows_NI: Tensor) -> Tensor:
@@ -63,14 +66,51 @@ class SecondMoment:
             found_II.addr_(vector_I, vector_I @ found_II, alpha=-2)
         return found_II
 
-    def loss(self, gap_OI: Tensor) -> float:
-        """trace(D H D^T)."""
-        return float((self.turned(gap_OI).square() @ self.energies_I).sum())
+    def loss(self, gap_OI: Tensor, curvature_OO: Tensor | None = None) -> float:
+        """trace(C D H D^T); without a curvature C = 1."""
+        turned_OI = self.turned(gap_OI)
+        image_OI = turned_OI if curvature_OO is None else curvature_OO @ turned_OI
+        return float(((turned_OI * image_OI) @ self.energies_I).sum())
 
     def output_moment(self, weight_OI: Tensor) -> Tensor:
         """W H W^T, as a calibration of outputs leaves it."""
         turned_OI = self.turned(weight_OI)
         return (turned_OI * self.energies_I) @ turned_OI.T
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A random weight with the second moment of its inputs, to be cut at break-even rank."""
+
+    weight_OI: Tensor
+    moment: SecondMoment
+
+    @classmethod
+    def of(cls, outputs: int, inputs: int, device: torch.device = CPU) -> "Problem":
+        generator = torch.Generator().manual_seed(outputs + inputs)
+        weight_OI = torch.randn(outputs, inputs, generator=generator).to(device) / inputs**0.5
+        return cls(weight_OI, SecondMoment.of(inputs, device))
+
+    @property
+    def rank(self) -> int:
+        outputs, inputs = self.weight_OI.shape
+        return outputs * inputs // (outputs + inputs)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the Gram of the outputs is the smaller one, and so the one that is gathered."""
+        outputs, inputs = self.weight_OI.shape
+        return inputs > outputs
+
+    def statistic(self) -> InputGram | OutputGram:
+        if self.is_wide:
+            return OutputGram(self.moment.output_moment(self.weight_OI))
+        return InputGram(self.moment.matrix())
+
+    def loss(self, left_OR: Tensor, right_RI: Tensor, curvature_OO: Tensor | None = None) -> float:
+        """Of a product, taken in float64: in float32 its rounding would come out as a gain."""
+        gap_OI = self.weight_OI.double() - left_OR.double() @ right_RI.double()
+        return self.moment.loss(gap_OI, curvature_OO)
 
 
 def published(weight_OI: Tensor, gram_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -82,60 +122,80 @@ def published(weight_OI: Tensor, gram_II: Tensor, rank: int) -> tuple[Tensor, Te
     root_R = sigma_K[:rank].sqrt()
     factors = left_OK[:, :rank] * root_R, root_R[:, None] * right_KI[:rank]
     del left_OK, right_KI
-    eye_II = torch.eye(len(lower_II), dtype=torch.float64)
+    eye_II = torch.eye(len(lower_II), dtype=torch.float64, device=lower_II.device)
     inverse_II = torch.linalg.solve_triangular(lower_II, eye_II, upper=False, out=eye_II)
     return factors[0], factors[1] @ inverse_II.float()
 
 
+def product_rates(size: int, device: torch.device = CPU) -> dict[torch.dtype, float]:
+    """FLOPs a second of the products that decompositions are made of."""
+    return {dtype: product_rate(dtype, device, size) for dtype in (torch.float64, torch.float32)}
+
+
 def measure_linears(size: int, wide: int) -> list[dict[str, Any]]:
-    rates = {
-        dtype: product_rate(dtype, torch.device("cpu"), min(size, 4096))
-        for dtype in (torch.float64, torch.float32)
-    }
-    return [measure(size, inputs, rates) for inputs in (size, wide)]
+    """Ours and the published way on both linears."""
+    rates, rows = product_rates(min(size, 4096)), []
+    for inputs in (size, wide):
+        problem = Problem.of(size, inputs)
+        row = measure_ours(problem, rates)
+        rows.append(row | measure_published(problem, row["optimum"]))
+    return rows
 
 
-def measure(outputs: int, inputs: int, rates: Mapping[torch.dtype, float]) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(outputs + inputs)
-    weight_OI = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
-    moment = SecondMoment.of(inputs)
-    rank = outputs * inputs // (outputs + inputs)
-    by_outputs = inputs > outputs
+def measure_ours(
+    problem: Problem, rates: Mapping[torch.dtype, float], repeats: int = 1
+) -> dict[str, Any]:
+    """Seconds of a decomposition, their floor, and the loss above the optimum.
+
+    Args:
+        repeats: How often it is computed. The first call on a GPU also makes the handles of its
+            libraries, so the last time counts; all must give the same bits.
+    """
+    outputs, inputs = problem.weight_OI.shape
+    rank = problem.rank
     say(f"{outputs} x {inputs}: ours")
-    statistic: InputGram | OutputGram = (
-        OutputGram(moment.output_moment(weight_OI)) if by_outputs else InputGram(moment.matrix())
-    )
-    start = time.perf_counter()
-    result = decompose(weight_OI, statistic, rank)
-    seconds = time.perf_counter() - start
-    energies_K = result.energies_K
-    del statistic
-    best = float(energies_K[rank:].sum())
-    lost = moment.loss(weight_OI - result.weight_OR @ result.down_RI)
-    report = dict(result.report)
-    del result
-    say(f"{outputs} x {inputs}: the published way")
-    gram_II = moment.matrix()
-    start = time.perf_counter()
-    left_OR, right_RI = published(weight_OI, gram_II, rank)
-    theirs = time.perf_counter() - start
-    del gram_II
-    their_loss = moment.loss(weight_OI - left_OR @ right_RI)
+    result, seconds, same_bits = decompose_again(problem, repeats)
+    optimum = float(result.energies_K[rank:].sum())
     cube = float(outputs) ** 3
-    double = 9 * cube + (0 if by_outputs else 3.2 * cube)
+    double = 9 * cube + (0 if problem.is_wide else 3.2 * cube)
     single = 2.0 * outputs * rank * inputs + 2.0 * outputs * outputs * rank
-    floor = double / rates[torch.float64] + single / rates[torch.float32]
     return {
         "shape": [outputs, inputs],
         "rank": rank,
-        "seconds": seconds,
-        "published_seconds": theirs,
-        "floor_seconds": floor,
-        "above_optimum": lost / best - 1,
-        "published_above_optimum": their_loss / best - 1,
-        "report": report,
+        "seconds": seconds[-1],
+        "first_seconds": seconds[0],
+        "same_bits": same_bits,
+        "floor_seconds": double / rates[torch.float64] + single / rates[torch.float32],
+        "optimum": optimum,
+        "above_optimum": problem.loss(result.weight_OR, result.down_RI) / optimum - 1,
+        "report": dict(result.report),
         "rates": {str(dtype): rate for dtype, rate in rates.items()},
     }
+
+
+def measure_published(problem: Problem, optimum: float) -> dict[str, Any]:
+    outputs, inputs = problem.weight_OI.shape
+    say(f"{outputs} x {inputs}: the published way")
+    work = partial(published, problem.weight_OI, problem.moment.matrix(), problem.rank)
+    factors, seconds = timed(work, problem.weight_OI.device)
+    del work
+    return {
+        "published_seconds": seconds,
+        "published_above_optimum": problem.loss(*factors) / optimum - 1,
+    }
+
+
+def decompose_again(problem: Problem, repeats: int) -> tuple[LowRank, list[float], bool]:
+    """The result, the seconds of each time, and whether every time gave the same bits."""
+    work = partial(decompose, problem.weight_OI, problem.statistic(), problem.rank)
+    result, first = timed(work, problem.weight_OI.device)
+    seconds, same_bits = [first], True
+    for _ in range(repeats - 1):
+        other, spent = timed(work, problem.weight_OI.device)
+        seconds.append(spent)
+        same_bits &= torch.equal(result.weight_OR, other.weight_OR)
+        same_bits &= torch.equal(result.down_RI, other.down_RI)
+    return result, seconds, same_bits
 
 
 def measure_ways(size: int, repeats: int) -> list[dict[str, Any]]:
@@ -157,15 +217,11 @@ def measure_ways(size: int, repeats: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, way in ways.items():
         say(f"eigenvectors of {size}: {name}")
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            vectors_KR = way()
-            times.append(time.perf_counter() - start)
-        basis_KR = torch.linalg.qr(vectors_KR.double())[0]
+        seconds = median_seconds(way, CPU, repeats=repeats, warm_up=0)
+        basis_KR = torch.linalg.qr(way().double())[0]
         kept = float(torch.sum(basis_KR * (moment_KK @ basis_KR)))
         lost = (float(moment_KK.trace()) - kept) / best - 1
-        rows.append({"way": name, "seconds": statistics.median(times), "above_optimum": lost})
+        rows.append({"way": name, "seconds": seconds, "above_optimum": lost})
     return rows
 
 

@@ -76,10 +76,7 @@ def measure(outputs: int, inputs: int, options: argparse.Namespace) -> list[Figu
         "equal values": PivotedLinear(inputs, outputs, more, **made),
     }
     for module in modules.values():
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        if isinstance(module, PivotedLinear):
-            module.index.copy_(torch.randperm(outputs))
+        fill(module)
     figures = []
     for rows in options.rows:
         input_TI = torch.randn(rows, inputs, dtype=dtype, device=device)
@@ -97,6 +94,14 @@ def measure(outputs: int, inputs: int, options: argparse.Namespace) -> list[Figu
                 )
             )
     return figures
+
+
+def fill(module: torch.nn.Module) -> None:
+    """Random values, and outputs in a random order."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    if isinstance(module, PivotedLinear):
+        module.index.copy_(torch.randperm(module.out_features))
 
 
 def timer(module: torch.nn.Module, input_TI: torch.Tensor) -> Callable[[], float]:

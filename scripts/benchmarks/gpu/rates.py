@@ -1,0 +1,78 @@
+"""Results as rates of the forecast: a row for `rates.json`, and what a plan of this machine is."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.gpu.results import Results
+
+from orchestrator.forecast.rates import MEASURED, ROWS, Rates, known_devices, machine_of
+
+PESSIMISTIC = 0.5
+"""Of what was measured."""
+NOTHING_ELSE = {"read": math.inf, "write": math.inf, "network": math.inf, "start": 0.0}
+"""Surroundings that take no time, where a stage's computing alone was measured."""
+
+
+def device_row(results: Results) -> dict[str, Any]:
+    """The entry of `devices` in orchestrator/forecast/rates.json that a results file gives.
+
+    Raises:
+        SystemExit: The parts `machine` and `eigen` did not both end.
+    """
+    environment, speeds = results.content["environment"], measured_speeds(results.parts)
+    if speeds is None:
+        raise SystemExit(f"{results.path}: rates come of the parts machine and eigen; run both")
+    sizes = f"eigen at n = {asked_for(results.parts['eigen']['figures'])['size']}"
+    versions = f"torch {environment['torch']}, CUDA {environment['cuda']}"
+    driver = f"driver {environment['driver']}, {environment['date'][:10]}"
+    row = {
+        "memory_bytes": float(environment["memory_bytes"]),
+        **{
+            name: scaled(speeds, factor)
+            for name, factor in zip(ROWS, (1, PESSIMISTIC), strict=True)
+        },
+        "source": f"Measured by scripts/benchmark gpu on {environment['device']}: products of "
+        f"random matrices, {sizes}; {versions}, {driver}. Pessimistic: {PESSIMISTIC} of it.",
+    }
+    return {known_name(environment["device"]) or environment["device"]: row}
+
+
+def scaled(speeds: Mapping[str, float], factor: float) -> dict[str, float]:
+    """To four digits, which is more than repetitions agree in."""
+    return {name: float(f"{factor * speed:.4g}") for name, speed in speeds.items()}
+
+
+def measured_speeds(parts: Mapping[str, Any]) -> dict[str, float] | None:
+    """FLOPs a second by the names of `Rates`; None if one of the two parts is missing."""
+    if not all("figures" in parts.get(name, {}) for name in ("machine", "eigen")):
+        return None
+    eigen = asked_for(parts["eigen"]["figures"])["rate"]
+    return {**parts["machine"]["figures"]["product_rates"], "eigen": eigen}
+
+
+def asked_for(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Of the part `eigen` the largest matrix as decompositions ask for it: float64, upper."""
+    ours = [row for row in rows if (row["dtype"], row["triangle"]) == ("float64", "U")]
+    return max(ours, key=lambda row: row["size"])
+
+
+def known_name(device: str) -> str | None:
+    """The name in rates.json of a device that CUDA calls so; a slice of one is another device."""
+    if "MIG" in device:
+        return None
+    fitting = [name for name in known_devices() if all(w in device for w in name.split("-"))]
+    return max(fitting, key=len, default=None)
+
+
+def computing_rates(results: Results) -> list[Rates]:
+    """The rows that a plan for this device has, and the one that was measured; no surroundings."""
+    device = known_name(results.content["environment"]["device"])
+    rows = (
+        [] if device is None else [replace(row, **NOTHING_ELSE) for row in machine_of(device).rows]
+    )
+    speeds = measured_speeds(results.parts)
+    if speeds is not None:
+        rows.append(Rates(row=MEASURED, source="measured here", **speeds, **NOTHING_ELSE))
+    return rows

@@ -1,0 +1,100 @@
+"""Runs the parts in a process of their own, and starts another one where that ends or hangs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.parts import PARTS
+from benchmarks.gpu.results import Results
+
+ROOT = Path(__file__).parents[3]
+PROGRAM = (sys.executable, "-m", "benchmarks.gpu.worker")
+PATIENCE = 3
+"""Times the expected seconds that a part may take."""
+GLANCE_SECONDS = 0.2
+
+
+def child_environ() -> dict[str, str]:
+    """The environment of the processes: where modules are, and how workers have CUDA set up."""
+    defaults = {
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        # without it cuBLAS refuses to work under deterministic algorithms
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    places = [str(ROOT / "scripts"), str(ROOT), str(ROOT / "tests")]
+    places += filter(None, [os.environ.get("PYTHONPATH")])
+    return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(places)}
+
+
+def read_environment() -> dict[str, Any]:
+    """What `benchmarks.gpu.environment` says of this machine."""
+    command = [sys.executable, "-m", "benchmarks.gpu.environment"]
+    done = subprocess.run(command, env=child_environ(), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def supervise(
+    results: Results,
+    names: Sequence[str],
+    work: Path,
+    deadline: float,
+    program: Sequence[str] = PROGRAM,
+) -> None:
+    """Runs every part; what no process can run has an error as its result.
+
+    Args:
+        work: A directory for what parts write.
+        deadline: When all must be over, on the system's monotonic clock.
+        program: What runs parts; `benchmarks.gpu.worker`.
+    """
+    while todo := [name for name in names if name not in results.parts]:
+        how = watch(
+            [*program, str(results.path), str(work), str(deadline), *todo], results.path, deadline
+        )
+        results = Results.read(results.path)
+        if results.running is not None:
+            part, _ = results.running
+            results.end(part, {"error": f"its process {how}"})
+            print(f"{part}: FAILED, its process {how}", flush=True)
+        elif todo[0] not in results.parts:
+            for name in todo:
+                results.end(name, {"error": f"the process that was to run it {how}"})
+                print(f"{name}: FAILED, {results.parts[name]['error']}", flush=True)
+
+
+def watch(command: Sequence[str], path: Path, deadline: float) -> str:
+    """Runs a worker to its end, or ends it with its children once a part takes too long."""
+    process = subprocess.Popen(command, env=child_environ(), start_new_session=True)
+    try:
+        while process.poll() is None:
+            time.sleep(GLANCE_SECONDS)
+            if overrun := overrun_of(Results.read(path), deadline):
+                return overrun
+        return f"ended with status {process.returncode}"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def overrun_of(results: Results, deadline: float) -> str | None:
+    """Why the part that runs must be ended now; None if it may go on."""
+    if results.running is None:
+        return None
+    part, spent = results.running
+    if time.monotonic() > deadline:
+        return f"was ended at the end of the time for all parts, {spent:.0f} s after it began"
+    if spent > PATIENCE * PARTS[part].seconds:
+        return f"was ended after {spent:.0f} s; {PARTS[part].seconds:.0f} s were expected"
+    return None

@@ -1,0 +1,127 @@
+"""Steps of refining and training one compressed block, and whether they repeat their bits."""
+
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+from typing import Any
+
+import compressed as helpers
+import torch
+from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.model import one_block, sequences
+from torch import Tensor
+
+from orchestrator.models.chunk import Chunk
+from orchestrator.models.layout import TensorSpec
+from orchestrator.models.refine import Refinement
+from orchestrator.models.refine_options import RefineOptions
+from orchestrator.models.shard import Shard
+from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.training import Training
+from orchestrator.plan import Assignment
+
+FORMS = ("low_rank", "pivoted")
+KEEP = 0.7
+"""Of break-even rank."""
+FLOPS = 6.0
+"""A trained value and token: forward, and back to inputs and values."""
+
+
+def measure(bench: Bench) -> Found:
+    tokens, number = bench.size((2048, 6), (64, 4))
+    dense = Skeleton.open(one_block(bench), dtype=torch.bfloat16, device=bench.device)
+    inputs, rows = sequences(number, tokens), {}
+    with dense.shard(range(1)) as shard:
+        targets = [shard.forward(chunk) for chunk in inputs]
+    for form in FORMS:
+        compressed = random_block(dense, form, bench.device)
+        turns = [refined(bench, compressed, inputs, targets) for _ in range(2)]
+        row = rows[form] = dict(turns[1])
+        row["same_bits"] = turns[0]["digest"] == turns[1]["digest"]
+        row["rate"] = FLOPS * row["values"] * tokens * number / row["epoch_seconds"]
+        row |= trained(bench, compressed, inputs[0])
+        bench.say(
+            f"{form}: epoch of {number} sequences {row['epoch_seconds']:.3g} s, "
+            f"{row['rate'] / 1e12:.3g} TFLOP/s; training step {row['step_seconds']:.3g} s"
+        )
+    checks = []
+    for form, row in rows.items():
+        checks.append(Check(f"{form}, an epoch repeats its bits", row["same_bits"]))
+        checks.append(Check(f"{form}, training steps repeat theirs", row["steps_same_bits"]))
+    same = sum(check.holds for check in checks)
+    return Found(f"{same} of {len(checks)} repeated with the same bits", rows, tuple(checks))
+
+
+def random_block(dense: Skeleton, form: str, device: torch.device) -> Skeleton:
+    """The model with random tensors of a form in the place of its linears, in float32."""
+    survey = dense.survey()
+    assignments = {
+        linear.name: Assignment(form=form, rank=int(KEEP * linear.break_even))
+        for linear in survey.linears
+    }
+
+    def read(spec: TensorSpec) -> Tensor:
+        if spec.part == "copy":
+            return dense.weights.read(spec.source)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(spec.name.encode()))
+        if spec.part == "order":
+            return torch.randperm(spec.shape[0], generator=generator, device=device)
+        return 0.02 * torch.randn(spec.shape, generator=generator, device=device)
+
+    plan = helpers.plan_of(survey, assignments)
+    return dense.planned(plan, read, output_dtype=torch.float32, dtype=torch.float32)
+
+
+def refined(
+    bench: Bench, compressed: Skeleton, inputs: list[Chunk], targets: list[Chunk]
+) -> dict[str, Any]:
+    """The first epoch of a refinement."""
+    bench.free()
+    with compressed.shard(range(1)) as shard:
+        values = sum(parameter.numel() for parameter in shard.own_parameters().values())
+        with Refinement(shard, inputs, targets, RefineOptions(epochs=2), 0) as refinement:
+            start = refinement.start
+            epoch, seconds = bench.timed(refinement.epoch)
+            peak = bench.peak_bytes()
+            return {
+                "values": values,
+                "epoch_seconds": seconds,
+                "digest": refinement.digest(),
+                "held_out": [start, epoch.held_out],
+                "peak_bytes": peak,
+                "bytes_a_value": None if peak is None else peak / values,
+            }
+
+
+def trained(bench: Bench, compressed: Skeleton, chunk: Chunk) -> dict[str, Any]:
+    """Steps of a training, twice from the same start."""
+    results, seconds = [], 0.0
+    for _ in range(2):
+        bench.free()
+        with compressed.shard(range(1)) as shard:
+            training = Training(shard, [0], list(compressed.disk_names), "all", 0.0)
+            gradient = gradient_of(shard, chunk, bench.device)
+            work = partial(step, shard, training, chunk, gradient, count(1))
+            seconds = bench.median_seconds(work)
+            results.append(training.tensors(0))
+            del work, training
+    first, second = results
+    same = all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    return {"step_seconds": seconds, "steps_same_bits": same, "step_peak_bytes": bench.peak_bytes()}
+
+
+def step(
+    shard: Shard, training: Training, chunk: Chunk, gradient: Tensor, numbers: Iterator[int]
+) -> None:
+    shard.backward(chunk, [gradient])
+    training.collect()
+    training.norms()
+    training.update(next(numbers), 1.0, 1e-5)
+
+
+def gradient_of(shard: Shard, chunk: Chunk, device: torch.device) -> Tensor:
+    """By the logits, a random one: the one block is the model's last."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (*chunk.tokens.shape, shard.config.vocab_size)
+    return 1e-4 * torch.randn(shape, generator=generator, device=device)
