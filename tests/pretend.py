@@ -21,7 +21,8 @@ its result, and the time that anything takes.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -32,16 +33,15 @@ from pretend_device import (
     TO_HOST,
     Conversion,
     Copy,
-    Event,
     PretendedDevice,
     Read,
-    Site,
     Unordered,
-    site,
     the_device,
     use,
 )
-from pretend_tensor import CPU, CUDA, Pretended, is_cuda, is_plain, plain, wrap, wrapped
+from pretend_site import Site, site
+from pretend_streams import Event
+from pretend_tensor import CPU, CUDA, Pretended, address, is_cuda, is_plain, plain, wrap, wrapped
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -87,6 +87,9 @@ def pretended_device(total: int = 80 * 10**9) -> Iterator[PretendedDevice]:
         # backward passes are no functions to be overridden: their hooks need the mode
         stack.enter_context(patch(torch.autograd, "backward", _backward))
         stack.enter_context(patch(torch.autograd, "has_torch_function", lambda _: False))
+        # modules make new parameters of what they move, instead of putting data into old ones
+        patched = patch(torch, "_has_compatible_shallow_copy_type", _are_plain)
+        stack.enter_context(patched)
         stack.enter_context(FunctionMode())
         yield device
 
@@ -94,6 +97,14 @@ def pretended_device(total: int = 80 * 10**9) -> Iterator[PretendedDevice]:
 def on_host(tree: Any) -> Any:
     """A tree with copies on the CPU in the place of the device's tensors; it counts as no copy."""
     return map_tensors(lambda each: plain(each).detach().clone(), tree)
+
+
+def _any_pretended(*tensors: Any) -> bool:
+    return any(isinstance(tensor, Pretended) for tensor in tensors)
+
+
+def _are_plain(one: Tensor, other: Tensor) -> bool:
+    return not _any_pretended(one, other)
 
 
 def _in_mode(run: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
@@ -108,7 +119,7 @@ def _in_mode(run: Callable[[threading.Thread], None]) -> Callable[[threading.Thr
 
 def _functions_of_cuda(device: PretendedDevice) -> dict[str, Any]:
     """The functions of `torch.cuda`, by name."""
-    memory, name = device.memory, "Pretended"
+    memory, order, name = device.memory, device.order, "Pretended"
     properties = SimpleNamespace(
         name=name, total_memory=memory.total, multi_processor_count=132, major=9, minor=0
     )
@@ -118,10 +129,12 @@ def _functions_of_cuda(device: PretendedDevice) -> dict[str, Any]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda *_: None,
+        "device": lambda *_: nullcontext(),
+        "manual_seed_all": lambda *_: None,  # numbers without a generator are the CPU's
         "get_device_name": lambda *_: name,
         "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: (properties.major, properties.minor),
-        "synchronize": lambda *_: device.stream.synchronize(),
+        "synchronize": lambda *_: order.wait_for_all(),
         "empty_cache": memory.empty_cache,
         "mem_get_info": lambda *_: (memory.total - memory.reserved, memory.total),
         "memory_allocated": lambda *_: memory.allocated,
@@ -129,12 +142,12 @@ def _functions_of_cuda(device: PretendedDevice) -> dict[str, Any]:
         "memory_reserved": lambda *_: memory.reserved,
         "max_memory_reserved": lambda *_: memory.peak_reserved,
         "reset_peak_memory_stats": lambda *_: memory.reset_peak(),
-        "Stream": device.new_stream,
-        "Event": Event,
-        "stream": device.in_stream,
-        "current_stream": lambda *_: device.stream,
-        "default_stream": lambda *_: device.streams[0],
-        "set_stream": lambda stream: setattr(device, "stream", stream),
+        "Stream": order.new_stream,
+        "Event": partial(Event, order=order),
+        "stream": order.within,
+        "current_stream": lambda *_: order.stream,
+        "default_stream": lambda *_: order.streams[0],
+        "set_stream": lambda stream: setattr(order, "stream", stream),
     }
 
 
@@ -164,6 +177,9 @@ class FunctionMode(TorchFunctionMode):
             return _move(func, *args, **kwargs)
         if isinstance(first, Pretended) and name in vars(Pretended) and name[0] != "_":
             return getattr(Pretended, name)(*args, **kwargs)
+        if func is Tensor.new_tensor and isinstance(first, Pretended):
+            func, name, args = torch.tensor, "tensor", args[1:]
+            kwargs = {"device": CUDA, "dtype": first.dtype} | kwargs
         if func is Tensor.pin_memory:
             return the_device().pin(first.clone())
         if func is Tensor.is_pinned:
@@ -176,6 +192,8 @@ class FunctionMode(TorchFunctionMode):
                 return _backward(first, kwargs.pop("gradient"), **kwargs)
         if name == "__set__" and func == Tensor.grad.__set__:
             _refuse_gradient(*args)
+        if name == "__set__" and func == Tensor.data.__set__ and _any_pretended(*args):
+            raise NotImplementedError(f"other data put into a tensor ({site()}); copy_ it")
         _refuse_generator(args, kwargs)
         pins = kwargs.pop("pin_memory", False)
         out = _make(func, name, args, kwargs) if "device" in kwargs else func(*args, **kwargs)
@@ -193,6 +211,7 @@ def _make(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     out = func(*plain_args, **plain_kwargs)
     if not on_device:
         return out
+    the_device().order.operate((), ())
     if name in ("tensor", "as_tensor", "asarray"):
         the_device().copy(TO_DEVICE, out, out, non_blocking=False)
     return wrapped(out)
@@ -213,11 +232,13 @@ def _move(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError(f"a copy between devices with a way back ({site()})")
     source = plain(tensor).detach()
     target = source.to(dtype or source.dtype, copy=True)
+    the_device().order.operate([address(tensor)] if on_device else (), ())
     if on_device and non_blocking:
         the_device().pin(target)  # as CUDA makes it
     direction = TO_DEVICE if to_device else TO_HOST
+    out = Pretended(target) if to_device else target
     the_device().copy(direction, source, target, non_blocking=non_blocking)
-    return Pretended(target) if to_device else target
+    return out
 
 
 def _destination(
@@ -268,7 +289,7 @@ def _refuse_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     generator = kwargs.get("generator")
     if generator is None:
         return
-    wanted = is_cuda(kwargs.get("device")) or any(isinstance(each, Pretended) for each in args)
+    wanted = is_cuda(kwargs.get("device")) or _any_pretended(*args)
     if wanted != isinstance(generator, Generator):
         raise RuntimeError(
             f"Expected a '{'cuda' if wanted else 'cpu'}' device type for generator but found "

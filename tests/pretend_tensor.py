@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pretend_device import TO_DEVICE, TO_HOST, Unordered, site, the_device
+from pretend_device import TO_DEVICE, TO_HOST, Unordered, the_device
+from pretend_site import site
 from torch import Tensor
 from torch.optim.adam import _single_tensor_adam
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -94,7 +95,8 @@ READS = frozenset(
         "linalg_lstsq",
     ]
 )
-"""Operations that wait for a value of the device: for the size of their result, or to check it."""
+"""Operations that wait for a value of the device: for the size of their result, unless it is given,
+or to check it, unless that is waived."""
 PRODUCTS = frozenset(["mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "addbmm"])
 """Operations of cuBLAS, which strict algorithms allow with a fixed workspace alone."""
 ORDERED_IF_STRICT = frozenset(
@@ -172,6 +174,7 @@ class Pretended(Tensor):
 
     def record_stream(self, stream: Any) -> None:
         stream.note("record_stream")
+        the_device().order.record(address(self), stream)
 
     @classmethod
     def __torch_dispatch__(
@@ -182,15 +185,18 @@ class Pretended(Tensor):
         name = full_name.rstrip("_") or full_name
         _refuse_mixed(name, args, kwargs)
         _refuse_unordered(name, args, kwargs)
-        _note_reads_and_copies(name, args, kwargs)
+        _keep_order(func, args, kwargs)
+        _note_reads(name, args, kwargs)
         plain_args, plain_kwargs = plain((args, kwargs))
         if is_cuda(plain_kwargs.get("device")):
             plain_kwargs["device"] = CPU
         if name == "_fused_adamw":
             return _adamw(plain_args, plain_kwargs)
         out = func(*plain_args, **plain_kwargs)
-        if name == "copy" and is_plain(args[0]):
-            return args[0]
+        if name == "copy":
+            _note_copy(args, kwargs)
+            if is_plain(args[0]):
+                return args[0]
         return return_and_correct_aliasing(func, args, kwargs, wrapped(out))
 
 
@@ -279,28 +285,57 @@ def _order(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[b
     return name in NEVER_ORDERED, name in ORDERED_IF_STRICT
 
 
-def _note_reads_and_copies(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _keep_order(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Tells the device's streams which memory the operation reads and writes."""
+    order = the_device().order
+    if len(order.streams) == 1:
+        order.operate((), ())
+        return
+    named = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+    changed = {
+        each.name
+        for each in func._schema.arguments
+        if each.alias_info is not None and each.alias_info.is_write
+    }
+    found: dict[bool, list[int]] = {False: [], True: []}
+    for name, value in named.items():
+        for tensor in tensors_of(value):
+            if isinstance(tensor, Pretended) and tensor.numel():
+                found[name in changed].append(address(tensor))
+    order.operate(found[False], found[True])
+
+
+def address(tensor: Pretended) -> int:
+    """The address of the memory that a tensor shares with its views."""
+    return tensor.inner.untyped_storage().data_ptr()
+
+
+def _note_reads(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Notes what the host waits for, and the indices of the host that are copied."""
     device = the_device()
-    if name in READS:
+    if name in READS and kwargs.get("output_size") is None and not kwargs.get("unsafe"):
         device.read(name)
-    if name == "copy" and is_plain(args[0]) != is_plain(args[1]):
+    if name not in INDEXING or is_plain(args[0]):
+        return
+    indices = [index for index in args[1] if index is not None]
+    # one value under one mask is filled in, and no entry has to be found
+    fills = name != "index" and len(indices) == 1 and args[2].numel() == 1 and not any(args[3:4])
+    for index in indices:
+        is_mask = index.dtype in (torch.bool, torch.uint8)
+        if is_plain(index):
+            copied = index.nonzero() if is_mask and not fills else index
+            device.copy(TO_DEVICE, copied, copied, non_blocking=False)
+        elif is_mask and not fills:
+            device.read("mask")
+
+
+def _note_copy(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Notes a copy into a tensor, if it was one between devices."""
+    if is_plain(args[0]) != is_plain(args[1]):
         target, source = plain(args[:2])
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         direction = TO_HOST if is_plain(args[0]) else TO_DEVICE
-        device.copy(direction, source, target, non_blocking=non_blocking)
-    if name in INDEXING and isinstance(args[0], Pretended):
-        indices = [index for index in args[1] if index is not None]
-        # one value under one mask is filled in, and no entry has to be found
-        fills = (
-            name != "index" and len(indices) == 1 and args[2].numel() == 1 and not any(args[3:4])
-        )
-        for index in indices:
-            is_mask = index.dtype in (torch.bool, torch.uint8)
-            if is_plain(index):
-                copied = index.nonzero() if is_mask and not fills else index
-                device.copy(TO_DEVICE, copied, copied, non_blocking=False)
-            elif is_mask and not fills:
-                device.read("mask")
+        the_device().copy(direction, source, target, non_blocking=non_blocking)
 
 
 def _adamw(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

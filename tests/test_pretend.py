@@ -1,5 +1,6 @@
 """The pretended CUDA device itself: it refuses what CUDA refuses, and counts what costs."""
 
+import copy
 import threading
 
 import pytest
@@ -225,6 +226,85 @@ def test_pinned_memory_and_streams(device):
         found.pin_memory()
 
 
+def test_streams_wait_for_each_other(device):
+    """What a stream writes another reads behind an event, and writes over behind its readers."""
+    weight = on_device(8) * 2
+    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    with torch.cuda.stream(side):
+        with pytest.raises(RuntimeError, match="stream 1 reads what stream 0 writes"):
+            weight + 1  # made before the stream
+        side.wait_stream(main)
+        found = weight + 1
+    with pytest.raises(RuntimeError, match="stream 0 reads what stream 1 writes"):
+        found + 1
+    main.wait_event(side.record_event())
+    found + 1
+    with torch.cuda.stream(side):
+        with pytest.raises(RuntimeError, match="stream 1 writes what stream 0 reads"):
+            found.zero_()
+        side.wait_stream(main)
+        found.zero_()
+    torch.cuda.synchronize()
+    assert (found + weight)[0].item() == 2
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_memory_of_another_stream_is_recorded(records, device):
+    """Memory that a stream has read goes back to the stream it is from when both are known done."""
+    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    with torch.cuda.stream(side):
+        found = torch.ones(8).pin_memory().to(CUDA, non_blocking=True)
+    main.wait_stream(side)
+    total = found + 1
+    if records:
+        found.record_stream(main)
+    del found
+    with torch.cuda.stream(side):
+        if not records:
+            with pytest.raises(RuntimeError, match="memory that stream 0 uses"):
+                torch.ones(8, device=CUDA)
+        side.wait_stream(main)
+        torch.ones(8, device=CUDA)
+    assert total[0].item() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.bool])
+def test_values_arrive_when_the_host_has_waited(dtype, device):
+    """A non-blocking copy to pinned memory gives no values before an event is waited for."""
+    values = torch.tensor([1, 0, 1]).to(dtype)
+    source, buffer = values.cuda(), torch.empty(3, dtype=dtype, pin_memory=True)
+    buffer.copy_(source, non_blocking=True)
+    by_to, event = source.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    assert not torch.equal(buffer, values)
+    assert not torch.equal(by_to, values)
+    event.synchronize()
+    assert torch.equal(buffer, values)
+    assert torch.equal(by_to, values)
+
+
+def test_a_staging_buffer_is_not_filled_again_too_early(device):
+    """What a non-blocking copy reads stays as it is until the host has waited for the copy."""
+    buffer = torch.ones(3, pin_memory=True)
+    buffer.cuda(non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    buffer.numpy()[...] = 2
+    buffer.cuda(non_blocking=True)
+    buffer.numpy()[...] = 3
+    with pytest.raises(RuntimeError, match="the source of a copy was written to before its end"):
+        torch.cuda.current_stream().synchronize()
+
+
+def test_what_does_not_fit_is_out_of_memory():
+    """As torch's allocator says it; what is dropped makes room."""
+    with pretended_device(1000):
+        one = torch.zeros(200, device=CUDA)
+        with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\."):
+            torch.zeros(100, device=CUDA)
+        del one
+        torch.zeros(250, device=CUDA)
+
+
 def test_memory_is_that_of_living_tensors():
     """Views share it, what is dropped is free, and the peak and the reserve remember it."""
     with pretended_device(1000):
@@ -311,6 +391,24 @@ def test_fused_adamw_takes_the_cpus_steps(device):
 
     for one, other in zip(trained("cpu"), trained(CUDA, fused=True), strict=True):
         assert torch.equal(one, other)
+
+
+def test_modules_and_copies_move_whole(device):
+    """What torch does by putting other data into a tensor makes tensors of the device here."""
+    linear = nn.Linear(3, 3)
+    expected = linear(torch.ones(3))
+    linear.to(CUDA)
+    ours = [on_device(2).new_tensor([1.0]), *copy.deepcopy(linear).parameters()]
+    assert all(tensor.is_cuda for tensor in [*linear.parameters(), *ours])
+    assert torch.equal(on_host(linear(torch.ones(3, device=CUDA))), expected)
+    assert {each.dtype for each in linear.half().parameters()} == {torch.float16}
+    other = copy.deepcopy(linear.weight)
+    with torch.no_grad():
+        other.zero_()
+    assert bool((linear.weight != 0).any())
+    assert not any(tensor.is_cuda for tensor in linear.cpu().parameters())
+    with pytest.raises(NotImplementedError, match="other data"):
+        other.data = torch.ones(3, 3, device=CUDA)
 
 
 def test_threads_are_on_the_device_too(device):
