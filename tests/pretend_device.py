@@ -1,7 +1,4 @@
-"""A pretended CUDA device's account: its memory, its streams, and what happened on it.
-
-See `pretend`, which makes one and puts it in the place of torch's.
-"""
+"""The record of a pretended CUDA device: reads, copies, memory, streams; see `pretend`."""
 
 import sys
 import weakref
@@ -20,7 +17,7 @@ TO_DEVICE, TO_HOST = "to device", "to host"
 
 
 class Read(NamedTuple):
-    """A value of the device that the host waited for."""
+    """A wait of the host for a value of the device."""
 
     operation: str
     site: Site
@@ -34,7 +31,7 @@ class Copy(NamedTuple):
     bytes: int
     """Bytes that cross the bus."""
     converted: int
-    """Bytes that the host writes beside those, in another dtype or another order."""
+    """Bytes that the host writes in addition, for another dtype or another order."""
     pinned: bool
     non_blocking: bool
     stream: int
@@ -43,7 +40,7 @@ class Copy(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """A tensor of the host that is brought to another dtype or order there."""
+    """A copy of a host tensor, on the host, in another dtype or order."""
 
     operation: str
     bytes: int
@@ -51,7 +48,7 @@ class Conversion(NamedTuple):
 
 
 class Unordered(NamedTuple):
-    """An operation that ran without a fixed order of its sums."""
+    """An operation without a fixed order of its sums."""
 
     operation: str
     in_backward: bool
@@ -60,19 +57,19 @@ class Unordered(NamedTuple):
 
 @dataclass(slots=True)
 class Memory:
-    """Bytes of the tensors that live on the device; temporaries of an operation are not counted."""
+    """Bytes of the device's living tensors, without temporaries inside an operation."""
 
     total: int
     order: Order
     allocated: int = 0
     peak: int = 0
     reserved: int = 0
-    """Bytes that torch's allocator would hold: the most allocated since it was last emptied."""
+    """Bytes that torch's allocator would hold: the most allocated since `empty_cache`."""
     peak_reserved: int = 0
     _users: Counter[int] = field(default_factory=Counter)
 
     def hold(self, owner: object, storage: torch.UntypedStorage) -> None:
-        """Counts a storage while the owner lives; once, however many owners share it.
+        """Counts a storage while an owner lives, once for all its owners.
 
         Raises:
             torch.OutOfMemoryError: It does not fit.
@@ -108,7 +105,7 @@ class Memory:
 
 
 class PretendedDevice:
-    """Everything that happened on the device, in its order, since `clear`."""
+    """The events of the device since `clear`, in their order."""
 
     def __init__(self, total: int) -> None:
         self.order = Order()
@@ -121,13 +118,13 @@ class PretendedDevice:
         self._pinned: dict[int, torch.UntypedStorage] = {}
 
     def clear(self) -> None:
-        """Forgets what has happened; memory and streams stay."""
+        """Empties the lists; memory and streams stay."""
         for events in (self.reads, self.copies, self.conversions, self.unordered):
             events.clear()
         self.stream_calls.clear()
 
     def pin(self, tensor: Tensor) -> Tensor:
-        """Counts a tensor's memory as pinned, and keeps it, so that its address stays its own."""
+        """Counts a tensor's memory as pinned, and keeps it, so that no other gets its address."""
         storage = tensor.untyped_storage()
         self._pinned[storage.data_ptr()] = storage
         return tensor
@@ -136,17 +133,17 @@ class PretendedDevice:
         return tensor.untyped_storage().data_ptr() in self._pinned
 
     def read(self, operation: str) -> None:
-        """Notes that the host waits for a value of the current stream."""
+        """Notes a wait of the host for a value of the current stream."""
         self.reads.append(Read(operation, site()))
         self.order.wait(self.order.stream.past)
 
     def copy(self, direction: str, source: Tensor, target: Tensor, *, non_blocking: bool) -> None:
-        """Notes a copy that was made between CPU tensors that stand for those of host and device.
+        """Notes a copy, given the CPU tensors of both sides.
 
-        By the rules of `aten/src/ATen/native/cuda/Copy.cu`: contiguous or equally laid out tensors
-        of one dtype cross as they are. Otherwise the source is made contiguous where it lies, and
-        what arrives is laid out where the target lies; dtypes are converted on the host, or on the
-        device if the copy is non-blocking.
+        By the rules of `aten/src/ATen/native/cuda/Copy.cu`: tensors of one dtype that are
+        contiguous or have equal strides cross as they are. Otherwise the source becomes contiguous
+        on its side, and the target takes its strides on the other; a dtype is converted on the
+        host, or on the device if the copy is non-blocking.
         """
         to_device = direction == TO_DEVICE
         host = source if to_device else target
@@ -175,7 +172,7 @@ class PretendedDevice:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills its memory without gaps and overlaps, in any order of dimensions."""
+    """True if a tensor fills its memory without gaps and overlaps, in any order of dimensions."""
     return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
@@ -183,13 +180,13 @@ _the_device = PretendedDevice(sys.maxsize)
 
 
 def the_device() -> PretendedDevice:
-    """The device that is pretended; outside of `use` one for the tensors that are left over."""
+    """The pretended device; outside of `use` one for left-over tensors."""
     return _the_device
 
 
 @contextmanager
 def use(device: PretendedDevice) -> Iterator[None]:
-    """Makes a device the one that is pretended."""
+    """Makes a device the pretended one, and synchronises with it at the end."""
     global _the_device
     before, _the_device = _the_device, device
     try:

@@ -1,4 +1,4 @@
-"""Where a program is when something happens on a pretended CUDA device; see `pretend`."""
+"""The line of the program that causes an event of a pretended CUDA device; see `pretend`."""
 
 import os
 import sys

@@ -1,14 +1,14 @@
-"""Streams of a pretended CUDA device: what an operation may use before another is over.
+"""Streams of a pretended CUDA device, with a check of their synchronisation; see `pretend`.
 
-Everything is done at once, in the program's order. Whether the order is one that streams keep is
-checked beside it, as on a device whose streams may run at any pace:
+Every operation runs at once, in the program's order. The check is that no stream and no host relies
+on this order, since the streams of a device run at any pace:
 
-- An operation uses memory that another stream writes, or writes what another stream reads, only
-  behind an event of that stream or a synchronisation of the host.
-- Memory goes back to the stream that it was allocated in when its tensors are gone, and that
-  stream writes to it again: other streams that use it are behind `record_stream` or an event.
-- A non-blocking copy is over when the host has waited for it. Until then the host finds no values
-  in its target (NaN, or the least integer), and leaves its source as it is.
+- An operation that reads memory written in another stream, or writes memory used in another stream,
+  comes after an event of that stream, `wait_stream`, or a synchronisation by the host.
+- Freed memory returns to the stream of its allocation. The next allocation in that stream comes
+  after all uses in other streams, unless `record_stream` names them.
+- A non-blocking copy ends when the host synchronises. Before that a pinned target holds NaN, or the
+  least integer, and a pinned source must keep its values.
 """
 
 import threading
@@ -34,27 +34,27 @@ class StreamCall(NamedTuple):
 
 
 class Use(NamedTuple):
-    """The last use of memory in a stream."""
+    """An operation of a stream, by its number in that stream, that uses some memory."""
 
     stream: int
     operation: int
 
 
 class Freed(NamedTuple):
-    """Memory that went back to a stream while others were not known to be done with it."""
+    """Memory returned to a stream, with its uses in other streams."""
 
     size: int
     uses: list[Use]
 
 
 class Order:
-    """All streams of a device, and who used which memory last."""
+    """The streams of a device, and the last uses of its memory."""
 
     def __init__(self) -> None:
         self.calls: list[StreamCall] = []
         self.streams = [Stream(self, 0)]
         self.host: Past = {}
-        """What the host has waited for."""
+        """The operations that the host has waited for."""
         self._current = threading.local()
         self._before_streams = 0
         self._owners: dict[int, int] = {}
@@ -62,11 +62,12 @@ class Order:
         self._reads: dict[int, dict[int, int]] = {}
         self._recorded: dict[int, set[int]] = {}
         self._freed: dict[int, list[Freed]] = {}
+        self._lock = threading.RLock()
         self._copies: list[tuple[Use, Callable[[], None]]] = []
 
     @property
     def stream(self) -> "Stream":
-        """The current stream, which each thread has for itself."""
+        """The current stream of this thread."""
         found: Stream = getattr(self._current, "stream", self.streams[0])
         return found
 
@@ -76,7 +77,7 @@ class Order:
 
     @contextmanager
     def within(self, stream: "Stream | None") -> Iterator[None]:
-        """Makes a stream the current one, as `torch.cuda.stream` does."""
+        """Sets the current stream, as `torch.cuda.stream`."""
         before = self.stream
         self.stream = stream or before
         try:
@@ -85,16 +86,17 @@ class Order:
             self.stream = before
 
     def new_stream(self, *_: Any, **__: Any) -> "Stream":
-        """A side stream, which knows nothing of what others have done."""
-        self._before_streams = self.streams[0].past[0]
+        """A side stream, which has waited for no other."""
+        if len(self.streams) == 1:
+            self._before_streams = self.streams[0].past[0]
         self.streams.append(Stream(self, len(self.streams)))
         return self.streams[-1]
 
     def operate(self, read: Iterable[int], written: Iterable[int]) -> None:
-        """An operation of the current stream on memory at these addresses.
+        """Adds an operation of the current stream on memory at these addresses.
 
         Raises:
-            RuntimeError: Another stream may not be done with some of it.
+            RuntimeError: It does not wait for an operation of another stream on this memory.
         """
         stream = self.stream
         stream.past[stream.number] += 1
@@ -111,26 +113,28 @@ class Order:
             self._writes[pointer] = Use(stream.number, tick)
 
     def _last_write(self, pointer: int) -> "Use":
-        """Memory of which nothing is known is from before there were side streams."""
+        """The last write to memory; for memory without one, the time of the first side stream."""
         return self._writes.get(pointer, Use(0, self._before_streams))
 
     def allocate(self, pointer: int, size: int) -> None:
-        """Memory is given to the current stream.
+        """Gives memory to the current stream.
 
         Raises:
-            RuntimeError: It may be some that another stream still uses.
+            RuntimeError: It may be freed memory that another stream still uses.
         """
         stream = self.stream
         self._owners[pointer] = stream.number
         if len(self.streams) == 1:
             return
         self._writes[pointer] = Use(stream.number, stream.past[stream.number])
-        for freed in self._freed.pop(stream.number, []):
-            if size <= freed.size:
-                stream.require(freed.uses, "is given memory that stream {} uses; record_stream?")
+        freed = self._freed.pop(stream.number, [])
+        self._freed[stream.number] = [each for each in freed if each.size < size]
+        for each in freed:
+            if each.size >= size:
+                stream.require(each.uses, "is given memory that stream {} uses; record_stream?")
 
     def free(self, pointer: int, size: int) -> None:
-        """No tensor is left of memory, which goes back to the stream that it came from."""
+        """Returns memory to the stream of its allocation."""
         owner = self._owners.pop(pointer, 0)
         uses = [Use(*each) for each in self._reads.pop(pointer, {}).items()]
         if pointer in self._writes:
@@ -141,31 +145,34 @@ class Order:
             self._freed.setdefault(owner, []).append(Freed(size, uses))
 
     def record(self, pointer: int, stream: "Stream") -> None:
-        """Memory is not given away before what a stream was asked until then is over."""
+        """Has memory, once freed, stay with a stream until that is done with it."""
         self._recorded.setdefault(pointer, set()).add(stream.number)
 
     def later(self, finish: Callable[[], None]) -> None:
-        """Has the end of a copy, the current stream's last operation, wait for the host."""
+        """Calls `finish` once the host has waited for the current stream's last operation."""
         stream = self.stream
-        self._copies.append((Use(stream.number, stream.past[stream.number]), finish))
+        with self._lock:
+            self._copies.append((Use(stream.number, stream.past[stream.number]), finish))
 
     def wait(self, past: Past) -> None:
-        """The host waits; copies end that are then over."""
-        _merge(self.host, past)
-        waiting, self._copies = self._copies, []
-        for use, finish in waiting:
-            if self.host.get(use.stream, 0) >= use.operation:
-                finish()
-            else:
-                self._copies.append((use, finish))
+        """Has the host wait, and ends the copies that are then over."""
+        with self._lock:
+            _merge(self.host, past)
+            waiting, self._copies = self._copies, []
+            for use, finish in waiting:
+                if self.host.get(use.stream, 0) >= use.operation:
+                    finish()
+                else:
+                    self._copies.append((use, finish))
 
     def wait_for_all(self) -> None:
+        """Has the host wait for every stream."""
         for stream in self.streams:
             self.wait(stream.past)
 
 
 class Stream:
-    """A stream; `past` is what is over before its next operation."""
+    """A stream; `past` counts the operations that end before its next one."""
 
     def __init__(self, order: Order, number: int) -> None:
         self.number = self.cuda_stream = number
@@ -174,7 +181,7 @@ class Stream:
         self._order = order
 
     def require(self, uses: Iterable[Use], wrong: str) -> None:
-        """Raises RuntimeError unless uses of other streams are over."""
+        """Raises RuntimeError unless the stream or the host has waited for these uses."""
         for use in uses:
             known = max(self.past.get(use.stream, 0), self._order.host.get(use.stream, 0))
             if use.stream != self.number and known < use.operation:
@@ -204,7 +211,7 @@ class Stream:
         self._order.wait(self.past)
 
     def query(self) -> bool:
-        """Whether it is done; it always is, and the host knows it then."""
+        """True: every operation is over, and the host knows it from here on."""
         self._order.wait(self.past)
         return True
 
@@ -231,7 +238,7 @@ class Event:
         self._order.wait(self.past)
 
     def query(self) -> bool:
-        """Whether it is over; it always is, and the host knows it then."""
+        """True: the event is over, and the host knows it from here on."""
         self._order.wait(self.past)
         return True
 
@@ -241,13 +248,13 @@ class Event:
 
 
 def _merge(past: Past, other: Past) -> None:
-    """Adds what is over in another past."""
+    """Adds the operations of another past."""
     for stream, operation in other.items():
         past[stream] = max(past.get(stream, 0), operation)
 
 
 def arrive_later(order: Order, target: Tensor) -> None:
-    """Hides the values of a copy's target on the host until the host has waited for it."""
+    """Hides the values of a copy's target on the host until the host has waited."""
     values = target.clone()
     if target.dtype.is_floating_point:
         target.fill_(torch.nan)
@@ -257,7 +264,7 @@ def arrive_later(order: Order, target: Tensor) -> None:
 
 
 def leave_until_then(order: Order, source: Tensor, where: Site) -> None:
-    """Has the end of a copy check that its source on the host is what it was."""
+    """Checks, when the host has waited, that a copy's source on the host has kept its values."""
     values = _bytes(source).clone()
 
     def check() -> None:
