@@ -137,7 +137,7 @@ def _functions_of_cuda(device: PretendedDevice) -> dict[str, Any]:
         "get_device_name": lambda *_: name,
         "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: (properties.major, properties.minor),
-        "synchronize": lambda *_: order.wait_for_all(),
+        "synchronize": order.synchronize,
         "empty_cache": memory.empty_cache,
         "mem_get_info": lambda *_: (memory.total - memory.reserved, memory.total),
         "memory_allocated": lambda *_: memory.allocated,

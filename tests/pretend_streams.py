@@ -165,6 +165,11 @@ class Order:
                 else:
                     self._copies.append((use, finish))
 
+    def synchronize(self, *_: Any) -> None:
+        """`torch.cuda.synchronize`."""
+        self.stream.note("synchronize")
+        self.wait_for_all()
+
     def wait_for_all(self) -> None:
         """Has the host wait for every stream."""
         for stream in self.streams:
@@ -222,20 +227,22 @@ class Event:
     def __init__(self, *_: Any, order: Order, **__: Any) -> None:
         self.past: Past = {}
         self._order = order
+        self._stream: Stream | None = None
         self._seconds = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
-        stream = stream or self._order.stream
-        stream.note("record_event")
-        self.past = dict(stream.past)
+        self._stream = stream or self._order.stream
+        self._stream.note("record_event")
+        self.past = dict(self._stream.past)
         self._seconds = time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None:
         (stream or self._order.stream).wait_event(self)
 
     def synchronize(self) -> None:
-        self._order.stream.note("synchronize_event")
-        self._order.wait(self.past)
+        if self._stream is not None:
+            self._stream.note("synchronize_event")
+            self._order.wait(self.past)
 
     def query(self) -> bool:
         """True: the event is over, and the host knows it from here on."""
