@@ -77,6 +77,7 @@ READS = frozenset(
         "_local_scalar_dense",
         "nonzero",
         "masked_select",
+        "masked_scatter_backward",
         "equal",
         "is_nonzero",
         "_unique",
