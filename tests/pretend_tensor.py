@@ -94,7 +94,8 @@ READS = frozenset(
         "linalg_lstsq",
     ]
 )
-"""Operations that wait for a value of the device: for the size of their result, or to check it."""
+"""Operations that wait for a value of the device: for the size of their result, or to check it.
+`repeat_interleave` does not if it is told the size, nor `segment_reduce` if told to be `unsafe`."""
 PRODUCTS = frozenset(["mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "addbmm"])
 """Operations of cuBLAS, which strict algorithms allow with a fixed workspace alone."""
 ORDERED_IF_STRICT = frozenset(
@@ -281,7 +282,8 @@ def _order(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[b
 
 def _note_reads_and_copies(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     device = the_device()
-    if name in READS:
+    is_told = "output_size" in kwargs or kwargs.get("unsafe", False)
+    if name in READS and not is_told:
         device.read(name)
     if name == "copy" and is_plain(args[0]) != is_plain(args[1]):
         target, source = plain(args[:2])

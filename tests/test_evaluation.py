@@ -7,7 +7,7 @@ import torch
 from pretend import pretended_device
 from torch.nn.functional import cross_entropy, kl_div
 
-from orchestrator.models.evaluation import Score, score
+from orchestrator.models.evaluation import Score, _draw, score
 
 
 def random_case(seed=0, rows=2, length=7, vocabulary=11):
@@ -78,3 +78,12 @@ def test_a_gpu_gives_the_same_score(compares):
     with pretended_device():
         *case, against = (each.cuda() for each in (*case, against))
         assert score(*case, against if compares else None) == on_cpu
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (256, 96), (40, 50_257)])
+def test_labels_are_drawn_as_the_library_draws_them(shape):
+    """The same labels as torch.multinomial from the same state, and the same state behind them."""
+    p_TV = torch.softmax(3 * torch.randn(shape, generator=torch.Generator().manual_seed(1)), dim=-1)
+    ours, theirs = (torch.Generator().manual_seed(2) for _ in range(2))
+    assert torch.equal(_draw(p_TV, ours), torch.multinomial(p_TV, 1, generator=theirs))
+    assert torch.equal(ours.get_state(), theirs.get_state())

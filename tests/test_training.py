@@ -12,7 +12,7 @@ from orchestrator.models.distill import Weights, distill
 from orchestrator.models.modules import LowRankLinear, SparseLinear
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.train_options import TrainOptions, plan_course
-from orchestrator.models.training import MOMENTS, Training
+from orchestrator.models.training import MOMENTS, Training, _squared_norms
 
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon", "phi3"]
 WEIGHTS = Weights(divergence=0.6 / 40, cross_entropy=0.4 / 37)
@@ -155,6 +155,16 @@ def test_a_state_is_taken_up_by_another_cut(mode, checkpoint, compressed):
     later = trained(directory, targets, chunks, CUTS[1], mode, steps=1, state=state, first=3)
     assert_same(whole.state(), later.state())
     assert_same(whole.tensors(), later.tensors())
+
+
+def test_norms_of_large_gradients_are_those_of_float64():
+    """Of 2^22 equal values n x², to 1e-10, where a sum in float32 is off by more than 1e-3."""
+    value = float(torch.tensor(0.1))
+    tensors = [torch.full((2**11, 2**11), 0.1), torch.full((3,), 0.1), torch.zeros(0)]
+    expected = [2**22 * value**2, 3 * value**2, 0.0]
+    assert _squared_norms(tensors) == pytest.approx(expected, rel=1e-10)
+    assert float(torch.linalg.vector_norm(tensors[0])) ** 2 != pytest.approx(expected[0], rel=1e-3)
+    assert _squared_norms([]) == []
 
 
 def test_steps_are_those_of_the_library(checkpoint, compressed):

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from orchestrator.cluster.heap import free_device_memory
 from orchestrator.cluster.worker import Task, Worker
 from orchestrator.models.chunk import Chunk
 from orchestrator.store.chunks import Chunks, MissingChunk
@@ -95,3 +96,12 @@ def test_a_chunk_on_its_way_is_waited_for_and_a_lost_one_is_not_for_long(
     assert worker.perform("look", (0,), None)[0] == [[0, 0, 0, 0]]
     late.join()
     other.let_go()
+
+
+def test_memory_that_the_allocator_keeps_is_free(monkeypatch):
+    """What a dense shard has left in PyTorch's cache is room for training: 10 + (70 − 30) bytes."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    assert free_device_memory(device) == 50

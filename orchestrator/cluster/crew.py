@@ -13,6 +13,7 @@ from orchestrator.cluster.scaling import Bounds
 from orchestrator.cluster.watch import Watch
 from orchestrator.cluster.worker import PROBE_PREFIX, Task, Worker
 from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.models.strict import cuda_environment_here
 from orchestrator.store.files import atomic
 
 DEFAULT_THREADS = 1
@@ -110,7 +111,7 @@ def assemble(
         products = torch.backends.cuda.matmul
         threads, precision = torch.get_num_threads(), products.fp32_precision
         try:
-            with _probe_files(task) as nonce:
+            with cuda_environment_here(), _probe_files(task) as nonce:
                 pool = LocalPool(worker_class, task, nonce)
                 yield Crew(pool, 1, {}, (), schedule.allow_mixed).gathered()
         finally:

@@ -1,10 +1,12 @@
-"""What the C library does with memory that is freed: kept between chunks, given back after a shard.
+"""What becomes of memory that is freed: kept between chunks, given back after a shard.
 
-All of this speaks to glibc and does nothing where the C library is another one.
+On the host the C library keeps it, if that is glibc; of a GPU PyTorch's allocator does.
 """
 
 import ctypes
 from contextlib import suppress
+
+import torch
 
 LARGEST_KEPT_BYTES = 32 * 2**20
 MOST_KEPT_BYTES = 256 * 2**20
@@ -37,7 +39,20 @@ def return_freed_memory() -> None:
     """Gives everything that is free back to the system.
 
     After a shard is closed, or its weights stay as holes between small objects, the next shard's
-    do not fit into them, and a process grows to more than twice its shard.
+    do not fit into them, and a process grows to more than twice its shard. On a GPU the same holds
+    of libraries that allocate past PyTorch, and of other processes.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a GPU.
+
+    Those that the driver has free, and those that PyTorch's allocator keeps of what was freed: it
+    gives them out again, or back before it fails.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,5 +1,6 @@
 """Actors that are asked for, start, prove themselves, leave and are given back."""
 
+import os
 import time
 from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
@@ -26,6 +27,7 @@ from orchestrator.cluster.scaling import Bounds, wanted
 from orchestrator.cluster.worker import check_alike
 from orchestrator.cluster.worker_actor import WorkerActor
 from orchestrator.errors import InfeasibleError, OrchestratorError, WorkerError
+from orchestrator.models.strict import cuda_environment
 
 START_SECONDS = 120.0
 FAILED_STARTS = 3
@@ -72,6 +74,7 @@ class RayActors:
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
             **ARENAS,
+            **cuda_environment(os.environ),
         }
         self._actor_class = ray.remote(
             **share,

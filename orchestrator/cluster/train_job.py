@@ -27,7 +27,7 @@ from orchestrator.store.units import unit_key
 if TYPE_CHECKING:
     from orchestrator.cluster.compress_job import Compression
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 """Raised when a trained tensor changes."""
 TARGETS_VERSION = 1
 """Raised when what is kept of the dense model's logits changes."""

@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orchestrator.cluster.evaluate_worker import SEPARATOR
-from orchestrator.cluster.heap import return_freed_memory
+from orchestrator.cluster.heap import free_device_memory, return_freed_memory
 from orchestrator.cluster.tokens import first_chunk
 from orchestrator.cluster.trained_worker import TrainedTask, TrainedWorker
 from orchestrator.cluster.worker import Emitted
@@ -113,7 +112,7 @@ class TrainWorker(TrainedWorker):
             super().open(blocks, ())
         self._model, self._training = self._planned_shard(range(*blocks))
         if self.device.type == "cuda":
-            self._training.check_room(torch.cuda.mem_get_info(self.device)[0])
+            self._training.check_room(free_device_memory(self.device))
         self._load_state(self._training, step)
         return {"numbers": self._training.numbers}
 

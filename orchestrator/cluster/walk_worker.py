@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from orchestrator.cluster.gradients import merge_records, pack
 from orchestrator.cluster.heap import return_freed_memory
 from orchestrator.cluster.tokens import first_chunk
 from orchestrator.cluster.trained_worker import TrainedTask, TrainedWorker
@@ -27,7 +27,7 @@ from orchestrator.models.refine import Refinement, merge
 from orchestrator.models.refine_options import RefineOptions
 from orchestrator.models.shard import Shard
 from orchestrator.models.transport import Departure
-from orchestrator.store.chunks import Chunks, MissingChunk, Record
+from orchestrator.store.chunks import Chunks, MissingChunk
 
 Given = tuple[dict[int, Any], dict[str, Any]]
 """The values of a round's parts, and what all replicas must agree in."""
@@ -195,8 +195,7 @@ class WalkWorker(TrainedWorker):
             found = refinement.slice(epoch, batch, part)
             values[part] = found.losses, found.tokens
             if emits:
-                for place, gradient in found.gradients.items():
-                    record[f"{part}.{place}"] = gradient.cpu().numpy()
+                record |= pack(part, found.gradients)
             else:
                 work.gradients = merge([work.gradients or {}, found.gradients])
         return values, record if emits else None
@@ -211,7 +210,8 @@ class WalkWorker(TrainedWorker):
         if records is not None:
             if any(record is None for record in records):
                 raise MissingChunk(work.block, -1)
-            gradients = _merged([record for record in records if record is not None])
+            found = [record for record in records if record is not None]
+            gradients = merge_records(found, self.device)
         if gradients is None:
             return None
         assert work.refinement is not None
@@ -275,26 +275,6 @@ class WalkWorker(TrainedWorker):
         if index not in work.targets:
             work.targets[index] = _read(self._dense_chunks, work.block + 1, index)
         return work.targets[index]
-
-
-def _merged(records: Sequence[Record]) -> dict[int, Tensor]:
-    """The sum of slices' gradients, in the order of the slices, whoever made them."""
-    slices: dict[int, dict[int, np.ndarray]] = {}
-    for record in records:
-        for name, array in record.items():
-            part, place = map(int, name.split("."))
-            slices.setdefault(part, {})[place] = array
-    total: dict[int, Tensor] = {}
-    for part in sorted(slices):
-        for place, array in slices[part].items():
-            if place in total:
-                sum_so_far = total[place].numpy()
-                np.add(sum_so_far, array, out=sum_so_far)
-            else:
-                # records are read-only views of shared memory
-                total[place] = torch.empty(array.shape, dtype=getattr(torch, array.dtype.name))
-                total[place].numpy()[...] = array
-    return total
 
 
 def _read(store: Chunks, boundary: int, index: int) -> Chunk:

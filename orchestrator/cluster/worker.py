@@ -73,8 +73,6 @@ class Worker:
         vars(self).clear()
         gc.collect()
         return_freed_memory()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def perform(
         self, method: str, arguments: tuple[Any, ...], record: Emitted

@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, T tokens, V vocabulary, K outcomes that are kept.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -53,17 +53,17 @@ class TopK:
         values = (self.log_p_BTK, self.index_BTK, self.log_rest_BT)
         return {name: each.contiguous().cpu() for name, each in zip(_NAMES, values, strict=True)}
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        log_p, index, log_rest = (tensors[name] for name in _NAMES)
-        return cls(log_p_BTK=log_p, index_BTK=index, log_rest_BT=log_rest)
-
     def to(self, device: torch.device) -> Self:
         return type(self)(
             log_p_BTK=bring(self.log_p_BTK, device),
             index_BTK=bring(self.index_BTK, device),
             log_rest_BT=bring(self.log_rest_BT, device),
         )
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        log_p, index, log_rest = (tensors[name] for name in _NAMES)
+        return cls(log_p_BTK=log_p, index_BTK=index, log_rest_BT=log_rest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,25 +109,35 @@ def distill(
 
     so nothing pulls on how they are divided. τ² keeps the gradient's size as τ changes (Hinton et
     al., arXiv:1503.02531). Closed forms, float32 by slices of tokens, so beside logits and gradient
-    there is no third tensor of their size. With tokens and mask on the host, a GPU is waited for
-    once. The gradient [B, T, V] has the logits' dtype and is zero
+    there is no third tensor of their size. The gradient [B, T, V] has the logits' dtype and is zero
     outside the mask.
 
+    Computed on the logits' device, which is read once, at the end.
+
     Args:
+        tokens_BT, mask_BT: On the host, or the device is read for them first.
         targets: Top-k of the other model at the same temperature, or all its logits [B, T, V].
     """
-    grad_BTV = None if weights is None else torch.zeros_like(logits_BTV)
     device = logits_BTV.device
+    targets = bring(targets, device) if isinstance(targets, Tensor) else targets.to(device)
+    grad_BTV = None if weights is None else torch.zeros_like(logits_BTV)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for row in range(len(tokens_BT)):
-        for parts in _slices(tokens_BT[row], mask_BT[row]):
-            where_T, label_T, real_T = (bring(part, device) for part in parts)
+    for row, (tokens_T, mask_T) in enumerate(zip(tokens_BT.cpu(), mask_BT.cpu(), strict=True)):
+        for slice_T in torch.split(mask_T.nonzero().squeeze(1), SLICE_TOKENS):
+            if not len(slice_T):
+                continue
+            following_T = (slice_T + 1).clamp(max=len(tokens_T) - 1)
+            parts = (slice_T, tokens_T[following_T], _followed(mask_T, slice_T))
+            where_T, label_T, real_T = bring(torch.stack(parts), device)
+            real_T = real_T.bool()
             logits_TV = logits_BTV[row, where_T].float()
-            divergence, grad_TV = _divergence(logits_TV, targets, row, where_T, temperature)
+            divergence, grad_TV = _divergence(
+                logits_TV, targets, row, where_T, temperature, has_gradient=weights is not None
+            )
             log_q_TV = logits_TV.log_softmax(dim=-1)
             entropy_T = -log_q_TV.gather(1, label_T[:, None]).squeeze(1).double()
             sums += torch.stack([divergence, entropy_T.where(real_T, 0.0).sum()])
-            if grad_BTV is not None and weights is not None:
+            if grad_BTV is not None and grad_TV is not None and weights is not None:
                 grad_TV *= weights.divergence
                 if weights.cross_entropy:
                     pull_TV = log_q_TV.exp_()
@@ -138,38 +148,41 @@ def distill(
     return Losses(divergence=divergence, cross_entropy=cross_entropy), grad_BTV
 
 
-def _slices(tokens_T: Tensor, mask_T: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The real tokens of a sequence, `SLICE_TOKENS` at a time: their places, the tokens that follow
-    them, and which of those are real."""
-    follows_T = torch.cat([mask_T[1:], mask_T.new_zeros(1)])
-    for where_T in torch.split(mask_T.nonzero().squeeze(1), SLICE_TOKENS):
-        if len(where_T):
-            label_T = tokens_T[(where_T + 1).clamp(max=len(tokens_T) - 1)]
-            yield where_T, label_T, follows_T[where_T]
+def _followed(mask_T: Tensor, where_T: Tensor) -> Tensor:
+    """Which of some real tokens have a real one behind them."""
+    following_T = torch.cat([mask_T[1:], mask_T.new_zeros(1)])
+    return following_T[where_T]
 
 
 def _divergence(
-    logits_TV: Tensor, targets: TopK | Tensor, row: int, where_T: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """τ² KL summed over some tokens, float64, and its gradient by their logits."""
+    logits_TV: Tensor,
+    targets: TopK | Tensor,
+    row: int,
+    where_T: Tensor,
+    temperature: float,
+    *,
+    has_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """τ² KL summed over some tokens, float64, and its gradient by their logits if it has one."""
     log_q_TV = (logits_TV / temperature).log_softmax(dim=-1)
     q_TV = log_q_TV.exp()
     if isinstance(targets, Tensor):
         log_p_TV = (targets[row, where_T].to(q_TV) / temperature).log_softmax(dim=-1)
         p_TV = log_p_TV.exp()
         total = (p_TV * (log_p_TV - log_q_TV)).sum(dim=-1, dtype=torch.float64).sum()
-        return temperature**2 * total, temperature * (q_TV - p_TV)
+        return temperature**2 * total, temperature * (q_TV - p_TV) if has_gradient else None
     parts = (targets.log_p_BTK, targets.index_BTK, targets.log_rest_BT)
-    log_p_TK, index_TK, log_r_T = (part[row, where_T.to(part.device)] for part in parts)
-    log_p_TK, log_r_T = log_p_TK.to(q_TV), log_r_T.to(q_TV)
-    index_TK = index_TK.to(q_TV.device, torch.int64)
+    log_p_TK, index_TK, log_r_T = (part[row, where_T] for part in parts)
+    index_TK = index_TK.long()
     p_TK, r_T = log_p_TK.exp(), log_r_T.exp()
     total_T = (p_TK * (log_p_TK - log_q_TV.gather(1, index_TK))).sum(dim=-1, dtype=torch.float64)
-    grad_TV = q_TV
+    rest_TV = None
     if index_TK.shape[1] < q_TV.shape[1]:
         rest_TV = log_q_TV.scatter(1, index_TK, -torch.inf)
         total_T += (r_T * (log_r_T - rest_TV.logsumexp(dim=-1))).where(r_T > 0, 0.0)
-        # how the model divides the rest, times its mass in the targets
-        grad_TV = q_TV - r_T[:, None] * rest_TV.softmax(dim=-1)
-    grad_TV = grad_TV.scatter_add(1, index_TK, -p_TK)
-    return temperature**2 * total_T.sum(), temperature * grad_TV
+    divergence = temperature**2 * total_T.sum()
+    if not has_gradient:
+        return divergence, None
+    # how the model divides the rest, times its mass in the targets
+    grad_TV = q_TV if rest_TV is None else q_TV - r_T[:, None] * rest_TV.softmax(dim=-1)
+    return divergence, temperature * grad_TV.scatter_add(1, index_TK, -p_TK)

@@ -108,13 +108,27 @@ def draw_label_gradient(logits_BTV: Tensor, mask_BT: Tensor, generator: torch.Ge
     `p − 1[label]` [B, T, V], p the model's own distribution, in the logits' dtype; zero outside the
     mask. The second moment of such gradients is the Fisher information of what they reach. Every
     token counts, the last of a sequence too: a drawn label needs no token that follows.
+
+    Args:
+        mask_BT: On the host, or the device is read for it first; it is read for nothing else.
+        generator: Of the logits' device.
     """
     grad_BTV = torch.zeros_like(logits_BTV)
-    for row, real_T in enumerate(mask_BT):
-        where_T = bring(real_T.nonzero().squeeze(1), grad_BTV.device)
-        for slice_T in torch.split(where_T, SLICE_TOKENS):
-            p_TV = torch.softmax(logits_BTV[row, slice_T].float(), dim=-1)
-            label_T1 = torch.multinomial(p_TV, 1, generator=generator)
+    for row, real_T in enumerate(mask_BT.cpu()):
+        for slice_T in torch.split(real_T.nonzero().squeeze(1), SLICE_TOKENS):
+            where_T = bring(slice_T, logits_BTV.device)
+            p_TV = torch.softmax(logits_BTV[row, where_T].float(), dim=-1)
+            label_T1 = _draw(p_TV, generator)
             p_TV.scatter_add_(1, label_T1, torch.full_like(label_T1, -1, dtype=p_TV.dtype))
-            grad_BTV[row, slice_T] = p_TV.to(grad_BTV.dtype)
+            grad_BTV[row, where_T] = p_TV.to(grad_BTV.dtype)
     return grad_BTV
+
+
+def _draw(p_TV: Tensor, generator: torch.Generator) -> Tensor:
+    """One outcome of each distribution, int64 [T, 1]: the least of independent waits of rate p.
+
+    The arithmetic of `torch.multinomial` and its bits, but not its two checks of the probabilities,
+    for each of which it reads the device.
+    """
+    wait_TV = torch.empty_like(p_TV).exponential_(generator=generator)
+    return torch.div(p_TV, wait_TV, out=wait_TV).argmax(dim=-1, keepdim=True)

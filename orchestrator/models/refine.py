@@ -19,7 +19,8 @@ from orchestrator.models.modules import LowRankLinear
 from orchestrator.models.refine_ledger import Account, Epoch, Ledger, Stop
 from orchestrator.models.refine_options import RefineOptions, divide, rate
 from orchestrator.models.shard import Shard
-from orchestrator.models.transport import bring
+from orchestrator.models.strict import strict
+from orchestrator.models.transport import CPU, bring
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -127,7 +128,9 @@ class Refinement:
         self._distinct = list({id(p): p for p in self._parameters.values()}.values())
         self._required = {p: p.requires_grad for p in shard.parameters().values()}
         decay = options.weight_decay
-        self._optimizer = torch.optim.AdamW(self._distinct, weight_decay=decay)
+        # on CUDA one kernel, where the default has several and temporaries of all parameters
+        fused = shard.device.type == "cuda" or None
+        self._optimizer = torch.optim.AdamW(self._distinct, weight_decay=decay, fused=fused)
         self._made = 0
         self._best_state = self._state()
 
@@ -167,36 +170,35 @@ class Refinement:
             self.keep()
         return ledger.epochs[-1]
 
+    @strict()
     def slice(self, epoch: int, batch: int, part: int) -> Slice:
         """One part of the gradient of a step's loss."""
         chunks = self._batch(epoch, batch)
         tokens = sum(int(self._inputs[index].mask.sum()) for index in chunks)
-        errors = []
+        losses = []
         for index in divide(chunks, self._ledger.parts(batch))[part]:
             error = self._error(index, self._shard.trace) / max(tokens, 1)
             torch.autograd.backward(error)
-            errors.append(error.detach())
+            losses.append(error.detach())
         gradients = {}
         for place, parameter in enumerate(self._distinct):
             if parameter.grad is not None:
                 gradients[place] = parameter.grad.contiguous()
                 parameter.grad = None
-        # read together: the host is ahead of the device meanwhile
-        losses = torch.stack(errors).tolist() if errors else []
-        return Slice(tuple(losses), tokens, gradients)
+        return Slice(tuple(torch.stack(losses).tolist()), tokens, gradients)
 
     def step(self, gradients: Mapping[int, Tensor]) -> float:
         """The next step, with the merged gradients of its slices; their norm before the clip."""
         for place, gradient in gradients.items():
             parameter = self._distinct[place]
             parameter.grad = gradient.to(parameter.device)
-        norm = float(clip_grad_norm_(self._distinct, self._options.clip))
+        norm = clip_grad_norm_(self._distinct, self._options.clip)
         steps = self._options.epochs * self._ledger.batches
         self._optimizer.param_groups[0]["lr"] = rate(self._made, steps, self._options)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._made += 1
-        return norm
+        return float(norm)
 
     def error(self, place: int) -> tuple[int, float]:
         """Of one of the held-out chunks its tokens, and the sum of their errors."""
@@ -239,7 +241,7 @@ class Refinement:
             "epochs": [asdict(epoch) for epoch in self._ledger.epochs],
             "best": self._ledger.best,
         }
-        return {name: tensor.cpu().clone() for name, tensor in tensors.items()}, facts
+        return {name: tensor.to(CPU, copy=True) for name, tensor in tensors.items()}, facts
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Goes on from a snapshot of a refinement of the same shard, chunks, options and seed."""
@@ -252,7 +254,9 @@ class Refinement:
             keys = {each: f"{each}.{name}" for each in MOMENTS}
             if tensors.keys() >= set(keys.values()):
                 state = {each: tensors[key].to(parameter).clone() for each, key in keys.items()}
-                step = torch.tensor(float(self._made))
+                # fused, it is counted on the device, else on the host
+                fused = self._optimizer.defaults["fused"]
+                step = torch.tensor(float(self._made), device=parameter.device if fused else CPU)
                 self._optimizer.state[parameter] = {"step": step, **state}
 
     @property
@@ -280,15 +284,15 @@ class Refinement:
             raise ValueError(f"input {chunk.index} and target {target.index} are different chunks")
         payload = chunk.payload and chunk.payload.map(self._cast)
         found_BTC = _hidden(run(chunk.with_payload(payload)))
-        gap_BTC = found_BTC - bring(_hidden(target), found_BTC.device).to(found_BTC.dtype)
+        gap_BTC = found_BTC - self._cast(_hidden(target))
         # what stands at padding may be anything
         gap_BTC = gap_BTC.where(bring(target.mask, gap_BTC.device)[..., None], 0.0)
         return gap_BTC.square().sum() / gap_BTC.shape[-1]
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        """Cast on the device: a chunk may lie on the host."""
-        tensor = bring(tensor, self._shard.device)
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        """On the shard's device, and there in its dtype."""
+        brought = bring(tensor, self._shard.device)
+        return brought.to(self._dtype) if tensor.is_floating_point() else brought
 
     def _state(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self._parameters.items()}

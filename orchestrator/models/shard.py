@@ -21,6 +21,7 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from orchestrator.models.architecture import recompute_buffers, set_tensor
 from orchestrator.models.chunk import Chunk, Payload
+from orchestrator.models.strict import strict
 from orchestrator.models.transport import bring
 from orchestrator.plan import Linear
 
@@ -124,22 +125,24 @@ class Shard:
         with torch.no_grad(), self._limited_to(part):
             return self._logits(chunk, self._copy(chunk.payload), cache)
 
+    @strict()
     def trace(self, chunk: Chunk) -> Chunk:
         """As `forward`, with the way back to the parameters that require gradients recorded.
 
         For a loss on the state after the last block: one pass forward and one back. Nothing goes
-        back into the chunk given.
+        back into the chunk given. The way back is the caller's, inside `strict`.
         """
         with torch.enable_grad():
             return chunk.with_payload(self._payload(chunk, self._copy(chunk.payload)))
 
+    @strict()
     def backward(
         self,
         chunk: Chunk,
         grads: Sequence[Tensor | None] | Callable[[Tensor], Tensor],
         part: range | None = None,
     ) -> list[Tensor | None]:
-        """Runs the shard again, with gradients, and goes back through it.
+        """Runs the shard again, with gradients, and goes back through it, both inside `strict`.
 
         Gradients of the shard's parameters are added to their `.grad`, unless they require none
         (`freeze`). A tied parameter that the first and the last shard both hold has in each the

@@ -14,6 +14,7 @@ from orchestrator.models.modules import LowRankLinear, SparseLinear
 from orchestrator.models.refine import trained_parameters
 from orchestrator.models.shard import Shard
 from orchestrator.models.train_options import MODES
+from orchestrator.models.transport import CPU
 
 BETAS = {"all": (0.9, 0.999), "lean": (0.9, 0.99), "light": (0.9, 0.999)}
 EPSILON = 1e-8
@@ -108,13 +109,13 @@ class Training:
                 entry.collect()
 
     def norms(self) -> dict[int, float]:
-        """The squared norm of every block's gradient, summed in float64 in the block's order."""
-        found = {}
-        for block, entries in self._by_block.items():
-            gradients = [entry.gradient for entry in entries.values()]
-            squares = [each.double().square().sum() for each in gradients if each is not None]
-            found[block] = float(sum(map(float, squares)))
-        return found
+        """The squared norm of every block's gradient: its tensors', added in the block's order."""
+        gradients = {
+            block: [entry.gradient for entry in entries.values() if entry.gradient is not None]
+            for block, entries in self._by_block.items()
+        }
+        squares = iter(_squared_norms([each for some in gradients.values() for each in some]))
+        return {block: sum((next(squares) for _ in some), 0.0) for block, some in gradients.items()}
 
     @torch.no_grad()
     def update(self, number: int, scale: float, rate: float) -> None:
@@ -157,7 +158,7 @@ class Training:
             # what has had no gradient has no moments
             for moment, tensor in zip(MOMENTS, self._moments.get(name, ()), strict=False):
                 tensors[f"{moment}.{name}"] = tensor
-        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        return {name: tensor.detach().to(CPU, copy=True) for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def load(self, block: int, tensors: Mapping[str, Tensor]) -> None:
@@ -173,7 +174,22 @@ class Training:
     def tensors(self, block: int) -> dict[str, Tensor]:
         """What a block's parameters have become, scales multiplied in, on the CPU, by name."""
         entries = self._by_block[block].items()
-        return {name: entry.parameter.detach().cpu().clone() for name, entry in entries}
+        return {name: entry.parameter.detach().to(CPU, copy=True) for name, entry in entries}
+
+
+def _squared_norms(tensors: list[Tensor]) -> list[float]:
+    """The sum of squares of each, in float64; one read of the device for all.
+
+    In float32 a CPU is 0.4 % off at 3e7 normal values: its few running sums grow so large that
+    what is still to come is rounded away. On CUDA this is one kernel for all tensors, which widens
+    values as it reads them and adds in an order that follows from the sizes; on a CPU one tensor at
+    a time is copied to float64.
+    """
+    if not tensors:
+        return []
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
+    found: list[float] = torch.stack(norms).square().tolist()
+    return found
 
 
 class _Whole:
@@ -231,7 +247,7 @@ class _Scaled(_Whole):
 
     def collect(self) -> None:
         if self.parameter.grad is not None:
-            gradient = self._gather(self.parameter.grad * self._base)
+            gradient = self._gather(self.parameter.grad.mul_(self._base))
             self._gradient = gradient if self._gradient is None else self._gradient + gradient
             self.parameter.grad = None
 
@@ -239,7 +255,7 @@ class _Scaled(_Whole):
         self._gradient = None
 
     def apply(self) -> None:
-        self.parameter.copy_(self._base * self._spread(self._scale))
+        torch.mul(self._base, self._spread(self._scale), out=self.parameter.detach())
 
 
 def _trained(shard: Shard, name: str, parameter: nn.Parameter, mode: str) -> _Whole | None:
@@ -255,8 +271,9 @@ def _trained(shard: Shard, name: str, parameter: nn.Parameter, mode: str) -> _Wh
         return _Scaled(
             parameter,
             module.out_features,
-            lambda scale_O: scale_O.repeat_interleave(counts_O),
-            lambda values_N: torch.segment_reduce(values_N, "sum", lengths=counts_O),
+            # with its size given, and lengths that are sound as they are, nothing is read back
+            lambda scale_O: scale_O.repeat_interleave(counts_O, output_size=parameter.numel()),
+            lambda values_N: torch.segment_reduce(values_N, "sum", lengths=counts_O, unsafe=True),
         )
     return _Whole(parameter) if parameter.dim() < 2 else None
 

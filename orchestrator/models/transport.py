@@ -132,6 +132,33 @@ def _copied(tensor: Tensor, device: torch.device) -> Tensor:
     return found
 
 
+def download(tensor: Tensor) -> Tensor:
+    """The tensor on the host, in ordinary memory; one that is there is given as it is.
+
+    For what is large or kept: a pinned tensor takes the next power of two, which stays PyTorch's.
+    A piece is moved on while the next one leaves the GPU.
+    """
+    if tensor.device.type == "cpu":
+        return tensor
+    found = torch.empty(tensor.shape, dtype=tensor.dtype)
+    values = max(1, PIECE_BYTES // tensor.element_size())
+    parts = (torch.split(each.view(-1), values) for each in (tensor.contiguous(), found))
+    leaving: list[tuple[Departure, Tensor, Tensor]] = []
+    for piece, place in zip(*parts, strict=True):
+        departure = Departure()
+        leaving.append((departure, departure.host(piece), place))
+        if len(leaving) > 1:
+            _arrive(*leaving.pop(0))
+    for each in leaving:
+        _arrive(*each)
+    return found
+
+
+def _arrive(departure: Departure, left: Tensor, place: Tensor) -> None:
+    departure.wait()
+    place.copy_(left)
+
+
 def fill(tensor: Tensor, read: Callable[[memoryview], int]) -> int:
     """Fills a contiguous tensor with bytes, in place; gives how many there were.
 

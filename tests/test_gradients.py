@@ -1,0 +1,67 @@
+"""Slices' gradients on their way between replicas: the bits of one process that adds them up."""
+
+import pytest
+import torch
+
+from orchestrator.cluster.gradients import PIECE_VALUES, merge_records, pack
+from orchestrator.models.refine import merge
+
+CPU = torch.device("cpu")
+
+
+def some_slices(dtype=torch.float32):
+    """Of four slices; one does not reach a parameter, another reaches one alone."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {0: (3, PIECE_VALUES - 7), 1: (), 4: (5,), 7: (2 * PIECE_VALUES,)}
+    reached = [{0, 1, 7}, {0, 1, 4, 7}, {1, 7}, {0, 1, 7}]
+    return [
+        {p: torch.randn(shapes[p], generator=generator, dtype=dtype) for p in sorted(places)}
+        for places in reached
+    ]
+
+
+def sent(parts):
+    """A record with the slices of these numbers, as Ray gives it: views that cannot be written."""
+    slices, record = some_slices(), {}
+    for part in parts:
+        record |= pack(part, slices[part])
+    for array in record.values():
+        array.flags.writeable = False
+    return record
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shares", [[[0, 1, 2, 3]], [[2, 3], [0, 1]], [[3], [1], [0], [2]]])
+def test_the_sum_is_that_of_one_process(threads, shares):
+    """Whoever made which slice, on any number of threads: to the bit, and records stay."""
+    expected, records = merge(some_slices()), [sent(parts) for parts in shares]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = merge_records(records, CPU)
+    finally:
+        torch.set_num_threads(before)
+    assert found.keys() == expected.keys()
+    for place, total in found.items():
+        assert torch.equal(total, expected[place])
+        total.zero_()
+    for record, parts in zip(records, shares, strict=True):
+        for name, array in sent(parts).items():
+            assert (record[name] == array).all()
+
+
+def test_the_order_is_that_of_the_slices():
+    """1e8 − 1e8 + 1 is 1 in that order and 0 in another, in float32."""
+    slices = [{0: torch.full((3,), value)} for value in (1e8, -1e8, 1.0)]
+    records = [pack(part, slices[part]) for part in (2, 0, 1)]
+    assert merge_records(records, CPU)[0].tolist() == [1, 1, 1]
+    assert (torch.tensor(1e8) + (torch.tensor(-1e8) + 1.0)).item() == 0
+
+
+def test_float64_stays():
+    """A refinement in float64 sends and adds float64."""
+    (one,) = some_slices(torch.float64)[:1]
+    found = merge_records([pack(0, one)], CPU)
+    for place, gradient in one.items():
+        assert torch.equal(found[place], gradient)
+        assert found[place].dtype == torch.float64
