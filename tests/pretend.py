@@ -45,6 +45,7 @@ from pretend_tensor import CPU, CUDA, Pretended, is_cuda, is_plain, plain, wrap,
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from orchestrator.models import transport
 from orchestrator.models.chunk import map_tensors
 
 __all__ = [
@@ -88,6 +89,9 @@ def pretended_device(total: int = 80 * 10**9) -> Iterator[PretendedDevice]:
         stack.enter_context(patch(torch.autograd, "backward", _backward))
         stack.enter_context(patch(torch.autograd, "has_torch_function", lambda _: False))
         stack.enter_context(FunctionMode())
+        # streams are made once for each device
+        transport.lanes_of.cache_clear()
+        stack.callback(transport.lanes_of.cache_clear)
         yield device
 
 

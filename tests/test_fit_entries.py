@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from matrices import gaussian, menagerie, of_model
+from matrices import gaussian, menagerie
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.linalg.fit_entries import correlations, fit_entries, second_moment_of
 
@@ -94,14 +95,54 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.parametrize("rank", [2, 40])
-def test_a_moment_comes_back(rank):
-    """Of its diagonal's root and its correlations, to half precision of each correlation."""
-    matrix_NN = moment(9, 4, rank=rank)
-    matrix_NN[3] = matrix_NN[:, 3] = 0
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 9])
+@pytest.mark.parametrize("entries", [1, 20, 1000])
+def test_a_moment_comes_back(size, rank, entries, monkeypatch):
+    """Of its diagonal's root and its correlations, to half precision of each correlation; in bands
+    of one row, of some that do not divide the matrix, and of all."""
+    monkeypatch.setattr("orchestrator.linalg.fit_entries.BAND_ENTRIES", entries)
+    matrix_NN = moment(size, 4, rank=rank)
+    matrix_NN[size // 2] = matrix_NN[:, size // 2] = 0
     root_N = matrix_NN.diagonal().sqrt().float()
-    found_NN = second_moment_of(root_N, correlations(matrix_NN)).double()
+    found_P = correlations(matrix_NN)
+    assert found_P.shape == (size * (size - 1) // 2,)
+    found_NN = second_moment_of(root_N, found_P).double()
     assert torch.equal(found_NN, found_NN.T)
     scale_NN = root_N.double()[:, None] * root_N.double()
     assert float((found_NN - matrix_NN).abs().sub(2**-11 * scale_NN).max()) <= 1e-9
-    assert correlations(matrix_NN).shape == (36,)
-    assert correlations(of_model(6, 1).gram_II).shape == (0,)
+
+
+def test_each_pair_is_stored_once():
+    """By the definition: row by row the channels that follow, then the opposite ones."""
+    for size in (5, 6):
+        matrix_NN = moment(size, 4)
+        root_N = matrix_NN.diagonal().sqrt()
+        whole_NN = (matrix_NN / root_N / root_N[:, None]).half()
+        pairs = [(i, (i + d) % size) for i in range(size) for d in range(1, (size + 1) // 2)]
+        pairs += [(i, i + size // 2) for i in range(size // 2)] if size % 2 == 0 else []
+        assert len({frozenset(pair) for pair in pairs}) == len(pairs) == size * (size - 1) // 2
+        expected_P = torch.stack([whole_NN[pair] for pair in pairs])
+        torch.testing.assert_close(correlations(matrix_NN), expected_P, rtol=2**-10, atol=0)
+
+
+class Count(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_bands_not_rows_are_packed():
+    """Twice the channels take no more operations while they fit one band."""
+    counts = []
+    for size in (40, 80):
+        matrix_NN = moment(size, 4)
+        with Count() as count:
+            second_moment_of(matrix_NN.diagonal().sqrt().float(), correlations(matrix_NN))
+        counts.append(count.operations)
+    assert counts[0] == counts[1] < 80

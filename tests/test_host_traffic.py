@@ -1,16 +1,150 @@
-"""Passes and stages let a GPU work: no value is read and nothing is turned or cast on the host."""
+"""A GPU is not held up: its values are not read, nothing is turned or cast for it on the host."""
+
+import threading
 
 import numpy as np
 import pytest
 import torch
+from families import _llama, write_model
+from pretend import CUDA, TO_DEVICE, TO_HOST, on_host, pretended_device
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from orchestrator.cluster.compress_worker import _stored
+from orchestrator.cluster.worker import Task, Worker
+from orchestrator.linalg.low_rank import LowRank
+from orchestrator.linalg.pivot import pivot
+from orchestrator.models.calibration import Calibration
 from orchestrator.models.chunk import Chunk, Payload
 from orchestrator.models.compensation import read_errors, squared_error
+from orchestrator.models.distill import TopK, distill
+from orchestrator.models.evaluation import score
+from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.transport import Departure, Pace, bring, upload
+from orchestrator.store.chunks import Chunks
+
+BLOCKS = 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A Llama of two blocks, stored in bfloat16."""
+    directory = tmp_path_factory.mktemp("models") / "llama"
+    config = LlamaConfig(**_llama(num_hidden_layers=BLOCKS))
+    write_model(lambda: LlamaForCausalLM(config), directory, dtype=torch.bfloat16)
+    return directory
+
+
+def some_chunks(padding):
+    """Two sequences of 12 tokens."""
+    tokens_BT = torch.arange(24).view(2, 12) * 7 % 96
+    mask_BT = torch.ones(2, 12, dtype=torch.bool)
+    mask_BT[:, 12 - padding :] = False
+    return [Chunk(n, tokens_BT[n : n + 1], mask_BT[n : n + 1]) for n in range(2)]
 
 
 def chunk_of(states_BTC, mask_BT):
     tokens_BT = torch.zeros(mask_BT.shape, dtype=torch.int64)
     return Chunk(0, tokens_BT, mask_BT, Payload(states_BTC))
+
+
+def gathered(model, padding, device, pretended=None):
+    """All statistics of a pass, forward and back; on a device only its traffic in the pass."""
+    skeleton = Skeleton.open(model, dtype=torch.float32, device=device)
+    with skeleton.shard(range(BLOCKS)) as shard:
+        options = {"magnitudes": True, "curvature": True, "outputs": True}
+        calibration = Calibration(shard, shard.linears, lambda *_: "input", **options)
+        if pretended is not None:
+            pretended.clear()
+        for chunk in some_chunks(padding):
+            calibration.backward(chunk, torch.ones_like)
+        if pretended is not None:
+            reads, copies = list(pretended.reads), list(pretended.copies)
+            assert not pretended.conversions
+        found = {}
+        for linear in shard.linears:
+            statistic = calibration.statistic(linear)
+            assert statistic.curvature is not None
+            tensors = statistic.matrix_II, statistic.magnitude_I, statistic.curvature.matrix_KK
+            found[linear.name] = on_host(tensors) if pretended is not None else tensors
+        calibration.close()
+    return (found, reads, copies) if pretended is not None else found
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_pass_reads_nothing_for_a_linear(model, padding):
+    """With Grams, magnitudes, curvature and cosines of every linear, of a padded text too, all that
+    the host waits for is the model's own look at its mask, once a chunk, and what crosses the bus
+    is pinned, goes beside what is computed and is no more for more linears. Bits are the CPU's."""
+    expected = gathered(model, padding, torch.device("cpu"))
+    with pretended_device() as device:
+        found, reads, copies = gathered(model, padding, CUDA, device)
+    assert {read.site.file for read in reads} <= {"models/shard.py"}
+    assert len(reads) <= 2 * len(some_chunks(padding))
+    assert all(copy.pinned and copy.non_blocking and copy.stream for copy in copies)
+    # tokens, mask and, where some are not real, the places of those that are
+    assert len(copies) == 2 * (3 if padding else 2)
+    assert all(
+        torch.equal(*pair)
+        for name in expected
+        for pair in zip(expected[name], found[name], strict=True)
+    )
+
+
+def test_weights_cross_as_they_are_stored(model):
+    """A shard in float32 of a checkpoint in bfloat16: its bytes on disk cross the bus, once and
+    pinned, and nothing is cast or searched for NaN on the host."""
+    stored = load_file(model / "model.safetensors")
+    on_cpu = Skeleton.open(model, dtype=torch.float32)
+    with pretended_device() as device, on_cpu.shard(range(BLOCKS)) as expected:
+        skeleton = Skeleton.open(model, dtype=torch.float32, device=CUDA)
+        skeleton._frame  # noqa: B018
+        device.clear()
+        with skeleton.shard(range(BLOCKS)) as shard:
+            assert not device.conversions
+            loads = [copy for copy in device.copies if copy.site.file == "models/transport.py"]
+            assert sum(copy.bytes for copy in loads) == sum(each.nbytes for each in stored.values())
+            assert all(copy.pinned and copy.non_blocking for copy in loads)
+            assert not any(copy.converted for copy in device.copies)
+            # one look at each tensor for NaN
+            assert len(device.reads) <= len(stored)
+            for name, parameter in shard.parameters().items():
+                assert torch.equal(on_host(parameter), expected.parameters()[name])
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (5, 4), (2, 3, 4), (0, 3)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_uploaded_is_contiguous_and_the_same(shape, turned, monkeypatch):
+    """Any tensor, in pieces that do not divide it, and a transposed view as it lies in memory."""
+    monkeypatch.setattr("orchestrator.models.transport.PIECE_BYTES", 12)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    tensor = tensor.mT if turned and len(shape) == 2 else tensor
+    assert upload(tensor, torch.device("cpu")).is_contiguous()
+    with pretended_device() as device:
+        found = upload(tensor, CUDA)
+        assert found.device == CUDA
+        assert found.is_contiguous()
+        assert not device.conversions
+        assert sum(copy.bytes for copy in device.copies) == tensor.nbytes
+        assert not any(copy.converted for copy in device.copies)
+        assert torch.equal(on_host(found), tensor)
+        assert upload(found, CUDA) is found
+
+
+def test_factors_are_turned_on_their_device():
+    """What a unit stores of factors on a GPU comes to the host as it is to lie in the file."""
+    parts = {"energies_K": torch.ones(3), "total": 3.0, "report": {}}
+    factors = torch.randn(6, 3), torch.randn(3, 4)
+    expected = _stored(LowRank(weight_OR=factors[0], down_RI=factors[1], **parts), torch.bfloat16)
+    with pretended_device() as device:
+        left, right = (each.to(CUDA) for each in factors)
+        device.clear()
+        found = _stored(LowRank(weight_OR=left, down_RI=right, **parts), torch.bfloat16)
+        assert not device.conversions
+        assert [copy.bytes for copy in device.copies] == [2 * 18, 2 * 12]
+        assert not any(copy.converted for copy in device.copies)
+    assert all(each.is_contiguous() for each in found.values())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("padding", [0, 3])
@@ -40,3 +174,189 @@ def test_errors_are_read_together_and_in_their_order():
     assert read_errors(errors) == {4: (5, 4 / 3), 1: (2, 1 / 3)}
     assert list(read_errors(errors)) == [4, 1]
     assert read_errors({}) == {}
+
+
+def test_the_walks_errors_take_one_read_for_all_chunks():
+    """However many chunks there are, and with padding: no state goes to the host."""
+    states_BTC = torch.randn(1, 9, 16)
+    mask_BT = torch.arange(9)[None] < 7
+    expected = squared_error(chunk_of(states_BTC, mask_BT), chunk_of(states_BTC / 3, mask_BT))
+    with pretended_device() as device:
+        one, other = states_BTC.to(CUDA), (states_BTC / 3).to(CUDA)
+        device.clear()
+        pairs = [(chunk_of(one, mask_BT), chunk_of(other, mask_BT)) for _ in range(5)]
+        found = read_errors({n: squared_error(*pair) for n, pair in enumerate(pairs)})
+        assert len(device.reads) == 1
+        assert not [copy for copy in device.copies if copy.direction == TO_HOST]
+        assert not device.conversions
+    assert set(found.values()) == {(expected[0], float(expected[1]))}
+
+
+def test_losses_take_one_read_a_sequence():
+    """Scores and distillation over many slices of tokens, by targets that lie on the host: one read
+    for each sequence or chunk, and the CPU's numbers."""
+    generator = torch.Generator().manual_seed(0)
+    logits_BTV = torch.randn(1, 600, 8, generator=generator)
+    tokens_BT = torch.randint(0, 8, (1, 600), generator=generator)
+    mask_BT = torch.arange(600)[None] < 590
+    targets = TopK.of(logits_BTV.roll(1, 1), 3, 1.0)
+    case = tokens_BT, mask_BT
+    expected = score(*case, logits_BTV, None), distill(logits_BTV, *case, targets, 1.0)[0]
+    with pretended_device() as device:
+        on_device = logits_BTV.to(CUDA)
+        device.clear()
+        found = score(*case, on_device, None)
+        assert [read.operation for read in device.reads] == ["tolist"]
+        losses, _ = distill(on_device, *case, targets.to(CUDA), 1.0)
+        assert [read.operation for read in device.reads] == ["tolist", "tolist"]
+        assert all(copy.direction == TO_DEVICE and copy.pinned for copy in device.copies)
+    assert (found, losses) == expected
+
+
+def test_what_leaves_waits_for_what_computes_and_is_waited_for():
+    """A chunk leaves in pinned memory on a stream that first waits for the one that computed it;
+    its memory is kept for that stream; nobody waits before `wait` does."""
+    states_BTC = torch.randn(1, 4, 3)
+    chunk = chunk_of(states_BTC, torch.ones(1, 4, dtype=torch.bool))
+    with pretended_device() as device:
+        away = Departure()
+        record = chunk.to(CUDA).pack(away)
+        (copy,) = [each for each in device.copies if each.bytes == states_BTC.nbytes][1:]
+        assert (copy.direction, copy.pinned, copy.non_blocking) == (TO_HOST, True, True)
+        assert copy.stream != 0
+        calls = [(call.operation, call.stream) for call in device.stream_calls][-3:]
+        wanted = ["wait_stream 0", "record_stream", "record_event"]
+        assert calls == [(operation, copy.stream) for operation in wanted]
+        away.wait()
+        assert device.stream_calls[-1].operation == "synchronize_event"
+        assert torch.equal(Chunk.unpack(record).payload.output, states_BTC)
+        # without a departure of the caller's own the arrays are there
+        chunk.to(CUDA).pack()
+        assert device.stream_calls[-1].operation == "synchronize_event"
+
+
+def test_what_comes_is_waited_for_by_what_computes():
+    """A tensor comes through pinned memory on a stream of its own, which the computing one waits
+    for; a pinned one is not copied on the host again; what is there is left alone."""
+    states_BTC = torch.randn(1, 4, 3)
+    record = chunk_of(states_BTC, torch.ones(1, 4, dtype=torch.bool)).pack()
+    with pretended_device() as device:
+        for tensor in (states_BTC, Chunk.unpack(record, pinned=True).payload.output):
+            device.clear()
+            found = bring(tensor, CUDA)
+            (copy,) = device.copies
+            assert (copy.direction, copy.pinned, copy.non_blocking) == (TO_DEVICE, True, True)
+            calls = [(call.operation, call.stream) for call in device.stream_calls]
+            assert calls == [(f"wait_stream {copy.stream}", 0), ("record_stream", 0)]
+            assert copy.stream != 0
+            assert torch.equal(on_host(found), states_BTC)
+        assert bring(found, CUDA) is found
+    assert bring(states_BTC, torch.device("cpu")) is states_BTC
+
+
+def test_the_host_is_one_step_ahead_at_most():
+    """Before a step it waits for the step before the last, and for none at first."""
+    with pretended_device() as device:
+        pace = Pace(CUDA)
+        for expected in (["record_event"], ["record_event", "synchronize_event"]):
+            device.clear()
+            pace.step()
+            assert [call.operation for call in device.stream_calls] == expected
+    Pace(torch.device("cpu")).step()
+
+
+def test_an_exchange_of_pivots_takes_one_read():
+    """Whatever the number of exchanges and of bands of rows: the reads that there are without any,
+    and one for each. The bits and the report are the CPU's."""
+    few, many = [], []
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        weight_OR = torch.randn(40 if seed < 6 else 700, 24, generator=generator)
+        down_RI = torch.randn(24, 5, generator=generator)
+        expected = pivot(weight_OR, down_RI)
+        with pretended_device() as device:
+            given = weight_OR.to(CUDA), down_RI.to(CUDA)
+            device.clear()
+            found = pivot(*given)
+            reads = len(device.reads)
+        assert found.report == expected.report
+        for name in ("weight_SR", "down_RI", "order_O"):
+            assert torch.equal(on_host(getattr(found, name)), getattr(expected, name))
+        (few if seed < 6 else many).append((expected.report["exchanges"], reads))
+    assert max(many)[0] > min(few)[0]
+    assert len({reads - exchanges for exchanges, reads in few + many}) == 1
+
+
+class Passing(Worker):
+    """Adds one to what it reads, and computes for as long as it takes the next to be read."""
+
+    def step(self, index, emit, record):
+        chunk = self.input_chunk(2, index, record)
+        states_BTC = bring(chunk.payload.output, self.device) + 1
+        return threading.get_ident(), self.emit(4, chunk.with_payload(Payload(states_BTC)))
+
+    def next_inputs(self, index):
+        return [(self.chunks, 2, index)]
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_the_next_chunk_is_read_beside_a_step(handed_over, tmp_path, monkeypatch):
+    """On a GPU, from its file, by another thread; not where chunks are handed over, nor on a CPU,
+    where the same results come about. A chunk that is not there yet is read when its step comes."""
+    read, readers = Chunks.read, {}
+
+    def note(chunks, boundary, index):
+        readers.setdefault(index, []).append(threading.get_ident())
+        return read(chunks, boundary, index)
+
+    monkeypatch.setattr(Chunks, "read", note)
+
+    def passed(device, root):
+        readers.clear()
+        task = Task(run_dir=root, threads=1, pass_key="pass", fingerprints={})
+        worker = Passing(task)
+        assert worker.device.type == device
+        mask_BT = torch.ones(1, 4, dtype=torch.bool)
+        records = [
+            Chunk(n, mask_BT.long(), mask_BT, Payload(torch.full((1, 4, 3), float(n)))).pack()
+            for n in range(3)
+        ]
+        for index in range(2):
+            worker.chunks.write(2, index, records[index])
+        for index, following in ((0, 1), (1, 2), (2, None)):
+            if index == 2:
+                worker.settle()
+                worker.chunks.write(2, 2, records[2])
+            given = records[index] if handed_over else None
+            main, _ = worker.perform("step", (index, True, False, following), given)
+            worker._disk.submit(int).result()
+        beside = {index: any(each != main for each in who) for index, who in readers.items()}
+        found = [Chunk.unpack(read(worker.chunks, 4, n)).payload.output for n in range(3)]
+        worker.let_go()
+        return beside, found
+
+    beside, expected = passed("cpu", tmp_path / "cpu")
+    assert not any(beside.values())
+    with pretended_device():
+        beside, found = passed("cuda", tmp_path / "cuda")
+    assert beside.get(1, False) is not handed_over
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert [float(each.mean()) for each in found] == [1.0, 2.0, 3.0]
+
+
+def test_a_chunk_that_is_handed_over_has_arrived(tmp_path):
+    """A call's record may be read when the call ends; one that goes to its file alone is waited for
+    by the thread that writes it."""
+    with pretended_device() as device:
+        worker = Passing(Task(run_dir=tmp_path, threads=1, pass_key="pass", fingerprints={}))
+        mask_BT = torch.ones(1, 4, dtype=torch.bool)
+        record = Chunk(0, mask_BT.long(), mask_BT, Payload(torch.zeros(1, 4, 3))).pack()
+        for hand_over in (True, False):
+            device.clear()
+            worker.perform("step", (0, True, hand_over, 1), record)
+            waits = [each.site for each in device.stream_calls if "synchronize" in each.operation]
+            assert len(waits) >= hand_over
+            worker.settle()
+            waits = [each.site for each in device.stream_calls if "synchronize" in each.operation]
+            assert len(waits) > hand_over
+        worker.let_go()

@@ -107,9 +107,7 @@ class EvaluationWorker(Worker):
         return {name: self.unpack(part) for name, part in parts.items()}
 
     def _commit_score(self, index: int, chunk: Chunk, logits: Mapping[str, torch.Tensor]) -> None:
-        ours = logits["model"]
-        tokens, mask = chunk.tokens.to(ours.device), chunk.mask.to(ours.device)
-        result = score(tokens, mask, ours, logits.get("against"))
+        result = score(chunk.tokens, chunk.mask, logits["model"], logits.get("against"))
         unit = self.run.units.begin(self.task.slice_keys[index])
         unit.commit(environment=self.environment(), facts=result.to_json())
 

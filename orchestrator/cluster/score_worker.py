@@ -86,8 +86,8 @@ class ScoreWorker(CompressionWorker):
             passed = self._shard.forward(chunk)
             return {"drawn": drawn}, self.emit(blocks.stop, passed) if emit else None
         logits = self._shard.logits(chunk)
-        tokens, mask = chunk.tokens.to(logits.device), chunk.mask.to(logits.device)
-        return {"drawn": drawn, "score": score(tokens, mask, logits, None).to_json()}, None
+        found = score(chunk.tokens, chunk.mask, logits, None)
+        return {"drawn": drawn, "score": found.to_json()}, None
 
     def _mask(self, number: int) -> dict[str, tuple[list[int], list[int]]]:
         """Puts a trial's weights in the places of the shard's."""

@@ -96,8 +96,7 @@ class SensitivityWorker(CompressionWorker):
             passed = replace(self._shard.forward(chunk, part=part), index=index)
             return None, self.emit(blocks.stop, passed) if emit else None
         logits = self._shard.logits(chunk, part=part)
-        tokens, mask = chunk.tokens.to(logits.device), chunk.mask.to(logits.device)
-        return score(tokens, mask, logits, None).to_json(), None
+        return score(chunk.tokens, chunk.mask, logits, None).to_json(), None
 
     def next_inputs(self, index: int) -> list[Stored]:
         # what a trial starts from is kept here, or lies under another index

@@ -245,7 +245,7 @@ class TrainWorker(TrainedWorker):
             assert self._shard is not None
             return self._shard.logits(streams["dense"])
         path = self.run.units.file(self.task.target_keys[sequence], TARGETS_FILE)
-        return TopK.from_tensors(load_file(path))
+        return TopK.from_tensors(load_file(path)).to(self.device)
 
     def _through(self, chunk: Chunk, but: int) -> tuple[list[Chunk], Chunk]:
         """What enters each block but the last so many, and what then comes."""

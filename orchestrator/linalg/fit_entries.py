@@ -1,13 +1,16 @@
 """The values of kept entries, fitted together where they stand.
 
-Shape suffixes: O outputs, I inputs, N entries, P pairs of different rows.
+Shape suffixes: O outputs, I inputs, N entries or channels, P pairs of different channels, F the
+channels that follow one, H half of the channels, C a circle of them, B a band of rows.
 """
 
 from collections.abc import Iterator
-from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+BAND_ENTRIES = 2**20
+"""Entries of a second moment that are packed at a time: 8 MB in float64, which caches hold."""
 
 
 def fit_entries(
@@ -53,31 +56,62 @@ def fit_entries(
 
 
 def correlations(matrix_NN: Tensor) -> Tensor:
-    """A second moment less its diagonal: `M_ij / sqrt(M_ii M_jj)`, i < j, row by row; float16.
+    """A second moment without its diagonal: `M_ij / sqrt(M_ii M_jj)`, each pair once; float16.
 
-    A quarter of the bytes of float32, and with M's diagonal all there is to know. [N (N - 1) / 2].
+    Row i holds the (N - 1) // 2 channels that follow i, counted in a circle, so all rows are of one
+    length and whole bands of them are copied at a time. Where N is even the pairs (i, i + N / 2)
+    come last. A quarter of the bytes of float32, and with M's diagonal all there is to know.
+    [N (N - 1) / 2].
     """
+    size = len(matrix_NN)
     root_N = matrix_NN.diagonal().clamp(min=0).sqrt()
     inverse_N = torch.where(root_N > 0, 1 / root_N, 0.0)
-    size = len(matrix_NN)
     found_P = torch.empty(size * (size - 1) // 2, dtype=torch.float16, device=matrix_NN.device)
-    for row, rest_P in enumerate(_rows(found_P, size)):
-        rest_P[:] = (matrix_NN[row, row + 1 :] * inverse_N[row] * inverse_N[row + 1 :]).clamp(-1, 1)
+    rows_NF, opposite_H = _parts(found_P, size)
+    reach = rows_NF.shape[1]
+    circle_C = torch.cat([inverse_N, inverse_N[:reach]])
+    for band in _bands(size) if reach else ():
+        wide_BC = torch.cat([matrix_NN[band], matrix_NN[band, :reach]], dim=1)
+        scale_BF = circle_C.unfold(0, reach, 1)[band.start + 1 : band.stop + 1]
+        values_BF = _following(wide_BC, band, reach) * inverse_N[band, None] * scale_BF
+        rows_NF[band] = values_BF.clamp_(-1, 1)
+    half = len(opposite_H)
+    scale_H = inverse_N[:half] * inverse_N[size - half :]
+    opposite_H.copy_((matrix_NN.diagonal(size // 2)[:half] * scale_H).clamp_(-1, 1))
     return found_P
-
-
-def _rows(upper_P: Tensor, size: int) -> Iterator[Tensor]:
-    """What stands right of the diagonal, row by row; views."""
-    starts = accumulate(range(size - 1, 0, -1), initial=0)
-    return (upper_P[start : start + size - 1 - row] for row, start in enumerate(starts))
 
 
 def second_moment_of(root_N: Tensor, correlations_P: Tensor) -> Tensor:
     """M of its diagonal's root and its correlations; float32 [N, N]."""
     size = len(root_N)
+    rows_NF, opposite_H = _parts(correlations_P, size)
+    reach = rows_NF.shape[1]
     matrix_NN = torch.zeros(size, size, device=root_N.device)
-    for row, rest_P in enumerate(_rows(correlations_P, size)):
-        matrix_NN[row, row + 1 :] = rest_P
+    for band in _bands(size) if reach else ():
+        wide_BC = torch.zeros(band.stop - band.start, size + reach, device=root_N.device)
+        _following(wide_BC, band, reach).copy_(rows_NF[band])
+        matrix_NN[band] = wide_BC[:, :size]
+        matrix_NN[band, :reach] += wide_BC[:, size:]
+    matrix_NN.diagonal(size // 2)[: len(opposite_H)] += opposite_H
     matrix_NN += matrix_NN.T.clone()
     matrix_NN.fill_diagonal_(1)
     return matrix_NN * (root_N[:, None] * root_N)
+
+
+def _parts(pairs_P: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Rows of following channels, and the pairs of opposite ones; views."""
+    reach = max(size - 1, 0) // 2
+    return pairs_P[: size * reach].view(size, reach), pairs_P[size * reach :]
+
+
+def _bands(size: int) -> Iterator[slice]:
+    """Rows of a square matrix, of `BAND_ENTRIES` entries together."""
+    rows = max(1, BAND_ENTRIES // size)
+    return (slice(start, min(start + rows, size)) for start in range(0, size, rows))
+
+
+def _following(wide_BC: Tensor, band: slice, reach: int) -> Tensor:
+    """Of each row of a band, with its first columns once more at its end, what follows the
+    diagonal; a view."""
+    stride = wide_BC.stride(0)
+    return wide_BC.as_strided((len(wide_BC), reach), (stride + 1, 1), band.start + 1)

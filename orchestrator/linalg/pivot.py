@@ -4,6 +4,7 @@ Shape suffixes: O outputs, I inputs, R rank, S = O - R.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +77,8 @@ def pivot(weight_OR: Tensor, down_RI: Tensor) -> Pivoted:
     check_finite("left factor", weight_OR)
     check_finite("right factor", down_RI)
     basis_OR, _ = torch.linalg.qr(weight_OR.double())
-    rows_O, exchanges = _choose(basis_OR)
-    pivots_R, others_S = rows_O[:rank].sort().values, rows_O[rank:].sort().values
+    rows, exchanges = _choose(basis_OR)
+    pivots_R, others_S = (_on(weight_OR, sorted(part)) for part in (rows[:rank], rows[rank:]))
     coefficients_SR = _solve(basis_OR[pivots_R], basis_OR[others_S])
     del basis_OR
     order_O = torch.cat([pivots_R, others_S]).argsort()
@@ -90,33 +91,43 @@ def pivot(weight_OR: Tensor, down_RI: Tensor) -> Pivoted:
         report={
             "exchanges": exchanges,
             "largest": float(coefficients_SR.abs().max()),
-            "error": _error(weight_OR, down_RI, weight_SR, rows_RI, order_O),
+            "error": _error(weight_OR, down_RI, weight_SR, rows_RI, sorted(rows[:rank])),
         },
     )
 
 
-def _choose(basis_OR: Tensor) -> tuple[Tensor, int]:
-    """All rows, the pivots first, and how many were exchanged for it."""
+def _on(tensor: Tensor, places: Sequence[int]) -> Tensor:
+    """Indices, known to the host, on the device of a tensor."""
+    return torch.tensor(places, dtype=torch.int64).to(tensor.device, non_blocking=True)
+
+
+def _choose(basis_OR: Tensor) -> tuple[list[int], int]:
+    """All rows, the pivots first, and how many were exchanged for it.
+
+    The host reads one number and its place for each exchange.
+    """
     outputs, rank = basis_OR.shape
     _, swaps_R = torch.linalg.lu_factor(basis_OR)
     rows = list(range(outputs))
     for place, other in enumerate(swaps_R.tolist()):
         rows[place], rows[other - 1] = rows[other - 1], rows[place]
-    rows_O = torch.tensor(rows, device=basis_OR.device)
-    coefficients_SR = _solve(basis_OR[rows_O[:rank]], basis_OR[rows_O[rank:]])
-    exchanges = 0
+    pivots_RR, others_SR = (basis_OR[_on(basis_OR, part)] for part in (rows[:rank], rows[rank:]))
+    coefficients_SR = _solve(pivots_RR, others_SR)
+    sizes_SR, exchanges = torch.empty_like(coefficients_SR), 0
     while True:
-        flat = int(coefficients_SR.abs().argmax())
-        other, place = divmod(flat, rank)
+        flat = torch.abs(coefficients_SR, out=sizes_SR).argmax()
+        # a place below 2^53 is exact in float64
+        size, where = torch.stack([sizes_SR.view(-1).take(flat), flat.double()]).tolist()
+        if not size > BOUND:
+            return rows, exchanges
+        other, place = divmod(int(where), rank)
         entry = coefficients_SR[other, place].clone()
-        if not abs(float(entry)) > BOUND:
-            return rows_O, exchanges
         # the other row takes the pivot's place: one elimination step on the coefficients
         column_S, row_R = coefficients_SR[:, place].clone(), coefficients_SR[other].clone()
         column_S[other] -= 1
         row_R[place] += 1
         coefficients_SR.addr_(column_S, row_R / entry, alpha=-1)
-        rows_O[[place, rank + other]] = rows_O[[rank + other, place]]
+        rows[place], rows[rank + other] = rows[rank + other], rows[place]
         exchanges += 1
 
 
@@ -127,18 +138,23 @@ def _solve(pivots_RR: Tensor, others_SR: Tensor) -> Tensor:
 
 
 def _error(
-    weight_OR: Tensor, down_RI: Tensor, weight_SR: Tensor, rows_RI: Tensor, order_O: Tensor
+    weight_OR: Tensor, down_RI: Tensor, weight_SR: Tensor, rows_RI: Tensor, pivots: Sequence[int]
 ) -> float:
-    """By bands of rows, so that the product is never whole in memory."""
-    rank = len(rows_RI)
+    """By bands of rows, so that the product is never whole in memory; read once."""
     full_RI, kept_RI = down_RI.double(), rows_RI.double()
-    norm = gap = 0.0
+    is_pivot_O = torch.zeros(len(weight_OR), dtype=torch.bool)
+    is_pivot_O[torch.tensor(pivots)] = True
+    sums = torch.zeros(2, dtype=torch.float64, device=weight_OR.device)
+    seen = [0, 0]  # pivots and other rows of the bands before
     for start in range(0, len(weight_OR), BAND):
         gap_BI = weight_OR[start : start + BAND].double() @ full_RI
-        norm += float(gap_BI.square().sum())
-        places_B = order_O[start : start + BAND]
-        is_pivot_B = places_B < rank
-        gap_BI[is_pivot_B] -= kept_RI[places_B[is_pivot_B]]
-        gap_BI[~is_pivot_B] -= weight_SR[places_B[~is_pivot_B] - rank].double() @ kept_RI
-        gap += float(gap_BI.square().sum())
-    return math.sqrt(gap / norm) if norm else math.sqrt(gap)
+        norm = gap_BI.square().sum()
+        is_pivot_B = is_pivot_O[start : start + BAND]
+        pivots_B, others_B = (each.nonzero().squeeze(1) for each in (is_pivot_B, ~is_pivot_B))
+        kept, made = (slice(n, n + len(b)) for n, b in zip(seen, (pivots_B, others_B), strict=True))
+        gap_BI[pivots_B.to(gap_BI.device)] -= kept_RI[kept]
+        gap_BI[others_B.to(gap_BI.device)] -= weight_SR[made].double() @ kept_RI
+        seen = [kept.stop, made.stop]
+        sums += torch.stack([norm, gap_BI.square().sum()])
+    total, lost = sums.tolist()
+    return math.sqrt(lost / total) if total else math.sqrt(lost)

@@ -38,6 +38,7 @@ class TwoSidedSparse(Method):
     """
 
     name: ClassVar[str] = "two-sided-sparse"
+    version: ClassVar[int] = 2
     form: ClassVar[Form] = "low_rank_sparse"
     allocation: ClassVar[str] = "two-sided-sparse"
     bends_outputs: ClassVar[bool] = True

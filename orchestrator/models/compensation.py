@@ -29,6 +29,7 @@ from orchestrator.models.modules import (
     SharedBasis,
 )
 from orchestrator.models.shard import Shard
+from orchestrator.models.transport import bring
 from orchestrator.plan import Linear
 
 
@@ -201,7 +202,7 @@ def squared_error(found: Chunk, target: Chunk) -> tuple[int, Tensor]:
     assert found.payload is not None
     assert target.payload is not None
     found_BTC = found.payload.tensors()[0]
-    target_BTC = target.payload.tensors()[0].to(found_BTC.device)
+    target_BTC = bring(target.payload.tensors()[0], found_BTC.device)
     places_N = found.places(found_BTC.device)
     found_NC, target_NC = rows_at(found_BTC, places_N), rows_at(target_BTC, places_N)
     gap_NC = found_NC.double() - target_NC

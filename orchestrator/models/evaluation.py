@@ -57,17 +57,20 @@ def score(
 ) -> Score:
     """The score of one chunk, whose sequences count each for itself.
 
-    Costs two passes over the vocabulary a token; logits are taken to float32 slice by slice.
+    Costs two passes over the vocabulary a token; logits are taken to float32 slice by slice. With
+    tokens and mask on the host, a GPU is waited for once a sequence.
     """
+    device = logits_BTV.device
     total = Score()
     for row in range(len(tokens_BT)):
         real_P = mask_BT[row, :-1] & mask_BT[row, 1:]
         where_P = real_P.nonzero().squeeze(1)
         if not len(where_P):
             continue
-        sums = torch.zeros(4, dtype=torch.float64)
-        for slice_P in torch.split(where_P, SLICE_TOKENS):
-            target_P = tokens_BT[row, slice_P + 1]
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        follows_P = bring(tokens_BT[row, where_P + 1], device)
+        slices = (torch.split(each, SLICE_TOKENS) for each in (bring(where_P, device), follows_P))
+        for slice_P, target_P in zip(*slices, strict=True):
             other_PV = None if against_BTV is None else against_BTV[row, slice_P]
             sums += _sums(target_P, logits_BTV[row, slice_P], other_PV)
         loss, against_loss, divergence, agreements = sums.tolist()
@@ -91,12 +94,12 @@ def _sums(target_P: Tensor, logits_PV: Tensor, against_PV: Tensor | None) -> Ten
     log_q_PV = logits_PV.float().log_softmax(dim=-1)
     loss = -log_q_PV.gather(1, target_P[:, None]).double().sum()
     if against_PV is None:
-        return pad(loss[None], (0, 3)).cpu()
+        return pad(loss[None], (0, 3))
     log_p_PV = against_PV.float().log_softmax(dim=-1)
     against_loss = -log_p_PV.gather(1, target_P[:, None]).double().sum()
     divergence_P = (log_p_PV.exp() * (log_p_PV - log_q_PV)).sum(dim=-1, dtype=torch.float64)
     agreements = (log_p_PV.argmax(dim=-1) == log_q_PV.argmax(dim=-1)).sum()
-    return torch.stack([loss, against_loss, divergence_P.sum(), agreements.double()]).cpu()
+    return torch.stack([loss, against_loss, divergence_P.sum(), agreements.double()])
 
 
 def draw_label_gradient(logits_BTV: Tensor, mask_BT: Tensor, generator: torch.Generator) -> Tensor:

@@ -36,11 +36,11 @@ class _Lanes:
 
 
 def _lanes(device: torch.device) -> _Lanes:
-    return _lanes_of(torch.cuda.current_device() if device.index is None else device.index)
+    return lanes_of(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
-def _lanes_of(index: int) -> _Lanes:
+def lanes_of(index: int) -> _Lanes:
     device = torch.device("cuda", index)
     return _Lanes(*(torch.cuda.Stream(device) for _ in range(2)))  # type: ignore[no-untyped-call]
 
