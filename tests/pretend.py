@@ -1,27 +1,29 @@
-"""A pretended CUDA device: tensors that say they are on it, compute on the CPU, refuse to mix.
+"""A pretended CUDA device: tensors on it compute on the CPU and obey CUDA's rules.
 
     with pretended_device() as device:
         compress(Recipe(..., executor="local"))
     assert not device.unordered
 
-Inside, `torch.cuda.is_available()` is true, and each tensor made on or moved to "cuda" is a
-`Pretended`, a wrapper subclass around a CPU tensor: its `device` is cuda:0, `numpy()` fails as on
-CUDA, and each operation of aten first checks its operands by CUDA's rules. Results are those of the
-CPU to the bit, so a difference is a fault of the program (another path where there is a GPU, a
-conversion too many), never of rounding. Where CUDA has an implementation of its own, `AdamW(fused=
-True)`, the CPU's default one stands for it.
+Inside, `torch.cuda.is_available()` is true, and a tensor made on or moved to "cuda" is a
+`Pretended`, a wrapper subclass around a CPU tensor: `device` is cuda:0, `numpy()` fails as on CUDA,
+and each aten operation first checks its operands by CUDA's rules. Results are the CPU's to the bit,
+so a difference is a fault of the program (another path on a GPU, a missing conversion), never
+rounding. `AdamW(fused=True)`, which on CUDA has a kernel of its own, is computed by the loop over
+parameters, the default on the CPU: the bits are those of a CPU run without `fused`.
 
-The device lists what costs time or bits on a GPU, each entry with the program's line: `reads` of
-values on the host, `copies` with their bytes, `conversions` of tensors of the host, `unordered`
-operations, `stream_calls`; and `memory`. `clear` empties the lists between parts of a test.
+`PretendedDevice` lists the costs of a run on a GPU, each with its line in the program: `reads` of
+values by the host, `copies` with their bytes, `conversions` of host tensors, `unordered` sums,
+`stream_calls`; beside them `memory`, in which allocations may fail, and `order`, the streams, whose
+synchronisation is checked. `clear` empties the lists between parts of a test.
 
-Not covered: the rounding of CUDA's kernels, kernels that CUDA lacks, what an operation needs beside
-its result, and the time that anything takes.
+Not covered: rounding of CUDA's kernels, operations without a CUDA kernel (except products of
+integers), workspaces inside an operation, time.
 """
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -32,16 +34,15 @@ from pretend_device import (
     TO_HOST,
     Conversion,
     Copy,
-    Event,
     PretendedDevice,
     Read,
-    Site,
     Unordered,
-    site,
     the_device,
     use,
 )
-from pretend_tensor import CPU, CUDA, Pretended, is_cuda, is_plain, plain, wrap, wrapped
+from pretend_site import Site, site
+from pretend_streams import Event
+from pretend_tensor import CPU, CUDA, Pretended, address, is_cuda, is_plain, plain, wrap, wrapped
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -63,18 +64,20 @@ __all__ = [
     "pretended_device",
 ]
 CONVERSIONS = frozenset(["contiguous", "float", "double", "half", "bfloat16", "type"])
-"""Methods that may write a tensor of the host anew, beside `to`."""
+"""Methods, beside `to`, that may copy a host tensor to another dtype or order."""
 REAL_BACKWARD = torch.autograd.backward
 VALUES_ALONE = (torch.linalg.eigvalsh, torch.linalg.svdvals)
-"""Functions that compute vectors too for tensors of a subclass, by another algorithm."""
+"""Functions that compute vectors too for a tensor subclass, by another algorithm."""
 
 
 @contextmanager
 def pretended_device(total: int = 80 * 10**9) -> Iterator[PretendedDevice]:
-    """Has torch find one CUDA device of so many bytes.
+    """Makes torch find one CUDA device, in this thread and in threads started inside.
 
-    It holds for this thread and for threads that are started inside. Tensors of the device may be
-    used afterwards, with the same rules.
+    Tensors of the device stay usable afterwards, with the same rules.
+
+    Args:
+        total: Bytes of the device's memory.
     """
     device = PretendedDevice(total)
     patch = mock.patch.object
@@ -85,9 +88,12 @@ def pretended_device(total: int = 80 * 10**9) -> Iterator[PretendedDevice]:
         stack.enter_context(patch(torch, "Generator", GeneratorOfAnyDevice))
         run = _in_mode(threading.Thread.run)
         stack.enter_context(patch(threading.Thread, "run", run))
-        # backward passes are no functions to be overridden: their hooks need the mode
+        # a mode is off while it handles a function, and hooks of a backward pass need it
         stack.enter_context(patch(torch.autograd, "backward", _backward))
         stack.enter_context(patch(torch.autograd, "has_torch_function", lambda _: False))
+        # a moved module then gets new parameters instead of new data in its old ones
+        patched = patch(torch, "_has_compatible_shallow_copy_type", _are_plain)
+        stack.enter_context(patched)
         stack.enter_context(FunctionMode())
         # streams are made once for each device
         transport.lanes_of.cache_clear()
@@ -96,12 +102,20 @@ def pretended_device(total: int = 80 * 10**9) -> Iterator[PretendedDevice]:
 
 
 def on_host(tree: Any) -> Any:
-    """A tree with copies on the CPU in the place of the device's tensors; it counts as no copy."""
+    """A tree of tensors with CPU copies of all of them; counts as no copy."""
     return map_tensors(lambda each: plain(each).detach().clone(), tree)
 
 
+def _any_pretended(*tensors: Any) -> bool:
+    return any(isinstance(tensor, Pretended) for tensor in tensors)
+
+
+def _are_plain(one: Tensor, other: Tensor) -> bool:
+    return not _any_pretended(one, other)
+
+
 def _in_mode(run: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
-    """`Thread.run` that pretends too; a mode of torch holds for one thread."""
+    """`Thread.run` with the mode, which holds for one thread."""
 
     def run_pretending(thread: threading.Thread) -> None:
         with FunctionMode():
@@ -112,7 +126,7 @@ def _in_mode(run: Callable[[threading.Thread], None]) -> Callable[[threading.Thr
 
 def _functions_of_cuda(device: PretendedDevice) -> dict[str, Any]:
     """The functions of `torch.cuda`, by name."""
-    memory, name = device.memory, "Pretended"
+    memory, order, name = device.memory, device.order, "Pretended"
     properties = SimpleNamespace(
         name=name, total_memory=memory.total, multi_processor_count=132, major=9, minor=0
     )
@@ -122,10 +136,12 @@ def _functions_of_cuda(device: PretendedDevice) -> dict[str, Any]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda *_: None,
+        "device": lambda *_: nullcontext(),
+        "manual_seed_all": lambda *_: None,  # numbers without a generator are the CPU's
         "get_device_name": lambda *_: name,
         "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: (properties.major, properties.minor),
-        "synchronize": lambda *_: device.stream.synchronize(),
+        "synchronize": order.synchronize,
         "empty_cache": memory.empty_cache,
         "mem_get_info": lambda *_: (memory.total - memory.reserved, memory.total),
         "memory_allocated": lambda *_: memory.allocated,
@@ -133,30 +149,30 @@ def _functions_of_cuda(device: PretendedDevice) -> dict[str, Any]:
         "memory_reserved": lambda *_: memory.reserved,
         "max_memory_reserved": lambda *_: memory.peak_reserved,
         "reset_peak_memory_stats": lambda *_: memory.reset_peak(),
-        "Stream": device.new_stream,
-        "Event": Event,
-        "stream": device.in_stream,
-        "current_stream": lambda *_: device.stream,
-        "default_stream": lambda *_: device.streams[0],
-        "set_stream": lambda stream: setattr(device, "stream", stream),
+        "Stream": order.new_stream,
+        "Event": partial(Event, order=order),
+        "stream": order.within,
+        "current_stream": lambda *_: order.stream,
+        "default_stream": lambda *_: order.streams[0],
+        "set_stream": lambda stream: setattr(order, "stream", stream),
     }
 
 
 class Generator(torch.Generator):
-    """A generator of the device, which draws the CPU's numbers."""
+    """A generator of the device; draws the CPU's numbers."""
 
     device = property(lambda self: CUDA)
 
 
 class GeneratorOfAnyDevice(torch.Generator):
-    """The class that stands for `torch.Generator`."""
+    """Replacement of `torch.Generator`."""
 
     def __new__(cls, device: Any = "cpu") -> torch.Generator:  # type: ignore[misc]
         return Generator("cpu") if is_cuda(device) else torch._C.Generator(device)
 
 
 class FunctionMode(TorchFunctionMode):
-    """Makes tensors on the device and moves them; checks what aten is not told of."""
+    """Makes and moves tensors of the device; checks generators and gradients."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -168,6 +184,9 @@ class FunctionMode(TorchFunctionMode):
             return _move(func, *args, **kwargs)
         if isinstance(first, Pretended) and name in vars(Pretended) and name[0] != "_":
             return getattr(Pretended, name)(*args, **kwargs)
+        if func is Tensor.new_tensor and isinstance(first, Pretended):
+            func, name, args = torch.tensor, "tensor", args[1:]
+            kwargs = {"device": CUDA, "dtype": first.dtype} | kwargs
         if func is Tensor.pin_memory:
             return the_device().pin(first.clone())
         if func is Tensor.is_pinned:
@@ -180,6 +199,8 @@ class FunctionMode(TorchFunctionMode):
                 return _backward(first, kwargs.pop("gradient"), **kwargs)
         if name == "__set__" and func == Tensor.grad.__set__:
             _refuse_gradient(*args)
+        if name == "__set__" and func == Tensor.data.__set__ and _any_pretended(*args):
+            raise NotImplementedError(f"assignment to Tensor.data ({site()}); use copy_")
         _refuse_generator(args, kwargs)
         pins = kwargs.pop("pin_memory", False)
         out = _make(func, name, args, kwargs) if "device" in kwargs else func(*args, **kwargs)
@@ -189,7 +210,7 @@ class FunctionMode(TorchFunctionMode):
 
 
 def _make(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a function that is told on which device to put it."""
+    """The result of a function with a `device` argument."""
     on_device = is_cuda(kwargs["device"])
     if on_device:
         kwargs["device"] = CPU
@@ -197,6 +218,7 @@ def _make(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     out = func(*plain_args, **plain_kwargs)
     if not on_device:
         return out
+    the_device().order.operate((), ())
     if name in ("tensor", "as_tensor", "asarray"):
         the_device().copy(TO_DEVICE, out, out, non_blocking=False)
     return wrapped(out)
@@ -214,14 +236,16 @@ def _move(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         _note_conversion("to", tensor, out)
         return out
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(f"a copy between devices with a way back ({site()})")
+        raise NotImplementedError(f"a differentiable copy between devices ({site()})")
     source = plain(tensor).detach()
     target = source.to(dtype or source.dtype, copy=True)
+    the_device().order.operate([address(tensor)] if on_device else (), ())
     if on_device and non_blocking:
         the_device().pin(target)  # as CUDA makes it
     direction = TO_DEVICE if to_device else TO_HOST
+    out = Pretended(target) if to_device else target
     the_device().copy(direction, source, target, non_blocking=non_blocking)
-    return Pretended(target) if to_device else target
+    return out
 
 
 def _destination(
@@ -245,13 +269,13 @@ def _destination(
 
 
 def _note_conversion(name: str, before: Any, after: Any) -> None:
-    """Notes a tensor of the host that was written anew in another dtype or order."""
+    """Notes a copy of a host tensor in another dtype or order."""
     if is_plain(before) and after is not before and (name != "to" or before.dtype != after.dtype):
         the_device().conversions.append(Conversion(name, after.nbytes, site()))
 
 
 def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-    """`torch.autograd.backward` with the check of devices that the engine makes on CUDA."""
+    """`torch.autograd.backward` with CUDA's check of devices."""
     if isinstance(tensors, Tensor):
         tensors, grad_tensors = (tensors,), (grad_tensors,)
     for tensor, gradient in zip(tensors, grad_tensors or (), strict=False):
@@ -260,7 +284,7 @@ def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any)
 
 
 def _refuse_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
-    """Raises where a gradient lies on another device than what it belongs to."""
+    """Raises for a gradient on another device than its tensor."""
     if gradient is not None and gradient.device != tensor.device:
         raise RuntimeError(
             f"the gradient lies on {gradient.device}, its tensor on {tensor.device} ({site()})"
@@ -268,11 +292,11 @@ def _refuse_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
 
 
 def _refuse_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises where one device's numbers are to be drawn by another's generator."""
+    """Raises for a generator of another device than the numbers that it draws."""
     generator = kwargs.get("generator")
     if generator is None:
         return
-    wanted = is_cuda(kwargs.get("device")) or any(isinstance(each, Pretended) for each in args)
+    wanted = is_cuda(kwargs.get("device")) or _any_pretended(*args)
     if wanted != isinstance(generator, Generator):
         raise RuntimeError(
             f"Expected a '{'cuda' if wanted else 'cpu'}' device type for generator but found "

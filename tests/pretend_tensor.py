@@ -1,14 +1,12 @@
-"""A tensor of a pretended CUDA device, and CUDA's rules for what may be done with it.
-
-See `pretend`, which makes them.
-"""
+"""Tensors of a pretended CUDA device, and CUDA's rules for their operands; see `pretend`."""
 
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pretend_device import TO_DEVICE, TO_HOST, Unordered, site, the_device
+from pretend_device import TO_DEVICE, TO_HOST, Unordered, the_device
+from pretend_site import site
 from torch import Tensor
 from torch.optim.adam import _single_tensor_adam
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -32,8 +30,6 @@ SCALARS_ALLOWED = frozenset(
         "minimum",
         "where",
         "lerp",
-        "addcmul",
-        "addcdiv",
         "eq",
         "ne",
         "lt",
@@ -57,7 +53,6 @@ SCALARS_ALLOWED = frozenset(
         "hypot",
         "fill",
         "masked_fill",
-        "clamp",
         "clamp_min",
         "clamp_max",
         "threshold_backward",
@@ -68,10 +63,10 @@ SCALARS_ALLOWED = frozenset(
         "_foreach_div",
     ]
 )
-"""Operations that take CPU tensors without dimensions beside tensors of the device: those made of a
-TensorIterator that allows them, and a few that read the number themselves."""
+"""Operations that take CPU tensors without dimensions as operands, those of a TensorIterator with
+`allow_cpu_scalars`."""
 INDEXING = frozenset(["index", "index_put", "_index_put_impl"])
-"""Operations whose indices may lie on the CPU; they are copied."""
+"""Operations that copy indices on the CPU to the device."""
 READS = frozenset(
     [
         "_local_scalar_dense",
@@ -95,10 +90,10 @@ READS = frozenset(
         "linalg_lstsq",
     ]
 )
-"""Operations that wait for a value of the device: for the size of their result, or to check it.
-`repeat_interleave` does not if it is told the size, nor `segment_reduce` if told to be `unsafe`."""
+"""Operations that wait for a value of the device: for the size of their result, unless it is given,
+or to check it, unless that is waived."""
 PRODUCTS = frozenset(["mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot", "addbmm"])
-"""Operations of cuBLAS, which strict algorithms allow with a fixed workspace alone."""
+"""Operations of cuBLAS, of floating point; strict algorithms allow them with a fixed workspace."""
 ORDERED_IF_STRICT = frozenset(
     [
         "index_add",
@@ -116,7 +111,7 @@ floating point, `bincount` with weights and `scatter_reduce` of products."""
 
 
 class Pretended(Tensor):
-    """A tensor of the device; `inner` has its values, on the CPU."""
+    """A tensor of the device; `inner` holds its values on the CPU."""
 
     inner: Tensor
 
@@ -130,7 +125,7 @@ class Pretended(Tensor):
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
             layout=inner.layout,
-            device=inner.device,  # of which alone a build for CPUs can tell autograd
+            device=inner.device,  # autograd of a CPU build knows no other
             requires_grad=requires_grad,
         )
         self.inner = inner.detach() if inner.requires_grad else inner
@@ -174,6 +169,7 @@ class Pretended(Tensor):
 
     def record_stream(self, stream: Any) -> None:
         stream.note("record_stream")
+        the_device().order.record(address(self), stream)
 
     @classmethod
     def __torch_dispatch__(
@@ -183,36 +179,39 @@ class Pretended(Tensor):
         full_name = func._schema.name.split("::")[1]
         name = full_name.rstrip("_") or full_name
         _refuse_mixed(name, args, kwargs)
-        _refuse_unordered(name, args, kwargs)
-        _note_reads_and_copies(name, args, kwargs)
+        _refuse_kernels(name, args, kwargs)
+        _keep_order(func, args, kwargs)
+        _note_reads(name, args, kwargs)
         plain_args, plain_kwargs = plain((args, kwargs))
         if is_cuda(plain_kwargs.get("device")):
             plain_kwargs["device"] = CPU
         if name == "_fused_adamw":
             return _adamw(plain_args, plain_kwargs)
         out = func(*plain_args, **plain_kwargs)
-        if name == "copy" and is_plain(args[0]):
-            return args[0]
+        if name == "copy":
+            _note_copy(args, kwargs)
+            if is_plain(args[0]):
+                return args[0]
         return return_and_correct_aliasing(func, args, kwargs, wrapped(out))
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is a tensor of the CPU."""
+    """True for a tensor of the CPU."""
     return isinstance(value, Tensor) and not isinstance(value, Pretended)
 
 
 def is_cuda(device: Any) -> bool:
-    """Whether what torch takes as a device names the pretended one."""
+    """True if a device, as torch takes one, is the pretended one."""
     return device is not None and torch.device(device).type == "cuda"
 
 
 def plain(tree: Any) -> Any:
-    """A tree with the inner tensors in the place of those of the device."""
+    """A tree with the device's tensors replaced by their inner ones."""
     return map_tensors(lambda each: each.inner if isinstance(each, Pretended) else each, tree)
 
 
 def wrapped(tree: Any) -> Any:
-    """A tree with tensors of the device in the place of plain ones; memory is shared."""
+    """A tree with plain tensors replaced by tensors of the device on the same memory."""
     return map_tensors(wrap, tree)
 
 
@@ -230,7 +229,7 @@ def wrap(tensor: Tensor) -> Pretended:
 
 
 def _refuse_mixed(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises as CUDA does where tensors lie on two devices and none of its exceptions holds."""
+    """Raises as CUDA does for operands on two devices, with its exceptions."""
     tensors = tensors_of((args, kwargs))
     strangers = [each for each in tensors if is_plain(each)]
     if not strangers or len(strangers) == len(tensors) or name == "copy":
@@ -247,9 +246,14 @@ def _refuse_mixed(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     )
 
 
-def _refuse_unordered(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises where strict algorithms lack one; notes what has no fixed order without them."""
+def _refuse_kernels(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises for an operation without a kernel, or without a strict one where that is asked for.
+
+    Notes an operation without a fixed order of sums.
+    """
     is_strict = torch.are_deterministic_algorithms_enabled()
+    if name in PRODUCTS and not (args[0].is_floating_point() or args[0].is_complex()):
+        raise NotImplementedError(f"{name} has no kernel for {args[0].dtype} on CUDA ({site()})")
     if is_strict and name in PRODUCTS:
         workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
         if workspace not in (":4096:8", ":16:8"):
@@ -267,7 +271,7 @@ def _refuse_unordered(name: str, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def _order(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether sums have a fixed order on CUDA never, and if algorithms are strict."""
+    """Two flags: the order of sums on CUDA is never fixed, and it is under strict algorithms."""
     if name == "cumsum":
         return args[0].is_floating_point(), False
     if name == "bincount":
@@ -281,29 +285,57 @@ def _order(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[b
     return name in NEVER_ORDERED, name in ORDERED_IF_STRICT
 
 
-def _note_reads_and_copies(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _keep_order(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Adds an operation to the current stream, with the memory that it reads and writes."""
+    order = the_device().order
+    if len(order.streams) == 1:
+        order.operate((), ())
+        return
+    named = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+    changed = {
+        each.name
+        for each in func._schema.arguments
+        if each.alias_info is not None and each.alias_info.is_write
+    }
+    found: dict[bool, list[int]] = {False: [], True: []}
+    for name, value in named.items():
+        for tensor in tensors_of(value):
+            if isinstance(tensor, Pretended) and tensor.numel():
+                found[name in changed].append(address(tensor))
+    order.operate(found[False], found[True])
+
+
+def address(tensor: Pretended) -> int:
+    """The address of a tensor's storage, which its views share."""
+    return tensor.inner.untyped_storage().data_ptr()
+
+
+def _note_reads(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Notes waits of the host, and copies of indices on the host."""
     device = the_device()
-    is_told = "output_size" in kwargs or kwargs.get("unsafe", False)
-    if name in READS and not is_told:
+    if name in READS and kwargs.get("output_size") is None and not kwargs.get("unsafe"):
         device.read(name)
-    if name == "copy" and is_plain(args[0]) != is_plain(args[1]):
+    if name not in INDEXING or is_plain(args[0]):
+        return
+    indices = [index for index in args[1] if index is not None]
+    # one value under one mask is filled in, and no entry has to be found
+    fills = name != "index" and len(indices) == 1 and args[2].numel() == 1 and not any(args[3:4])
+    for index in indices:
+        is_mask = index.dtype in (torch.bool, torch.uint8)
+        if is_plain(index):
+            copied = index.nonzero() if is_mask and not fills else index
+            device.copy(TO_DEVICE, copied, copied, non_blocking=False)
+        elif is_mask and not fills:
+            device.read("mask")
+
+
+def _note_copy(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Notes a `copy_` between devices."""
+    if is_plain(args[0]) != is_plain(args[1]):
         target, source = plain(args[:2])
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         direction = TO_HOST if is_plain(args[0]) else TO_DEVICE
-        device.copy(direction, source, target, non_blocking=non_blocking)
-    if name in INDEXING and isinstance(args[0], Pretended):
-        indices = [index for index in args[1] if index is not None]
-        # one value under one mask is filled in, and no entry has to be found
-        fills = (
-            name != "index" and len(indices) == 1 and args[2].numel() == 1 and not any(args[3:4])
-        )
-        for index in indices:
-            is_mask = index.dtype in (torch.bool, torch.uint8)
-            if is_plain(index):
-                copied = index.nonzero() if is_mask and not fills else index
-                device.copy(TO_DEVICE, copied, copied, non_blocking=False)
-            elif is_mask and not fills:
-                device.read("mask")
+        the_device().copy(direction, source, target, non_blocking=non_blocking)
 
 
 def _adamw(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Single calls on a pretended CUDA device: the CPU's bits, and no wait for each linear or token.
+"""Single calls on a pretended CUDA device: the CPU's bits, and no host read per linear or token.
 
 See `pretend`; whole jobs are in `test_devices`.
 """
@@ -40,8 +40,9 @@ from orchestrator.models.training import Training
 from orchestrator.plan import Assignment
 
 PADDINGS = (0,)
-"""Padding tokens of the sequences that passes are counted on. With some, the statistics wait for
-the mask at every linear (`Calibration._select`); to be added here once that is mended."""
+"""Numbers of padding tokens at which the reads of a pass are counted. With padding the statistics
+read the mask at every linear (`Calibration._select`): a number above 0 belongs here once they do
+not."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def compressed(dense, tmp_path_factory):
 
 
 def every_form(survey):
-    """Sparse, both, low rank and pivoted in turn."""
+    """Linears that are sparse, low rank with entries, low rank and pivoted in turn."""
     assignments = {}
     for turn, linear in enumerate(survey.linears):
         half = linear.break_even // 2
@@ -96,7 +97,7 @@ def same(one, other):
 
 
 class Case:
-    """What calls are given, on a device: a weight, rows that it reads, moments, logits."""
+    """Arguments on a device: a weight, its input rows, second moments, logits."""
 
     def __init__(self, device, outputs=40, inputs=24):
         specimen = of_model(outputs, inputs)
@@ -128,7 +129,7 @@ class Case:
 
     @property
     def whole_statistic(self):
-        """With the curvature of all outputs, whatever their number."""
+        """The statistic with the curvature [O, O] of the outputs."""
         return InputGram(self.moment_II, curvature=Curvature(self.bend_OO, 96))
 
 
@@ -254,7 +255,10 @@ def of_outputs(linear, site):
 
 
 class Passes:
-    """A pass of one chunk through a shard of both blocks, of each kind that there is."""
+    """Every kind of pass of one chunk through a shard of both blocks.
+
+    A generator each: it opens the shard, yields, and performs the pass.
+    """
 
     def __init__(self, dense, compressed):
         self._dense, self._compressed = dense, compressed
@@ -325,13 +329,13 @@ KINDS = [name for name in vars(Passes) if name[0] != "_"]
 
 
 def waits(run, *, tokens, padding, linears):
-    """How often the host waits for the device in one pass, by line."""
+    """Host reads and copies to the host in one pass, by line."""
     tokens_BT = torch.arange(tokens)[None] * 7 % VOCABULARY
     mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
     mask_BT[:, tokens - padding :] = False
     with pretended_device() as device:
         steps = run(Chunk(0, tokens_BT, mask_BT), linears)
-        next(steps)  # the shard is open
+        next(steps)
         device.clear()
         assert next(steps, None) is None
         copies = [each for each in device.copies if each.direction == TO_HOST]
@@ -341,7 +345,7 @@ def waits(run, *, tokens, padding, linears):
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_waits_for_no_linear_and_no_token(kind, padding, dense, compressed):
-    """As often for one linear as for fourteen, and for eight tokens as for sixteen."""
+    """As many reads for one linear as for fourteen, and for eight tokens as for sixteen."""
     run = getattr(Passes(dense, compressed), kind)
     one = waits(run, tokens=8, padding=padding, linears=1)
     assert waits(run, tokens=8, padding=padding, linears=14) == one

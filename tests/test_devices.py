@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 import torch
-from families import _llama, write_model
-from pipeline import SENTENCES, add_tokenizer, contents, run, write_text
+from families import FAMILIES, _llama, write_model
+from pipeline import SENTENCES, add_tokenizer, contents, run, with_tokenizer, write_text
 from pretend import TO_HOST, pretended_device
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,7 +24,7 @@ FEW = {
     "cap": {"cap": {"iterations": 1, "samples": 2, "buckets": 16}},
     "two-sided-sparse": {"two-sided-sparse": {"densities": "0 0.3", "steps": 2}},
 }
-"""Options of the methods that try much, for fewer trials."""
+"""Options for fewer trials, by method."""
 REFINEMENT = {"epochs": 2, "batches": 1, "learning_rate": 2e-4}
 TRAINING = {"epochs": 2, "batches": 1, "every": 1, "learning_rate": 2e-4, "top_k": 24}
 FORMS = {
@@ -40,7 +40,7 @@ FORMS = {
 STEPS = {f"models/{name}.py" for name in ("distill", "refine", "training")}
 """Files whose code runs for each step, and in it for each parameter and slice of tokens."""
 PASSES = {f"models/{name}.py" for name in ("calibration", "chunk", "modules", "shard", "streams")}
-"""Files whose code runs for each chunk, and in it for each linear."""
+"""Files whose code runs for each chunk or each linear in it."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def documents(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Run directories by form, from which the modes of a stage go on."""
+    """A directory for run directories by form, shared by the modes of a stage."""
     return tmp_path_factory.mktemp("runs")
 
 
@@ -95,8 +95,7 @@ def compress_on_both(model, text, out, *, runs=None, **fields):
     Nothing may add in an order that CUDA does not fix: it would give other bits at the next call.
 
     Args:
-        runs: Where a run directory of each device is shared with other recipes; beside `out`
-            without it.
+        runs: A directory for the run directories, to share them with other recipes.
     """
     fields, runs = SMALL | fields, runs or out
     run(model, out / "cpu", text, run_dir=str(runs / "cpu.run"), **fields)
@@ -127,13 +126,21 @@ def assert_a_step_is_read_once(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method, dtype, model, text, tmp_path):
-    """Every method writes the CPU's files; passes wait once a sequence, shard and line at most."""
+    """Every method writes the CPU's files; no line of a pass reads more than once a sequence."""
     options = FEW.get(method, {})
     device = compress_on_both(model[dtype], text, tmp_path, method=method, options=options)
     if method not in ("asvd", "cap"):  # each of their trials is a pass
         passes = 2 if METHODS[method].labels else 1
         waits = Counter(each.site for each in device.reads if each.site.file in PASSES)
         assert all(count <= 2 * 2 * passes for count in waits.values()), waits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+def test_families(family, checkpoint, text, tmp_path):
+    """Other families: their masks, positions, norms, biases and transposed weights."""
+    dense = with_tokenizer(checkpoint(family), tmp_path / "dense")
+    compress_on_both(dense, text, tmp_path, samples=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -193,7 +200,7 @@ def test_training(form, mode, model, text, tmp_path, runs):
 
 
 def test_training_towards_targets_that_pass_by(model, text, tmp_path):
-    """Targets recomputed by the dense model beside the compressed one."""
+    """Targets recomputed by the dense model during training."""
     options = {"training": TRAINING | {"targets": "recomputed", "cross_entropy": 0.1}}
     compress_on_both(model["float32"], text, tmp_path, train="all", options=options)
 
@@ -216,7 +223,7 @@ def test_padded_text(fields, model, documents, tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_recipe_in_bfloat16(model, text, tmp_path):
-    """Every stage behind the plan in one run of a model of 16 bits."""
+    """Every stage after the plan in one run of a 16-bit model."""
     fields = {"method": "two-sided", "storage": "pivoted", "compensate": "anchored"}
     fields |= {"refine": "swept", "train": "lean"}
     options = {"refinement": REFINEMENT, "training": TRAINING}
@@ -253,7 +260,7 @@ def test_evaluation(compares, padded, compressed, text, documents, tmp_path):
 
 
 def test_verification_and_export(compressed, tmp_path):
-    """Where there is a GPU, sizes, errors and logits are verified as without, and exported."""
+    """Verification finds the same with a GPU as without, and exports have the same bytes."""
     dense, out = compressed
     found = verify(out, against=dense)
     export(out, tmp_path / "cpu")

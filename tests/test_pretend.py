@@ -1,5 +1,6 @@
-"""The pretended CUDA device itself: it refuses what CUDA refuses, and counts what costs."""
+"""The pretended CUDA device refuses what CUDA refuses, and counts what a GPU waits for."""
 
+import copy
 import threading
 
 import pytest
@@ -10,13 +11,13 @@ from torch import nn
 
 @pytest.fixture
 def device():
-    """A pretended device, on which the test runs."""
+    """A pretended device for the test."""
     with pretended_device() as found:
         yield found
 
 
 def on_device(*shape):
-    """Numbers from 1 on, on the device."""
+    """Numbers from 1 on the device."""
     return torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape).cuda()
 
 
@@ -39,13 +40,20 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_devices_do_not_mix(name, device):
-    """Operands on two devices are an error, as the message of CUDA has it."""
+    """Operands on two devices raise CUDA's error."""
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         REFUSED[name](on_device(3, 3))
 
 
+def test_integers_are_not_multiplied(device):
+    """cuBLAS has no product of integers, which a CPU has."""
+    whole = on_device(3, 3).long()
+    with pytest.raises(NotImplementedError, match=r"mm has no kernel for torch\.int64"):
+        whole @ whole
+
+
 def test_what_cuda_allows_is_allowed(device):
-    """Numbers of the host in elementwise operations, indices and masks of the host, copies."""
+    """Host scalars in elementwise operations, host indices and masks, copies."""
     matrix, number = on_device(3, 3), torch.tensor(2.0)
     assert (matrix * number).is_cuda
     assert torch.where(matrix > 2, matrix, number).is_cuda
@@ -57,7 +65,7 @@ def test_what_cuda_allows_is_allowed(device):
 
 
 def test_numbers_of_the_device_are_copied_before_numpy(device):
-    """`numpy` and numpy's own functions take tensors of the host alone."""
+    """`numpy` and numpy's own functions take host tensors only."""
     for attempt in (Pretended.numpy, torch.Tensor.numpy, torch.Tensor.__array__):
         with pytest.raises(TypeError, match="copy the tensor to host memory"):
             attempt(on_device(3))
@@ -65,7 +73,7 @@ def test_numbers_of_the_device_are_copied_before_numpy(device):
 
 
 def test_generators_belong_to_a_device(device):
-    """A generator of the CPU draws nothing for the device, nor one of the device for the CPU."""
+    """A CPU generator draws no numbers on the device, nor the reverse."""
     weights = on_device(2, 3)
     for place, generator in ((CUDA, torch.Generator()), ("cpu", torch.Generator("cuda"))):
         with pytest.raises(RuntimeError, match="device type for generator"):
@@ -77,7 +85,7 @@ def test_generators_belong_to_a_device(device):
 
 
 def test_gradients_lie_with_their_tensors(device):
-    """Of a parameter of the device, given or assigned, a gradient of the host is an error."""
+    """A host gradient for a device tensor is an error, passed or assigned."""
     weight = nn.Parameter(on_device(3, 3))
     for attempt in (
         lambda: torch.autograd.backward([weight * 2], [torch.ones(3, 3)]),
@@ -92,7 +100,7 @@ def test_gradients_lie_with_their_tensors(device):
 
 
 def test_hooks_of_a_backward_pass_are_on_the_device(device):
-    """What a hook makes and moves is on the device too."""
+    """A hook makes and moves tensors of the device too."""
     seen = []
     weight = nn.Parameter(on_device(3))
     out = weight * 2
@@ -120,7 +128,7 @@ READS = {
 
 @pytest.mark.parametrize("name", READS)
 def test_reads_are_counted(name, device):
-    """Everything that makes the host wait, with the line that asks."""
+    """Every wait of the host, with its line."""
     matrix = on_device(3, 3)
     device.clear()
     READS[name](matrix)
@@ -130,7 +138,7 @@ def test_reads_are_counted(name, device):
 
 
 def test_work_on_the_device_is_no_read(device):
-    """Products, indices, filling in under a mask and solves that are not checked."""
+    """Products, indices, filling under a mask and unchecked solves make no host wait."""
     matrix = on_device(3, 3)
     device.clear()
     matrix.T @ matrix
@@ -179,7 +187,7 @@ COPIES = {
 
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_are_counted(name, device):
-    """Bytes on the bus, and those that the host writes before or after, by CUDA's rules."""
+    """Bytes on the bus, and bytes that the host writes in addition, by CUDA's rules."""
     act, direction, size, converted = COPIES[name]
     act()
     (copy,) = device.copies
@@ -188,7 +196,7 @@ def test_copies_are_counted(name, device):
 
 
 def test_conversions_on_the_host_are_counted(device):
-    """A tensor of the host that is turned or widened there is; one of the device is not."""
+    """Host tensors made contiguous or cast on the host count, device tensors do not."""
     matrix = torch.ones(4, 6)
     matrix.contiguous()
     matrix.to(torch.float32)
@@ -202,31 +210,18 @@ def test_conversions_on_the_host_are_counted(device):
     ]
 
 
-def test_pinned_memory_and_streams(device):
-    """Staging buffers are known as pinned, and a copy has the stream that it was asked in."""
-    side = torch.cuda.Stream()
-    buffer = torch.empty(8, pin_memory=True)
-    with torch.cuda.stream(side):
-        found = buffer[:4].to(CUDA, non_blocking=True)
-        event = side.record_event()
-    torch.cuda.current_stream().wait_event(event)
-    found.record_stream(torch.cuda.current_stream())
-    assert (found + 1).is_cuda
-    assert buffer.is_pinned()
-    assert torch.ones(2).pin_memory().is_pinned()
-    assert not torch.ones(2).is_pinned()
-    (copy,) = device.copies
-    assert copy.pinned
-    assert copy.non_blocking
-    assert copy.stream == side.number != torch.cuda.default_stream().number
-    asked = [(call.operation, call.stream) for call in device.stream_calls]
-    assert asked == [("record_event", side.number), ("wait_event", 0), ("record_stream", 0)]
-    with pytest.raises(RuntimeError, match="cannot pin"):
-        found.pin_memory()
+def test_what_does_not_fit_is_out_of_memory():
+    """Too large an allocation raises the allocator's error; a dropped tensor makes room."""
+    with pretended_device(1000):
+        one = torch.zeros(200, device=CUDA)
+        with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\."):
+            torch.zeros(100, device=CUDA)
+        del one
+        torch.zeros(250, device=CUDA)
 
 
 def test_memory_is_that_of_living_tensors():
-    """Views share it, what is dropped is free, and the peak and the reserve remember it."""
+    """Views share memory, a dropped tensor frees it, peak and reserve keep the maximum."""
     with pretended_device(1000):
         one = torch.zeros(25, device=CUDA)
         view = one[5:]
@@ -244,7 +239,7 @@ def test_memory_is_that_of_living_tensors():
 
 
 def test_what_a_backward_pass_needs_is_allocated_until_then(device):
-    """Tensors that autograd has saved live on without a name."""
+    """Tensors saved by autograd stay allocated until the backward pass."""
     weight = nn.Parameter(torch.ones(10, device=CUDA))
     before = torch.cuda.memory_allocated()
     loss = weight.exp().square().sum()
@@ -255,7 +250,7 @@ def test_what_a_backward_pass_needs_is_allocated_until_then(device):
 
 
 def test_sums_without_a_fixed_order_are_told(device):
-    """Those that differ from run to run, unless strict algorithms are asked for."""
+    """Sums that differ from run to run are listed unless algorithms are strict."""
     matrix, index = on_device(3, 3), torch.zeros(3, dtype=torch.int64, device=CUDA)
     weight = nn.Parameter(matrix)
     weight.index_select(0, index).sum().backward()
@@ -278,7 +273,7 @@ def strict(monkeypatch):
 
 
 def test_strict_algorithms(device, strict, monkeypatch):
-    """They have an order for most sums, none for some, and need a workspace for products."""
+    """Strict algorithms order most sums, raise for some, and need a workspace for products."""
     matrix, index = on_device(3, 3), torch.zeros(3, dtype=torch.int64, device=CUDA)
     matrix.index_add(0, index, matrix)
     index.cumsum(0)
@@ -298,7 +293,7 @@ def test_strict_algorithms(device, strict, monkeypatch):
 
 
 def test_fused_adamw_takes_the_cpus_steps(device):
-    """The kernel for all parameters at once is CUDA's alone: its steps are the default's."""
+    """`fused=True` gives the bits of the CPU's default implementation."""
 
     def trained(place, **options):
         weight = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4).to(place))
@@ -313,25 +308,26 @@ def test_fused_adamw_takes_the_cpus_steps(device):
         assert torch.equal(one, other)
 
 
-def test_threads_are_on_the_device_too(device):
-    """A thread that is started inside makes and moves tensors like this one, in its own stream."""
-    found = []
-
-    def work():
-        with torch.cuda.stream(torch.cuda.Stream()):
-            found.append(torch.ones(3).to(CUDA))
-            found.append(found[0].cpu())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert [each.is_cuda for each in found] == [True, False]
-    assert [copy.stream for copy in device.copies] == [1, 1]
-    assert torch.cuda.current_stream().number == 0
+def test_modules_and_copies_move_whole(device):
+    """Modules moved, cast and copied have parameters of their device alone."""
+    linear = nn.Linear(3, 3)
+    expected = linear(torch.ones(3))
+    linear.to(CUDA)
+    ours = [on_device(2).new_tensor([1.0]), *copy.deepcopy(linear).parameters()]
+    assert all(tensor.is_cuda for tensor in [*linear.parameters(), *ours])
+    assert torch.equal(on_host(linear(torch.ones(3, device=CUDA))), expected)
+    assert {each.dtype for each in linear.half().parameters()} == {torch.float16}
+    other = copy.deepcopy(linear.weight)
+    with torch.no_grad():
+        other.zero_()
+    assert bool((linear.weight != 0).any())
+    assert not any(tensor.is_cuda for tensor in linear.cpu().parameters())
+    with pytest.raises(NotImplementedError, match=r"assignment to Tensor\.data"):
+        other.data = torch.ones(3, 3, device=CUDA)
 
 
 def test_nothing_stays():
-    """Outside, torch is what it was."""
+    """After the context torch is as before."""
     before = torch.cuda.is_available, torch.Generator, threading.Thread.run, torch.autograd.backward
     with pretended_device():
         assert torch.cuda.is_available()
