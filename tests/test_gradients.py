@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pretend import TO_DEVICE, TO_HOST, on_host, pretended_device
 
 from orchestrator.cluster.gradients import PIECE_VALUES, merge_records, pack
 from orchestrator.models.refine import merge
@@ -65,3 +66,24 @@ def test_float64_stays():
     for place, gradient in one.items():
         assert torch.equal(found[place], gradient)
         assert found[place].dtype == torch.float64
+
+
+def test_a_device_gives_its_slices_and_takes_the_sum_alone():
+    """Bytes to a GPU are those of one slice, however many there are; all copies are pinned."""
+    slices = [{0: torch.randn(300, 200), 1: torch.randn(7)} for _ in range(4)]
+    expected = merge([{place: each.clone() for place, each in one.items()} for one in slices])
+    with pretended_device() as device:
+        on_device = [{place: each.cuda() for place, each in one.items()} for one in slices]
+        device.clear()
+        records = [pack(part, one) for part, one in enumerate(on_device)]
+        found = merge_records(records, torch.device("cuda"))
+        sent = {
+            way: [c for c in device.copies if c.direction == way] for way in (TO_HOST, TO_DEVICE)
+        }
+        assert all(each.is_cuda for each in found.values())
+    for place, total in on_host(found).items():
+        assert torch.equal(total, expected[place])
+    assert sum(copy.bytes for copy in sent[TO_HOST]) == 4 * 4 * 60_007
+    assert sum(copy.bytes for copy in sent[TO_DEVICE]) == 4 * 60_007
+    assert all(copy.pinned for copies in sent.values() for copy in copies)
+    assert not device.reads

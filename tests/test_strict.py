@@ -32,6 +32,17 @@ RECIPES = {
     },
     "scales": {"train": "light", "options": {"training": TRAINING}},
 }
+STAGES = {
+    "curvature": ["calibrate"],
+    "pruned": ["calibrate"],
+    "blocks": ["refine"],
+    "in order": ["walk"],
+    "swept": ["refine", "sweep"],
+    "train": ["train"],
+    "recomputed": ["train"],
+    "scales": ["train"],
+}
+"""Those that compute gradients, as the report names them."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +88,7 @@ def test_the_context_restores_whatever_was_set(mode, fills, settings):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_backward_pass_is_strict(name, model, text, tmp_path):
-    """So is the pass before it, of every module that gradients reach, in every stage with any."""
+    """So is the pass before it, of all modules that gradients reach, in the stages reported."""
     modes = []
 
     def watch(module, inputs, output):
@@ -89,11 +100,12 @@ def test_every_backward_pass_is_strict(name, model, text, tmp_path):
 
     hook = register_module_forward_hook(watch)
     try:
-        run(model, tmp_path / "out", text, samples=4, sequence_length=24, **RECIPES[name])
+        result = run(model, tmp_path / "out", text, samples=4, sequence_length=24, **RECIPES[name])
     finally:
         hook.remove()
     assert modes
     assert set(modes) == {(2, 2)}
+    assert result.report["gradients"] == {"algorithms": "deterministic", "stages": STAGES[name]}
     assert torch.get_deterministic_debug_mode() == 0
 
 
@@ -104,11 +116,13 @@ def test_forward_passes_are_not_strict(model, text, tmp_path):
         lambda *_: modes.append(torch.get_deterministic_debug_mode())
     )
     try:
-        run(model, tmp_path / "out", text, samples=4, sequence_length=24)
+        fields = {"samples": 4, "sequence_length": 24, "compensate": "blend"}
+        result = run(model, tmp_path / "out", text, **fields)
     finally:
         hook.remove()
     assert modes
     assert set(modes) == {0}
+    assert "gradients" not in result.report
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from orchestrator.models.index_codes import encode
 from orchestrator.models.layout import FileSpec, TensorSpec
 from orchestrator.models.shard import Shard
 from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.transport import CPU, upload
+from orchestrator.models.transport import CPU, download, upload
 from orchestrator.models.weights import Weights
 from orchestrator.plan import Curve, Linear
 from orchestrator.store.places import Place
@@ -221,7 +221,7 @@ class CompressionWorker(Worker):
         parts = result.weight_SR, result.down_RI, result.order_O
         unit = self.run.units.begin(self.task.pivoted_key(linear, rank))
         with unit.file(PIVOTED_FILE) as path:
-            stored = (each.contiguous().cpu() for each in parts)
+            stored = (download(each.contiguous()) for each in parts)
             save_file(dict(zip(PIVOTED_PARTS, stored, strict=True)), path)
         facts = {"numerics": result.report, "timings": {"seconds": time.monotonic() - start}}
         unit.commit(environment=self.environment(), facts=facts)
@@ -355,7 +355,7 @@ def _stored(
     if isinstance(result, RankedParts):
         stored |= {"sketch": result.sketch_IS, "ridge": result.ridge_I}
     # transposed where it lies: on a GPU, if there is one, in milliseconds
-    return {name: rows.contiguous().cpu() for name, rows in stored.items()}
+    return {name: download(rows.contiguous()) for name, rows in stored.items()}
 
 
 def _save(tensors: dict[str, Tensor], unit: UnitWriter, name: str) -> None:

@@ -22,7 +22,7 @@ from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.refit import refit
 from orchestrator.models.calibration import Calibration, as_dense, dense_weight
 from orchestrator.models.shard import Shard
-from orchestrator.models.transport import upload
+from orchestrator.models.transport import download, upload
 from orchestrator.plan import FACTORED, Linear, Plan
 
 FITTED_FILE = "fitted.safetensors"
@@ -102,7 +102,7 @@ class RefitWorker(CompressionWorker):
             said |= {linear.name: eigen.report} if eigen.report else {}
             self._calibration.forget([linear])
             # ranks as rows, like everything that is stored of a linear
-            fitted[linear.name] = fitted_OR.T.contiguous().cpu()
+            fitted[linear.name] = download(fitted_OR.T.contiguous())
         facts = {"numerics": said, "timings": {"seconds": time.monotonic() - start}}
         unit = self.run.units.begin(self.task.refit_keys[block])
         with unit.file(FITTED_FILE) as path:

@@ -62,6 +62,11 @@ class TrainedStage(ABC):
         return sorted({each.block for each in self._job.linears if forms[each.name] != "dense"})
 
     @property
+    def has_gradients(self) -> bool:
+        """Whether its blocks are trained by gradients; some stages solve instead."""
+        return True
+
+    @property
     def shared(self) -> dict[str, Any]:
         """The fields of the workers' task that all such stages have."""
         job = self._job

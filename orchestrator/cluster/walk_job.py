@@ -69,6 +69,10 @@ class Walk(TrainedStage):
         return list(range(max(super().blocks, default=-1) + 1))
 
     @property
+    def has_gradients(self) -> bool:
+        return self._refinement is not None
+
+    @property
     def task(self) -> WalkTask:
         return WalkTask(
             **self.shared,

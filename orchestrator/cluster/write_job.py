@@ -12,6 +12,7 @@ from orchestrator.cluster.refit_job import Refit
 from orchestrator.cluster.report import make_report
 from orchestrator.cluster.schedule import Bag, Call
 from orchestrator.cluster.taken_up import taken_up
+from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.watch import Stage, Watch
 from orchestrator.hf.bootstrap import bootstrap_source
 from orchestrator.models.checkpoint import finish
@@ -118,7 +119,14 @@ class Writing:
         for after in job.after:
             report[after.name] = after.report
             report["timings"][after.name] = after.timings
+        if stages := self._stages_with_gradients():
+            report["gradients"] = {"algorithms": "deterministic", "stages": stages}
         return report
+
+    def _stages_with_gradients(self) -> list[str]:
+        trained = [each for each in self.job.after if isinstance(each, TrainedStage)]
+        calibrates = ["calibrate"] if self.job.bends else []
+        return calibrates + [each.name for each in trained if each.has_gradients]
 
     def _timings(self, crew: Crew, watch: Watch) -> dict[str, Any]:
         """All that may differ between two equal runs."""

@@ -4,7 +4,7 @@ Shape suffixes: O outputs, I inputs, N entries, P parts.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -94,8 +94,8 @@ def _part_sums(matrix_OI: Tensor, positions_N: Tensor) -> Tensor:
 
 def _tails(energies_P: Tensor) -> list[float]:
     """What is left of the sum after each number of parts, [P + 1]; from the end, so 0 at last."""
-    tails: list[float] = [*energies_P.flip(0).cumsum(0).flip(0).tolist(), 0.0]
-    return tails
+    # added up on the host: CUDA's cumsum of floats has no fixed order
+    return [*accumulate(energies_P.tolist()[::-1], initial=0.0)][::-1]
 
 
 def _activation_losses(weight_OI: Tensor, positions_N: Tensor, statistic: InputGram) -> list[float]:

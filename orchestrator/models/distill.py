@@ -131,11 +131,13 @@ def distill(
             where_T, label_T, real_T = bring(torch.stack(parts), device)
             real_T = real_T.bool()
             logits_TV = logits_BTV[row, where_T].float()
-            divergence, grad_TV = _divergence(logits_TV, targets, row, where_T, temperature)
+            divergence, grad_TV = _divergence(
+                logits_TV, targets, row, where_T, temperature, has_gradient=weights is not None
+            )
             log_q_TV = logits_TV.log_softmax(dim=-1)
             entropy_T = -log_q_TV.gather(1, label_T[:, None]).squeeze(1).double()
             sums += torch.stack([divergence, entropy_T.where(real_T, 0.0).sum()])
-            if grad_BTV is not None and weights is not None:
+            if grad_BTV is not None and grad_TV is not None and weights is not None:
                 grad_TV *= weights.divergence
                 if weights.cross_entropy:
                     pull_TV = log_q_TV.exp_()
@@ -153,26 +155,34 @@ def _followed(mask_T: Tensor, where_T: Tensor) -> Tensor:
 
 
 def _divergence(
-    logits_TV: Tensor, targets: TopK | Tensor, row: int, where_T: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """τ² KL summed over some tokens, float64, and its gradient by their logits."""
+    logits_TV: Tensor,
+    targets: TopK | Tensor,
+    row: int,
+    where_T: Tensor,
+    temperature: float,
+    *,
+    has_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """τ² KL summed over some tokens, float64, and its gradient by their logits if it has one."""
     log_q_TV = (logits_TV / temperature).log_softmax(dim=-1)
     q_TV = log_q_TV.exp()
     if isinstance(targets, Tensor):
         log_p_TV = (targets[row, where_T].to(q_TV) / temperature).log_softmax(dim=-1)
         p_TV = log_p_TV.exp()
         total = (p_TV * (log_p_TV - log_q_TV)).sum(dim=-1, dtype=torch.float64).sum()
-        return temperature**2 * total, temperature * (q_TV - p_TV)
+        return temperature**2 * total, temperature * (q_TV - p_TV) if has_gradient else None
     parts = (targets.log_p_BTK, targets.index_BTK, targets.log_rest_BT)
     log_p_TK, index_TK, log_r_T = (part[row, where_T] for part in parts)
     index_TK = index_TK.long()
     p_TK, r_T = log_p_TK.exp(), log_r_T.exp()
     total_T = (p_TK * (log_p_TK - log_q_TV.gather(1, index_TK))).sum(dim=-1, dtype=torch.float64)
-    grad_TV = q_TV
+    rest_TV = None
     if index_TK.shape[1] < q_TV.shape[1]:
         rest_TV = log_q_TV.scatter(1, index_TK, -torch.inf)
         total_T += (r_T * (log_r_T - rest_TV.logsumexp(dim=-1))).where(r_T > 0, 0.0)
-        # how the model divides the rest, times its mass in the targets
-        grad_TV = q_TV - r_T[:, None] * rest_TV.softmax(dim=-1)
-    grad_TV = grad_TV.scatter_add(1, index_TK, -p_TK)
-    return temperature**2 * total_T.sum(), temperature * grad_TV
+    divergence = temperature**2 * total_T.sum()
+    if not has_gradient:
+        return divergence, None
+    # how the model divides the rest, times its mass in the targets
+    grad_TV = q_TV if rest_TV is None else q_TV - r_T[:, None] * rest_TV.softmax(dim=-1)
+    return divergence, temperature * grad_TV.scatter_add(1, index_TK, -p_TK)

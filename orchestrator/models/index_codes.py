@@ -9,6 +9,7 @@ Shape suffixes: O outputs, I inputs, E elements (O I), N nonzeros.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,13 +74,38 @@ def materialize(
     a nonzero for the others. No shape depends on data, so it runs on the meta device and compiles.
     """
     elements = out_features * in_features
-    dense_E = values_N.new_zeros(elements)
     if code == "bitmask":
-        dense_E = dense_E.masked_scatter(_mask(tensors["index"], elements), values_N)
+        trains = values_N.requires_grad and not torch.compiler.is_compiling()
+        spread = _Spread.apply if trains else _spread
+        dense_E: Tensor = spread(values_N, _mask(tensors["index"], elements))
     else:
         positions_N = decode(code, tensors, out_features, in_features)
-        dense_E = dense_E.scatter(0, positions_N, values_N)
+        dense_E = values_N.new_zeros(elements).scatter(0, positions_N, values_N)
     return dense_E.view(out_features, in_features)
+
+
+def _spread(values_N: Tensor, mask_E: Tensor) -> Tensor:
+    """Zeros [E] with the values where the mask is."""
+    return values_N.new_zeros(mask_E.shape).masked_scatter(mask_E, values_N)
+
+
+class _Spread(torch.autograd.Function):
+    """`_spread` with a way back that knows how many values there are.
+
+    That of `masked_scatter` reads their number from the device, once a linear and pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, mask_E: Tensor) -> Tensor:
+        ctx.save_for_backward(mask_E)
+        ctx.nonzeros = len(values_N)
+        return _spread(values_N, mask_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_E: Tensor) -> tuple[Tensor, None]:
+        (mask_E,) = ctx.saved_tensors
+        positions_N = torch.nonzero_static(mask_E, size=ctx.nonzeros).squeeze(1)
+        return grad_E.index_select(0, positions_N), None
 
 
 def is_sound(
