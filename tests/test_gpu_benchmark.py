@@ -140,8 +140,9 @@ def test_a_results_file_gives_a_row_of_the_forecast_s_rates(small, tmp_path, mon
     done = benchmark("--rates", str(path), tmp_path=tmp_path)
     row = json.loads(done.stdout)
     assert row == device_row(small[0])
-    ((name, _),) = row.items()
+    ((name, entry),) = row.items()
     known = rates._file()
+    assert entry.keys() >= known["devices"]["H100"].keys()
     monkeypatch.setattr(rates, "_file", lambda: {**known, "devices": known["devices"] | row})
     machine = rates.machine_of(name)
     measured, planned = machine.rows

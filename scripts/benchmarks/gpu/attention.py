@@ -1,5 +1,7 @@
 """Attention's backward pass: whether it repeats its bits, and what strict algorithms cost it."""
 
+from typing import Any
+
 import torch
 from benchmarks.gpu.bench import Bench, Check, Found
 from torch import Tensor
@@ -39,7 +41,7 @@ def with_strict(is_strict: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = not is_strict
 
 
-def turns(bench: Bench, dtype: torch.dtype) -> dict[str, object]:
+def turns(bench: Bench, dtype: torch.dtype) -> dict[str, Any]:
     heads, tokens = bench.size((64, 2048), (4, 32))
     generator = torch.Generator(bench.device).manual_seed(0)
     shape = (1, heads, tokens, CHANNELS)

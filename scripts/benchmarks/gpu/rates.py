@@ -21,14 +21,16 @@ def device_row(results: Results) -> dict[str, Any]:
     Raises:
         SystemExit: The parts `machine` and `eigen` did not both end.
     """
-    environment, speeds = results.content["environment"], measured_speeds(results.parts)
+    environment, parts = results.content["environment"], results.parts
+    speeds = measured_speeds(parts)
     if speeds is None:
         raise SystemExit(f"{results.path}: rates come of the parts machine and eigen; run both")
-    sizes = f"eigen at n = {asked_for(results.parts['eigen']['figures'])['size']}"
+    sizes = f"eigen at n = {asked_for(parts['eigen']['figures'])['size']}"
     versions = f"torch {environment['torch']}, CUDA {environment['cuda']}"
     driver = f"driver {environment['driver']}, {environment['date'][:10]}"
     row = {
         "memory_bytes": float(environment["memory_bytes"]),
+        "bandwidth": float(f"{parts['machine']['figures']['bytes_a_second']['device']:.4g}"),
         **{
             name: scaled(speeds, factor)
             for name, factor in zip(ROWS, (1, PESSIMISTIC), strict=True)
