@@ -87,6 +87,7 @@ class RefitWorker(CompressionWorker):
         """
         assert self._calibration is not None
         start = time.monotonic()
+        self._free_for_finishing()
         fitted: dict[str, Tensor] = {}
         for linear in self.task.linears:
             if linear.block != block or not self._is_cut(linear):

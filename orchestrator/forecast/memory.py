@@ -152,37 +152,73 @@ def decomposition(
     if needs.kind == "rpca":
         # weight, L, S, the multiplier and two iterates, and a Gram's eigenvectors
         return max(reading, statistic + 7 * whole + (2 + EIGENVECTOR_COPIES) * square)
-    tall = outputs > inputs
-    space = whole + (whole + square if tall else 0)
-    factors = 4 * rank * linear.rank_cost
-    # directions that the Gram does not know go by the weight, whose part in them is decomposed
     free = max(narrow - known, 0) if known is not None and known < rank else 0
-    completing = 2 * square + 8 * free * inputs + 8 * (1 + EIGENVECTOR_COPIES) * free * free
     if needs.kind == "low_rank":
-        forming = whole if side == inputs else 0
-        turning = (1 + EIGENVECTOR_COPIES) * square
-        halves = whole // 2
-        measuring = 2 * square + factors + 4 * narrow * rank
-        if side == inputs and inputs < 2 * narrow:
-            measuring += 2 * halves + 4 * inputs * inputs + 4 * rank * rank
-        else:
-            measuring += square + 8 * rank * (outputs + 2 * narrow) + 16 * rank * rank
-        moments = [forming + square, turning, 2 * square + factors + halves, measuring]
-        moments += [completing] if free else []
-        return max(reading, statistic + space + max(moments))
-    # both sides: moment, curvature, its factor, and products of these with the weight
+        return max(reading, statistic + _one_sided(linear, rank, side, free))
+    # both sides: the curvature is there too
     channels = curvature_channels(linear, needs)
     statistic += 8 * channels * channels
-    core = 8 * narrow * inputs
-    turning = core + (4 + 1 + EIGENVECTOR_COPIES) * square
-    measuring = core + 6 * square + 8 * rank * (outputs + 5 * narrow) + 2 * factors
-    working = (
-        statistic + space + max(turning, measuring, core + 4 * square + completing * (free > 0))
-    )
+    working = statistic + _two_sided(linear, rank, side, free)
     if needs.kind == "two_sided_sparse":
         # entries, their order, the damped curvature, and the correlations of both sides
         working += 4 * whole + 8 * channels**2 + channels**2 + inputs**2
     return max(reading, working)
+
+
+def _column_space(linear: Linear, side: int) -> tuple[int, int, int]:
+    """What stays of a weight's basis, of its core, and the most until the moment is formed."""
+    outputs, inputs = linear.out_features, linear.in_features
+    narrow = min(outputs, inputs)
+    whole, square = 8 * outputs * inputs, 8 * narrow * narrow
+    basis, core = (whole, square) if outputs > inputs else (0, whole)
+    # the weight in float64, its square, a factor of it, and a solution
+    finding = 2 * whole + 2 * square if basis else whole
+    forming = 8 * narrow * inputs if side == inputs else basis
+    return basis, core, max(finding, basis + core + forming + square)
+
+
+def _completing(linear: Linear, free: int) -> int:
+    """Directions that the Gram does not know go by the weight, whose part in them is decomposed."""
+    narrow, inputs = min(linear.out_features, linear.in_features), linear.in_features
+    square = 8 * free * free
+    turned = 8 * narrow * narrow + 8 * narrow * free
+    return 8 * free * inputs + max((1 + EIGENVECTOR_COPIES) * square, turned) if free else 0
+
+
+def _one_sided(linear: Linear, rank: int, side: int, free: int) -> int:
+    """The most that `linalg.low_rank` has beside the statistic, line by line."""
+    outputs, inputs = linear.out_features, linear.in_features
+    narrow = min(outputs, inputs)
+    square = 8 * narrow * narrow
+    basis, core, spanning = _column_space(linear, side)
+    turning = basis + core + square + EIGENVECTOR_COPIES * square
+    completing = basis + core + 2 * square + _completing(linear, free)
+    factors, cut = 4 * rank * linear.rank_cost, 4 * narrow * rank
+    casting = basis + core + square + cut + max(basis // 2 + 4 * outputs * rank, factors + core // 2)
+    measuring = core + square + cut + factors
+    if side == inputs and inputs < 2 * narrow:
+        measuring += 4 * rank * rank + 3 * 4 * narrow * inputs + 4 * inputs * inputs
+    else:
+        measuring += 2 * square + 8 * rank * (outputs + 2 * narrow) + 2 * 8 * rank * rank
+    return max(spanning, turning, completing, casting, measuring)
+
+
+def _two_sided(linear: Linear, rank: int, side: int, free: int) -> int:
+    """The most that `linalg.two_sided` has beside the statistics, line by line."""
+    outputs, inputs = linear.out_features, linear.in_features
+    narrow = min(outputs, inputs)
+    square = 8 * narrow * narrow
+    basis, core, spanning = _column_space(linear, side)
+    reducing = basis + core + 6 * square
+    # moment and factor of the curvature, then their product and its eigenvectors
+    turning = basis + core + (2 + 1 + EIGENVECTOR_COPIES) * square
+    completing = basis + core + 3 * square + 8 * narrow * inputs + _completing(linear, free)
+    factors, cut = 4 * rank * linear.rank_cost, 8 * narrow * rank
+    held = core + 2 * square + 2 * cut + factors
+    rounding = basis + held + 8 * outputs * rank + (cut if basis else 0)
+    losing = held + 2 * cut + max(square + 2 * cut, 3 * 8 * rank * rank)
+    explaining = held - square + square + cut + 3 * 8 * rank * rank
+    return max(spanning, reducing, turning, completing, rounding, losing, explaining)
 
 
 def _activations(shapes: Shapes, tokens: int, itemsize: int, blocks: int) -> int:
