@@ -27,7 +27,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, kwargs, found)):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
                 ref = StorageWeakRef(storage)
                 self._alive[ref.cdata] = (ref, storage.nbytes())

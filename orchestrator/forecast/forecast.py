@@ -21,7 +21,8 @@ from orchestrator.recipe import Recipe
 from orchestrator.shards import cut_blocks, default_shards
 
 USABLE = 0.92
-"""Of a device's memory: the rest is its context, and what an allocator leaves unused."""
+"""Of a host's memory: the rest is the system's, and what an allocator leaves unused. Of a GPU's all
+is usable: what CUDA and its allocator take is in the footprint (`memory.on_gpu`)."""
 HOST_PROCESS = 1_500_000_000
 """Bytes of host memory of a worker before it holds anything: torch, transformers, Ray, CUDA."""
 MOST_BLOCKS = 2
@@ -59,8 +60,16 @@ class _Forecasting:
         self.shards = len(cut_blocks(shapes.num_blocks, shards, group))
 
     @property
+    def _share(self) -> float:
+        """Of a worker's memory, what a footprint may take."""
+        return 1.0 if self.resources.machine.is_gpu else USABLE
+
+    @property
     def _usable(self) -> float:
-        return float("inf") if self.limit is None else USABLE * self.limit
+        return float("inf") if self.limit is None else self._share * self.limit
+
+    def _on_device(self, found: Footprint) -> Footprint:
+        return memory.on_gpu(found) if self.resources.machine.is_gpu else found
 
     def _calibrating(self, blocks: int) -> Footprint:
         return memory.calibration(
@@ -71,6 +80,7 @@ class _Forecasting:
             sequences=self.sequences,
             itemsize=self.costs.itemsize,
             pivoted=self.costs.is_pivoted,
+            gpu=self.resources.machine.is_gpu,
         )
 
     def _blocks_that_fit(self) -> int:
@@ -106,7 +116,11 @@ class _Forecasting:
             blocks_that_fit=self.blocks,
             waves=-(-self.shards // self.workers),
             stages=tuple(stages),
-            limits={"device": self.limit, "host": self.resources.host_bytes},
+            limits={
+                "device": self.limit,
+                "usable": self.limit and self._usable,
+                "host": self.resources.host_bytes,
+            },
             host=self._host(),
             run_bytes=self._run_bytes(),
             moved_bytes=2 * self._chunks() * (self.shards - 1),
@@ -199,7 +213,7 @@ class _Forecasting:
         )
 
     def _refining(self, blocks: int) -> Footprint:
-        return memory.refinement(
+        found = memory.refinement(
             self.shapes,
             self.kept,
             self.even,
@@ -208,6 +222,7 @@ class _Forecasting:
             sequences=self.sequences,
             itemsize=self.costs.itemsize,
         )
+        return self._on_device(found)
 
     def _walk(self, name: str = "walk") -> Stage:
         """Block after block, each lent to all workers; unrefined one pass of statistics."""
@@ -227,6 +242,18 @@ class _Forecasting:
         lending = Work(network=4.0 * parameters * steps if lent > 1 else 0.0)
         solving = costs.turns() if compensates else Work()
 
+        held = memory.walking(
+            self.shapes,
+            self.kept,
+            self.even,
+            tokens=self.tokens,
+            sequences=self.sequences,
+            itemsize=costs.itemsize,
+            lent=lent,
+            compensates=compensates,
+            refines=refines,
+        )
+
         def take(rates: Rates) -> float:
             shared = one.seconds(rates) / lent
             return blocks * (shared + lending.seconds(rates) + solving.seconds(rates))
@@ -235,17 +262,7 @@ class _Forecasting:
             name=name,
             flops=blocks * (one.flops + solving.flops),
             seconds=self._seconds(take),
-            device=memory.walking(
-                self.shapes,
-                self.kept,
-                self.even,
-                tokens=self.tokens,
-                sequences=self.sequences,
-                itemsize=costs.itemsize,
-                lent=lent,
-                compensates=compensates,
-                refines=refines,
-            ),
+            device=self._on_device(held),
         )
 
     def _refit(self) -> Stage:
@@ -253,13 +270,14 @@ class _Forecasting:
         blocks = -(-self.shapes.num_blocks // self.shards)
         one = self.costs.calibrate_cut(blocks)
         waves = -(-self.shards // self.workers)
+        held = memory.refitting(
+            self.shapes, blocks, tokens=self.tokens, itemsize=self.costs.itemsize
+        )
         return Stage(
             name="refit",
             flops=self.shards * one.flops,
             seconds=self._seconds(lambda rates: waves * one.overlapped(rates)),
-            device=memory.refitting(
-                self.shapes, blocks, tokens=self.tokens, itemsize=self.costs.itemsize
-            ),
+            device=self._on_device(held),
         )
 
     def _train(self) -> Stage:
@@ -285,7 +303,7 @@ class _Forecasting:
         )
 
     def _training(self, mode: str, workers: int) -> Footprint:
-        return memory.training(
+        found = memory.training(
             self.shapes,
             self.kept,
             self.even,
@@ -294,6 +312,7 @@ class _Forecasting:
             tokens=self.tokens,
             stored_targets=self.training.targets == "stored",
         )
+        return self._on_device(found)
 
     def _pivot(self) -> Stage:
         """Every linear a unit; the last of them may keep one worker longer than the others."""
@@ -307,7 +326,9 @@ class _Forecasting:
             name="pivot",
             flops=sum(each.flops for each in pivots),
             seconds=self._seconds(take),
-            device=memory.pivoting(self.shapes, self.kept, self.costs.out_itemsize),
+            device=self._on_device(
+                memory.pivoting(self.shapes, self.kept, self.costs.out_itemsize)
+            ),
         )
 
     def _write(self) -> Stage:
@@ -317,7 +338,7 @@ class _Forecasting:
             name="write",
             flops=0.0,
             seconds=self._seconds(lambda rates: waves * one.seconds(rates)),
-            device=memory.writing(self.shapes),
+            device=self._on_device(memory.writing(self.shapes)),
         )
 
     def _chunks(self) -> float:
@@ -399,7 +420,7 @@ class _Forecasting:
             less += ["--compensate none"] if self.recipe.compensate != "none" else []
             less += ["--refine none"] if self.recipe.refine != "none" else []
             return ", or ".join(less)
-        needed = self._calibrating(1).total / USABLE
+        needed = self._calibrating(1).total / self._share
         return f"{_gb(needed)} of memory a worker would hold a block"
 
 

@@ -48,7 +48,7 @@ class Forecast:
     waves: int
     stages: tuple[Stage, ...]
     limits: Mapping[str, float | None]
-    """Bytes that a worker may take on its device and its host."""
+    """Bytes that a worker has on its device, may take of them, and may take on its host."""
     host: Footprint
     run_bytes: float
     """Of the run directory at its largest."""

@@ -47,6 +47,8 @@ class Machine:
     memory_bytes: float | None
     """Of the device; unknown of a machine that was measured without one."""
     rows: tuple[Rates, ...]
+    is_gpu: bool = False
+    """Whether a worker has a GPU; then its memory is the one that counts."""
 
 
 def known_devices() -> tuple[str, ...]:
@@ -65,7 +67,7 @@ def machine_of(name: str) -> Machine:
     device, around = content["devices"][name], content["surroundings"]
     source = f"{device['source']} {around['source']}"
     rows = tuple(Rates(row=row, source=source, **device[row], **around[row]) for row in ROWS)
-    return Machine(name, float(device["memory_bytes"]), rows)
+    return Machine(name, float(device["memory_bytes"]), rows, is_gpu=True)
 
 
 def largest_memory(kind: str) -> float | None:
@@ -91,7 +93,8 @@ def read_machine(path: Path) -> Machine:
     memory = content.get("memory_bytes")
     known = memory if type(memory) in (int, float) else None
     row = Rates(row=MEASURED, source=f"measured, {path}", **speeds)  # type: ignore[arg-type]
-    return Machine(str(content.get("name", path)), known, (row,))
+    is_gpu = content.get("device") == "cuda"
+    return Machine(str(content.get("name", path)), known, (row,), is_gpu)
 
 
 def _file() -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from orchestrator.forecast.forecast import USABLE
 from orchestrator.forecast.outcome import Forecast
 from orchestrator.progress import duration, size
 
@@ -11,8 +10,8 @@ def lines(found: Forecast) -> list[str]:
     """What the run takes, a table of its stages, and what does not fit."""
     model, rows = found.model, list(found.start_seconds)
     peak = found.peak
-    limit = found.limits["device"]
-    of = f" of {size(limit * USABLE)} usable" if limit is not None else ""
+    usable = found.limits["usable"]
+    of = f" of {size(usable)} usable" if usable is not None else ""
     facts = {
         "model": f"{model['type']}, {model['values']:,} parameters in {model['blocks']} blocks, "
         f"{size(model['bytes'])}",
