@@ -186,7 +186,7 @@ class CompressionWorker(Worker):
                 for each in blocks
                 for name, cosine in self._calibration.cosines(each).items()
             },
-            "timings": {"seconds": time.monotonic() - start, "peak_bytes": self.peak_bytes()},
+            "timings": {"seconds": time.monotonic() - start, "memory": self.usage().to_json()},
         }
         unit.commit(environment=self.environment(), facts=facts)
         return facts

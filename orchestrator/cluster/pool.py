@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from orchestrator.cluster.policy import Cause
 from orchestrator.cluster.schedule import Call
+from orchestrator.usage import Usage
 
 PATIENCE_SECONDS = 30.0
 """Whatever is waited for longer is said, again and again."""
@@ -24,6 +25,8 @@ class Outcome:
     """The method's small result."""
     record: Any = None
     """The chunk that it emitted: a value or a reference; nothing when there is none."""
+    usage: Usage | None = None
+    """The memory that the call took."""
     error: BaseException | None = None
     """What the method raised; it will raise it again on any worker."""
     lost: str | None = None
@@ -140,13 +143,13 @@ class LocalPool:
     def wait(self, seconds: float) -> list[Outcome]:
         call, record = self._calls.popleft()
         try:
-            value, emitted = self.worker.perform(call.method, call.arguments, record)
+            value, emitted, usage = self.worker.measured(call.method, call.arguments, record)
         except Exception as error:
             log = traceback.format_exc()
             if is_out_of_memory(error):
                 return [Outcome(call, lost=str(error), cause=Cause.OUT_OF_MEMORY, log=log)]
             return [Outcome(call, error=error, log=log)]
-        return [Outcome(call, value, emitted)]
+        return [Outcome(call, value, emitted, usage)]
 
     def abandon(self, call: Call, why: str) -> list[Outcome]:
         raise AssertionError("a call in this process is waited for, however long it takes")

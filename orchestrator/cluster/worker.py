@@ -25,6 +25,7 @@ from orchestrator.store.chunks import Chunks, MissingChunk, Record
 from orchestrator.store.files import digest_file
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
+from orchestrator.usage import DeviceUsage, Usage
 
 Emitted = Record | None
 PROBE_PREFIX = ".probe-"
@@ -59,6 +60,15 @@ class Worker:
         # one for the chunk that is written, one for what is read ahead
         self._disk = ThreadPoolExecutor(max_workers=2)
         self._writing: Future[None] | None = None
+
+    def measured(
+        self, method: str, arguments: tuple[Any, ...], record: Emitted
+    ) -> tuple[Any, Emitted, Usage]:
+        """One call, as `perform`, and the memory that it took at its worst."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        value, emitted = self.perform(method, arguments, record)
+        return value, emitted, self.usage()
 
     def let_go(self) -> None:
         """Lets go of what the worker holds; nothing is called after it."""
@@ -162,9 +172,20 @@ class Worker:
             "orchestrator": orchestrator.__version__,
         }
 
-    def peak_bytes(self) -> int:
-        """The most memory that this process has held resident, file pages included."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def usage(self) -> Usage:
+        """The memory that the process has used at its worst, and of a GPU the call until now."""
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type != "cuda":
+            return Usage(host=host)
+        free, total = torch.cuda.mem_get_info(self.device)
+        # what the driver counts beyond the allocator's: CUDA's context and libraries
+        context = max(total - free - torch.cuda.memory_reserved(self.device), 0)
+        device = DeviceUsage(
+            allocated=torch.cuda.max_memory_allocated(self.device),
+            reserved=torch.cuda.max_memory_reserved(self.device),
+            context=context,
+        )
+        return Usage(host=host, device=device)
 
     def input_record(self, boundary: int, index: int, record: Emitted) -> Record:
         """What lies at a boundary: what was handed over, or else its file.

@@ -110,6 +110,7 @@ class _Forecasting:
         return Forecast(
             model=self._model(),
             machine=self.resources.machine.name,
+            is_gpu=self.resources.machine.is_gpu,
             workers=self.workers,
             shards=self.shards,
             blocks_a_shard=-(-self.shapes.num_blocks // self.shards),

@@ -40,6 +40,8 @@ class Forecast:
 
     model: Mapping[str, Any]
     machine: str
+    is_gpu: bool
+    """Whether stages tell of a GPU's memory, with `host` beside it, or of the host's."""
     workers: int
     shards: int
     blocks_a_shard: int

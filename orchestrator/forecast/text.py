@@ -9,18 +9,13 @@ from orchestrator.progress import duration, size
 def lines(found: Forecast) -> list[str]:
     """What the run takes, a table of its stages, and what does not fit."""
     model, rows = found.model, list(found.start_seconds)
-    peak = found.peak
-    usable = found.limits["usable"]
-    of = f" of {size(usable)} usable" if usable is not None else ""
     facts = {
         "model": f"{model['type']}, {model['values']:,} parameters in {model['blocks']} blocks, "
         f"{size(model['bytes'])}",
         "machine": f"{found.workers} workers on {found.machine}",
         "shards": f"{found.shards} of at most {found.blocks_a_shard} blocks, in {found.waves} "
         + ("wave" if found.waves == 1 else "waves"),
-        "memory of a worker": f"{size(peak.device.total)}{of}, in {peak.name}: "
-        + _parts(peak.device.parts),
-        "beside a device": f"{size(found.host.total)}: {_parts(found.host.parts)}",
+        **_memory(found),
         "run directory": size(found.run_bytes),
         "chunks moved": size(found.moved_bytes),
         "result": f"{found.final['values']:,} parameters, {size(found.final['bytes'])}",
@@ -38,6 +33,17 @@ def lines(found: Forecast) -> list[str]:
     shown = [f"{name:<{width}}  {text}" for name, text in facts.items()]
     shown += ["", *_aligned(table), "", *(f"rates: {source}" for source in found.sources)]
     return shown + [f"infeasible: {reason}" for reason in found.infeasible]
+
+
+def _memory(found: Forecast) -> dict[str, str]:
+    """What a worker takes at its worst: of its GPU and of the host beside it, or of the host."""
+    peak, usable = found.peak, found.limits["usable"]
+    of = f" of {size(usable)} usable" if usable is not None else ""
+    held = f"{size(peak.device.total)}{of}, in {peak.name}: {_parts(peak.device.parts)}"
+    if not found.is_gpu:
+        return {"host memory of a worker": held}
+    host = f"{size(found.host.total)}: {_parts(found.host.parts)}"
+    return {"device memory of a worker": held, "host memory of a worker": host}
 
 
 def _parts(parts: Mapping[str, int]) -> str:
