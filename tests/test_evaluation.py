@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pretend import pretended_device
 from torch.nn.functional import cross_entropy, kl_div
 
 from orchestrator.models.evaluation import Score, score
@@ -67,3 +68,13 @@ def test_scores_of_chunks_add_up():
     whole = score(tokens, mask, logits, against)
     assert parts[0].merge(parts[1]).merge(parts[2]) == whole
     assert Score.from_json(whole.to_json()) == whole
+
+
+@pytest.mark.parametrize("compares", [False, True])
+def test_a_gpu_gives_the_same_score(compares):
+    """Tokens and logits of a device: with and without another model, the sums are the CPU's."""
+    *case, against = random_case()
+    on_cpu = score(*case, against if compares else None)
+    with pretended_device():
+        *case, against = (each.cuda() for each in (*case, against))
+        assert score(*case, against if compares else None) == on_cpu

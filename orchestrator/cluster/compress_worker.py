@@ -357,7 +357,7 @@ def _stored(
     if isinstance(result, LowRank | RankedParts):
         stored |= {"weight": result.weight_OR.T.to(dtype), "down": result.down_RI.to(dtype)}
     if isinstance(result, RankedParts):
-        stored["sketch"] = result.sketch_IS
+        stored |= {"sketch": result.sketch_IS, "ridge": result.ridge_I}
     return {name: rows.cpu().contiguous() for name, rows in stored.items()}
 
 

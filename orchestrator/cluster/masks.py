@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
+from orchestrator.linalg.ranked import sketched_energy
 from orchestrator.plan import Linear
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
@@ -124,17 +125,14 @@ def masked_errors(path: Path, parts: Mapping[str, Tensor]) -> dict[str, float]:
     """
     with safe_open(path, framework="pt") as file:
         whole = {name: file.get_tensor(name) for name in parts}
-        sketch_IS = file.get_tensor("sketch")
+        sketch = file.get_tensor("sketch"), file.get_tensor("ridge")
     whole_OI = masked_weight(whole, torch.device("cpu"))
     lost_OI = whole_OI - masked_weight(parts, torch.device("cpu"))
-    errors = {}
-    for name, lost, total in (
-        ("weight_error", lost_OI, whole_OI),
-        ("activation_error", lost_OI @ sketch_IS, whole_OI @ sketch_IS),
-    ):
-        energy = float(total.double().square().sum())
-        errors[name] = float(lost.double().square().sum()) / energy if energy else 0.0
-    return errors
+    energies = {
+        "weight_error": [float(each.double().square().sum()) for each in (lost_OI, whole_OI)],
+        "activation_error": [sketched_energy(each, *sketch) for each in (lost_OI, whole_OI)],
+    }
+    return {name: lost / total if total else 0.0 for name, (lost, total) in energies.items()}
 
 
 def masked_weight(parts: Mapping[str, Tensor], device: torch.device) -> Tensor:

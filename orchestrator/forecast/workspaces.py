@@ -37,7 +37,10 @@ def decomposing(
         return statistic + statistic // 2 + 4 * whole + whole // 2
     if needs.kind == "rpca":
         # weight, L, S, the multiplier and two iterates, and a Gram's eigenvectors
-        return statistic + 7 * whole + (2 + EIGENVECTOR_COPIES) * square
+        splitting = 7 * whole + (2 + EIGENVECTOR_COPIES) * square
+        # factors and entries, beside the inputs' Gram scaled and its Cholesky factor
+        sketching = 4 * rank * linear.rank_cost + whole + 2 * 8 * side * side
+        return statistic + max(splitting, sketching)
     free = max(narrow - known, 0) if known is not None and known < rank else 0
     if needs.kind == "low_rank":
         statistic += square if needs.is_scaled else 0

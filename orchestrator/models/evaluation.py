@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 SLICE_TOKENS = 256
 """Predictions whose probabilities are in memory at once: 256 of a vocabulary of 128k are 0.1 GB."""
@@ -88,7 +89,7 @@ def _sums(target_P: Tensor, logits_PV: Tensor, against_PV: Tensor | None) -> Ten
     log_q_PV = logits_PV.float().log_softmax(dim=-1)
     loss = -log_q_PV.gather(1, target_P[:, None]).double().sum()
     if against_PV is None:
-        return torch.stack([loss, *torch.zeros(3, dtype=torch.float64)]).cpu()
+        return pad(loss[None], (0, 3)).cpu()
     log_p_PV = against_PV.float().log_softmax(dim=-1)
     against_loss = -log_p_PV.gather(1, target_P[:, None]).double().sum()
     divergence_P = (log_p_PV.exp() * (log_p_PV - log_q_PV)).sum(dim=-1, dtype=torch.float64)

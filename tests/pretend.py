@@ -1,0 +1,270 @@
+"""A pretended CUDA device: tensors that say they are on it, compute on the CPU, refuse to mix.
+
+    with pretended_device() as device:
+        compress(Recipe(..., executor="local"))
+    assert not device.unordered
+
+Inside, `torch.cuda.is_available()` is true, and each tensor made on or moved to "cuda" is a
+`Pretended`, a wrapper subclass around a CPU tensor: its `device` is cuda:0, `numpy()` fails as on
+CUDA, and each operation of aten first checks its operands by CUDA's rules. Results are those of the
+CPU to the bit, so a difference is a fault of the program (another path where there is a GPU, a
+conversion too many), never of rounding. Where CUDA has an implementation of its own, `AdamW(fused=
+True)`, the CPU's default one stands for it.
+
+The device lists what costs time or bits on a GPU, each entry with the program's line: `reads` of
+values on the host, `copies` with their bytes, `conversions` of tensors of the host, `unordered`
+operations, `stream_calls`; and `memory`. `clear` empties the lists between parts of a test.
+
+Not covered: the rounding of CUDA's kernels, kernels that CUDA lacks, what an operation needs beside
+its result, and the time that anything takes.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from pretend_device import (
+    TO_DEVICE,
+    TO_HOST,
+    Conversion,
+    Copy,
+    Event,
+    PretendedDevice,
+    Read,
+    Site,
+    Unordered,
+    site,
+    the_device,
+    use,
+)
+from pretend_tensor import CPU, CUDA, Pretended, is_cuda, is_plain, plain, wrap, wrapped
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from orchestrator.models.chunk import map_tensors
+
+__all__ = [
+    "CUDA",
+    "TO_DEVICE",
+    "TO_HOST",
+    "Conversion",
+    "Copy",
+    "Pretended",
+    "PretendedDevice",
+    "Read",
+    "Site",
+    "Unordered",
+    "on_host",
+    "pretended_device",
+]
+CONVERSIONS = frozenset(["contiguous", "float", "double", "half", "bfloat16", "type"])
+"""Methods that may write a tensor of the host anew, beside `to`."""
+VALUES_ALONE = (torch.linalg.eigvalsh, torch.linalg.svdvals)
+"""Functions that compute vectors too for tensors of a subclass, by another algorithm."""
+
+
+@contextmanager
+def pretended_device(total: int = 80 * 10**9) -> Iterator[PretendedDevice]:
+    """Has torch find one CUDA device of so many bytes.
+
+    It holds for this thread and for threads that are started inside. Tensors of the device may be
+    used afterwards, with the same rules.
+    """
+    device = PretendedDevice(total)
+    patch = mock.patch.object
+    with ExitStack() as stack:
+        stack.enter_context(use(device))
+        for name, function in _functions_of_cuda(device).items():
+            stack.enter_context(patch(torch.cuda, name, function))
+        stack.enter_context(patch(torch, "Generator", GeneratorOfAnyDevice))
+        run = _in_mode(threading.Thread.run)
+        stack.enter_context(patch(threading.Thread, "run", run))
+        stack.enter_context(FunctionMode())
+        yield device
+
+
+def on_host(tree: Any) -> Any:
+    """A tree with copies on the CPU in the place of the device's tensors; it counts as no copy."""
+    return map_tensors(lambda each: plain(each).detach().clone(), tree)
+
+
+def _in_mode(run: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
+    """`Thread.run` that pretends too; a mode of torch holds for one thread."""
+
+    def run_pretending(thread: threading.Thread) -> None:
+        with FunctionMode():
+            run(thread)
+
+    return run_pretending
+
+
+def _functions_of_cuda(device: PretendedDevice) -> dict[str, Any]:
+    """The functions of `torch.cuda`, by name."""
+    memory, name = device.memory, "Pretended"
+    properties = SimpleNamespace(
+        name=name, total_memory=memory.total, multi_processor_count=132, major=9, minor=0
+    )
+    return {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda *_: None,
+        "get_device_name": lambda *_: name,
+        "get_device_properties": lambda *_: properties,
+        "get_device_capability": lambda *_: (properties.major, properties.minor),
+        "synchronize": lambda *_: device.stream.synchronize(),
+        "empty_cache": memory.empty_cache,
+        "mem_get_info": lambda *_: (memory.total - memory.reserved, memory.total),
+        "memory_allocated": lambda *_: memory.allocated,
+        "max_memory_allocated": lambda *_: memory.peak,
+        "memory_reserved": lambda *_: memory.reserved,
+        "max_memory_reserved": lambda *_: memory.peak_reserved,
+        "reset_peak_memory_stats": lambda *_: memory.reset_peak(),
+        "Stream": device.new_stream,
+        "Event": Event,
+        "stream": device.in_stream,
+        "current_stream": lambda *_: device.stream,
+        "default_stream": lambda *_: device.streams[0],
+        "set_stream": lambda stream: setattr(device, "stream", stream),
+    }
+
+
+class Generator(torch.Generator):
+    """A generator of the device, which draws the CPU's numbers."""
+
+    device = property(lambda self: CUDA)
+
+
+class GeneratorOfAnyDevice(torch.Generator):
+    """The class that stands for `torch.Generator`."""
+
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:  # type: ignore[misc]
+        return Generator("cpu") if is_cuda(device) else torch._C.Generator(device)
+
+
+class FunctionMode(TorchFunctionMode):
+    """Makes tensors on the device and moves them; checks what aten is not told of."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        first = args[0] if args else None
+        if func in (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.type_as):
+            return _move(func, *args, **kwargs)
+        if isinstance(first, Pretended) and name in vars(Pretended) and name[0] != "_":
+            return getattr(Pretended, name)(*args, **kwargs)
+        if func is Tensor.pin_memory:
+            return the_device().pin(first.clone())
+        if func is Tensor.is_pinned:
+            return the_device().is_pinned(first)
+        if func in VALUES_ALONE and isinstance(first, Pretended) and not first.requires_grad:
+            the_device().read(name)
+            return wrap(func(first.inner, *args[1:], **kwargs))
+        _refuse_gradient(func, args, kwargs)
+        _refuse_generator(args, kwargs)
+        pins = kwargs.pop("pin_memory", False)
+        out = _make(func, name, args, kwargs) if "device" in kwargs else func(*args, **kwargs)
+        if name in CONVERSIONS:
+            _note_conversion(name, first, out)
+        return the_device().pin(out) if pins else out
+
+
+def _make(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of a function that is told on which device to put it."""
+    on_device = is_cuda(kwargs["device"])
+    if on_device:
+        kwargs["device"] = CPU
+    plain_args, plain_kwargs = plain((args, kwargs))
+    out = func(*plain_args, **plain_kwargs)
+    if not on_device:
+        return out
+    if name in ("tensor", "as_tensor", "asarray"):
+        the_device().copy(TO_DEVICE, out, out, non_blocking=False)
+    return wrapped(out)
+
+
+def _move(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`Tensor.to` and its kin."""
+    device, dtype, non_blocking, copies = _destination(func, args, kwargs)
+    if device is not None and torch.device(device).type == "meta":
+        return plain(tensor).to("meta", dtype)
+    on_device = isinstance(tensor, Pretended)
+    to_device = on_device if device is None else is_cuda(device)
+    if on_device == to_device:
+        out = Tensor.to(tensor, dtype or tensor.dtype, copy=copies)
+        _note_conversion("to", tensor, out)
+        return out
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"a copy between devices with a way back ({site()})")
+    source = plain(tensor).detach()
+    target = source.to(dtype or source.dtype, copy=True)
+    if on_device and non_blocking:
+        the_device().pin(target)  # as CUDA makes it
+    direction = TO_DEVICE if to_device else TO_HOST
+    the_device().copy(direction, source, target, non_blocking=non_blocking)
+    return Pretended(target) if to_device else target
+
+
+def _destination(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, torch.dtype | None, bool, bool]:
+    """Device, dtype, whether the copy is non-blocking, and whether one is made in any case."""
+    if func is Tensor.cpu:
+        return CPU, None, False, False
+    if func is Tensor.cuda:
+        return CUDA, None, kwargs.get("non_blocking", any(args[1:2])), False
+    rest, device, dtype = list(args), kwargs.get("device"), kwargs.get("dtype")
+    if rest and isinstance(rest[0], Tensor):
+        other = rest.pop(0)
+        device, dtype = other.device, other.dtype
+    if rest and not isinstance(rest[0], torch.dtype | bool):
+        device = rest.pop(0)
+    if rest and not isinstance(rest[0], bool):
+        dtype = rest.pop(0)
+    non_blocking, copies, *_ = [*rest, False, False]
+    return device, dtype, kwargs.get("non_blocking", non_blocking), kwargs.get("copy", copies)
+
+
+def _note_conversion(name: str, before: Any, after: Any) -> None:
+    """Notes a tensor of the host that was written anew in another dtype or order."""
+    if is_plain(before) and after is not before and (name != "to" or before.dtype != after.dtype):
+        the_device().conversions.append(Conversion(name, after.nbytes, site()))
+
+
+def _refuse_gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises where a gradient lies on another device than what it belongs to."""
+    pairs: Any = ()
+    if func is torch.autograd.backward:
+        tensors, *rest = args
+        grads = rest[0] if rest else kwargs.get("grad_tensors")
+        if isinstance(tensors, Sequence) and isinstance(grads, Sequence):
+            pairs = zip(tensors, grads, strict=True)
+        elif isinstance(grads, Tensor):
+            pairs = [(tensors, grads)]
+    elif getattr(func, "__name__", "") == "__set__" and func == Tensor.grad.__set__:
+        pairs = [args]
+    for tensor, gradient in pairs:
+        if gradient is not None and gradient.device != tensor.device:
+            raise RuntimeError(
+                f"the gradient lies on {gradient.device}, its tensor on {tensor.device} ({site()})"
+            )
+
+
+def _refuse_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises where one device's numbers are to be drawn by another's generator."""
+    generator = kwargs.get("generator")
+    if generator is None:
+        return
+    wanted = is_cuda(kwargs.get("device")) or any(isinstance(each, Pretended) for each in args)
+    if wanted != isinstance(generator, Generator):
+        raise RuntimeError(
+            f"Expected a '{'cuda' if wanted else 'cpu'}' device type for generator but found "
+            f"'{generator.device.type}' ({site()})"
+        )
