@@ -20,7 +20,7 @@ its result, and the time that anything takes.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +63,7 @@ __all__ = [
 ]
 CONVERSIONS = frozenset(["contiguous", "float", "double", "half", "bfloat16", "type"])
 """Methods that may write a tensor of the host anew, beside `to`."""
+REAL_BACKWARD = torch.autograd.backward
 VALUES_ALONE = (torch.linalg.eigvalsh, torch.linalg.svdvals)
 """Functions that compute vectors too for tensors of a subclass, by another algorithm."""
 
@@ -83,6 +84,9 @@ def pretended_device(total: int = 80 * 10**9) -> Iterator[PretendedDevice]:
         stack.enter_context(patch(torch, "Generator", GeneratorOfAnyDevice))
         run = _in_mode(threading.Thread.run)
         stack.enter_context(patch(threading.Thread, "run", run))
+        # backward passes are no functions to be overridden: their hooks need the mode
+        stack.enter_context(patch(torch.autograd, "backward", _backward))
+        stack.enter_context(patch(torch.autograd, "has_torch_function", lambda _: False))
         stack.enter_context(FunctionMode())
         yield device
 
@@ -167,7 +171,11 @@ class FunctionMode(TorchFunctionMode):
         if func in VALUES_ALONE and isinstance(first, Pretended) and not first.requires_grad:
             the_device().read(name)
             return wrap(func(first.inner, *args[1:], **kwargs))
-        _refuse_gradient(func, args, kwargs)
+        if func is Tensor.backward:
+            with self:
+                return _backward(first, kwargs.pop("gradient"), **kwargs)
+        if name == "__set__" and func == Tensor.grad.__set__:
+            _refuse_gradient(*args)
         _refuse_generator(args, kwargs)
         pins = kwargs.pop("pin_memory", False)
         out = _make(func, name, args, kwargs) if "device" in kwargs else func(*args, **kwargs)
@@ -238,23 +246,21 @@ def _note_conversion(name: str, before: Any, after: Any) -> None:
         the_device().conversions.append(Conversion(name, after.nbytes, site()))
 
 
-def _refuse_gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+    """`torch.autograd.backward` with the check of devices that the engine makes on CUDA."""
+    if isinstance(tensors, Tensor):
+        tensors, grad_tensors = (tensors,), (grad_tensors,)
+    for tensor, gradient in zip(tensors, grad_tensors or (), strict=False):
+        _refuse_gradient(tensor, gradient)
+    REAL_BACKWARD(tensors, grad_tensors, *args, **kwargs)
+
+
+def _refuse_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
     """Raises where a gradient lies on another device than what it belongs to."""
-    pairs: Any = ()
-    if func is torch.autograd.backward:
-        tensors, *rest = args
-        grads = rest[0] if rest else kwargs.get("grad_tensors")
-        if isinstance(tensors, Sequence) and isinstance(grads, Sequence):
-            pairs = zip(tensors, grads, strict=True)
-        elif isinstance(grads, Tensor):
-            pairs = [(tensors, grads)]
-    elif getattr(func, "__name__", "") == "__set__" and func == Tensor.grad.__set__:
-        pairs = [args]
-    for tensor, gradient in pairs:
-        if gradient is not None and gradient.device != tensor.device:
-            raise RuntimeError(
-                f"the gradient lies on {gradient.device}, its tensor on {tensor.device} ({site()})"
-            )
+    if gradient is not None and gradient.device != tensor.device:
+        raise RuntimeError(
+            f"the gradient lies on {gradient.device}, its tensor on {tensor.device} ({site()})"
+        )
 
 
 def _refuse_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,262 @@
+"""Whole jobs on a pretended CUDA device: the CPU's files to the bit, and no mix of devices.
+
+See `pretend`; single calls are in `test_device_calls`. Models have two blocks, texts two sequences.
+"""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from families import _llama, write_model
+from pipeline import SENTENCES, add_tokenizer, contents, run, write_text
+from pretend import TO_HOST, pretended_device
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from orchestrator import evaluate, export, search, verify
+from orchestrator.methods import METHODS
+from orchestrator.recipe import Recipe
+
+SMALL = {"samples": 2, "sequence_length": 24, "shards": 2}
+DTYPES = ("float32", "bfloat16")
+FEW = {
+    "asvd": {"strs": {"grid": "0.4 0.9", "windows": 1}},
+    "cap": {"cap": {"iterations": 1, "samples": 2, "buckets": 16}},
+    "two-sided-sparse": {"two-sided-sparse": {"densities": "0 0.3", "steps": 2}},
+}
+"""Options of the methods that try much, for fewer trials."""
+REFINEMENT = {"epochs": 2, "batches": 1, "learning_rate": 2e-4}
+TRAINING = {"epochs": 2, "batches": 1, "every": 1, "learning_rate": 2e-4, "top_k": 24}
+FORMS = {
+    "low_rank": {},
+    "pivoted": {"storage": "pivoted"},
+    "sparse": {"method": "wanda"},
+    "low_rank_sparse": {"method": "two-sided-sparse", "options": FEW["two-sided-sparse"]},
+    "shared basis": {
+        "method": "basis-sharing",
+        "options": {"basis-sharing": {"refit": "never"}},
+    },
+}
+PASSES = {f"models/{name}.py" for name in ("calibration", "chunk", "modules", "shard", "streams")}
+"""Files whose code runs for each chunk, and in it for each linear."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Llamas of two blocks, by dtype."""
+    root = tmp_path_factory.mktemp("models")
+
+    def write(dtype):
+        config = LlamaConfig(**_llama(num_hidden_layers=2))
+        directory = root / dtype
+        write_model(lambda: LlamaForCausalLM(config), directory, dtype=getattr(torch, dtype))
+        return add_tokenizer(directory)
+
+    return {dtype: write(dtype) for dtype in DTYPES}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", 400)
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """Two documents, one of them shorter than a sequence."""
+    path = tmp_path_factory.mktemp("documents") / "text.jsonl"
+    texts = [SENTENCES[:24], SENTENCES[30:47]]
+    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run directories by form, from which the modes of a stage go on."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def with_options(fields, **options):
+    """Fields of a recipe with tables of options added."""
+    return fields | {"options": fields.get("options", {}) | options}
+
+
+def assert_same_files(one, other):
+    """Two checkpoints have the same files, their reports but for timings."""
+    one, other = contents(one), contents(other)
+    assert one.keys() == other.keys()
+    assert not [name for name in one if one[name] != other[name]]
+
+
+def compress_on_both(model, text, out, *, runs=None, **fields):
+    """Compresses on the CPU and on the pretended device; asserts equal files, gives the device.
+
+    Args:
+        runs: Where a run directory of each device is shared with other recipes; beside `out`
+            without it.
+    """
+    fields, runs = SMALL | fields, runs or out
+    run(model, out / "cpu", text, run_dir=str(runs / "cpu.run"), **fields)
+    with pretended_device() as device:
+        run(model, out / "cuda", text, run_dir=str(runs / "cuda.run"), **fields)
+    assert any(copy.direction == TO_HOST for copy in device.copies)
+    assert_same_files(out / "cpu", out / "cuda")
+    return device
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(method, dtype, model, text, tmp_path):
+    """Every method writes the CPU's files; passes wait once a sequence, shard and line at most."""
+    options = FEW.get(method, {})
+    device = compress_on_both(model[dtype], text, tmp_path, method=method, options=options)
+    if method not in ("asvd", "cap"):  # each of their trials is a pass
+        passes = 2 if METHODS[method].labels else 1
+        waits = Counter(each.site for each in device.reads if each.site.file in PASSES)
+        assert all(count <= 2 * 2 * passes for count in waits.values()), waits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pivoting(dtype, model, text, tmp_path):
+    """Pivoted storage of two-sided factors."""
+    compress_on_both(model[dtype], text, tmp_path, method="two-sided", storage="pivoted")
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "basis-sharing"])
+def test_refits(method, model, text, tmp_path):
+    """Left factors fitted again to the compressed inputs."""
+    options = {method: {"refit": "always"}}
+    compress_on_both(model["float32"], text, tmp_path, method=method, options=options)
+
+
+@pytest.mark.parametrize(
+    ("mode", "basis"),
+    [
+        ("input", "new"),
+        ("anchored", "kept"),
+        ("anchored", "new"),
+        ("blend", "kept"),
+        ("blend", "new"),
+    ],
+)
+def test_compensation(mode, basis, model, text, tmp_path, runs):
+    """Every objective, with the left factor kept and with a new one."""
+    fields = {"runs": runs / "low_rank", "options": {"compensation": {"basis": basis}}}
+    fields["compensate"] = mode
+    compress_on_both(model["float32"], text, tmp_path, **fields)
+
+
+@pytest.mark.parametrize("form", ["pivoted", "low_rank_sparse"])
+def test_compensation_of_forms(form, model, text, tmp_path):
+    """Factors that are pivoted or have entries beside them."""
+    compress_on_both(model["float32"], text, tmp_path, compensate="blend", **FORMS[form])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["blocks", "in_order", "swept"])
+def test_refinement(mode, model, text, tmp_path, runs):
+    """Blocks trained apart from each other, in order, and both."""
+    fields = {"runs": runs / "low_rank", "options": {"refinement": REFINEMENT}}
+    compress_on_both(model["float32"], text, tmp_path, refine=mode, **fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["all", "lean", "light"])
+@pytest.mark.parametrize("form", FORMS)
+def test_training(form, mode, model, text, tmp_path, runs):
+    """Every form is trained in every mode, in two shards."""
+    fields = with_options(FORMS[form], training=TRAINING) | {"runs": runs / form}
+    compress_on_both(model["float32"], text, tmp_path, train=mode, **fields)
+
+
+def test_training_towards_targets_that_pass_by(model, text, tmp_path):
+    """Targets recomputed by the dense model beside the compressed one."""
+    options = {"training": TRAINING | {"targets": "recomputed", "cross_entropy": 0.1}}
+    compress_on_both(model["float32"], text, tmp_path, train="all", options=options)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"method": "svd-llm"}, id="svd-llm"),
+        pytest.param({"method": "wanda"}, id="wanda"),
+        pytest.param({"method": "two-sided", "storage": "pivoted"}, id="two-sided"),
+        pytest.param({"compensate": "blend"}, id="compensate"),
+        pytest.param({"refine": "swept", "options": {"refinement": REFINEMENT}}, id="refine"),
+        pytest.param({"train": "all", "options": {"training": TRAINING}}, id="train"),
+    ],
+)
+def test_padded_text(fields, model, documents, tmp_path):
+    """Sequences with padding, through passes, gradients and training."""
+    compress_on_both(model["float32"], documents, tmp_path, layout="padded", **fields)
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_in_bfloat16(model, text, tmp_path):
+    """Every stage behind the plan in one run of a model of 16 bits."""
+    fields = {"method": "two-sided", "storage": "pivoted", "compensate": "anchored"}
+    fields |= {"refine": "swept", "train": "lean"}
+    options = {"refinement": REFINEMENT, "training": TRAINING}
+    compress_on_both(model["bfloat16"], text, tmp_path, options=options, **fields)
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def compressed(request, model, text, tmp_path_factory):
+    """A dense model and its compressed one."""
+    dense, out = model[request.param], tmp_path_factory.mktemp("compressed") / "out"
+    run(dense, out, text, method="two-sided", storage="pivoted", **SMALL)
+    return dense, out
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("compares", [False, True])
+def test_evaluation(compares, padded, compressed, text, documents, tmp_path):
+    """Perplexity alone and against the dense model: the CPU's figures."""
+    dense, out = compressed
+    fields = SMALL | {"executor": "local", "layout": "padded" if padded else "packed"}
+    fields |= {"text": str(documents if padded else text)}
+    if compares:
+        fields["against"] = dense
+
+    def figures(place):
+        found = evaluate(out, run_dir=tmp_path / place, **fields)
+        perplexities = {name: each["perplexity"] for name, each in found["models"].items()}
+        return {name: found.get(name) for name in ("kl", "top1_agreement")} | perplexities
+
+    on_cpu = figures("cpu")
+    with pretended_device() as device:
+        assert figures("cuda") == on_cpu
+    assert any(copy.direction == TO_HOST for copy in device.copies)
+
+
+def test_verification_and_export(compressed, tmp_path):
+    """Where there is a GPU, sizes, errors and logits are verified as without, and exported."""
+    dense, out = compressed
+    found = verify(out, against=dense)
+    export(out, tmp_path / "cpu")
+    with pretended_device():
+        assert verify(out, against=dense) == found
+        export(out, tmp_path / "cuda")
+    assert not found["problems"]
+    assert found["logits"]["finite"]
+    for path in (tmp_path / "cpu").iterdir():
+        assert path.read_bytes() == (tmp_path / "cuda" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_search(model, text, tmp_path):
+    """The same candidate wins with the same figures."""
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("The bridge past the inn carried 42 ships; nobody could say when.\n" * 2)
+    fields = {"model": str(model["float32"]), "calibration": str(text), "executor": "local"}
+    fields |= SMALL | {"keep": 0.5}
+
+    def found(place):
+        recipe = Recipe(out=str(tmp_path / place), **fields)
+        vary = {"storage": ["plain", "pivoted"]}
+        return search(recipe, vary, text=str(held_out), samples=2, sequence_length=24)
+
+    on_cpu = found("cpu")
+    with pretended_device():
+        on_device = found("cuda")
+    assert on_device.candidates == on_cpu.candidates
+    assert_same_files(tmp_path / "cpu", tmp_path / "cuda")
