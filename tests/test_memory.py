@@ -8,9 +8,11 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 from pipeline import run, write_llama, write_text
+from pretend import pretended_device
 
+from orchestrator import api
 from orchestrator.api import plan
-from orchestrator.forecast import workspaces
+from orchestrator.forecast import memory, workspaces
 from orchestrator.forecast.needs import NEEDS
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, decompose
 from orchestrator.linalg.two_sided import decompose_two_sided
@@ -97,3 +99,25 @@ def test_a_run_holds_what_is_forecast(name, model, tmp_path):
             assert peaks[stage.name] <= 1.01 * foreseen
         if stage.name == "calibrate":
             assert peaks[stage.name] >= 0.9 * foreseen
+
+
+def test_a_gpu_is_held_against_its_forecast(model, tmp_path):
+    """A report and the status have a GPU's peaks, call by call; tensors are those of the forecast.
+
+    On a pretended device, which has neither a context nor fragments.
+    """
+    text = write_text(tmp_path / "text.txt")
+    with pretended_device():
+        found = run(model, tmp_path / "out", text, **STAGES["two-sided"])
+    used = found.report["timings"]["memory"]
+    status = api.status(found.run_dir)
+    assert used.keys() == {"calibrate", "pivot", "write"}
+    assert status["memory"] == {name: used["write"][name] for name in ("host", "device")}
+    for stage in ("calibrate", "pivot"):
+        foreseen, device = used[stage]["forecast"], used[stage]["device"]
+        tensors = (foreseen - memory.CONTEXT_BYTES) / (1 + memory.FRAGMENTATION)
+        assert device["allocated"] <= min(1.01 * tensors, device["reserved"])
+        assert device["context"] == 0
+        if stage == "calibrate":
+            assert device["allocated"] >= 0.9 * tensors
+    assert used["write"]["device"]["allocated"] < used["pivot"]["device"]["allocated"]
