@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from orchestrator.api import measure, plan
 from orchestrator.cli import main
 from orchestrator.errors import InfeasibleError, InputError, UsageError
-from orchestrator.forecast import memory, work
+from orchestrator.forecast import memory, text, work
 from orchestrator.forecast.forecast import USABLE
 from orchestrator.forecast.needs import (
     NEEDS,
@@ -19,7 +19,13 @@ from orchestrator.forecast.needs import (
     gram_of,
     input_grams,
 )
-from orchestrator.forecast.rates import ROWS, known_devices, largest_memory, machine_of
+from orchestrator.forecast.rates import (
+    ROWS,
+    eigen_seconds,
+    known_devices,
+    largest_memory,
+    machine_of,
+)
 from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
 from orchestrator.linalg import pivot, ranked
 from orchestrator.linalg.eigen import LARGEST
@@ -373,6 +379,44 @@ def test_wrong_words_are_usage_errors(config, capsys):
     }.items():
         assert main(["plan", path, "--keep=0.8", *flags.split()]) == 2
         assert says in capsys.readouterr().err
+
+
+MODELLED = {"A100-80GB": (0.7, 1.4), "H100": (0.36, 0.8), "H200": (0.29, 0.62)}
+"""Seconds for n = 8192 in float64: from half of the memory traffic, times 1.3, to all of it, 1.6."""
+
+
+@pytest.mark.parametrize("gpu", MODELLED)
+def test_eigendecompositions_by_memory_traffic(gpu):
+    """Within what the traffic allows, and faster than both rows, which assume a part of FP64."""
+    least, most = MODELLED[gpu]
+    machine = machine_of(gpu)
+    assert least <= 9 * 8192**3 / machine.modelled_eigen <= most
+    assert machine.modelled_eigen > machine.rows[0].eigen
+    assert "not measured" in machine.model_source
+
+
+def test_the_model_of_eigendecompositions_meets_the_time_that_was_published():
+    """RTX 6000 Ada, 0.96 TB/s and 91.1 TFLOP/s, float32, n = 23,000: 13.1 to 13.9 s."""
+    assert 13.1 <= eigen_seconds(23_000, 0.96e12, 91.1e12, itemsize=4) <= 13.9
+    # both of its terms are there: no bandwidth, or no products, would do
+    slow = eigen_seconds(23_000, 0.48e12, 91.1e12, itemsize=4)
+    assert slow > 1.5 * eigen_seconds(23_000, 0.96e12, 91.1e12, itemsize=4)
+    assert eigen_seconds(8192, 1e12, 1e12) > 5 * eigen_seconds(8192, 1e12, 60e12)
+
+
+def test_a_plan_says_where_float64_decides_its_time(config):
+    """Where a GPU computes it at 1/64 of float32, and nowhere else; eigenvectors by three rates."""
+    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
+    for gpu in known_devices():
+        found = plan(recipe(model=path, preset="fast", samples=256), gpus=1, gpu=gpu)
+        assert list(found.float64["eigen"]) == [*ROWS, "memory_traffic"]
+        assert list(found.float64["double"]) == list(ROWS)
+        rates = machine_of(gpu).rows[0]
+        is_slow = rates.single / rates.double > 32
+        assert bool(found.float64_remark) == is_slow
+        said = "\n".join(text.lines(found))
+        assert ("at 1/64 of its rate for float32" in said) == is_slow
+        assert "by memory_traffic" in said
 
 
 def test_every_device_has_both_rows_and_a_source():

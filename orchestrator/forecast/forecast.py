@@ -5,6 +5,7 @@ from typing import Any
 
 from orchestrator.forecast import memory
 from orchestrator.forecast.costs import Costs
+from orchestrator.forecast.doubles import float64_remark, float64_seconds
 from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.needs import Needs
 from orchestrator.forecast.outcome import Forecast, Resources, Stage
@@ -106,11 +107,15 @@ class _Forecasting:
         if self.recipe.train != "none":
             stages.append(self._train())
         stages.append(self._write())
-        rows = self.resources.machine.rows
+        machine = self.resources.machine
+        float64 = float64_seconds(self.costs, machine, self.workers)
+        in_float64 = [stage for stage in stages if stage.name in ("calibrate", "pivot")]
+        double_stages = self._seconds(lambda r: sum(each.seconds[r.row] for each in in_float64))
+        sources = [*(rates.source for rates in machine.rows), machine.model_source]
         return Forecast(
             model=self._model(),
-            machine=self.resources.machine.name,
-            is_gpu=self.resources.machine.is_gpu,
+            machine=machine.name,
+            is_gpu=machine.is_gpu,
             workers=self.workers,
             shards=self.shards,
             blocks_a_shard=-(-self.shapes.num_blocks // self.shards),
@@ -126,9 +131,11 @@ class _Forecasting:
             run_bytes=self._run_bytes(),
             moved_bytes=2 * self._chunks() * (self.shards - 1),
             final=self._final(),
-            start_seconds={rates.row: rates.start for rates in rows},
+            float64=float64,
+            float64_remark=float64_remark(float64, machine, double_stages),
+            start_seconds={rates.row: rates.start for rates in machine.rows},
             price=self.resources.price,
-            sources=tuple(dict.fromkeys(rates.source for rates in rows)),
+            sources=tuple(filter(None, dict.fromkeys(sources))),
             infeasible=tuple(self._infeasible(stages)),
         )
 

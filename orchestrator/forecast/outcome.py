@@ -58,6 +58,10 @@ class Forecast:
     """Boundary chunks, written and read again."""
     final: Mapping[str, int]
     """Values and bytes of the result."""
+    float64: Mapping[str, Mapping[str, float]]
+    """Seconds of a worker in float64, see `doubles`."""
+    float64_remark: str
+    """That products in float64 take most of the time, and why; empty where they do not."""
     start_seconds: Mapping[str, float]
     price: float | None
     sources: tuple[str, ...]

@@ -29,6 +29,7 @@ def lines(found: Forecast) -> list[str]:
     table.append(["together", f"{total:.2g}", *(duration(found.seconds[row]) for row in rows)])
     if found.money is not None:
         table.append(["money", "", *(f"{found.money[row]:.2f}" for row in rows)])
+    facts |= _float64(found)
     width = max(map(len, facts))
     shown = [f"{name:<{width}}  {text}" for name, text in facts.items()]
     shown += ["", *_aligned(table), "", *(f"rates: {source}" for source in found.sources)]
@@ -44,6 +45,19 @@ def _memory(found: Forecast) -> dict[str, str]:
         return {"host memory of a worker": held}
     host = f"{size(found.host.total)}: {_parts(found.host.parts)}"
     return {"device memory of a worker": held, "host memory of a worker": host}
+
+
+def _float64(found: Forecast) -> dict[str, str]:
+    """How long eigendecompositions and products in float64 take, by whose rates."""
+    said = {
+        kind: ", ".join(f"{duration(seconds)} by {row}" for row, seconds in rows.items())
+        for kind, rows in found.float64.items()
+    }
+    remark = f"; {found.float64_remark}" if found.float64_remark else ""
+    return {
+        "eigendecompositions": said["eigen"],
+        "products in float64": f"{said['double']}{remark}",
+    }
 
 
 def _parts(parts: Mapping[str, int]) -> str:
