@@ -12,7 +12,6 @@ from orchestrator.api import measure, plan
 from orchestrator.cli import main
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.forecast import memory, text, work
-from orchestrator.forecast.forecast import USABLE
 from orchestrator.forecast.needs import (
     NEEDS,
     curvature_channels,
@@ -26,6 +25,7 @@ from orchestrator.forecast.rates import (
     largest_memory,
     machine_of,
 )
+from orchestrator.forecast.room import USABLE
 from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
 from orchestrator.linalg import pivot, ranked
 from orchestrator.linalg.eigen import LARGEST
@@ -382,7 +382,7 @@ def test_wrong_words_are_usage_errors(config, capsys):
 
 
 MODELLED = {"A100-80GB": (0.7, 1.4), "H100": (0.36, 0.8), "H200": (0.29, 0.62)}
-"""Seconds for n = 8192 in float64: from half of the memory traffic, times 1.3, to all of it, 1.6."""
+"""Seconds for n = 8192 in float64: by half of the memory traffic, times 1.3, to all of it, 1.6."""
 
 
 @pytest.mark.parametrize("gpu", MODELLED)

@@ -1,6 +1,7 @@
 """A whole run, forecast: shards, memory, bytes, time and money, and whether it can be at all."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.forecast import memory
@@ -10,6 +11,7 @@ from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.needs import Needs
 from orchestrator.forecast.outcome import Forecast, Resources, Stage
 from orchestrator.forecast.rates import Rates
+from orchestrator.forecast.room import Room
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.work import (
     Work,
@@ -21,9 +23,6 @@ from orchestrator.models.train_options import TrainOptions
 from orchestrator.recipe import Recipe
 from orchestrator.shards import cut_blocks, default_shards
 
-USABLE = 0.92
-"""Of a host's memory: the rest is the system's, and what an allocator leaves unused. Of a GPU's all
-is usable: what CUDA and its allocator take is in the footprint (`memory.on_gpu`)."""
 HOST_PROCESS = 1_500_000_000
 """Bytes of host memory of a worker before it holds anything: torch, transformers, Ray, CUDA."""
 MOST_BLOCKS = 2
@@ -51,7 +50,8 @@ class _Forecasting:
         self.refining = RefineOptions(**recipe.options.get("refinement", {}))
         self.training = TrainOptions(**recipe.options.get("training", {}))
         self.workers = resources.workers
-        self.limit = resources.memory_bytes or resources.machine.memory_bytes
+        limit = resources.memory_bytes or resources.machine.memory_bytes
+        self.room = Room(limit, resources.machine.is_gpu)
         self.even = self.needs.allocation == "uniform"
         group = self.needs.group
         self.blocks = max(self._blocks_that_fit(), group)
@@ -59,18 +59,6 @@ class _Forecasting:
             default_shards(shapes.num_blocks, self.workers, self.blocks), 1
         )
         self.shards = len(cut_blocks(shapes.num_blocks, shards, group))
-
-    @property
-    def _share(self) -> float:
-        """Of a worker's memory, what a footprint may take."""
-        return 1.0 if self.resources.machine.is_gpu else USABLE
-
-    @property
-    def _usable(self) -> float:
-        return float("inf") if self.limit is None else self._share * self.limit
-
-    def _on_device(self, found: Footprint) -> Footprint:
-        return memory.on_gpu(found) if self.resources.machine.is_gpu else found
 
     def _calibrating(self, blocks: int) -> Footprint:
         return memory.calibration(
@@ -81,13 +69,13 @@ class _Forecasting:
             sequences=self.sequences,
             itemsize=self.costs.itemsize,
             pivoted=self.costs.is_pivoted,
-            gpu=self.resources.machine.is_gpu,
+            gpu=self.room.is_gpu,
         )
 
     def _blocks_that_fit(self) -> int:
         """Of a shard; a run that meets the limit cuts its shards in the same way."""
         most = min(MOST_BLOCKS, self.shapes.num_blocks)
-        fitting = [b for b in range(1, most + 1) if self._calibrating(b).total <= self._usable]
+        fitting = [b for b in range(1, most + 1) if self.room.fits(self._calibrating(b))]
         return max(fitting, default=1)
 
     def forecast(self) -> Forecast:
@@ -107,6 +95,7 @@ class _Forecasting:
         if self.recipe.train != "none":
             stages.append(self._train())
         stages.append(self._write())
+        stages = [replace(each, device=self.room.taken(each.device)) for each in stages]
         machine = self.resources.machine
         float64 = float64_seconds(self.costs, machine, self.workers)
         in_float64 = [stage for stage in stages if stage.name in ("calibrate", "pivot")]
@@ -123,8 +112,8 @@ class _Forecasting:
             waves=-(-self.shards // self.workers),
             stages=tuple(stages),
             limits={
-                "device": self.limit,
-                "usable": self.limit and self._usable,
+                "device": self.room.bytes,
+                "usable": self.room.bytes and self.room.usable,
                 "host": self.resources.host_bytes,
             },
             host=self._host(),
@@ -212,7 +201,7 @@ class _Forecasting:
         """Every block a unit, as many at a time as there are workers."""
         waves = -(-self.shapes.num_blocks // self.workers)
         one = self.costs.refine()
-        fits = [b for b in (1, MOST_BLOCKS) if self._refining(b).total <= self._usable]
+        fits = [b for b in (1, MOST_BLOCKS) if self.room.fits(self._refining(b))]
         return Stage(
             name="refine",
             flops=self.shapes.num_blocks * one.flops,
@@ -221,7 +210,7 @@ class _Forecasting:
         )
 
     def _refining(self, blocks: int) -> Footprint:
-        found = memory.refinement(
+        return memory.refinement(
             self.shapes,
             self.kept,
             self.even,
@@ -230,7 +219,6 @@ class _Forecasting:
             sequences=self.sequences,
             itemsize=self.costs.itemsize,
         )
-        return self._on_device(found)
 
     def _walk(self, name: str = "walk") -> Stage:
         """Block after block, each lent to all workers; unrefined one pass of statistics."""
@@ -250,18 +238,6 @@ class _Forecasting:
         lending = Work(network=4.0 * parameters * steps if lent > 1 else 0.0)
         solving = costs.turns() if compensates else Work()
 
-        held = memory.walking(
-            self.shapes,
-            self.kept,
-            self.even,
-            tokens=self.tokens,
-            sequences=self.sequences,
-            itemsize=costs.itemsize,
-            lent=lent,
-            compensates=compensates,
-            refines=refines,
-        )
-
         def take(rates: Rates) -> float:
             shared = one.seconds(rates) / lent
             return blocks * (shared + lending.seconds(rates) + solving.seconds(rates))
@@ -270,7 +246,17 @@ class _Forecasting:
             name=name,
             flops=blocks * (one.flops + solving.flops),
             seconds=self._seconds(take),
-            device=self._on_device(held),
+            device=memory.walking(
+                self.shapes,
+                self.kept,
+                self.even,
+                tokens=self.tokens,
+                sequences=self.sequences,
+                itemsize=costs.itemsize,
+                lent=lent,
+                compensates=compensates,
+                refines=refines,
+            ),
         )
 
     def _refit(self) -> Stage:
@@ -278,14 +264,13 @@ class _Forecasting:
         blocks = -(-self.shapes.num_blocks // self.shards)
         one = self.costs.calibrate_cut(blocks)
         waves = -(-self.shards // self.workers)
-        held = memory.refitting(
-            self.shapes, blocks, tokens=self.tokens, itemsize=self.costs.itemsize
-        )
         return Stage(
             name="refit",
             flops=self.shards * one.flops,
             seconds=self._seconds(lambda rates: waves * one.overlapped(rates)),
-            device=self._on_device(held),
+            device=memory.refitting(
+                self.shapes, blocks, tokens=self.tokens, itemsize=self.costs.itemsize
+            ),
         )
 
     def _train(self) -> Stage:
@@ -311,7 +296,7 @@ class _Forecasting:
         )
 
     def _training(self, mode: str, workers: int) -> Footprint:
-        found = memory.training(
+        return memory.training(
             self.shapes,
             self.kept,
             self.even,
@@ -320,7 +305,6 @@ class _Forecasting:
             tokens=self.tokens,
             stored_targets=self.training.targets == "stored",
         )
-        return self._on_device(found)
 
     def _pivot(self) -> Stage:
         """Every linear a unit; the last of them may keep one worker longer than the others."""
@@ -334,9 +318,7 @@ class _Forecasting:
             name="pivot",
             flops=sum(each.flops for each in pivots),
             seconds=self._seconds(take),
-            device=self._on_device(
-                memory.pivoting(self.shapes, self.kept, self.costs.out_itemsize)
-            ),
+            device=memory.pivoting(self.shapes, self.kept, self.costs.out_itemsize),
         )
 
     def _write(self) -> Stage:
@@ -346,7 +328,7 @@ class _Forecasting:
             name="write",
             flops=0.0,
             seconds=self._seconds(lambda rates: waves * one.seconds(rates)),
-            device=self._on_device(memory.writing(self.shapes)),
+            device=memory.writing(self.shapes),
         )
 
     def _chunks(self) -> float:
@@ -394,12 +376,12 @@ class _Forecasting:
     def _infeasible(self, stages: Sequence[Stage]) -> list[str]:
         found = []
         for stage in stages:
-            if stage.device.total > self._usable:
+            if stage.device.total > self.room.usable:
                 largest = max(stage.device.parts, key=lambda name: stage.device.parts[name])
                 found.append(
                     f"{stage.name}: a worker holds {_gb(stage.device.total)}, of which {largest} "
-                    f"{_gb(stage.device.parts[largest])}; {_gb(self._usable)} of "
-                    f"{_gb(self.limit or 0)} are usable; {self._instead(stage.name)}"
+                    f"{_gb(stage.device.parts[largest])}; {_gb(self.room.usable)} of "
+                    f"{_gb(self.room.bytes or 0)} are usable; {self._instead(stage.name)}"
                 )
         host = self.resources.host_bytes
         if host is not None and self._host().total > host:
@@ -415,7 +397,7 @@ class _Forecasting:
             ways = []
             for mode in memory.TRAINED_BYTES:
                 counts = range(self.workers, self.shapes.num_blocks + 1)
-                fits = (n for n in counts if self._training(mode, n).total <= self._usable)
+                fits = (n for n in counts if self.room.fits(self._training(mode, n)))
                 if (workers := next(fits, None)) is not None:
                     ways.append(f"--train {mode} with {workers} workers")
             return f"what fits: {', '.join(ways)}" if ways else "--train none leaves it out"
@@ -428,7 +410,7 @@ class _Forecasting:
             less += ["--compensate none"] if self.recipe.compensate != "none" else []
             less += ["--refine none"] if self.recipe.refine != "none" else []
             return ", or ".join(less)
-        needed = self._calibrating(1).total / self._share
+        needed = self.room.needed(self._calibrating(1))
         return f"{_gb(needed)} of memory a worker would hold a block"
 
 

@@ -78,7 +78,7 @@ def calibration(
         tokens: Of a sequence.
         sequences: All together; what fewer tokens than ranks leave open is made up.
         itemsize: Bytes of a value in the passes.
-        gpu: Whether the worker has one; then its memory is what counts.
+        gpu: Whether the worker has one; then the worst moment is that of its memory.
     """
     grams, bends = (of(shapes.heaviest, needs) for of in (input_grams, curvatures))
     entries = blocks * sum(n * n for n in [*grams.values(), *bends.values()])
@@ -96,7 +96,7 @@ def calibration(
     finishing = _finishing(shapes, needs, entries, itemsize, pivoted=pivoted, known=known)
     moments = [passing, *({**weights, **each} for each in finishing)]
     footprints = [Footprint(each) for each in moments]
-    return max(map(on_gpu, footprints) if gpu else footprints, key=lambda each: each.total)
+    return max(footprints, key=lambda each: (on_gpu(each) if gpu else each).total)
 
 
 def on_gpu(found: Footprint) -> Footprint:
