@@ -20,9 +20,10 @@ from typing import Any
 
 from orchestrator.arguments import FIELDS, make_parser
 from orchestrator.errors import OrchestratorError, StoppedError, UsageError
-from orchestrator.progress import JsonLines, Lines, duration, size
+from orchestrator.progress import JsonLines, Lines, duration
 from orchestrator.recipe import Recipe, make_recipe, read_recipe_fields
 from orchestrator.result import Result
+from orchestrator.usage import Usage
 from orchestrator.values import parse_option, parse_vary
 
 EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
@@ -273,6 +274,8 @@ def _status(options: argparse.Namespace) -> None:
         shown["done"] = f"{shown['done']} of {shown.pop('total')}"
     if "left" in shown:
         shown["left"] = f"about {duration(shown['left'])}"
+    if "memory" in shown:
+        shown["memory"] = Usage.from_json(shown["memory"])
     _print_rows(shown)
 
 
@@ -349,8 +352,9 @@ def _print_evaluation(report: Mapping[str, Any]) -> None:
     if "kl" in report:
         print(f"mean KL from the dense model {report['kl']:.4f} nats, ", end="")
         print(f"same first token on {report['top1_agreement']:.1%}")
-    print(f"{report['predictions']:,} predictions, ", end="")
-    print(f"peak memory of a worker {size(report['peak_worker_bytes'])}")
+    used = report.get("memory")
+    memory = f", a worker's memory at its worst: {Usage.from_json(used)}" if used else ""
+    print(f"{report['predictions']:,} predictions{memory}")
 
 
 def _print_rows(rows: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Statistics of a shard: the Grams of just the tokens that count, by whichever side is asked."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -242,3 +243,47 @@ def test_drawn_gradients_have_the_fisher_information():
     second = found[:4000].T @ found[:4000] / 4000
     torch.testing.assert_close(second, p.diag() - p.outer(p), rtol=0, atol=0.02)
     torch.testing.assert_close(found[:4000].mean(0), torch.zeros(5).double(), rtol=0, atol=0.03)
+
+
+def test_a_settled_calibration_gathers_no_more_and_frees_what_is_forgotten(model):
+    """Statistics keep their bits, later chunks pass as before, a Gram goes with its last linear."""
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    first, second = (Chunk(row, TOKENS[row : row + 1], mask) for row in range(2))
+    skeleton = Skeleton.open(model)
+    with skeleton.shard(range(2)) as shard:
+        calibration = Calibration(shard, shard.linears, lambda linear, site: "input")
+        calibration.forward(first)
+        before = {each.name: calibration.statistic(each).matrix_II for each in shard.linears}
+        passed = calibration.forward(second).payload.tensors()[0]
+        calibration = Calibration(shard, shard.linears, lambda linear, site: "input")
+        calibration.forward(first)
+        calibration.settle()
+        again = calibration.forward(second).payload.tensors()[0]
+        assert torch.equal(passed, again)
+        for linear in shard.linears:
+            assert torch.equal(calibration.statistic(linear).matrix_II, before[linear.name])
+        grams = {name: weakref.ref(gram) for name, gram in calibration._grams.items()}
+        left = list(shard.linears)
+        while left:
+            calibration.forget([left.pop(0)])
+            alive = {name for name, gram in grams.items() if gram() is not None}
+            assert alive == {each.site for each in left}
+
+
+def test_ends_that_were_put_down_are_loaded_again_by_the_next_pass(model):
+    """Embeddings and head are freed, blocks stay; the pass that follows has the same bits."""
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    chunk, skeleton = Chunk(0, TOKENS[:1], mask), Skeleton.open(model)
+    with skeleton.shard(range(2)) as shard:
+        shard.freeze()
+        before = shard.logits(chunk)
+        ends = [n for n in shard.parameters() if not n.startswith("model.layers")]
+        whole = {name: weakref.ref(shard.parameters()[name]) for name in ends}
+        assert any("embed" in name for name in ends)
+        for _ in range(2):
+            shard.put_down_ends()
+        assert not any(each() is not None for each in whole.values())
+        assert all(name.startswith("model.layers") for name in shard.parameters())
+        assert torch.equal(shard.logits(chunk), before)
+        assert not any(each.requires_grad for each in shard.parameters().values())
+    assert skeleton.shard(range(1)).forward(chunk).payload is not None

@@ -149,7 +149,7 @@ def test_evaluate_passes_what_was_given(monkeypatch, capsys, json_flag):
             "kl": 0.25,
             "top1_agreement": 0.875,
             "predictions": 511,
-            "peak_worker_bytes": 10**9,
+            "memory": {"host": 10**9},
         }
 
     monkeypatch.setattr(api, "evaluate", evaluate)
@@ -169,6 +169,7 @@ def test_evaluate_passes_what_was_given(monkeypatch, capsys, json_flag):
         rows = [line.split() for line in shown.splitlines()]
         assert rows[:2] == [["dense", "small"], ["perplexity", "9.50", "10.00"]]
         assert "same first token on 87.5%" in shown
+        assert "511 predictions, a worker's memory at its worst: host 1 GB" in shown
 
 
 def test_export(monkeypatch, capsys):

@@ -11,15 +11,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from orchestrator.api import measure, plan
 from orchestrator.cli import main
 from orchestrator.errors import InfeasibleError, InputError, UsageError
-from orchestrator.forecast import memory, work
-from orchestrator.forecast.forecast import USABLE
+from orchestrator.forecast import memory, text, work
 from orchestrator.forecast.needs import (
     NEEDS,
     curvature_channels,
     gram_of,
     input_grams,
 )
-from orchestrator.forecast.rates import ROWS, known_devices, largest_memory, machine_of
+from orchestrator.forecast.rates import (
+    ROWS,
+    eigen_seconds,
+    known_devices,
+    largest_memory,
+    machine_of,
+)
+from orchestrator.forecast.room import USABLE
 from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
 from orchestrator.linalg import pivot, ranked
 from orchestrator.linalg.eigen import LARGEST
@@ -281,12 +287,42 @@ def test_what_does_not_fit_is_said_with_what_would(config, capsys):
         count = workers.removesuffix(" workers")
         more = ["--gpus", count, "--train", mode.split()[-1]]
         assert main(["plan", path, *flags, *more]) == 0
-    assert main(["plan", path, "--keep=0.8", "--preset=fast", "--gpu=A10G"]) == 3
+    assert main(["plan", path, "--keep=0.8", "--preset=fast", "--gpu-memory=16GB"]) == 3
     assert "of memory a worker would hold a block" in capsys.readouterr().out
-    small = ["--keep=0.8", "--gpu=A10G", "--gpu-memory=20GB", "--json"]
+    small = ["--keep=0.8", "--gpu=A10G", "--gpu-memory=13GB", "--json"]
     assert main(["plan", path, *small]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["blocks_a_shard"], shown["waves"]) == (1, 80)
+
+
+@pytest.mark.parametrize("gpu", ["RTX-4090", "A10G"])
+def test_one_gpu_of_24_gb_is_enough_for_the_closed_form_of_70b(gpu, config):
+    """With a fifth to spare; what takes most is the pass back, so Grams have to be on the GPU."""
+    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
+    asked = {"model": path, "preset": "fast", "samples": 256, "sequence_length": 2048}
+    found = plan(recipe(**asked), gpus=1, gpu=gpu)
+    assert not found.infeasible
+    assert found.peak.device.total < 0.8 * found.limits["usable"]
+    assert "activations" in found.peak.device.parts
+
+
+def test_a_gpu_has_a_context_and_an_allocator_and_a_cpu_has_a_process(llama_dir, tmp_path):
+    """Terms of their own on top of the same tensors; what is written is then in the host's part."""
+    asked = {"samples": 4, "sequence_length": 32}
+    rates = measure(tmp_path / "rates.json", dtype="float32")
+    on_cpu = plan(recipe(model=str(llama_dir), **asked), rates=rates)
+    on_gpu = plan(recipe(model=str(llama_dir), **asked), gpu="A10G")
+    assert on_cpu.limits["usable"] == USABLE * on_cpu.limits["device"]
+    assert on_gpu.limits["usable"] == on_gpu.limits["device"]
+    for ours, theirs in zip(on_cpu.stages, on_gpu.stages, strict=True):
+        tensors = {n: s for n, s in theirs.device.parts.items() if n in ours.device.parts}
+        assert theirs.device.parts == {
+            "context": memory.CONTEXT_BYTES,
+            **tensors,
+            "fragmentation": int(memory.FRAGMENTATION * sum(tensors.values())),
+        }
+        assert ours.device.parts["process"] == memory.PROCESS_BYTES
+        assert not tensors.keys() & {"process", "written"}
 
 
 def test_a_machine_that_was_measured(llama_dir, tmp_path, capsys):
@@ -344,6 +380,44 @@ def test_wrong_words_are_usage_errors(config, capsys):
     }.items():
         assert main(["plan", path, "--keep=0.8", *flags.split()]) == 2
         assert says in capsys.readouterr().err
+
+
+MODELLED = {"A100-80GB": (0.7, 1.4), "H100": (0.36, 0.8), "H200": (0.29, 0.62)}
+"""Seconds for n = 8192 in float64: by half of the memory traffic, times 1.3, to all of it, 1.6."""
+
+
+@pytest.mark.parametrize("gpu", MODELLED)
+def test_eigendecompositions_by_memory_traffic(gpu):
+    """Within what the traffic allows, and faster than both rows, which assume a part of FP64."""
+    least, most = MODELLED[gpu]
+    machine = machine_of(gpu)
+    assert least <= 9 * 8192**3 / machine.modelled_eigen <= most
+    assert machine.modelled_eigen > machine.rows[0].eigen
+    assert "not measured" in machine.model_source
+
+
+def test_the_model_of_eigendecompositions_meets_the_time_that_was_published():
+    """RTX 6000 Ada, 0.96 TB/s and 91.1 TFLOP/s, float32, n = 23,000: 13.1 to 13.9 s."""
+    assert 13.1 <= eigen_seconds(23_000, 0.96e12, 91.1e12, itemsize=4) <= 13.9
+    # both of its terms are there: no bandwidth, or no products, would do
+    slow = eigen_seconds(23_000, 0.48e12, 91.1e12, itemsize=4)
+    assert slow > 1.5 * eigen_seconds(23_000, 0.96e12, 91.1e12, itemsize=4)
+    assert eigen_seconds(8192, 1e12, 1e12) > 5 * eigen_seconds(8192, 1e12, 60e12)
+
+
+def test_a_plan_says_where_float64_decides_its_time(config):
+    """Where a GPU computes it at 1/64 of float32, and nowhere else; eigenvectors by three rates."""
+    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
+    for gpu in known_devices():
+        found = plan(recipe(model=path, preset="fast", samples=256), gpus=1, gpu=gpu)
+        assert list(found.float64["eigen"]) == [*ROWS, "memory_traffic"]
+        assert list(found.float64["double"]) == list(ROWS)
+        rates = machine_of(gpu).rows[0]
+        is_slow = rates.single / rates.double > 32
+        assert bool(found.float64_remark) == is_slow
+        said = "\n".join(text.lines(found))
+        assert ("at 1/64 of its rate for float32" in said) == is_slow
+        assert "by memory_traffic" in said
 
 
 def test_every_device_has_both_rows_and_a_source():
@@ -521,7 +595,7 @@ def test_a_basis_for_several_blocks_holds_them_together(config):
     for group in (1, 2, 8):
         options = {"basis-sharing": {"group": group, "refit": "never"}}
         found = plan(recipe(model=path, method="basis-sharing", options=options), gpus=8)
-        sizes.append(found.stages[0].device.parts["decomposition"])
+        sizes.append(found.stages[0].device.total)
         shards.append(found.blocks_a_shard)
     assert sizes[0] < sizes[1] < sizes[2] / 2
     assert shards == [2, 2, 8]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from matrices import gaussian
 
 from orchestrator.errors import InputError
@@ -141,3 +142,27 @@ def test_tensor_cores_lose_nothing(dtype):
     scale = float(exact_II.diagonal().max())
     assert float((without_II - exact_II).abs().max()) < 1e-5 * scale
     assert float((found_II - exact_II).abs().max()) < 1e-5 * scale
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_settling_frees_a_third_and_changes_no_bit(n):
+    """12 n² bytes become 8 n², H stays as it was; rows that come later are refused."""
+    pieces = chunks(5, n, tokens=FLUSH_TOKENS // 3)
+    gram = gathered(n, pieces)
+    before_II = gram.matrix()
+    with LiveBytes() as live:
+        gram.settle()
+        assert live.now == 8 * n * n + 4
+    assert torch.equal(gram.matrix(), before_II)
+    with pytest.raises(ValueError, match="is settled"):
+        gram.update(pieces[0])
+
+
+def test_reading_a_gram_takes_twice_what_it_gives():
+    """One copy beside H, for the triangle that is mirrored."""
+    gram = gathered(300, chunks(2, 300))
+    gram.settle()
+    with LiveBytes() as live:
+        gram.matrix()
+    held = 8 * 300 * 300
+    assert 3 * held <= live.peak < 3.1 * held

@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "values": "errors",
     "result": "plan store",
     "progress": "",
+    "usage": "progress",
     "forecast": "allocate errors groups models options plan progress recipe shards store",
-    "pages": "errors plan recipe progress store numpy",
+    "pages": "errors plan recipe progress store usage numpy",
     "linalg": "errors torch",
     "allocate": "errors options plan numpy",
     "store": "errors plan numpy pyarrow safetensors",
@@ -35,11 +36,11 @@ MAY_IMPORT = {
     "models": "errors options plan shards linalg store torch transformers accelerate safetensors "
     "numpy pyarrow huggingface_hub datasets",
     "hf": "errors plan models torch transformers",
-    "cluster": f"{ALL_PARTS} progress torch numpy safetensors ray grpc",
+    "cluster": f"{ALL_PARTS} progress usage torch numpy safetensors ray grpc",
     "api": f"{ALL_PARTS} pages searching transformers",
     "searching": "api errors options recipe result store",
     "arguments": "recipe values",
-    "cli": "arguments errors forecast recipe result progress values api",
+    "cli": "arguments errors forecast recipe result progress usage values api",
     "__main__": "cli",
 }
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "pyarrow", "ray", "torch", "transformers"}

@@ -117,6 +117,26 @@ def test_the_page_says_what_the_report_says(runs):
     assert {f"{seconds}" for seconds in report["timings"]["seconds"].values()} <= page.values
 
 
+def test_the_page_shows_what_memory_workers_took(copied):
+    """Of a CPU the host's, stage by stage; of a GPU its own too, over what was forecast for it."""
+    report = json.loads((copied / "orchestrator_report.json").read_text())
+    used = report["timings"]["memory"]
+    assert used.keys() == {"calibrate", "write"}
+    assert {str(each["host"]) for each in used.values()} <= Page(api.report(copied)).values
+
+    def change(report):
+        device = {"allocated": 5 * 10**9, "reserved": 7 * 10**9, "context": 10**9}
+        calibrate = report["timings"]["memory"]["calibrate"]
+        calibrate |= {"device": device, "forecast": 10 * 10**9}
+
+    edit(copied, change)
+    texts = Page(api.report(copied)).texts
+    row = texts[texts.index("measured over forecast") :]
+    at = row.index("calibrate")
+    assert row[at + 2 : at + 7] == ["5 GB", "7 GB", "1 GB", "10 GB", "0.80"]
+    assert row[row.index("write") + 2] == "–"
+
+
 def test_the_page_shows_the_evaluation(runs):
     """Before and after stand there as `evaluate` measured them."""
     first, _ = runs
@@ -314,6 +334,7 @@ def test_compare_shows_what_differs(runs, tmp_path):
         assert str(kept / (4 * 32 * 48)) in page.values
     (facts,) = read_source(first.out).evaluations
     assert f"{facts['models']['model']['perplexity']:.2f}" in page.texts
+    assert "host" not in page.text
     assert "second: No evaluation lies beside the checkpoint." in page.texts
 
 

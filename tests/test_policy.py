@@ -24,6 +24,7 @@ from orchestrator.cluster.schedule import Bag
 from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
 from orchestrator.shards import cut_blocks
 from orchestrator.store.chunks import MissingChunk
+from orchestrator.usage import Usage
 
 DIED, HUNG, MEMORY = Cause.DIED, Cause.HUNG, Cause.OUT_OF_MEMORY
 GONE, PREEMPTED = Cause.NODE_LOST, Cause.PREEMPTED
@@ -438,10 +439,10 @@ def test_a_worker_in_this_process_gives_up_its_memory():
         def let_go(self):
             alive.remove(self)
 
-        def perform(self, method, arguments, record):
+        def measured(self, method, arguments, record):
             if len(made) == 1:
                 raise MemoryError("cannot allocate")
-            return arguments, None
+            return arguments, None, Usage(host=1)
 
     done, events = [], []
     dispatch(

@@ -13,6 +13,7 @@ from orchestrator.cluster.signals import STOPPING
 from orchestrator.cluster.watch import Watch
 from orchestrator.errors import InputError, StoppedError
 from orchestrator.store.run import RunDirectory
+from orchestrator.usage import DeviceUsage, Usage
 
 
 @pytest.fixture
@@ -80,6 +81,24 @@ def test_a_stage_says_how_busy_its_workers_were(run):
     assert [each["stage"] for each in between] == ["verify", "verify"]
     assert "busy" not in between[1]
     assert end["busy"] == 0.5
+
+
+def test_a_stage_says_what_memory_its_workers_took(run):
+    """The most of any call, number by number; the status has it, the journal does not."""
+    events, device = [], {"allocated": 5, "reserved": 7, "context": 2}
+    with Watch(run, events.append) as watch:
+        with watch.stage("calibrate"):
+            watch.event({"event": "memory", "host": 3, "device": device})
+            watch.event({"event": "memory", "host": 9, "device": {**device, "allocated": 4}})
+        with watch.stage("write") as stage:
+            watch.event({"event": "memory", "host": 9})
+            stage.progress(1, 2)
+            assert run.status()["memory"] == {"host": 9}
+    assert watch.memory == {
+        "calibrate": Usage(host=9, device=DeviceUsage(**device)),
+        "write": Usage(host=9),
+    }
+    assert not [event for event in events if event["event"] == "memory"]
 
 
 def test_a_failure_is_on_record_with_its_log(run):

@@ -40,7 +40,8 @@ def dispatch(
         on_success: Told of each call that ended well, with its small result.
         is_awaited: Whether an emitted chunk is held for the worker that takes it next; all others
             are let go and read back from their files.
-        on_event: Told of failures, of long waits and, at the end, of how busy the workers were.
+        on_event: Told of failures, of long waits, of the memory of each call and, at the end, of
+            how busy the workers were.
         patience: By method, seconds that a call may take (see `Deadlines`).
 
     Raises:
@@ -146,6 +147,8 @@ class _Loop:
             raise error
         else:
             self._deadlines.note(call.method, time.monotonic() - begun)
+            if outcome.usage is not None:
+                self._on_event({"event": "memory", **outcome.usage.to_json()})
             self._schedule.succeeded(call)
             self._on_success(call, outcome.value)
             if outcome.record is not None and call.emits and self._is_awaited(call.emits):

@@ -50,7 +50,6 @@ class Evaluation:
         self._dtype = dtype
         self._prefill: dict[str, dict[range, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._decode: dict[str, dict[range, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self._peak_bytes = 0
 
     def claim(self) -> None:
         """Makes the run directory this evaluation's; nothing was written before."""
@@ -149,6 +148,7 @@ class Evaluation:
 
         run_pass(crew, watch, schedule, chunks, on_success)
         self._workers = watch.most_workers
+        self._usage = watch.memory.get(stage.name)
         self.total = Score()
         for index in range(total):
             facts = left.get(index) or units.facts(keys[index], crew.environment)
@@ -162,7 +162,6 @@ class Evaluation:
         for name, seconds in timings["decode"].items():
             if seconds is not None:
                 self._decode[name][shard].append(seconds)
-        self._peak_bytes = max(self._peak_bytes, timings["peak_bytes"])
 
     def report(self, crew: Crew) -> dict[str, Any]:
         """Everything that was measured; committed, so that the same evaluation is not repeated."""
@@ -187,7 +186,7 @@ class Evaluation:
             "workers": self._workers,
             "environment": crew.environment,
             **({"made_elsewhere": self._elsewhere} if self._elsewhere else {}),
-            "peak_worker_bytes": self._peak_bytes,
+            **({"memory": self._usage.to_json()} if self._usage else {}),
         }
         if "against" in models and total.predictions:
             report["kl"] = total.divergence / total.predictions

@@ -79,7 +79,6 @@ class EvaluationWorker(Worker):
             passed[name] = run(chunks[name])
             timings["prefill"][name] = self._now() - start
         self._decode_measured = True
-        timings["peak_bytes"] = self.peak_bytes()
         if first.is_last:
             self._commit_score(index, chunks["model"], passed)
             return timings, None

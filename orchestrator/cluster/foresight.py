@@ -37,8 +37,10 @@ def foresee(
     Raises:
         InfeasibleError: A stage does not fit on the largest device, whose memory is known.
     """
-    workers, room = _in_this_process() if schedule.executor == "local" else _on_ray(schedule)
-    resources = Resources(workers=workers, machine=Machine("", room, ()), memory_bytes=room)
+    there = _in_this_process() if schedule.executor == "local" else _on_ray(schedule)
+    workers, room, is_gpu = there
+    machine = Machine("", room, (), is_gpu)
+    resources = Resources(workers=workers, machine=machine, memory_bytes=room)
     if measured is not None:
         resources = replace(resources, memory_bytes=float(measured))
     try:
@@ -85,10 +87,11 @@ def foresee_again(
     return foresee(recipe, model, schedule, watch, measured)
 
 
-def _in_this_process() -> tuple[int, float]:
+def _in_this_process() -> tuple[int, float, bool]:
+    """Workers, the memory of one, and whether that is a GPU's."""
     if torch.cuda.is_available():
-        return 1, float(torch.cuda.get_device_properties(0).total_memory)
-    return 1, float(host_bytes())
+        return 1, float(torch.cuda.get_device_properties(0).total_memory), True
+    return 1, float(host_bytes()), False
 
 
 def _is_assumed(schedule: Schedule) -> bool:
@@ -100,12 +103,13 @@ def _is_assumed(schedule: Schedule) -> bool:
     return not ray_crew.is_this_machine()
 
 
-def _on_ray(schedule: Schedule) -> tuple[int, float | None]:
+def _on_ray(schedule: Schedule) -> tuple[int, float | None, bool]:
     from orchestrator.cluster import ray_crew
 
     there, room = ray_crew.devices(schedule.threads)
+    is_gpu = ray_crew.has_gpus()
     bounds = Bounds.of(schedule.workers)
     if room is None and not bounds.is_growing and ray_crew.is_this_machine():
         room = float(host_bytes())
     most = bounds.most if bounds.is_growing and bounds.most else max(there, 1)
-    return max(1, min(most, bounds.most or most)), room
+    return max(1, min(most, bounds.most or most)), room, is_gpu

@@ -12,6 +12,7 @@ from orchestrator.cluster.losses import loss_of, said
 from orchestrator.cluster.policy import Cause
 from orchestrator.cluster.schedule import Call
 from orchestrator.errors import StoppedError
+from orchestrator.usage import Usage
 
 PATIENCE_SECONDS = 30.0
 """Whatever is waited for longer is said, again and again."""
@@ -26,6 +27,8 @@ class Outcome:
     """The method's small result."""
     record: Any = None
     """The chunk that it emitted: a value or a reference; nothing when there is none."""
+    usage: Usage | None = None
+    """The memory that the call took."""
     error: BaseException | None = None
     """What the method raised; it will raise it again on any worker."""
     lost: str | None = None
@@ -143,14 +146,14 @@ class LocalPool:
     def wait(self, seconds: float) -> list[Outcome]:
         call, record = self._calls.popleft()
         try:
-            value, emitted = self.worker.perform(call.method, call.arguments, record)
+            value, emitted, usage = self.worker.measured(call.method, call.arguments, record)
         except Exception as error:
             log = traceback.format_exc()
             cause = loss_of(error)
             if cause is Cause.OUT_OF_MEMORY:
                 return [Outcome(call, lost=said(error), cause=cause, log=log)]
             return [Outcome(call, error=error if cause is None else _gpu_lost(error), log=log)]
-        return [Outcome(call, value, emitted)]
+        return [Outcome(call, value, emitted, usage)]
 
     def abandon(self, call: Call, why: str) -> list[Outcome]:
         raise AssertionError("a call in this process is waited for, however long it takes")

@@ -45,11 +45,16 @@ def devices(threads: int | None) -> tuple[int, float | None]:
     return sum(there.values()), max(known) if known and len(known) == len(kinds) else None
 
 
+def has_gpus() -> bool:
+    """Whether the nodes that are there have GPUs; then every worker gets one."""
+    return bool(ray_cluster.gpu_kinds())
+
+
 def is_this_machine() -> bool:
     """Whether the cluster is the driver's own node and no other, and has no GPU."""
     there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     own = {ray.get_runtime_context().get_node_id()}
-    return not ray_cluster.gpu_kinds() and there == own
+    return not has_gpus() and there == own
 
 
 @contextmanager

@@ -63,7 +63,8 @@ class RayPool(RayActors):
     def _outcome(self, ref: Any) -> list[Outcome]:
         call, emitted, record = self._calls.pop(ref)
         try:
-            return [Outcome(call, ray.get(ref), emitted)]
+            value, usage = ray.get(ref)
+            return [Outcome(call, value, emitted, usage)]
         except RayTaskError as error:
             cause = cause_of(error)
             if isinstance(cause, ObjectLostError) and record is not None:

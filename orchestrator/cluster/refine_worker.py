@@ -63,7 +63,7 @@ class RefineWorker(TrainedWorker):
         with self.planned.shard(range(block, block + 1)) as shard:
             inputs, targets = self._states[block], self._states[block + 1]
             refined = refine(shard, inputs, targets, self.task.options, self.task.seed)
-        timings = {"seconds": time.monotonic() - start, "peak_bytes": self.peak_bytes()}
+        timings = {"seconds": time.monotonic() - start, "memory": self.usage().to_json()}
         facts = refined.facts() | {"timings": timings}
         self.commit_trained(block, refined.tensors, facts)
         return_freed_memory()

@@ -89,6 +89,7 @@ class RefitWorker(CompressionWorker):
         """
         assert self._calibration is not None
         start = time.monotonic()
+        self._free_for_finishing()
         fitted: dict[str, Tensor] = {}
         said: dict[str, Any] = {}
         for linear in self.task.linears:

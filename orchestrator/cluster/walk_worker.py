@@ -242,7 +242,7 @@ class WalkWorker(TrainedWorker):
         work, values = self.work, dict[int, dict[str, Any]]()
         for part in parts:
             seconds = time.monotonic() - work.begun
-            timings = {"seconds": seconds, "peak_bytes": self.peak_bytes()}
+            timings = {"seconds": seconds, "memory": self.usage().to_json()}
             values[part] = facts | {"timings": timings}
             tensors = {name: tensor.detach().cpu() for name, tensor in work.tensors.items()}
             self.commit_trained(work.block, tensors, values[part])

@@ -11,6 +11,7 @@ from orchestrator.cluster.signals import Signals
 from orchestrator.errors import OrchestratorError, StoppedError
 from orchestrator.store.hold import Hold
 from orchestrator.store.run import RunDirectory
+from orchestrator.usage import Usage
 
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
@@ -47,6 +48,8 @@ class Watch:
         self.within: list[str] = []
         """The stages that have begun and not ended, the innermost last."""
         self._busy: dict[str, tuple[float, float]] = {}
+        self.memory: dict[str, Usage] = {}
+        """By stage, the most that a worker has taken."""
 
     @property
     def busy(self) -> dict[str, float]:
@@ -114,7 +117,8 @@ class Watch:
     def event(self, event: Mapping[str, Any]) -> None:
         """Adds an event to the journal, shows it in the status, and passes it on.
 
-        How busy workers were is kept for the end of the stage.
+        How busy workers were is kept for the end of the stage, and the memory that they took for
+        the status.
 
         Raises:
             KeyboardInterrupt: A signal came, and what it raised was caught by somebody.
@@ -131,6 +135,9 @@ class Watch:
             stage = self.within[-1] if self.within else ""
             seconds, of = self._busy.get(stage, (0.0, 0.0))
             self._busy[stage] = seconds + event["seconds"], of + event["of"]
+            return
+        if event["event"] == "memory":
+            self._note_memory(Usage.from_json(event))
             return
         if "log" in event:
             event = self._recorded(event)
@@ -150,6 +157,13 @@ class Watch:
             yield
         finally:
             self._followers.remove(follower)
+
+    def _note_memory(self, usage: Usage) -> None:
+        """Keeps the most that a worker takes in a stage; the status has it when it changes next."""
+        stage = self.within[-1] if self.within else ""
+        most = self.memory[stage] = usage.merge(self.memory.get(stage, usage))
+        with self._lock:
+            self._status["memory"] = most.to_json()
 
     def _recorded(self, event: Mapping[str, Any]) -> Event:
         """Files a failure away with its log; the event names the file in its place."""

@@ -27,6 +27,7 @@ from orchestrator.store.chunks import Chunks, MissingChunk, Record
 from orchestrator.store.files import digest_file
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
+from orchestrator.usage import DeviceUsage, Usage
 
 Emitted = Record | None
 Stored = tuple[Chunks, int, int]
@@ -66,6 +67,15 @@ class Worker:
         self._departure = Departure()
         self._coming: dict[Stored, Future[Chunk | None]] = {}
         self._pace = Pace(self.device)
+
+    def measured(
+        self, method: str, arguments: tuple[Any, ...], record: Emitted
+    ) -> tuple[Any, Emitted, Usage]:
+        """One call, as `perform`, and the memory that it took at its worst."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        value, emitted = self.perform(method, arguments, record)
+        return value, emitted, self.usage()
 
     def let_go(self) -> None:
         """Lets go of what the worker holds; nothing is called after it."""
@@ -184,9 +194,20 @@ class Worker:
             **(gpu.versions() if is_gpu else {}),
         }
 
-    def peak_bytes(self) -> int:
-        """The most memory that this process has held resident, file pages included."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def usage(self) -> Usage:
+        """The memory that the process has used at its worst, and of a GPU the call until now."""
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type != "cuda":
+            return Usage(host=host)
+        free, total = torch.cuda.mem_get_info(self.device)
+        # what the driver counts beyond the allocator's: CUDA's context and libraries
+        context = max(total - free - torch.cuda.memory_reserved(self.device), 0)
+        device = DeviceUsage(
+            allocated=torch.cuda.max_memory_allocated(self.device),
+            reserved=torch.cuda.max_memory_reserved(self.device),
+            context=context,
+        )
+        return Usage(host=host, device=device)
 
     def input_record(self, boundary: int, index: int, record: Emitted) -> Record:
         """What lies at a boundary: what was handed over, or else its file.

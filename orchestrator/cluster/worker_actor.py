@@ -31,5 +31,6 @@ class WorkerActor:
         return {**self._worker.probe(nonce), **where, "unseen": gpu.unseen(ray.get_gpu_ids())}
 
     def perform(self, method: str, arguments: tuple[Any, ...], *records: Any) -> tuple[Any, Any]:
-        performed: tuple[Any, Any] = self._worker.perform(method, arguments, *records)
-        return performed
+        """A call's small result with the memory that it took, and the chunk that it hands over."""
+        value, emitted, usage = self._worker.measured(method, arguments, *records)
+        return (value, usage), emitted

@@ -25,6 +25,7 @@ from orchestrator.store.files import digest_json
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
+from orchestrator.usage import Usage
 
 if TYPE_CHECKING:
     from orchestrator.cluster.compress_job import Compression
@@ -141,7 +142,22 @@ class Writing:
             **({"made_elsewhere": watch.made_elsewhere} if watch.made_elsewhere else {}),
             "schedule": {name: getattr(recipe, name) for name in SCHEDULE if name != "out"},
             "decompose_seconds": sum(each["seconds"] for each in decomposed),
-            "peak_worker_bytes": max(each["peak_bytes"] for each in decomposed),
+            "memory": self._memory(watch),
+        }
+
+    def _memory(self, watch: Watch) -> dict[str, Any]:
+        """By stage, the most that a worker took, and of a GPU what was forecast for it."""
+        used = dict(watch.memory)
+        for facts in self.job.facts.values():
+            # units of an earlier run; those of an earlier version do not say it
+            if said := facts["timings"].get("memory"):
+                usage = Usage.from_json(said)
+                used["calibrate"] = usage.merge(used.get("calibrate", usage))
+        stages = self.job.foreseen.stages if self.job.foreseen else ()
+        foreseen = {each.name: {"forecast": each.device.total} for each in stages}
+        return {
+            stage: usage.to_json() | (foreseen.get(stage, {}) if usage.device else {})
+            for stage, usage in used.items()
         }
 
     @property

@@ -1,14 +1,17 @@
 """A whole run, forecast: shards, memory, bytes, time and money, and whether it can be at all."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.forecast import memory
 from orchestrator.forecast.costs import Costs
+from orchestrator.forecast.doubles import float64_remark, float64_seconds
 from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.needs import Needs
 from orchestrator.forecast.outcome import Forecast, Resources, Stage
 from orchestrator.forecast.rates import Rates
+from orchestrator.forecast.room import Room
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.work import (
     Work,
@@ -20,8 +23,6 @@ from orchestrator.models.train_options import TrainOptions
 from orchestrator.recipe import Recipe
 from orchestrator.shards import cut_blocks, default_shards
 
-USABLE = 0.92
-"""Of a device's memory: the rest is its context, and what an allocator leaves unused."""
 HOST_PROCESS = 1_500_000_000
 """Bytes of host memory of a worker before it holds anything: torch, transformers, Ray, CUDA."""
 MOST_BLOCKS = 2
@@ -49,7 +50,8 @@ class _Forecasting:
         self.refining = RefineOptions(**recipe.options.get("refinement", {}))
         self.training = TrainOptions(**recipe.options.get("training", {}))
         self.workers = resources.workers
-        self.limit = resources.memory_bytes or resources.machine.memory_bytes
+        limit = resources.memory_bytes or resources.machine.memory_bytes
+        self.room = Room(limit, resources.machine.is_gpu)
         self.even = self.needs.allocation == "uniform"
         group = self.needs.group
         self.blocks = max(self._blocks_that_fit(), group)
@@ -57,10 +59,6 @@ class _Forecasting:
             default_shards(shapes.num_blocks, self.workers, self.blocks), 1
         )
         self.shards = len(cut_blocks(shapes.num_blocks, shards, group))
-
-    @property
-    def _usable(self) -> float:
-        return float("inf") if self.limit is None else USABLE * self.limit
 
     def _calibrating(self, blocks: int) -> Footprint:
         return memory.calibration(
@@ -71,12 +69,13 @@ class _Forecasting:
             sequences=self.sequences,
             itemsize=self.costs.itemsize,
             pivoted=self.costs.is_pivoted,
+            gpu=self.room.is_gpu,
         )
 
     def _blocks_that_fit(self) -> int:
         """Of a shard; a run that meets the limit cuts its shards in the same way."""
         most = min(MOST_BLOCKS, self.shapes.num_blocks)
-        fitting = [b for b in range(1, most + 1) if self._calibrating(b).total <= self._usable]
+        fitting = [b for b in range(1, most + 1) if self.room.fits(self._calibrating(b))]
         return max(fitting, default=1)
 
     def forecast(self) -> Forecast:
@@ -96,24 +95,36 @@ class _Forecasting:
         if self.recipe.train != "none":
             stages.append(self._train())
         stages.append(self._write())
-        rows = self.resources.machine.rows
+        stages = [replace(each, device=self.room.taken(each.device)) for each in stages]
+        machine = self.resources.machine
+        float64 = float64_seconds(self.costs, machine, self.workers)
+        in_float64 = [stage for stage in stages if stage.name in ("calibrate", "pivot")]
+        double_stages = self._seconds(lambda r: sum(each.seconds[r.row] for each in in_float64))
+        sources = [*(rates.source for rates in machine.rows), machine.model_source]
         return Forecast(
             model=self._model(),
-            machine=self.resources.machine.name,
+            machine=machine.name,
+            is_gpu=machine.is_gpu,
             workers=self.workers,
             shards=self.shards,
             blocks_a_shard=-(-self.shapes.num_blocks // self.shards),
             blocks_that_fit=self.blocks,
             waves=-(-self.shards // self.workers),
             stages=tuple(stages),
-            limits={"device": self.limit, "host": self.resources.host_bytes},
+            limits={
+                "device": self.room.bytes,
+                "usable": self.room.bytes and self.room.usable,
+                "host": self.resources.host_bytes,
+            },
             host=self._host(),
             run_bytes=self._run_bytes(),
             moved_bytes=2 * self._chunks() * (self.shards - 1),
             final=self._final(),
-            start_seconds={rates.row: rates.start for rates in rows},
+            float64=float64,
+            float64_remark=float64_remark(float64, machine, double_stages),
+            start_seconds={rates.row: rates.start for rates in machine.rows},
             price=self.resources.price,
-            sources=tuple(dict.fromkeys(rates.source for rates in rows)),
+            sources=tuple(filter(None, dict.fromkeys(sources))),
             infeasible=tuple(self._infeasible(stages)),
         )
 
@@ -190,7 +201,7 @@ class _Forecasting:
         """Every block a unit, as many at a time as there are workers."""
         waves = -(-self.shapes.num_blocks // self.workers)
         one = self.costs.refine()
-        fits = [b for b in (1, MOST_BLOCKS) if self._refining(b).total <= self._usable]
+        fits = [b for b in (1, MOST_BLOCKS) if self.room.fits(self._refining(b))]
         return Stage(
             name="refine",
             flops=self.shapes.num_blocks * one.flops,
@@ -365,12 +376,12 @@ class _Forecasting:
     def _infeasible(self, stages: Sequence[Stage]) -> list[str]:
         found = []
         for stage in stages:
-            if stage.device.total > self._usable:
+            if stage.device.total > self.room.usable:
                 largest = max(stage.device.parts, key=lambda name: stage.device.parts[name])
                 found.append(
                     f"{stage.name}: a worker holds {_gb(stage.device.total)}, of which {largest} "
-                    f"{_gb(stage.device.parts[largest])}; {_gb(self._usable)} of "
-                    f"{_gb(self.limit or 0)} are usable; {self._instead(stage.name)}"
+                    f"{_gb(stage.device.parts[largest])}; {_gb(self.room.usable)} of "
+                    f"{_gb(self.room.bytes or 0)} are usable; {self._instead(stage.name)}"
                 )
         host = self.resources.host_bytes
         if host is not None and self._host().total > host:
@@ -386,7 +397,7 @@ class _Forecasting:
             ways = []
             for mode in memory.TRAINED_BYTES:
                 counts = range(self.workers, self.shapes.num_blocks + 1)
-                fits = (n for n in counts if self._training(mode, n).total <= self._usable)
+                fits = (n for n in counts if self.room.fits(self._training(mode, n)))
                 if (workers := next(fits, None)) is not None:
                     ways.append(f"--train {mode} with {workers} workers")
             return f"what fits: {', '.join(ways)}" if ways else "--train none leaves it out"
@@ -399,7 +410,7 @@ class _Forecasting:
             less += ["--compensate none"] if self.recipe.compensate != "none" else []
             less += ["--refine none"] if self.recipe.refine != "none" else []
             return ", or ".join(less)
-        needed = self._calibrating(1).total / USABLE
+        needed = self.room.needed(self._calibrating(1))
         return f"{_gb(needed)} of memory a worker would hold a block"
 
 

@@ -1,12 +1,14 @@
 """Bytes that a worker holds at its worst, stage by stage, read off what the code keeps alive.
 
 Shape letters: O outputs, I inputs, K = min(O, I), R the rank that is stored, T tokens of a
-sequence. A decomposition works in float64 (8 bytes) and returns factors in float32.
+sequence. Stages count the process and all its tensors, as on a CPU; `on_gpu` makes of it what lies
+on a device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from orchestrator.forecast import workspaces
 from orchestrator.forecast.needs import (
     Needs,
     curvature_channels,
@@ -19,20 +21,30 @@ from orchestrator.plan import Linear
 
 GRAM_BYTES = 12
 """Of an entry: a float64 sum and a float32 one."""
+SETTLED_BYTES = 8
+"""Of an entry once all chunks have passed: the float64 sum."""
 REFINED_BYTES = 24
-"""Of a refined parameter: value, gradient, that of a slice, two moments, the best state."""
+"""Of a refined parameter: value, gradient, that of a slice, two moments, the best state. AdamW adds
+no temporaries: it is fused on CUDA, and on a CPU takes one parameter at a time."""
 TRAINED_BYTES: Mapping[str, int] = {"all": 16, "lean": 12, "light": 8}
 """Of a parameter of the trained model; `light` holds W0 and W of the left factors."""
 PROCESS_BYTES = 100_000_000
 """What no shard decides: modules imported late, small buffers that were freed and kept. Measured
 0.1 to 0.2 GB of a worker without a GPU, above what it holds before its first call."""
+CONTEXT_BYTES = 1_000_000_000
+"""Of a GPU outside of torch's allocator: the CUDA context, and kernels and handles of cuBLAS and
+cuSOLVER. Processes without cuSOLVER are reported with 0.4 to 0.5 GB (out of memory errors of torch
+on L40S, RTX 4090, A100); with it 0.6 to 1 GB are expected, not measured."""
+FRAGMENTATION = 0.05
+"""Of a GPU's tensors, what torch's allocator reserves beyond them in expandable segments; expected,
+not measured."""
+HOST_PARTS = ("process", "written")
+"""Parts of a footprint that lie in the host's memory where there is a GPU: what is written is
+copied there first."""
 BAND = 256
 """Rows at a time in which a pivoted product is compared (`linalg.pivot`, which imports torch)."""
 MOMENT_BYTES = 56
 """Of a squared channel: three moments of two streams while they are summed and read out."""
-EIGENVECTOR_COPIES = 4
-"""[K, K] matrices that an eigendecomposition has beside its argument: vectors, and LAPACK's or
-cuSOLVER's workspace by divide and conquer, 1 + 6 K + 2 K^2 numbers, with the copy it works on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,72 +67,78 @@ def calibration(
     sequences: int,
     itemsize: int,
     pivoted: bool,
+    gpu: bool = False,
 ) -> Footprint:
     """Of a shard of so many blocks, while chunks pass or a block is finished.
 
-    Grams are there from the first chunk on; a linear's is let go once it is decomposed, so the
-    worst moment is found by going through one block, the heaviest.
+    Grams are there from the first chunk on; a linear's is let go as it is decomposed, so the worst
+    moment is found by going through one block, the heaviest.
 
     Args:
         tokens: Of a sequence.
         sequences: All together; what fewer tokens than ranks leave open is made up.
         itemsize: Bytes of a value in the passes.
+        gpu: Whether the worker has one; then the worst moment is that of its memory.
     """
-    linears = shapes.heaviest
-    grams = input_grams(linears, needs)
-    bends = curvatures(linears, needs)
-    held = blocks * GRAM_BYTES * sum(n * n for n in [*grams.values(), *bends.values()])
-    weights = {
-        "process": PROCESS_BYTES,
-        "weights": blocks * shapes.block_values * itemsize,
-        "embeddings": shapes.front_values * itemsize,
-    }
+    grams, bends = (of(shapes.heaviest, needs) for of in (input_grams, curvatures))
+    entries = blocks * sum(n * n for n in [*grams.values(), *bends.values()])
+    weights = {"process": PROCESS_BYTES, "weights": blocks * shapes.block_values * itemsize}
     backward = needs.labels > 0
     activations = _activations(shapes, tokens, itemsize, blocks if backward else 1)
     logits = 3 * 4 * tokens * shapes.vocabulary if backward else 0
-    passing = Footprint({**weights, "Grams": held, "activations": activations + logits})
-    return max(
-        [
-            passing,
-            *_finishing(
-                linears, needs, grams, weights, held, pivoted, shapes.itemsize, tokens * sequences
-            ),
-        ],
-        key=lambda each: each.total,
-    )
+    passing = {
+        **weights,
+        "embeddings": shapes.front_values * itemsize,
+        "Grams": GRAM_BYTES * entries,
+        "activations": activations + logits,
+    }
+    known = tokens * sequences
+    finishing = _finishing(shapes, needs, entries, itemsize, pivoted=pivoted, known=known)
+    moments = [passing, *({**weights, **each} for each in finishing)]
+    footprints = [Footprint(each) for each in moments]
+    return max(footprints, key=lambda each: (on_gpu(each) if gpu else each).total)
+
+
+def on_gpu(found: Footprint) -> Footprint:
+    """What of it is on a GPU, with what CUDA and torch's allocator take beside it."""
+    tensors = {name: size for name, size in found.parts.items() if name not in HOST_PARTS}
+    unused = int(FRAGMENTATION * sum(tensors.values()))
+    return Footprint({"context": CONTEXT_BYTES, **tensors, "fragmentation": unused})
 
 
 def _finishing(
-    linears: Sequence[Linear],
-    needs: Needs,
-    grams: Mapping[str, int],
-    weights: Mapping[str, int],
-    held: int,
-    pivoted: bool,
-    stored_itemsize: int,
-    known: int,
-) -> list[Footprint]:
-    """While each linear of the first block is decomposed, the one before it being written."""
-    found = []
-    before = 0
+    shapes: Shapes, needs: Needs, entries: int, itemsize: int, *, pivoted: bool, known: int
+) -> Iterator[dict[str, int]]:
+    """While each linear of the first block is decomposed, the one before it being written.
+
+    Embeddings and float32 sums are gone by then. A Gram goes once the last linear that needs it has
+    its copy.
+
+    Args:
+        entries: Of all Grams of the shard.
+        known: The largest rank that a Gram can have.
+    """
+    linears = shapes.heaviest
+    grams = input_grams(linears, needs)
+    written = 0
     for place, linear in enumerate(linears):
         source = gram_of(linear, grams)
         side = linear.in_features if source == linear.site else linear.out_features
         whole = needs.stacked(linear)
-        # Grams of a group are read out together and summed
-        summed = 8 * side * side * (whole.out_features // linear.out_features - 1)
-        working = decomposition(whole, needs, side, pivoted, known) + summed
-        found.append(
-            Footprint({**weights, "Grams": held, "decomposition": working, "written": before})
-        )
-        # as they are stored, for the disk
-        before = stored_itemsize * stored_rank(whole, needs, pivoted) * whole.rank_cost
-        later = {gram_of(each, grams) for each in linears[place + 1 :]}
-        if source not in later:
-            held -= GRAM_BYTES * grams[source] ** 2
+        # Grams of a group are read out together and summed, its weights stand in one matrix
+        others = whole.out_features // linear.out_features - 1
+        summed = 8 * side * side * others + (itemsize * whole.values if others else 0)
+        before = {"written": written, "Grams": SETTLED_BYTES * entries}
+        yield {**before, "decomposition": workspaces.reading(linear, needs, side) + summed}
+        if source not in {gram_of(each, grams) for each in linears[place + 1 :]}:
+            entries -= grams[source] ** 2
         if needs.labels:
-            held -= GRAM_BYTES * curvature_channels(linear, needs) ** 2
-    return found
+            entries -= curvature_channels(linear, needs) ** 2
+        rank = stored_rank(whole, needs, pivoted)
+        working = workspaces.decomposing(whole, needs, side, rank, known) + summed
+        yield {**before, "Grams": SETTLED_BYTES * entries, "decomposition": working}
+        # as they are stored, for the disk
+        written = shapes.itemsize * rank * whole.rank_cost
 
 
 def stored_rank(linear: Linear, needs: Needs, pivoted: bool) -> int:
@@ -129,63 +147,6 @@ def stored_rank(linear: Linear, needs: Needs, pivoted: bool) -> int:
         return 0
     narrow = min(linear.out_features, linear.in_features)
     return narrow if pivoted or needs.kind == "rpca" else max(linear.break_even, 1)
-
-
-def decomposition(
-    linear: Linear, needs: Needs, side: int, pivoted: bool, known: int | None = None
-) -> int:
-    """At the worst moment of decomposing one linear, its statistics read out included.
-
-    Args:
-        side: Channels of its Gram.
-        known: The largest rank that its Gram can have, if less than all.
-    """
-    outputs, inputs = linear.out_features, linear.in_features
-    narrow = min(outputs, inputs)
-    rank = stored_rank(linear, needs, pivoted)
-    whole, square = 8 * outputs * inputs, 8 * narrow * narrow
-    reading = 3 * 8 * side * side
-    statistic = 8 * side * side
-    if needs.kind == "sparse":
-        # scores, their order, and positions of all entries
-        return max(reading, statistic + 4 * whole)
-    if needs.kind == "rpca":
-        # weight, L, S, the multiplier and two iterates, and a Gram's eigenvectors
-        splitting = 7 * whole + (2 + EIGENVECTOR_COPIES) * square
-        # factors and entries, beside the inputs' Gram scaled and its Cholesky factor
-        sketching = 4 * rank * linear.rank_cost + whole + 2 * 8 * side * side
-        return max(reading, statistic + max(splitting, sketching))
-    tall = outputs > inputs
-    space = whole + (whole + square if tall else 0)
-    factors = 4 * rank * linear.rank_cost
-    # directions that the Gram does not know go by the weight, whose part in them is decomposed
-    free = max(narrow - known, 0) if known is not None and known < rank else 0
-    completing = 2 * square + 8 * free * inputs + 8 * (1 + EIGENVECTOR_COPIES) * free * free
-    if needs.kind == "low_rank":
-        forming = whole if side == inputs else 0
-        turning = (1 + EIGENVECTOR_COPIES) * square
-        halves = whole // 2
-        measuring = 2 * square + factors + 4 * narrow * rank
-        if side == inputs and inputs < 2 * narrow:
-            measuring += 2 * halves + 4 * inputs * inputs + 4 * rank * rank
-        else:
-            measuring += square + 8 * rank * (outputs + 2 * narrow) + 16 * rank * rank
-        moments = [forming + square, turning, 2 * square + factors + halves, measuring]
-        moments += [completing] if free else []
-        return max(reading, statistic + space + max(moments))
-    # both sides: moment, curvature, its factor, and products of these with the weight
-    channels = curvature_channels(linear, needs)
-    statistic += 8 * channels * channels
-    core = 8 * narrow * inputs
-    turning = core + (4 + 1 + EIGENVECTOR_COPIES) * square
-    measuring = core + 6 * square + 8 * rank * (outputs + 5 * narrow) + 2 * factors
-    working = (
-        statistic + space + max(turning, measuring, core + 4 * square + completing * (free > 0))
-    )
-    if needs.kind == "two_sided_sparse":
-        # entries, their order, the damped curvature, and the correlations of both sides
-        working += 4 * whole + 8 * channels**2 + channels**2 + inputs**2
-    return max(reading, working)
 
 
 def _activations(shapes: Shapes, tokens: int, itemsize: int, blocks: int) -> int:
@@ -295,16 +256,19 @@ def refitting(shapes: Shapes, blocks: int, *, tokens: int, itemsize: int) -> Foo
     """Of a shard of the cut model whose left factors are fitted to the inputs that they get."""
     sites = {linear.site: linear.in_features for linear in shapes.heaviest}
     largest = max(linear.values for linear in shapes.heaviest)
-    return Footprint(
-        {
-            "process": PROCESS_BYTES,
-            "weights": blocks * shapes.block_values * itemsize,
-            "embeddings": shapes.front_values * itemsize,
-            "Grams": blocks * GRAM_BYTES * sum(n * n for n in sites.values()),
-            "activations": _activations(shapes, tokens, itemsize, 1),
-            "fit": 3 * 8 * max(n * n for n in sites.values()) + 3 * 8 * largest,
-        }
-    )
+    entries = blocks * sum(n * n for n in sites.values())
+    weights = {"process": PROCESS_BYTES, "weights": blocks * shapes.block_values * itemsize}
+    passing = {
+        "embeddings": shapes.front_values * itemsize,
+        "Grams": GRAM_BYTES * entries,
+        "activations": _activations(shapes, tokens, itemsize, 1),
+    }
+    fitting = {
+        "Grams": SETTLED_BYTES * entries,
+        "fit": 3 * 8 * max(n * n for n in sites.values()) + 3 * 8 * largest,
+    }
+    moments = [Footprint(weights | each) for each in (passing, fitting)]
+    return max(moments, key=lambda each: each.total)
 
 
 def training(

@@ -38,6 +38,8 @@ class Needs:
     """When left factors are fitted again: `never`, `above_forty` per cent removed, `always`."""
     inputs_only: bool = False
     """Whether every Gram is of inputs."""
+    is_scaled: bool = False
+    """Whether factors are best in a norm of its own, made of scales of the inputs."""
     wide_curvature: bool = False
     """Whether curvatures are of the outputs where these are the wider side too."""
 
@@ -70,8 +72,8 @@ class Needs:
 
 
 NEEDS: Mapping[str, Needs] = {
-    "svd": Needs(),
-    "asvd": Needs(allocation="strs"),
+    "svd": Needs(is_scaled=True),
+    "asvd": Needs(allocation="strs", is_scaled=True),
     "svd-llm": Needs(),
     "svd-llm-v2": Needs(allocation="svd-llm-v2"),
     "basis-sharing": Needs(group=2, refit="above_forty"),

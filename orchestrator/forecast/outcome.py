@@ -40,6 +40,8 @@ class Forecast:
 
     model: Mapping[str, Any]
     machine: str
+    is_gpu: bool
+    """Whether stages tell of a GPU's memory, with `host` beside it, or of the host's."""
     workers: int
     shards: int
     blocks_a_shard: int
@@ -48,7 +50,7 @@ class Forecast:
     waves: int
     stages: tuple[Stage, ...]
     limits: Mapping[str, float | None]
-    """Bytes that a worker may take on its device and its host."""
+    """Bytes that a worker has on its device, may take of them, and may take on its host."""
     host: Footprint
     run_bytes: float
     """Of the run directory at its largest."""
@@ -56,6 +58,10 @@ class Forecast:
     """Boundary chunks, written and read again."""
     final: Mapping[str, int]
     """Values and bytes of the result."""
+    float64: Mapping[str, Mapping[str, float]]
+    """Seconds of a worker in float64, see `doubles`."""
+    float64_remark: str
+    """That products in float64 take most of the time, and why; empty where they do not."""
     start_seconds: Mapping[str, float]
     price: float | None
     sources: tuple[str, ...]

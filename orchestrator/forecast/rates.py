@@ -12,6 +12,13 @@ from orchestrator.models.headers import read_json
 
 ROWS = ("data_sheet", "pessimistic")
 MEASURED = "measured"
+MEMORY_TRAFFIC = "memory_traffic"
+"""A third row, of eigendecompositions alone."""
+SLACK = 1.45
+"""What an eigendecomposition takes over its traffic and its products, at the one published time of
+cuSOLVER's (`rates.json`)."""
+PRODUCT_SHARE = 0.7
+"""Of the FP64 rate, what the products of an eigendecomposition reach."""
 _SPEEDS = ("half", "tf32", "single", "double", "eigen", "read", "write", "network", "start")
 
 
@@ -47,6 +54,11 @@ class Machine:
     memory_bytes: float | None
     """Of the device; unknown of a machine that was measured without one."""
     rows: tuple[Rates, ...]
+    is_gpu: bool = False
+    """Whether a worker has a GPU; then its memory is the one that counts."""
+    modelled_eigen: float | None = None
+    """The rate of eigendecompositions by memory traffic; None where it is measured."""
+    model_source: str = ""
 
 
 def known_devices() -> tuple[str, ...]:
@@ -65,7 +77,41 @@ def machine_of(name: str) -> Machine:
     device, around = content["devices"][name], content["surroundings"]
     source = f"{device['source']} {around['source']}"
     rows = tuple(Rates(row=row, source=source, **device[row], **around[row]) for row in ROWS)
-    return Machine(name, float(device["memory_bytes"]), rows)
+    size = 8192
+    modelled = 9.0 * size**3 / eigen_seconds(size, device["bandwidth"], rows[0].double)
+    return Machine(
+        name,
+        float(device["memory_bytes"]),
+        rows,
+        is_gpu=True,
+        modelled_eigen=modelled,
+        model_source=content[MEMORY_TRAFFIC]["source"],
+    )
+
+
+def eigen_seconds(size: int, bandwidth: float, products: float, itemsize: int = 8) -> float:
+    """Time of a symmetric eigendecomposition with vectors on a GPU, by its memory traffic.
+
+    With n rows of b bytes an entry, B bytes a second of memory and F FLOP/s of products,
+
+        t = 1.45 (b n^3 / 6 / B + 14/3 n^3 / (0.7 F))
+
+    Each of the n steps of the tridiagonalization multiplies a vector with what is left of the
+    matrix, half of which is read for it, from memory: the sum over n is n^3 / 6 entries. Updates,
+    divide and conquer and the way back are products. Both terms grow as n^3, so the rate, 9 n^3 / t
+    as `Rates.eigen` counts, is the same for every n; matrices that fit into a cache are faster, and
+    small ones are bound by the time that kernels take to start. Over 90 % of the time on an H100 is
+    the tridiagonalization (arXiv:2410.02170).
+
+    Args:
+        size: n.
+        bandwidth: B.
+        products: F, in the matrix's dtype.
+        itemsize: b.
+    """
+    traffic = itemsize * size**3 / 6 / bandwidth
+    computed = 14 / 3 * size**3 / (PRODUCT_SHARE * products)
+    return SLACK * (traffic + computed)
 
 
 def largest_memory(kind: str) -> float | None:
@@ -91,7 +137,8 @@ def read_machine(path: Path) -> Machine:
     memory = content.get("memory_bytes")
     known = memory if type(memory) in (int, float) else None
     row = Rates(row=MEASURED, source=f"measured, {path}", **speeds)  # type: ignore[arg-type]
-    return Machine(str(content.get("name", path)), known, (row,))
+    is_gpu = content.get("device") == "cuda"
+    return Machine(str(content.get("name", path)), known, (row,), is_gpu)
 
 
 def _file() -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from orchestrator.forecast.forecast import USABLE
 from orchestrator.forecast.outcome import Forecast
 from orchestrator.progress import duration, size
 
@@ -10,18 +9,13 @@ from orchestrator.progress import duration, size
 def lines(found: Forecast) -> list[str]:
     """What the run takes, a table of its stages, and what does not fit."""
     model, rows = found.model, list(found.start_seconds)
-    peak = found.peak
-    limit = found.limits["device"]
-    of = f" of {size(limit * USABLE)} usable" if limit is not None else ""
     facts = {
         "model": f"{model['type']}, {model['values']:,} parameters in {model['blocks']} blocks, "
         f"{size(model['bytes'])}",
         "machine": f"{found.workers} workers on {found.machine}",
         "shards": f"{found.shards} of at most {found.blocks_a_shard} blocks, in {found.waves} "
         + ("wave" if found.waves == 1 else "waves"),
-        "memory of a worker": f"{size(peak.device.total)}{of}, in {peak.name}: "
-        + _parts(peak.device.parts),
-        "beside a device": f"{size(found.host.total)}: {_parts(found.host.parts)}",
+        **_memory(found),
         "run directory": size(found.run_bytes),
         "chunks moved": size(found.moved_bytes),
         "result": f"{found.final['values']:,} parameters, {size(found.final['bytes'])}",
@@ -35,10 +29,35 @@ def lines(found: Forecast) -> list[str]:
     table.append(["together", f"{total:.2g}", *(duration(found.seconds[row]) for row in rows)])
     if found.money is not None:
         table.append(["money", "", *(f"{found.money[row]:.2f}" for row in rows)])
+    facts |= _float64(found)
     width = max(map(len, facts))
     shown = [f"{name:<{width}}  {text}" for name, text in facts.items()]
     shown += ["", *_aligned(table), "", *(f"rates: {source}" for source in found.sources)]
     return shown + [f"infeasible: {reason}" for reason in found.infeasible]
+
+
+def _memory(found: Forecast) -> dict[str, str]:
+    """What a worker takes at its worst: of its GPU and of the host beside it, or of the host."""
+    peak, usable = found.peak, found.limits["usable"]
+    of = f" of {size(usable)} usable" if usable is not None else ""
+    held = f"{size(peak.device.total)}{of}, in {peak.name}: {_parts(peak.device.parts)}"
+    if not found.is_gpu:
+        return {"host memory of a worker": held}
+    host = f"{size(found.host.total)}: {_parts(found.host.parts)}"
+    return {"device memory of a worker": held, "host memory of a worker": host}
+
+
+def _float64(found: Forecast) -> dict[str, str]:
+    """How long eigendecompositions and products in float64 take, by whose rates."""
+    said = {
+        kind: ", ".join(f"{duration(seconds)} by {row}" for row, seconds in rows.items())
+        for kind, rows in found.float64.items()
+    }
+    remark = f"; {found.float64_remark}" if found.float64_remark else ""
+    return {
+        "eigendecompositions": said["eigen"],
+        "products in float64": f"{said['double']}{remark}",
+    }
 
 
 def _parts(parts: Mapping[str, int]) -> str:

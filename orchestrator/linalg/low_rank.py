@@ -158,8 +158,8 @@ def decompose(
 
 def _compute(weight_OI: Tensor, statistic: Statistic, rank: int, precision: Precision) -> LowRank:
     """The decomposition in one precision, and what was measured on it."""
-    work_OI = weight_OI.double().contiguous()
-    basis, basis_OK, core_KI = column_space(work_OI, precision)
+    # of a 70B model each of these matrices is 0.5 to 1.9 GB, so none outlives its last use
+    basis, basis_OK, core_KI = column_space(weight_OI.double().contiguous(), precision)
     moment_KK = second_moment(basis_OK, core_KI, statistic)
     # LAPACK through torch: the upper triangle takes 0.9 of the lower one's time.
     eigen = Eigensolver()
@@ -174,8 +174,10 @@ def _compute(weight_OI: Tensor, statistic: Statistic, rank: int, precision: Prec
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     assembly = torch.float64 if precision == "exact" else dtype
     vectors_KR = vectors_KK[:, :rank].to(assembly)
+    del vectors_KK
     left_OR = vectors_KR if basis_OK is None else basis_OK.to(assembly) @ vectors_KR
     weight_OR = left_OR.to(dtype).contiguous()
+    del basis_OK, left_OR
     down_RI = (vectors_KR.T @ core_KI.to(assembly)).to(dtype)
 
     total = float(moment_KK.trace())

@@ -57,8 +57,7 @@ def decompose_scaled(
     check_finite("statistic", _matrix(statistic))
     own: Statistic
     if outputs <= inputs:
-        scaled_OI = weight_OI.double() * scale_I
-        own = OutputGram(scaled_OI @ scaled_OI.T)
+        own = OutputGram(_outer(weight_OI.double() * scale_I))
     else:
         own = InputGram(scale_I.double().square().diag())
     result = decompose(weight_OI, own, rank)
@@ -68,6 +67,10 @@ def decompose_scaled(
         activation_R=activation_R,
         activation_total=activation_total,
     )
+
+
+def _outer(rows_OI: Tensor) -> Tensor:
+    return rows_OI @ rows_OI.T
 
 
 def _explained(weight_OI: Tensor, result: LowRank, statistic: Statistic) -> tuple[Tensor, float]:

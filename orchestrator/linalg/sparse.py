@@ -66,6 +66,7 @@ def sort_within_rows(weight_OI: Tensor, score_OI: Tensor, statistic: InputGram) 
     order_OI = score_OI.argsort(dim=1, descending=True, stable=True)
     starts_O1 = inputs * torch.arange(outputs, device=weight_OI.device)[:, None]
     positions_N = (order_OI + starts_O1).T.reshape(-1)
+    del order_OI
     energies_P = _part_sums(score_OI, positions_N)
     weight_energies_P = _part_sums(weight_OI, positions_N)
     return Sparse(

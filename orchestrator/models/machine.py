@@ -55,6 +55,7 @@ def measure_machine(directory: Path, dtype: str, threads: int) -> dict[str, Any]
     written, read = _storage(directory)
     return {
         "name": name,
+        "device": device.type,
         "memory_bytes": memory,
         **found,
         "write": written,

@@ -68,10 +68,12 @@ class Shard:
         self._size = torch.Size((0, 0))
         self._ends_at_last_block = True
         self._part = blocks
+        self._load_one, self._sources = load, sources
+        self._is_frozen = self._lacks_ends = False
         self._replaced: list[tuple[str, Tensor]] = []
         try:
             self._recompute_buffers()
-            self._load(sources, load)
+            self._load(sources)
             for index, block in enumerate(frame.blocks):
                 block.forward = partial(self._visit, index, block.forward)
         except BaseException:
@@ -177,8 +179,27 @@ class Shard:
         )
         return [leaf.grad for leaf in leaves]
 
+    def put_down_ends(self) -> None:
+        """Frees what lies outside of its blocks (embeddings, head); the next pass loads it again.
+
+        For the time in which the weights of the blocks alone are needed.
+        """
+        outer = [(name, old) for name, old in self._replaced if not self._is_inside(name)]
+        for name, stand_in in reversed(outer):
+            set_tensor(self._frame.model, name, stand_in)
+        self._replaced = [each for each in self._replaced if self._is_inside(each[0])]
+        self._lacks_ends |= bool(outer)
+
+    def _take_up_ends(self) -> None:
+        if self._lacks_ends:
+            self._load({n: s for n, s in self._sources.items() if not self._is_inside(n)})
+            self._lacks_ends = False
+            if self._is_frozen:
+                self.freeze()
+
     def freeze(self) -> None:
         """From here on no parameter takes a gradient: what goes back is for activations alone."""
+        self._is_frozen = True
         for parameter in self.parameters().values():
             parameter.requires_grad_(False)
 
@@ -276,6 +297,7 @@ class Shard:
         if (received is None) != (self._part.start == 0):
             place = "no payload" if received is None else "a payload"
             raise ValueError(f"the chunk has {place}, the shard starts at {self._part.start}")
+        self._take_up_ends()
         self._received, self._ends_at_last_block = received, ends_at_last_block
         self._cache, self._size = cache, chunk.tokens.shape
         mask = None if cache is not None else bring(chunk.mask, self.device).to(torch.int64)
@@ -322,12 +344,12 @@ class Shard:
         if modules:
             recompute_buffers(frame.model, modules, frame.device)
 
-    def _load(self, sources: Mapping[str, str], load: Callable[[str], Tensor]) -> None:
+    def _load(self, sources: Mapping[str, str]) -> None:
         loaded: dict[str, Tensor] = {}
         model = self._frame.model
         for name, source in sources.items():
             if source not in loaded:
-                tensor = load(source)
+                tensor = self._load_one(source)
                 loaded[source] = nn.Parameter(tensor) if tensor.is_floating_point() else tensor
             parent, _, child = name.rpartition(".")
             module = model.get_submodule(parent)

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator import __version__
 from orchestrator.errors import UsageError
 from orchestrator.pages import figures, tables
-from orchestrator.pages.evaluations import AGREEMENT, QUANTITIES, evaluated_text
+from orchestrator.pages.evaluations import AGREEMENT, QUANTITIES, text_of
 from orchestrator.pages.linears import by_role, entries, kept_of
 from orchestrator.pages.markup import Markup, element, page, section, write_page
 from orchestrator.pages.sources import Source, read_source, whole
@@ -131,7 +131,7 @@ def _evaluations(names: Sequence[str], sources: Sequence[Source]) -> Iterator[Ma
             texts.setdefault(same, []).append((name, source, facts))
     several = len(texts) > 1
     for n, measured in enumerate(texts.values(), start=1):
-        says = evaluated_text({**measured[0][2], "peak_worker_bytes": 0}).partition("; peak")[0]
+        says = text_of(measured[0][2])
         yield section(
             f"Quality and speed, text {n}" if several else "Quality and speed",
             element("p", f"{says}."),

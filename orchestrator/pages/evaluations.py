@@ -6,7 +6,7 @@ from typing import Any
 from orchestrator.pages import tables
 from orchestrator.pages.markup import Markup
 from orchestrator.pages.tables import DASH, head, number, row_head
-from orchestrator.progress import size
+from orchestrator.usage import Usage
 
 QUANTITIES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "perplexity": ("perplexity", "{:.2f}".format),
@@ -22,6 +22,13 @@ AGREEMENT: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def evaluated_text(facts: Mapping[str, Any]) -> str:
+    """On what, and with how much memory."""
+    used = facts.get("memory")
+    memory = f"; a worker's memory at its worst: {Usage.from_json(used)}" if used else ""
+    return f"{text_of(facts)}{memory}."
+
+
+def text_of(facts: Mapping[str, Any]) -> str:
     """On what: the text, how much of it, and how many predictions."""
     text = facts.get("text", {})
     says = f"On {text.get('source', 'a text that is not named')}"
@@ -29,9 +36,7 @@ def evaluated_text(facts: Mapping[str, Any]) -> str:
         says += f", {text['sequences']:,} sequences of {text['sequence_length']:,} tokens"
     if "predictions" in facts:
         says += f", {facts['predictions']:,} predictions"
-    if "peak_worker_bytes" in facts:
-        says += f"; peak memory of a worker {size(facts['peak_worker_bytes'])}"
-    return f"{says}."
+    return says
 
 
 def before_and_after(facts: Mapping[str, Any]) -> Markup:

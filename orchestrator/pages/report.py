@@ -8,6 +8,7 @@ from orchestrator.pages import linear_sections, tables
 from orchestrator.pages.evaluations import before_and_after, evaluated_text
 from orchestrator.pages.linears import entries
 from orchestrator.pages.markup import Markup, element, joined, page, section, write_page
+from orchestrator.pages.memory import memory
 from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.tables import cell, head, number, row_head
 from orchestrator.progress import duration, size
@@ -70,6 +71,7 @@ def report_page(source: Source) -> Markup:
         linear_sections.density_curves(found, source.density_shares),
         _evaluations(source),
         _timings(source.report.get("timings", {})),
+        memory(source.report.get("timings", {})),
         _recipe(source),
         linear_sections.numerics(found),
         _further(source.report),
@@ -192,8 +194,6 @@ def _timings(timings: Mapping[str, Any]) -> Markup | None:
     said: dict[str, Any] = {}
     if "decompose_seconds" in timings:
         said["decompositions, over all workers"] = duration(timings["decompose_seconds"])
-    if "peak_worker_bytes" in timings:
-        said["peak memory of a worker"] = size(timings["peak_worker_bytes"])
     said |= {name: timings[name] for name in ("workers", "nodes") if name in timings}
     said |= timings.get("environment", {})
     return section(

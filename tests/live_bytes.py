@@ -1,0 +1,43 @@
+"""The tensors that are alive, counted operation by operation.
+
+An allocator's peak is known on a GPU alone, but which tensors live together is the same on every
+device. Workspaces inside an operation (LAPACK's, cuSOLVER's) are not seen.
+"""
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages of all tensors that operations make while it is active.
+
+    What was there before counts from the first operation that reads it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._alive = {}
+        self.peak = 0
+        """Bytes that were alive together at the worst moment."""
+        self.at = ""
+        """The operation behind which that was."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, found)):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                ref = StorageWeakRef(storage)
+                self._alive[ref.cdata] = (ref, storage.nbytes())
+        now = self.now
+        if now > self.peak:
+            self.peak, self.at = now, str(func)
+        return found
+
+    @property
+    def now(self):
+        """Bytes that are alive."""
+        self._alive = {key: each for key, each in self._alive.items() if not each[0].expired()}
+        return sum(size for _, size in self._alive.values())
