@@ -22,7 +22,8 @@ def lines(found: Forecast) -> list[str]:
         "memory of a worker": f"{size(peak.device.total)}{of}, in {peak.name}: "
         + _parts(peak.device.parts),
         "beside a device": f"{size(found.host.total)}: {_parts(found.host.parts)}",
-        "run directory": size(found.run_bytes),
+        "run directory": f"{size(found.run_bytes)}, in {found.run_peak}: "
+        + _parts(found.run[found.run_peak].parts),
         "chunks moved": size(found.moved_bytes),
         "result": f"{found.final['values']:,} parameters, {size(found.final['bytes'])}",
     }
