@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import contents, run, write_llama, write_text
 
-from orchestrator.cluster import block_pass
 from orchestrator.cluster.curvature_worker import CurvatureWorker
 from orchestrator.errors import StoppedError
-from orchestrator.shards import cut_segments, kept_boundaries, segments_within
+from orchestrator.forecast import storage
+from orchestrator.shards import cut_segments
 
 
 @given(shards=st.integers(1, 60), workers=st.integers(1, 12), data=st.data())
@@ -22,21 +22,6 @@ def test_segments_hold_every_shard_once_and_waves_are_full(shards, workers, data
     assert all(len(segment) % workers == 0 for segment in segments[1:])
     assert len(segments) <= count
     assert len(segments[-1]) == max(map(len, segments))
-
-
-@given(shards=st.integers(1, 60), workers=st.integers(1, 12), allowed=st.integers(0, 60))
-def test_no_more_segments_than_the_boundaries_ask_for(shards, workers, allowed):
-    """Fewer segments would keep more; where none is small enough, none is smaller."""
-    found = segments_within(shards, workers, allowed)
-    kept = {
-        len(cut): kept_boundaries(cut)
-        for count in range(1, shards + 1)
-        for cut in [cut_segments(shards, workers, count)]
-    }
-    fewer = [kept[count] for count in kept if count < len(found)]
-    assert kept_boundaries(found) <= allowed or kept_boundaries(found) == min(kept.values())
-    assert all(each > max(allowed, min(kept.values())) for each in fewer)
-    assert segments_within(shards, workers, None) == (range(shards),)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +44,9 @@ def reference(llama, text, tmp_path_factory):
 
 @pytest.fixture
 def segmented(monkeypatch):
-    """Has chunks lie at four boundaries at most: eight shards in two segments."""
-    monkeypatch.setattr(
-        block_pass,
-        "segments_within",
-        lambda shards, workers, _: segments_within(shards, workers, 4),
-    )
+    """Has gradients pass back in two segments, whatever room there is."""
+    halves = property(lambda self: cut_segments(self.shards, self.workers, 2))
+    monkeypatch.setattr(storage.Storage, "segments", halves)
 
 
 @pytest.fixture
@@ -92,7 +74,6 @@ def boundaries(run_dir: Path) -> list[int]:
 
 def test_segments_change_no_bit_and_hold_less(llama, text, reference, segmented, passed, tmp_path):
     """Four boundaries at most, where one segment has seven; three shards pass chunks twice."""
-    assert [len(each) for each in segments_within(8, 1, 4)] == [4, 4]
     most = []
 
     def look(event):

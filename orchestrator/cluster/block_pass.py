@@ -18,7 +18,7 @@ from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Call
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.watch import Stage, Watch
-from orchestrator.shards import cut_blocks, default_shards, segments_within
+from orchestrator.shards import cut_blocks, cut_segments, default_shards
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.run import RunDirectory
 
@@ -50,8 +50,8 @@ class BlockPass:
     """Blocks that are finished as one."""
     blocks: int
     """The most in a shard, where the recipe does not say how many there are."""
-    boundaries: int | None = None
-    """The most at which chunks lie for a backward pass, see `segments_within`."""
+    segments: int = 1
+    """In which a backward pass is done, see `cut_segments`."""
     patience: Mapping[str, float] = field(default_factory=dict)
     """By method, seconds that a call may take (see `Deadlines`)."""
 
@@ -116,7 +116,7 @@ class BlockPass:
             )
 
         while todo := keys.keys() - done.keys():
-            segments = segments_within(len(cut), workers, self.boundaries)
+            segments = cut_segments(len(cut), workers, self.segments)
             kept, first = _next_segment(cut, segments, back(cut).unfinished)
             if (found := self._keep_boundaries(dense_key, cut, kept, crew, watch)) != cut:
                 cut = found

@@ -273,7 +273,7 @@ class Compression:
             shards=self.recipe.shards,
             group=self.grouping.size,
             blocks=self.foreseen.blocks_that_fit if self.foreseen else MOST_BLOCKS,
-            boundaries=self.foreseen.boundaries if self.foreseen else None,
+            segments=self.foreseen.segments if self.foreseen else 1,
         )
 
     def _finish_seconds(self, crew: Crew) -> float:

@@ -108,7 +108,6 @@ class _Forecasting:
             host=self._host(),
             run=self.storage.stages,
             segments=len(self.storage.segments),
-            boundaries=self.storage.boundaries,
             moved_bytes=2 * self._chunks() * (self.shards - 1),
             final=self._final(),
             start_seconds={rates.row: rates.start for rates in rows},

@@ -54,8 +54,6 @@ class Forecast:
     """By stage, what lies in the run directory at the worst moment."""
     segments: int
     """In which gradients pass back; all but the last take one more forward pass."""
-    boundaries: int | None
-    """The most at which chunks may lie for a pass back; None: at all."""
     moved_bytes: float
     """Boundary chunks, written and read again."""
     final: Mapping[str, int]

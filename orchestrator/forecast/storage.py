@@ -11,12 +11,14 @@ from functools import cached_property
 from orchestrator.forecast import memory
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.memory import Footprint
-from orchestrator.shards import cut_segments, kept_boundaries
+from orchestrator.shards import cut_segments
 
 ROOM = 2.5
 """Times the model's bytes that a run directory may take before chunks pass by segments."""
 SMALL_BYTES = 64e9
 """A run directory that is no larger is not made smaller at the cost of time."""
+TOKEN_BYTES = 9
+"""Beside a token's state: its id, in 8 bytes, and its place in the mask."""
 TRAINED_BYTES = 4
 """Of a trained value: float32."""
 STATE_BYTES: Mapping[str, int] = {"all": 12, "lean": 8, "light": 0}
@@ -37,11 +39,6 @@ class Storage:
     def stages(self) -> dict[str, Footprint]:
         """By stage, in the order of the run, what lies there at its worst moment."""
         return {"calibrate": self._calibrating(self.segments), **self._later}
-
-    @property
-    def boundaries(self) -> int | None:
-        """The most at which chunks may lie for a backward pass; None: at all."""
-        return None if len(self.segments) == 1 else kept_boundaries(self.segments)
 
     @cached_property
     def segments(self) -> tuple[range, ...]:
@@ -91,31 +88,36 @@ class Storage:
         return found
 
     def _calibrating(self, segments: Sequence[range]) -> Footprint:
-        """While chunks flow; with gradients segment after segment, the last one first.
-
-        At a segment's start its chunks lie at all its boundaries and the decompositions of those
-        behind it are there; at its end its own are, and its chunks are gone.
-        """
-        costs, stored = self.costs, self._decompositions
-        if not costs.labels:
-            return _footprint({"decompositions": stored, "chunks": self._in_flight})
-        moments = []
-        for before, segment in enumerate(segments):
-            # behind the model's end no gradients come in
-            flowing = min(self.shards - 1, self.workers + (segment.stop < self.shards))
-            for start, kept in ((segment.stop, before + len(segment) - 1), (segment.start, before)):
-                parts = {
-                    "decompositions": stored * (1 - start / self.shards),
-                    "chunks": kept * self._boundary,
-                    "gradients": flowing * costs.labels * self._boundary,
-                }
-                moments.append(_footprint(parts))
+        """At the end of a shard, when its decompositions are there and its chunks still are too."""
+        if not self.costs.labels:
+            return _footprint({"decompositions": self._decompositions, "chunks": self._in_flight})
+        moments = [
+            self._back_through(shard, before + shard - segment.start)
+            for before, segment in enumerate(segments)
+            for shard in segment
+        ]
         return max(moments, key=lambda each: each.total)
+
+    def _back_through(self, shard: int, kept: int) -> Footprint:
+        """When gradients have passed a shard, and chunks lie at so many boundaries.
+
+        Gradients lie behind each shard that is held, and before the last of them.
+        """
+        done = self.shards - shard
+        flowing = min(self.workers + (done > 1), shard + (done > 1))
+        return _footprint(
+            {
+                "decompositions": self._decompositions * done / self.shards,
+                "chunks": kept * self._boundary,
+                "gradients": flowing * self.costs.labels * self._boundary,
+            }
+        )
 
     @property
     def _boundary(self) -> float:
-        """Chunks of all sequences at one boundary."""
-        return self.costs.sequences * self.costs.state
+        """Chunks of all sequences at one boundary: a state, an id and a mask a token."""
+        tokens = self.costs.recipe.sequence_length
+        return self.costs.sequences * (self.costs.state + TOKEN_BYTES * tokens)
 
     @property
     def _in_flight(self) -> float:
