@@ -6,10 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import contents, run, write_llama, write_text
+from test_trained_runs import several
 
+from orchestrator import retarget
+from orchestrator.cluster import foresight
+from orchestrator.cluster.compress_worker import PIVOTED_FILE
 from orchestrator.cluster.curvature_worker import CurvatureWorker
+from orchestrator.cluster.train_worker import TrainWorker
+from orchestrator.cluster.trained_worker import TRAINED_FILE
 from orchestrator.errors import StoppedError
 from orchestrator.forecast import storage
+from orchestrator.forecast.forecast import forecast
 from orchestrator.shards import cut_segments
 
 
@@ -137,3 +144,184 @@ def test_a_chunk_that_vanishes_from_a_spent_boundary_is_made_again(
     assert contents(tmp_path / "out") == reference
     made = [e["unit"] for e in events if e["event"] == "unit" and e["stage"] == "calibrate"]
     assert sorted(made) == [f"block {block}" for block in range(8)]
+
+
+BEST = {
+    "method": "two-sided",
+    "storage": "pivoted",
+    "refine": "blocks",
+    "train": "all",
+    "options": {
+        "refinement": {"epochs": 1, "batches": 2, "learning_rate": 2e-4},
+        "training": {
+            "epochs": 3,
+            "batches": 2,
+            "every": 2,
+            "learning_rate": 3e-4,
+            "cross_entropy": 1e-3,
+        },
+    },
+    "keep": 0.2,
+    "samples": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def best(llama, text, tmp_path_factory):
+    """An undisturbed run that pivots, refines and trains, from snapshots of whole states."""
+    out = tmp_path_factory.mktemp("best") / "out"
+    result = run(llama, out, text, shards=4, **BEST)
+    assert 0 < result.report["train"]["best_step"] < 6
+    return contents(out)
+
+
+def files(run_dir: Path, name: str) -> int:
+    """How many files of this name lie in a run directory's units."""
+    return len(list((run_dir / "units").rglob(name)))
+
+
+def stop_at(stage, done, seen=None):
+    """An event callback that stops a run once so many units of a stage are there."""
+
+    def stop(event):
+        if seen is not None:
+            seen.append(event)
+        if event["event"] == "unit" and event["stage"] == stage and event["done"] == done:
+            raise StoppedError("enough")
+
+    return stop
+
+
+def made(events, stage):
+    """What units of a stage a run has made."""
+    return [e["unit"] for e in events if e["event"] == "unit" and e["stage"] == stage]
+
+
+@pytest.fixture
+def valued(monkeypatch):
+    """Has training keep no states, whatever room there is."""
+    monkeypatch.setattr(storage, "TRAINING_ROOM", 0)
+    monkeypatch.setattr(storage, "SMALL_BYTES", 0)
+
+
+def test_refined_blocks_take_the_place_of_pivoted_factors(llama, text, best, valued, tmp_path):
+    """Stopped while it refines: no pivoted factors of a refined block lie there, and none are made
+    again. Damage to a refined block costs it and its own factors."""
+    out, run_dir, events = tmp_path / "out", tmp_path / "out.run", []
+    with pytest.raises(StoppedError):
+        run(llama, out, text, shards=4, on_event=stop_at("refine", 3), **BEST)
+    left = files(run_dir, PIVOTED_FILE)
+    with pytest.raises(StoppedError):
+        run(llama, out, text, shards=4, on_event=stop_at("train", 1, events), **BEST)
+    assert made(events, "pivot") == []
+    assert len(made(events, "refine")) == 8 - 3
+    assert left > 0
+    assert files(run_dir, PIVOTED_FILE) == 0
+    damaged = sorted((run_dir / "units").rglob(TRAINED_FILE))[0]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    events.clear()
+    run(llama, out, text, shards=4, on_event=events.append, **BEST)
+    (block,) = made(events, "refine")
+    assert {name.split(".")[2] for name in made(events, "pivot")} == {block.removeprefix("block ")}
+    assert contents(out) == best
+    assert files(run_dir, PIVOTED_FILE) == 0
+
+
+def test_another_size_is_cut_where_pivoted_factors_are_spent(llama, text, best, tmp_path):
+    """What is left of the first size is enough: bytes are those of a run of its own."""
+    run(llama, tmp_path / "first", text, shards=4, **BEST | {"keep": 0.3})
+    result = retarget(tmp_path / "first.run", tmp_path / "out", keep=0.2, executor="local")
+    assert contents(result.out) == best
+
+
+@pytest.mark.parametrize("moment", [("train", 3), ("commit", 2)])
+def test_values_alone_give_the_same_bits(moment, llama, text, best, valued, tmp_path, monkeypatch):
+    """Training begins again if it was stopped, and is not done again once it has ended."""
+    out, run_dir, events = tmp_path / "out", tmp_path / "out.run", []
+    committed, commit = [], TrainWorker.commit
+
+    def count(worker, *arguments):
+        if moment[0] == "commit" and len(committed) == moment[1]:
+            committed.append(None)
+            raise StoppedError("enough")
+        committed.append(arguments)
+        commit(worker, *arguments)
+
+    monkeypatch.setattr(TrainWorker, "commit", count)
+    with pytest.raises(StoppedError):
+        run(llama, out, text, shards=4, on_event=stop_at(*moment, events), **BEST)
+    assert made(events, "train")[:3] == ["step 1", "step 2", "step 3"]
+    assert files(run_dir, "state.safetensors") == 0
+    events.clear()
+    run(llama, out, text, shards=4, on_event=events.append, **BEST)
+    steps = [f"step {step}" for step in range(1, 7)]
+    assert made(events, "train") == (steps if moment[0] == "train" else [])
+    assert contents(out) == best
+    # refined and trained blocks, and no other tensors
+    assert files(run_dir, TRAINED_FILE) == 2 * 8
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_lost_workers_begin_again_where_values_alone_are_kept(
+    replaces, llama, text, best, valued, tmp_path, monkeypatch
+):
+    """Whoever is lost at whatever pass; the shards stay with whom they began."""
+    several(monkeypatch, size=3, losses=(9, 60), replaces=replaces)
+    events = []
+    run(llama, tmp_path / "out", text, shards=4, on_event=events.append, **BEST)
+    assert sum(event["event"] == "lost" for event in events) == 2
+    assert contents(tmp_path / "out") == best
+
+
+def measured(llama, out, text, **fields):
+    """By stage, the most bytes that lay in the run directory at any event; and the forecast."""
+    sizes, stages, run_dir = {}, [""], Path(f"{out}.run")
+
+    def weigh(event):
+        if event["event"] == "stage" and event["state"] == "begin":
+            stages.append(event["stage"])
+        found = [path.stat().st_size for path in run_dir.rglob("*") if path.is_file()]
+        sizes[stages[-1]] = max(sizes.get(stages[-1], 0), sum(found))
+
+    with pytest.MonkeyPatch.context() as patch:
+        forecasts = []
+        patch.setattr(
+            foresight, "forecast", lambda *a: forecasts.append(forecast(*a)) or forecasts[-1]
+        )
+        run(llama, out, text, on_event=weigh, **fields)
+    return sizes, forecasts[0]
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory):
+    """Wide enough for its factors to outweigh what is written about them."""
+    return write_llama(tmp_path_factory.mktemp("wider") / "dense", blocks=4, hidden=128)
+
+
+FAST = {"method": "two-sided", "storage": "pivoted"}
+FIELDS = {"keep": 0.8, "sequence_length": 96, "shards": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "room"),
+    [
+        (FAST | {"samples": 6}, 64e9),
+        (FAST | {"samples": 96}, 64e9),
+        (FAST | {"samples": 96}, 0),
+        (BEST | {"samples": 6}, 64e9),
+        (BEST | {"samples": 6}, 0),
+        (BEST | {"samples": 48, "method": "svd-llm", "storage": "plain"}, 64e9),
+    ],
+)
+def test_the_run_directory_is_as_large_as_its_forecast(
+    fields, room, wider, text, tmp_path, monkeypatch
+):
+    """Its largest is within a tenth, in the stage that is said; no stage exceeds its own."""
+    monkeypatch.setattr(storage, "SMALL_BYTES", room)
+    text = write_text(tmp_path / "text.txt", 12_000)
+    sizes, found = measured(wider, tmp_path / "out", text, **fields | FIELDS)
+    assert max(sizes.values()) == pytest.approx(found.run_bytes, rel=0.1)
+    for stage, parts in found.run.items():
+        assert sizes[stage] <= 1.1 * parts.total, stage

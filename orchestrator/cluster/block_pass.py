@@ -54,15 +54,31 @@ class BlockPass:
     """In which a backward pass is done, see `cut_segments`."""
     patience: Mapping[str, float] = field(default_factory=dict)
     """By method, seconds that a call may take (see `Deadlines`)."""
+    on_committed: Callable[[int], None] = lambda block: None
+    """Told of each block whose unit is there, once it is."""
 
     def forward(
-        self, pass_key: str, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
+        self,
+        pass_key: str,
+        keys: Mapping[int, str],
+        crew: Crew,
+        watch: Watch,
+        stage: Stage,
+        committed: Mapping[int, dict[str, Any]] | None = None,
     ) -> dict[int, dict[str, Any]]:
         """Passes chunks on; gives the facts of the units of these keys, by block.
 
         Units that are committed, and whole, are not made again.
+
+        Args:
+            committed: What `committed` has given, where that was asked already.
         """
-        done = self._decomposed(keys, crew, watch, stage)
+        if committed is None:
+            done = self._decomposed(keys, crew, watch, stage)
+        else:
+            done = {block: with_arrays(facts) for block, facts in committed.items()}
+        for block in done:
+            self.on_committed(block)
         cut = self._cut(crew)
         schedule = Pass(
             cut,
@@ -253,6 +269,7 @@ class BlockPass:
                 (block,) = call.arguments
                 done[block] = with_arrays(value)
                 self._progress(block, done, keys, stage)
+                self.on_committed(block)
 
         chunks = self.run.chunks(pass_key, crew.environment)
         run_pass(crew, watch, schedule, chunks, on_success, self.patience, beside)

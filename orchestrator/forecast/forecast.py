@@ -10,7 +10,7 @@ from orchestrator.forecast.needs import Needs
 from orchestrator.forecast.outcome import Forecast, Resources, Stage
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.shapes import Shapes
-from orchestrator.forecast.storage import Storage
+from orchestrator.forecast.storage import STATE_BYTES, Storage
 from orchestrator.forecast.work import Work, kept_values, trained
 from orchestrator.models.refine_options import RefineOptions
 from orchestrator.models.train_options import TrainOptions
@@ -108,6 +108,7 @@ class _Forecasting:
             host=self._host(),
             run=self.storage.stages,
             segments=len(self.storage.segments),
+            keeps_states=self.storage.keeps_states,
             moved_bytes=2 * self._chunks() * (self.shards - 1),
             final=self._final(),
             start_seconds={rates.row: rates.start for rates in rows},
@@ -269,13 +270,14 @@ class _Forecasting:
 
     def _train(self) -> Stage:
         """The whole model as a pipeline over the workers; recomputation adds a pass forward."""
-        blocks, options = self.shapes.num_blocks, self.training
+        blocks, options, costs = self.shapes.num_blocks, self.training, self.costs
         step = trained(self.shapes, self.kept, self.tokens) * 4 / 3 * blocks
         step += self.costs.head().flops
         work = Work(single=options.epochs * self.sequences * step)
         micro = max(self.sequences // options.batches, 1)
         filling = (micro + self.workers - 1) / micro
-        state = 12.0 * blocks * kept_values(self.shapes, self.kept)
+        each = STATE_BYTES[self.recipe.train] if self.storage.keeps_states else costs.out_itemsize
+        state = float(each * blocks) * kept_values(self.shapes, self.kept)
         snapshots = options.epochs * options.batches / options.every
         saving = Work(write=state * snapshots / self.workers)
 

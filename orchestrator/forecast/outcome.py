@@ -54,6 +54,8 @@ class Forecast:
     """By stage, what lies in the run directory at the worst moment."""
     segments: int
     """In which gradients pass back; all but the last take one more forward pass."""
+    keeps_states: bool
+    """Whether a training that is stopped goes on from a snapshot, or begins again."""
     moved_bytes: float
     """Boundary chunks, written and read again."""
     final: Mapping[str, int]

@@ -1,7 +1,8 @@
 """Bytes that lie in the run directory at the worst moment of each stage, and what decides them.
 
-A calibration with gradients keeps as many boundaries' chunks as leave the run directory no larger
-than `ROOM` times the model, or than it becomes later anyway.
+A calibration with gradients passes back in as few segments as leave the run directory no larger
+than `ROOM` times the model, or than it becomes later anyway; a training keeps states that it can be
+taken up from unless that makes it larger than `TRAINING_ROOM` times the model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,13 @@ from functools import cached_property
 from orchestrator.forecast import memory
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.memory import Footprint
+from orchestrator.models.train_options import TrainOptions
 from orchestrator.shards import cut_segments
 
 ROOM = 2.5
 """Times the model's bytes that a run directory may take before chunks pass by segments."""
+TRAINING_ROOM = 4.0
+"""Times the model's bytes that it may take before a training keeps its values alone."""
 SMALL_BYTES = 64e9
 """A run directory that is no larger is not made smaller at the cost of time."""
 TOKEN_BYTES = 9
@@ -47,8 +51,7 @@ class Storage:
         cuts = [cut_segments(self.shards, self.workers, count) for count in range(1, waves + 1)]
         totals = [self._calibrating(cut).total for cut in cuts]
         later = max(each.total for each in self._later.values())
-        model = self.costs.shapes.total_values * self.costs.shapes.itemsize
-        room = max(ROOM * model, SMALL_BYTES, later, min(totals))
+        room = max(ROOM * self._model, SMALL_BYTES, later, min(totals))
         return next(cut for cut, total in zip(cuts, totals, strict=True) if total <= room)
 
     @cached_property
@@ -76,16 +79,63 @@ class Storage:
             parts["walked blocks"] = trained
             stage("walk", chunks=streams)
         if recipe.refine in ("blocks", "swept"):
+            if "walked blocks" not in parts:
+                # spent block by block as the refined ones come
+                parts.pop("pivoted factors", None)
             parts["refined blocks"] = trained
             stage("refine", chunks=self._in_flight)
         if recipe.refine == "swept":
             parts["swept blocks"] = trained
             stage("sweep", chunks=streams)
         if recipe.train != "none":
-            stage("train", snapshots=MOST_SNAPSHOTS * STATE_BYTES[recipe.train] * self._kept)
-            parts["trained blocks"] = trained
+            parts["targets"] = self._targets
+            stage("train", **self._snapshots(sum(parts.values())))
+            parts["trained blocks"] = self.costs.out_itemsize * self._kept
         stage("write")
         return found
+
+    @cached_property
+    def keeps_states(self) -> bool:
+        """Whether a training can be taken up from its snapshots, or begins again after a loss."""
+        return self.costs.recipe.train == "none" or "snapshots" in self._later["train"].parts
+
+    def _snapshots(self, beside: float) -> dict[str, float]:
+        """What training keeps beside what lies there: states, or values of the best if too large.
+
+        The blocks that become of them are written while the last and the best are there.
+        """
+        written = self.costs.out_itemsize * self._kept
+        state = STATE_BYTES[self.costs.recipe.train] * self._kept
+        count = min(self._snapshots_made, MOST_SNAPSHOTS)
+        states = max(count * state, min(count, 2) * state + written)
+        if beside + states <= max(TRAINING_ROOM * self._model, SMALL_BYTES):
+            return {"snapshots": states}
+        return {"best values": written}
+
+    @property
+    def _snapshots_made(self) -> int:
+        """Snapshots in the course of a training; its start is none."""
+        options = self._training
+        steps = options.epochs * min(options.batches, self.costs.sequences)
+        return -(-steps // options.every)
+
+    @property
+    def _targets(self) -> float:
+        """The dense model's top-k, value and id of each, and the rest in one."""
+        recipe, options = self.costs.recipe, self._training
+        if options.targets != "stored":
+            return 0.0
+        outcomes = min(options.top_k, self.costs.shapes.vocabulary)
+        return float(recipe.samples * recipe.sequence_length * (8 * outcomes + 4))
+
+    @property
+    def _training(self) -> TrainOptions:
+        return TrainOptions(**self.costs.recipe.options.get("training", {}))
+
+    @property
+    def _model(self) -> int:
+        """Bytes of the dense model."""
+        return self.costs.shapes.total_values * self.costs.shapes.itemsize
 
     def _calibrating(self, segments: Sequence[range]) -> Footprint:
         """At the end of a shard, when its decompositions are there and its chunks still are too."""

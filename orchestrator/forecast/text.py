@@ -24,6 +24,7 @@ def lines(found: Forecast) -> list[str]:
         "beside a device": f"{size(found.host.total)}: {_parts(found.host.parts)}",
         "run directory": f"{size(found.run_bytes)}, in {found.run_peak}: "
         + _parts(found.run[found.run_peak].parts),
+        "resuming": _resuming(found),
         "chunks moved": size(found.moved_bytes),
         "result": f"{found.final['values']:,} parameters, {size(found.final['bytes'])}",
     }
@@ -40,6 +41,16 @@ def lines(found: Forecast) -> list[str]:
     shown = [f"{name:<{width}}  {text}" for name, text in facts.items()]
     shown += ["", *_aligned(table), "", *(f"rates: {source}" for source in found.sources)]
     return shown + [f"infeasible: {reason}" for reason in found.infeasible]
+
+
+def _resuming(found: Forecast) -> str:
+    """What a run that is taken up does again."""
+    again = ["what was under way"]
+    if found.segments > 1:
+        again.append(f"forward passes through up to a segment of {found.segments}")
+    if not found.keeps_states:
+        again.append("all steps of a training that has not ended")
+    return "does again " + ", ".join(again)
 
 
 def _parts(parts: Mapping[str, int]) -> str:
