@@ -140,7 +140,8 @@ class BlockPass:
             schedule = back(cut[first:])
             self._perform(schedule, pass_key, done, keys, crew, watch, stage, beside=dense)
             cut = (*cut[:first], *schedule.following_cut())
-        dense.clear()
+        for chunks in (dense, self.run.chunks(pass_key, crew.environment)):
+            chunks.clear()
         return done
 
     def in_order(
@@ -159,7 +160,7 @@ class BlockPass:
             keys: Of the units of all blocks that are gone through, from block 0 on.
             program: The rounds of a block, told whether it is made; gives the facts of its unit.
         """
-        done = self.committed(keys, crew, watch, stage)
+        done = self.committed(keys, crew, watch, stage.name)
         stores = [self.run.chunks(stream, crew.environment) for stream in streams]
         present = [
             block
@@ -194,10 +195,10 @@ class BlockPass:
         return done
 
     def committed(
-        self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
+        self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: str
     ) -> dict[int, dict[str, Any]]:
         """Facts of the units that are taken up from an earlier run."""
-        done = taken_up(self.run.units, keys, crew, watch, stage.name, called="block {}")
+        done = taken_up(self.run.units, keys, crew, watch, stage, called="block {}")
         if done:
             watch.note(f"{len(done)} of {len(keys)} blocks are committed already")
         return done
@@ -205,7 +206,7 @@ class BlockPass:
     def _decomposed(
         self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
     ) -> dict[int, dict[str, Any]]:
-        committed = self.committed(keys, crew, watch, stage)
+        committed = self.committed(keys, crew, watch, stage.name)
         return {block: with_arrays(facts) for block, facts in committed.items()}
 
     @property

@@ -76,16 +76,14 @@ class Pivot:
     def _taken_up(self, crew: Crew, watch: Watch, stage: Stage) -> dict[str, Any]:
         """Facts of the units that need not be made: one that is spent is where its block is."""
         units = self._job.run.units
-        facts = taken_up(units, self._keys, crew, watch, stage.name)
-        manifests = {name: units.manifest(self._keys[name]) for name in facts}
-        spent = {name for name, found in manifests.items() if found is None or found["spent"]}
-        if not spent:
-            return facts
-        later = self._superseding.taken_up(crew, watch, stage) if self._superseding else {}
-        blocks = {each.name: each.block for each in self._sizes}
-        return {
-            name: each for name, each in facts.items() if name not in spent or blocks[name] in later
-        }
+        found = {name: units.manifest(key) for name, key in self._keys.items()}
+        spent = [each for each in self._sizes if (m := found[each.name]) and m["spent"]]
+        if spent:
+            later = self._superseding.taken_up(crew, watch) if self._superseding else {}
+            for linear in spent:
+                if linear.block not in later:
+                    units.drop(self._keys[linear.name])
+        return taken_up(units, self._keys, crew, watch, stage.name)
 
     def spend(self, block: int) -> None:
         """Removes the pivoted factors of a block; only what was measured of them stays."""

@@ -48,14 +48,14 @@ class Refine(TrainedStage):
 
     def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Dense chunks flow through the shards; then each shard's blocks are trained."""
-        passes, done = self._job.block_pass, self.taken_up(crew, watch, stage)
+        passes, done = self._job.block_pass, self.taken_up(crew, watch)
         passes = replace(passes, on_committed=self.replaces)
         self._facts = passes.forward(self.key, self.keys, crew, watch, stage, done)
 
-    def taken_up(self, crew: Crew, watch: Watch, stage: Stage) -> dict[int, dict[str, Any]]:
+    def taken_up(self, crew: Crew, watch: Watch) -> dict[int, dict[str, Any]]:
         """Facts of the blocks that an earlier run has refined; their files are read once."""
         if self._there is None:
-            self._there = self._job.block_pass.committed(self.keys, crew, watch, stage)
+            self._there = self._job.block_pass.committed(self.keys, crew, watch, self.name)
         return self._there
 
     @property

@@ -97,7 +97,7 @@ class Train(TrainedStage):
     def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Targets, steps, and a unit for each block of what the best step has made of it."""
         self._facts: dict[str, Any] = {"snapshots": [], "best": 0, "stop": "end", "numbers": 0}
-        done = self._job.block_pass.committed(self.keys, crew, watch, stage)
+        done = self._job.block_pass.committed(self.keys, crew, watch, stage.name)
         if done.keys() == self.keys.keys():
             self._facts = next(iter(done.values()), self._facts)
             return
