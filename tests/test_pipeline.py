@@ -32,9 +32,22 @@ class Simulation:
     whose states are of different steps are found where a micro-batch passes both.
     """
 
-    def __init__(self, workers, *, options=OPTIONS, num_blocks=7, seed=0, loss=0.0, replaced=1.0):
+    def __init__(
+        self,
+        workers,
+        *,
+        options=OPTIONS,
+        num_blocks=7,
+        seed=0,
+        loss=0.0,
+        replaced=1.0,
+        keeps_states=True,
+    ):
         self.course = plan_course(options, SEQUENCES, 0)
-        self.pipeline = Pipeline(self.course, LENGTHS, num_blocks=num_blocks)
+        self.pipeline = Pipeline(
+            self.course, LENGTHS, num_blocks=num_blocks, keeps_states=keeps_states
+        )
+        self.best = {}
         self.num_blocks = num_blocks
         self.workers = {number: Worker() for number in range(workers)}
         self.rng, self.loss, self.replaced = random.Random(seed), loss, replaced
@@ -142,6 +155,13 @@ class Simulation:
             self.snapshots[step, block] = state
         return None, None
 
+    def keep(self, worker, record, step, is_best):
+        for block, state in worker.state.items():
+            assert len(state) == step
+            if is_best:
+                self.best[block] = state
+        return None, None
+
 
 @pytest.fixture(scope="module")
 def alone():
@@ -172,6 +192,19 @@ def test_losses_of_workers_change_nothing(seed, alone):
     assert simulation.snapshots == alone.snapshots
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_without_states_all_begin_again_and_the_best_is_kept(seed, alone):
+    """Nothing is taken up but the start, and what lies there in the end is the best step's."""
+    workers, replaced = 1 + seed % 5, (0.0, 0.5, 1.0)[seed % 3]
+    simulation = Simulation(workers, seed=seed, loss=0.001, replaced=replaced, keeps_states=False)
+    pipeline = simulation.run().pipeline
+    assert pipeline.snapshots == alone.pipeline.snapshots
+    assert {step for step, _ in simulation.snapshots} == {0}
+    step = pipeline.best.step
+    assert 0 < step < pipeline.snapshots[-1].step
+    assert simulation.best == {block: alone.snapshots[step, block] for block in range(7)}
+
+
 def test_an_earlier_run_is_taken_up(alone):
     """From the snapshots that were found, the rest follows as if nothing had been."""
     simulation = Simulation(3)
@@ -184,10 +217,13 @@ def test_an_earlier_run_is_taken_up(alone):
     assert min(step for step, _ in simulation.passed) == half[-1].step + 1
 
 
-def test_who_comes_later_is_used_from_the_next_snapshot_on():
-    """The cut follows the number of workers, and falls between groups."""
+@pytest.mark.parametrize("keeps_states", [True, False])
+def test_who_comes_later_is_used_from_the_next_snapshot_on(keeps_states):
+    """The cut follows the number of workers, and falls between groups; without states it stays."""
     simulation = Simulation(2)
-    pipeline = Pipeline(simulation.course, LENGTHS, num_blocks=7, group=2)
+    pipeline = Pipeline(
+        simulation.course, LENGTHS, num_blocks=7, group=2, keeps_states=keeps_states
+    )
     simulation.pipeline = pipeline
     cuts = []
     calls = pipeline.calls
@@ -202,7 +238,8 @@ def test_who_comes_later_is_used_from_the_next_snapshot_on():
 
     pipeline.calls = watched
     simulation.run()
-    assert cuts == [[range(4), range(4, 7)], [range(4), range(4, 6), range(6, 7)]]
+    expected = [[range(4), range(4, 7)], [range(4), range(4, 6), range(6, 7)]]
+    assert cuts == (expected if keeps_states else expected[:1])
 
 
 def test_all_shards_are_busy_in_between():

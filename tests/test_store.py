@@ -105,6 +105,44 @@ def test_damage_to_a_unit_is_found(tmp_path, damage):
         assert units.manifest("ef" * 32) is None
 
 
+def test_a_spent_unit_has_facts_and_no_files(tmp_path):
+    """It is still committed, in its environment; written again it has its files again."""
+    units, key = Units(tmp_path), "0a" * 32
+    commit(units, key)
+    whole = units.manifest(key)
+    assert whole is not None
+    assert (whole["spent"], len(whole["files"])) == (False, 1)
+    units.spend(key)
+    spent = units.manifest(key)
+    assert spent == {**whole, "files": {}, "spent": True}
+    assert [path.name for path in units.directory(key).iterdir()] == ["manifest.json"]
+    assert (units.size(key), units.hashes(key)) == (0, [])
+    units.spend(key)
+    assert units.manifest(key) == spent
+    commit(units, key)
+    assert units.manifest(key) == whole
+    units.drop(key)
+    units.spend(key)
+    assert units.manifest(key) is None
+
+
+def test_a_unit_that_is_being_spent_never_looks_whole(tmp_path, monkeypatch):
+    """Should the machine stop once the first file is gone, the manifest says so already."""
+    units, key = Units(tmp_path), "0b" * 32
+    commit(units, key)
+
+    def stop(path, missing_ok=False):
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "unlink", stop)
+        with pytest.raises(OSError, match="gone"):
+            units.spend(key)
+    found = units.manifest(key)
+    assert found is not None
+    assert found["spent"]
+
+
 def test_writing_a_unit_twice_gives_the_same_bytes(tmp_path):
     """Two attempts at one unit leave what one attempt leaves."""
     units = Units(tmp_path)

@@ -18,7 +18,8 @@ from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Call
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.watch import Stage, Watch
-from orchestrator.shards import cut_blocks, default_shards
+from orchestrator.shards import cut_blocks, cut_segments, default_shards
+from orchestrator.store.chunks import Chunks
 from orchestrator.store.run import RunDirectory
 
 LONG = 64
@@ -49,17 +50,35 @@ class BlockPass:
     """Blocks that are finished as one."""
     blocks: int
     """The most in a shard, where the recipe does not say how many there are."""
+    segments: int = 1
+    """In which a backward pass is done, see `cut_segments`."""
     patience: Mapping[str, float] = field(default_factory=dict)
     """By method, seconds that a call may take (see `Deadlines`)."""
+    on_committed: Callable[[int], None] = lambda block: None
+    """Told of each block whose unit is there, once it is."""
 
     def forward(
-        self, pass_key: str, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
+        self,
+        pass_key: str,
+        keys: Mapping[int, str],
+        crew: Crew,
+        watch: Watch,
+        stage: Stage,
+        committed: Mapping[int, dict[str, Any]] | None = None,
     ) -> dict[int, dict[str, Any]]:
         """Passes chunks on; gives the facts of the units of these keys, by block.
 
         Units that are committed, and whole, are not made again.
+
+        Args:
+            committed: What `committed` has given, where that was asked already.
         """
-        done = self._decomposed(keys, crew, watch, stage)
+        if committed is None:
+            done = self._decomposed(keys, crew, watch, stage)
+        else:
+            done = {block: with_arrays(facts) for block, facts in committed.items()}
+        for block in done:
+            self.on_committed(block)
         cut = self._cut(crew)
         schedule = Pass(
             cut,
@@ -83,27 +102,46 @@ class BlockPass:
     ) -> dict[int, dict[str, Any]]:
         """The same with gradients, `draws` for every sequence, from the last block to the first.
 
-        Chunks pass once before, under `dense_key`, and stay at the boundaries until all is done:
-        each shard is run again on what lies before it, and goes back through that. If a shard is
-        too much for a worker, chunks pass once more to where it is cut.
+        Chunks pass once before, under `dense_key`, and lie at the boundaries until the shards that
+        read them are done: each shard is run again on what lies before it, and goes back through
+        that. Where these would be too many they lie at some boundaries only, and pass again segment
+        by segment (see `cut_segments`). If a shard is too much for a worker, chunks pass once more
+        to where it is cut.
         """
         done = self._decomposed(keys, crew, watch, stage)
         cut, count = self._cut(crew), draws * self.sequences
-        while todo := keys.keys() - done.keys():
-            cut = self._keep_boundaries(dense_key, cut, crew, watch)
-            schedule = Pass(
-                cut[::-1],
+        dense, workers = self.run.chunks(dense_key, crew.environment), crew.size
+
+        def back(part: Sequence[range]) -> Pass:
+            """Gradients from the model's end through these shards, and on if blocks are before."""
+            first = part[0].start
+            goes_on = any(block < first for block in todo)
+            boundaries = [blocks.stop for blocks in part[::-1]]
+            *present, behind = self._present(pass_key, [*boundaries, first], crew, count)
+            return Pass(
+                part[::-1],
                 todo=todo,
                 num_chunks=count,
-                present=self._present(pass_key, [blocks.stop for blocks in cut[::-1]], crew, count),
+                present=present,
+                results=behind if goes_on else None,
+                keeps=(first,) if goes_on else (),
                 backward=True,
                 joints=self._joints,
                 reads_beside=True,
                 about=(True,),
             )
-            self._perform(schedule, pass_key, done, keys, crew, watch, stage)
-            cut = schedule.following_cut()
-        self.run.chunks(dense_key, crew.environment).clear()
+
+        while todo := keys.keys() - done.keys():
+            segments = cut_segments(len(cut), workers, self.segments)
+            kept, first = _next_segment(cut, segments, back(cut).unfinished)
+            if (found := self._keep_boundaries(dense_key, cut, kept, crew, watch)) != cut:
+                cut = found
+                continue
+            schedule = back(cut[first:])
+            self._perform(schedule, pass_key, done, keys, crew, watch, stage, beside=dense)
+            cut = (*cut[:first], *schedule.following_cut())
+        for chunks in (dense, self.run.chunks(pass_key, crew.environment)):
+            chunks.clear()
         return done
 
     def in_order(
@@ -122,7 +160,7 @@ class BlockPass:
             keys: Of the units of all blocks that are gone through, from block 0 on.
             program: The rounds of a block, told whether it is made; gives the facts of its unit.
         """
-        done = self.committed(keys, crew, watch, stage)
+        done = self.committed(keys, crew, watch, stage.name)
         stores = [self.run.chunks(stream, crew.environment) for stream in streams]
         present = [
             block
@@ -157,10 +195,10 @@ class BlockPass:
         return done
 
     def committed(
-        self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
+        self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: str
     ) -> dict[int, dict[str, Any]]:
         """Facts of the units that are taken up from an earlier run."""
-        done = taken_up(self.run.units, keys, crew, watch, stage.name, called="block {}")
+        done = taken_up(self.run.units, keys, crew, watch, stage, called="block {}")
         if done:
             watch.note(f"{len(done)} of {len(keys)} blocks are committed already")
         return done
@@ -168,7 +206,7 @@ class BlockPass:
     def _decomposed(
         self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
     ) -> dict[int, dict[str, Any]]:
-        committed = self.committed(keys, crew, watch, stage)
+        committed = self.committed(keys, crew, watch, stage.name)
         return {block: with_arrays(facts) for block, facts in committed.items()}
 
     @property
@@ -188,24 +226,31 @@ class BlockPass:
         return [chunks.present(boundary, count or self.sequences) for boundary in boundaries]
 
     def _keep_boundaries(
-        self, dense_key: str, cut: tuple[range, ...], crew: Crew, watch: Watch
+        self,
+        dense_key: str,
+        cut: tuple[range, ...],
+        kept: Sequence[int],
+        crew: Crew,
+        watch: Watch,
     ) -> tuple[range, ...]:
-        """Chunks through all shards but the last, to stay where shards meet; how it is cut now."""
-        if len(cut) == 1:
+        """Chunks through the shards before these boundaries, to stay there; how it is cut now."""
+        last = next(shard for shard, blocks in enumerate(cut) if blocks.start == max(kept))
+        if last == 0:
             return cut
-        present = self._present(dense_key, [blocks.start for blocks in cut], crew)
+        boundaries = [blocks.start for blocks in cut[: last + 1]]
+        *present, behind = self._present(dense_key, boundaries, crew)
         schedule = Pass(
-            cut[:-1],
+            cut[:last],
             todo=(),
             num_chunks=self.sequences,
-            present=present[:-1],
-            results=present[-1],
-            keeps=True,
+            present=present,
+            results=behind,
+            keeps=kept,
             joints=self._joints,
         )
         chunks = self.run.chunks(dense_key, crew.environment)
         run_pass(crew, watch, schedule, chunks, lambda call, value: None)
-        return (*schedule.cut, cut[-1])
+        return (*schedule.cut, *cut[last:])
 
     def _perform(
         self,
@@ -216,6 +261,7 @@ class BlockPass:
         crew: Crew,
         watch: Watch,
         stage: Stage,
+        beside: Chunks | None = None,
     ) -> None:
         """The pass to its end, each block's facts into `done`."""
 
@@ -224,9 +270,10 @@ class BlockPass:
                 (block,) = call.arguments
                 done[block] = with_arrays(value)
                 self._progress(block, done, keys, stage)
+                self.on_committed(block)
 
         chunks = self.run.chunks(pass_key, crew.environment)
-        run_pass(crew, watch, schedule, chunks, on_success, self.patience)
+        run_pass(crew, watch, schedule, chunks, on_success, self.patience, beside)
 
     def _progress(
         self,
@@ -238,3 +285,20 @@ class BlockPass:
         """Tells of a block whose unit is committed."""
         seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])
         stage.progress(len(done), len(keys), unit=f"block {block}", seconds=seconds, bytes=size)
+
+
+def _next_segment(
+    cut: Sequence[range], segments: Sequence[range], unfinished: Sequence[range]
+) -> tuple[list[int], int]:
+    """Where chunks must lie for a backward pass through the next segment, and its first shard.
+
+    The next one is the last with a shard that is not done. Chunks are needed now where its shards
+    that are not done begin, and later at the starts of such segments before it.
+    """
+    open_ones = [
+        (segment.start, starts)
+        for segment in segments
+        if (starts := [cut[shard].start for shard in segment if cut[shard] in unfinished])
+    ]
+    first, starts = open_ones[-1]
+    return [*(cut[start].start for start, _ in open_ones[:-1]), *starts], first

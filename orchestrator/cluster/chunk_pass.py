@@ -17,9 +17,10 @@ Rules of a pass, asserted by the tests:
   as behind any shard that is run again.
 - A pass that reads another's chunks beside its own cannot make those: it starts nothing more, and
   ends once nothing runs. What has its unit by then, and the chunks that lie there, stay.
+- The other pass's chunks before a shard are spent once that shard is done.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -73,7 +74,8 @@ class Pass:
         results: Chunks whose result behind the last shard is there; nothing when the pass wants
             no results (a calibration).
         backward: Whether chunks are gradients, that enter a shard behind its last block.
-        keeps: Whether every boundary's chunks are wanted, for a later pass to read.
+        keeps: Boundaries whose chunks are wanted for a later pass to read, by the block that they
+            are the input of. Those of the last one are wanted as `results` says.
         joints: Boundaries at which shards may be cut further, should one be too much for a worker.
         reads_beside: Whether shards read chunks of another pass at their boundaries too. Where one
             is missing, or shards are to be cut further, the pass breaks off.
@@ -89,7 +91,7 @@ class Pass:
         present: Sequence[set[int]],
         results: set[int] | None = None,
         backward: bool = False,
-        keeps: bool = False,
+        keeps: Collection[int] = (),
         joints: Iterable[int] = (),
         reads_beside: bool = False,
         about: tuple[Any, ...] = (),
@@ -108,9 +110,10 @@ class Pass:
         behind = everything if results is None else set(results)
         self._present = [everything, *(set(chunks) for chunks in present[1:]), behind]
         self._wants_results = results is not None
-        self.keeps = keeps
+        self.keeps = frozenset(keeps)
         self._joints = sorted(set(joints))
         self._reads_beside = reads_beside
+        self._spent_beside: set[int] = set()
         self.broken_off = False
         """Whether it ended before its end, since chunks of the other pass have to be made first."""
         self._was_too_much = False
@@ -123,7 +126,7 @@ class Pass:
         needed[-1] = everything if self._wants_results else set()
         for k in reversed(range(len(self.shards))):
             missing_behind = needed[k + 1] - self._present[k + 1]
-            wants_all = self.shards[k].todo or (self.keeps and k > 0)
+            wants_all = self.shards[k].todo or (k > 0 and self.boundary(k) in self.keeps)
             needed[k] = everything if wants_all else missing_behind
         return needed
 
@@ -151,13 +154,33 @@ class Pass:
 
     def drop_inputs(self) -> list[int]:
         """Boundaries whose chunks will not be read again; they count as gone from here on."""
-        if self.keeps:
-            return []
-        spent = [k for k in range(1, len(self.shards)) if self.is_done(k) and self._present[k]]
+        spent = [
+            k
+            for k in range(1, len(self.shards))
+            if self.is_done(k) and self._present[k] and self.boundary(k) not in self.keeps
+        ]
         for k in spent:
             self._present[k] = set()
         self._needed = self._needs()
         return [self.boundary(k) for k in spent]
+
+    def drop_beside(self) -> list[int]:
+        """Boundaries at which the other pass's chunks are spent, each said once."""
+        if not self._reads_beside:
+            return []
+        spent = {
+            state.blocks.start
+            for k, state in enumerate(self.shards)
+            if state.blocks.start and self.is_done(k)
+        }
+        fresh = sorted(spent - self._spent_beside)
+        self._spent_beside |= spent
+        return fresh
+
+    @property
+    def unfinished(self) -> list[range]:
+        """Blocks of the shards that are not done, in the order in which chunks pass."""
+        return [state.blocks for k, state in enumerate(self.shards) if not self.is_done(k)]
 
     def is_awaited(self, chunk: tuple[int, int], window: int) -> bool:
         """Whether a worker will take this chunk among its next `window` ones."""

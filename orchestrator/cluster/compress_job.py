@@ -273,6 +273,7 @@ class Compression:
             shards=self.recipe.shards,
             group=self.grouping.size,
             blocks=self.foreseen.blocks_that_fit if self.foreseen else MOST_BLOCKS,
+            segments=self.foreseen.segments if self.foreseen else 1,
         )
 
     def _finish_seconds(self, crew: Crew) -> float:
@@ -395,8 +396,13 @@ class Compression:
             stages.append(Sweep(self, stages))
         if self.recipe.train != "none":
             stages.append(Train(self, stages))
-        pivot = Pivot(self, self.worker_class, self.task)
-        return (pivot, *stages) if self.pivots else tuple(stages)
+        if not self.pivots:
+            return tuple(stages)
+        first = stages[0] if stages and isinstance(stages[0], Refine) else None
+        pivot = Pivot(self, self.worker_class, self.task, superseding=first)
+        if first is not None:
+            first.replaces = pivot.spend
+        return (pivot, *stages)
 
     @property
     def choice(self) -> tuple[str, ...]:

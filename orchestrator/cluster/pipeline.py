@@ -17,6 +17,8 @@ Rules, asserted by the tests:
   still runs is waited for and ignored, the blocks are cut anew for the workers that are there, and
   each takes its shard up from the snapshot. No state of one life meets one of another.
 - Workers that come later are used from the next snapshot on. One is enough.
+- Where states are not kept there is no snapshot to go back to but the start. Shards keep what the
+  best step has made of them, once the held-out loss is known, and their workers till the end.
 """
 
 import math
@@ -29,7 +31,7 @@ from orchestrator.cluster.schedule import Call
 from orchestrator.models.train_options import Course
 from orchestrator.shards import cut_blocks
 
-Kind = Literal["take", "forward", "turn", "backward", "update", "evaluate", "snapshot"]
+Kind = Literal["take", "forward", "turn", "backward", "update", "evaluate", "snapshot", "keep"]
 Stop = Literal["end", "patience", "diverged"]
 WINDOW = 4
 """Held-out sequences that wait between two shards; of others the program itself bounds them."""
@@ -69,12 +71,17 @@ class Snapshot:
 
 
 def program(
-    shard: int, shards: int, batches: Sequence[tuple[int, Sequence[int]]], held_out: Sequence[int]
+    shard: int,
+    shards: int,
+    batches: Sequence[tuple[int, Sequence[int]]],
+    held_out: Sequence[int],
+    keeps_states: bool = True,
 ) -> list[Move]:
     """A period's moves of one shard: its steps, the held-out sequences, and a snapshot.
 
     Args:
         batches: For each step its number and its sequences; none: the start is evaluated.
+        keeps_states: Whether a snapshot is the whole state, or what it makes of the blocks.
     """
     moves: list[Move] = []
     first = 0
@@ -94,7 +101,8 @@ def program(
         moves.append(Move("update", step))
     end = batches[-1][0] if batches else 0
     moves += [Move("evaluate", end, first + i, each) for i, each in enumerate(held_out)]
-    return [*moves, Move("snapshot", end)] if batches else moves
+    last: Kind = "snapshot" if keeps_states else "keep"
+    return [*moves, Move(last, end)] if batches else moves
 
 
 @dataclass(slots=True)
@@ -112,6 +120,7 @@ class Pipeline:
         lengths: Tokens and predictions of every sequence, which losses are divided by.
         group: Blocks that no cut separates.
         snapshots: What an earlier run has found, up to the snapshot that lies there.
+        keeps_states: Whether shards can be taken up from every snapshot, or from the start alone.
     """
 
     def __init__(
@@ -122,10 +131,12 @@ class Pipeline:
         num_blocks: int,
         group: int = 1,
         snapshots: Sequence[Snapshot] = (),
+        keeps_states: bool = True,
     ) -> None:
         self._course, self._lengths = course, lengths
         self._num_blocks, self._group = num_blocks, group
         self.snapshots = list(snapshots)
+        self._keeps_states = keeps_states
         self.diverged = False
         self._life = 0
         self._shards: list[_Shard] = []
@@ -203,7 +214,7 @@ class Pipeline:
         if self._running or not idle or self.finished:
             return False
         cut = cut_blocks(self._num_blocks, len(idle), self._group)
-        if list(cut) != self.cut:
+        if list(cut) != self.cut and (self._keeps_states or not self._shards):
             self._life += 1
             pairs = zip(cut, idle, strict=False)
             self._shards = [
@@ -211,7 +222,7 @@ class Pipeline:
             ]
         batches, held_out = self._batches, self._course.held_out
         for number, shard in enumerate(self._shards):
-            shard.moves += program(number, len(self._shards), batches, held_out)
+            shard.moves += program(number, len(self._shards), batches, held_out, self._keeps_states)
         self._forget()
         return True
 
@@ -236,6 +247,10 @@ class Pipeline:
                 return None
             scale = min(1.0, self._course.options.clip / (norm + CLIP_EPSILON))
             arguments = (move.step, scale, self._course.rate(move.step - 1))
+        elif move.kind == "keep":
+            if (loss := self._held_out_loss()) is None:
+                return None
+            arguments = (move.step, loss[0] < self.best.held_out)
         else:
             arguments = ((before, behind), move.step) if move.kind == "take" else (move.step,)
         if takes is not None and takes not in self._present:
@@ -309,16 +324,17 @@ class Pipeline:
 
     def _conclude(self) -> None:
         """Notes what the period has given; what it has made is the last snapshot now."""
-        batches, held_out = self._batches, self._course.held_out
+        batches = self._batches
         trained = [sequence for _, batch in batches for sequence in batch]
-        count = len(trained)
-        losses = [self._losses[serial] for serial in sorted(self._losses)]
-        loss, divergence, cross_entropy = self._mean(losses[count:], held_out)
+        losses = [self._losses[serial] for serial in range(len(trained))]
+        found = self._held_out_loss()
+        assert found is not None
+        loss, divergence, cross_entropy = found
         norms = [self._norm(step) or 0.0 for step, _ in batches]
         self.snapshots.append(
             Snapshot(
                 step=batches[-1][0] if batches else 0,
-                train=self._mean(losses[:count], trained)[0] if batches else None,
+                train=self._mean(losses, trained)[0] if batches else None,
                 held_out=loss,
                 divergence=divergence,
                 cross_entropy=cross_entropy,
@@ -326,6 +342,14 @@ class Pipeline:
             )
         )
         self.diverged = not math.isfinite(loss)
+
+    def _held_out_loss(self) -> tuple[float, float, float] | None:
+        """The loss over the held-out sequences and its parts; None while some are not known."""
+        first = sum(len(batch) for _, batch in self._batches)
+        serials = range(first, first + len(self._course.held_out))
+        if not all(serial in self._losses for serial in serials):
+            return None
+        return self._mean([self._losses[serial] for serial in serials], self._course.held_out)
 
     def _mean(
         self, losses: Sequence[dict[str, float]], sequences: Sequence[int]
@@ -359,4 +383,6 @@ class Pipeline:
         """To the last snapshot; what still runs belongs to a life that is over."""
         self._life += 1
         self._shards, self._present = [], set()
+        if not self._keeps_states:
+            self.snapshots = []
         self._forget()

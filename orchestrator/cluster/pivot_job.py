@@ -8,6 +8,7 @@ from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.deadline import slowly
 from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.policy import FailurePolicy
+from orchestrator.cluster.refine_job import Refine
 from orchestrator.cluster.schedule import Bag, Call
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.watch import Stage, Watch
@@ -22,15 +23,22 @@ class Pivot:
     """A unit for each linear that is stored pivoted; whatever follows reads it there.
 
     It stands before training, which trains what is stored, and behind a fit of left factors.
+
+    Args:
+        superseding: The stage behind it that spends its units, if there is one (see `Refine`).
     """
 
     name: ClassVar[str] = "pivot"
     timings: ClassVar[Mapping[str, float]] = {}
 
     def __init__(
-        self, job: "Compression", worker_class: type[CompressionWorker], task: CompressionTask
+        self,
+        job: "Compression",
+        worker_class: type[CompressionWorker],
+        task: CompressionTask,
+        superseding: Refine | None = None,
     ) -> None:
-        self._job = job
+        self._job, self._superseding = job, superseding
         self.worker_class, self.task = worker_class, task
         plan = job.plan.assignments
         self._sizes = {
@@ -45,7 +53,7 @@ class Pivot:
     def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Every linear a call, on whoever is idle."""
         units = self._job.run.units
-        self._facts = taken_up(units, self._keys, crew, watch, stage.name)
+        self._facts = self._taken_up(crew, watch, stage)
         missing = {each: rank for each, rank in self._sizes.items() if each.name not in self._facts}
 
         def on_success(call: Call, value: Any) -> None:
@@ -64,6 +72,24 @@ class Pivot:
             on_event=watch.event,
             patience={"pivot": slowly(flops, crew.environment["device"])},
         )
+
+    def _taken_up(self, crew: Crew, watch: Watch, stage: Stage) -> dict[str, Any]:
+        """Facts of the units that need not be made: one that is spent is where its block is."""
+        units = self._job.run.units
+        found = {name: units.manifest(key) for name, key in self._keys.items()}
+        spent = [each for each in self._sizes if (m := found[each.name]) and m["spent"]]
+        if spent:
+            later = self._superseding.taken_up(crew, watch) if self._superseding else {}
+            for linear in spent:
+                if linear.block not in later:
+                    units.drop(self._keys[linear.name])
+        return taken_up(units, self._keys, crew, watch, stage.name)
+
+    def spend(self, block: int) -> None:
+        """Removes the pivoted factors of a block; only what was measured of them stays."""
+        for linear in self._sizes:
+            if linear.block == block:
+                self._job.run.units.spend(self._keys[linear.name])
 
     @property
     def measured(self) -> Mapping[str, Any]:

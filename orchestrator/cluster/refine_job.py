@@ -1,6 +1,6 @@
 """Refining blocks in parallel, on the dense model's inputs: the driver's part."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,8 +12,8 @@ from orchestrator.cluster.watch import Stage, Watch
 if TYPE_CHECKING:
     from orchestrator.cluster.compress_job import Compression
 
-REFINE_VERSION = 2
-"""Raised when a trained tensor changes."""
+REFINE_VERSION = 3
+"""Raised when a trained tensor changes, or what is stored beside them."""
 
 
 class Refine(TrainedStage):
@@ -21,12 +21,18 @@ class Refine(TrainedStage):
 
     Blocks do not wait for each other: each learns to give what its dense block gives on the dense
     model's own inputs. Published methods walk the blocks in order, each behind the compressed ones.
+
+    A block's unit holds all that is stored of its factors, so what `replaces` is spent with it: a
+    run directory holds a block once. Should its unit be damaged later both are made again.
     """
 
     name: ClassVar[str] = "refine"
     worker_class: ClassVar[type[RefineWorker]] = RefineWorker
 
     def __init__(self, job: "Compression", earlier: Sequence[TrainedStage]) -> None:
+        self.replaces: Callable[[int], None] = lambda block: None
+        """Told of each block whose unit is committed."""
+        self._there: dict[int, dict[str, Any]] | None = None
         # nobody lends a block here: its gradients are one sum
         self._options = replace(job.refine_options, slices=1)
         super().__init__(job, earlier, version=REFINE_VERSION, options=self._decisive)
@@ -42,8 +48,15 @@ class Refine(TrainedStage):
 
     def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Dense chunks flow through the shards; then each shard's blocks are trained."""
-        passes = self._job.block_pass
-        self._facts = passes.forward(self.key, self.keys, crew, watch, stage)
+        passes, done = self._job.block_pass, self.taken_up(crew, watch)
+        passes = replace(passes, on_committed=self.replaces)
+        self._facts = passes.forward(self.key, self.keys, crew, watch, stage, done)
+
+    def taken_up(self, crew: Crew, watch: Watch) -> dict[int, dict[str, Any]]:
+        """Facts of the blocks that an earlier run has refined; their files are read once."""
+        if self._there is None:
+            self._there = self._job.block_pass.committed(self.keys, crew, watch, self.name)
+        return self._there
 
     @property
     def timings(self) -> dict[str, Any]:

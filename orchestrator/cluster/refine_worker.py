@@ -63,8 +63,9 @@ class RefineWorker(TrainedWorker):
         with self.planned.shard(range(block, block + 1)) as shard:
             inputs, targets = self._states[block], self._states[block + 1]
             refined = refine(shard, inputs, targets, self.task.options, self.task.seed)
+            tensors = {**refined.tensors, **self.indices(shard)}
         timings = {"seconds": time.monotonic() - start, "memory": self.usage().to_json()}
         facts = refined.facts() | {"timings": timings}
-        self.commit_trained(block, refined.tensors, facts)
+        self.commit_trained(block, tensors, facts)
         return_freed_memory()
         return facts

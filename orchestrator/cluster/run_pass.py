@@ -22,13 +22,15 @@ def run_pass(
     chunks: Chunks,
     on_success: Callable[[Call, Any], None],
     patience: Mapping[str, float] = {},
+    beside: Chunks | None = None,
 ) -> None:
-    """Performs a pass to its end; nothing of its boundary chunks stays, unless it keeps them.
+    """Performs a pass to its end; of its boundary chunks those stay that it keeps.
 
-    A pass that breaks off (see `Pass`) leaves them for the one that goes on.
+    A pass that breaks off (see `Pass`) leaves all of them for the one that goes on.
 
     Args:
         chunks: Where the pass keeps its boundary chunks.
+        beside: Where the other pass that it reads has left its own; they go as they are spent.
         on_success: Told of each call that ended well, with its small result.
         patience: By method, seconds that a call may take.
 
@@ -40,6 +42,9 @@ def run_pass(
         on_success(call, value)
         for boundary in schedule.drop_inputs():
             chunks.drop(boundary)
+        for boundary in schedule.drop_beside():
+            assert beside is not None
+            beside.drop(boundary)
 
     dispatch(
         crew.pool,

@@ -208,7 +208,7 @@ def simulate(
             num_chunks=costs.sequences,
             present=[set() for _ in cut[:-1] or cut],
             results=set() if len(cut) > 1 else everything,
-            keeps=True,
+            keeps=[blocks.start for blocks in cut],
         )
         stages["boundaries"] = boundaries, _passing(costs, boundaries)
     gathering = Pass(

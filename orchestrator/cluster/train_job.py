@@ -1,7 +1,7 @@
 """Training the whole compressed model, as a pipeline over its shards: the driver's part."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,7 +15,7 @@ from orchestrator.cluster.run_pass import run_pass
 from orchestrator.cluster.schedule import Bag, Call
 from orchestrator.cluster.taken_up import taken_up
 from orchestrator.cluster.tokens import read_tokens
-from orchestrator.cluster.train_worker import TrainTask, TrainWorker, snapshot_key
+from orchestrator.cluster.train_worker import TrainTask, TrainWorker, best_key, snapshot_key
 from orchestrator.cluster.trained_stage import TrainedStage
 from orchestrator.cluster.verify import intact
 from orchestrator.cluster.watch import Stage, Watch
@@ -45,7 +45,9 @@ class Train(TrainedStage):
     start included.
 
     A snapshot takes 12 bytes a trained value in the run directory (`all`; 8 `lean`), and the last
-    one and the best are there, beside the one that is being written.
+    one and the best are there, beside the one that is being written. Where the forecast says that
+    this is too much (`forecast.storage`), only the values of the best are, as they will be written,
+    and after a loss training begins again.
     """
 
     name: ClassVar[str] = "train"
@@ -56,6 +58,7 @@ class Train(TrainedStage):
         decisive = {"options": asdict(self._options), "mode": self._mode}
         super().__init__(job, earlier, version=TRAIN_VERSION, **decisive)
         self._course = self._planned_course()
+        self._keeps_states = job.foreseen is None or job.foreseen.keeps_states
 
     @cached_property
     def _target_keys(self) -> tuple[str, ...]:
@@ -94,13 +97,13 @@ class Train(TrainedStage):
     def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Targets, steps, and a unit for each block of what the best step has made of it."""
         self._facts: dict[str, Any] = {"snapshots": [], "best": 0, "stop": "end", "numbers": 0}
-        done = self._job.block_pass.committed(self.keys, crew, watch, stage)
+        done = self._job.block_pass.committed(self.keys, crew, watch, stage.name)
         if done.keys() == self.keys.keys():
             self._facts = next(iter(done.values()), self._facts)
             return
         self._make_targets(crew, watch, stage)
-        self._train(crew, watch, stage)
-        self._commit(crew, watch)
+        self._train(crew, watch, stage, done)
+        self._commit(crew, watch, done)
 
     def _make_targets(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Dense chunks through all shards, those whose top-k is not there yet."""
@@ -122,18 +125,19 @@ class Train(TrainedStage):
         )
         run_pass(crew, watch, schedule, chunks, lambda call, value: None)
 
-    def _train(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def _train(self, crew: Crew, watch: Watch, stage: Stage, done: Collection[int]) -> None:
         """The steps that are not done yet, from the last snapshot on."""
         job, course = self._job, self._course
         mask = read_tokens(job.run, job.tokens_key).mask
         lengths = [(int(row.sum()), int((row[1:] & row[:-1]).sum())) for row in mask]
-        snapshots, numbers = self._left(crew, watch)
+        snapshots, numbers = self._left(crew, watch, done)
         pipeline = Pipeline(
             course,
             lengths,
             num_blocks=job.surveyed.num_blocks,
             group=job.grouping.size,
             snapshots=snapshots,
+            keeps_states=self._keeps_states,
         )
         steps, tokens, begun = 0, 0, time.monotonic()
 
@@ -150,7 +154,8 @@ class Train(TrainedStage):
                 speed = tokens / (time.monotonic() - begun)
                 stage.progress(step, course.steps, unit=f"step {step}", tokens_per_second=speed)
             if len(pipeline.snapshots) > before:
-                self._note(pipeline, numbers, crew)
+                if self._keeps_states or pipeline.stop in ("end", "patience"):
+                    self._note(pipeline, numbers, crew)
                 watch.event({"event": "snapshot", **asdict(pipeline.snapshots[-1])})
 
         dispatch(
@@ -180,20 +185,28 @@ class Train(TrainedStage):
         """The unit that says which snapshot is the last."""
         return unit_key("snapshots", TRAIN_VERSION, [self.key])
 
-    def _left(self, crew: Crew, watch: Watch) -> tuple[list[Snapshot], dict[int, int]]:
-        """What an earlier run has found, if the snapshots that it needs are there undamaged."""
+    def _left(
+        self, crew: Crew, watch: Watch, done: Collection[int]
+    ) -> tuple[list[Snapshot], dict[int, int]]:
+        """What an earlier run has found, if the snapshots that it needs are there undamaged.
+
+        Where states are not kept, that is all or nothing; blocks that are done need none.
+        """
         units = self._job.run.units
         key = {"snapshots": self._progress_key}
         left = taken_up(units, key, crew, watch, "training", is_all=False)
         if not left:
             return [], {}
         facts = left["snapshots"]
+        if facts["states"] != self._keeps_states:
+            return [], {}
         snapshots = [Snapshot(**each) for each in facts["snapshots"]]
         numbers = {int(block): count for block, count in facts["numbers"].items()}
         hashes = {
-            f"step {step}, block {block}": units.hashes(snapshot_key(self.key, step, block))
+            f"step {step}, block {block}": units.hashes(self._kept_key(step, block))
             for step in facts["kept"]
             for block in numbers
+            if self._keeps_states or block not in done
         }
         if not all(hashes.values()) or len(intact(crew, watch, hashes)) < len(hashes):
             return [], {}
@@ -201,45 +214,62 @@ class Train(TrainedStage):
         return snapshots, numbers
 
     def _note(self, pipeline: Pipeline, numbers: dict[int, int], crew: Crew) -> None:
-        """Commits that a snapshot is complete; those that are neither last nor best are removed."""
+        """Commits that a snapshot is complete; those that are neither last nor best are removed.
+
+        Where states are not kept it is the end of the training, and the best is all there is.
+        """
         units = self._job.run.units
-        kept = sorted({pipeline.step, pipeline.best.step} - {0})
+        needed = {pipeline.step, pipeline.best.step} if self._keeps_states else {pipeline.best.step}
+        kept = sorted(needed - {0})
         facts = {
+            "states": self._keeps_states,
             "snapshots": [asdict(each) for each in pipeline.snapshots],
             "numbers": {str(block): count for block, count in sorted(numbers.items())},
             "kept": kept,
         }
         unit = units.begin(self._progress_key)
         unit.commit(environment=crew.environment, facts=facts)
-        self._drop([each.step for each in pipeline.snapshots if each.step not in kept])
+        if self._keeps_states:
+            self._drop([each.step for each in pipeline.snapshots if each.step not in kept])
+
+    def _kept_key(self, step: int, block: int) -> str:
+        """The unit of what a step has made of a block."""
+        if self._keeps_states:
+            return snapshot_key(self.key, step, block)
+        return best_key(self.key, block)
 
     def _drop(self, steps: Sequence[int]) -> None:
         for step in steps:
             for block in self.keys:
-                self._job.run.units.drop(snapshot_key(self.key, step, block))
+                self._job.run.units.drop(self._kept_key(step, block))
 
-    def _commit(self, crew: Crew, watch: Watch) -> None:
+    def _commit(self, crew: Crew, watch: Watch, done: Collection[int]) -> None:
         """What the blocks have become, group by group; then no snapshot is needed any more."""
         job = self._job
-        groups = sorted({job.grouping.first(block) for block in self.keys})
+        groups = sorted({job.grouping.first(block) for block in self.keys if block not in done})
         size, best = job.grouping.size, self._facts["best"]
+        is_kept = best > 0 and not self._keeps_states
+
+        def on_success(call: Call, value: Any) -> None:
+            for block in range(*call.arguments[0]):
+                job.run.units.drop(best_key(self.key, block))
+
         bag = Bag(
             "commit",
             [
                 (
                     f"block {first}, commit",
-                    ((first, min(first + size, job.surveyed.num_blocks)), best, self._facts),
+                    (
+                        (first, min(first + size, job.surveyed.num_blocks)),
+                        best,
+                        self._facts,
+                        is_kept,
+                    ),
                 )
                 for first in groups
             ],
         )
-        dispatch(
-            crew.pool,
-            bag,
-            FailurePolicy(),
-            on_success=lambda call, value: None,
-            on_event=watch.event,
-        )
+        dispatch(crew.pool, bag, FailurePolicy(), on_success=on_success, on_event=watch.event)
         self._drop([each["step"] for each in self._facts["snapshots"]])
         job.run.units.drop(self._progress_key)
 

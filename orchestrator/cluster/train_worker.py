@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -10,7 +11,7 @@ from torch import Tensor
 from orchestrator.cluster.evaluate_worker import SEPARATOR
 from orchestrator.cluster.heap import free_device_memory, return_freed_memory
 from orchestrator.cluster.tokens import first_chunk
-from orchestrator.cluster.trained_worker import TrainedTask, TrainedWorker
+from orchestrator.cluster.trained_worker import TRAINED_FILE, TrainedTask, TrainedWorker
 from orchestrator.cluster.worker import Emitted
 from orchestrator.models.chunk import Chunk, Payload
 from orchestrator.models.distill import Losses, TopK, Weights, distill
@@ -18,6 +19,7 @@ from orchestrator.models.shard import Shard
 from orchestrator.models.train_options import TrainOptions
 from orchestrator.models.training import Training
 from orchestrator.models.transport import Departure
+from orchestrator.models.weights import Checkpoint
 from orchestrator.store.chunks import MissingChunk, Record
 from orchestrator.store.units import unit_key
 
@@ -27,7 +29,7 @@ FILE = "state.safetensors"
 TARGETS_FILE = "targets.safetensors"
 PASSES = ("forward", "turn", "backward", "evaluate")
 """Moves of the pipeline that take a record and give one; the others are about the shard's state."""
-STATES = ("take", "update", "snapshot")
+STATES = ("take", "update", "snapshot", "keep")
 
 Grads = Callable[[Tensor], Tensor]
 
@@ -35,6 +37,11 @@ Grads = Callable[[Tensor], Tensor]
 def snapshot_key(key: str, step: int, block: int) -> str:
     """The unit of a block's state after a step of the training of this key."""
     return unit_key("snapshot", SNAPSHOT_VERSION, [key], step=step, block=block)
+
+
+def best_key(key: str, block: int) -> str:
+    """The unit of what the best step so far has made of a block, where states are not kept."""
+    return unit_key("best", SNAPSHOT_VERSION, [key], block=block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,15 +207,50 @@ class TrainWorker(TrainedWorker):
                 save_file(self._training.state(block), path)
             unit.commit(environment=self.environment(), facts={})
 
-    def commit(self, blocks: tuple[int, int], step: int, facts: dict[str, Any]) -> None:
-        """Commits what the best step has made of the parameters of blocks that no cut separates."""
+    def keep(self, step: int, is_best: bool) -> None:
+        """Commits what the best step so far has made of every block, in the place of the last."""
+        assert self._training is not None
+        assert self._model is not None
+        if not is_best:
+            return
+        for block in sorted(self.task.keys.keys() & set(self._model.blocks)):
+            key = best_key(self.task.pass_key, block)
+            self.run.units.drop(key)
+            self.commit_stored(key, self._outcome(self._training, block), {"step": step})
+
+    def commit(
+        self, blocks: tuple[int, int], step: int, facts: dict[str, Any], is_kept: bool
+    ) -> None:
+        """Commits what the best step has made of the parameters of blocks that no cut separates.
+
+        Args:
+            is_kept: Whether `keep` has left it; a state, else, or what was planned.
+        """
         self.close()
+        wanted = sorted(self.task.keys.keys() & set(range(*blocks)))
+        if is_kept:
+            for block in wanted:
+                path = self.run.units.file(best_key(self.task.pass_key, block), TRAINED_FILE)
+                self.commit_stored(self.task.keys[block], load_file(path), facts)
+            return
         model, training = self._planned_shard(range(*blocks))
         with model:
             self._load_state(training, step)
-            for block in sorted(self.task.keys.keys() & set(range(*blocks))):
-                self.commit_trained(block, training.tensors(block), facts)
+            for block in wanted:
+                self.commit_stored(self.task.keys[block], self._outcome(training, block), facts)
         return_freed_memory()
+
+    def _outcome(self, training: Training, block: int) -> dict[str, Tensor]:
+        """What a block's parameters have become, as they are written: nothing trains them again."""
+        dtypes = self._as_written.dtype
+        stored = self.stored(training.tensors(block))
+        return {name: tensor.to(dtypes(name)) for name, tensor in stored.items()}
+
+    @cached_property
+    def _as_written(self) -> Checkpoint:
+        """The compressed model with the dtypes of the output."""
+        task = self.task
+        return self.dense.planned(task.plan, self._before, output_dtype=task.output_dtype).weights
 
     def _streams(self, serial: int, sequence: int, record: Emitted) -> dict[str, Chunk]:
         """What enters the shard: the compressed model's chunk, and the dense one's if it passes."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.cluster.score_worker import ScoreWorker
 from orchestrator.models.layout import TensorSpec
+from orchestrator.models.modules import PivotedLinear
+from orchestrator.models.shard import Shard
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.plan import Plan
 
@@ -53,20 +55,39 @@ class TrainedWorker(ScoreWorker):
             )
         return self._planned
 
+    def indices(self, shard: Shard) -> dict[str, Tensor]:
+        """Where the outputs of pivoted linears stand, which no training changes, by name."""
+        inside = (each.name for each in self.task.linears if each.block in shard.blocks)
+        modules = {name: shard.module(name) for name in inside}
+        return {
+            f"{name}.index": module.index.cpu()
+            for name, module in modules.items()
+            if isinstance(module, PivotedLinear)
+        }
+
     def commit_trained(
         self, block: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]
     ) -> None:
         """Commits what became of a block's parameters, given by their names in the model."""
+        self.commit_stored(self.task.keys[block], self.stored(tensors), facts)
+
+    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those that are stored, by their names on disk."""
         disk_names = self.planned.disk_names
         # of tied tensors only one is stored; a copy each, since a file shares no memory
-        stored = {
+        return {
             disk_names[name]: tensor.clone()
             for name, tensor in tensors.items()
             if name in disk_names
         }
-        unit = self.run.units.begin(self.task.keys[block])
+
+    def commit_stored(
+        self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    ) -> None:
+        """Commits a unit of tensors by their names on disk."""
+        unit = self.run.units.begin(key)
         with unit.file(TRAINED_FILE) as path:
-            save_file(stored, path)
+            save_file(dict(tensors), path)
         unit.commit(environment=self.environment(), facts=facts)
 
     def write(self, file: Mapping[str, Any], choice: str = "") -> dict[str, Any]:

@@ -13,11 +13,8 @@ from orchestrator.forecast.outcome import Forecast, Resources, Stage
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.room import Room
 from orchestrator.forecast.shapes import Shapes
-from orchestrator.forecast.work import (
-    Work,
-    kept_values,
-    trained,
-)
+from orchestrator.forecast.storage import STATE_BYTES, Storage
+from orchestrator.forecast.work import Work, kept_values, trained
 from orchestrator.models.refine_options import RefineOptions
 from orchestrator.models.train_options import TrainOptions
 from orchestrator.recipe import Recipe
@@ -59,6 +56,7 @@ class _Forecasting:
             default_shards(shapes.num_blocks, self.workers, self.blocks), 1
         )
         self.shards = len(cut_blocks(shapes.num_blocks, shards, group))
+        self.storage = Storage(self.costs, self.workers, self.shards)
 
     def _calibrating(self, blocks: int) -> Footprint:
         return memory.calibration(
@@ -117,7 +115,9 @@ class _Forecasting:
                 "host": self.resources.host_bytes,
             },
             host=self._host(),
-            run_bytes=self._run_bytes(),
+            run=self.storage.stages,
+            segments=len(self.storage.segments),
+            keeps_states=self.storage.keeps_states,
             moved_bytes=2 * self._chunks() * (self.shards - 1),
             final=self._final(),
             float64=float64,
@@ -145,40 +145,46 @@ class _Forecasting:
     def _calibrate(self) -> Stage:
         """Shards in waves: load, pass all chunks, decompose; a wave's shards start one by one.
 
-        With gradients there are two passes, and the first leaves boundaries alone.
+        With gradients there are two passes, and the first leaves boundaries alone; it is made again
+        for all segments but the last.
         """
         blocks = -(-self.shapes.num_blocks // self.shards)
-        labels, costs = self.needs.labels, self.costs
+        labels, costs, sequences = self.needs.labels, self.costs, self.sequences
         carried = costs.goes() + (costs.comes() if self.shards > 1 else Work())
         finish = costs.finish().times(blocks)
         gather = costs.gather(blocks) + carried
-        passes = [(gather, self.sequences, finish)]
+        passes = [(gather, sequences, finish, self.shards)]
+        flops = costs.compute().flops
         if labels:
             back = gather + (costs.comes() if self.shards > 1 else Work())
+            forward = costs.forward(blocks) + carried
+            segments = [len(each) for each in self.storage.segments]
             passes = [
-                (costs.forward(blocks) + carried, self.sequences, Work()),
-                (back, labels * self.sequences, finish),
+                (forward, sequences, Work(), self.shards),
+                *((forward, sequences, Work(), shards) for shards in segments[:-1]),
+                *((back, labels * sequences, finish, shards) for shards in segments),
             ]
+            flops += sum(segments[:-1]) * sequences * costs.forward(blocks).flops
         # behind the last block: the worker that has it does that too
-        head = costs.head().times(labels * self.sequences)
+        head = costs.head().times(labels * sequences)
 
         def take(rates: Rates) -> float:
             return head.seconds(rates) + sum(
-                self._waves(costs.load(blocks) + end, chunk, count, rates)
-                for chunk, count, end in passes
+                self._waves(costs.load(blocks) + end, chunk, count, shards, rates)
+                for chunk, count, end, shards in passes
             )
 
         return Stage(
             name="calibrate",
-            flops=costs.compute().flops,
+            flops=flops,
             seconds=self._seconds(take),
             device=self._calibrating(blocks),
         )
 
-    def _waves(self, ends: Work, chunk: Work, count: int, rates: Rates) -> float:
+    def _waves(self, ends: Work, chunk: Work, count: int, shards: int, rates: Rates) -> float:
         """Seconds of a pass: what each shard takes, in waves, and until the last one has begun."""
-        waves = -(-self.shards // self.workers)
-        filling = min(self.shards, self.workers) - 1
+        waves = -(-shards // self.workers)
+        filling = min(shards, self.workers) - 1
         one = ends.overlapped(rates) + count * chunk.overlapped(rates)
         return waves * one + filling * chunk.overlapped(rates)
 
@@ -275,13 +281,14 @@ class _Forecasting:
 
     def _train(self) -> Stage:
         """The whole model as a pipeline over the workers; recomputation adds a pass forward."""
-        blocks, options = self.shapes.num_blocks, self.training
+        blocks, options, costs = self.shapes.num_blocks, self.training, self.costs
         step = trained(self.shapes, self.kept, self.tokens) * 4 / 3 * blocks
         step += self.costs.head().flops
         work = Work(single=options.epochs * self.sequences * step)
         micro = max(self.sequences // options.batches, 1)
         filling = (micro + self.workers - 1) / micro
-        state = 12.0 * blocks * kept_values(self.shapes, self.kept)
+        each = STATE_BYTES[self.recipe.train] if self.storage.keeps_states else costs.out_itemsize
+        state = float(each * blocks) * kept_values(self.shapes, self.kept)
         snapshots = options.epochs * options.batches / options.every
         saving = Work(write=state * snapshots / self.workers)
 
@@ -348,25 +355,6 @@ class _Forecasting:
             # what was not made here is unpacked from files
             parts["a boundary"] = int(self._chunks())
         return Footprint(parts)
-
-    def _run_bytes(self) -> float:
-        """Decompositions of all linears, the chunks at the boundaries, and what training keeps."""
-        linears = self.shapes.linears
-        stored = self.costs.out_itemsize * sum(
-            memory.stored_rank(each, self.needs, self.costs.is_pivoted) * each.rank_cost
-            for each in linears
-        )
-        if self.needs.kind in ("rpca", "sparse", "two_sided_sparse"):
-            stored += 8 * sum(each.values for each in linears)
-        boundaries = self.shards - 1 if self.needs.labels else min(self.shards - 1, self.workers)
-        chunks = boundaries * self._chunks()
-        if self.recipe.refine != "none":
-            chunks = max(chunks, (self.shapes.num_blocks + 1) * self._chunks())
-        kept = self.kept * sum(each.values for each in linears)
-        pivoted = self.costs.out_itemsize * kept if self.costs.is_pivoted else 0.0
-        refined = 4 * kept if self.recipe.refine != "none" else 0.0
-        snapshots = 2 * 12 * kept if self.recipe.train != "none" else 0.0
-        return float(stored) + chunks + pivoted + refined + snapshots
 
     def _final(self) -> dict[str, int]:
         """The budget met exactly; indices of sparse parts are not in the bytes."""

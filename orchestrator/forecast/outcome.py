@@ -52,8 +52,12 @@ class Forecast:
     limits: Mapping[str, float | None]
     """Bytes that a worker has on its device, may take of them, and may take on its host."""
     host: Footprint
-    run_bytes: float
-    """Of the run directory at its largest."""
+    run: Mapping[str, Footprint]
+    """By stage, what lies in the run directory at the worst moment."""
+    segments: int
+    """In which gradients pass back; all but the last take one more forward pass."""
+    keeps_states: bool
+    """Whether a training that is stopped goes on from a snapshot, or begins again."""
     moved_bytes: float
     """Boundary chunks, written and read again."""
     final: Mapping[str, int]
@@ -81,10 +85,21 @@ class Forecast:
         return max(self.stages, key=lambda stage: stage.device.total)
 
     @property
+    def run_peak(self) -> str:
+        """The stage in which the run directory is largest."""
+        return max(self.run, key=lambda name: self.run[name].total)
+
+    @property
+    def run_bytes(self) -> int:
+        """Of the run directory at its largest."""
+        return self.run[self.run_peak].total
+
+    @property
     def money(self) -> dict[str, float] | None:
         if self.price is None:
             return None
         return {r: s / 3600 * self.workers * self.price for r, s in self.seconds.items()}
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "seconds": self.seconds, "money": self.money}
+        figures = {"seconds": self.seconds, "money": self.money, "run_bytes": self.run_bytes}
+        return {**asdict(self), **figures}

@@ -16,7 +16,9 @@ def lines(found: Forecast) -> list[str]:
         "shards": f"{found.shards} of at most {found.blocks_a_shard} blocks, in {found.waves} "
         + ("wave" if found.waves == 1 else "waves"),
         **_memory(found),
-        "run directory": size(found.run_bytes),
+        "run directory": f"{size(found.run_bytes)}, in {found.run_peak}: "
+        + _parts(found.run[found.run_peak].parts),
+        "resuming": _resuming(found),
         "chunks moved": size(found.moved_bytes),
         "result": f"{found.final['values']:,} parameters, {size(found.final['bytes'])}",
     }
@@ -58,6 +60,16 @@ def _float64(found: Forecast) -> dict[str, str]:
         "eigendecompositions": said["eigen"],
         "products in float64": f"{said['double']}{remark}",
     }
+
+
+def _resuming(found: Forecast) -> str:
+    """What a run that is taken up does again."""
+    again = ["what was under way"]
+    if found.segments > 1:
+        again.append(f"forward passes through up to a segment of {found.segments}")
+    if not found.keeps_states:
+        again.append("all steps of a training that has not ended")
+    return "does again " + ", ".join(again)
 
 
 def _parts(parts: Mapping[str, int]) -> str:

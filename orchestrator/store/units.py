@@ -28,6 +28,8 @@ from orchestrator.store.places import Place, Remote
 
 _MANIFEST = "manifest.json"
 _FORMAT_VERSION = 1
+_SPENT_VERSION = 2
+"""Of a manifest whose files are gone: what reads version 1 alone takes the unit for not there."""
 
 
 def unit_key(stage: str, version: int, inputs: Sequence[str], **parameters: Any) -> str:
@@ -88,13 +90,14 @@ class Units:
         """The manifest of a committed unit, or nothing.
 
         A unit counts as committed when its manifest is whole and every file has the size that the
-        manifest says; `verify` also reads the content.
+        manifest says; `verify` also reads the content. One that is spent has no files.
         """
         directory = self.directory(key)
         try:
             manifest = parse_json(read_bytes(directory / _MANIFEST))
             digest = manifest.pop("blake2b")
-            if manifest["format_version"] != _FORMAT_VERSION or digest_json(manifest) != digest:
+            versions = (_FORMAT_VERSION, _SPENT_VERSION)
+            if manifest["format_version"] not in versions or digest_json(manifest) != digest:
                 return None
             sizes = directory.sizes() if isinstance(directory, Remote) else {}
             if not isinstance(manifest["facts"], dict):
@@ -107,7 +110,9 @@ class Units:
                 size = there.stat().st_size if isinstance(there, Path) else sizes.get(name)
                 if size != file["bytes"]:
                     return None
-            return {name: manifest[name] for name in ("files", "environment", "facts")}
+            spent = manifest["format_version"] == _SPENT_VERSION
+            kept = {name: manifest[name] for name in ("files", "environment", "facts")}
+            return {**kept, "spent": spent}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -154,6 +159,20 @@ class Units:
         """Bytes of a committed unit's files."""
         manifest = self.manifest(key)
         return sum(file["bytes"] for file in manifest["files"].values()) if manifest else 0
+
+    def spend(self, key: str) -> None:
+        """Removes a committed unit's files, which nothing is to read any more; its facts stay.
+
+        The manifest goes ahead, so a unit never looks whole while its files go.
+        """
+        manifest = self.manifest(key)
+        if manifest is None or manifest.pop("spent"):
+            return
+        spent = {**manifest, "format_version": _SPENT_VERSION, "files": {}}
+        spent["blake2b"] = digest_json(spent)
+        write_json(self.directory(key) / _MANIFEST, spent, indent=None)
+        for name in manifest["files"]:
+            (self.directory(key) / name).unlink(missing_ok=True)
 
     def drop(self, key: str) -> None:
         """Removes a unit, manifest first, so that it never looks whole while it goes."""

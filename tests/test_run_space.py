@@ -1,0 +1,400 @@
+"""What lies in a run directory: chunks by segments, dropped when spent, and what `plan` says."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pipeline import contents, run, write_llama, write_text
+from test_forecast import CONFIGS
+from test_trained_runs import several
+
+from orchestrator import retarget
+from orchestrator.cluster import foresight
+from orchestrator.cluster.compress_worker import PIVOTED_FILE
+from orchestrator.cluster.curvature_worker import CurvatureWorker
+from orchestrator.cluster.train_worker import TrainWorker
+from orchestrator.cluster.trained_worker import TRAINED_FILE
+from orchestrator.errors import StoppedError
+from orchestrator.forecast import storage
+from orchestrator.forecast.costs import Costs
+from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.outcome import Resources
+from orchestrator.forecast.rates import Machine
+from orchestrator.forecast.shapes import from_config
+from orchestrator.forecast.text import lines
+from orchestrator.recipe import Recipe
+from orchestrator.shards import cut_segments
+from orchestrator.store.units import UnitWriter
+
+
+@given(shards=st.integers(1, 60), workers=st.integers(1, 12), data=st.data())
+def test_segments_hold_every_shard_once_and_waves_are_full(shards, workers, data):
+    """All but the first are a multiple of the workers, and the last one is never the smaller."""
+    count = data.draw(st.integers(1, 12))
+    segments = cut_segments(shards, workers, count)
+    assert [shard for segment in segments for shard in segment] == list(range(shards))
+    assert all(len(segment) % workers == 0 for segment in segments[1:])
+    assert len(segments) <= count
+    assert len(segments[-1]) == max(map(len, segments))
+
+
+@pytest.mark.parametrize(("preset", "times"), [("fast", 2.5), ("best", 4.0)])
+def test_the_run_directory_of_a_large_model(preset, times):
+    """70B on 8 workers, 256 sequences of 2048 tokens: within the aim, and `plan` says of what."""
+    shapes = from_config(CONFIGS["Llama-3-70B"] | {"dtype": "bfloat16"}, "test")
+    machine = Machine("test", None, ())
+    resources = Resources(workers=8, machine=machine, memory_bytes=80e9)
+    found = forecast(shapes, Recipe.preset(preset, model="m", out="o", keep=0.8), resources)
+    assert found.run_bytes <= times * found.model["bytes"]
+    assert list(found.run) == [stage.name for stage in found.stages]
+    (line,) = [line for line in lines(found) if line.startswith("run directory")]
+    assert all(part in line for part in found.run[found.run_peak].parts)
+    (line,) = [line for line in lines(found) if line.startswith("resuming")]
+    assert ("segment" in line) == (found.segments > 1) == (preset == "fast")
+    assert ("all steps" in line) == (not found.keeps_states) == (preset == "best")
+
+
+def test_segments_are_as_few_as_there_is_room_for(monkeypatch):
+    """Fewer need more room than is left to them; without any they take the least that they can."""
+    shapes = from_config(CONFIGS["Llama-3-70B"] | {"dtype": "bfloat16"}, "test")
+    recipe = Recipe.preset("fast", model="m", out="o", keep=0.8)
+
+    def of(room):
+        monkeypatch.setattr(storage, "ROOM", room)
+        return storage.Storage(Costs(shapes, recipe), workers=4, shards=40)
+
+    sizes = [
+        of(2.5)._calibrating(cut_segments(40, 4, count)).total / (2 * shapes.total_values)
+        for count in range(1, 11)
+    ]
+    later = of(2.5).stages["pivot"].total / (2 * shapes.total_values)
+    for room in (0.0, 2.2, 2.3, 2.5, 3.0):
+        count, most = len(of(room).segments), max(room, later, min(sizes))
+        assert sizes[count - 1] <= most
+        assert all(size > most for size in sizes[: count - 1])
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama8") / "dense", blocks=8)
+
+
+@pytest.fixture(scope="module")
+def reference(llama, text, tmp_path_factory):
+    """The result in one shard, without a boundary."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    run(llama, out, text, method="two-sided", shards=1)
+    return contents(out)
+
+
+@pytest.fixture
+def segmented(monkeypatch):
+    """Has gradients pass back in two segments, whatever room there is."""
+    halves = property(lambda self: cut_segments(self.shards, self.workers, 2))
+    monkeypatch.setattr(storage.Storage, "segments", halves)
+
+
+@pytest.fixture
+def passed(monkeypatch):
+    """Counts the chunks that pass each shard forward for the boundaries alone."""
+    counts, step = [], CurvatureWorker.step
+
+    def count(worker, index, emit, record):
+        if not worker._is_backward:
+            counts.append(worker._shard.blocks.start)
+        return step(worker, index, emit, record)
+
+    monkeypatch.setattr(CurvatureWorker, "step", count)
+    return counts
+
+
+def boundaries(run_dir: Path) -> list[int]:
+    """How many boundaries of each pass have chunks, the pass with most of them last."""
+    passes = (run_dir / "chunks").iterdir() if (run_dir / "chunks").exists() else ()
+    return sorted(
+        sum(any(boundary.iterdir()) for boundary in each.iterdir() if boundary.exists())
+        for each in passes
+    )
+
+
+def test_segments_change_no_bit_and_hold_less(llama, text, reference, segmented, passed, tmp_path):
+    """Four boundaries at most, where one segment has seven; three shards pass chunks twice."""
+    most = []
+
+    def look(event):
+        if event["event"] == "unit" and event["stage"] == "calibrate":
+            most.append(max(boundaries(tmp_path / "out.run"), default=0))
+
+    run(llama, tmp_path / "out", text, method="two-sided", shards=8, on_event=look)
+    assert contents(tmp_path / "out") == reference
+    assert max(most) <= 4
+    assert not [path for path in (tmp_path / "out.run" / "chunks").rglob("*") if path.is_file()]
+    # the first pass ends before the last shard, the second before the last one of its segment
+    assert len(passed) == 6 * (7 + 3)
+
+
+@pytest.mark.parametrize(("units", "shards"), [(1, 8), (4, 8), (6, 8), (3, 4)])
+def test_a_stopped_run_passes_no_chunk_again(
+    units, shards, llama, text, reference, segmented, passed, tmp_path
+):
+    """Wherever it stops, what lies at the boundaries is gone on from; another cut is another run's.
+
+    Blocks are made once in either case.
+    """
+
+    def stop(event):
+        if event["event"] == "unit" and event["done"] == units:
+            raise StoppedError("enough")
+
+    with pytest.raises(StoppedError):
+        run(llama, tmp_path / "out", text, method="two-sided", shards=8, on_event=stop)
+    events = []
+    fields = {"method": "two-sided", "shards": shards, "on_event": events.append}
+    run(llama, tmp_path / "out", text, **fields)
+    assert contents(tmp_path / "out") == reference
+    made = [e for e in events if e["event"] == "unit" and e["stage"] == "calibrate"]
+    assert len(made) == 8 - units
+    if shards == 8:
+        assert len(passed) == 6 * (7 + 3)
+    assert not [path for path in (tmp_path / "out.run" / "chunks").rglob("*") if path.is_file()]
+
+
+def test_a_chunk_that_vanishes_from_a_spent_boundary_is_made_again(
+    llama, text, reference, segmented, tmp_path
+):
+    """Gradients behind a segment that is done are lost: it goes back through that segment again."""
+    vanished = []
+
+    def vanish(event):
+        if event["event"] == "unit" and event["stage"] == "calibrate" and event["done"] == 4:
+            vanished.extend((tmp_path / "out.run" / "chunks").rglob("00004/0000003.safetensors"))
+            for chunk in vanished:
+                chunk.unlink()
+
+    events = []
+
+    def look(event):
+        events.append(event)
+        vanish(event)
+
+    run(llama, tmp_path / "out", text, method="two-sided", shards=8, on_event=look)
+    assert vanished
+    assert contents(tmp_path / "out") == reference
+    made = [e["unit"] for e in events if e["event"] == "unit" and e["stage"] == "calibrate"]
+    assert sorted(made) == [f"block {block}" for block in range(8)]
+
+
+BEST = {
+    "method": "two-sided",
+    "storage": "pivoted",
+    "refine": "blocks",
+    "train": "all",
+    "options": {
+        "refinement": {"epochs": 1, "batches": 2, "learning_rate": 2e-4},
+        "training": {
+            "epochs": 3,
+            "batches": 2,
+            "every": 2,
+            "learning_rate": 3e-4,
+            "cross_entropy": 1e-3,
+        },
+    },
+    "keep": 0.2,
+    "samples": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def best(llama, text, tmp_path_factory):
+    """An undisturbed run that pivots, refines and trains, from snapshots of whole states."""
+    out = tmp_path_factory.mktemp("best") / "out"
+    result = run(llama, out, text, shards=4, **BEST)
+    assert 0 < result.report["train"]["best_step"] < 6
+    return contents(out)
+
+
+def files(run_dir: Path, name: str) -> int:
+    """How many files of this name lie in a run directory's units."""
+    return len(list((run_dir / "units").rglob(name)))
+
+
+def stop_at(stage, done, seen=None):
+    """An event callback that stops a run once so many units of a stage are there."""
+
+    def stop(event):
+        if seen is not None:
+            seen.append(event)
+        if event["event"] == "unit" and event["stage"] == stage and event["done"] == done:
+            raise StoppedError("enough")
+
+    return stop
+
+
+def made(events, stage):
+    """What units of a stage a run has made."""
+    return [e["unit"] for e in events if e["event"] == "unit" and e["stage"] == stage]
+
+
+@pytest.fixture
+def valued(monkeypatch):
+    """Has training keep no states, whatever room there is."""
+    monkeypatch.setattr(storage, "TRAINING_ROOM", 0)
+    monkeypatch.setattr(storage, "SMALL_BYTES", 0)
+
+
+def test_refined_blocks_take_the_place_of_pivoted_factors(llama, text, best, valued, tmp_path):
+    """Stopped while it refines: no pivoted factors of a refined block lie there, and none are made
+    again. Damage to a refined block costs it and its own factors."""
+    out, run_dir, events = tmp_path / "out", tmp_path / "out.run", []
+    with pytest.raises(StoppedError):
+        run(llama, out, text, shards=4, on_event=stop_at("refine", 3), **BEST)
+    left = files(run_dir, PIVOTED_FILE)
+    with pytest.raises(StoppedError):
+        run(llama, out, text, shards=4, on_event=stop_at("train", 1, events), **BEST)
+    assert made(events, "pivot") == []
+    assert len(made(events, "refine")) == 8 - 3
+    assert left > 0
+    assert files(run_dir, PIVOTED_FILE) == 0
+    damaged = sorted((run_dir / "units").rglob(TRAINED_FILE))[0]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    events.clear()
+    run(llama, out, text, shards=4, on_event=events.append, **BEST)
+    (block,) = made(events, "refine")
+    assert {name.split(".")[2] for name in made(events, "pivot")} == {block.removeprefix("block ")}
+    assert contents(out) == best
+    assert files(run_dir, PIVOTED_FILE) == 0
+
+
+def test_another_size_is_cut_where_pivoted_factors_are_spent(llama, text, best, tmp_path):
+    """What is left of the first size is enough: bytes are those of a run of its own."""
+    run(llama, tmp_path / "first", text, shards=4, **BEST | {"keep": 0.3})
+    result = retarget(tmp_path / "first.run", tmp_path / "out", keep=0.2, executor="local")
+    assert contents(result.out) == best
+
+
+@pytest.mark.parametrize("moment", [("train", 3), ("commit", 2)])
+def test_values_alone_give_the_same_bits(moment, llama, text, best, valued, tmp_path, monkeypatch):
+    """Training begins again if it was stopped, and is not done again once it has ended."""
+    out, run_dir, events = tmp_path / "out", tmp_path / "out.run", []
+    committed, commit = [], TrainWorker.commit
+
+    def count(worker, *arguments):
+        if moment[0] == "commit" and len(committed) == moment[1]:
+            committed.append(None)
+            raise StoppedError("enough")
+        committed.append(arguments)
+        commit(worker, *arguments)
+
+    monkeypatch.setattr(TrainWorker, "commit", count)
+    with pytest.raises(StoppedError):
+        run(llama, out, text, shards=4, on_event=stop_at(*moment, events), **BEST)
+    assert made(events, "train")[:3] == ["step 1", "step 2", "step 3"]
+    assert files(run_dir, "state.safetensors") == 0
+    events.clear()
+    run(llama, out, text, shards=4, on_event=events.append, **BEST)
+    steps = [f"step {step}" for step in range(1, 7)]
+    assert made(events, "train") == (steps if moment[0] == "train" else [])
+    assert contents(out) == best
+    # refined and trained blocks, and no other tensors
+    assert files(run_dir, TRAINED_FILE) == 2 * 8
+
+
+def test_lost_workers_begin_again_where_values_alone_are_kept(
+    llama, text, best, valued, tmp_path, monkeypatch
+):
+    """One is lost at the start and one of the others in the second period: no bit is another."""
+    several(monkeypatch, size=3, losses=(9, 60), replaces=False)
+    events = []
+    run(llama, tmp_path / "out", text, shards=4, on_event=events.append, **BEST)
+    assert sum(event["event"] == "lost" for event in events) == 2
+    assert contents(tmp_path / "out") == best
+
+
+def measured(llama, out, text, **fields):
+    """By stage, the most bytes that lay in the run directory at any event and whenever a unit was
+    committed; the forecast; the result."""
+    sizes, stages, forecasts, run_dir = {}, [""], [], Path(f"{out}.run")
+    commit = UnitWriter.commit
+
+    def weigh():
+        found = [path.stat().st_size for path in run_dir.rglob("*") if path.is_file()]
+        sizes[stages[-1]] = max(sizes.get(stages[-1], 0), sum(found))
+
+    def on_event(event):
+        if event["event"] == "stage" and event["state"] == "begin":
+            stages.append(event["stage"])
+        weigh()
+
+    def weighed(unit, **about):
+        commit(unit, **about)
+        weigh()
+
+    def noted(*about):
+        forecasts.append(forecast(*about))
+        return forecasts[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnitWriter, "commit", weighed)
+        patch.setattr(foresight, "forecast", noted)
+        result = run(llama, out, text, on_event=on_event, **fields)
+    return sizes, forecasts[0], result
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory):
+    """Wide enough for its factors to outweigh what is written about them."""
+    return write_llama(tmp_path_factory.mktemp("wider") / "dense", blocks=4, hidden=128)
+
+
+def states_at_once(snapshots):
+    """The most snapshots that lay side by side: the last, the best, and the one being written."""
+    steps, losses = zip(*((each["step"], each["held_out"]) for each in snapshots), strict=True)
+    best = [losses.index(min(losses[:place])) for place in range(1, len(steps))]
+    return max(
+        len({steps[place + 1], steps[place], steps[first]} - {0})
+        for place, first in enumerate(best)
+    )
+
+
+FAST = {"method": "two-sided", "storage": "pivoted", "keep": 0.8}
+PLAIN = BEST | {"method": "svd-llm", "storage": "plain", "keep": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_small"),
+    [
+        (FAST | {"samples": 6}, True),
+        (FAST | {"samples": 96}, False),
+        (BEST, True),
+        (BEST, False),
+        (PLAIN | {"samples": 48}, True),
+    ],
+)
+def test_the_run_directory_is_as_large_as_its_forecast(
+    fields, is_small, wider, tmp_path, monkeypatch
+):
+    """To a tenth, stage by stage, and but for snapshots that may lie there and did not; what is
+    large passes chunks by segments and trains without states."""
+    if not is_small:
+        for name, value in (("SMALL_BYTES", 0), ("ROOM", 2.5), ("TRAINING_ROOM", 1.5)):
+            monkeypatch.setattr(storage, name, value)
+    text = write_text(tmp_path / "text.txt", 12_000)
+    fields = {"sequence_length": 96, "shards": 4} | fields
+    sizes, found, result = measured(wider, tmp_path / "out", text, **fields)
+    expected = {stage: parts.total for stage, parts in found.run.items()}
+    if "train" in expected and found.keeps_states:
+        one = found.run["train"].parts["snapshots"] / storage.MOST_SNAPSHOTS
+        count = states_at_once(result.report["train"]["snapshots"])
+        expected["train"] -= (storage.MOST_SNAPSHOTS - count) * one
+    for stage, size in expected.items():
+        assert sizes[stage] == pytest.approx(size, rel=0.1), stage
+    assert found.keeps_states == (is_small or "train" not in fields)
+    assert (found.segments > 1) == (not is_small and "train" not in fields)
