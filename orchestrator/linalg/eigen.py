@@ -47,7 +47,7 @@ class Eigensolver:
         |V diag(w) V^T P - A P|_F <= c n eps |w|_max |P|_F,   |V V^T P - P|_F <= c n eps |P|_F
 
     and of eigenvalues alone | |w|^2 - |A|_F^2 | <= c n eps |A|_F^2. It takes 40 n^2 FLOPs beside
-    9 n^3; on one CPU thread 3 % of the time for n = 576 and 2 % for n = 1536. Too little memory is
+    9 n^3; on one CPU thread 8 % of the time for n = 576 and 3 % for n = 1536. Too little memory is
     no failure of a solver: it is raised as it comes, and so is what else a device raises.
     """
 
