@@ -4,15 +4,21 @@ No solver here fails by itself, so failures are put in its way; what stands in i
 """
 
 import re
+from functools import reduce
+from itertools import product
+from operator import getitem
 from pathlib import Path
 
 import pytest
 import torch
 from matrices import gaussian, of_model
+from pipeline import contents, run, with_tokenizer, write_text
+from pretend import pretended_device
 
+from orchestrator import api
 from orchestrator.errors import InputError
 from orchestrator.forecast.work import eigen_side
-from orchestrator.linalg.eigen import JACOBI_ROWS, LARGEST, Eigensolver, attempts
+from orchestrator.linalg.eigen import LARGEST, Eigensolver, attempts
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, decompose
 from orchestrator.linalg.refit import refit
 from orchestrator.linalg.rpca import rpca
@@ -198,8 +204,8 @@ def test_solvers_are_asked_in_turn_and_only_for_sizes_that_they_take():
     single, double = DTYPES
     assert attempts(4096, CUDA, single) == [(CUDA, single), (CUDA, double), (CPU, double)]
     assert attempts(4096, CUDA, double) == [(CUDA, double), (CPU, double)]
-    assert attempts(JACOBI_ROWS, CUDA, single) == [(CUDA, double), (CPU, double)]
-    assert attempts(JACOBI_ROWS, CPU, single) == [(CPU, single), (CPU, double)]
+    assert attempts(4096, CPU, single) == [(CPU, single), (CPU, double)]
+    assert attempts(4096, CPU, double) == [(CPU, double)]
     assert attempts(LARGEST["cuda"], CUDA, double)[0] == (CUDA, double)
     assert attempts(LARGEST["cuda"] + 1, CUDA, single) == [(CPU, double)]
     most = LARGEST["cpu"]
@@ -288,3 +294,62 @@ def test_nobody_else_calls_the_solvers():
     named = re.compile(r"\beig(h|vals|valsh)?\(")
     files = {path.name for path in PACKAGE.rglob("*.py") if named.search(path.read_text())}
     assert files == {"eigen.py"}
+
+
+@pytest.fixture
+def llama(checkpoint, tmp_path):
+    return with_tokenizer(checkpoint("llama"), tmp_path / "dense")
+
+
+@pytest.fixture
+def no_device_solver(monkeypatch):
+    """Has the solver of a GPU fail as it did with cuSOLVER's syevd, and notes the dtypes asked."""
+    real, asked = torch.linalg.eigh, []
+
+    def eigh(matrix_NN, **options):
+        if matrix_NN.is_cuda:
+            asked.append(matrix_NN.dtype)
+            raise UNCONVERGED
+        return real(matrix_NN, **options)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    return asked
+
+
+REFITTED = {"options": {"svd-llm": {"refit": "always"}}}
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "where"),
+    [
+        ("svd-llm", REFITTED, [("eigen",), ("refit", "eigen")]),
+        ("two-sided", {}, [("eigen",)]),
+        ("two-sided-sparse", {}, [("eigen",)]),
+        ("cap", {"options": {"cap": {"stage2": False}}}, [("eigen",)]),
+    ],
+    ids=["svd-llm", "two-sided", "two-sided-sparse", "cap"],
+)
+def test_a_run_goes_on_where_a_gpu_finds_no_eigenvectors(
+    method, fields, where, llama, tmp_path, no_device_solver
+):
+    """With the CPU's, and the bytes of a run on a CPU; the report and its page name the stand-in.
+
+    But for `cap`, whose robust PCA begins in float32 on a CPU, where the stand-in is float64.
+    """
+    text = write_text(tmp_path / "text.txt")
+    given = {"method": method, "run_dir": None} | fields
+    run(llama, tmp_path / "cpu", text, **given)
+    with pretended_device():
+        result = run(llama, tmp_path / "gpu", text, **given)
+    assert torch.float64 in no_device_solver
+    on_gpu, on_cpu = contents(tmp_path / "gpu"), contents(tmp_path / "cpu")
+    weights = {name for name in on_cpu if name.endswith(".safetensors")}
+    same = {name for name in weights if on_gpu[name] == on_cpu[name]}
+    assert same == (weights if method != "cap" else set())
+    assert weights
+    linears = result.report["linears"].values()
+    cut = [entry["numerics"] for entry in linears if entry["form"] != "dense"]
+    assert cut
+    for names, numerics in product(where, cut):
+        assert reduce(getitem, names, numerics) == "cpu float64"
+    assert "cpu float64 (" in api.report(tmp_path / "gpu").read_text()

@@ -318,6 +318,29 @@ def test_a_sick_gpu_costs_its_worker_and_counts_against_its_node(
     assert seen.all_are_gone()
 
 
+@pytest.mark.ray
+def test_a_gpu_that_fails_as_its_worker_starts_costs_that_worker(
+    llama, text, reference, tmp_path, nodes, monkeypatch
+):
+    """It is as good as one that died over it: another one takes its place."""
+    nodes.fill(2)
+    is_first = Once(tmp_path / "failed")
+
+    class Faulty(CompressionWorker):
+        def __init__(self, task):
+            if is_first():
+                raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy")
+            super().__init__(task)
+
+    monkeypatch.setattr(Compression, "worker_class", property(lambda job: Faulty))
+    seen = Seen()
+    run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    assert (tmp_path / "failed").exists()
+    assert contents(tmp_path / "out") == reference
+    assert len(seen.workers) == SPREAD["workers"]
+    assert not seen.named("lost")
+
+
 def test_a_gpu_that_fails_in_this_process_leaves_a_run_to_be_resumed(
     llama, text, reference, tmp_path, inject
 ):

@@ -20,10 +20,6 @@ cuSOLVER's query of its workspace fails from somewhere above 25,000 rows on
 (NVIDIA/CUDALibrarySamples#246), with its 32-bit interface from 26,732 in float64 (jax#23413).
 LAPACK's syevd counts a workspace of 1 + 6 n + 2 n^2 values in 32 bits, which holds up to 32,766.
 """
-JACOBI_ROWS = 512
-"""Rows up to which PyTorch has CUDA decompose float32 matrices by Jacobi rotations (syevj, from 32
-rows on), to a tolerance of its own. They are decomposed in float64 instead, which PyTorch leaves to
-divide and conquer (syevd) at every size: so few rows take milliseconds in either dtype."""
 PROBES = 4
 """Random vectors that a decomposition is checked with."""
 ALLOWED = 10
@@ -42,14 +38,16 @@ class Eigensolver:
     converge, fails, or gives a result that does not pass the check, the device's float64 is next,
     then the CPU's; devices on which the matrix is too large (`LARGEST`) are left out. Results have
     the matrix's dtype and device whichever solver they come from. On a CPU they are, to the bit,
-    those of `torch.linalg.eigh` and `eigvalsh` on the matrix, unless these fail.
+    those of `torch.linalg.eigh` and `eigvalsh` on the matrix, unless these fail. On CUDA PyTorch
+    takes divide and conquer (syevd), but Jacobi rotations (syevj), which are slower, for 32 to 512
+    rows of float32: those of the first steps of a robust PCA of a small model.
 
     The check of A = V diag(w) V^T takes random vectors P [N, 4] and asks, with c = `ALLOWED`,
 
         |V diag(w) V^T P - A P|_F <= c n eps |w|_max |P|_F,   |V V^T P - P|_F <= c n eps |P|_F
 
     and of eigenvalues alone | |w|^2 - |A|_F^2 | <= c n eps |A|_F^2. It takes 40 n^2 FLOPs beside
-    9 n^3; on one CPU thread 3 % of the time for n = 576 and 2 % for n = 1536. Too little memory is
+    9 n^3; on one CPU thread 8 % of the time for n = 576 and 3 % for n = 1536. Too little memory is
     no failure of a solver: it is raised as it comes, and so is what else a device raises.
     """
 
@@ -107,7 +105,6 @@ class Eigensolver:
         holds: Callable[[_Found], bool],
     ) -> _Found:
         """What the first solver gives whose result holds."""
-        preferred = _preferred(len(matrix_NN), matrix_NN.device, matrix_NN.dtype)
         failures = []
         for device, dtype in tries:
             name = f"{device.type} {str(dtype).removeprefix('torch.')}"
@@ -120,7 +117,7 @@ class Eigensolver:
                 continue
             back: _Found = type(found)(each.to(matrix_NN) for each in found)
             if holds(back):
-                if (device, dtype) != preferred:
+                if (device, dtype) != (matrix_NN.device, matrix_NN.dtype):
                     self._elsewhere[name] = None
                 return back
             failures.append(f"{name}: the result is no decomposition of the matrix")
@@ -138,7 +135,7 @@ def attempts(size: int, device: torch.device, dtype: torch.dtype) -> list[Attemp
         InputError: It is too large for all of them.
     """
     wide, cpu = torch.float64, torch.device("cpu")
-    tries = dict.fromkeys([_preferred(size, device, dtype), (device, wide), (cpu, wide)])
+    tries = dict.fromkeys([(device, dtype), (device, wide), (cpu, wide)])
     found = [each for each in tries if size <= LARGEST.get(each[0].type, LARGEST["cpu"])]
     if not found:
         raise InputError(
@@ -146,12 +143,6 @@ def attempts(size: int, device: torch.device, dtype: torch.dtype) -> list[Attemp
             f"{LARGEST['cuda']} rows, LAPACK {LARGEST['cpu']}; leave its linear out of the targets"
         )
     return found
-
-
-def _preferred(size: int, device: torch.device, dtype: torch.dtype) -> Attempt:
-    """The solver that is asked first if the size allows it."""
-    is_jacobi = device.type == "cuda" and dtype == torch.float32 and size <= JACOBI_ROWS
-    return device, torch.float64 if is_jacobi else dtype
 
 
 def _is_of_solver(error: RuntimeError) -> bool:
