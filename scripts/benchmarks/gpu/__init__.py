@@ -2,7 +2,7 @@
 
 Needs torch and transformers, no Ray and no network (see benchmarks/README.md). Parts run one after
 the other in the order of their worth, in a process of their own; each prints a line as it ends, and
-the results file is written again. A part that fails, dies or takes three times what it should stops
+the results file is written again. A part that fails, dies or takes far longer than it should stops
 nothing else, and one that has not enough time left is left out.
 
 --small runs the same code at tiny sizes, on a CPU too. --rates prints the row of a results file for

@@ -14,7 +14,6 @@ from orchestrator.linalg.speeds import product_rate
 from orchestrator.models.modules import LowRankLinear, PivotedLinear
 
 KEEPS = (0.8, 0.6, 0.4)
-TOKENS = (1, 8, 64, 2048)
 DTYPE = torch.bfloat16
 PASSES = 20
 """In a graph, and in a row without one."""
@@ -31,7 +30,7 @@ def measure(bench: Bench) -> Found:
     for outputs, inputs in ((size, size), (7 * size // 2, size), (size, 7 * size // 2)):
         bench.free()
         modules = modules_of(outputs, inputs, bench.device)
-        for tokens in TOKENS:
+        for tokens in bench.size((1, 8, 64, 2048), (1, 8, 16, 32)):
             found = [
                 passed(bench, module, tokens, ceilings) | {"form": form, "keep": keep}
                 for (form, keep), module in modules.items()

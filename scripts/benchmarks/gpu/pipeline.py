@@ -45,6 +45,8 @@ APART = {True: 0.005, False: 0.03}
 """Most that perplexities may be apart from the CPU's, by whether a recipe draws no labels."""
 ERRORS_APART = 1e-4
 """Most that `activation_error` of a linear may be apart: Grams are good to 1e-5."""
+SAMPLES = 3
+"""Sequences of calibration; one of them is held out where blocks are refined."""
 CPU_SECONDS = 200
 
 
@@ -101,7 +103,9 @@ def perform(directory: Path, name: str, turn: str) -> float | None:
     model, text = directory / "model", directory / "text.txt"
     try:
         out = directory / f"{name}-{turn}"
-        return timed(lambda: helpers.run(model, out, text, **RECIPES[name]), CPU)[1]
+        return timed(lambda: helpers.run(model, out, text, samples=SAMPLES, **RECIPES[name]), CPU)[
+            1
+        ]
     except Exception:
         failure_file(directory, name, turn).write_text(traceback.format_exc(), encoding="utf-8")
         return None
