@@ -25,6 +25,7 @@ from orchestrator.forecast.shapes import from_config
 from orchestrator.forecast.text import lines
 from orchestrator.recipe import Recipe
 from orchestrator.shards import cut_segments
+from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import UnitWriter
 
 
@@ -280,31 +281,51 @@ def test_another_size_is_cut_where_pivoted_factors_are_spent(llama, text, best, 
     assert contents(result.out) == best
 
 
-@pytest.mark.parametrize("moment", [("train", 3), ("commit", 2)])
-def test_values_alone_give_the_same_bits(moment, llama, text, best, valued, tmp_path, monkeypatch):
-    """Training begins again if it was stopped, and is not done again once it has ended."""
-    out, run_dir, events = tmp_path / "out", tmp_path / "out.run", []
+@pytest.fixture
+def stopped_while_it_commits(llama, text, valued, tmp_path, monkeypatch):
+    """The output of a run that has trained, and was stopped with two of eight blocks committed."""
     committed, commit = [], TrainWorker.commit
 
-    def count(worker, *arguments):
-        if moment[0] == "commit" and len(committed) == moment[1]:
-            committed.append(None)
+    def stop(worker, *arguments):
+        if len(committed) == 2:
             raise StoppedError("enough")
         committed.append(arguments)
         commit(worker, *arguments)
 
-    monkeypatch.setattr(TrainWorker, "commit", count)
-    with pytest.raises(StoppedError):
-        run(llama, out, text, shards=4, on_event=stop_at(*moment, events), **BEST)
-    assert made(events, "train")[:3] == ["step 1", "step 2", "step 3"]
-    assert files(run_dir, "state.safetensors") == 0
-    events.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainWorker, "commit", stop)
+        with pytest.raises(StoppedError):
+            run(llama, tmp_path / "out", text, shards=4, **BEST)
+    assert files(tmp_path / "out.run", "state.safetensors") == 0
+    # refined blocks, trained ones, and the best values of those that are not yet
+    assert files(tmp_path / "out.run", TRAINED_FILE) == 8 + 2 + 6
+    return tmp_path / "out"
+
+
+STEPS = [f"step {step}" for step in range(1, 7)]
+
+
+def test_a_training_that_has_ended_is_not_done_again(llama, text, best, stopped_while_it_commits):
+    """The rest is committed from the values of the best step, to the bit what states give."""
+    out, events = stopped_while_it_commits, []
     run(llama, out, text, shards=4, on_event=events.append, **BEST)
-    steps = [f"step {step}" for step in range(1, 7)]
-    assert made(events, "train") == (steps if moment[0] == "train" else [])
+    assert made(events, "train") == []
     assert contents(out) == best
-    # refined and trained blocks, and no other tensors
-    assert files(run_dir, TRAINED_FILE) == 2 * 8
+    assert files(out.with_name("out.run"), TRAINED_FILE) == 2 * 8
+
+
+def test_a_training_without_states_begins_again(llama, text, best, stopped_while_it_commits):
+    """When values of the best are damaged, and when it is stopped once more in between."""
+    out, events = stopped_while_it_commits, []
+    units = RunDirectory(out.with_name("out.run")).units
+    kept = next(key for key in units.begun() if (units.manifest(key) or {})["facts"] == {"step": 2})
+    path = units.directory(kept) / TRAINED_FILE
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(StoppedError):
+        run(llama, out, text, shards=4, on_event=stop_at("train", 3), **BEST)
+    run(llama, out, text, shards=4, on_event=events.append, **BEST)
+    assert made(events, "train") == STEPS
+    assert contents(out) == best
 
 
 def test_lost_workers_begin_again_where_values_alone_are_kept(

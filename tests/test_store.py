@@ -141,6 +141,8 @@ def test_a_unit_that_is_being_spent_never_looks_whole(tmp_path, monkeypatch):
     found = units.manifest(key)
     assert found is not None
     assert found["spent"]
+    units.spend(key)
+    assert [path.name for path in units.directory(key).iterdir()] == ["manifest.json"]
 
 
 def test_writing_a_unit_twice_gives_the_same_bytes(tmp_path):

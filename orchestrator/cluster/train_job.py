@@ -131,6 +131,9 @@ class Train(TrainedStage):
         mask = read_tokens(job.run, job.tokens_key).mask
         lengths = [(int(row.sum()), int((row[1:] & row[:-1]).sum())) for row in mask]
         snapshots, numbers = self._left(crew, watch, done)
+        if not snapshots:
+            # what it speaks of is about to be written over
+            job.run.units.drop(self._progress_key)
         pipeline = Pipeline(
             course,
             lengths,

@@ -165,14 +165,16 @@ class Units:
 
         The manifest goes ahead, so a unit never looks whole while its files go.
         """
-        manifest = self.manifest(key)
-        if manifest is None or manifest.pop("spent"):
+        directory, manifest = self.directory(key), self.manifest(key)
+        if manifest is None:
             return
-        spent = {**manifest, "format_version": _SPENT_VERSION, "files": {}}
-        spent["blake2b"] = digest_json(spent)
-        write_json(self.directory(key) / _MANIFEST, spent, indent=None)
-        for name in manifest["files"]:
-            (self.directory(key) / name).unlink(missing_ok=True)
+        if not manifest.pop("spent"):
+            spent = {**manifest, "format_version": _SPENT_VERSION, "files": {}}
+            spent["blake2b"] = digest_json(spent)
+            write_json(directory / _MANIFEST, spent, indent=None)
+        for path in directory.iterdir():
+            if path.name != _MANIFEST:
+                path.unlink(missing_ok=True)
 
     def drop(self, key: str) -> None:
         """Removes a unit, manifest first, so that it never looks whole while it goes."""
