@@ -66,6 +66,7 @@ __all__ = [
 CONVERSIONS = frozenset(["contiguous", "float", "double", "half", "bfloat16", "type"])
 """Methods, beside `to`, that may copy a host tensor to another dtype or order."""
 REAL_BACKWARD = torch.autograd.backward
+REAL_COMPATIBLE = torch._has_compatible_shallow_copy_type
 VALUES_ALONE = (torch.linalg.eigvalsh, torch.linalg.svdvals)
 """Functions that compute vectors too for a tensor subclass, by another algorithm."""
 
@@ -92,8 +93,7 @@ def pretended_device(total: int = 80 * 10**9) -> Iterator[PretendedDevice]:
         stack.enter_context(patch(torch.autograd, "backward", _backward))
         stack.enter_context(patch(torch.autograd, "has_torch_function", lambda _: False))
         # a moved module then gets new parameters instead of new data in its old ones
-        patched = patch(torch, "_has_compatible_shallow_copy_type", _are_plain)
-        stack.enter_context(patched)
+        stack.enter_context(patch(torch, "_has_compatible_shallow_copy_type", _take_data_alike))
         stack.enter_context(FunctionMode())
         # streams are made once for each device
         transport.lanes_of.cache_clear()
@@ -110,8 +110,9 @@ def _any_pretended(*tensors: Any) -> bool:
     return any(isinstance(tensor, Pretended) for tensor in tensors)
 
 
-def _are_plain(one: Tensor, other: Tensor) -> bool:
-    return not _any_pretended(one, other)
+def _take_data_alike(one: Tensor, other: Tensor) -> bool:
+    """True if a tensor of the CPU can take the data of the other one."""
+    return not _any_pretended(one, other) and REAL_COMPATIBLE(one, other)
 
 
 def _in_mode(run: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:

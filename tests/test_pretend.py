@@ -322,6 +322,7 @@ def test_modules_and_copies_move_whole(device):
         other.zero_()
     assert bool((linear.weight != 0).any())
     assert not any(tensor.is_cuda for tensor in linear.cpu().parameters())
+    assert all(tensor.is_meta for tensor in nn.Linear(3, 3).to("meta").parameters())
     with pytest.raises(NotImplementedError, match=r"assignment to Tensor\.data"):
         other.data = torch.ones(3, 3, device=CUDA)
 
