@@ -20,11 +20,18 @@ from orchestrator.models.compensation import read_errors, squared_error
 from orchestrator.models.distill import TopK, distill
 from orchestrator.models.evaluation import score
 from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.strict import cuda_environment_here
+from orchestrator.models.strict import CUDA_ENVIRONMENT
 from orchestrator.models.transport import Departure, Pace, bring, upload
 from orchestrator.store.chunks import Chunks
 
 BLOCKS = 2
+
+
+@pytest.fixture(autouse=True)
+def cuda_environment(monkeypatch):
+    """The environment that workers are started with."""
+    for name, value in CUDA_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,7 @@ def test_a_pass_reads_nothing_for_a_linear(model, padding):
     the host waits for is the model's own look at its mask, once a chunk, and what crosses the bus
     is pinned, goes beside what is computed and is no more for more linears. Bits are the CPU's."""
     expected = gathered(model, padding, torch.device("cpu"))
-    with cuda_environment_here(), pretended_device() as device:
+    with pretended_device() as device:
         found, reads, copies = gathered(model, padding, CUDA, device)
     assert {read.site.file for read in reads} <= {"models/shard.py"}
     assert len(reads) <= 2 * len(some_chunks(padding))

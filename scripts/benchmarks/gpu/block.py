@@ -64,14 +64,17 @@ def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]
             passed, spent = bench.timed(partial(calibration.forward, chunk))
             seconds.append(spent)
             pack_seconds = bench.timed(passed.pack)[1]
-    row = {
+    row: dict[str, Any] = {
         "sequence_seconds": statistics.median(seconds),
         "calibrate_seconds": sum(seconds),
         "pack_seconds": pack_seconds,
         "calibrate_peak_bytes": bench.peak_bytes(),
-        "linears": {
-            linear.role: cut(bench, shard, calibration, method, linear) for linear in shard.linears
-        },
+    }
+    # as a worker does once all chunks have passed
+    calibration.settle()
+    shard.put_down_ends()
+    row["linears"] = {
+        linear.role: cut(bench, shard, calibration, method, linear) for linear in shard.linears
     }
     calibration.close()
     row["decompose_seconds"] = sum(each["seconds"] for each in row["linears"].values())
@@ -105,17 +108,28 @@ def stored_tensors(weight_OR: Tensor, down_RI: Tensor) -> list[Tensor]:
 
 
 def planned(shapes: Shapes, needs: Needs, tokens: int, count: int, bench: Bench) -> dict[str, Any]:
-    """What the forecast says of the same work: bytes, and seconds by each row of rates."""
+    """Forecast of the same work: bytes of tensors, and seconds by each row of rates.
+
+    Context and fragmentation are left out: the measured peak is that of the allocated tensors.
+    """
     footprint = memory.calibration(
-        shapes, needs, 1, tokens=tokens, sequences=count, itemsize=DTYPE.itemsize, pivoted=False
+        shapes,
+        needs,
+        1,
+        tokens=tokens,
+        sequences=count,
+        itemsize=DTYPE.itemsize,
+        pivoted=False,
+        gpu=bench.is_cuda,
     )
+    tensors = {n: size for n, size in footprint.parts.items() if n not in memory.HOST_PARTS}
     passing = gathering(shapes, needs, tokens, DTYPE.itemsize).times(count)
     cutting = decomposing_block(shapes.heaviest, needs, False, DTYPE.itemsize)
     seconds = {
         rates.row: {"calibrate": passing.seconds(rates), "decompose": cutting.seconds(rates)}
         for rates in computing_rates(bench.results)
     }
-    return {"bytes": footprint.total, "parts": dict(footprint.parts), "seconds": seconds}
+    return {"bytes": sum(tensors.values()), "parts": tensors, "seconds": seconds}
 
 
 def checks_of(name: str, row: dict[str, Any]) -> list[Check]:
