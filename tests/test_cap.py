@@ -29,9 +29,10 @@ from orchestrator.allocate.cap import Cap
 from orchestrator.allocate.choice import choose
 from orchestrator.cluster.chunk_pass import Pass
 from orchestrator.cluster.masks import CandidateValues, masked_weight, read_masked
-from orchestrator.errors import InfeasibleError, StoppedError, UsageError
+from orchestrator.errors import InfeasibleError, InputError, StoppedError, UsageError
+from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import InputGram
-from orchestrator.linalg.ranked import SKETCH, rank_parts
+from orchestrator.linalg.ranked import RIDGES, SKETCH, rank_parts, sketched_energy
 from orchestrator.linalg.rpca import rpca
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.models.tokenizer import load_tokenizer
@@ -497,12 +498,74 @@ def test_the_sketch_estimates_what_any_change_does_to_outputs():
     inputs_IT = torch.randn(40, 90, generator=generator, dtype=torch.float64)
     gram = InputGram(inputs_IT @ inputs_IT.T, 90)
     weight_OI = torch.randn(30, 40, generator=generator, dtype=torch.float64)
-    sketch_IS = rank_parts(weight_OI, rpca(weight_OI), gram, "activation", 8).sketch_IS.double()
+    ranked = rank_parts(weight_OI, rpca(weight_OI), gram, "activation", 8)
     for rows in (1, 30):
         change_OI = weight_OI[:rows]
         exact = float((change_OI @ gram.matrix_II * change_OI).sum())
-        estimate = float((change_OI @ sketch_IS).square().sum())
+        estimate = sketched_energy(change_OI, ranked.sketch_IS.double(), ranked.ridge_I)
         assert estimate == pytest.approx(exact, rel=4 * (2 / SKETCH / rows) ** 0.5)
+
+
+def gathered(rows_TI):
+    """Their Gram as a calibration gathers it: float32 products of bfloat16 rows."""
+    return Gram(rows_TI.shape[1]).update(rows_TI.bfloat16()).matrix()
+
+
+def outlier_rows(tokens, channels, seed=0):
+    """Inputs as models have them: 20 directions above the others, a massive channel, a dead one."""
+    generator = torch.Generator().manual_seed(seed)
+    rows_TI = torch.randn(tokens, 20, generator=generator) @ torch.randn(
+        20, channels, generator=generator
+    )
+    rows_TI += 3e-3 * torch.randn(tokens, channels, generator=generator)
+    rows_TI[:, 5] += 300
+    rows_TI[:, 9] = 0
+    return rows_TI
+
+
+@pytest.mark.parametrize("tokens", [600, 100])
+def test_the_sketch_needs_no_gram_of_full_rank(tokens):
+    """Its estimates are as near as chance allows also of changes that the inputs hardly see.
+
+    Those are what a truncation leaves. The ridge that a singular H needs is no small part of their
+    energy, and is taken off again.
+    """
+    matrix_II = gathered(outlier_rows(tokens, 150))
+    generator = torch.Generator().manual_seed(2)
+    weight_OI = torch.randn(60, 150, generator=generator, dtype=torch.float64)
+    _, vectors_OO = torch.linalg.eigh(weight_OI @ matrix_II @ weight_OI.T)
+    ranked = rank_parts(weight_OI, rpca(weight_OI), InputGram(matrix_II), "activation", 8)
+    is_singular = tokens < 150
+    assert (ranked.report["ridge"] > 0) == is_singular
+    sketch_IS = ranked.sketch_IS.double()
+    for cut in (0, 1, 10, 30):
+        left_OO = vectors_OO[:, : 60 - cut]
+        change_OI = left_OO @ (left_OO.T @ weight_OI)
+        energies_O = torch.linalg.eigvalsh(change_OI @ matrix_II @ change_OI.T).clamp(min=0)
+        exact, rank = float(energies_O.sum()), energies_O.sum() ** 2 / energies_O.square().sum()
+        within = 4 * (2 / SKETCH / float(rank)) ** 0.5
+        estimate = sketched_energy(change_OI, sketch_IS, ranked.ridge_I)
+        assert estimate == pytest.approx(exact, rel=within)
+    with_ridge = float((change_OI @ sketch_IS).square().sum())
+    assert (with_ridge > (1 + within) * exact) == is_singular
+
+
+def test_inputs_that_are_never_seen_have_no_part_in_a_sketch():
+    """Neither in the random combinations nor in the ridge."""
+    matrix_II = gathered(outlier_rows(100, 150))
+    weight_OI = torch.ones(4, 150)
+    ranked = rank_parts(weight_OI, rpca(weight_OI), InputGram(matrix_II), "activation", 8)
+    assert not ranked.sketch_IS[9].any()
+    assert ranked.ridge_I[9] == 0
+
+
+def test_what_is_no_second_moment_has_no_sketch():
+    """With eigenvalues as negative as others are positive, and a sound diagonal."""
+    matrix_II = torch.tensor([[1.0, -3.0], [-3.0, 1.0]], dtype=torch.float64)
+    weight_OI = torch.eye(2, dtype=torch.float64)
+    assert RIDGES[-1] == 1
+    with pytest.raises(InputError, match="no second moment"):
+        rank_parts(weight_OI, rpca(weight_OI), InputGram(matrix_II), "activation", 8)
 
 
 def test_a_weight_of_zeros_has_a_direction_to_keep():

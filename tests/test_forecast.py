@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from orchestrator.api import measure, plan
 from orchestrator.cli import main
 from orchestrator.errors import InfeasibleError, InputError, UsageError
-from orchestrator.forecast import memory
+from orchestrator.forecast import memory, work
 from orchestrator.forecast.forecast import USABLE
 from orchestrator.forecast.needs import (
     NEEDS,
@@ -21,8 +21,10 @@ from orchestrator.forecast.needs import (
 )
 from orchestrator.forecast.rates import ROWS, known_devices, largest_memory, machine_of
 from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
-from orchestrator.linalg import pivot
+from orchestrator.linalg import pivot, ranked
+from orchestrator.linalg.eigen import LARGEST
 from orchestrator.methods import METHODS
+from orchestrator.models.machine import SIZES
 from orchestrator.models.skeleton import Skeleton
 from orchestrator.plan import Linear
 from orchestrator.recipe import Recipe, make_recipe
@@ -54,6 +56,15 @@ CONFIGS = {
         "intermediate_size": 28672,
         "vocab_size": 128256,
         "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "Llama-3.1-405B": {
+        "model_type": "llama",
+        "hidden_size": 16384,
+        "num_hidden_layers": 126,
+        "intermediate_size": 53248,
+        "vocab_size": 128256,
+        "num_attention_heads": 128,
         "num_key_value_heads": 8,
     },
     "Qwen2.5-72B": {
@@ -89,6 +100,7 @@ PUBLISHED = {
     "Llama-3-8B": 8_030_261_248,
     "Llama-2-70B": 68_976_648_192,
     "Llama-3-70B": 70_553_706_496,
+    "Llama-3.1-405B": 405_853_388_800,
     "Qwen2.5-72B": 72_706_203_648,
     "Qwen3-8B": 8_190_735_360,
     "Mistral-7B": 7_241_732_096,
@@ -411,6 +423,36 @@ def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
 def test_a_band_is_that_of_the_numerics():
     """A forecast has no torch, so it has the number again."""
     assert memory.BAND == pivot.BAND
+
+
+def test_a_sketch_is_that_of_the_numerics():
+    """The same for its columns."""
+    assert work.SKETCH == ranked.SKETCH
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_eigendecomposition_is_too_large_for_a_gpu(method, name):
+    """Of any model, for any linear or stack of linears that share a basis, up to Llama 405B.
+
+    `tests/test_eigen.py` holds the methods to this size.
+    """
+    shapes, needs = shapes_of(name), NEEDS[method]
+    wide = max(max(each.in_features, each.out_features) for each in shapes.linears)
+    for linear in map(needs.stacked, shapes.linears):
+        side = work.eigen_side(linear)
+        assert side <= shapes.hidden <= LARGEST["cuda"]
+        flops = work.decomposing(linear, needs, linear.in_features, False, 2).eigen
+        assert flops % (9 * side**3) == 0
+        assert bool(flops) == (needs.kind != "sparse")
+    # the wide side of the larger ones would be
+    assert (wide > LARGEST["cuda"]) == (shapes.hidden >= 8192)
+
+
+def test_a_gpu_is_measured_with_what_a_70b_model_asks_of_it():
+    """A smaller eigendecomposition has another rate."""
+    sides = {work.eigen_side(each) for each in shapes_of("Llama-3-70B").linears}
+    assert SIZES["cuda"][1] == max(sides)
 
 
 def test_the_memory_of_a_kind_of_gpu():

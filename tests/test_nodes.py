@@ -20,7 +20,8 @@ from pipeline import contents, run, write_llama, write_text
 from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.compress_worker import CompressionWorker
 from orchestrator.cluster.deadline import VARIABLE
-from orchestrator.errors import InfeasibleError, WorkerError
+from orchestrator.cluster.gpu import PRETENDED
+from orchestrator.errors import InfeasibleError, InputError, StoppedError, WorkerError
 from orchestrator.store.run import RunDirectory
 
 pytestmark = pytest.mark.chaos
@@ -269,6 +270,99 @@ def test_a_killed_node_changes_no_byte(llama, text, reference, tmp_path, nodes):
     assert {lost["cause"] for lost in seen.named("lost")} <= {"lost its node", "died"}
     assert {lost["decided"] for lost in seen.named("lost")} <= {"repeat"}
     assert seen.all_are_gone()
+
+
+@pytest.mark.ray
+def test_a_gpu_that_no_worker_sees_ends_a_run_as_it_starts(
+    llama, text, tmp_path, nodes, monkeypatch
+):
+    """Ray gives workers GPUs that this machine has not: node and build are named, exit code 4."""
+    nodes.fill(1)
+    monkeypatch.delenv(PRETENDED)
+    with pytest.raises(
+        InputError, match=r"^node .*: Ray gave a worker GPU [01], but torch .*"
+    ) as e:
+        run(llama, tmp_path / "out", text, executor="ray", workers=1)
+    assert e.value.exit_code == 4
+
+
+@pytest.mark.ray
+def test_a_sick_gpu_costs_its_worker_and_counts_against_its_node(
+    llama, text, reference, tmp_path, nodes, inject
+):
+    """Its exception ends no run: three of them quarantine the node, each in another process."""
+    sick, _ = nodes.fill(2)
+
+    def fault(method, arguments):
+        import ray
+
+        if method != "finish":
+            return
+        if ray.get_runtime_context().get_node_id() == sick:
+            raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nAdvice")
+        wait_until_there_are(3, tmp_path / "out.run", "failures/*.json")
+
+    inject(fault)
+    seen = Seen()
+    run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    assert contents(tmp_path / "out") == reference
+    lost = seen.named("lost")[:3]
+    assert {each["cause"] for each in lost} == {"died"}
+    why = "AcceleratorError: CUDA error: uncorrectable ECC error encountered"
+    assert {each["why"] for each in lost} == {why}
+    assert len({each["pid"] for each in lost}) == 3
+    assert lost[2]["decided"] == "repeat and quarantine the node"
+    assert all("in fault" in each["log"] for each in records(tmp_path / "out.run")[:3])
+    (quarantined,) = seen.named("quarantined")
+    assert sick[:8] in quarantined["node"]
+    assert seen.all_are_gone()
+
+
+@pytest.mark.ray
+def test_a_gpu_that_fails_as_its_worker_starts_costs_that_worker(
+    llama, text, reference, tmp_path, nodes, monkeypatch
+):
+    """It is as good as one that died over it: another one takes its place."""
+    nodes.fill(2)
+    is_first = Once(tmp_path / "failed")
+
+    class Faulty(CompressionWorker):
+        def __init__(self, task):
+            if is_first():
+                raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy")
+            super().__init__(task)
+
+    monkeypatch.setattr(Compression, "worker_class", property(lambda job: Faulty))
+    seen = Seen()
+    run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    assert (tmp_path / "failed").exists()
+    assert contents(tmp_path / "out") == reference
+    assert len(seen.workers) == SPREAD["workers"]
+    assert not seen.named("lost")
+
+
+def test_a_gpu_that_fails_in_this_process_leaves_a_run_to_be_resumed(
+    llama, text, reference, tmp_path, inject
+):
+    """Exit code 75, what to look at, and what is committed; the next process ends the run."""
+
+    def fault(method, arguments):
+        if method == "finish" and arguments == (6,):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    inject(fault)
+    seen = Seen()
+    with pytest.raises(
+        StoppedError, match=r"the GPU of this process failed.* illegal memory .*Xid"
+    ):
+        run(llama, tmp_path / "out", text, on_event=seen, shards=5)
+    status = RunDirectory(tmp_path / "out.run").status()
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    assert units(seen.events) == 6
+    inject(lambda method, arguments: None)
+    run(llama, tmp_path / "out", text, on_event=seen, shards=5)
+    assert units(seen.events) == 6 + 4
+    assert contents(tmp_path / "out") == reference
 
 
 def too_large(method, arguments):

@@ -100,6 +100,15 @@ def edit(out, change):
     write_json(path, report)
 
 
+def test_a_compensated_run_has_its_curves(checkpoint, tmp_path):
+    """Units of a walk are about linears too, but are no decompositions."""
+    model = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
+    text = write_text(tmp_path / "text.txt")
+    made = run(model, tmp_path / "out", text, method="svd-llm", compensate="anchored")
+    assert read_source(made.out).rank_shares.keys() == made.report["linears"].keys()
+    assert Page(api.report(made.out)).ids
+
+
 def test_the_page_says_what_the_report_says(runs):
     """The page is whole, names every linear, and shows the report's own figures."""
     first, _ = runs

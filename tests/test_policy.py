@@ -3,7 +3,6 @@
 import random
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +19,7 @@ from orchestrator.cluster.policy import (
     check_nodes,
     decide,
 )
-from orchestrator.cluster.pool import LocalPool, Outcome, Seat, is_out_of_memory
+from orchestrator.cluster.pool import LocalPool, Outcome, Seat
 from orchestrator.cluster.schedule import Bag
 from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
 from orchestrator.shards import cut_blocks
@@ -323,16 +322,6 @@ def test_a_deadline_is_ten_times_the_longest_call(monkeypatch):
         monkeypatch.setenv(VARIABLE, wrong)
         with pytest.raises(UsageError, match=rf"{VARIABLE} is '{wrong}'"):
             Deadlines()
-
-
-def test_what_counts_as_out_of_memory():
-    """Python's error, torch's for a GPU, and the one that torch raises for the host."""
-    assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(RuntimeError) as raised:
-        torch.empty(1 << 60, dtype=torch.uint8)
-    assert is_out_of_memory(raised.value)
-    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_an_input_that_vanishes_again_and_again_ends_the_run():

@@ -1,10 +1,16 @@
 """When float32 products may go through tensor cores: where TF32 holds every value."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from pipeline import run, with_tokenizer, write_text
+from torch.overrides import TorchFunctionMode
 
 from orchestrator.linalg.tensor_cores import is_exact, tensor_cores
 
+PACKAGE = Path(__file__).parent.parent / "orchestrator"
 DROPPED_BITS = 13
 """Of float32's 23 behind the binary point, those that TF32 lacks."""
 
@@ -49,3 +55,48 @@ def test_the_setting_is_that_of_the_products_alone(before, products):
     with pytest.raises(RuntimeError), tensor_cores(torch.bfloat16):
         raise RuntimeError("out of memory")
     assert products.fp32_precision == before
+
+
+def test_the_older_settings_cannot_be_read_inside(products):
+    """PyTorch's own rule, which is why nothing else may happen there; outside both can be read."""
+    older = (lambda: products.allow_tf32, torch.get_float32_matmul_precision)
+    products.fp32_precision = "ieee"
+    for read in older:
+        read()
+        mixed = pytest.raises(RuntimeError, match="mix of the legacy and new APIs")
+        with mixed, tensor_cores(torch.bfloat16):
+            read()
+        read()
+
+
+def test_nobody_here_reads_or_sets_the_older_ones():
+    """One interface for TF32 in the whole package."""
+    older = re.compile(r"\ballow_tf32\b|float32_matmul_precision")
+    found = {path.name for path in PACKAGE.rglob("*.py") if older.search(path.read_text())}
+    assert found == {"tensor_cores.py"}, "it names them to say why"
+
+
+class Inside(TorchFunctionMode):
+    """Notes which functions of torch are called while TF32 is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if torch.backends.cuda.matmul.fp32_precision == "tf32":
+            self.called.add(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
+def test_products_alone_are_made_inside(method, checkpoint, tmp_path, products):
+    """Of a whole compression in bfloat16, with output Grams and gradients."""
+    products.fp32_precision = "ieee"
+    model = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
+    text = write_text(tmp_path / "text.txt")
+    with Inside() as inside:
+        run(model, tmp_path / "out", text, method=method, dtype="bfloat16")
+    assert inside.called & {"addmm_", "linear"}
+    preparing = {"float", "__get__", "__getitem__", "__len__"}
+    assert inside.called <= {"addmm_", "linear", "matmul", *preparing}

@@ -353,7 +353,7 @@ def _stored(
     if isinstance(result, LowRank | RankedParts):
         stored |= {"weight": result.weight_OR.T.to(dtype), "down": result.down_RI.to(dtype)}
     if isinstance(result, RankedParts):
-        stored["sketch"] = result.sketch_IS
+        stored |= {"sketch": result.sketch_IS, "ridge": result.ridge_I}
     # transposed where it lies: on a GPU, if there is one, in milliseconds
     return {name: download(rows.contiguous()) for name, rows in stored.items()}
 

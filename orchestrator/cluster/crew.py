@@ -48,6 +48,8 @@ class Crew:
     most: int = 1
     """Workers that the work can use."""
     bounds: Bounds = field(default_factory=Bounds)
+    device_bytes: int | None = None
+    """Memory of a worker's GPU, of the smallest one; None without."""
 
     def turned_to(self, worker_class: type[Worker], task: Task) -> "Crew":
         """The workers at another task of the run, in the processes that they have.
@@ -67,6 +69,9 @@ class Crew:
             size=within.within(self.most) if within.is_growing else len(probes),
             environment=probes[0]["environment"],
             nodes=tuple(sorted({probe["node"] for probe in probes})),
+            device_bytes=min(
+                filter(None, (probe["device_bytes"] for probe in probes)), default=None
+            ),
         )
 
 

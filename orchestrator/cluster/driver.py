@@ -12,7 +12,7 @@ from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.crew import assemble, connected
 from orchestrator.cluster.evaluate_job import Evaluation
 from orchestrator.cluster.evaluate_worker import EvaluationWorker
-from orchestrator.cluster.foresight import foresee
+from orchestrator.cluster.foresight import foresee, foresee_again
 from orchestrator.cluster.retarget import Before
 from orchestrator.cluster.watch import OnEvent, Watch
 from orchestrator.cluster.write_job import Writing
@@ -46,6 +46,8 @@ def compress(
 def _perform(job: Compression, watch: Watch) -> Result:
     most = job.surveyed.num_blocks
     with assemble(job.worker_class, job.task, job.schedule, most, watch) as crew:
+        about = job.recipe, job.model, job.schedule
+        job.foreseen = foresee_again(job.foreseen, *about, crew, watch)
         with watch.stage("calibrate") as stage:
             job.calibrate_and_decompose(crew, watch, stage)
         if job.scores:

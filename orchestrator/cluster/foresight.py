@@ -1,8 +1,10 @@
 """The forecast that a compression begins with, for the machines that are there."""
 
+from dataclasses import replace
+
 import torch
 
-from orchestrator.cluster.crew import Schedule
+from orchestrator.cluster.crew import Crew, Schedule
 from orchestrator.cluster.scaling import Bounds
 from orchestrator.cluster.watch import Watch
 from orchestrator.errors import InfeasibleError, InputError, UsageError
@@ -16,18 +18,29 @@ from orchestrator.recipe import Recipe
 from orchestrator.store.places import Place
 
 
-def foresee(recipe: Recipe, model: Place, schedule: Schedule, watch: Watch) -> Forecast | None:
+def foresee(
+    recipe: Recipe,
+    model: Place,
+    schedule: Schedule,
+    watch: Watch,
+    measured: int | None = None,
+) -> Forecast | None:
     """Says what a worker will hold, and refuses what cannot fit.
 
     Of a device's memory a run knows in this process, where Ray says which GPUs its nodes have, and
     where workers are to run on this machine alone: one of them at least must fit it. Otherwise
     nothing is refused, nor where a model's headers do not say what a forecast needs.
 
+    Args:
+        measured: Memory of a worker's GPU, where one has started and said it.
+
     Raises:
         InfeasibleError: A stage does not fit on the largest device, whose memory is known.
     """
     workers, room = _in_this_process() if schedule.executor == "local" else _on_ray(schedule)
     resources = Resources(workers=workers, machine=Machine("", room, ()), memory_bytes=room)
+    if measured is not None:
+        resources = replace(resources, memory_bytes=float(measured))
     try:
         found = forecast(read_shapes(model), recipe, resources)
     except (InputError, UsageError) as error:
@@ -36,7 +49,9 @@ def foresee(recipe: Recipe, model: Place, schedule: Schedule, watch: Watch) -> F
         return None
     peak = found.peak
     what = f"a worker holds up to {size(peak.device.total)}, in {peak.name}"
-    watch.note(f"forecast: {what}; the run directory {size(found.run_bytes)}")
+    of = f" of {size(room)} assumed by its GPU's kind" if room and _is_assumed(schedule) else ""
+    of = f" of {size(measured)}" if measured is not None else of
+    watch.note(f"forecast: {what}{of}; the run directory {size(found.run_bytes)}")
     if found.infeasible and not recipe.allow_infeasible:
         raise InfeasibleError(
             f"{found.infeasible[0]}; `orchestrator plan` says more, and --allow-infeasible tries "
@@ -45,10 +60,44 @@ def foresee(recipe: Recipe, model: Place, schedule: Schedule, watch: Watch) -> F
     return found
 
 
+def foresee_again(
+    found: Forecast | None,
+    recipe: Recipe,
+    model: Place,
+    schedule: Schedule,
+    crew: Crew,
+    watch: Watch,
+) -> Forecast | None:
+    """The forecast for the GPUs that the workers have, once these have said their memory.
+
+    Before there is a worker, Ray names the kind of a card alone: of a card that comes in two sizes
+    the larger is assumed, and of a slice of one (MIG) the whole card.
+
+    Raises:
+        InfeasibleError: As `foresee`.
+    """
+    measured = crew.device_bytes
+    if found is None or measured is None or measured == found.limits["device"]:
+        return found
+    assumed = found.limits["device"]
+    before = "not known before" if assumed is None else f"{size(assumed)} were assumed of its kind"
+    watch.note(f"a worker's GPU has {size(measured)}; {before}")
+    return foresee(recipe, model, schedule, watch, measured)
+
+
 def _in_this_process() -> tuple[int, float]:
     if torch.cuda.is_available():
         return 1, float(torch.cuda.get_device_properties(0).total_memory)
     return 1, float(host_bytes())
+
+
+def _is_assumed(schedule: Schedule) -> bool:
+    """Whether the memory that is known is that of a kind of GPU, of which Ray says no more."""
+    if schedule.executor == "local":
+        return False
+    from orchestrator.cluster import ray_crew
+
+    return not ray_crew.is_this_machine()
 
 
 def _on_ray(schedule: Schedule) -> tuple[int, float | None]:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
+from orchestrator.linalg.ranked import sketched_energy
 from orchestrator.models.transport import CPU, upload
 from orchestrator.plan import Linear
 from orchestrator.store.run import RunDirectory
@@ -129,17 +130,14 @@ def masked_errors(path: Path, parts: Mapping[str, Tensor]) -> dict[str, float]:
     device = parts["weight"].device
     with safe_open(path, framework="pt") as file:
         whole = {name: upload(file.get_tensor(name), device) for name in parts}
-        sketch_IS = upload(file.get_tensor("sketch"), device)
+        sketch = [upload(file.get_tensor(name), device) for name in ("sketch", "ridge")]
     whole_OI = masked_weight(whole)
     lost_OI = whole_OI - masked_weight(parts)
-    errors = {}
-    for name, lost, total in (
-        ("weight_error", lost_OI, whole_OI),
-        ("activation_error", lost_OI @ sketch_IS, whole_OI @ sketch_IS),
-    ):
-        energy = float(total.double().square().sum())
-        errors[name] = float(lost.double().square().sum()) / energy if energy else 0.0
-    return errors
+    energies = {
+        "weight_error": [float(each.double().square().sum()) for each in (lost_OI, whole_OI)],
+        "activation_error": [sketched_energy(each, *sketch) for each in (lost_OI, whole_OI)],
+    }
+    return {name: lost / total if total else 0.0 for name, (lost, total) in energies.items()}
 
 
 def masked_weight(parts: Mapping[str, Tensor]) -> Tensor:

@@ -8,8 +8,10 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from orchestrator.cluster.losses import loss_of, said
 from orchestrator.cluster.policy import Cause
 from orchestrator.cluster.schedule import Call
+from orchestrator.errors import StoppedError
 
 PATIENCE_SECONDS = 30.0
 """Whatever is waited for longer is said, again and again."""
@@ -112,7 +114,8 @@ class Pool(Protocol):
 class LocalPool:
     """One worker in this process: the same units and bits, without Ray.
 
-    A call that runs out of memory costs the worker what it holds; nothing else can be lost.
+    A call that runs out of memory costs the worker what it holds. One whose GPU fails ends the run,
+    which the same command resumes: CUDA is of no more use in this process, and there is no other.
     """
 
     def __init__(self, worker_class: type, task: Any, nonce: str) -> None:
@@ -143,9 +146,10 @@ class LocalPool:
             value, emitted = self.worker.perform(call.method, call.arguments, record)
         except Exception as error:
             log = traceback.format_exc()
-            if is_out_of_memory(error):
-                return [Outcome(call, lost=str(error), cause=Cause.OUT_OF_MEMORY, log=log)]
-            return [Outcome(call, error=error, log=log)]
+            cause = loss_of(error)
+            if cause is Cause.OUT_OF_MEMORY:
+                return [Outcome(call, lost=said(error), cause=cause, log=log)]
+            return [Outcome(call, error=error if cause is None else _gpu_lost(error), log=log)]
         return [Outcome(call, value, emitted)]
 
     def abandon(self, call: Call, why: str) -> list[Outcome]:
@@ -183,9 +187,12 @@ class LocalPool:
         return "one worker in this process"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a call had too little memory, on the host or on the GPU."""
-    # torch has a class for a GPU's memory, and raises a RuntimeError for the host's
-    name, text = type(error).__name__, str(error)
-    is_of_torch = name == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in text
-    return isinstance(error, MemoryError) or is_of_torch
+def _gpu_lost(error: BaseException) -> StoppedError:
+    """The end of a run in a process whose GPU has failed."""
+    stopped = StoppedError(
+        f"the GPU of this process failed, and CUDA with it: {said(error)}; what is committed "
+        "stays, the same command resumes; if it fails again, look for Xid in the kernel's log, or "
+        "name another GPU in CUDA_VISIBLE_DEVICES"
+    )
+    stopped.__cause__ = error
+    return stopped

@@ -11,7 +11,9 @@ import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayError, RayTaskError
 
 from orchestrator.cluster import scaling
+from orchestrator.cluster.gpu import check_seen
 from orchestrator.cluster.heap import ARENAS
+from orchestrator.cluster.losses import loss_of
 from orchestrator.cluster.pool import PATIENCE_SECONDS, Seat
 from orchestrator.cluster.ray_cluster import (
     Share,
@@ -148,7 +150,8 @@ class RayActors:
         waited for no longer than patience lasts; they join later. Who grows waits without end.
 
         Raises:
-            InputError: A worker does not see what it must, or runs other versions than the rest.
+            InputError: A worker does not see what it must, its GPU included, or runs other versions
+                than the rest.
             InfeasibleError: Fewer started in time.
             WorkerError: They die as they start.
         """
@@ -198,23 +201,20 @@ class RayActors:
         worker = self._joining.pop(ref)
         try:
             probe: dict[str, Any] = ray.get(ref)
+            check_seen(probe)
             self._first = self._first or probe
             check_alike(probe, self._first)
         except RayTaskError as error:
             raised = cause_of(error)
-            is_ours = isinstance(raised, OrchestratorError)
-            said = raised if is_ours else WorkerError(f"a worker cannot start: {last_line(error)}")
-            self._refuse(worker, said)
+            if isinstance(raised, OrchestratorError):
+                self._refuse(worker, raised)
+            else:
+                # one whose GPU fails as it starts is as good as dead
+                self._start_failed(worker, error, is_final=loss_of(raised) is None)
             return None
         except RayError as error:
-            self._failed_starts += not is_node_loss(error)
-            if getattr(error, "actor_init_failed", False) or self._failed_starts >= FAILED_STARTS:
-                said = WorkerError(f"a worker cannot start: {last_line(error)}")
-                self._refuse(worker, said)
-            else:
-                if worker in self._seats:
-                    self._announce({"event": "retired", **asdict(self._seats[worker])})
-                self.replace(worker)
+            is_final = getattr(error, "actor_init_failed", False)
+            self._start_failed(worker, error, is_final=is_final)
             return None
         except OrchestratorError as error:
             self._refuse(worker, error)
@@ -226,6 +226,16 @@ class RayActors:
         self._probes[worker] = probe
         self._failed_starts = 0
         return probe
+
+    def _start_failed(self, worker: int, error: RayError, *, is_final: bool) -> None:
+        """Replaces a worker that was lost as it started, unless it would happen again."""
+        self._failed_starts += not is_node_loss(error)
+        if is_final or self._failed_starts >= FAILED_STARTS:
+            self._refuse(worker, WorkerError(f"a worker cannot start: {last_line(error)}"))
+            return
+        if worker in self._seats:
+            self._announce({"event": "retired", **asdict(self._seats[worker])})
+        self.replace(worker)
 
     def _refuse(self, worker: int, error: BaseException) -> None:
         """Raises what makes a worker useless; but a run that has others goes on without it.

@@ -36,7 +36,8 @@ def connected(address: str | None, watch: Watch) -> Iterator[None]:
 def devices(threads: int | None) -> tuple[int, float | None]:
     """How many workers the nodes that are there can hold, and the most memory of a GPU of theirs.
 
-    Nothing, where there are no GPUs, or some of a kind that is not known.
+    None, where there are no GPUs, or some of a kind that is not known. Of a slice of a GPU (MIG)
+    Ray names the whole card; what a worker finds comes later, and wins (`foresight`).
     """
     there = ray_cluster.total_room(ray_cluster.worker_share(threads or 1))
     kinds = ray_cluster.gpu_kinds()

@@ -15,8 +15,9 @@ from ray.exceptions import (
 )
 
 from orchestrator.cluster import postmortem
+from orchestrator.cluster.losses import loss_of, said
 from orchestrator.cluster.policy import Cause
-from orchestrator.cluster.pool import Outcome, is_out_of_memory
+from orchestrator.cluster.pool import Outcome
 from orchestrator.cluster.ray_actors import RayActors, cause_of, is_node_loss
 from orchestrator.cluster.ray_cluster import last_line, on_node
 from orchestrator.cluster.schedule import Call
@@ -69,9 +70,8 @@ class RayPool(RayActors):
                 # the chunk went with its node before the call began; its file is still there
                 self.start(call, None)
                 return []
-            if is_out_of_memory(cause):
-                why = f"{type(cause).__name__}: {cause}"
-                return [Outcome(call, lost=why, cause=Cause.OUT_OF_MEMORY, log=str(error))]
+            if (loss := loss_of(cause)) is not None:
+                return [Outcome(call, lost=said(cause), cause=loss, log=str(error))]
             # what is not ours keeps Ray's wrapper, whose text is the traceback on the worker
             is_ours = isinstance(cause, OrchestratorError | MissingChunk)
             return [Outcome(call, error=cause if is_ours else error, log=str(error))]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.cluster.compress_worker import CompressionTask
 from orchestrator.cluster.crew import Crew
@@ -50,4 +50,12 @@ class Refit:
 
     def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
         """Chunks flow through the cut blocks; left factors are fitted to the inputs found there."""
-        self._job.block_pass.forward(self.key, self.task.refit_keys, crew, watch, stage)
+        keys = self.task.refit_keys
+        self._facts = self._job.block_pass.forward(self.key, keys, crew, watch, stage)
+
+    @property
+    def measured(self) -> Mapping[str, Any]:
+        """By linear what its fit has to say, where it does."""
+        facts = self._facts.values()
+        # units of earlier versions have none
+        return {name: said for each in facts for name, said in each.get("numerics", {}).items()}

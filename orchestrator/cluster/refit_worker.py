@@ -17,6 +17,7 @@ from orchestrator.cluster.compress_worker import (
     CompressionTask,
     CompressionWorker,
 )
+from orchestrator.linalg.eigen import Eigensolver
 from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.refit import refit
 from orchestrator.models.calibration import Calibration, as_dense, dense_weight
@@ -84,22 +85,25 @@ class RefitWorker(CompressionWorker):
     def finish(self, block: int) -> dict[str, Any]:
         """Fits the left factors of one block's linears and commits them in one file.
 
-        Returns the unit's facts: seconds.
+        Returns the unit's facts: seconds, and of linears whose fit has something to say, that.
         """
         assert self._calibration is not None
         start = time.monotonic()
         fitted: dict[str, Tensor] = {}
+        said: dict[str, Any] = {}
         for linear in self.task.linears:
             if linear.block != block or not self._is_cut(linear):
                 continue
             weight_OR, down_RI = self._factors(linear)
             statistic = self._calibration.statistic(linear)
             assert isinstance(statistic, InputGram)
-            fitted_OR = refit(self._dense(linear), weight_OR, down_RI, statistic.matrix_II)
+            eigen, given = Eigensolver(), (weight_OR, down_RI, statistic.matrix_II)
+            fitted_OR = refit(self._dense(linear), *given, eigen)
+            said |= {linear.name: eigen.report} if eigen.report else {}
             self._calibration.forget([linear])
             # ranks as rows, like everything that is stored of a linear
             fitted[linear.name] = download(fitted_OR.T.contiguous())
-        facts = {"timings": {"seconds": time.monotonic() - start}}
+        facts = {"numerics": said, "timings": {"seconds": time.monotonic() - start}}
         unit = self.run.units.begin(self.task.refit_keys[block])
         with unit.file(FITTED_FILE) as path:
             save_file(fitted, path)

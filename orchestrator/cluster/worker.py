@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import orchestrator
+from orchestrator.cluster import gpu
 from orchestrator.cluster.heap import keep_freed_memory, return_freed_memory
 from orchestrator.errors import InputError
 from orchestrator.models.chunk import Chunk
@@ -162,11 +163,17 @@ class Worker:
                     f"{node}: does not see {directory} as the driver does; "
                     "give a path on storage that all nodes share"
                 )
-        return {"environment": self.environment(), "node": socket.gethostname(), "pid": os.getpid()}
+        return {
+            "environment": self.environment(),
+            "node": socket.gethostname(),
+            "pid": os.getpid(),
+            "device_bytes": gpu.memory_bytes(),
+        }
 
     def environment(self) -> dict[str, Any]:
         """What can change bits beside the units' keys."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine()
+        is_gpu = self.device.type == "cuda"
+        name = torch.cuda.get_device_name() if is_gpu else platform.machine()
         return {
             "device": f"{self.device.type} {name}",
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -174,6 +181,7 @@ class Worker:
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "orchestrator": orchestrator.__version__,
+            **(gpu.versions() if is_gpu else {}),
         }
 
     def peak_bytes(self) -> int:

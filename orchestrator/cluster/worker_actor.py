@@ -4,7 +4,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.cluster import postmortem
+from orchestrator.cluster import gpu, postmortem
 
 
 class WorkerActor:
@@ -20,14 +20,15 @@ class WorkerActor:
     def become(self, worker_class: type, task: Any, nonce: str) -> dict[str, Any]:
         """Puts a worker of this class in the place of the one before, whose memory is free first.
 
-        Gives what it proves, with its node's id and the file that its stderr goes to.
+        Gives what it proves, with its node's id, the file that its stderr goes to, and why it does
+        not see the GPU that it was given.
         """
         if self._worker is not None:
             self._worker.let_go()
             self._worker = None
         self._worker = worker_class(task)
         where = {"node_id": ray.get_runtime_context().get_node_id(), "log": self._log}
-        return {**self._worker.probe(nonce), **where}
+        return {**self._worker.probe(nonce), **where, "unseen": gpu.unseen(ray.get_gpu_ids())}
 
     def perform(self, method: str, arguments: tuple[Any, ...], *records: Any) -> tuple[Any, Any]:
         performed: tuple[Any, Any] = self._worker.perform(method, arguments, *records)

@@ -8,6 +8,7 @@ from orchestrator.cluster.crew import Crew
 from orchestrator.cluster.dispatch import dispatch
 from orchestrator.cluster.pivot_job import Pivot
 from orchestrator.cluster.policy import FailurePolicy
+from orchestrator.cluster.refit_job import Refit
 from orchestrator.cluster.report import make_report
 from orchestrator.cluster.schedule import Bag, Call
 from orchestrator.cluster.taken_up import taken_up
@@ -156,9 +157,9 @@ class Writing:
             name: results[first] | errors.get(name, {}) for name, first in self._first_of.items()
         }
         for after in self.job.after:
-            if isinstance(after, Pivot):
+            if isinstance(after, Pivot | Refit):
                 for name, said in after.measured.items():
-                    facts[name]["numerics"] = facts[name]["numerics"] | {"pivot": said}
+                    facts[name]["numerics"] = facts[name]["numerics"] | {after.name: said}
         return facts
 
     def _errors(self) -> dict[str, Any]:

@@ -151,7 +151,10 @@ def decomposition(
         return max(reading, statistic + 4 * whole)
     if needs.kind == "rpca":
         # weight, L, S, the multiplier and two iterates, and a Gram's eigenvectors
-        return max(reading, statistic + 7 * whole + (2 + EIGENVECTOR_COPIES) * square)
+        splitting = 7 * whole + (2 + EIGENVECTOR_COPIES) * square
+        # factors and entries, beside the inputs' Gram scaled and its Cholesky factor
+        sketching = 4 * rank * linear.rank_cost + whole + 2 * 8 * side * side
+        return max(reading, statistic + max(splitting, sketching))
     tall = outputs > inputs
     space = whole + (whole + square if tall else 0)
     factors = 4 * rank * linear.rank_cost

@@ -20,6 +20,8 @@ DRIFT_FLOPS = 4.4
 """Of the moments of two streams, a token and a squared channel (see `linalg.compensate`)."""
 RPCA_ITERATIONS = 40
 """Singular value thresholdings of a weight: its steps grow by 1.5 to a tolerance of 1e-7."""
+SKETCH = 128
+"""Columns of a sketch of the inputs (`linalg.ranked`, which imports torch)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +107,30 @@ def is_turned(linear: Linear, needs: Needs) -> bool:
     return linear.out_features > linear.in_features and not needs.wide_curvature
 
 
+def eigen_side(linear: Linear) -> int:
+    """Rows of the largest matrix of which a method takes an eigendecomposition for a linear.
+
+    All methods work in the space of the weight's rows or of its columns, whichever is smaller.
+    """
+    return min(linear.out_features, linear.in_features)
+
+
 def decomposing(linear: Linear, needs: Needs, side: int, pivoted: bool, itemsize: int) -> Work:
     """One linear, its factors written; the formulas of `linalg`, as they stand there."""
     outputs, inputs = float(linear.out_features), float(linear.in_features)
-    narrow = min(outputs, inputs)
+    narrow = float(eigen_side(linear))
     rank = float(stored_rank(linear, needs, pivoted))
     written = Work(write=rank * (outputs + inputs) * itemsize)
     square = 2.0 * narrow**3
+    eigen = Work(eigen=9.0 * narrow**3)
     if needs.kind == "sparse":
         return Work(write=outputs * inputs * 8)
     if needs.kind == "rpca":
-        once = Work(double=4.0 * outputs * inputs * narrow, eigen=9.0 * narrow**3)
+        once = Work(double=4.0 * outputs * inputs * narrow) + eigen
         entries = Work(write=outputs * inputs * 8)
-        return once.times(RPCA_ITERATIONS) + written + entries
+        # energies of directions and of the weight, and a sketch by a Cholesky factor of the Gram
+        ranked = 2.0 * (rank + outputs + SKETCH) * inputs**2 + inputs**3 / 3
+        return once.times(RPCA_ITERATIONS) + Work(double=ranked) + written + entries
     basis = 0.0
     if outputs > inputs:
         basis = TRIANGLE * 2 * outputs * inputs**2 + inputs**3 / 3 + outputs * inputs**2
@@ -125,14 +138,13 @@ def decomposing(linear: Linear, needs: Needs, side: int, pivoted: bool, itemsize
     turn = 2.0 * outputs * narrow * rank if outputs > inputs else 0.0
     cut = turn + 2.0 * narrow * rank * inputs
     check = 2.0 * outputs * rank**2 + 2.0 * narrow * rank * inputs + 2.0 * narrow * inputs**2
-    eigen = Work(eigen=9.0 * narrow**3)
     if needs.kind == "low_rank":
         return Work(double=basis + moment, single=cut + check) + eigen + written
     both = 7 * square + 2.0 * narrow**2 * inputs + cut + 6.0 * narrow**2 * rank
     whole = Work(double=basis + moment + both + 2.0 * outputs * narrow * rank) + eigen + written
     if needs.kind == "two_sided_sparse":
         # entries against factors on a grid of eight densities, each an eigendecomposition
-        return whole + Work(double=8 * both, eigen=8 * 9.0 * narrow**3)
+        return whole + (Work(double=both) + eigen).times(8)
     return whole
 
 

@@ -221,7 +221,8 @@ def compensate(
         old = modelled_error(factors.down_RI, factors.down_RI, drift, beta)
         is_lower = modelled_error(factors.down_RI, down_RI, drift, beta) < old
     else:
-        found = _truncate(weight_OI, factors, drift, turn.matrix_II)
+        found, elsewhere = _truncate(weight_OI, factors, drift, turn.matrix_II)
+        report |= elsewhere
         is_lower = error(found) < before
     after = error(found)
     if not (is_lower and bool(found.product().isfinite().all())):
@@ -230,15 +231,18 @@ def compensate(
     return Compensated(factors=found, taken=True, report=report)
 
 
-def _truncate(weight_OI: Tensor, factors: Factors, drift: Drift, turn_II: Tensor) -> Factors:
-    """The best factors of `W M` less the entries, in the norm of H."""
+def _truncate(
+    weight_OI: Tensor, factors: Factors, drift: Drift, turn_II: Tensor
+) -> tuple[Factors, dict[str, str]]:
+    """The best factors of `W M` less the entries, in the norm of H, and `eigen` if it is known."""
     target_OI = weight_OI.double() @ turn_II
     if factors.rest_OI is not None:
         target_OI -= factors.rest_OI.double()
     rank = factors.down_RI.shape[0]
     best = decompose(target_OI, InputGram(drift.moment_II, drift.tokens), rank)
-    return Factors(
+    found = Factors(
         left_OR=best.weight_OR.to(factors.left_OR.dtype),
         down_RI=best.down_RI.to(factors.down_RI.dtype),
         rest_OI=factors.rest_OI,
     )
+    return found, {"eigen": str(best.report["eigen"])} if "eigen" in best.report else {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import InputError
+from orchestrator.linalg.eigen import Eigensolver
 from orchestrator.linalg.gram import add_upper_product, check_finite
 
 Precision = Literal["exact", "fast"]
@@ -110,6 +111,7 @@ class LowRank:
     - `known_rank`: directions whose energy stands out of the statistic's rounding noise.
     - `orthonormality`: the largest entry of |U^T U - 1|.
     - `deviation`: |measured loss - predicted loss| at rank R, over the total energy.
+    - `eigen`: where eigenvectors come from if the device's solver gave none (`Eigensolver`).
     """
 
 
@@ -160,13 +162,14 @@ def _compute(weight_OI: Tensor, statistic: Statistic, rank: int, precision: Prec
     basis, basis_OK, core_KI = column_space(work_OI, precision)
     moment_KK = second_moment(basis_OK, core_KI, statistic)
     # LAPACK through torch: the upper triangle takes 0.9 of the lower one's time.
-    values_K, vectors_KK = torch.linalg.eigh(moment_KK, UPLO="U")
+    eigen = Eigensolver()
+    values_K, vectors_KK = eigen.decompose(moment_KK, upper=True)
     energies_K, vectors_KK = values_K.flip(0), vectors_KK.flip(1)
 
     known_rank = count_known(energies_K, statistic.tokens)
     energies_K[known_rank:] = 0
     if known_rank < rank:
-        vectors_KK = complete(vectors_KK, known_rank, core_KI)
+        vectors_KK = complete(vectors_KK, known_rank, core_KI, eigen)
 
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     assembly = torch.float64 if precision == "exact" else dtype
@@ -189,6 +192,7 @@ def _compute(weight_OI: Tensor, statistic: Statistic, rank: int, precision: Prec
             "known_rank": known_rank,
             "orthonormality": orthonormality,
             "deviation": abs(loss - predicted) / total if total > 0 else abs(loss),
+            **eigen.report,
         },
     )
 
@@ -233,11 +237,11 @@ def count_known(energies_K: Tensor, tokens: int | None) -> int:
     return known_rank if tokens is None else min(known_rank, tokens)
 
 
-def complete(vectors_KK: Tensor, known_rank: int, core_KI: Tensor) -> Tensor:
+def complete(vectors_KK: Tensor, known_rank: int, core_KI: Tensor, eigen: Eigensolver) -> Tensor:
     """The vectors, those beyond the known ones turned to explain most of the weight."""
     free_K = vectors_KK[:, known_rank:]
     unexplained = free_K.T @ core_KI
-    _, turn = torch.linalg.eigh(unexplained @ unexplained.T)
+    _, turn = eigen.decompose(unexplained @ unexplained.T)
     return torch.cat([vectors_KK[:, :known_rank], free_K @ turn.flip(1)], dim=1)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from orchestrator.errors import InputError
 from orchestrator.linalg.gram import check_finite
 from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.rpca import RobustPCA
@@ -19,6 +20,8 @@ SKETCH = 128
 """Columns of the inputs' sketch. An error estimated with it is off by a standard deviation of
 sqrt(2 / SKETCH) = 12 % of an error of rank one, and by 1 / sqrt(r) of that where it spreads evenly
 over r directions."""
+RIDGES = (0.0, *(10.0**power for power in range(-7, 1)))
+"""Parts of its own diagonal that are added to a Gram, in turn, until it has a Cholesky factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +53,12 @@ class RankedParts:
     """`trace(W H W^T)`, what the utilities are parts of, though not disjoint ones: the low-rank
     and the sparse part of a robust PCA overlap."""
     sketch_IS: Tensor
-    """Random combinations of the inputs, float32: `|D sketch|^2` estimates `trace(D H D^T)` of any
-    D without bias, which says what a choice loses when H is long gone."""
+    """Random combinations of the inputs, float32; see `sketched_energy`."""
+    ridge_I: Tensor
+    """What the sketch has of each input beside H, float32."""
     report: dict[str, float | int | str]
-    """Of the robust PCA."""
+    """Of the robust PCA, and `ridge`, the part of its diagonal that was added to H for the sketch.
+    """
 
 
 def rank_parts(
@@ -65,16 +70,17 @@ def rank_parts(
     summed up in `buckets` buckets of equal count, one for each of them where `buckets` is 0. A
     low-rank part of rank 0 becomes one direction of zeros: every linear has one to keep.
 
-    On the weight's device. R I^2 multiply-adds in float64 for the directions, N log N for the
+    On the weight's device. In float64 (R + O + SKETCH) I^2 multiply-adds and a Cholesky
+    factorization of H, I^3 / 3 FLOPs, or a few of them where H is singular; N log N for the
     entries.
 
     Raises:
-        InputError: The Gram holds NaN or infinity.
+        InputError: The Gram holds NaN or infinity, or is no second moment.
     """
     outputs, inputs = weight_OI.shape
     matrix_II = statistic.matrix_II.double()
     check_finite("input Gram", matrix_II)
-    sketch_IS = _sketch(matrix_II)
+    sketch_IS, ridge_I, ridge = _sketch(matrix_II)
     if utility == "magnitude":
         matrix_II = torch.eye(inputs, dtype=torch.float64, device=weight_OI.device)
     missing = 1 if not len(parts.sigma_R) else 0
@@ -99,7 +105,8 @@ def rank_parts(
         bucket_magnitudes_B=_bucket_sums(magnitude_N[order_N], size) / counts_B,
         energy=float(_energies(weight_OI, matrix_II).sum()),
         sketch_IS=sketch_IS,
-        report=parts.report,
+        ridge_I=ridge_I,
+        report=parts.report | {"ridge": ridge},
     )
 
 
@@ -109,14 +116,41 @@ def _energies(rows_RI: Tensor, matrix_II: Tensor) -> Tensor:
     return (rows_RI @ matrix_II * rows_RI).sum(dim=1).clamp(min=0)
 
 
-def _sketch(matrix_II: Tensor) -> Tensor:
-    """H^(1/2) times fixed random signs over sqrt(SKETCH): its outer product has the mean H."""
+def sketched_energy(change_OI: Tensor, sketch_IS: Tensor, ridge_I: Tensor) -> float:
+    """`trace(D H D^T)` of any D = `change_OI`, estimated without bias once H is gone.
+
+        |D sketch|^2 - sum_ij D_ij^2 ridge_j
+
+    The products in the dtype of D, the sums in float64; 0 where noise leaves less.
+    """
+    whole = torch.sum((change_OI @ sketch_IS).double().square())
+    beside = torch.sum(change_OI.double().square() @ ridge_I.double())
+    return max(float(whole - beside), 0.0)
+
+
+def _sketch(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The sketch, the ridge that it has of each input, and that ridge over H's diagonal, e.
+
+    With diag(d) = diag(H)^(1/2) and the Cholesky factor d^-1 H d^-1 + e = L L^T, the sketch is
+    `d L` times fixed random signs over sqrt(SKETCH): its outer product has the mean
+    `H + e diag(H)`, of which the second part is known. Products of inputs in float32 are off by a
+    part of d_i d_j, so e need not be much above that part, however much one channel has of H.
+    """
     generator = torch.Generator().manual_seed(0)
     sign_IS = torch.randint(2, (len(matrix_II), SKETCH), generator=generator).double() * 2 - 1
-    values_I, vectors_II = torch.linalg.eigh(matrix_II)
-    root_II = vectors_II * values_I.clamp(min=0).sqrt()
-    sketch_IS: Tensor = root_II @ sign_IS.to(matrix_II.device) / SKETCH**0.5
-    return sketch_IS.float()
+    square_I = matrix_II.diagonal().clamp(min=0)
+    root_I = square_I.sqrt()
+    inverse_I = torch.where(root_I > 0, 1 / root_I, 0.0)
+    scaled_II = (matrix_II * inverse_I[:, None]).mul_(inverse_I)
+    for ridge in RIDGES:
+        scaled_II.diagonal().fill_(1 + ridge)
+        lower_II, info = torch.linalg.cholesky_ex(scaled_II)
+        if not int(info):
+            sketch_IS = root_I[:, None] * (lower_II @ sign_IS.to(matrix_II.device)) / SKETCH**0.5
+            return sketch_IS.float(), (ridge * square_I).float(), ridge
+    raise InputError(
+        "input Gram is no second moment: it has large negative eigenvalues; calibrate again"
+    )
 
 
 def _bucket_sums(value_N: Tensor, size: int) -> Tensor:

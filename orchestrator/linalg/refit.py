@@ -6,12 +6,19 @@ Shape suffixes: O outputs, I inputs, R rank.
 import torch
 from torch import Tensor
 
+from orchestrator.linalg.eigen import Eigensolver
 from orchestrator.linalg.gram import check_finite
 
 EPS = torch.finfo(torch.float64).eps
 
 
-def refit(weight_OI: Tensor, left_OR: Tensor, down_RI: Tensor, gram_II: Tensor) -> Tensor:
+def refit(
+    weight_OI: Tensor,
+    left_OR: Tensor,
+    down_RI: Tensor,
+    gram_II: Tensor,
+    eigen: Eigensolver | None = None,
+) -> Tensor:
     """The left factor that changes the dense outputs least on new inputs; the basis stays.
 
     Minimises `trace(E H E^T)` for `E = W - A D` over A, D = `down_RI` and H the second moment of
@@ -24,6 +31,9 @@ def refit(weight_OI: Tensor, left_OR: Tensor, down_RI: Tensor, gram_II: Tensor) 
 
     Float64 throughout; the result has the dtype of `left_OR`. All on one device. O(O I^2 + R^3).
 
+    Args:
+        eigen: Notes where the eigenvectors come from.
+
     Raises:
         InputError: H holds NaN or infinity.
 
@@ -35,7 +45,7 @@ def refit(weight_OI: Tensor, left_OR: Tensor, down_RI: Tensor, gram_II: Tensor) 
     check_finite("input Gram", gram_II)
     down, gram, left = down_RI.double(), gram_II.double(), left_OR.double()
     image_IR = gram @ down.T
-    values_R, vectors_RR = torch.linalg.eigh(down @ image_IR)
+    values_R, vectors_RR = (eigen or Eigensolver()).decompose(down @ image_IR)
     known = values_R > len(values_R) * EPS * values_R[-1].clamp(min=0)
     scale_R = torch.where(known, 1 / values_R, 0.0)
     gap_OR = (weight_OI.double() - left @ down) @ image_IR

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import InputError
+from orchestrator.linalg.eigen import Eigensolver
 from orchestrator.linalg.gram import add_upper_product, check_finite
 from orchestrator.linalg.low_rank import Precision
 
@@ -79,6 +80,7 @@ class RobustPCA:
     - `residual`: |W - L - S|_F / |W|_F.
     - `converged`: whether that is within the tolerance.
     - `rank`, `nonzeros`, `density`: of L, of S, and of S over its number of entries.
+    - `eigen`: where eigenvectors come from if the device's solver gave none (`Eigensolver`).
     """
 
 
@@ -176,7 +178,8 @@ class _State:
     weight less L plus Y / mu, from which clipping leaves the next Y / mu.
     """
 
-    def __init__(self, weight_MK: Tensor, dual_MK: Tensor):
+    def __init__(self, weight_MK: Tensor, dual_MK: Tensor, eigen: Eigensolver):
+        self.eigen = eigen
         self.weight_MK = weight_MK
         self.dual_MK = dual_MK
         """Y / mu."""
@@ -195,14 +198,14 @@ class _State:
         """The state in another dtype, the weight from the original."""
         if self.weight_MK.dtype == dtype:
             return self
-        state = _State(weight_MK.to(dtype), self.dual_MK.to(dtype))
+        state = _State(weight_MK.to(dtype), self.dual_MK.to(dtype), self.eigen)
         state.target_MK = self.target_MK.to(dtype)
         return state
 
     def step(self, threshold: float, bound: float) -> float:
         """New L, S and Y / mu from the target; gives |W - L - S|_F."""
         self.threshold = threshold
-        self.vectors_KR, self.sigma_R = _above(self.target_MK, threshold)
+        self.vectors_KR, self.sigma_R = _above(self.target_MK, threshold, self.eigen)
         torch.add(self.weight_MK, self.dual_MK, out=self.rest_MK)
         (rows, columns), rank = self.target_MK.shape, len(self.sigma_R)
         scaled_KR = self.vectors_KR * (1 - threshold / self.sigma_R)
@@ -236,12 +239,12 @@ def _iterate(
     weight_MK: Tensor, solver: Solver, schedule: _Schedule, precision: Precision
 ) -> tuple[_State, dict[str, float | int | str]]:
     """The state at the end of the iteration, in float64, and how it went."""
-    size = float(weight_MK.norm())
+    size, eigen = float(weight_MK.norm()), Eigensolver()
     if size == 0:
-        state = _State(weight_MK, torch.zeros_like(weight_MK))
+        state = _State(weight_MK, torch.zeros_like(weight_MK), eigen)
         return state, {"iterations": 0, "narrow_iterations": 0, "residual": 0.0, "converged": True}
     sparsity = weight_MK.shape[0] ** -0.5  # lambda
-    norm = _spectral_norm(weight_MK)
+    norm = _spectral_norm(weight_MK, eigen)
     if solver == "ialm":
         threshold = norm / 1.25
         dual_MK = weight_MK * (threshold / max(norm, float(weight_MK.abs().max()) / sparsity))
@@ -249,7 +252,7 @@ def _iterate(
         threshold = 4 * float(weight_MK.abs().mean())
         dual_MK = torch.zeros_like(weight_MK)
 
-    state, narrow_iterations, residual = _State(weight_MK, dual_MK), 0, math.inf
+    state, narrow_iterations, residual = _State(weight_MK, dual_MK, eigen), 0, math.inf
     for iteration in range(1, schedule.max_iterations + 1):
         narrow = (
             precision == "fast"
@@ -271,20 +274,21 @@ def _iterate(
         "narrow_iterations": narrow_iterations,
         "residual": residual,
         "converged": residual <= schedule.tolerance,
+        **eigen.report,
     }
 
 
-def _above(matrix_MK: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def _above(matrix_MK: Tensor, threshold: float, eigen: Eigensolver) -> tuple[Tensor, Tensor]:
     """Right singular vectors [K, R] and singular values above a threshold, ascending."""
     # LAPACK through torch: the upper triangle takes 0.9 of the lower one's time.
-    values_K, vectors_KK = torch.linalg.eigh(_square(matrix_MK), UPLO="U")
+    values_K, vectors_KK = eigen.decompose(_square(matrix_MK), upper=True)
     sigma_K = values_K.clamp_(min=0).sqrt_()
     first = len(sigma_K) - int((sigma_K > threshold).sum())
     return vectors_KK[:, first:], sigma_K[first:]
 
 
-def _spectral_norm(matrix_MK: Tensor) -> float:
-    return math.sqrt(torch.linalg.eigvalsh(_square(matrix_MK), UPLO="U")[-1])
+def _spectral_norm(matrix_MK: Tensor, eigen: Eigensolver) -> float:
+    return math.sqrt(eigen.values(_square(matrix_MK), upper=True)[-1])
 
 
 def _square(matrix_MK: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ def tensor_cores(*dtypes: torch.dtype) -> Iterator[None]:
 
     If not, float32 itself, whatever the environment says of TF32. On a CPU this changes nothing.
     Not for two threads at a time: the setting is the process's.
+
+    Nothing but products belongs inside. While TF32 is on by this setting, PyTorch raises
+    RuntimeError for whoever reads the older ones, `torch.backends.cuda.matmul.allow_tf32` or
+    `torch.get_float32_matmul_precision()`, as compilers and other libraries do.
     """
     products = torch.backends.cuda.matmul
     before = products.fp32_precision

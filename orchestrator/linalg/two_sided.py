@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from orchestrator.errors import InputError
+from orchestrator.linalg.eigen import Eigensolver
 from orchestrator.linalg.gram import check_finite
 from orchestrator.linalg.low_rank import (
     Curvature,
@@ -72,15 +73,16 @@ def decompose_two_sided(
     check_finite("Gram", upper_KK.triu())
     moment_KK = upper_KK.triu() + upper_KK.triu(1).T
     curvature_KK = _reduced(statistic.curvature, basis, core_KI)
-    lower_KK, scale = _factor(curvature_KK, damping)
+    eigen = Eigensolver()
+    lower_KK, scale = _factor(curvature_KK, damping, eigen)
 
     turned_KI = lower_KK.T @ core_KI
-    values_K, vectors_KK = torch.linalg.eigh(lower_KK.T @ moment_KK @ lower_KK, UPLO="U")
+    values_K, vectors_KK = eigen.decompose(lower_KK.T @ moment_KK @ lower_KK, upper=True)
     energies_K, vectors_KK = values_K.flip(0), vectors_KK.flip(1)
     known = count_known(energies_K, statistic.tokens)
     energies_K[known:] = 0
     if known < rank:
-        vectors_KK = complete(vectors_KK, known, turned_KI)
+        vectors_KK = complete(vectors_KK, known, turned_KI, eigen)
     total = float(torch.sum(lower_KK * (moment_KK @ lower_KK)))
 
     # the projection is the product of these two, `left right^T`, of rank r from their first columns
@@ -110,6 +112,7 @@ def decompose_two_sided(
             "known_rank": known,
             "curvature": scale,
             "deviation": abs(float(lost) - predicted) / total if total > 0 else abs(float(lost)),
+            **eigen.report,
         },
     )
 
@@ -139,7 +142,7 @@ def _reduced(curvature: Curvature, basis: str, core_KI: Tensor) -> Tensor:
     return symmetric_KK
 
 
-def _factor(curvature_KK: Tensor, damping: float) -> tuple[Tensor, float]:
+def _factor(curvature_KK: Tensor, damping: float, eigen: Eigensolver) -> tuple[Tensor, float]:
     """L of the damped curvature, its mean diagonal 1, and what that mean was.
 
     Where the curvature is zero nothing is ever lost, and L is the identity.
@@ -152,7 +155,7 @@ def _factor(curvature_KK: Tensor, damping: float) -> tuple[Tensor, float]:
     lower_KK, info = torch.linalg.cholesky_ex(damped_KK)
     if int(info):
         # nearly dependent columns of W blow up the rounding of W^T C W, perhaps below zero
-        values_K, vectors_KK = torch.linalg.eigh(curvature_KK / scale)
+        values_K, vectors_KK = eigen.decompose(curvature_KK / scale)
         nearest_KK = (vectors_KK * values_K.clamp(min=0)) @ vectors_KK.T
         lower_KK = torch.linalg.cholesky((nearest_KK + damping * eye_KK) / (1 + damping))
     return lower_KK, scale * (1 + damping)

@@ -117,8 +117,16 @@ def sparse_low_rank(
         correlations=(correlations(bend_OO), correlations(matrix_II)) if fits else None,
         factors=factors,
         mixes_P=tuple(mix if is_seen else replace(mix, loss=0.0) for mix in mixes),
-        report=reports[0] | {"deviation": max(report["deviation"] for report in reports)},
+        report=reports[0] | _worst(reports),
     )
+
+
+def _worst(reports: Sequence[Mapping[str, float | int | str]]) -> dict[str, float | int | str]:
+    """The largest deviation, and any solver that had to stand in."""
+    worst: dict[str, float | int | str] = {}
+    for each in reports:
+        worst |= {"eigen": each["eigen"]} if "eigen" in each else {}
+    return worst | {"deviation": max(each["deviation"] for each in reports)}
 
 
 def entry_order(weight_OI: Tensor, curvature_O: Tensor, square_I: Tensor) -> Tensor:

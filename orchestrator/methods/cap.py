@@ -43,7 +43,7 @@ class Cap(Method):
     solver: Solver = "ialm"
 
     name: ClassVar[str] = "cap"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     form: ClassVar[Form] = "low_rank_sparse"
     allocation: ClassVar[str] = "cap"
 

@@ -18,8 +18,9 @@ from orchestrator.linalg.speeds import eigen_rate, product_rate
 from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.weights import parse_dtype
 
-SIZES = {"cpu": (1024, 768), "cuda": (8192, 4096)}
-"""Of products, and of eigendecompositions."""
+SIZES = {"cpu": (1024, 768), "cuda": (8192, 8192)}
+"""Of products, and of eigendecompositions, whose rate grows with the size: on a GPU that of the
+largest in a model of 70B."""
 FILE_BYTES = 2**28
 IMPORTS = "import torch, transformers, orchestrator.models.skeleton"
 """What a worker's process does before it is of use."""

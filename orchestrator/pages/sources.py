@@ -194,6 +194,8 @@ def _curves(
     found: dict[tuple[str, bool], list[tuple[np.ndarray, bool]]] = {}
     for facts in units:
         results = facts.get("linears", ())
+        if isinstance(results, Mapping):
+            continue  # by name: what a walk compensated, no decompositions
         agrees = all(_agrees(result, linears) for result in results)
         for result in results:
             is_sparse = "activation_losses" in result

@@ -15,6 +15,8 @@ from typing import Any
 import ray
 from benchmarks.watching import family
 
+from orchestrator.cluster.gpu import PRETENDED
+
 START_SECONDS = 120.0
 LEAVE_SECONDS = 60.0
 
@@ -22,10 +24,11 @@ LEAVE_SECONDS = 60.0
 class Nodes:
     """Nodes of two GPUs each, that they only pretend to have, so that workers go nowhere else.
 
-    They join a cluster that this process is connected to.
+    They join a cluster that this process is connected to, and whose drivers are started by it.
     """
 
     def __init__(self, address: str) -> None:
+        os.environ[PRETENDED] = "1"
         self.address = address
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._leaving: set[str] = set()

@@ -1,0 +1,133 @@
+"""What an exception tells of memory and of a GPU, in the words that PyTorch has for each."""
+
+import errno
+import pickle
+
+import pytest
+import torch
+
+from orchestrator.cluster.losses import loss_of, said
+from orchestrator.cluster.policy import Cause
+from orchestrator.cluster.pool import LocalPool
+from orchestrator.cluster.schedule import Call
+from orchestrator.errors import InputError, StoppedError
+from orchestrator.store.chunks import MissingChunk
+
+ADVICE = (
+    "\nCUDA kernel errors might be asynchronously reported at some other API call, so the "
+    "stacktrace below might be incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+)
+"""Behind every error of CUDA's runtime."""
+BACKEND = (
+    " If you keep seeing this error, you may use `torch.backends.cuda.preferred_linalg_library()`"
+)
+OUT_OF_MEMORY = [
+    MemoryError(),
+    MemoryError("cannot allocate 7 GB"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("std::bad_alloc"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total"),
+    torch.AcceleratorError(f"CUDA error: out of memory{ADVICE}"),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`."
+        f"{BACKEND}"
+    ),
+    RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnXsyevd(handle)`"
+    ),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp"),
+]
+SICK = [
+    torch.AcceleratorError(f"CUDA error: uncorrectable ECC error encountered{ADVICE}"),
+    torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered{ADVICE}"),
+    torch.AcceleratorError(f"CUDA error: device-side assert triggered{ADVICE}"),
+    torch.AcceleratorError(f"CUDA error: unspecified launch failure{ADVICE}"),
+    torch.AcceleratorError(f"CUDA error: unknown error{ADVICE}"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `syevd`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+]
+OF_THE_PROGRAM = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"),
+    ValueError("rank is 0"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    torch.linalg.LinAlgError("cusolver error: CUSOLVER_STATUS_INVALID_VALUE, when calling `potrf`"),
+    InputError("text.txt: line 3 says CUDA error: out of memory"),
+    MissingChunk(2, 1),
+]
+
+
+def words(error):
+    return repr(error).partition("\\n")[0]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=words)
+def test_every_way_to_run_out_of_memory(error):
+    """Of the host, of CUDA's allocator and runtime, and of its libraries."""
+    assert loss_of(error) is Cause.OUT_OF_MEMORY
+
+
+def test_the_error_that_torch_raises_for_the_host():
+    """As it is raised here."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert loss_of(raised.value) is Cause.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize("error", SICK, ids=words)
+def test_a_sick_gpu_is_a_dead_worker(error):
+    """Whatever failed on it; the advice behind an error of CUDA is left out of what is said."""
+    assert loss_of(error) is Cause.DIED
+    assert "\n" not in said(error)
+    assert said(error).startswith(type(error).__name__)
+
+
+@pytest.mark.parametrize("error", OF_THE_PROGRAM, ids=words)
+def test_what_any_worker_would_raise_costs_none(error):
+    """Errors of the program, of its input and of solvers that do not converge."""
+    assert loss_of(error) is None
+
+
+@pytest.mark.parametrize("error", [*OUT_OF_MEMORY, *SICK], ids=words)
+def test_they_mean_the_same_in_another_process(error):
+    """Ray pickles what a method raises; what it cannot pickle it replaces by its traceback."""
+    assert loss_of(pickle.loads(pickle.dumps(error))) is loss_of(error)
+    lines = f"Exception torch isn't serializable.\nTraceback:\n  line 3\n{type(error)}: {error}"
+    if str(error) and not isinstance(error, MemoryError | OSError):
+        assert loss_of(RuntimeError(lines)) is loss_of(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "ends"),
+    [
+        (OUT_OF_MEMORY[8], Cause.OUT_OF_MEMORY, None),
+        (SICK[0], None, StoppedError),
+        (OF_THE_PROGRAM[0], None, RuntimeError),
+    ],
+    ids=["memory", "gpu", "program"],
+)
+def test_a_pool_in_this_process_tells_them_apart(error, cause, ends):
+    """Memory costs the worker; a GPU, which no other worker here has, a run that can be resumed."""
+
+    class Worker:
+        def __init__(self, task):
+            pass
+
+        def perform(self, method, arguments, record):
+            raise error
+
+    pool = LocalPool(Worker, "task", "nonce")
+    pool.start(Call(0, "finish", (1,), "block 1, finish"), None)
+    (outcome,) = pool.wait(0)
+    assert (outcome.lost is not None) == (cause is not None)
+    assert outcome.cause is (cause or Cause.DIED)
+    assert type(outcome.error) is (ends or type(None))
+    assert str(error).splitlines()[0] in outcome.log
+    if ends is StoppedError:
+        assert outcome.error.exit_code == 75
+        assert outcome.error.__cause__ is error
