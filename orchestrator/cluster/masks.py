@@ -130,7 +130,7 @@ def masked_errors(path: Path, parts: Mapping[str, Tensor]) -> dict[str, float]:
     device = parts["weight"].device
     with safe_open(path, framework="pt") as file:
         whole = {name: upload(file.get_tensor(name), device) for name in parts}
-        sketch = tuple(upload(file.get_tensor(name), device) for name in ("sketch", "ridge"))
+        sketch = [upload(file.get_tensor(name), device) for name in ("sketch", "ridge")]
     whole_OI = masked_weight(whole)
     lost_OI = whole_OI - masked_weight(parts)
     energies = {

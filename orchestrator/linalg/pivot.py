@@ -96,9 +96,9 @@ def pivot(weight_OR: Tensor, down_RI: Tensor) -> Pivoted:
     )
 
 
-def _on(tensor: Tensor, places: Sequence[int]) -> Tensor:
+def _on(tensor: Tensor, places: Sequence[int] | Tensor) -> Tensor:
     """Indices, known to the host, on the device of a tensor."""
-    return torch.tensor(places, dtype=torch.int64).to(tensor.device, non_blocking=True)
+    return torch.as_tensor(places, dtype=torch.int64).to(tensor.device, non_blocking=True)
 
 
 def _choose(basis_OR: Tensor) -> tuple[list[int], int]:
@@ -152,8 +152,8 @@ def _error(
         is_pivot_B = is_pivot_O[start : start + BAND]
         pivots_B, others_B = (each.nonzero().squeeze(1) for each in (is_pivot_B, ~is_pivot_B))
         kept, made = (slice(n, n + len(b)) for n, b in zip(seen, (pivots_B, others_B), strict=True))
-        gap_BI[pivots_B.to(gap_BI.device)] -= kept_RI[kept]
-        gap_BI[others_B.to(gap_BI.device)] -= weight_SR[made].double() @ kept_RI
+        gap_BI[_on(gap_BI, pivots_B)] -= kept_RI[kept]
+        gap_BI[_on(gap_BI, others_B)] -= weight_SR[made].double() @ kept_RI
         seen = [kept.stop, made.stop]
         sums += torch.stack([norm, gap_BI.square().sum()])
     total, lost = sums.tolist()

@@ -169,4 +169,4 @@ def write_index(out: Place, files: Sequence[FileSpec]) -> None:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.numel() or not tensor.is_floating_point():
         return True
-    return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # NaN spreads to both
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN spreads to both
