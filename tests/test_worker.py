@@ -97,3 +97,13 @@ def test_a_chunk_on_its_way_is_waited_for_and_a_lost_one_is_not_for_long(
     assert worker.perform("look", (0,), None)[0] == [[0, 0, 0, 0]]
     late.join()
     other.let_go()
+
+
+def test_a_call_is_measured_with_all_the_records_that_it_reads(worker, monkeypatch):
+    """Of several, as replicas of a walk are given; without a GPU the host's peak comes with it."""
+    monkeypatch.setattr(worker, "perform", lambda method, arguments, *records: (records, None))
+    for records in (({"a": 1},), ({"a": 1}, {"a": 2}, None)):
+        found, emitted, usage = worker.measured("merge", (), *records)
+        assert (found, emitted) == (records, None)
+        assert usage.host > 10**7
+        assert usage.device is None
