@@ -105,3 +105,13 @@ def test_memory_that_the_allocator_keeps_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
     assert free_device_memory(device) == 50
+
+
+def test_a_call_is_measured_with_all_the_records_that_it_reads(worker, monkeypatch):
+    """Of several, as replicas of a walk are given; without a GPU the host's peak comes with it."""
+    monkeypatch.setattr(worker, "perform", lambda method, arguments, *records: (records, None))
+    for records in (({"a": 1},), ({"a": 1}, {"a": 2}, None)):
+        found, emitted, usage = worker.measured("merge", (), *records)
+        assert (found, emitted) == (records, None)
+        assert usage.host > 10**7
+        assert usage.device is None

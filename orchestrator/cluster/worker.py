@@ -69,12 +69,12 @@ class Worker:
         self._pace = Pace(self.device)
 
     def measured(
-        self, method: str, arguments: tuple[Any, ...], record: Emitted
+        self, method: str, arguments: tuple[Any, ...], *records: Emitted
     ) -> tuple[Any, Emitted, Usage]:
         """One call, as `perform`, and the memory that it took at its worst."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        value, emitted = self.perform(method, arguments, record)
+        value, emitted = self.perform(method, arguments, *records)
         return value, emitted, self.usage()
 
     def let_go(self) -> None:
