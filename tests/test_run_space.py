@@ -207,15 +207,20 @@ BEST = {
         },
     },
     "keep": 0.2,
-    "samples": 16,
+    "samples": 12,
 }
 
 
 @pytest.fixture(scope="module")
-def best(llama, text, tmp_path_factory):
+def small(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
+
+
+@pytest.fixture(scope="module")
+def best(small, text, tmp_path_factory):
     """An undisturbed run that pivots, refines and trains, from snapshots of whole states."""
     out = tmp_path_factory.mktemp("best") / "out"
-    result = run(llama, out, text, shards=4, **BEST)
+    result = run(small, out, text, shards=4, **BEST)
     assert 0 < result.report["train"]["best_step"] < 6
     return contents(out)
 
@@ -249,17 +254,17 @@ def valued(monkeypatch):
     monkeypatch.setattr(storage, "SMALL_BYTES", 0)
 
 
-def test_refined_blocks_take_the_place_of_pivoted_factors(llama, text, best, valued, tmp_path):
+def test_refined_blocks_take_the_place_of_pivoted_factors(small, text, best, valued, tmp_path):
     """Stopped while it refines: no pivoted factors of a refined block lie there, and none are made
     again. Damage to a refined block costs it and its own factors."""
     out, run_dir, events = tmp_path / "out", tmp_path / "out.run", []
     with pytest.raises(StoppedError):
-        run(llama, out, text, shards=4, on_event=stop_at("refine", 3), **BEST)
+        run(small, out, text, shards=4, on_event=stop_at("refine", 2), **BEST)
     left = files(run_dir, PIVOTED_FILE)
     with pytest.raises(StoppedError):
-        run(llama, out, text, shards=4, on_event=stop_at("train", 1, events), **BEST)
+        run(small, out, text, shards=4, on_event=stop_at("train", 1, events), **BEST)
     assert made(events, "pivot") == []
-    assert len(made(events, "refine")) == 8 - 3
+    assert len(made(events, "refine")) == 4 - 2
     assert left > 0
     assert files(run_dir, PIVOTED_FILE) == 0
     damaged = sorted((run_dir / "units").rglob(TRAINED_FILE))[0]
@@ -267,23 +272,23 @@ def test_refined_blocks_take_the_place_of_pivoted_factors(llama, text, best, val
     content[-1] ^= 1
     damaged.write_bytes(content)
     events.clear()
-    run(llama, out, text, shards=4, on_event=events.append, **BEST)
+    run(small, out, text, shards=4, on_event=events.append, **BEST)
     (block,) = made(events, "refine")
     assert {name.split(".")[2] for name in made(events, "pivot")} == {block.removeprefix("block ")}
     assert contents(out) == best
     assert files(run_dir, PIVOTED_FILE) == 0
 
 
-def test_another_size_is_cut_where_pivoted_factors_are_spent(llama, text, best, tmp_path):
+def test_another_size_is_cut_where_pivoted_factors_are_spent(small, text, best, tmp_path):
     """What is left of the first size is enough: bytes are those of a run of its own."""
-    run(llama, tmp_path / "first", text, shards=4, **BEST | {"keep": 0.3})
+    run(small, tmp_path / "first", text, shards=4, **BEST | {"keep": 0.3})
     result = retarget(tmp_path / "first.run", tmp_path / "out", keep=0.2, executor="local")
     assert contents(result.out) == best
 
 
 @pytest.fixture
-def stopped_while_it_commits(llama, text, valued, tmp_path, monkeypatch):
-    """The output of a run that has trained, and was stopped with two of eight blocks committed."""
+def stopped_while_it_commits(small, text, valued, tmp_path, monkeypatch):
+    """The output of a run that has trained, and was stopped with two of four blocks committed."""
     committed, commit = [], TrainWorker.commit
 
     def stop(worker, *arguments):
@@ -295,26 +300,26 @@ def stopped_while_it_commits(llama, text, valued, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(TrainWorker, "commit", stop)
         with pytest.raises(StoppedError):
-            run(llama, tmp_path / "out", text, shards=4, **BEST)
+            run(small, tmp_path / "out", text, shards=4, **BEST)
     assert files(tmp_path / "out.run", "state.safetensors") == 0
     # refined blocks, trained ones, and the best values of those that are not yet
-    assert files(tmp_path / "out.run", TRAINED_FILE) == 8 + 2 + 6
+    assert files(tmp_path / "out.run", TRAINED_FILE) == 4 + 2 + 2
     return tmp_path / "out"
 
 
 STEPS = [f"step {step}" for step in range(1, 7)]
 
 
-def test_a_training_that_has_ended_is_not_done_again(llama, text, best, stopped_while_it_commits):
+def test_a_training_that_has_ended_is_not_done_again(small, text, best, stopped_while_it_commits):
     """The rest is committed from the values of the best step, to the bit what states give."""
     out, events = stopped_while_it_commits, []
-    run(llama, out, text, shards=4, on_event=events.append, **BEST)
+    run(small, out, text, shards=4, on_event=events.append, **BEST)
     assert made(events, "train") == []
     assert contents(out) == best
-    assert files(out.with_name("out.run"), TRAINED_FILE) == 2 * 8
+    assert files(out.with_name("out.run"), TRAINED_FILE) == 2 * 4
 
 
-def test_a_training_without_states_begins_again(llama, text, best, stopped_while_it_commits):
+def test_a_training_without_states_begins_again(small, text, best, stopped_while_it_commits):
     """When values of the best are damaged, and when it is stopped once more in between."""
     out, events = stopped_while_it_commits, []
     units = RunDirectory(out.with_name("out.run")).units
@@ -322,19 +327,19 @@ def test_a_training_without_states_begins_again(llama, text, best, stopped_while
     path = units.directory(kept) / TRAINED_FILE
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(StoppedError):
-        run(llama, out, text, shards=4, on_event=stop_at("train", 3), **BEST)
-    run(llama, out, text, shards=4, on_event=events.append, **BEST)
+        run(small, out, text, shards=4, on_event=stop_at("train", 3), **BEST)
+    run(small, out, text, shards=4, on_event=events.append, **BEST)
     assert made(events, "train") == STEPS
     assert contents(out) == best
 
 
 def test_lost_workers_begin_again_where_values_alone_are_kept(
-    llama, text, best, valued, tmp_path, monkeypatch
+    small, text, best, valued, tmp_path, monkeypatch
 ):
     """One is lost at the start and one of the others in the second period: no bit is another."""
     several(monkeypatch, size=3, losses=(9, 60), replaces=False)
     events = []
-    run(llama, tmp_path / "out", text, shards=4, on_event=events.append, **BEST)
+    run(small, tmp_path / "out", text, shards=4, on_event=events.append, **BEST)
     assert sum(event["event"] == "lost" for event in events) == 2
     assert contents(tmp_path / "out") == best
 
