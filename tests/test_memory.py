@@ -96,7 +96,8 @@ def test_a_run_holds_what_is_forecast(name, model, tmp_path):
         parts = stage.device.parts
         foreseen = sum(size for part, size in parts.items() if part not in NOT_TENSORS)
         if stage.name in ("calibrate", "refit", "pivot"):
-            assert peaks[stage.name] <= 1.01 * foreseen
+            # the linear before may be on its way to its file, or be there already
+            assert peaks[stage.name] <= 1.01 * foreseen + parts.get("written", 0)
         if stage.name == "calibrate":
             assert peaks[stage.name] >= 0.9 * foreseen
 
