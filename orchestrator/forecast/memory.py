@@ -41,6 +41,8 @@ not measured."""
 HOST_PARTS = ("process", "written")
 """Parts of a footprint that lie in the host's memory where there is a GPU: what is written is
 copied there first."""
+ENTRY_BYTES = 8
+"""Of a stored entry: its value in float32 and its position."""
 BAND = 256
 """Rows at a time in which a pivoted product is compared (`linalg.pivot`, which imports torch)."""
 MOMENT_BYTES = 56
@@ -137,8 +139,7 @@ def _finishing(
         rank = stored_rank(whole, needs, pivoted)
         working = workspaces.decomposing(whole, needs, side, rank, known) + summed
         yield {**before, "Grams": SETTLED_BYTES * entries, "decomposition": working}
-        # as they are stored, for the disk
-        written = shapes.itemsize * rank * whole.rank_cost
+        written = stored_bytes(whole, needs, pivoted, shapes.itemsize)
 
 
 def stored_rank(linear: Linear, needs: Needs, pivoted: bool) -> int:
@@ -147,6 +148,13 @@ def stored_rank(linear: Linear, needs: Needs, pivoted: bool) -> int:
         return 0
     narrow = min(linear.out_features, linear.in_features)
     return narrow if pivoted or needs.kind == "rpca" else max(linear.break_even, 1)
+
+
+def stored_bytes(linear: Linear, needs: Needs, pivoted: bool, itemsize: int) -> int:
+    """Bytes of one stored decomposition: factors, and entries with their positions."""
+    factors = itemsize * stored_rank(linear, needs, pivoted) * linear.rank_cost
+    has_entries = needs.kind in ("rpca", "sparse", "two_sided_sparse")
+    return factors + (ENTRY_BYTES * linear.values if has_entries else 0)
 
 
 def _activations(shapes: Shapes, tokens: int, itemsize: int, blocks: int) -> int:

@@ -183,13 +183,8 @@ class Storage:
     def _decompositions(self) -> float:
         """Factors up to the largest rank that any plan can ask for, or all entries."""
         costs, linears = self.costs, self.costs.shapes.linears
-        stored = costs.out_itemsize * sum(
-            memory.stored_rank(each, costs.needs, costs.is_pivoted) * each.rank_cost
-            for each in linears
-        )
-        if costs.needs.kind in ("rpca", "sparse", "two_sided_sparse"):
-            stored += 8 * sum(each.values for each in linears)
-        return float(stored)
+        about = costs.needs, costs.is_pivoted, costs.out_itemsize
+        return float(sum(memory.stored_bytes(each, *about) for each in linears))
 
 
 def _footprint(parts: Mapping[str, float]) -> Footprint:
