@@ -353,7 +353,7 @@ def _print_evaluation(report: Mapping[str, Any]) -> None:
         print(f"mean KL from the dense model {report['kl']:.4f} nats, ", end="")
         print(f"same first token on {report['top1_agreement']:.1%}")
     used = report.get("memory")
-    memory = f", a worker's memory at its worst: {Usage.from_json(used)}" if used else ""
+    memory = f", peak memory of a worker: {Usage.from_json(used)}" if used else ""
     print(f"{report['predictions']:,} predictions{memory}")
 
 

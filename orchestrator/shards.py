@@ -28,14 +28,14 @@ def default_shards(num_blocks: int, workers: int, blocks: int = 2) -> int:
 
 
 def cut_segments(shards: int, workers: int, count: int) -> tuple[range, ...]:
-    """So many contiguous segments of shards, which a backward pass goes through one by one.
+    """Contiguous segments of shards, which a backward pass goes through one by one.
 
     The forward pass before it leaves chunks where segments meet, and in the last segment at every
     boundary; those within another segment are made from its start when its turn comes. That is one
     more forward pass through all segments but the last: checkpointing by segments (Griewank and
     Walther, 2000; arXiv:1604.06174).
 
-    The last ones are the larger, and all but the first have a multiple of the workers' number.
+    Later segments are the larger ones; all but the first have a multiple of `workers` shards.
     """
     cut = cut_blocks(shards, count, workers)
     return tuple(range(shards - each.stop, shards - each.start) for each in reversed(cut))

@@ -1,4 +1,4 @@
-"""Memory of a worker at its worst, of the host and of its GPU apart."""
+"""Peak memory of a worker, on its host and on its GPU."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,27 +9,27 @@ from orchestrator.progress import size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceUsage:
-    """Of a GPU; bytes."""
+    """Peak memory on a GPU, bytes."""
 
     allocated: int
-    """The most that tensors have taken."""
+    """Most bytes in tensors."""
     reserved: int
-    """The most that torch's allocator has taken of the GPU for them."""
+    """Most bytes that torch's allocator has reserved for them."""
     context: int
-    """In use outside of the allocator: CUDA's context, libraries, and any other process."""
+    """Bytes outside of the allocator: CUDA's context, libraries, and any other process."""
 
     @property
     def total(self) -> int:
-        """What a forecast for a GPU is compared with."""
+        """Bytes to compare with the forecast of a GPU."""
         return self.reserved + self.context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Of one worker, or the largest of several, number by number; bytes."""
+    """Peak memory of a worker, or the largest figures of several, bytes."""
 
     host: int
-    """The most that the process has held resident since it began, file pages included."""
+    """Largest resident size of the process since its start, file pages included."""
     device: DeviceUsage | None = None
     """None without a GPU."""
 
@@ -42,7 +42,7 @@ class Usage:
         return asdict(self) if self.device else {"host": self.host}
 
     def merge(self, other: "Usage") -> "Usage":
-        """The larger of both, number by number."""
+        """The larger of each figure."""
         host = max(self.host, other.host)
         if self.device is None or other.device is None:
             return Usage(host=host, device=self.device or other.device)

@@ -169,7 +169,7 @@ def test_evaluate_passes_what_was_given(monkeypatch, capsys, json_flag):
         rows = [line.split() for line in shown.splitlines()]
         assert rows[:2] == [["dense", "small"], ["perplexity", "9.50", "10.00"]]
         assert "same first token on 87.5%" in shown
-        assert "511 predictions, a worker's memory at its worst: host 1 GB" in shown
+        assert "511 predictions, peak memory of a worker: host 1 GB" in shown
 
 
 def test_export(monkeypatch, capsys):

@@ -163,6 +163,6 @@ def test_what_workers_measure_of_their_gpus_wins_over_what_their_kind_has(tmp_pa
     tried = {room: foresee(lenient, *about, watch, room) for room in range(10**9, 10**10, 10**8)}
     room = next(room for room, found in tried.items() if not found.infeasible)
     assert again(room).blocks_that_fit == 1
-    assert notes[0] == f"a worker's GPU has {size(room)}; 80 GB were assumed of its kind"
+    assert notes[0] == f"a worker's GPU has {size(room)}; 80 GB were assumed from its type"
     with pytest.raises(InfeasibleError, match="calibrate: a worker holds"):
         again(room - 10**8)

@@ -51,11 +51,11 @@ class BlockPass:
     blocks: int
     """The most in a shard, where the recipe does not say how many there are."""
     segments: int = 1
-    """In which a backward pass is done, see `cut_segments`."""
+    """Segments of a backward pass, see `cut_segments`."""
     patience: Mapping[str, float] = field(default_factory=dict)
     """By method, seconds that a call may take (see `Deadlines`)."""
     on_committed: Callable[[int], None] = lambda block: None
-    """Told of each block whose unit is there, once it is."""
+    """Called with each block whose unit is committed."""
 
     def forward(
         self,
@@ -71,7 +71,7 @@ class BlockPass:
         Units that are committed, and whole, are not made again.
 
         Args:
-            committed: What `committed` has given, where that was asked already.
+            committed: Result of `committed`, if the caller has it already.
         """
         if committed is None:
             done = self._decomposed(keys, crew, watch, stage)
@@ -102,18 +102,18 @@ class BlockPass:
     ) -> dict[int, dict[str, Any]]:
         """The same with gradients, `draws` for every sequence, from the last block to the first.
 
-        Chunks pass once before, under `dense_key`, and lie at the boundaries until the shards that
-        read them are done: each shard is run again on what lies before it, and goes back through
-        that. Where these would be too many they lie at some boundaries only, and pass again segment
-        by segment (see `cut_segments`). If a shard is too much for a worker, chunks pass once more
-        to where it is cut.
+        A forward pass under `dense_key` stores chunks at the boundaries, until the shards that read
+        them are done: the backward pass runs each shard again on its input and goes back through
+        it. If that takes too much storage, only some boundaries have chunks, and the forward pass
+        is repeated segment by segment (see `cut_segments`). If a shard is too much for a worker,
+        one more forward pass makes the chunks at the new cut.
         """
         done = self._decomposed(keys, crew, watch, stage)
         cut, count = self._cut(crew), draws * self.sequences
         dense, workers = self.run.chunks(dense_key, crew.environment), crew.size
 
         def back(part: Sequence[range]) -> Pass:
-            """Gradients from the model's end through these shards, and on if blocks are before."""
+            """Backward pass through these shards; gradients stay if earlier blocks need them."""
             first = part[0].start
             goes_on = any(block < first for block in todo)
             boundaries = [blocks.stop for blocks in part[::-1]]
@@ -233,7 +233,7 @@ class BlockPass:
         crew: Crew,
         watch: Watch,
     ) -> tuple[range, ...]:
-        """Chunks through the shards before these boundaries, to stay there; how it is cut now."""
+        """Passes chunks up to these boundaries and keeps them there; gives the cut afterwards."""
         last = next(shard for shard, blocks in enumerate(cut) if blocks.start == max(kept))
         if last == 0:
             return cut
@@ -290,10 +290,10 @@ class BlockPass:
 def _next_segment(
     cut: Sequence[range], segments: Sequence[range], unfinished: Sequence[range]
 ) -> tuple[list[int], int]:
-    """Where chunks must lie for a backward pass through the next segment, and its first shard.
+    """Boundaries that must have chunks for the next segment's backward pass; its first shard.
 
-    The next one is the last with a shard that is not done. Chunks are needed now where its shards
-    that are not done begin, and later at the starts of such segments before it.
+    The next segment is the last one with an unfinished shard. Chunks are needed now at the starts
+    of its unfinished shards, and later at the starts of the unfinished segments before it.
     """
     open_ones = [
         (segment.start, starts)

@@ -74,8 +74,8 @@ class Pass:
         results: Chunks whose result behind the last shard is there; nothing when the pass wants
             no results (a calibration).
         backward: Whether chunks are gradients, that enter a shard behind its last block.
-        keeps: Boundaries whose chunks are wanted for a later pass to read, by the block that they
-            are the input of. Those of the last one are wanted as `results` says.
+        keeps: Boundaries whose chunks a later pass reads, by the block that they are the input of.
+            `results` decides for the last boundary.
         joints: Boundaries at which shards may be cut further, should one be too much for a worker.
         reads_beside: Whether shards read chunks of another pass at their boundaries too. Where one
             is missing, or shards are to be cut further, the pass breaks off.
@@ -165,7 +165,7 @@ class Pass:
         return [self.boundary(k) for k in spent]
 
     def drop_beside(self) -> list[int]:
-        """Boundaries at which the other pass's chunks are spent, each said once."""
+        """Boundaries at which the other pass's chunks are spent; each is returned once."""
         if not self._reads_beside:
             return []
         spent = {
@@ -179,7 +179,7 @@ class Pass:
 
     @property
     def unfinished(self) -> list[range]:
-        """Blocks of the shards that are not done, in the order in which chunks pass."""
+        """Blocks of the unfinished shards, in the order in which chunks pass."""
         return [state.blocks for k, state in enumerate(self.shards) if not self.is_done(k)]
 
     def is_awaited(self, chunk: tuple[int, int], window: int) -> bool:

@@ -198,9 +198,9 @@ class CompressionWorker(Worker):
         return facts
 
     def _free_for_finishing(self) -> None:
-        """Frees what no block of the shard needs once all chunks have passed.
+        """Frees memory that decompositions do not need, once all chunks have passed.
 
-        Of a 70B model 2.1 GB of embeddings or head, and a third of the Grams.
+        For a 70B model: 2.1 GB of embeddings or head, and a third of the Grams.
         """
         assert self._shard is not None
         assert self._calibration is not None
@@ -215,7 +215,7 @@ class CompressionWorker(Worker):
         weights = [dense_weight(self._shard.module(each.name)) for each in group]
         weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
         statistic = summed([self._calibration.statistic(each) for each in group])
-        # a statistic is a copy: what it was read from goes before the decomposition takes its room
+        # a statistic is a copy: its Grams are freed before the decomposition takes memory
         self._calibration.forget(group)
         result = self.method.decompose(weight_OI, statistic, max(linear.break_even, 1))
         stored = _stored(result, self.task.output_dtype or weight_OI.dtype)
@@ -286,7 +286,7 @@ class CompressionWorker(Worker):
         return encode(tensor.code, positions_N, *sizes)[tensor.part]
 
     def _written(self, linear: Linear, part: str, rank: int) -> Tensor:
-        """`weight` or `down` of a linear as the checkpoint is to have it, on the device."""
+        """`weight` or `down` of a linear as it is written to the checkpoint, on the device."""
         return self._factor(linear, part, rank)
 
     def _factor(self, linear: Linear, part: str, rank: int) -> Tensor:
@@ -366,7 +366,7 @@ def _stored(
         stored |= {"weight": result.weight_OR.T.to(dtype), "down": result.down_RI.to(dtype)}
     if isinstance(result, RankedParts):
         stored |= {"sketch": result.sketch_IS, "ridge": result.ridge_I}
-    # transposed where it lies: on a GPU, if there is one, in milliseconds
+    # transposed on the device of the result: milliseconds on a GPU
     return {name: download(rows.contiguous()) for name, rows in stored.items()}
 
 
@@ -383,8 +383,8 @@ def factors_file(linear: Linear) -> str:
 def read_factor(path: Path, part: str, rank: int, outputs: range, suffix: str = "") -> Tensor:
     """One factor at a rank, the first rows of what is stored, rows being ranks in both.
 
-    On the CPU; `weight` is a transposed view, to be made contiguous on the device that needs it. Of
-    linears that share a basis all outputs are stored together; `outputs` are this linear's.
+    On the CPU; `weight` is a transposed view, to be made contiguous on the device that needs it.
+    Linears that share a basis have their outputs stored together; `outputs` are this linear's.
     """
     with safe_open(path, framework="pt") as file:
         stored = file.get_slice(part + suffix)
@@ -400,7 +400,7 @@ def read_sparse(
 ) -> Tensor:
     """Values or index of the most important entries, which stand first, by ascending position.
 
-    Sorted on `device`, where the result lies.
+    Sorted on `device`, which also holds the result.
     """
     with safe_open(path, framework="pt") as file:
         stored = upload(file.get_slice("positions")[: tensor.nonzeros], device)

@@ -49,7 +49,7 @@ class Crew:
     """Workers that the work can use."""
     bounds: Bounds = field(default_factory=Bounds)
     device_bytes: int | None = None
-    """Memory of a worker's GPU, of the smallest one; None without."""
+    """Memory of the smallest GPU of a worker; None without GPUs."""
 
     def turned_to(self, worker_class: type[Worker], task: Task) -> "Crew":
         """The workers at another task of the run, in the processes that they have.

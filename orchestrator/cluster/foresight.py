@@ -32,7 +32,7 @@ def foresee(
     nothing is refused, nor where a model's headers do not say what a forecast needs.
 
     Args:
-        measured: Memory of a worker's GPU, where one has started and said it.
+        measured: Memory of a worker's GPU as started workers report it, in bytes.
 
     Raises:
         InfeasibleError: A stage does not fit on the largest device, whose memory is known.
@@ -51,7 +51,7 @@ def foresee(
         return None
     peak = found.peak
     what = f"a worker holds up to {size(peak.device.total)}, in {peak.name}"
-    of = f" of {size(room)} assumed by its GPU's kind" if room and _is_assumed(schedule) else ""
+    of = f" of {size(room)} assumed from its GPU's type" if room and _is_assumed(schedule) else ""
     of = f" of {size(measured)}" if measured is not None else of
     watch.note(f"forecast: {what}{of}; the run directory {size(found.run_bytes)}")
     if found.infeasible and not recipe.allow_infeasible:
@@ -70,10 +70,10 @@ def foresee_again(
     crew: Crew,
     watch: Watch,
 ) -> Forecast | None:
-    """The forecast for the GPUs that the workers have, once these have said their memory.
+    """Repeats the forecast with the GPU memory that the started workers report.
 
-    Before there is a worker, Ray names the kind of a card alone: of a card that comes in two sizes
-    the larger is assumed, and of a slice of one (MIG) the whole card.
+    Before a worker starts, only Ray's name of the GPU type is known: the larger size is assumed of
+    a card that is sold in two sizes, and the whole card for a slice of it (MIG).
 
     Raises:
         InfeasibleError: As `foresee`.
@@ -82,7 +82,7 @@ def foresee_again(
     if found is None or measured is None or measured == found.limits["device"]:
         return found
     assumed = found.limits["device"]
-    before = "not known before" if assumed is None else f"{size(assumed)} were assumed of its kind"
+    before = "it was unknown" if assumed is None else f"{size(assumed)} were assumed from its type"
     watch.note(f"a worker's GPU has {size(measured)}; {before}")
     return foresee(recipe, model, schedule, watch, measured)
 
@@ -95,7 +95,7 @@ def _in_this_process() -> tuple[int, float, bool]:
 
 
 def _is_assumed(schedule: Schedule) -> bool:
-    """Whether the memory that is known is that of a kind of GPU, of which Ray says no more."""
+    """True if the known memory is assumed from the GPU type, since Ray reports no more."""
     if schedule.executor == "local":
         return False
     from orchestrator.cluster import ray_crew

@@ -1,4 +1,4 @@
-"""What a worker's process says of its GPU: versions, memory, and that it sees none."""
+"""Facts of a worker's GPU: library versions, memory, and why PyTorch sees none."""
 
 import os
 import socket
@@ -12,8 +12,8 @@ import torch
 from orchestrator.errors import InputError
 
 PRETENDED = "ORCHESTRATOR_PRETENDED_GPUS"
-"""Variable of a driver whose nodes only pretend to have GPUs, for tests of a cluster; any value has
-workers compute on CPUs there."""
+"""Environment variable of a driver whose nodes only declare GPUs, for tests of a cluster: with any
+value workers compute on CPUs."""
 UNKNOWN = "unknown"
 _NVML = "libnvidia-ml.so.1"
 _VERSION_BYTES = 80
@@ -21,7 +21,7 @@ _VERSION_BYTES = 80
 
 
 def versions() -> dict[str, str]:
-    """Of what computes beside PyTorch itself: CUDA (or ROCm), cuDNN and the driver."""
+    """Versions of the libraries under PyTorch: CUDA (or ROCm), cuDNN and the driver."""
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     return {
         "cuda": torch.version.cuda or torch.version.hip or UNKNOWN,
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def memory_bytes() -> int | None:
-    """Memory of the device that this process computes on, of a MIG slice its own; None on a CPU."""
+    """Memory of this process's GPU, for a MIG slice that of the slice; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     return int(torch.cuda.get_device_properties(0).total_memory)
@@ -39,7 +39,7 @@ def memory_bytes() -> int | None:
 
 @cache
 def driver_version() -> str:
-    """NVIDIA's driver, `550.54.15`, as its library NVML says; `unknown` where that says nothing."""
+    """Version of NVIDIA's driver by NVML, such as `550.54.15`; `unknown` if NVML fails."""
     try:
         nvml = CDLL(_NVML)
         if nvml.nvmlInit_v2() != 0:
@@ -55,10 +55,10 @@ def driver_version() -> str:
 
 
 def unseen(given: Sequence[Any]) -> str:
-    """Why GPUs that Ray has given to this process are of no use, if PyTorch sees none; else empty.
+    """Error message if Ray has assigned GPUs to this process and PyTorch sees none; else empty.
 
     Args:
-        given: Ray's names of them.
+        given: Ray's ids of the assigned GPUs.
     """
     if not given or torch.cuda.is_available():
         return ""

@@ -1,6 +1,6 @@
-"""What becomes of memory that is freed: kept between chunks, given back after a shard.
+"""Release of freed memory: kept by the allocators between chunks, returned after a shard.
 
-On the host the C library keeps it, if that is glibc; of a GPU PyTorch's allocator does.
+On the host the allocator is glibc's, on a GPU PyTorch's caching allocator.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ def return_freed_memory() -> None:
 
     After a shard is closed, or its weights stay as holes between small objects, the next shard's
     do not fit into them, and a process grows to more than twice its shard. On a GPU the same holds
-    of libraries that allocate past PyTorch, and of other processes.
+    for libraries that allocate outside of PyTorch, and for other processes.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -51,8 +51,8 @@ def return_freed_memory() -> None:
 def free_device_memory(device: torch.device) -> int:
     """Bytes that this process can still allocate on a GPU.
 
-    Those that the driver has free, and those that PyTorch's allocator keeps of what was freed: it
-    gives them out again, or back before it fails.
+    Free bytes of the driver, and unused bytes that PyTorch's allocator keeps: it reuses them, or
+    releases them before it fails.
     """
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

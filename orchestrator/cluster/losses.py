@@ -1,4 +1,4 @@
-"""Exceptions that cost a worker: what is told of memory and of a GPU by what a call raised.
+"""Classification of the exceptions that cost a worker: out of memory, or a failed GPU.
 
 Pure functions of an exception, so that they are tested without a GPU. PyTorch raises classes of its
 own where CUDA's allocator or runtime fails, and a RuntimeError where a library of CUDA does.
@@ -19,9 +19,9 @@ _OUT_OF_MEMORY = re.compile(
         [
             r"(CUDA|HIP) out of memory",  # PyTorch's allocator
             r"(CUDA|HIP)( driver)? error: out of memory",  # the runtime, pinned host memory too
-            r"NVML_SUCCESS ==",  # what PyTorch asks NVML as it runs out of memory
+            r"NVML_SUCCESS ==",  # PyTorch's query of NVML as it runs out of memory
             r"_STATUS_(\w+_)?ALLOC(ATION)?_FAILED",  # cuBLAS, cuSOLVER, cuDNN, cuSPARSE
-            # a library's handle is the first that it allocates, and these are all it says of it
+            # a library's first allocation is its handle, whose failure has these statuses
             r"_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR),? when calling `cu\w+Create\(",
             r"DefaultCPUAllocator: (can't allocate|not enough) memory",
             r"std::bad_alloc",
@@ -32,12 +32,12 @@ _DEVICE = re.compile(r"(CUDA|HIP)( driver)? error:|(cusolver|cuDNN|MIOpen|hipsol
 
 
 def loss_of(error: BaseException) -> Cause | None:
-    """How an exception costs its worker; None for one that any worker would raise again.
+    """Cause of a worker's loss by an exception; None if any worker would raise it again.
 
-    `OUT_OF_MEMORY`, whoever ran out, is answered by smaller parts. `DIED` is any other failure of a
-    GPU: an uncorrectable ECC error, an Xid, an illegal access, a failed launch, an assertion in a
-    kernel. After most of them nothing can be computed in the process, and which of them lie with
-    the program and not with the GPU is told by what happens on another one.
+    `OUT_OF_MEMORY`, of the host or of a GPU, is answered by smaller parts. `DIED` is any other
+    failure of a GPU: an uncorrectable ECC error, an Xid, an illegal access, a failed launch, an
+    assertion in a kernel. After most of them the process can no longer use the GPU. A fault of the
+    program, not of the GPU, shows by failing on another one as well.
     """
     text = str(error)
     if isinstance(error, OrchestratorError | MissingChunk | LinAlgError):
@@ -52,6 +52,6 @@ def loss_of(error: BaseException) -> Cause | None:
 
 
 def said(error: BaseException) -> str:
-    """An exception's class and its first line: CUDA's go on with advice for debugging."""
+    """Class and first line of an exception; later lines of CUDA's are advice for debugging."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

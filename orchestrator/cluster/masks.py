@@ -125,7 +125,7 @@ def masked_errors(path: Path, parts: Mapping[str, Tensor]) -> dict[str, float]:
     """What a mask loses of the weight and, by the sketch of its inputs, of its outputs.
 
     As fractions of what all stored parts together have, which is the weight but for the residual
-    of the robust PCA. `parts` is what `read_masked` gave; all is computed on their device.
+    of the robust PCA. `parts` is the result of `read_masked`; the computation is on its device.
     """
     device = parts["weight"].device
     with safe_open(path, framework="pt") as file:
@@ -141,7 +141,7 @@ def masked_errors(path: Path, parts: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def masked_weight(parts: Mapping[str, Tensor]) -> Tensor:
-    """The dense product of what `read_masked` gave, float32 [O, I], on their device.
+    """Dense product of the result of `read_masked`, float32 [O, I], on its device.
 
     R O I multiply-adds, R the directions that are left.
     """

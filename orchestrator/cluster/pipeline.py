@@ -17,8 +17,8 @@ Rules, asserted by the tests:
   still runs is waited for and ignored, the blocks are cut anew for the workers that are there, and
   each takes its shard up from the snapshot. No state of one life meets one of another.
 - Workers that come later are used from the next snapshot on. One is enough.
-- Where states are not kept there is no snapshot to go back to but the start. Shards keep what the
-  best step has made of them, once the held-out loss is known, and their workers till the end.
+- Without stored states the start is the only snapshot. Shards keep their values at the best step,
+  once the held-out loss is known, and their workers until the end.
 """
 
 import math
@@ -81,7 +81,7 @@ def program(
 
     Args:
         batches: For each step its number and its sequences; none: the start is evaluated.
-        keeps_states: Whether a snapshot is the whole state, or what it makes of the blocks.
+        keeps_states: Whether a snapshot is the whole state, or the values of the blocks alone.
     """
     moves: list[Move] = []
     first = 0
@@ -120,7 +120,7 @@ class Pipeline:
         lengths: Tokens and predictions of every sequence, which losses are divided by.
         group: Blocks that no cut separates.
         snapshots: What an earlier run has found, up to the snapshot that lies there.
-        keeps_states: Whether shards can be taken up from every snapshot, or from the start alone.
+        keeps_states: Whether shards can resume from every snapshot, or from the start alone.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class Pivot:
     It stands before training, which trains what is stored, and behind a fit of left factors.
 
     Args:
-        superseding: The stage behind it that spends its units, if there is one (see `Refine`).
+        superseding: The later stage that spends its units, if there is one (see `Refine`).
     """
 
     name: ClassVar[str] = "pivot"
@@ -74,7 +74,7 @@ class Pivot:
         )
 
     def _taken_up(self, crew: Crew, watch: Watch, stage: Stage) -> dict[str, Any]:
-        """Facts of the units that need not be made: one that is spent is where its block is."""
+        """Facts of the units to reuse; a spent one counts if the later stage has its block."""
         units = self._job.run.units
         found = {name: units.manifest(key) for name, key in self._keys.items()}
         spent = [each for each in self._sizes if (m := found[each.name]) and m["spent"]]
@@ -86,7 +86,7 @@ class Pivot:
         return taken_up(units, self._keys, crew, watch, stage.name)
 
     def spend(self, block: int) -> None:
-        """Removes the pivoted factors of a block; only what was measured of them stays."""
+        """Removes the pivoted factors of a block; only their measurements stay."""
         for linear in self._sizes:
             if linear.block == block:
                 self._job.run.units.spend(self._keys[linear.name])

@@ -10,8 +10,8 @@ Rules, in this order:
 - A unit that has failed three times, on whatever nodes, ends the run, and so do fifty failures.
 
 A node that is lost without a word counts for the last rule alone: it says nothing of the unit, nor
-of a node that will be used again. An exception that a call raises is no matter of policy, unless it
-tells of memory or of a GPU (`losses`): it would be raised again anywhere, and ends the run.
+of a node that will be used again. An exception of a call ends the run without a decision here,
+since any worker would raise it again, unless it is one of memory or of a GPU (`losses`).
 """
 
 from collections import Counter

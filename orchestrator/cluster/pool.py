@@ -28,7 +28,7 @@ class Outcome:
     record: Any = None
     """The chunk that it emitted: a value or a reference; nothing when there is none."""
     usage: Usage | None = None
-    """The memory that the call took."""
+    """Peak memory of the call."""
     error: BaseException | None = None
     """What the method raised; it will raise it again on any worker."""
     lost: str | None = None
@@ -117,8 +117,8 @@ class Pool(Protocol):
 class LocalPool:
     """One worker in this process: the same units and bits, without Ray.
 
-    A call that runs out of memory costs the worker what it holds. One whose GPU fails ends the run,
-    which the same command resumes: CUDA is of no more use in this process, and there is no other.
+    A call that runs out of memory costs the worker what it holds. A failure of the GPU ends the
+    run, since CUDA is unusable in this process, the only one; the same command resumes the run.
     """
 
     def __init__(self, worker_class: type, task: Any, nonce: str) -> None:
@@ -191,11 +191,11 @@ class LocalPool:
 
 
 def _gpu_lost(error: BaseException) -> StoppedError:
-    """The end of a run in a process whose GPU has failed."""
+    """Error that ends a run in a process whose GPU has failed."""
     stopped = StoppedError(
         f"the GPU of this process failed, and CUDA with it: {said(error)}; what is committed "
         "stays, the same command resumes; if it fails again, look for Xid in the kernel's log, or "
-        "name another GPU in CUDA_VISIBLE_DEVICES"
+        "select another GPU by CUDA_VISIBLE_DEVICES"
     )
     stopped.__cause__ = error
     return stopped

@@ -152,7 +152,7 @@ class RayActors:
         waited for no longer than patience lasts; they join later. Who grows waits without end.
 
         Raises:
-            InputError: A worker does not see what it must, its GPU included, or runs other versions
+            InputError: A worker does not see the run's files or its GPU, or runs other versions
                 than the rest.
             InfeasibleError: Fewer started in time.
             WorkerError: They die as they start.
@@ -211,7 +211,7 @@ class RayActors:
             if isinstance(raised, OrchestratorError):
                 self._refuse(worker, raised)
             else:
-                # one whose GPU fails as it starts is as good as dead
+                # a GPU that fails at the start counts as the death of its worker
                 self._start_failed(worker, error, is_final=loss_of(raised) is None)
             return None
         except RayError as error:
@@ -230,7 +230,7 @@ class RayActors:
         return probe
 
     def _start_failed(self, worker: int, error: RayError, *, is_final: bool) -> None:
-        """Replaces a worker that was lost as it started, unless it would happen again."""
+        """Replaces a worker that was lost at its start, unless that would happen again."""
         self._failed_starts += not is_node_loss(error)
         if is_final or self._failed_starts >= FAILED_STARTS:
             self._refuse(worker, WorkerError(f"a worker cannot start: {last_line(error)}"))

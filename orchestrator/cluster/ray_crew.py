@@ -36,8 +36,8 @@ def connected(address: str | None, watch: Watch) -> Iterator[None]:
 def devices(threads: int | None) -> tuple[int, float | None]:
     """How many workers the nodes that are there can hold, and the most memory of a GPU of theirs.
 
-    None, where there are no GPUs, or some of a kind that is not known. Of a slice of a GPU (MIG)
-    Ray names the whole card; what a worker finds comes later, and wins (`foresight`).
+    None if there are no GPUs, or some of an unknown type. For a slice of a GPU (MIG) Ray names the
+    whole card; the memory that workers report later takes precedence (`foresight`).
     """
     there = ray_cluster.total_room(ray_cluster.worker_share(threads or 1))
     kinds = ray_cluster.gpu_kinds()
@@ -46,7 +46,7 @@ def devices(threads: int | None) -> tuple[int, float | None]:
 
 
 def has_gpus() -> bool:
-    """Whether the nodes that are there have GPUs; then every worker gets one."""
+    """True if the present nodes have GPUs; every worker then gets one."""
     return bool(ray_cluster.gpu_kinds())
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from orchestrator.cluster.compress_job import Compression
 
 REFINE_VERSION = 3
-"""Raised when a trained tensor changes, or what is stored beside them."""
+"""Raised when the trained tensors change, or the tensors stored beside them."""
 
 
 class Refine(TrainedStage):
@@ -22,8 +22,9 @@ class Refine(TrainedStage):
     Blocks do not wait for each other: each learns to give what its dense block gives on the dense
     model's own inputs. Published methods walk the blocks in order, each behind the compressed ones.
 
-    A block's unit holds all that is stored of its factors, so what `replaces` is spent with it: a
-    run directory holds a block once. Should its unit be damaged later both are made again.
+    A block's unit holds all stored tensors of its linears, so the units that it supersedes are then
+    spent (`replaces`): a run directory holds a block once. If it is damaged later, both are made
+    again.
     """
 
     name: ClassVar[str] = "refine"
@@ -31,7 +32,7 @@ class Refine(TrainedStage):
 
     def __init__(self, job: "Compression", earlier: Sequence[TrainedStage]) -> None:
         self.replaces: Callable[[int], None] = lambda block: None
-        """Told of each block whose unit is committed."""
+        """Called with each block whose unit is committed."""
         self._there: dict[int, dict[str, Any]] | None = None
         # nobody lends a block here: its gradients are one sum
         self._options = replace(job.refine_options, slices=1)
@@ -53,7 +54,7 @@ class Refine(TrainedStage):
         self._facts = passes.forward(self.key, self.keys, crew, watch, stage, done)
 
     def taken_up(self, crew: Crew, watch: Watch) -> dict[int, dict[str, Any]]:
-        """Facts of the blocks that an earlier run has refined; their files are read once."""
+        """Facts of the blocks that an earlier run has refined; their files are verified once."""
         if self._there is None:
             self._there = self._job.block_pass.committed(self.keys, crew, watch, self.name)
         return self._there

@@ -44,7 +44,7 @@ class RefineWorker(TrainedWorker):
         super().close()
 
     def unpack(self, record: Record) -> Chunk:
-        """A chunk that is kept as long as the shard: too many of them to be pinned."""
+        """A chunk in pageable memory: a shard keeps all of them, too many to be pinned."""
         return Chunk.unpack(record)
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:

@@ -55,7 +55,7 @@ class Refit:
 
     @property
     def measured(self) -> Mapping[str, Any]:
-        """By linear what its fit has to say, where it does."""
+        """Reports of the fits that have one, by linear."""
         facts = self._facts.values()
         # units of earlier versions have none
         return {name: said for each in facts for name, said in each.get("numerics", {}).items()}

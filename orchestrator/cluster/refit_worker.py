@@ -85,7 +85,7 @@ class RefitWorker(CompressionWorker):
     def finish(self, block: int) -> dict[str, Any]:
         """Fits the left factors of one block's linears and commits them in one file.
 
-        Returns the unit's facts: seconds, and of linears whose fit has something to say, that.
+        Returns the unit's facts: seconds, and the reports of the fits that have one.
         """
         assert self._calibration is not None
         start = time.monotonic()

@@ -24,13 +24,13 @@ def run_pass(
     patience: Mapping[str, float] = {},
     beside: Chunks | None = None,
 ) -> None:
-    """Performs a pass to its end; of its boundary chunks those stay that it keeps.
+    """Performs a pass to its end; only the boundary chunks that it keeps stay.
 
     A pass that breaks off (see `Pass`) leaves all of them for the one that goes on.
 
     Args:
         chunks: Where the pass keeps its boundary chunks.
-        beside: Where the other pass that it reads has left its own; they go as they are spent.
+        beside: Chunks of the other pass that it reads; dropped as they are spent.
         on_success: Told of each call that ended well, with its small result.
         patience: By method, seconds that a call may take.
 

@@ -99,7 +99,7 @@ class SensitivityWorker(CompressionWorker):
         return score(chunk.tokens, chunk.mask, logits, None).to_json(), None
 
     def next_inputs(self, index: int) -> list[Stored]:
-        # what a trial starts from is kept here, or lies under another index
+        # the input of a trial is kept here, or stored under another index
         return super().next_inputs(index) if self._trials is None else []
 
     def _dense_state(self, block: int, sequence: int, index: int, record: Emitted) -> Chunk:

@@ -45,9 +45,9 @@ class Train(TrainedStage):
     start included.
 
     A snapshot takes 12 bytes a trained value in the run directory (`all`; 8 `lean`), and the last
-    one and the best are there, beside the one that is being written. Where the forecast says that
-    this is too much (`forecast.storage`), only the values of the best are, as they will be written,
-    and after a loss training begins again.
+    one and the best are kept, beside the one that is being written. If the forecast finds this too
+    much (`forecast.storage`), only the values at the best step are kept, as they will be written,
+    and training begins again after a loss.
     """
 
     name: ClassVar[str] = "train"
@@ -132,7 +132,7 @@ class Train(TrainedStage):
         lengths = [(int(row.sum()), int((row[1:] & row[:-1]).sum())) for row in mask]
         snapshots, numbers = self._left(crew, watch, done)
         if not snapshots:
-            # what it speaks of is about to be written over
+            # the units that it describes are about to be overwritten
             job.run.units.drop(self._progress_key)
         pipeline = Pipeline(
             course,
@@ -191,9 +191,9 @@ class Train(TrainedStage):
     def _left(
         self, crew: Crew, watch: Watch, done: Collection[int]
     ) -> tuple[list[Snapshot], dict[int, int]]:
-        """What an earlier run has found, if the snapshots that it needs are there undamaged.
+        """Snapshots of an earlier run and numbers of trained values, if no unit is damaged.
 
-        Where states are not kept, that is all or nothing; blocks that are done need none.
+        Without stored states only a training that has ended counts; committed blocks need no unit.
         """
         units = self._job.run.units
         key = {"snapshots": self._progress_key}
@@ -217,9 +217,9 @@ class Train(TrainedStage):
         return snapshots, numbers
 
     def _note(self, pipeline: Pipeline, numbers: dict[int, int], crew: Crew) -> None:
-        """Commits that a snapshot is complete; those that are neither last nor best are removed.
+        """Commits that a snapshot is complete; removes those that are neither last nor best.
 
-        Where states are not kept it is the end of the training, and the best is all there is.
+        Without stored states this is the end of the training, and only the best values exist.
         """
         units = self._job.run.units
         needed = {pipeline.step, pipeline.best.step} if self._keeps_states else {pipeline.best.step}
@@ -236,7 +236,7 @@ class Train(TrainedStage):
             self._drop([each.step for each in pipeline.snapshots if each.step not in kept])
 
     def _kept_key(self, step: int, block: int) -> str:
-        """The unit of what a step has made of a block."""
+        """Unit of a block's state, or of its best values, at a step."""
         if self._keeps_states:
             return snapshot_key(self.key, step, block)
         return best_key(self.key, block)

@@ -40,7 +40,7 @@ def snapshot_key(key: str, step: int, block: int) -> str:
 
 
 def best_key(key: str, block: int) -> str:
-    """The unit of what the best step so far has made of a block, where states are not kept."""
+    """Unit of a block's values at the best step so far, if states are not stored."""
     return unit_key("best", SNAPSHOT_VERSION, [key], block=block)
 
 
@@ -208,7 +208,7 @@ class TrainWorker(TrainedWorker):
             unit.commit(environment=self.environment(), facts={})
 
     def keep(self, step: int, is_best: bool) -> None:
-        """Commits what the best step so far has made of every block, in the place of the last."""
+        """Commits the values of every block in place of earlier ones, if the step is the best."""
         assert self._training is not None
         assert self._model is not None
         if not is_best:
@@ -221,10 +221,11 @@ class TrainWorker(TrainedWorker):
     def commit(
         self, blocks: tuple[int, int], step: int, facts: dict[str, Any], is_kept: bool
     ) -> None:
-        """Commits what the best step has made of the parameters of blocks that no cut separates.
+        """Commits the parameters at the best step of blocks that no cut separates.
 
         Args:
-            is_kept: Whether `keep` has left it; a state, else, or what was planned.
+            is_kept: Whether `keep` has committed the values; else they are those of a state, or of
+                the plan.
         """
         self.close()
         wanted = sorted(self.task.keys.keys() & set(range(*blocks)))
@@ -241,7 +242,7 @@ class TrainWorker(TrainedWorker):
         return_freed_memory()
 
     def _outcome(self, training: Training, block: int) -> dict[str, Tensor]:
-        """What a block's parameters have become, as they are written: nothing trains them again."""
+        """Trained parameters of a block in the dtypes of the output; no later stage trains them."""
         dtypes = self._as_written.dtype
         stored = self.stored(training.tensors(block))
         return {name: tensor.to(dtypes(name)) for name, tensor in stored.items()}

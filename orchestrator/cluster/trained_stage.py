@@ -63,7 +63,7 @@ class TrainedStage(ABC):
 
     @property
     def has_gradients(self) -> bool:
-        """Whether its blocks are trained by gradients; some stages solve instead."""
+        """True if its blocks are trained by gradients; some stages solve instead."""
         return True
 
     @property

@@ -56,7 +56,7 @@ class TrainedWorker(ScoreWorker):
         return self._planned
 
     def indices(self, shard: Shard) -> dict[str, Tensor]:
-        """Where the outputs of pivoted linears stand, which no training changes, by name."""
+        """Indices of the outputs of pivoted linears, by name; no training changes them."""
         inside = (each.name for each in self.task.linears if each.block in shard.blocks)
         modules = {name: shard.module(name) for name in inside}
         return {
@@ -72,7 +72,7 @@ class TrainedWorker(ScoreWorker):
         self.commit_stored(self.task.keys[block], self.stored(tensors), facts)
 
     def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those that are stored, by their names on disk."""
+        """The tensors to be stored, by their names on disk."""
         disk_names = self.planned.disk_names
         # of tied tensors only one is stored; a copy each, since a file shares no memory
         return {

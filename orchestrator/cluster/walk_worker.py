@@ -250,7 +250,7 @@ class WalkWorker(TrainedWorker):
         return values, {}
 
     def _emit(self, store: Chunks, boundary: int, chunk: Chunk) -> None:
-        """Has a chunk stored while the next is computed; `settle` when the round is done."""
+        """Stores a chunk while the next is computed; `settle` waits for it after the round."""
         departure = Departure()
         self.store(boundary, chunk.index, chunk.pack(departure), departure, store)
 

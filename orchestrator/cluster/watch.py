@@ -49,7 +49,7 @@ class Watch:
         """The stages that have begun and not ended, the innermost last."""
         self._busy: dict[str, tuple[float, float]] = {}
         self.memory: dict[str, Usage] = {}
-        """By stage, the most that a worker has taken."""
+        """Peak memory of a worker, by stage."""
 
     @property
     def busy(self) -> dict[str, float]:
@@ -117,8 +117,7 @@ class Watch:
     def event(self, event: Mapping[str, Any]) -> None:
         """Adds an event to the journal, shows it in the status, and passes it on.
 
-        How busy workers were is kept for the end of the stage, and the memory that they took for
-        the status.
+        Busy times of workers are kept for the end of the stage, and their memory for the status.
 
         Raises:
             KeyboardInterrupt: A signal came, and what it raised was caught by somebody.
@@ -159,7 +158,7 @@ class Watch:
             self._followers.remove(follower)
 
     def _note_memory(self, usage: Usage) -> None:
-        """Keeps the most that a worker takes in a stage; the status has it when it changes next."""
+        """Keeps the peak memory of a stage; the next change of the status shows it."""
         stage = self.within[-1] if self.within else ""
         most = self.memory[stage] = usage.merge(self.memory.get(stage, usage))
         with self._lock:

@@ -31,7 +31,7 @@ from orchestrator.usage import DeviceUsage, Usage
 
 Emitted = Record | None
 Stored = tuple[Chunks, int, int]
-"""A chunk in a file: of which pass, at which boundary, and its index."""
+"""Place of a stored chunk: its pass, boundary and index."""
 PROBE_PREFIX = ".probe-"
 
 
@@ -71,7 +71,7 @@ class Worker:
     def measured(
         self, method: str, arguments: tuple[Any, ...], *records: Emitted
     ) -> tuple[Any, Emitted, Usage]:
-        """One call, as `perform`, and the memory that it took at its worst."""
+        """One call, as `perform`, and its peak memory."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         value, emitted = self.perform(method, arguments, *records)
@@ -94,14 +94,14 @@ class Worker:
         that are likely to be next are on theirs to the system's cache. The last chunk is in its
         file when its call ends.
 
-        A GPU may still be computing when a step's call ends, unless its chunk is handed over: the
-        chunk leaves the GPU, and the next one is read, while it does.
+        A GPU may still compute when the call of a step ends, unless its chunk is handed over:
+        meanwhile the chunk is copied to the host, and the next one is read.
         """
         if method == "step":
             index, emit, hand_over, next_index = arguments
             self._pace.step()
             value, emitted = self.step(index, emit, record)
-            # one that was handed over is likely to be followed by another
+            # after a chunk that was handed over the next one probably is, too
             self._read_next(next_index if record is None else None)
             if next_index is None:
                 self.settle()
@@ -195,12 +195,12 @@ class Worker:
         }
 
     def usage(self) -> Usage:
-        """The memory that the process has used at its worst, and of a GPU the call until now."""
+        """Peak memory of the process on the host, and of the call so far on a GPU."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.device.type != "cuda":
             return Usage(host=host)
         free, total = torch.cuda.mem_get_info(self.device)
-        # what the driver counts beyond the allocator's: CUDA's context and libraries
+        # used by the driver's count, outside of the allocator: CUDA's context and libraries
         context = max(total - free - torch.cuda.memory_reserved(self.device), 0)
         device = DeviceUsage(
             allocated=torch.cuda.max_memory_allocated(self.device),
@@ -222,7 +222,7 @@ class Worker:
         return record
 
     def input_chunk(self, boundary: int, index: int, record: Emitted) -> Chunk:
-        """The chunk at a boundary, for a shard that takes it at once.
+        """The chunk at a boundary, for immediate use by a shard.
 
         Raises:
             MissingChunk: As `input_record`.
@@ -234,18 +234,18 @@ class Worker:
     def take_coming(
         self, chunks: Chunks, boundary: int, index: int, record: Emitted = None
     ) -> Chunk | None:
-        """A stored chunk that was read while the one before was computed; None if it was not."""
+        """A stored chunk that was read during the previous step; None if it was not."""
         coming = self._coming.pop((chunks, boundary, index), None)
         return coming.result() if coming is not None and record is None else None
 
     def next_inputs(self, index: int) -> list[Stored]:
-        """Stored chunks that the step of an index takes by `take_coming`; subclasses say which."""
+        """Stored chunks that the step of an index takes by `take_coming`; none by default."""
         return []
 
     def _read_next(self, index: int | None) -> None:
-        """Starts to read what the next step takes, for a GPU that is busy with this one.
+        """Starts to read the input of the next step while a GPU computes this one.
 
-        On a CPU the reading thread would take the time of the one that computes.
+        On a CPU the reading thread would compete with the one that computes.
         """
         wanted = self.next_inputs(index) if index is not None and self._has_gpu else []
         self._coming = {each: self._disk.submit(self._read_chunk, *each) for each in wanted}
@@ -259,11 +259,11 @@ class Worker:
         return self.device.type == "cuda"
 
     def unpack(self, record: Record) -> Chunk:
-        """A chunk that goes to the device at once."""
+        """A chunk for immediate use on the device."""
         return Chunk.unpack(record, pinned=self._has_gpu)
 
     def emit(self, boundary: int, chunk: Chunk) -> Record:
-        """Has a chunk stored behind the shard and gives it for handing over, which waits for it."""
+        """Starts to store a chunk behind the shard; its record is complete after `Departure`."""
         departure = Departure()
         record = chunk.pack(departure)
         self.store(boundary, chunk.index, record, departure)
@@ -277,13 +277,13 @@ class Worker:
         departure: Departure,
         chunks: Chunks | None = None,
     ) -> None:
-        """Has a chunk written once it has left the device; the one before is in its file then.
+        """Writes a chunk in a thread once it has left the device, after the previous one.
 
         Args:
-            chunks: Those of another pass than the worker's.
+            chunks: Store of another pass, instead of the worker's own.
 
         Raises:
-            OSError: That one could not be written; so do errors of a store.
+            OSError: The previous one could not be written; so do errors of a store.
         """
         self.settle()
         self._departure = departure

@@ -20,8 +20,8 @@ class WorkerActor:
     def become(self, worker_class: type, task: Any, nonce: str) -> dict[str, Any]:
         """Puts a worker of this class in the place of the one before, whose memory is free first.
 
-        Gives what it proves, with its node's id, the file that its stderr goes to, and why it does
-        not see the GPU that it was given.
+        Gives its probe, with its node's id, the file that its stderr goes to, and the error message
+        if it does not see its GPU.
         """
         if self._worker is not None:
             self._worker.let_go()
@@ -31,6 +31,6 @@ class WorkerActor:
         return {**self._worker.probe(nonce), **where, "unseen": gpu.unseen(ray.get_gpu_ids())}
 
     def perform(self, method: str, arguments: tuple[Any, ...], *records: Any) -> tuple[Any, Any]:
-        """A call's small result with the memory that it took, and the chunk that it hands over."""
+        """A call's small result with its peak memory, and the chunk that it hands over."""
         value, emitted, usage = self._worker.measured(method, arguments, *records)
         return (value, usage), emitted

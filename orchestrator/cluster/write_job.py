@@ -146,10 +146,10 @@ class Writing:
         }
 
     def _memory(self, watch: Watch) -> dict[str, Any]:
-        """By stage, the most that a worker took, and of a GPU what was forecast for it."""
+        """Peak memory of a worker by stage, with the forecast of a GPU's."""
         used = dict(watch.memory)
         for facts in self.job.facts.values():
-            # units of an earlier run; those of an earlier version do not say it
+            # units of an earlier run; earlier versions did not record it
             if said := facts["timings"].get("memory"):
                 usage = Usage.from_json(said)
                 used["calibrate"] = usage.merge(used.get("calibrate", usage))

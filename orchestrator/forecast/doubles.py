@@ -1,4 +1,4 @@
-"""What of a run is computed in float64, whose rate differs most between GPUs."""
+"""Time of a run in float64, whose rate differs most between GPUs."""
 
 from collections.abc import Mapping
 
@@ -6,11 +6,11 @@ from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.rates import MEMORY_TRAFFIC, Machine
 
 MOST = 0.5
-"""Share of a run's time from which on products in float64 are said to decide it."""
+"""Least share of a run's time for which products in float64 have a remark."""
 
 
 def float64_seconds(costs: Costs, machine: Machine, workers: int) -> dict[str, dict[str, float]]:
-    """Seconds of a worker at decompositions and pivoting, by kind of work and by row of rates.
+    """Seconds of a worker in decompositions and pivoting, by kind of work and by row of rates.
 
     `eigen`: eigendecompositions, also by memory traffic where their rate is not measured;
     `double`: products.
@@ -27,11 +27,11 @@ def float64_seconds(costs: Costs, machine: Machine, workers: int) -> dict[str, d
 def float64_remark(
     found: Mapping[str, Mapping[str, float]], machine: Machine, seconds: Mapping[str, float]
 ) -> str:
-    """Says that products in float64 take most of a run, and why; empty where they do not.
+    """Remark that products in float64 take most of a run, and why; empty if they do not.
 
     Args:
-        found: What `float64_seconds` gives.
-        seconds: Of calibrate and pivot, together, by row.
+        found: Result of `float64_seconds`.
+        seconds: Sum over calibrate and pivot, by row.
     """
     for rates in machine.rows[:1]:
         share = found["double"][rates.row] / seconds[rates.row]

@@ -145,8 +145,8 @@ class _Forecasting:
     def _calibrate(self) -> Stage:
         """Shards in waves: load, pass all chunks, decompose; a wave's shards start one by one.
 
-        With gradients there are two passes, and the first leaves boundaries alone; it is made again
-        for all segments but the last.
+        With gradients there are two passes. The first only stores chunks at boundaries, and is
+        repeated for all segments but the last.
         """
         blocks = -(-self.shapes.num_blocks // self.shards)
         labels, costs, sequences = self.needs.labels, self.costs, self.sequences

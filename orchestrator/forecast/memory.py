@@ -1,8 +1,8 @@
 """Bytes that a worker holds at its worst, stage by stage, read off what the code keeps alive.
 
 Shape letters: O outputs, I inputs, K = min(O, I), R the rank that is stored, T tokens of a
-sequence. Stages count the process and all its tensors, as on a CPU; `on_gpu` makes of it what lies
-on a device.
+sequence. Stages count the process and all its tensors, as on a CPU; `on_gpu` gives the part on a
+device.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,27 +22,27 @@ from orchestrator.plan import Linear
 GRAM_BYTES = 12
 """Of an entry: a float64 sum and a float32 one."""
 SETTLED_BYTES = 8
-"""Of an entry once all chunks have passed: the float64 sum."""
+"""Bytes of a Gram's entry once all chunks have passed: the float64 sum."""
 REFINED_BYTES = 24
-"""Of a refined parameter: value, gradient, that of a slice, two moments, the best state. AdamW adds
-no temporaries: it is fused on CUDA, and on a CPU takes one parameter at a time."""
+"""Bytes of a refined parameter: value, gradient, gradient of a slice, two moments, best state.
+AdamW adds no temporaries: it is fused on CUDA, and on a CPU takes one parameter at a time."""
 TRAINED_BYTES: Mapping[str, int] = {"all": 16, "lean": 12, "light": 8}
 """Of a parameter of the trained model; `light` holds W0 and W of the left factors."""
 PROCESS_BYTES = 100_000_000
 """What no shard decides: modules imported late, small buffers that were freed and kept. Measured
 0.1 to 0.2 GB of a worker without a GPU, above what it holds before its first call."""
 CONTEXT_BYTES = 1_000_000_000
-"""Of a GPU outside of torch's allocator: the CUDA context, and kernels and handles of cuBLAS and
+"""Bytes of a GPU outside of torch's allocator: CUDA context, kernels and handles of cuBLAS and
 cuSOLVER. Processes without cuSOLVER are reported with 0.4 to 0.5 GB (out of memory errors of torch
 on L40S, RTX 4090, A100); with it 0.6 to 1 GB are expected, not measured."""
 FRAGMENTATION = 0.05
-"""Of a GPU's tensors, what torch's allocator reserves beyond them in expandable segments; expected,
-not measured."""
+"""Fraction of a GPU's tensors that torch's allocator reserves beyond them in expandable segments;
+expected, not measured."""
 HOST_PARTS = ("process", "written")
-"""Parts of a footprint that lie in the host's memory where there is a GPU: what is written is
-copied there first."""
+"""Parts of a footprint in host memory if the worker has a GPU: tensors are copied there before they
+are written."""
 ENTRY_BYTES = 8
-"""Of a stored entry: its value in float32 and its position."""
+"""Bytes of a stored entry: its value in float32 and its position."""
 BAND = 256
 """Rows at a time in which a pivoted product is compared (`linalg.pivot`, which imports torch)."""
 MOMENT_BYTES = 56
@@ -71,16 +71,16 @@ def calibration(
     pivoted: bool,
     gpu: bool = False,
 ) -> Footprint:
-    """Of a shard of so many blocks, while chunks pass or a block is finished.
+    """Footprint of a shard while chunks pass or a block is finished.
 
-    Grams are there from the first chunk on; a linear's is let go as it is decomposed, so the worst
-    moment is found by going through one block, the heaviest.
+    Grams exist from the first chunk on, and each is freed as its linear is decomposed, so the peak
+    is found by going through the heaviest block.
 
     Args:
         tokens: Of a sequence.
         sequences: All together; what fewer tokens than ranks leave open is made up.
         itemsize: Bytes of a value in the passes.
-        gpu: Whether the worker has one; then the worst moment is that of its memory.
+        gpu: Whether the worker has a GPU; the peak is then that of its memory.
     """
     grams, bends = (of(shapes.heaviest, needs) for of in (input_grams, curvatures))
     entries = blocks * sum(n * n for n in [*grams.values(), *bends.values()])
@@ -102,7 +102,7 @@ def calibration(
 
 
 def on_gpu(found: Footprint) -> Footprint:
-    """What of it is on a GPU, with what CUDA and torch's allocator take beside it."""
+    """The part of a footprint on a GPU, with the memory of CUDA and of torch's allocator."""
     tensors = {name: size for name, size in found.parts.items() if name not in HOST_PARTS}
     unused = int(FRAGMENTATION * sum(tensors.values()))
     return Footprint({"context": CONTEXT_BYTES, **tensors, "fragmentation": unused})
@@ -111,13 +111,13 @@ def on_gpu(found: Footprint) -> Footprint:
 def _finishing(
     shapes: Shapes, needs: Needs, entries: int, itemsize: int, *, pivoted: bool, known: int
 ) -> Iterator[dict[str, int]]:
-    """While each linear of the first block is decomposed, the one before it being written.
+    """Footprints while a linear of the first block is decomposed and the previous one written.
 
-    Embeddings and float32 sums are gone by then. A Gram goes once the last linear that needs it has
-    its copy.
+    Embeddings and float32 sums are freed by then. A Gram is freed once the last linear that needs
+    it has its copy.
 
     Args:
-        entries: Of all Grams of the shard.
+        entries: Entries of all Grams of the shard.
         known: The largest rank that a Gram can have.
     """
     linears = shapes.heaviest
@@ -127,7 +127,7 @@ def _finishing(
         source = gram_of(linear, grams)
         side = linear.in_features if source == linear.site else linear.out_features
         whole = needs.stacked(linear)
-        # Grams of a group are read out together and summed, its weights stand in one matrix
+        # Grams of a group are read together and summed, its weights joined to one matrix
         others = whole.out_features // linear.out_features - 1
         summed = 8 * side * side * others + (itemsize * whole.values if others else 0)
         before = {"written": written, "Grams": SETTLED_BYTES * entries}

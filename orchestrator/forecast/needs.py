@@ -39,7 +39,7 @@ class Needs:
     inputs_only: bool = False
     """Whether every Gram is of inputs."""
     is_scaled: bool = False
-    """Whether factors are best in a norm of its own, made of scales of the inputs."""
+    """True if factors are optimal in the method's own norm, given by scales of the inputs."""
     wide_curvature: bool = False
     """Whether curvatures are of the outputs where these are the wider side too."""
 

@@ -41,7 +41,7 @@ class Forecast:
     model: Mapping[str, Any]
     machine: str
     is_gpu: bool
-    """Whether stages tell of a GPU's memory, with `host` beside it, or of the host's."""
+    """True if memory of stages is that of a GPU, with `host` beside it; else the host's."""
     workers: int
     shards: int
     blocks_a_shard: int
@@ -50,14 +50,14 @@ class Forecast:
     waves: int
     stages: tuple[Stage, ...]
     limits: Mapping[str, float | None]
-    """Bytes that a worker has on its device, may take of them, and may take on its host."""
+    """Bytes of a worker's device, and usable bytes of its device and of its host."""
     host: Footprint
     run: Mapping[str, Footprint]
-    """By stage, what lies in the run directory at the worst moment."""
+    """Peak content of the run directory, by stage."""
     segments: int
-    """In which gradients pass back; all but the last take one more forward pass."""
+    """Segments of the backward pass; all but the last take one more forward pass."""
     keeps_states: bool
-    """Whether a training that is stopped goes on from a snapshot, or begins again."""
+    """True if a stopped training resumes from a snapshot; else it begins again."""
     moved_bytes: float
     """Boundary chunks, written and read again."""
     final: Mapping[str, int]
@@ -65,7 +65,7 @@ class Forecast:
     float64: Mapping[str, Mapping[str, float]]
     """Seconds of a worker in float64, see `doubles`."""
     float64_remark: str
-    """That products in float64 take most of the time, and why; empty where they do not."""
+    """Remark if products in float64 take most of the time; empty if they do not."""
     start_seconds: Mapping[str, float]
     price: float | None
     sources: tuple[str, ...]
@@ -91,7 +91,7 @@ class Forecast:
 
     @property
     def run_bytes(self) -> int:
-        """Of the run directory at its largest."""
+        """Largest size of the run directory."""
         return self.run[self.run_peak].total
 
     @property

@@ -15,10 +15,10 @@ MEASURED = "measured"
 MEMORY_TRAFFIC = "memory_traffic"
 """A third row, of eigendecompositions alone."""
 SLACK = 1.45
-"""What an eigendecomposition takes over its traffic and its products, at the one published time of
-cuSOLVER's (`rates.json`)."""
+"""Time of an eigendecomposition over that of its traffic and its products, by the one published
+time of cuSOLVER (`rates.json`)."""
 PRODUCT_SHARE = 0.7
-"""Of the FP64 rate, what the products of an eigendecomposition reach."""
+"""Fraction of the FP64 rate that the products of an eigendecomposition reach."""
 _SPEEDS = ("half", "tf32", "single", "double", "eigen", "read", "write", "network", "start")
 
 
@@ -55,7 +55,7 @@ class Machine:
     """Of the device; unknown of a machine that was measured without one."""
     rows: tuple[Rates, ...]
     is_gpu: bool = False
-    """Whether a worker has a GPU; then its memory is the one that counts."""
+    """True if a worker has a GPU, whose memory is then the limit."""
     modelled_eigen: float | None = None
     """The rate of eigendecompositions by memory traffic; None where it is measured."""
     model_source: str = ""
@@ -96,9 +96,9 @@ def eigen_seconds(size: int, bandwidth: float, products: float, itemsize: int = 
 
         t = 1.45 (b n^3 / 6 / B + 14/3 n^3 / (0.7 F))
 
-    Each of the n steps of the tridiagonalization multiplies a vector with what is left of the
-    matrix, half of which is read for it, from memory: the sum over n is n^3 / 6 entries. Updates,
-    divide and conquer and the way back are products. Both terms grow as n^3, so the rate, 9 n^3 / t
+    Each of the n steps of the tridiagonalization multiplies a vector with the rest of the matrix,
+    half of which is read from memory: the sum over n is n^3 / 6 entries. Updates, divide and
+    conquer and the back-transformation are products. Both terms grow as n^3, so the rate, 9 n^3 / t
     as `Rates.eigen` counts, is the same for every n; matrices that fit into a cache are faster, and
     small ones are bound by the time that kernels take to start. Over 90 % of the time on an H100 is
     the tridiagonalization (arXiv:2410.02170).

@@ -6,21 +6,21 @@ from orchestrator.forecast import memory
 from orchestrator.forecast.memory import Footprint
 
 USABLE = 0.92
-"""Of a host's memory: the rest is the system's, and what an allocator leaves unused. Of a GPU's all
-is usable: what CUDA and its allocator take is in the footprint (`memory.on_gpu`)."""
+"""Usable fraction of a host's memory: the rest is the system's, and lost to fragmentation. All of a
+GPU's is usable: the memory of CUDA and its allocator is in the footprint (`memory.on_gpu`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """That of a GPU, or of a host that has none."""
+    """Memory of a GPU, or of a host that has none."""
 
     bytes: float | None
-    """None where it is not known; then everything fits."""
+    """None if unknown; then everything fits."""
     is_gpu: bool
 
     @property
     def usable(self) -> float:
-        """What a footprint may take."""
+        """Bytes that a footprint may take."""
         return float("inf") if self.bytes is None else self._share * self.bytes
 
     @property
@@ -28,12 +28,12 @@ class Room:
         return 1.0 if self.is_gpu else USABLE
 
     def taken(self, found: Footprint) -> Footprint:
-        """What a stage takes here."""
+        """The part of a footprint in this memory."""
         return memory.on_gpu(found) if self.is_gpu else found
 
     def fits(self, found: Footprint) -> bool:
         return self.taken(found).total <= self.usable
 
     def needed(self, found: Footprint) -> float:
-        """Bytes of memory with which it would fit."""
+        """Bytes of memory with which the footprint would fit."""
         return self.taken(found).total / self._share

@@ -1,8 +1,8 @@
-"""Bytes that lie in the run directory at the worst moment of each stage, and what decides them.
+"""Peak size of the run directory in each stage, and the choices that limit it.
 
-A calibration with gradients passes back in as few segments as leave the run directory no larger
-than `ROOM` times the model, or than it becomes later anyway; a training keeps states that it can be
-taken up from unless that makes it larger than `TRAINING_ROOM` times the model.
+A calibration with gradients goes back in the fewest segments with which the run directory is no
+larger than `ROOM` times the model, or than it becomes later anyway. A training keeps states to
+resume from unless that makes it larger than `TRAINING_ROOM` times the model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,24 +16,24 @@ from orchestrator.models.train_options import TrainOptions
 from orchestrator.shards import cut_segments
 
 ROOM = 2.5
-"""Times the model's bytes that a run directory may take before chunks pass by segments."""
+"""Size of a run directory, in model sizes, above which chunks pass by segments."""
 TRAINING_ROOM = 4.0
-"""Times the model's bytes that it may take before a training keeps its values alone."""
+"""Size, in model sizes, above which a training keeps values without states."""
 SMALL_BYTES = 64e9
-"""A run directory that is no larger is not made smaller at the cost of time."""
+"""Size up to which a run directory is not made smaller at the cost of time."""
 TOKEN_BYTES = 9
-"""Beside a token's state: its id, in 8 bytes, and its place in the mask."""
+"""Bytes of a token beside its state: an id of 8 bytes, and a mask entry."""
 TRAINED_BYTES = 4
-"""Of a trained value: float32."""
+"""Bytes of a trained value: float32."""
 STATE_BYTES: Mapping[str, int] = {"all": 12, "lean": 8, "light": 0}
-"""Of a trained value in a snapshot: itself and its moments. Scales and norms count as none."""
+"""Bytes of a trained value in a snapshot, with its moments. Scales and norms are left out."""
 MOST_SNAPSHOTS = 3
-"""Of the training: the last one, the best, and the one that is being written."""
+"""Snapshots of a training: the last one, the best, and the one that is being written."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Of one recipe and one model, cut into so many shards for so many workers."""
+    """Peak sizes for one recipe and one model, with numbers of workers and shards."""
 
     costs: Costs
     workers: int
@@ -41,12 +41,12 @@ class Storage:
 
     @cached_property
     def stages(self) -> dict[str, Footprint]:
-        """By stage, in the order of the run, what lies there at its worst moment."""
+        """Peak content of the run directory by stage, in the order of the run."""
         return {"calibrate": self._calibrating(self.segments), **self._later}
 
     @cached_property
     def segments(self) -> tuple[range, ...]:
-        """Of the shards, for gradients to pass back: as few as need no more room than there is."""
+        """Segments of shards for the backward pass: the fewest that fit into the room."""
         waves = -(-self.shards // self.workers) if self.costs.labels else 1
         cuts = [cut_segments(self.shards, self.workers, count) for count in range(1, waves + 1)]
         totals = [self._calibrating(cut).total for cut in cuts]
@@ -56,7 +56,7 @@ class Storage:
 
     @cached_property
     def _later(self) -> dict[str, Footprint]:
-        """The stages behind calibration."""
+        """Peak content in the stages after calibration."""
         recipe, found = self.costs.recipe, dict[str, Footprint]()
         parts = {"decompositions": self._decompositions}
 
@@ -80,7 +80,7 @@ class Storage:
             stage("walk", chunks=streams)
         if recipe.refine in ("blocks", "swept"):
             if "walked blocks" not in parts:
-                # spent block by block as the refined ones come
+                # spent block by block as refined ones are committed
                 parts.pop("pivoted factors", None)
             parts["refined blocks"] = trained
             stage("refine", chunks=self._in_flight)
@@ -96,13 +96,16 @@ class Storage:
 
     @cached_property
     def keeps_states(self) -> bool:
-        """Whether a training can be taken up from its snapshots, or begins again after a loss."""
+        """True if a training resumes from snapshots; else it begins again after a loss."""
         return self.costs.recipe.train == "none" or "snapshots" in self._later["train"].parts
 
     def _snapshots(self, beside: float) -> dict[str, float]:
-        """What training keeps beside what lies there: states, or values of the best if too large.
+        """Content that training adds: states, or the best values if states are too large.
 
-        The blocks that become of them are written while the last and the best are there.
+        Trained blocks are written while the last and the best snapshot exist.
+
+        Args:
+            beside: Bytes of the other content.
         """
         written = self.costs.out_itemsize * self._kept
         state = STATE_BYTES[self.costs.recipe.train] * self._kept
@@ -114,14 +117,14 @@ class Storage:
 
     @property
     def _snapshots_made(self) -> int:
-        """Snapshots in the course of a training; its start is none."""
+        """Number of snapshots in a training; the start is not one."""
         options = self._training
         steps = options.epochs * min(options.batches, self.costs.sequences)
         return -(-steps // options.every)
 
     @property
     def _targets(self) -> float:
-        """The dense model's top-k, value and id of each, and the rest in one."""
+        """Bytes of the targets: values and ids of the dense model's top-k, and one for the rest."""
         recipe, options = self.costs.recipe, self._training
         if options.targets != "stored":
             return 0.0
@@ -138,7 +141,7 @@ class Storage:
         return self.costs.shapes.total_values * self.costs.shapes.itemsize
 
     def _calibrating(self, segments: Sequence[range]) -> Footprint:
-        """At the end of a shard, when its decompositions are there and its chunks still are too."""
+        """Content at the end of a shard, with its decompositions and still with its chunks."""
         if not self.costs.labels:
             return _footprint({"decompositions": self._decompositions, "chunks": self._in_flight})
         moments = [
@@ -149,9 +152,9 @@ class Storage:
         return max(moments, key=lambda each: each.total)
 
     def _back_through(self, shard: int, kept: int) -> Footprint:
-        """When gradients have passed a shard, and chunks lie at so many boundaries.
+        """Content when gradients have passed a shard, with chunks at `kept` boundaries.
 
-        Gradients lie behind each shard that is held, and before the last of them.
+        Gradients are stored behind each open shard, and before the last of them.
         """
         done = self.shards - shard
         flowing = min(self.workers + (done > 1), shard + (done > 1))
@@ -165,23 +168,23 @@ class Storage:
 
     @property
     def _boundary(self) -> float:
-        """Chunks of all sequences at one boundary: a state, an id and a mask a token."""
+        """Bytes at one boundary of all sequences: a state, an id and a mask entry a token."""
         tokens = self.costs.recipe.sequence_length
         return self.costs.sequences * (self.costs.state + TOKEN_BYTES * tokens)
 
     @property
     def _in_flight(self) -> float:
-        """Chunks of a pass that keeps none: in front of each shard that is held, and behind all."""
+        """Bytes of a pass that keeps no chunks: those before each open shard, and behind all."""
         return min(self.shards - 1, self.workers + 1) * self._boundary
 
     @property
     def _kept(self) -> float:
-        """Values of all cut linears."""
+        """Number of values that are kept of all linears."""
         return self.costs.recipe.share * sum(each.values for each in self.costs.shapes.linears)
 
     @cached_property
     def _decompositions(self) -> float:
-        """Factors up to the largest rank that any plan can ask for, or all entries."""
+        """Bytes of factors up to the largest rank of any plan, or of all entries."""
         costs, linears = self.costs, self.costs.shapes.linears
         about = costs.needs, costs.is_pivoted, costs.out_itemsize
         return float(sum(memory.stored_bytes(each, *about) for each in linears))

@@ -39,7 +39,7 @@ def lines(found: Forecast) -> list[str]:
 
 
 def _memory(found: Forecast) -> dict[str, str]:
-    """What a worker takes at its worst: of its GPU and of the host beside it, or of the host."""
+    """Rows of a worker's peak memory: of its GPU and of the host, or of the host alone."""
     peak, usable = found.peak, found.limits["usable"]
     of = f" of {size(usable)} usable" if usable is not None else ""
     held = f"{size(peak.device.total)}{of}, in {peak.name}: {_parts(peak.device.parts)}"
@@ -50,7 +50,7 @@ def _memory(found: Forecast) -> dict[str, str]:
 
 
 def _float64(found: Forecast) -> dict[str, str]:
-    """How long eigendecompositions and products in float64 take, by whose rates."""
+    """Rows of the time of eigendecompositions and of products in float64, by rates."""
     said = {
         kind: ", ".join(f"{duration(seconds)} by {row}" for row, seconds in rows.items())
         for kind, rows in found.float64.items()
@@ -63,13 +63,13 @@ def _float64(found: Forecast) -> dict[str, str]:
 
 
 def _resuming(found: Forecast) -> str:
-    """What a run that is taken up does again."""
-    again = ["what was under way"]
+    """Work that a resumed run repeats."""
+    repeated = ["the units in progress"]
     if found.segments > 1:
-        again.append(f"forward passes through up to a segment of {found.segments}")
+        repeated.append(f"the forward pass of at most one of {found.segments} segments")
     if not found.keeps_states:
-        again.append("all steps of a training that has not ended")
-    return "does again " + ", ".join(again)
+        repeated.append("all steps of a training that has not ended")
+    return "repeats " + ", ".join(repeated)
 
 
 def _parts(parts: Mapping[str, int]) -> str:

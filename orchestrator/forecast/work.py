@@ -108,7 +108,7 @@ def is_turned(linear: Linear, needs: Needs) -> bool:
 
 
 def eigen_side(linear: Linear) -> int:
-    """Rows of the largest matrix of which a method takes an eigendecomposition for a linear.
+    """Rows of the largest matrix that a method eigendecomposes for a linear.
 
     All methods work in the space of the weight's rows or of its columns, whichever is smaller.
     """

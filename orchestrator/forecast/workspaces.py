@@ -1,19 +1,19 @@
-"""Bytes of a decomposition at its worst moment, read off `linalg`, line by line.
+"""Peak bytes of a decomposition, derived from `linalg` line by line.
 
 Shape letters as in `memory`. A decomposition works in float64 (8 bytes) and returns factors in
-float32. A test counts the tensors that are alive together and holds them against these.
+float32. A test compares them with the tensors that are alive together.
 """
 
 from orchestrator.forecast.needs import Needs, curvature_channels
 from orchestrator.plan import Linear
 
 EIGENVECTOR_COPIES = 4
-"""[K, K] matrices that an eigendecomposition has beside its argument: vectors, and LAPACK's or
+"""[K, K] matrices of an eigendecomposition beside its argument: vectors, and LAPACK's or
 cuSOLVER's workspace by divide and conquer, 1 + 6 K + 2 K^2 numbers, with the copy it works on."""
 
 
 def reading(linear: Linear, needs: Needs, side: int) -> int:
-    """While a linear's statistics are read out of their Grams, a copy of one triangle at a time."""
+    """Bytes while a linear's statistics are read from their Grams, one triangle at a time."""
     gram = 8 * side * side
     bends = 8 * curvature_channels(linear, needs) ** 2 if needs.labels else 0
     return max(2 * gram, gram + 2 * bends)
@@ -22,7 +22,7 @@ def reading(linear: Linear, needs: Needs, side: int) -> int:
 def decomposing(
     linear: Linear, needs: Needs, side: int, rank: int, known: int | None = None
 ) -> int:
-    """While one linear is decomposed to a rank, with the copies of its statistics.
+    """Peak bytes while a linear is decomposed to a rank, with the copies of its statistics.
 
     Args:
         side: Channels of its Gram.
@@ -33,7 +33,7 @@ def decomposing(
     whole, square = 8 * outputs * inputs, 8 * narrow * narrow
     statistic = 8 * side * side
     if needs.kind == "sparse":
-        # scores, positions, what is stored of both, and in float32 what is lost and its image
+        # scores, positions, the stored part of both, and in float32 the residual and its image
         return statistic + statistic // 2 + 4 * whole + whole // 2
     if needs.kind == "rpca":
         # weight, L, S, the multiplier and two iterates, and a Gram's eigenvectors
@@ -45,7 +45,7 @@ def decomposing(
     if needs.kind == "low_rank":
         statistic += square if needs.is_scaled else 0
         return statistic + _one_sided(linear, rank, side, free)
-    # both sides: the curvature is there too
+    # both sides: with the curvature
     channels = curvature_channels(linear, needs)
     statistic += 8 * channels * channels
     working = statistic + _two_sided(linear, rank, side, free)
@@ -56,7 +56,7 @@ def decomposing(
 
 
 def _column_space(linear: Linear, side: int) -> tuple[int, int, int]:
-    """What stays of a weight's basis, of its core, and the most until the moment is formed."""
+    """Bytes that stay of a weight's basis and core, and the peak until the moment is formed."""
     outputs, inputs = linear.out_features, linear.in_features
     narrow = min(outputs, inputs)
     whole, square = 8 * outputs * inputs, 8 * narrow * narrow
@@ -68,7 +68,7 @@ def _column_space(linear: Linear, side: int) -> tuple[int, int, int]:
 
 
 def _completing(linear: Linear, free: int) -> int:
-    """Directions that the Gram does not know go by the weight, whose part in them is decomposed."""
+    """Bytes for the directions that the Gram leaves free, in which the weight is decomposed."""
     narrow, inputs = min(linear.out_features, linear.in_features), linear.in_features
     square = 8 * free * free
     turned = 8 * narrow * narrow + 8 * narrow * free
@@ -76,7 +76,7 @@ def _completing(linear: Linear, free: int) -> int:
 
 
 def _one_sided(linear: Linear, rank: int, side: int, free: int) -> int:
-    """The most that `linalg.low_rank` has beside the statistic, line by line."""
+    """Peak bytes of `linalg.low_rank` beside the statistic, line by line."""
     outputs, inputs = linear.out_features, linear.in_features
     narrow = min(outputs, inputs)
     square = 8 * narrow * narrow
@@ -96,7 +96,7 @@ def _one_sided(linear: Linear, rank: int, side: int, free: int) -> int:
 
 
 def _two_sided(linear: Linear, rank: int, side: int, free: int) -> int:
-    """The most that `linalg.two_sided` has beside the statistics, line by line."""
+    """Peak bytes of `linalg.two_sided` beside the statistics, line by line."""
     outputs, inputs = linear.out_features, linear.in_features
     narrow = min(outputs, inputs)
     square = 8 * narrow * narrow

@@ -47,8 +47,8 @@ class Eigensolver:
         |V diag(w) V^T P - A P|_F <= c n eps |w|_max |P|_F,   |V V^T P - P|_F <= c n eps |P|_F
 
     and of eigenvalues alone | |w|^2 - |A|_F^2 | <= c n eps |A|_F^2. It takes 40 n^2 FLOPs beside
-    9 n^3; on one CPU thread 8 % of the time for n = 576 and 3 % for n = 1536. Too little memory is
-    no failure of a solver: it is raised as it comes, and so is what else a device raises.
+    9 n^3; on one CPU thread 8 % of the time for n = 576 and 3 % for n = 1536. Out of
+    memory and other errors of a device are no failures of a solver, and are raised unchanged.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Eigensolver:
         solve: Callable[[Tensor], _Found],
         holds: Callable[[_Found], bool],
     ) -> _Found:
-        """What the first solver gives whose result holds."""
+        """Result of the first solver that passes the check."""
         failures = []
         for device, dtype in tries:
             name = f"{device.type} {str(dtype).removeprefix('torch.')}"
@@ -129,7 +129,7 @@ class Eigensolver:
 
 
 def attempts(size: int, device: torch.device, dtype: torch.dtype) -> list[Attempt]:
-    """The solvers to be asked, in turn, for a matrix of so many rows.
+    """Solvers to try, in order, for a matrix with this number of rows.
 
     Raises:
         InputError: It is too large for all of them.
@@ -146,7 +146,7 @@ def attempts(size: int, device: torch.device, dtype: torch.dtype) -> list[Attemp
 
 
 def _is_of_solver(error: RuntimeError) -> bool:
-    """Whether a solver failed, and not the memory or the device that it needs.
+    """True if a solver failed, and not the memory or the device that it uses.
 
     PyTorch raises LinAlgError where an algorithm did not converge or cuSOLVER calls an argument
     wrong, and names the routine in what else cuSOLVER returns.
@@ -157,7 +157,7 @@ def _is_of_solver(error: RuntimeError) -> bool:
 
 
 def _triangle(matrix_NN: Tensor, upper: bool) -> Tensor:
-    """The triangle that is read, zeros beside it.
+    """The triangle that is read, with zeros in the other one.
 
     Raises:
         InputError: It holds NaN or infinity.
@@ -168,7 +168,7 @@ def _triangle(matrix_NN: Tensor, upper: bool) -> Tensor:
 
 
 def _probe(matrix_NN: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
-    """Random P [N, P] and A P, before there is anything else to be in memory."""
+    """Random P [N, P] and A P, computed first, while memory is free."""
     half_NN = _triangle(matrix_NN, upper)
     generator = torch.Generator().manual_seed(0)
     random_NP = torch.randn(len(matrix_NN), PROBES, generator=generator, dtype=torch.float64)
@@ -180,18 +180,18 @@ def _probe(matrix_NN: Tensor, upper: bool) -> tuple[Tensor, Tensor]:
 
 
 def _rebuilds(values_N: Tensor, vectors_NN: Tensor, probe_NP: Tensor, image_NP: Tensor) -> bool:
-    """Whether vectors are orthonormal and, with the values, those of the matrix; false for NaN."""
+    """True if the vectors are orthonormal and give the matrix again; false for NaN."""
     turned_NP = vectors_NN.T @ probe_NP
     both_N2P = vectors_NN @ torch.cat([turned_NP, values_N[:, None] * turned_NP], dim=1)
     turn_NP, rebuilt_NP = both_N2P.tensor_split(2, dim=1)
     size, largest = probe_NP.norm(), values_N.abs().max()
     gaps = torch.stack([(turn_NP - probe_NP).norm(), (rebuilt_NP - image_NP).norm()])
     scales = torch.stack([size, size * largest])
-    # what is rounded next to zero is off by no part of itself
+    # subnormal results have no relative precision
     least = len(vectors_NN) * torch.finfo(vectors_NN.dtype).tiny
     return bool((gaps <= _bound(vectors_NN) * scales + least).all())
 
 
 def _bound(matrix_NN: Tensor) -> float:
-    """The relative error that passes."""
+    """Largest relative error that passes the check."""
     return ALLOWED * len(matrix_NN) * torch.finfo(matrix_NN.dtype).eps

@@ -60,7 +60,7 @@ def correlations(matrix_NN: Tensor) -> Tensor:
 
     Row i holds the (N - 1) // 2 channels that follow i, counted in a circle, so all rows are of one
     length and whole bands of them are copied at a time. Where N is even the pairs (i, i + N / 2)
-    come last. A quarter of the bytes of float32, and with M's diagonal all there is to know.
+    come last. With M's diagonal this determines M, in a quarter of the bytes of float32.
     [N (N - 1) / 2].
     """
     size = len(matrix_NN)
@@ -111,7 +111,7 @@ def _bands(size: int) -> Iterator[slice]:
 
 
 def _following(wide_BC: Tensor, band: slice, reach: int) -> Tensor:
-    """Of each row of a band, with its first columns once more at its end, what follows the
-    diagonal; a view."""
+    """View of the entries after the diagonal in each row of a band, which has its first columns
+    again at the end."""
     stride = wide_BC.stride(0)
     return wide_BC.as_strided((len(wide_BC), reach), (stride + 1, 1), band.start + 1)

@@ -111,7 +111,7 @@ class LowRank:
     - `known_rank`: directions whose energy stands out of the statistic's rounding noise.
     - `orthonormality`: the largest entry of |U^T U - 1|.
     - `deviation`: |measured loss - predicted loss| at rank R, over the total energy.
-    - `eigen`: where eigenvectors come from if the device's solver gave none (`Eigensolver`).
+    - `eigen`: the solvers that stood in for the device's, if it failed (`Eigensolver`).
     """
 
 

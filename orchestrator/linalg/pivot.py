@@ -102,7 +102,7 @@ def _on(tensor: Tensor, places: Sequence[int] | Tensor) -> Tensor:
 
 
 def _choose(basis_OR: Tensor) -> tuple[list[int], int]:
-    """All rows, the pivots first, and how many were exchanged for it.
+    """All rows, the pivots first, and the number of exchanges.
 
     The host reads one number and its place for each exchange.
     """
@@ -140,7 +140,7 @@ def _solve(pivots_RR: Tensor, others_SR: Tensor) -> Tensor:
 def _error(
     weight_OR: Tensor, down_RI: Tensor, weight_SR: Tensor, rows_RI: Tensor, pivots: Sequence[int]
 ) -> float:
-    """By bands of rows, so that the product is never whole in memory; read once."""
+    """Relative error of the product, by bands of rows to save memory; one read of the device."""
     full_RI, kept_RI = down_RI.double(), rows_RI.double()
     is_pivot_O = torch.zeros(len(weight_OR), dtype=torch.bool)
     is_pivot_O[torch.tensor(pivots)] = True

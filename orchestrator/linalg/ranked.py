@@ -21,7 +21,7 @@ SKETCH = 128
 sqrt(2 / SKETCH) = 12 % of an error of rank one, and by 1 / sqrt(r) of that where it spreads evenly
 over r directions."""
 RIDGES = (0.0, *(10.0**power for power in range(-7, 1)))
-"""Parts of its own diagonal that are added to a Gram, in turn, until it has a Cholesky factor."""
+"""Fractions of its diagonal to add to a Gram, in order, until it has a Cholesky factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +55,10 @@ class RankedParts:
     sketch_IS: Tensor
     """Random combinations of the inputs, float32; see `sketched_energy`."""
     ridge_I: Tensor
-    """What the sketch has of each input beside H, float32."""
+    """Ridge of each input that the sketch contains beside H, float32."""
     report: dict[str, float | int | str]
-    """Of the robust PCA, and `ridge`, the part of its diagonal that was added to H for the sketch.
-    """
+    """Report of the robust PCA, and `ridge`, the fraction of its diagonal that was added to H for
+    the sketch."""
 
 
 def rank_parts(
@@ -117,7 +117,7 @@ def _energies(rows_RI: Tensor, matrix_II: Tensor) -> Tensor:
 
 
 def sketched_energy(change_OI: Tensor, sketch_IS: Tensor, ridge_I: Tensor) -> float:
-    """`trace(D H D^T)` of any D = `change_OI`, estimated without bias once H is gone.
+    """`trace(D H D^T)` of any D = `change_OI`, estimated without bias and without H.
 
         |D sketch|^2 - sum_ij D_ij^2 ridge_j
 
@@ -129,7 +129,7 @@ def sketched_energy(change_OI: Tensor, sketch_IS: Tensor, ridge_I: Tensor) -> fl
 
 
 def _sketch(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The sketch, the ridge that it has of each input, and that ridge over H's diagonal, e.
+    """The sketch, the ridge of each input that it contains, and that ridge over H's diagonal, e.
 
     With diag(d) = diag(H)^(1/2) and the Cholesky factor d^-1 H d^-1 + e = L L^T, the sketch is
     `d L` times fixed random signs over sqrt(SKETCH): its outer product has the mean

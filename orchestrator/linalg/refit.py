@@ -32,7 +32,7 @@ def refit(
     Float64 throughout; the result has the dtype of `left_OR`. All on one device. O(O I^2 + R^3).
 
     Args:
-        eigen: Notes where the eigenvectors come from.
+        eigen: Solver of the eigendecompositions; notes the ones that stand in.
 
     Raises:
         InputError: H holds NaN or infinity.

@@ -80,7 +80,7 @@ class RobustPCA:
     - `residual`: |W - L - S|_F / |W|_F.
     - `converged`: whether that is within the tolerance.
     - `rank`, `nonzeros`, `density`: of L, of S, and of S over its number of entries.
-    - `eigen`: where eigenvectors come from if the device's solver gave none (`Eigensolver`).
+    - `eigen`: the solvers that stood in for the device's, if it failed (`Eigensolver`).
     """
 
 

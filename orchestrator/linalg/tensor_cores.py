@@ -28,7 +28,7 @@ def tensor_cores(*dtypes: torch.dtype) -> Iterator[None]:
     Not for two threads at a time: the setting is the process's.
 
     Nothing but products belongs inside. While TF32 is on by this setting, PyTorch raises
-    RuntimeError for whoever reads the older ones, `torch.backends.cuda.matmul.allow_tf32` or
+    RuntimeError when the older settings are read, `torch.backends.cuda.matmul.allow_tf32` or
     `torch.get_float32_matmul_precision()`, as compilers and other libraries do.
     """
     products = torch.backends.cuda.matmul

@@ -118,7 +118,7 @@ def decompose_two_sided(
 
 
 def _symmetric(upper_KK: Tensor) -> Tensor:
-    """A symmetric matrix of its upper triangle; what stands below that is not read."""
+    """The symmetric matrix with this upper triangle; the lower one is not read."""
     check_finite("Gram", upper_KK.triu())
     return upper_KK.triu() + upper_KK.triu(1).T
 

@@ -122,7 +122,7 @@ def sparse_low_rank(
 
 
 def _worst(reports: Sequence[Mapping[str, float | int | str]]) -> dict[str, float | int | str]:
-    """The largest deviation, and any solver that had to stand in."""
+    """The largest deviation, and any solver that stood in."""
     worst: dict[str, float | int | str] = {}
     for each in reports:
         worst |= {"eigen": each["eigen"]} if "eigen" in each else {}

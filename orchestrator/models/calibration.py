@@ -154,7 +154,7 @@ class Calibration:
     def settle(self) -> None:
         """Ends the gathering: chunks that still pass add nothing, and Grams take 8 n^2 bytes.
 
-        The hooks go too, which hold the Grams that they add to: `forget` frees nothing before.
+        Hooks are removed, since they refer to the Grams: until then `forget` frees nothing.
         """
         self._streams.close()
         for hook in self._hooks:

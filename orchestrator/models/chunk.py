@@ -80,8 +80,8 @@ class Chunk:
         bfloat16 travels as int16 with the same bits; `structure` is JSON in bytes.
 
         Args:
-            departure: What the tensors of a GPU leave with: nobody may read the arrays before it
-                has been waited for. Without one they are all there.
+            departure: Copies the tensors of a GPU to the host; the arrays may be read after its
+                `wait`. Without one they are complete on return.
         """
         leaving = departure or Departure()
         arrays: dict[str, np.ndarray] = {}
@@ -104,7 +104,7 @@ class Chunk:
     def unpack(cls, arrays: Mapping[str, np.ndarray], *, pinned: bool = False) -> "Chunk":
         """The chunk that `pack` packed, bit for bit, in memory of its own.
 
-        Pinned is for one that goes to a GPU at once: it takes the host what no other can use.
+        `pinned` is for a chunk that goes to a GPU at once: the host cannot swap such memory out.
 
         The arrays may be read-only views of shared memory. They are copied: a block may write to
         its input in place, which on such memory would end the process.

@@ -210,7 +210,7 @@ def squared_error(found: Chunk, target: Chunk) -> tuple[int, Tensor]:
 
 
 def read_errors(errors: Mapping[int, tuple[int, Tensor]]) -> dict[int, tuple[int, float]]:
-    """Results of `squared_error` as numbers: one read for all of them."""
+    """Results of `squared_error` as Python numbers, by one read of the device for all."""
     if not errors:
         return {}
     sums = torch.stack([total for _, total in errors.values()]).tolist()

@@ -115,7 +115,7 @@ def distill(
     Computed on the logits' device, which is read once, at the end.
 
     Args:
-        tokens_BT, mask_BT: On the host, or the device is read for them first.
+        tokens_BT, mask_BT: On the host; otherwise the device is read first.
         targets: Top-k of the other model at the same temperature, or all its logits [B, T, V].
     """
     device = logits_BTV.device
@@ -183,6 +183,6 @@ def _divergence(
     divergence = temperature**2 * total_T.sum()
     if not has_gradient:
         return divergence, None
-    # how the model divides the rest, times its mass in the targets
+    # the model's distribution over the rest, times the mass of the rest in the targets
     grad_TV = q_TV if rest_TV is None else q_TV - r_T[:, None] * rest_TV.softmax(dim=-1)
     return divergence, temperature * grad_TV.scatter_add(1, index_TK, -p_TK)

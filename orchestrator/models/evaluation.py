@@ -110,7 +110,7 @@ def draw_label_gradient(logits_BTV: Tensor, mask_BT: Tensor, generator: torch.Ge
     token counts, the last of a sequence too: a drawn label needs no token that follows.
 
     Args:
-        mask_BT: On the host, or the device is read for it first; it is read for nothing else.
+        mask_BT: On the host; otherwise the device is read once, for the mask.
         generator: Of the logits' device.
     """
     grad_BTV = torch.zeros_like(logits_BTV)

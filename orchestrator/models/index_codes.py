@@ -85,14 +85,14 @@ def materialize(
 
 
 def _spread(values_N: Tensor, mask_E: Tensor) -> Tensor:
-    """Zeros [E] with the values where the mask is."""
+    """Zeros [E] with the values where the mask is true."""
     return values_N.new_zeros(mask_E.shape).masked_scatter(mask_E, values_N)
 
 
 class _Spread(torch.autograd.Function):
-    """`_spread` with a way back that knows how many values there are.
+    """`_spread` with a backward pass that knows the number of values.
 
-    That of `masked_scatter` reads their number from the device, once a linear and pass.
+    The backward pass of `masked_scatter` reads it from the device, once a linear and pass.
     """
 
     @staticmethod

@@ -19,8 +19,8 @@ from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.weights import parse_dtype
 
 SIZES = {"cpu": (1024, 768), "cuda": (8192, 8192)}
-"""Of products, and of eigendecompositions, whose rate grows with the size: on a GPU that of the
-largest in a model of 70B."""
+"""Sizes of products and of eigendecompositions; rates of the latter grow with the size, so on a GPU
+it is the largest one in a 70B model."""
 FILE_BYTES = 2**28
 IMPORTS = "import torch, transformers, orchestrator.models.skeleton"
 """What a worker's process does before it is of use."""

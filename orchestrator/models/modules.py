@@ -105,10 +105,10 @@ class LowRankLinear(nn.Module):
 
 
 class _InOrder(torch.autograd.Function):
-    """Columns in the order of a permutation; the way back is the inverse order.
+    """Columns in the order of a permutation; the backward pass applies the inverse permutation.
 
-    Both ways gather. The way back of `index_select` adds into zeros, on a GPU without an order of
-    the sums or, under strict algorithms, sorted; and a CPU takes 3 to 8 times as long to select
+    Both passes gather. The backward pass of `index_select` adds into zeros, on a GPU in no fixed
+    order or, under strict algorithms, after a sort; and a CPU takes 3 to 8 times as long to select
     columns as to gather them.
     """
 

@@ -292,7 +292,7 @@ class Refinement:
         return gap_BTC.square().sum() / gap_BTC.shape[-1]
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        """On the shard's device, and there in its dtype."""
+        """The tensor on the shard's device, cast there to the shard's dtype."""
         brought = bring(tensor, self._shard.device)
         return brought.to(self._dtype) if tensor.is_floating_point() else brought
 

@@ -129,10 +129,10 @@ class Shard:
 
     @strict()
     def trace(self, chunk: Chunk) -> Chunk:
-        """As `forward`, with the way back to the parameters that require gradients recorded.
+        """As `forward`, recorded by autograd for the parameters that require gradients.
 
         For a loss on the state after the last block: one pass forward and one back. Nothing goes
-        back into the chunk given. The way back is the caller's, inside `strict`.
+        back into the chunk given. The backward pass is the caller's, inside `strict`.
         """
         with torch.enable_grad():
             return chunk.with_payload(self._payload(chunk, self._copy(chunk.payload)))
@@ -182,7 +182,7 @@ class Shard:
     def put_down_ends(self) -> None:
         """Frees what lies outside of its blocks (embeddings, head); the next pass loads it again.
 
-        For the time in which the weights of the blocks alone are needed.
+        For the time in which only the weights of the blocks are needed.
         """
         outer = [(name, old) for name, old in self._replaced if not self._is_inside(name)]
         for name, stand_in in reversed(outer):
@@ -205,7 +205,7 @@ class Shard:
 
     @property
     def device(self) -> torch.device:
-        """Where the shard's weights lie and chunks are computed."""
+        """Device of the shard's weights and computations."""
         return self._frame.device
 
     @property

@@ -287,8 +287,8 @@ class Skeleton:
     def load(self, name: str) -> Tensor:
         """The stored tensor of this module name, on the device, checked and cast there.
 
-        A cast takes the device's memory for both. That is so where the dtype is narrower than the
-        stored one too: a cast on the host takes longer than copying twice the bytes.
+        During a cast the device holds both tensors, also if the dtype is narrower than the stored
+        one: a cast on the host takes longer than copying twice the bytes.
         """
         disk_name = self.names.disk[name]
         tensor = self.weights.read(disk_name, self.device)

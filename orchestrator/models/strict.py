@@ -31,8 +31,8 @@ def strict() -> Iterator[None]:
     """Has PyTorch use deterministic algorithms; what was set before is restored on the way out.
 
     Both the forward pass that records and the backward pass belong inside: cuDNN's attention has no
-    deterministic way back and is passed over only in the forward pass. Nested contexts are one. On
-    a CPU with one thread no bit depends on it. Memory is not filled before it is written.
+    deterministic backward pass and is avoided only in the forward pass. Contexts may be nested. On
+    a CPU with one thread no bit depends on it. Uninitialized memory is not filled.
 
     Cost on CUDA: one more accumulation buffer or pass in attention's backward, a sort of the
     indices in each `index_put`, `scatter` and `index_add`.
@@ -69,7 +69,7 @@ def cuda_environment(own: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def cuda_environment_here() -> Iterator[None]:
-    """Puts `cuda_environment` into this process's environment, and takes out again what it put."""
+    """Sets `cuda_environment` in this process, and removes the variables that it has set."""
     added = {n: v for n, v in cuda_environment(os.environ).items() if n not in os.environ}
     os.environ.update(added)
     try:

@@ -181,7 +181,7 @@ def _squared_norms(tensors: list[Tensor]) -> list[float]:
     """The sum of squares of each, in float64; one read of the device for all.
 
     In float32 a CPU is 0.4 % off at 3e7 normal values: its few running sums grow so large that
-    what is still to come is rounded away. On CUDA this is one kernel for all tensors, which widens
+    later terms are rounded away. On CUDA this is one kernel for all tensors, which widens
     values as it reads them and adds in an order that follows from the sizes; on a CPU one tensor at
     a time is copied to float64.
     """
@@ -271,7 +271,7 @@ def _trained(shard: Shard, name: str, parameter: nn.Parameter, mode: str) -> _Wh
         return _Scaled(
             parameter,
             module.out_features,
-            # with its size given, and lengths that are sound as they are, nothing is read back
+            # with the size given, and lengths known to be valid, nothing is read from the device
             lambda scale_O: scale_O.repeat_interleave(counts_O, output_size=parameter.numel()),
             lambda values_N: torch.segment_reduce(values_N, "sum", lengths=counts_O, unsafe=True),
         )

@@ -51,10 +51,10 @@ def _event() -> torch.cuda.Event:
 
 
 def bring(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor.to(device)`, during which a GPU goes on with what it was given before.
+    """`tensor.to(device)`, concurrent with the work that a GPU has queued.
 
-    What is given to it from here on waits for the copy. The tensor may be dropped or changed at
-    once if it is not pinned; if it is, it must not be changed before the device has it.
+    Work that is queued later waits for the copy. The tensor may be dropped or changed at once if it
+    is not pinned; a pinned one must not be changed before the copy has ended.
     """
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
@@ -74,7 +74,7 @@ class Departure:
         self._left: torch.cuda.Event | None = None
 
     def host(self, tensor: Tensor) -> Tensor:
-        """Where the tensor will be on the host: itself if it is there, else pinned memory."""
+        """The tensor's copy on the host: itself if it is there, else pinned memory, see `wait`."""
         if tensor.device.type == "cpu":
             return tensor
         down = _lanes(tensor.device).down
@@ -123,7 +123,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """A contiguous tensor of the host on a GPU; the host goes on before the last piece is there."""
+    """A contiguous host tensor on a GPU; returns before the last piece has been copied."""
     found = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     values = max(1, PIECE_BYTES // tensor.element_size())
     parts = (torch.split(each.view(-1), values) for each in (tensor, found))
@@ -135,8 +135,8 @@ def _copied(tensor: Tensor, device: torch.device) -> Tensor:
 def download(tensor: Tensor) -> Tensor:
     """The tensor on the host, in ordinary memory; one that is there is given as it is.
 
-    For what is large or kept: a pinned tensor takes the next power of two, which stays PyTorch's.
-    A piece is moved on while the next one leaves the GPU.
+    For large or long-lived tensors: a pinned one takes the next power of two in bytes, which
+    PyTorch keeps. A piece is moved on while the next one leaves the GPU.
     """
     if tensor.device.type == "cpu":
         return tensor
@@ -160,12 +160,12 @@ def _arrive(departure: Departure, left: Tensor, place: Tensor) -> None:
 
 
 def fill(tensor: Tensor, read: Callable[[memoryview], int]) -> int:
-    """Fills a contiguous tensor with bytes, in place; gives how many there were.
+    """Fills a contiguous tensor with bytes, in place; gives their number.
 
     Args:
         tensor: On any device. On a GPU the bytes come in pieces, and one is copied while the next
             is read.
-        read: Puts bytes into a buffer and gives their number, which is less at the end alone.
+        read: Puts bytes into a buffer and gives their number; fewer than fit only at the end.
     """
     bytes_B = tensor.view(-1).view(torch.uint8)
     if tensor.device.type == "cpu":

@@ -155,7 +155,7 @@ class Weights:
 
 
 def _read_into(file: Any, buffer: memoryview) -> int:
-    """Fills a buffer from a file as far as that goes; the number of bytes."""
+    """Fills a buffer from a file; gives the number of bytes, fewer at the end of the file."""
     done = 0
     while done < len(buffer):
         count: int = file.readinto(buffer[done:])

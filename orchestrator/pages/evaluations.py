@@ -22,9 +22,9 @@ AGREEMENT: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def evaluated_text(facts: Mapping[str, Any]) -> str:
-    """On what, and with how much memory."""
+    """Text of the data and the memory of an evaluation."""
     used = facts.get("memory")
-    memory = f"; a worker's memory at its worst: {Usage.from_json(used)}" if used else ""
+    memory = f"; peak memory of a worker: {Usage.from_json(used)}" if used else ""
     return f"{text_of(facts)}{memory}."
 
 

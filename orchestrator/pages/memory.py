@@ -1,4 +1,4 @@
-"""What a worker took of memory at its worst, stage by stage, beside what was forecast."""
+"""Section of a report on the peak memory of a worker by stage, beside the forecast."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from orchestrator.usage import Usage
 
 
 def memory(timings: Mapping[str, Any]) -> Markup | None:
-    """A row a stage: the host's, and where there are GPUs the device's and its forecast."""
+    """Table with a row a stage: host memory, and with GPUs device memory and its forecast."""
     stages = timings.get("memory", {})
     if not stages:
         return None

@@ -195,7 +195,7 @@ def _curves(
     for facts in units:
         results = facts.get("linears", ())
         if isinstance(results, Mapping):
-            continue  # by name: what a walk compensated, no decompositions
+            continue  # by name: compensations of a walk, not decompositions
         agrees = all(_agrees(result, linears) for result in results)
         for result in results:
             is_sparse = "activation_losses" in result

@@ -29,7 +29,7 @@ from orchestrator.store.places import Place, Remote
 _MANIFEST = "manifest.json"
 _FORMAT_VERSION = 1
 _SPENT_VERSION = 2
-"""Of a manifest whose files are gone: what reads version 1 alone takes the unit for not there."""
+"""Version of a spent unit's manifest: a reader of version 1 alone takes the unit as absent."""
 
 
 def unit_key(stage: str, version: int, inputs: Sequence[str], **parameters: Any) -> str:
@@ -161,9 +161,9 @@ class Units:
         return sum(file["bytes"] for file in manifest["files"].values()) if manifest else 0
 
     def spend(self, key: str) -> None:
-        """Removes a committed unit's files, which nothing is to read any more; its facts stay.
+        """Removes the files of a committed unit that no stage reads any more; its facts stay.
 
-        The manifest goes ahead, so a unit never looks whole while its files go.
+        The manifest is replaced first, so a unit never looks intact while its files are removed.
         """
         directory, manifest = self.directory(key), self.manifest(key)
         if manifest is None:
