@@ -160,7 +160,7 @@ def test_a_results_file_gives_a_row_of_the_forecast_s_rates(small, tmp_path, mon
 def test_rates_need_both_of_their_parts(bench):
     """A file without eigendecompositions is refused."""
     bench.results.end("machine", {"figures": {"product_rates": {}}})
-    with pytest.raises(SystemExit, match="rates come of the parts machine and eigen; run both"):
+    with pytest.raises(SystemExit, match="rates need the parts machine and eigen; run both"):
         device_row(bench.results)
 
 

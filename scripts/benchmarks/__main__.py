@@ -12,8 +12,8 @@ SUBCOMMANDS = (
     *("quality", "methods", "ablation", "speed", "rpca", "memory", "large", "pivot", "refinement"),
     *("faults", "bookkeeping", "scale", "gpu"),
 )
-"""Modules of `benchmarks`. Only the one that is asked for is imported, so that a benchmark without
-Ray runs where Ray is not installed."""
+"""Modules of `benchmarks`. Only the chosen one is imported, so that a benchmark without Ray runs if
+Ray is not installed."""
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def add_command(commands: argparse._SubParsersAction, name: str, *, is_chosen: bool) -> None:
-    """A subcommand by its module's docstring; the chosen one with its arguments too."""
+    """Adds a subcommand, described by its module's docstring; the chosen one with arguments."""
     path = f"benchmarks.{name}"
     says = docstring(path)
     command = commands.add_parser(

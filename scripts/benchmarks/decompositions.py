@@ -98,7 +98,7 @@ class Problem:
 
     @property
     def is_wide(self) -> bool:
-        """Whether the Gram of the outputs is the smaller one, and so the one that is gathered."""
+        """True if the Gram of the outputs is the smaller one, and so the one that is gathered."""
         outputs, inputs = self.weight_OI.shape
         return inputs > outputs
 
@@ -108,7 +108,7 @@ class Problem:
         return InputGram(self.moment.matrix())
 
     def loss(self, left_OR: Tensor, right_RI: Tensor, curvature_OO: Tensor | None = None) -> float:
-        """Of a product, taken in float64: in float32 its rounding would come out as a gain."""
+        """Loss of a product, in float64: rounding in float32 would appear as a gain."""
         gap_OI = self.weight_OI.double() - left_OR.double() @ right_RI.double()
         return self.moment.loss(gap_OI, curvature_OO)
 
@@ -128,12 +128,12 @@ def published(weight_OI: Tensor, gram_II: Tensor, rank: int) -> tuple[Tensor, Te
 
 
 def product_rates(size: int, device: torch.device = CPU) -> dict[torch.dtype, float]:
-    """FLOPs a second of the products that decompositions are made of."""
+    """FLOPs a second of products in the dtypes of decompositions."""
     return {dtype: product_rate(dtype, device, size) for dtype in (torch.float64, torch.float32)}
 
 
 def measure_linears(size: int, wide: int) -> list[dict[str, Any]]:
-    """Ours and the published way on both linears."""
+    """Our method and the published one on both linears."""
     rates, rows = product_rates(min(size, 4096)), []
     for inputs in (size, wide):
         problem = Problem.of(size, inputs)
@@ -148,8 +148,8 @@ def measure_ours(
     """Seconds of a decomposition, their floor, and the loss above the optimum.
 
     Args:
-        repeats: How often it is computed. The first call on a GPU also makes the handles of its
-            libraries, so the last time counts; all must give the same bits.
+        repeats: Number of runs. The first one on a GPU also makes the handles of its libraries, so
+            the last time counts; all must give the same bits.
     """
     outputs, inputs = problem.weight_OI.shape
     rank = problem.rank
@@ -186,7 +186,7 @@ def measure_published(problem: Problem, optimum: float) -> dict[str, Any]:
 
 
 def decompose_again(problem: Problem, repeats: int) -> tuple[LowRank, list[float], bool]:
-    """The result, the seconds of each time, and whether every time gave the same bits."""
+    """The result, the seconds of each run, and whether all runs gave the same bits."""
     work = partial(decompose, problem.weight_OI, problem.statistic(), problem.rank)
     result, first = timed(work, problem.weight_OI.device)
     seconds, same_bits = [first], True

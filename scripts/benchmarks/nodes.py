@@ -24,7 +24,7 @@ LEAVE_SECONDS = 60.0
 class Nodes:
     """Nodes of two GPUs each, that they only pretend to have, so that workers go nowhere else.
 
-    They join a cluster that this process is connected to, and whose drivers are started by it.
+    They join the cluster of this process, which also starts its drivers.
     """
 
     def __init__(self, address: str) -> None:

@@ -1,9 +1,9 @@
-"""One command for a machine with a GPU: right, repeatable, how fast, in at most eight minutes.
+"""Check of a machine with a GPU in at most eight minutes: correctness, repeatability, speed.
 
 Needs torch and transformers, no Ray and no network (see benchmarks/README.md). Parts run one after
-the other in the order of their worth, in a process of their own; each prints a line as it ends, and
-the results file is written again. A part that fails, dies or takes far longer than it should stops
-nothing else, and one that has not enough time left is left out.
+the other, the most important first, in a process of their own; each prints a line as it ends, and
+the results file is written again. A part that fails, dies or takes far longer than expected stops
+no other one, and a part without enough time left is left out.
 
 --small runs the same code at tiny sizes, on a CPU too. --rates prints the row of a results file for
 orchestrator/forecast/rates.json and measures nothing.
@@ -34,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="benchmarks/results/gpu-DEVICE-DATE.json by default",
     )
     names = list(PARTS)
-    says = f"of {', '.join(names)}"
+    says = f"parts to run, of {', '.join(names)}"
     parser.add_argument(
         "--only", metavar="PART", choices=names, nargs="+", default=names, help=says
     )
-    parser.add_argument("--seconds", type=float, default=480, help="of all parts together")
+    parser.add_argument("--seconds", type=float, default=480, help="time of all parts together")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the code")
-    parser.add_argument("--commit", help="of the code, where git does not tell")
-    parser.add_argument("--rates", metavar="FILE", type=Path, help="of these results, nothing else")
+    parser.add_argument("--commit", help="commit of the code, if git is not available")
+    parser.add_argument("--rates", metavar="FILE", type=Path, help="only print rates from results")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Attention's backward pass: whether it repeats its bits, and what strict algorithms cost it."""
+"""Attention's backward pass: repeatability of its bits, and cost of strict algorithms."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 TURNS = 4
 CHANNELS = 128
-"""Of a head."""
+"""Channels of a head."""
 
 
 def measure(bench: Bench) -> Found:
@@ -26,7 +26,7 @@ def measure(bench: Bench) -> Found:
         f"{1e3 * row['seconds']:.2f} ms, {'same' if row['same_bits'] else 'OTHER'} bits"
         for row in rows
     ]
-    # without strict algorithms other bits are allowed: a figure, no check
+    # without strict algorithms other bits are allowed: a figure, not a check
     checks = tuple(
         Check(f"same bits, {row['dtype']}, strict", row["same_bits"])
         for row in rows

@@ -1,4 +1,4 @@
-"""What every part is given, and what it gives back."""
+"""Input and output of a part."""
 
 import gc
 import math
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A truth that was looked at: a statement, or a number with a bound."""
+    """A checked statement, or a number with a bound."""
 
     name: str
     found: bool | float
@@ -36,7 +36,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a part has measured."""
+    """Results of a part."""
 
     line: str
     """The figures that matter most, to be printed."""
@@ -54,7 +54,7 @@ class Bench:
     """A directory for models and runs, the same for all parts."""
     results: Results
     deadline: float
-    """When all parts must be over, on the system's monotonic clock."""
+    """End of the time for all parts, on the system's monotonic clock."""
 
     @property
     def is_cuda(self) -> bool:
@@ -77,14 +77,14 @@ class Bench:
         return median_seconds(work, self.device, repeats=repeats, warm_up=warm_up)
 
     def free(self) -> None:
-        """Gives memory that is not used back to the device; the peak counts from here on."""
+        """Returns unused memory to the device and resets the peak."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int | None:
-        """The most that tensors have taken of the device since `free`; unknown on a CPU."""
+        """Peak bytes of tensors on the device since `free`; None on a CPU."""
         return torch.cuda.max_memory_allocated() if self.is_cuda else None
 
     def say(self, text: str) -> None:

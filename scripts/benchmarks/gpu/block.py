@@ -25,7 +25,7 @@ from orchestrator.plan import Linear
 METHODS = ("svd-llm", "two-sided")
 DTYPE = torch.bfloat16
 DEVIATION = 1e-7
-"""Most that a result's own measure of its loss may be off, of the total."""
+"""Largest error of a result's own measure of its loss, as a fraction of the total energy."""
 
 
 def measure(bench: Bench) -> Found:
@@ -48,7 +48,7 @@ def measure(bench: Bench) -> Found:
 
 
 def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]) -> dict[str, Any]:
-    """What a worker computes of a block: its statistics, then its factors, linear by linear."""
+    """Computations of a worker on a block: its statistics, then its factors, by linear."""
     backward = method.labels > 0
     if backward:
         shard.freeze()
@@ -70,7 +70,7 @@ def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]
         "pack_seconds": pack_seconds,
         "calibrate_peak_bytes": bench.peak_bytes(),
     }
-    # as a worker does once all chunks have passed
+    # as in a worker, once all chunks have passed
     calibration.settle()
     shard.put_down_ends()
     row["linears"] = {
@@ -85,7 +85,7 @@ def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]
 def cut(
     bench: Bench, shard: Shard, calibration: Calibration, method: Method, linear: Linear
 ) -> dict[str, float]:
-    """One linear decomposed, its factors brought to the host."""
+    """Decomposes a linear and copies its factors to the host."""
     statistic = calibration.statistic(linear)
     calibration.forget([linear])
     weight_OI, rank = dense_weight(shard.module(linear.name)), max(linear.break_even, 1)
@@ -96,7 +96,7 @@ def cut(
 
 
 def random_gradient(shard: Shard, chunk: Chunk, device: torch.device) -> Tensor:
-    """By the logits: the one block is the model's last."""
+    """Random gradient by the logits: the one block is the model's last."""
     generator = torch.Generator(device).manual_seed(chunk.index)
     shape = (*chunk.tokens.shape, shard.config.vocab_size)
     return 1e-3 * torch.randn(shape, generator=generator, device=device, dtype=DTYPE)

@@ -14,14 +14,14 @@ from orchestrator.linalg.pivot import BOUND, pivot
 from orchestrator.linalg.two_sided import decompose_two_sided
 
 KEEP = 0.6
-"""Of the pivoted factors."""
+"""Kept fraction of the pivoted factors."""
 DAMPING = 0.01
 ABOVE = 1e-7
-"""Most that factors in float32 may lose above the optimum, of it."""
+"""Largest loss of float32 factors above the optimum, relative to it."""
 DEVIATION = 1e-8
-"""The same of the total energy, as products in float32 can tell it (`LowRank.report`)."""
+"""Largest deviation relative to the total energy, in float32 products (`LowRank.report`)."""
 PIVOTED = 1e-6
-"""Of the product's norm; 1.5e-7 is what rounding to float32 leaves of real weights."""
+"""Largest error relative to the product's norm; rounding to float32 alone makes 1.5e-7."""
 
 
 def measure(bench: Bench) -> Found:
@@ -54,7 +54,7 @@ def in_words(row: Mapping[str, Any]) -> str:
 
 
 def two_sided_and_pivot(bench: Bench, problem: Problem) -> dict[str, Any]:
-    """With the curvature of the weight's outputs another second moment of the same kind."""
+    """Figures with a curvature of the outputs, another second moment of the same kind."""
     bench.free()
     outputs, inputs = problem.weight_OI.shape
     curvature_OO = SecondMoment.of(outputs, bench.device).matrix()
@@ -85,6 +85,6 @@ def checks_of(row: dict[str, Any]) -> list[Check]:
         Check(f"{name}, its own measure of that", row["report"]["deviation"], DEVIATION),
         Check(f"{name}, two-sided above the optimum", abs(row["two_sided_above_optimum"]), ABOVE),
         Check(f"{name}, pivoted product's error", row["pivot"]["error"], PIVOTED),
-        # the last solve may round what the exchanges have brought to the bound
+        # the last solve may round above the bound that the exchanges have reached
         Check(f"{name}, largest coefficient", row["pivot"]["largest"], 1.001 * BOUND),
     ]

@@ -1,4 +1,4 @@
-"""Prints as JSON what the results of this machine depend on: device, driver, versions, commit.
+"""Prints the environment of results as JSON: device, driver, versions, commit.
 
 A program of its own, so that the process that watches over the parts holds no CUDA context.
 """
@@ -53,7 +53,7 @@ def environment() -> dict[str, Any]:
 
 
 def first_line(command: Sequence[str]) -> str | None:
-    """Of what a program prints; None if it fails or is not there."""
+    """First line of a program's output; None if it fails or is missing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -10,7 +10,7 @@ from torch import Tensor
 from orchestrator.linalg.gram import Gram
 
 ERROR = 1e-5
-"""Most that an entry may be off, of the largest on the diagonal."""
+"""Largest error of an entry, relative to the largest one on the diagonal."""
 TRIANGLE = 1.2
 """FLOPs a token and squared channel (see `linalg.gram`)."""
 

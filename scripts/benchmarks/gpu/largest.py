@@ -1,4 +1,4 @@
-"""Eigendecompositions of the widest Grams of large models: do they work at all, and how long.
+"""Eigendecompositions of the widest Grams of large models: success and time.
 
 cuSOLVER's query for workspace is known to fail above some 25,000, its older interface of 32 bits
 at 26,732 in float64; down_proj of a 70B model has 28,672 inputs.
@@ -10,9 +10,9 @@ import torch
 from benchmarks.gpu.bench import Bench, Check, Found
 
 APART = {"float32": 1e-4, "float64": 1e-11}
-"""Most that eigenvalues, of up to 4, may be off."""
+"""Largest error of the eigenvalues, which are up to 4."""
 SECONDS = 30
-"""That must be left for another one to be begun."""
+"""Least time left to begin another one."""
 
 
 def measure(bench: Bench) -> Found:
@@ -23,7 +23,7 @@ def measure(bench: Bench) -> Found:
                 break
             rows.append(attempt(bench, size, dtype))
             if rows[-1]["works"]:
-                break  # so do smaller ones
+                break  # smaller ones work too
     parts = [f"{row['size']} {row['dtype']} {in_words(row)}" for row in rows]
     checks = [
         Check(f"eigenvalues, {row['size']}, {row['dtype']}", row["apart"], APART[row["dtype"]])
@@ -47,9 +47,9 @@ def attempt(bench: Bench, size: int, dtype: torch.dtype) -> dict[str, Any]:
         for offset in (-1, 1):
             matrix_II.diagonal(offset).sub_(ones_I[1:])
         (values_I, _), seconds = bench.timed(lambda: torch.linalg.eigh(matrix_II, UPLO="U"))
-    except RuntimeError as error:  # torch's own errors of memory, cuSOLVER and LAPACK are ones
+    except RuntimeError as error:  # torch's errors of memory, cuSOLVER and LAPACK included
         return {**row, "works": False, "error": str(error)}
-    # of the second difference: 2 - 2 cos(pi k / (n + 1))
+    # eigenvalues of the second difference: 2 - 2 cos(pi k / (n + 1))
     angles_I = torch.arange(1, size + 1, dtype=torch.float64, device=bench.device)
     expected_I = 2 - 2 * torch.cos(torch.pi * angles_I / (size + 1))
     apart = float((values_I.double() - expected_I).abs().max())

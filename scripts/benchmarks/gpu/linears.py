@@ -1,4 +1,4 @@
-"""Forward passes of dense, low-rank and pivoted linears: over dense, and over the roofline."""
+"""Forward passes of dense, low-rank and pivoted linears, beside dense and roofline."""
 
 import copy
 from functools import partial
@@ -16,10 +16,10 @@ from orchestrator.models.modules import LowRankLinear, PivotedLinear
 KEEPS = (0.8, 0.6, 0.4)
 DTYPE = torch.bfloat16
 PASSES = 20
-"""In a graph, and in a row without one."""
+"""Passes in a graph, and in a row without one."""
 ERROR = 1e-2
-"""Most that outputs may be apart from a product in float64 with the same weight, of their norm:
-three roundings to bfloat16, of 2^-9 each, and sums in float32."""
+"""Largest relative error of outputs against a product in float64 with the same weight: three
+roundings to bfloat16, of 2^-9 each, and sums in float32."""
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def measure(bench: Bench) -> Found:
 def modules_of(
     outputs: int, inputs: int, device: torch.device
 ) -> dict[tuple[str, float], nn.Module]:
-    """By form and the fraction of the dense values that is stored; the dense one first."""
+    """Modules by form and kept fraction of the dense values; the dense one first."""
     made = {"bias": False, "device": device, "dtype": DTYPE}
     modules: dict[tuple[str, float], nn.Module] = {
         ("dense", 1.0): nn.Linear(inputs, outputs, **made)
@@ -69,7 +69,7 @@ def modules_of(
 def passed(
     bench: Bench, module: nn.Module, tokens: int, ceilings: tuple[float, float]
 ) -> dict[str, Any]:
-    """Seconds of a pass, on CUDA from a graph, beside those without one and those of the roofline.
+    """Seconds of a pass, on CUDA from a graph, beside an eager pass and the roofline.
 
     Args:
         ceilings: FLOPs and bytes a second.
@@ -101,7 +101,7 @@ def passes(module: nn.Module, input_TI: Tensor) -> Tensor:
 
 def graphed(bench: Bench, module: nn.Module, input_TI: Tensor) -> tuple[float, bool]:
     """Seconds of a pass without its launches, and whether it gives the bits of an eager one."""
-    # capture wants what libraries set up on first use to be there, made on a stream of its own
+    # before a capture, libraries must be set up by passes on a side stream
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -115,7 +115,7 @@ def graphed(bench: Bench, module: nn.Module, input_TI: Tensor) -> tuple[float, b
 
 
 def apart(module: nn.Module) -> float:
-    """How far outputs are from those of the dense weight in float64, of their norm."""
+    """Relative error of outputs against those of the dense weight in float64."""
     wide = copy.deepcopy(module).double()
     weight_OI = wide.weight if isinstance(wide, nn.Linear) else wide.dense_weight()
     shape = (8, module.in_features)
@@ -125,7 +125,7 @@ def apart(module: nn.Module) -> float:
 
 
 def in_words(rows: list[dict[str, Any]]) -> str:
-    """Of one shape and number of tokens."""
+    """Text on the rows of one shape and number of tokens."""
     dense, *others = rows
     first = f"{' x '.join(map(str, dense['shape']))}, {dense['tokens']} tokens"
     parts = [f"dense {1e3 * dense['seconds']:.3g} ms, {dense['over_floor']:.1f} floors"]

@@ -1,4 +1,4 @@
-"""Rates of products and copies: the ceilings that everything else is compared with."""
+"""Rates of products and copies: the ceilings to which other figures are compared."""
 
 import torch
 from benchmarks.gpu.bench import Bench, Found
@@ -34,7 +34,7 @@ def product_rates(bench: Bench) -> dict[str, float]:
 
 
 def bandwidth(bench: Bench) -> float:
-    """Bytes a second of a copy on the device, what is read and what is written together."""
+    """Bytes a second of a copy on the device, read and written bytes added."""
     source = torch.ones(bench.size(2**31, 2**24), dtype=torch.int8, device=bench.device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / bench.median_seconds(lambda: target.copy_(source))

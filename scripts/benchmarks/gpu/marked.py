@@ -9,7 +9,7 @@ from benchmarks.gpu.bench import Bench, Check, Found
 from benchmarks.gpu.supervisor import ROOT
 
 OPTIONS = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", "--tb=short", "-rA")
-# other versions than those of constraints.txt warn of other things
+# versions other than those of constraints.txt give other warnings
 OPTIONS += ("-W", "default")
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
 

@@ -1,4 +1,4 @@
-"""The block of a 70B Llama, random, and sequences for it; what several parts use."""
+"""A random block of a 70B Llama and sequences for it, used by several parts."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from orchestrator.models.chunk import Chunk
 def one_block(bench: Bench) -> Path:
     """A checkpoint of one block, written once for all parts."""
     directory = bench.work / "one-block"
-    if not (directory / "tokenizer.json").exists():  # which is written last
+    if not (directory / "tokenizer.json").exists():  # the last file written
         hidden, intermediate = bench.size((8192, 28_672), (256, 512))
         write_model(directory, config_of(blocks=1, hidden=hidden, intermediate=intermediate))
     return directory

@@ -1,15 +1,15 @@
-"""The parts of the check, in the order of their worth."""
+"""The parts of the check, the most important first."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A module of this package whose `measure(bench)` gives what was found."""
+    """A module of this package with a function `measure(bench) -> Found`."""
 
     module: str
     seconds: float
-    """Expected on an H200; estimates until they are measured."""
+    """Expected time on an H200; an estimate until it is measured."""
 
 
 PARTS = {
@@ -27,4 +27,4 @@ PARTS = {
     "published": Part("published", 60),
     "largest": Part("largest", 40),
 }
-"""`largest` is the last one: it may leave the device in a bad state, and is worth least."""
+"""`largest` comes last: it may leave the device unusable, and is the least important."""

@@ -1,8 +1,8 @@
-"""The whole job of six recipes: twice on the device, and once on the CPU in a process beside it.
+"""Six recipes from start to end: twice on the device, and once on the CPU in another process.
 
     python -m benchmarks.gpu.pipeline DIRECTORY
 
-runs them all on the CPU; that is what the other process does.
+runs all of them on the CPU, as the other process does.
 """
 
 import json
@@ -28,7 +28,7 @@ from orchestrator.models.checkpoint import REPORT_FILE
 CPU = torch.device("cpu")
 BEST = {
     **{"compensate": "anchored", "refine": "swept", "train": "all"},
-    # steps of every kind, not a good result
+    # few steps of every kind: the quality of the result does not matter
     "options": {"refinement": {"epochs": 2}, "training": {"epochs": 1}},
 }
 RECIPES: Mapping[str, Mapping[str, Any]] = {
@@ -40,11 +40,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "asvd": {"method": "asvd"},
 }
 WITHOUT_LABELS = ("svd-llm", "cap", "asvd")
-"""Labels are drawn by the device's generator, and so are others on a CPU."""
+"""Recipes without labels. Others draw them by the device's generator, so a CPU's differ."""
 APART = {True: 0.005, False: 0.03}
-"""Most that perplexities may be apart from the CPU's, by whether a recipe draws no labels."""
+"""Largest relative difference of perplexity from the CPU's; True: no labels are drawn."""
 ERRORS_APART = 1e-4
-"""Most that `activation_error` of a linear may be apart: Grams are good to 1e-5."""
+"""Largest difference of a linear's `activation_error`: Grams are accurate to 1e-5."""
 SAMPLES = 3
 """Sequences of calibration; one of them is held out where blocks are refined."""
 CPU_SECONDS = 200
@@ -99,7 +99,7 @@ def in_words(row: Mapping[str, Any]) -> str:
 
 
 def perform(directory: Path, name: str, turn: str) -> float | None:
-    """The seconds of a run; its traceback becomes a file if it fails."""
+    """Seconds of a run; if it fails, None and a file with the traceback."""
     model, text = directory / "model", directory / "text.txt"
     try:
         out = directory / f"{name}-{turn}"
@@ -116,7 +116,7 @@ def failure_file(directory: Path, name: str, turn: str) -> Path:
 
 
 def compare(directory: Path, name: str) -> dict[str, Any]:
-    """The two runs on the device, and the first of them beside the CPU's."""
+    """Compares the two runs on the device, and the first of them with the CPU's."""
     first, second, cpu = (directory / f"{name}-{turn}" for turn in ("first", "second", "cpu"))
     ours, again, theirs = tensors_of(first), tensors_of(second), tensors_of(cpu)
     errors, expected = errors_of(first), errors_of(cpu)
@@ -137,7 +137,7 @@ def judged(name: str, row: Mapping[str, Any], *, is_cpu: bool) -> list[Check]:
         Check(f"{name} repeats its bits", same_bits(row)),
         Check(f"{name}, perplexity apart from the CPU's", abs(ours / theirs - 1), APART[is_closed]),
     ]
-    # rounding may turn a choice of `cap` and `asvd`, so sizes are the CPU's in one recipe alone
+    # rounding may change a choice of `cap` and `asvd`, so only one recipe must have the CPU's sizes
     if is_cpu or name == "svd-llm":
         checks += [
             Check(f"{name}, shapes are the CPU's", row["same_shapes_as_cpu"]),
@@ -162,7 +162,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def errors_of(checkpoint: Path) -> dict[str, float]:
-    """What the report says that each linear loses of its outputs' energy."""
+    """Relative loss of output energy of each linear, from the report."""
     report = json.loads((checkpoint / REPORT_FILE).read_text(encoding="utf-8"))
     linears = report["linears"].items()
     return {name: float(entry["activation_error"]) for name, entry in linears}
@@ -170,7 +170,7 @@ def errors_of(checkpoint: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def perplexity(checkpoint: Path, directory: Path) -> float:
-    """Of a written checkpoint on the text's start, by transformers on the CPU."""
+    """Perplexity of a written checkpoint on the text's start, by transformers on the CPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     text = (directory / "text.txt").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The published way (Cholesky factor, inverse, SVD) on the weights of the part `decompositions`.
+"""The published method (Cholesky factor, inverse, SVD) on the weights of `decompositions`.
 
-A part of its own and late: cuSOLVER's SVD of these sizes may take minutes.
+A separate part and a late one: cuSOLVER's SVD of these sizes may take minutes.
 """
 
 from benchmarks.decompositions import measure_published
@@ -8,7 +8,7 @@ from benchmarks.gpu.bench import Bench, Found
 from benchmarks.gpu.cuts import in_words, problems
 
 WIDER = 5
-"""Times that the wide weight may take as long as the square one."""
+"""Expected time of the wide weight over that of the square one."""
 
 
 def measure(bench: Bench) -> Found:

@@ -1,4 +1,4 @@
-"""Results as rates of the forecast: a row for `rates.json`, and what a plan of this machine is."""
+"""Results as rates of the forecast: an entry of `rates.json`, and rows for a plan."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,21 @@ from benchmarks.gpu.results import Results
 from orchestrator.forecast.rates import MEASURED, ROWS, Rates, known_devices, machine_of
 
 PESSIMISTIC = 0.5
-"""Of what was measured."""
+"""Fraction of the measured rates."""
 NOTHING_ELSE = {"read": math.inf, "write": math.inf, "network": math.inf, "start": 0.0}
-"""Surroundings that take no time, where a stage's computing alone was measured."""
+"""Rates of disk and network that take no time: only computation was measured."""
 
 
 def device_row(results: Results) -> dict[str, Any]:
     """The entry of `devices` in orchestrator/forecast/rates.json that a results file gives.
 
     Raises:
-        SystemExit: The parts `machine` and `eigen` did not both end.
+        SystemExit: The results lack the part `machine` or `eigen`.
     """
     environment, parts = results.content["environment"], results.parts
     speeds = measured_speeds(parts)
     if speeds is None:
-        raise SystemExit(f"{results.path}: rates come of the parts machine and eigen; run both")
+        raise SystemExit(f"{results.path}: rates need the parts machine and eigen; run both")
     sizes = f"eigen at n = {asked_for(parts['eigen']['figures'])['size']}"
     versions = f"torch {environment['torch']}, CUDA {environment['cuda']}"
     driver = f"driver {environment['driver']}, {environment['date'][:10]}"
@@ -42,7 +42,7 @@ def device_row(results: Results) -> dict[str, Any]:
 
 
 def scaled(speeds: Mapping[str, float], factor: float) -> dict[str, float]:
-    """To four digits, which is more than repetitions agree in."""
+    """Scaled speeds, to four digits; repetitions agree in fewer."""
     return {name: float(f"{factor * speed:.4g}") for name, speed in speeds.items()}
 
 
@@ -55,13 +55,13 @@ def measured_speeds(parts: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 def asked_for(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Of the part `eigen` the largest matrix as decompositions ask for it: float64, upper."""
+    """Row of `eigen` with the largest matrix in the mode of decompositions: float64, upper."""
     ours = [row for row in rows if (row["dtype"], row["triangle"]) == ("float64", "U")]
     return max(ours, key=lambda row: row["size"])
 
 
 def known_name(device: str) -> str | None:
-    """The name in rates.json of a device that CUDA calls so; a slice of one is another device."""
+    """Name in rates.json of a device by CUDA's name; a slice of a device is another one."""
     if "MIG" in device:
         return None
     fitting = [name for name in known_devices() if all(w in device for w in name.split("-"))]
@@ -69,7 +69,7 @@ def known_name(device: str) -> str | None:
 
 
 def computing_rates(results: Results) -> list[Rates]:
-    """The rows that a plan for this device has, and the one that was measured; no surroundings."""
+    """Rates of a plan for this device, and the measured ones; disk and network take no time."""
     device = known_name(results.content["environment"]["device"])
     rows = (
         [] if device is None else [replace(row, **NOTHING_ELSE) for row in machine_of(device).rows]

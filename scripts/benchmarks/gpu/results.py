@@ -12,7 +12,7 @@ FORMAT_VERSION = 1
 
 
 class Results:
-    """What is known so far; the file always has all of it.
+    """The results so far; the file always holds all of them.
 
     `content["parts"]` has for each part that is over `seconds`, `line`, `figures` and `checks`, or
     `error` (a traceback, or how its process ended), or `left_out`. `content["running"]` names the
@@ -47,7 +47,7 @@ class Results:
 
     @property
     def running(self) -> tuple[str, float] | None:
-        """The part that has begun and is not over, and how many seconds ago it began."""
+        """The running part, and the seconds since it began."""
         found = self.content["running"]
         return found and (found["part"], time.monotonic() - found["began"])
 
@@ -56,7 +56,7 @@ class Results:
         self.write()
 
     def end(self, part: str, entry: Mapping[str, Any]) -> None:
-        """Takes what a part has found, or why it has not."""
+        """Adds the results of a part, or the reason why there are none."""
         if self.running is not None:
             entry = {"seconds": self.running[1], **entry}
         self.content["running"] = None
@@ -68,7 +68,7 @@ class Results:
 
 
 def summary(results: Results) -> str:
-    """How many parts ended and checks hold, and a line for each that did not."""
+    """Numbers of parts that ended and checks that hold, and a line for each other one."""
     parts = results.parts
     over = [name for name, entry in parts.items() if "checks" in entry]
     checks = [(name, check) for name in over for check in parts[name]["checks"]]

@@ -1,4 +1,4 @@
-"""Runs the parts in a process of their own, and starts another one where that ends or hangs."""
+"""Runs the parts in a separate process, and starts another one if that ends or hangs."""
 
 import json
 import os
@@ -18,12 +18,12 @@ PROGRAM = (sys.executable, "-m", "benchmarks.gpu.worker")
 PATIENCE = 3
 """Times the expected seconds that a part may take."""
 GRACE_SECONDS = 60
-"""Beside them: packages are imported from a cold disk, or other programs are in the way."""
+"""Seconds in addition, for imports from a cold disk and for other load."""
 GLANCE_SECONDS = 0.2
 
 
 def child_environ() -> dict[str, str]:
-    """The environment of the processes: where modules are, and how workers have CUDA set up."""
+    """Environment of the processes: the path of modules, and the CUDA variables of workers."""
     defaults = {
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
@@ -37,7 +37,7 @@ def child_environ() -> dict[str, str]:
 
 
 def read_environment() -> dict[str, Any]:
-    """What `benchmarks.gpu.environment` says of this machine."""
+    """Output of `benchmarks.gpu.environment` on this machine."""
     command = [sys.executable, "-m", "benchmarks.gpu.environment"]
     done = subprocess.run(command, env=child_environ(), capture_output=True, text=True)
     if done.returncode:
@@ -53,12 +53,12 @@ def supervise(
     deadline: float,
     program: Sequence[str] = PROGRAM,
 ) -> None:
-    """Runs every part; what no process can run has an error as its result.
+    """Runs every part; a part that no process can run has an error as its result.
 
     Args:
-        work: A directory for what parts write.
-        deadline: When all must be over, on the system's monotonic clock.
-        program: What runs parts; `benchmarks.gpu.worker`.
+        work: A directory for the files of parts.
+        deadline: End of the time for all parts, on the system's monotonic clock.
+        program: Command that runs parts; `benchmarks.gpu.worker`.
     """
     while todo := [name for name in names if name not in results.parts]:
         how = watch(
@@ -76,7 +76,7 @@ def supervise(
 
 
 def watch(command: Sequence[str], path: Path, deadline: float) -> str:
-    """Runs a worker to its end, or ends it with its children once a part takes too long."""
+    """Runs a worker to its end, or stops it with its children if a part takes too long."""
     process = subprocess.Popen(command, env=child_environ(), start_new_session=True)
     try:
         while process.poll() is None:
@@ -91,7 +91,7 @@ def watch(command: Sequence[str], path: Path, deadline: float) -> str:
 
 
 def overrun_of(results: Results, deadline: float) -> str | None:
-    """Why the part that runs must be ended now; None if it may go on."""
+    """Reason to stop the running part now; None if it may go on."""
     if results.running is None:
         return None
     part, spent = results.running

@@ -1,4 +1,4 @@
-"""Steps of refining and training one compressed block, and whether they repeat their bits."""
+"""Steps of refining and training one compressed block: time, and repeatability of bits."""
 
 import zlib
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ from orchestrator.plan import Assignment
 
 FORMS = ("low_rank", "pivoted")
 KEEP = 0.7
-"""Of break-even rank."""
+"""Fraction of the break-even rank."""
 FLOPS = 6.0
-"""A trained value and token: forward, and back to inputs and values."""
+"""FLOPs a trained value and token: forward, and backward to inputs and values."""
 
 
 def measure(bench: Bench) -> Found:
@@ -54,7 +54,7 @@ def measure(bench: Bench) -> Found:
 
 
 def random_block(dense: Skeleton, form: str, device: torch.device) -> Skeleton:
-    """The model with random tensors of a form in the place of its linears, in float32."""
+    """The model with random tensors of a form in place of its linears, in float32."""
     survey = dense.survey()
     assignments = {
         linear.name: Assignment(form=form, rank=int(KEEP * linear.break_even))
@@ -121,7 +121,7 @@ def step(
 
 
 def gradient_of(shard: Shard, chunk: Chunk, device: torch.device) -> Tensor:
-    """By the logits, a random one: the one block is the model's last."""
+    """Random gradient by the logits: the one block is the model's last."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (*chunk.tokens.shape, shard.config.vocab_size)
     return 1e-4 * torch.randn(shape, generator=generator, device=device)

@@ -1,7 +1,7 @@
 """The process that runs parts: `python -m benchmarks.gpu.worker RESULTS WORK DEADLINE PART ...`.
 
-Ends with status 1 if the device no longer answers after a failure: every later part would then fail
-in this process, and another one may have a sound device.
+Ends with status 1 if the device no longer works after a failure: every later part would then fail
+in this process, while another one may use the device.
 """
 
 import json
@@ -24,7 +24,7 @@ def main() -> None:
     for name in names:
         entry = run_part(bench, name)
         if "error" in entry and not answers(device):
-            print("the device does not answer any more; another process goes on", flush=True)
+            print("the device no longer works in this process; another one continues", flush=True)
             sys.exit(1)
 
 
@@ -44,10 +44,10 @@ def run_part(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def attempt(bench: Bench, module: str) -> tuple[dict[str, Any], str]:
-    """What a part has found, or its traceback; and the line that says so."""
+    """Entry of a part, with its results or its traceback, and its line of output."""
     try:
         bench.free()
-        # as a worker of the pipeline sets it
+        # as set by a worker of the pipeline
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         found = import_module(f"benchmarks.gpu.{module}").measure(bench)
         checks = [check.to_json() for check in found.checks]
@@ -60,7 +60,7 @@ def attempt(bench: Bench, module: str) -> tuple[dict[str, Any], str]:
 
 
 def answers(device: torch.device) -> bool:
-    """Whether the device computes; after some CUDA errors a process cannot use it again."""
+    """True if the device computes; after some CUDA errors a process cannot use it again."""
     try:
         return float(torch.ones(2, device=device).sum()) == 2
     except RuntimeError:
