@@ -1,7 +1,7 @@
-"""The tensors that are alive, counted operation by operation.
+"""Counts of the bytes of live tensors, operation by operation.
 
-An allocator's peak is known on a GPU alone, but which tensors live together is the same on every
-device. Workspaces inside an operation (LAPACK's, cuSOLVER's) are not seen.
+Only a GPU has an allocator that reports its peak, but the tensors that live together are the same
+on every device. Workspaces inside an operation (LAPACK's, cuSOLVER's) are not seen.
 """
 
 from torch import Tensor
@@ -13,16 +13,16 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Counts the storages of all tensors that operations make while it is active.
 
-    What was there before counts from the first operation that reads it.
+    Earlier tensors count from the first operation that reads them.
     """
 
     def __init__(self):
         super().__init__()
         self._alive = {}
         self.peak = 0
-        """Bytes that were alive together at the worst moment."""
+        """Peak of the bytes alive together."""
         self.at = ""
-        """The operation behind which that was."""
+        """The operation after which the peak was reached."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
@@ -38,6 +38,6 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def now(self):
-        """Bytes that are alive."""
+        """Bytes alive now."""
         self._alive = {key: each for key, each in self._alive.items() if not each[0].expired()}
         return sum(size for _, size in self._alive.values())

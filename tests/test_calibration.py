@@ -246,7 +246,7 @@ def test_drawn_gradients_have_the_fisher_information():
 
 
 def test_a_settled_calibration_gathers_no_more_and_frees_what_is_forgotten(model):
-    """Statistics keep their bits, later chunks pass as before, a Gram goes with its last linear."""
+    """Statistics keep their bits, later chunks pass, a Gram is freed with its last linear."""
     mask = torch.ones(1, 20, dtype=torch.bool)
     first, second = (Chunk(row, TOKENS[row : row + 1], mask) for row in range(2))
     skeleton = Skeleton.open(model)

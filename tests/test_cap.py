@@ -507,12 +507,12 @@ def test_the_sketch_estimates_what_any_change_does_to_outputs():
 
 
 def gathered(rows_TI):
-    """Their Gram as a calibration gathers it: float32 products of bfloat16 rows."""
+    """Gram of rows as a calibration computes it: float32 products of bfloat16 rows."""
     return Gram(rows_TI.shape[1]).update(rows_TI.bfloat16()).matrix()
 
 
 def outlier_rows(tokens, channels, seed=0):
-    """Inputs as models have them: 20 directions above the others, a massive channel, a dead one."""
+    """Inputs like those of models: 20 dominant directions, a massive channel, a dead one."""
     generator = torch.Generator().manual_seed(seed)
     rows_TI = torch.randn(tokens, 20, generator=generator) @ torch.randn(
         20, channels, generator=generator
@@ -525,10 +525,10 @@ def outlier_rows(tokens, channels, seed=0):
 
 @pytest.mark.parametrize("tokens", [600, 100])
 def test_the_sketch_needs_no_gram_of_full_rank(tokens):
-    """Its estimates are as near as chance allows also of changes that the inputs hardly see.
+    """Estimates have the expected variance, also for changes that hardly affect the outputs.
 
-    Those are what a truncation leaves. The ridge that a singular H needs is no small part of their
-    energy, and is taken off again.
+    A truncation leaves such changes. The ridge that a singular H needs is a large part of their
+    energy, and is subtracted.
     """
     matrix_II = gathered(outlier_rows(tokens, 150))
     generator = torch.Generator().manual_seed(2)
@@ -551,7 +551,7 @@ def test_the_sketch_needs_no_gram_of_full_rank(tokens):
 
 
 def test_inputs_that_are_never_seen_have_no_part_in_a_sketch():
-    """Neither in the random combinations nor in the ridge."""
+    """Dead channels are 0 in the random combinations and in the ridge."""
     matrix_II = gathered(outlier_rows(100, 150))
     weight_OI = torch.ones(4, 150)
     ranked = rank_parts(weight_OI, rpca(weight_OI), InputGram(matrix_II), "activation", 8)
@@ -560,7 +560,7 @@ def test_inputs_that_are_never_seen_have_no_part_in_a_sketch():
 
 
 def test_what_is_no_second_moment_has_no_sketch():
-    """With eigenvalues as negative as others are positive, and a sound diagonal."""
+    """A matrix with large negative eigenvalues and a positive diagonal is an InputError."""
     matrix_II = torch.tensor([[1.0, -3.0], [-3.0, 1.0]], dtype=torch.float64)
     weight_OI = torch.eye(2, dtype=torch.float64)
     assert RIDGES[-1] == 1

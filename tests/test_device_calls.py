@@ -67,7 +67,7 @@ def compressed(dense, tmp_path_factory):
 
 
 def every_form(survey):
-    """Linears that are sparse, low rank with entries, low rank and pivoted in turn."""
+    """Assigns sparse, low rank with entries, low rank and pivoted forms to linears in turn."""
     assignments = {}
     for turn, linear in enumerate(survey.linears):
         half = linear.break_even // 2
@@ -92,7 +92,7 @@ def plain(result):
 
 
 def same(one, other):
-    """Whether two trees are equal to the bit."""
+    """True if two trees are equal to the bit."""
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -263,7 +263,7 @@ def of_outputs(linear, site):
 class Passes:
     """Every kind of pass of one chunk through a shard of both blocks.
 
-    A generator each: it opens the shard, yields, and performs the pass.
+    Each is a generator that opens the shard, yields, and performs the pass.
     """
 
     def __init__(self, dense, compressed):
@@ -351,7 +351,7 @@ def waits(run, *, tokens, padding, linears):
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_waits_for_no_linear_and_no_token(kind, padding, dense, compressed):
-    """As many reads for one linear as for fourteen, and for eight tokens as for sixteen."""
+    """Reads are as many for one linear as for fourteen, and for eight tokens as for sixteen."""
     run = getattr(Passes(dense, compressed), kind)
     one = waits(run, tokens=8, padding=padding, linears=1)
     assert waits(run, tokens=8, padding=padding, linears=14) == one

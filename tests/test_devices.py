@@ -92,7 +92,7 @@ def assert_same_files(one, other):
 def compress_on_both(model, text, out, *, runs=None, **fields):
     """Compresses on the CPU and on the pretended device; asserts equal files, gives the device.
 
-    Nothing may add in an order that CUDA does not fix: it would give other bits at the next call.
+    No sum may have an order that CUDA does not fix: its bits would differ between calls.
 
     Args:
         runs: A directory for the run directories, to share them with other recipes.
@@ -108,15 +108,15 @@ def compress_on_both(model, text, out, *, runs=None, **fields):
 
 
 def assert_a_step_is_read_once(device):
-    """In two epochs of one step, and three evaluations, of two blocks or shards.
+    """Asserts one read a step, for two epochs of one step and three evaluations of two blocks.
 
-    The way back of a sparse linear does not look for its entries either.
+    The backward pass of a sparse linear does not search for its entries either.
     """
     assert not [each for each in device.reads if each.operation.startswith("masked")]
     waits = Counter(
         each.site
         for each in device.reads
-        # where entries stand is read as a shard is opened
+        # positions of entries are read when a shard is opened
         if each.site.file in STEPS and each.operation != "bincount"
     )
     assert waits
@@ -138,20 +138,20 @@ def test_methods(method, dtype, model, text, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
 def test_families(family, checkpoint, text, tmp_path):
-    """Other families: their masks, positions, norms, biases and transposed weights."""
+    """Other families give the CPU's files, with their masks, norms, biases and weight layouts."""
     dense = with_tokenizer(checkpoint(family), tmp_path / "dense")
     compress_on_both(dense, text, tmp_path, samples=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pivoting(dtype, model, text, tmp_path):
-    """Pivoted storage of two-sided factors."""
+    """Pivoted storage of two-sided factors gives the CPU's files."""
     compress_on_both(model[dtype], text, tmp_path, method="two-sided", storage="pivoted")
 
 
 @pytest.mark.parametrize("method", ["svd-llm", "basis-sharing"])
 def test_refits(method, model, text, tmp_path):
-    """Left factors fitted again to the compressed inputs."""
+    """Left factors that are fitted again to the compressed inputs are the CPU's."""
     options = {method: {"refit": "always"}}
     compress_on_both(model["float32"], text, tmp_path, method=method, options=options)
 
@@ -167,7 +167,7 @@ def test_refits(method, model, text, tmp_path):
     ],
 )
 def test_compensation(mode, basis, model, text, tmp_path, runs):
-    """Every objective, with the left factor kept and with a new one."""
+    """Every objective gives the CPU's files, with the left factor kept and with a new one."""
     fields = {"runs": runs / "low_rank", "options": {"compensation": {"basis": basis}}}
     fields["compensate"] = mode
     compress_on_both(model["float32"], text, tmp_path, **fields)
@@ -175,14 +175,14 @@ def test_compensation(mode, basis, model, text, tmp_path, runs):
 
 @pytest.mark.parametrize("form", ["pivoted", "low_rank_sparse"])
 def test_compensation_of_forms(form, model, text, tmp_path):
-    """Factors that are pivoted or have entries beside them."""
+    """Compensation of pivoted factors, and of factors with entries, gives the CPU's files."""
     compress_on_both(model["float32"], text, tmp_path, compensate="blend", **FORMS[form])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["blocks", "in_order", "swept"])
 def test_refinement(mode, model, text, tmp_path, runs):
-    """Blocks trained apart from each other, in order, and both."""
+    """Blocks trained separately, in order, or both give the CPU's files."""
     fields = {"runs": runs / "low_rank", "options": {"refinement": REFINEMENT}}
     device = compress_on_both(model["float32"], text, tmp_path, refine=mode, **fields)
     if mode != "swept":
@@ -193,14 +193,14 @@ def test_refinement(mode, model, text, tmp_path, runs):
 @pytest.mark.parametrize("mode", ["all", "lean", "light"])
 @pytest.mark.parametrize("form", FORMS)
 def test_training(form, mode, model, text, tmp_path, runs):
-    """Every form is trained in every mode, in two shards."""
+    """Every form trained in every mode, in two shards, gives the CPU's files."""
     fields = with_options(FORMS[form], training=TRAINING) | {"runs": runs / form}
     device = compress_on_both(model["float32"], text, tmp_path, train=mode, **fields)
     assert_a_step_is_read_once(device)
 
 
 def test_training_towards_targets_that_pass_by(model, text, tmp_path):
-    """Targets recomputed by the dense model during training."""
+    """Targets that the dense model recomputes during training give the CPU's files."""
     options = {"training": TRAINING | {"targets": "recomputed", "cross_entropy": 0.1}}
     compress_on_both(model["float32"], text, tmp_path, train="all", options=options)
 
@@ -217,13 +217,13 @@ def test_training_towards_targets_that_pass_by(model, text, tmp_path):
     ],
 )
 def test_padded_text(fields, model, documents, tmp_path):
-    """Sequences with padding, through passes, gradients and training."""
+    """Sequences with padding give the CPU's files, through passes, gradients and training."""
     compress_on_both(model["float32"], documents, tmp_path, layout="padded", **fields)
 
 
 @pytest.mark.slow
 def test_the_whole_recipe_in_bfloat16(model, text, tmp_path):
-    """Every stage after the plan in one run of a 16-bit model."""
+    """Every stage after the plan in one run of a 16-bit model gives the CPU's files."""
     fields = {"method": "two-sided", "storage": "pivoted", "compensate": "anchored"}
     fields |= {"refine": "swept", "train": "lean"}
     options = {"refinement": REFINEMENT, "training": TRAINING}
@@ -241,7 +241,7 @@ def compressed(request, model, text, tmp_path_factory):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("compares", [False, True])
 def test_evaluation(compares, padded, compressed, text, documents, tmp_path):
-    """Perplexity alone and against the dense model: the CPU's figures."""
+    """Perplexity, alone and against the dense model, has the CPU's figures."""
     dense, out = compressed
     fields = SMALL | {"executor": "local", "layout": "padded" if padded else "packed"}
     fields |= {"text": str(documents if padded else text)}

@@ -1,6 +1,6 @@
 """Symmetric eigendecompositions, and the solvers that stand in for one that fails.
 
-No solver here fails by itself, so failures are put in its way; what stands in is the real one.
+Failures of solvers are injected, since none fails here by itself; the stand-ins are real.
 """
 
 import re
@@ -31,13 +31,13 @@ UNCONVERGED = torch.linalg.LinAlgError(
     "linalg.eigh: The algorithm failed to converge because the input matrix is ill-conditioned or "
     "has too many repeated eigenvalues (error code: 3)."
 )
-"""As PyTorch words it."""
+"""PyTorch's message."""
 CUSOLVER = "cusolver error: CUSOLVER_STATUS"
 PACKAGE = Path(__file__).parent.parent / "orchestrator"
 
 
 def second_moment(n, dtype=torch.float64, seed=0):
-    """Of n channels whose scales differ by 1e4."""
+    """Second moment of n channels whose scales differ by up to 1e4."""
     generator = torch.Generator().manual_seed(seed)
     rows_TN = torch.randn(2 * n, n, generator=generator, dtype=torch.float64)
     rows_TN *= torch.logspace(0, -4, n, dtype=torch.float64)
@@ -46,7 +46,7 @@ def second_moment(n, dtype=torch.float64, seed=0):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Has the first calls of a routine of `torch.linalg` fail as it is told; counts all of them."""
+    """Makes the first calls of a `torch.linalg` routine fail as given; counts all calls."""
 
     def fail(name, *outcomes):
         real, left, calls = getattr(torch.linalg, name), list(outcomes), []
@@ -69,7 +69,7 @@ def failing(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 2, 31, 130])
 def test_on_a_cpu_the_bits_are_those_of_torch(n, dtype, upper):
-    """Whatever stands in the other triangle; nothing is told of a stand-in."""
+    """The other triangle does not matter, and the report names no stand-in."""
     matrix_NN, eigen, side = second_moment(n, dtype), Eigensolver(), "U" if upper else "L"
     other_NN = torch.full_like(matrix_NN, torch.nan)
     given_NN = (
@@ -99,7 +99,7 @@ def test_on_a_cpu_the_bits_are_those_of_torch(n, dtype, upper):
     ids=["zero", "one", "rank one", "subnormal", "negative", "graded", "two scales"],
 )
 def test_no_sound_result_is_refused(matrix_NN, dtype):
-    """The check is passed by rank, sign, scale and repeated eigenvalues of every kind."""
+    """Any rank, sign, scale and multiplicity of eigenvalues passes the check."""
     eigen = Eigensolver()
     eigen.decompose(matrix_NN.to(dtype))
     eigen.values(matrix_NN.to(dtype))
@@ -119,7 +119,7 @@ def test_a_solver_that_does_not_converge_gives_way_to_float64(failing):
 
 
 def swapped(found):
-    """Two vectors in each other's places."""
+    """The result with two vectors exchanged."""
     values_N, vectors_NN = found
     order = torch.arange(len(values_N))
     order[[3, 30]] = order[[30, 3]]
@@ -127,7 +127,7 @@ def swapped(found):
 
 
 def stretched(found):
-    """One vector that is not of unit length."""
+    """The result with one vector that is not of unit length."""
     values_N, vectors_NN = found
     vectors_NN[:, 0] *= 1 + 1e-3
     return values_N, vectors_NN
@@ -141,7 +141,7 @@ def not_a_number(found):
 
 @pytest.mark.parametrize("damage", [swapped, stretched, not_a_number])
 def test_a_damaged_result_is_found_and_made_again(failing, damage):
-    """A solver that reports success and is wrong passes no check, in float32 neither."""
+    """A wrong result that a solver reports as success fails the check, also in float32."""
     failing("eigh", damage)
     matrix_NN, eigen = second_moment(50, torch.float32), Eigensolver()
     values_N, vectors_NN = eigen.decompose(matrix_NN)
@@ -151,7 +151,7 @@ def test_a_damaged_result_is_found_and_made_again(failing, damage):
 
 
 def test_eigenvalues_alone_are_checked_too(failing):
-    """By the sum of their squares, which is that of the entries."""
+    """A wrong sum of their squares, which is that of the entries, fails the check."""
     failing("eigvalsh", lambda values_N: values_N * (1 + 1e-2))
     matrix_NN, eigen = second_moment(50, torch.float32), Eigensolver()
     values_N = eigen.values(matrix_NN, upper=True)
@@ -160,7 +160,7 @@ def test_eigenvalues_alone_are_checked_too(failing):
 
 
 def test_what_no_solver_can_decompose_is_an_input_error(failing):
-    """With what each of them said; NaN and infinity are named before any is asked."""
+    """The error quotes every solver; NaN and infinity are reported before any is called."""
     failing("eigh", UNCONVERGED, UNCONVERGED)
     with pytest.raises(InputError, match=r"cpu float32: .*converge.*; cpu float64: .*converge"):
         Eigensolver().decompose(second_moment(5, torch.float32))
@@ -183,7 +183,7 @@ def test_what_no_solver_can_decompose_is_an_input_error(failing):
     ids=lambda error: type(error).__name__,
 )
 def test_memory_and_devices_are_no_matter_of_solvers(failing, error):
-    """Smaller parts or another worker answer them; no other solver is asked."""
+    """These errors are raised unchanged, and no other solver is called."""
     calls = failing("eigh", error)
     with pytest.raises(type(error)):
         Eigensolver().decompose(second_moment(5, torch.float32))
@@ -200,7 +200,7 @@ def test_other_failures_of_cusolver_are(failing):
 
 
 def test_solvers_are_asked_in_turn_and_only_for_sizes_that_they_take():
-    """Device, device in float64, CPU; above 25,000 rows no device, above LAPACK's limit none."""
+    """The order is device, device in float64, CPU; a device takes 25,000 rows, LAPACK 32,766."""
     single, double = DTYPES
     assert attempts(4096, CUDA, single) == [(CUDA, single), (CUDA, double), (CPU, double)]
     assert attempts(4096, CUDA, double) == [(CUDA, double), (CPU, double)]
@@ -218,7 +218,7 @@ def test_solvers_are_asked_in_turn_and_only_for_sizes_that_they_take():
 
 
 def test_a_matrix_that_is_too_large_is_refused_before_it_is_touched():
-    """Nothing of its size is allocated: this one is a view of a single number."""
+    """No memory of its size is allocated: the matrix here is a view of a single number."""
     matrix_NN = torch.zeros(1, 1, dtype=torch.float64).expand(2**17, 2**17)
     for solve in (Eigensolver().decompose, Eigensolver().values):
         with pytest.raises(InputError, match="too large"):
@@ -226,7 +226,7 @@ def test_a_matrix_that_is_too_large_is_refused_before_it_is_touched():
 
 
 def test_the_report_of_whoever_decomposes_names_the_stand_in(failing):
-    """Low rank, robust PCA and refits, each with a first solver that fails on float32."""
+    """Reports of low rank, robust PCA and refits do, if the first solver fails on float32."""
     generator = torch.Generator().manual_seed(1)
     weight_OI = torch.randn(24, 40, generator=generator)
     result = rpca(weight_OI)
@@ -238,7 +238,7 @@ def test_the_report_of_whoever_decomposes_names_the_stand_in(failing):
 
 
 def test_a_decomposition_in_float64_has_nothing_to_fall_back_on_here(failing):
-    """The CPU's float64 is the last solver: that it fails too ends the linear, by name."""
+    """The CPU's float64 is the last solver: its failure is an error that names the matrix."""
     generator = torch.Generator().manual_seed(1)
     weight_OI = torch.randn(12, 8, generator=generator, dtype=torch.float64)
     gram_II = second_moment(8)
@@ -256,8 +256,8 @@ def test_a_decomposition_in_float64_has_nothing_to_fall_back_on_here(failing):
 def test_no_method_decomposes_more_than_the_smaller_side(method, outputs, inputs, tokens, failing):
     """The largest of all eigendecompositions has the side that a forecast counts.
 
-    A weight of [60, 24] is also what two linears that share a basis come to; few tokens are what
-    leaves directions to the weight.
+    A weight of [60, 24] also represents two linears that share a basis; with few tokens the Gram is
+    singular and the weight is decomposed in its null space.
     """
     linear = Linear(
         name="0.a",
@@ -290,7 +290,7 @@ def test_no_method_decomposes_more_than_the_smaller_side(method, outputs, inputs
 
 
 def test_nobody_else_calls_the_solvers():
-    """One file names torch's symmetric eigendecompositions, so every caller has the stand-ins."""
+    """A single file names torch's symmetric eigendecompositions, so all callers have stand-ins."""
     named = re.compile(r"\beig(h|vals|valsh)?\(")
     files = {path.name for path in PACKAGE.rglob("*.py") if named.search(path.read_text())}
     assert files == {"eigen.py"}
@@ -303,7 +303,7 @@ def llama(checkpoint, tmp_path):
 
 @pytest.fixture
 def no_device_solver(monkeypatch):
-    """Has the solver of a GPU fail as it did with cuSOLVER's syevd, and notes the dtypes asked."""
+    """Makes the solver of a GPU fail like cuSOLVER's syevd, and lists the dtypes of its calls."""
     real, asked = torch.linalg.eigh, []
 
     def eigh(matrix_NN, **options):
@@ -332,9 +332,9 @@ REFITTED = {"options": {"svd-llm": {"refit": "always"}}}
 def test_a_run_goes_on_where_a_gpu_finds_no_eigenvectors(
     method, fields, where, llama, tmp_path, no_device_solver
 ):
-    """With the CPU's, and the bytes of a run on a CPU; the report and its page name the stand-in.
+    """The CPU's solver gives the bytes of a CPU run; the report and its page name the stand-in.
 
-    But for `cap`, whose robust PCA begins in float32 on a CPU, where the stand-in is float64.
+    The bytes of `cap` differ: its robust PCA begins in float32 on a CPU, the stand-in is float64.
     """
     text = write_text(tmp_path / "text.txt")
     given = {"method": method, "run_dir": None} | fields

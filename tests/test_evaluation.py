@@ -72,7 +72,7 @@ def test_scores_of_chunks_add_up():
 
 @pytest.mark.parametrize("compares", [False, True])
 def test_a_gpu_gives_the_same_score(compares):
-    """Tokens and logits of a device: with and without another model, the sums are the CPU's."""
+    """With and without another model, sums of tokens and logits on a device are the CPU's."""
     *case, against = random_case()
     on_cpu = score(*case, against if compares else None)
     with pretended_device():
@@ -82,7 +82,7 @@ def test_a_gpu_gives_the_same_score(compares):
 
 @pytest.mark.parametrize("shape", [(1, 5), (256, 96), (40, 50_257)])
 def test_labels_are_drawn_as_the_library_draws_them(shape):
-    """The same labels as torch.multinomial from the same state, and the same state behind them."""
+    """Labels and the generator's state after them are those of torch.multinomial."""
     p_TV = torch.softmax(3 * torch.randn(shape, generator=torch.Generator().manual_seed(1)), dim=-1)
     ours, theirs = (torch.Generator().manual_seed(2) for _ in range(2))
     assert torch.equal(_draw(p_TV, ours), torch.multinomial(p_TV, 1, generator=theirs))

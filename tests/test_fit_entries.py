@@ -98,8 +98,8 @@ def test_dtypes(dtype):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 9])
 @pytest.mark.parametrize("entries", [1, 20, 1000])
 def test_a_moment_comes_back(size, rank, entries, monkeypatch):
-    """Of its diagonal's root and its correlations, to half precision of each correlation; in bands
-    of one row, of some that do not divide the matrix, and of all."""
+    """The root of the diagonal and the correlations give it, to half precision of each correlation;
+    in bands of one row, of some that do not divide the matrix, and of all."""
     monkeypatch.setattr("orchestrator.linalg.fit_entries.BAND_ENTRIES", entries)
     matrix_NN = moment(size, 4, rank=rank)
     matrix_NN[size // 2] = matrix_NN[:, size // 2] = 0
@@ -113,7 +113,7 @@ def test_a_moment_comes_back(size, rank, entries, monkeypatch):
 
 
 def test_each_pair_is_stored_once():
-    """By the definition: row by row the channels that follow, then the opposite ones."""
+    """The order is that of the definition: following channels by row, then opposite ones."""
     for size in (5, 6):
         matrix_NN = moment(size, 4)
         root_N = matrix_NN.diagonal().sqrt()
@@ -138,7 +138,7 @@ class Count(TorchDispatchMode):
 
 
 def test_bands_not_rows_are_packed():
-    """Twice the channels take no more operations while they fit one band."""
+    """Twice the channels take the same number of operations while they fit one band."""
     counts = []
     for size in (40, 80):
         matrix_NN = moment(size, 4)

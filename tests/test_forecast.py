@@ -297,7 +297,7 @@ def test_what_does_not_fit_is_said_with_what_would(config, capsys):
 
 @pytest.mark.parametrize("gpu", ["RTX-4090", "A10G"])
 def test_one_gpu_of_24_gb_is_enough_for_the_closed_form_of_70b(gpu, config):
-    """With a fifth to spare; what takes most is the pass back, so Grams have to be on the GPU."""
+    """A fifth of it stays free; the peak is the backward pass, with Grams on the GPU."""
     path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
     asked = {"model": path, "preset": "fast", "samples": 256, "sequence_length": 2048}
     found = plan(recipe(**asked), gpus=1, gpu=gpu)
@@ -307,7 +307,7 @@ def test_one_gpu_of_24_gb_is_enough_for_the_closed_form_of_70b(gpu, config):
 
 
 def test_a_gpu_has_a_context_and_an_allocator_and_a_cpu_has_a_process(llama_dir, tmp_path):
-    """Terms of their own on top of the same tensors; what is written is then in the host's part."""
+    """They are added to the same tensors; tensors to be written are in the host's part."""
     asked = {"samples": 4, "sequence_length": 32}
     rates = measure(tmp_path / "rates.json", dtype="float32")
     on_cpu = plan(recipe(model=str(llama_dir), **asked), rates=rates)
@@ -383,12 +383,12 @@ def test_wrong_words_are_usage_errors(config, capsys):
 
 
 MODELLED = {"A100-80GB": (0.7, 1.4), "H100": (0.36, 0.8), "H200": (0.29, 0.62)}
-"""Seconds for n = 8192 in float64: by half of the memory traffic, times 1.3, to all of it, 1.6."""
+"""Seconds for n = 8192 in float64: from half the traffic times 1.3 to all of it times 1.6."""
 
 
 @pytest.mark.parametrize("gpu", MODELLED)
 def test_eigendecompositions_by_memory_traffic(gpu):
-    """Within what the traffic allows, and faster than both rows, which assume a part of FP64."""
+    """The time is within the bounds of the traffic, and shorter than by both other rows."""
     least, most = MODELLED[gpu]
     machine = machine_of(gpu)
     assert least <= 9 * 8192**3 / machine.modelled_eigen <= most
@@ -397,16 +397,16 @@ def test_eigendecompositions_by_memory_traffic(gpu):
 
 
 def test_the_model_of_eigendecompositions_meets_the_time_that_was_published():
-    """RTX 6000 Ada, 0.96 TB/s and 91.1 TFLOP/s, float32, n = 23,000: 13.1 to 13.9 s."""
+    """It gives 13.1 to 13.9 s for an RTX 6000 Ada, 0.96 TB/s, 91.1 TFLOP/s, float32, n = 23,000."""
     assert 13.1 <= eigen_seconds(23_000, 0.96e12, 91.1e12, itemsize=4) <= 13.9
-    # both of its terms are there: no bandwidth, or no products, would do
+    # both terms count: infinite bandwidth, or infinite products, would not give it
     slow = eigen_seconds(23_000, 0.48e12, 91.1e12, itemsize=4)
     assert slow > 1.5 * eigen_seconds(23_000, 0.96e12, 91.1e12, itemsize=4)
     assert eigen_seconds(8192, 1e12, 1e12) > 5 * eigen_seconds(8192, 1e12, 60e12)
 
 
 def test_a_plan_says_where_float64_decides_its_time(config):
-    """Where a GPU computes it at 1/64 of float32, and nowhere else; eigenvectors by three rates."""
+    """Only for a GPU with float64 at 1/64 of float32; eigendecompositions have three rates."""
     path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
     for gpu in known_devices():
         found = plan(recipe(model=path, preset="fast", samples=256), gpus=1, gpu=gpu)
@@ -500,14 +500,14 @@ def test_a_band_is_that_of_the_numerics():
 
 
 def test_a_sketch_is_that_of_the_numerics():
-    """The same for its columns."""
+    """Its number of columns is the one of `linalg.ranked`."""
     assert work.SKETCH == ranked.SKETCH
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_eigendecomposition_is_too_large_for_a_gpu(method, name):
-    """Of any model, for any linear or stack of linears that share a basis, up to Llama 405B.
+    """This holds for any linear, or linears that share a basis, of models up to Llama 405B.
 
     `tests/test_eigen.py` holds the methods to this size.
     """
@@ -519,12 +519,12 @@ def test_no_eigendecomposition_is_too_large_for_a_gpu(method, name):
         flops = work.decomposing(linear, needs, linear.in_features, False, 2).eigen
         assert flops % (9 * side**3) == 0
         assert bool(flops) == (needs.kind != "sparse")
-    # the wide side of the larger ones would be
+    # the wide side of larger models is too large
     assert (wide > LARGEST["cuda"]) == (shapes.hidden >= 8192)
 
 
 def test_a_gpu_is_measured_with_what_a_70b_model_asks_of_it():
-    """A smaller eigendecomposition has another rate."""
+    """The sizes are the largest ones of the model, since smaller ones have another rate."""
     sides = {work.eigen_side(each) for each in shapes_of("Llama-3-70B").linears}
     assert SIZES["cuda"][1] == max(sides)
 

@@ -84,7 +84,7 @@ def test_a_pivoted_linear_is_its_rows_in_their_order(bias):
 
 
 class Operations(TorchDispatchMode):
-    """The names of what is computed."""
+    """The names of the operations."""
 
     def __init__(self):
         super().__init__()
@@ -96,8 +96,8 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_pivoted_linear_goes_back_by_gathering():
-    """Gradients, and gradients of gradients, are right; no operation of the way back adds into
-    places, whose order of sums a GPU does not keep."""
+    """First and second gradients are right; no operation of the backward pass adds by index, whose
+    order of sums a GPU does not fix."""
     module = PivotedLinear(7, 5, 3, dtype=torch.float64)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
