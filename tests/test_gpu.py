@@ -1,4 +1,4 @@
-"""What a worker says of its GPU, and what a run does about it."""
+"""Reports of workers on their GPUs, and their use by a run."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ int nvmlSystemGetDriverVersion(char *version, unsigned length) {
     return SAID;
 }
 """
-"""As NVIDIA's header declares it; 0 is success."""
+"""Functions as declared in NVIDIA's header; 0 is success."""
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def worker(tmp_path):
 
 @pytest.fixture
 def nvml(tmp_path, monkeypatch):
-    """Has a library of `NVML`, compiled here, found as NVIDIA's."""
+    """Compiles `NVML` to a library that is found as NVIDIA's."""
     gpu.driver_version.cache_clear()
 
     def compile_with(**results):
@@ -76,13 +76,13 @@ def nvml(tmp_path, monkeypatch):
     ],
 )
 def test_the_driver_is_what_nvml_says(results, expected, nvml):
-    """By NVML's own functions; an error of it is no error of ours."""
+    """The version comes from NVML's functions; if these fail it is `unknown`."""
     nvml(**results)
     assert gpu.driver_version() == expected
 
 
 def test_without_nvml_the_driver_is_unknown(nvml, monkeypatch):
-    """Without the library, and with one that lacks the functions."""
+    """A missing library, and one that lacks the functions, give `unknown`."""
     for name in ("libthere-is-none.so.1", "libc.so.6"):
         monkeypatch.setattr(gpu, "_NVML", name)
         gpu.driver_version.cache_clear()
@@ -90,14 +90,14 @@ def test_without_nvml_the_driver_is_unknown(nvml, monkeypatch):
 
 
 def test_the_environment_of_a_cpu_says_nothing_of_cuda(worker):
-    """So that units that were made on CPUs before are those of the same environment."""
+    """Units of earlier versions made on CPUs thus keep their environment."""
     names = ["device", "capability", "threads", "torch", "transformers", "orchestrator"]
     assert list(worker().environment()) == names
     assert worker().probe("n")["device_bytes"] is None
 
 
 def test_the_environment_of_a_gpu_has_what_its_kernels_come_from(worker, nvml, monkeypatch):
-    """Other libraries, or another driver, are another environment."""
+    """Workers with other libraries, or another driver, are refused, and the error says which."""
     nvml(INIT=0, SAID=0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pretended_device(total=10**10):
@@ -118,7 +118,7 @@ def test_the_environment_of_a_gpu_has_what_its_kernels_come_from(worker, nvml, m
 
 
 def test_a_gpu_that_torch_does_not_see_is_explained(monkeypatch, nvml):
-    """By the build or by the driver; nothing is said where a GPU is seen, or none was given."""
+    """The message names the build or the driver; it is empty with a visible GPU, or without any."""
     nvml(INIT=0, SAID=0)
     assert gpu.unseen([]) == ""
     with pretended_device():
@@ -131,7 +131,7 @@ def test_a_gpu_that_torch_does_not_see_is_explained(monkeypatch, nvml):
 
 
 def test_a_worker_without_the_gpu_that_it_was_given_is_refused(monkeypatch):
-    """Unless the cluster's GPUs are known to be pretended."""
+    """The error is raised unless the cluster's GPUs are declared as pretended."""
     monkeypatch.delenv(gpu.PRETENDED, raising=False)
     gpu.check_seen({"unseen": ""})
     with pytest.raises(InputError, match="node a: Ray gave"):
@@ -141,7 +141,7 @@ def test_a_worker_without_the_gpu_that_it_was_given_is_refused(monkeypatch):
 
 
 def test_what_workers_measure_of_their_gpus_wins_over_what_their_kind_has(tmp_path):
-    """A slice of a card holds less than the card: shards are cut for it, or the run is refused."""
+    """For a slice of a card, shards are cut for its own memory, or the run is refused."""
     config = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336}
     config |= {"num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))

@@ -1,4 +1,4 @@
-"""`scripts/benchmark gpu` at tiny sizes on a CPU: every part ends, and what has a truth is true."""
+"""`scripts/benchmark gpu` at tiny sizes on a CPU: every part ends, and every check holds."""
 
 import json
 import math
@@ -38,7 +38,7 @@ for name in names:
         time.sleep(600)
     results.end(name, {"line": "", "figures": os.getpid(), "checks": []})
 """
-"""A program in the place of the worker: one part ends its process, another one hangs."""
+"""A program in place of the worker: one part ends its process, another one hangs."""
 
 
 def benchmark(*arguments, tmp_path):
@@ -56,10 +56,10 @@ def benchmark(*arguments, tmp_path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Results of all parts, and what was printed."""
+    """Results of all parts, and the printed text."""
     directory = tmp_path_factory.mktemp("gpu")
     out = directory / "new" / "results.json"
-    # on a busy machine they take longer, and none is to be left out for it
+    # enough for a busy machine, so that no part is left out
     done = benchmark("--small", "--seconds", "1500", "--out", str(out), tmp_path=directory)
     assert done.returncode == 0, done.stderr
     return Results.read(out), done.stdout
@@ -76,7 +76,7 @@ def figures(small, part):
 
 
 def test_every_part_ends_and_says_so(small):
-    """In a process without Ray; each prints its line, and the last line counts them."""
+    """Without Ray, each part prints its line, and the last line counts them."""
     results, printed = small
     assert results.running is None
     assert results.parts.keys() == PARTS.keys()
@@ -87,7 +87,7 @@ def test_every_part_ends_and_says_so(small):
 
 
 def test_every_check_holds(small):
-    """And every part has some, but for ceilings and what is compared with ours."""
+    """Every part has checks, except for ceilings and for comparisons with other methods."""
     parts = small[0].parts
     broken = [check for entry in parts.values() for check in entry["checks"] if not check["holds"]]
     assert broken == []
@@ -96,7 +96,7 @@ def test_every_check_holds(small):
 
 
 def test_factors_lose_what_the_optimum_loses(small):
-    """Both shapes, to 1e-7 of it, one-sided and two-sided; pivoting loses nothing."""
+    """Losses of both shapes, one-sided and two-sided, agree to 1e-7; pivoting adds no loss."""
     rows = figures(small, "decompositions")
     assert [row["shape"] for row in rows] == [[128, 128], [128, 448]]
     for row in rows:
@@ -110,7 +110,7 @@ def test_factors_lose_what_the_optimum_loses(small):
 
 
 def test_grams_and_eigenvectors_are_exact_to_their_dtypes(small):
-    """Entries of a Gram to 1e-5 of its largest one; eigenvectors orthonormal, both triangles."""
+    """Grams are within 1e-5 of the largest entry; eigenvectors are orthonormal."""
     grams = figures(small, "grams")
     assert {row["dtype"] for row in grams} == {"bfloat16", "float32"}
     assert all(row["error"] < 1e-5 and row["same_bits"] for row in grams)
@@ -124,7 +124,7 @@ def test_grams_and_eigenvectors_are_exact_to_their_dtypes(small):
 
 
 def test_recipes_repeat_their_bits_on_one_kind_of_device(small):
-    """All six, three times; their tensors have values, and what they lose is said."""
+    """All six recipes give the same bits three times, with tensors and losses in the results."""
     found = figures(small, "pipeline")
     assert found["errors"] == {}
     assert len(found["recipes"]) == 6
@@ -136,7 +136,7 @@ def test_recipes_repeat_their_bits_on_one_kind_of_device(small):
 
 
 def test_a_results_file_gives_a_row_of_the_forecast_s_rates(small, tmp_path, monkeypatch):
-    """A plan takes it: what was measured, and half of it to plan with."""
+    """A plan accepts it, with the measured rates and half of them as pessimistic ones."""
     path = small[0].path
     done = benchmark("--rates", str(path), tmp_path=tmp_path)
     row = json.loads(done.stdout)
@@ -190,7 +190,7 @@ def test_without_a_gpu_large_sizes_are_refused(tmp_path):
 
 
 def test_results_are_named_by_device_and_date():
-    """Under benchmarks/results, nothing in the name that a file system minds."""
+    """Names lie under benchmarks/results and have only characters that every file system allows."""
     environment = {"cuda_device": "NVIDIA A100-SXM4-80GB", "date": "2026-01-31T09:05"}
     found = default_out(environment, is_small=False)
     assert found == ROOT / "benchmarks/results/gpu-nvidia-a100-sxm4-80gb-2026-01-31T0905.json"
@@ -210,7 +210,7 @@ def test_a_part_that_cannot_be_imported_stops_no_other(bench, monkeypatch):
 
 
 def test_a_part_without_enough_time_is_left_out(bench):
-    """It says how much there was; with a second more than it needs it would be begun."""
+    """Its entry has the time left and the time needed."""
     bench.results.content["small"] = False
     short = Bench(bench.device, bench.work, bench.results, time.monotonic() + 20)
     run_part(short, "block")
@@ -219,7 +219,7 @@ def test_a_part_without_enough_time_is_left_out(bench):
 
 
 def test_a_process_that_dies_or_hangs_costs_its_part_alone(bench, monkeypatch):
-    """Another process does the rest; what hung is ended with its children."""
+    """Another process runs the rest; a hanging one is stopped with its children."""
     monkeypatch.setitem(PARTS, "eigen", Part("eigen", 0.3))
     monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0)
     program = [sys.executable, "-c", RESTLESS]
@@ -238,7 +238,7 @@ def test_a_process_that_dies_or_hangs_costs_its_part_alone(bench, monkeypatch):
 
 
 def is_running(pid):
-    """A process that nobody has waited for yet is over all the same."""
+    """True if a process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -247,7 +247,7 @@ def is_running(pid):
 
 
 def test_a_program_that_does_not_start_fails_every_part(bench):
-    """Once, and not again and again."""
+    """It is started once, not once a part."""
     supervise(bench.results, ["grams", "eigen"], bench.work, bench.deadline, ["false"])
     parts = Results.read(bench.results.path).parts
     says = "the process that was to run it ended with status 1"

@@ -1,4 +1,4 @@
-"""Slices' gradients on their way between replicas: the bits of one process that adds them up."""
+"""Gradients of slices exchanged by replicas: the bits of a sum in one process."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def some_slices(dtype=torch.float32):
-    """Of four slices; one does not reach a parameter, another reaches one alone."""
+    """Gradients of four slices; one lacks a parameter, another one has a single parameter."""
     generator = torch.Generator().manual_seed(5)
     shapes = {0: (3, PIECE_VALUES - 7), 1: (), 4: (5,), 7: (2 * PIECE_VALUES,)}
     reached = [{0, 1, 7}, {0, 1, 4, 7}, {1, 7}, {0, 1, 7}]
@@ -22,7 +22,7 @@ def some_slices(dtype=torch.float32):
 
 
 def sent(parts):
-    """A record with the slices of these numbers, as Ray gives it: views that cannot be written."""
+    """A record of slices as Ray returns it: read-only views."""
     slices, record = some_slices(), {}
     for part in parts:
         record |= pack(part, slices[part])
@@ -34,7 +34,7 @@ def sent(parts):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("shares", [[[0, 1, 2, 3]], [[2, 3], [0, 1]], [[3], [1], [0], [2]]])
 def test_the_sum_is_that_of_one_process(threads, shares):
-    """Whoever made which slice, on any number of threads: to the bit, and records stay."""
+    """Bits depend neither on the records of slices nor on threads; records stay unchanged."""
     expected, records = merge(some_slices()), [sent(parts) for parts in shares]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -52,7 +52,7 @@ def test_the_sum_is_that_of_one_process(threads, shares):
 
 
 def test_the_order_is_that_of_the_slices():
-    """1e8 − 1e8 + 1 is 1 in that order and 0 in another, in float32."""
+    """The float32 sum 1e8 − 1e8 + 1 is 1, which another order makes 0."""
     slices = [{0: torch.full((3,), value)} for value in (1e8, -1e8, 1.0)]
     records = [pack(part, slices[part]) for part in (2, 0, 1)]
     assert merge_records(records, CPU)[0].tolist() == [1, 1, 1]
@@ -60,7 +60,7 @@ def test_the_order_is_that_of_the_slices():
 
 
 def test_float64_stays():
-    """A refinement in float64 sends and adds float64."""
+    """Gradients in float64 are sent and added in float64."""
     (one,) = some_slices(torch.float64)[:1]
     found = merge_records([pack(0, one)], CPU)
     for place, gradient in one.items():
@@ -69,7 +69,7 @@ def test_float64_stays():
 
 
 def test_a_device_gives_its_slices_and_takes_the_sum_alone():
-    """Bytes to a GPU are those of one slice, however many there are; all copies are pinned."""
+    """Bytes copied to a GPU are those of one slice for any number; all copies are pinned."""
     slices = [{0: torch.randn(300, 200), 1: torch.randn(7)} for _ in range(4)]
     expected = merge([{place: each.clone() for place, each in one.items()} for one in slices])
     with pretended_device() as device:

@@ -146,7 +146,7 @@ def test_tensor_cores_lose_nothing(dtype):
 
 @pytest.mark.parametrize("n", SIZES)
 def test_settling_frees_a_third_and_changes_no_bit(n):
-    """12 n² bytes become 8 n², H stays as it was; rows that come later are refused."""
+    """12 n² bytes become 8 n², H keeps its bits, and later rows are refused."""
     pieces = chunks(5, n, tokens=FLUSH_TOKENS // 3)
     gram = gathered(n, pieces)
     before_II = gram.matrix()
@@ -159,7 +159,7 @@ def test_settling_frees_a_third_and_changes_no_bit(n):
 
 
 def test_reading_a_gram_takes_twice_what_it_gives():
-    """One copy beside H, for the triangle that is mirrored."""
+    """The peak is H and one copy, for the mirrored triangle."""
     gram = gathered(300, chunks(2, 300))
     gram.settle()
     with LiveBytes() as live:

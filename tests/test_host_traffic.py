@@ -1,4 +1,4 @@
-"""A GPU is not held up: its values are not read, nothing is turned or cast for it on the host."""
+"""No needless work of the host for a GPU: no reads of values, no transposition or cast."""
 
 import threading
 
@@ -57,7 +57,7 @@ def chunk_of(states_BTC, mask_BT):
 
 
 def gathered(model, padding, device, pretended=None):
-    """All statistics of a pass, forward and back; on a device only its traffic in the pass."""
+    """Statistics of a forward and backward pass; of a device, only the traffic in the pass."""
     skeleton = Skeleton.open(model, dtype=torch.float32, device=device)
     with skeleton.shard(range(BLOCKS)) as shard:
         options = {"magnitudes": True, "curvature": True, "outputs": True}
@@ -81,16 +81,16 @@ def gathered(model, padding, device, pretended=None):
 
 @pytest.mark.parametrize("padding", [0, 3])
 def test_a_pass_reads_nothing_for_a_linear(model, padding):
-    """With Grams, magnitudes, curvature and cosines of every linear, of a padded text too, all that
-    the host waits for is the model's own look at its mask, once a chunk, and what crosses the bus
-    is pinned, goes beside what is computed and is no more for more linears. Bits are the CPU's."""
+    """With Grams, magnitudes, curvature and cosines of every linear, with padding too, the host
+    only waits for the model's own read of its mask, once a chunk. Copies are pinned, run beside the
+    computation, and are not more for more linears. Bits are the CPU's."""
     expected = gathered(model, padding, torch.device("cpu"))
     with pretended_device() as device:
         found, reads, copies = gathered(model, padding, CUDA, device)
     assert {read.site.file for read in reads} <= {"models/shard.py"}
     assert len(reads) <= 2 * len(some_chunks(padding))
     assert all(copy.pinned and copy.non_blocking and copy.stream for copy in copies)
-    # tokens, mask and, where some are not real, the places of those that are
+    # tokens, mask and, with padding, the indices of real tokens
     assert len(copies) == 2 * (3 if padding else 2)
     assert all(
         torch.equal(*pair)
@@ -100,8 +100,8 @@ def test_a_pass_reads_nothing_for_a_linear(model, padding):
 
 
 def test_weights_cross_as_they_are_stored(model):
-    """A shard in float32 of a checkpoint in bfloat16: its bytes on disk cross the bus, once and
-    pinned, and nothing is cast or searched for NaN on the host."""
+    """For a float32 shard of a bfloat16 checkpoint, its bytes on disk cross the bus once, pinned;
+    the host neither casts them nor searches them for NaN."""
     stored = load_file(model / "model.safetensors")
     on_cpu = Skeleton.open(model, dtype=torch.float32)
     with pretended_device() as device, on_cpu.shard(range(BLOCKS)) as expected:
@@ -114,7 +114,7 @@ def test_weights_cross_as_they_are_stored(model):
             assert sum(copy.bytes for copy in loads) == sum(each.nbytes for each in stored.values())
             assert all(copy.pinned and copy.non_blocking for copy in loads)
             assert not any(copy.converted for copy in device.copies)
-            # one look at each tensor for NaN
+            # one read for each tensor, for NaN
             assert len(device.reads) <= len(stored)
             for name, parameter in shard.parameters().items():
                 assert torch.equal(on_host(parameter), expected.parameters()[name])
@@ -123,7 +123,7 @@ def test_weights_cross_as_they_are_stored(model):
 @pytest.mark.parametrize("shape", [(), (3,), (5, 4), (2, 3, 4), (0, 3)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_is_uploaded_is_contiguous_and_the_same(shape, turned, monkeypatch):
-    """Any tensor, in pieces that do not divide it, and a transposed view as it lies in memory."""
+    """This holds for pieces that do not divide a tensor, and for transposed views."""
     monkeypatch.setattr("orchestrator.models.transport.PIECE_BYTES", 12)
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     tensor = tensor.mT if turned and len(shape) == 2 else tensor
@@ -140,7 +140,7 @@ def test_what_is_uploaded_is_contiguous_and_the_same(shape, turned, monkeypatch)
 
 
 def test_factors_are_turned_on_their_device():
-    """What a unit stores of factors on a GPU comes to the host as it is to lie in the file."""
+    """Factors to be stored are copied from a GPU in the layout of the file."""
     parts = {"energies_K": torch.ones(3), "total": 3.0, "report": {}}
     factors = torch.randn(6, 3), torch.randn(3, 4)
     expected = _stored(LowRank(weight_OR=factors[0], down_RI=factors[1], **parts), torch.bfloat16)
@@ -158,8 +158,8 @@ def test_factors_are_turned_on_their_device():
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_squared_error_is_that_of_the_real_tokens(padding, dtype):
-    """The sum of squares in float64 by numpy, over the tokens in the mask; what is at others may
-    be anything, and the states stay as they are."""
+    """It is numpy's float64 sum of squares over the tokens in the mask; values at other tokens do
+    not matter, and the states stay unchanged."""
     generator = torch.Generator().manual_seed(0)
     found_BTC = torch.randn(1, 9, 16, generator=generator)
     target_BTC = torch.randn(1, 9, 16, generator=generator).to(dtype)
@@ -177,7 +177,7 @@ def test_a_squared_error_is_that_of_the_real_tokens(padding, dtype):
 
 
 def test_errors_are_read_together_and_in_their_order():
-    """What comes back are the chunks' own numbers by their indices; of no chunks none."""
+    """The result has the numbers of each chunk by its index, and none of no chunks."""
     errors = {index: (index + 1, torch.tensor(index / 3, dtype=torch.float64)) for index in (4, 1)}
     assert read_errors(errors) == {4: (5, 4 / 3), 1: (2, 1 / 3)}
     assert list(read_errors(errors)) == [4, 1]
@@ -185,7 +185,7 @@ def test_errors_are_read_together_and_in_their_order():
 
 
 def test_the_walks_errors_take_one_read_for_all_chunks():
-    """However many chunks there are, and with padding: no state goes to the host."""
+    """For any number of chunks, with padding too, no state is copied to the host."""
     states_BTC = torch.randn(1, 9, 16)
     mask_BT = torch.arange(9)[None] < 7
     expected = squared_error(chunk_of(states_BTC, mask_BT), chunk_of(states_BTC / 3, mask_BT))
@@ -201,8 +201,8 @@ def test_the_walks_errors_take_one_read_for_all_chunks():
 
 
 def test_losses_take_one_read_a_sequence():
-    """Scores and distillation over many slices of tokens, by targets that lie on the host: one read
-    for each sequence or chunk, and the CPU's numbers."""
+    """Scores and distillation over many slices of tokens, with targets on the host, take one read a
+    sequence or chunk, and give the CPU's numbers."""
     generator = torch.Generator().manual_seed(0)
     logits_BTV = torch.randn(1, 600, 8, generator=generator)
     tokens_BT = torch.randint(0, 8, (1, 600), generator=generator)
@@ -222,8 +222,8 @@ def test_losses_take_one_read_a_sequence():
 
 
 def test_what_leaves_waits_for_what_computes_and_is_waited_for():
-    """A chunk leaves in pinned memory on a stream that first waits for the one that computed it;
-    its memory is kept for that stream; nobody waits before `wait` does."""
+    """A chunk is copied to pinned memory on a stream that first waits for the computing one; its
+    memory is kept for that stream; the host waits only in `wait`."""
     states_BTC = torch.randn(1, 4, 3)
     chunk = chunk_of(states_BTC, torch.ones(1, 4, dtype=torch.bool))
     with pretended_device() as device:
@@ -238,14 +238,14 @@ def test_what_leaves_waits_for_what_computes_and_is_waited_for():
         away.wait()
         assert device.stream_calls[-1].operation == "synchronize_event"
         assert torch.equal(Chunk.unpack(record).payload.output, states_BTC)
-        # without a departure of the caller's own the arrays are there
+        # without a departure the arrays are complete
         chunk.to(CUDA).pack()
         assert device.stream_calls[-1].operation == "synchronize_event"
 
 
 def test_what_comes_is_waited_for_by_what_computes():
-    """A tensor comes through pinned memory on a stream of its own, which the computing one waits
-    for; a pinned one is not copied on the host again; what is there is left alone."""
+    """A tensor is copied through pinned memory on a separate stream, for which the computing one
+    waits; a pinned one is not copied on the host; one on the device is returned itself."""
     states_BTC = torch.randn(1, 4, 3)
     record = chunk_of(states_BTC, torch.ones(1, 4, dtype=torch.bool)).pack()
     with pretended_device() as device:
@@ -263,7 +263,7 @@ def test_what_comes_is_waited_for_by_what_computes():
 
 
 def test_the_host_is_one_step_ahead_at_most():
-    """Before a step it waits for the step before the last, and for none at first."""
+    """It waits for the last but one step before each step, and for none before the first two."""
     with pretended_device() as device:
         pace = Pace(CUDA)
         for expected in (["record_event"], ["record_event", "synchronize_event"]):
@@ -274,8 +274,8 @@ def test_the_host_is_one_step_ahead_at_most():
 
 
 def test_an_exchange_of_pivots_takes_one_read():
-    """Whatever the number of exchanges and of bands of rows: the reads that there are without any,
-    and one for each. The bits and the report are the CPU's."""
+    """For any number of bands, reads are those without exchanges and one for each exchange. Bits
+    and report are the CPU's."""
     few, many = [], []
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
@@ -296,7 +296,7 @@ def test_an_exchange_of_pivots_takes_one_read():
 
 
 class Passing(Worker):
-    """Adds one to what it reads, and computes for as long as it takes the next to be read."""
+    """Adds one to its input, and computes until the next input has been read."""
 
     def step(self, index, emit, record):
         chunk = self.input_chunk(2, index, record)
@@ -309,8 +309,8 @@ class Passing(Worker):
 
 @pytest.mark.parametrize("handed_over", [False, True])
 def test_the_next_chunk_is_read_beside_a_step(handed_over, tmp_path, monkeypatch):
-    """On a GPU, from its file, by another thread; not where chunks are handed over, nor on a CPU,
-    where the same results come about. A chunk that is not there yet is read when its step comes."""
+    """On a GPU another thread reads it from its file; not if chunks are handed over, nor on a CPU,
+    with the same results. A chunk that is not stored yet is read in its own step."""
     read, readers = Chunks.read, {}
 
     def note(chunks, boundary, index):
@@ -353,8 +353,8 @@ def test_the_next_chunk_is_read_beside_a_step(handed_over, tmp_path, monkeypatch
 
 
 def test_a_chunk_that_is_handed_over_has_arrived(tmp_path):
-    """A call's record may be read when the call ends; one that goes to its file alone is waited for
-    by the thread that writes it."""
+    """The record of a call is complete when the call ends; a chunk that is only stored is waited
+    for by the thread that writes it."""
     with pretended_device() as device:
         worker = Passing(Task(run_dir=tmp_path, threads=1, pass_key="pass", fingerprints={}))
         mask_BT = torch.ones(1, 4, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What an exception tells of memory and of a GPU, in the words that PyTorch has for each."""
+"""Classification of exceptions as out of memory or failed GPU, by PyTorch's messages."""
 
 import errno
 import pickle
@@ -17,7 +17,7 @@ ADVICE = (
     "\nCUDA kernel errors might be asynchronously reported at some other API call, so the "
     "stacktrace below might be incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
 )
-"""Behind every error of CUDA's runtime."""
+"""Text after every error of CUDA's runtime."""
 BACKEND = (
     " If you keep seeing this error, you may use `torch.backends.cuda.preferred_linalg_library()`"
 )
@@ -68,12 +68,12 @@ def words(error):
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=words)
 def test_every_way_to_run_out_of_memory(error):
-    """Of the host, of CUDA's allocator and runtime, and of its libraries."""
+    """Errors of the host, of CUDA's allocator and runtime, and of its libraries are recognized."""
     assert loss_of(error) is Cause.OUT_OF_MEMORY
 
 
 def test_the_error_that_torch_raises_for_the_host():
-    """As it is raised here."""
+    """The error that PyTorch raises here for a huge allocation is recognized."""
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert loss_of(raised.value) is Cause.OUT_OF_MEMORY
@@ -81,7 +81,7 @@ def test_the_error_that_torch_raises_for_the_host():
 
 @pytest.mark.parametrize("error", SICK, ids=words)
 def test_a_sick_gpu_is_a_dead_worker(error):
-    """Whatever failed on it; the advice behind an error of CUDA is left out of what is said."""
+    """Any failure of a GPU costs its worker; the message leaves out CUDA's advice."""
     assert loss_of(error) is Cause.DIED
     assert "\n" not in said(error)
     assert said(error).startswith(type(error).__name__)
@@ -89,13 +89,13 @@ def test_a_sick_gpu_is_a_dead_worker(error):
 
 @pytest.mark.parametrize("error", OF_THE_PROGRAM, ids=words)
 def test_what_any_worker_would_raise_costs_none(error):
-    """Errors of the program, of its input and of solvers that do not converge."""
+    """Errors of the program, of its input and of solvers that do not converge cost no worker."""
     assert loss_of(error) is None
 
 
 @pytest.mark.parametrize("error", [*OUT_OF_MEMORY, *SICK], ids=words)
 def test_they_mean_the_same_in_another_process(error):
-    """Ray pickles what a method raises; what it cannot pickle it replaces by its traceback."""
+    """Causes stay the same if Ray pickles the exception, or replaces it by its traceback."""
     assert loss_of(pickle.loads(pickle.dumps(error))) is loss_of(error)
     lines = f"Exception torch isn't serializable.\nTraceback:\n  line 3\n{type(error)}: {error}"
     if str(error) and not isinstance(error, MemoryError | OSError):
@@ -112,7 +112,7 @@ def test_they_mean_the_same_in_another_process(error):
     ids=["memory", "gpu", "program"],
 )
 def test_a_pool_in_this_process_tells_them_apart(error, cause, ends):
-    """Memory costs the worker; a GPU, which no other worker here has, a run that can be resumed."""
+    """Out of memory costs the worker; a failed GPU ends the run, which can be resumed."""
 
     class Worker:
         def __init__(self, task):

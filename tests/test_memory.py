@@ -1,7 +1,7 @@
-"""What a forecast says of memory against the tensors that a run has alive together.
+"""Forecasts of memory against the tensors that a run has alive together.
 
 The counts are of this process (see `live_bytes`): the same tensors live together on a GPU, since
-nothing here asks for the device.
+the code under test does not depend on the device.
 """
 
 import pytest
@@ -34,8 +34,8 @@ def linear_of(outputs, inputs):
 @pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_decomposition_holds_what_is_forecast(shape, method, side, is_full):
-    """At most that, but for 1 % of vectors, and no less than 0.6 of it: LAPACK's workspace is in
-    the forecast alone."""
+    """The peak is at most the forecast, but for 1 % of vectors, and at least 0.6 of it: LAPACK's
+    workspace is in the forecast alone."""
     outputs, inputs = SHAPES[shape]
     if shape == "square" and side == "output":
         pytest.skip("a square linear reads its inputs' Gram")
@@ -79,7 +79,7 @@ STAGES = {
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_run_holds_what_is_forecast(name, model, tmp_path):
-    """At most that in each stage, but for 1 % of vectors; while calibrating no less than 0.9."""
+    """Peaks are at most the forecast plus 1 % of vectors; that of calibration is at least 0.9."""
     peaks = {}
 
     def follow(event):
@@ -100,14 +100,14 @@ def test_a_run_holds_what_is_forecast(name, model, tmp_path):
         parts = stage.device.parts
         foreseen = sum(size for part, size in parts.items() if part not in NOT_TENSORS)
         if stage.name in ("calibrate", "refit", "pivot"):
-            # the linear before may be on its way to its file, or be there already
+            # the previous linear may still be being written, or be written already
             assert peaks[stage.name] <= 1.01 * foreseen + written
         if stage.name == "calibrate":
             assert peaks[stage.name] >= 0.9 * foreseen
 
 
 def test_a_gpu_is_held_against_its_forecast(model, tmp_path):
-    """A report and the status have a GPU's peaks, call by call; tensors are those of the forecast.
+    """Report and status have the peaks of a GPU by call; its tensors are those of the forecast.
 
     On a pretended device, which has neither a context nor fragments.
     """

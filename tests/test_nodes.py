@@ -276,7 +276,7 @@ def test_a_killed_node_changes_no_byte(llama, text, reference, tmp_path, nodes):
 def test_a_gpu_that_no_worker_sees_ends_a_run_as_it_starts(
     llama, text, tmp_path, nodes, monkeypatch
 ):
-    """Ray gives workers GPUs that this machine has not: node and build are named, exit code 4."""
+    """Workers with GPUs that this machine lacks end it: node and build are named, exit code 4."""
     nodes.fill(1)
     monkeypatch.delenv(PRETENDED)
     with pytest.raises(
@@ -290,7 +290,7 @@ def test_a_gpu_that_no_worker_sees_ends_a_run_as_it_starts(
 def test_a_sick_gpu_costs_its_worker_and_counts_against_its_node(
     llama, text, reference, tmp_path, nodes, inject
 ):
-    """Its exception ends no run: three of them quarantine the node, each in another process."""
+    """Its exceptions do not end the run: three in different processes quarantine the node."""
     sick, _ = nodes.fill(2)
 
     def fault(method, arguments):
@@ -322,7 +322,7 @@ def test_a_sick_gpu_costs_its_worker_and_counts_against_its_node(
 def test_a_gpu_that_fails_as_its_worker_starts_costs_that_worker(
     llama, text, reference, tmp_path, nodes, monkeypatch
 ):
-    """It is as good as one that died over it: another one takes its place."""
+    """It counts as the death of the worker, which is replaced."""
     nodes.fill(2)
     is_first = Once(tmp_path / "failed")
 
@@ -344,7 +344,7 @@ def test_a_gpu_that_fails_as_its_worker_starts_costs_that_worker(
 def test_a_gpu_that_fails_in_this_process_leaves_a_run_to_be_resumed(
     llama, text, reference, tmp_path, inject
 ):
-    """Exit code 75, what to look at, and what is committed; the next process ends the run."""
+    """It exits with code 75 and advice, committed units stay, and the next process ends it."""
 
     def fault(method, arguments):
         if method == "finish" and arguments == (6,):

@@ -101,7 +101,7 @@ def edit(out, change):
 
 
 def test_a_compensated_run_has_its_curves(checkpoint, tmp_path):
-    """Units of a walk are about linears too, but are no decompositions."""
+    """Units of a walk, which also name linears, are not read as decompositions."""
     model = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
     text = write_text(tmp_path / "text.txt")
     made = run(model, tmp_path / "out", text, method="svd-llm", compensate="anchored")
@@ -127,7 +127,7 @@ def test_the_page_says_what_the_report_says(runs):
 
 
 def test_the_page_shows_what_memory_workers_took(copied):
-    """Of a CPU the host's, stage by stage; of a GPU its own too, over what was forecast for it."""
+    """It has host memory by stage; with a GPU, its memory too, over the forecast."""
     report = json.loads((copied / "orchestrator_report.json").read_text())
     used = report["timings"]["memory"]
     assert used.keys() == {"calibrate", "write"}

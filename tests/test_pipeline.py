@@ -194,7 +194,7 @@ def test_losses_of_workers_change_nothing(seed, alone):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_without_states_all_begin_again_and_the_best_is_kept(seed, alone):
-    """Nothing is taken up but the start, and what lies there in the end is the best step's."""
+    """Shards resume from the start only, and in the end hold the values of the best step."""
     workers, replaced = 1 + seed % 5, (0.0, 0.5, 1.0)[seed % 3]
     simulation = Simulation(workers, seed=seed, loss=0.001, replaced=replaced, keeps_states=False)
     pipeline = simulation.run().pipeline
@@ -219,7 +219,7 @@ def test_an_earlier_run_is_taken_up(alone):
 
 @pytest.mark.parametrize("keeps_states", [True, False])
 def test_who_comes_later_is_used_from_the_next_snapshot_on(keeps_states):
-    """The cut follows the number of workers, and falls between groups; without states it stays."""
+    """The cut follows the number of workers, between groups; without states it is constant."""
     simulation = Simulation(2)
     pipeline = Pipeline(
         simulation.course, LENGTHS, num_blocks=7, group=2, keeps_states=keeps_states

@@ -328,7 +328,7 @@ def test_modules_and_copies_move_whole(device):
 
 
 def test_nothing_stays():
-    """After the context torch is as before."""
+    """After the context, torch has its own functions again."""
     before = torch.cuda.is_available, torch.Generator, threading.Thread.run, torch.autograd.backward
     with pretended_device():
         assert torch.cuda.is_available()

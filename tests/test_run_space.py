@@ -1,4 +1,4 @@
-"""What lies in a run directory: chunks by segments, dropped when spent, and what `plan` says."""
+"""Content of a run directory: chunks by segments, spent units, and the forecast of `plan`."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from orchestrator.store.units import UnitWriter
 
 @given(shards=st.integers(1, 60), workers=st.integers(1, 12), data=st.data())
 def test_segments_hold_every_shard_once_and_waves_are_full(shards, workers, data):
-    """All but the first are a multiple of the workers, and the last one is never the smaller."""
+    """All but the first segment have a multiple of the workers; the last is never smaller."""
     count = data.draw(st.integers(1, 12))
     segments = cut_segments(shards, workers, count)
     assert [shard for segment in segments for shard in segment] == list(range(shards))
@@ -42,7 +42,7 @@ def test_segments_hold_every_shard_once_and_waves_are_full(shards, workers, data
 
 @pytest.mark.parametrize(("preset", "times"), [("fast", 2.5), ("best", 4.0)])
 def test_the_run_directory_of_a_large_model(preset, times):
-    """70B on 8 workers, 256 sequences of 2048 tokens: within the aim, and `plan` says of what."""
+    """That of 70B, 8 workers and 256 x 2048 tokens is within the bound; `plan` lists its parts."""
     shapes = from_config(CONFIGS["Llama-3-70B"] | {"dtype": "bfloat16"}, "test")
     machine = Machine("test", None, ())
     resources = Resources(workers=8, machine=machine, memory_bytes=80e9)
@@ -57,7 +57,7 @@ def test_the_run_directory_of_a_large_model(preset, times):
 
 
 def test_segments_are_as_few_as_there_is_room_for(monkeypatch):
-    """Fewer need more room than is left to them; without any they take the least that they can."""
+    """Fewer segments need more than the room; without room the least size is chosen."""
     shapes = from_config(CONFIGS["Llama-3-70B"] | {"dtype": "bfloat16"}, "test")
     recipe = Recipe.preset("fast", model="m", out="o", keep=0.8)
 
@@ -96,7 +96,7 @@ def reference(llama, text, tmp_path_factory):
 
 @pytest.fixture
 def segmented(monkeypatch):
-    """Has gradients pass back in two segments, whatever room there is."""
+    """Makes gradients pass back in two segments, with any room."""
     halves = property(lambda self: cut_segments(self.shards, self.workers, 2))
     monkeypatch.setattr(storage.Storage, "segments", halves)
 
@@ -116,7 +116,7 @@ def passed(monkeypatch):
 
 
 def boundaries(run_dir: Path) -> list[int]:
-    """How many boundaries of each pass have chunks, the pass with most of them last."""
+    """Numbers of boundaries with chunks by pass, ascending."""
     passes = (run_dir / "chunks").iterdir() if (run_dir / "chunks").exists() else ()
     return sorted(
         sum(any(boundary.iterdir()) for boundary in each.iterdir() if boundary.exists())
@@ -125,7 +125,7 @@ def boundaries(run_dir: Path) -> list[int]:
 
 
 def test_segments_change_no_bit_and_hold_less(llama, text, reference, segmented, passed, tmp_path):
-    """Four boundaries at most, where one segment has seven; three shards pass chunks twice."""
+    """At most four boundaries have chunks, seven with one segment; three shards pass twice."""
     most = []
 
     def look(event):
@@ -144,7 +144,7 @@ def test_segments_change_no_bit_and_hold_less(llama, text, reference, segmented,
 def test_a_stopped_run_passes_no_chunk_again(
     units, shards, llama, text, reference, segmented, passed, tmp_path
 ):
-    """Wherever it stops, what lies at the boundaries is gone on from; another cut is another run's.
+    """Wherever it stops, it continues from the chunks at boundaries, unless the cut changes.
 
     Blocks are made once in either case.
     """
@@ -169,7 +169,7 @@ def test_a_stopped_run_passes_no_chunk_again(
 def test_a_chunk_that_vanishes_from_a_spent_boundary_is_made_again(
     llama, text, reference, segmented, tmp_path
 ):
-    """Gradients behind a segment that is done are lost: it goes back through that segment again."""
+    """If gradients behind a finished segment are lost, that segment is passed again."""
     vanished = []
 
     def vanish(event):
@@ -226,12 +226,12 @@ def best(small, text, tmp_path_factory):
 
 
 def files(run_dir: Path, name: str) -> int:
-    """How many files of this name lie in a run directory's units."""
+    """Number of files of this name in the units of a run directory."""
     return len(list((run_dir / "units").rglob(name)))
 
 
 def stop_at(stage, done, seen=None):
-    """An event callback that stops a run once so many units of a stage are there."""
+    """An event callback that stops a run once a stage has this number of units."""
 
     def stop(event):
         if seen is not None:
@@ -243,20 +243,20 @@ def stop_at(stage, done, seen=None):
 
 
 def made(events, stage):
-    """What units of a stage a run has made."""
+    """Units of a stage that a run has made."""
     return [e["unit"] for e in events if e["event"] == "unit" and e["stage"] == stage]
 
 
 @pytest.fixture
 def valued(monkeypatch):
-    """Has training keep no states, whatever room there is."""
+    """Makes training keep no states, with any room."""
     monkeypatch.setattr(storage, "TRAINING_ROOM", 0)
     monkeypatch.setattr(storage, "SMALL_BYTES", 0)
 
 
 def test_refined_blocks_take_the_place_of_pivoted_factors(small, text, best, valued, tmp_path):
-    """Stopped while it refines: no pivoted factors of a refined block lie there, and none are made
-    again. Damage to a refined block costs it and its own factors."""
+    """A run stopped in refinement has no pivoted factors of refined blocks, and makes none again.
+    Damage to a refined block costs that block and its factors."""
     out, run_dir, events = tmp_path / "out", tmp_path / "out.run", []
     with pytest.raises(StoppedError):
         run(small, out, text, shards=4, on_event=stop_at("refine", 2), **BEST)
@@ -280,7 +280,7 @@ def test_refined_blocks_take_the_place_of_pivoted_factors(small, text, best, val
 
 
 def test_another_size_is_cut_where_pivoted_factors_are_spent(small, text, best, tmp_path):
-    """What is left of the first size is enough: bytes are those of a run of its own."""
+    """Files are those of a separate run of that size."""
     run(small, tmp_path / "first", text, shards=4, **BEST | {"keep": 0.3})
     result = retarget(tmp_path / "first.run", tmp_path / "out", keep=0.2, executor="local")
     assert contents(result.out) == best
@@ -288,7 +288,7 @@ def test_another_size_is_cut_where_pivoted_factors_are_spent(small, text, best, 
 
 @pytest.fixture
 def stopped_while_it_commits(small, text, valued, tmp_path, monkeypatch):
-    """The output of a run that has trained, and was stopped with two of four blocks committed."""
+    """Output of a run that was stopped after training, with two of four blocks committed."""
     committed, commit = [], TrainWorker.commit
 
     def stop(worker, *arguments):
@@ -302,7 +302,7 @@ def stopped_while_it_commits(small, text, valued, tmp_path, monkeypatch):
         with pytest.raises(StoppedError):
             run(small, tmp_path / "out", text, shards=4, **BEST)
     assert files(tmp_path / "out.run", "state.safetensors") == 0
-    # refined blocks, trained ones, and the best values of those that are not yet
+    # refined blocks, trained blocks, and the best values of the other ones
     assert files(tmp_path / "out.run", TRAINED_FILE) == 4 + 2 + 2
     return tmp_path / "out"
 
@@ -311,7 +311,7 @@ STEPS = [f"step {step}" for step in range(1, 7)]
 
 
 def test_a_training_that_has_ended_is_not_done_again(small, text, best, stopped_while_it_commits):
-    """The rest is committed from the values of the best step, to the bit what states give."""
+    """Other blocks are committed from the values of the best step, with the bits of states."""
     out, events = stopped_while_it_commits, []
     run(small, out, text, shards=4, on_event=events.append, **BEST)
     assert made(events, "train") == []
@@ -320,7 +320,7 @@ def test_a_training_that_has_ended_is_not_done_again(small, text, best, stopped_
 
 
 def test_a_training_without_states_begins_again(small, text, best, stopped_while_it_commits):
-    """When values of the best are damaged, and when it is stopped once more in between."""
+    """It does if the best values are damaged, and if it is stopped once more in between."""
     out, events = stopped_while_it_commits, []
     units = RunDirectory(out.with_name("out.run")).units
     kept = next(key for key in units.begun() if (units.manifest(key) or {})["facts"] == {"step": 2})
@@ -336,7 +336,7 @@ def test_a_training_without_states_begins_again(small, text, best, stopped_while
 def test_lost_workers_begin_again_where_values_alone_are_kept(
     small, text, best, valued, tmp_path, monkeypatch
 ):
-    """One is lost at the start and one of the others in the second period: no bit is another."""
+    """A loss at the start, and another one in the second period, change no bit."""
     several(monkeypatch, size=3, losses=(9, 60), replaces=False)
     events = []
     run(small, tmp_path / "out", text, shards=4, on_event=events.append, **BEST)
@@ -345,8 +345,8 @@ def test_lost_workers_begin_again_where_values_alone_are_kept(
 
 
 def measured(llama, out, text, **fields):
-    """By stage, the most bytes that lay in the run directory at any event and whenever a unit was
-    committed; the forecast; the result."""
+    """Peak bytes of the run directory by stage, at all events and commits of units; the forecast;
+    the result."""
     sizes, stages, forecasts, run_dir = {}, [""], [], Path(f"{out}.run")
     commit = UnitWriter.commit
 
@@ -376,12 +376,12 @@ def measured(llama, out, text, **fields):
 
 @pytest.fixture(scope="module")
 def wider(tmp_path_factory):
-    """Wide enough for its factors to outweigh what is written about them."""
+    """A model wide enough for its factors to outweigh their metadata."""
     return write_llama(tmp_path_factory.mktemp("wider") / "dense", blocks=4, hidden=128)
 
 
 def states_at_once(snapshots):
-    """The most snapshots that lay side by side: the last, the best, and the one being written."""
+    """Most snapshots at a time: the last, the best, and the one being written."""
     steps, losses = zip(*((each["step"], each["held_out"]) for each in snapshots), strict=True)
     best = [losses.index(min(losses[:place])) for place in range(1, len(steps))]
     return max(
@@ -407,8 +407,8 @@ PLAIN = BEST | {"method": "svd-llm", "storage": "plain", "keep": 0.5}
 def test_the_run_directory_is_as_large_as_its_forecast(
     fields, is_small, wider, tmp_path, monkeypatch
 ):
-    """To a tenth, stage by stage, and but for snapshots that may lie there and did not; what is
-    large passes chunks by segments and trains without states."""
+    """Sizes by stage agree to a tenth, except for snapshots that may exist and did not; a large
+    model passes chunks by segments and trains without states."""
     if not is_small:
         for name, value in (("SMALL_BYTES", 0), ("ROOM", 2.5), ("TRAINING_ROOM", 1.5)):
             monkeypatch.setattr(storage, name, value)

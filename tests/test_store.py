@@ -106,7 +106,7 @@ def test_damage_to_a_unit_is_found(tmp_path, damage):
 
 
 def test_a_spent_unit_has_facts_and_no_files(tmp_path):
-    """It is still committed, in its environment; written again it has its files again."""
+    """It stays committed in its environment; written again, it has files again."""
     units, key = Units(tmp_path), "0a" * 32
     commit(units, key)
     whole = units.manifest(key)
@@ -127,7 +127,7 @@ def test_a_spent_unit_has_facts_and_no_files(tmp_path):
 
 
 def test_a_unit_that_is_being_spent_never_looks_whole(tmp_path, monkeypatch):
-    """Should the machine stop once the first file is gone, the manifest says so already."""
+    """If the machine stops after the first file is removed, the manifest already says spent."""
     units, key = Units(tmp_path), "0b" * 32
     commit(units, key)
 

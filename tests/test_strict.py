@@ -1,4 +1,4 @@
-"""Deterministic algorithms: on in every backward pass and off elsewhere; what CUDA needs for it."""
+"""Deterministic algorithms: on in backward passes and off elsewhere; CUDA's environment."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ STAGES = {
     "recomputed": ["train"],
     "scales": ["train"],
 }
-"""Those that compute gradients, as the report names them."""
+"""Stages that compute gradients, as the report names them."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def settings():
-    """What PyTorch has set; put back behind a test that fails."""
+    """PyTorch's settings, restored after a failing test."""
     memory = torch.utils.deterministic
     mode, fills = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
 
@@ -72,7 +72,7 @@ def settings():
 @pytest.mark.parametrize("mode", [0, 1, 2])
 @pytest.mark.parametrize("fills", [True, False])
 def test_the_context_restores_whatever_was_set(mode, fills, settings):
-    """Errors on and no memory filled inside, nested too; behind it, or an error, as before."""
+    """Inside, also nested, errors are on and filling is off; after it, or an error, as before."""
     torch.set_deterministic_debug_mode(mode)
     torch.utils.deterministic.fill_uninitialized_memory = fills
     with strict():
@@ -88,7 +88,7 @@ def test_the_context_restores_whatever_was_set(mode, fills, settings):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_backward_pass_is_strict(name, model, text, tmp_path):
-    """So is the pass before it, of all modules that gradients reach, in the stages reported."""
+    """The forward pass before it is strict too, for all modules with gradients, by stage."""
     modes = []
 
     def watch(module, inputs, output):
@@ -110,7 +110,7 @@ def test_every_backward_pass_is_strict(name, model, text, tmp_path):
 
 
 def test_forward_passes_are_not_strict(model, text, tmp_path):
-    """Strict indexing sorts, which forward passes and decompositions have no need of."""
+    """Forward passes and decompositions do not pay for the sorts of strict indexing."""
     modes = []
     hook = register_module_forward_hook(
         lambda *_: modes.append(torch.get_deterministic_debug_mode())
@@ -144,12 +144,12 @@ def test_forward_passes_are_not_strict(model, text, tmp_path):
     ],
 )
 def test_what_a_user_has_set_is_kept(own, expected):
-    """His values go to the workers; the allocator's older name counts too."""
+    """The user's values go to the workers, also by the older name of the allocator's."""
     assert cuda_environment(own) == expected
 
 
 def test_a_run_in_this_process_leaves_its_environment(model, text, tmp_path, monkeypatch):
-    """Set before a worker is made, where the user has set nothing, and gone behind the run."""
+    """Variables that the user has not set exist from before a worker is made until the end."""
     for name in CUDA_ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
@@ -168,7 +168,7 @@ def test_a_run_in_this_process_leaves_its_environment(model, text, tmp_path, mon
 
 
 def test_the_context_loads_no_compiler():
-    """Inductor, which the library's own switch sets too, takes a second to import."""
+    """Inductor, which PyTorch's own switch would import in a second, is not loaded."""
     code = (
         "import sys, torch; from orchestrator.models.strict import strict\n"
         "with strict(): assert torch.are_deterministic_algorithms_enabled()\n"
@@ -179,7 +179,7 @@ def test_the_context_loads_no_compiler():
 
 @pytest.mark.ray
 def test_actors_have_it_from_their_start(ray_address, monkeypatch):
-    """An actor's environment is what the driver's user has set, and for the rest what is needed."""
+    """An actor's environment has the values of the driver's user, else the required ones."""
     from orchestrator.cluster.ray_pool import RayPool
     from orchestrator.cluster.scaling import Bounds
 

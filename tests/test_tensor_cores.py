@@ -58,7 +58,7 @@ def test_the_setting_is_that_of_the_products_alone(before, products):
 
 
 def test_the_older_settings_cannot_be_read_inside(products):
-    """PyTorch's own rule, which is why nothing else may happen there; outside both can be read."""
+    """PyTorch raises, so only products may be made inside; outside both can be read."""
     older = (lambda: products.allow_tf32, torch.get_float32_matmul_precision)
     products.fp32_precision = "ieee"
     for read in older:
@@ -70,7 +70,7 @@ def test_the_older_settings_cannot_be_read_inside(products):
 
 
 def test_nobody_here_reads_or_sets_the_older_ones():
-    """One interface for TF32 in the whole package."""
+    """The package has one interface for TF32."""
     older = re.compile(r"\ballow_tf32\b|float32_matmul_precision")
     found = {path.name for path in PACKAGE.rglob("*.py") if older.search(path.read_text())}
     assert found == {"tensor_cores.py"}, "it names them to say why"
@@ -91,7 +91,7 @@ class Inside(TorchFunctionMode):
 
 @pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
 def test_products_alone_are_made_inside(method, checkpoint, tmp_path, products):
-    """Of a whole compression in bfloat16, with output Grams and gradients."""
+    """In a whole compression in bfloat16, with output Grams and gradients, they are."""
     products.fp32_precision = "ieee"
     model = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
     text = write_text(tmp_path / "text.txt")

@@ -158,7 +158,7 @@ def test_a_state_is_taken_up_by_another_cut(mode, checkpoint, compressed):
 
 
 def test_norms_of_large_gradients_are_those_of_float64():
-    """Of 2^22 equal values n x², to 1e-10, where a sum in float32 is off by more than 1e-3."""
+    """For 2^22 equal values it is n x² to 1e-10; a float32 sum is off by more than 1e-3."""
     value = float(torch.tensor(0.1))
     tensors = [torch.full((2**11, 2**11), 0.1), torch.full((3,), 0.1), torch.zeros(0)]
     expected = [2**22 * value**2, 3 * value**2, 0.0]

@@ -1,4 +1,4 @@
-"""The memory of workers: a maximum, number by number, that goes through JSON."""
+"""The memory of workers: an elementwise maximum that is stored as JSON."""
 
 import itertools
 
@@ -15,14 +15,14 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("usage", EXAMPLES)
 def test_goes_through_json(usage):
-    """What is written is read again; a worker without a GPU says nothing of one."""
+    """JSON gives the same values; without a GPU it has no entry of one."""
     assert Usage.from_json(usage.to_json()) == usage
     assert ("device" in usage.to_json()) == (usage.device is not None)
     assert Usage.from_json({**usage.to_json(), "forecast": 1}) == usage
 
 
 def test_merging_is_a_maximum():
-    """Commutative, associative, idempotent; no number of a part is above that of the whole."""
+    """Merging is commutative, associative, idempotent, and at least each operand."""
     for one, two, three in itertools.product(EXAMPLES, repeat=3):
         assert one.merge(two) == two.merge(one)
         assert one.merge(two).merge(three) == one.merge(two.merge(three))
@@ -34,6 +34,6 @@ def test_merging_is_a_maximum():
 
 
 def test_is_read_as_a_line():
-    """Device and host apart."""
+    """The line has device and host separately."""
     assert str(EXAMPLES[0]) == "host 5 B"
     assert str(EXAMPLES[2]) == "device 9 B reserved, 8 B allocated, 1 B context; host 7 B"

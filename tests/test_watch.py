@@ -84,7 +84,7 @@ def test_a_stage_says_how_busy_its_workers_were(run):
 
 
 def test_a_stage_says_what_memory_its_workers_took(run):
-    """The most of any call, number by number; the status has it, the journal does not."""
+    """The status has the elementwise maximum of all calls; the journal does not."""
     events, device = [], {"allocated": 5, "reserved": 7, "context": 2}
     with Watch(run, events.append) as watch:
         with watch.stage("calibrate"):

@@ -99,7 +99,7 @@ def test_a_chunk_on_its_way_is_waited_for_and_a_lost_one_is_not_for_long(
 
 
 def test_memory_that_the_allocator_keeps_is_free(monkeypatch):
-    """What a dense shard has left in PyTorch's cache is room for training: 10 + (70 − 30) bytes."""
+    """Memory in PyTorch's cache is available for training: 10 + (70 − 30) bytes."""
     device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
@@ -108,7 +108,7 @@ def test_memory_that_the_allocator_keeps_is_free(monkeypatch):
 
 
 def test_a_call_is_measured_with_all_the_records_that_it_reads(worker, monkeypatch):
-    """Of several, as replicas of a walk are given; without a GPU the host's peak comes with it."""
+    """A call with several records, as in a walk, is measured; without a GPU, the host alone."""
     monkeypatch.setattr(worker, "perform", lambda method, arguments, *records: (records, None))
     for records in (({"a": 1},), ({"a": 1}, {"a": 2}, None)):
         found, emitted, usage = worker.measured("merge", (), *records)
