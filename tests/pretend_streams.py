@@ -12,7 +12,6 @@ on this order, since the streams of a device run at any pace:
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -228,13 +227,11 @@ class Event:
         self.past: Past = {}
         self._order = order
         self._stream: Stream | None = None
-        self._seconds = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
         self._stream = stream or self._order.stream
         self._stream.note("record_event")
         self.past = dict(self._stream.past)
-        self._seconds = time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None:
         (stream or self._order.stream).wait_event(self)
@@ -248,10 +245,6 @@ class Event:
         """True: the event is over, and the host knows it from here on."""
         self._order.wait(self.past)
         return True
-
-    def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds of the host between the two."""
-        return 1e3 * (end._seconds - self._seconds)
 
 
 def _merge(past: Past, other: Past) -> None:

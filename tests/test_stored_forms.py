@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import orchestrator.hf
-from orchestrator.cluster.compress_worker import read_sparse
+from orchestrator.cluster.stored_factors import read_sparse
 from orchestrator.errors import InputError
 from orchestrator.models.chunk import Chunk
 from orchestrator.models.export import export_dense

@@ -19,6 +19,7 @@ from torch.linalg import vector_norm as norm
 from orchestrator.allocate.bernoulli import Candidates
 from orchestrator.cluster.heap import return_freed_memory
 from orchestrator.cluster.pruned import read_entries, stored_pruned, surface_of
+from orchestrator.cluster.stored_factors import read_factor, read_sparse
 from orchestrator.cluster.tokens import TokenArrays, first_chunk, read_tokens
 from orchestrator.cluster.worker import Emitted, Stored, Task, Worker
 from orchestrator.groups import Grouping, stack
@@ -38,7 +39,7 @@ from orchestrator.models.index_codes import encode
 from orchestrator.models.layout import FileSpec, TensorSpec
 from orchestrator.models.shard import Shard
 from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.transport import CPU, download, upload
+from orchestrator.models.transport import download, upload
 from orchestrator.models.weights import Weights
 from orchestrator.plan import Curve, Linear
 from orchestrator.store.places import Place
@@ -378,34 +379,3 @@ def _save(tensors: dict[str, Tensor], unit: UnitWriter, name: str) -> None:
 def factors_file(linear: Linear) -> str:
     """Name of the file in a unit that holds a linear's factors to break-even rank."""
     return f"{linear.name}.safetensors"
-
-
-def read_factor(path: Path, part: str, rank: int, outputs: range, suffix: str = "") -> Tensor:
-    """One factor at a rank, the first rows of what is stored, rows being ranks in both.
-
-    On the CPU; `weight` is a transposed view, to be made contiguous on the device that needs it.
-    Linears that share a basis have their outputs stored together; `outputs` are this linear's.
-    """
-    with safe_open(path, framework="pt") as file:
-        stored = file.get_slice(part + suffix)
-        if part == "down":
-            down_RI: Tensor = stored[:rank]
-            return down_RI
-        rows_RO: Tensor = stored[:rank, outputs.start : outputs.stop]
-        return rows_RO.T
-
-
-def read_sparse(
-    path: Path, tensor: TensorSpec, linear: Linear, device: torch.device = CPU
-) -> Tensor:
-    """Values or index of the most important entries, which stand first, by ascending position.
-
-    Sorted on `device`, which also holds the result.
-    """
-    with safe_open(path, framework="pt") as file:
-        stored = upload(file.get_slice("positions")[: tensor.nonzeros], device)
-        positions_N, order_N = stored.sort()
-        if tensor.part == "values":
-            return upload(file.get_slice("values")[: tensor.nonzeros], device)[order_N]
-    sizes = linear.out_features, linear.in_features
-    return encode(tensor.code, positions_N, *sizes)[tensor.part]

@@ -13,10 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orchestrator.cluster.compress_worker import (
-    CompressionTask,
-    CompressionWorker,
-)
+from orchestrator.cluster.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.linalg.eigen import Eigensolver
 from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.refit import refit
