@@ -12,6 +12,8 @@ from compressed import compress, mixed_plan
 from families import write_checkpoint
 from object_store import ObjectStore, object_store
 
+from orchestrator.models.strict import CUDA_ENVIRONMENT
+
 os.environ.update(
     {
         "HF_HUB_OFFLINE": "1",
@@ -47,6 +49,13 @@ def compressed(
         return compress(checkpoint(family), root / family, make_plan=mixed_plan).directory
 
     return cache(make)
+
+
+@pytest.fixture
+def cuda_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that workers are started with."""
+    for name, value in CUDA_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="session")

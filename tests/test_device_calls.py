@@ -36,19 +36,13 @@ from orchestrator.models.evaluation import draw_label_gradient, score
 from orchestrator.models.refine import Refinement
 from orchestrator.models.refine_options import RefineOptions
 from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.strict import CUDA_ENVIRONMENT
 from orchestrator.models.training import Training
 from orchestrator.plan import Assignment
 
+pytestmark = pytest.mark.usefixtures("cuda_environment")
+
 PADDINGS = (0, 3)
 """Numbers of padding tokens at which the reads of a pass are counted."""
-
-
-@pytest.fixture(autouse=True)
-def cuda_environment(monkeypatch):
-    """The environment that workers are started with."""
-    for name, value in CUDA_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")

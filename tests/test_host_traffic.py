@@ -20,18 +20,12 @@ from orchestrator.models.compensation import read_errors, squared_error
 from orchestrator.models.distill import TopK, distill
 from orchestrator.models.evaluation import score
 from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.strict import CUDA_ENVIRONMENT
 from orchestrator.models.transport import Departure, Pace, bring, upload
 from orchestrator.store.chunks import Chunks
 
+pytestmark = pytest.mark.usefixtures("cuda_environment")
+
 BLOCKS = 2
-
-
-@pytest.fixture(autouse=True)
-def cuda_environment(monkeypatch):
-    """The environment that workers are started with."""
-    for name, value in CUDA_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
