@@ -281,7 +281,7 @@ def test_ends_that_were_put_down_are_loaded_again_by_the_next_pass(model):
         whole = {name: weakref.ref(shard.parameters()[name]) for name in ends}
         assert any("embed" in name for name in ends)
         for _ in range(2):
-            shard.put_down_ends()
+            shard.free_ends()
         assert not any(each() is not None for each in whole.values())
         assert all(name.startswith("model.layers") for name in shard.parameters())
         assert torch.equal(shard.logits(chunk), before)

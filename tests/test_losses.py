@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from orchestrator.cluster.losses import loss_of, said
+from orchestrator.cluster.losses import loss_of, summary
 from orchestrator.cluster.policy import Cause
 from orchestrator.cluster.pool import LocalPool
 from orchestrator.cluster.schedule import Call
@@ -83,8 +83,8 @@ def test_the_error_that_torch_raises_for_the_host():
 def test_a_sick_gpu_is_a_dead_worker(error):
     """Any failure of a GPU costs its worker; the message leaves out CUDA's advice."""
     assert loss_of(error) is Cause.DIED
-    assert "\n" not in said(error)
-    assert said(error).startswith(type(error).__name__)
+    assert "\n" not in summary(error)
+    assert summary(error).startswith(type(error).__name__)
 
 
 @pytest.mark.parametrize("error", OF_THE_PROGRAM, ids=words)

@@ -206,7 +206,7 @@ class CompressionWorker(Worker):
         assert self._shard is not None
         assert self._calibration is not None
         self._calibration.settle()
-        self._shard.put_down_ends()
+        self._shard.free_ends()
 
     def _decompose(self, group: Sequence[Linear]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Facts and what is stored of linears that are decomposed as one; nothing else stays."""

@@ -51,7 +51,7 @@ def loss_of(error: BaseException) -> Cause | None:
     return Cause.DIED if is_device else None
 
 
-def said(error: BaseException) -> str:
+def summary(error: BaseException) -> str:
     """Class and first line of an exception; later lines of CUDA's are advice for debugging."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -8,7 +8,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from orchestrator.cluster.losses import loss_of, said
+from orchestrator.cluster.losses import loss_of, summary
 from orchestrator.cluster.policy import Cause
 from orchestrator.cluster.schedule import Call
 from orchestrator.errors import StoppedError
@@ -151,7 +151,7 @@ class LocalPool:
             log = traceback.format_exc()
             cause = loss_of(error)
             if cause is Cause.OUT_OF_MEMORY:
-                return [Outcome(call, lost=said(error), cause=cause, log=log)]
+                return [Outcome(call, lost=summary(error), cause=cause, log=log)]
             return [Outcome(call, error=error if cause is None else _gpu_lost(error), log=log)]
         return [Outcome(call, value, emitted, usage)]
 
@@ -193,7 +193,7 @@ class LocalPool:
 def _gpu_lost(error: BaseException) -> StoppedError:
     """Error that ends a run in a process whose GPU has failed."""
     stopped = StoppedError(
-        f"the GPU of this process failed, and CUDA with it: {said(error)}; what is committed "
+        f"the GPU of this process failed, and CUDA with it: {summary(error)}; what is committed "
         "stays, the same command resumes; if it fails again, look for Xid in the kernel's log, or "
         "select another GPU by CUDA_VISIBLE_DEVICES"
     )

@@ -15,7 +15,7 @@ from ray.exceptions import (
 )
 
 from orchestrator.cluster import postmortem
-from orchestrator.cluster.losses import loss_of, said
+from orchestrator.cluster.losses import loss_of, summary
 from orchestrator.cluster.policy import Cause
 from orchestrator.cluster.pool import Outcome
 from orchestrator.cluster.ray_actors import RayActors, cause_of, is_node_loss
@@ -72,7 +72,7 @@ class RayPool(RayActors):
                 self.start(call, None)
                 return []
             if (loss := loss_of(cause)) is not None:
-                return [Outcome(call, lost=said(cause), cause=loss, log=str(error))]
+                return [Outcome(call, lost=summary(cause), cause=loss, log=str(error))]
             # what is not ours keeps Ray's wrapper, whose text is the traceback on the worker
             is_ours = isinstance(cause, OrchestratorError | MissingChunk)
             return [Outcome(call, error=cause if is_ours else error, log=str(error))]

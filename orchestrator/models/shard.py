@@ -179,7 +179,7 @@ class Shard:
         )
         return [leaf.grad for leaf in leaves]
 
-    def put_down_ends(self) -> None:
+    def free_ends(self) -> None:
         """Frees what lies outside of its blocks (embeddings, head); the next pass loads it again.
 
         For the time in which only the weights of the blocks are needed.

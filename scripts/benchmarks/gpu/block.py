@@ -72,7 +72,7 @@ def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]
     }
     # as in a worker, once all chunks have passed
     calibration.settle()
-    shard.put_down_ends()
+    shard.free_ends()
     row["linears"] = {
         linear.role: cut(bench, shard, calibration, method, linear) for linear in shard.linears
     }

@@ -11,7 +11,7 @@ from orchestrator.forecast.rates import MEASURED, ROWS, Rates, known_devices, ma
 
 PESSIMISTIC = 0.5
 """Fraction of the measured rates."""
-NOTHING_ELSE = {"read": math.inf, "write": math.inf, "network": math.inf, "start": 0.0}
+NO_TRANSFERS = {"read": math.inf, "write": math.inf, "network": math.inf, "start": 0.0}
 """Rates of disk and network that take no time: only computation was measured."""
 
 
@@ -72,9 +72,9 @@ def computing_rates(results: Results) -> list[Rates]:
     """Rates of a plan for this device, and the measured ones; disk and network take no time."""
     device = known_name(results.content["environment"]["device"])
     rows = (
-        [] if device is None else [replace(row, **NOTHING_ELSE) for row in machine_of(device).rows]
+        [] if device is None else [replace(row, **NO_TRANSFERS) for row in machine_of(device).rows]
     )
     speeds = measured_speeds(results.parts)
     if speeds is not None:
-        rows.append(Rates(row=MEASURED, source="measured here", **speeds, **NOTHING_ELSE))
+        rows.append(Rates(row=MEASURED, source="measured here", **speeds, **NO_TRANSFERS))
     return rows
