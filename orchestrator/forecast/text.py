@@ -69,7 +69,7 @@ def _resuming(found: Forecast) -> str:
         repeated.append(f"the forward pass of at most one of {found.segments} segments")
     if not found.keeps_states:
         repeated.append("all steps of a training that has not ended")
-    return "repeats " + ", ".join(repeated)
+    return "repeats " + ", and ".join(filter(None, [", ".join(repeated[:-1]), repeated[-1]]))
 
 
 def _parts(parts: Mapping[str, int]) -> str:
