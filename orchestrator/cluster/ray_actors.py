@@ -75,8 +75,6 @@ class RayActors:
         variables = {
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
-            # or blocks of one size are reserved that the next size finds no room in
-            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
             **ARENAS,
             **cuda_environment(os.environ),
         }
