@@ -79,11 +79,15 @@ class Crew:
 def connected(schedule: Schedule, watch: Watch) -> Iterator[None]:
     """Joins a Ray cluster or starts one, for all crews of a run; leaves it, or ends it.
 
+    Without Ray, this process has CUDA's environment meanwhile: PyTorch reads it at the first look
+    at a device.
+
     Raises:
         UsageError: The address does not answer.
     """
     if schedule.executor == "local":
-        yield
+        with cuda_environment_here():
+            yield
         return
     # Ray takes a second to import, and a run in this process does without it
     from orchestrator.cluster import ray_crew
@@ -116,7 +120,7 @@ def assemble(
         products = torch.backends.cuda.matmul
         threads, precision = torch.get_num_threads(), products.fp32_precision
         try:
-            with cuda_environment_here(), _probe_files(task) as nonce:
+            with _probe_files(task) as nonce:
                 pool = LocalPool(worker_class, task, nonce)
                 yield Crew(pool, 1, {}, (), schedule.allow_mixed).gathered()
         finally:
