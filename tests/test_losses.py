@@ -10,7 +10,7 @@ from orchestrator.cluster.losses import loss_of, summary
 from orchestrator.cluster.policy import Cause
 from orchestrator.cluster.pool import LocalPool
 from orchestrator.cluster.schedule import Call
-from orchestrator.errors import InputError, StoppedError
+from orchestrator.errors import InputError, WorkerError
 from orchestrator.store.chunks import MissingChunk
 
 ADVICE = (
@@ -51,6 +51,8 @@ SICK = [
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`"),
     RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `syevd`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("CUDA unknown error - this may be due to an incorrectly set up environment"),
+    RuntimeError("No CUDA GPUs are available"),
 ]
 OF_THE_PROGRAM = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"),
@@ -106,7 +108,7 @@ def test_they_mean_the_same_in_another_process(error):
     ("error", "cause", "ends"),
     [
         (OUT_OF_MEMORY[8], Cause.OUT_OF_MEMORY, None),
-        (SICK[0], None, StoppedError),
+        (SICK[0], None, WorkerError),
         (OF_THE_PROGRAM[0], None, RuntimeError),
     ],
     ids=["memory", "gpu", "program"],
@@ -118,7 +120,7 @@ def test_a_pool_in_this_process_tells_them_apart(error, cause, ends):
         def __init__(self, task):
             pass
 
-        def perform(self, method, arguments, record):
+        def measured(self, method, arguments, record):
             raise error
 
     pool = LocalPool(Worker, "task", "nonce")
@@ -128,6 +130,7 @@ def test_a_pool_in_this_process_tells_them_apart(error, cause, ends):
     assert outcome.cause is (cause or Cause.DIED)
     assert type(outcome.error) is (ends or type(None))
     assert str(error).splitlines()[0] in outcome.log
-    if ends is StoppedError:
-        assert outcome.error.exit_code == 75
+    if ends is WorkerError:
+        assert outcome.error.exit_code == 1
+        assert "the same command resumes" in str(outcome.error)
         assert outcome.error.__cause__ is error

@@ -20,6 +20,7 @@ from orchestrator.cluster.worker import Task, Worker, check_alike
 from orchestrator.errors import InfeasibleError, InputError, WorkerError
 from orchestrator.models.output import MARKER_FILE
 from orchestrator.models.weights import Weights
+from orchestrator.usage import Usage
 
 
 @pytest.fixture(scope="module")
@@ -238,8 +239,9 @@ def make_pool(ray_address):
             environment = {"torch": "2.12.1" if os.path.exists(self.other) else "2.13.0"}
             return {"environment": environment, "node": "here", "pid": os.getpid()}
 
-        def perform(self, method, arguments, record):
-            return (None if record is None else int(record["x"].sum())), None
+        def measured(self, method, arguments, record):
+            value = None if record is None else int(record["x"].sum())
+            return value, None, Usage(host=1)
 
     def make(task, bounds=UNASKED, usable=1, cpus=1, announce=lambda event: None):
         share = {"num_cpus": cpus, "num_gpus": 0}

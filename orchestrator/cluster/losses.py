@@ -28,7 +28,11 @@ _OUT_OF_MEMORY = re.compile(
         ]
     )
 )
-_DEVICE = re.compile(r"(CUDA|HIP)( driver)? error:|(cusolver|cuDNN|MIOpen|hipsolver) error:", re.I)
+_DEVICE = re.compile(
+    r"(CUDA|HIP)( driver)? error:|(cusolver|cuDNN|MIOpen|hipsolver) error:"
+    r"|CUDA unknown error|No (CUDA|HIP) GPUs are available",  # of a process that starts
+    re.I,
+)
 
 
 def loss_of(error: BaseException) -> Cause | None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from orchestrator.cluster.losses import loss_of, summary
 from orchestrator.cluster.policy import Cause
 from orchestrator.cluster.schedule import Call
-from orchestrator.errors import StoppedError
+from orchestrator.errors import WorkerError
 from orchestrator.usage import Usage
 
 PATIENCE_SECONDS = 30.0
@@ -190,12 +190,12 @@ class LocalPool:
         return "one worker in this process"
 
 
-def _gpu_lost(error: BaseException) -> StoppedError:
+def _gpu_lost(error: BaseException) -> WorkerError:
     """Error that ends a run in a process whose GPU has failed."""
-    stopped = StoppedError(
+    lost = WorkerError(
         f"the GPU of this process failed, and CUDA with it: {summary(error)}; what is committed "
         "stays, the same command resumes; if it fails again, look for Xid in the kernel's log, or "
         "select another GPU by CUDA_VISIBLE_DEVICES"
     )
-    stopped.__cause__ = error
-    return stopped
+    lost.__cause__ = error
+    return lost
