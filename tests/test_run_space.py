@@ -13,7 +13,7 @@ from orchestrator import retarget
 from orchestrator.cluster import foresight
 from orchestrator.cluster.compress_worker import PIVOTED_FILE
 from orchestrator.cluster.curvature_worker import CurvatureWorker
-from orchestrator.cluster.train_worker import TrainWorker
+from orchestrator.cluster.train_worker import TrainWorker, best_key
 from orchestrator.cluster.trained_worker import TRAINED_FILE
 from orchestrator.errors import StoppedError
 from orchestrator.forecast import storage
@@ -331,6 +331,46 @@ def test_a_training_without_states_begins_again(small, text, best, stopped_while
     run(small, out, text, shards=4, on_event=events.append, **BEST)
     assert made(events, "train") == STEPS
     assert contents(out) == best
+
+
+SHARED = {
+    "method": "basis-sharing",
+    "train": "all",
+    "options": {
+        "basis-sharing": {"refit": "never"},
+        "training": BEST["options"]["training"] | {"learning_rate": 1e-3, "cross_entropy": 1.0},
+    },
+    "keep": 0.2,
+    "samples": 12,
+}
+
+
+def test_a_group_of_blocks_without_all_its_best_values_is_trained_again(
+    small, text, valued, tmp_path, monkeypatch
+):
+    """A run stops between removing the best values of two blocks that share bases, and the unit of
+    the second block is damaged: its values are there, those of the first are not."""
+    out, trained, groups, commit = tmp_path / "out", set(), [], TrainWorker.commit
+
+    def stop(worker, blocks, *arguments):
+        commit(worker, blocks, *arguments)
+        first, second = blocks[0], blocks[1] - 1
+        groups.append((first, second))
+        worker.run.units.drop(best_key(worker.task.pass_key, first))
+        trained.add(worker.run.units.directory(worker.task.keys[second]) / TRAINED_FILE)
+        raise StoppedError("enough")
+
+    result = run(small, tmp_path / "whole", text, shards=2, **SHARED)
+    assert result.report["train"]["best_step"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainWorker, "commit", stop)
+        with pytest.raises(StoppedError):
+            run(small, out, text, shards=2, **SHARED)
+    assert groups == [(0, 1)]
+    (path,) = trained
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    run(small, out, text, shards=2, **SHARED)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_lost_workers_begin_again_where_values_alone_are_kept(

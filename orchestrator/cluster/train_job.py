@@ -193,8 +193,11 @@ class Train(TrainedStage):
     ) -> tuple[list[Snapshot], dict[int, int]]:
         """Snapshots of an earlier run and numbers of trained values, if no unit is damaged.
 
-        Without stored states only a training that has ended counts; committed blocks need no unit.
+        Without stored states only a training that has ended counts; committed groups of blocks need
+        no unit.
         """
+        first_of = self._job.grouping.first
+        open_groups = {first_of(block) for block in self.keys if block not in done}
         units = self._job.run.units
         key = {"snapshots": self._progress_key}
         left = taken_up(units, key, crew, watch, "training", is_all=False)
@@ -209,7 +212,7 @@ class Train(TrainedStage):
             f"step {step}, block {block}": units.hashes(self._kept_key(step, block))
             for step in facts["kept"]
             for block in numbers
-            if self._keeps_states or block not in done
+            if self._keeps_states or first_of(block) in open_groups
         }
         if not all(hashes.values()) or len(intact(crew, watch, hashes)) < len(hashes):
             return [], {}
