@@ -126,6 +126,16 @@ def test_a_spent_unit_has_facts_and_no_files(tmp_path):
     assert units.manifest(key) is None
 
 
+def test_a_linked_unit_is_not_spent(tmp_path):
+    """The files of another run's unit stay, whoever links to it."""
+    theirs, ours, key = Units(tmp_path / "theirs"), Units(tmp_path / "ours"), "0c" * 32
+    commit(theirs, key)
+    ours.directory(key).parent.mkdir(parents=True)
+    ours.directory(key).symlink_to(theirs.directory(key))
+    ours.spend(key)
+    assert theirs.verify(key)
+
+
 def test_a_unit_that_is_being_spent_never_looks_whole(tmp_path, monkeypatch):
     """If the machine stops after the first file is removed, the manifest already says spent."""
     units, key = Units(tmp_path), "0b" * 32

@@ -163,10 +163,12 @@ class Units:
     def spend(self, key: str) -> None:
         """Removes the files of a committed unit that no stage reads any more; its facts stay.
 
-        The manifest is replaced first, so a unit never looks intact while its files are removed.
+        The manifest is replaced first, so a unit never looks intact while its files are removed. A
+        link to another run's unit is left alone.
         """
         directory, manifest = self.directory(key), self.manifest(key)
-        if manifest is None:
+        is_ours = not (isinstance(directory, Path) and directory.is_symlink())
+        if manifest is None or not is_ours:
             return
         if not manifest.pop("spent"):
             spent = {**manifest, "format_version": _SPENT_VERSION, "files": {}}
