@@ -8,6 +8,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,14 @@ def test_status_is_light(tmp_path):
     run.write_status(state="done")
     call = f"from orchestrator.cli import main; assert main(['status', {str(run.root)!r}]) == 0"
     assert loaded_by(call) == set()
+
+
+def test_every_file_of_the_package_goes_into_a_wheel():
+    """What is not Python is named as package data: `plan` from a wheel reads its rates there."""
+    root = Path(__file__).parent.parent
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    named = set(settings["package-data"]["orchestrator"])
+    package = root / "orchestrator"
+    files = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
+    others = {str(p) for p in files if p.suffix != ".py" and "__pycache__" not in p.parts}
+    assert others == named
