@@ -15,6 +15,8 @@ import pytest
 from drivers import processes_naming, start, wait_for
 from pipeline import write_llama, write_text
 
+from orchestrator.cluster.gpu import PRETENDED
+
 pytestmark = pytest.mark.autoscale
 
 HEAD = "f" * 51 + "00000"
@@ -138,12 +140,13 @@ def cluster():
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def test_a_run_grows_a_cluster_and_lets_it_shrink(cluster, tmp_path):
+def test_a_run_grows_a_cluster_and_lets_it_shrink(cluster, tmp_path, monkeypatch):
     """From no node to one, where it begins, to three; at the end of a stage back to one.
 
     The last of four blocks is refined when two of three workers have nothing to do any more: their
     nodes go while it is at work. After the run none is left.
     """
+    monkeypatch.setenv(PRETENDED, "1")
     llama = write_llama(tmp_path / "dense", blocks=4)
     text = write_text(tmp_path / "text.txt")
     arguments = [str(llama), str(tmp_path / "out"), "--calibration", str(text), "--keep", "0.5"]
