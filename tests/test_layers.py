@@ -146,7 +146,7 @@ def test_status_is_light(tmp_path):
 
 
 def test_every_file_of_the_package_goes_into_a_wheel():
-    """What is not Python is named as package data: `plan` from a wheel reads its rates there."""
+    """Files that are not Python are named as package data, such as the rates that `plan` reads."""
     root = Path(__file__).parent.parent
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     named = set(settings["package-data"]["orchestrator"])
