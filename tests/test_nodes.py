@@ -21,7 +21,7 @@ from orchestrator.cluster.compress_job import Compression
 from orchestrator.cluster.compress_worker import CompressionWorker
 from orchestrator.cluster.deadline import VARIABLE
 from orchestrator.cluster.gpu import PRETENDED
-from orchestrator.errors import InfeasibleError, InputError, StoppedError, WorkerError
+from orchestrator.errors import InfeasibleError, InputError, WorkerError
 from orchestrator.store.run import RunDirectory
 
 pytestmark = pytest.mark.chaos
@@ -344,7 +344,7 @@ def test_a_gpu_that_fails_as_its_worker_starts_costs_that_worker(
 def test_a_gpu_that_fails_in_this_process_leaves_a_run_to_be_resumed(
     llama, text, reference, tmp_path, inject
 ):
-    """It exits with code 75 and advice, committed units stay, and the next process ends it."""
+    """It ends as failed with advice, committed units stay, and the next process ends the run."""
 
     def fault(method, arguments):
         if method == "finish" and arguments == (6,):
@@ -352,12 +352,10 @@ def test_a_gpu_that_fails_in_this_process_leaves_a_run_to_be_resumed(
 
     inject(fault)
     seen = Seen()
-    with pytest.raises(
-        StoppedError, match=r"the GPU of this process failed.* illegal memory .*Xid"
-    ):
+    with pytest.raises(WorkerError, match=r"the GPU of this process failed.* illegal memory .*Xid"):
         run(llama, tmp_path / "out", text, on_event=seen, shards=5)
     status = RunDirectory(tmp_path / "out.run").status()
-    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    assert (status["state"], status["exit_code"]) == ("failed", WorkerError.exit_code)
     assert units(seen.events) == 6
     inject(lambda method, arguments: None)
     run(llama, tmp_path / "out", text, on_event=seen, shards=5)
