@@ -6,7 +6,7 @@ imports neither torch nor Ray nor transformers.
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from orchestrator.version import __version__ as __version__
 
 __all__ = [
     "OrchestratorError",
@@ -39,11 +39,16 @@ if TYPE_CHECKING:
         verify,
     )
     from orchestrator.errors import OrchestratorError
-    from orchestrator.plan import Plan
-    from orchestrator.recipe import Recipe
-    from orchestrator.result import Result
+    from orchestrator.plan.plan import Plan
+    from orchestrator.plan.result import Result
+    from orchestrator.recipe.recipe import Recipe
 
-_HOMES = {"OrchestratorError": "errors", "Plan": "plan", "Recipe": "recipe", "Result": "result"}
+_HOMES = {
+    "OrchestratorError": "errors",
+    "Plan": "plan.plan",
+    "Recipe": "recipe.recipe",
+    "Result": "plan.result",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.recipe import Recipe
-from orchestrator.result import Result
+from orchestrator.plan.result import Result
+from orchestrator.recipe.recipe import Recipe
 from orchestrator.store.places import Place
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
     Raises:
         OrchestratorError: One of its kinds, by what is wrong; `exit_code` says which.
     """
-    from orchestrator.cluster import driver
+    from orchestrator.stages import driver
 
     return driver.compress(recipe, on_event)
 
@@ -91,8 +91,8 @@ def retarget(
         InputError: There is no run here, or it came not so far as to read its text.
         OrchestratorError: As `compress`.
     """
-    from orchestrator.cluster import driver
-    from orchestrator.cluster.retarget import asked_before
+    from orchestrator.stages import driver
+    from orchestrator.stages.context.previous_run import asked_before
 
     recipe, before = asked_before(str(run_dir), str(out), **given)
     return driver.compress(recipe, on_event, before)
@@ -129,7 +129,7 @@ def plan(
     from orchestrator.forecast.outcome import Resources
     from orchestrator.forecast.rates import machine_of, read_machine
     from orchestrator.forecast.shapes import read_shapes
-    from orchestrator.values import size_in_bytes
+    from orchestrator.recipe.values import size_in_bytes
 
     if gpus < 1:
         raise UsageError(f"gpus is {gpus}; it must be 1 or above")
@@ -137,7 +137,7 @@ def plan(
         raise UsageError(f"price is {price}; it must be 0 or above")
     model: Place = Path(recipe.model).expanduser()
     if not model.exists():
-        from orchestrator.models.locate import locate
+        from orchestrator.models.survey.locate import locate
 
         model = locate(recipe.model, revision=recipe.revision)
     resources = Resources(
@@ -161,7 +161,7 @@ def measure(output: str | Path, *, dtype: str = "bfloat16", threads: int = 1) ->
         dtype: Of forward passes.
         threads: Of a worker; a GPU does not mind.
     """
-    from orchestrator.models.machine import measure_machine
+    from orchestrator.models.evaluation.machine import measure_machine
     from orchestrator.store.files import write_json
 
     write_json(Path(output), measure_machine(Path(output).absolute().parent, dtype, threads))
@@ -229,10 +229,10 @@ def evaluate(
     Raises:
         OrchestratorError: One of its kinds, by what is wrong.
     """
-    from orchestrator.cluster import driver
-    from orchestrator.cluster.crew import Schedule
-    from orchestrator.cluster.evaluate_job import Evaluation
-    from orchestrator.models.weights import parse_dtype
+    from orchestrator.models.checkpoint.weights import parse_dtype
+    from orchestrator.runtime.workers import Schedule
+    from orchestrator.stages import driver
+    from orchestrator.stages.evaluate.job import Evaluation
     from orchestrator.store.places import parse_place
 
     # a hub id has no place of its own: the working directory then
@@ -270,7 +270,7 @@ def export(out: str | Path, dense_dir: str | Path, format: str = "dense") -> Pat
         InputError: `out` is no checkpoint of ours, or is damaged.
     """
     from orchestrator.errors import UsageError
-    from orchestrator.models.export import export_dense
+    from orchestrator.hf.export import export_dense
 
     if format != "dense":
         raise UsageError(f"format is {format!r}; it must be dense")
@@ -283,7 +283,7 @@ def verify(
 ) -> dict[str, Any]:
     """Reads a compressed checkpoint again: hashes, shapes, ranks, values, samples, logits.
 
-    See `orchestrator.models.verification`.
+    See `orchestrator.models.evaluation.verification`.
 
     Args:
         against: The dense model's directory; with it errors and logits are compared.
@@ -293,7 +293,7 @@ def verify(
         What was found; `problems` is empty if all is well.
     """
     from orchestrator.errors import UsageError
-    from orchestrator.models.verification import verify as perform
+    from orchestrator.models.evaluation.verification import verify as perform
 
     if linears < 0:
         raise UsageError(f"linears is {linears}; it must be 0 or above")
@@ -398,8 +398,8 @@ def submit(
             or it refuses the job.
         StoppedError: A signal came, or the head was silent for ten minutes.
     """
-    from orchestrator.cluster import submit as jobs
     from orchestrator.errors import UsageError
+    from orchestrator.runtime.ray import submit as jobs
 
     if retries < 0:
         raise UsageError(f"retries: {retries} given; 0 or more are possible")

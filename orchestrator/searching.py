@@ -15,9 +15,9 @@ from typing import Any
 
 from orchestrator import api
 from orchestrator.errors import InputError, UsageError
-from orchestrator.options import check_known
-from orchestrator.recipe import SCHEDULE, Recipe
-from orchestrator.result import Result
+from orchestrator.plan.result import Result
+from orchestrator.recipe.options import check_known
+from orchestrator.recipe.recipe import SCHEDULE, Recipe
 from orchestrator.store.files import digest_json, parse_json, write_json
 from orchestrator.store.places import Remote, parse_place
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from orchestrator.progress import size
+from orchestrator.cli.lines import size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from orchestrator.hf import load, recovery_targets
-from orchestrator.models.text import load_tokens
-from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.models.inputs.text import load_tokens
+from orchestrator.models.inputs.tokenizer import load_tokenizer
 
 CLIP_NORM = 1.0
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from orchestrator.plan import FACTORED, Assignment, Curve, Linear
+from orchestrator.plan.plan import FACTORED, Assignment, Curve, Linear
 
 
 def make_linears(shapes, *, role="mlp.proj"):

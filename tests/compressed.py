@@ -12,13 +12,13 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.hf.bootstrap import bootstrap_source
 from orchestrator.linalg.pivot import pivot
-from orchestrator.models.checkpoint import finish, write_file
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.index_codes import encode
-from orchestrator.models.layout import FileSpec, TensorSpec, layout
-from orchestrator.models.output import claim_out
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.plan import Assignment, Linear, Plan, Survey
+from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, layout
+from orchestrator.models.checkpoint.output import claim_out
+from orchestrator.models.checkpoint.write import finish, write_file
+from orchestrator.models.forms.index_codes import encode
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.plan.plan import Assignment, Linear, Plan, Survey
 
 TOKENS = torch.arange(3, 23)[None] * 3 % 96
 

@@ -12,7 +12,7 @@ from compressed import compress, mixed_plan
 from families import write_checkpoint
 from object_store import ObjectStore, object_store
 
-from orchestrator.models.strict import CUDA_ENVIRONMENT
+from orchestrator.device.strict import CUDA_ENVIRONMENT
 
 os.environ.update(
     {

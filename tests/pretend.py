@@ -46,8 +46,8 @@ from pretend_tensor import CPU, CUDA, Pretended, address, is_cuda, is_plain, pla
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from orchestrator.models import transport
-from orchestrator.models.chunk import map_tensors
+from orchestrator.device import transport
+from orchestrator.models.shards.chunk import map_tensors
 
 __all__ = [
     "CUDA",

@@ -14,7 +14,7 @@ class Site(NamedTuple):
     """A line of the program."""
 
     file: str
-    """Path within the package, `models/shard.py`, or from the checkout, `tests/test_devices.py`."""
+    """Path in the package (`models/shards/shard.py`) or the checkout (`tests/test_devices.py`)."""
     line: int
 
     def __str__(self) -> str:

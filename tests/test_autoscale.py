@@ -15,7 +15,7 @@ import pytest
 from drivers import processes_naming, start, wait_for
 from pipeline import write_llama, write_text
 
-from orchestrator.cluster.gpu import PRETENDED
+from orchestrator.device.gpu import PRETENDED
 
 pytestmark = pytest.mark.autoscale
 
@@ -26,7 +26,7 @@ WORKER = {"resources": {"CPU": 1, "GPU": 1, "object_store_memory": 80_000_000}, 
 IDLE = """
 import sys
 from orchestrator.cluster import scaling
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 scaling.IDLE_SECONDS = 1.0
 sys.exit(main())
 """

@@ -11,7 +11,7 @@ import torch
 from pipeline import with_tokenizer, write_text
 from safetensors.torch import load_file, save_file
 
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 
 
 @pytest.fixture

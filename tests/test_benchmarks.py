@@ -19,7 +19,7 @@ from benchmarks.watching import PeakWatcher, resident_bytes
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from orchestrator.methods import METHODS
-from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.shards.lazy_model import Skeleton
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.methods import METHODS
-from orchestrator.models.calibration import Calibration, dense_weight
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.evaluation import draw_label_gradient
-from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.evaluation.scoring import draw_label_gradient
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.statistics.calibration import Calibration, dense_weight
 
 TOKENS = torch.arange(40).view(2, 20) * 7 % 96
 

@@ -27,15 +27,15 @@ from orchestrator.allocate.bernoulli import (
 from orchestrator.allocate.budget import share_values
 from orchestrator.allocate.cap import Cap
 from orchestrator.allocate.choice import choose
-from orchestrator.cluster.chunk_pass import Pass
-from orchestrator.cluster.masks import CandidateValues, masked_weight, read_masked
 from orchestrator.errors import InfeasibleError, InputError, StoppedError, UsageError
 from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.ranked import RIDGES, SKETCH, rank_parts, sketched_energy
 from orchestrator.linalg.rpca import rpca
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.models.inputs.tokenizer import load_tokenizer
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.runtime.shard_pass import Pass
+from orchestrator.stages.context.masks import CandidateValues, masked_weight, read_masked
 
 PROJECTIONS = ("shift", "euclid", "multiplicative")
 

@@ -5,11 +5,11 @@ from itertools import chain as joined
 
 import pytest
 
-from orchestrator.cluster.chain import FIRST, Chain, Found, Round
-from orchestrator.cluster.walk_program import walk_block
 from orchestrator.errors import WorkerError
-from orchestrator.models.refine_ledger import Ledger
-from orchestrator.models.refine_options import RefineOptions
+from orchestrator.models.training.refine_ledger import Ledger
+from orchestrator.models.training.refine_options import RefineOptions
+from orchestrator.runtime.chain import FIRST, Chain, Found, Round
+from orchestrator.stages.walk.program import walk_block
 
 ROUNDS = ((FIRST, 5, False), ("descend", 3, True), ("descend", 3, True), ("leave", 5, False))
 

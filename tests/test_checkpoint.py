@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import orchestrator.hf  # noqa: F401 # the checkpoints written here are loaded
 from orchestrator.errors import InputError, OrchestratorError, UsageError
-from orchestrator.models.checkpoint import finish, write_file
-from orchestrator.models.layout import FileSpec, TensorSpec, layout
-from orchestrator.models.output import MARKER_FILE, check_out, claim_out
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.plan import Assignment
+from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, layout
+from orchestrator.models.checkpoint.output import MARKER_FILE, check_out, claim_out
+from orchestrator.models.checkpoint.write import finish, write_file
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.plan.plan import Assignment
 
 BLOCK_BYTES = 19_000  # a little above a compressed block of the tiny Llama, in fp32
 

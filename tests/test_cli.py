@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from byte_tokenizer import bytes_tokenizer
 
-from orchestrator import __version__, api
-from orchestrator.arguments import HELP
-from orchestrator.cli import main
+from orchestrator import api
+from orchestrator.cli.main import main
+from orchestrator.cli.parser import HELP
 from orchestrator.errors import (
     InfeasibleError,
     InputError,
@@ -22,9 +22,10 @@ from orchestrator.errors import (
     UsageError,
     WorkerError,
 )
-from orchestrator.plan import Plan
-from orchestrator.recipe import Recipe, make_recipe
-from orchestrator.result import Result
+from orchestrator.plan.plan import Plan
+from orchestrator.plan.result import Result
+from orchestrator.recipe.recipe import Recipe, make_recipe
+from orchestrator.version import __version__
 
 COMMANDS = ("compress", "evaluate", "export", "status", "report", "compare", "clean")
 

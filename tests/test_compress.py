@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import orchestrator
 from orchestrator.errors import UsageError
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.shards import cut_blocks
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.plan.cut import cut_blocks
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 
@@ -83,7 +83,7 @@ def test_activation_errors_are_those_of_the_calibration_tokens(checkpoint, text,
         dense.get_submodule(name).register_forward_pre_hook(
             lambda module, inputs, name=name: seen.setdefault(name, []).append(inputs[0][0])
         )
-    tokenizer = orchestrator.models.tokenizer.load_tokenizer(model)
+    tokenizer = orchestrator.models.inputs.tokenizer.load_tokenizer(model)
     ids = torch.tensor(tokenizer(text.read_text())["input_ids"][: 6 * 48]).view(6, 48)
     with torch.no_grad():
         for row in ids:

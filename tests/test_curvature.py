@@ -8,7 +8,7 @@ import torch
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
 
 import orchestrator
-from orchestrator.cluster.curvature_worker import CurvatureWorker
+from orchestrator.stages.context.curvature_worker import CurvatureWorker
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 

@@ -28,16 +28,16 @@ from orchestrator.linalg.scaled import decompose_scaled
 from orchestrator.linalg.sparse import sort_within_rows
 from orchestrator.linalg.two_sided import decompose_two_sided
 from orchestrator.linalg.two_sided_sparse import sparse_low_rank
-from orchestrator.models.calibration import Calibration
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.compensation import Reader
-from orchestrator.models.distill import TopK, Weights, distill
-from orchestrator.models.evaluation import draw_label_gradient, score
-from orchestrator.models.refine import Refinement
-from orchestrator.models.refine_options import RefineOptions
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.training import Training
-from orchestrator.plan import Assignment
+from orchestrator.models.evaluation.scoring import draw_label_gradient, score
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.statistics.calibration import Calibration
+from orchestrator.models.training.compensation import Reader
+from orchestrator.models.training.distill import TopK, Weights, distill
+from orchestrator.models.training.refine import Refinement
+from orchestrator.models.training.refine_options import RefineOptions
+from orchestrator.models.training.train import Training
+from orchestrator.plan.plan import Assignment
 
 pytestmark = pytest.mark.usefixtures("cuda_environment")
 

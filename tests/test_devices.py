@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator import evaluate, export, search, verify
 from orchestrator.methods import METHODS
-from orchestrator.recipe import Recipe
+from orchestrator.recipe.recipe import Recipe
 
 SMALL = {"samples": 2, "sequence_length": 24, "shards": 2}
 DTYPES = ("float32", "bfloat16")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from orchestrator.models.distill import TopK, Weights, distill
+from orchestrator.models.training.distill import TopK, Weights, distill
 
 VOCABULARY = 40
 ONE = Weights(divergence=1.0, cross_entropy=0.0)

@@ -7,7 +7,7 @@ import torch
 from pretend import pretended_device
 from torch.nn.functional import cross_entropy, kl_div
 
-from orchestrator.models.evaluation import Score, _draw, score
+from orchestrator.models.evaluation.scoring import Score, _draw, score
 
 
 def random_case(seed=0, rows=2, length=7, vocabulary=11):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import orchestrator.hf  # noqa: F401 # the compressed checkpoints are loaded to compare
 from orchestrator.errors import InputError, UsageError
-from orchestrator.models.export import export_dense
+from orchestrator.hf.export import export_dense
 
 
 @pytest.mark.parametrize("family", FAMILIES)

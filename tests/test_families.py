@@ -7,8 +7,8 @@ import torch
 from families import BLOCKS, FAMILIES, VOCABULARY
 from transformers import AutoModelForCausalLM
 
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
 
 HALVES = (range(0, 2), range(2, BLOCKS))
 DTYPES = [torch.float32, torch.bfloat16]

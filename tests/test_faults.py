@@ -14,7 +14,7 @@ from drivers import Driver, is_alive, is_unit, processes_naming, start, units, w
 from pipeline import contents, run, write_llama, write_text
 
 from orchestrator import evaluate
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.errors import StoppedError
 from orchestrator.store.run import RunDirectory
 
@@ -181,7 +181,7 @@ def test_a_signal_before_the_run_begins(number, module, tmp_path):
     code = f"""
 import os, sys
 from orchestrator import evaluate
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 def hook(event, arguments):
     if event == "import" and arguments[0] == {module!r}:
         os.kill(os.getpid(), {int(number)})

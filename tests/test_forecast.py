@@ -9,7 +9,7 @@ from pipeline import contents, run, with_tokenizer, write_llama, write_text
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.api import measure, plan
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.forecast import memory, text, work
 from orchestrator.forecast.needs import (
@@ -30,11 +30,11 @@ from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
 from orchestrator.linalg import pivot, ranked
 from orchestrator.linalg.eigen import LARGEST
 from orchestrator.methods import METHODS
-from orchestrator.models.machine import SIZES
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.plan import Linear
-from orchestrator.recipe import Recipe, make_recipe
-from orchestrator.shards import cut_blocks
+from orchestrator.models.evaluation.machine import SIZES
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.plan.cut import cut_blocks
+from orchestrator.plan.plan import Linear
+from orchestrator.recipe.recipe import Recipe, make_recipe
 
 CONFIGS = {
     "Llama-3-8B": {
@@ -446,7 +446,7 @@ def test_what_cannot_fit_this_machine_is_refused_on_ray_too(
     text = write_text(tmp_path / "text.txt")
     fields = {"executor": "ray", "workers": 1}
     with monkeypatch.context() as small:
-        small.setattr("orchestrator.cluster.foresight.host_bytes", lambda: 100_000)
+        small.setattr("orchestrator.stages.context.admission.host_bytes", lambda: 100_000)
         with pytest.raises(InfeasibleError, match=r"^calibrate: a worker holds .*usable"):
             run(llama_dir, tmp_path / "out", text, **fields)
     run(llama_dir, tmp_path / "out", text, **fields)
@@ -457,7 +457,7 @@ def test_what_cannot_fit_this_machine_is_refused_on_ray_too(
 def test_a_run_that_does_not_fit_is_refused(llama_dir, tmp_path, monkeypatch):
     """Before a worker starts, with exit code 3; unless it is to be tried nevertheless."""
     text = write_text(tmp_path / "text.txt")
-    monkeypatch.setattr("orchestrator.cluster.foresight.host_bytes", lambda: 100_000)
+    monkeypatch.setattr("orchestrator.stages.context.admission.host_bytes", lambda: 100_000)
     events = []
     with pytest.raises(InfeasibleError, match=r"^calibrate: a worker holds .*--allow-infeasible"):
         run(llama_dir, tmp_path / "out", text, on_event=events.append)
@@ -474,7 +474,7 @@ def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
         cuts.append(cut_blocks(*about))
         return cuts[-1]
 
-    monkeypatch.setattr("orchestrator.cluster.block_pass.cut_blocks", note)
+    monkeypatch.setattr("orchestrator.stages.context.block_pass.cut_blocks", note)
     outs = [tmp_path / "two", tmp_path / "one"]
     run(llama_dir, outs[0], text)
     sizes = [
@@ -488,7 +488,7 @@ def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
         for blocks in (1, 2)
     ]
     room = sum(sizes) / 2 / USABLE
-    monkeypatch.setattr("orchestrator.cluster.foresight.host_bytes", lambda: room)
+    monkeypatch.setattr("orchestrator.stages.context.admission.host_bytes", lambda: room)
     run(llama_dir, outs[1], text)
     assert [[len(blocks) for blocks in cut] for cut in cuts] == [[2, 2], [1, 1, 1, 1]]
     assert contents(outs[0]) == contents(outs[1])
@@ -545,7 +545,7 @@ def test_a_model_that_cannot_be_foreseen_is_compressed_all_the_same(
     def refuse(model):
         raise InputError("the first block stores no matrix of its own")
 
-    monkeypatch.setattr("orchestrator.cluster.foresight.read_shapes", refuse)
+    monkeypatch.setattr("orchestrator.stages.context.admission.read_shapes", refuse)
     events = []
     run(llama_dir, tmp_path / "out", write_text(tmp_path / "t.txt"), on_event=events.append)
     assert any("no forecast" in event.get("text", "") for event in events)

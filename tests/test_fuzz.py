@@ -17,27 +17,33 @@ from pipeline import run, with_tokenizer, write_text
 from safetensors.torch import save_file
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.models.architecture import Architecture
-from orchestrator.models.documents import read_documents
-from orchestrator.models.export import export_dense
-from orchestrator.models.forms import misfits, read_forms
-from orchestrator.models.index_codes import INDEX_CODES, decode, encode, index_tensors, is_sound
-from orchestrator.models.locate import locate
-from orchestrator.models.output import check_out
-from orchestrator.models.select import select
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.weights import Weights
+from orchestrator.hf.export import export_dense
+from orchestrator.models.checkpoint.output import check_out
+from orchestrator.models.checkpoint.weights import Weights
+from orchestrator.models.forms.config import misfits, read_forms
+from orchestrator.models.forms.index_codes import (
+    INDEX_CODES,
+    decode,
+    encode,
+    index_tensors,
+    is_sound,
+)
+from orchestrator.models.inputs.documents import read_documents
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.survey.architecture import Architecture
+from orchestrator.models.survey.locate import locate
+from orchestrator.models.survey.select import select
 from orchestrator.pages.report import report_page
 from orchestrator.pages.sources import read_source, whole
-from orchestrator.plan import Curve, Plan
-from orchestrator.recipe import Recipe, make_recipe, read_recipe_fields
+from orchestrator.plan.plan import Curve, Plan
+from orchestrator.recipe.recipe import Recipe, make_recipe, read_recipe_fields
+from orchestrator.recipe.values import parse_option, parse_vary, size_in_bytes
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.files import digest_json
-from orchestrator.store.hold import is_forsaken
+from orchestrator.store.lease import is_forsaken
 from orchestrator.store.places import parse_place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import Units
-from orchestrator.values import parse_option, parse_vary, size_in_bytes
 
 many = partial(settings, SOME)
 

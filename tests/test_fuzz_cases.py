@@ -17,23 +17,23 @@ from safetensors.torch import save_file
 
 import orchestrator.hf
 from orchestrator import api
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.errors import InputError, UsageError
-from orchestrator.models.architecture import Architecture
-from orchestrator.models.documents import read_documents
-from orchestrator.models.forms import misfits, read_forms
-from orchestrator.models.index_codes import is_sound
-from orchestrator.models.locate import locate
-from orchestrator.models.output import copy_companions
-from orchestrator.models.select import select
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.text import load_tokens
-from orchestrator.models.tokenizer import load_tokenizer
-from orchestrator.models.weights import Weights
-from orchestrator.plan import Curve, Plan
-from orchestrator.recipe import make_recipe, read_recipe_fields
+from orchestrator.models.checkpoint.output import copy_companions
+from orchestrator.models.checkpoint.weights import Weights
+from orchestrator.models.forms.config import misfits, read_forms
+from orchestrator.models.forms.index_codes import is_sound
+from orchestrator.models.inputs.documents import read_documents
+from orchestrator.models.inputs.text import load_tokens
+from orchestrator.models.inputs.tokenizer import load_tokenizer
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.survey.architecture import Architecture
+from orchestrator.models.survey.locate import locate
+from orchestrator.models.survey.select import select
+from orchestrator.plan.plan import Curve, Plan
+from orchestrator.recipe.recipe import make_recipe, read_recipe_fields
 from orchestrator.store.files import digest_json, parse_json
-from orchestrator.store.hold import is_alive
+from orchestrator.store.lease import is_alive
 from orchestrator.store.places import parse_place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import Units, unit_key

@@ -9,7 +9,7 @@ import pytest
 from pipeline import with_tokenizer, write_text
 from test_submit import Head
 
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 
 SECRETS = {
     "RAY_AUTH_TOKEN": "tok-0f1e2d3c4b5a69788796a5b4c3d2e1f0",

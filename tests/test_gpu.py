@@ -10,13 +10,13 @@ import pytest
 import torch
 from pretend import pretended_device
 
-from orchestrator.cluster import gpu
-from orchestrator.cluster.crew import Crew, Schedule
-from orchestrator.cluster.foresight import foresee, foresee_again
-from orchestrator.cluster.worker import Task, Worker, check_alike
+from orchestrator.cli.lines import size
+from orchestrator.device import gpu
 from orchestrator.errors import InfeasibleError, InputError
-from orchestrator.progress import size
-from orchestrator.recipe import make_recipe
+from orchestrator.recipe.recipe import make_recipe
+from orchestrator.runtime.worker import Task, Worker, check_alike
+from orchestrator.runtime.workers import Crew, Schedule
+from orchestrator.stages.context.admission import foresee, foresee_again
 
 LOCAL = Schedule(executor="local")
 NVML = """

@@ -4,8 +4,8 @@ import pytest
 import torch
 from pretend import TO_DEVICE, TO_HOST, on_host, pretended_device
 
-from orchestrator.cluster.gradients import PIECE_VALUES, merge_records, pack
-from orchestrator.models.refine import merge
+from orchestrator.models.training.refine import merge
+from orchestrator.stages.context.gradients import PIECE_VALUES, merge_records, pack
 
 CPU = torch.device("cpu")
 

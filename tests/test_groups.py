@@ -5,8 +5,8 @@ import torch
 from allocation import make_curves, make_model
 
 from orchestrator.allocate import ALLOCATORS
-from orchestrator.groups import Grouping, stack
 from orchestrator.linalg.low_rank import InputGram, decompose, summed
+from orchestrator.plan.grouping import Grouping, stack
 
 SHAPES = {"attn.q_proj": (24, 16), "attn.o_proj": (16, 24), "mlp.up_proj": (40, 16)}
 GROUPING = Grouping(2, ("q_proj", "up_proj"))

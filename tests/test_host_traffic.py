@@ -10,17 +10,17 @@ from pretend import CUDA, TO_DEVICE, TO_HOST, on_host, pretended_device
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orchestrator.cluster.compress_worker import _stored
-from orchestrator.cluster.worker import Task, Worker
+from orchestrator.device.transport import Departure, Pace, bring, upload
 from orchestrator.linalg.low_rank import LowRank
 from orchestrator.linalg.pivot import pivot
-from orchestrator.models.calibration import Calibration
-from orchestrator.models.chunk import Chunk, Payload
-from orchestrator.models.compensation import read_errors, squared_error
-from orchestrator.models.distill import TopK, distill
-from orchestrator.models.evaluation import score
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.transport import Departure, Pace, bring, upload
+from orchestrator.models.evaluation.scoring import score
+from orchestrator.models.shards.chunk import Chunk, Payload
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.statistics.calibration import Calibration
+from orchestrator.models.training.compensation import read_errors, squared_error
+from orchestrator.models.training.distill import TopK, distill
+from orchestrator.runtime.worker import Task, Worker
+from orchestrator.stages.context.compress_worker import _stored
 from orchestrator.store.chunks import Chunks
 
 pytestmark = pytest.mark.usefixtures("cuda_environment")
@@ -81,7 +81,7 @@ def test_a_pass_reads_nothing_for_a_linear(model, padding):
     expected = gathered(model, padding, torch.device("cpu"))
     with pretended_device() as device:
         found, reads, copies = gathered(model, padding, CUDA, device)
-    assert {read.site.file for read in reads} <= {"models/shard.py"}
+    assert {read.site.file for read in reads} <= {"models/shards/shard.py"}
     assert len(reads) <= 2 * len(some_chunks(padding))
     assert all(copy.pinned and copy.non_blocking and copy.stream for copy in copies)
     # tokens, mask and, with padding, the indices of real tokens
@@ -104,7 +104,7 @@ def test_weights_cross_as_they_are_stored(model):
         device.clear()
         with skeleton.shard(range(BLOCKS)) as shard:
             assert not device.conversions
-            loads = [copy for copy in device.copies if copy.site.file == "models/transport.py"]
+            loads = [copy for copy in device.copies if copy.site.file == "device/transport.py"]
             assert sum(copy.bytes for copy in loads) == sum(each.nbytes for each in stored.values())
             assert all(copy.pinned and copy.non_blocking for copy in loads)
             assert not any(copy.converted for copy in device.copies)
@@ -118,7 +118,7 @@ def test_weights_cross_as_they_are_stored(model):
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_is_uploaded_is_contiguous_and_the_same(shape, turned, monkeypatch):
     """This holds for pieces that do not divide a tensor, and for transposed views."""
-    monkeypatch.setattr("orchestrator.models.transport.PIECE_BYTES", 12)
+    monkeypatch.setattr("orchestrator.device.transport.PIECE_BYTES", 12)
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     tensor = tensor.mT if turned and len(shape) == 2 else tensor
     assert upload(tensor, torch.device("cpu")).is_contiguous()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.models.index_codes import (
+from orchestrator.models.forms.index_codes import (
     INDEX_CODES,
     decode,
     encode,
@@ -15,7 +15,7 @@ from orchestrator.models.index_codes import (
     is_sound,
     materialize,
 )
-from orchestrator.plan import Assignment, Linear, index_bytes, index_code
+from orchestrator.plan.plan import Assignment, Linear, index_bytes, index_code
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 40))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from allocation import assert_invariants, lost, make_curves, make_linears
 
-from orchestrator.allocate.knots import knotted
+from orchestrator.allocate.sampled_curve import knotted
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.errors import UsageError
 

@@ -99,7 +99,7 @@ def test_only_cluster_knows_ray():
     [
         "import orchestrator",
         "import orchestrator.api",
-        "import orchestrator.models.select",
+        "import orchestrator.models.survey.select",
         "import orchestrator.allocate",
         "import orchestrator.pages",
         "import orchestrator.forecast.forecast",
@@ -119,7 +119,7 @@ def test_light_import(statement):
 )
 def test_help_is_light(command):
     """`--help` answers without importing a heavy package, numpy included."""
-    call = f"from orchestrator.cli import main\ntry: main({[*command.split(), '--help']})"
+    call = f"from orchestrator.cli.main import main\ntry: main({[*command.split(), '--help']})"
     assert loaded_by(f"{call}\nexcept SystemExit: pass") == set()
 
 
@@ -130,7 +130,7 @@ def test_plan_is_light(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     flags = ["plan", str(path), "--keep=0.8", "--preset=best"]
-    call = f"from orchestrator.cli import main; assert main({flags!r}) == 0"
+    call = f"from orchestrator.cli.main import main; assert main({flags!r}) == 0"
     assert loaded_by(call) == set()
 
 
@@ -141,7 +141,9 @@ def test_status_is_light(tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.claim({})
     run.write_status(state="done")
-    call = f"from orchestrator.cli import main; assert main(['status', {str(run.root)!r}]) == 0"
+    call = (
+        f"from orchestrator.cli.main import main; assert main(['status', {str(run.root)!r}]) == 0"
+    )
     assert loaded_by(call) == set()
 
 

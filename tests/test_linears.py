@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
-from orchestrator.models.linears import LinearCalls, check_parameters
+from orchestrator.models.survey.linears import LinearCalls, check_parameters
 
 
 class Block(nn.Module):

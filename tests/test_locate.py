@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import constants
 
 from orchestrator.errors import InputError, UsageError
-from orchestrator.models.locate import locate
+from orchestrator.models.survey.locate import locate
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 

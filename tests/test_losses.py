@@ -6,11 +6,11 @@ import pickle
 import pytest
 import torch
 
-from orchestrator.cluster.losses import loss_of, summary
-from orchestrator.cluster.policy import Cause
-from orchestrator.cluster.pool import LocalPool
-from orchestrator.cluster.schedule import Call
 from orchestrator.errors import InputError, WorkerError
+from orchestrator.runtime.calls import Call
+from orchestrator.runtime.losses import loss_of, summary
+from orchestrator.runtime.policy import Cause
+from orchestrator.runtime.pool import LocalPool
 from orchestrator.store.chunks import MissingChunk
 
 ADVICE = (

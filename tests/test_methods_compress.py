@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import orchestrator
 from orchestrator.errors import UsageError
-from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.models.inputs.tokenizer import load_tokenizer
 
 BASELINES = ("svd", "asvd", "wanda")
 every_baseline = pytest.mark.parametrize("method", BASELINES)

@@ -74,7 +74,7 @@ def test_a_run_is_counted(ray_address, tmp_path):
 @pytest.mark.ray
 def test_failures_are_counted_by_cause(ray_address):
     """What the journal tells of a failure, and what was done about it."""
-    from orchestrator.cluster.metrics import Metrics
+    from orchestrator.runtime.ray.metrics import Metrics
 
     event = {"event": "lost", "cause": "hung", "decided": "repeat"}
     Metrics().note(event, {"workers": 7})

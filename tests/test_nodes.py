@@ -17,11 +17,11 @@ from benchmarks.nodes import Nodes
 from drivers import is_alive, is_unit, units, wait_for
 from pipeline import contents, run, write_llama, write_text
 
-from orchestrator.cluster.compress_job import Compression
-from orchestrator.cluster.compress_worker import CompressionWorker
-from orchestrator.cluster.deadline import VARIABLE
-from orchestrator.cluster.gpu import PRETENDED
+from orchestrator.device.gpu import PRETENDED
 from orchestrator.errors import InfeasibleError, InputError, WorkerError
+from orchestrator.runtime.deadline import VARIABLE
+from orchestrator.stages.context.compress_worker import CompressionWorker
+from orchestrator.stages.context.compression import Compression
 from orchestrator.store.run import RunDirectory
 
 pytestmark = pytest.mark.chaos
@@ -233,7 +233,7 @@ def test_a_sick_node_is_quarantined(llama, text, reference, tmp_path, nodes, inj
 def test_a_drained_node_costs_nothing(llama, text, reference, tmp_path, nodes, monkeypatch):
     """Its workers end their calls and are replaced elsewhere; nothing counts as a failure."""
     # so small a run may end within the two seconds between looks
-    monkeypatch.setattr("orchestrator.cluster.ray_actors.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("orchestrator.runtime.ray.actors.POLL_SECONDS", 0.1)
     going, staying = nodes.fill(2)
 
     def drain(event):

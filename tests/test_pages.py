@@ -12,7 +12,7 @@ import pytest
 from pipeline import run, with_tokenizer, write_text
 
 from orchestrator import api
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.errors import InputError, UsageError
 from orchestrator.pages.figures import Line
 from orchestrator.pages.linears import by_role, entries, heat_cells, place, size_at

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from orchestrator.cluster.pipeline import WINDOW, Pipeline, Snapshot, program
-from orchestrator.models.train_options import TrainOptions, plan_course
+from orchestrator.models.training.train_options import TrainOptions, plan_course
+from orchestrator.stages.train.pipeline import WINDOW, Pipeline, Snapshot, program
 
 SEQUENCES = 11
 LENGTHS = [(20 + i, 19 + i) for i in range(SEQUENCES)]

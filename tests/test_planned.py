@@ -7,8 +7,8 @@ from families import FAMILIES
 from test_families import HALVES, padded_chunk, sharded_logits
 
 from orchestrator.errors import InputError
-from orchestrator.models.index_codes import encode
-from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.forms.index_codes import encode
+from orchestrator.models.shards.lazy_model import Skeleton
 
 
 def planned(dense_directory, *, output_dtype=None, dtype=None):

@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.cluster.chunk_pass import Pass
-from orchestrator.cluster.deadline import VARIABLE, Deadlines
-from orchestrator.cluster.dispatch import dispatch
-from orchestrator.cluster.policy import (
+from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
+from orchestrator.plan.cut import cut_blocks
+from orchestrator.runtime.calls import Bag
+from orchestrator.runtime.deadline import VARIABLE, Deadlines
+from orchestrator.runtime.dispatch import dispatch
+from orchestrator.runtime.policy import (
     Action,
     Cause,
     Failure,
@@ -19,10 +21,8 @@ from orchestrator.cluster.policy import (
     check_nodes,
     decide,
 )
-from orchestrator.cluster.pool import LocalPool, Outcome, Seat
-from orchestrator.cluster.schedule import Bag
-from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
-from orchestrator.shards import cut_blocks
+from orchestrator.runtime.pool import LocalPool, Outcome, Seat
+from orchestrator.runtime.shard_pass import Pass
 from orchestrator.store.chunks import MissingChunk
 from orchestrator.usage import Usage
 
@@ -547,7 +547,7 @@ def test_workers_come_for_what_a_schedule_can_use(run):
 
 def test_an_idle_worker_that_is_too_many_is_given_back(run, monkeypatch):
     """At the end of a stage those go that have nothing to do, and say so; one is at its call."""
-    monkeypatch.setattr("orchestrator.cluster.scaling.IDLE_SECONDS", -1.0)
+    monkeypatch.setattr("orchestrator.runtime.scaling.IDLE_SECONDS", -1.0)
     pool, done, events = run(bag(4), workers=4)
     assert len(done) == 4
     assert len(pool.workers()) == 1
@@ -557,7 +557,7 @@ def test_an_idle_worker_that_is_too_many_is_given_back(run, monkeypatch):
 
 def test_who_holds_a_shard_is_never_given_back(run, monkeypatch):
     """A worker that waits for chunks keeps what it has gathered; those that are free go."""
-    monkeypatch.setattr("orchestrator.cluster.scaling.IDLE_SECONDS", -1.0)
+    monkeypatch.setattr("orchestrator.runtime.scaling.IDLE_SECONDS", -1.0)
     pool, done, events = run(four_blocks(), workers=4)
     assert [event["event"] for event in events].count("returned") == 3
     opened = [label for label in pool.started if label.endswith("open")]
@@ -567,7 +567,7 @@ def test_who_holds_a_shard_is_never_given_back(run, monkeypatch):
 
 def test_a_growing_run_waits_for_its_nodes(run, monkeypatch):
     """All its nodes are quarantined: others may come, so it is said, and waited for."""
-    monkeypatch.setattr("orchestrator.cluster.dispatch.PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr("orchestrator.runtime.dispatch.PATIENCE_SECONDS", -1.0)
 
     for growing, ends in ((0, True), (1, False)):
         pool = ScriptedPool(0, nodes=("a",), growing_to=growing)

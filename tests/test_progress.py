@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from orchestrator.progress import JsonLines, Lines, duration, size
+from orchestrator.cli.lines import JsonLines, Lines, duration, size
 
 
 class Clock:

@@ -15,11 +15,11 @@ import pytest
 from drivers import SMALL, start, wait_for
 from pipeline import contents, run, with_tokenizer, write_text
 
-from orchestrator.cluster.scaling import Bounds
-from orchestrator.cluster.worker import Task, Worker, check_alike
 from orchestrator.errors import InfeasibleError, InputError, WorkerError
-from orchestrator.models.output import MARKER_FILE
-from orchestrator.models.weights import Weights
+from orchestrator.models.checkpoint.output import MARKER_FILE
+from orchestrator.models.checkpoint.weights import Weights
+from orchestrator.runtime.scaling import Bounds
+from orchestrator.runtime.worker import Task, Worker, check_alike
 from orchestrator.usage import Usage
 
 
@@ -224,7 +224,7 @@ UNASKED = Bounds()
 @pytest.fixture
 def make_pool(ray_address):
     """Makes pools of workers that need no model."""
-    from orchestrator.cluster.ray_pool import RayPool
+    from orchestrator.runtime.ray.pool import RayPool
 
     class Plain:
         def __init__(self, task):
@@ -334,7 +334,7 @@ def test_what_others_hold_is_no_room(make_pool, half_taken):
 @pytest.mark.ray
 def test_who_grows_gives_back(make_pool, monkeypatch):
     """More are asked for than fit; what a stage cannot use any more is spare, and comes again."""
-    monkeypatch.setattr("orchestrator.cluster.scaling.IDLE_SECONDS", 0.5)
+    monkeypatch.setattr("orchestrator.runtime.scaling.IDLE_SECONDS", 0.5)
     with make_pool("fine", Bounds(1, 3, is_growing=True), usable=9, cpus=4) as pool:
         assert len(pool.gather()) == 2
         assert len(pool._actors) == 3
@@ -380,8 +380,8 @@ def test_when_nobody_is_left_a_useless_worker_ends_the_run(make_pool, tmp_path):
 @pytest.mark.ray
 def test_too_few_workers_in_time_is_infeasible(make_pool, half_taken, monkeypatch):
     """Who asks for more than there is room for now hears what is there, also while it waits."""
-    monkeypatch.setattr("orchestrator.cluster.ray_actors.PATIENCE_SECONDS", 2.0)
-    monkeypatch.setattr("orchestrator.cluster.ray_actors.START_SECONDS", 6.0)
+    monkeypatch.setattr("orchestrator.runtime.ray.actors.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("orchestrator.runtime.ray.actors.START_SECONDS", 6.0)
     says = "1 of 2 workers started within 6 s; 1 workers, 0 of 8 CPU free"
     events = []
     pool = make_pool("fine", Bounds(2, 2), usable=2, cpus=4, announce=events.append)
@@ -396,7 +396,7 @@ def test_a_chunk_that_went_with_its_node_is_read_from_its_file(make_pool):
     """The call is repeated on the same worker, whose state is not lost, without the chunk."""
     import ray
 
-    from orchestrator.cluster.schedule import Call
+    from orchestrator.runtime.calls import Call
 
     class Owner:
         def make(self):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.hf import load, recovery_targets
-from orchestrator.plan import Assignment
+from orchestrator.plan.plan import Assignment
 
 pytestmark = [
     # peft asks transformers for an attribute under its old name

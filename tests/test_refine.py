@@ -13,12 +13,12 @@ from torch.nn.utils import clip_grad_norm_
 
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import UsageError
-from orchestrator.models.modules import SparseLinear
-from orchestrator.models.refine import Refinement, merge, refine, trained_parameters
-from orchestrator.models.refine_ledger import Ledger
-from orchestrator.models.refine_options import RefineOptions, rate, split
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.plan import Assignment
+from orchestrator.models.forms.modules import SparseLinear
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.training.refine import Refinement, merge, refine, trained_parameters
+from orchestrator.models.training.refine_ledger import Ledger
+from orchestrator.models.training.refine_options import RefineOptions, rate, split
+from orchestrator.plan.plan import Assignment
 
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon"]
 SHORT = RefineOptions(epochs=3, batches=2, learning_rate=1e-3, held_out=0.2)

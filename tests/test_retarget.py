@@ -6,7 +6,7 @@ import pytest
 from pipeline import contents, run, write_llama, write_text
 
 from orchestrator import Recipe, compress_sizes, retarget
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.errors import InputError, UsageError
 
 STAGES = ["survey", "read", "calibrate", "verify", "allocate", "write"]

@@ -10,11 +10,6 @@ from test_forecast import CONFIGS
 from test_trained_runs import several
 
 from orchestrator import retarget
-from orchestrator.cluster import foresight
-from orchestrator.cluster.compress_worker import PIVOTED_FILE
-from orchestrator.cluster.curvature_worker import CurvatureWorker
-from orchestrator.cluster.train_worker import TrainWorker, best_key
-from orchestrator.cluster.trained_worker import TRAINED_FILE
 from orchestrator.errors import StoppedError
 from orchestrator.forecast import storage
 from orchestrator.forecast.costs import Costs
@@ -23,8 +18,13 @@ from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import Machine
 from orchestrator.forecast.shapes import from_config
 from orchestrator.forecast.text import lines
-from orchestrator.recipe import Recipe
-from orchestrator.shards import cut_segments
+from orchestrator.plan.cut import cut_segments
+from orchestrator.recipe.recipe import Recipe
+from orchestrator.stages.context import admission as foresight
+from orchestrator.stages.context.compress_worker import PIVOTED_FILE
+from orchestrator.stages.context.curvature_worker import CurvatureWorker
+from orchestrator.stages.context.trained_worker import TRAINED_FILE
+from orchestrator.stages.train.worker import TrainWorker, best_key
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import UnitWriter
 

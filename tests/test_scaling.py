@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.cluster.scaling import IDLE_SECONDS, Bounds, to_give_back, wanted
 from orchestrator.errors import UsageError
+from orchestrator.runtime.scaling import IDLE_SECONDS, Bounds, to_give_back, wanted
 
 COUNTS = st.integers(0, 100)
 ASKED = st.one_of(

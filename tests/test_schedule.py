@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.cluster.chunk_pass import Pass
-from orchestrator.cluster.schedule import Bag, Call
-from orchestrator.shards import cut_blocks, default_shards
+from orchestrator.plan.cut import cut_blocks, default_shards
+from orchestrator.runtime.calls import Bag, Call
+from orchestrator.runtime.shard_pass import Pass
 
 
 class Simulation:

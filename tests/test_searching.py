@@ -4,10 +4,10 @@ import pytest
 from pipeline import contents, run, write_llama, write_text
 
 from orchestrator import Recipe, search
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.errors import UsageError
+from orchestrator.recipe.values import parse_vary
 from orchestrator.searching import settings, with_setting
-from orchestrator.values import parse_vary
 
 VARY = {"storage": ["plain", "pivoted"], "threshold.dense": ["hull", "break_even"]}
 EVALUATION = {"samples": 2, "sequence_length": 48}

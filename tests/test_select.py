@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import UsageError
-from orchestrator.models.select import select
+from orchestrator.models.survey.select import select
 
 ROLES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{block}.{role}" for block in range(12) for role in ROLES]

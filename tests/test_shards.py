@@ -11,8 +11,8 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import InputError
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pipeline import contents, run, with_tokenizer, write_llama, write_text
 
 import orchestrator
 from orchestrator.errors import UsageError
-from orchestrator.models.text import load_tokens
-from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.models.inputs.text import load_tokens
+from orchestrator.models.inputs.tokenizer import load_tokenizer
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.arguments import make_parser
+from orchestrator.cli.parser import make_parser
 from orchestrator.store.run import RunDirectory
 
 ROOT = Path(__file__).parent.parent

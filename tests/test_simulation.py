@@ -3,13 +3,13 @@
 import pytest
 from test_forecast import CONFIGS
 
-from orchestrator.cluster.simulation import simulate
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import Machine, Rates
 from orchestrator.forecast.shapes import from_config
-from orchestrator.recipe import make_recipe
+from orchestrator.forecast.simulate import simulate
+from orchestrator.recipe.recipe import make_recipe
 
 SMALL = CONFIGS["Llama-3-8B"] | {"num_hidden_layers": 12, "dtype": "bfloat16"}
 FAST = dict.fromkeys(["half", "tf32", "single", "double", "eigen"], 1e12)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from orchestrator.errors import InputError
-from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.shards.lazy_model import Skeleton
 
 TINY = {
     "vocab_size": VOCABULARY,

@@ -16,8 +16,8 @@ import orchestrator
 from orchestrator.allocate import ALLOCATORS, make_allocator
 from orchestrator.allocate.steps import step_costs
 from orchestrator.errors import UsageError
-from orchestrator.models.export import export_dense
-from orchestrator.plan import Assignment
+from orchestrator.hf.export import export_dense
+from orchestrator.plan.plan import Assignment
 
 SIDES = st.integers(1, 60)
 ROLES = {"self_attn.q_proj": (48, 48), "self_attn.v_proj": (16, 48), "mlp.down_proj": (48, 96)}

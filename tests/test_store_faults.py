@@ -15,7 +15,7 @@ from pipeline import contents, run, write_llama, write_text
 
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.store import cache as caches
-from orchestrator.store import retries
+from orchestrator.store import storage_errors as retries
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.files import atomic, write_json, write_whole
 from orchestrator.store.places import _undisturbed

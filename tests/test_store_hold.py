@@ -14,11 +14,11 @@ from drivers import Driver, is_unit
 from object_store import remote
 from pipeline import contents, run, write_llama, write_text
 
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.errors import OrchestratorError, StoppedError, UsageError
-from orchestrator.store import hold as holds
+from orchestrator.store import lease as holds
 from orchestrator.store.files import write_json
-from orchestrator.store.hold import HOLD_FILE, Hold
+from orchestrator.store.lease import HOLD_FILE, Hold
 from orchestrator.store.run import RunDirectory
 
 HERE = socket.gethostname()
@@ -260,7 +260,7 @@ def test_two_drivers_that_run_after_all_damage_nothing(
     One may end early, where the other has cleared away what it needs; the same command resumes.
     """
     # a renewal would put the hold back before the second driver has come to look for it
-    monkeypatch.setattr("orchestrator.store.hold.RENEW_SECONDS", 3600.0)
+    monkeypatch.setattr("orchestrator.store.lease.RENEW_SECONDS", 3600.0)
     out = tmp_path / "out"
     drivers = []
 

@@ -14,15 +14,15 @@ import pytest
 from object_store import BUCKET, remote
 
 from orchestrator.errors import InputError, OrchestratorError, UsageError
-from orchestrator.models.output import check_out, claim_out
+from orchestrator.models.checkpoint.output import check_out, claim_out
 from orchestrator.store import cache as caches
 from orchestrator.store import journal
 from orchestrator.store.cache import Cache
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.files import digest_file, write_json
 from orchestrator.store.places import Remote, parse_place
-from orchestrator.store.retries import is_denied, is_no_bucket, is_passing, waits
 from orchestrator.store.run import RunDirectory
+from orchestrator.store.storage_errors import is_denied, is_no_bucket, is_passing, waits
 from orchestrator.store.units import Units
 
 KEY = "ab" * 32

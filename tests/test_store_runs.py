@@ -12,7 +12,7 @@ from pipeline import contents, run, write_llama, write_text
 
 import orchestrator
 from orchestrator import evaluate
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.store.cache import process_cache
 from orchestrator.store.run import RunDirectory
 

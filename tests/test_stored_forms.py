@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import orchestrator.hf
-from orchestrator.cluster.stored_factors import read_sparse
 from orchestrator.errors import InputError
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.export import export_dense
-from orchestrator.models.index_codes import INDEX_CODES, materialize
-from orchestrator.models.layout import layout
-from orchestrator.models.modules import PivotedLinear, SparseLinear
-from orchestrator.models.names import StoredTensor
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.plan import Assignment, Linear, Plan, Survey, index_code
+from orchestrator.hf.export import export_dense
+from orchestrator.models.checkpoint.layout import layout
+from orchestrator.models.forms.index_codes import INDEX_CODES, materialize
+from orchestrator.models.forms.modules import PivotedLinear, SparseLinear
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.survey.names import StoredTensor
+from orchestrator.plan.plan import Assignment, Linear, Plan, Survey, index_code
+from orchestrator.stages.context.stored_factors import read_sparse
 
 FORMS = ("low_rank", "pivoted", "sparse", "low_rank_sparse", "shared")
 

@@ -10,7 +10,7 @@ from pipeline import run, write_llama, write_text
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-from orchestrator.models.strict import (
+from orchestrator.device.strict import (
     CUDA_ENVIRONMENT,
     cuda_environment,
     cuda_environment_here,
@@ -172,7 +172,7 @@ def test_a_run_in_this_process_leaves_its_environment(model, text, tmp_path, mon
 def test_the_context_loads_no_compiler():
     """Inductor, which PyTorch's own switch would import in a second, is not loaded."""
     code = (
-        "import sys, torch; from orchestrator.models.strict import strict\n"
+        "import sys, torch; from orchestrator.device.strict import strict\n"
         "with strict(): assert torch.are_deterministic_algorithms_enabled()\n"
         "assert 'torch._inductor.config' not in sys.modules"
     )
@@ -182,8 +182,8 @@ def test_the_context_loads_no_compiler():
 @pytest.mark.ray
 def test_actors_have_it_from_their_start(ray_address, monkeypatch):
     """An actor's environment has the values of the driver's user, else the required ones."""
-    from orchestrator.cluster.ray_pool import RayPool
-    from orchestrator.cluster.scaling import Bounds
+    from orchestrator.runtime.ray.pool import RayPool
+    from orchestrator.runtime.scaling import Bounds
 
     class Bare:
         def __init__(self, task):

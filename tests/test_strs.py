@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from orchestrator.allocate.budget import share_values
 from orchestrator.allocate.strs import Strs
 from orchestrator.errors import InfeasibleError, InputError, StoppedError, UsageError
-from orchestrator.models.calibration import dense_weight
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.models.inputs.tokenizer import load_tokenizer
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.statistics.calibration import dense_weight
 
 SHAPES = st.lists(st.tuples(st.integers(2, 40), st.integers(2, 40)), min_size=1, max_size=5)
 

@@ -22,8 +22,8 @@ from pipeline import contents, run, write_llama, write_text
 from test_jobs import TOKEN, answer, events, free_port
 
 import orchestrator
-from orchestrator.cli import main
-from orchestrator.cluster.submit_policy import FINAL, End, State, seconds_to_next
+from orchestrator.cli.main import main
+from orchestrator.runtime.ray.submit_policy import FINAL, End, State, seconds_to_next
 from orchestrator.store.run import RunDirectory
 
 ENDS = st.builds(

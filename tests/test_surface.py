@@ -13,7 +13,7 @@ from orchestrator.allocate import POOL_ALLOCATORS, make_allocator
 from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.two_sided_sparse import Surface, TwoSidedSparse
 from orchestrator.errors import InfeasibleError, UsageError
-from orchestrator.plan import Plan
+from orchestrator.plan.plan import Plan
 
 ALLOCATE = TwoSidedSparse()
 SHARES = (0.0, 0.1, 0.3, 0.5, 0.8, 1.0)

@@ -5,10 +5,10 @@ from pipeline import contents, run, write_llama, write_text
 from safetensors.torch import load_file
 
 from orchestrator import evaluate
-from orchestrator.cluster.crew import Crew
-from orchestrator.cluster.taken_up import taken_up
-from orchestrator.cluster.watch import Watch
 from orchestrator.errors import StoppedError
+from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.resume import taken_up
+from orchestrator.runtime.workers import Crew
 from orchestrator.store.run import RunDirectory
 
 HERE, THERE = {"device": "cpu", "threads": 2}, {"device": "cpu", "threads": 1}

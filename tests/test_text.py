@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from orchestrator.errors import InputError, UsageError
-from orchestrator.models import text as text_module
-from orchestrator.models.documents import READ_BYTES, read_documents
-from orchestrator.models.text import load_tokens
+from orchestrator.models.inputs import text as text_module
+from orchestrator.models.inputs.documents import READ_BYTES, read_documents
+from orchestrator.models.inputs.text import load_tokens
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from pipeline import contents, run, with_tokenizer, write_llama, write_text
 from safetensors.torch import load_file
 
 import orchestrator
-from orchestrator.cluster import crew, train_worker
-from orchestrator.cluster.pool import LocalPool, Outcome
 from orchestrator.errors import StoppedError, UsageError
+from orchestrator.runtime import workers as crew
+from orchestrator.runtime.pool import LocalPool, Outcome
+from orchestrator.stages.train import worker as train_worker
 from orchestrator.store.run import RunDirectory
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96

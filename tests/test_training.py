@@ -8,11 +8,11 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import InfeasibleError
-from orchestrator.models.distill import Weights, distill
-from orchestrator.models.modules import LowRankLinear, SparseLinear
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.train_options import TrainOptions, plan_course
-from orchestrator.models.training import MOMENTS, Training, _squared_norms
+from orchestrator.models.forms.modules import LowRankLinear, SparseLinear
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.training.distill import Weights, distill
+from orchestrator.models.training.train import MOMENTS, Training, _squared_norms
+from orchestrator.models.training.train_options import TrainOptions, plan_course
 
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon", "phi3"]
 WEIGHTS = Weights(divergence=0.6 / 40, cross_entropy=0.4 / 37)

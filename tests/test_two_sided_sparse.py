@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import orchestrator
-from orchestrator.cluster.pruned import read_entries, stored_pruned
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram
 from orchestrator.linalg.two_sided import decompose_two_sided
@@ -24,6 +23,7 @@ from orchestrator.linalg.two_sided_sparse import (
     sparse_low_rank,
 )
 from orchestrator.methods import METHODS, make_method
+from orchestrator.stages.context.pruned import read_entries, stored_pruned
 
 METHOD = METHODS["two-sided-sparse"]
 DAMPING = 0.01

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import orchestrator
 from orchestrator import verify
-from orchestrator.cli import main
-from orchestrator.models.verification import sampled
+from orchestrator.cli.main import main
+from orchestrator.models.evaluation.verification import sampled
 
 RECIPES = {
     "svd-llm": {},

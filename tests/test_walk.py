@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 import orchestrator
 from orchestrator.errors import UsageError
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.refine import refine
-from orchestrator.models.refine_options import RefineOptions
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.text import load_tokens
-from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.models.inputs.text import load_tokens
+from orchestrator.models.inputs.tokenizer import load_tokenizer
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.training.refine import refine
+from orchestrator.models.training.refine_options import RefineOptions
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 SHORT = {"refinement": {"epochs": 3, "batches": 2, "learning_rate": 2e-4}}

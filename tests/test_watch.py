@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from orchestrator.cluster.signals import STOPPING
-from orchestrator.cluster.watch import Watch
 from orchestrator.errors import InputError, StoppedError
+from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.signals import STOPPING
 from orchestrator.store.run import RunDirectory
 from orchestrator.usage import DeviceUsage, Usage
 

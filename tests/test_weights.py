@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import InputError
-from orchestrator.models.weights import DTYPES, Weights
+from orchestrator.models.checkpoint.weights import DTYPES, Weights
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float32).reshape(3, 4),

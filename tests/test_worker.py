@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from orchestrator.cluster.heap import free_device_memory
-from orchestrator.cluster.worker import Task, Worker
-from orchestrator.models.chunk import Chunk
+from orchestrator.device.malloc import free_device_memory
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.runtime.worker import Task, Worker
 from orchestrator.store.chunks import Chunks, MissingChunk
 
 

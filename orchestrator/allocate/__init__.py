@@ -30,8 +30,8 @@ from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.two_sided_sparse import TwoSidedSparse
 from orchestrator.allocate.uniform import Uniform, UniformSparse
 from orchestrator.errors import UsageError
-from orchestrator.options import check_known, option_names
-from orchestrator.plan import Curve, Form, Linear, Plan
+from orchestrator.plan.plan import Curve, Form, Linear, Plan
+from orchestrator.recipe.options import check_known, option_names
 
 
 class Allocator(Protocol):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from orchestrator.errors import InfeasibleError, UsageError
-from orchestrator.plan import Assignment, Form, Linear, Plan
+from orchestrator.plan.plan import Assignment, Form, Linear, Plan
 
 
 def share_values(linears: Sequence[Linear], keep: float) -> int:

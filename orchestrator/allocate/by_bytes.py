@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from orchestrator.errors import InfeasibleError
-from orchestrator.plan import Linear, Plan
+from orchestrator.plan.plan import Linear, Plan
 
 STEPS = 10**7
 """The kept fraction is found to one part in so many."""

@@ -22,8 +22,8 @@ from orchestrator.allocate.bernoulli import (
 from orchestrator.allocate.budget import budget_values, make_plan
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import UsageError
-from orchestrator.options import check_choice, check_number
-from orchestrator.plan import Assignment, Form, Linear, Plan
+from orchestrator.plan.plan import Assignment, Form, Linear, Plan
+from orchestrator.recipe.options import check_choice, check_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

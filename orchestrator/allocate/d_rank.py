@@ -15,8 +15,8 @@ from orchestrator.allocate.budget import budget_values, by_role, make_plan, shar
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import UsageError
-from orchestrator.options import check_choice, check_number
-from orchestrator.plan import Assignment, Curve, Linear, Plan
+from orchestrator.plan.plan import Assignment, Curve, Linear, Plan
+from orchestrator.recipe.options import check_choice, check_number
 
 GIVERS, TAKER = ("q_proj", "k_proj"), "v_proj"
 

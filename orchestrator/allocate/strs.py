@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from orchestrator.allocate.budget import budget_values, make_plan, share_values
 from orchestrator.errors import InfeasibleError, InputError, UsageError
-from orchestrator.options import check_number, check_whole
-from orchestrator.plan import Assignment, Curve, Linear, Plan
+from orchestrator.plan.plan import Assignment, Curve, Linear, Plan
+from orchestrator.recipe.options import check_number, check_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class Strs:
     fifths where it goes from the smallest size to the dense one; it is reported as slack.
 
     Costs O(n log n) in the number of trials; taking the losses costs linears · grid evaluations of
-    half the model on average (see `cluster.sensitivity_job`).
+    half the model on average (see `stages.score_sensitivities.job`).
 
     From the authors' code: theirs ends with the last midpoint of a binary search, which may be one
     off; this is the converged threshold. Ranks are not rounded to a multiple. The language

@@ -12,8 +12,8 @@ from orchestrator.allocate.budget import budget_values, by_role, make_plan, shar
 from orchestrator.allocate.scale import find_scale
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import InfeasibleError
-from orchestrator.options import check_number
-from orchestrator.plan import Assignment, Curve, Linear, Plan
+from orchestrator.plan.plan import Assignment, Curve, Linear, Plan
+from orchestrator.recipe.options import check_number
 
 LEAST_LOG = 1e-6
 """Stands for the logarithm of a loss of 1 or less, where the paper's formula has no meaning."""

@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 
 from orchestrator.allocate.budget import budget_values, make_plan, share_values
-from orchestrator.allocate.knots import Knots, knotted
+from orchestrator.allocate.sampled_curve import Knots, knotted
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import UsageError
-from orchestrator.options import check_choice, check_number
-from orchestrator.plan import Curve, Linear, Plan
+from orchestrator.plan.plan import Curve, Linear, Plan
+from orchestrator.recipe.options import check_choice, check_number
 
 MOST_STEPS = 100_000_000
 """Of all linears together, 40 bytes each; with more, curves are taken at their knots alone."""

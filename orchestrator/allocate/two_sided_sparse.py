@@ -11,7 +11,7 @@ import numpy as np
 
 from orchestrator.allocate.budget import budget_values, least_values, make_plan
 from orchestrator.allocate.threshold import hull_rates
-from orchestrator.plan import Assignment, Form, Linear, Plan
+from orchestrator.plan.plan import Assignment, Form, Linear, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from orchestrator.allocate.budget import assign_rank, budget_values, make_plan, share_values
 from orchestrator.errors import InfeasibleError
-from orchestrator.plan import Assignment, Curve, Linear, Plan
+from orchestrator.plan.plan import Assignment, Curve, Linear, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

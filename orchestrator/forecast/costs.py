@@ -16,9 +16,9 @@ from orchestrator.forecast.work import (
     pivoting,
     trained,
 )
-from orchestrator.models.refine_options import RefineOptions
-from orchestrator.plan import Linear
-from orchestrator.recipe import Recipe
+from orchestrator.models.training.refine_options import RefineOptions
+from orchestrator.plan.plan import Linear
+from orchestrator.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from orchestrator.forecast.room import Room
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.storage import STATE_BYTES, Storage
 from orchestrator.forecast.work import Work, kept_values, trained
-from orchestrator.models.refine_options import RefineOptions
-from orchestrator.models.train_options import TrainOptions
-from orchestrator.recipe import Recipe
-from orchestrator.shards import cut_blocks, default_shards
+from orchestrator.models.training.refine_options import RefineOptions
+from orchestrator.models.training.train_options import TrainOptions
+from orchestrator.plan.cut import cut_blocks, default_shards
+from orchestrator.recipe.recipe import Recipe
 
 HOST_PROCESS = 1_500_000_000
 """Bytes of host memory of a worker before it holds anything: torch, transformers, Ray, CUDA."""

@@ -11,10 +11,10 @@ from orchestrator.allocate import ALLOCATION_NAMES
 from orchestrator.allocate.cap import Cap
 from orchestrator.allocate.strs import Strs
 from orchestrator.errors import UsageError
-from orchestrator.groups import SHARED, Grouping, gram_side
-from orchestrator.options import check_choice, check_known, check_whole, option_names
-from orchestrator.plan import Linear
-from orchestrator.recipe import Recipe
+from orchestrator.plan.grouping import SHARED, Grouping, gram_side
+from orchestrator.plan.plan import Linear
+from orchestrator.recipe.options import check_choice, check_known, check_whole, option_names
+from orchestrator.recipe.recipe import Recipe
 
 Kind = Literal["low_rank", "two_sided", "two_sided_sparse", "rpca", "sparse"]
 """How a weight is decomposed."""

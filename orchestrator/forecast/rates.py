@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
-from orchestrator.models.headers import read_json
+from orchestrator.models.checkpoint.headers import read_json
 
 ROWS = ("data_sheet", "pessimistic")
 MEASURED = "measured"

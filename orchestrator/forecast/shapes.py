@@ -13,9 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.errors import InputError
-from orchestrator.models.headers import INDEX_FILE, ITEMSIZES, SINGLE_FILE, Headers, read_json
-from orchestrator.models.select import select
-from orchestrator.plan import Linear
+from orchestrator.models.checkpoint.headers import (
+    INDEX_FILE,
+    ITEMSIZES,
+    SINGLE_FILE,
+    Headers,
+    read_json,
+)
+from orchestrator.models.survey.select import select
+from orchestrator.plan.plan import Linear
 from orchestrator.store.places import Place
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -63,7 +69,7 @@ class Shapes:
         """The same model with fewer linears to compress.
 
         Raises:
-            UsageError: As `models.select.select` does: a selector covers nothing, or none is
+            UsageError: As `models.survey.select.select` does: a selector covers nothing, or none is
                 left.
         """
         chosen = set(select([each.name for each in self.linears], target, ignore))

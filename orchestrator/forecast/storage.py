@@ -12,8 +12,8 @@ from functools import cached_property
 from orchestrator.forecast import memory
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.memory import Footprint
-from orchestrator.models.train_options import TrainOptions
-from orchestrator.shards import cut_segments
+from orchestrator.models.training.train_options import TrainOptions
+from orchestrator.plan.cut import cut_segments
 
 ROOM = 2.5
 """Size of a run directory, in model sizes, above which chunks pass by segments."""

@@ -9,10 +9,11 @@ import ast
 import inspect
 from types import ModuleType
 
-from orchestrator import __version__
 from orchestrator.errors import InputError
 from orchestrator.hf import quantizer, tensor_parallel
-from orchestrator.models import forms, index_codes, modules
+from orchestrator.models.forms import config as forms
+from orchestrator.models.forms import index_codes, modules
+from orchestrator.version import __version__
 
 FILE = "modeling_orchestrator.py"
 

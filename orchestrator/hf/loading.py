@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.errors import InputError, OrchestratorError
 from orchestrator.hf.quantizer import register
-from orchestrator.models.architecture import Architecture, brief
-from orchestrator.models.names import map_names
-from orchestrator.models.weights import Weights
+from orchestrator.models.checkpoint.weights import Weights
+from orchestrator.models.survey.architecture import Architecture, brief
+from orchestrator.models.survey.names import map_names
 
 ADAPTER_FILE = "adapter_config.json"
 SAFE = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}

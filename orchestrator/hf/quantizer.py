@@ -20,8 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from orchestrator.errors import InputError
 from orchestrator.hf.tensor_parallel import split
-from orchestrator.models.forms import METHOD, install_forms, read_forms
-from orchestrator.models.modules import PivotedLinear, SparseLinear
+from orchestrator.models.forms.config import METHOD, install_forms, read_forms
+from orchestrator.models.forms.modules import PivotedLinear, SparseLinear
 
 
 class OrchestratorConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers has no types

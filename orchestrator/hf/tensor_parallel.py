@@ -26,7 +26,7 @@ from transformers.distributed.parallel_utils import (
 )
 from transformers.distributed.tensor_parallel import ColwiseParallel, TensorParallelLayer
 
-from orchestrator.models.modules import (
+from orchestrator.models.forms.modules import (
     LowRankLinear,
     LowRankSparseLinear,
     PivotedLinear,

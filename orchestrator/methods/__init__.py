@@ -16,7 +16,7 @@ from orchestrator.methods.svd_llm_v2 import SvdLlmV2
 from orchestrator.methods.two_sided import TwoSided
 from orchestrator.methods.two_sided_sparse import TwoSidedSparse
 from orchestrator.methods.wanda import Wanda
-from orchestrator.options import check_known, option_names
+from orchestrator.recipe.options import check_known, option_names
 
 _ALL: tuple[Method, ...] = (
     Svd(),

@@ -8,7 +8,7 @@ from torch import Tensor
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 from orchestrator.linalg.scaled import decompose_scaled
 from orchestrator.methods.base import Method
-from orchestrator.options import check_number
+from orchestrator.recipe.options import check_number
 
 LEAST_SCALE = 1e-6
 """Added to every scale, so that none is 0; the authors' value."""

@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-from orchestrator.groups import Grouping, gram_side
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 from orchestrator.linalg.ranked import RankedParts
 from orchestrator.linalg.sparse import Sparse
 from orchestrator.linalg.two_sided_sparse import SparseLowRank
-from orchestrator.plan import Form, Linear
+from orchestrator.plan.grouping import Grouping, gram_side
+from orchestrator.plan.plan import Form, Linear
 
 
 class Method(Protocol):

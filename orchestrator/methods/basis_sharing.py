@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from orchestrator.groups import SHARED, Grouping
 from orchestrator.methods.svd_llm import SvdLlm
-from orchestrator.options import check_whole
+from orchestrator.plan.grouping import SHARED, Grouping
+from orchestrator.recipe.options import check_whole
 
 
 @dataclass(frozen=True, slots=True)

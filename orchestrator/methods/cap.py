@@ -11,8 +11,8 @@ from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.ranked import RankedParts, Utility, rank_parts
 from orchestrator.linalg.rpca import Solver, rpca
 from orchestrator.methods.base import Method
-from orchestrator.options import check_choice
-from orchestrator.plan import Form, Linear
+from orchestrator.plan.plan import Form, Linear
+from orchestrator.recipe.options import check_choice
 
 
 @dataclass(frozen=True, slots=True)

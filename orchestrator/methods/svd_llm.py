@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram, decompose
 from orchestrator.methods.base import Method
-from orchestrator.options import check_choice
+from orchestrator.recipe.options import check_choice
 
 REFIT = ("never", "above_forty", "always")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 from orchestrator.linalg.two_sided import decompose_two_sided
 from orchestrator.methods.base import Method
-from orchestrator.options import check_number, check_whole
+from orchestrator.recipe.options import check_number, check_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

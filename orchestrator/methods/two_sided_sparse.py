@@ -10,8 +10,8 @@ from orchestrator.errors import UsageError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.two_sided_sparse import SparseLowRank, sparse_low_rank
 from orchestrator.methods.base import Method
-from orchestrator.options import check_number, check_whole
-from orchestrator.plan import Form, Linear
+from orchestrator.plan.plan import Form, Linear
+from orchestrator.recipe.options import check_number, check_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

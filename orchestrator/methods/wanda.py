@@ -10,7 +10,7 @@ from orchestrator.errors import InputError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.sparse import Sparse, sort_within_rows
 from orchestrator.methods.base import Method
-from orchestrator.plan import Form, Linear
+from orchestrator.plan.plan import Form, Linear
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from orchestrator.errors import OrchestratorError
 from orchestrator.store.cache import process_cache, temporary_file
 from orchestrator.store.places import Place, Remote
-from orchestrator.store.retries import patiently
+from orchestrator.store.storage_errors import patiently
 
 Result = TypeVar("Result")
 

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from orchestrator.errors import OrchestratorError, UsageError
-from orchestrator.store.retries import is_denied, is_no_bucket, patiently
+from orchestrator.store.storage_errors import is_denied, is_no_bucket, patiently
 
 Result = TypeVar("Result")
 

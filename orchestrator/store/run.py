@@ -28,8 +28,8 @@ from orchestrator.store.files import (
     remove_tree,
     write_json,
 )
-from orchestrator.store.hold import HOLD_FILE, Hold, is_alive, is_forsaken
 from orchestrator.store.journal import Journal
+from orchestrator.store.lease import HOLD_FILE, Hold, is_alive, is_forsaken
 from orchestrator.store.places import Place, Remote
 from orchestrator.store.units import Units
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from orchestrator.cluster.heap import keep_freed_memory
-from orchestrator.cluster.tokens import TokenArrays, first_chunk
+from orchestrator.device.malloc import keep_freed_memory
 from orchestrator.methods import METHODS
-from orchestrator.models.calibration import Calibration, dense_weight
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.text import load_tokens
-from orchestrator.models.tokenizer import load_tokenizer
+from orchestrator.models.inputs.text import load_tokens
+from orchestrator.models.inputs.tokenizer import load_tokenizer
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.statistics.calibration import Calibration, dense_weight
+from orchestrator.stages.context.tokens import TokenArrays, first_chunk
 
 METHOD = METHODS["svd-llm"]
 

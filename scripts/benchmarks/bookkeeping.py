@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.figures import Figure, print_figures, print_table
 from benchmarks.methods import compress
 
-from orchestrator.cluster import driver
+from orchestrator.stages import driver
 from orchestrator.store import files
 from orchestrator.store.run import RunDirectory
 

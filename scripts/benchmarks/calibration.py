@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import linear as apply_linear
 from torch.profiler import ProfilerActivity, profile
 
-from orchestrator.cluster.heap import keep_freed_memory
+from orchestrator.device.malloc import keep_freed_memory
 from orchestrator.methods import METHODS
-from orchestrator.models.calibration import Calibration, dense_weight
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.shard import Shard
-from orchestrator.models.skeleton import Skeleton
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.shard import Shard
+from orchestrator.models.statistics.calibration import Calibration, dense_weight
 
 METHOD = METHODS["svd-llm"]
 TOKENS = 512

@@ -14,15 +14,15 @@ from benchmarks.bare import BareProcesses
 from benchmarks.figures import Figure, compare, in_turns, say
 from benchmarks.watching import cpu_seconds, family
 
-from orchestrator.cluster.compress_job import Compression
-from orchestrator.cluster.compress_worker import CompressionWorker
-from orchestrator.cluster.crew import Crew, assemble, connected
-from orchestrator.cluster.dispatch import dispatch
-from orchestrator.cluster.policy import FailurePolicy
-from orchestrator.cluster.schedule import Bag
-from orchestrator.cluster.watch import Watch
-from orchestrator.recipe import Recipe
-from orchestrator.shards import cut_blocks, default_shards
+from orchestrator.plan.cut import cut_blocks, default_shards
+from orchestrator.recipe.recipe import Recipe
+from orchestrator.runtime.calls import Bag
+from orchestrator.runtime.dispatch import dispatch
+from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.policy import FailurePolicy
+from orchestrator.runtime.workers import Crew, assemble, connected
+from orchestrator.stages.context.compress_worker import CompressionWorker
+from orchestrator.stages.context.compression import Compression
 
 SPEED_TARGET = 0.92
 RAY_TARGET = 1.15

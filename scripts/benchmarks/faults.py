@@ -35,7 +35,7 @@ from benchmarks.figures import print_table, say
 from benchmarks.methods import once
 from benchmarks.nodes import Cluster
 
-from orchestrator.cluster.deadline import VARIABLE as DEADLINE
+from orchestrator.runtime.deadline import VARIABLE as DEADLINE
 from orchestrator.store.files import digest_file, digest_json
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {

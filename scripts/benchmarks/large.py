@@ -22,7 +22,7 @@ from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Forecast, Resources
 from orchestrator.forecast.rates import Machine
 from orchestrator.forecast.shapes import read_shapes
-from orchestrator.recipe import make_recipe
+from orchestrator.recipe.recipe import make_recipe
 
 SEQUENCE_LENGTH = 512
 WITHIN = 0.15

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import ray
 
-from orchestrator.cluster.ray_cluster import QUIET
+from orchestrator.runtime.ray.cluster import QUIET
 
 
 @contextmanager

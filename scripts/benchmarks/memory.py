@@ -27,8 +27,8 @@ from benchmarks.watching import PeakWatcher
 from transformers import LlamaConfig
 
 from orchestrator.methods import METHODS
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.shards import cut_blocks
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.plan.cut import cut_blocks
 
 TARGET = "*.self_attn.*"
 SAMPLES = 4

@@ -28,10 +28,10 @@ from benchmarks.quality import (
 from benchmarks.zero_shot import ARC_FILE, LAMBADA_FILE, arc_easy, lambada, sample
 
 from orchestrator import api
-from orchestrator.models.tokenizer import load_tokenizer
-from orchestrator.progress import Lines
-from orchestrator.recipe import PRESETS, Recipe
-from orchestrator.result import Result
+from orchestrator.cli.lines import Lines
+from orchestrator.models.inputs.tokenizer import load_tokenizer
+from orchestrator.plan.result import Result
+from orchestrator.recipe.recipe import PRESETS, Recipe
 
 C4_FILE = "c4/c4_train_first1k.jsonl"
 C4_STRIDE = 29

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from benchmarks.watching import family
 
-from orchestrator.cluster.gpu import PRETENDED
+from orchestrator.device.gpu import PRETENDED
 
 START_SECONDS = 120.0
 LEAVE_SECONDS = 60.0

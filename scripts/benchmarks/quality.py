@@ -14,8 +14,8 @@ from benchmarks.figures import Figure, print_figures, print_table, say
 from benchmarks.local_ray import local_ray
 
 from orchestrator import api
-from orchestrator.progress import Lines
-from orchestrator.recipe import Recipe
+from orchestrator.cli.lines import Lines
+from orchestrator.recipe.recipe import Recipe
 
 SEQUENCE_LENGTH = 512
 SAMPLES = 32

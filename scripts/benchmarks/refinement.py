@@ -23,13 +23,13 @@ from torch import nn
 from torch.nn.functional import linear as apply_linear
 
 from orchestrator import api
-from orchestrator.cluster.heap import keep_freed_memory
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.refine import Refinement
-from orchestrator.models.refine_options import RefineOptions, split
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.progress import Lines
-from orchestrator.recipe import Recipe
+from orchestrator.cli.lines import Lines
+from orchestrator.device.malloc import keep_freed_memory
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.training.refine import Refinement
+from orchestrator.models.training.refine_options import RefineOptions, split
+from orchestrator.recipe.recipe import Recipe
 
 WAYS = {"in_order": 1, "blocks": 2}
 """Actors by what `refine` says."""

@@ -12,11 +12,11 @@ from benchmarks.memory import compress
 from benchmarks.synthetic import config_of, write_model, write_text
 
 from orchestrator import api
-from orchestrator.cluster.simulation import simulate
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.rates import Rates, read_machine
 from orchestrator.forecast.shapes import read_shapes
-from orchestrator.recipe import Recipe, make_recipe
+from orchestrator.forecast.simulate import simulate
+from orchestrator.recipe.recipe import Recipe, make_recipe
 
 SEQUENCE_LENGTH = 512
 SAMPLES = 16

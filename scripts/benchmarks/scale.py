@@ -36,15 +36,15 @@ from benchmarks.runs import SEQUENCE_LENGTH, measure_growth, measure_simulator
 from benchmarks.synthetic import config_of, write_model, write_text
 
 from orchestrator.allocate import ALLOCATORS
-from orchestrator.allocate.knots import MOST, knotted
-from orchestrator.cluster.simulation import Simulated, simulate
+from orchestrator.allocate.sampled_curve import MOST, knotted
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import Machine, Rates, machine_of
 from orchestrator.forecast.shapes import Shapes, from_config
-from orchestrator.plan import Curve, Linear
-from orchestrator.recipe import make_recipe
+from orchestrator.forecast.simulate import Simulated, simulate
+from orchestrator.plan.plan import Curve, Linear
+from orchestrator.recipe.recipe import make_recipe
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "70B": {

@@ -16,11 +16,11 @@ from orchestrator.forecast.shapes import Shapes, read_shapes
 from orchestrator.forecast.work import decomposing_block, gathering
 from orchestrator.methods import make_method
 from orchestrator.methods.base import Method
-from orchestrator.models.calibration import Calibration, dense_weight
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.shard import Shard
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.plan import Linear
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.shard import Shard
+from orchestrator.models.statistics.calibration import Calibration, dense_weight
+from orchestrator.plan.plan import Linear
 
 METHODS = ("svd-llm", "two-sided")
 DTYPE = torch.bfloat16

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.models.machine import host_bytes
+from orchestrator.models.evaluation.machine import host_bytes
 
 ROOT = Path(__file__).parents[3]
 COMMIT = ("--always", "--dirty", "--abbrev=40", "--exclude=*")

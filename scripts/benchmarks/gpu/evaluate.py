@@ -9,7 +9,7 @@ from benchmarks.gpu.bench import Bench, Check, Found
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.api import evaluate
-from orchestrator.models.text import load_tokens
+from orchestrator.models.inputs.text import load_tokens
 
 TEXT = {"samples": 3, "sequence_length": 48}
 

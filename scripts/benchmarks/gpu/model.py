@@ -6,7 +6,7 @@ import torch
 from benchmarks.gpu.bench import Bench
 from benchmarks.synthetic import CHARACTERS, config_of, write_model
 
-from orchestrator.models.chunk import Chunk
+from orchestrator.models.shards.chunk import Chunk
 
 
 def one_block(bench: Bench) -> Path:

@@ -12,14 +12,14 @@ from benchmarks.gpu.bench import Bench, Check, Found
 from benchmarks.gpu.model import one_block, sequences
 from torch import Tensor
 
-from orchestrator.models.chunk import Chunk
-from orchestrator.models.layout import TensorSpec
-from orchestrator.models.refine import Refinement
-from orchestrator.models.refine_options import RefineOptions
-from orchestrator.models.shard import Shard
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.training import Training
-from orchestrator.plan import Assignment
+from orchestrator.models.checkpoint.layout import TensorSpec
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.shard import Shard
+from orchestrator.models.training.refine import Refinement
+from orchestrator.models.training.refine_options import RefineOptions
+from orchestrator.models.training.train import Training
+from orchestrator.plan.plan import Assignment
 
 FORMS = ("low_rank", "pivoted")
 KEEP = 0.7

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: headers, weights, the layout of files, writing."""

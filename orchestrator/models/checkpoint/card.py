@@ -1,0 +1,112 @@
+"""The model card of a compressed checkpoint: README.md, with the front matter that hubs read."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.plan.plan import Assignment, Form, Plan, Survey
+from orchestrator.version import __version__
+
+_CARD = """\
+---
+base_model: {quoted_base_model}
+library_name: transformers
+pipeline_tag: text-generation
+{license}tags:
+- orchestrator
+{tags}---
+
+# {base_model}, compressed
+
+{base_model}, made smaller by orchestrator {version}. It keeps {kept_linears:.1%} of the values of
+the linears that were targeted; the whole model keeps {kept_model:.1%} of its parameters
+({parameters:,} of {dense_parameters:,}). `recipe.toml` says how it was made,
+`orchestrator_report.json` what every linear became. The licence is that of the base model.
+
+| stored as | linears |
+|---|---|
+{forms}{metrics}
+## Load
+
+```python
+import orchestrator.hf  # or, where orchestrator is not installed, trust_remote_code=True below
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+```
+
+Without either of the two, loading stops with mismatched shapes.
+
+## Serve
+
+```
+transformers serve --trust-remote-code DIRECTORY
+orchestrator export DIRECTORY DENSE --format dense    # for engines that know no forms
+```
+"""
+
+_WORDS: Mapping[Form, str] = {
+    "dense": "dense",
+    "low_rank": "low-rank",
+    "pivoted": "low-rank, pivoted",
+    "sparse": "sparse",
+    "low_rank_sparse": "low-rank plus sparse",
+}
+_SHARED = ", on the basis of another"
+
+
+def model_card(
+    survey: Survey,
+    plan: Plan,
+    *,
+    base_model: str,
+    dense_card: Path,
+    metrics: Mapping[str, float],
+) -> str:
+    """The card as Markdown.
+
+    The licence is named as the dense model's card names it, if it does.
+    """
+    linears = {linear.name: linear for linear in survey.linears}
+    targeted = sum(linears[name].values for name in plan.assignments)
+    parameters = survey.total_parameters - targeted + plan.stored_values
+    rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in metrics.items())
+    return _CARD.format(
+        base_model=base_model,
+        quoted_base_model=json.dumps(base_model, ensure_ascii=False),
+        license=_license(dense_card),
+        version=__version__,
+        tags="".join(f"- {tag}\n" for tag in _tags(plan)),
+        forms=_forms(survey, plan),
+        kept_linears=plan.stored_values / targeted if targeted else 1.0,
+        kept_model=parameters / survey.total_parameters,
+        parameters=parameters,
+        dense_parameters=survey.total_parameters,
+        metrics=f"\n| measured | |\n|---|---|\n{rows}" if rows else "",
+    )
+
+
+def _tags(plan: Plan) -> list[str]:
+    forms = {assignment.form for assignment in plan.assignments.values()}
+    return [tag for tag in ("low-rank", "sparse") if any(tag in _WORDS[form] for form in forms)]
+
+
+def _forms(survey: Survey, plan: Plan) -> str:
+    """Rows of the table: how many linears are stored in each form that there is."""
+    dense = Assignment(form="dense")
+    stored = [plan.assignments.get(linear.name, dense) for linear in survey.linears]
+    words = Counter(_WORDS[each.form] + (_SHARED if each.basis else "") for each in stored)
+    return "".join(f"| {word} | {count} |\n" for word, count in sorted(words.items()))
+
+
+def _license(card: Path) -> str:
+    """The lines of a card's front matter that name its licence."""
+    if not card.is_file():
+        return ""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\r?\n(.*?)\r?\n---", text, flags=re.DOTALL)
+    lines = front[1].splitlines() if front else []
+    return "".join(f"{line}\n" for line in lines if re.match(r"license(_name|_link)?:\s*\S", line))

@@ -1,0 +1,226 @@
+"""Which tensor of a compressed checkpoint lies in which file: a function of the plan alone.
+
+Shape suffixes: O outputs, I inputs, R rank, S = O - R, N nonzeros.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from orchestrator.models.checkpoint.headers import SINGLE_FILE
+from orchestrator.models.forms.config import StoredForm, misfits
+from orchestrator.models.forms.index_codes import index_tensors
+from orchestrator.models.survey.names import StoredTensor
+from orchestrator.plan.plan import Assignment, Linear, Plan, Survey, index_code
+
+Part = Literal[
+    "copy", "weight", "down", "others", "pivots", "order", "values", "index", "rows", "dense"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor of a file, and where it comes from."""
+
+    name: str
+    """Its name in the file: the module's, `model.layers.3.mlp.down_proj.down.weight`."""
+    dtype: str
+    """`bfloat16`."""
+    shape: tuple[int, ...]
+    part: Part
+    """`copy` of a stored tensor; factor `weight` [O, R] or `down` [R, I]; pivoted the `others`
+    [S, R], the `pivots` [R, I] and the `order` [O] of both; `values` [N] of a sparse weight, its
+    `index` or `rows`; or the `dense` weight that an export makes of them."""
+    source: str
+    """Name on disk of the tensor that is copied, or name of the linear."""
+    rank: int = 0
+    """Of a factor, and of the factors beside a sparse weight."""
+    nonzeros: int = 0
+    """Of a sparse weight, in all its tensors, and of the one beside a factor."""
+    code: str = ""
+    """The code of its `index` and `rows`."""
+
+    @property
+    def values(self) -> int:
+        """What counts as parameters: an index says where values stand and is none itself."""
+        return 0 if self.part in ("order", "index", "rows") else math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSpec:
+    """One safetensors file."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensors; the header is not counted."""
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+    @property
+    def announced(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every tensor, by name: all that the header says."""
+        return {tensor.name: (tensor.torch_dtype, tensor.shape) for tensor in self.tensors}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "FileSpec":
+        tensors = [
+            TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in value["tensors"]
+        ]
+        return cls(name=value["name"], tensors=tuple(tensors))
+
+
+def layout(
+    survey: Survey,
+    tensors: Sequence[StoredTensor],
+    plan: Plan,
+    *,
+    output_dtype: torch.dtype | None,
+    max_shard_bytes: int,
+) -> tuple[FileSpec, ...]:
+    """The files of the checkpoint; from the plan and the size limit alone, nothing is read.
+
+    Whole blocks in model order, as many to a file as fit and one at least; what comes before the
+    blocks stands with the first of them, what comes after with the last. Sizes in bytes.
+
+    Args:
+        tensors: What is stored of the dense model, in model order.
+        output_dtype: Dtype of every floating-point tensor; None keeps the one on disk, and gives
+            factors and sparse values the dtype of the dense weight. Indices keep their own.
+
+    Raises:
+        ValueError: The plan gives a linear a form that it cannot have or that saves nothing, or
+            names no linear.
+    """
+    forms = stored_forms(survey, plan)
+    linears = {f"{linear.name}.weight": linear for linear in survey.linears}
+    groups: list[list[TensorSpec]] = [[] for _ in range(survey.num_blocks)]
+    for tensor in tensors:
+        outside = 0 if tensor.place == "front" else survey.num_blocks - 1
+        group = groups[outside if tensor.block is None else tensor.block]
+        linear = linears.get(tensor.name)
+        dtype = tensor.dtype
+        if output_dtype is not None and getattr(torch, dtype).is_floating_point:
+            dtype = dtype_name(output_dtype)
+        if linear is not None and linear.name in forms:
+            group += _stored_specs(linear, forms[linear.name], dtype)
+        else:
+            group.append(
+                TensorSpec(
+                    name=tensor.name,
+                    dtype=dtype,
+                    shape=tensor.shape,
+                    part="copy",
+                    source=tensor.disk_name,
+                )
+            )
+    files: list[list[TensorSpec]] = []
+    size_bytes = 0
+    for group in groups:
+        group_bytes = sum(spec.size_bytes for spec in group)
+        if not files or size_bytes + group_bytes > max_shard_bytes:
+            files.append([])
+            size_bytes = 0
+        files[-1] += group
+        size_bytes += group_bytes
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = [SINGLE_FILE]
+    pairs = zip(names, files, strict=True)
+    return tuple(FileSpec(name=name, tensors=tuple(specs)) for name, specs in pairs)
+
+
+def stored_forms(survey: Survey, plan: Plan) -> dict[str, StoredForm]:
+    """How every linear that does not stay dense is stored, in survey order.
+
+    Raises:
+        ValueError: The plan names no linear of the model, or gives one a form that it cannot have
+            (a part that the form lacks or misses, a basis that is no other linear's own) or that
+            saves nothing.
+    """
+    linears = {linear.name: linear for linear in survey.linears}
+    for name, assignment in plan.assignments.items():
+        if name not in linears:
+            raise ValueError(f"plan: no linear {name!r} in {survey.architecture}")
+        if assignment.form == "dense" and assignment != Assignment(form="dense"):
+            raise ValueError(f"plan: {name} is {assignment}; a dense linear has nothing else")
+    forms = {
+        name: _stored_form(linear, plan.assignments[name])
+        for name, linear in linears.items()
+        if name in plan.assignments and plan.assignments[name].form != "dense"
+    }
+    sizes = {name: (linears[name].out_features, linears[name].in_features) for name in forms}
+    for name, reason in misfits(forms, sizes):
+        raise ValueError(f"plan: {name}: {reason}; give it another form or keep it dense instead")
+    return forms
+
+
+def _stored_form(linear: Linear, assignment: Assignment) -> StoredForm:
+    is_sparse = assignment.form in ("sparse", "low_rank_sparse")
+    sizes = linear.out_features, linear.in_features
+    return StoredForm(
+        form=assignment.form,
+        rank=assignment.rank,
+        nonzeros=assignment.nonzeros,
+        index=index_code(*sizes, assignment.nonzeros) if is_sparse else "",
+        basis=assignment.basis,
+    )
+
+
+def _stored_specs(linear: Linear, form: StoredForm, dtype: str) -> list[TensorSpec]:
+    """The tensors that stand in the place of a linear's dense weight."""
+    m, n = linear.out_features, linear.in_features
+    specs = []
+
+    def add(name: str, part: Part, dtype: str, shape: tuple[int, ...]) -> None:
+        is_factor = part in ("weight", "down", "others", "pivots", "order")
+        specs.append(
+            TensorSpec(
+                name=f"{linear.name}.{name}",
+                dtype=dtype,
+                shape=shape,
+                part=part,
+                source=linear.name,
+                rank=form.rank,
+                nonzeros=form.nonzeros,
+                code="" if is_factor else form.index,
+            )
+        )
+
+    if form.form == "pivoted":
+        add("weight", "others", dtype, (m - form.rank, form.rank))
+        add("down.weight", "pivots", dtype, (form.rank, n))
+        add("index", "order", dtype_name(torch.int32), (m,))
+    elif form.rank:
+        add("weight", "weight", dtype, (m, form.rank))
+        if not form.basis:
+            add("down.weight", "down", dtype, (form.rank, n))
+    if form.nonzeros:
+        child = "sparse." if form.rank else ""
+        add(f"{child}weight", "values", dtype, (form.nonzeros,))
+        tensors = index_tensors(form.index, m, n, form.nonzeros)
+        parts: dict[str, Part] = {"index": "index", "rows": "rows"}
+        for name, (index_dtype, shape) in tensors.items():
+            add(f"{child}{name}", parts[name], dtype_name(index_dtype), shape)
+    return specs
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,94 @@
+"""Writing a safetensors file tensor by tensor, with the bytes that the safetensors library gives.
+
+Eight bytes N, N bytes of JSON that say where each tensor lies, the tensors. The header follows
+from names, dtypes and shapes, so it is written before any tensor is at hand.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import BinaryIO, TypeAlias
+
+import torch
+from torch import Tensor
+
+from orchestrator.models.checkpoint.weights import DTYPES
+from orchestrator.store.files import atomic, size_of
+from orchestrator.store.places import Place
+
+# the library's order: by alignment, so that every tensor starts at a multiple of its item size
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+Announced: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of every tensor of a file, by name."""
+
+
+def write_safetensors(
+    path: Place,
+    tensors: Announced,
+    read: Callable[[str], Tensor],
+) -> str:
+    """Writes the file atomically, asking for one tensor at a time; returns its BLAKE2b, 256 bits.
+
+    The tensors come in file order, not in the order given, and must have the dtype and shape
+    announced; any device. Memory: one tensor. Equal tensors give equal bytes.
+
+    Raises:
+        OrchestratorError: The device has no space left, or refuses the write.
+    """
+    header = make_header(tensors)
+    digest = hashlib.blake2b(header, digest_size=32)
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for name in _in_order(tensors):
+            _put(read(name), tensors[name], name, file, digest)
+    return digest.hexdigest()
+
+
+def _put(
+    tensor: Tensor,
+    announced: tuple[torch.dtype, tuple[int, ...]],
+    name: str,
+    file: BinaryIO,
+    digest: hashlib.blake2b,
+) -> None:
+    """Writes one tensor; a function of its own, so that the tensor is gone before the next."""
+    found = (tensor.dtype, tuple(tensor.shape))
+    if found != announced:
+        raise ValueError(f"{name} is {found}, announced as {announced}")
+    if tensor.numel():
+        data = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+        digest.update(data)
+        file.write(data)
+
+
+def has_header(path: Place, tensors: Announced) -> bool:
+    """Whether a file of the right size stands there, with the header of these tensors."""
+    header = make_header(tensors)
+    size_bytes = len(header) + sum(
+        math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values()
+    )
+    if not path.is_file() or size_of(path) != size_bytes:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def make_header(tensors: Announced) -> bytes:
+    """Everything before the first tensor: the length, and the JSON padded to eight bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in _in_order(tensors):
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        code = _CODES[dtype]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _in_order(tensors: Announced) -> list[str]:
+    return sorted(tensors, key=lambda name: (_ORDER.index(_CODES[tensors[name][0]]), name))

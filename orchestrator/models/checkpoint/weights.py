@@ -1,0 +1,165 @@
+"""The tensors of a checkpoint, read one by one.
+
+Opening reads the headers alone; reading takes a tensor's own byte range into private memory, so a
+shard's memory is exactly what it read and nothing depends on the file staying mapped.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from orchestrator.device.transport import CPU, fill
+from orchestrator.errors import InputError, UsageError
+from orchestrator.models.checkpoint.headers import Headers, shown
+from orchestrator.store.files import read_with
+from orchestrator.store.places import Place
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The dtype of this name, `bfloat16`; None for `auto`.
+
+    Raises:
+        UsageError: It is the name of no dtype that a checkpoint can have.
+    """
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if name == "auto":
+        return None
+    if name not in known or not known[name].is_floating_point:
+        raise UsageError(f"dtype is {name!r}; it must be auto, float32, bfloat16, float16, float64")
+    return known[name]
+
+
+class Checkpoint(Protocol):
+    """Named tensors with the headers that say what they are, written to files or not yet."""
+
+    directory: Place
+    """Of the model's config, and what errors name."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, device: torch.device = CPU) -> torch.Tensor: ...
+
+    def read_ahead(self, names: Iterable[str]) -> None: ...
+
+
+class Weights:
+    """The tensors of a checkpoint directory, by their names on disk.
+
+    Holds headers only; every `read` opens the file, takes one byte range and closes it.
+    """
+
+    def __init__(self, headers: Headers) -> None:
+        self.directory = headers.directory
+        self._headers = headers
+
+    @classmethod
+    def open(cls, directory: Place) -> "Weights":
+        """Reads and checks every header of the checkpoint in `directory`.
+
+        Raises:
+            InputError: As `Headers.open`.
+        """
+        return cls(Headers.open(directory))
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Headers`."""
+        return self._headers.fingerprint
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files."""
+        return self._headers.size_bytes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor's name on disk, in the order of the files."""
+        return tuple(self._headers.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._headers.entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._headers.entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._headers.entries[name].code]
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Asks the system to bring tensors into its cache; of a store's files, nothing happens."""
+        for name in names:
+            entry = self._headers.entries[name]
+            if not isinstance(entry.path, Path):
+                continue
+            with suppress(OSError), entry.path.open("rb", buffering=0) as file:
+                wanted = (entry.offset, entry.size_bytes, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(file.fileno(), *wanted)
+
+    def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
+        """The tensor, in its dtype on disk, on a device, in private memory of its own size.
+
+        On its way to a GPU the host holds a piece of it at a time.
+
+        Raises:
+            InputError: the file has become shorter, or cannot be read.
+        """
+        entry = self._headers.entries[name]
+        tensor = torch.empty(entry.shape, dtype=self.dtype(name), device=device)
+        if not entry.size_bytes:
+            return tensor
+
+        def read(file: Any) -> int:
+            file.seek(entry.offset)
+            return fill(tensor, lambda buffer: _read_into(file, buffer))
+
+        try:
+            done = read_with(entry.path, read)
+        except OSError as error:
+            raise InputError(
+                f"{entry.path}: cannot read {shown(name)}: {error.strerror}"
+            ) from error
+        if done < entry.size_bytes:
+            raise InputError(
+                f"{entry.path}: ended after {done} of the {entry.size_bytes} bytes of "
+                f"{shown(name)}; the file was changed or is truncated"
+            )
+        return tensor
+
+
+def _read_into(file: Any, buffer: memoryview) -> int:
+    """Fills a buffer from a file; gives the number of bytes, fewer at the end of the file."""
+    done = 0
+    while done < len(buffer):
+        count: int = file.readinto(buffer[done:])
+        if not count:
+            break
+        done += count
+    return done

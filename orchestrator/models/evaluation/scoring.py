@@ -1,0 +1,134 @@
+"""How well a model predicts a text, and how close it is to another: sums over tokens.
+
+Shape suffixes: B sequences, T tokens, P predictions, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from orchestrator.device.transport import bring
+
+SLICE_TOKENS = 256
+"""Predictions whose probabilities are in memory at once: 256 of a vocabulary of 128k are 0.1 GB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Sums over predictions, so that scores of chunks add up to the score of a text.
+
+    A prediction is a real token that follows a real token. All sums are float64 over float32
+    log-probabilities.
+    """
+
+    predictions: int = 0
+    loss: float = 0.0
+    """Σ −log q(token), q the model's distribution; nats."""
+    windows: int = 0
+    """Sequences with a prediction."""
+    window_loss: float = 0.0
+    """Σ over sequences of their mean loss; the published perplexities are exp of its mean."""
+    against_loss: float = 0.0
+    """Σ −log p(token), p the other model's distribution."""
+    against_window_loss: float = 0.0
+    divergence: float = 0.0
+    """Σ KL(p ‖ q); nats."""
+    agreements: int = 0
+    """Predictions whose most probable token is the same in p and q."""
+
+    def merge(self, other: Self) -> Self:
+        sums = {name: value + getattr(other, name) for name, value in asdict(self).items()}
+        return type(self)(**sums)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Score":
+        return cls(**value)
+
+
+def score(
+    tokens_BT: Tensor, mask_BT: Tensor, logits_BTV: Tensor, against_BTV: Tensor | None
+) -> Score:
+    """The score of one chunk, whose sequences count each for itself.
+
+    Costs two passes over the vocabulary a token; logits are taken to float32 slice by slice. With
+    tokens and mask on the host, a GPU is waited for once a sequence.
+    """
+    device = logits_BTV.device
+    total = Score()
+    for row in range(len(tokens_BT)):
+        real_P = mask_BT[row, :-1] & mask_BT[row, 1:]
+        where_P = real_P.nonzero().squeeze(1)
+        if not len(where_P):
+            continue
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        follows_P = bring(tokens_BT[row, where_P + 1], device)
+        slices = (torch.split(each, SLICE_TOKENS) for each in (bring(where_P, device), follows_P))
+        for slice_P, target_P in zip(*slices, strict=True):
+            other_PV = None if against_BTV is None else against_BTV[row, slice_P]
+            sums += _sums(target_P, logits_BTV[row, slice_P], other_PV)
+        loss, against_loss, divergence, agreements = sums.tolist()
+        total = total.merge(
+            Score(
+                predictions=len(where_P),
+                loss=loss,
+                windows=1,
+                window_loss=loss / len(where_P),
+                against_loss=against_loss,
+                against_window_loss=against_loss / len(where_P),
+                divergence=divergence,
+                agreements=round(agreements),
+            )
+        )
+    return total
+
+
+def _sums(target_P: Tensor, logits_PV: Tensor, against_PV: Tensor | None) -> Tensor:
+    """Loss, the other model's loss, divergence and agreements over some predictions, float64."""
+    log_q_PV = logits_PV.float().log_softmax(dim=-1)
+    loss = -log_q_PV.gather(1, target_P[:, None]).double().sum()
+    if against_PV is None:
+        return pad(loss[None], (0, 3))
+    log_p_PV = against_PV.float().log_softmax(dim=-1)
+    against_loss = -log_p_PV.gather(1, target_P[:, None]).double().sum()
+    divergence_P = (log_p_PV.exp() * (log_p_PV - log_q_PV)).sum(dim=-1, dtype=torch.float64)
+    agreements = (log_p_PV.argmax(dim=-1) == log_q_PV.argmax(dim=-1)).sum()
+    return torch.stack([loss, against_loss, divergence_P.sum(), agreements.double()])
+
+
+def draw_label_gradient(logits_BTV: Tensor, mask_BT: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient by the logits of −Σ log p(label), a label drawn from p for each real token.
+
+    `p − 1[label]` [B, T, V], p the model's own distribution, in the logits' dtype; zero outside the
+    mask. The second moment of such gradients is the Fisher information of what they reach. Every
+    token counts, the last of a sequence too: a drawn label needs no token that follows.
+
+    Args:
+        mask_BT: On the host; otherwise the device is read once, for the mask.
+        generator: Of the logits' device.
+    """
+    grad_BTV = torch.zeros_like(logits_BTV)
+    for row, real_T in enumerate(mask_BT.cpu()):
+        for slice_T in torch.split(real_T.nonzero().squeeze(1), SLICE_TOKENS):
+            where_T = bring(slice_T, logits_BTV.device)
+            p_TV = torch.softmax(logits_BTV[row, where_T].float(), dim=-1)
+            label_T1 = _draw(p_TV, generator)
+            p_TV.scatter_add_(1, label_T1, torch.full_like(label_T1, -1, dtype=p_TV.dtype))
+            grad_BTV[row, where_T] = p_TV.to(grad_BTV.dtype)
+    return grad_BTV
+
+
+def _draw(p_TV: Tensor, generator: torch.Generator) -> Tensor:
+    """One outcome of each distribution, int64 [T, 1]: the least of independent waits of rate p.
+
+    The arithmetic of `torch.multinomial` and its bits, but not its two checks of the probabilities,
+    for each of which it reads the device.
+    """
+    wait_TV = torch.empty_like(p_TV).exponential_(generator=generator)
+    return torch.div(p_TV, wait_TV, out=wait_TV).argmax(dim=-1, keepdim=True)

@@ -1,0 +1,1 @@
+"""Modules of compressed linears, and the config that names them."""

@@ -1,0 +1,1 @@
+"""Models that are loaded block by block, and the chunks that pass through them."""

@@ -1,0 +1,178 @@
+"""One quantum of calibration tokens as it flows from shard to shard.
+
+A chunk carries the token ids and the mask of a few sequences, and the state that the last block
+run so far has left: hidden states in most families, more in some. It packs to numpy arrays that
+cross processes without a copy (Ray's object store, safetensors) and come back bit for bit.
+
+B sequences, T tokens each.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.device.transport import Departure, bring
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What one block hands to the next.
+
+    `output` is the block's return value as it is: a tensor, or a tuple with tensors, None and
+    tuples in it. `extras` are the contents of the mappings that blocks write to beside it, by
+    the name of the block's argument (the shared keys and values of Gemma 4).
+    """
+
+    output: Any
+    extras: dict[str, dict[Any, Any]] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor in it, in a fixed order."""
+        found: list[Tensor] = []
+        map_tensors(lambda tensor: found.append(tensor), [self.output, self.extras])
+        return found
+
+    def map(self, function: Any) -> "Payload":
+        """The same structure with `function` applied to every tensor, in the order of `tensors`."""
+        output, extras = map_tensors(function, [self.output, self.extras])
+        return Payload(output, extras)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens, their mask, and how far they have come."""
+
+    index: int
+    """Its place in the calibration data, counted from 0."""
+    tokens: Tensor
+    """Token ids, int64 [B, T]."""
+    mask: Tensor
+    """True where a token is real and not padding, bool [B, T]."""
+    payload: Payload | None = None
+    """The state at a block boundary; None at the model's input."""
+
+    def with_payload(self, payload: Payload | None) -> "Chunk":
+        return replace(self, payload=payload)
+
+    def places(self, device: torch.device) -> Tensor | None:
+        """Indices of the real tokens in the flattened [B T], int64 on `device`; None if all are.
+
+        The mask is searched on the host, where it lies, so no pass waits for the device to say how
+        many tokens are real.
+        """
+        if bool(self.mask.all()):
+            return None
+        return bring(self.mask.reshape(-1).nonzero().squeeze(1), device)
+
+    def to(self, device: torch.device) -> "Chunk":
+        """The chunk with every tensor on `device`; tensors that are there are not copied."""
+        payload = self.payload and self.payload.map(lambda tensor: tensor.to(device))
+        return Chunk(self.index, self.tokens.to(device), self.mask.to(device), payload)
+
+    def pack(self, departure: Departure | None = None) -> dict[str, np.ndarray]:
+        """Named arrays that hold the chunk; they share memory with its CPU tensors.
+
+        bfloat16 travels as int16 with the same bits; `structure` is JSON in bytes.
+
+        Args:
+            departure: Copies the tensors of a GPU to the host; the arrays may be read after its
+                `wait`. Without one they are complete on return.
+        """
+        leaving = departure or Departure()
+        arrays: dict[str, np.ndarray] = {}
+        parts = [
+            self.tokens,
+            self.mask,
+            self.payload and [self.payload.output, self.payload.extras],
+        ]
+        structure = {
+            "index": self.index,
+            "parts": [_encode(part, arrays, leaving) for part in parts],
+        }
+        text = json.dumps(structure, separators=(",", ":"))
+        arrays["structure"] = np.frombuffer(text.encode(), dtype=np.uint8)
+        if departure is None:
+            leaving.wait()
+        return arrays
+
+    @classmethod
+    def unpack(cls, arrays: Mapping[str, np.ndarray], *, pinned: bool = False) -> "Chunk":
+        """The chunk that `pack` packed, bit for bit, in memory of its own.
+
+        `pinned` is for a chunk that goes to a GPU at once: the host cannot swap such memory out.
+
+        The arrays may be read-only views of shared memory. They are copied: a block may write to
+        its input in place, which on such memory would end the process.
+        """
+        structure = json.loads(arrays["structure"].tobytes())
+        tokens, mask, payload = (_decode(part, arrays, pinned) for part in structure["parts"])
+        return cls(structure["index"], tokens, mask, payload and Payload(*payload))
+
+
+def rows_at(states: Tensor, places_N: Tensor | None) -> Tensor:
+    """The rows [N, C] of states [B, T, C] or [B T, C] at `Chunk.places`; a view if that is None."""
+    rows = states.reshape(-1, states.shape[-1])
+    return rows if places_N is None else rows.index_select(0, places_N)
+
+
+def map_tensors(function: Any, tree: Any) -> Any:
+    """`tree` (tuples, lists, mappings, anything) with `function` applied to every tensor in it."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple):
+        return tuple(map_tensors(function, item) for item in tree)
+    if isinstance(tree, list):
+        return [map_tensors(function, item) for item in tree]
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, item) for key, item in tree.items()}
+    return tree
+
+
+def _encode(tree: Any, arrays: dict[str, np.ndarray], departure: Departure) -> Any:
+    """JSON for `tree`; its tensors go into `arrays` under their number.
+
+    Raises:
+        TypeError: the tree holds something that is neither a tensor, a container nor JSON's own.
+    """
+    if isinstance(tree, Tensor):
+        name = f"tensor{len(arrays)}"
+        tensor = departure.host(tree.detach().contiguous())
+        is_bfloat16 = tensor.dtype == torch.bfloat16
+        arrays[name] = (tensor.view(torch.int16) if is_bfloat16 else tensor).numpy()
+        return {"bfloat16" if is_bfloat16 else "tensor": name}
+    if isinstance(tree, tuple):
+        return {"tuple": [_encode(item, arrays, departure) for item in tree]}
+    if isinstance(tree, list):
+        return {"list": [_encode(item, arrays, departure) for item in tree]}
+    if isinstance(tree, Mapping):
+        pairs = [[_encode(each, arrays, departure) for each in pair] for pair in tree.items()]
+        return {"dict": pairs}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return {"value": tree}
+    raise TypeError(f"a chunk cannot carry a {type(tree).__name__}")
+
+
+def _decode(node: Any, arrays: Mapping[str, np.ndarray], pinned: bool) -> Any:
+    ((kind, content),) = node.items()
+    if kind in {"tensor", "bfloat16"}:
+        return _copy(arrays[content], is_bfloat16=kind == "bfloat16", pinned=pinned)
+    if kind == "tuple":
+        return tuple(_decode(item, arrays, pinned) for item in content)
+    if kind == "list":
+        return [_decode(item, arrays, pinned) for item in content]
+    if kind == "dict":
+        return dict([_decode(each, arrays, pinned) for each in pair] for pair in content)
+    return content
+
+
+def _copy(array: np.ndarray, *, is_bfloat16: bool, pinned: bool) -> Tensor:
+    # Into memory that torch has aligned: matrix products may round differently on other memory.
+    dtype = getattr(torch, array.dtype.name)
+    tensor = torch.empty(array.shape, dtype=dtype, pin_memory=pinned)
+    tensor.numpy()[...] = array
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor

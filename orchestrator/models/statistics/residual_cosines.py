@@ -1,0 +1,73 @@
+"""How much each sublayer turns the residual stream, gathered while chunks pass a shard.
+
+Shape suffixes: T tokens, C channels.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from orchestrator.linalg.cosine import Cosine
+from orchestrator.models.shards.shard import Shard
+from orchestrator.plan.plan import Linear
+
+
+class Streams:
+    """Cosines between the residual stream before and after each sublayer of a shard's blocks.
+
+    The stream before a sublayer is what enters the norm that its first linear reads from; the
+    stream after it is what enters the next norm, or leaves the shard. Sublayers that read the same
+    stream (in parallel, as in GPT-NeoX) have the same stream after them, too. A sublayer without
+    such a norm has no cosine.
+
+    A cosine is taken as soon as the stream after a sublayer is there: both are then still in the
+    processor's caches, and none is kept longer than a sublayer.
+
+    Args:
+        select: Gives the rows of a state [B, T, C] that belong to real tokens.
+    """
+
+    def __init__(
+        self, shard: Shard, linears: Sequence[Linear], select: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.cosines: dict[str, Cosine] = {}
+        """By the sublayer's name."""
+        self._shard = shard
+        self._select = select
+        self._sublayers: dict[str, list[str]] = {}
+        self._stream: Tensor | None = None
+        self._within: list[str] = []
+        for linear in linears:
+            if linear.norm and linear.sublayer not in self.cosines:
+                self._sublayers.setdefault(linear.norm, []).append(linear.sublayer)
+                self.cosines[linear.sublayer] = Cosine()
+        self._hooks = [
+            shard.module(norm).register_forward_pre_hook(partial(self._enter, norm))
+            for norm in self._sublayers
+        ]
+        shard.on_output = self._meet
+
+    def _enter(self, norm: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._meet(inputs[0])
+        self._stream = inputs[0]
+        self._within += self._sublayers[norm]
+
+    def _meet(self, stream: Tensor) -> None:
+        """Ends the sublayers that began with another stream than this one."""
+        if self._stream is None or _same(self._stream, stream):
+            return
+        before_TC, after_TC = self._select(self._stream), self._select(stream)
+        for sublayer in self._within:
+            self.cosines[sublayer].update(before_TC, after_TC)
+        self._stream, self._within = None, []
+
+    def close(self) -> None:
+        self._shard.on_output = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._stream = [], None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)

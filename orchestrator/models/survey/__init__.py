@@ -1,0 +1,1 @@
+"""Discovery of a model's blocks, linears and names, from config and headers."""

@@ -1,0 +1,268 @@
+"""What a config says: the model's class, its form on the meta device, and its stack of blocks.
+
+Only classes of transformers itself are ever used; nothing in a config is taken for code, for a
+path, or for the name of a kernel to fetch.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.generic import ContextManagers
+
+from orchestrator.errors import InputError
+from orchestrator.models.checkpoint.headers import quoted, read_json
+from orchestrator.models.checkpoint.small_files import small_files
+from orchestrator.models.forms.config import METHOD, install_forms
+from orchestrator.store.places import Place
+
+FORMS_KEYS = ("quantization_config", "compression_config")
+"""Where configs say that weights are not stored as the class has them."""
+ELSEWHERE_KEYS = ("configuration_files", "transformers_weights")
+"""Where configs name files that are to be read in the place of the usual ones."""
+MAX_REPEATS = 10_000
+"""Of blocks, labels and the like, of which transformers makes lists while it reads a config."""
+MAX_BUFFER_BYTES = 2**30
+"""Of all buffers of a model, which are computed and not stored: masks, frequencies of rotations."""
+_REPEATS = re.compile(r"(^|_)(n_?)?(layers?|labels|types)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A model's class and config, with the forms of its linears if we compressed it."""
+
+    directory: Path
+    model_class: type[PreTrainedModel]
+    config: PretrainedConfig
+    forms: Mapping[str, Any] | None
+    """The `quantization_config` of a checkpoint compressed by us; None for a dense one."""
+
+    @classmethod
+    def read(cls, place: Place) -> "Architecture":
+        """The architecture that the config.json of a checkpoint describes.
+
+        Raises:
+            InputError: an unknown or missing class or model type, or a checkpoint that another
+                program has quantised.
+        """
+        directory = small_files(place)
+        path = directory / "config.json"
+        content = read_json(path)
+        forms = _read_forms(path, content)
+        _check_leads_nowhere(path, content)
+        _check_repeats(path, "", content)
+        model_type = content.get("model_type")
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+            raise InputError(
+                f"{path}: model_type is {quoted(model_type)}, "
+                f"unknown to transformers {transformers.__version__}"
+            )
+        model_class = _find_class(path, content.get("architectures"))
+        try:
+            config = AutoConfig.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # whatever the config class makes of foreign values
+            raise InputError(f"{path}: not a valid {model_type} config: {brief(error)}") from error
+        if not isinstance(config, model_class.config_class):
+            raise InputError(
+                f"{path}: architectures names {model_class.__name__}, "
+                f"which does not go with model_type {model_type!r}"
+            )
+        # Taken out, or building the class would look for the quantiser's own modules.
+        for key in FORMS_KEYS:
+            vars(config).pop(key, None)
+        return cls(directory, model_class, config, forms)
+
+    def build(self, dtype: torch.dtype, *, stored: int) -> PreTrainedModel:
+        """The model in eval mode, every parameter and buffer on the meta device.
+
+        Made inside the same contexts as `from_pretrained` makes it, so that what depends on them
+        (default dtype, patches) is the same. Weights are not tied. Attention is `sdpa` where the
+        class has it, else `eager`, whatever the config asks for.
+
+        Args:
+            stored: Tensors in the checkpoint, which a model of many more parameters cannot be.
+
+        Raises:
+            InputError: the config does not make a model, or one that is out of all proportion.
+        """
+        try:
+            config = copy.deepcopy(self.config)
+            config._attn_implementation = None
+            parts = [getattr(config, name) for name in config.sub_configs]
+            for part in [config, *(part for part in parts if part is not None)]:
+                part.use_cache, part.dtype = False, dtype
+            contexts = self.model_class.get_init_context(dtype, False, False, None)
+            with ContextManagers(contexts), _at_most(2 * stored + MAX_REPEATS):
+                model = self.model_class(config)
+        except Exception as error:  # whatever the class makes of foreign values
+            raise InputError(
+                f"{self.directory}: config.json does not make a {self.model_class.__name__}: "
+                f"{brief(error)}"
+            ) from error
+        size_bytes = sum(buffer.nbytes for buffer in model.buffers())
+        if size_bytes > MAX_BUFFER_BYTES:
+            raise InputError(
+                f"{self.directory}: config.json makes a {self.model_class.__name__} with "
+                f"{size_bytes} bytes of buffers; at most {MAX_BUFFER_BYTES} are computed"
+            )
+        if self.forms is not None:
+            install_forms(model, self.forms)
+        for parameter in model.parameters():
+            mark_initialized(parameter)
+        for module in model.modules():
+            mark_initialized(module)
+        return model.eval()
+
+
+def find_blocks(model: PreTrainedModel, directory: Place) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks and the name of their list: `("model.layers", ModuleList)`.
+
+    The list with `num_hidden_layers` entries under the decoder; with more than one (nested
+    lists), the one that holds the most parameters.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        num_blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+        decoder = model.get_decoder()
+    except (AttributeError, ValueError) as error:
+        raise InputError(
+            f"{directory}: {type(model).__name__} has no decoder with num_hidden_layers: "
+            f"{brief(error)}"
+        ) from error
+    for root in (decoder, model):
+        inside = {id(module) for module in root.modules()}
+        stacks = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and id(module) in inside
+            and len(module) == num_blocks > 0
+        ]
+        if stacks:
+            return max(stacks, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))
+    raise InputError(
+        f"{directory}: {type(model).__name__} has no list of num_hidden_layers = {num_blocks} "
+        "blocks; only models with one stack of decoder blocks are supported"
+    )
+
+
+def recompute_buffers(model: PreTrainedModel, modules: Iterable[Any], device: torch.device) -> None:
+    """Gives the buffers that `modules` hold themselves their initial values, on `device`.
+
+    As `from_pretrained` does with buffers that are not stored: the class's own initialisation
+    runs again, and everything marked as initialised, all parameters that is, stays as it is.
+    """
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+        module._is_hf_initialized = False
+    model.initialize_weights()
+
+
+def mark_initialized(value: Any) -> None:
+    """Tells transformers to leave a module or tensor alone when it initialises a model."""
+    value._is_hf_initialized = True
+
+
+def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts a tensor in the place of the parameter or buffer `name`."""
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if child in module._buffers:
+        module._buffers[child] = tensor
+        return
+    parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+    mark_initialized(parameter)
+    module._parameters[child] = parameter
+
+
+def brief(error: BaseException) -> str:
+    """Kind and first line of an error of someone else's code."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Stops a class that makes more parameters than that: it might go on for hours."""
+    count = 0
+
+    def note(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > parameters:
+            raise ValueError(f"more than {parameters} parameters, far more than are stored")
+
+    handle = register_module_parameter_registration_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_leads_nowhere(path: Path, content: Mapping[str, Any]) -> None:
+    """Raises InputError where the config names other files, which transformers would go to."""
+    for key in ELSEWHERE_KEYS:
+        if key in content:
+            raise InputError(
+                f"{path}: {key} names other files; only the usual names are read, rename the files"
+            )
+
+
+def _check_repeats(path: Path, key: str, value: Any) -> None:
+    """Raises InputError for a number of blocks or labels that no model has."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else [(key, each) for each in value]
+        for name, each in inner:
+            _check_repeats(path, name, each)
+    elif isinstance(value, int) and value > MAX_REPEATS and _REPEATS.search(key):
+        raise InputError(f"{path}: {key} is {value}; at most {MAX_REPEATS} is possible")
+
+
+def _read_forms(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    for key in FORMS_KEYS:
+        forms = content.get(key)
+        method = forms.get("quant_method") if isinstance(forms, dict) else None
+        if forms is not None and method != METHOD:
+            raise InputError(
+                f"{path}: already quantised ({key}.quant_method is {quoted(method)}); "
+                "a dense checkpoint is needed"
+            )
+    return content.get("quantization_config")
+
+
+def _find_class(path: Path, architectures: Any) -> type[PreTrainedModel]:
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise InputError(
+            f"{path}: architectures is {quoted(architectures)}; one class name is expected"
+        )
+    (name,) = architectures
+    try:
+        found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    except Exception:  # what the import of a module of transformers may raise
+        found = None
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model:
+        raise InputError(
+            f"{path}: architectures names {quoted(name)}, which is no model class of "
+            f"transformers {transformers.__version__}"
+        )
+    if not found.can_generate():
+        raise InputError(f"{path}: architectures names {name}; a causal language model is needed")
+    model_class: type[PreTrainedModel] = found
+    return model_class

@@ -1,0 +1,210 @@
+"""What a model does in one forward pass, learnt from its structure without a weight.
+
+One pass runs over a throwaway model: what lies before the blocks on stand-ins that take no
+memory, the blocks themselves and what follows on the meta device, where only shapes are
+computed. It tells which parameters the input, the output and the blocks' arguments need, in
+what order a block calls its linears, and which of them read the same input.
+"""
+
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from orchestrator.errors import InputError
+from orchestrator.models.shards.chunk import map_tensors
+from orchestrator.models.survey.architecture import (
+    brief,
+    mark_initialized,
+    recompute_buffers,
+    set_tensor,
+)
+from orchestrator.models.survey.linears import LinearCalls
+from orchestrator.plan.plan import Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discovery:
+    """Names of tensors outside the blocks by what needs them, and the linears inside."""
+
+    front: tuple[str, ...]
+    """What the first block's input is computed from, in model order."""
+    tail: tuple[str, ...]
+    """What the logits are computed from, given the last block's output."""
+    arguments: tuple[str, ...]
+    """What the other arguments of the blocks are computed from; most families: nothing."""
+    extras: tuple[str, ...]
+    """Arguments that are mappings which blocks write to."""
+    linears: tuple[Linear, ...]
+    """Every linear of every block, in block order and, within a block, in call order."""
+
+
+def discover(
+    model: PreTrainedModel, prefix: str, blocks: nn.ModuleList, *, where: str, is_dense: bool
+) -> Discovery:
+    """Runs the pass. The model must be on the meta device, and is of no further use.
+
+    Without `is_dense` (a checkpoint that we compressed) no linears are looked for.
+
+    Raises:
+        InputError: the model does not run its blocks once each and in order, does not give
+            logits, or does not call every linear of a block exactly once.
+    """
+    trace = _Trace(model, prefix, blocks, where=where, is_dense=is_dense)
+    try:
+        return trace.run()
+    except InputError:
+        raise
+    except Exception as error:  # a model's own code may raise anything
+        raise InputError(
+            f"{where}: {type(model).__name__} cannot be run block by block: {brief(error)}"
+        ) from error
+
+
+def phantom(like: Tensor, device: torch.device, *, requires_grad: bool) -> nn.Parameter:
+    """A parameter of the same shape and dtype that reads as zeros and holds one value."""
+    zero = torch.zeros((), dtype=like.dtype, device=device)
+    parameter = nn.Parameter(zero.expand(like.shape), requires_grad=requires_grad)
+    mark_initialized(parameter)
+    return parameter
+
+
+class _Trace:
+    """The state of the one pass: where it is, and what it has seen."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prefix: str,
+        blocks: nn.ModuleList,
+        *,
+        where: str,
+        is_dense: bool,
+    ) -> None:
+        self.model, self.prefix, self.blocks = model, prefix, blocks
+        self.where, self.is_dense = where, is_dense
+        self.outer = [name for name in model.state_dict() if not name.startswith(f"{prefix}.")]
+        self.owners: dict[int, str] = {}
+        """Name of every stand-in parameter, by its id."""
+        self.called: set[str] = set()
+        """Names of the tensors that modules outside the blocks hold, if called in this phase."""
+        self.order: list[int] = []
+        self.front: set[str] = set()
+        self.arguments: set[str] = set()
+        self.extras: set[str] = set()
+        self.linears: list[Linear] = []
+
+    def run(self) -> Discovery:
+        inner = {id(module) for module in self.blocks.modules()}
+        modules = {n: m for n, m in self.model.named_modules() if id(m) not in inner}
+        self._place(partial(phantom, device=torch.device("cpu"), requires_grad=True))
+        recompute_buffers(self.model, modules.values(), torch.device("cpu"))
+        for name, module in modules.items():
+            own = {f"{name}.{key}".lstrip(".") for key in [*module._parameters, *module._buffers]}
+            module.register_forward_pre_hook(partial(self._note_call, own))
+        for index, block in enumerate(self.blocks):
+            block.forward = partial(self._visit, index, block.forward)
+        tokens_BT = torch.ones(2, 4, dtype=torch.int64)
+        with torch.enable_grad():
+            output = self.model(
+                input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False
+            )
+        if self.order != list(range(len(self.blocks))):
+            raise InputError(
+                f"{self.where}: {type(self.model).__name__} calls its {len(self.blocks)} blocks "
+                f"in the order {self.order[:20]}; once each and in order is supported"
+            )
+        logits_BTV = getattr(output, "logits", None)
+        if not isinstance(logits_BTV, Tensor) or logits_BTV.shape[:-1] != (2, 4):
+            raise InputError(
+                f"{self.where}: {type(self.model).__name__} gives no logits for every token; "
+                "a causal language model is needed"
+            )
+        tail = self._reached([logits_BTV]) | self.called
+        return Discovery(
+            front=self._ordered(self.front),
+            tail=self._ordered(tail),
+            arguments=self._ordered(self.arguments),
+            extras=tuple(sorted(self.extras)),
+            linears=tuple(self.linears),
+        )
+
+    def _place(self, make: Callable[[Tensor], nn.Parameter]) -> None:
+        """Gives every parameter outside the blocks a stand-in."""
+        parameters = dict(self.model.named_parameters())
+        for name in self.outer:
+            if name in parameters:
+                parameter = make(parameters[name])
+                set_tensor(self.model, name, parameter)
+                self.owners[id(parameter)] = name
+
+    def _note_call(self, own: set[str], module: nn.Module, args: Any) -> None:
+        self.called |= own
+
+    def _visit(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands in for a block's forward."""
+        self.order.append(index)
+        needed = self._reached([args, kwargs]) | self.called
+        self.called = set()
+        if index == 0:
+            self.front = needed
+        else:
+            self.arguments |= needed
+        keys = {k: set(v) for k, v in kwargs.items() if isinstance(v, MutableMapping)}
+        output = self._run_on_meta(index, forward, args, kwargs)
+        self.extras |= {name for name, before in keys.items() if set(kwargs[name]) != before}
+        if not isinstance(output, Tensor | tuple):
+            raise InputError(
+                f"{self.where}: block {index} returns a {type(output).__name__}; "
+                "a tensor or a tuple is supported"
+            )
+        if index < len(self.blocks) - 1:
+            return map_tensors(lambda t: torch.zeros(t.shape, dtype=t.dtype), output)
+        # From here on only shapes count: a head on stand-ins would be copied to be multiplied.
+        self._place(lambda tensor: nn.Parameter(tensor.detach().to("meta")))
+        for name, buffer in list(self.model.named_buffers()):
+            set_tensor(self.model, name, buffer.to("meta"))
+        return output
+
+    def _run_on_meta(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        copies: dict[int, Tensor] = {}
+
+        def to_meta(tensor: Tensor) -> Tensor:
+            return copies.setdefault(id(tensor), tensor.detach().to("meta"))
+
+        meta_args, meta_kwargs = map_tensors(to_meta, (args, kwargs))
+        calls = LinearCalls(f"{self.prefix}.{index}", self.blocks[index] if self.is_dense else None)
+        with torch.no_grad(), calls:
+            output = forward(*meta_args, **meta_kwargs)
+        self.linears += calls.linears(self.where, index)
+        return output
+
+    def _reached(self, tree: Any) -> set[str]:
+        """Names of the stand-ins that the tensors in `tree` were computed from."""
+        found: set[str] = set()
+        seen: set[Any] = set()
+        waiting: list[Any] = []
+
+        def visit(tensor: Tensor) -> None:
+            if id(tensor) in self.owners:
+                found.add(self.owners[id(tensor)])
+            waiting.append(tensor.grad_fn)
+
+        map_tensors(visit, tree)
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable") and id(node.variable) in self.owners:
+                found.add(self.owners[id(node.variable)])
+            waiting += [parent for parent, _ in node.next_functions]
+        return found
+
+    def _ordered(self, names: Iterable[str]) -> tuple[str, ...]:
+        wanted = set(names)
+        return tuple(name for name in self.outer if name in wanted)

@@ -1,0 +1,153 @@
+"""The linears of one block: which they are, in what order they are called, and on what input.
+
+T tokens, O outputs, I inputs.
+"""
+
+import copy
+from collections.abc import Hashable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from orchestrator.errors import InputError
+from orchestrator.models.forms.config import features
+from orchestrator.plan.plan import Linear
+
+
+def check_parameters(where: str, name: str, block: nn.Module) -> None:
+    """Every matrix of a block must be the weight of a linear, an embedding or a norm.
+
+    Raises:
+        InputError: some are not; experts fused in one parameter, convolutions, bare matrices.
+    """
+    unknown = []
+    for path, module in block.named_modules():
+        is_vector_like = isinstance(module, nn.Embedding) or "Norm" in type(module).__name__
+        for key, parameter in module.named_parameters(recurse=False):
+            is_weight = isinstance(module, nn.Linear | Conv1D) and key == "weight"
+            if parameter.ndim >= 2 and not is_weight and not is_vector_like:
+                is_fused = parameter.ndim == 3 and min(parameter.shape) > 1
+                full_name = ".".join(part for part in (name, path, key) if part)
+                kind = "fused experts of a" if is_fused else "of a"
+                shape = list(parameter.shape)
+                unknown.append(f"{full_name} {shape} {kind} {type(module).__name__}")
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise InputError(
+            f"{where}: not supported: {', '.join(unknown[:3])}{more}; "
+            "every matrix of a block must be the weight of a linear, an embedding or a norm"
+        )
+
+
+class LinearCalls:
+    """Records, inside a `with`, which linears of a block are called, in order, on what input."""
+
+    def __init__(self, name: str, block: nn.Module | None) -> None:
+        self.name = name
+        self.modules: dict[str, nn.Module] = {}
+        if block is not None:
+            modules = block.named_modules()
+            self.modules = {role: m for role, m in modules if isinstance(m, nn.Linear | Conv1D)}
+        self.calls: list[tuple[str, Hashable]] = []
+        """Role and identity of the input, call by call."""
+        self._seen: list[Tensor] = []
+        """Kept alive, so that no two of them lie in the same memory one after the other."""
+        self._norms: dict[Hashable, str] = {}
+        """Name of the norm that gave a tensor, by the tensor's identity."""
+        self._block = block
+
+    def __enter__(self) -> None:
+        self.handles = [
+            module.register_forward_pre_hook(partial(self._note, role), with_kwargs=True)
+            for role, module in self.modules.items()
+        ]
+        for path, module in self._block.named_modules() if self._block is not None else ():
+            if "Norm" in type(module).__name__:
+                hook = module.register_forward_hook(partial(self._note_norm, path))
+                self.handles.append(hook)
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _note(self, role: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensor = args[0] if args else kwargs["input"]
+        self._seen.append(tensor)
+        self.calls.append((role, _identity(tensor)))
+
+    def _note_norm(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._seen.append(output)
+            self._norms[_identity(output)] = f"{self.name}.{path}"
+
+    def linears(self, where: str, block: int) -> list[Linear]:
+        """The block's linears in call order.
+
+        Raises:
+            InputError: one is not called exactly once, or is a class of its own that does not
+                compute what a linear computes.
+        """
+        roles = [role for role, _ in self.calls]
+        for role, module in self.modules.items():
+            if roles.count(role) != 1:
+                raise InputError(
+                    f"{where}: {self.name}.{role} is called {roles.count(role)} times in a "
+                    "forward pass; every linear of a block must be called exactly once"
+                )
+            if not _is_linear(module):
+                raise InputError(
+                    f"{where}: {self.name}.{role} is a {type(module).__name__}, "
+                    "which does not compute x Wᵀ + b"
+                )
+        sites: dict[Hashable, str] = {}
+        linears = []
+        for role, identity in self.calls:
+            module = self.modules[role]
+            name = f"{self.name}.{role}"
+            in_features, out_features = features(module)
+            linears.append(
+                Linear(
+                    name=name,
+                    block=block,
+                    role=role,
+                    site=sites.setdefault(identity, name),
+                    out_features=out_features,
+                    in_features=in_features,
+                    has_bias=module.bias is not None,
+                    norm=self._norms.get(identity, ""),
+                )
+            )
+        return linears
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    """Equal for two tensors, both alive, only if they are the same values in the same memory.
+
+    The version tells a tensor from itself after a change in place.
+    """
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it computes x Wᵀ + b (a `Conv1D`: x W + b), tried on small numbers if a subclass."""
+    if type(module) in {nn.Linear, Conv1D}:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    input_TI, weight_OI, bias_O = (
+        torch.randn(shape, generator=generator) for shape in [(4, 3), (2, 3), (2,)]
+    )
+    probe: Any = copy.copy(module)
+    probe._parameters = {
+        "weight": nn.Parameter(weight_OI.T if isinstance(module, Conv1D) else weight_OI),
+        "bias": None if module.bias is None else nn.Parameter(bias_O),
+    }
+    probe.in_features, probe.out_features, probe.nf = 3, 2, 2
+    with torch.no_grad():
+        output_TO = probe(input_TI)
+        expected_TO = linear(input_TI, weight_OI, probe.bias)
+    return isinstance(output_TO, Tensor) and torch.allclose(output_TO, expected_TO, atol=1e-5)

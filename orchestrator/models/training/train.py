@@ -1,0 +1,293 @@
+"""What a shard's blocks train, and the steps of AdamW that they take, whoever makes the gradients.
+
+Shape suffixes: O outputs, R directions, N stored entries.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.device.transport import CPU
+from orchestrator.errors import InfeasibleError
+from orchestrator.models.forms.index_codes import decode
+from orchestrator.models.forms.modules import LowRankLinear, SparseLinear
+from orchestrator.models.shards.shard import Shard
+from orchestrator.models.training.refine import trained_parameters
+from orchestrator.models.training.train_options import MODES
+
+BETAS = {"all": (0.9, 0.999), "lean": (0.9, 0.99), "light": (0.9, 0.999)}
+EPSILON = 1e-8
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Training:
+    """The trained parameters of some of a shard's blocks with their gradients and moments.
+
+    Everything is named by block and nothing depends on another block, so a model may be cut in any
+    way, and what one cut has left (`state`) another takes up (`load`), to the bit. A step is
+
+        m <- m + (1 - b1)(g - m),  v <- b2 v + (1 - b2) g^2,
+        w <- (1 - rate decay) w - rate / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + 1e-8),
+
+    the arithmetic of `torch.optim.AdamW`, in float32 on the shard's device. Modes, with the bytes
+    that each trained parameter takes (value, gradient, two moments):
+
+    - `all`: factors, sparse values on their support, norms, biases; 16 bytes.
+    - `lean`: the same with moments rounded to bfloat16 between steps; 12 bytes. b2 is 0.99: decay
+      by 0.999 changes v by less than half of bfloat16's last place, so v could only ever rise.
+    - `light`: norms, biases, and one scale for each direction of a low rank (each output of a
+      sparse part) instead of its values: W = W0 diag(s), or diag(s) W0. 16 bytes a scale, some
+      thousandth of the values; beside it 8 bytes, and while its block goes back 4 more, a value of
+      the left factors and the sparse parts (W0 and W), 4 a value of the right ones.
+
+    Dense weights stay as they are in every mode, and so do the blocks that are not named. A basis
+    that blocks share is trained if the shard holds all of them, as one tensor of the block that
+    has its name on disk; cut between groups of blocks, and it always is.
+
+    Args:
+        blocks: Which of the shard's blocks are trained.
+        stored: The names of the tensors that are stored; of tied ones that is one.
+        mode: One of `train_options.MODES`.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        blocks: Collection[int],
+        stored: Collection[str],
+        mode: str,
+        weight_decay: float,
+    ) -> None:
+        self._mode, self._decay = mode, weight_decay
+        shard.freeze()
+        self._by_block: dict[int, dict[str, _Whole]] = {block: {} for block in shard.blocks}
+        for name, parameter in trained_parameters(shard, dense=False).items():
+            block = shard.block(name)
+            if block in blocks and name in stored:
+                trained = _trained(shard, name, parameter, mode)
+                if trained is not None:
+                    parameter.requires_grad_(True)
+                    self._by_block[block][name] = trained
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def blocks(self) -> list[int]:
+        """Those with something to train."""
+        return [block for block, entries in self._by_block.items() if entries]
+
+    @property
+    def numbers(self) -> dict[int, int]:
+        """How many numbers of each block are trained."""
+        return {b: sum(e.value.numel() for e in self._by_block[b].values()) for b in self.blocks}
+
+    @property
+    def bytes_to_come(self) -> int:
+        """What gradients and moments will take beside what is loaded; activations are not in it."""
+        moment = 2 if self._mode == "lean" else 4
+        passing = [
+            sum(e.parameter.numel() for e in entries.values() if isinstance(e, _Scaled))
+            for entries in self._by_block.values()
+        ]
+        return (4 + 2 * moment) * sum(self.numbers.values()) + 4 * max(passing)
+
+    def check_room(self, free: int) -> None:
+        """Raises InfeasibleError unless so many bytes of the device's memory are enough."""
+        if self.bytes_to_come > free:
+            others = " or ".join(f"{mode!r}" for mode in MODES[MODES.index(self._mode) + 1 :])
+            instead = f"give train {others}, or more workers" if others else "give more workers"
+            raise InfeasibleError(
+                f"blocks {min(self._by_block)}-{max(self._by_block)}: train {self._mode!r} takes "
+                f"{self.bytes_to_come} bytes for gradients and moments beside the shard, {free} "
+                f"are free on its device; {instead}"
+            )
+
+    def collect(self) -> None:
+        """Takes the gradients that a pass back has left, where they are not those of the values."""
+        for entries in self._by_block.values():
+            for entry in entries.values():
+                entry.collect()
+
+    def norms(self) -> dict[int, float]:
+        """The squared norm of every block's gradient: its tensors', added in the block's order."""
+        gradients = {
+            block: [entry.gradient for entry in entries.values() if entry.gradient is not None]
+            for block, entries in self._by_block.items()
+        }
+        squares = iter(_squared_norms([each for some in gradients.values() for each in some]))
+        return {block: sum((next(squares) for _ in some), 0.0) for block, some in gradients.items()}
+
+    @torch.no_grad()
+    def update(self, number: int, scale: float, rate: float) -> None:
+        """One step, counted from 1, with the gradients times `scale`; they are gone then."""
+        for entries in self._by_block.values():
+            for name, entry in entries.items():
+                if entry.gradient is not None:
+                    self._step(name, entry, entry.gradient, number, scale, rate)
+                entry.clear()
+
+    def _step(
+        self, name: str, entry: "_Whole", gradient: Tensor, number: int, scale: float, rate: float
+    ) -> None:
+        first, second = BETAS[self._mode]
+        if scale != 1:
+            gradient.mul_(scale)
+        if name not in self._moments:
+            self._moments[name] = (self._zeros(entry.value), self._zeros(entry.value))
+        # moments of 16 bits are widened into copies, those of 32 bits are what is written to
+        mean, square = (each.float() for each in self._moments[name])
+        mean.lerp_(gradient, 1 - first)
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        root = square.sqrt().div_((1 - second**number) ** 0.5).add_(EPSILON)
+        entry.value.mul_(1 - rate * self._decay)
+        entry.value.addcdiv_(mean, root, value=-rate / (1 - first**number))
+        entry.apply()
+        if self._mode == "lean":
+            for kept, moment in zip(self._moments[name], (mean, square), strict=True):
+                kept.copy_(moment)
+
+    def _zeros(self, value: Tensor) -> Tensor:
+        dtype = torch.bfloat16 if self._mode == "lean" else torch.float32
+        return torch.zeros_like(value, dtype=dtype)
+
+    def state(self, block: int) -> dict[str, Tensor]:
+        """All that a block's next step depends on, on the CPU: values and moments, by name."""
+        tensors = {}
+        for name, entry in self._by_block[block].items():
+            tensors[f"value.{name}"] = entry.value
+            # what has had no gradient has no moments
+            for moment, tensor in zip(MOMENTS, self._moments.get(name, ()), strict=False):
+                tensors[f"{moment}.{name}"] = tensor
+        return {name: tensor.detach().to(CPU, copy=True) for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Puts a block where `state` found it."""
+        for name, entry in self._by_block[block].items():
+            entry.value.copy_(tensors[f"value.{name}"])
+            entry.apply()
+            keys = [f"{moment}.{name}" for moment in MOMENTS]
+            if tensors.keys() >= set(keys):
+                mean, square = (tensors[key].to(entry.value.device, copy=True) for key in keys)
+                self._moments[name] = (mean, square)
+
+    def tensors(self, block: int) -> dict[str, Tensor]:
+        """What a block's parameters have become, scales multiplied in, on the CPU, by name."""
+        entries = self._by_block[block].items()
+        return {name: entry.parameter.detach().to(CPU, copy=True) for name, entry in entries}
+
+
+def _squared_norms(tensors: list[Tensor]) -> list[float]:
+    """The sum of squares of each, in float64; one read of the device for all.
+
+    In float32 a CPU is 0.4 % off at 3e7 normal values: its few running sums grow so large that
+    later terms are rounded away. On CUDA this is one kernel for all tensors, which widens
+    values as it reads them and adds in an order that follows from the sizes; on a CPU one tensor at
+    a time is copied to float64.
+    """
+    if not tensors:
+        return []
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
+    found: list[float] = torch.stack(norms).square().tolist()
+    return found
+
+
+class _Whole:
+    """A parameter that is trained itself."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+
+    @property
+    def value(self) -> Tensor:
+        return self.parameter.detach()
+
+    @property
+    def gradient(self) -> Tensor | None:
+        return self.parameter.grad
+
+    def collect(self) -> None:
+        """What autograd has added up is the gradient."""
+
+    def clear(self) -> None:
+        self.parameter.grad = None
+
+    def apply(self) -> None:
+        """The value is the parameter's own memory."""
+
+
+class _Scaled(_Whole):
+    """A parameter W0 of which only scales are trained.
+
+    Args:
+        spread: Gives each value of W0 its scale.
+        gather: The sum, for each scale, over the values that it multiplies.
+    """
+
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        scales: int,
+        spread: Callable[[Tensor], Tensor],
+        gather: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__(parameter)
+        self._base = parameter.detach().clone()
+        self._scale = torch.ones(scales, dtype=self._base.dtype, device=self._base.device)
+        self._gradient: Tensor | None = None
+        self._spread, self._gather = spread, gather
+
+    @property
+    def value(self) -> Tensor:
+        return self._scale
+
+    @property
+    def gradient(self) -> Tensor | None:
+        return self._gradient
+
+    def collect(self) -> None:
+        if self.parameter.grad is not None:
+            gradient = self._gather(self.parameter.grad.mul_(self._base))
+            self._gradient = gradient if self._gradient is None else self._gradient + gradient
+            self.parameter.grad = None
+
+    def clear(self) -> None:
+        self._gradient = None
+
+    def apply(self) -> None:
+        torch.mul(self._base, self._spread(self._scale), out=self.parameter.detach())
+
+
+def _trained(shard: Shard, name: str, parameter: nn.Parameter, mode: str) -> _Whole | None:
+    """How a parameter is trained in a mode; nothing if it is not."""
+    if mode != "light":
+        return _Whole(parameter)
+    path, _, child = name.rpartition(".")
+    module = shard.module(path)
+    if child == "weight" and isinstance(module, LowRankLinear):
+        return _Scaled(parameter, module.rank, _same, _over_outputs)
+    if child == "weight" and isinstance(module, SparseLinear):
+        counts_O = _entries(module)
+        return _Scaled(
+            parameter,
+            module.out_features,
+            # with the size given, and lengths known to be valid, nothing is read from the device
+            lambda scale_O: scale_O.repeat_interleave(counts_O, output_size=parameter.numel()),
+            lambda values_N: torch.segment_reduce(values_N, "sum", lengths=counts_O, unsafe=True),
+        )
+    return _Whole(parameter) if parameter.dim() < 2 else None
+
+
+def _same(scale_R: Tensor) -> Tensor:
+    return scale_R
+
+
+def _over_outputs(values_OR: Tensor) -> Tensor:
+    return values_OR.sum(dim=0)
+
+
+def _entries(module: SparseLinear) -> Tensor:
+    """How many entries each output has, int64 [O]; they are stored output by output."""
+    sizes = module.out_features, module.in_features
+    positions_N = decode(module.code, dict(module.named_buffers(recurse=False)), *sizes)
+    return (positions_N // module.in_features).bincount(minlength=module.out_features)

@@ -1,0 +1,111 @@
+"""How a whole compressed model is trained: the options, and which sequences make which step."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from orchestrator.errors import UsageError
+from orchestrator.models.training.refine_options import rate, split
+from orchestrator.recipe.options import check_choice, check_number, check_whole
+
+MODES = ("all", "lean", "light")
+TARGETS = ("stored", "recomputed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """How the compressed model learns from the dense one and from the text."""
+
+    epochs: int = 10
+    """The most times that every training sequence is used; the schedule's length too."""
+    batches: int = 7
+    """Steps an epoch. The training sequences are divided among them as evenly as they can be."""
+    learning_rate: float = 1e-4
+    """The highest, at the end of the warm-up."""
+    weight_decay: float = 0.01
+    warm_up: float = 0.1
+    """Part of all steps in which the rate rises linearly."""
+    floor: float = 0.1
+    """Part of the rate at which the cosine ends."""
+    clip: float = 1.0
+    """Largest norm of a step's gradient; a larger one is scaled down to it."""
+    divergence: float = 1.0
+    """Weight of KL(dense || compressed), a mean over tokens."""
+    cross_entropy: float = 0.0
+    """Weight of the cross-entropy of the text's own next tokens, a mean over predictions."""
+    temperature: float = 1.0
+    """By which both models' logits are divided in the KL."""
+    targets: str = "stored"
+    """`stored`: the dense model passes once and leaves its top-k; `recomputed`: it passes beside
+    the compressed one in every step, for the full KL, and takes its memory and its time."""
+    top_k: int = 256
+    """Outcomes that are stored for each token, all others as one."""
+    held_out: float = 0.125
+    """Part of the sequences that is not trained on and decides which state is the best."""
+    every: int = 7
+    """Steps between snapshots, at each of which the held-out loss is taken."""
+    patience: int = 5
+    """Snapshots without a better state after which training ends."""
+
+    def __post_init__(self) -> None:
+        check_whole("training: epochs", self.epochs, 1, 10_000)
+        check_whole("training: batches", self.batches, 1, 100_000)
+        check_number("training: learning_rate", self.learning_rate, 0, 1)
+        check_number("training: weight_decay", self.weight_decay, 0, 1)
+        check_number("training: warm_up", self.warm_up, 0, 1)
+        check_number("training: floor", self.floor, 0, 1)
+        check_number("training: clip", self.clip, 1e-12, 1e12)
+        check_number("training: divergence", self.divergence, 0, 1e6)
+        check_number("training: cross_entropy", self.cross_entropy, 0, 1e6)
+        check_number("training: temperature", self.temperature, 1e-2, 1e2)
+        check_choice("training: targets", self.targets, TARGETS)
+        check_whole("training: top_k", self.top_k, 1, 1_000_000)
+        check_number("training: held_out", self.held_out, 1e-6, 0.5)
+        check_whole("training: every", self.every, 1, 100_000)
+        check_whole("training: patience", self.patience, 1, 10_000)
+        if not self.divergence and not self.cross_entropy:
+            raise UsageError("training: divergence and cross_entropy are 0; one must be above")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """Which sequences make which step; a value."""
+
+    options: TrainOptions
+    batches: tuple[tuple[int, ...], ...]
+    """The sequences of each step, in the order in which their gradients are added up."""
+    held_out: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.batches)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return rate(step, self.steps, self.options)
+
+    def following(self, step: int) -> int:
+        """The steps that are done at the snapshot after the one at `step`."""
+        return min(step + self.options.every, self.steps)
+
+
+def plan_course(options: TrainOptions, sequences: int, seed: int) -> Course:
+    """The course of so many sequences; each epoch's order is drawn from the seed and its number.
+
+    Raises:
+        ValueError: Fewer than two sequences.
+    """
+    # a forecast reads the options and does without torch
+    import torch
+
+    training, held_out = split(sequences, options.held_out)
+    number = min(options.batches, len(training))
+    batches: list[tuple[int, ...]] = []
+    for epoch in range(options.epochs):
+        key = json.dumps(["train", seed, epoch])
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        order = torch.randperm(len(training), generator=generator)
+        for places in order.tensor_split(number):
+            batches.append(tuple(training[place] for place in places.tolist()))
+    return Course(options=options, batches=tuple(batches), held_out=tuple(held_out))

@@ -1,0 +1,1 @@
+"""Plain values that cross process boundaries: linears, curves, plans, cuts."""

@@ -1,0 +1,82 @@
+"""Groups of linears that share one basis, as one tall linear that any allocator takes.
+
+The linears of one role in n consecutive blocks stand on top of each other: [n m, k] outputs by
+inputs, so rank r stores r (n m + k) values: n left factors [m, r] and one basis [r, k]. Ranks,
+break-even and budget of a group are those of the tall linear.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from orchestrator.plan.plan import Assignment, Linear, Plan
+
+SHARED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""What Basis Sharing's authors group; o and down, whose inputs differ most, stand alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """Which linears share a basis: those of the named kinds, in `size` blocks counted from 0.
+
+    A last group is shorter where the blocks do not divide. Linears whose shapes differ within a
+    group, and all others, stay alone. Shard boundaries fall only between groups.
+    """
+
+    size: int = 1
+    kinds: Collection[str] = ()
+    """Last parts of the roles that are grouped, `q_proj`; the others stand alone."""
+
+    def first(self, block: int) -> int:
+        """The first block of the group of blocks that this one is in."""
+        return block // self.size * self.size
+
+    def joins(self, linear: Linear) -> bool:
+        """Whether the linear may share a basis with others."""
+        return self.size > 1 and linear.role.rpartition(".")[2] in self.kinds
+
+    def groups(self, linears: Sequence[Linear]) -> list[tuple[Linear, ...]]:
+        """The linears, grouped, in the order of each group's first member."""
+        groups: dict[tuple[object, ...], list[Linear]] = {}
+        for linear in linears:
+            key: tuple[object, ...] = (linear.name,)
+            if self.joins(linear):
+                shape = (linear.out_features, linear.in_features)
+                key = (self.first(linear.block), linear.role, shape)
+            groups.setdefault(key, []).append(linear)
+        return [tuple(group) for group in groups.values()]
+
+    def stacked(self, linears: Sequence[Linear]) -> tuple[Linear, ...]:
+        """For each group its tall linear, which has the name of the first member."""
+        return tuple(stack(group) for group in self.groups(linears))
+
+    def spread(self, linears: Sequence[Linear], plan: Plan) -> Plan:
+        """What a plan for the tall linears means for each of `linears`; nothing else changes.
+
+        The first member of a group stores the basis, the others name it.
+        """
+        assignments: dict[str, Assignment] = {}
+        for group in self.groups(linears):
+            whole = plan.assignments[group[0].name]
+            for linear in group:
+                shares = whole.form != "dense" and linear is not group[0]
+                basis = group[0].name if shares else ""
+                assignments[linear.name] = replace(whole, basis=basis)
+        ordered = {linear.name: assignments[linear.name] for linear in linears}
+        return replace(plan, assignments=ordered)
+
+
+def stack(group: Sequence[Linear]) -> Linear:
+    """The linears of a group as one, outputs on top of each other."""
+    outputs = sum(linear.out_features for linear in group)
+    return replace(group[0], out_features=outputs) if len(group) > 1 else group[0]
+
+
+def gram_side(linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
+    """Of what the Gram of a linear is that needs no more than its left singular vectors.
+
+    Of outputs where no linear of the site needs that of the inputs, and it is smaller.
+    """
+    narrow = all(each.in_features > each.out_features for each in site)
+    smaller = sum(each.out_features**2 for each in site) < linear.in_features**2
+    return "output" if narrow and smaller else "input"

@@ -1,0 +1,1 @@
+"""The recipe of a run, its presets, and the checks of its values."""

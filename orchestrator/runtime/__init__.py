@@ -1,0 +1,1 @@
+"""Execution of typed calls on workers: schedules, failures, scaling; knows no model."""

@@ -1,0 +1,255 @@
+"""Blocks in order, each lent to all workers: the schedule of what cannot be done side by side.
+
+One block is at work at a time, and every worker that is there when it begins takes part in it, as a
+replica: it holds the block itself. The block's program is a row of rounds. A round has parts, that
+the replicas share out; what they give is told to the program, which then names the next round. Pure
+state, no Ray and no tensors.
+
+Rules, asserted by the tests:
+
+- Each replica is called in each round, in the same order of rounds, be there a part for it or not;
+  none begins a round before all have ended the one before. So all go through the same states.
+- Of a round that merges each part makes a record. All replicas read all of these with their first
+  call of the next round. A replica that is alone keeps what it made, and makes all parts in order.
+- Parts of a replica that is lost in the middle of a round are made by the others, which are in the
+  same state: a lost worker costs what it was at. The last one costs the block.
+- If a record is gone, the block begins anew; what still runs is waited for and ignored. If what the
+  block starts from is gone, everything up to it is gone through again.
+- A worker that comes later takes part from the next block on. One is enough.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.errors import WorkerError
+from orchestrator.runtime.calls import Call
+
+FIRST = "look"
+"""The method of every program's first round: it reads what the block starts from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What all replicas are called for before any of them goes on."""
+
+    method: str
+    what: str
+    """For messages: `epoch 3, step 2`."""
+    parts: int = 0
+    about: tuple[Any, ...] = ()
+    """The method's arguments beside the parts."""
+    merges: bool = False
+    """Whether all read what its parts make before they go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a round gave."""
+
+    values: list[Any]
+    """Of its parts, in order."""
+    state: Any
+    """What every replica said as it began the round, and all the same."""
+
+
+Program = Generator[Round, Found, Any]
+
+
+class Chain:
+    """Blocks that are gone through one after the other, each from what the one before has left.
+
+    It begins at the last boundary where that still lies, before the first block to make, and ends
+    behind the last one.
+
+    A call's arguments are: the life it belongs to, whether it is the replica's first of the round,
+    whether it reads records, whether it gives one, its parts, and those of the round. It gives for
+    each part its value, and on the first call its state.
+
+    Args:
+        todo: Blocks to make.
+        present: Blocks whose input lies there in full; that of block 0 always does.
+        program: The rounds of a block, told whether it is made already.
+    """
+
+    def __init__(
+        self,
+        *,
+        todo: Iterable[int],
+        present: Iterable[int],
+        program: Callable[[int, bool], Program],
+    ) -> None:
+        self._todo = set(todo)
+        first = min(self._todo, default=0)
+        self._block = max(block for block in (0, *present) if block <= first)
+        self._program = program
+        self._ended: list[tuple[int, Any]] = []
+        self._running: set[int] = set()
+        self._waiting: list[int] = []
+        self._life = self._serial = 0
+        self._most_parts = 1
+        self._rest_here()
+
+    def _rest_here(self) -> None:
+        """No block is at work."""
+        self._rounds: Program | None = None
+        self._replicas: list[int] = []
+        self._emitted: list[tuple[int, int]] = []
+        self._open(None)
+
+    @property
+    def finished(self) -> bool:
+        return not self._todo
+
+    @property
+    def usable(self) -> int:
+        return self._most_parts
+
+    def ended(self) -> list[tuple[int, Any]]:
+        """Blocks that came to their end since this was last asked, and what their programs gave."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
+        if self._round is None and not self._begin(sorted(idle)):
+            return []
+        fresh = [worker for worker in self._replicas if worker not in self._entered]
+        calls = []
+        # what a lost replica leaves is for whoever has done with its own
+        ready = fresh or [each for each in self._replicas if each not in self._running]
+        for place, worker in enumerate(ready):
+            share = -(-len(self._waiting) // (len(ready) - place))
+            parts, self._waiting = self._waiting[:share], self._waiting[share:]
+            if parts or worker in fresh:
+                calls.append(self._call(worker, tuple(parts)))
+        return calls
+
+    def _begin(self, idle: list[int]) -> bool:
+        """Starts the block at hand with the workers there are; whether it could."""
+        if self._running or not idle or self.finished:
+            return False
+        self._replicas = idle
+        self._rounds = self._program(self._block, self._block not in self._todo)
+        self._open(next(self._rounds))
+        return True
+
+    def _open(self, each: Round | None) -> None:
+        """The next round, in which all read what the one before has emitted."""
+        self._round = each
+        self._waiting = list(range(each.parts)) if each else []
+        self._most_parts = max(self._most_parts, len(self._waiting))
+        self._entered: set[int] = set()
+        self._values: dict[int, Any] = {}
+        self._states: dict[int, Any] = {}
+        self._gathered, self._emitted = tuple(sorted(self._emitted)), []
+        self._emits = each is not None and each.merges and len(self._replicas) > 1
+
+    def _call(self, worker: int, parts: tuple[int, ...]) -> Call:
+        assert self._round is not None
+        is_first = worker not in self._entered
+        gathers = self._gathered if is_first else ()
+        emits = None
+        if self._emits and parts:
+            self._serial += 1
+            emits = (self._block, self._serial)
+        self._entered.add(worker)
+        self._running.add(worker)
+        # by the parts, so that what takes down whoever makes them is told from what takes down all
+        which = f"part {parts[0]}-{parts[-1]}" if parts else f"replica {worker}"
+        return Call(
+            worker,
+            self._round.method,
+            (self._life, is_first, bool(gathers), emits is not None, parts, *self._round.about),
+            f"block {self._block}, {self._round.what}, {which}",
+            emits=emits,
+            gathers=gathers,
+        )
+
+    def holds(self, worker: int) -> bool:
+        return worker in self._replicas
+
+    def is_awaited(self, chunk: tuple[int, int]) -> bool:
+        """Whether replicas are to read what was emitted."""
+        all_have_read = self._entered.issuperset(self._replicas)
+        return chunk in self._emitted or (chunk in self._gathered and not all_have_read)
+
+    def succeeded(self, call: Call) -> None:
+        self._running.discard(call.worker)
+        if self._counts(call) and call.emits is not None:
+            self._emitted.append(call.emits)
+
+    def told(self, call: Call, value: dict[str, Any]) -> None:
+        """What a call that succeeded has given.
+
+        Raises:
+            WorkerError: Replicas are not in the same state.
+        """
+        if not self._counts(call):
+            return
+        self._values |= value["parts"]
+        _, is_first, *_ = call.arguments
+        if is_first:
+            self._states[call.worker] = value["state"]
+            # as text: what is not a number is not equal to itself
+            if len({repr(state) for state in self._states.values()}) > 1:
+                raise WorkerError(
+                    f"{call.label}: the workers that share it differ, "
+                    f"{self._states}; all must compute the same bits, so look for a machine or a "
+                    "memory that is not like the others, or give --workers 1"
+                )
+        self._settle()
+
+    def lost(self, call: Call) -> None:
+        self._running.discard(call.worker)
+        if not self._counts(call):
+            return
+        self._waiting = sorted([*self._waiting, *call.arguments[4]])
+        self.retired(call.worker)
+
+    def retired(self, worker: int) -> None:
+        """What a replica has made stays; what it holds the others hold too, if there are any."""
+        if worker not in self._replicas:
+            return
+        self._replicas.remove(worker)
+        if self._replicas:
+            self._settle()
+        else:
+            self._anew()
+
+    def split(self, call: Call) -> bool:
+        """A replica holds one block, and no less will do."""
+        return False
+
+    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+        """What the call was to read is gone: what it was made of still lies there."""
+        self._running.discard(call.worker)
+        if self._counts(call):
+            if call.method == FIRST:
+                self._block = 0
+            self._anew()
+
+    def _counts(self, call: Call) -> bool:
+        """Whether a call is one of this life."""
+        life: int = call.arguments[0]
+        return life == self._life
+
+    def _anew(self) -> None:
+        self._life += 1
+        self._rest_here()
+
+    def _settle(self) -> None:
+        """Goes on to the next round if this one is done."""
+        if self._waiting or self._running or not self._entered.issuperset(self._replicas):
+            return
+        assert self._rounds is not None
+        state = next(iter(self._states.values()), None)
+        found = Found([self._values[part] for part in sorted(self._values)], state)
+        try:
+            following = self._rounds.send(found)
+        except StopIteration as end:
+            self._ended.append((self._block, end.value))
+            self._todo.discard(self._block)
+            self._block += 1
+            self._anew()
+        else:
+            self._open(following)

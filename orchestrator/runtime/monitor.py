@@ -1,0 +1,240 @@
+"""A run as others see it: status, journal, events, and what a signal does to it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from orchestrator.errors import OrchestratorError, StoppedError
+from orchestrator.runtime.signals import Signals
+from orchestrator.store.lease import Hold
+from orchestrator.store.run import RunDirectory
+from orchestrator.usage import Usage
+
+Event = dict[str, Any]
+OnEvent = Callable[[Event], None]
+Follower = Callable[[Event, Mapping[str, Any]], None]
+"""Told of an event, and of the status that it led to."""
+
+
+class Watch:
+    """Keeps the status of a run true from its start to its end, whatever the end is.
+
+    As a context manager it writes `running` on entry and, on exit, `done`, `failed` with the error
+    and its exit code, or `stopped` with 75. SIGTERM and SIGINT write `stopped, 75` at once, then
+    interrupt the program where it stands, and leave as `StoppedError`. What another driver has
+    taken over is left to that one.
+    """
+
+    def __init__(self, run: RunDirectory, on_event: OnEvent | None, **fields: Any) -> None:
+        self._run = run
+        self._on_event = on_event
+        self._status: dict[str, Any] = {**fields, "state": "running", "started": time.time()}
+        self._lock = threading.Lock()
+        self._begun: dict[str, tuple[float, int]] = {}
+        self._workers: set[tuple[str, int]] = set()
+        self._failures = run.failures()
+        self._followers: list[Follower] = []
+        self._holds: list[Hold] = []
+        self.signals = Signals(lambda name: self._write_stopped())
+        self.seconds: dict[str, float] = {}
+        """Wall time by stage."""
+        self.made_elsewhere: list[dict[str, Any]] = []
+        """Stages with units of another environment: how many, and which environment."""
+        self.most_workers = 1
+        """That were there at the same time."""
+        self.within: list[str] = []
+        """The stages that have begun and not ended, the innermost last."""
+        self._busy: dict[str, tuple[float, float]] = {}
+        self.memory: dict[str, Usage] = {}
+        """Peak memory of a worker, by stage."""
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """By stage, which part of the time that workers were there they were at a call."""
+        return {stage: part / of for stage, (part, of) in self._busy.items() if of}
+
+    def __enter__(self) -> "Watch":
+        self._write()
+        self.signals.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.signals.__exit__()
+        if error is None:
+            self._write(state="done", exit_code=0)
+        elif self.signals.received is not None:
+            self._write_stopped()
+            raise StoppedError(
+                f"stopped by {self.signals.received}; what is committed stays, "
+                "the same command resumes"
+            ) from error
+        elif isinstance(error, StoppedError | KeyboardInterrupt):
+            self._write_stopped()
+        else:
+            code = error.exit_code if isinstance(error, OrchestratorError) else 1
+            said = str(error) or type(error).__name__
+            self._write(state="failed", exit_code=code, error=said)
+
+    def _write_stopped(self) -> None:
+        self._write(state="stopped", exit_code=StoppedError.exit_code)
+
+    def _write(self, **fields: Any) -> None:
+        """Adds to the status, unless that is another driver's by now."""
+        if any(hold.taken_by for hold in self._holds):
+            return
+        with self._lock:
+            self._status.update(fields)
+            known = {name: value for name, value in self._status.items() if value is not None}
+            self._run.write_status(**known)
+
+    def add_made_elsewhere(self, stage: str, units: int, environment: Mapping[str, Any]) -> None:
+        """Notes for the report what was made in another environment; of a stage it is added up."""
+        about = {"stage": stage, "environment": dict(environment)}
+        for entry in self.made_elsewhere:
+            if about.items() <= entry.items():
+                entry["units"] += units
+                return
+        self.made_elsewhere.append(about | {"units": units})
+
+    def guard(self, hold: Hold) -> None:
+        """Says from whom a hold was taken; from here on the run ends when another takes it."""
+        if hold.note is not None:
+            self.note(hold.note)
+        self._holds.append(hold)
+
+    def stage(self, name: str) -> "Stage":
+        """A stage of the run; its begin, end and wall time are recorded."""
+        return Stage(self, name)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Adds an event to the journal, shows it in the status, and passes it on.
+
+        Busy times of workers are kept for the end of the stage, and their memory for the status.
+
+        Raises:
+            KeyboardInterrupt: A signal came, and what it raised was caught by somebody.
+            StoppedError: Another driver is at work on the run, or on its output.
+        """
+        self.signals.check()
+        for hold in self._holds:
+            if hold.taken_by is not None:
+                raise StoppedError(
+                    f"{hold.taken_by} has taken over {hold.place.parent}, since nothing was heard "
+                    "of this process; what is committed stays, and that one goes on"
+                )
+        if event["event"] == "busy":
+            stage = self.within[-1] if self.within else ""
+            seconds, of = self._busy.get(stage, (0.0, 0.0))
+            self._busy[stage] = seconds + event["seconds"], of + event["of"]
+            return
+        if event["event"] == "memory":
+            self._note_memory(Usage.from_json(event))
+            return
+        if "log" in event:
+            event = self._recorded(event)
+        self._run.append(event)
+        if (shown := self._shown(event)) is not None:
+            self._write(**shown)
+        for follow in self._followers:
+            follow(dict(event), self._status)
+        if self._on_event is not None:
+            self._on_event(dict(event))
+
+    @contextmanager
+    def followed(self, follower: Follower) -> Iterator[None]:
+        """Tells one more of the events, for a while."""
+        self._followers.append(follower)
+        try:
+            yield
+        finally:
+            self._followers.remove(follower)
+
+    def _note_memory(self, usage: Usage) -> None:
+        """Keeps the peak memory of a stage; the next change of the status shows it."""
+        stage = self.within[-1] if self.within else ""
+        most = self.memory[stage] = usage.merge(self.memory.get(stage, usage))
+        with self._lock:
+            self._status["memory"] = most.to_json()
+
+    def _recorded(self, event: Mapping[str, Any]) -> Event:
+        """Files a failure away with its log; the event names the file in its place."""
+        self._failures += 1
+        record = self._run.record_failure(self._failures, event)
+        return {name: value for name, value in event.items() if name != "log"} | {"record": record}
+
+    def _shown(self, event: Mapping[str, Any]) -> Event | None:
+        """What an event changes in the status; nothing at all, mostly."""
+        match event:
+            case {"event": "stage", "state": "begin", "stage": stage}:
+                self._begun[stage] = (time.monotonic(), 0)
+                return {"stage": stage, "done": None, "total": None, "left": None}
+            case {"event": "stage" | "unit", "stage": stage}:
+                return {"stage": stage, **self._progress(event)}
+            case {"event": "workers", "workers": workers}:
+                self._workers |= {(each["node"], each["pid"]) for each in workers}
+            case {"event": "lost" | "retired" | "returned", "node": node, "pid": pid}:
+                self._workers.discard((node, pid))
+            case {"event": "failed"}:
+                pass
+            case _:
+                return None
+        self.most_workers = max(self.most_workers, len(self._workers))
+        nodes = {node for node, _ in self._workers}
+        there = {"workers": len(self._workers) or None, "nodes": len(nodes) or None}
+        return {**there, "failures": self._failures}
+
+    def _progress(self, event: Mapping[str, Any]) -> Event:
+        """Units that are done, and the seconds that the others take at the same pace."""
+        if event["event"] != "unit":
+            return {}
+        begun, seen = self._begun.get(event["stage"], (time.monotonic(), 0))
+        self._begun[event["stage"]] = (begun, seen + 1)
+        done, total = event["done"], event["total"]
+        left = (time.monotonic() - begun) / (seen + 1) * (total - done)
+        return {"done": done, "total": total, "left": left}
+
+    def dismiss_workers(self) -> None:
+        """Those that were there are gone; others may come."""
+        self._workers.clear()
+        self._status |= {"workers": None, "nodes": None, "left": None}
+
+    def note(self, text: str) -> None:
+        self.event({"event": "note", "text": text})
+
+
+class Stage:
+    """One verb of the driver while it is at work."""
+
+    def __init__(self, watch: Watch, name: str) -> None:
+        self._watch = watch
+        self.name = name
+        self._begun = 0.0
+
+    def __enter__(self) -> "Stage":
+        self._begun = time.monotonic()
+        self._watch.within.append(self.name)
+        self._watch.event({"event": "stage", "stage": self.name, "state": "begin"})
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._watch.within.pop()
+        seconds = time.monotonic() - self._begun
+        self._watch.seconds[self.name] = self._watch.seconds.get(self.name, 0.0) + seconds
+        if error is None:
+            ended = {"event": "stage", "stage": self.name, "state": "end", "seconds": seconds}
+            if self.name in self._watch.busy:
+                ended["busy"] = self._watch.busy[self.name]
+            self._watch.event(ended)
+
+    def progress(self, done: int, total: int, **facts: Any) -> None:
+        """One more unit of `total` is done."""
+        event = {"event": "unit", "stage": self.name, "done": done, "total": total, **facts}
+        self._watch.event(event)

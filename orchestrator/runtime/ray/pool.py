@@ -1,0 +1,120 @@
+"""Calls of workers that are Ray actors: performed, awaited, and what became of them."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+)
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.runtime.calls import Call
+from orchestrator.runtime.losses import loss_of, summary
+from orchestrator.runtime.policy import Cause
+from orchestrator.runtime.pool import Outcome
+from orchestrator.runtime.ray import postmortem
+from orchestrator.runtime.ray.actors import RayActors, cause_of, is_node_loss
+from orchestrator.runtime.ray.cluster import last_line, on_node
+from orchestrator.store.chunks import MissingChunk
+
+POSTMORTEM_SECONDS = 10.0
+_LOST = (ActorDiedError, ActorUnavailableError, ObjectLostError, OutOfMemoryError)
+_LEAVES_ITS_LOG = (Cause.DIED, Cause.OUT_OF_MEMORY)
+
+
+class RayPool(RayActors):
+    """Workers as Ray actors, each pinned to one GPU, or to a share of the CPUs without one."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._calls: dict[Any, tuple[Call, Any, Any]] = {}
+        self._silent: set[str] = set()
+        super().__init__(*arguments, **options)
+
+    def start(self, call: Call, record: Any) -> None:
+        method = self._actors[call.worker].perform.options(num_returns=2)
+        # references are looked up where they are arguments themselves, not in a list
+        records = record if isinstance(record, list) else [record]
+        value, emitted = method.remote(call.method, call.arguments, *records)
+        self._calls[value] = (call, emitted, record)
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        # who has come is seen also where calls always end
+        waiting = [*self._joining, *self._calls]
+        if not waiting:
+            time.sleep(seconds)
+            return []
+        outcomes = []
+        for ref in ray.wait(waiting, num_returns=1, timeout=seconds)[0]:
+            if ref in self._calls:
+                outcomes += self._outcome(ref)
+            else:
+                worker = self._joining[ref]
+                if self._join(ref) is not None:
+                    self._announce_new([worker])
+        return outcomes
+
+    def _outcome(self, ref: Any) -> list[Outcome]:
+        call, emitted, record = self._calls.pop(ref)
+        try:
+            value, usage = ray.get(ref)
+            return [Outcome(call, value, emitted, usage)]
+        except RayTaskError as error:
+            cause = cause_of(error)
+            if isinstance(cause, ObjectLostError) and record is not None:
+                # the chunk went with its node before the call began; its file is still there
+                self.start(call, None)
+                return []
+            if (loss := loss_of(cause)) is not None:
+                return [Outcome(call, lost=summary(cause), cause=loss, log=str(error))]
+            # what is not ours keeps Ray's wrapper, whose text is the traceback on the worker
+            is_ours = isinstance(cause, OrchestratorError | MissingChunk)
+            return [Outcome(call, error=cause if is_ours else error, log=str(error))]
+        except _LOST as error:
+            cause_of_loss = self._cause_of_loss(call.worker, error)
+            log = self._log(call.worker) if cause_of_loss in _LEAVES_ITS_LOG else str(error)
+            return [Outcome(call, lost=last_line(error), cause=cause_of_loss, log=log)]
+
+    def _cause_of_loss(self, worker: int, error: RayError) -> Cause:
+        node = self._probes[worker]["node_id"]
+        if isinstance(error, OutOfMemoryError):
+            return Cause.OUT_OF_MEMORY
+        if node in self._draining or getattr(error, "preempted", False):
+            return Cause.PREEMPTED
+        return Cause.NODE_LOST if is_node_loss(error) else Cause.DIED
+
+    def _log(self, worker: int) -> str:
+        return self._on_its_node(worker, postmortem.tail, self._probes[worker]["log"])
+
+    def _on_its_node(self, worker: int, function: Callable[..., str], *arguments: Any) -> str:
+        """What a function says of a worker's process where that is, or why it cannot."""
+        node = self._probes[worker]["node_id"]
+        if node == ray.get_runtime_context().get_node_id():
+            return function(*arguments)
+        if node in self._silent:
+            return f"node {self._name(node)} has not answered before"
+        task = ray.remote(num_cpus=0, max_retries=0)(function).options(**on_node(node))
+        ref = task.remote(*arguments)
+        try:
+            said: str = ray.get(ref, timeout=POSTMORTEM_SECONDS)
+        except RayError as error:
+            ray.cancel(ref, force=True)
+            self._silent.add(node)
+            return f"node {self._name(node)} does not say more: {last_line(error)}"
+        return said
+
+    def abandon(self, call: Call, why: str) -> list[Outcome]:
+        (ref,) = (ref for ref, (each, _, _) in self._calls.items() if each is call)
+        if ray.wait([ref], timeout=0)[0]:
+            # it has answered while others were listened to
+            return self._outcome(ref)
+        del self._calls[ref]
+        probe = self._probes[call.worker]
+        log = self._on_its_node(call.worker, postmortem.end_hung, probe["pid"], probe["log"])
+        return [Outcome(call, lost=why, cause=Cause.HUNG, log=log)]

@@ -1,0 +1,225 @@
+"""`orchestrator submit`: a command of ours as a Ray job, submitted again while that may help."""
+
+import asyncio
+import logging
+import os
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ray.exceptions import AuthenticationError, RayError
+from ray.job_submission import JobDetails, JobSubmissionClient
+
+from orchestrator.errors import StoppedError, UsageError
+from orchestrator.runtime.ray.cluster import first_line
+from orchestrator.runtime.ray.submit_policy import End, State, seconds_to_next
+from orchestrator.runtime.signals import Signals
+
+EXCLUDES = (".venv", ".work", ".git")
+"""What of a working directory stays behind, besides what its `.gitignore` names."""
+PATIENCE_SECONDS = 600.0
+"""How long a head may be silent: a new one takes minutes."""
+SILENCE_SECONDS = 60.0
+"""A log that says nothing for so long is opened anew: a connection can die without a word."""
+POLL_SECONDS = 1.0
+SAY_SECONDS = 30.0
+STOP_SECONDS = 20.0
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Variables that Ray prefers to an address it is given."""
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+    "ray._private.runtime_env.working_dir",
+)
+"""Loggers of Ray that tell of each package, each connection and each directory left out."""
+
+Say = Callable[[str], None]
+T = TypeVar("T")
+
+
+def submit(
+    program: Sequence[str],
+    *,
+    address: str | None,
+    retries: int,
+    working_dir: str,
+    exclude: Sequence[str],
+    env: Mapping[str, str],
+    wait: bool,
+    show: Say,
+    say: Say,
+) -> int:
+    """Runs a command line of ours as a Ray job and follows it; gives its program's exit code.
+
+    An attempt that ends in a way that may pass (see `submit_policy`) is followed by another with
+    a submission id of its own, which resumes the run. SIGINT and SIGTERM stop the job. The
+    arguments are those of `orchestrator.api.submit`.
+
+    Raises:
+        UsageError: Nothing answers at the address, it does not let us in, or it refuses the job.
+        StoppedError: A signal came, or the head was silent for too long.
+    """
+    environment = {"working_dir": working_dir, "excludes": [*EXCLUDES, *exclude]}
+    with Signals(lambda name: None) as signals:
+        job = _Job(program, {**environment, "env_vars": dict(env)}, say, signals)
+        try:
+            job.connect(address)
+            for attempt in range(1, retries + 2):
+                job.submit(attempt, retries + 1)
+                if not wait:
+                    show(f"{job.id}\n")
+                    say(f"`ray job logs --address {job.address} --follow {job.id}` shows its log")
+                    return 0
+                end = job.follow(show)
+                seconds = seconds_to_next(end, attempt, retries)
+                if seconds is None:
+                    break
+                say(f"{job.id}: {end.text}; the next attempt is in {seconds:g} s")
+                time.sleep(seconds)
+            say(f"{job.id}: {end.text}")
+            return end.exit_code
+        except KeyboardInterrupt:
+            raise StoppedError(
+                f"stopped by {signals.received}; {job.stop()}; what is committed stays, "
+                "the same command resumes"
+            ) from None
+
+
+class _Job:
+    """The attempt at hand."""
+
+    def __init__(
+        self, program: Sequence[str], environment: Mapping[str, Any], say: Say, signals: Signals
+    ) -> None:
+        self._entrypoint = shlex.join(["python", "-m", "orchestrator", *program])
+        self._environment = dict(environment)
+        self._say = say
+        self._signals = signals
+        self._name = f"orchestrator-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        self.id = ""
+        """Submission id; Ray takes none twice."""
+
+    def connect(self, address: str | None) -> None:
+        """Raises UsageError where nothing answers or lets us in."""
+        for name in _ADDRESSES:
+            theirs = os.environ.get(name)
+            if address and theirs and theirs != address:
+                raise UsageError(
+                    f"address {address}: Ray would go to {name}={theirs} instead; unset {name}"
+                )
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            self._client = JobSubmissionClient(address)
+        except AuthenticationError as error:
+            raise _locked_out(address) from error
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"address {address}: no Ray dashboard answers: {first_line(error)}; "
+                "give http://HEAD:8265"
+            ) from error
+        self.address: str = self._client.get_address()
+
+    def submit(self, attempt: int, attempts: int) -> None:
+        """Submits an attempt under an id of its own."""
+        self.id = f"{self._name}-{attempt}"
+        self._shown = 0
+        self._metadata = {"attempt": f"{attempt} of {attempts}"}
+        self._ask(self._submit_unless_known)
+        self._say(f"{self.id}: submitted to {self.address}, attempt {attempt} of {attempts}")
+
+    def _submit_unless_known(self) -> None:
+        # if the head fell silent after it had taken the job, it is not given a second one
+        if self._details() is not None:
+            return
+        try:
+            # so that it is known, when a signal comes, whether there is a job to be stopped
+            with self._signals.deferred():
+                self._client.submit_job(
+                    entrypoint=self._entrypoint,
+                    submission_id=self.id,
+                    runtime_env=self._environment,
+                    metadata=self._metadata,
+                )
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(f"{self.address} refuses the job: {first_line(error)}") from error
+
+    def follow(self, show: Say) -> End:
+        """Shows the log of the attempt until its end."""
+        while True:
+            asyncio.run(self._show_log(show))
+            self._signals.check()
+            details = self._ask(self._details)
+            if details is None:
+                return End(State.LOST)
+            if details.status.is_terminal():
+                state = State[details.status.value]
+                return End(state, details.driver_exit_code, details.message or "")
+            time.sleep(POLL_SECONDS)
+
+    async def _show_log(self, show: Say) -> None:
+        pieces, position = self._client.tail_job_logs(self.id), 0
+        while True:
+            try:
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    piece = await anext(pieces)
+            except Exception:
+                # whatever ended the log, the job's status says what is the matter
+                return
+            if fresh := piece[max(self._shown - position, 0) :]:
+                show(fresh)
+            position += len(piece)
+            self._shown = max(self._shown, position)
+
+    def stop(self) -> str:
+        """Stops the attempt; gives what became of it, in words."""
+        if not self.id:
+            return "nothing was submitted"
+        try:
+            if self._details() is None:
+                return f"{self.id} was not submitted"
+            self._say(f"{self.id}: is being stopped")
+            self._client.stop_job(self.id)
+            end = time.monotonic() + STOP_SECONDS
+            while (found := self._details()) is not None and time.monotonic() < end:
+                if found.status.is_terminal():
+                    return f"{self.id} has ended as {found.status.value}"
+                time.sleep(POLL_SECONDS)
+        except (OSError, RayError, RuntimeError) as error:
+            return f"{self.id} may go on, for its head does not answer: {first_line(error)}"
+        return f"{self.id} was told to stop and may take a while"
+
+    def _details(self) -> JobDetails | None:
+        """What Ray knows of the attempt; a head that was started anew knows nothing."""
+        jobs = self._client.list_jobs()
+        return next((job for job in jobs if job.submission_id == self.id), None)
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """Asks again while the head does not answer, for ten minutes, and says so meanwhile."""
+        begun = said = time.monotonic()
+        while True:
+            try:
+                return question()
+            except AuthenticationError as error:
+                raise _locked_out(self.address) from error
+            except (OSError, RuntimeError) as error:
+                now, why = time.monotonic(), f"{type(error).__name__}: {first_line(error)}"
+            if now - begun > PATIENCE_SECONDS:
+                raise StoppedError(
+                    f"{self.address} has not answered for {PATIENCE_SECONDS:g} s: {why}; if "
+                    f"{self.id} is gone with it, the same command resumes on another cluster"
+                )
+            if now - said >= SAY_SECONDS or said == begun:
+                self._say(f"{self.id}: {self.address} does not answer, is asked again")
+                said = now
+            time.sleep(POLL_SECONDS)
+
+
+def _locked_out(address: str | None) -> UsageError:
+    return UsageError(
+        f"address {address}: the cluster asks for another token than is given here; "
+        "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+    )

@@ -1,0 +1,97 @@
+"""What an earlier run has left that this one goes on from: whole, and made where bits are the same.
+
+A unit's key says everything that decides its bits but the environment: device kind, versions of
+libraries, threads. That stands in its manifest.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.verify import intact
+from orchestrator.runtime.workers import Crew
+from orchestrator.store.places import Place
+from orchestrator.store.units import Units
+
+Name = TypeVar("Name", bound=Hashable)
+Files = Sequence[tuple[Place, str]]
+
+
+def taken_up(
+    units: Units,
+    keys: Mapping[Name, str],
+    crew: Crew,
+    watch: Watch,
+    stage: str,
+    *,
+    called: str = "{}",
+    files: Callable[[Name, Mapping[str, Any]], Files] | None = None,
+    is_all: bool = True,
+) -> dict[Name, dict[str, Any]]:
+    """Facts of the committed units that this run goes on from; their files have their hashes.
+
+    Those of this environment always. Those of another one if all are complete there, so that they
+    are alike; if some are missing or damaged none, unless the crew mixes. What was made elsewhere
+    is said, and stands in the report: the result is then equal to what one environment gives within
+    rounding, not to the bit. A search that measures in rounds is judged round by round.
+
+    Args:
+        called: What a unit is called in messages, by its name: `block {}`.
+        files: What a unit has committed, with the BLAKE2b of each, by its name and facts; the files
+            that its manifest names, without it.
+        is_all: Whether these units are all that the stage makes.
+    """
+    there = {name: found for name, key in keys.items() if (found := units.manifest(key))}
+    hashes = {
+        called.format(name): files(name, found["facts"]) if files else units.hashes(keys[name])
+        for name, found in there.items()
+    }
+    whole = intact(crew, watch, {label: each for label, each in hashes.items() if each})
+    there = {
+        name: found
+        for name, found in there.items()
+        if not hashes[called.format(name)] or called.format(name) in whole
+    }
+    refused = _judge(
+        {name: found["environment"] for name, found in there.items()},
+        len(keys),
+        crew,
+        watch,
+        stage,
+        is_all,
+    )
+    return {name: found["facts"] for name, found in there.items() if name not in refused}
+
+
+def _judge(
+    made: Mapping[Name, Mapping[str, Any]],
+    wanted: int,
+    crew: Crew,
+    watch: Watch,
+    stage: str,
+    is_all: bool,
+) -> set[Name]:
+    """Those that were made in another environment and are not gone on from; says what is done."""
+    others = {name: each for name, each in made.items() if each != crew.environment}
+    if not others:
+        return set()
+    first = next(iter(others.values()))
+    is_complete = is_all and len(others) == wanted
+    is_complete = is_complete and all(each == first for each in others.values())
+    what = f"{len(others)} of {wanted} units of {stage} were made with "
+    what += _differences(first, crew.environment)
+    if is_complete or crew.allow_mixed:
+        watch.note(f"{what}: taken as they are, so the result has not the bits of one machine")
+        watch.add_made_elsewhere(stage, len(others), first)
+        return set()
+    watch.note(f"{what}: made again, since others are missing; --allow-mixed takes them")
+    return set(others)
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What of an environment is not as it is here."""
+    return ", ".join(
+        f"{name} {there.get(name, 'unknown')} (here {value})"
+        for name, value in here.items()
+        if there.get(name) != value
+    )

@@ -1,0 +1,42 @@
+"""Whether what an earlier run has committed is still what it was.
+
+Sizes are compared wherever a unit is looked up; content is read here, once, when a run is taken
+up again, and by the workers: they read those files later anyway, and hash as many at a time as
+there are workers, while the driver would read the whole result alone. It costs one reading of the
+files, seconds where making them again takes hours.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestrator.runtime.calls import Bag, Call
+from orchestrator.runtime.dispatch import dispatch
+from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.policy import FailurePolicy
+from orchestrator.runtime.workers import Crew
+from orchestrator.store.places import Place
+
+
+def intact(
+    crew: Crew, watch: Watch, hashes: Mapping[str, Sequence[tuple[Place, str]]]
+) -> frozenset[str]:
+    """The names of those whose files all have their hashes; the others are named aloud.
+
+    Args:
+        hashes: For each name its files, each with its BLAKE2b.
+    """
+    if not hashes:
+        return frozenset()
+    found: dict[str, bool] = {}
+    with watch.stage("verify") as stage:
+
+        def on_success(call: Call, value: Any) -> None:
+            found[call.label] = value
+            stage.progress(len(found), len(hashes), unit=call.label)
+
+        bag = Bag("verify", [(name, (files,)) for name, files in hashes.items()])
+        dispatch(crew.pool, bag, FailurePolicy(), on_success=on_success, on_event=watch.event)
+    for name in hashes:
+        if not found[name]:
+            watch.event({"event": "damaged", "unit": name, "why": "its files have other hashes"})
+    return frozenset(name for name in hashes if found[name])

@@ -1,0 +1,166 @@
+"""Getting workers, on Ray or in this process: proved to see the same files and be alike."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from orchestrator.device.strict import cuda_environment_here
+from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.pool import LocalPool, Pool
+from orchestrator.runtime.scaling import Bounds
+from orchestrator.runtime.worker import PROBE_PREFIX, Task, Worker
+from orchestrator.store.files import atomic
+
+DEFAULT_THREADS = 1
+"""One thread a worker: on CPUs the most work a second, and bits that do not depend on how many
+cores a machine has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How much at once and where: what changes the time a run takes, never its result."""
+
+    executor: str = "ray"
+    address: str | None = None
+    workers: int | str | None = None
+    threads: int | None = None
+    shards: int | None = None
+    allow_mixed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Workers that are ready."""
+
+    pool: Pool
+    size: int
+    """Workers that there are, or that there may come to be, for which models are cut."""
+    environment: dict[str, Any]
+    """What can change bits, the same for all of them."""
+    nodes: tuple[str, ...]
+    allow_mixed: bool = False
+    """Whether what was left in another environment is gone on from."""
+    most: int = 1
+    """Workers that the work can use."""
+    bounds: Bounds = field(default_factory=Bounds)
+    device_bytes: int | None = None
+    """Memory of the smallest GPU of a worker; None without GPUs."""
+
+    def turned_to(self, worker_class: type[Worker], task: Task) -> "Crew":
+        """The workers at another task of the run, in the processes that they have.
+
+        Raises:
+            InfeasibleError, InputError: As `assemble`.
+        """
+        self.pool.turn_to(worker_class, task)
+        return self.gathered()
+
+    def gathered(self) -> "Crew":
+        """What it is once enough workers are there."""
+        probes = self.pool.gather()
+        within = self.bounds.for_work(self.most)
+        return replace(
+            self,
+            size=within.within(self.most) if within.is_growing else len(probes),
+            environment=probes[0]["environment"],
+            nodes=tuple(sorted({probe["node"] for probe in probes})),
+            device_bytes=min(
+                filter(None, (probe["device_bytes"] for probe in probes)), default=None
+            ),
+        )
+
+
+@contextmanager
+def connected(schedule: Schedule, watch: Watch) -> Iterator[None]:
+    """Joins a Ray cluster or starts one, for all crews of a run; leaves it, or ends it.
+
+    Without Ray, this process has CUDA's environment meanwhile: PyTorch reads it at the first look
+    at a device.
+
+    Raises:
+        UsageError: The address does not answer.
+    """
+    if schedule.executor == "local":
+        with cuda_environment_here():
+            yield
+        return
+    # Ray takes a second to import, and a run in this process does without it
+    from orchestrator.runtime.ray import connect as ray_crew
+
+    with ray_crew.connected(schedule.address, watch):
+        yield
+
+
+@contextmanager
+def assemble(
+    worker_class: type[Worker], task: Task, schedule: Schedule, most: int, watch: Watch
+) -> Iterator[Crew]:
+    """Starts workers where the process is connected, and proves them; ends them on the way out.
+
+    Args:
+        most: Workers that the work can use.
+
+    Raises:
+        UsageError: More than one local worker is asked for.
+        InfeasibleError: The cluster can never hold so many workers.
+        InputError: A node does not see the model or a directory, or runs other versions.
+    """
+    asked = Bounds.of(schedule.workers)
+    if schedule.executor == "local":
+        if asked.least > 1:
+            raise UsageError(
+                f"workers: {schedule.workers} with the local executor, which is one process; "
+                "leave it out, or use --executor ray"
+            )
+        products = torch.backends.cuda.matmul
+        threads, precision = torch.get_num_threads(), products.fp32_precision
+        try:
+            with _probe_files(task) as nonce:
+                pool = LocalPool(worker_class, task, nonce)
+                yield Crew(pool, 1, {}, (), schedule.allow_mixed).gathered()
+        finally:
+            # the worker has set its own, in what is the caller's process
+            torch.set_num_threads(threads)
+            products.fp32_precision = precision
+        return
+    from orchestrator.runtime.ray import connect as ray_crew
+
+    with (
+        _probe_files(task) as nonce,
+        ray_crew.pool(worker_class, task, asked, most, nonce, watch) as ray_pool,
+    ):
+        try:
+            crew = Crew(ray_pool, 0, {}, (), schedule.allow_mixed, most, asked).gathered()
+            there = len(ray_pool.workers())
+            watch.note(f"{there} workers on {', '.join(crew.nodes)}: {crew.environment['device']}")
+            yield crew
+        finally:
+            watch.dismiss_workers()
+
+
+@contextmanager
+def _probe_files(task: Task) -> Iterator[str]:
+    """Files by which workers know that they see the driver's directories; those are the run's own.
+
+    They stay as long as workers may come; what a killed driver left is removed.
+    """
+    nonce = uuid.uuid4().hex[:12]
+    for directory in task.writes:
+        for stale in directory.iterdir() if directory.is_dir() else ():
+            if stale.name.startswith(PROBE_PREFIX):
+                stale.unlink(missing_ok=True)
+    paths = [directory / f"{PROBE_PREFIX}{nonce}" for directory in task.writes]
+    try:
+        for path in paths:
+            with atomic(path) as temporary:
+                temporary.touch()
+        yield nonce
+    finally:
+        for path in paths:
+            with suppress(OSError, OrchestratorError):
+                path.unlink(missing_ok=True)

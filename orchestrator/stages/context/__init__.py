@@ -1,0 +1,1 @@
+"""What several stages share: keys, tokens, passes over blocks, stored tensors."""

@@ -1,0 +1,115 @@
+"""The forecast that a compression begins with, for the machines that are there."""
+
+from dataclasses import replace
+
+import torch
+
+from orchestrator.cli.lines import size
+from orchestrator.errors import InfeasibleError, InputError, UsageError
+from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.outcome import Forecast, Resources
+from orchestrator.forecast.rates import Machine
+from orchestrator.forecast.shapes import read_shapes
+from orchestrator.models.evaluation.machine import host_bytes
+from orchestrator.recipe.recipe import Recipe
+from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.scaling import Bounds
+from orchestrator.runtime.workers import Crew, Schedule
+from orchestrator.store.places import Place
+
+
+def foresee(
+    recipe: Recipe,
+    model: Place,
+    schedule: Schedule,
+    watch: Watch,
+    measured: int | None = None,
+) -> Forecast | None:
+    """Says what a worker will hold, and refuses what cannot fit.
+
+    Of a device's memory a run knows in this process, where Ray says which GPUs its nodes have, and
+    where workers are to run on this machine alone: one of them at least must fit it. Otherwise
+    nothing is refused, nor where a model's headers do not say what a forecast needs.
+
+    Args:
+        measured: Memory of a worker's GPU as started workers report it, in bytes.
+
+    Raises:
+        InfeasibleError: A stage does not fit on the largest device, whose memory is known.
+    """
+    there = _in_this_process() if schedule.executor == "local" else _on_ray(schedule)
+    workers, room, is_gpu = there
+    machine = Machine("", room, (), is_gpu)
+    resources = Resources(workers=workers, machine=machine, memory_bytes=room)
+    if measured is not None:
+        resources = replace(resources, memory_bytes=float(measured))
+    try:
+        found = forecast(read_shapes(model), recipe, resources)
+    except (InputError, UsageError) as error:
+        # headers may lack what it needs, or name linears otherwise than the model does
+        watch.note(f"no forecast: {error}")
+        return None
+    peak = found.peak
+    what = f"a worker holds up to {size(peak.device.total)}, in {peak.name}"
+    of = f" of {size(room)} assumed from its GPU's type" if room and _is_assumed(schedule) else ""
+    of = f" of {size(measured)}" if measured is not None else of
+    watch.note(f"forecast: {what}{of}; the run directory {size(found.run_bytes)}")
+    if found.infeasible and not recipe.allow_infeasible:
+        raise InfeasibleError(
+            f"{found.infeasible[0]}; `orchestrator plan` says more, and --allow-infeasible tries "
+            "it nevertheless"
+        )
+    return found
+
+
+def foresee_again(
+    found: Forecast | None,
+    recipe: Recipe,
+    model: Place,
+    schedule: Schedule,
+    crew: Crew,
+    watch: Watch,
+) -> Forecast | None:
+    """Repeats the forecast with the GPU memory that the started workers report.
+
+    Before a worker starts, only Ray's name of the GPU type is known: the larger size is assumed of
+    a card that is sold in two sizes, and the whole card for a slice of it (MIG).
+
+    Raises:
+        InfeasibleError: As `foresee`.
+    """
+    measured = crew.device_bytes
+    if found is None or measured is None or measured == found.limits["device"]:
+        return found
+    assumed = found.limits["device"]
+    before = "it was unknown" if assumed is None else f"{size(assumed)} were assumed from its type"
+    watch.note(f"a worker's GPU has {size(measured)}; {before}")
+    return foresee(recipe, model, schedule, watch, measured)
+
+
+def _in_this_process() -> tuple[int, float, bool]:
+    """Workers, the memory of one, and whether that is a GPU's."""
+    if torch.cuda.is_available():
+        return 1, float(torch.cuda.get_device_properties(0).total_memory), True
+    return 1, float(host_bytes()), False
+
+
+def _is_assumed(schedule: Schedule) -> bool:
+    """True if the known memory is assumed from the GPU type, since Ray reports no more."""
+    if schedule.executor == "local":
+        return False
+    from orchestrator.runtime.ray import connect as ray_crew
+
+    return not ray_crew.is_this_machine()
+
+
+def _on_ray(schedule: Schedule) -> tuple[int, float | None, bool]:
+    from orchestrator.runtime.ray import connect as ray_crew
+
+    there, room = ray_crew.devices(schedule.threads)
+    is_gpu = ray_crew.has_gpus()
+    bounds = Bounds.of(schedule.workers)
+    if room is None and not bounds.is_growing and ray_crew.is_this_machine():
+        room = float(host_bytes())
+    most = bounds.most if bounds.is_growing and bounds.most else max(there, 1)
+    return max(1, min(most, bounds.most or most)), room, is_gpu

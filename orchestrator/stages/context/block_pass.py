@@ -1,0 +1,304 @@
+"""Chunks through all shards, whose workers then finish their blocks: forward, or back as gradients.
+
+The driver's part of everything that gathers statistics and commits a unit a block.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from orchestrator.plan.cut import cut_blocks, cut_segments, default_shards
+from orchestrator.runtime.calls import Call
+from orchestrator.runtime.chain import Chain, Program
+from orchestrator.runtime.dispatch import dispatch
+from orchestrator.runtime.monitor import Stage, Watch
+from orchestrator.runtime.policy import FailurePolicy
+from orchestrator.runtime.resume import taken_up
+from orchestrator.runtime.run_pass import run_pass
+from orchestrator.runtime.shard_pass import Pass
+from orchestrator.runtime.workers import Crew
+from orchestrator.store.chunks import Chunks
+from orchestrator.store.run import RunDirectory
+
+LONG = 64
+"""Numbers of a list that is worth an array."""
+
+
+def with_arrays(facts: Any) -> Any:
+    """Facts with long lists of numbers as arrays: a quarter of their memory in the driver."""
+    if isinstance(facts, dict):
+        return {name: with_arrays(value) for name, value in facts.items()}
+    if not isinstance(facts, list):
+        return facts
+    if len(facts) > LONG and all(type(value) is float for value in facts):
+        return np.array(facts)
+    return [with_arrays(value) for value in facts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPass:
+    """What all passes of a run over a model's blocks share."""
+
+    run: RunDirectory
+    num_blocks: int
+    sequences: int
+    shards: int | None
+    """How many, if the recipe says so."""
+    group: int
+    """Blocks that are finished as one."""
+    blocks: int
+    """The most in a shard, where the recipe does not say how many there are."""
+    segments: int = 1
+    """Segments of a backward pass, see `cut_segments`."""
+    patience: Mapping[str, float] = field(default_factory=dict)
+    """By method, seconds that a call may take (see `Deadlines`)."""
+    on_committed: Callable[[int], None] = lambda block: None
+    """Called with each block whose unit is committed."""
+
+    def forward(
+        self,
+        pass_key: str,
+        keys: Mapping[int, str],
+        crew: Crew,
+        watch: Watch,
+        stage: Stage,
+        committed: Mapping[int, dict[str, Any]] | None = None,
+    ) -> dict[int, dict[str, Any]]:
+        """Passes chunks on; gives the facts of the units of these keys, by block.
+
+        Units that are committed, and whole, are not made again.
+
+        Args:
+            committed: Result of `committed`, if the caller has it already.
+        """
+        if committed is None:
+            done = self._decomposed(keys, crew, watch, stage)
+        else:
+            done = {block: with_arrays(facts) for block, facts in committed.items()}
+        for block in done:
+            self.on_committed(block)
+        cut = self._cut(crew)
+        schedule = Pass(
+            cut,
+            todo=keys.keys() - done.keys(),
+            num_chunks=self.sequences,
+            present=self._present(pass_key, [blocks.start for blocks in cut], crew),
+            joints=self._joints,
+        )
+        self._perform(schedule, pass_key, done, keys, crew, watch, stage)
+        return done
+
+    def backward(
+        self,
+        dense_key: str,
+        pass_key: str,
+        draws: int,
+        keys: Mapping[int, str],
+        crew: Crew,
+        watch: Watch,
+        stage: Stage,
+    ) -> dict[int, dict[str, Any]]:
+        """The same with gradients, `draws` for every sequence, from the last block to the first.
+
+        A forward pass under `dense_key` stores chunks at the boundaries, until the shards that read
+        them are done: the backward pass runs each shard again on its input and goes back through
+        it. If that takes too much storage, only some boundaries have chunks, and the forward pass
+        is repeated segment by segment (see `cut_segments`). If a shard is too much for a worker,
+        one more forward pass makes the chunks at the new cut.
+        """
+        done = self._decomposed(keys, crew, watch, stage)
+        cut, count = self._cut(crew), draws * self.sequences
+        dense, workers = self.run.chunks(dense_key, crew.environment), crew.size
+
+        def back(part: Sequence[range]) -> Pass:
+            """Backward pass through these shards; gradients stay if earlier blocks need them."""
+            first = part[0].start
+            goes_on = any(block < first for block in todo)
+            boundaries = [blocks.stop for blocks in part[::-1]]
+            *present, behind = self._present(pass_key, [*boundaries, first], crew, count)
+            return Pass(
+                part[::-1],
+                todo=todo,
+                num_chunks=count,
+                present=present,
+                results=behind if goes_on else None,
+                keeps=(first,) if goes_on else (),
+                backward=True,
+                joints=self._joints,
+                reads_beside=True,
+                about=(True,),
+            )
+
+        while todo := keys.keys() - done.keys():
+            segments = cut_segments(len(cut), workers, self.segments)
+            kept, first = _next_segment(cut, segments, back(cut).unfinished)
+            if (found := self._keep_boundaries(dense_key, cut, kept, crew, watch)) != cut:
+                cut = found
+                continue
+            schedule = back(cut[first:])
+            self._perform(schedule, pass_key, done, keys, crew, watch, stage, beside=dense)
+            cut = (*cut[:first], *schedule.following_cut())
+        for chunks in (dense, self.run.chunks(pass_key, crew.environment)):
+            chunks.clear()
+        return done
+
+    def in_order(
+        self,
+        streams: Sequence[str],
+        keys: Mapping[int, str],
+        program: Callable[[int, bool], Program],
+        crew: Crew,
+        watch: Watch,
+        stage: Stage,
+    ) -> dict[int, dict[str, Any]]:
+        """Blocks one after the other, each from all the chunks that the one before has left.
+
+        Args:
+            streams: Pass keys of the chunks that move from block to block, side by side.
+            keys: Of the units of all blocks that are gone through, from block 0 on.
+            program: The rounds of a block, told whether it is made; gives the facts of its unit.
+        """
+        done = self.committed(keys, crew, watch, stage.name)
+        stores = [self.run.chunks(stream, crew.environment) for stream in streams]
+        present = [
+            block
+            for block in keys
+            if all(len(store.present(block, self.sequences)) == self.sequences for store in stores)
+        ]
+        schedule = Chain(todo=keys.keys() - done.keys(), present=present, program=program)
+
+        def note_ended() -> None:
+            for block, facts in schedule.ended():
+                for store in stores:
+                    store.drop(block)
+                if facts is not None:
+                    done[block] = facts
+                    self._progress(block, done, keys, stage)
+
+        def on_success(call: Call, value: Any) -> None:
+            schedule.told(call, value)
+            note_ended()
+
+        dispatch(
+            crew.pool,
+            schedule,
+            FailurePolicy(),
+            on_success=on_success,
+            is_awaited=schedule.is_awaited,
+            on_event=watch.event,
+        )
+        note_ended()
+        for store in stores:
+            store.clear()
+        return done
+
+    def committed(
+        self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: str
+    ) -> dict[int, dict[str, Any]]:
+        """Facts of the units that are taken up from an earlier run."""
+        done = taken_up(self.run.units, keys, crew, watch, stage, called="block {}")
+        if done:
+            watch.note(f"{len(done)} of {len(keys)} blocks are committed already")
+        return done
+
+    def _decomposed(
+        self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
+    ) -> dict[int, dict[str, Any]]:
+        committed = self.committed(keys, crew, watch, stage.name)
+        return {block: with_arrays(facts) for block, facts in committed.items()}
+
+    @property
+    def _joints(self) -> range:
+        """Where shards may meet."""
+        return range(0, self.num_blocks, self.group)
+
+    def _cut(self, crew: Crew) -> tuple[range, ...]:
+        default = default_shards(self.num_blocks, crew.size, max(self.blocks, self.group))
+        return cut_blocks(self.num_blocks, self.shards or default, self.group)
+
+    def _present(
+        self, pass_key: str, boundaries: list[int], crew: Crew, count: int | None = None
+    ) -> list[set[int]]:
+        """Which chunks lie at each boundary."""
+        chunks = self.run.chunks(pass_key, crew.environment)
+        return [chunks.present(boundary, count or self.sequences) for boundary in boundaries]
+
+    def _keep_boundaries(
+        self,
+        dense_key: str,
+        cut: tuple[range, ...],
+        kept: Sequence[int],
+        crew: Crew,
+        watch: Watch,
+    ) -> tuple[range, ...]:
+        """Passes chunks up to these boundaries and keeps them there; gives the cut afterwards."""
+        last = next(shard for shard, blocks in enumerate(cut) if blocks.start == max(kept))
+        if last == 0:
+            return cut
+        boundaries = [blocks.start for blocks in cut[: last + 1]]
+        *present, behind = self._present(dense_key, boundaries, crew)
+        schedule = Pass(
+            cut[:last],
+            todo=(),
+            num_chunks=self.sequences,
+            present=present,
+            results=behind,
+            keeps=kept,
+            joints=self._joints,
+        )
+        chunks = self.run.chunks(dense_key, crew.environment)
+        run_pass(crew, watch, schedule, chunks, lambda call, value: None)
+        return (*schedule.cut, *cut[last:])
+
+    def _perform(
+        self,
+        schedule: Pass,
+        pass_key: str,
+        done: dict[int, dict[str, Any]],
+        keys: Mapping[int, str],
+        crew: Crew,
+        watch: Watch,
+        stage: Stage,
+        beside: Chunks | None = None,
+    ) -> None:
+        """The pass to its end, each block's facts into `done`."""
+
+        def on_success(call: Call, value: Any) -> None:
+            if call.method == "finish":
+                (block,) = call.arguments
+                done[block] = with_arrays(value)
+                self._progress(block, done, keys, stage)
+                self.on_committed(block)
+
+        chunks = self.run.chunks(pass_key, crew.environment)
+        run_pass(crew, watch, schedule, chunks, on_success, self.patience, beside)
+
+    def _progress(
+        self,
+        block: int,
+        done: Mapping[int, Mapping[str, Any]],
+        keys: Mapping[int, str],
+        stage: Stage,
+    ) -> None:
+        """Tells of a block whose unit is committed."""
+        seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])
+        stage.progress(len(done), len(keys), unit=f"block {block}", seconds=seconds, bytes=size)
+
+
+def _next_segment(
+    cut: Sequence[range], segments: Sequence[range], unfinished: Sequence[range]
+) -> tuple[list[int], int]:
+    """Boundaries that must have chunks for the next segment's backward pass; its first shard.
+
+    The next segment is the last one with an unfinished shard. Chunks are needed now at the starts
+    of its unfinished shards, and later at the starts of the unfinished segments before it.
+    """
+    open_ones = [
+        (segment.start, starts)
+        for segment in segments
+        if (starts := [cut[shard].start for shard in segment if cut[shard] in unfinished])
+    ]
+    first, starts = open_ones[-1]
+    return [*(cut[start].start for start, _ in open_ones[:-1]), *starts], first

@@ -1,0 +1,201 @@
+"""One evaluation: what its verbs know as they go by."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from orchestrator.errors import InputError
+from orchestrator.models.evaluation.scoring import Score
+from orchestrator.models.inputs.text import load_tokens
+from orchestrator.models.inputs.tokenizer import load_tokenizer
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.survey.locate import locate
+from orchestrator.plan.cut import cut_blocks, default_shards
+from orchestrator.runtime.calls import Call
+from orchestrator.runtime.monitor import Stage, Watch
+from orchestrator.runtime.resume import taken_up
+from orchestrator.runtime.run_pass import run_pass
+from orchestrator.runtime.shard_pass import Pass
+from orchestrator.runtime.workers import DEFAULT_THREADS, Crew, Schedule
+from orchestrator.stages.context.tokens import commit_tokens
+from orchestrator.stages.evaluate.worker import EvaluationTask, tokens_per_second
+from orchestrator.store.places import Place
+from orchestrator.store.run import RunDirectory
+from orchestrator.store.units import unit_key
+
+EVALUATE_VERSION = 1
+
+
+class Evaluation:
+    """One or two models on one text."""
+
+    def __init__(
+        self,
+        models: Mapping[str, str],
+        *,
+        text: Mapping[str, Any],
+        dtype: torch.dtype | None,
+        schedule: Schedule,
+        run_dir: Place,
+    ) -> None:
+        self.models = {name: locate(model).absolute() for name, model in models.items()}
+        self.text = text
+        self.schedule = schedule
+        self.run = RunDirectory(run_dir.expanduser().absolute())
+        self.run.check()
+        self._asked = {"evaluate": dict(models), "text": dict(text)}
+        self._dtype = dtype
+        self._prefill: dict[str, dict[range, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._decode: dict[str, dict[range, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def claim(self) -> None:
+        """Makes the run directory this evaluation's; nothing was written before."""
+        self.run.claim(self._asked)
+
+    def survey(self) -> None:
+        """Blocks and sizes of every model; no weight is read.
+
+        Raises:
+            InputError: The models do not have the same blocks and vocabulary.
+        """
+        self.skeletons = {
+            name: Skeleton.open(path, dtype=self._dtype) for name, path in self.models.items()
+        }
+        self.fingerprints = {
+            self.models[name]: skeleton.weights.fingerprint
+            for name, skeleton in self.skeletons.items()
+        }
+        ours = self.skeletons["model"]
+        self.num_blocks = ours.num_blocks
+        for name, skeleton in self.skeletons.items():
+            found = skeleton.num_blocks, skeleton.config.get_text_config().vocab_size
+            wanted = ours.num_blocks, ours.config.get_text_config().vocab_size
+            if found != wanted:
+                raise InputError(
+                    f"{self.models[name]}: {found[0]} blocks and {found[1]} tokens in the "
+                    f"vocabulary; {self.models['model']} has {wanted[0]} and {wanted[1]}, and only "
+                    "models of one shape are compared token by token"
+                )
+
+    def read_text(self) -> None:
+        """Text to token sequences, by the first model's tokenizer."""
+        tokens = load_tokens(**self.text, tokenizer=load_tokenizer(self.models["model"]))
+        vocabulary = self.skeletons["model"].config.get_text_config().vocab_size
+        tokens.check_within(vocabulary, self.models["model"])
+        self.token_report = tokens.report
+        self.tokens_key = commit_tokens(self.run, tokens)
+        inputs = [*self.fingerprints.values(), self.tokens_key]
+        dtypes = {name: str(skeleton.dtype) for name, skeleton in self.skeletons.items()}
+        self.pass_key = unit_key("evaluate", EVALUATE_VERSION, inputs, dtypes=dtypes)
+        self.slice_keys = tuple(
+            unit_key("score", EVALUATE_VERSION, [self.pass_key], sequence=index)
+            for index in range(tokens.report["sequences"])
+        )
+
+    @property
+    def task(self) -> EvaluationTask:
+        return EvaluationTask(
+            run_dir=self.run.root,
+            threads=self.schedule.threads or DEFAULT_THREADS,
+            pass_key=self.pass_key,
+            fingerprints=self.fingerprints,
+            writes=(self.run.root,),
+            models=self.models,
+            dtype=self._dtype,
+            tokens_key=self.tokens_key,
+            slice_keys=self.slice_keys,
+        )
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of an earlier run of the same evaluation."""
+        manifest = self.run.units.manifest(self._result_key)
+        return None if manifest is None else manifest["facts"]
+
+    @property
+    def _result_key(self) -> str:
+        return unit_key("evaluation", EVALUATE_VERSION, [self.pass_key])
+
+    def score(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+        """Sequences flow through the shards of all models; behind the last ones lie the scores."""
+        units, total = self.run.units, len(self.slice_keys)
+        keys = dict(enumerate(self.slice_keys))
+        left = taken_up(units, keys, crew, watch, stage.name)
+        self._elsewhere = watch.made_elsewhere
+        chunks = self.run.chunks(self.pass_key, crew.environment)
+        shards = self.schedule.shards or default_shards(self.num_blocks, crew.size)
+        cut = cut_blocks(self.num_blocks, shards)
+        done = set(left)
+        schedule = Pass(
+            cut,
+            todo=(),
+            num_chunks=total,
+            present=[chunks.present(blocks.start, total) for blocks in cut],
+            results=set(done),
+            joints=range(self.num_blocks),
+        )
+
+        def on_success(call: Call, value: Any) -> None:
+            if call.method == "step":
+                assert call.takes is not None
+                assert call.emits is not None
+                self._note_timings(range(call.takes[0], call.emits[0]), value)
+                if call.emits[0] == self.num_blocks:
+                    done.add(call.emits[1])
+                    stage.progress(len(done), total)
+
+        run_pass(crew, watch, schedule, chunks, on_success)
+        self._workers = watch.most_workers
+        self._usage = watch.memory.get(stage.name)
+        self.total = Score()
+        for index in range(total):
+            facts = left.get(index) or units.facts(keys[index], crew.environment)
+            assert facts is not None
+            self.total = self.total.merge(Score.from_json(facts))
+        self._cut = schedule.cut
+
+    def _note_timings(self, shard: range, timings: Mapping[str, Any]) -> None:
+        for name, seconds in timings["prefill"].items():
+            self._prefill[name][shard].append(seconds)
+        for name, seconds in timings["decode"].items():
+            if seconds is not None:
+                self._decode[name][shard].append(seconds)
+
+    def report(self, crew: Crew) -> dict[str, Any]:
+        """Everything that was measured; committed, so that the same evaluation is not repeated."""
+        total = self.total
+        losses = {"model": total.window_loss, "against": total.against_window_loss}
+        models = {
+            name: {
+                "path": str(path),
+                "perplexity": math.exp(losses[name] / total.windows) if total.windows else None,
+                "parameters": self.skeletons[name].total_parameters,
+                "bytes": self.skeletons[name].weights.size_bytes,
+                "prefill_tokens_per_second": self._speed(self._prefill[name], prefill=True),
+                "decode_tokens_per_second": self._speed(self._decode[name], prefill=False),
+            }
+            for name, path in self.models.items()
+        }
+        report: dict[str, Any] = {
+            "models": models,
+            "text": self.token_report,
+            "predictions": total.predictions,
+            "shards": len(self._cut),
+            "workers": self._workers,
+            "environment": crew.environment,
+            **({"made_elsewhere": self._elsewhere} if self._elsewhere else {}),
+            **({"memory": self._usage.to_json()} if self._usage else {}),
+        }
+        if "against" in models and total.predictions:
+            report["kl"] = total.divergence / total.predictions
+            report["top1_agreement"] = total.agreements / total.predictions
+        unit = self.run.units.begin(self._result_key)
+        unit.commit(environment=crew.environment, facts=report)
+        return report
+
+    def _speed(self, seconds: Mapping[range, list[float]], *, prefill: bool) -> float | None:
+        tokens = self.token_report["sequence_length"] if prefill else 1
+        by_shard = {shard: seconds.get(blocks, []) for shard, blocks in enumerate(self._cut)}
+        return tokens_per_second(tokens, by_shard)

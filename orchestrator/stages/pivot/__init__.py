@@ -1,0 +1,1 @@
+"""Pivoted storage of factors."""

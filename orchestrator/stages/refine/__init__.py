@@ -1,0 +1,1 @@
+"""Training of each block towards its dense outputs."""

@@ -1,0 +1,1 @@
+"""Refit of left factors to the compressed model's inputs."""

@@ -1,0 +1,1 @@
+"""Choice of kept candidates by losses of masked models."""

@@ -1,0 +1,1 @@
+"""Losses of models with one linear cut."""

@@ -1,0 +1,221 @@
+"""Scoring by sensitivities: the driver's part of ASVD's rank search.
+
+A trial is the model with one linear cut to one rank. It starts at the dense input of its block, so
+that all trials together cost half of as many evaluations of the model, and flows through the shards
+behind it like any chunk: a shard computes its own trials and passes on those of earlier ones.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.allocate.strs import Strs
+from orchestrator.errors import InputError
+from orchestrator.models.evaluation.scoring import Score
+from orchestrator.plan.cut import cut_blocks, default_shards
+from orchestrator.plan.grouping import stack
+from orchestrator.plan.plan import Linear
+from orchestrator.runtime.calls import Call
+from orchestrator.runtime.monitor import Stage, Watch
+from orchestrator.runtime.resume import taken_up
+from orchestrator.runtime.run_pass import run_pass
+from orchestrator.runtime.shard_pass import Pass
+from orchestrator.runtime.workers import Crew
+from orchestrator.stages.score_sensitivities.worker import Trial, Trials
+from orchestrator.store.chunks import Chunks
+from orchestrator.store.files import digest_json
+from orchestrator.store.units import unit_key
+
+if TYPE_CHECKING:
+    from orchestrator.stages.context.compression import Compression
+
+SENSITIVITY_VERSION = 1
+"""Raised when a loss changes."""
+BLOCKS = 8
+"""Blocks of a shard at most, where the recipe names no cut. Without statistics and decompositions
+a block takes a quarter of the memory that calibration plans for, which has two; and every boundary
+that is not there is one that no trial's chunks are written to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was asked for."""
+
+    losses: Mapping[str, Mapping[int, float]]
+    """Mean cross-entropy by linear, of a group its first, and by the rank that it alone has."""
+    report: dict[str, Any]
+
+
+class Sensitivities:
+    """Losses of models with one linear cut, each one a unit: none is taken twice.
+
+    One pass carries all trials. At a boundary lie the chunks of the trials that have come so far
+    and no farther, at most all of them: 70B with the default grid and windows of 2048 tokens has
+    2240 trials of 67 MB, 150 GB if one worker takes shard after shard; fewer where later shards
+    are at work at the same time. A killed driver goes on from these files too.
+    """
+
+    def __init__(self, job: "Compression", crew: Crew, watch: Watch, stage: Stage) -> None:
+        self._job, self._crew, self._watch, self._stage = job, crew, watch, stage
+        allocator = job.allocator
+        assert isinstance(allocator, Strs)
+        self._strs: Strs = allocator
+        self._chunks = min(self._strs.windows, job.token_report["sequences"])
+
+    def measure(self) -> Measured:
+        """Every loss, those committed earlier as they are.
+
+        Raises:
+            InputError: A loss is not finite.
+        """
+        keys = {trial: self._unit_key(trial) for trial in self._trials}
+        scores = {
+            trial: Score.from_json(facts["score"])
+            for trial, facts in taken_up(
+                self._job.run.units, keys, self._crew, self._watch, self._stage.name
+            ).items()
+        }
+        if len(scores) < len(keys):
+            self._run(keys, scores)
+        dense, *cut = self._trials
+        losses: dict[str, dict[int, float]] = {}
+        for trial in cut:
+            losses.setdefault(trial.linears[0], {})[trial.rank] = self._loss(trial, scores[trial])
+        return Measured(losses, self._report(self._loss(dense, scores[dense]), losses))
+
+    @cached_property
+    def _linears(self) -> tuple[Linear, ...]:
+        """What is cut as one, named like its first."""
+        return self._job.grouping.stacked(self._job.linears)
+
+    @cached_property
+    def _trials(self) -> tuple[Trial, ...]:
+        """The dense model, then each linear at each rank of the grid, in the model's order."""
+        trials = [Trial(self._job.surveyed.num_blocks)]
+        for group in self._job.grouping.groups(self._job.linears):
+            names = tuple(linear.name for linear in group)
+            ranks = self._strs.ranks(stack(group))
+            trials += [Trial(group[0].block, names, rank) for rank in ranks]
+        return tuple(trials)
+
+    def _unit_key(self, trial: Trial) -> str:
+        job, inputs = self._job, [self._job.pass_key]
+        if trial.linears:
+            inputs.append(job.block_keys[job.grouping.first(trial.block)])
+        cut = {"linears": trial.linears, "rank": trial.rank}
+        return unit_key("sensitivity", SENSITIVITY_VERSION, inputs, sequences=self._chunks, **cut)
+
+    def _loss(self, trial: Trial, total: Score) -> float:
+        loss = total.loss / total.predictions if total.predictions else math.nan
+        if not math.isfinite(loss):
+            model = f"with {trial.linears[0]} at rank {trial.rank}" if trial.linears else "as it is"
+            raise InputError(
+                f"score: the loss of the model {model} is {loss} on {self._chunks} sequences with "
+                f"{total.predictions} predictions; calibrate on longer ones, or in float32"
+            )
+        return loss
+
+    def _run(self, keys: Mapping[Trial, str], scores: dict[Trial, Score]) -> None:
+        """The trials without a score through the shards, into `scores`, committed.
+
+        The dense model is always among them, because the others start from its chunks; it is
+        taken up where its own chunks lie.
+        """
+        job, crew = self._job, self._crew
+        committed = set(scores)
+        pass_key = digest_json([*keys.values()])
+        chunks = job.run.chunks(pass_key, crew.environment)
+        num_blocks, size = job.surveyed.num_blocks, job.grouping.size
+        shards = job.recipe.shards or default_shards(num_blocks, crew.size, max(BLOCKS, size))
+        cut = cut_blocks(num_blocks, shards, size)
+        count = len(self._trials) * self._chunks
+        done = [trial for trial in self._trials[1:] if trial in scores]
+        schedule = Pass(
+            cut,
+            todo=(),
+            num_chunks=count,
+            present=[chunks.present(each.start, count) | self._entering(each) for each in cut],
+            results={index for trial in done for index in self._range(trial)},
+            about=(Trials(pass_key, self._trials, self._chunks),),
+        )
+        found: dict[int, Score] = {}
+
+        def on_success(call: Call, value: Any) -> None:
+            if call.method != "step" or value is None:
+                return
+            index = call.arguments[0]
+            found[index] = Score.from_json(value)
+            trial = self._trials[index // self._chunks]
+            if all(each in found for each in self._range(trial)):
+                # in their order, whichever came last
+                scores[trial] = _total([found[each] for each in self._range(trial)])
+                if trial not in committed:
+                    committed.add(trial)
+                    self._commit(trial, keys[trial], scores[trial], len(committed))
+                self._drop(trial, chunks, cut)
+
+        run_pass(crew, self._watch, schedule, chunks, on_success)
+
+    def _range(self, trial: Trial) -> range:
+        """The numbers under which a trial's sequences pass."""
+        start = self._number[trial] * self._chunks
+        return range(start, start + self._chunks)
+
+    @cached_property
+    def _number(self) -> Mapping[Trial, int]:
+        return {trial: number for number, trial in enumerate(self._trials)}
+
+    def _entering(self, blocks: range) -> set[int]:
+        """The sequences of the trials that start within a shard."""
+        return {i for trial in self._trials if trial.block in blocks for i in self._range(trial)}
+
+    def _commit(self, trial: Trial, key: str, total: Score, done: int) -> None:
+        unit = self._job.run.units.begin(key)
+        unit.commit(environment=self._crew.environment, facts={"score": total.to_json()})
+        name = f"{trial.linears[0]}, rank {trial.rank}" if trial.linears else "the dense model"
+        self._stage.progress(done, len(self._trials), unit=name)
+
+    def _drop(self, trial: Trial, chunks: Chunks, cut: tuple[range, ...]) -> None:
+        """Removes what a trial has left at the boundaries; others start from the dense model's."""
+        for blocks in cut:
+            if trial.linears and blocks.start > trial.block:
+                for index in self._range(trial):
+                    chunks.drop(blocks.start, index)
+
+    def _report(self, dense: float, losses: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+        """The losses, and for each kept fraction of the grid how much it adds to the dense one."""
+        added = {}
+        for kept in self._strs.kept:
+            by_name = {
+                linear.name: losses[linear.name][rank] - dense
+                for linear in self._linears
+                if (rank := self._strs.rank(linear, kept))
+            }
+            if by_name:
+                added[str(kept)] = {
+                    "least": min(by_name.values()),
+                    "median": median(by_name.values()),
+                    "most": max(by_name.values()),
+                    "most_sensitive": max(by_name, key=lambda name: by_name[name]),
+                }
+        return {
+            "grid": list(self._strs.kept),
+            "sequences": self._chunks,
+            "dense_loss": dense,
+            "added_loss": added,
+            "losses": {
+                name: {str(rank): loss for rank, loss in by_rank.items()}
+                for name, by_rank in losses.items()
+            },
+        }
+
+
+def _total(scores: list[Score]) -> Score:
+    """The score of sequences together, summed in this order."""
+    total = Score()
+    for each in scores:
+        total = total.merge(each)
+    return total

@@ -1,0 +1,305 @@
+"""Training the whole compressed model, as a pipeline over its shards: the driver's part."""
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from orchestrator.errors import UsageError
+from orchestrator.models.training.train_options import Course, plan_course
+from orchestrator.plan.cut import cut_blocks, default_shards
+from orchestrator.runtime.calls import Bag, Call
+from orchestrator.runtime.dispatch import dispatch
+from orchestrator.runtime.monitor import Stage, Watch
+from orchestrator.runtime.policy import FailurePolicy
+from orchestrator.runtime.resume import taken_up
+from orchestrator.runtime.run_pass import run_pass
+from orchestrator.runtime.shard_pass import Pass
+from orchestrator.runtime.verify import intact
+from orchestrator.runtime.workers import Crew
+from orchestrator.stages.context.tokens import read_tokens
+from orchestrator.stages.context.trained_stage import TrainedStage
+from orchestrator.stages.train.pipeline import Pipeline, Snapshot
+from orchestrator.stages.train.worker import TrainTask, TrainWorker, best_key, snapshot_key
+from orchestrator.store.units import unit_key
+
+if TYPE_CHECKING:
+    from orchestrator.stages.context.compression import Compression
+
+TRAIN_VERSION = 2
+"""Raised when a trained tensor changes."""
+TARGETS_VERSION = 1
+"""Raised when what is kept of the dense model's logits changes."""
+BYTES = {"all": 16, "lean": 12, "light": 16}
+"""Of value, gradient and moments together, for each number that is trained."""
+
+
+class Train(TrainedStage):
+    """All blocks at once, towards what the dense model says of the next token, and the text.
+
+    The dense model passes once and leaves its top-k. Then each worker holds one shard, whatever the
+    recipe says of `shards`, and steps go through these as `Pipeline` says. What a step gives does
+    not depend on the cut, and after a loss all go back to a snapshot, so neither workers nor
+    accidents change a bit. The best state by the held-out loss is what the blocks become, the
+    start included.
+
+    A snapshot takes 12 bytes a trained value in the run directory (`all`; 8 `lean`), and the last
+    one and the best are kept, beside the one that is being written. If the forecast finds this too
+    much (`forecast.storage`), only the values at the best step are kept, as they will be written,
+    and training begins again after a loss.
+    """
+
+    name: ClassVar[str] = "train"
+    worker_class: ClassVar[type[TrainWorker]] = TrainWorker
+
+    def __init__(self, job: "Compression", earlier: Sequence[TrainedStage]) -> None:
+        self._options, self._mode = job.train_options, job.recipe.train
+        decisive = {"options": asdict(self._options), "mode": self._mode}
+        super().__init__(job, earlier, version=TRAIN_VERSION, **decisive)
+        self._course = self._planned_course()
+        self._keeps_states = job.foreseen is None or job.foreseen.keeps_states
+
+    @cached_property
+    def _target_keys(self) -> tuple[str, ...]:
+        """The units of the dense model's top-k; they do not depend on the plan."""
+        options = self._options
+        if options.targets == "recomputed":
+            return ()
+        kept = {"top_k": options.top_k, "temperature": options.temperature}
+        return tuple(
+            unit_key("targets", TARGETS_VERSION, [self._job.pass_key], sequence=index, **kept)
+            for index in range(self._sequences)
+        )
+
+    @property
+    def _sequences(self) -> int:
+        sequences: int = self._job.token_report["sequences"]
+        return sequences
+
+    @property
+    def task(self) -> TrainTask:
+        return TrainTask(
+            **self.shared,
+            options=self._options,
+            mode=self._mode,
+            target_keys=self._target_keys,
+        )
+
+    def _planned_course(self) -> Course:
+        if self._sequences < 2:
+            raise UsageError(
+                f"train is {self._mode!r} and there is {self._sequences} sequence; two are needed, "
+                "one to train on and one to hold out"
+            )
+        return plan_course(self._options, self._sequences, self._job.recipe.seed)
+
+    def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+        """Targets, steps, and a unit for each block of what the best step has made of it."""
+        self._facts: dict[str, Any] = {"snapshots": [], "best": 0, "stop": "end", "numbers": 0}
+        done = self._job.block_pass.committed(self.keys, crew, watch, stage.name)
+        if done.keys() == self.keys.keys():
+            self._facts = next(iter(done.values()), self._facts)
+            return
+        self._make_targets(crew, watch, stage)
+        self._train(crew, watch, stage, done)
+        self._commit(crew, watch, done)
+
+    def _make_targets(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+        """Dense chunks through all shards, those whose top-k is not there yet."""
+        job, environment = self._job, crew.environment
+        keys = dict(enumerate(self._target_keys))
+        results = set(taken_up(job.run.units, keys, crew, watch, "targets", called="targets {}"))
+        if len(results) == len(keys):
+            return
+        num_blocks, size = job.surveyed.num_blocks, job.grouping.size
+        shards = job.recipe.shards or default_shards(num_blocks, crew.size, max(2, size))
+        cut = cut_blocks(num_blocks, shards, size)
+        chunks = job.run.chunks(self.key, environment)
+        schedule = Pass(
+            cut,
+            todo=(),
+            num_chunks=self._sequences,
+            present=[chunks.present(blocks.start, self._sequences) for blocks in cut],
+            results=results,
+        )
+        run_pass(crew, watch, schedule, chunks, lambda call, value: None)
+
+    def _train(self, crew: Crew, watch: Watch, stage: Stage, done: Collection[int]) -> None:
+        """The steps that are not done yet, from the last snapshot on."""
+        job, course = self._job, self._course
+        mask = read_tokens(job.run, job.tokens_key).mask
+        lengths = [(int(row.sum()), int((row[1:] & row[:-1]).sum())) for row in mask]
+        snapshots, numbers = self._left(crew, watch, done)
+        if not snapshots:
+            # the units that it describes are about to be overwritten
+            job.run.units.drop(self._progress_key)
+        pipeline = Pipeline(
+            course,
+            lengths,
+            num_blocks=job.surveyed.num_blocks,
+            group=job.grouping.size,
+            snapshots=snapshots,
+            keeps_states=self._keeps_states,
+        )
+        steps, tokens, begun = 0, 0, time.monotonic()
+
+        def on_success(call: Call, value: Any) -> None:
+            nonlocal steps, tokens
+            before = len(pipeline.snapshots)
+            pipeline.told(call, value)
+            if call.method == "take":
+                numbers.update(value["numbers"])
+            elif call.method == "turn":
+                tokens += lengths[call.arguments[2]][0]
+            elif call.method == "update" and call.shard == 0:
+                steps, step = steps + 1, call.arguments[1]
+                speed = tokens / (time.monotonic() - begun)
+                stage.progress(step, course.steps, unit=f"step {step}", tokens_per_second=speed)
+            if len(pipeline.snapshots) > before:
+                if self._keeps_states or pipeline.stop in ("end", "patience"):
+                    self._note(pipeline, numbers, crew)
+                watch.event({"event": "snapshot", **asdict(pipeline.snapshots[-1])})
+
+        dispatch(
+            crew.pool,
+            pipeline,
+            FailurePolicy(),
+            on_success=on_success,
+            is_awaited=pipeline.is_awaited,
+            on_event=watch.event,
+        )
+        self._facts = {
+            "snapshots": [asdict(each) for each in pipeline.snapshots],
+            "best": pipeline.best.step,
+            "stop": pipeline.stop,
+            "numbers": sum(numbers.values()),
+            "timings": {"steps": steps, "tokens": tokens, "seconds": time.monotonic() - begun},
+        }
+
+    @property
+    def timings(self) -> dict[str, Any]:
+        """Steps and tokens of the last run that trained, those done twice after a loss too."""
+        timings: dict[str, Any] = self._facts.get("timings", {})
+        return timings
+
+    @property
+    def _progress_key(self) -> str:
+        """The unit that says which snapshot is the last."""
+        return unit_key("snapshots", TRAIN_VERSION, [self.key])
+
+    def _left(
+        self, crew: Crew, watch: Watch, done: Collection[int]
+    ) -> tuple[list[Snapshot], dict[int, int]]:
+        """Snapshots of an earlier run and numbers of trained values, if no unit is damaged.
+
+        Without stored states only a training that has ended counts; committed groups of blocks need
+        no unit.
+        """
+        first_of = self._job.grouping.first
+        open_groups = {first_of(block) for block in self.keys if block not in done}
+        units = self._job.run.units
+        key = {"snapshots": self._progress_key}
+        left = taken_up(units, key, crew, watch, "training", is_all=False)
+        if not left:
+            return [], {}
+        facts = left["snapshots"]
+        if facts["states"] != self._keeps_states:
+            return [], {}
+        snapshots = [Snapshot(**each) for each in facts["snapshots"]]
+        numbers = {int(block): count for block, count in facts["numbers"].items()}
+        hashes = {
+            f"step {step}, block {block}": units.hashes(self._kept_key(step, block))
+            for step in facts["kept"]
+            for block in numbers
+            if self._keeps_states or first_of(block) in open_groups
+        }
+        if not all(hashes.values()) or len(intact(crew, watch, hashes)) < len(hashes):
+            return [], {}
+        watch.note(f"training goes on from step {snapshots[-1].step}")
+        return snapshots, numbers
+
+    def _note(self, pipeline: Pipeline, numbers: dict[int, int], crew: Crew) -> None:
+        """Commits that a snapshot is complete; removes those that are neither last nor best.
+
+        Without stored states this is the end of the training, and only the best values exist.
+        """
+        units = self._job.run.units
+        needed = {pipeline.step, pipeline.best.step} if self._keeps_states else {pipeline.best.step}
+        kept = sorted(needed - {0})
+        facts = {
+            "states": self._keeps_states,
+            "snapshots": [asdict(each) for each in pipeline.snapshots],
+            "numbers": {str(block): count for block, count in sorted(numbers.items())},
+            "kept": kept,
+        }
+        unit = units.begin(self._progress_key)
+        unit.commit(environment=crew.environment, facts=facts)
+        if self._keeps_states:
+            self._drop([each.step for each in pipeline.snapshots if each.step not in kept])
+
+    def _kept_key(self, step: int, block: int) -> str:
+        """Unit of a block's state, or of its best values, at a step."""
+        if self._keeps_states:
+            return snapshot_key(self.key, step, block)
+        return best_key(self.key, block)
+
+    def _drop(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            for block in self.keys:
+                self._job.run.units.drop(self._kept_key(step, block))
+
+    def _commit(self, crew: Crew, watch: Watch, done: Collection[int]) -> None:
+        """What the blocks have become, group by group; then no snapshot is needed any more."""
+        job = self._job
+        groups = sorted({job.grouping.first(block) for block in self.keys if block not in done})
+        size, best = job.grouping.size, self._facts["best"]
+        is_kept = best > 0 and not self._keeps_states
+
+        def on_success(call: Call, value: Any) -> None:
+            for block in range(*call.arguments[0]):
+                job.run.units.drop(best_key(self.key, block))
+
+        bag = Bag(
+            "commit",
+            [
+                (
+                    f"block {first}, commit",
+                    (
+                        (first, min(first + size, job.surveyed.num_blocks)),
+                        best,
+                        self._facts,
+                        is_kept,
+                    ),
+                )
+                for first in groups
+            ],
+        )
+        dispatch(crew.pool, bag, FailurePolicy(), on_success=on_success, on_event=watch.event)
+        self._drop([each["step"] for each in self._facts["snapshots"]])
+        job.run.units.drop(self._progress_key)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What training did to the losses, and what it took."""
+        found, numbers = self._facts, self._facts["numbers"]
+        steps = found["snapshots"][-1]["step"] if found["snapshots"] else 0
+        course = self._course
+        used = [index for batch in course.batches[:steps] for index in batch]
+        bytes_a_token = 8 * self._options.top_k + 4 if self._target_keys else 0
+        tokens = self._job.token_report["sequence_length"]
+        return {
+            "mode": self._mode,
+            "options": asdict(self._options),
+            "errors": "errors of linears are those before the model was trained",
+            "snapshots": found["snapshots"],
+            "best_step": found["best"],
+            "stop": found["stop"],
+            "steps": steps,
+            "sequences": len(used),
+            "numbers": numbers,
+            "bytes": {
+                "training": BYTES[self._mode] * numbers,
+                "targets": bytes_a_token * tokens * self._sequences,
+            },
+        }

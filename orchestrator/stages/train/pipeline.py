@@ -1,0 +1,388 @@
+"""Training over shards that each have a worker: pure state, no Ray and no tensors.
+
+Every shard has a program, a list of moves that is a function of the cut and of the sequences alone,
+and takes its moves in that order, each as soon as what it reads is there: first the forward passes
+that fill the pipeline, then backward and forward passes in turn (one forward, one backward), the
+update, at the end of a period the held-out sequences and a snapshot. So gradients add up in the
+order of the micro-batches, whoever is late.
+
+Rules, asserted by the tests:
+
+- A micro-batch passes every shard forward once and backward once a step. At most as many of them
+  are between the two on a shard as there are shards from it to the last.
+- No shard steps before every shard has said the norm of its gradient; norms are summed block by
+  block in the model's order, so that the clip does not depend on the cut.
+- A period begins when the one before has ended on all shards.
+- When a worker is lost, or what it was to read, everybody goes back to the last snapshot: what
+  still runs is waited for and ignored, the blocks are cut anew for the workers that are there, and
+  each takes its shard up from the snapshot. No state of one life meets one of another.
+- Workers that come later are used from the next snapshot on. One is enough.
+- Without stored states the start is the only snapshot. Shards keep their values at the best step,
+  once the held-out loss is known, and their workers until the end.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Literal
+
+from orchestrator.models.training.train_options import Course
+from orchestrator.plan.cut import cut_blocks
+from orchestrator.runtime.calls import Call
+
+Kind = Literal["take", "forward", "turn", "backward", "update", "evaluate", "snapshot", "keep"]
+Stop = Literal["end", "patience", "diverged"]
+WINDOW = 4
+"""Held-out sequences that wait between two shards; of others the program itself bounds them."""
+CLIP_EPSILON = 1e-6
+"""Added to the norm, as `torch.nn.utils.clip_grad_norm_` does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One call of a shard's program."""
+
+    kind: Kind
+    step: int
+    """The step it belongs to, counted from 1; of what follows a period the last one."""
+    serial: int = -1
+    """The number of the micro-batch in the period."""
+    sequence: int = -1
+    is_last: bool = False
+    """Whether it completes the shard's gradient of the step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What was found at a snapshot; the first is the start."""
+
+    step: int
+    train: float | None
+    """Loss over the training sequences since the last snapshot, each before its own step."""
+    held_out: float
+    """Loss over the held-out sequences; what decides."""
+    divergence: float
+    """Mean KL(dense || compressed) over the held-out tokens."""
+    cross_entropy: float
+    """Mean over the held-out predictions."""
+    gradient: float | None
+    """Mean over the steps of the gradient's norm before it is clipped."""
+
+
+def program(
+    shard: int,
+    shards: int,
+    batches: Sequence[tuple[int, Sequence[int]]],
+    held_out: Sequence[int],
+    keeps_states: bool = True,
+) -> list[Move]:
+    """A period's moves of one shard: its steps, the held-out sequences, and a snapshot.
+
+    Args:
+        batches: For each step its number and its sequences; none: the start is evaluated.
+        keeps_states: Whether a snapshot is the whole state, or the values of the blocks alone.
+    """
+    moves: list[Move] = []
+    first = 0
+    is_last = shard == shards - 1
+    for step, batch in batches:
+        pairs = list(enumerate(batch, start=first))
+        first += len(batch)
+        forward = [Move("forward", step, *pair) for pair in pairs]
+        kind: Kind = "turn" if is_last else "backward"
+        back = [Move(kind, step, *pair, pair == pairs[-1]) for pair in pairs]
+        # the last shard turns: its forward pass is part of its backward pass
+        ahead = 0 if is_last else shards - 1 - shard
+        later = [] if is_last else forward[ahead:]
+        moves += forward[:ahead]
+        for each, another in zip_longest(back, later):
+            moves += [another, each] if another else [each]
+        moves.append(Move("update", step))
+    end = batches[-1][0] if batches else 0
+    moves += [Move("evaluate", end, first + i, each) for i, each in enumerate(held_out)]
+    last: Kind = "snapshot" if keeps_states else "keep"
+    return [*moves, Move(last, end)] if batches else moves
+
+
+@dataclass(slots=True)
+class _Shard:
+    blocks: range
+    worker: int
+    moves: list[Move]
+    busy: bool = False
+
+
+class Pipeline:
+    """A course, performed by as many shards as there are workers.
+
+    Args:
+        lengths: Tokens and predictions of every sequence, which losses are divided by.
+        group: Blocks that no cut separates.
+        snapshots: What an earlier run has found, up to the snapshot that lies there.
+        keeps_states: Whether shards can resume from every snapshot, or from the start alone.
+    """
+
+    def __init__(
+        self,
+        course: Course,
+        lengths: Sequence[tuple[int, int]],
+        *,
+        num_blocks: int,
+        group: int = 1,
+        snapshots: Sequence[Snapshot] = (),
+        keeps_states: bool = True,
+    ) -> None:
+        self._course, self._lengths = course, lengths
+        self._num_blocks, self._group = num_blocks, group
+        self.snapshots = list(snapshots)
+        self._keeps_states = keeps_states
+        self.diverged = False
+        self._life = 0
+        self._shards: list[_Shard] = []
+        self._running: set[int] = set()
+        self._present: set[tuple[int, int]] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was learnt since the last snapshot does not count."""
+        self._losses: dict[int, dict[str, float]] = {}
+        self._norms: dict[int, dict[int, float]] = {}
+
+    @property
+    def best(self) -> Snapshot:
+        """The first of the lowest held-out loss."""
+        return min(self.snapshots, key=lambda each: (each.held_out, each.step))
+
+    @property
+    def stop(self) -> Stop | None:
+        """Why training is over; None while it is not."""
+        if self.diverged:
+            return "diverged"
+        if not self.snapshots:
+            return None
+        if self.snapshots[-1].step == self._course.steps:
+            return "end"
+        since = sum(each.step > self.best.step for each in self.snapshots)
+        return "patience" if since >= self._course.options.patience else None
+
+    @property
+    def finished(self) -> bool:
+        return self.stop is not None
+
+    @property
+    def usable(self) -> int:
+        return len(cut_blocks(self._num_blocks, self._num_blocks, self._group))
+
+    @property
+    def cut(self) -> list[range]:
+        """The shards' blocks, as they are now."""
+        return [shard.blocks for shard in self._shards]
+
+    @property
+    def step(self) -> int:
+        """The steps of the last snapshot."""
+        return self.snapshots[-1].step if self.snapshots else 0
+
+    @property
+    def _batches(self) -> list[tuple[int, Sequence[int]]]:
+        """The steps of the period that follows the last snapshot; of the start there are none."""
+        if not self.snapshots:
+            return []
+        steps = range(self.step, self._course.following(self.step))
+        return [(step + 1, self._course.batches[step]) for step in steps]
+
+    def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
+        if self._is_at_rest and not self._begin(sorted(idle)):
+            return []
+        calls = []
+        for number, shard in enumerate(self._shards):
+            ready = shard.moves and not shard.busy and shard.worker in idle
+            if ready and (call := self._call(number, shard, shard.moves[0])) is not None:
+                shard.busy = True
+                self._running.add(shard.worker)
+                calls.append(call)
+        return calls
+
+    @property
+    def _is_at_rest(self) -> bool:
+        """Whether no shard has anything to do."""
+        return not any(shard.moves for shard in self._shards)
+
+    def _begin(self, idle: list[int]) -> bool:
+        """Starts a period with the workers there are; whether it could."""
+        if self._running or not idle or self.finished:
+            return False
+        cut = cut_blocks(self._num_blocks, len(idle), self._group)
+        if list(cut) != self.cut and (self._keeps_states or not self._shards):
+            self._life += 1
+            pairs = zip(cut, idle, strict=False)
+            self._shards = [
+                _Shard(blocks, worker, [Move("take", self.step)]) for blocks, worker in pairs
+            ]
+        batches, held_out = self._batches, self._course.held_out
+        for number, shard in enumerate(self._shards):
+            shard.moves += program(number, len(self._shards), batches, held_out, self._keeps_states)
+        self._forget()
+        return True
+
+    def _call(self, number: int, shard: _Shard, move: Move) -> Call | None:
+        """The call of a shard's next move, if what it reads is there."""
+        arguments: tuple[Any, ...]
+        takes = emits = None
+        before, behind = shard.blocks.start, shard.blocks.stop
+        is_first, is_last = number == 0, number == len(self._shards) - 1
+        if move.kind in ("forward", "turn", "evaluate"):
+            takes = None if is_first else (before, move.serial)
+            emits = None if is_last else (behind, move.serial)
+            arguments = (move.serial, move.sequence)
+            if move.kind == "turn":
+                arguments = (*arguments, *self._weights(move.step), move.is_last)
+                emits = None if is_first else (-before, move.serial)
+        elif move.kind == "backward":
+            takes, emits = (-behind, move.serial), None if is_first else (-before, move.serial)
+            arguments = (move.serial, move.is_last)
+        elif move.kind == "update":
+            if (norm := self._norm(move.step)) is None:
+                return None
+            scale = min(1.0, self._course.options.clip / (norm + CLIP_EPSILON))
+            arguments = (move.step, scale, self._course.rate(move.step - 1))
+        elif move.kind == "keep":
+            if (loss := self._held_out_loss()) is None:
+                return None
+            arguments = (move.step, loss[0] < self.best.held_out)
+        else:
+            arguments = ((before, behind), move.step) if move.kind == "take" else (move.step,)
+        if takes is not None and takes not in self._present:
+            return None
+        if move.kind == "evaluate" and emits is not None:
+            waiting = sum(boundary == behind for boundary, _ in self._present)
+            if waiting >= WINDOW:
+                return None
+        what = f", sequence {move.sequence}" if move.sequence >= 0 else ""
+        label = f"blocks {before}-{behind - 1}, step {move.step}{what}, {move.kind}"
+        return Call(shard.worker, move.kind, (self._life, *arguments), label, number, takes, emits)
+
+    def _weights(self, step: int) -> tuple[float, float]:
+        """What a token's divergence and a prediction's cross-entropy count in the step's loss."""
+        return self._means(self._course.batches[step - 1])
+
+    def _means(self, sequences: Sequence[int]) -> tuple[float, float]:
+        options = self._course.options
+        tokens = sum(self._lengths[each][0] for each in sequences)
+        predictions = sum(self._lengths[each][1] for each in sequences)
+        return options.divergence / max(tokens, 1), options.cross_entropy / max(predictions, 1)
+
+    def _norm(self, step: int) -> float | None:
+        """The norm of a step's gradient over all blocks; None while some are not known."""
+        found = self._norms.get(step, {})
+        if len(found) < self._num_blocks:
+            return None
+        return math.sqrt(sum(found[block] for block in range(self._num_blocks)))
+
+    def is_awaited(self, chunk: tuple[int, int]) -> bool:
+        """Whether a shard is to read what was emitted."""
+        return chunk in self._present
+
+    def holds(self, worker: int) -> bool:
+        return any(shard.worker == worker for shard in self._shards)
+
+    def succeeded(self, call: Call) -> None:
+        self._running.discard(call.worker)
+        if not self._counts(call):
+            return
+        shard = self._shards[call.shard]
+        shard.busy = False
+        shard.moves.pop(0)
+        self._present.discard(call.takes or (0, -1))
+        if call.emits is not None:
+            self._present.add(call.emits)
+
+    def told(self, call: Call, value: Any) -> None:
+        """What a call that succeeded has given: losses, squared norms of blocks."""
+        if not self._counts(call):
+            return
+        found = value or {}
+        if "losses" in found:
+            self._losses[call.arguments[1]] = found["losses"]
+        if "norms" in found:
+            step = self._begun_step(call)
+            self._norms.setdefault(step, {}).update(found["norms"])
+            norm = self._norm(step)
+            self.diverged = norm is not None and not math.isfinite(norm)
+        if self._is_at_rest and not self.diverged:
+            self._conclude()
+
+    def _begun_step(self, call: Call) -> int:
+        """The step of a call that completed a gradient: that of the update which follows it."""
+        return self._shards[call.shard].moves[0].step
+
+    def _counts(self, call: Call) -> bool:
+        """Whether a call is one of this life."""
+        life: int = call.arguments[0]
+        return life == self._life
+
+    def _conclude(self) -> None:
+        """Notes what the period has given; what it has made is the last snapshot now."""
+        batches = self._batches
+        trained = [sequence for _, batch in batches for sequence in batch]
+        losses = [self._losses[serial] for serial in range(len(trained))]
+        found = self._held_out_loss()
+        assert found is not None
+        loss, divergence, cross_entropy = found
+        norms = [self._norm(step) or 0.0 for step, _ in batches]
+        self.snapshots.append(
+            Snapshot(
+                step=batches[-1][0] if batches else 0,
+                train=self._mean(losses, trained)[0] if batches else None,
+                held_out=loss,
+                divergence=divergence,
+                cross_entropy=cross_entropy,
+                gradient=sum(norms) / len(norms) if norms else None,
+            )
+        )
+        self.diverged = not math.isfinite(loss)
+
+    def _held_out_loss(self) -> tuple[float, float, float] | None:
+        """The loss over the held-out sequences and its parts; None while some are not known."""
+        first = sum(len(batch) for _, batch in self._batches)
+        serials = range(first, first + len(self._course.held_out))
+        if not all(serial in self._losses for serial in serials):
+            return None
+        return self._mean([self._losses[serial] for serial in serials], self._course.held_out)
+
+    def _mean(
+        self, losses: Sequence[dict[str, float]], sequences: Sequence[int]
+    ) -> tuple[float, float, float]:
+        """The loss over some sequences, and its two parts unweighted."""
+        options = self._course.options
+        tokens = sum(self._lengths[each][0] for each in sequences)
+        predictions = sum(self._lengths[each][1] for each in sequences)
+        divergence = sum(each["divergence"] for each in losses) / max(tokens, 1)
+        cross_entropy = sum(each["cross_entropy"] for each in losses) / max(predictions, 1)
+        loss = options.divergence * divergence + options.cross_entropy * cross_entropy
+        return loss, divergence, cross_entropy
+
+    def lost(self, call: Call) -> None:
+        self._running.discard(call.worker)
+        if self._counts(call):
+            self._go_back()
+
+    def retired(self, worker: int) -> None:
+        if any(shard.worker == worker for shard in self._shards):
+            self._go_back()
+
+    def split(self, call: Call) -> bool:
+        """Shards are as many as there are workers: more of them need more workers."""
+        return False
+
+    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+        self.lost(call)
+
+    def _go_back(self) -> None:
+        """To the last snapshot; what still runs belongs to a life that is over."""
+        self._life += 1
+        self._shards, self._present = [], set()
+        if not self._keeps_states:
+            self.snapshots = []
+        self._forget()

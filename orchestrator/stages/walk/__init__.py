@@ -1,0 +1,1 @@
+"""Compensation and training of blocks in order."""

@@ -1,0 +1,149 @@
+"""Walking the blocks in order, each behind the compressed ones: the driver's part."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from orchestrator.models.training.compensation_options import CompensationOptions
+from orchestrator.runtime.chain import Program
+from orchestrator.runtime.monitor import Stage, Watch
+from orchestrator.runtime.workers import Crew
+from orchestrator.stages.context.trained_stage import TrainedStage
+from orchestrator.stages.walk.program import walk_block
+from orchestrator.stages.walk.worker import WalkTask, WalkWorker
+from orchestrator.store.units import unit_key
+
+if TYPE_CHECKING:
+    from orchestrator.stages.context.compression import Compression
+
+WALK_VERSION = 2
+"""Raised when a tensor changes, or what reaches a block."""
+
+
+class Walk(TrainedStage):
+    """A unit of tensors for each block, block 0 first, each made from what those before it give.
+
+    Where the recipe compensates, the block's factors are fitted to the inputs that the compressed
+    model makes (`linalg.compensate`); where it refines in order, the block is trained on them then
+    towards what the dense block gives on its own (`models.training.refine`). One block is at work
+    at a time, and all workers replicate it (`runtime.chain`, `program`): they share its chunks, the
+    slices of every step's gradient and the held-out chunks, and add the parts up in an order that
+    neither workers nor failures change. Each worker repeats compensation's solves.
+
+    A lost worker costs the others what it was at; the last one costs the block, and so does a node
+    with a record on it. The chunks before the block lie in the run directory.
+
+    AA-SVD (arXiv:2604.02119) as its code runs by default: method `svd-llm`, allocation `uniform`,
+    refine `in_order`, and compensate `none`, because its input-aware start (its objective 2) is
+    truncated on the dense model's inputs. Its other starts are compensate `input` (objective 3, the
+    shifted inputs alone) and `anchored` (objective 4), with the basis `new`.
+    Departures: some sequences are held out and the best state is kept, not the last; training ends
+    early where it no longer helps; batches are drawn anew each epoch and the first step counts; a
+    block whose linears all stay dense is not trained; the head is left alone, in both.
+    """
+
+    name: ClassVar[str] = "walk"
+    worker_class: ClassVar[type[WalkWorker]] = WalkWorker
+    refines: ClassVar[tuple[str, ...]] = ("in_order",)
+    """What the recipe's `refine` says where blocks are trained as they are walked."""
+
+    def __init__(self, job: "Compression", earlier: Sequence[TrainedStage]) -> None:
+        self._compensation = self._compensates(job)
+        self._refinement = job.refine_options if job.recipe.refine in self.refines else None
+        options = {
+            name: each and asdict(each)
+            for name, each in (
+                ("compensation", self._compensation),
+                ("refinement", self._refinement),
+            )
+        }
+        super().__init__(job, earlier, version=WALK_VERSION, **options)
+        self._dense_key = unit_key(f"{self.name} dense", WALK_VERSION, [job.pass_key])
+
+    def _compensates(self, job: "Compression") -> CompensationOptions | None:
+        return job.compensation
+
+    @property
+    def blocks(self) -> list[int]:
+        """All blocks up to the last with a linear that is cut."""
+        return list(range(max(super().blocks, default=-1) + 1))
+
+    @property
+    def has_gradients(self) -> bool:
+        return self._refinement is not None
+
+    @property
+    def task(self) -> WalkTask:
+        return WalkTask(
+            **self.shared,
+            compensation=self._compensation,
+            refinement=self._refinement,
+            changed=frozenset(super().blocks),
+            dense_key=self._dense_key,
+            sequences=self._job.token_report["sequences"],
+        )
+
+    def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+        """Both models' chunks go from block to block."""
+        streams = self._dense_key, self.key
+        passes = self._job.block_pass
+        self._facts = passes.in_order(streams, self.keys, self._program, crew, watch, stage)
+
+    def _program(self, block: int, is_made: bool) -> Program:
+        task = self.task
+        return walk_block(
+            block,
+            task.sequences,
+            is_made=is_made,
+            is_changed=block in task.changed,
+            compensates=task.compensation is not None,
+            refinement=task.refinement,
+        )
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Each block's error behind the compressed ones, and what was done about it."""
+        return {
+            "compensation": self._compensation and asdict(self._compensation),
+            "refinement": self._refinement and asdict(self._refinement),
+            "errors": "errors of linears above are those before the walk; of blocks here the mean "
+            "squared difference from the dense model behind the block, before the block was "
+            "changed and after",
+            "blocks": {
+                str(block): _reported(facts) for block, facts in sorted(self._facts.items())
+            },
+        }
+
+    @property
+    def timings(self) -> dict[str, Any]:
+        """Seconds that each block took, when it was made."""
+        return {str(b): facts["timings"]["seconds"] for b, facts in sorted(self._facts.items())}
+
+
+class Sweep(Walk):
+    """A walk over blocks that were refined apart from each other: each is trained once more.
+
+    What each has learnt on the dense model's inputs it corrects for those that it really gets.
+    """
+
+    name: ClassVar[str] = "sweep"
+    refines: ClassVar[tuple[str, ...]] = ("swept",)
+
+    def _compensates(self, job: "Compression") -> None:
+        return None
+
+
+def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A block's facts without what may differ between two equal runs."""
+    entry = {name: each for name, each in facts.items() if name not in ("timings", "refinement")}
+    if "refinement" in facts:
+        trained = facts["refinement"]
+        losses = [trained["start"], *(epoch["held_out"] for epoch in trained["epochs"])]
+        entry["refinement"] = {
+            "before": trained["start"],
+            "after": losses[trained["best"]],
+            "best_epoch": trained["best"],
+            "steps": trained["steps"],
+            "stop": trained["stop"],
+        }
+    return entry

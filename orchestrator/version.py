@@ -1,0 +1,3 @@
+"""Version of the package, for reports, environments and checkpoints."""
+
+__version__ = "0.1.0"
