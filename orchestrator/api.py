@@ -183,7 +183,8 @@ def search(
     """
     from orchestrator import searching
 
-    return searching.search(recipe, vary, text=text, on_event=on_event, **evaluation)
+    verbs: dict[str, Any] = {"compress": compress, "evaluate": evaluate}
+    return searching.search(recipe, vary, text=text, **verbs, on_event=on_event, **evaluation)
 
 
 def evaluate(

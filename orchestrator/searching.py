@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator import api
 from orchestrator.errors import InputError, UsageError
 from orchestrator.plan.result import Result
 from orchestrator.recipe.options import check_known
@@ -52,6 +51,8 @@ def search(
     vary: Mapping[str, Sequence[Any]],
     *,
     text: str,
+    compress: Callable[..., Result],
+    evaluate: Callable[..., dict[str, Any]],
     on_event: Callable[[dict[str, Any]], None] | None = None,
     **evaluation: Any,
 ) -> Search:
@@ -66,6 +67,7 @@ def search(
         recipe: What all candidates share.
         vary: Values to try by field (`storage`) or option (`two-sided.dense`).
         text: Held-out text that decides; not the calibration text.
+        compress, evaluate: The functions of `orchestrator.api`.
         evaluation: As `orchestrator.evaluate` takes them: `samples`, `sequence_length`, `stride`,
             `field`, `layout`.
 
@@ -95,8 +97,8 @@ def search(
         found = directory / f"{name}.json"
         if not found.exists():
             out = directory / name
-            result = api.compress(replace(candidate, out=str(out)), on_event)
-            report = api.evaluate(out, on_event=on_event, **schedule, **given)
+            result = compress(replace(candidate, out=str(out)), on_event)
+            report = evaluate(out, on_event=on_event, **schedule, **given)
             value = {
                 "setting": dict(setting),
                 "perplexity": report["models"]["model"]["perplexity"],
@@ -108,7 +110,7 @@ def search(
         tried.append(_read_candidate(found, dict(setting)))
     best = min(tried, key=lambda each: each.perplexity)
     chosen = recipes[tuple(best.setting.items())]
-    return Search(result=api.compress(chosen, on_event), best=best, candidates=tuple(tried))
+    return Search(result=compress(chosen, on_event), best=best, candidates=tuple(tried))
 
 
 def _read_candidate(path: Path, setting: Setting) -> Candidate:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from orchestrator.cli.lines import size
+from orchestrator.readable import size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from orchestrator.plan.plan import FACTORED, Assignment, Curve, Linear
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import FACTORED
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment
 
 
 def make_linears(shapes, *, role="mlp.proj"):

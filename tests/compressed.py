@@ -18,7 +18,8 @@ from orchestrator.models.checkpoint.write import finish, write_file
 from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import Skeleton
-from orchestrator.plan.plan import Assignment, Linear, Plan, Survey
+from orchestrator.plan.linear import Linear, Survey
+from orchestrator.plan.plan import Assignment, Plan
 
 TOKENS = torch.arange(3, 23)[None] * 3 % 96
 

@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.device import transport
-from orchestrator.models.shards.chunk import map_tensors
+from orchestrator.models.survey.trees import map_tensors
 
 __all__ = [
     "CUDA",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.adam import _single_tensor_adam
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from orchestrator.models.shards.chunk import map_tensors
+from orchestrator.models.survey.trees import map_tensors
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 

@@ -20,7 +20,8 @@ from orchestrator.allocate.svd_llm_v2 import SvdLlmV2
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, UsageError
-from orchestrator.plan.plan import Curve, Plan
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.plan import Plan
 
 GROWS = "no rank, and so no stored total, falls as the budget grows, and no loss rises"
 DENSE = "everything is dense at 1"

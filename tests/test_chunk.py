@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 
-from orchestrator.models.shards.chunk import Chunk, Payload, map_tensors
+from orchestrator.models.shards.chunk import Chunk, Payload
+from orchestrator.models.survey.trees import map_tensors
 
 TOKENS = torch.arange(8).reshape(2, 4)
 MASK = torch.tensor([[True] * 4, [True, True, False, False]])

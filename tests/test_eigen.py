@@ -23,7 +23,7 @@ from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, decom
 from orchestrator.linalg.refit import refit
 from orchestrator.linalg.rpca import rpca
 from orchestrator.methods import METHODS
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float32, torch.float64]

@@ -33,7 +33,7 @@ from orchestrator.methods import METHODS
 from orchestrator.models.evaluation.machine import SIZES
 from orchestrator.models.shards.lazy_model import Skeleton
 from orchestrator.plan.cut import cut_blocks
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import Recipe, make_recipe
 
 CONFIGS = {

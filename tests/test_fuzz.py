@@ -35,7 +35,8 @@ from orchestrator.models.survey.locate import locate
 from orchestrator.models.survey.select import select
 from orchestrator.pages.report import report_page
 from orchestrator.pages.sources import read_source, whole
-from orchestrator.plan.plan import Curve, Plan
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.plan import Plan
 from orchestrator.recipe.recipe import Recipe, make_recipe, read_recipe_fields
 from orchestrator.recipe.values import parse_option, parse_vary, size_in_bytes
 from orchestrator.store.chunks import Chunks

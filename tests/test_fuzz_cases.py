@@ -30,7 +30,8 @@ from orchestrator.models.shards.lazy_model import Skeleton
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.locate import locate
 from orchestrator.models.survey.select import select
-from orchestrator.plan.plan import Curve, Plan
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.plan import Plan
 from orchestrator.recipe.recipe import make_recipe, read_recipe_fields
 from orchestrator.store.files import digest_json, parse_json
 from orchestrator.store.lease import is_alive

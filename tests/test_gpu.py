@@ -10,9 +10,9 @@ import pytest
 import torch
 from pretend import pretended_device
 
-from orchestrator.cli.lines import size
 from orchestrator.device import gpu
 from orchestrator.errors import InfeasibleError, InputError
+from orchestrator.readable import size
 from orchestrator.recipe.recipe import make_recipe
 from orchestrator.runtime.worker import Task, Worker, check_alike
 from orchestrator.runtime.workers import Crew, Schedule

@@ -15,7 +15,9 @@ from orchestrator.models.forms.index_codes import (
     is_sound,
     materialize,
 )
-from orchestrator.plan.plan import Assignment, Linear, index_bytes, index_code
+from orchestrator.plan.forms import index_bytes, index_code
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 40))
 

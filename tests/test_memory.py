@@ -17,7 +17,7 @@ from orchestrator.forecast.needs import NEEDS
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, decompose
 from orchestrator.linalg.two_sided import decompose_two_sided
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import make_recipe
 
 NOT_TENSORS = ("process", "context", "fragmentation", "written")

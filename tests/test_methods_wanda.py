@@ -11,7 +11,7 @@ from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.sparse import PARTS, part_edges
 from orchestrator.methods import METHODS
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 WANDA = METHODS["wanda"]
 

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from orchestrator.cli.lines import JsonLines, Lines, duration, size
+from orchestrator.cli.lines import JsonLines, Lines
+from orchestrator.readable import duration, size
 
 
 class Clock:

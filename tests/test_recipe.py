@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import UsageError
-from orchestrator.recipe.recipe import PRESETS, SCHEDULE, Recipe, make_recipe, read_recipe_fields
+from orchestrator.recipe.presets import PRESETS
+from orchestrator.recipe.recipe import SCHEDULE, Recipe, make_recipe, read_recipe_fields
 from orchestrator.recipe.values import parse_option, size_in_bytes
 
 REQUIRED = {"model": "dense", "out": "small", "keep": 0.8}

@@ -14,12 +14,14 @@ import orchestrator.hf
 from orchestrator.errors import InputError
 from orchestrator.hf.export import export_dense
 from orchestrator.models.checkpoint.layout import layout
+from orchestrator.models.checkpoint.stored_tensor import StoredTensor
 from orchestrator.models.forms.index_codes import INDEX_CODES, materialize
 from orchestrator.models.forms.modules import PivotedLinear, SparseLinear
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import Skeleton
-from orchestrator.models.survey.names import StoredTensor
-from orchestrator.plan.plan import Assignment, Linear, Plan, Survey, index_code
+from orchestrator.plan.forms import index_code
+from orchestrator.plan.linear import Linear, Survey
+from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.stages.context.stored_factors import read_sparse
 
 FORMS = ("low_rank", "pivoted", "sparse", "low_rank_sparse", "shared")

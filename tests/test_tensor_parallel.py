@@ -12,7 +12,8 @@ from families import write_checkpoint
 from transformers import AutoModelForCausalLM
 
 import orchestrator.hf  # noqa: F401 # transformers knows the format then
-from orchestrator.plan.plan import Assignment, Plan, Survey
+from orchestrator.plan.linear import Survey
+from orchestrator.plan.plan import Assignment, Plan
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2

@@ -30,7 +30,10 @@ from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.two_sided_sparse import TwoSidedSparse
 from orchestrator.allocate.uniform import Uniform, UniformSparse
 from orchestrator.errors import UsageError
-from orchestrator.plan.plan import Curve, Form, Linear, Plan
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import Form
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Plan
 from orchestrator.recipe.options import check_known, option_names
 
 

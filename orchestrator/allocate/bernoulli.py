@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 Init = Literal["utility", "magnitude", "constant"]
 Across = Literal["linear", "relative", "absolute"]

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from orchestrator.errors import InfeasibleError, UsageError
-from orchestrator.plan.plan import Assignment, Form, Linear, Plan
+from orchestrator.plan.forms import Form
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment, Plan
 
 
 def share_values(linears: Sequence[Linear], keep: float) -> int:

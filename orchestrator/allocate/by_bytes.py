@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from orchestrator.errors import InfeasibleError
-from orchestrator.plan.plan import Linear, Plan
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Plan
 
 STEPS = 10**7
 """The kept fraction is found to one part in so many."""

@@ -22,7 +22,9 @@ from orchestrator.allocate.bernoulli import (
 from orchestrator.allocate.budget import budget_values, make_plan
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import UsageError
-from orchestrator.plan.plan import Assignment, Form, Linear, Plan
+from orchestrator.plan.forms import Form
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number
 
 

@@ -15,7 +15,9 @@ from orchestrator.allocate.budget import budget_values, by_role, make_plan, shar
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import UsageError
-from orchestrator.plan.plan import Assignment, Curve, Linear, Plan
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number
 
 GIVERS, TAKER = ("q_proj", "k_proj"), "v_proj"

@@ -14,7 +14,9 @@ from orchestrator.allocate.budget import budget_values, make_plan
 from orchestrator.allocate.scale import find_scale
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import InfeasibleError, InputError
-from orchestrator.plan.plan import Assignment, Curve, Linear, Plan
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number
 
 RULES = ("power", "softmax", "linear", "retain")

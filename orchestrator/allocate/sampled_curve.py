@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.plan.plan import Curve
+from orchestrator.plan.curve import Curve
 
 MOST = 128
 """Knots of a curve."""

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from orchestrator.errors import InfeasibleError
-from orchestrator.plan.plan import Assignment, Linear
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment
 
 
 def step_costs(linear: Linear, ranks: np.ndarray | None = None) -> np.ndarray:

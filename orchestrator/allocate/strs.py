@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from orchestrator.allocate.budget import budget_values, make_plan, share_values
 from orchestrator.errors import InfeasibleError, InputError, UsageError
-from orchestrator.plan.plan import Assignment, Curve, Linear, Plan
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_number, check_whole
 
 

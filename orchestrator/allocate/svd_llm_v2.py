@@ -12,7 +12,9 @@ from orchestrator.allocate.budget import budget_values, by_role, make_plan, shar
 from orchestrator.allocate.scale import find_scale
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import InfeasibleError
-from orchestrator.plan.plan import Assignment, Curve, Linear, Plan
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_number
 
 LEAST_LOG = 1e-6

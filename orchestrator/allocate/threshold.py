@@ -13,7 +13,9 @@ from orchestrator.allocate.budget import budget_values, make_plan, share_values
 from orchestrator.allocate.sampled_curve import Knots, knotted
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import UsageError
-from orchestrator.plan.plan import Curve, Linear, Plan
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Plan
 from orchestrator.recipe.options import check_choice, check_number
 
 MOST_STEPS = 100_000_000

@@ -11,7 +11,9 @@ import numpy as np
 
 from orchestrator.allocate.budget import budget_values, least_values, make_plan
 from orchestrator.allocate.threshold import hull_rates
-from orchestrator.plan.plan import Assignment, Form, Linear, Plan
+from orchestrator.plan.forms import Form
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from orchestrator.allocate.budget import assign_rank, budget_values, make_plan, share_values
 from orchestrator.errors import InfeasibleError
-from orchestrator.plan.plan import Assignment, Curve, Linear, Plan
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

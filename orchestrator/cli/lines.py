@@ -1,33 +1,19 @@
-"""How the events of a run become lines: plain ones for people, JSON for machines.
+"""Events of a run as lines: plain ones for people, JSON for machines.
 
-An event is a plain dict. Known are
-
-    {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ..., "busy": ...}
-    {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "seconds": ...}
-    {"event": "note", "text": ...}
-    {"event": "waiting", "for": ..., "there": ...}
-    {"event": "workers", "workers": [{"node": ..., "pid": ...}, ...]}
-    {"event": "snapshot", "step": ..., "train": ..., "held_out": ..., ...}
-    {"event": "lost" | "failed", "unit": ..., "why": ..., "cause": ..., "node": ..., "pid": ...,
-     "decided": ..., "record": ...}
-    {"event": "draining", "node": ..., "deadline": ...}
-    {"event": "retired" | "returned", "node": ..., "pid": ...}
-    {"event": "quarantined", "node": ...}
-    {"event": "missing" | "damaged", "unit": ..., "why": ...}
-
-and any other is shown with its fields as they are. Lines carry no escape codes and never return
-the cursor, so that they read the same on a terminal, in a file and in the logs of a Ray job.
+Lines carry no escape codes and never return the cursor, so that they read the same on a terminal,
+in a file and in the logs of a Ray job.
 """
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import TextIO
+
+from orchestrator.events import Event
+from orchestrator.readable import duration
 
 SECONDS_BETWEEN_LINES = 1.0
 """Units that finish faster share a line: a stage of thousands stays readable."""
-
-Event = Mapping[str, Any]
 
 
 class Lines:
@@ -102,24 +88,3 @@ class JsonLines:
     def __call__(self, event: Event) -> None:
         self._stream.write(json.dumps(dict(event), ensure_ascii=False) + "\n")
         self._stream.flush()
-
-
-def duration(seconds: float) -> str:
-    """A length of time as a person says it: 0.4s, 12s, 3m05s, 2h07m."""
-    if seconds < 9.95:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def size(count: float) -> str:
-    """Bytes as a person says them, in powers of 1000: 512 B, 3.5 MB, 140 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

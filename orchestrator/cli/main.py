@@ -18,10 +18,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from orchestrator.cli.lines import JsonLines, Lines, duration
+from orchestrator.cli.lines import JsonLines, Lines
 from orchestrator.cli.parser import FIELDS, make_parser
 from orchestrator.errors import OrchestratorError, StoppedError, UsageError
 from orchestrator.plan.result import Result
+from orchestrator.readable import duration
 from orchestrator.recipe.recipe import Recipe, make_recipe, read_recipe_fields
 from orchestrator.recipe.values import parse_option, parse_vary
 from orchestrator.usage import Usage

@@ -5,7 +5,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from orchestrator.recipe.recipe import CHOICES, PRESETS, Recipe
+from orchestrator.recipe.presets import PRESETS
+from orchestrator.recipe.recipe import CHOICES, Recipe
 from orchestrator.recipe.values import fraction, parse_value
 from orchestrator.version import __version__
 

@@ -17,7 +17,7 @@ from orchestrator.forecast.work import (
     trained,
 )
 from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import Recipe
 
 

@@ -17,7 +17,7 @@ from orchestrator.forecast.needs import (
     input_grams,
 )
 from orchestrator.forecast.shapes import Shapes
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 GRAM_BYTES = 12
 """Of an entry: a float64 sum and a float32 one."""

@@ -12,7 +12,7 @@ from orchestrator.allocate.cap import Cap
 from orchestrator.allocate.strs import Strs
 from orchestrator.errors import UsageError
 from orchestrator.plan.grouping import SHARED, Grouping, gram_side
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 from orchestrator.recipe.options import check_choice, check_known, check_whole, option_names
 from orchestrator.recipe.recipe import Recipe
 

@@ -21,7 +21,7 @@ from orchestrator.models.checkpoint.headers import (
     read_json,
 )
 from orchestrator.models.survey.select import select
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 from orchestrator.store.places import Place
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

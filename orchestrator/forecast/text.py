@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from orchestrator.cli.lines import duration, size
 from orchestrator.forecast.outcome import Forecast
+from orchestrator.readable import duration, size
 
 
 def lines(found: Forecast) -> list[str]:

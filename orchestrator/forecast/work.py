@@ -12,7 +12,7 @@ from orchestrator.forecast.memory import stored_rank
 from orchestrator.forecast.needs import Needs, curvature_channels, gram_of, input_grams
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.shapes import Shapes
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 TRIANGLE = 0.6
 """Of a symmetric product's FLOPs, those that are computed (see `linalg.gram`)."""

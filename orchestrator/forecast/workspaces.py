@@ -5,7 +5,7 @@ float32. A test compares them with the tensors that are alive together.
 """
 
 from orchestrator.forecast.needs import Needs, curvature_channels
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 EIGENVECTOR_COPIES = 4
 """[K, K] matrices of an eigendecomposition beside its argument: vectors, and LAPACK's or

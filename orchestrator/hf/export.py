@@ -19,7 +19,8 @@ from orchestrator.models.checkpoint.output import claim_out, copy_companions, se
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.checkpoint.write import write_file, write_index
 from orchestrator.models.forms.config import install_forms
-from orchestrator.models.forms.modules import LowRankLinear, PivotedLinear, SparseLinear
+from orchestrator.models.forms.modules import LowRankLinear, SparseLinear
+from orchestrator.models.shards.dense_weight import read_dense_weight
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.names import Names, map_names
 
@@ -61,31 +62,6 @@ def export_dense(directory: Path, out: Path) -> None:
     write_index(out, files)
     dropped = {"quantization_config", "auto_map"}
     seal(out, {key: value for key, value in config.items() if key not in dropped})
-
-
-def read_dense_weight(
-    model: PreTrainedModel, linear: str, weights: Weights, names: Names
-) -> Tensor:
-    """The dense weight [O, I] of a linear in fp32, by its own module."""
-    module = model.get_submodule(linear)
-    assert isinstance(module, LowRankLinear | SparseLinear)
-    state = {}
-    for key in module.state_dict():
-        if key != "bias":
-            name = f"{linear}.{key}"
-            tensor = weights.read(names.disk[names.tied.get(name, name)])
-            state[key] = tensor.float() if tensor.is_floating_point() else tensor
-    module.load_state_dict(state, strict=False, assign=True)
-    for part in module.modules():
-        if isinstance(part, SparseLinear | PivotedLinear) and not part.is_sound():
-            raise InputError(
-                f"{weights.directory}: the index of {linear} does not name {part.indexed}; "
-                "the checkpoint is damaged"
-            )
-    with torch.no_grad():
-        weight_OI = module.dense_weight()
-    module.to("meta")
-    return weight_OI
 
 
 def _dense_files(

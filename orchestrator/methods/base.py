@@ -10,8 +10,9 @@ from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 from orchestrator.linalg.ranked import RankedParts
 from orchestrator.linalg.sparse import Sparse
 from orchestrator.linalg.two_sided_sparse import SparseLowRank
+from orchestrator.plan.forms import Form
 from orchestrator.plan.grouping import Grouping, gram_side
-from orchestrator.plan.plan import Form, Linear
+from orchestrator.plan.linear import Linear
 
 
 class Method(Protocol):

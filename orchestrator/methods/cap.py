@@ -11,7 +11,8 @@ from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.ranked import RankedParts, Utility, rank_parts
 from orchestrator.linalg.rpca import Solver, rpca
 from orchestrator.methods.base import Method
-from orchestrator.plan.plan import Form, Linear
+from orchestrator.plan.forms import Form
+from orchestrator.plan.linear import Linear
 from orchestrator.recipe.options import check_choice
 
 

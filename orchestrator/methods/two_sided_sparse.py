@@ -10,7 +10,8 @@ from orchestrator.errors import UsageError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.two_sided_sparse import SparseLowRank, sparse_low_rank
 from orchestrator.methods.base import Method
-from orchestrator.plan.plan import Form, Linear
+from orchestrator.plan.forms import Form
+from orchestrator.plan.linear import Linear
 from orchestrator.recipe.options import check_number, check_whole
 
 

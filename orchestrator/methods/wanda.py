@@ -10,7 +10,8 @@ from orchestrator.errors import InputError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.sparse import Sparse, sort_within_rows
 from orchestrator.methods.base import Method
-from orchestrator.plan.plan import Form, Linear
+from orchestrator.plan.forms import Form
+from orchestrator.plan.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cli.lines import duration
 from orchestrator.errors import UsageError
 from orchestrator.pages import figures, tables
 from orchestrator.pages.evaluations import AGREEMENT, QUANTITIES, text_of
@@ -13,6 +12,7 @@ from orchestrator.pages.linears import by_role, entries, kept_of
 from orchestrator.pages.markup import Markup, element, page, section, write_page
 from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.tables import DASH, cell, head, number, row_head
+from orchestrator.readable import duration
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.store.places import Place
 from orchestrator.version import __version__

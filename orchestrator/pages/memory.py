@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.cli.lines import size
 from orchestrator.pages import tables
 from orchestrator.pages.markup import Markup, section
 from orchestrator.pages.tables import DASH, head, number, row_head
+from orchestrator.readable import size
 from orchestrator.usage import Usage
 
 

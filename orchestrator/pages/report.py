@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.cli.lines import duration, size
 from orchestrator.pages import linear_sections, tables
 from orchestrator.pages.evaluations import before_and_after, evaluated_text
 from orchestrator.pages.linears import entries
@@ -11,6 +10,7 @@ from orchestrator.pages.markup import Markup, element, joined, page, section, wr
 from orchestrator.pages.memory import memory
 from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.tables import cell, head, number, row_head
+from orchestrator.readable import duration, size
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.store.places import Place
 from orchestrator.version import __version__

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.errors import InputError
-from orchestrator.plan.plan import Curve
+from orchestrator.plan.curve import Curve
 from orchestrator.recipe.recipe import SCHEDULE, Recipe
 from orchestrator.store.files import parse_json, size_of
 from orchestrator.store.places import Place, parse_place

@@ -9,7 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from orchestrator.plan.plan import Assignment, Linear, Plan
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment, Plan
 
 SHARED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """What Basis Sharing's authors group; o and down, whose inputs differ most, stand alone."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
+from orchestrator.recipe.presets import PRESETS
 from orchestrator.recipe.values import (
     check_choice,
     check_options,
@@ -37,22 +38,6 @@ CHOICES = {
     "output_dtype": DTYPES,
 }
 COUNTS = ("samples", "sequence_length", "threads", "shards")
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "two-sided", "storage": "pivoted"},
-    "best": {
-        "method": "two-sided",
-        "storage": "pivoted",
-        "refine": "blocks",
-        "train": "all",
-        "options": {
-            "refinement": {"epochs": 10, "learning_rate": 3e-4},
-            "training": {"epochs": 4, "learning_rate": 4e-5},
-        },
-    },
-}
-"""Recipes that a name stands for. `fast` is the best closed form: no weight is trained. `best` goes
-on from there: its blocks are refined apart from each other, then the whole is trained."""
 
 SCHEDULE = (
     "out",

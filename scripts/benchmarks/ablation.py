@@ -18,7 +18,7 @@ from benchmarks.figures import print_table, say
 from benchmarks.local_ray import local_ray
 from benchmarks.methods import Row, compress, facts, once, perplexities
 
-from orchestrator.recipe.recipe import PRESETS
+from orchestrator.recipe.presets import PRESETS
 
 UNIFORM, FAST, BEST = "uniform", "fast", "best"
 TWO_SIDED = {"method": "two-sided"}

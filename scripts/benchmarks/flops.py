@@ -14,7 +14,7 @@ computed a second time for a Gram.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 Side = Callable[[Linear, Sequence[Linear]], str]
 

@@ -31,7 +31,8 @@ from orchestrator import api
 from orchestrator.cli.lines import Lines
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.plan.result import Result
-from orchestrator.recipe.recipe import PRESETS, Recipe
+from orchestrator.recipe.presets import PRESETS
+from orchestrator.recipe.recipe import Recipe
 
 C4_FILE = "c4/c4_train_first1k.jsonl"
 C4_STRIDE = 29

@@ -14,7 +14,7 @@ import torch
 from benchmarks.figures import Figure, compare, in_turns, print_figures, say
 
 from orchestrator.models.forms.modules import LowRankLinear, PivotedLinear
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 SHAPES = ("576x576", "1536x576", "576x1536", "4096x4096", "11008x4096", "4096x11008")
 """Outputs by inputs: of SmolLM2-135M, and of a model with 7B parameters."""

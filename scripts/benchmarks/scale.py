@@ -43,7 +43,8 @@ from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import Machine, Rates, machine_of
 from orchestrator.forecast.shapes import Shapes, from_config
 from orchestrator.forecast.simulate import Simulated, simulate
-from orchestrator.plan.plan import Curve, Linear
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import make_recipe
 
 MODELS: Mapping[str, Mapping[str, Any]] = {

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.plan.plan import Assignment, Form, Plan, Survey
+from orchestrator.plan.forms import Form
+from orchestrator.plan.linear import Survey
+from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.version import __version__
 
 _CARD = """\

@@ -11,10 +11,12 @@ from typing import Any, Literal
 import torch
 
 from orchestrator.models.checkpoint.headers import SINGLE_FILE
+from orchestrator.models.checkpoint.stored_tensor import StoredTensor
 from orchestrator.models.forms.config import StoredForm, misfits
 from orchestrator.models.forms.index_codes import index_tensors
-from orchestrator.models.survey.names import StoredTensor
-from orchestrator.plan.plan import Assignment, Linear, Plan, Survey, index_code
+from orchestrator.plan.forms import index_code
+from orchestrator.plan.linear import Linear, Survey
+from orchestrator.plan.plan import Assignment, Plan
 
 Part = Literal[
     "copy", "weight", "down", "others", "pivots", "order", "values", "index", "rows", "dense"

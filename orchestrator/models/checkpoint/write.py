@@ -19,7 +19,8 @@ from orchestrator.models.checkpoint.output import copy_companions, seal, write_j
 from orchestrator.models.checkpoint.safetensors_file import has_header, write_safetensors
 from orchestrator.models.checkpoint.small_files import small_files
 from orchestrator.models.forms.config import FORMAT_VERSION, METHOD
-from orchestrator.plan.plan import Plan, Survey
+from orchestrator.plan.linear import Survey
+from orchestrator.plan.plan import Plan
 from orchestrator.store.files import size_of
 from orchestrator.store.places import Place
 from orchestrator.version import __version__

@@ -18,12 +18,12 @@ from torch.nn.functional import log_softmax
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
-from orchestrator.hf.export import read_dense_weight
 from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.checkpoint.write import REPORT_FILE
 from orchestrator.models.forms.config import install_forms, read_forms
 from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.dense_weight import read_dense_weight
 from orchestrator.models.shards.lazy_model import Skeleton
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.names import map_names

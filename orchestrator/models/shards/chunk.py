@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.device.transport import Departure, bring
+from orchestrator.models.survey.trees import map_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,19 +119,6 @@ def rows_at(states: Tensor, places_N: Tensor | None) -> Tensor:
     """The rows [N, C] of states [B, T, C] or [B T, C] at `Chunk.places`; a view if that is None."""
     rows = states.reshape(-1, states.shape[-1])
     return rows if places_N is None else rows.index_select(0, places_N)
-
-
-def map_tensors(function: Any, tree: Any) -> Any:
-    """`tree` (tuples, lists, mappings, anything) with `function` applied to every tensor in it."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, tuple):
-        return tuple(map_tensors(function, item) for item in tree)
-    if isinstance(tree, list):
-        return [map_tensors(function, item) for item in tree]
-    if isinstance(tree, dict):
-        return {key: map_tensors(function, item) for key, item in tree.items()}
-    return tree
 
 
 def _encode(tree: Any, arrays: dict[str, np.ndarray], departure: Departure) -> Any:

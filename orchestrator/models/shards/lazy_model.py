@@ -18,6 +18,7 @@ from transformers.core_model_loading import build_glob_alternation
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.layout import TensorSpec, layout, stored_forms
 from orchestrator.models.checkpoint.planned import PlannedCheckpoint
+from orchestrator.models.checkpoint.stored_tensor import Region, StoredTensor
 from orchestrator.models.checkpoint.weights import Checkpoint, Weights
 from orchestrator.models.forms.config import FORMAT_VERSION, METHOD
 from orchestrator.models.shards.shard import Frame, Shard
@@ -29,8 +30,9 @@ from orchestrator.models.survey.architecture import (
 )
 from orchestrator.models.survey.discovery import Discovery, discover, phantom
 from orchestrator.models.survey.linears import check_parameters
-from orchestrator.models.survey.names import Names, Region, StoredTensor, map_names
-from orchestrator.plan.plan import Plan, Survey
+from orchestrator.models.survey.names import Names, map_names
+from orchestrator.plan.linear import Survey
+from orchestrator.plan.plan import Plan
 from orchestrator.store.places import Place
 
 

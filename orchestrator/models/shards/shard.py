@@ -23,7 +23,7 @@ from orchestrator.device.strict import strict
 from orchestrator.device.transport import bring
 from orchestrator.models.shards.chunk import Chunk, Payload
 from orchestrator.models.survey.architecture import recompute_buffers, set_tensor
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.residual_cosines import Streams
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 Side = Literal["input", "output"]
 """Which Gram a method asks for: of what a linear reads, or of what it gives, without its bias."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from orchestrator.linalg.cosine import Cosine
 from orchestrator.models.shards.shard import Shard
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 
 class Streams:

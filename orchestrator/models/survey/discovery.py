@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orchestrator.errors import InputError
-from orchestrator.models.shards.chunk import map_tensors
 from orchestrator.models.survey.architecture import (
     brief,
     mark_initialized,
@@ -24,7 +23,8 @@ from orchestrator.models.survey.architecture import (
     set_tensor,
 )
 from orchestrator.models.survey.linears import LinearCalls
-from orchestrator.plan.plan import Linear
+from orchestrator.models.survey.trees import map_tensors
+from orchestrator.plan.linear import Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

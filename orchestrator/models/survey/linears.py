@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
 from orchestrator.models.forms.config import features
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 
 def check_parameters(where: str, name: str, block: nn.Module) -> None:

@@ -6,7 +6,6 @@ renaming rules give the mapping, from headers alone.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,24 +20,6 @@ from transformers.core_model_loading import (
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.weights import Checkpoint
 from orchestrator.models.forms.modules import PivotedLinear, SparseLinear
-
-Region = Literal["front", "block", "tail"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
-    """One tensor of the checkpoint: its name in the model and its name on disk."""
-
-    name: str
-    """Module name, `model.layers.3.mlp.down_proj.weight`."""
-    disk_name: str
-    shape: tuple[int, ...]
-    dtype: str
-    """Dtype on disk, `bfloat16`."""
-    block: int | None
-    """Index of its block; None outside the blocks."""
-    place: Region
-    """Before the blocks, in one of them, or after them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import dense_weight
 from orchestrator.models.training.compensation_options import CompensationOptions
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 
 def compensate_block(

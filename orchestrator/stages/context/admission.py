@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import torch
 
-from orchestrator.cli.lines import size
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Forecast, Resources
 from orchestrator.forecast.rates import Machine
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.models.evaluation.machine import host_bytes
+from orchestrator.readable import size
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.runtime.monitor import Watch
 from orchestrator.runtime.scaling import Bounds

@@ -36,8 +36,9 @@ from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import Skeleton
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration, dense_weight
+from orchestrator.plan.curve import Curve
 from orchestrator.plan.grouping import Grouping, stack
-from orchestrator.plan.plan import Curve, Linear
+from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored, Task, Worker
 from orchestrator.stages.context.pruned import read_entries, stored_pruned, surface_of
 from orchestrator.stages.context.stored_factors import read_factor, read_sparse

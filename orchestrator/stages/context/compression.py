@@ -26,8 +26,9 @@ from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import Skeleton
 from orchestrator.models.survey.locate import locate
 from orchestrator.models.survey.select import select
+from orchestrator.plan.curve import Curve
 from orchestrator.plan.grouping import Grouping
-from orchestrator.plan.plan import Curve, Plan
+from orchestrator.plan.plan import Plan
 from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import parts_of

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from orchestrator.device.transport import CPU, upload
 from orchestrator.linalg.ranked import sketched_energy
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
 

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from orchestrator.models.checkpoint.weights import parse_dtype
-from orchestrator.plan.plan import Curve, Linear, Plan, Survey
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.linear import Linear, Survey
+from orchestrator.plan.plan import Plan
 from orchestrator.version import __version__
 
 FORMAT_VERSION = 1

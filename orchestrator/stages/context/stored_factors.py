@@ -12,7 +12,7 @@ from torch import Tensor
 from orchestrator.device.transport import CPU, upload
 from orchestrator.models.checkpoint.layout import TensorSpec
 from orchestrator.models.forms.index_codes import encode
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 
 def read_factor(path: Path, part: str, rank: int, outputs: range, suffix: str = "") -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from orchestrator.plan.plan import FACTORED
+from orchestrator.plan.forms import FACTORED
 from orchestrator.runtime.monitor import Stage, Watch
 from orchestrator.runtime.workers import Crew
 from orchestrator.stages.context.compress_worker import CompressionTask

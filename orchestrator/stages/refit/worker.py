@@ -19,7 +19,9 @@ from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.refit import refit
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration, as_dense, dense_weight
-from orchestrator.plan.plan import FACTORED, Linear, Plan
+from orchestrator.plan.forms import FACTORED
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Plan
 from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
 
 FITTED_FILE = "fitted.safetensors"

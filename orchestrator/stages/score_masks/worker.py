@@ -11,7 +11,7 @@ from orchestrator.models.checkpoint.layout import TensorSpec
 from orchestrator.models.evaluation.scoring import score
 from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.statistics.calibration import as_dense, dense_weight
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted
 from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.stages.context.masks import (

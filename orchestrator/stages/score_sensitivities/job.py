@@ -17,7 +17,7 @@ from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.grouping import stack
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 from orchestrator.runtime.calls import Call
 from orchestrator.runtime.monitor import Stage, Watch
 from orchestrator.runtime.resume import taken_up

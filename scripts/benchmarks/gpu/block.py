@@ -20,7 +20,7 @@ from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import Skeleton
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration, dense_weight
-from orchestrator.plan.plan import Linear
+from orchestrator.plan.linear import Linear
 
 METHODS = ("svd-llm", "two-sided")
 DTYPE = torch.bfloat16

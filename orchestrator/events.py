@@ -1,0 +1,24 @@
+"""Events of a run, as plain dicts: what drivers, pools and stages report as it happens.
+
+Known kinds:
+
+    {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ..., "busy": ...}
+    {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "seconds": ...}
+    {"event": "note", "text": ...}
+    {"event": "waiting", "for": ..., "there": ...}
+    {"event": "workers", "workers": [{"node": ..., "pid": ...}, ...]}
+    {"event": "snapshot", "step": ..., "train": ..., "held_out": ..., ...}
+    {"event": "lost" | "failed", "unit": ..., "why": ..., "cause": ..., "node": ..., "pid": ...,
+     "decided": ..., "record": ...}
+    {"event": "draining", "node": ..., "deadline": ...}
+    {"event": "retired" | "returned", "node": ..., "pid": ...}
+    {"event": "quarantined", "node": ...}
+    {"event": "missing" | "damaged", "unit": ..., "why": ...}
+
+and any other is shown with its fields as they are.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+Event = Mapping[str, Any]

@@ -1,0 +1,46 @@
+"""Loss of truncating one linear, as a function of its rank."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from orchestrator.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """What truncating one linear to rank r loses: `total - sum(energies[:r])`.
+
+    `energies` are the squared singular values of the weight in the method's norm, descending,
+    float64, at least up to the break-even rank; `total` is the sum of all of them. Of a sparse form
+    they are of equal parts of the entries, in the order in which they are kept, and r counts parts.
+    """
+
+    name: str
+    energies: np.ndarray
+    total: float
+    sensitivities: Mapping[int, float] = field(default_factory=dict)
+    """By rank, the model's mean cross-entropy where this linear alone is cut to it; at the ranks
+    where an allocation has asked for it. Measured apart, and no part of the JSON."""
+
+    def loss(self, rank: int) -> float:
+        """Squared error, in the method's norm, of the best approximation of this rank."""
+        return max(self.total - float(self.energies[:rank].sum()), 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "energies": self.energies.tolist(), "total": self.total}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Curve":
+        """Raises InputError where it is not what `to_json` gives."""
+        try:
+            energies = np.asarray(value["energies"], dtype=np.float64)
+            curve = cls(name=str(value["name"]), energies=energies, total=float(value["total"]))
+        except (LookupError, OverflowError, TypeError, ValueError) as error:
+            said = repr(str(error)[:200])
+            raise InputError(f"curve: a field is missing or no number: {said}") from error
+        if energies.ndim != 1:
+            raise InputError(f"curve: energies have {energies.ndim} dimensions, one is needed")
+        return curve

@@ -1,0 +1,109 @@
+"""Linears of a model, and the survey that lists them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from orchestrator.plan.forms import Form
+
+Ranks = TypeVar("Ranks", int, np.ndarray)
+"""One rank or many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """One weight matrix of a block that may be compressed."""
+
+    name: str
+    """Module name in the model, `model.layers.3.mlp.down_proj`."""
+    block: int
+    """Index of its block, counted from 0."""
+    role: str
+    """Its name within the block, `mlp.down_proj`: the same in every block of the model."""
+    site: str
+    """Name of the first linear, in call order, that reads the same input; q, k and v share one."""
+    out_features: int
+    in_features: int
+    has_bias: bool
+    norm: str = ""
+    """Module name of the norm that its input comes from; empty where it comes from no module."""
+    pivoted: bool = False
+    """Whether its factors are to be stored as `pivoted` and not as `low_rank`."""
+
+    @property
+    def factored(self) -> Form:
+        """The form that factors of it take."""
+        return "pivoted" if self.pivoted else "low_rank"
+
+    @property
+    def sublayer(self) -> str:
+        """The part of its block that it belongs to, `3.self_attn`, or `3.` if it has no parent."""
+        return f"{self.block}.{self.role.rpartition('.')[0]}"
+
+    @property
+    def values(self) -> int:
+        """Values of the dense weight; the bias is neither compressed nor counted."""
+        return self.out_features * self.in_features
+
+    @property
+    def rank_cost(self) -> int:
+        """Stored values of one rank, but for what pivoting saves."""
+        return self.out_features + self.in_features
+
+    @property
+    def break_even(self) -> int:
+        """The rank from which on factors save nothing: floor(m n / (m + n)), pivoted min(m, n).
+
+        A linear that would get this rank or a larger one stays dense.
+        """
+        if self.pivoted:
+            return min(self.out_features, self.in_features)
+        return self.values // self.rank_cost
+
+    def factor_values(self, rank: Ranks) -> Ranks:
+        """Values that factors of this rank store: r (m + n), pivoted r (m + n) - r^2."""
+        saved = rank * rank if self.pivoted else 0
+        return rank * self.rank_cost - saved
+
+    def rank_within(self, values: int) -> int:
+        """The largest rank whose factors store no more than these values, at most the dense ones.
+
+        Pivoted: (m + n - 2 r)^2 is then at least (m + n)^2 - 4 values.
+        """
+        if not self.pivoted:
+            return values // self.rank_cost
+        least = self.rank_cost**2 - 4 * values
+        root = math.isqrt(least - 1) + 1 if least > 0 else 0
+        return (self.rank_cost - root) // 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What a checkpoint holds, from its config and tensor headers alone."""
+
+    fingerprint: str
+    """Hash of config and tensor index (names, shapes, dtypes, file sizes): the model's identity."""
+    architecture: str
+    """Class name of the model, `LlamaForCausalLM`."""
+    model_type: str
+    dtype: str
+    """Dtype of the weights on disk, `bfloat16`."""
+    num_blocks: int
+    linears: tuple[Linear, ...]
+    """Every linear of every block, in block order and, within a block, in call order."""
+    total_parameters: int
+    """Distinct parameters of the whole model; tied ones count once."""
+
+    def of_block(self, block: int) -> tuple[Linear, ...]:
+        return tuple(linear for linear in self.linears if linear.block == block)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Survey":
+        linears = tuple(Linear(**linear) for linear in value["linears"])
+        return cls(**{**value, "linears": linears})

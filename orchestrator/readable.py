@@ -1,0 +1,22 @@
+"""Durations and sizes as text."""
+
+
+def duration(seconds: float) -> str:
+    """A length of time as a person says it: 0.4s, 12s, 3m05s, 2h07m."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them, in powers of 1000: 512 B, 3.5 MB, 140 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

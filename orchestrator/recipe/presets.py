@@ -1,0 +1,19 @@
+"""Presets: recipes that a name stands for."""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "two-sided", "storage": "pivoted"},
+    "best": {
+        "method": "two-sided",
+        "storage": "pivoted",
+        "refine": "blocks",
+        "train": "all",
+        "options": {
+            "refinement": {"epochs": 10, "learning_rate": 3e-4},
+            "training": {"epochs": 4, "learning_rate": 4e-5},
+        },
+    },
+}
+"""Recipes that a name stands for. `fast` is the best closed form: no weight is trained. `best` goes
+on from there: its blocks are refined apart from each other, then the whole is trained."""
