@@ -1,0 +1,573 @@
+"""What a run will take: shapes, needs and formulas against the code that they are about."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES as TINY
+from large_models import CONFIGS
+from pipeline import contents, run, with_tokenizer, write_llama, write_text
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from orchestrator.api import measure, plan
+from orchestrator.cli.main import main
+from orchestrator.errors import InfeasibleError, InputError, UsageError
+from orchestrator.forecast import memory, text, work
+from orchestrator.forecast.needs import (
+    NEEDS,
+    curvature_channels,
+    gram_of,
+    input_grams,
+)
+from orchestrator.forecast.rates import (
+    ROWS,
+    eigen_seconds,
+    known_devices,
+    largest_memory,
+    machine_of,
+)
+from orchestrator.forecast.room import USABLE
+from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
+from orchestrator.linalg import pivot, ranked
+from orchestrator.linalg.eigen import LARGEST
+from orchestrator.methods import METHODS
+from orchestrator.models.evaluation.machine import SIZES
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.plan.cut import cut_blocks
+from orchestrator.plan.linear import Linear
+from orchestrator.recipe.recipe import Recipe, make_recipe
+
+PUBLISHED = {
+    "Llama-3-8B": 8_030_261_248,
+    "Llama-2-70B": 68_976_648_192,
+    "Llama-3-70B": 70_553_706_496,
+    "Llama-3.1-405B": 405_853_388_800,
+    "Qwen2.5-72B": 72_706_203_648,
+    "Qwen3-8B": 8_190_735_360,
+    "Mistral-7B": 7_241_732_096,
+}
+"""Parameters of the checkpoints on the hub."""
+
+
+def shapes_of(name):
+    settings = {"dtype": "bfloat16", "tie_word_embeddings": False}
+    return from_config(CONFIGS[name] | settings, name)
+
+
+def recipe(**fields):
+    return make_recipe({"model": "m", "out": "o", "keep": 0.8} | fields)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a config.json, and nothing beside it."""
+
+    def write(name, **fields):
+        path = tmp_path / name
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(CONFIGS[name] | fields))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_formulas_have_the_parameters_that_are_published(name):
+    """Of a checkpoint, from its config alone."""
+    assert shapes_of(name).total_values == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_formulas_agree_with_transformers(name):
+    """Every linear's name, shape and bias, in blocks that are built without memory."""
+    settings = {**CONFIGS[name], "num_hidden_layers": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    shapes = from_config(settings, name)
+    modules = {
+        each: module
+        for each, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and each != "lm_head"
+    }
+    assert {each.name for each in shapes.linears} == modules.keys()
+    for each in shapes.linears:
+        module = modules[each.name]
+        assert (each.out_features, each.in_features) == tuple(module.weight.shape)
+        assert each.has_bias == (module.bias is not None)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert shapes.block_values == block
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_headers_say_what_a_survey_says(family, checkpoint):
+    """Of any family all linears that are matrices of their own on disk; of those with formulas,
+    which of them read the same input too."""
+    directory = checkpoint(family)
+    surveyed = Skeleton.open(directory).survey()
+    shapes = read_shapes(directory)
+    found = {(each.out_features, each.in_features) for each in shapes.linears}
+    if shapes.model_type in FAMILIES:
+        sites = [(each.name, each.site) for each in surveyed.linears]
+        assert [(each.name, each.site) for each in shapes.linears] == sites
+        assert shapes.total_values == surveyed.total_parameters
+    else:
+        turned = {(inputs, outputs) for outputs, inputs in found}
+        named = {each.role.rpartition(".")[2] for each in shapes.linears}
+        for each in surveyed.of_block(0):
+            if each.role.rpartition(".")[2] in named:
+                assert (each.out_features, each.in_features) in found | turned
+    assert shapes.num_blocks == surveyed.num_blocks
+
+
+def test_needs_are_those_of_the_methods():
+    """Every method: which Grams, how many labels, which curvatures, which rank is stored."""
+    assert NEEDS.keys() == METHODS.keys()
+    tall = Linear(
+        name="0.a", block=0, role="a", site="0.a", out_features=8, in_features=4, has_bias=False
+    )
+    wide = Linear(
+        name="0.b", block=0, role="b", site="0.b", out_features=4, in_features=9, has_bias=False
+    )
+    for name, method in METHODS.items():
+        needs = NEEDS[name]
+        assert needs.labels == method.labels
+        assert needs.wide_curvature == (method.bends_outputs and method.labels > 0)
+        for linear in (tall, wide):
+            grams = input_grams([linear], needs)
+            side = "input" if gram_of(linear, grams) == linear.site else "output"
+            assert side == method.side(linear, [linear])
+        kinds = {"low_rank": "low_rank", "two_sided": "low_rank", "rpca": "low_rank_sparse"}
+        kinds |= {"two_sided_sparse": "low_rank_sparse", "sparse": "sparse"}
+        assert kinds[needs.kind] == method.form
+        assert needs.allocation == method.allocation
+        assert needs.grouping == method.grouping
+        assert all(needs.refits(kept) == method.refits(kept) for kept in (0.5, 0.6, 0.7))
+    assert curvature_channels(tall, NEEDS["two-sided"]) == 4
+    assert curvature_channels(tall, NEEDS["two-sided-sparse"]) == 8
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_more_machines_take_less_time_and_hold_no_more(name, preset, config):
+    """Whatever the rates; what all compute together stays the same but for the order of cuts."""
+    path = config(name, dtype="bfloat16", tie_word_embeddings=False)
+    found = [plan(recipe(model=path, preset=preset), gpus=gpus) for gpus in (1, 8, 64)]
+    for row in ROWS:
+        seconds = [each.seconds[row] for each in found]
+        assert sorted(seconds, reverse=True) == seconds
+    assert len({each.final["values"] for each in found}) == 1
+    assert found[0].seconds["data_sheet"] < found[0].seconds["pessimistic"]
+    calibrating = [each.stages[0].device.total for each in found]
+    assert sorted(calibrating, reverse=True) == calibrating
+    training = [each.stages[-2].device.total for each in found]
+    assert preset == "fast" or sorted(training, reverse=True) == training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_and_stage_has_a_forecast(method, config):
+    """Positive times and bytes; longer sequences and more blocks hold more."""
+    path = config("Llama-3-8B", dtype="bfloat16")
+    options = {"model": path, "method": method}
+    if method in ("svd-llm", "two-sided"):
+        options |= {"refine": "swept", "train": "light", "compensate": "anchored"}
+    found = plan(recipe(**options), gpus=4, gpu="A10G", price=2.0)
+    assert all(stage.seconds[row] > 0 for stage in found.stages for row in ROWS)
+    assert found.run_bytes > 0
+    assert found.money["pessimistic"] == pytest.approx(found.seconds["pessimistic"] / 3600 * 8)
+    shapes, needs = shapes_of("Llama-3-8B"), NEEDS[method]
+    sizes = [
+        memory.calibration(
+            shapes, needs, blocks, tokens=tokens, sequences=32, itemsize=2, pivoted=False
+        ).total
+        for blocks, tokens in ((1, 512), (1, 65536), (2, 65536))
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2]
+
+
+def test_only_targeted_linears_are_counted(config):
+    """Attention alone: no statistic of the MLP is held, and what is left out keeps its values."""
+    path = config("Llama-3-8B", dtype="bfloat16")
+    whole, part = (
+        plan(recipe(model=path, preset="fast", target=target), gpus=8)
+        for target in (("*",), ("*.self_attn.*",))
+    )
+    assert part.model["linears"] == 4 * 32
+    assert part.stages[0].device.total < whole.stages[0].device.total
+    attention = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096)
+    lost = part.model["values"] - part.final["values"]
+    assert lost == pytest.approx(0.2 * attention, rel=1e-6)
+    assert all(part.seconds[row] < whole.seconds[row] for row in ROWS)
+
+
+def test_a_selector_that_covers_nothing_is_refused(config):
+    path = config("Llama-3-8B", dtype="bfloat16")
+    with pytest.raises(UsageError, match="matches none of 224 linears"):
+        plan(recipe(model=path, ignore=("*.experts.*",)), gpus=8)
+
+
+def test_what_does_not_fit_is_said_with_what_would(config, capsys):
+    """Exit code 3 after the whole forecast; one line each, with the part that is too large."""
+    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
+    flags = ["--keep=0.8", "--preset=best", "--gpus=8", "--gpu-memory=80GB"]
+    assert main(["plan", path, *flags]) == 3
+    said = capsys.readouterr().out.splitlines()
+    (reason,) = [line for line in said if line.startswith("infeasible")]
+    assert "train: a worker holds" in reason
+    assert "training state" in reason
+    fits = dict(
+        reversed(each.split(" with ")) for each in reason.split("what fits: ")[1].split(", ")
+    )
+    for workers, mode in fits.items():
+        count = workers.removesuffix(" workers")
+        more = ["--gpus", count, "--train", mode.split()[-1]]
+        assert main(["plan", path, *flags, *more]) == 0
+    assert main(["plan", path, "--keep=0.8", "--preset=fast", "--gpu-memory=16GB"]) == 3
+    assert "of memory a worker would hold a block" in capsys.readouterr().out
+    small = ["--keep=0.8", "--gpu=A10G", "--gpu-memory=13GB", "--json"]
+    assert main(["plan", path, *small]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["blocks_a_shard"], shown["waves"]) == (1, 80)
+
+
+@pytest.mark.parametrize("gpu", ["RTX-4090", "A10G"])
+def test_one_gpu_of_24_gb_is_enough_for_the_closed_form_of_70b(gpu, config):
+    """A fifth of it stays free; the peak is the backward pass, with Grams on the GPU."""
+    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
+    asked = {"model": path, "preset": "fast", "samples": 256, "sequence_length": 2048}
+    found = plan(recipe(**asked), gpus=1, gpu=gpu)
+    assert not found.infeasible
+    assert found.peak.device.total < 0.8 * found.limits["usable"]
+    assert "activations" in found.peak.device.parts
+
+
+def test_a_gpu_has_a_context_and_an_allocator_and_a_cpu_has_a_process(llama_dir, tmp_path):
+    """They are added to the same tensors; tensors to be written are in the host's part."""
+    asked = {"samples": 4, "sequence_length": 32}
+    rates = measure(tmp_path / "rates.json", dtype="float32")
+    on_cpu = plan(recipe(model=str(llama_dir), **asked), rates=rates)
+    on_gpu = plan(recipe(model=str(llama_dir), **asked), gpu="A10G")
+    assert on_cpu.limits["usable"] == USABLE * on_cpu.limits["device"]
+    assert on_gpu.limits["usable"] == on_gpu.limits["device"]
+    for ours, theirs in zip(on_cpu.stages, on_gpu.stages, strict=True):
+        tensors = {n: s for n, s in theirs.device.parts.items() if n in ours.device.parts}
+        assert theirs.device.parts == {
+            "context": memory.CONTEXT_BYTES,
+            **tensors,
+            "fragmentation": int(memory.FRAGMENTATION * sum(tensors.values())),
+        }
+        assert ours.device.parts["process"] == memory.PROCESS_BYTES
+        assert not tensors.keys() & {"process", "written"}
+
+
+def test_a_machine_that_was_measured(llama_dir, tmp_path, capsys):
+    """`measure` writes what `plan` reads; its rates are of this process."""
+    rates = measure(tmp_path / "rates.json", dtype="float32")
+    found = plan(recipe(model=str(llama_dir), samples=4, sequence_length=32), rates=rates)
+    assert list(found.seconds) == ["measured"]
+    assert 0 < found.seconds["measured"] < 600
+    content = json.loads(rates.read_text())
+    rates.write_text(json.dumps(content | {"half": "fast"}))
+    with pytest.raises(UsageError, match="half is 'fast'"):
+        plan(recipe(model=str(llama_dir)), rates=rates)
+
+
+@pytest.fixture
+def llama_dir(tmp_path):
+    return write_llama(tmp_path / "llama", blocks=4)
+
+
+def test_the_size_of_the_result_is_the_one_that_is_written(llama_dir, tmp_path):
+    """The budget is met from below, so a run writes no more values than its forecast."""
+    text = write_text(tmp_path / "text.txt")
+    result = run(llama_dir, tmp_path / "out", text, keep=0.6)
+    asked = Recipe(model=str(llama_dir), out="o", keep=0.6, samples=6, sequence_length=48)
+    expected = plan(asked).final["values"]
+    written = result.report["values"]["model_after"]
+    assert expected - result.report["values"]["slack"] == written
+
+
+BAD = {
+    "another family": ({"model_type": "mamba"}, "model_type is 'mamba'; of llama, mistral"),
+    "no number": ({"hidden_size": "wide"}, "hidden_size is 'wide'; a whole number from 1"),
+    "too many blocks": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; a whole"),
+    "nothing": ({"vocab_size": None}, "vocab_size is None"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_config_that_says_too_little_is_refused(name, config):
+    """One line with what was found and what is needed; nothing is allocated for it."""
+    fields, says = BAD[name]
+    with pytest.raises(InputError, match=says):
+        plan(recipe(model=config("Llama-3-8B", **fields)))
+
+
+def test_wrong_words_are_usage_errors(config, capsys):
+    """An unknown GPU, no GPUs, a price below nothing, rates and a GPU at once."""
+    path = config("Llama-3-8B")
+    for flags, says in {
+        "--gpu=H1000": "gpu is 'H1000'; it must be one of H100",
+        "--gpus=0": "gpus is 0",
+        "--price=-1": "price is -1",
+        "--gpu=H100 --rates=x.json": "give one",
+        "--gpu-memory=much": "size is 'much'",
+    }.items():
+        assert main(["plan", path, "--keep=0.8", *flags.split()]) == 2
+        assert says in capsys.readouterr().err
+
+
+MODELLED = {"A100-80GB": (0.7, 1.4), "H100": (0.36, 0.8), "H200": (0.29, 0.62)}
+"""Seconds for n = 8192 in float64: from half the traffic times 1.3 to all of it times 1.6."""
+
+
+@pytest.mark.parametrize("gpu", MODELLED)
+def test_eigendecompositions_by_memory_traffic(gpu):
+    """The time is within the bounds of the traffic, and shorter than by both other rows."""
+    least, most = MODELLED[gpu]
+    machine = machine_of(gpu)
+    assert least <= 9 * 8192**3 / machine.modelled_eigen <= most
+    assert machine.modelled_eigen > machine.rows[0].eigen
+    assert "not measured" in machine.model_source
+
+
+def test_the_model_of_eigendecompositions_meets_the_time_that_was_published():
+    """It gives 13.1 to 13.9 s for an RTX 6000 Ada, 0.96 TB/s, 91.1 TFLOP/s, float32, n = 23,000."""
+    assert 13.1 <= eigen_seconds(23_000, 0.96e12, 91.1e12, itemsize=4) <= 13.9
+    # both terms count: infinite bandwidth, or infinite products, would not give it
+    slow = eigen_seconds(23_000, 0.48e12, 91.1e12, itemsize=4)
+    assert slow > 1.5 * eigen_seconds(23_000, 0.96e12, 91.1e12, itemsize=4)
+    assert eigen_seconds(8192, 1e12, 1e12) > 5 * eigen_seconds(8192, 1e12, 60e12)
+
+
+def test_a_plan_says_where_float64_decides_its_time(config):
+    """Only for a GPU with float64 at 1/64 of float32; eigendecompositions have three rates."""
+    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
+    for gpu in known_devices():
+        found = plan(recipe(model=path, preset="fast", samples=256), gpus=1, gpu=gpu)
+        assert list(found.float64["eigen"]) == [*ROWS, "memory_traffic"]
+        assert list(found.float64["double"]) == list(ROWS)
+        rates = machine_of(gpu).rows[0]
+        is_slow = rates.single / rates.double > 32
+        assert bool(found.float64_remark) == is_slow
+        said = "\n".join(text.lines(found))
+        assert ("at 1/64 of its rate for float32" in said) == is_slow
+        assert "by memory_traffic" in said
+
+
+def test_every_device_has_both_rows_and_a_source():
+    """What would be planned with is no more than what the data sheet promises."""
+    for name in known_devices():
+        sheet, sober = machine_of(name).rows
+        assert len(sheet.source) > 80
+        for rate in ("half", "tf32", "single", "double", "eigen", "read", "write", "network"):
+            assert getattr(sheet, rate) >= getattr(sober, rate) > 0
+        assert sheet.start < sober.start
+
+
+def test_with_tokenizer_is_a_checkpoint_too(checkpoint, tmp_path):
+    """A directory is read by its headers: their dtype counts, not the config's."""
+    directory = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(content | {"dtype": "float64"}))
+    assert read_shapes(directory).itemsize == 4
+
+
+@pytest.mark.ray
+def test_what_cannot_fit_this_machine_is_refused_on_ray_too(
+    llama_dir, tmp_path, monkeypatch, ray_address
+):
+    """Where its only node is the driver's own; a machine of the same size with room for it runs."""
+    text = write_text(tmp_path / "text.txt")
+    fields = {"executor": "ray", "workers": 1}
+    with monkeypatch.context() as small:
+        small.setattr("orchestrator.stages.context.admission.host_bytes", lambda: 100_000)
+        with pytest.raises(InfeasibleError, match=r"^calibrate: a worker holds .*usable"):
+            run(llama_dir, tmp_path / "out", text, **fields)
+    run(llama_dir, tmp_path / "out", text, **fields)
+    run(llama_dir, tmp_path / "local", text)
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+
+
+def test_a_run_that_does_not_fit_is_refused(llama_dir, tmp_path, monkeypatch):
+    """Before a worker starts, with exit code 3; unless it is to be tried nevertheless."""
+    text = write_text(tmp_path / "text.txt")
+    monkeypatch.setattr("orchestrator.stages.context.admission.host_bytes", lambda: 100_000)
+    events = []
+    with pytest.raises(InfeasibleError, match=r"^calibrate: a worker holds .*--allow-infeasible"):
+        run(llama_dir, tmp_path / "out", text, on_event=events.append)
+    assert not [event for event in events if event.get("stage") == "calibrate"]
+    run(llama_dir, tmp_path / "out", text, on_event=events.append, allow_infeasible=True)
+    assert [e["text"] for e in events if e["event"] == "note" and "forecast: " in e["text"]]
+
+
+def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
+    """Where two blocks at a time do not fit, shards have one from the first on; the bytes stay."""
+    text, cuts = write_text(tmp_path / "text.txt"), []
+
+    def note(*about):
+        cuts.append(cut_blocks(*about))
+        return cuts[-1]
+
+    monkeypatch.setattr("orchestrator.stages.context.block_pass.cut_blocks", note)
+    outs = [tmp_path / "two", tmp_path / "one"]
+    run(llama_dir, outs[0], text)
+    sizes = [
+        memory.calibration(
+            *(read_shapes(llama_dir), NEEDS["svd-llm"], blocks),
+            tokens=48,
+            sequences=6,
+            itemsize=4,
+            pivoted=False,
+        ).total
+        for blocks in (1, 2)
+    ]
+    room = sum(sizes) / 2 / USABLE
+    monkeypatch.setattr("orchestrator.stages.context.admission.host_bytes", lambda: room)
+    run(llama_dir, outs[1], text)
+    assert [[len(blocks) for blocks in cut] for cut in cuts] == [[2, 2], [1, 1, 1, 1]]
+    assert contents(outs[0]) == contents(outs[1])
+
+
+def test_a_band_is_that_of_the_numerics():
+    """A forecast has no torch, so it has the number again."""
+    assert memory.BAND == pivot.BAND
+
+
+def test_a_sketch_is_that_of_the_numerics():
+    """Its number of columns is the one of `linalg.ranked`."""
+    assert work.SKETCH == ranked.SKETCH
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_eigendecomposition_is_too_large_for_a_gpu(method, name):
+    """This holds for any linear, or linears that share a basis, of models up to Llama 405B.
+
+    `tests/linalg/test_eigen.py` holds the methods to this size.
+    """
+    shapes, needs = shapes_of(name), NEEDS[method]
+    wide = max(max(each.in_features, each.out_features) for each in shapes.linears)
+    for linear in map(needs.stacked, shapes.linears):
+        side = work.eigen_side(linear)
+        assert side <= shapes.hidden <= LARGEST["cuda"]
+        flops = work.decomposing(linear, needs, linear.in_features, False, 2).eigen
+        assert flops % (9 * side**3) == 0
+        assert bool(flops) == (needs.kind != "sparse")
+    # the wide side of larger models is too large
+    assert (wide > LARGEST["cuda"]) == (shapes.hidden >= 8192)
+
+
+def test_a_gpu_is_measured_with_what_a_70b_model_asks_of_it():
+    """The sizes are the largest ones of the model, since smaller ones have another rate."""
+    sides = {work.eigen_side(each) for each in shapes_of("Llama-3-70B").linears}
+    assert SIZES["cuda"][1] == max(sides)
+
+
+def test_the_memory_of_a_kind_of_gpu():
+    """Ray does not say which of the two A100s a node has; the larger refuses no run wrongly."""
+    assert largest_memory("A100") == 80e9
+    assert largest_memory("H100") == 80e9
+    assert largest_memory("") is None
+    assert largest_memory("V100") is None
+
+
+def test_a_model_that_cannot_be_foreseen_is_compressed_all_the_same(
+    llama_dir, tmp_path, monkeypatch
+):
+    """Headers that say too little end a plan, and no run."""
+
+    def refuse(model):
+        raise InputError("the first block stores no matrix of its own")
+
+    monkeypatch.setattr("orchestrator.stages.context.admission.read_shapes", refuse)
+    events = []
+    run(llama_dir, tmp_path / "out", write_text(tmp_path / "t.txt"), on_event=events.append)
+    assert any("no forecast" in event.get("text", "") for event in events)
+
+
+BEHIND = {"score", "refit", "pivot", "walk", "refine", "sweep", "train", "write"}
+SHORT = {"refinement": {"epochs": 1, "batches": 2}, "training": {"epochs": 1, "batches": 2}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "svd-llm"},
+        {"method": "svd-llm", "allocation": "strs"},
+        {"method": "asvd"},
+        {"method": "asvd", "allocation": "uniform"},
+        {"method": "cap"},
+        {"method": "basis-sharing"},
+        {"method": "basis-sharing", "keep": 0.8},
+        {
+            "method": "basis-sharing",
+            "storage": "pivoted",
+            "options": {"basis-sharing": {"group": 1, "refit": "always"}},
+        },
+        {"method": "two-sided", "storage": "pivoted", "refine": "swept", "options": SHORT},
+        {"method": "svd-llm", "compensate": "anchored", "refine": "in_order", "options": SHORT},
+        {"method": "svd-llm", "refine": "blocks", "train": "light", "options": SHORT},
+    ],
+    ids=lambda fields: " ".join(str(each) for each in fields.values() if isinstance(each, str)),
+)
+def test_its_stages_are_those_of_the_run(fields, llama_dir, tmp_path):
+    """Whatever a recipe asks for: no stage is left out, none is made up, in the run's order."""
+    events = []
+    fields = {"keep": 0.5, **fields}
+    text = write_text(tmp_path / "text.txt")
+    run(llama_dir, tmp_path / "out", text, on_event=events.append, **fields)
+    begun = [e["stage"] for e in events if e["event"] == "stage" and e["state"] == "begin"]
+    asked = {"model": str(llama_dir), "out": "o", "samples": 6, "sequence_length": 48}
+    expected = plan(make_recipe({**asked, **fields}))
+    assert [each.name for each in expected.stages][1:] == [e for e in begun if e in BEHIND]
+
+
+def test_a_basis_for_several_blocks_holds_them_together(config):
+    """Grams are summed and the weights stacked, and no shard has fewer blocks than a group."""
+    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
+    sizes, shards = [], []
+    for group in (1, 2, 8):
+        options = {"basis-sharing": {"group": group, "refit": "never"}}
+        found = plan(recipe(model=path, method="basis-sharing", options=options), gpus=8)
+        sizes.append(found.stages[0].device.total)
+        shards.append(found.blocks_a_shard)
+    assert sizes[0] < sizes[1] < sizes[2] / 2
+    assert shards == [2, 2, 8]
+
+
+def test_options_that_cost_are_counted(config):
+    """More draws are more passes back, and float32 is not the rate of 16 bits."""
+    path = config("Llama-3-8B", dtype="bfloat16")
+
+    def seconds(**fields):
+        return plan(recipe(model=path, **fields), gpus=8).stages[0].seconds["data_sheet"]
+
+    once = seconds(method="two-sided")
+    four = seconds(method="two-sided", options={"two-sided": {"draws": 4}})
+    assert 2 * once < four < 4 * once
+    assert seconds(method="two-sided", dtype="float32") > 2 * once
+
+
+def test_compensation_holds_the_moments_of_the_widest_site(config):
+    """46 GB of a 70B block, and the advice is about what was asked for."""
+    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
+    found = plan(recipe(model=path, compensate="anchored"), gpus=8, gpu_memory="48GB")
+    walk = next(stage for stage in found.stages if stage.name == "walk")
+    assert walk.device.parts["moments"] == 56 * 28672**2
+    (reason,) = found.infeasible
+    assert "--compensate none" in reason
+    assert "--refine" not in reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"allocation": "nosuch"}, "allocation is 'nosuch'"),
+        ({"method": "cap", "storage": "pivoted"}, "storage is 'pivoted'"),
+        ({"method": "two-sided", "options": {"two-sided": {"draws": 0}}}, "draws is 0"),
+    ],
+)
+def test_what_no_run_would_take_has_no_forecast(fields, message, config):
+    with pytest.raises(UsageError, match=message):
+        plan(recipe(model=config("Llama-3-8B", dtype="bfloat16"), **fields), gpus=8)

@@ -1,0 +1,108 @@
+"""A run on a clock that jumps: what the schedules do, counted, and closed forms for its time."""
+
+import pytest
+from large_models import CONFIGS
+
+from orchestrator.forecast.costs import Costs
+from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.outcome import Resources
+from orchestrator.forecast.rates import Machine, Rates
+from orchestrator.forecast.shapes import from_config
+from orchestrator.forecast.simulate import simulate
+from orchestrator.recipe.recipe import make_recipe
+
+SMALL = CONFIGS["Llama-3-8B"] | {"num_hidden_layers": 12, "dtype": "bfloat16"}
+FAST = dict.fromkeys(["half", "tf32", "single", "double", "eigen"], 1e12)
+RATES = Rates(row="test", **FAST, read=1e10, write=1e10, network=1e10, start=30.0, source="none")
+
+
+def costs(config=SMALL, **fields):
+    fields = {"samples": 16, "sequence_length": 512, "keep": 0.8} | fields
+    return Costs(from_config(config, "test"), make_recipe({"model": "m", "out": "o"} | fields))
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
+def test_one_worker_is_never_idle(method):
+    """All that there is to do, one call after the other, and nothing twice."""
+    for stage in simulate(costs(method=method), RATES, 1).values():
+        assert stage.utilisation == pytest.approx(1.0)
+        assert stage.repeated == stage.redone == stage.lost_nodes == 0
+
+
+def test_the_units_are_those_of_a_run():
+    """Every block once, of whatever is done to it."""
+    found = simulate(costs(method="two-sided", refine="blocks"), RATES, 4)
+    assert list(found) == ["boundaries", "calibrate", "refine", "write"]
+    assert found["calibrate"].units == found["refine"].units == 12
+    assert found["boundaries"].units == 0
+
+
+def test_pivoting_is_spread_over_all_workers():
+    """A unit for each linear, however few files the result has."""
+    each = costs(storage="pivoted")
+    alone, many = simulate(each, RATES, 1)["pivot"], simulate(each, RATES, 8)["pivot"]
+    assert each.files < 8
+    assert alone.units == many.units == len(each.shapes.linears)
+    assert alone.seconds == pytest.approx(8 * many.seconds, rel=0.15)
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
+def test_more_workers_are_faster_and_no_faster_than_their_number(method):
+    """Between the time of one and that time divided by them."""
+    alone = simulate(costs(method=method), RATES, 1)["calibrate"].seconds
+    times = [simulate(costs(method=method), RATES, n)["calibrate"].seconds for n in (2, 3, 6)]
+    assert sorted(times, reverse=True) == times
+    for workers, seconds in zip((2, 3, 6), times, strict=True):
+        # what is carried between shards is more with more of them
+        assert alone / workers * 0.98 < seconds < alone
+
+
+def test_a_wave_takes_its_closed_form():
+    """Of as many workers as shards: the last one starts when the chunks before it have come, and
+    ends with what it holds."""
+    found = costs()
+    simulated = simulate(found, RATES, 6)["calibrate"]
+
+    step = (found.gather(2) + found.comes() + found.goes()).overlapped(RATES)
+    ends = (found.load(2) + found.finish().times(2)).overlapped(RATES)
+    expected = ends + (16 + 5) * step
+    assert simulated.seconds == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
+def test_lost_nodes_cost_time_and_no_unit(method):
+    """Nodes go within seconds; every block is finished once, what was passed is passed again."""
+    whole = simulate(costs(method=method), RATES, 6)["calibrate"]
+    losses = 0
+    for seed in range(6):
+        found = simulate(costs(method=method), RATES, 6, loss_hours=0.004, seed=seed)
+        calibrate = found["calibrate"]
+        assert (calibrate.units, calibrate.redone) == (12, 0)
+        if calibrate.lost_nodes:
+            assert calibrate.seconds > whole.seconds
+            assert calibrate.utilisation < whole.utilisation
+        losses += calibrate.lost_nodes
+        assert found == simulate(costs(method=method), RATES, 6, loss_hours=0.004, seed=seed)
+    assert losses > 2
+
+
+def test_a_large_model_on_many_machines():
+    """Workers that no block is left for change nothing."""
+    config = SMALL | {"num_hidden_layers": 24}
+    few = simulate(costs(config), RATES, 24)["calibrate"]
+    many = simulate(costs(config), RATES, 1024)["calibrate"]
+    assert many.seconds == few.seconds
+    assert many.utilisation < 0.1
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
+@pytest.mark.parametrize("workers", [1, 2, 6])
+def test_the_forecast_is_what_the_schedule_does(method, workers):
+    """The closed form of a pass is what the real schedule takes, on as many workers as divide."""
+    found = costs(method=method)
+    machine = Machine("test", None, (RATES,))
+    expected = forecast(
+        found.shapes, found.recipe, Resources(workers=workers, machine=machine, memory_bytes=None)
+    )
+    simulated = sum(stage.seconds for stage in simulate(found, RATES, workers).values())
+    assert expected.seconds["test"] - RATES.start == pytest.approx(simulated, rel=0.08)

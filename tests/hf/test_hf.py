@@ -1,0 +1,295 @@
+"""Loading compressed checkpoints with stock transformers, with and without this package."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compressed import TOKENS, compress, logits, mixed_plan, reference
+from families import FAMILIES, write_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+import orchestrator.hf
+from orchestrator.errors import InputError
+from orchestrator.hf.bootstrap import bootstrap_source
+from orchestrator.models.forms.modules import LowRankLinear
+
+ROOT = Path(__file__).parents[2]
+
+# run in a process of its own, where the package can be imported or not as the first argument says
+PROGRAM = """
+import sys
+
+package, trust, directory, result, *resaved = sys.argv[1:]
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "orchestrator":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+if package == "imported":
+    import orchestrator.hf
+else:
+    sys.meta_path.insert(0, Blocker())
+
+import torch
+from transformers import AutoModelForCausalLM
+
+def load(directory):
+    options = {"trust_remote_code": True} if trust == "trusted" else {}
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
+
+tokens = torch.load(result + ".tokens")
+model = load(directory)
+found = {"class": type(model).__module__, "loss": model.loss_type}
+with torch.no_grad():
+    found["logits"] = model(tokens).logits
+    if resaved:
+        model.save_pretrained(resaved[0])
+        again = load(resaved[0])
+        found["again"] = again(tokens).logits
+        found["generated"] = again.generate(tokens, max_new_tokens=3, do_sample=False)
+torch.save(found, result)
+"""
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A tiny compressed Llama in three files."""
+    root = tmp_path_factory.mktemp("hf")
+    return compress(write_checkpoint("llama", root / "dense"), root / "out", max_shard_bytes=40_000)
+
+
+@pytest.fixture(scope="session")
+def expected(made):
+    return logits(reference(made))
+
+
+def run_program(tmp_path, *arguments):
+    """Runs PROGRAM; its modules cache is a directory of the test's own."""
+    torch.save(TOKENS, tmp_path / "result.tokens")
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_exactly(family, tmp_path):
+    """The logits are bit for bit those of the dense model with the factors put in by hand."""
+    made = compress(write_checkpoint(family, tmp_path / "dense"), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(made.directory)
+    assert {n for n, m in model.named_modules() if isinstance(m, LowRankLinear)} == set(
+        made.factors
+    )
+    assert torch.equal(logits(model), logits(reference(made)))
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+def test_a_device_map_changes_nothing(made, expected, device_map):
+    """Several files are dispatched and give the same logits."""
+    model = AutoModelForCausalLM.from_pretrained(made.directory, device_map=device_map)
+    assert torch.equal(logits(model), expected)
+
+
+def test_blocks_can_lie_on_disk(made, expected, tmp_path):
+    """Factors are offloaded like any weight, and fetched for the forward pass."""
+    places = {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    places |= {name: "cpu" for name in ("model.embed_tokens", "model.norm", "lm_head")}
+    places["model.rotary_emb"] = "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        made.directory, device_map=places, offload_folder=tmp_path
+    )
+    assert model.model.layers[1].self_attn.q_proj.weight.is_meta
+    assert model.model.layers[1].self_attn.q_proj.down.weight.is_meta
+    assert torch.equal(logits(model), expected)
+
+
+def test_saving_and_loading_again_changes_nothing(made, expected, tmp_path):
+    """`save_pretrained` keeps the forms, in files of another size; architectures stay native."""
+    model = AutoModelForCausalLM.from_pretrained(made.directory)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    before = json.loads((made.directory / "config.json").read_bytes())
+    assert config["quantization_config"] == before["quantization_config"]
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "auto_map" not in config  # the file that it points to is not written by a native class
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
+
+
+def test_greedy_generation_follows_the_logits(made, expected):
+    """`generate` runs with its cache, and its first token is the most likely one."""
+    model = AutoModelForCausalLM.from_pretrained(made.directory)
+    generated = model.generate(TOKENS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert generated.shape[1] == TOKENS.shape[1] + 4
+    assert generated[0, TOKENS.shape[1]] == expected[0, -1].argmax()
+
+
+def test_factors_can_be_trained(made):
+    """The model counts as trainable and both factors get gradients."""
+    model = AutoModelForCausalLM.from_pretrained(made.directory)
+    assert model.hf_quantizer.is_trainable
+    model(TOKENS, labels=TOKENS).loss.backward()
+    module = model.model.layers[0].mlp.down_proj
+    assert module.weight.grad.abs().sum() > 0
+    assert module.down.weight.grad.abs().sum() > 0
+
+
+def test_the_body_loads_without_the_head(made):
+    """AutoModel finds the modules although their names lack the prefix."""
+    whole = AutoModelForCausalLM.from_pretrained(made.directory).model
+    body = AutoModel.from_pretrained(made.directory)
+    with torch.no_grad():
+        assert torch.equal(body(TOKENS).last_hidden_state, whole(TOKENS).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "this program reads 1"),
+        ({"modules": {"model.layers.0.mlp.up_proj": {"form": "low_rank", "rank": 40}}}, "rank 40"),
+        ({"__init__": "os.system"}, "unknown field '__init__'"),
+    ],
+)
+def test_a_config_that_does_not_fit_stops_the_load(made, tmp_path, change, message):
+    """Damage to the config surfaces as our error through from_pretrained."""
+    for path in made.directory.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((made.directory / "config.json").read_bytes())
+    config["quantization_config"] |= change
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_rank_that_is_not_the_stored_one_stops_the_load(made, tmp_path):
+    """A config that contradicts the tensors gives an error, never a model."""
+    for path in made.directory.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((made.directory / "config.json").read_bytes())
+    config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"]["rank"] = 4
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_missing_factor_is_not_made_up(made, expected, tmp_path):
+    """`load` stops where from_pretrained only warns; on a sound checkpoint they agree."""
+    assert torch.equal(logits(orchestrator.hf.load(made.directory)), expected)
+    for path in made.directory.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    first = tmp_path / made.files[0].name
+    tensors = load_file(first)
+    name = "model.layers.0.mlp.up_proj.down.weight"
+    del tensors[name]
+    first.unlink()
+    save_file(tensors, first, {"format": "pt"})
+    with pytest.raises(InputError, match=name):
+        orchestrator.hf.load(tmp_path)
+
+
+def test_it_compiles_in_one_graph(made, expected):
+    """Nothing in the forms breaks a compiled graph."""
+    model = AutoModelForCausalLM.from_pretrained(made.directory)
+    assert model.hf_quantizer.is_compileable
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(logits(compiled), expected)
+
+
+def test_registering_again_changes_nothing():
+    """Importing twice, or after a checkpoint's own file has registered, is harmless."""
+    before = AUTO_QUANTIZER_MAPPING["orchestrator"]
+    orchestrator.hf.register()
+    assert AUTO_QUANTIZER_MAPPING["orchestrator"] is before
+
+
+@pytest.mark.parametrize(
+    ("package", "trust"),
+    [("imported", "not trusted"), ("imported", "trusted"), ("blocked", "trusted")],
+)
+def test_package_or_trust_is_enough(made, expected, tmp_path, package, trust):
+    """With our package, with remote code, or with both, the logits are exact."""
+    result = tmp_path / "result"
+    resaved = [tmp_path / "resaved"] if package == "blocked" else []
+    done = run_program(tmp_path, package, trust, made.directory, result, *resaved)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(result)
+    assert torch.equal(found["logits"], expected)
+    assert found["class"].startswith(
+        "transformers_modules" if trust == "trusted" else "transformers."
+    )
+    assert found["loss"] == "ForCausalLM"
+    if resaved:
+        assert torch.equal(found["again"], expected)
+        assert found["generated"][0, TOKENS.shape[1]] == expected[0, -1].argmax()
+        config = json.loads((resaved[0] / "config.json").read_bytes())
+        assert config["architectures"] == ["LlamaForCausalLM"]
+        assert (resaved[0] / "modeling_orchestrator.py").is_file()
+
+
+def test_the_checkpoint_brings_every_form_with_it(tmp_path):
+    """Where the package is not installed, sparse weights and shared bases load, save and run."""
+    dense = write_checkpoint("gpt2", tmp_path / "dense")
+    made = compress(dense, tmp_path / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
+    expected = logits(AutoModelForCausalLM.from_pretrained(made.directory))
+    result, resaved = tmp_path / "result", tmp_path / "resaved"
+    done = run_program(tmp_path, "blocked", "trusted", made.directory, result, resaved)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(result)
+    assert torch.equal(found["logits"], expected)
+    assert torch.equal(found["again"], expected)
+    assert found["generated"][0, TOKENS.shape[1]] == expected[0, -1].argmax()
+
+
+def test_neither_package_nor_trust_fails_loudly(made, tmp_path):
+    """Where the package cannot be imported and no code is trusted, no model comes out."""
+    done = run_program(tmp_path, "blocked", "not trusted", made.directory, tmp_path / "result")
+    assert done.returncode != 0
+    assert "ignore_mismatched_sizes" in done.stderr
+    assert not (tmp_path / "result").exists()
+
+
+def test_the_bootstrap_stands_alone(made):
+    """The file in the checkpoint imports torch, transformers and the standard library only."""
+    source = (made.directory / "modeling_orchestrator.py").read_text(encoding="utf-8")
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            modules.add(node.module.partition(".")[0])
+    assert modules - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+def test_no_config_writes_code():
+    """A class name from a config is written into the file only if it is a name."""
+    with pytest.raises(InputError, match="not a class name"):
+        bootstrap_source("A(): pass\nimport os\nclass B")
+
+
+def test_only_compressed_checkpoints_take_the_config(made):
+    """Handing the config to a dense checkpoint is refused: nothing is compressed on the fly."""
+    config = orchestrator.hf.OrchestratorConfig(
+        quant_method="orchestrator", format_version=1, modules={}
+    )
+    with pytest.raises(ValueError, match="pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(made.dense, quantization_config=config)

@@ -1,0 +1,67 @@
+"""The skeleton of a checkpoint that is not written yet."""
+
+import pytest
+import torch
+from compressed import compress, cut, mixed_plan
+from families import FAMILIES
+from sharded import HALVES, padded_chunk, sharded_logits
+
+from orchestrator.errors import InputError
+from orchestrator.models.forms.index_codes import encode
+from orchestrator.models.shards.lazy_model import Skeleton
+
+
+def planned(dense_directory, *, output_dtype=None, dtype=None):
+    """What `compress` with `mixed_plan` writes, unwritten; and the parts that were asked for."""
+    dense, asked = Skeleton.open(dense_directory), []
+    survey = dense.survey()
+    plan = mixed_plan(survey)
+    parts = cut(dense_directory, survey, plan)
+    linears = {linear.name: linear for linear in survey.linears}
+
+    def read(spec):
+        asked.append(spec.name)
+        if spec.part == "copy":
+            return dense.weights.read(spec.source)
+        if spec.part in parts[spec.source]:
+            return parts[spec.source][spec.part]
+        linear = linears[spec.source]
+        positions_N = parts[spec.source]["positions"]
+        return encode(spec.code, positions_N, linear.out_features, linear.in_features)[spec.part]
+
+    return dense.planned(plan, read, output_dtype=output_dtype, dtype=dtype), asked
+
+
+@pytest.mark.parametrize("output_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_computes_what_the_written_checkpoint_does(checkpoint, tmp_path, family, output_dtype):
+    """Every form in every family, bit for bit, also where writing rounds to 16 bits."""
+    made = compress(
+        checkpoint(family), tmp_path / "out", make_plan=mixed_plan, output_dtype=output_dtype
+    )
+    skeleton, _ = planned(checkpoint(family), output_dtype=output_dtype, dtype=torch.float32)
+    written = Skeleton.open(made.directory, dtype=torch.float32)
+    assert skeleton.tensors() == written.tensors()
+    assert skeleton.names.tied == written.names.tied
+    chunk = padded_chunk("left")
+    expected_BTV = sharded_logits(written, chunk, HALVES)
+    assert torch.equal(sharded_logits(skeleton, chunk, HALVES), expected_BTV)
+
+
+def test_a_shard_asks_for_its_own_parts_alone(checkpoint):
+    """Nothing is read before, and then the tensors of the shard's blocks, and a shared basis."""
+    skeleton, asked = planned(checkpoint("llama"))
+    assert asked == []
+    with skeleton.shard(range(1, 2)) as shard:
+        inside = [name for name in asked if name.startswith("model.layers.1.")]
+        (basis,) = set(asked) - set(inside)
+        assert basis == "model.layers.0.self_attn.q_proj.down.weight"
+        assert set(inside) == set(skeleton.block_names(1)) & set(skeleton.disk_names)
+        assert "model.layers.1.self_attn.q_proj.down.weight" in shard.parameters()
+
+
+def test_only_a_dense_checkpoint_is_planned_for(checkpoint):
+    """What is compressed is not compressed again."""
+    skeleton, _ = planned(checkpoint("llama"))
+    with pytest.raises(InputError, match="already compressed"):
+        skeleton.planned(None, None)

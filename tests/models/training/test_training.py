@@ -1,0 +1,290 @@
+"""What a shard's blocks train: gradients of the whole model, AdamW's steps, and three modes."""
+
+import pytest
+import torch
+from compressed import some_chunks
+from sharded import whole_model
+from torch.nn.functional import cross_entropy, log_softmax
+
+import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
+from orchestrator.errors import InfeasibleError
+from orchestrator.models.forms.modules import LowRankLinear, SparseLinear
+from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.training.distill import Weights, distill
+from orchestrator.models.training.train import MOMENTS, Training, _squared_norms
+from orchestrator.models.training.train_options import TrainOptions, plan_course
+
+FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon", "phi3"]
+WEIGHTS = Weights(divergence=0.6 / 40, cross_entropy=0.4 / 37)
+CUTS = ([range(4)], [range(2), range(2, 4)])
+"""Of four blocks, of which each two share a basis."""
+
+
+def dense_logits(directory, chunks):
+    with Skeleton.open(directory, dtype=torch.float32).shard(range(4)) as shard:
+        return [shard.logits(chunk) for chunk in chunks]
+
+
+class Model:
+    """A model in shards that are all there, each of a skeleton of its own."""
+
+    def __init__(self, directory, cut, mode="all", blocks=range(4), decay=0.01):
+        self.shards, self.trainings = [], []
+        for part in cut:
+            skeleton = Skeleton.open(directory, dtype=torch.float32)
+            self.shards.append(skeleton.shard(part))
+            names = skeleton.disk_names
+            self.trainings.append(Training(self.shards[-1], blocks, names, mode, decay))
+
+    def accumulate(self, chunk, targets):
+        """Adds the gradients of a chunk, block by block from the last one back."""
+        entered = []
+        for shard in self.shards:
+            for block in shard.blocks:
+                entered.append((shard, block, chunk))
+                if block < 3:
+                    chunk = shard.forward(chunk, part=range(block, block + 1))
+
+        def grads(logits_BTV):
+            arguments = chunk.tokens, chunk.mask, targets, 1.0, WEIGHTS
+            return distill(logits_BTV, *arguments)[1]
+
+        for shard, block, state in entered[::-1]:
+            grads = shard.backward(state, grads, part=range(block, block + 1))
+            for training in self.trainings:
+                training.collect()
+
+    def gradients(self):
+        found = {}
+        for training in self.trainings:
+            for entries in training._by_block.values():
+                found |= {name: entry.gradient for name, entry in entries.items()}
+        return found
+
+    def norms(self):
+        return {b: norm for training in self.trainings for b, norm in training.norms().items()}
+
+    def update(self, *arguments):
+        for training in self.trainings:
+            training.update(*arguments)
+
+    def state(self):
+        return {
+            n: t for each in self.trainings for b in each.blocks for n, t in each.state(b).items()
+        }
+
+    def load(self, tensors):
+        for training in self.trainings:
+            for block in training.blocks:
+                training.load(block, tensors)
+
+    def tensors(self):
+        return {
+            n: t for each in self.trainings for b in each.blocks for n, t in each.tensors(b).items()
+        }
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def plain_gradients(directory, chunks, targets):
+    """Autograd through the whole model, by the library's way of running, of the plain loss."""
+    model, total = whole_model(directory, torch.float32), 0.0
+    for chunk, theirs in zip(chunks, targets, strict=True):
+        found = model(input_ids=chunk.tokens, attention_mask=chunk.mask.long()).logits
+        q, p = log_softmax(found, dim=-1), log_softmax(theirs, dim=-1)
+        kl_BT = (p.exp() * (p - q)).sum(dim=-1)
+        both_BT = chunk.mask[:, :-1] & chunk.mask[:, 1:]
+        ce = cross_entropy(found[:, :-1][both_BT], chunk.tokens[:, 1:][both_BT], reduction="sum")
+        total = total + WEIGHTS.divergence * kl_BT[chunk.mask].sum() + WEIGHTS.cross_entropy * ce
+    total.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_one_process(family, checkpoint, compressed):
+    """Of a whole step, for every parameter, to 1e-5 of the largest; a shared basis's too."""
+    chunks = some_chunks(2)
+    targets = dense_logits(checkpoint(family), chunks)
+    expected = plain_gradients(compressed(family), chunks, targets)
+    model = Model(compressed(family), CUTS[1])
+    for chunk, theirs in zip(chunks, targets, strict=True):
+        model.accumulate(chunk, theirs)
+    found = model.gradients()
+    shared = [name for name in found if name.endswith("down.weight") and ".0." in name]
+    assert shared
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5 * largest)
+    total = sum(expected[name].double().square().sum() for name in found)
+    assert sum(model.norms().values()) == pytest.approx(float(total), rel=1e-5)
+
+
+def trained(directory, targets, chunks, cut, mode="all", steps=3, state=None, first=1):
+    model = Model(directory, cut, mode)
+    if state is not None:
+        model.load(state)
+    for number in range(first, first + steps):
+        for chunk, theirs in zip(chunks, targets, strict=True):
+            model.accumulate(chunk, theirs)
+        model.update(number, 0.5, 1e-2)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["all", "lean", "light"])
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_the_cut_changes_no_bit(family, mode, checkpoint, compressed):
+    """Values and moments of every block are the same in one shard and in two."""
+    chunks = some_chunks(2)
+    targets = dense_logits(checkpoint(family), chunks)
+    one, two = (trained(compressed(family), targets, chunks, cut, mode) for cut in CUTS)
+    assert_same(one.state(), two.state())
+    assert_same(one.tensors(), two.tensors())
+
+
+@pytest.mark.parametrize("mode", ["all", "lean", "light"])
+def test_a_state_is_taken_up_by_another_cut(mode, checkpoint, compressed):
+    """Two steps, and one more from what they left elsewhere, are three steps, to the bit."""
+    directory, chunks = compressed("llama"), some_chunks(2)
+    targets = dense_logits(checkpoint("llama"), chunks)
+    whole = trained(directory, targets, chunks, CUTS[0], mode)
+    state = trained(directory, targets, chunks, CUTS[0], mode, steps=2).state()
+    later = trained(directory, targets, chunks, CUTS[1], mode, steps=1, state=state, first=3)
+    assert_same(whole.state(), later.state())
+    assert_same(whole.tensors(), later.tensors())
+
+
+def test_norms_of_large_gradients_are_those_of_float64():
+    """For 2^22 equal values it is n x² to 1e-10; a float32 sum is off by more than 1e-3."""
+    value = float(torch.tensor(0.1))
+    tensors = [torch.full((2**11, 2**11), 0.1), torch.full((3,), 0.1), torch.zeros(0)]
+    expected = [2**22 * value**2, 3 * value**2, 0.0]
+    assert _squared_norms(tensors) == pytest.approx(expected, rel=1e-10)
+    assert float(torch.linalg.vector_norm(tensors[0])) ** 2 != pytest.approx(expected[0], rel=1e-3)
+    assert _squared_norms([]) == []
+
+
+def test_steps_are_those_of_the_library(checkpoint, compressed):
+    """Given the same gradients, values and moments are those of torch.optim.AdamW, to the bit."""
+    directory, chunks = compressed("llama"), some_chunks(1)
+    targets = dense_logits(checkpoint("llama"), chunks)
+    model = Model(directory, CUTS[0])
+    copies = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in model.tensors().items()}
+    reference = torch.optim.AdamW(copies.values(), weight_decay=0.01)
+    for number in range(1, 4):
+        model.accumulate(chunks[0], targets[0])
+        for name, gradient in model.gradients().items():
+            copies[name].grad = gradient * 0.25
+        reference.param_groups[0]["lr"] = rate = 1e-3 * number
+        reference.step()
+        model.update(number, 0.25, rate)
+    state = model.state()
+    for name, copy in copies.items():
+        assert torch.equal(state[f"value.{name}"], copy), name
+        for moment in MOMENTS:
+            assert torch.equal(state[f"{moment}.{name}"], reference.state[copy][moment]), name
+
+
+def test_lean_moments_are_rounded_and_still_fall(checkpoint, compressed):
+    """They take two bytes, the first step is that of float32, and without gradients v decays."""
+    directory, chunks = compressed("llama"), some_chunks(1)
+    targets = dense_logits(checkpoint("llama"), chunks)
+    lean, full = (trained(directory, targets, chunks, CUTS[0], m, steps=1) for m in ("lean", "all"))
+    for name, tensor in lean.tensors().items():
+        torch.testing.assert_close(tensor, full.tensors()[name], rtol=1e-5, atol=1e-6)
+    before = {n: t for n, t in lean.state().items() if n.startswith("exp_avg_sq")}
+    assert {tensor.dtype for tensor in before.values()} == {torch.bfloat16}
+    for number in range(2, 12):
+        for entries in lean.trainings[0]._by_block.values():
+            for entry in entries.values():
+                entry.parameter.grad = torch.zeros_like(entry.parameter)
+        lean.update(number, 1.0, 1e-4)
+    for name, tensor in before.items():
+        real = tensor > 1e-30
+        assert bool((lean.state()[name][real] < 0.95 * tensor[real]).all()), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_light_trains_scales_norms_and_biases(family, checkpoint, compressed):
+    """A scale's gradient is that of the weight along itself; right factors stay bit for bit."""
+    directory, chunks = compressed(family), some_chunks(1)
+    targets = dense_logits(checkpoint(family), chunks)
+    light, whole = (Model(directory, CUTS[0], mode) for mode in ("light", "all"))
+    before = light.tensors()
+    for model in (light, whole):
+        model.accumulate(chunks[0], targets[0])
+    found, expected = light.gradients(), whole.gradients()
+    assert found.keys() < expected.keys()
+    assert not any(name.endswith("down.weight") for name in found)
+    forms = set()
+    for name, gradient in found.items():
+        module = light.shards[0].module(name.rpartition(".")[0])
+        product = expected[name] * before[name]
+        if name.endswith("weight") and isinstance(module, LowRankLinear):
+            product = product.sum(dim=0)
+        elif isinstance(module, SparseLinear) and name.endswith("weight"):
+            dense_OI = module.dense_weight().detach()
+            rows_N = (dense_OI != 0).nonzero()[:, 0]
+            product = torch.zeros(len(dense_OI)).index_add_(0, rows_N, product)
+        else:
+            product = expected[name]
+        forms.add(type(module).__name__)
+        torch.testing.assert_close(gradient, product, rtol=1e-4, atol=1e-6)
+    assert forms >= {"LowRankLinear", "SparseLinear", "PivotedLinear", "LowRankSparseLinear"}
+    light.update(1, 1.0, 1e-2)
+    after = light.tensors()
+    for name, tensor in after.items():
+        module = light.shards[0].module(name.rpartition(".")[0])
+        if name.endswith("weight") and isinstance(module, LowRankLinear):
+            ratio_OR = tensor / before[name]
+            ratio_R = ratio_OR.nanmedian(dim=0).values
+            torch.testing.assert_close(tensor, before[name] * ratio_R, rtol=1e-5, atol=1e-7)
+            assert not torch.equal(tensor, before[name])
+    numbers = sum(light.trainings[0].numbers.values())
+    assert numbers < 0.2 * sum(whole.trainings[0].numbers.values())
+
+
+def test_blocks_that_are_not_named_stay(checkpoint, compressed):
+    """They take no gradients, have no state, and count as nothing in the norm."""
+    chunks = some_chunks(1)
+    targets = dense_logits(checkpoint("llama"), chunks)
+    model = Model(compressed("llama"), CUTS[0], blocks=(1, 2))
+    model.accumulate(chunks[0], targets[0])
+    norms = model.norms()
+    assert norms[0] == norms[3] == 0
+    assert norms[1] > 0
+    assert model.trainings[0].blocks == [1, 2]
+    for name, parameter in model.shards[0].parameters().items():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_a_course_uses_every_sequence_once_an_epoch():
+    """Batches differ by one sequence at most, orders by epoch and seed, held-out ones are left."""
+    options = TrainOptions(epochs=3, batches=7, every=5)
+    course = plan_course(options, 32, 0)
+    assert course.held_out == (4, 12, 20, 28)
+    assert course.steps == 21
+    assert {len(batch) for batch in course.batches} == {4}
+    epochs = [sum(course.batches[7 * e : 7 * e + 7], ()) for e in range(3)]
+    assert all(sorted((*epoch, 4, 12, 20, 28)) == list(range(32)) for epoch in epochs)
+    assert len(set(epochs)) == 3
+    assert plan_course(options, 32, 1).batches != course.batches
+    assert [course.following(step) for step in (0, 5, 20, 21)] == [5, 10, 21, 21]
+
+
+def test_what_does_not_fit_is_said_before_it_starts(compressed):
+    """Gradients and moments take 12, 8 and next to no bytes a value; less room is infeasible."""
+    need = {}
+    for mode in ("all", "lean", "light"):
+        (training,) = Model(compressed("llama"), CUTS[0], mode).trainings
+        need[mode] = training.bytes_to_come
+        training.check_room(need[mode])
+        with pytest.raises(InfeasibleError, match="more workers"):
+            training.check_room(need[mode] - 1)
+        if mode == "all":
+            assert need["all"] == 12 * sum(training.numbers.values())
+    assert need["lean"] * 12 == need["all"] * 8
+    assert need["light"] < need["all"] / 4

@@ -1,0 +1,45 @@
+"""Several workers in one process."""
+
+from orchestrator.runtime import workers as crew
+from orchestrator.runtime.pool import LocalPool, Outcome
+from orchestrator.stages.train import worker as train_worker
+
+
+class SeveralPool(LocalPool):
+    """Several workers in this process, of which one is lost at each of some calls."""
+
+    size, losses, replaces = 3, (), True
+
+    def turn_to(self, worker_class, task):
+        self._make = lambda: worker_class(task)
+        self._workers = {n: self._make() for n in range(self.size)}
+        self._performed = 0  # passes of the pipeline
+
+    def gather(self):
+        return [worker.probe(self._nonce) for worker in self._workers.values()]
+
+    def workers(self):
+        return list(self._workers)
+
+    def wait(self, seconds):
+        if not self._calls:
+            return []
+        call, record = self._calls.pop()
+        self._performed += call.method in train_worker.PASSES
+        worker = self._workers[call.worker]
+        try:
+            value, emitted = worker.perform(call.method, call.arguments, record)
+        except Exception as error:
+            return [Outcome(call, error=error)]
+        if call.method in train_worker.PASSES and self._performed in self.losses:
+            return [Outcome(call, lost="killed")]
+        return [Outcome(call, value, emitted)]
+
+    def replace(self, worker):
+        self._workers.pop(worker)
+        if self.replaces or not self._workers:
+            self._workers[worker + 10] = self._make()
+
+
+def several(monkeypatch, **settings):
+    monkeypatch.setattr(crew, "LocalPool", type("Pool", (SeveralPool,), settings))
