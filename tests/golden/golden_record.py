@@ -1,0 +1,451 @@
+"""The golden record: what the code computed when it was made, and the command that makes it.
+
+    python tests/golden/golden_record.py            compares; says what differs, one line each
+    python tests/golden/golden_record.py --write    makes `record.json` and `forecasts.json` anew
+    python tests/golden/golden_record.py --write --interrupt    the unfinished runs, too
+
+A commit that must change a key or a byte writes the record anew and says why; the diff of the JSON
+shows what changed. The unfinished runs are those of an earlier release that this one resumes:
+make them anew only where a raised version makes their units worthless.
+
+Every case is performed in one process with one thread. `PINNED` is set before torch is loaded, so
+that the libraries use the kernels that every x86-64 processor has; whether another machine computes
+the same bits is measured by `probe`. What depends on bits is compared only where it does.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RECORD, FORECASTS = HERE / "record.json", HERE / "forecasts.json"
+ARCHIVE = HERE / "interrupted.tar.xz"
+PINNED = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "MKL_CBWR": "COMPATIBLE",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "OPENBLAS_CORETYPE": "Nehalem",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+MEASURED = {
+    "timings",
+    "seconds",
+    "memory",
+    "environment",
+    "nodes",
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "path",
+}
+"""Fields of facts and reports that may differ between two equal runs."""
+HEX = 16
+"""Digits of a key or a SHA-256 that are recorded."""
+DIGITS = 12
+"""Significant digits of a forecast's figures, so that they depend on no C library."""
+
+
+def make(directory: Path) -> dict[str, Any]:
+    """Performs every case below an empty directory; gives the record without forecasts."""
+    import golden_cases as cases
+    import torch
+    from golden_models import write_models
+
+    torch.set_num_threads(1)
+    before = Path.cwd()
+    os.chdir(directory)  # paths in keys are those of the recipe
+    try:
+        write_models(directory)
+        return {
+            "environment": environment(),
+            "cases": {name: _case(name, fields) for name, fields in cases.CASES.items()},
+            "retargeted": {n: _retargeted(n, f) for n, f in cases.RETARGETED.items()},
+            "evaluated": {n: _evaluated(n, f) for n, f in cases.EVALUATED.items()},
+            "verified": {n: _verified(n, cases.CASES[n]["model"]) for n in cases.VERIFIED},
+            "resumed": {name: _resumed(name) for name in cases.INTERRUPTED},
+        }
+    finally:
+        os.chdir(before)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, kernels and threads, and the digest of what they compute."""
+    import torch
+
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+    built = torch.__config__.show()
+    return {
+        **{name: version(name) for name in packages},
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "blas": next((w for w in built.replace(",", " ").split() if w.startswith("BLAS_")), ""),
+        "threads": torch.get_num_threads(),
+        "probe": probe(),
+    }
+
+
+def probe() -> str:
+    """Digest of what products, decompositions and functions give of fixed numbers."""
+    import numpy as np
+    import torch
+    from golden_models import values
+
+    results = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        one, two = (values(name, torch.Size([33, 48])).to(dtype) for name in ("one", "two"))
+        results += [one @ two.T, one.softmax(-1), one.exp(), torch.rsqrt(one.square().sum(-1))]
+        results += [torch.nn.functional.silu(one), one.sin(), one.log_softmax(-1)]
+        if dtype.itemsize >= 4:
+            gram = one @ one.T
+            results += [*torch.linalg.eigh(gram), *torch.linalg.svd(two), torch.linalg.inv(gram)]
+            results += [torch.linalg.qr(one).R, torch.linalg.cholesky(gram)]
+    digest = hashlib.sha256()
+    for result in results:
+        digest.update(result.contiguous().view(torch.uint8).numpy().tobytes())
+    wide = values("wide", torch.Size([999])).double().numpy()
+    for array in (np.exp(wide), np.log1p(wide**2), np.cumsum(wide), wide @ wide, np.sqrt(wide**2)):
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()[:HEX]
+
+
+class _Journal:
+    """What a run's events and its directory say: stages, their units, and what is in those."""
+
+    def __init__(self, run_dir: Path, stop: tuple[str, int] | None = None) -> None:
+        self._units, self._stop = run_dir / "units", stop
+        self._stage, self._known = "", self._there()
+        self.made: dict[str, list[str]] = {}
+        self.told: dict[str, int] = {}
+
+    def _there(self) -> set[Path]:
+        return {path.parent for path in self._units.glob("*/*/manifest.json")}
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "stage" and event["state"] == "end":
+            keys = sorted(path.name for path in self._there() - self._known)
+            self._known |= self._there()
+            if keys:
+                self.made[event["stage"]] = keys
+        if event["event"] == "unit":
+            self.told[event["stage"]] = self.told.get(event["stage"], 0) + 1
+        if self._stop is not None:
+            stage, units = self._stop
+            is_there = event.get("stage") == stage and self.told.get(stage, 0) == units
+            if is_there and event["event"] in ("stage", "unit"):
+                from orchestrator.errors import StoppedError
+
+                raise StoppedError("left unfinished")
+
+    def contents(self) -> dict[str, dict[str, str]]:
+        """By stage and key, digests of a unit's facts and of its files as the run has left them."""
+        return {
+            stage: {key[:HEX]: self._content(key) for key in keys}
+            for stage, keys in self.made.items()
+        }
+
+    def _content(self, key: str) -> str:
+        manifest = json.loads((self._units / key[:2] / key / "manifest.json").read_text())
+        facts, files = digest(unmeasured(manifest["facts"])), digest(manifest["files"])
+        return f"{facts} {files if manifest['files'] else 'no files'}"
+
+
+def _recipe(name: str, **fields: Any) -> Any:
+    from orchestrator import Recipe
+
+    preset = fields.pop("preset", None)
+    fields["out"] = name
+    return Recipe(**fields) if preset is None else Recipe.preset(preset, **fields)
+
+
+def _case(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    from orchestrator import compress
+
+    journal = _Journal(Path(f"{name}.run"))
+    return _outcome(compress(_recipe(name, **fields), journal), journal)
+
+
+def _retargeted(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    from orchestrator import retarget
+
+    journal = _Journal(Path(f"{name}.run"))
+    given = {"executor": "local", **fields}
+    return _outcome(retarget(f"{name}.run", f"{name}-cut", on_event=journal, **given), journal)
+
+
+def _outcome(result: Any, journal: _Journal) -> dict[str, Any]:
+    """What is recorded of a compression."""
+    out, plan = Path(result.out), result.plan.to_json()
+    assignments = {name: _words(each) for name, each in plan.pop("assignments").items()}
+    report = json.loads((out / "orchestrator_report.json").read_text())
+    return {
+        "key": report["key"],
+        "plan": {**plan, "assignments": assignments},
+        "told": journal.told,
+        "units": journal.contents(),
+        "report": {name: digest(value) for name, value in unmeasured(report).items()},
+        "tensors": _tensors(out),
+        "files": _files(out),
+    }
+
+
+def _words(assignment: Mapping[str, Any]) -> str:
+    return " ".join(f"{name} {value}" for name, value in assignment.items() if value)
+
+
+def _tensors(out: Path) -> dict[str, str]:
+    """Dtype and shape of every tensor, from the headers."""
+    found = {}
+    for path in sorted(out.glob("*.safetensors")):
+        content = path.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header.pop("__metadata__", None)
+        found |= {name: f"{each['dtype']} {each['shape']}" for name, each in header.items()}
+    return dict(sorted(found.items()))
+
+
+def _files(out: Path) -> dict[str, str]:
+    """SHA-256 of every file but the report, which stands apart because it tells times."""
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()[:HEX]
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name != "orchestrator_report.json"
+    }
+
+
+def _evaluated(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    from orchestrator import evaluate
+
+    small = {"text": "held_out.txt", "samples": 4, "sequence_length": 32, "executor": "local"}
+    figures = evaluate(name, **{**small, **fields})
+    return dict(unmeasured(figures))
+
+
+def _verified(name: str, model: str) -> dict[str, Any]:
+    from orchestrator import export, verify
+
+    found = dict(unmeasured(verify(name, against=model)))
+    dense = Path(export(name, f"{name}-dense"))
+    return {"found": found, "exported": _files(dense)}
+
+
+def _resumed(name: str) -> dict[str, Any]:
+    """What the unfinished run of the archive becomes: units made anew by stage, and the result."""
+    from golden_cases import CASES
+
+    from orchestrator import compress
+
+    os.makedirs("resumed")
+    os.chdir("resumed")
+    try:
+        for path in Path("..").iterdir():
+            if (path / "config.json").exists() and not (path / "orchestrator_report.json").exists():
+                Path(path.name).symlink_to(path)
+        Path("text.txt").symlink_to("../text.txt")
+        with tarfile.open(ARCHIVE) as archive:
+            archive.extractall(".", filter="data")
+        journal = _Journal(Path(f"{name}.run"))
+        result = compress(_recipe(name, **CASES[name]), journal)
+        made = {stage: count for stage, count in journal.told.items() if stage != "verify"}
+        return {"made": made, "files": _files(Path(result.out))}
+    finally:
+        os.chdir("..")
+        shutil.rmtree("resumed")
+
+
+def make_interrupted(directory: Path, archive: Path) -> None:
+    """Performs the cases of `INTERRUPTED` until they are to stop, and packs their run directories.
+
+    Names of this machine and its directories are taken out of the three files that hold them.
+    """
+    import socket
+
+    import golden_cases as cases
+    import torch
+    from golden_models import write_models
+
+    from orchestrator import compress
+    from orchestrator.errors import StoppedError
+
+    torch.set_num_threads(1)
+    os.chdir(directory)
+    write_models(directory)
+    for name, stop in cases.INTERRUPTED.items():
+        run_dir = Path(f"{name}.run")
+        try:
+            compress(_recipe(name, **cases.CASES[name]), _Journal(run_dir, stop))
+        except StoppedError:
+            pass
+        else:
+            raise RuntimeError(f"{name}: was not interrupted")
+        for told in ("run.json", "status.json", "events.jsonl"):
+            text = (run_dir / told).read_text().replace(f"{directory}/", "")
+            (run_dir / told).write_text(text.replace(socket.gethostname(), "node"))
+    with tarfile.open(archive, "w:xz", preset=9) as packed:
+        for name in cases.INTERRUPTED:
+            packed.add(f"{name}.run", filter=_anonymous)
+
+
+def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    entry.uid = entry.gid = entry.mtime = 0
+    entry.uname = entry.gname = ""
+    return entry
+
+
+def forecasts(directory: Path) -> dict[str, Any]:
+    """The forecast of every case; of a Llama with the shapes of 8B where the case names no other.
+
+    No torch: figures depend on neither bits nor processor.
+    """
+    from golden_cases import CASES
+    from golden_models import LARGE
+
+    from orchestrator import api
+
+    large = directory / "large"
+    large.mkdir()
+    (large / "config.json").write_text(json.dumps(LARGE))
+    found = {}
+    for name, fields in CASES.items():
+        if fields["model"] == "llama":
+            big = {"model": str(large / "config.json"), "samples": 64, "sequence_length": 2048}
+            recipe = _recipe(name, **{**fields, **big})
+            found[name] = _rounded(api.plan(recipe, gpus=4, price=2.5).to_json())
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    if isinstance(value, float) and math.isfinite(value):
+        return float(f"{value:.{DIGITS}g}")
+    return value
+
+
+def unmeasured(value: Any) -> Any:
+    """The same without the fields of `MEASURED`, at any depth."""
+    if isinstance(value, Mapping):
+        return {name: unmeasured(each) for name, each in value.items() if name not in MEASURED}
+    if isinstance(value, list | tuple):
+        return [unmeasured(each) for each in value]
+    return value
+
+
+def digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:HEX]
+
+
+def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
+    """One line for each leaf that is not the same, in the record's order."""
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        for name in [*expected, *(name for name in found if name not in expected)]:
+            below = f"{where} / {name}" if where else str(name)
+            if name not in found:
+                yield f"{below}: is missing"
+            elif name not in expected:
+                yield f"{below}: is new"
+            else:
+                yield from differences(expected[name], found[name], below)
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+            yield from differences(one, other, f"{where} / {number}")
+    elif expected != found:
+        yield f"{where}: recorded {_short(expected)}, found {_short(found)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def elsewhere(case: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a case depends on names, options and inputs alone, not on bits.
+
+    Ranks depend on bits only where energies all but tie; where the plan is the recorded one, so are
+    the keys of all units and all shapes. Masks are named by the bits of their candidates.
+    """
+    units = {stage: sorted(keys) for stage, keys in case["units"].items()}
+    same_plan = case["plan"] == recorded["plan"] and "score" not in recorded["units"]
+    early = {stage: units.get(stage) for stage in ("read", "calibrate")}
+    plan = case["plan"]
+    return {
+        "key": case["key"],
+        "plan": {"linears": sorted(plan["assignments"]), "budget": plan["budget_values"]},
+        "files": sorted(case["files"]),
+        "units": units if same_plan else early,
+        "tensors": case["tensors"] if same_plan else None,
+    }
+
+
+def run_pinned(*arguments: str) -> None:
+    """Runs this file in a process of its own with `PINNED` in its environment."""
+    paths = [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    own = {**os.environ, **PINNED, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, str(Path(__file__).absolute()), *arguments]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr[-4000:]}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=0) + "\n")
+
+
+def found_here(directory: Path) -> dict[str, Any]:
+    """The record of the code as it is, made in a process of its own."""
+    run_pinned("--make", str(directory))
+    return {
+        "record": json.loads((directory / RECORD.name).read_text()),
+        "forecasts": json.loads((directory / FORECASTS.name).read_text()),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="replace the record")
+    parser.add_argument("--interrupt", action="store_true", help="and the unfinished runs")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--pack", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="golden-") as temporary:
+        scratch = Path(temporary).resolve()
+        if arguments.pack is not None:
+            make_interrupted(scratch, arguments.pack.absolute())
+            return 0
+        if arguments.make is not None:
+            target = arguments.make.absolute()
+            write_json(target / FORECASTS.name, forecasts(scratch))
+            (scratch / "runs").mkdir()
+            write_json(target / RECORD.name, make(scratch / "runs"))
+            return 0
+        if arguments.interrupt:
+            run_pinned("--pack", str(ARCHIVE))
+        found = found_here(scratch)
+    if arguments.write:
+        write_json(RECORD, found["record"])
+        write_json(FORECASTS, found["forecasts"])
+        return 0
+    lines = [
+        *differences(json.loads(RECORD.read_text()), found["record"]),
+        *differences(json.loads(FORECASTS.read_text()), found["forecasts"], "forecast"),
+    ]
+    print(*lines, sep="\n")
+    return bool(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
