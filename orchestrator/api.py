@@ -231,7 +231,7 @@ def evaluate(
         OrchestratorError: One of its kinds, by what is wrong.
     """
     from orchestrator.models.checkpoint.weights import parse_dtype
-    from orchestrator.runtime.workers import Schedule
+    from orchestrator.runtime.workers import Execution
     from orchestrator.stages import driver
     from orchestrator.stages.evaluate.job import Evaluation
     from orchestrator.store.places import parse_place
@@ -250,7 +250,7 @@ def evaluate(
             "layout": layout,
         },
         dtype=parse_dtype(dtype),
-        schedule=Schedule(
+        execution=Execution(
             executor=executor,
             address=address,
             workers=workers,

@@ -27,7 +27,7 @@ class Parts:
     training: TrainOptions
 
 
-def parts_of(asked: Recipe) -> Parts:
+def resolve(asked: Recipe) -> Parts:
     """The parts that a recipe names.
 
     Raises:

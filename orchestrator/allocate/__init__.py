@@ -21,13 +21,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from typing import Any, ClassVar, Protocol
 
-from orchestrator.allocate.cap import Cap
-from orchestrator.allocate.d_rank import DRank
-from orchestrator.allocate.mgaa import Mgaa
+from orchestrator.allocate.cap import CapAllocator
+from orchestrator.allocate.d_rank import DRankAllocator
+from orchestrator.allocate.mgaa import MgaaAllocator
 from orchestrator.allocate.strs import Strs
-from orchestrator.allocate.svd_llm_v2 import SvdLlmV2
+from orchestrator.allocate.svd_llm_v2 import SvdLlmV2Allocator
 from orchestrator.allocate.threshold import Threshold
-from orchestrator.allocate.two_sided_sparse import TwoSidedSparse
+from orchestrator.allocate.two_sided_sparse import TwoSidedSparseAllocator
 from orchestrator.allocate.uniform import Uniform, UniformSparse
 from orchestrator.errors import UsageError
 from orchestrator.plan.curve import Curve
@@ -59,9 +59,9 @@ class Allocator(Protocol):
 
 ALLOCATORS: dict[str, type[Allocator]] = {
     "uniform": Uniform,
-    "svd-llm-v2": SvdLlmV2,
-    "d-rank": DRank,
-    "mgaa": Mgaa,
+    "svd-llm-v2": SvdLlmV2Allocator,
+    "d-rank": DRankAllocator,
+    "mgaa": MgaaAllocator,
     "strs": Strs,
     "threshold": Threshold,
 }
@@ -69,7 +69,10 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 
 SPARSE_ALLOCATORS: dict[str, type[Allocator]] = {"uniform": UniformSparse}
 """The same, for linears that become sparse: they divide entries instead of ranks."""
-POOL_ALLOCATORS: dict[str, type[Allocator]] = {"cap": Cap, "two-sided-sparse": TwoSidedSparse}
+POOL_ALLOCATORS: dict[str, type[Allocator]] = {
+    "cap": CapAllocator,
+    "two-sided-sparse": TwoSidedSparseAllocator,
+}
 """The same, for linears that keep ranks and entries side by side; each of what the method of the
 same name stores."""
 ALLOCATION_NAMES = frozenset({*ALLOCATORS, *SPARSE_ALLOCATORS, *POOL_ALLOCATORS})

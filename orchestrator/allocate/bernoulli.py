@@ -55,7 +55,7 @@ class Candidates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
+class CandidatePool:
     """The candidates of all linears, one after the other."""
 
     linears: tuple[Linear, ...]
@@ -95,7 +95,7 @@ def make_pool(
     candidates: Mapping[str, Candidates],
     across: Across = "absolute",
     share: float = 1.0,
-) -> Pool:
+) -> CandidatePool:
     """The pool of these linears; its order is the tie-break of every choice.
 
     Args:
@@ -115,7 +115,7 @@ def make_pool(
         [part.direction_utilities for part in parts], [part.bucket_utilities for part in parts]
     )
     units = [_unit(e, part, across, share) for e, part in zip(linears, parts, strict=True)]
-    return Pool(
+    return CandidatePool(
         linears=tuple(linears),
         owner_N=np.repeat(np.arange(len(linears)), sizes),
         is_direction_N=is_direction_N,
@@ -152,7 +152,7 @@ def _alternate(first: Iterable[np.ndarray], second: Iterable[np.ndarray]) -> np.
     return np.concatenate([part for pair in zip(first, second, strict=True) for part in pair])
 
 
-def initial(pool: Pool, budget: int, init: Init, temperature: float) -> np.ndarray:
+def initial(pool: CandidatePool, budget: int, init: Init, temperature: float) -> np.ndarray:
     """Probabilities before anything is learnt, not yet on the budget, [N].
 
     `utility`: sigmoid((log u - log u*) / temperature), u* the utility at which a greedy choice by
@@ -174,7 +174,9 @@ def initial(pool: Pool, budget: int, init: Init, temperature: float) -> np.ndarr
     return share_N
 
 
-def project(pool: Pool, share_N: np.ndarray, budget: int, projection: Projection) -> np.ndarray:
+def project(
+    pool: CandidatePool, share_N: np.ndarray, budget: int, projection: Projection
+) -> np.ndarray:
     """The nearest probabilities whose expected stored values are the budget, from below, [N].
 
     `shift` minimises Σ cost (s - s0)² over all draws, so s = clip(s0 - ν, 0, 1). `euclid`
@@ -268,7 +270,7 @@ class Draw:
 
 
 def learn(
-    pool: Pool,
+    pool: CandidatePool,
     share_N: np.ndarray,
     draws: Sequence[Draw],
     baseline: Baseline,

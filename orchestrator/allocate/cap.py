@@ -9,10 +9,10 @@ import numpy as np
 from orchestrator.allocate.bernoulli import (
     Across,
     Baseline,
+    CandidatePool,
     Candidates,
     Draw,
     Init,
-    Pool,
     Projection,
     initial,
     learn,
@@ -29,7 +29,7 @@ from orchestrator.recipe.options import check_choice, check_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cap:
+class CapAllocator:
     """One pool of singular directions and sparse entries over all linears, and one budget.
 
     Every candidate has a keep-probability s. The paper's second stage draws masks from them,
@@ -127,11 +127,11 @@ class Cap:
 
     def pool(
         self, linears: Sequence[Linear], candidates: Mapping[str, Candidates], share: float
-    ) -> Pool:
+    ) -> CandidatePool:
         """The candidates of all linears; `share` is what is to be kept of them."""
         return make_pool(linears, candidates, self.across, share)
 
-    def start(self, pool: Pool, budget: int) -> np.ndarray:
+    def start(self, pool: CandidatePool, budget: int) -> np.ndarray:
         """The probabilities before the first loss, [N]."""
         share_N = initial(pool, budget, self.init, self.temperature)
         return project(pool, share_N, budget, self.projection)
@@ -141,7 +141,7 @@ class Cap:
 
     def step(
         self,
-        pool: Pool,
+        pool: CandidatePool,
         share_N: np.ndarray,
         draws: Sequence[Draw],
         baseline: Baseline,
@@ -151,7 +151,7 @@ class Cap:
         share_N = learn(pool, share_N, draws, baseline, eta=self.eta, eps=self.eps)
         return project(pool, share_N, budget, self.projection)
 
-    def plan(self, pool: Pool, choice: Choice, budget: int) -> Plan:
+    def plan(self, pool: CandidatePool, choice: Choice, budget: int) -> Plan:
         """What a choice makes of every linear."""
         kept = pool.split(choice.kept_N)
         assignments = {}

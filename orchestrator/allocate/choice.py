@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.allocate.bernoulli import Pool
+from orchestrator.allocate.bernoulli import CandidatePool
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Choice:
     dense: frozenset[str]
 
 
-def choose(pool: Pool, share_N: np.ndarray, budget: int) -> Choice:
+def choose(pool: CandidatePool, share_N: np.ndarray, budget: int) -> Choice:
     """The candidates with the largest probabilities that the budget holds.
 
     Ties go by utility, then by the order of the linears, directions before entries, and index.
@@ -46,7 +46,7 @@ def choose(pool: Pool, share_N: np.ndarray, budget: int) -> Choice:
         dense_M |= surplus_M
 
 
-def _order(pool: Pool, share_N: np.ndarray) -> np.ndarray:
+def _order(pool: CandidatePool, share_N: np.ndarray) -> np.ndarray:
     """Indices of the candidates that may be kept, in the order in which they are asked."""
     order = np.lexsort((np.arange(len(share_N)), -pool.utility_N, -share_N))
     owners = pool.owner_N[order]
@@ -60,7 +60,7 @@ def _order(pool: Pool, share_N: np.ndarray) -> np.ndarray:
     return np.concatenate([order[rank_N == 0], order[(rank_N != 0) & (rank_N < last_M[owners])]])
 
 
-def _take(pool: Pool, order: np.ndarray, budget: int, kept_N: np.ndarray) -> None:
+def _take(pool: CandidatePool, order: np.ndarray, budget: int, kept_N: np.ndarray) -> None:
     """Writes to `kept_N` what of the candidates, in this order, the budget holds."""
     weight_K = pool.weight_N[order]
     is_direction_K = pool.is_direction_N[order]

@@ -24,7 +24,7 @@ GIVERS, TAKER = ("q_proj", "k_proj"), "v_proj"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DRank:
+class DRankAllocator:
     """Minimises Σ R_g / k_g under Σ k_g ω_g = T: k_g = T / Σ √(R ω) · √(R_g / ω_g).
 
     R is the effective rank exp(−Σ p ln p), p the squared singular values in the method's norm

@@ -23,7 +23,7 @@ RULES = ("power", "softmax", "linear", "retain")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mgaa:
+class MgaaAllocator:
     """MGAA (reconstruction): the paper's formula from cosine to kept fraction is not public.
 
     The abstract of Multi-Granular Adaptive Allocation gives two principles, and they are kept:

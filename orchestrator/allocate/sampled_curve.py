@@ -34,7 +34,7 @@ class Knots:
         return max(self.total - float(np.interp(rank, before, captured)), 0.0)
 
 
-def knotted(curve: Curve, last: int, most: int = MOST) -> Knots:
+def sample_curve(curve: Curve, last: int, most: int = MOST) -> Knots:
     """A curve up to a rank, at `most` knots at most.
 
     Linear interpolation errs by an eighth of the second difference times the squared distance of
@@ -48,9 +48,9 @@ def knotted(curve: Curve, last: int, most: int = MOST) -> Knots:
     if last <= most:
         ranks = np.arange(1, last + 1)
     else:
-        bends = np.sqrt(np.maximum(-np.diff(energies), 0.0))
+        curvature = np.sqrt(np.maximum(-np.diff(energies), 0.0))
         # a part is spread evenly, so that no piece of a straight curve goes without a knot
-        density = np.cumsum(np.append(bends / (bends.sum() or 1.0), 0.0) + 0.25 / last)
+        density = np.cumsum(np.append(curvature / (curvature.sum() or 1.0), 0.0) + 0.25 / last)
         wanted = np.linspace(0, density[-1], most)
         places = np.searchsorted(density, wanted, side="left") + 1
         ranks = np.unique(np.clip(np.concatenate([[1], places[1:-1], [last]]), 1, last))

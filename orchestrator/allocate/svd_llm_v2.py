@@ -22,7 +22,7 @@ LEAST_LOG = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SvdLlmV2:
+class SvdLlmV2Allocator:
     """Within each type of N linears the removed fraction is N R s_i / Σ s, with s_i = 1 / ln L_i.
 
     R is the removed fraction asked for and L_i = |(W − W') X|_F the loss at uniform rank, the

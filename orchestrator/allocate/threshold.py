@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from orchestrator.allocate.budget import budget_values, make_plan, share_values
-from orchestrator.allocate.sampled_curve import Knots, knotted
+from orchestrator.allocate.sampled_curve import Knots, sample_curve
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import UsageError
 from orchestrator.plan.curve import Curve
@@ -98,7 +98,7 @@ class Threshold:
 
 
 def _in_knots(linear: Linear, curve: Curve | Knots) -> Knots:
-    return curve if isinstance(curve, Knots) else knotted(curve, max(linear.break_even - 1, 0))
+    return curve if isinstance(curve, Knots) else sample_curve(curve, max(linear.break_even - 1, 0))
 
 
 def _ranks(curve: Curve | Knots) -> np.ndarray | None:

@@ -80,7 +80,7 @@ class Surface:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TwoSidedSparse:
+class TwoSidedSparseAllocator:
     """Minimises the summed loss over entries and rank of every linear, under one budget.
 
     Of each linear the lower convex hull of the measured losses over stored values, n entries and

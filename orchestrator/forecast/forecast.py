@@ -9,7 +9,7 @@ from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.doubles import float64_remark, float64_seconds
 from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.needs import Needs
-from orchestrator.forecast.outcome import Forecast, Resources, Stage
+from orchestrator.forecast.outcome import Forecast, Resources, StageForecast
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.room import Room
 from orchestrator.forecast.shapes import Shapes
@@ -142,7 +142,7 @@ class _Forecasting:
         """By row what a function of its rates gives."""
         return {rates.row: take(rates) for rates in self.resources.machine.rows}
 
-    def _calibrate(self) -> Stage:
+    def _calibrate(self) -> StageForecast:
         """Shards in waves: load, pass all chunks, decompose; a wave's shards start one by one.
 
         With gradients there are two passes. The first only stores chunks at boundaries, and is
@@ -174,7 +174,7 @@ class _Forecasting:
                 for chunk, count, end, shards in passes
             )
 
-        return Stage(
+        return StageForecast(
             name="calibrate",
             flops=flops,
             seconds=self._seconds(take),
@@ -188,7 +188,7 @@ class _Forecasting:
         one = ends.overlapped(rates) + count * chunk.overlapped(rates)
         return waves * one + filling * chunk.overlapped(rates)
 
-    def _score(self) -> Stage:
+    def _score(self) -> StageForecast:
         """Passes through models that are masked, or cut in one place."""
         forward = self.costs.forward(self.shapes.num_blocks)
         passes = float(self.needs.masked)
@@ -196,19 +196,19 @@ class _Forecasting:
             # a trial runs from the block that it cuts on: half of the model in the mean
             passes = self.needs.trials * len(self.shapes.linears) / 2
         work = forward.times(passes)
-        return Stage(
+        return StageForecast(
             name="score",
             flops=work.flops,
             seconds=self._seconds(lambda rates: work.seconds(rates) / self.workers),
             device=self._calibrating(1),
         )
 
-    def _refine(self) -> Stage:
+    def _refine(self) -> StageForecast:
         """Every block a unit, as many at a time as there are workers."""
         waves = -(-self.shapes.num_blocks // self.workers)
         one = self.costs.refine()
         fits = [b for b in (1, MOST_BLOCKS) if self.room.fits(self._refining(b))]
-        return Stage(
+        return StageForecast(
             name="refine",
             flops=self.shapes.num_blocks * one.flops,
             seconds=self._seconds(lambda rates: waves * one.seconds(rates)),
@@ -226,7 +226,7 @@ class _Forecasting:
             itemsize=self.costs.itemsize,
         )
 
-    def _walk(self, name: str = "walk") -> Stage:
+    def _walk(self, name: str = "walk") -> StageForecast:
         """Block after block, each lent to all workers; unrefined one pass of statistics."""
         blocks, refines = self.shapes.num_blocks, self.recipe.refine in ("in_order", "swept")
         lent = min(self.workers, self.refining.slices)
@@ -248,7 +248,7 @@ class _Forecasting:
             shared = one.seconds(rates) / lent
             return blocks * (shared + lending.seconds(rates) + solving.seconds(rates))
 
-        return Stage(
+        return StageForecast(
             name=name,
             flops=blocks * (one.flops + solving.flops),
             seconds=self._seconds(take),
@@ -265,12 +265,12 @@ class _Forecasting:
             ),
         )
 
-    def _refit(self) -> Stage:
+    def _refit(self) -> StageForecast:
         """The cut model calibrated again, every Gram of inputs, and left factors fitted to it."""
         blocks = -(-self.shapes.num_blocks // self.shards)
         one = self.costs.calibrate_cut(blocks)
         waves = -(-self.shards // self.workers)
-        return Stage(
+        return StageForecast(
             name="refit",
             flops=self.shards * one.flops,
             seconds=self._seconds(lambda rates: waves * one.overlapped(rates)),
@@ -279,7 +279,7 @@ class _Forecasting:
             ),
         )
 
-    def _train(self) -> Stage:
+    def _train(self) -> StageForecast:
         """The whole model as a pipeline over the workers; recomputation adds a pass forward."""
         blocks, options, costs = self.shapes.num_blocks, self.training, self.costs
         step = trained(self.shapes, self.kept, self.tokens) * 4 / 3 * blocks
@@ -295,7 +295,7 @@ class _Forecasting:
         def take(rates: Rates) -> float:
             return work.seconds(rates) / self.workers * filling + saving.seconds(rates)
 
-        return Stage(
+        return StageForecast(
             name="train",
             flops=work.flops,
             seconds=self._seconds(take),
@@ -313,7 +313,7 @@ class _Forecasting:
             stored_targets=self.training.targets == "stored",
         )
 
-    def _pivot(self) -> Stage:
+    def _pivot(self) -> StageForecast:
         """Every linear a unit; the last of them may keep one worker longer than the others."""
         pivots = self.costs.pivots
 
@@ -321,17 +321,17 @@ class _Forecasting:
             seconds = [each.seconds(rates) for each in pivots]
             return max(sum(seconds) / self.workers, max(seconds, default=0.0))
 
-        return Stage(
+        return StageForecast(
             name="pivot",
             flops=sum(each.flops for each in pivots),
             seconds=self._seconds(take),
             device=memory.pivoting(self.shapes, self.kept, self.costs.out_itemsize),
         )
 
-    def _write(self) -> Stage:
+    def _write(self) -> StageForecast:
         files, one = self.costs.files, self.costs.file()
         waves = -(-files // self.workers)
-        return Stage(
+        return StageForecast(
             name="write",
             flops=0.0,
             seconds=self._seconds(lambda rates: waves * one.seconds(rates)),
@@ -361,7 +361,7 @@ class _Forecasting:
         values = self.costs.final_values
         return {"values": values, "bytes": values * self.costs.out_itemsize}
 
-    def _infeasible(self, stages: Sequence[Stage]) -> list[str]:
+    def _infeasible(self, stages: Sequence[StageForecast]) -> list[str]:
         found = []
         for stage in stages:
             if stage.device.total > self.room.usable:

@@ -82,8 +82,8 @@ def calibration(
         itemsize: Bytes of a value in the passes.
         gpu: Whether the worker has a GPU; the peak is then that of its memory.
     """
-    grams, bends = (of(shapes.heaviest, needs) for of in (input_grams, curvatures))
-    entries = blocks * sum(n * n for n in [*grams.values(), *bends.values()])
+    grams, curvature = (of(shapes.heaviest, needs) for of in (input_grams, curvatures))
+    entries = blocks * sum(n * n for n in [*grams.values(), *curvature.values()])
     weights = {"process": PROCESS_BYTES, "weights": blocks * shapes.block_values * itemsize}
     backward = needs.labels > 0
     activations = _activations(shapes, tokens, itemsize, blocks if backward else 1)

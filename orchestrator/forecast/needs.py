@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from orchestrator.allocate import ALLOCATION_NAMES
-from orchestrator.allocate.cap import Cap
+from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.strs import Strs
 from orchestrator.errors import UsageError
 from orchestrator.plan.grouping import SHARED, Grouping, gram_side
@@ -125,7 +125,7 @@ def needs_of(recipe: Recipe) -> Needs:
 
 
 def _masked(options: Mapping[str, Any]) -> int:
-    found = Cap(**{name: options[name] for name in options if name in _MASKED})
+    found = CapAllocator(**{name: options[name] for name in options if name in _MASKED})
     return found.iterations * found.samples * found.chunks
 
 

@@ -23,7 +23,7 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class StageForecast:
     """One stage of the run."""
 
     name: str
@@ -48,7 +48,7 @@ class Forecast:
     blocks_that_fit: int
     """Of a shard, two at most unless more share a basis."""
     waves: int
-    stages: tuple[Stage, ...]
+    stages: tuple[StageForecast, ...]
     limits: Mapping[str, float | None]
     """Bytes of a worker's device, and usable bytes of its device and of its host."""
     host: Footprint
@@ -80,7 +80,7 @@ class Forecast:
         }
 
     @property
-    def peak(self) -> Stage:
+    def peak(self) -> StageForecast:
         """The stage whose workers hold the most."""
         return max(self.stages, key=lambda stage: stage.device.total)
 

@@ -16,11 +16,11 @@ from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.work import Work
 from orchestrator.plan.cut import cut_blocks, default_shards
-from orchestrator.runtime.calls import Bag, Call, Schedule
+from orchestrator.runtime.calls import Call, IndependentCalls, Schedule
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import Cause, FailurePolicy
-from orchestrator.runtime.pool import Outcome, Seat
-from orchestrator.runtime.shard_pass import Pass
+from orchestrator.runtime.pool import Outcome, WorkerLocation
+from orchestrator.runtime.shard_pass import ShardPass
 
 GPUS_A_NODE = 8
 """That are lost together."""
@@ -96,8 +96,8 @@ class SimulatedPool:
     def workers(self) -> Sequence[int]:
         return [worker for worker, is_there in self._there.items() if is_there]
 
-    def seat(self, worker: int) -> Seat:
-        return Seat(f"node {self._node_of[worker]}", worker)
+    def location(self, worker: int) -> WorkerLocation:
+        return WorkerLocation(f"node {self._node_of[worker]}", worker)
 
     def start(self, call: Call, record: Any) -> None:
         if self._node_of[call.worker] < 0:
@@ -202,7 +202,7 @@ def simulate(
     everything = set(range(costs.sequences))
     stages: dict[str, tuple[Schedule, Callable[[Call], Work]]] = {}
     if costs.labels:
-        boundaries = Pass(
+        boundaries = ShardPass(
             cut[:-1] or cut,
             todo=(),
             num_chunks=costs.sequences,
@@ -211,7 +211,7 @@ def simulate(
             keeps=[blocks.start for blocks in cut],
         )
         stages["boundaries"] = boundaries, _passing(costs, boundaries)
-    gathering = Pass(
+    gathering = ShardPass(
         cut[::-1] if costs.labels else cut,
         todo=range(costs.num_blocks),
         num_chunks=costs.sequences * max(costs.labels, 1),
@@ -221,12 +221,15 @@ def simulate(
     stages["calibrate"] = gathering, _passing(costs, gathering)
     if costs.recipe.refine == "blocks":
         blocks = [(f"block {block}, refine", (block,)) for block in range(costs.num_blocks)]
-        stages["refine"] = Bag("refine", blocks), lambda call: costs.refine()
+        stages["refine"] = IndependentCalls("refine", blocks), lambda call: costs.refine()
     if costs.pivots:
         linears = [(f"linear {number}", (number,)) for number in range(len(costs.pivots))]
-        stages["pivot"] = Bag("pivot", linears), lambda call: costs.pivots[call.arguments[0]]
+        stages["pivot"] = (
+            IndependentCalls("pivot", linears),
+            lambda call: costs.pivots[call.arguments[0]],
+        )
     files = [(f"file {number}", (number,)) for number in range(costs.files)]
-    stages["write"] = Bag("write", files), lambda call: costs.file()
+    stages["write"] = IndependentCalls("write", files), lambda call: costs.file()
     return {
         name: _perform(
             schedule,
@@ -240,7 +243,7 @@ def simulate(
     }
 
 
-def _passing(costs: Costs, schedule: Pass) -> Callable[[Call], Work]:
+def _passing(costs: Costs, schedule: ShardPass) -> Callable[[Call], Work]:
     """What a call of a pass takes, by the shard that it is of."""
     gathers = any(state.todo for state in schedule.shards)
 
@@ -281,13 +284,13 @@ def _perform(
         nonlocal moved
         found = work(call)
         moved += found.network
-        return found.overlapped(rates) if isinstance(schedule, Pass) else found.seconds(rates)
+        return found.overlapped(rates) if isinstance(schedule, ShardPass) else found.seconds(rates)
 
     pool = SimulatedPool(useful, take, start_seconds=rates.start, loss_hours=loss_hours, seed=seed)
 
     def on_success(call: Call, value: Any) -> None:
         performed[call.label] = performed.get(call.label, 0) + 1
-        if isinstance(schedule, Pass):
+        if isinstance(schedule, ShardPass):
             schedule.drop_inputs()
 
     dispatch(

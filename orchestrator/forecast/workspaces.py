@@ -15,8 +15,8 @@ cuSOLVER's workspace by divide and conquer, 1 + 6 K + 2 K^2 numbers, with the co
 def reading(linear: Linear, needs: Needs, side: int) -> int:
     """Bytes while a linear's statistics are read from their Grams, one triangle at a time."""
     gram = 8 * side * side
-    bends = 8 * curvature_channels(linear, needs) ** 2 if needs.labels else 0
-    return max(2 * gram, gram + 2 * bends)
+    curvature = 8 * curvature_channels(linear, needs) ** 2 if needs.labels else 0
+    return max(2 * gram, gram + 2 * curvature)
 
 
 def decomposing(

@@ -39,7 +39,7 @@ ROWS = ("rowwise", "rowwise_split_input", "rowwise_rep")
 """Rules that split inputs, the last two those that are whole."""
 
 
-class _Whole(TensorParallelLayer):  # type: ignore[misc] # transformers has no types
+class _Replicated(TensorParallelLayer):  # type: ignore[misc] # transformers has no types
     """A module with all of its tensors on every rank, between neighbours that are split."""
 
     def __init__(self, input_layouts: Placement, output_layouts: Placement) -> None:
@@ -102,7 +102,7 @@ class _ByForm(TensorParallelLayer):  # type: ignore[misc] # transformers has no 
         ends = {"input_layouts": self.dense.input_layouts}
         ends["output_layouts"] = self.dense.output_layouts
         self.low_rank = _SplitOuter(**ends) if rule in COLUMNS else TensorParallelLayer()
-        self.whole = _Whole(**ends)
+        self.whole = _Replicated(**ends)
 
     def of(self, module: nn.Module) -> TensorParallelLayer:
         """The rule of one module; by rows the parts of a low-rank one have rules of their own."""

@@ -80,7 +80,7 @@ class Gram:
         check_finite(f"Gram matrix of {self.tokens} tokens", matrix_II)
         return matrix_II
 
-    def settle(self) -> None:
+    def flush_writes(self) -> None:
         """Frees the float32 sum, 4 n^2 bytes, once all rows are in; H stays the same to the bit."""
         self._flush()
         self._recent_II = self._recent_II.new_zeros(())

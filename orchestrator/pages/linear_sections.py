@@ -8,7 +8,7 @@ import numpy as np
 
 from orchestrator.pages import figures, tables
 from orchestrator.pages.linears import (
-    Entry,
+    LinearRow,
     by_role,
     energy_lines_of,
     heat_cells,
@@ -30,7 +30,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 SHARED = " A basis that several linears share is counted with the first of them, which stores it."
 
 
-def heat_map(found: Sequence[Entry], not_targeted: Sequence[str]) -> Markup | None:
+def heat_map(found: Sequence[LinearRow], not_targeted: Sequence[str]) -> Markup | None:
     """Kept fraction by block and role."""
     cells = heat_cells(found)
     if not cells:
@@ -57,7 +57,7 @@ def heat_map(found: Sequence[Entry], not_targeted: Sequence[str]) -> Markup | No
     )
 
 
-def budget(found: Sequence[Entry]) -> Markup | None:
+def budget(found: Sequence[LinearRow]) -> Markup | None:
     """What each role had and what it keeps, drawn to one scale."""
     roles = {
         role: (dense, stored, sum(entry.form == "dense" for entry in same))
@@ -86,7 +86,7 @@ def budget(found: Sequence[Entry]) -> Markup | None:
     return section("Where the budget went", tables.table(heads, rows, label="budget by role"))
 
 
-def rank_curves(found: Sequence[Entry], shares: Mapping[str, np.ndarray]) -> Markup | None:
+def rank_curves(found: Sequence[LinearRow], shares: Mapping[str, np.ndarray]) -> Markup | None:
     """Share of energy against rank, drawn for each role and summed up in a table."""
     return _curves(
         energy_lines_of(shares, found),
@@ -99,7 +99,7 @@ def rank_curves(found: Sequence[Entry], shares: Mapping[str, np.ndarray]) -> Mar
     )
 
 
-def density_curves(found: Sequence[Entry], shares: Mapping[str, np.ndarray]) -> Markup | None:
+def density_curves(found: Sequence[LinearRow], shares: Mapping[str, np.ndarray]) -> Markup | None:
     """Share of energy against density, the same way."""
     return _curves(
         energy_lines_of(shares, found, is_sparse=True),
@@ -143,7 +143,7 @@ def _curves(
     )
 
 
-def _break_even(same: Sequence[Entry]) -> int | None:
+def _break_even(same: Sequence[LinearRow]) -> int | None:
     """Of a role whose linears have one, and share no basis: a group's is another."""
     ranks = {entry.break_even for entry in same}
     is_alone = not any(entry.facts.get("basis") for entry in same)
@@ -162,7 +162,7 @@ def _energy_row(role: str, lines: Sequence[figures.Line], size: str) -> list[Mar
     ]
 
 
-def numerics(found: Sequence[Entry]) -> Markup | None:
+def numerics(found: Sequence[LinearRow]) -> Markup | None:
     """What the decompositions say of themselves, over all linears."""
     reported: dict[str, list[Any]] = {}
     for entry in found:
@@ -189,7 +189,7 @@ def numerics(found: Sequence[Entry]) -> Markup | None:
     )
 
 
-def every_linear(found: Sequence[Entry]) -> Markup | None:
+def every_linear(found: Sequence[LinearRow]) -> Markup | None:
     """A row for each."""
     if not found:
         return None
@@ -219,7 +219,7 @@ def _basis_of(name: str) -> str:
     return name if block is None else f"block {block}"
 
 
-def _row(entry: Entry, given: Sequence[str]) -> list[Markup]:
+def _row(entry: LinearRow, given: Sequence[str]) -> list[Markup]:
     shape = f"{entry.shape[0]} × {entry.shape[1]}" if entry.shape else DASH
     cells = [
         row_head(entry.name, "id long"),

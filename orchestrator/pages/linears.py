@@ -17,7 +17,7 @@ _BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LinearRow:
     """One linear; what its report does not say is None."""
 
     name: str
@@ -45,14 +45,14 @@ class Entry:
         return self.shape[0] * self.shape[1] // sum(self.shape) if self.shape else None
 
 
-def entries(report: Mapping[str, Any]) -> list[Entry]:
+def entries(report: Mapping[str, Any]) -> list[LinearRow]:
     """Every targeted linear, in the order of blocks and, within one, of the report."""
     found = []
     for name, facts in report.get("linears", {}).items():
         block, role = place(name)
         shape = facts.get("shape")
         found.append(
-            Entry(
+            LinearRow(
                 name=name,
                 block=block,
                 role=role,
@@ -73,9 +73,9 @@ def place(name: str) -> tuple[int | None, str]:
     return int(match[1]), re.sub(r"\.\d+(?=\.)", ".*", match[2])
 
 
-def by_role(found: Sequence[Entry]) -> dict[str, list[Entry]]:
+def by_role(found: Sequence[LinearRow]) -> dict[str, list[LinearRow]]:
     """The linears of each role, roles in the order of their first block."""
-    roles: dict[str, list[Entry]] = {}
+    roles: dict[str, list[LinearRow]] = {}
     for entry in found:
         roles.setdefault(entry.role, []).append(entry)
     return roles
@@ -87,16 +87,16 @@ def total(numbers: Sequence[int | None]) -> int | None:
     return sum(known) if known and len(known) == len(numbers) else None
 
 
-def kept_of(found: Sequence[Entry]) -> float | None:
+def kept_of(found: Sequence[LinearRow]) -> float | None:
     """Stored values of several linears over their dense values."""
     stored = total([entry.values for entry in found])
     dense = total([entry.dense_values for entry in found])
     return None if stored is None or not dense else stored / dense
 
 
-def heat_cells(found: Sequence[Entry]) -> dict[tuple[str, int], Cell]:
+def heat_cells(found: Sequence[LinearRow]) -> dict[tuple[str, int], Cell]:
     """A cell for each role and block whose kept fraction is known."""
-    together: dict[tuple[str, int], list[Entry]] = {}
+    together: dict[tuple[str, int], list[LinearRow]] = {}
     for entry in found:
         if entry.block is not None:
             together.setdefault((entry.role, entry.block), []).append(entry)
@@ -107,7 +107,7 @@ def heat_cells(found: Sequence[Entry]) -> dict[tuple[str, int], Cell]:
     }
 
 
-def _says(same: Sequence[Entry], kept: float) -> str:
+def _says(same: Sequence[LinearRow], kept: float) -> str:
     if len(same) > 1:
         return f"{same[0].role}, block {same[0].block}: kept {kept:.4f} of {len(same)} linears"
     (entry,) = same
@@ -119,7 +119,7 @@ def _says(same: Sequence[Entry], kept: float) -> str:
 
 
 def energy_lines_of(
-    shares: Mapping[str, np.ndarray], found: Sequence[Entry], *, is_sparse: bool = False
+    shares: Mapping[str, np.ndarray], found: Sequence[LinearRow], *, is_sparse: bool = False
 ) -> dict[str, list[Line]]:
     """For each role the share of energy that is held, a line a block.
 
@@ -144,7 +144,7 @@ def energy_lines_of(
     return lines
 
 
-def _chosen(entry: Entry | None, is_sparse: bool) -> float | None:
+def _chosen(entry: LinearRow | None, is_sparse: bool) -> float | None:
     """The rank or the density that a linear got."""
     if entry is None:
         return None

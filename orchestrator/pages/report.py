@@ -168,7 +168,7 @@ def _evaluations(source: Source) -> Markup | None:
         joined([element("p", evaluated_text(facts)), before_and_after(facts)])
         for facts in source.evaluations
     ]
-    return section("Before and after", *shown)
+    return section("PreviousRun and after", *shown)
 
 
 def _timings(timings: Mapping[str, Any]) -> Markup | None:

@@ -1,7 +1,7 @@
 """What runs next: pure state, no Ray and no tensors, so every decision is tested as a value.
 
 A schedule is asked for calls (`calls(idle)`), told what became of them (`succeeded`, `lost`) and of
-workers that are given up (`retired`), and says when it is `finished`. `Bag` holds
+workers that are given up (`retired`), and says when it is `finished`. `IndependentCalls` holds
 independent units; `shard_pass` moves chunks through shards, `chain` through blocks one after the
 other, and `pipeline` trains.
 """
@@ -71,7 +71,7 @@ class Schedule(Protocol):
         ...
 
 
-class Bag:
+class IndependentCalls:
     """Independent units, started in order on whoever is idle."""
 
     def __init__(self, method: str, units: Sequence[tuple[str, tuple[Any, ...]]]) -> None:

@@ -56,7 +56,7 @@ class Found:
 Program = Generator[Round, Found, Any]
 
 
-class Chain:
+class ReplicatedBlocks:
     """Blocks that are gone through one after the other, each from what the one before has left.
 
     It begins at the last boundary where that still lies, before the first block to make, and ends

@@ -49,14 +49,14 @@ def dispatch(
     """
     loop = _Loop(pool, schedule, policy, on_success, is_awaited, on_event, Deadlines(patience))
     while not schedule.finished:
-        loop.part_with_leaving()
+        loop.retire_draining()
         loop.start_calls()
         loop.scale()
         outcomes = pool.wait(POLL_SECONDS)
         for outcome in outcomes or loop.overdue():
             loop.conclude(outcome)
-        loop.speak_up(bool(outcomes))
-    loop.sum_up()
+        loop.report_waiting(bool(outcomes))
+    loop.report_utilisation()
 
 
 class _Loop:
@@ -81,11 +81,11 @@ class _Loop:
         self._heard = self._counted = time.monotonic()
         self._busy_seconds = self._there_seconds = 0.0
 
-    def part_with_leaving(self) -> None:
+    def retire_draining(self) -> None:
         """Puts others in the place of idle workers whose nodes go; busy ones may end their call."""
         for worker in self._pool.leaving():
             if worker not in self._busy:
-                self._on_event({"event": "retired", **asdict(self._pool.seat(worker))})
+                self._on_event({"event": "retired", **asdict(self._pool.location(worker))})
                 self._schedule.retired(worker)
                 self._pool.replace(worker)
 
@@ -94,7 +94,7 @@ class _Loop:
         self._there_seconds += (now - self._counted) * len(self._pool.workers())
         self._counted = now
         idle = self._idle_workers()
-        nodes = {worker: self._pool.seat(worker).node for worker in idle}
+        nodes = {worker: self._pool.location(worker).node for worker in idle}
         for call in self._schedule.calls(idle, nodes):
             record = self._records.pop(call.takes, None) if call.takes else None
             gathered = [self._records.get(chunk) for chunk in call.gathers]
@@ -115,7 +115,7 @@ class _Loop:
         spare = self._pool.scale(self._schedule.usable)
         idle = {worker: now - since for worker, since in self._idle.items()}
         for worker in to_give_back(idle, spare):
-            self._on_event({"event": "returned", **asdict(self._pool.seat(worker))})
+            self._on_event({"event": "returned", **asdict(self._pool.location(worker))})
             self._schedule.retired(worker)
             self._pool.give_back(worker)
 
@@ -142,7 +142,7 @@ class _Loop:
             self._policy.after_missing(call.label)
             self._schedule.missing(call, outcome.error.chunk)
         elif outcome.error is not None:
-            error = as_ours(outcome.error, call)
+            error = wrap_error(outcome.error, call)
             self._tell("failed", outcome, str(error), "raised an error", Action.END)
             raise error
         else:
@@ -156,7 +156,7 @@ class _Loop:
 
     def _conclude_loss(self, outcome: Outcome) -> None:
         call, why = outcome.call, outcome.lost or ""
-        node = self._pool.seat(call.worker).node
+        node = self._pool.location(call.worker).node
         is_split = outcome.cause is Cause.OUT_OF_MEMORY and self._schedule.split(call)
         failure = Failure(call.label, node, outcome.cause, why)
         decision = self._policy.after_failure(failure, self._pool.nodes(), is_split=is_split)
@@ -178,17 +178,17 @@ class _Loop:
                 "why": why,
                 "cause": str(cause),
                 "decided": str(action),
-                **asdict(self._pool.seat(outcome.call.worker)),
+                **asdict(self._pool.location(outcome.call.worker)),
                 "log": outcome.log,
             }
         )
 
-    def sum_up(self) -> None:
+    def report_utilisation(self) -> None:
         """Tells how long workers were at a call, of all the time that they were there."""
         there = self._there_seconds + (time.monotonic() - self._counted) * len(self._pool.workers())
         self._on_event({"event": "busy", "seconds": self._busy_seconds, "of": there})
 
-    def speak_up(self, heard: bool) -> None:
+    def report_waiting(self, heard: bool) -> None:
         """Says for what the loop waits, when nothing was heard for long.
 
         Raises:
@@ -213,7 +213,7 @@ class _Loop:
         return "; ".join(labels[:NAMED_CALLS]) + (f" and {more} more" if more > 0 else "")
 
 
-def as_ours(error: BaseException, call: Call) -> OrchestratorError:
+def wrap_error(error: BaseException, call: Call) -> OrchestratorError:
     """Our own errors as they are; anything else with the unit's name, and its traceback behind."""
     if isinstance(error, OrchestratorError):
         return error

@@ -35,7 +35,7 @@ _DEVICE = re.compile(
 )
 
 
-def loss_of(error: BaseException) -> Cause | None:
+def cause_of_loss(error: BaseException) -> Cause | None:
     """Cause of a worker's loss by an exception; None if any worker would raise it again.
 
     `OUT_OF_MEMORY`, of the host or of a GPU, is answered by smaller parts. `DIED` is any other

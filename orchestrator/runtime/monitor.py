@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError, StoppedError
 from orchestrator.runtime.signals import Signals
-from orchestrator.store.lease import Hold
+from orchestrator.store.lease import Lease
 from orchestrator.store.run import RunDirectory
 from orchestrator.usage import Usage
 
@@ -19,7 +19,7 @@ Follower = Callable[[Event, Mapping[str, Any]], None]
 """Told of an event, and of the status that it led to."""
 
 
-class Watch:
+class RunMonitor:
     """Keeps the status of a run true from its start to its end, whatever the end is.
 
     As a context manager it writes `running` on entry and, on exit, `done`, `failed` with the error
@@ -37,7 +37,7 @@ class Watch:
         self._workers: set[tuple[str, int]] = set()
         self._failures = run.failures()
         self._followers: list[Follower] = []
-        self._holds: list[Hold] = []
+        self._holds: list[Lease] = []
         self.signals = Signals(lambda name: self._write_stopped())
         self.seconds: dict[str, float] = {}
         """Wall time by stage."""
@@ -56,7 +56,7 @@ class Watch:
         """By stage, which part of the time that workers were there they were at a call."""
         return {stage: part / of for stage, (part, of) in self._busy.items() if of}
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "RunMonitor":
         self._write()
         self.signals.__enter__()
         return self
@@ -104,15 +104,15 @@ class Watch:
                 return
         self.made_elsewhere.append(about | {"units": units})
 
-    def guard(self, hold: Hold) -> None:
+    def guard(self, hold: Lease) -> None:
         """Says from whom a hold was taken; from here on the run ends when another takes it."""
         if hold.note is not None:
             self.note(hold.note)
         self._holds.append(hold)
 
-    def stage(self, name: str) -> "Stage":
+    def stage(self, name: str) -> "StageMonitor":
         """A stage of the run; its begin, end and wall time are recorded."""
-        return Stage(self, name)
+        return StageMonitor(self, name)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Adds an event to the journal, shows it in the status, and passes it on.
@@ -210,31 +210,31 @@ class Watch:
         self.event({"event": "note", "text": text})
 
 
-class Stage:
+class StageMonitor:
     """One verb of the driver while it is at work."""
 
-    def __init__(self, watch: Watch, name: str) -> None:
-        self._watch = watch
+    def __init__(self, monitor: RunMonitor, name: str) -> None:
+        self._monitor = monitor
         self.name = name
         self._begun = 0.0
 
-    def __enter__(self) -> "Stage":
+    def __enter__(self) -> "StageMonitor":
         self._begun = time.monotonic()
-        self._watch.within.append(self.name)
-        self._watch.event({"event": "stage", "stage": self.name, "state": "begin"})
+        self._monitor.within.append(self.name)
+        self._monitor.event({"event": "stage", "stage": self.name, "state": "begin"})
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._watch.within.pop()
+        self._monitor.within.pop()
         seconds = time.monotonic() - self._begun
-        self._watch.seconds[self.name] = self._watch.seconds.get(self.name, 0.0) + seconds
+        self._monitor.seconds[self.name] = self._monitor.seconds.get(self.name, 0.0) + seconds
         if error is None:
             ended = {"event": "stage", "stage": self.name, "state": "end", "seconds": seconds}
-            if self.name in self._watch.busy:
-                ended["busy"] = self._watch.busy[self.name]
-            self._watch.event(ended)
+            if self.name in self._monitor.busy:
+                ended["busy"] = self._monitor.busy[self.name]
+            self._monitor.event(ended)
 
     def progress(self, done: int, total: int, **facts: Any) -> None:
         """One more unit of `total` is done."""
         event = {"event": "unit", "stage": self.name, "done": done, "total": total, **facts}
-        self._watch.event(event)
+        self._monitor.event(event)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from orchestrator.errors import WorkerError
 from orchestrator.runtime.calls import Call
-from orchestrator.runtime.losses import loss_of, summary
+from orchestrator.runtime.losses import cause_of_loss, summary
 from orchestrator.runtime.policy import Cause
 from orchestrator.usage import Usage
 
@@ -40,7 +40,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class WorkerLocation:
     """Where a worker is."""
 
     node: str
@@ -61,7 +61,7 @@ class Pool(Protocol):
 
     def workers(self) -> Sequence[int]: ...
 
-    def seat(self, worker: int) -> Seat: ...
+    def location(self, worker: int) -> WorkerLocation: ...
 
     def start(self, call: Call, record: Any) -> None: ...
 
@@ -137,8 +137,8 @@ class LocalPool:
     def workers(self) -> Sequence[int]:
         return [0]
 
-    def seat(self, worker: int) -> Seat:
-        return Seat(socket.gethostname(), os.getpid())
+    def location(self, worker: int) -> WorkerLocation:
+        return WorkerLocation(socket.gethostname(), os.getpid())
 
     def start(self, call: Call, record: Any) -> None:
         self._calls.append((call, record))
@@ -149,7 +149,7 @@ class LocalPool:
             value, emitted, usage = self.worker.measured(call.method, call.arguments, record)
         except Exception as error:
             log = traceback.format_exc()
-            cause = loss_of(error)
+            cause = cause_of_loss(error)
             if cause is Cause.OUT_OF_MEMORY:
                 return [Outcome(call, lost=summary(error), cause=cause, log=log)]
             return [Outcome(call, error=error if cause is None else _gpu_lost(error), log=log)]
@@ -161,7 +161,7 @@ class LocalPool:
     def replace(self, worker: int) -> None:
         # the old one's memory is free before the new one takes any
         if self.worker is not None:
-            self.worker.let_go()
+            self.worker.release()
             self.worker = None
         self.worker = self._worker_class(self._task)
 

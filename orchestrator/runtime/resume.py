@@ -7,9 +7,9 @@ libraries, threads. That stands in its manifest.
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from orchestrator.runtime.monitor import Watch
-from orchestrator.runtime.verify import intact
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.monitor import RunMonitor
+from orchestrator.runtime.verify import verified_units
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.store.places import Place
 from orchestrator.store.units import Units
 
@@ -17,11 +17,11 @@ Name = TypeVar("Name", bound=Hashable)
 Files = Sequence[tuple[Place, str]]
 
 
-def taken_up(
+def reusable_units(
     units: Units,
     keys: Mapping[Name, str],
-    crew: Crew,
-    watch: Watch,
+    workers: WorkerGroup,
+    monitor: RunMonitor,
     stage: str,
     *,
     called: str = "{}",
@@ -46,45 +46,47 @@ def taken_up(
         called.format(name): files(name, found["facts"]) if files else units.hashes(keys[name])
         for name, found in there.items()
     }
-    whole = intact(crew, watch, {label: each for label, each in hashes.items() if each})
+    whole = verified_units(
+        workers, monitor, {label: each for label, each in hashes.items() if each}
+    )
     there = {
         name: found
         for name, found in there.items()
         if not hashes[called.format(name)] or called.format(name) in whole
     }
-    refused = _judge(
+    refused = _reject_mixed(
         {name: found["environment"] for name, found in there.items()},
         len(keys),
-        crew,
-        watch,
+        workers,
+        monitor,
         stage,
         is_all,
     )
     return {name: found["facts"] for name, found in there.items() if name not in refused}
 
 
-def _judge(
+def _reject_mixed(
     made: Mapping[Name, Mapping[str, Any]],
     wanted: int,
-    crew: Crew,
-    watch: Watch,
+    workers: WorkerGroup,
+    monitor: RunMonitor,
     stage: str,
     is_all: bool,
 ) -> set[Name]:
     """Those that were made in another environment and are not gone on from; says what is done."""
-    others = {name: each for name, each in made.items() if each != crew.environment}
+    others = {name: each for name, each in made.items() if each != workers.environment}
     if not others:
         return set()
     first = next(iter(others.values()))
     is_complete = is_all and len(others) == wanted
     is_complete = is_complete and all(each == first for each in others.values())
     what = f"{len(others)} of {wanted} units of {stage} were made with "
-    what += _differences(first, crew.environment)
-    if is_complete or crew.allow_mixed:
-        watch.note(f"{what}: taken as they are, so the result has not the bits of one machine")
-        watch.add_made_elsewhere(stage, len(others), first)
+    what += _differences(first, workers.environment)
+    if is_complete or workers.allow_mixed:
+        monitor.note(f"{what}: taken as they are, so the result has not the bits of one machine")
+        monitor.add_made_elsewhere(stage, len(others), first)
         return set()
-    watch.note(f"{what}: made again, since others are missing; --allow-mixed takes them")
+    monitor.note(f"{what}: made again, since others are missing; --allow-mixed takes them")
     return set(others)
 
 

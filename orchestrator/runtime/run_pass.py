@@ -5,10 +5,10 @@ from typing import Any
 
 from orchestrator.runtime.calls import Call
 from orchestrator.runtime.dispatch import dispatch
-from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
-from orchestrator.runtime.shard_pass import Pass
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.shard_pass import ShardPass
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.store.chunks import Chunks
 
 WINDOW = 4
@@ -16,9 +16,9 @@ WINDOW = 4
 
 
 def run_pass(
-    crew: Crew,
-    watch: Watch,
-    schedule: Pass,
+    workers: WorkerGroup,
+    monitor: RunMonitor,
+    schedule: ShardPass,
     chunks: Chunks,
     on_success: Callable[[Call, Any], None],
     patience: Mapping[str, float] = {},
@@ -26,7 +26,7 @@ def run_pass(
 ) -> None:
     """Performs a pass to its end; only the boundary chunks that it keeps stay.
 
-    A pass that breaks off (see `Pass`) leaves all of them for the one that goes on.
+    A pass that breaks off (see `ShardPass`) leaves all of them for the one that goes on.
 
     Args:
         chunks: Where the pass keeps its boundary chunks.
@@ -47,12 +47,12 @@ def run_pass(
             beside.drop(boundary)
 
     dispatch(
-        crew.pool,
+        workers.pool,
         schedule,
         FailurePolicy(),
         on_success=succeeded,
         is_awaited=lambda chunk: schedule.is_awaited(chunk, WINDOW),
-        on_event=watch.event,
+        on_event=monitor.event,
         patience=patience,
     )
     if not schedule.keeps and not schedule.broken_off:

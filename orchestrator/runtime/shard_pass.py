@@ -61,7 +61,7 @@ class ShardState:
         return f"block {first}" if first == last else f"blocks {first}-{last}"
 
 
-class Pass:
+class ShardPass:
     """Chunks flowing through contiguous shards.
 
     Args:

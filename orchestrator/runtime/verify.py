@@ -9,16 +9,16 @@ files, seconds where making them again takes hours.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.runtime.calls import Bag, Call
+from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
-from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.store.places import Place
 
 
-def intact(
-    crew: Crew, watch: Watch, hashes: Mapping[str, Sequence[tuple[Place, str]]]
+def verified_units(
+    workers: WorkerGroup, monitor: RunMonitor, hashes: Mapping[str, Sequence[tuple[Place, str]]]
 ) -> frozenset[str]:
     """The names of those whose files all have their hashes; the others are named aloud.
 
@@ -28,15 +28,15 @@ def intact(
     if not hashes:
         return frozenset()
     found: dict[str, bool] = {}
-    with watch.stage("verify") as stage:
+    with monitor.stage("verify") as stage:
 
         def on_success(call: Call, value: Any) -> None:
             found[call.label] = value
             stage.progress(len(found), len(hashes), unit=call.label)
 
-        bag = Bag("verify", [(name, (files,)) for name, files in hashes.items()])
-        dispatch(crew.pool, bag, FailurePolicy(), on_success=on_success, on_event=watch.event)
+        bag = IndependentCalls("verify", [(name, (files,)) for name, files in hashes.items()])
+        dispatch(workers.pool, bag, FailurePolicy(), on_success=on_success, on_event=monitor.event)
     for name in hashes:
         if not found[name]:
-            watch.event({"event": "damaged", "unit": name, "why": "its files have other hashes"})
+            monitor.event({"event": "damaged", "unit": name, "why": "its files have other hashes"})
     return frozenset(name for name in hashes if found[name])

@@ -77,9 +77,9 @@ class Worker:
         value, emitted = self.perform(method, arguments, *records)
         return value, emitted, self.usage()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Lets go of what the worker holds; nothing is called after it."""
-        self.settle()
+        self.flush_writes()
         self._disk.shutdown()
         vars(self).clear()
         gc.collect()
@@ -104,12 +104,12 @@ class Worker:
             # after a chunk that was handed over the next one probably is, too
             self._read_next(next_index if record is None else None)
             if next_index is None:
-                self.settle()
+                self.flush_writes()
             if not hand_over:
                 return value, None
             self._departure.wait()
             return value, emitted
-        self.settle()
+        self.flush_writes()
         self._coming = {}
         if method == "open":
             blocks, todo, ahead, *about = arguments
@@ -126,7 +126,7 @@ class Worker:
     def read_ahead(self, blocks: range) -> None:
         """Has blocks that are not needed yet read from storage; nothing that a result needs."""
 
-    def settle(self) -> None:
+    def flush_writes(self) -> None:
         """Waits until what was emitted is in its file.
 
         Raises:
@@ -285,7 +285,7 @@ class Worker:
         Raises:
             OSError: The previous one could not be written; so do errors of a store.
         """
-        self.settle()
+        self.flush_writes()
         self._departure = departure
         write = (chunks or self.chunks).write
 

@@ -10,7 +10,7 @@ import torch
 
 from orchestrator.device.strict import cuda_environment_here
 from orchestrator.errors import OrchestratorError, UsageError
-from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.pool import LocalPool, Pool
 from orchestrator.runtime.scaling import Bounds
 from orchestrator.runtime.worker import PROBE_PREFIX, Task, Worker
@@ -22,7 +22,7 @@ cores a machine has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
+class Execution:
     """How much at once and where: what changes the time a run takes, never its result."""
 
     executor: str = "ray"
@@ -34,7 +34,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
-class Crew:
+class WorkerGroup:
     """Workers that are ready."""
 
     pool: Pool
@@ -51,16 +51,16 @@ class Crew:
     device_bytes: int | None = None
     """Memory of the smallest GPU of a worker; None without GPUs."""
 
-    def turned_to(self, worker_class: type[Worker], task: Task) -> "Crew":
+    def reassigned(self, worker_class: type[Worker], task: Task) -> "WorkerGroup":
         """The workers at another task of the run, in the processes that they have.
 
         Raises:
-            InfeasibleError, InputError: As `assemble`.
+            InfeasibleError, InputError: As `start_workers`.
         """
         self.pool.turn_to(worker_class, task)
         return self.gathered()
 
-    def gathered(self) -> "Crew":
+    def gathered(self) -> "WorkerGroup":
         """What it is once enough workers are there."""
         probes = self.pool.gather()
         within = self.bounds.for_work(self.most)
@@ -76,7 +76,7 @@ class Crew:
 
 
 @contextmanager
-def connected(schedule: Schedule, watch: Watch) -> Iterator[None]:
+def connected(execution: Execution, monitor: RunMonitor) -> Iterator[None]:
     """Joins a Ray cluster or starts one, for all crews of a run; leaves it, or ends it.
 
     Without Ray, this process has CUDA's environment meanwhile: PyTorch reads it at the first look
@@ -85,21 +85,21 @@ def connected(schedule: Schedule, watch: Watch) -> Iterator[None]:
     Raises:
         UsageError: The address does not answer.
     """
-    if schedule.executor == "local":
+    if execution.executor == "local":
         with cuda_environment_here():
             yield
         return
     # Ray takes a second to import, and a run in this process does without it
-    from orchestrator.runtime.ray import connect as ray_crew
+    from orchestrator.runtime.ray import connect
 
-    with ray_crew.connected(schedule.address, watch):
+    with connect.connected(execution.address, monitor):
         yield
 
 
 @contextmanager
-def assemble(
-    worker_class: type[Worker], task: Task, schedule: Schedule, most: int, watch: Watch
-) -> Iterator[Crew]:
+def start_workers(
+    worker_class: type[Worker], task: Task, execution: Execution, most: int, monitor: RunMonitor
+) -> Iterator[WorkerGroup]:
     """Starts workers where the process is connected, and proves them; ends them on the way out.
 
     Args:
@@ -110,11 +110,11 @@ def assemble(
         InfeasibleError: The cluster can never hold so many workers.
         InputError: A node does not see the model or a directory, or runs other versions.
     """
-    asked = Bounds.of(schedule.workers)
-    if schedule.executor == "local":
+    asked = Bounds.of(execution.workers)
+    if execution.executor == "local":
         if asked.least > 1:
             raise UsageError(
-                f"workers: {schedule.workers} with the local executor, which is one process; "
+                f"workers: {execution.workers} with the local executor, which is one process; "
                 "leave it out, or use --executor ray"
             )
         products = torch.backends.cuda.matmul
@@ -122,25 +122,29 @@ def assemble(
         try:
             with _probe_files(task) as nonce:
                 pool = LocalPool(worker_class, task, nonce)
-                yield Crew(pool, 1, {}, (), schedule.allow_mixed).gathered()
+                yield WorkerGroup(pool, 1, {}, (), execution.allow_mixed).gathered()
         finally:
             # the worker has set its own, in what is the caller's process
             torch.set_num_threads(threads)
             products.fp32_precision = precision
         return
-    from orchestrator.runtime.ray import connect as ray_crew
+    from orchestrator.runtime.ray import connect
 
     with (
         _probe_files(task) as nonce,
-        ray_crew.pool(worker_class, task, asked, most, nonce, watch) as ray_pool,
+        connect.pool(worker_class, task, asked, most, nonce, monitor) as ray_pool,
     ):
         try:
-            crew = Crew(ray_pool, 0, {}, (), schedule.allow_mixed, most, asked).gathered()
+            workers = WorkerGroup(
+                ray_pool, 0, {}, (), execution.allow_mixed, most, asked
+            ).gathered()
             there = len(ray_pool.workers())
-            watch.note(f"{there} workers on {', '.join(crew.nodes)}: {crew.environment['device']}")
-            yield crew
+            monitor.note(
+                f"{there} workers on {', '.join(workers.nodes)}: {workers.environment['device']}"
+            )
+            yield workers
         finally:
-            watch.dismiss_workers()
+            monitor.dismiss_workers()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.store.files import parse_json, read_bytes, write_json
 from orchestrator.store.places import Place, Remote
 
-HOLD_FILE = "hold.json"
+LEASE_FILE = "hold.json"
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
 """A holder elsewhere is waited for so long to show that it lives."""
@@ -38,7 +38,7 @@ _ours: set[str] = set()
 Tell = Callable[[dict[str, Any]], None]
 
 
-class Hold:
+class Lease:
     """To be held once; a thread renews it, and makes it anew where it was removed.
 
     Args:
@@ -60,7 +60,7 @@ class Hold:
         """Who has taken it over since, having seen no sign of life."""
 
     @contextmanager
-    def taken(self, tell: Tell | None = None) -> Iterator["Hold"]:
+    def taken(self, tell: Tell | None = None) -> Iterator["Lease"]:
         """Holds it as long as the body runs; takes it over from a holder that is gone if need be.
 
         Args:

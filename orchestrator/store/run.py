@@ -29,7 +29,7 @@ from orchestrator.store.files import (
     write_json,
 )
 from orchestrator.store.journal import Journal
-from orchestrator.store.lease import HOLD_FILE, Hold, is_alive, is_forsaken
+from orchestrator.store.lease import LEASE_FILE, Lease, is_alive, is_forsaken
 from orchestrator.store.places import Place, Remote
 from orchestrator.store.units import Units
 
@@ -58,9 +58,9 @@ class RunDirectory:
         """The boundary chunks of one pass in one environment; no others are mistaken for them."""
         return Chunks(self.root / "chunks" / digest_json([pass_key, dict(environment)])[:16])
 
-    def hold(self) -> Hold:
+    def hold(self) -> Lease:
         """What says that this driver is at work here; renewing it writes what has waited."""
-        return Hold(self.root / HOLD_FILE, beat=self.flush)
+        return Lease(self.root / LEASE_FILE, beat=self.flush)
 
     def claim(self, description: Mapping[str, Any]) -> None:
         """Makes the directory this run's, or takes it up again.
@@ -79,7 +79,7 @@ class RunDirectory:
             raise InputError(f"{self.root}: is a file; a run directory was expected")
         if not self.root.is_dir() or (self.root / _MARKER).exists():
             return
-        if any(each.name != HOLD_FILE for each in self.root.iterdir()):
+        if any(each.name != LEASE_FILE for each in self.root.iterdir()):
             raise InputError(
                 f"{self.root}: holds files but no {_MARKER}, so it is no run directory; "
                 "name another with --run-dir"
@@ -146,7 +146,7 @@ class RunDirectory:
             )
         if status.get("state") == "running":
             here = status.get("host") == socket.gethostname()
-            gone = not is_alive(status.get("pid")) if here else is_forsaken(self.root / HOLD_FILE)
+            gone = not is_alive(status.get("pid")) if here else is_forsaken(self.root / LEASE_FILE)
             if gone:
                 status["state"] = "lost"
         return status

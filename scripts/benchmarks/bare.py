@@ -21,7 +21,7 @@ from orchestrator.methods import METHODS
 from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import Calibration, dense_weight
 from orchestrator.stages.context.tokens import TokenArrays, first_chunk
 
@@ -86,23 +86,23 @@ def _serve(
 ) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
-    skeleton = Skeleton.open(model, dtype=torch.float32)
-    inputs = _inputs(skeleton, text, part, samples, sequence_length)
+    lazy_model = LazyModel.open(model, dtype=torch.float32)
+    inputs = _inputs(lazy_model, text, part, samples, sequence_length)
     try:
         while True:
             end.send("ready")
             end.recv()
             for blocks in part:
-                _calibrate_and_decompose(skeleton, blocks, inputs[blocks.start])
+                _calibrate_and_decompose(lazy_model, blocks, inputs[blocks.start])
     except EOFError:
         return
 
 
 def _inputs(
-    skeleton: Skeleton, text: Path, part: Sequence[range], samples: int, sequence_length: int
+    lazy_model: LazyModel, text: Path, part: Sequence[range], samples: int, sequence_length: int
 ) -> dict[int, list[Chunk]]:
     """All chunks at the first block of every shard of the part."""
-    tokenizer = load_tokenizer(skeleton.directory)
+    tokenizer = load_tokenizer(lazy_model.directory)
     tokens = load_tokens(
         str(text), tokenizer=tokenizer, samples=samples, sequence_length=sequence_length
     )
@@ -111,15 +111,15 @@ def _inputs(
     inputs, done = {}, 0
     for blocks in part:
         if blocks.start > done:
-            with skeleton.shard(range(done, blocks.start)) as shard:
+            with lazy_model.shard(range(done, blocks.start)) as shard:
                 chunks = [shard.forward(chunk) for chunk in chunks]
             done = blocks.start
         inputs[done] = chunks
     return inputs
 
 
-def _calibrate_and_decompose(skeleton: Skeleton, blocks: range, chunks: Sequence[Chunk]) -> None:
-    with skeleton.shard(blocks) as shard:
+def _calibrate_and_decompose(lazy_model: LazyModel, blocks: range, chunks: Sequence[Chunk]) -> None:
+    with lazy_model.shard(blocks) as shard:
         calibration = Calibration(shard, shard.linears, METHOD.side)
         for chunk in chunks:
             calibration.forward(chunk)

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from orchestrator.device.malloc import keep_freed_memory
 from orchestrator.methods import METHODS
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration, dense_weight
 
@@ -47,9 +47,9 @@ def measure_calibration(
     """The figure, with Grams counted in full and as triangles, and where the time goes."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    skeleton = Skeleton.open(model, dtype=torch.float32)
-    chunk = chunk_before(skeleton, first_block)
-    with skeleton.shard(range(first_block, first_block + 2)) as shard:
+    lazy_model = LazyModel.open(model, dtype=torch.float32)
+    chunk = chunk_before(lazy_model, first_block)
+    with lazy_model.shard(range(first_block, first_block + 2)) as shard:
         calibration = Calibration(shard, shard.linears, METHOD.side)
 
         def calibrate() -> None:
@@ -66,7 +66,7 @@ def measure_calibration(
         calibration.close()
 
     of_linears = linear_flops(shard.linears, TOKENS)
-    forward = of_linears + attention_flops(skeleton.config, TOKENS, len(shard.blocks))
+    forward = of_linears + attention_flops(lazy_model.config, TOKENS, len(shard.blocks))
     channels = gram_channels(shard.linears, METHOD.side)
     figures = []
     for says, triangle, target in [("n²", False, TARGET), ("one triangle", True, None)]:
@@ -84,12 +84,12 @@ def measure_calibration(
     return figures, {"gemm_gflops": rate, "parts_of_the_time": parts}
 
 
-def chunk_before(skeleton: Skeleton, block: int) -> Chunk:
+def chunk_before(lazy_model: LazyModel, block: int) -> Chunk:
     """Some tokens with the state that the blocks before this one leave."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(skeleton.config.vocab_size, (1, TOKENS), generator=generator)
+    tokens = torch.randint(lazy_model.config.vocab_size, (1, TOKENS), generator=generator)
     chunk = Chunk(0, tokens, torch.ones_like(tokens, dtype=torch.bool))
-    with skeleton.shard(range(block)) as shard:
+    with lazy_model.shard(range(block)) as shard:
         return shard.forward(chunk)
 
 

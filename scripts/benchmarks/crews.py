@@ -16,11 +16,11 @@ from benchmarks.watching import cpu_seconds, family
 
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.runtime.calls import Bag
+from orchestrator.runtime.calls import IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
-from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
-from orchestrator.runtime.workers import Crew, assemble, connected
+from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
 from orchestrator.stages.context.compress_worker import CompressionWorker
 from orchestrator.stages.context.compression import Compression
 
@@ -31,8 +31,8 @@ RAY_TARGET = 1.15
 class Job:
     """A compression with its workers up and warm, whose parts can be performed again and again."""
 
-    def __init__(self, job: Compression, crew: Crew, watch: Watch) -> None:
-        self._job, self._crew, self._watch = job, crew, watch
+    def __init__(self, job: Compression, workers: WorkerGroup, monitor: RunMonitor) -> None:
+        self._job, self._workers, self._monitor = job, workers, monitor
 
     @property
     def num_blocks(self) -> int:
@@ -57,14 +57,14 @@ class Job:
         start = time.perf_counter()
         self._calibrate()
         self._job.allocate()
-        with self._watch.stage("write") as stage:
-            self._job.write(self._crew, self._watch, stage)
-        self._job.finish(self._crew, self._watch)
+        with self._monitor.stage("write") as stage:
+            self._job.write(self._workers, self._monitor, stage)
+        self._job.finish(self._workers, self._monitor)
         return time.perf_counter() - start
 
     def _calibrate(self) -> None:
-        with self._watch.stage("calibrate") as stage:
-            self._job.calibrate_and_decompose(self._crew, self._watch, stage)
+        with self._monitor.stage("calibrate") as stage:
+            self._job.calibrate_and_decompose(self._workers, self._monitor, stage)
 
 
 @contextmanager
@@ -72,24 +72,24 @@ def warm_job(recipe: Recipe) -> Iterator[Job]:
     """Workers that are up, have imported what they need, and have opened the model once."""
     job = Compression(recipe)
     job.claim()
-    with Watch(job.run, None) as watch:
+    with RunMonitor(job.run, None) as monitor:
         job.survey()
         job.read_text()
         job.finished()
         most = job.surveyed.num_blocks
         with (
-            connected(job.schedule, watch),
-            assemble(CompressionWorker, job.task, job.schedule, most, watch) as crew,
+            connected(job.schedule, monitor),
+            start_workers(CompressionWorker, job.task, job.schedule, most, monitor) as workers,
         ):
-            opening = Bag("open", [("warm up", ((0, 1), (), None))] * crew.size)
+            opening = IndependentCalls("open", [("warm up", ((0, 1), (), None))] * workers.size)
             dispatch(
-                crew.pool,
+                workers.pool,
                 opening,
                 FailurePolicy(),
                 on_success=lambda call, value: None,
-                on_event=watch.event,
+                on_event=monitor.event,
             )
-            yield Job(job, crew, watch)
+            yield Job(job, workers, monitor)
 
 
 def recipe_for(

@@ -27,7 +27,7 @@ from benchmarks.watching import PeakWatcher
 from transformers import LlamaConfig
 
 from orchestrator.methods import METHODS
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.cut import cut_blocks
 
 TARGET = "*.self_attn.*"
@@ -157,7 +157,7 @@ def compress(model: Path, out: Path, recipe: Mapping[str, Any]) -> tuple[int, in
 def bytes_a_block(model: Path, config: LlamaConfig) -> tuple[int, int]:
     """Weights in bfloat16, and Grams of the targeted linears, of any one block."""
     values = sum(math.prod(shape) for shape in block_shapes(config).values())
-    linears = Skeleton.open(model).survey().of_block(0)
+    linears = LazyModel.open(model).survey().of_block(0)
     chosen = [linear for linear in linears if fnmatchcase(linear.name, TARGET)]
     channels = gram_channels(chosen, METHODS["svd-llm"].side)
     return 2 * values, sum(BYTES_A_GRAM_ENTRY * n * n for n in channels)

@@ -26,7 +26,7 @@ from orchestrator import api
 from orchestrator.cli.lines import Lines
 from orchestrator.device.malloc import keep_freed_memory
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.training.refine import Refinement
 from orchestrator.models.training.refine_options import RefineOptions, split
 from orchestrator.recipe.recipe import Recipe
@@ -125,14 +125,14 @@ def against_floor(compressed: Path, repeats: int) -> Figure:
     """CPU seconds of one epoch of one block, beside those of its FLOPs at the products' rate."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    skeleton = Skeleton.open(compressed, dtype=torch.float32)
+    lazy_model = LazyModel.open(compressed, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(skeleton.config.vocab_size, (1, TOKENS), generator=generator)
+    tokens = torch.randint(lazy_model.config.vocab_size, (1, TOKENS), generator=generator)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     chunks = [Chunk(index, tokens, mask) for index in range(CHUNKS)]
     options = RefineOptions(epochs=repeats + 1, patience=repeats + 1)
     training, held_out = split(CHUNKS, options.held_out)
-    with skeleton.shard(range(1)) as shard:
+    with lazy_model.shard(range(1)) as shard:
         targets = [shard.forward(chunk) for chunk in chunks]
         factors = [p for p in shard.own_parameters().values() if p.ndim == 2]
         products = products_alone(factors)
@@ -144,7 +144,7 @@ def against_floor(compressed: Path, repeats: int) -> Figure:
             ways = {name: lambda do=do: cpu_seconds(do) for name, do in work.items()}
             times = in_turns(ways, repeats, warm_up=1)
     forward = 2 * TOKENS * sum(p.numel() for p in factors)
-    attention = attention_flops(skeleton.config, TOKENS, 1)
+    attention = attention_flops(lazy_model.config, TOKENS, 1)
     passes = 3 * len(training) + len(held_out)
     needed = passes * (forward + attention) / (CHUNKS * forward)
     return compare(

@@ -36,7 +36,7 @@ from benchmarks.runs import SEQUENCE_LENGTH, measure_growth, measure_simulator
 from benchmarks.synthetic import config_of, write_model, write_text
 
 from orchestrator.allocate import ALLOCATORS
-from orchestrator.allocate.sampled_curve import MOST, knotted
+from orchestrator.allocate.sampled_curve import MOST, sample_curve
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Resources
@@ -299,7 +299,7 @@ def _allocate_knots() -> dict[str, Any]:
             has_bias=False,
         )
         linears.append(linear)
-        curves[name] = knotted(curve_of(linear, number), linear.break_even - 1)
+        curves[name] = sample_curve(curve_of(linear, number), linear.break_even - 1)
     start = time.perf_counter()
     ALLOCATORS["threshold"]()(linears, curves, 0.8, {})  # type: ignore[arg-type]
     seconds = time.perf_counter() - start

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from orchestrator.allocate import ALLOCATORS, make_allocator
 from orchestrator.allocate.by_bytes import fill_bytes
-from orchestrator.allocate.d_rank import DRank
-from orchestrator.allocate.mgaa import RULES, Mgaa
+from orchestrator.allocate.d_rank import DRankAllocator
+from orchestrator.allocate.mgaa import RULES, MgaaAllocator
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.strs import Strs
-from orchestrator.allocate.svd_llm_v2 import SvdLlmV2
+from orchestrator.allocate.svd_llm_v2 import SvdLlmV2Allocator
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, UsageError
@@ -31,31 +31,31 @@ WHOLE = "a curve cut at break-even gives the same plan"
 CASES = {
     "uniform": (Uniform(), {GROWS, DENSE, TYPES, WHOLE}),
     # its scores are taken at the uniform rank, which moves with the budget
-    "svd-llm-v2": (SvdLlmV2(), {DENSE, TYPES, WHOLE}),
+    "svd-llm-v2": (SvdLlmV2Allocator(), {DENSE, TYPES, WHOLE}),
     # an effective rank needs the whole spectrum
-    "d-rank": (DRank(), {GROWS, DENSE, TYPES}),
-    "d-rank beta": (DRank(beta=0.3), {GROWS, DENSE, TYPES}),
-    "d-rank model": (DRank(scope="model"), {GROWS, DENSE, TYPES}),
-    "d-rank model beta": (DRank(scope="model", beta=0.3), {GROWS, DENSE, TYPES}),
+    "d-rank": (DRankAllocator(), {GROWS, DENSE, TYPES}),
+    "d-rank beta": (DRankAllocator(beta=0.3), {GROWS, DENSE, TYPES}),
+    "d-rank model": (DRankAllocator(scope="model"), {GROWS, DENSE, TYPES}),
+    "d-rank model beta": (DRankAllocator(scope="model", beta=0.3), {GROWS, DENSE, TYPES}),
     # a type that turns uniform or back may lose ranks
-    "d-rank code": (DRank(accept="code", beta=0.2), {DENSE, TYPES}),
+    "d-rank code": (DRankAllocator(accept="code", beta=0.2), {DENSE, TYPES}),
     # rounding may pass the budget, and ranks over break-even are given to nobody
-    "d-rank paper": (DRank(setting="paper"), {TYPES}),
-    "d-rank paper beta": (DRank(setting="paper", beta=0.3), {TYPES}),
-    "d-rank paper model": (DRank(setting="paper", scope="model", beta=0.3), {TYPES}),
-    "d-rank paper code": (DRank(setting="paper", accept="code"), {TYPES}),
+    "d-rank paper": (DRankAllocator(setting="paper"), {TYPES}),
+    "d-rank paper beta": (DRankAllocator(setting="paper", beta=0.3), {TYPES}),
+    "d-rank paper model": (DRankAllocator(setting="paper", scope="model", beta=0.3), {TYPES}),
+    "d-rank paper code": (DRankAllocator(setting="paper", accept="code"), {TYPES}),
     # a curve's total counts: what the dense weight gains beyond break-even
     "threshold": (Threshold(), {GROWS, DENSE, TYPES, WHOLE}),
     "threshold break-even": (Threshold(dense="break_even"), {GROWS, DENSE, TYPES, WHOLE}),
     # a floor grows with the budget, and what is left for others need not
     "threshold floor": (Threshold(floor=0.5), {DENSE, TYPES, WHOLE}),
     # a curve counts beside those of its own sublayer
-    "mgaa bounds": (Mgaa(leftover="slack"), {GROWS, WHOLE}),
+    "mgaa bounds": (MgaaAllocator(leftover="slack"), {GROWS, WHOLE}),
     # who has the largest remainder changes with the budget
-    "mgaa": (Mgaa(low=0.2, high=1), {DENSE, WHOLE}),
+    "mgaa": (MgaaAllocator(low=0.2, high=1), {DENSE, WHOLE}),
     **{
         f"mgaa {rule}": (
-            Mgaa(rule=rule, low=0.2, high=1, leftover="slack"),
+            MgaaAllocator(rule=rule, low=0.2, high=1, leftover="slack"),
             {GROWS, DENSE, WHOLE},
         )
         for rule in RULES
@@ -256,7 +256,7 @@ def test_bytes_of_factors_are_values(share):
     """Where every byte is a value's, a budget in bytes gives the plan of that many values."""
     linears = make_model({"q": (24, 16), "up": (40, 16)}, 3)
     curves = make_curves(linears)
-    allocate = partial(DRank(), linears, curves, cosines={})
+    allocate = partial(DRankAllocator(), linears, curves, cosines={})
     assert fill_bytes(lambda keep: allocate(keep=keep), linears, share, 2) == allocate(keep=share)
 
 
@@ -294,4 +294,4 @@ def test_bytes_beyond_what_a_rule_may_keep_say_so():
     linears = make_model({"q": (24, 16)}, 3)
     curves, cosines = make_curves(linears), make_cosines(linears)
     with pytest.raises(InfeasibleError, match="raise its high"):
-        fill_bytes(lambda keep: Mgaa()(linears, curves, keep, cosines), linears, 1.0, 2)
+        fill_bytes(lambda keep: MgaaAllocator()(linears, curves, keep, cosines), linears, 1.0, 2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from allocation import assert_invariants, lost, make_curves, make_linears
 
-from orchestrator.allocate.sampled_curve import knotted
+from orchestrator.allocate.sampled_curve import sample_curve
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.errors import UsageError
 
@@ -20,7 +20,8 @@ def problem():
 
 def in_knots(linears, curves, most):
     return {
-        each.name: knotted(curves[each.name], each.break_even - 1, most=most) for each in linears
+        each.name: sample_curve(curves[each.name], each.break_even - 1, most=most)
+        for each in linears
     }
 
 
@@ -30,7 +31,7 @@ def test_the_stated_error_holds_at_every_rank(problem, most):
     linears, curves = problem
     for linear in linears:
         curve = curves[linear.name]
-        found = knotted(curve, linear.break_even - 1, most=most)
+        found = sample_curve(curve, linear.break_even - 1, most=most)
         assert len(found.ranks) <= most
         assert (found.ranks[0], found.ranks[-1]) == (1, linear.break_even - 1)
         gaps = np.array([found.loss(r) - curve.loss(r) for r in range(linear.break_even)])

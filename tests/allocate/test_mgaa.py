@@ -8,7 +8,7 @@ from allocation import every_plan, make_cosines, make_curve, make_curves, make_m
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.allocate.mgaa import RULES, Mgaa
+from orchestrator.allocate.mgaa import RULES, MgaaAllocator
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 
 BLOCK = {"mlp.up_proj": (12, 8), "mlp.gate_proj": (10, 10), "mlp.down_proj": (8, 14)}
@@ -37,7 +37,7 @@ def least_retained(linears, curves, assignments):
 def test_equal_cosines_give_the_kept_fraction_to_all(rule, cosine):
     """Nothing to tell sublayers apart: uniform, also where every score is zero."""
     size_S = np.array([100, 2000, 30])
-    kept_S = Mgaa(rule=rule).kept_fractions(np.full(3, cosine), size_S, 0.8 * 2130)
+    kept_S = MgaaAllocator(rule=rule).kept_fractions(np.full(3, cosine), size_S, 0.8 * 2130)
     np.testing.assert_allclose(kept_S, 0.8, rtol=1e-12)
 
 
@@ -47,7 +47,7 @@ def test_fractions_meet_budget_bounds_and_order(rule, cosines, keep):
     """Their sum over sizes is the budget, from below; none leaves [low, high]; alike keeps less."""
     cosine_S, size_S = np.array(cosines), sizes_of(cosines)
     budget = keep * size_S.sum()
-    kept_S = Mgaa(rule=rule).kept_fractions(cosine_S, size_S, budget)
+    kept_S = MgaaAllocator(rule=rule).kept_fractions(cosine_S, size_S, budget)
     assert kept_S.min() >= 0.3
     assert kept_S.max() <= 0.98
     assert kept_S @ size_S <= budget * (1 + 1e-12)
@@ -59,13 +59,13 @@ def test_fractions_meet_budget_bounds_and_order(rule, cosines, keep):
 def test_power_keeps_in_proportion_within_its_bounds(t):
     """Kept over (1 − c)^t is one number where no bound holds."""
     cosine_S = np.array([0.5, 0.6, 0.55])
-    kept_S = Mgaa(t=t, low=0.0, high=1).kept_fractions(cosine_S, np.ones(3), 1.5)
+    kept_S = MgaaAllocator(t=t, low=0.0, high=1).kept_fractions(cosine_S, np.ones(3), 1.5)
     np.testing.assert_allclose(np.diff(kept_S / (1 - cosine_S) ** t), 0, atol=1e-12)
 
 
 def test_what_a_bound_holds_back_goes_to_the_others():
     """With scores 9 : 4 : 1 and two at their bounds, the third gets what is left."""
-    kept_S = Mgaa(t=1, low=0.3, high=0.9).kept_fractions(
+    kept_S = MgaaAllocator(t=1, low=0.3, high=0.9).kept_fractions(
         1 - np.array([0.9, 0.4, 0.1]), np.ones(3), 1.8
     )
     np.testing.assert_allclose(kept_S, [0.9, 0.6, 0.3], rtol=1e-12)
@@ -74,7 +74,7 @@ def test_what_a_bound_holds_back_goes_to_the_others():
 def test_softmax_removes_in_proportion_to_an_exponential():
     """Removed over exp(c / temperature) is one number where no bound holds."""
     cosine_S = np.array([0.5, 0.6, 0.55])
-    rule = Mgaa(rule="softmax", temperature=0.2, low=0, high=1)
+    rule = MgaaAllocator(rule="softmax", temperature=0.2, low=0, high=1)
     removed_S = 1 - rule.kept_fractions(cosine_S, np.ones(3), 2.4)
     np.testing.assert_allclose(np.diff(np.log(removed_S)), np.diff(cosine_S) / 0.2, rtol=1e-9)
 
@@ -82,14 +82,14 @@ def test_softmax_removes_in_proportion_to_an_exponential():
 def test_linear_removes_in_proportion_to_the_cosine():
     """Removed over c is one number, and nothing goes from what stands at a right angle."""
     cosine_S = np.array([0.0, 0.6, 0.3])
-    removed_S = 1 - Mgaa(rule="linear", high=1).kept_fractions(cosine_S, np.ones(3), 2.4)
+    removed_S = 1 - MgaaAllocator(rule="linear", high=1).kept_fractions(cosine_S, np.ones(3), 2.4)
     np.testing.assert_allclose(removed_S, [0, 0.4, 0.2], atol=1e-9)
 
 
 def test_retain_keeps_in_proportion_to_the_angle():
     """Angles of 90, 60 and 30 degrees: what would keep more than everything keeps everything."""
     cosine_S = np.cos(np.pi / np.array([2, 3, 6]))
-    kept_S = Mgaa(rule="retain", low=0, high=1).kept_fractions(cosine_S, np.ones(3), 2.2)
+    kept_S = MgaaAllocator(rule="retain", low=0, high=1).kept_fractions(cosine_S, np.ones(3), 2.2)
     np.testing.assert_allclose(kept_S, [1, 0.8, 0.4], rtol=1e-12)
 
 
@@ -100,7 +100,7 @@ def test_the_energy_level_within_a_sublayer_is_the_highest_there_is(seed, keep):
     linears = make_model(BLOCK, blocks=1)
     curves = make_curves(linears, seed)
     try:
-        plan = Mgaa()(linears, curves, keep, cosines={"0.mlp": 0.5})
+        plan = MgaaAllocator()(linears, curves, keep, cosines={"0.mlp": 0.5})
     except InfeasibleError:
         return
     best = max(
@@ -114,9 +114,11 @@ def test_a_sublayer_stores_its_fraction_but_for_one_rank(leftover):
     """What is left of a share is below the dearest step; handed on, it passes it by no more."""
     linears = make_model(BLOCK, blocks=3)
     cosines = {"0.mlp": 0.9, "1.mlp": 0.8, "2.mlp": 0.5}
-    plan = Mgaa(leftover=leftover)(linears, make_curves(linears), 0.7, cosines=cosines)
+    plan = MgaaAllocator(leftover=leftover)(linears, make_curves(linears), 0.7, cosines=cosines)
     size = sum(each.values for each in linears) / 3
-    kept = Mgaa().kept_fractions(np.array([*cosines.values()]), np.full(3, size), 0.7 * 3 * size)
+    kept = MgaaAllocator().kept_fractions(
+        np.array([*cosines.values()]), np.full(3, size), 0.7 * 3 * size
+    )
     for block in range(3):
         part = [each for each in linears if each.block == block]
         stored = sum(plan.assignments[each.name].stored_values(each) for each in part)
@@ -131,7 +133,9 @@ def test_a_linear_without_energy_gets_rank_one():
     linears = make_model(BLOCK, blocks=1)
     silent = linears[0].name
     curves = make_curves(linears) | {silent: make_curve(silent, np.zeros(8))}
-    assert Mgaa()(linears, curves, 0.6, cosines={"0.mlp": 0.5}).assignments[silent].rank == 1
+    assert (
+        MgaaAllocator()(linears, curves, 0.6, cosines={"0.mlp": 0.5}).assignments[silent].rank == 1
+    )
 
 
 @pytest.mark.parametrize(("keep", "word"), [(0.25, "lower its low"), (0.99, "raise its high")])
@@ -139,14 +143,16 @@ def test_a_budget_outside_the_bounds_is_infeasible(keep, word):
     """No clipping to a budget that was not asked for."""
     linears = make_model(BLOCK, blocks=2)
     with pytest.raises(InfeasibleError, match=rf"{keep}.*0\.3, 0\.98.*{word}"):
-        Mgaa()(linears, make_curves(linears), keep, cosines=make_cosines(linears))
+        MgaaAllocator()(linears, make_curves(linears), keep, cosines=make_cosines(linears))
 
 
 def test_a_share_below_rank_one_is_infeasible():
     """The error names the sublayer that cannot live on what its cosine leaves it."""
     linears = make_model(BLOCK, blocks=2)
     with pytest.raises(InfeasibleError, match=r"sublayer 1\.mlp"):
-        Mgaa(t=2, low=0.0)(linears, make_curves(linears), 0.4, cosines={"0.mlp": 0, "1.mlp": 0.9})
+        MgaaAllocator(t=2, low=0.0)(
+            linears, make_curves(linears), 0.4, cosines={"0.mlp": 0, "1.mlp": 0.9}
+        )
 
 
 @pytest.mark.parametrize("cosines", [{}, {"0.mlp": math.nan}, {"0.attn": 0.5}])
@@ -154,7 +160,7 @@ def test_a_cosine_that_is_missing_or_not_finite_is_refused(cosines):
     """A sublayer without a cosine is not taken for a neutral one."""
     linears = make_model(BLOCK, blocks=1)
     with pytest.raises(InputError, match=r"sublayer 0\.mlp"):
-        Mgaa()(linears, make_curves(linears), 0.7, cosines=cosines)
+        MgaaAllocator()(linears, make_curves(linears), 0.7, cosines=cosines)
 
 
 @pytest.mark.parametrize(
@@ -172,4 +178,4 @@ def test_a_cosine_that_is_missing_or_not_finite_is_refused(cosines):
 def test_an_option_outside_its_range_is_refused(options, message):
     """The error names the option, what it is and what is allowed."""
     with pytest.raises(UsageError, match=f"mgaa: {message}"):
-        Mgaa(**options)
+        MgaaAllocator(**options)

@@ -21,7 +21,7 @@ from orchestrator.allocate.strs import Strs
 from orchestrator.errors import InfeasibleError, InputError, StoppedError, UsageError
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import dense_weight
 
 SHAPES = st.lists(st.tuples(st.integers(2, 40), st.integers(2, 40)), min_size=1, max_size=5)
@@ -165,7 +165,7 @@ def windows_of(text, directory, count=2, length=48):
 
 
 @torch.no_grad()
-def loss_of(model, rows):
+def cause_of_loss(model, rows):
     """Mean cross-entropy of every next token, in float64."""
     losses = [
         cross_entropy(model(input_ids=row[None]).logits[0, :-1].double(), row[1:], reduction="sum")
@@ -180,7 +180,7 @@ def test_sensitivities_are_those_of_whole_models(method, llama, text, tmp_path):
     fields = {"method": method, "allocation": "strs", "shards": 3}
     report = compress(llama, tmp_path / "out", text, **fields).report["strs"]
     model, rows = AutoModelForCausalLM.from_pretrained(llama).eval(), windows_of(text, llama)
-    assert report["dense_loss"] == pytest.approx(loss_of(model, rows), rel=1e-5)
+    assert report["dense_loss"] == pytest.approx(cause_of_loss(model, rows), rel=1e-5)
     factors = stored_factors(tmp_path / "out.run")
     assert factors.keys() == report["losses"].keys()
     for name, losses in report["losses"].items():
@@ -190,7 +190,7 @@ def test_sensitivities_are_those_of_whole_models(method, llama, text, tmp_path):
         for rank, loss in losses.items():
             parts = {part: rows[: int(rank)] for part, rows in factors[name].items()}
             weight.copy_(parts["weight"].T @ parts["down"])
-            assert loss == pytest.approx(loss_of(model, rows), rel=1e-5)
+            assert loss == pytest.approx(cause_of_loss(model, rows), rel=1e-5)
         weight.copy_(whole)
 
 
@@ -211,7 +211,7 @@ def test_other_families_are_measured_too(family, checkpoint, text, tmp_path):
         weight = dense_weight(model.get_submodule(name))
         whole, parts = weight.clone(), {k: v[: int(rank)] for k, v in factors[name].items()}
         weight.copy_(parts["weight"].T @ parts["down"])
-        assert loss == pytest.approx(loss_of(model, rows), rel=1e-5)
+        assert loss == pytest.approx(cause_of_loss(model, rows), rel=1e-5)
         weight.copy_(whole)
 
 
@@ -340,7 +340,7 @@ def test_every_budget_is_met_from_below(keep, llama, text, tmp_path):
 def test_other_budgets_are_met_from_below(fields, llama, text, tmp_path):
     """Pivoted ranks are tried at what they store; bytes of factors are those of values."""
     result = compress(llama, tmp_path / "out", text, **{"keep": 0.6} | fields)
-    linears = Skeleton.open(llama).survey().linears
+    linears = LazyModel.open(llama).survey().linears
     stored = sum(result.plan.assignments[each.name].stored_bytes(each, 4) for each in linears)
     values = result.report["values"]
     assert values["stored"] <= values["budget"] == share_values(linears, 0.6)
@@ -377,7 +377,7 @@ def test_other_methods_are_divided_by_it(method, options, llama, text, tmp_path)
 
 def test_a_part_of_a_shard_runs_alone(llama):
     """Block by block, from inside a shard on, gives the bits of the whole shard."""
-    shard = Skeleton.open(llama).shard(range(0, 4))
+    shard = LazyModel.open(llama).shard(range(0, 4))
     tokens = torch.arange(2, 50)[None] * 5 % 96
     chunk = Chunk(0, tokens, torch.ones_like(tokens, dtype=torch.bool))
     whole = shard.forward(chunk).payload.output

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from orchestrator.allocate import POOL_ALLOCATORS, make_allocator
 from orchestrator.allocate.by_bytes import fill_bytes
-from orchestrator.allocate.two_sided_sparse import Surface, TwoSidedSparse
+from orchestrator.allocate.two_sided_sparse import Surface, TwoSidedSparseAllocator
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.plan import Plan
 
-ALLOCATE = TwoSidedSparse()
+ALLOCATE = TwoSidedSparseAllocator()
 SHARES = (0.0, 0.1, 0.3, 0.5, 0.8, 1.0)
 MODEL = make_model({"q": (12, 12), "k": (4, 12), "up": (24, 10), "down": (10, 24)}, blocks=3)
 
@@ -64,8 +64,8 @@ def run(linears, keep, surfaces=None):
 
 def test_it_stands_in_the_table():
     """A frozen class without options, for linears that keep ranks and entries."""
-    assert POOL_ALLOCATORS["two-sided-sparse"] is TwoSidedSparse
-    assert fields(TwoSidedSparse) == ()
+    assert POOL_ALLOCATORS["two-sided-sparse"] is TwoSidedSparseAllocator
+    assert fields(TwoSidedSparseAllocator) == ()
     assert make_allocator("two-sided-sparse", {}, "low_rank_sparse") == ALLOCATE
     with pytest.raises(UsageError, match="ranks and entries together"):
         make_allocator("two-sided-sparse", {}, "sparse")

@@ -30,7 +30,7 @@ from orchestrator.linalg.two_sided import decompose_two_sided
 from orchestrator.linalg.two_sided_sparse import sparse_low_rank
 from orchestrator.models.evaluation.scoring import draw_label_gradient, score
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import Calibration
 from orchestrator.models.training.compensation import Reader
 from orchestrator.models.training.distill import TopK, Weights, distill
@@ -264,7 +264,7 @@ class Passes:
         self._dense, self._compressed = dense, compressed
 
     def _shard(self, directory):
-        return Skeleton.open(directory, dtype=torch.float32, device=torch.device("cuda")).shard(
+        return LazyModel.open(directory, dtype=torch.float32, device=torch.device("cuda")).shard(
             range(2)
         )
 
@@ -308,9 +308,11 @@ class Passes:
             reader.read(chunk)
 
     def training(self, chunk, linears):
-        skeleton = Skeleton.open(self._compressed, dtype=torch.float32, device=torch.device("cuda"))
-        with skeleton.shard(range(2)) as shard:
-            training = Training(shard, range(2), skeleton.disk_names, "all", 0.01)
+        lazy_model = LazyModel.open(
+            self._compressed, dtype=torch.float32, device=torch.device("cuda")
+        )
+        with lazy_model.shard(range(2)) as shard:
+            training = Training(shard, range(2), lazy_model.disk_names, "all", 0.01)
             yield
             shard.backward(chunk, torch.ones_like)
             training.collect()

@@ -37,9 +37,15 @@ FORMS = {
         "options": {"basis-sharing": {"refit": "never"}},
     },
 }
-STEPS = {f"models/{name}.py" for name in ("distill", "refine", "training")}
+STEPS = {f"models/training/{name}.py" for name in ("distill", "refine", "train")}
 """Files whose code runs for each step, and in it for each parameter and slice of tokens."""
-PASSES = {f"models/{name}.py" for name in ("calibration", "chunk", "modules", "shard", "streams")}
+PASSES = {
+    "models/forms/modules.py",
+    "models/shards/chunk.py",
+    "models/shards/shard.py",
+    "models/statistics/calibration.py",
+    "models/statistics/residual_cosines.py",
+}
 """Files whose code runs for each chunk or each linear in it."""
 
 

@@ -15,10 +15,10 @@ from orchestrator.errors import InfeasibleError, InputError
 from orchestrator.readable import size
 from orchestrator.recipe.recipe import make_recipe
 from orchestrator.runtime.worker import Task, Worker, check_alike
-from orchestrator.runtime.workers import Crew, Schedule
-from orchestrator.stages.context.admission import foresee, foresee_again
+from orchestrator.runtime.workers import Execution, WorkerGroup
+from orchestrator.stages.context.admission import check_memory, recheck_memory
 
-LOCAL = Schedule(executor="local")
+LOCAL = Execution(executor="local")
 NVML = """
 #include <string.h>
 int nvmlInit_v2(void) { return INIT; }
@@ -44,7 +44,7 @@ def worker(tmp_path):
 
     yield make
     for each in made:
-        each.let_go()
+        each.release()
 
 
 @pytest.fixture
@@ -147,20 +147,22 @@ def test_what_workers_measure_of_their_gpus_wins_over_what_their_kind_has(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     recipe = make_recipe({"model": str(tmp_path), "out": str(tmp_path / "out"), "keep": 0.8})
     notes = []
-    about, watch = (tmp_path, LOCAL), SimpleNamespace(note=notes.append)
-    assumed = foresee(recipe, *about, watch, measured=80 * 10**9)
+    about, monitor = (tmp_path, LOCAL), SimpleNamespace(note=notes.append)
+    assumed = check_memory(recipe, *about, monitor, measured=80 * 10**9)
     assert assumed.blocks_that_fit == 2
 
     def again(room):
         notes.clear()
-        crew = Crew(None, 1, {}, (), device_bytes=room)
-        return foresee_again(assumed, recipe, *about, crew, watch)
+        workers = WorkerGroup(None, 1, {}, (), device_bytes=room)
+        return recheck_memory(assumed, recipe, *about, workers, monitor)
 
     assert again(None) is assumed
     assert again(80 * 10**9) is assumed
     assert notes == []
     lenient = replace(recipe, allow_infeasible=True)
-    tried = {room: foresee(lenient, *about, watch, room) for room in range(10**9, 10**10, 10**8)}
+    tried = {
+        room: check_memory(lenient, *about, monitor, room) for room in range(10**9, 10**10, 10**8)
+    }
     room = next(room for room, found in tried.items() if not found.infeasible)
     assert again(room).blocks_that_fit == 1
     assert notes[0] == f"a worker's GPU has {size(room)}; 80 GB were assumed from its type"

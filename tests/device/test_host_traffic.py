@@ -15,7 +15,7 @@ from orchestrator.linalg.low_rank import LowRank
 from orchestrator.linalg.pivot import pivot
 from orchestrator.models.evaluation.scoring import score
 from orchestrator.models.shards.chunk import Chunk, Payload
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import Calibration
 from orchestrator.models.training.compensation import read_errors, squared_error
 from orchestrator.models.training.distill import TopK, distill
@@ -52,8 +52,8 @@ def chunk_of(states_BTC, mask_BT):
 
 def gathered(model, padding, device, pretended=None):
     """Statistics of a forward and backward pass; of a device, only the traffic in the pass."""
-    skeleton = Skeleton.open(model, dtype=torch.float32, device=device)
-    with skeleton.shard(range(BLOCKS)) as shard:
+    lazy_model = LazyModel.open(model, dtype=torch.float32, device=device)
+    with lazy_model.shard(range(BLOCKS)) as shard:
         options = {"magnitudes": True, "curvature": True, "outputs": True}
         calibration = Calibration(shard, shard.linears, lambda *_: "input", **options)
         if pretended is not None:
@@ -97,12 +97,12 @@ def test_weights_cross_as_they_are_stored(model):
     """For a float32 shard of a bfloat16 checkpoint, its bytes on disk cross the bus once, pinned;
     the host neither casts them nor searches them for NaN."""
     stored = load_file(model / "model.safetensors")
-    on_cpu = Skeleton.open(model, dtype=torch.float32)
+    on_cpu = LazyModel.open(model, dtype=torch.float32)
     with pretended_device() as device, on_cpu.shard(range(BLOCKS)) as expected:
-        skeleton = Skeleton.open(model, dtype=torch.float32, device=CUDA)
-        skeleton._frame  # noqa: B018
+        lazy_model = LazyModel.open(model, dtype=torch.float32, device=CUDA)
+        lazy_model._frame  # noqa: B018
         device.clear()
-        with skeleton.shard(range(BLOCKS)) as shard:
+        with lazy_model.shard(range(BLOCKS)) as shard:
             assert not device.conversions
             loads = [copy for copy in device.copies if copy.site.file == "device/transport.py"]
             assert sum(copy.bytes for copy in loads) == sum(each.nbytes for each in stored.values())
@@ -327,14 +327,14 @@ def test_the_next_chunk_is_read_beside_a_step(handed_over, tmp_path, monkeypatch
             worker.chunks.write(2, index, records[index])
         for index, following in ((0, 1), (1, 2), (2, None)):
             if index == 2:
-                worker.settle()
+                worker.flush_writes()
                 worker.chunks.write(2, 2, records[2])
             given = records[index] if handed_over else None
             main, _ = worker.perform("step", (index, True, False, following), given)
             worker._disk.submit(int).result()
         beside = {index: any(each != main for each in who) for index, who in readers.items()}
         found = [Chunk.unpack(read(worker.chunks, 4, n)).payload.output for n in range(3)]
-        worker.let_go()
+        worker.release()
         return beside, found
 
     beside, expected = passed("cpu", tmp_path / "cpu")
@@ -358,7 +358,7 @@ def test_a_chunk_that_is_handed_over_has_arrived(tmp_path):
             worker.perform("step", (0, True, hand_over, 1), record)
             waits = [each.site for each in device.stream_calls if "synchronize" in each.operation]
             assert len(waits) >= hand_over
-            worker.settle()
+            worker.flush_writes()
             waits = [each.site for each in device.stream_calls if "synchronize" in each.operation]
             assert len(waits) > hand_over
-        worker.let_go()
+        worker.release()

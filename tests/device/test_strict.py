@@ -91,14 +91,14 @@ def test_every_backward_pass_is_strict(name, model, text, tmp_path):
     """The forward pass before it is strict too, for all modules with gradients, by stage."""
     modes = []
 
-    def watch(module, inputs, output):
+    def monitor(module, inputs, output):
         if isinstance(output, Tensor) and output.grad_fn is not None:
             forth = torch.get_deterministic_debug_mode()
             output.register_hook(
                 lambda _: modes.append((forth, torch.get_deterministic_debug_mode()))
             )
 
-    hook = register_module_forward_hook(watch)
+    hook = register_module_forward_hook(monitor)
     try:
         result = run(model, tmp_path / "out", text, samples=4, sequence_length=24, **RECIPES[name])
     finally:

@@ -32,7 +32,7 @@ from orchestrator.linalg import pivot, ranked
 from orchestrator.linalg.eigen import LARGEST
 from orchestrator.methods import METHODS
 from orchestrator.models.evaluation.machine import SIZES
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.cut import cut_blocks
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import Recipe, make_recipe
@@ -103,7 +103,7 @@ def test_headers_say_what_a_survey_says(family, checkpoint):
     """Of any family all linears that are matrices of their own on disk; of those with formulas,
     which of them read the same input too."""
     directory = checkpoint(family)
-    surveyed = Skeleton.open(directory).survey()
+    surveyed = LazyModel.open(directory).survey()
     shapes = read_shapes(directory)
     found = {(each.out_features, each.in_features) for each in shapes.linears}
     if shapes.model_type in FAMILIES:

@@ -47,10 +47,10 @@ def test_a_decomposition_holds_what_is_forecast(shape, method, side, is_full):
 
     weight_OI = torch.randn(outputs, inputs, generator=generator).bfloat16()
     gram = rows(inputs if side == "input" else outputs)
-    bends = Curvature(rows(narrow).T @ rows(narrow).abs(), 2000)
-    bends.matrix_KK.copy_(bends.matrix_KK @ bends.matrix_KK.T)
+    curvature = Curvature(rows(narrow).T @ rows(narrow).abs(), 2000)
+    curvature.matrix_KK.copy_(curvature.matrix_KK @ curvature.matrix_KK.T)
     kind = InputGram if side == "input" else OutputGram
-    statistic = kind(gram.T @ gram, 2000, curvature=bends if method == "two-sided" else None)
+    statistic = kind(gram.T @ gram, 2000, curvature=curvature if method == "two-sided" else None)
     rank = narrow if is_full else linear.break_even
     with LiveBytes() as live:
         if method == "two-sided":

@@ -29,7 +29,7 @@ from orchestrator.models.forms.index_codes import (
     is_sound,
 )
 from orchestrator.models.inputs.documents import read_documents
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.locate import locate
 from orchestrator.models.survey.select import select
@@ -147,8 +147,8 @@ def test_models(data, room, dense, compressed):
     directory = put(room / "m", config__json=to_bytes(data.draw(mutated(config))))
     for path in which.glob("model*.safetensors*"):
         shutil.copy(path, directory)
-    found = documented(Skeleton.open, directory)
-    if isinstance(found, Skeleton):
+    found = documented(LazyModel.open, directory)
+    if isinstance(found, LazyModel):
         documented(found.survey)
 
 
@@ -274,7 +274,7 @@ def test_words_of_the_command_line(text):
 
 @pytest.fixture(scope="module")
 def plan(dense):
-    return mixed_plan(Skeleton.open(dense).survey())
+    return mixed_plan(LazyModel.open(dense).survey())
 
 
 @many(max_examples=400)

@@ -26,7 +26,7 @@ from orchestrator.models.forms.index_codes import is_sound
 from orchestrator.models.inputs.documents import read_documents
 from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.locate import locate
 from orchestrator.models.survey.select import select
@@ -84,7 +84,7 @@ def test_names_of_tensors_that_are_no_numbers(checkpoint, tmp_path, name):
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "m"))
     save_file({name: torch.zeros(1)}, model / "model.safetensors")
     with pytest.raises(InputError, match="name"):
-        Skeleton.open(model)
+        LazyModel.open(model)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_links_as_the_hub_s_cache_has_them(checkpoint, tmp_path):
     for number, path in enumerate(model.iterdir()):
         shutil.copyfile(path, blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    assert Skeleton.open(snapshot).survey() == Skeleton.open(model).survey()
+    assert LazyModel.open(snapshot).survey() == LazyModel.open(model).survey()
     copy_companions(snapshot, tmp_path / "out")
     same = (tmp_path / "out" / "tokenizer.json").read_bytes()
     assert same == (model / "tokenizer.json").read_bytes()
@@ -352,7 +352,7 @@ def test_a_config_that_leads_elsewhere(checkpoint, tmp_path):
     elsewhere = {"configuration_files": ["../config.4.0.0.json"]}
     for more in (elsewhere, {"transformers_weights": "pytorch_model.bin"}):
         (model / "config.json").write_text(json.dumps(config | more))
-        for read in (Architecture.read, Skeleton.open, orchestrator.hf.load):
+        for read in (Architecture.read, LazyModel.open, orchestrator.hf.load):
             with pytest.raises(InputError, match="names other files"):
                 read(model)
 
@@ -401,7 +401,7 @@ def test_no_code_of_a_model_is_run(checkpoint, tmp_path):
     for directory in (model, tmp_path / "out"):
         orchestrator.hf.load(directory)
     (model / "model.safetensors").unlink()
-    for read in (Skeleton.open, orchestrator.hf.load):
+    for read in (LazyModel.open, orchestrator.hf.load):
         with pytest.raises(InputError, match="pickled weights are not read"):
             read(model)
     assert not marker.exists()
@@ -423,7 +423,7 @@ def test_a_kernel_of_a_hub_is_not_fetched(checkpoint, tmp_path):
     config = json.loads((model / "config.json").read_bytes())
     asks = {"attn_implementation": "someone/kernel"}
     (model / "config.json").write_text(json.dumps(config | asks))
-    assert Skeleton.open(model).attention == "sdpa"
+    assert LazyModel.open(model).attention == "sdpa"
     with pytest.raises(InputError, match="kernel someone/kernel"):
         orchestrator.hf.load(model)
 
@@ -436,11 +436,11 @@ from pathlib import Path
 import torch
 import orchestrator.hf
 from orchestrator.errors import InputError
-from orchestrator.models.skeleton import Skeleton
-from orchestrator.models.weights import Weights
+from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.models.checkpoint.weights import Weights
 
 dense, compressed, room = map(Path, sys.argv[1:])
-Skeleton.open(dense)
+LazyModel.open(dense)
 orchestrator.hf.load(compressed)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
@@ -495,7 +495,7 @@ for source, changes in ((dense, CONFIGS), (compressed, CONFIGS), (compressed, FO
         else:
             config |= change
         (room / "config.json").write_text(json.dumps(config))
-        refuse(f"{change} survey", Skeleton.open, room)
+        refuse(f"{change} survey", LazyModel.open, room)
         refuse(f"{change} load", orchestrator.hf.load, room)
 print("end")
 """
@@ -507,7 +507,7 @@ def test_buffers_out_of_all_proportion(checkpoint, tmp_path):
     config = json.loads((model / "config.json").read_bytes())
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e10}
     (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
-    for read in (Skeleton.open, orchestrator.hf.load):
+    for read in (LazyModel.open, orchestrator.hf.load):
         with pytest.raises(InputError, match="bytes of buffers"):
             read(model)
 

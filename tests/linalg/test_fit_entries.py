@@ -64,12 +64,16 @@ def test_no_step_raises_the_loss(name):
 def test_no_step_changes_nothing():
     """Zero steps, a loss that nothing feels and inputs that are never there: no change."""
     rest_OI, positions_N = gaussian(OUTPUTS, INPUTS, seed=0), some(35, 12)
-    bends, moves = moment(OUTPUTS, 1), moment(INPUTS, 2)
+    curvature, moves = moment(OUTPUTS, 1), moment(INPUTS, 2)
     zeros = torch.zeros_like
-    for given in ((bends, moves, 0), (zeros(bends), moves, 5), (bends, zeros(moves), 5)):
+    for given in (
+        (curvature, moves, 0),
+        (zeros(curvature), moves, 5),
+        (curvature, zeros(moves), 5),
+    ):
         assert not fit_entries(rest_OI, positions_N, *given).any()
     moves[2] = moves[:, 2] = 0
-    found_OI = put(positions_N, fit_entries(rest_OI, positions_N, bends, moves, 9), rest_OI)
+    found_OI = put(positions_N, fit_entries(rest_OI, positions_N, curvature, moves, 9), rest_OI)
     assert not found_OI[:, 2].any()
     assert found_OI.any()
 

@@ -151,7 +151,7 @@ def test_settling_frees_a_third_and_changes_no_bit(n):
     gram = gathered(n, pieces)
     before_II = gram.matrix()
     with LiveBytes() as live:
-        gram.settle()
+        gram.flush_writes()
         assert live.now == 8 * n * n + 4
     assert torch.equal(gram.matrix(), before_II)
     with pytest.raises(ValueError, match="is settled"):
@@ -161,7 +161,7 @@ def test_settling_frees_a_third_and_changes_no_bit(n):
 def test_reading_a_gram_takes_twice_what_it_gives():
     """The peak is H and one copy, for the mirrored triangle."""
     gram = gathered(300, chunks(2, 300))
-    gram.settle()
+    gram.flush_writes()
     with LiveBytes() as live:
         gram.matrix()
     held = 8 * 300 * 300

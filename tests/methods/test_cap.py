@@ -25,7 +25,7 @@ from orchestrator.allocate.bernoulli import (
     score_function,
 )
 from orchestrator.allocate.budget import share_values
-from orchestrator.allocate.cap import Cap
+from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.choice import choose
 from orchestrator.errors import InfeasibleError, InputError, StoppedError, UsageError
 from orchestrator.linalg.gram import Gram
@@ -33,8 +33,8 @@ from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.ranked import RIDGES, SKETCH, rank_parts, sketched_energy
 from orchestrator.linalg.rpca import rpca
 from orchestrator.models.inputs.tokenizer import load_tokenizer
-from orchestrator.models.shards.lazy_model import Skeleton
-from orchestrator.runtime.shard_pass import Pass
+from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.stages.context.masks import CandidateValues, masked_weight, read_masked
 
 PROJECTIONS = ("shift", "euclid", "multiplicative")
@@ -217,7 +217,7 @@ def test_the_budget_is_met_from_below(percent, seed):
     rng = np.random.default_rng(seed)
     candidates = {each.name: make_candidates(each, rng, 8, 120) for each in MODEL}
     try:
-        plan = Cap()(MODEL, candidates, percent / 100, {})
+        plan = CapAllocator()(MODEL, candidates, percent / 100, {})
     except InfeasibleError:
         assert percent < 20
         return
@@ -263,7 +263,7 @@ def test_linears_compare_by_what_is_asked(across):
             )
             for (name, part), factor in zip(candidates.items(), factors, strict=True)
         }
-        return Cap(across=across)(linears, scaled, 0.5, {})
+        return CapAllocator(across=across)(linears, scaled, 0.5, {})
 
     # powers of two change no digit
     one, other = plan([2.0**-20, 1, 2.0**20]), plan([2.0**20, 1, 2.0**-20])
@@ -406,7 +406,7 @@ def test_learning_beats_its_own_start_on_what_can_be_enumerated():
     """Where directions and entries overlap, the learnt choice is nearer to the best of all masks
     than the greedy start: by more than half in sum over twelve models, better in most of those
     that can be, worse in none. With many losses and large steps, which a toy affords."""
-    cap = Cap(iterations=300, samples=16, temperature=1.0, eta=1.0, eps=0.25)
+    cap = CapAllocator(iterations=300, samples=16, temperature=1.0, eta=1.0, eps=0.25)
     budget, gaps = 28, []
     for seed in range(12):
         pool, loss = overlapping(seed)
@@ -436,7 +436,7 @@ def test_learning_beats_its_own_start_on_what_can_be_enumerated():
 def test_options_are_checked(options, said):
     """A value that is not allowed is named with what is."""
     with pytest.raises(UsageError, match=said):
-        Cap(**options)
+        CapAllocator(**options)
 
 
 def low_rank_and_sparse(outputs=7, inputs=5, seed=0):
@@ -624,7 +624,7 @@ def test_a_choice_keeps_the_first_of_each_bucket(tmp_path):
 
 def test_a_pass_tells_what_it_is_about():
     """Whoever opens a shard is told; nobody else is."""
-    schedule = Pass(
+    schedule = ShardPass(
         [range(2), range(2, 4)],
         todo=(),
         num_chunks=1,
@@ -771,8 +771,8 @@ def test_a_budget_in_bytes_is_met(llama, text, tmp_path):
     result = compress_cap(
         llama, tmp_path / "out", text, {"iterations": 1}, keep=None, keep_bytes=0.6
     )
-    skeleton = Skeleton.open(llama)
-    linears = skeleton.survey().linears
+    lazy_model = LazyModel.open(llama)
+    linears = lazy_model.survey().linears
     stored = sum(result.plan.assignments[each.name].stored_bytes(each, 4) for each in linears)
     dense = 4 * sum(each.values for each in linears)
     assert 0.599 * dense < stored <= 0.6 * dense

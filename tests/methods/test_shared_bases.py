@@ -113,5 +113,5 @@ def test_the_cut_and_a_second_size_change_no_bit_of_a_fit(llama, text, tmp_path)
 def test_two_workers_fit_the_same_bits(llama, text, tmp_path, ray_address):
     """Refitted on two Ray actors, the output is what one process writes."""
     local = contents(shared(llama, tmp_path / "local", text, refit="always").out)
-    crew = {"executor": "ray", "address": ray_address, "workers": 2}
-    assert contents(shared(llama, tmp_path / "ray", text, refit="always", **crew).out) == local
+    workers = {"executor": "ray", "address": ray_address, "workers": 2}
+    assert contents(shared(llama, tmp_path / "ray", text, refit="always", **workers).out) == local

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.errors import WorkerError
 from orchestrator.models.training.refine_ledger import Ledger
 from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.runtime.chain import FIRST, Chain, Found, Round
+from orchestrator.runtime.chain import FIRST, Found, ReplicatedBlocks, Round
 from orchestrator.stages.walk.program import walk_block
 
 ROUNDS = ((FIRST, 5, False), ("descend", 3, True), ("descend", 3, True), ("leave", 5, False))
@@ -94,7 +94,7 @@ def expected(blocks):
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 9])
 def test_any_crew_makes_the_same_of_every_block(workers):
     """Values come in the order of the parts, after the same steps; each part is made once."""
-    chain = Chain(todo=[2, 0, 1], present=[], program=rounds)
+    chain = ReplicatedBlocks(todo=[2, 0, 1], present=[], program=rounds)
     ended, done = drive(chain, range(workers))
     assert ended == expected(range(3))
     assert sum(len(call.arguments[4]) for call in done) == 3 * (5 + 3 + 3 + 5)
@@ -104,7 +104,7 @@ def test_any_crew_makes_the_same_of_every_block(workers):
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_parts_are_shared_evenly(workers):
     """No replica makes more parts of a round than another, and one."""
-    _, done = drive(Chain(todo=[0], present=[], program=rounds), range(workers))
+    _, done = drive(ReplicatedBlocks(todo=[0], present=[], program=rounds), range(workers))
     for at in range(len(ROUNDS)):
         shares = [len(call.arguments[4]) for call in done[at * workers : (at + 1) * workers]]
         assert max(shares) - min(shares) <= 1
@@ -112,7 +112,7 @@ def test_parts_are_shared_evenly(workers):
 
 def test_a_replica_that_is_alone_hands_over_nothing():
     """It keeps what it makes: all parts of every round, in one call."""
-    _, done = drive(Chain(todo=[0], present=[], program=rounds), [3])
+    _, done = drive(ReplicatedBlocks(todo=[0], present=[], program=rounds), [3])
     assert [call.emits for call in done] == [None] * 4
     assert [call.arguments[4] for call in done] == [tuple(range(n)) for n in (5, 3, 3, 5)]
 
@@ -120,14 +120,14 @@ def test_a_replica_that_is_alone_hands_over_nothing():
 def test_it_begins_where_the_input_lies_and_ends_behind_the_last():
     """The nearest boundary before the first block to make; made blocks are gone through."""
     for present, first in (([], 0), ([1], 1), ([1, 3], 3), ([1, 4, 5], 1), ([2, 6], 2)):
-        ended, _ = drive(Chain(todo=[3, 5], present=present, program=rounds))
+        ended, _ = drive(ReplicatedBlocks(todo=[3, 5], present=present, program=rounds))
         made = dict(expected(range(6)))
         assert ended == [(b, made[b] if b in (3, 5) else None) for b in range(first, 6)]
 
 
 def test_nothing_to_do_is_finished():
     """A chain whose blocks are all made asks for nothing."""
-    chain = Chain(todo=[], present=[4], program=rounds)
+    chain = ReplicatedBlocks(todo=[], present=[4], program=rounds)
     assert chain.finished
     assert chain.calls([0]) == []
 
@@ -138,7 +138,7 @@ def test_accidents_change_nothing_of_what_is_made(seed):
 
     The replicas' own check, that all have made the same steps, holds throughout.
     """
-    chain = Chain(todo=range(4), present=[], program=rounds)
+    chain = ReplicatedBlocks(todo=range(4), present=[], program=rounds)
     workers = range(1 + seed % 4)
     ended, _ = drive(chain, workers, loss=0.1, gone=0.02, late=0.05, seed=seed)
     assert ended == expected(range(4))
@@ -146,7 +146,7 @@ def test_accidents_change_nothing_of_what_is_made(seed):
 
 def test_a_lost_worker_costs_the_others_what_it_was_at():
     """Its parts are made by who is left, in the same state; nothing is made twice."""
-    chain = Chain(todo=[0], present=[], program=rounds)
+    chain = ReplicatedBlocks(todo=[0], present=[], program=rounds)
     calls = chain.calls([0, 1, 2])
     assert [call.arguments[4] for call in calls] == [(0, 1), (2, 3), (4,)]
     chain.lost(calls[1])
@@ -160,7 +160,7 @@ def test_a_lost_worker_costs_the_others_what_it_was_at():
 
 def test_a_worker_given_up_between_its_calls_is_missed_by_nobody():
     """The round goes on without it; the last one takes the block with it."""
-    chain = Chain(todo=[0], present=[], program=rounds)
+    chain = ReplicatedBlocks(todo=[0], present=[], program=rounds)
     one, other = chain.calls([0, 1])
     chain.succeeded(one)
     chain.told(one, {"parts": dict.fromkeys(one.arguments[4], 0), "state": 0})
@@ -176,7 +176,7 @@ def test_a_worker_given_up_between_its_calls_is_missed_by_nobody():
 
 def test_a_missing_input_is_made_again_from_the_models():
     """What was made stays and is gone through."""
-    chain = Chain(todo=range(3), present=[], program=rounds)
+    chain = ReplicatedBlocks(todo=range(3), present=[], program=rounds)
     replica, ended = Replica(), []
     while not ended:
         (call,) = chain.calls([0])
@@ -193,7 +193,7 @@ def test_a_missing_input_is_made_again_from_the_models():
 def test_replicas_that_differ_end_the_run():
     """One line that names the block and both states; what is not a number is equal to itself."""
     for states, fits in (((float("nan"), float("nan")), True), ((1.0, 1.0 + 2**-52), False)):
-        chain = Chain(todo=[0], present=[], program=rounds)
+        chain = ReplicatedBlocks(todo=[0], present=[], program=rounds)
         for call, state in zip(chain.calls([0, 1]), states, strict=True):
             value = {"parts": dict.fromkeys(call.arguments[4]), "state": float(state)}
             chain.succeeded(call)

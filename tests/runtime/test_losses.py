@@ -8,7 +8,7 @@ import torch
 
 from orchestrator.errors import InputError, WorkerError
 from orchestrator.runtime.calls import Call
-from orchestrator.runtime.losses import loss_of, summary
+from orchestrator.runtime.losses import cause_of_loss, summary
 from orchestrator.runtime.policy import Cause
 from orchestrator.runtime.pool import LocalPool
 from orchestrator.store.chunks import MissingChunk
@@ -71,20 +71,20 @@ def words(error):
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=words)
 def test_every_way_to_run_out_of_memory(error):
     """Errors of the host, of CUDA's allocator and runtime, and of its libraries are recognized."""
-    assert loss_of(error) is Cause.OUT_OF_MEMORY
+    assert cause_of_loss(error) is Cause.OUT_OF_MEMORY
 
 
 def test_the_error_that_torch_raises_for_the_host():
     """The error that PyTorch raises here for a huge allocation is recognized."""
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert loss_of(raised.value) is Cause.OUT_OF_MEMORY
+    assert cause_of_loss(raised.value) is Cause.OUT_OF_MEMORY
 
 
 @pytest.mark.parametrize("error", SICK, ids=words)
 def test_a_sick_gpu_is_a_dead_worker(error):
     """Any failure of a GPU costs its worker; the message leaves out CUDA's advice."""
-    assert loss_of(error) is Cause.DIED
+    assert cause_of_loss(error) is Cause.DIED
     assert "\n" not in summary(error)
     assert summary(error).startswith(type(error).__name__)
 
@@ -92,16 +92,16 @@ def test_a_sick_gpu_is_a_dead_worker(error):
 @pytest.mark.parametrize("error", OF_THE_PROGRAM, ids=words)
 def test_what_any_worker_would_raise_costs_none(error):
     """Errors of the program, of its input and of solvers that do not converge cost no worker."""
-    assert loss_of(error) is None
+    assert cause_of_loss(error) is None
 
 
 @pytest.mark.parametrize("error", [*OUT_OF_MEMORY, *SICK], ids=words)
 def test_they_mean_the_same_in_another_process(error):
     """Causes stay the same if Ray pickles the exception, or replaces it by its traceback."""
-    assert loss_of(pickle.loads(pickle.dumps(error))) is loss_of(error)
+    assert cause_of_loss(pickle.loads(pickle.dumps(error))) is cause_of_loss(error)
     lines = f"Exception torch isn't serializable.\nTraceback:\n  line 3\n{type(error)}: {error}"
     if str(error) and not isinstance(error, MemoryError | OSError):
-        assert loss_of(RuntimeError(lines)) is loss_of(error)
+        assert cause_of_loss(RuntimeError(lines)) is cause_of_loss(error)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
 from orchestrator.plan.cut import cut_blocks
-from orchestrator.runtime.calls import Bag
+from orchestrator.runtime.calls import IndependentCalls
 from orchestrator.runtime.deadline import VARIABLE, Deadlines
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import (
@@ -21,8 +21,8 @@ from orchestrator.runtime.policy import (
     check_nodes,
     decide,
 )
-from orchestrator.runtime.pool import LocalPool, Outcome, Seat
-from orchestrator.runtime.shard_pass import Pass
+from orchestrator.runtime.pool import LocalPool, Outcome, WorkerLocation
+from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.store.chunks import MissingChunk
 from orchestrator.usage import Usage
 
@@ -57,13 +57,15 @@ class ScriptedPool:
 
     def _add(self):
         open_nodes = sorted(self.nodes())
-        self._seats[self._count] = Seat(open_nodes[self._count % len(open_nodes)], self._count)
+        self._seats[self._count] = WorkerLocation(
+            open_nodes[self._count % len(open_nodes)], self._count
+        )
         self._count += 1
 
     def workers(self):
         return list(self._seats)
 
-    def seat(self, worker):
+    def location(self, worker):
         return self._seats[worker]
 
     def start(self, call, record):
@@ -124,7 +126,7 @@ class ScriptedPool:
             node for node, calls in self._drains.items() if len(self.started) >= calls
         }
         fit = self.nodes()
-        return [worker for worker, seat in self._seats.items() if seat.node not in fit]
+        return [worker for worker, location in self._seats.items() if location.node not in fit]
 
     def quarantine(self, node):
         self._quarantined.add(node)
@@ -164,19 +166,19 @@ def run():
 
 
 def bag(count=6):
-    return Bag("write", [(f"file {n}", (n,)) for n in range(count)])
+    return IndependentCalls("write", [(f"file {n}", (n,)) for n in range(count)])
 
 
 def four_blocks(chunks=3):
     cut = cut_blocks(4, 2)
     present = [set() for _ in cut]
-    return Pass(cut, todo=range(4), num_chunks=chunks, present=present, joints=range(4))
+    return ShardPass(cut, todo=range(4), num_chunks=chunks, present=present, joints=range(4))
 
 
 def eight_blocks():
     cut = cut_blocks(8, 4)
     present = [set() for _ in cut]
-    return Pass(cut, todo=range(8), num_chunks=3, present=present, joints=range(8))
+    return ShardPass(cut, todo=range(8), num_chunks=3, present=present, joints=range(8))
 
 
 def failures(*words):
@@ -436,7 +438,7 @@ def test_a_worker_in_this_process_gives_up_its_memory():
             made.append(len(alive))
             alive.append(self)
 
-        def let_go(self):
+        def release(self):
             alive.remove(self)
 
         def measured(self, method, arguments, record):
@@ -482,7 +484,7 @@ def test_a_node_with_three_failures_gets_no_more_work(run):
     assert sorted(done) == sorted(f"file {n}" for n in range(20))
     assert [event["event"] for event in events][:4] == ["lost", "lost", "lost", "quarantined"]
     assert events[2]["decided"] == "repeat and quarantine the node"
-    assert {pool.seat(worker).node for worker in pool.workers()} == {"a"}
+    assert {pool.location(worker).node for worker in pool.workers()} == {"a"}
 
 
 @pytest.mark.parametrize("calls", range(1, 20, 3))

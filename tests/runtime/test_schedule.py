@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.plan.cut import cut_blocks, default_shards
-from orchestrator.runtime.calls import Bag, Call
-from orchestrator.runtime.shard_pass import Pass
+from orchestrator.runtime.calls import Call, IndependentCalls
+from orchestrator.runtime.shard_pass import ShardPass
 
 
 class Simulation:
@@ -84,7 +84,7 @@ class Simulation:
 
 def make_pass(blocks=10, shards=4, chunks=5, todo=None, results=None, present=None, **options):
     cut = cut_blocks(blocks, shards)
-    return Pass(
+    return ShardPass(
         cut[::-1] if options.get("backward") else cut,
         todo=range(blocks) if todo is None else todo,
         num_chunks=chunks,
@@ -135,7 +135,7 @@ def test_a_pass_that_reads_another_ones_chunks_breaks_off_and_is_gone_on_with(da
         data.draw(st.sets(st.tuples(*[st.integers(0, 8)] * 2))),
     )
     while todo:
-        schedule = Pass(
+        schedule = ShardPass(
             cut[::-1],
             todo=todo,
             num_chunks=3,
@@ -277,7 +277,7 @@ def test_splitting_shards_changes_no_statistic(data):
     count = data.draw(st.integers(1, 4), label="chunks")
     cut = cut_blocks(blocks, data.draw(st.integers(1, blocks), label="shards"), group)
     chunks = st.sets(st.integers(0, count - 1))
-    schedule = Pass(
+    schedule = ShardPass(
         cut,
         todo=data.draw(st.sets(st.integers(0, blocks - 1)), label="todo"),
         num_chunks=count,
@@ -338,7 +338,7 @@ def test_a_retired_worker_leaves_its_shard_to_others():
 
 def test_a_bag_runs_every_unit_once_and_a_lost_one_again():
     """Independent units end once each, whatever is lost on the way."""
-    bag = Bag("write", [(f"file {n}", (n,)) for n in range(5)])
+    bag = IndependentCalls("write", [(f"file {n}", (n,)) for n in range(5)])
     done, lost_once = [], False
     while not bag.finished:
         for call in bag.calls([0, 1]):
@@ -377,7 +377,7 @@ def test_default_shards_fill_the_last_wave():
 def test_a_shard_goes_where_its_chunks_are_made():
     """Neighbours come to lie on one node, and what a lost worker held goes back to its node."""
     nodes = {0: "a", 1: "b", 2: "a", 3: "b", 4: "b"}
-    schedule = Pass(
+    schedule = ShardPass(
         cut_blocks(8, 4), todo=range(8), num_chunks=3, present=[set() for _ in range(4)]
     )
     calls = schedule.calls([0, 1, 2, 3], nodes)
@@ -393,7 +393,7 @@ def test_a_shard_goes_where_its_chunks_are_made():
 
 def test_what_a_schedule_can_use_falls_to_nothing():
     """Whoever is one too many is told so before the end: at it, nobody is wanted."""
-    bag = Bag("write", [(f"file {n}", (n,)) for n in range(3)])
+    bag = IndependentCalls("write", [(f"file {n}", (n,)) for n in range(3)])
     seen = []
     while not bag.finished:
         seen.append(bag.usable)

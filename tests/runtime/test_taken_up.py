@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 
 from orchestrator import evaluate
 from orchestrator.errors import StoppedError
-from orchestrator.runtime.monitor import Watch
-from orchestrator.runtime.resume import taken_up
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.monitor import RunMonitor
+from orchestrator.runtime.resume import reusable_units
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.store.run import RunDirectory
 
 HERE, THERE = {"device": "cpu", "threads": 2}, {"device": "cpu", "threads": 1}
@@ -24,12 +24,12 @@ def left(tmp_path):
         for n, environment in made.items():
             directory.units.begin(keys[n]).commit(environment=environment, facts={"n": n})
         events = []
-        crew = Crew(None, 1, HERE, ("node",), allow_mixed)
-        watch = Watch(directory, events.append)
-        found = taken_up(directory.units, keys, crew, watch, "calibrate", is_all=is_all)
+        workers = WorkerGroup(None, 1, HERE, ("node",), allow_mixed)
+        monitor = RunMonitor(directory, events.append)
+        found = reusable_units(directory.units, keys, workers, monitor, "calibrate", is_all=is_all)
         assert all(facts == {"n": n} for n, facts in found.items())
         notes = [event["text"] for event in events]
-        return set(found), notes, watch.made_elsewhere
+        return set(found), notes, monitor.made_elsewhere
 
     return left
 

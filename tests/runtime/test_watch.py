@@ -10,7 +10,7 @@ import time
 import pytest
 
 from orchestrator.errors import InputError, StoppedError
-from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.signals import STOPPING
 from orchestrator.store.run import RunDirectory
 from orchestrator.usage import DeviceUsage, Usage
@@ -30,14 +30,14 @@ def ended(run):
 
 def test_a_run_says_how_it_ended(run):
     """Done, failed with the error's code and words, or failed by a fault of the code."""
-    with Watch(run, None):
+    with RunMonitor(run, None):
         assert run.status()["state"] == "running"
     assert ended(run) == ("done", 0)
-    with pytest.raises(InputError), Watch(run, None):
+    with pytest.raises(InputError), RunMonitor(run, None):
         raise InputError("text: empty")
     assert ended(run) == ("failed", 4)
     assert run.status()["error"] == "text: empty"
-    with pytest.raises(ZeroDivisionError), Watch(run, None):
+    with pytest.raises(ZeroDivisionError), RunMonitor(run, None):
         raise ZeroDivisionError
     assert ended(run) == ("failed", 1)
 
@@ -48,35 +48,37 @@ def worker(node, pid):
 
 def test_the_status_says_who_is_at_work_and_what_is_left(run):
     """Workers come and go, failures are counted, time is reckoned from the units of this run."""
-    with Watch(run, None) as watch:
-        with watch.stage("calibrate") as stage:
+    with RunMonitor(run, None) as monitor:
+        with monitor.stage("calibrate") as stage:
             workers = [worker("a", 1), worker("a", 2), worker("b", 1)]
-            watch.event({"event": "workers", "workers": workers})
+            monitor.event({"event": "workers", "workers": workers})
             status = run.status()
             assert (status["workers"], status["nodes"], status["failures"]) == (3, 2, 0)
             time.sleep(0.02)
             stage.progress(6, 10)
             assert 0.08 <= run.status()["left"] < 1
-            watch.event({"event": "lost", **worker("b", 1), "unit": "block 6", "log": "its words"})
-            watch.event({"event": "retired", **worker("a", 2)})
+            monitor.event(
+                {"event": "lost", **worker("b", 1), "unit": "block 6", "log": "its words"}
+            )
+            monitor.event({"event": "retired", **worker("a", 2)})
             status = run.status()
             assert (status["workers"], status["nodes"], status["failures"]) == (1, 1, 1)
-            watch.event({"event": "workers", "workers": [worker("c", 5)]})
+            monitor.event({"event": "workers", "workers": [worker("c", 5)]})
             assert run.status()["nodes"] == 2
-        with watch.stage("write"):
+        with monitor.stage("write"):
             assert not {"done", "total", "left"} & run.status().keys()
 
 
 def test_a_stage_says_how_busy_its_workers_were(run):
     """Of all passes of the stage together, also if another stage came between."""
     events = []
-    with Watch(run, events.append) as watch:
-        with watch.stage("calibrate"):
-            watch.event({"event": "busy", "seconds": 3.0, "of": 4.0})
-            with watch.stage("verify"):
+    with RunMonitor(run, events.append) as monitor:
+        with monitor.stage("calibrate"):
+            monitor.event({"event": "busy", "seconds": 3.0, "of": 4.0})
+            with monitor.stage("verify"):
                 pass
-            watch.event({"event": "busy", "seconds": 0.0, "of": 2.0})
-        assert watch.busy == {"calibrate": 0.5}
+            monitor.event({"event": "busy", "seconds": 0.0, "of": 2.0})
+        assert monitor.busy == {"calibrate": 0.5}
     _, *between, end = events
     assert [each["stage"] for each in between] == ["verify", "verify"]
     assert "busy" not in between[1]
@@ -86,15 +88,15 @@ def test_a_stage_says_how_busy_its_workers_were(run):
 def test_a_stage_says_what_memory_its_workers_took(run):
     """The status has the elementwise maximum of all calls; the journal does not."""
     events, device = [], {"allocated": 5, "reserved": 7, "context": 2}
-    with Watch(run, events.append) as watch:
-        with watch.stage("calibrate"):
-            watch.event({"event": "memory", "host": 3, "device": device})
-            watch.event({"event": "memory", "host": 9, "device": {**device, "allocated": 4}})
-        with watch.stage("write") as stage:
-            watch.event({"event": "memory", "host": 9})
+    with RunMonitor(run, events.append) as monitor:
+        with monitor.stage("calibrate"):
+            monitor.event({"event": "memory", "host": 3, "device": device})
+            monitor.event({"event": "memory", "host": 9, "device": {**device, "allocated": 4}})
+        with monitor.stage("write") as stage:
+            monitor.event({"event": "memory", "host": 9})
             stage.progress(1, 2)
             assert run.status()["memory"] == {"host": 9}
-    assert watch.memory == {
+    assert monitor.memory == {
         "calibrate": Usage(host=9, device=DeviceUsage(**device)),
         "write": Usage(host=9),
     }
@@ -106,8 +108,8 @@ def test_a_failure_is_on_record_with_its_log(run):
     failed = {"event": "failed", "unit": "block 6", "why": "no", "log": "line one\nline two"}
     events = []
     for number in (1, 2):
-        with Watch(run, events.append) as watch:
-            watch.event(failed)
+        with RunMonitor(run, events.append) as monitor:
+            monitor.event(failed)
         record = json.loads((run.root / f"failures/000{number}.json").read_text())
         assert record.pop("time") > 0
         assert record == failed
@@ -118,8 +120,8 @@ def test_a_failure_is_on_record_with_its_log(run):
 
 
 def perform(run, work):
-    with Watch(run, None) as watch:
-        work(watch)
+    with RunMonitor(run, None) as monitor:
+        work(monitor)
 
 
 @pytest.mark.parametrize("number", STOPPING)
@@ -128,7 +130,7 @@ def test_a_signal_stops_where_the_program_is(run, number):
     before = [signal.getsignal(each) for each in STOPPING], signal.set_wakeup_fd(-1)
     went_on = []
 
-    def work(watch):
+    def work(monitor):
         signal.raise_signal(number)
         went_on.append(True)
 
@@ -152,7 +154,7 @@ def test_a_signal_is_noted_while_the_program_is_away(run):
             time.sleep(0.005)
         seen.append(time.monotonic() - sent)
 
-    def work(watch):
+    def work(monitor):
         thread.start()
         begun = time.monotonic()
         try:
@@ -171,7 +173,7 @@ def test_more_signals_change_nothing(run):
     """While what the first one ended is cleaned up, a second one does not disturb."""
     cleaned = []
 
-    def work(watch):
+    def work(monitor):
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
@@ -189,12 +191,12 @@ def test_a_swallowed_signal_stops_at_the_next_event(run):
     """Whoever catches everything does not keep a run from being stopped."""
     went_on = []
 
-    def work(watch):
+    def work(monitor):
         try:
             signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:
             time.sleep(0.2)
-        watch.note("still here")
+        monitor.note("still here")
         went_on.append(True)
 
     with pytest.raises(StoppedError):
@@ -206,8 +208,8 @@ def test_a_deferred_signal_is_noted_now_and_obeyed_later(run):
     """A part that must not be cut in two comes to its end; the status does not wait for it."""
     noted, went_on = [], []
 
-    def work(watch):
-        with watch.signals.deferred():
+    def work(monitor):
+        with monitor.signals.deferred():
             signal.raise_signal(signal.SIGTERM)
             time.sleep(0.2)
             noted.append(ended(run))
@@ -225,7 +227,7 @@ def test_a_run_in_another_thread_takes_no_signals(run):
     inside = []
 
     def work():
-        with Watch(run, None):
+        with RunMonitor(run, None):
             inside.append([signal.getsignal(each) for each in STOPPING])
 
     thread = threading.Thread(target=work)

@@ -28,7 +28,7 @@ def worker(tmp_path):
     task = Task(run_dir=tmp_path / "run", threads=1, pass_key="pass", fingerprints={})
     worker = Passing(task)
     yield worker
-    worker.let_go()
+    worker.release()
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_chunk_on_its_way_is_waited_for_and_a_lost_one_is_not_for_long(
     late.start()
     assert worker.perform("look", (0,), None)[0] == [[0, 0, 0, 0]]
     late.join()
-    other.let_go()
+    other.release()
 
 
 def test_memory_that_the_allocator_keeps_is_free(monkeypatch):

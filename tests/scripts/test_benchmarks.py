@@ -19,7 +19,7 @@ from benchmarks.watching import PeakWatcher, resident_bytes
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from orchestrator.methods import METHODS
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def synthetic(tmp_path_factory):
 def test_flops_of_a_block_are_those_counted_by_hand(synthetic):
     """Two operations a multiply-add: seven linears, two products of attention, four Grams."""
     directory, config = synthetic
-    linears = Skeleton.open(directory).survey().of_block(0)
+    linears = LazyModel.open(directory).survey().of_block(0)
     attention, mlp = 2 * 512 * 512 + 2 * 512 * 128, 3 * 512 * 640
     assert linear_flops(linears, 10) == 2 * 10 * (attention + mlp)
     assert attention_flops(config, 10, blocks=1) == 2 * 2 * 10 * 10 * 512

@@ -67,7 +67,7 @@ def metadata():
 
 
 @pytest.fixture
-def watch(metadata, tmp_path):
+def monitor(metadata, tmp_path):
     """Starts the watcher; `ray` notes how it is called, and fails as often as it is told."""
     (tmp_path / "failures").write_text("0")
     calls = tmp_path / "calls"
@@ -80,12 +80,12 @@ def watch(metadata, tmp_path):
     ray.chmod(0o755)
 
     @contextmanager
-    def watch(*flags, failures=0):
+    def monitor(*flags, failures=0):
         (tmp_path / "failures").write_text(str(failures))
         with started(metadata, tmp_path, *flags) as process:
             yield process, lambda: calls.read_text().splitlines()
 
-    return watch
+    return monitor
 
 
 @contextmanager
@@ -104,9 +104,9 @@ def rounds(metadata, count):
     return wait_for(lambda: metadata.asked.count(NOTICE) >= wanted)
 
 
-def test_a_notice_drains_the_node(metadata, watch):
+def test_a_notice_drains_the_node(metadata, monitor):
     """Once, with what is left of the two minutes as the deadline; then the watcher is done."""
-    with watch() as (process, calls):
+    with monitor() as (process, calls):
         assert rounds(metadata, 3)
         assert calls() == []
         end = moment(100)
@@ -123,17 +123,17 @@ def test_a_notice_drains_the_node(metadata, watch):
     assert 90 <= int(seconds) <= 100
 
 
-def test_the_drain_is_repeated_until_it_is_taken(metadata, watch):
+def test_the_drain_is_repeated_until_it_is_taken(metadata, monitor):
     """A Ray that does not answer, because it is not up yet, is asked again."""
     metadata.documents[NOTICE] = f'{{"action": "stop", "time": "{moment(60)}"}}'
-    with watch(failures=2) as (process, calls):
+    with monitor(failures=2) as (process, calls):
         assert process.wait(timeout=10) == 0
     assert len(calls()) == 3
 
 
-def test_a_session_that_expires_is_renewed(metadata, watch):
+def test_a_session_that_expires_is_renewed(metadata, monitor):
     """Tokens last six hours, nodes longer."""
-    with watch() as (process, _):
+    with monitor() as (process, _):
         assert rounds(metadata, 1)
         metadata.tokens.append("another-token-that-nobody-was-given")
         assert rounds(metadata, 2)
@@ -143,11 +143,11 @@ def test_a_session_that_expires_is_renewed(metadata, watch):
 
 
 @pytest.mark.parametrize("flags", [(), ("--rebalance",)])
-def test_a_recommendation_is_told_and_followed_if_wanted(flags, metadata, watch):
+def test_a_recommendation_is_told_and_followed_if_wanted(flags, metadata, monitor):
     """It says only that the risk has risen: without the flag the node goes on until a notice."""
     time = moment(0)
     metadata.documents[REBALANCE] = f'{{"noticeTime": "{time}"}}'
-    with watch(*flags) as (process, calls):
+    with monitor(*flags) as (process, calls):
         if flags:
             assert process.wait(timeout=10) == 0
             assert len(calls()) == 1
@@ -161,9 +161,9 @@ def test_a_recommendation_is_told_and_followed_if_wanted(flags, metadata, watch)
     assert len(calls()) == 1
 
 
-def test_a_service_that_is_not_there_does_not_end_the_watch(metadata, watch):
+def test_a_service_that_is_not_there_does_not_end_the_watch(metadata, monitor):
     """It is asked again, and what it says then counts."""
-    with watch("--endpoint", "http://127.0.0.1:9") as (process, _):
+    with monitor("--endpoint", "http://127.0.0.1:9") as (process, _):
         for _ in range(3):
             assert "refused" in process.stdout.readline()
         assert process.poll() is None

@@ -1,4 +1,4 @@
-"""The whole job on tiny models: every family; any cut and any crew give the same bytes."""
+"""The whole job on tiny models: every family; any cut and any workers give the same bytes."""
 
 import json
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import orchestrator
 from orchestrator.errors import UsageError
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.cut import cut_blocks
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
@@ -44,12 +44,12 @@ def test_every_family_is_compressed_and_loads(family, checkpoint, text, tmp_path
     assert 0.4 < report["kept"]["linears"] <= 0.5
     loaded = orchestrator.load(result.out).eval()
     expected = loaded(input_ids=TOKENS).logits
-    skeleton = Skeleton.open(result.out)
+    lazy_model = LazyModel.open(result.out)
     chunk = Chunk(0, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
-    first, second = cut_blocks(skeleton.num_blocks, 2)
-    with skeleton.shard(first) as shard:
+    first, second = cut_blocks(lazy_model.num_blocks, 2)
+    with lazy_model.shard(first) as shard:
         chunk = shard.forward(chunk)
-    with skeleton.shard(second) as shard:
+    with lazy_model.shard(second) as shard:
         assert torch.equal(shard.logits(chunk), expected)
     saved = sum(e["shape"][0] * e["shape"][1] - e["values"] for e in report["linears"].values())
     assert report["values"]["model_after"] == sum(p.numel() for p in loaded.parameters())

@@ -1,4 +1,4 @@
-"""Blocks refined as a stage of a run: every form, any crew, killed and resumed."""
+"""Blocks refined as a stage of a run: every form, any workers, killed and resumed."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The whole model trained as a stage of a run: every form, any crew, killed and resumed."""
+"""The whole model trained as a stage of a run: every form, any workers, killed and resumed."""
 
 import os
 import signal

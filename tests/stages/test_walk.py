@@ -1,4 +1,4 @@
-"""Blocks walked in order as a stage of a run: compensation, refinement, any crew, resumed."""
+"""Blocks walked in order as a stage of a run: compensation, refinement, any workers, resumed."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from orchestrator.errors import UsageError
 from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.training.refine import refine
 from orchestrator.models.training.refine_options import RefineOptions
 
@@ -211,7 +211,7 @@ def test_blocks_are_refined_behind_the_refined_ones(llama, text, tmp_path):
     plain = run(llama, tmp_path / "plain", text, run_dir=run_dir)
     result = run(llama, tmp_path / "out", text, refine="in_order", options=SHORT, run_dir=run_dir)
     stored = load_file(result.out / "model.safetensors")
-    dense, compressed = Skeleton.open(llama), Skeleton.open(plain.out)
+    dense, compressed = LazyModel.open(llama), LazyModel.open(plain.out)
     options = RefineOptions(**SHORT["refinement"])
     targets = inputs = some_chunks(llama, text)
     for block in range(4):
@@ -236,7 +236,7 @@ def test_a_sweep_is_a_walk_over_what_was_refined_apart(llama, text, tmp_path):
     assert result.report["refine"] == apart.report["refine"]
     assert "walk" not in result.report
     stored = load_file(result.out / "model.safetensors")
-    dense, refined_apart = Skeleton.open(llama), Skeleton.open(apart.out)
+    dense, refined_apart = LazyModel.open(llama), LazyModel.open(apart.out)
     targets = inputs = some_chunks(llama, text)
     for block in range(4):
         with dense.shard(range(block, block + 1)) as shard:
@@ -290,7 +290,7 @@ def test_refinement_in_parallel_follows_the_walk(llama, text, tmp_path):
     result = run(llama, tmp_path / "out", text, refine="blocks", on_event=events.append, **fields)
     assert not any(e["event"] == "unit" and e["stage"] == "walk" for e in events)
     assert "refinement" not in result.report["walk"]["blocks"]["0"]
-    dense, compressed = Skeleton.open(llama), Skeleton.open(tmp_path / "walked")
+    dense, compressed = LazyModel.open(llama), LazyModel.open(tmp_path / "walked")
     part, chunks = range(1, 2), some_chunks(llama, text)
     with dense.shard(range(1)) as shard:
         inputs = [shard.forward(chunk) for chunk in chunks]
@@ -365,13 +365,13 @@ def test_a_damaged_unit_is_made_again_alone(llama, text, reference, tmp_path):
 @pytest.mark.ray
 def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_address):
     """Both actors killed, one behind each of the first two blocks: others go on, to the bit."""
-    crew, killed = [], []
+    workers, killed = [], []
 
     def kill(event):
         if event["event"] == "workers" and len(event["workers"]) == 2:
-            crew[:] = [worker["pid"] for worker in event["workers"]]
-        if event["event"] == "unit" and event["stage"] == "walk" and crew:
-            killed.append(crew.pop(0))
+            workers[:] = [worker["pid"] for worker in event["workers"]]
+        if event["event"] == "unit" and event["stage"] == "walk" and workers:
+            killed.append(workers.pop(0))
             os.kill(killed[-1], signal.SIGKILL)
 
     fields = {"executor": "ray", "workers": 2, "on_event": kill}
@@ -410,14 +410,14 @@ def test_actors_that_share_each_step_change_no_bit(
     workers, llama, text, sliced, tmp_path, ray_address
 ):
     """An actor killed while block 1 is lent: the others make its slices, to the bit."""
-    events, crew, threads = [], [], []
+    events, workers, threads = [], [], []
 
     def on_event(event):
         events.append(event)
         if event["event"] == "workers" and len(event["workers"]) == workers:
-            crew[:] = [worker["pid"] for worker in event["workers"]]
+            workers[:] = [worker["pid"] for worker in event["workers"]]
         if event["event"] == "unit" and event["stage"] == "walk" and not threads:
-            threads.append(kill_when_there(tmp_path / "out.run" / "chunks", crew[0]))
+            threads.append(kill_when_there(tmp_path / "out.run" / "chunks", workers[0]))
 
     fields = {"executor": "ray", "workers": workers, "on_event": on_event}
     run(

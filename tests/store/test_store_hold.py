@@ -18,7 +18,7 @@ from orchestrator.cli.main import main
 from orchestrator.errors import OrchestratorError, StoppedError, UsageError
 from orchestrator.store import lease as holds
 from orchestrator.store.files import write_json
-from orchestrator.store.lease import HOLD_FILE, Hold
+from orchestrator.store.lease import LEASE_FILE, Lease
 from orchestrator.store.run import RunDirectory
 
 HERE = socket.gethostname()
@@ -28,9 +28,9 @@ HERE = socket.gethostname()
 def place(request, tmp_path):
     """A place for a hold, on local disk and in an object store."""
     if request.param == "disk":
-        return tmp_path / "run" / HOLD_FILE
+        return tmp_path / "run" / LEASE_FILE
     s3 = request.getfixturevalue("s3")
-    return remote(s3.uri(f"holds/{tmp_path.name}/run")) / HOLD_FILE
+    return remote(s3.uri(f"holds/{tmp_path.name}/run")) / LEASE_FILE
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def gone():
 
 def test_a_hold_is_given_back(place, quick):
     """It is there while the body runs, renewed, and gone afterwards, whatever ended it."""
-    with Hold(place).taken():
+    with Lease(place).taken():
         before = json.loads(place.read_bytes())
         time.sleep(0.6)
         after = json.loads(place.read_bytes())
@@ -63,7 +63,7 @@ def test_a_hold_is_given_back(place, quick):
     assert not place.exists()
 
     def interrupted():
-        with Hold(place).taken():
+        with Lease(place).taken():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -73,9 +73,9 @@ def test_a_hold_is_given_back(place, quick):
 
 def test_a_second_holder_is_told_of_the_first(place, quick):
     """In the same process or in another, it is refused in one line that says who, and keeps it."""
-    with Hold(place).taken():
+    with Lease(place).taken():
         with pytest.raises(UsageError, match=rf"process \d+ on {HERE} is at work on it since \d"):
-            Hold(place).taken().__enter__()
+            Lease(place).taken().__enter__()
         assert place.exists()
 
 
@@ -83,7 +83,7 @@ def test_a_hold_of_a_dead_process_is_taken_over(place, quick):
     """On this host at once, with a note that says from whom."""
     write_json(place, found(pid=gone()))
     begun = time.monotonic()
-    with Hold(place).taken() as hold:
+    with Lease(place).taken() as hold:
         assert "is gone; taken over" in hold.note
         assert time.monotonic() - begun < 0.8
     assert not place.exists()
@@ -95,7 +95,7 @@ def test_a_hold_that_nobody_renews_is_taken_over(holder, place, quick):
     write_json(place, found(**holder) if holder else {})
     told = []
     begun = time.monotonic()
-    with Hold(place).taken(told.append) as hold:
+    with Lease(place).taken(told.append) as hold:
         assert time.monotonic() - begun >= 1.0
         assert "does not renew" in hold.note
     assert [event["event"] for event in told] == ["waiting"]
@@ -105,12 +105,12 @@ def test_a_hold_elsewhere_that_is_renewed_stays(place, quick):
     """The clocks of the hosts do not matter: who renews it lives."""
     code = """
 import socket, sys, time
-from orchestrator.store import hold
+from orchestrator.store import lease
 from orchestrator.store.places import parse_place
-hold.RENEW_SECONDS = 0.2
+lease.RENEW_SECONDS = 0.2
 socket.gethostname = lambda: "elsewhere"
 time.time = lambda: 1000.0
-with hold.Hold(parse_place(sys.argv[1])).taken():
+with lease.Lease(parse_place(sys.argv[1])).taken():
     print(flush=True)
     sys.stdin.read()
 """
@@ -119,16 +119,16 @@ with hold.Hold(parse_place(sys.argv[1])).taken():
     other.stdout.readline()
     try:
         with pytest.raises(UsageError, match="on elsewhere is at work"):
-            Hold(place).taken().__enter__()
+            Lease(place).taken().__enter__()
     finally:
         other.communicate()
-    with Hold(place).taken() as hold:
+    with Lease(place).taken() as hold:
         assert hold.note is None
 
 
 def test_who_lost_its_hold_does_not_take_it_back(place, quick):
     """A driver that was taken for dead renews and removes nothing of the one that took over."""
-    with Hold(place).taken() as hold:
+    with Lease(place).taken() as hold:
         write_json(place, found(id="other"))
         time.sleep(0.5)
         assert hold.taken_by == f"process 1 on {HERE}"
@@ -138,7 +138,7 @@ def test_who_lost_its_hold_does_not_take_it_back(place, quick):
 
 def test_a_hold_that_was_removed_is_made_anew(place, quick):
     """Nobody else has it: it stays with whom it was."""
-    with Hold(place).taken() as hold:
+    with Lease(place).taken() as hold:
         before = json.loads(place.read_bytes())["id"]
         place.unlink()
         time.sleep(0.5)
@@ -152,14 +152,14 @@ def test_of_many_at_once_one_holds(place, quick):
     code = """
 import sys
 from orchestrator.errors import UsageError
-from orchestrator.store import hold
+from orchestrator.store import lease
 from orchestrator.store.places import parse_place
 place = parse_place(sys.argv[1])
 place.exists()
 print(flush=True)
 sys.stdin.readline()
 try:
-    with hold.Hold(place).taken():
+    with lease.Lease(place).taken():
         print("held", flush=True)
         sys.stdin.readline()
 except UsageError:
@@ -231,13 +231,13 @@ def test_two_drivers_on_one_run(llama, text, reference, tmp_path, capsys):
     assert f"{out}: " in said[1]
     assert f"process {os.getpid()}" in capsys.readouterr().err
     assert contents(out) == reference
-    assert not (tmp_path / "out.run" / HOLD_FILE).exists()
+    assert not (tmp_path / "out.run" / LEASE_FILE).exists()
 
 
 @pytest.mark.parametrize("directory", ["out.run", "out"])
 def test_who_lost_its_hold_leaves_the_run_alone(directory, llama, text, tmp_path, quick):
     """It says to whom, exits as one that was stopped, and writes nothing over that one's status."""
-    out, file = tmp_path / "out", {"out": ".orchestrator-hold.json", "out.run": HOLD_FILE}
+    out, file = tmp_path / "out", {"out": ".orchestrator-hold.json", "out.run": LEASE_FILE}
     status = tmp_path / "out.run" / "status.json"
 
     def take():
@@ -265,7 +265,7 @@ def test_two_drivers_that_run_after_all_damage_nothing(
     drivers = []
 
     def another():
-        (tmp_path / "out.run" / HOLD_FILE).unlink()
+        (tmp_path / "out.run" / LEASE_FILE).unlink()
         (out / ".orchestrator-hold.json").unlink()
         drivers.append(Driver(llama, out, text, "--executor", "local", "--shards", "3"))
         assert drivers[0].until(is_unit(2))
@@ -289,7 +289,7 @@ def test_a_stopped_driver_leaves_no_hold(number, llama, text, reference, tmp_pat
     driver.process.send_signal(number)
     driver.end()
     killed = number == signal.SIGKILL
-    assert (driver.run.root / HOLD_FILE).exists() is killed
+    assert (driver.run.root / LEASE_FILE).exists() is killed
     assert (out / ".orchestrator-hold.json").exists() is killed
     events = []
     run(llama, out, text, on_event=events.append)

@@ -17,7 +17,7 @@ from orchestrator.models.checkpoint.output import claim_out
 from orchestrator.models.checkpoint.write import finish, write_file
 from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
 
@@ -122,11 +122,11 @@ def compress(
     output_dtype: torch.dtype | None = None,
 ) -> Compressed:
     """Writes `out` from the dense checkpoint, file by file, as the workers do."""
-    skeleton = Skeleton.open(dense)
-    survey, plan = skeleton.survey(), make_plan(skeleton.survey())
+    lazy_model = LazyModel.open(dense)
+    survey, plan = lazy_model.survey(), make_plan(lazy_model.survey())
     files = layout(
         survey,
-        skeleton.tensors(),
+        lazy_model.tensors(),
         plan,
         output_dtype=output_dtype,
         max_shard_bytes=max_shard_bytes,
@@ -136,7 +136,7 @@ def compress(
 
     def read(spec: TensorSpec) -> Tensor:
         if spec.part == "copy":
-            return skeleton.weights.read(spec.source)
+            return lazy_model.weights.read(spec.source)
         if spec.part in parts[spec.source]:
             return parts[spec.source][spec.part]
         linear = linears[spec.source]

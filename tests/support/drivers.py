@@ -50,7 +50,7 @@ class Driver:
         """Seconds from the signal until the status says `stopped`, and until the exit."""
         stopped = []
 
-        def watch():
+        def monitor():
             while not stopped and self.process.poll() is None:
                 if self.run.status()["state"] == "stopped":
                     stopped.append(time.monotonic() - sent)
@@ -58,7 +58,7 @@ class Driver:
 
         sent = time.monotonic()
         self.process.send_signal(number)
-        thread = threading.Thread(target=watch)
+        thread = threading.Thread(target=monitor)
         thread.start()
         if again is not None:
             time.sleep(again)

@@ -1,6 +1,6 @@
 """Several workers in one process."""
 
-from orchestrator.runtime import workers as crew
+from orchestrator.runtime import workers
 from orchestrator.runtime.pool import LocalPool, Outcome
 from orchestrator.stages.train import worker as train_worker
 
@@ -42,4 +42,4 @@ class SeveralPool(LocalPool):
 
 
 def several(monkeypatch, **settings):
-    monkeypatch.setattr(crew, "LocalPool", type("Pool", (SeveralPool,), settings))
+    monkeypatch.setattr(workers, "LocalPool", type("Pool", (SeveralPool,), settings))

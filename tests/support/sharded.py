@@ -7,7 +7,7 @@ from families import BLOCKS, VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 
 HALVES = (range(0, 2), range(2, BLOCKS))
 
@@ -34,9 +34,9 @@ def whole_logits(model, chunk):
         return model(input_ids=chunk.tokens, attention_mask=mask_BT).logits
 
 
-def sharded_logits(skeleton: Skeleton, chunk: Chunk, cuts: Sequence[range]):
+def sharded_logits(lazy_model: LazyModel, chunk: Chunk, cuts: Sequence[range]):
     for blocks in cuts[:-1]:
-        with skeleton.shard(blocks) as shard:
+        with lazy_model.shard(blocks) as shard:
             chunk = Chunk.unpack(shard.forward(chunk).pack())
-    with skeleton.shard(cuts[-1]) as shard:
+    with lazy_model.shard(cuts[-1]) as shard:
         return shard.logits(chunk)

@@ -20,7 +20,7 @@ from orchestrator.store.files import atomic
 from orchestrator.store.places import Place, Remote
 
 MARKER_FILE = ".orchestrator-unfinished"
-HOLD_FILE = ".orchestrator-hold.json"
+LEASE_FILE = ".orchestrator-hold.json"
 """Says which driver writes there; not part of the checkpoint, and gone when it is whole."""
 
 # matched in lower case
@@ -66,7 +66,7 @@ def check_out(out: Place) -> bool:
             return True
     elif (out / MARKER_FILE).is_file():
         return False
-    found = sorted({path.name for path in out.iterdir()} - {HOLD_FILE})[:3]
+    found = sorted({path.name for path in out.iterdir()} - {LEASE_FILE})[:3]
     if not found:
         return False
     raise UsageError(

@@ -24,7 +24,7 @@ from orchestrator.models.checkpoint.write import REPORT_FILE
 from orchestrator.models.forms.config import install_forms, read_forms
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.dense_weight import read_dense_weight
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.names import map_names
 from orchestrator.plan.cut import cut_blocks
@@ -62,17 +62,17 @@ def verify(
         `logits`.
     """
     try:
-        skeleton = Skeleton.open(directory, dtype=torch.float32)
+        lazy_model = LazyModel.open(directory, dtype=torch.float32)
     except InputError as error:
         return {"problems": [str(error)]}
-    if not skeleton.is_compressed:
+    if not lazy_model.is_compressed:
         return {"problems": [f"{directory}: is not compressed by orchestrator"]}
     try:
         report = read_json(directory / REPORT_FILE)
         entries = report.get("linears")
         if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
             raise InputError(f"{directory / REPORT_FILE}: says nothing of any linear")
-        found = _Verification(directory, skeleton, report, dense, linears, tokens)
+        found = _Verification(directory, lazy_model, report, dense, linears, tokens)
         return found.perform()
     except InputError as error:
         return {"problems": [str(error)]}
@@ -82,14 +82,14 @@ class _Verification:
     def __init__(
         self,
         directory: Path,
-        skeleton: Skeleton,
+        lazy_model: LazyModel,
         report: Mapping[str, Any],
         dense: Path | None,
         linears: int,
         tokens: int,
     ) -> None:
-        self._directory, self._skeleton, self._report = directory, skeleton, report
-        self._dense = None if dense is None else Skeleton.open(dense, dtype=torch.float32)
+        self._directory, self._lazy_model, self._report = directory, lazy_model, report
+        self._dense = None if dense is None else LazyModel.open(dense, dtype=torch.float32)
         self._linears, self._tokens = linears, tokens
         self._problems: list[str] = []
 
@@ -129,7 +129,7 @@ class _Verification:
 
     def _tensors(self) -> int:
         """How many there are; those with NaN or infinite values are complained of."""
-        weights = self._skeleton.weights
+        weights = self._lazy_model.weights
         for name in weights.names:
             tensor = weights.read(name)
             bad = int((~tensor.isfinite()).sum()) if tensor.is_floating_point() else 0
@@ -194,11 +194,11 @@ class _Verification:
 
     def _probe(self) -> dict[str, Any]:
         """What the logits of random tokens are, and how far from the dense model's."""
-        vocabulary = self._skeleton.config.get_text_config().vocab_size
+        vocabulary = self._lazy_model.config.get_text_config().vocab_size
         ids = np.random.default_rng(0).integers(0, vocabulary, (1, self._tokens))
         tokens_BT = torch.from_numpy(ids)
         chunk = Chunk(0, tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
-        logits_BTV = _logits(self._skeleton, chunk)
+        logits_BTV = _logits(self._lazy_model, chunk)
         finite = bool(logits_BTV.isfinite().all())
         if not finite:
             self._complain("the logits are not finite")
@@ -212,13 +212,13 @@ class _Verification:
         return found
 
 
-def _logits(skeleton: Skeleton, chunk: Chunk) -> Tensor:
+def _logits(lazy_model: LazyModel, chunk: Chunk) -> Tensor:
     """Through one block after the other."""
-    cut = cut_blocks(skeleton.num_blocks, skeleton.num_blocks)
+    cut = cut_blocks(lazy_model.num_blocks, lazy_model.num_blocks)
     for blocks in cut[:-1]:
-        with skeleton.shard(blocks) as shard:
+        with lazy_model.shard(blocks) as shard:
             chunk = shard.forward(chunk)
-    with skeleton.shard(cut[-1]) as shard:
+    with lazy_model.shard(cut[-1]) as shard:
         return shard.logits(chunk).float()
 
 

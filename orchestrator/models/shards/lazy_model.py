@@ -1,6 +1,6 @@
 """A model without its weights: what it holds, and shards of it on demand.
 
-One skeleton a process and model. Opening reads config and tensor headers and learns the model's
+One lazy model a process and model. Opening reads config and tensor headers and learns the model's
 structure (`discovery`); `shard` then puts the weights of a few blocks into it, and closing the
 shard takes them out again.
 """
@@ -21,7 +21,7 @@ from orchestrator.models.checkpoint.planned import PlannedCheckpoint
 from orchestrator.models.checkpoint.stored_tensor import Region, StoredTensor
 from orchestrator.models.checkpoint.weights import Checkpoint, Weights
 from orchestrator.models.forms.config import FORMAT_VERSION, METHOD
-from orchestrator.models.shards.shard import Frame, Shard
+from orchestrator.models.shards.shard import EmptyModel, Shard
 from orchestrator.models.survey.architecture import (
     Architecture,
     find_blocks,
@@ -36,7 +36,7 @@ from orchestrator.plan.plan import Plan
 from orchestrator.store.places import Place
 
 
-class Skeleton:
+class LazyModel:
     """A causal language model of which at most one shard is in memory."""
 
     def __init__(
@@ -88,8 +88,8 @@ class Skeleton:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
-    ) -> "Skeleton":
-        """The skeleton of the checkpoint in `directory`, dense or compressed by us.
+    ) -> "LazyModel":
+        """The lazy model of the checkpoint in `directory`, dense or compressed by us.
 
         Args:
             dtype: Dtype to compute in; None: the config's, else the first stored float tensor's.
@@ -111,8 +111,8 @@ class Skeleton:
         *,
         output_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
-    ) -> "Skeleton":
-        """The skeleton of the checkpoint that a plan makes of this dense one, before it is written.
+    ) -> "LazyModel":
+        """The lazy model of the checkpoint that a plan makes of this dense one, before it is written.
 
         Its shards compute what those of the written checkpoint would: the modules are the plan's
         forms, the values cast to the dtype of the output. Nothing is read before a shard is opened.
@@ -120,7 +120,7 @@ class Skeleton:
         Args:
             read: Gives every tensor, copies included: what `checkpoint.write_file` would be given.
             output_dtype: As for `layout`; float32 rounds nothing.
-            dtype: Dtype to compute in; None: this skeleton's.
+            dtype: Dtype to compute in; None: this lazy model's.
 
         Raises:
             InputError: this is a checkpoint that we compressed.
@@ -132,7 +132,7 @@ class Skeleton:
         )
         modules = {name: form.to_json() for name, form in stored_forms(survey, plan).items()}
         forms = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules}
-        return Skeleton(
+        return LazyModel(
             replace(self._architecture, forms=forms),
             PlannedCheckpoint(self.weights, files, read),
             dtype=dtype or self.dtype,
@@ -255,7 +255,7 @@ class Skeleton:
         self.weights.read_ahead([self.names.disk[s] for s in sources if s in self.names.disk])
 
     @cached_property
-    def _frame(self) -> Frame:
+    def _frame(self) -> EmptyModel:
         """The model that shards are put into; made when the first one is opened."""
         model = self._architecture.build(self.dtype, stored=len(self.weights.names))
         prefix, blocks = find_blocks(model, self.directory)
@@ -266,7 +266,7 @@ class Skeleton:
         inner = {id(module) for module in blocks.modules()}
         outer = [module for module in model.modules() if id(module) not in inner]
         recompute_buffers(model, outer, self.device)
-        return Frame(model, prefix, blocks, self._discovery.extras, self.device)
+        return EmptyModel(model, prefix, blocks, self._discovery.extras, self.device)
 
     @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:

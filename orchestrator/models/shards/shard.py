@@ -27,8 +27,8 @@ from orchestrator.plan.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """What all shards of a skeleton share: the model without weights, ready to run."""
+class EmptyModel:
+    """What all shards of a lazy model share: the model without weights, ready to run."""
 
     model: PreTrainedModel
     prefix: str
@@ -39,7 +39,7 @@ class Frame:
 
 
 class Shard:
-    """Blocks that can be run, forward and backward; made by `Skeleton.shard`.
+    """Blocks that can be run, forward and backward; made by `LazyModel.shard`.
 
     One call at a time. A shard computes bit for bit what the whole model computes with the same
     dtype, attention implementation, number of threads, and shape of the chunk.
@@ -47,7 +47,7 @@ class Shard:
 
     def __init__(
         self,
-        frame: Frame,
+        frame: EmptyModel,
         blocks: range,
         sources: Mapping[str, str],
         linears: tuple[Linear, ...],
@@ -92,7 +92,7 @@ class Shard:
         self.close()
 
     def close(self) -> None:
-        """Frees the shard's weights; the skeleton can then open another."""
+        """Frees the shard's weights; the lazy model can then open another."""
         if not self.is_open:
             return
         self.is_open = False

@@ -126,11 +126,11 @@ class Calibration:
                     rows_TI = rows_TO.float() @ weight_OI.float()
                 gram.update(rows_TI)
 
-        def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def monitor(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             # nothing before the model's first linears takes a gradient
             output.requires_grad_().register_hook(gather)  # type: ignore[no-untyped-call]
 
-        self._hooks.append(module.register_forward_hook(watch))
+        self._hooks.append(module.register_forward_hook(monitor))
 
     def _select(self, states_BTI: Tensor) -> Tensor:
         return rows_at(states_BTI.detach(), self._places_N)
@@ -151,7 +151,7 @@ class Calibration:
         # once a chunk: every hook of every linear selects with the same indices
         self._places_N = chunk.places(self._shard.device)
 
-    def settle(self) -> None:
+    def flush_writes(self) -> None:
         """Ends the gathering: chunks that still pass add nothing, and Grams take 8 n^2 bytes.
 
         Hooks are removed, since they refer to the Grams: until then `forget` frees nothing.
@@ -161,19 +161,19 @@ class Calibration:
             hook.remove()
         self._hooks = []
         for gram in (*self._grams.values(), *self._curvatures.values()):
-            gram.settle()
+            gram.flush_writes()
 
     def statistic(self, linear: Linear) -> InputGram | OutputGram:
         """What has been gathered for one of the linears."""
         source, side = self._sources[linear.name]
         gram, magnitude = self._grams[source], self._magnitudes.get(linear.site)
-        bends = self._curvatures.get(linear.name)
+        curvature = self._curvatures.get(linear.name)
         kind = InputGram if side == "input" else OutputGram
         return kind(
             gram.matrix(),
             gram.tokens,
             magnitude.mean() if magnitude else None,
-            Curvature(bends.matrix(), bends.tokens) if bends else None,
+            Curvature(curvature.matrix(), curvature.tokens) if curvature else None,
         )
 
     def cosines(self, block: int) -> dict[str, Cosine]:
@@ -190,7 +190,7 @@ class Calibration:
         self._grams = {source: gram for source, gram in self._grams.items() if source in used}
 
     def close(self) -> None:
-        self.settle()
+        self.flush_writes()
         self._sources = {}
         self._grams, self._magnitudes, self._curvatures = {}, {}, {}
 

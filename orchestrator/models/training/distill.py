@@ -80,7 +80,7 @@ class Losses:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
+class LossWeights:
     """What the sums of a chunk count in the loss of its step."""
 
     divergence: float
@@ -93,7 +93,7 @@ def distill(
     mask_BT: Tensor,
     targets: TopK | Tensor,
     temperature: float,
-    weights: Weights | None = None,
+    weights: LossWeights | None = None,
 ) -> tuple[Losses, Tensor | None]:
     """Losses of a model's logits z, and the gradient of their weighted sum if there are weights.
 

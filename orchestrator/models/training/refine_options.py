@@ -57,7 +57,7 @@ class RefineOptions:
             raise UsageError(f"refinement: dense is {self.dense!r}; it must be true or false")
 
 
-class Rates(Protocol):
+class RateOptions(Protocol):
     """The options that say how the learning rate goes."""
 
     @property
@@ -70,7 +70,7 @@ class Rates(Protocol):
     def floor(self) -> float: ...
 
 
-def rate(step: int, steps: int, options: Rates) -> float:
+def rate(step: int, steps: int, options: RateOptions) -> float:
     """The learning rate of a step, counted from 0: a linear warm-up, then a cosine to the floor."""
     warm = int(options.warm_up * steps)
     if step < warm:

@@ -61,7 +61,9 @@ class Training:
     ) -> None:
         self._mode, self._decay = mode, weight_decay
         shard.freeze()
-        self._by_block: dict[int, dict[str, _Whole]] = {block: {} for block in shard.blocks}
+        self._by_block: dict[int, dict[str, _DirectParameter]] = {
+            block: {} for block in shard.blocks
+        }
         for name, parameter in trained_parameters(shard, dense=False).items():
             block = shard.block(name)
             if block in blocks and name in stored:
@@ -82,7 +84,7 @@ class Training:
         return {b: sum(e.value.numel() for e in self._by_block[b].values()) for b in self.blocks}
 
     @property
-    def bytes_to_come(self) -> int:
+    def extra_bytes(self) -> int:
         """What gradients and moments will take beside what is loaded; activations are not in it."""
         moment = 2 if self._mode == "lean" else 4
         passing = [
@@ -93,12 +95,12 @@ class Training:
 
     def check_room(self, free: int) -> None:
         """Raises InfeasibleError unless so many bytes of the device's memory are enough."""
-        if self.bytes_to_come > free:
+        if self.extra_bytes > free:
             others = " or ".join(f"{mode!r}" for mode in MODES[MODES.index(self._mode) + 1 :])
             instead = f"give train {others}, or more workers" if others else "give more workers"
             raise InfeasibleError(
                 f"blocks {min(self._by_block)}-{max(self._by_block)}: train {self._mode!r} takes "
-                f"{self.bytes_to_come} bytes for gradients and moments beside the shard, {free} "
+                f"{self.extra_bytes} bytes for gradients and moments beside the shard, {free} "
                 f"are free on its device; {instead}"
             )
 
@@ -127,7 +129,13 @@ class Training:
                 entry.clear()
 
     def _step(
-        self, name: str, entry: "_Whole", gradient: Tensor, number: int, scale: float, rate: float
+        self,
+        name: str,
+        entry: "_DirectParameter",
+        gradient: Tensor,
+        number: int,
+        scale: float,
+        rate: float,
     ) -> None:
         first, second = BETAS[self._mode]
         if scale != 1:
@@ -192,7 +200,7 @@ def _squared_norms(tensors: list[Tensor]) -> list[float]:
     return found
 
 
-class _Whole:
+class _DirectParameter:
     """A parameter that is trained itself."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
@@ -216,7 +224,7 @@ class _Whole:
         """The value is the parameter's own memory."""
 
 
-class _Scaled(_Whole):
+class _Scaled(_DirectParameter):
     """A parameter W0 of which only scales are trained.
 
     Args:
@@ -258,10 +266,12 @@ class _Scaled(_Whole):
         torch.mul(self._base, self._spread(self._scale), out=self.parameter.detach())
 
 
-def _trained(shard: Shard, name: str, parameter: nn.Parameter, mode: str) -> _Whole | None:
+def _trained(
+    shard: Shard, name: str, parameter: nn.Parameter, mode: str
+) -> _DirectParameter | None:
     """How a parameter is trained in a mode; nothing if it is not."""
     if mode != "light":
-        return _Whole(parameter)
+        return _DirectParameter(parameter)
     path, _, child = name.rpartition(".")
     module = shard.module(path)
     if child == "weight" and isinstance(module, LowRankLinear):
@@ -275,7 +285,7 @@ def _trained(shard: Shard, name: str, parameter: nn.Parameter, mode: str) -> _Wh
             lambda scale_O: scale_O.repeat_interleave(counts_O, output_size=parameter.numel()),
             lambda values_N: torch.segment_reduce(values_N, "sum", lengths=counts_O, unsafe=True),
         )
-    return _Whole(parameter) if parameter.dim() < 2 else None
+    return _DirectParameter(parameter) if parameter.dim() < 2 else None
 
 
 def _same(scale_R: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from orchestrator.device.malloc import ARENAS
 from orchestrator.device.strict import cuda_environment
 from orchestrator.errors import InfeasibleError, OrchestratorError, WorkerError
 from orchestrator.runtime import scaling
-from orchestrator.runtime.losses import loss_of
-from orchestrator.runtime.pool import PATIENCE_SECONDS, Seat
+from orchestrator.runtime.losses import cause_of_loss
+from orchestrator.runtime.pool import PATIENCE_SECONDS, WorkerLocation
 from orchestrator.runtime.ray.cluster import (
     Share,
     draining_nodes,
@@ -92,7 +92,7 @@ class RayActors:
         self._count = self._failed_starts = self._refused = 0
         self._is_gathered = False
         self._actors: dict[int, Any] = {}
-        self._seats: dict[int, Seat] = {}
+        self._seats: dict[int, WorkerLocation] = {}
         self._joining: dict[Any, int] = {}
         self._probes: dict[int, dict[str, Any]] = {}
         self._first: dict[str, Any] | None = None
@@ -135,7 +135,7 @@ class RayActors:
     def workers(self) -> Sequence[int]:
         return list(self._probes)
 
-    def seat(self, worker: int) -> Seat:
+    def location(self, worker: int) -> WorkerLocation:
         return self._seats[worker]
 
     def _name(self, node_id: str) -> str:
@@ -191,7 +191,7 @@ class RayActors:
         new = [worker for worker in workers if worker not in self._seats]
         for worker in new:
             probe = self._probes[worker]
-            self._seats[worker] = Seat(self._name(probe["node_id"]), probe["pid"])
+            self._seats[worker] = WorkerLocation(self._name(probe["node_id"]), probe["pid"])
         if new:
             seats = [asdict(self._seats[worker]) for worker in new]
             self._announce({"event": "workers", "workers": seats})
@@ -205,12 +205,12 @@ class RayActors:
             self._first = self._first or probe
             check_alike(probe, self._first)
         except RayTaskError as error:
-            raised = cause_of(error)
+            raised = remote_cause(error)
             if isinstance(raised, OrchestratorError):
                 self._refuse(worker, raised)
             else:
                 # a GPU that fails at the start counts as the death of its worker
-                self._start_failed(worker, error, is_final=loss_of(raised) is None)
+                self._start_failed(worker, error, is_final=cause_of_loss(raised) is None)
             return None
         except RayError as error:
             is_final = getattr(error, "actor_init_failed", False)
@@ -343,7 +343,7 @@ def is_node_loss(error: RayError) -> bool:
     return getattr(error, "preempted", False) or "its node has died" in str(error)
 
 
-def cause_of(error: RayTaskError) -> BaseException:
+def remote_cause(error: RayTaskError) -> BaseException:
     """What the method raised, as itself; Ray's wrapper carries the remote traceback."""
     cause: BaseException = getattr(error, "cause", None) or error
     return cause

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.monitor import RunMonitor
 
 PREFIX = "orchestrator_"
 
@@ -48,10 +48,10 @@ class Metrics:
         self._workers = Gauge(f"{PREFIX}workers", description="Workers that are there.")
 
     @contextmanager
-    def following(self, watch: Watch) -> Iterator[None]:
+    def following(self, monitor: RunMonitor) -> Iterator[None]:
         """Follows a run's events for a while."""
         try:
-            with watch.followed(self.note):
+            with monitor.followed(self.note):
                 yield
         finally:
             self._workers.set(0)

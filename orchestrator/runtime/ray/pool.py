@@ -16,11 +16,11 @@ from ray.exceptions import (
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.runtime.calls import Call
-from orchestrator.runtime.losses import loss_of, summary
+from orchestrator.runtime.losses import cause_of_loss, summary
 from orchestrator.runtime.policy import Cause
 from orchestrator.runtime.pool import Outcome
 from orchestrator.runtime.ray import postmortem
-from orchestrator.runtime.ray.actors import RayActors, cause_of, is_node_loss
+from orchestrator.runtime.ray.actors import RayActors, is_node_loss, remote_cause
 from orchestrator.runtime.ray.cluster import last_line, on_node
 from orchestrator.store.chunks import MissingChunk
 
@@ -66,20 +66,20 @@ class RayPool(RayActors):
             value, usage = ray.get(ref)
             return [Outcome(call, value, emitted, usage)]
         except RayTaskError as error:
-            cause = cause_of(error)
+            cause = remote_cause(error)
             if isinstance(cause, ObjectLostError) and record is not None:
                 # the chunk went with its node before the call began; its file is still there
                 self.start(call, None)
                 return []
-            if (loss := loss_of(cause)) is not None:
+            if (loss := cause_of_loss(cause)) is not None:
                 return [Outcome(call, lost=summary(cause), cause=loss, log=str(error))]
             # what is not ours keeps Ray's wrapper, whose text is the traceback on the worker
             is_ours = isinstance(cause, OrchestratorError | MissingChunk)
             return [Outcome(call, error=cause if is_ours else error, log=str(error))]
         except _LOST as error:
-            cause_of_loss = self._cause_of_loss(call.worker, error)
-            log = self._log(call.worker) if cause_of_loss in _LEAVES_ITS_LOG else str(error)
-            return [Outcome(call, lost=last_line(error), cause=cause_of_loss, log=log)]
+            loss = self._cause_of_loss(call.worker, error)
+            log = self._log(call.worker) if loss in _LEAVES_ITS_LOG else str(error)
+            return [Outcome(call, lost=last_line(error), cause=loss, log=log)]
 
     def _cause_of_loss(self, worker: int, error: RayError) -> Cause:
         node = self._probes[worker]["node_id"]

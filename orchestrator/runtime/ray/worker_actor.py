@@ -25,7 +25,7 @@ class WorkerActor:
         if it does not see its GPU.
         """
         if self._worker is not None:
-            self._worker.let_go()
+            self._worker.release()
             self._worker = None
         self._worker = worker_class(task)
         where = {"node_id": ray.get_runtime_context().get_node_id(), "log": self._log}

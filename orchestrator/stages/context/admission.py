@@ -1,5 +1,6 @@
 """The forecast that a compression begins with, for the machines that are there."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -7,22 +8,22 @@ import torch
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Forecast, Resources
-from orchestrator.forecast.rates import Machine
+from orchestrator.forecast.rates import Machine, largest_memory
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.models.evaluation.machine import host_bytes
 from orchestrator.readable import size
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.runtime.monitor import Watch
+from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.scaling import Bounds
-from orchestrator.runtime.workers import Crew, Schedule
+from orchestrator.runtime.workers import Execution, WorkerGroup
 from orchestrator.store.places import Place
 
 
-def foresee(
+def check_memory(
     recipe: Recipe,
     model: Place,
-    schedule: Schedule,
-    watch: Watch,
+    execution: Execution,
+    monitor: RunMonitor,
     measured: int | None = None,
 ) -> Forecast | None:
     """Says what a worker will hold, and refuses what cannot fit.
@@ -37,7 +38,7 @@ def foresee(
     Raises:
         InfeasibleError: A stage does not fit on the largest device, whose memory is known.
     """
-    there = _in_this_process() if schedule.executor == "local" else _on_ray(schedule)
+    there = _in_this_process() if execution.executor == "local" else _on_ray(execution)
     workers, room, is_gpu = there
     machine = Machine("", room, (), is_gpu)
     resources = Resources(workers=workers, machine=machine, memory_bytes=room)
@@ -47,13 +48,13 @@ def foresee(
         found = forecast(read_shapes(model), recipe, resources)
     except (InputError, UsageError) as error:
         # headers may lack what it needs, or name linears otherwise than the model does
-        watch.note(f"no forecast: {error}")
+        monitor.note(f"no forecast: {error}")
         return None
     peak = found.peak
     what = f"a worker holds up to {size(peak.device.total)}, in {peak.name}"
-    of = f" of {size(room)} assumed from its GPU's type" if room and _is_assumed(schedule) else ""
+    of = f" of {size(room)} assumed from its GPU's type" if room and _is_assumed(execution) else ""
     of = f" of {size(measured)}" if measured is not None else of
-    watch.note(f"forecast: {what}{of}; the run directory {size(found.run_bytes)}")
+    monitor.note(f"forecast: {what}{of}; the run directory {size(found.run_bytes)}")
     if found.infeasible and not recipe.allow_infeasible:
         raise InfeasibleError(
             f"{found.infeasible[0]}; `orchestrator plan` says more, and --allow-infeasible tries "
@@ -62,13 +63,13 @@ def foresee(
     return found
 
 
-def foresee_again(
+def recheck_memory(
     found: Forecast | None,
     recipe: Recipe,
     model: Place,
-    schedule: Schedule,
-    crew: Crew,
-    watch: Watch,
+    execution: Execution,
+    workers: WorkerGroup,
+    monitor: RunMonitor,
 ) -> Forecast | None:
     """Repeats the forecast with the GPU memory that the started workers report.
 
@@ -76,15 +77,15 @@ def foresee_again(
     a card that is sold in two sizes, and the whole card for a slice of it (MIG).
 
     Raises:
-        InfeasibleError: As `foresee`.
+        InfeasibleError: As `check_memory`.
     """
-    measured = crew.device_bytes
+    measured = workers.device_bytes
     if found is None or measured is None or measured == found.limits["device"]:
         return found
     assumed = found.limits["device"]
     before = "it was unknown" if assumed is None else f"{size(assumed)} were assumed from its type"
-    watch.note(f"a worker's GPU has {size(measured)}; {before}")
-    return foresee(recipe, model, schedule, watch, measured)
+    monitor.note(f"a worker's GPU has {size(measured)}; {before}")
+    return check_memory(recipe, model, execution, monitor, measured)
 
 
 def _in_this_process() -> tuple[int, float, bool]:
@@ -94,22 +95,31 @@ def _in_this_process() -> tuple[int, float, bool]:
     return 1, float(host_bytes()), False
 
 
-def _is_assumed(schedule: Schedule) -> bool:
+def _is_assumed(execution: Execution) -> bool:
     """True if the known memory is assumed from the GPU type, since Ray reports no more."""
-    if schedule.executor == "local":
+    if execution.executor == "local":
         return False
-    from orchestrator.runtime.ray import connect as ray_crew
+    from orchestrator.runtime.ray import connect
 
-    return not ray_crew.is_this_machine()
+    return not connect.is_this_machine()
 
 
-def _on_ray(schedule: Schedule) -> tuple[int, float | None, bool]:
-    from orchestrator.runtime.ray import connect as ray_crew
+def _largest_memory(kinds: Collection[str]) -> float | None:
+    """Most memory of a GPU of these types; None without GPUs or if a type is unknown.
 
-    there, room = ray_crew.devices(schedule.threads)
-    is_gpu = ray_crew.has_gpus()
-    bounds = Bounds.of(schedule.workers)
-    if room is None and not bounds.is_growing and ray_crew.is_this_machine():
+    The memory that workers report later takes precedence.
+    """
+    known = [memory for kind in kinds if (memory := largest_memory(kind)) is not None]
+    return max(known) if known and len(known) == len(kinds) else None
+
+
+def _on_ray(execution: Execution) -> tuple[int, float | None, bool]:
+    from orchestrator.runtime.ray import connect
+
+    there, kinds = connect.worker_room(execution.threads), connect.gpu_kinds()
+    room, is_gpu = _largest_memory(kinds), bool(kinds)
+    bounds = Bounds.of(execution.workers)
+    if room is None and not bounds.is_growing and connect.is_this_machine():
         room = float(host_bytes())
     most = bounds.most if bounds.is_growing and bounds.most else max(there, 1)
     return max(1, min(most, bounds.most or most)), room, is_gpu

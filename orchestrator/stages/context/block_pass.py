@@ -11,14 +11,14 @@ import numpy as np
 
 from orchestrator.plan.cut import cut_blocks, cut_segments, default_shards
 from orchestrator.runtime.calls import Call
-from orchestrator.runtime.chain import Chain, Program
+from orchestrator.runtime.chain import Program, ReplicatedBlocks
 from orchestrator.runtime.dispatch import dispatch
-from orchestrator.runtime.monitor import Stage, Watch
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
-from orchestrator.runtime.resume import taken_up
+from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
-from orchestrator.runtime.shard_pass import Pass
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.shard_pass import ShardPass
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.run import RunDirectory
 
@@ -61,9 +61,9 @@ class BlockPass:
         self,
         pass_key: str,
         keys: Mapping[int, str],
-        crew: Crew,
-        watch: Watch,
-        stage: Stage,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
         committed: Mapping[int, dict[str, Any]] | None = None,
     ) -> dict[int, dict[str, Any]]:
         """Passes chunks on; gives the facts of the units of these keys, by block.
@@ -74,20 +74,20 @@ class BlockPass:
             committed: Result of `committed`, if the caller has it already.
         """
         if committed is None:
-            done = self._decomposed(keys, crew, watch, stage)
+            done = self._decomposed(keys, workers, monitor, stage)
         else:
             done = {block: with_arrays(facts) for block, facts in committed.items()}
         for block in done:
             self.on_committed(block)
-        cut = self._cut(crew)
-        schedule = Pass(
+        cut = self._cut(workers)
+        schedule = ShardPass(
             cut,
             todo=keys.keys() - done.keys(),
             num_chunks=self.sequences,
-            present=self._present(pass_key, [blocks.start for blocks in cut], crew),
+            present=self._present(pass_key, [blocks.start for blocks in cut], workers),
             joints=self._joints,
         )
-        self._perform(schedule, pass_key, done, keys, crew, watch, stage)
+        self._perform(schedule, pass_key, done, keys, workers, monitor, stage)
         return done
 
     def backward(
@@ -96,9 +96,9 @@ class BlockPass:
         pass_key: str,
         draws: int,
         keys: Mapping[int, str],
-        crew: Crew,
-        watch: Watch,
-        stage: Stage,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
     ) -> dict[int, dict[str, Any]]:
         """The same with gradients, `draws` for every sequence, from the last block to the first.
 
@@ -108,17 +108,17 @@ class BlockPass:
         is repeated segment by segment (see `cut_segments`). If a shard is too much for a worker,
         one more forward pass makes the chunks at the new cut.
         """
-        done = self._decomposed(keys, crew, watch, stage)
-        cut, count = self._cut(crew), draws * self.sequences
-        dense, workers = self.run.chunks(dense_key, crew.environment), crew.size
+        done = self._decomposed(keys, workers, monitor, stage)
+        cut, count = self._cut(workers), draws * self.sequences
+        dense = self.run.chunks(dense_key, workers.environment)
 
-        def back(part: Sequence[range]) -> Pass:
+        def back(part: Sequence[range]) -> ShardPass:
             """Backward pass through these shards; gradients stay if earlier blocks need them."""
             first = part[0].start
             goes_on = any(block < first for block in todo)
             boundaries = [blocks.stop for blocks in part[::-1]]
-            *present, behind = self._present(pass_key, [*boundaries, first], crew, count)
-            return Pass(
+            *present, behind = self._present(pass_key, [*boundaries, first], workers, count)
+            return ShardPass(
                 part[::-1],
                 todo=todo,
                 num_chunks=count,
@@ -132,15 +132,15 @@ class BlockPass:
             )
 
         while todo := keys.keys() - done.keys():
-            segments = cut_segments(len(cut), workers, self.segments)
+            segments = cut_segments(len(cut), workers.size, self.segments)
             kept, first = _next_segment(cut, segments, back(cut).unfinished)
-            if (found := self._keep_boundaries(dense_key, cut, kept, crew, watch)) != cut:
+            if (found := self._keep_boundaries(dense_key, cut, kept, workers, monitor)) != cut:
                 cut = found
                 continue
             schedule = back(cut[first:])
-            self._perform(schedule, pass_key, done, keys, crew, watch, stage, beside=dense)
+            self._perform(schedule, pass_key, done, keys, workers, monitor, stage, beside=dense)
             cut = (*cut[:first], *schedule.following_cut())
-        for chunks in (dense, self.run.chunks(pass_key, crew.environment)):
+        for chunks in (dense, self.run.chunks(pass_key, workers.environment)):
             chunks.clear()
         return done
 
@@ -149,9 +149,9 @@ class BlockPass:
         streams: Sequence[str],
         keys: Mapping[int, str],
         program: Callable[[int, bool], Program],
-        crew: Crew,
-        watch: Watch,
-        stage: Stage,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
     ) -> dict[int, dict[str, Any]]:
         """Blocks one after the other, each from all the chunks that the one before has left.
 
@@ -160,14 +160,16 @@ class BlockPass:
             keys: Of the units of all blocks that are gone through, from block 0 on.
             program: The rounds of a block, told whether it is made; gives the facts of its unit.
         """
-        done = self.committed(keys, crew, watch, stage.name)
-        stores = [self.run.chunks(stream, crew.environment) for stream in streams]
+        done = self.committed(keys, workers, monitor, stage.name)
+        stores = [self.run.chunks(stream, workers.environment) for stream in streams]
         present = [
             block
             for block in keys
             if all(len(store.present(block, self.sequences)) == self.sequences for store in stores)
         ]
-        schedule = Chain(todo=keys.keys() - done.keys(), present=present, program=program)
+        schedule = ReplicatedBlocks(
+            todo=keys.keys() - done.keys(), present=present, program=program
+        )
 
         def note_ended() -> None:
             for block, facts in schedule.ended():
@@ -182,12 +184,12 @@ class BlockPass:
             note_ended()
 
         dispatch(
-            crew.pool,
+            workers.pool,
             schedule,
             FailurePolicy(),
             on_success=on_success,
             is_awaited=schedule.is_awaited,
-            on_event=watch.event,
+            on_event=monitor.event,
         )
         note_ended()
         for store in stores:
@@ -195,18 +197,22 @@ class BlockPass:
         return done
 
     def committed(
-        self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: str
+        self, keys: Mapping[int, str], workers: WorkerGroup, monitor: RunMonitor, stage: str
     ) -> dict[int, dict[str, Any]]:
         """Facts of the units that are taken up from an earlier run."""
-        done = taken_up(self.run.units, keys, crew, watch, stage, called="block {}")
+        done = reusable_units(self.run.units, keys, workers, monitor, stage, called="block {}")
         if done:
-            watch.note(f"{len(done)} of {len(keys)} blocks are committed already")
+            monitor.note(f"{len(done)} of {len(keys)} blocks are committed already")
         return done
 
     def _decomposed(
-        self, keys: Mapping[int, str], crew: Crew, watch: Watch, stage: Stage
+        self,
+        keys: Mapping[int, str],
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
     ) -> dict[int, dict[str, Any]]:
-        committed = self.committed(keys, crew, watch, stage.name)
+        committed = self.committed(keys, workers, monitor, stage.name)
         return {block: with_arrays(facts) for block, facts in committed.items()}
 
     @property
@@ -214,15 +220,15 @@ class BlockPass:
         """Where shards may meet."""
         return range(0, self.num_blocks, self.group)
 
-    def _cut(self, crew: Crew) -> tuple[range, ...]:
-        default = default_shards(self.num_blocks, crew.size, max(self.blocks, self.group))
+    def _cut(self, workers: WorkerGroup) -> tuple[range, ...]:
+        default = default_shards(self.num_blocks, workers.size, max(self.blocks, self.group))
         return cut_blocks(self.num_blocks, self.shards or default, self.group)
 
     def _present(
-        self, pass_key: str, boundaries: list[int], crew: Crew, count: int | None = None
+        self, pass_key: str, boundaries: list[int], workers: WorkerGroup, count: int | None = None
     ) -> list[set[int]]:
         """Which chunks lie at each boundary."""
-        chunks = self.run.chunks(pass_key, crew.environment)
+        chunks = self.run.chunks(pass_key, workers.environment)
         return [chunks.present(boundary, count or self.sequences) for boundary in boundaries]
 
     def _keep_boundaries(
@@ -230,16 +236,16 @@ class BlockPass:
         dense_key: str,
         cut: tuple[range, ...],
         kept: Sequence[int],
-        crew: Crew,
-        watch: Watch,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
     ) -> tuple[range, ...]:
         """Passes chunks up to these boundaries and keeps them there; gives the cut afterwards."""
         last = next(shard for shard, blocks in enumerate(cut) if blocks.start == max(kept))
         if last == 0:
             return cut
         boundaries = [blocks.start for blocks in cut[: last + 1]]
-        *present, behind = self._present(dense_key, boundaries, crew)
-        schedule = Pass(
+        *present, behind = self._present(dense_key, boundaries, workers)
+        schedule = ShardPass(
             cut[:last],
             todo=(),
             num_chunks=self.sequences,
@@ -248,19 +254,19 @@ class BlockPass:
             keeps=kept,
             joints=self._joints,
         )
-        chunks = self.run.chunks(dense_key, crew.environment)
-        run_pass(crew, watch, schedule, chunks, lambda call, value: None)
+        chunks = self.run.chunks(dense_key, workers.environment)
+        run_pass(workers, monitor, schedule, chunks, lambda call, value: None)
         return (*schedule.cut, *cut[last:])
 
     def _perform(
         self,
-        schedule: Pass,
+        schedule: ShardPass,
         pass_key: str,
         done: dict[int, dict[str, Any]],
         keys: Mapping[int, str],
-        crew: Crew,
-        watch: Watch,
-        stage: Stage,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
         beside: Chunks | None = None,
     ) -> None:
         """The pass to its end, each block's facts into `done`."""
@@ -272,15 +278,15 @@ class BlockPass:
                 self._progress(block, done, keys, stage)
                 self.on_committed(block)
 
-        chunks = self.run.chunks(pass_key, crew.environment)
-        run_pass(crew, watch, schedule, chunks, on_success, self.patience, beside)
+        chunks = self.run.chunks(pass_key, workers.environment)
+        run_pass(workers, monitor, schedule, chunks, on_success, self.patience, beside)
 
     def _progress(
         self,
         block: int,
         done: Mapping[int, Mapping[str, Any]],
         keys: Mapping[int, str],
-        stage: Stage,
+        stage: StageMonitor,
     ) -> None:
         """Tells of a block whose unit is committed."""
         seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])

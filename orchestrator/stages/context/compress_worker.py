@@ -33,7 +33,7 @@ from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.checkpoint.write import write_file
 from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration, dense_weight
 from orchestrator.plan.curve import Curve
@@ -85,7 +85,7 @@ class CompressionWorker(Worker):
         self.task = task
         self.method = task.method
         self._weights: Weights | None = None
-        self._skeleton: Skeleton | None = None
+        self._lazy_model: LazyModel | None = None
         self._tokens: TokenArrays | None = None
         self._shard: Shard | None = None
         self._calibration: Calibration | None = None
@@ -102,13 +102,13 @@ class CompressionWorker(Worker):
         self.dense.read_ahead(blocks)
 
     @property
-    def dense(self) -> Skeleton:
+    def dense(self) -> LazyModel:
         """The dense model; the tokens are read with it."""
         task = self.task
-        if self._skeleton is None:
-            self._skeleton = Skeleton.open(task.model, dtype=task.dtype, device=self.device)
+        if self._lazy_model is None:
+            self._lazy_model = LazyModel.open(task.model, dtype=task.dtype, device=self.device)
             self._tokens = read_tokens(self.run, task.tokens_key)
-        return self._skeleton
+        return self._lazy_model
 
     def _gather(self, shard: Shard, todo: tuple[int, ...]) -> Calibration:
         """The statistics of the groups of blocks that are still to do, none gathered yet."""
@@ -206,7 +206,7 @@ class CompressionWorker(Worker):
         """
         assert self._shard is not None
         assert self._calibration is not None
-        self._calibration.settle()
+        self._calibration.flush_writes()
         self._shard.free_ends()
 
     def _decompose(self, group: Sequence[Linear]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,21 +9,21 @@ from typing import Any
 from orchestrator.allocate.bernoulli import Candidates
 from orchestrator.allocate.budget import budget_values
 from orchestrator.allocate.by_bytes import fill_bytes
-from orchestrator.allocate.cap import Cap
+from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.strs import Strs
-from orchestrator.allocate.two_sided_sparse import Surface, TwoSidedSparse
+from orchestrator.allocate.two_sided_sparse import Surface, TwoSidedSparseAllocator
 from orchestrator.errors import UsageError
 from orchestrator.forecast.forecast import MOST_BLOCKS
 from orchestrator.forecast.needs import needs_of
 from orchestrator.forecast.outcome import Forecast
 from orchestrator.forecast.work import decomposing_block
 from orchestrator.models.checkpoint.headers import read_json
-from orchestrator.models.checkpoint.output import HOLD_FILE, check_out, claim_out
+from orchestrator.models.checkpoint.output import LEASE_FILE, check_out, claim_out
 from orchestrator.models.checkpoint.weights import parse_dtype
 from orchestrator.models.checkpoint.write import REPORT_FILE
 from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.locate import locate
 from orchestrator.models.survey.select import select
 from orchestrator.plan.curve import Curve
@@ -31,14 +31,14 @@ from orchestrator.plan.grouping import Grouping
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.resolve import parts_of
+from orchestrator.resolve import resolve
 from orchestrator.runtime.deadline import slowly
-from orchestrator.runtime.monitor import Stage, Watch
-from orchestrator.runtime.workers import DEFAULT_THREADS, Crew, Schedule
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.workers import DEFAULT_THREADS, Execution, WorkerGroup
 from orchestrator.stages.context.block_pass import BlockPass
 from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.stages.context.curvature_worker import CurvatureTask, CurvatureWorker
-from orchestrator.stages.context.previous_run import Before
+from orchestrator.stages.context.previous_run import PreviousRun
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.context.trained_stage import TrainedStage
 from orchestrator.stages.pivot.job import Pivot
@@ -54,7 +54,7 @@ from orchestrator.stages.score_sensitivities.worker import (
 from orchestrator.stages.train.job import Train
 from orchestrator.stages.walk.job import Sweep, Walk
 from orchestrator.stages.write.job import WRITE_VERSION, result_of
-from orchestrator.store.lease import Hold
+from orchestrator.store.lease import Lease
 from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
@@ -68,8 +68,8 @@ CURVATURE_VERSION = 1
 class Compression:
     """What is known of one compression as its verbs go by; names, curves and plans, no weights."""
 
-    def __init__(self, recipe: Recipe, before: Before | None = None) -> None:
-        parts = parts_of(recipe)
+    def __init__(self, recipe: Recipe, before: PreviousRun | None = None) -> None:
+        parts = resolve(recipe)
         self._asked, self.recipe = recipe, parts.recipe
         self.method, self.allocator = parts.method, parts.allocator
         self.compensation, self.refine_options = parts.compensation, parts.refinement
@@ -107,11 +107,11 @@ class Compression:
 
     def survey(self) -> None:
         """Config and headers to blocks, linears, sites, shapes; no weight is read."""
-        skeleton = Skeleton.open(self.model, dtype=parse_dtype(self.recipe.dtype))
-        self.surveyed = skeleton.survey()
-        self.dtype = skeleton.dtype
-        self._vocabulary = skeleton.config.get_text_config().vocab_size
-        self.tensors = skeleton.tensors()
+        lazy_model = LazyModel.open(self.model, dtype=parse_dtype(self.recipe.dtype))
+        self.surveyed = lazy_model.survey()
+        self.dtype = lazy_model.dtype
+        self._vocabulary = lazy_model.config.get_text_config().vocab_size
+        self.tensors = lazy_model.tensors()
         names = [linear.name for linear in self.surveyed.linears]
         chosen = set(select(names, self.recipe.target, self.recipe.ignore))
         self.linears = tuple(
@@ -193,14 +193,14 @@ class Compression:
         return unit_key("calibrate", CALIBRATE_VERSION, inputs, dtype=str(self.dtype))
 
     @property
-    def bends(self) -> bool:
+    def needs_gradients(self) -> bool:
         """Whether the statistics hold how the loss bends, from gradients that flow back."""
         return self.method.labels > 0
 
     @cached_property
     def statistics_key(self) -> str:
         """The pass that leaves the statistics."""
-        if not self.bends:
+        if not self.needs_gradients:
             return self.pass_key
         draws = {"labels": self.method.labels, "seed": self.recipe.seed}
         return unit_key("curvature", CURVATURE_VERSION, [self.pass_key], **draws)
@@ -214,7 +214,7 @@ class Compression:
     def task(self) -> CompressionTask:
         """What the workers need to know."""
         task = self._compression_task
-        if not self.bends:
+        if not self.needs_gradients:
             return task
         return CurvatureTask(
             **{field.name: getattr(task, field.name) for field in fields(CompressionTask)},
@@ -227,7 +227,7 @@ class Compression:
     def _compression_task(self) -> CompressionTask:
         return CompressionTask(
             run_dir=self.run.root,
-            threads=self.schedule.threads or DEFAULT_THREADS,
+            threads=self.execution.threads or DEFAULT_THREADS,
             pass_key=self.pass_key,
             fingerprints={self.model: self.surveyed.fingerprint},
             writes=(self.run.root, self.out),
@@ -243,9 +243,9 @@ class Compression:
         )
 
     @property
-    def schedule(self) -> Schedule:
+    def execution(self) -> Execution:
         recipe = self.recipe
-        return Schedule(
+        return Execution(
             executor=recipe.executor,
             address=recipe.address,
             workers=recipe.workers,
@@ -254,18 +254,20 @@ class Compression:
             allow_mixed=recipe.allow_mixed,
         )
 
-    def calibrate_and_decompose(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def calibrate_and_decompose(
+        self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
+    ) -> None:
         """Chunks flow through the shards; each block's linears are decomposed where they are.
 
         Blocks that an earlier run has committed in this environment are not touched again.
         """
         keys = self.block_keys
-        through = replace(self.block_pass, patience={"finish": self._finish_seconds(crew)})
-        if self.bends:
+        through = replace(self.block_pass, patience={"finish": self._finish_seconds(workers)})
+        if self.needs_gradients:
             passes = self.pass_key, self.statistics_key, self.method.labels
-            self.facts = through.backward(*passes, keys, crew, watch, stage)
+            self.facts = through.backward(*passes, keys, workers, monitor, stage)
         else:
-            self.facts = through.forward(self.pass_key, keys, crew, watch, stage)
+            self.facts = through.forward(self.pass_key, keys, workers, monitor, stage)
 
     @property
     def block_pass(self) -> BlockPass:
@@ -280,7 +282,7 @@ class Compression:
             segments=self.foreseen.segments if self.foreseen else 1,
         )
 
-    def _finish_seconds(self, crew: Crew) -> float:
+    def _finish_seconds(self, workers: WorkerGroup) -> float:
         """What a group of blocks may take to be decomposed, where that is slow."""
         work = decomposing_block(
             [each for each in self.linears if self.grouping.first(each.block) == 0],
@@ -288,7 +290,7 @@ class Compression:
             self.recipe.storage == "pivoted",
             self._itemsize,
         )
-        return slowly(work.flops, crew.environment["device"])
+        return slowly(work.flops, workers.environment["device"])
 
     @cached_property
     def results(self) -> Mapping[str, dict[str, Any]]:
@@ -307,12 +309,12 @@ class Compression:
     @property
     def masks(self) -> bool:
         """Whether what is kept is chosen by passes through masked models."""
-        return isinstance(self.allocator, Cap)
+        return isinstance(self.allocator, CapAllocator)
 
     @property
     def mixes(self) -> bool:
         """Whether a linear's rank and entries are chosen together from losses of both."""
-        return isinstance(self.allocator, TwoSidedSparse)
+        return isinstance(self.allocator, TwoSidedSparseAllocator)
 
     @property
     def measures(self) -> bool:
@@ -322,20 +324,20 @@ class Compression:
     @property
     def worker_class(self) -> type[CompressionWorker]:
         if self.measures:
-            return CurvatureSensitivityWorker if self.bends else SensitivityWorker
-        if self.bends:
+            return CurvatureSensitivityWorker if self.needs_gradients else SensitivityWorker
+        if self.needs_gradients:
             return CurvatureWorker
         return ScoreWorker if self.masks else CompressionWorker
 
-    def score(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def score(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Losses of models with one cut, or of masked ones and the choice that they lead to."""
         if self.measures:
-            self.measured = Sensitivities(self, crew, watch, stage).measure()
+            self.measured = Sensitivities(self, workers, monitor, stage).measure()
             return
         candidates = {
             name: Candidates.from_json(result["curve"]) for name, result in self.results.items()
         }
-        scoring = Scoring(self, candidates, crew, watch, stage, itemsize=self._itemsize)
+        scoring = Scoring(self, candidates, workers, monitor, stage, itemsize=self._itemsize)
         self.learnt = scoring.learn()
 
     def allocate(self) -> None:
@@ -413,9 +415,9 @@ class Compression:
         """The unit that says what of every linear is kept, where a prefix does not."""
         return (self.learnt.key,) if self.masks else ()
 
-    def hold_out(self) -> Hold:
+    def hold_out(self) -> Lease:
         """What says that this driver writes to the output directory."""
-        return Hold(self.out / HOLD_FILE)
+        return Lease(self.out / LEASE_FILE)
 
     def finished(self) -> Result | None:
         """The result, if the output directory holds just what this recipe asks for.

@@ -18,7 +18,7 @@ SIZES = {"keep", "keep_bytes"}
 
 
 @dataclass(frozen=True, slots=True)
-class Before:
+class PreviousRun:
     """What a run knew that its recipe does not say."""
 
     model: Place
@@ -31,7 +31,7 @@ class Before:
     """The facts of that unit."""
 
 
-def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Before]:
+def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, PreviousRun]:
     """The recipe that a run directory was last used for, with another output and other fields.
 
     Where and how fast it is performed is said anew; only the number of threads, which decides
@@ -67,4 +67,4 @@ def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Before]:
         name: value for name, value in written.items() if value is not None and name not in dropped
     }
     recipe = make_recipe({**kept, **given, "out": out, "run_dir": run_dir})
-    return recipe, Before(parse_place(str(model)), str(base_model), str(key), tokens["facts"])
+    return recipe, PreviousRun(parse_place(str(model)), str(base_model), str(key), tokens["facts"])

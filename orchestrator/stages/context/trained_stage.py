@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from orchestrator.runtime.monitor import Stage, Watch
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.compress_worker import CompressionTask
 from orchestrator.stages.context.trained_worker import TrainedWorker
 from orchestrator.store.units import unit_key
@@ -85,7 +85,7 @@ class TrainedStage(ABC):
         """What the workers need to know."""
 
     @abstractmethod
-    def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Makes the units that are not there yet."""
 
     @property

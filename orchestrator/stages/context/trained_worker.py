@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orchestrator.models.checkpoint.layout import TensorSpec
 from orchestrator.models.forms.modules import PivotedLinear
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.plan.plan import Plan
 from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
@@ -43,11 +43,11 @@ class TrainedWorker(ScoreWorker):
     def __init__(self, task: TrainedTask) -> None:
         super().__init__(task)
         self._choice = task.choice
-        self._planned: Skeleton | None = None
+        self._planned: LazyModel | None = None
         self._names: dict[str, frozenset[str]] = {}
 
     @property
-    def planned(self) -> Skeleton:
+    def planned(self) -> LazyModel:
         """The compressed model before this stage; factors are not rounded to the output's dtype."""
         if self._planned is None:
             self._planned = self.dense.planned(

@@ -11,15 +11,15 @@ from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
 from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.locate import locate
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.runtime.calls import Call
-from orchestrator.runtime.monitor import Stage, Watch
-from orchestrator.runtime.resume import taken_up
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
-from orchestrator.runtime.shard_pass import Pass
-from orchestrator.runtime.workers import DEFAULT_THREADS, Crew, Schedule
+from orchestrator.runtime.shard_pass import ShardPass
+from orchestrator.runtime.workers import DEFAULT_THREADS, Execution, WorkerGroup
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.evaluate.worker import EvaluationTask, tokens_per_second
 from orchestrator.store.places import Place
@@ -38,12 +38,12 @@ class Evaluation:
         *,
         text: Mapping[str, Any],
         dtype: torch.dtype | None,
-        schedule: Schedule,
+        execution: Execution,
         run_dir: Place,
     ) -> None:
         self.models = {name: locate(model).absolute() for name, model in models.items()}
         self.text = text
-        self.schedule = schedule
+        self.execution = execution
         self.run = RunDirectory(run_dir.expanduser().absolute())
         self.run.check()
         self._asked = {"evaluate": dict(models), "text": dict(text)}
@@ -62,16 +62,16 @@ class Evaluation:
             InputError: The models do not have the same blocks and vocabulary.
         """
         self.skeletons = {
-            name: Skeleton.open(path, dtype=self._dtype) for name, path in self.models.items()
+            name: LazyModel.open(path, dtype=self._dtype) for name, path in self.models.items()
         }
         self.fingerprints = {
-            self.models[name]: skeleton.weights.fingerprint
-            for name, skeleton in self.skeletons.items()
+            self.models[name]: lazy_model.weights.fingerprint
+            for name, lazy_model in self.skeletons.items()
         }
         ours = self.skeletons["model"]
         self.num_blocks = ours.num_blocks
-        for name, skeleton in self.skeletons.items():
-            found = skeleton.num_blocks, skeleton.config.get_text_config().vocab_size
+        for name, lazy_model in self.skeletons.items():
+            found = lazy_model.num_blocks, lazy_model.config.get_text_config().vocab_size
             wanted = ours.num_blocks, ours.config.get_text_config().vocab_size
             if found != wanted:
                 raise InputError(
@@ -88,7 +88,7 @@ class Evaluation:
         self.token_report = tokens.report
         self.tokens_key = commit_tokens(self.run, tokens)
         inputs = [*self.fingerprints.values(), self.tokens_key]
-        dtypes = {name: str(skeleton.dtype) for name, skeleton in self.skeletons.items()}
+        dtypes = {name: str(lazy_model.dtype) for name, lazy_model in self.skeletons.items()}
         self.pass_key = unit_key("evaluate", EVALUATE_VERSION, inputs, dtypes=dtypes)
         self.slice_keys = tuple(
             unit_key("score", EVALUATE_VERSION, [self.pass_key], sequence=index)
@@ -99,7 +99,7 @@ class Evaluation:
     def task(self) -> EvaluationTask:
         return EvaluationTask(
             run_dir=self.run.root,
-            threads=self.schedule.threads or DEFAULT_THREADS,
+            threads=self.execution.threads or DEFAULT_THREADS,
             pass_key=self.pass_key,
             fingerprints=self.fingerprints,
             writes=(self.run.root,),
@@ -118,17 +118,17 @@ class Evaluation:
     def _result_key(self) -> str:
         return unit_key("evaluation", EVALUATE_VERSION, [self.pass_key])
 
-    def score(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def score(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Sequences flow through the shards of all models; behind the last ones lie the scores."""
         units, total = self.run.units, len(self.slice_keys)
         keys = dict(enumerate(self.slice_keys))
-        left = taken_up(units, keys, crew, watch, stage.name)
-        self._elsewhere = watch.made_elsewhere
-        chunks = self.run.chunks(self.pass_key, crew.environment)
-        shards = self.schedule.shards or default_shards(self.num_blocks, crew.size)
+        left = reusable_units(units, keys, workers, monitor, stage.name)
+        self._elsewhere = monitor.made_elsewhere
+        chunks = self.run.chunks(self.pass_key, workers.environment)
+        shards = self.execution.shards or default_shards(self.num_blocks, workers.size)
         cut = cut_blocks(self.num_blocks, shards)
         done = set(left)
-        schedule = Pass(
+        schedule = ShardPass(
             cut,
             todo=(),
             num_chunks=total,
@@ -146,12 +146,12 @@ class Evaluation:
                     done.add(call.emits[1])
                     stage.progress(len(done), total)
 
-        run_pass(crew, watch, schedule, chunks, on_success)
-        self._workers = watch.most_workers
-        self._usage = watch.memory.get(stage.name)
+        run_pass(workers, monitor, schedule, chunks, on_success)
+        self._workers = monitor.most_workers
+        self._usage = monitor.memory.get(stage.name)
         self.total = Score()
         for index in range(total):
-            facts = left.get(index) or units.facts(keys[index], crew.environment)
+            facts = left.get(index) or units.facts(keys[index], workers.environment)
             assert facts is not None
             self.total = self.total.merge(Score.from_json(facts))
         self._cut = schedule.cut
@@ -163,7 +163,7 @@ class Evaluation:
             if seconds is not None:
                 self._decode[name][shard].append(seconds)
 
-    def report(self, crew: Crew) -> dict[str, Any]:
+    def report(self, workers: WorkerGroup) -> dict[str, Any]:
         """Everything that was measured; committed, so that the same evaluation is not repeated."""
         total = self.total
         losses = {"model": total.window_loss, "against": total.against_window_loss}
@@ -184,7 +184,7 @@ class Evaluation:
             "predictions": total.predictions,
             "shards": len(self._cut),
             "workers": self._workers,
-            "environment": crew.environment,
+            "environment": workers.environment,
             **({"made_elsewhere": self._elsewhere} if self._elsewhere else {}),
             **({"memory": self._usage.to_json()} if self._usage else {}),
         }
@@ -192,7 +192,7 @@ class Evaluation:
             report["kl"] = total.divergence / total.predictions
             report["top1_agreement"] = total.agreements / total.predictions
         unit = self.run.units.begin(self._result_key)
-        unit.commit(environment=crew.environment, facts=report)
+        unit.commit(environment=workers.environment, facts=report)
         return report
 
     def _speed(self, seconds: Mapping[range, list[float]], *, prefill: bool) -> float | None:

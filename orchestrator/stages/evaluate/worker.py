@@ -13,7 +13,7 @@ from orchestrator.device.transport import Departure
 from orchestrator.models.evaluation.scoring import score
 from orchestrator.models.evaluation.speed import decode_seconds
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.runtime.worker import Emitted, Task, Worker
 from orchestrator.stages.context.tokens import TokenArrays, first_chunk, read_tokens
@@ -41,7 +41,7 @@ class EvaluationWorker(Worker):
     def __init__(self, task: EvaluationTask) -> None:
         super().__init__(task)
         self.task = task
-        self._skeletons: dict[str, Skeleton] = {}
+        self._skeletons: dict[str, LazyModel] = {}
         self._shards: dict[str, Shard] = {}
         self._tokens: TokenArrays | None = None
         self._decode_measured = False
@@ -55,9 +55,9 @@ class EvaluationWorker(Worker):
             self._tokens = read_tokens(self.run, self.task.tokens_key)
             for name, path in self.task.models.items():
                 dtype, device = self.task.dtype, self.device
-                self._skeletons[name] = Skeleton.open(path, dtype=dtype, device=device)
+                self._skeletons[name] = LazyModel.open(path, dtype=dtype, device=device)
         self._shards = {
-            name: skeleton.shard(range(*blocks)) for name, skeleton in self._skeletons.items()
+            name: lazy_model.shard(range(*blocks)) for name, lazy_model in self._skeletons.items()
         }
         self._decode_measured = False
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.forecast.work import pivoting
-from orchestrator.runtime.calls import Bag, Call
+from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.deadline import slowly
 from orchestrator.runtime.dispatch import dispatch
-from orchestrator.runtime.monitor import Stage, Watch
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
-from orchestrator.runtime.resume import taken_up
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.resume import reusable_units
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.stages.refine.job import Refine
 from orchestrator.store.files import digest_json
@@ -50,10 +50,10 @@ class Pivot:
         self.key = digest_json(self._keys)
         """The name of all units together."""
 
-    def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Every linear a call, on whoever is idle."""
         units = self._job.run.units
-        self._facts = self._taken_up(crew, watch, stage)
+        self._facts = self._taken_up(workers, monitor, stage)
         missing = {each: rank for each, rank in self._sizes.items() if each.name not in self._facts}
 
         def on_success(call: Call, value: Any) -> None:
@@ -65,25 +65,27 @@ class Pivot:
         flops = max((pivoting(*each).flops for each in missing.items()), default=0.0)
         calls = [(each.name, (each.name, rank)) for each, rank in missing.items()]
         dispatch(
-            crew.pool,
-            Bag("pivot", calls),
+            workers.pool,
+            IndependentCalls("pivot", calls),
             FailurePolicy(),
             on_success=on_success,
-            on_event=watch.event,
-            patience={"pivot": slowly(flops, crew.environment["device"])},
+            on_event=monitor.event,
+            patience={"pivot": slowly(flops, workers.environment["device"])},
         )
 
-    def _taken_up(self, crew: Crew, watch: Watch, stage: Stage) -> dict[str, Any]:
+    def _taken_up(
+        self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
+    ) -> dict[str, Any]:
         """Facts of the units to reuse; a spent one counts if the later stage has its block."""
         units = self._job.run.units
         found = {name: units.manifest(key) for name, key in self._keys.items()}
         spent = [each for each in self._sizes if (m := found[each.name]) and m["spent"]]
         if spent:
-            later = self._superseding.taken_up(crew, watch) if self._superseding else {}
+            later = self._superseding.reusable_units(workers, monitor) if self._superseding else {}
             for linear in spent:
                 if linear.block not in later:
                     units.drop(self._keys[linear.name])
-        return taken_up(units, self._keys, crew, watch, stage.name)
+        return reusable_units(units, self._keys, workers, monitor, stage.name)
 
     def spend(self, block: int) -> None:
         """Removes the pivoted factors of a block; only their measurements stay."""

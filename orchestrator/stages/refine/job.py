@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from orchestrator.runtime.monitor import Stage, Watch
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.trained_stage import TrainedStage
 from orchestrator.stages.refine.worker import RefineTask, RefineWorker
 
@@ -47,16 +47,18 @@ class Refine(TrainedStage):
     def task(self) -> RefineTask:
         return RefineTask(**self.shared, options=self._options)
 
-    def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Dense chunks flow through the shards; then each shard's blocks are trained."""
-        passes, done = self._job.block_pass, self.taken_up(crew, watch)
+        passes, done = self._job.block_pass, self.reusable_units(workers, monitor)
         passes = replace(passes, on_committed=self.replaces)
-        self._facts = passes.forward(self.key, self.keys, crew, watch, stage, done)
+        self._facts = passes.forward(self.key, self.keys, workers, monitor, stage, done)
 
-    def taken_up(self, crew: Crew, watch: Watch) -> dict[int, dict[str, Any]]:
+    def reusable_units(
+        self, workers: WorkerGroup, monitor: RunMonitor
+    ) -> dict[int, dict[str, Any]]:
         """Facts of the blocks that an earlier run has refined; their files are verified once."""
         if self._there is None:
-            self._there = self._job.block_pass.committed(self.keys, crew, watch, self.name)
+            self._there = self._job.block_pass.committed(self.keys, workers, monitor, self.name)
         return self._there
 
     @property

@@ -5,8 +5,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.plan.forms import FACTORED
-from orchestrator.runtime.monitor import Stage, Watch
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.compress_worker import CompressionTask
 from orchestrator.stages.refit.worker import RefitTask, RefitWorker
 from orchestrator.store.units import unit_key
@@ -48,10 +48,10 @@ class Refit:
             },
         )
 
-    def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Chunks flow through the cut blocks; left factors are fitted to the inputs found there."""
         keys = self.task.refit_keys
-        self._facts = self._job.block_pass.forward(self.key, keys, crew, watch, stage)
+        self._facts = self._job.block_pass.forward(self.key, keys, workers, monitor, stage)
 
     @property
     def measured(self) -> Mapping[str, Any]:

@@ -77,8 +77,8 @@ class RefitWorker(CompressionWorker):
     def _dense(self, linear: Linear) -> Tensor:
         """The dense weight, read again: the shard has the cut one in its place."""
         assert self._shard is not None
-        assert self._skeleton is not None
-        weight = self._skeleton.load(f"{linear.name}.weight")
+        assert self._lazy_model is not None
+        weight = self._lazy_model.load(f"{linear.name}.weight")
         return as_dense(self._shard.module(linear.name), weight)
 
     def finish(self, block: int) -> dict[str, Any]:

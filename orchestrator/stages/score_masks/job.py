@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator.allocate.bernoulli import Candidates, Draw, Pool
+from orchestrator.allocate.bernoulli import CandidatePool, Candidates, Draw
 from orchestrator.allocate.budget import budget_values
 from orchestrator.allocate.by_bytes import fill_bytes
-from orchestrator.allocate.cap import Cap
+from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.plan import Plan
 from orchestrator.runtime.calls import Call
-from orchestrator.runtime.monitor import Stage, Watch
-from orchestrator.runtime.resume import taken_up
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
-from orchestrator.runtime.shard_pass import Pass
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.shard_pass import ShardPass
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.masks import commit_candidates
-from orchestrator.stages.score_masks.worker import Trial, Trials
+from orchestrator.stages.score_masks.worker import MaskTrial, MaskTrials
 from orchestrator.store.files import digest_json
 from orchestrator.store.units import unit_key
 
@@ -55,17 +55,17 @@ class Scoring:
         self,
         job: "Compression",
         candidates: Mapping[str, Candidates],
-        crew: Crew,
-        watch: Watch,
-        stage: Stage,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
         *,
         itemsize: int,
     ) -> None:
-        self._job, self._crew, self._watch, self._stage = job, crew, watch, stage
+        self._job, self._workers, self._monitor, self._stage = job, workers, monitor, stage
         self._itemsize = itemsize
         allocator = job.allocator
-        assert isinstance(allocator, Cap)
-        self.allocator: Cap = allocator
+        assert isinstance(allocator, CapAllocator)
+        self.allocator: CapAllocator = allocator
         self.pool = self.allocator.pool(job.linears, candidates, job.recipe.share)
         self._counts = self.pool.split(self.pool.count_N)
         self._chunks = min(self.allocator.chunks, job.token_report["sequences"])
@@ -135,30 +135,32 @@ class Scoring:
         values = {name: part for name, part in parts.items() if name not in dense}
         return commit_candidates(self._job.run, values, self._counts)
 
-    def _choice_trial(self, choice: Choice) -> Trial:
-        return Trial(self._commit(choice.kept_N, choice.dense), None)
+    def _choice_trial(self, choice: Choice) -> MaskTrial:
+        return MaskTrial(self._commit(choice.kept_N, choice.dense), None)
 
-    def _drawn_trials(self, share_N: np.ndarray, iteration: int) -> list[Trial]:
+    def _drawn_trials(self, share_N: np.ndarray, iteration: int) -> list[MaskTrial]:
         key, seed = self._commit(share_N), self._job.recipe.seed
-        return [Trial(key, (seed, iteration, each)) for each in range(self.allocator.samples)]
+        return [MaskTrial(key, (seed, iteration, each)) for each in range(self.allocator.samples)]
 
-    def _unit_key(self, trial: Trial) -> str:
+    def _unit_key(self, trial: MaskTrial) -> str:
         job = self._job
         inputs = [job.pass_key, *job.block_keys.values(), trial.candidates_key]
         return unit_key("loss", SCORE_VERSION, inputs, seed=trial.seed, sequences=self._chunks)
 
-    def _losses(self, trials: Sequence[Trial]) -> list[Draw]:
+    def _losses(self, trials: Sequence[MaskTrial]) -> list[Draw]:
         """The losses of masked models, in one pass those that are not committed."""
         keys = [self._unit_key(trial) for trial in trials]
         units, stage = self._job.run.units, self._stage.name
-        found = taken_up(units, {key: key for key in keys}, self._crew, self._watch, stage)
+        found = reusable_units(
+            units, {key: key for key in keys}, self._workers, self._monitor, stage
+        )
         missing = [trial for trial, key in zip(trials, keys, strict=True) if key not in found]
         self._done += len(trials) - len(missing)
         if missing:
             found |= self._run(missing)
         return [self._draw(trial, found[key]) for trial, key in zip(trials, keys, strict=True)]
 
-    def _draw(self, trial: Trial, facts: Mapping[str, Any]) -> Draw:
+    def _draw(self, trial: MaskTrial, facts: Mapping[str, Any]) -> Draw:
         total = Score.from_json(facts["score"])
         loss = total.loss / total.predictions if total.predictions else math.nan
         if not math.isfinite(loss):
@@ -171,26 +173,26 @@ class Scoring:
         drawn = {name: (np.array(d), np.array(b)) for name, (d, b) in facts["drawn"].items()}
         return Draw(self.pool.join(drawn), loss)
 
-    def _run(self, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
+    def _run(self, trials: Sequence[MaskTrial]) -> dict[str, dict[str, Any]]:
         """All sequences of all trials through the shards: for each unit its facts, committed.
 
         Not resumed within a trial: the counts of its draws come from the shards as it passes, so
         chunks that an earlier attempt left are of no use.
         """
-        job, crew = self._job, self._crew
+        job, workers = self._job, self._workers
         pass_key = digest_json([self._unit_key(trial) for trial in trials])
-        chunks = job.run.chunks(pass_key, crew.environment)
+        chunks = job.run.chunks(pass_key, workers.environment)
         chunks.clear()
         num_blocks = job.surveyed.num_blocks
-        cut = cut_blocks(num_blocks, job.recipe.shards or default_shards(num_blocks, crew.size))
-        schedule = Pass(
+        cut = cut_blocks(num_blocks, job.recipe.shards or default_shards(num_blocks, workers.size))
+        schedule = ShardPass(
             cut,
             todo=(),
             num_chunks=len(trials) * self._chunks,
             present=[set() for _ in cut],
             results=set(),
             joints=range(num_blocks),
-            about=(Trials(pass_key, tuple(trials), self._chunks),),
+            about=(MaskTrials(pass_key, tuple(trials), self._chunks),),
         )
         scores: dict[int, Score] = {}
         drawn: list[dict[str, Any]] = [{} for _ in trials]
@@ -209,7 +211,7 @@ class Scoring:
                         done[self._unit_key(trials[number])] = facts
                         self._finish(trials[number], facts)
 
-        run_pass(crew, self._watch, schedule, chunks, on_success)
+        run_pass(workers, self._monitor, schedule, chunks, on_success)
         return done
 
     def _sum(self, scores: Mapping[int, Score], number: int) -> Score | None:
@@ -221,14 +223,14 @@ class Scoring:
             total = total.merge(scores[index])
         return total
 
-    def _finish(self, trial: Trial, facts: Mapping[str, Any]) -> None:
+    def _finish(self, trial: MaskTrial, facts: Mapping[str, Any]) -> None:
         unit = self._job.run.units.begin(self._unit_key(trial))
-        unit.commit(environment=self._crew.environment, facts=facts)
+        unit.commit(environment=self._workers.environment, facts=facts)
         self._done += 1
         self._stage.progress(self._done, self._total, unit="loss of a masked model")
 
 
-def _kept(pool: Pool, choice: Choice) -> dict[str, int]:
+def _kept(pool: CandidatePool, choice: Choice) -> dict[str, int]:
     """Directions, entries and linears that are kept whole, and the values of each."""
     is_dense_N = np.isin(pool.owner_N, [_index(pool, name) for name in choice.dense])
     kept_N = np.where(is_dense_N, 0, choice.kept_N)
@@ -244,7 +246,7 @@ def _kept(pool: Pool, choice: Choice) -> dict[str, int]:
     }
 
 
-def _changes(pool: Pool, first: Choice, last: Choice) -> dict[str, int]:
+def _changes(pool: CandidatePool, first: Choice, last: Choice) -> dict[str, int]:
     """What the second choice has that the first had not, and the other way round, in draws and in
     stored values; a dense linear counts as all its candidates."""
     change_N = last.kept_N - first.kept_N
@@ -261,5 +263,5 @@ def _changes(pool: Pool, first: Choice, last: Choice) -> dict[str, int]:
     return changes
 
 
-def _index(pool: Pool, name: str) -> int:
+def _index(pool: CandidatePool, name: str) -> int:
     return next(index for index, linear in enumerate(pool.linears) if linear.name == name)

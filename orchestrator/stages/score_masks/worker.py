@@ -24,7 +24,7 @@ from orchestrator.stages.context.tokens import first_chunk
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class MaskTrial:
     """A masked model whose loss is wanted; a plain value."""
 
     candidates_key: str
@@ -34,11 +34,11 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Trials:
+class MaskTrials:
     """Masked models that pass through the shards one after the other, on the same sequences."""
 
     pass_key: str
-    trials: tuple[Trial, ...]
+    trials: tuple[MaskTrial, ...]
     chunks: int
     """Calibration sequences for each, the first ones; chunk c of trial t passes as t chunks + c."""
 
@@ -49,14 +49,14 @@ class ScoreWorker(CompressionWorker):
     def __init__(self, task: CompressionTask) -> None:
         super().__init__(task)
         self._calibration_chunks = self.chunks
-        self._trials: Trials | None = None
+        self._trials: MaskTrials | None = None
         self._trial: int | None = None
         self._masked: set[str] = set()
         self._choice = ""
         self._read_last: tuple[tuple[str, str], Mapping[str, Tensor]] | None = None
 
     def open(
-        self, blocks: tuple[int, int], todo: tuple[int, ...], trials: Trials | None = None
+        self, blocks: tuple[int, int], todo: tuple[int, ...], trials: MaskTrials | None = None
     ) -> None:
         """Loads a shard, for statistics or for masked models."""
         super().open(blocks, todo)
@@ -115,9 +115,9 @@ class ScoreWorker(CompressionWorker):
         """The dense weight again, if an earlier mask took its place."""
         if linear.name not in self._masked:
             return
-        assert self._skeleton is not None
+        assert self._lazy_model is not None
         assert self._shard is not None
-        stored = self._skeleton.load(f"{linear.name}.weight")
+        stored = self._lazy_model.load(f"{linear.name}.weight")
         weight_OI.copy_(as_dense(self._shard.module(linear.name), stored))
         self._masked.remove(linear.name)
 

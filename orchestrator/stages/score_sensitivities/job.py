@@ -19,12 +19,12 @@ from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.grouping import stack
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.calls import Call
-from orchestrator.runtime.monitor import Stage, Watch
-from orchestrator.runtime.resume import taken_up
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
-from orchestrator.runtime.shard_pass import Pass
-from orchestrator.runtime.workers import Crew
-from orchestrator.stages.score_sensitivities.worker import Trial, Trials
+from orchestrator.runtime.shard_pass import ShardPass
+from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.score_sensitivities.worker import CutTrial, CutTrials
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.files import digest_json
 from orchestrator.store.units import unit_key
@@ -58,8 +58,10 @@ class Sensitivities:
     are at work at the same time. A killed driver goes on from these files too.
     """
 
-    def __init__(self, job: "Compression", crew: Crew, watch: Watch, stage: Stage) -> None:
-        self._job, self._crew, self._watch, self._stage = job, crew, watch, stage
+    def __init__(
+        self, job: "Compression", workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
+    ) -> None:
+        self._job, self._workers, self._monitor, self._stage = job, workers, monitor, stage
         allocator = job.allocator
         assert isinstance(allocator, Strs)
         self._strs: Strs = allocator
@@ -74,8 +76,8 @@ class Sensitivities:
         keys = {trial: self._unit_key(trial) for trial in self._trials}
         scores = {
             trial: Score.from_json(facts["score"])
-            for trial, facts in taken_up(
-                self._job.run.units, keys, self._crew, self._watch, self._stage.name
+            for trial, facts in reusable_units(
+                self._job.run.units, keys, self._workers, self._monitor, self._stage.name
             ).items()
         }
         if len(scores) < len(keys):
@@ -92,23 +94,23 @@ class Sensitivities:
         return self._job.grouping.stacked(self._job.linears)
 
     @cached_property
-    def _trials(self) -> tuple[Trial, ...]:
+    def _trials(self) -> tuple[CutTrial, ...]:
         """The dense model, then each linear at each rank of the grid, in the model's order."""
-        trials = [Trial(self._job.surveyed.num_blocks)]
+        trials = [CutTrial(self._job.surveyed.num_blocks)]
         for group in self._job.grouping.groups(self._job.linears):
             names = tuple(linear.name for linear in group)
             ranks = self._strs.ranks(stack(group))
-            trials += [Trial(group[0].block, names, rank) for rank in ranks]
+            trials += [CutTrial(group[0].block, names, rank) for rank in ranks]
         return tuple(trials)
 
-    def _unit_key(self, trial: Trial) -> str:
+    def _unit_key(self, trial: CutTrial) -> str:
         job, inputs = self._job, [self._job.pass_key]
         if trial.linears:
             inputs.append(job.block_keys[job.grouping.first(trial.block)])
         cut = {"linears": trial.linears, "rank": trial.rank}
         return unit_key("sensitivity", SENSITIVITY_VERSION, inputs, sequences=self._chunks, **cut)
 
-    def _loss(self, trial: Trial, total: Score) -> float:
+    def _loss(self, trial: CutTrial, total: Score) -> float:
         loss = total.loss / total.predictions if total.predictions else math.nan
         if not math.isfinite(loss):
             model = f"with {trial.linears[0]} at rank {trial.rank}" if trial.linears else "as it is"
@@ -118,28 +120,28 @@ class Sensitivities:
             )
         return loss
 
-    def _run(self, keys: Mapping[Trial, str], scores: dict[Trial, Score]) -> None:
+    def _run(self, keys: Mapping[CutTrial, str], scores: dict[CutTrial, Score]) -> None:
         """The trials without a score through the shards, into `scores`, committed.
 
         The dense model is always among them, because the others start from its chunks; it is
         taken up where its own chunks lie.
         """
-        job, crew = self._job, self._crew
+        job, workers = self._job, self._workers
         committed = set(scores)
         pass_key = digest_json([*keys.values()])
-        chunks = job.run.chunks(pass_key, crew.environment)
+        chunks = job.run.chunks(pass_key, workers.environment)
         num_blocks, size = job.surveyed.num_blocks, job.grouping.size
-        shards = job.recipe.shards or default_shards(num_blocks, crew.size, max(BLOCKS, size))
+        shards = job.recipe.shards or default_shards(num_blocks, workers.size, max(BLOCKS, size))
         cut = cut_blocks(num_blocks, shards, size)
         count = len(self._trials) * self._chunks
         done = [trial for trial in self._trials[1:] if trial in scores]
-        schedule = Pass(
+        schedule = ShardPass(
             cut,
             todo=(),
             num_chunks=count,
             present=[chunks.present(each.start, count) | self._entering(each) for each in cut],
             results={index for trial in done for index in self._range(trial)},
-            about=(Trials(pass_key, self._trials, self._chunks),),
+            about=(CutTrials(pass_key, self._trials, self._chunks),),
         )
         found: dict[int, Score] = {}
 
@@ -157,28 +159,28 @@ class Sensitivities:
                     self._commit(trial, keys[trial], scores[trial], len(committed))
                 self._drop(trial, chunks, cut)
 
-        run_pass(crew, self._watch, schedule, chunks, on_success)
+        run_pass(workers, self._monitor, schedule, chunks, on_success)
 
-    def _range(self, trial: Trial) -> range:
+    def _range(self, trial: CutTrial) -> range:
         """The numbers under which a trial's sequences pass."""
         start = self._number[trial] * self._chunks
         return range(start, start + self._chunks)
 
     @cached_property
-    def _number(self) -> Mapping[Trial, int]:
+    def _number(self) -> Mapping[CutTrial, int]:
         return {trial: number for number, trial in enumerate(self._trials)}
 
     def _entering(self, blocks: range) -> set[int]:
         """The sequences of the trials that start within a shard."""
         return {i for trial in self._trials if trial.block in blocks for i in self._range(trial)}
 
-    def _commit(self, trial: Trial, key: str, total: Score, done: int) -> None:
+    def _commit(self, trial: CutTrial, key: str, total: Score, done: int) -> None:
         unit = self._job.run.units.begin(key)
-        unit.commit(environment=self._crew.environment, facts={"score": total.to_json()})
+        unit.commit(environment=self._workers.environment, facts={"score": total.to_json()})
         name = f"{trial.linears[0]}, rank {trial.rank}" if trial.linears else "the dense model"
         self._stage.progress(done, len(self._trials), unit=name)
 
-    def _drop(self, trial: Trial, chunks: Chunks, cut: tuple[range, ...]) -> None:
+    def _drop(self, trial: CutTrial, chunks: Chunks, cut: tuple[range, ...]) -> None:
         """Removes what a trial has left at the boundaries; others start from the dense model's."""
         for blocks in cut:
             if trial.linears and blocks.start > trial.block:

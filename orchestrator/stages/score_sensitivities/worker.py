@@ -17,7 +17,7 @@ from orchestrator.store.chunks import Record
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class CutTrial:
     """The model with one linear cut, or those that share a basis, whose loss is wanted."""
 
     block: int
@@ -27,14 +27,14 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Trials:
+class CutTrials:
     """Models that pass through the shards from where they differ from the dense one.
 
     The first is the dense model. Its chunks are what the others start from.
     """
 
     pass_key: str
-    trials: tuple[Trial, ...]
+    trials: tuple[CutTrial, ...]
     chunks: int
     """Calibration sequences for each, the first ones; chunk c of trial t passes as t chunks + c."""
 
@@ -52,15 +52,15 @@ class SensitivityWorker(CompressionWorker):
         self._dense_states: dict[tuple[int, int], Chunk] = {}
         super().__init__(task)
         self._calibration_chunks = self.chunks
-        self._trials: Trials | None = None
+        self._trials: CutTrials | None = None
         self._number = 0
 
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...], *about: Any) -> None:
-        """Loads a shard, for statistics or, if it is about `Trials`, for models with a cut."""
+        """Loads a shard, for statistics or, if it is about `CutTrials`, for models with a cut."""
         self._trials, self._number = None, 0
         self.chunks = self._calibration_chunks
         match about:
-            case (Trials() as trials,):
+            case (CutTrials() as trials,):
                 super().open(blocks, todo)
                 self._trials = trials
                 self.chunks = self.run.chunks(trials.pass_key, self.environment())

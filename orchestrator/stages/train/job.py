@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from orchestrator.errors import UsageError
 from orchestrator.models.training.train_options import Course, plan_course
 from orchestrator.plan.cut import cut_blocks, default_shards
-from orchestrator.runtime.calls import Bag, Call
+from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
-from orchestrator.runtime.monitor import Stage, Watch
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
-from orchestrator.runtime.resume import taken_up
+from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
-from orchestrator.runtime.shard_pass import Pass
-from orchestrator.runtime.verify import intact
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.shard_pass import ShardPass
+from orchestrator.runtime.verify import verified_units
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.tokens import read_tokens
 from orchestrator.stages.context.trained_stage import TrainedStage
 from orchestrator.stages.train.pipeline import Pipeline, Snapshot
@@ -94,43 +94,47 @@ class Train(TrainedStage):
             )
         return plan_course(self._options, self._sequences, self._job.recipe.seed)
 
-    def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Targets, steps, and a unit for each block of what the best step has made of it."""
         self._facts: dict[str, Any] = {"snapshots": [], "best": 0, "stop": "end", "numbers": 0}
-        done = self._job.block_pass.committed(self.keys, crew, watch, stage.name)
+        done = self._job.block_pass.committed(self.keys, workers, monitor, stage.name)
         if done.keys() == self.keys.keys():
             self._facts = next(iter(done.values()), self._facts)
             return
-        self._make_targets(crew, watch, stage)
-        self._train(crew, watch, stage, done)
-        self._commit(crew, watch, done)
+        self._make_targets(workers, monitor, stage)
+        self._train(workers, monitor, stage, done)
+        self._commit(workers, monitor, done)
 
-    def _make_targets(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def _make_targets(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Dense chunks through all shards, those whose top-k is not there yet."""
-        job, environment = self._job, crew.environment
+        job, environment = self._job, workers.environment
         keys = dict(enumerate(self._target_keys))
-        results = set(taken_up(job.run.units, keys, crew, watch, "targets", called="targets {}"))
+        results = set(
+            reusable_units(job.run.units, keys, workers, monitor, "targets", called="targets {}")
+        )
         if len(results) == len(keys):
             return
         num_blocks, size = job.surveyed.num_blocks, job.grouping.size
-        shards = job.recipe.shards or default_shards(num_blocks, crew.size, max(2, size))
+        shards = job.recipe.shards or default_shards(num_blocks, workers.size, max(2, size))
         cut = cut_blocks(num_blocks, shards, size)
         chunks = job.run.chunks(self.key, environment)
-        schedule = Pass(
+        schedule = ShardPass(
             cut,
             todo=(),
             num_chunks=self._sequences,
             present=[chunks.present(blocks.start, self._sequences) for blocks in cut],
             results=results,
         )
-        run_pass(crew, watch, schedule, chunks, lambda call, value: None)
+        run_pass(workers, monitor, schedule, chunks, lambda call, value: None)
 
-    def _train(self, crew: Crew, watch: Watch, stage: Stage, done: Collection[int]) -> None:
+    def _train(
+        self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor, done: Collection[int]
+    ) -> None:
         """The steps that are not done yet, from the last snapshot on."""
         job, course = self._job, self._course
         mask = read_tokens(job.run, job.tokens_key).mask
         lengths = [(int(row.sum()), int((row[1:] & row[:-1]).sum())) for row in mask]
-        snapshots, numbers = self._left(crew, watch, done)
+        snapshots, numbers = self._left(workers, monitor, done)
         if not snapshots:
             # the units that it describes are about to be overwritten
             job.run.units.drop(self._progress_key)
@@ -158,16 +162,16 @@ class Train(TrainedStage):
                 stage.progress(step, course.steps, unit=f"step {step}", tokens_per_second=speed)
             if len(pipeline.snapshots) > before:
                 if self._keeps_states or pipeline.stop in ("end", "patience"):
-                    self._note(pipeline, numbers, crew)
-                watch.event({"event": "snapshot", **asdict(pipeline.snapshots[-1])})
+                    self._note(pipeline, numbers, workers)
+                monitor.event({"event": "snapshot", **asdict(pipeline.snapshots[-1])})
 
         dispatch(
-            crew.pool,
+            workers.pool,
             pipeline,
             FailurePolicy(),
             on_success=on_success,
             is_awaited=pipeline.is_awaited,
-            on_event=watch.event,
+            on_event=monitor.event,
         )
         self._facts = {
             "snapshots": [asdict(each) for each in pipeline.snapshots],
@@ -189,7 +193,7 @@ class Train(TrainedStage):
         return unit_key("snapshots", TRAIN_VERSION, [self.key])
 
     def _left(
-        self, crew: Crew, watch: Watch, done: Collection[int]
+        self, workers: WorkerGroup, monitor: RunMonitor, done: Collection[int]
     ) -> tuple[list[Snapshot], dict[int, int]]:
         """Snapshots of an earlier run and numbers of trained values, if no unit is damaged.
 
@@ -200,7 +204,7 @@ class Train(TrainedStage):
         open_groups = {first_of(block) for block in self.keys if block not in done}
         units = self._job.run.units
         key = {"snapshots": self._progress_key}
-        left = taken_up(units, key, crew, watch, "training", is_all=False)
+        left = reusable_units(units, key, workers, monitor, "training", is_all=False)
         if not left:
             return [], {}
         facts = left["snapshots"]
@@ -214,12 +218,12 @@ class Train(TrainedStage):
             for block in numbers
             if self._keeps_states or first_of(block) in open_groups
         }
-        if not all(hashes.values()) or len(intact(crew, watch, hashes)) < len(hashes):
+        if not all(hashes.values()) or len(verified_units(workers, monitor, hashes)) < len(hashes):
             return [], {}
-        watch.note(f"training goes on from step {snapshots[-1].step}")
+        monitor.note(f"training goes on from step {snapshots[-1].step}")
         return snapshots, numbers
 
-    def _note(self, pipeline: Pipeline, numbers: dict[int, int], crew: Crew) -> None:
+    def _note(self, pipeline: Pipeline, numbers: dict[int, int], workers: WorkerGroup) -> None:
         """Commits that a snapshot is complete; removes those that are neither last nor best.
 
         Without stored states this is the end of the training, and only the best values exist.
@@ -234,7 +238,7 @@ class Train(TrainedStage):
             "kept": kept,
         }
         unit = units.begin(self._progress_key)
-        unit.commit(environment=crew.environment, facts=facts)
+        unit.commit(environment=workers.environment, facts=facts)
         if self._keeps_states:
             self._drop([each.step for each in pipeline.snapshots if each.step not in kept])
 
@@ -249,7 +253,7 @@ class Train(TrainedStage):
             for block in self.keys:
                 self._job.run.units.drop(self._kept_key(step, block))
 
-    def _commit(self, crew: Crew, watch: Watch, done: Collection[int]) -> None:
+    def _commit(self, workers: WorkerGroup, monitor: RunMonitor, done: Collection[int]) -> None:
         """What the blocks have become, group by group; then no snapshot is needed any more."""
         job = self._job
         groups = sorted({job.grouping.first(block) for block in self.keys if block not in done})
@@ -260,7 +264,7 @@ class Train(TrainedStage):
             for block in range(*call.arguments[0]):
                 job.run.units.drop(best_key(self.key, block))
 
-        bag = Bag(
+        bag = IndependentCalls(
             "commit",
             [
                 (
@@ -275,7 +279,7 @@ class Train(TrainedStage):
                 for first in groups
             ],
         )
-        dispatch(crew.pool, bag, FailurePolicy(), on_success=on_success, on_event=watch.event)
+        dispatch(workers.pool, bag, FailurePolicy(), on_success=on_success, on_event=monitor.event)
         self._drop([each["step"] for each in self._facts["snapshots"]])
         job.run.units.drop(self._progress_key)
 

@@ -13,7 +13,7 @@ from orchestrator.device.transport import Departure
 from orchestrator.models.checkpoint.weights import Checkpoint
 from orchestrator.models.shards.chunk import Chunk, Payload
 from orchestrator.models.shards.shard import Shard
-from orchestrator.models.training.distill import Losses, TopK, Weights, distill
+from orchestrator.models.training.distill import Losses, LossWeights, TopK, distill
 from orchestrator.models.training.train import Training
 from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.runtime.worker import Emitted
@@ -158,7 +158,7 @@ class TrainWorker(TrainedWorker):
         streams = self._streams(serial, sequence, record)
         targets = self._targets(sequence, streams)
         entered, chunk = self._through(streams["model"], 1)
-        weights = Weights(divergence=divergence, cross_entropy=cross_entropy)
+        weights = LossWeights(divergence=divergence, cross_entropy=cross_entropy)
         losses: list[Losses] = []
 
         def grads(logits_BTV: Tensor) -> Tensor:
@@ -315,7 +315,7 @@ class TrainWorker(TrainedWorker):
         return Chunk(serial, first.tokens, first.mask, Payload(tuple(grads))).pack()
 
     def _distill(
-        self, logits_BTV: Tensor, chunk: Chunk, targets: TopK | Tensor, weights: Weights | None
+        self, logits_BTV: Tensor, chunk: Chunk, targets: TopK | Tensor, weights: LossWeights | None
     ) -> tuple[Losses, Tensor | None]:
         temperature = self.task.options.temperature
         return distill(logits_BTV, chunk.tokens, chunk.mask, targets, temperature, weights)

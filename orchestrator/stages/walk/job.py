@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.models.training.compensation_options import CompensationOptions
 from orchestrator.runtime.chain import Program
-from orchestrator.runtime.monitor import Stage, Watch
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.trained_stage import TrainedStage
 from orchestrator.stages.walk.program import walk_block
 from orchestrator.stages.walk.worker import WalkTask, WalkWorker
@@ -83,11 +83,11 @@ class Walk(TrainedStage):
             sequences=self._job.token_report["sequences"],
         )
 
-    def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Both models' chunks go from block to block."""
         streams = self._dense_key, self.key
         passes = self._job.block_pass
-        self._facts = passes.in_order(streams, self.keys, self._program, crew, watch, stage)
+        self._facts = passes.in_order(streams, self.keys, self._program, workers, monitor, stage)
 
     def _program(self, block: int, is_made: bool) -> Program:
         task = self.task

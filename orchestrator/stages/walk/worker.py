@@ -49,7 +49,7 @@ class WalkTask(TrainedTask):
 
 
 @dataclass(slots=True, kw_only=True)
-class Work:
+class OpenBlock:
     """The block at hand, with what this replica has of it."""
 
     block: int
@@ -85,7 +85,7 @@ class WalkWorker(TrainedWorker):
         super().__init__(task)
         self._dense_chunks = self.run.chunks(task.dense_key, self.environment())
         self._held = ExitStack()
-        self._work: Work | None = None
+        self._work: OpenBlock | None = None
         self._left: tuple[int, dict[int, Chunk], dict[int, Chunk]] = (-1, {}, {})
 
     def perform(
@@ -122,7 +122,7 @@ class WalkWorker(TrainedWorker):
             found = load_file(self._trained_path(self.task.keys[block]))
             names = {disk: name for name, disk in self.planned.disk_names.items()}
             restore(shard, {names[disk]: tensor for disk, tensor in found.items()})
-        self._work = Work(
+        self._work = OpenBlock(
             block=block,
             dense=dense,
             shard=shard,
@@ -138,7 +138,7 @@ class WalkWorker(TrainedWorker):
         return_freed_memory()
 
     @property
-    def work(self) -> Work:
+    def work(self) -> OpenBlock:
         assert self._work is not None
         return self._work
 
@@ -153,7 +153,7 @@ class WalkWorker(TrainedWorker):
                 self._emit(self._dense_chunks, block + 1, target)
             if block in self.task.changed and not is_made:
                 errors[index] = squared_error(work.shard.forward(work.inputs[index]), target)
-        self.settle()
+        self.flush_writes()
         return read_errors(errors), {}
 
     def compensate(self, parts: Sequence[int]) -> Given:
@@ -234,7 +234,7 @@ class WalkWorker(TrainedWorker):
                 self._emit(self.chunks, boundary, passed)
             errors[index] = squared_error(passed, self._target(index))
         self._left = boundary, work.targets, work.passed
-        self.settle()
+        self.flush_writes()
         return read_errors(errors), {}
 
     def commit(self, parts: Sequence[int], facts: dict[str, Any]) -> Given:
@@ -250,7 +250,7 @@ class WalkWorker(TrainedWorker):
         return values, {}
 
     def _emit(self, store: Chunks, boundary: int, chunk: Chunk) -> None:
-        """Stores a chunk while the next is computed; `settle` waits for it after the round."""
+        """Stores a chunk in a thread; `flush_writes` waits for it after the round."""
         departure = Departure()
         self.store(boundary, chunk.index, chunk.pack(departure), departure, store)
 

@@ -11,12 +11,12 @@ from orchestrator.models.checkpoint.write import finish
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import SCHEDULE
-from orchestrator.runtime.calls import Bag, Call
+from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
-from orchestrator.runtime.monitor import Stage, Watch
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
-from orchestrator.runtime.resume import taken_up
-from orchestrator.runtime.workers import Crew
+from orchestrator.runtime.resume import reusable_units
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.report import make_report
 from orchestrator.stages.context.trained_stage import TrainedStage
 from orchestrator.stages.pivot.job import Pivot
@@ -40,7 +40,7 @@ class Writing:
     def __init__(self, job: "Compression") -> None:
         self.job = job
 
-    def perform(self, crew: Crew, watch: Watch, stage: Stage) -> None:
+    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Workers cut the stored decompositions to the plan, and write the checkpoint's files."""
         self._specs = layout(
             self.job.surveyed,
@@ -50,11 +50,11 @@ class Writing:
             max_shard_bytes=self.job.recipe.max_shard_bytes,
         )
         keys = {spec.name: self._key(spec) for spec in self._specs}
-        self._files = taken_up(
+        self._files = reusable_units(
             self.job.run.units,
             keys,
-            crew,
-            watch,
+            workers,
+            monitor,
             stage.name,
             files=lambda name, facts: [(self.job.out / name, facts["blake2b"])],
         )
@@ -64,21 +64,23 @@ class Writing:
             name = call.label
             self._files[name] = value
             unit = self.job.run.units.begin(keys[name])
-            unit.commit(environment=crew.environment, facts=value)
+            unit.commit(environment=workers.environment, facts=value)
             stage.progress(len(self._files), len(self._specs), unit=name, bytes=value["bytes"])
 
-        bag = Bag("write", [(spec.name, (spec.to_json(), *self.job.choice)) for spec in missing])
-        dispatch(crew.pool, bag, FailurePolicy(), on_success=on_success, on_event=watch.event)
+        bag = IndependentCalls(
+            "write", [(spec.name, (spec.to_json(), *self.job.choice)) for spec in missing]
+        )
+        dispatch(workers.pool, bag, FailurePolicy(), on_success=on_success, on_event=monitor.event)
 
     def _key(self, spec: FileSpec) -> str:
         inputs = [self.job.surveyed.fingerprint, *self.job.block_keys.values(), *self.job.choice]
         inputs += [after.key for after in self.job.after]
         return unit_key("write", WRITE_VERSION, inputs, spec=digest_json(spec.to_json()))
 
-    def finish(self, crew: Crew, watch: Watch) -> Result:
+    def finish(self, workers: WorkerGroup, monitor: RunMonitor) -> Result:
         """The small files of the checkpoint, config last."""
         job = self.job
-        report = self._report(self._timings(crew, watch))
+        report = self._report(self._timings(workers, monitor))
         finish(
             job.out,
             dense=job.model,
@@ -126,28 +128,28 @@ class Writing:
 
     def _stages_with_gradients(self) -> list[str]:
         trained = [each for each in self.job.after if isinstance(each, TrainedStage)]
-        calibrates = ["calibrate"] if self.job.bends else []
+        calibrates = ["calibrate"] if self.job.needs_gradients else []
         return calibrates + [each.name for each in trained if each.has_gradients]
 
-    def _timings(self, crew: Crew, watch: Watch) -> dict[str, Any]:
+    def _timings(self, workers: WorkerGroup, monitor: RunMonitor) -> dict[str, Any]:
         """All that may differ between two equal runs."""
         decomposed = [facts["timings"] for facts in self.job.facts.values()]
         recipe = self.job.recipe
         return {
-            "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
-            "busy": {name: round(value, 3) for name, value in watch.busy.items()},
-            "workers": watch.most_workers,
-            "nodes": list(crew.nodes),
-            "environment": crew.environment,
-            **({"made_elsewhere": watch.made_elsewhere} if watch.made_elsewhere else {}),
+            "seconds": {name: round(value, 3) for name, value in monitor.seconds.items()},
+            "busy": {name: round(value, 3) for name, value in monitor.busy.items()},
+            "workers": monitor.most_workers,
+            "nodes": list(workers.nodes),
+            "environment": workers.environment,
+            **({"made_elsewhere": monitor.made_elsewhere} if monitor.made_elsewhere else {}),
             "schedule": {name: getattr(recipe, name) for name in SCHEDULE if name != "out"},
             "decompose_seconds": sum(each["seconds"] for each in decomposed),
-            "memory": self._memory(watch),
+            "memory": self._memory(monitor),
         }
 
-    def _memory(self, watch: Watch) -> dict[str, Any]:
+    def _memory(self, monitor: RunMonitor) -> dict[str, Any]:
         """Peak memory of a worker by stage, with the forecast of a GPU's."""
-        used = dict(watch.memory)
+        used = dict(monitor.memory)
         for facts in self.job.facts.values():
             # units of an earlier run; earlier versions did not record it
             if said := facts["timings"].get("memory"):

@@ -17,7 +17,7 @@ from orchestrator.forecast.work import decomposing_block, gathering
 from orchestrator.methods import make_method
 from orchestrator.methods.base import Method
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration, dense_weight
 from orchestrator.plan.linear import Linear
@@ -30,13 +30,13 @@ DEVIATION = 1e-7
 
 def measure(bench: Bench) -> Found:
     model, written = bench.timed(lambda: one_block(bench))
-    shapes, skeleton = read_shapes(model), Skeleton.open(model, dtype=DTYPE, device=bench.device)
+    shapes, lazy_model = read_shapes(model), LazyModel.open(model, dtype=DTYPE, device=bench.device)
     tokens, count = bench.size((2048, 64), (64, 4))
     figures: dict[str, Any] = {"tokens": tokens, "sequences": count, "write_seconds": written}
     checks = []
     for name in METHODS:
         bench.free()
-        shard, opened = bench.timed(lambda: skeleton.shard(range(1)))
+        shard, opened = bench.timed(lambda: lazy_model.shard(range(1)))
         with shard:
             row = pass_and_cut(bench, shard, make_method(name, {}), sequences(count, tokens))
         row["open_seconds"] = opened
@@ -71,7 +71,7 @@ def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]
         "calibrate_peak_bytes": bench.peak_bytes(),
     }
     # as in a worker, once all chunks have passed
-    calibration.settle()
+    calibration.flush_writes()
     shard.free_ends()
     row["linears"] = {
         linear.role: cut(bench, shard, calibration, method, linear) for linear in shard.linears

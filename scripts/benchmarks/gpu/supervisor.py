@@ -61,7 +61,7 @@ def supervise(
         program: Command that runs parts; `benchmarks.gpu.worker`.
     """
     while todo := [name for name in names if name not in results.parts]:
-        how = watch(
+        how = monitor(
             [*program, str(results.path), str(work), str(deadline), *todo], results.path, deadline
         )
         results = Results.read(results.path)
@@ -75,7 +75,7 @@ def supervise(
                 print(f"{name}: FAILED, {results.parts[name]['error']}", flush=True)
 
 
-def watch(command: Sequence[str], path: Path, deadline: float) -> str:
+def monitor(command: Sequence[str], path: Path, deadline: float) -> str:
     """Runs a worker to its end, or stops it with its children if a part takes too long."""
     process = subprocess.Popen(command, env=child_environ(), start_new_session=True)
     try:

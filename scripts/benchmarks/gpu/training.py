@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orchestrator.models.checkpoint.layout import TensorSpec
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.refine import Refinement
 from orchestrator.models.training.refine_options import RefineOptions
@@ -30,7 +30,7 @@ FLOPS = 6.0
 
 def measure(bench: Bench) -> Found:
     tokens, number = bench.size((2048, 6), (64, 4))
-    dense = Skeleton.open(one_block(bench), dtype=torch.bfloat16, device=bench.device)
+    dense = LazyModel.open(one_block(bench), dtype=torch.bfloat16, device=bench.device)
     inputs, rows = sequences(number, tokens), {}
     with dense.shard(range(1)) as shard:
         targets = [shard.forward(chunk) for chunk in inputs]
@@ -53,7 +53,7 @@ def measure(bench: Bench) -> Found:
     return Found(f"{same} of {len(checks)} repeated with the same bits", rows, tuple(checks))
 
 
-def random_block(dense: Skeleton, form: str, device: torch.device) -> Skeleton:
+def random_block(dense: LazyModel, form: str, device: torch.device) -> LazyModel:
     """The model with random tensors of a form in place of its linears, in float32."""
     survey = dense.survey()
     assignments = {
@@ -74,7 +74,7 @@ def random_block(dense: Skeleton, form: str, device: torch.device) -> Skeleton:
 
 
 def refined(
-    bench: Bench, compressed: Skeleton, inputs: list[Chunk], targets: list[Chunk]
+    bench: Bench, compressed: LazyModel, inputs: list[Chunk], targets: list[Chunk]
 ) -> dict[str, Any]:
     """The first epoch of a refinement."""
     bench.free()
@@ -94,7 +94,7 @@ def refined(
             }
 
 
-def trained(bench: Bench, compressed: Skeleton, chunk: Chunk) -> dict[str, Any]:
+def trained(bench: Bench, compressed: LazyModel, chunk: Chunk) -> dict[str, Any]:
     """Steps of a training, twice from the same start."""
     results, seconds = [], 0.0
     for _ in range(2):

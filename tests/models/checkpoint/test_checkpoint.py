@@ -19,7 +19,7 @@ from orchestrator.errors import InputError, OrchestratorError, UsageError
 from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, layout
 from orchestrator.models.checkpoint.output import MARKER_FILE, check_out, claim_out
 from orchestrator.models.checkpoint.write import finish, write_file
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.plan import Assignment
 
 BLOCK_BYTES = 19_000  # a little above a compressed block of the tiny Llama, in fp32
@@ -52,10 +52,10 @@ def made(dense, tmp_path_factory):
 
 
 def files_of(dense, **changes):
-    skeleton = Skeleton.open(dense)
-    survey = skeleton.survey()
+    lazy_model = LazyModel.open(dense)
+    survey = lazy_model.survey()
     arguments = {"output_dtype": None, "max_shard_bytes": 10**9, **changes}
-    return layout(survey, skeleton.tensors(), half_plan(survey), **arguments)
+    return layout(survey, lazy_model.tensors(), half_plan(survey), **arguments)
 
 
 def blocks_of(file):
@@ -103,14 +103,14 @@ def test_a_compressed_linear_becomes_two_tensors(dense):
 @pytest.mark.parametrize("rank", [0, 16])
 def test_a_rank_that_saves_nothing_cannot_be_laid_out(dense, rank):
     """The plan itself must say dense."""
-    skeleton = Skeleton.open(dense)
-    survey = skeleton.survey()
+    lazy_model = LazyModel.open(dense)
+    survey = lazy_model.survey()
     plan = replace(
         half_plan(survey),
         assignments={survey.linears[0].name: Assignment(form="low_rank", rank=rank)},
     )
     with pytest.raises(ValueError, match="keep it dense"):
-        layout(survey, skeleton.tensors(), plan, output_dtype=None, max_shard_bytes=1)
+        layout(survey, lazy_model.tensors(), plan, output_dtype=None, max_shard_bytes=1)
 
 
 def test_a_file_goes_to_json_and_back(dense):

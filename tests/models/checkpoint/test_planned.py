@@ -1,4 +1,4 @@
-"""The skeleton of a checkpoint that is not written yet."""
+"""The lazy model of a checkpoint that is not written yet."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from sharded import HALVES, padded_chunk, sharded_logits
 
 from orchestrator.errors import InputError
 from orchestrator.models.forms.index_codes import encode
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 
 
 def planned(dense_directory, *, output_dtype=None, dtype=None):
     """What `compress` with `mixed_plan` writes, unwritten; and the parts that were asked for."""
-    dense, asked = Skeleton.open(dense_directory), []
+    dense, asked = LazyModel.open(dense_directory), []
     survey = dense.survey()
     plan = mixed_plan(survey)
     parts = cut(dense_directory, survey, plan)
@@ -39,29 +39,29 @@ def test_it_computes_what_the_written_checkpoint_does(checkpoint, tmp_path, fami
     made = compress(
         checkpoint(family), tmp_path / "out", make_plan=mixed_plan, output_dtype=output_dtype
     )
-    skeleton, _ = planned(checkpoint(family), output_dtype=output_dtype, dtype=torch.float32)
-    written = Skeleton.open(made.directory, dtype=torch.float32)
-    assert skeleton.tensors() == written.tensors()
-    assert skeleton.names.tied == written.names.tied
+    lazy_model, _ = planned(checkpoint(family), output_dtype=output_dtype, dtype=torch.float32)
+    written = LazyModel.open(made.directory, dtype=torch.float32)
+    assert lazy_model.tensors() == written.tensors()
+    assert lazy_model.names.tied == written.names.tied
     chunk = padded_chunk("left")
     expected_BTV = sharded_logits(written, chunk, HALVES)
-    assert torch.equal(sharded_logits(skeleton, chunk, HALVES), expected_BTV)
+    assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), expected_BTV)
 
 
 def test_a_shard_asks_for_its_own_parts_alone(checkpoint):
     """Nothing is read before, and then the tensors of the shard's blocks, and a shared basis."""
-    skeleton, asked = planned(checkpoint("llama"))
+    lazy_model, asked = planned(checkpoint("llama"))
     assert asked == []
-    with skeleton.shard(range(1, 2)) as shard:
+    with lazy_model.shard(range(1, 2)) as shard:
         inside = [name for name in asked if name.startswith("model.layers.1.")]
         (basis,) = set(asked) - set(inside)
         assert basis == "model.layers.0.self_attn.q_proj.down.weight"
-        assert set(inside) == set(skeleton.block_names(1)) & set(skeleton.disk_names)
+        assert set(inside) == set(lazy_model.block_names(1)) & set(lazy_model.disk_names)
         assert "model.layers.1.self_attn.q_proj.down.weight" in shard.parameters()
 
 
 def test_only_a_dense_checkpoint_is_planned_for(checkpoint):
     """What is compressed is not compressed again."""
-    skeleton, _ = planned(checkpoint("llama"))
+    lazy_model, _ = planned(checkpoint("llama"))
     with pytest.raises(InputError, match="already compressed"):
-        skeleton.planned(None, None)
+        lazy_model.planned(None, None)

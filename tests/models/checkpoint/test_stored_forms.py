@@ -18,7 +18,7 @@ from orchestrator.models.checkpoint.stored_tensor import StoredTensor
 from orchestrator.models.forms.index_codes import INDEX_CODES, materialize
 from orchestrator.models.forms.modules import PivotedLinear, SparseLinear
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.forms import index_code
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
@@ -273,10 +273,10 @@ def test_what_does_not_fit_is_offloaded_and_saved(llama, expected, tmp_path, kil
 @pytest.mark.parametrize("cut", [(4,), (1, 3), (1, 1, 2), (1, 1, 1, 1)])
 def test_shards_may_be_cut_within_a_group(llama, expected, cut):
     """A shard without a basis' owner reads the owner's tensor; logits are the whole model's."""
-    skeleton = Skeleton.open(llama.directory)
+    lazy_model = LazyModel.open(llama.directory)
     chunk, start = Chunk(0, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool)), 0
     for size in cut:
-        with skeleton.shard(range(start, start + size)) as shard:
+        with lazy_model.shard(range(start, start + size)) as shard:
             start += size
             if shard.is_last:
                 assert torch.equal(shard.logits(chunk), expected)
@@ -289,7 +289,7 @@ def test_a_skeleton_counts_parameters_as_the_plan_does(llama, made):
     for each in (llama, made):
         dense = sum(linear.values for linear in each.survey.linears)
         expected = each.survey.total_parameters - dense + each.plan.stored_values
-        assert Skeleton.open(each.directory).total_parameters == expected
+        assert LazyModel.open(each.directory).total_parameters == expected
         index = json.loads((each.directory / "model.safetensors.index.json").read_bytes())
         assert index["metadata"]["total_parameters"] == expected
         sizes = [path.stat().st_size for path in each.directory.glob("*.safetensors")]
@@ -418,7 +418,7 @@ def test_what_is_not_stored_is_not_made_up(made, tmp_path, kind, part):
     with pytest.raises(InputError, match=r"not stored|the checkpoint is damaged"):
         orchestrator.hf.load(tmp_path)
     with pytest.raises(InputError, match=f"1 of .* are not stored: {name}"):
-        Skeleton.open(tmp_path)
+        LazyModel.open(tmp_path)
     if part != "weight":
         with pytest.raises(InputError, match="the checkpoint is damaged"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -509,7 +509,9 @@ Q, K, DOWN = (
 )
 def test_a_plan_that_cannot_be_stored_is_not_laid_out(llama, assignments, message):
     """Missing and surplus parts, foreign bases, and what saves nothing are refused by name."""
-    skeleton = Skeleton.open(llama.dense)
+    lazy_model = LazyModel.open(llama.dense)
     plan = Plan(assignments=assignments, budget_values=0, stored_values=0)
     with pytest.raises(ValueError, match=message):
-        layout(skeleton.survey(), skeleton.tensors(), plan, output_dtype=None, max_shard_bytes=1)
+        layout(
+            lazy_model.survey(), lazy_model.tensors(), plan, output_dtype=None, max_shard_bytes=1
+        )

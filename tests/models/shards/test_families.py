@@ -5,7 +5,7 @@ import torch
 from families import BLOCKS, FAMILIES
 from sharded import HALVES, padded_chunk, sharded_logits, whole_logits, whole_model
 
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -15,12 +15,12 @@ DTYPES = [torch.float32, torch.bfloat16]
 def test_two_shards_give_the_bits_of_the_whole_model(checkpoint, family, dtype):
     """Unpadded, right-padded and left-padded, the logits are bit for bit the whole model's."""
     model = whole_model(checkpoint(family), dtype)
-    skeleton = Skeleton.open(checkpoint(family), dtype=dtype)
-    assert skeleton.attention == model.config._attn_implementation
+    lazy_model = LazyModel.open(checkpoint(family), dtype=dtype)
+    assert lazy_model.attention == model.config._attn_implementation
     for padding in ["none", "right", "left"]:
         chunk = padded_chunk(padding)
         expected_BTV = whole_logits(model, chunk)
-        assert torch.equal(sharded_logits(skeleton, chunk, HALVES), expected_BTV), padding
+        assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), expected_BTV), padding
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,9 @@ def test_any_cut_gives_the_same_bits(checkpoint, cuts):
     """One shard, three of different sizes, and one a block agree with the whole model."""
     chunk = padded_chunk("left")
     expected_BTV = whole_logits(whole_model(checkpoint("llama"), torch.float32), chunk)
-    skeleton = Skeleton.open(checkpoint("llama"))
+    lazy_model = LazyModel.open(checkpoint("llama"))
     ranges = [range(*cut) for cut in cuts]
-    assert torch.equal(sharded_logits(skeleton, chunk, ranges), expected_BTV)
+    assert torch.equal(sharded_logits(lazy_model, chunk, ranges), expected_BTV)
 
 
 LLAMA = {
@@ -89,7 +89,7 @@ BIASED = {
 def test_the_survey_says_what_there_is(checkpoint, family):
     """Linears in call order, their sites, shapes and biases, and the parameters of the model."""
     model = whole_model(checkpoint(family), torch.float32)
-    survey = Skeleton.open(checkpoint(family)).survey()
+    survey = LazyModel.open(checkpoint(family)).survey()
     assert survey.architecture == type(model).__name__
     assert (survey.num_blocks, survey.dtype) == (BLOCKS, "float32")
     assert survey.total_parameters == model.num_parameters()
@@ -109,19 +109,21 @@ def test_the_survey_says_what_there_is(checkpoint, family):
 def test_the_tensors_are_the_stored_ones(checkpoint, family):
     """Every stored tensor is listed once, with its block, in the order front, blocks, tail."""
     model = whole_model(checkpoint(family), torch.float32)
-    skeleton = Skeleton.open(checkpoint(family))
-    tensors = skeleton.tensors()
-    assert sorted(t.disk_name for t in tensors) == sorted(skeleton.weights.names)
-    assert all(skeleton.disk_names[t.name] == t.disk_name for t in tensors)
-    names = {tensor.name for tensor in tensors} | set(skeleton.names.tied)
+    lazy_model = LazyModel.open(checkpoint(family))
+    tensors = lazy_model.tensors()
+    assert sorted(t.disk_name for t in tensors) == sorted(lazy_model.weights.names)
+    assert all(lazy_model.disk_names[t.name] == t.disk_name for t in tensors)
+    names = {tensor.name for tensor in tensors} | set(lazy_model.names.tied)
     assert names == set(model.state_dict())
     order = [(["front", "block", "tail"].index(t.place), t.block or 0) for t in tensors]
     assert order == sorted(order)
     for tensor in tensors:
-        assert torch.equal(skeleton.weights.read(tensor.disk_name), model.state_dict()[tensor.name])
-    named_by_block = [name for block in range(BLOCKS) for name in skeleton.block_names(block)]
+        assert torch.equal(
+            lazy_model.weights.read(tensor.disk_name), model.state_dict()[tensor.name]
+        )
+    named_by_block = [name for block in range(BLOCKS) for name in lazy_model.block_names(block)]
     assert named_by_block == [tensor.name for tensor in tensors if tensor.place == "block"]
-    assert set(skeleton.front_names) == {t.name for t in tensors if t.place == "front"}
+    assert set(lazy_model.front_names) == {t.name for t in tensors if t.place == "front"}
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2"])
@@ -134,16 +136,16 @@ def test_going_back_through_two_shards_gives_the_gradients_of_the_whole_model(ch
     logits_BTV.backward(grad_BTV)
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
 
-    skeleton = Skeleton.open(checkpoint(family))
-    with skeleton.shard(HALVES[0]) as first:
+    lazy_model = LazyModel.open(checkpoint(family))
+    with lazy_model.shard(HALVES[0]) as first:
         middle = first.forward(chunk)
-    with skeleton.shard(HALVES[1]) as last:
+    with lazy_model.shard(HALVES[1]) as last:
         grads = last.backward(middle, [grad_BTV])
         found = {name: p.grad for name, p in last.parameters().items()}
-    with skeleton.shard(HALVES[0]) as first:
+    with lazy_model.shard(HALVES[0]) as first:
         assert first.backward(chunk, grads) == []
         found |= {name: p.grad for name, p in first.parameters().items()}
-    for target, source in skeleton.names.tied.items():
+    for target, source in lazy_model.names.tied.items():
         torch.testing.assert_close(found.pop(target) + found.pop(source), expected.pop(source))
     assert found.keys() == expected.keys()
     for name, grad in expected.items():

@@ -12,41 +12,41 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import InputError
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 
 
 @pytest.fixture
-def skeleton(checkpoint):
-    return Skeleton.open(checkpoint("llama"))
+def lazy_model(checkpoint):
+    return LazyModel.open(checkpoint("llama"))
 
 
-def test_a_shard_holds_its_own_tensors_and_no_others(skeleton):
+def test_a_shard_holds_its_own_tensors_and_no_others(lazy_model):
     """Own blocks, the front at the first block, the tail at the last; the rest has no memory."""
     for blocks in [range(0, 1), range(1, 3), range(3, 4)]:
-        expected = [name for block in blocks for name in skeleton.block_names(block)]
-        expected += skeleton.front_names if blocks.start == 0 else ()
-        expected += skeleton.tail_names if blocks.stop == 4 else ()
-        with skeleton.shard(blocks) as shard:
+        expected = [name for block in blocks for name in lazy_model.block_names(block)]
+        expected += lazy_model.front_names if blocks.start == 0 else ()
+        expected += lazy_model.tail_names if blocks.stop == 4 else ()
+        with lazy_model.shard(blocks) as shard:
             assert set(shard.parameters()) == set(expected)
-            parameters = dict(skeleton._frame.model.named_parameters())
+            parameters = dict(lazy_model._frame.model.named_parameters())
             in_memory = {n for n, p in parameters.items() if p.untyped_storage().nbytes() > 8}
             on_meta = {n for n, p in parameters.items() if p.is_meta}
             assert in_memory - on_meta == set(expected)
 
 
-def test_closing_a_shard_frees_its_weights(skeleton):
+def test_closing_a_shard_frees_its_weights(lazy_model):
     """After closing, nothing of the package holds a parameter of the shard."""
-    with skeleton.shard(range(1, 3)) as shard:
+    with lazy_model.shard(range(1, 3)) as shard:
         held = [weakref.ref(parameter) for parameter in shard.parameters().values()]
         assert all(reference() is not None for reference in held)
     assert all(reference() is None for reference in held)
 
 
-def test_shards_are_opened_one_at_a_time(skeleton):
+def test_shards_are_opened_one_at_a_time(lazy_model):
     """A second shard, a closed one, and blocks that are not there are errors of the caller."""
-    with skeleton.shard(range(1, 3)) as shard:
+    with lazy_model.shard(range(1, 3)) as shard:
         with pytest.raises(ValueError, match="still open"):
-            skeleton.shard(range(3, 4))
+            lazy_model.shard(range(3, 4))
         with pytest.raises(ValueError, match="no payload"):
             shard.forward(padded_chunk("none"))
         with pytest.raises(ValueError, match="logits need the last block"):
@@ -55,15 +55,15 @@ def test_shards_are_opened_one_at_a_time(skeleton):
         shard.forward(padded_chunk("none"))
     for blocks in [range(2, 2), range(3, 5), range(0, 4, 2)]:
         with pytest.raises(ValueError, match="no part of 4 blocks"):
-            skeleton.shard(blocks)
+            lazy_model.shard(blocks)
 
 
-def test_forward_does_not_change_its_chunk(skeleton):
+def test_forward_does_not_change_its_chunk(lazy_model):
     """The same chunk gives the same bits a second time."""
-    with skeleton.shard(HALVES[0]) as shard:
+    with lazy_model.shard(HALVES[0]) as shard:
         chunk = shard.forward(padded_chunk("left"))
     before = chunk.payload.output.clone()
-    with skeleton.shard(HALVES[1]) as shard:
+    with lazy_model.shard(HALVES[1]) as shard:
         first, second = shard.forward(chunk), shard.forward(chunk)
     assert torch.equal(chunk.payload.output, before)
     assert torch.equal(first.payload.output, second.payload.output)
@@ -73,24 +73,24 @@ def test_forward_does_not_change_its_chunk(skeleton):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_hooks_on_linears_see_what_the_whole_model_feeds_them(checkpoint, family):
     """Pre-hooks on the modules of a shard fire once a chunk, with the whole model's bits."""
-    chunk, skeleton = padded_chunk("right"), Skeleton.open(checkpoint(family))
-    with skeleton.shard(HALVES[0]) as shard:
+    chunk, lazy_model = padded_chunk("right"), LazyModel.open(checkpoint(family))
+    with lazy_model.shard(HALVES[0]) as shard:
         middle = shard.forward(chunk)
     expected, seen = {}, {}
 
-    def watch(module, name, into):
+    def monitor(module, name, into):
         hook = lambda module, args: into.setdefault(name, []).append(args[0])  # noqa: E731
         return module.register_forward_pre_hook(hook)
 
     model = whole_model(checkpoint(family), torch.float32)
-    with skeleton.shard(HALVES[1]) as shard:
-        assert shard.linears == tuple(x for x in skeleton.survey().linears if x.block >= 2)
+    with lazy_model.shard(HALVES[1]) as shard:
+        assert shard.linears == tuple(x for x in lazy_model.survey().linears if x.block >= 2)
         for linear in shard.linears:
-            watch(model.get_submodule(linear.name), linear.name, expected)
-            watch(shard.module(linear.name), linear.name, seen)
+            monitor(model.get_submodule(linear.name), linear.name, expected)
+            monitor(shard.module(linear.name), linear.name, seen)
         shard.forward(middle)
         with pytest.raises(ValueError, match="is not in blocks"):
-            shard.module(skeleton.survey().linears[0].name)
+            shard.module(lazy_model.survey().linears[0].name)
     whole_logits(model, chunk)
     assert list(seen) == [linear.name for linear in shard.linears]
     for name, inputs in seen.items():
@@ -119,13 +119,13 @@ def test_state_beside_the_hidden_states_travels(tmp_path):
         pad_token_id=0,
     )
     write_model(lambda: Gemma4ForCausalLM(config), tmp_path)
-    skeleton, chunk = Skeleton.open(tmp_path), padded_chunk("left")
+    lazy_model, chunk = LazyModel.open(tmp_path), padded_chunk("left")
     expected_BTV = whole_logits(whole_model(tmp_path, torch.float32), chunk)
-    assert torch.equal(sharded_logits(skeleton, chunk, HALVES), expected_BTV)
-    with skeleton.shard(HALVES[0]) as shard:
+    assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), expected_BTV)
+    with lazy_model.shard(HALVES[0]) as shard:
         assert set(shard.forward(chunk).payload.extras) == {"shared_kv_states"}
-    with skeleton.shard(HALVES[1]) as shard:
-        assert set(skeleton.front_names) <= set(shard.parameters())
+    with lazy_model.shard(HALVES[1]) as shard:
+        assert set(lazy_model.front_names) <= set(shard.parameters())
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
@@ -133,21 +133,21 @@ def test_state_beside_the_hidden_states_travels(tmp_path):
 def test_a_compressed_checkpoint_runs_shard_by_shard(checkpoint, tmp_path, family, dtype):
     """Bit for bit what loading the compressed checkpoint whole gives; no survey of it."""
     directory = compress(checkpoint(family), tmp_path / "out").directory
-    skeleton, chunk = Skeleton.open(directory, dtype=dtype), padded_chunk("left")
+    lazy_model, chunk = LazyModel.open(directory, dtype=dtype), padded_chunk("left")
     expected_BTV = whole_logits(whole_model(directory, dtype), chunk)
-    assert torch.equal(sharded_logits(skeleton, chunk, HALVES), expected_BTV)
-    assert skeleton.is_compressed
+    assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), expected_BTV)
+    assert lazy_model.is_compressed
     with pytest.raises(InputError, match="already compressed by orchestrator"):
-        skeleton.survey()
+        lazy_model.survey()
 
 
 def test_the_dtype_is_the_configs_unless_given(checkpoint):
     """Weights are cast to the dtype of the computation, whatever they are stored in."""
     for dtype in [None, torch.bfloat16, torch.float16]:
-        skeleton = Skeleton.open(checkpoint("qwen3"), dtype=dtype)
-        assert skeleton.dtype == (dtype or torch.float32)
-        with skeleton.shard(range(1, 2)) as shard:
-            assert {p.dtype for p in shard.parameters().values()} == {skeleton.dtype}
+        lazy_model = LazyModel.open(checkpoint("qwen3"), dtype=dtype)
+        assert lazy_model.dtype == (dtype or torch.float32)
+        with lazy_model.shard(range(1, 2)) as shard:
+            assert {p.dtype for p in shard.parameters().values()} == {lazy_model.dtype}
 
 
 @pytest.mark.gpu
@@ -157,14 +157,14 @@ def test_shards_on_a_gpu_give_the_bits_of_the_whole_model(checkpoint):
     device = torch.device("cuda")
     for family in ["llama", "gemma2", "gemma3", "gpt2", "opt", "falcon"]:
         model = whole_model(checkpoint(family), torch.bfloat16).to(device)
-        skeleton = Skeleton.open(checkpoint(family), dtype=torch.bfloat16, device=device)
+        lazy_model = LazyModel.open(checkpoint(family), dtype=torch.bfloat16, device=device)
         for padding in ["none", "right", "left"]:
             chunk = padded_chunk(padding)
             expected_BTV = whole_logits(model, chunk.to(device))
-            assert torch.equal(sharded_logits(skeleton, chunk, HALVES), expected_BTV)
+            assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), expected_BTV)
 
 
-def test_moving_a_chunk_keeps_it(skeleton):
+def test_moving_a_chunk_keeps_it(lazy_model):
     """A chunk on the device it is asked for is the same chunk."""
     chunk = Chunk.unpack(padded_chunk("left").pack())
     moved = chunk.to(torch.device("cpu"))

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from orchestrator.errors import InputError
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 
 TINY = {
     "vocab_size": VOCABULARY,
@@ -79,7 +79,7 @@ def test_a_config_that_does_not_fit_is_refused(llama, changes, message):
     """One line says where, what was found, and what is needed."""
     change_config(llama, **changes)
     with pytest.raises(InputError, match=message) as caught:
-        Skeleton.open(llama)
+        LazyModel.open(llama)
     assert "\n" not in str(caught.value)
 
 
@@ -116,7 +116,7 @@ def test_tensors_that_do_not_fit_are_refused(llama, change, message):
     """A parameter that is missing, doubled, or of another shape or kind is named."""
     change_tensors(llama, change)
     with pytest.raises(InputError, match=message):
-        Skeleton.open(llama)
+        LazyModel.open(llama)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_tensors_that_do_not_fit_are_refused(llama, change, message):
 def test_a_model_that_is_not_supported_is_refused(make, message, tmp_path):
     """Fused experts, models that do not generate, and models without a head are named."""
     with pytest.raises(InputError, match=message):
-        Skeleton.open(write_model(make, tmp_path))
+        LazyModel.open(write_model(make, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,10 @@ def test_values_that_are_not_finite_are_refused_by_the_shard_that_owns_them(llam
         tensors["model.layers.1.mlp.gate_proj.weight"][3, 4:6] = value
 
     change_tensors(llama, spoil)
-    skeleton = Skeleton.open(llama)
+    lazy_model = LazyModel.open(llama)
     with pytest.raises(InputError, match=message):
-        skeleton.shard(range(0, 2))
-    with skeleton.shard(range(2, 4)) as shard:
+        lazy_model.shard(range(0, 2))
+    with lazy_model.shard(range(2, 4)) as shard:
         assert shard.is_last
 
 
@@ -166,7 +166,7 @@ def test_nothing_in_a_checkpoint_is_run(llama):
     (llama / "evil.py").write_text("raise SystemExit('the checkpoint ran code')")
     auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     change_config(llama, auto_map=auto_map, attn_implementation="someone/kernel")
-    assert Skeleton.open(llama).attention == "sdpa"
+    assert LazyModel.open(llama).attention == "sdpa"
 
 
 def keep_both(tensors):
@@ -187,13 +187,13 @@ def test_tied_weights_are_found_however_they_are_stored(checkpoint, tmp_path, ch
     """Stored under both names, the head's, or without the model's prefix: the same bits."""
     directory = shutil.copytree(checkpoint("llama_tied"), tmp_path / "tied")
     change_tensors(directory, change)
-    skeleton, chunk = Skeleton.open(directory), padded_chunk("right")
+    lazy_model, chunk = LazyModel.open(directory), padded_chunk("right")
     expected_BTV = whole_logits(whole_model(directory, torch.float32), chunk)
-    assert torch.equal(sharded_logits(skeleton, chunk, HALVES), expected_BTV)
-    assert torch.equal(sharded_logits(skeleton, chunk, [range(0, 4)]), expected_BTV)
+    assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), expected_BTV)
+    assert torch.equal(sharded_logits(lazy_model, chunk, [range(0, 4)]), expected_BTV)
     assert (
-        skeleton.survey().total_parameters
-        == Skeleton.open(checkpoint("llama_tied")).survey().total_parameters
+        lazy_model.survey().total_parameters
+        == LazyModel.open(checkpoint("llama_tied")).survey().total_parameters
     )
 
 
@@ -207,11 +207,11 @@ def test_an_old_layout_is_read(checkpoint, tmp_path):
         tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
 
     change_tensors(directory, age)
-    skeleton, chunk = Skeleton.open(directory), padded_chunk("right")
+    lazy_model, chunk = LazyModel.open(directory), padded_chunk("right")
     expected_BTV = whole_logits(whole_model(checkpoint("gpt2"), torch.float32), chunk)
-    assert torch.equal(sharded_logits(skeleton, chunk, HALVES), expected_BTV)
-    assert skeleton.disk_names["transformer.wte.weight"] == "wte.weight"
-    assert skeleton.names.unused == ("h.0.attn.bias",)
+    assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), expected_BTV)
+    assert lazy_model.disk_names["transformer.wte.weight"] == "wte.weight"
+    assert lazy_model.names.unused == ("h.0.attn.bias",)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -219,7 +219,7 @@ def test_a_checkpoint_in_many_files_is_the_same(checkpoint, tmp_path, family):
     """Cut into many files, a checkpoint gives the same survey but for its fingerprint."""
     write_model(FAMILIES[family], tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 4
-    cut, whole = Skeleton.open(tmp_path), Skeleton.open(checkpoint(family))
+    cut, whole = LazyModel.open(tmp_path), LazyModel.open(checkpoint(family))
     assert cut.survey().linears == whole.survey().linears
     assert cut.survey().fingerprint != whole.survey().fingerprint
     chunk = padded_chunk("left")
@@ -252,7 +252,7 @@ def test_a_70b_model_is_surveyed_from_its_headers(tmp_path):
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + size)
-    survey = Skeleton.open(tmp_path).survey()
+    survey = LazyModel.open(tmp_path).survey()
     assert len(survey.linears) == 560
     assert survey.total_parameters == 70_553_706_496
     assert {x.role: x.break_even for x in survey.of_block(79)} == {

@@ -12,7 +12,7 @@ from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.methods import METHODS
 from orchestrator.models.evaluation.scoring import draw_label_gradient
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import Calibration, dense_weight
 
 TOKENS = torch.arange(40).view(2, 20) * 7 % 96
@@ -24,8 +24,8 @@ def model(tmp_path_factory):
 
 
 def gather(model, mask, side, **options):
-    skeleton = Skeleton.open(model)
-    with skeleton.shard(range(2)) as shard:
+    lazy_model = LazyModel.open(model)
+    with lazy_model.shard(range(2)) as shard:
         calibration = Calibration(shard, shard.linears, side, **options)
         for row in range(2):
             calibration.forward(Chunk(row, TOKENS[row : row + 1], mask[row : row + 1]))
@@ -124,8 +124,8 @@ def test_cosines_are_of_the_stream_around_each_sublayer(family, checkpoint):
     tokens = torch.arange(30)[None] * 7 % 96
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 25:] = False
-    skeleton = Skeleton.open(checkpoint(family))
-    with skeleton.shard(range(skeleton.num_blocks)) as shard:
+    lazy_model = LazyModel.open(checkpoint(family))
+    with lazy_model.shard(range(lazy_model.num_blocks)) as shard:
         calibration = Calibration(shard, shard.linears, METHODS["svd-llm"].side)
         calibration.forward(Chunk(0, tokens, mask))
         found = [calibration.cosines(block) for block in range(4)]
@@ -150,8 +150,8 @@ def test_the_stream_between_the_sublayers_is_the_models(model):
     """For a Llama the stream after attention is its input plus what attention gives."""
     tokens = TOKENS[:1]
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    skeleton = Skeleton.open(model)
-    with skeleton.shard(range(2)) as shard:
+    lazy_model = LazyModel.open(model)
+    with lazy_model.shard(range(2)) as shard:
         calibration = Calibration(shard, shard.linears, METHODS["svd-llm"].side)
         calibration.forward(Chunk(0, tokens, mask))
         found = calibration.cosines(1)
@@ -186,17 +186,17 @@ def test_curvature_is_the_second_moment_of_the_losss_gradients(family, cut, chec
     tokens = torch.arange(30)[None] * 7 % 96
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 25:] = False
-    skeleton = Skeleton.open(checkpoint(family))
-    starts = (0, *(skeleton.num_blocks * part // cut[-1] for part in cut))
+    lazy_model = LazyModel.open(checkpoint(family))
+    starts = (0, *(lazy_model.num_blocks * part // cut[-1] for part in cut))
     chunks, found = [Chunk(0, tokens, mask)], {}
     for start, stop in itertools.pairwise(starts[:-1]):
-        with skeleton.shard(range(start, stop)) as shard:
+        with lazy_model.shard(range(start, stop)) as shard:
             chunks.append(shard.forward(chunks[-1]))
     gradient = label_gradient(mask, 5)
     for (start, stop), chunk in zip(
         reversed([*itertools.pairwise(starts)]), reversed(chunks), strict=True
     ):
-        with skeleton.shard(range(start, stop)) as shard:
+        with lazy_model.shard(range(start, stop)) as shard:
             shard.freeze()
             calibration = Calibration(
                 shard, shard.linears, METHODS["two-sided"].side, curvature=True
@@ -249,15 +249,15 @@ def test_a_settled_calibration_gathers_no_more_and_frees_what_is_forgotten(model
     """Statistics keep their bits, later chunks pass, a Gram is freed with its last linear."""
     mask = torch.ones(1, 20, dtype=torch.bool)
     first, second = (Chunk(row, TOKENS[row : row + 1], mask) for row in range(2))
-    skeleton = Skeleton.open(model)
-    with skeleton.shard(range(2)) as shard:
+    lazy_model = LazyModel.open(model)
+    with lazy_model.shard(range(2)) as shard:
         calibration = Calibration(shard, shard.linears, lambda linear, site: "input")
         calibration.forward(first)
         before = {each.name: calibration.statistic(each).matrix_II for each in shard.linears}
         passed = calibration.forward(second).payload.tensors()[0]
         calibration = Calibration(shard, shard.linears, lambda linear, site: "input")
         calibration.forward(first)
-        calibration.settle()
+        calibration.flush_writes()
         again = calibration.forward(second).payload.tensors()[0]
         assert torch.equal(passed, again)
         for linear in shard.linears:
@@ -273,8 +273,8 @@ def test_a_settled_calibration_gathers_no_more_and_frees_what_is_forgotten(model
 def test_ends_that_were_put_down_are_loaded_again_by_the_next_pass(model):
     """Embeddings and head are freed, blocks stay; the pass that follows has the same bits."""
     mask = torch.ones(1, 20, dtype=torch.bool)
-    chunk, skeleton = Chunk(0, TOKENS[:1], mask), Skeleton.open(model)
-    with skeleton.shard(range(2)) as shard:
+    chunk, lazy_model = Chunk(0, TOKENS[:1], mask), LazyModel.open(model)
+    with lazy_model.shard(range(2)) as shard:
         shard.freeze()
         before = shard.logits(chunk)
         ends = [n for n in shard.parameters() if not n.startswith("model.layers")]
@@ -286,4 +286,4 @@ def test_ends_that_were_put_down_are_loaded_again_by_the_next_pass(model):
         assert all(name.startswith("model.layers") for name in shard.parameters())
         assert torch.equal(shard.logits(chunk), before)
         assert not any(each.requires_grad for each in shard.parameters().values())
-    assert skeleton.shard(range(1)).forward(chunk).payload is not None
+    assert lazy_model.shard(range(1)).forward(chunk).payload is not None

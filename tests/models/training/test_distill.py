@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from orchestrator.models.training.distill import TopK, Weights, distill
+from orchestrator.models.training.distill import LossWeights, TopK, distill
 
 VOCABULARY = 40
-ONE = Weights(divergence=1.0, cross_entropy=0.0)
+ONE = LossWeights(divergence=1.0, cross_entropy=0.0)
 
 
 def some_logits(seed, dtype=torch.float32):
@@ -81,7 +81,7 @@ def test_what_is_kept_adds_up_to_one():
 def test_the_cross_entropy_is_that_of_the_next_tokens():
     """Only real tokens that follow real ones are predicted; weights multiply the gradient."""
     ours, (tokens_BT, mask_BT) = some_logits(1), some_tokens()
-    weights = Weights(divergence=0.0, cross_entropy=0.25)
+    weights = LossWeights(divergence=0.0, cross_entropy=0.25)
     losses, grad_BTV = distill(ours, tokens_BT, mask_BT, some_logits(2), 1.0, weights)
     leaf = ours.double().requires_grad_()
     both_BT = mask_BT[:, :-1] & mask_BT[:, 1:]
@@ -103,7 +103,7 @@ def test_a_model_is_nowhere_from_itself():
 def test_sixteen_bits_are_widened_and_padding_gets_nothing():
     """The gradient has the logits' dtype and is zero outside the mask."""
     tokens_BT, mask_BT = some_tokens()
-    weights = Weights(divergence=1.0, cross_entropy=1.0)
+    weights = LossWeights(divergence=1.0, cross_entropy=1.0)
     logits = some_logits(1, torch.bfloat16)
     _, grad_BTV = distill(logits, tokens_BT, mask_BT, some_logits(2), 1.0, weights)
     _, exact_BTV = distill(logits.float(), tokens_BT, mask_BT, some_logits(2), 1.0, weights)

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import UsageError
 from orchestrator.models.forms.modules import SparseLinear
-from orchestrator.models.shards.lazy_model import Skeleton
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.training.refine import Refinement, merge, refine, trained_parameters
 from orchestrator.models.training.refine_ledger import Ledger
 from orchestrator.models.training.refine_options import RefineOptions, rate, split
@@ -24,20 +24,20 @@ FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon"]
 SHORT = RefineOptions(epochs=3, batches=2, learning_rate=1e-3, held_out=0.2)
 
 
-def passed(skeleton, blocks, chunks):
-    with skeleton.shard(blocks) as shard:
+def passed(lazy_model, blocks, chunks):
+    with lazy_model.shard(blocks) as shard:
         return [shard.forward(chunk) for chunk in chunks]
 
 
 def dense_ends(directory, block, count=5, dtype=torch.float32):
     """What goes into a block of the dense model, and what it gives."""
-    skeleton, chunks = Skeleton.open(directory, dtype=dtype), some_chunks(count)
-    inputs = passed(skeleton, range(block), chunks) if block else chunks
-    return inputs, passed(skeleton, range(block, block + 1), inputs)
+    lazy_model, chunks = LazyModel.open(directory, dtype=dtype), some_chunks(count)
+    inputs = passed(lazy_model, range(block), chunks) if block else chunks
+    return inputs, passed(lazy_model, range(block, block + 1), inputs)
 
 
 def refined(directory, ends, block, options=SHORT, seed=0, dtype=torch.float32):
-    with Skeleton.open(directory, dtype=dtype).shard(range(block, block + 1)) as shard:
+    with LazyModel.open(directory, dtype=dtype).shard(range(block, block + 1)) as shard:
         return refine(shard, *ends, options, seed)
 
 
@@ -59,13 +59,13 @@ def test_it_is_the_plain_loop_over_the_whole_model(checkpoint, compressed, famil
     directory, dtype = compressed(family), torch.float64
     options = replace(SHORT, batches=1, held_out=0.3, clip=0.01, warm_up=0.4)
     _, targets = dense_ends(checkpoint(family), 1, count=3, dtype=dtype)
-    skeleton, chunks = Skeleton.open(directory, dtype=dtype), some_chunks(3)
-    inputs = passed(skeleton, range(1), chunks)
+    lazy_model, chunks = LazyModel.open(directory, dtype=dtype), some_chunks(3)
+    inputs = passed(lazy_model, range(1), chunks)
     result = refined(directory, (inputs, targets), 1, options, dtype=dtype)
 
     model = whole_model(directory, dtype)
-    blocks = model.get_submodule(skeleton.prefix)
-    left, names = [], [name for name in result.tensors if f"{skeleton.prefix}.1." in name]
+    blocks = model.get_submodule(lazy_model.prefix)
+    left, names = [], [name for name in result.tensors if f"{lazy_model.prefix}.1." in name]
     assert names == list(result.tensors)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = [parameters[name] for name in names]
@@ -103,7 +103,7 @@ def test_it_is_the_plain_loop_over_the_whole_model(checkpoint, compressed, famil
 
 def test_a_shift_that_a_bias_can_make_is_learnt(checkpoint):
     """Targets that are the block's own outputs plus a constant are met: the least error is 0."""
-    dense = Skeleton.open(checkpoint("gpt2"))
+    dense = LazyModel.open(checkpoint("gpt2"))
     survey = dense.survey()
     whole = plan_of(survey, {each.name: Assignment(form="dense") for each in survey.linears})
     inputs, outputs = dense_ends(checkpoint("gpt2"), 2)
@@ -126,7 +126,7 @@ def test_the_best_state_comes_back_and_not_the_last(checkpoint, compressed):
     directory = compressed("llama")
     inputs, targets = dense_ends(checkpoint("llama"), 1)
     _, (held_out,) = split(5, SHORT.held_out)
-    with Skeleton.open(directory).shard(range(1, 2)) as shard:
+    with LazyModel.open(directory).shard(range(1, 2)) as shard:
         before = {name: p.detach().clone() for name, p in shard.parameters().items()}
         targets[held_out] = shard.forward(inputs[held_out])
         result = refine(shard, inputs, targets, replace(SHORT, epochs=9, patience=2), 0)
@@ -143,7 +143,7 @@ def test_the_best_state_comes_back_and_not_the_last(checkpoint, compressed):
 def test_the_shard_is_left_with_the_best_state(checkpoint, compressed):
     """Its held-out loss, computed once more, is the least of all epochs'."""
     directory, ends = compressed("llama"), dense_ends(checkpoint("llama"), 1)
-    with Skeleton.open(directory).shard(range(1, 2)) as shard:
+    with LazyModel.open(directory).shard(range(1, 2)) as shard:
         result = refine(shard, *ends, replace(SHORT, epochs=6, learning_rate=0.05), 0)
         with Refinement(shard, *ends, SHORT, 0) as again:
             losses = [result.start, *(epoch.held_out for epoch in result.epochs)]
@@ -173,7 +173,7 @@ def test_replicas_that_share_the_slices_hold_the_same_bits(checkpoint, compresse
     """Two of them, each with half of the slices and of the held-out chunks: the bits of one."""
     directory, ends = compressed("llama"), dense_ends(checkpoint("llama"), 1, count=8)
     options = replace(SHORT, batches=1, slices=slices, held_out=0.3)
-    ledger, skeletons = Ledger(8, options), [Skeleton.open(directory) for _ in range(2)]
+    ledger, skeletons = Ledger(8, options), [LazyModel.open(directory) for _ in range(2)]
     assert ledger.parts(0) == min(slices, 6)
     with ExitStack() as stack:
         shards = [stack.enter_context(each.shard(range(1, 2))) for each in skeletons]
@@ -221,9 +221,9 @@ def test_one_slice_or_one_for_each_chunk_is_a_sum_over_the_chunks(checkpoint, co
 def test_it_goes_on_from_a_snapshot(checkpoint, compressed):
     """Interrupted behind every epoch, on a shard of its own each time: the same bits."""
     directory, ends = compressed("gpt2"), dense_ends(checkpoint("gpt2"), 1)
-    skeleton, snapshot, stop = Skeleton.open(directory), None, None
+    lazy_model, snapshot, stop = LazyModel.open(directory), None, None
     while stop is None:
-        with skeleton.shard(range(1, 2)) as shard, Refinement(shard, *ends, SHORT, 0) as part:
+        with lazy_model.shard(range(1, 2)) as shard, Refinement(shard, *ends, SHORT, 0) as part:
             if snapshot:
                 part.restore(*snapshot)
             part.epoch()
@@ -234,16 +234,16 @@ def test_it_goes_on_from_a_snapshot(checkpoint, compressed):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_what_is_the_blocks_own_moves(checkpoint, compressed, family):
     """Dense weights, a basis that another block uses, the support of sparse values: all stay."""
-    directory, dense = compressed(family), Skeleton.open(checkpoint(family))
+    directory, dense = compressed(family), LazyModel.open(checkpoint(family))
     whole = [each.name for each in dense.survey().linears]
-    skeleton = Skeleton.open(directory)
-    stayed = set(whole) - set(skeleton._architecture.forms["modules"])
+    lazy_model = LazyModel.open(directory)
+    stayed = set(whole) - set(lazy_model._architecture.forms["modules"])
     firsts = [dense.survey().of_block(block)[0].name for block in range(4)]
     for block in range(2):
         ends = dense_ends(checkpoint(family), block)
-        with skeleton.shard(range(block, block + 1)) as shard:
-            names = {*shard.parameters(), *skeleton.block_names(block)}
-            model = skeleton._frame.model
+        with lazy_model.shard(range(block, block + 1)) as shard:
+            names = {*shard.parameters(), *lazy_model.block_names(block)}
+            model = lazy_model._frame.model
             tensors = {**dict(model.named_parameters(remove_duplicate=False))}
             tensors |= dict(model.named_buffers())
             before = {name: tensors[name].detach().clone() for name in names}
@@ -251,7 +251,7 @@ def test_only_what_is_the_blocks_own_moves(checkpoint, compressed, family):
             moved = {name for name in names if not torch.equal(before[name], tensors[name])}
         assert result.best > 0
         assert moved == set(result.tensors)
-        own = {name for name in skeleton.block_names(block) if tensors[name].is_floating_point()}
+        own = {name for name in lazy_model.block_names(block) if tensors[name].is_floating_point()}
         assert own - moved == {f"{firsts[block]}.down.weight"} | {
             f"{name}.weight" for name in stayed if f"{name}.weight" in own
         }
@@ -260,7 +260,7 @@ def test_only_what_is_the_blocks_own_moves(checkpoint, compressed, family):
 def test_dense_weights_move_where_asked(checkpoint, compressed):
     """With `dense` everything of the block is trained but the shared basis."""
     directory = compressed("llama")
-    with Skeleton.open(directory).shard(range(1, 2)) as shard:
+    with LazyModel.open(directory).shard(range(1, 2)) as shard:
         few = trained_parameters(shard, dense=False)
         every = trained_parameters(shard, dense=True)
         added = every.keys() - few.keys()
@@ -275,11 +275,11 @@ def test_dense_weights_move_where_asked(checkpoint, compressed):
 
 def test_blocks_that_share_a_basis_are_trained_together(checkpoint, compressed):
     """In a shard of both, the basis moves, and is one tensor still."""
-    skeleton = Skeleton.open(compressed("llama"))
-    dense = Skeleton.open(checkpoint("llama"))
+    lazy_model = LazyModel.open(compressed("llama"))
+    dense = LazyModel.open(checkpoint("llama"))
     inputs = some_chunks(5)
     bases = [f"model.layers.{block}.self_attn.q_proj.down.weight" for block in range(2)]
-    with skeleton.shard(range(2)) as shard:
+    with lazy_model.shard(range(2)) as shard:
         start = shard.parameters()[bases[0]].detach().clone()
         result = refine(shard, inputs, passed(dense, range(2), inputs), SHORT, 0)
     assert result.best > 0
@@ -303,7 +303,7 @@ def test_sparse_values_come_nearer_on_their_support(checkpoint, tmp_path, form):
 
     made = compress(checkpoint("llama"), tmp_path / "out", make_plan=one_form)
     ends = dense_ends(checkpoint("llama"), 1)
-    with Skeleton.open(made.directory).shard(range(1, 2)) as shard:
+    with LazyModel.open(made.directory).shard(range(1, 2)) as shard:
         module = shard.module("model.layers.1.mlp.up_proj")
         sparse = module if isinstance(module, SparseLinear) else module.sparse
         support = sparse.dense_weight() != 0

@@ -9,31 +9,31 @@ from torch.nn.functional import cross_entropy, log_softmax
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import InfeasibleError
 from orchestrator.models.forms.modules import LowRankLinear, SparseLinear
-from orchestrator.models.shards.lazy_model import Skeleton
-from orchestrator.models.training.distill import Weights, distill
+from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.models.training.distill import LossWeights, distill
 from orchestrator.models.training.train import MOMENTS, Training, _squared_norms
 from orchestrator.models.training.train_options import TrainOptions, plan_course
 
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon", "phi3"]
-WEIGHTS = Weights(divergence=0.6 / 40, cross_entropy=0.4 / 37)
+WEIGHTS = LossWeights(divergence=0.6 / 40, cross_entropy=0.4 / 37)
 CUTS = ([range(4)], [range(2), range(2, 4)])
 """Of four blocks, of which each two share a basis."""
 
 
 def dense_logits(directory, chunks):
-    with Skeleton.open(directory, dtype=torch.float32).shard(range(4)) as shard:
+    with LazyModel.open(directory, dtype=torch.float32).shard(range(4)) as shard:
         return [shard.logits(chunk) for chunk in chunks]
 
 
 class Model:
-    """A model in shards that are all there, each of a skeleton of its own."""
+    """A model in shards that are all there, each of a lazy model of its own."""
 
     def __init__(self, directory, cut, mode="all", blocks=range(4), decay=0.01):
         self.shards, self.trainings = [], []
         for part in cut:
-            skeleton = Skeleton.open(directory, dtype=torch.float32)
-            self.shards.append(skeleton.shard(part))
-            names = skeleton.disk_names
+            lazy_model = LazyModel.open(directory, dtype=torch.float32)
+            self.shards.append(lazy_model.shard(part))
+            names = lazy_model.disk_names
             self.trainings.append(Training(self.shards[-1], blocks, names, mode, decay))
 
     def accumulate(self, chunk, targets):
@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_said_before_it_starts(compressed):
     need = {}
     for mode in ("all", "lean", "light"):
         (training,) = Model(compressed("llama"), CUTS[0], mode).trainings
-        need[mode] = training.bytes_to_come
+        need[mode] = training.extra_bytes
         training.check_room(need[mode])
         with pytest.raises(InfeasibleError, match="more workers"):
             training.check_room(need[mode] - 1)

@@ -92,7 +92,7 @@ class Autoscaling:
         self.counts = []
         self._client = None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._monitor, daemon=True)
 
     def begin(self):
         from ray._raylet import GcsClient
@@ -114,7 +114,7 @@ class Autoscaling:
         infos = self._client.get_all_node_info(timeout=10).values()
         return sum(info.state == 0 for info in infos) - 1
 
-    def _watch(self):
+    def _monitor(self):
         while not self._ended.wait(0.25):
             count = self.nodes()
             if not self.counts or self.counts[-1] != count:

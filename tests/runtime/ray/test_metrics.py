@@ -85,7 +85,7 @@ def test_failures_are_counted_by_cause(ray_address):
 
 def test_the_dashboard_shows_what_is_counted():
     """Each of our metrics has its panel, and none names another."""
-    source = (DASHBOARD.parents[1] / "orchestrator" / "cluster" / "metrics.py").read_text()
+    source = (DASHBOARD.parents[1] / "orchestrator" / "runtime" / "ray" / "metrics.py").read_text()
     gauges = set(re.findall(r'Gauge\(\s*f"\{PREFIX\}(\w+)"', source))
     counters = set(re.findall(r'Counter\(\s*f"\{PREFIX\}(\w+)"', source))
     assert (len(gauges), len(counters)) == (2, 5)

@@ -58,7 +58,7 @@ def test_addresses_that_lead_nowhere():
     closed.close()
     code = """
 import sys, time
-from orchestrator.cluster.ray_cluster import connect
+from orchestrator.runtime.ray.cluster import connect
 from orchestrator.errors import UsageError
 for address in sys.argv[1:]:
     begun = time.monotonic()
@@ -232,7 +232,7 @@ def make_pool(ray_address):
             if task == "broken":
                 raise ValueError("no such thing")
 
-        def let_go(self):
+        def release(self):
             Path(self.other).unlink(missing_ok=True)
 
         def probe(self, nonce):
@@ -261,15 +261,17 @@ def test_workers_turn_to_another_task_where_they_are(make_pool, tmp_path):
         seats = [probe["pid"] for probe in pool.gather()]
         assert {probe["environment"]["torch"] for probe in pool._probes.values()} == {"2.12.1"}
         kept, lost = pool.workers()
-        os.kill(pool.seat(lost).pid, signal.SIGKILL)
+        os.kill(pool.location(lost).pid, signal.SIGKILL)
         pool.turn_to(pool._worker_class, "fine")
         again = pool.gather()
         assert {probe["environment"]["torch"] for probe in again} == {"2.13.0"}
         assert not first.exists()
         assert kept in pool.workers()
         assert lost not in pool.workers()
-        assert pool.seat(kept).pid in seats
-        told = [seat["pid"] for e in events if e["event"] == "workers" for seat in e["workers"]]
+        assert pool.location(kept).pid in seats
+        told = [
+            location["pid"] for e in events if e["event"] == "workers" for location in e["workers"]
+        ]
         assert sorted(told) == sorted({*seats, *(probe["pid"] for probe in again)})
         assert [e["event"] for e in events if e["event"] != "workers"] == ["retired"]
         pool.turn_to(pool._worker_class, "broken")
