@@ -13,8 +13,9 @@ from golden_record import ARCHIVE, FORECASTS, RECORD, differences, elsewhere, fo
 
 from orchestrator.allocate import ALLOCATION_NAMES
 from orchestrator.methods import METHODS
-from orchestrator.plan import Form
-from orchestrator.recipe import CHOICES, PRESETS
+from orchestrator.plan.forms import Form
+from orchestrator.recipe.presets import PRESETS
+from orchestrator.recipe.recipe import CHOICES
 
 pytestmark = pytest.mark.slow
 RECORDED: dict[str, Any] = json.loads(RECORD.read_text())

@@ -112,7 +112,7 @@ class LazyModel:
         output_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
     ) -> "LazyModel":
-        """The lazy model of the checkpoint that a plan makes of this dense one, before it is written.
+        """The checkpoint that a plan makes of this dense one, before it is written.
 
         Its shards compute what those of the written checkpoint would: the modules are the plan's
         forms, the values cast to the dtype of the output. Nothing is read before a shard is opened.
