@@ -158,9 +158,9 @@ _INPUTS: dict[str, dict[str, Any]] = {
         "sequence_length": 64,
         "method": "two-sided",
     },
-    "targets": {"target": ("*_proj",), "ignore": ("re:.*[02].*down_proj", "*v_proj")},
+    "targets": {"target": ("*_proj",), "ignore": ("re:.*[12].*down_proj", "*v_proj")},
     "several-files": {"max_shard_size": "12KB"},
-    "cut-in-three": {"shards": 3, "method": "two-sided"},
+    "cut-in-three": {"model": "llama_three", "shards": 3, "method": "two-sided"},
     "family-gemma2": {"model": "gemma2", "method": "two-sided", "storage": "pivoted"},
     "family-phi3": {"model": "phi3", "method": "two-sided-sparse"},
     "family-gpt2": {"model": "gpt2", "storage": "pivoted"},
@@ -177,14 +177,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "preset-best": {
         "preset": "best",
         "options": {
-            "refinement": {"epochs": 2},
+            "refinement": {"epochs": 2, "batches": 2},
             "training": {"epochs": 2, "batches": 2, "every": 1, "top_k": 24},
         },
     },
 }
+_THREE = {name: {"model": "llama_three", **fields} for name, fields in _METHODS.items()}
 CASES: dict[str, dict[str, Any]] = {
     name: {**SMALL, **fields}
-    for group in (_METHODS, _ALLOCATIONS, _STAGES, _FORMS, _NUMBERS, _INPUTS, _PRESETS)
+    for group in (_THREE, _ALLOCATIONS, _STAGES, _FORMS, _NUMBERS, _INPUTS, _PRESETS)
     for name, fields in group.items()
 }
 

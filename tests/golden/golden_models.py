@@ -27,7 +27,7 @@ _LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -39,14 +39,15 @@ _LLAMA: dict[str, Any] = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
-    "llama_bf16": {**_LLAMA, "num_hidden_layers": 2, "dtype": "bfloat16"},
+    # the last group of blocks that share a basis is a shorter one
+    "llama_three": {**_LLAMA, "num_hidden_layers": 3},
+    "llama_bf16": {**_LLAMA, "dtype": "bfloat16"},
     # inputs wide enough for all three index codes
-    "llama_wide": {**_LLAMA, "num_hidden_layers": 2, "intermediate_size": 192},
+    "llama_wide": {**_LLAMA, "intermediate_size": 192},
     "gemma2": {
         **_LLAMA,
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
-        "num_hidden_layers": 2,
         "head_dim": 4,
         "query_pre_attn_scalar": 4,
         "sliding_window": 6,
@@ -56,7 +57,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_LLAMA,
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
-        "num_hidden_layers": 2,
         "pad_token_id": 0,
     },
     "gpt2": {

@@ -9,8 +9,8 @@ shows what changed. The unfinished runs are those of an earlier release that thi
 make them anew only where a raised version makes their units worthless.
 
 Every case is performed in one process with one thread. `PINNED` is set before torch is loaded, so
-that the libraries use the kernels that every x86-64 processor has; whether another machine computes
-the same bits is measured by `probe`. What depends on bits is compared only where it does.
+that the libraries use kernels that every x86-64 processor with AVX2 has; whether another machine
+computes the same bits is measured by `probe`. What depends on bits is compared only where it does.
 """
 
 import argparse
@@ -36,9 +36,11 @@ PINNED = {
     "MKL_CBWR": "COMPATIBLE",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "OPENBLAS_CORETYPE": "Nehalem",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
 }
 MEASURED = {
@@ -241,7 +243,7 @@ def _verified(name: str, model: str) -> dict[str, Any]:
 
 
 def _resumed(name: str) -> dict[str, Any]:
-    """What the unfinished run of the archive becomes: units made anew by stage, and the result."""
+    """What the archive's unfinished run becomes: units made by stage and rewritten, the result."""
     from golden_cases import CASES
 
     from orchestrator import compress
@@ -255,10 +257,14 @@ def _resumed(name: str) -> dict[str, Any]:
         Path("text.txt").symlink_to("../text.txt")
         with tarfile.open(ARCHIVE) as archive:
             archive.extractall(".", filter="data")
+        manifests = sorted(Path(f"{name}.run").glob("units/*/*/manifest.json"))
         journal = _Journal(Path(f"{name}.run"))
         result = compress(_recipe(name, **CASES[name]), journal)
+        # the archive's files are of the year 1970
+        there = [path for path in manifests if path.exists()]
+        rewritten = [path.parent.name[:HEX] for path in there if path.stat().st_mtime > 0]
         made = {stage: count for stage, count in journal.told.items() if stage != "verify"}
-        return {"made": made, "files": _files(Path(result.out))}
+        return {"made": made, "rewritten": rewritten, "files": _files(Path(result.out))}
     finally:
         os.chdir("..")
         shutil.rmtree("resumed")
@@ -318,7 +324,7 @@ def forecasts(directory: Path) -> dict[str, Any]:
     (large / "config.json").write_text(json.dumps(LARGE))
     found = {}
     for name, fields in CASES.items():
-        if fields["model"] == "llama":
+        if fields["model"].startswith("llama"):
             big = {"model": str(large / "config.json"), "samples": 64, "sequence_length": 2048}
             recipe = _recipe(name, **{**fields, **big})
             found[name] = _rounded(api.plan(recipe, gpus=4, price=2.5).to_json())
