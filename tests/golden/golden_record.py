@@ -14,6 +14,7 @@ computes the same bits is measured by `probe`. What depends on bits is compared 
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -72,6 +73,8 @@ def make(directory: Path) -> dict[str, Any]:
     os.chdir(directory)  # paths in keys are those of the recipe
     try:
         write_models(directory)
+        # stages collect garbage; what torch and transformers have imported is none
+        gc.freeze()
         return {
             "environment": environment(),
             "cases": {name: _case(name, fields) for name, fields in cases.CASES.items()},
