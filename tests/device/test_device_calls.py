@@ -33,7 +33,7 @@ from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import Calibration
 from orchestrator.models.training.compensation import Reader
-from orchestrator.models.training.distill import TopK, Weights, distill
+from orchestrator.models.training.distill import LossWeights, TopK, distill
 from orchestrator.models.training.refine import Refinement
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.models.training.train import Training
@@ -193,7 +193,7 @@ def _label_gradient(case):
 def _distill(keep):
     def call(case):
         targets = TopK.of(case.against_BTV, keep, 2.0) if keep else case.against_BTV
-        weights = Weights(divergence=0.1, cross_entropy=0.2)
+        weights = LossWeights(divergence=0.1, cross_entropy=0.2)
         given = case.logits_BTV, case.tokens_BT, case.mask_BT, targets, 2.0, weights
         return targets, distill(*given)
 

@@ -99,7 +99,7 @@ _STAGES: dict[str, dict[str, Any]] = {
     "walk-then-blocks": {"compensate": "input", "refine": "blocks", "options": _REFINEMENT},
     "in-order": {
         "refine": "in_order",
-        "options": {"refinement": {**_REFINEMENT["refinement"], "slices": 2}},
+        "options": {"refinement": {**_REFINEMENT["refinement"], "slices": 2, "clip": 0.001}},
     },
     "blocks": {"refine": "blocks", "options": _REFINEMENT},
     "blocks-dense": {
@@ -109,7 +109,10 @@ _STAGES: dict[str, dict[str, Any]] = {
     },
     "swept": {"refine": "swept", "storage": "pivoted", "options": _REFINEMENT},
     "train-all": {"train": "all", "options": _TRAINING},
-    "train-lean": {"train": "lean", "options": _TRAINING},
+    "train-lean": {
+        "train": "lean",
+        "options": {"training": {**_TRAINING["training"], "clip": 0.01, "temperature": 2.0}},
+    },
     "train-light": {"train": "light", "storage": "pivoted", "options": _TRAINING},
     "train-recomputed": {
         "train": "all",

@@ -10,10 +10,12 @@ make them anew only where a raised version makes their units worthless.
 
 Every case is performed in one process with one thread. `PINNED` is set before torch is loaded, so
 that the libraries use kernels that every x86-64 processor with AVX2 has; whether another machine
-computes the same bits is measured by `probe`. What depends on bits is compared only where it does.
+computes the same bits is measured by `golden_environment.probe`. What depends on bits is compared
+only where it does.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -23,10 +25,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from golden_differences import differences
+from golden_environment import HEX, environment
 
 HERE = Path(__file__).parent
 RECORD, FORECASTS = HERE / "record.json", HERE / "forecasts.json"
@@ -55,8 +59,6 @@ MEASURED = {
 }
 """Fields of facts and reports that may differ between two equal runs."""
 BOOTSTRAP, SOURCE = "modeling_orchestrator.py", "source"
-HEX = 16
-"""Digits of a key or a SHA-256 that are recorded."""
 DIGITS = 12
 """Significant digits of a forecast's figures, so that they depend on no C library."""
 
@@ -72,6 +74,8 @@ def make(directory: Path) -> dict[str, Any]:
     os.chdir(directory)  # paths in keys are those of the recipe
     try:
         write_models(directory)
+        # stages collect garbage; what torch and transformers have imported is none
+        gc.freeze()
         return {
             "environment": environment(),
             "cases": {name: _case(name, fields) for name, fields in cases.CASES.items()},
@@ -82,45 +86,6 @@ def make(directory: Path) -> dict[str, Any]:
         }
     finally:
         os.chdir(before)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, kernels and threads, and the digest of what they compute."""
-    import torch
-
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
-    built = torch.__config__.show()
-    return {
-        **{name: version(name) for name in packages},
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "blas": next((w for w in built.replace(",", " ").split() if w.startswith("BLAS_")), ""),
-        "threads": torch.get_num_threads(),
-        "probe": probe(),
-    }
-
-
-def probe() -> str:
-    """Digest of what products, decompositions and functions give of fixed numbers."""
-    import numpy as np
-    import torch
-    from golden_models import values
-
-    results = []
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        one, two = (values(name, torch.Size([33, 48])).to(dtype) for name in ("one", "two"))
-        results += [one @ two.T, one.softmax(-1), one.exp(), torch.rsqrt(one.square().sum(-1))]
-        results += [torch.nn.functional.silu(one), one.sin(), one.log_softmax(-1)]
-        if dtype.itemsize >= 4:
-            gram = one @ one.T
-            results += [*torch.linalg.eigh(gram), *torch.linalg.svd(two), torch.linalg.inv(gram)]
-            results += [torch.linalg.qr(one).R, torch.linalg.cholesky(gram)]
-    digest = hashlib.sha256()
-    for result in results:
-        digest.update(result.contiguous().view(torch.uint8).numpy().tobytes())
-    wide = values("wide", torch.Size([999])).double().numpy()
-    for array in (np.exp(wide), np.log1p(wide**2), np.cumsum(wide), wide @ wide, np.sqrt(wide**2)):
-        digest.update(np.asarray(array).tobytes())
-    return digest.hexdigest()[:HEX]
 
 
 class _Journal:
@@ -362,48 +327,6 @@ def unmeasured(value: Any) -> Any:
 def digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:HEX]
-
-
-def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
-    """One line for each leaf that is not the same, in the record's order."""
-    if isinstance(expected, Mapping) and isinstance(found, Mapping):
-        for name in [*expected, *(name for name in found if name not in expected)]:
-            below = f"{where} / {name}" if where else str(name)
-            if name not in found:
-                yield f"{below}: is missing"
-            elif name not in expected:
-                yield f"{below}: is new"
-            else:
-                yield from differences(expected[name], found[name], below)
-    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        for number, (one, other) in enumerate(zip(expected, found, strict=True)):
-            yield from differences(one, other, f"{where} / {number}")
-    elif expected != found:
-        yield f"{where}: recorded {_short(expected)}, found {_short(found)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def elsewhere(case: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a case depends on names, options and inputs alone, not on bits.
-
-    Ranks depend on bits only where energies all but tie; where the plan is the recorded one, so are
-    the keys of all units and all shapes. Masks are named by the bits of their candidates.
-    """
-    units = {stage: sorted(keys) for stage, keys in case["units"].items()}
-    same_plan = case["plan"] == recorded["plan"] and "score" not in recorded["units"]
-    early = {stage: units.get(stage) for stage in ("read", "calibrate")}
-    plan = case["plan"]
-    return {
-        "key": case["key"],
-        "plan": {"linears": sorted(plan["assignments"]), "budget": plan["budget_values"]},
-        "files": sorted(case["files"]),
-        "units": units if same_plan else early,
-        "tensors": case["tensors"] if same_plan else None,
-    }
 
 
 def run_pinned(*arguments: str) -> None:

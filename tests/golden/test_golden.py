@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 import pytest
 from golden_cases import CASES, EVALUATED, INTERRUPTED, RETARGETED, VERIFIED
-from golden_record import ARCHIVE, FORECASTS, RECORD, differences, elsewhere, found_here
+from golden_differences import differences, elsewhere
+from golden_record import ARCHIVE, FORECASTS, RECORD, found_here
 
 from orchestrator.allocate import ALLOCATION_NAMES
 from orchestrator.methods import METHODS
