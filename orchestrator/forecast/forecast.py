@@ -11,7 +11,7 @@ from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.needs import Needs
 from orchestrator.forecast.outcome import Forecast, Resources, StageForecast
 from orchestrator.forecast.rates import Rates
-from orchestrator.forecast.room import Room
+from orchestrator.forecast.room import MOST_BLOCKS, Room
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.storage import STATE_BYTES, Storage
 from orchestrator.forecast.work import Work, kept_values, trained
@@ -22,8 +22,6 @@ from orchestrator.recipe.recipe import Recipe
 
 HOST_PROCESS = 1_500_000_000
 """Bytes of host memory of a worker before it holds anything: torch, transformers, Ray, CUDA."""
-MOST_BLOCKS = 2
-"""In a shard, unless the recipe cuts otherwise."""
 
 
 def forecast(shapes: Shapes, recipe: Recipe, resources: Resources) -> Forecast:
