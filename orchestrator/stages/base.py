@@ -14,6 +14,7 @@ from orchestrator.plan.grouping import Grouping
 from orchestrator.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
+    from orchestrator.forecast.stage_cost import Setting, StageCost
     from orchestrator.stages.context.stage_job import StageJob
     from orchestrator.stages.context.values import Planned
 
@@ -67,6 +68,10 @@ class Stage(ABC):
         Args:
             earlier: Jobs of the stages before it.
         """
+
+    @abstractmethod
+    def cost(self, setting: "Setting") -> "StageCost":
+        """Time, memory and storage that it takes, for the forecast."""
 
 
 def stages_of(

@@ -9,6 +9,7 @@ from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages.base import MethodTraits, Refitting, Stage
 
 if TYPE_CHECKING:
+    from orchestrator.forecast.stage_cost import Setting, StageCost
     from orchestrator.stages.context.stage_job import StageJob
     from orchestrator.stages.context.values import Planned
 
@@ -44,3 +45,8 @@ class Pivot(Stage):
         from orchestrator.stages.pivot.job import PivotJob
 
         return PivotJob(planned, earlier)
+
+    def cost(self, setting: "Setting") -> "StageCost":
+        from orchestrator.stages.pivot.cost import PivotCost
+
+        return PivotCost(setting)

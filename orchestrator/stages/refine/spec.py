@@ -10,6 +10,7 @@ from orchestrator.stages.base import MethodTraits, Refitting, Stage
 from orchestrator.stages.context.refinement import TABLE, check_refinement, refinement_options
 
 if TYPE_CHECKING:
+    from orchestrator.forecast.stage_cost import Setting, StageCost
     from orchestrator.stages.context.stage_job import StageJob
     from orchestrator.stages.context.values import Planned
 
@@ -36,3 +37,8 @@ class Refine(Stage):
         from orchestrator.stages.refine.job import RefineJob
 
         return RefineJob(planned, earlier, self.options)
+
+    def cost(self, setting: "Setting") -> "StageCost":
+        from orchestrator.stages.refine.cost import RefineCost
+
+        return RefineCost(setting)

@@ -8,6 +8,7 @@ from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages.base import Refitting, Stage
 
 if TYPE_CHECKING:
+    from orchestrator.forecast.stage_cost import Setting, StageCost
     from orchestrator.stages.context.stage_job import StageJob
     from orchestrator.stages.context.values import Planned
 
@@ -26,3 +27,8 @@ class Refit(Stage):
         from orchestrator.stages.refit.job import RefitJob
 
         return RefitJob(planned)
+
+    def cost(self, setting: "Setting") -> "StageCost":
+        from orchestrator.stages.refit.cost import RefitCost
+
+        return RefitCost(setting)

@@ -11,6 +11,7 @@ from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages.base import MethodTraits, Refitting, Stage
 
 if TYPE_CHECKING:
+    from orchestrator.forecast.stage_cost import Setting, StageCost
     from orchestrator.stages.context.stage_job import StageJob
     from orchestrator.stages.context.values import Planned
 
@@ -47,6 +48,11 @@ class Train(Stage):
         from orchestrator.stages.train.job import TrainJob
 
         return TrainJob(planned, earlier, self.options, self.mode)
+
+    def cost(self, setting: "Setting") -> "StageCost":
+        from orchestrator.stages.train.cost import TrainCost
+
+        return TrainCost(setting, self.options, self.mode)
 
 
 def train_options(recipe: Recipe) -> TrainOptions:

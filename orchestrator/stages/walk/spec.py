@@ -13,6 +13,7 @@ from orchestrator.stages.base import MethodTraits, Refitting, Stage
 from orchestrator.stages.context.refinement import TABLE, check_refinement, refinement_options
 
 if TYPE_CHECKING:
+    from orchestrator.forecast.stage_cost import Setting, StageCost
     from orchestrator.stages.context.stage_job import StageJob
     from orchestrator.stages.context.values import Planned
 
@@ -50,6 +51,11 @@ class Walk(Stage):
 
         return WalkJob(planned, earlier, self.compensation, self.refinement)
 
+    def cost(self, setting: "Setting") -> "StageCost":
+        from orchestrator.stages.walk.cost import WalkCost
+
+        return WalkCost(setting, refinement_options(setting.recipe))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep(Stage):
@@ -71,6 +77,11 @@ class Sweep(Stage):
         from orchestrator.stages.walk.job import SweepJob
 
         return SweepJob(planned, earlier, None, self.refinement)
+
+    def cost(self, setting: "Setting") -> "StageCost":
+        from orchestrator.stages.walk.cost import SweepCost
+
+        return SweepCost(setting, self.refinement)
 
 
 _KNOWN = [each.name for each in fields(CompensationOptions) if each.name != "objective"]
