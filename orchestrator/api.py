@@ -295,10 +295,13 @@ def verify(
     """
     from orchestrator.errors import UsageError
     from orchestrator.models.evaluation.verification import verify as perform
+    from orchestrator.stages import STAGES
 
     if linears < 0:
         raise UsageError(f"linears is {linears}; it must be 0 or above")
-    return perform(Path(out), dense=None if against is None else Path(against), linears=linears)
+    changing = [stage.name for stage in STAGES if stage.changes_errors]
+    dense = None if against is None else Path(against)
+    return perform(Path(out), changing=changing, dense=dense, linears=linears)
 
 
 def load(out: str | Path, **options: Any) -> Any:

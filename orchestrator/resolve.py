@@ -1,40 +1,42 @@
-"""What the names in a recipe stand for, and whether they go together; nothing is read."""
+"""Resolution of a recipe: its method, allocator and stages with their options.
 
-from dataclasses import dataclass, fields, replace
+Settings that exclude each other are refused here; no file is read.
+"""
+
+from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.allocate import ALLOCATION_NAMES, Allocator, make_allocator
+from orchestrator.allocate import ALLOCATION_NAMES, make_allocator
+from orchestrator.allocate.base import Allocator
 from orchestrator.errors import UsageError
 from orchestrator.methods import METHODS, make_method
 from orchestrator.methods.base import Method
-from orchestrator.models.training.compensation_options import CompensationOptions
-from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.models.training.train_options import TrainOptions
-from orchestrator.recipe.options import check_known, option_names
+from orchestrator.recipe.options import option_names
 from orchestrator.recipe.recipe import Recipe
+from orchestrator.stages import OPTION_TABLES, STAGES
+from orchestrator.stages.base import Stage, stages_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """Method, allocation and the options of the stages behind the plan."""
+class ResolvedRecipe:
+    """Method, allocator and stages of a recipe, with their options."""
 
     recipe: Recipe
-    """With the allocation that it means."""
+    """With the allocation that the method implies, if none was named."""
     method: Method
     allocator: Allocator
-    compensation: CompensationOptions | None
-    refinement: RefineOptions
-    training: TrainOptions
+    stages: tuple[Stage, ...]
+    """The stages after the plan that apply, in order."""
 
 
-def resolve(asked: Recipe) -> Parts:
-    """The parts that a recipe names.
+def resolve(asked: Recipe) -> ResolvedRecipe:
+    """Resolve the names in a recipe; no file is read.
 
     Raises:
         UsageError: A name or an option does not exist, has no effect or has a value that is not
-            allowed, or two parts do not go together.
+            allowed, or two settings exclude each other.
     """
-    asked.check_names(methods=METHODS, allocations=ALLOCATION_NAMES)
+    asked.check_names(methods=METHODS, allocations=ALLOCATION_NAMES, tables=OPTION_TABLES)
     options, _ = split_options(asked, asked.method)
     method = make_method(asked.method, options)
     recipe = replace(asked, allocation=asked.allocation or method.allocation)
@@ -42,14 +44,13 @@ def resolve(asked: Recipe) -> Parts:
     _, options = split_options(recipe, recipe.allocation)
     allocator = make_allocator(recipe.allocation, options, method.form)
     _check_entries(recipe, method)
-    _check_storage(recipe, method)
-    return Parts(
+    for stage in STAGES:
+        stage.check(recipe, method)
+    return ResolvedRecipe(
         recipe=recipe,
         method=method,
         allocator=allocator,
-        refinement=_refinement(recipe, method),
-        compensation=_compensation(recipe, method),
-        training=_training(recipe, method),
+        stages=stages_of(STAGES, recipe, method),
     )
 
 
@@ -71,74 +72,3 @@ def _check_entries(recipe: Recipe, method: Method) -> None:
             f"allocation is {recipe.allocation!r}, and {method.name} measures ranks "
             f"and entries for {method.allocation!r}; give that, or leave allocation out"
         )
-
-
-def _check_storage(recipe: Recipe, method: Method) -> None:
-    """Raises UsageError where factors are to be pivoted and are none, or share a basis."""
-    if recipe.storage != "pivoted":
-        return
-    if method.form != "low_rank":
-        raise UsageError(
-            f"storage is 'pivoted', which is for the factors of a low rank; {method.name} "
-            "keeps entries; give storage 'plain'"
-        )
-    if method.grouping.size > 1:
-        raise UsageError(
-            f"storage is 'pivoted' and {method.name}'s group is {method.grouping.size}; "
-            "pivots are rows of one linear, so none share a basis; give group 1"
-        )
-
-
-def _refinement(recipe: Recipe, method: Method) -> RefineOptions:
-    table = recipe.options.get("refinement", {})
-    check_known("refinement", table, option_names(RefineOptions))
-    if "slices" in table and recipe.refine == "blocks":
-        raise UsageError(
-            "refine is 'blocks' and refinement: slices is given, which is for blocks that are "
-            "lent, 'in_order' and 'swept'; leave it out"
-        )
-    if recipe.refine != "none" and method.refits(recipe.share):
-        raise UsageError(
-            f"refine is {recipe.refine!r} and {method.name}'s refit is on; training "
-            "fits left factors too, so give refit 'never' or refine 'none'"
-        )
-    return RefineOptions(**table)
-
-
-def _compensation(recipe: Recipe, method: Method) -> CompensationOptions | None:
-    """How the recipe compensates, if it does; only factors of a linear's own can."""
-    table = recipe.options.get("compensation", {})
-    known = [each.name for each in fields(CompensationOptions) if each.name != "objective"]
-    check_known("compensation", table, known)
-    if recipe.compensate == "none":
-        return None
-    asked = f"compensate is {recipe.compensate!r}"
-    if method.refits(recipe.share):
-        raise UsageError(
-            f"{asked} and {method.name}'s refit is on; both fit factors to the compressed model's "
-            "inputs, so give refit 'never' or compensate 'none'"
-        )
-    if method.form == "sparse":
-        raise UsageError(
-            f"{asked}, which fits factors; {method.name} keeps entries alone; give compensate "
-            "'none', or refine 'in_order', which trains them"
-        )
-    if method.grouping.size > 1:
-        raise UsageError(
-            f"{asked} and {method.name}'s group is {method.grouping.size}; a basis that blocks "
-            "share cannot follow the inputs of each; give group 1 or compensate 'none'"
-        )
-    if "beta" in table and recipe.compensate != "blend":
-        raise UsageError(f"{asked} and beta is given, which is for 'blend'; leave one of them out")
-    return CompensationOptions(objective=recipe.compensate, **table)
-
-
-def _training(recipe: Recipe, method: Method) -> TrainOptions:
-    table = recipe.options.get("training", {})
-    check_known("training", table, option_names(TrainOptions))
-    if recipe.train != "none" and method.refits(recipe.share):
-        raise UsageError(
-            f"train is {recipe.train!r} and {method.name}'s refit is on; training fits left "
-            "factors too, so give refit 'never' or train 'none'"
-        )
-    return TrainOptions(**table)

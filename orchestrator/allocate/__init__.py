@@ -17,10 +17,10 @@ Held by those whose docstring does not say otherwise:
 A new allocator is one file, and one line in `ALLOCATORS`; the battery finds it there.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import Field
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping
+from typing import Any
 
+from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.d_rank import DRankAllocator
 from orchestrator.allocate.mgaa import MgaaAllocator
@@ -30,32 +30,8 @@ from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.two_sided_sparse import TwoSidedSparseAllocator
 from orchestrator.allocate.uniform import Uniform, UniformSparse
 from orchestrator.errors import UsageError
-from orchestrator.plan.curve import Curve
 from orchestrator.plan.forms import Form
-from orchestrator.plan.linear import Linear
-from orchestrator.plan.plan import Plan
 from orchestrator.recipe.options import check_known, option_names
-
-
-class Allocator(Protocol):
-    """A frozen dataclass whose fields are its options."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-    def __init__(self, **options: Any) -> None:
-        """Raises UsageError for an option's value that is not allowed."""
-
-    def __call__(
-        self,
-        linears: Sequence[Linear],
-        curves: Mapping[str, Curve],
-        keep: float,
-        cosines: Mapping[str, float],
-    ) -> Plan:
-        """`cosines`: by `Linear.sublayer`, the mean over calibration tokens of the cosine between
-        the residual stream before and after it."""
-        ...
-
 
 ALLOCATORS: dict[str, type[Allocator]] = {
     "uniform": Uniform,

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.bernoulli import (
     Across,
     Baseline,
@@ -29,7 +30,7 @@ from orchestrator.recipe.options import check_choice, check_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CapAllocator:
+class CapAllocator(Allocator):
     """One pool of singular directions and sparse entries over all linears, and one budget.
 
     Every candidate has a keep-probability s. The paper's second stage draws masks from them,
@@ -53,6 +54,8 @@ class CapAllocator:
     keeps: what does not fit is skipped.
     """
 
+    scoring: ClassVar[Scoring] = Scoring.MASKS
+    curve_type: ClassVar[type[Any]] = Candidates
     init: Init = "utility"
     across: Across = "linear"
     """How utilities of different linears compare before losses have their say: each over the one

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import budget_values, by_role, make_plan, share_values
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.uniform import Uniform
@@ -24,7 +25,7 @@ GIVERS, TAKER = ("q_proj", "k_proj"), "v_proj"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DRankAllocator:
+class DRankAllocator(Allocator):
     """Minimises Σ R_g / k_g under Σ k_g ω_g = T: k_g = T / Σ √(R ω) · √(R_g / ω_g).
 
     R is the effective rank exp(−Σ p ln p), p the squared singular values in the method's norm

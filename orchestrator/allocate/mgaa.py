@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import budget_values, make_plan
 from orchestrator.allocate.scale import find_scale
 from orchestrator.allocate.steps import spend, step_costs
@@ -23,7 +24,7 @@ RULES = ("power", "softmax", "linear", "retain")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MgaaAllocator:
+class MgaaAllocator(Allocator):
     """MGAA (reconstruction): the paper's formula from cosine to kept fraction is not public.
 
     The abstract of Multi-Granular Adaptive Allocation gives two principles, and they are kept:

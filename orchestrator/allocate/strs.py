@@ -3,17 +3,20 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.budget import budget_values, make_plan, share_values
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_number, check_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Strs:
+class Strs(Allocator):
     """STRS: what the model loses where one linear alone is cut decides how far that one is cut.
 
     Every linear is cut to each kept fraction of a grid, all others dense, and the model's mean
@@ -43,6 +46,7 @@ class Strs:
     steps of 0.1, on 32 sequences of 2048 tokens: 2.25 times the trials on 16 times the text.
     """
 
+    scoring: ClassVar[Scoring] = Scoring.SENSITIVITIES
     grid: str = "0.4 0.6 0.8 0.9"
     """Kept fractions that every linear is tried at, ascending, between 0 and 1."""
     windows: int = 2
@@ -77,6 +81,10 @@ class Strs:
         """The rank that a kept fraction of a linear holds, below break-even; 0 where none."""
         rank = linear.rank_within(share_values([linear], kept))
         return max(min(rank, linear.break_even - 1), 0)
+
+    def check_budget(self, linears: Sequence[Linear], keep: float, form: Form) -> None:
+        """Raise the errors of `budget`."""
+        self.budget(linears, keep)
 
     def budget(self, linears: Sequence[Linear], keep: float) -> int:
         """The values that the linears may store together.

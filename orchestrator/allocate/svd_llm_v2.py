@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import budget_values, by_role, make_plan, share_values
 from orchestrator.allocate.scale import find_scale
 from orchestrator.allocate.steps import spend, step_costs
@@ -22,7 +23,7 @@ LEAST_LOG = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SvdLlmV2Allocator:
+class SvdLlmV2Allocator(Allocator):
     """Within each type of N linears the removed fraction is N R s_i / Σ s, with s_i = 1 / ln L_i.
 
     R is the removed fraction asked for and L_i = |(W − W') X|_F the loss at uniform rank, the

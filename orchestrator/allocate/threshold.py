@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import budget_values, make_plan, share_values
 from orchestrator.allocate.sampled_curve import Knots, sample_curve
 from orchestrator.allocate.steps import spend, step_costs
@@ -25,7 +26,7 @@ NEVER_GAINS = np.finfo(np.float64).max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Threshold:
+class Threshold(Allocator):
     """Minimises the summed loss of all curves under the budget; they must be in one unit.
 
     Without break-even the optimum keeps component i of a linear [m, n] while σ_i² / (m + n) is at

@@ -5,10 +5,11 @@ Indices: P points of a linear, ordered by entries, then by rank.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import budget_values, least_values, make_plan
 from orchestrator.allocate.threshold import hull_rates
 from orchestrator.plan.forms import Form
@@ -80,7 +81,7 @@ class Surface:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TwoSidedSparseAllocator:
+class TwoSidedSparseAllocator(Allocator):
     """Minimises the summed loss over entries and rank of every linear, under one budget.
 
     Of each linear the lower convex hull of the measured losses over stored values, n entries and
@@ -97,6 +98,8 @@ class TwoSidedSparseAllocator:
 
     O(P log P) in the points of all linears. Divides what method `two-sided-sparse` stores.
     """
+
+    curve_type: ClassVar[type[Any]] = Surface
 
     def __call__(
         self,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import assign_rank, budget_values, make_plan, share_values
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.curve import Curve
@@ -11,7 +12,7 @@ from orchestrator.plan.plan import Assignment, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Uniform:
+class Uniform(Allocator):
     """Rank floor(keep · m n / (m + n)) for each m × n linear; the curves are not looked at.
 
     The allocation of SVD-LLM (arXiv 2403.07378). Of pivoted factors it is the largest rank r with
@@ -49,7 +50,7 @@ class Uniform:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UniformSparse:
+class UniformSparse(Allocator):
     """floor(keep · m n) entries of each m × n linear, as Wanda has it (arXiv 2306.11695).
 
     The curves are not looked at. The floors leave less than one value a linear unused.

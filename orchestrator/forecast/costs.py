@@ -7,7 +7,6 @@ from orchestrator.allocate.budget import share_values
 from orchestrator.forecast.needs import Needs, needs_of
 from orchestrator.forecast.shapes import ITEMSIZE_OF, Shapes
 from orchestrator.forecast.work import (
-    DRIFT_FLOPS,
     Work,
     computed,
     decomposing_block,
@@ -19,6 +18,9 @@ from orchestrator.forecast.work import (
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import Recipe
+
+TOKEN_BYTES = 9
+"""Bytes of a token beside its state: an id of 8 bytes, and a mask entry."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,16 @@ class Costs:
     def state(self) -> float:
         """Bytes of one sequence at a boundary."""
         return float(self.recipe.sequence_length * self.shapes.hidden * self.itemsize)
+
+    @property
+    def boundary(self) -> float:
+        """Bytes at one boundary of all sequences: a state, an id and a mask entry a token."""
+        return self.sequences * (self.state + TOKEN_BYTES * self.recipe.sequence_length)
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the dense model."""
+        return self.shapes.total_values * self.shapes.itemsize
 
     @cached_property
     def final_values(self) -> int:
@@ -125,32 +137,9 @@ class Costs:
         flops = forward_flops(self.shapes, self.recipe.sequence_length)
         return computed(flops, 4).times(blocks)
 
-    def drift(self) -> Work:
-        """One sequence up to each site of a block of both models, and its moments there."""
-        sites = self._input_sites
-        passes = self.forward(1) + self.forward_in_float32(1)
-        # up to a site and no further: half of the block in the mean
-        total = passes.times(len(sites) / 2)
-        moments = sum(DRIFT_FLOPS * self.recipe.sequence_length * n * n for n in sites)
-        return total + Work(single=moments)
-
-    def turns(self) -> Work:
-        """The solves of a block, and what new right factors take."""
-        solves = sum(4.0 * n**3 for n in self._input_sites)
-        fitted = sum(3 * 2.0 * each.values * each.in_features for each in self.shapes.heaviest)
-        return Work(double=solves + fitted)
-
-    def calibrate_cut(self, blocks: int) -> Work:
-        """A shard of the cut model: loaded, all sequences passed, left factors fitted."""
-        needs = Needs(inputs_only=True)
-        one = gathering(self.shapes, needs, self.recipe.sequence_length, self.itemsize)
-        passed = (one.times(blocks) + self.goes() + self.comes()).times(self.sequences)
-        fitted = sum(2.0 * each.values * each.in_features for each in self.shapes.heaviest)
-        return self.load(blocks) + passed + Work(double=fitted).times(blocks)
-
     @property
-    def _input_sites(self) -> list[int]:
-        """Channels of what the linears of a block read, each once."""
+    def input_sites(self) -> list[int]:
+        """Channels of the inputs of a block's linears, each input once."""
         return list({each.site: each.in_features for each in self.shapes.heaviest}.values())
 
     def refine(self) -> Work:

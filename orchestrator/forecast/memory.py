@@ -6,7 +6,7 @@ device.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from orchestrator.forecast import workspaces
 from orchestrator.forecast.needs import (
@@ -26,8 +26,6 @@ SETTLED_BYTES = 8
 REFINED_BYTES = 24
 """Bytes of a refined parameter: value, gradient, gradient of a slice, two moments, best state.
 AdamW adds no temporaries: it is fused on CUDA, and on a CPU takes one parameter at a time."""
-TRAINED_BYTES: Mapping[str, int] = {"all": 16, "lean": 12, "light": 8}
-"""Of a parameter of the trained model; `light` holds W0 and W of the left factors."""
 PROCESS_BYTES = 100_000_000
 """What no shard decides: modules imported late, small buffers that were freed and kept. Measured
 0.1 to 0.2 GB of a worker without a GPU, above what it holds before its first call."""
@@ -43,10 +41,6 @@ HOST_PARTS = ("process", "written")
 are written."""
 ENTRY_BYTES = 8
 """Bytes of a stored entry: its value in float32 and its position."""
-BAND = 256
-"""Rows at a time in which a pivoted product is compared (`linalg.pivot`, which imports torch)."""
-MOMENT_BYTES = 56
-"""Of a squared channel: three moments of two streams while they are summed and read out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +80,7 @@ def calibration(
     entries = blocks * sum(n * n for n in [*grams.values(), *curvature.values()])
     weights = {"process": PROCESS_BYTES, "weights": blocks * shapes.block_values * itemsize}
     backward = needs.labels > 0
-    activations = _activations(shapes, tokens, itemsize, blocks if backward else 1)
+    activations = activation_bytes(shapes, tokens, itemsize, blocks if backward else 1)
     logits = 3 * 4 * tokens * shapes.vocabulary if backward else 0
     passing = {
         **weights,
@@ -157,57 +151,12 @@ def stored_bytes(linear: Linear, needs: Needs, pivoted: bool, itemsize: int) -> 
     return factors + (ENTRY_BYTES * linear.values if has_entries else 0)
 
 
-def _activations(shapes: Shapes, tokens: int, itemsize: int, blocks: int) -> int:
+def activation_bytes(shapes: Shapes, tokens: int, itemsize: int, blocks: int) -> int:
     """Of one sequence: what a pass forward has at once, or what a pass back keeps of all blocks."""
     widest = max(each.out_features for each in shapes.heaviest)
     states = 24 * shapes.hidden + itemsize * (6 * shapes.hidden + 3 * shapes.attention + 3 * widest)
     gram_rows = 4 * max(each.in_features for each in shapes.heaviest)
     return tokens * (states * blocks + gram_rows)
-
-
-def pivoting(shapes: Shapes, kept: float, itemsize: int) -> Footprint:
-    """Of the linear whose factors take most to be brought to pivoted storage."""
-    return Footprint(
-        {
-            "process": PROCESS_BYTES,
-            "pivoting": max(
-                (_pivoting(each, kept, itemsize) for each in shapes.linears), default=0
-            ),
-        }
-    )
-
-
-def _pivoting(linear: Linear, kept: float, itemsize: int) -> int:
-    """The factors as stored, and an orthonormal basis being made, or the result being compared."""
-    each = replace(linear, pivoted=True)
-    outputs, inputs = each.out_features, each.in_features
-    rank = each.rank_within(int(kept * each.values))
-    choosing = 5 * outputs * rank
-    comparing = 3 * rank * inputs + outputs * rank + 6 * BAND * inputs
-    return 2 * itemsize * rank * each.rank_cost + 8 * max(choosing, comparing)
-
-
-def refinement(
-    shapes: Shapes,
-    kept: float,
-    even: bool,
-    blocks: int,
-    *,
-    tokens: int,
-    sequences: int,
-    itemsize: int,
-) -> Footprint:
-    """Of one block that is refined behind a dense shard, with the chunks at all its boundaries."""
-    states = (blocks + 1) * tokens * sequences * shapes.hidden * itemsize
-    return Footprint(
-        {
-            "process": PROCESS_BYTES,
-            "training state": trained_block(shapes, kept, even, REFINED_BYTES),
-            "dense shard": (blocks * shapes.block_values + shapes.front_values) * itemsize,
-            "inputs and targets": states,
-            "activations": _activations(shapes, tokens, 4, 1),
-        }
-    )
 
 
 def trained_block(shapes: Shapes, kept: float, even: bool, each: int) -> int:
@@ -221,91 +170,6 @@ def trained_block(shapes: Shapes, kept: float, even: bool, each: int) -> int:
     targeted = sum(linear.values for linear in shapes.heaviest)
     trained = int((kept if even else 1.0) * targeted)
     return each * trained + 4 * (shapes.block_values - targeted)
-
-
-def walking(
-    shapes: Shapes,
-    kept: float,
-    even: bool,
-    *,
-    tokens: int,
-    sequences: int,
-    itemsize: int,
-    lent: int,
-    compensates: bool,
-    refines: bool,
-) -> Footprint:
-    """Of a block of both models, with the dense stream on both its sides and the compressed one.
-
-    Args:
-        lent: Workers that share a block, and the compressed stream behind it.
-        compensates: Whether moments of both streams are taken, site by site.
-        refines: Whether the block is trained.
-    """
-    state = tokens * sequences * shapes.hidden
-    solving = max(
-        max(MOMENT_BYTES * each.in_features**2, 32 * each.in_features**2 + 32 * each.values)
-        for each in shapes.heaviest
-    )
-    training = trained_block(shapes, kept, even, REFINED_BYTES if refines else 4)
-    return Footprint(
-        {
-            "process": PROCESS_BYTES,
-            "dense block": (shapes.block_values + shapes.front_values) * itemsize,
-            "compressed block": 4 * shapes.front_values + training,
-            "streams": int(state * (2 * itemsize + 4 + 4 / lent)),
-            "moments": solving if compensates else 0,
-            "activations": _activations(shapes, tokens, 4, 1),
-        }
-    )
-
-
-def refitting(shapes: Shapes, blocks: int, *, tokens: int, itemsize: int) -> Footprint:
-    """Of a shard of the cut model whose left factors are fitted to the inputs that they get."""
-    sites = {linear.site: linear.in_features for linear in shapes.heaviest}
-    largest = max(linear.values for linear in shapes.heaviest)
-    entries = blocks * sum(n * n for n in sites.values())
-    weights = {"process": PROCESS_BYTES, "weights": blocks * shapes.block_values * itemsize}
-    passing = {
-        "embeddings": shapes.front_values * itemsize,
-        "Grams": GRAM_BYTES * entries,
-        "activations": _activations(shapes, tokens, itemsize, 1),
-    }
-    fitting = {
-        "Grams": SETTLED_BYTES * entries,
-        "fit": 3 * 8 * max(n * n for n in sites.values()) + 3 * 8 * largest,
-    }
-    moments = [Footprint(weights | each) for each in (passing, fitting)]
-    return max(moments, key=lambda each: each.total)
-
-
-def training(
-    shapes: Shapes,
-    kept: float,
-    even: bool,
-    mode: str,
-    workers: int,
-    *,
-    tokens: int,
-    stored_targets: bool,
-) -> Footprint:
-    """Of the shard of one of so many workers, which between them hold the whole model."""
-    blocks = -(-shapes.num_blocks // workers)
-    # over many blocks sizes even out
-    trained = trained_block(shapes, kept, even or blocks > 2, TRAINED_BYTES[mode])
-    ends = 4 * max(shapes.front_values, shapes.head_values)
-    dense = 0 if stored_targets else blocks * shapes.block_values * 4
-    logits = 4 * 4 * tokens * shapes.vocabulary
-    between = 4 * tokens * shapes.hidden * (blocks + 2 * workers)
-    return Footprint(
-        {
-            "process": PROCESS_BYTES,
-            "training state": blocks * trained,
-            "embeddings or head": ends,
-            "dense copy": dense,
-            "activations": _activations(shapes, tokens, 4, 1) + logits + between,
-        }
-    )
 
 
 def writing(shapes: Shapes) -> Footprint:

@@ -101,7 +101,8 @@ def needs_of(recipe: Recipe) -> Needs:
             factors are stored, or an option that counts here has a value that is not allowed.
     """
     method, options = recipe.method, recipe.options.get(recipe.method, {})
-    recipe.check_names(methods=NEEDS, allocations=ALLOCATION_NAMES)
+    # tables of options of stages are checked with the stages
+    recipe.check_names(methods=NEEDS, allocations=ALLOCATION_NAMES, tables=recipe.options)
     needs = NEEDS[method]
     draws = options.get("draws", 1)
     needs = replace(

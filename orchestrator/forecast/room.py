@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from orchestrator.forecast import memory
 from orchestrator.forecast.memory import Footprint
 
+MOST_BLOCKS = 2
+"""Blocks of a shard at most, unless the recipe names a number of shards."""
 USABLE = 0.92
 """Usable fraction of a host's memory: the rest is the system's, and lost to fragmentation. All of a
 GPU's is usable: the memory of CUDA and its allocator is in the footprint (`memory.on_gpu`)."""

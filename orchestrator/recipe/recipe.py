@@ -192,17 +192,25 @@ class Recipe:
         check_choice("preset", name, PRESETS)
         return cls(**_over_preset(name, given))
 
-    def check_names(self, *, methods: Collection[str], allocations: Collection[str]) -> None:
+    def check_names(
+        self,
+        *,
+        methods: Collection[str],
+        allocations: Collection[str],
+        tables: Collection[str] = (),
+    ) -> None:
         """Raises UsageError unless the method and the allocation are among the names given.
 
         Apart from construction, so that a recipe can be read without importing the methods.
+
+        Args:
+            tables: Names of the tables with options of stages.
         """
         check_choice("method", self.method, methods)
         if self.allocation is not None:
             check_choice("allocation", self.allocation, allocations)
         for name in self.options:
-            stages = {"compensation", "refinement", "training"}
-            check_choice("options", name, {*methods, *allocations, *stages})
+            check_choice("options", name, {*methods, *allocations, *tables})
 
     @property
     def max_shard_bytes(self) -> int:

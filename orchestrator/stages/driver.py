@@ -4,73 +4,107 @@ The driver holds names, curves and the plan; weights, statistics and decompositi
 and written by the workers alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
+from orchestrator.allocate.base import Scoring
+from orchestrator.forecast.outcome import Forecast
+from orchestrator.models.checkpoint.output import LEASE_FILE
 from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import Recipe
+from orchestrator.resolve import resolve
 from orchestrator.runtime.monitor import OnEvent, RunMonitor
 from orchestrator.runtime.workers import connected, start_workers
+from orchestrator.stages.allocate import allocate
+from orchestrator.stages.base import Stage
 from orchestrator.stages.context.admission import check_memory, recheck_memory
-from orchestrator.stages.context.compression import Compression
+from orchestrator.stages.context.decompose import calibrate_and_decompose, calibration_task
+from orchestrator.stages.context.keys import assign_keys
 from orchestrator.stages.context.previous_run import PreviousRun
+from orchestrator.stages.context.stage_job import StageJob
+from orchestrator.stages.context.survey import read_calibration, survey
+from orchestrator.stages.context.values import Keyed, Planned, Scores
 from orchestrator.stages.evaluate.job import Evaluation
 from orchestrator.stages.evaluate.worker import EvaluationWorker
-from orchestrator.stages.write.job import Writing
+from orchestrator.stages.request import ask
+from orchestrator.stages.score import score, worker_class
+from orchestrator.stages.write.job import finished, layout_of, write_files, write_small_files
 from orchestrator.store.lease import Lease
+from orchestrator.store.run import RunDirectory
 
 
 def compress(
-    recipe: Recipe, on_event: OnEvent | None = None, before: PreviousRun | None = None
+    recipe: Recipe, on_event: OnEvent | None = None, previous: PreviousRun | None = None
 ) -> Result:
-    """Performs a recipe, from where its run directory says it stands; blocks."""
-    job = Compression(recipe, before)
-    about = {"out": str(job.out), "model": str(job.model)}
-    with _held(job, on_event) as hold, RunMonitor(job.run, on_event, **about) as monitor:
-        monitor.guard(hold)
+    """Perform a recipe, or resume it from its run directory; blocks until the result is written."""
+    resolved = resolve(recipe)
+    asked = ask(recipe, resolved, previous)
+    run, about = asked.run, {"out": str(asked.out), "model": str(asked.model)}
+    with (
+        _leased(run, asked.description, on_event) as lease,
+        RunMonitor(run, on_event, **about) as monitor,
+    ):
+        monitor.guard(lease)
         with monitor.stage("survey"):
-            job.survey()
+            surveyed = survey(asked)
         with monitor.stage("read"):
-            job.read_text()
-        if (result := job.finished()) is not None:
-            monitor.note(f"{job.out} is complete: nothing to do")
+            keyed = assign_keys(surveyed, *read_calibration(surveyed))
+            run.claim({**asked.description, "tokens_key": keyed.tokens_key})
+        if (result := finished(keyed)) is not None:
+            monitor.note(f"{asked.out} is complete: nothing to do")
             return result
-        with job.hold_out().taken(on_event) as hold:
-            monitor.guard(hold)
-            with connected(job.execution, monitor):
-                job.foreseen = check_memory(job.recipe, job.model, job.execution, monitor)
-                return _perform(job, monitor)
+        with Lease(asked.out / LEASE_FILE).taken(on_event) as lease:
+            monitor.guard(lease)
+            with connected(asked.execution, monitor):
+                about_memory = asked.recipe, asked.model, asked.execution, monitor
+                return _perform(keyed, resolved.stages, check_memory(*about_memory), monitor)
 
 
-def _perform(job: Compression, monitor: RunMonitor) -> Result:
-    most = job.surveyed.num_blocks
-    with start_workers(job.worker_class, job.task, job.execution, most, monitor) as workers:
-        about = job.recipe, job.model, job.execution
-        job.foreseen = recheck_memory(job.foreseen, *about, workers, monitor)
+def _perform(
+    keyed: Keyed, stages: Sequence[Stage], forecast: Forecast | None, monitor: RunMonitor
+) -> Result:
+    most, task = keyed.survey.num_blocks, calibration_task(keyed)
+    with start_workers(worker_class(keyed), task, keyed.execution, most, monitor) as workers:
+        about = keyed.recipe, keyed.model, keyed.execution
+        forecast = recheck_memory(forecast, *about, workers, monitor)
         with monitor.stage("calibrate") as stage:
-            job.calibrate_and_decompose(workers, monitor, stage)
-        if job.scores:
+            decomposed = calibrate_and_decompose(keyed, forecast, workers, monitor, stage)
+        scores = Scores()
+        if keyed.allocator.scoring is not Scoring.NONE:
             with monitor.stage("score") as stage:
-                job.score(workers, monitor, stage)
+                scores = score(decomposed, workers, monitor, stage)
         with monitor.stage("allocate"):
-            job.allocate()
-        for after in job.after:
-            # what it does starts from the plan, so the workers learn of it here
-            workers = workers.reassigned(after.worker_class, after.task)
-            with monitor.stage(after.name) as stage:
-                after.perform(workers, monitor, stage)
-        writing = Writing(job)
+            planned = allocate(decomposed, scores)
+        jobs, done = _jobs(stages, planned), []
+        for job, following in zip_longest(jobs, jobs[1:]):
+            # its task depends on the plan
+            workers = workers.reassigned(job.worker_class, job.task)
+            with monitor.stage(job.name) as stage:
+                done.append(job.perform(workers, monitor, stage, following=following))
+        specs = layout_of(planned)
         with monitor.stage("write") as stage:
-            writing.perform(workers, monitor, stage)
-        return writing.finish(workers, monitor)
+            files = write_files(planned, specs, done, workers, monitor, stage)
+        return write_small_files(planned, specs, files, done, workers, monitor)
+
+
+def _jobs(stages: Sequence[Stage], planned: Planned) -> list[StageJob]:
+    """The jobs of the stages after the plan, each made from those before it."""
+    jobs: list[StageJob] = []
+    for stage in stages:
+        jobs.append(stage.job(planned, tuple(jobs)))
+    return jobs
 
 
 def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]:
-    """Performs an evaluation, from where its run directory says it stands; gives the report."""
+    """Perform an evaluation, or resume it from its run directory; gives the report."""
     models = {name: str(path) for name, path in job.models.items()}
-    with _held(job, on_event) as hold, RunMonitor(job.run, on_event, **models) as monitor:
-        monitor.guard(hold)
+    with (
+        _leased(job.run, job.description, on_event) as lease,
+        RunMonitor(job.run, on_event, **models) as monitor,
+    ):
+        monitor.guard(lease)
         with monitor.stage("survey"):
             job.survey()
         with monitor.stage("read"):
@@ -90,8 +124,10 @@ def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]
 
 
 @contextmanager
-def _held(job: Compression | Evaluation, on_event: OnEvent | None) -> Iterator[Lease]:
-    """Keeps the run directory for this driver, and makes it the job's."""
-    with job.run.hold().taken(on_event) as hold:
-        job.claim()
-        yield hold
+def _leased(
+    run: RunDirectory, description: Mapping[str, Any], on_event: OnEvent | None
+) -> Iterator[Lease]:
+    """Lease the run directory for this driver, and describe the job in it."""
+    with run.hold().taken(on_event) as lease:
+        run.claim(description)
+        yield lease

@@ -1,6 +1,6 @@
 """Actors against bare processes, and an actor against the worker in this process.
 
-The work is that of `orchestrator compress`, by its own code: `Compression` and its verbs.
+The work is that of `orchestrator compress`, by the functions of its driver.
 """
 
 import os
@@ -14,15 +14,23 @@ from benchmarks.bare import BareProcesses
 from benchmarks.figures import Figure, compare, in_turns, say
 from benchmarks.watching import cpu_seconds, family
 
+from orchestrator.models.checkpoint.output import claim_out
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.recipe.recipe import Recipe
+from orchestrator.resolve import resolve
 from orchestrator.runtime.calls import IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
+from orchestrator.stages.allocate import allocate
 from orchestrator.stages.context.compress_worker import CompressionWorker
-from orchestrator.stages.context.compression import Compression
+from orchestrator.stages.context.decompose import calibrate_and_decompose, calibration_task
+from orchestrator.stages.context.keys import assign_keys
+from orchestrator.stages.context.survey import read_calibration, survey
+from orchestrator.stages.context.values import Decomposed, Keyed, Scores
+from orchestrator.stages.request import ask
+from orchestrator.stages.write.job import layout_of, write_files, write_small_files
 
 SPEED_TARGET = 0.92
 RAY_TARGET = 1.15
@@ -31,19 +39,19 @@ RAY_TARGET = 1.15
 class Job:
     """A compression with its workers up and warm, whose parts can be performed again and again."""
 
-    def __init__(self, job: Compression, workers: WorkerGroup, monitor: RunMonitor) -> None:
-        self._job, self._workers, self._monitor = job, workers, monitor
+    def __init__(self, keyed: Keyed, workers: WorkerGroup, monitor: RunMonitor) -> None:
+        self._keyed, self._workers, self._monitor = keyed, workers, monitor
 
     @property
     def num_blocks(self) -> int:
-        return self._job.surveyed.num_blocks
+        return self._keyed.survey.num_blocks
 
     def clear(self) -> None:
         """Forgets what earlier turns have committed and written."""
-        shutil.rmtree(self._job.run.units.root)
-        shutil.rmtree(self._job.out)
-        self._job.read_text()
-        self._job.finished()
+        shutil.rmtree(self._keyed.run.units.root)
+        shutil.rmtree(self._keyed.out)
+        read_calibration(self._keyed)
+        claim_out(self._keyed.out)
 
     def calibrate_and_decompose(self) -> float:
         self.clear()
@@ -55,31 +63,32 @@ class Job:
         """From the first chunk to the last file of the checkpoint."""
         self.clear()
         start = time.perf_counter()
-        self._calibrate()
-        self._job.allocate()
+        planned = allocate(self._calibrate(), Scores())
+        specs, about = layout_of(planned), (self._workers, self._monitor)
         with self._monitor.stage("write") as stage:
-            self._job.write(self._workers, self._monitor, stage)
-        self._job.finish(self._workers, self._monitor)
+            files = write_files(planned, specs, (), *about, stage)
+        write_small_files(planned, specs, files, (), *about)
         return time.perf_counter() - start
 
-    def _calibrate(self) -> None:
+    def _calibrate(self) -> Decomposed:
         with self._monitor.stage("calibrate") as stage:
-            self._job.calibrate_and_decompose(self._workers, self._monitor, stage)
+            return calibrate_and_decompose(self._keyed, None, self._workers, self._monitor, stage)
 
 
 @contextmanager
 def warm_job(recipe: Recipe) -> Iterator[Job]:
     """Workers that are up, have imported what they need, and have opened the model once."""
-    job = Compression(recipe)
-    job.claim()
-    with RunMonitor(job.run, None) as monitor:
-        job.survey()
-        job.read_text()
-        job.finished()
-        most = job.surveyed.num_blocks
+    asked = ask(recipe, resolve(recipe))
+    asked.run.claim(asked.description)
+    with RunMonitor(asked.run, None) as monitor:
+        surveyed = survey(asked)
+        keyed = assign_keys(surveyed, *read_calibration(surveyed))
+        claim_out(keyed.out)
+        task, execution = calibration_task(keyed), keyed.execution
+        most = keyed.survey.num_blocks
         with (
-            connected(job.schedule, monitor),
-            start_workers(CompressionWorker, job.task, job.schedule, most, monitor) as workers,
+            connected(execution, monitor),
+            start_workers(CompressionWorker, task, execution, most, monitor) as workers,
         ):
             opening = IndependentCalls("open", [("warm up", ((0, 1), (), None))] * workers.size)
             dispatch(
@@ -89,7 +98,7 @@ def warm_job(recipe: Recipe) -> Iterator[Job]:
                 on_success=lambda call, value: None,
                 on_event=monitor.event,
             )
-            yield Job(job, workers, monitor)
+            yield Job(keyed, workers, monitor)
 
 
 def recipe_for(

@@ -16,7 +16,9 @@ from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import Machine
+from orchestrator.forecast.room import Room
 from orchestrator.forecast.shapes import from_config
+from orchestrator.forecast.stage_cost import Setting
 from orchestrator.forecast.text import lines
 from orchestrator.plan.cut import cut_segments
 from orchestrator.recipe.recipe import Recipe
@@ -24,6 +26,8 @@ from orchestrator.stages.context import admission as foresight
 from orchestrator.stages.context.compress_worker import PIVOTED_FILE
 from orchestrator.stages.context.curvature_worker import CurvatureWorker
 from orchestrator.stages.context.trained_worker import TRAINED_FILE
+from orchestrator.stages.pivot.spec import Pivot
+from orchestrator.stages.train.cost import MOST_SNAPSHOTS
 from orchestrator.stages.train.worker import TrainWorker, best_key
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import UnitWriter
@@ -63,7 +67,9 @@ def test_segments_are_as_few_as_there_is_room_for(monkeypatch):
 
     def of(room):
         monkeypatch.setattr(storage, "ROOM", room)
-        return storage.Storage(Costs(shapes, recipe), workers=4, shards=40)
+        about = {"costs": Costs(shapes, recipe), "room": Room(None, is_gpu=False), "rates": ()}
+        setting = Setting(**about, workers=4, shards=40)
+        return storage.Storage(setting, {"pivot": Pivot().cost(setting)})
 
     sizes = [
         of(2.5)._calibrating(cut_segments(40, 4, count)).total / (2 * shapes.total_values)
@@ -97,7 +103,7 @@ def reference(llama, text, tmp_path_factory):
 @pytest.fixture
 def segmented(monkeypatch):
     """Makes gradients pass back in two segments, with any room."""
-    halves = property(lambda self: cut_segments(self.shards, self.workers, 2))
+    halves = property(lambda self: cut_segments(self.setting.shards, self.setting.workers, 2))
     monkeypatch.setattr(storage.Storage, "segments", halves)
 
 
@@ -457,9 +463,9 @@ def test_the_run_directory_is_as_large_as_its_forecast(
     sizes, found, result = measured(wider, tmp_path / "out", text, **fields)
     expected = {stage: parts.total for stage, parts in found.run.items()}
     if "train" in expected and found.keeps_states:
-        one = found.run["train"].parts["snapshots"] / storage.MOST_SNAPSHOTS
+        one = found.run["train"].parts["snapshots"] / MOST_SNAPSHOTS
         count = states_at_once(result.report["train"]["snapshots"])
-        expected["train"] -= (storage.MOST_SNAPSHOTS - count) * one
+        expected["train"] -= (MOST_SNAPSHOTS - count) * one
     for stage, size in expected.items():
         assert sizes[stage] == pytest.approx(size, rel=0.1), stage
     assert found.keeps_states == (is_small or "train" not in fields)

@@ -161,7 +161,11 @@ def test_names_are_checked_against_what_there_is():
         _recipe(allocation="uniform").check_names(methods=["svd-llm"], allocations=["greedy"])
     allowed = "compensation, mgaa, refinement, svd-llm, training"
     with pytest.raises(UsageError, match=f"options is 'mgga'; it must be one of {allowed}"):
-        _recipe(options={"mgga": {}}).check_names(methods=["svd-llm"], allocations=["mgaa"])
+        _recipe(options={"mgga": {}}).check_names(
+            methods=["svd-llm"],
+            allocations=["mgaa"],
+            tables=["training", "compensation", "refinement"],
+        )
 
 
 @pytest.mark.parametrize(

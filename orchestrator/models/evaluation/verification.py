@@ -4,7 +4,7 @@ Shape suffixes: O outputs, I inputs, B sequences, T tokens, V vocabulary.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,15 +30,18 @@ from orchestrator.models.survey.names import map_names
 from orchestrator.plan.cut import cut_blocks
 from orchestrator.store.files import digest_file
 
-CHANGED = ("refit", "walk", "refine", "sweep", "train")
-"""Stages after which a linear's error is no longer that of its decomposition."""
 TOLERANCE = 0.02, 1e-3
 """What a measured error may differ by from the reported one: a part of it, and rounding."""
 _NUMBER = re.compile(r"\.\d+\.")
 
 
 def verify(
-    directory: Path, *, dense: Path | None = None, linears: int = 14, tokens: int = 64
+    directory: Path,
+    *,
+    changing: Collection[str],
+    dense: Path | None = None,
+    linears: int = 14,
+    tokens: int = 64,
 ) -> dict[str, Any]:
     """Reads a compressed checkpoint again; one tensor, one linear or one block is in memory.
 
@@ -52,6 +55,8 @@ def verify(
        KL from it and the agreement on the first token are said.
 
     Args:
+        changing: Names of the stages after which the error of a linear is no longer that of its
+            decomposition.
         dense: The dense checkpoint.
         linears: How many are reconstructed.
         tokens: Of the probe: drawn from the vocabulary, seed 0, so no text is needed, and no
@@ -72,7 +77,15 @@ def verify(
         entries = report.get("linears")
         if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
             raise InputError(f"{directory / REPORT_FILE}: says nothing of any linear")
-        found = _Verification(directory, lazy_model, report, dense, linears, tokens)
+        found = _Verification(
+            directory,
+            lazy_model,
+            report,
+            dense,
+            changing=changing,
+            linears=linears,
+            tokens=tokens,
+        )
         return found.perform()
     except InputError as error:
         return {"problems": [str(error)]}
@@ -85,12 +98,14 @@ class _Verification:
         lazy_model: LazyModel,
         report: Mapping[str, Any],
         dense: Path | None,
+        *,
+        changing: Collection[str],
         linears: int,
         tokens: int,
     ) -> None:
         self._directory, self._lazy_model, self._report = directory, lazy_model, report
         self._dense = None if dense is None else LazyModel.open(dense, dtype=torch.float32)
-        self._linears, self._tokens = linears, tokens
+        self._changing, self._linears, self._tokens = changing, linears, tokens
         self._problems: list[str] = []
 
     def perform(self) -> dict[str, Any]:
@@ -175,7 +190,7 @@ class _Verification:
                     self._complain(f"{name}: {size} is {value}, the report says {entry[size]}")
 
     def _compare(self, name: str, error: float, reported: float | None) -> None:
-        if reported is None or any(stage in self._report for stage in CHANGED):
+        if reported is None or any(stage in self._report for stage in self._changing):
             return
         if name in self._sharing:
             # what is reported is the error of all that share the basis together

@@ -8,7 +8,7 @@ B sequences, T tokens each.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from orchestrator.device.transport import Departure, bring
 from orchestrator.models.survey.trees import map_tensors
+
+SEPARATOR = ":"
+"""Between the name of a chunk and that of its array, in a record of several chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,26 @@ class Chunk:
         structure = json.loads(arrays["structure"].tobytes())
         tokens, mask, payload = (_decode(part, arrays, pinned) for part in structure["parts"])
         return cls(structure["index"], tokens, mask, payload and Payload(*payload))
+
+
+def pack_many(chunks: Mapping[str, Chunk], departure: Departure) -> dict[str, np.ndarray]:
+    """Pack several chunks into one record; their arrays are complete after `departure.wait`."""
+    return {
+        f"{name}{SEPARATOR}{key}": array
+        for name, chunk in chunks.items()
+        for key, array in chunk.pack(departure).items()
+    }
+
+
+def split_record(
+    record: Mapping[str, np.ndarray], names: Iterable[str]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Split a record of `pack_many` into the records of its chunks, by their names."""
+    parts: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
+    for name, array in record.items():
+        chunk, _, key = name.partition(SEPARATOR)
+        parts[chunk][key] = array
+    return parts
 
 
 def rows_at(states: Tensor, places_N: Tensor | None) -> Tensor:

@@ -1,99 +1,60 @@
-"""What the stages that train the compressed model share: keys, and what their workers are told."""
+"""Base of stages that train the compressed model: unit keys, and fields of their workers' task."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
-from orchestrator.runtime.workers import WorkerGroup
-from orchestrator.stages.context.compress_worker import CompressionTask
-from orchestrator.stages.context.trained_worker import TrainedWorker
+from orchestrator.stages.context.decompose import task_fields
+from orchestrator.stages.context.stage_job import StageJob
+from orchestrator.stages.context.values import Planned
 from orchestrator.store.units import unit_key
 
-if TYPE_CHECKING:
-    from orchestrator.stages.context.compression import Compression
 
-
-class TrainedStage(ABC):
-    """A stage behind the plan, that leaves a unit of trained tensors for each block it changes.
-
-    Stages stand in a row: each begins where those before it have left the model.
+class TrainedStage(StageJob):
+    """A stage that leaves a unit of trained tensors for each block that it changes.
 
     Args:
-        earlier: The stages before.
+        earlier: The jobs before it; the model is as the last of them leaves it.
         version: Raised when a trained tensor changes.
-        decisive: What decides the tensors beside the plan, the seed and the stages before.
+        decisive: Settings that decide the tensors, beside plan, seed and earlier stages.
     """
 
-    name: ClassVar[str]
-    worker_class: ClassVar[type[TrainedWorker]]
-
     def __init__(
-        self,
-        job: "Compression",
-        earlier: Sequence["TrainedStage"],
-        *,
-        version: int,
-        **decisive: Any,
+        self, planned: Planned, earlier: Sequence[StageJob], *, version: int, **decisive: Any
     ) -> None:
-        self._job = job
-        self._earlier = tuple(earlier)
-        before = [each.key for each in earlier]
-        inputs = [job.pass_key, *job.block_keys.values(), *job.choice, *before]
-        self.key: str = unit_key(
+        self._planned = planned
+        trained = [each for each in earlier if each.trained_units is not None]
+        self._earlier = tuple(each.trained_units or {} for each in trained)
+        before = [each.key for each in trained]
+        inputs = [planned.pass_key, *planned.block_keys.values(), *planned.choice, *before]
+        self.key = unit_key(
             self.name,
             version,
             inputs,
-            plan=job.plan.to_json(),
-            seed=job.recipe.seed,
+            plan=planned.plan.to_json(),
+            seed=planned.recipe.seed,
             **decisive,
         )
-        """The name of what all blocks become."""
-        self.keys: Mapping[int, str] = {
+        self.keys = {
             block: unit_key(f"{self.name} block", version, [self.key], block=block)
             for block in self.blocks
         }
+        self.trained_units = self.keys
 
     @property
     def blocks(self) -> list[int]:
         """The blocks that are trained: those with a linear that is cut."""
-        forms = {name: each.form for name, each in self._job.plan.assignments.items()}
-        return sorted({each.block for each in self._job.linears if forms[each.name] != "dense"})
-
-    @property
-    def has_gradients(self) -> bool:
-        """True if its blocks are trained by gradients; some stages solve instead."""
-        return True
+        forms = {name: each.form for name, each in self._planned.plan.assignments.items()}
+        return sorted({each.block for each in self._planned.linears if forms[each.name] != "dense"})
 
     @property
     def shared(self) -> dict[str, Any]:
-        """The fields of the workers' task that all such stages have."""
-        job = self._job
-        return {field.name: getattr(job.task, field.name) for field in fields(CompressionTask)} | {
+        """Fields that the tasks of all such stages have."""
+        planned = self._planned
+        return task_fields(planned) | {
             "pass_key": self.key,
-            "plan": job.plan,
-            "seed": job.recipe.seed,
-            "choice": "".join(job.choice),
-            "earlier": tuple(each.keys for each in self._earlier),
+            "plan": planned.plan,
+            "seed": planned.recipe.seed,
+            "choice": "".join(planned.choice),
+            "earlier": self._earlier,
             "keys": self.keys,
         }
-
-    @property
-    @abstractmethod
-    def task(self) -> Any:
-        """What the workers need to know."""
-
-    @abstractmethod
-    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
-        """Makes the units that are not there yet."""
-
-    @property
-    @abstractmethod
-    def report(self) -> dict[str, Any]:
-        """What training did, as JSON; nothing that may differ between two equal runs."""
-
-    @property
-    @abstractmethod
-    def timings(self) -> dict[str, Any]:
-        """What it took, which may."""

@@ -46,14 +46,10 @@ class Evaluation:
         self.execution = execution
         self.run = RunDirectory(run_dir.expanduser().absolute())
         self.run.check()
-        self._asked = {"evaluate": dict(models), "text": dict(text)}
+        self.description: Mapping[str, Any] = {"evaluate": dict(models), "text": dict(text)}
         self._dtype = dtype
         self._prefill: dict[str, dict[range, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._decode: dict[str, dict[range, list[float]]] = defaultdict(lambda: defaultdict(list))
-
-    def claim(self) -> None:
-        """Makes the run directory this evaluation's; nothing was written before."""
-        self.run.claim(self._asked)
 
     def survey(self) -> None:
         """Blocks and sizes of every model; no weight is read.

@@ -1,7 +1,7 @@
-"""Bringing cut factors to pivoted storage, once there is a plan: the driver's part."""
+"""Pivoted storage of cut factors: the driver's part."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from orchestrator.forecast.work import pivoting
 from orchestrator.runtime.calls import Call, IndependentCalls
@@ -12,55 +12,60 @@ from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
-from orchestrator.stages.refine.job import Refine
+from orchestrator.stages.context.decompose import compression_task
+from orchestrator.stages.context.stage_job import StageJob, StageResult
+from orchestrator.stages.context.values import Planned
 from orchestrator.store.files import digest_json
 
-if TYPE_CHECKING:
-    from orchestrator.stages.context.compression import Compression
 
+class PivotJob(StageJob):
+    """A unit for each linear that is stored pivoted; every later stage reads it there.
 
-class Pivot:
-    """A unit for each linear that is stored pivoted; whatever follows reads it there.
-
-    It stands before training, which trains what is stored, and behind a fit of left factors.
-
-    Args:
-        superseding: The later stage that spends its units, if there is one (see `Refine`).
+    It comes after a refit of left factors and before training, which trains what is stored.
     """
 
     name: ClassVar[str] = "pivot"
-    timings: ClassVar[Mapping[str, float]] = {}
 
-    def __init__(
-        self,
-        job: "Compression",
-        worker_class: type[CompressionWorker],
-        task: CompressionTask,
-        superseding: Refine | None = None,
-    ) -> None:
-        self._job, self._superseding = job, superseding
-        self.worker_class, self.task = worker_class, task
-        plan = job.plan.assignments
+    def __init__(self, planned: Planned, earlier: Sequence[StageJob]) -> None:
+        self._units = planned.run.units
+        self.worker_class: type[CompressionWorker] = CompressionWorker
+        self._task = compression_task(planned)
+        if earlier:
+            # its workers know where the fitted factors are stored
+            self.worker_class, self._task = earlier[-1].worker_class, earlier[-1].task
+        plan = planned.plan.assignments
         self._sizes = {
-            each: plan[each.name].rank for each in job.linears if plan[each.name].form == "pivoted"
+            each: plan[each.name].rank
+            for each in planned.linears
+            if plan[each.name].form == "pivoted"
         }
         self._keys = {
-            linear.name: task.pivoted_key(linear, rank) for linear, rank in self._sizes.items()
+            linear.name: self._task.pivoted_key(linear, rank)
+            for linear, rank in self._sizes.items()
         }
         self.key = digest_json(self._keys)
-        """The name of all units together."""
 
-    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
-        """Every linear a call, on whoever is idle."""
-        units = self._job.run.units
-        self._facts = self._taken_up(workers, monitor, stage)
-        missing = {each: rank for each, rank in self._sizes.items() if each.name not in self._facts}
+    @property
+    def task(self) -> CompressionTask:
+        return self._task
+
+    def perform(
+        self,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
+        *,
+        following: StageJob | None = None,
+    ) -> StageResult:
+        """Pivot every linear in a call of its own, on any idle worker."""
+        done = self._reusable(workers, monitor, stage, following)
+        missing = {each: rank for each, rank in self._sizes.items() if each.name not in done}
 
         def on_success(call: Call, value: Any) -> None:
             name = call.arguments[0]
-            self._facts[name] = value
-            size = units.size(self._keys[name])
-            stage.progress(len(self._facts), len(self._keys), unit=name, bytes=size)
+            done[name] = value
+            size = self._units.size(self._keys[name])
+            stage.progress(len(done), len(self._keys), unit=name, bytes=size)
 
         flops = max((pivoting(*each).flops for each in missing.items()), default=0.0)
         calls = [(each.name, (each.name, rank)) for each, rank in missing.items()]
@@ -72,35 +77,42 @@ class Pivot:
             on_event=monitor.event,
             patience={"pivot": slowly(flops, workers.environment["device"])},
         )
+        return self._result(done)
 
-    def _taken_up(
-        self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
+    def _reusable(
+        self,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
+        following: StageJob | None,
     ) -> dict[str, Any]:
-        """Facts of the units to reuse; a spent one counts if the later stage has its block."""
-        units = self._job.run.units
-        found = {name: units.manifest(key) for name, key in self._keys.items()}
+        """Facts of the units to reuse; a spent one counts if `following` has its block."""
+        found = {name: self._units.manifest(key) for name, key in self._keys.items()}
         spent = [each for each in self._sizes if (m := found[each.name]) and m["spent"]]
         if spent:
-            later = self._superseding.reusable_units(workers, monitor) if self._superseding else {}
+            later: Mapping[int, Any] = {}
+            if following is not None and following.supersedes:
+                later = following.reusable_blocks(workers, monitor)
             for linear in spent:
                 if linear.block not in later:
-                    units.drop(self._keys[linear.name])
-        return reusable_units(units, self._keys, workers, monitor, stage.name)
+                    self._units.drop(self._keys[linear.name])
+        return reusable_units(self._units, self._keys, workers, monitor, stage.name)
 
     def spend(self, block: int) -> None:
-        """Removes the pivoted factors of a block; only their measurements stay."""
+        """Remove the pivoted factors of a block; only their measurements stay."""
         for linear in self._sizes:
             if linear.block == block:
-                self._job.run.units.spend(self._keys[linear.name])
+                self._units.spend(self._keys[linear.name])
 
-    @property
-    def measured(self) -> Mapping[str, Any]:
-        """What was measured of each linear, see `linalg.pivot.Pivoted`."""
-        return {name: facts["numerics"] for name, facts in self._facts.items()}
-
-    @property
-    def report(self) -> Mapping[str, Any]:
-        """The most of each figure over all linears; theirs stand with their numerics."""
-        figures = self.measured.values()
-        names: Mapping[str, Any] = next(iter(figures), {})
-        return {"linears": len(figures), **{n: max(each[n] for each in figures) for n in names}}
+    def _result(self, facts: dict[str, Any]) -> StageResult:
+        """Measurements of each linear (see `linalg.pivot.Pivoted`), and the largest of each."""
+        measured = {name: each["numerics"] for name, each in facts.items()}
+        figures = list(measured.values())
+        names = figures[0] if figures else {}
+        largest = {name: max(each[name] for each in figures) for name in names}
+        return StageResult(
+            name=self.name,
+            key=self.key,
+            report={"linears": len(figures), **largest},
+            numerics=measured,
+        )

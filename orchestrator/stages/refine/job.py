@@ -1,86 +1,99 @@
-"""Refining blocks in parallel, on the dense model's inputs: the driver's part."""
+"""Refinement of blocks in parallel, on the dense model's inputs: the driver's part."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.decompose import block_pass
+from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.trained_stage import TrainedStage
+from orchestrator.stages.context.values import Planned
 from orchestrator.stages.refine.worker import RefineTask, RefineWorker
-
-if TYPE_CHECKING:
-    from orchestrator.stages.context.compression import Compression
 
 REFINE_VERSION = 3
 """Raised when the trained tensors change, or the tensors stored beside them."""
 
 
-class Refine(TrainedStage):
+class RefineJob(TrainedStage):
     """One pass of dense chunks, and a unit of trained tensors for each block with a cut linear.
 
-    Blocks do not wait for each other: each learns to give what its dense block gives on the dense
-    model's own inputs. Published methods walk the blocks in order, each behind the compressed ones.
+    Blocks do not wait for each other: each learns the outputs of its dense block on the dense
+    model's own inputs. Published methods take the blocks in order, on the inputs that the
+    compressed blocks before them produce.
 
-    A block's unit holds all stored tensors of its linears, so the units that it supersedes are then
-    spent (`replaces`): a run directory holds a block once. If it is damaged later, both are made
-    again.
+    A block's unit holds all stored tensors of its linears, so the units of the job before it are
+    then spent: a run directory holds a block once. If it is damaged later, both are made again.
     """
 
     name: ClassVar[str] = "refine"
-    worker_class: ClassVar[type[RefineWorker]] = RefineWorker
+    supersedes: ClassVar[bool] = True
+    worker_class: type[RefineWorker] = RefineWorker
 
-    def __init__(self, job: "Compression", earlier: Sequence[TrainedStage]) -> None:
-        self.replaces: Callable[[int], None] = lambda block: None
-        """Called with each block whose unit is committed."""
-        self._there: dict[int, dict[str, Any]] | None = None
-        # nobody lends a block here: its gradients are one sum
-        self._options = replace(job.refine_options, slices=1)
-        super().__init__(job, earlier, version=REFINE_VERSION, options=self._decisive)
+    def __init__(
+        self, planned: Planned, earlier: Sequence[StageJob], options: RefineOptions
+    ) -> None:
+        # no block is shared by workers, so its gradient is one sum
+        self._options = replace(options, slices=1)
+        self._spend: Callable[[int], None] = earlier[-1].spend if earlier else lambda block: None
+        self._reusable: dict[int, dict[str, Any]] | None = None
+        super().__init__(planned, earlier, version=REFINE_VERSION, options=self._decisive)
 
     @property
     def _decisive(self) -> dict[str, Any]:
-        """The options that say what is trained."""
+        """The options that decide the trained tensors."""
         return {name: each for name, each in asdict(self._options).items() if name != "slices"}
 
     @property
     def task(self) -> RefineTask:
         return RefineTask(**self.shared, options=self._options)
 
-    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
-        """Dense chunks flow through the shards; then each shard's blocks are trained."""
-        passes, done = self._job.block_pass, self.reusable_units(workers, monitor)
-        passes = replace(passes, on_committed=self.replaces)
-        self._facts = passes.forward(self.key, self.keys, workers, monitor, stage, done)
+    def perform(
+        self,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
+        *,
+        following: StageJob | None = None,
+    ) -> StageResult:
+        """Pass dense chunks through the shards; then train each shard's blocks."""
+        passes = block_pass(self._planned, self._planned.forecast)
+        passes, done = replace(passes, on_committed=self._spend), self._committed(workers, monitor)
+        facts = passes.forward(self.key, self.keys, workers, monitor, stage, done)
+        return StageResult(
+            name=self.name,
+            key=self.key,
+            report={
+                "options": self._decisive,
+                "errors": "errors of linears are those before their blocks were refined",
+                "blocks": {str(block): _reported(facts[block]) for block in sorted(facts)},
+            },
+            timings={str(b): facts[b]["timings"]["seconds"] for b in sorted(facts)},
+            has_gradients=True,
+        )
 
-    def reusable_units(
+    def reusable_blocks(
         self, workers: WorkerGroup, monitor: RunMonitor
     ) -> dict[int, dict[str, Any]]:
+        return self._committed(workers, monitor)
+
+    def _committed(self, workers: WorkerGroup, monitor: RunMonitor) -> dict[int, dict[str, Any]]:
         """Facts of the blocks that an earlier run has refined; their files are verified once."""
-        if self._there is None:
-            self._there = self._job.block_pass.committed(self.keys, workers, monitor, self.name)
-        return self._there
+        if self._reusable is None:
+            passes = block_pass(self._planned, self._planned.forecast)
+            self._reusable = passes.committed(self.keys, workers, monitor, self.name)
+        return self._reusable
 
-    @property
-    def timings(self) -> dict[str, Any]:
-        """Seconds that each block took, when it was made."""
-        return {str(b): facts["timings"]["seconds"] for b, facts in sorted(self._facts.items())}
 
-    @property
-    def report(self) -> dict[str, Any]:
-        """What training did to each block's error on the sequences that were held out."""
-        blocks = {}
-        for block, facts in sorted(self._facts.items()):
-            losses = [facts["start"], *(epoch["held_out"] for epoch in facts["epochs"])]
-            blocks[str(block)] = {
-                "before": facts["start"],
-                "after": losses[facts["best"]],
-                "best_epoch": facts["best"],
-                "steps": facts["steps"],
-                "stop": facts["stop"],
-            }
-        return {
-            "options": self._decisive,
-            "errors": "errors of linears are those before their blocks were refined",
-            "blocks": blocks,
-        }
+def _reported(facts: dict[str, Any]) -> dict[str, Any]:
+    """Effect of the training on a block's error on the held-out sequences."""
+    losses = [facts["start"], *(epoch["held_out"] for epoch in facts["epochs"])]
+    return {
+        "before": facts["start"],
+        "after": losses[facts["best"]],
+        "best_epoch": facts["best"],
+        "steps": facts["steps"],
+        "stop": facts["stop"],
+    }

@@ -1,61 +1,61 @@
-"""Fitting left factors again, once there is a plan: the driver's part."""
+"""Refit of left factors: the driver's part."""
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from orchestrator.plan.forms import FACTORED
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.workers import WorkerGroup
-from orchestrator.stages.context.compress_worker import CompressionTask
+from orchestrator.stages.context.decompose import block_pass, task_fields
+from orchestrator.stages.context.stage_job import StageJob, StageResult
+from orchestrator.stages.context.values import Planned
 from orchestrator.stages.refit.worker import RefitTask, RefitWorker
 from orchestrator.store.units import unit_key
-
-if TYPE_CHECKING:
-    from orchestrator.stages.context.compression import Compression
 
 REFIT_VERSION = 1
 """Raised when a fit changes."""
 
 
-class Refit:
+class RefitJob(StageJob):
     """One pass through the cut blocks, and a unit of left factors for each of them."""
 
     name: ClassVar[str] = "refit"
-    worker_class: ClassVar[type[RefitWorker]] = RefitWorker
-    timings: ClassVar[Mapping[str, float]] = {}
-    report: ClassVar[str] = "errors of linears are those before left factors were fitted again"
+    worker_class: type[RefitWorker] = RefitWorker
 
-    def __init__(self, job: "Compression") -> None:
-        self._job = job
-        inputs = [job.pass_key, *job.block_keys.values()]
-        plan = job.plan.to_json()
+    def __init__(self, planned: Planned) -> None:
+        self._planned = planned
+        inputs = [planned.pass_key, *planned.block_keys.values()]
+        plan = planned.plan.to_json()
         self.key = unit_key("calibrate cut", REFIT_VERSION, inputs, plan=plan)
-        """The name of what the pass gives: it decides the bytes of files that hold factors."""
+        forms = {name: each.form for name, each in planned.plan.assignments.items()}
+        blocks = sorted({each.block for each in planned.linears if forms[each.name] in FACTORED})
+        self._keys = {
+            block: unit_key("refit", REFIT_VERSION, [self.key], block=block) for block in blocks
+        }
 
     @property
     def task(self) -> RefitTask:
-        """What the workers need to know."""
-        job = self._job
-        forms = {name: assignment.form for name, assignment in job.plan.assignments.items()}
-        blocks = sorted({each.block for each in job.linears if forms[each.name] in FACTORED})
-        return RefitTask(
-            **{field.name: getattr(job.task, field.name) for field in fields(CompressionTask)}
-            | {"pass_key": self.key},
-            plan=job.plan,
-            refit_keys={
-                block: unit_key("refit", REFIT_VERSION, [self.key], block=block) for block in blocks
+        shared = task_fields(self._planned) | {"pass_key": self.key}
+        return RefitTask(**shared, plan=self._planned.plan, refit_keys=self._keys)
+
+    def perform(
+        self,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
+        *,
+        following: StageJob | None = None,
+    ) -> StageResult:
+        """Pass chunks through the cut blocks, and fit left factors to the inputs found there."""
+        passes = block_pass(self._planned, self._planned.forecast)
+        facts = passes.forward(self.key, self._keys, workers, monitor, stage)
+        return StageResult(
+            name=self.name,
+            key=self.key,
+            report="errors of linears are those before left factors were fitted again",
+            # units of earlier versions have no reports of their fits
+            numerics={
+                name: said
+                for each in facts.values()
+                for name, said in each.get("numerics", {}).items()
             },
         )
-
-    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
-        """Chunks flow through the cut blocks; left factors are fitted to the inputs found there."""
-        keys = self.task.refit_keys
-        self._facts = self._job.block_pass.forward(self.key, keys, workers, monitor, stage)
-
-    @property
-    def measured(self) -> Mapping[str, Any]:
-        """Reports of the fits that have one, by linear."""
-        facts = self._facts.values()
-        # units of earlier versions have none
-        return {name: said for each in facts for name, said in each.get("numerics", {}).items()}

@@ -6,8 +6,7 @@ back of a masked model is its loss and, for every candidate, how many draws were
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,52 +26,35 @@ from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.masks import commit_candidates
+from orchestrator.stages.context.values import Decomposed, Scores
 from orchestrator.stages.score_masks.worker import MaskTrial, MaskTrials
 from orchestrator.store.files import digest_json
 from orchestrator.store.units import unit_key
-
-if TYPE_CHECKING:
-    from orchestrator.stages.context.compression import Compression
 
 SCORE_VERSION = 1
 """Raised when a loss, or what is learnt from it, changes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Learnt:
-    """What is kept in the end, and how it came about."""
-
-    plan: Plan
-    key: str
-    """Of the unit with the choice."""
-    report: dict[str, Any]
-
-
-class Scoring:
+class MaskScoring:
     """Losses of masked models, each one a unit: what a killed driver has is not taken again."""
 
     def __init__(
-        self,
-        job: "Compression",
-        candidates: Mapping[str, Candidates],
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
-        *,
-        itemsize: int,
+        self, job: Decomposed, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
     ) -> None:
         self._job, self._workers, self._monitor, self._stage = job, workers, monitor, stage
-        self._itemsize = itemsize
         allocator = job.allocator
         assert isinstance(allocator, CapAllocator)
         self.allocator: CapAllocator = allocator
+        candidates = {
+            name: Candidates.from_json(result["curve"]) for name, result in job.results.items()
+        }
         self.pool = self.allocator.pool(job.linears, candidates, job.recipe.share)
         self._counts = self.pool.split(self.pool.count_N)
-        self._chunks = min(self.allocator.chunks, job.token_report["sequences"])
+        self._chunks = min(self.allocator.chunks, job.sequences)
         self._done = 0
         self._total = 0
 
-    def learn(self) -> Learnt:
+    def learn(self) -> Scores:
         """Every iteration's losses and step, then the better of the start's choice and the last.
 
         Raises:
@@ -86,7 +68,7 @@ class Scoring:
         first, plan = self._choose(share_N)
         if not cap.learns:
             report = {"stage2": False, "kept": _kept(pool, first)}
-            return Learnt(plan, self._commit(first.kept_N, first.dense), report)
+            return self._scores(first, plan, report)
         self._total = cap.iterations * cap.samples + 2
         baseline, losses, start = cap.new_baseline(), [], math.nan
         for iteration in range(cap.iterations):
@@ -113,7 +95,11 @@ class Scoring:
             "changed": _changes(pool, first, last),
             "kept": _kept(pool, taken),
         }
-        return Learnt(plan, self._commit(taken.kept_N, taken.dense), report)
+        return self._scores(taken, plan, report)
+
+    def _scores(self, choice: Choice, plan: Plan, report: Mapping[str, Any]) -> Scores:
+        key = self._commit(choice.kept_N, choice.dense)
+        return Scores(report={"cap": report}, plan=plan, choice=(key,))
 
     def _choose(self, share_N: np.ndarray) -> tuple[Choice, Plan]:
         """What the budget holds of the candidates with the largest probabilities."""
@@ -126,7 +112,7 @@ class Scoring:
         plan = (
             allocate(recipe.share)
             if recipe.keep_bytes is None
-            else fill_bytes(allocate, linears, recipe.share, self._itemsize)
+            else fill_bytes(allocate, linears, recipe.share, self._job.itemsize)
         )
         return choose(self.pool, share_N, plan.budget_values), plan
 
@@ -183,7 +169,7 @@ class Scoring:
         pass_key = digest_json([self._unit_key(trial) for trial in trials])
         chunks = job.run.chunks(pass_key, workers.environment)
         chunks.clear()
-        num_blocks = job.surveyed.num_blocks
+        num_blocks = job.survey.num_blocks
         cut = cut_blocks(num_blocks, job.recipe.shards or default_shards(num_blocks, workers.size))
         schedule = ShardPass(
             cut,

@@ -7,10 +7,9 @@ behind it like any chunk: a shard computes its own trials and passes on those of
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.allocate.strs import Strs
 from orchestrator.errors import InputError
@@ -24,13 +23,11 @@ from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.values import Decomposed, Scores
 from orchestrator.stages.score_sensitivities.worker import CutTrial, CutTrials
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.files import digest_json
 from orchestrator.store.units import unit_key
-
-if TYPE_CHECKING:
-    from orchestrator.stages.context.compression import Compression
 
 SENSITIVITY_VERSION = 1
 """Raised when a loss changes."""
@@ -38,15 +35,6 @@ BLOCKS = 8
 """Blocks of a shard at most, where the recipe names no cut. Without statistics and decompositions
 a block takes a quarter of the memory that calibration plans for, which has two; and every boundary
 that is not there is one that no trial's chunks are written to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What was asked for."""
-
-    losses: Mapping[str, Mapping[int, float]]
-    """Mean cross-entropy by linear, of a group its first, and by the rank that it alone has."""
-    report: dict[str, Any]
 
 
 class Sensitivities:
@@ -59,15 +47,15 @@ class Sensitivities:
     """
 
     def __init__(
-        self, job: "Compression", workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
+        self, job: Decomposed, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
     ) -> None:
         self._job, self._workers, self._monitor, self._stage = job, workers, monitor, stage
         allocator = job.allocator
         assert isinstance(allocator, Strs)
         self._strs: Strs = allocator
-        self._chunks = min(self._strs.windows, job.token_report["sequences"])
+        self._chunks = min(self._strs.windows, job.sequences)
 
-    def measure(self) -> Measured:
+    def measure(self) -> Scores:
         """Every loss, those committed earlier as they are.
 
         Raises:
@@ -86,7 +74,8 @@ class Sensitivities:
         losses: dict[str, dict[int, float]] = {}
         for trial in cut:
             losses.setdefault(trial.linears[0], {})[trial.rank] = self._loss(trial, scores[trial])
-        return Measured(losses, self._report(self._loss(dense, scores[dense]), losses))
+        report = self._report(self._loss(dense, scores[dense]), losses)
+        return Scores(report={"strs": report}, losses=losses)
 
     @cached_property
     def _linears(self) -> tuple[Linear, ...]:
@@ -96,7 +85,7 @@ class Sensitivities:
     @cached_property
     def _trials(self) -> tuple[CutTrial, ...]:
         """The dense model, then each linear at each rank of the grid, in the model's order."""
-        trials = [CutTrial(self._job.surveyed.num_blocks)]
+        trials = [CutTrial(self._job.survey.num_blocks)]
         for group in self._job.grouping.groups(self._job.linears):
             names = tuple(linear.name for linear in group)
             ranks = self._strs.ranks(stack(group))
@@ -130,7 +119,7 @@ class Sensitivities:
         committed = set(scores)
         pass_key = digest_json([*keys.values()])
         chunks = job.run.chunks(pass_key, workers.environment)
-        num_blocks, size = job.surveyed.num_blocks, job.grouping.size
+        num_blocks, size = job.survey.num_blocks, job.grouping.size
         shards = job.recipe.shards or default_shards(num_blocks, workers.size, max(BLOCKS, size))
         cut = cut_blocks(num_blocks, shards, size)
         count = len(self._trials) * self._chunks

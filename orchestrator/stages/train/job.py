@@ -1,13 +1,13 @@
 """Training the whole compressed model, as a pipeline over its shards: the driver's part."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from orchestrator.errors import UsageError
-from orchestrator.models.training.train_options import Course, plan_course
+from orchestrator.models.training.train_options import Course, TrainOptions, plan_course
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
@@ -18,14 +18,14 @@ from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.runtime.verify import verified_units
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.decompose import block_pass
+from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.tokens import read_tokens
 from orchestrator.stages.context.trained_stage import TrainedStage
+from orchestrator.stages.context.values import Planned
 from orchestrator.stages.train.pipeline import Pipeline, Snapshot
 from orchestrator.stages.train.worker import TrainTask, TrainWorker, best_key, snapshot_key
 from orchestrator.store.units import unit_key
-
-if TYPE_CHECKING:
-    from orchestrator.stages.context.compression import Compression
 
 TRAIN_VERSION = 2
 """Raised when a trained tensor changes."""
@@ -35,7 +35,7 @@ BYTES = {"all": 16, "lean": 12, "light": 16}
 """Of value, gradient and moments together, for each number that is trained."""
 
 
-class Train(TrainedStage):
+class TrainJob(TrainedStage):
     """All blocks at once, towards what the dense model says of the next token, and the text.
 
     The dense model passes once and leaves its top-k. Then each worker holds one shard, whatever the
@@ -51,14 +51,16 @@ class Train(TrainedStage):
     """
 
     name: ClassVar[str] = "train"
-    worker_class: ClassVar[type[TrainWorker]] = TrainWorker
+    worker_class: type[TrainWorker] = TrainWorker
 
-    def __init__(self, job: "Compression", earlier: Sequence[TrainedStage]) -> None:
-        self._options, self._mode = job.train_options, job.recipe.train
-        decisive = {"options": asdict(self._options), "mode": self._mode}
-        super().__init__(job, earlier, version=TRAIN_VERSION, **decisive)
+    def __init__(
+        self, planned: Planned, earlier: Sequence[StageJob], options: TrainOptions, mode: str
+    ) -> None:
+        self._options, self._mode = options, mode
+        decisive = {"options": asdict(options), "mode": mode}
+        super().__init__(planned, earlier, version=TRAIN_VERSION, **decisive)
         self._course = self._planned_course()
-        self._keeps_states = job.foreseen is None or job.foreseen.keeps_states
+        self._keeps_states = planned.forecast is None or planned.forecast.keeps_states
 
     @cached_property
     def _target_keys(self) -> tuple[str, ...]:
@@ -68,14 +70,9 @@ class Train(TrainedStage):
             return ()
         kept = {"top_k": options.top_k, "temperature": options.temperature}
         return tuple(
-            unit_key("targets", TARGETS_VERSION, [self._job.pass_key], sequence=index, **kept)
-            for index in range(self._sequences)
+            unit_key("targets", TARGETS_VERSION, [self._planned.pass_key], sequence=index, **kept)
+            for index in range(self._planned.sequences)
         )
-
-    @property
-    def _sequences(self) -> int:
-        sequences: int = self._job.token_report["sequences"]
-        return sequences
 
     @property
     def task(self) -> TrainTask:
@@ -87,51 +84,60 @@ class Train(TrainedStage):
         )
 
     def _planned_course(self) -> Course:
-        if self._sequences < 2:
+        sequences = self._planned.sequences
+        if sequences < 2:
             raise UsageError(
-                f"train is {self._mode!r} and there is {self._sequences} sequence; two are needed, "
+                f"train is {self._mode!r} and there is {sequences} sequence; two are needed, "
                 "one to train on and one to hold out"
             )
-        return plan_course(self._options, self._sequences, self._job.recipe.seed)
+        return plan_course(self._options, sequences, self._planned.recipe.seed)
 
-    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
-        """Targets, steps, and a unit for each block of what the best step has made of it."""
-        self._facts: dict[str, Any] = {"snapshots": [], "best": 0, "stop": "end", "numbers": 0}
-        done = self._job.block_pass.committed(self.keys, workers, monitor, stage.name)
+    def perform(
+        self,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
+        *,
+        following: StageJob | None = None,
+    ) -> StageResult:
+        """Targets, steps, and a unit for each block with its values at the best step."""
+        passes = block_pass(self._planned, self._planned.forecast)
+        done = passes.committed(self.keys, workers, monitor, stage.name)
         if done.keys() == self.keys.keys():
-            self._facts = next(iter(done.values()), self._facts)
-            return
+            untrained = {"snapshots": [], "best": 0, "stop": "end", "numbers": 0}
+            return self._result(next(iter(done.values()), untrained))
         self._make_targets(workers, monitor, stage)
-        self._train(workers, monitor, stage, done)
-        self._commit(workers, monitor, done)
+        facts = self._train(workers, monitor, stage, done)
+        self._commit(workers, monitor, done, facts)
+        return self._result(facts)
 
     def _make_targets(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Dense chunks through all shards, those whose top-k is not there yet."""
-        job, environment = self._job, workers.environment
+        job, environment = self._planned, workers.environment
         keys = dict(enumerate(self._target_keys))
         results = set(
             reusable_units(job.run.units, keys, workers, monitor, "targets", called="targets {}")
         )
         if len(results) == len(keys):
             return
-        num_blocks, size = job.surveyed.num_blocks, job.grouping.size
+        num_blocks, size = job.survey.num_blocks, job.grouping.size
         shards = job.recipe.shards or default_shards(num_blocks, workers.size, max(2, size))
         cut = cut_blocks(num_blocks, shards, size)
         chunks = job.run.chunks(self.key, environment)
         schedule = ShardPass(
             cut,
             todo=(),
-            num_chunks=self._sequences,
-            present=[chunks.present(blocks.start, self._sequences) for blocks in cut],
+            num_chunks=self._planned.sequences,
+            present=[chunks.present(blocks.start, self._planned.sequences) for blocks in cut],
             results=results,
         )
         run_pass(workers, monitor, schedule, chunks, lambda call, value: None)
 
     def _train(
         self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor, done: Collection[int]
-    ) -> None:
-        """The steps that are not done yet, from the last snapshot on."""
-        job, course = self._job, self._course
+    ) -> dict[str, Any]:
+        """Perform the steps after the last snapshot; gives the facts of the training."""
+        job, course = self._planned, self._course
         mask = read_tokens(job.run, job.tokens_key).mask
         lengths = [(int(row.sum()), int((row[1:] & row[:-1]).sum())) for row in mask]
         snapshots, numbers = self._left(workers, monitor, done)
@@ -141,7 +147,7 @@ class Train(TrainedStage):
         pipeline = Pipeline(
             course,
             lengths,
-            num_blocks=job.surveyed.num_blocks,
+            num_blocks=job.survey.num_blocks,
             group=job.grouping.size,
             snapshots=snapshots,
             keeps_states=self._keeps_states,
@@ -173,19 +179,13 @@ class Train(TrainedStage):
             is_awaited=pipeline.is_awaited,
             on_event=monitor.event,
         )
-        self._facts = {
+        return {
             "snapshots": [asdict(each) for each in pipeline.snapshots],
             "best": pipeline.best.step,
             "stop": pipeline.stop,
             "numbers": sum(numbers.values()),
             "timings": {"steps": steps, "tokens": tokens, "seconds": time.monotonic() - begun},
         }
-
-    @property
-    def timings(self) -> dict[str, Any]:
-        """Steps and tokens of the last run that trained, those done twice after a loss too."""
-        timings: dict[str, Any] = self._facts.get("timings", {})
-        return timings
 
     @property
     def _progress_key(self) -> str:
@@ -200,9 +200,9 @@ class Train(TrainedStage):
         Without stored states only a training that has ended counts; committed groups of blocks need
         no unit.
         """
-        first_of = self._job.grouping.first
+        first_of = self._planned.grouping.first
         open_groups = {first_of(block) for block in self.keys if block not in done}
-        units = self._job.run.units
+        units = self._planned.run.units
         key = {"snapshots": self._progress_key}
         left = reusable_units(units, key, workers, monitor, "training", is_all=False)
         if not left:
@@ -228,7 +228,7 @@ class Train(TrainedStage):
 
         Without stored states this is the end of the training, and only the best values exist.
         """
-        units = self._job.run.units
+        units = self._planned.run.units
         needed = {pipeline.step, pipeline.best.step} if self._keeps_states else {pipeline.best.step}
         kept = sorted(needed - {0})
         facts = {
@@ -251,13 +251,19 @@ class Train(TrainedStage):
     def _drop(self, steps: Sequence[int]) -> None:
         for step in steps:
             for block in self.keys:
-                self._job.run.units.drop(self._kept_key(step, block))
+                self._planned.run.units.drop(self._kept_key(step, block))
 
-    def _commit(self, workers: WorkerGroup, monitor: RunMonitor, done: Collection[int]) -> None:
-        """What the blocks have become, group by group; then no snapshot is needed any more."""
-        job = self._job
+    def _commit(
+        self,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        done: Collection[int],
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Commit the trained blocks, group by group; then no snapshot is needed any more."""
+        job = self._planned
         groups = sorted({job.grouping.first(block) for block in self.keys if block not in done})
-        size, best = job.grouping.size, self._facts["best"]
+        size, best = job.grouping.size, facts["best"]
         is_kept = best > 0 and not self._keeps_states
 
         def on_success(call: Call, value: Any) -> None:
@@ -270,9 +276,9 @@ class Train(TrainedStage):
                 (
                     f"block {first}, commit",
                     (
-                        (first, min(first + size, job.surveyed.num_blocks)),
+                        (first, min(first + size, job.survey.num_blocks)),
                         best,
-                        self._facts,
+                        facts,
                         is_kept,
                     ),
                 )
@@ -280,30 +286,38 @@ class Train(TrainedStage):
             ],
         )
         dispatch(workers.pool, bag, FailurePolicy(), on_success=on_success, on_event=monitor.event)
-        self._drop([each["step"] for each in self._facts["snapshots"]])
+        self._drop([each["step"] for each in facts["snapshots"]])
         job.run.units.drop(self._progress_key)
 
-    @property
-    def report(self) -> dict[str, Any]:
-        """What training did to the losses, and what it took."""
-        found, numbers = self._facts, self._facts["numbers"]
-        steps = found["snapshots"][-1]["step"] if found["snapshots"] else 0
-        course = self._course
-        used = [index for batch in course.batches[:steps] for index in batch]
-        bytes_a_token = 8 * self._options.top_k + 4 if self._target_keys else 0
-        tokens = self._job.token_report["sequence_length"]
-        return {
+    def _result(self, facts: Mapping[str, Any]) -> StageResult:
+        """Losses of the training and its cost, by the facts of its units.
+
+        The timings are those of the last run that trained, with steps repeated after a loss.
+        """
+        numbers, snapshots = facts["numbers"], facts["snapshots"]
+        steps = snapshots[-1]["step"] if snapshots else 0
+        used = [index for batch in self._course.batches[:steps] for index in batch]
+        token_bytes = 8 * self._options.top_k + 4 if self._target_keys else 0
+        tokens = self._planned.token_report["sequence_length"]
+        report = {
             "mode": self._mode,
             "options": asdict(self._options),
             "errors": "errors of linears are those before the model was trained",
-            "snapshots": found["snapshots"],
-            "best_step": found["best"],
-            "stop": found["stop"],
+            "snapshots": snapshots,
+            "best_step": facts["best"],
+            "stop": facts["stop"],
             "steps": steps,
             "sequences": len(used),
             "numbers": numbers,
             "bytes": {
                 "training": BYTES[self._mode] * numbers,
-                "targets": bytes_a_token * tokens * self._sequences,
+                "targets": token_bytes * tokens * self._planned.sequences,
             },
         }
+        return StageResult(
+            name=self.name,
+            key=self.key,
+            report=report,
+            timings=facts.get("timings", {}),
+            has_gradients=True,
+        )

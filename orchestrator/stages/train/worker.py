@@ -11,7 +11,7 @@ from torch import Tensor
 from orchestrator.device.malloc import free_device_memory, return_freed_memory
 from orchestrator.device.transport import Departure
 from orchestrator.models.checkpoint.weights import Checkpoint
-from orchestrator.models.shards.chunk import Chunk, Payload
+from orchestrator.models.shards.chunk import Chunk, Payload, pack_many, split_record
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.distill import Losses, LossWeights, TopK, distill
 from orchestrator.models.training.train import Training
@@ -19,7 +19,6 @@ from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.runtime.worker import Emitted
 from orchestrator.stages.context.tokens import first_chunk
 from orchestrator.stages.context.trained_worker import TRAINED_FILE, TrainedTask, TrainedWorker
-from orchestrator.stages.evaluate.worker import SEPARATOR
 from orchestrator.store.chunks import MissingChunk, Record
 from orchestrator.store.units import unit_key
 
@@ -262,10 +261,7 @@ class TrainWorker(TrainedWorker):
             return dict.fromkeys(names, first_chunk(self._tokens, sequence))
         if record is None:
             raise MissingChunk(self._model.blocks.start, serial)
-        parts: dict[str, dict[str, Any]] = {name: {} for name in names}
-        for name, array in record.items():
-            stream, _, key = name.partition(SEPARATOR)
-            parts[stream][key] = array
+        parts = split_record(record, names)
         return {name: self.unpack(part) for name, part in parts.items()}
 
     def _record(self, streams: dict[str, Chunk]) -> Record:
@@ -274,11 +270,7 @@ class TrainWorker(TrainedWorker):
             assert self._shard is not None
             streams["dense"] = self._shard.forward(streams["dense"])
         departure = Departure()
-        record = {
-            f"{name}{SEPARATOR}{key}": array
-            for name, chunk in streams.items()
-            for key, array in chunk.pack(departure).items()
-        }
+        record = pack_many(streams, departure)
         departure.wait()
         return record
 

@@ -1,26 +1,27 @@
-"""Walking the blocks in order, each behind the compressed ones: the driver's part."""
+"""Walk of the blocks in order, on the inputs that compressed blocks produce: the driver's part."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from orchestrator.models.training.compensation_options import CompensationOptions
+from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.runtime.chain import Program
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.decompose import block_pass
+from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.trained_stage import TrainedStage
+from orchestrator.stages.context.values import Planned
 from orchestrator.stages.walk.program import walk_block
 from orchestrator.stages.walk.worker import WalkTask, WalkWorker
 from orchestrator.store.units import unit_key
 
-if TYPE_CHECKING:
-    from orchestrator.stages.context.compression import Compression
-
 WALK_VERSION = 2
-"""Raised when a tensor changes, or what reaches a block."""
+"""Raised when a tensor changes, or the input of a block."""
 
 
-class Walk(TrainedStage):
+class WalkJob(TrainedStage):
     """A unit of tensors for each block, block 0 first, each made from what those before it give.
 
     Where the recipe compensates, the block's factors are fitted to the inputs that the compressed
@@ -43,34 +44,27 @@ class Walk(TrainedStage):
     """
 
     name: ClassVar[str] = "walk"
-    worker_class: ClassVar[type[WalkWorker]] = WalkWorker
-    refines: ClassVar[tuple[str, ...]] = ("in_order",)
-    """What the recipe's `refine` says where blocks are trained as they are walked."""
+    worker_class: type[WalkWorker] = WalkWorker
 
-    def __init__(self, job: "Compression", earlier: Sequence[TrainedStage]) -> None:
-        self._compensation = self._compensates(job)
-        self._refinement = job.refine_options if job.recipe.refine in self.refines else None
-        options = {
-            name: each and asdict(each)
-            for name, each in (
-                ("compensation", self._compensation),
-                ("refinement", self._refinement),
-            )
+    def __init__(
+        self,
+        planned: Planned,
+        earlier: Sequence[StageJob],
+        compensation: CompensationOptions | None,
+        refinement: RefineOptions | None,
+    ) -> None:
+        self._compensation, self._refinement = compensation, refinement
+        self._options = {
+            "compensation": compensation and asdict(compensation),
+            "refinement": refinement and asdict(refinement),
         }
-        super().__init__(job, earlier, version=WALK_VERSION, **options)
-        self._dense_key = unit_key(f"{self.name} dense", WALK_VERSION, [job.pass_key])
-
-    def _compensates(self, job: "Compression") -> CompensationOptions | None:
-        return job.compensation
+        super().__init__(planned, earlier, version=WALK_VERSION, **self._options)
+        self._dense_key = unit_key(f"{self.name} dense", WALK_VERSION, [planned.pass_key])
 
     @property
     def blocks(self) -> list[int]:
         """All blocks up to the last with a linear that is cut."""
         return list(range(max(super().blocks, default=-1) + 1))
-
-    @property
-    def has_gradients(self) -> bool:
-        return self._refinement is not None
 
     @property
     def task(self) -> WalkTask:
@@ -80,14 +74,34 @@ class Walk(TrainedStage):
             refinement=self._refinement,
             changed=frozenset(super().blocks),
             dense_key=self._dense_key,
-            sequences=self._job.token_report["sequences"],
+            sequences=self._planned.sequences,
         )
 
-    def perform(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
-        """Both models' chunks go from block to block."""
+    def perform(
+        self,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
+        *,
+        following: StageJob | None = None,
+    ) -> StageResult:
+        """Pass the chunks of both models from block to block."""
         streams = self._dense_key, self.key
-        passes = self._job.block_pass
-        self._facts = passes.in_order(streams, self.keys, self._program, workers, monitor, stage)
+        passes = block_pass(self._planned, self._planned.forecast)
+        facts = passes.in_order(streams, self.keys, self._program, workers, monitor, stage)
+        return StageResult(
+            name=self.name,
+            key=self.key,
+            report={
+                **self._options,
+                "errors": "errors of linears above are those before the walk; of blocks here the "
+                "mean squared difference from the dense model behind the block, before the block "
+                "was changed and after",
+                "blocks": {str(block): _reported(facts[block]) for block in sorted(facts)},
+            },
+            timings={str(b): facts[b]["timings"]["seconds"] for b in sorted(facts)},
+            has_gradients=self._refinement is not None,
+        )
 
     def _program(self, block: int, is_made: bool) -> Program:
         task = self.task
@@ -100,37 +114,15 @@ class Walk(TrainedStage):
             refinement=task.refinement,
         )
 
-    @property
-    def report(self) -> dict[str, Any]:
-        """Each block's error behind the compressed ones, and what was done about it."""
-        return {
-            "compensation": self._compensation and asdict(self._compensation),
-            "refinement": self._refinement and asdict(self._refinement),
-            "errors": "errors of linears above are those before the walk; of blocks here the mean "
-            "squared difference from the dense model behind the block, before the block was "
-            "changed and after",
-            "blocks": {
-                str(block): _reported(facts) for block, facts in sorted(self._facts.items())
-            },
-        }
 
-    @property
-    def timings(self) -> dict[str, Any]:
-        """Seconds that each block took, when it was made."""
-        return {str(b): facts["timings"]["seconds"] for b, facts in sorted(self._facts.items())}
+class SweepJob(WalkJob):
+    """A walk over blocks that were refined in parallel: each is trained once more.
 
-
-class Sweep(Walk):
-    """A walk over blocks that were refined apart from each other: each is trained once more.
-
-    What each has learnt on the dense model's inputs it corrects for those that it really gets.
+    It corrects what a block has learnt on the dense model's inputs for the inputs that the
+    compressed model produces.
     """
 
     name: ClassVar[str] = "sweep"
-    refines: ClassVar[tuple[str, ...]] = ("swept",)
-
-    def _compensates(self, job: "Compression") -> None:
-        return None
 
 
 def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from pipeline import contents, run, write_llama, write_text
 from orchestrator.device.gpu import PRETENDED
 from orchestrator.errors import InfeasibleError, InputError, WorkerError
 from orchestrator.runtime.deadline import VARIABLE
+from orchestrator.stages import driver
 from orchestrator.stages.context.compress_worker import CompressionWorker
-from orchestrator.stages.context.compression import Compression
 from orchestrator.store.run import RunDirectory
 
 pytestmark = pytest.mark.chaos
@@ -68,7 +68,7 @@ def inject(monkeypatch):
                 fault(method, arguments)
                 return super().perform(method, arguments, record)
 
-        monkeypatch.setattr(Compression, "worker_class", property(lambda job: Faulty))
+        monkeypatch.setattr(driver, "worker_class", lambda asked: Faulty)
 
     return inject
 
@@ -332,7 +332,7 @@ def test_a_gpu_that_fails_as_its_worker_starts_costs_that_worker(
                 raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy")
             super().__init__(task)
 
-    monkeypatch.setattr(Compression, "worker_class", property(lambda job: Faulty))
+    monkeypatch.setattr(driver, "worker_class", lambda asked: Faulty)
     seen = Seen()
     run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
     assert (tmp_path / "failed").exists()

@@ -1,0 +1,50 @@
+"""Interface of an allocator, and the measurements that it asks for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import Field
+from enum import Enum
+from typing import Any, ClassVar, Protocol
+
+from orchestrator.allocate.budget import budget_values
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import Form
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Plan
+
+
+class Scoring(Enum):
+    """Losses of the model that are measured after the decomposition, for an allocator."""
+
+    NONE = "none"
+    MASKS = "masks"
+    """Losses of masked models; the allocator learns from them which candidates are kept."""
+    SENSITIVITIES = "sensitivities"
+    """Losses of models with a single linear cut, at every rank of the allocator's grid."""
+
+
+class Allocator(Protocol):
+    """A frozen dataclass, of this class, whose fields are its options."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    scoring: ClassVar[Scoring] = Scoring.NONE
+    curve_type: ClassVar[type[Any]] = Curve
+    """Class of the curves that it takes, with `from_json`."""
+
+    def __init__(self, **options: Any) -> None:
+        """Raises UsageError for an option's value that is not allowed."""
+        return None
+
+    def __call__(
+        self,
+        linears: Sequence[Linear],
+        curves: Mapping[str, Curve],
+        keep: float,
+        cosines: Mapping[str, float],
+    ) -> Plan:
+        """`cosines`: by `Linear.sublayer`, the mean over calibration tokens of the cosine between
+        the residual stream before and after it."""
+        ...
+
+    def check_budget(self, linears: Sequence[Linear], keep: float, form: Form) -> None:
+        """Raise the errors of `budget_values` for a budget that no plan meets."""
+        budget_values(linears, keep, form)

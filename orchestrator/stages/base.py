@@ -1,0 +1,81 @@
+"""Interface of a stage after the plan: a name, a condition, checks and options, without torch.
+
+A stage is a folder: `spec.py` with a class of `Stage`, `job.py` for the driver, `worker.py`, and
+one name in `stages.STAGES`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+
+from orchestrator.plan.forms import Form
+from orchestrator.plan.grouping import Grouping
+from orchestrator.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from orchestrator.forecast.stage_cost import Setting, StageCost
+    from orchestrator.stages.context.stage_job import StageJob
+    from orchestrator.stages.context.values import Planned
+
+
+class Refitting(Protocol):
+    """The property of a method that decides which stages apply."""
+
+    def refits(self, keep: float) -> bool: ...
+
+
+class MethodTraits(Refitting, Protocol):
+    """The properties of a method that stages are checked against."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def form(self) -> Form: ...
+
+    @property
+    def grouping(self) -> Grouping: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage(ABC):
+    """A stage that a recipe asks for; its fields are its options."""
+
+    name: ClassVar[str]
+    tables: ClassVar[tuple[str, ...]] = ()
+    """Tables of the recipe with its options."""
+    changes_errors: ClassVar[bool] = True
+    """False if the errors of linears are still those of their decompositions."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, recipe: Recipe, method: Refitting) -> Self | None:
+        """The stage with its options; None if the recipe does not ask for it."""
+
+    @classmethod
+    def check(cls, recipe: Recipe, method: MethodTraits) -> None:
+        """Raises UsageError for an option that is not allowed, or settings that exclude each other.
+
+        Called for every stage, whether the recipe asks for it or not.
+        """
+        return None
+
+    @abstractmethod
+    def job(self, planned: "Planned", earlier: "Sequence[StageJob]") -> "StageJob":
+        """The driver's half, with keys and the task of the workers.
+
+        Args:
+            earlier: Jobs of the stages before it.
+        """
+
+    @abstractmethod
+    def cost(self, setting: "Setting") -> "StageCost":
+        """Time, memory and storage that it takes, for the forecast."""
+
+
+def stages_of(
+    stages: Sequence[type[Stage]], recipe: Recipe, method: Refitting
+) -> tuple[Stage, ...]:
+    """Those of the stages that the recipe asks for, with their options."""
+    return tuple(found for each in stages if (found := each.of(recipe, method)) is not None)

@@ -1,0 +1,112 @@
+"""Calibration and decomposition: the driver's part, and the tasks of their workers."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from orchestrator.forecast.needs import needs_of
+from orchestrator.forecast.outcome import Forecast
+from orchestrator.forecast.room import MOST_BLOCKS
+from orchestrator.forecast.work import decomposing_block
+from orchestrator.models.checkpoint.weights import parse_dtype
+from orchestrator.runtime.deadline import slowly
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.workers import DEFAULT_THREADS, WorkerGroup
+from orchestrator.stages.context.block_pass import BlockPass
+from orchestrator.stages.context.compress_worker import CompressionTask
+from orchestrator.stages.context.curvature_worker import CurvatureTask
+from orchestrator.stages.context.values import Decomposed, Keyed, extended
+
+
+def calibrate_and_decompose(
+    keyed: Keyed,
+    forecast: Forecast | None,
+    workers: WorkerGroup,
+    monitor: RunMonitor,
+    stage: StageMonitor,
+) -> Decomposed:
+    """Pass all chunks through the shards; each block is decomposed where its statistics are.
+
+    Blocks that an earlier run has committed in this environment are not computed again.
+    """
+    seconds = _finish_seconds(keyed, workers)
+    passes = replace(block_pass(keyed, forecast), patience={"finish": seconds})
+    keys = keyed.block_keys
+    if keyed.needs_gradients:
+        both = keyed.pass_key, keyed.statistics_key, keyed.method.labels
+        facts = passes.backward(*both, keys, workers, monitor, stage)
+    else:
+        facts = passes.forward(keyed.pass_key, keys, workers, monitor, stage)
+    return decomposed(keyed, forecast, facts)
+
+
+def decomposed(
+    keyed: Keyed, forecast: Forecast | None, facts: Mapping[int, Mapping[str, Any]]
+) -> Decomposed:
+    """The next value, from the facts of the units of decompositions."""
+    results = {
+        result["curve"]["name"]: result for each in facts.values() for result in each["linears"]
+    }
+    return extended(keyed, Decomposed, forecast=forecast, facts=facts, results=results)
+
+
+def block_pass(keyed: Keyed, forecast: Forecast | None) -> BlockPass:
+    """The passes of chunks through the blocks of the model."""
+    return BlockPass(
+        run=keyed.run,
+        num_blocks=keyed.survey.num_blocks,
+        sequences=keyed.sequences,
+        shards=keyed.recipe.shards,
+        group=keyed.grouping.size,
+        blocks=forecast.blocks_that_fit if forecast else MOST_BLOCKS,
+        segments=forecast.segments if forecast else 1,
+    )
+
+
+def _finish_seconds(keyed: Keyed, workers: WorkerGroup) -> float:
+    """Seconds that the decomposition of a group of blocks may take on a slow machine."""
+    work = decomposing_block(
+        [each for each in keyed.linears if keyed.grouping.first(each.block) == 0],
+        needs_of(keyed.recipe),
+        keyed.recipe.storage == "pivoted",
+        keyed.itemsize,
+    )
+    return slowly(work.flops, workers.environment["device"])
+
+
+def compression_task(keyed: Keyed) -> CompressionTask:
+    """The task of workers that read decompositions; base of all tasks of later stages."""
+    return CompressionTask(
+        run_dir=keyed.run.root,
+        threads=keyed.recipe.threads or DEFAULT_THREADS,
+        pass_key=keyed.pass_key,
+        fingerprints={keyed.model: keyed.survey.fingerprint},
+        writes=(keyed.run.root, keyed.out),
+        model=keyed.model,
+        out=keyed.out,
+        method=keyed.method,
+        dtype=keyed.dtype,
+        output_dtype=parse_dtype(keyed.recipe.output_dtype),
+        linears=keyed.linears,
+        grouping=keyed.grouping,
+        tokens_key=keyed.tokens_key,
+        block_keys=keyed.block_keys,
+    )
+
+
+def task_fields(keyed: Keyed) -> dict[str, Any]:
+    """Fields of `compression_task`, for a task that adds others."""
+    task = compression_task(keyed)
+    return {each.name: getattr(task, each.name) for each in fields(CompressionTask)}
+
+
+def calibration_task(keyed: Keyed) -> CompressionTask:
+    """The task of the workers that calibrate: with backward passes if gradients are needed."""
+    if not keyed.needs_gradients:
+        return compression_task(keyed)
+    return CurvatureTask(
+        **task_fields(keyed),
+        gradients_key=keyed.statistics_key,
+        sequences=keyed.sequences,
+        seed=keyed.recipe.seed,
+    )

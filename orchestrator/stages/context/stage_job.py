@@ -1,0 +1,73 @@
+"""A stage after the plan, on the driver: its interface, and its result."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """Outcome of a stage, for the files of the result and for the report."""
+
+    name: str
+    key: str
+    """Of all that the stage has made: part of the keys of the written files."""
+    report: Any
+    """JSON that is equal for two equal runs."""
+    timings: Mapping[str, Any] = field(default_factory=dict)
+    """JSON that may differ between two equal runs."""
+    numerics: Mapping[str, Any] = field(default_factory=dict)
+    """Measurements of linears, by their names."""
+    has_gradients: bool = False
+    """True if blocks were trained by gradients."""
+
+
+class StageJob(ABC):
+    """One stage, planned: keys and task are known, nothing has been computed.
+
+    Jobs are made in the order of execution, each from the jobs before it.
+    """
+
+    name: ClassVar[str]
+    key: str
+    trained_units: Mapping[int, str] | None = None
+    """By block the units of trained tensors that it makes; None if it trains none."""
+    worker_class: type[CompressionWorker]
+    supersedes: ClassVar[bool] = False
+    """True if a block's unit holds all stored tensors of its linears, so that the units of the job
+    directly before it can be removed once it is committed (`spend`)."""
+
+    @property
+    @abstractmethod
+    def task(self) -> CompressionTask:
+        """The task of the workers, which also write the result if no later stage takes them."""
+
+    @abstractmethod
+    def perform(
+        self,
+        workers: WorkerGroup,
+        monitor: RunMonitor,
+        stage: StageMonitor,
+        *,
+        following: "StageJob | None" = None,
+    ) -> StageResult:
+        """Make the units that do not exist yet.
+
+        Args:
+            following: The job directly after this one.
+        """
+
+    def spend(self, block: int) -> None:
+        """Remove the units of a block; called by a job that `supersedes` this one."""
+        return None
+
+    def reusable_blocks(
+        self, workers: WorkerGroup, monitor: RunMonitor
+    ) -> Mapping[int, dict[str, Any]]:
+        """Facts of the blocks that an earlier run has committed, of a job that `supersedes`."""
+        return {}

@@ -1,0 +1,166 @@
+"""Values of a compression: plain data, frozen, each made by one function from the one before.
+
+    Asked       `request.ask`: resolved recipe and places; nothing has been read
+    Surveyed    `survey.survey`: linears, dtype and fingerprint; headers have been read
+    Keyed       `keys.assign_keys`: keys of all units that do not depend on the plan
+    Decomposed  `decompose.decomposed`: facts of every decomposition
+    Planned     `allocate.allocate`: the plan, and the curves or the scores behind it
+
+Each has the fields of those before it, so a stage takes the earliest one that suffices. They hold
+names, curves and keys; weights, statistics and factors are in the workers alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+
+from orchestrator.allocate.base import Allocator
+from orchestrator.forecast.outcome import Forecast
+from orchestrator.methods.base import Method
+from orchestrator.models.checkpoint.stored_tensor import StoredTensor
+from orchestrator.models.checkpoint.weights import parse_dtype
+from orchestrator.plan.grouping import Grouping
+from orchestrator.plan.linear import Linear, Survey
+from orchestrator.plan.plan import Plan
+from orchestrator.recipe.recipe import Recipe
+from orchestrator.runtime.workers import Execution
+from orchestrator.stages.context.previous_run import PreviousRun
+from orchestrator.store.places import Place
+from orchestrator.store.run import RunDirectory
+
+Value = TypeVar("Value", bound="Asked")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A resolved recipe and the places of its files."""
+
+    recipe: Recipe
+    """With the allocation that the method implies, if none was named."""
+    description: Mapping[str, Any]
+    """Recipe as it was given, model and output, for the run directory."""
+    method: Method
+    allocator: Allocator
+    model: Place
+    base_model: str
+    """Name of the model in the result: a hub id, or the name of its directory."""
+    out: Place
+    run: RunDirectory
+    previous: PreviousRun | None
+    """The run whose calibration text is used again."""
+
+    @property
+    def grouping(self) -> Grouping:
+        """Linears that share a basis."""
+        return self.method.grouping
+
+    @property
+    def needs_gradients(self) -> bool:
+        """True if the statistics need gradients of the loss, from backward passes."""
+        return self.method.labels > 0
+
+    @property
+    def execution(self) -> Execution:
+        recipe = self.recipe
+        return Execution(
+            executor=recipe.executor,
+            address=recipe.address,
+            workers=recipe.workers,
+            threads=recipe.threads,
+            shards=recipe.shards,
+            allow_mixed=recipe.allow_mixed,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surveyed(Asked):
+    """Blocks, linears and tensors of the model, from its config and headers."""
+
+    survey: Survey
+    linears: tuple[Linear, ...]
+    """The targeted linears."""
+    dtype: torch.dtype
+    """Of the forward passes."""
+    vocabulary: int
+    tensors: tuple[StoredTensor, ...]
+    """Every tensor of the checkpoint, in the order of the model."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a written value."""
+        dtype = parse_dtype(self.recipe.output_dtype) or parse_dtype(self.survey.dtype)
+        assert dtype is not None
+        return dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keyed(Surveyed):
+    """Keys of the calibration's units, of the decompositions and of the result."""
+
+    tokens_key: str
+    token_report: Mapping[str, Any]
+    """Facts of the unit of tokens: `sequences`, `sequence_length` and their source."""
+    pass_key: str
+    """Of the forward pass of all sequences."""
+    statistics_key: str
+    """Of the pass that leaves the statistics: `pass_key` unless gradients are needed."""
+    block_keys: Mapping[int, str]
+    """Of the units of decompositions, by the first block of each group of blocks; blocks without
+    targeted linears have none."""
+    key: str
+    """Of the result: everything that decides its bytes, except the environment."""
+
+    @property
+    def sequences(self) -> int:
+        """Number of calibration sequences."""
+        sequences: int = self.token_report["sequences"]
+        return sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decomposed(Keyed):
+    """Facts of the decompositions, and the forecast by which the model was cut into shards."""
+
+    forecast: Forecast | None
+    """None if the headers do not suffice for one."""
+    facts: Mapping[int, Mapping[str, Any]]
+    """By the first block of each group of blocks."""
+    results: Mapping[str, Mapping[str, Any]]
+    """Facts of every decomposition, by the name of its first linear."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Losses that the allocator has asked for, and what was chosen by them."""
+
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of the report."""
+    losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """Sensitivities: mean cross-entropy by linear (the first of a group) and by the rank that it
+    alone is cut to."""
+    plan: Plan | None = None
+    """The plan, if losses of masked models decide it."""
+    choice: tuple[str, ...] = ()
+    """Key of the unit with the candidates that are kept; empty if factors are cut to a prefix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned(Decomposed):
+    """The plan, with the curves and scores that it follows from."""
+
+    plan: Plan
+    curves: Mapping[str, Any]
+    """By linear, of the allocator's `curve_type`; empty if losses of masked models decided."""
+    scores: Scores
+
+    @property
+    def choice(self) -> tuple[str, ...]:
+        """See `Scores`."""
+        return self.scores.choice
+
+
+def extended(value: Asked, to: type[Value], **more: Any) -> Value:
+    """The next value: all fields of this one, and those that it adds."""
+    return to(**{each.name: getattr(value, each.name) for each in fields(value)}, **more)

@@ -1,0 +1,52 @@
+"""The request of a compression: the resolved recipe, and the places that it names."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from orchestrator.models.checkpoint.output import check_out
+from orchestrator.models.survey.locate import locate
+from orchestrator.recipe.recipe import Recipe
+from orchestrator.resolve import ResolvedRecipe
+from orchestrator.stages.context.previous_run import PreviousRun
+from orchestrator.stages.context.values import Asked
+from orchestrator.store.places import Place, parse_place
+from orchestrator.store.run import RunDirectory
+
+
+def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None = None) -> Asked:
+    """Locate the model, and check the output and the run directory; nothing is written.
+
+    Raises:
+        UsageError: The output or the run directory holds something else.
+        InputError: The model is not found.
+    """
+    out = parse_place(recipe.out).expanduser().absolute()
+    if previous is None:
+        model, base_model = _model(recipe)
+    else:
+        model, base_model = previous.model, previous.base_model
+    check_out(out)
+    beside = out.with_name(f"{out.name}.run")
+    root = parse_place(recipe.run_dir).expanduser().absolute() if recipe.run_dir else beside
+    run = RunDirectory(root)
+    run.check()
+    about = {"out": str(out), "model": str(model), "base_model": base_model}
+    return Asked(
+        recipe=resolved.recipe,
+        description={"recipe": asdict(recipe), **about},
+        method=resolved.method,
+        allocator=resolved.allocator,
+        model=model,
+        base_model=base_model,
+        out=out,
+        run=run,
+        previous=previous,
+    )
+
+
+def _model(recipe: Recipe) -> tuple[Place, str]:
+    """Place of the model, and its name in the result."""
+    found = locate(recipe.model, revision=recipe.revision, download=recipe.download)
+    is_hub_id = isinstance(found, Path) and not Path(recipe.model).expanduser().is_dir()
+    model: Place = found.absolute()
+    return model, recipe.model if is_hub_id else model.name

@@ -1,0 +1,136 @@
+"""Cost of the training of the whole compressed model."""
+
+from collections.abc import Mapping
+
+from orchestrator.forecast import storage
+from orchestrator.forecast.memory import (
+    PROCESS_BYTES,
+    Footprint,
+    activation_bytes,
+    trained_block,
+)
+from orchestrator.forecast.outcome import StageForecast
+from orchestrator.forecast.rates import Rates
+from orchestrator.forecast.shapes import Shapes
+from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
+from orchestrator.forecast.work import Work, kept_values, trained
+from orchestrator.models.training.train_options import TrainOptions
+
+TRAINED_BYTES: Mapping[str, int] = {"all": 16, "lean": 12, "light": 8}
+"""Of a parameter of the trained model; `light` holds W0 and W of the left factors."""
+STATE_BYTES: Mapping[str, int] = {"all": 12, "lean": 8, "light": 0}
+"""Bytes of a trained value in a snapshot, with its moments. Scales and norms are left out."""
+MOST_SNAPSHOTS = 3
+"""Snapshots of a training: the last one, the best, and the one that is being written."""
+
+
+class TrainCost(StageCost):
+    """The whole model as a pipeline over the workers; recomputation adds a pass forward."""
+
+    def __init__(self, setting: Setting, options: TrainOptions, mode: str) -> None:
+        super().__init__(setting)
+        self._options, self._mode = options, mode
+
+    def forecast(self, held: Footprint) -> StageForecast:
+        setting, options, workers = self.setting, self._options, self.setting.workers
+        shapes, costs, blocks = setting.shapes, setting.costs, setting.shapes.num_blocks
+        step = trained(shapes, setting.kept, setting.tokens) * 4 / 3 * blocks
+        step += costs.head().flops
+        work = Work(single=options.epochs * setting.sequences * step)
+        micro = max(setting.sequences // options.batches, 1)
+        filling = (micro + workers - 1) / micro
+        keeps_states = storage.keeps_states(held)
+        each = STATE_BYTES[self._mode] if keeps_states else costs.out_itemsize
+        state = float(each * blocks) * kept_values(shapes, setting.kept)
+        snapshots = options.epochs * options.batches / options.every
+        saving = Work(write=state * snapshots / workers)
+
+        def take(rates: Rates) -> float:
+            return work.seconds(rates) / workers * filling + saving.seconds(rates)
+
+        return StageForecast(
+            name="train",
+            flops=work.flops,
+            seconds=setting.seconds(take),
+            device=self._memory(self._mode, min(workers, blocks)),
+        )
+
+    def _memory(self, mode: str, workers: int) -> Footprint:
+        return training(
+            self.setting.shapes,
+            self.setting.kept,
+            self.setting.is_even,
+            mode,
+            workers,
+            tokens=self.setting.tokens,
+            stored_targets=self._options.targets == "stored",
+        )
+
+    def content(self, before: Parts) -> tuple[Parts, Parts]:
+        """Targets, and snapshots: states, or the best values if states are too large.
+
+        Trained blocks are written while the last and the best snapshot exist.
+        """
+        held = {**before, "targets": self._targets}
+        written = self.setting.costs.out_itemsize * self.setting.kept_values
+        state = STATE_BYTES[self._mode] * self.setting.kept_values
+        count = min(self._snapshots_made, MOST_SNAPSHOTS)
+        states = max(count * state, min(count, 2) * state + written)
+        room = max(storage.TRAINING_ROOM * self.setting.costs.model_bytes, storage.SMALL_BYTES)
+        fits = sum(held.values()) + states <= room
+        snapshots = {"snapshots": states} if fits else {storage.BEST_VALUES: written}
+        return {**held, **snapshots}, {**held, "trained blocks": written}
+
+    @property
+    def _snapshots_made(self) -> int:
+        """Number of snapshots in a training; the start is not one."""
+        steps = self._options.epochs * min(self._options.batches, self.setting.sequences)
+        return -(-steps // self._options.every)
+
+    @property
+    def _targets(self) -> float:
+        """Bytes of the targets: values and ids of the dense model's top-k, and one for the rest."""
+        setting, options = self.setting, self._options
+        if options.targets != "stored":
+            return 0.0
+        outcomes = min(options.top_k, setting.shapes.vocabulary)
+        return float(setting.sequences * setting.tokens * (8 * outcomes + 4))
+
+    def remedy(self) -> str:
+        """The fewest workers with which each mode fits."""
+        setting, ways = self.setting, []
+        for mode in TRAINED_BYTES:
+            counts = range(setting.workers, setting.shapes.num_blocks + 1)
+            fits = (n for n in counts if setting.room.fits(self._memory(mode, n)))
+            if (workers := next(fits, None)) is not None:
+                ways.append(f"--train {mode} with {workers} workers")
+        return f"what fits: {', '.join(ways)}" if ways else "--train none leaves it out"
+
+
+def training(
+    shapes: Shapes,
+    kept: float,
+    even: bool,
+    mode: str,
+    workers: int,
+    *,
+    tokens: int,
+    stored_targets: bool,
+) -> Footprint:
+    """Of the shard of one of so many workers, which between them hold the whole model."""
+    blocks = -(-shapes.num_blocks // workers)
+    # over many blocks sizes even out
+    trained = trained_block(shapes, kept, even or blocks > 2, TRAINED_BYTES[mode])
+    ends = 4 * max(shapes.front_values, shapes.head_values)
+    dense = 0 if stored_targets else blocks * shapes.block_values * 4
+    logits = 4 * 4 * tokens * shapes.vocabulary
+    between = 4 * tokens * shapes.hidden * (blocks + 2 * workers)
+    return Footprint(
+        {
+            "process": PROCESS_BYTES,
+            "training state": blocks * trained,
+            "embeddings or head": ends,
+            "dense copy": dense,
+            "activations": activation_bytes(shapes, tokens, 4, 1) + logits + between,
+        }
+    )

@@ -1,0 +1,149 @@
+"""Cost of the stages that take the blocks in order."""
+
+from typing import ClassVar
+
+from orchestrator.forecast.memory import (
+    PROCESS_BYTES,
+    REFINED_BYTES,
+    Footprint,
+    activation_bytes,
+    trained_block,
+)
+from orchestrator.forecast.outcome import StageForecast
+from orchestrator.forecast.rates import Rates
+from orchestrator.forecast.shapes import Shapes
+from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
+from orchestrator.forecast.storage import TRAINED_BYTES
+from orchestrator.forecast.training_remedy import smaller_blocks
+from orchestrator.forecast.work import DRIFT_FLOPS, Work, kept_values
+from orchestrator.models.training.refine_options import RefineOptions
+
+MOMENT_BYTES = 56
+"""Of a squared channel: three moments of two streams while they are summed and read out."""
+
+
+class WalkCost(StageCost):
+    """Block after block, each replicated by all workers; unrefined one pass of statistics."""
+
+    unpacks_boundary = True
+    name: ClassVar[str] = "walk"
+    units: ClassVar[str] = "walked blocks"
+
+    def __init__(self, setting: Setting, options: RefineOptions) -> None:
+        super().__init__(setting)
+        self._options = options
+        # a recipe that asks for both is counted with both in either stage
+        self._refines = setting.recipe.refine in ("in_order", "swept")
+        self._compensates = setting.recipe.compensate != "none"
+
+    def forecast(self, held: Footprint) -> StageForecast:
+        setting, blocks = self.setting, self.setting.shapes.num_blocks
+        lent = min(setting.workers, self._options.slices)
+        one = self._block()
+        parameters = kept_values(setting.shapes, setting.kept)
+        steps = self._options.epochs * self._options.batches if self._refines else 0
+        lending = Work(network=4.0 * parameters * steps if lent > 1 else 0.0)
+        solving = self._solves() if self._compensates else Work()
+
+        def take(rates: Rates) -> float:
+            shared = one.seconds(rates) / lent
+            return blocks * (shared + lending.seconds(rates) + solving.seconds(rates))
+
+        return StageForecast(
+            name=self.name,
+            flops=blocks * (one.flops + solving.flops),
+            seconds=setting.seconds(take),
+            device=walking(
+                setting.shapes,
+                setting.kept,
+                setting.is_even,
+                tokens=setting.tokens,
+                sequences=setting.sequences,
+                itemsize=setting.costs.itemsize,
+                lent=lent,
+                compensates=self._compensates,
+                refines=self._refines,
+            ),
+        )
+
+    def _block(self) -> Work:
+        """All passes of a block, which its workers share."""
+        costs = self.setting.costs
+        # dense, compressed before and behind what is done; the compressed one is float32
+        one = costs.forward(1) + costs.forward_in_float32(2)
+        if self._compensates:
+            one += self._drift()
+        one = one.times(self.setting.sequences)
+        if self._refines:
+            one += costs.epochs()
+        return one
+
+    def _drift(self) -> Work:
+        """One sequence up to each site of a block of both models, and its moments there."""
+        costs = self.setting.costs
+        sites = costs.input_sites
+        passes = costs.forward(1) + costs.forward_in_float32(1)
+        # up to a site and no further: half of the block in the mean
+        total = passes.times(len(sites) / 2)
+        moments = sum(DRIFT_FLOPS * self.setting.tokens * n * n for n in sites)
+        return total + Work(single=moments)
+
+    def _solves(self) -> Work:
+        """The solves of a block, and the products of new right factors."""
+        solves = sum(4.0 * n**3 for n in self.setting.costs.input_sites)
+        heaviest = self.setting.shapes.heaviest
+        fitted = sum(3 * 2.0 * each.values * each.in_features for each in heaviest)
+        return Work(double=solves + fitted)
+
+    def content(self, before: Parts) -> tuple[Parts, Parts]:
+        costs = self.setting.costs
+        streams = 2 * (1 + 4 / costs.itemsize) * costs.boundary
+        after = {**before, self.units: TRAINED_BYTES * self.setting.kept_values}
+        return {**after, "chunks": streams}, after
+
+    def remedy(self) -> str:
+        return smaller_blocks(self.setting.recipe)
+
+
+class SweepCost(WalkCost):
+    """A walk over refined blocks."""
+
+    name: ClassVar[str] = "sweep"
+    units: ClassVar[str] = "swept blocks"
+
+
+def walking(
+    shapes: Shapes,
+    kept: float,
+    even: bool,
+    *,
+    tokens: int,
+    sequences: int,
+    itemsize: int,
+    lent: int,
+    compensates: bool,
+    refines: bool,
+) -> Footprint:
+    """Of a block of both models, with the dense stream on both its sides and the compressed one.
+
+    Args:
+        lent: Workers that share a block, and the compressed stream behind it.
+        compensates: Whether moments of both streams are taken, site by site.
+        refines: Whether the block is trained.
+    """
+    state = tokens * sequences * shapes.hidden
+    solving = max(
+        max(MOMENT_BYTES * each.in_features**2, 32 * each.in_features**2 + 32 * each.values)
+        for each in shapes.heaviest
+    )
+    training = trained_block(shapes, kept, even, REFINED_BYTES if refines else 4)
+    return Footprint(
+        {
+            "process": PROCESS_BYTES,
+            "dense block": (shapes.block_values + shapes.front_values) * itemsize,
+            "compressed block": 4 * shapes.front_values + training,
+            "streams": int(state * (2 * itemsize + 4 + 4 / lent)),
+            "moments": solving if compensates else 0,
+            "activations": activation_bytes(shapes, tokens, 4, 1),
+        }
+    )
