@@ -160,7 +160,7 @@ class SimulatedPool:
     def is_growing(self) -> bool:
         return False
 
-    def scale(self, usable: int) -> int:
+    def scale(self, max_workers: int) -> int:
         return 0
 
     def give_back(self, worker: int) -> None:
@@ -278,7 +278,7 @@ def _perform(
     moved = 0.0
     performed: dict[str, int] = {}
     # others would be idle from the first moment to the last
-    useful = min(workers, schedule.usable)
+    useful = min(workers, schedule.max_workers)
 
     def take(call: Call) -> float:
         nonlocal moved

@@ -36,7 +36,7 @@ class Schedule(Protocol):
     def finished(self) -> bool: ...
 
     @property
-    def usable(self) -> int:
+    def max_workers(self) -> int:
         """The most workers that can be at work from now on."""
         ...
 
@@ -48,7 +48,7 @@ class Schedule(Protocol):
         """
         ...
 
-    def holds(self, worker: int) -> bool:
+    def is_holding(self, worker: int) -> bool:
         """Whether an idle worker has something that another would have to make again."""
         ...
 
@@ -62,11 +62,11 @@ class Schedule(Protocol):
         """An idle worker is given up; what it held is free."""
         ...
 
-    def split(self, call: Call) -> bool:
+    def shrink_after_oom(self, call: Call) -> bool:
         """Has less held at once than in this call, which is lost for want of memory; if it can."""
         ...
 
-    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+    def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         """A chunk that the call was to read is not there after all."""
         ...
 
@@ -81,10 +81,10 @@ class IndependentCalls:
 
     @property
     def finished(self) -> bool:
-        return self.usable == 0
+        return self.max_workers == 0
 
     @property
-    def usable(self) -> int:
+    def max_workers(self) -> int:
         return len(self._waiting) + len(self._running)
 
     def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
@@ -95,7 +95,7 @@ class IndependentCalls:
                 calls.append(Call(worker, self._method, arguments, label))
         return calls
 
-    def holds(self, worker: int) -> bool:
+    def is_holding(self, worker: int) -> bool:
         return False
 
     def succeeded(self, call: Call) -> None:
@@ -107,8 +107,8 @@ class IndependentCalls:
     def retired(self, worker: int) -> None:
         """Between its calls a worker holds nothing."""
 
-    def split(self, call: Call) -> bool:
+    def shrink_after_oom(self, call: Call) -> bool:
         return False
 
-    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+    def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         raise AssertionError(f"{call.label} reads no chunk")

@@ -110,9 +110,9 @@ class _Loop:
     def scale(self) -> None:
         """Has workers come for what can be used, and gives back those that it is too little for."""
         now = time.monotonic()
-        free = [each for each in self._idle_workers() if not self._schedule.holds(each)]
+        free = [each for each in self._idle_workers() if not self._schedule.is_holding(each)]
         self._idle = {each: self._idle.get(each, now) for each in free}
-        spare = self._pool.scale(self._schedule.usable)
+        spare = self._pool.scale(self._schedule.max_workers)
         idle = {worker: now - since for worker, since in self._idle.items()}
         for worker in to_give_back(idle, spare):
             self._on_event({"event": "returned", **asdict(self._pool.location(worker))})
@@ -139,8 +139,9 @@ class _Loop:
             self._conclude_loss(outcome)
         elif isinstance(outcome.error, MissingChunk):
             self._on_event({"event": "missing", "unit": call.label})
-            self._policy.after_missing(call.label)
-            self._schedule.missing(call, outcome.error.chunk)
+            if (ending := self._policy.after_missing(call.label).error) is not None:
+                raise ending
+            self._schedule.input_missing(call, outcome.error.chunk)
         elif outcome.error is not None:
             error = wrap_error(outcome.error, call)
             self._tell("failed", outcome, str(error), "raised an error", Action.END)
@@ -157,7 +158,7 @@ class _Loop:
     def _conclude_loss(self, outcome: Outcome) -> None:
         call, why = outcome.call, outcome.lost or ""
         node = self._pool.location(call.worker).node
-        is_split = outcome.cause is Cause.OUT_OF_MEMORY and self._schedule.split(call)
+        is_split = outcome.cause is Cause.OUT_OF_MEMORY and self._schedule.shrink_after_oom(call)
         failure = Failure(call.label, node, outcome.cause, why)
         decision = self._policy.after_failure(failure, self._pool.nodes(), is_split=is_split)
         self._tell("lost", outcome, why, outcome.cause, decision.action)

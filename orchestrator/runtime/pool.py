@@ -84,7 +84,7 @@ class Pool(Protocol):
         """Whether nodes may come for it that are not there yet."""
         ...
 
-    def scale(self, usable: int) -> int:
+    def scale(self, max_workers: int) -> int:
         """Has workers come, or no more of them, for work that can use so many.
 
         Gives how many of those that are there are too many.
@@ -168,7 +168,7 @@ class LocalPool:
     def is_growing(self) -> bool:
         return False
 
-    def scale(self, usable: int) -> int:
+    def scale(self, max_workers: int) -> int:
         return 0
 
     def give_back(self, worker: int) -> None:

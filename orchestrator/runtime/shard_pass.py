@@ -149,7 +149,7 @@ class ShardPass:
         return self.shards[shard].entry if shard < len(self.shards) else self.shards[-1].exit
 
     @property
-    def usable(self) -> int:
+    def max_workers(self) -> int:
         return sum(not self.is_done(k) for k in range(len(self.shards)))
 
     def drop_inputs(self) -> list[int]:
@@ -297,7 +297,7 @@ class ShardPass:
         self.shards[call.shard].busy = True
         return call
 
-    def holds(self, worker: int) -> bool:
+    def is_holding(self, worker: int) -> bool:
         return self._held(worker) is not None
 
     def _held(self, worker: int) -> int | None:
@@ -330,7 +330,7 @@ class ShardPass:
         if shard is not None:
             self._release(shard)
 
-    def split(self, call: Call) -> bool:
+    def shrink_after_oom(self, call: Call) -> bool:
         shard = self._held(call.worker)
         if shard is None or not self._inner(self.shards[shard]):
             return False
@@ -374,7 +374,7 @@ class ShardPass:
         self.shards[shard : shard + 1] = parts[::-1] if state.backward else parts
         self._present[shard + 1 : shard + 1] = [set() for _ in inner]
 
-    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+    def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         shard = self._held(call.worker)
         assert shard is not None
         self._release(shard)

@@ -111,11 +111,11 @@ class ScriptedPool:
     def is_growing(self):
         return self._growing_to > 0
 
-    def scale(self, usable):
-        self.asked.append(usable)
-        while self.nodes() and len(self._seats) < min(usable, self._growing_to):
+    def scale(self, max_workers):
+        self.asked.append(max_workers)
+        while self.nodes() and len(self._seats) < min(max_workers, self._growing_to):
             self._add()
-        return max(0, len(self._seats) - usable)
+        return max(0, len(self._seats) - max_workers)
 
     def give_back(self, worker):
         assert all(call.worker != worker for call in self._running)
@@ -330,10 +330,11 @@ def test_a_deadline_is_ten_times_the_longest_call(monkeypatch):
 def test_an_input_that_vanishes_again_and_again_ends_the_run():
     """Making it a third time would not keep it either."""
     policy = FailurePolicy()
-    policy.after_missing("blocks 2-3, chunk 1")
-    policy.after_missing("blocks 2-3, chunk 1")
-    with pytest.raises(WorkerError, match="do all nodes share the run directory"):
-        policy.after_missing("blocks 2-3, chunk 1")
+    decisions = [policy.after_missing("blocks 2-3, chunk 1") for _ in range(3)]
+    assert [each.action for each in decisions] == [Action.REPEAT, Action.REPEAT, Action.END]
+    assert isinstance(decisions[-1].error, WorkerError)
+    assert "check that all nodes share the run directory" in str(decisions[-1].error)
+    assert policy.after_missing("blocks 2-3, chunk 2").action is Action.REPEAT
 
 
 def test_a_bag_survives_lost_workers(run):

@@ -39,10 +39,10 @@ class Simulation:
             assert len({call.worker for call in calls}) == len(calls)
             busy += calls
             assert busy, "nothing runs and nothing is finished"
-            assert len(busy) <= self.schedule.usable
+            assert len(busy) <= self.schedule.max_workers
             call = busy.pop(self.rng.randrange(len(busy)))
             if self.rng.random() < self.want:
-                self.splits += self.schedule.split(call)
+                self.splits += self.schedule.shrink_after_oom(call)
                 self.lose(call)
             elif self.rng.random() < self.loss:
                 self.lose(call)
@@ -65,7 +65,7 @@ class Simulation:
             boundary, index = call.takes
             entry = (blocks.start, index)
             if self.beside is not None and blocks.start and entry not in self.beside:
-                self.schedule.missing(call, entry)
+                self.schedule.input_missing(call, entry)
                 del self.held[call.worker]
                 return
             assert boundary in (blocks.start, blocks.stop)
@@ -253,7 +253,7 @@ def test_a_missing_chunk_is_computed_again():
         calls.append(call.label)
         if call.method == "step" and call.shard == 1 and damaged:
             damaged = False
-            schedule.missing(call, call.takes)
+            schedule.input_missing(call, call.takes)
         else:
             schedule.succeeded(call)
     assert calls.count("block 0, chunk 0") == 2
@@ -303,7 +303,7 @@ def test_one_want_of_memory_is_enough():
         schedule.succeeded(call)
     first, second = schedule.calls([0, 1])
     assert (first.label, second.label) == ("blocks 2-3, open", "blocks 4-5, open")
-    assert schedule.split(first)
+    assert schedule.shrink_after_oom(first)
     cut = [range(0, 2), range(2, 3), range(3, 4), range(4, 6), range(6, 7), range(7, 8)]
     assert schedule.cut == cut
     schedule.succeeded(second)
@@ -316,7 +316,7 @@ def test_a_shard_without_joints_is_not_split():
     for options in ({"shards": 10, "joints": range(10)}, {"shards": 4}, {"joints": [0, 3, 6, 8]}):
         schedule = make_pass(**options)
         (call,) = schedule.calls([0])
-        assert not schedule.split(call)
+        assert not schedule.shrink_after_oom(call)
         schedule.lost(call)
         assert schedule.calls([1])[0].arguments == call.arguments
 
@@ -396,8 +396,8 @@ def test_what_a_schedule_can_use_falls_to_nothing():
     bag = IndependentCalls("write", [(f"file {n}", (n,)) for n in range(3)])
     seen = []
     while not bag.finished:
-        seen.append(bag.usable)
+        seen.append(bag.max_workers)
         for call in bag.calls([0, 1]):
             bag.succeeded(call)
     assert seen == [3, 1]
-    assert bag.usable == 0
+    assert bag.max_workers == 0

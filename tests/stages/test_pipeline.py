@@ -76,7 +76,7 @@ class Simulation:
             else:
                 value, record = self.results.pop(call.worker)
                 schedule.succeeded(call)
-                schedule.told(call, value)
+                schedule.record_result(call, value)
                 if call.emits and schedule.is_awaited(call.emits):
                     self.records[call.emits] = record
         raise AssertionError("the schedule does not come to an end")

@@ -56,7 +56,7 @@ class RayActors:
 
     Args:
         nonce: What the workers' probe looks for; their directories must hold it all the time.
-        usable: Workers that the work can use, before a schedule says so.
+        max_workers: Workers that the work can use, before a schedule says so.
         announce: Told of waits, and of workers that came later.
     """
 
@@ -67,7 +67,7 @@ class RayActors:
         *,
         nonce: str,
         bounds: Bounds,
-        usable: int,
+        max_workers: int,
         share: Share,
         threads: int,
         announce: Announce,
@@ -85,7 +85,7 @@ class RayActors:
             runtime_env={"env_vars": variables},
         )(WorkerActor)
         self._worker_class = worker_class
-        self._bounds, self._share, self._usable = bounds, share, usable
+        self._bounds, self._share, self._max_workers = bounds, share, max_workers
         self._task = ray.put(task)
         self._nonce = nonce
         self._announce = announce
@@ -102,7 +102,7 @@ class RayActors:
         self._polled = 0.0
         self._free = 0
         self._too_many_since: float | None = None
-        self.scale(usable)
+        self.scale(max_workers)
 
     def __enter__(self) -> Self:
         return self
@@ -157,9 +157,9 @@ class RayActors:
         """
         begun = spoke = time.monotonic()
         least = self._bounds.least
-        fitting = min(self._bounds.within(self._usable), self._room())
+        fitting = min(self._bounds.within(self._max_workers), self._room())
         while True:
-            self.scale(self._usable)
+            self.scale(self._max_workers)
             waited = time.monotonic() - begun
             there = len(self._probes) - len(self.leaving())
             if there >= least and (there >= fitting or waited > PATIENCE_SECONDS):
@@ -255,12 +255,12 @@ class RayActors:
         self.give_back(worker)
         self._add()
 
-    def scale(self, usable: int) -> int:
-        self._usable = usable
+    def scale(self, max_workers: int) -> int:
+        self._max_workers = max_workers
         self._poll()
         leaving = self.leaving()
         staying = len(self._actors) - len(leaving)
-        count = wanted(self._bounds, usable, staying + self._free)
+        count = wanted(self._bounds, max_workers, staying + self._free)
         if self._refused < FAILED_STARTS:
             for _ in range(staying, count):
                 self._add()

@@ -151,7 +151,7 @@ class Train(TrainedStage):
         def on_success(call: Call, value: Any) -> None:
             nonlocal steps, tokens
             before = len(pipeline.snapshots)
-            pipeline.told(call, value)
+            pipeline.record_result(call, value)
             if call.method == "take":
                 numbers.update(value["numbers"])
             elif call.method == "turn":

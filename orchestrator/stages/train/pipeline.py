@@ -171,7 +171,7 @@ class Pipeline:
         return self.stop is not None
 
     @property
-    def usable(self) -> int:
+    def max_workers(self) -> int:
         return len(cut_blocks(self._num_blocks, self._num_blocks, self._group))
 
     @property
@@ -284,7 +284,7 @@ class Pipeline:
         """Whether a shard is to read what was emitted."""
         return chunk in self._present
 
-    def holds(self, worker: int) -> bool:
+    def is_holding(self, worker: int) -> bool:
         return any(shard.worker == worker for shard in self._shards)
 
     def succeeded(self, call: Call) -> None:
@@ -298,7 +298,7 @@ class Pipeline:
         if call.emits is not None:
             self._present.add(call.emits)
 
-    def told(self, call: Call, value: Any) -> None:
+    def record_result(self, call: Call, value: Any) -> None:
         """What a call that succeeded has given: losses, squared norms of blocks."""
         if not self._counts(call):
             return
@@ -372,11 +372,11 @@ class Pipeline:
         if any(shard.worker == worker for shard in self._shards):
             self._go_back()
 
-    def split(self, call: Call) -> bool:
+    def shrink_after_oom(self, call: Call) -> bool:
         """Shards are as many as there are workers: more of them need more workers."""
         return False
 
-    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+    def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         self.lost(call)
 
     def _go_back(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestrator.models.training.refine_ledger import Ledger
 from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.runtime.chain import FIRST, Program, Round
+from orchestrator.runtime.replicated_blocks import FIRST, Program, Round
 
 
 def walk_block(

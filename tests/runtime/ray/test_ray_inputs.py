@@ -243,10 +243,10 @@ def make_pool(ray_address):
             value = None if record is None else int(record["x"].sum())
             return value, None, Usage(host=1)
 
-    def make(task, bounds=UNASKED, usable=1, cpus=1, announce=lambda event: None):
+    def make(task, bounds=UNASKED, max_workers=1, cpus=1, announce=lambda event: None):
         share = {"num_cpus": cpus, "num_gpus": 0}
         options = {"nonce": "n", "share": share, "threads": 1, "announce": announce}
-        return RayPool(Plain, task, bounds=bounds, usable=usable, **options)
+        return RayPool(Plain, task, bounds=bounds, max_workers=max_workers, **options)
 
     return make
 
@@ -256,7 +256,7 @@ def test_workers_turn_to_another_task_where_they_are(make_pool, tmp_path):
     """The same processes under the same numbers, told of once; each lets the task before go first,
     and one that has died since is replaced. A task that none can take up is an error."""
     events, first = [], tmp_path / "first"
-    with make_pool(str(first), Bounds(2, 2), usable=2, announce=events.append) as pool:
+    with make_pool(str(first), Bounds(2, 2), max_workers=2, announce=events.append) as pool:
         first.touch()
         seats = [probe["pid"] for probe in pool.gather()]
         assert {probe["environment"]["torch"] for probe in pool._probes.values()} == {"2.12.1"}
@@ -305,7 +305,7 @@ def half_taken():
 @pytest.mark.ray
 def test_workers_without_room_are_not_waited_for(make_pool):
     """The run begins with those that fit; those that do not are no workers until they do."""
-    with make_pool("fine", Bounds(1, 3, is_growing=True), usable=9, cpus=4) as pool:
+    with make_pool("fine", Bounds(1, 3, is_growing=True), max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == 2
         assert len(pool._actors) == 3
         first, second = pool.workers()
@@ -317,7 +317,7 @@ def test_workers_without_room_are_not_waited_for(make_pool):
 @pytest.mark.ray
 def test_the_room_there_is_is_taken_and_kept(make_pool):
     """Unasked no more actors are there than fit; they stay, since others could not be asked for."""
-    with make_pool("fine", usable=9, cpus=4) as pool:
+    with make_pool("fine", max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == len(pool._actors) == 2
         assert pool.scale(9) == pool.scale(1) == 0
         assert len(pool._actors) == 2
@@ -326,7 +326,7 @@ def test_the_room_there_is_is_taken_and_kept(make_pool):
 @pytest.mark.ray
 def test_what_others_hold_is_no_room(make_pool, half_taken):
     """No actor is asked for that would wait for somebody else's end, or call for a node."""
-    with make_pool("fine", usable=9, cpus=4) as pool:
+    with make_pool("fine", max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == 1
         assert wait_for(lambda: not pool.wait(0.1) and pool._free == 0)
         pool.scale(9)
@@ -337,7 +337,7 @@ def test_what_others_hold_is_no_room(make_pool, half_taken):
 def test_who_grows_gives_back(make_pool, monkeypatch):
     """More are asked for than fit; what a stage cannot use any more is spare, and comes again."""
     monkeypatch.setattr("orchestrator.runtime.scaling.IDLE_SECONDS", 0.5)
-    with make_pool("fine", Bounds(1, 3, is_growing=True), usable=9, cpus=4) as pool:
+    with make_pool("fine", Bounds(1, 3, is_growing=True), max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == 2
         assert len(pool._actors) == 3
         assert pool.scale(1) == 1
@@ -355,7 +355,7 @@ def test_a_late_worker_of_another_kind_is_not_used(make_pool, tmp_path):
     """What would have ended the start of a run is said, and the run goes on without it."""
     other, events = tmp_path / "other", []
     bounds = Bounds(1, 2, is_growing=True)
-    with make_pool(str(other), bounds, usable=1, announce=events.append) as pool:
+    with make_pool(str(other), bounds, max_workers=1, announce=events.append) as pool:
         pool.gather()
         other.touch()
         pool.scale(2)
@@ -386,7 +386,7 @@ def test_too_few_workers_in_time_is_infeasible(make_pool, half_taken, monkeypatc
     monkeypatch.setattr("orchestrator.runtime.ray.actors.START_SECONDS", 6.0)
     says = "1 of 2 workers started within 6 s; 1 workers, 0 of 8 CPU free"
     events = []
-    pool = make_pool("fine", Bounds(2, 2), usable=2, cpus=4, announce=events.append)
+    pool = make_pool("fine", Bounds(2, 2), max_workers=2, cpus=4, announce=events.append)
     with pool, pytest.raises(InfeasibleError, match=says):
         pool.gather()
     there = "1 workers, 0 of 8 CPU free"

@@ -102,7 +102,7 @@ class ReplicatedBlocks:
         return not self._todo
 
     @property
-    def usable(self) -> int:
+    def max_workers(self) -> int:
         return self._most_parts
 
     def ended(self) -> list[tuple[int, Any]]:
@@ -165,7 +165,7 @@ class ReplicatedBlocks:
             gathers=gathers,
         )
 
-    def holds(self, worker: int) -> bool:
+    def is_holding(self, worker: int) -> bool:
         return worker in self._replicas
 
     def is_awaited(self, chunk: tuple[int, int]) -> bool:
@@ -178,7 +178,7 @@ class ReplicatedBlocks:
         if self._counts(call) and call.emits is not None:
             self._emitted.append(call.emits)
 
-    def told(self, call: Call, value: dict[str, Any]) -> None:
+    def record_result(self, call: Call, value: dict[str, Any]) -> None:
         """What a call that succeeded has given.
 
         Raises:
@@ -216,11 +216,11 @@ class ReplicatedBlocks:
         else:
             self._anew()
 
-    def split(self, call: Call) -> bool:
+    def shrink_after_oom(self, call: Call) -> bool:
         """A replica holds one block, and no less will do."""
         return False
 
-    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+    def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         """What the call was to read is gone: what it was made of still lies there."""
         self._running.discard(call.worker)
         if self._counts(call):

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.errors import WorkerError
 from orchestrator.models.training.refine_ledger import Ledger
 from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.runtime.chain import FIRST, Found, ReplicatedBlocks, Round
+from orchestrator.runtime.replicated_blocks import FIRST, Found, ReplicatedBlocks, Round
 from orchestrator.stages.walk.program import walk_block
 
 ROUNDS = ((FIRST, 5, False), ("descend", 3, True), ("descend", 3, True), ("leave", 5, False))
@@ -70,11 +70,11 @@ def drive(chain, workers=(0, 1), *, loss=0.0, gone=0.0, late=0.0, seed=0):
             chain.lost(call)
             replicas[max([*replicas, call.worker]) + 1] = Replica()
         elif gathered and (None in gathered or rng.random() < gone):
-            chain.missing(call, (0, 0))
+            chain.input_missing(call, (0, 0))
         else:
             value, record = replicas[call.worker].perform(call, gathered)
             chain.succeeded(call)
-            chain.told(call, value)
+            chain.record_result(call, value)
             done.append(call)
             if record is not None and chain.is_awaited(call.emits):
                 records[call.emits] = record
@@ -152,7 +152,7 @@ def test_a_lost_worker_costs_the_others_what_it_was_at():
     chain.lost(calls[1])
     assert chain.calls([]) == []
     chain.succeeded(calls[0])
-    chain.told(calls[0], {"parts": {0: "a", 1: "b"}, "state": 0})
+    chain.record_result(calls[0], {"parts": {0: "a", 1: "b"}, "state": 0})
     (again,) = chain.calls([0, 3])
     assert (again.worker, again.arguments[4]) == (0, (2, 3))
     assert not again.arguments[1]
@@ -163,11 +163,11 @@ def test_a_worker_given_up_between_its_calls_is_missed_by_nobody():
     chain = ReplicatedBlocks(todo=[0], present=[], program=rounds)
     one, other = chain.calls([0, 1])
     chain.succeeded(one)
-    chain.told(one, {"parts": dict.fromkeys(one.arguments[4], 0), "state": 0})
+    chain.record_result(one, {"parts": dict.fromkeys(one.arguments[4], 0), "state": 0})
     chain.retired(0)
     assert chain.calls([]) == []
     chain.succeeded(other)
-    chain.told(other, {"parts": dict.fromkeys(other.arguments[4], 0), "state": 0})
+    chain.record_result(other, {"parts": dict.fromkeys(other.arguments[4], 0), "state": 0})
     (following,) = chain.calls([1, 2])
     assert (following.worker, following.method) == (1, "descend")
     chain.lost(following)
@@ -182,10 +182,10 @@ def test_a_missing_input_is_made_again_from_the_models():
         (call,) = chain.calls([0])
         value, _ = replica.perform(call, [])
         chain.succeeded(call)
-        chain.told(call, value)
+        chain.record_result(call, value)
         ended = chain.ended()
     (call,) = chain.calls([0])
-    chain.missing(call, (0, 0))
+    chain.input_missing(call, (0, 0))
     ended, _ = drive(chain)
     assert ended == [(0, None), *expected([1, 2])]
 
@@ -198,10 +198,10 @@ def test_replicas_that_differ_end_the_run():
             value = {"parts": dict.fromkeys(call.arguments[4]), "state": float(state)}
             chain.succeeded(call)
             if fits or call.worker == 0:
-                chain.told(call, value)
+                chain.record_result(call, value)
             else:
                 with pytest.raises(WorkerError, match=r"block 0, look, part 3-4: .* differ"):
-                    chain.told(call, value)
+                    chain.record_result(call, value)
 
 
 def perform(program, give):
