@@ -8,78 +8,84 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.plan.cut import cut_blocks, default_shards
-from orchestrator.runtime.calls import Call, IndependentCalls
+from orchestrator.runtime.calls import IndependentCalls
+from orchestrator.runtime.dispatch import dispatch
+from orchestrator.runtime.policy import Cause, FailurePolicy, Limits
 from orchestrator.runtime.shard_pass import ShardPass
+from orchestrator.runtime.testing import ScriptedPool
+from orchestrator.store.chunks import MissingChunk
 
 
 class Simulation:
-    """Performs a schedule's calls in a random order, and checks each against the rules."""
+    """Dispatches a pass to workers that end their calls in a random order, and checks each call.
+
+    Args:
+        loss: Probability that a call is lost with its worker.
+        want: Probability that it runs out of memory.
+        beside: Chunks of the other pass, for a pass that reads them.
+    """
 
     def __init__(self, schedule, workers, seed=0, loss=0.0, want=0.0, beside=None):
         self.schedule = schedule
-        self.workers = list(range(workers))
         self.rng = random.Random(seed)
         self.loss, self.want = loss, want
+        self.pool = ScriptedPool(workers, self.execute, self.fate, order=self.rng)
         self.held = {}
         self.performed = Counter()
         self.finished = []
-        self.splits = 0
         self.beside = beside
         self.there = {
             schedule.boundary(k): set(chunks) for k, chunks in enumerate(schedule._present)
         }
 
-    def run(self, limit=100_000):
-        busy: list[Call] = []
-        for _ in range(limit):
-            if self.schedule.finished:
-                return self
-            idle = [w for w in self.workers if w not in {call.worker for call in busy}]
-            calls = self.schedule.calls(idle)
-            assert len({call.worker for call in calls}) == len(calls)
-            busy += calls
-            assert busy, "nothing runs and nothing is finished"
-            assert len(busy) <= self.schedule.max_workers
-            call = busy.pop(self.rng.randrange(len(busy)))
-            if self.rng.random() < self.want:
-                self.splits += self.schedule.shrink_after_oom(call)
-                self.lose(call)
-            elif self.rng.random() < self.loss:
-                self.lose(call)
-            else:
-                self.perform(call)
-        raise AssertionError("the schedule does not come to an end")
+    def run(self):
+        # so many losses would end a run
+        policy = FailurePolicy(Limits(*[10**6] * 4))
+        dispatch(
+            self.pool,
+            self.schedule,
+            policy,
+            on_success=lambda call, value: None,
+            on_event=lambda event: None,
+        )
+        return self
 
-    def lose(self, call):
+    def fate(self, call, node):
+        assert len(self.pool.running) < self.schedule.max_workers
+        if self.rng.random() < self.want:
+            return self.lose(call, Cause.OUT_OF_MEMORY)
+        return self.lose(call, Cause.DIED) if self.rng.random() < self.loss else None
+
+    def lose(self, call, cause):
         self.held.pop(call.worker, None)
-        self.workers.remove(call.worker)
-        self.workers.append(max(self.workers, default=call.worker) + 1)
-        self.schedule.lost(call)
+        return {"lost": "by chance", "cause": cause}
 
-    def perform(self, call):
+    def execute(self, call, record):
         self.performed[call.label] += 1
         if call.method == "open":
             self.held[call.worker] = [range(*call.arguments[0]), []]
         elif call.method == "step":
-            blocks, fed = self.held[call.worker]
-            boundary, index = call.takes
-            entry = (blocks.start, index)
-            if self.beside is not None and blocks.start and entry not in self.beside:
-                self.schedule.input_missing(call, entry)
-                del self.held[call.worker]
-                return
-            assert boundary in (blocks.start, blocks.stop)
-            assert index in self.there[boundary], "took a chunk that is not there"
-            assert not fed or fed[-1] < call.takes[1], "chunks out of order"
-            fed.append(call.takes[1])
-            if call.emits:
-                assert {boundary, call.emits[0]} == {blocks.start, blocks.stop}
-                self.there.setdefault(call.emits[0], set()).add(call.emits[1])
+            self.step(call)
         else:
             assert call.arguments[0] in self.held[call.worker][0]
             assert self.held[call.worker][1] == list(range(self.schedule.num_chunks))
             self.finished.append(call.arguments[0])
-        self.schedule.succeeded(call)
+        return None, None
+
+    def step(self, call):
+        blocks, fed = self.held[call.worker]
+        boundary, index = call.takes
+        entry = (blocks.start, index)
+        if self.beside is not None and blocks.start and entry not in self.beside:
+            del self.held[call.worker]
+            raise MissingChunk(*entry)
+        assert boundary in (blocks.start, blocks.stop)
+        assert index in self.there[boundary], "took a chunk that is not there"
+        assert not fed or fed[-1] < index, "chunks out of order"
+        fed.append(index)
+        if call.emits:
+            assert {boundary, call.emits[0]} == {blocks.start, blocks.stop}
+            self.there.setdefault(call.emits[0], set()).add(call.emits[1])
 
 
 def make_pass(blocks=10, shards=4, chunks=5, todo=None, results=None, present=None, **options):

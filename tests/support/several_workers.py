@@ -10,7 +10,7 @@ class SeveralPool(LocalPool):
 
     size, losses, replaces = 3, (), True
 
-    def turn_to(self, worker_class, task):
+    def reassign(self, worker_class, task):
         self._make = lambda: worker_class(task)
         self._workers = {n: self._make() for n in range(self.size)}
         self._performed = 0  # passes of the pipeline
@@ -19,7 +19,7 @@ class SeveralPool(LocalPool):
         return [worker.probe(self._nonce) for worker in self._workers.values()]
 
     def workers(self):
-        return list(self._workers)
+        return dict.fromkeys(self._workers, super().workers()[0])
 
     def wait(self, seconds):
         if not self._calls:

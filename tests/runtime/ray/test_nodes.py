@@ -233,7 +233,7 @@ def test_a_sick_node_is_quarantined(llama, text, reference, tmp_path, nodes, inj
 def test_a_drained_node_costs_nothing(llama, text, reference, tmp_path, nodes, monkeypatch):
     """Its workers end their calls and are replaced elsewhere; nothing counts as a failure."""
     # so small a run may end within the two seconds between looks
-    monkeypatch.setattr("orchestrator.runtime.ray.actors.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("orchestrator.runtime.ray.nodes.POLL_SECONDS", 0.1)
     going, staying = nodes.fill(2)
 
     def drain(event):

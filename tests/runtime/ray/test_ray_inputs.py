@@ -261,20 +261,20 @@ def test_workers_turn_to_another_task_where_they_are(make_pool, tmp_path):
         seats = [probe["pid"] for probe in pool.gather()]
         assert {probe["environment"]["torch"] for probe in pool._probes.values()} == {"2.12.1"}
         kept, lost = pool.workers()
-        os.kill(pool.location(lost).pid, signal.SIGKILL)
-        pool.turn_to(pool._worker_class, "fine")
+        os.kill(pool.workers()[lost].pid, signal.SIGKILL)
+        pool.reassign(pool._worker_class, "fine")
         again = pool.gather()
         assert {probe["environment"]["torch"] for probe in again} == {"2.13.0"}
         assert not first.exists()
         assert kept in pool.workers()
         assert lost not in pool.workers()
-        assert pool.location(kept).pid in seats
+        assert pool.workers()[kept].pid in seats
         told = [
             location["pid"] for e in events if e["event"] == "workers" for location in e["workers"]
         ]
         assert sorted(told) == sorted({*seats, *(probe["pid"] for probe in again)})
         assert [e["event"] for e in events if e["event"] != "workers"] == ["retired"]
-        pool.turn_to(pool._worker_class, "broken")
+        pool.reassign(pool._worker_class, "broken")
         with pytest.raises(WorkerError, match="a worker cannot start: ValueError: no such thing"):
             pool.gather()
 
@@ -310,7 +310,7 @@ def test_workers_without_room_are_not_waited_for(make_pool):
         assert len(pool._actors) == 3
         first, second = pool.workers()
         pool.replace(first)
-        assert pool.workers() == [second]
+        assert list(pool.workers()) == [second]
         assert wait_for(lambda: not pool.wait(0.1) and len(pool.workers()) == 2)
 
 
@@ -328,7 +328,7 @@ def test_what_others_hold_is_no_room(make_pool, half_taken):
     """No actor is asked for that would wait for somebody else's end, or call for a node."""
     with make_pool("fine", max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == 1
-        assert wait_for(lambda: not pool.wait(0.1) and pool._free == 0)
+        assert wait_for(lambda: not pool.wait(0.1) and pool.nodes.free == 0)
         pool.scale(9)
         assert len(pool._actors) == 1
 
@@ -343,7 +343,7 @@ def test_who_grows_gives_back(make_pool, monkeypatch):
         assert pool.scale(1) == 1
         assert len(pool._actors) == 3, "it may be wanted in a moment"
         assert wait_for(lambda: pool.scale(1) == 1 and not pool._joining)
-        pool.give_back(pool.workers()[0])
+        pool.give_back(next(iter(pool.workers())))
         assert pool.scale(1) == 0
         assert len(pool._actors) == 1
         assert pool.scale(2) == 0
@@ -361,9 +361,9 @@ def test_a_late_worker_of_another_kind_is_not_used(make_pool, tmp_path):
         pool.scale(2)
         assert wait_for(lambda: not pool.wait(0.1) and any(e["event"] == "note" for e in events))
         assert len(pool.workers()) == len(pool._actors) == 1
-        assert not pool.quarantined(), "another worker is of use there"
+        assert not pool.nodes.quarantined(), "another worker is of use there"
     (note,) = [event["text"] for event in events if event["event"] == "note"]
-    assert note.startswith("a worker that came is not used: ")
+    assert note.startswith("a late worker is not used: ")
     assert "2.12.1" in note
 
 
@@ -374,7 +374,7 @@ def test_when_nobody_is_left_a_useless_worker_ends_the_run(make_pool, tmp_path):
     with make_pool(str(other)) as pool:
         pool.gather()
         other.touch()
-        pool.replace(pool.workers()[0])
+        pool.replace(next(iter(pool.workers())))
         with pytest.raises(InputError, match=r"2\.12\.1"):
             wait_for(lambda: pool.wait(0.1))
 
@@ -419,7 +419,7 @@ def test_a_chunk_that_went_with_its_node_is_read_from_its_file(make_pool):
             while not outcomes and time.monotonic() < end:
                 outcomes = pool.wait(0.5)
             assert [outcome.value for outcome in outcomes] == [None if is_lost else 10**6]
-            assert pool.workers() == [worker]
+            assert list(pool.workers()) == [worker]
 
 
 def is_readable(ray, ref):
