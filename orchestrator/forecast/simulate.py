@@ -10,13 +10,13 @@ import itertools
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.work import Work
 from orchestrator.plan.cut import cut_blocks, default_shards
-from orchestrator.runtime.calls import Call, IndependentCalls, Schedule
+from orchestrator.runtime.calls import Call, Command, Finish, IndependentCalls, Open, Schedule
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import Cause, FailurePolicy
 from orchestrator.runtime.pool import FixedPool, NodeSet, Outcome, WorkerLocation
@@ -48,6 +48,15 @@ class Simulated:
     @property
     def utilisation(self) -> float:
         return self.busy_seconds / self.worker_seconds if self.worker_seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Simulate(Command):
+    """Make a unit that no other one depends on."""
+
+    method: ClassVar[str] = "simulate"
+
+    unit: int
 
 
 class SimulatedPool(FixedPool):
@@ -192,16 +201,13 @@ def simulate(
     )
     stages["calibrate"] = gathering, _passing(costs, gathering)
     if costs.recipe.refine == "blocks":
-        blocks = [(f"block {block}, refine", (block,)) for block in range(costs.num_blocks)]
-        stages["refine"] = IndependentCalls("refine", blocks), lambda call: costs.refine()
+        blocks = [(f"block {each}, refine", Simulate(each)) for each in range(costs.num_blocks)]
+        stages["refine"] = IndependentCalls(blocks), lambda call: costs.refine()
     if costs.pivots:
-        linears = [(f"linear {number}", (number,)) for number in range(len(costs.pivots))]
-        stages["pivot"] = (
-            IndependentCalls("pivot", linears),
-            lambda call: costs.pivots[call.arguments[0]],
-        )
-    files = [(f"file {number}", (number,)) for number in range(costs.files)]
-    stages["write"] = IndependentCalls("write", files), lambda call: costs.file()
+        linears = [(f"linear {each}", Simulate(each)) for each in range(len(costs.pivots))]
+        stages["pivot"] = IndependentCalls(linears), lambda call: costs.pivots[_unit(call)]
+    files = [(f"file {each}", Simulate(each)) for each in range(costs.files)]
+    stages["write"] = IndependentCalls(files), lambda call: costs.file()
     return {
         name: _perform(
             schedule,
@@ -222,9 +228,9 @@ def _passing(costs: Costs, schedule: ShardPass) -> Callable[[Call], Work]:
     def work(call: Call) -> Work:
         state = schedule.shards[call.shard]
         blocks = len(state.blocks)
-        if call.method == "open":
+        if isinstance(call.command, Open):
             return costs.load(blocks)
-        if call.method == "finish":
+        if isinstance(call.command, Finish):
             return costs.finish()
         found = costs.gather(blocks) if gathers else costs.forward(blocks)
         if gathers and costs.labels:
@@ -284,6 +290,11 @@ def _perform(
         lost_nodes=pool.lost_nodes,
         bytes_moved=moved,
     )
+
+
+def _unit(call: Call) -> int:
+    assert isinstance(call.command, Simulate)
+    return call.command.unit
 
 
 def _is_unit(label: str) -> bool:

@@ -217,7 +217,7 @@ class LocalPool(FixedPool):
     def wait(self, seconds: float) -> list[Outcome]:
         call, record = self._calls.popleft()
         try:
-            value, emitted, usage = self.worker.measured(call.method, call.arguments, record)
+            value, emitted, usage = self.worker.measured(call.command, record)
         except Exception as error:
             log = traceback.format_exc()
             cause = cause_of_loss(error)

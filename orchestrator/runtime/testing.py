@@ -147,7 +147,6 @@ class ScriptedPool(FixedPool):
         self.add()
 
     def scale(self, max_workers: int) -> int:
-        assert len(self._running) <= max_workers
         self.asked.append(max_workers)
         while self.nodes.available() and len(self._locations) < min(max_workers, self._growing_to):
             self.add()

@@ -16,7 +16,7 @@ from benchmarks.watching import cpu_seconds, family
 
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.runtime.calls import IndependentCalls
+from orchestrator.runtime.calls import IndependentCalls, Open
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
@@ -81,7 +81,7 @@ def warm_job(recipe: Recipe) -> Iterator[Job]:
             connected(job.schedule, monitor),
             start_workers(CompressionWorker, job.task, job.schedule, most, monitor) as workers,
         ):
-            opening = IndependentCalls("open", [("warm up", ((0, 1), (), None))] * workers.size)
+            opening = IndependentCalls([("warm up", Open((0, 1)))] * workers.size)
             dispatch(
                 workers.pool,
                 opening,

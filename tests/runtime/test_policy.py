@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
 from orchestrator.plan.cut import cut_blocks
-from orchestrator.runtime.calls import IndependentCalls
+from orchestrator.runtime.calls import Finish, IndependentCalls, Open, Step, Verify
 from orchestrator.runtime.deadline import VARIABLE, Deadlines
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import (
@@ -39,12 +39,13 @@ class Shards:
         self._fed = {}
 
     def execute(self, call, record):
-        if call.method == "open":
-            self._fed[call.worker] = []
-        elif call.method == "step":
-            self._fed[call.worker].append(call.arguments[0])
-        elif call.method == "finish":
-            assert self._fed[call.worker] == [0, 1, 2]
+        match call.command:
+            case Open():
+                self._fed[call.worker] = []
+            case Step(index=index):
+                self._fed[call.worker].append(index)
+            case Finish():
+                assert self._fed[call.worker] == [0, 1, 2]
         return call.label, f"{call.label} gave this"
 
 
@@ -74,7 +75,7 @@ def run():
 
 
 def bag(count=6):
-    return IndependentCalls("write", [(f"file {n}", (n,)) for n in range(count)])
+    return IndependentCalls([(f"file {n}", Verify([(f"file {n}", "")])) for n in range(count)])
 
 
 def four_blocks(chunks=3):
@@ -350,10 +351,10 @@ def test_a_worker_in_this_process_gives_up_its_memory():
         def release(self):
             alive.remove(self)
 
-        def measured(self, method, arguments, record):
+        def measured(self, command, record):
             if len(made) == 1:
                 raise MemoryError("cannot allocate")
-            return arguments, None, Usage(host=1)
+            return command, None, Usage(host=1)
 
     done, events = [], []
     dispatch(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.plan.cut import cut_blocks, default_shards
-from orchestrator.runtime.calls import IndependentCalls
+from orchestrator.runtime.calls import Finish, IndependentCalls, Open, Step
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import Cause, FailurePolicy, Limits
 from orchestrator.runtime.shard_pass import ShardPass
@@ -62,14 +62,15 @@ class Simulation:
 
     def execute(self, call, record):
         self.performed[call.label] += 1
-        if call.method == "open":
-            self.held[call.worker] = [range(*call.arguments[0]), []]
-        elif call.method == "step":
-            self.step(call)
-        else:
-            assert call.arguments[0] in self.held[call.worker][0]
-            assert self.held[call.worker][1] == list(range(self.schedule.num_chunks))
-            self.finished.append(call.arguments[0])
+        match call.command:
+            case Open(blocks=blocks):
+                self.held[call.worker] = [range(*blocks), []]
+            case Step():
+                self.step(call)
+            case Finish(block=block):
+                assert block in self.held[call.worker][0]
+                assert self.held[call.worker][1] == list(range(self.schedule.num_chunks))
+                self.finished.append(block)
         return None, None
 
     def step(self, call):
@@ -121,7 +122,7 @@ def test_a_backward_pass_goes_from_the_last_shard_to_the_first(seed):
     """Chunks enter a shard behind its last block; whoever is lost, nothing else changes."""
     schedule = make_pass(backward=True)
     (call,) = schedule.calls([0])
-    assert call.arguments == ((8, 10), (8, 9), (6, 8))
+    assert call.command == Open(blocks=(8, 10), todo=(8, 9), ahead=(6, 8))
     schedule.lost(call)
     simulation = Simulation(schedule, workers=3, seed=seed, loss=0.05).run()
     assert sorted(simulation.finished) == list(range(10))
@@ -203,21 +204,21 @@ def test_a_chunk_is_handed_over_only_where_somebody_waits_for_it():
         for call in schedule.calls(range(workers)):
             schedule.succeeded(call)
         step = schedule.calls([0])[0]
-        assert (step.method, step.arguments) == ("step", (0, True, expected, 1))
+        assert step.command == Step(0, emit=True, hand_over=expected, next_index=1)
         schedule.succeeded(step)
         step = schedule.calls([0])[0]
         # behind the last chunk there is none to write it beside
-        assert (step.method, step.arguments) == ("step", (1, True, expected, None))
+        assert step.command == Step(1, emit=True, hand_over=expected, next_index=None)
 
 
 def test_a_worker_is_told_what_it_will_hold_next():
     """The first of the pass is the first to be free, and takes the first that nobody holds."""
     schedule = make_pass(blocks=10, shards=5)
     opened = schedule.calls([0, 1])
-    assert [call.arguments[0] for call in opened] == [(0, 2), (2, 4)]
-    assert [call.arguments[2] for call in opened] == [(4, 6), (6, 8)]
+    assert [call.command.blocks for call in opened] == [(0, 2), (2, 4)]
+    assert [call.command.ahead for call in opened] == [(4, 6), (6, 8)]
     schedule = make_pass(blocks=10, shards=5)
-    assert [call.arguments[2] for call in schedule.calls(range(4))] == [(8, 10), None, None, None]
+    assert [call.command.ahead for call in schedule.calls(range(4))] == [(8, 10), None, None, None]
 
 
 def test_a_pass_with_nothing_to_do_is_finished():
@@ -234,7 +235,7 @@ def test_a_starved_worker_gives_its_shard_up_for_an_earlier_one():
     schedule.succeeded(second)
     schedule.lost(first)
     (call,) = schedule.calls([1])
-    assert (call.method, call.shard) == ("open", 0)
+    assert (call.command, call.shard) == (Open((0, 2), (0, 1), ahead=(2, 4)), 0)
 
 
 def test_spent_boundaries_are_dropped_and_not_needed_again():
@@ -257,7 +258,7 @@ def test_a_missing_chunk_is_computed_again():
     while not schedule.finished:
         (call,) = schedule.calls([0])
         calls.append(call.label)
-        if call.method == "step" and call.shard == 1 and damaged:
+        if isinstance(call.command, Step) and call.shard == 1 and damaged:
             damaged = False
             schedule.input_missing(call, call.takes)
         else:
@@ -324,7 +325,7 @@ def test_a_shard_without_joints_is_not_split():
         (call,) = schedule.calls([0])
         assert not schedule.shrink_after_oom(call)
         schedule.lost(call)
-        assert schedule.calls([1])[0].arguments == call.arguments
+        assert schedule.calls([1])[0].command == call.command
 
 
 def test_a_retired_worker_leaves_its_shard_to_others():
@@ -337,14 +338,15 @@ def test_a_retired_worker_leaves_its_shard_to_others():
     calls = []
     while not schedule.finished:
         (call,) = schedule.calls([1])
-        calls.append(call.method)
+        calls.append(call.command)
         schedule.succeeded(call)
-    assert calls == ["open", "step", "step", "finish", "finish"]
+    steps = [Step(0, next_index=1), Step(1)]
+    assert calls == [Open((0, 2), (0, 1)), *steps, Finish(0), Finish(1)]
 
 
 def test_a_bag_runs_every_unit_once_and_a_lost_one_again():
     """Independent units end once each, whatever is lost on the way."""
-    bag = IndependentCalls("write", [(f"file {n}", (n,)) for n in range(5)])
+    bag = IndependentCalls([(f"file {n}", Finish(n)) for n in range(5)])
     done, lost_once = [], False
     while not bag.finished:
         for call in bag.calls([0, 1]):
@@ -353,7 +355,7 @@ def test_a_bag_runs_every_unit_once_and_a_lost_one_again():
                 bag.lost(call)
             else:
                 bag.succeeded(call)
-                done.append(call.arguments[0])
+                done.append(call.command.block)
     assert sorted(done) == list(range(5))
 
 
@@ -399,7 +401,7 @@ def test_a_shard_goes_where_its_chunks_are_made():
 
 def test_what_a_schedule_can_use_falls_to_nothing():
     """Whoever is one too many is told so before the end: at it, nobody is wanted."""
-    bag = IndependentCalls("write", [(f"file {n}", (n,)) for n in range(3)])
+    bag = IndependentCalls([(f"file {n}", Finish(n)) for n in range(3)])
     seen = []
     while not bag.finished:
         seen.append(bag.max_workers)

@@ -2,7 +2,7 @@
 
 from orchestrator.runtime import workers
 from orchestrator.runtime.pool import LocalPool, Outcome
-from orchestrator.stages.train import worker as train_worker
+from orchestrator.stages.train.commands import PassCommand
 
 
 class SeveralPool(LocalPool):
@@ -25,13 +25,13 @@ class SeveralPool(LocalPool):
         if not self._calls:
             return []
         call, record = self._calls.pop()
-        self._performed += call.method in train_worker.PASSES
+        self._performed += isinstance(call.command, PassCommand)
         worker = self._workers[call.worker]
         try:
-            value, emitted = worker.perform(call.method, call.arguments, record)
+            value, emitted = worker.perform(call.command, record)
         except Exception as error:
             return [Outcome(call, error=error)]
-        if call.method in train_worker.PASSES and self._performed in self.losses:
+        if isinstance(call.command, PassCommand) and self._performed in self.losses:
             return [Outcome(call, lost="killed")]
         return [Outcome(call, value, emitted)]
 

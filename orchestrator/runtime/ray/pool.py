@@ -38,10 +38,10 @@ class RayPool(RayActors):
         super().__init__(*arguments, **options)
 
     def start(self, call: Call, record: Any) -> None:
-        method = self._actors[call.worker].perform.options(num_returns=2)
+        perform = self._actors[call.worker].perform.options(num_returns=2)
         # Ray resolves references that are arguments themselves, not those in a list
         records = record if isinstance(record, list) else [record]
-        value, emitted = method.remote(call.method, call.arguments, *records)
+        value, emitted = perform.remote(call.command, *records)
         self._calls[value] = (call, emitted, record)
 
     def wait(self, seconds: float) -> list[Outcome]:

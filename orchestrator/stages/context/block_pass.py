@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.plan.cut import cut_blocks, cut_segments, default_shards
-from orchestrator.runtime.calls import Call
+from orchestrator.runtime.calls import Call, Finish
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
@@ -272,8 +272,8 @@ class BlockPass:
         """The pass to its end, each block's facts into `done`."""
 
         def on_success(call: Call, value: Any) -> None:
-            if call.method == "finish":
-                (block,) = call.arguments
+            if isinstance(call.command, Finish):
+                block = call.command.block
                 done[block] = with_arrays(value)
                 self._progress(block, done, keys, stage)
                 self.on_committed(block)

@@ -20,6 +20,7 @@ from orchestrator.runtime.verify import verified_units
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.tokens import read_tokens
 from orchestrator.stages.context.trained_stage import TrainedStage
+from orchestrator.stages.train.commands import CommitTrained, TakeShard, Turn, Update
 from orchestrator.stages.train.pipeline import Pipeline, Snapshot
 from orchestrator.stages.train.worker import TrainTask, TrainWorker, best_key, snapshot_key
 from orchestrator.store.units import unit_key
@@ -152,12 +153,12 @@ class Train(TrainedStage):
             nonlocal steps, tokens
             before = len(pipeline.snapshots)
             pipeline.record_result(call, value)
-            if call.method == "take":
+            if isinstance(call.command, TakeShard):
                 numbers.update(value["numbers"])
-            elif call.method == "turn":
-                tokens += lengths[call.arguments[2]][0]
-            elif call.method == "update" and call.shard == 0:
-                steps, step = steps + 1, call.arguments[1]
+            elif isinstance(call.command, Turn):
+                tokens += lengths[call.command.sequence][0]
+            elif isinstance(call.command, Update) and call.shard == 0:
+                steps, step = steps + 1, call.command.step
                 speed = tokens / (time.monotonic() - begun)
                 stage.progress(step, course.steps, unit=f"step {step}", tokens_per_second=speed)
             if len(pipeline.snapshots) > before:
@@ -261,15 +262,15 @@ class Train(TrainedStage):
         is_kept = best > 0 and not self._keeps_states
 
         def on_success(call: Call, value: Any) -> None:
-            for block in range(*call.arguments[0]):
+            assert isinstance(call.command, CommitTrained)
+            for block in range(*call.command.blocks):
                 job.run.units.drop(best_key(self.key, block))
 
         bag = IndependentCalls(
-            "commit",
             [
                 (
                     f"block {first}, commit",
-                    (
+                    CommitTrained(
                         (first, min(first + size, job.surveyed.num_blocks)),
                         best,
                         self._facts,

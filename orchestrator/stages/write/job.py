@@ -17,6 +17,7 @@ from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.commands import WriteFile
 from orchestrator.stages.context.report import make_report
 from orchestrator.stages.context.trained_stage import TrainedStage
 from orchestrator.stages.pivot.job import Pivot
@@ -68,7 +69,7 @@ class Writing:
             stage.progress(len(self._files), len(self._specs), unit=name, bytes=value["bytes"])
 
         bag = IndependentCalls(
-            "write", [(spec.name, (spec.to_json(), *self.job.choice)) for spec in missing]
+            [(spec.name, WriteFile(spec.to_json(), *self.job.choice)) for spec in missing]
         )
         dispatch(workers.pool, bag, FailurePolicy(), on_success=on_success, on_event=monitor.event)
 

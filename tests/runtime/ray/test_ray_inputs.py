@@ -239,7 +239,7 @@ def make_pool(ray_address):
             environment = {"torch": "2.12.1" if os.path.exists(self.other) else "2.13.0"}
             return {"environment": environment, "node": "here", "pid": os.getpid()}
 
-        def measured(self, method, arguments, record):
+        def measured(self, command, record):
             value = None if record is None else int(record["x"].sum())
             return value, None, Usage(host=1)
 
@@ -398,7 +398,7 @@ def test_a_chunk_that_went_with_its_node_is_read_from_its_file(make_pool):
     """The call is repeated on the same worker, whose state is not lost, without the chunk."""
     import ray
 
-    from orchestrator.runtime.calls import Call
+    from orchestrator.runtime.calls import Call, Step
 
     class Owner:
         def make(self):
@@ -407,7 +407,7 @@ def test_a_chunk_that_went_with_its_node_is_read_from_its_file(make_pool):
     with make_pool("fine") as pool:
         pool.gather()
         (worker,) = pool.workers()
-        call = Call(worker, "step", (0, False), "blocks 2-3, chunk 0", 1, takes=(2, 0))
+        call = Call(worker, Step(0), "blocks 2-3, chunk 0", 1, takes=(2, 0))
         for is_lost in (False, True):
             owner = ray.remote(Owner).remote()
             (record,) = ray.get(owner.make.remote())
