@@ -1,47 +1,47 @@
-"""A run without tensors: the real schedules and the real failure policy, on a clock that jumps.
+"""Simulation of a run without tensors: the real schedules and failure policy on a simulated clock.
 
-What is simulated is who does what when. How long a call takes follows from what it computes, reads
-and writes (`forecast.work`) at a machine's rates; nodes are lost by chance, drawn from a seed, and
-others come in their place. The dispatch loop, the schedules and the policy are those of a run.
+The simulation covers which worker does what when. The duration of a call follows from its FLOPs and
+bytes (`forecast.work`) at a machine's rates; nodes are lost at random times, drawn from a seed, and
+replaced. The dispatch loop, the schedules and the failure policy are those of a run.
 """
 
 import heapq
 import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.work import Work
 from orchestrator.plan.cut import cut_blocks, default_shards
-from orchestrator.runtime.calls import Call, IndependentCalls, Schedule
+from orchestrator.runtime.calls import Call, Command, Finish, IndependentCalls, Open, Schedule
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import Cause, FailurePolicy
-from orchestrator.runtime.pool import Outcome, WorkerLocation
+from orchestrator.runtime.pool import FixedPool, NodeSet, Outcome, WorkerLocation
 from orchestrator.runtime.shard_pass import ShardPass
 
 GPUS_A_NODE = 8
-"""That are lost together."""
+"""Workers of a node; they are lost together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """What came of one stage, or of a whole run."""
+    """Result of the simulation of one stage."""
 
     seconds: float
     busy_seconds: float
-    """Of all workers, at calls that ended."""
+    """Time in calls that ended, of all workers together."""
     worker_seconds: float
-    """Of all workers that were there."""
+    """Time that workers existed, of all workers together."""
     calls: int
     repeated: int
-    """Calls that were performed more than once."""
+    """Executions of a call after its first one."""
     units: int
     """Blocks finished, linears pivoted, or files written."""
     redone: int
-    """Of them more than once."""
+    """Executions of a unit after its first one."""
     lost_nodes: int
     bytes_moved: float
 
@@ -50,13 +50,22 @@ class Simulated:
         return self.busy_seconds / self.worker_seconds if self.worker_seconds else 0.0
 
 
-class SimulatedPool:
-    """Workers of which each performs its calls in no time, while the clock says otherwise.
+@dataclass(frozen=True, slots=True)
+class Simulate(Command):
+    """Make a unit that no other one depends on."""
+
+    method: ClassVar[str] = "simulate"
+
+    unit: int
+
+
+class SimulatedPool(FixedPool):
+    """Workers whose calls take no time, on a clock that jumps to the next event.
 
     Args:
         take: Seconds of a call.
-        loss_hours: Mean hours until a node is lost; nothing, and none ever is.
-        start_seconds: Until another worker is there in the place of a lost one.
+        loss_hours: Mean hours until a node is lost; None: no node is lost.
+        start_seconds: Seconds until the replacement of a lost worker is ready.
     """
 
     def __init__(
@@ -69,6 +78,8 @@ class SimulatedPool:
         seed: int = 0,
         node_size: int = GPUS_A_NODE,
     ) -> None:
+        self._next_node = -(-workers // node_size)
+        super().__init__(NodeSet({f"node {node}" for node in range(self._next_node)}))
         self.now = self.busy_seconds = 0.0
         self.lost_nodes = 0
         self._take, self._start_seconds = take, start_seconds
@@ -76,11 +87,10 @@ class SimulatedPool:
         self._rng, self._serial = random.Random(seed), itertools.count()
         self._count, self._node_size = workers, node_size
         self._node_of = {worker: worker // node_size for worker in range(workers)}
-        self._there = dict.fromkeys(range(workers), True)
+        self._ready = {worker: self._location(worker) for worker in range(workers)}
         self._running: dict[int, tuple[Call, float, int]] = {}
         self._events: list[tuple[float, int, str, int]] = []
         self._fresh = workers
-        self._next_node = -(-workers // node_size)
         for node in range(self._next_node):
             self._await_loss(node)
 
@@ -93,22 +103,22 @@ class SimulatedPool:
         if self._loss_seconds is not None:
             self._at(self.now + self._rng.expovariate(1 / self._loss_seconds), "loss", node)
 
-    def workers(self) -> Sequence[int]:
-        return [worker for worker, is_there in self._there.items() if is_there]
-
-    def location(self, worker: int) -> WorkerLocation:
+    def _location(self, worker: int) -> WorkerLocation:
         return WorkerLocation(f"node {self._node_of[worker]}", worker)
+
+    def workers(self) -> Mapping[int, WorkerLocation]:
+        return dict(self._ready)
 
     def start(self, call: Call, record: Any) -> None:
         if self._node_of[call.worker] < 0:
-            # its node went while it was idle, which shows now
+            # its node was lost while it was idle, which is noticed now
             serial = self._at(self.now, "dead", call.worker)
         else:
             serial = self._at(self.now + self._take(call), "done", call.worker)
         self._running[call.worker] = (call, self.now, serial)
 
     def wait(self, seconds: float) -> list[Outcome]:
-        """What happens next, whenever that is."""
+        """Advance the clock to the next event."""
         while self._events:
             self.now, serial, kind, who = heapq.heappop(self._events)
             if kind in ("done", "dead"):
@@ -120,66 +130,37 @@ class SimulatedPool:
                 self.busy_seconds += self.now - begun
                 return [Outcome(call)]
             if kind == "come":
-                self._there[who] = True
+                self._ready[who] = self._location(who)
                 return []
             return self._lose(who)
-        raise AssertionError("nothing is to come, and the schedule is not finished")
+        raise AssertionError("no event is left, and the schedule is not finished")
 
     def _lose(self, node: int) -> list[Outcome]:
         there = [worker for worker, where in self._node_of.items() if where == node]
         if not there:
             return []
         self.lost_nodes += 1
+        self.nodes.names.discard(f"node {node}")
         for worker in there:
             self._node_of[worker] = -1
+            if worker in self._ready:
+                self._ready[worker] = self._location(worker)
         return [self._gone(self._running.pop(w)[0]) for w in there if w in self._running]
 
     def _gone(self, call: Call) -> Outcome:
-        return Outcome(call, lost="its node is gone", cause=Cause.PREEMPTED)
+        return Outcome(call, lost="its node was lost", cause=Cause.PREEMPTED)
 
     def replace(self, worker: int) -> None:
-        self._there.pop(worker, None)
+        self._ready.pop(worker, None)
         self._node_of.pop(worker, None)
         fresh = self._fresh
         self._fresh += 1
         if (fresh - self._count) % self._node_size == 0:
             self._next_node += 1
             self._await_loss(self._next_node - 1)
-        self._node_of[fresh], self._there[fresh] = self._next_node - 1, False
+            self.nodes.names.add(f"node {self._next_node - 1}")
+        self._node_of[fresh] = self._next_node - 1
         self._at(self.now + self._start_seconds, "come", fresh)
-
-    def turn_to(self, worker_class: type, task: Any) -> None:
-        """Nothing is held from task to task."""
-
-    def gather(self) -> list[dict[str, Any]]:
-        return []
-
-    def abandon(self, call: Call, why: str) -> list[Outcome]:
-        raise AssertionError("a simulated call never hangs")
-
-    def is_growing(self) -> bool:
-        return False
-
-    def scale(self, usable: int) -> int:
-        return 0
-
-    def give_back(self, worker: int) -> None:
-        raise AssertionError("nobody is given back")
-
-    def leaving(self) -> Sequence[int]:
-        return []
-
-    def quarantine(self, node: str) -> None:
-        raise AssertionError("a node that is gone is not at fault")
-
-    def nodes(self) -> Set[str]:
-        return {f"node {node}" for node in set(self._node_of.values()) if node >= 0}
-
-    def quarantined(self) -> Set[str]:
-        return frozenset()
-
-    def describe(self) -> str:
-        return f"{len(self.workers())} simulated workers"
 
 
 def simulate(
@@ -191,11 +172,11 @@ def simulate(
     loss_hours: float | None = None,
     seed: int = 0,
 ) -> dict[str, Simulated]:
-    """The stages of a closed-form compression, each from its own beginning; seconds add up.
+    """Simulate the stages of a compression, each from its own start; their seconds add up.
 
     Args:
-        costs: What its calls compute, read and write.
-        loss_hours: Mean hours until a node of `GPUS_A_NODE` workers is lost.
+        costs: FLOPs and bytes of the calls.
+        loss_hours: Mean hours until a node of `GPUS_A_NODE` workers is lost; None: no losses.
     """
     shards = default_shards(costs.num_blocks, workers, blocks_a_shard)
     cut = cut_blocks(costs.num_blocks, shards)
@@ -220,16 +201,13 @@ def simulate(
     )
     stages["calibrate"] = gathering, _passing(costs, gathering)
     if costs.recipe.refine == "blocks":
-        blocks = [(f"block {block}, refine", (block,)) for block in range(costs.num_blocks)]
-        stages["refine"] = IndependentCalls("refine", blocks), lambda call: costs.refine()
+        blocks = [(f"block {each}, refine", Simulate(each)) for each in range(costs.num_blocks)]
+        stages["refine"] = IndependentCalls(blocks), lambda call: costs.refine()
     if costs.pivots:
-        linears = [(f"linear {number}", (number,)) for number in range(len(costs.pivots))]
-        stages["pivot"] = (
-            IndependentCalls("pivot", linears),
-            lambda call: costs.pivots[call.arguments[0]],
-        )
-    files = [(f"file {number}", (number,)) for number in range(costs.files)]
-    stages["write"] = IndependentCalls("write", files), lambda call: costs.file()
+        linears = [(f"linear {each}", Simulate(each)) for each in range(len(costs.pivots))]
+        stages["pivot"] = IndependentCalls(linears), lambda call: costs.pivots[_unit(call)]
+    files = [(f"file {each}", Simulate(each)) for each in range(costs.files)]
+    stages["write"] = IndependentCalls(files), lambda call: costs.file()
     return {
         name: _perform(
             schedule,
@@ -244,19 +222,19 @@ def simulate(
 
 
 def _passing(costs: Costs, schedule: ShardPass) -> Callable[[Call], Work]:
-    """What a call of a pass takes, by the shard that it is of."""
+    """Cost of a call of a pass, as a function of its shard."""
     gathers = any(state.todo for state in schedule.shards)
 
     def work(call: Call) -> Work:
         state = schedule.shards[call.shard]
         blocks = len(state.blocks)
-        if call.method == "open":
+        if isinstance(call.command, Open):
             return costs.load(blocks)
-        if call.method == "finish":
+        if isinstance(call.command, Finish):
             return costs.finish()
         found = costs.gather(blocks) if gathers else costs.forward(blocks)
         if gathers and costs.labels:
-            # the dense pass left the shard's inputs; behind the last block are the labels
+            # the dense pass stored the shard's inputs; the last block's gradient is of the labels
             found += costs.comes() if state.blocks.start else Work()
             if state.blocks.stop == costs.num_blocks:
                 return found + costs.head() + costs.goes()
@@ -277,8 +255,8 @@ def _perform(
 ) -> Simulated:
     moved = 0.0
     performed: dict[str, int] = {}
-    # others would be idle from the first moment to the last
-    useful = min(workers, schedule.usable)
+    # more workers would be idle all the time
+    useful = min(workers, schedule.max_workers)
 
     def take(call: Call) -> float:
         nonlocal moved
@@ -314,10 +292,15 @@ def _perform(
     )
 
 
+def _unit(call: Call) -> int:
+    assert isinstance(call.command, Simulate)
+    return call.command.unit
+
+
 def _is_unit(label: str) -> bool:
-    """Whether a call of this name commits one: a chunk passed or a shard opened is none."""
+    """True if a call with this label commits a unit; steps and opened shards do not."""
     return not label.startswith("block") or label.endswith(("finish", "refine"))
 
 
 def _ignore(event: Mapping[str, Any]) -> None:
-    """Nobody is told."""
+    """No-op event handler."""

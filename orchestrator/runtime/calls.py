@@ -1,101 +1,182 @@
-"""What runs next: pure state, no Ray and no tensors, so every decision is tested as a value.
+"""Commands, the calls that carry them, and the interface of schedules.
 
-A schedule is asked for calls (`calls(idle)`), told what became of them (`succeeded`, `lost`) and of
-workers that are given up (`retired`), and says when it is `finished`. `IndependentCalls` holds
-independent units; `shard_pass` moves chunks through shards, `chain` through blocks one after the
-other, and `pipeline` trains.
+A command is a value that says what a worker does; a call gives it to one worker. A schedule is pure
+state, without Ray and without tensors, so its decisions are tested as values: it is asked for calls
+(`calls(idle)`), is informed of their ends (`succeeded`, `lost`) and of workers that are given up
+(`retired`), and says when it has `finished`. `IndependentCalls` holds independent units;
+`shard_pass` moves chunks through shards, `replicated_blocks` processes blocks sequentially, and
+`stages.train.pipeline` trains.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+from orchestrator.store.places import Place
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Base of commands. Its fields are the keyword arguments of the worker's method `method`."""
+
+    method: ClassVar[str]
+    withheld: ClassVar[frozenset[str]] = frozenset()
+    """Fields that the worker's dispatch reads and the method does not take."""
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of the method."""
+        names = [each.name for each in fields(self) if each.name not in self.withheld]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class Open(Command):
+    """Load a shard."""
+
+    method: ClassVar[str] = "open"
+
+    blocks: tuple[int, int]
+    """Its first block, and the one after its last."""
+    todo: tuple[int, ...] = ()
+    """Its blocks whose unit is to be committed."""
+    ahead: tuple[int, int] | None = None
+    """Blocks that the worker is likely to hold next; their weights are read ahead."""
+    about: tuple[Any, ...] = ()
+    """What the pass says of itself to the worker: further arguments of `open`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Command):
+    """Pass a chunk through the open shard."""
+
+    method: ClassVar[str] = "step"
+
+    index: int
+    emit: bool = False
+    """Whether the output chunk is needed, and so written to its file."""
+    hand_over: bool = False
+    """Whether the output chunk is returned, too."""
+    next_index: int | None = None
+    """Chunk of the next step, which is read ahead; None: the step is the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish(Command):
+    """Commit the unit of a block, once all chunks have passed the open shard."""
+
+    method: ClassVar[str] = "finish"
+
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verify(Command):
+    """Compare files with their hashes."""
+
+    method: ClassVar[str] = "verify"
+
+    files: Sequence[tuple[Place, str]]
+    """Files, each with its BLAKE2b."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One method of one worker: the quantum of dispatch."""
+    """A command for one worker: the unit of dispatch."""
 
     worker: int
-    method: str
-    arguments: tuple[Any, ...]
+    command: Command
     label: str
-    """What the call does, for messages: `blocks 2-3, chunk 17`."""
+    """Name in messages: `blocks 2-3, chunk 17`."""
     shard: int = -1
     takes: tuple[int, int] | None = None
-    """The chunk it reads, as (boundary, index)."""
+    """Input chunk, as (boundary, index)."""
     emits: tuple[int, int] | None = None
-    """The chunk it gives, as (boundary, index)."""
+    """Output chunk, as (boundary, index)."""
     gathers: tuple[tuple[int, int], ...] = ()
-    """Chunks that it reads together, as others do too."""
+    """Input chunks of a call that reads several, which other calls read too."""
+    life: int = 0
+    """Number of restarts of the schedule before the call. A schedule that restarts ignores the ends
+    of calls of an earlier life."""
+
+    @property
+    def method(self) -> str:
+        """Method of the worker, by which deadlines are kept."""
+        return self.command.method
 
 
 class Schedule(Protocol):
-    """What the dispatch loop drives."""
+    """State that the dispatch loop drives."""
 
     @property
     def finished(self) -> bool: ...
 
     @property
-    def usable(self) -> int:
-        """The most workers that can be at work from now on."""
+    def max_workers(self) -> int:
+        """Largest number of workers that can be busy from now on."""
         ...
 
     def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
-        """The calls to start now, at most one for each idle worker.
+        """Calls to start now, at most one for each idle worker.
 
         Args:
-            nodes: Where workers are, as far as it is known.
+            nodes: Nodes of the workers, as far as they are known.
         """
         ...
 
-    def holds(self, worker: int) -> bool:
-        """Whether an idle worker has something that another would have to make again."""
+    def is_holding(self, worker: int) -> bool:
+        """True if an idle worker has state that another one would have to compute again."""
         ...
 
     def succeeded(self, call: Call) -> None: ...
 
     def lost(self, call: Call) -> None:
-        """The worker died, or gave up, in the middle of the call; its state is gone."""
+        """Record that the worker of a running call is lost, with its state."""
         ...
 
     def retired(self, worker: int) -> None:
-        """An idle worker is given up; what it held is free."""
+        """Record that an idle worker is given up; what it held is free."""
         ...
 
-    def split(self, call: Call) -> bool:
-        """Has less held at once than in this call, which is lost for want of memory; if it can."""
+    def shrink_after_oom(self, call: Call) -> bool:
+        """Reduce the memory footprint of a call that ran out of memory.
+
+        Returns False if it cannot be reduced.
+        """
         ...
 
-    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
-        """A chunk that the call was to read is not there after all."""
+    def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
+        """Record that an input chunk of a call is missing or damaged."""
         ...
 
 
 class IndependentCalls:
-    """Independent units, started in order on whoever is idle."""
+    """Independent units, started in order on idle workers.
 
-    def __init__(self, method: str, units: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
-        self._method = method
+    Args:
+        units: Pairs of a label and a command.
+    """
+
+    def __init__(self, units: Sequence[tuple[str, Command]]) -> None:
         self._waiting = list(units)
-        self._running: dict[int, tuple[str, tuple[Any, ...]]] = {}
+        self._running: dict[int, tuple[str, Command]] = {}
 
     @property
     def finished(self) -> bool:
-        return self.usable == 0
+        return self.max_workers == 0
 
     @property
-    def usable(self) -> int:
+    def max_workers(self) -> int:
         return len(self._waiting) + len(self._running)
 
     def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
         calls = []
         for worker in idle:
             if self._waiting and worker not in self._running:
-                label, arguments = self._running[worker] = self._waiting.pop(0)
-                calls.append(Call(worker, self._method, arguments, label))
+                label, command = self._running[worker] = self._waiting.pop(0)
+                calls.append(Call(worker, command, label))
         return calls
 
-    def holds(self, worker: int) -> bool:
+    def is_holding(self, worker: int) -> bool:
         return False
 
     def succeeded(self, call: Call) -> None:
@@ -105,10 +186,10 @@ class IndependentCalls:
         self._waiting.insert(0, self._running.pop(call.worker))
 
     def retired(self, worker: int) -> None:
-        """Between its calls a worker holds nothing."""
+        """Between calls a worker has no state."""
 
-    def split(self, call: Call) -> bool:
+    def shrink_after_oom(self, call: Call) -> bool:
         return False
 
-    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+    def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         raise AssertionError(f"{call.label} reads no chunk")

@@ -1,6 +1,6 @@
-"""The dispatch loop, which knows neither Ray nor tensors.
+"""Dispatch loop: calls of a schedule are executed by a pool, under a failure policy.
 
-It asks a schedule what to start, a pool to start it, and a failure policy what a failed call means.
+It knows neither Ray nor tensors.
 """
 
 import time
@@ -12,13 +12,13 @@ from orchestrator.errors import OrchestratorError, WorkerError
 from orchestrator.runtime.calls import Call, Schedule
 from orchestrator.runtime.deadline import Deadlines
 from orchestrator.runtime.policy import Action, Cause, Failure, FailurePolicy, check_nodes
-from orchestrator.runtime.pool import PATIENCE_SECONDS, Outcome, Pool
+from orchestrator.runtime.pool import PATIENCE_SECONDS, Outcome, Pool, describe
 from orchestrator.runtime.scaling import to_give_back
 from orchestrator.store.chunks import MissingChunk
 
 POLL_SECONDS = 0.5
 NAMED_CALLS = 3
-"""Calls that a message about waiting names; of the others it gives the number."""
+"""Calls that a message about a wait names; the others are counted."""
 
 
 def dispatch(
@@ -31,21 +31,21 @@ def dispatch(
     on_event: Callable[[dict[str, Any]], None],
     patience: Mapping[str, float] = {},
 ) -> None:
-    """Performs a schedule to its end.
+    """Execute a schedule to its end.
 
-    A call that runs past its deadline (see `Deadlines`) is a failure as its worker's death is. What
-    a failure means is the policy's to say; what it decided is in the event that tells of it.
+    A call that exceeds its deadline (see `Deadlines`) is a failure, like the death of its worker.
+    The policy decides what follows a failure; its decision is part of the failure's event.
 
     Args:
-        on_success: Told of each call that ended well, with its small result.
-        is_awaited: Whether an emitted chunk is held for the worker that takes it next; all others
-            are let go and read back from their files.
-        on_event: Told of failures, of long waits, of the memory of each call and, at the end, of
-            how busy the workers were.
+        on_success: Called with each successful call and its result.
+        is_awaited: Whether an output chunk is kept in memory for the next worker that reads it; all
+            others are released and read back from their files.
+        on_event: Called on failures, on long waits, with the memory of each call, and once at the
+            end with the workers' utilisation.
         patience: By method, seconds that a call may take (see `Deadlines`).
 
     Raises:
-        OrchestratorError: A call raised it, or the policy gave up.
+        OrchestratorError: A call raised it, or the policy ended the run.
     """
     loop = _Loop(pool, schedule, policy, on_success, is_awaited, on_event, Deadlines(patience))
     while not schedule.finished:
@@ -60,7 +60,7 @@ def dispatch(
 
 
 class _Loop:
-    """What the dispatch loop knows as it goes round: who is at what, since when."""
+    """State of the dispatch loop: running calls with their start times, chunks in memory."""
 
     def __init__(
         self,
@@ -82,20 +82,27 @@ class _Loop:
         self._busy_seconds = self._there_seconds = 0.0
 
     def retire_draining(self) -> None:
-        """Puts others in the place of idle workers whose nodes go; busy ones may end their call."""
-        for worker in self._pool.leaving():
-            if worker not in self._busy:
-                self._on_event({"event": "retired", **asdict(self._pool.location(worker))})
+        """Replace idle workers on nodes that leave; busy ones may end their call first."""
+        leaving = self._pool.nodes.leaving()
+        if not leaving:
+            return
+        for worker, location in self._pool.workers().items():
+            if location.node in leaving and worker not in self._busy:
+                self._on_event({"event": "retired", **asdict(location)})
                 self._schedule.retired(worker)
                 self._pool.replace(worker)
 
     def start_calls(self) -> None:
         now = time.monotonic()
-        self._there_seconds += (now - self._counted) * len(self._pool.workers())
+        workers = self._pool.workers()
+        self._there_seconds += (now - self._counted) * len(workers)
         self._counted = now
-        idle = self._idle_workers()
-        nodes = {worker: self._pool.location(worker).node for worker in idle}
-        for call in self._schedule.calls(idle, nodes):
+        nodes = {
+            worker: location.node
+            for worker, location in workers.items()
+            if worker not in self._busy
+        }
+        for call in self._schedule.calls(list(nodes), nodes):
             record = self._records.pop(call.takes, None) if call.takes else None
             gathered = [self._records.get(chunk) for chunk in call.gathers]
             self._pool.start(call, gathered or record)
@@ -104,23 +111,22 @@ class _Loop:
             chunk: record for chunk, record in self._records.items() if self._is_awaited(chunk)
         }
 
-    def _idle_workers(self) -> list[int]:
-        return [worker for worker in self._pool.workers() if worker not in self._busy]
-
     def scale(self) -> None:
-        """Has workers come for what can be used, and gives back those that it is too little for."""
+        """Adapt the number of workers to the schedule; give back idle surplus workers."""
         now = time.monotonic()
-        free = [each for each in self._idle_workers() if not self._schedule.holds(each)]
+        workers = self._pool.workers()
+        idle_workers = [worker for worker in workers if worker not in self._busy]
+        free = [each for each in idle_workers if not self._schedule.is_holding(each)]
         self._idle = {each: self._idle.get(each, now) for each in free}
-        spare = self._pool.scale(self._schedule.usable)
+        surplus = self._pool.scale(self._schedule.max_workers)
         idle = {worker: now - since for worker, since in self._idle.items()}
-        for worker in to_give_back(idle, spare):
-            self._on_event({"event": "returned", **asdict(self._pool.location(worker))})
+        for worker in to_give_back(idle, surplus):
+            self._on_event({"event": "returned", **asdict(workers[worker])})
             self._schedule.retired(worker)
             self._pool.give_back(worker)
 
     def overdue(self) -> list[Outcome]:
-        """The calls that have run past their deadline, ended."""
+        """End the calls that have exceeded their deadline. Returns their outcomes."""
         now = time.monotonic()
         outcomes: list[Outcome] = []
         for call, begun in self._busy.values():
@@ -131,7 +137,7 @@ class _Loop:
         return outcomes
 
     def conclude(self, outcome: Outcome) -> None:
-        """Tells the schedule what became of a call, and performs what the policy decides."""
+        """Record the outcome of a call in the schedule, and do what the policy decides."""
         call = outcome.call
         _, begun = self._busy.pop(call.worker)
         self._busy_seconds += time.monotonic() - begun
@@ -139,8 +145,9 @@ class _Loop:
             self._conclude_loss(outcome)
         elif isinstance(outcome.error, MissingChunk):
             self._on_event({"event": "missing", "unit": call.label})
-            self._policy.after_missing(call.label)
-            self._schedule.missing(call, outcome.error.chunk)
+            if (ending := self._policy.after_missing(call.label).error) is not None:
+                raise ending
+            self._schedule.input_missing(call, outcome.error.chunk)
         elif outcome.error is not None:
             error = wrap_error(outcome.error, call)
             self._tell("failed", outcome, str(error), "raised an error", Action.END)
@@ -156,16 +163,17 @@ class _Loop:
 
     def _conclude_loss(self, outcome: Outcome) -> None:
         call, why = outcome.call, outcome.lost or ""
-        node = self._pool.location(call.worker).node
-        is_split = outcome.cause is Cause.OUT_OF_MEMORY and self._schedule.split(call)
+        node = self._pool.workers()[call.worker].node
+        nodes = self._pool.nodes
+        is_split = outcome.cause is Cause.OUT_OF_MEMORY and self._schedule.shrink_after_oom(call)
         failure = Failure(call.label, node, outcome.cause, why)
-        decision = self._policy.after_failure(failure, self._pool.nodes(), is_split=is_split)
+        decision = self._policy.after_failure(failure, nodes.available(), is_split=is_split)
         self._tell("lost", outcome, why, outcome.cause, decision.action)
         if decision.error is not None:
             raise decision.error
-        # its other workers may fail on their last call
-        if decision.action is Action.QUARANTINE and node not in self._pool.quarantined():
-            self._pool.quarantine(node)
+        # other workers of a quarantined node may fail on their last call
+        if decision.action is Action.QUARANTINE and node not in nodes.quarantined():
+            nodes.quarantine(node)
             self._on_event({"event": "quarantined", "node": node})
         self._schedule.lost(call)
         self._pool.replace(call.worker)
@@ -178,34 +186,38 @@ class _Loop:
                 "why": why,
                 "cause": str(cause),
                 "decided": str(action),
-                **asdict(self._pool.location(outcome.call.worker)),
+                **asdict(self._pool.workers()[outcome.call.worker]),
                 "log": outcome.log,
             }
         )
 
     def report_utilisation(self) -> None:
-        """Tells how long workers were at a call, of all the time that they were there."""
+        """Report the seconds that workers spent in calls, of the seconds that they existed."""
         there = self._there_seconds + (time.monotonic() - self._counted) * len(self._pool.workers())
         self._on_event({"event": "busy", "seconds": self._busy_seconds, "of": there})
 
     def report_waiting(self, heard: bool) -> None:
-        """Says for what the loop waits, when nothing was heard for long.
+        """Report what the loop waits for, if no call has ended for `PATIENCE_SECONDS`.
+
+        Args:
+            heard: Whether a call has just ended.
 
         Raises:
-            WorkerError: It waits for workers, and no node may hold one.
+            WorkerError: There is no worker, and no node that may hold one.
         """
         now = time.monotonic()
         if heard:
             self._heard = now
         if now - self._heard > PATIENCE_SECONDS:
             self._heard = now
-            there = self._pool.describe()
+            nodes = self._pool.nodes
+            there = describe(len(self._pool.workers()), nodes)
             self._on_event({"event": "waiting", "for": self._awaited(), "there": there})
-            if not self._pool.workers() and not self._pool.is_growing():
-                check_nodes(self._pool.nodes(), self._pool.quarantined())
+            if not self._pool.workers() and not nodes.is_growing:
+                check_nodes(nodes.available(), nodes.quarantined())
 
     def _awaited(self) -> str:
-        """The calls that are under way, or a worker to perform any."""
+        """Labels of the running calls; a worker, if none runs."""
         labels = [call.label for call, _ in self._busy.values()]
         if not labels:
             return "a worker"
@@ -214,7 +226,7 @@ class _Loop:
 
 
 def wrap_error(error: BaseException, call: Call) -> OrchestratorError:
-    """Our own errors as they are; anything else with the unit's name, and its traceback behind."""
+    """Return our own errors unchanged, others as a WorkerError with the unit's name."""
     if isinstance(error, OrchestratorError):
         return error
     cause = getattr(error, "cause", None) or error

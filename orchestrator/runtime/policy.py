@@ -163,16 +163,18 @@ class FailurePolicy:
             self._failures = failures
         return decision
 
-    def after_missing(self, unit: str) -> None:
-        """Notes that what a call was to read is not there, or is damaged.
+    def after_missing(self, unit: str) -> Decision:
+        """Record that the input of a call is missing or damaged, and decide what follows.
 
-        Raises:
-            WorkerError: It was one too many.
+        The decision is to repeat the call, or to end the run if the input was missing
+        `MISSES_A_UNIT` times.
         """
         self._misses[unit] += 1
-        if self._misses[unit] >= MISSES_A_UNIT:
-            raise WorkerError(
-                f"{unit}: its input was made {self._misses[unit] - 1} times and is missing or "
-                "damaged again; do all nodes share the run directory, and does its disk keep "
-                "what is written?"
-            )
+        if self._misses[unit] < MISSES_A_UNIT:
+            return Decision(Action.REPEAT)
+        error = WorkerError(
+            f"{unit}: its input was made {self._misses[unit] - 1} times and is missing or damaged "
+            "again; check that all nodes share the run directory and that its disk keeps what is "
+            "written"
+        )
+        return Decision(Action.END, error)

@@ -1,11 +1,15 @@
-"""Where calls are performed: the interface of a pool, and a pool without Ray."""
+"""Interface of a pool of workers, and the pool that needs no Ray.
+
+`LocalPool` runs calls in this process, `ray.pool.RayPool` in actors. `FixedPool` is the common part
+of pools with a fixed set of workers; the simulator and the tests derive theirs from it.
+"""
 
 import os
 import socket
 import traceback
 from collections import deque
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from orchestrator.errors import WorkerError
@@ -15,130 +19,197 @@ from orchestrator.runtime.policy import Cause
 from orchestrator.usage import Usage
 
 PATIENCE_SECONDS = 30.0
-"""Whatever is waited for longer is said, again and again."""
+"""Interval between messages about a wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a call."""
+    """How a call ended: with a value, an error, or the loss of its worker."""
 
     call: Call
     value: Any = None
-    """The method's small result."""
+    """Result of the call, a small value."""
     record: Any = None
-    """The chunk that it emitted: a value or a reference; nothing when there is none."""
+    """Output chunk, as a value or a reference; None if the call has none."""
     usage: Usage | None = None
     """Peak memory of the call."""
     error: BaseException | None = None
-    """What the method raised; it will raise it again on any worker."""
+    """Exception of the call; any worker would raise it again."""
     lost: str | None = None
-    """Why the worker is gone, or of no use any more."""
+    """Reason for which the worker is lost or unusable; None if it is not."""
     cause: Cause = Cause.DIED
-    """What kind of loss that is."""
+    """Kind of loss, if the worker is lost."""
     log: str = ""
-    """Of a failure, what was found to explain it: a traceback, stacks, the end of a log."""
+    """Diagnostics of a failure: a traceback, stacks, or the end of the worker's log."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLocation:
-    """Where a worker is."""
+    """Node and process of a worker."""
 
     node: str
-    """The node's name, which no other node of the pool has."""
+    """Name of the node, unique in the pool."""
     pid: int
 
 
-class Pool(Protocol):
-    """Equal workers, each performing one call at a time."""
+class NodeView(Protocol):
+    """Nodes of a pool, by name."""
 
-    def turn_to(self, worker_class: type, task: Any) -> None:
-        """Has the workers take up another task; what they hold of the one before is let go."""
-        ...
-
-    def gather(self) -> list[dict[str, Any]]:
-        """Waits until there are enough workers; gives what each proves of where it is."""
-        ...
-
-    def workers(self) -> Sequence[int]: ...
-
-    def location(self, worker: int) -> WorkerLocation: ...
-
-    def start(self, call: Call, record: Any) -> None: ...
-
-    def wait(self, seconds: float) -> list[Outcome]:
-        """The calls that ended; empty when none did in that time."""
-        ...
-
-    def abandon(self, call: Call, why: str) -> list[Outcome]:
-        """Ends a call that is taken to hang, and its worker's process; what became of it.
-
-        If it has ended since, that is what it gives.
-        """
-        ...
-
-    def replace(self, worker: int) -> None:
-        """Puts a fresh worker in the place of a lost one, under a new number."""
-        ...
-
+    @property
     def is_growing(self) -> bool:
-        """Whether nodes may come for it that are not there yet."""
+        """True if an autoscaler may add nodes."""
         ...
 
-    def scale(self, usable: int) -> int:
-        """Has workers come, or no more of them, for work that can use so many.
-
-        Gives how many of those that are there are too many.
-        """
-        ...
-
-    def give_back(self, worker: int) -> None:
-        """Ends an idle worker, in whose place none comes."""
-        ...
-
-    def leaving(self) -> Sequence[int]:
-        """Workers that are to take no new call: their nodes are draining or quarantined."""
-        ...
-
-    def quarantine(self, node: str) -> None:
-        """Gives the workers of a node up, and starts none there any more."""
-        ...
-
-    def nodes(self) -> Set[str]:
+    def available(self) -> Set[str]:
         """Nodes that can hold a worker: neither draining nor quarantined."""
+        ...
+
+    def leaving(self) -> Set[str]:
+        """Nodes that get no new call: draining or quarantined."""
         ...
 
     def quarantined(self) -> Set[str]: ...
 
+    def quarantine(self, node: str) -> None:
+        """Exclude a node: its workers are given up, and no worker starts there again."""
+        ...
+
     def describe(self) -> str:
-        """What is there, for messages about waiting."""
+        """Resources and state of the nodes, for messages about a wait."""
         ...
 
 
-class LocalPool:
-    """One worker in this process: the same units and bits, without Ray.
+@dataclass
+class NodeSet:
+    """Nodes that are known by name alone, without a cluster."""
 
-    A call that runs out of memory costs the worker what it holds. A failure of the GPU ends the
-    run, since CUDA is unusable in this process, the only one; the same command resumes the run.
+    names: set[str]
+    draining: set[str] = field(default_factory=set)
+    is_growing: bool = False
+    _quarantined: set[str] = field(default_factory=set)
+
+    def available(self) -> Set[str]:
+        return self.names - self.leaving()
+
+    def leaving(self) -> Set[str]:
+        return self.draining | self._quarantined
+
+    def quarantined(self) -> Set[str]:
+        return self._quarantined
+
+    def quarantine(self, node: str) -> None:
+        self._quarantined.add(node)
+
+    def describe(self) -> str:
+        return f"nodes {', '.join(sorted(self.names))}"
+
+
+class Pool(Protocol):
+    """Equal workers; each executes one call at a time."""
+
+    @property
+    def nodes(self) -> NodeView: ...
+
+    def reassign(self, worker_class: type, task: Any) -> None:
+        """Give the workers another task; they free the state of the previous one."""
+        ...
+
+    def gather(self) -> list[dict[str, Any]]:
+        """Wait until enough workers are ready. Returns the probe of each."""
+        ...
+
+    def workers(self) -> Mapping[int, WorkerLocation]:
+        """Workers that are ready, by number; one that is lost stays until it is replaced."""
+        ...
+
+    def start(self, call: Call, record: Any) -> None:
+        """Start a call on its idle worker.
+
+        Args:
+            record: Input chunk, or a list of them; None if the worker is to read its file.
+        """
+        ...
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        """Wait for calls to end; empty if none ends within `seconds`."""
+        ...
+
+    def abandon(self, call: Call, why: str) -> list[Outcome]:
+        """End a call that is taken to hang, with its worker's process. Returns its outcome.
+
+        If the call has ended meanwhile, the outcome is its result.
+        """
+        ...
+
+    def replace(self, worker: int) -> None:
+        """Remove a worker and start a new one, which has another number."""
+        ...
+
+    def scale(self, max_workers: int) -> int:
+        """Adapt the number of workers to work that can use at most `max_workers`.
+
+        Returns the number of ready workers that are surplus.
+        """
+        ...
+
+    def give_back(self, worker: int) -> None:
+        """Remove an idle worker without a replacement."""
+        ...
+
+
+def describe(workers: int, nodes: NodeView) -> str:
+    """Number of workers and state of the nodes, for messages about a wait."""
+    return f"{workers} workers, {nodes.describe()}"
+
+
+class FixedPool:
+    """Base of pools whose workers are given: they have no task, never hang and are never surplus.
+
+    Derived classes define `workers`, `start`, `wait` and `replace`.
+    """
+
+    def __init__(self, nodes: NodeSet) -> None:
+        self.nodes = nodes
+
+    def reassign(self, worker_class: type, task: Any) -> None:
+        """Workers without a task have no state to free."""
+
+    def gather(self) -> list[dict[str, Any]]:
+        return []
+
+    def abandon(self, call: Call, why: str) -> list[Outcome]:
+        raise AssertionError(f"{call.label}: a call of a {type(self).__name__} cannot hang")
+
+    def scale(self, max_workers: int) -> int:
+        return 0
+
+    def give_back(self, worker: int) -> None:
+        raise AssertionError(f"worker {worker} of a {type(self).__name__} is never surplus")
+
+
+class LocalPool(FixedPool):
+    """One worker in this process; results are those of a Ray run, bit for bit.
+
+    A call that runs out of memory costs the worker its state. A failure of the GPU ends the run,
+    because CUDA is unusable in this process afterwards; the same command resumes the run.
     """
 
     def __init__(self, worker_class: type, task: Any, nonce: str) -> None:
+        super().__init__(NodeSet({socket.gethostname()}))
         self._nonce = nonce
         self._calls: deque[tuple[Call, Any]] = deque()
         self.worker: Any = None
-        self.turn_to(worker_class, task)
+        self.reassign(worker_class, task)
 
-    def turn_to(self, worker_class: type, task: Any) -> None:
+    def reassign(self, worker_class: type, task: Any) -> None:
         self._worker_class, self._task = worker_class, task
         self.replace(0)
 
     def gather(self) -> list[dict[str, Any]]:
         return [self.worker.probe(self._nonce)]
 
-    def workers(self) -> Sequence[int]:
-        return [0]
-
-    def location(self, worker: int) -> WorkerLocation:
-        return WorkerLocation(socket.gethostname(), os.getpid())
+    def workers(self) -> Mapping[int, WorkerLocation]:
+        return {0: WorkerLocation(socket.gethostname(), os.getpid())}
 
     def start(self, call: Call, record: Any) -> None:
         self._calls.append((call, record))
@@ -146,7 +217,7 @@ class LocalPool:
     def wait(self, seconds: float) -> list[Outcome]:
         call, record = self._calls.popleft()
         try:
-            value, emitted, usage = self.worker.measured(call.method, call.arguments, record)
+            value, emitted, usage = self.worker.measured(call.command, record)
         except Exception as error:
             log = traceback.format_exc()
             cause = cause_of_loss(error)
@@ -155,47 +226,20 @@ class LocalPool:
             return [Outcome(call, error=error if cause is None else _gpu_lost(error), log=log)]
         return [Outcome(call, value, emitted, usage)]
 
-    def abandon(self, call: Call, why: str) -> list[Outcome]:
-        raise AssertionError("a call in this process is waited for, however long it takes")
-
     def replace(self, worker: int) -> None:
-        # the old one's memory is free before the new one takes any
+        # the previous worker's memory is freed before the next one allocates
         if self.worker is not None:
             self.worker.release()
             self.worker = None
         self.worker = self._worker_class(self._task)
 
-    def is_growing(self) -> bool:
-        return False
-
-    def scale(self, usable: int) -> int:
-        return 0
-
-    def give_back(self, worker: int) -> None:
-        raise AssertionError("the only worker is never too many")
-
-    def leaving(self) -> Sequence[int]:
-        return []
-
-    def quarantine(self, node: str) -> None:
-        raise AssertionError("there is no other node")
-
-    def nodes(self) -> Set[str]:
-        return {socket.gethostname()}
-
-    def quarantined(self) -> Set[str]:
-        return frozenset()
-
-    def describe(self) -> str:
-        return "one worker in this process"
-
 
 def _gpu_lost(error: BaseException) -> WorkerError:
     """Error that ends a run in a process whose GPU has failed."""
     lost = WorkerError(
-        f"the GPU of this process failed, and CUDA with it: {summary(error)}; what is committed "
-        "stays, the same command resumes; if it fails again, look for Xid in the kernel's log, or "
-        "select another GPU by CUDA_VISIBLE_DEVICES"
+        f"the GPU of this process failed, and CUDA with it: {summary(error)}; committed units "
+        "stay, the same command resumes the run; if it fails again, look for Xid in the kernel's "
+        "log, or select another GPU with CUDA_VISIBLE_DEVICES"
     )
     lost.__cause__ = error
     return lost

@@ -36,19 +36,19 @@ class Bounds:
         """The same for work that can never use more than so many."""
         return replace(self, least=min(self.least, most))
 
-    def within(self, usable: int) -> int:
+    def within(self, max_workers: int) -> int:
         """What the work can use, within the bounds."""
-        return max(self.least, usable if self.most is None else min(usable, self.most))
+        return max(self.least, max_workers if self.most is None else min(max_workers, self.most))
 
 
-def wanted(bounds: Bounds, usable: int, room: int) -> int:
+def wanted(bounds: Bounds, max_workers: int, room: int) -> int:
     """Workers to have.
 
     Args:
-        usable: Workers that the work can use.
+        max_workers: Workers that the work can use.
         room: Workers that there are or are asked for, and those that the nodes have room for.
     """
-    within = bounds.within(usable)
+    within = bounds.within(max_workers)
     return within if bounds.is_growing else min(within, room)
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from orchestrator.runtime.calls import Call
+from orchestrator.runtime.calls import Call, Finish, Open, Step
 
 
 @dataclass(slots=True)
@@ -149,7 +149,7 @@ class ShardPass:
         return self.shards[shard].entry if shard < len(self.shards) else self.shards[-1].exit
 
     @property
-    def usable(self) -> int:
+    def max_workers(self) -> int:
         return sum(not self.is_done(k) for k in range(len(self.shards)))
 
     def drop_inputs(self) -> list[int]:
@@ -229,19 +229,22 @@ class ShardPass:
                 call = self._take(worker, earlier, nodes)
                 if call is not None:
                     calls.append(call)
-        return [self._with_ahead(call) if call.method == "open" else call for call in calls]
+        return [self._with_ahead(call) for call in calls]
 
     def _with_ahead(self, call: Call) -> Call:
-        """The call, told which blocks its worker is likely to hold next: the first shards to be
-        done are the first in the pass, and their workers take the first that nobody holds."""
+        """Add to a call that opens a shard the blocks that its worker is likely to hold next.
+
+        The first shards of a pass are done first, and their workers take the first free ones.
+        """
+        if not isinstance(call.command, Open):
+            return call
         held = [k for k, state in enumerate(self.shards) if state.owner is not None]
         following = [k for k in range(call.shard, len(self.shards)) if self.shards[k].owner is None]
         place = held.index(call.shard)
         if place >= len(following):
             return call
         blocks = self.shards[following[place]].blocks
-        opened, todo, _, *about = call.arguments
-        return replace(call, arguments=(opened, todo, (blocks.start, blocks.stop), *about))
+        return replace(call, command=replace(call.command, ahead=(blocks.start, blocks.stop)))
 
     def _first_unheld(self) -> int | None:
         for k, state in enumerate(self.shards):
@@ -265,13 +268,13 @@ class ShardPass:
             return None
         if not state.opened:
             blocks = (state.blocks.start, state.blocks.stop)
-            arguments = (blocks, state.todo, None, *self._about)
-            return self._start(Call(worker, "open", arguments, f"{state.label}, open", shard))
+            opening = Open(blocks, state.todo, about=self._about)
+            return self._start(Call(worker, opening, f"{state.label}, open", shard))
         index = self._next_chunk(shard)
         if index is not None:
             return self._step(worker, shard, index)
         block = state.todo[0]
-        return self._start(Call(worker, "finish", (block,), f"block {block}, finish", shard))
+        return self._start(Call(worker, Finish(block), f"block {block}, finish", shard))
 
     def _step(self, worker: int, shard: int, index: int) -> Call | None:
         if index not in self._present[shard]:
@@ -284,8 +287,7 @@ class ShardPass:
         return self._start(
             Call(
                 worker,
-                "step",
-                (index, emit, hand_over, next_index),
+                Step(index, emit, hand_over, next_index),
                 f"{state.label}, chunk {index}",
                 shard,
                 takes=(state.entry, index),
@@ -297,7 +299,7 @@ class ShardPass:
         self.shards[call.shard].busy = True
         return call
 
-    def holds(self, worker: int) -> bool:
+    def is_holding(self, worker: int) -> bool:
         return self._held(worker) is not None
 
     def _held(self, worker: int) -> int | None:
@@ -310,15 +312,16 @@ class ShardPass:
         assert shard is not None
         state = self.shards[shard]
         state.busy = False
-        if call.method == "open":
-            state.opened = True
-        elif call.method == "step":
-            state.fed.add(call.arguments[0])
-            if call.emits is not None:
-                self._present[shard + 1].add(call.emits[1])
-        else:
-            state.todo = tuple(block for block in state.todo if block != call.arguments[0])
-            self._needed = self._needs()
+        match call.command:
+            case Open():
+                state.opened = True
+            case Step(index=index):
+                state.fed.add(index)
+                if call.emits is not None:
+                    self._present[shard + 1].add(call.emits[1])
+            case Finish(block=done):
+                state.todo = tuple(block for block in state.todo if block != done)
+                self._needed = self._needs()
         if self.is_done(shard):
             self._release(shard)
 
@@ -330,7 +333,7 @@ class ShardPass:
         if shard is not None:
             self._release(shard)
 
-    def split(self, call: Call) -> bool:
+    def shrink_after_oom(self, call: Call) -> bool:
         shard = self._held(call.worker)
         if shard is None or not self._inner(self.shards[shard]):
             return False
@@ -374,7 +377,7 @@ class ShardPass:
         self.shards[shard : shard + 1] = parts[::-1] if state.backward else parts
         self._present[shard + 1 : shard + 1] = [set() for _ in inner]
 
-    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+    def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         shard = self._held(call.worker)
         assert shard is not None
         self._release(shard)

@@ -9,7 +9,7 @@ files, seconds where making them again takes hours.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.runtime.calls import Call, IndependentCalls
+from orchestrator.runtime.calls import Call, IndependentCalls, Verify
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
@@ -34,7 +34,7 @@ def verified_units(
             found[call.label] = value
             stage.progress(len(found), len(hashes), unit=call.label)
 
-        bag = IndependentCalls("verify", [(name, (files,)) for name, files in hashes.items()])
+        bag = IndependentCalls([(name, Verify(files)) for name, files in hashes.items()])
         dispatch(workers.pool, bag, FailurePolicy(), on_success=on_success, on_event=monitor.event)
     for name in hashes:
         if not found[name]:

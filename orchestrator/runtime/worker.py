@@ -22,6 +22,7 @@ from orchestrator.device.malloc import keep_freed_memory, return_freed_memory
 from orchestrator.device.transport import Departure, Pace
 from orchestrator.errors import InputError
 from orchestrator.models.shards.chunk import Chunk
+from orchestrator.runtime.calls import Command, Open, Step
 from orchestrator.store.chunks import Chunks, MissingChunk, Record
 from orchestrator.store.files import digest_file
 from orchestrator.store.places import Place
@@ -49,7 +50,7 @@ class Task:
 
 
 class Worker:
-    """Base of the workers; the methods that calls name are those of the subclasses."""
+    """Base of the workers; subclasses have the methods that commands name."""
 
     def __init__(self, task: Task) -> None:
         torch.set_num_threads(task.threads)
@@ -68,13 +69,11 @@ class Worker:
         self._coming: dict[Stored, Future[Chunk | None]] = {}
         self._pace = Pace(self.device)
 
-    def measured(
-        self, method: str, arguments: tuple[Any, ...], *records: Emitted
-    ) -> tuple[Any, Emitted, Usage]:
-        """One call, as `perform`, and its peak memory."""
+    def measured(self, command: Command, *records: Emitted) -> tuple[Any, Emitted, Usage]:
+        """Execute a command, as `perform`. Returns its peak memory, too."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        value, emitted = self.perform(method, arguments, *records)
+        value, emitted = self.perform(command, *records)
         return value, emitted, self.usage()
 
     def release(self) -> None:
@@ -85,10 +84,8 @@ class Worker:
         gc.collect()
         return_freed_memory()
 
-    def perform(
-        self, method: str, arguments: tuple[Any, ...], record: Emitted
-    ) -> tuple[Any, Emitted]:
-        """One call: its small result, and the chunk that it hands over.
+    def perform(self, command: Command, record: Emitted) -> tuple[Any, Emitted]:
+        """Execute a command. Returns its result and, if requested, the output chunk.
 
         A chunk is on its way to its file while the next is computed, and the weights of the blocks
         that are likely to be next are on theirs to the system's cache. The last chunk is in its
@@ -97,27 +94,25 @@ class Worker:
         A GPU may still compute when the call of a step ends, unless its chunk is handed over:
         meanwhile the chunk is copied to the host, and the next one is read.
         """
-        if method == "step":
-            index, emit, hand_over, next_index = arguments
+        if isinstance(command, Step):
             self._pace.step()
-            value, emitted = self.step(index, emit, record)
+            value, emitted = self.step(command.index, command.emit, record)
             # after a chunk that was handed over the next one probably is, too
-            self._read_next(next_index if record is None else None)
-            if next_index is None:
+            self._read_next(command.next_index if record is None else None)
+            if command.next_index is None:
                 self.flush_writes()
-            if not hand_over:
+            if not command.hand_over:
                 return value, None
             self._departure.wait()
             return value, emitted
         self.flush_writes()
         self._coming = {}
-        if method == "open":
-            blocks, todo, ahead, *about = arguments
-            self.open(blocks, todo, *about)
-            if ahead is not None:
-                self._disk.submit(self.read_ahead, range(*ahead))
+        if isinstance(command, Open):
+            self.open(command.blocks, command.todo, *command.about)
+            if command.ahead is not None:
+                self._disk.submit(self.read_ahead, range(*command.ahead))
             return None, None
-        return getattr(self, method)(*arguments), None
+        return getattr(self, command.method)(**command.keywords()), None
 
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...], *about: Any) -> None:
         """Takes a shard; subclasses say how."""

@@ -57,7 +57,7 @@ class WorkerGroup:
         Raises:
             InfeasibleError, InputError: As `start_workers`.
         """
-        self.pool.turn_to(worker_class, task)
+        self.pool.reassign(worker_class, task)
         return self.gathered()
 
     def gathered(self) -> "WorkerGroup":

@@ -18,7 +18,7 @@ from orchestrator.models.checkpoint.output import claim_out
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import resolve
-from orchestrator.runtime.calls import IndependentCalls
+from orchestrator.runtime.calls import IndependentCalls, Open
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
@@ -90,7 +90,7 @@ def warm_job(recipe: Recipe) -> Iterator[Job]:
             connected(execution, monitor),
             start_workers(CompressionWorker, task, execution, most, monitor) as workers,
         ):
-            opening = IndependentCalls("open", [("warm up", ((0, 1), (), None))] * workers.size)
+            opening = IndependentCalls([("warm up", Open((0, 1)))] * workers.size)
             dispatch(
                 workers.pool,
                 opening,

@@ -19,6 +19,7 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import Calibration
 from orchestrator.models.training.compensation import read_errors, squared_error
 from orchestrator.models.training.distill import TopK, distill
+from orchestrator.runtime.calls import Step
 from orchestrator.runtime.worker import Task, Worker
 from orchestrator.stages.context.compress_worker import _stored
 from orchestrator.store.chunks import Chunks
@@ -330,7 +331,7 @@ def test_the_next_chunk_is_read_beside_a_step(handed_over, tmp_path, monkeypatch
                 worker.flush_writes()
                 worker.chunks.write(2, 2, records[2])
             given = records[index] if handed_over else None
-            main, _ = worker.perform("step", (index, True, False, following), given)
+            main, _ = worker.perform(Step(index, emit=True, next_index=following), given)
             worker._disk.submit(int).result()
         beside = {index: any(each != main for each in who) for index, who in readers.items()}
         found = [Chunk.unpack(read(worker.chunks, 4, n)).payload.output for n in range(3)]
@@ -355,7 +356,7 @@ def test_a_chunk_that_is_handed_over_has_arrived(tmp_path):
         record = Chunk(0, mask_BT.long(), mask_BT, Payload(torch.zeros(1, 4, 3))).pack()
         for hand_over in (True, False):
             device.clear()
-            worker.perform("step", (0, True, hand_over, 1), record)
+            worker.perform(Step(0, True, hand_over, 1), record)
             waits = [each.site for each in device.stream_calls if "synchronize" in each.operation]
             assert len(waits) >= hand_over
             worker.flush_writes()

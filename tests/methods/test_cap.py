@@ -34,6 +34,7 @@ from orchestrator.linalg.ranked import RIDGES, SKETCH, rank_parts, sketched_ener
 from orchestrator.linalg.rpca import rpca
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.runtime.calls import Open, Step
 from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.stages.context.masks import CandidateValues, masked_weight, read_masked
 
@@ -633,11 +634,11 @@ def test_a_pass_tells_what_it_is_about():
         about=("masks",),
     )
     first, second = schedule.calls([0, 1])
-    assert first.arguments == ((0, 2), (), None, "masks")
-    assert second.arguments == ((2, 4), (), None, "masks")
+    assert first.command == Open((0, 2), about=("masks",))
+    assert second.command == Open((2, 4), about=("masks",))
     schedule.succeeded(first)
     (step,) = schedule.calls([0])
-    assert step.arguments == (0, True, True, None)
+    assert step.command == Step(0, emit=True, hand_over=True)
 
 
 @pytest.fixture(scope="module")

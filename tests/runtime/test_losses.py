@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orchestrator.errors import InputError, WorkerError
-from orchestrator.runtime.calls import Call
+from orchestrator.runtime.calls import Call, Finish
 from orchestrator.runtime.losses import cause_of_loss, summary
 from orchestrator.runtime.policy import Cause
 from orchestrator.runtime.pool import LocalPool
@@ -120,11 +120,11 @@ def test_a_pool_in_this_process_tells_them_apart(error, cause, ends):
         def __init__(self, task):
             pass
 
-        def measured(self, method, arguments, record):
+        def measured(self, command, record):
             raise error
 
     pool = LocalPool(Worker, "task", "nonce")
-    pool.start(Call(0, "finish", (1,), "block 1, finish"), None)
+    pool.start(Call(0, Finish(1), "block 1, finish"), None)
     (outcome,) = pool.wait(0)
     assert (outcome.lost is not None) == (cause is not None)
     assert outcome.cause is (cause or Cause.DIED)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
 from orchestrator.plan.cut import cut_blocks
-from orchestrator.runtime.calls import IndependentCalls
+from orchestrator.runtime.calls import Finish, IndependentCalls, Open, Step, Verify
 from orchestrator.runtime.deadline import VARIABLE, Deadlines
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import (
@@ -21,8 +21,9 @@ from orchestrator.runtime.policy import (
     check_nodes,
     decide,
 )
-from orchestrator.runtime.pool import LocalPool, Outcome, WorkerLocation
+from orchestrator.runtime.pool import LocalPool
 from orchestrator.runtime.shard_pass import ShardPass
+from orchestrator.runtime.testing import ScriptedPool, scripted
 from orchestrator.store.chunks import MissingChunk
 from orchestrator.usage import Usage
 
@@ -30,115 +31,22 @@ DIED, HUNG, MEMORY = Cause.DIED, Cause.HUNG, Cause.OUT_OF_MEMORY
 GONE, PREEMPTED = Cause.NODE_LOST, Cause.PREEMPTED
 
 
-class ScriptedPool:
-    """Workers that do nothing; what becomes of a call is looked up by its label, once an entry.
+class Shards:
+    """Executes calls by giving their labels; a block is only finished by a worker that has seen
+    every chunk of its shard once, in order."""
 
-    A block is only finished by a worker that has seen every chunk of its shard once, in order.
-    Workers are spread over the nodes in turn; those of a node that drains, once so many calls were
-    made, are to leave it. There is room for more workers if it is said for how many.
-    """
-
-    def __init__(self, workers, script=(), nodes=("a",), drains=None, growing_to=0):
-        self._script = list(script)
-        self._growing_to = growing_to
-        self.asked = []
-        self._nodes = list(nodes)
-        self._drains = drains or {}
-        self._draining, self._quarantined = set(), set()
-        self._seats = {}
-        self._count = 0
-        self._running, self._hanging = [], []
+    def __init__(self):
         self._fed = {}
-        self.started = []
-        self.records = {}
-        self.abandoned = []
-        for _ in range(workers):
-            self._add()
 
-    def _add(self):
-        open_nodes = sorted(self.nodes())
-        self._seats[self._count] = WorkerLocation(
-            open_nodes[self._count % len(open_nodes)], self._count
-        )
-        self._count += 1
-
-    def workers(self):
-        return list(self._seats)
-
-    def location(self, worker):
-        return self._seats[worker]
-
-    def start(self, call, record):
-        assert call.worker in self._seats
-        assert self._seats[call.worker].node in self.nodes()
-        self.started.append(call.label)
-        self.records[call.label] = record
-        self._running.append(call)
-
-    def wait(self, seconds):
-        if not self._running:
-            return []
-        call = self._running.pop(0)
-        for entry in self._script:
-            label, becomes = entry
-            if label in (call.label, self._seats[call.worker].node):
-                self._script.remove(entry)
-                if becomes == "hang":
-                    self._hanging.append(call)
-                    return []
-                return [Outcome(call, **becomes)]
-        if call.method == "open":
-            self._fed[call.worker] = []
-        elif call.method == "step":
-            self._fed[call.worker].append(call.arguments[0])
-        elif call.method == "finish":
-            assert self._fed[call.worker] == [0, 1, 2]
-        return [Outcome(call, value=call.label, record=f"{call.label} gave this")]
-
-    def abandon(self, call, why):
-        if call not in self._hanging:
-            # it would answer, were it listened to
-            self._running.remove(call)
-            return [Outcome(call, value=call.label)]
-        self._hanging.remove(call)
-        self.abandoned.append(call.label)
-        return [Outcome(call, lost=why, cause=HUNG, log="stacks")]
-
-    def replace(self, worker):
-        del self._seats[worker]
-        self._add()
-
-    def is_growing(self):
-        return self._growing_to > 0
-
-    def scale(self, usable):
-        self.asked.append(usable)
-        while self.nodes() and len(self._seats) < min(usable, self._growing_to):
-            self._add()
-        return max(0, len(self._seats) - usable)
-
-    def give_back(self, worker):
-        assert all(call.worker != worker for call in self._running)
-        del self._seats[worker]
-
-    def leaving(self):
-        self._draining = {
-            node for node, calls in self._drains.items() if len(self.started) >= calls
-        }
-        fit = self.nodes()
-        return [worker for worker, location in self._seats.items() if location.node not in fit]
-
-    def quarantine(self, node):
-        self._quarantined.add(node)
-
-    def nodes(self):
-        return set(self._nodes) - self._quarantined - self._draining
-
-    def quarantined(self):
-        return self._quarantined
-
-    def describe(self):
-        return "a script"
+    def execute(self, call, record):
+        match call.command:
+            case Open():
+                self._fed[call.worker] = []
+            case Step(index=index):
+                self._fed[call.worker].append(index)
+            case Finish():
+                assert self._fed[call.worker] == [0, 1, 2]
+        return call.label, f"{call.label} gave this"
 
 
 LOST = {"lost": "the node went away"}
@@ -150,7 +58,8 @@ def run():
     """Dispatches a schedule on a scripted pool; gives the pool, what succeeded and the events."""
 
     def run(schedule, workers=2, script=(), policy=None, awaited=lambda chunk: False, **options):
-        pool, done, events = ScriptedPool(workers, script, **options), [], []
+        pool = ScriptedPool(workers, Shards().execute, scripted(script), **options)
+        done, events = [], []
         dispatch(
             pool,
             schedule,
@@ -166,7 +75,7 @@ def run():
 
 
 def bag(count=6):
-    return IndependentCalls("write", [(f"file {n}", (n,)) for n in range(count)])
+    return IndependentCalls([(f"file {n}", Verify([(f"file {n}", "")])) for n in range(count)])
 
 
 def four_blocks(chunks=3):
@@ -330,10 +239,11 @@ def test_a_deadline_is_ten_times_the_longest_call(monkeypatch):
 def test_an_input_that_vanishes_again_and_again_ends_the_run():
     """Making it a third time would not keep it either."""
     policy = FailurePolicy()
-    policy.after_missing("blocks 2-3, chunk 1")
-    policy.after_missing("blocks 2-3, chunk 1")
-    with pytest.raises(WorkerError, match="do all nodes share the run directory"):
-        policy.after_missing("blocks 2-3, chunk 1")
+    decisions = [policy.after_missing("blocks 2-3, chunk 1") for _ in range(3)]
+    assert [each.action for each in decisions] == [Action.REPEAT, Action.REPEAT, Action.END]
+    assert isinstance(decisions[-1].error, WorkerError)
+    assert "check that all nodes share the run directory" in str(decisions[-1].error)
+    assert policy.after_missing("blocks 2-3, chunk 2").action is Action.REPEAT
 
 
 def test_a_bag_survives_lost_workers(run):
@@ -441,10 +351,10 @@ def test_a_worker_in_this_process_gives_up_its_memory():
         def release(self):
             alive.remove(self)
 
-        def measured(self, method, arguments, record):
+        def measured(self, command, record):
             if len(made) == 1:
                 raise MemoryError("cannot allocate")
-            return arguments, None, Usage(host=1)
+            return command, None, Usage(host=1)
 
     done, events = [], []
     dispatch(
@@ -484,7 +394,7 @@ def test_a_node_with_three_failures_gets_no_more_work(run):
     assert sorted(done) == sorted(f"file {n}" for n in range(20))
     assert [event["event"] for event in events][:4] == ["lost", "lost", "lost", "quarantined"]
     assert events[2]["decided"] == "repeat and quarantine the node"
-    assert {pool.location(worker).node for worker in pool.workers()} == {"a"}
+    assert {location.node for location in pool.workers().values()} == {"a"}
 
 
 @pytest.mark.parametrize("calls", range(1, 20, 3))
@@ -572,8 +482,8 @@ def test_a_growing_run_waits_for_its_nodes(run, monkeypatch):
     monkeypatch.setattr("orchestrator.runtime.dispatch.PATIENCE_SECONDS", -1.0)
 
     for growing, ends in ((0, True), (1, False)):
-        pool = ScriptedPool(0, nodes=("a",), growing_to=growing)
-        pool.quarantine("a")
+        pool = ScriptedPool(0, Shards().execute, growing_to=growing)
+        pool.nodes.quarantine("a")
         events = []
 
         def on_event(event, events=events):

@@ -30,21 +30,21 @@ TABLE = {
 @pytest.mark.parametrize("case", TABLE)
 def test_how_many_workers_are_wanted(case):
     """The work, the bounds and, unless more is asked for, the room decide."""
-    asked, usable, room, count = TABLE[case]
-    assert wanted(Bounds.of(asked), usable, room) == count
+    asked, max_workers, room, count = TABLE[case]
+    assert wanted(Bounds.of(asked), max_workers, room) == count
 
 
 @given(ASKED, COUNTS, COUNTS)
-def test_bounds_hold(asked, usable, room):
+def test_bounds_hold(asked, max_workers, room):
     """Never above what is asked for, nor above the room unasked; for more work never fewer."""
     bounds = Bounds.of(asked)
-    count = wanted(bounds, usable, room)
+    count = wanted(bounds, max_workers, room)
     assert bounds.most is None or count <= bounds.most
-    assert count <= max(usable, bounds.least)
+    assert count <= max(max_workers, bounds.least)
     assert bounds.is_growing or count <= room
     assert count >= (bounds.least if bounds.is_growing else min(bounds.least, room))
-    assert wanted(bounds, usable + 1, room) >= count
-    assert wanted(bounds, usable, room + 1) >= count
+    assert wanted(bounds, max_workers + 1, room) >= count
+    assert wanted(bounds, max_workers, room + 1) >= count
 
 
 @pytest.mark.parametrize("asked", ["0", "3..2", "0..4", "1..", "..4", "x", "1...4", "-1", 0, -3])

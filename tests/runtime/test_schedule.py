@@ -8,78 +8,85 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.plan.cut import cut_blocks, default_shards
-from orchestrator.runtime.calls import Call, IndependentCalls
+from orchestrator.runtime.calls import Finish, IndependentCalls, Open, Step
+from orchestrator.runtime.dispatch import dispatch
+from orchestrator.runtime.policy import Cause, FailurePolicy, Limits
 from orchestrator.runtime.shard_pass import ShardPass
+from orchestrator.runtime.testing import ScriptedPool
+from orchestrator.store.chunks import MissingChunk
 
 
 class Simulation:
-    """Performs a schedule's calls in a random order, and checks each against the rules."""
+    """Dispatches a pass to workers that end their calls in a random order, and checks each call.
+
+    Args:
+        loss: Probability that a call is lost with its worker.
+        want: Probability that it runs out of memory.
+        beside: Chunks of the other pass, for a pass that reads them.
+    """
 
     def __init__(self, schedule, workers, seed=0, loss=0.0, want=0.0, beside=None):
         self.schedule = schedule
-        self.workers = list(range(workers))
         self.rng = random.Random(seed)
         self.loss, self.want = loss, want
+        self.pool = ScriptedPool(workers, self.execute, self.fate, order=self.rng)
         self.held = {}
         self.performed = Counter()
         self.finished = []
-        self.splits = 0
         self.beside = beside
         self.there = {
             schedule.boundary(k): set(chunks) for k, chunks in enumerate(schedule._present)
         }
 
-    def run(self, limit=100_000):
-        busy: list[Call] = []
-        for _ in range(limit):
-            if self.schedule.finished:
-                return self
-            idle = [w for w in self.workers if w not in {call.worker for call in busy}]
-            calls = self.schedule.calls(idle)
-            assert len({call.worker for call in calls}) == len(calls)
-            busy += calls
-            assert busy, "nothing runs and nothing is finished"
-            assert len(busy) <= self.schedule.usable
-            call = busy.pop(self.rng.randrange(len(busy)))
-            if self.rng.random() < self.want:
-                self.splits += self.schedule.split(call)
-                self.lose(call)
-            elif self.rng.random() < self.loss:
-                self.lose(call)
-            else:
-                self.perform(call)
-        raise AssertionError("the schedule does not come to an end")
+    def run(self):
+        # so many losses would end a run
+        policy = FailurePolicy(Limits(*[10**6] * 4))
+        dispatch(
+            self.pool,
+            self.schedule,
+            policy,
+            on_success=lambda call, value: None,
+            on_event=lambda event: None,
+        )
+        return self
 
-    def lose(self, call):
+    def fate(self, call, node):
+        assert len(self.pool.running) < self.schedule.max_workers
+        if self.rng.random() < self.want:
+            return self.lose(call, Cause.OUT_OF_MEMORY)
+        return self.lose(call, Cause.DIED) if self.rng.random() < self.loss else None
+
+    def lose(self, call, cause):
         self.held.pop(call.worker, None)
-        self.workers.remove(call.worker)
-        self.workers.append(max(self.workers, default=call.worker) + 1)
-        self.schedule.lost(call)
+        return {"lost": "by chance", "cause": cause}
 
-    def perform(self, call):
+    def execute(self, call, record):
         self.performed[call.label] += 1
-        if call.method == "open":
-            self.held[call.worker] = [range(*call.arguments[0]), []]
-        elif call.method == "step":
-            blocks, fed = self.held[call.worker]
-            boundary, index = call.takes
-            entry = (blocks.start, index)
-            if self.beside is not None and blocks.start and entry not in self.beside:
-                self.schedule.missing(call, entry)
-                del self.held[call.worker]
-                return
-            assert boundary in (blocks.start, blocks.stop)
-            assert index in self.there[boundary], "took a chunk that is not there"
-            assert not fed or fed[-1] < call.takes[1], "chunks out of order"
-            fed.append(call.takes[1])
-            if call.emits:
-                assert {boundary, call.emits[0]} == {blocks.start, blocks.stop}
-                self.there.setdefault(call.emits[0], set()).add(call.emits[1])
-        else:
-            assert call.arguments[0] in self.held[call.worker][0]
-            assert self.held[call.worker][1] == list(range(self.schedule.num_chunks))
-            self.finished.append(call.arguments[0])
-        self.schedule.succeeded(call)
+        match call.command:
+            case Open(blocks=blocks):
+                self.held[call.worker] = [range(*blocks), []]
+            case Step():
+                self.step(call)
+            case Finish(block=block):
+                assert block in self.held[call.worker][0]
+                assert self.held[call.worker][1] == list(range(self.schedule.num_chunks))
+                self.finished.append(block)
+        return None, None
+
+    def step(self, call):
+        blocks, fed = self.held[call.worker]
+        boundary, index = call.takes
+        entry = (blocks.start, index)
+        if self.beside is not None and blocks.start and entry not in self.beside:
+            del self.held[call.worker]
+            raise MissingChunk(*entry)
+        assert boundary in (blocks.start, blocks.stop)
+        assert index in self.there[boundary], "took a chunk that is not there"
+        assert not fed or fed[-1] < index, "chunks out of order"
+        fed.append(index)
+        if call.emits:
+            assert {boundary, call.emits[0]} == {blocks.start, blocks.stop}
+            self.there.setdefault(call.emits[0], set()).add(call.emits[1])
 
 
 def make_pass(blocks=10, shards=4, chunks=5, todo=None, results=None, present=None, **options):
@@ -115,7 +122,7 @@ def test_a_backward_pass_goes_from_the_last_shard_to_the_first(seed):
     """Chunks enter a shard behind its last block; whoever is lost, nothing else changes."""
     schedule = make_pass(backward=True)
     (call,) = schedule.calls([0])
-    assert call.arguments == ((8, 10), (8, 9), (6, 8))
+    assert call.command == Open(blocks=(8, 10), todo=(8, 9), ahead=(6, 8))
     schedule.lost(call)
     simulation = Simulation(schedule, workers=3, seed=seed, loss=0.05).run()
     assert sorted(simulation.finished) == list(range(10))
@@ -197,21 +204,21 @@ def test_a_chunk_is_handed_over_only_where_somebody_waits_for_it():
         for call in schedule.calls(range(workers)):
             schedule.succeeded(call)
         step = schedule.calls([0])[0]
-        assert (step.method, step.arguments) == ("step", (0, True, expected, 1))
+        assert step.command == Step(0, emit=True, hand_over=expected, next_index=1)
         schedule.succeeded(step)
         step = schedule.calls([0])[0]
         # behind the last chunk there is none to write it beside
-        assert (step.method, step.arguments) == ("step", (1, True, expected, None))
+        assert step.command == Step(1, emit=True, hand_over=expected, next_index=None)
 
 
 def test_a_worker_is_told_what_it_will_hold_next():
     """The first of the pass is the first to be free, and takes the first that nobody holds."""
     schedule = make_pass(blocks=10, shards=5)
     opened = schedule.calls([0, 1])
-    assert [call.arguments[0] for call in opened] == [(0, 2), (2, 4)]
-    assert [call.arguments[2] for call in opened] == [(4, 6), (6, 8)]
+    assert [call.command.blocks for call in opened] == [(0, 2), (2, 4)]
+    assert [call.command.ahead for call in opened] == [(4, 6), (6, 8)]
     schedule = make_pass(blocks=10, shards=5)
-    assert [call.arguments[2] for call in schedule.calls(range(4))] == [(8, 10), None, None, None]
+    assert [call.command.ahead for call in schedule.calls(range(4))] == [(8, 10), None, None, None]
 
 
 def test_a_pass_with_nothing_to_do_is_finished():
@@ -228,7 +235,7 @@ def test_a_starved_worker_gives_its_shard_up_for_an_earlier_one():
     schedule.succeeded(second)
     schedule.lost(first)
     (call,) = schedule.calls([1])
-    assert (call.method, call.shard) == ("open", 0)
+    assert (call.command, call.shard) == (Open((0, 2), (0, 1), ahead=(2, 4)), 0)
 
 
 def test_spent_boundaries_are_dropped_and_not_needed_again():
@@ -251,9 +258,9 @@ def test_a_missing_chunk_is_computed_again():
     while not schedule.finished:
         (call,) = schedule.calls([0])
         calls.append(call.label)
-        if call.method == "step" and call.shard == 1 and damaged:
+        if isinstance(call.command, Step) and call.shard == 1 and damaged:
             damaged = False
-            schedule.missing(call, call.takes)
+            schedule.input_missing(call, call.takes)
         else:
             schedule.succeeded(call)
     assert calls.count("block 0, chunk 0") == 2
@@ -303,7 +310,7 @@ def test_one_want_of_memory_is_enough():
         schedule.succeeded(call)
     first, second = schedule.calls([0, 1])
     assert (first.label, second.label) == ("blocks 2-3, open", "blocks 4-5, open")
-    assert schedule.split(first)
+    assert schedule.shrink_after_oom(first)
     cut = [range(0, 2), range(2, 3), range(3, 4), range(4, 6), range(6, 7), range(7, 8)]
     assert schedule.cut == cut
     schedule.succeeded(second)
@@ -316,9 +323,9 @@ def test_a_shard_without_joints_is_not_split():
     for options in ({"shards": 10, "joints": range(10)}, {"shards": 4}, {"joints": [0, 3, 6, 8]}):
         schedule = make_pass(**options)
         (call,) = schedule.calls([0])
-        assert not schedule.split(call)
+        assert not schedule.shrink_after_oom(call)
         schedule.lost(call)
-        assert schedule.calls([1])[0].arguments == call.arguments
+        assert schedule.calls([1])[0].command == call.command
 
 
 def test_a_retired_worker_leaves_its_shard_to_others():
@@ -331,14 +338,15 @@ def test_a_retired_worker_leaves_its_shard_to_others():
     calls = []
     while not schedule.finished:
         (call,) = schedule.calls([1])
-        calls.append(call.method)
+        calls.append(call.command)
         schedule.succeeded(call)
-    assert calls == ["open", "step", "step", "finish", "finish"]
+    steps = [Step(0, next_index=1), Step(1)]
+    assert calls == [Open((0, 2), (0, 1)), *steps, Finish(0), Finish(1)]
 
 
 def test_a_bag_runs_every_unit_once_and_a_lost_one_again():
     """Independent units end once each, whatever is lost on the way."""
-    bag = IndependentCalls("write", [(f"file {n}", (n,)) for n in range(5)])
+    bag = IndependentCalls([(f"file {n}", Finish(n)) for n in range(5)])
     done, lost_once = [], False
     while not bag.finished:
         for call in bag.calls([0, 1]):
@@ -347,7 +355,7 @@ def test_a_bag_runs_every_unit_once_and_a_lost_one_again():
                 bag.lost(call)
             else:
                 bag.succeeded(call)
-                done.append(call.arguments[0])
+                done.append(call.command.block)
     assert sorted(done) == list(range(5))
 
 
@@ -393,11 +401,11 @@ def test_a_shard_goes_where_its_chunks_are_made():
 
 def test_what_a_schedule_can_use_falls_to_nothing():
     """Whoever is one too many is told so before the end: at it, nobody is wanted."""
-    bag = IndependentCalls("write", [(f"file {n}", (n,)) for n in range(3)])
+    bag = IndependentCalls([(f"file {n}", Finish(n)) for n in range(3)])
     seen = []
     while not bag.finished:
-        seen.append(bag.usable)
+        seen.append(bag.max_workers)
         for call in bag.calls([0, 1]):
             bag.succeeded(call)
     assert seen == [3, 1]
-    assert bag.usable == 0
+    assert bag.max_workers == 0

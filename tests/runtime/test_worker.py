@@ -1,14 +1,26 @@
 """What a worker does at once: the next chunk while the last one is on its way to its file."""
 
 import threading
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
 from orchestrator.device.malloc import free_device_memory
 from orchestrator.models.shards.chunk import Chunk
+from orchestrator.runtime.calls import Command, Step
 from orchestrator.runtime.worker import Task, Worker
 from orchestrator.store.chunks import Chunks, MissingChunk
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBack(Command):
+    """Gives the tokens of a chunk that was emitted."""
+
+    method: ClassVar[str] = "read_back"
+
+    index: int
 
 
 class Passing(Worker):
@@ -19,7 +31,7 @@ class Passing(Worker):
         chunk = Chunk(index, tokens_BT, torch.ones(1, 4, dtype=torch.bool))
         return index, self.emit(2, chunk)
 
-    def look(self, index):
+    def read_back(self, index):
         return Chunk.unpack(self.input_record(2, index, None)).tokens.tolist()
 
 
@@ -45,12 +57,12 @@ def gate(monkeypatch):
 
 
 def test_a_chunk_is_computed_while_the_one_before_is_written(worker, gate):
-    value, record = worker.perform("step", (0, True, True, 1), None)
+    value, record = worker.perform(Step(0, emit=True, hand_over=True, next_index=1), None)
     assert value == 0
     assert record is not None
     assert not worker.chunks.path(2, 0).exists()
     # the second is not stored before the first is
-    second = threading.Thread(target=worker.perform, args=("step", (1, True, True, 2), None))
+    second = threading.Thread(target=worker.perform, args=(Step(1, True, True, 2), None))
     second.start()
     second.join(0.1)
     assert second.is_alive()
@@ -59,12 +71,12 @@ def test_a_chunk_is_computed_while_the_one_before_is_written(worker, gate):
     assert worker.chunks.path(2, 0).exists()
 
 
-@pytest.mark.parametrize(("method", "arguments"), [("look", (0,)), ("step", (1, True, True, None))])
-def test_other_calls_and_the_last_chunk_find_or_leave_all_written(worker, method, arguments):
+@pytest.mark.parametrize("command", [ReadBack(0), Step(1, emit=True, hand_over=True)])
+def test_other_calls_and_the_last_chunk_find_or_leave_all_written(worker, command):
     """Whoever reads behind this worker when its call has ended finds the file."""
-    worker.perform("step", (0, True, False, 1), None)
-    worker.perform(method, arguments, None)
-    assert worker.chunks.present(2, 1 + arguments[0]) == set(range(1 + arguments[0]))
+    worker.perform(Step(0, emit=True, hand_over=False, next_index=1), None)
+    worker.perform(command, None)
+    assert worker.chunks.present(2, 1 + command.index) == set(range(1 + command.index))
 
 
 def test_a_chunk_that_could_not_be_written_ends_the_next_call(worker, monkeypatch):
@@ -74,11 +86,11 @@ def test_a_chunk_that_could_not_be_written_ends_the_next_call(worker, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Chunks, "write", fail)
-    worker.perform("step", (0, True, True, 1), None)
+    worker.perform(Step(0, emit=True, hand_over=True, next_index=1), None)
     with pytest.raises(OSError, match="No space left"):
-        worker.perform("step", (1, True, True, 2), None)
+        worker.perform(Step(1, emit=True, hand_over=True, next_index=2), None)
     monkeypatch.undo()
-    worker.perform("step", (1, True, True, None), None)
+    worker.perform(Step(1, emit=True, hand_over=True, next_index=None), None)
     assert worker.chunks.present(2, 2) == {1}
 
 
@@ -87,13 +99,13 @@ def test_a_chunk_on_its_way_is_waited_for_and_a_lost_one_is_not_for_long(
 ):
     monkeypatch.setattr("orchestrator.store.chunks.WRITING_SECONDS", 0.2)
     with pytest.raises(MissingChunk):
-        worker.perform("look", (0,), None)
+        worker.perform(ReadBack(0), None)
     monkeypatch.setattr("orchestrator.store.chunks.WRITING_SECONDS", 30.0)
     other = Passing(Task(run_dir=tmp_path / "run", threads=1, pass_key="pass", fingerprints={}))
     other.chunks = worker.chunks
-    late = threading.Timer(0.2, other.perform, ("step", (0, True, False, None), None))
+    late = threading.Timer(0.2, other.perform, (Step(0, emit=True), None))
     late.start()
-    assert worker.perform("look", (0,), None)[0] == [[0, 0, 0, 0]]
+    assert worker.perform(ReadBack(0), None)[0] == [[0, 0, 0, 0]]
     late.join()
     other.release()
 
@@ -109,9 +121,9 @@ def test_memory_that_the_allocator_keeps_is_free(monkeypatch):
 
 def test_a_call_is_measured_with_all_the_records_that_it_reads(worker, monkeypatch):
     """A call with several records, as in a walk, is measured; without a GPU, the host alone."""
-    monkeypatch.setattr(worker, "perform", lambda method, arguments, *records: (records, None))
+    monkeypatch.setattr(worker, "perform", lambda command, *records: (records, None))
     for records in (({"a": 1},), ({"a": 1}, {"a": 2}, None)):
-        found, emitted, usage = worker.measured("merge", (), *records)
+        found, emitted, usage = worker.measured(ReadBack(0), *records)
         assert (found, emitted) == (records, None)
         assert usage.host > 10**7
         assert usage.device is None

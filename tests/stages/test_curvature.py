@@ -8,6 +8,7 @@ import torch
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
 
 import orchestrator
+from orchestrator.runtime.calls import Open
 from orchestrator.stages.context.curvature_worker import CurvatureWorker
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
@@ -145,12 +146,12 @@ def test_gradients_that_do_not_fit_go_through_single_blocks(
     """The same bytes, in whichever of the two passes memory runs out."""
     perform, lost = CurvatureWorker.perform, []
 
-    def fault(worker, method, arguments, record):
-        if method == "open" and (len(arguments) > 3) == is_backward:
-            (start, stop), *_ = arguments
+    def fault(worker, command, record):
+        if isinstance(command, Open) and bool(command.about) == is_backward:
+            start, stop = command.blocks
             if stop - start > 1:
                 raise MemoryError("cannot allocate 7 GB")
-        return perform(worker, method, arguments, record)
+        return perform(worker, command, record)
 
     monkeypatch.setattr(CurvatureWorker, "perform", fault)
 

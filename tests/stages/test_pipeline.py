@@ -76,7 +76,7 @@ class Simulation:
             else:
                 value, record = self.results.pop(call.worker)
                 schedule.succeeded(call)
-                schedule.told(call, value)
+                schedule.record_result(call, value)
                 if call.emits and schedule.is_awaited(call.emits):
                     self.records[call.emits] = record
         raise AssertionError("the schedule does not come to an end")
@@ -84,8 +84,8 @@ class Simulation:
     def start(self, call, record):
         """What the call gives, made when it starts; only its end may come late."""
         worker = self.workers[call.worker]
-        _, *arguments = call.arguments
-        self.results[call.worker] = getattr(self, call.method)(worker, record, *arguments)
+        act = getattr(self, call.method)
+        self.results[call.worker] = act(worker, record, **call.command.keywords())
 
     def lose(self, call):
         self.lost += 1
@@ -113,7 +113,7 @@ class Simulation:
         assert len(worker.entered) <= len(shards)
         return None, self.enter(worker, record)
 
-    def turn(self, worker, record, serial, sequence, kl, ce, is_last):
+    def turn(self, worker, record, serial, sequence, divergence, cross_entropy, is_last):
         states = self.enter(worker, record)
         assert len(states) == self.num_blocks
         assert len(set(states)) == 1, "blocks of different steps"
@@ -265,8 +265,8 @@ def test_a_gradient_that_is_no_number_ends_it():
     simulation = Simulation(3)
     inner = simulation.turn
 
-    def broken(worker, record, *arguments):
-        value, emitted = inner(worker, record, *arguments)
+    def broken(worker, record, **fields):
+        value, emitted = inner(worker, record, **fields)
         if "norms" in value and len(simulation.passed) > 9:
             value["norms"][6] = math.nan
         return value, emitted

@@ -2,7 +2,7 @@
 
 from orchestrator.runtime import workers
 from orchestrator.runtime.pool import LocalPool, Outcome
-from orchestrator.stages.train import worker as train_worker
+from orchestrator.stages.train.commands import PassCommand
 
 
 class SeveralPool(LocalPool):
@@ -10,7 +10,7 @@ class SeveralPool(LocalPool):
 
     size, losses, replaces = 3, (), True
 
-    def turn_to(self, worker_class, task):
+    def reassign(self, worker_class, task):
         self._make = lambda: worker_class(task)
         self._workers = {n: self._make() for n in range(self.size)}
         self._performed = 0  # passes of the pipeline
@@ -19,19 +19,19 @@ class SeveralPool(LocalPool):
         return [worker.probe(self._nonce) for worker in self._workers.values()]
 
     def workers(self):
-        return list(self._workers)
+        return dict.fromkeys(self._workers, super().workers()[0])
 
     def wait(self, seconds):
         if not self._calls:
             return []
         call, record = self._calls.pop()
-        self._performed += call.method in train_worker.PASSES
+        self._performed += isinstance(call.command, PassCommand)
         worker = self._workers[call.worker]
         try:
-            value, emitted = worker.perform(call.method, call.arguments, record)
+            value, emitted = worker.perform(call.command, record)
         except Exception as error:
             return [Outcome(call, error=error)]
-        if call.method in train_worker.PASSES and self._performed in self.losses:
+        if isinstance(call.command, PassCommand) and self._performed in self.losses:
             return [Outcome(call, lost="killed")]
         return [Outcome(call, value, emitted)]
 

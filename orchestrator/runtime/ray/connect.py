@@ -73,7 +73,7 @@ def pool(
         task,
         nonce=nonce,
         bounds=asked.for_work(most),
-        usable=most,
+        max_workers=most,
         share=share,
         threads=task.threads,
         announce=monitor.event,

@@ -1,4 +1,4 @@
-"""Calls of workers that are Ray actors: performed, awaited, and what became of them."""
+"""Calls of workers that are Ray actors: start, wait and outcome."""
 
 import time
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _LEAVES_ITS_LOG = (Cause.DIED, Cause.OUT_OF_MEMORY)
 
 
 class RayPool(RayActors):
-    """Workers as Ray actors, each pinned to one GPU, or to a share of the CPUs without one."""
+    """Workers as Ray actors, each with one GPU, or a share of the CPUs where there is none."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._calls: dict[Any, tuple[Call, Any, Any]] = {}
@@ -38,14 +38,14 @@ class RayPool(RayActors):
         super().__init__(*arguments, **options)
 
     def start(self, call: Call, record: Any) -> None:
-        method = self._actors[call.worker].perform.options(num_returns=2)
-        # references are looked up where they are arguments themselves, not in a list
+        perform = self._actors[call.worker].perform.options(num_returns=2)
+        # Ray resolves references that are arguments themselves, not those in a list
         records = record if isinstance(record, list) else [record]
-        value, emitted = method.remote(call.method, call.arguments, *records)
+        value, emitted = perform.remote(call.command, *records)
         self._calls[value] = (call, emitted, record)
 
     def wait(self, seconds: float) -> list[Outcome]:
-        # who has come is seen also where calls always end
+        # joining workers are polled even if a call ends at each wait
         waiting = [*self._joining, *self._calls]
         if not waiting:
             time.sleep(seconds)
@@ -68,12 +68,12 @@ class RayPool(RayActors):
         except RayTaskError as error:
             cause = remote_cause(error)
             if isinstance(cause, ObjectLostError) and record is not None:
-                # the chunk went with its node before the call began; its file is still there
+                # the chunk was lost with its node before the call began; its file still exists
                 self.start(call, None)
                 return []
             if (loss := cause_of_loss(cause)) is not None:
                 return [Outcome(call, lost=summary(cause), cause=loss, log=str(error))]
-            # what is not ours keeps Ray's wrapper, whose text is the traceback on the worker
+            # other exceptions keep Ray's wrapper, whose text is the worker's traceback
             is_ours = isinstance(cause, OrchestratorError | MissingChunk)
             return [Outcome(call, error=cause if is_ours else error, log=str(error))]
         except _LOST as error:
@@ -85,7 +85,7 @@ class RayPool(RayActors):
         node = self._probes[worker]["node_id"]
         if isinstance(error, OutOfMemoryError):
             return Cause.OUT_OF_MEMORY
-        if node in self._draining or getattr(error, "preempted", False):
+        if self.nodes.is_draining(node) or getattr(error, "preempted", False):
             return Cause.PREEMPTED
         return Cause.NODE_LOST if is_node_loss(error) else Cause.DIED
 
@@ -93,12 +93,12 @@ class RayPool(RayActors):
         return self._on_its_node(worker, postmortem.tail, self._probes[worker]["log"])
 
     def _on_its_node(self, worker: int, function: Callable[..., str], *arguments: Any) -> str:
-        """What a function says of a worker's process where that is, or why it cannot."""
+        """Result of a function on the node of a worker, or the reason for which there is none."""
         node = self._probes[worker]["node_id"]
         if node == ray.get_runtime_context().get_node_id():
             return function(*arguments)
         if node in self._silent:
-            return f"node {self._name(node)} has not answered before"
+            return f"node {self.nodes.name(node)} did not answer an earlier query"
         task = ray.remote(num_cpus=0, max_retries=0)(function).options(**on_node(node))
         ref = task.remote(*arguments)
         try:
@@ -106,13 +106,13 @@ class RayPool(RayActors):
         except RayError as error:
             ray.cancel(ref, force=True)
             self._silent.add(node)
-            return f"node {self._name(node)} does not say more: {last_line(error)}"
+            return f"node {self.nodes.name(node)} does not answer: {last_line(error)}"
         return said
 
     def abandon(self, call: Call, why: str) -> list[Outcome]:
         (ref,) = (ref for ref, (each, _, _) in self._calls.items() if each is call)
         if ray.wait([ref], timeout=0)[0]:
-            # it has answered while others were listened to
+            # it ended while other calls were handled
             return self._outcome(ref)
         del self._calls[ref]
         probe = self._probes[call.worker]

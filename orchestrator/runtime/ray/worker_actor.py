@@ -1,17 +1,18 @@
-"""What a worker's actor adds to the worker; it imports nothing that the worker would not."""
+"""Actor that runs a worker; it imports no module that the worker would not import."""
 
 from typing import Any
 
 import ray
 
 from orchestrator.device import gpu
+from orchestrator.runtime.calls import Command
 from orchestrator.runtime.ray import postmortem
 
 
 class WorkerActor:
-    """A process that is one worker after another, and says where it is and how to look at it.
+    """Process that runs one worker after another, and reports its node and log file.
 
-    What a worker needs takes seconds to import; the next one of the run finds it there.
+    The imports of a worker take seconds; the next worker of the run finds them done.
     """
 
     def __init__(self) -> None:
@@ -19,10 +20,10 @@ class WorkerActor:
         self._worker: Any = None
 
     def become(self, worker_class: type, task: Any, nonce: str) -> dict[str, Any]:
-        """Puts a worker of this class in the place of the one before, whose memory is free first.
+        """Replace the worker by one of this class; the memory of the previous one is freed first.
 
-        Gives its probe, with its node's id, the file that its stderr goes to, and the error message
-        if it does not see its GPU.
+        Returns its probe, with the id of its node, the file of its stderr, and the error message if
+        it does not see its GPU.
         """
         if self._worker is not None:
             self._worker.release()
@@ -31,7 +32,7 @@ class WorkerActor:
         where = {"node_id": ray.get_runtime_context().get_node_id(), "log": self._log}
         return {**self._worker.probe(nonce), **where, "unseen": gpu.unseen(ray.get_gpu_ids())}
 
-    def perform(self, method: str, arguments: tuple[Any, ...], *records: Any) -> tuple[Any, Any]:
-        """A call's small result with its peak memory, and the chunk that it hands over."""
-        value, emitted, usage = self._worker.measured(method, arguments, *records)
+    def perform(self, command: Command, *records: Any) -> tuple[Any, Any]:
+        """Execute a command. Returns its result with its peak memory, and the output chunk."""
+        value, emitted, usage = self._worker.measured(command, *records)
         return (value, usage), emitted

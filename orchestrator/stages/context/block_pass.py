@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from orchestrator.plan.cut import cut_blocks, cut_segments, default_shards
-from orchestrator.runtime.calls import Call
-from orchestrator.runtime.chain import Program, ReplicatedBlocks
+from orchestrator.runtime.calls import Call, Finish
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
+from orchestrator.runtime.replicated_blocks import Program, ReplicatedBlocks
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
@@ -180,7 +180,7 @@ class BlockPass:
                     self._progress(block, done, keys, stage)
 
         def on_success(call: Call, value: Any) -> None:
-            schedule.told(call, value)
+            schedule.record_result(call, value)
             note_ended()
 
         dispatch(
@@ -272,8 +272,8 @@ class BlockPass:
         """The pass to its end, each block's facts into `done`."""
 
         def on_success(call: Call, value: Any) -> None:
-            if call.method == "finish":
-                (block,) = call.arguments
+            if isinstance(call.command, Finish):
+                block = call.command.block
                 done[block] = with_arrays(value)
                 self._progress(block, done, keys, stage)
                 self.on_committed(block)

@@ -244,7 +244,7 @@ class CompressionWorker(Worker):
     def _linear(self, name: str) -> Linear:
         return next(each for each in self.task.linears if each.name == name)
 
-    def write(self, file: Mapping[str, Any]) -> dict[str, Any]:
+    def write(self, file: Mapping[str, Any], choice: str = "") -> dict[str, Any]:
         """Writes one file of the checkpoint: dense tensors copied, the others cut to their size."""
         spec = FileSpec.from_json(file)
         return write_file(spec, self.task.out / spec.name, self._read)

@@ -14,7 +14,7 @@ from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.locate import locate
 from orchestrator.plan.cut import cut_blocks, default_shards
-from orchestrator.runtime.calls import Call
+from orchestrator.runtime.calls import Call, Step
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
@@ -134,7 +134,7 @@ class Evaluation:
         )
 
         def on_success(call: Call, value: Any) -> None:
-            if call.method == "step":
+            if isinstance(call.command, Step):
                 assert call.takes is not None
                 assert call.emits is not None
                 self._note_timings(range(call.takes[0], call.emits[0]), value)

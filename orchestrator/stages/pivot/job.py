@@ -11,6 +11,7 @@ from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.commands import PivotLinear
 from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.stages.context.decompose import compression_task
 from orchestrator.stages.context.stage_job import StageJob, StageResult
@@ -62,16 +63,16 @@ class PivotJob(StageJob):
         missing = {each: rank for each, rank in self._sizes.items() if each.name not in done}
 
         def on_success(call: Call, value: Any) -> None:
-            name = call.arguments[0]
+            name = call.label
             done[name] = value
             size = self._units.size(self._keys[name])
             stage.progress(len(done), len(self._keys), unit=name, bytes=size)
 
         flops = max((pivoting(*each).flops for each in missing.items()), default=0.0)
-        calls = [(each.name, (each.name, rank)) for each, rank in missing.items()]
+        calls = [(each.name, PivotLinear(each.name, rank)) for each, rank in missing.items()]
         dispatch(
             workers.pool,
-            IndependentCalls("pivot", calls),
+            IndependentCalls(calls),
             FailurePolicy(),
             on_success=on_success,
             on_event=monitor.event,

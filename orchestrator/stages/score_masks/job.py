@@ -19,7 +19,7 @@ from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.plan import Plan
-from orchestrator.runtime.calls import Call
+from orchestrator.runtime.calls import Call, Step
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
@@ -185,8 +185,8 @@ class MaskScoring:
         done: dict[str, dict[str, Any]] = {}
 
         def on_success(call: Call, value: Any) -> None:
-            if call.method == "step":
-                index = call.arguments[0]
+            if isinstance(call.command, Step):
+                index = call.command.index
                 number = index // self._chunks
                 drawn[number] |= value["drawn"]
                 if "score" in value:

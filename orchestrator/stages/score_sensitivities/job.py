@@ -17,7 +17,7 @@ from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.grouping import stack
 from orchestrator.plan.linear import Linear
-from orchestrator.runtime.calls import Call
+from orchestrator.runtime.calls import Call, Step
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
@@ -135,9 +135,9 @@ class Sensitivities:
         found: dict[int, Score] = {}
 
         def on_success(call: Call, value: Any) -> None:
-            if call.method != "step" or value is None:
+            if not isinstance(call.command, Step) or value is None:
                 return
-            index = call.arguments[0]
+            index = call.command.index
             found[index] = Score.from_json(value)
             trial = self._trials[index // self._chunks]
             if all(each in found for each in self._range(trial)):

@@ -23,6 +23,7 @@ from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.tokens import read_tokens
 from orchestrator.stages.context.trained_stage import TrainedStage
 from orchestrator.stages.context.values import Planned
+from orchestrator.stages.train.commands import CommitTrained, TakeShard, Turn, Update
 from orchestrator.stages.train.pipeline import Pipeline, Snapshot
 from orchestrator.stages.train.worker import TrainTask, TrainWorker, best_key, snapshot_key
 from orchestrator.store.units import unit_key
@@ -157,13 +158,13 @@ class TrainJob(TrainedStage):
         def on_success(call: Call, value: Any) -> None:
             nonlocal steps, tokens
             before = len(pipeline.snapshots)
-            pipeline.told(call, value)
-            if call.method == "take":
+            pipeline.record_result(call, value)
+            if isinstance(call.command, TakeShard):
                 numbers.update(value["numbers"])
-            elif call.method == "turn":
-                tokens += lengths[call.arguments[2]][0]
-            elif call.method == "update" and call.shard == 0:
-                steps, step = steps + 1, call.arguments[1]
+            elif isinstance(call.command, Turn):
+                tokens += lengths[call.command.sequence][0]
+            elif isinstance(call.command, Update) and call.shard == 0:
+                steps, step = steps + 1, call.command.step
                 speed = tokens / (time.monotonic() - begun)
                 stage.progress(step, course.steps, unit=f"step {step}", tokens_per_second=speed)
             if len(pipeline.snapshots) > before:
@@ -267,15 +268,15 @@ class TrainJob(TrainedStage):
         is_kept = best > 0 and not self._keeps_states
 
         def on_success(call: Call, value: Any) -> None:
-            for block in range(*call.arguments[0]):
+            assert isinstance(call.command, CommitTrained)
+            for block in range(*call.command.blocks):
                 job.run.units.drop(best_key(self.key, block))
 
         bag = IndependentCalls(
-            "commit",
             [
                 (
                     f"block {first}, commit",
-                    (
+                    CommitTrained(
                         (first, min(first + size, job.survey.num_blocks)),
                         best,
                         facts,

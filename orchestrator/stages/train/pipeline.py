@@ -29,7 +29,18 @@ from typing import Any, Literal
 
 from orchestrator.models.training.train_options import Course
 from orchestrator.plan.cut import cut_blocks
-from orchestrator.runtime.calls import Call
+from orchestrator.runtime.calls import Call, Command
+from orchestrator.stages.train.commands import (
+    Backward,
+    EvaluateSequence,
+    Forward,
+    KeepValues,
+    PassCommand,
+    SaveSnapshot,
+    TakeShard,
+    Turn,
+    Update,
+)
 
 Kind = Literal["take", "forward", "turn", "backward", "update", "evaluate", "snapshot", "keep"]
 Stop = Literal["end", "patience", "diverged"]
@@ -113,6 +124,10 @@ class _Shard:
     busy: bool = False
 
 
+def _blocks(shard: _Shard) -> str:
+    return f"blocks {shard.blocks.start}-{shard.blocks.stop - 1}"
+
+
 class Pipeline:
     """A course, performed by as many shards as there are workers.
 
@@ -171,7 +186,7 @@ class Pipeline:
         return self.stop is not None
 
     @property
-    def usable(self) -> int:
+    def max_workers(self) -> int:
         return len(cut_blocks(self._num_blocks, self._num_blocks, self._group))
 
     @property
@@ -227,41 +242,61 @@ class Pipeline:
         return True
 
     def _call(self, number: int, shard: _Shard, move: Move) -> Call | None:
-        """The call of a shard's next move, if what it reads is there."""
-        arguments: tuple[Any, ...]
-        takes = emits = None
-        before, behind = shard.blocks.start, shard.blocks.stop
-        is_first, is_last = number == 0, number == len(self._shards) - 1
-        if move.kind in ("forward", "turn", "evaluate"):
-            takes = None if is_first else (before, move.serial)
-            emits = None if is_last else (behind, move.serial)
-            arguments = (move.serial, move.sequence)
-            if move.kind == "turn":
-                arguments = (*arguments, *self._weights(move.step), move.is_last)
-                emits = None if is_first else (-before, move.serial)
-        elif move.kind == "backward":
-            takes, emits = (-behind, move.serial), None if is_first else (-before, move.serial)
-            arguments = (move.serial, move.is_last)
-        elif move.kind == "update":
-            if (norm := self._norm(move.step)) is None:
-                return None
-            scale = min(1.0, self._course.options.clip / (norm + CLIP_EPSILON))
-            arguments = (move.step, scale, self._course.rate(move.step - 1))
-        elif move.kind == "keep":
-            if (loss := self._held_out_loss()) is None:
-                return None
-            arguments = (move.step, loss[0] < self.best.held_out)
-        else:
-            arguments = ((before, behind), move.step) if move.kind == "take" else (move.step,)
+        """Call of a shard's next move; None if its input is not there yet."""
+        takes, emits = self._chunks_of(number, shard, move)
         if takes is not None and takes not in self._present:
             return None
         if move.kind == "evaluate" and emits is not None:
-            waiting = sum(boundary == behind for boundary, _ in self._present)
+            waiting = sum(boundary == shard.blocks.stop for boundary, _ in self._present)
             if waiting >= WINDOW:
                 return None
+        if (command := self._command(shard, move)) is None:
+            return None
         what = f", sequence {move.sequence}" if move.sequence >= 0 else ""
-        label = f"blocks {before}-{behind - 1}, step {move.step}{what}, {move.kind}"
-        return Call(shard.worker, move.kind, (self._life, *arguments), label, number, takes, emits)
+        label = f"{_blocks(shard)}, step {move.step}{what}, {move.kind}"
+        return Call(shard.worker, command, label, number, takes, emits, life=self._life)
+
+    def _chunks_of(
+        self, number: int, shard: _Shard, move: Move
+    ) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+        """Input and output chunk of a move; gradients lie at boundaries of negative number."""
+        first, end = shard.blocks.start, shard.blocks.stop
+        is_first, is_last = number == 0, number == len(self._shards) - 1
+        gradients = None if is_first else (-first, move.serial)
+        if move.kind == "backward":
+            return (-end, move.serial), gradients
+        if move.kind not in ("forward", "turn", "evaluate"):
+            return None, None
+        takes = None if is_first else (first, move.serial)
+        if move.kind == "turn":
+            return takes, gradients
+        return takes, None if is_last else (end, move.serial)
+
+    def _command(self, shard: _Shard, move: Move) -> Command | None:
+        """Command of a move; None while a norm or a loss that it depends on is unknown."""
+        serial, sequence, step = move.serial, move.sequence, move.step
+        match move.kind:
+            case "take":
+                return TakeShard((shard.blocks.start, shard.blocks.stop), step)
+            case "forward":
+                return Forward(serial, sequence)
+            case "turn":
+                return Turn(serial, sequence, *self._weights(step), move.is_last)
+            case "backward":
+                return Backward(serial, move.is_last)
+            case "evaluate":
+                return EvaluateSequence(serial, sequence)
+            case "update":
+                if (norm := self._norm(step)) is None:
+                    return None
+                scale = min(1.0, self._course.options.clip / (norm + CLIP_EPSILON))
+                return Update(step, scale, self._course.rate(step - 1))
+            case "snapshot":
+                return SaveSnapshot(step)
+            case "keep":
+                if (loss := self._held_out_loss()) is None:
+                    return None
+                return KeepValues(step, loss[0] < self.best.held_out)
 
     def _weights(self, step: int) -> tuple[float, float]:
         """What a token's divergence and a prediction's cross-entropy count in the step's loss."""
@@ -284,7 +319,7 @@ class Pipeline:
         """Whether a shard is to read what was emitted."""
         return chunk in self._present
 
-    def holds(self, worker: int) -> bool:
+    def is_holding(self, worker: int) -> bool:
         return any(shard.worker == worker for shard in self._shards)
 
     def succeeded(self, call: Call) -> None:
@@ -298,13 +333,14 @@ class Pipeline:
         if call.emits is not None:
             self._present.add(call.emits)
 
-    def told(self, call: Call, value: Any) -> None:
+    def record_result(self, call: Call, value: Any) -> None:
         """What a call that succeeded has given: losses, squared norms of blocks."""
         if not self._counts(call):
             return
         found = value or {}
         if "losses" in found:
-            self._losses[call.arguments[1]] = found["losses"]
+            assert isinstance(call.command, PassCommand)
+            self._losses[call.command.serial] = found["losses"]
         if "norms" in found:
             step = self._begun_step(call)
             self._norms.setdefault(step, {}).update(found["norms"])
@@ -318,9 +354,8 @@ class Pipeline:
         return self._shards[call.shard].moves[0].step
 
     def _counts(self, call: Call) -> bool:
-        """Whether a call is one of this life."""
-        life: int = call.arguments[0]
-        return life == self._life
+        """True if a call is one of this life."""
+        return call.life == self._life
 
     def _conclude(self) -> None:
         """Notes what the period has given; what it has made is the last snapshot now."""
@@ -372,11 +407,11 @@ class Pipeline:
         if any(shard.worker == worker for shard in self._shards):
             self._go_back()
 
-    def split(self, call: Call) -> bool:
+    def shrink_after_oom(self, call: Call) -> bool:
         """Shards are as many as there are workers: more of them need more workers."""
         return False
 
-    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+    def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         self.lost(call)
 
     def _go_back(self) -> None:

@@ -16,9 +16,11 @@ from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.distill import Losses, LossWeights, TopK, distill
 from orchestrator.models.training.train import Training
 from orchestrator.models.training.train_options import TrainOptions
+from orchestrator.runtime.calls import Command
 from orchestrator.runtime.worker import Emitted
 from orchestrator.stages.context.tokens import first_chunk
 from orchestrator.stages.context.trained_worker import TRAINED_FILE, TrainedTask, TrainedWorker
+from orchestrator.stages.train.commands import PassCommand
 from orchestrator.store.chunks import MissingChunk, Record
 from orchestrator.store.units import unit_key
 
@@ -26,9 +28,6 @@ SNAPSHOT_VERSION = 1
 """Raised when the same steps leave another state."""
 FILE = "state.safetensors"
 TARGETS_FILE = "targets.safetensors"
-PASSES = ("forward", "turn", "backward", "evaluate")
-"""Moves of the pipeline that take a record and give one; the others are about the shard's state."""
-STATES = ("take", "update", "snapshot", "keep")
 
 Grads = Callable[[Tensor], Tensor]
 
@@ -69,16 +68,12 @@ class TrainWorker(TrainedWorker):
         self._training: Training | None = None
         self._entered: dict[int, list[Chunk]] = {}
 
-    def perform(
-        self, method: str, arguments: tuple[Any, ...], record: Emitted
-    ) -> tuple[Any, Emitted]:
-        """One call; what comes first in those of the pipeline is for the driver alone."""
-        if method in PASSES:
-            value, emitted = getattr(self, method)(*arguments[1:], record)
+    def perform(self, command: Command, record: Emitted) -> tuple[Any, Emitted]:
+        """Execute a command; a pass of the pipeline takes its input chunk and emits its own."""
+        if isinstance(command, PassCommand):
+            value, emitted = getattr(self, command.method)(**command.keywords(), record=record)
             return value, emitted
-        if method in STATES:
-            return getattr(self, method)(*arguments[1:]), None
-        return super().perform(method, arguments, record)
+        return super().perform(command, record)
 
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...], *about: Any) -> None:
         """Loads a dense shard."""

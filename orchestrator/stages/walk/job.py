@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from orchestrator.models.training.compensation_options import CompensationOptions
 from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.runtime.chain import Program
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.replicated_blocks import Program
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.decompose import block_pass
 from orchestrator.stages.context.stage_job import StageJob, StageResult
@@ -27,9 +27,9 @@ class WalkJob(TrainedStage):
     Where the recipe compensates, the block's factors are fitted to the inputs that the compressed
     model makes (`linalg.compensate`); where it refines in order, the block is trained on them then
     towards what the dense block gives on its own (`models.training.refine`). One block is at work
-    at a time, and all workers replicate it (`runtime.chain`, `program`): they share its chunks, the
-    slices of every step's gradient and the held-out chunks, and add the parts up in an order that
-    neither workers nor failures change. Each worker repeats compensation's solves.
+    at a time, and all workers replicate it (`runtime.replicated_blocks`, `program`): they share its
+    chunks, the slices of every step's gradient and the held-out chunks, and add the parts up in an
+    order that neither workers nor failures change. Each worker repeats compensation's solves.
 
     A lost worker costs the others what it was at; the last one costs the block, and so does a node
     with a record on it. The chunks before the block lie in the run directory.

@@ -1,4 +1,4 @@
-"""What is done about a block that is walked, round by round: pure, without tensors."""
+"""Rounds of a block that is walked: pure, without tensors."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,7 +6,15 @@ from typing import Any
 
 from orchestrator.models.training.refine_ledger import Ledger
 from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.runtime.chain import FIRST, Program, Round
+from orchestrator.runtime.replicated_blocks import Program, Round
+from orchestrator.stages.walk.commands import (
+    CommitBlock,
+    Compensate,
+    Descend,
+    EvaluateHeldOut,
+    Leave,
+    Look,
+)
 
 
 def walk_block(
@@ -18,42 +26,42 @@ def walk_block(
     compensates: bool,
     refinement: RefineOptions | None,
 ) -> Program:
-    """The rounds of a block; gives the facts of its unit, nothing if that is there.
+    """Yield the rounds of a block. Returns the facts of its unit; None if it is committed already.
 
-    Forward passes are shared out by chunks, in and out; of the training the held-out chunks and the
+    Replicas share the chunks of the forward passes, the held-out chunks of the training, and the
     slices of each step.
 
     Args:
-        is_made: Whether its unit is committed: chunks only pass through it.
+        is_made: Whether its unit is committed, so that chunks only pass through it.
         is_changed: Whether it has a linear that is cut.
         compensates: Whether its factors are fitted again.
-        refinement: How it is trained, if it is.
+        refinement: Options of its training; None: it is not trained.
     """
-    about = (block, is_made)
-    seen = yield Round(method=FIRST, what="forward", parts=sequences, about=about)
+    look = Look(block=block, is_made=is_made)
+    seen = yield Round(command=look, what="forward", parts=sequences)
     facts: dict[str, Any] = {}
     improved = False
     if is_changed and not is_made:
         facts["before"] = _mean(seen.values)
         if compensates:
-            # every replica solves for itself: the same bits, and nothing to send
-            found = yield Round(method="compensate", what="compensation")
+            # each replica solves it: the bits are the same, and no record is sent
+            found = yield Round(command=Compensate(), what="compensation")
             facts["linears"] = found.state["linears"]
         if refinement is not None:
             ledger = Ledger(sequences, refinement)
             improved = yield from _refine(ledger)
             facts["refinement"] = ledger.account().facts()
-    passed = yield Round(method="leave", what="behind", parts=sequences, about=(improved,))
+    passed = yield Round(command=Leave(keep=improved), what="behind", parts=sequences)
     if is_made:
         return None
     facts["after"] = _mean(passed.values)
-    (made,) = (yield Round(method="commit", what="commit", parts=1, about=(facts,))).values
+    (made,) = (yield Round(command=CommitBlock(facts=facts), what="commit", parts=1)).values
     return made
 
 
 def _refine(ledger: Ledger) -> Program:
-    """Epochs until the ledger says stop; whether the last state is the best one."""
-    held_out = Round(method="evaluate", what="held out", parts=len(ledger.held_out))
+    """Yield epochs until the ledger stops. Returns whether the last state is the best one."""
+    held_out = Round(command=EvaluateHeldOut(), what="held out", parts=len(ledger.held_out))
     found = yield held_out
     ledger.evaluated(found.values)
     improved = False
@@ -61,10 +69,9 @@ def _refine(ledger: Ledger) -> Program:
         epoch = len(ledger.epochs)
         for batch in range(ledger.batches):
             found = yield Round(
-                method="descend",
+                command=Descend(epoch=epoch, batch=batch, keep=improved),
                 what=f"epoch {epoch + 1}, step {batch + 1}",
                 parts=ledger.parts(batch),
-                about=(epoch, batch, improved),
                 merges=True,
             )
             improved = False
@@ -79,6 +86,6 @@ def _refine(ledger: Ledger) -> Program:
 
 
 def _mean(found: Sequence[tuple[int, float]]) -> float:
-    """The mean of chunks' values whose numbers and sums are given."""
+    """Mean of values, given the number and the sum of those of each chunk."""
     values = sum(number for number, _ in found)
     return sum(total for _, total in found) / max(values, 1)

@@ -23,16 +23,17 @@ from orchestrator.models.training.compensation import (
 from orchestrator.models.training.compensation_options import CompensationOptions
 from orchestrator.models.training.refine import Refinement, merge
 from orchestrator.models.training.refine_options import RefineOptions
+from orchestrator.runtime.calls import Command
+from orchestrator.runtime.replicated_blocks import ReplicaCommand
 from orchestrator.runtime.worker import Emitted
 from orchestrator.stages.context.gradients import merge_records, pack
 from orchestrator.stages.context.tokens import first_chunk
 from orchestrator.stages.context.trained_worker import TrainedTask, TrainedWorker
+from orchestrator.stages.walk.commands import Descend, Look
 from orchestrator.store.chunks import Chunks, MissingChunk
 
 Given = tuple[dict[int, Any], dict[str, Any]]
 """The values of a round's parts, and what all replicas must agree in."""
-ROUNDS = ("look", "compensate", "evaluate", "descend", "leave", "commit")
-"""Methods that all replicas of a block are called for; `chain` says with which arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,23 +89,20 @@ class WalkWorker(TrainedWorker):
         self._work: OpenBlock | None = None
         self._left: tuple[int, dict[int, Chunk], dict[int, Chunk]] = (-1, {}, {})
 
-    def perform(
-        self, method: str, arguments: tuple[Any, ...], *records: Emitted
-    ) -> tuple[Any, Emitted]:
-        """One call; a replica's first of a round begins with what the round before has merged."""
-        if method not in ROUNDS:
+    def perform(self, command: Command, *records: Emitted) -> tuple[Any, Emitted]:
+        """Execute a command; the first one of a round reads what the last round has merged."""
+        if not isinstance(command, ReplicaCommand):
             (record,) = records
-            return super().perform(method, arguments, record)
-        _, is_first, reads, emits, parts, *about = arguments
+            return super().perform(command, record)
         state: dict[str, Any] = {}
-        if is_first and method == "look":
-            self._take_up(*about)
-        elif is_first:
-            state["norm"] = self._step(records if reads else None)
-        if method == "descend":
-            values, emitted = self.descend(parts, *about, emits=emits)
+        if command.is_first and isinstance(command, Look):
+            self._take_up(command.block, command.is_made)
+        elif command.is_first:
+            state["norm"] = self._step(records if command.reads else None)
+        if isinstance(command, Descend):
+            values, emitted = self.descend(**command.keywords(), emits=command.emits)
             return {"parts": values, "state": state}, emitted
-        values, said = getattr(self, method)(parts, *about)
+        values, said = getattr(self, command.method)(**command.keywords())
         return {"parts": values, "state": state | said}, None
 
     def _take_up(self, block: int, is_made: bool) -> None:

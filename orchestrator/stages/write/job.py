@@ -22,6 +22,7 @@ from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.commands import WriteFile
 from orchestrator.stages.context.keys import WRITE_VERSION
 from orchestrator.stages.context.report import make_report
 from orchestrator.stages.context.stage_job import StageResult
@@ -98,10 +99,10 @@ def write_files(
         unit.commit(environment=workers.environment, facts=value)
         stage.progress(len(files), len(specs), unit=name, bytes=value["bytes"])
 
-    calls = [(spec.name, (spec.to_json(), *planned.choice)) for spec in missing]
+    calls = [(spec.name, WriteFile(spec.to_json(), *planned.choice)) for spec in missing]
     dispatch(
         workers.pool,
-        IndependentCalls("write", calls),
+        IndependentCalls(calls),
         FailurePolicy(),
         on_success=on_success,
         on_event=monitor.event,

@@ -19,6 +19,7 @@ from pipeline import contents, run, write_llama, write_text
 
 from orchestrator.device.gpu import PRETENDED
 from orchestrator.errors import InfeasibleError, InputError, WorkerError
+from orchestrator.runtime.calls import Finish, Open
 from orchestrator.runtime.deadline import VARIABLE
 from orchestrator.stages import driver
 from orchestrator.stages.context.compress_worker import CompressionWorker
@@ -60,13 +61,13 @@ def nodes(ray_address):
 
 @pytest.fixture
 def inject(monkeypatch):
-    """Makes every worker suffer a fault, a function of its method and arguments, before a call."""
+    """Makes every worker suffer a fault, a function of its command, before a call."""
 
     def inject(fault):
         class Faulty(CompressionWorker):
-            def perform(self, method, arguments, record):
-                fault(method, arguments)
-                return super().perform(method, arguments, record)
+            def perform(self, command, record):
+                fault(command)
+                return super().perform(command, record)
 
         monkeypatch.setattr(driver, "worker_class", lambda asked: Faulty)
 
@@ -149,8 +150,8 @@ def test_a_worker_that_hangs_is_replaced(
     hang, found = HANGS[how]
     once = Once(tmp_path / "once")
 
-    def fault(method, arguments):
-        if method == "finish" and arguments == (5,) and once():
+    def fault(command):
+        if command == Finish(5) and once():
             hang()
 
     nodes.fill(2)
@@ -174,8 +175,8 @@ def test_a_unit_that_kills_its_workers_is_named(
 ):
     """On a second node it is known to be the cause; what others have done is not done again."""
 
-    def fault(method, arguments):
-        if method == "finish" and arguments == (6,):
+    def fault(command):
+        if command == Finish(6):
             # the tokens are a unit too
             wait_until_there_are(5, tmp_path / "out.run" / "units", "manifest.json")
             os.write(2, b"last words\n")
@@ -207,10 +208,10 @@ def test_a_sick_node_is_quarantined(llama, text, reference, tmp_path, nodes, inj
     """Three units fail on it and elsewhere do not: all is done elsewhere, and nobody is left."""
     sick, well = nodes.fill(2)
 
-    def fault(method, arguments):
+    def fault(command):
         import ray
 
-        if method != "finish":
+        if not isinstance(command, Finish):
             return
         if ray.get_runtime_context().get_node_id() == sick:
             die()
@@ -233,7 +234,7 @@ def test_a_sick_node_is_quarantined(llama, text, reference, tmp_path, nodes, inj
 def test_a_drained_node_costs_nothing(llama, text, reference, tmp_path, nodes, monkeypatch):
     """Its workers end their calls and are replaced elsewhere; nothing counts as a failure."""
     # so small a run may end within the two seconds between looks
-    monkeypatch.setattr("orchestrator.runtime.ray.actors.POLL_SECONDS", 0.1)
+    monkeypatch.setattr("orchestrator.runtime.ray.nodes.POLL_SECONDS", 0.1)
     going, staying = nodes.fill(2)
 
     def drain(event):
@@ -293,10 +294,10 @@ def test_a_sick_gpu_costs_its_worker_and_counts_against_its_node(
     """Its exceptions do not end the run: three in different processes quarantine the node."""
     sick, _ = nodes.fill(2)
 
-    def fault(method, arguments):
+    def fault(command):
         import ray
 
-        if method != "finish":
+        if not isinstance(command, Finish):
             return
         if ray.get_runtime_context().get_node_id() == sick:
             raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nAdvice")
@@ -346,8 +347,8 @@ def test_a_gpu_that_fails_in_this_process_leaves_a_run_to_be_resumed(
 ):
     """It ends as failed with advice, committed units stay, and the next process ends the run."""
 
-    def fault(method, arguments):
-        if method == "finish" and arguments == (6,):
+    def fault(command):
+        if command == Finish(6):
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     inject(fault)
@@ -357,15 +358,15 @@ def test_a_gpu_that_fails_in_this_process_leaves_a_run_to_be_resumed(
     status = RunDirectory(tmp_path / "out.run").status()
     assert (status["state"], status["exit_code"]) == ("failed", WorkerError.exit_code)
     assert units(seen.events) == 6
-    inject(lambda method, arguments: None)
+    inject(lambda command: None)
     run(llama, tmp_path / "out", text, on_event=seen, shards=5)
     assert units(seen.events) == 6 + 4
     assert contents(tmp_path / "out") == reference
 
 
-def too_large(method, arguments):
+def too_large(command):
     """Shards of more than one block do not fit."""
-    if method == "open" and arguments[0][1] - arguments[0][0] > 1:
+    if isinstance(command, Open) and len(range(*command.blocks)) > 1:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.2 GiB")
 
 
@@ -392,8 +393,8 @@ def test_what_does_not_fit_is_held_in_parts(
 def test_a_block_that_does_not_fit_is_infeasible(llama, text, reference, tmp_path, inject):
     """Exit code 3, with what was tried and what to do; with more memory the run is resumed."""
 
-    def fault(method, arguments):
-        if method == "finish" and arguments == (6,):
+    def fault(command):
+        if command == Finish(6):
             raise MemoryError("cannot allocate 7 GB")
 
     inject(fault)
@@ -404,6 +405,6 @@ def test_a_block_that_does_not_fit_is_infeasible(llama, text, reference, tmp_pat
     assert decided == ["repeat in smaller parts", "repeat", "repeat", "end the run"]
     assert RunDirectory(tmp_path / "out.run").status()["exit_code"] == 3
     assert units(seen.events) == 6
-    inject(lambda method, arguments: None)
+    inject(lambda command: None)
     run(llama, tmp_path / "out", text, shards=5)
     assert contents(tmp_path / "out") == reference

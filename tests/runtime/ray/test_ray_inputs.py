@@ -239,14 +239,14 @@ def make_pool(ray_address):
             environment = {"torch": "2.12.1" if os.path.exists(self.other) else "2.13.0"}
             return {"environment": environment, "node": "here", "pid": os.getpid()}
 
-        def measured(self, method, arguments, record):
+        def measured(self, command, record):
             value = None if record is None else int(record["x"].sum())
             return value, None, Usage(host=1)
 
-    def make(task, bounds=UNASKED, usable=1, cpus=1, announce=lambda event: None):
+    def make(task, bounds=UNASKED, max_workers=1, cpus=1, announce=lambda event: None):
         share = {"num_cpus": cpus, "num_gpus": 0}
         options = {"nonce": "n", "share": share, "threads": 1, "announce": announce}
-        return RayPool(Plain, task, bounds=bounds, usable=usable, **options)
+        return RayPool(Plain, task, bounds=bounds, max_workers=max_workers, **options)
 
     return make
 
@@ -256,25 +256,25 @@ def test_workers_turn_to_another_task_where_they_are(make_pool, tmp_path):
     """The same processes under the same numbers, told of once; each lets the task before go first,
     and one that has died since is replaced. A task that none can take up is an error."""
     events, first = [], tmp_path / "first"
-    with make_pool(str(first), Bounds(2, 2), usable=2, announce=events.append) as pool:
+    with make_pool(str(first), Bounds(2, 2), max_workers=2, announce=events.append) as pool:
         first.touch()
         seats = [probe["pid"] for probe in pool.gather()]
         assert {probe["environment"]["torch"] for probe in pool._probes.values()} == {"2.12.1"}
         kept, lost = pool.workers()
-        os.kill(pool.location(lost).pid, signal.SIGKILL)
-        pool.turn_to(pool._worker_class, "fine")
+        os.kill(pool.workers()[lost].pid, signal.SIGKILL)
+        pool.reassign(pool._worker_class, "fine")
         again = pool.gather()
         assert {probe["environment"]["torch"] for probe in again} == {"2.13.0"}
         assert not first.exists()
         assert kept in pool.workers()
         assert lost not in pool.workers()
-        assert pool.location(kept).pid in seats
+        assert pool.workers()[kept].pid in seats
         told = [
             location["pid"] for e in events if e["event"] == "workers" for location in e["workers"]
         ]
         assert sorted(told) == sorted({*seats, *(probe["pid"] for probe in again)})
         assert [e["event"] for e in events if e["event"] != "workers"] == ["retired"]
-        pool.turn_to(pool._worker_class, "broken")
+        pool.reassign(pool._worker_class, "broken")
         with pytest.raises(WorkerError, match="a worker cannot start: ValueError: no such thing"):
             pool.gather()
 
@@ -305,19 +305,19 @@ def half_taken():
 @pytest.mark.ray
 def test_workers_without_room_are_not_waited_for(make_pool):
     """The run begins with those that fit; those that do not are no workers until they do."""
-    with make_pool("fine", Bounds(1, 3, is_growing=True), usable=9, cpus=4) as pool:
+    with make_pool("fine", Bounds(1, 3, is_growing=True), max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == 2
         assert len(pool._actors) == 3
         first, second = pool.workers()
         pool.replace(first)
-        assert pool.workers() == [second]
+        assert list(pool.workers()) == [second]
         assert wait_for(lambda: not pool.wait(0.1) and len(pool.workers()) == 2)
 
 
 @pytest.mark.ray
 def test_the_room_there_is_is_taken_and_kept(make_pool):
     """Unasked no more actors are there than fit; they stay, since others could not be asked for."""
-    with make_pool("fine", usable=9, cpus=4) as pool:
+    with make_pool("fine", max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == len(pool._actors) == 2
         assert pool.scale(9) == pool.scale(1) == 0
         assert len(pool._actors) == 2
@@ -326,9 +326,9 @@ def test_the_room_there_is_is_taken_and_kept(make_pool):
 @pytest.mark.ray
 def test_what_others_hold_is_no_room(make_pool, half_taken):
     """No actor is asked for that would wait for somebody else's end, or call for a node."""
-    with make_pool("fine", usable=9, cpus=4) as pool:
+    with make_pool("fine", max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == 1
-        assert wait_for(lambda: not pool.wait(0.1) and pool._free == 0)
+        assert wait_for(lambda: not pool.wait(0.1) and pool.nodes.free == 0)
         pool.scale(9)
         assert len(pool._actors) == 1
 
@@ -337,13 +337,13 @@ def test_what_others_hold_is_no_room(make_pool, half_taken):
 def test_who_grows_gives_back(make_pool, monkeypatch):
     """More are asked for than fit; what a stage cannot use any more is spare, and comes again."""
     monkeypatch.setattr("orchestrator.runtime.scaling.IDLE_SECONDS", 0.5)
-    with make_pool("fine", Bounds(1, 3, is_growing=True), usable=9, cpus=4) as pool:
+    with make_pool("fine", Bounds(1, 3, is_growing=True), max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == 2
         assert len(pool._actors) == 3
         assert pool.scale(1) == 1
         assert len(pool._actors) == 3, "it may be wanted in a moment"
         assert wait_for(lambda: pool.scale(1) == 1 and not pool._joining)
-        pool.give_back(pool.workers()[0])
+        pool.give_back(next(iter(pool.workers())))
         assert pool.scale(1) == 0
         assert len(pool._actors) == 1
         assert pool.scale(2) == 0
@@ -355,15 +355,15 @@ def test_a_late_worker_of_another_kind_is_not_used(make_pool, tmp_path):
     """What would have ended the start of a run is said, and the run goes on without it."""
     other, events = tmp_path / "other", []
     bounds = Bounds(1, 2, is_growing=True)
-    with make_pool(str(other), bounds, usable=1, announce=events.append) as pool:
+    with make_pool(str(other), bounds, max_workers=1, announce=events.append) as pool:
         pool.gather()
         other.touch()
         pool.scale(2)
         assert wait_for(lambda: not pool.wait(0.1) and any(e["event"] == "note" for e in events))
         assert len(pool.workers()) == len(pool._actors) == 1
-        assert not pool.quarantined(), "another worker is of use there"
+        assert not pool.nodes.quarantined(), "another worker is of use there"
     (note,) = [event["text"] for event in events if event["event"] == "note"]
-    assert note.startswith("a worker that came is not used: ")
+    assert note.startswith("a late worker is not used: ")
     assert "2.12.1" in note
 
 
@@ -374,7 +374,7 @@ def test_when_nobody_is_left_a_useless_worker_ends_the_run(make_pool, tmp_path):
     with make_pool(str(other)) as pool:
         pool.gather()
         other.touch()
-        pool.replace(pool.workers()[0])
+        pool.replace(next(iter(pool.workers())))
         with pytest.raises(InputError, match=r"2\.12\.1"):
             wait_for(lambda: pool.wait(0.1))
 
@@ -386,7 +386,7 @@ def test_too_few_workers_in_time_is_infeasible(make_pool, half_taken, monkeypatc
     monkeypatch.setattr("orchestrator.runtime.ray.actors.START_SECONDS", 6.0)
     says = "1 of 2 workers started within 6 s; 1 workers, 0 of 8 CPU free"
     events = []
-    pool = make_pool("fine", Bounds(2, 2), usable=2, cpus=4, announce=events.append)
+    pool = make_pool("fine", Bounds(2, 2), max_workers=2, cpus=4, announce=events.append)
     with pool, pytest.raises(InfeasibleError, match=says):
         pool.gather()
     there = "1 workers, 0 of 8 CPU free"
@@ -398,7 +398,7 @@ def test_a_chunk_that_went_with_its_node_is_read_from_its_file(make_pool):
     """The call is repeated on the same worker, whose state is not lost, without the chunk."""
     import ray
 
-    from orchestrator.runtime.calls import Call
+    from orchestrator.runtime.calls import Call, Step
 
     class Owner:
         def make(self):
@@ -407,7 +407,7 @@ def test_a_chunk_that_went_with_its_node_is_read_from_its_file(make_pool):
     with make_pool("fine") as pool:
         pool.gather()
         (worker,) = pool.workers()
-        call = Call(worker, "step", (0, False), "blocks 2-3, chunk 0", 1, takes=(2, 0))
+        call = Call(worker, Step(0), "blocks 2-3, chunk 0", 1, takes=(2, 0))
         for is_lost in (False, True):
             owner = ray.remote(Owner).remote()
             (record,) = ray.get(owner.make.remote())
@@ -419,7 +419,7 @@ def test_a_chunk_that_went_with_its_node_is_read_from_its_file(make_pool):
             while not outcomes and time.monotonic() < end:
                 outcomes = pool.wait(0.5)
             assert [outcome.value for outcome in outcomes] == [None if is_lost else 10**6]
-            assert pool.workers() == [worker]
+            assert list(pool.workers()) == [worker]
 
 
 def is_readable(ray, ref):

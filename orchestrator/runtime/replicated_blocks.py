@@ -19,57 +19,69 @@ Rules, asserted by the tests:
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from orchestrator.errors import WorkerError
-from orchestrator.runtime.calls import Call
+from orchestrator.runtime.calls import Call, Command
 
-FIRST = "look"
-"""The method of every program's first round: it reads what the block starts from."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaCommand(Command):
+    """Base of the commands of a round. The schedule fills these fields for each call.
+
+    A replica's result is a dict: `parts`, the value of each part by its number, and `state`, what
+    all replicas must have in common; that of a replica's first call of the round counts.
+    """
+
+    withheld: ClassVar[frozenset[str]] = frozenset({"is_first", "reads", "emits"})
+
+    parts: tuple[int, ...] = ()
+    """Parts of the round for this call."""
+    is_first: bool = False
+    """Whether the call is the replica's first one of the round."""
+    reads: bool = False
+    """Whether it reads the records of the previous round."""
+    emits: bool = False
+    """Whether it gives a record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """What all replicas are called for before any of them goes on."""
+    """A command that all replicas execute before any of them begins the next round."""
 
-    method: str
+    command: ReplicaCommand
     what: str
-    """For messages: `epoch 3, step 2`."""
+    """Name in messages: `epoch 3, step 2`."""
     parts: int = 0
-    about: tuple[Any, ...] = ()
-    """The method's arguments beside the parts."""
+    """Number of parts that the replicas share."""
     merges: bool = False
-    """Whether all read what its parts make before they go on."""
+    """Whether each part makes a record, which all replicas read before they continue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a round gave."""
+    """Result of a round."""
 
     values: list[Any]
-    """Of its parts, in order."""
+    """Values of its parts, in order."""
     state: Any
-    """What every replica said as it began the round, and all the same."""
+    """State that each replica reported with its first call of the round; all are equal."""
 
 
 Program = Generator[Round, Found, Any]
 
 
 class ReplicatedBlocks:
-    """Blocks that are gone through one after the other, each from what the one before has left.
+    """Blocks that are processed one after the other, each from the output of the previous one.
 
-    It begins at the last boundary where that still lies, before the first block to make, and ends
-    behind the last one.
-
-    A call's arguments are: the life it belongs to, whether it is the replica's first of the round,
-    whether it reads records, whether it gives one, its parts, and those of the round. It gives for
-    each part its value, and on the first call its state.
+    It begins at the last boundary whose chunks are stored, before the first block to make, and ends
+    after the last block to make.
 
     Args:
         todo: Blocks to make.
-        present: Blocks whose input lies there in full; that of block 0 always does.
-        program: The rounds of a block, told whether it is made already.
+        present: Blocks whose input is stored completely; that of block 0 always is.
+        program: Rounds of a block, given its number and whether it is made already.
     """
 
     def __init__(
@@ -88,6 +100,8 @@ class ReplicatedBlocks:
         self._waiting: list[int] = []
         self._life = self._serial = 0
         self._most_parts = 1
+        # whether the current round is the first of its block, which reads the block's input
+        self._is_entering = False
         self._rest_here()
 
     def _rest_here(self) -> None:
@@ -102,7 +116,7 @@ class ReplicatedBlocks:
         return not self._todo
 
     @property
-    def usable(self) -> int:
+    def max_workers(self) -> int:
         return self._most_parts
 
     def ended(self) -> list[tuple[int, Any]]:
@@ -129,6 +143,7 @@ class ReplicatedBlocks:
         if self._running or not idle or self.finished:
             return False
         self._replicas = idle
+        self._is_entering = True
         self._rounds = self._program(self._block, self._block not in self._todo)
         self._open(next(self._rounds))
         return True
@@ -154,18 +169,25 @@ class ReplicatedBlocks:
             emits = (self._block, self._serial)
         self._entered.add(worker)
         self._running.add(worker)
-        # by the parts, so that what takes down whoever makes them is told from what takes down all
+        # named by its parts, so that a part that kills each worker is told from other failures
         which = f"part {parts[0]}-{parts[-1]}" if parts else f"replica {worker}"
+        command = replace(
+            self._round.command,
+            parts=parts,
+            is_first=is_first,
+            reads=bool(gathers),
+            emits=emits is not None,
+        )
         return Call(
             worker,
-            self._round.method,
-            (self._life, is_first, bool(gathers), emits is not None, parts, *self._round.about),
+            command,
             f"block {self._block}, {self._round.what}, {which}",
             emits=emits,
             gathers=gathers,
+            life=self._life,
         )
 
-    def holds(self, worker: int) -> bool:
+    def is_holding(self, worker: int) -> bool:
         return worker in self._replicas
 
     def is_awaited(self, chunk: tuple[int, int]) -> bool:
@@ -178,7 +200,7 @@ class ReplicatedBlocks:
         if self._counts(call) and call.emits is not None:
             self._emitted.append(call.emits)
 
-    def told(self, call: Call, value: dict[str, Any]) -> None:
+    def record_result(self, call: Call, value: dict[str, Any]) -> None:
         """What a call that succeeded has given.
 
         Raises:
@@ -187,8 +209,7 @@ class ReplicatedBlocks:
         if not self._counts(call):
             return
         self._values |= value["parts"]
-        _, is_first, *_ = call.arguments
-        if is_first:
+        if _command(call).is_first:
             self._states[call.worker] = value["state"]
             # as text: what is not a number is not equal to itself
             if len({repr(state) for state in self._states.values()}) > 1:
@@ -203,7 +224,7 @@ class ReplicatedBlocks:
         self._running.discard(call.worker)
         if not self._counts(call):
             return
-        self._waiting = sorted([*self._waiting, *call.arguments[4]])
+        self._waiting = sorted([*self._waiting, *_command(call).parts])
         self.retired(call.worker)
 
     def retired(self, worker: int) -> None:
@@ -216,22 +237,21 @@ class ReplicatedBlocks:
         else:
             self._anew()
 
-    def split(self, call: Call) -> bool:
+    def shrink_after_oom(self, call: Call) -> bool:
         """A replica holds one block, and no less will do."""
         return False
 
-    def missing(self, call: Call, chunk: tuple[int, int]) -> None:
+    def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         """What the call was to read is gone: what it was made of still lies there."""
         self._running.discard(call.worker)
         if self._counts(call):
-            if call.method == FIRST:
+            if self._is_entering:
                 self._block = 0
             self._anew()
 
     def _counts(self, call: Call) -> bool:
-        """Whether a call is one of this life."""
-        life: int = call.arguments[0]
-        return life == self._life
+        """True if a call is one of this life."""
+        return call.life == self._life
 
     def _anew(self) -> None:
         self._life += 1
@@ -252,4 +272,10 @@ class ReplicatedBlocks:
             self._block += 1
             self._anew()
         else:
+            self._is_entering = False
             self._open(following)
+
+
+def _command(call: Call) -> ReplicaCommand:
+    assert isinstance(call.command, ReplicaCommand)
+    return call.command

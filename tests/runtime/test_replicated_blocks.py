@@ -1,6 +1,7 @@
 """The schedule of blocks that are lent to all workers, as a value; no Ray, no tensors."""
 
 import random
+from collections import defaultdict
 from itertools import chain as joined
 
 import pytest
@@ -8,10 +9,24 @@ import pytest
 from orchestrator.errors import WorkerError
 from orchestrator.models.training.refine_ledger import Ledger
 from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.runtime.chain import FIRST, Found, ReplicatedBlocks, Round
+from orchestrator.runtime.dispatch import dispatch
+from orchestrator.runtime.policy import FailurePolicy, Limits
+from orchestrator.runtime.replicated_blocks import Found, ReplicatedBlocks, Round
+from orchestrator.runtime.testing import ScriptedPool
+from orchestrator.stages.walk.commands import Descend, Leave, Look
 from orchestrator.stages.walk.program import walk_block
+from orchestrator.store.chunks import MissingChunk
 
-ROUNDS = ((FIRST, 5, False), ("descend", 3, True), ("descend", 3, True), ("leave", 5, False))
+ROUNDS = (("look", 5, False), ("descend", 3, True), ("descend", 3, True), ("leave", 5, False))
+
+
+def command_of(method, block=0):
+    commands = (
+        Look(block=block, is_made=False),
+        Descend(epoch=0, batch=0, keep=False),
+        Leave(keep=False),
+    )
+    return next(each for each in commands if each.method == method)
 
 
 def rounds(block, is_made):
@@ -20,7 +35,8 @@ def rounds(block, is_made):
     for method, parts, merges in ROUNDS:
         if method == "descend" and is_made:
             continue
-        found = yield Round(method=method, what=method, parts=parts, merges=merges)
+        command = command_of(method, block)
+        found = yield Round(command=command, what=method, parts=parts, merges=merges)
         values.append((method, found.values))
     return None if is_made else values
 
@@ -32,60 +48,69 @@ class Replica:
         self.steps = self.pending = None
 
     def perform(self, call, records):
-        _, is_first, reads, emits, parts = call.arguments
-        assert reads == bool(call.gathers)
-        if is_first and call.method == FIRST:
+        command = call.command
+        assert command.reads == bool(call.gathers)
+        if command.is_first and isinstance(command, Look):
             self.steps, self.pending = [], []
-        elif is_first and (merged := list(joined(*records)) if reads else self.pending):
+        elif command.is_first and (
+            merged := list(joined(*records)) if command.reads else self.pending
+        ):
             self.steps.append(sorted(merged))
             self.pending = []
-        made = [(len(self.steps), part) for part in parts] if call.method == "descend" else []
-        if made and not emits:
+        parts = command.parts
+        made = [(len(self.steps), each) for each in parts] if call.method == "descend" else []
+        if made and not command.emits:
             self.pending += made
         values = {part: (call.method, len(self.steps), part) for part in parts}
-        return {"parts": values, "state": list(self.steps)}, made if emits else None
+        return {"parts": values, "state": list(self.steps)}, made if command.emits else None
 
 
-def drive(chain, workers=(0, 1), *, loss=0.0, gone=0.0, late=0.0, seed=0):
-    """Performs a chain with calls that end in any order; what ended, and every call that did."""
-    rng, replicas = random.Random(seed), {worker: Replica() for worker in workers}
-    records, running, ended, done = {}, [], [], []
-    for _ in range(20_000):
-        ended += chain.ended()
-        if chain.finished:
-            assert not any(map(chain.is_awaited, records))
-            return ended, done
-        busy = {call.worker for call, _ in running}
-        for call in chain.calls([worker for worker in replicas if worker not in busy]):
-            assert call.worker not in busy
-            busy.add(call.worker)
-            gathered = [records.get(chunk) for chunk in call.gathers]
-            running.append((call, gathered))
-        records = {chunk: record for chunk, record in records.items() if chain.is_awaited(chunk)}
+def drive(schedule, workers=2, *, loss=0.0, gone=0.0, late=0.0, seed=0):
+    """Dispatches a schedule to replicas that end their calls in a random order.
+
+    Args:
+        loss: Probability that a call is lost with its worker.
+        gone: Probability that a record that it reads is gone.
+        late: Probability that a worker is added as a call ends.
+
+    Returns:
+        The blocks that ended, and every call that did.
+    """
+    rng, replicas, ended, done = random.Random(seed), defaultdict(Replica), [], []
+
+    def fate(call, node):
         if rng.random() < late:
-            replicas[max(replicas, default=-1) + 1] = Replica()
-        call, gathered = running.pop(rng.randrange(len(running)))
-        if rng.random() < loss:
-            del replicas[call.worker]
-            chain.lost(call)
-            replicas[max([*replicas, call.worker]) + 1] = Replica()
-        elif gathered and (None in gathered or rng.random() < gone):
-            chain.missing(call, (0, 0))
-        else:
-            value, record = replicas[call.worker].perform(call, gathered)
-            chain.succeeded(call)
-            chain.told(call, value)
-            done.append(call)
-            if record is not None and chain.is_awaited(call.emits):
-                records[call.emits] = record
-    raise AssertionError("the chain does not come to an end")
+            pool.add()
+        return {"lost": "by chance"} if rng.random() < loss else None
+
+    def execute(call, records):
+        if call.gathers and (None in records or rng.random() < gone):
+            raise MissingChunk(0, 0)
+        return replicas[call.worker].perform(call, records)
+
+    def on_success(call, value):
+        schedule.record_result(call, value)
+        ended.extend(schedule.ended())
+        done.append(call)
+
+    pool = ScriptedPool(workers, execute, fate, order=rng)
+    dispatch(
+        pool,
+        schedule,
+        FailurePolicy(Limits(*[10**6] * 4)),
+        on_success=on_success,
+        is_awaited=schedule.is_awaited,
+        on_event=lambda event: None,
+    )
+    assert not any(map(schedule.is_awaited, (call.emits for call in done)))
+    return [*schedule.ended(), *ended], done
 
 
 def expected(blocks):
     """What the programs of blocks give, whoever performs them."""
-    steps = {FIRST: [0], "descend": [0, 1], "leave": [2]}
+    steps = {"look": [0], "descend": [0, 1], "leave": [2]}
     values = []
-    for method in (FIRST, "descend", "leave"):
+    for method in ("look", "descend", "leave"):
         parts = 3 if method == "descend" else 5
         values += [(method, [(method, step, p) for p in range(parts)]) for step in steps[method]]
     return [(block, values) for block in blocks]
@@ -94,27 +119,27 @@ def expected(blocks):
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 9])
 def test_any_crew_makes_the_same_of_every_block(workers):
     """Values come in the order of the parts, after the same steps; each part is made once."""
-    chain = ReplicatedBlocks(todo=[2, 0, 1], present=[], program=rounds)
-    ended, done = drive(chain, range(workers))
+    schedule = ReplicatedBlocks(todo=[2, 0, 1], present=[], program=rounds)
+    ended, done = drive(schedule, workers)
     assert ended == expected(range(3))
-    assert sum(len(call.arguments[4]) for call in done) == 3 * (5 + 3 + 3 + 5)
+    assert sum(len(call.command.parts) for call in done) == 3 * (5 + 3 + 3 + 5)
     assert len(done) == 3 * 4 * workers
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_parts_are_shared_evenly(workers):
     """No replica makes more parts of a round than another, and one."""
-    _, done = drive(ReplicatedBlocks(todo=[0], present=[], program=rounds), range(workers))
+    _, done = drive(ReplicatedBlocks(todo=[0], present=[], program=rounds), workers)
     for at in range(len(ROUNDS)):
-        shares = [len(call.arguments[4]) for call in done[at * workers : (at + 1) * workers]]
+        shares = [len(call.command.parts) for call in done[at * workers : (at + 1) * workers]]
         assert max(shares) - min(shares) <= 1
 
 
 def test_a_replica_that_is_alone_hands_over_nothing():
     """It keeps what it makes: all parts of every round, in one call."""
-    _, done = drive(ReplicatedBlocks(todo=[0], present=[], program=rounds), [3])
+    _, done = drive(ReplicatedBlocks(todo=[0], present=[], program=rounds), 1)
     assert [call.emits for call in done] == [None] * 4
-    assert [call.arguments[4] for call in done] == [tuple(range(n)) for n in (5, 3, 3, 5)]
+    assert [call.command.parts for call in done] == [tuple(range(n)) for n in (5, 3, 3, 5)]
 
 
 def test_it_begins_where_the_input_lies_and_ends_behind_the_last():
@@ -127,9 +152,9 @@ def test_it_begins_where_the_input_lies_and_ends_behind_the_last():
 
 def test_nothing_to_do_is_finished():
     """A chain whose blocks are all made asks for nothing."""
-    chain = ReplicatedBlocks(todo=[], present=[4], program=rounds)
-    assert chain.finished
-    assert chain.calls([0]) == []
+    schedule = ReplicatedBlocks(todo=[], present=[4], program=rounds)
+    assert schedule.finished
+    assert schedule.calls([0]) == []
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -138,70 +163,69 @@ def test_accidents_change_nothing_of_what_is_made(seed):
 
     The replicas' own check, that all have made the same steps, holds throughout.
     """
-    chain = ReplicatedBlocks(todo=range(4), present=[], program=rounds)
-    workers = range(1 + seed % 4)
-    ended, _ = drive(chain, workers, loss=0.1, gone=0.02, late=0.05, seed=seed)
+    schedule = ReplicatedBlocks(todo=range(4), present=[], program=rounds)
+    ended, _ = drive(schedule, 1 + seed % 4, loss=0.1, gone=0.02, late=0.05, seed=seed)
     assert ended == expected(range(4))
 
 
 def test_a_lost_worker_costs_the_others_what_it_was_at():
     """Its parts are made by who is left, in the same state; nothing is made twice."""
-    chain = ReplicatedBlocks(todo=[0], present=[], program=rounds)
-    calls = chain.calls([0, 1, 2])
-    assert [call.arguments[4] for call in calls] == [(0, 1), (2, 3), (4,)]
-    chain.lost(calls[1])
-    assert chain.calls([]) == []
-    chain.succeeded(calls[0])
-    chain.told(calls[0], {"parts": {0: "a", 1: "b"}, "state": 0})
-    (again,) = chain.calls([0, 3])
-    assert (again.worker, again.arguments[4]) == (0, (2, 3))
-    assert not again.arguments[1]
+    schedule = ReplicatedBlocks(todo=[0], present=[], program=rounds)
+    calls = schedule.calls([0, 1, 2])
+    assert [call.command.parts for call in calls] == [(0, 1), (2, 3), (4,)]
+    schedule.lost(calls[1])
+    assert schedule.calls([]) == []
+    schedule.succeeded(calls[0])
+    schedule.record_result(calls[0], {"parts": {0: "a", 1: "b"}, "state": 0})
+    (again,) = schedule.calls([0, 3])
+    assert (again.worker, again.command.parts) == (0, (2, 3))
+    assert not again.command.is_first
 
 
 def test_a_worker_given_up_between_its_calls_is_missed_by_nobody():
     """The round goes on without it; the last one takes the block with it."""
-    chain = ReplicatedBlocks(todo=[0], present=[], program=rounds)
-    one, other = chain.calls([0, 1])
-    chain.succeeded(one)
-    chain.told(one, {"parts": dict.fromkeys(one.arguments[4], 0), "state": 0})
-    chain.retired(0)
-    assert chain.calls([]) == []
-    chain.succeeded(other)
-    chain.told(other, {"parts": dict.fromkeys(other.arguments[4], 0), "state": 0})
-    (following,) = chain.calls([1, 2])
+    schedule = ReplicatedBlocks(todo=[0], present=[], program=rounds)
+    one, other = schedule.calls([0, 1])
+    schedule.succeeded(one)
+    schedule.record_result(one, {"parts": dict.fromkeys(one.command.parts, 0), "state": 0})
+    schedule.retired(0)
+    assert schedule.calls([]) == []
+    schedule.succeeded(other)
+    schedule.record_result(other, {"parts": dict.fromkeys(other.command.parts, 0), "state": 0})
+    (following,) = schedule.calls([1, 2])
     assert (following.worker, following.method) == (1, "descend")
-    chain.lost(following)
-    assert {call.method for call in chain.calls([2, 3])} == {FIRST}
+    schedule.lost(following)
+    assert {call.method for call in schedule.calls([2, 3])} == {"look"}
 
 
 def test_a_missing_input_is_made_again_from_the_models():
     """What was made stays and is gone through."""
-    chain = ReplicatedBlocks(todo=range(3), present=[], program=rounds)
+    schedule = ReplicatedBlocks(todo=range(3), present=[], program=rounds)
     replica, ended = Replica(), []
     while not ended:
-        (call,) = chain.calls([0])
+        (call,) = schedule.calls([0])
         value, _ = replica.perform(call, [])
-        chain.succeeded(call)
-        chain.told(call, value)
-        ended = chain.ended()
-    (call,) = chain.calls([0])
-    chain.missing(call, (0, 0))
-    ended, _ = drive(chain)
+        schedule.succeeded(call)
+        schedule.record_result(call, value)
+        ended = schedule.ended()
+    (call,) = schedule.calls([0])
+    schedule.input_missing(call, (0, 0))
+    ended, _ = drive(schedule)
     assert ended == [(0, None), *expected([1, 2])]
 
 
 def test_replicas_that_differ_end_the_run():
     """One line that names the block and both states; what is not a number is equal to itself."""
     for states, fits in (((float("nan"), float("nan")), True), ((1.0, 1.0 + 2**-52), False)):
-        chain = ReplicatedBlocks(todo=[0], present=[], program=rounds)
-        for call, state in zip(chain.calls([0, 1]), states, strict=True):
-            value = {"parts": dict.fromkeys(call.arguments[4]), "state": float(state)}
-            chain.succeeded(call)
+        schedule = ReplicatedBlocks(todo=[0], present=[], program=rounds)
+        for call, state in zip(schedule.calls([0, 1]), states, strict=True):
+            value = {"parts": dict.fromkeys(call.command.parts), "state": float(state)}
+            schedule.succeeded(call)
             if fits or call.worker == 0:
-                chain.told(call, value)
+                schedule.record_result(call, value)
             else:
                 with pytest.raises(WorkerError, match=r"block 0, look, part 3-4: .* differ"):
-                    chain.told(call, value)
+                    schedule.record_result(call, value)
 
 
 def perform(program, give):
@@ -218,17 +242,17 @@ def walk(errors, **options):
     """The rounds of a block whose held-out errors are these, and its facts."""
     coming = iter(errors)
     given = {
-        FIRST: lambda each: Found([(10, 5.0)] * each.parts, {}),
+        "look": lambda each: Found([(10, 5.0)] * each.parts, {}),
         "compensate": lambda each: Found([], {"linears": {"q": 1}}),
         "evaluate": lambda each: Found([(10, next(coming))], {"norm": 2.0}),
         "descend": lambda each: Found([((0.25,), 10)] * each.parts, {"norm": 2.0}),
         "leave": lambda each: Found([(10, 3.0)] * each.parts, {"norm": None}),
-        "commit": lambda each: Found([each.about[0]], {}),
+        "commit": lambda each: Found([each.command.facts], {}),
     }
     program = walk_block(
         3, 5, is_made=False, is_changed=True, compensates=True, refinement=RefineOptions(**options)
     )
-    return perform(program, lambda each: given[each.method](each))
+    return perform(program, lambda each: given[each.command.method](each))
 
 
 def test_a_block_is_trained_until_it_gets_no_better():
@@ -236,11 +260,13 @@ def test_a_block_is_trained_until_it_gets_no_better():
     options = {"epochs": 9, "batches": 2, "patience": 2, "slices": 8, "held_out": 0.2}
     asked, facts = walk([40.0, 30.0, 35.0, 32.0], **options)
     epoch = ["descend", "descend", "evaluate"]
-    expected = [FIRST, "compensate", "evaluate", *epoch * 3, "leave", "commit"]
-    assert [each.method for each in asked] == expected
-    kept = [each.about for each in asked if each.method == "descend"]
-    assert kept == [(e, b, (e, b) == (1, 0)) for e in range(3) for b in range(2)]
-    assert asked[-2].about == (False,)
+    expected = ["look", "compensate", "evaluate", *epoch * 3, "leave", "commit"]
+    assert [each.command.method for each in asked] == expected
+    steps = [each.command for each in asked if isinstance(each.command, Descend)]
+    assert steps == [
+        Descend(epoch=e, batch=b, keep=(e, b) == (1, 0)) for e in range(3) for b in range(2)
+    ]
+    assert asked[-2].command == Leave(keep=False)
     refined = facts["refinement"]
     assert (refined["best"], refined["stop"], refined["steps"]) == (1, "patience", 6)
     assert [each["held_out"] for each in refined["epochs"]] == [3.0, 3.5, 3.2]
@@ -251,7 +277,7 @@ def test_a_block_is_trained_until_it_gets_no_better():
 def test_the_last_state_is_kept_where_it_is_the_best():
     """It is told to the round behind the training."""
     asked, facts = walk([40.0, 30.0, 20.0], epochs=2, batches=1, held_out=0.2)
-    assert asked[-2].about == (True,)
+    assert asked[-2].command == Leave(keep=True)
     assert (facts["refinement"]["best"], facts["refinement"]["stop"]) == (2, "end")
 
 
