@@ -6,7 +6,7 @@ device.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from orchestrator.forecast import workspaces
 from orchestrator.forecast.needs import (
@@ -17,6 +17,7 @@ from orchestrator.forecast.needs import (
     input_grams,
 )
 from orchestrator.forecast.shapes import Shapes
+from orchestrator.plan.forms import LOW_RANK, PIVOTED
 from orchestrator.plan.linear import Linear
 
 GRAM_BYTES = 12
@@ -147,7 +148,7 @@ def stored_rank(linear: Linear, needs: Needs, pivoted: bool) -> int:
     if needs.kind in ("sparse",):
         return 0
     narrow = min(linear.out_features, linear.in_features)
-    return narrow if pivoted or needs.kind == "rpca" else max(linear.break_even, 1)
+    return narrow if pivoted or needs.kind == "rpca" else max(LOW_RANK.break_even(linear), 1)
 
 
 def stored_bytes(linear: Linear, needs: Needs, pivoted: bool, itemsize: int) -> int:
@@ -179,12 +180,11 @@ def pivoting(shapes: Shapes, kept: float, itemsize: int) -> Footprint:
 
 def _pivoting(linear: Linear, kept: float, itemsize: int) -> int:
     """The factors as stored, and an orthonormal basis being made, or the result being compared."""
-    each = replace(linear, pivoted=True)
-    outputs, inputs = each.out_features, each.in_features
-    rank = each.rank_within(int(kept * each.values))
+    outputs, inputs = linear.out_features, linear.in_features
+    rank = PIVOTED.rank_within(linear, int(kept * linear.values))
     choosing = 5 * outputs * rank
     comparing = 3 * rank * inputs + outputs * rank + 6 * BAND * inputs
-    return 2 * itemsize * rank * each.rank_cost + 8 * max(choosing, comparing)
+    return 2 * itemsize * rank * linear.rank_cost + 8 * max(choosing, comparing)
 
 
 def refinement(

@@ -14,7 +14,7 @@ from orchestrator.models.checkpoint.headers import SINGLE_FILE
 from orchestrator.models.checkpoint.stored_tensor import StoredTensor
 from orchestrator.models.forms.config import StoredForm, misfits
 from orchestrator.models.forms.index_codes import index_tensors
-from orchestrator.plan.forms import index_code
+from orchestrator.plan.forms import FORMS
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
 
@@ -175,13 +175,11 @@ def stored_forms(survey: Survey, plan: Plan) -> dict[str, StoredForm]:
 
 
 def _stored_form(linear: Linear, assignment: Assignment) -> StoredForm:
-    is_sparse = assignment.form in ("sparse", "low_rank_sparse")
-    sizes = linear.out_features, linear.in_features
     return StoredForm(
         form=assignment.form,
         rank=assignment.rank,
         nonzeros=assignment.nonzeros,
-        index=index_code(*sizes, assignment.nonzeros) if is_sparse else "",
+        index=FORMS[assignment.form].index_code(linear, assignment),
         basis=assignment.basis,
     )
 

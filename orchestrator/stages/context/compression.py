@@ -26,7 +26,9 @@ from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.locate import locate
 from orchestrator.models.survey.select import select
+from orchestrator.plan.codecs import CODECS, Codec
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import Form, stored_as
 from orchestrator.plan.grouping import Grouping
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.result import Result
@@ -105,6 +107,11 @@ class Compression:
         """Whether factors are written pivoted, which saves values up to the full rank."""
         return self.recipe.storage == "pivoted"
 
+    @property
+    def form(self) -> Form:
+        """Form of the linears that are cut."""
+        return stored_as(self.method.form, self.recipe.storage)
+
     def survey(self) -> None:
         """Config and headers to blocks, linears, sites, shapes; no weight is read."""
         lazy_model = LazyModel.open(self.model, dtype=parse_dtype(self.recipe.dtype))
@@ -114,11 +121,7 @@ class Compression:
         self.tensors = lazy_model.tensors()
         names = [linear.name for linear in self.surveyed.linears]
         chosen = set(select(names, self.recipe.target, self.recipe.ignore))
-        self.linears = tuple(
-            replace(each, pivoted=self.pivots)
-            for each in self.surveyed.linears
-            if each.name in chosen
-        )
+        self.linears = tuple(each for each in self.surveyed.linears if each.name in chosen)
         if self.grouping.size > 1 and not any(map(self.grouping.joins, self.linears)):
             raise UsageError(
                 f"{self.recipe.method}: group is {self.grouping.size}, but no targeted linear is "
@@ -127,9 +130,9 @@ class Compression:
         # an impossible budget is said before anything is computed for it
         stacked = self.grouping.stacked(self.linears)
         if isinstance(self.allocator, Strs):
-            self.allocator.budget(stacked, self.recipe.share)
+            self.allocator.budget(stacked, self.recipe.share, self.form)
         else:
-            budget_values(stacked, self.recipe.share, self.method.form)
+            budget_values(stacked, self.recipe.share, self.form)
 
     def read_text(self) -> None:
         """Calibration text to token sequences, or those that the run has before it."""
@@ -237,6 +240,7 @@ class Compression:
             dtype=self.dtype,
             output_dtype=parse_dtype(self.recipe.output_dtype),
             linears=self.linears,
+            form=self.form,
             grouping=self.grouping,
             tokens_key=self.tokens_key,
             block_keys=self.block_keys,
@@ -288,7 +292,7 @@ class Compression:
             [each for each in self.linears if self.grouping.first(each.block) == 0],
             needs_of(self.recipe),
             self.recipe.storage == "pivoted",
-            self._itemsize,
+            self._codec.itemsize,
         )
         return slowly(work.flops, workers.environment["device"])
 
@@ -337,7 +341,7 @@ class Compression:
         candidates = {
             name: Candidates.from_json(result["curve"]) for name, result in self.results.items()
         }
-        scoring = Scoring(self, candidates, workers, monitor, stage, itemsize=self._itemsize)
+        scoring = Scoring(self, candidates, workers, monitor, stage, codec=self._codec)
         self.learnt = scoring.learn()
 
     def allocate(self) -> None:
@@ -360,21 +364,20 @@ class Compression:
         stacked = self.grouping.stacked(self.linears)
 
         def allocate(keep: float) -> Plan:
-            plan = self.allocator(stacked, self.curves, keep, cosines)
+            plan = self.allocator(stacked, self.curves, keep, cosines, form=self.form)
             return self.grouping.spread(self.linears, plan)
 
         share = self.recipe.share
         if self.recipe.keep_bytes is None:
             self.plan = allocate(share)
         else:
-            self.plan = fill_bytes(allocate, self.linears, share, self._itemsize)
+            self.plan = fill_bytes(allocate, self.linears, share, self._codec)
 
     @property
-    def _itemsize(self) -> int:
-        """Bytes of a value that is written."""
-        dtype = parse_dtype(self.recipe.output_dtype) or parse_dtype(self.surveyed.dtype)
-        assert dtype is not None
-        return dtype.itemsize
+    def _codec(self) -> Codec:
+        """Number format of the values that are written."""
+        asked = self.recipe.output_dtype
+        return CODECS[self.surveyed.dtype if asked == "auto" else asked]
 
     @property
     def refits(self) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from orchestrator.plan.forms import FACTORED
+from orchestrator.plan.forms import FORMS
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.compress_worker import CompressionTask
@@ -37,8 +37,8 @@ class Refit:
     def task(self) -> RefitTask:
         """What the workers need to know."""
         job = self._job
-        forms = {name: assignment.form for name, assignment in job.plan.assignments.items()}
-        blocks = sorted({each.block for each in job.linears if forms[each.name] in FACTORED})
+        forms = {name: FORMS[assignment.form] for name, assignment in job.plan.assignments.items()}
+        blocks = sorted({each.block for each in job.linears if forms[each.name].is_factored})
         return RefitTask(
             **{field.name: getattr(job.task, field.name) for field in fields(CompressionTask)}
             | {"pass_key": self.key},

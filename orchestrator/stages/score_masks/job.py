@@ -18,6 +18,7 @@ from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
+from orchestrator.plan.codecs import Codec
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.plan import Plan
 from orchestrator.runtime.calls import Call
@@ -59,10 +60,10 @@ class Scoring:
         monitor: RunMonitor,
         stage: StageMonitor,
         *,
-        itemsize: int,
+        codec: Codec,
     ) -> None:
         self._job, self._workers, self._monitor, self._stage = job, workers, monitor, stage
-        self._itemsize = itemsize
+        self._codec = codec
         allocator = job.allocator
         assert isinstance(allocator, CapAllocator)
         self.allocator: CapAllocator = allocator
@@ -126,7 +127,7 @@ class Scoring:
         plan = (
             allocate(recipe.share)
             if recipe.keep_bytes is None
-            else fill_bytes(allocate, linears, recipe.share, self._itemsize)
+            else fill_bytes(allocate, linears, recipe.share, self._codec)
         )
         return choose(self.pool, share_N, plan.budget_values), plan
 

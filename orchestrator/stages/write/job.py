@@ -107,6 +107,7 @@ class Writing:
             survey=job.surveyed,
             linears=job.linears,
             plan=job.plan,
+            form=job.form,
             curves={name: curves[first] for name, first in first_of.items() if curves},
             facts=self._facts(),
             tokens=job.token_report,
