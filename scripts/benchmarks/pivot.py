@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from benchmarks.figures import Figure, compare, in_turns, print_figures, say
 
-from orchestrator.models.forms.modules import LowRankLinear, PivotedLinear
+from orchestrator.models.forms.low_rank import LowRankLinear
+from orchestrator.models.forms.pivoted import PivotedLinear
 from orchestrator.plan.forms import LOW_RANK, PIVOTED
 from orchestrator.plan.linear import Linear
 

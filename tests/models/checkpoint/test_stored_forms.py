@@ -16,7 +16,8 @@ from orchestrator.hf.export import export_dense
 from orchestrator.models.checkpoint.layout import layout
 from orchestrator.models.checkpoint.stored_tensor import StoredTensor
 from orchestrator.models.forms.index_codes import INDEX_CODES, materialize
-from orchestrator.models.forms.modules import PivotedLinear, SparseLinear
+from orchestrator.models.forms.pivoted import PivotedLinear
+from orchestrator.models.forms.sparse import SparseLinear
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.codecs import CODECS
