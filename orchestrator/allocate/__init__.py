@@ -30,7 +30,7 @@ from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.two_sided_sparse import TwoSidedSparseAllocator
 from orchestrator.allocate.uniform import Uniform, UniformSparse
 from orchestrator.errors import UsageError
-from orchestrator.plan.forms import Form
+from orchestrator.plan.forms import FORMS
 from orchestrator.recipe.options import check_known, option_names
 
 ALLOCATORS: dict[str, type[Allocator]] = {
@@ -52,21 +52,23 @@ POOL_ALLOCATORS: dict[str, type[Allocator]] = {
 """The same, for linears that keep ranks and entries side by side; each of what the method of the
 same name stores."""
 ALLOCATION_NAMES = frozenset({*ALLOCATORS, *SPARSE_ALLOCATORS, *POOL_ALLOCATORS})
-_BY_FORM: dict[Form, tuple[str, dict[str, type[Allocator]]]] = {
-    "low_rank": ("ranks", ALLOCATORS),
-    "sparse": ("entries", SPARSE_ALLOCATORS),
-    "low_rank_sparse": ("ranks and entries together", POOL_ALLOCATORS),
+_BY_PARTS: dict[tuple[bool, bool], tuple[str, dict[str, type[Allocator]]]] = {
+    (True, False): ("ranks", ALLOCATORS),
+    (False, True): ("entries", SPARSE_ALLOCATORS),
+    (True, True): ("ranks and entries together", POOL_ALLOCATORS),
 }
+"""By whether a form has a rank, and whether it has entries."""
 
 
-def make_allocator(name: str, options: Mapping[str, Any], form: Form = "low_rank") -> Allocator:
+def make_allocator(name: str, options: Mapping[str, Any], form: str = "low_rank") -> Allocator:
     """The allocator of this name for linears that take this form, with these options.
 
     Raises:
         UsageError: It does not divide what the form is made of; an option does not exist (with
             near misses), or has a value not allowed.
     """
-    parts, table = _BY_FORM[form]
+    taken = FORMS[form]
+    parts, table = _BY_PARTS[taken.has_rank, taken.has_nonzeros]
     if name not in table:
         divided = "ranks and entries together" if name in POOL_ALLOCATORS else "ranks"
         raise UsageError(

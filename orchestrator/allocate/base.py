@@ -40,9 +40,11 @@ class Allocator(Protocol):
         curves: Mapping[str, Curve],
         keep: float,
         cosines: Mapping[str, float],
+        *,
+        form: Form = ...,
     ) -> Plan:
         """`cosines`: by `Linear.sublayer`, the mean over calibration tokens of the cosine between
-        the residual stream before and after it."""
+        the residual stream before and after it. `form`: the form of linears that are cut."""
         ...
 
     def check_budget(self, linears: Sequence[Linear], keep: float, form: Form) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from orchestrator.errors import InfeasibleError, UsageError
-from orchestrator.plan.forms import Form
+from orchestrator.plan.forms import LOW_RANK, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 
@@ -18,17 +18,7 @@ def share_values(linears: Sequence[Linear], keep: float) -> int:
     return math.floor(Fraction(str(keep)) * sum(linear.values for linear in linears))
 
 
-def least_values(linear: Linear, form: Form = "low_rank") -> int:
-    """The least that this linear can store in a form.
-
-    Rank 1, or the dense weight if that is no larger; one entry where it is sparse.
-    """
-    if form == "sparse":
-        return 1
-    return linear.factor_values(1) if linear.break_even > 1 else linear.values
-
-
-def budget_values(linears: Sequence[Linear], keep: float, form: Form = "low_rank") -> int:
+def budget_values(linears: Sequence[Linear], keep: float, form: Form = LOW_RANK) -> int:
     """The values that these linears may store together, their share.
 
     Raises:
@@ -39,9 +29,9 @@ def budget_values(linears: Sequence[Linear], keep: float, form: Form = "low_rank
         raise UsageError(f"keep: {keep} is outside (0, 1]; 0.8 keeps four values in five")
     dense = sum(linear.values for linear in linears)
     budget = share_values(linears, keep)
-    least = sum(least_values(linear, form) for linear in linears)
+    least = sum(map(form.least_values, linears))
     if budget < least:
-        what = "one entry" if form == "sparse" else "rank 1"
+        what = "rank 1" if form.has_rank else "one entry"
         raise InfeasibleError(
             f"keep: {keep} allows {budget} of {dense} values, but {what} for each of "
             f"{len(linears)} linears stores {least}; the least possible is "
@@ -50,17 +40,18 @@ def budget_values(linears: Sequence[Linear], keep: float, form: Form = "low_rank
     return budget
 
 
-def assign_rank(linear: Linear, rank: int, values: int) -> Assignment:
+def assign_rank(linear: Linear, rank: int, values: int, form: Form) -> Assignment:
     """Factors of this rank, or what break-even says.
 
     At break-even and above factors save nothing: the linear stays dense if its share of `values`
     holds the dense weight, and takes the last rank below break-even otherwise.
     """
-    if rank < linear.break_even:
-        return Assignment(form=linear.factored, rank=rank)
+    break_even = form.break_even(linear)
+    if rank < break_even:
+        return Assignment(form=form.name, rank=rank)
     if values >= linear.values:
         return Assignment(form="dense")
-    return Assignment(form=linear.factored, rank=linear.break_even - 1)
+    return Assignment(form=form.name, rank=break_even - 1)
 
 
 def make_plan(

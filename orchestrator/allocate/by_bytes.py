@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from orchestrator.errors import InfeasibleError
+from orchestrator.plan.codecs import Codec
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 
@@ -12,7 +13,7 @@ STEPS = 10**7
 
 
 def fill_bytes(
-    allocate: Callable[[float], Plan], linears: Sequence[Linear], share: float, itemsize: int
+    allocate: Callable[[float], Plan], linears: Sequence[Linear], share: float, codec: Codec
 ) -> Plan:
     """The plan of the largest kept fraction that stores at most `share` of the dense bytes.
 
@@ -21,16 +22,16 @@ def fill_bytes(
 
     Args:
         allocate: The plan of a kept fraction of values.
-        itemsize: Bytes of a value, dense or not.
+        codec: Number format of the values, dense or not.
 
     Raises:
         InfeasibleError: No plan is that small, or none has a budget of `share` at all.
     """
-    dense_bytes = sum(linear.values for linear in linears) * itemsize
+    dense_bytes = codec.bytes(sum(linear.values for linear in linears))
     most = Fraction(str(share)) * dense_bytes
 
     def fits(plan: Plan) -> bool:
-        stored = sum(plan.assignments[each.name].stored_bytes(each, itemsize) for each in linears)
+        stored = sum(plan.assignments[each.name].stored_bytes(each, codec) for each in linears)
         return stored <= most
 
     # what stores no index ends here, and so does what no smaller share can mend

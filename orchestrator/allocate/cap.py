@@ -23,7 +23,7 @@ from orchestrator.allocate.bernoulli import (
 from orchestrator.allocate.budget import budget_values, make_plan
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import UsageError
-from orchestrator.plan.forms import Form
+from orchestrator.plan.forms import LOW_RANK_SPARSE, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number
@@ -118,13 +118,15 @@ class CapAllocator(Allocator):
         curves: Mapping[str, Any],
         keep: float,
         cosines: Mapping[str, float],
+        *,
+        form: Form = LOW_RANK_SPARSE,
     ) -> Plan:
         """The plan of the initialisation; `curves` are `Candidates`.
 
         Raises:
             UsageError, InfeasibleError: As `budget_values`.
         """
-        budget = budget_values(linears, keep)
+        budget = budget_values(linears, keep, form)
         pool = self.pool(linears, curves, keep)
         return self.plan(pool, choose(pool, self.start(pool, budget), budget), budget)
 
@@ -160,7 +162,7 @@ class CapAllocator(Allocator):
         assignments = {}
         for linear in pool.linears:
             rank, nonzeros = (int(part.sum()) for part in kept[linear.name])
-            form: Form = "low_rank_sparse" if nonzeros else "low_rank"
+            form = "low_rank_sparse" if nonzeros else "low_rank"
             assignments[linear.name] = (
                 Assignment(form="dense")
                 if linear.name in choice.dense

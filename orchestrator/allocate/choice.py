@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.allocate.bernoulli import CandidatePool
+from orchestrator.plan.forms import LOW_RANK
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ def choose(pool: CandidatePool, share_N: np.ndarray, budget: int) -> Choice:
     values_M = np.array([linear.values for linear in pool.linears], dtype=np.int64)
     if budget >= int(values_M.sum()):
         return Choice(pool.count_N.copy(), frozenset(each.name for each in pool.linears))
-    order, dense_M = _order(pool, share_N), np.array([e.break_even <= 1 for e in pool.linears])
+    order = _order(pool, share_N)
+    dense_M = np.array([LOW_RANK.break_even(linear) <= 1 for linear in pool.linears])
     while True:
         left = budget - int(values_M[dense_M].sum())
         kept_N = np.where(dense_M[pool.owner_N], pool.count_N, 0)
@@ -56,7 +58,7 @@ def _order(pool: CandidatePool, share_N: np.ndarray) -> np.ndarray:
     starts = np.searchsorted(owners[by_owner], owners[by_owner])
     rank_N = np.full(len(order), -1)
     rank_N[by_owner] = np.arange(len(by_owner)) - starts
-    last_M = np.array([linear.break_even - 1 for linear in pool.linears])
+    last_M = np.array([LOW_RANK.break_even(linear) - 1 for linear in pool.linears])
     return np.concatenate([order[rank_N == 0], order[(rank_N != 0) & (rank_N < last_M[owners])]])
 
 

@@ -17,6 +17,7 @@ from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import UsageError
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import LOW_RANK, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number
@@ -82,6 +83,8 @@ class DRankAllocator(Allocator):
         curves: Mapping[str, Curve],
         keep: float,
         cosines: Mapping[str, float],
+        *,
+        form: Form = LOW_RANK,
     ) -> Plan:
         """
         Raises:
@@ -89,12 +92,12 @@ class DRankAllocator(Allocator):
                 beta is above 0 and there is not one type each of q_proj, k_proj and v_proj, or a
                 budget is below rank 1 for each of its linears.
         """
-        if any(linear.pivoted for linear in linears):
+        if not form.has_fixed_price:
             raise UsageError(
                 "d-rank: its formulas want one price for every rank, and that of pivoted ranks "
                 "falls; give storage 'plain', or another allocation"
             )
-        budget = budget_values(linears, keep)
+        budget = budget_values(linears, keep, form)
         types = by_role(linears)
         trio = _find_trio(types) if self.beta > 0 else None
         effective = {each.name: effective_rank(each, curves[each.name]) for each in linears}

@@ -16,6 +16,7 @@ from orchestrator.allocate.scale import find_scale
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import InfeasibleError, InputError
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import LOW_RANK, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number
@@ -75,6 +76,8 @@ class MgaaAllocator(Allocator):
         curves: Mapping[str, Curve],
         keep: float,
         cosines: Mapping[str, float],
+        *,
+        form: Form = LOW_RANK,
     ) -> Plan:
         """
         Raises:
@@ -82,7 +85,7 @@ class MgaaAllocator(Allocator):
                 bounds, or a sublayer's share is below rank 1 for each of its linears.
             InputError: The cosine of a sublayer is missing or not finite.
         """
-        budget = budget_values(linears, keep)
+        budget = budget_values(linears, keep, form)
         if not self.low <= keep <= self.high:
             raise InfeasibleError(
                 f"keep: {keep} is outside [{self.low}, {self.high}], what mgaa may keep of a "
@@ -98,13 +101,13 @@ class MgaaAllocator(Allocator):
         assignments: dict[str, Assignment] = {}
         following: list[tuple[float, int, Linear]] = []
         for (name, part), share in zip(sublayers.items(), kept_S * size_S, strict=True):
-            keys = [captured(linear, curves[linear.name]) for linear in part]
+            keys = [captured(linear, curves[linear.name], form) for linear in part]
             # what bisection left below a whole number is given back: under one value in all
             values = math.floor(share * (1 + 1e-13))
-            taken = spend(part, keys, values, where=f"sublayer {name}")
+            taken = spend(part, keys, values, where=f"sublayer {name}", form=form)
             assignments |= taken
             left = share - sum(taken[each.name].stored_values(each) for each in part)
-            if step := _next_step(part, keys, taken):
+            if step := _next_step(part, keys, taken, form):
                 linear, cost = step
                 following.append(((cost - left) / cost, cost, linear))
         if self.leftover == "largest":
@@ -113,7 +116,7 @@ class MgaaAllocator(Allocator):
                 if stored + cost > budget:
                     break
                 stored += cost
-                assignments[linear.name] = _larger(linear, assignments[linear.name])
+                assignments[linear.name] = _larger(linear, assignments[linear.name], form)
         return make_plan(linears, assignments, budget)
 
     def kept_fractions(self, cosine_S: np.ndarray, size_S: np.ndarray, budget: float) -> np.ndarray:
@@ -136,7 +139,10 @@ class MgaaAllocator(Allocator):
 
 
 def _next_step(
-    part: Sequence[Linear], keys: Sequence[np.ndarray], taken: Mapping[str, Assignment]
+    part: Sequence[Linear],
+    keys: Sequence[np.ndarray],
+    taken: Mapping[str, Assignment],
+    form: Form,
 ) -> tuple[Linear, int] | None:
     """The linear of a sublayer whose turn it is, and what its step stores more."""
     waiting = [
@@ -147,22 +153,22 @@ def _next_step(
     if not waiting:
         return None
     _, linear = min(waiting, key=lambda pair: pair[0])
-    return linear, int(step_costs(linear)[taken[linear.name].rank])
+    return linear, int(step_costs(linear, form=form)[taken[linear.name].rank])
 
 
-def _larger(linear: Linear, assignment: Assignment) -> Assignment:
+def _larger(linear: Linear, assignment: Assignment, form: Form) -> Assignment:
     """One step more."""
-    if assignment.rank + 1 == len(step_costs(linear)):
+    if assignment.rank + 1 == len(step_costs(linear, form=form)):
         return Assignment(form="dense")
     return replace(assignment, rank=assignment.rank + 1)
 
 
-def captured(linear: Linear, curve: Curve) -> np.ndarray:
+def captured(linear: Linear, curve: Curve, form: Form = LOW_RANK) -> np.ndarray:
     """Fraction of the energy that is captured before each step, ascending from 0, [K].
 
     A linear without energy has captured all of it from rank 1 on.
     """
-    steps = len(step_costs(linear))
+    steps = len(step_costs(linear, form=form))
     if curve.total <= 0:
         return np.minimum(np.arange(steps), 1.0)
     energy_K = np.concatenate([[0.0], np.cumsum(curve.energies[: steps - 1])])

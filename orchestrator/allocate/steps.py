@@ -12,19 +12,23 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from orchestrator.errors import InfeasibleError
+from orchestrator.plan.forms import LOW_RANK, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment
 
 
-def step_costs(linear: Linear, ranks: np.ndarray | None = None) -> np.ndarray:
+def step_costs(
+    linear: Linear, ranks: np.ndarray | None = None, form: Form = LOW_RANK
+) -> np.ndarray:
     """Stored values that each step adds, int64 [steps]; they sum to the dense weight's values.
 
     Args:
         ranks: Those that steps end at, ascending, the dense one's left out; else every rank.
     """
-    ends = np.arange(1, linear.break_even) if ranks is None else ranks
+    ends = np.arange(1, form.break_even(linear)) if ranks is None else ranks
     stored = np.zeros(len(ends) + 2, dtype=np.int64)
-    stored[1:-1], stored[-1] = linear.factor_values(ends.astype(np.int64)), linear.values
+    stored[1:-1] = form.factor_values(linear, ends.astype(np.int64))
+    stored[-1] = linear.values
     costs: np.ndarray = stored[1:] - stored[:-1]
     return costs
 
@@ -36,6 +40,7 @@ def spend(
     *,
     where: str,
     ranks: Sequence[np.ndarray | None] | None = None,
+    form: Form = LOW_RANK,
 ) -> dict[str, Assignment]:
     """Takes steps in ascending order of their keys until the next one does not fit.
 
@@ -56,7 +61,7 @@ def spend(
         InfeasibleError: The first steps alone cost more, with `where` in the message.
     """
     ends = [None] * len(linears) if ranks is None else ranks
-    costs = [step_costs(linear, end) for linear, end in zip(linears, ends, strict=True)]
+    costs = [step_costs(linear, end, form) for linear, end in zip(linears, ends, strict=True)]
     counts = np.array([len(cost) for cost in costs])
     first = np.concatenate([[0], np.cumsum(counts)])
     all_costs = np.concatenate(costs)
@@ -92,6 +97,6 @@ def spend(
             continue
         rank = count if end is None else int(end[count - 1])
         if end is not None and place == following and count < len(end):
-            rank = linear.rank_within(int(linear.factor_values(rank)) + left)
-        assignments[linear.name] = Assignment(form=linear.factored, rank=rank)
+            rank = form.rank_within(linear, form.factor_values(linear, rank) + left)
+        assignments[linear.name] = Assignment(form=form.name, rank=rank)
     return assignments

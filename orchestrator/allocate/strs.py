@@ -9,7 +9,7 @@ from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.budget import budget_values, make_plan, share_values
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import Form
+from orchestrator.plan.forms import LOW_RANK, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_number, check_whole
@@ -72,29 +72,30 @@ class Strs(Allocator):
         """The kept fractions of the grid."""
         return tuple(float(word) for word in self.grid.replace(",", " ").split())
 
-    def ranks(self, linear: Linear) -> tuple[int, ...]:
+    def ranks(self, linear: Linear, form: Form = LOW_RANK) -> tuple[int, ...]:
         """The ranks that a linear is tried at, ascending; none where factors save nothing."""
-        ranks = {self.rank(linear, kept) for kept in self.kept}
+        ranks = {self.rank(linear, kept, form) for kept in self.kept}
         return tuple(sorted(ranks - {0}))
 
-    def rank(self, linear: Linear, kept: float) -> int:
+    def rank(self, linear: Linear, kept: float, form: Form = LOW_RANK) -> int:
         """The rank that a kept fraction of a linear holds, below break-even; 0 where none."""
-        rank = linear.rank_within(share_values([linear], kept))
-        return max(min(rank, linear.break_even - 1), 0)
+        rank = form.rank_within(linear, share_values([linear], kept))
+        return max(min(rank, form.break_even(linear) - 1), 0)
 
     def check_budget(self, linears: Sequence[Linear], keep: float, form: Form) -> None:
         """Raise the errors of `budget`."""
-        self.budget(linears, keep)
+        self.budget(linears, keep, form)
 
-    def budget(self, linears: Sequence[Linear], keep: float) -> int:
+    def budget(self, linears: Sequence[Linear], keep: float, form: Form = LOW_RANK) -> int:
         """The values that the linears may store together.
 
         Raises:
             UsageError, InfeasibleError: As `budget_values`; also where the smallest of the grid
                 stores more.
         """
-        budget = budget_values(linears, keep)
-        least = sum(min(_sizes(linear, self.ranks(linear))) for linear in linears)
+        budget = budget_values(linears, keep, form)
+        ranks = {linear.name: self.ranks(linear, form) for linear in linears}
+        least = sum(min(_sizes(linear, ranks[linear.name], form)) for linear in linears)
         if least > budget:
             raise InfeasibleError(
                 f"keep: {keep} allows {budget} values, but the smallest of strs's grid, "
@@ -108,6 +109,8 @@ class Strs(Allocator):
         curves: Mapping[str, Curve],
         keep: float,
         cosines: Mapping[str, float],
+        *,
+        form: Form = LOW_RANK,
     ) -> Plan:
         """The plan of the lowest threshold that fits; of the curves the sensitivities are used.
 
@@ -115,24 +118,24 @@ class Strs(Allocator):
             UsageError, InfeasibleError: As `budget`.
             InputError: A sensitivity is missing or not finite.
         """
-        budget = self.budget(linears, keep)
+        budget = self.budget(linears, keep, form)
         trials = [
             (-_sensitivity(curves[linear.name], rank), linear, rank)
             for linear in linears
-            for rank in self.ranks(linear)
+            for rank in self.ranks(linear, form)
         ]
-        left = {linear.name: {*self.ranks(linear)} for linear in linears}
-        size = {linear.name: min(_sizes(linear, left[linear.name])) for linear in linears}
+        left = {linear.name: {*self.ranks(linear, form)} for linear in linears}
+        size = {linear.name: min(_sizes(linear, left[linear.name], form)) for linear in linears}
         stored = sum(size.values())
         for _, linear, rank in sorted(trials, key=lambda trial: trial[0]):
             others = left[linear.name] - {rank}
-            smallest = min(_sizes(linear, others))
+            smallest = min(_sizes(linear, others, form))
             if stored + smallest - size[linear.name] > budget:
                 break
             stored += smallest - size[linear.name]
             left[linear.name], size[linear.name] = others, smallest
         assignments = {
-            linear.name: Assignment(form=linear.factored, rank=min(left[linear.name]))
+            linear.name: Assignment(form=form.name, rank=min(left[linear.name]))
             if left[linear.name]
             else Assignment(form="dense")
             for linear in linears
@@ -140,9 +143,9 @@ class Strs(Allocator):
         return make_plan(linears, assignments, budget)
 
 
-def _sizes(linear: Linear, ranks: Collection[int]) -> list[int]:
+def _sizes(linear: Linear, ranks: Collection[int], form: Form) -> list[int]:
     """Values that the linear stores at each of the ranks, and dense."""
-    return [*(linear.factor_values(rank) for rank in ranks), linear.values]
+    return [*(form.factor_values(linear, rank) for rank in ranks), linear.values]
 
 
 def _sensitivity(curve: Curve, rank: int) -> float:

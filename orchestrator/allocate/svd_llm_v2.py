@@ -14,6 +14,7 @@ from orchestrator.allocate.scale import find_scale
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import LOW_RANK, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_number
@@ -54,13 +55,15 @@ class SvdLlmV2Allocator(Allocator):
         curves: Mapping[str, Curve],
         keep: float,
         cosines: Mapping[str, float],
+        *,
+        form: Form = LOW_RANK,
     ) -> Plan:
         """
         Raises:
             UsageError, InfeasibleError: As `budget_values`; also when more than `most_removed`
                 would have to go, or a type's share is below rank 1 for each of its linears.
         """
-        budget = budget_values(linears, keep)
+        budget = budget_values(linears, keep, form)
         if keep + self.most_removed < 1:
             raise InfeasibleError(
                 f"keep: {keep} removes more than {self.most_removed}, what svd-llm-v2 may remove "
@@ -69,19 +72,17 @@ class SvdLlmV2Allocator(Allocator):
         assignments: dict[str, Assignment] = {}
         for role, group in by_role(linears).items():
             share = share_values(group, keep)
-            share_N = self._shares(group, curves, keep, share)
+            loss_N = [_uniform_loss(each, curves[each.name], keep, form) for each in group]
+            share_N = self._shares(group, np.array(loss_N), share)
             keys = [
-                np.cumsum(step_costs(linear)) - held
+                np.cumsum(step_costs(linear, form=form)) - held
                 for linear, held in zip(group, share_N, strict=True)
             ]
-            assignments |= spend(group, keys, share, where=role)
+            assignments |= spend(group, keys, share, where=role, form=form)
         return make_plan(linears, assignments, budget)
 
-    def _shares(
-        self, group: Sequence[Linear], curves: Mapping[str, Curve], keep: float, share: int
-    ) -> np.ndarray:
+    def _shares(self, group: Sequence[Linear], loss_N: np.ndarray, share: int) -> np.ndarray:
         """Values that each linear of a type should store, [N]; at most `share` together."""
-        loss_N = np.array([_uniform_loss(each, curves[each.name], keep) for each in group])
         size_N = np.array([float(linear.values) for linear in group])
         # ln L = ln(L²) / 2
         score_N = 1 / np.maximum(np.log(np.maximum(loss_N, 1)) / 2, LEAST_LOG)
@@ -91,7 +92,7 @@ class SvdLlmV2Allocator(Allocator):
         return share_N
 
 
-def _uniform_loss(linear: Linear, curve: Curve, keep: float) -> float:
+def _uniform_loss(linear: Linear, curve: Curve, keep: float, form: Form) -> float:
     """L², the energy that the uniform rank cuts."""
-    rank = linear.rank_within(share_values([linear], keep))
-    return curve.loss(max(min(rank, linear.break_even - 1), 0))
+    rank = form.rank_within(linear, share_values([linear], keep))
+    return curve.loss(max(min(rank, form.break_even(linear) - 1), 0))

@@ -15,6 +15,7 @@ from orchestrator.allocate.sampled_curve import Knots, sample_curve
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import UsageError
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import LOW_RANK, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 from orchestrator.recipe.options import check_choice, check_number
@@ -61,30 +62,32 @@ class Threshold(Allocator):
         curves: Mapping[str, Curve | Knots],
         keep: float,
         cosines: Mapping[str, float],
+        *,
+        form: Form = LOW_RANK,
     ) -> Plan:
         """
         Raises:
             UsageError, InfeasibleError: As `budget_values`.
         """
-        budget = budget_values(linears, keep)
-        if self.dense == "hull" and sum(each.break_even for each in linears) > MOST_STEPS:
-            curves = {each.name: _in_knots(each, curves[each.name]) for each in linears}
+        budget = budget_values(linears, keep, form)
+        if self.dense == "hull" and sum(map(form.break_even, linears)) > MOST_STEPS:
+            curves = {each.name: _in_knots(each, curves[each.name], form) for each in linears}
         ranks = [_ranks(curves[linear.name]) for linear in linears]
-        keys = (self._floored(linear, curves[linear.name], keep) for linear in linears)
-        taken = spend(linears, keys, budget, where="the model", ranks=ranks)
+        keys = (self._floored(linear, curves[linear.name], keep, form) for linear in linears)
+        taken = spend(linears, keys, budget, where="the model", ranks=ranks, form=form)
         return make_plan(linears, taken, budget)
 
-    def _floored(self, linear: Linear, curve: Curve | Knots, keep: float) -> np.ndarray:
+    def _floored(self, linear: Linear, curve: Curve | Knots, keep: float, form: Form) -> np.ndarray:
         """The keys, those of steps within the floor before all others."""
-        key_K = self.keys(linear, curve)
+        key_K = self.keys(linear, curve, form)
         if not self.floor:
             return key_K
-        spent_K = np.cumsum(step_costs(linear, _ranks(curve)))
+        spent_K = np.cumsum(step_costs(linear, _ranks(curve), form))
         return np.where(spent_K <= self.floor * share_values([linear], keep), -1.0, key_K)
 
-    def keys(self, linear: Linear, curve: Curve | Knots) -> np.ndarray:
+    def keys(self, linear: Linear, curve: Curve | Knots, form: Form = LOW_RANK) -> np.ndarray:
         """Values per gain of each step, ascending, [K]: 1 / τ at which the step is taken."""
-        cost_K = step_costs(linear, _ranks(curve))
+        cost_K = step_costs(linear, _ranks(curve), form)
         gain_K = np.zeros(len(cost_K))
         gain_K[:-1] = curve.energies[: len(cost_K) - 1]
         if self.dense == "break_even":
@@ -98,8 +101,9 @@ class Threshold(Allocator):
         return hull_rates(cost_K, gain_K)
 
 
-def _in_knots(linear: Linear, curve: Curve | Knots) -> Knots:
-    return curve if isinstance(curve, Knots) else sample_curve(curve, max(linear.break_even - 1, 0))
+def _in_knots(linear: Linear, curve: Curve | Knots, form: Form) -> Knots:
+    last = max(form.break_even(linear) - 1, 0)
+    return curve if isinstance(curve, Knots) else sample_curve(curve, last)
 
 
 def _ranks(curve: Curve | Knots) -> np.ndarray | None:

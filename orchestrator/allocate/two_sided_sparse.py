@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from orchestrator.allocate.base import Allocator
-from orchestrator.allocate.budget import budget_values, least_values, make_plan
+from orchestrator.allocate.budget import budget_values, make_plan
 from orchestrator.allocate.threshold import hull_rates
-from orchestrator.plan.forms import Form
+from orchestrator.plan.forms import LOW_RANK_SPARSE, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 
@@ -107,15 +107,17 @@ class TwoSidedSparseAllocator(Allocator):
         curves: Mapping[str, Any],
         keep: float,
         cosines: Mapping[str, float],
+        *,
+        form: Form = LOW_RANK_SPARSE,
     ) -> Plan:
         """The plan; `curves` are `Surface`s.
 
         Raises:
             UsageError, InfeasibleError: As `budget_values`.
         """
-        budget = budget_values(linears, keep)
-        left = budget - sum(map(least_values, linears))
-        pieces = [_pieces(linear, curves[linear.name]) for linear in linears]
+        budget = budget_values(linears, keep, form)
+        left = budget - sum(map(form.least_values, linears))
+        pieces = [_pieces(linear, curves[linear.name], form) for linear in linears]
         owners = np.repeat(np.arange(len(linears)), [len(costs) for costs, _ in pieces])
         costs = np.concatenate([costs for costs, _ in pieces])
         order = np.argsort(np.concatenate([rates for _, rates in pieces]), kind="stable")
@@ -123,7 +125,7 @@ class TwoSidedSparseAllocator(Allocator):
         bought = np.clip(left - before, 0, costs[order])
         values = np.bincount(owners[order], bought, minlength=len(linears)).astype(np.int64)
         assignments = {
-            linear.name: _best(linear, curves[linear.name], least_values(linear) + int(more))
+            linear.name: _best(linear, curves[linear.name], form.least_values(linear) + int(more))
             for linear, more in zip(linears, values, strict=True)
         }
         return make_plan(linears, assignments, budget)
@@ -138,21 +140,21 @@ def _best(linear: Linear, surface: Surface, values: int) -> Assignment:
     for nonzeros, largest in surface.largest_ranks().items():
         rank = min((values - nonzeros) // linear.rank_cost, largest)
         if rank > 0 and (loss := surface.loss(rank, nonzeros)) < least:
-            form: Form = "low_rank_sparse" if nonzeros else "low_rank"
+            form = "low_rank_sparse" if nonzeros else "low_rank"
             best, least = Assignment(form=form, rank=rank, nonzeros=nonzeros), loss
     return best
 
 
-def _pieces(linear: Linear, surface: Surface) -> tuple[np.ndarray, np.ndarray]:
+def _pieces(linear: Linear, surface: Surface, form: Form) -> tuple[np.ndarray, np.ndarray]:
     """Values of each piece of the hull of the loss over stored values, and its values per gain.
 
     From the least that the linear stores to the dense weight.
     """
-    least = least_values(linear)
+    least = form.least_values(linear)
     if least == linear.values:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
     first = _best(linear, surface, least)
-    stored_P = linear.factor_values(surface.ranks) + surface.nonzeros
+    stored_P = form.factor_values(linear, surface.ranks) + surface.nonzeros
     within_P = (stored_P > least) & (stored_P < linear.values)
     values = np.concatenate([[least], stored_P[within_P], [linear.values]])
     losses = np.concatenate(

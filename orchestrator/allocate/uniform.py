@@ -7,6 +7,7 @@ from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import assign_rank, budget_values, make_plan, share_values
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import LOW_RANK, SPARSE, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 
@@ -28,24 +29,26 @@ class Uniform(Allocator):
         curves: Mapping[str, Curve],
         keep: float,
         cosines: Mapping[str, float],
+        *,
+        form: Form = LOW_RANK,
     ) -> Plan:
         """
         Raises:
             UsageError, InfeasibleError: As `budget_values`; also when a single linear's share is
                 below rank 1, with its name.
         """
-        budget = budget_values(linears, keep)
+        budget = budget_values(linears, keep, form)
         assignments = {}
         for linear in linears:
             share = share_values([linear], keep)
-            rank = linear.rank_within(share)
-            if share < linear.values and min(rank, linear.break_even - 1) < 1:
+            rank = form.rank_within(linear, share)
+            if share < linear.values and min(rank, form.break_even(linear) - 1) < 1:
                 raise InfeasibleError(
                     f"{linear.name}: {keep} of a {linear.out_features} x {linear.in_features} "
-                    f"weight is below rank 1, which stores {linear.factor_values(1)} of "
+                    f"weight is below rank 1, which stores {form.factor_values(linear, 1)} of "
                     f"{linear.values} values; keep more, or leave it out with --ignore"
                 )
-            assignments[linear.name] = assign_rank(linear, rank, share)
+            assignments[linear.name] = assign_rank(linear, rank, share, form)
         return make_plan(linears, assignments, budget)
 
 
@@ -62,13 +65,15 @@ class UniformSparse(Allocator):
         curves: Mapping[str, Curve],
         keep: float,
         cosines: Mapping[str, float],
+        *,
+        form: Form = SPARSE,
     ) -> Plan:
         """
         Raises:
             UsageError, InfeasibleError: As `budget_values`; also when a single linear's share is
                 below one entry, with its name.
         """
-        budget = budget_values(linears, keep, "sparse")
+        budget = budget_values(linears, keep, form)
         assignments = {}
         for linear in linears:
             share = share_values([linear], keep)
@@ -79,6 +84,6 @@ class UniformSparse(Allocator):
                 )
             whole = share == linear.values
             assignments[linear.name] = (
-                Assignment(form="dense") if whole else Assignment(form="sparse", nonzeros=share)
+                Assignment(form="dense") if whole else Assignment(form=form.name, nonzeros=share)
             )
         return make_plan(linears, assignments, budget)

@@ -16,6 +16,7 @@ from orchestrator.forecast.work import (
     trained,
 )
 from orchestrator.models.training.refine_options import RefineOptions
+from orchestrator.plan.forms import PIVOTED
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import Recipe
 
@@ -158,11 +159,10 @@ class Costs:
         return tuple(map(self._pivot, self.shapes.linears)) if self.is_pivoted else ()
 
     def _pivot(self, linear: Linear) -> Work:
-        each = replace(linear, pivoted=True)
-        rank = each.rank_within(int(self.recipe.share * each.values))
-        read = float(rank * each.rank_cost * self.out_itemsize)
-        written = float(each.factor_values(rank) * self.out_itemsize)
-        return pivoting(each, rank) + Work(read=read, write=written)
+        rank = PIVOTED.rank_within(linear, int(self.recipe.share * linear.values))
+        read = float(rank * linear.rank_cost * self.out_itemsize)
+        written = float(PIVOTED.factor_values(linear, rank) * self.out_itemsize)
+        return pivoting(linear, rank) + Work(read=read, write=written)
 
     @cached_property
     def _forward(self) -> Work:

@@ -17,6 +17,7 @@ from orchestrator.forecast.needs import (
     input_grams,
 )
 from orchestrator.forecast.shapes import Shapes
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.linear import Linear
 
 GRAM_BYTES = 12
@@ -141,7 +142,7 @@ def stored_rank(linear: Linear, needs: Needs, pivoted: bool) -> int:
     if needs.kind in ("sparse",):
         return 0
     narrow = min(linear.out_features, linear.in_features)
-    return narrow if pivoted or needs.kind == "rpca" else max(linear.break_even, 1)
+    return narrow if pivoted or needs.kind == "rpca" else max(LOW_RANK.break_even(linear), 1)
 
 
 def stored_bytes(linear: Linear, needs: Needs, pivoted: bool, itemsize: int) -> int:

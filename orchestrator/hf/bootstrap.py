@@ -1,18 +1,18 @@
 """The file that lets a checkpoint load where this package is not installed.
 
-It is put together from the sources of the modules, of the config that names them, of the rules
-that split them over ranks and of the quantizer that installs them, so there is one implementation
-and two ways to reach it.
+It is put together from the sources of the forms, of the config that names them, of the rules that
+split them over ranks and of the quantizer that installs them, so there is one implementation and
+two ways to reach it.
 """
 
 import ast
 import inspect
+import sys
 from types import ModuleType
 
 from orchestrator.errors import InputError
 from orchestrator.hf import quantizer, tensor_parallel
-from orchestrator.models.forms import config as forms
-from orchestrator.models.forms import index_codes, modules
+from orchestrator.models.forms import FORMS, base, config, index_codes
 from orchestrator.version import __version__
 
 FILE = "modeling_orchestrator.py"
@@ -55,7 +55,11 @@ def bootstrap_source(architecture: str) -> str:
     if not architecture.isidentifier():
         raise InputError(f"config.json: architectures: {architecture!r} is not a class name")
     imports, bodies = {"import transformers"}, []
-    for module in index_codes, modules, forms, tensor_parallel, quantizer:
+    of_forms = [sys.modules[form.__module__] for form in FORMS.values()]
+    for module in base, index_codes, *of_forms, None, config, tensor_parallel, quantizer:
+        if module is None:
+            bodies.append(_registry())
+            continue
         found, body = _split(module)
         imports |= found
         bodies.append(body)
@@ -67,6 +71,12 @@ def bootstrap_source(architecture: str) -> str:
 def auto_map(architecture: str) -> dict[str, str]:
     """The field of config.json that points transformers to that class."""
     return {"AutoModelForCausalLM": f"{FILE.removesuffix('.py')}.{architecture}"}
+
+
+def _registry() -> str:
+    """Source of `FORMS` with the forms that there are."""
+    lines = (f"    {name!r}: {form.__name__}," for name, form in FORMS.items())
+    return "\n".join(["FORMS = {", *lines, "}"])
 
 
 def _split(module: ModuleType) -> tuple[set[str], str]:

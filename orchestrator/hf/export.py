@@ -1,4 +1,4 @@
-"""A compressed checkpoint multiplied back to a dense one, for programs that know no forms.
+"""Export of a compressed checkpoint as a dense one, for programs that know no forms.
 
 Shape suffixes: O outputs, I inputs.
 """
@@ -14,19 +14,19 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_json
-from orchestrator.models.checkpoint.layout import FileSpec, Part, TensorSpec, dtype_name
+from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, dtype_name
 from orchestrator.models.checkpoint.output import claim_out, copy_companions, seal
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.checkpoint.write import write_file, write_index
+from orchestrator.models.forms.base import FormLinear
 from orchestrator.models.forms.config import install_forms
-from orchestrator.models.forms.modules import LowRankLinear, SparseLinear
 from orchestrator.models.shards.dense_weight import read_dense_weight
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.names import Names, map_names
 
 
 def export_dense(directory: Path, out: Path) -> None:
-    """Writes the dense checkpoint with every weight multiplied and filled out, file by file.
+    """Write the dense checkpoint with every weight multiplied and filled out, file by file.
 
     Products and sums are taken in fp32 on the CPU and cast to the stored dtype. Memory: one linear
     and what is stored of it in fp32. The result has the native tensor names and loads with stock
@@ -73,15 +73,14 @@ def _dense_files(
     if not is_single:
         places = read_json(weights.directory / INDEX_FILE)["weight_map"]
     parts: set[str] = set()
-    linears: dict[str, tuple[str, LowRankLinear | SparseLinear]] = {}
+    linears: dict[str, tuple[str, FormLinear]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear | SparseLinear) and f"{name}.weight" not in parts:
+        if isinstance(module, FormLinear) and f"{name}.weight" not in parts:
             parts |= {f"{name}.{key}" for key in module.state_dict() if key != "bias"}
             linears[f"{name}.weight"] = name, module
     files: dict[str, list[TensorSpec]] = {}
     for tensor, disk_name in names.disk.items():
-        part: Part = "copy"
-        shape, source = weights.shape(disk_name), disk_name
+        part, shape, source = "copy", weights.shape(disk_name), disk_name
         if tensor in linears:
             source, module = linears[tensor]
             part = "dense"

@@ -20,8 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from orchestrator.errors import InputError
 from orchestrator.hf.tensor_parallel import split
+from orchestrator.models.forms.base import FormLinear
 from orchestrator.models.forms.config import METHOD, install_forms, read_forms
-from orchestrator.models.forms.modules import PivotedLinear, SparseLinear
 
 
 class OrchestratorConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers has no types
@@ -48,8 +48,10 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
             InputError: An index does not name as many entries as there are values, or every output.
         """
         for name, module in model.named_modules():
-            has_index = isinstance(module, SparseLinear | PivotedLinear)
-            if has_index and not module.index.is_meta and not module.is_sound():
+            if not isinstance(module, FormLinear):
+                continue
+            is_here = not any(index.is_meta for index in module.buffers(recurse=False))
+            if is_here and not module.is_sound():
                 raise InputError(
                     f"{name}: its index does not name {module.indexed}; the checkpoint is damaged"
                 )

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import nn
 
 from orchestrator.errors import InputError, UsageError
-from orchestrator.models.forms.modules import LowRankLinear, SharedBasis
+from orchestrator.models.forms.low_rank import LowRankLinear, SharedBasis
 
 
 def recovery_targets(model: nn.Module, factor: Literal["weight", "down"]) -> dict[str, list[str]]:

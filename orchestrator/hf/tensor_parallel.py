@@ -10,6 +10,8 @@ differ from block to block, so a rule is replaced by one that asks each module w
 - what has an order of its own, pivoted rows and sparse entries, is whole: a rank computes all
   outputs and keeps its part, or gathers its inputs first.
 
+Which of these a form takes is said by its module, `FormLinear.split_outputs` and `split_inputs`.
+
 Gradients are those of a single process: where a rank keeps a part, those of all are gathered.
 """
 
@@ -26,12 +28,7 @@ from transformers.distributed.parallel_utils import (
 )
 from transformers.distributed.tensor_parallel import ColwiseParallel, TensorParallelLayer
 
-from orchestrator.models.forms.modules import (
-    LowRankLinear,
-    LowRankSparseLinear,
-    PivotedLinear,
-    SparseLinear,
-)
+from orchestrator.models.forms.base import FormLinear, Split
 
 COLUMNS = ("colwise", "colwise_gather_output", "colwise_rep")
 """Rules that split outputs, the last two gathering them again."""
@@ -101,17 +98,18 @@ class _ByForm(TensorParallelLayer):  # type: ignore[misc] # transformers has no 
         self.dense = ALL_PARALLEL_STYLES[rule]
         ends = {"input_layouts": self.dense.input_layouts}
         ends["output_layouts"] = self.dense.output_layouts
-        self.low_rank = _SplitOuter(**ends) if rule in COLUMNS else TensorParallelLayer()
-        self.whole = _Replicated(**ends)
+        self.by_columns = rule in COLUMNS
+        self.rules: dict[Split, TensorParallelLayer] = {
+            "whole": _Replicated(**ends),
+            "weight": _SplitOuter(**ends),
+            "parts": TensorParallelLayer(),
+        }
 
     def of(self, module: nn.Module) -> TensorParallelLayer:
-        """The rule of one module; by rows the parts of a low-rank one have rules of their own."""
-        if not isinstance(module, LowRankLinear | SparseLinear):
+        """The rule of one module."""
+        if not isinstance(module, FormLinear):
             return self.dense
-        ordered = isinstance(module, PivotedLinear | LowRankSparseLinear)
-        by_columns = isinstance(self.low_rank, _SplitOuter)
-        is_whole = isinstance(module, SparseLinear) or (ordered and by_columns)
-        return self.whole if is_whole else self.low_rank
+        return self.rules[module.split_outputs if self.by_columns else module.split_inputs]
 
     def validate_param(
         self, module: nn.Module, param: str, mesh: DeviceMesh, parameter_name: str | None = None
@@ -130,14 +128,18 @@ def split(model: nn.Module, plan: dict[str, str]) -> None:
     """Replaces, in a plan, the rules of linears that are compressed in some block."""
     modules = [(replace_layer_number_by_wildcard(n), m) for n, m in model.named_modules()]
     names = {name for name, _ in modules}
-    compressed = {n for n, m in modules if isinstance(m, LowRankLinear | SparseLinear)}
-    for name in compressed & plan.keys():
+    parts: dict[str, set[str]] = {}
+    for name, module in modules:
+        if isinstance(module, FormLinear):
+            found = {f"{name}.{part}" for part in module.parts}
+            parts[name] = parts.get(name, set()) | found
+    for name in parts.keys() & plan.keys():
         rule = plan[name]
         if rule not in COLUMNS + ROWS:
             continue
         plan[name] = _registered(rule)
         if rule in ROWS:
-            plan |= {part: plan[name] for part in names & {f"{name}.down", f"{name}.sparse"}}
+            plan |= dict.fromkeys(names & parts[name], plan[name])
 
 
 def _registered(rule: str) -> str:

@@ -10,7 +10,6 @@ from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 from orchestrator.linalg.ranked import RankedParts
 from orchestrator.linalg.sparse import Sparse
 from orchestrator.linalg.two_sided_sparse import SparseLowRank
-from orchestrator.plan.forms import Form
 from orchestrator.plan.grouping import Grouping, gram_side
 from orchestrator.plan.linear import Linear
 
@@ -29,7 +28,7 @@ class Method(Protocol):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     """Raised when the method's results change; older units are then computed again."""
-    form: ClassVar[Form] = "low_rank"
+    form: ClassVar[str] = "low_rank"
     """What a linear becomes where it is cut."""
     allocation: ClassVar[str] = "uniform"
     """The allocator that the paper uses."""

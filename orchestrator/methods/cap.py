@@ -11,7 +11,6 @@ from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.ranked import RankedParts, Utility, rank_parts
 from orchestrator.linalg.rpca import Solver, rpca
 from orchestrator.methods.base import Method
-from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.options import check_choice
 
@@ -45,7 +44,7 @@ class Cap(Method):
 
     name: ClassVar[str] = "cap"
     version: ClassVar[int] = 3
-    form: ClassVar[Form] = "low_rank_sparse"
+    form: ClassVar[str] = "low_rank_sparse"
     allocation: ClassVar[str] = "cap"
 
     def __post_init__(self) -> None:

@@ -10,7 +10,6 @@ from orchestrator.errors import UsageError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.two_sided_sparse import SparseLowRank, sparse_low_rank
 from orchestrator.methods.base import Method
-from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.options import check_number, check_whole
 
@@ -40,7 +39,7 @@ class TwoSidedSparse(Method):
 
     name: ClassVar[str] = "two-sided-sparse"
     version: ClassVar[int] = 2
-    form: ClassVar[Form] = "low_rank_sparse"
+    form: ClassVar[str] = "low_rank_sparse"
     allocation: ClassVar[str] = "two-sided-sparse"
     bends_outputs: ClassVar[bool] = True
 

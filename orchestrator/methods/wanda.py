@@ -10,7 +10,6 @@ from orchestrator.errors import InputError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.sparse import Sparse, sort_within_rows
 from orchestrator.methods.base import Method
-from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 
 
@@ -31,7 +30,7 @@ class Wanda(Method):
 
     name: ClassVar[str] = "wanda"
     decomposition: ClassVar[str] = "wanda"
-    form: ClassVar[Form] = "sparse"
+    form: ClassVar[str] = "sparse"
 
     def side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
         return "input"

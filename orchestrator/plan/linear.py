@@ -1,16 +1,8 @@
 """Linears of a model, and the survey that lists them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
-
-import numpy as np
-
-from orchestrator.plan.forms import Form
-
-Ranks = TypeVar("Ranks", int, np.ndarray)
-"""One rank or many."""
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +22,6 @@ class Linear:
     has_bias: bool
     norm: str = ""
     """Module name of the norm that its input comes from; empty where it comes from no module."""
-    pivoted: bool = False
-    """Whether its factors are to be stored as `pivoted` and not as `low_rank`."""
-
-    @property
-    def factored(self) -> Form:
-        """The form that factors of it take."""
-        return "pivoted" if self.pivoted else "low_rank"
 
     @property
     def sublayer(self) -> str:
@@ -50,34 +35,8 @@ class Linear:
 
     @property
     def rank_cost(self) -> int:
-        """Stored values of one rank, but for what pivoting saves."""
+        """Outputs plus inputs: values of one rank of two plain factors."""
         return self.out_features + self.in_features
-
-    @property
-    def break_even(self) -> int:
-        """The rank from which on factors save nothing: floor(m n / (m + n)), pivoted min(m, n).
-
-        A linear that would get this rank or a larger one stays dense.
-        """
-        if self.pivoted:
-            return min(self.out_features, self.in_features)
-        return self.values // self.rank_cost
-
-    def factor_values(self, rank: Ranks) -> Ranks:
-        """Values that factors of this rank store: r (m + n), pivoted r (m + n) - r^2."""
-        saved = rank * rank if self.pivoted else 0
-        return rank * self.rank_cost - saved
-
-    def rank_within(self, values: int) -> int:
-        """The largest rank whose factors store no more than these values, at most the dense ones.
-
-        Pivoted: (m + n - 2 r)^2 is then at least (m + n)^2 - 4 values.
-        """
-        if not self.pivoted:
-            return values // self.rank_cost
-        least = self.rank_cost**2 - 4 * values
-        root = math.isqrt(least - 1) + 1 if least > 0 else 0
-        return (self.rank_cost - root) // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,18 +3,20 @@
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 from orchestrator.errors import InputError
-from orchestrator.plan.forms import PIVOT_BYTES, Form, index_bytes
+from orchestrator.plan.codecs import Codec
+from orchestrator.plan.forms import FORMS
 from orchestrator.plan.linear import Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """What one linear becomes."""
+    """Form and size of one linear."""
 
-    form: Form
+    form: str
+    """Name of the form, a key of `FORMS`."""
     rank: int = 0
     """Rank of the factors; 0 where the form has none."""
     nonzeros: int = 0
@@ -23,39 +25,24 @@ class Assignment:
     """Name of the `low_rank` linear whose `down` [R, I] this one uses; empty: it has its own."""
 
     def stored_values(self, linear: Linear) -> int:
-        """The values of its weight: R O, R I unless the basis is another's, and the nonzeros.
+        """Number of values of its weight; an index is not counted."""
+        return FORMS[self.form].values(linear, self)
 
-        Pivoted factors store R^2 fewer.
-        """
-        if self.form == "dense":
-            return linear.values
-        own_down = 0 if self.basis else self.rank * linear.in_features
-        outputs = linear.out_features - (self.rank if self.form == "pivoted" else 0)
-        return self.rank * outputs + own_down + self.nonzeros
-
-    def stored_bytes(self, linear: Linear, itemsize: int) -> int:
-        """The bytes of its weight: `itemsize` a value, and the index.
-
-        That is the smallest one of the nonzeros, or that of the pivots.
-        """
-        values_bytes = self.stored_values(linear) * itemsize
-        if self.form == "pivoted":
-            return values_bytes + PIVOT_BYTES * linear.out_features
-        if not self.nonzeros:
-            return values_bytes
-        sizes = index_bytes(linear.out_features, linear.in_features, self.nonzeros)
-        return values_bytes + min(sizes.values())
+    def stored_bytes(self, linear: Linear, codec: Codec) -> int:
+        """Bytes of its weight: values in this number format, and the index."""
+        form = FORMS[self.form]
+        return codec.bytes(form.values(linear, self)) + form.index_bytes(linear, self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What every targeted linear becomes; linears that are not named are not targeted."""
+    """Assignment of every targeted linear, by name; a linear without one is not targeted."""
 
     assignments: Mapping[str, Assignment]
     budget_values: int
-    """The values that the targeted linears may store together."""
+    """Number of values that the targeted linears may store together."""
     stored_values: int
-    """The values that they do store; never above the budget."""
+    """Number of values that they store, at most the budget."""
 
     @property
     def slack_values(self) -> int:
@@ -70,7 +57,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Plan":
-        """Raises InputError where it is not what `to_json` gives."""
+        """Read the result of `to_json`; raises InputError if it is not one."""
         try:
             assignments = {name: Assignment(**a) for name, a in value["assignments"].items()}
             plan = cls(**{**value, "assignments": assignments})
@@ -80,8 +67,8 @@ class Plan:
         counts = [plan.budget_values, plan.stored_values]
         for name, each in assignments.items():
             counts += [each.rank, each.nonzeros]
-            is_named = isinstance(name, str) and isinstance(each.basis, str)
-            if not is_named or each.form not in get_args(Form):
+            are_names = all(isinstance(text, str) for text in (name, each.form, each.basis))
+            if not are_names or each.form not in FORMS:
                 raise InputError(f"plan: no linear can be {reprlib.repr(each)}")
         if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
             raise InputError("plan: a rank, nonzeros or values are no whole numbers, 0 or above")

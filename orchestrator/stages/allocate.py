@@ -26,13 +26,15 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
     stacked = grouping.stacked(linears)
 
     def divide(keep: float) -> Plan:
-        return grouping.spread(linears, decomposed.allocator(stacked, curves, keep, cosines))
+        return grouping.spread(
+            linears, decomposed.allocator(stacked, curves, keep, cosines, form=decomposed.form)
+        )
 
     share = decomposed.recipe.share
     if decomposed.recipe.keep_bytes is None:
         plan = divide(share)
     else:
-        plan = fill_bytes(divide, linears, share, decomposed.itemsize)
+        plan = fill_bytes(divide, linears, share, decomposed.codec)
     return extended(decomposed, Planned, plan=plan, curves=curves, scores=scores)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
-from orchestrator.plan.forms import Form
 from orchestrator.plan.grouping import Grouping
 from orchestrator.recipe.recipe import Recipe
 
@@ -32,7 +31,7 @@ class MethodTraits(Refitting, Protocol):
     def name(self) -> str: ...
 
     @property
-    def form(self) -> Form: ...
+    def form(self) -> str: ...
 
     @property
     def grouping(self) -> Grouping: ...

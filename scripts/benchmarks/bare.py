@@ -23,6 +23,7 @@ from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import Calibration, dense_weight
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.stages.context.tokens import TokenArrays, first_chunk
 
 METHOD = METHODS["svd-llm"]
@@ -125,6 +126,6 @@ def _calibrate_and_decompose(lazy_model: LazyModel, blocks: range, chunks: Seque
             calibration.forward(chunk)
         for linear in shard.linears:
             weight_OI = dense_weight(shard.module(linear.name))
-            METHOD.decompose(weight_OI, calibration.statistic(linear), linear.break_even)
+            METHOD.decompose(weight_OI, calibration.statistic(linear), LOW_RANK.break_even(linear))
             calibration.forget([linear])
         calibration.close()

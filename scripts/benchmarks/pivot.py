@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from benchmarks.figures import Figure, compare, in_turns, print_figures, say
 
-from orchestrator.models.forms.modules import LowRankLinear, PivotedLinear
+from orchestrator.models.forms.low_rank import LowRankLinear
+from orchestrator.models.forms.pivoted import PivotedLinear
+from orchestrator.plan.forms import LOW_RANK, PIVOTED
 from orchestrator.plan.linear import Linear
 
 SHAPES = ("576x576", "1536x576", "576x1536", "4096x4096", "11008x4096", "4096x11008")
@@ -47,21 +49,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def ranks_of(outputs: int, inputs: int, keep: float) -> tuple[int, int]:
     """The plain rank at a kept fraction, and the pivoted one of no more values than that stores."""
-    plain, pivoted = (
-        Linear(
-            name="linear",
-            block=0,
-            role="linear",
-            site="linear",
-            out_features=outputs,
-            in_features=inputs,
-            has_bias=False,
-            pivoted=is_pivoted,
-        )
-        for is_pivoted in (False, True)
+    linear = Linear(
+        name="linear",
+        block=0,
+        role="linear",
+        site="linear",
+        out_features=outputs,
+        in_features=inputs,
+        has_bias=False,
     )
-    rank = plain.rank_within(int(keep * plain.values))
-    return rank, pivoted.rank_within(plain.factor_values(rank))
+    rank = LOW_RANK.rank_within(linear, int(keep * linear.values))
+    return rank, PIVOTED.rank_within(linear, LOW_RANK.factor_values(linear, rank))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from orchestrator.forecast.rates import Machine, Rates, machine_of
 from orchestrator.forecast.shapes import Shapes, from_config
 from orchestrator.forecast.simulate import Simulated, simulate
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import LOW_RANK, PIVOTED, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import make_recipe
 
@@ -246,7 +247,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def run_allocations(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [allocated(name) for name in CLOSED_FORMS]
-    rows.append(allocated("threshold", is_pivoted=True))
+    rows.append(allocated("threshold", PIVOTED))
     rows.append(allocated_knots())
     table = [("allocation", "linears", "seconds", "asked", "peak of the driver", "asked")]
     for row in rows:
@@ -266,15 +267,15 @@ def run_allocations(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def allocated(name: str, *, is_pivoted: bool = False) -> dict[str, Any]:
+def allocated(name: str, form: Form = LOW_RANK) -> dict[str, Any]:
     """One allocation of a 70B model's linears, with curves to the full rank."""
-    linears = [replace(each, pivoted=is_pivoted) for each in shapes_of("70B").linears]
+    linears = shapes_of("70B").linears
     curves = {each.name: curve_of(each, number) for number, each in enumerate(linears)}
     sublayers = {each.sublayer: 0.9 for each in linears}
     allocate = ALLOCATORS[name]()
     start = time.perf_counter()
-    allocate(linears, curves, 0.8, sublayers)
-    label = f"{name}, pivoted" if is_pivoted else name
+    allocate(linears, curves, 0.8, sublayers, form=form)
+    label = f"{name}, pivoted" if form is PIVOTED else name
     return {"name": label, "seconds": time.perf_counter() - start, "linears": len(linears)}
 
 
@@ -299,7 +300,7 @@ def _allocate_knots() -> dict[str, Any]:
             has_bias=False,
         )
         linears.append(linear)
-        curves[name] = sample_curve(curve_of(linear, number), linear.break_even - 1)
+        curves[name] = sample_curve(curve_of(linear, number), LOW_RANK.break_even(linear) - 1)
     start = time.perf_counter()
     ALLOCATORS["threshold"]()(linears, curves, 0.8, {})  # type: ignore[arg-type]
     seconds = time.perf_counter() - start

@@ -20,7 +20,9 @@ from orchestrator.allocate.svd_llm_v2 import SvdLlmV2Allocator
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, UsageError
+from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.plan import Plan
 
 GROWS = "no rank, and so no stored total, falls as the budget grows, and no loss rises"
@@ -64,6 +66,7 @@ CASES = {
     "strs": (Strs(grid="0.2 0.4 0.6 0.8 0.9"), {GROWS, DENSE, TYPES, WHOLE}),
 }
 
+BF16 = CODECS["bfloat16"]
 ROLES = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -179,7 +182,7 @@ def test_a_curve_may_be_cut_at_break_even(case):
     curves = make_curves(SMALL)
     cut = {
         each.name: replace(
-            curves[each.name], energies=curves[each.name].energies[: each.break_even]
+            curves[each.name], energies=curves[each.name].energies[: LOW_RANK.break_even(each)]
         )
         for each in SMALL
     }
@@ -227,7 +230,7 @@ def test_steps_lead_to_the_dense_weight(shape):
     (linear,) = make_linears([shape])
     costs = step_costs(linear)
     assert costs.sum() == linear.values
-    assert len(costs) == max(linear.break_even, 1)
+    assert len(costs) == max(LOW_RANK.break_even(linear), 1)
     if len(costs) > 1:
         assert set(costs[:-1]) <= {linear.rank_cost}
         assert linear.rank_cost <= costs[-1] < 2 * linear.rank_cost
@@ -257,25 +260,27 @@ def test_bytes_of_factors_are_values(share):
     linears = make_model({"q": (24, 16), "up": (40, 16)}, 3)
     curves = make_curves(linears)
     allocate = partial(DRankAllocator(), linears, curves, cosines={})
-    assert fill_bytes(lambda keep: allocate(keep=keep), linears, share, 2) == allocate(keep=share)
+    assert fill_bytes(lambda keep: allocate(keep=keep), linears, share, BF16) == allocate(
+        keep=share
+    )
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("codec", [BF16, CODECS["float32"]])
 @pytest.mark.parametrize("share", [0.2, 0.55, 0.8])
-def test_bytes_of_indices_count(share, itemsize):
+def test_bytes_of_indices_count(share, codec):
     """Sparse: values and indices fit from below, and one value in 1e5 more no longer does."""
     linears = make_linears([(50, 40), (64, 64)])
     allocate = make_allocator("uniform", {}, "sparse")
-    plan = fill_bytes(lambda keep: allocate(linears, {}, keep, {}), linears, share, itemsize)
+    plan = fill_bytes(lambda keep: allocate(linears, {}, keep, {}), linears, share, codec)
 
     def stored_bytes(plan):
-        return sum(plan.assignments[x.name].stored_bytes(x, itemsize) for x in linears)
+        return sum(plan.assignments[x.name].stored_bytes(x, codec) for x in linears)
 
     dense = sum(linear.values for linear in linears)
-    assert stored_bytes(plan) <= share * dense * itemsize
+    assert stored_bytes(plan) <= share * codec.bytes(dense)
     more = allocate(linears, {}, (plan.budget_values + 2) / dense, {})
     assert more.stored_values > plan.stored_values
-    assert stored_bytes(more) > share * dense * itemsize
+    assert stored_bytes(more) > share * codec.bytes(dense)
 
 
 def test_bytes_that_hold_no_plan_are_infeasible():
@@ -283,10 +288,10 @@ def test_bytes_that_hold_no_plan_are_infeasible():
     linears = make_linears([(50, 40)])
     curves = make_curves(linears)
     with pytest.raises(InfeasibleError, match=r"keep: 0\.01 allows"):
-        fill_bytes(lambda keep: Uniform()(linears, curves, keep, {}), linears, 0.01, 2)
+        fill_bytes(lambda keep: Uniform()(linears, curves, keep, {}), linears, 0.01, BF16)
     sparse = make_allocator("uniform", {}, "sparse")
     with pytest.raises(InfeasibleError, match=r"keep_bytes: 0\.0005 .* indices included"):
-        fill_bytes(lambda keep: sparse(linears, {}, keep, {}), linears, 0.0005, 2)
+        fill_bytes(lambda keep: sparse(linears, {}, keep, {}), linears, 0.0005, BF16)
 
 
 def test_bytes_beyond_what_a_rule_may_keep_say_so():
@@ -294,4 +299,4 @@ def test_bytes_beyond_what_a_rule_may_keep_say_so():
     linears = make_model({"q": (24, 16)}, 3)
     curves, cosines = make_curves(linears), make_cosines(linears)
     with pytest.raises(InfeasibleError, match="raise its high"):
-        fill_bytes(lambda keep: MgaaAllocator()(linears, curves, keep, cosines), linears, 1.0, 2)
+        fill_bytes(lambda keep: MgaaAllocator()(linears, curves, keep, cosines), linears, 1.0, BF16)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from orchestrator.allocate.d_rank import DRankAllocator, closed_form, effective_rank, rebalance
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, UsageError
+from orchestrator.plan.forms import LOW_RANK
 
 ATTENTION = {f"self_attn.{name}_proj": (64, 64) for name in "qkvo"}
 GROUPED = {f"self_attn.{name}_proj": (64 if name == "q" else 16, 64) for name in "qkv"}
@@ -147,7 +148,7 @@ def test_ranks_follow_the_water_filling_solution(scope):
     # k (k + 1) ω / R is one number at the margin: k + 1/2 follows the root
     level = np.median((ranks + 0.5)[~dense] / roots[~dense])
     assert np.all(np.abs(ranks + 0.5 - level * roots)[~dense] <= 1)
-    break_even = np.array([each.break_even for each in linears])
+    break_even = np.array([LOW_RANK.break_even(each) for each in linears])
     assert np.all(level * roots[dense] >= break_even[dense] - 1)
 
 

@@ -7,6 +7,7 @@ from allocation import assert_invariants, lost, make_curves, make_linears
 from orchestrator.allocate.sampled_curve import sample_curve
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.errors import UsageError
+from orchestrator.plan.forms import LOW_RANK
 
 SHAPES = [(400, 300), (300, 500), (700, 200), (256, 256)] * 3
 KEEP = (0.2, 0.5, 0.8, 0.95, 1.0)
@@ -20,7 +21,7 @@ def problem():
 
 def in_knots(linears, curves, most):
     return {
-        each.name: sample_curve(curves[each.name], each.break_even - 1, most=most)
+        each.name: sample_curve(curves[each.name], LOW_RANK.break_even(each) - 1, most=most)
         for each in linears
     }
 
@@ -31,10 +32,10 @@ def test_the_stated_error_holds_at_every_rank(problem, most):
     linears, curves = problem
     for linear in linears:
         curve = curves[linear.name]
-        found = sample_curve(curve, linear.break_even - 1, most=most)
+        found = sample_curve(curve, LOW_RANK.break_even(linear) - 1, most=most)
         assert len(found.ranks) <= most
-        assert (found.ranks[0], found.ranks[-1]) == (1, linear.break_even - 1)
-        gaps = np.array([found.loss(r) - curve.loss(r) for r in range(linear.break_even)])
+        assert (found.ranks[0], found.ranks[-1]) == (1, LOW_RANK.break_even(linear) - 1)
+        gaps = np.array([found.loss(r) - curve.loss(r) for r in range(LOW_RANK.break_even(linear))])
         assert -1e-6 * curve.total < gaps.min()
         assert gaps.max() <= (found.error + 1e-6) * curve.total
         assert np.abs(gaps[found.ranks]).max() <= 1e-6 * curve.total

@@ -23,6 +23,8 @@ from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import dense_weight
+from orchestrator.plan.codecs import CODECS
+from orchestrator.plan.forms import LOW_RANK
 
 SHAPES = st.lists(st.tuples(st.integers(2, 40), st.integers(2, 40)), min_size=1, max_size=5)
 
@@ -94,7 +96,7 @@ def test_the_grid_gives_ranks_below_break_even():
     small, tiny, wide = make_linears([(10, 10), (2, 2), (576, 1536)])
     assert strs.ranks(small) == (2, 4)
     assert strs.ranks(tiny) == ()
-    assert strs.ranks(wide) == (4, 167, 171, wide.break_even - 1)
+    assert strs.ranks(wide) == (4, 167, 171, LOW_RANK.break_even(wide) - 1)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +343,9 @@ def test_other_budgets_are_met_from_below(fields, llama, text, tmp_path):
     """Pivoted ranks are tried at what they store; bytes of factors are those of values."""
     result = compress(llama, tmp_path / "out", text, **{"keep": 0.6} | fields)
     linears = LazyModel.open(llama).survey().linears
-    stored = sum(result.plan.assignments[each.name].stored_bytes(each, 4) for each in linears)
+    stored = sum(
+        result.plan.assignments[each.name].stored_bytes(each, CODECS["float32"]) for each in linears
+    )
     values = result.report["values"]
     assert values["stored"] <= values["budget"] == share_values(linears, 0.6)
     assert stored == 4 * values["stored"] or "storage" in fields

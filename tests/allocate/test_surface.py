@@ -13,6 +13,8 @@ from orchestrator.allocate import POOL_ALLOCATORS, make_allocator
 from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.two_sided_sparse import Surface, TwoSidedSparseAllocator
 from orchestrator.errors import InfeasibleError, UsageError
+from orchestrator.plan.codecs import CODECS
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.plan import Plan
 
 ALLOCATE = TwoSidedSparseAllocator()
@@ -28,9 +30,9 @@ def make_surface(linear, rng):
     for share, fall in zip(SHARES, falls.tolist(), strict=True):
         nonzeros = int(share * linear.values)
         free = (linear.values - nonzeros - 1) // linear.rank_cost
-        most = min(linear.break_even // 2, free) if share < 0.8 else 0
+        most = min(LOW_RANK.break_even(linear) // 2, free) if share < 0.8 else 0
         for rank in sorted({0, most // 3, most}):
-            gain = np.exp(-steep * rng.uniform(0.2, 2) * rank / max(linear.break_even, 1))
+            gain = np.exp(-steep * rng.uniform(0.2, 2) * rank / max(LOW_RANK.break_even(linear), 1))
             points.append((nonzeros, rank, size * fall * gain))
     nonzeros, ranks, losses = (np.array(column) for column in zip(*points, strict=True))
     return Surface(
@@ -165,7 +167,7 @@ def points(linear, surface):
         linear.rank_cost,
         min(surface.loss(rank, count) for rank, count in ((0, linear.rank_cost), (1, 0))),
     )
-    stored = linear.factor_values(surface.ranks) + surface.nonzeros
+    stored = LOW_RANK.factor_values(linear, surface.ranks) + surface.nonzeros
     losses = zip(stored.tolist(), surface.losses.tolist(), strict=True)
     within = [point for point in losses if cost < point[0] < linear.values]
     return [(cost, least), *sorted(within), (linear.values, 0.0)]
@@ -193,12 +195,12 @@ def test_no_plan_at_measured_points_loses_less(seed):
         assert least <= min(loss for stored, loss in plans if stored <= budget) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("codec", [CODECS["bfloat16"], CODECS["float32"]])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_bytes_of_indices_count(share, itemsize):
+def test_bytes_of_indices_count(share, codec):
     """What is stored with its indices fits from below."""
     surfaces = make_surfaces(MODEL)
-    plan = fill_bytes(lambda keep: ALLOCATE(MODEL, surfaces, keep, {}), MODEL, share, itemsize)
-    stored = sum(plan.assignments[each.name].stored_bytes(each, itemsize) for each in MODEL)
-    dense = itemsize * sum(each.values for each in MODEL)
+    plan = fill_bytes(lambda keep: ALLOCATE(MODEL, surfaces, keep, {}), MODEL, share, codec)
+    stored = sum(plan.assignments[each.name].stored_bytes(each, codec) for each in MODEL)
+    dense = codec.bytes(sum(each.values for each in MODEL))
     assert 0.9 * share * dense < stored <= share * dense

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.allocate.threshold import Threshold, hull_rates
 from orchestrator.errors import UsageError
+from orchestrator.plan.forms import LOW_RANK
 
 TINY = make_model({"mlp.up_proj": (9, 6), "mlp.down_proj": (5, 8)}, blocks=2)
 DENSE_VALUES = sum(each.values for each in TINY)
@@ -48,7 +49,7 @@ def test_components_stay_where_they_are_worth_the_threshold():
     rates = {True: [], False: []}
     for each in linears:
         rank = plan.assignments[each.name].rank
-        assert 1 < rank < each.break_even - 1
+        assert 1 < rank < LOW_RANK.break_even(each) - 1
         rate = curves[each.name].energies / each.rank_cost
         rates[True].append(rate[:rank].min())
         rates[False].append(rate[rank:].max())

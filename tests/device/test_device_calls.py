@@ -37,6 +37,7 @@ from orchestrator.models.training.distill import LossWeights, TopK, distill
 from orchestrator.models.training.refine import Refinement
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.models.training.train import Training
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.plan import Assignment
 
 pytestmark = pytest.mark.usefixtures("cuda_environment")
@@ -64,7 +65,7 @@ def every_form(survey):
     """Assigns sparse, low rank with entries, low rank and pivoted forms to linears in turn."""
     assignments = {}
     for turn, linear in enumerate(survey.linears):
-        half = linear.break_even // 2
+        half = LOW_RANK.break_even(linear) // 2
         assignments[linear.name] = (
             Assignment(form="sparse", nonzeros=linear.values // 2),
             Assignment(form="low_rank_sparse", rank=half, nonzeros=linear.values // 9),

@@ -40,7 +40,10 @@ FORMS = {
 STEPS = {f"models/training/{name}.py" for name in ("distill", "refine", "train")}
 """Files whose code runs for each step, and in it for each parameter and slice of tokens."""
 PASSES = {
-    "models/forms/modules.py",
+    "models/forms/low_rank.py",
+    "models/forms/low_rank_sparse.py",
+    "models/forms/pivoted.py",
+    "models/forms/sparse.py",
     "models/shards/chunk.py",
     "models/shards/shard.py",
     "models/statistics/calibration.py",

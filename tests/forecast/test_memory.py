@@ -17,6 +17,7 @@ from orchestrator.forecast.needs import NEEDS
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, decompose
 from orchestrator.linalg.two_sided import decompose_two_sided
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import make_recipe
 
@@ -51,7 +52,7 @@ def test_a_decomposition_holds_what_is_forecast(shape, method, side, is_full):
     curvature.matrix_KK.copy_(curvature.matrix_KK @ curvature.matrix_KK.T)
     kind = InputGram if side == "input" else OutputGram
     statistic = kind(gram.T @ gram, 2000, curvature=curvature if method == "two-sided" else None)
-    rank = narrow if is_full else linear.break_even
+    rank = narrow if is_full else LOW_RANK.break_even(linear)
     with LiveBytes() as live:
         if method == "two-sided":
             decompose_two_sided(weight_OI, statistic, rank, damping=0.01)

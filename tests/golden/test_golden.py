@@ -5,7 +5,7 @@ See `golden_record` for the command that writes it anew.
 
 import json
 import tarfile
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from golden_cases import CASES, EVALUATED, INTERRUPTED, RETARGETED, VERIFIED
@@ -14,7 +14,7 @@ from golden_record import ARCHIVE, FORECASTS, RECORD, found_here
 
 from orchestrator.allocate import ALLOCATION_NAMES
 from orchestrator.methods import METHODS
-from orchestrator.plan.forms import Form
+from orchestrator.plan.forms import FORMS
 from orchestrator.recipe.presets import PRESETS
 from orchestrator.recipe.recipe import CHOICES
 
@@ -134,7 +134,7 @@ def test_every_choice_has_a_case():
         assert not missing, choice
     recorded = [case["plan"]["assignments"].values() for case in RECORDED["cases"].values()]
     forms = {words.split()[1] for plan in recorded for words in plan}
-    assert forms == {*get_args(Form)}
+    assert forms == {*FORMS}
     kinds = {
         words.split()[0]
         for case in RECORDED["cases"].values()

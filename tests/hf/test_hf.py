@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 import orchestrator.hf
 from orchestrator.errors import InputError
 from orchestrator.hf.bootstrap import bootstrap_source
-from orchestrator.models.forms.modules import LowRankLinear
+from orchestrator.models.forms.low_rank import LowRankLinear
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,6 +12,7 @@ from families import write_checkpoint
 from transformers import AutoModelForCausalLM
 
 import orchestrator.hf  # noqa: F401 # transformers knows the format then
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.linear import Survey
 from orchestrator.plan.plan import Assignment, Plan
 
@@ -56,7 +57,7 @@ def pivoted_plan(survey: Survey) -> Plan:
     """As pivoted storage leaves a model: some blocks dense, the others of different ranks."""
     assignments = {}
     for linear in survey.linears:
-        rank = linear.break_even + linear.block
+        rank = LOW_RANK.break_even(linear) + linear.block
         pivoted = Assignment(form="pivoted", rank=rank)
         assignments[linear.name] = Assignment(form="dense") if linear.block == 1 else pivoted
     return plan_of(survey, assignments)
@@ -68,8 +69,10 @@ def shared_plan(survey: Survey) -> Plan:
     for first in range(0, survey.num_blocks, 2):
         pairs = zip(survey.of_block(first), survey.of_block(first + 1), strict=True)
         for one, two in pairs:
-            assignments[one.name] = Assignment(form="low_rank", rank=one.break_even)
-            assignments[two.name] = Assignment(form="low_rank", rank=one.break_even, basis=one.name)
+            assignments[one.name] = Assignment(form="low_rank", rank=LOW_RANK.break_even(one))
+            assignments[two.name] = Assignment(
+                form="low_rank", rank=LOW_RANK.break_even(one), basis=one.name
+            )
     return plan_of(survey, assignments)
 
 

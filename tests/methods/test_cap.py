@@ -34,6 +34,8 @@ from orchestrator.linalg.ranked import RIDGES, SKETCH, rank_parts, sketched_ener
 from orchestrator.linalg.rpca import rpca
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.plan.codecs import CODECS
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.runtime.calls import Open, Step
 from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.stages.context.masks import CandidateValues, masked_weight, read_masked
@@ -165,7 +167,7 @@ def greedy(pool, share_N, budget):
             continue
         if pool.is_direction_N[n]:
             owner = pool.owner_N[n]
-            if ranks[owner] == pool.linears[owner].break_even - 1:
+            if ranks[owner] == LOW_RANK.break_even(pool.linears[owner]) - 1:
                 continue
             ranks[owner] += 1
         kept_N[n] += 1
@@ -774,7 +776,9 @@ def test_a_budget_in_bytes_is_met(llama, text, tmp_path):
     )
     lazy_model = LazyModel.open(llama)
     linears = lazy_model.survey().linears
-    stored = sum(result.plan.assignments[each.name].stored_bytes(each, 4) for each in linears)
+    stored = sum(
+        result.plan.assignments[each.name].stored_bytes(each, CODECS["float32"]) for each in linears
+    )
     dense = 4 * sum(each.values for each in linears)
     assert 0.599 * dense < stored <= 0.6 * dense
 

@@ -6,6 +6,7 @@ from allocation import make_curves, make_model
 
 from orchestrator.allocate import ALLOCATORS
 from orchestrator.linalg.low_rank import InputGram, decompose, summed
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.grouping import Grouping, stack
 
 SHAPES = {"attn.q_proj": (24, 16), "attn.o_proj": (16, 24), "mlp.up_proj": (40, 16)}
@@ -34,7 +35,7 @@ def test_a_rank_of_a_group_stores_one_basis_and_all_left_factors():
     first, second = make_model({"q_proj": (24, 16)}, 2)
     tall = stack([first, second])
     assert (tall.name, tall.out_features, tall.rank_cost) == (first.name, 48, 64)
-    assert tall.break_even == 48 * 16 // 64
+    assert LOW_RANK.break_even(tall) == 48 * 16 // 64
 
 
 def test_a_plan_for_groups_stores_the_same_spread_over_their_linears():

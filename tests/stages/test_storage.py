@@ -1,104 +1,17 @@
-"""Factors that are stored pivoted: what they cost, what a budget holds of them, the whole job."""
+"""Whole runs with factors that are stored pivoted."""
 
 import shutil
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from allocation import assert_invariants, make_cosines, make_curves, make_linears, make_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
 from safetensors.torch import load_file
 
 import orchestrator
-from orchestrator.allocate import ALLOCATORS, make_allocator
-from orchestrator.allocate.steps import step_costs
 from orchestrator.errors import UsageError
 from orchestrator.hf.export import export_dense
-from orchestrator.plan.plan import Assignment
 
-SIDES = st.integers(1, 60)
-ROLES = {"self_attn.q_proj": (48, 48), "self_attn.v_proj": (16, 48), "mlp.down_proj": (48, 96)}
-PIVOTED = [replace(each, pivoted=True) for each in make_model(ROLES, blocks=3)]
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
-
-every_allocator = pytest.mark.parametrize("name", [name for name in ALLOCATORS if name != "d-rank"])
-
-
-def linear_of(outputs, inputs, pivoted):
-    (linear,) = make_linears([(outputs, inputs)])
-    return replace(linear, pivoted=pivoted)
-
-
-@given(outputs=SIDES, inputs=SIDES, pivoted=st.booleans())
-def test_steps_cost_what_ranks_store(outputs, inputs, pivoted):
-    """Step r of pivoted factors adds m + n - 2 r + 1 values; steps end with the dense weight."""
-    linear = linear_of(outputs, inputs, pivoted)
-    costs = step_costs(linear)
-    assert costs.dtype == np.int64
-    assert costs.min() > 0
-    stored = [
-        Assignment(form=linear.factored, rank=rank).stored_values(linear)
-        for rank in range(len(costs))
-    ]
-    assert np.cumsum(costs).tolist() == [*stored[1:], linear.values]
-    if pivoted and len(costs) > 1:
-        ranks = np.arange(1, len(costs))
-        assert costs[:-1].tolist() == (outputs + inputs - 2 * ranks + 1).tolist()
-
-
-@given(outputs=SIDES, inputs=SIDES, pivoted=st.booleans(), data=st.data())
-def test_the_rank_within_a_number_of_values_is_the_largest(outputs, inputs, pivoted, data):
-    """It stores no more than the values, and the next rank does."""
-    linear = linear_of(outputs, inputs, pivoted)
-    values = data.draw(st.integers(0, linear.values))
-    rank = linear.rank_within(values)
-    assert linear.factor_values(rank) <= values
-    if not pivoted or rank < linear.break_even:
-        assert linear.factor_values(rank + 1) > values
-
-
-@given(outputs=SIDES, inputs=SIDES, pivoted=st.booleans())
-def test_every_rank_below_break_even_saves_values(outputs, inputs, pivoted):
-    """And break-even itself saves none."""
-    linear = linear_of(outputs, inputs, pivoted)
-    for rank in range(1, linear.break_even):
-        assert Assignment(form=linear.factored, rank=rank).stored_values(linear) < linear.values
-    if pivoted:
-        assert linear.factor_values(linear.break_even) == linear.values
-
-
-@pytest.mark.parametrize(("keep", "gain"), [(0.8, 0.38), (0.6, 0.23), (0.4, 0.127)])
-def test_the_same_values_hold_more_ranks(keep, gain):
-    """Of a square weight 38, 23 and 13 % more at 0.8, 0.6 and 0.4 kept, as PIFA has it."""
-    ranks = []
-    for pivoted in (False, True):
-        linear = linear_of(4096, 4096, pivoted)
-        plan = make_allocator("uniform", {})([linear], {}, keep, {})
-        assert plan.slack_values < linear.rank_cost
-        ranks.append(plan.assignments[linear.name].rank)
-    assert ranks[1] / ranks[0] - 1 == pytest.approx(gain, abs=0.005)
-
-
-@every_allocator
-@given(percent=st.integers(20, 98), seed=st.integers(0, 9))
-@settings(deadline=None, max_examples=30)
-def test_allocators_keep_the_laws(name, percent, seed):
-    """Pivoted ranks stay within the budget and below break-even; nothing is stored plain."""
-    options = {"mgaa": {"low": 0.1}, "strs": {"grid": "0.1 0.3 0.6 0.8 0.9"}}.get(name, {})
-    allocator, keep = make_allocator(name, options), percent / 100
-    plan = allocator(PIVOTED, make_curves(PIVOTED, seed), keep, make_cosines(PIVOTED, seed))
-    assert_invariants(plan, PIVOTED, keep)
-    assert {each.form for each in plan.assignments.values()} <= {"pivoted", "dense"}
-
-
-@pytest.mark.parametrize("setting", ["exact", "paper"])
-def test_one_price_a_rank_is_said_to_be_needed(setting):
-    """D-Rank's formulas have one price for every rank, and refuse pivoted ones."""
-    with pytest.raises(UsageError, match="d-rank: its formulas want one price"):
-        make_allocator("d-rank", {"setting": setting})(PIVOTED, make_curves(PIVOTED), 0.6, {})
 
 
 @pytest.fixture(scope="module")

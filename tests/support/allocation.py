@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import FACTORED
+from orchestrator.plan.forms import FORMS, LOW_RANK
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment
 
@@ -44,7 +44,7 @@ def make_curve(name, energies, total=None, sensitivities=None):
     return Curve(name=name, energies=energies, total=total, sensitivities=sensitivities or {})
 
 
-def make_curves(linears, seed=0):
+def make_curves(linears, seed=0, form=LOW_RANK):
     """Random curves, some steep, some flat, of very different weight; any sensitivities."""
     rng = np.random.default_rng(seed)
     curves = {}
@@ -55,7 +55,7 @@ def make_curves(linears, seed=0):
         curves[linear.name] = make_curve(linear.name, energies)
     # drawn last, so that a seed gives the energies that it gave before there were any
     for linear in linears:
-        drawn = rng.uniform(2, 9, size=linear.break_even)
+        drawn = rng.uniform(2, 9, size=form.break_even(linear))
         sensitivities = {rank: float(loss) for rank, loss in enumerate(drawn) if rank}
         curves[linear.name] = replace(curves[linear.name], sensitivities=sensitivities)
     return curves
@@ -66,7 +66,7 @@ def make_cosines(linears, seed=0):
     return {name: rng.uniform(0.4, 0.99) for name in sorted({each.sublayer for each in linears})}
 
 
-def assert_invariants(plan, linears, keep):
+def assert_invariants(plan, linears, keep, form=LOW_RANK):
     """The laws in the docstring of `orchestrator.allocate`."""
     dense = sum(linear.values for linear in linears)
     stored = sum(plan.assignments[linear.name].stored_values(linear) for linear in linears)
@@ -75,9 +75,9 @@ def assert_invariants(plan, linears, keep):
     assert plan.assignments.keys() == {linear.name for linear in linears}
     for linear in linears:
         assignment = plan.assignments[linear.name]
-        if assignment.form in FACTORED:
-            assert assignment.form == linear.factored
-            assert 1 <= assignment.rank < linear.break_even
+        if FORMS[assignment.form].is_factored:
+            assert assignment.form == form.name
+            assert 1 <= assignment.rank < form.break_even(linear)
 
 
 def size_as_rank(assignment, linear):
@@ -92,7 +92,7 @@ def lost(assignment, curve):
 def every_plan(linears, budget):
     """All assignments of these linears that store at most the budget."""
     choices = [
-        [Assignment(form="low_rank", rank=rank) for rank in range(1, linear.break_even)]
+        [Assignment(form="low_rank", rank=rank) for rank in range(1, LOW_RANK.break_even(linear))]
         for linear in linears
     ]
     for picked in itertools.product(*[[*each, Assignment(form="dense")] for each in choices]):

@@ -18,6 +18,7 @@ from orchestrator.models.checkpoint.write import finish, write_file
 from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
 
@@ -68,7 +69,7 @@ class Compressed:
 def half_plan(survey: Survey) -> Plan:
     """Half of the break-even rank everywhere, but for the very last linear, which stays dense."""
     assignments = {
-        linear.name: Assignment(form="low_rank", rank=linear.break_even // 2)
+        linear.name: Assignment(form="low_rank", rank=LOW_RANK.break_even(linear) // 2)
         for linear in survey.linears[:-1]
     }
     assignments[survey.linears[-1].name] = Assignment(form="dense")
@@ -87,7 +88,7 @@ def mixed_plan(survey: Survey) -> Plan:
             assignments[linear.name] = _assignment_in_turn(linear, 2 * block + turn)
     firsts = [survey.of_block(block)[0] for block in range(survey.num_blocks)]
     for one, two in zip(firsts[::2], firsts[1::2], strict=True):
-        rank = one.break_even + 1  # more than either could have alone
+        rank = LOW_RANK.break_even(one) + 1  # more than either could have alone
         assignments[one.name] = Assignment(form="low_rank", rank=rank)
         assignments[two.name] = Assignment(form="low_rank", rank=rank, basis=one.name)
     return plan_of(survey, assignments)
@@ -98,11 +99,11 @@ def _assignment_in_turn(linear: Linear, turn: int) -> Assignment:
     some = 5 * linear.out_features // 2
     return (
         Assignment(form="sparse", nonzeros=half),
-        Assignment(form="low_rank_sparse", rank=linear.break_even // 3, nonzeros=some),
+        Assignment(form="low_rank_sparse", rank=LOW_RANK.break_even(linear) // 3, nonzeros=some),
         Assignment(form="sparse", nonzeros=some),
-        Assignment(form="low_rank", rank=linear.break_even // 2),
+        Assignment(form="low_rank", rank=LOW_RANK.break_even(linear) // 2),
         Assignment(form="low_rank_sparse", rank=1, nonzeros=3),
-        Assignment(form="pivoted", rank=linear.break_even + 1),
+        Assignment(form="pivoted", rank=LOW_RANK.break_even(linear) + 1),
         Assignment(form="dense"),
     )[turn % 7]
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.plan.forms import Form
+from orchestrator.plan.forms import FORMS
 from orchestrator.plan.linear import Survey
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.version import __version__
@@ -50,13 +50,6 @@ orchestrator export DIRECTORY DENSE --format dense    # for engines that know no
 ```
 """
 
-_WORDS: Mapping[Form, str] = {
-    "dense": "dense",
-    "low_rank": "low-rank",
-    "pivoted": "low-rank, pivoted",
-    "sparse": "sparse",
-    "low_rank_sparse": "low-rank plus sparse",
-}
 _SHARED = ", on the basis of another"
 
 
@@ -93,14 +86,16 @@ def model_card(
 
 def _tags(plan: Plan) -> list[str]:
     forms = {assignment.form for assignment in plan.assignments.values()}
-    return [tag for tag in ("low-rank", "sparse") if any(tag in _WORDS[form] for form in forms)]
+    return [
+        tag for tag in ("low-rank", "sparse") if any(tag in FORMS[form].title for form in forms)
+    ]
 
 
 def _forms(survey: Survey, plan: Plan) -> str:
     """Rows of the table: how many linears are stored in each form that there is."""
     dense = Assignment(form="dense")
     stored = [plan.assignments.get(linear.name, dense) for linear in survey.linears]
-    words = Counter(_WORDS[each.form] + (_SHARED if each.basis else "") for each in stored)
+    words = Counter(FORMS[each.form].title + (_SHARED if each.basis else "") for each in stored)
     return "".join(f"| {word} | {count} |\n" for word, count in sorted(words.items()))
 
 

@@ -1,4 +1,4 @@
-"""Which tensor of a compressed checkpoint lies in which file: a function of the plan alone.
+"""Layout of a compressed checkpoint, tensors by file: a function of the plan alone.
 
 Shape suffixes: O outputs, I inputs, R rank, S = O - R, N nonzeros.
 """
@@ -6,36 +6,34 @@ Shape suffixes: O outputs, I inputs, R rank, S = O - R, N nonzeros.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from orchestrator.models.checkpoint.headers import SINGLE_FILE
 from orchestrator.models.checkpoint.stored_tensor import StoredTensor
-from orchestrator.models.forms.config import StoredForm, misfits
-from orchestrator.models.forms.index_codes import index_tensors
-from orchestrator.plan.forms import index_code
+from orchestrator.models.forms import FORMS
+from orchestrator.models.forms.base import StoredForm
+from orchestrator.models.forms.config import misfits
+from orchestrator.plan.forms import FORMS as FORM_SIZES
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
-
-Part = Literal[
-    "copy", "weight", "down", "others", "pivots", "order", "values", "index", "rows", "dense"
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """One tensor of a file, and where it comes from."""
+    """One tensor of a file, and its source."""
 
     name: str
     """Its name in the file: the module's, `model.layers.3.mlp.down_proj.down.weight`."""
     dtype: str
     """`bfloat16`."""
     shape: tuple[int, ...]
-    part: Part
-    """`copy` of a stored tensor; factor `weight` [O, R] or `down` [R, I]; pivoted the `others`
-    [S, R], the `pivots` [R, I] and the `order` [O] of both; `values` [N] of a sparse weight, its
-    `index` or `rows`; or the `dense` weight that an export makes of them."""
+    part: str
+    """`copy` of a stored tensor; a part that the linear's form names: factor `weight` [O, R] or
+    `down` [R, I]; pivoted the `others` [S, R], the `pivots` [R, I] and the `order` [O] of both;
+    `values` [N] of a sparse weight, its `index` or `rows`; or the `dense` weight that an export
+    makes of them."""
     source: str
     """Name on disk of the tensor that is copied, or name of the linear."""
     rank: int = 0
@@ -47,8 +45,9 @@ class TensorSpec:
 
     @property
     def values(self) -> int:
-        """What counts as parameters: an index says where values stand and is none itself."""
-        return 0 if self.part in ("order", "index", "rows") else math.prod(self.shape)
+        """Number of parameters in it; an index says where values stand and has none."""
+        is_index = self.part != "copy" and not self.torch_dtype.is_floating_point
+        return 0 if is_index else math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
@@ -175,53 +174,31 @@ def stored_forms(survey: Survey, plan: Plan) -> dict[str, StoredForm]:
 
 
 def _stored_form(linear: Linear, assignment: Assignment) -> StoredForm:
-    is_sparse = assignment.form in ("sparse", "low_rank_sparse")
-    sizes = linear.out_features, linear.in_features
     return StoredForm(
         form=assignment.form,
         rank=assignment.rank,
         nonzeros=assignment.nonzeros,
-        index=index_code(*sizes, assignment.nonzeros) if is_sparse else "",
+        index=FORM_SIZES[assignment.form].index_code(linear, assignment),
         basis=assignment.basis,
     )
 
 
 def _stored_specs(linear: Linear, form: StoredForm, dtype: str) -> list[TensorSpec]:
     """The tensors that stand in the place of a linear's dense weight."""
-    m, n = linear.out_features, linear.in_features
-    specs = []
-
-    def add(name: str, part: Part, dtype: str, shape: tuple[int, ...]) -> None:
-        is_factor = part in ("weight", "down", "others", "pivots", "order")
-        specs.append(
-            TensorSpec(
-                name=f"{linear.name}.{name}",
-                dtype=dtype,
-                shape=shape,
-                part=part,
-                source=linear.name,
-                rank=form.rank,
-                nonzeros=form.nonzeros,
-                code="" if is_factor else form.index,
-            )
+    tensors = FORMS[form.form].tensors(form, linear.out_features, linear.in_features)
+    return [
+        TensorSpec(
+            name=f"{linear.name}.{tensor.name}",
+            dtype=dtype if tensor.dtype is None else dtype_name(tensor.dtype),
+            shape=tensor.shape,
+            part=tensor.part,
+            source=linear.name,
+            rank=form.rank,
+            nonzeros=form.nonzeros,
+            code=tensor.code,
         )
-
-    if form.form == "pivoted":
-        add("weight", "others", dtype, (m - form.rank, form.rank))
-        add("down.weight", "pivots", dtype, (form.rank, n))
-        add("index", "order", dtype_name(torch.int32), (m,))
-    elif form.rank:
-        add("weight", "weight", dtype, (m, form.rank))
-        if not form.basis:
-            add("down.weight", "down", dtype, (form.rank, n))
-    if form.nonzeros:
-        child = "sparse." if form.rank else ""
-        add(f"{child}weight", "values", dtype, (form.nonzeros,))
-        tensors = index_tensors(form.index, m, n, form.nonzeros)
-        parts: dict[str, Part] = {"index": "index", "rows": "rows"}
-        for name, (index_dtype, shape) in tensors.items():
-            add(f"{child}{name}", parts[name], dtype_name(index_dtype), shape)
-    return specs
+        for tensor in tensors
+    ]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,11 +1,7 @@
-"""The forms a linear can take in a loaded model: what the config says of them, and putting them in.
-
-Shape suffixes: O outputs, I inputs, R rank, N nonzeros.
-"""
+"""Forms of the linears of a model in its config, and their installation in a loaded model."""
 
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,13 +10,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
-from orchestrator.models.forms.index_codes import INDEX_CODES
-from orchestrator.models.forms.modules import (
-    LowRankLinear,
-    LowRankSparseLinear,
-    PivotedLinear,
-    SparseLinear,
-)
+from orchestrator.models.forms import FORMS
+from orchestrator.models.forms.base import FormLinear, StoredForm
 
 METHOD = "orchestrator"
 FORMAT_VERSION = 1
@@ -33,38 +24,10 @@ FIELDS = (
     "modules",
     "modules_to_not_convert",
 )
-FORMS: Mapping[str, tuple[str, ...]] = {
-    "low_rank": ("rank",),
-    "pivoted": ("rank",),
-    "sparse": ("nonzeros", "index"),
-    "low_rank_sparse": ("rank", "nonzeros", "index"),
-}
-"""What the config says of a module in each form; of a `low_rank` one perhaps its `basis` too."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredForm:
-    """How one module is stored."""
-
-    form: str
-    rank: int = 0
-    nonzeros: int = 0
-    index: str = ""
-    """The code of the nonzeros' positions."""
-    basis: str = ""
-    """Name of the module whose `down.weight` this one is tied to; empty: it has its own."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry of the config: the fields that the form has."""
-        return {name: value for name, value in asdict(self).items() if value}
-
-    def stored_values(self, out_features: int, in_features: int) -> int:
-        own_down = 0 if self.basis else self.rank * in_features
-        return self.rank * out_features + own_down + self.nonzeros
 
 
 def read_forms(quantization_config: Mapping[str, Any]) -> dict[str, StoredForm]:
-    """How every module that is not dense is stored, by module name, in the config's order.
+    """Read the form of every module that is not dense, by module name, in the config's order.
 
     Everything that can be said without the model is checked here; nothing in the config is ever
     taken for code, a class or a path.
@@ -95,7 +58,7 @@ def read_forms(quantization_config: Mapping[str, Any]) -> dict[str, StoredForm]:
 def misfits(
     forms: Mapping[str, StoredForm], sizes: Mapping[str, tuple[int, int]]
 ) -> Iterator[tuple[str, str]]:
-    """Every module that cannot be stored as it says, and why: what was found, what is possible.
+    """Yield every module that cannot be stored as it says, and why: found, and what is possible.
 
     A form must save values. Members of a group that shares a basis are weighed together: their
     outputs stand on top of each other in one weight [sum of O, I].
@@ -107,18 +70,20 @@ def misfits(
     for name, form in forms.items():
         groups.setdefault(form.basis or name, []).append(name)
     for name, form in forms.items():
-        reason = _misfit(form, *sizes[name])
+        module, (outputs, inputs) = FORMS[form.form], sizes[name]
+        reason = _field_misfit(form, outputs, inputs)
         if not reason and form.basis:
             reason = _basis_misfit(name, forms, sizes)
-        elif not reason and form.form == "low_rank":
-            outputs = sum(sizes[member][0] for member in groups[name])
-            reason = _rank_misfit(form.rank, outputs, sizes[name][1])
+        elif not reason:
+            if "basis" in module.optional:
+                outputs = sum(sizes[member][0] for member in groups[name])
+            reason = module.misfit(form, outputs, inputs)
         if reason:
             yield name, reason
 
 
 def install_forms(model: PreTrainedModel, quantization_config: Mapping[str, Any]) -> None:
-    """Replaces in place every module that the config names by its form, with empty parameters.
+    """Replace in place every module that the config names by its form, with empty parameters.
 
     Device and dtype are those of the weight that goes; on the meta device nothing is allocated.
     A model without the head, whose modules lack the `model.` in front, takes the same config.
@@ -158,10 +123,9 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def _read_form(where: str, entry: Any) -> StoredForm:
     form = entry.get("form") if isinstance(entry, Mapping) else None
-    fields = FORMS.get(form) if isinstance(form, str) else None
-    optional = {"basis"} if form == "low_rank" else set()
-    if fields is None or set(entry) - optional != {"form", *fields}:
-        known = "; ".join(f"{name} with {', '.join(fields)}" for name, fields in FORMS.items())
+    module = FORMS.get(form) if isinstance(form, str) else None
+    if module is None or set(entry) - set(module.optional) != {"form", *module.fields}:
+        known = "; ".join(f"{name} with {', '.join(each.fields)}" for name, each in FORMS.items())
         raise InputError(f"{where}: found {reprlib.repr(entry)}, need a form: {known}")
     for name, value in entry.items():
         if type(value) is not (int if name in ("rank", "nonzeros") else str):
@@ -172,58 +136,27 @@ def _read_form(where: str, entry: Any) -> StoredForm:
     return StoredForm(**entry)
 
 
-def _misfit(form: StoredForm, out_features: int, in_features: int) -> str:
-    """Why a linear of this size cannot have this form, whatever the others have; empty if it can.
-
-    The rank of `low_rank` is bounded below only: how far it may go depends on who shares the basis.
-    Pivoted factors save values at every rank below the smaller side.
-    """
-    fields = FORMS[form.form]
-    linear = f"a [{out_features}, {in_features}] linear"
+def _field_misfit(form: StoredForm, out_features: int, in_features: int) -> str:
+    """Reason why a linear of this size cannot have the fields that are given; empty if it can."""
+    fields, optional = FORMS[form.form].fields, FORMS[form.form].optional
     for name, value in (("rank", form.rank), ("nonzeros", form.nonzeros)):
         if (value > 0) != (name in fields) or value < 0:
+            linear = f"a [{out_features}, {in_features}] linear"
             need = "1 or more" if name in fields else "none"
             return f"found {name} {value} for {form.form}, {linear} takes {need}"
-    if form.basis and form.form != "low_rank":
-        return f"found a shared basis for {form.form}, only low_rank has one"
-    most = min(out_features, in_features) - 1
-    if form.form == "pivoted" and form.rank > most:
-        return f"found rank {form.rank}, pivoted {linear} takes 1 to {most}"
-    if "index" in fields and form.index not in _codes(out_features, in_features):
-        codes = ", ".join(_codes(out_features, in_features))
-        return f"found index {reprlib.repr(form.index)}, {linear} takes {codes}"
-    elements = out_features * in_features
-    if "nonzeros" in fields and form.stored_values(out_features, in_features) >= elements:
-        rank = f"rank {form.rank} and " if form.rank else ""
-        stored = form.stored_values(out_features, in_features)
-        return (
-            f"found {rank}{form.nonzeros} nonzeros, which store {stored} values, "
-            f"{linear} has {elements} and takes fewer"
-        )
+    if form.basis and "basis" not in optional:
+        having = ", ".join(name for name, each in FORMS.items() if "basis" in each.optional)
+        return f"found a shared basis for {form.form}, only {having} has one"
     return ""
-
-
-def _rank_misfit(rank: int, outputs: int, in_features: int) -> str:
-    """Why factors of this rank save nothing, for a linear or a group on one basis."""
-    break_even = in_features * outputs // (in_features + outputs)
-    if rank < break_even:
-        return ""
-    return f"found rank {rank}, a [{outputs}, {in_features}] linear takes 1 to {break_even - 1}"
-
-
-def _codes(out_features: int, in_features: int) -> list[str]:
-    """The codes whose whole numbers are wide enough."""
-    limits = {"columns": in_features <= 2**16, "positions": out_features * in_features <= 2**31}
-    return [code for code in INDEX_CODES if limits.get(code, True)]
 
 
 def _basis_misfit(
     name: str, forms: Mapping[str, StoredForm], sizes: Mapping[str, tuple[int, int]]
 ) -> str:
-    """Why the basis that a linear names cannot be its own."""
+    """Reason why the basis that a linear names cannot be its own."""
     form, basis = forms[name], forms.get(forms[name].basis)
-    if basis is None or basis.form != "low_rank" or basis.basis:
-        return f"found basis {reprlib.repr(form.basis)}, need a low_rank linear with its own"
+    if basis is None or basis.form != form.form or basis.basis:
+        return f"found basis {reprlib.repr(form.basis)}, need a {form.form} linear with its own"
     if (basis.rank, sizes[form.basis][1]) != (form.rank, sizes[name][1]):
         return (
             f"found rank {form.rank} of {sizes[name][1]} inputs, its basis {form.basis} has "
@@ -252,21 +185,15 @@ def _find_linears(
     return linears
 
 
-def _make(
-    form: StoredForm, module: nn.Linear | Conv1D, *, shares_basis: bool
-) -> LowRankLinear | SparseLinear:
+def _make(form: StoredForm, module: nn.Linear | Conv1D, *, shares_basis: bool) -> FormLinear:
     """The module of this form, of the linear's size, with empty parameters."""
     in_features, out_features = features(module)
-    options: dict[str, Any] = {
-        "bias": module.bias is not None,
-        "device": module.weight.device,
-        "dtype": module.weight.dtype,
-    }
-    sizes = in_features, out_features
-    if form.form == "sparse":
-        return SparseLinear(*sizes, form.nonzeros, form.index, **options)
-    if form.form == "low_rank_sparse":
-        return LowRankSparseLinear(*sizes, form.rank, form.nonzeros, form.index, **options)
-    if form.form == "pivoted":
-        return PivotedLinear(*sizes, form.rank, **options)
-    return LowRankLinear(*sizes, form.rank, shares_basis=shares_basis, **options)
+    return FORMS[form.form].make(
+        form,
+        in_features,
+        out_features,
+        shares_basis=shares_basis,
+        bias=module.bias is not None,
+        device=module.weight.device,
+        dtype=module.weight.dtype,
+    )

@@ -3,7 +3,7 @@
 Positions are flat, row by row in the [O, I] weight, and ascending; the values stand in that order.
 `bitmask` has one bit an element, the lowest bit of a byte first; `columns` the column number of
 every value and, for each row, how many values stand before it; `positions` the positions
-themselves. Which one is the smallest follows from the sizes alone (`orchestrator.plan.plan`).
+themselves. The smallest one follows from the sizes alone (`orchestrator.plan.forms.index_sizes`).
 
 Shape suffixes: O outputs, I inputs, E elements (O I), N nonzeros.
 """
@@ -15,6 +15,12 @@ import torch
 from torch import Tensor
 
 INDEX_CODES = ("bitmask", "columns", "positions")
+
+
+def possible_codes(out_features: int, in_features: int) -> list[str]:
+    """The codes whose whole numbers are wide enough for a weight of this size."""
+    limits = {"columns": in_features <= 2**16, "positions": out_features * in_features <= 2**31}
+    return [code for code in INDEX_CODES if limits.get(code, True)]
 
 
 def index_tensors(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.weights import Weights
-from orchestrator.models.forms.modules import LowRankLinear, PivotedLinear, SparseLinear
+from orchestrator.models.forms.base import FormLinear
 from orchestrator.models.survey.names import Names
 
 
@@ -18,7 +18,7 @@ def read_dense_weight(
 ) -> Tensor:
     """The dense weight [O, I] of a linear in fp32, by its own module."""
     module = model.get_submodule(linear)
-    assert isinstance(module, LowRankLinear | SparseLinear)
+    assert isinstance(module, FormLinear)
     state = {}
     for key in module.state_dict():
         if key != "bias":
@@ -27,7 +27,7 @@ def read_dense_weight(
             state[key] = tensor.float() if tensor.is_floating_point() else tensor
     module.load_state_dict(state, strict=False, assign=True)
     for part in module.modules():
-        if isinstance(part, SparseLinear | PivotedLinear) and not part.is_sound():
+        if isinstance(part, FormLinear) and not part.is_sound():
             raise InputError(
                 f"{weights.directory}: the index of {linear} does not name {part.indexed}; "
                 "the checkpoint is damaged"

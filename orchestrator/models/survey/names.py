@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
 
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.weights import Checkpoint
-from orchestrator.models.forms.modules import PivotedLinear, SparseLinear
+from orchestrator.models.forms.base import FormLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,8 @@ def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
     tied = _find_tied(model, disk)
     needed = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear | PivotedLinear):
-            needed += [f"{name}.{buffer}" for buffer, _ in module.named_buffers()]
+        if isinstance(module, FormLinear):
+            needed += [f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)]
     missing = [name for name in needed if name not in disk and name not in tied]
     if missing:
         raise InputError(

@@ -20,12 +20,9 @@ from orchestrator.linalg.compensate import (
     input_map,
 )
 from orchestrator.linalg.pivot import pivot
-from orchestrator.models.forms.modules import (
-    LowRankLinear,
-    LowRankSparseLinear,
-    PivotedLinear,
-    SharedBasis,
-)
+from orchestrator.models.forms.low_rank import LowRankLinear, SharedBasis
+from orchestrator.models.forms.low_rank_sparse import LowRankSparseLinear
+from orchestrator.models.forms.pivoted import PivotedLinear
 from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import dense_weight

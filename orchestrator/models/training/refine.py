@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.device.strict import strict
 from orchestrator.device.transport import CPU, bring
-from orchestrator.models.forms.modules import LowRankLinear
+from orchestrator.models.forms.low_rank import LowRankLinear
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.refine_ledger import Account, Epoch, Ledger, Stop

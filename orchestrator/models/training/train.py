@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from orchestrator.device.transport import CPU
 from orchestrator.errors import InfeasibleError
 from orchestrator.models.forms.index_codes import decode
-from orchestrator.models.forms.modules import LowRankLinear, SparseLinear
+from orchestrator.models.forms.low_rank import LowRankLinear
+from orchestrator.models.forms.sparse import SparseLinear
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.refine import trained_parameters
 from orchestrator.models.training.train_options import MODES

@@ -37,6 +37,7 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration, dense_weight
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import Form
 from orchestrator.plan.grouping import Grouping, stack
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored, Task, Worker
@@ -63,6 +64,8 @@ class CompressionTask(Task):
     output_dtype: torch.dtype | None
     linears: tuple[Linear, ...]
     """The targeted linears."""
+    form: Form
+    """Form of those that are cut."""
     grouping: Grouping
     tokens_key: str
     block_keys: Mapping[int, str]
@@ -214,12 +217,13 @@ class CompressionWorker(Worker):
         assert self._shard is not None
         assert self._calibration is not None
         linear = stack(group)
+        rank = max(self.task.form.break_even(linear), 1)
         weights = [dense_weight(self._shard.module(each.name)) for each in group]
         weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
         statistic = summed([self._calibration.statistic(each) for each in group])
         # a statistic is a copy: its Grams are freed before the decomposition takes memory
         self._calibration.forget(group)
-        result = self.method.decompose(weight_OI, statistic, max(linear.break_even, 1))
+        result = self.method.decompose(weight_OI, statistic, rank)
         stored = _stored(result, self.task.output_dtype or weight_OI.dtype)
         return _facts(linear, weight_OI, result), stored
 

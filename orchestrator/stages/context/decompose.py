@@ -69,7 +69,7 @@ def _finish_seconds(keyed: Keyed, workers: WorkerGroup) -> float:
         [each for each in keyed.linears if keyed.grouping.first(each.block) == 0],
         needs_of(keyed.recipe),
         keyed.recipe.storage == "pivoted",
-        keyed.itemsize,
+        keyed.codec.itemsize,
     )
     return slowly(work.flops, workers.environment["device"])
 
@@ -88,6 +88,7 @@ def compression_task(keyed: Keyed) -> CompressionTask:
         dtype=keyed.dtype,
         output_dtype=parse_dtype(keyed.recipe.output_dtype),
         linears=keyed.linears,
+        form=keyed.form,
         grouping=keyed.grouping,
         tokens_key=keyed.tokens_key,
         block_keys=keyed.block_keys,

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from orchestrator.models.checkpoint.weights import parse_dtype
+from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Plan
 from orchestrator.version import __version__
@@ -24,6 +24,7 @@ def make_report(
     survey: Survey,
     linears: Sequence[Linear],
     plan: Plan,
+    form: Form,
     curves: Mapping[str, Curve],
     facts: Mapping[str, Mapping[str, Any]],
     tokens: Mapping[str, Any],
@@ -42,11 +43,13 @@ def make_report(
     `values` are counted without indices, `bytes` with them, in the dtype that is written.
 
     Args:
+        form: Form of the linears that are cut.
         curves: For each linear; none of those whose parts are chosen one by one.
         facts: For each linear the facts of its decomposition.
         key: The name of the result: hash of all that decides its bytes.
     """
-    dtype = parse_dtype(recipe["output_dtype"]) or getattr(torch, survey.dtype)
+    asked = recipe["output_dtype"]
+    codec = CODECS[survey.dtype if asked == "auto" else asked]
     dense_values = sum(linear.values for linear in linears)
     whole = survey.total_parameters - dense_values + plan.stored_values
     return {
@@ -72,14 +75,15 @@ def make_report(
             "model_after": whole,
         },
         "bytes": {
-            "dense_linears": dense_values * dtype.itemsize,
+            "dense_linears": codec.bytes(dense_values),
             "stored": sum(
-                plan.assignments[linear.name].stored_bytes(linear, dtype.itemsize)
-                for linear in linears
+                plan.assignments[linear.name].stored_bytes(linear, codec) for linear in linears
             ),
         },
         "linears": {
-            linear.name: _linear(linear, plan, curves.get(linear.name), facts[linear.name])
+            linear.name: _linear(
+                linear, plan, curves.get(linear.name), facts[linear.name], form=form
+            )
             for linear in linears
         },
         "not_targeted": sorted(
@@ -90,13 +94,13 @@ def make_report(
 
 
 def _linear(
-    linear: Linear, plan: Plan, curve: Curve | None, facts: Mapping[str, Any]
+    linear: Linear, plan: Plan, curve: Curve | None, facts: Mapping[str, Any], *, form: Form
 ) -> dict[str, Any]:
     assignment = plan.assignments[linear.name]
     entry: dict[str, Any] = {
         "form": assignment.form,
         "shape": [linear.out_features, linear.in_features],
-        "break_even": linear.break_even,
+        "break_even": form.break_even(linear),
         "values": assignment.stored_values(linear),
         "numerics": facts["numerics"],
     }

@@ -1,7 +1,6 @@
 """Survey of the model and reading of the calibration text: no weight is read."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from orchestrator.errors import UsageError
@@ -32,17 +31,13 @@ def survey(asked: Asked) -> Surveyed:
     lazy_model = LazyModel.open(asked.model, dtype=parse_dtype(recipe.dtype))
     found = lazy_model.survey()
     chosen = set(select([each.name for each in found.linears], recipe.target, recipe.ignore))
-    linears = tuple(
-        replace(each, pivoted=recipe.storage == "pivoted")
-        for each in found.linears
-        if each.name in chosen
-    )
+    linears = tuple(each for each in found.linears if each.name in chosen)
     if grouping.size > 1 and not any(map(grouping.joins, linears)):
         raise UsageError(
             f"{recipe.method}: group is {grouping.size}, but no targeted linear is "
             f"named one of {', '.join(grouping.kinds)}; give group 1"
         )
-    asked.allocator.check_budget(grouping.stacked(linears), recipe.share, asked.method.form)
+    asked.allocator.check_budget(grouping.stacked(linears), recipe.share, asked.form)
     return extended(
         asked,
         Surveyed,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orchestrator.models.checkpoint.layout import TensorSpec
-from orchestrator.models.forms.modules import PivotedLinear
+from orchestrator.models.forms.pivoted import PivotedLinear
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.plan.plan import Plan

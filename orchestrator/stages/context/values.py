@@ -20,7 +20,8 @@ from orchestrator.allocate.base import Allocator
 from orchestrator.forecast.outcome import Forecast
 from orchestrator.methods.base import Method
 from orchestrator.models.checkpoint.stored_tensor import StoredTensor
-from orchestrator.models.checkpoint.weights import parse_dtype
+from orchestrator.plan.codecs import CODECS, Codec
+from orchestrator.plan.forms import Form, stored_as
 from orchestrator.plan.grouping import Grouping
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Plan
@@ -57,6 +58,11 @@ class Asked:
         return self.method.grouping
 
     @property
+    def form(self) -> Form:
+        """Form of the linears that are cut."""
+        return stored_as(self.method.form, self.recipe.storage)
+
+    @property
     def needs_gradients(self) -> bool:
         """True if the statistics need gradients of the loss, from backward passes."""
         return self.method.labels > 0
@@ -88,11 +94,10 @@ class Surveyed(Asked):
     """Every tensor of the checkpoint, in the order of the model."""
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of a written value."""
-        dtype = parse_dtype(self.recipe.output_dtype) or parse_dtype(self.survey.dtype)
-        assert dtype is not None
-        return dtype.itemsize
+    def codec(self) -> Codec:
+        """Number format of written values."""
+        asked = self.recipe.output_dtype
+        return CODECS[self.survey.dtype if asked == "auto" else asked]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

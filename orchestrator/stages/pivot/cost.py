@@ -1,12 +1,11 @@
 """Cost of pivoted storage."""
 
-from dataclasses import replace
-
 from orchestrator.forecast.memory import PROCESS_BYTES, Footprint
 from orchestrator.forecast.outcome import StageForecast
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.stage_cost import Parts, StageCost
+from orchestrator.plan.forms import PIVOTED
 from orchestrator.plan.linear import Linear
 
 BAND = 256
@@ -53,9 +52,8 @@ def pivoting(shapes: Shapes, kept: float, itemsize: int) -> Footprint:
 
 def _pivoting(linear: Linear, kept: float, itemsize: int) -> int:
     """The factors as stored, and an orthonormal basis being made, or the result being compared."""
-    each = replace(linear, pivoted=True)
-    outputs, inputs = each.out_features, each.in_features
-    rank = each.rank_within(int(kept * each.values))
+    outputs, inputs = linear.out_features, linear.in_features
+    rank = PIVOTED.rank_within(linear, int(kept * linear.values))
     choosing = 5 * outputs * rank
     comparing = 3 * rank * inputs + outputs * rank + 6 * BAND * inputs
-    return 2 * itemsize * rank * each.rank_cost + 8 * max(choosing, comparing)
+    return 2 * itemsize * rank * linear.rank_cost + 8 * max(choosing, comparing)

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from orchestrator.plan.forms import FACTORED
+from orchestrator.plan.forms import FORMS
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.decompose import block_pass, task_fields
@@ -26,8 +26,8 @@ class RefitJob(StageJob):
         inputs = [planned.pass_key, *planned.block_keys.values()]
         plan = planned.plan.to_json()
         self.key = unit_key("calibrate cut", REFIT_VERSION, inputs, plan=plan)
-        forms = {name: each.form for name, each in planned.plan.assignments.items()}
-        blocks = sorted({each.block for each in planned.linears if forms[each.name] in FACTORED})
+        forms = {name: FORMS[each.form] for name, each in planned.plan.assignments.items()}
+        blocks = sorted({each.block for each in planned.linears if forms[each.name].is_factored})
         self._keys = {
             block: unit_key("refit", REFIT_VERSION, [self.key], block=block) for block in blocks
         }

@@ -19,7 +19,7 @@ from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.refit import refit
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration, as_dense, dense_weight
-from orchestrator.plan.forms import FACTORED
+from orchestrator.plan.forms import FORMS
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
@@ -59,7 +59,7 @@ class RefitWorker(CompressionWorker):
         return Calibration(shard, wanted, lambda linear, site: "input")
 
     def _is_cut(self, linear: Linear) -> bool:
-        return self.task.plan.assignments[linear.name].form in FACTORED
+        return FORMS[self.task.plan.assignments[linear.name].form].is_factored
 
     def _factors(self, linear: Linear) -> tuple[Tensor, Tensor]:
         """Both factors as the plan cuts them."""

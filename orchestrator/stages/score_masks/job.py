@@ -112,7 +112,7 @@ class MaskScoring:
         plan = (
             allocate(recipe.share)
             if recipe.keep_bytes is None
-            else fill_bytes(allocate, linears, recipe.share, self._job.itemsize)
+            else fill_bytes(allocate, linears, recipe.share, self._job.codec)
         )
         return choose(self.pool, share_N, plan.budget_values), plan
 

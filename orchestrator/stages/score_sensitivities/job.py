@@ -88,7 +88,7 @@ class Sensitivities:
         trials = [CutTrial(self._job.survey.num_blocks)]
         for group in self._job.grouping.groups(self._job.linears):
             names = tuple(linear.name for linear in group)
-            ranks = self._strs.ranks(stack(group))
+            ranks = self._strs.ranks(stack(group), self._job.form)
             trials += [CutTrial(group[0].block, names, rank) for rank in ranks]
         return tuple(trials)
 
@@ -183,7 +183,7 @@ class Sensitivities:
             by_name = {
                 linear.name: losses[linear.name][rank] - dense
                 for linear in self._linears
-                if (rank := self._strs.rank(linear, kept))
+                if (rank := self._strs.rank(linear, kept, self._job.form))
             }
             if by_name:
                 added[str(kept)] = {

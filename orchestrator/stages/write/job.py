@@ -154,6 +154,7 @@ def _report(
         survey=planned.survey,
         linears=planned.linears,
         plan=planned.plan,
+        form=planned.form,
         curves={name: curves[first] for name, first in first_of.items() if curves},
         facts=_facts(planned, files, done),
         tokens=planned.token_report,

@@ -20,6 +20,7 @@ from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration, dense_weight
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.linear import Linear
 
 METHODS = ("svd-llm", "two-sided")
@@ -88,7 +89,7 @@ def cut(
     """Decomposes a linear and copies its factors to the host."""
     statistic = calibration.statistic(linear)
     calibration.forget([linear])
-    weight_OI, rank = dense_weight(shard.module(linear.name)), max(linear.break_even, 1)
+    weight_OI, rank = dense_weight(shard.module(linear.name)), max(LOW_RANK.break_even(linear), 1)
     result, seconds = bench.timed(partial(method.decompose, weight_OI, statistic, rank))
     stored = bench.timed(partial(stored_tensors, result.weight_OR, result.down_RI))[1]
     deviation = result.report["deviation"]

@@ -11,7 +11,8 @@ from benchmarks.pivot import fill, ranks_of
 from torch import Tensor, nn
 
 from orchestrator.linalg.speeds import product_rate
-from orchestrator.models.forms.modules import LowRankLinear, PivotedLinear
+from orchestrator.models.forms.low_rank import LowRankLinear
+from orchestrator.models.forms.pivoted import PivotedLinear
 
 KEEPS = (0.8, 0.6, 0.4)
 DTYPE = torch.bfloat16

@@ -19,6 +19,7 @@ from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.refine import Refinement
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.models.training.train import Training
+from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.plan import Assignment
 
 FORMS = ("low_rank", "pivoted")
@@ -57,7 +58,7 @@ def random_block(dense: LazyModel, form: str, device: torch.device) -> LazyModel
     """The model with random tensors of a form in place of its linears, in float32."""
     survey = dense.survey()
     assignments = {
-        linear.name: Assignment(form=form, rank=int(KEEP * linear.break_even))
+        linear.name: Assignment(form=form, rank=int(KEEP * LOW_RANK.break_even(linear)))
         for linear in survey.linears
     }
 

@@ -16,10 +16,13 @@ from orchestrator.hf.export import export_dense
 from orchestrator.models.checkpoint.layout import layout
 from orchestrator.models.checkpoint.stored_tensor import StoredTensor
 from orchestrator.models.forms.index_codes import INDEX_CODES, materialize
-from orchestrator.models.forms.modules import PivotedLinear, SparseLinear
+from orchestrator.models.forms.pivoted import PivotedLinear
+from orchestrator.models.forms.sparse import SparseLinear
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
-from orchestrator.plan.forms import index_code
+from orchestrator.plan.codecs import CODECS
+from orchestrator.plan.forms import LOW_RANK, PIVOTED
+from orchestrator.plan.forms.index_sizes import index_code
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.stages.context.stored_factors import read_sparse
@@ -33,7 +36,7 @@ def one_form(form):
     def make_plan(survey):
         if form == "shared":
             first, *others = [survey.of_block(block)[0] for block in range(survey.num_blocks)]
-            low_rank = Assignment(form="low_rank", rank=first.break_even)
+            low_rank = Assignment(form="low_rank", rank=LOW_RANK.break_even(first))
             assignments = {first.name: low_rank}
             assignments |= {each.name: replace(low_rank, basis=first.name) for each in others}
             return plan_of(survey, assignments)
@@ -42,9 +45,7 @@ def one_form(form):
         if form == "pivoted":
             # the largest rank that saves anything
             assignments = {
-                linear.name: Assignment(
-                    form=form, rank=replace(linear, pivoted=True).break_even - 1
-                )
+                linear.name: Assignment(form=form, rank=PIVOTED.break_even(linear) - 1)
                 for linear in survey.linears
             }
             return plan_of(survey, assignments)
@@ -348,7 +349,7 @@ def test_stored_bytes_are_those_of_the_files(made):
             for tensor in file.tensors
             if tensor.source == name and tensor.part != "copy"
         )
-        assert found == made.plan.assignments[name].stored_bytes(linears[name], 4)
+        assert found == made.plan.assignments[name].stored_bytes(linears[name], CODECS["float32"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

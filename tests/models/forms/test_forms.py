@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.errors import InputError
 from orchestrator.models.forms.config import install_forms, read_forms
-from orchestrator.models.forms.modules import LowRankLinear, PivotedLinear
+from orchestrator.models.forms.low_rank import LowRankLinear
+from orchestrator.models.forms.pivoted import PivotedLinear
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 

@@ -15,9 +15,7 @@ from orchestrator.models.forms.index_codes import (
     is_sound,
     materialize,
 )
-from orchestrator.plan.forms import index_bytes, index_code
-from orchestrator.plan.linear import Linear
-from orchestrator.plan.plan import Assignment
+from orchestrator.plan.forms.index_sizes import index_bytes, index_code
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 40))
 
@@ -144,32 +142,3 @@ def test_a_damaged_index_is_known(code, tensors):
     dtypes = {name: dtype for name, (dtype, _) in index_tensors(code, 3, 4, 2).items()}
     damaged = {name: torch.tensor(t, dtype=dtypes[name]) for name, t in tensors.items()}
     assert not is_sound(code, damaged, 3, 4, 2)
-
-
-@pytest.mark.parametrize(
-    ("assignment", "values", "index"),
-    [
-        (Assignment(form="dense"), 60_000, 0),
-        (Assignment(form="low_rank", rank=7), 7 * 500, 0),
-        (Assignment(form="low_rank", rank=7, basis="a"), 7 * 200, 0),
-        (Assignment(form="pivoted", rank=7), 7 * 493, 800),
-        (Assignment(form="pivoted", rank=199), 59_899, 800),
-        (Assignment(form="sparse", nonzeros=30_000), 30_000, 7_500),
-        (Assignment(form="sparse", nonzeros=1_000), 1_000, 2_804),
-        (Assignment(form="low_rank_sparse", rank=7, nonzeros=10), 3_510, 40),
-    ],
-)
-def test_what_a_form_stores(assignment, values, index):
-    """Values by the formula, and bytes with the smallest index, worked out by hand."""
-    linear = Linear(
-        name="b",
-        block=0,
-        role="b",
-        site="b",
-        out_features=200,
-        in_features=300,
-        has_bias=False,
-    )
-    assert assignment.stored_values(linear) == values
-    assert assignment.stored_bytes(linear, 2) == 2 * values + index
-    assert assignment.stored_bytes(linear, 4) == 4 * values + index

@@ -22,6 +22,7 @@ from transformers import (
 
 from orchestrator.errors import InputError
 from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.plan.forms import LOW_RANK
 
 TINY = {
     "vocab_size": VOCABULARY,
@@ -255,7 +256,7 @@ def test_a_70b_model_is_surveyed_from_its_headers(tmp_path):
     survey = LazyModel.open(tmp_path).survey()
     assert len(survey.linears) == 560
     assert survey.total_parameters == 70_553_706_496
-    assert {x.role: x.break_even for x in survey.of_block(79)} == {
+    assert {x.role: LOW_RANK.break_even(x) for x in survey.of_block(79)} == {
         "self_attn.q_proj": 4096,
         "self_attn.k_proj": 910,
         "self_attn.v_proj": 910,

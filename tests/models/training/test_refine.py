@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import UsageError
-from orchestrator.models.forms.modules import SparseLinear
+from orchestrator.models.forms.sparse import SparseLinear
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.training.refine import Refinement, merge, refine, trained_parameters
 from orchestrator.models.training.refine_ledger import Ledger

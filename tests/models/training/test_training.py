@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import InfeasibleError
-from orchestrator.models.forms.modules import LowRankLinear, SparseLinear
+from orchestrator.models.forms.low_rank import LowRankLinear
+from orchestrator.models.forms.sparse import SparseLinear
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.training.distill import LossWeights, distill
 from orchestrator.models.training.train import MOMENTS, Training, _squared_norms

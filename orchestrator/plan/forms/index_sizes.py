@@ -1,18 +1,15 @@
-"""Forms of a linear, and the codes of sparse indices: names and sizes."""
+"""Codes of the positions of a sparse weight's values: sizes, and the choice of the smallest.
+
+Their tensors are in `orchestrator.models.forms.index_codes`.
+"""
 
 from typing import Literal
 
-Form = Literal["dense", "low_rank", "pivoted", "sparse", "low_rank_sparse"]
 IndexCode = Literal["bitmask", "columns", "positions"]
-"""How a sparse weight stores where its values stand."""
-FACTORED: frozenset[Form] = frozenset({"low_rank", "pivoted"})
-"""The forms that are two factors and nothing else."""
-PIVOT_BYTES = 4
-"""Of an output's place among the pivots and the others, a whole number."""
 
 
 def index_bytes(out_features: int, in_features: int, nonzeros: int) -> dict[IndexCode, int]:
-    """Bytes of the index of N values in an [O, I] weight, in every code that can hold it.
+    """Bytes of the index of N values in an [O, I] weight, for every code that can hold it.
 
     `bitmask`: one bit an element, ceil(O I / 8). `columns`: column numbers of 16 bits and O + 1 row
     pointers of 32, 2 N + 4 (O + 1); up to 65536 columns. `positions`: flat, of 32 bits, 4 N; up to
@@ -28,6 +25,11 @@ def index_bytes(out_features: int, in_features: int, nonzeros: int) -> dict[Inde
 
 
 def index_code(out_features: int, in_features: int, nonzeros: int) -> IndexCode:
-    """The smallest code; of equal ones the first in the order bitmask, columns, positions."""
+    """Smallest code; of equal ones the first in the order bitmask, columns, positions."""
     sizes = index_bytes(out_features, in_features, nonzeros)
     return min(sizes, key=lambda code: sizes[code])
+
+
+def smallest_index(out_features: int, in_features: int, nonzeros: int) -> int:
+    """Bytes of the smallest index of N values in an [O, I] weight; 0 if N is 0."""
+    return min(index_bytes(out_features, in_features, nonzeros).values()) if nonzeros else 0

@@ -1,0 +1,135 @@
+"""Base class of the modules that stand in the place of a dense linear, one for each form.
+
+Every one keeps under the name `weight` a tensor that cannot have the dense weight's shape, on
+purpose: a program that does not know the form finds the wrong shape and stops, where a missing
+tensor would have been filled with random values. None is an `nn.Linear`: programs that look for
+those take `weight` for the dense matrix. Values are parameters in one dtype, indices are buffers
+of whole numbers that no cast of the model changes.
+
+The file of a form imports torch, `orchestrator.errors` and this package only: its text becomes part
+of the file that loads a checkpoint without orchestrator (`orchestrator.hf.bootstrap`).
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+Split = Literal["whole", "weight", "parts"]
+"""How tensor parallelism splits a module: `whole`, all tensors on every rank; `weight`, the rows of
+`weight` over the ranks and all else whole; `parts`, each submodule by a rule of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredForm:
+    """Form and size of one module, as the config has them."""
+
+    form: str
+    rank: int = 0
+    nonzeros: int = 0
+    index: str = ""
+    """The code of the nonzeros' positions."""
+    basis: str = ""
+    """Name of the module whose `down.weight` this one is tied to; empty: it has its own."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of the config: the fields that the form has."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormTensor:
+    """One stored tensor of a module."""
+
+    name: str
+    """Name in the module, `down.weight`."""
+    part: str
+    """What it is of the linear; the key by which a worker finds its values."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    """None: a tensor of values, in the dtype of the weight. An index has a dtype of its own."""
+    code: str = ""
+    """Code of the index that the tensor is a part of, or that its values stand by."""
+
+
+class FormLinear(nn.Module):
+    """A linear in one form: inputs [..., I] to outputs [..., O].
+
+    A form is one file with a subclass, and one line in `FORMS`; its sizes are one file in
+    `orchestrator.plan.forms`.
+    """
+
+    form: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]
+    """Fields in the config, of `rank`, `nonzeros` and `index`."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Fields that may be left out."""
+    split_outputs: ClassVar[Split] = "whole"
+    """How it is split where its outputs are."""
+    split_inputs: ClassVar[Split] = "whole"
+    """How it is split where its inputs are."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Names of the submodules that have a rule of their own if `split_inputs` is `parts`."""
+
+    # transformers then hands local tensors, not DTensors, to `forward` under tensor parallelism
+    _hf_quantized_needs_local_tp = True
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    @classmethod
+    def make(
+        cls,
+        stored: StoredForm,
+        in_features: int,
+        out_features: int,
+        *,
+        shares_basis: bool,
+        **options: Any,
+    ) -> Self:
+        """A module of this size with empty parameters.
+
+        Args:
+            shares_basis: True if the basis is another linear's, or another linear uses it.
+            options: `bias`, `device` and `dtype`.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def tensors(
+        cls, stored: StoredForm, out_features: int, in_features: int
+    ) -> tuple[FormTensor, ...]:
+        """The tensors that are stored of a linear, without the bias."""
+        raise NotImplementedError
+
+    @classmethod
+    def misfit(cls, stored: StoredForm, out_features: int, in_features: int) -> str:
+        """Reason why a linear of this size cannot be stored like this; empty if it can.
+
+        The fields that the form needs are given, and no others. Outputs are those of all linears
+        on one basis together.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def stored_values(cls, stored: StoredForm, out_features: int, in_features: int) -> int:
+        """Number of stored values; an index has none."""
+        tensors = cls.tensors(stored, out_features, in_features)
+        return sum(math.prod(tensor.shape) for tensor in tensors if tensor.dtype is None)
+
+    def dense_weight(self) -> Tensor:
+        """The weight [O, I] that the module multiplies with, in the dtype of its values."""
+        raise NotImplementedError
+
+    @property
+    def indexed(self) -> str:
+        """What a sound index names, in words."""
+        return ""
+
+    def is_sound(self) -> bool:
+        """True if the index of this module, its submodules left out, names what it must."""
+        return True

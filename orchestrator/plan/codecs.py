@@ -1,0 +1,28 @@
+"""Number formats of stored values: how many bytes a number of values takes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Format of the values that a form stores; an index is no value and has its own dtype."""
+
+    name: str
+    """Name of the dtype, `bfloat16`."""
+    itemsize: int
+    """Bytes of one value."""
+
+    def bytes(self, values: int) -> int:
+        """Bytes of a number of values."""
+        return values * self.itemsize
+
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Codec("bfloat16", 2),
+        Codec("float16", 2),
+        Codec("float32", 4),
+        Codec("float64", 8),
+    )
+}

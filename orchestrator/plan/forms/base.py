@@ -1,0 +1,82 @@
+"""Base class of the forms: how many values and bytes a linear stores in one form."""
+
+from typing import ClassVar, Protocol, TypeVar
+
+import numpy as np
+
+from orchestrator.plan.linear import Linear
+
+Ranks = TypeVar("Ranks", int, np.ndarray)
+"""One rank or many."""
+
+
+class Cut(Protocol):
+    """Size of one linear in its form; an `Assignment` is one."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def nonzeros(self) -> int: ...
+
+    @property
+    def basis(self) -> str:
+        """Name of the linear whose `down` [R, I] is used; empty: its own."""
+        ...
+
+
+class Form:
+    """Sizes of a linear in one form; without state.
+
+    A form is one file with a subclass, and one line in `FORMS`; its module is one file in
+    `orchestrator.models.forms`. Number formats are apart (`plan.codecs`).
+
+    The methods on ranks price two plain factors [O, R] and [R, I], at O + I values a rank. A form
+    whose factors store fewer values overrides them; one without factors has no use for them.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    """Name in the model card, `low-rank, pivoted`."""
+    has_rank: ClassVar[bool] = False
+    has_nonzeros: ClassVar[bool] = False
+    has_fixed_price: ClassVar[bool] = True
+    """True if every rank adds the same number of values."""
+
+    @property
+    def is_factored(self) -> bool:
+        """True if the form is two factors and nothing else."""
+        return self.has_rank and not self.has_nonzeros
+
+    def values(self, linear: Linear, cut: Cut) -> int:
+        """Number of stored values of the weight; an index and the bias are not counted."""
+        raise NotImplementedError
+
+    def index_bytes(self, linear: Linear, cut: Cut) -> int:
+        """Bytes of the index beside the values."""
+        return 0
+
+    def index_code(self, linear: Linear, cut: Cut) -> str:
+        """Name of the code of the index; empty where there is none to choose."""
+        return ""
+
+    def least_values(self, linear: Linear) -> int:
+        """Values of the smallest cut: rank 1, or the dense weight if that stores no more."""
+        if self.break_even(linear) > 1:
+            return self.factor_values(linear, 1)
+        return linear.values
+
+    def factor_values(self, linear: Linear, rank: Ranks) -> Ranks:
+        """Number of values of factors of this rank, R (O + I)."""
+        return rank * linear.rank_cost
+
+    def break_even(self, linear: Linear) -> int:
+        """Smallest rank whose factors save nothing, floor(O I / (O + I)).
+
+        A linear that would get this rank or a larger one stays dense.
+        """
+        return linear.values // linear.rank_cost
+
+    def rank_within(self, linear: Linear, values: int) -> int:
+        """Largest rank whose factors store at most `values`, themselves at most the dense ones."""
+        return values // linear.rank_cost
