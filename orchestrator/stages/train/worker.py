@@ -11,7 +11,7 @@ from torch import Tensor
 from orchestrator.device.malloc import free_device_memory, return_freed_memory
 from orchestrator.device.transport import Departure
 from orchestrator.models.checkpoint.weights import Checkpoint
-from orchestrator.models.shards.chunk import Chunk, Payload
+from orchestrator.models.shards.chunk import BlockState, Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.distill import Losses, LossWeights, TopK, distill
 from orchestrator.models.training.train import Training
@@ -312,7 +312,7 @@ class TrainWorker(TrainedWorker):
         if self._model.is_first:
             return None
         first = entered[0]
-        return Chunk(serial, first.tokens, first.mask, Payload(tuple(grads))).pack()
+        return Chunk(serial, first.tokens, first.mask, BlockState(tuple(grads))).pack()
 
     def _distill(
         self, logits_BTV: Tensor, chunk: Chunk, targets: TopK | Tensor, weights: LossWeights | None

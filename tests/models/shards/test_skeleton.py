@@ -60,10 +60,10 @@ def change_tensors(directory, change):
         ({"quantization_config": {"quant_method": "orchestrator"}}, "format_version"),
         ({"architectures": None}, "architectures is None; one class name is expected"),
         ({"architectures": ["A", "B"]}, r"architectures is \['A', 'B'\]"),
-        ({"architectures": ["LlamaForProphecy"]}, "'LlamaForProphecy', which is no model class"),
-        ({"architectures": ["AutoConfig"]}, "'AutoConfig', which is no model class"),
-        ({"architectures": [7]}, "names 7, which is no model class"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "does not go with model_type 'llama'"),
+        ({"architectures": ["LlamaForProphecy"]}, "'LlamaForProphecy', which is not a model class"),
+        ({"architectures": ["AutoConfig"]}, "'AutoConfig', which is not a model class"),
+        ({"architectures": [7]}, "names 7, which is not a model class"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "does not match model_type 'llama'"),
         ({"model_type": "llama9"}, "model_type is 'llama9', unknown to transformers"),
         ({"model_type": None}, "model_type is None, unknown"),
         ({"num_hidden_layers": 5}, r"9 of 48 parameters .* not stored: model\.layers\.4\.self"),
@@ -109,7 +109,7 @@ def store_twice(tensors):
         (drop_norm, r"1 of 39 parameters .* stored: model\.layers\.2\.input_layernorm\.weight$"),
         (transpose_gate, r"model\.layers\.1\.mlp\.gate_proj\.weight has shape \[32, 48\]"),
         (round_gate, r"gate_proj\.weight is stored as torch\.int8"),
-        (store_twice, r"both stand for model\.layers\.1\.mlp\.gate_proj\.weight"),
+        (store_twice, r"both map to model\.layers\.1\.mlp\.gate_proj\.weight"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(llama, change, message):

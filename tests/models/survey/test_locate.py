@@ -27,7 +27,7 @@ def hub_cache(tmp_path, monkeypatch):
 def test_directory(tmp_path):
     """A directory is itself, and takes no revision."""
     assert locate(str(tmp_path)) == tmp_path
-    with pytest.raises(UsageError, match="goes with a hub id"):
+    with pytest.raises(UsageError, match="applies to hub ids only"):
         locate(str(tmp_path), revision="main")
 
 
@@ -50,7 +50,7 @@ def test_cached_snapshot(hub_cache):
 def test_not_cached(hub_cache, revision, download):
     """What the cache lacks is invalid input, and says what would help."""
     hub_id = "org/other" if revision is None else "org/model"
-    with pytest.raises(InputError, match="hub does not answer" if download else "--download"):
+    with pytest.raises(InputError, match="hub does not respond" if download else "--download"):
         locate(hub_id, revision=revision, download=download)
 
 

@@ -82,5 +82,5 @@ def test_invalid_regular_expression():
 
 def test_nothing_left():
     """Ignoring all that is targeted is refused."""
-    with pytest.raises(UsageError, match="no linear is left"):
+    with pytest.raises(UsageError, match="no linear remains"):
         select(NAMES, ["*.mlp.*"], ["*"])

@@ -243,7 +243,7 @@ def test_only_what_is_the_blocks_own_moves(checkpoint, compressed, family):
         ends = dense_ends(checkpoint(family), block)
         with lazy_model.shard(range(block, block + 1)) as shard:
             names = {*shard.parameters(), *lazy_model.block_names(block)}
-            model = lazy_model._frame.model
+            model = lazy_model._empty_model.model
             tensors = {**dict(model.named_parameters(remove_duplicate=False))}
             tensors |= dict(model.named_buffers())
             before = {name: tensors[name].detach().clone() for name in names}
