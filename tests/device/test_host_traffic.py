@@ -209,13 +209,16 @@ def test_losses_take_one_read_a_sequence():
     mask_BT = torch.arange(600)[None] < 590
     targets = TopK.of(logits_BTV.roll(1, 1), 3, 1.0)
     case = tokens_BT, mask_BT
-    expected = score(*case, logits_BTV, None), distill(logits_BTV, *case, targets, 1.0)[0]
+    expected = (
+        score(*case, logits_BTV, None),
+        distill(logits_BTV, *case, targets, temperature=1.0)[0],
+    )
     with pretended_device() as device:
         on_device = logits_BTV.to(CUDA)
         device.clear()
         found = score(*case, on_device, None)
         assert [read.operation for read in device.reads] == ["tolist"]
-        losses, _ = distill(on_device, *case, targets.to(CUDA), 1.0)
+        losses, _ = distill(on_device, *case, targets.to(CUDA), temperature=1.0)
         assert [read.operation for read in device.reads] == ["tolist", "tolist"]
         assert all(copy.direction == TO_DEVICE and copy.pinned for copy in device.copies)
     assert (found, losses) == expected

@@ -218,7 +218,7 @@ def test_blocks_are_refined_behind_the_refined_ones(llama, text, tmp_path):
         with dense.shard(range(block, block + 1)) as shard:
             targets = [shard.forward(chunk) for chunk in targets]
         with compressed.shard(range(block, block + 1)) as shard:
-            refined = refine(shard, inputs, targets, options, 0)
+            refined = refine(shard, inputs, targets, options=options, seed=0)
             inputs = [shard.forward(chunk) for chunk in inputs]
         for name, tensor in refined.tensors.items():
             assert torch.equal(stored[name], tensor)
@@ -242,7 +242,9 @@ def test_a_sweep_is_a_walk_over_what_was_refined_apart(llama, text, tmp_path):
         with dense.shard(range(block, block + 1)) as shard:
             targets = [shard.forward(chunk) for chunk in targets]
         with refined_apart.shard(range(block, block + 1)) as shard:
-            refined = refine(shard, inputs, targets, RefineOptions(**SHORT["refinement"]), 0)
+            refined = refine(
+                shard, inputs, targets, options=RefineOptions(**SHORT["refinement"]), seed=0
+            )
             inputs = [shard.forward(chunk) for chunk in inputs]
         assert all(torch.equal(stored[name], tensor) for name, tensor in refined.tensors.items())
         entry = result.report["sweep"]["blocks"][str(block)]
@@ -297,7 +299,9 @@ def test_refinement_in_parallel_follows_the_walk(llama, text, tmp_path):
     with dense.shard(part) as shard:
         targets = [shard.forward(chunk) for chunk in inputs]
     with compressed.shard(part) as shard:
-        refined = refine(shard, inputs, targets, RefineOptions(**SHORT["refinement"]), 0)
+        refined = refine(
+            shard, inputs, targets, options=RefineOptions(**SHORT["refinement"]), seed=0
+        )
     stored = load_file(result.out / "model.safetensors")
     assert all(torch.equal(stored[name], tensor) for name, tensor in refined.tensors.items())
 

@@ -121,7 +121,7 @@ class TrainWorker(TrainedWorker):
         if self.device.type == "cuda":
             self._training.check_room(free_device_memory(self.device))
         self._load_state(self._training, step)
-        return {"numbers": self._training.numbers}
+        return {"numbers": self._training.num_parameters}
 
     def _planned_shard(self, blocks: range) -> tuple[Shard, Training]:
         model = self.planned.shard(blocks)
@@ -129,8 +129,8 @@ class TrainWorker(TrainedWorker):
             model,
             self.task.keys.keys(),
             self.planned.disk_names.keys(),
-            self.task.mode,
-            self.task.options.weight_decay,
+            mode=self.task.mode,
+            weight_decay=self.task.options.weight_decay,
         )
         return model, training
 
@@ -318,7 +318,14 @@ class TrainWorker(TrainedWorker):
         self, logits_BTV: Tensor, chunk: Chunk, targets: TopK | Tensor, weights: LossWeights | None
     ) -> tuple[Losses, Tensor | None]:
         temperature = self.task.options.temperature
-        return distill(logits_BTV, chunk.tokens, chunk.mask, targets, temperature, weights)
+        return distill(
+            logits_BTV,
+            chunk.tokens,
+            chunk.mask,
+            targets,
+            temperature=temperature,
+            weights=weights,
+        )
 
     def _norms(self, is_last: bool) -> dict[str, Any]:
         assert self._training is not None

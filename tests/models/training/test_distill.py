@@ -32,7 +32,9 @@ def test_the_divergence_is_that_of_the_library(kind, temperature):
     ours, theirs = some_logits(1), some_logits(2)
     targets = theirs if kind == "logits" else TopK.of(theirs, VOCABULARY, temperature)
     tokens_BT, mask_BT = some_tokens()
-    losses, grad_BTV = distill(ours, tokens_BT, mask_BT, targets, temperature, ONE)
+    losses, grad_BTV = distill(
+        ours, tokens_BT, mask_BT, targets, temperature=temperature, weights=ONE
+    )
     leaf = ours.double().requires_grad_()
     q_BTV, p_BTV = (log_softmax(x.double() / temperature, dim=-1) for x in (leaf, theirs))
     kl_BTV = kl_div(q_BTV, p_BTV, reduction="none", log_target=True)
@@ -49,7 +51,9 @@ def test_the_rest_counts_as_one_outcome(most, temperature):
     ours, theirs = some_logits(1), some_logits(2)
     tokens_BT, mask_BT = some_tokens()
     targets = TopK.of(theirs, most, temperature)
-    losses, grad_BTV = distill(ours, tokens_BT, mask_BT, targets, temperature, ONE)
+    losses, grad_BTV = distill(
+        ours, tokens_BT, mask_BT, targets, temperature=temperature, weights=ONE
+    )
     leaf = ours.double().requires_grad_()
     q_BTV, p_BTV = (torch.softmax(x.double() / temperature, dim=-1) for x in (leaf, theirs))
     index_BTK = p_BTV.topk(most, dim=-1).indices
@@ -63,7 +67,7 @@ def test_the_rest_counts_as_one_outcome(most, temperature):
     expected.backward()
     assert losses.divergence == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(grad_BTV.double(), leaf.grad, rtol=0, atol=5e-6)
-    full, _ = distill(ours, tokens_BT, mask_BT, theirs, temperature)
+    full, _ = distill(ours, tokens_BT, mask_BT, theirs, temperature=temperature)
     assert losses.divergence < full.divergence
 
 
@@ -82,7 +86,9 @@ def test_the_cross_entropy_is_that_of_the_next_tokens():
     """Only real tokens that follow real ones are predicted; weights multiply the gradient."""
     ours, (tokens_BT, mask_BT) = some_logits(1), some_tokens()
     weights = LossWeights(divergence=0.0, cross_entropy=0.25)
-    losses, grad_BTV = distill(ours, tokens_BT, mask_BT, some_logits(2), 1.0, weights)
+    losses, grad_BTV = distill(
+        ours, tokens_BT, mask_BT, some_logits(2), temperature=1.0, weights=weights
+    )
     leaf = ours.double().requires_grad_()
     both_BT = mask_BT[:, :-1] & mask_BT[:, 1:]
     expected = cross_entropy(leaf[:, :-1][both_BT], tokens_BT[:, 1:][both_BT], reduction="sum")
@@ -95,7 +101,7 @@ def test_a_model_is_nowhere_from_itself():
     """KL and its gradient vanish where both models say the same, however little is kept."""
     ours, (tokens_BT, mask_BT) = some_logits(1), some_tokens()
     for targets in (ours, TopK.of(ours, 3, 2.0)):
-        losses, grad_BTV = distill(ours, tokens_BT, mask_BT, targets, 2.0, ONE)
+        losses, grad_BTV = distill(ours, tokens_BT, mask_BT, targets, temperature=2.0, weights=ONE)
         assert abs(losses.divergence) < 1e-3
         assert float(grad_BTV.abs().max()) < 1e-6
 
@@ -105,8 +111,12 @@ def test_sixteen_bits_are_widened_and_padding_gets_nothing():
     tokens_BT, mask_BT = some_tokens()
     weights = LossWeights(divergence=1.0, cross_entropy=1.0)
     logits = some_logits(1, torch.bfloat16)
-    _, grad_BTV = distill(logits, tokens_BT, mask_BT, some_logits(2), 1.0, weights)
-    _, exact_BTV = distill(logits.float(), tokens_BT, mask_BT, some_logits(2), 1.0, weights)
+    _, grad_BTV = distill(
+        logits, tokens_BT, mask_BT, some_logits(2), temperature=1.0, weights=weights
+    )
+    _, exact_BTV = distill(
+        logits.float(), tokens_BT, mask_BT, some_logits(2), temperature=1.0, weights=weights
+    )
     assert grad_BTV.dtype == torch.bfloat16
     assert torch.equal(grad_BTV, exact_BTV.bfloat16())
     assert not grad_BTV[~mask_BT].any()

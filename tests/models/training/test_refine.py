@@ -38,7 +38,7 @@ def dense_ends(directory, block, count=5, dtype=torch.float32):
 
 def refined(directory, ends, block, options=SHORT, seed=0, dtype=torch.float32):
     with LazyModel.open(directory, dtype=dtype).shard(range(block, block + 1)) as shard:
-        return refine(shard, *ends, options, seed)
+        return refine(shard, *ends, options=options, seed=seed)
 
 
 def with_state(chunk, change):
@@ -115,7 +115,7 @@ def test_a_shift_that_a_bias_can_make_is_learnt(checkpoint):
         return dense.weights.read(spec.source)
 
     with dense.planned(whole, read).shard(range(2, 3)) as shard:
-        result = refine(shard, inputs, targets, options, 0)
+        result = refine(shard, inputs, targets, options=options, seed=0)
     assert {name.rpartition(".")[2] for name in result.tensors} == {"bias", "weight"}
     assert result.start == pytest.approx(float(shift_C.square().mean()), rel=1e-5)
     assert result.epochs[result.best - 1].held_out < 5e-3 * result.start
@@ -129,7 +129,9 @@ def test_the_best_state_comes_back_and_not_the_last(checkpoint, compressed):
     with LazyModel.open(directory).shard(range(1, 2)) as shard:
         before = {name: p.detach().clone() for name, p in shard.parameters().items()}
         targets[held_out] = shard.forward(inputs[held_out])
-        result = refine(shard, inputs, targets, replace(SHORT, epochs=9, patience=2), 0)
+        result = refine(
+            shard, inputs, targets, options=replace(SHORT, epochs=9, patience=2), seed=0
+        )
         after = shard.parameters()
         assert all(torch.equal(after[name], value) for name, value in before.items())
         assert all(p.requires_grad and p.grad is None for p in after.values())
@@ -144,8 +146,8 @@ def test_the_shard_is_left_with_the_best_state(checkpoint, compressed):
     """Its held-out loss, computed once more, is the least of all epochs'."""
     directory, ends = compressed("llama"), dense_ends(checkpoint("llama"), 1)
     with LazyModel.open(directory).shard(range(1, 2)) as shard:
-        result = refine(shard, *ends, replace(SHORT, epochs=6, learning_rate=0.05), 0)
-        with Refinement(shard, *ends, SHORT, 0) as again:
+        result = refine(shard, *ends, options=replace(SHORT, epochs=6, learning_rate=0.05), seed=0)
+        with Refinement(shard, *ends, options=SHORT, seed=0) as again:
             losses = [result.start, *(epoch.held_out for epoch in result.epochs)]
             assert again.result().start == min(losses) == losses[result.best]
         for name, parameter in shard.parameters().items():
@@ -177,7 +179,7 @@ def test_replicas_that_share_the_slices_hold_the_same_bits(checkpoint, compresse
     assert ledger.parts(0) == min(slices, 6)
     with ExitStack() as stack:
         shards = [stack.enter_context(each.shard(range(1, 2))) for each in skeletons]
-        made = [Refinement(shard, *ends, options, 0) for shard in shards]
+        made = [Refinement(shard, *ends, options=options, seed=0) for shard in shards]
         replicas = [stack.enter_context(each) for each in made]
 
         def evaluate():
@@ -218,19 +220,6 @@ def test_one_slice_or_one_for_each_chunk_is_a_sum_over_the_chunks(checkpoint, co
         assert one.gradient == pytest.approx(other.gradient, rel=1e-5)
 
 
-def test_it_goes_on_from_a_snapshot(checkpoint, compressed):
-    """Interrupted behind every epoch, on a shard of its own each time: the same bits."""
-    directory, ends = compressed("gpt2"), dense_ends(checkpoint("gpt2"), 1)
-    lazy_model, snapshot, stop = LazyModel.open(directory), None, None
-    while stop is None:
-        with lazy_model.shard(range(1, 2)) as shard, Refinement(shard, *ends, SHORT, 0) as part:
-            if snapshot:
-                part.restore(*snapshot)
-            part.epoch()
-            snapshot, stop, found = part.snapshot(), part.stop, part.result()
-    assert_same(found, refined(directory, ends, 1))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_what_is_the_blocks_own_moves(checkpoint, compressed, family):
     """Dense weights, a basis that another block uses, the support of sparse values: all stay."""
@@ -247,7 +236,7 @@ def test_only_what_is_the_blocks_own_moves(checkpoint, compressed, family):
             tensors = {**dict(model.named_parameters(remove_duplicate=False))}
             tensors |= dict(model.named_buffers())
             before = {name: tensors[name].detach().clone() for name in names}
-            result = refine(shard, *ends, SHORT, 0)
+            result = refine(shard, *ends, options=SHORT, seed=0)
             moved = {name for name in names if not torch.equal(before[name], tensors[name])}
         assert result.best > 0
         assert moved == set(result.tensors)
@@ -281,7 +270,7 @@ def test_blocks_that_share_a_basis_are_trained_together(checkpoint, compressed):
     bases = [f"model.layers.{block}.self_attn.q_proj.down.weight" for block in range(2)]
     with lazy_model.shard(range(2)) as shard:
         start = shard.parameters()[bases[0]].detach().clone()
-        result = refine(shard, inputs, passed(dense, range(2), inputs), SHORT, 0)
+        result = refine(shard, inputs, passed(dense, range(2), inputs), options=SHORT, seed=0)
     assert result.best > 0
     assert torch.equal(result.tensors[bases[0]], result.tensors[bases[1]])
     assert not torch.equal(result.tensors[bases[0]], start)
@@ -307,7 +296,7 @@ def test_sparse_values_come_nearer_on_their_support(checkpoint, tmp_path, form):
         module = shard.module("model.layers.1.mlp.up_proj")
         sparse = module if isinstance(module, SparseLinear) else module.sparse
         support = sparse.dense_weight() != 0
-        result = refine(shard, *ends, SHORT, 0)
+        result = refine(shard, *ends, options=SHORT, seed=0)
         assert torch.equal(sparse.dense_weight() != 0, support)
     assert result.best > 0
 
@@ -370,9 +359,9 @@ def test_what_does_not_fit_together_is_refused(checkpoint, compressed):
     """Other chunks, too few of them, 16 bits, and options out of range."""
     directory, (inputs, targets) = compressed("llama"), dense_ends(checkpoint("llama"), 1)
     for ends, message in [
-        ((inputs, targets[1:]), "5 chunks go in, 4 are the targets"),
+        ((inputs, targets[1:]), "5 input chunks, but 4 target chunks"),
         ((inputs, targets[::-1]), "are different chunks"),
-        ((inputs[:1], targets[:1]), "1 chunks; one to train on and one to hold out"),
+        ((inputs[:1], targets[:1]), "1 chunks; at least one to train on and one to hold"),
     ]:
         with pytest.raises(ValueError, match=message):
             refined(directory, ends, 1, replace(SHORT, held_out=0.4))

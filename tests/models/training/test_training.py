@@ -34,7 +34,9 @@ class Model:
             lazy_model = LazyModel.open(directory, dtype=torch.float32)
             self.shards.append(lazy_model.shard(part))
             names = lazy_model.disk_names
-            self.trainings.append(Training(self.shards[-1], blocks, names, mode, decay))
+            self.trainings.append(
+                Training(self.shards[-1], blocks, names, mode=mode, weight_decay=decay)
+            )
 
     def accumulate(self, chunk, targets):
         """Adds the gradients of a chunk, block by block from the last one back."""
@@ -46,8 +48,8 @@ class Model:
                     chunk = shard.forward(chunk, part=range(block, block + 1))
 
         def grads(logits_BTV):
-            arguments = chunk.tokens, chunk.mask, targets, 1.0, WEIGHTS
-            return distill(logits_BTV, *arguments)[1]
+            given = logits_BTV, chunk.tokens, chunk.mask, targets
+            return distill(*given, temperature=1.0, weights=WEIGHTS)[1]
 
         for shard, block, state in entered[::-1]:
             grads = shard.backward(state, grads, part=range(block, block + 1))
@@ -243,8 +245,8 @@ def test_light_trains_scales_norms_and_biases(family, checkpoint, compressed):
             ratio_R = ratio_OR.nanmedian(dim=0).values
             torch.testing.assert_close(tensor, before[name] * ratio_R, rtol=1e-5, atol=1e-7)
             assert not torch.equal(tensor, before[name])
-    numbers = sum(light.trainings[0].numbers.values())
-    assert numbers < 0.2 * sum(whole.trainings[0].numbers.values())
+    numbers = sum(light.trainings[0].num_parameters.values())
+    assert numbers < 0.2 * sum(whole.trainings[0].num_parameters.values())
 
 
 def test_blocks_that_are_not_named_stay(checkpoint, compressed):
@@ -285,6 +287,6 @@ def test_what_does_not_fit_is_said_before_it_starts(compressed):
         with pytest.raises(InfeasibleError, match="more workers"):
             training.check_room(need[mode] - 1)
         if mode == "all":
-            assert need["all"] == 12 * sum(training.numbers.values())
+            assert need["all"] == 12 * sum(training.num_parameters.values())
     assert need["lean"] * 12 == need["all"] * 8
     assert need["light"] < need["all"] / 4
