@@ -74,7 +74,7 @@ def test_names_of_files_that_no_disk_has(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
     index = {"weight_map": {"x": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="which is not there"):
+    with pytest.raises(InputError, match="which does not exist"):
         Weights.open(tmp_path)
 
 

@@ -194,7 +194,7 @@ def test_a_factor_must_be_finite_in_its_dtype(tmp_path, value):
     """NaN, infinity and what overflows by the cast are refused by name."""
     wrong = torch.tensor([1.0, value])
     spec = spec_of({"a": wrong.half()}, part="weight")
-    with pytest.raises(InputError, match="a holds NaN or infinity in float16"):
+    with pytest.raises(InputError, match="a has NaN or infinity in float16"):
         write_file(spec, tmp_path / "f", lambda spec: wrong)
     assert not list(tmp_path.iterdir())
 
@@ -313,12 +313,12 @@ def test_only_a_new_an_empty_or_our_directory_is_written_to(made, dense, tmp_pat
     assert check_out(made.directory)
     with pytest.raises(UsageError, match="finished checkpoint"):
         claim_out(made.directory)
-    with pytest.raises(UsageError, match="holds something else"):
+    with pytest.raises(UsageError, match="contains other files"):
         check_out(dense)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         check_out(tmp_path / "file")
-    with pytest.raises(UsageError, match=r"holds something else \(file\)"):
+    with pytest.raises(UsageError, match=r"contains other files \(file\)"):
         claim_out(tmp_path)
 
 

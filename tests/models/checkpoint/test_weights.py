@@ -188,7 +188,7 @@ def change_entry(change):
         (list_config, r"config\.json: holds a list"),
         (remove_weights, "no weights"),
         (leave_pickles, r"no safetensors, only pytorch_model\.bin"),
-        (lose_index, r"several files need their index"),
+        (lose_index, r"several files need an index"),
         (truncate, r"model\.safetensors: \d+ bytes, .*truncated"),
         (truncate_header, r"truncated"),
         (empty_file, r"0 bytes, .*truncated"),
@@ -238,10 +238,16 @@ SECOND = "model-00002-of-00002.safetensors"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lose_file, rf"names {SECOND}, which is not there"),
+        (lose_file, rf"names {SECOND}, which does not exist"),
         (empty_index, "no weight_map"),
-        (change_index(lambda m: m.update(matrix=SECOND)), f"places matrix in {SECOND}, not in"),
-        (change_index(lambda m: m.update(ghost=SECOND)), f"places ghost in {SECOND}, not in there"),
+        (
+            change_index(lambda m: m.update(matrix=SECOND)),
+            f"places matrix in {SECOND}, which lacks it",
+        ),
+        (
+            change_index(lambda m: m.update(ghost=SECOND)),
+            f"places ghost in {SECOND}, which lacks it",
+        ),
         (change_index(lambda m: m.pop("half")), "holds half, which .* lacks"),
         (change_index(lambda m: m.update(matrix="../x.safetensors")), "same directory is allowed"),
         (change_index(lambda m: m.update(matrix="/x.safetensors")), "same directory is allowed"),

@@ -250,7 +250,7 @@ def test_source_that_is_not_there(tmp_path):
     """A path that does not exist and a directory without texts are invalid input."""
     with pytest.raises(InputError, match="no such text"):
         list(read_documents(str(tmp_path / "none.txt"), "text"))
-    with pytest.raises(InputError, match="no text in this directory"):
+    with pytest.raises(InputError, match="no text files in this directory"):
         list(read_documents(str(tmp_path), "text"))
 
 
