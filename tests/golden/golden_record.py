@@ -1,16 +1,16 @@
-"""The golden record: what the code computed when it was made, and the command that makes it.
+"""Golden record of the results of the code, and the command that compares or rewrites it.
 
-    python tests/golden/golden_record.py            compares; says what differs, one line each
-    python tests/golden/golden_record.py --write    makes `record.json` and `forecasts.json` anew
-    python tests/golden/golden_record.py --write --interrupt    the unfinished runs, too
+    python tests/golden/golden_record.py            compare; prints the differences, one per line
+    python tests/golden/golden_record.py --write    rewrite `record.json` and `forecasts.json`
+    python tests/golden/golden_record.py --write --interrupt    also the unfinished runs
 
-A commit that must change a key or a byte writes the record anew and says why; the diff of the JSON
-shows what changed. The unfinished runs are those of an earlier release that this one resumes:
-make them anew only where a raised version makes their units worthless.
+A commit that must change a key or a byte rewrites the record and explains why; the diff of the JSON
+shows what changed. The unfinished runs were made by an earlier release and must be resumed by this
+one: rewrite them only if a raised version invalidates their units.
 
-Every case is performed in one process with one thread. `PINNED` is set before torch is loaded, so
-that the libraries use kernels that every x86-64 processor with AVX2 has; whether another machine
-computes the same bits is measured by `probe`. What depends on bits is compared only where it does.
+Every case runs in one process with one thread. `PINNED` is set before torch is loaded, so that the
+libraries use kernels that every x86-64 processor with AVX2 has. `probe` measures if a machine
+computes the same bits; entries that depend on bits are compared only if it does.
 """
 
 import argparse
@@ -56,13 +56,13 @@ MEASURED = {
 """Fields of facts and reports that may differ between two equal runs."""
 BOOTSTRAP, SOURCE = "modeling_orchestrator.py", "source"
 HEX = 16
-"""Digits of a key or a SHA-256 that are recorded."""
+"""Recorded digits of a key or a SHA-256."""
 DIGITS = 12
-"""Significant digits of a forecast's figures, so that they depend on no C library."""
+"""Significant digits of a forecast's figures, so that they do not depend on the C library."""
 
 
 def make(directory: Path) -> dict[str, Any]:
-    """Performs every case below an empty directory; gives the record without forecasts."""
+    """Perform every case below an empty directory; returns the record without forecasts."""
     import golden_cases as cases
     import torch
     from golden_models import write_models
@@ -85,7 +85,7 @@ def make(directory: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, kernels and threads, and the digest of what they compute."""
+    """Versions, kernels and threads, and the digest of a probe computation."""
     import torch
 
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -100,7 +100,7 @@ def environment() -> dict[str, Any]:
 
 
 def probe() -> str:
-    """Digest of what products, decompositions and functions give of fixed numbers."""
+    """Digest of products, decompositions and functions of fixed numbers."""
     import numpy as np
     import torch
     from golden_models import values
@@ -124,7 +124,8 @@ def probe() -> str:
 
 
 class _Journal:
-    """What a run's events and its directory say: stages, their units, and what is in those."""
+    """Journal of a run from its events and directory: stages, their units, and the units'
+    content."""
 
     def __init__(self, run_dir: Path, stop: tuple[str, int] | None = None) -> None:
         self._units, self._stop = run_dir / "units", stop
@@ -152,7 +153,7 @@ class _Journal:
                 raise StoppedError("left unfinished")
 
     def contents(self) -> dict[str, dict[str, str]]:
-        """By stage and key, digests of a unit's facts and of its files as the run has left them."""
+        """Digests of a unit's facts and files as left by the run, by stage and key."""
         return {
             stage: {key[:HEX]: self._content(key) for key in keys}
             for stage, keys in self.made.items()
@@ -188,7 +189,7 @@ def _retargeted(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _outcome(result: Any, journal: _Journal) -> dict[str, Any]:
-    """What is recorded of a compression."""
+    """Record of a compression."""
     out, plan = Path(result.out), result.plan.to_json()
     assignments = {name: _words(each) for name, each in plan.pop("assignments").items()}
     report = json.loads((out / "orchestrator_report.json").read_text())
@@ -219,10 +220,10 @@ def _tensors(out: Path) -> dict[str, str]:
 
 
 def _files(out: Path) -> dict[str, str]:
-    """SHA-256 of every file but the report, which is recorded apart because it holds times.
+    """SHA-256 of every file except the report, which is recorded separately because it has times.
 
-    The file that loads a checkpoint elsewhere is made of this package's sources, comments included:
-    that it exists is recorded, not its text.
+    The file for loading without this package consists of its sources, comments included: only its
+    existence is recorded.
     """
     return {
         str(path.relative_to(out)): SOURCE if path.name == BOOTSTRAP else _digest(path)
@@ -252,7 +253,8 @@ def _verified(name: str, model: str) -> dict[str, Any]:
 
 
 def _resumed(name: str) -> dict[str, Any]:
-    """What the archive's unfinished run becomes: units made by stage and rewritten, the result."""
+    """Outcome of resuming the archive's unfinished run: units made and rewritten by stage, the
+    result."""
     from golden_cases import CASES
 
     from orchestrator import compress
@@ -280,7 +282,7 @@ def _resumed(name: str) -> dict[str, Any]:
 
 
 def make_interrupted(directory: Path, archive: Path) -> None:
-    """Performs the cases of `INTERRUPTED` until they are to stop, and packs their run directories.
+    """Run the cases of `INTERRUPTED` up to their stops, and pack their run directories.
 
     Names of this machine and its directories are taken out of the three files that hold them.
     """
@@ -351,7 +353,7 @@ def _rounded(value: Any) -> Any:
 
 
 def unmeasured(value: Any) -> Any:
-    """The same without the fields of `MEASURED`, at any depth."""
+    """Copy without the fields of `MEASURED`, at any depth."""
     if isinstance(value, Mapping):
         return {name: unmeasured(each) for name, each in value.items() if name not in MEASURED}
     if isinstance(value, list | tuple):
@@ -365,7 +367,7 @@ def digest(value: Any) -> str:
 
 
 def differences(expected: Any, found: Any, where: str = "") -> Iterator[str]:
-    """One line for each leaf that is not the same, in the record's order."""
+    """List the differences, one line per leaf, in the record's order."""
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
         for name in [*expected, *(name for name in found if name not in expected)]:
             below = f"{where} / {name}" if where else str(name)
@@ -388,11 +390,9 @@ def _short(value: Any) -> str:
 
 
 def elsewhere(case: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a case depends on names, options and inputs alone, not on bits.
-
-    Ranks depend on bits only where energies all but tie; where the plan is the recorded one, so are
-    the keys of all units and all shapes. Masks are named by the bits of their candidates.
-    """
+    """The parts of a case that depend only on names, options and inputs, not on bits. Ranks depend
+    on bits only where energies are almost equal; if the plan is the recorded one, so are the keys
+    of all units and all shapes. Masks are named by the bits of their candidates."""
     units = {stage: sorted(keys) for stage, keys in case["units"].items()}
     same_plan = case["plan"] == recorded["plan"] and "score" not in recorded["units"]
     early = {stage: units.get(stage) for stage in ("read", "calibrate")}
@@ -407,7 +407,7 @@ def elsewhere(case: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str,
 
 
 def run_pinned(*arguments: str) -> None:
-    """Runs this file in a process of its own with `PINNED` in its environment."""
+    """Run this file in a separate process with `PINNED` in its environment."""
     paths = [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
     own = {**os.environ, **PINNED, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, str(Path(__file__).absolute()), *arguments]
@@ -421,7 +421,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def found_here(directory: Path) -> dict[str, Any]:
-    """The record of the code as it is, made in a process of its own."""
+    """Record of the current code, made in a separate process."""
     run_pinned("--make", str(directory))
     return {
         "record": json.loads((directory / RECORD.name).read_text()),

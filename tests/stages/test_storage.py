@@ -1,4 +1,4 @@
-"""Factors that are stored pivoted: what they cost, what a budget holds of them, the whole job."""
+"""Pivoted factors: cost, ranks within a budget, and whole runs."""
 
 import shutil
 from dataclasses import replace
@@ -51,7 +51,7 @@ def test_steps_cost_what_ranks_store(outputs, inputs, pivoted):
 
 @given(outputs=SIDES, inputs=SIDES, pivoted=st.booleans(), data=st.data())
 def test_the_rank_within_a_number_of_values_is_the_largest(outputs, inputs, pivoted, data):
-    """It stores no more than the values, and the next rank does."""
+    """It stores at most the values; the next rank stores more."""
     linear = linear_of(outputs, inputs, pivoted)
     values = data.draw(st.integers(0, linear.values))
     rank = linear.rank_within(values)
@@ -62,7 +62,7 @@ def test_the_rank_within_a_number_of_values_is_the_largest(outputs, inputs, pivo
 
 @given(outputs=SIDES, inputs=SIDES, pivoted=st.booleans())
 def test_every_rank_below_break_even_saves_values(outputs, inputs, pivoted):
-    """And break-even itself saves none."""
+    """Break-even itself saves none."""
     linear = linear_of(outputs, inputs, pivoted)
     for rank in range(1, linear.break_even):
         assert Assignment(form=linear.factored, rank=rank).stored_values(linear) < linear.values
@@ -72,7 +72,7 @@ def test_every_rank_below_break_even_saves_values(outputs, inputs, pivoted):
 
 @pytest.mark.parametrize(("keep", "gain"), [(0.8, 0.38), (0.6, 0.23), (0.4, 0.127)])
 def test_the_same_values_hold_more_ranks(keep, gain):
-    """Of a square weight 38, 23 and 13 % more at 0.8, 0.6 and 0.4 kept, as PIFA has it."""
+    """For a square weight 38, 23 and 13 % more at 0.8, 0.6 and 0.4 kept, as in PIFA."""
     ranks = []
     for pivoted in (False, True):
         linear = linear_of(4096, 4096, pivoted)
@@ -86,7 +86,7 @@ def test_the_same_values_hold_more_ranks(keep, gain):
 @given(percent=st.integers(20, 98), seed=st.integers(0, 9))
 @settings(deadline=None, max_examples=30)
 def test_allocators_keep_the_laws(name, percent, seed):
-    """Pivoted ranks stay within the budget and below break-even; nothing is stored plain."""
+    """Pivoted ranks stay within the budget and below break-even; none is stored plain."""
     options = {"mgaa": {"low": 0.1}, "strs": {"grid": "0.1 0.3 0.6 0.8 0.9"}}.get(name, {})
     allocator, keep = make_allocator(name, options), percent / 100
     plan = allocator(PIVOTED, make_curves(PIVOTED, seed), keep, make_cosines(PIVOTED, seed))
@@ -121,7 +121,7 @@ def logits(directory):
 
 
 def test_a_budget_buys_more_of_every_linear(llama, text, tmp_path):
-    """At the same values every linear loses less; what is counted is what is stored."""
+    """At the same values every linear loses less; the values counted are those stored."""
     plain = run(llama, tmp_path / "plain", text, keep=0.6)
     pivoted = run(llama, tmp_path / "pivoted", text, keep=0.6, storage="pivoted")
     before, after = errors(plain), errors(pivoted)
@@ -136,7 +136,8 @@ def test_a_budget_buys_more_of_every_linear(llama, text, tmp_path):
 
 @pytest.mark.parametrize("method", ["svd-llm", "asvd"])
 def test_pivoting_loses_nothing(method, llama, text, tmp_path):
-    """What is written is the product of the decomposition's factors at this rank, to rounding."""
+    """The written weight is the product of the decomposition's factors at this rank, to
+    rounding."""
     options = {"allocation": "uniform", "storage": "pivoted"}
     result = run(llama, tmp_path / "out", text, method=method, keep=0.9, **options)
     model = orchestrator.load(result.out)
@@ -170,7 +171,7 @@ def test_what_pivoting_measured_is_what_was_written(llama, text, tmp_path):
 
 
 def test_one_damaged_linear_is_pivoted_again(llama, text, tmp_path):
-    """Every linear is a unit of its own: only the one whose file changed is made anew."""
+    """Every linear is a unit of its own: only the one with a changed file is made again."""
     events = []
     result = run(llama, tmp_path / "out", text, storage="pivoted")
     before = contents(result.out)
@@ -186,14 +187,14 @@ def test_one_damaged_linear_is_pivoted_again(llama, text, tmp_path):
 
 
 def test_every_way_writes_the_same_bytes(llama, text, tmp_path):
-    """Other shards, and a second run from the same units, change nothing."""
+    """Other shards, and a second run from the same units, give the same bytes."""
     whole = run(llama, tmp_path / "whole", text, storage="pivoted", shards=1)
     cut = run(llama, tmp_path / "cut", text, storage="pivoted", shards=2)
     assert contents(cut.out) == contents(whole.out)
 
 
 def test_plain_and_pivoted_decompositions_are_apart(llama, text, tmp_path):
-    """Pivoted ranks go further, so plain units are neither used nor touched."""
+    """Pivoted ranks go further, so plain units are neither used nor changed."""
     shared = {"run_dir": str(tmp_path / "run")}
     plain = contents(run(llama, tmp_path / "one", text, **shared).out)
     run(llama, tmp_path / "pivoted", text, storage="pivoted", **shared)
@@ -202,7 +203,7 @@ def test_plain_and_pivoted_decompositions_are_apart(llama, text, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_other_families_are_pivoted_alike(family, checkpoint, text, tmp_path):
-    """Biases and weights that lie the other way round: logits are those of the dense export."""
+    """Biases and transposed weights: logits equal those of the dense export."""
     model = with_tokenizer(checkpoint(family), tmp_path / "dense")
     result = run(model, tmp_path / "out", text, keep=0.9, storage="pivoted")
     assert {entry["form"] for entry in result.report["linears"].values()} == {"pivoted"}
@@ -213,7 +214,7 @@ def test_other_families_are_pivoted_alike(family, checkpoint, text, tmp_path):
 
 
 def test_a_fit_is_written_pivoted(llama, text, tmp_path):
-    """Left factors fitted again are pivoted as they then are: the weights differ from unfitted."""
+    """Refitted left factors are pivoted after the refit: the weights differ from unfitted ones."""
     options = {"basis-sharing": {"group": 1, "refit": "always"}}
     fields = {"method": "basis-sharing", "options": options, "keep": 0.4}
     fitted = run(llama, tmp_path / "fitted", text, storage="pivoted", **fields)
@@ -231,7 +232,7 @@ def test_a_fit_is_written_pivoted(llama, text, tmp_path):
 
 
 def test_a_budget_of_bytes_counts_the_order(llama, text, tmp_path):
-    """Stored bytes, orders included, are within the bytes asked for, and near them."""
+    """Stored bytes, orders included, are within the given bytes, and near them."""
     result = run(llama, tmp_path / "out", text, keep=None, keep_bytes=0.5, storage="pivoted")
     found = result.report["bytes"]
     assert 0.45 * found["dense_linears"] < found["stored"] <= 0.5 * found["dense_linears"]
@@ -247,6 +248,6 @@ def test_a_budget_of_bytes_counts_the_order(llama, text, tmp_path):
     ],
 )
 def test_what_cannot_be_pivoted_is_refused(fields, message, llama, text, tmp_path):
-    """Entries, bases of several linears, and a storage that does not exist."""
+    """Entries, bases of several linears, and an unknown storage."""
     with pytest.raises(UsageError, match=message):
         run(llama, tmp_path / "out", text, **{"storage": "pivoted", **fields})

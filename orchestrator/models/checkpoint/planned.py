@@ -41,7 +41,7 @@ class PlannedCheckpoint:
         return self._specs[name].torch_dtype
 
     def read_ahead(self, names: Iterable[str]) -> None:
-        """Do nothing: the origin of the tensors is known only to `read`."""
+        """No-op: only `read` knows the origin of the tensors."""
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
         """Read a tensor to a device and cast it there to the dtype in which it will be written."""

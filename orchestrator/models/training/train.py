@@ -218,13 +218,13 @@ class _DirectParameter:
         return self.parameter.grad
 
     def collect(self) -> None:
-        """Do nothing: autograd's sum is the gradient."""
+        """No-op: autograd's sum is the gradient."""
 
     def clear(self) -> None:
         self.parameter.grad = None
 
     def apply(self) -> None:
-        """Do nothing: the value is the parameter's own memory."""
+        """No-op: the value is the parameter's own memory."""
 
 
 class _Scaled(_DirectParameter):

@@ -1,4 +1,4 @@
-"""How a sparse weight stores where its values stand."""
+"""Index codes of sparse weights."""
 
 import math
 
@@ -24,7 +24,7 @@ SIZES = st.tuples(st.integers(1, 9), st.integers(1, 40))
 
 @st.composite
 def patterns(draw):
-    """Outputs, inputs, and ascending positions of at least one entry."""
+    """Strategy: outputs, inputs, and ascending positions of at least one entry."""
     out_features, in_features = draw(SIZES)
     elements = out_features * in_features
     positions = draw(st.sets(st.integers(0, elements - 1), min_size=1))
@@ -37,8 +37,8 @@ def stored_bytes(tensors):
 
 @pytest.mark.parametrize("code", INDEX_CODES)
 @given(patterns())
-def test_every_code_gives_back_what_it_was_given(code, pattern):
-    """Decoding is the inverse of encoding, and the tensors are those that were announced."""
+def test_every_code_decodes_its_encoding(code, pattern):
+    """Decoding is the inverse of encoding, and the tensors are those announced."""
     out_features, in_features, positions_N = pattern
     sizes = out_features, in_features
     tensors = encode(code, positions_N, *sizes)
@@ -50,8 +50,8 @@ def test_every_code_gives_back_what_it_was_given(code, pattern):
 
 @pytest.mark.parametrize("code", INDEX_CODES)
 @given(patterns())
-def test_the_dense_weight_has_the_values_in_their_places(code, pattern):
-    """Filling out is assignment entry by entry; its gradient is taken entry by entry."""
+def test_the_dense_weight_has_the_values_at_their_positions(code, pattern):
+    """It equals assignment entry by entry; so does its gradient."""
     out_features, in_features, positions_N = pattern
     values_N = torch.arange(1.0, len(positions_N) + 1, requires_grad=True)
     tensors = encode(code, positions_N, out_features, in_features)
@@ -67,7 +67,7 @@ def test_the_dense_weight_has_the_values_in_their_places(code, pattern):
 
 @pytest.mark.parametrize("code", INDEX_CODES)
 def test_no_shape_depends_on_data(code):
-    """On the meta device, where there is none, the dense weight has its shape."""
+    """On the meta device, without data, the dense weight has its shape."""
     tensors = {
         name: torch.empty(shape, dtype=dtype, device="meta")
         for name, (dtype, shape) in index_tensors(code, 5, 13, 17).items()
@@ -79,7 +79,7 @@ def test_no_shape_depends_on_data(code):
 
 @given(patterns())
 def test_the_bytes_of_an_index_follow_from_sizes(pattern):
-    """What the plan counts is what is stored, in every code and in the one it chooses."""
+    """The plan's count equals the stored bytes, for every code and for the chosen one."""
     out_features, in_features, positions_N = pattern
     sizes = out_features, in_features, len(positions_N)
     found = {
@@ -110,13 +110,13 @@ def test_the_bytes_of_an_index_follow_from_sizes(pattern):
     ],
 )
 def test_the_smallest_code_wins(sizes, nonzeros, code, size_bytes):
-    """The choice and its bytes, worked out by hand."""
+    """The choice and its bytes, computed by hand."""
     assert index_code(*sizes, nonzeros) == code
     assert index_bytes(*sizes, nonzeros)[code] == size_bytes
 
 
 def test_column_numbers_use_all_sixteen_bits():
-    """Columns from 32768 on come back as they were, although int16 calls them negative."""
+    """Columns from 32768 on are restored, although they are negative as int16."""
     positions_N = torch.tensor([0, 32_767, 32_768, 65_535, 65_536 + 40_000])
     tensors = encode("columns", positions_N, 2, 65_536)
     assert int(tensors["index"].min()) < 0
@@ -139,8 +139,8 @@ def test_column_numbers_use_all_sixteen_bits():
         ("columns", {"index": [0, 4], "rows": [0, 1, 1, 2]}),
     ],
 )
-def test_a_damaged_index_is_known(code, tensors):
-    """Two entries of a [3, 4] weight: too many, too few, twice, in disorder, outside."""
+def test_a_damaged_index_is_detected(code, tensors):
+    """Two entries of a [3, 4] weight: too many, too few, duplicated, out of order, out of range."""
     dtypes = {name: dtype for name, (dtype, _) in index_tensors(code, 3, 4, 2).items()}
     damaged = {name: torch.tensor(t, dtype=dtypes[name]) for name, t in tensors.items()}
     assert not is_sound(code, damaged, 3, 4, 2)
@@ -159,8 +159,8 @@ def test_a_damaged_index_is_known(code, tensors):
         (Assignment(form="low_rank_sparse", rank=7, nonzeros=10), 3_510, 40),
     ],
 )
-def test_what_a_form_stores(assignment, values, index):
-    """Values by the formula, and bytes with the smallest index, worked out by hand."""
+def test_stored_values_and_bytes_of_the_forms(assignment, values, index):
+    """Values by the formula, and bytes with the smallest index, computed by hand."""
     linear = Linear(
         name="b",
         block=0,

@@ -1,4 +1,4 @@
-"""Chunks on their way between processes."""
+"""Packing of chunks for transfer between processes."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ EVERY_16_BITS = torch.arange(-(2**15), 2**15).to(torch.int16)
 
 
 def bits(tensor):
-    """The tensor's bytes, so that NaN equals itself."""
+    """Bytes of a tensor, for comparisons in which NaN equals itself."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
@@ -35,7 +35,7 @@ def shape_of(tree):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_bit_pattern_survives(dtype):
-    """All 65536 values of a 16-bit dtype come back as they were, NaN payloads included."""
+    """All 65536 values of a 16-bit dtype are restored bit for bit, NaN payloads included."""
     hidden_BTI = EVERY_16_BITS.view(dtype).reshape(2, 4, -1)
     chunk = Chunk(3, TOKENS, MASK, BlockState(hidden_BTI))
     assert_same(Chunk.unpack(load(save(chunk.pack()))), chunk)
@@ -53,7 +53,7 @@ def test_every_bit_pattern_survives(dtype):
     ],
 )
 def test_the_structure_survives(payload):
-    """Tuples, None, numbers and mappings around the tensors come back as they were."""
+    """Tuples, None, numbers and mappings around the tensors are restored."""
     chunk = Chunk(0, TOKENS, MASK, payload)
     back = Chunk.unpack(load(save(chunk.pack())))
     assert_same(back, chunk)
@@ -63,7 +63,7 @@ def test_the_structure_survives(payload):
 
 
 def test_packing_does_not_copy():
-    """The arrays of a packed chunk are the memory of its tensors."""
+    """The arrays of a packed chunk share the memory of its tensors."""
     hidden_BTI = torch.zeros(2, 4, 3, dtype=torch.bfloat16)
     arrays = Chunk(0, TOKENS, MASK, BlockState(hidden_BTI)).pack()
     addresses = {array.__array_interface__["data"][0] for array in arrays.values()}
@@ -71,7 +71,7 @@ def test_packing_does_not_copy():
 
 
 def test_unpacking_read_only_arrays_gives_writable_tensors():
-    """A chunk unpacked from shared memory may be written to, and the memory does not change."""
+    """A chunk unpacked from shared memory is writable, and the shared memory does not change."""
     arrays = Chunk(0, TOKENS, MASK, BlockState(torch.zeros(2, 4, 3))).pack()
     frozen = {
         name: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape) for name, a in arrays.items()
@@ -82,7 +82,7 @@ def test_unpacking_read_only_arrays_gives_writable_tensors():
     assert_same(Chunk.unpack(frozen), Chunk(0, TOKENS, MASK, BlockState(torch.zeros(2, 4, 3))))
 
 
-def test_what_cannot_travel_is_refused():
-    """A payload with an object that is neither tensor, container nor JSON is a TypeError."""
+def test_unsupported_objects_are_refused():
+    """A state with an object that is not a tensor, container or JSON scalar raises TypeError."""
     with pytest.raises(TypeError, match="cannot carry a object"):
         Chunk(0, TOKENS, MASK, BlockState((torch.ones(1), object()))).pack()

@@ -1,4 +1,4 @@
-"""What a shard's blocks train: gradients of the whole model, AdamW's steps, and three modes."""
+"""Training of a shard's blocks: gradients, AdamW steps, and the three modes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from orchestrator.models.training.train_options import TrainOptions, plan_course
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon", "phi3"]
 WEIGHTS = LossWeights(divergence=0.6 / 40, cross_entropy=0.4 / 37)
 CUTS = ([range(4)], [range(2), range(2, 4)])
-"""Of four blocks, of which each two share a basis."""
+"""Cuts of four blocks, each two of which share a basis."""
 
 
 def dense_logits(directory, chunks):
@@ -26,7 +26,7 @@ def dense_logits(directory, chunks):
 
 
 class Model:
-    """A model in shards that are all there, each of a lazy model of its own."""
+    """Model in shards that are all loaded, each from its own lazy model."""
 
     def __init__(self, directory, cut, mode="all", blocks=range(4), decay=0.01):
         self.shards, self.trainings = [], []
@@ -39,7 +39,7 @@ class Model:
             )
 
     def accumulate(self, chunk, targets):
-        """Adds the gradients of a chunk, block by block from the last one back."""
+        """Add the gradients of a chunk, block by block from the last to the first."""
         entered = []
         for shard in self.shards:
             for block in shard.blocks:
@@ -93,7 +93,7 @@ def assert_same(one, other):
 
 
 def plain_gradients(directory, chunks, targets):
-    """Autograd through the whole model, by the library's way of running, of the plain loss."""
+    """Gradients of the plain loss by autograd through the whole transformers model."""
     model, total = whole_model(directory, torch.float32), 0.0
     for chunk, theirs in zip(chunks, targets, strict=True):
         found = model(input_ids=chunk.tokens, attention_mask=chunk.mask.long()).logits
@@ -107,8 +107,8 @@ def plain_gradients(directory, chunks, targets):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_one_process(family, checkpoint, compressed):
-    """Of a whole step, for every parameter, to 1e-5 of the largest; a shared basis's too."""
+def test_gradients_are_those_of_the_whole_model(family, checkpoint, compressed):
+    """All parameters of a whole step, to 1e-5 of the largest value; shared bases included."""
     chunks = some_chunks(2)
     targets = dense_logits(checkpoint(family), chunks)
     expected = plain_gradients(compressed(family), chunks, targets)
@@ -148,8 +148,8 @@ def test_the_cut_changes_no_bit(family, mode, checkpoint, compressed):
 
 
 @pytest.mark.parametrize("mode", ["all", "lean", "light"])
-def test_a_state_is_taken_up_by_another_cut(mode, checkpoint, compressed):
-    """Two steps, and one more from what they left elsewhere, are three steps, to the bit."""
+def test_a_state_continues_in_another_cut(mode, checkpoint, compressed):
+    """Two steps and a third from their state in another cut equal three steps, bit for bit."""
     directory, chunks = compressed("llama"), some_chunks(2)
     targets = dense_logits(checkpoint("llama"), chunks)
     whole = trained(directory, targets, chunks, CUTS[0], mode)
@@ -160,7 +160,7 @@ def test_a_state_is_taken_up_by_another_cut(mode, checkpoint, compressed):
 
 
 def test_norms_of_large_gradients_are_those_of_float64():
-    """For 2^22 equal values it is n x² to 1e-10; a float32 sum is off by more than 1e-3."""
+    """For 2^22 equal values the norm is n x² to 1e-10; a float32 sum is off by more than 1e-3."""
     value = float(torch.tensor(0.1))
     tensors = [torch.full((2**11, 2**11), 0.1), torch.full((3,), 0.1), torch.zeros(0)]
     expected = [2**22 * value**2, 3 * value**2, 0.0]
@@ -169,8 +169,8 @@ def test_norms_of_large_gradients_are_those_of_float64():
     assert _squared_norms([]) == []
 
 
-def test_steps_are_those_of_the_library(checkpoint, compressed):
-    """Given the same gradients, values and moments are those of torch.optim.AdamW, to the bit."""
+def test_steps_are_those_of_torch_adamw(checkpoint, compressed):
+    """Given the same gradients, values and moments are bit for bit those of torch.optim.AdamW."""
     directory, chunks = compressed("llama"), some_chunks(1)
     targets = dense_logits(checkpoint("llama"), chunks)
     model = Model(directory, CUTS[0])
@@ -190,8 +190,8 @@ def test_steps_are_those_of_the_library(checkpoint, compressed):
             assert torch.equal(state[f"{moment}.{name}"], reference.state[copy][moment]), name
 
 
-def test_lean_moments_are_rounded_and_still_fall(checkpoint, compressed):
-    """They take two bytes, the first step is that of float32, and without gradients v decays."""
+def test_lean_moments_are_rounded_and_still_decay(checkpoint, compressed):
+    """They take two bytes, the first step equals float32, and without gradients v decays."""
     directory, chunks = compressed("llama"), some_chunks(1)
     targets = dense_logits(checkpoint("llama"), chunks)
     lean, full = (trained(directory, targets, chunks, CUTS[0], m, steps=1) for m in ("lean", "all"))
@@ -249,8 +249,8 @@ def test_light_trains_scales_norms_and_biases(family, checkpoint, compressed):
     assert numbers < 0.2 * sum(whole.trainings[0].num_parameters.values())
 
 
-def test_blocks_that_are_not_named_stay(checkpoint, compressed):
-    """They take no gradients, have no state, and count as nothing in the norm."""
+def test_blocks_not_named_are_not_trained(checkpoint, compressed):
+    """Blocks not named have no gradients, no state, and no part in the norm."""
     chunks = some_chunks(1)
     targets = dense_logits(checkpoint("llama"), chunks)
     model = Model(compressed("llama"), CUTS[0], blocks=(1, 2))
@@ -263,8 +263,9 @@ def test_blocks_that_are_not_named_stay(checkpoint, compressed):
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_a_course_uses_every_sequence_once_an_epoch():
-    """Batches differ by one sequence at most, orders by epoch and seed, held-out ones are left."""
+def test_a_course_uses_every_sequence_once_per_epoch():
+    """Batches differ by at most one sequence, orders by epoch and seed; held-out ones are left
+    out."""
     options = TrainOptions(epochs=3, batches=7, every=5)
     course = plan_course(options, 32, 0)
     assert course.held_out == (4, 12, 20, 28)
@@ -277,8 +278,8 @@ def test_a_course_uses_every_sequence_once_an_epoch():
     assert [course.following(step) for step in (0, 5, 20, 21)] == [5, 10, 21, 21]
 
 
-def test_what_does_not_fit_is_said_before_it_starts(compressed):
-    """Gradients and moments take 12, 8 and next to no bytes a value; less room is infeasible."""
+def test_lack_of_memory_is_reported_before_the_start(compressed):
+    """Gradients and moments take 12, 8 and almost no bytes per value; less room is infeasible."""
     need = {}
     for mode in ("all", "lean", "light"):
         (training,) = Model(compressed("llama"), CUTS[0], mode).trainings
