@@ -136,7 +136,7 @@ def against_floor(compressed: Path, repeats: int) -> Figure:
         targets = [shard.forward(chunk) for chunk in chunks]
         factors = [p for p in shard.own_parameters().values() if p.ndim == 2]
         products = products_alone(factors)
-        with Refinement(shard, chunks, targets, options, 0) as refinement:
+        with Refinement(shard, chunks, targets, options=options, seed=0) as refinement:
             work: dict[str, Callable[[], object]] = {
                 "epoch": refinement.epoch,
                 "products": products,

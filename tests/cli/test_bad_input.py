@@ -62,7 +62,7 @@ def test_a_tokenizer_of_another_model(command, model, tmp_path):
     highest = vocabulary["e"] + 40
     code, line = command()
     assert code == 4
-    assert f"its tokenizer gives token {highest}, and its vocabulary has 96; the tok" in line
+    assert f"its tokenizer gives token {highest}, but its vocabulary has 96; use" in line
 
 
 def test_a_model_that_does_not_exist(command, tmp_path):

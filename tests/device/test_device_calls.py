@@ -195,8 +195,8 @@ def _distill(keep):
     def call(case):
         targets = TopK.of(case.against_BTV, keep, 2.0) if keep else case.against_BTV
         weights = LossWeights(divergence=0.1, cross_entropy=0.2)
-        given = case.logits_BTV, case.tokens_BT, case.mask_BT, targets, 2.0, weights
-        return targets, distill(*given)
+        given = case.logits_BTV, case.tokens_BT, case.mask_BT, targets
+        return targets, distill(*given, temperature=2.0, weights=weights)
 
     return call
 
@@ -313,7 +313,9 @@ class Passes:
             self._compressed, dtype=torch.float32, device=torch.device("cuda")
         )
         with lazy_model.shard(range(2)) as shard:
-            training = Training(shard, range(2), lazy_model.disk_names, "all", 0.01)
+            training = Training(
+                shard, range(2), lazy_model.disk_names, mode="all", weight_decay=0.01
+            )
             yield
             shard.backward(chunk, torch.ones_like)
             training.collect()
@@ -323,7 +325,7 @@ class Passes:
             chunks = [Chunk(index, chunk.tokens, chunk.mask) for index in range(2)]
             targets = [shard.forward(each) for each in chunks]
             options = RefineOptions(epochs=1, batches=1)
-            with Refinement(shard, chunks, targets, options, 0) as refinement:
+            with Refinement(shard, chunks, targets, options=options, seed=0) as refinement:
                 yield
                 refinement.slice(0, 0, 0)
 

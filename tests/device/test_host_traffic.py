@@ -14,7 +14,7 @@ from orchestrator.device.transport import Departure, Pace, bring, upload
 from orchestrator.linalg.low_rank import LowRank
 from orchestrator.linalg.pivot import pivot
 from orchestrator.models.evaluation.scoring import score
-from orchestrator.models.shards.chunk import Chunk, Payload
+from orchestrator.models.shards.chunk import BlockState, Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import Calibration
 from orchestrator.models.training.compensation import read_errors, squared_error
@@ -48,7 +48,13 @@ def some_chunks(padding):
 
 def chunk_of(states_BTC, mask_BT):
     tokens_BT = torch.zeros(mask_BT.shape, dtype=torch.int64)
-    return Chunk(0, tokens_BT, mask_BT, Payload(states_BTC))
+    return Chunk(0, tokens_BT, mask_BT, BlockState(states_BTC))
+
+
+def on_gpu(chunk):
+    """Copy of a chunk whose tensors are on the pretended device."""
+    state = chunk.payload.map(lambda tensor: tensor.to(CUDA))
+    return Chunk(chunk.index, chunk.tokens.to(CUDA), chunk.mask.to(CUDA), state)
 
 
 def gathered(model, padding, device, pretended=None):
@@ -101,7 +107,7 @@ def test_weights_cross_as_they_are_stored(model):
     on_cpu = LazyModel.open(model, dtype=torch.float32)
     with pretended_device() as device, on_cpu.shard(range(BLOCKS)) as expected:
         lazy_model = LazyModel.open(model, dtype=torch.float32, device=CUDA)
-        lazy_model._frame  # noqa: B018
+        lazy_model._empty_model  # noqa: B018
         device.clear()
         with lazy_model.shard(range(BLOCKS)) as shard:
             assert not device.conversions
@@ -204,13 +210,16 @@ def test_losses_take_one_read_a_sequence():
     mask_BT = torch.arange(600)[None] < 590
     targets = TopK.of(logits_BTV.roll(1, 1), 3, 1.0)
     case = tokens_BT, mask_BT
-    expected = score(*case, logits_BTV, None), distill(logits_BTV, *case, targets, 1.0)[0]
+    expected = (
+        score(*case, logits_BTV, None),
+        distill(logits_BTV, *case, targets, temperature=1.0)[0],
+    )
     with pretended_device() as device:
         on_device = logits_BTV.to(CUDA)
         device.clear()
         found = score(*case, on_device, None)
         assert [read.operation for read in device.reads] == ["tolist"]
-        losses, _ = distill(on_device, *case, targets.to(CUDA), 1.0)
+        losses, _ = distill(on_device, *case, targets.to(CUDA), temperature=1.0)
         assert [read.operation for read in device.reads] == ["tolist", "tolist"]
         assert all(copy.direction == TO_DEVICE and copy.pinned for copy in device.copies)
     assert (found, losses) == expected
@@ -223,7 +232,7 @@ def test_what_leaves_waits_for_what_computes_and_is_waited_for():
     chunk = chunk_of(states_BTC, torch.ones(1, 4, dtype=torch.bool))
     with pretended_device() as device:
         away = Departure()
-        record = chunk.to(CUDA).pack(away)
+        record = on_gpu(chunk).pack(away)
         (copy,) = [each for each in device.copies if each.bytes == states_BTC.nbytes][1:]
         assert (copy.direction, copy.pinned, copy.non_blocking) == (TO_HOST, True, True)
         assert copy.stream != 0
@@ -234,7 +243,7 @@ def test_what_leaves_waits_for_what_computes_and_is_waited_for():
         assert device.stream_calls[-1].operation == "synchronize_event"
         assert torch.equal(Chunk.unpack(record).payload.output, states_BTC)
         # without a departure the arrays are complete
-        chunk.to(CUDA).pack()
+        on_gpu(chunk).pack()
         assert device.stream_calls[-1].operation == "synchronize_event"
 
 
@@ -296,7 +305,7 @@ class Passing(Worker):
     def step(self, index, emit, record):
         chunk = self.input_chunk(2, index, record)
         states_BTC = bring(chunk.payload.output, self.device) + 1
-        return threading.get_ident(), self.emit(4, chunk.with_payload(Payload(states_BTC)))
+        return threading.get_ident(), self.emit(4, chunk.with_payload(BlockState(states_BTC)))
 
     def next_inputs(self, index):
         return [(self.chunks, 2, index)]
@@ -321,7 +330,7 @@ def test_the_next_chunk_is_read_beside_a_step(handed_over, tmp_path, monkeypatch
         assert worker.device.type == device
         mask_BT = torch.ones(1, 4, dtype=torch.bool)
         records = [
-            Chunk(n, mask_BT.long(), mask_BT, Payload(torch.full((1, 4, 3), float(n)))).pack()
+            Chunk(n, mask_BT.long(), mask_BT, BlockState(torch.full((1, 4, 3), float(n)))).pack()
             for n in range(3)
         ]
         for index in range(2):
@@ -353,7 +362,7 @@ def test_a_chunk_that_is_handed_over_has_arrived(tmp_path):
     with pretended_device() as device:
         worker = Passing(Task(run_dir=tmp_path, threads=1, pass_key="pass", fingerprints={}))
         mask_BT = torch.ones(1, 4, dtype=torch.bool)
-        record = Chunk(0, mask_BT.long(), mask_BT, Payload(torch.zeros(1, 4, 3))).pack()
+        record = Chunk(0, mask_BT.long(), mask_BT, BlockState(torch.zeros(1, 4, 3))).pack()
         for hand_over in (True, False):
             device.clear()
             worker.perform(Step(0, True, hand_over, 1), record)

@@ -1,4 +1,4 @@
-"""What a run will take: shapes, needs and formulas against the code that they are about."""
+"""Forecast of a run: shapes, needs and formulas, against the code that they describe."""
 
 import json
 
@@ -47,7 +47,7 @@ PUBLISHED = {
     "Qwen3-8B": 8_190_735_360,
     "Mistral-7B": 7_241_732_096,
 }
-"""Parameters of the checkpoints on the hub."""
+"""Parameter counts of checkpoints on the hub."""
 
 
 def shapes_of(name):
@@ -61,7 +61,7 @@ def recipe(**fields):
 
 @pytest.fixture
 def config(tmp_path):
-    """Writes a config.json, and nothing beside it."""
+    """Write a directory with only a config.json."""
 
     def write(name, **fields):
         path = tmp_path / name
@@ -74,13 +74,13 @@ def config(tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_formulas_have_the_parameters_that_are_published(name):
-    """Of a checkpoint, from its config alone."""
+    """Parameter counts of checkpoints, from the config alone."""
     assert shapes_of(name).total_values == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_formulas_agree_with_transformers(name):
-    """Every linear's name, shape and bias, in blocks that are built without memory."""
+    """Name, shape and bias of every linear, in blocks built without memory."""
     settings = {**CONFIGS[name], "num_hidden_layers": 2}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
@@ -101,8 +101,8 @@ def test_formulas_agree_with_transformers(name):
 
 @pytest.mark.parametrize("family", sorted(TINY))
 def test_headers_say_what_a_survey_says(family, checkpoint):
-    """Of any family all linears that are matrices of their own on disk; of those with formulas,
-    which of them read the same input too."""
+    """In any family all linears stored as matrices of their own; with formulas, also which of them
+    read the same input."""
     directory = checkpoint(family)
     surveyed = LazyModel.open(directory).survey()
     shapes = read_shapes(directory)
@@ -121,7 +121,7 @@ def test_headers_say_what_a_survey_says(family, checkpoint):
 
 
 def test_needs_are_those_of_the_methods():
-    """Every method: which Grams, how many labels, which curvatures, which rank is stored."""
+    """Every method: which Grams, how many label draws, which curvatures, which rank is stored."""
     assert NEEDS.keys() == METHODS.keys()
     tall = Linear(
         name="0.a", block=0, role="a", site="0.a", out_features=8, in_features=4, has_bias=False
@@ -150,7 +150,7 @@ def test_needs_are_those_of_the_methods():
 @pytest.mark.parametrize("preset", ["fast", "best"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_more_machines_take_less_time_and_hold_no_more(name, preset, config):
-    """Whatever the rates; what all compute together stays the same but for the order of cuts."""
+    """For any rates; the total computation stays the same except for the order of truncations."""
     path = config(name, dtype="bfloat16", tie_word_embeddings=False)
     found = [plan(recipe(model=path, preset=preset), gpus=gpus) for gpus in (1, 8, 64)]
     for row in ROWS:
@@ -166,7 +166,7 @@ def test_more_machines_take_less_time_and_hold_no_more(name, preset, config):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_and_stage_has_a_forecast(method, config):
-    """Positive times and bytes; longer sequences and more blocks hold more."""
+    """Positive times and bytes; longer sequences and more blocks take more memory."""
     path = config("Llama-3-8B", dtype="bfloat16")
     options = {"model": path, "method": method}
     if method in ("svd-llm", "two-sided"):
@@ -187,7 +187,7 @@ def test_every_method_and_stage_has_a_forecast(method, config):
 
 
 def test_only_targeted_linears_are_counted(config):
-    """Attention alone: no statistic of the MLP is held, and what is left out keeps its values."""
+    """Attention only: no statistic of the MLP is held, and untargeted linears keep their values."""
     path = config("Llama-3-8B", dtype="bfloat16")
     whole, part = (
         plan(recipe(model=path, preset="fast", target=target), gpus=8)
@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_said_with_what_would(config, capsys):
 
 @pytest.mark.parametrize("gpu", ["RTX-4090", "A10G"])
 def test_one_gpu_of_24_gb_is_enough_for_the_closed_form_of_70b(gpu, config):
-    """A fifth of it stays free; the peak is the backward pass, with Grams on the GPU."""
+    """A fifth of its memory stays free; the peak is the backward pass, with Grams on the GPU."""
     path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
     asked = {"model": path, "preset": "fast", "samples": 256, "sequence_length": 2048}
     found = plan(recipe(**asked), gpus=1, gpu=gpu)
@@ -243,7 +243,7 @@ def test_one_gpu_of_24_gb_is_enough_for_the_closed_form_of_70b(gpu, config):
 
 
 def test_a_gpu_has_a_context_and_an_allocator_and_a_cpu_has_a_process(llama_dir, tmp_path):
-    """They are added to the same tensors; tensors to be written are in the host's part."""
+    """They are added to the same tensors; tensors to be written count for the host."""
     asked = {"samples": 4, "sequence_length": 32}
     rates = measure(tmp_path / "rates.json", dtype="float32")
     on_cpu = plan(recipe(model=str(llama_dir), **asked), rates=rates)
@@ -262,7 +262,7 @@ def test_a_gpu_has_a_context_and_an_allocator_and_a_cpu_has_a_process(llama_dir,
 
 
 def test_a_machine_that_was_measured(llama_dir, tmp_path, capsys):
-    """`measure` writes what `plan` reads; its rates are of this process."""
+    """`measure` writes the file that `plan` reads; its rates are of this process."""
     rates = measure(tmp_path / "rates.json", dtype="float32")
     found = plan(recipe(model=str(llama_dir), samples=4, sequence_length=32), rates=rates)
     assert list(found.seconds) == ["measured"]
@@ -298,14 +298,14 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_config_that_says_too_little_is_refused(name, config):
-    """One line with what was found and what is needed; nothing is allocated for it."""
+    """One line with the value found and the value needed; no tensor is allocated for it."""
     fields, says = BAD[name]
     with pytest.raises(InputError, match=says):
         plan(recipe(model=config("Llama-3-8B", **fields)))
 
 
 def test_wrong_words_are_usage_errors(config, capsys):
-    """An unknown GPU, no GPUs, a price below nothing, rates and a GPU at once."""
+    """An unknown GPU, no GPUs, a negative price, rates together with a GPU."""
     path = config("Llama-3-8B")
     for flags, says in {
         "--gpu=H1000": "gpu is 'H1000'; it must be one of H100",
@@ -324,7 +324,7 @@ MODELLED = {"A100-80GB": (0.7, 1.4), "H100": (0.36, 0.8), "H200": (0.29, 0.62)}
 
 @pytest.mark.parametrize("gpu", MODELLED)
 def test_eigendecompositions_by_memory_traffic(gpu):
-    """The time is within the bounds of the traffic, and shorter than by both other rows."""
+    """The time is within the bounds of the traffic, and shorter than in both other rows."""
     least, most = MODELLED[gpu]
     machine = machine_of(gpu)
     assert least <= 9 * 8192**3 / machine.modelled_eigen <= most
@@ -357,7 +357,7 @@ def test_a_plan_says_where_float64_decides_its_time(config):
 
 
 def test_every_device_has_both_rows_and_a_source():
-    """What would be planned with is no more than what the data sheet promises."""
+    """The rates used for planning are at most those of the data sheet."""
     for name in known_devices():
         sheet, sober = machine_of(name).rows
         assert len(sheet.source) > 80
@@ -367,7 +367,7 @@ def test_every_device_has_both_rows_and_a_source():
 
 
 def test_with_tokenizer_is_a_checkpoint_too(checkpoint, tmp_path):
-    """A directory is read by its headers: their dtype counts, not the config's."""
+    """A directory is read by its headers: their dtype is used, not the config's."""
     directory = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
     content = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(content | {"dtype": "float64"}))
@@ -378,7 +378,8 @@ def test_with_tokenizer_is_a_checkpoint_too(checkpoint, tmp_path):
 def test_what_cannot_fit_this_machine_is_refused_on_ray_too(
     llama_dir, tmp_path, monkeypatch, ray_address
 ):
-    """Where its only node is the driver's own; a machine of the same size with room for it runs."""
+    """If its only node is the driver's machine; the run starts on an equal machine with room for
+    it."""
     text = write_text(tmp_path / "text.txt")
     fields = {"executor": "ray", "workers": 1}
     with monkeypatch.context() as small:
@@ -391,7 +392,7 @@ def test_what_cannot_fit_this_machine_is_refused_on_ray_too(
 
 
 def test_a_run_that_does_not_fit_is_refused(llama_dir, tmp_path, monkeypatch):
-    """Before a worker starts, with exit code 3; unless it is to be tried nevertheless."""
+    """Before a worker starts, with exit code 3; unless the recipe asks to try."""
     text = write_text(tmp_path / "text.txt")
     monkeypatch.setattr("orchestrator.stages.context.admission.host_bytes", lambda: 100_000)
     events = []
@@ -403,7 +404,7 @@ def test_a_run_that_does_not_fit_is_refused(llama_dir, tmp_path, monkeypatch):
 
 
 def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
-    """Where two blocks at a time do not fit, shards have one from the first on; the bytes stay."""
+    """If two blocks do not fit at once, all shards have one block; the bytes are the same."""
     text, cuts = write_text(tmp_path / "text.txt"), []
 
     def note(*about):
@@ -431,12 +432,12 @@ def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
 
 
 def test_a_band_is_that_of_the_numerics():
-    """A forecast has no torch, so it has the number again."""
+    """A forecast has no torch, so it repeats the number."""
     assert BAND == pivot.BAND
 
 
 def test_a_sketch_is_that_of_the_numerics():
-    """Its number of columns is the one of `linalg.ranked`."""
+    """Its number of columns equals that of `linalg.ranked`."""
     assert work.SKETCH == ranked.SKETCH
 
 
@@ -444,9 +445,7 @@ def test_a_sketch_is_that_of_the_numerics():
 @pytest.mark.parametrize("method", METHODS)
 def test_no_eigendecomposition_is_too_large_for_a_gpu(method, name):
     """This holds for any linear, or linears that share a basis, of models up to Llama 405B.
-
-    `tests/linalg/test_eigen.py` holds the methods to this size.
-    """
+    `tests/linalg/test_eigen.py` tests the methods at this size."""
     shapes, needs = shapes_of(name), NEEDS[method]
     wide = max(max(each.in_features, each.out_features) for each in shapes.linears)
     for linear in map(needs.stacked, shapes.linears):
@@ -460,13 +459,14 @@ def test_no_eigendecomposition_is_too_large_for_a_gpu(method, name):
 
 
 def test_a_gpu_is_measured_with_what_a_70b_model_asks_of_it():
-    """The sizes are the largest ones of the model, since smaller ones have another rate."""
+    """The sizes are the largest of the model, because smaller ones have other rates."""
     sides = {work.eigen_side(each) for each in shapes_of("Llama-3-70B").linears}
     assert SIZES["cuda"][1] == max(sides)
 
 
 def test_the_memory_of_a_kind_of_gpu():
-    """Ray does not say which of the two A100s a node has; the larger refuses no run wrongly."""
+    """Ray does not report which of the two A100s a node has; with the larger, no run is refused
+    wrongly."""
     assert largest_memory("A100") == 80e9
     assert largest_memory("H100") == 80e9
     assert largest_memory("") is None
@@ -476,7 +476,7 @@ def test_the_memory_of_a_kind_of_gpu():
 def test_a_model_that_cannot_be_foreseen_is_compressed_all_the_same(
     llama_dir, tmp_path, monkeypatch
 ):
-    """Headers that say too little end a plan, and no run."""
+    """Headers with too little information end a plan, but not a run."""
 
     def refuse(model):
         raise InputError("the first block stores no matrix of its own")
@@ -513,7 +513,7 @@ SHORT = {"refinement": {"epochs": 1, "batches": 2}, "training": {"epochs": 1, "b
     ids=lambda fields: " ".join(str(each) for each in fields.values() if isinstance(each, str)),
 )
 def test_its_stages_are_those_of_the_run(fields, llama_dir, tmp_path):
-    """Whatever a recipe asks for: no stage is left out, none is made up, in the run's order."""
+    """For all choices of a recipe: the stages equal those of the run, in its order."""
     events = []
     fields = {"keep": 0.5, **fields}
     text = write_text(tmp_path / "text.txt")
@@ -538,7 +538,7 @@ def test_a_basis_for_several_blocks_holds_them_together(config):
 
 
 def test_options_that_cost_are_counted(config):
-    """More draws are more passes back, and float32 is not the rate of 16 bits."""
+    """More draws need more backward passes, and float32 has another rate than 16 bits."""
     path = config("Llama-3-8B", dtype="bfloat16")
 
     def seconds(**fields):
@@ -551,7 +551,7 @@ def test_options_that_cost_are_counted(config):
 
 
 def test_compensation_holds_the_moments_of_the_widest_site(config):
-    """46 GB of a 70B block, and the advice is about what was asked for."""
+    """46 GB for a block of 70B; the advice refers to the requested options."""
     path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
     found = plan(recipe(model=path, compensate="anchored"), gpus=8, gpu_memory="48GB")
     walk = next(stage for stage in found.stages if stage.name == "walk")

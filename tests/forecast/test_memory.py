@@ -1,7 +1,7 @@
-"""Forecasts of memory against the tensors that a run has alive together.
+"""Forecasts of memory against the tensors that a run holds at the same time.
 
-The counts are of this process (see `live_bytes`): the same tensors live together on a GPU, since
-the code under test does not depend on the device.
+The counts are of this process (see `live_bytes`): the same tensors are held together on a GPU,
+because the code under test does not depend on the device.
 """
 
 import pytest
@@ -35,8 +35,8 @@ def linear_of(outputs, inputs):
 @pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_decomposition_holds_what_is_forecast(shape, method, side, is_full):
-    """The peak is at most the forecast, but for 1 % of vectors, and at least 0.6 of it: LAPACK's
-    workspace is in the forecast alone."""
+    """The peak is at most the forecast plus 1 % for vectors, and at least 0.6 of it: LAPACK's
+    workspace is only in the forecast."""
     outputs, inputs = SHAPES[shape]
     if shape == "square" and side == "output":
         pytest.skip("a square linear reads its inputs' Gram")
@@ -80,7 +80,8 @@ STAGES = {
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_run_holds_what_is_forecast(name, model, tmp_path):
-    """Peaks are at most the forecast plus 1 % of vectors; that of calibration is at least 0.9."""
+    """Peaks are at most the forecast plus 1 % for vectors; that of calibration is at least 0.9 of
+    it."""
     peaks = {}
 
     def follow(event):
@@ -108,10 +109,8 @@ def test_a_run_holds_what_is_forecast(name, model, tmp_path):
 
 
 def test_a_gpu_is_held_against_its_forecast(model, tmp_path):
-    """Report and status have the peaks of a GPU by call; its tensors are those of the forecast.
-
-    On a pretended device, which has neither a context nor fragments.
-    """
+    """Report and status have the GPU peaks by call; its tensors are those of the forecast. On a
+    pretended device, which has neither a context nor fragments."""
     text = write_text(tmp_path / "text.txt")
     with pretended_device():
         found = run(model, tmp_path / "out", text, **STAGES["two-sided"])

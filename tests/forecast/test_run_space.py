@@ -35,7 +35,7 @@ from orchestrator.store.units import UnitWriter
 
 @given(shards=st.integers(1, 60), workers=st.integers(1, 12), data=st.data())
 def test_segments_hold_every_shard_once_and_waves_are_full(shards, workers, data):
-    """All but the first segment have a multiple of the workers; the last is never smaller."""
+    """All segments except the first have a multiple of the workers; the last is never smaller."""
     count = data.draw(st.integers(1, 12))
     segments = cut_segments(shards, workers, count)
     assert [shard for segment in segments for shard in segment] == list(range(shards))
@@ -46,7 +46,7 @@ def test_segments_hold_every_shard_once_and_waves_are_full(shards, workers, data
 
 @pytest.mark.parametrize(("preset", "times"), [("fast", 2.5), ("best", 4.0)])
 def test_the_run_directory_of_a_large_model(preset, times):
-    """That of 70B, 8 workers and 256 x 2048 tokens is within the bound; `plan` lists its parts."""
+    """For 70B, 8 workers and 256 x 2048 tokens it is within the bound; `plan` lists its parts."""
     shapes = from_config(CONFIGS["Llama-3-70B"] | {"dtype": "bfloat16"}, "test")
     machine = Machine("test", None, ())
     resources = Resources(workers=8, machine=machine, memory_bytes=80e9)
@@ -61,7 +61,7 @@ def test_the_run_directory_of_a_large_model(preset, times):
 
 
 def test_segments_are_as_few_as_there_is_room_for(monkeypatch):
-    """Fewer segments need more than the room; without room the least size is chosen."""
+    """Fewer segments need more than the room; without room the smallest size is chosen."""
     shapes = from_config(CONFIGS["Llama-3-70B"] | {"dtype": "bfloat16"}, "test")
     recipe = Recipe.preset("fast", model="m", out="o", keep=0.8)
 
@@ -94,7 +94,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(llama, text, tmp_path_factory):
-    """The result in one shard, without a boundary."""
+    """Result in one shard, without a boundary."""
     out = tmp_path_factory.mktemp("reference") / "out"
     run(llama, out, text, method="two-sided", shards=1)
     return contents(out)
@@ -102,14 +102,14 @@ def reference(llama, text, tmp_path_factory):
 
 @pytest.fixture
 def segmented(monkeypatch):
-    """Makes gradients pass back in two segments, with any room."""
+    """Make gradients pass back in two segments, with any room."""
     halves = property(lambda self: cut_segments(self.setting.shards, self.setting.workers, 2))
     monkeypatch.setattr(storage.Storage, "segments", halves)
 
 
 @pytest.fixture
 def passed(monkeypatch):
-    """Counts the chunks that pass each shard forward for the boundaries alone."""
+    """Count the forward passes of chunks through each shard made only for the boundaries."""
     counts, step = [], CurvatureWorker.step
 
     def count(worker, index, emit, record):
@@ -150,10 +150,8 @@ def test_segments_change_no_bit_and_hold_less(llama, text, reference, segmented,
 def test_a_stopped_run_passes_no_chunk_again(
     units, shards, llama, text, reference, segmented, passed, tmp_path
 ):
-    """Wherever it stops, it continues from the chunks at boundaries, unless the cut changes.
-
-    Blocks are made once in either case.
-    """
+    """Stopped anywhere, it continues from the chunks at boundaries, unless the cut changes. Blocks
+    are made once in either case."""
 
     def stop(event):
         if event["event"] == "unit" and event["done"] == units:
@@ -175,7 +173,7 @@ def test_a_stopped_run_passes_no_chunk_again(
 def test_a_chunk_that_vanishes_from_a_spent_boundary_is_made_again(
     llama, text, reference, segmented, tmp_path
 ):
-    """If gradients behind a finished segment are lost, that segment is passed again."""
+    """If gradients after a finished segment are lost, that segment is passed again."""
     vanished = []
 
     def vanish(event):
@@ -255,7 +253,7 @@ def made(events, stage):
 
 @pytest.fixture
 def valued(monkeypatch):
-    """Makes training keep no states, with any room."""
+    """Make training keep no states, with any room."""
     monkeypatch.setattr(storage, "TRAINING_ROOM", 0)
     monkeypatch.setattr(storage, "SMALL_BYTES", 0)
 
@@ -286,7 +284,7 @@ def test_refined_blocks_take_the_place_of_pivoted_factors(small, text, best, val
 
 
 def test_another_size_is_cut_where_pivoted_factors_are_spent(small, text, best, tmp_path):
-    """Files are those of a separate run of that size."""
+    """Files equal those of a separate run of that size."""
     run(small, tmp_path / "first", text, shards=4, **BEST | {"keep": 0.3})
     result = retarget(tmp_path / "first.run", tmp_path / "out", keep=0.2, executor="local")
     assert contents(result.out) == best
@@ -294,7 +292,7 @@ def test_another_size_is_cut_where_pivoted_factors_are_spent(small, text, best, 
 
 @pytest.fixture
 def stopped_while_it_commits(small, text, valued, tmp_path, monkeypatch):
-    """Output of a run that was stopped after training, with two of four blocks committed."""
+    """Output of a run stopped after training, with two of four blocks committed."""
     committed, commit = [], TrainWorker.commit
 
     def stop(worker, *arguments):
@@ -326,7 +324,7 @@ def test_a_training_that_has_ended_is_not_done_again(small, text, best, stopped_
 
 
 def test_a_training_without_states_begins_again(small, text, best, stopped_while_it_commits):
-    """It does if the best values are damaged, and if it is stopped once more in between."""
+    """It restarts if the best values are damaged, and if it is stopped once more in between."""
     out, events = stopped_while_it_commits, []
     units = RunDirectory(out.with_name("out.run")).units
     kept = next(key for key in units.begun() if (units.manifest(key) or {})["facts"] == {"step": 2})
@@ -382,7 +380,7 @@ def test_a_group_of_blocks_without_all_its_best_values_is_trained_again(
 def test_lost_workers_begin_again_where_values_alone_are_kept(
     small, text, best, valued, tmp_path, monkeypatch
 ):
-    """A loss at the start, and another one in the second period, change no bit."""
+    """A loss at the start, and another in the second period, change no bit."""
     several(monkeypatch, size=3, losses=(9, 60), replaces=False)
     events = []
     run(small, tmp_path / "out", text, shards=4, on_event=events.append, **BEST)
@@ -427,7 +425,7 @@ def wider(tmp_path_factory):
 
 
 def states_at_once(snapshots):
-    """Most snapshots at a time: the last, the best, and the one being written."""
+    """Largest number of snapshots at once: the last, the best, and the one being written."""
     steps, losses = zip(*((each["step"], each["held_out"]) for each in snapshots), strict=True)
     best = [losses.index(min(losses[:place])) for place in range(1, len(steps))]
     return max(

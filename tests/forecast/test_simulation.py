@@ -1,4 +1,4 @@
-"""A run on a clock that jumps: what the schedules do, counted, and closed forms for its time."""
+"""Simulated runs: call counts of the schedules, and closed forms of their time."""
 
 import pytest
 from large_models import CONFIGS
@@ -23,14 +23,14 @@ def costs(config=SMALL, **fields):
 
 @pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
 def test_one_worker_is_never_idle(method):
-    """All that there is to do, one call after the other, and nothing twice."""
+    """All calls are performed one after the other, each once."""
     for stage in simulate(costs(method=method), RATES, 1).values():
         assert stage.utilisation == pytest.approx(1.0)
         assert stage.repeated == stage.redone == stage.lost_nodes == 0
 
 
 def test_the_units_are_those_of_a_run():
-    """Every block once, of whatever is done to it."""
+    """Every block once in each stage."""
     found = simulate(costs(method="two-sided", refine="blocks"), RATES, 4)
     assert list(found) == ["boundaries", "calibrate", "refine", "write"]
     assert found["calibrate"].units == found["refine"].units == 12
@@ -38,7 +38,7 @@ def test_the_units_are_those_of_a_run():
 
 
 def test_pivoting_is_spread_over_all_workers():
-    """A unit for each linear, however few files the result has."""
+    """One unit per linear, even if the result has few files."""
     each = costs(storage="pivoted")
     alone, many = simulate(each, RATES, 1)["pivot"], simulate(each, RATES, 8)["pivot"]
     assert each.files < 8
@@ -48,7 +48,7 @@ def test_pivoting_is_spread_over_all_workers():
 
 @pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
 def test_more_workers_are_faster_and_no_faster_than_their_number(method):
-    """Between the time of one and that time divided by them."""
+    """The time is between that of one worker and that time divided by their number."""
     alone = simulate(costs(method=method), RATES, 1)["calibrate"].seconds
     times = [simulate(costs(method=method), RATES, n)["calibrate"].seconds for n in (2, 3, 6)]
     assert sorted(times, reverse=True) == times
@@ -58,8 +58,8 @@ def test_more_workers_are_faster_and_no_faster_than_their_number(method):
 
 
 def test_a_wave_takes_its_closed_form():
-    """Of as many workers as shards: the last one starts when the chunks before it have come, and
-    ends with what it holds."""
+    """With as many workers as shards the last one starts after the chunks have passed the others,
+    and ends after its own work."""
     found = costs()
     simulated = simulate(found, RATES, 6)["calibrate"]
 
@@ -71,7 +71,7 @@ def test_a_wave_takes_its_closed_form():
 
 @pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
 def test_lost_nodes_cost_time_and_no_unit(method):
-    """Nodes go within seconds; every block is finished once, what was passed is passed again."""
+    """Nodes are lost within seconds; every block is finished once, and lost passes are repeated."""
     whole = simulate(costs(method=method), RATES, 6)["calibrate"]
     losses = 0
     for seed in range(6):
@@ -87,7 +87,7 @@ def test_lost_nodes_cost_time_and_no_unit(method):
 
 
 def test_a_large_model_on_many_machines():
-    """Workers that no block is left for change nothing."""
+    """Workers without a block change no result."""
     config = SMALL | {"num_hidden_layers": 24}
     few = simulate(costs(config), RATES, 24)["calibrate"]
     many = simulate(costs(config), RATES, 1024)["calibrate"]
@@ -98,7 +98,8 @@ def test_a_large_model_on_many_machines():
 @pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
 @pytest.mark.parametrize("workers", [1, 2, 6])
 def test_the_forecast_is_what_the_schedule_does(method, workers):
-    """The closed form of a pass is what the real schedule takes, on as many workers as divide."""
+    """The closed form of a pass equals the real schedule's time, for workers that divide the
+    blocks."""
     found = costs(method=method)
     machine = Machine("test", None, (RATES,))
     expected = forecast(

@@ -1,4 +1,4 @@
-"""Thousands of hostile inputs to everything that reads: nothing but the documented errors."""
+"""Thousands of hostile inputs to all readers: only documented errors are raised."""
 
 import json
 import shutil
@@ -56,12 +56,12 @@ def dense(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
-    """A directory that all inputs of the module are written to, one after the other."""
+    """Directory to which all inputs of the module are written, one after the other."""
     return tmp_path_factory.mktemp("room")
 
 
 def put(directory: Path, **files: bytes) -> Path:
-    """A directory with these files alone."""
+    """Directory with only these files."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     for name, content in files.items():
@@ -70,7 +70,7 @@ def put(directory: Path, **files: bytes) -> Path:
 
 
 def drawn(data, sound):
-    """Bytes of a JSON value, with some parts wrong or with some bytes wrong."""
+    """Bytes of a JSON value, with some parts or some bytes replaced."""
     if data.draw(st.integers(0, 3)):
         return to_bytes(data.draw(mutated(sound)))
     return data.draw(garbled(to_bytes(sound)))
@@ -93,7 +93,7 @@ def small_file():
 
 
 def read_all(directory):
-    """Opens a checkpoint and reads whatever it says that it holds."""
+    """Open a checkpoint and read all of its tensors."""
     weights = Weights.open(directory)
     found = weights.fingerprint, {name: weights.read(name) for name in weights.names}
     assert sum(each.nbytes for each in found[1].values()) <= 2**20
@@ -103,7 +103,7 @@ def read_all(directory):
 @many(max_examples=700)
 @given(data=st.data())
 def test_headers(data, room):
-    """A header with wrong fields, and a file with wrong bytes."""
+    """A header with invalid fields, and a file with invalid bytes."""
     header, tensors = small_file()
     if data.draw(st.integers(0, 2)):
         text = to_bytes(data.draw(mutated(header)))
@@ -117,7 +117,7 @@ def test_headers(data, room):
 @many(max_examples=400)
 @given(data=st.data())
 def test_indexes(data, room):
-    """An index that names what is not there, or what lies elsewhere."""
+    """An index that names missing files, or files elsewhere."""
     index = {
         "metadata": {"total_size": 60},
         "weight_map": {"matrix": "a.safetensors", "half": "b.safetensors"},
@@ -132,7 +132,7 @@ def test_indexes(data, room):
 @many(max_examples=500)
 @given(data=st.data())
 def test_configs(data, room, dense, compressed):
-    """A config that is no config, of a dense and of a compressed model."""
+    """Invalid configs of a dense and of a compressed model."""
     which = data.draw(st.sampled_from([dense, compressed("llama"), compressed("gpt2")]))
     config = json.loads((which / "config.json").read_bytes())
     documented(Architecture.read, put(room / "m", config__json=drawn(data, config)))
@@ -141,7 +141,7 @@ def test_configs(data, room, dense, compressed):
 @many(max_examples=120)
 @given(data=st.data())
 def test_models(data, room, dense, compressed):
-    """What can be said of a whole model without its weights, whatever its config asks for."""
+    """A whole model is surveyed without its weights, for any config."""
     which = data.draw(st.sampled_from([dense, compressed("llama"), compressed("gpt2")]))
     config = json.loads((which / "config.json").read_bytes())
     directory = put(room / "m", config__json=to_bytes(data.draw(mutated(config))))
@@ -168,7 +168,7 @@ def test_forms(data, compressed):
 @many(max_examples=500)
 @given(data=st.data())
 def test_index_codes(data):
-    """An index that counts as sound names ascending places of the weight; any other is refused."""
+    """A sound index names ascending positions of the weight; any other is refused."""
     code = data.draw(st.sampled_from(INDEX_CODES))
     out_features, in_features, nonzeros = 3, 5, data.draw(st.integers(1, 6))
     places = data.draw(
@@ -195,7 +195,7 @@ def test_index_codes(data):
 @many(max_examples=25)
 @given(data=st.data())
 def test_exports(data, room, compressed):
-    """An export reads all of a checkpoint whose files and config have wrong bytes."""
+    """An export reads all of a checkpoint whose files and config have invalid bytes."""
     source = compressed("llama")
     shutil.rmtree(room / "m", ignore_errors=True)
     directory = Path(shutil.copytree(source, room / "m"))
@@ -230,7 +230,7 @@ RECIPE = {
 @many(max_examples=700)
 @given(values=mutated(RECIPE))
 def test_recipes(values):
-    """Fields of wrong types and values; what is taken can be written and read again."""
+    """Fields of wrong types and values; an accepted recipe can be written and read again."""
     found = documented(make_recipe, values)
     if isinstance(found, Recipe):
         assert isinstance(found.to_toml().encode(), bytes)
@@ -256,7 +256,7 @@ epochs = 2
 @many(max_examples=400)
 @given(content=garbled(TOML))
 def test_recipe_files(content, room):
-    """Files that are nearly TOML."""
+    """Files that are almost TOML."""
     path = room / "recipe.toml"
     path.write_bytes(content)
     found = documented(read_recipe_fields, path)
@@ -280,7 +280,7 @@ def plan(dense):
 @many(max_examples=400)
 @given(data=st.data())
 def test_plans(data, plan):
-    """A plan that is taken goes to JSON and back."""
+    """An accepted plan goes to JSON and back."""
     value = plan.to_json()
     value["assignments"] = dict(list(value["assignments"].items())[:8])
     found = documented(Plan.from_json, data.draw(mutated(value)))
@@ -295,7 +295,7 @@ def test_plans(data, plan):
 
 @pytest.fixture(scope="module")
 def ran(dense, tmp_path_factory):
-    """A run with all that a page shows."""
+    """A run with everything that a page shows."""
     root = tmp_path_factory.mktemp("ran")
     text = write_text(root / "text.txt")
     result = run(dense, root / "out", text, samples=2, sequence_length=32, method="mgaa")
@@ -305,7 +305,7 @@ def ran(dense, tmp_path_factory):
 @many(max_examples=300)
 @given(data=st.data())
 def test_states(data, room):
-    """run.json, status.json, hold.json and events.jsonl, with wrong fields and wrong bytes."""
+    """run.json, status.json, hold.json and events.jsonl, with invalid fields and bytes."""
     about = {"format_version": 1, "recipe": {"model": "dense", "keep": 0.5}, "out": "/nowhere/out"}
     status = {"state": "running", "pid": 2**22 - 1, "host": "h", "updated": 1.5, "done": 3}
     status |= {"total": 9, "left": 3.5, "started": 1.0, "stage": "write", "error": "e"}
@@ -332,7 +332,8 @@ def page_of(place):
 @many(max_examples=200)
 @given(data=st.data())
 def test_manifests(data, room, ran):
-    """A manifest with wrong parts, its hash wrong or made again: it is committed, or it is not."""
+    """A manifest with invalid parts, its hash wrong or recomputed: it is committed, or it is
+    not."""
     source = next(p for p in ran.rglob("manifest.json") if b'"curve"' in p.read_bytes())
     manifest = json.loads(source.read_bytes())
     del manifest["blake2b"]
@@ -357,7 +358,7 @@ def test_manifests(data, room, ran):
 @many(max_examples=60)
 @given(data=st.data())
 def test_pages(data, room, ran):
-    """The page of a run whose units tell something else than a run's units do."""
+    """Page of a run whose units have unexpected content."""
     if not (room / "p").exists():
         shutil.copytree(ran, room / "p")
         for path in (room / "p").rglob("*.safetensors"):
@@ -382,7 +383,7 @@ def test_pages(data, room, ran):
 @many(max_examples=150)
 @given(data=st.data())
 def test_chunks(data, room):
-    """A chunk with wrong bytes is missing, never something else."""
+    """A chunk with invalid bytes is missing, never another chunk."""
     chunks = Chunks(room / "c")
     record = {"hidden": np.arange(12, dtype=np.float32), "structure": np.zeros(3, np.uint8)}
     chunks.write(0, 0, record)
@@ -402,7 +403,7 @@ def test_chunks(data, room):
 @many(max_examples=400)
 @given(data=st.data())
 def test_records(data, room):
-    """Lines that are no records, or hold no text."""
+    """Lines that are not records, or have no text."""
     record = {"text": "The river ran past seven mills.", "id": 7, "meta": {"url": "x"}}
     path = room / "text.jsonl"
     path.write_bytes(b"\n".join([to_bytes(record), drawn(data, record), drawn(data, record)]))
@@ -414,7 +415,7 @@ def test_records(data, room):
 @many(max_examples=150)
 @given(data=st.data())
 def test_tables(data, room):
-    """Parquet files with wrong bytes."""
+    """Parquet files with invalid bytes."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""The smallest cases of what fuzzing found, worst cases for memory, links, pickles and code."""
+"""Smallest cases found by fuzzing, worst cases for memory, links, pickles and code."""
 
 import json
 import pickle
@@ -59,8 +59,8 @@ ENTRY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
         [[[[0]]]],
     ],
 )
-def test_headers_that_were_not_refused(tmp_path, entry):
-    """Each is an InputError, of one short line."""
+def test_invalid_headers(tmp_path, entry):
+    """Each raises InputError with one short line."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(header(entry))
     with pytest.raises(InputError, match="damaged header, entry of x is") as caught:
@@ -69,18 +69,18 @@ def test_headers_that_were_not_refused(tmp_path, entry):
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "a\0.safetensors"])
-def test_names_of_files_that_no_disk_has(tmp_path, name):
-    """A name too long for the disk (was an OSError) is one that is not there."""
+def test_file_names_too_long_for_a_disk(tmp_path, name):
+    """A name too long for the disk (was an OSError) is a missing file."""
     (tmp_path / "config.json").write_text("{}")
     index = {"weight_map": {"x": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="which is not there"):
+    with pytest.raises(InputError, match="which does not exist"):
         Weights.open(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.layers.²", "model.layers." + "9" * 5000])
-def test_names_of_tensors_that_are_no_numbers(checkpoint, tmp_path, name):
-    """What transformers takes for a number, and is none, was a ValueError."""
+def test_tensor_names_that_look_like_numbers(checkpoint, tmp_path, name):
+    """A name that transformers wrongly reads as a number was a ValueError."""
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "m"))
     save_file({name: torch.zeros(1)}, model / "model.safetensors")
     with pytest.raises(InputError, match="name"):
@@ -90,8 +90,8 @@ def test_names_of_tensors_that_are_no_numbers(checkpoint, tmp_path, name):
 @pytest.mark.parametrize(
     "text", ["[" * 101, "[" * 10**5, '"\\ud800"', b"\xff", b'"\xed\xa0\x80"', "1" * 5000]
 )
-def test_json_that_could_not_be_written_again(text, tmp_path):
-    """Depth (was a RecursionError) and half characters are refused where JSON is read."""
+def test_json_that_cannot_be_written_again(text, tmp_path):
+    """Depth (was a RecursionError) and lone surrogates are refused on reading JSON."""
     with pytest.raises(ValueError, match=r"."):
         parse_json(text)
     content = text if isinstance(text, bytes) else text.encode()
@@ -105,8 +105,8 @@ def test_json_that_could_not_be_written_again(text, tmp_path):
         list(read_documents(str(tmp_path / "records.jsonl"), "text"))
 
 
-def test_ranks_that_no_number_shows():
-    """A product of more than 4300 digits was a ValueError while the error was put into words."""
+def test_ranks_too_large_to_print():
+    """A product of more than 4300 digits was a ValueError while the message was formatted."""
     form = {"form": "low_rank_sparse", "rank": 10**4299, "nonzeros": 1, "index": "bitmask"}
     config = {"quant_method": "orchestrator", "format_version": 1, "modules": {"a": form}}
     with pytest.raises(InputError, match=r"need one below 2\^63"):
@@ -116,7 +116,7 @@ def test_ranks_that_no_number_shows():
 
 
 def test_row_pointers_that_overflow():
-    """Differences of 32-bit row pointers wrap; such an index was let through to the scatter."""
+    """Differences of 32-bit row pointers overflow; such an index reached the scatter."""
     tensors = {
         "index": torch.tensor([0, 1], dtype=torch.int16),
         "rows": torch.tensor([0, 2**31 - 1, -(2**31), 2], dtype=torch.int32),
@@ -127,8 +127,8 @@ def test_row_pointers_that_overflow():
 @pytest.mark.parametrize(
     "content", ["a = [" * 5000, "seed = " + "9" * 5000, "a.b = 1\na = 2", "seed = 0x"]
 )
-def test_recipe_files_without_end(tmp_path, content):
-    """Arrays and numbers without end were a RecursionError and a ValueError."""
+def test_recipe_files_with_unbounded_values(tmp_path, content):
+    """Unbounded arrays and numbers were a RecursionError and a ValueError."""
     (tmp_path / "recipe.toml").write_text(content)
     with pytest.raises(UsageError, match="not a TOML file"):
         read_recipe_fields(tmp_path / "recipe.toml")
@@ -146,28 +146,28 @@ def test_recipe_files_without_end(tmp_path, content):
         ({"options": {"mgaa": {"a\nb": 1}}}, r"mgaa.'a\\nb'"),  # was an error of two lines
     ],
 )
-def test_recipe_fields_that_were_not_refused(fields, says):
-    """Each is a UsageError that names the field."""
+def test_invalid_recipe_fields(fields, says):
+    """Each raises UsageError that names the field."""
     with pytest.raises(UsageError, match=says):
         make_recipe({"model": "m", "out": "o", "keep": 0.5} | fields)
 
 
-def test_an_option_of_what_is_a_field(tmp_path, capsys):
-    """`--option keep.x=1` beside `keep = 0.5` in the file was a TypeError."""
+def test_an_option_named_like_a_field(tmp_path, capsys):
+    """`--option keep.x=1` with `keep = 0.5` in the file was a TypeError."""
     (tmp_path / "r.toml").write_text('model = "m"\nout = "o"\nkeep = 0.5\n')
     assert main(["compress", "--recipe", str(tmp_path / "r.toml"), "--option", "keep.x=1"]) == 2
     assert "not a table" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pattern", ["re:" + "(" * 5000, "re:a{99999999999999999999}"])
-def test_patterns_without_end(pattern):
-    """Both were errors of the regular expressions' own making."""
+def test_patterns_that_exhaust_regular_expressions(pattern):
+    """Both were errors raised by the regular expressions."""
     with pytest.raises(UsageError, match="not a regular expression"):
         select(["a"], [pattern])
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody-at-all/x", "a\0b"])
-def test_paths_that_no_disk_has(name, tmp_path):
+def test_invalid_paths(name, tmp_path):
     """They were an OSError, a RuntimeError and a ValueError."""
     with pytest.raises(InputError, match="no such"):
         locate(f"{name}/model")
@@ -179,7 +179,7 @@ def test_paths_that_no_disk_has(name, tmp_path):
         assert main(["status", f"/tmp/{name}"]) == 2
 
 
-def test_a_parquet_file_that_is_cut(tmp_path):
+def test_a_truncated_parquet_file(tmp_path):
     """A damaged footer was an OSError."""
     path = tmp_path / "text.parquet"
     parquet.write_table(pyarrow.table({"text": ["one"] * 99}), path)
@@ -191,23 +191,23 @@ def test_a_parquet_file_that_is_cut(tmp_path):
 
 
 def test_more_text_than_memory(tmp_path):
-    """Random windows overlap, so a text could be asked for any number of them: a MemoryError."""
+    """Random windows overlap, so any number of them could be requested: a MemoryError."""
     text = write_text(tmp_path / "text.txt")
-    with pytest.raises(UsageError, match="tokens are possible"):
+    with pytest.raises(UsageError, match="the limit is 4294967296 tokens"):
         load_tokens(str(text), tokenizer=None, samples=10**15, sequence_length=8, sampling="random")
 
 
-def test_a_tokenizer_that_is_none(checkpoint, tmp_path):
+def test_an_invalid_tokenizer(checkpoint, tmp_path):
     """The library raises a bare Exception."""
     model = with_tokenizer(checkpoint("llama"), tmp_path / "m")
     (model / "tokenizer.json").write_text('{"model": {"type": "Nothing"}}')
-    with pytest.raises(InputError, match="no tokenizer can be loaded"):
+    with pytest.raises(InputError, match="cannot load the tokenizer"):
         load_tokenizer(model)
 
 
 @pytest.mark.parametrize("value", [{}, {"assignments": []}, {"assignments": {"a": {"form": []}}}])
-def test_plans_that_are_none(value):
-    """They were a KeyError, an AttributeError, and a plan that no linear has."""
+def test_invalid_plans(value):
+    """They were a KeyError, an AttributeError, and a plan for no linear of the model."""
     with pytest.raises(InputError, match="plan: "):
         Plan.from_json({"budget_values": 1, "stored_values": 1} | value)
     with pytest.raises(InputError, match="curve: "):
@@ -225,15 +225,15 @@ def make_run(directory, **status):
     return found
 
 
-def test_process_numbers_that_are_none():
-    """10^20 was an OverflowError; 0 and -1 are groups of processes, and always alive."""
+def test_invalid_process_numbers():
+    """10^20 was an OverflowError; 0 and -1 are process groups, and always alive."""
     assert not any(map(is_alive, [10**20, -1, 0, True, "1", None, 1.0]))
 
 
 @pytest.mark.parametrize(
     "status", [{"pid": 1}, {"state": []}, {"state": "done", "updated": 1e300}, {"state": 5}]
 )
-def test_states_that_are_none(tmp_path, status, capsys):
+def test_invalid_states(tmp_path, status, capsys):
     """They were a KeyError, a TypeError and an OverflowError of `clean`, `status` and `report`."""
     make_run(tmp_path / "r", **status)
     for command in ("status", "clean", "report"):
@@ -242,7 +242,7 @@ def test_states_that_are_none(tmp_path, status, capsys):
 
 
 def test_a_run_of_another_format_is_left_alone(tmp_path):
-    """What a later version may have written is neither read nor removed."""
+    """Files that a later version may have written are neither read nor removed."""
     make_run(tmp_path / "r")
     (tmp_path / "r" / "run.json").write_text('{"format_version": 2}')
     with pytest.raises(InputError, match="format_version is 2"):
@@ -250,7 +250,7 @@ def test_a_run_of_another_format_is_left_alone(tmp_path):
     assert (tmp_path / "r" / "run.json").exists()
 
 
-def test_a_journal_that_is_no_text(tmp_path):
+def test_a_journal_that_is_not_text(tmp_path):
     """A byte that is not UTF-8 was a UnicodeDecodeError of `report`."""
     run = make_run(tmp_path / "r", state="done")
     (tmp_path / "r" / "events.jsonl").write_bytes(b'\xff\n{"event": "note", "text": "seen"}\n')
@@ -259,7 +259,7 @@ def test_a_journal_that_is_no_text(tmp_path):
 
 
 def commit(units, facts, files=None):
-    """A unit whose manifest says these files, with a hash that is right."""
+    """Unit whose manifest lists these files, with a valid hash."""
     key = unit_key("test", 1, [], facts=facts)
     manifest = {"format_version": 1, "files": files or {}, "environment": {}, "facts": facts}
     directory = units.directory(key)
@@ -270,8 +270,8 @@ def commit(units, facts, files=None):
 
 
 @pytest.mark.parametrize("facts", [{"linears": [{"weight_energies": []}]}, {"linears": 5}])
-def test_facts_that_are_none(tmp_path, facts):
-    """A manifest of right hash and wrong content was a KeyError of `report`."""
+def test_invalid_facts(tmp_path, facts):
+    """A manifest with valid hash and invalid content was a KeyError of `report`."""
     run = make_run(tmp_path / "r", state="done")
     commit(run.units, facts)
     with pytest.raises(InputError, match=r"holds what orchestrator does not write|curve: "):
@@ -279,8 +279,8 @@ def test_facts_that_are_none(tmp_path, facts):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "..", ""])
-def test_a_manifest_does_not_lead_out_of_its_unit(tmp_path, name):
-    """A unit that names a file elsewhere is not committed, whatever lies there."""
+def test_a_manifest_cannot_name_files_outside_its_unit(tmp_path, name):
+    """A unit that names a file elsewhere is not committed, even if the file exists."""
     units = Units(tmp_path / "units")
     (tmp_path / "units").mkdir()
     (tmp_path / "units" / "secret").write_text("x")
@@ -293,8 +293,8 @@ def test_a_manifest_does_not_lead_out_of_its_unit(tmp_path, name):
 # ---- links
 
 
-def test_dropping_and_cleaning_remove_nothing_else(tmp_path):
-    """Of what links in a run lead to nothing is removed; a run behind a link is not either."""
+def test_dropping_and_cleaning_follow_no_links(tmp_path):
+    """Only links inside a run are removed, not their targets; a linked run is kept."""
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "manifest.json").write_text("mine")
@@ -317,7 +317,7 @@ def test_dropping_and_cleaning_remove_nothing_else(tmp_path):
     assert sorted(path.name for path in mine.iterdir()) == ["manifest.json", "thesis.tex"]
 
 
-def test_links_as_the_hub_s_cache_has_them(checkpoint, tmp_path):
+def test_links_of_the_hub_cache(checkpoint, tmp_path):
     """A snapshot is links to blobs; they are read and copied."""
     blobs = tmp_path / "models--a--b" / "blobs"
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
@@ -335,8 +335,9 @@ def test_links_as_the_hub_s_cache_has_them(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["../secret", "{}/secret"])
-def test_a_link_out_of_the_model_is_not_given_away(tmp_path, target):
-    """A licence that is a link to somebody's key would be copied beside the weights."""
+def test_a_link_out_of_the_model_is_not_published(tmp_path, target):
+    """A licence that is a link to another file, such as a key, would be copied next to the
+    weights."""
     (tmp_path / "m").mkdir()
     (tmp_path / "secret").write_text("key")
     (tmp_path / "m" / "LICENSE").symlink_to(target.format(tmp_path))
@@ -345,8 +346,8 @@ def test_a_link_out_of_the_model_is_not_given_away(tmp_path, target):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_config_that_leads_elsewhere(checkpoint, tmp_path):
-    """transformers would go to a config outside the directory, or to a pickle in it."""
+def test_a_config_that_names_other_files(checkpoint, tmp_path):
+    """transformers would read a config outside the directory, or a pickle in it."""
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "m"))
     config = json.loads((model / "config.json").read_bytes())
     elsewhere = {"configuration_files": ["../config.4.0.0.json"]}
@@ -361,7 +362,7 @@ def test_a_config_that_leads_elsewhere(checkpoint, tmp_path):
 
 
 class Planted:
-    """Writes the marker when it is unpickled."""
+    """Object whose unpickling writes the marker."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -371,7 +372,7 @@ class Planted:
 
 
 def plant(model, marker):
-    """Puts code into a model directory wherever somebody might run it."""
+    """Put code into a model directory at all places where it might be run."""
     code = f"open({str(marker)!r}, 'w').close()\n"
     for name in ("evil.py", "tokenization_evil.py", "modeling_evil.py", "__init__.py", "setup.py"):
         (model / name).write_text(code)
@@ -386,7 +387,7 @@ def plant(model, marker):
 
 
 def test_no_code_of_a_model_is_run(checkpoint, tmp_path):
-    """Compress, evaluate, export, report and load run nothing that lies in the directory."""
+    """Compress, evaluate, export, report and load run no code of the directory."""
     marker = tmp_path / "marker"
     model = with_tokenizer(checkpoint("llama"), tmp_path / "m")
     plant(model, marker)
@@ -417,8 +418,8 @@ def test_an_adapter_in_a_model_is_not_loaded(checkpoint, tmp_path):
         orchestrator.hf.load(model)
 
 
-def test_a_kernel_of_a_hub_is_not_fetched(checkpoint, tmp_path):
-    """It would be native code; a survey leaves it alone, a load refuses it."""
+def test_a_kernel_of_a_hub_is_not_downloaded(checkpoint, tmp_path):
+    """It would be native code; a survey ignores it, a load refuses it."""
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "m"))
     config = json.loads((model / "config.json").read_bytes())
     asks = {"attn_implementation": "someone/kernel"}
@@ -501,8 +502,9 @@ print("end")
 """
 
 
-def test_buffers_out_of_all_proportion(checkpoint, tmp_path):
-    """What is computed and not stored has no shape to compare with; 40 GB were allocated for it."""
+def test_huge_buffers(checkpoint, tmp_path):
+    """Buffers are computed and have no stored shape to compare with; 40 GB were allocated for
+    one."""
     model = Path(shutil.copytree(checkpoint("gpt_neox"), tmp_path / "m"))
     config = json.loads((model / "config.json").read_bytes())
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e10}
@@ -513,7 +515,7 @@ def test_buffers_out_of_all_proportion(checkpoint, tmp_path):
 
 
 def test_hostile_sizes_end_before_an_allocation(checkpoint, compressed, tmp_path):
-    """With half a GiB of address space left, each ends in an InputError, within seconds."""
+    """With half a GiB of address space left, each ends in an InputError within seconds."""
     arguments = [checkpoint("llama"), compressed("llama"), tmp_path / "room"]
     done = subprocess.run(
         [sys.executable, "-c", WORST, *map(str, arguments)], capture_output=True, text=True

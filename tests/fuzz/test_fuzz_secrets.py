@@ -1,4 +1,4 @@
-"""Tokens and keys of the environment: in nothing that a run or a submission leaves or says."""
+"""Secrets in the environment do not appear in files or output of a run or submission."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SECRETS = {
 
 
 def orchestrator(*arguments, code=0, **variables):
-    """Runs a command with all secrets in its environment; gives all that it said."""
+    """Run a command with all secrets in its environment; returns its output."""
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator", *map(str, arguments)],
         env=os.environ | SECRETS | variables,
@@ -33,7 +33,7 @@ def orchestrator(*arguments, code=0, **variables):
 
 
 def assert_none(said, root):
-    """No secret in what was said, nor in any file below a directory, by name or content."""
+    """No secret is in the output, nor in any file below a directory, by name or content."""
     files = [path for path in root.rglob("*") if path.is_file()]
     assert len(files) > 20
     for content in [said, *(path.read_bytes() for path in files), *map(os.fsencode, files)]:
@@ -42,8 +42,8 @@ def assert_none(said, root):
 
 
 @pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.ray)])
-def test_a_run_tells_no_secret(checkpoint, tmp_path, executor):
-    """Compression, failure, evaluation, status, report and export, their files and their lines."""
+def test_a_run_reveals_no_secret(checkpoint, tmp_path, executor):
+    """Files and output of compression, failure, evaluation, status, report and export."""
     model = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
     text = write_text(tmp_path / "text.txt")
     small = ["--samples", "2", "--sequence-length", "32", "--executor", executor, "--verbose"]
@@ -58,8 +58,8 @@ def test_a_run_tells_no_secret(checkpoint, tmp_path, executor):
     assert_none(said, tmp_path)
 
 
-def test_a_submission_tells_no_secret(tmp_path):
-    """The job that the cluster shows to all holds none, nor do the lines about it."""
+def test_a_submission_reveals_no_secret(tmp_path):
+    """The job that the cluster shows to all users has no secret, nor has the output."""
     (tmp_path / "file").write_text("travels")
     head = Head(0, {"status": "SUCCEEDED", "driver_exit_code": 0})
     try:
@@ -73,8 +73,8 @@ def test_a_submission_tells_no_secret(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*SECRETS, "AZURE_STORAGE_ACCOUNT_KEY", "WANDB_API_KEY"])
-def test_a_secret_is_no_variable_of_a_job(name, capsys):
-    """Who sees the job sees its variables: refused, and the value is not said."""
+def test_a_secret_is_refused_as_a_variable_of_a_job(name, capsys):
+    """Everyone who sees the job sees its variables: refused, and the value is not printed."""
     assert main(["submit", "--env", f"{name}=sekret", "--", "status", "/r"]) == 2
     said = capsys.readouterr().err
     assert f"{name} would be shown" in said

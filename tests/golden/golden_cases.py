@@ -1,6 +1,6 @@
-"""The golden record's runs: fields of the recipe, by the name of the case.
+"""Runs of the golden record: fields of the recipe, by the name of the case.
 
-Every method, preset, stage, form, allocation and number format has one; `test_golden` holds that
+Every method, preset, stage, form, allocation and number format has one; `test_golden` checks this
 for methods, allocations, presets and the choices of a recipe.
 """
 
@@ -15,7 +15,7 @@ SMALL: dict[str, Any] = {
     "executor": "local",
     "threads": 1,
 }
-"""Fields of every case that does not say otherwise."""
+"""Default fields of a case."""
 _REFINEMENT = {"refinement": {"epochs": 2, "batches": 2, "learning_rate": 1e-3}}
 _TRAINING = {
     "training": {"epochs": 2, "batches": 2, "every": 2, "learning_rate": 1e-3, "top_k": 24}
@@ -197,7 +197,7 @@ RETARGETED: dict[str, dict[str, Any]] = {
     "cap": {"keep": 0.6},
     "preset-best": {"keep_bytes": 0.7},
 }
-"""Fields of another size that is cut from the run of a case."""
+"""Fields of another size made from the run of a case."""
 EVALUATED: dict[str, dict[str, Any]] = {
     "preset-fast": {"against": "llama"},
     "wanda": {"layout": "padded", "text": "text.jsonl", "sequence_length": 64},
@@ -207,4 +207,4 @@ EVALUATED: dict[str, dict[str, Any]] = {
 VERIFIED = ("preset-fast", "wanda", "basis-sharing", "cap", "bfloat16-trained", "family-gpt2")
 """Cases whose checkpoint is verified against its dense model, and exported."""
 INTERRUPTED: dict[str, tuple[str, int]] = {"pivot": ("write", 0), "preset-best": ("train", 2)}
-"""Cases that are also left unfinished: at which stage, after how many of its units."""
+"""Cases that are also recorded unfinished: stage, and number of its units, at which to stop."""

@@ -1,9 +1,7 @@
-"""The golden record's models and texts: bytes that no library and no processor decides.
-
+"""Models and texts of the golden record, with bytes that do not depend on libraries or processors.
 Weights are sums of hashed bytes and not random numbers of torch, whose vectorised generators give
 other bits on other processors; configs, tokenizer and text are written out. Shapes and names are
-those of the model class, which is built on the meta device.
-"""
+those of the model class, which is built on the meta device."""
 
 import hashlib
 import json
@@ -87,7 +85,7 @@ LARGE: dict[str, Any] = {
 
 
 def write_models(directory: Path) -> None:
-    """Writes every model into a subdirectory of its name, and the texts."""
+    """Write every model into a subdirectory of its name, and the texts."""
     for name, config in CONFIGS.items():
         write_model(config, directory / name)
     (directory / "text.txt").write_text(TEXT * 4)
@@ -97,7 +95,7 @@ def write_models(directory: Path) -> None:
 
 
 def write_model(config: dict[str, Any], directory: Path) -> None:
-    """Writes a checkpoint with a tokenizer; the same bytes on every machine."""
+    """Write a checkpoint with a tokenizer; the same bytes on every machine."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     _write_tokenizer(directory)
@@ -109,7 +107,7 @@ def write_model(config: dict[str, Any], directory: Path) -> None:
 
 
 def _shapes(directory: Path) -> dict[str, torch.Size]:
-    """Names and shapes of a checkpoint's tensors; of tied ones the first."""
+    """Names and shapes of a checkpoint's tensors; of a tied group the first."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -118,10 +116,8 @@ def _shapes(directory: Path) -> dict[str, torch.Size]:
 
 
 def values(name: str, shape: torch.Size) -> torch.Tensor:
-    """Values of mean 0 and deviation 0.18, those of norms around 1; exact in float32.
-
-    Columns of matrices are scaled by powers of 2, so that inputs and outputs are of unequal weight.
-    """
+    """Values of mean 0 and deviation 0.18, those of norms around 1; exact in float32. Columns of
+    matrices are scaled by powers of 2, so that inputs and outputs have unequal weight."""
     count = shape.numel()
     content = hashlib.shake_256(name.encode()).digest(4 * count)
     octets = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -134,7 +130,7 @@ def values(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """A tokenizer of single characters."""
+    """Write a tokenizer of single characters."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     characters = [*(chr(code) for code in range(32, 32 + VOCABULARY - 1)), "\n"]

@@ -1,17 +1,16 @@
-"""The golden record: what the code computed when it was made, and the command that makes it.
+"""Golden record of the results of the code, and the command that compares or rewrites it.
 
-    python tests/golden/golden_record.py            compares; says what differs, one line each
-    python tests/golden/golden_record.py --write    makes `record.json` and `forecasts.json` anew
-    python tests/golden/golden_record.py --write --interrupt    the unfinished runs, too
+    python tests/golden/golden_record.py            compare; prints the differences, one per line
+    python tests/golden/golden_record.py --write    rewrite `record.json` and `forecasts.json`
+    python tests/golden/golden_record.py --write --interrupt    also the unfinished runs
 
-A commit that must change a key or a byte writes the record anew and says why; the diff of the JSON
-shows what changed. The unfinished runs are those of an earlier release that this one resumes:
-make them anew only where a raised version makes their units worthless.
+A commit that must change a key or a byte rewrites the record and explains why; the diff of the JSON
+shows what changed. The unfinished runs were made by an earlier release and must be resumed by this
+one: rewrite them only if a raised version invalidates their units.
 
-Every case is performed in one process with one thread. `PINNED` is set before torch is loaded, so
-that the libraries use kernels that every x86-64 processor with AVX2 has; whether another machine
-computes the same bits is measured by `golden_environment.probe`. What depends on bits is compared
-only where it does.
+Every case runs in one process with one thread. `PINNED` is set before torch is loaded, so that the
+libraries use kernels that every x86-64 processor with AVX2 has. `golden_environment.probe` measures
+if a machine computes the same bits; entries that depend on bits are compared only if it does.
 """
 
 import argparse
@@ -60,11 +59,11 @@ MEASURED = {
 """Fields of facts and reports that may differ between two equal runs."""
 BOOTSTRAP, SOURCE = "modeling_orchestrator.py", "source"
 DIGITS = 12
-"""Significant digits of a forecast's figures, so that they depend on no C library."""
+"""Significant digits of a forecast's figures, so that they do not depend on the C library."""
 
 
 def make(directory: Path) -> dict[str, Any]:
-    """Performs every case below an empty directory; gives the record without forecasts."""
+    """Perform every case below an empty directory; returns the record without forecasts."""
     import golden_cases as cases
     import torch
     from golden_models import write_models
@@ -89,7 +88,8 @@ def make(directory: Path) -> dict[str, Any]:
 
 
 class _Journal:
-    """What a run's events and its directory say: stages, their units, and what is in those."""
+    """Journal of a run from its events and directory: stages, their units, and the units'
+    content."""
 
     def __init__(self, run_dir: Path, stop: tuple[str, int] | None = None) -> None:
         self._units, self._stop = run_dir / "units", stop
@@ -117,7 +117,7 @@ class _Journal:
                 raise StoppedError("left unfinished")
 
     def contents(self) -> dict[str, dict[str, str]]:
-        """By stage and key, digests of a unit's facts and of its files as the run has left them."""
+        """Digests of a unit's facts and files as left by the run, by stage and key."""
         return {
             stage: {key[:HEX]: self._content(key) for key in keys}
             for stage, keys in self.made.items()
@@ -153,7 +153,7 @@ def _retargeted(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _outcome(result: Any, journal: _Journal) -> dict[str, Any]:
-    """What is recorded of a compression."""
+    """Record of a compression."""
     out, plan = Path(result.out), result.plan.to_json()
     assignments = {name: _words(each) for name, each in plan.pop("assignments").items()}
     report = json.loads((out / "orchestrator_report.json").read_text())
@@ -184,10 +184,10 @@ def _tensors(out: Path) -> dict[str, str]:
 
 
 def _files(out: Path) -> dict[str, str]:
-    """SHA-256 of every file but the report, which is recorded apart because it holds times.
+    """SHA-256 of every file except the report, which is recorded separately because it has times.
 
-    The file that loads a checkpoint elsewhere is made of this package's sources, comments included:
-    that it exists is recorded, not its text.
+    The file for loading without this package consists of its sources, comments included: only its
+    existence is recorded.
     """
     return {
         str(path.relative_to(out)): SOURCE if path.name == BOOTSTRAP else _digest(path)
@@ -217,7 +217,8 @@ def _verified(name: str, model: str) -> dict[str, Any]:
 
 
 def _resumed(name: str) -> dict[str, Any]:
-    """What the archive's unfinished run becomes: units made by stage and rewritten, the result."""
+    """Outcome of resuming the archive's unfinished run: units made and rewritten by stage, the
+    result."""
     from golden_cases import CASES
 
     from orchestrator import compress
@@ -245,7 +246,7 @@ def _resumed(name: str) -> dict[str, Any]:
 
 
 def make_interrupted(directory: Path, archive: Path) -> None:
-    """Performs the cases of `INTERRUPTED` until they are to stop, and packs their run directories.
+    """Run the cases of `INTERRUPTED` up to their stops, and pack their run directories.
 
     Names of this machine and its directories are taken out of the three files that hold them.
     """
@@ -316,7 +317,7 @@ def _rounded(value: Any) -> Any:
 
 
 def unmeasured(value: Any) -> Any:
-    """The same without the fields of `MEASURED`, at any depth."""
+    """Copy without the fields of `MEASURED`, at any depth."""
     if isinstance(value, Mapping):
         return {name: unmeasured(each) for name, each in value.items() if name not in MEASURED}
     if isinstance(value, list | tuple):
@@ -330,7 +331,7 @@ def digest(value: Any) -> str:
 
 
 def run_pinned(*arguments: str) -> None:
-    """Runs this file in a process of its own with `PINNED` in its environment."""
+    """Run this file in a separate process with `PINNED` in its environment."""
     paths = [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
     own = {**os.environ, **PINNED, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, str(Path(__file__).absolute()), *arguments]
@@ -344,7 +345,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def found_here(directory: Path) -> dict[str, Any]:
-    """The record of the code as it is, made in a process of its own."""
+    """Record of the current code, made in a separate process."""
     run_pinned("--make", str(directory))
     return {
         "record": json.loads((directory / RECORD.name).read_text()),

@@ -1,6 +1,6 @@
-"""The golden record holds: nothing that is computed, named or stored has changed.
+"""The golden record holds: keys, plans, bits and stored files are unchanged.
 
-See `golden_record` for the command that writes it anew.
+See `golden_record` for the command that rewrites it.
 """
 
 import json
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.slow
 RECORDED: dict[str, Any] = json.loads(RECORD.read_text())
 FORECAST: dict[str, Any] = json.loads(FORECASTS.read_text())
 FINISHED = ("read", "calibrate", "pivot", "refine")
-"""Stages that are behind the unfinished runs."""
+"""Stages that the unfinished runs had completed."""
 SHOWN = 5
-"""Differences that a failure names."""
+"""Number of differences that a failure lists."""
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The record of the code as it is; a process of its own makes all of it, in a minute."""
+    """Record of the current code; a separate process makes all of it in a minute."""
     return found_here(tmp_path_factory.mktemp("golden"))
 
 
@@ -40,7 +40,7 @@ def has_the_bits(found: dict[str, Any]) -> bool:
 
 
 def check(expected: Any, actual: Any) -> None:
-    """Fails with the first differences by name."""
+    """Fail with the first differences by name."""
     lines = list(differences(expected, actual))
     if lines:
         more = f"\n... and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
@@ -49,7 +49,8 @@ def check(expected: Any, actual: Any) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_is_the_recorded_one(case, found, has_the_bits):
-    """Keys, plan, units, tensors and files; where bits differ, what does not depend on them."""
+    """Keys, plan, units, tensors and files; if bits differ, only the parts that do not depend on
+    them."""
     recorded, actual = RECORDED["cases"][case], found["record"]["cases"][case]
     if not has_the_bits:
         recorded, actual = elsewhere(recorded, recorded), elsewhere(actual, recorded)
@@ -58,7 +59,7 @@ def test_a_run_is_the_recorded_one(case, found, has_the_bits):
 
 @pytest.mark.parametrize("case", RETARGETED)
 def test_another_size_is_the_recorded_one(case, found, has_the_bits):
-    """As a run; nothing is decomposed for it."""
+    """Compared like a run; no linear is decomposed for it."""
     recorded, actual = RECORDED["retargeted"][case], found["record"]["retargeted"][case]
     assert "calibrate" not in actual["told"]
     if not has_the_bits:
@@ -68,7 +69,7 @@ def test_another_size_is_the_recorded_one(case, found, has_the_bits):
 
 @pytest.mark.parametrize("case", EVALUATED)
 def test_an_evaluation_is_the_recorded_one(case, found, has_the_bits):
-    """Every figure but the speed to the bit; where bits differ, the counts of the text."""
+    """All figures except the speed, bit for bit; if bits differ, the counts of the text."""
     recorded, actual = RECORDED["evaluated"][case], found["record"]["evaluated"][case]
     if not has_the_bits:
         recorded, actual = recorded["text"], actual["text"]
@@ -77,7 +78,7 @@ def test_an_evaluation_is_the_recorded_one(case, found, has_the_bits):
 
 @pytest.mark.parametrize("case", VERIFIED)
 def test_a_verification_is_the_recorded_one(case, found, has_the_bits):
-    """Errors, logits and the exported dense checkpoint; nowhere a problem."""
+    """Errors, logits and the exported dense checkpoint; no problem is reported."""
     recorded, actual = RECORDED["verified"][case], found["record"]["verified"][case]
     assert actual["found"]["problems"] == []
     if not has_the_bits:
@@ -93,7 +94,7 @@ def test_a_forecast_is_the_recorded_one(case, found):
 
 @pytest.mark.parametrize("case", INTERRUPTED)
 def test_an_unfinished_run_of_the_record_is_taken_up(case, found, has_the_bits):
-    """No unit is made again, and the checkpoint is that of a run without a break."""
+    """No unit is made again, and the checkpoint equals that of an uninterrupted run."""
     actual = found["record"]["resumed"][case]
     assert not {*FINISHED} & actual["made"].keys()
     units = RECORDED["cases"][case]["units"]
@@ -106,7 +107,7 @@ def test_an_unfinished_run_of_the_record_is_taken_up(case, found, has_the_bits):
 
 
 def test_the_archive_names_no_machine():
-    """Relative paths, no owner, and no absolute path in what the runs say of themselves."""
+    """Relative paths, no owner, and no absolute path in the files of the runs."""
     with tarfile.open(ARCHIVE) as archive:
         for entry in archive:
             assert not entry.name.startswith("/")
@@ -120,7 +121,8 @@ def test_the_archive_names_no_machine():
 
 
 def test_every_choice_has_a_case():
-    """Methods, allocations, presets, and every value of a recipe's choices but Ray's executor."""
+    """Methods, allocations, presets, and every value of a recipe's choices except Ray's
+    executor."""
 
     def named(field: str) -> set[Any]:
         return {fields.get(field) for fields in CASES.values()} - {None}
@@ -144,7 +146,7 @@ def test_every_choice_has_a_case():
 
 
 def test_a_difference_is_told_by_name():
-    """One changed leaf, one that is missing and one that is new are three lines."""
+    """A changed, a missing and a new leaf give three lines."""
     expected = {"units": {"write": {"ab": "1", "cd": "2"}}, "key": "x"}
     actual = {"units": {"write": {"ab": "1", "ef": "2"}}, "key": "y"}
     assert list(differences(expected, actual)) == [

@@ -96,7 +96,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     made = compress(dense, tmp_path / "out")
     with pytest.raises(InputError, match="not compressed by orchestrator"):
         export_dense(dense, tmp_path / "export")
-    with pytest.raises(UsageError, match="holds something else"):
+    with pytest.raises(UsageError, match="contains other files"):
         export_dense(made.directory, dense)
     with pytest.raises(UsageError, match="finished checkpoint"):
         export_dense(made.directory, made.directory)

@@ -1,4 +1,4 @@
-"""CAP: probabilities on the budget, an unbiased estimator, exact choices, and the whole job."""
+"""CAP: projection onto the budget, unbiased estimator, choice of candidates, and whole runs."""
 
 import itertools
 from dataclasses import replace
@@ -44,7 +44,7 @@ PROJECTIONS = ("shift", "euclid", "multiplicative")
 
 
 def make_candidates(linear, rng, buckets=5, largest=6):
-    """Random candidates of one linear, utilities descending within each kind."""
+    """Random candidates of one linear, with descending utilities of each kind."""
     rank = min(linear.out_features, linear.in_features)
     scale = 10 ** rng.uniform(-2, 2)
     return Candidates(
@@ -65,7 +65,7 @@ def random_pool(linears, seed=0, **sizes):
 SMALL = make_linears([(4, 6), (6, 4), (5, 5)])
 
 
-def test_candidates_and_pools_keep_what_they_hold():
+def test_candidates_and_pools_round_trip():
     """Candidates go to JSON and back; a pool's values split by linear and join again."""
     candidates = make_candidates(SMALL[0], np.random.default_rng(1))
     again = Candidates.from_json(candidates.to_json())
@@ -83,7 +83,7 @@ def test_candidates_and_pools_keep_what_they_hold():
 @given(seed=st.integers(0, 99), percent=st.integers(5, 95))
 @settings(deadline=None, max_examples=40)
 def test_a_projection_spends_the_budget(projection, seed, percent):
-    """Expected stored values are the budget, from below, and every s is a probability."""
+    """The expected stored values approach the budget from below; every s is a probability."""
     pool = random_pool(SMALL, seed)
     budget = int(pool.weight_N.sum() * percent / 100)
     share_N = np.random.default_rng(seed).normal(0.5, 1, size=len(pool.owner_N))
@@ -99,8 +99,8 @@ def test_a_projection_spends_the_budget(projection, seed, percent):
 @given(seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_a_projection_is_the_nearest_point(projection, seed):
-    """It meets the conditions of Kuhn and Tucker: one multiplier for all that are inside (0, 1),
-    and the right sign of the slope at the bounds."""
+    """It satisfies the Karush-Kuhn-Tucker conditions: one multiplier for all s inside (0, 1), and
+    the right sign of the slope at the bounds."""
     pool = random_pool(SMALL, seed)
     share_N = np.random.default_rng(seed).normal(0.5, 0.6, size=len(pool.owner_N))
     budget = int(pool.weight_N.sum()) // 2
@@ -139,7 +139,7 @@ def test_a_projection_is_nearest_by_brute_force():
 
 
 def test_a_budget_for_everything_keeps_everything():
-    """All probabilities are 1 where the pool fits as a whole."""
+    """All probabilities are 1 if the whole pool fits."""
     pool = random_pool(SMALL)
     share_N = np.zeros(len(pool.owner_N))
     for projection in PROJECTIONS:
@@ -148,7 +148,7 @@ def test_a_budget_for_everything_keeps_everything():
 
 
 def greedy(pool, share_N, budget):
-    """The choice, draw by draw, as its words have it; no linear may come to be dense."""
+    """Greedy choice, draw by draw, by its definition; no linear may become dense."""
     draws = [
         (-share_N[n], -pool.utility_N[n], n)
         for n in range(len(share_N))
@@ -178,7 +178,7 @@ def greedy(pool, share_N, budget):
 @given(seed=st.integers(0, 500), percent=st.integers(30, 70))
 @settings(deadline=None, max_examples=150)
 def test_the_choice_is_the_greedy_one(seed, percent):
-    """Where no linear becomes dense it is what walking over single draws gives."""
+    """If no linear becomes dense it equals a walk over single draws."""
     linears = make_linears([(8, 12), (12, 8), (10, 10)])
     pool = random_pool(linears, seed, buckets=4, largest=9)
     share_N = np.random.default_rng(seed).choice([0.1, 0.4, 0.4001, 0.8], len(pool.owner_N))
@@ -188,8 +188,8 @@ def test_the_choice_is_the_greedy_one(seed, percent):
         assert np.array_equal(choice.kept_N, greedy(pool, share_N, budget))
 
 
-def test_the_choice_is_the_best_of_all_where_costs_are_equal():
-    """With one cost and probabilities as gains no set of the same size has a larger sum."""
+def test_the_choice_is_optimal_for_equal_costs():
+    """With equal costs and probabilities as gains no set of the same size has a larger sum."""
     linear = make_linears([(20, 20)])[0]
     none = np.zeros(0)
     rng = np.random.default_rng(0)
@@ -216,7 +216,7 @@ MODEL = make_model(
 @given(percent=st.integers(1, 100), seed=st.integers(0, 50))
 @settings(deadline=None, max_examples=100)
 def test_the_budget_is_met_from_below(percent, seed):
-    """Every plan stores at most the budget, whatever becomes dense, or the budget is infeasible."""
+    """Every plan stores at most the budget, with any dense linears, or the budget is infeasible."""
     rng = np.random.default_rng(seed)
     candidates = {each.name: make_candidates(each, rng, 8, 120) for each in MODEL}
     try:
@@ -234,7 +234,7 @@ def test_the_budget_is_met_from_below(percent, seed):
 
 
 def test_the_start_prefers_utility():
-    """At the greedy break point a probability is one half, and it grows with utility."""
+    """At the greedy break point a probability is one half; it increases with utility."""
     pool = random_pool(MODEL)
     budget = int(pool.weight_N.sum()) // 2
     share_N = initial(pool, budget, "utility", 0.5)
@@ -249,9 +249,9 @@ def test_the_start_prefers_utility():
 
 
 @pytest.mark.parametrize("across", ["linear", "relative", "absolute"])
-def test_linears_compare_by_what_is_asked(across):
-    """A linear whose energies are a million times larger takes from the others only in absolute
-    terms; by their own linears' break points all start with the same kept fraction."""
+def test_linears_compare_by_the_requested_scale(across):
+    """A linear with energies a million times larger displaces the others only in absolute terms;
+    relative to their own linears' break points all start with the same kept fraction."""
     rng = np.random.default_rng(5)
     linears = make_linears([(60, 60)] * 3)
     candidates = {each.name: make_candidates(each, rng, 64, 100) for each in linears}
@@ -278,7 +278,7 @@ def test_linears_compare_by_what_is_asked(across):
 
 
 def masks_of(pool):
-    """Every mask of every draw: of each candidate how many were kept, and in how many ways."""
+    """All masks of all draws: number kept of each candidate, and the multiplicity."""
     for bits in itertools.product([0, 1], repeat=int(pool.count_N.sum())):
         owners = np.repeat(np.arange(len(pool.count_N)), pool.count_N)
         drawn_N = np.bincount(owners, bits, minlength=len(pool.count_N)).astype(np.int64)
@@ -327,14 +327,14 @@ def test_the_estimator_is_unbiased():
 
 
 def test_certain_candidates_have_no_score():
-    """Probabilities 0 and 1 move nothing, with and without eps."""
+    """Probabilities 0 and 1 have no gradient, with and without eps."""
     share_N, count_N = np.array([0.0, 1.0]), np.array([1, 4])
     for eps in (0.0, 0.05):
         assert np.array_equal(score_function(share_N, np.array([0, 4]), count_N, eps), [0, 0])
 
 
-def test_a_bucket_moves_as_its_entries_would():
-    """A bucket's step is the mean of the steps of entries with probabilities of their own."""
+def test_a_bucket_moves_as_the_mean_of_its_entries():
+    """A bucket's step is the mean of the steps of entries with separate probabilities."""
     together, alone = tiny_pool((4, 2)), tiny_pool((1, 1))
     share_N, baseline = np.array([0.5, 0.5, 0.3, 0.5]), Baseline()
     baseline.advantage(1.0)
@@ -350,18 +350,16 @@ def test_a_bucket_moves_as_its_entries_would():
     assert moved_N[2] == pytest.approx(np.mean(steps))
 
 
-def test_baselines_are_means_of_what_came_before():
-    """The window forgets, the moving average decays, and the first loss teaches nothing."""
+def test_baselines_are_means_of_earlier_losses():
+    """The window drops old losses, the moving average decays, and the first loss has no effect."""
     window, ema = Baseline("window", 2), Baseline("ema", beta=0.75)
     assert [window.advantage(loss) for loss in (4, 6, 8, 1)] == [0, 2, 3, -6]
     assert [ema.advantage(loss) for loss in (4, 8, 5)] == [0, 4, 0]
 
 
 def overlapping(seed):
-    """A 6 x 6 weight as three directions and nine entries that overlap, and every mask's loss.
-
-    The loss is the relative squared error of the outputs on correlated inputs.
-    """
+    """A 6 x 6 weight as three directions and nine entries that overlap, and every mask's loss. The
+    loss is the relative squared error of the outputs on correlated inputs."""
     rng = np.random.default_rng(seed)
     low_OI = rng.normal(size=(6, 3)) @ rng.normal(size=(3, 6))
     sparse_OI = np.zeros(36)
@@ -405,10 +403,10 @@ def learnt(pool, loss, budget, cap, seed):
     return share_N
 
 
-def test_learning_beats_its_own_start_on_what_can_be_enumerated():
-    """Where directions and entries overlap, the learnt choice is nearer to the best of all masks
-    than the greedy start: by more than half in sum over twelve models, better in most of those
-    that can be, worse in none. With many losses and large steps, which a toy affords."""
+def test_learning_beats_its_start_on_enumerable_models():
+    """If directions and entries overlap, the learnt choice is nearer to the best of all masks than
+    the greedy start: by more than half in sum over twelve models, better in most of those that can
+    improve, worse in none. It uses many losses and large steps, affordable in a toy."""
     cap = CapAllocator(iterations=300, samples=16, temperature=1.0, eta=1.0, eps=0.25)
     budget, gaps = 28, []
     for seed in range(12):
@@ -437,7 +435,7 @@ def test_learning_beats_its_own_start_on_what_can_be_enumerated():
     ],
 )
 def test_options_are_checked(options, said):
-    """A value that is not allowed is named with what is."""
+    """An invalid value is named with the allowed ones."""
     with pytest.raises(UsageError, match=said):
         CapAllocator(**options)
 
@@ -451,8 +449,8 @@ def low_rank_and_sparse(outputs=7, inputs=5, seed=0):
 
 
 @pytest.mark.parametrize("utility", ["activation", "magnitude"])
-def test_utilities_are_energies_a_stored_value(utility):
-    """A direction alone and an entry alone give the outputs just the energy that is said."""
+def test_utilities_are_energies_per_stored_value(utility):
+    """A single direction and a single entry give the outputs exactly the stated energy."""
     weight_OI, gram, parts = low_rank_and_sparse()
     matrix_II = gram.matrix_II if utility == "activation" else torch.eye(5, dtype=torch.float64)
     ranked = rank_parts(weight_OI, parts, gram, utility, 0)
@@ -480,8 +478,8 @@ def test_utilities_are_energies_a_stored_value(utility):
 
 
 @pytest.mark.parametrize("buckets", [1, 3, 1000])
-def test_buckets_are_equal_pieces_of_the_order(buckets):
-    """Counts are equal but for the last, and means are those of single entries."""
+def test_buckets_divide_the_order_equally(buckets):
+    """Counts are equal except for the last; means are those of single entries."""
     weight_OI, gram, parts = low_rank_and_sparse(outputs=12, inputs=9)
     alone = rank_parts(weight_OI, parts, gram, "activation", 0)
     together = rank_parts(weight_OI, parts, gram, "activation", buckets)
@@ -495,8 +493,9 @@ def test_buckets_are_equal_pieces_of_the_order(buckets):
     assert torch.allclose(together.bucket_utilities_B, means)
 
 
-def test_the_sketch_estimates_what_any_change_does_to_outputs():
-    """Within four standard deviations of trace(D H D^T), for a change of one row and of all."""
+def test_the_sketch_estimates_the_change_of_the_outputs():
+    """It is within four standard deviations of trace(D H D^T), for a change of one row and of
+    all."""
     generator = torch.Generator().manual_seed(3)
     inputs_IT = torch.randn(40, 90, generator=generator, dtype=torch.float64)
     gram = InputGram(inputs_IT @ inputs_IT.T, 90)
@@ -510,7 +509,7 @@ def test_the_sketch_estimates_what_any_change_does_to_outputs():
 
 
 def gathered(rows_TI):
-    """Gram of rows as a calibration computes it: float32 products of bfloat16 rows."""
+    """Gram of rows as calibration computes it: float32 products of bfloat16 rows."""
     return Gram(rows_TI.shape[1]).update(rows_TI.bfloat16()).matrix()
 
 
@@ -528,11 +527,9 @@ def outlier_rows(tokens, channels, seed=0):
 
 @pytest.mark.parametrize("tokens", [600, 100])
 def test_the_sketch_needs_no_gram_of_full_rank(tokens):
-    """Estimates have the expected variance, also for changes that hardly affect the outputs.
-
-    A truncation leaves such changes. The ridge that a singular H needs is a large part of their
-    energy, and is subtracted.
-    """
+    """Estimates have the expected variance, also for changes that hardly affect the outputs. A
+    truncation leaves such changes. The ridge that a singular H needs is a large part of their
+    energy, and is subtracted."""
     matrix_II = gathered(outlier_rows(tokens, 150))
     generator = torch.Generator().manual_seed(2)
     weight_OI = torch.randn(60, 150, generator=generator, dtype=torch.float64)
@@ -553,7 +550,7 @@ def test_the_sketch_needs_no_gram_of_full_rank(tokens):
     assert (with_ridge > (1 + within) * exact) == is_singular
 
 
-def test_inputs_that_are_never_seen_have_no_part_in_a_sketch():
+def test_dead_inputs_have_no_part_in_a_sketch():
     """Dead channels are 0 in the random combinations and in the ridge."""
     matrix_II = gathered(outlier_rows(100, 150))
     weight_OI = torch.ones(4, 150)
@@ -562,8 +559,8 @@ def test_inputs_that_are_never_seen_have_no_part_in_a_sketch():
     assert ranked.ridge_I[9] == 0
 
 
-def test_what_is_no_second_moment_has_no_sketch():
-    """A matrix with large negative eigenvalues and a positive diagonal is an InputError."""
+def test_a_sketch_needs_a_second_moment():
+    """A matrix with large negative eigenvalues and a positive diagonal raises InputError."""
     matrix_II = torch.tensor([[1.0, -3.0], [-3.0, 1.0]], dtype=torch.float64)
     weight_OI = torch.eye(2, dtype=torch.float64)
     assert RIDGES[-1] == 1
@@ -572,7 +569,7 @@ def test_what_is_no_second_moment_has_no_sketch():
 
 
 def test_a_weight_of_zeros_has_a_direction_to_keep():
-    """Of zeros one direction of zeros is stored, so that every linear can be cut."""
+    """For a zero weight one zero direction is stored, so that every linear can be truncated."""
     weight_OI, gram = torch.zeros(4, 3), InputGram(torch.eye(3, dtype=torch.float64))
     ranked = rank_parts(weight_OI, rpca(weight_OI), gram, "activation", 8)
     assert ranked.down_RI.shape == (1, 3)
@@ -581,7 +578,7 @@ def test_a_weight_of_zeros_has_a_direction_to_keep():
 
 
 def test_draws_come_from_their_seed_and_have_their_probabilities():
-    """The same seed gives the same mask, another linear another; means are the probabilities."""
+    """The same seed gives the same mask, another linear another; means equal the probabilities."""
     values = CandidateValues(
         torch.tensor([0.0, 1.0, 0.3] + [0.7] * 4000, dtype=torch.float64),
         torch.tensor([0.2, 0.9], dtype=torch.float64),
@@ -601,7 +598,7 @@ def test_draws_come_from_their_seed_and_have_their_probabilities():
 
 
 def test_a_choice_keeps_the_first_of_each_bucket(tmp_path):
-    """What is read is those directions and entries, and their product is the masked weight."""
+    """The directions and entries read are the chosen ones, and their sum is the masked weight."""
     weight_OI, gram, parts = low_rank_and_sparse()
     ranked = rank_parts(weight_OI, parts, gram, "activation", 3)
     counts_B = ranked.bucket_counts_B
@@ -625,8 +622,8 @@ def test_a_choice_keeps_the_first_of_each_bucket(tmp_path):
     assert torch.allclose(found_OI.double(), expected_OI, atol=1e-5)
 
 
-def test_a_pass_tells_what_it_is_about():
-    """Whoever opens a shard is told; nobody else is."""
+def test_a_worker_receives_the_pass_with_its_shard():
+    """Only the worker that opens a shard receives the pass."""
     schedule = ShardPass(
         [range(2), range(2, 4)],
         todo=(),
@@ -663,7 +660,7 @@ def compress_cap(model, out, text, options=None, **fields):
 
 @pytest.fixture(scope="module")
 def reference(llama, text, tmp_path_factory):
-    """The result in one process, cut into two shards."""
+    """Result in one process, cut into two shards."""
     out = tmp_path_factory.mktemp("reference") / "out"
     compress_cap(llama, out, text, shards=2)
     return contents(out)
@@ -673,7 +670,7 @@ TOKENS = torch.arange(2, 34)[None] * 5 % 96
 
 
 def test_a_checkpoint_is_written_and_loads(llama, text, tmp_path):
-    """Half of the values at most; the loaded model is the one whose loss was taken last."""
+    """At most half of the values; the loaded model is the one of the last loss."""
     result = compress_cap(llama, tmp_path / "out", text, {"iterations": 1})
     values, report = result.report["values"], result.report["cap"]
     assert values["stored"] <= values["budget"] == values["dense_linears"] // 2
@@ -694,7 +691,7 @@ def test_a_checkpoint_is_written_and_loads(llama, text, tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 4])
 def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
-    """However the masked passes are cut, the output is byte-identical; so is a second run."""
+    """For any cut of the masked passes the output is byte-identical; so is a second run."""
     compress_cap(llama, tmp_path / "out", text, shards=shards)
     assert contents(tmp_path / "out") == reference
 
@@ -704,13 +701,13 @@ def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
 def test_the_number_of_workers_changes_no_bit(
     workers, llama, text, reference, tmp_path, ray_address
 ):
-    """With 1 and 2 Ray actors the output is what one process writes without Ray."""
+    """With 1 and 2 Ray actors the output equals that of one process without Ray."""
     compress_cap(llama, tmp_path / "out", text, executor="ray", workers=workers, shards=2)
     assert contents(tmp_path / "out") == reference
 
 
-def test_losses_are_not_taken_twice(llama, text, reference, tmp_path):
-    """A run that was stopped after some losses goes on behind them, to the same bytes."""
+def test_losses_are_not_evaluated_twice(llama, text, reference, tmp_path):
+    """A run stopped after some losses continues from them, to the same bytes."""
     lost = []
 
     def stop(event):
@@ -728,7 +725,7 @@ def test_losses_are_not_taken_twice(llama, text, reference, tmp_path):
     assert len(units) == 8 - 4
 
 
-def test_without_its_second_stage_it_takes_no_loss(llama, text, tmp_path):
+def test_without_its_second_stage_no_loss_is_evaluated(llama, text, tmp_path):
     """The initialisation alone is the greedy choice by utility, from the same run directory."""
     run_dir = str(tmp_path / "run")
     compress_cap(llama, tmp_path / "both", text, run_dir=run_dir)
@@ -743,7 +740,7 @@ def test_without_its_second_stage_it_takes_no_loss(llama, text, tmp_path):
 
 
 def test_another_size_needs_no_second_decomposition(llama, text, tmp_path):
-    """From one run directory a second size is chosen; its bytes are those of a direct run."""
+    """A second size chosen from a run directory has the bytes of a direct run."""
     run_dir = str(tmp_path / "run")
     compress_cap(llama, tmp_path / "half", text, run_dir=run_dir)
     events = []
@@ -756,7 +753,8 @@ def test_another_size_needs_no_second_decomposition(llama, text, tmp_path):
 
 @pytest.mark.parametrize("keep", [1.0, 0.9, 0.2])
 def test_every_budget_is_met(keep, llama, text, tmp_path):
-    """From above, with linears that stay dense, the rest is spent to the last value."""
+    """Budgets are met from below; with linears that stay dense, the rest is spent to the last
+    value."""
     options = {"stage2": False, "across": "absolute"}
     result = compress_cap(llama, tmp_path / "out", text, options, keep=keep)
     values = result.report["values"]
@@ -770,7 +768,7 @@ def test_every_budget_is_met(keep, llama, text, tmp_path):
 
 
 def test_a_budget_in_bytes_is_met(llama, text, tmp_path):
-    """With its indices what is stored takes the bytes asked for at most, and almost all of them."""
+    """Including indices, at most the given bytes are stored, and almost all of them."""
     result = compress_cap(
         llama, tmp_path / "out", text, {"iterations": 1}, keep=None, keep_bytes=0.6
     )
@@ -804,7 +802,7 @@ def test_other_families_are_masked_too(family, checkpoint, text, tmp_path):
         ("wanda", "cap", "divides ranks and entries together"),
     ],
 )
-def test_it_divides_what_it_decomposes(method, allocation, said, llama, text, tmp_path):
+def test_its_allocation_needs_its_decomposition(method, allocation, said, llama, text, tmp_path):
     """Its allocation and its decomposition belong together, and the message says so."""
     with pytest.raises(UsageError, match=said):
         run(llama, tmp_path / "out", text, method=method, allocation=allocation)
@@ -820,6 +818,6 @@ def test_it_divides_what_it_decomposes(method, allocation, said, llama, text, tm
     ],
 )
 def test_the_methods_options_are_checked(options, said, llama, text, tmp_path):
-    """Options of the method and of the allocation stand in one table, and all are known."""
+    """Options of method and allocation share one table, and all are known."""
     with pytest.raises(UsageError, match=said):
         compress_cap(llama, tmp_path / "out", text, options)

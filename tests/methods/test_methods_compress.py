@@ -1,4 +1,4 @@
-"""The baselines from end to end on a tiny model: budget, errors, options, allocations."""
+"""Baseline methods end to end on a tiny model: budget, errors, options, allocations."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ BASELINES = ("svd", "asvd", "wanda")
 every_baseline = pytest.mark.parametrize("method", BASELINES)
 NAMES = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj")
 NARROW = "model.layers.1.mlp.down_proj"
-"""The only linear whose output Gram is gathered."""
+"""The only linear whose output Gram is accumulated."""
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,12 @@ def llama(tmp_path_factory):
 
 
 def run_uniform(model, out, text, **fields):
-    """With the same kept fraction everywhere, whatever the method's paper does."""
+    """Run with the same kept fraction everywhere, instead of the method's own allocation."""
     return run(model, out, text, allocation="uniform", **fields)
 
 
 def weights(model):
-    """What every linear multiplies with, by its name, whatever its form."""
+    """Dense weight of every linear by its name, for any form."""
     found = {}
     for name in (*NAMES, NARROW):
         linear = model.get_submodule(name)
@@ -43,7 +43,7 @@ def weights(model):
 
 
 def inputs_of(dense, directory, text):
-    """What the linears read of the calibration tokens, 6 windows of 48."""
+    """Inputs of the linears for the calibration tokens, 6 windows of 48."""
     seen = {}
     for name in (*NAMES, NARROW):
         dense.get_submodule(name).register_forward_pre_hook(
@@ -59,7 +59,8 @@ def inputs_of(dense, directory, text):
 @every_baseline
 @pytest.mark.parametrize("keep", [0.35, 0.5, 0.8])
 def test_baselines_meet_the_budget_from_below(method, keep, llama, text, tmp_path):
-    """What is stored is within the budget, close to it, and what the loaded model holds."""
+    """The stored values are within the budget, close to it, and equal to those of the loaded
+    model."""
     report = run_uniform(llama, tmp_path / "out", text, method=method, keep=keep).report
     assert report["kept"]["linears"] <= keep
     entries = report["linears"].values()
@@ -73,7 +74,7 @@ def test_baselines_meet_the_budget_from_below(method, keep, llama, text, tmp_pat
 
 
 def assert_errors(report, llama, out, text, of_outputs, of_weights):
-    """The report's errors are those of the loaded model's linears, each within a tolerance."""
+    """The report's errors equal those of the loaded model's linears, each within a tolerance."""
     dense = AutoModelForCausalLM.from_pretrained(llama)
     before, after = weights(dense), weights(orchestrator.load(out))
     inputs = inputs_of(dense, llama, text)
@@ -90,21 +91,19 @@ def assert_errors(report, llama, out, text, of_outputs, of_weights):
     ("method", "keep", "within"),
     [("svd", 0.5, 1e-3), ("asvd", 0.53, 1e-3), ("wanda", 0.5, 1e-3), ("wanda", 0.53, 0.02)],
 )
-def test_errors_are_those_of_what_is_written(method, keep, within, llama, text, tmp_path):
-    """On outputs of the calibration tokens, and on the weight, of what the loaded model does.
-
-    For entries they are known at every 5 % of the density, and interpolated between.
-    """
+def test_errors_are_those_of_the_written_checkpoint(method, keep, within, llama, text, tmp_path):
+    """Errors on the calibration outputs and on the weight are those of the loaded model. For
+    entries they are known at every 5 % of the density, and interpolated between."""
     report = run_uniform(llama, tmp_path / "out", text, method=method, keep=keep).report
     assert_errors(report, llama, tmp_path / "out", text, within, within)
 
 
 @pytest.mark.parametrize(("method", "within"), [("two-sided", 1e-3), ("cap", 0.25)])
-def test_errors_are_measured_outside_the_norm_that_is_cut_in(method, within, llama, text, tmp_path):
-    """Two-sided factors say what outputs and weight lose; for low rank + sparse, outputs by sketch.
-
-    The sketch's standard deviation is 12 % at most.
-    """
+def test_errors_are_also_measured_outside_the_norm_of_the_truncation(
+    method, within, llama, text, tmp_path
+):
+    """Two-sided factors report errors of outputs and weight; low rank + sparse reports the outputs'
+    by sketch. The sketch's standard deviation is at most 12 %."""
     options = {"cap": {"stage2": False}} if method == "cap" else {}
     report = run(llama, tmp_path / "out", text, method=method, options=options).report
     assert_errors(report, llama, tmp_path / "out", text, within, 1e-3)
@@ -112,8 +111,8 @@ def test_errors_are_measured_outside_the_norm_that_is_cut_in(method, within, lla
 
 @every_baseline
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "opt"])
-def test_other_families_are_cut_alike(family, method, checkpoint, text, tmp_path):
-    """Weights stored the other way round and biases too: each linear has the error reported."""
+def test_other_families_are_compressed(family, method, checkpoint, text, tmp_path):
+    """Transposed weights and biases too: each linear has the reported error."""
     directory = with_tokenizer(checkpoint(family), tmp_path / "dense")
     report = run_uniform(directory, tmp_path / "out", text, method=method).report
     dense = AutoModelForCausalLM.from_pretrained(directory)
@@ -127,7 +126,7 @@ def test_other_families_are_cut_alike(family, method, checkpoint, text, tmp_path
 
 
 def test_wanda_keeps_weights_as_they_are(llama, text, tmp_path):
-    """Every row of a pruned weight has its best entries, bit by bit, and zeros."""
+    """Every row of a pruned weight has its best entries, bit for bit, and zeros."""
     run_uniform(llama, tmp_path / "out", text, method="wanda", keep=0.5)
     dense = AutoModelForCausalLM.from_pretrained(llama)
     before, after = weights(dense), weights(orchestrator.load(tmp_path / "out"))
@@ -141,14 +140,14 @@ def test_wanda_keeps_weights_as_they_are(llama, text, tmp_path):
 
 @every_baseline
 def test_any_cut_gives_the_same_bytes(method, llama, text, tmp_path):
-    """One shard or one a block: the checkpoint and its report are the same."""
+    """One shard or one per block: checkpoint and report are the same."""
     for shards in (1, 2):
         run_uniform(llama, tmp_path / f"out{shards}", text, method=method, shards=shards)
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
 
 
 @every_baseline
-def test_other_sizes_are_cut_from_the_same_unit(method, llama, text, tmp_path):
+def test_other_sizes_use_the_same_units(method, llama, text, tmp_path):
     """A second size from the same run directory needs no pass, and has a direct run's bytes."""
     run_dir, events = str(tmp_path / "run"), []
     run_uniform(llama, tmp_path / "half", text, method=method, run_dir=run_dir)
@@ -160,8 +159,8 @@ def test_other_sizes_are_cut_from_the_same_unit(method, llama, text, tmp_path):
 
 
 @every_baseline
-def test_a_finished_run_is_known_again(method, llama, text, tmp_path):
-    """The same command gives the same plan and report, read from what is written."""
+def test_a_finished_run_is_recognised(method, llama, text, tmp_path):
+    """The same command returns the same plan and report, read from the output."""
     first = run_uniform(llama, tmp_path / "out", text, method=method)
     again = run_uniform(llama, tmp_path / "out", text, method=method)
     assert again.plan == first.plan
@@ -170,7 +169,7 @@ def test_a_finished_run_is_known_again(method, llama, text, tmp_path):
 
 @pytest.mark.parametrize("method", ["svd", "asvd"])
 @pytest.mark.parametrize("allocation", ["svd-llm-v2", "mgaa", "d-rank"])
-def test_any_allocation_of_ranks_serves_them(method, allocation, llama, text, tmp_path):
+def test_any_rank_allocation_works_with_them(method, allocation, llama, text, tmp_path):
     """Ranks by another method's rule, from the curve in this method's norm, within the budget."""
     uniform = run_uniform(llama, tmp_path / "uniform", text, method=method, keep=0.6)
     fields = {"method": method, "allocation": allocation, "keep": 0.6}
@@ -180,7 +179,7 @@ def test_any_allocation_of_ranks_serves_them(method, allocation, llama, text, tm
 
 
 def test_options_reach_the_decomposition(llama, text, tmp_path):
-    """Another alpha is another unit and other bytes; at 0 it cuts what the plain SVD cuts."""
+    """Another alpha gives another unit and other bytes; at 0 it truncates like the plain SVD."""
     run_dir, errors = str(tmp_path / "run"), []
     for name, method, options in [
         ("half", "asvd", {"asvd": {"alpha": 0.5}}),
@@ -203,23 +202,23 @@ def test_options_reach_the_decomposition(llama, text, tmp_path):
         ({"method": "mgaa", "options": {"mgaa": {"tt": 1}}}, "mgaa: unknown option 'tt'"),
     ],
 )
-def test_what_does_not_fit_is_said_before_anything_runs(fields, message, llama, text, tmp_path):
-    """An allocation for another form, an option that is not there, or a value out of bounds."""
+def test_invalid_combinations_are_refused_before_the_run(fields, message, llama, text, tmp_path):
+    """An allocation for another form, an unknown option, or a value out of range."""
     with pytest.raises(UsageError, match=message):
         run(llama, tmp_path / "out", text, **fields)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_method_and_its_allocation_share_a_table(llama, text, tmp_path):
-    """Options that a method does not have are its allocation's."""
+    """Options that the method does not have are its allocation's."""
     options = {"mgaa": {"t": 0.0, "low": 0.0, "high": 1.0}}
     even = run(llama, tmp_path / "even", text, method="mgaa", options=options)
     steep = run(llama, tmp_path / "steep", text, method="mgaa", options={"mgaa": {"t": 2.0}})
     assert even.plan.assignments != steep.plan.assignments
 
 
-def test_a_budget_in_bytes_counts_what_is_on_disk(llama, text, tmp_path):
-    """Wanda at half the bytes: values and indices in the files fit, and few bytes are left over."""
+def test_a_budget_in_bytes_counts_the_bytes_on_disk(llama, text, tmp_path):
+    """Wanda at half the bytes: values and indices in the files fit, with few bytes to spare."""
     result = run(llama, tmp_path / "out", text, method="wanda", keep=None, keep_bytes=0.5)
     found = result.report["bytes"]
     linears = tuple(f"{name}." for name in result.report["linears"])

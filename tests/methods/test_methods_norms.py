@@ -1,4 +1,4 @@
-"""Methods that truncate in a norm of their own: plain SVD and ASVD, and the magnitudes it needs."""
+"""Methods with a norm of their own: plain SVD and ASVD, and the magnitudes that ASVD needs."""
 
 import pytest
 import torch
@@ -35,7 +35,8 @@ def truncated(matrix, rank):
 
 @every_specimen
 def test_svd_is_the_truncated_svd(name):
-    """Energies are the squared singular values, and every rank loses what the best one does."""
+    """Energies are the squared singular values; every rank has the loss of the best
+    approximation."""
     weight_OI = SPECIMENS[name].weight_OI
     size = min(weight_OI.shape)
     expected_K = torch.linalg.svdvals(weight_OI).square()
@@ -53,7 +54,7 @@ def test_svd_is_the_truncated_svd(name):
 @every_specimen
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_asvd_is_the_scaled_svd_divided_by_the_scale(name, alpha):
-    """U_r Σ_r V_rᵀ diag(s)⁻¹, with the division made, is the same matrix."""
+    """U_r Σ_r V_rᵀ diag(s)⁻¹, with the division performed, is the same matrix."""
     weight_OI = SPECIMENS[name].weight_OI
     method = make_method("asvd", {"alpha": alpha})
     for statistic in statistics(SPECIMENS[name]):
@@ -75,7 +76,7 @@ def test_asvd_is_the_scaled_svd_divided_by_the_scale(name, alpha):
 @every_specimen
 @pytest.mark.parametrize("method", ["svd", "asvd"])
 def test_the_loss_on_activations_is_that_of_the_outputs(method, name):
-    """Total less the first r activation energies is Σ|Wx − W'x|², whichever Gram was gathered."""
+    """The total minus the first r activation energies is Σ|Wx − W'x|², for either Gram."""
     weight_OI, inputs_TI = SPECIMENS[name].weight_OI, SPECIMENS[name].inputs_TI
     size = min(weight_OI.shape)
     energy = float((inputs_TI @ weight_OI.T).square().sum())
@@ -90,7 +91,7 @@ def test_the_loss_on_activations_is_that_of_the_outputs(method, name):
 
 
 def test_an_exponent_of_zero_is_the_plain_svd():
-    """With alpha 0 every input has one scale."""
+    """With alpha 0 all inputs have the same scale."""
     specimen = of_model(40, 24)
     (statistic, _) = statistics(specimen)
     plain = METHODS["svd"].decompose(specimen.weight_OI, statistic, 10)
@@ -100,8 +101,8 @@ def test_an_exponent_of_zero_is_the_plain_svd():
     )
 
 
-def test_no_method_loses_less_on_the_outputs_than_svd_llm():
-    """Of one specimen and rank: the whitened norm first, then ASVD's, then the plain one."""
+def test_svd_llm_loses_least_on_the_outputs():
+    """For one specimen and rank: the whitened norm loses least, then ASVD's, then the plain one."""
     specimen = of_model(60, 40)
     (statistic, _) = statistics(specimen)
     lost = []
@@ -113,7 +114,7 @@ def test_no_method_loses_less_on_the_outputs_than_svd_llm():
 
 
 def test_half_precision_weights_give_float32_factors():
-    """A bfloat16 weight is decomposed like its float32 copy, to the bit."""
+    """A bfloat16 weight is decomposed like its float32 copy, bit for bit."""
     specimen = of_model(40, 24)
     (statistic, _) = statistics(specimen)
     half = specimen.weight_OI.bfloat16()
@@ -125,7 +126,7 @@ def test_half_precision_weights_give_float32_factors():
 
 
 def test_bad_scales_and_statistics_are_refused():
-    """A scale that does not fit or is not above 0; NaN anywhere; magnitudes nobody gathered."""
+    """A scale of the wrong size or not above 0; NaN anywhere; missing magnitudes."""
     weight_OI, gram = gaussian(6, 4), InputGram(torch.eye(4).double())
     ones = torch.ones(4, dtype=torch.float64)
     for scale in (ones[:3], 0 * ones):
@@ -140,7 +141,7 @@ def test_bad_scales_and_statistics_are_refused():
 
 
 def test_options_are_checked():
-    """Values and names are checked, and options change what is stored."""
+    """Values and names are checked, and options change the unit."""
     with pytest.raises(UsageError, match="alpha is 3"):
         make_method("asvd", {"alpha": 3})
     with pytest.raises(UsageError, match="unknown option 'alhpa'; near misses: alpha"):
@@ -158,7 +159,7 @@ ROWS = st.integers(0, 20).flatmap(lambda n: st.integers(0, 20).map(lambda m: (n,
 @given(sizes=ROWS)
 @settings(deadline=None, max_examples=30)
 def test_magnitudes_are_a_monoid(sizes):
-    """Merged parts are the whole, an empty one changes nothing, and the mean is that of all."""
+    """Merged parts equal the whole, an empty one is neutral, and the mean is that of all."""
     one_TI, two_TI = (gaussian(n, 5, seed=seed) for seed, n in enumerate(sizes))
     whole = Magnitude(5).update(torch.cat([one_TI, two_TI]))
     merged = Magnitude(5).update(one_TI).merge(Magnitude(5).update(two_TI))
@@ -171,7 +172,7 @@ def test_magnitudes_are_a_monoid(sizes):
 
 
 def test_magnitudes_of_half_precision_are_summed_in_double():
-    """A thousand ones and a thousandth each: nothing is lost where bfloat16 would stop at 256."""
+    """A thousand ones and a thousandth each: no loss, where bfloat16 would stop at 256."""
     rows = torch.full((1000, 2), 1.0, dtype=torch.bfloat16)
     rows[:, 1] = -0.0009765625
     assert Magnitude(2).update(rows).mean().tolist() == [1.0, 0.0009765625]

@@ -1,4 +1,4 @@
-"""Wanda against brute force, and the order in which its entries are stored."""
+"""Wanda against brute force, and the order of its stored entries."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def wanda(specimen):
 
 
 def kept(found, nonzeros):
-    """The weight of the first entries."""
+    """Weight made of the first entries."""
     flat = torch.zeros(found.shape[0] * found.shape[1])
     flat[found.positions_N[:nonzeros].long()] = found.values_N[:nonzeros]
     return flat.view(found.shape)
@@ -40,8 +40,8 @@ def linear(name, outputs, inputs):
     )
 
 
-def test_a_row_keeps_what_brute_force_would():
-    """Of all choices of k entries a row, the one kept has the largest sum of |W_ij| |x_j|."""
+def test_a_row_keeps_the_entries_of_a_brute_force_search():
+    """Among all choices of k entries per row, the kept one has the largest sum of |W_ij| |x_j|."""
     weight_OI, inputs_TI = gaussian(3, 6), gaussian(20, 6, seed=1)
     found = WANDA.decompose(weight_OI, InputGram(inputs_TI.T @ inputs_TI), 1)
     score_OI = weight_OI.abs() * inputs_TI.norm(dim=0)
@@ -56,8 +56,8 @@ def test_a_row_keeps_what_brute_force_would():
 
 
 @pytest.mark.parametrize("name", menagerie())
-def test_every_prefix_keeps_equally_many_of_each_row(name):
-    """To within one entry; no entry comes twice, none changes, and all of them are the weight."""
+def test_every_prefix_has_equally_many_entries_of_each_row(name):
+    """Equal up to one entry; no entry occurs twice or changes, and all of them give the weight."""
     specimen = menagerie()[name]
     found = wanda(specimen)
     outputs, inputs = found.shape
@@ -71,7 +71,7 @@ def test_every_prefix_keeps_equally_many_of_each_row(name):
 
 
 @pytest.mark.parametrize("name", menagerie())
-def test_losses_are_those_of_what_is_not_kept(name):
+def test_losses_are_those_of_the_removed_entries(name):
     """At every edge: in the inputs' norm, of the weight, and of the squared scores."""
     specimen = menagerie()[name]
     weight_OI, inputs_TI = specimen.weight_OI, specimen.inputs_TI
@@ -92,21 +92,21 @@ def test_losses_are_those_of_what_is_not_kept(name):
         assert left == pytest.approx(of_scores, abs=1e-12 * found.total)
 
 
-def test_equal_scores_go_by_column():
-    """Nothing depends on chance: of equal entries the first column comes first."""
+def test_equal_scores_are_ordered_by_column():
+    """The order is deterministic: of equal entries the first column comes first."""
     found = WANDA.decompose(torch.ones(2, 3), InputGram(torch.eye(3)), 1)
     assert found.positions_N.tolist() == [0, 3, 1, 4, 2, 5]
 
 
-def test_inputs_that_are_never_seen_go_first():
-    """A column that no token reaches scores nothing, however large its weights."""
+def test_dead_inputs_are_pruned_first():
+    """A column that no token reaches has score 0, however large its weights."""
     weight_OI = torch.tensor([[1.0, 100.0], [2.0, 100.0]])
     found = WANDA.decompose(weight_OI, InputGram(torch.diag(torch.tensor([1.0, 0.0]))), 1)
     assert kept(found, 2).tolist() == [[1, 0], [2, 0]]
 
 
-def test_what_is_no_gram_of_inputs_is_refused():
-    """Scores need the inputs' norms, from a Gram that is finite and has none below zero."""
+def test_an_invalid_gram_of_inputs_is_refused():
+    """Scores need the inputs' norms, from a finite Gram without negative diagonal."""
     weight_OI = gaussian(3, 2)
     with pytest.raises(ValueError, match="outputs"):
         WANDA.decompose(weight_OI, OutputGram(torch.eye(3)), 1)
@@ -119,7 +119,7 @@ def test_what_is_no_gram_of_inputs_is_refused():
 
 
 def test_a_bfloat16_weight_is_sorted_as_its_float32_copy():
-    """The same order and the same losses, to the bit."""
+    """The same order and the same losses, bit for bit."""
     specimen = of_model(24, 16)
     half = specimen.weight_OI.bfloat16()
     gram = InputGram(specimen.inputs_TI.T @ specimen.inputs_TI)
@@ -131,7 +131,7 @@ def test_a_bfloat16_weight_is_sorted_as_its_float32_copy():
 
 @pytest.mark.parametrize("keep", [0.001, 0.3, 0.5, 0.77, 0.999])
 def test_uniform_entries_meet_the_budget_from_below(keep):
-    """floor(keep m n) entries each; less than one value a linear is left over."""
+    """floor(keep m n) entries each; less than one value per linear remains."""
     linears = [linear("a", 40, 30), linear("b", 33, 70), linear("c", 2000, 1)]
     plan = make_allocator("uniform", {}, "sparse")(linears, {}, keep, {})
     assert 0 <= plan.slack_values < len(linears)
@@ -142,7 +142,7 @@ def test_uniform_entries_meet_the_budget_from_below(keep):
 
 
 def test_all_entries_are_the_dense_weight():
-    """At 1 nothing is sparse; below one entry there is nothing to keep."""
+    """At 1 no linear is sparse; below one entry the budget is infeasible."""
     linears = [linear("a", 40, 30), linear("b", 3, 3)]
     uniform = make_allocator("uniform", {}, "sparse")
     plan = uniform(linears, {}, 1.0, {})
@@ -154,7 +154,7 @@ def test_all_entries_are_the_dense_weight():
 
 
 @pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - {"uniform"}))
-def test_allocations_of_ranks_do_not_serve_a_sparse_form(name):
-    """One clear message that says which there are."""
+def test_rank_allocations_are_refused_for_a_sparse_form(name):
+    """One clear message that lists the possible allocations."""
     with pytest.raises(UsageError, match=rf"'{name}' divides ranks.*one of uniform"):
         make_allocator(name, {}, "sparse")

@@ -1,4 +1,4 @@
-"""Bases shared by several blocks, and left factors fitted again, through the whole job."""
+"""Bases shared by several blocks, and refitted left factors, in whole runs."""
 
 import pytest
 import torch
@@ -28,7 +28,8 @@ def shared(model, out, text, *, group=2, refit="never", **fields):
 
 
 def test_blocks_share_their_bases(llama, text, tmp_path):
-    """q of blocks 0 and 1 have one `down` in memory and on disk; o has its own; the count fits."""
+    """q of blocks 0 and 1 have one `down` in memory and on disk; o has its own; the count is
+    right."""
     result = shared(llama, tmp_path / "out", text)
     model = orchestrator.load(result.out)
     layers = model.model.layers
@@ -42,28 +43,28 @@ def test_blocks_share_their_bases(llama, text, tmp_path):
 
 
 def test_a_model_without_such_linears_is_refused(text, checkpoint, tmp_path):
-    """GPT-2 names no linear q_proj: a group of two is an error, not silence."""
+    """GPT-2 has no linear named q_proj: a group of two is an error."""
     model = with_tokenizer(checkpoint("gpt2"), tmp_path / "dense")
     with pytest.raises(UsageError, match="group is 2, but no targeted linear is named"):
         shared(model, tmp_path / "out", text)
 
 
-def test_one_block_a_group_is_svd_llm(llama, text, tmp_path):
-    """With group 1 the weights are those of SVD-LLM, to the bit."""
+def test_one_block_per_group_is_svd_llm(llama, text, tmp_path):
+    """With group 1 the weights equal those of SVD-LLM, bit for bit."""
     one = contents(shared(llama, tmp_path / "one", text, group=1).out)
     plain = contents(run(llama, tmp_path / "plain", text).out)
     assert one["model.safetensors"] == plain["model.safetensors"]
 
 
 def test_the_cut_changes_no_bit_of_a_group(llama, text, tmp_path):
-    """One shard, and shards that end between groups only, write the same bytes."""
+    """One shard, and shards that end only between groups, write the same bytes."""
     whole = contents(shared(llama, tmp_path / "whole", text, shards=1).out)
     cut = contents(shared(llama, tmp_path / "cut", text, shards=5).out)
     assert cut == whole
 
 
 def test_a_fit_is_the_least_squares_solution_on_the_compressed_inputs(llama, text, tmp_path):
-    """Of every linear: `lstsq` on what the cut model, run by transformers, feeds to it."""
+    """For every linear it equals `lstsq` on the compressed model's inputs, run by transformers."""
     cut = shared(llama, tmp_path / "cut", text)
     fitted = orchestrator.load(shared(llama, tmp_path / "fitted", text, refit="always").out)
     model, dense = orchestrator.load(cut.out), orchestrator.load(llama)
@@ -101,7 +102,7 @@ def test_a_fit_is_the_least_squares_solution_on_the_compressed_inputs(llama, tex
 
 
 def test_the_cut_and_a_second_size_change_no_bit_of_a_fit(llama, text, tmp_path):
-    """A fitted size written from a run directory that has other sizes is that of a direct run."""
+    """A refitted size from a run directory with other sizes equals that of a direct run."""
     direct = shared(llama, tmp_path / "direct", text, refit="always", shards=1)
     run_dir = str(tmp_path / "run")
     shared(llama, tmp_path / "other", text, refit="always", keep=0.7, run_dir=run_dir)
@@ -111,7 +112,7 @@ def test_the_cut_and_a_second_size_change_no_bit_of_a_fit(llama, text, tmp_path)
 
 @pytest.mark.ray
 def test_two_workers_fit_the_same_bits(llama, text, tmp_path, ray_address):
-    """Refitted on two Ray actors, the output is what one process writes."""
+    """Refitted on two Ray actors, the output equals that of one process."""
     local = contents(shared(llama, tmp_path / "local", text, refit="always").out)
     workers = {"executor": "ray", "address": ray_address, "workers": 2}
     assert contents(shared(llama, tmp_path / "ray", text, refit="always", **workers).out) == local

@@ -1,4 +1,4 @@
-"""Sparse + low rank in the two-sided norm: losses as they are, from weights to checkpoints."""
+"""Sparse + low rank in the two-sided norm: losses, pruning order, and whole runs."""
 
 import itertools
 from dataclasses import replace
@@ -31,7 +31,7 @@ TOKENS = torch.arange(2, 34)[None] * 5 % 96
 
 
 def statistic(specimen, seed=7):
-    """Of the specimen's inputs, and of twice as many gradients as outputs."""
+    """Statistic of the specimen's inputs, and of twice as many gradients as outputs."""
     outputs = len(specimen.weight_OI)
     rows_TO = gaussian(2 * outputs, outputs, seed=seed) @ gaussian(outputs, outputs, seed=8)
     return InputGram(specimen.gram_II, curvature=Curvature(rows_TO.T @ rows_TO, len(rows_TO)))
@@ -56,7 +56,7 @@ def left_out(found, nonzeros):
 
 
 @pytest.mark.parametrize("name", menagerie())
-def test_losses_are_those_of_what_is_left_out(name):
+def test_losses_are_those_of_the_residual(name):
     """At every point: trace(C D H D^T), trace(D H D^T) and |D|^2 of D = W - S - L."""
     specimen = menagerie()[name]
     given, weight_OI = statistic(specimen), specimen.weight_OI
@@ -78,7 +78,7 @@ def test_losses_are_those_of_what_is_left_out(name):
 
 
 def test_points_are_the_densities_and_steps_of_the_rank():
-    """Ranks to the part of break-even asked for, or to what the entries leave."""
+    """Ranks up to the requested fraction of break-even, or to the budget left by the entries."""
     specimen = of_model(40, 30)
     found = measure(specimen.weight_OI, statistic(specimen), (0, 0.5, 0.9), 0.5)
     # break-even is rank 17 of 1200 / 70
@@ -95,7 +95,7 @@ def test_points_are_the_densities_and_steps_of_the_rank():
 
 
 @pytest.mark.parametrize("name", ["tall", "wide", "square", "model"])
-def test_no_factors_beside_the_entries_lose_less(name):
+def test_the_factors_are_optimal_for_the_entries(name):
     """At every rank the loss is the tail of the squares of C^(1/2) (W - S) H^(1/2)."""
     specimen = menagerie()[name]
     given = statistic(specimen)
@@ -109,7 +109,7 @@ def test_no_factors_beside_the_entries_lose_less(name):
 
 
 def test_without_entries_the_factors_are_two_sided():
-    """At density 0 they are what `two-sided` gives, and lose what it says."""
+    """At density 0 factors and losses equal those of `two-sided`."""
     specimen = of_model(12, 20)
     given = statistic(specimen)
     expected = decompose_two_sided(specimen.weight_OI, given, 4, damping=DAMPING)
@@ -125,7 +125,7 @@ def test_without_entries_the_factors_are_two_sided():
 
 
 def test_pruning_is_by_both_diagonals():
-    """Entries go by C_ii H_jj W_ij^2; equal ones by position."""
+    """Entries are ordered by C_ii H_jj W_ij^2; equal ones by position."""
     specimen = of_model(9, 7)
     given = statistic(specimen)
     found = measure(specimen.weight_OI, given)
@@ -137,8 +137,8 @@ def test_pruning_is_by_both_diagonals():
     assert entry_order(torch.ones(2, 3), torch.ones(2), torch.ones(3)).tolist() == [*range(6)]
 
 
-def test_diagonal_statistics_make_the_entries_the_best_of_their_number():
-    """By comparison with every choice of as many entries."""
+def test_entries_are_optimal_for_diagonal_statistics():
+    """Compared with every choice of the same number of entries."""
     weight_OI, h_I = gaussian(3, 4), torch.tensor([0.1, 2.0, 1.0, 5.0], dtype=torch.float64)
     c_O = torch.tensor([3.0, 1.0, 0.2], dtype=torch.float64)
     given = InputGram(h_I.diag(), curvature=Curvature(c_O.diag(), 1))
@@ -152,7 +152,7 @@ def test_diagonal_statistics_make_the_entries_the_best_of_their_number():
 
 
 def test_memory_order_changes_nothing():
-    """A transposed view, as transposed modules give, has the same losses and factors."""
+    """A transposed view, as in transposed modules, has the same losses and factors."""
     specimen = of_model(14, 10)
     one, other = (
         measure(weight_OI, statistic(specimen))
@@ -163,7 +163,7 @@ def test_memory_order_changes_nothing():
 
 
 def test_gradients_of_zero_cost_nothing():
-    """A linear that the loss does not see loses nothing, and keeps entries by its inputs."""
+    """A linear without effect on the loss loses 0, and keeps entries by its inputs."""
     specimen = of_model(8, 6)
     flat = InputGram(specimen.gram_II, curvature=Curvature(torch.zeros(8, 8), 0))
     found = measure(specimen.weight_OI, flat)
@@ -172,8 +172,8 @@ def test_gradients_of_zero_cost_nothing():
     assert torch.equal(found.curvature_O, torch.ones(8))
 
 
-def test_what_it_cannot_measure_is_refused():
-    """Curvature on the smaller side, none at all, the outputs' Gram, NaN."""
+def test_unsuitable_statistics_are_refused():
+    """Curvature on the smaller side, no curvature, the outputs' Gram, NaN."""
     specimen = menagerie()["tall"]
     given = statistic(specimen)
     for curvature, said in ((None, "None"), (Curvature(torch.eye(12), 1), r"\(12, 12\)")):
@@ -196,14 +196,14 @@ def test_what_it_cannot_measure_is_refused():
         {"ranks": 1.5},
     ],
 )
-def test_options_that_are_not_allowed_are_refused(options):
-    """Each with its name and what is allowed."""
+def test_invalid_options_are_refused(options):
+    """Each is named with the allowed values."""
     with pytest.raises(UsageError, match=f"{next(iter(options))} is .*; it must be"):
         make_method("two-sided-sparse", options)
 
 
 def test_the_method_is_its_options():
-    """What is stored is named by its options; labels are part of the statistics' key."""
+    """Units are named by the options; label draws are part of the statistics' key."""
     named = make_method("two-sided-sparse", {"densities": "0, 0.5", "ranks": 1, "draws": 2})
     of = "damping=0.01 densities=0.0 0.5 ranks=1.0 steps=8"
     assert named.decomposition == f"two-sided-sparse {of}"
@@ -213,8 +213,8 @@ def test_the_method_is_its_options():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_entries_come_back_as_they_are(dtype, tmp_path):
-    """The first of their order, by position, unrounded whatever the factors' dtype."""
+def test_entries_are_read_back_unchanged(dtype, tmp_path):
+    """The first of their order, by position, unrounded for any dtype of the factors."""
     specimen = of_model(14, 10)
     found = METHOD.decompose(specimen.weight_OI.float(), statistic(specimen), 5)
     save_file({k: v.contiguous() for k, v in stored_pruned(found, dtype).items()}, tmp_path / "a")
@@ -227,8 +227,8 @@ def test_entries_come_back_as_they_are(dtype, tmp_path):
 
 
 @pytest.mark.parametrize(("nonzeros", "rank"), [(33, 0), (42, 2), (140, 0)])
-def test_entries_are_fitted_to_what_factors_leave(nonzeros, rank, tmp_path):
-    """They lose less beside the stored factors than the weight's own; all of them are the weight"""
+def test_entries_are_fitted_to_the_residual_of_the_factors(nonzeros, rank, tmp_path):
+    """They lose less with the stored factors than the weight's own; all of them give the weight."""
     specimen = of_model(14, 10)
     weight_OI, given = specimen.weight_OI.float(), statistic(specimen)
     found = measure(weight_OI, given, fits=True)
@@ -268,7 +268,7 @@ def compress(model, out, text, **fields):
 
 @pytest.fixture(scope="module")
 def reference(llama, text, tmp_path_factory):
-    """The result in one process and one shard."""
+    """Result in one process and one shard."""
     out = tmp_path_factory.mktemp("reference") / "out"
     compress(llama, out, text, shards=1)
     return contents(out)
@@ -276,7 +276,8 @@ def reference(llama, text, tmp_path_factory):
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.85])
 def test_a_checkpoint_is_factors_and_entries(keep, llama, text, tmp_path):
-    """Every linear of the loaded model is L + S by hand; its errors are near those reported."""
+    """Every linear of the loaded model is L + S computed by hand; errors are near those
+    reported."""
     options = {"two-sided-sparse": {"steps": 0}}
     result = compress(llama, tmp_path / "out", text, keep=keep, options=options)
     values = result.report["values"]
@@ -312,7 +313,7 @@ def test_a_checkpoint_is_factors_and_entries(keep, llama, text, tmp_path):
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
-    """Wherever gradients cross a boundary, the output is byte-identical."""
+    """For every place where gradients cross a boundary the output is byte-identical."""
     compress(llama, tmp_path / "out", text, shards=shards)
     assert contents(tmp_path / "out") == reference
 
@@ -322,14 +323,14 @@ def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
 def test_the_number_of_workers_changes_no_bit(
     workers, shards, llama, text, reference, tmp_path, ray_address
 ):
-    """Actors write what one process writes without Ray."""
+    """Actors write the same as one process without Ray."""
     fields = {"executor": "ray", "workers": workers, "shards": shards}
     compress(llama, tmp_path / "out", text, **fields)
     assert contents(tmp_path / "out") == reference
 
 
 def test_another_size_needs_no_statistics(llama, text, tmp_path):
-    """From one run directory any size is cut; its bytes are those of a direct run."""
+    """Any size is made from one run directory; its bytes are those of a direct run."""
     run_dir = str(tmp_path / "run")
     compress(llama, tmp_path / "half", text, run_dir=run_dir)
     events = []
@@ -343,14 +344,14 @@ def test_another_size_needs_no_statistics(llama, text, tmp_path):
 
 @pytest.mark.parametrize("share", [0.15, 0.6])
 def test_a_budget_in_bytes_is_met(share, llama, text, tmp_path):
-    """Indices count: what is stored takes the bytes asked for at most, and almost all of them."""
+    """Including indices, at most the given bytes are stored, and almost all of them."""
     result = compress(llama, tmp_path / "out", text, keep=None, keep_bytes=share)
     stored = result.report["bytes"]
     assert 0.98 * share < stored["stored"] / stored["dense_linears"] <= share
 
 
 def test_refused_before_anything_is_computed(llama, text, tmp_path):
-    """A budget below rank 1 everywhere, and an allocation that is not its own."""
+    """A budget below rank 1 everywhere, and an allocation of another method."""
     with pytest.raises(InfeasibleError, match="least possible"):
         compress(llama, tmp_path / "out", text, keep=0.01)
     with pytest.raises(UsageError, match="'cap', and two-sided-sparse measures"):
@@ -361,7 +362,7 @@ def test_refused_before_anything_is_computed(llama, text, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama_tied", "gemma3"])
 def test_families_are_compressed(family, checkpoint, text, tmp_path):
-    """The budget is met from below, and what loads is finite."""
+    """The budget is met from below, and the loaded model is finite."""
     assert family in FAMILIES
     model = with_tokenizer(checkpoint(family), tmp_path / "dense")
     result = compress(model, tmp_path / "out", text, shards=2, keep=0.6)
@@ -370,8 +371,8 @@ def test_families_are_compressed(family, checkpoint, text, tmp_path):
 
 
 @pytest.mark.parametrize("after", [{"refine": "blocks"}, {"compensate": "anchored"}])
-def test_stages_behind_the_plan_take_its_forms(after, llama, text, tmp_path):
-    """What trains or refits the compressed model starts from sparse, mixed and low-rank linears."""
+def test_stages_after_the_plan_accept_its_forms(after, llama, text, tmp_path):
+    """Training and refit of the compressed model start from sparse, mixed and low-rank linears."""
     result = compress(llama, tmp_path / "out", text, keep=0.3, **after)
     assert len({each.form for each in result.plan.assignments.values()}) > 1
     assert bool(orchestrator.load(result.out)(input_ids=TOKENS).logits.isfinite().all())

@@ -1,4 +1,4 @@
-"""The whole job on tiny models: every family; any cut and any workers give the same bytes."""
+"""Whole runs on tiny models: every family; any cut and any workers give the same bytes."""
 
 import json
 
@@ -29,7 +29,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(llama, text, tmp_path_factory):
-    """The result in one process, cut into five shards."""
+    """Result in one process, cut into five shards."""
     out = tmp_path_factory.mktemp("reference") / "out"
     run(llama, out, text, shards=5)
     return contents(out)
@@ -37,7 +37,7 @@ def reference(llama, text, tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_compressed_and_loads(family, checkpoint, text, tmp_path):
-    """Compressed on two shards, it loads with transformers, and is what our shards run."""
+    """Compressed on two shards, it loads with transformers and equals the output of our shards."""
     model = with_tokenizer(checkpoint(family), tmp_path / "dense")
     result = run(model, tmp_path / "out", text, shards=2)
     report = result.report
@@ -61,7 +61,7 @@ def test_every_family_is_compressed_and_loads(family, checkpoint, text, tmp_path
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_everything_kept_changes_nothing(family, checkpoint, text, tmp_path):
-    """At 1 every linear stays dense, and the logits are the dense model's to the bit."""
+    """At 1 every linear stays dense, and the logits are bit for bit the dense model's."""
     model = with_tokenizer(checkpoint(family), tmp_path / "dense")
     result = run(model, tmp_path / "out", text, keep=1.0)
     assert {entry["form"] for entry in result.report["linears"].values()} == {"dense"}
@@ -72,7 +72,7 @@ def test_everything_kept_changes_nothing(family, checkpoint, text, tmp_path):
 
 
 def test_activation_errors_are_those_of_the_calibration_tokens(checkpoint, text, tmp_path):
-    """The report's error of a linear is what replacing it alone does to its outputs."""
+    """The report's error of a linear is the change of its outputs when it alone is replaced."""
     model = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
     result = run(model, tmp_path / "out", text)
     dense = AutoModelForCausalLM.from_pretrained(model)
@@ -100,7 +100,7 @@ def test_activation_errors_are_those_of_the_calibration_tokens(checkpoint, text,
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 10])
 def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
-    """From one shard to a shard a block, the output is byte-identical."""
+    """From one shard to one per block the output is byte-identical."""
     run(llama, tmp_path / "out", text, shards=shards)
     assert contents(tmp_path / "out") == reference
 
@@ -110,14 +110,14 @@ def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
 def test_the_number_of_workers_changes_no_bit(
     workers, shards, llama, text, reference, tmp_path, ray_address
 ):
-    """With 1, 2 and 4 Ray actors the output is what one process writes without Ray."""
+    """With 1, 2 and 4 Ray actors the output equals that of one process without Ray."""
     fields = {"executor": "ray", "workers": workers, "shards": shards}
     run(llama, tmp_path / "out", text, **fields)
     assert contents(tmp_path / "out") == reference
 
 
 def test_many_files_hold_the_same_model(llama, text, reference, tmp_path):
-    """A small file limit cuts the checkpoint into whole blocks, and loads as the same model."""
+    """A small file limit divides the checkpoint at whole blocks; it loads as the same model."""
     result = run(llama, tmp_path / "out", text, max_shard_size="100KB")
     assert len(list(result.out.glob("model-*.safetensors"))) == 10
     (tmp_path / "one").mkdir()
@@ -128,7 +128,7 @@ def test_many_files_hold_the_same_model(llama, text, reference, tmp_path):
 
 
 def test_a_finished_run_does_nothing_again(llama, text, tmp_path):
-    """The same command again gives the same report, without a pass and without writing."""
+    """The same command again returns the same report, without a pass and without writing."""
     first = run(llama, tmp_path / "out", text)
     times = {path: path.stat().st_mtime_ns for path in first.out.iterdir()}
     events = []
@@ -140,7 +140,7 @@ def test_a_finished_run_does_nothing_again(llama, text, tmp_path):
 
 
 def test_another_size_needs_no_second_calibration(llama, text, tmp_path):
-    """From one run directory a second size is cut; its bytes are those of a direct run."""
+    """A second size made from a run directory has the bytes of a direct run."""
     run_dir = str(tmp_path / "run")
     run(llama, tmp_path / "half", text, run_dir=run_dir)
     events = []
@@ -178,7 +178,7 @@ def test_only_targets_are_touched(layout, llama, text, tmp_path):
 
 
 def test_padding_does_not_reach_the_statistics(llama, text, tmp_path):
-    """Documents padded to a longer sequence lose nothing: the same tokens, the same errors."""
+    """Documents padded to a longer sequence give the same tokens and the same errors."""
     rows = text.read_text().splitlines()[:6]
     lines = tmp_path / "text.jsonl"
     lines.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))

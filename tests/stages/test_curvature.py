@@ -1,4 +1,4 @@
-"""Two-sided compression of tiny models as a whole: gradients flow back through the shards."""
+"""Two-sided compression of tiny models: gradients flow back through the shards."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def compress(llama, out, text, **fields):
 
 @pytest.fixture(scope="module")
 def reference(llama, text, tmp_path_factory):
-    """The result in one process and one shard, without a boundary."""
+    """Result in one process and one shard, without a boundary."""
     out = tmp_path_factory.mktemp("reference") / "out"
     compress(llama, out, text, shards=1)
     return contents(out)
@@ -38,7 +38,7 @@ def reference(llama, text, tmp_path_factory):
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "gemma3", "phi3", "falcon"])
 def test_families_are_compressed_two_sided(family, checkpoint, text, tmp_path):
-    """The budget is met from below, and what loads is finite."""
+    """The budget is met from below, and the loaded model is finite."""
     model = with_tokenizer(checkpoint(family), tmp_path / "dense")
     result = compress(model, tmp_path / "out", text, shards=2, keep=0.6)
     assert 0.55 < result.report["kept"]["linears"] <= 0.6
@@ -47,7 +47,7 @@ def test_families_are_compressed_two_sided(family, checkpoint, text, tmp_path):
 
 @pytest.mark.parametrize("shards", [2, 6])
 def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
-    """Wherever gradients cross a boundary, the output is byte-identical, and no chunk is left."""
+    """For any place of the boundaries the output is byte-identical, and no chunk remains."""
     result = compress(llama, tmp_path / "out", text, shards=shards)
     assert contents(tmp_path / "out") == reference
     assert not [path for path in (result.run_dir / "chunks").rglob("*") if path.is_file()]
@@ -58,7 +58,7 @@ def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
 def test_the_number_of_workers_changes_no_bit(
     workers, shards, llama, text, reference, tmp_path, ray_address
 ):
-    """Actors write what one process writes without Ray."""
+    """Actors write the same as one process without Ray."""
     fields = {"executor": "ray", "workers": workers, "shards": shards}
     compress(llama, tmp_path / "out", text, **fields)
     assert contents(tmp_path / "out") == reference
@@ -67,7 +67,7 @@ def test_the_number_of_workers_changes_no_bit(
 @pytest.mark.ray
 @pytest.mark.parametrize("units", [0, 3])
 def test_a_killed_actor_costs_no_bit(units, llama, text, reference, tmp_path, ray_address):
-    """Killed before or between the units of the backward pass, another goes on to the same end."""
+    """Killed before or between the units of the backward pass, another gives the same result."""
     pids, killed = [], []
 
     def kill(event):
@@ -85,10 +85,8 @@ def test_a_killed_actor_costs_no_bit(units, llama, text, reference, tmp_path, ra
 
 
 def test_labels_and_seed_are_part_of_the_result(llama, text, reference, tmp_path):
-    """Another seed, however large, draws other labels; more draws are another statistic.
-
-    A size needs neither.
-    """
+    """Another seed, however large, draws other labels; more draws are another statistic. A size
+    needs neither."""
     run_dir = str(tmp_path / "run")
     compress(llama, tmp_path / "seed", text, seed=2**60, run_dir=run_dir)
     assert contents(tmp_path / "seed")["model.safetensors"] != reference["model.safetensors"]
@@ -109,7 +107,7 @@ def test_labels_and_seed_are_part_of_the_result(llama, text, reference, tmp_path
 
 
 def test_mgaa_divides_what_two_sided_factors_lose(llama, text, tmp_path):
-    """Allocations mix: the cosines are gathered on the way back, too."""
+    """Allocations can be combined: the cosines are also accumulated in the backward pass."""
     result = compress(llama, tmp_path / "out", text, allocation="mgaa", keep=0.6)
     plain = run(llama, tmp_path / "plain", text, method="mgaa", keep=0.6)
     kept = {}
@@ -123,7 +121,7 @@ def test_mgaa_divides_what_two_sided_factors_lose(llama, text, tmp_path):
 
 
 def test_a_lost_boundary_chunk_is_made_again(llama, text, reference, tmp_path):
-    """A file of the other pass that vanishes under the backward pass costs no block and no bit."""
+    """A file of the other pass that vanishes during the backward pass costs no block and no bit."""
     events = []
 
     def vanish(event):
@@ -143,7 +141,7 @@ def test_a_lost_boundary_chunk_is_made_again(llama, text, reference, tmp_path):
 def test_gradients_that_do_not_fit_go_through_single_blocks(
     is_backward, llama, text, reference, tmp_path, monkeypatch
 ):
-    """The same bytes, in whichever of the two passes memory runs out."""
+    """The same bytes, whichever of the two passes runs out of memory."""
     perform, lost = CurvatureWorker.perform, []
 
     def fault(worker, command, record):

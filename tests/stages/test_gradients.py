@@ -1,4 +1,4 @@
-"""Gradients of slices exchanged by replicas: the bits of a sum in one process."""
+"""Exchange of gradient slices between replicas: the bits of a sum in one process."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def some_slices(dtype=torch.float32):
-    """Gradients of four slices; one lacks a parameter, another one has a single parameter."""
+    """Gradients of four slices; one lacks a parameter, another has a single parameter."""
     generator = torch.Generator().manual_seed(5)
     shapes = {0: (3, PIECE_VALUES - 7), 1: (), 4: (5,), 7: (2 * PIECE_VALUES,)}
     reached = [{0, 1, 7}, {0, 1, 4, 7}, {1, 7}, {0, 1, 7}]
@@ -22,7 +22,7 @@ def some_slices(dtype=torch.float32):
 
 
 def sent(parts):
-    """A record of slices as Ray returns it: read-only views."""
+    """Record of slices as Ray returns it: read-only views."""
     slices, record = some_slices(), {}
     for part in parts:
         record |= pack(part, slices[part])
@@ -34,7 +34,7 @@ def sent(parts):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("shares", [[[0, 1, 2, 3]], [[2, 3], [0, 1]], [[3], [1], [0], [2]]])
 def test_the_sum_is_that_of_one_process(threads, shares):
-    """Bits depend neither on the records of slices nor on threads; records stay unchanged."""
+    """Bits depend neither on the records of slices nor on threads; records are not changed."""
     expected, records = merge(some_slices()), [sent(parts) for parts in shares]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -52,7 +52,7 @@ def test_the_sum_is_that_of_one_process(threads, shares):
 
 
 def test_the_order_is_that_of_the_slices():
-    """The float32 sum 1e8 − 1e8 + 1 is 1, which another order makes 0."""
+    """The float32 sum 1e8 − 1e8 + 1 is 1; another order gives 0."""
     slices = [{0: torch.full((3,), value)} for value in (1e8, -1e8, 1.0)]
     records = [pack(part, slices[part]) for part in (2, 0, 1)]
     assert merge_records(records, CPU)[0].tolist() == [1, 1, 1]
@@ -69,7 +69,8 @@ def test_float64_stays():
 
 
 def test_a_device_gives_its_slices_and_takes_the_sum_alone():
-    """Bytes copied to a GPU are those of one slice for any number; all copies are pinned."""
+    """For any number of slices the bytes copied to a GPU are those of one; all copies are
+    pinned."""
     slices = [{0: torch.randn(300, 200), 1: torch.randn(7)} for _ in range(4)]
     expected = merge([{place: each.clone() for place, each in one.items()} for one in slices])
     with pretended_device() as device:

@@ -1,4 +1,4 @@
-"""The schedule of training over shards, driven by a simulated pool; no Ray, no tensors."""
+"""Schedule of training over shards, driven by a simulated pool without Ray and tensors."""
 
 import math
 import random
@@ -14,23 +14,21 @@ OPTIONS = TrainOptions(epochs=3, batches=3, every=2, patience=100, held_out=0.2)
 
 
 def some_losses(state, sequence):
-    """Losses that depend on all that was ever done to the state."""
+    """Losses that depend on all earlier operations on the state."""
     return {"divergence": (hash((state, sequence)) % 997) / 100, "cross_entropy": sequence / 7}
 
 
 class Worker:
-    """What one worker holds: its blocks' states, which are the gradients that they have taken."""
+    """State of one worker: its blocks' states, which are the gradients that they have applied."""
 
     def __init__(self):
         self.blocks, self.state, self.entered, self.gradient = None, {}, {}, []
 
 
 class Simulation:
-    """Performs a pipeline's calls in a random order, and checks each against the rules.
-
-    A block's state is the list of its updates, each with the sequences that made it: two shards
-    whose states are of different steps are found where a micro-batch passes both.
-    """
+    """Perform a pipeline's calls in a random order, and check each against the rules. A block's
+    state is the list of its updates, each with the sequences that made it: two shards with states
+    of different steps are detected when a micro-batch passes both."""
 
     def __init__(
         self,
@@ -82,7 +80,7 @@ class Simulation:
         raise AssertionError("the schedule does not come to an end")
 
     def start(self, call, record):
-        """What the call gives, made when it starts; only its end may come late."""
+        """Compute the result of a call at its start; only its end may be late."""
         worker = self.workers[call.worker]
         act = getattr(self, call.method)
         self.results[call.worker] = act(worker, record, **call.command.keywords())
@@ -102,7 +100,7 @@ class Simulation:
         return None, None
 
     def enter(self, worker, record):
-        """The states that a micro-batch has come through, this shard's last."""
+        """States that a micro-batch has passed through, this shard's last."""
         assert (record is None) == (worker.blocks.start == 0)
         return (*(record or ()), *worker.state.values())
 
@@ -165,7 +163,7 @@ class Simulation:
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one worker finds, whom nothing happens to."""
+    """Result of one worker without failures."""
     simulation = Simulation(1).run()
     assert sorted(simulation.passed) == sorted(
         (step, each) for step, batch in enumerate(simulation.course.batches, 1) for each in batch
@@ -176,7 +174,7 @@ def alone():
 @pytest.mark.parametrize("workers", [2, 3, 7, 9])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_number_of_workers_finds_the_same(workers, seed, alone):
-    """Every micro-batch passes once a step, in one order, and losses and states are the same."""
+    """Every micro-batch passes once per step, in one order; losses and states are the same."""
     simulation = Simulation(workers, seed=seed).run()
     assert simulation.pipeline.snapshots == alone.pipeline.snapshots
     assert simulation.snapshots == alone.snapshots
@@ -185,7 +183,7 @@ def test_every_number_of_workers_finds_the_same(workers, seed, alone):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_losses_of_workers_change_nothing(seed, alone):
-    """Whoever is lost and whether or not others come, all go back and find the same again."""
+    """After any loss, with or without replacement, all go back and compute the same again."""
     workers, replaced = 1 + seed % 5, (0.0, 0.5, 1.0)[seed % 3]
     simulation = Simulation(workers, seed=seed, loss=0.02, replaced=replaced).run()
     assert simulation.pipeline.snapshots == alone.pipeline.snapshots
@@ -194,7 +192,7 @@ def test_losses_of_workers_change_nothing(seed, alone):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_without_states_all_begin_again_and_the_best_is_kept(seed, alone):
-    """Shards resume from the start only, and in the end hold the values of the best step."""
+    """Shards resume only from the start, and finally have the values of the best step."""
     workers, replaced = 1 + seed % 5, (0.0, 0.5, 1.0)[seed % 3]
     simulation = Simulation(workers, seed=seed, loss=0.001, replaced=replaced, keeps_states=False)
     pipeline = simulation.run().pipeline
@@ -206,7 +204,7 @@ def test_without_states_all_begin_again_and_the_best_is_kept(seed, alone):
 
 
 def test_an_earlier_run_is_taken_up(alone):
-    """From the snapshots that were found, the rest follows as if nothing had been."""
+    """From the snapshots found, the rest follows as in an uninterrupted run."""
     simulation = Simulation(3)
     half = alone.pipeline.snapshots[:3]
     simulation.snapshots = dict(alone.snapshots)
@@ -243,7 +241,7 @@ def test_who_comes_later_is_used_from_the_next_snapshot_on(keeps_states):
 
 
 def test_all_shards_are_busy_in_between():
-    """One forward, one backward: the first shard runs ahead by the shards behind it."""
+    """One forward, one backward: the first shard is ahead by the number of later shards."""
     kinds = [
         [move.kind[0] for move in program(shard, 3, [(1, (5, 6, 7, 8))], ())] for shard in range(3)
     ]
@@ -251,7 +249,7 @@ def test_all_shards_are_busy_in_between():
 
 
 def test_patience_ends_it():
-    """Training ends when so many snapshots were no better than the best before."""
+    """Training ends after the given number of snapshots without improvement."""
     options = TrainOptions(epochs=50, batches=3, every=2, patience=3, held_out=0.2)
     pipeline = Simulation(2, options=options).run().pipeline
     assert pipeline.stop == "patience"
@@ -261,7 +259,7 @@ def test_patience_ends_it():
 
 
 def test_a_gradient_that_is_no_number_ends_it():
-    """Nobody steps then; what was found before counts."""
+    """No shard steps then; earlier results are kept."""
     simulation = Simulation(3)
     inner = simulation.turn
 

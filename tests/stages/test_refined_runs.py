@@ -1,4 +1,4 @@
-"""Blocks refined as a stage of a run: every form, any workers, killed and resumed."""
+"""Refinement of blocks as a stage of a run: every form, any workers, killed and resumed."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def refined(llama, out, text, *, options=None, **fields):
 
 @pytest.fixture(scope="module")
 def reference(llama, text, tmp_path_factory):
-    """The result in one process and one shard."""
+    """Result in one process and one shard."""
     out = tmp_path_factory.mktemp("reference") / "out"
     refined(llama, out, text, shards=1)
     return contents(out)
@@ -77,7 +77,7 @@ def test_every_form_is_refined_on_its_support(case, llama, text, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3"])
 def test_families_are_refined(family, checkpoint, text, tmp_path):
-    """Norms, biases and transposed weights find their names in the file."""
+    """Norms, biases and transposed weights have the right names in the file."""
     model = with_tokenizer(checkpoint(family), tmp_path / "dense")
     result = refined(model, tmp_path / "out", text, shards=2)
     blocks = result.report["refine"]["blocks"]
@@ -87,14 +87,14 @@ def test_families_are_refined(family, checkpoint, text, tmp_path):
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
-    """A block's training depends on its inputs alone, wherever the model is cut."""
+    """A block's training depends only on its inputs, for any cut of the model."""
     refined(llama, tmp_path / "out", text, shards=shards)
     assert contents(tmp_path / "out") == reference
 
 
 @pytest.mark.ray
 def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_address):
-    """An actor killed after the first refined block: another trains what it held, to the bit."""
+    """An actor killed after the first refined block: another trains its blocks, bit for bit."""
     pids, killed = [], []
 
     def kill(event):
@@ -111,7 +111,7 @@ def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_addre
 
 
 def test_refined_blocks_are_not_trained_again(llama, text, tmp_path):
-    """A run that is taken up has its units; other options train anew."""
+    """A resumed run has its units; other options train again."""
     run_dir = str(tmp_path / "run")
     refined(llama, tmp_path / "one", text, run_dir=run_dir)
     events = []
@@ -127,7 +127,7 @@ def test_refined_blocks_are_not_trained_again(llama, text, tmp_path):
 
 
 def test_what_cannot_be_refined_is_refused_at_once(llama, text, tmp_path):
-    """Unknown options, values out of range, and a refit beside it, each in one line."""
+    """Unknown options, values out of range, and a simultaneous refit, each in one line."""
     for options, message in (
         ({"refinement": {"epoch": 3}}, "epochs"),
         ({"refinement": {"epochs": 0}}, "refinement: epochs"),

@@ -1,4 +1,4 @@
-"""Several sizes from one calibration: the bytes of runs of their own, and nothing done twice."""
+"""Several sizes from one calibration: the bytes of separate runs, with no repeated work."""
 
 import json
 
@@ -37,7 +37,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_another_size_has_the_bytes_of_a_run_of_its_own(name, llama, text, tmp_path):
-    """Without the text; decompositions are those of the first run, and not one is made again."""
+    """Without the text; all decompositions are those of the first run."""
     copy = write_text(tmp_path / "text.txt")
     fields, events = METHODS[name] | {"shards": 2}, []
     run(llama, tmp_path / "first", copy, keep=0.8, **fields)
@@ -54,7 +54,7 @@ def test_another_size_has_the_bytes_of_a_run_of_its_own(name, llama, text, tmp_p
 
 
 def test_several_sizes_are_cut_from_one_run(llama, text, tmp_path):
-    """Each in a directory that says its size, all from one run directory."""
+    """Each in a directory named by its size, all from one run directory."""
     recipe = Recipe(
         model=str(llama),
         out=str(tmp_path / "out"),
@@ -77,7 +77,7 @@ def test_several_sizes_are_cut_from_one_run(llama, text, tmp_path):
 
 
 def test_the_command_line_takes_several_sizes(llama, text, tmp_path, capsys):
-    """`--keep 0.8,0.6`, and `retarget` after it; a run that never read its text has nothing."""
+    """`--keep 0.8,0.6`, and `retarget` after it; a run that never read its text has no tokens."""
     flags = ["--samples=6", "--sequence-length=48", "--executor=local", f"--calibration={text}"]
     out, cut = str(tmp_path / "out"), str(tmp_path / "cut")
     assert main(["compress", str(llama), out, "--keep", "0.8,0.6", *flags, "--json"]) == 0
@@ -92,7 +92,7 @@ def test_the_command_line_takes_several_sizes(llama, text, tmp_path, capsys):
 
 @pytest.mark.parametrize("damage", ["tokens", "marker"])
 def test_a_run_without_tokens_is_refused(damage, llama, text, tmp_path):
-    """One line says what to give instead."""
+    """One line names what to give instead."""
     run(llama, tmp_path / "out", text)
     run_dir = tmp_path / "out.run"
     if damage == "tokens":

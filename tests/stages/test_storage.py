@@ -34,7 +34,7 @@ def logits(directory):
 
 
 def test_a_budget_buys_more_of_every_linear(llama, text, tmp_path):
-    """At the same values every linear loses less; what is counted is what is stored."""
+    """At the same values every linear loses less; the values counted are those stored."""
     plain = run(llama, tmp_path / "plain", text, keep=0.6)
     pivoted = run(llama, tmp_path / "pivoted", text, keep=0.6, storage="pivoted")
     before, after = errors(plain), errors(pivoted)
@@ -49,7 +49,8 @@ def test_a_budget_buys_more_of_every_linear(llama, text, tmp_path):
 
 @pytest.mark.parametrize("method", ["svd-llm", "asvd"])
 def test_pivoting_loses_nothing(method, llama, text, tmp_path):
-    """What is written is the product of the decomposition's factors at this rank, to rounding."""
+    """The written weight is the product of the decomposition's factors at this rank, to
+    rounding."""
     options = {"allocation": "uniform", "storage": "pivoted"}
     result = run(llama, tmp_path / "out", text, method=method, keep=0.9, **options)
     model = orchestrator.load(result.out)
@@ -83,7 +84,7 @@ def test_what_pivoting_measured_is_what_was_written(llama, text, tmp_path):
 
 
 def test_one_damaged_linear_is_pivoted_again(llama, text, tmp_path):
-    """Every linear is a unit of its own: only the one whose file changed is made anew."""
+    """Every linear is a unit of its own: only the one with a changed file is made again."""
     events = []
     result = run(llama, tmp_path / "out", text, storage="pivoted")
     before = contents(result.out)
@@ -99,14 +100,14 @@ def test_one_damaged_linear_is_pivoted_again(llama, text, tmp_path):
 
 
 def test_every_way_writes_the_same_bytes(llama, text, tmp_path):
-    """Other shards, and a second run from the same units, change nothing."""
+    """Other shards, and a second run from the same units, give the same bytes."""
     whole = run(llama, tmp_path / "whole", text, storage="pivoted", shards=1)
     cut = run(llama, tmp_path / "cut", text, storage="pivoted", shards=2)
     assert contents(cut.out) == contents(whole.out)
 
 
 def test_plain_and_pivoted_decompositions_are_apart(llama, text, tmp_path):
-    """Pivoted ranks go further, so plain units are neither used nor touched."""
+    """Pivoted ranks go further, so plain units are neither used nor changed."""
     shared = {"run_dir": str(tmp_path / "run")}
     plain = contents(run(llama, tmp_path / "one", text, **shared).out)
     run(llama, tmp_path / "pivoted", text, storage="pivoted", **shared)
@@ -115,7 +116,7 @@ def test_plain_and_pivoted_decompositions_are_apart(llama, text, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_other_families_are_pivoted_alike(family, checkpoint, text, tmp_path):
-    """Biases and weights that lie the other way round: logits are those of the dense export."""
+    """Biases and transposed weights: logits equal those of the dense export."""
     model = with_tokenizer(checkpoint(family), tmp_path / "dense")
     result = run(model, tmp_path / "out", text, keep=0.9, storage="pivoted")
     assert {entry["form"] for entry in result.report["linears"].values()} == {"pivoted"}
@@ -126,7 +127,7 @@ def test_other_families_are_pivoted_alike(family, checkpoint, text, tmp_path):
 
 
 def test_a_fit_is_written_pivoted(llama, text, tmp_path):
-    """Left factors fitted again are pivoted as they then are: the weights differ from unfitted."""
+    """Refitted left factors are pivoted after the refit: the weights differ from unfitted ones."""
     options = {"basis-sharing": {"group": 1, "refit": "always"}}
     fields = {"method": "basis-sharing", "options": options, "keep": 0.4}
     fitted = run(llama, tmp_path / "fitted", text, storage="pivoted", **fields)
@@ -144,7 +145,7 @@ def test_a_fit_is_written_pivoted(llama, text, tmp_path):
 
 
 def test_a_budget_of_bytes_counts_the_order(llama, text, tmp_path):
-    """Stored bytes, orders included, are within the bytes asked for, and near them."""
+    """Stored bytes, orders included, are within the given bytes, and near them."""
     result = run(llama, tmp_path / "out", text, keep=None, keep_bytes=0.5, storage="pivoted")
     found = result.report["bytes"]
     assert 0.45 * found["dense_linears"] < found["stored"] <= 0.5 * found["dense_linears"]
@@ -160,6 +161,6 @@ def test_a_budget_of_bytes_counts_the_order(llama, text, tmp_path):
     ],
 )
 def test_what_cannot_be_pivoted_is_refused(fields, message, llama, text, tmp_path):
-    """Entries, bases of several linears, and a storage that does not exist."""
+    """Entries, bases of several linears, and an unknown storage."""
     with pytest.raises(UsageError, match=message):
         run(llama, tmp_path / "out", text, **{"storage": "pivoted", **fields})

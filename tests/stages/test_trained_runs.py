@@ -1,4 +1,4 @@
-"""The whole model trained as a stage of a run: every form, any workers, killed and resumed."""
+"""Training of the whole model as a stage of a run: every form, any workers, killed and resumed."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def trained(model, out, text, *, training=None, options=None, mode="all", **fiel
 
 @pytest.fixture(scope="module")
 def reference(llama, text, tmp_path_factory):
-    """The result in one process and one shard."""
+    """Result in one process and one shard."""
     out = tmp_path_factory.mktemp("reference") / "out"
     trained(llama, out, text, shards=1)
     return contents(out)
@@ -56,7 +56,8 @@ CASES = {
 @pytest.mark.parametrize("mode", ["all", "light"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_form_is_trained_on_its_support(case, mode, llama, text, tmp_path, monkeypatch):
-    """The held-out loss of what is kept never rises; sizes and indices are those without."""
+    """The held-out loss of the kept state never rises; sizes and indices are those without
+    training."""
     several(monkeypatch, size=2)
     fields = dict(CASES[case])
     options = fields.pop("options", {})
@@ -81,7 +82,7 @@ def test_every_form_is_trained_on_its_support(case, mode, llama, text, tmp_path,
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3"])
 def test_families_are_trained(family, checkpoint, text, tmp_path, monkeypatch):
-    """Norms, biases and transposed weights find their names in the file; two shards."""
+    """Norms, biases and transposed weights have the right names in the file; two shards."""
     several(monkeypatch, size=2)
     model = with_tokenizer(checkpoint(family), tmp_path / "dense")
     result = trained(model, tmp_path / "out", text, mode="lean")
@@ -92,7 +93,7 @@ def test_families_are_trained(family, checkpoint, text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("targets", ["stored", "recomputed"])
 def test_training_lowers_the_loss(targets, llama, text, tmp_path):
-    """On the text that is trained on, and on what is held out."""
+    """On the training text, and on the held-out part."""
     training = {"epochs": 4, "batches": 7, "every": 7, "targets": targets, "cross_entropy": 1e-3}
     result = trained(llama, tmp_path / "out", text, training=training, samples=32, keep=0.2)
     report = result.report["train"]
@@ -103,7 +104,7 @@ def test_training_lowers_the_loss(targets, llama, text, tmp_path):
 
 
 def test_stored_and_recomputed_targets_agree(llama, text, tmp_path):
-    """With all of the vocabulary kept they are one thing, to rounding."""
+    """With the whole vocabulary stored they are equal, to rounding."""
     found = [
         trained(llama, tmp_path / each, text, training={"targets": each, "top_k": 96})
         for each in ("stored", "recomputed")
@@ -115,7 +116,7 @@ def test_stored_and_recomputed_targets_agree(llama, text, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
 def test_the_number_of_workers_changes_no_bit(size, llama, text, reference, tmp_path, monkeypatch):
-    """Nor does the cut that follows from it, whatever the recipe asks for elsewhere."""
+    """Nor does the cut that follows from it, for any other options of the recipe."""
     several(monkeypatch, size=size)
     trained(llama, tmp_path / "out", text, shards=2)
     assert contents(tmp_path / "out") == reference
@@ -123,7 +124,7 @@ def test_the_number_of_workers_changes_no_bit(size, llama, text, reference, tmp_
 
 @pytest.mark.parametrize("replaces", [True, False])
 def test_lost_workers_change_no_bit(replaces, llama, text, reference, tmp_path, monkeypatch):
-    """Lost at any pass, one after the other, replaced or not until one is left."""
+    """Lost in any pass, one after the other, replaced or not until one is left."""
     several(monkeypatch, size=4, losses=(9, 23, 50, 51, 90), replaces=replaces)
     events = []
     trained(llama, tmp_path / "out", text, on_event=events.append)
@@ -132,7 +133,7 @@ def test_lost_workers_change_no_bit(replaces, llama, text, reference, tmp_path, 
 
 
 def test_recomputed_targets_take_no_other_path(llama, text, tmp_path, monkeypatch):
-    """Both models' chunks pass together, whatever the number of workers, to the bit."""
+    """Both models' chunks pass together, for any number of workers, bit for bit."""
     training = {"targets": "recomputed"}
     trained(llama, tmp_path / "one", text, training=training)
     several(monkeypatch, size=3)
@@ -142,7 +143,7 @@ def test_recomputed_targets_take_no_other_path(llama, text, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("step", [1, 3, 6])
 def test_a_stopped_run_goes_on_from_its_snapshot(step, llama, text, reference, tmp_path):
-    """The steps after it alone are done again, and the bits are those of a run left alone."""
+    """Only the steps after it are repeated, and the bits equal those of an uninterrupted run."""
     out = tmp_path / "out"
 
     def stop(event):
@@ -159,7 +160,7 @@ def test_a_stopped_run_goes_on_from_its_snapshot(step, llama, text, reference, t
 
 
 def test_snapshots_go_when_they_are_neither_last_nor_best(llama, text, tmp_path):
-    """At no time is there more than three of them, and none when all is done."""
+    """There are never more than three of them, and none at the end."""
     run_dir, most = RunDirectory(tmp_path / "out.run"), []
 
     def states():
@@ -176,7 +177,7 @@ def test_snapshots_go_when_they_are_neither_last_nor_best(llama, text, tmp_path)
 
 
 def test_trained_blocks_are_not_trained_again(llama, text, tmp_path):
-    """A run that is taken up has its units; other options train anew, from the same targets."""
+    """A resumed run has its units; other options train again, from the same targets."""
     run_dir = str(tmp_path / "run")
     trained(llama, tmp_path / "one", text, run_dir=run_dir)
     events = []
@@ -194,7 +195,7 @@ def test_trained_blocks_are_not_trained_again(llama, text, tmp_path):
 
 
 def test_it_starts_from_what_refinement_has_left(llama, text, tmp_path):
-    """The start's held-out loss is lower where blocks were refined before."""
+    """The initial held-out loss is lower if blocks were refined before."""
     refinement = {"refinement": {"epochs": 8, "batches": 4, "learning_rate": 1e-3}}
     alone, refined = (
         trained(llama, tmp_path / refine, text, refine=refine, options=options, samples=12)
@@ -206,7 +207,7 @@ def test_it_starts_from_what_refinement_has_left(llama, text, tmp_path):
 
 @pytest.mark.ray
 def test_two_actors_are_one_process(llama, text, reference, tmp_path, ray_address):
-    """Chunks and gradients go from actor to actor, and not a bit is another."""
+    """Chunks and gradients are sent from actor to actor, and no bit changes."""
     trained(llama, tmp_path / "out", text, executor="ray", workers=2)
     assert contents(tmp_path / "out") == reference
 
@@ -245,13 +246,13 @@ def test_where_nothing_is_cut_nothing_is_trained(llama, text, tmp_path):
 
 
 def test_one_sequence_is_not_enough(llama, text, tmp_path):
-    """Something must be held out."""
+    """At least one sequence must be held out."""
     with pytest.raises(UsageError, match="there is 1 sequence; two are needed"):
         trained(llama, tmp_path / "out", text, samples=1)
 
 
 def test_what_cannot_be_trained_is_refused_at_once(llama, text, tmp_path):
-    """Unknown options, values out of range, and a refit beside it, each in one line."""
+    """Unknown options, values out of range, and a simultaneous refit, each in one line."""
     for options, message in (
         ({"training": {"epoch": 3}}, "epochs"),
         ({"training": {"every": 0}}, "training: every"),

@@ -1,4 +1,4 @@
-"""Blocks walked in order as a stage of a run: compensation, refinement, any workers, resumed."""
+"""Blocks processed in order as a stage of a run: compensation, refinement, any workers, resumed."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def reference(llama, text, tmp_path_factory):
 
 
 def some_chunks(llama, text, layout="packed"):
-    """The sequences that `run` calibrates on."""
+    """The calibration sequences of `run`."""
     tokens = load_tokens(
         str(text),
         field="text",
@@ -81,7 +81,7 @@ def some_chunks(llama, text, layout="packed"):
 
 
 def seen(model, name, chunks):
-    """What a whole model's linear reads of the chunks' tokens inside the mask, float64."""
+    """Inputs of a whole model's linear for the chunks' tokens inside the mask, float64."""
     rows = []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0]))
     with torch.no_grad():
@@ -94,7 +94,7 @@ def seen(model, name, chunks):
 
 @torch.no_grad()
 def by_definition(dense, model, chunks, *, beta, basis, damping=0.01):
-    """Compensates a whole compressed model in place, with every token's input in memory."""
+    """Compensate a whole compressed model in place, with every token's input in memory."""
     for block in range(4):
         for site in SITES:
             names = [f"model.layers.{block}.{role}" for role in site]
@@ -124,7 +124,7 @@ def by_definition(dense, model, chunks, *, beta, basis, damping=0.01):
 def test_compensation_is_what_the_definition_says(
     objective, basis, beta, layout, llama, text, documents, tmp_path
 ):
-    """The model that plain torch makes of whole ones with all inputs in memory, to 1e-5."""
+    """The result equals plain torch on whole models with all inputs in memory, to 1e-5."""
     source = text if layout == "packed" else documents
     shared = {"run_dir": str(tmp_path / "run"), "layout": layout}
     plain = run(llama, tmp_path / "plain", source, **shared)
@@ -183,7 +183,7 @@ def test_no_linear_of_any_form_is_made_worse(case, basis, llama, text, tmp_path)
 
 
 def test_sites_come_in_the_order_of_their_calls(llama, text, tmp_path):
-    """Within every block q, k, v, then o, then gate and up, then down."""
+    """In every block q, k, v, then o, then gate and up, then down."""
     result = run(llama, tmp_path / "out", text, compensate="anchored")
     for block, entry in result.report["walk"]["blocks"].items():
         expected = [f"model.layers.{block}.{role}" for site in SITES for role in site]
@@ -206,7 +206,7 @@ def test_families_are_walked(family, checkpoint, text, tmp_path):
 
 
 def test_blocks_are_refined_behind_the_refined_ones(llama, text, tmp_path):
-    """Block by block the bits of a refinement whose inputs come from the blocks given before."""
+    """Block by block the bits equal a refinement whose inputs come from the preceding blocks."""
     run_dir = str(tmp_path / "run")
     plain = run(llama, tmp_path / "plain", text, run_dir=run_dir)
     result = run(llama, tmp_path / "out", text, refine="in_order", options=SHORT, run_dir=run_dir)
@@ -218,7 +218,7 @@ def test_blocks_are_refined_behind_the_refined_ones(llama, text, tmp_path):
         with dense.shard(range(block, block + 1)) as shard:
             targets = [shard.forward(chunk) for chunk in targets]
         with compressed.shard(range(block, block + 1)) as shard:
-            refined = refine(shard, inputs, targets, options, 0)
+            refined = refine(shard, inputs, targets, options=options, seed=0)
             inputs = [shard.forward(chunk) for chunk in inputs]
         for name, tensor in refined.tensors.items():
             assert torch.equal(stored[name], tensor)
@@ -228,7 +228,7 @@ def test_blocks_are_refined_behind_the_refined_ones(llama, text, tmp_path):
 
 
 def test_a_sweep_is_a_walk_over_what_was_refined_apart(llama, text, tmp_path):
-    """Its bits are those of refinement in order that starts from the blocks refined apart."""
+    """Its bits equal refinement in order that starts from the blocks refined apart."""
     run_dir = str(tmp_path / "run")
     fields = {"options": SHORT, "run_dir": run_dir}
     apart = run(llama, tmp_path / "apart", text, refine="blocks", **fields)
@@ -242,7 +242,9 @@ def test_a_sweep_is_a_walk_over_what_was_refined_apart(llama, text, tmp_path):
         with dense.shard(range(block, block + 1)) as shard:
             targets = [shard.forward(chunk) for chunk in targets]
         with refined_apart.shard(range(block, block + 1)) as shard:
-            refined = refine(shard, inputs, targets, RefineOptions(**SHORT["refinement"]), 0)
+            refined = refine(
+                shard, inputs, targets, options=RefineOptions(**SHORT["refinement"]), seed=0
+            )
             inputs = [shard.forward(chunk) for chunk in inputs]
         assert all(torch.equal(stored[name], tensor) for name, tensor in refined.tensors.items())
         entry = result.report["sweep"]["blocks"][str(block)]
@@ -251,7 +253,7 @@ def test_a_sweep_is_a_walk_over_what_was_refined_apart(llama, text, tmp_path):
 
 @pytest.mark.parametrize("method", ["wanda", "basis-sharing"])
 def test_forms_without_factors_of_their_own_are_refined_in_order(method, llama, text, tmp_path):
-    """Values on their support, and shared bases as they are: held-out errors fall."""
+    """Values on their support, and shared bases unchanged: held-out errors fall."""
     options = SHORT | ({"basis-sharing": {"refit": "never"}} if method == "basis-sharing" else {})
     result = run(llama, tmp_path / "out", text, method=method, refine="in_order", options=options)
     entries = [entry["refinement"] for entry in result.report["walk"]["blocks"].values()]
@@ -260,7 +262,7 @@ def test_forms_without_factors_of_their_own_are_refined_in_order(method, llama, 
 
 
 def test_blocks_without_a_cut_linear_are_gone_through(llama, text, tmp_path):
-    """They stay as they are, before and between; behind the last cut one nothing is walked."""
+    """They do not change, before and between; after the last compressed block the walk ends."""
     options = {"target": ("re:.*layers\\.[02]\\..*",), "compensate": "anchored"}
     result = run(llama, tmp_path / "out", text, **options)
     blocks = result.report["walk"]["blocks"]
@@ -281,7 +283,8 @@ def test_where_nothing_is_cut_nothing_is_walked(llama, text, tmp_path):
 
 
 def test_refinement_in_parallel_follows_the_walk(llama, text, tmp_path):
-    """Compensated blocks are where the next stage begins: its own bits, on what the walk left."""
+    """The next stage starts from the compensated blocks: its own bits, on the result of the
+    walk."""
     run_dir = str(tmp_path / "run")
     options = SHORT | {"compensation": {"basis": "kept"}}
     fields = {"compensate": "anchored", "options": options, "run_dir": run_dir}
@@ -297,23 +300,25 @@ def test_refinement_in_parallel_follows_the_walk(llama, text, tmp_path):
     with dense.shard(part) as shard:
         targets = [shard.forward(chunk) for chunk in inputs]
     with compressed.shard(part) as shard:
-        refined = refine(shard, inputs, targets, RefineOptions(**SHORT["refinement"]), 0)
+        refined = refine(
+            shard, inputs, targets, options=RefineOptions(**SHORT["refinement"]), seed=0
+        )
     stored = load_file(result.out / "model.safetensors")
     assert all(torch.equal(stored[name], tensor) for name, tensor in refined.tensors.items())
 
 
 def test_the_cut_changes_no_bit(llama, text, reference, tmp_path):
-    """The walk knows no shards."""
+    """The walk does not depend on shards."""
     run(llama, tmp_path / "out", text, shards=4, **BOTH)
     assert contents(tmp_path / "out") == reference[0]
 
 
 class Stopped(Exception):
-    """What stands for a driver's end."""
+    """Exception that stands for the end of a driver."""
 
 
 def stop_after(stage, units, events):
-    """An event callback that ends the run after so many units of a stage."""
+    """Event callback that ends the run after the given number of units of a stage."""
 
     def on_event(event):
         events.append(event)
@@ -350,7 +355,7 @@ def test_a_stopped_walk_goes_on(harm, llama, text, reference, tmp_path):
 
 
 def test_a_damaged_unit_is_made_again_alone(llama, text, reference, tmp_path):
-    """The blocks behind it stay; their bits would be the same."""
+    """Later blocks are kept; their bits would be the same."""
     run_dir = shutil.copytree(reference[1], tmp_path / "run")
     events = []
     found = [path for path in run_dir.rglob("trained.safetensors")]
@@ -364,7 +369,7 @@ def test_a_damaged_unit_is_made_again_alone(llama, text, reference, tmp_path):
 
 @pytest.mark.ray
 def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_address):
-    """Both actors killed, one behind each of the first two blocks: others go on, to the bit."""
+    """Both actors killed, one after each of the first two blocks: others continue, bit for bit."""
     workers, killed = [], []
 
     def kill(event):
@@ -385,14 +390,14 @@ LONG = {"refinement": {"epochs": 40, "patience": 40, "batches": 2, "slices": 2}}
 
 @pytest.fixture(scope="module")
 def sliced(llama, text, tmp_path_factory):
-    """Refined in one process with slices of several chunks, compensated before."""
+    """Refined in one process with slices of several chunks, after compensation."""
     out = tmp_path_factory.mktemp("sliced") / "out"
     run(llama, out, text, compensate="blend", refine="in_order", options=LONG)
     return contents(out)
 
 
 def kill_when_there(directory, pid):
-    """A thread that kills a process as soon as a boundary's chunks are written."""
+    """Thread that kills a process as soon as a boundary's chunks are written."""
 
     def wait():
         while not list(directory.glob("*/00002")):
@@ -409,7 +414,7 @@ def kill_when_there(directory, pid):
 def test_actors_that_share_each_step_change_no_bit(
     workers, llama, text, sliced, tmp_path, ray_address
 ):
-    """An actor killed while block 1 is lent: the others make its slices, to the bit."""
+    """An actor killed while block 1 is replicated: the others compute its slices, bit for bit."""
     events, workers, threads = [], [], []
 
     def on_event(event):
@@ -431,7 +436,7 @@ def test_actors_that_share_each_step_change_no_bit(
 
 
 def test_what_cannot_be_walked_is_refused_at_once(llama, text, tmp_path):
-    """Options that do not exist or do nothing, and forms that compensation cannot take."""
+    """Unknown options or options without effect, and forms that cannot be compensated."""
     cases = (
         ({"options": {"compensation": {"betta": 1}}}, "beta"),
         ({"options": {"compensation": {"damping": -1}}}, "compensation: damping"),

@@ -256,7 +256,7 @@ def test_a_prefix_that_holds_something_else_is_refused(s3, place):
         RunDirectory(place / "photos").claim({})
     with pytest.raises(InputError, match="no run directory"):
         RunDirectory(place / "photos").remove()
-    with pytest.raises(UsageError, match=r"holds something else \(cat.png\)"):
+    with pytest.raises(UsageError, match=r"contains other files \(cat.png\)"):
         claim_out(place / "photos")
     assert s3.objects(f"{place.inner}/photos") == {"cat.png": b"x"}
     run.remove()

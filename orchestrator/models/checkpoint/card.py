@@ -1,4 +1,4 @@
-"""The model card of a compressed checkpoint: README.md, with the front matter that hubs read."""
+"""Model card of a compressed checkpoint: README.md with the front matter for model hubs."""
 
 import json
 import re
@@ -61,9 +61,9 @@ def model_card(
     dense_card: Path,
     metrics: Mapping[str, float],
 ) -> str:
-    """The card as Markdown.
+    """Render the card as Markdown.
 
-    The licence is named as the dense model's card names it, if it does.
+    The licence fields are copied from the dense model's card, if it has any.
     """
     linears = {linear.name: linear for linear in survey.linears}
     targeted = sum(linears[name].values for name in plan.assignments)
@@ -92,7 +92,7 @@ def _tags(plan: Plan) -> list[str]:
 
 
 def _forms(survey: Survey, plan: Plan) -> str:
-    """Rows of the table: how many linears are stored in each form that there is."""
+    """Render the table rows: number of linears stored in each form in use."""
     dense = Assignment(form="dense")
     stored = [plan.assignments.get(linear.name, dense) for linear in survey.linears]
     words = Counter(FORMS[each.form].title + (_SHARED if each.basis else "") for each in stored)
@@ -100,7 +100,7 @@ def _forms(survey: Survey, plan: Plan) -> str:
 
 
 def _license(card: Path) -> str:
-    """The lines of a card's front matter that name its licence."""
+    """Return the lines of a card's front matter that name its licence."""
     if not card.is_file():
         return ""
     text = card.read_text(encoding="utf-8", errors="replace")

@@ -1,7 +1,7 @@
-"""The safetensors files of a checkpoint, validated from their headers alone; no tensor is read.
+"""Validation of a checkpoint's safetensors files from their headers, without reading tensors.
 
-A safetensors file is eight bytes N (little-endian), N bytes of JSON that give every tensor's dtype,
-shape and byte range, then the tensors. Nothing here needs torch.
+A safetensors file consists of eight bytes N (little-endian), N bytes of JSON with every tensor's
+dtype, shape and byte range, and the tensors. This module does not need torch.
 """
 
 import hashlib
@@ -36,15 +36,14 @@ ITEMSIZES: Mapping[str, int] = {
     "U8": 1,
     "BOOL": 1,
 }
-"""Bytes of a value, by the format's name of its dtype."""
+"""Bytes per value, by the format's dtype name."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""The limit of the format; a longer one is a damaged length."""
+"""Header limit of the format; a larger length means a damaged file."""
 MAX_DIMENSIONS = 64
-"""The limit of numpy and of torch's loops."""
+"""Limit of numpy and of torch's loops."""
 MAX_VALUES = 2**59
-"""Of a tensor, counted without its dimensions of zero: its bytes are a number that numpy has."""
-
+"""Limit of a tensor's values, not counting dimensions of size zero; numpy can index its bytes."""
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 200
@@ -52,11 +51,11 @@ _BRIEF.maxstring = _BRIEF.maxother = 200
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies: its file, dtype, shape, and first byte in the file."""
+    """Location of one tensor: its file, dtype, shape, and first byte in the file."""
 
     path: Place
     code: str
-    """The format's name of its dtype, `BF16`."""
+    """Dtype name of the format, `BF16`."""
     shape: tuple[int, ...]
     offset: int
 
@@ -71,7 +70,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class HeaderFile:
-    """One safetensors file: its size, the hash of its header, and its tensors."""
+    """Header of one safetensors file: file size, header hash, and tensors."""
 
     size_bytes: int
     header_hash: str
@@ -79,23 +78,23 @@ class HeaderFile:
 
 
 class Headers:
-    """The tensors of a checkpoint directory, by their names on disk: what they are, and where."""
+    """Dtypes, shapes and locations of a checkpoint's tensors, by their names on disk."""
 
     def __init__(self, directory: Place, files: Mapping[str, HeaderFile], config: Any) -> None:
         self.directory = directory
         self.config = config
         self.entries = {name: e for file in files.values() for name, e in file.entries.items()}
         self.size_bytes = sum(file.size_bytes for file in files.values())
-        """Of all files, headers included."""
+        """Total size of all files, headers included."""
         self._identity = [config, [[n, f.size_bytes, f.header_hash] for n, f in files.items()]]
 
     @classmethod
     def open(cls, directory: Place) -> "Headers":
-        """Reads and checks every header of the checkpoint in `directory`.
+        """Read and validate every header of the checkpoint in `directory`.
 
         Raises:
-            InputError: no config or no safetensors; a file that is missing, truncated or damaged;
-                an index that does not agree with the files or points outside the directory.
+            InputError: Config or safetensors are missing; a file is missing, truncated or damaged;
+                the index does not match the files or names a file outside the directory.
         """
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory; give the directory of a checkpoint")
@@ -109,7 +108,7 @@ class Headers:
         for name in sorted(set(weight_map.values())):
             if not _is_file(directory / name):
                 raise InputError(
-                    f"{directory}: {INDEX_FILE} names {shown(name)}, which is not there"
+                    f"{directory}: {INDEX_FILE} names {shown(name)}, which does not exist"
                 )
             files[name] = _read_header(directory / name)
         _check_index(directory, weight_map, files)
@@ -119,11 +118,11 @@ class Headers:
     def fingerprint(self) -> str:
         """Hash of the config, of every file's name, size and header, and of samples of all tensors.
 
-        A few hundred bytes of each tensor tell two trainings of one model apart, which no header
-        does, without reading the whole checkpoint.
+        A few hundred bytes of each tensor distinguish two trainings of one model, which have equal
+        headers, without reading the whole checkpoint.
 
         Raises:
-            InputError: a file cannot be read.
+            InputError: A file cannot be read.
         """
         text = json.dumps(self._identity, sort_keys=True, separators=(",", ":"))
         digest = hashlib.blake2b(text.encode(), digest_size=16)
@@ -138,7 +137,7 @@ class Headers:
 
 
 def _samples(entries: Sequence[Entry], file: Any) -> list[bytes]:
-    """A few bytes of every tensor."""
+    """Read a few bytes of every tensor."""
     samples = []
     for entry in entries:
         last = max(entry.size_bytes - SAMPLE_BYTES, 0)
@@ -149,17 +148,17 @@ def _samples(entries: Sequence[Entry], file: Any) -> list[bytes]:
 
 
 def read_json(path: Place) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Read the JSON object in `path`.
 
     Raises:
-        InputError: the file is missing, is not JSON, or holds something else than an object.
+        InputError: The file is missing, is not JSON, or does not contain an object.
     """
     try:
         if isinstance(path, Path) and path.exists() and not path.is_file():
-            raise InputError(f"{path}: is no file; a checkpoint has one")
+            raise InputError(f"{path}: is not a file; a checkpoint needs it as a file")
         value = parse_json(path.read_bytes())
     except FileNotFoundError:
-        raise InputError(f"{path.parent}: no {path.name}; a checkpoint has one") from None
+        raise InputError(f"{path.parent}: no {path.name}; a checkpoint needs one") from None
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from error
     except ValueError as error:
@@ -170,19 +169,19 @@ def read_json(path: Place) -> dict[str, Any]:
 
 
 def quoted(value: Any) -> str:
-    """What was found in somebody's file, for a message: one line, however long it is."""
+    """Format a value found in a file for a message, in one line of limited length."""
     return _BRIEF.repr(value)
 
 
 def shown(name: str) -> str:
-    """The same of a name, without quotes where it needs none."""
+    """Format a name for a message, quoted only if necessary."""
     return name if name.isprintable() and len(name) <= _BRIEF.maxstring else quoted(name)
 
 
 def _is_file(path: Place) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name longer than any
+    except OSError:  # name too long
         return False
 
 
@@ -193,12 +192,12 @@ def _no_weights(directory: Place) -> str:
     if safetensors:
         return (
             f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE}, but {', '.join(safetensors[:3])}"
-            "; several files need their index"
+            "; several files need an index"
         )
     if others:
         return (
             f"{directory}: no safetensors, only {', '.join(others[:3])}; "
-            "convert with save_pretrained first, pickled weights are not read"
+            "convert them with save_pretrained first, pickled weights are not read"
         )
     return f"{directory}: no weights; {SINGLE_FILE} or {INDEX_FILE} is expected"
 
@@ -208,11 +207,11 @@ def _read_weight_map(path: Place) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map; it maps every tensor to its file")
     for tensor, name in weight_map.items():
-        # A bare name only: an index must not lead out of the directory it lies in.
+        # A bare name only: an index must not refer to files outside its directory.
         is_bare = isinstance(name, str) and name == os.path.basename(name) and "\\" not in name
         if not is_bare or not name.endswith(".safetensors"):
             raise InputError(
-                f"{path}: {shown(tensor)} lies in {quoted(name)}; "
+                f"{path}: {shown(tensor)} is in {quoted(name)}; "
                 "only a safetensors file of the same directory is allowed"
             )
     return weight_map
@@ -224,7 +223,7 @@ def _check_index(
     for tensor, name in weight_map.items():
         if tensor not in files[name].entries:
             raise InputError(
-                f"{directory}: {INDEX_FILE} places {shown(tensor)} in {name}, not in there"
+                f"{directory}: {INDEX_FILE} places {shown(tensor)} in {name}, which lacks it"
             )
     for name, file in files.items():
         for tensor in file.entries:
@@ -289,7 +288,7 @@ def _read_entry(path: Place, name: str, value: Any, *, first_byte: int) -> Entry
     if end - start != entry.size_bytes:
         raise InputError(
             f"{path}: damaged header, {shown(name)} of shape {shape} and dtype {code} takes "
-            f"{entry.size_bytes} bytes, its range has {end - start}"
+            f"{entry.size_bytes} bytes, but its range has {end - start}"
         )
     return entry
 
@@ -297,17 +296,17 @@ def _read_entry(path: Place, name: str, value: Any, *, first_byte: int) -> Entry
 def _check_ranges(
     path: Place, entries: Mapping[str, Entry], *, first_byte: int, size_bytes: int
 ) -> None:
-    """Ranges must follow each other without gap or overlap and end where the file ends."""
+    """Check that ranges are contiguous, without overlap, and end at the end of the file."""
     position = first_byte
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[0])):
         if entry.offset != position and entry.size_bytes:
             raise InputError(
                 f"{path}: damaged header, {shown(name)} starts at byte {entry.offset}, "
-                f"the tensor before it ends at {position}"
+                f"but the preceding tensor ends at {position}"
             )
         position += entry.size_bytes
     if position != size_bytes:
         state = "truncated" if position > size_bytes else "damaged"
         raise InputError(
-            f"{path}: {size_bytes} bytes, its header describes {position}; the file is {state}"
+            f"{path}: {size_bytes} bytes, but its header describes {position}; the file is {state}"
         )

@@ -1,8 +1,8 @@
-"""The directory a checkpoint is written to: whose it is, when it is whole, what goes with it.
+"""Output directory of a checkpoint: ownership, completion, and copied companion files.
 
-config.json comes last: only from there on does anything take the directory for a checkpoint.
-Until then `.orchestrator-unfinished` marks it as ours. A prefix in an object store is a directory
-here too.
+config.json is written last; without it no reader accepts the directory as a checkpoint. Until
+then `.orchestrator-unfinished` marks it as ours. A prefix in an object store is treated as a
+directory too.
 """
 
 import json
@@ -21,7 +21,7 @@ from orchestrator.store.places import Place, Remote
 
 MARKER_FILE = ".orchestrator-unfinished"
 LEASE_FILE = ".orchestrator-hold.json"
-"""Says which driver writes there; not part of the checkpoint, and gone when it is whole."""
+"""Names the driver that writes there; not part of the checkpoint, removed on completion."""
 
 # matched in lower case
 _COPIED = (
@@ -45,12 +45,12 @@ _COPIED = (
 
 
 def check_out(out: Place) -> bool:
-    """Whether `out` holds a finished compressed checkpoint of ours; changes nothing.
+    """Test if `out` is a finished compressed checkpoint of ours, without changing it.
 
-    False where it does not exist, is empty, or is marked as ours and unfinished.
+    Returns False if it does not exist, is empty, or is marked as ours and unfinished.
 
     Raises:
-        UsageError: It is a file, or holds something else.
+        UsageError: It is a file, or contains other files.
         InputError: It is ours and finished, but damaged.
     """
     if isinstance(out, Remote):
@@ -70,30 +70,30 @@ def check_out(out: Place) -> bool:
     if not found:
         return False
     raise UsageError(
-        f"{out}: holds something else ({', '.join(found)}); give a directory that is new or empty"
+        f"{out}: contains other files ({', '.join(found)}); give a directory that is new or empty"
     )
 
 
 def claim_out(out: Place) -> None:
-    """Makes `out` and marks it as an unfinished checkpoint of ours; needed before any file.
+    """Create `out` and mark it as an unfinished checkpoint of ours; must precede any file.
 
     Raises:
-        UsageError: It holds something else, or a finished checkpoint.
+        UsageError: It contains other files, or a finished checkpoint.
         OrchestratorError: It cannot be written.
     """
     if check_out(out):
-        raise UsageError(f"{out}: holds a finished checkpoint; give a directory that is new")
+        raise UsageError(f"{out}: contains a finished checkpoint; give a new directory")
     write_text(out / MARKER_FILE, "This checkpoint is being written by orchestrator.\n")
 
 
 def copy_companions(model: Place, out: Place) -> None:
-    """Copies tokenizer, chat template, generation config and licence files byte for byte.
+    """Copy tokenizer, chat template, generation config and licence files byte for byte.
 
-    A link is followed within the model, or, as they lie in the hub's cache, to the blobs beside its
-    snapshots: what else it may lead to is not the model's to give away.
+    Links are followed only within the model, or in the hub's cache to the blobs next to its
+    snapshots, so that a model cannot make us publish other files of this machine.
 
     Raises:
-        InputError: A link leads elsewhere.
+        InputError: A link points outside the model.
     """
     source = small_files(model)
     home = source.resolve()
@@ -105,15 +105,15 @@ def copy_companions(model: Place, out: Place) -> None:
                 if file.is_file():
                     if not file.resolve().is_relative_to(home):
                         raise InputError(
-                            f"{file}: is a link out of the model, to {file.resolve()}; "
-                            "put the file itself in its place"
+                            f"{file}: is a link to {file.resolve()}, outside the model; "
+                            "replace it by the file itself"
                         )
                     with atomic(out / file.relative_to(source)) as temporary:
                         shutil.copyfile(file, temporary)
 
 
 def seal(out: Place, config: Mapping[str, Any]) -> None:
-    """Makes the directory a checkpoint: config.json, then the mark goes."""
+    """Complete the checkpoint: write config.json, then remove the marker."""
     write_json(out / "config.json", config)
     (out / MARKER_FILE).unlink(missing_ok=True)
 
@@ -124,5 +124,5 @@ def write_text(path: Place, text: str) -> None:
 
 
 def write_json(path: Place, value: Mapping[str, Any]) -> None:
-    """JSON as transformers writes it, the keys in the order given."""
+    """Write JSON in the format of transformers, with keys in the given order."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

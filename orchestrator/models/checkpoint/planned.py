@@ -1,4 +1,4 @@
-"""A compressed checkpoint before any of it is written: the plan's tensors, from where they lie."""
+"""Planned checkpoint: the tensors of a plan, read from storage before any file is written."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -12,12 +12,12 @@ from orchestrator.store.places import Place
 
 
 class PlannedCheckpoint:
-    """The tensors that `layout` announces; what writing them and opening the files would give.
+    """Tensors of a layout, equal to those of the written checkpoint.
 
     Args:
         dense: The checkpoint that the plan was made for.
-        read: Gives every tensor in its shape, on any device and in any dtype, copies of dense ones
-            too: what `checkpoint.write_file` would be given.
+        read: Returns every tensor in its shape, on any device and in any dtype, copies of dense
+            tensors included, as for `checkpoint.write_file`.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class PlannedCheckpoint:
         self.directory: Place = dense.directory
         self.fingerprint: str = dense.fingerprint
         self.size_bytes: int = sum(file.size_bytes for file in files)
-        """Of the tensors; headers come when it is written."""
+        """Total size of the tensors, without headers."""
         self._read = read
         self._specs = {spec.name: spec for file in files for spec in file.tensors}
 
@@ -41,9 +41,9 @@ class PlannedCheckpoint:
         return self._specs[name].torch_dtype
 
     def read_ahead(self, names: Iterable[str]) -> None:
-        """Does nothing: where they come from is for `read` to know."""
+        """No-op: only `read` knows the origin of the tensors."""
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
-        """The tensor on a device, cast there to the dtype in which it will be written."""
+        """Read a tensor to a device and cast it there to the dtype in which it will be written."""
         spec = self._specs[name]
         return upload(self._read(spec), device).to(spec.torch_dtype)

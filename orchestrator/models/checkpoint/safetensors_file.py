@@ -1,7 +1,7 @@
-"""Writing a safetensors file tensor by tensor, with the bytes that the safetensors library gives.
+"""Writing of safetensors files tensor by tensor, byte for byte as the safetensors library does.
 
-Eight bytes N, N bytes of JSON that say where each tensor lies, the tensors. The header follows
-from names, dtypes and shapes, so it is written before any tensor is at hand.
+A file consists of eight bytes N, N bytes of JSON with the location of each tensor, and the tensors.
+The header depends only on names, dtypes and shapes, so it is written before any tensor is read.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from orchestrator.models.checkpoint.weights import DTYPES
 from orchestrator.store.files import atomic, size_of
 from orchestrator.store.places import Place
 
-# the library's order: by alignment, so that every tensor starts at a multiple of its item size
+# the library's order, by alignment: every tensor starts at a multiple of its item size
 _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -30,10 +30,10 @@ def write_safetensors(
     tensors: Announced,
     read: Callable[[str], Tensor],
 ) -> str:
-    """Writes the file atomically, asking for one tensor at a time; returns its BLAKE2b, 256 bits.
+    """Write the file atomically, reading one tensor at a time; returns its BLAKE2b, 256 bits.
 
-    The tensors come in file order, not in the order given, and must have the dtype and shape
-    announced; any device. Memory: one tensor. Equal tensors give equal bytes.
+    Tensors are read in file order, not in the given order, and must have the announced dtype and
+    shape; any device. Memory: one tensor. Equal tensors give equal bytes.
 
     Raises:
         OrchestratorError: The device has no space left, or refuses the write.
@@ -43,21 +43,22 @@ def write_safetensors(
     with atomic(path) as temporary, temporary.open("wb") as file:
         file.write(header)
         for name in _in_order(tensors):
-            _put(read(name), tensors[name], name, file, digest)
+            _write_tensor(file, read(name), name=name, announced=tensors[name], digest=digest)
     return digest.hexdigest()
 
 
-def _put(
-    tensor: Tensor,
-    announced: tuple[torch.dtype, tuple[int, ...]],
-    name: str,
+def _write_tensor(
     file: BinaryIO,
+    tensor: Tensor,
+    *,
+    name: str,
+    announced: tuple[torch.dtype, tuple[int, ...]],
     digest: hashlib.blake2b,
 ) -> None:
-    """Writes one tensor; a function of its own, so that the tensor is gone before the next."""
+    """Write one tensor; a separate function, so that it is freed before the next is read."""
     found = (tensor.dtype, tuple(tensor.shape))
     if found != announced:
-        raise ValueError(f"{name} is {found}, announced as {announced}")
+        raise ValueError(f"{name} is {found}, but was announced as {announced}")
     if tensor.numel():
         data = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
         digest.update(data)
@@ -65,7 +66,7 @@ def _put(
 
 
 def has_header(path: Place, tensors: Announced) -> bool:
-    """Whether a file of the right size stands there, with the header of these tensors."""
+    """Test if `path` is a file of the expected size with the header of these tensors."""
     header = make_header(tensors)
     size_bytes = len(header) + sum(
         math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values()
@@ -77,7 +78,7 @@ def has_header(path: Place, tensors: Announced) -> bool:
 
 
 def make_header(tensors: Announced) -> bytes:
-    """Everything before the first tensor: the length, and the JSON padded to eight bytes."""
+    """Build the bytes before the first tensor: the length, and the JSON padded to eight bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in _in_order(tensors):

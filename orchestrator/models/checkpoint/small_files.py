@@ -1,7 +1,7 @@
-"""The files of a model beside its weights: where they lie, or copies of those in a store.
+"""Local directory of a model's files other than weights, copied if the model is in a store.
 
-Weights are read from a store range by range; config, tokenizer and licence are small, and what
-reads them (transformers) needs a directory.
+Weights are read from a store by byte range. Config, tokenizer and licence files are small, and
+their reader (transformers) needs a directory.
 """
 
 from fnmatch import fnmatchcase
@@ -13,14 +13,14 @@ from orchestrator.store.places import Place, Remote
 
 PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
 LARGEST_BYTES = 200_000_000
-"""Of a file that counts as small; a tokenizer has some tens of megabytes."""
+"""Size limit of a small file; a tokenizer has some tens of megabytes."""
 
 
 def small_files(model: Place) -> Path:
-    """A local directory with them; one of a store's stays as long as the process.
+    """Return a local directory with the small files; copies from a store last until process exit.
 
     Raises:
-        OrchestratorError: The store does not answer.
+        OrchestratorError: The store does not respond.
     """
     return model if isinstance(model, Path) else _copied(model)
 

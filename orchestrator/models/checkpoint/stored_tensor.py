@@ -8,10 +8,10 @@ Region = Literal["front", "block", "tail"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """One tensor of the checkpoint: its name in the model and its name on disk."""
+    """Tensor of a checkpoint with its names in the model and on disk."""
 
     name: str
-    """Module name, `model.layers.3.mlp.down_proj.weight`."""
+    """Name in the model, `model.layers.3.mlp.down_proj.weight`."""
     disk_name: str
     shape: tuple[int, ...]
     dtype: str
@@ -19,4 +19,4 @@ class StoredTensor:
     block: int | None
     """Index of its block; None outside the blocks."""
     place: Region
-    """Before the blocks, in one of them, or after them."""
+    """Region of the model: before the blocks, in a block, or after the blocks."""

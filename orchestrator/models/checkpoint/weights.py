@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint, read one by one.
+"""Reading of a checkpoint's tensors one by one.
 
-Opening reads the headers alone; reading takes a tensor's own byte range into private memory, so a
-shard's memory is exactly what it read and nothing depends on the file staying mapped.
+Opening reads only the headers. Reading copies a tensor's byte range into private memory, so that
+a shard's memory is exactly the tensors it read, without mapped files.
 """
 
 import os
@@ -33,24 +33,24 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
-    """The dtype of this name, `bfloat16`; None for `auto`.
+    """Parse the name of a dtype, `bfloat16`; returns None for `auto`.
 
     Raises:
-        UsageError: It is the name of no dtype that a checkpoint can have.
+        UsageError: The name is not one of the floating-point dtypes of a checkpoint.
     """
     known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
     if name == "auto":
         return None
     if name not in known or not known[name].is_floating_point:
-        raise UsageError(f"dtype is {name!r}; it must be auto, float32, bfloat16, float16, float64")
+        raise UsageError(f"dtype is {name!r}; allowed: auto, float32, bfloat16, float16, float64")
     return known[name]
 
 
 class Checkpoint(Protocol):
-    """Named tensors with the headers that say what they are, written to files or not yet."""
+    """Named tensors with their headers, from files or not yet written."""
 
     directory: Place
-    """Of the model's config, and what errors name."""
+    """Directory of the model's config, named in errors."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -71,9 +71,9 @@ class Checkpoint(Protocol):
 
 
 class Weights:
-    """The tensors of a checkpoint directory, by their names on disk.
+    """Tensors of a checkpoint directory, by their names on disk.
 
-    Holds headers only; every `read` opens the file, takes one byte range and closes it.
+    Holds headers only; every `read` opens the file, reads one byte range and closes it.
     """
 
     def __init__(self, headers: Headers) -> None:
@@ -82,26 +82,26 @@ class Weights:
 
     @classmethod
     def open(cls, directory: Place) -> "Weights":
-        """Reads and checks every header of the checkpoint in `directory`.
+        """Read and validate every header of the checkpoint in `directory`.
 
         Raises:
-            InputError: As `Headers.open`.
+            InputError: As for `Headers.open`.
         """
         return cls(Headers.open(directory))
 
     @property
     def fingerprint(self) -> str:
-        """See `Headers`."""
+        """Fingerprint of the checkpoint, see `Headers`."""
         return self._headers.fingerprint
 
     @property
     def size_bytes(self) -> int:
-        """Of all files."""
+        """Total size of all files."""
         return self._headers.size_bytes
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every tensor's name on disk, in the order of the files."""
+        """Names of all tensors on disk, in file order."""
         return tuple(self._headers.entries)
 
     def __contains__(self, name: object) -> bool:
@@ -114,7 +114,7 @@ class Weights:
         return DTYPES[self._headers.entries[name].code]
 
     def read_ahead(self, names: Iterable[str]) -> None:
-        """Asks the system to bring tensors into its cache; of a store's files, nothing happens."""
+        """Ask the system to prefetch tensors into its cache; no effect for files in a store."""
         for name in names:
             entry = self._headers.entries[name]
             if not isinstance(entry.path, Path):
@@ -124,12 +124,12 @@ class Weights:
                 os.posix_fadvise(file.fileno(), *wanted)
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
-        """The tensor, in its dtype on disk, on a device, in private memory of its own size.
+        """Read a tensor to a device, in its dtype on disk, into private memory of exactly its size.
 
-        On its way to a GPU the host holds a piece of it at a time.
+        For a GPU the host holds one piece of it at a time.
 
         Raises:
-            InputError: the file has become shorter, or cannot be read.
+            InputError: The file has become shorter, or cannot be read.
         """
         entry = self._headers.entries[name]
         tensor = torch.empty(entry.shape, dtype=self.dtype(name), device=device)
@@ -155,7 +155,7 @@ class Weights:
 
 
 def _read_into(file: Any, buffer: memoryview) -> int:
-    """Fills a buffer from a file; gives the number of bytes, fewer at the end of the file."""
+    """Fill a buffer from a file; returns the number of bytes, fewer at the end of the file."""
     done = 0
     while done < len(buffer):
         count: int = file.readinto(buffer[done:])

@@ -1,7 +1,7 @@
-"""The files of a compressed checkpoint: the same bytes for the same plan, whoever writes them.
+"""Writing of a compressed checkpoint; equal plans give equal bytes on any worker.
 
-`layout` says which tensor lies in which file, `write_file` writes one of them, anywhere, and
-`finish` adds what is not a tensor, config.json last.
+`layout` assigns tensors to files, `write_file` writes one file on any worker, and `finish` adds
+the other files, config.json last.
 """
 
 import re
@@ -32,13 +32,14 @@ CARD_FILE = "README.md"
 
 
 def write_file(spec: FileSpec, path: Place, read: Callable[[TensorSpec], Tensor]) -> dict[str, Any]:
-    """Writes one file atomically and durably, with one tensor in memory at a time.
+    """Write one file atomically and durably, with one tensor in memory at a time.
 
-    `read` gives each tensor in its shape, on any device and in any dtype; it is cast here. The
+    `read` returns each tensor in its shape, on any device and in any dtype; it is cast here. The
     result is the manifest entry `{"name", "bytes", "blake2b"}`. Equal tensors give equal bytes.
 
     Raises:
-        InputError: A tensor that is no bare copy holds NaN or infinity, perhaps by the cast.
+        InputError: A tensor other than an unchanged copy has NaN or infinity, possibly from the
+            cast.
         OrchestratorError: The device has no space left, or refuses the write.
     """
     specs = {tensor.name: tensor for tensor in spec.tensors}
@@ -46,10 +47,10 @@ def write_file(spec: FileSpec, path: Place, read: Callable[[TensorSpec], Tensor]
     def read_cast(name: str) -> Tensor:
         tensor, given = specs[name], read(specs[name])
         result = given.to(tensor.torch_dtype)
-        is_bare_copy = tensor.part == "copy" and given.dtype == tensor.torch_dtype
-        if not is_bare_copy and not _is_finite(result):
+        is_unchanged_copy = tensor.part == "copy" and given.dtype == tensor.torch_dtype
+        if not is_unchanged_copy and not _is_finite(result):
             raise InputError(
-                f"{path}: {name} holds NaN or infinity in {tensor.dtype}; check the weights, "
+                f"{path}: {name} has NaN or infinity in {tensor.dtype}; check the weights, "
                 "or give an output dtype with a wider range"
             )
         return result
@@ -72,21 +73,21 @@ def finish(
     bootstrap: str,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Completes a claimed directory whose files are written; idempotent until config.json stands.
+    """Complete a claimed directory whose tensor files are written; idempotent until config.json.
 
     Copies tokenizer and licence files byte for byte, writes bootstrap, recipe, report, model card
-    and index, removes weights that an earlier attempt left, and writes config.json last.
+    and index, removes weights of an earlier attempt, and writes config.json last.
 
     Args:
         dense: Directory of the dense checkpoint.
-        base_model: What the card and the config call the dense model: a hub id, or a bare name.
-        recipe: The resolved recipe, TOML.
-        report: Written as JSON.
+        base_model: Name of the dense model in card and config: a hub id, or a bare name.
+        recipe: The resolved recipe as TOML.
+        report: The report, written as JSON.
         bootstrap: Source of the file for `trust_remote_code`, `orchestrator.hf.bootstrap`.
-        metrics: Name and value, shown in the card.
+        metrics: Measurements by name, shown in the card.
 
     Raises:
-        InputError: The dense config is damaged, or a file is missing or not the one laid out.
+        InputError: The dense config is damaged, or a file is missing or differs from the layout.
         OrchestratorError: The directory cannot be written.
     """
     config = make_config(
@@ -120,9 +121,9 @@ def make_config(
     base_model: str,
     output_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """The dense config.json with what loading the compressed model takes; other fields stay."""
+    """Extend the dense config.json by the fields for loading the compressed model."""
     forms = stored_forms(survey, plan)
-    # a name of a weights file in the dense directory; ours has the usual names
+    # names a weights file of the dense directory; ours have the usual names
     config = {key: value for key, value in dense.items() if key != "transformers_weights"}
     if output_dtype is not None:
         config.pop("torch_dtype", None)
@@ -142,14 +143,16 @@ def make_config(
 
 
 def write_index(out: Place, files: Sequence[FileSpec]) -> None:
-    """Checks the files against the layout, removes other weights, and writes the index of several.
+    """Check the files against the layout, remove other weights, and write the index if needed.
+
+    A single file has no index.
 
     Raises:
-        InputError: A file is missing, or is not the one laid out.
+        InputError: A file is missing, or differs from the layout.
     """
     for file in files:
         if not has_header(out / file.name, file.announced):
-            raise InputError(f"{out / file.name}: missing, or not as laid out; write it again")
+            raise InputError(f"{out / file.name}: missing, or not as planned; write it again")
     names = {file.name for file in files}
     for path in out.iterdir():
         is_weights = re.fullmatch(r"model.*\.safetensors(\.index\.json)?", path.name)
@@ -170,4 +173,4 @@ def write_index(out: Place, files: Sequence[FileSpec]) -> None:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.numel() or not tensor.is_floating_point():
         return True
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN spreads to both
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN propagates to both

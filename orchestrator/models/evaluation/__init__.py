@@ -1,1 +1,1 @@
-"""Scores, speed and verification of a model, and the rates of a machine."""
+"""Scores, decoding speed and verification of a model, and the rates of a machine."""

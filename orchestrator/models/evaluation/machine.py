@@ -1,4 +1,4 @@
-"""What one worker of this machine can do: the rates that a forecast computes with."""
+"""Measurement of the rates of one worker on this machine, for forecasts."""
 
 import os
 import platform
@@ -19,22 +19,22 @@ from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.checkpoint.weights import parse_dtype
 
 SIZES = {"cpu": (1024, 768), "cuda": (8192, 8192)}
-"""Sizes of products and of eigendecompositions; rates of the latter grow with the size, so on a GPU
-it is the largest one in a 70B model."""
+"""Sizes of the measured matrix products and eigendecompositions, by device. The rate of an
+eigendecomposition grows with its size; on a GPU it is the largest of a 70B model."""
 FILE_BYTES = 2**28
 IMPORTS = "import torch, transformers, orchestrator.models.shards.lazy_model"
-"""What a worker's process does before it is of use."""
+"""Imports of a worker process at its start."""
 
 
 def measure_machine(directory: Path, dtype: str, threads: int) -> dict[str, Any]:
-    """The rates of this process, FLOPs and bytes a second, and how it was measured.
+    """Measure the rates of this process in FLOPs and bytes per second; records the settings.
 
     Raises:
-        UsageError: The dtype or the number of threads is not allowed.
+        UsageError: The dtype or the number of threads is invalid.
     """
     half = parse_dtype(dtype)
     if half is None or threads < 1:
-        raise UsageError(f"dtype is {dtype!r}, threads {threads}; give bfloat16 and 1, for example")
+        raise UsageError(f"dtype is {dtype!r}, threads {threads}; give for example bfloat16 and 1")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -42,7 +42,7 @@ def measure_machine(directory: Path, dtype: str, threads: int) -> dict[str, Any]
         products, eigen = SIZES[device.type]
         found = {
             "half": product_rate(half, device, products),
-            "tf32": _product_rate_of(half, device, products),
+            "tf32": _product_rate_cast_from(half, device, products),
             "single": product_rate(torch.float32, device, products),
             "double": product_rate(torch.float64, device, products),
             "eigen": eigen_rate(device, eigen),
@@ -52,7 +52,7 @@ def measure_machine(directory: Path, dtype: str, threads: int) -> dict[str, Any]
     is_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if is_gpu else f"{platform.machine()}, {threads} threads"
     memory = torch.cuda.get_device_properties(0).total_memory if is_gpu else host_bytes()
-    written, read = _storage(directory)
+    written, read = _storage_rates(directory)
     return {
         "name": name,
         "device": device.type,
@@ -60,32 +60,32 @@ def measure_machine(directory: Path, dtype: str, threads: int) -> dict[str, Any]
         **found,
         "write": written,
         "read": read,
-        "network": _copying(),
-        "start": _starting(),
+        "network": _copy_rate(),
+        "start": _start_seconds(),
         "dtype": dtype,
         "sizes": {"products": products, "eigen": eigen},
     }
 
 
-def _product_rate_of(dtype: torch.dtype, device: torch.device, size: int) -> float:
-    """Of float32 products whose sides were cast from a dtype."""
+def _product_rate_cast_from(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """Rate of float32 products whose operands were cast from `dtype`."""
     with tensor_cores(dtype):
         return product_rate(torch.float32, device, size)
 
 
 def host_bytes() -> int:
-    """Memory that this process may have: the machine's, or its control group's if that is less."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory available to this process: the machine's, or its control group's limit if lower."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            there = min(there, int(Path(limit).read_text()))
+            available = min(available, int(Path(limit).read_text()))
         except (OSError, ValueError):
             continue
-    return there
+    return available
 
 
-def _storage(directory: Path) -> tuple[float, float]:
-    """Bytes a second to a file on disk, and from it once the system has forgotten it."""
+def _storage_rates(directory: Path) -> tuple[float, float]:
+    """Rates of writing a file to disk and of reading it without the page cache, bytes/s."""
     content = np.random.default_rng(0).bytes(FILE_BYTES)
     with tempfile.NamedTemporaryFile(dir=directory) as file:
         start = time.perf_counter()
@@ -101,8 +101,8 @@ def _storage(directory: Path) -> tuple[float, float]:
         return FILE_BYTES / written, FILE_BYTES / (time.perf_counter() - start)
 
 
-def _copying() -> float:
-    """Bytes a second from one place in memory to another, as chunks go between workers here."""
+def _copy_rate() -> float:
+    """Rate of a copy in memory, as between workers of this machine, bytes/s."""
     source = np.ones(FILE_BYTES, np.uint8)
     target, times = np.zeros_like(source), []
     for _ in range(3):
@@ -112,8 +112,8 @@ def _copying() -> float:
     return FILE_BYTES / statistics.median(times)
 
 
-def _starting() -> float:
-    """Seconds until a process has imported what a worker needs."""
+def _start_seconds() -> float:
+    """Seconds until a new process has completed a worker's imports."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True)
     return time.perf_counter() - start

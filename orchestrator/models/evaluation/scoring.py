@@ -1,4 +1,4 @@
-"""How well a model predicts a text, and how close it is to another: sums over tokens.
+"""Scores of a model: loss on a text and divergence from another model, as sums over tokens.
 
 Shape suffixes: B sequences, T tokens, P predictions, V vocabulary.
 """
@@ -14,12 +14,12 @@ from torch.nn.functional import pad
 from orchestrator.device.transport import bring
 
 SLICE_TOKENS = 256
-"""Predictions whose probabilities are in memory at once: 256 of a vocabulary of 128k are 0.1 GB."""
+"""Predictions computed at once: probabilities of 256 over a vocabulary of 128k take 0.1 GB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Sums over predictions, so that scores of chunks add up to the score of a text.
+    """Sums over predictions; the scores of chunks add up to the score of a text.
 
     A prediction is a real token that follows a real token. All sums are float64 over float32
     log-probabilities.
@@ -27,18 +27,18 @@ class Score:
 
     predictions: int = 0
     loss: float = 0.0
-    """Σ −log q(token), q the model's distribution; nats."""
+    """Σ −log q(token) with the model's distribution q, in nats."""
     windows: int = 0
-    """Sequences with a prediction."""
+    """Number of sequences that have a prediction."""
     window_loss: float = 0.0
-    """Σ over sequences of their mean loss; the published perplexities are exp of its mean."""
+    """Σ over sequences of their mean loss; published perplexities are exp of its mean."""
     against_loss: float = 0.0
-    """Σ −log p(token), p the other model's distribution."""
+    """Σ −log p(token) with the other model's distribution p."""
     against_window_loss: float = 0.0
     divergence: float = 0.0
-    """Σ KL(p ‖ q); nats."""
+    """Σ KL(p ‖ q), in nats."""
     agreements: int = 0
-    """Predictions whose most probable token is the same in p and q."""
+    """Number of predictions whose most probable token is the same in p and q."""
 
     def merge(self, other: Self) -> Self:
         sums = {name: value + getattr(other, name) for name, value in asdict(self).items()}
@@ -55,10 +55,13 @@ class Score:
 def score(
     tokens_BT: Tensor, mask_BT: Tensor, logits_BTV: Tensor, against_BTV: Tensor | None
 ) -> Score:
-    """The score of one chunk, whose sequences count each for itself.
+    """Compute the score of one chunk, with each of its sequences as a window of its own.
 
-    Costs two passes over the vocabulary a token; logits are taken to float32 slice by slice. With
-    tokens and mask on the host, a GPU is waited for once a sequence.
+    Costs two passes over the vocabulary per token; logits are cast to float32 slice by slice. With
+    tokens and mask on the host, a GPU is synchronised once per sequence.
+
+    Args:
+        against_BTV: Logits of the other model; None: no comparison.
     """
     device = logits_BTV.device
     total = Score()
@@ -90,7 +93,7 @@ def score(
 
 
 def _sums(target_P: Tensor, logits_PV: Tensor, against_PV: Tensor | None) -> Tensor:
-    """Loss, the other model's loss, divergence and agreements over some predictions, float64."""
+    """Sum loss, the other model's loss, divergence and agreements over predictions, float64 [4]."""
     log_q_PV = logits_PV.float().log_softmax(dim=-1)
     loss = -log_q_PV.gather(1, target_P[:, None]).double().sum()
     if against_PV is None:
@@ -103,15 +106,16 @@ def _sums(target_P: Tensor, logits_PV: Tensor, against_PV: Tensor | None) -> Ten
 
 
 def draw_label_gradient(logits_BTV: Tensor, mask_BT: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient by the logits of −Σ log p(label), a label drawn from p for each real token.
+    """Compute the logit gradient of −Σ log p(label), with a label drawn from p per real token.
 
-    `p − 1[label]` [B, T, V], p the model's own distribution, in the logits' dtype; zero outside the
-    mask. The second moment of such gradients is the Fisher information of what they reach. Every
-    token counts, the last of a sequence too: a drawn label needs no token that follows.
+    It is `p − 1[label]` [B, T, V], p the model's own distribution, in the logits' dtype, and zero
+    outside the mask. The second moment of such gradients with respect to a tensor is its Fisher
+    information. All real tokens count, also the last of a sequence: a drawn label needs no next
+    token.
 
     Args:
         mask_BT: On the host; otherwise the device is read once, for the mask.
-        generator: Of the logits' device.
+        generator: Generator on the logits' device.
     """
     grad_BTV = torch.zeros_like(logits_BTV)
     for row, real_T in enumerate(mask_BT.cpu()):
@@ -125,10 +129,10 @@ def draw_label_gradient(logits_BTV: Tensor, mask_BT: Tensor, generator: torch.Ge
 
 
 def _draw(p_TV: Tensor, generator: torch.Generator) -> Tensor:
-    """One outcome of each distribution, int64 [T, 1]: the least of independent waits of rate p.
+    """Draw one outcome per distribution, int64 [T, 1]: the first of exponential waits of rate p.
 
-    The arithmetic of `torch.multinomial` and its bits, but not its two checks of the probabilities,
-    for each of which it reads the device.
+    Bit-identical to `torch.multinomial`, without its two checks of the probabilities, each of which
+    reads the device.
     """
     wait_TV = torch.empty_like(p_TV).exponential_(generator=generator)
     return torch.div(p_TV, wait_TV, out=wait_TV).argmax(dim=-1, keepdim=True)

@@ -1,6 +1,6 @@
-"""How long one more token takes, shard by shard.
+"""Measurement of decoding time per token, shard by shard.
 
-B sequences, T tokens, C channels.
+Shape suffixes: B sequences, T tokens, C channels.
 """
 
 import statistics
@@ -18,12 +18,11 @@ DECODED_TOKENS = 8
 
 
 def decode_seconds(shard: Shard, chunk: Chunk) -> float | None:
-    """Median time of the shard for one more token of one sequence, keys and values cached.
+    """Measure the shard's median time to decode one token of one sequence, with a KV cache.
 
-    The chunk's first tokens are the prompt, up to 64, its next 8 are taken as if they had been
-    generated: in a causal model the state of a token at the shard's input is the same either way.
-    Nothing when the chunk is too short or padded there, or when the family's payload cannot be
-    cut by token.
+    The chunk's first tokens, at most 64, are the prompt, and its next 8 are treated as generated:
+    in a causal model a token's state at the shard's input is the same. Returns None if the chunk
+    is too short or has padding there, or if the family's block state cannot be cut by token.
     """
     prompt = min(PROMPT_TOKENS, chunk.tokens.shape[1] - DECODED_TOKENS)
     if prompt < 1 or not bool(chunk.mask[0, : prompt + DECODED_TOKENS].all()):
@@ -45,7 +44,7 @@ def decode_seconds(shard: Shard, chunk: Chunk) -> float | None:
 
 
 def _tokens(chunk: Chunk, start: int, stop: int) -> Chunk | None:
-    """Tokens start to stop of the chunk's first sequence, with their part of the payload."""
+    """Cut tokens start to stop of the chunk's first sequence, with their part of the state."""
     tokens, mask = chunk.tokens[:1, start:stop], chunk.mask[:1, start:stop]
     payload = chunk.payload
     if payload is not None:

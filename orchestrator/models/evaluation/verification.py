@@ -1,4 +1,4 @@
-"""A compressed checkpoint read again: is it what was written, whole, sound, and able to run?
+"""Verification of a compressed checkpoint: files, tensors, reconstructed linears and logits.
 
 Shape suffixes: O outputs, I inputs, B sequences, T tokens, V vocabulary.
 """
@@ -31,7 +31,7 @@ from orchestrator.plan.cut import cut_blocks
 from orchestrator.store.files import digest_file
 
 TOLERANCE = 0.02, 1e-3
-"""What a measured error may differ by from the reported one: a part of it, and rounding."""
+"""Tolerance of measured against reported errors: a fraction of the error, plus rounding."""
 _NUMBER = re.compile(r"\.\d+\.")
 
 
@@ -43,28 +43,28 @@ def verify(
     linears: int = 14,
     tokens: int = 64,
 ) -> dict[str, Any]:
-    """Reads a compressed checkpoint again; one tensor, one linear or one block is in memory.
+    """Verify a compressed checkpoint, with one tensor, one linear or one block in memory.
 
-    1. Config, index, headers and the forms that the config names fit each other.
-    2. Every file has the BLAKE2b that the report has of it.
-    3. Every linear has the form, rank and number of entries that the report says.
+    1. Config, index, headers and the forms in the config are consistent.
+    2. Every file has the BLAKE2b digest that the report records.
+    3. Every linear has the form, rank and number of entries that the report states.
     4. Every tensor is finite.
-    5. Sampled linears, the same number of each role as far as it goes, are reconstructed; beside
-       the dense model, |W - W'|^2 / |W|^2 is the report's, unless they were trained since.
-    6. Tokens pass through all blocks, and the logits are finite; beside the dense model the mean
-       KL from it and the agreement on the first token are said.
+    5. Sampled linears, evenly over the roles, are reconstructed; given the dense model,
+       |W - W'|^2 / |W|^2 matches the report, unless they were trained since.
+    6. Tokens pass through all blocks, and the logits are finite; given the dense model, the mean
+       KL from it and the top-1 agreement are returned.
 
     Args:
         changing: Names of the stages after which the error of a linear is no longer that of its
             decomposition.
-        dense: The dense checkpoint.
-        linears: How many are reconstructed.
-        tokens: Of the probe: drawn from the vocabulary, seed 0, so no text is needed, and no
-            quality is measured.
+        dense: Directory of the dense checkpoint.
+        linears: Number of linears to reconstruct.
+        tokens: Number of probe tokens, drawn from the vocabulary with seed 0; no text is needed,
+            and quality is not measured.
 
     Returns:
-        `problems`, empty if all is well, and what was found: `files`, `tensors`, `linears`,
-        `logits`.
+        `problems`, empty if none were found, and the results of the checks: `files`, `tensors`,
+        `linears`, `logits`.
     """
     try:
         lazy_model = LazyModel.open(directory, dtype=torch.float32)
@@ -127,7 +127,7 @@ class _Verification:
         self._problems.append(f"{self._directory}: {what}")
 
     def _files(self) -> dict[str, str]:
-        """Of every file of weights: `as reported`, `changed` or `not reported`."""
+        """State of every weights file: `as reported`, `changed` or `not reported`."""
         reported = self._report.get("files", {})
         found = {}
         for path in sorted(self._directory.glob("*.safetensors")):
@@ -143,7 +143,7 @@ class _Verification:
         return found
 
     def _tensors(self) -> int:
-        """How many there are; those with NaN or infinite values are complained of."""
+        """Count the tensors; reports those with NaN or infinite values."""
         weights = self._lazy_model.weights
         for name in weights.names:
             tensor = weights.read(name)
@@ -153,7 +153,7 @@ class _Verification:
         return len(weights.names)
 
     def _reconstruct(self) -> dict[str, dict[str, Any]]:
-        """Sampled linears: form, size, and their error beside the dense weight."""
+        """Reconstruct sampled linears: form, reported error, and error against the dense weight."""
         architecture = Architecture.read(self._directory)
         weights = Weights.open(self._directory)
         assert architecture.forms is not None
@@ -177,7 +177,7 @@ class _Verification:
         return found
 
     def _check_sizes(self, forms: Mapping[str, Any]) -> None:
-        """The config's forms against the report's."""
+        """Compare the forms in the config with those in the report."""
         reported = self._report["linears"]
         for name, form in read_forms(forms).items():
             entry = reported.get(name)
@@ -193,7 +193,7 @@ class _Verification:
         if reported is None or any(stage in self._report for stage in self._changing):
             return
         if name in self._sharing:
-            # what is reported is the error of all that share the basis together
+            # the report has the joint error of all linears that share the basis
             return
         part, rounding = TOLERANCE
         if abs(error - reported) > part * reported + rounding:
@@ -203,12 +203,12 @@ class _Verification:
 
     @cached_property
     def _sharing(self) -> set[str]:
-        """Linears whose basis is another's too."""
+        """Names of linears that share a basis with another."""
         bases = {n: each["basis"] for n, each in self._report["linears"].items() if "basis" in each}
         return {*bases, *bases.values()}
 
     def _probe(self) -> dict[str, Any]:
-        """What the logits of random tokens are, and how far from the dense model's."""
+        """Compute logits of random tokens: finiteness, and divergence from the dense model."""
         vocabulary = self._lazy_model.config.get_text_config().vocab_size
         ids = np.random.default_rng(0).integers(0, vocabulary, (1, self._tokens))
         tokens_BT = torch.from_numpy(ids)
@@ -228,7 +228,7 @@ class _Verification:
 
 
 def _logits(lazy_model: LazyModel, chunk: Chunk) -> Tensor:
-    """Through one block after the other."""
+    """Compute logits with one block in memory at a time."""
     cut = cut_blocks(lazy_model.num_blocks, lazy_model.num_blocks)
     for blocks in cut[:-1]:
         with lazy_model.shard(blocks) as shard:
@@ -243,9 +243,10 @@ def _error(whole_OI: Tensor, weight_OI: Tensor) -> float:
 
 
 def sampled(names: Sequence[str], count: int) -> list[str]:
-    """So many names, in their order: as many of each role as of any other, or one more.
+    """Sample `count` names in their order, balanced over roles up to a difference of one.
 
-    Of each role evenly over the model; names of one role differ in blocks and experts alone.
+    Within a role they are spaced evenly over the model; names of a role differ only in the numbers
+    of block and expert.
     """
     roles: dict[str, list[str]] = {}
     for name in names:

@@ -1,8 +1,8 @@
-"""Reading the documents of a source, with a clear word for whatever is wrong with it.
+"""Reading of documents from a text source, with specific errors for invalid input.
 
-A source is a file (.txt, .raw, .jsonl, .parquet), a directory of such files at any depth in the
-order of their paths, or `datasets:NAME[:CONFIG[:SPLIT]]`. A .txt or .raw file is one document;
-records of the others hold one each, under a named field.
+A source is a file (.txt, .raw, .jsonl, .parquet), a directory of such files at any depth, read in
+path order, or `datasets:NAME[:CONFIG[:SPLIT]]`. A .txt or .raw file is one document; in the other
+formats each record holds one document in a named field.
 """
 
 import codecs
@@ -21,25 +21,25 @@ SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 READ_BYTES = 2**20
 
 Document = Iterable[str]
-"""A document as the fragments of its text, so that a huge one is read only as far as needed."""
+"""A document as fragments of text, so that a huge one is read only as far as needed."""
 
 
 def read_documents(source: str, field: str) -> Iterator[Document]:
-    """The documents of a source, in order, each read when it is asked for.
+    """Yield the documents of a source in order, each read on demand.
 
-    Text is UTF-8. An incomplete character at the very end of a plain file, as a cut by size leaves
-    it, is passed over; any other byte that is not UTF-8 is an error.
+    Text is UTF-8. An incomplete character at the very end of a plain file, left by truncation to a
+    size, is ignored; any other byte that is not UTF-8 is an error.
 
     Raises:
         UsageError: The source is of no known kind, or `datasets` is not installed.
-        InputError: It does not exist, holds no text, cannot be decoded or lacks the field.
+        InputError: The source does not exist, has no text, cannot be decoded or lacks the field.
     """
     if source.startswith(DATASETS_PREFIX):
         yield from _from_datasets(source, field)
         return
     try:
         files = _files(Path(source).expanduser())
-    except (OSError, RuntimeError) as error:  # a name longer than any, the `~` of nobody
+    except (OSError, RuntimeError) as error:  # name too long, or `~` of an unknown user
         raise InputError(f"{reprlib.repr(source)}: no such text: {error}") from error
     for path in files:
         suffix = path.suffix.lower()
@@ -65,7 +65,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not found:
-            raise InputError(f"{path}: no text in this directory; it may hold {allowed} files")
+            raise InputError(f"{path}: no text files in this directory; supported are {allowed}")
         return found
     if not path.exists():
         raise InputError(f"{path}: no such text file or directory")
@@ -132,7 +132,7 @@ def _from_parquet(path: Path, field: str) -> Iterator[Document]:
 
 
 def _from_datasets(source: str, field: str) -> Iterator[Document]:
-    """Rows of a data set, from the cache of `datasets` or, unless it is offline, from the hub."""
+    """Yield rows of a data set, from the cache of `datasets` or, unless offline, from the hub."""
     try:
         import datasets
     except ImportError as error:
@@ -142,11 +142,11 @@ def _from_datasets(source: str, field: str) -> Iterator[Document]:
     name, config, split, *surplus = (*source.removeprefix(DATASETS_PREFIX).split(":"), "", "")
     if not name or any(surplus):
         raise UsageError(f"{source}: write it as {DATASETS_PREFIX}NAME[:CONFIG[:SPLIT]]")
-    datasets.disable_progress_bars()  # they return the cursor, which logs show as one long line
+    datasets.disable_progress_bars()  # their carriage returns make one long line in logs
     try:
         rows: Any = datasets.load_dataset(name, config or None, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{source}: cannot be loaded: {error}") from error
+        raise InputError(f"{source}: cannot load the data set: {error}") from error
     _check_field(source, field, rows.column_names)
     for number, row in enumerate(rows.select_columns([field]), start=1):
         yield (_text(f"{source}, row {number}", field, row[field]),)

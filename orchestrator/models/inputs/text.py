@@ -1,20 +1,20 @@
-"""Documents into token sequences, for calibration and for evaluation.
+"""Token sequences from documents, for calibration and evaluation.
 
-Two layouts make sequences of documents:
+Two layouts:
 
 - `packed`: documents are joined by a blank line into one text, encoded, and cut into windows that
-  do not overlap. A single .txt file is therefore encoded whole, and WikiText as rows gives exactly
-  the text that perplexities are published on. Special tokens that the tokenizer adds by default
+  do not overlap. A single .txt file is therefore encoded whole, and WikiText in rows gives exactly
+  the text that published perplexities use. Special tokens that the tokenizer adds by default
   (none for SmolLM2 and GPT-2, a leading BOS for Llama 2) are added once, at the start of the text.
-  Text beyond `PIECE_CHARACTERS` is encoded in pieces of at most that length, cut after a line's
+  Text longer than `PIECE_CHARACTERS` is encoded in pieces of at most that length, cut after a line
   end, so that windows at the start of a huge text need only its start.
-- `padded`: one document a row, with the special tokens that the tokenizer adds by default, cut to
-  the sequence length or padded on the right. The mask tells real tokens from padding. Blank
-  documents are passed over.
+- `padded`: one document per row, with the special tokens that the tokenizer adds by default,
+  truncated to the sequence length or padded on the right. The mask separates real tokens from
+  padding. Blank documents are skipped.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress, islice
 from typing import Any
@@ -27,7 +27,7 @@ from orchestrator.models.inputs.documents import Document, read_documents
 PIECE_CHARACTERS = 2**21
 BETWEEN_DOCUMENTS = "\n\n"
 MAX_TOKENS = 2**32
-"""That are read of a text; what is taken of them is held in memory."""
+"""Limit of tokens read from a text; those used are held in memory."""
 LAYOUTS = ("packed", "padded")
 SAMPLINGS = ("first", "random")
 
@@ -41,16 +41,16 @@ class Tokens:
     mask: np.ndarray
     """bool [sequences, length]: true on real tokens, which come first in every row."""
     report: dict[str, Any]
-    """Where they are from: source, documents and tokens read, sequences, tokens used (real ones),
-    documents cut short by the sequence length."""
+    """Origin and counts: source, documents and tokens read, sequences, real tokens used, documents
+    truncated to the sequence length."""
 
     def check_within(self, vocabulary: int, model: object) -> None:
-        """Raises InputError if a token is none of a model's vocabulary."""
+        """Raise InputError if a token is outside a model's vocabulary."""
         highest = int(self.ids.max())
         if highest >= vocabulary:
             raise InputError(
-                f"{model}: its tokenizer gives token {highest}, and its vocabulary has "
-                f"{vocabulary}; the tokenizer's files must be this model's own"
+                f"{model}: its tokenizer gives token {highest}, but its vocabulary has "
+                f"{vocabulary}; use the tokenizer files of this model"
             )
 
 
@@ -66,55 +66,39 @@ def load_tokens(
     seed: int = 0,
     stride: int = 1,
 ) -> Tokens:
-    """The sequences that a text gives.
+    """Read a text source and tokenize it into sequences of one length.
 
-    Reading stops where enough is read with `first`; `random` reads the whole source, `padded`
-    twice. Encoding runs at about 1.5 MB a second.
+    With `first`, reading stops as soon as there are enough tokens; `random` reads the whole source,
+    and twice if `padded`. Encoding runs at about 1.5 MB/s.
 
     Args:
-        source: A file, directory or data set, see `orchestrator.models.inputs.documents`.
+        source: File, directory or data set, see `orchestrator.models.inputs.documents`.
         tokenizer: A transformers tokenizer.
-        samples: Sequences wanted; fewer are an error, never a shorter result.
-        field: Field of records that holds the text.
+        samples: Number of sequences; a source with fewer is an error, never a shorter result.
+        field: Field of records that contains the text.
         sampling: `first` takes windows (documents, if padded) 0, stride, 2 stride, ...; `random`
             draws windows at random offsets (they may overlap), or distinct documents kept in
             order.
-        seed: Of `numpy.random.default_rng`, used by `random` alone.
-        stride: Takes each stride-th window or document; 1 with `random`.
+        seed: Seed of `numpy.random.default_rng`; used by `random` only.
+        stride: Take every stride-th window or document; must be 1 with `random`.
 
     Raises:
         UsageError: An argument is out of range, the source is of no known kind, or `datasets` is
             not installed.
         InputError: The source does not exist, cannot be decoded, lacks the field or is too short.
     """
-    _check(samples=samples, sequence_length=sequence_length, stride=stride)
-    if samples * sequence_length * stride > MAX_TOKENS:
-        raise UsageError(
-            f"{samples} sequences of {sequence_length} tokens with stride {stride} are asked for; "
-            f"{MAX_TOKENS} tokens are possible"
-        )
-    if layout not in LAYOUTS or sampling not in SAMPLINGS:
-        raise UsageError(
-            f"layout is {layout!r} and sampling {sampling!r}; "
-            f"allowed are {', '.join(LAYOUTS)} and {', '.join(SAMPLINGS)}"
-        )
-    if sampling == "random" and stride != 1:
-        raise UsageError(f"stride is {stride}; it goes with sampling first, not random")
-
-    def documents() -> Iterator[Document]:
-        return read_documents(source, field)
-
-    rng = np.random.default_rng(seed) if sampling == "random" else None
+    _check_counts(samples=samples, sequence_length=sequence_length, stride=stride)
+    _check_sampling(layout, sampling, stride)
     read: Counter[str] = Counter()
     make_rows = _packed_rows if layout == "packed" else _padded_rows
     rows = make_rows(
-        documents,
+        lambda: read_documents(source, field),
         read,
         tokenizer=tokenizer,
         samples=samples,
         length=sequence_length,
         stride=stride,
-        rng=rng,
+        rng=np.random.default_rng(seed) if sampling == "random" else None,
     )
     if len(rows) < samples:
         raise InputError(
@@ -123,24 +107,33 @@ def load_tokens(
             f"{f' with stride {stride}' if stride > 1 else ''}; "
             "give more text, or ask for fewer or shorter sequences"
         )
-    # padding is masked, so any token does that every model can embed
-    ids = np.zeros((samples, sequence_length), dtype=np.int32)
-    mask = np.zeros((samples, sequence_length), dtype=bool)
+    ids, mask = _padded(rows, sequence_length)
+    origin = {"source": source, "layout": layout, "sampling": sampling}
+    return Tokens(ids=ids, mask=mask, report=origin | _counts(read, mask))
+
+
+def _padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pad rows of tokens on the right: ids int32 and mask bool, both [rows, length]."""
+    # padding is masked, so any token works that every model can embed
+    ids = np.zeros((len(rows), length), dtype=np.int32)
+    mask = np.zeros((len(rows), length), dtype=bool)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = row
         mask[index, : len(row)] = True
-    report = {
-        "source": source,
-        "layout": layout,
-        "sampling": sampling,
+    return ids, mask
+
+
+def _counts(read: Counter[str], mask: np.ndarray) -> dict[str, Any]:
+    """Counts of a token report: documents and tokens read, sequences and tokens used."""
+    sequences, length = mask.shape
+    return {
         "documents": read["documents"],
         "documents_cut": read["documents_cut"],
         "tokens_read": read["tokens_read"],
-        "sequences": samples,
-        "sequence_length": sequence_length,
+        "sequences": sequences,
+        "sequence_length": length,
         "tokens_used": int(mask.sum()),
     }
-    return Tokens(ids=ids, mask=mask, report=report)
 
 
 def _packed_rows(
@@ -153,7 +146,7 @@ def _packed_rows(
     stride: int,
     rng: np.random.Generator | None,
 ) -> list[np.ndarray]:
-    """Windows of the joined text, at most `samples`; counts what was read."""
+    """Cut windows from the joined text, at most `samples`; adds to the counts in `read`."""
     needed = ((samples - 1) * stride + 1) * length
     parts: list[np.ndarray] = []
     for piece in _pieces(_joined(documents(), read)):
@@ -183,11 +176,11 @@ def _padded_rows(
     stride: int,
     rng: np.random.Generator | None,
 ) -> list[np.ndarray]:
-    """Documents cut to the length, at most `samples`; counts what was read."""
+    """Truncate documents to `length`, at most `samples`; adds to the counts in `read`."""
     if rng is None:
         chosen: Iterator[str] = islice(_beginnings(documents()), 0, samples * stride, stride)
     else:
-        # Counted first and read again, so that only one document is in memory at a time.
+        # Counted, then read again, so that only one document is in memory at a time.
         count = sum(1 for _ in _beginnings(documents()))
         picked = np.zeros(count, dtype=bool)
         picked[rng.permutation(count)[:samples]] = True
@@ -203,7 +196,7 @@ def _padded_rows(
 
 
 def _joined(documents: Iterable[Document], read: Counter[str]) -> Iterator[str]:
-    """The fragments of all documents, a blank line between one document and the next."""
+    """Yield the fragments of all documents, with a blank line between documents."""
     for document in documents:
         if read["documents"]:
             yield BETWEEN_DOCUMENTS
@@ -212,7 +205,7 @@ def _joined(documents: Iterable[Document], read: Counter[str]) -> Iterator[str]:
 
 
 def _pieces(fragments: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that depend on the text alone, not on how it was fragmented."""
+    """Yield the text in pieces that depend only on the text, not on its fragments."""
     text = ""
     for fragment in fragments:
         text += fragment
@@ -225,18 +218,34 @@ def _pieces(fragments: Iterable[str]) -> Iterator[str]:
 
 
 def _beginnings(documents: Iterable[Document]) -> Iterator[str]:
-    """Every document that is not blank, up to one piece: more than any sequence takes."""
+    """Yield the first piece of every non-blank document: longer than any sequence."""
     return filter(str.strip, (next(_pieces(document), "") for document in documents))
 
 
-def _check(**counts: int) -> None:
+def _check_counts(*, samples: int, sequence_length: int, stride: int) -> None:
+    counts = {"samples": samples, "sequence_length": sequence_length, "stride": stride}
     for name, count in counts.items():
         if count < 1:
             raise UsageError(f"{name} is {count}; it must be 1 or above")
+    if samples * sequence_length * stride > MAX_TOKENS:
+        raise UsageError(
+            f"{samples} sequences of {sequence_length} tokens with stride {stride} are requested; "
+            f"the limit is {MAX_TOKENS} tokens"
+        )
+
+
+def _check_sampling(layout: str, sampling: str, stride: int) -> None:
+    if layout not in LAYOUTS or sampling not in SAMPLINGS:
+        raise UsageError(
+            f"layout is {layout!r} and sampling {sampling!r}; "
+            f"allowed are {', '.join(LAYOUTS)} and {', '.join(SAMPLINGS)}"
+        )
+    if sampling == "random" and stride != 1:
+        raise UsageError(f"stride is {stride}; it applies to sampling first, not to random")
 
 
 def _encode(tokenizer: Any, text: str, *, is_start: bool) -> np.ndarray:
-    """int32 [tokens]; the tokenizer's own special tokens only at the start of a text."""
+    """Encode a text, int32 [tokens]; default special tokens only at the start of the text."""
     encoded = tokenizer(
         text, add_special_tokens=is_start, return_attention_mask=False, verbose=False
     )

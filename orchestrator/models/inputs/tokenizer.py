@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint directory; no code from the directory is run."""
+"""Loading of a checkpoint's tokenizer; no code from the directory is run."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from orchestrator.store.places import Place
 
 
 def load_tokenizer(directory: Place) -> Any:
-    """The tokenizer that the directory holds.
+    """Load the tokenizer of a checkpoint directory.
 
     Raises:
-        InputError: There is none, or it cannot be read.
+        InputError: The directory has no tokenizer, or it cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -19,8 +19,10 @@ def load_tokenizer(directory: Place) -> Any:
         return AutoTokenizer.from_pretrained(
             small_files(directory), local_files_only=True, trust_remote_code=False
         )
-    except BaseException as error:  # tokenizers raises bare Exception, and panics are no Exception
+    except (
+        BaseException
+    ) as error:  # tokenizers raises bare Exception; its panics derive from BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{directory}: no tokenizer can be loaded: {line}") from error
+        raise InputError(f"{directory}: cannot load the tokenizer: {line}") from error

@@ -1,1 +1,1 @@
-"""Models that are loaded block by block, and the chunks that pass through them."""
+"""Models loaded block by block, and the chunks of tokens passed through them."""

@@ -1,10 +1,10 @@
-"""One quantum of calibration tokens as it flows from shard to shard.
+"""Chunk of calibration tokens, passed from shard to shard.
 
-A chunk carries the token ids and the mask of a few sequences, and the state that the last block
-run so far has left: hidden states in most families, more in some. It packs to numpy arrays that
-cross processes without a copy (Ray's object store, safetensors) and come back bit for bit.
+A chunk contains the token ids and the mask of a few sequences and the state after the last block
+that was run: hidden states in most families, more in some. It packs into numpy arrays that cross
+processes without a copy (Ray's object store, safetensors) and are restored bit for bit.
 
-B sequences, T tokens each.
+Shape suffixes: B sequences, T tokens each, N real tokens, C channels.
 """
 
 import json
@@ -24,68 +24,63 @@ SEPARATOR = ":"
 
 
 @dataclass(frozen=True, slots=True)
-class Payload:
-    """What one block hands to the next.
+class BlockState:
+    """State at a block boundary: the output of one block, the input of the next.
 
-    `output` is the block's return value as it is: a tensor, or a tuple with tensors, None and
-    tuples in it. `extras` are the contents of the mappings that blocks write to beside it, by
-    the name of the block's argument (the shared keys and values of Gemma 4).
+    `output` is the block's unchanged return value: a tensor, or a tuple of tensors, None and
+    tuples. `extras` are the contents of the mappings that blocks also write to, by the name of the
+    block's argument (the shared keys and values of Gemma 4).
     """
 
     output: Any
     extras: dict[str, dict[Any, Any]] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor in it, in a fixed order."""
+        """Return all tensors, in a fixed order."""
         found: list[Tensor] = []
         map_tensors(lambda tensor: found.append(tensor), [self.output, self.extras])
         return found
 
-    def map(self, function: Any) -> "Payload":
-        """The same structure with `function` applied to every tensor, in the order of `tensors`."""
+    def map(self, function: Any) -> "BlockState":
+        """Apply `function` to every tensor, in the order of `tensors`; keeps the structure."""
         output, extras = map_tensors(function, [self.output, self.extras])
-        return Payload(output, extras)
+        return BlockState(output, extras)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens, their mask, and how far they have come."""
+    """Tokens of a few sequences, their mask, and their state at a block boundary."""
 
     index: int
-    """Its place in the calibration data, counted from 0."""
+    """Position in the calibration data, counted from 0."""
     tokens: Tensor
     """Token ids, int64 [B, T]."""
     mask: Tensor
-    """True where a token is real and not padding, bool [B, T]."""
-    payload: Payload | None = None
-    """The state at a block boundary; None at the model's input."""
+    """True for real tokens, False for padding, bool [B, T]."""
+    payload: BlockState | None = None
+    """State at a block boundary; None at the model's input."""
 
-    def with_payload(self, payload: Payload | None) -> "Chunk":
+    def with_payload(self, payload: BlockState | None) -> "Chunk":
         return replace(self, payload=payload)
 
     def places(self, device: torch.device) -> Tensor | None:
-        """Indices of the real tokens in the flattened [B T], int64 on `device`; None if all are.
+        """Indices [N] of real tokens in flattened [B T], int64 on `device`; None if all are real.
 
-        The mask is searched on the host, where it lies, so no pass waits for the device to say how
-        many tokens are real.
+        The mask is searched on the host, where it is stored, so that no pass waits for the device
+        to return the number of real tokens.
         """
         if bool(self.mask.all()):
             return None
         return bring(self.mask.reshape(-1).nonzero().squeeze(1), device)
 
-    def to(self, device: torch.device) -> "Chunk":
-        """The chunk with every tensor on `device`; tensors that are there are not copied."""
-        payload = self.payload and self.payload.map(lambda tensor: tensor.to(device))
-        return Chunk(self.index, self.tokens.to(device), self.mask.to(device), payload)
-
     def pack(self, departure: Departure | None = None) -> dict[str, np.ndarray]:
-        """Named arrays that hold the chunk; they share memory with its CPU tensors.
+        """Pack the chunk into named arrays, which share memory with its CPU tensors.
 
-        bfloat16 travels as int16 with the same bits; `structure` is JSON in bytes.
+        bfloat16 is packed as int16 with the same bits; `structure` is JSON in bytes.
 
         Args:
-            departure: Copies the tensors of a GPU to the host; the arrays may be read after its
-                `wait`. Without one they are complete on return.
+            departure: Copies GPU tensors to the host; the arrays may be read after its `wait`.
+                If None, they are complete on return.
         """
         leaving = departure or Departure()
         arrays: dict[str, np.ndarray] = {}
@@ -106,16 +101,17 @@ class Chunk:
 
     @classmethod
     def unpack(cls, arrays: Mapping[str, np.ndarray], *, pinned: bool = False) -> "Chunk":
-        """The chunk that `pack` packed, bit for bit, in memory of its own.
+        """Restore a packed chunk bit for bit, in private memory.
 
-        `pinned` is for a chunk that goes to a GPU at once: the host cannot swap such memory out.
+        The arrays may be read-only views of shared memory. They are copied, because a block may
+        write to its input in place, which would crash the process on such memory.
 
-        The arrays may be read-only views of shared memory. They are copied: a block may write to
-        its input in place, which on such memory would end the process.
+        Args:
+            pinned: Use page-locked memory, for a chunk that is copied to a GPU at once.
         """
         structure = json.loads(arrays["structure"].tobytes())
         tokens, mask, payload = (_decode(part, arrays, pinned) for part in structure["parts"])
-        return cls(structure["index"], tokens, mask, payload and Payload(*payload))
+        return cls(structure["index"], tokens, mask, payload and BlockState(*payload))
 
 
 def pack_many(chunks: Mapping[str, Chunk], departure: Departure) -> dict[str, np.ndarray]:
@@ -139,16 +135,16 @@ def split_record(
 
 
 def rows_at(states: Tensor, places_N: Tensor | None) -> Tensor:
-    """The rows [N, C] of states [B, T, C] or [B T, C] at `Chunk.places`; a view if that is None."""
+    """Select rows [N, C] at `Chunk.places` of states [B, T, C] or [B T, C]; a view if None."""
     rows = states.reshape(-1, states.shape[-1])
     return rows if places_N is None else rows.index_select(0, places_N)
 
 
 def _encode(tree: Any, arrays: dict[str, np.ndarray], departure: Departure) -> Any:
-    """JSON for `tree`; its tensors go into `arrays` under their number.
+    """Encode `tree` as JSON and add its tensors to `arrays`, named by number.
 
     Raises:
-        TypeError: the tree holds something that is neither a tensor, a container nor JSON's own.
+        TypeError: The tree contains a value that is not a tensor, a container or a JSON scalar.
     """
     if isinstance(tree, Tensor):
         name = f"tensor{len(arrays)}"
@@ -182,7 +178,7 @@ def _decode(node: Any, arrays: Mapping[str, np.ndarray], pinned: bool) -> Any:
 
 
 def _copy(array: np.ndarray, *, is_bfloat16: bool, pinned: bool) -> Tensor:
-    # Into memory that torch has aligned: matrix products may round differently on other memory.
+    # Into memory aligned by torch: matrix products may round differently on other memory.
     dtype = getattr(torch, array.dtype.name)
     tensor = torch.empty(array.shape, dtype=dtype, pin_memory=pinned)
     tensor.numpy()[...] = array

@@ -1,4 +1,4 @@
-"""Dense weights of compressed linears.
+"""Reconstruction of dense weights from compressed linears.
 
 Shape suffixes: O outputs, I inputs.
 """
@@ -16,7 +16,11 @@ from orchestrator.models.survey.names import Names
 def read_dense_weight(
     model: PreTrainedModel, linear: str, weights: Weights, names: Names
 ) -> Tensor:
-    """The dense weight [O, I] of a linear in fp32, by its own module."""
+    """Compute the dense weight [O, I] of a compressed linear, float32, by the module of its form.
+
+    Raises:
+        InputError: The index of a sparse or pivoted weight is invalid.
+    """
     module = model.get_submodule(linear)
     assert isinstance(module, FormLinear)
     state = {}

@@ -1,8 +1,8 @@
-"""A model without its weights: what it holds, and shards of it on demand.
+"""Model that loads its weights on demand, one shard at a time.
 
-One lazy model a process and model. Opening reads config and tensor headers and learns the model's
-structure (`discovery`); `shard` then puts the weights of a few blocks into it, and closing the
-shard takes them out again.
+Opening reads the config and the tensor headers and traces the model's structure (`discovery`).
+`shard` loads the weights of a few blocks; closing the shard frees them. A process opens a model
+once.
 """
 
 import sys
@@ -37,7 +37,7 @@ from orchestrator.store.places import Place
 
 
 class LazyModel:
-    """A causal language model of which at most one shard is in memory."""
+    """Causal language model with at most one shard in memory."""
 
     def __init__(
         self,
@@ -50,30 +50,30 @@ class LazyModel:
         self.directory = weights.directory
         self.weights = weights
         self.dtype = dtype
-        """Dtype of the computation; stored weights are cast to it."""
+        """Dtype of computations; stored weights are cast to it."""
         self.device = device
         self._architecture = architecture
-        throwaway = architecture.build(dtype, stored=len(weights.names))
-        self.attention: str = throwaway.config._attn_implementation
-        """Implementation of the attention, `sdpa` or `eager`."""
-        self.prefix, blocks = find_blocks(throwaway, self.directory)
+        traced = architecture.build(dtype, stored=len(weights.names))
+        self.attention: str = traced.config._attn_implementation
+        """Attention implementation, `sdpa` or `eager`."""
+        self.prefix, blocks = find_blocks(traced, self.directory)
         """Module name of the list of blocks, `model.layers`."""
         self.num_blocks = len(blocks)
         if not self.is_compressed:
             for index, block in enumerate(blocks):
                 check_parameters(str(self.directory), f"{self.prefix}.{index}", block)
-        self.names: Names = map_names(throwaway, weights)
-        tied = dict(throwaway.all_tied_weights_keys)
+        self.names: Names = map_names(traced, weights)
+        tied = dict(traced.all_tied_weights_keys)
         for name in [name for pair in tied.items() for name in pair]:
-            # a compressed model's blocks share what our forms tie, and nothing else
+            # blocks of a compressed model share only bases, which our forms tie
             if self._block(name) is not None and not self.is_compressed:
                 raise InputError(f"{self.directory}: {name} is tied; blocks must not share weights")
         self.total_parameters = sum(
-            p.numel() for name, p in throwaway.named_parameters() if name not in tied
+            p.numel() for name, p in traced.named_parameters() if name not in tied
         )
-        self._order = tuple(throwaway.state_dict())
+        self._order = tuple(traced.state_dict())
         self._discovery: Discovery = discover(
-            throwaway,
+            traced,
             self.prefix,
             blocks,
             where=str(self.directory),
@@ -89,14 +89,14 @@ class LazyModel:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> "LazyModel":
-        """The lazy model of the checkpoint in `directory`, dense or compressed by us.
+        """Open the checkpoint in `directory`, dense or compressed by orchestrator.
 
         Args:
-            dtype: Dtype to compute in; None: the config's, else the first stored float tensor's.
-            device: Where shards are loaded and run; None: the CPU.
+            dtype: Dtype of computations; None: the config's, else the first stored float tensor's.
+            device: Device on which shards are loaded and run; None: the CPU.
 
         Raises:
-            InputError: the checkpoint is damaged or not supported; the line says what was found.
+            InputError: The checkpoint is damaged or not supported; the message names the cause.
         """
         weights = Weights.open(directory)
         architecture = Architecture.read(directory)
@@ -112,19 +112,19 @@ class LazyModel:
         output_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
     ) -> "LazyModel":
-        """The checkpoint that a plan makes of this dense one, before it is written.
+        """Open the compressed checkpoint that a plan produces from this dense model, unwritten.
 
-        Its shards compute what those of the written checkpoint would: the modules are the plan's
-        forms, the values cast to the dtype of the output. Nothing is read before a shard is opened.
+        Its shards compute the same as those of the written checkpoint: the modules are the plan's
+        forms, the values are cast to the output dtype. No tensor is read before a shard is opened.
 
         Args:
-            read: Gives every tensor, copies included: what `checkpoint.write_file` would be given.
-            output_dtype: As for `layout`; float32 rounds nothing.
-            dtype: Dtype to compute in; None: this lazy model's.
+            read: Returns every tensor, copies included, as for `checkpoint.write_file`.
+            output_dtype: As for `layout`; float32 rounds no value.
+            dtype: Dtype of computations; None: this lazy model's.
 
         Raises:
-            InputError: this is a checkpoint that we compressed.
-            ValueError: the plan does not fit the model.
+            InputError: This checkpoint is already compressed.
+            ValueError: The plan does not fit the model.
         """
         survey = self.survey()
         files = layout(
@@ -145,22 +145,22 @@ class LazyModel:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether this is a checkpoint that we compressed."""
+        """True for a checkpoint compressed by orchestrator."""
         return self._architecture.forms is not None
 
     @property
     def disk_names(self) -> Mapping[str, str]:
-        """Name on disk of every tensor of the model that is stored, in model order."""
+        """Name on disk of every stored tensor, by its name in the model, in model order."""
         return self.names.disk
 
     @property
     def front_names(self) -> tuple[str, ...]:
-        """Names of the tensors that the first block's input is computed from."""
+        """Names of the tensors that the first block's input depends on."""
         return self._discovery.front
 
     @property
     def tail_names(self) -> tuple[str, ...]:
-        """Names of the tensors that the logits are computed from, after the last block."""
+        """Names of the tensors that the logits depend on, given the last block's output."""
         return self._discovery.tail
 
     def block_names(self, block: int) -> tuple[str, ...]:
@@ -169,10 +169,10 @@ class LazyModel:
         return tuple(name for name in self._order if name.startswith(start))
 
     def tensors(self) -> tuple[StoredTensor, ...]:
-        """Every stored tensor once: the front's, then block by block, then the tail's.
+        """All stored tensors: those of the front, then block by block, then those of the tail.
 
-        Within these they are in model order. What text never needs (a vision tower) counts to
-        the front if it stands before the blocks, else to the tail.
+        Each group is in model order. Tensors not used for text (a vision tower) belong to the
+        front if they precede the blocks, else to the tail.
         """
         first_block = min(i for i, name in enumerate(self._order) if self._block(name) is not None)
         tail = set(self.tail_names) - set(self.front_names)
@@ -198,10 +198,10 @@ class LazyModel:
         return (*parts["front"], *parts["block"], *parts["tail"])
 
     def survey(self) -> Survey:
-        """What the dense checkpoint holds; from config and headers, no weight is read.
+        """Survey the dense checkpoint from config and headers; no weight is read.
 
         Raises:
-            InputError: it is a checkpoint that we compressed.
+            InputError: The checkpoint is already compressed, or no block has a linear.
         """
         if self.is_compressed:
             raise InputError(
@@ -210,7 +210,7 @@ class LazyModel:
             )
         linears = self._discovery.linears
         if not linears:
-            raise InputError(f"{self.directory}: no block holds a linear")
+            raise InputError(f"{self.directory}: no block has a linear")
         return Survey(
             fingerprint=self.weights.fingerprint,
             architecture=self._architecture.model_class.__name__,
@@ -222,19 +222,19 @@ class LazyModel:
         )
 
     def shard(self, blocks: range) -> Shard:
-        """Loads the tensors that running `blocks` takes, and no others.
+        """Load the tensors needed to run `blocks`, and no others.
 
-        These are the blocks' own, the front's for the first block, the tail's for the last, and
-        those that the blocks' arguments are computed from. Close the shard before the next.
+        These are the blocks' own tensors, the front's for the first block, the tail's for the
+        last, and those that the blocks' arguments depend on. Close a shard before opening another.
 
         Raises:
-            InputError: a tensor cannot be read, or has NaN or infinite values.
-            ValueError: another shard is open, or `blocks` is no contiguous part of the model.
+            InputError: A tensor cannot be read, or has NaN or infinite values.
+            ValueError: Another shard is open, or `blocks` is not a contiguous range of blocks.
         """
         if self._shard is not None and self._shard.is_open:
             raise ValueError(f"blocks {self._shard.blocks} are still open; close them first")
         if blocks.step != 1 or not 0 <= blocks.start < blocks.stop <= self.num_blocks:
-            raise ValueError(f"{blocks} is no part of {self.num_blocks} blocks")
+            raise ValueError(f"{blocks} is not a contiguous range of {self.num_blocks} blocks")
         names = list(self._discovery.arguments)
         if blocks.start == 0 or self._discovery.arguments:
             names += self.front_names
@@ -245,24 +245,26 @@ class LazyModel:
         linears = tuple(x for x in self._discovery.linears if x.block in blocks)
         sources = {name: self.names.tied.get(name, name) for name in names}
         sources = {name: source for name, source in sources.items() if source in self.names.disk}
-        self._shard = Shard(self._frame, blocks, sources, linears, self.load)
+        self._shard = Shard(
+            self._empty_model, blocks, sources=sources, linears=linears, load=self.load
+        )
         return self._shard
 
     def read_ahead(self, blocks: range) -> None:
-        """Asks the system to read blocks' own tensors into its cache; nothing is held here."""
+        """Ask the system to prefetch the blocks' own tensors into its page cache."""
         names = [name for block in blocks for name in self.block_names(block)]
         sources = {self.names.tied.get(name, name) for name in names}
         self.weights.read_ahead([self.names.disk[s] for s in sources if s in self.names.disk])
 
     @cached_property
-    def _frame(self) -> EmptyModel:
-        """The model that shards are put into; made when the first one is opened."""
+    def _empty_model(self) -> EmptyModel:
+        """The model that shards load their weights into; built when the first is opened."""
         model = self._architecture.build(self.dtype, stored=len(self.weights.names))
         prefix, blocks = find_blocks(model, self.directory)
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if self._block(name) is None:
-                stand_in = phantom(parameter, self.device, requires_grad=False)
-                set_tensor(model, name, stand_in)
+                placeholder = phantom(parameter, self.device, requires_grad=False)
+                set_tensor(model, name, placeholder)
         inner = {id(module) for module in blocks.modules()}
         outer = [module for module in model.modules() if id(module) not in inner]
         recompute_buffers(model, outer, self.device)
@@ -270,8 +272,8 @@ class LazyModel:
 
     @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype that every tensor of the model is cast to when it is loaded."""
-        model = self._frame.model
+        """Dtype to which each tensor of the model is cast when it is loaded."""
+        model = self._empty_model.model
         kept, dtype_by_group = None, {}
         if plan := model._get_dtype_plan(self.dtype):
             kept, dtype_by_group, _ = build_glob_alternation(list(plan))
@@ -282,20 +284,23 @@ class LazyModel:
         return dtypes
 
     def _block(self, name: str) -> int | None:
-        """Index of the block that a tensor of this name belongs to; None if to none."""
+        """Index of the block that contains a tensor; None outside the blocks."""
         start = f"{self.prefix}."
         return int(name[len(start) :].split(".")[0]) if name.startswith(start) else None
 
     def load(self, name: str) -> Tensor:
-        """The stored tensor of this module name, on the device, checked and cast there.
+        """Load a tensor by its name in the model; checks and casts it on the device.
 
-        During a cast the device holds both tensors, also if the dtype is narrower than the stored
+        During a cast the device holds both tensors, even if the dtype is narrower than the stored
         one: a cast on the host takes longer than copying twice the bytes.
+
+        Raises:
+            InputError: The tensor cannot be read, or has NaN or infinite values.
         """
         disk_name = self.names.disk[name]
         tensor = self.weights.read(disk_name, self.device)
         if tensor.is_floating_point() and tensor.numel():
-            bounds = torch.stack(torch.aminmax(tensor))  # one pass; NaN wins in both
+            bounds = torch.stack(torch.aminmax(tensor))  # one pass; NaN propagates to both
             if not bool(bounds.isfinite().all()):
                 nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
                 raise InputError(
@@ -311,7 +316,7 @@ def _stored_dtype(config: PretrainedConfig, weights: Weights) -> torch.dtype:
     for name in weights.names:
         if weights.dtype(name).is_floating_point:
             return weights.dtype(name)
-    raise InputError(f"{weights.directory}: no stored tensor is of floating point")
+    raise InputError(f"{weights.directory}: no stored tensor has a floating-point dtype")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -1,11 +1,11 @@
-"""A contiguous run of a model's blocks, with its own weights and nothing else in memory.
+"""Shard of a model: a contiguous range of blocks with only their weights in memory.
 
-The model's own forward runs every time: blocks before the shard hand on the payload received
-instead of computing, the shard's blocks compute, and the last of them ends the pass and gives
-its return value as the payload to send. So masks, position embeddings and whatever else a
-family prepares outside its blocks are made by its own code, in every shard, from tokens and mask.
+Every pass runs the model's own forward: blocks before the shard return the received state instead
+of computing, the shard's blocks compute, and the last of them ends the pass with its return value
+as the new state. Masks, position embeddings and anything else that a family prepares outside its
+blocks are therefore computed by its own code, in every shard, from tokens and mask.
 
-B sequences, T tokens each, V tokens in the vocabulary.
+Shape suffixes: B sequences, T tokens each, V tokens in the vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,49 +21,54 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from orchestrator.device.strict import strict
 from orchestrator.device.transport import bring
-from orchestrator.models.shards.chunk import Chunk, Payload
+from orchestrator.models.shards.chunk import BlockState, Chunk
 from orchestrator.models.survey.architecture import recompute_buffers, set_tensor
 from orchestrator.plan.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)
 class EmptyModel:
-    """What all shards of a lazy model share: the model without weights, ready to run."""
+    """Model without weights, shared by all shards of a lazy model."""
 
     model: PreTrainedModel
     prefix: str
     blocks: nn.ModuleList
     extras: tuple[str, ...]
-    """Block arguments whose contents travel with the payload."""
+    """Names of block arguments whose contents are part of the block state."""
     device: torch.device
 
 
 class Shard:
-    """Blocks that can be run, forward and backward; made by `LazyModel.shard`.
+    """Blocks that run forward and backward; created by `LazyModel.shard`.
 
-    One call at a time. A shard computes bit for bit what the whole model computes with the same
-    dtype, attention implementation, number of threads, and shape of the chunk.
+    Not thread-safe. Results are bit for bit those of the whole model with the same dtype,
+    attention implementation, number of threads, and chunk shape.
+
+    Args:
+        empty: The model that the weights are loaded into.
+        sources: Name of the stored tensor of each tensor to load.
+        load: Reads a stored tensor.
     """
 
     def __init__(
         self,
-        frame: EmptyModel,
+        empty: EmptyModel,
         blocks: range,
+        *,
         sources: Mapping[str, str],
         linears: tuple[Linear, ...],
         load: Callable[[str], Tensor],
     ) -> None:
-        """Args beyond the attributes: for every tensor to load the stored one, and its reader."""
         self.blocks = blocks
         self.linears = linears
-        """The linears of the shard's blocks in survey order; none if the model is compressed."""
+        """Linears of the shard's blocks in survey order; empty if the model is compressed."""
         self.is_first = blocks.start == 0
-        self.is_last = blocks.stop == len(frame.blocks)
+        self.is_last = blocks.stop == len(empty.blocks)
         self.is_open = True
         self.on_output: Callable[[Tensor], None] | None = None
-        """Told of the hidden states that the last block gives, in every pass, forward or back."""
-        self._frame = frame
-        self._received: Payload | None = None
+        """Called with the last block's hidden states in every pass, forward or backward."""
+        self._empty = empty
+        self._received: BlockState | None = None
         self._cache: Cache | None = None
         self._size = torch.Size((0, 0))
         self._ends_at_last_block = True
@@ -74,7 +79,7 @@ class Shard:
         try:
             self._recompute_buffers()
             self._load(sources)
-            for index, block in enumerate(frame.blocks):
+            for index, block in enumerate(empty.blocks):
                 block.forward = partial(self._visit, index, block.forward)
         except BaseException:
             self.close()
@@ -92,50 +97,50 @@ class Shard:
         self.close()
 
     def close(self) -> None:
-        """Frees the shard's weights; the lazy model can then open another."""
+        """Free the shard's weights; the lazy model can then open another shard."""
         if not self.is_open:
             return
         self.is_open = False
-        for block in self._frame.blocks:
+        for block in self._empty.blocks:
             vars(block).pop("forward", None)
         for name, tensor in reversed(self._replaced):
-            set_tensor(self._frame.model, name, tensor)
+            set_tensor(self._empty.model, name, tensor)
         self._replaced.clear()
 
     def forward(self, chunk: Chunk, cache: Cache | None = None, part: range | None = None) -> Chunk:
-        """The chunk with the state after the shard's last block, on the shard's device.
+        """Run the shard; returns the chunk with the state after its last block, on its device.
 
-        The chunk given is not changed. No gradients are recorded; forward hooks on `module`s
-        fire as usual.
+        The given chunk is not changed. No gradients are recorded; forward hooks on modules fire as
+        usual.
 
         Args:
-            cache: Keys and values of the tokens before the chunk, to which its own are added;
-                the chunk then has no padding.
-            part: Contiguous blocks of the shard to run, the chunk being at their input; nothing
-                runs all of them. The state is then the one after the last of these.
+            cache: Keys and values of the preceding tokens, to which the chunk's are appended; the
+                chunk must not have padding.
+            part: Contiguous blocks of the shard to run, with the chunk at their input; None: all
+                of them. The returned state is then the one after the last of these blocks.
         """
         with torch.no_grad(), self._limited_to(part):
             received = self._copy(chunk.payload)
-            return chunk.with_payload(self._payload(chunk, received, cache))
+            return chunk.with_payload(self._state(chunk, received, cache))
 
     def logits(self, chunk: Chunk, cache: Cache | None = None, part: range | None = None) -> Tensor:
-        """The model's logits [B, T, V] for a chunk at the shard's input; last shard only.
+        """Compute the model's logits [B, T, V] for a chunk at the shard's input; last shard only.
 
         Args:
-            cache, part: As for `forward`; a part goes to the shard's last block.
+            cache, part: As for `forward`; a part must end with the shard's last block.
         """
         with torch.no_grad(), self._limited_to(part):
             return self._logits(chunk, self._copy(chunk.payload), cache)
 
     @strict()
     def trace(self, chunk: Chunk) -> Chunk:
-        """As `forward`, recorded by autograd for the parameters that require gradients.
+        """Run `forward` recorded by autograd, for the parameters that require gradients.
 
-        For a loss on the state after the last block: one pass forward and one back. Nothing goes
-        back into the chunk given. The backward pass is the caller's, inside `strict`.
+        For a loss on the state after the last block: one forward and one backward pass. No
+        gradient flows into the given chunk. The caller runs the backward pass, inside `strict`.
         """
         with torch.enable_grad():
-            return chunk.with_payload(self._payload(chunk, self._copy(chunk.payload)))
+            return chunk.with_payload(self._state(chunk, self._copy(chunk.payload)))
 
     @strict()
     def backward(
@@ -144,31 +149,32 @@ class Shard:
         grads: Sequence[Tensor | None] | Callable[[Tensor], Tensor],
         part: range | None = None,
     ) -> list[Tensor | None]:
-        """Runs the shard again, with gradients, and goes back through it, both inside `strict`.
+        """Recompute the shard's forward pass with gradients and backpropagate, inside `strict`.
 
         Gradients of the shard's parameters are added to their `.grad`, unless they require none
-        (`freeze`). A tied parameter that the first and the last shard both hold has in each the
+        (`freeze`). A tied parameter held by both the first and the last shard gets in each the
         part of its gradient that arises there.
 
         Args:
             chunk: At the shard's input.
-            grads: Of the loss, by the tensors of the payload that `forward` gives
-                (`Payload.tensors`), or, on the last shard, by the logits alone; there it may be
-                what makes the gradient out of the logits [B, T, V].
-            part: As for `forward`; what is said of the shard is then true of these blocks.
+            grads: Gradients of the loss with respect to the tensors of the state returned by
+                `forward` (`BlockState.tensors`) or, on the last shard, with respect to the logits
+                alone; there it may be a function that computes the gradient from the logits
+                [B, T, V].
+            part: As for `forward`; statements about the shard then apply to these blocks.
 
         Returns:
-            Gradients by the tensors of the chunk's payload; empty on the first shard.
+            Gradients with respect to the tensors of the chunk's state; empty on the first shard.
         """
         received = self._copy(chunk.payload)
         leaves = received.tensors() if received else []
         for leaf in leaves:
             leaf.requires_grad_(leaf.is_floating_point())
         with torch.enable_grad(), self._limited_to(part):
-            if self._part.stop == len(self._frame.blocks):
+            if self._part.stop == len(self._empty.blocks):
                 outputs = [self._logits(chunk, received)]
             else:
-                outputs = self._payload(chunk, received).tensors()
+                outputs = self._state(chunk, received).tensors()
         if callable(grads):
             (logits_BTV,) = outputs
             grads = [grads(logits_BTV.detach())]
@@ -180,17 +186,17 @@ class Shard:
         return [leaf.grad for leaf in leaves]
 
     def free_ends(self) -> None:
-        """Frees what lies outside of its blocks (embeddings, head); the next pass loads it again.
+        """Free the weights outside the blocks (embeddings, head); the next pass reloads them.
 
-        For the time in which only the weights of the blocks are needed.
+        Used while only the weights of the blocks are needed.
         """
         outer = [(name, old) for name, old in self._replaced if not self._is_inside(name)]
-        for name, stand_in in reversed(outer):
-            set_tensor(self._frame.model, name, stand_in)
+        for name, placeholder in reversed(outer):
+            set_tensor(self._empty.model, name, placeholder)
         self._replaced = [each for each in self._replaced if self._is_inside(each[0])]
         self._lacks_ends |= bool(outer)
 
-    def _take_up_ends(self) -> None:
+    def _reload_ends(self) -> None:
         if self._lacks_ends:
             self._load({n: s for n, s in self._sources.items() if not self._is_inside(n)})
             self._lacks_ends = False
@@ -198,7 +204,7 @@ class Shard:
                 self.freeze()
 
     def freeze(self) -> None:
-        """From here on no parameter takes a gradient: what goes back is for activations alone."""
+        """Disable gradients of all parameters; later passes give activation gradients only."""
         self._is_frozen = True
         for parameter in self.parameters().values():
             parameter.requires_grad_(False)
@@ -206,35 +212,35 @@ class Shard:
     @property
     def device(self) -> torch.device:
         """Device of the shard's weights and computations."""
-        return self._frame.device
+        return self._empty.device
 
     @property
     def config(self) -> PretrainedConfig:
-        return self._frame.model.config
+        return self._empty.model.config
 
     def module(self, name: str) -> nn.Module:
-        """The live module of this name in the shard's blocks, for hooks and for its weight."""
+        """Return the loaded module of this name in the shard's blocks, for hooks and its weight."""
         if not self._is_inside(f"{name}."):
             raise ValueError(f"{name} is not in blocks {self.blocks.start} to {self.blocks.stop}")
-        module: nn.Module = self._frame.model.get_submodule(name)
+        module: nn.Module = self._empty.model.get_submodule(name)
         return module
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that the shard has loaded, by their names in the model."""
-        model = self._frame.model
+        """Return the loaded parameters, by their names in the model."""
+        model = self._empty.model
         names = {name for name, _ in self._replaced}
         parameters = model.named_parameters(remove_duplicate=False)
         return {name: parameter for name, parameter in parameters if name in names}
 
     def block(self, name: str) -> int:
-        """Index of the block that a parameter of this name belongs to."""
-        return int(name.removeprefix(f"{self._frame.prefix}.").partition(".")[0])
+        """Index of the block that contains a parameter of this name."""
+        return int(name.removeprefix(f"{self._empty.prefix}.").partition(".")[0])
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of its blocks, but for a basis that blocks outside the shard use too."""
+        """Return the parameters of its blocks, except a basis shared with blocks outside of it."""
         loaded = self.parameters()
         groups: dict[str, set[str]] = {}
-        for name, basis in self._frame.model.all_tied_weights_keys.items():
+        for name, basis in self._empty.model.all_tied_weights_keys.items():
             groups.setdefault(basis, {basis}).add(name)
         shared = {name for group in groups.values() if not group <= loaded.keys() for name in group}
         return {
@@ -244,41 +250,43 @@ class Shard:
         }
 
     def _is_inside(self, name: str) -> bool:
-        """Whether what has this name belongs to one of the shard's blocks."""
-        return name.startswith(tuple(f"{self._frame.prefix}.{block}." for block in self.blocks))
+        """Test if a tensor or module name lies within the shard's blocks."""
+        return name.startswith(tuple(f"{self._empty.prefix}.{block}." for block in self.blocks))
 
     def _visit(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stands in for a block's forward."""
+        """Replacement for a block's forward."""
         if index < self._part.start:
             assert self._received is not None
             if self._cache is not None:
-                # positions and masks come from the length of the first layer's keys, so there
-                # must be some, as many as tokens; one channel of one head will do
+                # positions and masks follow from the length of the first layer's keys, so it
+                # needs as many keys as tokens; one channel of one head is enough
                 sequences, tokens = self._size
-                stand_in = torch.zeros(sequences, 1, tokens, 1, device=self._frame.device)
-                self._cache.update(stand_in, stand_in, index)
+                placeholder = torch.zeros(sequences, 1, tokens, 1, device=self._empty.device)
+                self._cache.update(placeholder, placeholder, index)
             return self._received.output
         if index == self._part.start and self._received is not None:
             for name, content in self._received.extras.items():
                 kwargs[name].update(content)
         output = forward(*args, **kwargs)
         if index == self.blocks.stop - 1 and self.on_output is not None:
-            self.on_output(Payload(output).tensors()[0])
+            self.on_output(BlockState(output).tensors()[0])
         if index == self._part.stop - 1 and self._ends_at_last_block:
-            extras = {name: dict(kwargs[name]) for name in self._frame.extras if name in kwargs}
-            raise _LastBlockDone(Payload(output, extras).map(Tensor.contiguous))
+            extras = {name: dict(kwargs[name]) for name in self._empty.extras if name in kwargs}
+            raise _LastBlockDone(BlockState(output, extras).map(Tensor.contiguous))
         return output
 
-    def _payload(
-        self, chunk: Chunk, received: Payload | None, cache: Cache | None = None
-    ) -> Payload:
+    def _state(
+        self, chunk: Chunk, received: BlockState | None, cache: Cache | None = None
+    ) -> BlockState:
         try:
             self._run(chunk, received, cache, ends_at_last_block=True)
         except _LastBlockDone as done:
-            return done.payload
+            return done.state
         raise AssertionError("the model did not reach the shard's last block")
 
-    def _logits(self, chunk: Chunk, received: Payload | None, cache: Cache | None = None) -> Tensor:
+    def _logits(
+        self, chunk: Chunk, received: BlockState | None, cache: Cache | None = None
+    ) -> Tensor:
         if not self.is_last:
             raise ValueError(f"logits need the last block; this shard has blocks {self.blocks}")
         logits_BTV: Tensor = self._run(chunk, received, cache, ends_at_last_block=False).logits
@@ -287,7 +295,7 @@ class Shard:
     def _run(
         self,
         chunk: Chunk,
-        received: Payload | None,
+        received: BlockState | None,
         cache: Cache | None,
         *,
         ends_at_last_block: bool,
@@ -295,15 +303,15 @@ class Shard:
         if not self.is_open:
             raise ValueError(f"the shard of blocks {self.blocks} is closed")
         if (received is None) != (self._part.start == 0):
-            place = "no payload" if received is None else "a payload"
-            raise ValueError(f"the chunk has {place}, the shard starts at {self._part.start}")
-        self._take_up_ends()
+            found = "no state" if received is None else "a state"
+            raise ValueError(f"the chunk has {found}, but the shard starts at {self._part.start}")
+        self._reload_ends()
         self._received, self._ends_at_last_block = received, ends_at_last_block
         self._cache, self._size = cache, chunk.tokens.shape
         mask = None if cache is not None else bring(chunk.mask, self.device).to(torch.int64)
         try:
-            # The mask always: one of ones gives the same bits as none, and all shards agree.
-            return self._frame.model(
+            # Always with a mask: one of ones gives the same bits as None, and all shards agree.
+            return self._empty.model(
                 input_ids=bring(chunk.tokens, self.device),
                 attention_mask=mask,
                 past_key_values=cache,
@@ -315,38 +323,38 @@ class Shard:
 
     @contextmanager
     def _limited_to(self, part: range | None) -> Iterator[None]:
-        """Only these of the shard's blocks run."""
+        """Run only these blocks of the shard inside the context."""
         if part is not None:
             within = self.blocks.start <= part.start < part.stop <= self.blocks.stop
             if part.step != 1 or not within:
-                raise ValueError(f"{part} is no part of the shard of blocks {self.blocks}")
+                raise ValueError(f"{part} is not a contiguous range within blocks {self.blocks}")
             self._part = part
         try:
             yield
         finally:
             self._part = self.blocks
 
-    def _copy(self, payload: Payload | None) -> Payload | None:
-        # A model may write to its hidden states in place; the caller's chunk stays as it is.
+    def _copy(self, state: BlockState | None) -> BlockState | None:
+        # A model may write to its hidden states in place; the caller's chunk must not change.
         def copied(tensor: Tensor) -> Tensor:
             found = bring(tensor, self.device)
             return found.clone() if found is tensor else found
 
-        return payload and payload.map(copied)
+        return state and state.map(copied)
 
     def _recompute_buffers(self) -> None:
-        frame, modules = self._frame, []
+        empty, modules = self._empty, []
         for index in self.blocks:
-            start = f"{frame.prefix}.{index}."
-            modules += [m for m in frame.blocks[index].modules() if m._buffers]
-            buffers = frame.blocks[index].named_buffers()
+            start = f"{empty.prefix}.{index}."
+            modules += [m for m in empty.blocks[index].modules() if m._buffers]
+            buffers = empty.blocks[index].named_buffers()
             self._replaced += [(start + name, buffer) for name, buffer in buffers]
         if modules:
-            recompute_buffers(frame.model, modules, frame.device)
+            recompute_buffers(empty.model, modules, empty.device)
 
     def _load(self, sources: Mapping[str, str]) -> None:
         loaded: dict[str, Tensor] = {}
-        model = self._frame.model
+        model = self._empty.model
         for name, source in sources.items():
             if source not in loaded:
                 tensor = self._load_one(source)
@@ -364,6 +372,6 @@ class Shard:
 class _LastBlockDone(BaseException):
     """Ends a forward pass from inside; not an `Exception`, so that no model's code catches it."""
 
-    def __init__(self, payload: Payload) -> None:
+    def __init__(self, state: BlockState) -> None:
         super().__init__()
-        self.payload = payload
+        self.state = state

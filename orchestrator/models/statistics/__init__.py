@@ -1,1 +1,1 @@
-"""Statistics of activations and gradients, gathered as chunks pass."""
+"""Statistics of activations and gradients, accumulated over chunks."""

@@ -1,4 +1,4 @@
-"""Gathering the statistics of a shard while chunks pass through it.
+"""Accumulation of a shard's calibration statistics while chunks pass through it.
 
 Shape suffixes: T tokens, O outputs, I inputs.
 """
@@ -17,31 +17,31 @@ from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard
-from orchestrator.models.statistics.residual_cosines import Streams
+from orchestrator.models.statistics.residual_cosines import ResidualCosines
 from orchestrator.plan.linear import Linear
 
 Side = Literal["input", "output"]
-"""Which Gram a method asks for: of what a linear reads, or of what it gives, without its bias."""
+"""Gram that a method requests: of a linear's inputs, or of its outputs without the bias."""
 
 
 class Calibration:
-    """The Grams of some linears of a shard, summed over the chunks that pass, in their order.
+    """Grams of some linears of a shard, summed over chunks in the order in which they pass.
 
-    Only tokens inside a chunk's mask count. Linears of one site share one input Gram, gathered
-    once. An output Gram is of `W x` in float32 without the bias: the layer's own output where it is
-    just that, else recomputed, because its rounding to 16 bits would be 2 % of the Gram.
+    Only tokens inside a chunk's mask count. Linears of one site share one input Gram, accumulated
+    once. An output Gram is of `W x` in float32 without the bias: of the layer's own output if that
+    is the same, else recomputed, because rounding to 16 bits would change the Gram by 2 %.
 
-    Costs T n^2 multiply-adds a chunk for each Gram of n channels (see `Gram`), and one more
-    product with the weight for an output that is recomputed. Close it to remove its hooks.
+    Cost per chunk: T n^2 multiply-adds for each Gram of n channels (see `Gram`), and one product
+    with the weight for each recomputed output. Close the object to remove its hooks.
 
-    With a curvature, `backward` takes the place of `forward`: it passes a chunk through the shard
-    and back again, and adds beside the rest the gradients by each linear's outputs, g where O <= I
-    and W^T g where O > I, for one Gram more and one product with the weight in the second case.
+    With `curvature`, call `backward` instead of `forward`: it passes a chunk forward and backward
+    and also accumulates the gradients with respect to each linear's outputs, as g if O <= I and as
+    W^T g if O > I. Cost: one more Gram and, in the second case, one product with the weight.
 
     Args:
-        magnitudes: Whether the mean magnitudes of the inputs are gathered too.
-        curvature: Whether gradients are.
-        outputs: Whether gradients are gathered as g where O > I too.
+        magnitudes: Also accumulate the mean magnitudes of the inputs.
+        curvature: Also accumulate gradients.
+        outputs: Accumulate gradients as g even if O > I.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Calibration:
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
         self._places_N: Tensor | None = None
-        self._streams = Streams(
+        self._residual_cosines = ResidualCosines(
             shard, [linear for linear in shard.linears if linear.block in blocks], self._select
         )
         for linear in linears:
@@ -127,7 +127,7 @@ class Calibration:
                 gram.update(rows_TI)
 
         def monitor(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            # nothing before the model's first linears takes a gradient
+            # the model's first linears have no predecessor that requires a gradient
             output.requires_grad_().register_hook(gather)  # type: ignore[no-untyped-call]
 
         self._hooks.append(module.register_forward_hook(monitor))
@@ -136,27 +136,27 @@ class Calibration:
         return rows_at(states_BTI.detach(), self._places_N)
 
     def forward(self, chunk: Chunk) -> Chunk:
-        """Passes one chunk through the shard and adds it to the statistics."""
-        self._take_mask(chunk)
+        """Pass one chunk through the shard and add it to the statistics."""
+        self._set_mask(chunk)
         return self._shard.forward(chunk)
 
     def backward(
         self, chunk: Chunk, grads: Sequence[Tensor | None] | Callable[[Tensor], Tensor]
     ) -> list[Tensor | None]:
-        """Passes one chunk through the shard and back, as `Shard.backward`, and adds both ways."""
-        self._take_mask(chunk)
+        """Pass one chunk forward and backward, as `Shard.backward`; adds to all statistics."""
+        self._set_mask(chunk)
         return self._shard.backward(chunk, grads)
 
-    def _take_mask(self, chunk: Chunk) -> None:
-        # once a chunk: every hook of every linear selects with the same indices
+    def _set_mask(self, chunk: Chunk) -> None:
+        # once per chunk: all hooks select with the same indices
         self._places_N = chunk.places(self._shard.device)
 
     def flush_writes(self) -> None:
-        """Ends the gathering: chunks that still pass add nothing, and Grams take 8 n^2 bytes.
+        """End the accumulation: later chunks are ignored, and each Gram takes 8 n^2 bytes.
 
-        Hooks are removed, since they refer to the Grams: until then `forget` frees nothing.
+        Removes the hooks, which hold references to the Grams; `forget` frees memory only then.
         """
-        self._streams.close()
+        self._residual_cosines.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -164,7 +164,7 @@ class Calibration:
             gram.flush_writes()
 
     def statistic(self, linear: Linear) -> InputGram | OutputGram:
-        """What has been gathered for one of the linears."""
+        """Return the accumulated statistics of one linear."""
         source, side = self._sources[linear.name]
         gram, magnitude = self._grams[source], self._magnitudes.get(linear.site)
         curvature = self._curvatures.get(linear.name)
@@ -177,12 +177,12 @@ class Calibration:
         )
 
     def cosines(self, block: int) -> dict[str, Cosine]:
-        """How much each sublayer of a block turns the residual stream, by the sublayer's name."""
-        found = self._streams.cosines.items()
+        """Return the residual-stream cosines of a block's sublayers, by the sublayer's name."""
+        found = self._residual_cosines.cosines.items()
         return {name: cosine for name, cosine in found if name.startswith(f"{block}.")}
 
     def forget(self, linears: Sequence[Linear]) -> None:
-        """Frees the Grams that only these linears use, once the gathering is settled."""
+        """Free the Grams used only by these linears; call after `flush_writes`."""
         for linear in linears:
             self._sources.pop(linear.name, None)
             self._curvatures.pop(linear.name, None)
@@ -196,12 +196,12 @@ class Calibration:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of an `nn.Linear` or `Conv1D` as [outputs, inputs]; a view."""
+    """Weight of an `nn.Linear` or `Conv1D` as [outputs, inputs]; a view."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return as_dense(module, weight.detach())
 
 
 def as_dense(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight stored for this module as [outputs, inputs]; a view."""
+    """Transpose a weight stored for this module to [outputs, inputs] if necessary; a view."""
     return weight.T if isinstance(module, Conv1D) else weight

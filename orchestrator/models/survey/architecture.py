@@ -1,7 +1,7 @@
-"""What a config says: the model's class, its form on the meta device, and its stack of blocks.
+"""Architecture of a model from its config: class, meta-device module, list of decoder blocks.
 
-Only classes of transformers itself are ever used; nothing in a config is taken for code, for a
-path, or for the name of a kernel to fetch.
+Only classes of transformers itself are instantiated. No value of a config is used as code, as a
+path, or as the name of a kernel to download.
 """
 
 import copy
@@ -27,39 +27,39 @@ from orchestrator.models.forms.config import METHOD, install_forms
 from orchestrator.store.places import Place
 
 FORMS_KEYS = ("quantization_config", "compression_config")
-"""Where configs say that weights are not stored as the class has them."""
+"""Config fields that describe weights stored in another form than the class defines."""
 ELSEWHERE_KEYS = ("configuration_files", "transformers_weights")
-"""Where configs name files that are to be read in the place of the usual ones."""
+"""Config fields that name files to read instead of the usual ones."""
 MAX_REPEATS = 10_000
-"""Of blocks, labels and the like, of which transformers makes lists while it reads a config."""
+"""Limit of counts (blocks, labels) for which transformers builds lists while it reads a config."""
 MAX_BUFFER_BYTES = 2**30
-"""Of all buffers of a model, which are computed and not stored: masks, frequencies of rotations."""
+"""Limit of a model's buffers, which are computed and not stored: masks, rotary frequencies."""
 _REPEATS = re.compile(r"(^|_)(n_?)?(layers?|labels|types)$")
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A model's class and config, with the forms of its linears if we compressed it."""
+    """Class and config of a model, with the forms of its linears if orchestrator compressed it."""
 
     directory: Path
     model_class: type[PreTrainedModel]
     config: PretrainedConfig
     forms: Mapping[str, Any] | None
-    """The `quantization_config` of a checkpoint compressed by us; None for a dense one."""
+    """The `quantization_config` of a compressed checkpoint; None for a dense one."""
 
     @classmethod
     def read(cls, place: Place) -> "Architecture":
-        """The architecture that the config.json of a checkpoint describes.
+        """Read the config.json of a checkpoint.
 
         Raises:
-            InputError: an unknown or missing class or model type, or a checkpoint that another
-                program has quantised.
+            InputError: The class or model type is unknown or missing, or another program has
+                quantised the checkpoint.
         """
         directory = small_files(place)
         path = directory / "config.json"
         content = read_json(path)
         forms = _read_forms(path, content)
-        _check_leads_nowhere(path, content)
+        _check_names_no_files(path, content)
         _check_repeats(path, "", content)
         model_type = content.get("model_type")
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -72,30 +72,31 @@ class Architecture:
             config = AutoConfig.from_pretrained(
                 directory, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:  # whatever the config class makes of foreign values
+        except Exception as error:  # a config class may raise anything on unexpected values
             raise InputError(f"{path}: not a valid {model_type} config: {brief(error)}") from error
         if not isinstance(config, model_class.config_class):
             raise InputError(
                 f"{path}: architectures names {model_class.__name__}, "
-                f"which does not go with model_type {model_type!r}"
+                f"which does not match model_type {model_type!r}"
             )
-        # Taken out, or building the class would look for the quantiser's own modules.
+        # Removed, because building the class would otherwise look for the quantiser's modules.
         for key in FORMS_KEYS:
             vars(config).pop(key, None)
         return cls(directory, model_class, config, forms)
 
     def build(self, dtype: torch.dtype, *, stored: int) -> PreTrainedModel:
-        """The model in eval mode, every parameter and buffer on the meta device.
+        """Build the model in eval mode with every parameter and buffer on the meta device.
 
-        Made inside the same contexts as `from_pretrained` makes it, so that what depends on them
-        (default dtype, patches) is the same. Weights are not tied. Attention is `sdpa` where the
-        class has it, else `eager`, whatever the config asks for.
+        It is built inside the contexts that `from_pretrained` uses, so that default dtype and
+        patches are the same. Weights are not tied. Attention is `sdpa` if the class supports it,
+        else `eager`; the config's choice is ignored.
 
         Args:
-            stored: Tensors in the checkpoint, which a model of many more parameters cannot be.
+            stored: Number of tensors in the checkpoint; limits the number of parameters built.
 
         Raises:
-            InputError: the config does not make a model, or one that is out of all proportion.
+            InputError: The class rejects the config, or builds far more parameters or buffers
+                than a checkpoint of this size can have.
         """
         try:
             config = copy.deepcopy(self.config)
@@ -104,9 +105,9 @@ class Architecture:
             for part in [config, *(part for part in parts if part is not None)]:
                 part.use_cache, part.dtype = False, dtype
             contexts = self.model_class.get_init_context(dtype, False, False, None)
-            with ContextManagers(contexts), _at_most(2 * stored + MAX_REPEATS):
+            with ContextManagers(contexts), _limited_parameters(2 * stored + MAX_REPEATS):
                 model = self.model_class(config)
-        except Exception as error:  # whatever the class makes of foreign values
+        except Exception as error:  # a model class may raise anything on unexpected values
             raise InputError(
                 f"{self.directory}: config.json does not make a {self.model_class.__name__}: "
                 f"{brief(error)}"
@@ -127,13 +128,13 @@ class Architecture:
 
 
 def find_blocks(model: PreTrainedModel, directory: Place) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks and the name of their list: `("model.layers", ModuleList)`.
+    """Find the list of decoder blocks and its module name: `("model.layers", ModuleList)`.
 
-    The list with `num_hidden_layers` entries under the decoder; with more than one (nested
-    lists), the one that holds the most parameters.
+    It is the list with `num_hidden_layers` entries under the decoder; if several match (nested
+    lists), the one with the most parameters.
 
     Raises:
-        InputError: there is none.
+        InputError: No list matches.
     """
     try:
         num_blocks = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -161,10 +162,10 @@ def find_blocks(model: PreTrainedModel, directory: Place) -> tuple[str, nn.Modul
 
 
 def recompute_buffers(model: PreTrainedModel, modules: Iterable[Any], device: torch.device) -> None:
-    """Gives the buffers that `modules` hold themselves their initial values, on `device`.
+    """Compute the initial values of the buffers that `modules` own directly, on `device`.
 
-    As `from_pretrained` does with buffers that are not stored: the class's own initialisation
-    runs again, and everything marked as initialised, all parameters that is, stays as it is.
+    Follows `from_pretrained` for buffers that are not stored: the class's own initialisation runs
+    again and leaves everything marked as initialised (all parameters) unchanged.
     """
     for module in modules:
         for name, buffer in module._buffers.items():
@@ -175,12 +176,12 @@ def recompute_buffers(model: PreTrainedModel, modules: Iterable[Any], device: to
 
 
 def mark_initialized(value: Any) -> None:
-    """Tells transformers to leave a module or tensor alone when it initialises a model."""
+    """Mark a module or tensor so that transformers does not initialise it again."""
     value._is_hf_initialized = True
 
 
 def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Puts a tensor in the place of the parameter or buffer `name`."""
+    """Replace the parameter or buffer `name` by a tensor."""
     parent, _, child = name.rpartition(".")
     module = model.get_submodule(parent)
     if child in module._buffers:
@@ -192,31 +193,31 @@ def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """Kind and first line of an error of someone else's code."""
+    """Type and first line of an error raised by foreign code."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 @contextmanager
-def _at_most(parameters: int) -> Iterator[None]:
-    """Stops a class that makes more parameters than that: it might go on for hours."""
+def _limited_parameters(limit: int) -> Iterator[None]:
+    """Stop a class from building more than `limit` parameters, which might take hours."""
     count = 0
 
-    def note(module: nn.Module, name: str, parameter: Any) -> None:
+    def count_parameter(module: nn.Module, name: str, parameter: Any) -> None:
         nonlocal count
         count += 1
-        if count > parameters:
-            raise ValueError(f"more than {parameters} parameters, far more than are stored")
+        if count > limit:
+            raise ValueError(f"more than {limit} parameters, far more than are stored")
 
-    handle = register_module_parameter_registration_hook(note)
+    handle = register_module_parameter_registration_hook(count_parameter)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _check_leads_nowhere(path: Path, content: Mapping[str, Any]) -> None:
-    """Raises InputError where the config names other files, which transformers would go to."""
+def _check_names_no_files(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise InputError if the config names other files, which transformers would read."""
     for key in ELSEWHERE_KEYS:
         if key in content:
             raise InputError(
@@ -225,13 +226,13 @@ def _check_leads_nowhere(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _check_repeats(path: Path, key: str, value: Any) -> None:
-    """Raises InputError for a number of blocks or labels that no model has."""
+    """Raise InputError for an implausible number of blocks or labels."""
     if isinstance(value, dict | list):
         inner = value.items() if isinstance(value, dict) else [(key, each) for each in value]
         for name, each in inner:
             _check_repeats(path, name, each)
     elif isinstance(value, int) and value > MAX_REPEATS and _REPEATS.search(key):
-        raise InputError(f"{path}: {key} is {value}; at most {MAX_REPEATS} is possible")
+        raise InputError(f"{path}: {key} is {value}; the limit is {MAX_REPEATS}")
 
 
 def _read_forms(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -254,12 +255,12 @@ def _find_class(path: Path, architectures: Any) -> type[PreTrainedModel]:
     (name,) = architectures
     try:
         found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    except Exception:  # what the import of a module of transformers may raise
+    except Exception:  # importing a transformers module may raise anything
         found = None
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
     if not is_model:
         raise InputError(
-            f"{path}: architectures names {quoted(name)}, which is no model class of "
+            f"{path}: architectures names {quoted(name)}, which is not a model class of "
             f"transformers {transformers.__version__}"
         )
     if not found.can_generate():

@@ -1,9 +1,9 @@
-"""What a model does in one forward pass, learnt from its structure without a weight.
+"""Trace of one forward pass of a model, from its structure, without reading weights.
 
-One pass runs over a throwaway model: what lies before the blocks on stand-ins that take no
-memory, the blocks themselves and what follows on the meta device, where only shapes are
-computed. It tells which parameters the input, the output and the blocks' arguments need, in
-what order a block calls its linears, and which of them read the same input.
+The pass runs over a temporary model. Modules outside the blocks run on placeholder parameters
+that take no memory; the blocks and everything after them run on the meta device, which computes
+only shapes. The trace shows which parameters the input, the output and the blocks' arguments
+depend on, in which order a block calls its linears, and which linears read the same input.
 """
 
 from collections.abc import Callable, Iterable, MutableMapping
@@ -29,30 +29,30 @@ from orchestrator.plan.linear import Linear
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Discovery:
-    """Names of tensors outside the blocks by what needs them, and the linears inside."""
+    """Names of the tensors outside the blocks, grouped by use, and linears inside the blocks."""
 
     front: tuple[str, ...]
-    """What the first block's input is computed from, in model order."""
+    """Tensors that the first block's input is computed from, in model order."""
     tail: tuple[str, ...]
-    """What the logits are computed from, given the last block's output."""
+    """Tensors that the logits are computed from, given the last block's output."""
     arguments: tuple[str, ...]
-    """What the other arguments of the blocks are computed from; most families: nothing."""
+    """Tensors that the blocks' other arguments are computed from; empty in most families."""
     extras: tuple[str, ...]
-    """Arguments that are mappings which blocks write to."""
+    """Names of block arguments that are mappings which blocks write to."""
     linears: tuple[Linear, ...]
-    """Every linear of every block, in block order and, within a block, in call order."""
+    """All linears, in block order and, within a block, in call order."""
 
 
 def discover(
     model: PreTrainedModel, prefix: str, blocks: nn.ModuleList, *, where: str, is_dense: bool
 ) -> Discovery:
-    """Runs the pass. The model must be on the meta device, and is of no further use.
+    """Trace one forward pass. The model must be on the meta device and cannot be used afterwards.
 
-    Without `is_dense` (a checkpoint that we compressed) no linears are looked for.
+    Linears are recorded only if `is_dense`; a compressed checkpoint has `is_dense=False`.
 
     Raises:
-        InputError: the model does not run its blocks once each and in order, does not give
-            logits, or does not call every linear of a block exactly once.
+        InputError: The model does not run each block once and in order, does not return logits,
+            or does not call every linear of a block exactly once.
     """
     trace = _Trace(model, prefix, blocks, where=where, is_dense=is_dense)
     try:
@@ -66,7 +66,7 @@ def discover(
 
 
 def phantom(like: Tensor, device: torch.device, *, requires_grad: bool) -> nn.Parameter:
-    """A parameter of the same shape and dtype that reads as zeros and holds one value."""
+    """Create a placeholder parameter: zeros of the same shape and dtype that store one value."""
     zero = torch.zeros((), dtype=like.dtype, device=device)
     parameter = nn.Parameter(zero.expand(like.shape), requires_grad=requires_grad)
     mark_initialized(parameter)
@@ -74,7 +74,7 @@ def phantom(like: Tensor, device: torch.device, *, requires_grad: bool) -> nn.Pa
 
 
 class _Trace:
-    """The state of the one pass: where it is, and what it has seen."""
+    """State of the traced pass: its position and its observations."""
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class _Trace:
         self.where, self.is_dense = where, is_dense
         self.outer = [name for name in model.state_dict() if not name.startswith(f"{prefix}.")]
         self.owners: dict[int, str] = {}
-        """Name of every stand-in parameter, by its id."""
+        """Name of every placeholder parameter, by its id."""
         self.called: set[str] = set()
-        """Names of the tensors that modules outside the blocks hold, if called in this phase."""
+        """Tensors owned by the outer modules called since the last block (or the start)."""
         self.order: list[int] = []
         self.front: set[str] = set()
         self.arguments: set[str] = set()
@@ -101,11 +101,11 @@ class _Trace:
     def run(self) -> Discovery:
         inner = {id(module) for module in self.blocks.modules()}
         modules = {n: m for n, m in self.model.named_modules() if id(m) not in inner}
-        self._place(partial(phantom, device=torch.device("cpu"), requires_grad=True))
+        self._replace_outer(partial(phantom, device=torch.device("cpu"), requires_grad=True))
         recompute_buffers(self.model, modules.values(), torch.device("cpu"))
         for name, module in modules.items():
             own = {f"{name}.{key}".lstrip(".") for key in [*module._parameters, *module._buffers]}
-            module.register_forward_pre_hook(partial(self._note_call, own))
+            module.register_forward_pre_hook(partial(self._record_call, own))
         for index, block in enumerate(self.blocks):
             block.forward = partial(self._visit, index, block.forward)
         tokens_BT = torch.ones(2, 4, dtype=torch.int64)
@@ -116,13 +116,13 @@ class _Trace:
         if self.order != list(range(len(self.blocks))):
             raise InputError(
                 f"{self.where}: {type(self.model).__name__} calls its {len(self.blocks)} blocks "
-                f"in the order {self.order[:20]}; once each and in order is supported"
+                f"in the order {self.order[:20]}; each must be called once, in order"
             )
         logits_BTV = getattr(output, "logits", None)
         if not isinstance(logits_BTV, Tensor) or logits_BTV.shape[:-1] != (2, 4):
             raise InputError(
-                f"{self.where}: {type(self.model).__name__} gives no logits for every token; "
-                "a causal language model is needed"
+                f"{self.where}: {type(self.model).__name__} does not return logits for every "
+                "token; a causal language model is needed"
             )
         tail = self._reached([logits_BTV]) | self.called
         return Discovery(
@@ -133,8 +133,8 @@ class _Trace:
             linears=tuple(self.linears),
         )
 
-    def _place(self, make: Callable[[Tensor], nn.Parameter]) -> None:
-        """Gives every parameter outside the blocks a stand-in."""
+    def _replace_outer(self, make: Callable[[Tensor], nn.Parameter]) -> None:
+        """Replace every parameter outside the blocks by a placeholder."""
         parameters = dict(self.model.named_parameters())
         for name in self.outer:
             if name in parameters:
@@ -142,11 +142,11 @@ class _Trace:
                 set_tensor(self.model, name, parameter)
                 self.owners[id(parameter)] = name
 
-    def _note_call(self, own: set[str], module: nn.Module, args: Any) -> None:
+    def _record_call(self, own: set[str], module: nn.Module, args: Any) -> None:
         self.called |= own
 
     def _visit(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stands in for a block's forward."""
+        """Replacement for a block's forward."""
         self.order.append(index)
         needed = self._reached([args, kwargs]) | self.called
         self.called = set()
@@ -164,8 +164,8 @@ class _Trace:
             )
         if index < len(self.blocks) - 1:
             return map_tensors(lambda t: torch.zeros(t.shape, dtype=t.dtype), output)
-        # From here on only shapes count: a head on stand-ins would be copied to be multiplied.
-        self._place(lambda tensor: nn.Parameter(tensor.detach().to("meta")))
+        # Only shapes matter from here; a product with a placeholder head would copy it.
+        self._replace_outer(lambda tensor: nn.Parameter(tensor.detach().to("meta")))
         for name, buffer in list(self.model.named_buffers()):
             set_tensor(self.model, name, buffer.to("meta"))
         return output
@@ -184,7 +184,7 @@ class _Trace:
         return output
 
     def _reached(self, tree: Any) -> set[str]:
-        """Names of the stand-ins that the tensors in `tree` were computed from."""
+        """Names of the placeholders that the tensors in `tree` were computed from."""
         found: set[str] = set()
         seen: set[Any] = set()
         waiting: list[Any] = []

@@ -1,6 +1,6 @@
-"""The linears of one block: which they are, in what order they are called, and on what input.
+"""Linears of one block: names, call order and shared inputs.
 
-T tokens, O outputs, I inputs.
+Shape suffixes: T tokens, O outputs, I inputs.
 """
 
 import copy
@@ -19,10 +19,11 @@ from orchestrator.plan.linear import Linear
 
 
 def check_parameters(where: str, name: str, block: nn.Module) -> None:
-    """Every matrix of a block must be the weight of a linear, an embedding or a norm.
+    """Check that every matrix of a block is the weight of a linear, an embedding or a norm.
 
     Raises:
-        InputError: some are not; experts fused in one parameter, convolutions, bare matrices.
+        InputError: The block has other matrices: experts fused in one parameter, convolutions,
+            bare matrices.
     """
     unknown = []
     for path, module in block.named_modules():
@@ -44,7 +45,7 @@ def check_parameters(where: str, name: str, block: nn.Module) -> None:
 
 
 class LinearCalls:
-    """Records, inside a `with`, which linears of a block are called, in order, on what input."""
+    """Context manager that records the calls of a block's linears: order and input of each."""
 
     def __init__(self, name: str, block: nn.Module | None) -> None:
         self.name = name
@@ -53,43 +54,43 @@ class LinearCalls:
             modules = block.named_modules()
             self.modules = {role: m for role, m in modules if isinstance(m, nn.Linear | Conv1D)}
         self.calls: list[tuple[str, Hashable]] = []
-        """Role and identity of the input, call by call."""
+        """Role and input identity of each call, in order."""
         self._seen: list[Tensor] = []
-        """Kept alive, so that no two of them lie in the same memory one after the other."""
+        """Tensors kept alive, so that their memory is not reused and identities stay unique."""
         self._norms: dict[Hashable, str] = {}
-        """Name of the norm that gave a tensor, by the tensor's identity."""
+        """Name of the norm that produced a tensor, by the tensor's identity."""
         self._block = block
 
     def __enter__(self) -> None:
         self.handles = [
-            module.register_forward_pre_hook(partial(self._note, role), with_kwargs=True)
+            module.register_forward_pre_hook(partial(self._record_call, role), with_kwargs=True)
             for role, module in self.modules.items()
         ]
         for path, module in self._block.named_modules() if self._block is not None else ():
             if "Norm" in type(module).__name__:
-                hook = module.register_forward_hook(partial(self._note_norm, path))
+                hook = module.register_forward_hook(partial(self._record_norm, path))
                 self.handles.append(hook)
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _note(self, role: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _record_call(self, role: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         tensor = args[0] if args else kwargs["input"]
         self._seen.append(tensor)
         self.calls.append((role, _identity(tensor)))
 
-    def _note_norm(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+    def _record_norm(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             self._seen.append(output)
             self._norms[_identity(output)] = f"{self.name}.{path}"
 
     def linears(self, where: str, block: int) -> list[Linear]:
-        """The block's linears in call order.
+        """Return the block's linears in call order.
 
         Raises:
-            InputError: one is not called exactly once, or is a class of its own that does not
-                compute what a linear computes.
+            InputError: A linear is not called exactly once, or its class does not compute
+                x Wᵀ + b.
         """
         roles = [role for role, _ in self.calls]
         for role, module in self.modules.items():
@@ -125,16 +126,16 @@ class LinearCalls:
 
 
 def _identity(tensor: Tensor) -> Hashable:
-    """Equal for two tensors, both alive, only if they are the same values in the same memory.
+    """Identity of a tensor: equal for two live tensors only if memory and values are the same.
 
-    The version tells a tensor from itself after a change in place.
+    The version counter distinguishes a tensor from itself after an in-place change.
     """
     storage = tensor.untyped_storage()._cdata
     return storage, tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether it computes x Wᵀ + b (a `Conv1D`: x W + b), tried on small numbers if a subclass."""
+    """Test if a module computes x Wᵀ + b (`Conv1D`: x W + b); subclasses run on a small probe."""
     if type(module) in {nn.Linear, Conv1D}:
         return True
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Where a model's files are: a directory, or a snapshot in the local cache of the hub."""
+"""Location of a model's files: a directory, a store, or a snapshot in the local hub cache."""
 
 import re
 import reprlib
@@ -9,38 +9,43 @@ from orchestrator.store.places import Place, parse_place
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-"""What a snapshot needs; weights in other formats and demonstration files stay on the hub."""
+"""Files that a snapshot downloads; weights in other formats and demo files are left out."""
 
 
 def locate(model: str, *, revision: str | None = None, download: bool = False) -> Place:
-    """The directory of a model given as a directory, the URI of one in a store, or a hub id.
+    """Find the directory of a model named by a directory, a store URI or a hub id.
 
-    A directory of that name wins over a hub id. The hub is asked only with `download`.
+    An existing directory takes precedence over a hub id. The hub is contacted only if `download`.
 
     Raises:
-        UsageError: A revision is given for a directory; a store is unknown or does not let us in.
-        InputError: There is no such directory or snapshot, or the download failed.
+        UsageError: A revision is given for a directory or URI; the store is unknown or denies
+            access.
+        InputError: No such directory or snapshot exists, or the download failed.
     """
     if "://" in model:
         place = parse_place(model)
         if revision is not None:
-            raise UsageError(f"{model} is no hub id, which revision {revision!r} goes with")
+            raise UsageError(
+                f"{model} is not a hub id; revision {revision!r} applies to hub ids only"
+            )
         if not place.is_dir():
-            raise InputError(f"{model}: nothing lies there; give the prefix of a checkpoint")
+            raise InputError(f"{model}: no files found; give the prefix of a checkpoint")
         return place
     try:
         path = Path(model).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # a name longer than any, the `~` of nobody
+    except (OSError, RuntimeError) as error:  # name too long, or `~` of an unknown user
         raise InputError(
             f"{reprlib.repr(model)}: no such directory: {_first_line(error)}"
         ) from error
     if is_directory:
         if revision is not None:
-            raise UsageError(f"{model} is a directory; revision {revision!r} goes with a hub id")
+            raise UsageError(
+                f"{model} is a directory; revision {revision!r} applies to hub ids only"
+            )
         return path
     if exists:
-        raise InputError(f"{model} is a file; a model is a directory with config and safetensors")
+        raise InputError(f"{model} is a file; a directory with config and safetensors is needed")
     if not HUB_ID.fullmatch(model):
         raise InputError(f"{model}: no such directory")
     return _snapshot(model, revision, download)
@@ -61,11 +66,11 @@ def _snapshot(hub_id: str, revision: str | None, download: bool) -> Path:
             )
         )
     except LocalEntryNotFoundError as error:
-        remedy = "the hub does not answer" if download else "--download fetches a hub id"
+        remedy = "the hub does not respond" if download else "--download fetches a hub id"
         raise InputError(
-            f"{where}: no such directory, nor in the local cache of the hub; {remedy}"
+            f"{where}: neither a directory nor in the local hub cache; {remedy}"
         ) from error
-    except Exception as error:  # the failures of a download have no base class of their own
+    except Exception as error:  # download errors have no common base class
         raise InputError(f"{where}: cannot be downloaded: {_first_line(error)}") from error
 
 

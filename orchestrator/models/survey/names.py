@@ -1,7 +1,7 @@
-"""Which stored tensor becomes which tensor of the model.
+"""Mapping between stored tensors and the model's tensors.
 
-Names on disk are not always module names (prefix-less GPT-2, old layouts); transformers' own
-renaming rules give the mapping, from headers alone.
+Names on disk are not always module names (GPT-2 without prefix, old layouts). The mapping follows
+transformers' own renaming rules and needs only the headers.
 """
 
 from collections.abc import Mapping
@@ -24,45 +24,43 @@ from orchestrator.models.forms.base import FormLinear
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The mapping between the model's tensors and the stored ones."""
+    """Mapping between the model's tensors and the stored ones."""
 
     disk: Mapping[str, str]
-    """Name on disk of every tensor of the model that is stored, in model order."""
+    """Name on disk of every stored tensor, by its name in the model, in model order."""
     tied: Mapping[str, str]
-    """For every parameter that is not stored itself: the stored one it is tied to."""
+    """Stored parameter that each parameter without a stored tensor is tied to."""
     unused: tuple[str, ...]
-    """Names on disk that are no tensor of the model."""
+    """Names on disk that match no tensor of the model."""
 
 
 def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
-    """The mapping for a model on the meta device; no weight is read.
+    """Map the tensors of a model on the meta device; no weight is read.
 
-    A persistent buffer that is not stored keeps its initial value, as in `from_pretrained`; the
-    index of a sparse weight has none, and counts as a parameter.
+    A persistent buffer that is not stored keeps its initial value, as in `from_pretrained`. The
+    index of a sparse weight has no initial value and must be stored, like a parameter.
 
     Raises:
-        InputError: a parameter is not stored, or with another shape, or twice, or in a layout
-            that takes a computation to convert.
+        InputError: A parameter is missing, stored twice, has another shape, or is stored in a
+            layout that needs a computation to convert.
     """
     tensors = model.state_dict()
     disk: dict[str, str] = {}
     unused = []
     conversions = get_model_conversion_mapping(model)
     try:
-        # In the loader's order: some rules remember names they have seen.
+        # In the loader's order: some rules keep state about the names seen so far.
         disk_names = sorted(weights.names, key=dot_natural_key)
-    except ValueError as error:  # the loader's order takes `²` for a number
-        raise InputError(
-            f"{weights.directory}: a tensor's name is none of a model's: {error}"
-        ) from error
+    except ValueError as error:  # the loader's order reads `²` as a number
+        raise InputError(f"{weights.directory}: invalid tensor name: {error}") from error
     for disk_name in disk_names:
-        name = _module_name(model, disk_name, conversions, tensors, weights)
+        name = _module_name(model, disk_name, tensors, conversions=conversions, weights=weights)
         if name not in tensors:
             unused.append(disk_name)
             continue
         if name in disk:
             raise InputError(
-                f"{weights.directory}: {disk[name]} and {disk_name} both stand for {name}"
+                f"{weights.directory}: {disk[name]} and {disk_name} both map to {name}"
             )
         if weights.shape(disk_name) != tuple(tensors[name].shape):
             raise InputError(
@@ -95,10 +93,16 @@ def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
 def _module_name(
     model: PreTrainedModel,
     disk_name: str,
-    conversions: list[WeightRenaming | WeightConverter],
     tensors: Mapping[str, Tensor],
+    *,
+    conversions: list[WeightRenaming | WeightConverter],
     weights: Checkpoint,
 ) -> str:
+    """Name in the model of a tensor on disk, by transformers' renaming rules.
+
+    Raises:
+        InputError: The stored layout has to be converted by a computation.
+    """
     renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
     prefix = model.base_model_prefix
@@ -108,13 +112,13 @@ def _module_name(
     if pattern is not None and name in tensors:
         raise InputError(
             f"{weights.directory}: {disk_name} is stored in another layout than {name} of "
-            f"{type(model).__name__}; save it again with save_pretrained of transformers"
+            f"{type(model).__name__}; save the model again with transformers' save_pretrained"
         )
     return str(name)
 
 
 def _find_tied(model: PreTrainedModel, disk: Mapping[str, str]) -> dict[str, str]:
-    """Parameters without a stored tensor, and the stored member of their tied group."""
+    """Map parameters without a stored tensor to the stored member of their tied group."""
     groups: dict[str, list[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, [source]).append(target)

@@ -1,8 +1,8 @@
-"""Selectors: which linears a user means.
+"""Selection of linears by name patterns.
 
-A selector always covers the whole module name. `re:` starts a regular expression that must match
-all of it (`re:.*[qk]_proj`); anything else is an exact name or, with `*`, `?` or `[...]`, a glob
-whose `*` crosses dots (`*.mlp.*`).
+A selector matches a whole module name. `re:` starts a regular expression that must match the
+full name (`re:.*[qk]_proj`). Any other selector is an exact name or, with `*`, `?` or `[...]`, a
+glob whose `*` also matches dots (`*.mlp.*`).
 """
 
 import difflib
@@ -16,28 +16,28 @@ NEAR_MISSES = 3
 
 
 def select(names: Sequence[str], target: Iterable[str], ignore: Iterable[str] = ()) -> list[str]:
-    """The names that a target selector covers and no ignore selector does, in their own order.
+    """Names that match a target selector and no ignore selector, in the order of `names`.
 
     Raises:
-        UsageError: A selector covers no name (near misses are listed), a regular expression is
-            invalid, or nothing is left.
+        UsageError: A selector matches no name (near misses are listed), a regular expression is
+            invalid, or no name remains.
     """
     targeted = {name for selector in target for name in covered(names, selector)}
     ignored = {name for selector in ignore for name in covered(names, selector)}
     chosen = [name for name in names if name in targeted and name not in ignored]
     if not chosen:
         raise UsageError(
-            f"no linear is left: {len(targeted)} targeted, all of them ignored; "
+            f"no linear remains: {len(targeted)} targeted, all of them ignored; "
             "widen --target or narrow --ignore"
         )
     return chosen
 
 
 def covered(names: Sequence[str], selector: str) -> list[str]:
-    """The names that one selector covers, at least one.
+    """Names that one selector matches, at least one.
 
     Raises:
-        UsageError: It covers none, or is an invalid regular expression.
+        UsageError: The selector matches no name, or is an invalid regular expression.
     """
     if selector.startswith("re:"):
         try:
@@ -58,7 +58,7 @@ def covered(names: Sequence[str], selector: str) -> list[str]:
 
 
 def near_misses(names: Iterable[str], selector: str) -> list[str]:
-    """What was probably meant: the closest names, those that differ in a number given as a glob."""
+    """Closest names to a selector; names that differ only in a number are merged into a glob."""
     families = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
     written = re.sub(r"\.\d+\.", ".*.", selector.removeprefix("re:").replace("\\.", "."))
     return difflib.get_close_matches(written, families, n=NEAR_MISSES, cutoff=0.0)

@@ -1,4 +1,4 @@
-"""Tensors in nested arguments and return values of modules."""
+"""Traversal of tensors nested in arguments and return values of modules."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def map_tensors(function: Any, tree: Any) -> Any:
-    """`tree` (tuples, lists, mappings, anything) with `function` applied to every tensor in it."""
+    """Copy `tree` (tuples, lists, dicts, any leaf) with `function` applied to every tensor."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, tuple):

@@ -1,1 +1,1 @@
-"""Training of compressed blocks and models, and compensation of their inputs."""
+"""Training of compressed blocks and models, and compensation for changed inputs."""

@@ -1,6 +1,6 @@
-"""A compressed block made to follow the dense one's outputs on the inputs that it really gets.
+"""Compensation: refit a compressed block to the dense block's outputs on its actual inputs.
 
-Shape suffixes: B sequences, T tokens, O outputs, I inputs, R rank.
+Shape suffixes: B sequences, T tokens, O outputs, I inputs, R rank, C channels, N real tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,28 +33,29 @@ from orchestrator.plan.linear import Linear
 def compensate_block(
     dense: Shard,
     compressed: Shard,
+    *,
     dense_inputs: Sequence[Chunk],
     inputs: Sequence[Chunk],
     linears: Sequence[Linear],
     options: CompensationOptions,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Fits the factors of a block's linears again, in place; see `linalg.compensate`.
+    """Refit the factors of a block's linears in place; see `linalg.compensate`.
 
-    Site by site in the order in which the block calls them, because a site's inputs depend on the
-    linears before: q, k, v, then o, then gate and up, then down. For each site the chunks pass once
-    through both blocks, up to the site and no further. Statistics are of the tokens in the mask.
+    Sites are processed in call order, because a site's inputs depend on the preceding linears:
+    q, k, v, then o, then gate and up, then down. For each site the chunks pass once through both
+    blocks, up to that site. Statistics cover the tokens inside the mask.
 
-    Held beside the two blocks: the moments of one site, at most 56 bytes a squared channel; 46 GB
-    for the widest of a block of 70B.
+    Memory besides the two blocks: the moments of one site, at most 56 bytes per squared channel;
+    46 GB for the widest site of a 70B block.
 
     Args:
         dense_inputs: Chunks at the dense block's input.
-        inputs: The same chunks at the compressed one's.
-        linears: The block's linears in the order of their calls; those without factors are left.
+        inputs: The same chunks at the compressed block's input.
+        linears: The block's linears in call order; those without factors are not changed.
 
     Returns:
-        The tensors that have changed, by their names in the model, as they stand in the shard; and
-        for each linear that has factors what was measured.
+        The changed tensors of the shard, by their names in the model; and the measurements of each
+        linear that has factors.
     """
     changed: dict[str, Tensor] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -62,8 +63,15 @@ def compensate_block(
     fitted = [each for each in linears if modules[each.name] is not None]
     for site in dict.fromkeys(each.site for each in fitted):
         together = [each for each in fitted if each.site == site]
-        drift = gather_drift(dense, compressed, together[0], dense_inputs, inputs, options)
-        turn = input_map(drift, options.dense_part, options.damping)
+        drift = gather_drift(
+            dense,
+            compressed,
+            together[0],
+            dense_inputs=dense_inputs,
+            inputs=inputs,
+            options=options,
+        )
+        mapped = input_map(drift, options.dense_part, options.damping)
         for linear in together:
             module = modules[linear.name]
             assert module is not None
@@ -71,25 +79,25 @@ def compensate_block(
                 dense_weight(dense.module(linear.name)),
                 _factors(module),
                 drift,
-                turn,
+                mapped,
                 options.dense_part,
                 cast(Basis, options.basis),
             )
             facts[linear.name] = result.report
             if result.taken:
-                put = _put(module, result.factors, is_new=options.basis == "new")
-                changed |= {f"{linear.name}.{name}": tensor for name, tensor in put.items()}
+                stored = _set_factors(module, result.factors, is_new=options.basis == "new")
+                changed |= {f"{linear.name}.{name}": tensor for name, tensor in stored.items()}
     return changed, facts
 
 
 def _factored(module: nn.Module) -> LowRankLinear | None:
-    """The module, if it is two factors of its own."""
+    """Return the module if both of its factors are its own, else None."""
     is_own = isinstance(module, LowRankLinear) and not isinstance(module.down, SharedBasis)
     return cast(LowRankLinear, module) if is_own else None
 
 
 def _factors(module: LowRankLinear) -> Factors:
-    """A module's left factor on all outputs, its right one, and its entries."""
+    """Return a module's left factor over all outputs, its right factor, and its sparse part."""
     left_OR, rest_OI = module.weight.detach(), None
     if isinstance(module, PivotedLinear):
         eye_RR = torch.eye(module.rank, dtype=left_OR.dtype, device=left_OR.device)
@@ -100,10 +108,10 @@ def _factors(module: LowRankLinear) -> Factors:
 
 
 @torch.no_grad()
-def _put(module: LowRankLinear, factors: Factors, *, is_new: bool) -> dict[str, Tensor]:
-    """Puts factors into a module; what of it is another now, by its name there.
+def _set_factors(module: LowRankLinear, factors: Factors, *, is_new: bool) -> dict[str, Tensor]:
+    """Store factors in a module; returns its changed tensors by name.
 
-    Pivots and combinations stay with the left factor; those of a new one are found again.
+    Pivot rows and combinations belong to the left factor and are recomputed for a new one.
     """
     module.down.weight.copy_(factors.down_RI)
     changed: dict[str, Tensor] = {"down.weight": module.down.weight}
@@ -124,13 +132,14 @@ def gather_drift(
     dense: Shard,
     compressed: Shard,
     linear: Linear,
+    *,
     dense_inputs: Sequence[Chunk],
     inputs: Sequence[Chunk],
     options: CompensationOptions,
 ) -> Drift:
-    """What the two models read at a linear, over all chunks in their order.
+    """Accumulate the moments of a linear's inputs in both models, over all chunks in order.
 
-    The dense one is not asked where the objective has no part of it.
+    The dense model is run only if the objective depends on it.
     """
     found = Reader(compressed, linear.name)
     gram = DriftGram(linear.in_features, found.device)
@@ -146,7 +155,7 @@ def gather_drift(
 
 
 class Reader:
-    """Runs a shard up to one of its linears, for what that reads; as a context manager."""
+    """Context manager that runs a shard up to one of its linears and returns the linear's input."""
 
     def __init__(self, shard: Shard, name: str) -> None:
         self._shard = shard
@@ -170,7 +179,7 @@ class Reader:
         self._hook.remove()
 
     def read(self, chunk: Chunk) -> Tensor:
-        """The rows [T, I] of a chunk's tokens inside the mask."""
+        """Return the linear's input rows [T, I] for a chunk's tokens inside the mask."""
         try:
             self._shard.forward(chunk)
         except _SiteReached as reached:
@@ -191,10 +200,10 @@ def _stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> NoReturn:
 
 
 def squared_error(found: Chunk, target: Chunk) -> tuple[int, Tensor]:
-    """Values of the residual stream inside the mask, and the sum of their squared differences.
+    """Count the values of the residual stream inside the mask and sum their squared differences.
 
-    The sum is a float64 tensor [] on the device of `found`, and not read: `read_errors` brings
-    those of many chunks to the host at once. Takes 16 bytes a value meanwhile.
+    The sum is a float64 tensor [] left on the device of `found`; `read_errors` transfers those of
+    many chunks to the host at once. Temporary memory: 16 bytes per value.
     """
     assert found.payload is not None
     assert target.payload is not None
@@ -207,7 +216,7 @@ def squared_error(found: Chunk, target: Chunk) -> tuple[int, Tensor]:
 
 
 def read_errors(errors: Mapping[int, tuple[int, Tensor]]) -> dict[int, tuple[int, float]]:
-    """Results of `squared_error` as Python numbers, by one read of the device for all."""
+    """Convert results of `squared_error` to Python numbers with a single device read."""
     if not errors:
         return {}
     sums = torch.stack([total for _, total in errors.values()]).tolist()
@@ -216,9 +225,9 @@ def read_errors(errors: Mapping[int, tuple[int, Tensor]]) -> dict[int, tuple[int
 
 
 def restore(compressed: Shard, tensors: Mapping[str, Tensor]) -> None:
-    """Puts tensors into a shard's blocks, by their names in the model."""
+    """Copy tensors into a shard's blocks, by their names in the model."""
     for name, tensor in tensors.items():
         path, _, child = name.rpartition(".")
-        place = getattr(compressed.module(path), child)
+        target = getattr(compressed.module(path), child)
         with torch.no_grad():
-            place.copy_(tensor)
+            target.copy_(tensor)

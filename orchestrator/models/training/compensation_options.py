@@ -1,4 +1,4 @@
-"""How linears are compensated for the inputs that have changed: the objective and its options."""
+"""Options of the compensation for changed inputs: objective, factors to refit, damping."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ BASES = ("kept", "new")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompensationOptions:
-    """What the outputs are compared with, and what of the factors may change."""
+    """Objective of the compensation, and the factors that it may change."""
 
     objective: str
-    """With x the dense model's inputs of a linear and z the compressed one's: `input`
-    |W z - W' z|, `anchored` |W x - W' z|, or `blend`, (1 - beta) of the first squared and beta of
-    the second."""
+    """With x a linear's inputs in the dense model and z those in the compressed one: `input`
+    |W z - W' z|, `anchored` |W x - W' z|, or `blend`, (1 - beta) of the first squared plus beta of
+    the second squared."""
     beta: float = 0.5
-    """The dense model's part in `blend`."""
+    """Weight of the dense model's inputs in `blend`."""
     basis: str = "new"
-    """`new` factors of the same rank, best for the outputs, or the left factor `kept`, which a
-    method has found for the loss (two-sided: `new` loses that)."""
+    """`new`: both factors anew, same rank, optimal for the outputs. `kept`: keep the left factor,
+    which a two-sided method chose for the loss (`new` loses that)."""
     damping: float = 0.01
     """Ridge on the second moment of z, as a fraction of its mean diagonal."""
 
@@ -30,11 +30,11 @@ class CompensationOptions:
         check_number("compensation: damping", self.damping, 0, 1e6)
         if self.objective == "input" and self.basis == "kept":
             raise UsageError(
-                "compensation: basis is 'kept' and compensate is 'input'; the right factor is the "
-                "best for any inputs then and nothing would change; give basis 'new'"
+                "compensation: basis is 'kept' and compensate is 'input'; the right factor is then "
+                "optimal for any inputs and no factor would change; give basis 'new'"
             )
 
     @property
     def dense_part(self) -> float:
-        """beta of the objective: that of the options for `blend`, else 0 or 1."""
+        """Value of beta in the objective: the option for `blend`, else 0 or 1."""
         return {"input": 0.0, "anchored": 1.0}.get(self.objective, self.beta)

@@ -1,6 +1,6 @@
-"""How far a model is from another on a text, and from the text itself, with the way back.
+"""Distillation losses: KL to another model, cross-entropy of the text, and their gradients.
 
-Shape suffixes: B sequences, T tokens, V vocabulary, K outcomes that are kept.
+Shape suffixes: B sequences, T tokens, V vocabulary, K stored outcomes.
 """
 
 from collections.abc import Mapping
@@ -18,24 +18,24 @@ _NAMES = ("log_p", "index", "log_rest")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK:
-    """A distribution for each token, kept as its most probable outcomes and all others as one.
+    """Distribution per token: its most probable outcomes and the total of all others.
 
-    K 8 + 4 bytes a token: with K = 256 and 256 × 2048 tokens 1.08 GB, for 70B as for any model
-    (all of a vocabulary of 128k in 16 bits would be 134 GB).
+    Takes K 8 + 4 bytes per token: 1.08 GB for K = 256 and 256 × 2048 tokens, for a model of any
+    size (a full vocabulary of 128k in 16 bits would take 134 GB).
     """
 
     log_p_BTK: Tensor
-    """Log-probabilities, float32, the highest first."""
+    """Log-probabilities of the K outcomes, float32, in descending order."""
     index_BTK: Tensor
-    """The tokens that have them, int32."""
+    """Token ids of the K outcomes, int32."""
     log_rest_BT: Tensor
-    """Log-probability of all other tokens together, float32; minus infinity if there are none."""
+    """Log-probability of all other tokens together, float32; minus infinity if K = V."""
 
     @classmethod
     def of(cls, logits_BTV: Tensor, most: int, temperature: float) -> Self:
-        """The distribution `softmax(logits / temperature)`; K is `most`, or V if that is less.
+        """Compute the distribution `softmax(logits / temperature)` with K = min(most, V).
 
-        On the logits' device; slice by slice in float32.
+        Computed on the logits' device in float32, slice by slice.
         """
         parts: list[list[Tensor]] = [[], [], []]
         for slice_TV in torch.split(logits_BTV.flatten(0, 1), SLICE_TOKENS):
@@ -49,7 +49,7 @@ class TopK:
         return cls(log_p_BTK=log_p, index_BTK=index, log_rest_BT=log_rest)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, on the CPU, to be stored."""
+        """Return the tensors by name, on the CPU, for storage."""
         values = (self.log_p_BTK, self.index_BTK, self.log_rest_BT)
         return {name: each.contiguous().cpu() for name, each in zip(_NAMES, values, strict=True)}
 
@@ -68,12 +68,12 @@ class TopK:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """Sums over a chunk; float64 over float32 values; nats."""
+    """Loss sums over a chunk: float64 sums of float32 values, in nats."""
 
     divergence: float
-    """Σ over real tokens of KL(p ‖ q) τ², p the targets and q the model's at temperature τ."""
+    """Σ over real tokens of τ² KL(p ‖ q), p the targets and q the model, at temperature τ."""
     cross_entropy: float
-    """Σ over real tokens that follow one of −log q(token), τ being 1."""
+    """Σ −log q(token) over real tokens that follow a real token, at τ = 1."""
 
     def to_json(self) -> dict[str, Any]:
         return {"divergence": self.divergence, "cross_entropy": self.cross_entropy}
@@ -81,7 +81,7 @@ class Losses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossWeights:
-    """What the sums of a chunk count in the loss of its step."""
+    """Weights of a chunk's loss sums in the loss of its step."""
 
     divergence: float
     cross_entropy: float
@@ -92,31 +92,33 @@ def distill(
     tokens_BT: Tensor,
     mask_BT: Tensor,
     targets: TopK | Tensor,
+    *,
     temperature: float,
     weights: LossWeights | None = None,
 ) -> tuple[Losses, Tensor | None]:
-    """Losses of a model's logits z, and the gradient of their weighted sum if there are weights.
+    """Compute the losses of logits z and, if weights are given, the weighted sum's gradient.
 
     With q = softmax(z / τ) and p the targets' distribution over all of V,
 
         KL = Σ_v p_v (log p_v − log q_v),          τ² dKL/dz = τ (q − p).
 
-    Of `TopK` only the outcomes k and the rest r are known: KL over these K + 1 outcomes, which is
-    the least that the full one can be, and equal to it where K is V. Its gradient is that of full
-    targets which divide the rest as the model itself does,
+    `TopK` contains only the outcomes k and the rest r. The KL over these K + 1 outcomes is a lower
+    bound of the full one, and equal to it if K = V. Its gradient is that of full targets which
+    distribute the rest in the same proportions as the model,
 
         dKL/dz_v = q_v − p_v for v among k,        q_v − p_r q_v / q_r for the others,
 
-    so nothing pulls on how they are divided. τ² keeps the gradient's size as τ changes (Hinton et
-    al., arXiv:1503.02531). Closed forms, float32 by slices of tokens, so beside logits and gradient
-    there is no third tensor of their size. The gradient [B, T, V] has the logits' dtype and is zero
-    outside the mask.
+    so it does not change those proportions. The factor τ² keeps the gradient's scale independent
+    of τ (Hinton et al., arXiv:1503.02531). Uses closed forms in float32 over slices of tokens, so
+    no third tensor of the size of logits and gradient is allocated. The gradient [B, T, V] has the
+    logits' dtype and is zero outside the mask.
 
     Computed on the logits' device, which is read once, at the end.
 
     Args:
         tokens_BT, mask_BT: On the host; otherwise the device is read first.
-        targets: Top-k of the other model at the same temperature, or all its logits [B, T, V].
+        targets: Top-k of the other model at the same temperature, or its full logits [B, T, V].
+        weights: Weights of the losses; None: no gradient is computed.
     """
     device = logits_BTV.device
     targets = bring(targets, device) if isinstance(targets, Tensor) else targets.to(device)
@@ -132,7 +134,12 @@ def distill(
             real_T = real_T.bool()
             logits_TV = logits_BTV[row, where_T].float()
             divergence, grad_TV = _divergence(
-                logits_TV, targets, row, where_T, temperature, has_gradient=weights is not None
+                logits_TV,
+                targets,
+                row,
+                where_T,
+                temperature=temperature,
+                has_gradient=weights is not None,
             )
             log_q_TV = logits_TV.log_softmax(dim=-1)
             entropy_T = -log_q_TV.gather(1, label_T[:, None]).squeeze(1).double()
@@ -149,7 +156,7 @@ def distill(
 
 
 def _followed(mask_T: Tensor, where_T: Tensor) -> Tensor:
-    """Which of some real tokens have a real one behind them."""
+    """Test for each of some real tokens if the next token is real, bool [T]."""
     following_T = torch.cat([mask_T[1:], mask_T.new_zeros(1)])
     return following_T[where_T]
 
@@ -159,11 +166,11 @@ def _divergence(
     targets: TopK | Tensor,
     row: int,
     where_T: Tensor,
-    temperature: float,
     *,
+    temperature: float,
     has_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """τ² KL summed over some tokens, float64, and its gradient by their logits if it has one."""
+    """Sum τ² KL over some tokens, float64; also its gradient with respect to their logits."""
     log_q_TV = (logits_TV / temperature).log_softmax(dim=-1)
     q_TV = log_q_TV.exp()
     if isinstance(targets, Tensor):
@@ -183,6 +190,6 @@ def _divergence(
     divergence = temperature**2 * total_T.sum()
     if not has_gradient:
         return divergence, None
-    # the model's distribution over the rest, times the mass of the rest in the targets
+    # the model's distribution over the rest, scaled to the targets' probability of the rest
     grad_TV = q_TV if rest_TV is None else q_TV - r_T[:, None] * rest_TV.softmax(dim=-1)
     return divergence, temperature * grad_TV.scatter_add(1, index_TK, -p_TK)

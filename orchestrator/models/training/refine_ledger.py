@@ -1,10 +1,11 @@
-"""What a refinement does in which order, what it has given so far, and when it is over.
+"""Bookkeeping of a refinement: batches and slices, losses so far, and the stopping rule.
 
-Plain numbers, no tensors: whoever makes the gradients, one process or many, this decides.
+Works on plain numbers without tensors, so that it is the same for gradients from one process or
+from many.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,30 +16,30 @@ Stop = Literal["end", "patience", "diverged"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoch:
-    """What one epoch gave."""
+    """Losses and gradient norm of one epoch."""
 
     train: float
-    """Mean squared error over the training tokens, each batch before its own step."""
+    """Mean squared error over the training tokens, each batch evaluated before its own step."""
     held_out: float
     """Mean squared error over the held-out tokens, after the last step."""
     gradient: float
-    """Mean over the steps of the gradient's norm before it is clipped."""
+    """Gradient norm before clipping, mean over the steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """What a refinement came to."""
+    """Outcome of a refinement."""
 
     start: float
-    """The held-out loss before the first step."""
+    """Held-out loss before the first step."""
     epochs: tuple[Epoch, ...]
     best: int
-    """Epochs after which the state was the best; 0 is the start, bit for bit."""
+    """Number of epochs after which the state was best; 0: the initial state, bit for bit."""
     steps: int
     stop: Stop
 
     def facts(self) -> dict[str, Any]:
-        """As JSON."""
+        """Convert to JSON."""
         return {
             "start": self.start,
             "epochs": [asdict(epoch) for epoch in self.epochs],
@@ -49,10 +50,10 @@ class Account:
 
 
 class Ledger:
-    """A refinement's account as it grows: told of batches, steps and held-out errors, in order.
+    """Running account of a refinement, updated in order with batches, steps and held-out errors.
 
     Args:
-        sequences: Chunks in all, trained on and held out.
+        sequences: Total number of chunks, training and held out.
 
     Raises:
         ValueError: Fewer than two chunks.
@@ -66,20 +67,20 @@ class Ledger:
         self.epochs: list[Epoch] = []
         self.best = 0
         self._options = options
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        """A new epoch's sums."""
+    def _reset(self) -> None:
+        """Reset the sums for a new epoch."""
         self._train = self._tokens = self._gradient = 0.0
 
     def parts(self, batch: int) -> int:
-        """In how many slices a batch's gradient is made."""
+        """Number of slices of a batch's gradient."""
         size, larger = divmod(len(self.training), self.batches)
         return min(self._options.slices, size + (batch < larger))
 
     @property
     def stop(self) -> Stop | None:
-        """Why training is over; None while it is not."""
+        """Reason why training has ended; None while it has not."""
         done = len(self.epochs)
         if done and not math.isfinite(self.epochs[-1].held_out):
             return "diverged"
@@ -88,18 +89,18 @@ class Ledger:
         return "patience" if done - self.best >= self._options.patience else None
 
     def summed(self, losses: Sequence[float], tokens: int) -> None:
-        """A batch's chunks gave these parts of its loss, in their order; it has so many tokens."""
+        """Record a batch: the losses of its chunks in order, and its number of tokens."""
         self._train += sum(losses) * tokens
         self._tokens += tokens
 
     def stepped(self, norm: float) -> None:
-        """A step was made with a gradient that had this norm."""
+        """Record a step by the norm of its gradient before clipping."""
         self._gradient += norm
 
     def evaluated(self, found: Sequence[tuple[int, float]]) -> bool:
-        """Tokens and errors of the held-out chunks, first of the start, then behind every epoch.
+        """Record tokens and errors of the held-out chunks: first for the start, then per epoch.
 
-        Whether no state before was as good.
+        Returns True if the state is the best so far.
         """
         tokens = sum(number for number, _ in found)
         held_out = sum(error for _, error in found) / max(tokens, 1)
@@ -113,13 +114,13 @@ class Ledger:
             gradient=self._gradient / self.batches,
         )
         self.epochs.append(epoch)
-        self._forget()
+        self._reset()
         if held_out < lowest:
             self.best = len(self.epochs)
         return held_out < lowest
 
     def account(self) -> Account:
-        """What it has come to."""
+        """Return the outcome so far."""
         assert self.start is not None
         return Account(
             start=self.start,
@@ -128,8 +129,3 @@ class Ledger:
             steps=len(self.epochs) * self.batches,
             stop=self.stop or "end",
         )
-
-    def restore(self, facts: Mapping[str, Any]) -> None:
-        """Goes on from the facts of an account that was not at its end."""
-        self.start, self.best = facts["start"], facts["best"]
-        self.epochs = [Epoch(**epoch) for epoch in facts["epochs"]]

@@ -1,4 +1,4 @@
-"""How compressed blocks are refined: the options, the learning rate, and what is held out."""
+"""Options of the refinement, the learning-rate schedule, and the split of the chunks."""
 
 import math
 from collections.abc import Sequence
@@ -13,34 +13,34 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefineOptions:
-    """How blocks are trained; the values given are AA-SVD's where that has one."""
+    """Options of the block-wise training; defaults are AA-SVD's where it has one."""
 
     epochs: int = 25
-    """The most times that every training chunk is used; the schedule's length, however it ends."""
+    """Largest number of epochs; also the length of the schedule, even if training ends earlier."""
     batches: int = 8
-    """Steps an epoch. The training chunks are divided among them as evenly as they can be."""
+    """Steps per epoch; the training chunks are divided among them as evenly as possible."""
     slices: int = 8
-    """Parts that a step's gradient is summed from, where a block is lent: its most workers.
+    """Slices of a step's gradient; for a replicated block also the largest number of workers.
 
-    A part sums its chunks one by one, then the parts are summed in their order; so with one part,
-    or one for each chunk, the bits are those of a sum over the chunks. Eight are the GPUs of a
-    node; each part travels to every worker, 4 bytes a trained parameter.
+    A slice sums its chunks one by one, then the slices are summed in order; with one slice, or one
+    per chunk, the bits are those of a sum over the chunks. The default of eight is the number of
+    GPUs of a node. Each slice is sent to every worker, 4 bytes per trained parameter.
     """
     learning_rate: float = 1e-4
-    """The highest, at the end of the warm-up."""
+    """Largest learning rate, reached at the end of the warm-up."""
     weight_decay: float = 0.01
     warm_up: float = 0.1
-    """Part of all steps in which the rate rises linearly."""
+    """Fraction of all steps over which the rate rises linearly."""
     floor: float = 0.1
-    """Part of the rate at which the cosine ends."""
+    """Final value of the cosine, as a fraction of the largest rate."""
     clip: float = 1.0
-    """Largest norm of a step's gradient; a larger one is scaled down to it."""
+    """Largest norm of a step's gradient; larger gradients are scaled down to it."""
     held_out: float = 0.125
-    """Part of the chunks that is not trained on and decides which state is the best."""
+    """Fraction of the chunks held out from training to choose the best state."""
     patience: int = 5
-    """Epochs without a better state after which training ends."""
+    """Training ends after this number of epochs without a better state."""
     dense: bool = False
-    """Whether dense weights are trained too; the linears that stayed whole and untargeted ones."""
+    """Also train dense weights: linears that the plan left dense, and untargeted ones."""
 
     def __post_init__(self) -> None:
         check_whole("refinement: epochs", self.epochs, 1, 10_000)
@@ -58,7 +58,7 @@ class RefineOptions:
 
 
 class RateOptions(Protocol):
-    """The options that say how the learning rate goes."""
+    """Options of the learning-rate schedule."""
 
     @property
     def learning_rate(self) -> float: ...
@@ -71,31 +71,31 @@ class RateOptions(Protocol):
 
 
 def rate(step: int, steps: int, options: RateOptions) -> float:
-    """The learning rate of a step, counted from 0: a linear warm-up, then a cosine to the floor."""
+    """Learning rate of a step, counted from 0: linear warm-up, then a cosine to the floor."""
     warm = int(options.warm_up * steps)
     if step < warm:
         return options.learning_rate * (step + 1) / warm
-    turn = math.cos(math.pi * (step - warm) / (steps - warm))
-    return options.learning_rate * (options.floor + (1 - options.floor) * (1 + turn) / 2)
+    cosine = math.cos(math.pi * (step - warm) / (steps - warm))
+    return options.learning_rate * (options.floor + (1 - options.floor) * (1 + cosine) / 2)
 
 
 def split(count: int, held_out: float) -> tuple[list[int], list[int]]:
-    """Which of `count` chunks are trained on and which are held out, evenly spaced, one at least.
+    """Split `count` chunks into training and held-out indices.
 
-    4 of 32 are 4, 12, 20 and 28.
+    At least one is held out, evenly spaced: 4, 12, 20 and 28 for 4 of 32 chunks.
 
     Raises:
         ValueError: Fewer than two chunks.
     """
     if count < 2:
-        raise ValueError(f"{count} chunks; one to train on and one to hold out are needed")
+        raise ValueError(f"{count} chunks; at least one to train on and one to hold out are needed")
     number = max(round(count * held_out), 1)
     chosen = [(2 * i + 1) * count // (2 * number) for i in range(number)]
     return [i for i in range(count) if i not in set(chosen)], chosen
 
 
 def divide(items: Sequence[Item], parts: int) -> list[Sequence[Item]]:
-    """Contiguous parts whose lengths differ by one at most, the longer ones first."""
+    """Divide items into contiguous parts whose lengths differ by at most one, longer ones first."""
     size, longer = divmod(len(items), parts)
     stops = [size * (part + 1) + min(part + 1, longer) for part in range(parts)]
     return [items[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]

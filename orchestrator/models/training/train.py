@@ -1,4 +1,4 @@
-"""What a shard's blocks train, and the steps of AdamW that they take, whoever makes the gradients.
+"""Trained parameters of a shard's blocks and their AdamW steps.
 
 Shape suffixes: O outputs, R directions, N stored entries.
 """
@@ -23,32 +23,33 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Training:
-    """The trained parameters of some of a shard's blocks with their gradients and moments.
+    """Trained parameters of some of a shard's blocks with their gradients and moments.
 
-    Everything is named by block and nothing depends on another block, so a model may be cut in any
-    way, and what one cut has left (`state`) another takes up (`load`), to the bit. A step is
+    All state is kept per block and independent of other blocks, so a model may be cut into shards
+    in any way, and the state of one cut (`state`) continues in another (`load`), bit for bit. A
+    step is
 
         m <- m + (1 - b1)(g - m),  v <- b2 v + (1 - b2) g^2,
         w <- (1 - rate decay) w - rate / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + 1e-8),
 
     the arithmetic of `torch.optim.AdamW`, in float32 on the shard's device. Modes, with the bytes
-    that each trained parameter takes (value, gradient, two moments):
+    per trained parameter (value, gradient, two moments):
 
     - `all`: factors, sparse values on their support, norms, biases; 16 bytes.
     - `lean`: the same with moments rounded to bfloat16 between steps; 12 bytes. b2 is 0.99: decay
-      by 0.999 changes v by less than half of bfloat16's last place, so v could only ever rise.
-    - `light`: norms, biases, and one scale for each direction of a low rank (each output of a
-      sparse part) instead of its values: W = W0 diag(s), or diag(s) W0. 16 bytes a scale, some
-      thousandth of the values; beside it 8 bytes, and while its block goes back 4 more, a value of
-      the left factors and the sparse parts (W0 and W), 4 a value of the right ones.
+      by 0.999 changes v by less than half of bfloat16's last place, so v could only increase.
+    - `light`: norms, biases, and one scale per direction of a low-rank factor (per output of a
+      sparse part) instead of its values: W = W0 diag(s), or diag(s) W0. 16 bytes per scale, about
+      a thousandth as many as values; also 8 bytes (W0 and W) per value of the left factors and the
+      sparse parts, 4 more during the block's backward pass, and 4 per value of the right factors.
 
-    Dense weights stay as they are in every mode, and so do the blocks that are not named. A basis
-    that blocks share is trained if the shard holds all of them, as one tensor of the block that
-    has its name on disk; cut between groups of blocks, and it always is.
+    Dense weights and the other blocks are not trained in any mode. A basis shared by blocks is
+    trained if the shard contains all of them, as a tensor of the block that has its name on disk;
+    a cut between groups of such blocks ensures this.
 
     Args:
-        blocks: Which of the shard's blocks are trained.
-        stored: The names of the tensors that are stored; of tied ones that is one.
+        blocks: Indices of the blocks to train.
+        stored: Names of the stored tensors; one of each tied group.
         mode: One of `train_options.MODES`.
     """
 
@@ -57,6 +58,7 @@ class Training:
         shard: Shard,
         blocks: Collection[int],
         stored: Collection[str],
+        *,
         mode: str,
         weight_decay: float,
     ) -> None:
@@ -76,43 +78,43 @@ class Training:
 
     @property
     def blocks(self) -> list[int]:
-        """Those with something to train."""
+        """Indices of the blocks that have trained parameters."""
         return [block for block, entries in self._by_block.items() if entries]
 
     @property
-    def numbers(self) -> dict[int, int]:
-        """How many numbers of each block are trained."""
+    def num_parameters(self) -> dict[int, int]:
+        """Number of trained parameters of each block."""
         return {b: sum(e.value.numel() for e in self._by_block[b].values()) for b in self.blocks}
 
     @property
     def extra_bytes(self) -> int:
-        """What gradients and moments will take beside what is loaded; activations are not in it."""
+        """Bytes that gradients and moments will take besides the loaded weights; no activations."""
         moment = 2 if self._mode == "lean" else 4
-        passing = [
+        in_backward = [
             sum(e.parameter.numel() for e in entries.values() if isinstance(e, _Scaled))
             for entries in self._by_block.values()
         ]
-        return (4 + 2 * moment) * sum(self.numbers.values()) + 4 * max(passing)
+        return (4 + 2 * moment) * sum(self.num_parameters.values()) + 4 * max(in_backward)
 
     def check_room(self, free: int) -> None:
-        """Raises InfeasibleError unless so many bytes of the device's memory are enough."""
+        """Raise InfeasibleError if `free` bytes of device memory are not enough."""
         if self.extra_bytes > free:
             others = " or ".join(f"{mode!r}" for mode in MODES[MODES.index(self._mode) + 1 :])
-            instead = f"give train {others}, or more workers" if others else "give more workers"
+            remedy = f"give train {others}, or more workers" if others else "give more workers"
             raise InfeasibleError(
-                f"blocks {min(self._by_block)}-{max(self._by_block)}: train {self._mode!r} takes "
-                f"{self.extra_bytes} bytes for gradients and moments beside the shard, {free} "
-                f"are free on its device; {instead}"
+                f"blocks {min(self._by_block)}-{max(self._by_block)}: train {self._mode!r} needs "
+                f"{self.extra_bytes} bytes for gradients and moments besides the shard, but {free} "
+                f"are free on its device; {remedy}"
             )
 
     def collect(self) -> None:
-        """Takes the gradients that a pass back has left, where they are not those of the values."""
+        """Convert the gradients of a backward pass to those of scales, where scales are trained."""
         for entries in self._by_block.values():
             for entry in entries.values():
                 entry.collect()
 
     def norms(self) -> dict[int, float]:
-        """The squared norm of every block's gradient: its tensors', added in the block's order."""
+        """Squared gradient norms of the blocks: those of their tensors, summed in block order."""
         gradients = {
             block: [entry.gradient for entry in entries.values() if entry.gradient is not None]
             for block, entries in self._by_block.items()
@@ -122,11 +124,11 @@ class Training:
 
     @torch.no_grad()
     def update(self, number: int, scale: float, rate: float) -> None:
-        """One step, counted from 1, with the gradients times `scale`; they are gone then."""
+        """Perform step `number`, counted from 1, with the gradients times `scale`; clears them."""
         for entries in self._by_block.values():
             for name, entry in entries.items():
                 if entry.gradient is not None:
-                    self._step(name, entry, entry.gradient, number, scale, rate)
+                    self._step(name, entry, entry.gradient, number=number, scale=scale, rate=rate)
                 entry.clear()
 
     def _step(
@@ -134,6 +136,7 @@ class Training:
         name: str,
         entry: "_DirectParameter",
         gradient: Tensor,
+        *,
         number: int,
         scale: float,
         rate: float,
@@ -143,7 +146,7 @@ class Training:
             gradient.mul_(scale)
         if name not in self._moments:
             self._moments[name] = (self._zeros(entry.value), self._zeros(entry.value))
-        # moments of 16 bits are widened into copies, those of 32 bits are what is written to
+        # 16-bit moments are widened into copies; 32-bit moments are updated in place
         mean, square = (each.float() for each in self._moments[name])
         mean.lerp_(gradient, 1 - first)
         square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
@@ -152,26 +155,26 @@ class Training:
         entry.value.addcdiv_(mean, root, value=-rate / (1 - first**number))
         entry.apply()
         if self._mode == "lean":
-            for kept, moment in zip(self._moments[name], (mean, square), strict=True):
-                kept.copy_(moment)
+            for stored, moment in zip(self._moments[name], (mean, square), strict=True):
+                stored.copy_(moment)
 
     def _zeros(self, value: Tensor) -> Tensor:
         dtype = torch.bfloat16 if self._mode == "lean" else torch.float32
         return torch.zeros_like(value, dtype=dtype)
 
     def state(self, block: int) -> dict[str, Tensor]:
-        """All that a block's next step depends on, on the CPU: values and moments, by name."""
+        """Return everything that a block's next step depends on: values and moments, on the CPU."""
         tensors = {}
         for name, entry in self._by_block[block].items():
             tensors[f"value.{name}"] = entry.value
-            # what has had no gradient has no moments
+            # a parameter that never had a gradient has no moments
             for moment, tensor in zip(MOMENTS, self._moments.get(name, ()), strict=False):
                 tensors[f"{moment}.{name}"] = tensor
         return {name: tensor.detach().to(CPU, copy=True) for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def load(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        """Puts a block where `state` found it."""
+        """Restore a block from the tensors of `state`."""
         for name, entry in self._by_block[block].items():
             entry.value.copy_(tensors[f"value.{name}"])
             entry.apply()
@@ -181,18 +184,18 @@ class Training:
                 self._moments[name] = (mean, square)
 
     def tensors(self, block: int) -> dict[str, Tensor]:
-        """What a block's parameters have become, scales multiplied in, on the CPU, by name."""
+        """Return a block's trained parameters by name, with scales multiplied in, on the CPU."""
         entries = self._by_block[block].items()
         return {name: entry.parameter.detach().to(CPU, copy=True) for name, entry in entries}
 
 
 def _squared_norms(tensors: list[Tensor]) -> list[float]:
-    """The sum of squares of each, in float64; one read of the device for all.
+    """Sum of squares of each tensor, in float64, with one device read for all.
 
     In float32 a CPU is 0.4 % off at 3e7 normal values: its few running sums grow so large that
-    later terms are rounded away. On CUDA this is one kernel for all tensors, which widens
-    values as it reads them and adds in an order that follows from the sizes; on a CPU one tensor at
-    a time is copied to float64.
+    later terms are rounded away. On CUDA this is one kernel for all tensors, which widens values
+    as it reads them and sums in an order determined by the sizes; on a CPU one tensor at a time is
+    copied to float64.
     """
     if not tensors:
         return []
@@ -202,7 +205,7 @@ def _squared_norms(tensors: list[Tensor]) -> list[float]:
 
 
 class _DirectParameter:
-    """A parameter that is trained itself."""
+    """Parameter that is trained directly."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
@@ -216,27 +219,28 @@ class _DirectParameter:
         return self.parameter.grad
 
     def collect(self) -> None:
-        """What autograd has added up is the gradient."""
+        """No-op: autograd's sum is the gradient."""
 
     def clear(self) -> None:
         self.parameter.grad = None
 
     def apply(self) -> None:
-        """The value is the parameter's own memory."""
+        """No-op: the value is the parameter's own memory."""
 
 
 class _Scaled(_DirectParameter):
-    """A parameter W0 of which only scales are trained.
+    """Parameter W0 of which only scales are trained.
 
     Args:
-        spread: Gives each value of W0 its scale.
-        gather: The sum, for each scale, over the values that it multiplies.
+        spread: Expands the scales to one per value of W0.
+        gather: Sums values over those that each scale multiplies.
     """
 
     def __init__(
         self,
         parameter: nn.Parameter,
         scales: int,
+        *,
         spread: Callable[[Tensor], Tensor],
         gather: Callable[[Tensor], Tensor],
     ) -> None:
@@ -270,35 +274,39 @@ class _Scaled(_DirectParameter):
 def _trained(
     shard: Shard, name: str, parameter: nn.Parameter, mode: str
 ) -> _DirectParameter | None:
-    """How a parameter is trained in a mode; nothing if it is not."""
+    """Create the trained form of a parameter in a mode; None if it is not trained."""
     if mode != "light":
         return _DirectParameter(parameter)
     path, _, child = name.rpartition(".")
     module = shard.module(path)
     if child == "weight" and isinstance(module, LowRankLinear):
-        return _Scaled(parameter, module.rank, _same, _over_outputs)
+        return _Scaled(parameter, module.rank, spread=_identity, gather=_sum_outputs)
     if child == "weight" and isinstance(module, SparseLinear):
-        counts_O = _entries(module)
+        counts_O = _entries_per_output(module)
         return _Scaled(
             parameter,
             module.out_features,
-            # with the size given, and lengths known to be valid, nothing is read from the device
-            lambda scale_O: scale_O.repeat_interleave(counts_O, output_size=parameter.numel()),
-            lambda values_N: torch.segment_reduce(values_N, "sum", lengths=counts_O, unsafe=True),
+            # `output_size` and `unsafe` avoid reads of the device; the lengths are valid
+            spread=lambda scale_O: scale_O.repeat_interleave(
+                counts_O, output_size=parameter.numel()
+            ),
+            gather=lambda values_N: torch.segment_reduce(
+                values_N, "sum", lengths=counts_O, unsafe=True
+            ),
         )
     return _DirectParameter(parameter) if parameter.dim() < 2 else None
 
 
-def _same(scale_R: Tensor) -> Tensor:
+def _identity(scale_R: Tensor) -> Tensor:
     return scale_R
 
 
-def _over_outputs(values_OR: Tensor) -> Tensor:
+def _sum_outputs(values_OR: Tensor) -> Tensor:
     return values_OR.sum(dim=0)
 
 
-def _entries(module: SparseLinear) -> Tensor:
-    """How many entries each output has, int64 [O]; they are stored output by output."""
+def _entries_per_output(module: SparseLinear) -> Tensor:
+    """Number of stored entries of each output, int64 [O]; they are stored output by output."""
     sizes = module.out_features, module.in_features
     positions_N = decode(module.code, dict(module.named_buffers(recurse=False)), *sizes)
     return (positions_N // module.in_features).bincount(minlength=module.out_features)

@@ -1,4 +1,4 @@
-"""How a whole compressed model is trained: the options, and which sequences make which step."""
+"""Options of the whole-model training, and the assignment of sequences to steps."""
 
 import hashlib
 import json
@@ -14,38 +14,38 @@ TARGETS = ("stored", "recomputed")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
-    """How the compressed model learns from the dense one and from the text."""
+    """Options of the training on the dense model's predictions and on the text."""
 
     epochs: int = 10
-    """The most times that every training sequence is used; the schedule's length too."""
+    """Largest number of epochs; also the length of the schedule."""
     batches: int = 7
-    """Steps an epoch. The training sequences are divided among them as evenly as they can be."""
+    """Steps per epoch; the training sequences are divided among them as evenly as possible."""
     learning_rate: float = 1e-4
-    """The highest, at the end of the warm-up."""
+    """Largest learning rate, reached at the end of the warm-up."""
     weight_decay: float = 0.01
     warm_up: float = 0.1
-    """Part of all steps in which the rate rises linearly."""
+    """Fraction of all steps over which the rate rises linearly."""
     floor: float = 0.1
-    """Part of the rate at which the cosine ends."""
+    """Final value of the cosine, as a fraction of the largest rate."""
     clip: float = 1.0
-    """Largest norm of a step's gradient; a larger one is scaled down to it."""
+    """Largest norm of a step's gradient; larger gradients are scaled down to it."""
     divergence: float = 1.0
-    """Weight of KL(dense || compressed), a mean over tokens."""
+    """Weight of KL(dense || compressed), averaged over tokens."""
     cross_entropy: float = 0.0
-    """Weight of the cross-entropy of the text's own next tokens, a mean over predictions."""
+    """Weight of the cross-entropy of the text's next tokens, averaged over predictions."""
     temperature: float = 1.0
-    """By which both models' logits are divided in the KL."""
+    """Temperature by which both models' logits are divided in the KL."""
     targets: str = "stored"
-    """`stored`: the dense model passes once and leaves its top-k; `recomputed`: it passes beside
-    the compressed one in every step, for the full KL, and takes its memory and its time."""
+    """`stored`: the dense model runs once and its top-k outcomes are stored. `recomputed`: it runs
+    alongside the compressed one in every step, for the full KL, at its cost in memory and time."""
     top_k: int = 256
-    """Outcomes that are stored for each token, all others as one."""
+    """Outcomes stored per token; all others are summed into one."""
     held_out: float = 0.125
-    """Part of the sequences that is not trained on and decides which state is the best."""
+    """Fraction of the sequences held out from training to choose the best state."""
     every: int = 7
-    """Steps between snapshots, at each of which the held-out loss is taken."""
+    """Steps between snapshots; the held-out loss is evaluated at each."""
     patience: int = 5
-    """Snapshots without a better state after which training ends."""
+    """Training ends after this number of snapshots without a better state."""
 
     def __post_init__(self) -> None:
         check_whole("training: epochs", self.epochs, 1, 10_000)
@@ -69,7 +69,7 @@ class TrainOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """Which sequences make which step; a value."""
+    """Assignment of sequences to steps."""
 
     options: TrainOptions
     batches: tuple[tuple[int, ...], ...]
@@ -81,21 +81,21 @@ class Course:
         return len(self.batches)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Learning rate of a step, counted from 0."""
         return rate(step, self.steps, self.options)
 
     def following(self, step: int) -> int:
-        """The steps that are done at the snapshot after the one at `step`."""
+        """Number of steps completed at the next snapshot after the one at `step`."""
         return min(step + self.options.every, self.steps)
 
 
 def plan_course(options: TrainOptions, sequences: int, seed: int) -> Course:
-    """The course of so many sequences; each epoch's order is drawn from the seed and its number.
+    """Plan the steps over `sequences`; each epoch's order is drawn from the seed and its number.
 
     Raises:
         ValueError: Fewer than two sequences.
     """
-    # a forecast reads the options and does without torch
+    # imported here because a forecast reads the options without torch
     import torch
 
     training, held_out = split(sequences, options.held_out)

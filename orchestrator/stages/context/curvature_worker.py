@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.models.evaluation.scoring import draw_label_gradient
-from orchestrator.models.shards.chunk import Chunk, Payload
+from orchestrator.models.shards.chunk import BlockState, Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration
 from orchestrator.runtime.worker import Emitted, Stored
@@ -85,7 +85,7 @@ class CurvatureWorker(CompressionWorker):
             payload = self.input_chunk(self._shard.blocks.stop, index, record).payload
             assert payload is not None
             passed = self._calibration.backward(chunk, list(payload.output))
-        gradients = Chunk(index, chunk.tokens, chunk.mask, Payload(tuple(passed)))
+        gradients = Chunk(index, chunk.tokens, chunk.mask, BlockState(tuple(passed)))
         return None, self.emit(self._shard.blocks.start, gradients) if emit else None
 
     def _dense_chunk(self, sequence: int) -> Chunk:

@@ -62,7 +62,7 @@ class RefineWorker(TrainedWorker):
         start = time.monotonic()
         with self.planned.shard(range(block, block + 1)) as shard:
             inputs, targets = self._states[block], self._states[block + 1]
-            refined = refine(shard, inputs, targets, self.task.options, self.task.seed)
+            refined = refine(shard, inputs, targets, options=self.task.options, seed=self.task.seed)
             tensors = {**refined.tensors, **self.indices(shard)}
         timings = {"seconds": time.monotonic() - start, "memory": self.usage().to_json()}
         facts = refined.facts() | {"timings": timings}

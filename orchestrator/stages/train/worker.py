@@ -11,7 +11,7 @@ from torch import Tensor
 from orchestrator.device.malloc import free_device_memory, return_freed_memory
 from orchestrator.device.transport import Departure
 from orchestrator.models.checkpoint.weights import Checkpoint
-from orchestrator.models.shards.chunk import Chunk, Payload, pack_many, split_record
+from orchestrator.models.shards.chunk import BlockState, Chunk, pack_many, split_record
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.distill import Losses, LossWeights, TopK, distill
 from orchestrator.models.training.train import Training
@@ -115,7 +115,7 @@ class TrainWorker(TrainedWorker):
         if self.device.type == "cuda":
             self._training.check_room(free_device_memory(self.device))
         self._load_state(self._training, step)
-        return {"numbers": self._training.numbers}
+        return {"numbers": self._training.num_parameters}
 
     def _planned_shard(self, blocks: range) -> tuple[Shard, Training]:
         model = self.planned.shard(blocks)
@@ -123,8 +123,8 @@ class TrainWorker(TrainedWorker):
             model,
             self.task.keys.keys(),
             self.planned.disk_names.keys(),
-            self.task.mode,
-            self.task.options.weight_decay,
+            mode=self.task.mode,
+            weight_decay=self.task.options.weight_decay,
         )
         return model, training
 
@@ -299,13 +299,20 @@ class TrainWorker(TrainedWorker):
         if self._model.is_first:
             return None
         first = entered[0]
-        return Chunk(serial, first.tokens, first.mask, Payload(tuple(grads))).pack()
+        return Chunk(serial, first.tokens, first.mask, BlockState(tuple(grads))).pack()
 
     def _distill(
         self, logits_BTV: Tensor, chunk: Chunk, targets: TopK | Tensor, weights: LossWeights | None
     ) -> tuple[Losses, Tensor | None]:
         temperature = self.task.options.temperature
-        return distill(logits_BTV, chunk.tokens, chunk.mask, targets, temperature, weights)
+        return distill(
+            logits_BTV,
+            chunk.tokens,
+            chunk.mask,
+            targets,
+            temperature=temperature,
+            weights=weights,
+        )
 
     def _norms(self, is_last: bool) -> dict[str, Any]:
         assert self._training is not None

@@ -160,7 +160,12 @@ class WalkWorker(TrainedWorker):
         assert options is not None
         linears = [each for each in self.task.linears if each.block == work.block]
         work.tensors, facts = compensate_block(
-            work.dense, work.shard, work.dense_inputs, work.inputs, linears, options
+            work.dense,
+            work.shard,
+            dense_inputs=work.dense_inputs,
+            inputs=work.inputs,
+            linears=linears,
+            options=options,
         )
         return {}, {"linears": facts}
 
@@ -170,7 +175,9 @@ class WalkWorker(TrainedWorker):
         if work.refinement is None:
             assert options is not None
             targets = [self._target(index) for index in range(self.task.sequences)]
-            refinement = Refinement(work.shard, work.inputs, targets, options, self.task.seed)
+            refinement = Refinement(
+                work.shard, work.inputs, targets, options=options, seed=self.task.seed
+            )
             work.refinement = self._held.enter_context(refinement)
         errors = {part: work.refinement.error(part) for part in parts}
         return errors, {"digest": work.refinement.digest()}

@@ -81,7 +81,9 @@ def refined(
     bench.free()
     with compressed.shard(range(1)) as shard:
         values = sum(parameter.numel() for parameter in shard.own_parameters().values())
-        with Refinement(shard, inputs, targets, RefineOptions(epochs=2), 0) as refinement:
+        with Refinement(
+            shard, inputs, targets, options=RefineOptions(epochs=2), seed=0
+        ) as refinement:
             start = refinement.start
             epoch, seconds = bench.timed(refinement.epoch)
             peak = bench.peak_bytes()
@@ -101,7 +103,9 @@ def trained(bench: Bench, compressed: LazyModel, chunk: Chunk) -> dict[str, Any]
     for _ in range(2):
         bench.free()
         with compressed.shard(range(1)) as shard:
-            training = Training(shard, [0], list(compressed.disk_names), "all", 0.0)
+            training = Training(
+                shard, [0], list(compressed.disk_names), mode="all", weight_decay=0.0
+            )
             gradient = gradient_of(shard, chunk, bench.device)
             work = partial(step, shard, training, chunk, gradient, count(1))
             seconds = bench.median_seconds(work)

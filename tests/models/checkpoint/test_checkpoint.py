@@ -1,4 +1,4 @@
-"""The files of a compressed checkpoint, and the directory they lie in."""
+"""Files of a compressed checkpoint, and their directory."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ BLOCK_BYTES = 19_000  # a little above a compressed block of the tiny Llama, in 
 
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory):
-    """A tiny Llama in several files, with the files that go along with a model."""
+    """A tiny Llama in several files, with its companion files."""
     directory = write_checkpoint("llama", tmp_path_factory.mktemp("dense"), max_shard_size="60KB")
     companions = {
         "tokenizer.json": b"{}",
@@ -65,7 +65,7 @@ def blocks_of(file):
 
 @pytest.mark.parametrize("limit", [1, 12_000, BLOCK_BYTES, 30_000, 2 * BLOCK_BYTES, 10**9])
 def test_files_hold_whole_blocks_in_model_order(dense, limit):
-    """However they are cut, the files list the same tensors in the same order, block by block."""
+    """For any file size the same tensors are listed in the same order, block by block."""
     whole, files = files_of(dense), files_of(dense, max_shard_bytes=limit)
     tensors = [tensor for file in files for tensor in file.tensors]
     assert tensors == list(whole[0].tensors)
@@ -75,22 +75,22 @@ def test_files_hold_whole_blocks_in_model_order(dense, limit):
     assert files[-1].tensors[-1].name == "lm_head.weight"
 
 
-def test_a_file_takes_every_block_that_fits(dense):
-    """No file could have taken the first block of the next one."""
+def test_a_file_contains_every_block_that_fits(dense):
+    """No file has room for the first block of the next one."""
     files = files_of(dense, max_shard_bytes=2 * BLOCK_BYTES)
     assert [blocks_of(file) for file in files] == [[0], [1, 2], [3]]
     assert files[0].size_bytes + BLOCK_BYTES - 1000 > 2 * BLOCK_BYTES
 
 
 def test_one_file_has_the_plain_name(dense):
-    """One file is model.safetensors, several are numbered from 1."""
+    """A single file is model.safetensors; several are numbered from 1."""
     assert [file.name for file in files_of(dense)] == ["model.safetensors"]
     names = [file.name for file in files_of(dense, max_shard_bytes=1)]
     assert names == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
 
 
 def test_a_compressed_linear_becomes_two_tensors(dense):
-    """Factors have the linear's shapes and rank, and a dense one is copied as it is."""
+    """Factors have the linear's shapes and rank; a dense linear is copied unchanged."""
     tensors = {tensor.name: tensor for tensor in files_of(dense)[0].tensors}
     name = "model.layers.1.self_attn.k_proj"
     up, down = tensors[f"{name}.weight"], tensors[f"{name}.down.weight"]
@@ -101,8 +101,8 @@ def test_a_compressed_linear_becomes_two_tensors(dense):
 
 
 @pytest.mark.parametrize("rank", [0, 16])
-def test_a_rank_that_saves_nothing_cannot_be_laid_out(dense, rank):
-    """The plan itself must say dense."""
+def test_a_rank_without_savings_is_refused(dense, rank):
+    """Such a plan must have the linear dense."""
     lazy_model = LazyModel.open(dense)
     survey = lazy_model.survey()
     plan = replace(
@@ -134,7 +134,7 @@ def spec_of(tensors, part="copy"):
 
 
 def test_a_file_has_the_bytes_of_the_safetensors_library(tmp_path):
-    """Whatever dtypes, shapes and names, the file is the one that the library would write."""
+    """For all dtypes, shapes and names the file equals the library's."""
     dtypes = [
         torch.float64,
         torch.float32,
@@ -164,7 +164,7 @@ def test_a_file_has_the_bytes_of_the_safetensors_library(tmp_path):
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):
-    """When a tensor is asked for, every earlier one is gone."""
+    """When a tensor is requested, all earlier ones have been freed."""
     living = weakref.WeakSet()
 
     def read(spec):
@@ -177,7 +177,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
 
 
 def test_no_space_leaves_no_file(tmp_path):
-    """A write that the system refuses names the path, and leaves neither file nor leftovers."""
+    """A refused write names the path, and leaves neither the file nor temporary files."""
     tensors = {"a": torch.zeros(100_000)}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -191,16 +191,16 @@ def test_no_space_leaves_no_file(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_a_factor_must_be_finite_in_its_dtype(tmp_path, value):
-    """NaN, infinity and what overflows by the cast are refused by name."""
+    """NaN, infinity and overflow by the cast are refused by name."""
     wrong = torch.tensor([1.0, value])
     spec = spec_of({"a": wrong.half()}, part="weight")
-    with pytest.raises(InputError, match="a holds NaN or infinity in float16"):
+    with pytest.raises(InputError, match="a has NaN or infinity in float16"):
         write_file(spec, tmp_path / "f", lambda spec: wrong)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_directory_holds_what_it_should(made, dense):
-    """Companions are the dense model's byte for byte, and nothing unasked-for is there."""
+def test_a_finished_directory_has_the_expected_files(made, dense):
+    """Companions equal the dense model's byte for byte, and there are no other files."""
     copied = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE.md")
     for name in (*copied, "Notice", "generation_config.json"):
         assert (made.directory / name).read_bytes() == (dense / name).read_bytes()
@@ -210,8 +210,8 @@ def test_a_finished_directory_holds_what_it_should(made, dense):
     assert {path.name for path in made.directory.iterdir()} == expected
 
 
-def test_the_config_is_the_dense_one_with_two_fields_more(made, dense):
-    """Fields that nobody knows survive; the ranks are explicit."""
+def test_the_config_is_the_dense_one_with_two_more_fields(made, dense):
+    """Unknown fields are kept; the ranks are explicit."""
     before = json.loads((dense / "config.json").read_bytes())
     after = json.loads((made.directory / "config.json").read_bytes())
     assert after.pop("auto_map") == {
@@ -225,8 +225,8 @@ def test_the_config_is_the_dense_one_with_two_fields_more(made, dense):
     assert forms["base_fingerprint"] == made.survey.fingerprint
 
 
-def test_the_index_says_where_every_tensor_lies(made):
-    """The index agrees with the files, in names and in bytes."""
+def test_the_index_lists_every_tensor(made):
+    """The index matches the files, in names and in bytes."""
     index = json.loads((made.directory / "model.safetensors.index.json").read_bytes())
     held = {file.name: load_file(made.directory / file.name) for file in made.files}
     assert index["weight_map"] == {
@@ -242,7 +242,7 @@ def test_the_index_says_where_every_tensor_lies(made):
 
 
 def test_the_card_names_base_model_licence_and_sizes(made):
-    """The front matter is what hubs read; the licence is taken from the dense card's own."""
+    """The front matter has the fields read by hubs; the licence is that of the dense card."""
     card = (made.directory / "README.md").read_text(encoding="utf-8")
     front = card.split("---")[1].splitlines()
     assert {'base_model: "someone/tiny"', "license: apache-2.0", "license_link: x"} <= set(front)
@@ -258,7 +258,7 @@ def test_the_same_plan_gives_the_same_bytes(made, dense, tmp_path):
 
 
 def test_tied_embeddings_are_written_once(tmp_path):
-    """The head of a tied model has no tensor of its own, and is tied when loaded."""
+    """The head of a tied model has no tensor of its own, and is tied on loading."""
     made = compress(write_checkpoint("llama_tied", tmp_path / "dense"), tmp_path / "out")
     names = [tensor.name for file in made.files for tensor in file.tensors]
     assert "model.embed_tokens.weight" in names
@@ -267,8 +267,8 @@ def test_tied_embeddings_are_written_once(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_an_output_dtype_holds_for_every_tensor(dense, tmp_path):
-    """Weights and config agree on it, so that loading casts nothing."""
+def test_an_output_dtype_applies_to_every_tensor(dense, tmp_path):
+    """Weights and config agree on the dtype, so that loading casts no tensor."""
     made = compress(dense, tmp_path / "out", output_dtype=torch.bfloat16)
     tensors = load_file(made.directory / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -277,8 +277,8 @@ def test_an_output_dtype_holds_for_every_tensor(dense, tmp_path):
     assert logits(model).isfinite().all()
 
 
-def test_a_directory_is_whole_only_with_its_config(made, dense, tmp_path):
-    """A finish that fails on a missing file leaves nothing that looks or loads like a model."""
+def test_a_directory_is_complete_only_with_its_config(made, dense, tmp_path):
+    """A finish that fails on a missing file leaves no loadable model."""
     out = tmp_path / "out"
     claim_out(out)
     arguments = {
@@ -306,23 +306,23 @@ def test_a_directory_is_whole_only_with_its_config(made, dense, tmp_path):
     assert len(list(out.glob("*.safetensors"))) == len(made.files)
 
 
-def test_only_a_new_an_empty_or_our_directory_is_written_to(made, dense, tmp_path):
-    """What is not ours is refused untouched; what is finished is known as such."""
+def test_only_a_new_empty_or_own_directory_is_written_to(made, dense, tmp_path):
+    """Other directories are refused and not changed; finished ones are recognised."""
     assert not check_out(tmp_path / "new")
     assert not check_out(tmp_path)
     assert check_out(made.directory)
     with pytest.raises(UsageError, match="finished checkpoint"):
         claim_out(made.directory)
-    with pytest.raises(UsageError, match="holds something else"):
+    with pytest.raises(UsageError, match="contains other files"):
         check_out(dense)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         check_out(tmp_path / "file")
-    with pytest.raises(UsageError, match=r"holds something else \(file\)"):
+    with pytest.raises(UsageError, match=r"contains other files \(file\)"):
         claim_out(tmp_path)
 
 
-def test_a_damaged_result_is_not_taken_for_done(dense, tmp_path):
+def test_a_damaged_result_is_not_accepted_as_finished(dense, tmp_path):
     """A finished directory with a truncated file is an error, not a finished run."""
     made = compress(dense, tmp_path / "out")
     path = made.directory / "model.safetensors"

@@ -1,4 +1,4 @@
-"""The lazy model of a checkpoint that is not written yet."""
+"""Lazy model of a checkpoint that has not been written."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from orchestrator.models.shards.lazy_model import LazyModel
 
 
 def planned(dense_directory, *, output_dtype=None, dtype=None):
-    """What `compress` with `mixed_plan` writes, unwritten; and the parts that were asked for."""
+    """Planned checkpoint that `compress` with `mixed_plan` would write; also the parts read."""
     dense, asked = LazyModel.open(dense_directory), []
     survey = dense.survey()
     plan = mixed_plan(survey)
@@ -34,8 +34,8 @@ def planned(dense_directory, *, output_dtype=None, dtype=None):
 
 @pytest.mark.parametrize("output_dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_computes_what_the_written_checkpoint_does(checkpoint, tmp_path, family, output_dtype):
-    """Every form in every family, bit for bit, also where writing rounds to 16 bits."""
+def test_it_computes_the_same_as_the_written_checkpoint(checkpoint, tmp_path, family, output_dtype):
+    """Every form in every family, bit for bit, also if writing rounds to 16 bits."""
     made = compress(
         checkpoint(family), tmp_path / "out", make_plan=mixed_plan, output_dtype=output_dtype
     )
@@ -48,8 +48,8 @@ def test_it_computes_what_the_written_checkpoint_does(checkpoint, tmp_path, fami
     assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), expected_BTV)
 
 
-def test_a_shard_asks_for_its_own_parts_alone(checkpoint):
-    """Nothing is read before, and then the tensors of the shard's blocks, and a shared basis."""
+def test_a_shard_reads_only_its_own_parts(checkpoint):
+    """Opening reads no tensor; a shard reads those of its blocks, and a shared basis."""
     lazy_model, asked = planned(checkpoint("llama"))
     assert asked == []
     with lazy_model.shard(range(1, 2)) as shard:
@@ -60,8 +60,8 @@ def test_a_shard_asks_for_its_own_parts_alone(checkpoint):
         assert "model.layers.1.self_attn.q_proj.down.weight" in shard.parameters()
 
 
-def test_only_a_dense_checkpoint_is_planned_for(checkpoint):
-    """What is compressed is not compressed again."""
+def test_planning_needs_a_dense_checkpoint(checkpoint):
+    """A compressed checkpoint is not compressed again."""
     lazy_model, _ = planned(checkpoint("llama"))
     with pytest.raises(InputError, match="already compressed"):
         lazy_model.planned(None, None)

@@ -1,4 +1,4 @@
-"""Every form from the plan to a checkpoint that stock transformers loads, and back to dense."""
+"""All forms from the plan to a checkpoint that stock transformers loads, and back to dense."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ FORMS = ("low_rank", "pivoted", "sparse", "low_rank_sparse", "shared")
 
 
 def one_form(form):
-    """A plan that gives every linear the same form, the first ones of the blocks one basis."""
+    """Plan with the same form for every linear; the first linears of the blocks share a basis."""
 
     def make_plan(survey):
         if form == "shared":
@@ -64,7 +64,7 @@ def one_form(form):
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A tiny GPT-2 with every form, every index code and a `Conv1D` in each, in several files."""
+    """A tiny GPT-2 in several files, with all forms, index codes and `Conv1D` layers."""
     root = tmp_path_factory.mktemp("forms")
     dense = write_checkpoint("gpt2", root / "dense")
     return compress(dense, root / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
@@ -72,7 +72,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
-    """A tiny Llama with every form."""
+    """A tiny Llama with all forms."""
     root = tmp_path_factory.mktemp("forms")
     dense = write_checkpoint("llama", root / "dense")
     return compress(dense, root / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
@@ -84,7 +84,7 @@ def expected(llama):
 
 
 def changed(made, tmp_path, change):
-    """The checkpoint with other modules in its config."""
+    """Copy of the checkpoint with other modules in its config."""
     for path in made.directory.iterdir():
         (tmp_path / path.name).symlink_to(path)
     config = json.loads((made.directory / "config.json").read_bytes())
@@ -99,8 +99,8 @@ def close_to(reference):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_form_computes_what_its_dense_weight_does(family, tmp_path):
-    """In every family the logits are those of the dense model with the weights put in by hand."""
+def test_every_form_computes_the_same_as_its_dense_weight(family, tmp_path):
+    """In every family the logits equal those of the dense model with the weights replaced."""
     dense = write_checkpoint(family, tmp_path / "dense")
     made = compress(dense, tmp_path / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
     assert len(made.files) == 4
@@ -109,8 +109,8 @@ def test_every_form_computes_what_its_dense_weight_does(family, tmp_path):
     torch.testing.assert_close(found, reference, **close_to(reference))
 
 
-def test_all_forms_and_codes_are_tried(made):
-    """The checkpoint of these tests holds what they are about."""
+def test_all_forms_and_codes_are_covered(made):
+    """The test checkpoint contains all forms and codes."""
     modules = json.loads((made.directory / "config.json").read_bytes())["quantization_config"][
         "modules"
     ]
@@ -135,13 +135,13 @@ def test_all_forms_and_codes_are_tried(made):
 
 
 def test_a_plan_goes_to_json_and_back(made):
-    """Every field of every form crosses processes as plain JSON."""
+    """All fields of all forms cross processes as plain JSON."""
     assert Plan.from_json(json.loads(json.dumps(made.plan.to_json()))) == made.plan
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_loads_saves_and_generates(form, tmp_path):
-    """Saved and loaded again, in files of another size, every tensor and logit is the same."""
+    """Saved and reloaded in files of another size, all tensors and logits are the same."""
     dense = write_checkpoint("llama", tmp_path / "dense")
     made = compress(dense, tmp_path / "out", make_plan=one_form(form), max_shard_bytes=20_000)
     model = AutoModelForCausalLM.from_pretrained(made.directory)
@@ -167,7 +167,7 @@ def test_a_form_loads_saves_and_generates(form, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_without_the_package_no_form_loads(form, tmp_path):
-    """What transformers reads as a dense model has weights of the wrong shape, and stops."""
+    """Read as a dense model by transformers, the weights have wrong shapes, and loading stops."""
     dense = write_checkpoint("llama", tmp_path / "dense")
     made = compress(dense, tmp_path / "out", make_plan=one_form(form))
     config = AutoConfig.from_pretrained(made.directory)
@@ -177,7 +177,7 @@ def test_without_the_package_no_form_loads(form, tmp_path):
 
 
 def test_no_weight_has_the_dense_shape(made, llama):
-    """Every linear that is stored in a form fails by itself, whatever becomes of the others."""
+    """Every linear stored in a form fails on its own, independently of the others."""
     for each in (made, llama):
         dense = AutoModelForCausalLM.from_pretrained(each.dense).state_dict()
         shapes = {t.name: t.shape for file in each.files for t in file.tensors}
@@ -186,7 +186,7 @@ def test_no_weight_has_the_dense_shape(made, llama):
 
 
 def test_a_basis_is_one_parameter(llama):
-    """Members hold the very tensor of the first, it is stored once and trained as one."""
+    """Members share the tensor of the first; it is stored once and trained as one."""
     model = AutoModelForCausalLM.from_pretrained(llama.directory)
     one, two = (model.model.layers[block].self_attn.q_proj for block in (0, 1))
     assert one.down.weight is two.down.weight
@@ -201,7 +201,7 @@ def test_a_basis_is_one_parameter(llama):
 
 
 def test_values_can_be_trained_and_indices_cannot(llama):
-    """Gradients reach every parameter of every form; indices stay whole numbers in any dtype."""
+    """All parameters of all forms have gradients; indices stay integers in any dtype."""
     model = AutoModelForCausalLM.from_pretrained(llama.directory)
     model(TOKENS, labels=TOKENS).loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
@@ -213,8 +213,8 @@ def test_values_can_be_trained_and_indices_cannot(llama):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_an_output_dtype_changes_values_alone(dtype, tmp_path):
-    """Values are rounded once, and where they stand is stored in whole numbers as before."""
+def test_an_output_dtype_changes_only_values(dtype, tmp_path):
+    """Values are rounded once; indices are stored as integers, unchanged."""
     dense = write_checkpoint("gpt2", tmp_path / "dense")
     wide = compress(dense, tmp_path / "wide", make_plan=mixed_plan)
     narrow = compress(dense, tmp_path / "narrow", make_plan=mixed_plan, output_dtype=dtype)
@@ -230,15 +230,15 @@ def test_an_output_dtype_changes_values_alone(dtype, tmp_path):
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
 def test_a_device_map_changes_nothing(llama, expected, device_map):
-    """Every form is dispatched, and gives the same logits."""
+    """All forms are dispatched, and give the same logits."""
     model = AutoModelForCausalLM.from_pretrained(llama.directory, device_map=device_map)
     assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("offload_buffers", [False, True])
 @pytest.mark.parametrize("on_disk", [(0, 1), (2, 3), (0, 1, 2, 3)])
-def test_blocks_can_lie_on_disk(llama, expected, tmp_path, on_disk, offload_buffers):
-    """Values, indices and bases are offloaded like any weight, and fetched when needed."""
+def test_blocks_can_be_offloaded_to_disk(llama, expected, tmp_path, on_disk, offload_buffers):
+    """Values, indices and bases are offloaded like any weight, and fetched on demand."""
     places = {f"model.layers.{i}": "disk" if i in on_disk else "cpu" for i in range(4)}
     names = ("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb")
     places |= dict.fromkeys(names, "cpu")
@@ -253,8 +253,8 @@ def test_blocks_can_lie_on_disk(llama, expected, tmp_path, on_disk, offload_buff
 
 
 @pytest.mark.parametrize("kilobytes", [30, 70])
-def test_what_does_not_fit_is_offloaded_and_saved(llama, expected, tmp_path, kilobytes):
-    """An automatic map keeps a group together; saving reads back what lies on disk."""
+def test_offloaded_weights_are_saved(llama, expected, tmp_path, kilobytes):
+    """An automatic map keeps a group together; saving reads back what is on disk."""
     model = AutoModelForCausalLM.from_pretrained(
         llama.directory,
         device_map="auto",
@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_offloaded_and_saved(llama, expected, tmp_path, kil
 
 @pytest.mark.parametrize("cut", [(4,), (1, 3), (1, 1, 2), (1, 1, 1, 1)])
 def test_shards_may_be_cut_within_a_group(llama, expected, cut):
-    """A shard without a basis' owner reads the owner's tensor; logits are the whole model's."""
+    """A shard without the basis' owner reads the owner's tensor; logits equal the whole model's."""
     lazy_model = LazyModel.open(llama.directory)
     chunk, start = Chunk(0, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool)), 0
     for size in cut:
@@ -285,8 +285,8 @@ def test_shards_may_be_cut_within_a_group(llama, expected, cut):
                 chunk = shard.forward(chunk)
 
 
-def test_a_skeleton_counts_parameters_as_the_plan_does(llama, made):
-    """A basis counts once and an index not at all."""
+def test_a_lazy_model_counts_parameters_as_the_plan_does(llama, made):
+    """A basis counts once, and an index does not count."""
     for each in (llama, made):
         dense = sum(linear.values for linear in each.survey.linears)
         expected = each.survey.total_parameters - dense + each.plan.stored_values
@@ -299,7 +299,7 @@ def test_a_skeleton_counts_parameters_as_the_plan_does(llama, made):
 
 @pytest.mark.parametrize("nonzeros", [1, 7, 40, 119])
 def test_any_number_of_entries_is_a_prefix_of_a_unit(tmp_path, nonzeros):
-    """The first entries of a unit, put in order of position, make up the sparse weight."""
+    """The first entries of a unit, sorted by position, form the sparse weight."""
     linear = Linear(
         name="a", block=0, role="a", site="a", out_features=8, in_features=15, has_bias=False
     )
@@ -340,7 +340,7 @@ def test_any_number_of_entries_is_a_prefix_of_a_unit(tmp_path, nonzeros):
 
 
 def test_stored_bytes_are_those_of_the_files(made):
-    """What the plan says in bytes, indices included, is what lies in the files."""
+    """The plan's bytes, indices included, equal those in the files."""
     linears = {linear.name: linear for linear in made.survey.linears}
     for name in made.parts:
         found = sum(
@@ -354,7 +354,7 @@ def test_stored_bytes_are_those_of_the_files(made):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_form_is_exported_dense(family, tmp_path):
-    """The exported weights are those that the forms stand for, in native names and shapes."""
+    """The exported weights equal those of the forms, in native names and shapes."""
     dense = write_checkpoint(family, tmp_path / "dense")
     made = compress(dense, tmp_path / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
     export_dense(made.directory, tmp_path / "export")
@@ -380,7 +380,7 @@ def test_the_body_loads_without_the_head(llama):
 
 
 def test_it_compiles_in_one_graph(made):
-    """No form breaks a compiled graph: nothing in them has a shape that depends on data."""
+    """No form breaks a compiled graph: no shape in them depends on data."""
     model = AutoModelForCausalLM.from_pretrained(made.directory)
     expected = logits(model)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -397,8 +397,8 @@ def test_it_compiles_in_one_graph(made):
         (PivotedLinear, "weight"),
     ],
 )
-def test_what_is_not_stored_is_not_made_up(made, tmp_path, kind, part):
-    """A missing index stops every load; so do missing values where the package's own is used."""
+def test_missing_tensors_stop_the_load(made, tmp_path, kind, part):
+    """A missing index stops every loader; missing values stop the package's own."""
     for path in made.directory.iterdir():
         (tmp_path / path.name).symlink_to(path)
     model = AutoModelForCausalLM.from_pretrained(made.directory)
@@ -426,7 +426,7 @@ def test_what_is_not_stored_is_not_made_up(made, tmp_path, kind, part):
 
 
 def test_the_config_cannot_contradict_the_tensors(made, tmp_path):
-    """Another code or another number of nonzeros than the stored one is an error."""
+    """A code or number of nonzeros other than the stored one is an error."""
 
     def other_code(modules):
         entry = next(entry for entry in modules.values() if entry.get("index") == "bitmask")
@@ -440,7 +440,7 @@ def test_the_config_cannot_contradict_the_tensors(made, tmp_path):
 
 
 def test_the_card_counts_the_forms(made):
-    """The model card says how many linears are stored how."""
+    """The model card states the number of linears in each form."""
     card = (made.directory / "README.md").read_text(encoding="utf-8")
     rows = [row.strip("| ").rpartition(" | ") for row in card.splitlines() if row[:2] == "| "]
     found = {words: int(count) for words, _, count in rows if count.isdigit()}
@@ -508,8 +508,8 @@ Q, K, DOWN = (
         ),
     ],
 )
-def test_a_plan_that_cannot_be_stored_is_not_laid_out(llama, assignments, message):
-    """Missing and surplus parts, foreign bases, and what saves nothing are refused by name."""
+def test_a_plan_that_cannot_be_stored_is_refused(llama, assignments, message):
+    """Missing and surplus parts, foreign bases, and forms without savings are refused by name."""
     lazy_model = LazyModel.open(llama.dense)
     plan = Plan(assignments=assignments, budget_values=0, stored_values=0)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Reading checkpoints from disk, and what is refused."""
+"""Reading of checkpoints from disk, and damage that is refused."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def write_header(path, header, data):
 
 @pytest.mark.parametrize("layout", ["directory", "cut_directory"])
 def test_reading_agrees_with_safetensors(layout, request):
-    """Names, shapes, dtypes and bits are those that the safetensors library reads."""
+    """Names, shapes, dtypes and bits equal those read by the safetensors library."""
     weights = Weights.open(request.getfixturevalue(layout))
     assert set(weights.names) == set(TENSORS)
     for name, tensor in TENSORS.items():
@@ -77,15 +77,15 @@ def test_every_dtype_is_read(dtype, tmp_path):
     assert torch.equal(read, expected)
 
 
-def test_what_is_read_is_private(directory):
-    """Writing to a tensor changes neither the file nor what is read next."""
+def test_tensors_are_in_private_memory(directory):
+    """Writing to a tensor changes neither the file nor later reads."""
     weights = Weights.open(directory)
     weights.read("matrix").zero_()
     assert torch.equal(weights.read("matrix"), TENSORS["matrix"])
 
 
-def test_opening_reads_headers_alone(tmp_path):
-    """A checkpoint of half a terabyte, all holes, opens."""
+def test_opening_reads_only_headers(tmp_path):
+    """A checkpoint of half a terabyte in a sparse file opens."""
     (tmp_path / "config.json").write_text("{}")
     size = 2**39
     header = {"x": {"dtype": "BF16", "shape": [size // 2**21, 2**20], "data_offsets": [0, size]}}
@@ -96,8 +96,8 @@ def test_opening_reads_headers_alone(tmp_path):
     assert Weights.open(tmp_path).shape("x") == (2**18, 2**20)
 
 
-def test_the_fingerprint_is_of_the_content(directory, tmp_path_factory):
-    """A copy with its config written differently has the same fingerprint, a changed model not."""
+def test_the_fingerprint_depends_on_the_content(directory, tmp_path_factory):
+    """A copy with a reformatted config has the same fingerprint, a changed model another."""
     fingerprint = Weights.open(directory).fingerprint
     copy = shutil.copytree(directory, tmp_path_factory.mktemp("copy") / "moved")
     (copy / "config.json").write_text('{"b":[2,3],\n "a":1}')
@@ -188,7 +188,7 @@ def change_entry(change):
         (list_config, r"config\.json: holds a list"),
         (remove_weights, "no weights"),
         (leave_pickles, r"no safetensors, only pytorch_model\.bin"),
-        (lose_index, r"several files need their index"),
+        (lose_index, r"several files need an index"),
         (truncate, r"model\.safetensors: \d+ bytes, .*truncated"),
         (truncate_header, r"truncated"),
         (empty_file, r"0 bytes, .*truncated"),
@@ -206,7 +206,7 @@ def change_entry(change):
     ],
 )
 def test_damage_is_refused(directory, damage, message):
-    """A damaged directory is an InputError, in one line, that says where and what."""
+    """A damaged directory raises InputError, in one line with the place and the value found."""
     damage(directory)
     with pytest.raises(InputError, match=message) as caught:
         Weights.open(directory)
@@ -238,10 +238,16 @@ SECOND = "model-00002-of-00002.safetensors"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lose_file, rf"names {SECOND}, which is not there"),
+        (lose_file, rf"names {SECOND}, which does not exist"),
         (empty_index, "no weight_map"),
-        (change_index(lambda m: m.update(matrix=SECOND)), f"places matrix in {SECOND}, not in"),
-        (change_index(lambda m: m.update(ghost=SECOND)), f"places ghost in {SECOND}, not in there"),
+        (
+            change_index(lambda m: m.update(matrix=SECOND)),
+            f"places matrix in {SECOND}, which lacks it",
+        ),
+        (
+            change_index(lambda m: m.update(ghost=SECOND)),
+            f"places ghost in {SECOND}, which lacks it",
+        ),
         (change_index(lambda m: m.pop("half")), "holds half, which .* lacks"),
         (change_index(lambda m: m.update(matrix="../x.safetensors")), "same directory is allowed"),
         (change_index(lambda m: m.update(matrix="/x.safetensors")), "same directory is allowed"),
@@ -250,15 +256,15 @@ SECOND = "model-00002-of-00002.safetensors"
         (change_index(lambda m: m.update(matrix=7)), "same directory is allowed"),
     ],
 )
-def test_an_index_that_does_not_agree_is_refused(cut_directory, damage, message):
-    """An index that disagrees with the files, or leads elsewhere, is an InputError."""
+def test_an_index_that_does_not_match_is_refused(cut_directory, damage, message):
+    """An index that does not match the files, or refers outside, raises InputError."""
     damage(cut_directory)
     with pytest.raises(InputError, match=message):
         Weights.open(cut_directory)
 
 
-def test_a_file_that_shrinks_is_noticed(directory):
-    """A file cut after it was opened is an InputError when its tensor is read."""
+def test_a_truncated_file_is_detected(directory):
+    """A file truncated after it was opened raises InputError when its tensor is read."""
     weights = Weights.open(directory)
     path = directory / "model.safetensors"
     header, data = read_header(path)

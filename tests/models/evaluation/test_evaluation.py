@@ -1,4 +1,4 @@
-"""Scores of a text: against closed forms and torch's own losses."""
+"""Scores of a text, against closed forms and torch's losses."""
 
 import math
 
@@ -19,7 +19,7 @@ def random_case(seed=0, rows=2, length=7, vocabulary=11):
 
 
 def test_uniform_logits_cost_the_log_of_the_vocabulary():
-    """A model that knows nothing has perplexity V, and diverges from itself by nothing."""
+    """A model with uniform logits has perplexity V, and divergence 0 from itself."""
     tokens, mask, _, _ = random_case()
     flat = torch.zeros(2, 7, 11)
     result = score(tokens, mask, flat, flat)
@@ -30,7 +30,7 @@ def test_uniform_logits_cost_the_log_of_the_vocabulary():
 
 
 def test_sums_agree_with_torch():
-    """Loss, divergence and agreement are those of torch over all predictions."""
+    """Loss, divergence and agreement equal those computed by torch over all predictions."""
     tokens, mask, logits, against = random_case()
     result = score(tokens, mask, logits, against)
     target = tokens[:, 1:].reshape(-1)
@@ -47,7 +47,7 @@ def test_sums_agree_with_torch():
 
 @pytest.mark.parametrize("left", [False, True])
 def test_padding_does_not_count(left):
-    """What stands under the padding, and how much of it there is, changes nothing."""
+    """The tokens at padding, and the amount of padding, do not change the score."""
     tokens, mask, logits, against = random_case(rows=1)
     alone = score(tokens[:, :4], mask[:, :4], logits[:, :4], against[:, :4])
     padded = mask.clone()
@@ -72,7 +72,7 @@ def test_scores_of_chunks_add_up():
 
 @pytest.mark.parametrize("compares", [False, True])
 def test_a_gpu_gives_the_same_score(compares):
-    """With and without another model, sums of tokens and logits on a device are the CPU's."""
+    """With and without another model, the sums computed on a device equal the CPU's."""
     *case, against = random_case()
     on_cpu = score(*case, against if compares else None)
     with pretended_device():
@@ -81,8 +81,8 @@ def test_a_gpu_gives_the_same_score(compares):
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (256, 96), (40, 50_257)])
-def test_labels_are_drawn_as_the_library_draws_them(shape):
-    """Labels and the generator's state after them are those of torch.multinomial."""
+def test_labels_are_those_of_torch_multinomial(shape):
+    """Labels, and the generator's state after them, equal those of torch.multinomial."""
     p_TV = torch.softmax(3 * torch.randn(shape, generator=torch.Generator().manual_seed(1)), dim=-1)
     ours, theirs = (torch.Generator().manual_seed(2) for _ in range(2))
     assert torch.equal(_draw(p_TV, ours), torch.multinomial(p_TV, 1, generator=theirs))

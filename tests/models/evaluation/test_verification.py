@@ -1,4 +1,4 @@
-"""A checkpoint read again: sound ones pass, and every kind of damage is named."""
+"""Verification of checkpoints: sound ones pass, and every kind of damage is named."""
 
 import json
 
@@ -34,8 +34,8 @@ def llama(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_a_run_writes_is_sound(name, llama, text, tmp_path):
-    """Every form; errors are those of the report, to what 16 bits round."""
+def test_the_checkpoint_of_a_run_is_sound(name, llama, text, tmp_path):
+    """All forms; errors match the report up to rounding to 16 bits."""
     result = run(llama, tmp_path / "out", text, max_shard_size="100KB", **RECIPES[name])
     found = verify(result.out, against=llama, linears=100)
     assert found["problems"] == []
@@ -52,14 +52,14 @@ def test_what_a_run_writes_is_sound(name, llama, text, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "falcon"])
 def test_other_families_are_verified_too(family, checkpoint, text, tmp_path):
-    """Weights that lie transposed, and heads that are tied."""
+    """Families with transposed weights and with tied heads."""
     model = with_tokenizer(checkpoint(family), tmp_path / "dense")
     result = run(model, tmp_path / "out", text)
     assert verify(result.out, against=model)["problems"] == []
 
 
-def test_the_probe_sees_the_model_that_is_loaded(llama, text, tmp_path):
-    """Block by block, the logits are those of the loaded model, and so is their distance."""
+def test_the_probe_equals_the_loaded_model(llama, text, tmp_path):
+    """The logits computed block by block, and their divergence, equal those of the loaded model."""
     result = run(llama, tmp_path / "out", text)
     kl = verify(result.out, against=llama)["logits"]["kl"]
     import numpy as np
@@ -79,7 +79,7 @@ def sound(llama, text, tmp_path):
 
 
 def change(path, name, function):
-    """Writes a file again with one tensor changed."""
+    """Rewrite a file with one tensor changed."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
@@ -122,15 +122,16 @@ def _at(out):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_named(name, sound, llama, capsys):
-    """Exit code 4, and a line that says what is wrong."""
+    """Exit code 4, and a line that names the damage."""
     damage, says = DAMAGES[name]
     damage(sound)
     assert main(["verify", str(sound), "--against", str(llama)]) == 4
     assert says in capsys.readouterr().out
 
 
-def test_a_changed_weight_is_seen_without_hashes(sound, llama):
-    """By its error beside the dense weight; a form that the report does not have is said too."""
+def test_a_changed_weight_is_detected_without_hashes(sound, llama):
+    """It is detected by its error against the dense weight; a form missing in the report is
+    named."""
     report = json.loads((sound / "orchestrator_report.json").read_text())
     del report["files"]
     name = first_factor(sound)
@@ -144,14 +145,14 @@ def test_a_changed_weight_is_seen_without_hashes(sound, llama):
     assert any(f"{linear}: rank is" in each for each in found["problems"])
 
 
-def test_a_dense_model_is_none_of_ours(llama):
-    """It is said, and nothing is read."""
+def test_a_dense_model_is_refused(llama):
+    """The problem is reported, and no tensor is read."""
     (problem,) = verify(llama)["problems"]
     assert "is not compressed by orchestrator" in problem
 
 
-def test_the_command_says_what_it_saw(sound, llama, capsys):
-    """A line each; as JSON all of it."""
+def test_the_command_prints_its_results(sound, llama, capsys):
+    """One line per result; the full result as JSON."""
     assert main(["verify", str(sound)]) == 0
     assert "1 as reported" in capsys.readouterr().out
     assert main(["verify", str(sound), "--against", str(llama), "--json", "--linears=2"]) == 0
@@ -160,8 +161,9 @@ def test_the_command_says_what_it_saw(sound, llama, capsys):
 
 @pytest.mark.parametrize("blocks", [1, 28, 30, 42])
 @pytest.mark.parametrize("count", [2, 14, 30])
-def test_every_role_is_sampled_alike(blocks, count):
-    """Whatever the number of blocks; and of each role from the whole depth."""
+def test_roles_are_sampled_evenly(blocks, count):
+    """For any number of blocks the sample covers all roles evenly, and each over the whole
+    depth."""
     roles = [f"role_{role}" for role in range(7)]
     names = [f"model.layers.{block}.{role}" for block in range(blocks) for role in roles]
     chosen = sampled(names, count)
@@ -174,6 +176,6 @@ def test_every_role_is_sampled_alike(blocks, count):
         assert max(places) >= blocks / 2
 
 
-def test_a_role_of_few_linears_leaves_its_share_to_others():
+def test_other_roles_fill_the_share_of_a_small_role():
     names = ["a.0.x", *(f"a.{block}.y" for block in range(5))]
     assert sampled(names, 4) == ["a.0.x", "a.0.y", "a.1.y", "a.3.y"]

@@ -1,4 +1,4 @@
-"""The modules of a compressed model, and the config that asks for them."""
+"""Modules of a compressed model, and the config that installs them."""
 
 import pytest
 import torch
@@ -48,8 +48,8 @@ def test_a_low_rank_linear_is_the_product_of_its_factors(bias):
     )
 
 
-def test_its_tensors_stand_under_the_names_of_the_format():
-    """The first factor has the dense weight's name; the module is no dense linear."""
+def test_its_tensors_have_the_names_of_the_format():
+    """The first factor has the dense weight's name; the module is not an `nn.Linear`."""
     module = LowRankLinear(7, 5, 3)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     assert shapes == {"weight": (5, 3), "down.weight": (3, 7), "bias": (5,)}
@@ -58,8 +58,8 @@ def test_its_tensors_stand_under_the_names_of_the_format():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_pivoted_linear_is_its_rows_in_their_order(bias):
-    """It maps x to [D; W D] x + b with rows as the index says, in values and in gradients."""
+def test_a_pivoted_linear_orders_its_rows_by_the_index(bias):
+    """It maps x to [D; W D] x + b with rows ordered by the index, in values and in gradients."""
     module = PivotedLinear(7, 5, 3, bias=bias, dtype=torch.float64)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
@@ -85,7 +85,7 @@ def test_a_pivoted_linear_is_its_rows_in_their_order(bias):
 
 
 class Operations(TorchDispatchMode):
-    """The names of the operations."""
+    """Records the names of the operations."""
 
     def __init__(self):
         super().__init__()
@@ -96,9 +96,9 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_pivoted_linear_goes_back_by_gathering():
-    """First and second gradients are right; no operation of the backward pass adds by index, whose
-    order of sums a GPU does not fix."""
+def test_the_backward_of_a_pivoted_linear_gathers():
+    """First and second gradients are right; no operation of the backward pass adds by index,
+    because a GPU does not fix the order of such sums."""
     module = PivotedLinear(7, 5, 3, dtype=torch.float64)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
@@ -113,8 +113,8 @@ def test_a_pivoted_linear_goes_back_by_gathering():
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 3], [0, 1, 2, 3, 5], [-1, 0, 1, 2, 3]])
-def test_an_order_that_misses_an_output_is_known(order):
-    """A place twice, one beyond the last, one before the first."""
+def test_an_invalid_order_is_detected(order):
+    """A position twice, one beyond the last, one before the first."""
     module = PivotedLinear(7, 5, 3)
     module.index.copy_(torch.tensor(order))
     assert not module.is_sound()
@@ -133,7 +133,7 @@ def test_an_order_that_misses_an_output_is_known(order):
     ],
 )
 def test_installing_replaces_the_named_modules_and_no_others(family, name, shapes):
-    """A linear or a Conv1D becomes factors of its own shape, on the meta device, bias kept."""
+    """A linear or a Conv1D becomes factors of its own shape, on the meta device, with its bias."""
     model = meta_model(family)
     before = dict(model.named_modules())
     install_forms(model, config({name: 5}))
@@ -144,7 +144,7 @@ def test_installing_replaces_the_named_modules_and_no_others(family, name, shape
     assert all(tensor.is_meta for tensor in state.values())
 
 
-def test_a_model_without_head_takes_the_same_config():
+def test_a_model_without_head_accepts_the_same_config():
     """Module names may lack the base model's prefix."""
     model = meta_model()
     install_forms(model.model, config({Q_PROJ: 5}))
@@ -197,15 +197,15 @@ def test_a_model_without_head_takes_the_same_config():
         (config({"model.embed_tokens": 5}), "found a Embedding"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused_in_one_line(given, message):
-    """Whatever a config.json may hold gives an InputError that says what was found."""
+def test_an_invalid_config_is_refused_in_one_line(given, message):
+    """Any content of a config.json gives an InputError that states what was found."""
     with pytest.raises(InputError, match=message) as caught:
         install_forms(meta_model(), given)
     assert "\n" not in str(caught.value)
 
 
 def test_a_tied_weight_stays_dense():
-    """A head that shares its weight with the embedding cannot take factors."""
+    """A head that shares its weight with the embedding cannot have factors."""
     with pytest.raises(InputError, match="tied to another"):
         install_forms(meta_model("llama_tied"), config({"lm_head": 5}))
 

@@ -1,4 +1,4 @@
-"""How a sparse weight stores where its values stand."""
+"""Index codes of sparse weights."""
 
 import math
 
@@ -22,7 +22,7 @@ SIZES = st.tuples(st.integers(1, 9), st.integers(1, 40))
 
 @st.composite
 def patterns(draw):
-    """Outputs, inputs, and ascending positions of at least one entry."""
+    """Strategy: outputs, inputs, and ascending positions of at least one entry."""
     out_features, in_features = draw(SIZES)
     elements = out_features * in_features
     positions = draw(st.sets(st.integers(0, elements - 1), min_size=1))
@@ -35,8 +35,8 @@ def stored_bytes(tensors):
 
 @pytest.mark.parametrize("code", INDEX_CODES)
 @given(patterns())
-def test_every_code_gives_back_what_it_was_given(code, pattern):
-    """Decoding is the inverse of encoding, and the tensors are those that were announced."""
+def test_every_code_decodes_its_encoding(code, pattern):
+    """Decoding is the inverse of encoding, and the tensors are those announced."""
     out_features, in_features, positions_N = pattern
     sizes = out_features, in_features
     tensors = encode(code, positions_N, *sizes)
@@ -48,8 +48,8 @@ def test_every_code_gives_back_what_it_was_given(code, pattern):
 
 @pytest.mark.parametrize("code", INDEX_CODES)
 @given(patterns())
-def test_the_dense_weight_has_the_values_in_their_places(code, pattern):
-    """Filling out is assignment entry by entry; its gradient is taken entry by entry."""
+def test_the_dense_weight_has_the_values_at_their_positions(code, pattern):
+    """It equals assignment entry by entry; so does its gradient."""
     out_features, in_features, positions_N = pattern
     values_N = torch.arange(1.0, len(positions_N) + 1, requires_grad=True)
     tensors = encode(code, positions_N, out_features, in_features)
@@ -65,7 +65,7 @@ def test_the_dense_weight_has_the_values_in_their_places(code, pattern):
 
 @pytest.mark.parametrize("code", INDEX_CODES)
 def test_no_shape_depends_on_data(code):
-    """On the meta device, where there is none, the dense weight has its shape."""
+    """On the meta device, without data, the dense weight has its shape."""
     tensors = {
         name: torch.empty(shape, dtype=dtype, device="meta")
         for name, (dtype, shape) in index_tensors(code, 5, 13, 17).items()
@@ -77,7 +77,7 @@ def test_no_shape_depends_on_data(code):
 
 @given(patterns())
 def test_the_bytes_of_an_index_follow_from_sizes(pattern):
-    """What the plan counts is what is stored, in every code and in the one it chooses."""
+    """The plan's count equals the stored bytes, for every code and for the chosen one."""
     out_features, in_features, positions_N = pattern
     sizes = out_features, in_features, len(positions_N)
     found = {
@@ -108,13 +108,13 @@ def test_the_bytes_of_an_index_follow_from_sizes(pattern):
     ],
 )
 def test_the_smallest_code_wins(sizes, nonzeros, code, size_bytes):
-    """The choice and its bytes, worked out by hand."""
+    """The choice and its bytes, computed by hand."""
     assert index_code(*sizes, nonzeros) == code
     assert index_bytes(*sizes, nonzeros)[code] == size_bytes
 
 
 def test_column_numbers_use_all_sixteen_bits():
-    """Columns from 32768 on come back as they were, although int16 calls them negative."""
+    """Columns from 32768 on are restored, although they are negative as int16."""
     positions_N = torch.tensor([0, 32_767, 32_768, 65_535, 65_536 + 40_000])
     tensors = encode("columns", positions_N, 2, 65_536)
     assert int(tensors["index"].min()) < 0
@@ -137,8 +137,8 @@ def test_column_numbers_use_all_sixteen_bits():
         ("columns", {"index": [0, 4], "rows": [0, 1, 1, 2]}),
     ],
 )
-def test_a_damaged_index_is_known(code, tensors):
-    """Two entries of a [3, 4] weight: too many, too few, twice, in disorder, outside."""
+def test_a_damaged_index_is_detected(code, tensors):
+    """Two entries of a [3, 4] weight: too many, too few, duplicated, out of order, out of range."""
     dtypes = {name: dtype for name, (dtype, _) in index_tensors(code, 3, 4, 2).items()}
     damaged = {name: torch.tensor(t, dtype=dtypes[name]) for name, t in tensors.items()}
     assert not is_sound(code, damaged, 3, 4, 2)

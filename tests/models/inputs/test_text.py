@@ -1,4 +1,4 @@
-"""Texts become sequences of tokens: exactly those that were asked for, or an error with counts."""
+"""Texts become exactly the requested token sequences, or an error with counts."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def ids_of(text):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes documents in any of the formats, under the field `text` where there are fields."""
+    """Write documents in any of the formats, in the field `text` where the format has fields."""
 
     def write(name, documents, field="text"):
         path = tmp_path / name
@@ -49,7 +49,7 @@ def write(tmp_path):
 
 
 def test_plain_file_is_encoded_whole(write, tokenizer):
-    """Windows of one plain text are the slices of its encoding."""
+    """Windows of one plain text are slices of its encoding."""
     text = "".join(chr(97 + i % 26) for i in range(100))
     tokens = load_tokens(write("a.txt", [text]), tokenizer=tokenizer, samples=3, sequence_length=16)
     assert tokens.ids.dtype == np.int32
@@ -60,8 +60,8 @@ def test_plain_file_is_encoded_whole(write, tokenizer):
     assert tokens.report["tokens_read"] == 100
 
 
-def test_stride_takes_windows_apart(write, tokenizer):
-    """With a stride the windows are 0, k, 2k, ... of those that follow one another."""
+def test_stride_skips_windows(write, tokenizer):
+    """With stride k the windows are 0, k, 2k, ... of the contiguous ones."""
     path = write("a.txt", ["".join(map(str, range(400)))])
     options = {"tokenizer": tokenizer, "sequence_length": 8}
     every = load_tokens(path, samples=31, **options)
@@ -71,7 +71,7 @@ def test_stride_takes_windows_apart(write, tokenizer):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_packed_documents_are_joined_by_a_blank_line(write, tokenizer, name):
-    """Records are one text with a blank line between them, blank records included."""
+    """Records are joined by a blank line, blank records included."""
     documents = ["first\n", "", "sécond", "third"]
     joined = ids_of("\n\n".join(documents))
     tokens = load_tokens(
@@ -82,7 +82,7 @@ def test_packed_documents_are_joined_by_a_blank_line(write, tokenizer, name):
 
 
 def test_directory_is_read_in_order_of_paths(write, tmp_path, tokenizer):
-    """A directory is its text files at any depth, sorted, and nothing else in it."""
+    """A directory is read as its text files at any depth, sorted; other files are ignored."""
     write("b.jsonl", ["two"])
     write("a.txt", ["one"])
     write("c/a.parquet", ["three"])
@@ -93,7 +93,7 @@ def test_directory_is_read_in_order_of_paths(write, tmp_path, tokenizer):
 
 
 def test_padded_documents(write, tokenizer):
-    """Each document is a row, cut or padded on the right, and the mask is true on its tokens."""
+    """Each document is a row, truncated or padded on the right; the mask is true on its tokens."""
     documents = ["abcdefgh", " ", "abc", "abcd"]
     tokens = load_tokens(
         write("a.jsonl", documents),
@@ -108,7 +108,7 @@ def test_padded_documents(write, tokenizer):
     assert tokens.report["documents_cut"] == 1
 
 
-def test_special_tokens_stand_once_in_packed_and_in_each_padded_row(write):
+def test_special_tokens_occur_once_in_packed_text_and_in_each_padded_row(write):
     """A BOS that the tokenizer adds starts the packed text, and every padded document."""
     path = write("a.jsonl", ["abcd", "efgh"])
     options = {"tokenizer": bytes_tokenizer(adds_bos=True), "sequence_length": 4, "samples": 2}
@@ -119,8 +119,8 @@ def test_special_tokens_stand_once_in_packed_and_in_each_padded_row(write):
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_random_is_decided_by_the_seed(write, tokenizer, layout):
-    """One seed gives one choice, another seed another, and all of it is in the text."""
+def test_random_sampling_depends_on_the_seed_only(write, tokenizer, layout):
+    """The choice depends only on the seed, and all tokens are from the text."""
     documents = [f"{index:04d}" for index in range(64)]
     path = write("a.jsonl", documents)
 
@@ -149,7 +149,7 @@ def test_random_is_decided_by_the_seed(write, tokenizer, layout):
     cuts=st.lists(st.integers(0, 72), max_size=6),
 )
 def test_pieces_depend_on_the_text_alone(pieces, cuts):
-    """However a text is fragmented, its pieces are the same, complete, and not too long."""
+    """The pieces of a text do not depend on its fragments, are complete and within the limit."""
     text = "".join(pieces)
     edges = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
     fragments = [text[start:stop] for start, stop in pairwise(edges)]
@@ -176,7 +176,7 @@ def test_first_reads_no_further_than_needed(write, tokenizer):
 @pytest.mark.parametrize("sampling", ["first", "random"])
 @pytest.mark.parametrize("documents", [[], [""], ["abc"]])
 def test_too_short(write, tokenizer, documents, layout, sampling):
-    """A text that is too short is refused with what it has and what was asked."""
+    """A text that is too short is refused with the tokens found and requested."""
     path = write("a.jsonl", documents)
     with pytest.raises(InputError, match=r"of 3 (packed|padded) sequences of 4 tokens"):
         load_tokens(
@@ -190,13 +190,13 @@ def test_too_short(write, tokenizer, documents, layout, sampling):
 
 
 def test_too_short_counts(write, tokenizer):
-    """The error of a short text counts its documents, tokens and windows."""
+    """The error for a short text counts its documents, tokens and windows."""
     with pytest.raises(InputError, match="1 documents with 20 tokens give 2 of 3 packed"):
         load_tokens(write("a.txt", ["x" * 20]), tokenizer=tokenizer, samples=3, sequence_length=8)
 
 
 def test_incomplete_character_at_the_end(tmp_path, tokenizer):
-    """A plain file that was cut within a character is read up to that character."""
+    """A plain file truncated within a character is read up to that character."""
     path = tmp_path / "a.txt"
     path.write_bytes("abcdé".encode()[:-1])
     tokens = load_tokens(str(path), tokenizer=tokenizer, samples=1, sequence_length=4)
@@ -209,7 +209,7 @@ def test_incomplete_character_at_the_end(tmp_path, tokenizer):
     ids=["a.txt", "a.jsonl"],
 )
 def test_undecodable(tmp_path, name, head):
-    """A byte that is not UTF-8 is named by its offset in the file, also after the first read."""
+    """An undecodable byte is named by its offset in the file, also after the first read."""
     path = tmp_path / name
     path.write_bytes(head + b'\xff"}\n')
     with pytest.raises(InputError, match=f"byte 0xff at offset {len(head)} is not UTF-8"):
@@ -218,14 +218,14 @@ def test_undecodable(tmp_path, name, head):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_missing_field(write, name):
-    """A field that is not there is refused with the fields that are."""
+    """A missing field is refused; the existing fields are listed."""
     with pytest.raises(InputError, match="no field 'text'; fields found: body, id"):
         list(read_documents(write(name, ["x"], field="body"), "text"))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_field_that_holds_no_string(write, name):
-    """A field of another type is refused with the type that it has."""
+def test_field_that_is_not_a_string(write, name):
+    """A field of another type is refused with its type."""
     with pytest.raises(InputError, match="field 'id' holds int, not a string"):
         list(read_documents(write(name, ["x"]), "id"))
 
@@ -239,29 +239,29 @@ def test_field_that_holds_no_string(write, name):
     ],
 )
 def test_damaged_file(tmp_path, name, content, says):
-    """A damaged file is refused with where the damage is."""
+    """A damaged file is refused with the place of the damage."""
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(InputError, match=says):
         list(read_documents(str(path), "text"))
 
 
-def test_source_that_is_not_there(tmp_path):
+def test_missing_source(tmp_path):
     """A path that does not exist and a directory without texts are invalid input."""
     with pytest.raises(InputError, match="no such text"):
         list(read_documents(str(tmp_path / "none.txt"), "text"))
-    with pytest.raises(InputError, match="no text in this directory"):
+    with pytest.raises(InputError, match="no text files in this directory"):
         list(read_documents(str(tmp_path), "text"))
 
 
 def test_source_of_unknown_kind(write):
-    """A file of an unknown kind is a wrong argument."""
+    """A file of an unknown kind is an invalid argument."""
     with pytest.raises(UsageError, match=r"end in \.txt"):
         list(read_documents(write("a.csv", ["x"]), "text"))
 
 
 def test_datasets_is_optional(monkeypatch):
-    """Where `datasets` is not installed, a source that needs it says how to install it."""
+    """Without `datasets` installed, a source that needs it names the command to install it."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="pip install"):
         list(read_documents("datasets:wikitext", "text"))
@@ -279,7 +279,7 @@ def test_datasets_is_optional(monkeypatch):
     ],
 )
 def test_wrong_argument(write, tokenizer, changes):
-    """An argument that is out of range is refused before anything is read."""
+    """An argument out of range is refused before any file is read."""
     options = {"samples": 1, "sequence_length": 4, **changes}
     with pytest.raises(UsageError):
         load_tokens("nowhere", tokenizer=tokenizer, **options)

@@ -1,4 +1,4 @@
-"""Every family, run shard by shard, gives the bits that the whole model gives."""
+"""Shards of every model family give the bits of the whole model."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_shards_give_the_bits_of_the_whole_model(checkpoint, family, dtype):
-    """Unpadded, right-padded and left-padded, the logits are bit for bit the whole model's."""
+    """Without, with right and with left padding, the logits are bit for bit the whole model's."""
     model = whole_model(checkpoint(family), dtype)
     lazy_model = LazyModel.open(checkpoint(family), dtype=dtype)
     assert lazy_model.attention == model.config._attn_implementation
@@ -27,7 +27,7 @@ def test_two_shards_give_the_bits_of_the_whole_model(checkpoint, family, dtype):
     "cuts", [[(0, 4)], [(0, 1), (1, 3), (3, 4)], [(i, i + 1) for i in range(4)]]
 )
 def test_any_cut_gives_the_same_bits(checkpoint, cuts):
-    """One shard, three of different sizes, and one a block agree with the whole model."""
+    """One shard, three of different sizes, and one per block agree with the whole model."""
     chunk = padded_chunk("left")
     expected_BTV = whole_logits(whole_model(checkpoint("llama"), torch.float32), chunk)
     lazy_model = LazyModel.open(checkpoint("llama"))
@@ -78,7 +78,7 @@ SITES = {
         "mlp.dense_4h_to_h": "mlp.dense_4h_to_h",
     },
 }
-"""Role of every linear in call order, and the role of the first linear that reads its input."""
+"""Role of every linear in call order, with the role of the first linear that reads its input."""
 BIASED = {
     "qwen2": set(QUERY_KEY_VALUE),
     **{family: set(SITES[family]) for family in ["gpt2", "opt", "gpt_neox"]},
@@ -86,8 +86,8 @@ BIASED = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_survey_says_what_there_is(checkpoint, family):
-    """Linears in call order, their sites, shapes and biases, and the parameters of the model."""
+def test_the_survey_lists_linears_and_parameters(checkpoint, family):
+    """Linears in call order, their sites, shapes and biases, and the model's parameter count."""
     model = whole_model(checkpoint(family), torch.float32)
     survey = LazyModel.open(checkpoint(family)).survey()
     assert survey.architecture == type(model).__name__
@@ -127,8 +127,8 @@ def test_the_tensors_are_the_stored_ones(checkpoint, family):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2"])
-def test_going_back_through_two_shards_gives_the_gradients_of_the_whole_model(checkpoint, family):
-    """Parameter gradients are bit for bit the whole model's; of a tied one, in two parts."""
+def test_backward_through_two_shards_gives_the_gradients_of_the_whole_model(checkpoint, family):
+    """Parameter gradients are bit for bit the whole model's; that of a tied one is in two parts."""
     chunk = padded_chunk("right")
     model = whole_model(checkpoint(family), torch.float32)
     logits_BTV = model(input_ids=chunk.tokens, attention_mask=chunk.mask.long()).logits

@@ -1,4 +1,4 @@
-"""Shards: what they load and free, what they show to hooks, and what they carry along."""
+"""Shards: loaded and freed tensors, hooks, and the state passed between blocks."""
 
 import weakref
 
@@ -21,21 +21,22 @@ def lazy_model(checkpoint):
 
 
 def test_a_shard_holds_its_own_tensors_and_no_others(lazy_model):
-    """Own blocks, the front at the first block, the tail at the last; the rest has no memory."""
+    """It loads its blocks, the front for the first block, the tail for the last; others take no
+    memory."""
     for blocks in [range(0, 1), range(1, 3), range(3, 4)]:
         expected = [name for block in blocks for name in lazy_model.block_names(block)]
         expected += lazy_model.front_names if blocks.start == 0 else ()
         expected += lazy_model.tail_names if blocks.stop == 4 else ()
         with lazy_model.shard(blocks) as shard:
             assert set(shard.parameters()) == set(expected)
-            parameters = dict(lazy_model._frame.model.named_parameters())
+            parameters = dict(lazy_model._empty_model.model.named_parameters())
             in_memory = {n for n, p in parameters.items() if p.untyped_storage().nbytes() > 8}
             on_meta = {n for n, p in parameters.items() if p.is_meta}
             assert in_memory - on_meta == set(expected)
 
 
 def test_closing_a_shard_frees_its_weights(lazy_model):
-    """After closing, nothing of the package holds a parameter of the shard."""
+    """After closing, no object of the package refers to a parameter of the shard."""
     with lazy_model.shard(range(1, 3)) as shard:
         held = [weakref.ref(parameter) for parameter in shard.parameters().values()]
         assert all(reference() is not None for reference in held)
@@ -43,18 +44,18 @@ def test_closing_a_shard_frees_its_weights(lazy_model):
 
 
 def test_shards_are_opened_one_at_a_time(lazy_model):
-    """A second shard, a closed one, and blocks that are not there are errors of the caller."""
+    """A second open shard, a closed one, and invalid ranges of blocks are errors of the caller."""
     with lazy_model.shard(range(1, 3)) as shard:
         with pytest.raises(ValueError, match="still open"):
             lazy_model.shard(range(3, 4))
-        with pytest.raises(ValueError, match="no payload"):
+        with pytest.raises(ValueError, match="no state"):
             shard.forward(padded_chunk("none"))
         with pytest.raises(ValueError, match="logits need the last block"):
             shard.logits(padded_chunk("none"))
     with pytest.raises(ValueError, match="is closed"):
         shard.forward(padded_chunk("none"))
     for blocks in [range(2, 2), range(3, 5), range(0, 4, 2)]:
-        with pytest.raises(ValueError, match="no part of 4 blocks"):
+        with pytest.raises(ValueError, match="not a contiguous range of 4 blocks"):
             lazy_model.shard(blocks)
 
 
@@ -72,7 +73,7 @@ def test_forward_does_not_change_its_chunk(lazy_model):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_hooks_on_linears_see_what_the_whole_model_feeds_them(checkpoint, family):
-    """Pre-hooks on the modules of a shard fire once a chunk, with the whole model's bits."""
+    """Pre-hooks on a shard's modules fire once per chunk, with the whole model's bits."""
     chunk, lazy_model = padded_chunk("right"), LazyModel.open(checkpoint(family))
     with lazy_model.shard(HALVES[0]) as shard:
         middle = shard.forward(chunk)
@@ -100,7 +101,7 @@ def test_hooks_on_linears_see_what_the_whole_model_feeds_them(checkpoint, family
         assert torch.equal(seen[linear.name][0], seen[linear.site][0])
 
 
-def test_state_beside_the_hidden_states_travels(tmp_path):
+def test_state_besides_the_hidden_states_is_passed_on(tmp_path):
     """Gemma 4 shares keys and values between blocks and embeds tokens in each: same bits."""
     config = Gemma4TextConfig(
         vocab_size=VOCABULARY,
@@ -131,7 +132,7 @@ def test_state_beside_the_hidden_states_travels(tmp_path):
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_compressed_checkpoint_runs_shard_by_shard(checkpoint, tmp_path, family, dtype):
-    """Bit for bit what loading the compressed checkpoint whole gives; no survey of it."""
+    """Shards give the bits of the compressed checkpoint loaded whole; it has no survey."""
     directory = compress(checkpoint(family), tmp_path / "out").directory
     lazy_model, chunk = LazyModel.open(directory, dtype=dtype), padded_chunk("left")
     expected_BTV = whole_logits(whole_model(directory, dtype), chunk)
@@ -141,8 +142,8 @@ def test_a_compressed_checkpoint_runs_shard_by_shard(checkpoint, tmp_path, famil
         lazy_model.survey()
 
 
-def test_the_dtype_is_the_configs_unless_given(checkpoint):
-    """Weights are cast to the dtype of the computation, whatever they are stored in."""
+def test_the_default_dtype_is_that_of_the_config(checkpoint):
+    """Weights are cast to the dtype of the computation from any stored dtype."""
     for dtype in [None, torch.bfloat16, torch.float16]:
         lazy_model = LazyModel.open(checkpoint("qwen3"), dtype=dtype)
         assert lazy_model.dtype == (dtype or torch.float32)
@@ -153,20 +154,13 @@ def test_the_dtype_is_the_configs_unless_given(checkpoint):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_shards_on_a_gpu_give_the_bits_of_the_whole_model(checkpoint):
-    """Every family, in bfloat16, on one device, agrees bit for bit with the model loaded there."""
+    """Every family in bfloat16 agrees bit for bit with the whole model on the same device."""
     device = torch.device("cuda")
     for family in ["llama", "gemma2", "gemma3", "gpt2", "opt", "falcon"]:
         model = whole_model(checkpoint(family), torch.bfloat16).to(device)
         lazy_model = LazyModel.open(checkpoint(family), dtype=torch.bfloat16, device=device)
         for padding in ["none", "right", "left"]:
             chunk = padded_chunk(padding)
-            expected_BTV = whole_logits(model, chunk.to(device))
+            moved = Chunk(chunk.index, chunk.tokens.to(device), chunk.mask.to(device))
+            expected_BTV = whole_logits(model, moved)
             assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), expected_BTV)
-
-
-def test_moving_a_chunk_keeps_it(lazy_model):
-    """A chunk on the device it is asked for is the same chunk."""
-    chunk = Chunk.unpack(padded_chunk("left").pack())
-    moved = chunk.to(torch.device("cpu"))
-    assert moved.tokens is chunk.tokens
-    assert moved.payload is None

@@ -1,4 +1,4 @@
-"""Opening a model: names on disk, tied weights, sizes, and what is refused."""
+"""Opening of a model: names on disk, tied weights, sizes, and refused checkpoints."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ TINY = {
 
 @pytest.fixture
 def llama(checkpoint, tmp_path):
-    """A Llama checkpoint that may be damaged."""
+    """A Llama checkpoint that tests may damage."""
     return shutil.copytree(checkpoint("llama"), tmp_path / "llama")
 
 
@@ -61,10 +61,10 @@ def change_tensors(directory, change):
         ({"quantization_config": {"quant_method": "orchestrator"}}, "format_version"),
         ({"architectures": None}, "architectures is None; one class name is expected"),
         ({"architectures": ["A", "B"]}, r"architectures is \['A', 'B'\]"),
-        ({"architectures": ["LlamaForProphecy"]}, "'LlamaForProphecy', which is no model class"),
-        ({"architectures": ["AutoConfig"]}, "'AutoConfig', which is no model class"),
-        ({"architectures": [7]}, "names 7, which is no model class"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "does not go with model_type 'llama'"),
+        ({"architectures": ["LlamaForProphecy"]}, "'LlamaForProphecy', which is not a model class"),
+        ({"architectures": ["AutoConfig"]}, "'AutoConfig', which is not a model class"),
+        ({"architectures": [7]}, "names 7, which is not a model class"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "does not match model_type 'llama'"),
         ({"model_type": "llama9"}, "model_type is 'llama9', unknown to transformers"),
         ({"model_type": None}, "model_type is None, unknown"),
         ({"num_hidden_layers": 5}, r"9 of 48 parameters .* not stored: model\.layers\.4\.self"),
@@ -76,8 +76,8 @@ def change_tensors(directory, change):
         ({"hidden_act": "magic"}, "does not make a LlamaForCausalLM: KeyError"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(llama, changes, message):
-    """One line says where, what was found, and what is needed."""
+def test_an_invalid_config_is_refused(llama, changes, message):
+    """One line states the place, the value found, and what is needed."""
     change_config(llama, **changes)
     with pytest.raises(InputError, match=message) as caught:
         LazyModel.open(llama)
@@ -110,11 +110,11 @@ def store_twice(tensors):
         (drop_norm, r"1 of 39 parameters .* stored: model\.layers\.2\.input_layernorm\.weight$"),
         (transpose_gate, r"model\.layers\.1\.mlp\.gate_proj\.weight has shape \[32, 48\]"),
         (round_gate, r"gate_proj\.weight is stored as torch\.int8"),
-        (store_twice, r"both stand for model\.layers\.1\.mlp\.gate_proj\.weight"),
+        (store_twice, r"both map to model\.layers\.1\.mlp\.gate_proj\.weight"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(llama, change, message):
-    """A parameter that is missing, doubled, or of another shape or kind is named."""
+def test_invalid_tensors_are_refused(llama, change, message):
+    """A parameter that is missing, stored twice, or of another shape or kind is named."""
     change_tensors(llama, change)
     with pytest.raises(InputError, match=message):
         LazyModel.open(llama)
@@ -135,7 +135,7 @@ def test_tensors_that_do_not_fit_are_refused(llama, change, message):
     ],
     ids=["experts", "masked", "headless"],
 )
-def test_a_model_that_is_not_supported_is_refused(make, message, tmp_path):
+def test_an_unsupported_model_is_refused(make, message, tmp_path):
     """Fused experts, models that do not generate, and models without a head are named."""
     with pytest.raises(InputError, match=message):
         LazyModel.open(write_model(make, tmp_path))
@@ -148,8 +148,8 @@ def test_a_model_that_is_not_supported_is_refused(make, message, tmp_path):
         (float("-inf"), r"gate_proj\.weight has 0 NaN and 2 infinite of 1536 values"),
     ],
 )
-def test_values_that_are_not_finite_are_refused_by_the_shard_that_owns_them(llama, value, message):
-    """The shard that reads the tensor names it; others never read it, and open after it."""
+def test_a_shard_refuses_its_values_that_are_not_finite(llama, value, message):
+    """The shard that reads the tensor names it; others never read it, and still open."""
 
     def spoil(tensors):
         tensors["model.layers.1.mlp.gate_proj.weight"][3, 4:6] = value
@@ -162,7 +162,7 @@ def test_values_that_are_not_finite_are_refused_by_the_shard_that_owns_them(llam
         assert shard.is_last
 
 
-def test_nothing_in_a_checkpoint_is_run(llama):
+def test_no_code_in_a_checkpoint_is_run(llama):
     """Code files, `auto_map` and kernel names of the config are ignored."""
     (llama / "evil.py").write_text("raise SystemExit('the checkpoint ran code')")
     auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
@@ -184,7 +184,7 @@ def drop_prefix(tensors):
 
 
 @pytest.mark.parametrize("change", [keep_both, keep_head, drop_prefix])
-def test_tied_weights_are_found_however_they_are_stored(checkpoint, tmp_path, change):
+def test_tied_weights_are_found_under_any_stored_name(checkpoint, tmp_path, change):
     """Stored under both names, the head's, or without the model's prefix: the same bits."""
     directory = shutil.copytree(checkpoint("llama_tied"), tmp_path / "tied")
     change_tensors(directory, change)
@@ -217,7 +217,7 @@ def test_an_old_layout_is_read(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_checkpoint_in_many_files_is_the_same(checkpoint, tmp_path, family):
-    """Cut into many files, a checkpoint gives the same survey but for its fingerprint."""
+    """A checkpoint in many files has the same survey except for its fingerprint."""
     write_model(FAMILIES[family], tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 4
     cut, whole = LazyModel.open(tmp_path), LazyModel.open(checkpoint(family))
@@ -229,7 +229,7 @@ def test_a_checkpoint_in_many_files_is_the_same(checkpoint, tmp_path, family):
 
 
 def test_a_70b_model_is_surveyed_from_its_headers(tmp_path):
-    """80 blocks and 141 GB, all holes in a file: 560 linears, and no weight is ever read."""
+    """80 blocks and 141 GB in a sparse file: 560 linears, and no weight is read."""
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=8192,

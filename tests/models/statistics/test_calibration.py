@@ -1,4 +1,4 @@
-"""Statistics of a shard: the Grams of just the tokens that count, by whichever side is asked."""
+"""Statistics of a shard: Grams of the real tokens on the requested side."""
 
 import itertools
 import weakref
@@ -38,7 +38,7 @@ def gather(model, mask, side, **options):
 
 @pytest.mark.parametrize("padding", [0, 5])
 def test_grams_are_of_the_real_tokens(model, padding):
-    """H is the sum of x xᵀ over what the whole model feeds the linear, padding left out."""
+    """H is the sum of x xᵀ over the whole model's inputs of the linear, without padding."""
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
     mask[:, 20 - padding :] = False
     found = gather(model, mask, lambda linear, site: "input")
@@ -59,7 +59,7 @@ def test_grams_are_of_the_real_tokens(model, padding):
 
 @pytest.mark.parametrize("padding", [0, 5])
 def test_magnitudes_are_of_the_real_tokens(model, padding):
-    """The mean of |x| over what the whole model feeds each linear, whichever Gram it asks for."""
+    """The mean of |x| over the whole model's inputs of each linear, for either Gram."""
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
     mask[:, 20 - padding :] = False
     found = gather(model, mask, METHODS["asvd"].side, magnitudes=True)
@@ -78,14 +78,14 @@ def test_magnitudes_are_of_the_real_tokens(model, padding):
         torch.testing.assert_close(statistic.magnitude_I, rows.abs().mean(dim=0), rtol=1e-5, atol=0)
 
 
-def test_magnitudes_are_gathered_only_where_asked(model):
-    """Other methods pay nothing for them."""
+def test_magnitudes_are_accumulated_only_on_request(model):
+    """Other methods do not accumulate magnitudes."""
     found = gather(model, torch.ones_like(TOKENS, dtype=torch.bool), METHODS["svd"].side)
     assert {statistic.magnitude_I for statistic in found.values()} == {None}
 
 
 def test_linears_of_a_site_share_one_gram(model):
-    """q, k and v read one input, gate and up another; their Grams are the same object's content."""
+    """q, k and v read one input, gate and up another; each site has a single Gram."""
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
     found = gather(model, mask, lambda linear, site: "input")
     for block in range(2):
@@ -99,7 +99,7 @@ def test_linears_of_a_site_share_one_gram(model):
 
 
 def test_an_output_gram_is_the_weight_around_the_input_gram(model):
-    """W H Wᵀ gathered from outputs equals the product made from H."""
+    """W H Wᵀ accumulated from outputs equals the product computed from H."""
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
     inputs = gather(model, mask, lambda linear, site: "input")
     outputs = gather(model, mask, lambda linear, site: "output")
@@ -110,8 +110,9 @@ def test_an_output_gram_is_the_weight_around_the_input_gram(model):
         torch.testing.assert_close(statistic.matrix_OO, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_svd_llm_asks_for_the_smaller_gram(model):
-    """Only down_proj, alone at its site and narrower than its input, takes the output Gram."""
+def test_svd_llm_requests_the_smaller_gram(model):
+    """Only down_proj, alone at its site and with fewer outputs than inputs, gets the output
+    Gram."""
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
     for name, statistic in gather(model, mask, METHODS["svd-llm"].side).items():
         kind = OutputGram if name.endswith("down_proj") else InputGram
@@ -119,8 +120,8 @@ def test_svd_llm_asks_for_the_smaller_gram(model):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "gpt_neox", "falcon"])
-def test_cosines_are_of_the_stream_around_each_sublayer(family, checkpoint):
-    """In sequence each sublayer has its own turn; in parallel both have their block's."""
+def test_cosines_compare_the_stream_before_and_after_each_sublayer(family, checkpoint):
+    """Sequential sublayers each have their own cosine; parallel ones share that of the block."""
     tokens = torch.arange(30)[None] * 7 % 96
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 25:] = False
@@ -146,8 +147,8 @@ def test_cosines_are_of_the_stream_around_each_sublayer(family, checkpoint):
             assert cosines[0].mean != pytest.approx(cosines[1].mean, rel=1e-4)
 
 
-def test_the_stream_between_the_sublayers_is_the_models(model):
-    """For a Llama the stream after attention is its input plus what attention gives."""
+def test_the_stream_between_sublayers_is_that_of_the_model(model):
+    """In a Llama the stream after attention is its input plus the attention's output."""
     tokens = TOKENS[:1]
     mask = torch.ones_like(tokens, dtype=torch.bool)
     lazy_model = LazyModel.open(model)
@@ -178,11 +179,9 @@ def label_gradient(mask, seed):
 
 @pytest.mark.parametrize("cut", [(2,), (1, 2)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "gpt_neox", "qwen3"])
-def test_curvature_is_the_second_moment_of_the_losss_gradients(family, cut, checkpoint):
-    """Per linear sum g gᵀ over real tokens, or Wᵀ of it around, as the whole model's autograd says.
-
-    The shards' boundaries change nothing.
-    """
+def test_curvature_is_the_second_moment_of_the_gradients_of_the_loss(family, cut, checkpoint):
+    """It is sum g gᵀ per linear over real tokens, or Wᵀ around it, equal to autograd of the whole
+    model. The shard boundaries do not change it."""
     tokens = torch.arange(30)[None] * 7 % 96
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 25:] = False
@@ -232,7 +231,7 @@ def test_curvature_is_the_second_moment_of_the_losss_gradients(family, cut, chec
 
 
 def test_drawn_gradients_have_the_fisher_information():
-    """Their mean is zero, their second moment diag(p) − p pᵀ; nothing outside the mask."""
+    """Their mean is zero and their second moment diag(p) − p pᵀ; they are zero outside the mask."""
     logits = torch.randn(1, 6000, 5, generator=torch.Generator().manual_seed(0))
     logits[:] = logits[:, :1]
     mask = torch.ones(1, 6000, dtype=torch.bool)
@@ -245,8 +244,9 @@ def test_drawn_gradients_have_the_fisher_information():
     torch.testing.assert_close(found[:4000].mean(0), torch.zeros(5).double(), rtol=0, atol=0.03)
 
 
-def test_a_settled_calibration_gathers_no_more_and_frees_what_is_forgotten(model):
-    """Statistics keep their bits, later chunks pass, a Gram is freed with its last linear."""
+def test_a_finished_calibration_ignores_chunks_and_frees_forgotten_grams(model):
+    """Statistics keep their bits, later chunks are ignored, a Gram is freed with its last
+    linear."""
     mask = torch.ones(1, 20, dtype=torch.bool)
     first, second = (Chunk(row, TOKENS[row : row + 1], mask) for row in range(2))
     lazy_model = LazyModel.open(model)
@@ -270,8 +270,8 @@ def test_a_settled_calibration_gathers_no_more_and_frees_what_is_forgotten(model
             assert alive == {each.site for each in left}
 
 
-def test_ends_that_were_put_down_are_loaded_again_by_the_next_pass(model):
-    """Embeddings and head are freed, blocks stay; the pass that follows has the same bits."""
+def test_freed_ends_are_reloaded_by_the_next_pass(model):
+    """Embeddings and head are freed, blocks are kept; the next pass gives the same bits."""
     mask = torch.ones(1, 20, dtype=torch.bool)
     chunk, lazy_model = Chunk(0, TOKENS[:1], mask), LazyModel.open(model)
     with lazy_model.shard(range(2)) as shard:

@@ -1,4 +1,4 @@
-"""Which linears of a block are found, and which of them share an input."""
+"""Discovery of a block's linears, their order, and the inputs that they share."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from orchestrator.models.survey.linears import LinearCalls, check_parameters
 
 
 class Block(nn.Module):
-    """Three linears, called as a function says."""
+    """Block of three linears that calls them by a given function."""
 
     def __init__(self, run, third=None):
         super().__init__()
@@ -34,7 +34,7 @@ def sites_of(run):
 
 
 def test_one_input_is_one_site():
-    """Linears that read the same tensor share a site, named after the first that is called."""
+    """Linears that read the same tensor share a site, named after the first one called."""
     sites = sites_of(lambda block, x: block.third(block.second(x) + block.first(x)))
     assert sites == {
         "second": "blocks.0.second",
@@ -44,13 +44,13 @@ def test_one_input_is_one_site():
 
 
 def test_linears_are_in_call_order():
-    """The survey lists linears as they are called, not as they are declared."""
+    """The survey lists linears in call order, not in order of declaration."""
     linears = linears_of(Block(lambda block, x: block.first(block.third(block.second(x)))))
     assert [linear.role for linear in linears] == ["second", "third", "first"]
 
 
-def test_a_change_in_place_makes_another_site():
-    """A tensor is not the same input after it was written to."""
+def test_an_in_place_change_makes_another_site():
+    """A tensor is a different input after it was written in place."""
 
     def run(block, x):
         first = block.first(x)
@@ -61,7 +61,7 @@ def test_a_change_in_place_makes_another_site():
 
 
 def test_inputs_in_reused_memory_are_different_sites():
-    """Inputs that exist one after the other, never at the same time, are not confused."""
+    """Inputs that use the same memory one after the other are distinct sites."""
 
     def run(block, x):
         return block.first(x * 1) + block.second(x * 2) + block.third(x * 3)
@@ -70,7 +70,7 @@ def test_inputs_in_reused_memory_are_different_sites():
 
 
 def test_equal_values_in_other_memory_are_another_site():
-    """A site is one tensor, not equal values; two halves of one tensor are two inputs."""
+    """A site is one tensor, not equal values; two halves of a tensor are two inputs."""
 
     def run(block, x):
         halves = torch.cat([x, x]).chunk(2)
@@ -87,14 +87,15 @@ def test_equal_values_in_other_memory_are_another_site():
         (lambda block, x: block.second(block.first(x)) @ block.third.weight.T, 0),
     ],
 )
-def test_a_linear_that_is_not_called_once_is_refused(run, times):
-    """Never called, called twice, or used by its weight alone: named, with the count."""
+def test_a_linear_not_called_exactly_once_is_refused(run, times):
+    """Linears that are never called, called twice, or used only by weight are named with the
+    count."""
     with pytest.raises(InputError, match=rf"blocks\.0\.third is called {times} times"):
         linears_of(Block(run))
 
 
 class Transposed(nn.Linear):
-    """As Falcon has it: the same function in other words."""
+    """Linear with a transposed product, as in Falcon: the same function."""
 
     def forward(self, input):
         product = input @ self.weight.T
@@ -117,7 +118,7 @@ def chain(block, x):
 
 
 def test_a_subclass_that_computes_the_same_is_a_linear():
-    """A subclass of `nn.Linear` counts by what it computes, with and without bias."""
+    """A subclass of `nn.Linear` is accepted for its function, with and without bias."""
     for third in [Transposed(4, 4), Transposed(4, 4, bias=False), Conv1D(4, 4)]:
         linear = linears_of(Block(chain, third))[2]
         assert (linear.role, linear.has_bias) == ("third", third.bias is not None)
@@ -125,13 +126,13 @@ def test_a_subclass_that_computes_the_same_is_a_linear():
 
 @pytest.mark.parametrize("kind", [Doubled, Routed])
 def test_a_subclass_that_computes_something_else_is_refused(kind):
-    """A scaled linear and a router that returns a tuple are named."""
+    """A scaled linear and a router that returns a tuple are named in the error."""
     with pytest.raises(InputError, match=rf"third is a {kind.__name__}, which does not compute"):
         linears_of(Block(chain, kind(4, 4)))
 
 
-def test_a_conv1d_counts_its_shape_the_right_way_round():
-    """GPT-2's `Conv1D` stores [inputs, outputs]; the survey says outputs and inputs."""
+def test_the_shape_of_a_conv1d_is_outputs_by_inputs():
+    """GPT-2's `Conv1D` stores [inputs, outputs]; the survey returns outputs, inputs."""
     block = Block(
         lambda block, x: block.second(block.first(x)) + block.third(x).sum(), Conv1D(6, 4)
     )
@@ -147,14 +148,14 @@ def test_a_conv1d_counts_its_shape_the_right_way_round():
         ("bare", nn.ParameterList([torch.zeros(4, 5)]), r"blocks\.0\.bare\.0 \[4, 5\] of a Param"),
     ],
 )
-def test_a_matrix_that_is_no_linear_is_refused(name, module, message):
+def test_other_matrices_are_refused(name, module, message):
     """Convolutions, fused experts and bare matrices are named with their shape."""
     with pytest.raises(InputError, match=message):
         check_parameters("model", "blocks.0", nn.ModuleDict({name: module}))
 
 
-def test_vectors_embeddings_and_norms_are_no_matrices():
-    """Biases, scales, tables and norms of any shape are let through."""
+def test_vectors_embeddings_and_norms_are_accepted():
+    """Biases, scales, tables and norms of any shape are accepted."""
     block = nn.ModuleDict(
         {
             "norm": nn.LayerNorm((2, 4)),

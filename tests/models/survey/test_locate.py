@@ -1,4 +1,4 @@
-"""A model is a directory, or a snapshot in the local cache of the hub."""
+"""Location of a model: a directory, or a snapshot in the local hub cache."""
 
 import pytest
 from huggingface_hub import constants
@@ -11,7 +11,7 @@ COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """A cache that holds two revisions of org/model, and a hub that is never asked."""
+    """Hub cache with two revisions of org/model, and a hub that must not be contacted."""
     repository = tmp_path / "models--org--model"
     (repository / "refs").mkdir(parents=True)
     for revision, commit in COMMITS.items():
@@ -25,14 +25,14 @@ def hub_cache(tmp_path, monkeypatch):
 
 
 def test_directory(tmp_path):
-    """A directory is itself, and takes no revision."""
+    """A directory is returned as it is, and accepts no revision."""
     assert locate(str(tmp_path)) == tmp_path
-    with pytest.raises(UsageError, match="goes with a hub id"):
+    with pytest.raises(UsageError, match="applies to hub ids only"):
         locate(str(tmp_path), revision="main")
 
 
 def test_file(tmp_path):
-    """A file is no model."""
+    """A file is not a model."""
     path = tmp_path / "model.safetensors"
     path.touch()
     with pytest.raises(InputError, match="is a file"):
@@ -40,7 +40,7 @@ def test_file(tmp_path):
 
 
 def test_cached_snapshot(hub_cache):
-    """A hub id is its snapshot in the local cache, of the main or the named revision."""
+    """A hub id resolves to its snapshot in the local cache, of the main or the given revision."""
     assert locate("org/model") == hub_cache / "snapshots" / COMMITS["main"]
     assert locate("org/model", revision="v2") == hub_cache / "snapshots" / COMMITS["v2"]
 
@@ -48,14 +48,14 @@ def test_cached_snapshot(hub_cache):
 @pytest.mark.parametrize("revision", [None, "v3"])
 @pytest.mark.parametrize("download", [False, True])
 def test_not_cached(hub_cache, revision, download):
-    """What the cache lacks is invalid input, and says what would help."""
+    """A model missing from the cache is invalid input; the message names the remedy."""
     hub_id = "org/other" if revision is None else "org/model"
-    with pytest.raises(InputError, match="hub does not answer" if download else "--download"):
+    with pytest.raises(InputError, match="hub does not respond" if download else "--download"):
         locate(hub_id, revision=revision, download=download)
 
 
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "./none", "a/b/c"])
 def test_path_that_does_not_exist(model):
-    """What can only be a path is not looked for on the hub."""
+    """A name that can only be a path is not looked up on the hub."""
     with pytest.raises(InputError, match=r"no such directory$"):
         locate(model)

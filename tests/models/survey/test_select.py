@@ -1,4 +1,4 @@
-"""Selectors name linears by exact name, glob or regular expression, and are never silently idle."""
+"""Selectors by exact name, glob or regular expression; a selector without matches is an error."""
 
 import pytest
 from hypothesis import given
@@ -24,18 +24,18 @@ NAMES = [f"model.layers.{block}.{role}" for block in range(12) for role in ROLES
     ],
 )
 def test_selector_covers(selector, count):
-    """A selector covers exactly the names that it matches as a whole."""
+    """A selector matches exactly the names that it covers as a whole."""
     assert len(select(NAMES, [selector])) == count
 
 
 def test_regular_expression_covers_whole_names():
-    """A regular expression that matches a part of a name does not cover it."""
+    """A regular expression that matches only a part of a name does not select it."""
     with pytest.raises(UsageError, match="matches none"):
         select(NAMES, ["re:down_proj"])
 
 
 def test_name_with_glob_characters_is_exact():
-    """A name that reads as a glob still names itself."""
+    """A name with glob characters matches itself."""
     assert select(["experts[0].up", "experts0.up"], ["experts[0].up"]) == [
         "experts[0].up",
         "experts0.up",
@@ -43,14 +43,14 @@ def test_name_with_glob_characters_is_exact():
 
 
 @given(st.permutations(NAMES), st.sampled_from(["*.mlp.*", "re:.*q_proj", "*"]))
-def test_order_is_the_models(names, selector):
-    """The names that are chosen keep the order in which they were given."""
+def test_the_order_is_that_of_the_model(names, selector):
+    """Selected names keep their given order."""
     chosen = select(names, [selector])
     assert chosen == [name for name in names if name in set(chosen)]
 
 
 def test_targets_join_and_ignore_wins():
-    """Targets are joined, each name once, and what is ignored is left out of all of them."""
+    """Targets are united, each name once, and ignored names are removed."""
     chosen = select(NAMES, ["*.q_proj", "*.self_attn.*"], ["model.layers.0.*"])
     assert len(chosen) == len(set(chosen)) == 22
     assert not any(name.startswith("model.layers.0.") for name in chosen)
@@ -66,8 +66,8 @@ def test_targets_join_and_ignore_wins():
     ],
 )
 @pytest.mark.parametrize("place", ["target", "ignore"])
-def test_idle_selector_is_an_error_with_near_misses(selector, near, place):
-    """A selector that covers nothing is refused, with what it may have meant first."""
+def test_a_selector_without_matches_is_an_error_with_near_misses(selector, near, place):
+    """A selector without matches is refused; near misses are listed, the closest first."""
     selectors = {"target": ["*"], place: [selector]}
     with pytest.raises(UsageError, match="near misses") as caught:
         select(NAMES, **selectors)
@@ -75,12 +75,12 @@ def test_idle_selector_is_an_error_with_near_misses(selector, near, place):
 
 
 def test_invalid_regular_expression():
-    """An invalid regular expression is refused with what is wrong about it."""
+    """An invalid regular expression is refused with the reason."""
     with pytest.raises(UsageError, match="unterminated character set"):
         select(NAMES, ["re:["])
 
 
-def test_nothing_left():
-    """Ignoring all that is targeted is refused."""
-    with pytest.raises(UsageError, match="no linear is left"):
+def test_ignoring_all_targets_is_an_error():
+    """Ignoring all targeted linears is refused."""
+    with pytest.raises(UsageError, match="no linear remains"):
         select(NAMES, ["*.mlp.*"], ["*"])

@@ -1,4 +1,4 @@
-"""Losses against another model and against the text, and their gradients, by their definitions."""
+"""Distillation losses and their gradients, against their definitions."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ ONE = LossWeights(divergence=1.0, cross_entropy=0.0)
 
 
 def some_logits(seed, dtype=torch.float32):
-    """Of three sequences of 300 tokens, more than a slice."""
+    """Logits of three sequences of 300 tokens, more than a slice."""
     generator = torch.Generator().manual_seed(seed)
     return (3 * torch.randn(3, 300, VOCABULARY, generator=generator)).to(dtype)
 
@@ -27,12 +27,14 @@ def some_tokens():
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kind", ["logits", "all outcomes"])
-def test_the_divergence_is_that_of_the_library(kind, temperature):
-    """With all logits, or all outcomes kept: KL of the softened distributions, τ² times."""
+def test_the_divergence_is_that_of_torch(kind, temperature):
+    """With full logits, or all outcomes stored, it is τ² KL of the softened distributions."""
     ours, theirs = some_logits(1), some_logits(2)
     targets = theirs if kind == "logits" else TopK.of(theirs, VOCABULARY, temperature)
     tokens_BT, mask_BT = some_tokens()
-    losses, grad_BTV = distill(ours, tokens_BT, mask_BT, targets, temperature, ONE)
+    losses, grad_BTV = distill(
+        ours, tokens_BT, mask_BT, targets, temperature=temperature, weights=ONE
+    )
     leaf = ours.double().requires_grad_()
     q_BTV, p_BTV = (log_softmax(x.double() / temperature, dim=-1) for x in (leaf, theirs))
     kl_BTV = kl_div(q_BTV, p_BTV, reduction="none", log_target=True)
@@ -45,11 +47,13 @@ def test_the_divergence_is_that_of_the_library(kind, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("most", [1, 7])
 def test_the_rest_counts_as_one_outcome(most, temperature):
-    """KL over the kept outcomes and their complement; the gradient is autograd's of the formula."""
+    """KL over the stored outcomes and their complement; the gradient equals autograd's."""
     ours, theirs = some_logits(1), some_logits(2)
     tokens_BT, mask_BT = some_tokens()
     targets = TopK.of(theirs, most, temperature)
-    losses, grad_BTV = distill(ours, tokens_BT, mask_BT, targets, temperature, ONE)
+    losses, grad_BTV = distill(
+        ours, tokens_BT, mask_BT, targets, temperature=temperature, weights=ONE
+    )
     leaf = ours.double().requires_grad_()
     q_BTV, p_BTV = (torch.softmax(x.double() / temperature, dim=-1) for x in (leaf, theirs))
     index_BTK = p_BTV.topk(most, dim=-1).indices
@@ -63,12 +67,12 @@ def test_the_rest_counts_as_one_outcome(most, temperature):
     expected.backward()
     assert losses.divergence == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(grad_BTV.double(), leaf.grad, rtol=0, atol=5e-6)
-    full, _ = distill(ours, tokens_BT, mask_BT, theirs, temperature)
+    full, _ = distill(ours, tokens_BT, mask_BT, theirs, temperature=temperature)
     assert losses.divergence < full.divergence
 
 
-def test_what_is_kept_adds_up_to_one():
-    """The kept probabilities and the rest's are all there is, and the highest are kept."""
+def test_stored_probabilities_and_rest_sum_to_one():
+    """The stored probabilities and the rest sum to one, and the largest are stored."""
     targets = TopK.of(some_logits(3), 5, 1.0)
     mass_BT = targets.log_p_BTK.exp().sum(dim=-1) + targets.log_rest_BT.exp()
     torch.testing.assert_close(mass_BT, torch.ones(3, 300))
@@ -79,10 +83,12 @@ def test_what_is_kept_adds_up_to_one():
 
 
 def test_the_cross_entropy_is_that_of_the_next_tokens():
-    """Only real tokens that follow real ones are predicted; weights multiply the gradient."""
+    """Only real tokens that follow real ones are predicted; weights scale the gradient."""
     ours, (tokens_BT, mask_BT) = some_logits(1), some_tokens()
     weights = LossWeights(divergence=0.0, cross_entropy=0.25)
-    losses, grad_BTV = distill(ours, tokens_BT, mask_BT, some_logits(2), 1.0, weights)
+    losses, grad_BTV = distill(
+        ours, tokens_BT, mask_BT, some_logits(2), temperature=1.0, weights=weights
+    )
     leaf = ours.double().requires_grad_()
     both_BT = mask_BT[:, :-1] & mask_BT[:, 1:]
     expected = cross_entropy(leaf[:, :-1][both_BT], tokens_BT[:, 1:][both_BT], reduction="sum")
@@ -91,22 +97,26 @@ def test_the_cross_entropy_is_that_of_the_next_tokens():
     torch.testing.assert_close(grad_BTV.double(), leaf.grad, rtol=0, atol=1e-6)
 
 
-def test_a_model_is_nowhere_from_itself():
-    """KL and its gradient vanish where both models say the same, however little is kept."""
+def test_the_divergence_of_a_model_from_itself_is_zero():
+    """KL and its gradient vanish if both models agree, for any number of stored outcomes."""
     ours, (tokens_BT, mask_BT) = some_logits(1), some_tokens()
     for targets in (ours, TopK.of(ours, 3, 2.0)):
-        losses, grad_BTV = distill(ours, tokens_BT, mask_BT, targets, 2.0, ONE)
+        losses, grad_BTV = distill(ours, tokens_BT, mask_BT, targets, temperature=2.0, weights=ONE)
         assert abs(losses.divergence) < 1e-3
         assert float(grad_BTV.abs().max()) < 1e-6
 
 
-def test_sixteen_bits_are_widened_and_padding_gets_nothing():
+def test_sixteen_bits_are_widened_and_padding_gets_no_gradient():
     """The gradient has the logits' dtype and is zero outside the mask."""
     tokens_BT, mask_BT = some_tokens()
     weights = LossWeights(divergence=1.0, cross_entropy=1.0)
     logits = some_logits(1, torch.bfloat16)
-    _, grad_BTV = distill(logits, tokens_BT, mask_BT, some_logits(2), 1.0, weights)
-    _, exact_BTV = distill(logits.float(), tokens_BT, mask_BT, some_logits(2), 1.0, weights)
+    _, grad_BTV = distill(
+        logits, tokens_BT, mask_BT, some_logits(2), temperature=1.0, weights=weights
+    )
+    _, exact_BTV = distill(
+        logits.float(), tokens_BT, mask_BT, some_logits(2), temperature=1.0, weights=weights
+    )
     assert grad_BTV.dtype == torch.bfloat16
     assert torch.equal(grad_BTV, exact_BTV.bfloat16())
     assert not grad_BTV[~mask_BT].any()

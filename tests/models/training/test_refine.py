@@ -1,4 +1,4 @@
-"""Blocks trained to give what the dense blocks give."""
+"""Training of blocks towards the outputs of the dense blocks."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,7 +30,7 @@ def passed(lazy_model, blocks, chunks):
 
 
 def dense_ends(directory, block, count=5, dtype=torch.float32):
-    """What goes into a block of the dense model, and what it gives."""
+    """Inputs and outputs of a block of the dense model."""
     lazy_model, chunks = LazyModel.open(directory, dtype=dtype), some_chunks(count)
     inputs = passed(lazy_model, range(block), chunks) if block else chunks
     return inputs, passed(lazy_model, range(block, block + 1), inputs)
@@ -38,11 +38,11 @@ def dense_ends(directory, block, count=5, dtype=torch.float32):
 
 def refined(directory, ends, block, options=SHORT, seed=0, dtype=torch.float32):
     with LazyModel.open(directory, dtype=dtype).shard(range(block, block + 1)) as shard:
-        return refine(shard, *ends, options, seed)
+        return refine(shard, *ends, options=options, seed=seed)
 
 
 def with_state(chunk, change):
-    """The chunk with other hidden states."""
+    """Copy of the chunk with other hidden states."""
     return chunk.with_payload(chunk.payload.map(change))
 
 
@@ -54,7 +54,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_the_plain_loop_over_the_whole_model(checkpoint, compressed, family):
+def test_it_equals_a_plain_loop_over_the_whole_model(checkpoint, compressed, family):
     """Three steps equal those of stock AdamW on the model loaded whole, in float64, to 1e-9."""
     directory, dtype = compressed(family), torch.float64
     options = replace(SHORT, batches=1, held_out=0.3, clip=0.01, warm_up=0.4)
@@ -101,8 +101,8 @@ def test_it_is_the_plain_loop_over_the_whole_model(checkpoint, compressed, famil
         torch.testing.assert_close(result.tensors[name], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_shift_that_a_bias_can_make_is_learnt(checkpoint):
-    """Targets that are the block's own outputs plus a constant are met: the least error is 0."""
+def test_a_shift_that_a_bias_can_represent_is_learnt(checkpoint):
+    """Targets equal to the block's outputs plus a constant are reached; the least error is 0."""
     dense = LazyModel.open(checkpoint("gpt2"))
     survey = dense.survey()
     whole = plan_of(survey, {each.name: Assignment(form="dense") for each in survey.linears})
@@ -115,21 +115,23 @@ def test_a_shift_that_a_bias_can_make_is_learnt(checkpoint):
         return dense.weights.read(spec.source)
 
     with dense.planned(whole, read).shard(range(2, 3)) as shard:
-        result = refine(shard, inputs, targets, options, 0)
+        result = refine(shard, inputs, targets, options=options, seed=0)
     assert {name.rpartition(".")[2] for name in result.tensors} == {"bias", "weight"}
     assert result.start == pytest.approx(float(shift_C.square().mean()), rel=1e-5)
     assert result.epochs[result.best - 1].held_out < 5e-3 * result.start
 
 
-def test_the_best_state_comes_back_and_not_the_last(checkpoint, compressed):
-    """Where only the held-out chunks are met from the start, the start is kept, bit for bit."""
+def test_the_best_state_is_restored_not_the_last(checkpoint, compressed):
+    """If only the held-out chunks fit from the start, the initial state is kept bit for bit."""
     directory = compressed("llama")
     inputs, targets = dense_ends(checkpoint("llama"), 1)
     _, (held_out,) = split(5, SHORT.held_out)
     with LazyModel.open(directory).shard(range(1, 2)) as shard:
         before = {name: p.detach().clone() for name, p in shard.parameters().items()}
         targets[held_out] = shard.forward(inputs[held_out])
-        result = refine(shard, inputs, targets, replace(SHORT, epochs=9, patience=2), 0)
+        result = refine(
+            shard, inputs, targets, options=replace(SHORT, epochs=9, patience=2), seed=0
+        )
         after = shard.parameters()
         assert all(torch.equal(after[name], value) for name, value in before.items())
         assert all(p.requires_grad and p.grad is None for p in after.values())
@@ -141,19 +143,19 @@ def test_the_best_state_comes_back_and_not_the_last(checkpoint, compressed):
 
 
 def test_the_shard_is_left_with_the_best_state(checkpoint, compressed):
-    """Its held-out loss, computed once more, is the least of all epochs'."""
+    """Its held-out loss, recomputed, is the smallest of all epochs."""
     directory, ends = compressed("llama"), dense_ends(checkpoint("llama"), 1)
     with LazyModel.open(directory).shard(range(1, 2)) as shard:
-        result = refine(shard, *ends, replace(SHORT, epochs=6, learning_rate=0.05), 0)
-        with Refinement(shard, *ends, SHORT, 0) as again:
+        result = refine(shard, *ends, options=replace(SHORT, epochs=6, learning_rate=0.05), seed=0)
+        with Refinement(shard, *ends, options=SHORT, seed=0) as again:
             losses = [result.start, *(epoch.held_out for epoch in result.epochs)]
             assert again.result().start == min(losses) == losses[result.best]
         for name, parameter in shard.parameters().items():
             assert name not in result.tensors or torch.equal(parameter, result.tensors[name])
 
 
-def test_the_same_bits_whatever_else_draws_numbers(checkpoint, compressed):
-    """From the seed and the block alone; another seed gives other bits."""
+def test_bits_do_not_depend_on_other_random_numbers(checkpoint, compressed):
+    """The bits depend only on seed and block; another seed gives other bits."""
     directory, ends = compressed("llama"), dense_ends(checkpoint("llama"), 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -169,15 +171,15 @@ def test_the_same_bits_whatever_else_draws_numbers(checkpoint, compressed):
 
 
 @pytest.mark.parametrize("slices", [1, 2, 3, 8])
-def test_replicas_that_share_the_slices_hold_the_same_bits(checkpoint, compressed, slices):
-    """Two of them, each with half of the slices and of the held-out chunks: the bits of one."""
+def test_replicas_that_divide_the_slices_have_the_same_bits(checkpoint, compressed, slices):
+    """Two replicas with half of the slices and held-out chunks each give the bits of one."""
     directory, ends = compressed("llama"), dense_ends(checkpoint("llama"), 1, count=8)
     options = replace(SHORT, batches=1, slices=slices, held_out=0.3)
     ledger, skeletons = Ledger(8, options), [LazyModel.open(directory) for _ in range(2)]
     assert ledger.parts(0) == min(slices, 6)
     with ExitStack() as stack:
         shards = [stack.enter_context(each.shard(range(1, 2))) for each in skeletons]
-        made = [Refinement(shard, *ends, options, 0) for shard in shards]
+        made = [Refinement(shard, *ends, options=options, seed=0) for shard in shards]
         replicas = [stack.enter_context(each) for each in made]
 
         def evaluate():
@@ -204,8 +206,8 @@ def test_replicas_that_share_the_slices_hold_the_same_bits(checkpoint, compresse
     assert all(torch.equal(tensors[name], tensor) for name, tensor in alone.tensors.items())
 
 
-def test_one_slice_or_one_for_each_chunk_is_a_sum_over_the_chunks(checkpoint, compressed):
-    """The same bits; with slices between the two others, and the same to rounding."""
+def test_one_slice_and_one_per_chunk_give_the_sum_over_the_chunks(checkpoint, compressed):
+    """Both give the same bits; other numbers of slices agree to rounding."""
     directory, ends = compressed("llama"), dense_ends(checkpoint("llama"), 1, count=8)
     results = [
         refined(directory, ends, 1, replace(SHORT, batches=1, slices=slices))
@@ -218,22 +220,10 @@ def test_one_slice_or_one_for_each_chunk_is_a_sum_over_the_chunks(checkpoint, co
         assert one.gradient == pytest.approx(other.gradient, rel=1e-5)
 
 
-def test_it_goes_on_from_a_snapshot(checkpoint, compressed):
-    """Interrupted behind every epoch, on a shard of its own each time: the same bits."""
-    directory, ends = compressed("gpt2"), dense_ends(checkpoint("gpt2"), 1)
-    lazy_model, snapshot, stop = LazyModel.open(directory), None, None
-    while stop is None:
-        with lazy_model.shard(range(1, 2)) as shard, Refinement(shard, *ends, SHORT, 0) as part:
-            if snapshot:
-                part.restore(*snapshot)
-            part.epoch()
-            snapshot, stop, found = part.snapshot(), part.stop, part.result()
-    assert_same(found, refined(directory, ends, 1))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_what_is_the_blocks_own_moves(checkpoint, compressed, family):
-    """Dense weights, a basis that another block uses, the support of sparse values: all stay."""
+def test_only_parameters_of_the_block_itself_are_trained(checkpoint, compressed, family):
+    """Dense weights, a basis used by another block, and the support of sparse values do not
+    change."""
     directory, dense = compressed(family), LazyModel.open(checkpoint(family))
     whole = [each.name for each in dense.survey().linears]
     lazy_model = LazyModel.open(directory)
@@ -243,11 +233,11 @@ def test_only_what_is_the_blocks_own_moves(checkpoint, compressed, family):
         ends = dense_ends(checkpoint(family), block)
         with lazy_model.shard(range(block, block + 1)) as shard:
             names = {*shard.parameters(), *lazy_model.block_names(block)}
-            model = lazy_model._frame.model
+            model = lazy_model._empty_model.model
             tensors = {**dict(model.named_parameters(remove_duplicate=False))}
             tensors |= dict(model.named_buffers())
             before = {name: tensors[name].detach().clone() for name in names}
-            result = refine(shard, *ends, SHORT, 0)
+            result = refine(shard, *ends, options=SHORT, seed=0)
             moved = {name for name in names if not torch.equal(before[name], tensors[name])}
         assert result.best > 0
         assert moved == set(result.tensors)
@@ -257,8 +247,8 @@ def test_only_what_is_the_blocks_own_moves(checkpoint, compressed, family):
         }
 
 
-def test_dense_weights_move_where_asked(checkpoint, compressed):
-    """With `dense` everything of the block is trained but the shared basis."""
+def test_dense_weights_are_trained_on_request(checkpoint, compressed):
+    """With `dense` all parameters of the block are trained except the shared basis."""
     directory = compressed("llama")
     with LazyModel.open(directory).shard(range(1, 2)) as shard:
         few = trained_parameters(shard, dense=False)
@@ -274,22 +264,22 @@ def test_dense_weights_move_where_asked(checkpoint, compressed):
 
 
 def test_blocks_that_share_a_basis_are_trained_together(checkpoint, compressed):
-    """In a shard of both, the basis moves, and is one tensor still."""
+    """In a shard of both blocks the basis is trained, and remains one tensor."""
     lazy_model = LazyModel.open(compressed("llama"))
     dense = LazyModel.open(checkpoint("llama"))
     inputs = some_chunks(5)
     bases = [f"model.layers.{block}.self_attn.q_proj.down.weight" for block in range(2)]
     with lazy_model.shard(range(2)) as shard:
         start = shard.parameters()[bases[0]].detach().clone()
-        result = refine(shard, inputs, passed(dense, range(2), inputs), SHORT, 0)
+        result = refine(shard, inputs, passed(dense, range(2), inputs), options=SHORT, seed=0)
     assert result.best > 0
     assert torch.equal(result.tensors[bases[0]], result.tensors[bases[1]])
     assert not torch.equal(result.tensors[bases[0]], start)
 
 
 @pytest.mark.parametrize("form", ["sparse", "low_rank_sparse"])
-def test_sparse_values_come_nearer_on_their_support(checkpoint, tmp_path, form):
-    """Every linear of one form: the held-out loss falls, and no entry is added."""
+def test_sparse_values_improve_on_their_support(checkpoint, tmp_path, form):
+    """With all linears of one form the held-out loss decreases, and no entry is added."""
 
     def one_form(survey):
         rank = 3 if form == "low_rank_sparse" else 0
@@ -307,12 +297,12 @@ def test_sparse_values_come_nearer_on_their_support(checkpoint, tmp_path, form):
         module = shard.module("model.layers.1.mlp.up_proj")
         sparse = module if isinstance(module, SparseLinear) else module.sparse
         support = sparse.dense_weight() != 0
-        result = refine(shard, *ends, SHORT, 0)
+        result = refine(shard, *ends, options=SHORT, seed=0)
         assert torch.equal(sparse.dense_weight() != 0, support)
     assert result.best > 0
 
 
-def test_what_stands_at_padding_counts_for_nothing(checkpoint, compressed):
+def test_values_at_padding_are_ignored(checkpoint, compressed):
     """NaN in the targets outside the mask: the same bits."""
     directory, (inputs, targets) = compressed("llama"), dense_ends(checkpoint("llama"), 1)
     spoilt = [
@@ -321,8 +311,8 @@ def test_what_stands_at_padding_counts_for_nothing(checkpoint, compressed):
     assert_same(refined(directory, (inputs, spoilt), 1), refined(directory, (inputs, targets), 1))
 
 
-def test_a_training_that_diverges_gives_the_best_it_had(checkpoint, compressed):
-    """An infinite target ends it after one epoch, with the start."""
+def test_a_diverging_training_returns_its_best_state(checkpoint, compressed):
+    """An infinite target ends the training after one epoch, with the initial state."""
     directory, (inputs, targets) = compressed("llama"), dense_ends(checkpoint("llama"), 1)
     targets[0] = with_state(targets[0], lambda t: t * torch.inf)
     result = refined(directory, (inputs, targets), 1)
@@ -331,7 +321,7 @@ def test_a_training_that_diverges_gives_the_best_it_had(checkpoint, compressed):
 
 
 def test_chunks_in_16_bits_are_trained_on_in_float32(checkpoint, compressed):
-    """The residual stream may be stored in bfloat16; the parameters and the sums are float32."""
+    """The residual stream may be stored in bfloat16; parameters and sums are float32."""
     directory, (inputs, targets) = compressed("llama"), dense_ends(checkpoint("llama"), 1)
     halves = [
         [with_state(chunk, torch.Tensor.bfloat16) for chunk in ends] for ends in (inputs, targets)
@@ -345,7 +335,7 @@ def test_chunks_in_16_bits_are_trained_on_in_float32(checkpoint, compressed):
     ("count", "part"), [(32, 0.125), (2, 0.5), (7, 0.01), (100, 0.5), (5, 0.3)]
 )
 def test_held_out_chunks_are_evenly_spaced(count, part):
-    """The gaps between neighbours differ by one at most, and each chunk is in one of both."""
+    """Gaps between neighbours differ by at most one, and each chunk is in one of the two sets."""
     training, held_out = split(count, part)
     assert sorted(training + held_out) == list(range(count))
     assert len(held_out) == max(round(count * part), 1)
@@ -354,8 +344,8 @@ def test_held_out_chunks_are_evenly_spaced(count, part):
     assert split(32, 0.125)[1] == [4, 12, 20, 28]
 
 
-def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
-    """200 steps: a twentieth of the rate at first, all of it at step 20, a tenth at the end."""
+def test_the_rate_rises_linearly_and_falls_as_a_cosine():
+    """200 steps give a twentieth of the rate first, all at step 20, a tenth at the end."""
     options = RefineOptions(learning_rate=1.0)
     rates = [rate(step, 200, options) for step in range(201)]
     assert rates[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
@@ -366,13 +356,13 @@ def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
     assert rate(0, 1, options) == 1.0
 
 
-def test_what_does_not_fit_together_is_refused(checkpoint, compressed):
-    """Other chunks, too few of them, 16 bits, and options out of range."""
+def test_mismatched_arguments_are_refused(checkpoint, compressed):
+    """Mismatched chunks, too few chunks, 16 bits, and options out of range."""
     directory, (inputs, targets) = compressed("llama"), dense_ends(checkpoint("llama"), 1)
     for ends, message in [
-        ((inputs, targets[1:]), "5 chunks go in, 4 are the targets"),
+        ((inputs, targets[1:]), "5 input chunks, but 4 target chunks"),
         ((inputs, targets[::-1]), "are different chunks"),
-        ((inputs[:1], targets[:1]), "1 chunks; one to train on and one to hold out"),
+        ((inputs[:1], targets[:1]), "1 chunks; at least one to train on and one to hold"),
     ]:
         with pytest.raises(ValueError, match=message):
             refined(directory, ends, 1, replace(SHORT, held_out=0.4))

@@ -1,4 +1,4 @@
-"""What a shard's blocks train: gradients of the whole model, AdamW's steps, and three modes."""
+"""Training of a shard's blocks: gradients, AdamW steps, and the three modes."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from orchestrator.models.training.train_options import TrainOptions, plan_course
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon", "phi3"]
 WEIGHTS = LossWeights(divergence=0.6 / 40, cross_entropy=0.4 / 37)
 CUTS = ([range(4)], [range(2), range(2, 4)])
-"""Of four blocks, of which each two share a basis."""
+"""Cuts of four blocks, each two of which share a basis."""
 
 
 def dense_logits(directory, chunks):
@@ -27,7 +27,7 @@ def dense_logits(directory, chunks):
 
 
 class Model:
-    """A model in shards that are all there, each of a lazy model of its own."""
+    """Model in shards that are all loaded, each from its own lazy model."""
 
     def __init__(self, directory, cut, mode="all", blocks=range(4), decay=0.01):
         self.shards, self.trainings = [], []
@@ -35,10 +35,12 @@ class Model:
             lazy_model = LazyModel.open(directory, dtype=torch.float32)
             self.shards.append(lazy_model.shard(part))
             names = lazy_model.disk_names
-            self.trainings.append(Training(self.shards[-1], blocks, names, mode, decay))
+            self.trainings.append(
+                Training(self.shards[-1], blocks, names, mode=mode, weight_decay=decay)
+            )
 
     def accumulate(self, chunk, targets):
-        """Adds the gradients of a chunk, block by block from the last one back."""
+        """Add the gradients of a chunk, block by block from the last to the first."""
         entered = []
         for shard in self.shards:
             for block in shard.blocks:
@@ -47,8 +49,8 @@ class Model:
                     chunk = shard.forward(chunk, part=range(block, block + 1))
 
         def grads(logits_BTV):
-            arguments = chunk.tokens, chunk.mask, targets, 1.0, WEIGHTS
-            return distill(logits_BTV, *arguments)[1]
+            given = logits_BTV, chunk.tokens, chunk.mask, targets
+            return distill(*given, temperature=1.0, weights=WEIGHTS)[1]
 
         for shard, block, state in entered[::-1]:
             grads = shard.backward(state, grads, part=range(block, block + 1))
@@ -92,7 +94,7 @@ def assert_same(one, other):
 
 
 def plain_gradients(directory, chunks, targets):
-    """Autograd through the whole model, by the library's way of running, of the plain loss."""
+    """Gradients of the plain loss by autograd through the whole transformers model."""
     model, total = whole_model(directory, torch.float32), 0.0
     for chunk, theirs in zip(chunks, targets, strict=True):
         found = model(input_ids=chunk.tokens, attention_mask=chunk.mask.long()).logits
@@ -106,8 +108,8 @@ def plain_gradients(directory, chunks, targets):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_one_process(family, checkpoint, compressed):
-    """Of a whole step, for every parameter, to 1e-5 of the largest; a shared basis's too."""
+def test_gradients_are_those_of_the_whole_model(family, checkpoint, compressed):
+    """All parameters of a whole step, to 1e-5 of the largest value; shared bases included."""
     chunks = some_chunks(2)
     targets = dense_logits(checkpoint(family), chunks)
     expected = plain_gradients(compressed(family), chunks, targets)
@@ -147,8 +149,8 @@ def test_the_cut_changes_no_bit(family, mode, checkpoint, compressed):
 
 
 @pytest.mark.parametrize("mode", ["all", "lean", "light"])
-def test_a_state_is_taken_up_by_another_cut(mode, checkpoint, compressed):
-    """Two steps, and one more from what they left elsewhere, are three steps, to the bit."""
+def test_a_state_continues_in_another_cut(mode, checkpoint, compressed):
+    """Two steps and a third from their state in another cut equal three steps, bit for bit."""
     directory, chunks = compressed("llama"), some_chunks(2)
     targets = dense_logits(checkpoint("llama"), chunks)
     whole = trained(directory, targets, chunks, CUTS[0], mode)
@@ -159,7 +161,7 @@ def test_a_state_is_taken_up_by_another_cut(mode, checkpoint, compressed):
 
 
 def test_norms_of_large_gradients_are_those_of_float64():
-    """For 2^22 equal values it is n x² to 1e-10; a float32 sum is off by more than 1e-3."""
+    """For 2^22 equal values the norm is n x² to 1e-10; a float32 sum is off by more than 1e-3."""
     value = float(torch.tensor(0.1))
     tensors = [torch.full((2**11, 2**11), 0.1), torch.full((3,), 0.1), torch.zeros(0)]
     expected = [2**22 * value**2, 3 * value**2, 0.0]
@@ -168,8 +170,8 @@ def test_norms_of_large_gradients_are_those_of_float64():
     assert _squared_norms([]) == []
 
 
-def test_steps_are_those_of_the_library(checkpoint, compressed):
-    """Given the same gradients, values and moments are those of torch.optim.AdamW, to the bit."""
+def test_steps_are_those_of_torch_adamw(checkpoint, compressed):
+    """Given the same gradients, values and moments are bit for bit those of torch.optim.AdamW."""
     directory, chunks = compressed("llama"), some_chunks(1)
     targets = dense_logits(checkpoint("llama"), chunks)
     model = Model(directory, CUTS[0])
@@ -189,8 +191,8 @@ def test_steps_are_those_of_the_library(checkpoint, compressed):
             assert torch.equal(state[f"{moment}.{name}"], reference.state[copy][moment]), name
 
 
-def test_lean_moments_are_rounded_and_still_fall(checkpoint, compressed):
-    """They take two bytes, the first step is that of float32, and without gradients v decays."""
+def test_lean_moments_are_rounded_and_still_decay(checkpoint, compressed):
+    """They take two bytes, the first step equals float32, and without gradients v decays."""
     directory, chunks = compressed("llama"), some_chunks(1)
     targets = dense_logits(checkpoint("llama"), chunks)
     lean, full = (trained(directory, targets, chunks, CUTS[0], m, steps=1) for m in ("lean", "all"))
@@ -244,12 +246,12 @@ def test_light_trains_scales_norms_and_biases(family, checkpoint, compressed):
             ratio_R = ratio_OR.nanmedian(dim=0).values
             torch.testing.assert_close(tensor, before[name] * ratio_R, rtol=1e-5, atol=1e-7)
             assert not torch.equal(tensor, before[name])
-    numbers = sum(light.trainings[0].numbers.values())
-    assert numbers < 0.2 * sum(whole.trainings[0].numbers.values())
+    numbers = sum(light.trainings[0].num_parameters.values())
+    assert numbers < 0.2 * sum(whole.trainings[0].num_parameters.values())
 
 
-def test_blocks_that_are_not_named_stay(checkpoint, compressed):
-    """They take no gradients, have no state, and count as nothing in the norm."""
+def test_blocks_not_named_are_not_trained(checkpoint, compressed):
+    """Blocks not named have no gradients, no state, and no part in the norm."""
     chunks = some_chunks(1)
     targets = dense_logits(checkpoint("llama"), chunks)
     model = Model(compressed("llama"), CUTS[0], blocks=(1, 2))
@@ -262,8 +264,9 @@ def test_blocks_that_are_not_named_stay(checkpoint, compressed):
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_a_course_uses_every_sequence_once_an_epoch():
-    """Batches differ by one sequence at most, orders by epoch and seed, held-out ones are left."""
+def test_a_course_uses_every_sequence_once_per_epoch():
+    """Batches differ by at most one sequence, orders by epoch and seed; held-out ones are left
+    out."""
     options = TrainOptions(epochs=3, batches=7, every=5)
     course = plan_course(options, 32, 0)
     assert course.held_out == (4, 12, 20, 28)
@@ -276,8 +279,8 @@ def test_a_course_uses_every_sequence_once_an_epoch():
     assert [course.following(step) for step in (0, 5, 20, 21)] == [5, 10, 21, 21]
 
 
-def test_what_does_not_fit_is_said_before_it_starts(compressed):
-    """Gradients and moments take 12, 8 and next to no bytes a value; less room is infeasible."""
+def test_lack_of_memory_is_reported_before_the_start(compressed):
+    """Gradients and moments take 12, 8 and almost no bytes per value; less room is infeasible."""
     need = {}
     for mode in ("all", "lean", "light"):
         (training,) = Model(compressed("llama"), CUTS[0], mode).trainings
@@ -286,6 +289,6 @@ def test_what_does_not_fit_is_said_before_it_starts(compressed):
         with pytest.raises(InfeasibleError, match="more workers"):
             training.check_room(need[mode] - 1)
         if mode == "all":
-            assert need["all"] == 12 * sum(training.numbers.values())
+            assert need["all"] == 12 * sum(training.num_parameters.values())
     assert need["lean"] * 12 == need["all"] * 8
     assert need["light"] < need["all"] / 4
