@@ -1,20 +1,19 @@
-"""Dividing one budget over all linears: curves + budget -> plan. Pure, numpy only, milliseconds.
+"""Allocators divide one budget over all linears: curves + budget -> plan. Pure, numpy only, fast.
 
-Every allocator takes the targeted linears, their curves by name, the kept fraction and the mean
-cosines that it may ask for, and returns a `Plan`. Laws, held for all of them by one battery of
-tests:
+An allocator takes the targeted linears, their curves by name, the kept fraction and mean cosines,
+and returns a `Plan`. Laws of all allocators, tested by one set of tests:
 
 - the stored values never exceed `floor(keep * dense values)`;
-- every linear has rank 1 at least, or is dense; no rank reaches break-even;
-- a budget below what rank 1 everywhere stores is an `InfeasibleError`;
-- blocks that exchange all that is known of them exchange what they get.
+- every linear has at least rank 1 or is dense; every rank is below break-even;
+- a budget below the stored values of rank 1 everywhere raises `InfeasibleError`;
+- exchanging the data of two blocks exchanges their assignments.
 
-Held by those whose docstring does not say otherwise:
+Laws of allocators whose docstring names no exception:
 
-- more budget never means fewer stored values, a smaller rank or a larger loss;
-- everything is dense at 1.
+- a larger budget never gives fewer stored values, a smaller rank or a larger loss;
+- every linear is dense at keep 1.
 
-A new allocator is one file, and one line in `ALLOCATORS`; the battery finds it there.
+A new allocator is one file and one line in `ALLOCATORS`, where the tests find it.
 """
 
 from collections.abc import Mapping
@@ -44,13 +43,13 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 
 
 SPARSE_ALLOCATORS: dict[str, type[Allocator]] = {"uniform": UniformSparse}
-"""The same, for linears that become sparse: they divide entries instead of ranks."""
+"""Allocators for sparse linears: they divide entries instead of ranks."""
 POOL_ALLOCATORS: dict[str, type[Allocator]] = {
     "cap": CapAllocator,
     "two-sided-sparse": TwoSidedSparseAllocator,
 }
-"""The same, for linears that keep ranks and entries side by side; each of what the method of the
-same name stores."""
+"""Allocators for linears with both ranks and entries; each for the results of the method of the
+same name."""
 ALLOCATION_NAMES = frozenset({*ALLOCATORS, *SPARSE_ALLOCATORS, *POOL_ALLOCATORS})
 _BY_PARTS: dict[tuple[bool, bool], tuple[str, dict[str, type[Allocator]]]] = {
     (True, False): ("ranks", ALLOCATORS),
@@ -61,19 +60,19 @@ _BY_PARTS: dict[tuple[bool, bool], tuple[str, dict[str, type[Allocator]]]] = {
 
 
 def make_allocator(name: str, options: Mapping[str, Any], form: str = "low_rank") -> Allocator:
-    """The allocator of this name for linears that take this form, with these options.
+    """Make the allocator of this name, with these options, for linears of this form.
 
     Raises:
-        UsageError: It does not divide what the form is made of; an option does not exist (with
-            near misses), or has a value not allowed.
+        UsageError: The allocator does not divide the values of the form; an option does not exist
+            (the message names similar ones), or its value is not allowed.
     """
     taken = FORMS[form]
     parts, table = _BY_PARTS[taken.has_rank, taken.has_nonzeros]
     if name not in table:
         divided = "ranks and entries together" if name in POOL_ALLOCATORS else "ranks"
         raise UsageError(
-            f"allocation: {name!r} divides {divided}, and of a linear the method keeps {parts}; it "
-            f"must be one of {', '.join(table)}"
+            f"allocation: {name!r} divides {divided}, but the method keeps {parts} of a linear; "
+            f"allowed are {', '.join(table)}"
         )
     check_known(name, options, option_names(table[name]))
     return table[name](**options)

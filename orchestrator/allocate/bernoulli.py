@@ -1,8 +1,8 @@
-"""Keep-probabilities of candidates, and how they learn from losses.
+"""Keep-probabilities of candidates, and their updates from losses.
 
-A candidate is a singular direction of a linear (one draw, of m + n stored values) or a bucket of
-sparse entries that share one probability (as many draws as entries, of one value each). Pure:
-losses and counts of draws come in, probabilities go out.
+A candidate is a singular direction of a linear (one draw, m + n stored values) or a bucket of
+sparse entries with a common probability (one draw of one value per entry). Pure functions: losses
+and numbers of draws in, probabilities out.
 
 Shape suffix: N candidates of all linears, in the order of the linears, directions before buckets.
 """
@@ -20,28 +20,29 @@ from orchestrator.plan.linear import Linear
 Init = Literal["utility", "magnitude", "constant"]
 Across = Literal["linear", "relative", "absolute"]
 Projection = Literal["shift", "euclid", "multiplicative"]
-LEAST_SHARE = 1e-3
-"""Bounds of the first author's probabilities, [1e-3, 1 - 1e-3], which a factor cannot leave."""
+LEAST_PROBABILITY = 1e-3
+"""Bound of the probabilities in the first author's code: they are in [1e-3, 1 - 1e-3], and a
+multiplicative update cannot leave this range."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """What can be kept of one linear, both kinds by descending utility; utilities a stored value.
+    """Candidates of one linear, directions and buckets, by descending utility per stored value.
 
-    Plain data, to JSON and back unchanged.
+    Plain data; the JSON round trip is exact.
     """
 
     direction_utilities: np.ndarray
     direction_magnitudes: np.ndarray
     """Singular values."""
     bucket_counts: np.ndarray
-    """Entries of each bucket, int64."""
+    """Number of entries per bucket, int64."""
     bucket_utilities: np.ndarray
-    """Mean over the bucket's entries."""
+    """Mean over the entries of the bucket."""
     bucket_magnitudes: np.ndarray
-    """Mean |S| over the bucket's entries."""
+    """Mean |S| over the entries of the bucket."""
     energy: float
-    """Of the whole weight, in the words of the utilities."""
+    """Energy of the whole weight, in the unit of the utilities."""
 
     def to_json(self) -> dict[str, Any]:
         arrays = {name: getattr(self, name).tolist() for name in self.__slots__[:-1]}
@@ -56,28 +57,28 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidatePool:
-    """The candidates of all linears, one after the other."""
+    """Candidates of all linears, concatenated."""
 
     linears: tuple[Linear, ...]
     owner_N: np.ndarray
-    """Index of the linear."""
+    """Index of the linear of each candidate."""
     is_direction_N: np.ndarray
     count_N: np.ndarray
-    """Draws: 1 for a direction, the entries of a bucket."""
+    """Number of draws: 1 for a direction, the number of entries for a bucket."""
     cost_N: np.ndarray
-    """Stored values of one draw: m + n, or 1."""
+    """Stored values per draw: m + n, or 1."""
     utility_N: np.ndarray
-    """Utility of a draw over its cost."""
+    """Utility of a draw per stored value."""
     magnitude_N: np.ndarray
 
     @property
     def weight_N(self) -> np.ndarray:
-        """Stored values of a candidate that is kept whole."""
+        """Stored values of a candidate that is kept completely."""
         weight_N: np.ndarray = self.cost_N * self.count_N
         return weight_N
 
     def split(self, value_N: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Values by linear: those of its directions and those of its buckets."""
+        """Split values by linear, into those of its directions and those of its buckets."""
         found = {}
         for index, linear in enumerate(self.linears):
             start, stop = np.searchsorted(self.owner_N, [index, index + 1])
@@ -86,7 +87,7 @@ class CandidatePool:
         return found
 
     def join(self, parts: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """What `split` gave, as one array again."""
+        """Concatenate the result of `split` to one array."""
         return np.concatenate([part for each in self.linears for part in parts[each.name]])
 
 
@@ -94,14 +95,14 @@ def make_pool(
     linears: Sequence[Linear],
     candidates: Mapping[str, Candidates],
     across: Across = "absolute",
-    share: float = 1.0,
+    keep: float = 1.0,
 ) -> CandidatePool:
-    """The pool of these linears; its order is the tie-break of every choice.
+    """Build the pool of these linears; its order breaks ties.
 
     Args:
-        across: What utilities are measured by: nothing (`absolute`), their own linear's energy
-            (`relative`), or the utility at which a greedy choice from their own linear exhausts
-            this share of its values (`linear`).
+        across: Divisor of the utilities: 1 (`absolute`), the energy of their linear (`relative`),
+            or the utility at which a greedy choice within their linear has spent the fraction
+            `keep` of its values (`linear`).
     """
     parts = [candidates[linear.name] for linear in linears]
     ranks = [len(part.direction_utilities) for part in parts]
@@ -114,7 +115,7 @@ def make_pool(
     utility_N = _alternate(
         [part.direction_utilities for part in parts], [part.bucket_utilities for part in parts]
     )
-    units = [_unit(e, part, across, share) for e, part in zip(linears, parts, strict=True)]
+    units = [_unit(e, part, across, keep) for e, part in zip(linears, parts, strict=True)]
     return CandidatePool(
         linears=tuple(linears),
         owner_N=np.repeat(np.arange(len(linears)), sizes),
@@ -129,8 +130,8 @@ def make_pool(
     )
 
 
-def _unit(linear: Linear, part: Candidates, across: Across, share: float) -> float:
-    """What a linear's utilities are divided by; 1 where that would be nothing."""
+def _unit(linear: Linear, part: Candidates, across: Across, keep: float) -> float:
+    """Return the divisor of a linear's utilities; 1 instead of 0."""
     if across == "absolute":
         return 1.0
     if across == "relative":
@@ -138,11 +139,11 @@ def _unit(linear: Linear, part: Candidates, across: Across, share: float) -> flo
     utility_N = np.concatenate([part.direction_utilities, part.bucket_utilities])
     whole_R = np.full(len(part.direction_utilities), linear.rank_cost)
     weight_N = np.concatenate([whole_R, part.bucket_counts])
-    return _break_point(utility_N, weight_N, share * linear.values) or 1.0
+    return _break_point(utility_N, weight_N, keep * linear.values) or 1.0
 
 
 def _break_point(utility_N: np.ndarray, weight_N: np.ndarray, budget: float) -> float:
-    """The utility at which a greedy choice by utility exhausts the budget, or its last one."""
+    """Return the utility at which a greedy choice exhausts the budget, or the last one."""
     order = np.argsort(-utility_N, kind="stable")
     last = min(int(np.searchsorted(np.cumsum(weight_N[order]), budget)), len(order) - 1)
     return float(utility_N[order[last]])
@@ -153,47 +154,47 @@ def _alternate(first: Iterable[np.ndarray], second: Iterable[np.ndarray]) -> np.
 
 
 def initial(pool: CandidatePool, budget: int, init: Init, temperature: float) -> np.ndarray:
-    """Probabilities before anything is learnt, not yet on the budget, [N].
+    """Compute the initial probabilities, before projection on the budget, [N].
 
     `utility`: sigmoid((log u - log u*) / temperature), u* the utility at which a greedy choice by
     utility exhausts the budget. `magnitude`: |value| over the largest of the pool, clipped to
-    [0.05, 0.95], as the first author's code has it; singular values dwarf entries there.
-    `constant`: one half each.
+    [0.05, 0.95], as in the first author's code; there singular values dominate entries. `constant`:
+    one half each.
     """
     if init == "constant":
         return np.full(len(pool.owner_N), 0.5)
     if init == "magnitude":
         largest = float(pool.magnitude_N.max()) or 1.0
         return np.clip(pool.magnitude_N / largest, 0.05, 0.95)
-    # zero has no logarithm: it counts as the least that stands out beside the largest
+    # zero has no logarithm: replace it by the smallest value distinguishable beside the largest
     least = max(float(pool.utility_N.max()) * 1e-300, np.finfo(np.float64).tiny)
     log_N = np.log(np.maximum(pool.utility_N, least))
     middle = np.log(max(_break_point(pool.utility_N, pool.weight_N, budget), least))
     distance_N = (log_N - middle) / temperature
-    share_N: np.ndarray = 1 / (1 + np.exp(-np.clip(distance_N, -700, 700)))
-    return share_N
+    probability_N: np.ndarray = 1 / (1 + np.exp(-np.clip(distance_N, -700, 700)))
+    return probability_N
 
 
 def project(
-    pool: CandidatePool, share_N: np.ndarray, budget: int, projection: Projection
+    pool: CandidatePool, probability_N: np.ndarray, budget: int, projection: Projection
 ) -> np.ndarray:
-    """The nearest probabilities whose expected stored values are the budget, from below, [N].
+    """Project probabilities so that their expected stored values meet the budget from below, [N].
 
-    `shift` minimises Σ cost (s - s0)² over all draws, so s = clip(s0 - ν, 0, 1). `euclid`
-    minimises Σ (s - s0)²: s = clip(s0 - ν cost, 0, 1), which takes from a direction m + n times
-    what it takes from an entry. `multiplicative`: s = clip(a max(s0, 1e-3), 1e-3, 1 - 1e-3),
-    the first author's. ν and a by bisection down to neighbouring floats. The loss falls with all
-    that is kept, so the budget is spent rather than kept under; all are 1 where it holds the whole
-    pool.
+    `shift` minimises Σ cost (s - s0)² over all draws, so s = clip(s0 - ν, 0, 1). `euclid` minimises
+    Σ (s - s0)²: s = clip(s0 - ν cost, 0, 1), which lowers a direction m + n times as much as an
+    entry. `multiplicative`: s = clip(a max(s0, 1e-3), 1e-3, 1 - 1e-3), as in the first author's
+    code. ν and a are found by bisection to adjacent floats. The loss falls with every kept
+    candidate, so the budget is met, not only respected; all probabilities are 1 if the budget holds
+    the whole pool.
     """
     weight_N = pool.weight_N.astype(np.float64)
     if weight_N.sum() <= budget:
-        return np.ones_like(share_N)
+        return np.ones_like(probability_N)
     if projection == "multiplicative":
-        low, high = LEAST_SHARE, 1 - LEAST_SHARE
+        low, high = LEAST_PROBABILITY, 1 - LEAST_PROBABILITY
         if low * weight_N.sum() > budget or high * weight_N.sum() <= budget:
-            return np.full_like(share_N, budget / weight_N.sum())
-        start_N = np.maximum(share_N, low)
+            return np.full_like(probability_N, budget / weight_N.sum())
+        start_N = np.maximum(probability_N, low)
 
         def at(point: float) -> np.ndarray:
             return np.asarray(np.clip(start_N * math.exp(-point), low, high))
@@ -201,10 +202,11 @@ def project(
         step_N = pool.cost_N if projection == "euclid" else np.ones_like(pool.cost_N)
 
         def at(point: float) -> np.ndarray:
-            return np.asarray(np.clip(share_N - point * step_N, 0.0, 1.0))
+            return np.asarray(np.clip(probability_N - point * step_N, 0.0, 1.0))
 
-    # the expected cost falls with the point: too much at one end, nothing or the least at the other
-    reach = 20.0 if projection == "multiplicative" else float(np.abs(share_N).max()) + 1
+    # the expected cost falls with the point: above the budget at one end, zero or minimal at the
+    # other
+    reach = 20.0 if projection == "multiplicative" else float(np.abs(probability_N).max()) + 1
     above, below = -reach, reach
     while above < (middle := (above + below) / 2) < below:
         if float(at(middle) @ weight_N) <= budget:
@@ -215,17 +217,18 @@ def project(
 
 
 def score_function(
-    share_N: np.ndarray, drawn_N: np.ndarray, count_N: np.ndarray, eps: float
+    probability_N: np.ndarray, drawn_N: np.ndarray, count_N: np.ndarray, eps: float
 ) -> np.ndarray:
-    """∂ log p(draws) / ∂s, with `eps` against division by zero: Σ (m - s) / (s (1 - s) + eps), [N].
+    """Compute ∂ log p(draws) / ∂s as Σ (m - s) / (s (1 - s) + eps), [N]; `eps` avoids division by
+    0.
 
-    The sum is over a candidate's draws, of which `drawn_N` were kept. With eps = 0 its product
+    The sum is over the draws of a candidate, of which `drawn_N` were kept. With eps = 0 its product
     with a loss is an unbiased estimate of the gradient of the expected loss; with eps each
     component is shrunk by s (1 - s) / (s (1 - s) + eps).
     """
-    variance_N = share_N * (1 - share_N)
-    excess_N = drawn_N - count_N * share_N
-    # probabilities 0 and 1 leave nothing to chance, and no excess but rounding
+    variance_N = probability_N * (1 - probability_N)
+    excess_N = drawn_N - count_N * probability_N
+    # probabilities 0 and 1 have no variance; their excess is rounding
     certain_N = variance_N + eps <= 0
     score_N: np.ndarray = np.where(
         certain_N, 0, excess_N / np.where(certain_N, 1, variance_N + eps)
@@ -235,9 +238,9 @@ def score_function(
 
 @dataclass(slots=True)
 class Baseline:
-    """What a loss is compared with: a mean of losses that came before it, so no bias arises.
+    """Baseline of a loss: a mean of earlier losses, so that the estimate stays unbiased.
 
-    The very first loss is compared with itself and teaches nothing.
+    The first loss is its own baseline and has no effect.
     """
 
     kind: Literal["window", "ema"] = "window"
@@ -246,7 +249,7 @@ class Baseline:
     _last: deque[float] = field(default_factory=deque)
 
     def advantage(self, loss: float) -> float:
-        """The loss over the baseline; the baseline then knows it too."""
+        """Return the loss less the baseline, then add the loss to the baseline."""
         if not self._last:
             self._last.append(loss)
             return 0.0
@@ -263,7 +266,7 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One masked model: how many of each candidate's draws were kept, and its loss."""
+    """One masked model: number of kept draws of each candidate, and its loss."""
 
     drawn_N: np.ndarray
     loss: float
@@ -271,21 +274,21 @@ class Draw:
 
 def learn(
     pool: CandidatePool,
-    share_N: np.ndarray,
+    probability_N: np.ndarray,
     draws: Sequence[Draw],
     baseline: Baseline,
     *,
     eta: float,
     eps: float,
 ) -> np.ndarray:
-    """One step of REINFORCE with the mean over the draws, not yet back on the budget, [N].
+    """Take one REINFORCE step with the mean over the draws, before projection on the budget, [N].
 
-    A bucket moves by the mean of its entries' steps: its score is a sum over them, and is divided
-    by their number. So it moves as far as entries with probabilities of their own would on
-    average, and `eta` means the same in a bucket of one and of a million.
+    The step of a bucket is the mean of the steps of its entries: its score, a sum over entries, is
+    divided by their number. It thus moves as far as entries with separate probabilities do on
+    average, and `eta` has the same meaning for buckets of any size.
     """
-    step_N = np.zeros_like(share_N)
+    step_N = np.zeros_like(probability_N)
     for draw in draws:
-        score_N = score_function(share_N, draw.drawn_N, pool.count_N, eps) / pool.count_N
+        score_N = score_function(probability_N, draw.drawn_N, pool.count_N, eps) / pool.count_N
         step_N += baseline.advantage(draw.loss) * score_N / len(draws)
-    return share_N - eta * step_N
+    return probability_N - eta * step_N

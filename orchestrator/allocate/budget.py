@@ -1,4 +1,4 @@
-"""The budget: what may be stored, the least that any plan stores, and the plan that results."""
+"""The budget, its lower limit, and the plan that results from an allocation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,22 +11,22 @@ from orchestrator.plan.plan import Assignment, Plan
 
 
 def share_values(linears: Sequence[Linear], keep: float) -> int:
-    """The kept fraction of the dense values of these linears, `floor(keep * dense values)`.
+    """Return the kept fraction of the dense values of these linears, `floor(keep * dense values)`.
 
-    `keep` is taken as the decimal it was written as, so that 0.3 of 10 values is 3 and not 2.
+    `keep` is interpreted as its decimal representation: 0.3 of 10 values is 3, not 2.
     """
     return math.floor(Fraction(str(keep)) * sum(linear.values for linear in linears))
 
 
 def budget_values(linears: Sequence[Linear], keep: float, form: Form = LOW_RANK) -> int:
-    """The values that these linears may store together, their share.
+    """Return the number of values that these linears may store together.
 
     Raises:
-        UsageError: `keep` is not above 0 and at most 1.
-        InfeasibleError: Rank 1 everywhere, or one entry where the form is sparse, stores more.
+        UsageError: `keep` is outside (0, 1].
+        InfeasibleError: Rank 1 for every linear, or one entry if the form is sparse, stores more.
     """
     if not 0 < keep <= 1:
-        raise UsageError(f"keep: {keep} is outside (0, 1]; 0.8 keeps four values in five")
+        raise UsageError(f"keep: {keep} is outside (0, 1]; 0.8 keeps four of five values")
     dense = sum(linear.values for linear in linears)
     budget = share_values(linears, keep)
     least = sum(map(form.least_values, linears))
@@ -41,10 +41,10 @@ def budget_values(linears: Sequence[Linear], keep: float, form: Form = LOW_RANK)
 
 
 def assign_rank(linear: Linear, rank: int, values: int, form: Form) -> Assignment:
-    """Factors of this rank, or what break-even says.
+    """Assign this rank, limited by break-even.
 
-    At break-even and above factors save nothing: the linear stays dense if its share of `values`
-    holds the dense weight, and takes the last rank below break-even otherwise.
+    At break-even and above, factors do not save values: the linear stays dense if `values` holds
+    the dense weight, and otherwise gets the last rank below break-even.
     """
     break_even = form.break_even(linear)
     if rank < break_even:
@@ -57,7 +57,7 @@ def assign_rank(linear: Linear, rank: int, values: int, form: Form) -> Assignmen
 def make_plan(
     linears: Sequence[Linear], assignments: Mapping[str, Assignment], budget: int
 ) -> Plan:
-    """The plan in the order of the linears, with its total; the caller has kept the budget."""
+    """Make the plan in the order of the linears, with its total; the caller ensures the budget."""
     assignments = {linear.name: assignments[linear.name] for linear in linears}
     stored = sum(assignments[linear.name].stored_values(linear) for linear in linears)
     assert stored <= budget, f"stored {stored} values of a budget of {budget}"
@@ -65,7 +65,7 @@ def make_plan(
 
 
 def by_role(linears: Sequence[Linear]) -> dict[str, list[Linear]]:
-    """The linears of each type: those with the same role, in the order they came in."""
+    """Group the linears by role, in their order."""
     types: dict[str, list[Linear]] = {}
     for linear in linears:
         types.setdefault(linear.role, []).append(linear)

@@ -1,4 +1,4 @@
-"""A budget in bytes: the plan of the most values whose bytes, indices included, still fit."""
+"""Budget in bytes: the largest plan whose bytes, including indices, are within the budget."""
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -9,23 +9,23 @@ from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 
 STEPS = 10**7
-"""The kept fraction is found to one part in so many."""
+"""Resolution of the kept fraction: it is found to one part in `STEPS`."""
 
 
 def fill_bytes(
     allocate: Callable[[float], Plan], linears: Sequence[Linear], share: float, codec: Codec
 ) -> Plan:
-    """The plan of the largest kept fraction that stores at most `share` of the dense bytes.
+    """Find the plan of the largest kept fraction that stores at most `share` of the dense bytes.
 
-    Values never take a larger share than bytes do, so the search is over (0, share], by bisection;
-    it relies on stored bytes that do not fall with the kept fraction.
+    The fraction of values is never above the fraction of bytes, so the bisection is over (0,
+    share]. It assumes that stored bytes do not fall as the kept fraction grows.
 
     Args:
-        allocate: The plan of a kept fraction of values.
-        codec: Number format of the values, dense or not.
+        allocate: Returns the plan for a kept fraction of values.
+        codec: Number format of the values, dense or compressed.
 
     Raises:
-        InfeasibleError: No plan is that small, or none has a budget of `share` at all.
+        InfeasibleError: No plan is small enough, or `share` itself is infeasible as a budget.
     """
     dense_bytes = codec.bytes(sum(linear.values for linear in linears))
     most = Fraction(str(share)) * dense_bytes
@@ -34,7 +34,7 @@ def fill_bytes(
         stored = sum(plan.assignments[each.name].stored_bytes(each, codec) for each in linears)
         return stored <= most
 
-    # what stores no index ends here, and so does what no smaller share can mend
+    # forms without indices end here, as do errors that a smaller fraction cannot fix
     largest = allocate(share)
     if fits(largest):
         return largest
@@ -45,7 +45,7 @@ def fill_bytes(
         try:
             plan = allocate(step / STEPS)
         except InfeasibleError:
-            # too little for a rank or an entry everywhere
+            # too small for one rank or entry per linear
             low = step
             continue
         if fits(plan):
@@ -54,6 +54,7 @@ def fill_bytes(
             high = step - 1
     if found is None:
         raise InfeasibleError(
-            f"keep_bytes: {share} of {dense_bytes} bytes holds no plan, indices included; keep more"
+            f"keep_bytes: {share} of {dense_bytes} bytes is too small for any plan, indices "
+            "included; keep more"
         )
     return found

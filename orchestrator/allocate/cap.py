@@ -1,4 +1,4 @@
-"""CAP's global choice of directions and entries (arXiv 2505.03801), before and after it learns."""
+"""CAP's global choice of directions and entries (arXiv 2505.03801): initialisation and learning."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,58 +33,59 @@ from orchestrator.recipe.options import check_choice, check_number
 class CapAllocator(Allocator):
     """One pool of singular directions and sparse entries over all linears, and one budget.
 
-    Every candidate has a keep-probability s. The paper's second stage draws masks from them,
-    takes the loss of each masked model, moves s against the REINFORCE estimate of the expected
-    loss's gradient, and projects on the budget; in the end the largest s are kept for good.
-    Called as it is, without losses, this is the initialisation alone: a greedy choice by s0.
+    Every candidate has a keep-probability s. The paper's second stage samples masks from the
+    probabilities, measures the loss of each masked model, moves s against the REINFORCE estimate of
+    the gradient of the expected loss, and projects on the budget; at the end the candidates with
+    the largest s are kept. A direct call, without losses, gives the initialisation alone: a greedy
+    choice by s0.
 
-    Entries share probabilities in buckets of equal utility, which the paper, where each has its
-    own, does not do: 70B has 68e9 targeted values, of which a robust PCA leaves some 48e9 entries;
-    one float64 array over them is 383 GB, and there are some fifteen. In buckets, 64 a linear, the
-    driver holds at most 3.44e6 directions and 36e3 buckets for 70B: 0.42 GB in all, of which
-    0.14 GB come to it as JSON, and 10 MB more with each loss.
+    Departure: entries share probabilities in buckets of equal utility; in the paper each entry has
+    its own. A 70B model has 68e9 targeted values, of which a robust PCA leaves about 48e9 entries;
+    one float64 array over them is 383 GB, and about fifteen are needed. With 64 buckets a linear,
+    the driver holds at most 3.44e6 directions and 36e3 buckets for 70B: 0.42 GB, of which 0.14 GB
+    are received as JSON, plus 10 MB per loss.
 
-    Left open by the paper, and chosen here: the initialisation, the baseline (the mean of the last
-    `window` losses: the "sliding window 5"), draws an iteration, eps, and the form of the
-    projection. A first author's code differs from the paper: `init = "magnitude"`,
-    `projection = "multiplicative"`, `baseline = "ema"`, 120 iterations of 8 samples and eta 0.1
-    come near it; its overflow penalty is not here, because a projection leaves no overflow.
+    Not specified by the paper and chosen here: the initialisation, the baseline (the mean of the
+    last `window` losses: the "sliding window 5"), the number of samples per iteration, eps, and the
+    projection. The first author's code differs from the paper: `init = "magnitude"`, `projection =
+    "multiplicative"`, `baseline = "ema"`, 120 iterations of 8 samples and eta 0.1 approximate it;
+    its overflow penalty is omitted, because a projection leaves no overflow.
 
-    Divides what method `cap` stores. More budget need not keep every candidate that less budget
-    keeps: what does not fit is skipped.
+    For results of method `cap`. A larger budget need not keep every candidate that a smaller one
+    keeps: candidates that do not fit are skipped.
     """
 
     scoring: ClassVar[Scoring] = Scoring.MASKS
     curve_type: ClassVar[type[Any]] = Candidates
     init: Init = "utility"
     across: Across = "linear"
-    """How utilities of different linears compare before losses have their say: each over the one
-    at which its own linear would have spent its share (`linear`: all linears start with the same
-    kept fraction), over its linear's energy (`relative`), or as they are (`absolute`: linears with
-    large outputs take from the others). On SmolLM2-135M-Instruct at 0.5 kept, without the second
-    stage: perplexity 2.3e3, 5.8e3 and 7.4e4 on validation text of WikiText-2."""
+    """Comparison of utilities of different linears before the first loss: over the utility at which
+    the linear alone would have spent its kept fraction (`linear`: all linears start with the same
+    kept fraction), over the energy of the linear (`relative`), or unchanged (`absolute`: favours
+    linears with large outputs). On SmolLM2-135M-Instruct at keep 0.5, without the second stage:
+    perplexity 2.3e3, 5.8e3 and 7.4e4 on the validation text of WikiText-2."""
     temperature: float = 0.5
-    """Of the sigmoid in `utility`: smaller is closer to the greedy choice, and draws less."""
+    """Temperature of the sigmoid of `utility`: a smaller value is closer to the greedy choice and
+    draws less."""
     stage2: bool = True
-    """Whether losses are taken at all; the initialisation alone otherwise."""
+    """Use losses (the second stage); False gives the initialisation alone."""
     iterations: int = 3
     samples: int = 4
-    """Masked models an iteration. One, the paper's fewest, would leave the first of three
-    iterations without a baseline, and each step to the noise of a single mask."""
+    """Masked models per iteration. With one, the minimum in the paper, the first of three
+    iterations has no baseline, and each step depends on the noise of a single mask."""
     chunks: int = 8
-    """Calibration sequences that a loss is taken on, the first ones."""
+    """Number of calibration sequences, the first ones, on which a loss is measured."""
     eta: float = 0.05
     eps: float = 0.05
-    """In (m - s) / (s (1 - s) + eps): a candidate that is all but decided moves by less than
-    eta / eps a unit of loss. Near 0 the rarest draws of 1e5 candidates decide most of a step."""
+    """Damping in (m - s) / (s (1 - s) + eps): a candidate close to 0 or 1 moves by less than eta /
+    eps per unit of loss. Near 0, the rarest draws of 1e5 candidates dominate a step."""
     baseline: Literal["window", "ema"] = "window"
     window: int = 5
     beta: float = 0.9
     projection: Projection = "shift"
     keep_better: bool = True
-    """Whether the initialisation is kept where its loss on the same sequences is no larger; the
-    report names both losses and the one that was taken. The first author's code also ends with
-    the better of two."""
+    """Keep the initialisation if its loss on the same sequences is not larger; the report names
+    both losses and the choice. The first author's code also returns the better of two."""
 
     def __post_init__(self) -> None:
         check_choice("cap: init", self.init, ("utility", "magnitude", "constant"))
@@ -99,7 +100,7 @@ class CapAllocator(Allocator):
             value = getattr(self, name)
             if type(value) is not int or value < lowest:
                 raise UsageError(
-                    f"cap: {name} is {value!r}; it must be a whole number, {lowest} up"
+                    f"cap: {name} is {value!r}; it must be an integer, at least {lowest}"
                 )
         for name in ("stage2", "keep_better"):
             if type(getattr(self, name)) is not bool:
@@ -109,7 +110,7 @@ class CapAllocator(Allocator):
 
     @property
     def learns(self) -> bool:
-        """Whether it asks for losses."""
+        """True if the allocator needs losses."""
         return self.stage2 and self.iterations > 0
 
     def __call__(
@@ -121,7 +122,7 @@ class CapAllocator(Allocator):
         *,
         form: Form = LOW_RANK_SPARSE,
     ) -> Plan:
-        """The plan of the initialisation; `curves` are `Candidates`.
+        """Return the plan of the initialisation; `curves` are `Candidates`.
 
         Raises:
             UsageError, InfeasibleError: As `budget_values`.
@@ -131,15 +132,15 @@ class CapAllocator(Allocator):
         return self.plan(pool, choose(pool, self.start(pool, budget), budget), budget)
 
     def pool(
-        self, linears: Sequence[Linear], candidates: Mapping[str, Candidates], share: float
+        self, linears: Sequence[Linear], candidates: Mapping[str, Candidates], keep: float
     ) -> CandidatePool:
-        """The candidates of all linears; `share` is what is to be kept of them."""
-        return make_pool(linears, candidates, self.across, share)
+        """Build the pool of the candidates of all linears; `keep` is the kept fraction."""
+        return make_pool(linears, candidates, self.across, keep)
 
     def start(self, pool: CandidatePool, budget: int) -> np.ndarray:
-        """The probabilities before the first loss, [N]."""
-        share_N = initial(pool, budget, self.init, self.temperature)
-        return project(pool, share_N, budget, self.projection)
+        """Compute the probabilities before the first loss, [N]."""
+        probability_N = initial(pool, budget, self.init, self.temperature)
+        return project(pool, probability_N, budget, self.projection)
 
     def new_baseline(self) -> Baseline:
         return Baseline(self.baseline, self.window, self.beta)
@@ -147,17 +148,18 @@ class CapAllocator(Allocator):
     def step(
         self,
         pool: CandidatePool,
-        share_N: np.ndarray,
+        probability_N: np.ndarray,
         draws: Sequence[Draw],
         baseline: Baseline,
+        *,
         budget: int,
     ) -> np.ndarray:
-        """The probabilities after one iteration's losses, [N]."""
-        share_N = learn(pool, share_N, draws, baseline, eta=self.eta, eps=self.eps)
-        return project(pool, share_N, budget, self.projection)
+        """Update the probabilities with the losses of one iteration, [N]."""
+        probability_N = learn(pool, probability_N, draws, baseline, eta=self.eta, eps=self.eps)
+        return project(pool, probability_N, budget, self.projection)
 
     def plan(self, pool: CandidatePool, choice: Choice, budget: int) -> Plan:
-        """What a choice makes of every linear."""
+        """Convert a choice to a plan."""
         kept = pool.split(choice.kept_N)
         assignments = {}
         for linear in pool.linears:

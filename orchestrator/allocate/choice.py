@@ -1,4 +1,4 @@
-"""What a budget holds of all candidates: from keep-probabilities to what is kept for good.
+"""Choice of the candidates to keep within a budget, from keep-probabilities.
 
 Shape suffixes: N candidates of all linears, K of them in an order, M linears.
 """
@@ -13,28 +13,28 @@ from orchestrator.plan.forms import LOW_RANK
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is kept: of every candidate how many draws, and the linears that stay dense whole."""
+    """Number of kept draws of every candidate, and the linears that stay dense."""
 
     kept_N: np.ndarray
     """int64; all draws of the linears in `dense`."""
     dense: frozenset[str]
 
 
-def choose(pool: CandidatePool, share_N: np.ndarray, budget: int) -> Choice:
-    """The candidates with the largest probabilities that the budget holds.
+def choose(pool: CandidatePool, probability_N: np.ndarray, budget: int) -> Choice:
+    """Choose the candidates with the largest probabilities within the budget.
 
-    Ties go by utility, then by the order of the linears, directions before entries, and index.
-    Each linear's first direction comes before all others, and the last rank below break-even is
-    the last. What does not fit is skipped; of a bucket as many entries as fit are kept, those of
-    the largest utility. A linear whose choice would store as much as the dense weight stays dense,
-    at the dense weight's price, which frees what was above it.
+    Ties are broken by utility, then by the order of the linears, directions before entries, and
+    index. The first direction of each linear precedes all other candidates, and ranks stay below
+    break-even. Candidates that do not fit are skipped; a bucket is kept partially if necessary,
+    with its entries of largest utility. A linear whose choice would store as much as the dense
+    weight stays dense, at the cost of the dense weight, which releases the excess.
 
-    O(n log n) for each time that linears become dense.
+    O(n log n) per round in which linears become dense.
     """
     values_M = np.array([linear.values for linear in pool.linears], dtype=np.int64)
     if budget >= int(values_M.sum()):
         return Choice(pool.count_N.copy(), frozenset(each.name for each in pool.linears))
-    order = _order(pool, share_N)
+    order = _order(pool, probability_N)
     dense_M = np.array([LOW_RANK.break_even(linear) <= 1 for linear in pool.linears])
     while True:
         left = budget - int(values_M[dense_M].sum())
@@ -48,12 +48,12 @@ def choose(pool: CandidatePool, share_N: np.ndarray, budget: int) -> Choice:
         dense_M |= surplus_M
 
 
-def _order(pool: CandidatePool, share_N: np.ndarray) -> np.ndarray:
-    """Indices of the candidates that may be kept, in the order in which they are asked."""
-    order = np.lexsort((np.arange(len(share_N)), -pool.utility_N, -share_N))
+def _order(pool: CandidatePool, probability_N: np.ndarray) -> np.ndarray:
+    """Return the indices of the candidates that may be kept, in the order of choice."""
+    order = np.lexsort((np.arange(len(probability_N)), -pool.utility_N, -probability_N))
     owners = pool.owner_N[order]
     directions = np.flatnonzero(pool.is_direction_N[order])
-    # the place of each direction among those of its linear
+    # index of each direction among those of its linear
     by_owner = directions[np.argsort(owners[directions], kind="stable")]
     starts = np.searchsorted(owners[by_owner], owners[by_owner])
     rank_N = np.full(len(order), -1)
@@ -63,7 +63,7 @@ def _order(pool: CandidatePool, share_N: np.ndarray) -> np.ndarray:
 
 
 def _take(pool: CandidatePool, order: np.ndarray, budget: int, kept_N: np.ndarray) -> None:
-    """Writes to `kept_N` what of the candidates, in this order, the budget holds."""
+    """Write to `kept_N` the candidates that the budget holds, in this order."""
     weight_K = pool.weight_N[order]
     is_direction_K = pool.is_direction_N[order]
     spent_K = np.concatenate([[0], np.cumsum(weight_K)])

@@ -1,4 +1,4 @@
-"""D-Rank: ranks by effective rank, and attention's Q and K give to V (arXiv 2509.25622).
+"""D-Rank: ranks by effective rank, with budget moved from Q and K to V (arXiv 2509.25622).
 
 Indices: G linears (groups of one) that share a budget, K steps of a linear.
 """
@@ -29,42 +29,42 @@ GIVERS, TAKER = ("q_proj", "k_proj"), "v_proj"
 class DRankAllocator(Allocator):
     """Minimises Σ R_g / k_g under Σ k_g ω_g = T: k_g = T / Σ √(R ω) · √(R_g / ω_g).
 
-    R is the effective rank exp(−Σ p ln p), p the squared singular values in the method's norm
-    over their sum; ω the stored values of one rank; T the budget. A group is one linear here.
+    R is the effective rank exp(−Σ p ln p), p the squared singular values in the method's norm over
+    their sum; ω is the stored values per rank; T is the budget. A group is one linear here.
 
-    `setting="exact"` is ours. The minimum is taken over integers, with every linear that reaches
-    break-even made dense (which counts as the rank that stores as much, a fraction included): the
-    next rank goes where R (1/k − 1/(k+1)) / ω is largest. No plan that stores as little has a
-    smaller sum; the ranks follow min(break-even, C √(R/ω)), the water-filling solution, with C
-    set by the budget. Rebalancing moves beta of the budgets of Q and K to V, never more than
-    makes V dense, and each of the three is solved again. Every rank grows with the budget, and
-    with it the stored total; the modelled loss falls.
+    `setting="exact"` is a departure. It minimises over integers; a linear that reaches break-even
+    becomes dense (and counts as the fractional rank of equal size). The next rank goes to the
+    linear with the largest R (1/k − 1/(k+1)) / ω. No plan with as few values has a smaller sum; the
+    ranks follow min(break-even, C √(R/ω)), the water-filling solution, with C determined by the
+    budget. Rebalancing moves the fraction beta of the budgets of Q and K to V, at most until V is
+    dense, and each of the three is solved again. Every rank and the stored total grow with the
+    budget; the modelled loss falls.
 
-    `setting="paper"` rounds the formula above to the nearest rank, clamped to at least 1; where
-    that passes the budget, the ranks rounded up furthest are given back first. What reaches
-    break-even is stored dense, since no larger than its factors and exact, and what it leaves is
-    given to nobody (the paper caps at min(m, n) and says nothing of it). Rebalancing scales the
-    ranks of Q and K by 1 − beta and adds the same number of ranks to every V, up to min(m, n);
-    the rest goes back to Q and K in proportion. Not monotone in the budget, and not everything is
-    dense at 1.
+    `setting="paper"` rounds the formula above to the nearest rank, at least 1; if this exceeds the
+    budget, the ranks that were rounded up most are reduced first. A linear that reaches break-even
+    is stored dense, which is exact and not larger than its factors; the values that this saves stay
+    unused (the paper limits ranks to min(m, n) and does not discuss break-even). Rebalancing scales
+    the ranks of Q and K by 1 − beta and adds the same number of ranks to every V, up to min(m, n);
+    the remainder returns to Q and K in proportion. Not monotone in the budget, and not every linear
+    is dense at keep 1.
 
-    Rebalancing is counted in stored values: with as many heads for K and V as for Q these are the
-    paper's ranks, with fewer its formulas would miss the budget. Departures from the authors'
-    code: the budget is met from below, where theirs takes up to 2 G steps of one rank around it;
-    `accept` and `scope` are off the paper, and said so. Pivoted ranks, whose price falls, are
-    refused: the formulas are for one price.
+    Rebalancing is counted in stored values. With as many heads for K and V as for Q this gives the
+    paper's ranks; with fewer, the paper's formulas would miss the budget. Departures from the
+    authors' code: the budget is met from below, where theirs takes up to 2 G steps of one rank
+    around it; `accept` and `scope` are not in the paper. Pivoted factors are refused, since the
+    formulas assume a constant cost per rank.
     """
 
     setting: Literal["exact", "paper"] = "exact"
-    """Integers at the optimum (`exact`), or the rounded closed form (`paper`)."""
+    """Optimum over integers (`exact`), or the rounded closed form (`paper`)."""
     scope: Literal["type", "model"] = "type"
-    """What shares one budget: the linears of one type, as in the paper, or all of them."""
+    """Linears with a common budget: those of one type, as in the paper, or all of them."""
     beta: float = 0.0
-    """Fraction of the values of Q and K that goes to V; 0.3 to 0.4 in the paper."""
+    """Fraction of the values of Q and K that moves to V; 0.3 to 0.4 in the paper."""
     accept: Literal["none", "code"] = "none"
-    """`code`: the test of the authors' code. A type takes these ranks only if they cut less energy
-    than uniform ranks do, and uniform ones otherwise; q, k and v are not tested, gate_proj is
-    always uniform."""
+    """`code`: the test of the authors' code. The ranks of a type are accepted only if they truncate
+    less energy than uniform ranks; otherwise uniform ranks are used. q, k and v are not tested, and
+    gate_proj is always uniform."""
 
     def __post_init__(self) -> None:
         check_choice("d-rank: setting", self.setting, ("exact", "paper"))
@@ -73,8 +73,8 @@ class DRankAllocator(Allocator):
         check_number("d-rank: beta", self.beta, 0, 1)
         if self.accept == "code" and self.scope == "model":
             raise UsageError(
-                "d-rank: accept is 'code' and scope is 'model'; uniform ranks of one type fit only "
-                "the budget of that type, so give scope 'type'"
+                "d-rank: accept is 'code' and scope is 'model'; 'code' compares with uniform ranks "
+                "within the budget of one type, so give scope 'type'"
             )
 
     def __call__(
@@ -86,11 +86,12 @@ class DRankAllocator(Allocator):
         *,
         form: Form = LOW_RANK,
     ) -> Plan:
-        """
+        """Allocate the budget.
+
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also when factors are pivoted, when
-                beta is above 0 and there is not one type each of q_proj, k_proj and v_proj, or a
-                budget is below rank 1 for each of its linears.
+            UsageError, InfeasibleError: As `budget_values`; also if factors are pivoted, if beta is
+                above 0 without exactly one type each of q_proj, k_proj and v_proj, or if a budget
+                is below rank 1 for each of its linears.
         """
         if not form.has_fixed_price:
             raise UsageError(
@@ -110,7 +111,7 @@ class DRankAllocator(Allocator):
         return make_plan(linears, assignments, budget)
 
     def _pools(self, types: Mapping[str, list[Linear]]) -> dict[str, list[Linear]]:
-        """The linears that share a budget, by a name for messages."""
+        """Return the linears of each budget, by a name for messages."""
         if self.scope == "type":
             return dict(types)
         return {"the model": [linear for group in types.values() for linear in group]}
@@ -152,7 +153,8 @@ class DRankAllocator(Allocator):
         if trio is not None:
             ranks |= _rebalance_ranks([types[role] for role in trio], ranks, self.beta)
             if self.scope == "type":
-                # what moves between the three leaves only their common budget as it was
+                # moving values between the three changes only their separate budgets, not the
+                # common one
                 joined = [linear for role in trio for linear in pools.pop(role)]
                 where = ", ".join(trio)
                 pools[where], shares[where] = joined, sum(shares.pop(role) for role in trio)
@@ -163,11 +165,11 @@ class DRankAllocator(Allocator):
 
 
 def effective_rank(linear: Linear, curve: Curve) -> float:
-    """exp(−Σ p ln p), p the squared singular values over their sum; 1 where all are 0.
+    """Compute exp(−Σ p ln p), p the squared singular values over their sum; 1 if all are 0.
 
-    Between 1 and min(m, n). Where the curve is cut, what its total says is left counts as spread
-    evenly over the directions not listed: an upper bound, off by at most ε ln(their number) in
-    the exponent for a fraction ε left.
+    Between 1 and min(m, n). If the curve is truncated, the remaining energy counts as spread evenly
+    over the unlisted directions. This is an upper bound; for a remaining fraction ε its exponent is
+    too large by at most ε ln(number of unlisted directions).
     """
     unlisted = min(linear.out_features, linear.in_features) - len(curve.energies)
     rest = max(curve.total - float(curve.energies.sum()), 0.0) if unlisted > 0 else 0.0
@@ -185,7 +187,7 @@ def effective_rank(linear: Linear, curve: Curve) -> float:
 def closed_form(
     linears: Sequence[Linear], effective: Mapping[str, float], budget: int
 ) -> dict[str, float]:
-    """k_g = T / Σ √(R ω) · √(R_g / ω_g) for each linear, real and without any bound."""
+    """Compute k_g = T / Σ √(R ω) · √(R_g / ω_g) for each linear, without rounding or bounds."""
     effective_G = np.array([effective[linear.name] for linear in linears])
     cost_G = np.array([float(linear.rank_cost) for linear in linears])
     level = budget / float(np.sqrt(effective_G * cost_G).sum())
@@ -194,10 +196,10 @@ def closed_form(
 
 
 def rebalance(held: Sequence[int], most: int, beta: float) -> list[int]:
-    """Budgets of q, k and v after q and k have given beta of theirs to v, who takes up to `most`.
+    """Move the fraction beta of the budgets of q and k to v, up to the limit `most` of v.
 
-    What v cannot take stays with q and k in proportion. Rounded down each: together they lose at
-    most two values.
+    The excess stays with q and k in proportion. Each budget is rounded down: at most two values are
+    lost in total.
     """
     query, key, value = held
     given = min(Fraction(str(beta)), Fraction(most - value, query + key))
@@ -211,7 +213,7 @@ def rebalance(held: Sequence[int], most: int, beta: float) -> list[int]:
 def _minimise(
     linears: Sequence[Linear], effective: Mapping[str, float], budget: int, where: str
 ) -> dict[str, Assignment]:
-    """The integers that minimise Σ R / k: steps by stored values per gain, the cheapest first.
+    """Minimise Σ R / k over integers: steps in ascending order of stored values per gain.
 
     Rank k + 1 gains R / (k (k + 1)) for ω values. The dense weight counts as rank m n / ω.
     """
@@ -227,9 +229,9 @@ def _minimise(
 def _round(
     linears: Sequence[Linear], ranks: Mapping[str, float], budget: int, where: str
 ) -> dict[str, Assignment]:
-    """The nearest integers within the budget: steps by how far they pass the real rank.
+    """Round the ranks within the budget: steps in ascending order of the excess over the real rank.
 
-    Steps that pass it by more than half a rank are not taken.
+    Steps that exceed it by more than half a rank are not taken.
     """
     keys = []
     for linear in linears:
@@ -239,7 +241,7 @@ def _round(
 
 
 def _find_trio(types: Mapping[str, list[Linear]]) -> list[str]:
-    """The roles of q, k and v."""
+    """Find the roles of q, k and v."""
     trio = []
     for name in (*GIVERS, TAKER):
         found = [role for role in types if _last(role) == name]
@@ -255,7 +257,7 @@ def _find_trio(types: Mapping[str, list[Linear]]) -> list[str]:
 def _rebalance_ranks(
     trio: Sequence[Sequence[Linear]], ranks: Mapping[str, float], beta: float
 ) -> dict[str, float]:
-    """Real ranks after Q and K have given beta of theirs to V, as the same rank for every V."""
+    """Move the fraction beta of the real ranks of Q and K to V, with equal ranks for every V."""
     givers, takers = [*trio[0], *trio[1]], trio[2]
     offered = beta * sum(ranks[linear.name] * linear.rank_cost for linear in givers)
     each = offered / sum(linear.rank_cost for linear in takers)
@@ -275,7 +277,7 @@ def _accept(
     keep: float,
     assignments: Mapping[str, Assignment],
 ) -> dict[str, Assignment]:
-    """The assignments, with uniform ones for every type that the authors' test refuses."""
+    """Replace assignments by uniform ones for every type that fails the authors' test."""
     accepted = dict(assignments)
     for role, group in types.items():
         if _last(role) in (*GIVERS, TAKER):

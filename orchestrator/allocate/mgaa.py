@@ -1,4 +1,4 @@
-"""MGAA (reconstruction): between sublayers by cosine, within one by energy (arXiv 2507.03294).
+"""MGAA (reconstruction): between sublayers by cosine, within by energy (arXiv 2507.03294).
 
 Indices: S sublayers, K steps of a linear.
 """
@@ -26,41 +26,41 @@ RULES = ("power", "softmax", "linear", "retain")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MgaaAllocator(Allocator):
-    """MGAA (reconstruction): the paper's formula from cosine to kept fraction is not public.
+    """MGAA, reconstructed: the paper's formula from cosine to kept fraction is not public.
 
-    The abstract of Multi-Granular Adaptive Allocation gives two principles, and they are kept:
+    The abstract of Multi-Granular Adaptive Allocation gives two principles, implemented here:
 
     1. Between sublayers (the attention or the MLP part of a block) the kept fraction follows the
-       cosine c between the residual stream before and after it: the more alike, the less is kept.
+       cosine c between the residual stream before and after it: the more similar, the less is kept.
        The rules below are ours; each is scaled so that the fractions, weighted by size, meet the
        budget. Cosines are clamped to [0, 1].
-    2. Within a sublayer all matrices retain the same fraction of their energy E(k), the sum of
-       the k largest squared singular values over all, in the norm that the method truncates in.
-       Solved exactly in integers: the next rank always goes to the linear that has captured the
-       least, until the next one does not fit. No other ranks within the sublayer's share have a
-       larger least retained energy. A linear whose turn comes at break-even becomes dense, at the
-       dense weight's price, so what the others share is right by construction.
+    2. Within a sublayer all matrices retain the same fraction of their energy E(k), the sum of the
+       k largest squared singular values over the sum of all, in the norm of the method. Solved
+       exactly in integers: the next rank always goes to the linear with the least captured energy,
+       until the next rank does not fit. No other ranks within the sublayer's share have a larger
+       minimum of the retained energy. A linear that reaches break-even becomes dense, at the cost
+       of the dense weight, so the share of the others is exact.
 
-    What a sublayer's share leaves is less than its next rank. With `leftover="largest"` the
-    sublayers whose next rank passes their share by least, as a fraction of it, get it from what
-    all leave together, until the next one does not fit; a share and its bounds are passed by less
-    than one rank. With `slack` it is left: then every rank grows with the budget, and with it the
-    stored total; the modelled loss falls.
+    The unused part of a sublayer's share is smaller than its next rank. With `leftover="largest"`
+    the unused parts of all sublayers together pay for next ranks, in ascending order of the
+    relative excess over the share, until the next one does not fit; a share and its bounds are
+    exceeded by less than one rank. With `slack` they stay unused: then every rank and the stored
+    total grow with the budget, and the modelled loss falls.
     """
 
     rule: Literal["power", "softmax", "linear", "retain"] = "power"
     """Kept ∝ (1 − c)^t (`power`) or the angle arccos(c) (`retain`); removed ∝
     exp(c / temperature) (`softmax`) or c (`linear`)."""
     t: float = 0.5
-    """Exponent of `power`; 0 is uniform, 1 in proportion to 1 − c."""
+    """Exponent of `power`; 0 is uniform, 1 is proportional to 1 − c."""
     temperature: float = 0.1
     """Temperature of `softmax`; larger is closer to uniform."""
     low: float = 0.3
-    """Least kept fraction of a sublayer."""
+    """Smallest kept fraction of a sublayer."""
     high: float = 0.98
     """Largest kept fraction of a sublayer."""
     leftover: Literal["largest", "slack"] = "largest"
-    """What becomes of values that hold no further rank of their sublayer."""
+    """Use of values too few for a further rank of their sublayer."""
 
     def __post_init__(self) -> None:
         check_choice("mgaa: rule", self.rule, RULES)
@@ -79,16 +79,17 @@ class MgaaAllocator(Allocator):
         *,
         form: Form = LOW_RANK,
     ) -> Plan:
-        """
+        """Allocate the budget.
+
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also when `keep` lies outside the
-                bounds, or a sublayer's share is below rank 1 for each of its linears.
+            UsageError, InfeasibleError: As `budget_values`; also if `keep` is outside the bounds,
+                or a sublayer's share is below rank 1 for each of its linears.
             InputError: The cosine of a sublayer is missing or not finite.
         """
         budget = budget_values(linears, keep, form)
         if not self.low <= keep <= self.high:
             raise InfeasibleError(
-                f"keep: {keep} is outside [{self.low}, {self.high}], what mgaa may keep of a "
+                f"keep: {keep} is outside [{self.low}, {self.high}], the bounds of mgaa for a "
                 f"sublayer; {'lower its low' if keep < self.low else 'raise its high'}"
             )
         sublayers: dict[str, list[Linear]] = {}
@@ -102,7 +103,7 @@ class MgaaAllocator(Allocator):
         following: list[tuple[float, int, Linear]] = []
         for (name, part), share in zip(sublayers.items(), kept_S * size_S, strict=True):
             keys = [captured(linear, curves[linear.name], form) for linear in part]
-            # what bisection left below a whole number is given back: under one value in all
+            # bisection may end just below an integer; corrects less than one value in total
             values = math.floor(share * (1 + 1e-13))
             taken = spend(part, keys, values, where=f"sublayer {name}", form=form)
             assignments |= taken
@@ -120,21 +121,21 @@ class MgaaAllocator(Allocator):
         return make_plan(linears, assignments, budget)
 
     def kept_fractions(self, cosine_S: np.ndarray, size_S: np.ndarray, budget: float) -> np.ndarray:
-        """What each sublayer keeps, [S]: within the bounds, its sum over sizes the budget.
+        """Compute the kept fraction of each sublayer, [S], within the bounds.
 
-        Met from below to rounding. Each fraction grows with the budget; equal cosines give equal
-        fractions.
+        The sum weighted by size meets the budget from below, up to rounding. Each fraction grows
+        with the budget; equal cosines give equal fractions.
         """
         cosine_S = np.clip(cosine_S, 0, 1)
         if self.rule in ("power", "retain"):
             power = self.rule == "power"
             score_S = (1 - cosine_S) ** self.t if power else np.arccos(cosine_S)
-            kept_S, _ = find_scale(score_S, size_S, self.low, self.high, budget)
+            kept_S, _ = find_scale(score_S, size_S, budget, low=self.low, high=self.high)
             return kept_S
         distance_S = (cosine_S - cosine_S.max()) / self.temperature
         score_S = np.exp(distance_S) if self.rule == "softmax" else cosine_S
         removed = float(size_S.sum() - budget)
-        _, removed_S = find_scale(score_S, size_S, 1 - self.high, 1 - self.low, removed)
+        _, removed_S = find_scale(score_S, size_S, removed, low=1 - self.high, high=1 - self.low)
         return np.asarray(np.clip(1 - removed_S, self.low, self.high))
 
 
@@ -144,7 +145,8 @@ def _next_step(
     taken: Mapping[str, Assignment],
     form: Form,
 ) -> tuple[Linear, int] | None:
-    """The linear of a sublayer whose turn it is, and what its step stores more."""
+    """Return the linear of a sublayer that gets the next step, and the additional values of that
+    step."""
     waiting = [
         (float(key[taken[linear.name].rank]), linear)
         for linear, key in zip(part, keys, strict=True)
@@ -157,16 +159,16 @@ def _next_step(
 
 
 def _larger(linear: Linear, assignment: Assignment, form: Form) -> Assignment:
-    """One step more."""
+    """Return the assignment one step larger."""
     if assignment.rank + 1 == len(step_costs(linear, form=form)):
         return Assignment(form="dense")
     return replace(assignment, rank=assignment.rank + 1)
 
 
 def captured(linear: Linear, curve: Curve, form: Form = LOW_RANK) -> np.ndarray:
-    """Fraction of the energy that is captured before each step, ascending from 0, [K].
+    """Return the fraction of the energy captured before each step, ascending from 0, [K].
 
-    A linear without energy has captured all of it from rank 1 on.
+    For a linear without energy it is 1 from rank 1 on.
     """
     steps = len(step_costs(linear, form=form))
     if curve.total <= 0:

@@ -1,7 +1,7 @@
-"""Curves of very many linears: each at some of its ranks, with a bound on what that loses.
+"""Sampled curves for models with very many linears: energies at some ranks, with an error bound.
 
-A driver that holds 560,000 full curves, as of a model with thousands of experts, would hold
-gigabytes. At 128 knots it holds half a kilobyte a linear and a number.
+560,000 full curves, as for a model with thousands of experts, would take gigabytes in the driver.
+With 128 samples, a curve takes half a kilobyte per array.
 """
 
 from dataclasses import dataclass
@@ -11,45 +11,47 @@ import numpy as np
 from orchestrator.plan.curve import Curve
 
 MOST = 128
-"""Knots of a curve."""
+"""Maximum number of samples of a curve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Knots:
-    """A curve at some ranks; between two of them the energy counts as spread evenly."""
+class SampledCurve:
+    """Curve at some ranks; between two of them the energy counts as spread evenly."""
 
     name: str
     ranks: np.ndarray
-    """Ascending from 1, int32 [knots]."""
+    """Ascending from 1, int32 [samples]."""
     energies: np.ndarray
-    """Of the ranks behind the knot before, up to this one, float32 [knots]."""
+    """Energy of the ranks after the previous sample up to this one, float32 [samples]."""
     total: float
     error: float
-    """Bound: at no rank is `loss` further above the curve's than this part of the total."""
+    """Bound: at every rank, `loss` exceeds that of the curve by at most this fraction of the
+    total."""
 
     def loss(self, rank: int) -> float:
-        """As of a curve; at a rank between knots never below it, for energies descend."""
+        """Return the loss of a rank, as `Curve.loss`; between samples never below it, since
+        energies descend."""
         before = np.concatenate([[0], self.ranks])
         captured = np.concatenate([[0.0], np.cumsum(self.energies, dtype=np.float64)])
         return max(self.total - float(np.interp(rank, before, captured)), 0.0)
 
 
-def sample_curve(curve: Curve, last: int, most: int = MOST) -> Knots:
-    """A curve up to a rank, at `most` knots at most.
+def sample_curve(curve: Curve, last: int, most: int = MOST) -> SampledCurve:
+    """Sample a curve up to a rank, with at most `most` samples.
 
-    Linear interpolation errs by an eighth of the second difference times the squared distance of
-    the knots, so these lie as densely as the root of the second difference. What the error then is
-    is measured at every rank, not estimated. O(last).
+    The error of linear interpolation is an eighth of the second difference times the squared
+    distance of the samples, so the density of samples follows the square root of the second
+    difference. The resulting error is measured at every rank. O(last).
 
     Args:
-        last: The largest rank that factors can have, break-even less one.
+        last: Largest rank of the factors, break-even less one.
     """
     energies = curve.energies[:last]
     if last <= most:
         ranks = np.arange(1, last + 1)
     else:
         curvature = np.sqrt(np.maximum(-np.diff(energies), 0.0))
-        # a part is spread evenly, so that no piece of a straight curve goes without a knot
+        # a part is spread evenly, so that straight pieces of a curve get samples too
         density = np.cumsum(np.append(curvature / (curvature.sum() or 1.0), 0.0) + 0.25 / last)
         wanted = np.linspace(0, density[-1], most)
         places = np.searchsorted(density, wanted, side="left") + 1
@@ -58,7 +60,7 @@ def sample_curve(curve: Curve, last: int, most: int = MOST) -> Knots:
     edges = np.concatenate([[0], ranks])
     between = np.interp(np.arange(last + 1), edges, captured[edges])
     gap = float(np.max(captured - between, initial=0.0))
-    return Knots(
+    return SampledCurve(
         name=curve.name,
         ranks=ranks.astype(np.int32),
         energies=np.diff(captured[edges]).astype(np.float32),

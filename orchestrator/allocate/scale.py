@@ -1,19 +1,19 @@
-"""Scores to fractions: one factor for all, found so that bounds and a total are met."""
+"""Conversion of scores to fractions by one common factor, subject to bounds and a total."""
 
 import numpy as np
 
 LEAST_SCORE = 1e-12
-"""A smaller score counts as this one, so that equal scores stay equal down to zero."""
+"""Lower limit of scores, so that equal scores give equal fractions down to zero."""
 
 
 def find_scale(
-    score_N: np.ndarray, size_N: np.ndarray, low: float, high: float, total: float
+    score_N: np.ndarray, size_N: np.ndarray, total: float, *, low: float, high: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fractions clip(a · score, low, high) whose sum over size is `total`, from below and above.
+    """Find fractions clip(a · score, low, high) with weighted sum `total`, from below and above.
 
-    The sum grows with a, so bisection down to neighbouring floats brackets the root; both ends
-    are returned for the caller to choose the side that must not be passed. A total that the
-    bounds do not reach gives the bound itself, twice. Each fraction grows with `total`.
+    The sum grows with a, so bisection to adjacent floats brackets the root. Both ends are returned,
+    so that the caller chooses the side that must not be exceeded. A total outside the reach of the
+    bounds gives the bound itself, twice. Each fraction grows with `total`.
     """
     score_N = np.maximum(score_N, LEAST_SCORE)
 

@@ -1,10 +1,10 @@
-"""A linear as a chain of steps, and the steps that a budget buys.
+"""Ranks of a linear as a chain of steps, and the selection of steps within a budget.
 
 A linear of break-even rank b has b steps: one for each rank below b, and a last one that makes it
-dense, at the price of what the dense weight stores more. Where b is 0 or 1 its only step is the
-dense weight. Every rank costs the same, pivoted each one less than the one before. Of a curve that
-is known at some ranks alone (`Knots`) a step takes all ranks up to the next of these. An allocator
-says in which order steps are worth taking; `spend` takes them.
+dense, at the cost of the additional values of the dense weight. If b is 0 or 1, the only step is
+the dense weight. Every rank costs the same; of pivoted factors, each rank costs less than the one
+before. For a curve known at some ranks only (`SampledCurve`) a step takes all ranks up to the next
+sample. An allocator orders the steps by keys; `spend` takes them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,10 +20,10 @@ from orchestrator.plan.plan import Assignment
 def step_costs(
     linear: Linear, ranks: np.ndarray | None = None, form: Form = LOW_RANK
 ) -> np.ndarray:
-    """Stored values that each step adds, int64 [steps]; they sum to the dense weight's values.
+    """Return the stored values that each step adds, int64 [steps]; their sum is the dense size.
 
     Args:
-        ranks: Those that steps end at, ascending, the dense one's left out; else every rank.
+        ranks: Final ranks of the steps except the dense one, ascending; None means every rank.
     """
     ends = np.arange(1, form.break_even(linear)) if ranks is None else ranks
     stored = np.zeros(len(ends) + 2, dtype=np.int64)
@@ -31,6 +31,19 @@ def step_costs(
     stored[-1] = linear.values
     costs: np.ndarray = stored[1:] - stored[:-1]
     return costs
+
+
+def _order_by_key(
+    keys: Iterable[np.ndarray], counts: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """Sort all steps, first steps before others; also count the steps with finite keys."""
+    all_keys = np.empty(first[-1])
+    for start, count, key in zip(first, counts, keys, strict=False):
+        assert key.shape == (count,)
+        assert np.all(key[1:] >= key[:-1]), "a step must not precede those that it depends on"
+        all_keys[start : start + count] = key
+    all_keys[first[:-1]] = -np.inf
+    return np.argsort(all_keys, kind="stable"), int(np.count_nonzero(all_keys < np.inf))
 
 
 def spend(
@@ -42,23 +55,24 @@ def spend(
     ranks: Sequence[np.ndarray | None] | None = None,
     form: Form = LOW_RANK,
 ) -> dict[str, Assignment]:
-    """Takes steps in ascending order of their keys until the next one does not fit.
+    """Take steps in ascending order of their keys until the next one does not fit.
 
-    `keys[i]` is float64 [steps of linear i] and never descends. Every linear's first step comes
-    before all others, whatever its key; equal keys go in the order of the linears; a step with an
-    infinite key is never taken. What is left is less than the next step's cost, and stays unused:
-    no cheaper step is taken out of turn. So what a smaller budget buys with the same keys is part
-    of what a larger one buys, and with keys that are costs per gain no plan that stores as little
-    gains more. Of a step of several ranks as many are taken as fit.
+    `keys[i]` is float64 [steps of linear i] and never descends. The first steps of all linears come
+    before all others, regardless of their keys; ties follow the order of the linears; a step with
+    an infinite key is never taken. The remainder is less than the cost of the next step and stays
+    unused: no cheaper step is taken out of order. Therefore the steps of a smaller budget are a
+    subset of those of a larger one with the same keys, and if keys are costs per gain, no plan with
+    as few values gains more. A step of several ranks is taken partially if necessary.
 
-    O(n log n) in the number of steps, and some 40 bytes for each.
+    O(n log n) in the number of steps, about 40 bytes each.
 
     Args:
-        keys: One after the other; nothing of them is kept but the numbers.
-        ranks: Of each linear those that its steps end at, as `step_costs` has it.
+        keys: Consumed one at a time, so that a generator saves memory.
+        ranks: Final ranks of the steps of each linear, as for `step_costs`.
 
     Raises:
-        InfeasibleError: The first steps alone cost more, with `where` in the message.
+        InfeasibleError: The first steps alone cost more than the budget; `where` is named in the
+            message.
     """
     ends = [None] * len(linears) if ranks is None else ranks
     costs = [step_costs(linear, end, form) for linear, end in zip(linears, ends, strict=True)]
@@ -66,15 +80,7 @@ def spend(
     first = np.concatenate([[0], np.cumsum(counts)])
     all_costs = np.concatenate(costs)
     del costs
-    all_keys = np.empty(len(all_costs))
-    for start, count, key in zip(first, counts, keys, strict=False):
-        assert key.shape == (count,)
-        assert np.all(key[1:] >= key[:-1]), "a step must not come before those it builds on"
-        all_keys[start : start + count] = key
-    all_keys[first[:-1]] = -np.inf
-    order = np.argsort(all_keys, kind="stable")
-    wanted = int(np.count_nonzero(all_keys < np.inf))
-    del all_keys
+    order, wanted = _order_by_key(keys, counts, first)
     spent = all_costs[order]
     del all_costs
     np.cumsum(spent, out=spent)
@@ -82,7 +88,7 @@ def spend(
     if least > budget:
         raise InfeasibleError(
             f"{where}: a share of {budget} values is below rank 1 for each of {len(linears)} "
-            f"linears, which stores {least}; keep more, or leave some out with --ignore"
+            f"linears, which stores {least}; keep more, or exclude some with --ignore"
         )
     taken = min(int(np.searchsorted(spent, budget, side="right")), wanted)
     left = budget - int(spent[taken - 1])

@@ -17,40 +17,39 @@ from orchestrator.recipe.options import check_number, check_whole
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strs(Allocator):
-    """STRS: what the model loses where one linear alone is cut decides how far that one is cut.
+    """STRS: rank of a linear by the loss of the model with this linear alone truncated.
 
-    Every linear is cut to each kept fraction of a grid, all others dense, and the model's mean
-    cross-entropy on a few calibration sequences is taken; the paper's perplexity is its exponential
-    and gives the same order. All these trials stand in one list, the largest loss first. A
-    threshold in it rejects the trials before it; every linear takes the smallest size among its
-    trials that are left, and stays dense where none is. The threshold is the lowest one whose plan
-    fits the budget: the stored total grows with every rejected trial, so it is found by rejecting
-    one after the other, in whole numbers. Equal losses go in the order of the linears, then by
-    rank.
+    Each linear is truncated to each kept fraction of a grid, with all others dense, and the mean
+    cross-entropy of the model on a few calibration sequences is measured; the paper's perplexity is
+    its exponential and gives the same order. All trials are sorted by descending loss. A threshold
+    rejects the trials before it; every linear gets the smallest size among its remaining trials,
+    and stays dense if none remains. The threshold is the lowest one whose plan is within the
+    budget: the stored total grows with every rejected trial, so trials are rejected one by one, in
+    integer arithmetic. Ties follow the order of the linears, then the rank.
 
-    Ranks are floor(kept · m n / (m + n)), below break-even; pivoted, as `Uniform` has them. A
-    linear of which no kept fraction of the grid holds a rank stays dense; equal ranks are one
+    Ranks are floor(kept · m n / (m + n)), below break-even; for pivoted factors as in `Uniform`. A
+    linear for which no kept fraction of the grid allows a rank stays dense; equal ranks are one
     trial.
 
-    Laws: all of `orchestrator.allocate`, with sensitivities in the place of curves. A budget below
-    the smallest of the grid everywhere is an `InfeasibleError` too. What is left of the budget is
-    less than the next linear's step, a fifth of its weight with the default grid, up to three
-    fifths where it goes from the smallest size to the dense one; it is reported as slack.
+    Laws: all of `orchestrator.allocate`, with sensitivities instead of curves. A budget below the
+    smallest size of the grid everywhere is an `InfeasibleError` too. The unused budget is less than
+    the step of the next linear, a fifth of its weight with the default grid, up to three fifths
+    from the smallest size to the dense one; it is reported as slack.
 
-    Costs O(n log n) in the number of trials; taking the losses costs linears · grid evaluations of
+    O(n log n) in the number of trials; measuring the losses costs linears · grid evaluations of
     half the model on average (see `stages.score_sensitivities.job`).
 
-    From the authors' code: theirs ends with the last midpoint of a binary search, which may be one
-    off; this is the converged threshold. Ranks are not rounded to a multiple. The language
-    model's head is no linear of a block, and stays as it is. The paper's grid is 0.1 to 0.9 in
-    steps of 0.1, on 32 sequences of 2048 tokens: 2.25 times the trials on 16 times the text.
+    Departures from the authors' code: it returns the last midpoint of a binary search, which may be
+    off by one; here the threshold is converged. Ranks are not rounded to a multiple. The language
+    model head does not belong to a block and is unchanged. The paper's grid is 0.1 to 0.9 in steps
+    of 0.1, on 32 sequences of 2048 tokens: 2.25 times the trials on 16 times the text.
     """
 
     scoring: ClassVar[Scoring] = Scoring.SENSITIVITIES
     grid: str = "0.4 0.6 0.8 0.9"
-    """Kept fractions that every linear is tried at, ascending, between 0 and 1."""
+    """Kept fractions of the trials, ascending, between 0 and 1."""
     windows: int = 2
-    """Calibration sequences that a loss is taken on, the first ones."""
+    """Number of calibration sequences, the first ones, on which a loss is measured."""
 
     def __post_init__(self) -> None:
         check_whole("strs: windows", self.windows, 1, 10**6)
@@ -63,22 +62,24 @@ class Strs(Allocator):
                 f'strs: grid is {self.grid!r}; it must be numbers like "0.4 0.6 0.8"'
             ) from error
         if not kept or sorted(set(kept)) != [*kept]:
-            raise UsageError(f"strs: grid is {self.grid!r}; it must ascend, one number at least")
+            raise UsageError(
+                f"strs: grid is {self.grid!r}; it must have at least one number and be ascending"
+            )
         for each in kept:
             check_number("strs: grid", each, 1e-6, 1 - 1e-6)
 
     @property
     def kept(self) -> tuple[float, ...]:
-        """The kept fractions of the grid."""
+        """Kept fractions of the grid."""
         return tuple(float(word) for word in self.grid.replace(",", " ").split())
 
     def ranks(self, linear: Linear, form: Form = LOW_RANK) -> tuple[int, ...]:
-        """The ranks that a linear is tried at, ascending; none where factors save nothing."""
+        """Ranks at which a linear is tried, ascending; empty if factors do not save values."""
         ranks = {self.rank(linear, kept, form) for kept in self.kept}
         return tuple(sorted(ranks - {0}))
 
     def rank(self, linear: Linear, kept: float, form: Form = LOW_RANK) -> int:
-        """The rank that a kept fraction of a linear holds, below break-even; 0 where none."""
+        """Rank that a kept fraction of a linear allows, below break-even; 0 if none."""
         rank = form.rank_within(linear, share_values([linear], kept))
         return max(min(rank, form.break_even(linear) - 1), 0)
 
@@ -87,10 +88,10 @@ class Strs(Allocator):
         self.budget(linears, keep, form)
 
     def budget(self, linears: Sequence[Linear], keep: float, form: Form = LOW_RANK) -> int:
-        """The values that the linears may store together.
+        """Return the number of values that the linears may store together.
 
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also where the smallest of the grid
+            UsageError, InfeasibleError: As `budget_values`; also if the smallest size of the grid
                 stores more.
         """
         budget = budget_values(linears, keep, form)
@@ -112,7 +113,7 @@ class Strs(Allocator):
         *,
         form: Form = LOW_RANK,
     ) -> Plan:
-        """The plan of the lowest threshold that fits; of the curves the sensitivities are used.
+        """Return the plan of the lowest threshold within the budget; uses the sensitivities.
 
         Raises:
             UsageError, InfeasibleError: As `budget`.
@@ -144,7 +145,7 @@ class Strs(Allocator):
 
 
 def _sizes(linear: Linear, ranks: Collection[int], form: Form) -> list[int]:
-    """Values that the linear stores at each of the ranks, and dense."""
+    """Stored values of the linear at each of the ranks, and dense."""
     return [*(form.factor_values(linear, rank) for rank in ranks), linear.values]
 
 
@@ -153,6 +154,6 @@ def _sensitivity(curve: Curve, rank: int) -> float:
     if not math.isfinite(loss):
         raise InputError(
             f"{curve.name}: its sensitivity at rank {rank} is "
-            f"{curve.sensitivities.get(rank, 'missing')}; strs needs a finite loss of every trial"
+            f"{curve.sensitivities.get(rank, 'missing')}; strs needs a finite loss for every trial"
         )
     return loss

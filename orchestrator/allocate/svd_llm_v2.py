@@ -1,4 +1,4 @@
-"""SVD-LLM v2: by the logarithm of each linear's truncation loss (arXiv 2503.12340).
+"""SVD-LLM v2: allocation by the logarithm of the truncation loss (arXiv 2503.12340).
 
 Indices: N linears of one type, K steps of a linear.
 """
@@ -20,27 +20,29 @@ from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_number
 
 LEAST_LOG = 1e-6
-"""Stands for the logarithm of a loss of 1 or less, where the paper's formula has no meaning."""
+"""Replacement for the logarithm of a loss of 1 or less, for which the paper's formula is
+undefined."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SvdLlmV2Allocator(Allocator):
-    """Within each type of N linears the removed fraction is N R s_i / Σ s, with s_i = 1 / ln L_i.
+    """Removed fraction of linear i in its type of N linears: N R s_i / Σ s, s_i = 1 / ln L_i.
 
-    R is the removed fraction asked for and L_i = |(W − W') X|_F the loss at uniform rank, the
-    root of the curve's tail there: what loses much is cut less. Each type keeps its own budget.
+    R is the requested removed fraction and L_i = |(W − W') X|_F the loss at uniform rank, the root
+    of the curve's tail there: linears with a large loss are truncated less. Each type has its own
+    budget.
 
-    What the paper leaves open: L is the sum over all calibration tokens, not normalised, so the
-    result depends on their number. The formula needs L > 1; as L falls to 1 its score grows
-    without end, and a loss of 1 or less takes that limit: such a linear is cut to the cap before
-    any other (those at the limit alike). Removed fractions are clipped to [0, most_removed] and
-    the factor N R / Σ s is solved for again, so that the type's budget holds. The shares become
-    ranks by largest remainder: each linear gets what its share holds, then the ranks that pass
-    their share by least, until the next one does not fit.
+    Not specified by the paper: L is the sum over all calibration tokens, not normalised, so the
+    result depends on their number. The formula needs L > 1; as L approaches 1 the score diverges,
+    and a loss of 1 or less uses that limit: such linears are truncated to the cap before all
+    others, and equally. Removed fractions are clipped to [0, most_removed] and the factor N R / Σ s
+    is solved for again, so that the budget of the type holds. Shares become ranks by largest
+    remainder: each linear gets the ranks that its share holds, then those that exceed their share
+    least, until the next one does not fit.
 
-    Not monotone in the budget: the scores are taken at the uniform rank, which moves with it, so
-    a larger budget can take ranks from a linear. The stored total does not fall by more than the
-    rank that did not fit.
+    Not monotone in the budget: the scores depend on the uniform rank and therefore on the budget,
+    so a larger budget can lower the rank of a linear. The stored total falls by at most the rank
+    that did not fit.
     """
 
     most_removed: float = 0.95
@@ -58,16 +60,17 @@ class SvdLlmV2Allocator(Allocator):
         *,
         form: Form = LOW_RANK,
     ) -> Plan:
-        """
+        """Allocate the budget.
+
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also when more than `most_removed`
-                would have to go, or a type's share is below rank 1 for each of its linears.
+            UsageError, InfeasibleError: As `budget_values`; also if more than `most_removed` would
+                have to be removed, or the share of a type is below rank 1 for each of its linears.
         """
         budget = budget_values(linears, keep, form)
         if keep + self.most_removed < 1:
             raise InfeasibleError(
-                f"keep: {keep} removes more than {self.most_removed}, what svd-llm-v2 may remove "
-                "of a linear; keep more, or raise its most_removed"
+                f"keep: {keep} removes more than {self.most_removed}, the most that svd-llm-v2 may "
+                "remove of a linear; keep more, or raise its most_removed"
             )
         assignments: dict[str, Assignment] = {}
         for role, group in by_role(linears).items():
@@ -82,17 +85,20 @@ class SvdLlmV2Allocator(Allocator):
         return make_plan(linears, assignments, budget)
 
     def _shares(self, group: Sequence[Linear], loss_N: np.ndarray, share: int) -> np.ndarray:
-        """Values that each linear of a type should store, [N]; at most `share` together."""
+        """Compute the values that each linear of a type should store, [N].
+
+        Their sum is at most `share`.
+        """
         size_N = np.array([float(linear.values) for linear in group])
         # ln L = ln(L²) / 2
         score_N = 1 / np.maximum(np.log(np.maximum(loss_N, 1)) / 2, LEAST_LOG)
         removed = float(size_N.sum() - share)
-        _, removed_N = find_scale(score_N, size_N, 0, self.most_removed, removed)
+        _, removed_N = find_scale(score_N, size_N, removed, low=0, high=self.most_removed)
         share_N: np.ndarray = (1 - removed_N) * size_N
         return share_N
 
 
 def _uniform_loss(linear: Linear, curve: Curve, keep: float, form: Form) -> float:
-    """L², the energy that the uniform rank cuts."""
+    """Return L², the energy truncated at the uniform rank."""
     rank = form.rank_within(linear, share_values([linear], keep))
     return curve.loss(max(min(rank, form.break_even(linear) - 1), 0))

@@ -1,4 +1,4 @@
-"""Ranks and entries of all linears under one budget, by measured losses of both together.
+"""Allocation of ranks and entries under one budget, by measured losses of both together.
 
 Indices: P points of a linear, ordered by entries, then by rank.
 """
@@ -19,11 +19,11 @@ from orchestrator.plan.plan import Assignment, Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surface:
-    """What entries and factors beside them lose of one linear, where it was measured.
+    """Measured losses of one linear at combinations of entries and factors.
 
-    Rank 0 is among the points of every number of entries, and entries alone can be of any number;
-    factors stand beside the numbers that were measured alone, of any rank up to the largest there.
-    Plain data, to JSON and back unchanged.
+    Every number of entries has a point of rank 0. Entries alone may have any number; factors are
+    allowed only with the measured numbers of entries, at any rank up to the largest measured. Plain
+    data; the JSON round trip is exact.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Surface:
     ranks: np.ndarray
     """int64 [P]."""
     losses: np.ndarray
-    """In one unit for all linears, float64 [P]."""
+    """float64 [P], in one unit for all linears."""
     activation_losses: np.ndarray
     """Squared error of the outputs, float64 [P]."""
     weight_losses: np.ndarray
@@ -50,13 +50,14 @@ class Surface:
         return cls(name=value["name"], **arrays)
 
     def loss(self, rank: int, nonzeros: int) -> float:
-        """What this mix loses; never more than less of the part that it varies in."""
+        """Return the loss of a combination; a larger rank, or more entries alone, never loses
+        more."""
         return self._between(self.losses, rank, nonzeros, falls=True)
 
     def _between(self, losses: np.ndarray, rank: int, nonzeros: int, *, falls: bool) -> float:
-        """Between two points interpolated: by rank, or by entries alone.
+        """Interpolate between two points, by rank or by entries alone.
 
-        A norm falls more evenly than its square.
+        Norms are interpolated, since they fall more evenly than their squares.
         """
         here = self.nonzeros == nonzeros if rank else self.ranks == 0
         kept, most = (self.ranks, rank) if rank else (self.nonzeros, nonzeros)
@@ -64,14 +65,14 @@ class Surface:
         return float(np.interp(most, kept[here], np.sqrt(known))) ** 2
 
     def largest_ranks(self) -> dict[int, int]:
-        """By the number of entries that factors may stand beside, the largest rank of them."""
+        """Return the largest rank of factors by the number of entries that allow factors."""
         starts = np.flatnonzero(self.ranks == 0)
         last = np.append(starts[1:], len(self.ranks)) - 1
         pairs = zip(self.nonzeros[last].tolist(), self.ranks[last].tolist(), strict=True)
         return {nonzeros: rank for nonzeros, rank in pairs if rank}
 
     def errors(self, rank: int, nonzeros: int) -> dict[str, float]:
-        """What is lost of outputs and weight, as fractions of what nothing kept would lose."""
+        """Return the errors of outputs and weight, as fractions of the loss with no part kept."""
         found = {}
         for name in ("activation", "weight"):
             losses = getattr(self, f"{name}_losses")
@@ -84,19 +85,19 @@ class Surface:
 class TwoSidedSparseAllocator(Allocator):
     """Minimises the summed loss over entries and rank of every linear, under one budget.
 
-    Of each linear the lower convex hull of the measured losses over stored values, n entries and
-    r (m + n) values of factors, the dense weight its last corner, is a chain of pieces of falling
-    gain a value. The pieces of all linears are bought in that order, and of the one that does not
-    fit as many values as are left. For the values that a linear then has, the best it can be is
-    taken: entries alone, or factors beside one of the measured numbers of entries. So the plan is
-    the optimum, of those at measured points, for every budget that ends at a corner; only the last
-    linear may leave values unspent, less than its piece.
+    For each linear, the lower convex hull of the measured losses over stored values (n entries and
+    r (m + n) values of factors, with the dense weight as the last corner) is a chain of segments
+    with falling gain per value. The segments of all linears are taken in that order; the first one
+    that does not fit is taken partially. Each linear then gets the best assignment for its values:
+    entries alone, or factors with one of the measured numbers of entries. The plan is optimal among
+    the measured points for every budget that ends at a corner; only the last linear may leave
+    values unused, less than its segment.
 
-    Laws: those of `orchestrator.allocate`, where a linear's stored values stand for its rank, which
-    may fall where entries take over. The least of a linear is the values of rank 1, kept as that
-    rank or as as many entries.
+    Laws: those of `orchestrator.allocate` for the stored values of a linear instead of its rank,
+    which may fall when entries replace it. The minimum of a linear is the values of rank 1, used
+    for that rank or for as many entries.
 
-    O(P log P) in the points of all linears. Divides what method `two-sided-sparse` stores.
+    O(P log P) in the points of all linears. For results of method `two-sided-sparse`.
     """
 
     curve_type: ClassVar[type[Any]] = Surface
@@ -110,17 +111,17 @@ class TwoSidedSparseAllocator(Allocator):
         *,
         form: Form = LOW_RANK_SPARSE,
     ) -> Plan:
-        """The plan; `curves` are `Surface`s.
+        """Allocate the budget; `curves` are `Surface`s.
 
         Raises:
             UsageError, InfeasibleError: As `budget_values`.
         """
         budget = budget_values(linears, keep, form)
         left = budget - sum(map(form.least_values, linears))
-        pieces = [_pieces(linear, curves[linear.name], form) for linear in linears]
-        owners = np.repeat(np.arange(len(linears)), [len(costs) for costs, _ in pieces])
-        costs = np.concatenate([costs for costs, _ in pieces])
-        order = np.argsort(np.concatenate([rates for _, rates in pieces]), kind="stable")
+        segments = [_segments(linear, curves[linear.name], form) for linear in linears]
+        owners = np.repeat(np.arange(len(linears)), [len(costs) for costs, _ in segments])
+        costs = np.concatenate([costs for costs, _ in segments])
+        order = np.argsort(np.concatenate([rates for _, rates in segments]), kind="stable")
         before = np.cumsum(costs[order]) - costs[order]
         bought = np.clip(left - before, 0, costs[order])
         values = np.bincount(owners[order], bought, minlength=len(linears)).astype(np.int64)
@@ -132,7 +133,8 @@ class TwoSidedSparseAllocator(Allocator):
 
 
 def _best(linear: Linear, surface: Surface, values: int) -> Assignment:
-    """The form, rank and entries that lose least for so many values; of equals, entries alone."""
+    """Return the form, rank and entries with the least loss for this number of values; ties:
+    entries alone."""
     if values == linear.values:
         return Assignment(form="dense")
     best = Assignment(form="sparse", nonzeros=values)
@@ -145,10 +147,10 @@ def _best(linear: Linear, surface: Surface, values: int) -> Assignment:
     return best
 
 
-def _pieces(linear: Linear, surface: Surface, form: Form) -> tuple[np.ndarray, np.ndarray]:
-    """Values of each piece of the hull of the loss over stored values, and its values per gain.
+def _segments(linear: Linear, surface: Surface, form: Form) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values and the values per gain of each segment of the hull of the loss.
 
-    From the least that the linear stores to the dense weight.
+    From the fewest values of the linear to the dense weight.
     """
     least = form.least_values(linear)
     if least == linear.values:
@@ -161,7 +163,7 @@ def _pieces(linear: Linear, surface: Surface, form: Form) -> tuple[np.ndarray, n
         [[surface.loss(first.rank, first.nonzeros)], surface.losses[within_P], [0.0]]
     )
     order = np.lexsort((losses, values))
-    # what loses more than something that stores less gains nothing
+    # a point with more values and a larger loss than another one has no gain
     gains = -np.diff(np.minimum.accumulate(losses[order]))
     costs = np.diff(values[order])
     return costs[costs > 0], hull_rates(costs[costs > 0], gains[costs > 0])

@@ -1,4 +1,4 @@
-"""The same kept fraction for every linear, in ranks or in entries."""
+"""Uniform allocation: the same kept fraction for every linear, in ranks or in entries."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from orchestrator.plan.plan import Assignment, Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Uniform(Allocator):
-    """Rank floor(keep · m n / (m + n)) for each m × n linear; the curves are not looked at.
+    """Rank floor(keep · m n / (m + n)) for each m × n linear; curves are not used.
 
-    The allocation of SVD-LLM (arXiv 2403.07378). Of pivoted factors it is the largest rank r with
-    r (m + n) - r² at most keep · m n, as in PIFA (arXiv 2501.19090).
+    The allocation of SVD-LLM (arXiv 2403.07378). For pivoted factors, the largest rank r with r (m
+    + n) - r² at most keep · m n, as in PIFA (arXiv 2501.19090).
 
-    The floors leave less than one rank a linear unused; it is reported as slack and not given to
-    anyone, because the published figures are for exactly these ranks.
+    Rounding down leaves less than one rank per linear unused; it is reported as slack and not
+    reassigned, because the published figures are for exactly these ranks.
     """
 
     def __call__(
@@ -32,10 +32,11 @@ class Uniform(Allocator):
         *,
         form: Form = LOW_RANK,
     ) -> Plan:
-        """
+        """Allocate the budget.
+
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also when a single linear's share is
-                below rank 1, with its name.
+            UsageError, InfeasibleError: As `budget_values`; also if the share of a single linear is
+                below rank 1; the message names it.
         """
         budget = budget_values(linears, keep, form)
         assignments = {}
@@ -46,7 +47,7 @@ class Uniform(Allocator):
                 raise InfeasibleError(
                     f"{linear.name}: {keep} of a {linear.out_features} x {linear.in_features} "
                     f"weight is below rank 1, which stores {form.factor_values(linear, 1)} of "
-                    f"{linear.values} values; keep more, or leave it out with --ignore"
+                    f"{linear.values} values; keep more, or exclude it with --ignore"
                 )
             assignments[linear.name] = assign_rank(linear, rank, share, form)
         return make_plan(linears, assignments, budget)
@@ -54,9 +55,9 @@ class Uniform(Allocator):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UniformSparse(Allocator):
-    """floor(keep · m n) entries of each m × n linear, as Wanda has it (arXiv 2306.11695).
+    """floor(keep · m n) entries for each m × n linear, as in Wanda (arXiv 2306.11695).
 
-    The curves are not looked at. The floors leave less than one value a linear unused.
+    Curves are not used. Rounding down leaves less than one value per linear unused.
     """
 
     def __call__(
@@ -68,10 +69,11 @@ class UniformSparse(Allocator):
         *,
         form: Form = SPARSE,
     ) -> Plan:
-        """
+        """Allocate the budget.
+
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also when a single linear's share is
-                below one entry, with its name.
+            UsageError, InfeasibleError: As `budget_values`; also if the share of a single linear is
+                below one entry; the message names it.
         """
         budget = budget_values(linears, keep, form)
         assignments = {}
@@ -80,7 +82,7 @@ class UniformSparse(Allocator):
             if share < 1:
                 raise InfeasibleError(
                     f"{linear.name}: {keep} of a {linear.out_features} x {linear.in_features} "
-                    "weight is below one entry; keep more, or leave it out with --ignore"
+                    "weight is below one entry; keep more, or exclude it with --ignore"
                 )
             whole = share == linear.values
             assignments[linear.name] = (

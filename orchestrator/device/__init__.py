@@ -1,1 +1,1 @@
-"""Devices of PyTorch: copies, determinism, diagnosis of a GPU, memory of the process."""
+"""PyTorch devices: copies, determinism, GPU diagnosis, memory of the process."""

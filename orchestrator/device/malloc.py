@@ -1,4 +1,4 @@
-"""Release of freed memory: kept by the allocators between chunks, returned after a shard.
+"""Control of freed memory: kept by the allocators between chunks, returned after a shard.
 
 On the host the allocator is glibc's, on a GPU PyTorch's caching allocator.
 """
@@ -11,23 +11,23 @@ import torch
 LARGEST_KEPT_BYTES = 32 * 2**20
 MOST_KEPT_BYTES = 256 * 2**20
 ARENAS = {"MALLOC_ARENA_MAX": "2"}
-"""For the environment of a process that is to be a worker, since glibc reads it once.
+"""Environment of worker processes; glibc reads it once, at start.
 
-Each thread may otherwise have a heap of its own, and keeps there what it has freed. The dozens of
-threads beside the one that computes then let a worker grow with the units that it has done:
-measured 2.4 MB a block of 512 channels, and nothing with two heaps.
+By default each thread may have its own heap and keeps freed memory there. With dozens of threads
+beside the computing one, the memory of a worker grows with the number of finished units: measured
+2.4 MB per block of 512 channels, and no growth with two heaps.
 """
-# names of two parameters in malloc.h
+# two parameters defined in malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Lets buffers that are freed be used again without asking the system for them.
+    """Keep freed buffers in the process for reuse.
 
-    Every chunk takes the same few megabytes that the one before it has freed. Left alone, glibc
-    may return them each time, and the kernel zeroes them page by page when they are touched:
-    measured up to a quarter of the time of a forward pass of SmolLM2. Buffers above
-    `LARGEST_KEPT_BYTES` still go back at once.
+    Every chunk needs the few megabytes that the previous one freed. By default glibc may return
+    them each time, and the kernel zeroes the pages again on first access: measured up to a quarter
+    of the time of a forward pass of SmolLM2. Buffers above `LARGEST_KEPT_BYTES` are still returned
+    at once.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -36,11 +36,12 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives everything that is free back to the system.
+    """Return all free memory to the system.
 
-    After a shard is closed, or its weights stay as holes between small objects, the next shard's
-    do not fit into them, and a process grows to more than twice its shard. On a GPU the same holds
-    for libraries that allocate outside of PyTorch, and for other processes.
+    Called after a shard is closed. Otherwise its weights leave holes between small objects, into
+    which the weights of the next shard do not fit, and the process grows to more than twice its
+    shard. On a GPU it also makes room for libraries that allocate outside of PyTorch and for other
+    processes.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -49,10 +50,10 @@ def return_freed_memory() -> None:
 
 
 def free_device_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on a GPU.
+    """Return the bytes that this process can still allocate on a GPU.
 
-    Free bytes of the driver, and unused bytes that PyTorch's allocator keeps: it reuses them, or
-    releases them before it fails.
+    The sum of the driver's free bytes and the unused bytes of PyTorch's allocator, which reuses
+    them or releases them before it fails.
     """
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

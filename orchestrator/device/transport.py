@@ -1,18 +1,17 @@
-"""Tensors on their way between the host and a GPU.
+"""Copies of tensors between host and GPU.
 
-`Tensor.to(device, dtype)` from the host casts on the host, and copies between two layouts are
-transposed there: a second or more for one weight of a large model, while the GPU waits. Here a
-tensor is copied as it lies in memory, and is turned and cast where it arrives.
+`Tensor.to(device, dtype)` from the host casts on the host, and copies between different layouts
+transpose there: a second or more for one weight of a large model, while the GPU waits. The
+functions here copy a tensor in its memory layout, and transpose and cast it on the target device.
 
-Chunks go both ways on streams of their own, beside the one that computes: the next is brought while
-one is computed, and the one before is taken away (`bring`, `Departure`). Nothing here makes the
-host wait for the device but `Departure.wait`.
+Chunks are copied in both directions on separate CUDA streams: while one chunk is computed, the next
+is copied in (`bring`) and the previous one out (`Departure`). Only `Departure.wait` makes the host
+wait for the device.
 
-Copies go through page-locked ("pinned") memory, which the GPU reads and writes on its own. Its
-owner is PyTorch's caching host allocator: a pinned tensor that is dropped while a copy still uses
-it is given out again only after the event that `copy_` has recorded on that copy's stream
-(`ATen/core/CachingHostAllocator.h`, "record_event"). Memory of the GPU that is used on two streams
-is guarded by `Tensor.record_stream`.
+Copies use page-locked ("pinned") memory, which the GPU accesses directly. It is owned by PyTorch's
+caching host allocator: the memory of a pinned tensor released during a copy is reused only after
+the event that `copy_` has recorded on the stream of that copy (`ATen/core/CachingHostAllocator.h`,
+"record_event"). GPU memory that is used on two streams is protected by `Tensor.record_stream`.
 """
 
 from collections.abc import Callable
@@ -24,12 +23,13 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 PIECE_BYTES = 2**25
-"""Pinned memory of one copy of a large tensor: the next piece is read while it is copied."""
+"""Size of the pinned buffer for copies of large tensors: the next piece is read while one is
+copied."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Lanes:
-    """The streams of a GPU on which chunks are copied."""
+    """CUDA streams on which chunks are copied."""
 
     up: torch.cuda.Stream
     down: torch.cuda.Stream
@@ -46,15 +46,15 @@ def lanes_of(index: int) -> _Lanes:
 
 
 def _event() -> torch.cuda.Event:
-    """An event whose waiters sleep, so that the thread that computes has the core."""
+    """Create an event whose waiters sleep, so that the computing thread has the core."""
     return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
 
 def bring(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor.to(device)`, concurrent with the work that a GPU has queued.
+    """Copy a tensor to a device, concurrently with the work queued on a GPU.
 
-    Work that is queued later waits for the copy. The tensor may be dropped or changed at once if it
-    is not pinned; a pinned one must not be changed before the copy has ended.
+    Work queued later waits for the copy. A tensor that is not pinned may be released or changed at
+    once; a pinned one must not be changed before the end of the copy.
     """
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
@@ -62,19 +62,21 @@ def bring(tensor: Tensor, device: torch.device) -> Tensor:
     with torch.cuda.stream(up):
         found = tensor.pin_memory().to(device, non_blocking=True)
     computing.wait_stream(up)
-    # allocated for the stream that copies, used by the one that computes
+    # allocated on the copying stream, used by the computing one
     found.record_stream(computing)
     return found
 
 
 class Departure:
-    """Tensors that leave a GPU for the host while it computes; read them after `wait`."""
+    """Copies of tensors from a GPU to the host, concurrent with computation; readable after
+    `wait`."""
 
     def __init__(self) -> None:
         self._left: torch.cuda.Event | None = None
 
     def host(self, tensor: Tensor) -> Tensor:
-        """The tensor's copy on the host: itself if it is there, else pinned memory, see `wait`."""
+        """Return a copy on the host: the tensor itself if it is on the host, else pinned memory
+        filled by `wait`."""
         if tensor.device.type == "cpu":
             return tensor
         down = _lanes(tensor.device).down
@@ -87,20 +89,21 @@ class Departure:
         return found
 
     def wait(self) -> None:
-        """Waits until all of them are there; from any thread."""
+        """Wait until all copies are complete; may be called from any thread."""
         if self._left is not None:
             self._left.synchronize()
 
 
 class Pace:
-    """Keeps the host at most one step ahead of a GPU, so that few chunks are in its memory."""
+    """Limiter that keeps the host at most one step ahead of a GPU, so that few chunks are in its
+    memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._given: torch.cuda.Event | None = None
 
     def step(self) -> None:
-        """Before a step: waits until the device has done the one before the last."""
+        """Wait, before a step, until the device has finished the step before the last."""
         if self._device.type == "cpu":
             return
         before, stream = self._given, torch.cuda.current_stream(self._device)
@@ -110,10 +113,10 @@ class Pace:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, contiguous, in its own dtype; cast it there.
+    """Copy the tensor to `device`, contiguous and in its dtype; casts should follow there.
 
-    A matrix that is a transposed view is transposed on the device. On the tensor's own device it
-    is `Tensor.contiguous`.
+    A transposed view is transposed on the device. If the tensor is already on the device this is
+    `Tensor.contiguous`.
     """
     if device.type == "cpu" or tensor.device.type != "cpu" or not tensor.numel():
         return tensor.to(device).contiguous()
@@ -123,7 +126,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """A contiguous host tensor on a GPU; returns before the last piece has been copied."""
+    """Copy a contiguous host tensor to a GPU; returns before the last piece has been copied."""
     found = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     values = max(1, PIECE_BYTES // tensor.element_size())
     parts = (torch.split(each.view(-1), values) for each in (tensor, found))
@@ -133,10 +136,10 @@ def _copied(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def download(tensor: Tensor) -> Tensor:
-    """The tensor on the host, in ordinary memory; one that is there is given as it is.
+    """Copy the tensor to ordinary memory of the host; a host tensor is returned unchanged.
 
-    For large or long-lived tensors: a pinned one takes the next power of two in bytes, which
-    PyTorch keeps. A piece is moved on while the next one leaves the GPU.
+    For large or long-lived tensors: pinned memory takes the next power of two in bytes, which
+    PyTorch keeps. Each piece is copied from the pinned buffer while the next one leaves the GPU.
     """
     if tensor.device.type == "cpu":
         return tensor
@@ -160,12 +163,13 @@ def _arrive(departure: Departure, left: Tensor, place: Tensor) -> None:
 
 
 def fill(tensor: Tensor, read: Callable[[memoryview], int]) -> int:
-    """Fills a contiguous tensor with bytes, in place; gives their number.
+    """Fill a contiguous tensor with bytes, in place; returns their number.
 
     Args:
-        tensor: On any device. On a GPU the bytes come in pieces, and one is copied while the next
+        tensor: On any device. For a GPU the bytes are read in pieces; one is copied while the next
             is read.
-        read: Puts bytes into a buffer and gives their number; fewer than fit only at the end.
+        read: Writes bytes into a buffer and returns their number; a buffer is only partly filled at
+            the end.
     """
     bytes_B = tensor.view(-1).view(torch.uint8)
     if tensor.device.type == "cpu":

@@ -1,1 +1,1 @@
-"""Numerics: tensors in, tensors out. Knows nothing of names, linears, models or clusters."""
+"""Numerics: functions from tensors to tensors. Know no names, linears, models or clusters."""

@@ -1,7 +1,7 @@
-"""Factors for the inputs that a compressed model makes, in the place of the dense model's.
+"""Refit factors to the inputs of the compressed model instead of those of the dense model.
 
-At one site x is what the dense model reads for a token and z what the compressed one reads, which
-the blocks and linears before have changed; d = x - z is the drift.
+At one site, x is the input of the dense model for a token and z that of the compressed model,
+changed by the compression of earlier blocks and linears; d = x - z is the drift.
 
 Shape suffixes: T tokens, O outputs, I inputs, R rank.
 """
@@ -16,15 +16,16 @@ from orchestrator.linalg.gram import FLUSH_TOKENS, Gram, check_finite
 from orchestrator.linalg.low_rank import InputGram, decompose
 
 Basis = Literal["kept", "new"]
-"""Whether the columns of a left factor stay, or both factors are found again."""
+"""`kept`: the columns of the left factor stay; `new`: both factors are recomputed."""
 
 LARGEST_RESIDUAL = 1e-8
-"""Of a solve that is used, relative to its right side; sound ones in float64 leave 1e-12."""
+"""Upper bound of the relative residual of a solve that is used; typical float64 solves reach 1e-12.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """Second moments of what two models read at one site, float64, on one device."""
+    """Second moments of the inputs of two models at one site, float64, on one device."""
 
     moment_II: Tensor
     """H = sum z z^T."""
@@ -36,13 +37,13 @@ class Drift:
 
 
 class DriftGram:
-    """Running second moments of z and d over the tokens that it has seen.
+    """Running second moments of z and d over tokens.
 
     Sums as `Gram` does, float32 products flushed into float64 every `FLUSH_TOKENS` tokens, so the
-    bits are a function of the sequence of updates alone. d is taken before it is multiplied: where
-    two models read nearly the same, the difference of two Grams would be their rounding. Where only
-    z is given d is zero and takes no work. Holds 32 n^2 bytes, and `drift` 24 more; 4.4 n^2 FLOPs a
-    token.
+    bits are a function of the sequence of updates alone. d is computed before the products: for
+    nearly equal inputs the difference of two Grams would be dominated by rounding. If only z is
+    given, d is zero and costs nothing. Memory: 32 n^2 bytes, plus 24 n^2 for the result of `drift`;
+    4.4 n^2 FLOPs a token.
     """
 
     def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
@@ -50,10 +51,10 @@ class DriftGram:
         self._sum_II = torch.zeros(n, n, dtype=torch.float64, device=device)
 
     def update(self, rows_TI: Tensor, dense_TI: Tensor | None = None) -> Self:
-        """Adds the tokens' rows z and x, of any floating dtype: those inside the mask alone.
+        """Add the rows z and x of the tokens selected by the mask, in any floating dtype.
 
         Raises:
-            ValueError: The shapes do not fit.
+            ValueError: The shapes of the two differ.
         """
         self._moment.update(rows_TI)
         if dense_TI is None:
@@ -70,10 +71,10 @@ class DriftGram:
         return self
 
     def drift(self) -> Drift:
-        """What has been seen.
+        """Return the accumulated moments.
 
         Raises:
-            InputError: A row held NaN or infinity.
+            InputError: A row contained NaN or infinity.
         """
         check_finite(f"cross moment of {self._moment.tokens} tokens", self._sum_II)
         return Drift(
@@ -86,22 +87,23 @@ class DriftGram:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputMap:
-    """What z has to be multiplied with to stand for the target input; one for a site's linears."""
+    """Map M from z to the target input; shared by all linears of a site."""
 
     matrix_II: Tensor | None
-    """M, float64; nothing if the solve did not pass its check."""
+    """M, float64; None if the solve failed its check."""
     report: dict[str, float | str]
-    """`condition` of H + lambda in the 1-norm and relative `residual`, of a solve; `trouble` if it
-    did not pass."""
+    """Of a solve: `condition` of H + lambda in the 1-norm and relative `residual`; `trouble` if the
+    solve failed its check."""
 
 
 def input_map(drift: Drift, beta: float, damping: float) -> InputMap:
-    """M that brings M z nearest to the target t = (1 - beta) z + beta x, for all linears at once.
+    """Compute M so that M z is closest to the target t = (1 - beta) z + beta x, for all linears at
+    once.
 
     `M = argmin sum |t - M z|^2 + lambda |M - 1|^2 = 1 + beta E (H + lambda)^-1`, lambda `damping`
     times the mean diagonal of H. That is `((1 - beta) H + beta C + lambda) (H + lambda)^-1` with
-    the cross moment C = sum x z^T. Where there is no data, or no drift, it is the identity. Every
-    row w of a weight has its least-squares w M: no row's error rises from w to w M.
+    the cross moment C = sum x z^T. Without data or without drift, M is the identity. For each row w
+    of a weight, w M is the least-squares solution, so its error is not larger than that of w.
 
     By Cholesky in float64 on the statistics' device. 4 I^3.
     """
@@ -117,7 +119,7 @@ def input_map(drift: Drift, beta: float, damping: float) -> InputMap:
     one_norm = torch.linalg.matrix_norm
     inverse_II = torch.cholesky_inverse(lower_II)
     condition = float(one_norm(damped_II, 1) * one_norm(inverse_II, 1))
-    # the widest matrices of a model: no more of them at a time than it takes
+    # these are the largest matrices of a model: keep as few as possible alive
     del inverse_II
     right_II = beta * drift.cross_II.T
     step_II = torch.cholesky_solve(right_II, lower_II)
@@ -133,7 +135,7 @@ def input_map(drift: Drift, beta: float, damping: float) -> InputMap:
 
 
 def modelled_error(weight_OI: Tensor, found_OI: Tensor, drift: Drift, beta: float) -> float:
-    """`sum |W t - V z|^2` over the tokens, for W = `weight_OI` and V = `found_OI`.
+    """Compute `sum |W t - V z|^2` over the tokens, for W = `weight_OI` and V = `found_OI`.
 
     With G = W - V it is `tr(G H G^T) + 2 beta tr(G E^T W^T) + beta^2 tr(W D W^T)`. Float64.
     O(O I^2).
@@ -148,62 +150,66 @@ def modelled_error(weight_OI: Tensor, found_OI: Tensor, drift: Drift, beta: floa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """A weight as `left_OR @ down_RI`, plus entries that stay as they are."""
+    """Weight as `left_OR @ down_RI`, plus entries that are left unchanged."""
 
     left_OR: Tensor
     down_RI: Tensor
     rest_OI: Tensor | None = None
 
     def product(self) -> Tensor:
-        """The weight [O, I], float64."""
+        """Return the weight [O, I], float64."""
         product_OI = self.left_OR.double() @ self.down_RI.double()
         return product_OI if self.rest_OI is None else product_OI + self.rest_OI.double()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compensated:
-    """The factors to use, and what was measured on them."""
+    """Factors to use, with measured errors."""
 
     factors: Factors
     taken: bool
-    """Whether they are new; else they are those that were given."""
+    """True if `factors` are new, False if they are the given ones."""
     report: dict[str, float | str | bool]
-    """`before` and `after`: `sum |W t - W' z|^2` over `sum |W t|^2`, of the factors given and of
-    those to use; `rejected` beside it where what was found was not taken; what `InputMap` says."""
+    """`before` and `after`: `sum |W t - W' z|^2` over `sum |W t|^2`, of the given factors and of
+    those to use; `rejected`: the error of new factors that were not used; plus the report of
+    `InputMap`."""
 
 
 def compensate(
-    weight_OI: Tensor, factors: Factors, drift: Drift, turn: InputMap, beta: float, basis: Basis
+    weight_OI: Tensor,
+    factors: Factors,
+    drift: Drift,
+    mapped: InputMap,
+    *,
+    beta: float,
+    basis: Basis,
 ) -> Compensated:
-    """Factors of the same rank whose outputs on z come nearer to the dense weight's on the target.
+    """Compute factors of the same rank with outputs on z closer to the target outputs W t.
 
-    With M of `input_map` the target is `W t = W M z` plus what no function of z can give.
+    With M of `input_map` the target is `W t = W M z` plus a part that is not a function of z.
 
     `kept`: `down M`. Let the left factor be U, and `|v|_S^2 = v^T S v` any norm of the outputs in
-    which U^T S U = 1. The best right factor for U is `U^T S W M`, and that is `down M` wherever
-    `down = U^T S W` as truncation leaves it, plain (S = 1) or two-sided (S the curvature). So S is
-    not needed, and the outputs that the loss hears most stay the kept ones. Pivoted rows are such
-    factors too, so the pivots and the combinations stay. Entries beside the factors stay, and are
-    not made up for.
+    which U^T S U = 1. The best right factor for U is `U^T S W M`. This equals `down M` if `down =
+    U^T S W`, as for a truncated weight, plain (S = 1) or two-sided (S the curvature). Therefore S
+    is not needed, and the output directions that matter most to the loss are preserved. It also
+    holds for pivoted factors, so pivots and combinations are preserved. Sparse entries beside the
+    factors are left unchanged and not compensated.
 
-    `new`: both factors of `W M`, less the entries, as `decompose` truncates it in the norm of H:
-    the minimum of `sum |W t - W' z|^2` over the rank, up to what the ridge keeps back. What the
-    method knew of the outputs is lost.
+    `new`: both factors of `W M` less the entries, truncated by `decompose` in the norm of H. This
+    minimises `sum |W t - W' z|^2` at this rank, up to the ridge, and loses the output weighting.
 
-    What is found is taken only if it is finite and lowers the error that it minimises: that of
-    `new` over the outputs, that of `kept` over the rows of `down`, which is the error of the
-    outputs in any norm S as above, but for a constant.
+    The result is used only if it is finite and lowers the error that it minimises: for `new` the
+    error of the outputs; for `kept` the error of the rows of `down`, which equals the error of the
+    outputs in any norm S as above, up to a constant.
 
-    Float64; new factors in the dtype of those given, on their device, as the statistics must be.
-    O(O I^2), and for `new` the cost of `decompose`.
+    Computed in float64; dtype and device as given. O(O I^2), plus `decompose` for `new`.
 
     References:
-        The theorem behind `new` is AA-SVD's (arXiv:2604.02119, 3.2), whose code takes an inverse
-        Cholesky factor of H. SAES-SVD (arXiv:2602.03051) minimises `|W z - W' z|^2 + alpha
-        |W x - W' z|^2`, which has the target above for beta = alpha / (1 + alpha): it truncates
-        `W (H + beta E) H^(-1/2)`, with alpha between 0.25 and 0.75, so beta between 0.2 and 0.43,
-        found for each linear in closed form; here one beta is given for all. `kept` is derived
-        here.
+        The theorem behind `new` is AA-SVD's (arXiv:2604.02119, 3.2), whose code uses an inverse
+        Cholesky factor of H. SAES-SVD (arXiv:2602.03051) minimises `|W z - W' z|^2 + alpha |W x -
+        W' z|^2`, which has the target above with beta = alpha / (1 + alpha). It truncates `W (H +
+        beta E) H^(-1/2)`, with alpha from 0.25 to 0.75, beta from 0.2 to 0.43, in closed form per
+        linear; here beta is one given value for all linears. `kept` is derived here.
     """
     total = modelled_error(weight_OI, torch.zeros_like(weight_OI), drift, beta) or 1.0
 
@@ -212,16 +218,16 @@ def compensate(
 
     before = error(factors)
     report: dict[str, float | str | bool] = {"taken": False, "before": before, "after": before}
-    report |= turn.report
-    if turn.matrix_II is None:
+    report |= mapped.report
+    if mapped.matrix_II is None:
         return Compensated(factors=factors, taken=False, report=report)
     if basis == "kept":
-        down_RI = (factors.down_RI.double() @ turn.matrix_II).to(factors.down_RI.dtype)
+        down_RI = (factors.down_RI.double() @ mapped.matrix_II).to(factors.down_RI.dtype)
         found = Factors(left_OR=factors.left_OR, down_RI=down_RI, rest_OI=factors.rest_OI)
         old = modelled_error(factors.down_RI, factors.down_RI, drift, beta)
         is_lower = modelled_error(factors.down_RI, down_RI, drift, beta) < old
     else:
-        found, elsewhere = _truncate(weight_OI, factors, drift, turn.matrix_II)
+        found, elsewhere = _truncate(weight_OI, factors, drift, mapped.matrix_II)
         report |= elsewhere
         is_lower = error(found) < before
     after = error(found)
@@ -232,10 +238,10 @@ def compensate(
 
 
 def _truncate(
-    weight_OI: Tensor, factors: Factors, drift: Drift, turn_II: Tensor
+    weight_OI: Tensor, factors: Factors, drift: Drift, map_II: Tensor
 ) -> tuple[Factors, dict[str, str]]:
-    """The best factors of `W M` less the entries, in the norm of H, and `eigen` if it is known."""
-    target_OI = weight_OI.double() @ turn_II
+    """Compute the best factors of `W M` less the entries in the norm of H, and their report."""
+    target_OI = weight_OI.double() @ map_II
     if factors.rest_OI is not None:
         target_OI -= factors.rest_OI.double()
     rank = factors.down_RI.shape[0]

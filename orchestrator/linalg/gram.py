@@ -1,4 +1,4 @@
-"""The second moment of what a linear reads or writes, gathered chunk by chunk.
+"""Second moment of the inputs or outputs of a linear, accumulated chunk by chunk.
 
 Shape suffixes: T tokens (or any summed dimension), I channels.
 """
@@ -12,39 +12,40 @@ from orchestrator.errors import InputError
 from orchestrator.linalg.tensor_cores import tensor_cores
 
 FLUSH_TOKENS = 8192
-"""Tokens whose products are summed in float32 before they join the float64 sum."""
+"""Number of tokens whose products are summed in float32 before they are added to the float64 sum.
+"""
 
 
 class Gram:
-    """Running second moment `H = sum x x^T` of the rows x it has seen.
+    """Running second moment `H = sum x x^T` over rows x.
 
-    A monoid: a fresh `Gram(n)` is the unit, `update` adds rows, `merge` adds another Gram. In
-    exact arithmetic order does not matter; in floating point the bits are a function of the
-    sequence of updates and merges alone, whoever makes them and whenever `matrix` is read. So
-    callers feed a fixed quantum and merge in a fixed order.
+    A monoid: `Gram(n)` is the unit, `update` adds rows, `merge` adds another Gram. In exact
+    arithmetic the order does not matter; in floating point the bits depend only on the sequence of
+    updates and merges, not on the process or on when `matrix` is read. Callers therefore update
+    with chunks of fixed size and merge in a fixed order.
 
-    Products are float32 whatever dtype the rows have, summed over at most `FLUSH_TOKENS` tokens
-    and then added to a float64 sum, so the error, 1e-7 to 5e-6 of H by the order in which a BLAS
-    adds, does not grow with the number of tokens. On a GPU those of 16-bit rows go through its
-    tensor cores (`tensor_cores`). Lives on the device it is given, as the rows must. Costs about
-    1.2 n^2 FLOPs a token, since only bands from the diagonal on are computed; holds 12 n^2 bytes,
-    and 8 n^2 once it is settled.
+    Products are float32 whatever dtype the rows have, summed over at most `FLUSH_TOKENS` tokens and
+    then added to a float64 sum, so the error, 1e-7 to 5e-6 of H depending on the summation order of
+    the BLAS, does not grow with the number of tokens. On a GPU products of 16-bit rows use the
+    tensor cores (`tensor_cores`). The sums are on the given device, as the rows must be. Costs
+    about 1.2 n^2 FLOPs a token, since only bands from the diagonal on are computed; holds 12 n^2
+    bytes, and 8 n^2 after `flush_writes`.
     """
 
     def __init__(self, n: int, device: torch.device | str = "cpu"):
         self.n = n
         self.tokens = 0
-        """Rows seen so far."""
+        """Number of rows added so far."""
         self._sum_II = torch.zeros(n, n, dtype=torch.float64, device=device)
         self._recent_II = torch.zeros(n, n, dtype=torch.float32, device=device)
         self._recent_tokens = 0
         self._is_settled = False
 
     def update(self, rows_TI: Tensor) -> Self:
-        """Adds rows of any floating dtype: those, and only those, that the token mask selects.
+        """Add the rows selected by the token mask, in any floating dtype.
 
         Raises:
-            ValueError: The rows have another number of channels, or the Gram is settled.
+            ValueError: The rows have another number of channels, or the float32 sum was freed.
         """
         if self._is_settled:
             raise ValueError(f"the Gram of {self.tokens} tokens is settled: it takes no more rows")
@@ -61,7 +62,7 @@ class Gram:
         return self
 
     def merge(self, other: Self) -> Self:
-        """Adds all that another Gram has seen; the other stays as it is."""
+        """Add the sums of another Gram, which is not changed."""
         if other.n != self.n:
             raise ValueError(f"a Gram of {other.n} channels cannot join one of {self.n}")
         self._flush()
@@ -70,10 +71,11 @@ class Gram:
         return self
 
     def matrix(self) -> Tensor:
-        """H, float64, symmetric to the bit; takes 8 n^2 bytes more than it gives while it is made.
+        """Return H, float64 and exactly symmetric; needs 8 n^2 temporary bytes in addition to the
+        result.
 
         Raises:
-            InputError: H holds NaN or infinity; says in how many entries.
+            InputError: H contains NaN or infinity; the message gives the number of entries.
         """
         matrix_II = (self._sum_II + self._recent_II).triu_()
         matrix_II += matrix_II.triu(1).T
@@ -81,7 +83,7 @@ class Gram:
         return matrix_II
 
     def flush_writes(self) -> None:
-        """Frees the float32 sum, 4 n^2 bytes, once all rows are in; H stays the same to the bit."""
+        """Free the float32 sum, 4 n^2 bytes, after the last row; H is unchanged to the bit."""
         self._flush()
         self._recent_II = self._recent_II.new_zeros(())
         self._is_settled = True
@@ -93,14 +95,15 @@ class Gram:
 
 
 def add_upper_product(sum_II: Tensor, left_TI: Tensor, right_TI: Tensor) -> None:
-    """Adds `left^T right`, known to be symmetric, to the upper triangle of a sum, in place.
+    """Add `left^T right`, a symmetric product, to the upper triangle of a sum, in place.
 
-    Computed in bands of rows, each from its first diagonal entry on, for 0.6 of the full product's
-    FLOPs; what lies below the diagonal is undefined afterwards.
+    Computed in bands of rows, each from its first diagonal entry on, for 0.6 of the FLOPs of the
+    full product. Entries below the diagonal are undefined afterwards.
     """
     n = len(sum_II)
-    # Measured on AVX-512: of the full product's time, bands of 96 rows take 0.64 for n = 576 and
-    # 0.78 for n = 192, n / 8 rows 0.67 for n = 1536. Large n wants large bands on a GPU.
+    # Measured with AVX-512, relative to the time of the full product: bands of 96 rows take 0.64
+    # for n = 576 and 0.78 for n = 192; bands of n / 8 rows take 0.67 for n = 1536. On a GPU a large
+    # n needs large bands.
     rows = max(96, n // 8)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
@@ -108,7 +111,7 @@ def add_upper_product(sum_II: Tensor, left_TI: Tensor, right_TI: Tensor) -> None
 
 
 def check_finite(name: str, matrix: Tensor) -> None:
-    """Raises `InputError`, with their number, if entries of a matrix are NaN or infinite."""
+    """Raise `InputError` with the number of NaN or infinite entries of a matrix, if any."""
     if matrix.sum().isfinite():  # one cheap pass; a finite sum has finite terms
         return
     bad = matrix.numel() - int(matrix.isfinite().sum())

@@ -1,4 +1,4 @@
-"""A product of two factors as some of its rows and what the other rows are of them.
+"""Product of two factors as pivot rows and linear combinations of them.
 
 Shape suffixes: O outputs, I inputs, R rank, S = O - R.
 """
@@ -13,58 +13,60 @@ from torch import Tensor
 from orchestrator.linalg.gram import check_finite
 
 BAND = 256
-"""Rows of a product that are compared at a time."""
+"""Number of rows of a product that are compared at a time."""
 BOUND = 1.1
-"""No entry of the coefficients is larger in magnitude.
+"""Upper bound of the magnitude of the coefficients.
 
-Measured on weights of SmolLM2-135M at 0.6 and 0.9 kept: elimination alone leaves up to 2.7, and 15
-exchanges a weight lead to 1.1. Rounded to bfloat16 the product is then off by 2.4 times what two
-rounded factors are off, against 3.1 without an exchange; to float32 by 1.5e-7 of its norm at most.
+Measured on weights of SmolLM2-135M at keep 0.6 and 0.9: elimination alone gives up to 2.7, and 15
+exchanges per weight reduce this to 1.1. Rounded to bfloat16, the product then has 2.4 times the
+error of two rounded factors, and 3.1 times without exchanges; rounded to float32, the error is at
+most 1.5e-7 of its norm.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pivoted:
-    """R rows of a product, the pivots, and the other rows as their combinations."""
+    """Product as R pivot rows, and the other rows as combinations of the pivots."""
 
     weight_SR: Tensor
-    """The other rows in terms of the pivots; both stand in the order of the product's rows."""
+    """Coefficients of the other rows in terms of the pivots; rows and columns in the order of the
+    product's rows."""
     down_RI: Tensor
-    """The pivots: rows of the product as they are."""
+    """The pivots: unchanged rows of the product."""
     order_O: Tensor
-    """Where each output of the product stands in [pivots, others]; int64."""
+    """Index of each output of the product in [pivots, others]; int64."""
     report: dict[str, float | int]
-    """What it took and what was measured:
+    """Cost and measured error:
 
-    - `exchanges`: pivots exchanged after elimination.
+    - `exchanges`: number of pivots exchanged after elimination.
     - `largest`: the largest entry of |weight_SR|.
     - `error`: |A D - rebuilt| / |A D| in the Frobenius norm, of the tensors as they are returned.
     """
 
 
 def pivot(weight_OR: Tensor, down_RI: Tensor) -> Pivoted:
-    """The product A D, A = `weight_OR`, in R (O + I) - R^2 values instead of R (O + I).
+    """Store the product A D, A = `weight_OR`, in R (O + I) - R^2 values instead of R (O + I).
 
     With P the pivots and N the other rows,
 
         (A D)_P = A_P D,    (A D)_N = C (A D)_P,    C = A_N A_P^-1,
 
-    which loses nothing. C depends on the columns' span alone, so A is replaced in it by the Q of
-    A = Q T: its pivots are independent whatever the rank of A. Elimination with partial pivoting
-    finds P; then the largest entry of C names a pivot and another row to exchange, until none is
-    above `BOUND`. Each exchange multiplies |det Q_P| by that entry, so it ends, and the rounding
-    of stored pivots reaches the other rows through coefficients that are at most `BOUND`.
+    This is exact. C depends only on the span of the columns, so it is computed from the Q of A = Q
+    T, whose pivots are independent for any rank of A. Gaussian elimination with partial pivoting
+    selects P; then the pivot and the other row of the largest entry of C are exchanged, until no
+    entry is above `BOUND`. Each exchange multiplies |det Q_P| by that entry, so the loop ends. The
+    rounding of stored pivots is amplified by at most `BOUND` in the other rows.
 
-    Float64 throughout; the tensors have the dtype of their factors and live on their device, which
-    is one for both. O(O R^2 + O R I), and O R for each exchange. The same input gives the same bits
-    on the same device with the same number of threads.
+    Computed in float64; the results have the dtypes and the common device of the factors. O(O R^2 +
+    O R I), plus O R for each exchange. Bit-identical for equal inputs, device and number of
+    threads.
 
     Raises:
-        ValueError: The shapes do not fit, or R is not below O.
-        InputError: A factor holds NaN or infinity.
+        ValueError: The shapes do not match, or R is not below O.
+        InputError: A factor contains NaN or infinity.
 
     References:
-        PIFA, arXiv:2501.19090, which takes P from a QR decomposition of the product's rows with
+        PIFA, arXiv:2501.19090, which selects P by a QR decomposition of the product's rows with
         column pivoting, and C by least squares. The exchanges are those of maximum-volume
         submatrices (Goreinov et al., How to find a good submatrix, 2010).
     """
@@ -91,20 +93,20 @@ def pivot(weight_OR: Tensor, down_RI: Tensor) -> Pivoted:
         report={
             "exchanges": exchanges,
             "largest": float(coefficients_SR.abs().max()),
-            "error": _error(weight_OR, down_RI, weight_SR, rows_RI, sorted(rows[:rank])),
+            "error": _error(weight_OR, down_RI, weight_SR, rows_RI, pivots=sorted(rows[:rank])),
         },
     )
 
 
 def _on(tensor: Tensor, places: Sequence[int] | Tensor) -> Tensor:
-    """Indices, known to the host, on the device of a tensor."""
+    """Copy indices known to the host to the device of a tensor."""
     return torch.as_tensor(places, dtype=torch.int64).to(tensor.device, non_blocking=True)
 
 
 def _choose(basis_OR: Tensor) -> tuple[list[int], int]:
-    """All rows, the pivots first, and the number of exchanges.
+    """Return all rows, pivots first, and the number of exchanges.
 
-    The host reads one number and its place for each exchange.
+    The host reads one number and its position for each exchange.
     """
     outputs, rank = basis_OR.shape
     _, swaps_R = torch.linalg.lu_factor(basis_OR)
@@ -116,13 +118,13 @@ def _choose(basis_OR: Tensor) -> tuple[list[int], int]:
     sizes_SR, exchanges = torch.empty_like(coefficients_SR), 0
     while True:
         flat = torch.abs(coefficients_SR, out=sizes_SR).argmax()
-        # a place below 2^53 is exact in float64
+        # a position below 2^53 is exact in float64
         size, where = torch.stack([sizes_SR.view(-1).take(flat), flat.double()]).tolist()
         if not size > BOUND:
             return rows, exchanges
         other, place = divmod(int(where), rank)
         entry = coefficients_SR[other, place].clone()
-        # the other row takes the pivot's place: one elimination step on the coefficients
+        # the other row replaces the pivot: one elimination step on the coefficients
         column_S, row_R = coefficients_SR[:, place].clone(), coefficients_SR[other].clone()
         column_S[other] -= 1
         row_R[place] += 1
@@ -132,20 +134,26 @@ def _choose(basis_OR: Tensor) -> tuple[list[int], int]:
 
 
 def _solve(pivots_RR: Tensor, others_SR: Tensor) -> Tensor:
-    """C with C Q_P = Q_N."""
+    """Solve C Q_P = Q_N for C."""
     coefficients_SR: Tensor = torch.linalg.solve(pivots_RR, others_SR, left=False)
     return coefficients_SR
 
 
 def _error(
-    weight_OR: Tensor, down_RI: Tensor, weight_SR: Tensor, rows_RI: Tensor, pivots: Sequence[int]
+    weight_OR: Tensor,
+    down_RI: Tensor,
+    weight_SR: Tensor,
+    rows_RI: Tensor,
+    *,
+    pivots: Sequence[int],
 ) -> float:
-    """Relative error of the product, by bands of rows to save memory; one read of the device."""
+    """Compute the relative error of the product in bands of rows, to save memory; reads the device
+    once."""
     full_RI, kept_RI = down_RI.double(), rows_RI.double()
     is_pivot_O = torch.zeros(len(weight_OR), dtype=torch.bool)
     is_pivot_O[torch.tensor(pivots)] = True
     sums = torch.zeros(2, dtype=torch.float64, device=weight_OR.device)
-    seen = [0, 0]  # pivots and other rows of the bands before
+    seen = [0, 0]  # pivots and other rows of earlier bands
     for start in range(0, len(weight_OR), BAND):
         gap_BI = weight_OR[start : start + BAND].double() @ full_RI
         norm = gap_BI.square().sum()

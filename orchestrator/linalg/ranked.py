@@ -1,4 +1,4 @@
-"""A low-rank plus a sparse part of one weight, ordered by what each piece is worth.
+"""Low-rank and sparse parts of one weight, ordered by utility.
 
 Shape suffixes: O outputs, I inputs, R rank, N nonzeros, B buckets, S columns of a sketch.
 """
@@ -17,19 +17,20 @@ from orchestrator.linalg.rpca import RobustPCA
 
 Utility = Literal["activation", "magnitude"]
 SKETCH = 128
-"""Columns of the inputs' sketch. An error estimated with it is off by a standard deviation of
-sqrt(2 / SKETCH) = 12 % of an error of rank one, and by 1 / sqrt(r) of that where it spreads evenly
+"""Columns of the sketch of the inputs. The standard deviation of an error estimated with it is
+sqrt(2 / SKETCH) = 12 % for an error of rank one, and 1 / sqrt(r) of that for an error spread evenly
 over r directions."""
 RIDGES = (0.0, *(10.0**power for power in range(-7, 1)))
-"""Fractions of its diagonal to add to a Gram, in order, until it has a Cholesky factor."""
+"""Fractions of the diagonal to add to a Gram, tried in order, until its Cholesky factorization
+succeeds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankedParts:
-    """Directions and entries of a weight, each kind by descending utility.
+    """Singular directions and sparse entries of a weight, each by descending utility.
 
-    The utility of a piece is the energy it gives the outputs over the values it stores:
-    `d H d^T / (O + I)` for a direction, d its row of `down_RI`, and `S_ij^2 H_jj` for an entry.
+    The utility of a candidate is its output energy over its stored values: `d H d^T / (O + I)` for
+    a direction, d its row of `down_RI`, and `S_ij^2 H_jj` for an entry.
     """
 
     weight_OR: Tensor
@@ -38,44 +39,44 @@ class RankedParts:
     values_N: Tensor
     """Nonzero entries of the sparse part, float32."""
     positions_N: Tensor
-    """Where each stands, row I + column, int32."""
+    """Positions, row I + column, int32."""
     direction_utilities_R: Tensor
-    """float64, like all that follow but the counts."""
+    """float64, as all fields below except the counts."""
     direction_magnitudes_R: Tensor
     """Singular values of the low-rank part."""
     bucket_counts_B: Tensor
-    """Entries of each bucket in their order, int64: equal ones, the last one's may be fewer."""
+    """Number of entries per bucket, in order, int64; equal, except that the last may be smaller."""
     bucket_utilities_B: Tensor
-    """Mean over the bucket's entries."""
+    """Mean over the entries of the bucket."""
     bucket_magnitudes_B: Tensor
-    """Mean |S_ij| over the bucket's entries."""
+    """Mean |S_ij| over the entries of the bucket."""
     energy: float
-    """`trace(W H W^T)`, what the utilities are parts of, though not disjoint ones: the low-rank
-    and the sparse part of a robust PCA overlap."""
+    """`trace(W H W^T)`. The utilities do not add up to it: the low-rank and the sparse part of a
+    robust PCA overlap."""
     sketch_IS: Tensor
     """Random combinations of the inputs, float32; see `sketched_energy`."""
     ridge_I: Tensor
-    """Ridge of each input that the sketch contains beside H, float32."""
+    """Ridge of each input that the sketch includes in addition to H, float32."""
     report: dict[str, float | int | str]
-    """Report of the robust PCA, and `ridge`, the fraction of its diagonal that was added to H for
-    the sketch."""
+    """Report of the robust PCA, and `ridge`, the fraction of its diagonal added to H for the
+    sketch."""
 
 
 def rank_parts(
-    weight_OI: Tensor, parts: RobustPCA, statistic: InputGram, utility: Utility, buckets: int
+    weight_OI: Tensor, parts: RobustPCA, statistic: InputGram, *, utility: Utility, buckets: int
 ) -> RankedParts:
-    """The parts of a robust PCA by descending utility; `magnitude` takes H = 1.
+    """Sort the parts of a robust PCA by descending utility; `magnitude` uses H = 1.
 
     Ties keep the order of the parts: descending singular values, ascending positions. Entries are
-    summed up in `buckets` buckets of equal count, one for each of them where `buckets` is 0. A
-    low-rank part of rank 0 becomes one direction of zeros: every linear has one to keep.
+    summarised in `buckets` buckets of equal count, or in one bucket per entry if `buckets` is 0. A
+    low-rank part of rank 0 is replaced by one zero direction, so that every linear has a direction
+    to keep.
 
-    On the weight's device. In float64 (R + O + SKETCH) I^2 multiply-adds and a Cholesky
-    factorization of H, I^3 / 3 FLOPs, or a few of them where H is singular; N log N for the
-    entries.
+    Computed on the weight's device in float64: (R + O + SKETCH) I^2 multiply-adds, one Cholesky
+    factorization of H (I^3 / 3 FLOPs), a few if H is singular, and N log N for the entries.
 
     Raises:
-        InputError: The Gram holds NaN or infinity, or is no second moment.
+        InputError: The Gram contains NaN or infinity, or is not positive semidefinite.
     """
     outputs, inputs = weight_OI.shape
     matrix_II = statistic.matrix_II.double()
@@ -83,8 +84,8 @@ def rank_parts(
     sketch_IS, ridge_I, ridge = _sketch(matrix_II)
     if utility == "magnitude":
         matrix_II = torch.eye(inputs, dtype=torch.float64, device=weight_OI.device)
-    missing = 1 if not len(parts.sigma_R) else 0
-    down_RI = pad(parts.down_RI, (0, 0, 0, missing))
+    padding = 1 if not len(parts.sigma_R) else 0
+    down_RI = pad(parts.down_RI, (0, 0, 0, padding))
     worth_R = _energies(down_RI, matrix_II) / (outputs + inputs)
     order_R = worth_R.argsort(descending=True, stable=True)
     magnitude_N = parts.values_N.double().abs()
@@ -94,12 +95,12 @@ def rank_parts(
     size = -(-len(order_N) // buckets) if buckets else 1
     counts_B = _bucket_sums(torch.ones_like(worth_N), size)
     return RankedParts(
-        weight_OR=pad(parts.weight_OR, (0, missing))[:, order_R],
+        weight_OR=pad(parts.weight_OR, (0, padding))[:, order_R],
         down_RI=down_RI[order_R],
         values_N=parts.values_N[order_N].float(),
         positions_N=parts.positions_N[order_N],
         direction_utilities_R=worth_R[order_R],
-        direction_magnitudes_R=pad(parts.sigma_R.double(), (0, missing))[order_R],
+        direction_magnitudes_R=pad(parts.sigma_R.double(), (0, padding))[order_R],
         bucket_counts_B=counts_B.long(),
         bucket_utilities_B=_bucket_sums(worth_N[order_N], size) / counts_B,
         bucket_magnitudes_B=_bucket_sums(magnitude_N[order_N], size) / counts_B,
@@ -111,17 +112,17 @@ def rank_parts(
 
 
 def _energies(rows_RI: Tensor, matrix_II: Tensor) -> Tensor:
-    """`d H d^T` of every row, float64 [R]; rounding below zero counts as zero."""
+    """Compute `d H d^T` of every row, float64 [R]; negative rounding errors are set to zero."""
     rows_RI = rows_RI.double()
     return (rows_RI @ matrix_II * rows_RI).sum(dim=1).clamp(min=0)
 
 
 def sketched_energy(change_OI: Tensor, sketch_IS: Tensor, ridge_I: Tensor) -> float:
-    """`trace(D H D^T)` of any D = `change_OI`, estimated without bias and without H.
+    """Estimate `trace(D H D^T)` for any D = `change_OI`, without bias and without H.
 
         |D sketch|^2 - sum_ij D_ij^2 ridge_j
 
-    The products in the dtype of D, the sums in float64; 0 where noise leaves less.
+    Products are in the dtype of D, sums in float64; negative estimates are set to 0.
     """
     whole = torch.sum((change_OI @ sketch_IS).double().square())
     beside = torch.sum(change_OI.double().square() @ ridge_I.double())
@@ -129,12 +130,13 @@ def sketched_energy(change_OI: Tensor, sketch_IS: Tensor, ridge_I: Tensor) -> fl
 
 
 def _sketch(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The sketch, the ridge of each input that it contains, and that ridge over H's diagonal, e.
+    """Return the sketch, the ridge of each input included in it, and e, the ridge over the diagonal
+    of H.
 
-    With diag(d) = diag(H)^(1/2) and the Cholesky factor d^-1 H d^-1 + e = L L^T, the sketch is
-    `d L` times fixed random signs over sqrt(SKETCH): its outer product has the mean
-    `H + e diag(H)`, of which the second part is known. Products of inputs in float32 are off by a
-    part of d_i d_j, so e need not be much above that part, however much one channel has of H.
+    With diag(d) = diag(H)^(1/2) and the Cholesky factor d^-1 H d^-1 + e = L L^T, the sketch is `d
+    L` times fixed random signs over sqrt(SKETCH): its outer product has the mean `H + e diag(H)`,
+    whose second term is known. The error of float32 products of inputs is relative to d_i d_j, so e
+    need only be slightly above that relative error, even if one channel dominates H.
     """
     generator = torch.Generator().manual_seed(0)
     sign_IS = torch.randint(2, (len(matrix_II), SKETCH), generator=generator).double() * 2 - 1
@@ -149,12 +151,12 @@ def _sketch(matrix_II: Tensor) -> tuple[Tensor, Tensor, float]:
             sketch_IS = root_I[:, None] * (lower_II @ sign_IS.to(matrix_II.device)) / SKETCH**0.5
             return sketch_IS.float(), (ridge * square_I).float(), ridge
     raise InputError(
-        "input Gram is no second moment: it has large negative eigenvalues; calibrate again"
+        "input Gram is not a second moment: it has large negative eigenvalues; calibrate again"
     )
 
 
 def _bucket_sums(value_N: Tensor, size: int) -> Tensor:
-    """Sums over consecutive pieces of `size`, the last one what is left, [B]."""
+    """Sum consecutive groups of `size` values, the last one possibly smaller, [B]."""
     if not len(value_N):
         return value_N
     buckets = -(-len(value_N) // size)

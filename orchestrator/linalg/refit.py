@@ -1,4 +1,4 @@
-"""Left factors fitted again to inputs that have changed since the decomposition.
+"""Least-squares refit of left factors to inputs that changed after the decomposition.
 
 Shape suffixes: O outputs, I inputs, R rank.
 """
@@ -17,25 +17,27 @@ def refit(
     left_OR: Tensor,
     down_RI: Tensor,
     gram_II: Tensor,
+    *,
     eigen: Eigensolver | None = None,
 ) -> Tensor:
-    """The left factor that changes the dense outputs least on new inputs; the basis stays.
+    """Compute the left factor with the least output error on new inputs; the right factor is kept.
 
     Minimises `trace(E H E^T)` for `E = W - A D` over A, D = `down_RI` and H the second moment of
     the inputs, which are those of the compressed model:
 
         A = A0 + (W - A0 D) H D^T (D H D^T)^+
 
-    with A0 = `left_OR`. In exact arithmetic A does not depend on A0 where D H D^T is regular; along
-    directions that no input excites, below R eps of the largest eigenvalue, A0 stays as it is.
+    with A0 = `left_OR`. In exact arithmetic A is independent of A0 if D H D^T is regular; along
+    directions without input, below R eps of the largest eigenvalue, A0 is unchanged.
 
-    Float64 throughout; the result has the dtype of `left_OR`. All on one device. O(O I^2 + R^3).
+    Computed in float64; the result has the dtype of `left_OR`. All tensors are on one device. O(O
+    I^2 + R^3).
 
     Args:
-        eigen: Solver of the eigendecompositions; notes the ones that stand in.
+        eigen: Solver of the eigendecompositions; records fallback solvers.
 
     Raises:
-        InputError: H holds NaN or infinity.
+        InputError: H contains NaN or infinity.
 
     References:
         The coefficient update of Basis Sharing (arXiv:2410.03765) and D-Rank (arXiv:2509.25622),

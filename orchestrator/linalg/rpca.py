@@ -18,34 +18,37 @@ from orchestrator.linalg.low_rank import Precision
 Solver = Literal["ialm", "admm_fixed_mu"]
 """`ialm`, the default, is the inexact augmented Lagrangian of Lin et al. (arXiv:1009.5055).
 
-mu grows by 1.5 an iteration from 1.25 / |W|_2, with Y0 = W / max(|W|_2, |W|_inf / lambda). It must
-end: |Y|_inf <= lambda, so the residual after k iterations is at most 1.6 sqrt(K) 1.5^(1 - k).
-Weights of SmolLM2-135M take 31 to 39. Because mu grows, it ends near the minimum and not at it: on
-one of them 0.4 % above, with 134 directions for the minimum's 113 and as many nonzeros.
+mu grows by a factor 1.5 per iteration from 1.25 / |W|_2, with Y0 = W / max(|W|_2, |W|_inf /
+lambda). Termination is guaranteed: |Y|_inf <= lambda, so the residual after k iterations is at most
+1.6 sqrt(K) 1.5^(1 - k). Weights of SmolLM2-135M take 31 to 39 iterations. Because mu grows, the
+result is near the minimum but not at it: for one weight 0.4 % above it, with 134 directions instead
+of 113 and the same number of nonzeros.
 
-`admm_fixed_mu` keeps mu = O I / (4 |W|_1) and starts from zeros, as the code that CAP's first
-author has published does. It comes as near to the minimum as it is given iterations: choose it to
-compare with that code, or for the minimum itself. 200 bring a weight's residual to about 1e-5.
+`admm_fixed_mu` keeps mu = O I / (4 |W|_1) and starts from zeros, like the code published by the
+first author of CAP. Its distance to the minimum depends on the number of iterations: choose it for
+comparison with that code, or for the minimum itself. After 200 iterations the residual of a weight
+is about 1e-5.
 """
 
 NARROW_THRESHOLD = 1 / 16
-"""Part of |W|_2 down to which the threshold 1 / mu of a growing mu leaves float32 enough digits.
+"""Fraction of |W|_2 down to which float32 is precise enough for the threshold 1 / mu of a growing
+mu.
 
-What float32 does to L, counted in thresholds, grows with mu. Measured on seven linears of
-SmolLM2-135M as support that differs from `exact`: 1/16 (seven iterations) up to 3e-6 of the
-entries, 1/50 up to 5e-5, 1/250 up to 1.5e-3. Nearly all of it comes from float32 eigenvectors.
+The float32 error of L, in units of the threshold, grows with mu. Measured on seven linears of
+SmolLM2-135M as the support that differs from `exact`: 1/16 (seven iterations) up to 3e-6 of the
+entries, 1/50 up to 5e-5, 1/250 up to 1.5e-3. Nearly all of it is due to float32 eigenvectors.
 """
 
 NARROW_RESIDUAL = 1e-4
-"""Residual down to which float32 leaves enough digits; or 100 tolerances, if those are more."""
+"""Residual down to which float32 is precise enough; or 100 times the tolerance, if larger."""
 
 DROPPED = 1e-8
-"""Part of the largest singular value of L up to which others are rounding noise."""
+"""Fraction of the largest singular value of L below which others count as rounding noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Schedule:
-    """How a solver moves mu, and when it ends."""
+    """Growth of mu and stopping rule of a solver."""
 
     growth: float
     tolerance: float
@@ -60,10 +63,10 @@ _SCHEDULES: dict[Solver, _Schedule] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RobustPCA:
-    """`W = L + S`, up to the residual: L as factors, S as its nonzero entries."""
+    """`W = L + S` up to the residual: L as factors, S as its nonzero entries."""
 
     weight_OR: Tensor
-    """U: left singular vectors of L, by descending singular value. `L = weight_OR @ down_RI`."""
+    """U: left singular vectors of L, by descending singular value; `L = weight_OR @ down_RI`."""
     down_RI: Tensor
     """U^T L."""
     sigma_R: Tensor
@@ -71,16 +74,16 @@ class RobustPCA:
     values_N: Tensor
     """Nonzero entries of S."""
     positions_N: Tensor
-    """Where they are in the flattened [O, I], int32, ascending."""
+    """Their positions in the flattened [O, I], int32, ascending."""
     report: dict[str, float | int | str]
-    """How it was computed and what came out:
+    """Details of the computation and of the result:
 
-    - `solver`, `precision`: as asked.
-    - `iterations`, `narrow_iterations`: all of them, and those computed in float32.
+    - `solver`, `precision`: as requested.
+    - `iterations`, `narrow_iterations`: all iterations, and those in float32.
     - `residual`: |W - L - S|_F / |W|_F.
-    - `converged`: whether that is within the tolerance.
-    - `rank`, `nonzeros`, `density`: of L, of S, and of S over its number of entries.
-    - `eigen`: the solvers that stood in for the device's, if it failed (`Eigensolver`).
+    - `converged`: True if the residual is within the tolerance.
+    - `rank`, `nonzeros`, `density`: of L, of S, and of S over the number of entries.
+    - `eigen`: fallback solvers used if the device's solver failed (`Eigensolver`).
     """
 
 
@@ -92,43 +95,42 @@ def rpca(
     tolerance: float | None = None,
     max_iterations: int | None = None,
 ) -> RobustPCA:
-    """The split of a weight that minimises `|L|_* + lambda |S|_1` subject to `W = L + S`.
+    """Split a weight so that `|L|_* + lambda |S|_1` is minimal subject to `W = L + S`.
 
-    lambda = 1 / sqrt(max(O, I)), for which a low-rank and a sparse part that are generic enough
-    are recovered exactly (arXiv:0912.3599). An iteration, with t = 1 / mu, is
+    lambda = 1 / sqrt(max(O, I)), for which generic low-rank and sparse parts are recovered exactly
+    (arXiv:0912.3599). An iteration, with t = 1 / mu, is
 
         L <- U max(sigma - t, 0) V^T,  U sigma V^T = W - S + t Y
         S <- Z - clip(Z, lambda t),    Z = W - L + t Y
         Y <- clip(Z, lambda t) / t     (= Y + mu (W - L - S))
 
-    until |W - L - S|_F <= tolerance |W|_F. L comes from the smaller Gram: with X = W - S + t Y
-    turned to have K columns and `X^T X = V sigma^2 V^T`, `L = X V max(1 - t / sigma, 0) V^T`, where
-    only the R columns of sigma > t count. So an iteration costs M K^2 FLOPs for the triangle of the
+    until |W - L - S|_F <= tolerance |W|_F. L is computed from the smaller Gram: with X = W - S + t
+    Y transposed to have K columns and `X^T X = V sigma^2 V^T`, `L = X V max(1 - t / sigma, 0) V^T`,
+    with only the R columns of sigma > t. An iteration costs M K^2 FLOPs for the triangle of the
     Gram, one `eigh` of order K, and the cheaper of 2 R K^2 + 2 M K^2 and 4 M K R for the products;
-    the call holds seven matrices of M K entries, 8 bytes each. The Gram knows a singular value to
-    eps |X|_2^2 / sigma: of a threshold of 1e-7 |W|_2, the smallest that `ialm` comes to on real
-    weights, that is 2 %, and directions so near to it may come out otherwise than from an SVD.
+    memory is seven matrices of M K entries, 8 bytes each. The Gram determines a singular value to
+    eps |X|_2^2 / sigma: 2 % of a threshold of 1e-7 |W|_2, the smallest that `ialm` reaches on real
+    weights. Directions this close to the threshold may differ from those of an SVD.
 
-    `exact` is float64 throughout. `fast` begins in float32, which halves the time of an iteration,
-    and goes on in float64 once the residual or a growing mu asks for more digits
-    (`NARROW_RESIDUAL`, `NARROW_THRESHOLD`), in the last of `max_iterations` at the latest. With a
-    growing mu nothing that was rounded is ever made good, so the change comes early.
+    `exact` uses float64 throughout. `fast` starts in float32, which halves the time of an
+    iteration, and switches to float64 when the residual or a growing mu requires it
+    (`NARROW_RESIDUAL`, `NARROW_THRESHOLD`), at the latest in the last of `max_iterations`. With a
+    growing mu rounding errors are never corrected, so the switch is early.
 
-    The factors and values have the weight's dtype, float32 at least, and its device. The same
-    input gives the same bits on the same device with the same number of threads; the transposed
-    weight gives the transposed L and S (of unequal sides, S to the bit), and a power of two times
-    the weight the same power of two times L and S to the bit. Ends without an error after
-    `max_iterations` (default: 100 for `ialm`, 200 for `admm_fixed_mu`); `tolerance` is by default
-    1e-7 and 1e-6.
+    The factors and values have the weight's dtype, at least float32, and its device. Bit-identical
+    for equal inputs, device and number of threads. The transposed weight gives the transposed L and
+    S (S to the bit if O and I differ), and scaling the weight by a power of two scales L and S
+    exactly. Stops without an error after `max_iterations` (default: 100 for `ialm`, 200 for
+    `admm_fixed_mu`); the default `tolerance` is 1e-7 and 1e-6, respectively.
 
     Raises:
-        InputError: The weight holds NaN or infinity, or more entries than 32 bits can count.
+        InputError: The weight contains NaN or infinity, or has more entries than 32 bits can count.
 
     References:
-        Stage 1 of CAP, arXiv:2505.03801. It leaves the schedule of mu, the stopping rule and the
-        number of iterations open; see `Solver` for the two that are offered. Departures: L before S
+        Stage 1 of CAP, arXiv:2505.03801. It does not specify the schedule of mu, the stopping rule
+        and the number of iterations; see `Solver` for the two choices. Departures: L before S
         (CAP's order, not Lin's) also in `ialm`; no upper limit for mu in `ialm`, where Lin's code
-        has 1e7 mu0, beyond what it reaches in 40 iterations.
+        has 1e7 mu0, which is not reached within 40 iterations.
     """
     defaults = _SCHEDULES[solver]
     schedule = _Schedule(
@@ -139,43 +141,19 @@ def rpca(
     _check(weight_OI, schedule)
     transposed = weight_OI.shape[0] < weight_OI.shape[1]
     tall_MK = (weight_OI.T if transposed else weight_OI).double().contiguous()
-    # A power of two near the largest entry: exact, and float32 can square what is left.
+    # A power of two near the largest entry: exact, and float32 can square the scaled entries.
     unit = 2.0 ** max(math.frexp(float(tall_MK.abs().max()))[1], -1000)
     state, report = _iterate(tall_MK / unit, solver, schedule, precision)
-
-    image_MR, sigma_R, vectors_KR = state.low_rank()
-    if transposed:
-        left_OR, down_RI = vectors_KR, image_MR.T
-    else:
-        left_OR, core_RR = torch.linalg.qr(image_MR)
-        sign_R = torch.where(core_RR.diagonal() < 0, -1.0, 1.0).to(core_RR)
-        left_OR, down_RI = left_OR * sign_R, (sign_R[:, None] * core_RR) @ vectors_KR.T
-    sparse_MK = state.sparse()
-    flat = (sparse_MK.T if transposed else sparse_MK).flatten()
-    positions_N = flat.nonzero().squeeze(1)
+    report = {"solver": solver, "precision": precision, **report}
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
-    return RobustPCA(
-        weight_OR=left_OR.to(dtype).contiguous(),
-        down_RI=(down_RI * unit).to(dtype).contiguous(),
-        sigma_R=sigma_R * unit,
-        values_N=(flat[positions_N] * unit).to(dtype),
-        positions_N=positions_N.to(torch.int32),
-        report={
-            "solver": solver,
-            "precision": precision,
-            **report,
-            "rank": len(sigma_R),
-            "nonzeros": len(positions_N),
-            "density": len(positions_N) / len(flat),
-        },
-    )
+    return _result(state, transposed=transposed, unit=unit, dtype=dtype, report=report)
 
 
 class _State:
-    """The unknowns of the iteration, in one dtype.
+    """Unknowns of the iteration, in one dtype.
 
-    Y / mu stands for Y, and `rest - clipped` for S. That saves passes over memory: `rest` is the
-    weight less L plus Y / mu, from which clipping leaves the next Y / mu.
+    Y is stored as Y / mu, and S as `rest - clipped`. This saves passes over memory: `rest` is the
+    weight less L plus Y / mu, and clipping it gives the next Y / mu.
     """
 
     def __init__(self, weight_MK: Tensor, dual_MK: Tensor, eigen: Eigensolver):
@@ -184,9 +162,9 @@ class _State:
         self.dual_MK = dual_MK
         """Y / mu."""
         self.target_MK = weight_MK + dual_MK
-        """W - S + Y / mu, whose singular values are to shrink."""
+        """W - S + Y / mu, whose singular values are shrunk."""
         self.rest_MK = torch.zeros_like(weight_MK)
-        """W - L + Y / mu, whose entries are to shrink."""
+        """W - L + Y / mu, whose entries are shrunk."""
         self.clipped_MK = torch.zeros_like(weight_MK)
         self.vectors_KR = weight_MK.new_zeros(weight_MK.shape[1], 0)
         """Right singular vectors of L, by ascending singular value."""
@@ -195,7 +173,7 @@ class _State:
         self.threshold = 0.0
 
     def cast(self, weight_MK: Tensor, dtype: torch.dtype) -> "_State":
-        """The state in another dtype, the weight from the original."""
+        """Return the state in another dtype, the weight from the original."""
         if self.weight_MK.dtype == dtype:
             return self
         state = _State(weight_MK.to(dtype), self.dual_MK.to(dtype), self.eigen)
@@ -203,7 +181,7 @@ class _State:
         return state
 
     def step(self, threshold: float, bound: float) -> float:
-        """New L, S and Y / mu from the target; gives |W - L - S|_F."""
+        """Compute L, S and Y / mu from the target; returns |W - L - S|_F."""
         self.threshold = threshold
         self.vectors_KR, self.sigma_R = _above(self.target_MK, threshold, self.eigen)
         torch.add(self.weight_MK, self.dual_MK, out=self.rest_MK)
@@ -217,13 +195,13 @@ class _State:
         return float(self.dual_MK.sub_(self.clipped_MK).norm())
 
     def advance(self, growth: float) -> None:
-        """The next target and Y / mu, for mu times `growth`."""
+        """Compute the next target and Y / mu, for mu times `growth`."""
         torch.div(self.clipped_MK, growth, out=self.dual_MK)
         torch.sub(self.weight_MK, self.rest_MK, out=self.target_MK)
         self.target_MK.add_(self.clipped_MK, alpha=1 + 1 / growth)
 
     def low_rank(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`L V` [M, R], the singular values of L, descending, and V [K, R]."""
+        """Return `L V` [M, R], the singular values of L, descending, and V [K, R]."""
         shrunk_R = (self.sigma_R - self.threshold).flip(0)
         shrunk_R = shrunk_R[shrunk_R > DROPPED * shrunk_R[:1]]
         vectors_KR = self.vectors_KR.flip(1)[:, : len(shrunk_R)]
@@ -235,10 +213,44 @@ class _State:
         return self.rest_MK - self.clipped_MK
 
 
+def _result(
+    state: _State,
+    *,
+    transposed: bool,
+    unit: float,
+    dtype: torch.dtype,
+    report: dict[str, float | int | str],
+) -> RobustPCA:
+    """Convert the final state to factors and entries of the original weight."""
+    image_MR, sigma_R, vectors_KR = state.low_rank()
+    if transposed:
+        left_OR, down_RI = vectors_KR, image_MR.T
+    else:
+        left_OR, core_RR = torch.linalg.qr(image_MR)
+        sign_R = torch.where(core_RR.diagonal() < 0, -1.0, 1.0).to(core_RR)
+        left_OR, down_RI = left_OR * sign_R, (sign_R[:, None] * core_RR) @ vectors_KR.T
+    sparse_MK = state.sparse()
+    flat = (sparse_MK.T if transposed else sparse_MK).flatten()
+    positions_N = flat.nonzero().squeeze(1)
+    return RobustPCA(
+        weight_OR=left_OR.to(dtype).contiguous(),
+        down_RI=(down_RI * unit).to(dtype).contiguous(),
+        sigma_R=sigma_R * unit,
+        values_N=(flat[positions_N] * unit).to(dtype),
+        positions_N=positions_N.to(torch.int32),
+        report=report
+        | {
+            "rank": len(sigma_R),
+            "nonzeros": len(positions_N),
+            "density": len(positions_N) / len(flat),
+        },
+    )
+
+
 def _iterate(
     weight_MK: Tensor, solver: Solver, schedule: _Schedule, precision: Precision
 ) -> tuple[_State, dict[str, float | int | str]]:
-    """The state at the end of the iteration, in float64, and how it went."""
+    """Run the iteration; returns the final state, in float64, and the report."""
     size, eigen = float(weight_MK.norm()), Eigensolver()
     if size == 0:
         state = _State(weight_MK, torch.zeros_like(weight_MK), eigen)
@@ -256,7 +268,7 @@ def _iterate(
     for iteration in range(1, schedule.max_iterations + 1):
         narrow = (
             precision == "fast"
-            and iteration == narrow_iterations + 1  # once wide, always wide
+            and iteration == narrow_iterations + 1  # once float64, always float64
             and iteration < schedule.max_iterations
             and residual > max(NARROW_RESIDUAL, 100 * schedule.tolerance)
             and (schedule.growth == 1 or threshold > NARROW_THRESHOLD * norm)
@@ -279,8 +291,8 @@ def _iterate(
 
 
 def _above(matrix_MK: Tensor, threshold: float, eigen: Eigensolver) -> tuple[Tensor, Tensor]:
-    """Right singular vectors [K, R] and singular values above a threshold, ascending."""
-    # LAPACK through torch: the upper triangle takes 0.9 of the lower one's time.
+    """Return right singular vectors [K, R] and singular values above a threshold, ascending."""
+    # LAPACK through torch: the upper triangle takes 0.9 of the time of the lower one.
     values_K, vectors_KK = eigen.decompose(_square(matrix_MK), upper=True)
     sigma_K = values_K.clamp_(min=0).sqrt_()
     first = len(sigma_K) - int((sigma_K > threshold).sum())
@@ -292,7 +304,7 @@ def _spectral_norm(matrix_MK: Tensor, eigen: Eigensolver) -> float:
 
 
 def _square(matrix_MK: Tensor) -> Tensor:
-    """`X^T X` [K, K], its upper triangle."""
+    """Compute the upper triangle of `X^T X` [K, K]."""
     square_KK = matrix_MK.new_zeros(matrix_MK.shape[1], matrix_MK.shape[1])
     add_upper_product(square_KK, matrix_MK, matrix_MK)
     return square_KK
@@ -309,7 +321,7 @@ def _check(weight_OI: Tensor, schedule: _Schedule) -> None:
     largest = torch.iinfo(torch.int32).max
     if weight_OI.numel() > largest:
         raise InputError(
-            f"weight has {weight_OI.numel()} entries, positions of 32 bits count {largest}; "
-            "keep it out of the targets"
+            f"weight has {weight_OI.numel()} entries, 32-bit positions count at most {largest}; "
+            "exclude it from the targets"
         )
     check_finite("weight", weight_OI)

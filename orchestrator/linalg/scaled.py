@@ -1,4 +1,4 @@
-"""Low-rank factors of a weight with scaled inputs, and what they lose on its calibration inputs.
+"""Low-rank factors of a weight with scaled inputs, with their loss on the calibration inputs.
 
 Shape suffixes: O outputs, I inputs, K = min(O, I), R rank.
 """
@@ -20,34 +20,36 @@ from orchestrator.linalg.low_rank import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaledLowRank(LowRank):
-    """Factors that are best in the norm of a scale, measured in that of a statistic too."""
+    """Factors that are optimal in the norm of a scale, measured in the norm of a statistic too."""
 
     activation_R: Tensor
-    """What each direction explains of `activation_total`, u^T (W H W^T) u, float64; in the order of
-    the factors, so not by size."""
+    """Energy explained by each direction, u^T (W H W^T) u, of `activation_total`; float64, in the
+    order of the factors, so not sorted."""
     activation_total: float
-    """trace(W H W^T): rank r loses it less the first r of `activation_R`."""
+    """trace(W H W^T); the loss at rank r is this less the first r of `activation_R`."""
 
 
 def decompose_scaled(
     weight_OI: Tensor, statistic: Statistic, rank: int, scale_I: Tensor
 ) -> ScaledLowRank:
-    """The factors, of every rank up to `rank`, that are closest to `W diag(s)` when scaled alike.
+    """Compute the factors, for every rank up to `rank`, that are closest to W after scaling the
+    inputs by s.
 
     Minimises `|(W - W') diag(s)|` in the Frobenius norm, by the truncated SVD of `W diag(s)` and
-    the division by s: `U_r Σ_r V_r^T diag(s)^-1 = U_r (U_r^T W)`, so nothing is divided. Energies
-    and total are those of `W diag(s)`. U holds the leading eigenvectors of `W diag(s²) W^T`; those
-    below about 1e-7 of the largest singular value go by the weight alone, see `decompose`.
+    the division by s: `U_r Σ_r V_r^T diag(s)^-1 = U_r (U_r^T W)`, so no division is needed.
+    Energies and total are those of `W diag(s)`. U holds the leading eigenvectors of `W diag(s²)
+    W^T`; those below about 1e-7 of the largest singular value are determined by the weight alone,
+    see `decompose`.
 
-    What the factors lose on the rows of the statistic is exact too: U is orthonormal, so rank r
-    loses `trace(W H W^T)` less the first r of `diag(U^T W H W^T U)`.
+    The loss on the rows of the statistic is exact too: U is orthonormal, so the loss at rank r is
+    `trace(W H W^T)` less the first r of `diag(U^T W H W^T U)`.
 
-    Dtype and device as in `decompose`; the scale is float64 [I], above 0. O(O I K + K^3), and
-    O I^2 more for the loss where the statistic is the inputs' Gram.
+    Dtype and device as in `decompose`; the scale is float64 [I], above 0. O(O I K + K^3), plus O
+    I^2 for the loss if the statistic is the Gram of the inputs.
 
     Raises:
-        InputError: The weight, the scale or the statistic holds NaN or infinity.
-        ValueError: The scale does not fit the weight, or is not above 0.
+        InputError: The weight, the scale or the statistic contains NaN or infinity.
+        ValueError: The scale has another size than the inputs, or is not above 0.
     """
     outputs, inputs = weight_OI.shape
     if scale_I.shape != (inputs,) or not bool((scale_I > 0).logical_or(scale_I.isnan()).all()):
@@ -74,7 +76,7 @@ def _outer(rows_OI: Tensor) -> Tensor:
 
 
 def _explained(weight_OI: Tensor, result: LowRank, statistic: Statistic) -> tuple[Tensor, float]:
-    """`diag(U^T W H W^T U)` and `trace(W H W^T)`, products and sums in float64."""
+    """Compute `diag(U^T W H W^T U)` and `trace(W H W^T)`, products and sums in float64."""
     if isinstance(statistic, InputGram):
         matrix, rows, whole = statistic.matrix_II.double(), result.down_RI, weight_OI
         total = torch.sum(whole.double() @ matrix * whole)

@@ -1,4 +1,4 @@
-"""The entries of one weight in the order in which they are worth keeping.
+"""Entries of one weight, sorted by importance.
 
 Shape suffixes: O outputs, I inputs, N entries, P parts.
 """
@@ -13,43 +13,46 @@ from orchestrator.linalg.gram import check_finite
 from orchestrator.linalg.low_rank import InputGram
 
 PARTS = 20
-"""Equal parts of the entries, at whose edges losses are known: every 5 % of the density."""
+"""Number of equal parts of the sorted entries; losses are known at their edges, every 5 % of the
+density."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sparse:
-    """Sparse approximations of a weight, nested: any number of entries kept is a prefix."""
+    """Sparse approximations of a weight, nested: the kept entries are always a prefix."""
 
     values_N: Tensor
-    """The weight's entries, most important first, float32."""
+    """Entries of the weight, most important first, float32."""
     positions_N: Tensor
-    """Where each stands, row I + column, int32."""
+    """Positions, row I + column, int32."""
     shape: tuple[int, int]
     """Outputs and inputs of the weight."""
     energies_P: Tensor
-    """Sum of the squared scores of each part of the order, float64; see `part_edges`."""
+    """Sum of the squared scores of each part, float64; see `part_edges`."""
     total: float
-    """Sum of all squared scores: keeping the first p parts loses total less p energies."""
+    """Sum of all squared scores; the loss with the first p parts kept is total less p energies."""
     activation_losses: list[float]
-    """`trace(D H D^T)`, D the entries that are not kept, at every edge of a part, from none kept
-    (the energy of the whole weight) to all (0)."""
+    """`trace(D H D^T)`, D the entries that are not kept, at every edge of a part, from no entry
+    kept (the energy of the whole weight) to all (0)."""
     weight_losses: list[float]
     """`|D|^2` at every edge."""
     report: dict[str, float | int | str]
-    """How it was computed; `compared` says among which entries scores were."""
+    """Details of the computation; `compared` is the group of entries within which scores are
+    compared."""
 
 
 def sort_within_rows(weight_OI: Tensor, score_OI: Tensor, statistic: InputGram) -> Sparse:
-    """All entries, best first, such that every prefix keeps equally many of each row, to within 1.
+    """Sort all entries, best first, so that every prefix has the same number in each row, to within
+    1.
 
-    Entries go by their rank within their row (descending score, of equal ones the first column),
-    then by row. The same input gives the same bits. O I log I to sort, and `PARTS` O I^2
-    multiply-adds in the weight's dtype (float32 at least) for the losses. Stored, values and
-    positions are 8 bytes an entry: all of them, since any number may be kept.
+    Entries are sorted by their place within their row (descending score; ties by column), then by
+    row. Deterministic. O I log I for sorting, and `PARTS` O I^2 multiply-adds in the weight's dtype
+    (at least float32) for the losses. All values and positions are stored, at 8 bytes an entry,
+    since any number may be kept.
 
     Raises:
-        InputError: The weight, the scores or the Gram hold NaN or infinity.
-        ValueError: The shapes do not fit, or the weight has more entries than int32 can number.
+        InputError: The weight, the scores or the Gram contain NaN or infinity.
+        ValueError: The shapes do not match, or the weight has more entries than int32 can number.
     """
     outputs, inputs = weight_OI.shape
     if score_OI.shape != weight_OI.shape or statistic.matrix_II.shape != (inputs, inputs):
@@ -82,7 +85,7 @@ def sort_within_rows(weight_OI: Tensor, score_OI: Tensor, statistic: InputGram) 
 
 
 def part_edges(entries: int) -> list[int]:
-    """Entries kept at the edges of the parts, from 0 to all of them, [P + 1]."""
+    """Number of entries kept at the edges of the parts, from 0 to all, [P + 1]."""
     return [part * entries // PARTS for part in range(PARTS + 1)]
 
 
@@ -94,8 +97,9 @@ def _part_sums(matrix_OI: Tensor, positions_N: Tensor) -> Tensor:
 
 
 def _tails(energies_P: Tensor) -> list[float]:
-    """What is left of the sum after each number of parts, [P + 1]; from the end, so 0 at last."""
-    # added up on the host: CUDA's cumsum of floats has no fixed order
+    """Remainder of the sum after each number of parts, [P + 1]; summed from the end, so the last is
+    0."""
+    # summed on the host: the order of CUDA's cumsum of floats is not fixed
     return [*accumulate(energies_P.tolist()[::-1], initial=0.0)][::-1]
 
 

@@ -1,7 +1,6 @@
-"""How fast this process computes what a compression is made of.
+"""Measured rates of the operations that a compression consists of.
 
-Each rate is the median of a few repetitions after one that is not counted, with the threads that
-the process has.
+Each rate is the median of a few repetitions after one warm-up, with the threads of this process.
 """
 
 import statistics
@@ -16,7 +15,7 @@ REPEATS = 3
 
 
 def product_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
-    """FLOPs a second of a product of two matrices [size, size]; a multiply-add counts two."""
+    """Measure FLOP/s of a product of two [size, size] matrices; a multiply-add counts as two."""
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(size, size, generator=generator).to(device, dtype)
     right = torch.randn(size, size, generator=generator).to(device, dtype)
@@ -24,7 +23,7 @@ def product_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
 
 
 def eigen_rate(device: torch.device, size: int) -> float:
-    """The same of a symmetric eigendecomposition in float64, checked, counted as 9 size^3."""
+    """Measure FLOP/s of a checked float64 symmetric eigendecomposition, counted as 9 size^3."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(size, size, generator=generator, dtype=torch.float64).to(device)
     square = rows @ rows.T

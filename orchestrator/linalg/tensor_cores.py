@@ -1,10 +1,9 @@
-"""Float32 products on a GPU's tensor cores, where that rounds nothing.
+"""Float32 products on a GPU's tensor cores where TF32 represents the factors exactly.
 
-TF32 keeps 10 bits behind the binary point and float32's exponents. Every value of bfloat16 (7 bits)
-and of float16 (10) is one of TF32's, and a product of two of them has at most 22 bits, so it is
-exact in float32 as it is without tensor cores. What is left is rounding of the sum, which tensor
-cores do in their own way: its error was not measured on a GPU yet. An H100 computes so at 7 times
-the rate of its float32, an A100 at 8.
+TF32 has 10 mantissa bits and the exponent range of float32. It represents every value of bfloat16
+(7 bits) and float16 (10 bits), and a product of two such values has at most 22 bits, so it is exact
+in float32, as without tensor cores. Only the sum is rounded, in the way of the tensor cores, whose
+error has not been measured on a GPU yet. An H100 is 7 times as fast as in float32, an A100 8 times.
 """
 
 from collections.abc import Iterator
@@ -16,20 +15,21 @@ _EXACT = (torch.bfloat16, torch.float16)
 
 
 def is_exact(*dtypes: torch.dtype) -> bool:
-    """Whether TF32 holds every value of these dtypes."""
+    """Return True if TF32 represents every value of these dtypes."""
     return all(dtype in _EXACT for dtype in dtypes)
 
 
 @contextmanager
 def tensor_cores(*dtypes: torch.dtype) -> Iterator[None]:
-    """Has CUDA use TF32 for float32 products if what both sides were cast from is exact in it.
+    """Let CUDA use TF32 for float32 products if both sides were cast from dtypes that are exact in
+    it.
 
-    If not, float32 itself, whatever the environment says of TF32. On a CPU this changes nothing.
-    Not for two threads at a time: the setting is the process's.
+    Otherwise products are in float32, regardless of the environment's TF32 settings. On a CPU it
+    has no effect. Not thread-safe: the setting belongs to the process.
 
-    Nothing but products belongs inside. While TF32 is on by this setting, PyTorch raises
-    RuntimeError when the older settings are read, `torch.backends.cuda.matmul.allow_tf32` or
-    `torch.get_float32_matmul_precision()`, as compilers and other libraries do.
+    Use it around products only. While TF32 is enabled by this setting, PyTorch raises RuntimeError
+    if the older settings are read (`torch.backends.cuda.matmul.allow_tf32`,
+    `torch.get_float32_matmul_precision()`), as compilers and other libraries do.
     """
     products = torch.backends.cuda.matmul
     before = products.fp32_precision

@@ -73,4 +73,4 @@ class Cap(Method):
         if not isinstance(statistic, InputGram):
             raise ValueError("cap needs the Gram of the inputs, not that of the outputs")
         parts = rpca(weight_OI, solver=self.solver)
-        return rank_parts(weight_OI, parts, statistic, self.utility, self.buckets)
+        return rank_parts(weight_OI, parts, statistic, utility=self.utility, buckets=self.buckets)

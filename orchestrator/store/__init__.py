@@ -1,1 +1,1 @@
-"""The run directory: what was asked, what is done, what it gave."""
+"""Run directory: request, status, finished units and results."""

@@ -1,7 +1,8 @@
-"""Copies of a store's files on this node's disk, for one process, while it needs them.
+"""Local copies of files of an object store, for one process.
 
-Under TMPDIR, so that is to be a disk of the node itself. A process that is killed cannot tidy up:
-its directory holds a lock, which ends with it, and the next process that comes by removes it.
+Copies are under TMPDIR, which should be on a local disk of the node. The directory of a process
+holds a file lock, which ends with the process; directories left by killed processes are removed by
+the next process.
 """
 
 import atexit
@@ -19,17 +20,17 @@ from pathlib import Path
 from orchestrator.store.places import Remote
 
 CACHE_BYTES = 4 * 2**30
-"""Copies beyond this are given up, those first that were not asked for longest."""
+"""Size limit of the copies; above it, the least recently used ones are removed."""
 _SUFFIX = ".cache"
 _LOCK = "lock"
 
 
 class Cache:
-    """Local copies of remote files, the latest ones.
+    """Least-recently-used cache of local copies of remote files.
 
     Args:
-        root: Holds the directories of all processes.
-        limit: Bytes that may lie here; one copy always does.
+        root: Parent of the directories of all processes.
+        limit: Maximum size in bytes; one copy is always kept.
     """
 
     def __init__(self, root: Path, limit: int = CACHE_BYTES) -> None:
@@ -42,23 +43,23 @@ class Cache:
         new.mkdir()
         self._lock = (new / _LOCK).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        # locked before others look at it
+        # locked before other processes look at it
         new.rename(self._directory)
         remove_abandoned(root)
 
     def temporary(self, suffix: str = "") -> Path:
-        """A name for a file of this process alone."""
+        """Return an unused file name of this process."""
         return self._directory / f"{uuid.uuid4().hex}{suffix}"
 
     def fetch(self, place: Remote, check: Callable[[Remote, Path], None]) -> Path:
-        """A copy of the object; it lies there until others need the room.
+        """Return a copy of the object; it is kept until space is needed.
 
         Args:
-            check: Raises where a copy that has just come is not what it should be.
+            check: Raises if a new copy has the wrong content.
 
         Raises:
-            FileNotFoundError: There is no such object.
-            OrchestratorError: As `Remote.download`, and what `check` raises.
+            FileNotFoundError: The object does not exist.
+            OrchestratorError: As `Remote.download`, and as `check`.
         """
         with self._guard:
             if place in self._copies:
@@ -78,30 +79,30 @@ class Cache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all copies."""
+        """Size of all copies in bytes."""
         return sum(size for _, size in self._copies.values())
 
     def forget(self, directory: Remote) -> None:
-        """Gives up the copies of what lies right under a name."""
+        """Remove the copies of the objects directly under a name."""
         with self._guard:
             for place in [each for each in self._copies if each.parent == directory]:
                 self._give_up(place)
 
     def close(self) -> None:
-        """Removes all copies."""
+        """Remove all copies."""
         with self._guard:
             self._copies = {}
             shutil.rmtree(self._directory, ignore_errors=True)
             self._lock.close()
 
     def _give_up(self, place: Remote) -> None:
-        # who has it open or mapped keeps what it sees
+        # processes with open or mapped files keep their content
         self._copies.pop(place)[0].unlink(missing_ok=True)
 
 
 @cache
 def process_cache() -> Cache:
-    """The cache of this process; it goes with it."""
+    """Return the cache of this process, removed at exit."""
     root = Path(tempfile.gettempdir()) / f"orchestrator-{os.getuid()}"
     found = Cache(root)
     atexit.register(remove_abandoned, root)
@@ -111,7 +112,7 @@ def process_cache() -> Cache:
 
 @contextmanager
 def temporary_file(suffix: str = "") -> Iterator[Path]:
-    """A name on this node's disk; whatever lies there in the end is removed."""
+    """Yield an unused local file name; the file is removed at the end."""
     path = process_cache().temporary(suffix)
     try:
         yield path
@@ -121,7 +122,7 @@ def temporary_file(suffix: str = "") -> Iterator[Path]:
 
 
 def remove_abandoned(root: Path) -> None:
-    """Removes the directories of processes that are gone."""
+    """Remove the directories of processes that have ended."""
     for lock in root.glob(f"*{_SUFFIX}/{_LOCK}"):
         with suppress(OSError), lock.open("r") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""Chunks at the boundaries between shards, on disk until the blocks behind them are committed.
+"""Chunks at shard boundaries, on disk until the blocks after the boundary are committed.
 
-A chunk's file is what makes a lost worker or driver cheap: whoever takes over a shard reads its
-input here. It carries the checksum of its content, so damage is found where it is read.
+Chunk files make the loss of a worker or driver cheap: the worker that takes over a shard reads its
+input from them. Each file contains a checksum of its content, so damage is found on reading.
 """
 
 import json
@@ -17,14 +17,14 @@ from orchestrator.store.files import local_copy, remove_tree, write_whole
 from orchestrator.store.places import Place
 
 WRITING_SECONDS = 1.0
-"""A chunk that is not there after so long is not on its way to its file, but lost."""
+"""Time after which a missing chunk counts as lost instead of being written."""
 POLL_SECONDS = 0.02
 Record = Mapping[str, np.ndarray]
-"""A packed chunk: a flat mapping from names to arrays."""
+"""Packed chunk: flat mapping from names to arrays."""
 
 
 class MissingChunk(Exception):
-    """A boundary chunk that should be there is not, or is damaged; it has to be computed again."""
+    """Error for a boundary chunk that is missing or damaged; it has to be computed again."""
 
     def __init__(self, boundary: int, index: int) -> None:
         super().__init__(boundary, index)
@@ -32,7 +32,7 @@ class MissingChunk(Exception):
 
 
 class Chunks:
-    """The boundary chunks of one pass; boundary b is the input of block b."""
+    """Boundary chunks of one pass; boundary b is the input of block b."""
 
     def __init__(self, root: Place) -> None:
         self.root = root
@@ -41,14 +41,15 @@ class Chunks:
         return self.root / f"{boundary:05d}" / f"{index:07d}.safetensors"
 
     def write(self, boundary: int, index: int, record: Record) -> None:
-        """Stores one chunk; a process may die at any moment, a machine's crash is found later."""
+        """Store one chunk. Safe against the death of the process; damage by a machine crash is
+        found on reading."""
         metadata = {"crc32": _checksum(record)}
         arrays = {name: np.ascontiguousarray(array) for name, array in record.items()}
         path = self.path(boundary, index)
         write_whole(path, lambda file: save_file(arrays, file, metadata=metadata), durable=False)
 
     def read(self, boundary: int, index: int) -> dict[str, np.ndarray] | None:
-        """The chunk, or nothing if it is not there or its content is not what was written."""
+        """Read a chunk; None if it is missing or damaged."""
         try:
             with (
                 local_copy(self.path(boundary, index)) as path,
@@ -56,19 +57,25 @@ class Chunks:
             ):
                 record = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 expected = (file.metadata() or {}).get("crc32")
-        except (OSError, SafetensorError, TypeError, ValueError):  # the last two: no dtype of numpy
+        except (
+            OSError,
+            SafetensorError,
+            TypeError,
+            ValueError,
+        ):  # the last two are not numpy dtypes
             return None
         return record if _checksum(record) == expected else None
 
     def await_written(self, boundary: int, index: int) -> dict[str, np.ndarray] | None:
-        """The same of a chunk that somebody may be about to write: it is waited for a little."""
+        """Read a chunk that another process may be writing; waits for it up to
+        `WRITING_SECONDS`."""
         until = time.monotonic() + WRITING_SECONDS
         while not self.path(boundary, index).exists() and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
         return self.read(boundary, index)
 
     def present(self, boundary: int, count: int) -> set[int]:
-        """Which of the first `count` chunks of a boundary have a file."""
+        """Return the indices below `count` for which a boundary has a chunk file."""
         try:
             names = {path.name for path in (self.root / f"{boundary:05d}").iterdir()}
         except OSError:
@@ -76,7 +83,7 @@ class Chunks:
         return {index for index in range(count) if self.path(boundary, index).name in names}
 
     def drop(self, boundary: int, index: int | None = None) -> None:
-        """Removes one chunk of a boundary, or all of them."""
+        """Remove one chunk of a boundary, or all of them."""
         if index is None:
             remove_tree(self.root / f"{boundary:05d}")
         else:
@@ -87,8 +94,8 @@ class Chunks:
 
 
 def _checksum(record: Record) -> str:
-    # Against accidents, and every chunk is written once: a cryptographic hash takes five times as
-    # long, 1 % of a calibration of SmolLM2.
+    # Against accidents only, and every chunk is written once: a cryptographic hash takes five times
+    # as long, 1 % of a calibration of SmolLM2.
     checksum = 0
     for name in sorted(record):
         array = record[name]

@@ -1,7 +1,7 @@
-"""Writing files so that nothing half-written ever looks whole; reading them patiently.
+"""Atomic writes, and reads with retries.
 
-On local disk a file is written under a temporary name, brought to the disk and renamed. In an
-object store it is written on this node's disk and then uploaded: the object appears whole.
+On local disk a file is written under a temporary name, synced and renamed. For an object store it
+is written to a local disk of this node and then uploaded; objects appear atomically.
 """
 
 import errno
@@ -24,7 +24,8 @@ from orchestrator.store.storage_errors import patiently
 Result = TypeVar("Result")
 
 MAX_NESTING = 100
-"""Of JSON that is read: what Python's own functions then do with the value ends at some 1000."""
+"""Maximum nesting of JSON that is read: Python's own functions fail for values of about 1000
+levels."""
 _READ_BYTES = 1 << 22
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
@@ -32,18 +33,17 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
 
 @contextmanager
 def atomic(path: Place, *, durable: bool = True) -> Iterator[Path]:
-    """A temporary local name; what the body wrote there becomes `path` in one step.
+    """Yield a temporary local name; the file written there atomically becomes `path`.
 
-    If the body raises, the temporary file is removed and `path` is as it was. Two writers of the
-    same path do not disturb each other: the last one wins.
+    If the body raises, the temporary file is removed and `path` is unchanged. Concurrent writers of
+    one path are safe: the last one wins.
 
     Args:
-        durable: Whether the content reaches the disk before the rename. Without it a crash of the
-            machine (not of the process) can leave an empty file behind. What a store has taken is
-            always durable.
+        durable: Sync the content to disk before the rename. Without it, a crash of the machine (not
+            of the process) may leave an empty file. Objects of a store are always durable.
 
     Raises:
-        OrchestratorError: The device has no space left, or refuses the write; or the store.
+        OrchestratorError: The device is full or refuses the write, or the store does.
     """
     try:
         if isinstance(path, Remote):
@@ -58,7 +58,7 @@ def atomic(path: Place, *, durable: bool = True) -> Iterator[Path]:
             raise
         where = f"{path}: cannot be written"
         if isinstance(path, Remote) and refused.errno == errno.ENOSPC:
-            where += ", the copy on this node does not fit under TMPDIR"
+            where += ", the local copy does not fit under TMPDIR"
         raise OrchestratorError(
             f"{where}: {refused.strerror or refused}; "
             "free or choose another place, then run the same command again"
@@ -72,7 +72,7 @@ def _renamed(path: Path, durable: bool) -> Iterator[Path]:
         patiently(lambda: path.parent.mkdir(parents=True, exist_ok=True))
         yield temporary
         if durable:
-            # not again after a failure: what did not reach the disk then counts as written
+            # not retried after a failure: the kernel then reports the lost data as written
             _fsync(temporary)
         patiently(lambda: os.replace(temporary, path))
     finally:
@@ -81,7 +81,7 @@ def _renamed(path: Path, durable: bool) -> Iterator[Path]:
 
 
 def _system_error(error: Exception) -> OSError | None:
-    """What the system refused; safetensors tells its number in words only."""
+    """Return the system's error, also from safetensors, which gives its number in the text only."""
     if isinstance(error, OSError):
         return error
     found = _RUST_ERROR.search(str(error))
@@ -92,7 +92,7 @@ def _system_error(error: Exception) -> OSError | None:
 
 
 def write_whole(path: Place, write: Callable[[Path], Any], *, durable: bool = True) -> None:
-    """`atomic` with a body that can be repeated, and is, while its error may pass.
+    """Write as `atomic` with a repeatable body, which is retried on transient errors.
 
     Raises:
         OrchestratorError: As `atomic`.
@@ -102,22 +102,22 @@ def write_whole(path: Place, write: Callable[[Path], Any], *, durable: bool = Tr
 
 
 def write_json(path: Place, value: Any, *, durable: bool = True, indent: int | None = 1) -> None:
-    """`value` as sorted JSON, atomically; equal values give equal bytes.
+    """Write `value` as sorted JSON, atomically; equal values give equal bytes.
 
     Args:
-        durable: As `atomic` has it.
-        indent: Without it all is one line, and Python writes it ten times as fast.
+        durable: As for `atomic`.
+        indent: None writes one line, which is ten times as fast in Python.
     """
     text = json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False) + "\n"
     write_whole(path, lambda file: file.write_text(text, encoding="utf-8"), durable=durable)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text, in UTF-8, that anybody may have written.
+    """Parse a JSON text in UTF-8 from an untrusted source.
 
     Raises:
-        ValueError: It is none, or one that cannot be written again: nested more than `MAX_NESTING`
-            deep, or with half of a surrogate pair in a string.
+        ValueError: The text is not JSON, or its value cannot be written again: nesting deeper than
+            `MAX_NESTING`, or a lone surrogate in a string.
     """
     decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     try:
@@ -135,7 +135,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _nested(values: list[Any]) -> list[Any]:
-    """The objects and arrays right inside objects and arrays."""
+    """Return the objects and arrays directly inside objects and arrays."""
     return [
         inner
         for each in values
@@ -145,20 +145,21 @@ def _nested(values: list[Any]) -> list[Any]:
 
 
 def read_bytes(path: Place) -> bytes:
-    """The content, tried again while the error may pass.
+    """Read the content; retries on transient errors.
 
     Raises:
-        OSError: It is not there, or the disk refuses; a store raises as `Remote` does.
+        OSError: The file does not exist, or the disk fails; errors of a store are those of
+            `Remote`.
     """
     return path.read_bytes() if isinstance(path, Remote) else patiently(path.read_bytes)
 
 
 @contextmanager
 def local_copy(path: Place) -> Iterator[Path]:
-    """A local path to the same content: the file itself, or a copy for as long as the body runs.
+    """Yield a local path to the content: the file itself, or a copy that is removed afterwards.
 
     Raises:
-        FileNotFoundError: It is in a store, and not there.
+        FileNotFoundError: The object does not exist.
     """
     if isinstance(path, Path):
         yield path
@@ -169,11 +170,11 @@ def local_copy(path: Place) -> Iterator[Path]:
 
 
 def read_with(path: Place, read: Callable[[Any], Result]) -> Result:
-    """What a function makes of a file, opened to be read; of a store's it may be called again.
+    """Call `read` with the open file and return its result; for a store it may be called again.
 
     Raises:
-        OSError: As opening and reading do.
-        OrchestratorError: The store does not answer.
+        OSError: As for opening and reading.
+        OrchestratorError: The store does not respond.
     """
     if isinstance(path, Remote):
         return path.read_with(read)
@@ -182,16 +183,16 @@ def read_with(path: Place, read: Callable[[Any], Result]) -> Result:
 
 
 def size_of(path: Place) -> int:
-    """Bytes of a file.
+    """Return the size of a file in bytes.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: The file does not exist.
     """
     return path.size() if isinstance(path, Remote) else path.stat().st_size
 
 
 def remove_tree(path: Place) -> None:
-    """Removes a directory with all that lies in it, if it is there."""
+    """Remove a directory and its content, if it exists."""
     if isinstance(path, Remote):
         process_cache().forget(path)
         path.remove()
@@ -200,7 +201,7 @@ def remove_tree(path: Place) -> None:
 
 
 def digest_file(path: Place) -> str:
-    """BLAKE2b (256 bits) of the content, read in pieces of a few MiB."""
+    """Compute BLAKE2b (256 bits) of the content, read in pieces of a few MiB."""
 
     def digest(file: Any) -> str:
         digest = hashlib.blake2b(digest_size=32)
@@ -215,7 +216,7 @@ def digest_file(path: Place) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """BLAKE2b (256 bits) of a value's canonical JSON: sorted keys, no white space."""
+    """Compute BLAKE2b (256 bits) of the canonical JSON of a value: sorted keys, no white space."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 

@@ -1,9 +1,9 @@
-"""The journal of a run: what happened, one line of JSON an event.
+"""Journal of a run: one line of JSON per event.
 
-On local disk events.jsonl, to which every event is appended in a single write. An object cannot be
-appended to, so in a store events are gathered for some seconds, and each time become one more
-numbered object, `events/<number>-<driver>.jsonl`; in that order they are the same lines. A driver
-that is killed takes the events of its last seconds with it, which no unit depends on.
+On local disk it is events.jsonl; every event is appended by a single write. Objects of a store
+cannot be appended to, so events are buffered for some seconds and written as numbered objects,
+`events/<number>-<driver>.jsonl`, which in order contain the same lines. If a driver is killed, the
+events of its last seconds are lost; no unit depends on them.
 """
 
 import json
@@ -17,13 +17,13 @@ from orchestrator.store.files import parse_json, read_bytes, write_whole
 from orchestrator.store.places import Place, Remote
 
 FLUSH_SECONDS = 5.0
-"""How long events may wait for others, where nothing can be appended to."""
+"""Time for which events are buffered if the file system cannot append."""
 _FILE = "events.jsonl"
 _SEGMENTS = "events"
 
 
 class Journal:
-    """The events of one run directory; its driver alone adds some."""
+    """Events of one run directory; written by its driver only."""
 
     def __init__(self, root: Place) -> None:
         self._root = root
@@ -34,7 +34,7 @@ class Journal:
         self._guard = threading.RLock()
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Adds one event, at once or with those of the next seconds."""
+        """Add one event, immediately or with those of the next seconds."""
         line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False) + "\n"
         if isinstance(self._root, Remote):
             with self._guard:
@@ -46,7 +46,7 @@ class Journal:
             file.write(line)
 
     def flush(self) -> None:
-        """Writes what has been gathered."""
+        """Write the buffered events."""
         with self._guard:
             if not self._lines:
                 return
@@ -59,7 +59,7 @@ class Journal:
             self._lines, self._next, self._flushed = [], self._next + 1, time.monotonic()
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """All events in order; a line that a crash has left half-written is passed over."""
+        """Yield all events in order; skips a line left incomplete by a crash."""
         files = self._segments() if isinstance(self._root, Remote) else [self._root / _FILE]
         for file in files:
             try:

@@ -1,11 +1,11 @@
-"""Who is at work on a run directory or an output: a small file that its driver renews.
+"""Lease of a run directory or an output: a small file that the driver renews.
 
-It keeps people from starting the same run twice, and no more: stores have no locks that outlive a
-driver. Should two drivers be at work after all, units are named by what they are made from and
-written whole, so each can only write what the other would.
+It only prevents users from starting the same run twice; stores have no locks that survive a driver.
+If two drivers run nevertheless, the result is still correct: units are named by their inputs and
+written atomically, so both write the same content.
 
-A hold is stale when its process is gone from this host, or when it is not renewed while another
-driver looks on for half a minute; clocks of different hosts are not compared.
+A lease is stale if its process on this host has ended, or if it is not renewed while another driver
+watches it for half a minute; clocks of different hosts are not compared.
 """
 
 import json
@@ -25,25 +25,25 @@ from orchestrator.store.places import Place, Remote
 LEASE_FILE = "hold.json"
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
-"""A holder elsewhere is waited for so long to show that it lives."""
+"""Time for which a holder on another host is watched for a renewal."""
 SETTLE_SECONDS = 1.0
-"""After this long a store that two have written to at once says to both whose hold it is."""
+"""Time after which a store shows both of two concurrent writers the same holder."""
 FORSAKEN_SECONDS = 120.0
 """By the clocks of two hosts, which may differ by a minute."""
 _LOOK_SECONDS = 0.25
 
 _ours: set[str] = set()
-"""The holds of this process."""
+"""Leases of this process."""
 
 Tell = Callable[[dict[str, Any]], None]
 
 
 class Lease:
-    """To be held once; a thread renews it, and makes it anew where it was removed.
+    """Lease that can be acquired once; a thread renews it, and writes it again if it was removed.
 
     Args:
-        place: The file.
-        beat: Called by the thread each time; what it raises is passed over.
+        place: The file of the lease.
+        beat: Called by the thread at each renewal; its exceptions are ignored.
     """
 
     def __init__(self, place: Place, *, beat: Callable[[], None] = lambda: None) -> None:
@@ -55,40 +55,40 @@ class Lease:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="hold", daemon=True)
         self.note: str | None = None
-        """What was found when it was taken, for the journal."""
+        """State found on acquisition, for the journal."""
         self.taken_by: str | None = None
-        """Who has taken it over since, having seen no sign of life."""
+        """The driver that has taken over since, after no renewal was seen."""
 
     @contextmanager
     def taken(self, tell: Tell | None = None) -> Iterator["Lease"]:
-        """Holds it as long as the body runs; takes it over from a holder that is gone if need be.
+        """Hold the lease while the body runs; takes it over from a driver that has ended.
 
         Args:
-            tell: Told of a wait for another holder.
+            tell: Called on a wait for another holder.
 
         Raises:
-            UsageError: Another driver holds it.
-            OrchestratorError: It cannot be written.
+            UsageError: Another driver holds the lease.
+            OrchestratorError: The file cannot be written.
         """
         self._take(tell)
         try:
             yield self
         finally:
-            self._give_back()
+            self._release()
 
     def _take(self, tell: Tell | None) -> None:
         while True:
             found = _read(self.place)
             if found is not None:
-                self._check_gone(found, tell)
+                self._check_ended(found, tell)
                 self._remove(found)
-            if self._place_ours():
+            if self._acquire():
                 break
         _ours.add(self._id)
         self._thread.start()
 
-    def _give_back(self) -> None:
-        """Unless another has taken it over."""
+    def _release(self) -> None:
+        """Release the lease, unless another driver has taken it over."""
         self._done.set()
         self._thread.join(timeout=RENEW_SECONDS)
         _ours.discard(self._id)
@@ -96,22 +96,22 @@ class Lease:
             if (_read(self.place) or {}).get("id") == self._id:
                 self.place.unlink(missing_ok=True)
 
-    def _check_gone(self, found: dict[str, Any], tell: Tell | None) -> None:
-        """Raises UsageError unless the holder is gone; looks on for a while where that is unclear.
+    def _check_ended(self, found: dict[str, Any], tell: Tell | None) -> None:
+        """Raise UsageError unless the holder has ended; watches the lease if that is unclear.
 
-        A process may have the number of one that is gone, so a number alone proves no life.
+        Process ids are reused, so an existing id does not prove that the holder is running.
         """
         here = found.get("host") == socket.gethostname()
         pid = found.get("pid")
         if found.get("id") in _ours:
             raise self._held(found)
         if here and (pid == os.getpid() or not is_alive(pid)):
-            self.note = f"{_name(found)} held {self.place.parent} and is gone; taken over"
+            self.note = f"{_name(found)} held {self.place.parent} and has ended; taken over"
             return
         if here and _age(found) < 2 * RENEW_SECONDS:
             raise self._held(found)
         if tell is not None:
-            waits = f"{_name(found)} to renew its hold on {self.place.parent}, or not"
+            waits = f"a sign of life of {_name(found)}, which holds {self.place.parent}"
             tell({"event": "waiting", "for": waits, "there": f"{STALE_SECONDS:.0f} s at most"})
         end = time.monotonic() + STALE_SECONDS
         while time.monotonic() < end:
@@ -121,27 +121,27 @@ class Lease:
                 return
             if now != found:
                 raise self._held(now)
-        self.note = f"{_name(found)} held {self.place.parent} and does not renew that; taken over"
+        self.note = f"{_name(found)} held {self.place.parent} without renewing it; taken over"
 
     def _held(self, found: dict[str, Any]) -> UsageError:
         since = found.get("since")
         is_time = isinstance(since, int | float) and 0 <= since < 2**32
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since)) if is_time else "long ago"
         return UsageError(
-            f"{self.place.parent}: {_name(found)} is at work on it since {when}; "
-            "wait for its end, or stop it first"
+            f"{self.place.parent}: in use by {_name(found)} since {when}; "
+            "wait for it to end, or stop it first"
         )
 
     def _remove(self, found: dict[str, Any]) -> None:
-        """Takes the file of a holder that is gone out of the way; another may be faster."""
+        """Remove the file of a holder that has ended; another driver may be faster."""
         if _read(self.place) == found:
             self.place.unlink(missing_ok=True)
 
-    def _place_ours(self) -> bool:
-        """Whether the file is ours now: the first to make it on disk, the last to write in a store.
+    def _acquire(self) -> bool:
+        """Write the file; returns True if ours is the first on disk, or the last in a store.
 
         Raises:
-            OrchestratorError: It cannot be written.
+            OrchestratorError: The file cannot be written.
         """
         if isinstance(self.place, Remote):
             write_json(self.place, self._content())
@@ -172,11 +172,11 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._done.wait(RENEW_SECONDS):
-            # a store or a disk may be away for a while; the next time it is tried again
+            # a store or disk may be unavailable for a while; retried at the next renewal
             with suppress(Exception):
                 found = _read(self.place)
                 if found is None:
-                    self._place_ours()
+                    self._acquire()
                 elif found.get("id") == self._id:
                     self._renewals += 1
                     write_json(self.place, self._content(), durable=False)
@@ -188,14 +188,14 @@ class Lease:
 
 
 def is_forsaken(place: Place) -> bool:
-    """Whether nobody holds it, or its holder has not been heard of for long."""
+    """Return True if the lease has no holder, or has not been renewed for long."""
     found = _read(place)
     return found is None or _age(found) > FORSAKEN_SECONDS
 
 
 def is_alive(pid: object) -> bool:
-    """Whether a process of this host runs."""
-    # 0 and below name groups of processes
+    """Return True if a process of this host is running."""
+    # 0 and below denote process groups
     if type(pid) is not int or not 0 < pid < 2**31:
         return False
     try:
@@ -208,7 +208,7 @@ def is_alive(pid: object) -> bool:
 
 
 def _read(place: Place) -> dict[str, Any] | None:
-    """What the file says; nothing if it is not there. One that is being written has no holder."""
+    """Read the file; None if it does not exist, and without a holder if it is being written."""
     try:
         found = parse_json(read_bytes(place))
     except FileNotFoundError:
@@ -223,6 +223,6 @@ def _name(found: dict[str, Any]) -> str:
 
 
 def _age(found: dict[str, Any]) -> float:
-    """Seconds since it was renewed, by this host's clock; long ago, if it does not say."""
+    """Seconds since the last renewal, by this host's clock; infinite if unknown."""
     renewed = found.get("renewed")
     return time.time() - renewed if isinstance(renewed, int | float) else float("inf")

@@ -1,12 +1,11 @@
-"""Places: where a run directory or a checkpoint lies, on local disk or in an object store.
+"""Places of run directories and checkpoints: on local disk or in an object store.
 
-A local place is a `pathlib.Path`, and nothing stands between it and the disk. A place in a store is
-a `Remote`, which answers to the same names as far as places need them, so that who is given a place
-need not ask which it is. What must be opened by a path is asked of `files.local_copy` and of
-`Units.file`.
+A local place is a `pathlib.Path`. A place in a store is a `Remote` with the same methods, as far as
+they are needed, so that callers need no case distinction. Files that must be opened by a path are
+provided by `files.local_copy` and `Units.file`.
 
-An object store knows no directories and no rename. An object appears whole or not at all, so a
-unit is committed by its manifest and a checkpoint by its config, which come last, as on disk.
+An object store has neither directories nor rename. Objects appear atomically, so a unit is
+committed by its manifest and a checkpoint by its config, which are written last, as on disk.
 """
 
 import os
@@ -27,27 +26,27 @@ from orchestrator.store.storage_errors import is_denied, is_no_bucket, patiently
 Result = TypeVar("Result")
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
-"""Of what pyarrow.fs can reach; `file` is a local path."""
+"""Schemes supported by pyarrow.fs; `file` is a local path."""
 _PIECE_BYTES = 1 << 23
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A place on a file system of pyarrow's: `s3://BUCKET/PREFIX`; a plain value.
+    """Place on a pyarrow file system, such as `s3://BUCKET/PREFIX`; a plain value.
 
-    Its methods are those of `pathlib.Path` with the same names. What fails for a reason that may
-    pass is repeated (see `retries`). They raise FileNotFoundError where nothing is there, and
+    Its methods are those of `pathlib.Path` with the same names. Transient errors are retried (see
+    `storage_errors`). Methods raise FileNotFoundError for missing objects.
 
     Raises:
-        UsageError: There is no such bucket, or its door stays shut.
-        OrchestratorError: The store does not answer, or answers with something else.
+        UsageError: The bucket does not exist, or access is denied.
+        OrchestratorError: The store does not respond, or fails otherwise.
     """
 
     root: str
     """Scheme and authority: `s3://BUCKET`."""
     inner: str
-    """What follows, without a slash at either end."""
+    """Path without a slash at either end."""
     query: str = ""
     """Options of the file system, as `pyarrow.fs.FileSystem.from_uri` knows them."""
 
@@ -80,27 +79,27 @@ class Remote:
         return bool(self._info().type.name != "NotFound")
 
     def is_dir(self) -> bool:
-        """Whether anything lies under this name."""
+        """Return True if any object has this name as a prefix directory."""
         return bool(self._info().type.name == "Directory")
 
     def is_file(self) -> bool:
         return bool(self._info().type.name == "File")
 
     def size(self) -> int:
-        """Bytes of the object."""
+        """Size of the object in bytes."""
         info = self._info()
         if info.type.name != "File":
-            raise FileNotFoundError(f"{self}: there is no such object")
+            raise FileNotFoundError(f"{self}: the object does not exist")
         return int(info.size)
 
     def iterdir(self) -> Iterator["Remote"]:
-        """What lies right under this name; nothing if there is no such name."""
+        """Yield the places directly under this name; empty if the name does not exist."""
         return (self / name for name in self.sizes())
 
     def sizes(self) -> dict[str, int | None]:
-        """Names of what lies right under this one, with bytes; those of directories have none.
+        """Names directly under this one, with sizes in bytes; None for directories.
 
-        One request for each thousand of them.
+        One request per thousand names.
         """
 
         def sizes(system: Any, path: str) -> dict[str, int | None]:
@@ -116,7 +115,8 @@ class Remote:
         return content
 
     def read_with(self, read: Callable[[Any], Result]) -> Result:
-        """What a function makes of the object as a binary file; it may be called again."""
+        """Call `read` with the object as a binary file and return its result; it may be called
+        again."""
 
         def open_and_read(system: Any, path: str) -> Result:
             with system.open_input_file(path) as file:
@@ -128,7 +128,7 @@ class Remote:
         return self.read_bytes().decode(encoding)
 
     def open(self, mode: str = "rb", buffering: int = -1) -> Any:
-        """The object as a binary file to read from."""
+        """Open the object as a binary file for reading."""
         assert mode == "rb"
         return self._call(lambda system, path: system.open_input_file(path))
 
@@ -143,7 +143,7 @@ class Remote:
         self._call(delete)
 
     def remove(self) -> None:
-        """Removes everything under this name, if there is something."""
+        """Remove all objects under this name, if any."""
 
         def delete(system: Any, path: str) -> None:
             try:
@@ -154,11 +154,11 @@ class Remote:
         self._call(delete)
 
     def upload(self, file: Path) -> None:
-        """Writes the object: the content of a local file. It appears whole, or not at all."""
+        """Write the content of a local file to the object, atomically."""
         self._call(lambda system, path: _undisturbed(lambda: _send(file, system, path)))
 
     def download(self, file: Path) -> None:
-        """Copies the object into a local file; what an error leaves of that is not to be used."""
+        """Copy the object to a local file; after an error the file is unusable."""
 
         def copy(stream: Any) -> None:
             with file.open("wb") as sink:
@@ -167,14 +167,16 @@ class Remote:
         self.read_with(copy)
 
     def check(self) -> None:
-        """Raises UsageError unless the bucket is there and lets us look."""
+        """Raise UsageError unless the bucket exists and is accessible."""
 
         def exists(system: Any, path: str) -> bool:
             base = _filesystem(self.root, self.query)[1]
             return bool(system.get_file_info(base or path).type.name != "NotFound")
 
         if not self._call(exists):
-            raise UsageError(f"{self}: there is no {self.root}; make the bucket, or name another")
+            raise UsageError(
+                f"{self}: {self.root} does not exist; create the bucket, or name another"
+            )
 
     def _info(self) -> Any:
         return self._call(lambda system, path: system.get_file_info(path))
@@ -190,7 +192,7 @@ class Remote:
             raise
         except OSError as error:
             raise _explained(self, error) from error
-        except ValueError as error:  # of pyarrow, about the URI
+        except ValueError as error:  # errors of pyarrow about the URI
             raise UsageError(f"{self}: {_first_line(error)}") from error
 
 
@@ -198,10 +200,10 @@ Place: TypeAlias = Path | Remote
 
 
 def parse_place(text: str | PurePath) -> Place:
-    """The place that is named, a local path or the URI of a store; nothing is looked at.
+    """Parse a place, a local path or the URI of a store, without accessing it.
 
     Raises:
-        UsageError: The scheme is unknown, or the URI names no bucket or holds a secret.
+        UsageError: The scheme is unknown, or the URI has no bucket or contains a secret.
     """
     written = str(text)
     match = _URI.match(written)
@@ -212,14 +214,14 @@ def parse_place(text: str | PurePath) -> Place:
         return _local(written[len("file://") :])
     if scheme not in SCHEMES:
         raise UsageError(
-            f"{written}: {scheme}:// is no place to write to; "
-            f"a local path is, or one of {', '.join(f'{each}://' for each in SCHEMES)}"
+            f"{written}: {scheme}:// is not supported; "
+            f"use a local path or one of {', '.join(f'{each}://' for each in SCHEMES)}"
         )
     parts = urlsplit(written)
     if parts.password is not None or (parts.username is not None and scheme in ("s3", "gs", "gcs")):
         raise UsageError(
             f"{scheme}://: a secret in a URI would be written into logs; "
-            "give it by the store's own environment variables, AWS_ACCESS_KEY_ID and others"
+            "set the store's environment variables, such as AWS_ACCESS_KEY_ID"
         )
     names = [name for name in parts.path.split("/") if name]
     if not (parts.netloc or scheme in ("hdfs", "viewfs")) or {".", ".."} & set(names):
@@ -228,19 +230,19 @@ def parse_place(text: str | PurePath) -> Place:
 
 
 def _local(path: str) -> Path:
-    """Raises UsageError for what no file system has a name for."""
+    """Parse a local path; raises UsageError if no file system allows the name."""
     if "\0" in path or any(len(os.fsencode(each)) > 255 for each in path.split("/")):
         raise UsageError(
-            f"{reprlib.repr(path)}: a file's name has at most 255 bytes, none of them zero"
+            f"{reprlib.repr(path)}: a file name has at most 255 bytes, and no zero byte"
         )
-    # `~` of a user who does not exist stays as it is, where pathlib would raise
+    # `~` of a user who does not exist is kept, where pathlib would raise
     return Path(os.path.expanduser(path))
 
 
 @lru_cache
 def _filesystem(root: str, query: str) -> tuple[Any, str]:
-    """The file system, and what stands before a path in it; finding its region takes a request."""
-    # a third of a second to import, and a run on local disk does without it
+    """Return the file system and the prefix of its paths; finding a region takes a request."""
+    # the import takes a third of a second, which a run on local disk does not need
     from pyarrow.fs import FileSystem
 
     if root.startswith("s3:") and "allow_delayed_open" not in query:
@@ -251,10 +253,10 @@ def _filesystem(root: str, query: str) -> tuple[Any, str]:
 
 
 def _send(file: Path, system: Any, path: str) -> None:
-    """Copies a file into an object, by a stream: `copy_files` of pyarrow 26 hides what fails.
+    """Copy a file to an object by a stream: `copy_files` of pyarrow 26 hides errors.
 
-    A stream completes its object when it is closed, by its destructor at the latest, unless a write
-    has failed: what it has got by then would look whole.
+    A stream completes its object when it is closed, at the latest by its destructor, unless a write
+    has failed: a partial object would then look complete.
     """
     sent, size = 0, file.stat().st_size
     with file.open("rb") as source:
@@ -272,7 +274,7 @@ def _send(file: Path, system: Any, path: str) -> None:
 
 
 def _undisturbed(action: Callable[[], None]) -> None:
-    """Performs an action in a thread of its own: an interrupt reaches the main thread alone."""
+    """Perform an action in a separate thread, since interrupts reach the main thread only."""
     errors: list[BaseException] = []
 
     def act() -> None:
@@ -291,15 +293,17 @@ def _undisturbed(action: Callable[[], None]) -> None:
 def _explained(place: Remote, error: OSError) -> OrchestratorError:
     said = _first_line(error)
     if is_no_bucket(error):
-        return UsageError(f"{place}: there is no {place.root}; make the bucket, or name another")
+        return UsageError(
+            f"{place}: {place.root} does not exist; create the bucket, or name another"
+        )
     if is_denied(error):
         return UsageError(
-            f"{place}: the store does not let us in: {said}; "
-            "check the credentials in the environment of driver and workers, and what they may do"
+            f"{place}: the store denies access: {said}; "
+            "check the credentials in the environment of driver and workers, and their permissions"
         )
     return OrchestratorError(
-        f"{place}: the store failed again and again: {said}; what is committed stays, "
-        "run the same command again when it answers"
+        f"{place}: the store failed repeatedly: {said}; committed units are kept, "
+        "run the same command again when it responds"
     )
 
 

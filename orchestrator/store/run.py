@@ -1,12 +1,12 @@
-"""One run directory: recipe, status, journal, units and boundary chunks.
+"""Run directory: recipe, status, journal, units and boundary chunks.
 
-run.json       what was asked, of which model, with which versions
-status.json    where it stands; replaced as a whole, readable when everything else is gone
-events.jsonl   what happened, one line an event, appended (in a store see `journal`)
-failures/      a record of each failure, with the log that explains it
-hold.json      which driver is at work on it (see `hold`)
-units/         work that is done (see `units`)
-chunks/        boundary chunks of the pass at hand (see `chunks`)
+run.json       recipe, model and versions
+status.json    state and progress; replaced atomically, readable after the cluster is gone
+events.jsonl   journal, one line per event, appended (for a store see `journal`)
+failures/      one record per failure, with its log
+hold.json      lease of the driver (see `lease`)
+units/         committed units (see `units`)
+chunks/        boundary chunks of the current pass (see `chunks`)
 """
 
 import math
@@ -34,17 +34,17 @@ from orchestrator.store.places import Place, Remote
 from orchestrator.store.units import Units
 
 STATUS_SECONDS = 1.0
-"""How often a store is told of progress; of another state at once."""
+"""Minimum interval between status updates in a store; changes of state are written at once."""
 _FORMAT_VERSION = 1
 _MARKER = "run.json"
 _STATUS = "status.json"
 _FAILURES = "failures"
 _NUMBERS = ("started", "updated", "done", "total", "left")
-"""Fields of a status that are computed with."""
+"""Numeric fields of a status."""
 
 
 class RunDirectory:
-    """A run directory at a place that the driver and every worker see."""
+    """Run directory at a place that the driver and every worker can access."""
 
     def __init__(self, root: Place) -> None:
         self.root = root
@@ -55,43 +55,44 @@ class RunDirectory:
         self._waiting: dict[str, Any] | None = None
 
     def chunks(self, pass_key: str, environment: Mapping[str, Any]) -> Chunks:
-        """The boundary chunks of one pass in one environment; no others are mistaken for them."""
+        """Return the boundary chunks of one pass in one environment, separate from all others."""
         return Chunks(self.root / "chunks" / digest_json([pass_key, dict(environment)])[:16])
 
     def hold(self) -> Lease:
-        """What says that this driver is at work here; renewing it writes what has waited."""
+        """Return the lease of this directory; its renewal also writes buffered status and
+        events."""
         return Lease(self.root / LEASE_FILE, beat=self.flush)
 
     def claim(self, description: Mapping[str, Any]) -> None:
-        """Makes the directory this run's, or takes it up again.
+        """Create the run directory, or open it to resume.
 
         Raises:
-            InputError: It exists, is not empty and is no run directory.
+            InputError: The directory is not empty and not a run directory.
         """
         self.check()
         write_json(self.root / _MARKER, {"format_version": _FORMAT_VERSION, **description})
 
     def check(self) -> None:
-        """Raises InputError unless it is new, empty or a run directory; changes nothing."""
+        """Raise InputError unless it is new, empty or a run directory; changes nothing on disk."""
         if isinstance(self.root, Remote):
             self.root.check()
         if self.root.exists() and not self.root.is_dir():
-            raise InputError(f"{self.root}: is a file; a run directory was expected")
+            raise InputError(f"{self.root}: is a file, not a run directory")
         if not self.root.is_dir() or (self.root / _MARKER).exists():
             return
         if any(each.name != LEASE_FILE for each in self.root.iterdir()):
             raise InputError(
-                f"{self.root}: holds files but no {_MARKER}, so it is no run directory; "
+                f"{self.root}: contains files but no {_MARKER}, so it is not a run directory; "
                 "name another with --run-dir"
             )
 
     def description(self) -> dict[str, Any]:
-        """What `claim` wrote.
+        """Return the description that `claim` wrote.
 
         Raises:
-            InputError: There is no run here, or one of an unknown format.
+            InputError: The directory has no run, or one of an unknown format.
         """
-        description = _read(self.root / _MARKER, "is no run directory")
+        description = _read(self.root / _MARKER, "is not a run directory")
         version = description.get("format_version")
         if type(version) is not int or version != _FORMAT_VERSION:
             raise InputError(
@@ -101,9 +102,9 @@ class RunDirectory:
         return description
 
     def write_status(self, **fields: Any) -> None:
-        """Replaces the status; `pid`, `host` and `updated` (seconds since 1970) are added.
+        """Replace the status; `pid`, `host` and `updated` (seconds since 1970) are added.
 
-        In a store one of an unchanged state waits until the last one is a second old.
+        In a store, a status of unchanged state waits until the last one is a second old.
         """
         where = {"pid": os.getpid(), "host": socket.gethostname(), "updated": time.time()}
         with self._guard:
@@ -122,18 +123,18 @@ class RunDirectory:
             self._waiting = None
 
     def flush(self) -> None:
-        """Writes the status and the events that have waited."""
+        """Write the buffered status and events."""
         with self._guard:
             self._write_status()
         self.journal.flush()
 
     def status(self) -> dict[str, Any]:
-        """The last status written; a running one whose process is gone says `lost`.
+        """Return the last status; its state is `lost` if it was running and its process has ended.
 
-        On another host it is gone when its hold has not been renewed for long.
+        A process on another host counts as ended if its lease has not been renewed for long.
 
         Raises:
-            InputError: There is no run here.
+            InputError: The directory has no run.
         """
         self.description()
         if not (self.root / _STATUS).exists():
@@ -141,9 +142,7 @@ class RunDirectory:
         status = _read(self.root / _STATUS, "has no readable status")
         numbers = [status[name] for name in _NUMBERS if name in status]
         if not isinstance(status.get("state"), str) or not all(map(_is_number, numbers)):
-            raise InputError(
-                f"{self.root / _STATUS}: is damaged; nothing is known of the run's state"
-            )
+            raise InputError(f"{self.root / _STATUS}: is damaged; the state of the run is unknown")
         if status.get("state") == "running":
             here = status.get("host") == socket.gethostname()
             gone = not is_alive(status.get("pid")) if here else is_forsaken(self.root / LEASE_FILE)
@@ -152,39 +151,39 @@ class RunDirectory:
         return status
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Adds one event to the journal."""
+        """Add one event to the journal."""
         self.journal.append(event)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """The events of the journal, in order."""
+        """Yield the events of the journal, in order."""
         return self.journal.events()
 
     def failures(self) -> int:
-        """How many failures are on record."""
+        """Number of recorded failures."""
         root = self.root / _FAILURES
         return sum(1 for _ in root.iterdir()) if root.is_dir() else 0
 
     def record_failure(self, number: int, record: Mapping[str, Any]) -> str:
-        """Files a failure away; gives the file's name within the run directory."""
+        """Store a failure record; returns its file name within the run directory."""
         name = f"{_FAILURES}/{number:04d}.json"
         write_json(self.root / name, {"time": round(time.time(), 3), **record}, durable=False)
         return name
 
     def remove(self) -> None:
-        """Removes the run directory, and nothing that is not one.
+        """Remove the run directory; refuses any other directory.
 
         Raises:
-            InputError: There is no run here, or a link to one.
-            OrchestratorError: Some of it cannot be removed.
+            InputError: The directory has no run, or is a link.
+            OrchestratorError: A file cannot be removed.
         """
         self.description()
         if isinstance(self.root, Path) and self.root.is_symlink():
-            raise InputError(
-                f"{self.root}: is a link; name {self.root.resolve()}, where the run is"
-            )
+            raise InputError(f"{self.root}: is a link; name its target, {self.root.resolve()}")
         remove_tree(self.root)
         if self.root.exists():
-            raise OrchestratorError(f"{self.root}: not all of it can be removed; look what is left")
+            raise OrchestratorError(
+                f"{self.root}: some files cannot be removed; check their permissions"
+            )
 
 
 def _is_number(value: object) -> bool:
@@ -195,9 +194,9 @@ def _read(path: Place, otherwise: str) -> dict[str, Any]:
     try:
         value = parse_json(read_bytes(path))
     except FileNotFoundError as error:
-        raise InputError(f"{path.parent}: {otherwise}: there is no {path.name}") from error
+        raise InputError(f"{path.parent}: {otherwise}: {path.name} does not exist") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds {type(value).__name__}, an object was expected")
+        raise InputError(f"{path}: contains {type(value).__name__}, not an object")
     return value

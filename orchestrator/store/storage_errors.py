@@ -1,6 +1,6 @@
-"""What a failed read or write means: a reason that passes, or one that stays.
+"""Classification of failed reads and writes as transient or permanent.
 
-Pure but for `patiently`, which waits.
+Pure functions, except `patiently`, which waits.
 """
 
 import errno
@@ -41,33 +41,33 @@ _DENIED = re.compile(
 
 
 def waits(tries: int = TRIES) -> tuple[float, ...]:
-    """Seconds to wait before each try but the first: half a second, then three times as long."""
+    """Seconds to wait before each retry: half a second, then three times as long."""
     return tuple(FIRST_WAIT_SECONDS * 3.0**each for each in range(tries - 1))
 
 
 def is_no_bucket(error: OSError) -> bool:
-    """Whether an object store says that the bucket does not exist."""
+    """Return True if an object store reports that the bucket does not exist."""
     return _NO_BUCKET.search(str(error)) is not None
 
 
 def is_denied(error: OSError) -> bool:
-    """Whether an object store knows no credentials of ours, or does not let them in."""
+    """Return True if an object store reports missing or rejected credentials."""
     return error.errno in (errno.EACCES, errno.EPERM) or _DENIED.search(str(error)) is not None
 
 
 def is_passing(error: OSError) -> bool:
-    """Whether the same call may succeed a little later: a connection lost, a server at its limit.
+    """Return True for transient errors: a lost connection, an overloaded server.
 
-    Not so where a disk is full, something is not there, or the access is refused.
+    False if a disk is full, the object does not exist, or access is denied.
     """
     return error.errno not in _STAYS and not is_denied(error) and not is_no_bucket(error)
 
 
 def patiently(action: Callable[[], Result]) -> Result:
-    """What the action gives; it is repeated, after growing waits, while its error may pass.
+    """Return the result of the action, which is repeated after growing waits on transient errors.
 
     Raises:
-        OSError: The last one, or the first that stays.
+        OSError: The last error, or the first permanent one.
     """
     for wait in waits(TRIES):
         try:

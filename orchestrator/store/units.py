@@ -1,10 +1,10 @@
-"""Units of work, named by what they are computed from, committed by a manifest that comes last.
+"""Units of work, named by the hash of their inputs, committed by a manifest written last.
 
-A unit's key is the hash of its stage, the integer version of the stage's code, the keys of its
-inputs and the parameters that matter to its bits. How many workers there are, how the model is cut
-and in which order things ran are not in it: running a unit twice, anywhere, is harmless.
+The key of a unit is the hash of its stage, the version number of the stage's code, the keys of its
+inputs and the parameters that affect its bits. It does not include the number of workers, the cut
+of the model or the order of execution: computing a unit twice, anywhere, is harmless.
 
-    units/<first two digits>/<key>/<file>     the unit's files
+    units/<first two digits>/<key>/<file>     files of the unit
     units/<first two digits>/<key>/manifest.json   written last: sizes, hashes, environment, facts
 """
 
@@ -29,18 +29,19 @@ from orchestrator.store.places import Place, Remote
 _MANIFEST = "manifest.json"
 _FORMAT_VERSION = 1
 _SPENT_VERSION = 2
-"""Version of a spent unit's manifest: a reader of version 1 alone takes the unit as absent."""
+"""Manifest version of a spent unit; a reader that knows version 1 only treats the unit as
+absent."""
 
 
 def unit_key(stage: str, version: int, inputs: Sequence[str], **parameters: Any) -> str:
-    """The name of a unit: 256 bits over everything that decides its content."""
+    """Compute the name of a unit: a 256-bit hash of everything that determines its content."""
     return digest_json(
         {"stage": stage, "version": version, "inputs": list(inputs), "parameters": parameters}
     )
 
 
 class UnitWriter:
-    """One unit being written; its files appear one by one, its manifest at the end."""
+    """Writer of one unit: files one by one, the manifest last."""
 
     def __init__(self, directory: Place) -> None:
         self._directory = directory
@@ -48,7 +49,7 @@ class UnitWriter:
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
-        """A temporary path to write one of the unit's files to."""
+        """Yield a temporary path for a file of the unit."""
         path = self._directory / name
         with atomic(path) as temporary:
             yield temporary
@@ -56,11 +57,11 @@ class UnitWriter:
         self._files[name] = {"bytes": size, "blake2b": digest}
 
     def commit(self, *, environment: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Writes the manifest; from here on the unit is done.
+        """Write the manifest, which commits the unit.
 
         Args:
-            environment: What else can change bits: device kind, library versions, threads.
-            facts: The unit's small results, what the driver reads instead of the files.
+            environment: Other facts that affect bits: device kind, library versions, threads.
+            facts: Small results of the unit, which the driver reads instead of the files.
         """
         manifest = {
             "format_version": _FORMAT_VERSION,
@@ -68,13 +69,13 @@ class UnitWriter:
             "environment": dict(environment),
             "facts": dict(facts),
         }
-        # the facts are results too, and a flipped digit is still JSON
+        # facts are results too, and JSON with a flipped digit is still valid
         manifest["blake2b"] = digest_json(manifest)
         write_json(self._directory / _MANIFEST, manifest, indent=None)
 
 
 class Units:
-    """The units of one run directory."""
+    """Units of one run directory."""
 
     def __init__(self, root: Place) -> None:
         self.root = root
@@ -83,14 +84,14 @@ class Units:
         return self.root / key[:2] / key
 
     def begin(self, key: str) -> UnitWriter:
-        """Starts a unit; what an earlier attempt left is overwritten file by file."""
+        """Start a unit; files of an earlier attempt are overwritten one by one."""
         return UnitWriter(self.directory(key))
 
     def manifest(self, key: str) -> dict[str, Any] | None:
-        """The manifest of a committed unit, or nothing.
+        """Return the manifest of a committed unit, or None.
 
-        A unit counts as committed when its manifest is whole and every file has the size that the
-        manifest says; `verify` also reads the content. One that is spent has no files.
+        A unit is committed if its manifest is complete and every file has the size stated there;
+        `verify` also reads the content. A spent unit has no files.
         """
         directory = self.directory(key)
         try:
@@ -103,7 +104,7 @@ class Units:
             if not isinstance(manifest["facts"], dict):
                 return None
             for name, file in manifest["files"].items():
-                # a bare name only: a manifest must not lead out of its unit
+                # plain file names only: a manifest must not refer to files outside its unit
                 if name in ("", ".", "..") or "/" in name:
                     return None
                 there = directory / name
@@ -117,7 +118,7 @@ class Units:
             return None
 
     def facts(self, key: str, environment: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The small results of a unit committed in this environment, or nothing."""
+        """Return the small results of a unit committed in this environment, or None."""
         manifest = self.manifest(key)
         if manifest is None or manifest["environment"] != dict(environment):
             return None
@@ -125,18 +126,19 @@ class Units:
         return facts
 
     def verify(self, key: str) -> bool:
-        """Whether the unit is committed and every file has the hash that its manifest says."""
+        """Return True if the unit is committed and every file has the hash stated in its
+        manifest."""
         return self.manifest(key) is not None and all(
             digest_file(path) == digest for path, digest in self.hashes(key)
         )
 
     def file(self, key: str, name: str) -> Path:
-        """A local path to open a committed unit's file by: itself, or a copy on this node.
+        """Return a local path of a committed unit's file: the file itself, or a copy on this node.
 
-        What comes from a store is compared with its hash; a copy stays while there is room.
+        A file from a store is checked against its hash; the copy is kept while there is space.
 
         Raises:
-            OrchestratorError: It is in a store, and missing or damaged there.
+            OrchestratorError: The file is missing or damaged in a store.
         """
         place = self.directory(key) / name
         return place if isinstance(place, Path) else process_cache().fetch(place, self._check)
@@ -145,26 +147,26 @@ class Units:
         manifest = self.manifest(place.parent.name)
         if manifest is None or manifest["files"][place.name]["blake2b"] != digest_file(copy):
             raise OrchestratorError(
-                f"{place}: is not what its unit's manifest says; run the same command again, "
-                "which finds damaged units and makes them anew"
+                f"{place}: differs from the manifest of its unit; run the same command again, "
+                "which finds damaged units and computes them again"
             )
 
     def hashes(self, key: str) -> list[tuple[Place, str]]:
-        """The files of a committed unit, each with the BLAKE2b that its manifest says."""
+        """Return the files of a committed unit, each with the BLAKE2b hash of its manifest."""
         manifest = self.manifest(key)
         files = manifest["files"] if manifest is not None else {}
         return [(self.directory(key) / name, file["blake2b"]) for name, file in files.items()]
 
     def size(self, key: str) -> int:
-        """Bytes of a committed unit's files."""
+        """Size of a committed unit's files in bytes."""
         manifest = self.manifest(key)
         return sum(file["bytes"] for file in manifest["files"].values()) if manifest else 0
 
     def spend(self, key: str) -> None:
-        """Removes the files of a committed unit that no stage reads any more; its facts stay.
+        """Remove the files of a committed unit that no stage will read again; its facts are kept.
 
         The manifest is replaced first, so a unit never looks intact while its files are removed. A
-        link to another run's unit is left alone.
+        link to a unit of another run is not changed.
         """
         directory, manifest = self.directory(key), self.manifest(key)
         is_ours = not (isinstance(directory, Path) and directory.is_symlink())
@@ -179,15 +181,15 @@ class Units:
                 path.unlink(missing_ok=True)
 
     def drop(self, key: str) -> None:
-        """Removes a unit, manifest first, so that it never looks whole while it goes."""
+        """Remove a unit, manifest first, so that it never looks complete during removal."""
         directory = self.directory(key)
         if isinstance(directory, Path) and directory.is_symlink():
-            directory.unlink()  # what lies behind it is not ours
+            directory.unlink()  # the target belongs to another run
             return
         (directory / _MANIFEST).unlink(missing_ok=True)
         remove_tree(directory)
 
     def begun(self) -> list[str]:
-        """The keys of all units that have begun, in order."""
+        """Return the keys of all units that were started, in order."""
         starts = self.root.iterdir() if self.root.is_dir() else ()
         return sorted(unit.name for start in starts for unit in start.iterdir())

@@ -248,7 +248,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def run_allocations(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [allocated(name) for name in CLOSED_FORMS]
     rows.append(allocated("threshold", PIVOTED))
-    rows.append(allocated_knots())
+    rows.append(allocated_samples())
     table = [("allocation", "linears", "seconds", "asked", "peak of the driver", "asked")]
     for row in rows:
         many = row["linears"] > LINEARS
@@ -263,7 +263,7 @@ def run_allocations(options: argparse.Namespace) -> list[dict[str, Any]]:
             )
         )
     print_table(table)
-    print(f"what {MOST} knots a curve may cost: {rows[-1]['error']:.1e} of the whole energy")
+    print(f"error bound with {MOST} samples per curve: {rows[-1]['error']:.1e} of the whole energy")
     return rows
 
 
@@ -279,13 +279,13 @@ def allocated(name: str, form: Form = LOW_RANK) -> dict[str, Any]:
     return {"name": label, "seconds": time.perf_counter() - start, "linears": len(linears)}
 
 
-def allocated_knots() -> dict[str, Any]:
+def allocated_samples() -> dict[str, Any]:
     """In a process of its own, whose memory is the driver's."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_allocate_knots)
+        return pool.apply(_allocate_samples)
 
 
-def _allocate_knots() -> dict[str, Any]:
+def _allocate_samples() -> dict[str, Any]:
     """A threshold over the linears of many small experts, each curve at `MOST` of its ranks."""
     linears, curves = [], {}
     for number in range(EXPERTS * LINEARS):
@@ -306,7 +306,7 @@ def _allocate_knots() -> dict[str, Any]:
     seconds = time.perf_counter() - start
     whole = sum(each.total for each in curves.values())
     return {
-        "name": "threshold, knots",
+        "name": "threshold, sampled curves",
         "linears": len(linears),
         "seconds": seconds,
         "error": sum(each.error * each.total for each in curves.values()) / whole,

@@ -150,7 +150,7 @@ def _compensate(basis):
         factors = Factors(left_OR=found.weight_OR, down_RI=found.down_RI, rest_OI=None)
         drift = _drift(case)
         turn = input_map(drift, 0.5, 0.01)
-        return compensate(case.weight_OI, factors, drift, turn, 0.5, basis)
+        return compensate(case.weight_OI, factors, drift, turn, beta=0.5, basis=basis)
 
     return call
 
@@ -167,7 +167,9 @@ def _pivot(case):
 
 def _ranked(case):
     parts = rpca(case.weight_OI)
-    return parts, rank_parts(case.weight_OI, parts, case.statistic, "activation", 16)
+    return parts, rank_parts(
+        case.weight_OI, parts, case.statistic, utility="activation", buckets=16
+    )
 
 
 def _sparse(case):
@@ -176,7 +178,7 @@ def _sparse(case):
 
 def _fit_entries(case):
     positions_N = case.put(torch.arange(0, case.weight_OI.numel(), 3))
-    found_N = fit_entries(case.weight_OI, positions_N, case.bend_OO, case.moment_II, 4)
+    found_N = fit_entries(case.weight_OI, positions_N, case.bend_OO, case.moment_II, steps=4)
     root_I = case.moment_II.diagonal().sqrt()
     return found_N, second_moment_of(root_I, correlations(case.moment_II))
 

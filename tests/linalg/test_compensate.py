@@ -77,7 +77,7 @@ def test_equal_inputs_drift_nowhere():
     turn = input_map(drift, 1.0, 1e-3)
     assert torch.equal(turn.matrix_II, torch.eye(I, dtype=torch.float64))
     factors = truncated(weight())
-    result = compensate(weight(), factors, drift, turn, 1.0, "kept")
+    result = compensate(weight(), factors, drift, turn, beta=1.0, basis="kept")
     assert not result.taken
     assert result.factors is factors
 
@@ -131,7 +131,7 @@ def test_a_solve_that_fails_leaves_the_factors():
     drift = exact_drift(*rows(0))
     turn = input_map(drift, 1.0, 0.0)
     assert turn.matrix_II is None
-    result = compensate(weight(), truncated(weight()), drift, turn, 1.0, "new")
+    result = compensate(weight(), truncated(weight()), drift, turn, beta=1.0, basis="new")
     assert (result.taken, result.report["trouble"]) == (False, "singular")
 
 
@@ -150,7 +150,7 @@ def test_new_factors_are_the_best_of_their_rank(beta):
     dense_TI, found_TI = rows()
     drift = exact_drift(dense_TI, found_TI)
     turn = input_map(drift, beta, 0.0)
-    result = compensate(weight(), truncated(weight()), drift, turn, beta, "new")
+    result = compensate(weight(), truncated(weight()), drift, turn, beta=beta, basis="new")
     assert result.taken
     found = direct_error(weight(), result.factors.product(), dense_TI, found_TI, beta)
     # the part that no W' reaches, and the singular values that the rank cuts
@@ -181,7 +181,9 @@ def test_the_kept_basis_takes_its_best_right_factor_in_any_norm():
     left_OR = torch.linalg.solve_triangular(upper_RR, basis_OR, upper=True, left=False)
     factors = Factors(left_OR=left_OR, down_RI=left_OR.T @ norm_OO @ weight())
     drift = exact_drift(dense_TI, found_TI)
-    result = compensate(weight(), factors, drift, input_map(drift, 1.0, 0.0), 1.0, "kept")
+    result = compensate(
+        weight(), factors, drift, input_map(drift, 1.0, 0.0), beta=1.0, basis="kept"
+    )
     assert result.taken
     assert torch.equal(result.factors.left_OR, left_OR)
     # vec(S^1/2 U D z) = vec(S^1/2 W x): both sides through the symmetric root of S
@@ -201,7 +203,7 @@ def test_entries_beside_new_factors_are_made_up_for():
     plain = truncated(weight() - rest_OI)
     factors = Factors(left_OR=plain.left_OR, down_RI=plain.down_RI, rest_OI=rest_OI)
     turn = input_map(drift, 1.0, 0.0)
-    result = compensate(weight(), factors, drift, turn, 1.0, "new")
+    result = compensate(weight(), factors, drift, turn, beta=1.0, basis="new")
     z = found_TI.double()
     target_TO = dense_TI.double() @ weight().T - z @ rest_OI.T
     fitted_TO = z @ torch.linalg.lstsq(z, target_TO).solution
@@ -217,7 +219,9 @@ def test_never_worse_on_its_own_objective(basis, damping):
     for seed in range(10):
         drift = exact_drift(*rows(8 + 5 * seed, seed))
         turn = input_map(drift, 1.0, damping)
-        result = compensate(weight(seed), truncated(weight(seed)), drift, turn, 1.0, basis)
+        result = compensate(
+            weight(seed), truncated(weight(seed)), drift, turn, beta=1.0, basis=basis
+        )
         assert result.report["after"] <= result.report["before"]
         assert result.taken == (result.report["after"] < result.report["before"])
         assert result.taken or {"rejected", "trouble"} & result.report.keys()

@@ -39,7 +39,7 @@ def test_it_is_the_least_squares_solution(count):
     whole = torch.kron(curvature_OO, moment_II)
     right_N = (curvature_OO @ rest_OI @ moment_II).flatten()[positions_N]
     expected_N = torch.linalg.solve(whole[positions_N][:, positions_N], right_N)
-    found_N = fit_entries(rest_OI, positions_N, curvature_OO, moment_II, 3 * count)
+    found_N = fit_entries(rest_OI, positions_N, curvature_OO, moment_II, steps=3 * count)
     torch.testing.assert_close(found_N, expected_N, rtol=1e-6, atol=1e-8)
 
 
@@ -52,7 +52,7 @@ def test_no_step_raises_the_loss(name):
     positions_N = some(rest_OI.numel(), max(rest_OI.numel() // 2, 1))
     least = before = loss(rest_OI, curvature_OO, moment_II)
     for steps in range(6):
-        found_N = fit_entries(rest_OI, positions_N, curvature_OO, moment_II, steps)
+        found_N = fit_entries(rest_OI, positions_N, curvature_OO, moment_II, steps=steps)
         after = loss(rest_OI - put(positions_N, found_N, rest_OI), curvature_OO, moment_II)
         assert after <= least * (1 + 1e-9)
         least = after
@@ -66,14 +66,16 @@ def test_no_step_changes_nothing():
     rest_OI, positions_N = gaussian(OUTPUTS, INPUTS, seed=0), some(35, 12)
     curvature, moves = moment(OUTPUTS, 1), moment(INPUTS, 2)
     zeros = torch.zeros_like
-    for given in (
+    for *given, steps in (
         (curvature, moves, 0),
         (zeros(curvature), moves, 5),
         (curvature, zeros(moves), 5),
     ):
-        assert not fit_entries(rest_OI, positions_N, *given).any()
+        assert not fit_entries(rest_OI, positions_N, *given, steps=steps).any()
     moves[2] = moves[:, 2] = 0
-    found_OI = put(positions_N, fit_entries(rest_OI, positions_N, curvature, moves, 9), rest_OI)
+    found_OI = put(
+        positions_N, fit_entries(rest_OI, positions_N, curvature, moves, steps=9), rest_OI
+    )
     assert not found_OI[:, 2].any()
     assert found_OI.any()
 
@@ -84,7 +86,7 @@ def test_what_is_no_second_moment_ends_it_early():
     curvature_OO = torch.eye(OUTPUTS, dtype=torch.float64)
     curvature_OO[0, 1] = curvature_OO[1, 0] = 1.5
     moment_II = moment(INPUTS, 2)
-    found_N = fit_entries(rest_OI, positions_N, curvature_OO, moment_II, 50)
+    found_N = fit_entries(rest_OI, positions_N, curvature_OO, moment_II, steps=50)
     assert found_N.isfinite().all()
     after_OI = rest_OI - put(positions_N, found_N, rest_OI)
     assert loss(after_OI, curvature_OO, moment_II) <= loss(rest_OI, curvature_OO, moment_II)
@@ -94,7 +96,7 @@ def test_what_is_no_second_moment_ends_it_early():
 def test_dtypes(dtype):
     """The weight's own, float32 at least; statistics may be finer."""
     rest_OI = gaussian(OUTPUTS, INPUTS, seed=0).to(dtype)
-    found_N = fit_entries(rest_OI, some(35, 9), moment(OUTPUTS, 1), moment(INPUTS, 2), 4)
+    found_N = fit_entries(rest_OI, some(35, 9), moment(OUTPUTS, 1), moment(INPUTS, 2), steps=4)
     assert found_N.dtype == torch.promote_types(dtype, torch.float32)
 
 

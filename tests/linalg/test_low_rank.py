@@ -249,7 +249,7 @@ def test_non_finite_entries_are_counted(value):
 
 def test_what_is_no_second_moment_is_refused():
     """A statistic with negative sums of squares is refused, with their number."""
-    with pytest.raises(InputError, match="output Gram is no second moment: 1 of 3 diagonal"):
+    with pytest.raises(InputError, match="output Gram is not a second moment: 1 of 3 diagonal"):
         decompose(torch.eye(3), OutputGram(torch.diag(torch.tensor([1.0, 0.1, -0.5]))), 2)
 
 

@@ -399,7 +399,7 @@ def learnt(pool, loss, budget, cap, seed):
     for _ in range(cap.iterations):
         drawn = [rng.binomial(pool.count_N, share_N) for _ in range(cap.samples)]
         draws = [Draw(drawn_N, loss(drawn_N)) for drawn_N in drawn]
-        share_N = cap.step(pool, share_N, draws, baseline, budget)
+        share_N = cap.step(pool, share_N, draws, baseline, budget=budget)
     return share_N
 
 
@@ -453,7 +453,7 @@ def test_utilities_are_energies_per_stored_value(utility):
     """A single direction and a single entry give the outputs exactly the stated energy."""
     weight_OI, gram, parts = low_rank_and_sparse()
     matrix_II = gram.matrix_II if utility == "activation" else torch.eye(5, dtype=torch.float64)
-    ranked = rank_parts(weight_OI, parts, gram, utility, 0)
+    ranked = rank_parts(weight_OI, parts, gram, utility=utility, buckets=0)
 
     def energy(piece_OI):
         return float((piece_OI @ matrix_II @ piece_OI.T).trace())
@@ -481,8 +481,8 @@ def test_utilities_are_energies_per_stored_value(utility):
 def test_buckets_divide_the_order_equally(buckets):
     """Counts are equal except for the last; means are those of single entries."""
     weight_OI, gram, parts = low_rank_and_sparse(outputs=12, inputs=9)
-    alone = rank_parts(weight_OI, parts, gram, "activation", 0)
-    together = rank_parts(weight_OI, parts, gram, "activation", buckets)
+    alone = rank_parts(weight_OI, parts, gram, utility="activation", buckets=0)
+    together = rank_parts(weight_OI, parts, gram, utility="activation", buckets=buckets)
     counts_B = together.bucket_counts_B
     assert counts_B.sum() == len(alone.values_N)
     assert len(counts_B) <= buckets
@@ -500,7 +500,7 @@ def test_the_sketch_estimates_the_change_of_the_outputs():
     inputs_IT = torch.randn(40, 90, generator=generator, dtype=torch.float64)
     gram = InputGram(inputs_IT @ inputs_IT.T, 90)
     weight_OI = torch.randn(30, 40, generator=generator, dtype=torch.float64)
-    ranked = rank_parts(weight_OI, rpca(weight_OI), gram, "activation", 8)
+    ranked = rank_parts(weight_OI, rpca(weight_OI), gram, utility="activation", buckets=8)
     for rows in (1, 30):
         change_OI = weight_OI[:rows]
         exact = float((change_OI @ gram.matrix_II * change_OI).sum())
@@ -534,7 +534,9 @@ def test_the_sketch_needs_no_gram_of_full_rank(tokens):
     generator = torch.Generator().manual_seed(2)
     weight_OI = torch.randn(60, 150, generator=generator, dtype=torch.float64)
     _, vectors_OO = torch.linalg.eigh(weight_OI @ matrix_II @ weight_OI.T)
-    ranked = rank_parts(weight_OI, rpca(weight_OI), InputGram(matrix_II), "activation", 8)
+    ranked = rank_parts(
+        weight_OI, rpca(weight_OI), InputGram(matrix_II), utility="activation", buckets=8
+    )
     is_singular = tokens < 150
     assert (ranked.report["ridge"] > 0) == is_singular
     sketch_IS = ranked.sketch_IS.double()
@@ -554,7 +556,9 @@ def test_dead_inputs_have_no_part_in_a_sketch():
     """Dead channels are 0 in the random combinations and in the ridge."""
     matrix_II = gathered(outlier_rows(100, 150))
     weight_OI = torch.ones(4, 150)
-    ranked = rank_parts(weight_OI, rpca(weight_OI), InputGram(matrix_II), "activation", 8)
+    ranked = rank_parts(
+        weight_OI, rpca(weight_OI), InputGram(matrix_II), utility="activation", buckets=8
+    )
     assert not ranked.sketch_IS[9].any()
     assert ranked.ridge_I[9] == 0
 
@@ -565,13 +569,15 @@ def test_a_sketch_needs_a_second_moment():
     weight_OI = torch.eye(2, dtype=torch.float64)
     assert RIDGES[-1] == 1
     with pytest.raises(InputError, match="no second moment"):
-        rank_parts(weight_OI, rpca(weight_OI), InputGram(matrix_II), "activation", 8)
+        rank_parts(
+            weight_OI, rpca(weight_OI), InputGram(matrix_II), utility="activation", buckets=8
+        )
 
 
 def test_a_weight_of_zeros_has_a_direction_to_keep():
     """For a zero weight one zero direction is stored, so that every linear can be truncated."""
     weight_OI, gram = torch.zeros(4, 3), InputGram(torch.eye(3, dtype=torch.float64))
-    ranked = rank_parts(weight_OI, rpca(weight_OI), gram, "activation", 8)
+    ranked = rank_parts(weight_OI, rpca(weight_OI), gram, utility="activation", buckets=8)
     assert ranked.down_RI.shape == (1, 3)
     assert ranked.direction_utilities_R.tolist() == [0]
     assert len(ranked.values_N) == len(ranked.bucket_counts_B) == 0
@@ -600,7 +606,7 @@ def test_draws_come_from_their_seed_and_have_their_probabilities():
 def test_a_choice_keeps_the_first_of_each_bucket(tmp_path):
     """The directions and entries read are the chosen ones, and their sum is the masked weight."""
     weight_OI, gram, parts = low_rank_and_sparse()
-    ranked = rank_parts(weight_OI, parts, gram, "activation", 3)
+    ranked = rank_parts(weight_OI, parts, gram, utility="activation", buckets=3)
     counts_B = ranked.bucket_counts_B
     directions_R = torch.zeros(len(ranked.down_RI), dtype=torch.float64)
     directions_R[[0, 2]] = 1

@@ -192,9 +192,9 @@ def test_a_run_directory_claims_only_what_is_its_own(tmp_path):
     assert run.description()["recipe"] == {}
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"x")
-    with pytest.raises(InputError, match="no run directory"):
+    with pytest.raises(InputError, match="not a run directory"):
         RunDirectory(tmp_path / "photos").claim({})
-    with pytest.raises(InputError, match="no run directory"):
+    with pytest.raises(InputError, match="not a run directory"):
         RunDirectory(tmp_path / "photos").remove()
     assert (tmp_path / "photos" / "cat.png").exists()
 

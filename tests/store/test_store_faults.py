@@ -59,7 +59,7 @@ def test_an_upload_that_is_cut_leaves_nothing(cut, s3, tmp_path, impatient):
     with faulty_proxy(s3.port) as proxy:
         place = remote(s3.uri(f"cut/{tmp_path.name}", port=proxy.port))
         proxy.is_cut = is_cut
-        with pytest.raises(OrchestratorError, match="the store failed again and again"):
+        with pytest.raises(OrchestratorError, match="the store failed repeatedly"):
             place.upload(tmp_path / "file")
         assert proxy.cuts > 0
         proxy.is_cut = lambda piece: False
@@ -207,8 +207,8 @@ def test_no_bucket_is_said_at_once(s3):
     """A bucket that does not exist is nothing to wait for."""
     place = remote(s3.uri("a.json", bucket="nowhere"))
     begun = time.monotonic()
-    with pytest.raises(UsageError, match="there is no s3://nowhere; make the bucket"):
+    with pytest.raises(UsageError, match="s3://nowhere does not exist; create the bucket"):
         write_json(place, {})
-    with pytest.raises(UsageError, match="there is no s3://nowhere; make the bucket"):
+    with pytest.raises(UsageError, match="s3://nowhere does not exist; create the bucket"):
         place.check()
     assert time.monotonic() - begun < 5

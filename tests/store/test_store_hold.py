@@ -74,7 +74,7 @@ def test_a_hold_is_given_back(place, quick):
 def test_a_second_holder_is_told_of_the_first(place, quick):
     """In the same process or in another, it is refused in one line that says who, and keeps it."""
     with Lease(place).taken():
-        with pytest.raises(UsageError, match=rf"process \d+ on {HERE} is at work on it since \d"):
+        with pytest.raises(UsageError, match=rf"in use by process \d+ on {HERE} since \d"):
             Lease(place).taken().__enter__()
         assert place.exists()
 
@@ -97,7 +97,7 @@ def test_a_hold_that_nobody_renews_is_taken_over(holder, place, quick):
     begun = time.monotonic()
     with Lease(place).taken(told.append) as hold:
         assert time.monotonic() - begun >= 1.0
-        assert "does not renew" in hold.note
+        assert "without renewing" in hold.note
     assert [event["event"] for event in told] == ["waiting"]
 
 
@@ -225,7 +225,7 @@ def test_two_drivers_on_one_run(llama, text, reference, tmp_path, capsys):
         assert main(["clean", str(tmp_path / "out.run")]) == 2
 
     run(llama, out, text, on_event=once(is_unit(2), others))
-    told = f"process {os.getpid()} on {HERE} is at work on it since"
+    told = f"in use by process {os.getpid()} on {HERE} since"
     assert [told in line for line in said] == [True, True]
     assert f"{out}.run: " in said[0]
     assert f"{out}: " in said[1]

@@ -55,7 +55,7 @@ def test_a_path_is_a_path_and_a_uri_is_remote():
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        ("ftp://host/a", "ftp:// is no place"),
+        ("ftp://host/a", "ftp:// is not supported"),
         ("s3:///a", "s3://BUCKET/PREFIX"),
         ("s3://bucket/../other", "s3://BUCKET/PREFIX"),
         ("s3://key:secret@bucket/a", "a secret in a URI"),
@@ -167,7 +167,7 @@ def test_damage_in_a_store_is_found(s3, place, damage):
     if damage != "flip":
         assert units.manifest(KEY) is None
     if damage != "remove":
-        with pytest.raises(OrchestratorError, match="is not what its unit's manifest says"):
+        with pytest.raises(OrchestratorError, match="differs from the manifest of its unit"):
             units.file(KEY, "a.bin")
     commit(units)
     assert units.file(KEY, "a.bin").read_bytes() == b"content"
@@ -252,9 +252,9 @@ def test_a_prefix_that_holds_something_else_is_refused(s3, place):
     claim_out(place / "out")
     assert check_out(place / "out") is False
     s3.write(f"{place.inner}/photos/cat.png", b"x")
-    with pytest.raises(InputError, match="no run directory"):
+    with pytest.raises(InputError, match="not a run directory"):
         RunDirectory(place / "photos").claim({})
-    with pytest.raises(InputError, match="no run directory"):
+    with pytest.raises(InputError, match="not a run directory"):
         RunDirectory(place / "photos").remove()
     with pytest.raises(UsageError, match=r"contains other files \(cat.png\)"):
         claim_out(place / "photos")

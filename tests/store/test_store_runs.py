@@ -192,10 +192,10 @@ def test_a_search_stays_on_local_disk(s3, llama, text, capsys):
 @pytest.mark.parametrize(
     ("out", "code", "says"),
     [
-        ("ftp://host/out", 2, "ftp:// is no place to write to"),
+        ("ftp://host/out", 2, "ftp:// is not supported"),
         ("s3://key:secret@bucket/out", 2, "a secret in a URI"),
-        ("nowhere", 2, "there is no s3://nowhere"),
-        ("denied", 2, "does not let us in"),
+        ("nowhere", 2, "s3://nowhere does not exist"),
+        ("denied", 2, "denies access"),
         ("s3://bucket/out?wrong=1", 2, "Unexpected query parameter"),
     ],
 )

@@ -80,8 +80,8 @@ def compensate_block(
                 _factors(module),
                 drift,
                 mapped,
-                options.dense_part,
-                cast(Basis, options.basis),
+                beta=options.dense_part,
+                basis=cast(Basis, options.basis),
             )
             facts[linear.name] = result.report
             if result.taken:

@@ -74,5 +74,5 @@ def read_entries(
             rest_OI -= weight_RO.T.to(rest_OI) @ down_RI.to(rest_OI)
         curvature_OO = second_moment_of(curvature_O, read("curvature.correlations"))
         moment_II = second_moment_of(square_I, read("square.correlations"))
-    step_N = fit_entries(rest_OI, positions_N, curvature_OO, moment_II, steps)
+    step_N = fit_entries(rest_OI, positions_N, curvature_OO, moment_II, steps=steps)
     return (values_N + step_N).to(values_N.dtype).cpu(), positions_N.cpu()

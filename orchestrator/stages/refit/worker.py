@@ -98,7 +98,7 @@ class RefitWorker(CompressionWorker):
             statistic = self._calibration.statistic(linear)
             assert isinstance(statistic, InputGram)
             eigen, given = Eigensolver(), (weight_OR, down_RI, statistic.matrix_II)
-            fitted_OR = refit(self._dense(linear), *given, eigen)
+            fitted_OR = refit(self._dense(linear), *given, eigen=eigen)
             said |= {linear.name: eigen.report} if eigen.report else {}
             self._calibration.forget([linear])
             # ranks as rows, like everything that is stored of a linear

@@ -265,7 +265,7 @@ def test_bad_input_is_reported_once(dashboard, tree, tmp_path):
     process = submit(dashboard, tree, "--", "status", str(tmp_path))
     output, error = process.communicate(timeout=60)
     assert process.returncode == 4, output + error
-    assert "is no run directory" in output
+    assert "is not a run directory" in output
     assert "failed with exit code 4" in error
     assert error.count("submitted") == 1
 

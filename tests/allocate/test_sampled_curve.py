@@ -1,4 +1,4 @@
-"""Curves at some of their ranks: the bound that they state, and the plans that they give."""
+"""Sampled curves: the error bound, and the plans that they give."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def problem():
     return linears, make_curves(linears, seed=3)
 
 
-def in_knots(linears, curves, most):
+def sampled(linears, curves, most):
     return {
         each.name: sample_curve(curves[each.name], LOW_RANK.break_even(each) - 1, most=most)
         for each in linears
@@ -28,7 +28,7 @@ def in_knots(linears, curves, most):
 
 @pytest.mark.parametrize("most", [2, 3, 8, 32, 128])
 def test_the_stated_error_holds_at_every_rank(problem, most):
-    """Above the curve and no further than said; at a knot on it, as float32 has it."""
+    """Sampled losses are within `error` above the curve, and equal to it at samples in float32."""
     linears, curves = problem
     for linear in linears:
         curve = curves[linear.name]
@@ -41,10 +41,10 @@ def test_the_stated_error_holds_at_every_rank(problem, most):
         assert np.abs(gaps[found.ranks]).max() <= 1e-6 * curve.total
 
 
-def test_more_knots_err_less(problem):
+def test_more_samples_have_a_smaller_error(problem):
     linears, curves = problem
     errors = [
-        max(each.error for each in in_knots(linears, curves, most).values())
+        max(each.error for each in sampled(linears, curves, most).values())
         for most in (4, 16, 64, 1000)
     ]
     assert sorted(errors, reverse=True) == errors
@@ -52,22 +52,22 @@ def test_more_knots_err_less(problem):
 
 
 @pytest.mark.parametrize("keep", KEEP)
-def test_a_knot_at_every_rank_changes_no_plan(problem, keep):
+def test_a_sample_at_every_rank_gives_the_same_plan(problem, keep):
     linears, curves = problem
-    # in float32 as knots are, so that no tie is broken otherwise
+    # in float32 like samples, so that ties are broken alike
     for curve in curves.values():
         curve.energies[:] = curve.energies.astype(np.float32)
-    every = in_knots(linears, curves, 10_000)
+    every = sampled(linears, curves, 10_000)
     assert Threshold()(linears, every, keep, {}) == Threshold()(linears, curves, keep, {})
 
 
 @pytest.mark.parametrize("most", [4, 16, 128])
 @pytest.mark.parametrize("keep", KEEP)
-def test_a_plan_of_knots_loses_no_more_than_they_err(problem, keep, most):
-    """Above the best plan that stores no more: what all knots state together."""
+def test_the_loss_of_sampling_is_within_the_error_bounds(problem, keep, most):
+    """The excess over the best plan of equal size is at most the sum of the stated errors."""
     linears, curves = problem
-    knots = in_knots(linears, curves, most)
-    plan = Threshold()(linears, knots, keep, {})
+    samples = sampled(linears, curves, most)
+    plan = Threshold()(linears, samples, keep, {})
     assert_invariants(plan, linears, keep)
     dense = sum(each.values for each in linears)
     best = Threshold()(linears, curves, plan.stored_values / dense, {})
@@ -75,19 +75,19 @@ def test_a_plan_of_knots_loses_no_more_than_they_err(problem, keep, most):
     def loss(plan):
         return sum(lost(plan.assignments[name], curve) for name, curve in curves.items())
 
-    errors = sum((each.error + 1e-6) * each.total for each in knots.values())
+    errors = sum((each.error + 1e-6) * each.total for each in samples.values())
     assert loss(plan) <= loss(best) + errors
 
 
-def test_break_even_wants_whole_curves(problem):
+def test_break_even_needs_full_curves(problem):
     linears, curves = problem
-    with pytest.raises(UsageError, match="not knots"):
-        Threshold(dense="break_even")(linears, in_knots(linears, curves, 8), 0.5, {})
+    with pytest.raises(UsageError, match="not sampled"):
+        Threshold(dense="break_even")(linears, sampled(linears, curves, 8), 0.5, {})
 
 
-def test_very_many_steps_are_taken_by_knots(problem, monkeypatch):
-    """A threshold over more than it can hold does so by itself."""
+def test_curves_are_sampled_above_the_maximum_of_steps(problem, monkeypatch):
+    """`threshold` samples curves by itself if the steps are too many."""
     linears, curves = problem
     monkeypatch.setattr("orchestrator.allocate.threshold.MOST_STEPS", 10)
     found = Threshold()(linears, curves, 0.5, {})
-    assert found == Threshold()(linears, in_knots(linears, curves, 128), 0.5, {})
+    assert found == Threshold()(linears, sampled(linears, curves, 128), 0.5, {})
