@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
-from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
+from orchestrator.stages.context.running_stage import RunningStage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +47,7 @@ class StageJob(ABC):
         """The task of the workers, which also write the result if no later stage takes them."""
 
     @abstractmethod
-    def perform(
-        self,
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
-        *,
-        following: "StageJob | None" = None,
-    ) -> StageResult:
+    def perform(self, stage: RunningStage, following: "StageJob | None" = None) -> StageResult:
         """Make the units that do not exist yet.
 
         Args:
@@ -66,8 +58,6 @@ class StageJob(ABC):
         """Remove the units of a block; called by a job that `supersedes` this one."""
         return None
 
-    def reusable_blocks(
-        self, workers: WorkerGroup, monitor: RunMonitor
-    ) -> Mapping[int, dict[str, Any]]:
+    def reusable_blocks(self, stage: RunningStage) -> Mapping[int, dict[str, Any]]:
         """Facts of the blocks that an earlier run has committed, of a job that `supersedes`."""
         return {}

@@ -20,12 +20,11 @@ from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.plan import Plan
 from orchestrator.runtime.calls import Call
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
-from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.masks import commit_candidates
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.values import Decomposed, Scores
 from orchestrator.stages.score_masks.worker import MaskTrial, MaskTrials
 from orchestrator.store.files import digest_json
@@ -38,10 +37,9 @@ SCORE_VERSION = 1
 class MaskScoring:
     """Losses of masked models, each one a unit: what a killed driver has is not taken again."""
 
-    def __init__(
-        self, job: Decomposed, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
-    ) -> None:
-        self._job, self._workers, self._monitor, self._stage = job, workers, monitor, stage
+    def __init__(self, job: Decomposed, stage: RunningStage) -> None:
+        self._job, self._stage = job, stage
+        self._workers, self._monitor = stage.workers, stage.monitor
         allocator = job.allocator
         assert isinstance(allocator, CapAllocator)
         self.allocator: CapAllocator = allocator

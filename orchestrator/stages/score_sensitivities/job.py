@@ -18,11 +18,10 @@ from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.grouping import stack
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.calls import Call
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
-from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.values import Decomposed, Scores
 from orchestrator.stages.score_sensitivities.worker import CutTrial, CutTrials
 from orchestrator.store.chunks import Chunks
@@ -46,10 +45,9 @@ class Sensitivities:
     are at work at the same time. A killed driver goes on from these files too.
     """
 
-    def __init__(
-        self, job: Decomposed, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
-    ) -> None:
-        self._job, self._workers, self._monitor, self._stage = job, workers, monitor, stage
+    def __init__(self, job: Decomposed, stage: RunningStage) -> None:
+        self._job, self._stage = job, stage
+        self._workers, self._monitor = stage.workers, stage.monitor
         allocator = job.allocator
         assert isinstance(allocator, Strs)
         self._strs: Strs = allocator

@@ -61,7 +61,7 @@ class TrainCost(StageCost):
             self.setting.kept,
             self.setting.is_even,
             mode,
-            workers,
+            workers=workers,
             tokens=self.setting.tokens,
             stored_targets=self._options.targets == "stored",
         )
@@ -112,8 +112,8 @@ def training(
     kept: float,
     even: bool,
     mode: str,
-    workers: int,
     *,
+    workers: int,
     tokens: int,
     stored_targets: bool,
 ) -> Footprint:

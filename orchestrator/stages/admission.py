@@ -24,6 +24,7 @@ def check_memory(
     model: Place,
     execution: Execution,
     monitor: RunMonitor,
+    *,
     measured: int | None = None,
 ) -> Forecast | None:
     """Says what a worker will hold, and refuses what cannot fit.
@@ -68,6 +69,7 @@ def recheck_memory(
     recipe: Recipe,
     model: Place,
     execution: Execution,
+    *,
     workers: WorkerGroup,
     monitor: RunMonitor,
 ) -> Forecast | None:
@@ -85,7 +87,7 @@ def recheck_memory(
     assumed = found.limits["device"]
     before = "it was unknown" if assumed is None else f"{size(assumed)} were assumed from its type"
     monitor.note(f"a worker's GPU has {size(measured)}; {before}")
-    return check_memory(recipe, model, execution, monitor, measured)
+    return check_memory(recipe, model, execution, monitor, measured=measured)
 
 
 def _in_this_process() -> tuple[int, float, bool]:
