@@ -1,4 +1,4 @@
-"""A compressed checkpoint read again: is it what was written, whole, sound, and able to run?
+"""Verification of a compressed checkpoint: unchanged, complete, sound, and able to run.
 
 Shape suffixes: O outputs, I inputs, B sequences, T tokens, V vocabulary.
 """
@@ -31,7 +31,7 @@ from orchestrator.plan.cut import cut_blocks
 from orchestrator.store.files import digest_file
 
 TOLERANCE = 0.02, 1e-3
-"""What a measured error may differ by from the reported one: a part of it, and rounding."""
+"""Allowed difference of a measured error from the reported one: a fraction of it, and rounding."""
 _NUMBER = re.compile(r"\.\d+\.")
 
 
@@ -49,10 +49,10 @@ def verify(
     2. Every file has the BLAKE2b that the report has of it.
     3. Every linear has the form, rank and number of entries that the report says.
     4. Every tensor is finite.
-    5. Sampled linears, the same number of each role as far as it goes, are reconstructed; beside
-       the dense model, |W - W'|^2 / |W|^2 is the report's, unless they were trained since.
-    6. Tokens pass through all blocks, and the logits are finite; beside the dense model the mean
-       KL from it and the agreement on the first token are said.
+    5. Sampled linears, as evenly over roles as possible, are reconstructed; with the dense model,
+       |W - W'|^2 / |W|^2 is the report's, unless they were trained since.
+    6. Tokens pass through all blocks, and the logits are finite; with the dense model, the mean
+       KL from it and the agreement on the first token are measured.
 
     Args:
         changing: Names of the stages after which the error of a linear is no longer that of its
@@ -127,7 +127,7 @@ class _Verification:
         self._problems.append(f"{self._directory}: {what}")
 
     def _files(self) -> dict[str, str]:
-        """Of every file of weights: `as reported`, `changed` or `not reported`."""
+        """State of every file of weights: `as reported`, `changed` or `not reported`."""
         reported = self._report.get("files", {})
         found = {}
         for path in sorted(self._directory.glob("*.safetensors")):
@@ -143,7 +143,7 @@ class _Verification:
         return found
 
     def _tensors(self) -> int:
-        """How many there are; those with NaN or infinite values are complained of."""
+        """Number of tensors; those with NaN or infinite values are problems."""
         weights = self._lazy_model.weights
         for name in weights.names:
             tensor = weights.read(name)
@@ -208,7 +208,7 @@ class _Verification:
         return {*bases, *bases.values()}
 
     def _probe(self) -> dict[str, Any]:
-        """What the logits of random tokens are, and how far from the dense model's."""
+        """Logits of random tokens, and their difference from the dense model's."""
         vocabulary = self._lazy_model.config.get_text_config().vocab_size
         ids = np.random.default_rng(0).integers(0, vocabulary, (1, self._tokens))
         tokens_BT = torch.from_numpy(ids)
@@ -243,7 +243,7 @@ def _error(whole_OI: Tensor, weight_OI: Tensor) -> float:
 
 
 def sampled(names: Sequence[str], count: int) -> list[str]:
-    """So many names, in their order: as many of each role as of any other, or one more.
+    """Sample `count` names, in their order: as many of each role as of any other, or one more.
 
     Of each role evenly over the model; names of one role differ in blocks and experts alone.
     """

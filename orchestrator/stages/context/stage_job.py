@@ -15,7 +15,7 @@ class StageResult:
 
     name: str
     key: str
-    """Of all that the stage has made: part of the keys of the written files."""
+    """Key of all units of the stage: part of the keys of the written files."""
     report: Any
     """JSON that is equal for two equal runs."""
     timings: Mapping[str, Any] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class StageResult:
 
 
 class StageJob(ABC):
-    """One stage, planned: keys and task are known, nothing has been computed.
+    """One stage with a plan: keys and task are known, no unit has been computed.
 
     Jobs are made in the order of execution, each from the jobs before it.
     """
@@ -35,7 +35,7 @@ class StageJob(ABC):
     name: ClassVar[str]
     key: str
     trained_units: Mapping[int, str] | None = None
-    """By block the units of trained tensors that it makes; None if it trains none."""
+    """Keys of its units of trained tensors, by block; None if it trains none."""
     worker_class: type[CompressionWorker]
     supersedes: ClassVar[bool] = False
     """True if a block's unit holds all stored tensors of its linears, so that the units of the job

@@ -40,7 +40,7 @@ class PivotCost(StageCost):
 
 
 def pivoting(shapes: Shapes, kept: float, itemsize: int) -> Footprint:
-    """Of the linear whose factors take most to be brought to pivoted storage."""
+    """Footprint of the linear whose pivoting takes the most memory."""
     return Footprint(
         {
             "process": PROCESS_BYTES,
@@ -52,7 +52,7 @@ def pivoting(shapes: Shapes, kept: float, itemsize: int) -> Footprint:
 
 
 def _pivoting(linear: Linear, kept: float, itemsize: int) -> int:
-    """The factors as stored, and an orthonormal basis being made, or the result being compared."""
+    """Bytes of the stored factors, and of an orthonormal basis or of the comparison."""
     each = replace(linear, pivoted=True)
     outputs, inputs = each.out_features, each.in_features
     rank = each.rank_within(int(kept * each.values))

@@ -2,7 +2,7 @@
 
 A trial is the model with one linear cut to one rank. It starts at the dense input of its block, so
 that all trials together cost half of as many evaluations of the model, and flows through the shards
-behind it like any chunk: a shard computes its own trials and passes on those of earlier ones.
+after it like any chunk: a shard computes its own trials and passes on those of earlier ones.
 """
 
 import math
@@ -77,7 +77,7 @@ class Sensitivities:
 
     @cached_property
     def _linears(self) -> tuple[Linear, ...]:
-        """What is cut as one, named like its first."""
+        """The linears that are cut as one, under the name of the first."""
         return self._job.grouping.stacked(self._job.linears)
 
     @cached_property
@@ -149,7 +149,7 @@ class Sensitivities:
         run_pass(workers, self._monitor, schedule, chunks, on_success)
 
     def _range(self, trial: CutTrial) -> range:
-        """The numbers under which a trial's sequences pass."""
+        """Indices of the chunks of a trial."""
         start = self._number[trial] * self._chunks
         return range(start, start + self._chunks)
 
@@ -168,7 +168,7 @@ class Sensitivities:
         self._stage.progress(done, len(self._trials), unit=name)
 
     def _drop(self, trial: CutTrial, chunks: Chunks, cut: tuple[range, ...]) -> None:
-        """Removes what a trial has left at the boundaries; others start from the dense model's."""
+        """Remove the chunks of a trial at the boundaries; others start from the dense model's."""
         for blocks in cut:
             if trial.linears and blocks.start > trial.block:
                 for index in self._range(trial):

@@ -1,4 +1,4 @@
-"""Training the whole compressed model, as a pipeline over its shards: the driver's part."""
+"""Training of the whole compressed model, as a pipeline over its shards: the driver's part."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -31,19 +31,19 @@ from orchestrator.store.units import unit_key
 TRAIN_VERSION = 2
 """Raised when a trained tensor changes."""
 TARGETS_VERSION = 1
-"""Raised when what is kept of the dense model's logits changes."""
+"""Raised when the stored targets change."""
 BYTES = {"all": 16, "lean": 12, "light": 16}
-"""Of value, gradient and moments together, for each number that is trained."""
+"""Bytes of value, gradient and moments of a trained parameter."""
 
 
 class TrainJob(TrainedStage):
-    """All blocks at once, towards what the dense model says of the next token, and the text.
+    """All blocks at once, towards the next-token distribution of the dense model, and the text.
 
-    The dense model passes once and leaves its top-k. Then each worker holds one shard, whatever the
-    recipe says of `shards`, and steps go through these as `Pipeline` says. What a step gives does
-    not depend on the cut, and after a loss all go back to a snapshot, so neither workers nor
-    accidents change a bit. The best state by the held-out loss is what the blocks become, the
-    start included.
+    The dense model passes once and leaves its top-k. Then each worker holds one shard, whatever
+    `shards` is in the recipe, and steps pass through them (`Pipeline`). The result of a step does
+    not depend on the cut, and after a loss all workers return to a snapshot, so neither workers
+    nor losses change a bit. The blocks become the best state by the held-out loss, the start
+    included.
 
     A snapshot takes 12 bytes a trained value in the run directory (`all`; 8 `lean`), and the last
     one and the best are kept, beside the one that is being written. If the forecast finds this too
@@ -65,7 +65,7 @@ class TrainJob(TrainedStage):
 
     @cached_property
     def _target_keys(self) -> tuple[str, ...]:
-        """The units of the dense model's top-k; they do not depend on the plan."""
+        """Keys of the units of the dense model's top-k; they do not depend on the plan."""
         options = self._options
         if options.targets == "recomputed":
             return ()
@@ -106,7 +106,7 @@ class TrainJob(TrainedStage):
         return self._result(facts)
 
     def _make_targets(self, stage: RunningStage) -> None:
-        """Dense chunks through all shards, those whose top-k is not there yet."""
+        """Pass dense chunks through all shards, for the targets that do not exist yet."""
         job, workers, monitor = self._planned, stage.workers, stage.monitor
         keys = dict(enumerate(self._target_keys))
         results = set(
@@ -182,7 +182,7 @@ class TrainJob(TrainedStage):
 
     @property
     def _progress_key(self) -> str:
-        """The unit that says which snapshot is the last."""
+        """Key of the unit that names the last snapshot."""
         return unit_key("snapshots", TRAIN_VERSION, [self.key])
 
     def _left(
