@@ -1,1 +1,1 @@
-"""What a run will take, from shapes and rates alone, before any machine is asked for."""
+"""Forecast of a run from shapes and rates alone, before any machine is used."""

@@ -1,4 +1,4 @@
-"""What each call of a closed-form compression computes, reads and writes."""
+"""Work of each call of a closed-form compression: FLOPs, and bytes read and written."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +26,7 @@ TOKEN_BYTES = 9
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one recipe and one model."""
+    """Work of the calls for one recipe and one model."""
 
     shapes: Shapes
     recipe: Recipe
@@ -45,7 +45,7 @@ class Costs:
 
     @property
     def labels(self) -> int:
-        """Passes back of each sequence."""
+        """Backward passes of each sequence."""
         return self.needs.labels
 
     @property
@@ -78,7 +78,7 @@ class Costs:
 
     @cached_property
     def final_values(self) -> int:
-        """Of the result, the budget met exactly."""
+        """Values of the result if the budget is met exactly."""
         dense = sum(each.values for each in self.shapes.linears)
         return (
             self.shapes.total_values - dense + share_values(self.shapes.linears, self.recipe.share)
@@ -86,12 +86,12 @@ class Costs:
 
     @cached_property
     def files(self) -> int:
-        """Of the result, each with whole blocks."""
+        """Number of files of the result, each with whole blocks."""
         block = self.final_values / self.num_blocks * self.out_itemsize
         return -(-self.num_blocks // max(1, int(self.recipe.max_shard_bytes // block)))
 
     def compute(self) -> Work:
-        """FLOPs of calibration and decomposition, of all blocks together; no byte."""
+        """FLOPs of calibration and decomposition of all blocks; no bytes."""
         passed = self.gather(1).times(max(self.labels, 1))
         if self.labels:
             passed += self.forward(1) + self.head().times(self.labels / self.num_blocks)
@@ -103,11 +103,11 @@ class Costs:
         return Work(read=float(blocks * self.shapes.block_values * self.shapes.itemsize))
 
     def forward(self, blocks: int) -> Work:
-        """One sequence through a shard, for its boundary alone."""
+        """One sequence through a shard that gathers no statistics."""
         return self._forward.times(blocks)
 
     def gather(self, blocks: int) -> Work:
-        """One sequence through a shard that leaves statistics; of gradients, once back."""
+        """One sequence through a shard that gathers statistics; one backward pass of gradients."""
         return self._gather.times(blocks)
 
     def head(self) -> Work:
@@ -116,25 +116,25 @@ class Costs:
         return computed(flops, self.itemsize)
 
     def comes(self) -> Work:
-        """A chunk from another worker."""
+        """Transfer of a chunk from another worker."""
         return Work(network=self.state)
 
     def goes(self) -> Work:
-        """A chunk that is stored for the next shard."""
+        """Writing of a chunk for the next shard."""
         return Work(write=self.state)
 
     def finish(self) -> Work:
-        """Decomposes all linears of a block and writes what comes of it."""
+        """Decomposition of all linears of a block, and writing of the results."""
         return self._finish
 
     def epochs(self) -> Work:
-        """A block trained towards what the dense one gives."""
+        """Training of one block towards its dense outputs."""
         options = RefineOptions(**self.recipe.options.get("refinement", {}))
         step = trained(self.shapes, self.recipe.share, self.recipe.sequence_length)
         return Work(single=self.sequences * options.epochs * step)
 
     def forward_in_float32(self, blocks: int) -> Work:
-        """The same through blocks of the compressed model, before they are written."""
+        """One sequence through blocks of the compressed model, whose factors are in float32."""
         flops = forward_flops(self.shapes, self.recipe.sequence_length)
         return computed(flops, 4).times(blocks)
 
@@ -144,18 +144,18 @@ class Costs:
         return list({each.site: each.in_features for each in self.shapes.heaviest}.values())
 
     def refine(self) -> Work:
-        """The same with what it begins with: the block's chunks, its weights and its targets."""
+        """Refinement of one block, with reading of its chunks, weights and targets."""
         read = 2 * self.sequences * self.state + self.shapes.block_values * self.shapes.itemsize
         return self.epochs() + self._forward.times(self.sequences) + Work(read=read)
 
     def file(self) -> Work:
-        """One file of the result: what is stored is read, cut, written and read for its hash."""
+        """One file of the result: its tensors are read and cut; it is written, and read to hash."""
         size = self.final_values * self.out_itemsize
         return Work(read=2.0 * size, write=float(size)).times(1 / self.files)
 
     @cached_property
     def pivots(self) -> tuple[Work, ...]:
-        """Each linear's factors read, brought to pivoted storage and written."""
+        """By linear: factors are read, pivoted and written."""
         return tuple(map(self._pivot, self.shapes.linears)) if self.is_pivoted else ()
 
     def _pivot(self, linear: Linear) -> Work:

@@ -1,4 +1,4 @@
-"""A whole run, forecast: shards, memory, bytes, time and money, and whether it can be at all."""
+"""Forecast of a whole run: shards, memory, storage, time and money, and its feasibility."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,11 +27,11 @@ HOST_PROCESS = 1_500_000_000
 
 
 def forecast(shapes: Shapes, recipe: Recipe, resources: Resources) -> Forecast:
-    """What a recipe takes of a model's shapes; milliseconds.
+    """Forecast a recipe on a model of these shapes; takes milliseconds.
 
     Raises:
-        UsageError: The recipe names a method or an option that there is not.
-        InfeasibleError: No plan stores as little as is asked for.
+        UsageError: The recipe names a method or an option that does not exist.
+        InfeasibleError: No plan is as small as the budget.
     """
     recipe.check_names(methods=NEEDS, allocations=ALLOCATION_NAMES, tables=OPTION_TABLES)
     return _Forecasting(shapes, recipe, resources).forecast()
@@ -77,7 +77,7 @@ class _Forecasting:
         )
 
     def _blocks_that_fit(self) -> int:
-        """Of a shard; a run that meets the limit cuts its shards in the same way."""
+        """Blocks of a shard that fit in memory; a run cuts its shards in the same way."""
         most = min(MOST_BLOCKS, self.shapes.num_blocks)
         fitting = [b for b in range(1, most + 1) if self.room.fits(self._calibrating(b))]
         return max(fitting, default=1)
@@ -137,7 +137,7 @@ class _Forecasting:
         }
 
     def _calibrate(self) -> StageForecast:
-        """Shards in waves: load, pass all chunks, decompose; a wave's shards start one by one.
+        """Shards in waves: load, pass all chunks, decompose; shards of a wave start one by one.
 
         With gradients there are two passes. The first only stores chunks at boundaries, and is
         repeated for all segments but the last.
@@ -159,7 +159,7 @@ class _Forecasting:
                 *((back, labels * sequences, finish, shards) for shards in segments),
             ]
             flops += sum(segments[:-1]) * sequences * costs.forward(blocks).flops
-        # behind the last block: the worker that has it does that too
+        # the worker with the last block computes the logits as well
         head = costs.head().times(labels * sequences)
 
         def take(rates: Rates) -> float:
@@ -176,18 +176,18 @@ class _Forecasting:
         )
 
     def _waves(self, ends: Work, chunk: Work, count: int, shards: int, rates: Rates) -> float:
-        """Seconds of a pass: what each shard takes, in waves, and until the last one has begun."""
+        """Seconds of a pass: shards in waves, and the delay until the last shard has begun."""
         waves = -(-shards // self.workers)
         filling = min(shards, self.workers) - 1
         one = ends.overlapped(rates) + count * chunk.overlapped(rates)
         return waves * one + filling * chunk.overlapped(rates)
 
     def _score(self) -> StageForecast:
-        """Passes through models that are masked, or cut in one place."""
+        """Passes through masked models, or through models with a single linear cut."""
         forward = self.costs.forward(self.shapes.num_blocks)
         passes = float(self.needs.masked)
         if self.needs.scores == "sensitivities":
-            # a trial runs from the block that it cuts on: half of the model in the mean
+            # a trial starts at the block that it cuts: half of the model on average
             passes = self.needs.trials * len(self.shapes.linears) / 2
         work = forward.times(passes)
         return StageForecast(
@@ -212,7 +212,7 @@ class _Forecasting:
         return self.sequences * self.costs.state
 
     def _host(self) -> Footprint:
-        """Beside a device: the process, one tensor on its way, a few chunks, what is written."""
+        """Host memory beside a device: process, one tensor in transfer, chunks, written data."""
         largest = max(each.values for each in self.shapes.linears)
         parts = {
             "process": HOST_PROCESS,
@@ -221,12 +221,12 @@ class _Forecasting:
             "written": 4 * largest * self.costs.out_itemsize,
         }
         if any(cost.unpacks_boundary for cost in self.later.values()):
-            # what was not made here is unpacked from files
+            # chunks of other workers are unpacked from files
             parts["a boundary"] = int(self._chunks())
         return Footprint(parts)
 
     def _final(self) -> dict[str, int]:
-        """The budget met exactly; indices of sparse parts are not in the bytes."""
+        """Size of the result if the budget is met exactly, without indices of sparse parts."""
         values = self.costs.final_values
         return {"values": values, "bytes": values * self.costs.out_itemsize}
 
@@ -249,7 +249,7 @@ class _Forecasting:
         return found
 
     def _instead(self, stage: str) -> str:
-        """What would make a stage fit."""
+        """The remedy for a stage that does not fit."""
         if stage in self.later:
             return self.later[stage].remedy()
         needed = self.room.needed(self._calibrating(1))

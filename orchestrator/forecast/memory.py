@@ -21,14 +21,14 @@ from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.linear import Linear
 
 GRAM_BYTES = 12
-"""Of an entry: a float64 sum and a float32 one."""
+"""Bytes of a Gram's entry while chunks pass: a float64 sum and a float32 one."""
 SETTLED_BYTES = 8
 """Bytes of a Gram's entry once all chunks have passed: the float64 sum."""
 REFINED_BYTES = 24
 """Bytes of a refined parameter: value, gradient, gradient of a slice, two moments, best state.
 AdamW adds no temporaries: it is fused on CUDA, and on a CPU takes one parameter at a time."""
 PROCESS_BYTES = 100_000_000
-"""What no shard decides: modules imported late, small buffers that were freed and kept. Measured
+"""Bytes that depend on no shard: modules imported late, freed buffers that are kept. Measured
 0.1 to 0.2 GB of a worker without a GPU, above what it holds before its first call."""
 CONTEXT_BYTES = 1_000_000_000
 """Bytes of a GPU outside of torch's allocator: CUDA context, kernels and handles of cuBLAS and
@@ -46,7 +46,7 @@ ENTRY_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What is in memory at the worst moment of a stage, by what it is; bytes."""
+    """Peak memory of a stage: bytes by content."""
 
     parts: Mapping[str, int]
 
@@ -153,7 +153,7 @@ def stored_bytes(linear: Linear, needs: Needs, pivoted: bool, itemsize: int) -> 
 
 
 def activation_bytes(shapes: Shapes, tokens: int, itemsize: int, blocks: int) -> int:
-    """Of one sequence: what a pass forward has at once, or what a pass back keeps of all blocks."""
+    """Peak activations of one sequence in a forward pass, or of all blocks in a backward pass."""
     widest = max(each.out_features for each in shapes.heaviest)
     states = 24 * shapes.hidden + itemsize * (6 * shapes.hidden + 3 * shapes.attention + 3 * widest)
     gram_rows = 4 * max(each.in_features for each in shapes.heaviest)
@@ -161,12 +161,12 @@ def activation_bytes(shapes: Shapes, tokens: int, itemsize: int, blocks: int) ->
 
 
 def trained_block(shapes: Shapes, kept: float, even: bool, each: int) -> int:
-    """A block with its trained factors at so many bytes a value, the rest in float32.
+    """Bytes of a block with trained factors, at `each` bytes a value, and the rest in float32.
 
-    Where sizes are not even a block may keep all of its values; then that counts.
+    If sizes are not even, a block may keep all of its values, and that is counted.
 
     Args:
-        even: Whether every block keeps the same share.
+        even: True if every block keeps the same fraction.
     """
     targeted = sum(linear.values for linear in shapes.heaviest)
     trained = int((kept if even else 1.0) * targeted)
@@ -174,7 +174,7 @@ def trained_block(shapes: Shapes, kept: float, even: bool, each: int) -> int:
 
 
 def writing(shapes: Shapes) -> Footprint:
-    """Of a worker that writes: one linear at a time, cut and cast."""
+    """Footprint of a worker that writes: one linear at a time, cut and cast."""
     largest = max((each.values for each in shapes.linears), default=0)
     return Footprint(
         {"process": PROCESS_BYTES, "one linear": 8 * largest + 4 * shapes.front_values}

@@ -1,4 +1,4 @@
-"""What methods ask of a calibration, as far as time and memory go; held to them by a test.
+"""Properties of methods that decide time and memory; a test compares them with the methods.
 
 The methods themselves need torch, which a forecast does without.
 """
@@ -17,31 +17,31 @@ from orchestrator.recipe.options import check_choice, check_known, check_whole, 
 from orchestrator.recipe.recipe import Recipe
 
 Kind = Literal["low_rank", "two_sided", "two_sided_sparse", "rpca", "sparse"]
-"""How a weight is decomposed."""
+"""Kind of decomposition."""
 _MASKED = ("iterations", "samples", "chunks")
 FACTORS = ("low_rank", "two_sided")
-"""Those of these that leave two factors and nothing else."""
+"""Kinds whose result is exactly two factors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Of one method with its options."""
+    """Properties of one method with its options."""
 
     kind: Kind = "low_rank"
     allocation: str = "uniform"
-    """That the method comes with, or that the recipe asks for."""
+    """The allocation of the recipe, or else of the method."""
     labels: int = 0
-    """Passes backward for each sequence."""
+    """Backward passes of each sequence."""
     group: int = 1
     """Blocks whose linears share a basis."""
     refit: str = "never"
-    """When left factors are fitted again: `never`, `above_forty` per cent removed, `always`."""
+    """Condition of the refit of left factors: `never`, `above_forty` (% removed), `always`."""
     inputs_only: bool = False
-    """Whether every Gram is of inputs."""
+    """True if every Gram is of inputs."""
     is_scaled: bool = False
     """True if factors are optimal in the method's own norm, given by scales of the inputs."""
     wide_curvature: bool = False
-    """Whether curvatures are of the outputs where these are the wider side too."""
+    """True if curvatures are always of the outputs, even if these are the wider side."""
 
     masked: int = 96
     """Sequences through masked models for a choice of masks: `cap`'s iterations by its samples by
@@ -51,13 +51,13 @@ class Needs:
 
     @property
     def scores(self) -> Literal["", "masks", "sensitivities"]:
-        """Passes through the model behind the decomposition."""
+        """Losses that are taken after the decomposition."""
         if self.allocation == "cap":
             return "masks"
         return "sensitivities" if self.allocation == "strs" else ""
 
     def refits(self, kept: float) -> bool:
-        """Whether there is one more pass, through the cut model."""
+        """True if left factors are fitted again, in a pass through the cut model."""
         return self.refit == "always" or (self.refit == "above_forty" and kept <= 0.6)
 
     @property
@@ -90,11 +90,11 @@ NEEDS: Mapping[str, Needs] = {
     ),
     "wanda": Needs(kind="sparse", inputs_only=True),
 }
-"""Of every method, its options at their defaults."""
+"""By method, with its options at their defaults."""
 
 
 def needs_of(recipe: Recipe) -> Needs:
-    """Of what a recipe asks for.
+    """Properties of the method of a recipe.
 
     Raises:
         UsageError: There is no such method or allocation, the two do not go together with how

@@ -1,4 +1,4 @@
-"""What a forecast is asked with, and what it says."""
+"""Argument and result of a forecast."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,33 +10,33 @@ from orchestrator.forecast.rates import Machine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What a run is to have."""
+    """Workers and machines of a run."""
 
     workers: int
     machine: Machine
     memory_bytes: float | None
-    """Of a worker's device, or of its share of a host without one; what the machine has, else."""
+    """Memory of a worker's device, or of its share of a host; None: that of the machine."""
     host_bytes: float | None = None
-    """Of a worker's host memory beside a device; not checked where it is not said."""
+    """Host memory of a worker with a device; not checked if None."""
     price: float | None = None
-    """Of a worker for an hour."""
+    """Price of a worker for an hour."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageForecast:
-    """One stage of the run."""
+    """Cost of one stage of the run."""
 
     name: str
     flops: float
-    """Of all workers."""
+    """Sum over all workers."""
     seconds: Mapping[str, float]
-    """By the row of rates."""
+    """Seconds by row of rates."""
     device: Footprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What a run takes; a value that goes to JSON."""
+    """Cost of a run; plain data, to JSON."""
 
     model: Mapping[str, Any]
     machine: str
@@ -46,7 +46,7 @@ class Forecast:
     shards: int
     blocks_a_shard: int
     blocks_that_fit: int
-    """Of a shard, two at most unless more share a basis."""
+    """Blocks of a shard: two at most unless more share a basis."""
     waves: int
     stages: tuple[StageForecast, ...]
     limits: Mapping[str, float | None]
@@ -70,7 +70,7 @@ class Forecast:
     price: float | None
     sources: tuple[str, ...]
     infeasible: tuple[str, ...]
-    """What does not fit, and what would make it; nothing, and the run can be."""
+    """Reasons the run is infeasible, each with a remedy; empty if it is feasible."""
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How fast machines are: named GPUs from `rates.json`, or this machine as it was measured."""
+"""Rates of machines: named GPUs from `rates.json`, or this machine as measured."""
 
 import json
 import math
@@ -24,7 +24,7 @@ _SPEEDS = ("half", "tf32", "single", "double", "eigen", "read", "write", "networ
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Of one worker and what surrounds it; FLOPs or bytes a second."""
+    """Rates of one worker, its storage and network, in FLOPs or bytes a second."""
 
     row: str
     """`data_sheet`, `pessimistic` or `measured`."""
@@ -33,7 +33,7 @@ class Rates:
     tf32: float
     """Products of 16-bit values in float32: most Grams (`linalg.tensor_cores`)."""
     single: float
-    """Products of float32: passes and Grams of what is computed in it, training."""
+    """Products of float32: passes and Grams in float32, and training."""
     double: float
     """Products of float64."""
     eigen: float
@@ -48,11 +48,11 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a worker runs on."""
+    """Hardware of a worker."""
 
     name: str
     memory_bytes: float | None
-    """Of the device; unknown of a machine that was measured without one."""
+    """Memory of the device; None if the machine was measured without one."""
     rows: tuple[Rates, ...]
     is_gpu: bool = False
     """True if a worker has a GPU, whose memory is then the limit."""
@@ -66,7 +66,7 @@ def known_devices() -> tuple[str, ...]:
 
 
 def machine_of(name: str) -> Machine:
-    """A named GPU, with a row that its maker promises and one that we would plan with.
+    """A named GPU, with the rates of its data sheet and a pessimistic row.
 
     Raises:
         UsageError: There is no such name.
@@ -115,14 +115,14 @@ def eigen_seconds(size: int, bandwidth: float, products: float, itemsize: int = 
 
 
 def largest_memory(kind: str) -> float | None:
-    """Of the GPUs of a kind, as Ray names it (`A100`), the most memory; nothing if unknown."""
+    """Largest memory of the GPUs of a type, as Ray names it (`A100`); None if it is unknown."""
     devices = _file()["devices"].items()
     known = [d["memory_bytes"] for name, d in devices if kind in (name, name.partition("-")[0])]
     return max(known, default=None)
 
 
 def read_machine(path: Path) -> Machine:
-    """What `orchestrator measure` has written.
+    """Read a file of `orchestrator measure`.
 
     Raises:
         UsageError: It is something else.

@@ -1,4 +1,4 @@
-"""What a model is made of, as far as time and memory go: from its config, or its headers too.
+"""Sizes of a model that decide time and memory, from its config or with its headers.
 
 A config alone is enough for the families of `FAMILIES`. Of another one the tensors' headers say
 which matrices its blocks hold; that linears read the same input they do not say, so there each
@@ -8,7 +8,7 @@ linear is counted with a statistic of its own, which forecasts too much rather t
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose shapes follow from their config."""
 ITEMSIZE_OF = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 LARGEST = 2**32
-"""Of any number in a config; a larger one is damage."""
+"""Largest number in a config; a larger one is damage."""
 MOST_BLOCKS = 10_000
 _BLOCK = re.compile(r"(.+?\.)(\d+)\.(.+)")
 _SITES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -36,18 +36,18 @@ _SITES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shapes:
-    """A model's matrices and what else it holds, in values."""
+    """Matrices of a model and numbers of its other values."""
 
     model_type: str
     num_blocks: int
     linears: tuple[Linear, ...]
-    """Those that are compressed, in block order and, within a block, in call order."""
+    """The linears to compress, in block order and, within a block, in call order."""
     block_values: int
-    """Of the largest block, all its tensors."""
+    """Values of all tensors of the largest block."""
     front_values: int
-    """Before the first block: the embeddings."""
+    """Values before the first block: the embeddings."""
     tail_values: int
-    """Behind the last block; a head that is the embeddings again counts here as none."""
+    """Values after the last block, without a head that is tied to the embeddings."""
     total_values: int
     hidden: int
     vocabulary: int
@@ -66,7 +66,7 @@ class Shapes:
         return tuple(linear for linear in self.linears if linear.block == block)
 
     def narrowed(self, target: Iterable[str], ignore: Iterable[str]) -> "Shapes":
-        """The same model with fewer linears to compress.
+        """Shapes with the selected linears only.
 
         Raises:
             UsageError: As `models.survey.select.select` does: a selector covers nothing, or none is
@@ -77,7 +77,7 @@ class Shapes:
 
     @property
     def head_values(self) -> int:
-        """That the logits are computed from, tied or not."""
+        """Values of the head, tied or not."""
         return self.vocabulary * self.hidden
 
 
@@ -144,19 +144,6 @@ def from_config(config: Mapping[str, Any], where: str) -> Shapes:
     biased = _biased(family, config, shapes)
     norms = 2 * hidden + (2 * channels if family == "qwen3" else 0)
     biases = sum(shapes[role][0] for role in biased)
-    linears = tuple(
-        Linear(
-            name=f"model.layers.{block}.{role}",
-            block=block,
-            role=role,
-            site=f"model.layers.{block}.{_site(role, shapes)}",
-            out_features=out_features,
-            in_features=in_features,
-            has_bias=role in biased,
-        )
-        for block in range(blocks)
-        for role, (out_features, in_features) in shapes.items()
-    )
     block_values = sum(o * i for o, i in shapes.values()) + norms + biases
     tied = bool(config.get("tie_word_embeddings", False))
     head = 0 if tied else vocabulary * hidden
@@ -164,7 +151,7 @@ def from_config(config: Mapping[str, Any], where: str) -> Shapes:
     return Shapes(
         model_type=str(family),
         num_blocks=blocks,
-        linears=linears,
+        linears=tuple(_linears(blocks, shapes, biased)),
         block_values=block_values,
         front_values=vocabulary * hidden,
         tail_values=hidden + head,
@@ -174,6 +161,23 @@ def from_config(config: Mapping[str, Any], where: str) -> Shapes:
         attention=wide,
         itemsize=ITEMSIZE_OF.get(str(dtype), 4),
     )
+
+
+def _linears(
+    blocks: int, shapes: Mapping[str, tuple[int, int]], biased: Collection[str]
+) -> Iterator[Linear]:
+    """The linears of equal blocks, by their roles."""
+    for block in range(blocks):
+        for role, (out_features, in_features) in shapes.items():
+            yield Linear(
+                name=f"model.layers.{block}.{role}",
+                block=block,
+                role=role,
+                site=f"model.layers.{block}.{_site(role, shapes)}",
+                out_features=out_features,
+                in_features=in_features,
+                has_bias=role in biased,
+            )
 
 
 def _biased(family: str, config: Mapping[str, Any], roles: Mapping[str, Any]) -> set[str]:

@@ -90,7 +90,7 @@ class Storage:
     def _back_through(self, shard: int, kept: int) -> Footprint:
         """Content when gradients have passed a shard, with chunks at `kept` boundaries.
 
-        Gradients are stored behind each open shard, and before the last of them.
+        Gradients are stored after each open shard, and before the last of them.
         """
         done = self.setting.shards - shard
         flowing = min(self.setting.workers + (done > 1), shard + (done > 1))

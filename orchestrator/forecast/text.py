@@ -1,4 +1,4 @@
-"""A forecast as a person reads it."""
+"""A forecast as text."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from orchestrator.readable import duration, size
 
 
 def lines(found: Forecast) -> list[str]:
-    """What the run takes, a table of its stages, and what does not fit."""
+    """Sizes, a table of the stages, and reasons the run is infeasible."""
     model, rows = found.model, list(found.start_seconds)
     facts = {
         "model": f"{model['type']}, {model['values']:,} parameters in {model['blocks']} blocks, "

@@ -1,4 +1,4 @@
-"""What a run computes, reads and writes: FLOPs by kind and bytes, stage by stage.
+"""Work of a run: FLOPs by kind, and bytes, stage by stage.
 
 A multiply-add counts two. Shape letters as in `memory`; an eigendecomposition of [n, n] counts
 9 n^3, which is what its rate is stated in.
@@ -15,9 +15,9 @@ from orchestrator.forecast.shapes import Shapes
 from orchestrator.plan.linear import Linear
 
 TRIANGLE = 0.6
-"""Of a symmetric product's FLOPs, those that are computed (see `linalg.gram`)."""
+"""Fraction of a symmetric product's FLOPs that are computed (see `linalg.gram`)."""
 DRIFT_FLOPS = 4.4
-"""Of the moments of two streams, a token and a squared channel (see `linalg.compensate`)."""
+"""FLOPs of the moments of two streams, by token and squared channel (`linalg.compensate`)."""
 RPCA_ITERATIONS = 40
 """Singular value thresholdings of a weight: its steps grow by 1.5 to a tolerance of 1e-7."""
 SKETCH = 128
@@ -48,11 +48,11 @@ class Work:
         return Work(*(getattr(self, name) * factor for name in _NAMES))
 
     def seconds(self, rates: Rates) -> float:
-        """One worker's, nothing at the same time as anything else."""
+        """Seconds on one worker if nothing overlaps."""
         return math.fsum(getattr(self, name) / getattr(rates, name) for name in _NAMES)
 
     def overlapped(self, rates: Rates) -> float:
-        """The same of a worker that writes what it has while it computes what is next."""
+        """Seconds on one worker whose writing overlaps with the next computation."""
         written = self.write / rates.write
         return max(written, self.seconds(rates) - written)
 
@@ -61,14 +61,14 @@ _NAMES = ("half", "tf32", "single", "double", "eigen", "read", "write", "network
 
 
 def computed(flops: float, itemsize: int) -> Work:
-    """Products of a pass in a dtype of so many bytes."""
+    """Products of a pass, by the item size of its dtype."""
     if itemsize < 4:
         return Work(half=flops)
     return Work(single=flops) if itemsize == 4 else Work(double=flops)
 
 
 def forward_flops(shapes: Shapes, tokens: int) -> float:
-    """Of one sequence through one block."""
+    """FLOPs of one sequence through one block."""
     return 2.0 * tokens * shapes.block_values + 4.0 * tokens * tokens * shapes.attention
 
 
@@ -83,7 +83,7 @@ def gathering(shapes: Shapes, needs: Needs, tokens: int, itemsize: int) -> Work:
     total = computed(forward_flops(shapes, tokens), itemsize).times(2 if needs.labels else 1)
 
     def as_passed(flops: float) -> Work:
-        """Products of what the pass computes, in its dtype; what comes of them is float32."""
+        """Products of values of the pass, in its dtype, with results in float32."""
         return Work(tf32=flops) if itemsize < 4 else Work(single=flops)
 
     def gram(channels: int) -> float:
@@ -103,7 +103,7 @@ def gathering(shapes: Shapes, needs: Needs, tokens: int, itemsize: int) -> Work:
 
 
 def is_turned(linear: Linear, needs: Needs) -> bool:
-    """Whether gradients are brought to the inputs' side for their second moment."""
+    """True if gradients are mapped to the inputs' side for their second moment."""
     return linear.out_features > linear.in_features and not needs.wide_curvature
 
 
@@ -116,7 +116,7 @@ def eigen_side(linear: Linear) -> int:
 
 
 def decomposing(linear: Linear, needs: Needs, side: int, pivoted: bool, itemsize: int) -> Work:
-    """One linear, its factors written; the formulas of `linalg`, as they stand there."""
+    """Decomposition of one linear and writing of its factors, by the formulas of `linalg`."""
     outputs, inputs = float(linear.out_features), float(linear.in_features)
     narrow = float(eigen_side(linear))
     rank = float(stored_rank(linear, needs, pivoted))
@@ -164,7 +164,7 @@ def decomposing_block(
 def pivoting(linear: Linear, rank: float) -> Work:
     """Brings one linear's factors of a rank to pivoted storage; no byte.
 
-    By the formulas of `linalg.pivot`; exchanges behind the elimination, each a pass over the
+    By the formulas of `linalg.pivot`; exchanges after the elimination, each a pass over the
     coefficients, are not counted.
     """
     outputs, inputs = float(linear.out_features), float(linear.in_features)
@@ -183,6 +183,6 @@ def trained(shapes: Shapes, kept: float, tokens: int) -> float:
 
 
 def kept_values(shapes: Shapes, kept: float) -> float:
-    """Of a block, what is not targeted included."""
+    """Kept values of a block, with those that are not targeted."""
     targeted = sum(each.values for each in shapes.heaviest)
     return shapes.block_values - (1 - kept) * targeted

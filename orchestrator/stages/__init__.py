@@ -11,6 +11,6 @@ from orchestrator.stages.train.spec import Train
 from orchestrator.stages.walk.spec import Sweep, Walk
 
 STAGES: tuple[type[Stage], ...] = (Refit, Pivot, Walk, Refine, Sweep, Train)
-"""In the order of execution."""
+"""All stages after the plan, in the order of execution."""
 OPTION_TABLES = frozenset(table for stage in STAGES for table in stage.tables)
 """Tables of a recipe with options of stages."""

@@ -76,5 +76,5 @@ class Stage(ABC):
 def stages_of(
     stages: Sequence[type[Stage]], recipe: Recipe, method: Refitting
 ) -> tuple[Stage, ...]:
-    """Those of the stages that the recipe asks for, with their options."""
+    """The stages that the recipe asks for, with their options."""
     return tuple(found for each in stages if (found := each.of(recipe, method)) is not None)

@@ -16,20 +16,21 @@ from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import resolve
 from orchestrator.runtime.monitor import OnEvent, RunMonitor
-from orchestrator.runtime.workers import connected, start_workers
+from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
+from orchestrator.stages.admission import check_memory, recheck_memory
 from orchestrator.stages.allocate import allocate
 from orchestrator.stages.base import Stage
-from orchestrator.stages.context.admission import check_memory, recheck_memory
 from orchestrator.stages.context.decompose import calibrate_and_decompose, calibration_task
 from orchestrator.stages.context.keys import assign_keys
 from orchestrator.stages.context.previous_run import PreviousRun
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob
-from orchestrator.stages.context.survey import read_calibration, survey
 from orchestrator.stages.context.values import Keyed, Planned, Scores
 from orchestrator.stages.evaluate.job import Evaluation
 from orchestrator.stages.evaluate.worker import EvaluationWorker
 from orchestrator.stages.request import ask
 from orchestrator.stages.score import score, worker_class
+from orchestrator.stages.survey import read_calibration, survey
 from orchestrator.stages.write.job import finished, layout_of, write_files, write_small_files
 from orchestrator.store.lease import Lease
 from orchestrator.store.run import RunDirectory
@@ -58,8 +59,9 @@ def compress(
         with Lease(asked.out / LEASE_FILE).taken(on_event) as lease:
             monitor.guard(lease)
             with connected(asked.execution, monitor):
-                about_memory = asked.recipe, asked.model, asked.execution, monitor
-                return _perform(keyed, resolved.stages, check_memory(*about_memory), monitor)
+                about_run = asked.recipe, asked.model, asked.execution
+                forecast = check_memory(*about_run, monitor)
+                return _perform(keyed, resolved.stages, forecast, monitor)
 
 
 def _perform(
@@ -68,25 +70,32 @@ def _perform(
     most, task = keyed.survey.num_blocks, calibration_task(keyed)
     with start_workers(worker_class(keyed), task, keyed.execution, most, monitor) as workers:
         about = keyed.recipe, keyed.model, keyed.execution
-        forecast = recheck_memory(forecast, *about, workers, monitor)
-        with monitor.stage("calibrate") as stage:
-            decomposed = calibrate_and_decompose(keyed, forecast, workers, monitor, stage)
+        forecast = recheck_memory(forecast, *about, workers=workers, monitor=monitor)
+        with _running("calibrate", workers, monitor) as stage:
+            decomposed = calibrate_and_decompose(keyed, forecast, stage)
         scores = Scores()
         if keyed.allocator.scoring is not Scoring.NONE:
-            with monitor.stage("score") as stage:
-                scores = score(decomposed, workers, monitor, stage)
+            with _running("score", workers, monitor) as stage:
+                scores = score(decomposed, stage)
         with monitor.stage("allocate"):
             planned = allocate(decomposed, scores)
         jobs, done = _jobs(stages, planned), []
         for job, following in zip_longest(jobs, jobs[1:]):
             # its task depends on the plan
             workers = workers.reassigned(job.worker_class, job.task)
-            with monitor.stage(job.name) as stage:
-                done.append(job.perform(workers, monitor, stage, following=following))
+            with _running(job.name, workers, monitor) as stage:
+                done.append(job.perform(stage, following))
         specs = layout_of(planned)
-        with monitor.stage("write") as stage:
-            files = write_files(planned, specs, done, workers, monitor, stage)
-        return write_small_files(planned, specs, files, done, workers, monitor)
+        with _running("write", workers, monitor) as stage:
+            files = write_files(planned, specs, done, stage)
+        return write_small_files(planned, specs, files, done, workers=workers, monitor=monitor)
+
+
+@contextmanager
+def _running(name: str, workers: WorkerGroup, monitor: RunMonitor) -> Iterator[RunningStage]:
+    """A stage whose beginning, end and seconds are recorded."""
+    with monitor.stage(name) as within:
+        yield RunningStage(workers, monitor, within)
 
 
 def _jobs(stages: Sequence[Stage], planned: Planned) -> list[StageJob]:

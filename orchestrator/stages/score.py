@@ -1,10 +1,9 @@
 """Scoring: losses of the model that the allocator asks for, and the workers that take them."""
 
 from orchestrator.allocate.base import Scoring
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
-from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.compress_worker import CompressionWorker
 from orchestrator.stages.context.curvature_worker import CurvatureWorker
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.values import Asked, Decomposed, Scores
 from orchestrator.stages.score_masks.job import MaskScoring
 from orchestrator.stages.score_masks.worker import ScoreWorker
@@ -26,9 +25,7 @@ def worker_class(asked: Asked) -> type[CompressionWorker]:
     return CurvatureWorker if with_gradients else CompressionWorker
 
 
-def score(
-    decomposed: Decomposed, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
-) -> Scores:
+def score(decomposed: Decomposed, stage: RunningStage) -> Scores:
     """Take the losses, and learn from those of masked models which candidates are kept.
 
     Raises:
@@ -36,5 +33,5 @@ def score(
         UsageError, InfeasibleError: As the allocator.
     """
     if decomposed.allocator.scoring is Scoring.SENSITIVITIES:
-        return Sensitivities(decomposed, workers, monitor, stage).measure()
-    return MaskScoring(decomposed, workers, monitor, stage).learn()
+        return Sensitivities(decomposed, stage).measure()
+    return MaskScoring(decomposed, stage).learn()

@@ -27,9 +27,10 @@ from orchestrator.stages.allocate import allocate
 from orchestrator.stages.context.compress_worker import CompressionWorker
 from orchestrator.stages.context.decompose import calibrate_and_decompose, calibration_task
 from orchestrator.stages.context.keys import assign_keys
-from orchestrator.stages.context.survey import read_calibration, survey
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.values import Decomposed, Keyed, Scores
 from orchestrator.stages.request import ask
+from orchestrator.stages.survey import read_calibration, survey
 from orchestrator.stages.write.job import layout_of, write_files, write_small_files
 
 SPEED_TARGET = 0.92
@@ -66,13 +67,15 @@ class Job:
         planned = allocate(self._calibrate(), Scores())
         specs, about = layout_of(planned), (self._workers, self._monitor)
         with self._monitor.stage("write") as stage:
-            files = write_files(planned, specs, (), *about, stage)
-        write_small_files(planned, specs, files, (), *about)
+            files = write_files(planned, specs, (), RunningStage(*about, stage))
+        workers, monitor = about
+        write_small_files(planned, specs, files, (), workers=workers, monitor=monitor)
         return time.perf_counter() - start
 
     def _calibrate(self) -> Decomposed:
         with self._monitor.stage("calibrate") as stage:
-            return calibrate_and_decompose(self._keyed, None, self._workers, self._monitor, stage)
+            running = RunningStage(self._workers, self._monitor, stage)
+            return calibrate_and_decompose(self._keyed, None, running)
 
 
 @contextmanager

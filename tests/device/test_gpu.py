@@ -16,7 +16,7 @@ from orchestrator.readable import size
 from orchestrator.recipe.recipe import make_recipe
 from orchestrator.runtime.worker import Task, Worker, check_alike
 from orchestrator.runtime.workers import Execution, WorkerGroup
-from orchestrator.stages.context.admission import check_memory, recheck_memory
+from orchestrator.stages.admission import check_memory, recheck_memory
 
 LOCAL = Execution(executor="local")
 NVML = """
@@ -154,14 +154,15 @@ def test_what_workers_measure_of_their_gpus_wins_over_what_their_kind_has(tmp_pa
     def again(room):
         notes.clear()
         workers = WorkerGroup(None, 1, {}, (), device_bytes=room)
-        return recheck_memory(assumed, recipe, *about, workers, monitor)
+        return recheck_memory(assumed, recipe, *about, workers=workers, monitor=monitor)
 
     assert again(None) is assumed
     assert again(80 * 10**9) is assumed
     assert notes == []
     lenient = replace(recipe, allow_infeasible=True)
     tried = {
-        room: check_memory(lenient, *about, monitor, room) for room in range(10**9, 10**10, 10**8)
+        room: check_memory(lenient, *about, monitor, measured=room)
+        for room in range(10**9, 10**10, 10**8)
     }
     room = next(room for room, found in tried.items() if not found.infeasible)
     assert again(room).blocks_that_fit == 1

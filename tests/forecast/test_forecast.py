@@ -383,7 +383,7 @@ def test_what_cannot_fit_this_machine_is_refused_on_ray_too(
     text = write_text(tmp_path / "text.txt")
     fields = {"executor": "ray", "workers": 1}
     with monkeypatch.context() as small:
-        small.setattr("orchestrator.stages.context.admission.host_bytes", lambda: 100_000)
+        small.setattr("orchestrator.stages.admission.host_bytes", lambda: 100_000)
         with pytest.raises(InfeasibleError, match=r"^calibrate: a worker holds .*usable"):
             run(llama_dir, tmp_path / "out", text, **fields)
     run(llama_dir, tmp_path / "out", text, **fields)
@@ -394,7 +394,7 @@ def test_what_cannot_fit_this_machine_is_refused_on_ray_too(
 def test_a_run_that_does_not_fit_is_refused(llama_dir, tmp_path, monkeypatch):
     """Before a worker starts, with exit code 3; unless the recipe asks to try."""
     text = write_text(tmp_path / "text.txt")
-    monkeypatch.setattr("orchestrator.stages.context.admission.host_bytes", lambda: 100_000)
+    monkeypatch.setattr("orchestrator.stages.admission.host_bytes", lambda: 100_000)
     events = []
     with pytest.raises(InfeasibleError, match=r"^calibrate: a worker holds .*--allow-infeasible"):
         run(llama_dir, tmp_path / "out", text, on_event=events.append)
@@ -425,7 +425,7 @@ def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
         for blocks in (1, 2)
     ]
     room = sum(sizes) / 2 / USABLE
-    monkeypatch.setattr("orchestrator.stages.context.admission.host_bytes", lambda: room)
+    monkeypatch.setattr("orchestrator.stages.admission.host_bytes", lambda: room)
     run(llama_dir, outs[1], text)
     assert [[len(blocks) for blocks in cut] for cut in cuts] == [[2, 2], [1, 1, 1, 1]]
     assert contents(outs[0]) == contents(outs[1])
@@ -481,7 +481,7 @@ def test_a_model_that_cannot_be_foreseen_is_compressed_all_the_same(
     def refuse(model):
         raise InputError("the first block stores no matrix of its own")
 
-    monkeypatch.setattr("orchestrator.stages.context.admission.read_shapes", refuse)
+    monkeypatch.setattr("orchestrator.stages.admission.read_shapes", refuse)
     events = []
     run(llama_dir, tmp_path / "out", write_text(tmp_path / "t.txt"), on_event=events.append)
     assert any("no forecast" in event.get("text", "") for event in events)

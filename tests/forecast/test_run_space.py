@@ -22,7 +22,7 @@ from orchestrator.forecast.stage_cost import Setting
 from orchestrator.forecast.text import lines
 from orchestrator.plan.cut import cut_segments
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.stages.context import admission as foresight
+from orchestrator.stages import admission as foresight
 from orchestrator.stages.context.compress_worker import PIVOTED_FILE
 from orchestrator.stages.context.curvature_worker import CurvatureWorker
 from orchestrator.stages.context.trained_worker import TRAINED_FILE

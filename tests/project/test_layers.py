@@ -58,10 +58,11 @@ MAY_IMPORT = {
     "models.training runtime stages stages.base",
     "stages.base": "errors forecast plan recipe stages.context",
     "stages.context": f"{PLAIN} usage allocate device forecast linalg methods plan recipe "
-    f"runtime store torch numpy safetensors stages.base {MODELS} runtime.ray",
+    f"runtime store torch numpy safetensors stages.base {MODELS}",
     "resolve": "errors allocate methods recipe stages stages.base",
-    "stages": f"{PLAIN} allocate forecast plan recipe resolve runtime store models.checkpoint "
-    f"models.survey stages.base stages.context {STAGES}",
+    "stages": f"{PLAIN} allocate forecast plan recipe resolve runtime runtime.ray store torch "
+    f"models.checkpoint models.evaluation models.inputs models.shards models.survey stages.base "
+    f"stages.context {STAGES}",
     "pages": f"{PLAIN} plan recipe store usage numpy",
     "searching": "errors plan recipe store",
     "api": f"{PLAIN} forecast hf pages plan recipe runtime runtime.ray searching stages "
@@ -199,6 +200,7 @@ LONG_FILES = {"api"}
         "import orchestrator.allocate",
         "import orchestrator.pages",
         "import orchestrator.forecast.forecast",
+        *(f"import orchestrator.{name}" for name in MODULES if name.endswith((".spec", ".cost"))),
     ],
 )
 def test_light_import(statement):

@@ -12,13 +12,13 @@ import numpy as np
 from orchestrator.plan.cut import cut_blocks, cut_segments, default_shards
 from orchestrator.runtime.calls import Call, Finish
 from orchestrator.runtime.dispatch import dispatch
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.replicated_blocks import Program, ReplicatedBlocks
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.run import RunDirectory
 
@@ -61,9 +61,7 @@ class BlockPass:
         self,
         pass_key: str,
         keys: Mapping[int, str],
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
+        stage: RunningStage,
         committed: Mapping[int, dict[str, Any]] | None = None,
     ) -> dict[int, dict[str, Any]]:
         """Passes chunks on; gives the facts of the units of these keys, by block.
@@ -74,11 +72,12 @@ class BlockPass:
             committed: Result of `committed`, if the caller has it already.
         """
         if committed is None:
-            done = self._decomposed(keys, workers, monitor, stage)
+            done = self._decomposed(keys, stage)
         else:
             done = {block: with_arrays(facts) for block, facts in committed.items()}
         for block in done:
             self.on_committed(block)
+        workers = stage.workers
         cut = self._cut(workers)
         schedule = ShardPass(
             cut,
@@ -87,18 +86,17 @@ class BlockPass:
             present=self._present(pass_key, [blocks.start for blocks in cut], workers),
             joints=self._joints,
         )
-        self._perform(schedule, pass_key, done, keys, workers, monitor, stage)
+        self._perform(schedule, pass_key, done, keys, stage=stage)
         return done
 
     def backward(
         self,
         dense_key: str,
         pass_key: str,
+        *,
         draws: int,
         keys: Mapping[int, str],
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
+        stage: RunningStage,
     ) -> dict[int, dict[str, Any]]:
         """The same with gradients, `draws` for every sequence, from the last block to the first.
 
@@ -108,7 +106,7 @@ class BlockPass:
         is repeated segment by segment (see `cut_segments`). If a shard is too much for a worker,
         one more forward pass makes the chunks at the new cut.
         """
-        done = self._decomposed(keys, workers, monitor, stage)
+        done, workers = self._decomposed(keys, stage), stage.workers
         cut, count = self._cut(workers), draws * self.sequences
         dense = self.run.chunks(dense_key, workers.environment)
 
@@ -134,11 +132,11 @@ class BlockPass:
         while todo := keys.keys() - done.keys():
             segments = cut_segments(len(cut), workers.size, self.segments)
             kept, first = _next_segment(cut, segments, back(cut).unfinished)
-            if (found := self._keep_boundaries(dense_key, cut, kept, workers, monitor)) != cut:
+            if (found := self._keep_boundaries(dense_key, cut, kept, stage)) != cut:
                 cut = found
                 continue
             schedule = back(cut[first:])
-            self._perform(schedule, pass_key, done, keys, workers, monitor, stage, beside=dense)
+            self._perform(schedule, pass_key, done, keys, stage=stage, beside=dense)
             cut = (*cut[:first], *schedule.following_cut())
         for chunks in (dense, self.run.chunks(pass_key, workers.environment)):
             chunks.clear()
@@ -149,9 +147,7 @@ class BlockPass:
         streams: Sequence[str],
         keys: Mapping[int, str],
         program: Callable[[int, bool], Program],
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
+        stage: RunningStage,
     ) -> dict[int, dict[str, Any]]:
         """Blocks one after the other, each from all the chunks that the one before has left.
 
@@ -160,7 +156,7 @@ class BlockPass:
             keys: Of the units of all blocks that are gone through, from block 0 on.
             program: The rounds of a block, told whether it is made; gives the facts of its unit.
         """
-        done = self.committed(keys, workers, monitor, stage.name)
+        done, workers = self.committed(keys, stage), stage.workers
         stores = [self.run.chunks(stream, workers.environment) for stream in streams]
         present = [
             block
@@ -189,7 +185,7 @@ class BlockPass:
             FailurePolicy(),
             on_success=on_success,
             is_awaited=schedule.is_awaited,
-            on_event=monitor.event,
+            on_event=stage.monitor.event,
         )
         note_ended()
         for store in stores:
@@ -197,22 +193,23 @@ class BlockPass:
         return done
 
     def committed(
-        self, keys: Mapping[int, str], workers: WorkerGroup, monitor: RunMonitor, stage: str
+        self, keys: Mapping[int, str], stage: RunningStage, name: str | None = None
     ) -> dict[int, dict[str, Any]]:
-        """Facts of the units that are taken up from an earlier run."""
-        done = reusable_units(self.run.units, keys, workers, monitor, stage, called="block {}")
+        """Facts of the units of an earlier run that are reused.
+
+        Args:
+            name: Of their stage, if it is another one.
+        """
+        about, name = (stage.workers, stage.monitor), name or stage.name
+        done = reusable_units(self.run.units, keys, *about, name, called="block {}")
         if done:
-            monitor.note(f"{len(done)} of {len(keys)} blocks are committed already")
+            stage.monitor.note(f"{len(done)} of {len(keys)} blocks are committed already")
         return done
 
     def _decomposed(
-        self,
-        keys: Mapping[int, str],
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
+        self, keys: Mapping[int, str], stage: RunningStage
     ) -> dict[int, dict[str, Any]]:
-        committed = self.committed(keys, workers, monitor, stage.name)
+        committed = self.committed(keys, stage)
         return {block: with_arrays(facts) for block, facts in committed.items()}
 
     @property
@@ -236,10 +233,10 @@ class BlockPass:
         dense_key: str,
         cut: tuple[range, ...],
         kept: Sequence[int],
-        workers: WorkerGroup,
-        monitor: RunMonitor,
+        stage: RunningStage,
     ) -> tuple[range, ...]:
         """Passes chunks up to these boundaries and keeps them there; gives the cut afterwards."""
+        workers = stage.workers
         last = next(shard for shard, blocks in enumerate(cut) if blocks.start == max(kept))
         if last == 0:
             return cut
@@ -255,7 +252,7 @@ class BlockPass:
             joints=self._joints,
         )
         chunks = self.run.chunks(dense_key, workers.environment)
-        run_pass(workers, monitor, schedule, chunks, lambda call, value: None)
+        run_pass(workers, stage.monitor, schedule, chunks, lambda call, value: None)
         return (*schedule.cut, *cut[last:])
 
     def _perform(
@@ -264,9 +261,8 @@ class BlockPass:
         pass_key: str,
         done: dict[int, dict[str, Any]],
         keys: Mapping[int, str],
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
+        *,
+        stage: RunningStage,
         beside: Chunks | None = None,
     ) -> None:
         """The pass to its end, each block's facts into `done`."""
@@ -278,15 +274,16 @@ class BlockPass:
                 self._progress(block, done, keys, stage)
                 self.on_committed(block)
 
+        workers = stage.workers
         chunks = self.run.chunks(pass_key, workers.environment)
-        run_pass(workers, monitor, schedule, chunks, on_success, self.patience, beside)
+        run_pass(workers, stage.monitor, schedule, chunks, on_success, self.patience, beside)
 
     def _progress(
         self,
         block: int,
         done: Mapping[int, Mapping[str, Any]],
         keys: Mapping[int, str],
-        stage: StageMonitor,
+        stage: RunningStage,
     ) -> None:
         """Tells of a block whose unit is committed."""
         seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])

@@ -10,33 +10,31 @@ from orchestrator.forecast.room import MOST_BLOCKS
 from orchestrator.forecast.work import decomposing_block
 from orchestrator.models.checkpoint.weights import parse_dtype
 from orchestrator.runtime.deadline import slowly
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.workers import DEFAULT_THREADS, WorkerGroup
 from orchestrator.stages.context.block_pass import BlockPass
 from orchestrator.stages.context.compress_worker import CompressionTask
 from orchestrator.stages.context.curvature_worker import CurvatureTask
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.values import Decomposed, Keyed, extended
 
 
 def calibrate_and_decompose(
     keyed: Keyed,
     forecast: Forecast | None,
-    workers: WorkerGroup,
-    monitor: RunMonitor,
-    stage: StageMonitor,
+    stage: RunningStage,
 ) -> Decomposed:
     """Pass all chunks through the shards; each block is decomposed where its statistics are.
 
     Blocks that an earlier run has committed in this environment are not computed again.
     """
-    seconds = _finish_seconds(keyed, workers)
+    seconds = _finish_seconds(keyed, stage.workers)
     passes = replace(block_pass(keyed, forecast), patience={"finish": seconds})
     keys = keyed.block_keys
     if keyed.needs_gradients:
-        both = keyed.pass_key, keyed.statistics_key, keyed.method.labels
-        facts = passes.backward(*both, keys, workers, monitor, stage)
+        both = keyed.pass_key, keyed.statistics_key
+        facts = passes.backward(*both, draws=keyed.method.labels, keys=keys, stage=stage)
     else:
-        facts = passes.forward(keyed.pass_key, keys, workers, monitor, stage)
+        facts = passes.forward(keyed.pass_key, keys, stage)
     return decomposed(keyed, forecast, facts)
 
 

@@ -1,8 +1,8 @@
-"""Another size from what a run has stored: its recipe, its model and its tokens, asked for again.
+"""Another size from the units of a run: its recipe, its model and its tokens are used again.
 
-Units are named by what they are computed from, and the size is no part of that, so another size
-finds statistics and decompositions done. What a method does for one size alone (masks, refits,
-compensation, training) is done for the new one.
+Units are named by their inputs, which do not include the size, so for another size statistics and
+decompositions exist already. Steps that depend on the size (masks, refits, compensation, training)
+are performed for the new one.
 """
 
 from collections.abc import Mapping
@@ -19,30 +19,30 @@ SIZES = {"keep", "keep_bytes"}
 
 @dataclass(frozen=True, slots=True)
 class PreviousRun:
-    """What a run knew that its recipe does not say."""
+    """Facts of a run that are not in its recipe."""
 
     model: Place
-    """Where the model was found."""
+    """Place of the model."""
     base_model: str
-    """What the result calls it."""
+    """Name of the model in the result."""
     tokens_key: str
-    """The unit of the calibration's tokens; the text itself is not read again."""
+    """Key of the unit of calibration tokens; the text itself is not read again."""
     tokens: Mapping[str, Any]
     """The facts of that unit."""
 
 
 def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, PreviousRun]:
-    """The recipe that a run directory was last used for, with another output and other fields.
+    """The last recipe of a run directory, with another output and other fields.
 
-    Where and how fast it is performed is said anew; only the number of threads, which decides
-    bits, stays.
+    Fields of execution take their defaults unless they are given; only the number of threads, which
+    decides bits, stays.
 
     Args:
-        given: Fields of the recipe; `keep` or `keep_bytes` stands for either of them.
+        given: Fields of the recipe; `keep` or `keep_bytes` replaces either of them.
 
     Raises:
-        InputError: There is no run here, it did not come so far as to read its text, or what it
-            left is damaged.
+        InputError: The directory has no run, the run has not read its text, or its units are
+            damaged.
         UsageError: A field has a value that is not allowed.
     """
     run = RunDirectory(parse_place(run_dir).expanduser().absolute())

@@ -1,7 +1,7 @@
 """The machine-readable report of a compression: plain data, the same bytes for the same result.
 
-Everything that may differ between two equal runs (seconds, memory, machines) stands under
-`timings` and nowhere else.
+Everything that may differ between two equal runs (seconds, memory, machines) is in `timings` and
+nowhere else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def make_report(
     key: str,
     timings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What was asked, what became of every linear, and what it lost.
+    """Report of the request, and of the form and errors of every linear.
 
     For each linear `activation_error` is Σ|Wx − W'x|² / Σ|Wx|² over the calibration tokens, and
     `weight_error` is |W − W'|² / |W|² in the Frobenius norm, both from the decomposition; those of
@@ -46,12 +46,8 @@ def make_report(
         form: Form of the linears that are cut.
         curves: For each linear; none of those whose parts are chosen one by one.
         facts: For each linear the facts of its decomposition.
-        key: The name of the result: hash of all that decides its bytes.
+        key: Key of the result: hash of everything that decides its bytes.
     """
-    asked = recipe["output_dtype"]
-    codec = CODECS[survey.dtype if asked == "auto" else asked]
-    dense_values = sum(linear.values for linear in linears)
-    whole = survey.total_parameters - dense_values + plan.stored_values
     return {
         "format_version": FORMAT_VERSION,
         "producer": f"orchestrator {__version__}",
@@ -60,9 +56,33 @@ def make_report(
         "architecture": survey.architecture,
         "recipe": dict(recipe),
         "calibration": dict(tokens),
+        **_sizes(survey, linears, plan, recipe),
+        "linears": {
+            linear.name: _linear(
+                linear, plan, curves.get(linear.name), facts[linear.name], form=form
+            )
+            for linear in linears
+        },
+        "not_targeted": sorted(
+            {linear.name for linear in survey.linears} - {linear.name for linear in linears}
+        ),
+        "timings": dict(timings),
+    }
+
+
+def _sizes(
+    survey: Survey, linears: Sequence[Linear], plan: Plan, recipe: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Kept fractions, values and bytes of the linears and of the model."""
+    asked = recipe["output_dtype"]
+    codec = CODECS[survey.dtype if asked == "auto" else asked]
+    dense_values = sum(linear.values for linear in linears)
+    whole = survey.total_parameters - dense_values + plan.stored_values
+    by_values = recipe["keep_bytes"] is None
+    return {
         "kept": {
-            "asked": recipe["keep"] if recipe["keep_bytes"] is None else recipe["keep_bytes"],
-            "asked_of": "values" if recipe["keep_bytes"] is None else "bytes",
+            "asked": recipe["keep"] if by_values else recipe["keep_bytes"],
+            "asked_of": "values" if by_values else "bytes",
             "linears": plan.stored_values / dense_values,
             "model": whole / survey.total_parameters,
         },
@@ -80,16 +100,6 @@ def make_report(
                 plan.assignments[linear.name].stored_bytes(linear, codec) for linear in linears
             ),
         },
-        "linears": {
-            linear.name: _linear(
-                linear, plan, curves.get(linear.name), facts[linear.name], form=form
-            )
-            for linear in linears
-        },
-        "not_targeted": sorted(
-            {linear.name for linear in survey.linears} - {linear.name for linear in linears}
-        ),
-        "timings": dict(timings),
     }
 
 
@@ -124,9 +134,9 @@ def _linear(
 
 
 def _low_rank_errors(curve: Curve, rank: int, facts: Mapping[str, Any]) -> tuple[float, float]:
-    """What this rank loses of the outputs' energy and of the weight's.
+    """Fractions of the energies of outputs and weight that this rank loses.
 
-    The method's own curve is of the outputs unless the facts have one apart.
+    The method's own curve is of the outputs unless the facts have a separate one.
     """
     energies = facts.get("activation_energies", curve.energies)
     activation_error = _tail(energies, rank, facts.get("activation_total", curve.total))
@@ -140,7 +150,7 @@ def _tail(energies: Sequence[float], kept: int, total: float) -> float:
 
 
 def _sparse_errors(linear: Linear, nonzeros: int, facts: Mapping[str, Any]) -> tuple[float, float]:
-    """The same for entries, between two parts of them interpolated."""
+    """The same fractions for kept entries, interpolated between measured densities."""
     errors = []
     for losses in (facts["activation_losses"], facts["weight_losses"]):
         kept = np.linspace(0, linear.values, len(losses))

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
-from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
+from orchestrator.stages.context.running_stage import RunningStage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +15,7 @@ class StageResult:
 
     name: str
     key: str
-    """Of all that the stage has made: part of the keys of the written files."""
+    """Key of all units of the stage: part of the keys of the written files."""
     report: Any
     """JSON that is equal for two equal runs."""
     timings: Mapping[str, Any] = field(default_factory=dict)
@@ -28,7 +27,7 @@ class StageResult:
 
 
 class StageJob(ABC):
-    """One stage, planned: keys and task are known, nothing has been computed.
+    """One stage with a plan: keys and task are known, no unit has been computed.
 
     Jobs are made in the order of execution, each from the jobs before it.
     """
@@ -36,7 +35,7 @@ class StageJob(ABC):
     name: ClassVar[str]
     key: str
     trained_units: Mapping[int, str] | None = None
-    """By block the units of trained tensors that it makes; None if it trains none."""
+    """Keys of its units of trained tensors, by block; None if it trains none."""
     worker_class: type[CompressionWorker]
     supersedes: ClassVar[bool] = False
     """True if a block's unit holds all stored tensors of its linears, so that the units of the job
@@ -48,14 +47,7 @@ class StageJob(ABC):
         """The task of the workers, which also write the result if no later stage takes them."""
 
     @abstractmethod
-    def perform(
-        self,
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
-        *,
-        following: "StageJob | None" = None,
-    ) -> StageResult:
+    def perform(self, stage: RunningStage, following: "StageJob | None" = None) -> StageResult:
         """Make the units that do not exist yet.
 
         Args:
@@ -66,8 +58,6 @@ class StageJob(ABC):
         """Remove the units of a block; called by a job that `supersedes` this one."""
         return None
 
-    def reusable_blocks(
-        self, workers: WorkerGroup, monitor: RunMonitor
-    ) -> Mapping[int, dict[str, Any]]:
+    def reusable_blocks(self, stage: RunningStage) -> Mapping[int, dict[str, Any]]:
         """Facts of the blocks that an earlier run has committed, of a job that `supersedes`."""
         return {}

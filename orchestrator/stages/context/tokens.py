@@ -23,7 +23,7 @@ class TokenArrays(NamedTuple):
 
 
 def commit_tokens(run: RunDirectory, tokens: Tokens) -> str:
-    """Stores the sequences, unless they are there undamaged, and gives the key of their unit."""
+    """Store the sequences, unless an intact unit has them; gives the key of the unit."""
     content = digest_json([tokens.ids.tolist(), tokens.mask.tolist()])
     key = unit_key("tokens", 1, [], content=content)
     if not run.units.verify(key):
@@ -40,7 +40,7 @@ def read_tokens(run: RunDirectory, key: str) -> TokenArrays:
 
 
 def first_chunk(tokens: TokenArrays, index: int) -> Chunk:
-    """Sequence `index` at the model's input; one sequence is the quantum of every pass."""
+    """Sequence `index` at the model's input; every chunk is one sequence."""
     ids_BT = torch.from_numpy(tokens.ids[index : index + 1].astype(np.int64))
     mask_BT = torch.from_numpy(tokens.mask[index : index + 1].copy())
     return Chunk(index, ids_BT, mask_BT)

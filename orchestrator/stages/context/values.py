@@ -3,8 +3,8 @@
     Asked       `request.ask`: resolved recipe and places; nothing has been read
     Surveyed    `survey.survey`: linears, dtype and fingerprint; headers have been read
     Keyed       `keys.assign_keys`: keys of all units that do not depend on the plan
-    Decomposed  `decompose.decomposed`: facts of every decomposition
-    Planned     `allocate.allocate`: the plan, and the curves or the scores behind it
+    Decomposed  `decompose.calibrate_and_decompose`: facts of every decomposition
+    Planned     `allocate.allocate`: the plan, and the curves or scores that it follows from
 
 Each has the fields of those before it, so a stage takes the earliest one that suffices. They hold
 names, curves and keys; weights, statistics and factors are in the workers alone.
@@ -88,7 +88,7 @@ class Surveyed(Asked):
     linears: tuple[Linear, ...]
     """The targeted linears."""
     dtype: torch.dtype
-    """Of the forward passes."""
+    """Dtype of the forward passes."""
     vocabulary: int
     tensors: tuple[StoredTensor, ...]
     """Every tensor of the checkpoint, in the order of the model."""
@@ -108,14 +108,14 @@ class Keyed(Surveyed):
     token_report: Mapping[str, Any]
     """Facts of the unit of tokens: `sequences`, `sequence_length` and their source."""
     pass_key: str
-    """Of the forward pass of all sequences."""
+    """Key of the forward pass of all sequences."""
     statistics_key: str
-    """Of the pass that leaves the statistics: `pass_key` unless gradients are needed."""
+    """Key of the pass that leaves the statistics: `pass_key` unless gradients are needed."""
     block_keys: Mapping[int, str]
-    """Of the units of decompositions, by the first block of each group of blocks; blocks without
-    targeted linears have none."""
+    """Keys of the units of decompositions, by the first block of each group of blocks; blocks
+    without targeted linears have none."""
     key: str
-    """Of the result: everything that decides its bytes, except the environment."""
+    """Key of the result: everything that decides its bytes, except the environment."""
 
     @property
     def sequences(self) -> int:
@@ -131,7 +131,7 @@ class Decomposed(Keyed):
     forecast: Forecast | None
     """None if the headers do not suffice for one."""
     facts: Mapping[int, Mapping[str, Any]]
-    """By the first block of each group of blocks."""
+    """Facts of the units, by the first block of each group of blocks."""
     results: Mapping[str, Mapping[str, Any]]
     """Facts of every decomposition, by the name of its first linear."""
 
@@ -157,7 +157,7 @@ class Planned(Decomposed):
 
     plan: Plan
     curves: Mapping[str, Any]
-    """By linear, of the allocator's `curve_type`; empty if losses of masked models decided."""
+    """Curves of the allocator's `curve_type`, by linear; empty if losses of masks decided."""
     scores: Scores
 
     @property

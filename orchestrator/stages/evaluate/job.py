@@ -1,4 +1,4 @@
-"""One evaluation: what its verbs know as they go by."""
+"""One evaluation: the driver's part."""
 
 import math
 from collections import defaultdict
@@ -115,7 +115,7 @@ class Evaluation:
         return unit_key("evaluation", EVALUATE_VERSION, [self.pass_key])
 
     def score(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
-        """Sequences flow through the shards of all models; behind the last ones lie the scores."""
+        """Pass sequences through the shards of all models; the last shards give the scores."""
         units, total = self.run.units, len(self.slice_keys)
         keys = dict(enumerate(self.slice_keys))
         left = reusable_units(units, keys, workers, monitor, stage.name)
@@ -160,7 +160,7 @@ class Evaluation:
                 self._decode[name][shard].append(seconds)
 
     def report(self, workers: WorkerGroup) -> dict[str, Any]:
-        """Everything that was measured; committed, so that the same evaluation is not repeated."""
+        """All measurements; committed, so that the same evaluation is not repeated."""
         total = self.total
         losses = {"model": total.window_loss, "against": total.against_window_loss}
         models = {

@@ -39,7 +39,7 @@ class PivotCost(StageCost):
 
 
 def pivoting(shapes: Shapes, kept: float, itemsize: int) -> Footprint:
-    """Of the linear whose factors take most to be brought to pivoted storage."""
+    """Footprint of the linear whose pivoting takes the most memory."""
     return Footprint(
         {
             "process": PROCESS_BYTES,
@@ -51,7 +51,7 @@ def pivoting(shapes: Shapes, kept: float, itemsize: int) -> Footprint:
 
 
 def _pivoting(linear: Linear, kept: float, itemsize: int) -> int:
-    """The factors as stored, and an orthonormal basis being made, or the result being compared."""
+    """Bytes of the stored factors, and of an orthonormal basis or of the comparison."""
     outputs, inputs = linear.out_features, linear.in_features
     rank = PIVOTED.rank_within(linear, int(kept * linear.values))
     choosing = 5 * outputs * rank

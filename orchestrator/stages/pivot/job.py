@@ -7,13 +7,12 @@ from orchestrator.forecast.work import pivoting
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.deadline import slowly
 from orchestrator.runtime.dispatch import dispatch
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
-from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.commands import PivotLinear
 from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
 from orchestrator.stages.context.decompose import compression_task
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.values import Planned
 from orchestrator.store.files import digest_json
@@ -50,16 +49,9 @@ class PivotJob(StageJob):
     def task(self) -> CompressionTask:
         return self._task
 
-    def perform(
-        self,
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
-        *,
-        following: StageJob | None = None,
-    ) -> StageResult:
+    def perform(self, stage: RunningStage, following: StageJob | None = None) -> StageResult:
         """Pivot every linear in a call of its own, on any idle worker."""
-        done = self._reusable(workers, monitor, stage, following)
+        done = self._reusable(stage, following)
         missing = {each: rank for each, rank in self._sizes.items() if each.name not in done}
 
         def on_success(call: Call, value: Any) -> None:
@@ -71,33 +63,27 @@ class PivotJob(StageJob):
         flops = max((pivoting(*each).flops for each in missing.items()), default=0.0)
         calls = [(each.name, PivotLinear(each.name, rank)) for each, rank in missing.items()]
         dispatch(
-            workers.pool,
+            stage.workers.pool,
             IndependentCalls(calls),
             FailurePolicy(),
             on_success=on_success,
-            on_event=monitor.event,
-            patience={"pivot": slowly(flops, workers.environment["device"])},
+            on_event=stage.monitor.event,
+            patience={"pivot": slowly(flops, stage.workers.environment["device"])},
         )
         return self._result(done)
 
-    def _reusable(
-        self,
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
-        following: StageJob | None,
-    ) -> dict[str, Any]:
+    def _reusable(self, stage: RunningStage, following: StageJob | None) -> dict[str, Any]:
         """Facts of the units to reuse; a spent one counts if `following` has its block."""
         found = {name: self._units.manifest(key) for name, key in self._keys.items()}
         spent = [each for each in self._sizes if (m := found[each.name]) and m["spent"]]
         if spent:
             later: Mapping[int, Any] = {}
             if following is not None and following.supersedes:
-                later = following.reusable_blocks(workers, monitor)
+                later = following.reusable_blocks(stage)
             for linear in spent:
                 if linear.block not in later:
                     self._units.drop(self._keys[linear.name])
-        return reusable_units(self._units, self._keys, workers, monitor, stage.name)
+        return reusable_units(self._units, self._keys, stage.workers, stage.monitor, stage.name)
 
     def spend(self, block: int) -> None:
         """Remove the pivoted factors of a block; only their measurements stay."""

@@ -65,7 +65,7 @@ def refinement(
     sequences: int,
     itemsize: int,
 ) -> Footprint:
-    """Of one block that is refined behind a dense shard, with the chunks at all its boundaries."""
+    """Footprint of one block in training, beside a dense shard and the chunks at its boundaries."""
     states = (blocks + 1) * tokens * sequences * shapes.hidden * itemsize
     return Footprint(
         {

@@ -5,9 +5,8 @@ from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
-from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.decompose import block_pass
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.trained_stage import TrainedStage
 from orchestrator.stages.context.values import Planned
@@ -50,18 +49,11 @@ class RefineJob(TrainedStage):
     def task(self) -> RefineTask:
         return RefineTask(**self.shared, options=self._options)
 
-    def perform(
-        self,
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
-        *,
-        following: StageJob | None = None,
-    ) -> StageResult:
+    def perform(self, stage: RunningStage, following: StageJob | None = None) -> StageResult:
         """Pass dense chunks through the shards; then train each shard's blocks."""
         passes = block_pass(self._planned, self._planned.forecast)
-        passes, done = replace(passes, on_committed=self._spend), self._committed(workers, monitor)
-        facts = passes.forward(self.key, self.keys, workers, monitor, stage, done)
+        passes, done = replace(passes, on_committed=self._spend), self._committed(stage)
+        facts = passes.forward(self.key, self.keys, stage, done)
         return StageResult(
             name=self.name,
             key=self.key,
@@ -74,16 +66,14 @@ class RefineJob(TrainedStage):
             has_gradients=True,
         )
 
-    def reusable_blocks(
-        self, workers: WorkerGroup, monitor: RunMonitor
-    ) -> dict[int, dict[str, Any]]:
-        return self._committed(workers, monitor)
+    def reusable_blocks(self, stage: RunningStage) -> dict[int, dict[str, Any]]:
+        return self._committed(stage)
 
-    def _committed(self, workers: WorkerGroup, monitor: RunMonitor) -> dict[int, dict[str, Any]]:
+    def _committed(self, stage: RunningStage) -> dict[int, dict[str, Any]]:
         """Facts of the blocks that an earlier run has refined; their files are verified once."""
         if self._reusable is None:
             passes = block_pass(self._planned, self._planned.forecast)
-            self._reusable = passes.committed(self.keys, workers, monitor, self.name)
+            self._reusable = passes.committed(self.keys, stage, self.name)
         return self._reusable
 
 

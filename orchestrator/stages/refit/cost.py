@@ -48,7 +48,7 @@ class RefitCost(StageCost):
 
 
 def refitting(shapes: Shapes, blocks: int, *, tokens: int, itemsize: int) -> Footprint:
-    """Of a shard of the cut model whose left factors are fitted to the inputs that they get."""
+    """Footprint of a shard of the cut model whose left factors are fitted to their own inputs."""
     sites = {linear.site: linear.in_features for linear in shapes.heaviest}
     largest = max(linear.values for linear in shapes.heaviest)
     entries = blocks * sum(n * n for n in sites.values())

@@ -3,9 +3,8 @@
 from typing import ClassVar
 
 from orchestrator.plan.forms import FORMS
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
-from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.decompose import block_pass, task_fields
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.values import Planned
 from orchestrator.stages.refit.worker import RefitTask, RefitWorker
@@ -37,17 +36,10 @@ class RefitJob(StageJob):
         shared = task_fields(self._planned) | {"pass_key": self.key}
         return RefitTask(**shared, plan=self._planned.plan, refit_keys=self._keys)
 
-    def perform(
-        self,
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
-        *,
-        following: StageJob | None = None,
-    ) -> StageResult:
+    def perform(self, stage: RunningStage, following: StageJob | None = None) -> StageResult:
         """Pass chunks through the cut blocks, and fit left factors to the inputs found there."""
         passes = block_pass(self._planned, self._planned.forecast)
-        facts = passes.forward(self.key, self._keys, workers, monitor, stage)
+        facts = passes.forward(self.key, self._keys, stage)
         return StageResult(
             name=self.name,
             key=self.key,

@@ -1,7 +1,7 @@
 """Scoring by losses: the driver's part of CAP's second stage.
 
-Probabilities go out in units of a few MB, masks are drawn where the weights are, and what comes
-back of a masked model is its loss and, for every candidate, how many draws were kept.
+Probabilities are sent in units of a few MB and masks are drawn where the weights are; the result
+of a masked model is its loss and, for every candidate, the number of kept draws.
 """
 
 import math
@@ -20,28 +20,26 @@ from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.plan import Plan
 from orchestrator.runtime.calls import Call, Step
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
-from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.masks import commit_candidates
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.values import Decomposed, Scores
 from orchestrator.stages.score_masks.worker import MaskTrial, MaskTrials
 from orchestrator.store.files import digest_json
 from orchestrator.store.units import unit_key
 
 SCORE_VERSION = 1
-"""Raised when a loss, or what is learnt from it, changes."""
+"""Raised when a loss, or the step that follows from it, changes."""
 
 
 class MaskScoring:
-    """Losses of masked models, each one a unit: what a killed driver has is not taken again."""
+    """Losses of masked models, each one a unit, so that none is taken twice after a restart."""
 
-    def __init__(
-        self, job: Decomposed, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
-    ) -> None:
-        self._job, self._workers, self._monitor, self._stage = job, workers, monitor, stage
+    def __init__(self, job: Decomposed, stage: RunningStage) -> None:
+        self._job, self._stage = job, stage
+        self._workers, self._monitor = stage.workers, stage.monitor
         allocator = job.allocator
         assert isinstance(allocator, CapAllocator)
         self.allocator: CapAllocator = allocator
@@ -102,7 +100,7 @@ class MaskScoring:
         return Scores(report={"cap": report}, plan=plan, choice=(key,))
 
     def _choose(self, share_N: np.ndarray) -> tuple[Choice, Plan]:
-        """What the budget holds of the candidates with the largest probabilities."""
+        """The candidates with the largest probabilities that fit in the budget, and their plan."""
         recipe, linears = self._job.recipe, self._job.linears
 
         def allocate(keep: float) -> Plan:
@@ -134,7 +132,7 @@ class MaskScoring:
         return unit_key("loss", SCORE_VERSION, inputs, seed=trial.seed, sequences=self._chunks)
 
     def _losses(self, trials: Sequence[MaskTrial]) -> list[Draw]:
-        """The losses of masked models, in one pass those that are not committed."""
+        """Losses of masked models; those that are not committed are taken in one pass."""
         keys = [self._unit_key(trial) for trial in trials]
         units, stage = self._job.run.units, self._stage.name
         found = reusable_units(
@@ -160,7 +158,7 @@ class MaskScoring:
         return Draw(self.pool.join(drawn), loss)
 
     def _run(self, trials: Sequence[MaskTrial]) -> dict[str, dict[str, Any]]:
-        """All sequences of all trials through the shards: for each unit its facts, committed.
+        """Pass all sequences of all trials through the shards; gives the facts of the new units.
 
         Not resumed within a trial: the counts of its draws come from the shards as it passes, so
         chunks that an earlier attempt left are of no use.
@@ -201,7 +199,7 @@ class MaskScoring:
         return done
 
     def _sum(self, scores: Mapping[int, Score], number: int) -> Score | None:
-        """A trial's sequences in their order; nothing while some are under way."""
+        """Sum over a trial's sequences in their order; None until all are scored."""
         total = Score()
         for index in range(number * self._chunks, (number + 1) * self._chunks):
             if index not in scores:
@@ -217,7 +215,7 @@ class MaskScoring:
 
 
 def _kept(pool: CandidatePool, choice: Choice) -> dict[str, int]:
-    """Directions, entries and linears that are kept whole, and the values of each."""
+    """Numbers of kept directions, entries and whole linears, and their values."""
     is_dense_N = np.isin(pool.owner_N, [_index(pool, name) for name in choice.dense])
     kept_N = np.where(is_dense_N, 0, choice.kept_N)
     kinds = pool.is_direction_N, ~pool.is_direction_N
@@ -233,8 +231,10 @@ def _kept(pool: CandidatePool, choice: Choice) -> dict[str, int]:
 
 
 def _changes(pool: CandidatePool, first: Choice, last: Choice) -> dict[str, int]:
-    """What the second choice has that the first had not, and the other way round, in draws and in
-    stored values; a dense linear counts as all its candidates."""
+    """Candidates gained and lost from the first choice to the second, in draws and stored values.
+
+    A dense linear counts as all its candidates.
+    """
     change_N = last.kept_N - first.kept_N
     changes = {}
     for kind, is_kind_N in (

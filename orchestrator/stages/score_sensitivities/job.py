@@ -2,7 +2,7 @@
 
 A trial is the model with one linear cut to one rank. It starts at the dense input of its block, so
 that all trials together cost half of as many evaluations of the model, and flows through the shards
-behind it like any chunk: a shard computes its own trials and passes on those of earlier ones.
+after it like any chunk: a shard computes its own trials and passes on those of earlier ones.
 """
 
 import math
@@ -18,11 +18,10 @@ from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.grouping import stack
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.calls import Call, Step
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
-from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.values import Decomposed, Scores
 from orchestrator.stages.score_sensitivities.worker import CutTrial, CutTrials
 from orchestrator.store.chunks import Chunks
@@ -46,10 +45,9 @@ class Sensitivities:
     are at work at the same time. A killed driver goes on from these files too.
     """
 
-    def __init__(
-        self, job: Decomposed, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor
-    ) -> None:
-        self._job, self._workers, self._monitor, self._stage = job, workers, monitor, stage
+    def __init__(self, job: Decomposed, stage: RunningStage) -> None:
+        self._job, self._stage = job, stage
+        self._workers, self._monitor = stage.workers, stage.monitor
         allocator = job.allocator
         assert isinstance(allocator, Strs)
         self._strs: Strs = allocator
@@ -79,7 +77,7 @@ class Sensitivities:
 
     @cached_property
     def _linears(self) -> tuple[Linear, ...]:
-        """What is cut as one, named like its first."""
+        """The linears that are cut as one, under the name of the first."""
         return self._job.grouping.stacked(self._job.linears)
 
     @cached_property
@@ -151,7 +149,7 @@ class Sensitivities:
         run_pass(workers, self._monitor, schedule, chunks, on_success)
 
     def _range(self, trial: CutTrial) -> range:
-        """The numbers under which a trial's sequences pass."""
+        """Indices of the chunks of a trial."""
         start = self._number[trial] * self._chunks
         return range(start, start + self._chunks)
 
@@ -170,7 +168,7 @@ class Sensitivities:
         self._stage.progress(done, len(self._trials), unit=name)
 
     def _drop(self, trial: CutTrial, chunks: Chunks, cut: tuple[range, ...]) -> None:
-        """Removes what a trial has left at the boundaries; others start from the dense model's."""
+        """Remove the chunks of a trial at the boundaries; others start from the dense model's."""
         for blocks in cut:
             if trial.linears and blocks.start > trial.block:
                 for index in self._range(trial):

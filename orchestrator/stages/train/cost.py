@@ -17,7 +17,7 @@ from orchestrator.forecast.work import Work, kept_values, trained
 from orchestrator.models.training.train_options import TrainOptions
 
 TRAINED_BYTES: Mapping[str, int] = {"all": 16, "lean": 12, "light": 8}
-"""Of a parameter of the trained model; `light` holds W0 and W of the left factors."""
+"""Bytes of a parameter of the trained model; `light` holds W0 and W of the left factors."""
 STATE_BYTES: Mapping[str, int] = {"all": 12, "lean": 8, "light": 0}
 """Bytes of a trained value in a snapshot, with its moments. Scales and norms are left out."""
 MOST_SNAPSHOTS = 3
@@ -61,7 +61,7 @@ class TrainCost(StageCost):
             self.setting.kept,
             self.setting.is_even,
             mode,
-            workers,
+            workers=workers,
             tokens=self.setting.tokens,
             stored_targets=self._options.targets == "stored",
         )
@@ -112,12 +112,12 @@ def training(
     kept: float,
     even: bool,
     mode: str,
-    workers: int,
     *,
+    workers: int,
     tokens: int,
     stored_targets: bool,
 ) -> Footprint:
-    """Of the shard of one of so many workers, which between them hold the whole model."""
+    """Footprint of one worker's shard, if `workers` hold the whole model between them."""
     blocks = -(-shapes.num_blocks // workers)
     # over many blocks sizes even out
     trained = trained_block(shapes, kept, even or blocks > 2, TRAINED_BYTES[mode])

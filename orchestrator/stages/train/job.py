@@ -1,4 +1,4 @@
-"""Training the whole compressed model, as a pipeline over its shards: the driver's part."""
+"""Training of the whole compressed model, as a pipeline over its shards: the driver's part."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +11,7 @@ from orchestrator.models.training.train_options import Course, TrainOptions, pla
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
@@ -19,6 +19,7 @@ from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.runtime.verify import verified_units
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.decompose import block_pass
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.tokens import read_tokens
 from orchestrator.stages.context.trained_stage import TrainedStage
@@ -31,19 +32,19 @@ from orchestrator.store.units import unit_key
 TRAIN_VERSION = 2
 """Raised when a trained tensor changes."""
 TARGETS_VERSION = 1
-"""Raised when what is kept of the dense model's logits changes."""
+"""Raised when the stored targets change."""
 BYTES = {"all": 16, "lean": 12, "light": 16}
-"""Of value, gradient and moments together, for each number that is trained."""
+"""Bytes of value, gradient and moments of a trained parameter."""
 
 
 class TrainJob(TrainedStage):
-    """All blocks at once, towards what the dense model says of the next token, and the text.
+    """All blocks at once, towards the next-token distribution of the dense model, and the text.
 
-    The dense model passes once and leaves its top-k. Then each worker holds one shard, whatever the
-    recipe says of `shards`, and steps go through these as `Pipeline` says. What a step gives does
-    not depend on the cut, and after a loss all go back to a snapshot, so neither workers nor
-    accidents change a bit. The best state by the held-out loss is what the blocks become, the
-    start included.
+    The dense model passes once and leaves its top-k. Then each worker holds one shard, whatever
+    `shards` is in the recipe, and steps pass through them (`Pipeline`). The result of a step does
+    not depend on the cut, and after a loss all workers return to a snapshot, so neither workers
+    nor losses change a bit. The blocks become the best state by the held-out loss, the start
+    included.
 
     A snapshot takes 12 bytes a trained value in the run directory (`all`; 8 `lean`), and the last
     one and the best are kept, beside the one that is being written. If the forecast finds this too
@@ -65,7 +66,7 @@ class TrainJob(TrainedStage):
 
     @cached_property
     def _target_keys(self) -> tuple[str, ...]:
-        """The units of the dense model's top-k; they do not depend on the plan."""
+        """Keys of the units of the dense model's top-k; they do not depend on the plan."""
         options = self._options
         if options.targets == "recomputed":
             return ()
@@ -93,28 +94,21 @@ class TrainJob(TrainedStage):
             )
         return plan_course(self._options, sequences, self._planned.recipe.seed)
 
-    def perform(
-        self,
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
-        *,
-        following: StageJob | None = None,
-    ) -> StageResult:
+    def perform(self, stage: RunningStage, following: StageJob | None = None) -> StageResult:
         """Targets, steps, and a unit for each block with its values at the best step."""
         passes = block_pass(self._planned, self._planned.forecast)
-        done = passes.committed(self.keys, workers, monitor, stage.name)
+        done = passes.committed(self.keys, stage)
         if done.keys() == self.keys.keys():
             untrained = {"snapshots": [], "best": 0, "stop": "end", "numbers": 0}
             return self._result(next(iter(done.values()), untrained))
-        self._make_targets(workers, monitor, stage)
-        facts = self._train(workers, monitor, stage, done)
-        self._commit(workers, monitor, done, facts)
+        self._make_targets(stage)
+        facts = self._train(stage, done)
+        self._commit(stage, done, facts)
         return self._result(facts)
 
-    def _make_targets(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
-        """Dense chunks through all shards, those whose top-k is not there yet."""
-        job, environment = self._planned, workers.environment
+    def _make_targets(self, stage: RunningStage) -> None:
+        """Pass dense chunks through all shards, for the targets that do not exist yet."""
+        job, workers, monitor = self._planned, stage.workers, stage.monitor
         keys = dict(enumerate(self._target_keys))
         results = set(
             reusable_units(job.run.units, keys, workers, monitor, "targets", called="targets {}")
@@ -124,7 +118,7 @@ class TrainJob(TrainedStage):
         num_blocks, size = job.survey.num_blocks, job.grouping.size
         shards = job.recipe.shards or default_shards(num_blocks, workers.size, max(2, size))
         cut = cut_blocks(num_blocks, shards, size)
-        chunks = job.run.chunks(self.key, environment)
+        chunks = job.run.chunks(self.key, workers.environment)
         schedule = ShardPass(
             cut,
             todo=(),
@@ -134,11 +128,10 @@ class TrainJob(TrainedStage):
         )
         run_pass(workers, monitor, schedule, chunks, lambda call, value: None)
 
-    def _train(
-        self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor, done: Collection[int]
-    ) -> dict[str, Any]:
+    def _train(self, stage: RunningStage, done: Collection[int]) -> dict[str, Any]:
         """Perform the steps after the last snapshot; gives the facts of the training."""
         job, course = self._planned, self._course
+        workers, monitor = stage.workers, stage.monitor
         mask = read_tokens(job.run, job.tokens_key).mask
         lengths = [(int(row.sum()), int((row[1:] & row[:-1]).sum())) for row in mask]
         snapshots, numbers = self._left(workers, monitor, done)
@@ -190,7 +183,7 @@ class TrainJob(TrainedStage):
 
     @property
     def _progress_key(self) -> str:
-        """The unit that says which snapshot is the last."""
+        """Key of the unit that names the last snapshot."""
         return unit_key("snapshots", TRAIN_VERSION, [self.key])
 
     def _left(
@@ -254,13 +247,7 @@ class TrainJob(TrainedStage):
             for block in self.keys:
                 self._planned.run.units.drop(self._kept_key(step, block))
 
-    def _commit(
-        self,
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        done: Collection[int],
-        facts: Mapping[str, Any],
-    ) -> None:
+    def _commit(self, stage: RunningStage, done: Collection[int], facts: Mapping[str, Any]) -> None:
         """Commit the trained blocks, group by group; then no snapshot is needed any more."""
         job = self._planned
         groups = sorted({job.grouping.first(block) for block in self.keys if block not in done})
@@ -286,7 +273,8 @@ class TrainJob(TrainedStage):
                 for first in groups
             ],
         )
-        dispatch(workers.pool, bag, FailurePolicy(), on_success=on_success, on_event=monitor.event)
+        workers, on_event = stage.workers, stage.monitor.event
+        dispatch(workers.pool, bag, FailurePolicy(), on_success=on_success, on_event=on_event)
         self._drop([each["step"] for each in facts["snapshots"]])
         job.run.units.drop(self._progress_key)
 

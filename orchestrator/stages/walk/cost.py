@@ -19,7 +19,7 @@ from orchestrator.forecast.work import DRIFT_FLOPS, Work, kept_values
 from orchestrator.models.training.refine_options import RefineOptions
 
 MOMENT_BYTES = 56
-"""Of a squared channel: three moments of two streams while they are summed and read out."""
+"""Bytes by squared channel: three moments of two streams while they are summed and read out."""
 
 
 class WalkCost(StageCost):
@@ -69,7 +69,7 @@ class WalkCost(StageCost):
     def _block(self) -> Work:
         """All passes of a block, which its workers share."""
         costs = self.setting.costs
-        # dense, compressed before and behind what is done; the compressed one is float32
+        # dense; compressed before and after the change, in float32
         one = costs.forward(1) + costs.forward_in_float32(2)
         if self._compensates:
             one += self._drift()
@@ -83,7 +83,7 @@ class WalkCost(StageCost):
         costs = self.setting.costs
         sites = costs.input_sites
         passes = costs.forward(1) + costs.forward_in_float32(1)
-        # up to a site and no further: half of the block in the mean
+        # up to a site and no further: half of the block on average
         total = passes.times(len(sites) / 2)
         moments = sum(DRIFT_FLOPS * self.setting.tokens * n * n for n in sites)
         return total + Work(single=moments)
@@ -124,12 +124,12 @@ def walking(
     compensates: bool,
     refines: bool,
 ) -> Footprint:
-    """Of a block of both models, with the dense stream on both its sides and the compressed one.
+    """Footprint of a block of both models, with the dense and the compressed stream.
 
     Args:
-        lent: Workers that share a block, and the compressed stream behind it.
-        compensates: Whether moments of both streams are taken, site by site.
-        refines: Whether the block is trained.
+        lent: Workers that share a block, and the compressed stream after it.
+        compensates: True if moments of both streams are taken, site by site.
+        refines: True if the block is trained.
     """
     state = tokens * sequences * shapes.hidden
     solving = max(

@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 from orchestrator.models.training.compensation_options import CompensationOptions
 from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.replicated_blocks import Program
-from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.decompose import block_pass
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.trained_stage import TrainedStage
 from orchestrator.stages.context.values import Planned
@@ -77,18 +76,11 @@ class WalkJob(TrainedStage):
             sequences=self._planned.sequences,
         )
 
-    def perform(
-        self,
-        workers: WorkerGroup,
-        monitor: RunMonitor,
-        stage: StageMonitor,
-        *,
-        following: StageJob | None = None,
-    ) -> StageResult:
+    def perform(self, stage: RunningStage, following: StageJob | None = None) -> StageResult:
         """Pass the chunks of both models from block to block."""
         streams = self._dense_key, self.key
         passes = block_pass(self._planned, self._planned.forecast)
-        facts = passes.in_order(streams, self.keys, self._program, workers, monitor, stage)
+        facts = passes.in_order(streams, self.keys, self._program, stage)
         return StageResult(
             name=self.name,
             key=self.key,

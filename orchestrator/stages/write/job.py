@@ -18,13 +18,14 @@ from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.commands import WriteFile
 from orchestrator.stages.context.keys import WRITE_VERSION
 from orchestrator.stages.context.report import make_report
+from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageResult
 from orchestrator.stages.context.values import Keyed, Planned
 from orchestrator.store.files import digest_json
@@ -72,15 +73,14 @@ def write_files(
     planned: Planned,
     specs: Sequence[FileSpec],
     done: Sequence[StageResult],
-    workers: WorkerGroup,
-    monitor: RunMonitor,
-    stage: StageMonitor,
+    stage: RunningStage,
 ) -> dict[str, dict[str, Any]]:
     """Cut the stored decompositions to the plan and write the files; gives their facts.
 
     Args:
         done: Results of the stages after the plan.
     """
+    workers, monitor = stage.workers, stage.monitor
     keys = {spec.name: _key(planned, spec, done) for spec in specs}
     files = reusable_units(
         planned.run.units,
@@ -121,6 +121,7 @@ def write_small_files(
     specs: Sequence[FileSpec],
     files: Facts,
     done: Sequence[StageResult],
+    *,
     workers: WorkerGroup,
     monitor: RunMonitor,
 ) -> Result:

@@ -1,4 +1,4 @@
-"""The forecast that a compression begins with, for the machines that are there."""
+"""Check of a compression's memory before it starts, by a forecast for the machines at hand."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -24,19 +24,20 @@ def check_memory(
     model: Place,
     execution: Execution,
     monitor: RunMonitor,
+    *,
     measured: int | None = None,
 ) -> Forecast | None:
-    """Says what a worker will hold, and refuses what cannot fit.
+    """Report the peak memory of a worker, and refuse a run that cannot fit.
 
-    Of a device's memory a run knows in this process, where Ray says which GPUs its nodes have, and
-    where workers are to run on this machine alone: one of them at least must fit it. Otherwise
-    nothing is refused, nor where a model's headers do not say what a forecast needs.
+    Device memory is known for a local run, for GPUs that Ray names, and for a single-machine CPU
+    run; at least one device must fit the peak stage. A run is not refused if memory is unknown, or
+    if the model's headers do not suffice for a forecast.
 
     Args:
         measured: Memory of a worker's GPU as started workers report it, in bytes.
 
     Raises:
-        InfeasibleError: A stage does not fit on the largest device, whose memory is known.
+        InfeasibleError: A stage does not fit on the largest known device.
     """
     there = _in_this_process() if execution.executor == "local" else _on_ray(execution)
     workers, room, is_gpu = there
@@ -68,6 +69,7 @@ def recheck_memory(
     recipe: Recipe,
     model: Place,
     execution: Execution,
+    *,
     workers: WorkerGroup,
     monitor: RunMonitor,
 ) -> Forecast | None:
@@ -85,7 +87,7 @@ def recheck_memory(
     assumed = found.limits["device"]
     before = "it was unknown" if assumed is None else f"{size(assumed)} were assumed from its type"
     monitor.note(f"a worker's GPU has {size(measured)}; {before}")
-    return check_memory(recipe, model, execution, monitor, measured)
+    return check_memory(recipe, model, execution, monitor, measured=measured)
 
 
 def _in_this_process() -> tuple[int, float, bool]:

@@ -1,0 +1,85 @@
+"""The list of stages: the order and the conditions that a run and its forecast share."""
+
+from dataclasses import fields
+
+import pytest
+
+from orchestrator.allocate import ALLOCATORS, POOL_ALLOCATORS, SPARSE_ALLOCATORS
+from orchestrator.allocate.base import Allocator, Scoring
+from orchestrator.errors import UsageError
+from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.outcome import Resources
+from orchestrator.forecast.rates import machine_of
+from orchestrator.forecast.shapes import from_config
+from orchestrator.recipe.recipe import Recipe
+from orchestrator.resolve import resolve
+from orchestrator.stages import OPTION_TABLES, STAGES
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 128,
+    "vocab_size": 96,
+    "num_attention_heads": 4,
+}
+RECIPES = [
+    ({}, []),
+    ({"method": "basis-sharing", "keep": 0.5}, ["refit"]),
+    ({"method": "basis-sharing", "keep": 0.8}, []),
+    ({"storage": "pivoted"}, ["pivot"]),
+    ({"compensate": "input"}, ["walk"]),
+    ({"refine": "in_order"}, ["walk"]),
+    ({"refine": "blocks"}, ["refine"]),
+    ({"refine": "swept", "train": "lean"}, ["refine", "sweep", "train"]),
+    (
+        {"storage": "pivoted", "compensate": "anchored", "refine": "swept", "train": "all"},
+        ["pivot", "walk", "refine", "sweep", "train"],
+    ),
+]
+
+
+def recipe_of(given):
+    return Recipe(**{"model": "m", "out": "o", "keep": 0.6} | given)
+
+
+@pytest.mark.parametrize(("given", "names"), RECIPES)
+def test_a_run_and_its_forecast_have_the_same_stages(given, names):
+    """Both read them from STAGES: the stages of the recipe, in the order of the list."""
+    recipe = recipe_of(given)
+    assert [stage.name for stage in resolve(recipe).stages] == names
+    resources = Resources(workers=2, machine=machine_of("H100"), memory_bytes=None)
+    found = forecast(from_config(CONFIG, "test"), recipe, resources)
+    assert [stage.name for stage in found.stages] == ["calibrate", *names, "write"]
+    assert list(found.run) == ["calibrate", *names, "write"]
+
+
+def test_every_stage_is_asked_for_by_a_recipe():
+    """The recipes above cover the list, and names are unique."""
+    names = [stage.name for stage in STAGES]
+    assert set(names) == {name for _, found in RECIPES for name in found}
+    assert len(set(names)) == len(names)
+
+
+def test_only_pivoting_keeps_the_errors_of_linears():
+    """`verify` compares errors of decompositions unless another stage is in the report."""
+    assert [stage.name for stage in STAGES if not stage.changes_errors] == ["pivot"]
+
+
+@pytest.mark.parametrize("table", sorted(OPTION_TABLES))
+def test_an_unknown_option_of_a_stage_is_refused(table):
+    """It is refused even if the recipe does not ask for the stage."""
+    recipe = recipe_of({"options": {table: {"epoch": 3}}})
+    with pytest.raises(UsageError, match=f"{table}: unknown option 'epoch'"):
+        resolve(recipe)
+
+
+def test_allocators_declare_the_losses_that_they_need():
+    """Two allocators take losses of the model; all name the class of their curves."""
+    named = [*ALLOCATORS.items(), *POOL_ALLOCATORS.items(), *SPARSE_ALLOCATORS.items()]
+    scoring = {name: each.scoring for name, each in named if each.scoring is not Scoring.NONE}
+    assert scoring == {"strs": Scoring.SENSITIVITIES, "cap": Scoring.MASKS}
+    for _, each in named:
+        assert Allocator in each.__mro__
+        assert callable(each.curve_type.from_json)
+        assert {"scoring", "curve_type"}.isdisjoint(field.name for field in fields(each))
