@@ -134,15 +134,15 @@ def test_a_unit_that_fails_on_two_nodes_is_named_with_what_it_did():
     """The error says where it failed, how, and what the last worker said."""
     error = decide(Status(failures("block 7:x:hung", "block 7:y"), TWO)).error
     assert isinstance(error, WorkerError)
-    assert str(error).startswith("block 7: its worker hung on x and died on y, so it is taken")
-    assert "the last time: why 1; what is committed stays" in str(error)
+    assert str(error).startswith("block 7: its worker hung on x and died on y, so the unit itself")
+    assert "the last time: why 1; committed units stay" in str(error)
 
 
 def test_out_of_memory_is_an_error_of_its_own():
     """It says what can be done, and its exit code is that of what the machines cannot do."""
     error = decide(Status(failures(*["block 7:x:memory"] * 3), ONE)).error
     assert isinstance(error, InfeasibleError)
-    assert "smallest part already: start fewer workers on a node" in str(error)
+    assert "already was the smallest part: start fewer workers per node" in str(error)
 
 
 def test_what_is_split_is_performed_again():
@@ -213,7 +213,7 @@ def test_a_cluster_of_quarantined_nodes_ends_the_run():
     """Nobody could be waited for; with another node, or none quarantined, somebody can."""
     check_nodes({"x"}, {"y"})
     check_nodes(set(), set())
-    with pytest.raises(WorkerError, match="no node is left but those that are quarantined: x, y"):
+    with pytest.raises(WorkerError, match="all nodes are quarantined: x, y"):
         check_nodes(set(), {"y", "x"})
 
 
