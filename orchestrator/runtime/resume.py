@@ -84,10 +84,10 @@ def _reject_mixed(
     what = f"{len(others)} of {wanted} units of {stage} were made with "
     what += _differences(first, workers.environment)
     if is_complete or workers.allow_mixed:
-        monitor.note(f"{what}: taken as they are, so the result has not the bits of one machine")
+        monitor.note(f"{what}: reused; the result is not bit-identical to a single-environment run")
         monitor.add_made_elsewhere(stage, len(others), first)
         return set()
-    monitor.note(f"{what}: made again, since others are missing; --allow-mixed takes them")
+    monitor.note(f"{what}: made again, because others are missing; --allow-mixed reuses them")
     return set(others)
 
 
