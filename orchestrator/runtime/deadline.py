@@ -1,4 +1,4 @@
-"""When a call that does not answer is taken to hang: pure, without a clock."""
+"""Deadlines after which a call is taken to hang: pure, without a clock."""
 
 import os
 from collections import defaultdict
@@ -9,24 +9,24 @@ from orchestrator.errors import UsageError
 FLOOR_SECONDS = 1800.0
 FACTOR = 10.0
 SLOW_FLOPS = {"cpu": 2e9, "cuda": 2e11}
-"""A second, by the kind of device: what decompositions surely reach."""
+"""FLOP/s that decompositions reach at least, by kind of device."""
 VARIABLE = "ORCHESTRATOR_DEADLINE_SECONDS"
 
 
 class Deadlines:
-    """Deadlines by method: ten times the longest call of it that ended well, or the floor if more.
+    """Deadlines by method: ten times its longest successful call, but at least the floor.
 
-    A call that is taken to hang costs its worker, and one that was only slow would be taken to
-    again on the next node, which ends the run. So the floor is half an hour; the environment
-    variable `ORCHESTRATOR_DEADLINE_SECONDS` of the driver sets another one, for machines that
-    are slower still, or to be sure sooner.
+    A call that is taken to hang costs its worker, and a slow call would be taken to hang on the
+    next node again, which ends the run. The floor is therefore half an hour; the environment
+    variable `ORCHESTRATOR_DEADLINE_SECONDS` of the driver sets another one, for slower machines or
+    for an earlier decision.
 
     Args:
-        patience: Seconds that a call of a method may take where all is slow, known before the
-            first one; the floor is raised to it, unless the environment sets one.
+        patience: Seconds that a call of a method may take on slow devices, known before the first
+            call; it raises the floor, unless the environment sets one.
 
     Raises:
-        UsageError: The variable holds no number above 0.
+        UsageError: The variable is not a number above 0.
     """
 
     def __init__(self, patience: Mapping[str, float] = {}) -> None:
@@ -35,21 +35,21 @@ class Deadlines:
         self._longest: defaultdict[str, float] = defaultdict(float)
 
     def note(self, method: str, seconds: float) -> None:
-        """A call has ended well."""
+        """Record the duration of a successful call."""
         self._longest[method] = max(self._longest[method], seconds)
 
     def of(self, method: str) -> float:
-        """Seconds after which a call of this method is taken to hang."""
+        """Deadline of a call of this method, in seconds."""
         return max(self._floor, self._patience.get(method, 0.0), FACTOR * self._longest[method])
 
 
 def slowly(flops: float, device: str) -> float:
-    """Seconds that numerics may take on a slow device, named as a worker's environment does."""
+    """Seconds that so many FLOPs may take on a device, given as in a worker's environment."""
     return flops / SLOW_FLOPS.get(device.partition(" ")[0], SLOW_FLOPS["cpu"])
 
 
 def floor_seconds() -> float:
-    """What the environment says, or the default."""
+    """Floor of deadlines: the value of the environment variable, or the default."""
     said = os.environ.get(VARIABLE, str(FLOOR_SECONDS))
     try:
         seconds = float(said)

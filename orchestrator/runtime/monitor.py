@@ -1,4 +1,4 @@
-"""A run as others see it: status, journal, events, and what a signal does to it."""
+"""Status, journal and events of a run, and its reaction to signals."""
 
 import threading
 import time
@@ -16,16 +16,16 @@ from orchestrator.usage import Usage
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 Follower = Callable[[Event, Mapping[str, Any]], None]
-"""Told of an event, and of the status that it led to."""
+"""Function of an event and of the status after it."""
 
 
 class RunMonitor:
-    """Keeps the status of a run true from its start to its end, whatever the end is.
+    """Keeps the status of a run up to date from its start to its end, however it ends.
 
-    As a context manager it writes `running` on entry and, on exit, `done`, `failed` with the error
-    and its exit code, or `stopped` with 75. SIGTERM and SIGINT write `stopped, 75` at once, then
-    interrupt the program where it stands, and leave as `StoppedError`. What another driver has
-    taken over is left to that one.
+    The context manager writes `running` on entry and, on exit, `done`, `failed` with the error and
+    its exit code, or `stopped` with 75. SIGTERM and SIGINT write `stopped, 75` at once, interrupt
+    the program, and leave the context as `StoppedError`. The status of a run that another driver
+    has taken over is not written.
     """
 
     def __init__(self, run: RunDirectory, on_event: OnEvent | None, **fields: Any) -> None:
@@ -42,18 +42,18 @@ class RunMonitor:
         self.seconds: dict[str, float] = {}
         """Wall time by stage."""
         self.made_elsewhere: list[dict[str, Any]] = []
-        """Stages with units of another environment: how many, and which environment."""
+        """Stages with reused units of another environment: their number, and the environment."""
         self.most_workers = 1
-        """That were there at the same time."""
+        """Largest number of workers at the same time."""
         self.within: list[str] = []
-        """The stages that have begun and not ended, the innermost last."""
+        """Stages that have begun and not ended, the innermost last."""
         self._busy: dict[str, tuple[float, float]] = {}
         self.memory: dict[str, Usage] = {}
         """Peak memory of a worker, by stage."""
 
     @property
     def busy(self) -> dict[str, float]:
-        """By stage, which part of the time that workers were there they were at a call."""
+        """By stage, the fraction of the workers' time that they spent in calls."""
         return {stage: part / of for stage, (part, of) in self._busy.items() if of}
 
     def __enter__(self) -> "RunMonitor":
@@ -87,7 +87,7 @@ class RunMonitor:
         self._write(state="stopped", exit_code=StoppedError.exit_code)
 
     def _write(self, **fields: Any) -> None:
-        """Adds to the status, unless that is another driver's by now."""
+        """Update the status, unless another driver has taken over the run."""
         if any(hold.taken_by for hold in self._holds):
             return
         with self._lock:
@@ -96,7 +96,7 @@ class RunMonitor:
             self._run.write_status(**known)
 
     def add_made_elsewhere(self, stage: str, units: int, environment: Mapping[str, Any]) -> None:
-        """Notes for the report what was made in another environment; of a stage it is added up."""
+        """Add to the report's count of a stage's units from another environment."""
         about = {"stage": stage, "environment": dict(environment)}
         for entry in self.made_elsewhere:
             if about.items() <= entry.items():
@@ -105,30 +105,30 @@ class RunMonitor:
         self.made_elsewhere.append(about | {"units": units})
 
     def guard(self, hold: Lease) -> None:
-        """Says from whom a hold was taken; from here on the run ends when another takes it."""
+        """Announce the previous holder of a lease; the run ends if another driver takes it over."""
         if hold.note is not None:
             self.note(hold.note)
         self._holds.append(hold)
 
     def stage(self, name: str) -> "StageMonitor":
-        """A stage of the run; its begin, end and wall time are recorded."""
+        """Context of a stage of the run, with events for its begin and end."""
         return StageMonitor(self, name)
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Adds an event to the journal, shows it in the status, and passes it on.
+        """Write an event to the journal and the status, and pass it on.
 
-        Busy times of workers are kept for the end of the stage, and their memory for the status.
+        Utilisation is kept for the end of the stage, and memory for the status.
 
         Raises:
-            KeyboardInterrupt: A signal came, and what it raised was caught by somebody.
-            StoppedError: Another driver is at work on the run, or on its output.
+            KeyboardInterrupt: A signal was received, and its exception was swallowed.
+            StoppedError: Another driver works on the run or on its output.
         """
         self.signals.check()
         for hold in self._holds:
             if hold.taken_by is not None:
                 raise StoppedError(
-                    f"{hold.taken_by} has taken over {hold.place.parent}, since nothing was heard "
-                    "of this process; what is committed stays, and that one goes on"
+                    f"{hold.taken_by} has taken over {hold.place.parent}, because this process "
+                    "did not renew its lease; committed units stay, and that driver continues"
                 )
         if event["event"] == "busy":
             stage = self.within[-1] if self.within else ""
@@ -150,7 +150,7 @@ class RunMonitor:
 
     @contextmanager
     def followed(self, follower: Follower) -> Iterator[None]:
-        """Tells one more of the events, for a while."""
+        """Pass events to one more follower inside the context."""
         self._followers.append(follower)
         try:
             yield
@@ -158,20 +158,20 @@ class RunMonitor:
             self._followers.remove(follower)
 
     def _note_memory(self, usage: Usage) -> None:
-        """Keeps the peak memory of a stage; the next change of the status shows it."""
+        """Update the peak memory of a stage; the next change of the status shows it."""
         stage = self.within[-1] if self.within else ""
         most = self.memory[stage] = usage.merge(self.memory.get(stage, usage))
         with self._lock:
             self._status["memory"] = most.to_json()
 
     def _recorded(self, event: Mapping[str, Any]) -> Event:
-        """Files a failure away with its log; the event names the file in its place."""
+        """Write a failure with its log to a file; the event then names the file."""
         self._failures += 1
         record = self._run.record_failure(self._failures, event)
         return {name: value for name, value in event.items() if name != "log"} | {"record": record}
 
     def _shown(self, event: Mapping[str, Any]) -> Event | None:
-        """What an event changes in the status; nothing at all, mostly."""
+        """Changes of the status by an event; None if it changes nothing."""
         match event:
             case {"event": "stage", "state": "begin", "stage": stage}:
                 self._begun[stage] = (time.monotonic(), 0)
@@ -192,7 +192,7 @@ class RunMonitor:
         return {**there, "failures": self._failures}
 
     def _progress(self, event: Mapping[str, Any]) -> Event:
-        """Units that are done, and the seconds that the others take at the same pace."""
+        """Done and total units, and the seconds for the remaining ones at the same rate."""
         if event["event"] != "unit":
             return {}
         begun, seen = self._begun.get(event["stage"], (time.monotonic(), 0))
@@ -202,7 +202,7 @@ class RunMonitor:
         return {"done": done, "total": total, "left": left}
 
     def dismiss_workers(self) -> None:
-        """Those that were there are gone; others may come."""
+        """Remove the workers from the status; others may start later."""
         self._workers.clear()
         self._status |= {"workers": None, "nodes": None, "left": None}
 
@@ -211,7 +211,7 @@ class RunMonitor:
 
 
 class StageMonitor:
-    """One verb of the driver while it is at work."""
+    """Context of one stage of the driver."""
 
     def __init__(self, monitor: RunMonitor, name: str) -> None:
         self._monitor = monitor
@@ -235,6 +235,6 @@ class StageMonitor:
             self._monitor.event(ended)
 
     def progress(self, done: int, total: int, **facts: Any) -> None:
-        """One more unit of `total` is done."""
+        """Announce that one more unit of `total` is done."""
         event = {"event": "unit", "stage": self.name, "done": done, "total": total, **facts}
         self._monitor.event(event)

@@ -1,17 +1,17 @@
-"""What a failed call means: pure functions of a status, so that they are tested without a cluster.
+"""Decisions on failed calls: pure functions of a status, so that they are tested without a cluster.
 
 Rules, in this order:
 
-- A worker that went with a node that was drained or preempted is nobody's failure.
-- What ran out of memory and is held in smaller parts from now on is performed again.
-- A unit whose worker died, hung or ran out of memory on two different nodes is the cause itself,
-  and ends the run.
-- A node on which three such failures happened is quarantined, if another one is there.
+- A loss by the drain or preemption of a node counts against neither unit nor node.
+- A call that ran out of memory, and whose state is held in smaller parts from now on, is repeated.
+- A unit whose worker died, hung or ran out of memory on two different nodes is itself the cause and
+  ends the run.
+- After three such failures a node is quarantined, if another one is available.
 - A unit that has failed three times, on whatever nodes, ends the run, and so do fifty failures.
 
-A node that is lost without a word counts for the last rule alone: it says nothing of the unit, nor
-of a node that will be used again. An exception of a call ends the run without a decision here,
-since any worker would raise it again, unless it is one of memory or of a GPU (`losses`).
+The loss of a whole node counts for the last rule only: it is no evidence against the unit, nor
+against a node that will be used again. An exception of a call ends the run without a decision here,
+because any worker would raise it again, unless it is one of memory or of a GPU (`losses`).
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ MISSES_A_UNIT = 3
 
 
 class Cause(StrEnum):
-    """How a call came to fail with its worker."""
+    """Cause of the loss of a call's worker."""
 
     DIED = "died"
     HUNG = "hung"
@@ -39,11 +39,11 @@ class Cause(StrEnum):
 
 
 OWN = {Cause.DIED, Cause.HUNG, Cause.OUT_OF_MEMORY}
-"""Causes that lie with the unit or with the node, which is told by where it happens again."""
+"""Causes that lie with the unit or with the node; a repetition elsewhere tells which."""
 
 
 class Action(StrEnum):
-    """What is done about a failure."""
+    """Answer to a failure."""
 
     REPEAT = "repeat"
     SPLIT = "repeat in smaller parts"
@@ -53,7 +53,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One call that failed with its worker."""
+    """Call that failed with the loss of its worker."""
 
     unit: str
     node: str
@@ -63,7 +63,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many failures end what."""
+    """Numbers of failures that end a run, end it by a unit, or quarantine a node."""
 
     run: int = FAILURES_A_RUN
     unit: int = FAILURES_A_UNIT
@@ -73,26 +73,26 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What is known when a call has failed."""
+    """Facts on which a decision is made."""
 
     failures: tuple[Failure, ...]
-    """All so far, the new one last."""
+    """All failures so far, the new one last."""
     nodes: Set[str]
     """Nodes that can hold a worker: neither draining nor quarantined."""
     is_split: bool = False
-    """Whether what the call held is held in smaller parts from now on."""
+    """Whether the call's state is held in smaller parts from now on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do, and the error that says why if it is to end."""
+    """Action, and the error if the run is to end."""
 
     action: Action
     error: OrchestratorError | None = None
 
 
 def decide(status: Status, limits: Limits = Limits()) -> Decision:
-    """What the last failure means; see the module for the rules."""
+    """Decide on the last failure; see the module for the rules."""
     last = status.failures[-1]
     if last.cause is Cause.PREEMPTED:
         return Decision(Action.REPEAT)
@@ -103,7 +103,7 @@ def decide(status: Status, limits: Limits = Limits()) -> Decision:
     nodes = {each.node: each for each in of_unit if each.cause in OWN}
     if len(nodes) >= limits.nodes:
         where = " and ".join(f"{each.cause} on {each.node}" for each in nodes.values())
-        return _end(last, f"its worker {where}, so it is taken to be the cause")
+        return _end(last, f"its worker {where}, so the unit itself is taken to be the cause")
     here = [each for each in counted if each.node == last.node and each.cause in OWN]
     if last.cause in OWN and len(here) >= limits.node and status.nodes - {last.node}:
         return Decision(Action.QUARANTINE)
@@ -113,37 +113,36 @@ def decide(status: Status, limits: Limits = Limits()) -> Decision:
     if len(counted) >= limits.run:
         error = WorkerError(
             f"{len(counted)} workers lost in one stage, at most {limits.run - 1} are replaced; "
-            f"the last time: {last.why}; what is committed stays, the same command resumes"
+            f"the last time: {last.why}; committed units stay, the same command resumes"
         )
         return Decision(Action.END, error)
     return Decision(Action.REPEAT)
 
 
 def _end(last: Failure, what: str) -> Decision:
-    """The end of a run by one unit, said by what happened to it the last time."""
+    """Decision to end the run because of one unit, with the reason of its last failure."""
     said = f"{last.unit}: {what}; the last time: {last.why}; "
     if last.cause is Cause.OUT_OF_MEMORY:
-        remedy = "it was held in the smallest part already: start fewer workers on a node, or add "
+        remedy = "it already was the smallest part: start fewer workers per node, or add "
         error: OrchestratorError = InfeasibleError(
-            f"{said}{remedy}nodes with more memory; what is committed stays, the same command "
-            "resumes"
+            f"{said}{remedy}nodes with more memory; committed units stay, the same command resumes"
         )
     else:
-        error = WorkerError(f"{said}what is committed stays")
+        error = WorkerError(f"{said}committed units stay")
     return Decision(Action.END, error)
 
 
 def check_nodes(nodes: Set[str], quarantined: Set[str]) -> None:
-    """Raises WorkerError if every node that could hold a worker is quarantined."""
+    """Raise WorkerError if every node that could hold a worker is quarantined."""
     if quarantined and not nodes:
         raise WorkerError(
-            f"no node is left but those that are quarantined: {', '.join(sorted(quarantined))}; "
-            "see the run's failures, mend or replace the nodes, then run the same command again"
+            f"all nodes are quarantined: {', '.join(sorted(quarantined))}; see the run's failures, "
+            "repair or replace the nodes, then run the same command again"
         )
 
 
 class FailurePolicy:
-    """Keeps the failures of a stage, and decides on each."""
+    """Record of the failures of a stage, with a decision on each."""
 
     def __init__(self, limits: Limits = Limits()) -> None:
         self._limits = limits
@@ -153,9 +152,9 @@ class FailurePolicy:
     def after_failure(
         self, failure: Failure, nodes: Set[str], *, is_split: bool = False
     ) -> Decision:
-        """Notes a failure, and says what it means.
+        """Record a failure and decide on it.
 
-        One that was answered by smaller parts is not held against any of these.
+        A failure that is answered by smaller parts is not counted.
         """
         failures = (*self._failures, failure)
         decision = decide(Status(failures, nodes, is_split), self._limits)

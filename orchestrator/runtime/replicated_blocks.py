@@ -1,20 +1,21 @@
-"""Blocks in order, each lent to all workers: the schedule of what cannot be done side by side.
+"""Schedule that processes blocks sequentially; all workers replicate the current block.
 
-One block is at work at a time, and every worker that is there when it begins takes part in it, as a
-replica: it holds the block itself. The block's program is a row of rounds. A round has parts, that
-the replicas share out; what they give is told to the program, which then names the next round. Pure
-state, no Ray and no tensors.
+One block is processed at a time. Every worker that is ready when it begins is a replica: it holds
+the block and takes part in all of its rounds. The block's program yields rounds. A round has parts,
+which the replicas share; their values are sent to the program, which yields the next round. Pure
+state, without Ray and without tensors.
 
 Rules, asserted by the tests:
 
-- Each replica is called in each round, in the same order of rounds, be there a part for it or not;
-  none begins a round before all have ended the one before. So all go through the same states.
-- Of a round that merges each part makes a record. All replicas read all of these with their first
-  call of the next round. A replica that is alone keeps what it made, and makes all parts in order.
-- Parts of a replica that is lost in the middle of a round are made by the others, which are in the
-  same state: a lost worker costs what it was at. The last one costs the block.
-- If a record is gone, the block begins anew; what still runs is waited for and ignored. If what the
-  block starts from is gone, everything up to it is gone through again.
+- Each replica is called in each round, in the order of the rounds, even if there is no part for it.
+  None begins a round before all have ended the previous one, so all go through the same states.
+- In a round that merges, each part makes a record. All replicas read all of these records with
+  their first call of the next round. A single replica keeps what it made, and makes all parts in
+  order.
+- Parts of a replica that is lost during a round are made by the others, which are in the same
+  state. The loss of the last replica restarts the block.
+- If a record is lost, the block begins again; calls that still run are awaited, and their results
+  ignored. If the block's input is lost, all blocks up to it are processed again.
 - A worker that comes later takes part from the next block on. One is enough.
 """
 
@@ -105,7 +106,7 @@ class ReplicatedBlocks:
         self._rest_here()
 
     def _rest_here(self) -> None:
-        """No block is at work."""
+        """Reset to the state in which no block is processed."""
         self._rounds: Program | None = None
         self._replicas: list[int] = []
         self._emitted: list[tuple[int, int]] = []
@@ -120,7 +121,7 @@ class ReplicatedBlocks:
         return self._most_parts
 
     def ended(self) -> list[tuple[int, Any]]:
-        """Blocks that came to their end since this was last asked, and what their programs gave."""
+        """Blocks that ended since the last call of this method, with their programs' results."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -129,7 +130,7 @@ class ReplicatedBlocks:
             return []
         fresh = [worker for worker in self._replicas if worker not in self._entered]
         calls = []
-        # what a lost replica leaves is for whoever has done with its own
+        # parts of a lost replica go to those that have done their own
         ready = fresh or [each for each in self._replicas if each not in self._running]
         for place, worker in enumerate(ready):
             share = -(-len(self._waiting) // (len(ready) - place))
@@ -139,7 +140,7 @@ class ReplicatedBlocks:
         return calls
 
     def _begin(self, idle: list[int]) -> bool:
-        """Starts the block at hand with the workers there are; whether it could."""
+        """Start the current block with the idle workers. Returns False if it cannot start yet."""
         if self._running or not idle or self.finished:
             return False
         self._replicas = idle
@@ -149,7 +150,7 @@ class ReplicatedBlocks:
         return True
 
     def _open(self, each: Round | None) -> None:
-        """The next round, in which all read what the one before has emitted."""
+        """Open the next round, in which all replicas read the records of the previous one."""
         self._round = each
         self._waiting = list(range(each.parts)) if each else []
         self._most_parts = max(self._most_parts, len(self._waiting))
@@ -191,7 +192,7 @@ class ReplicatedBlocks:
         return worker in self._replicas
 
     def is_awaited(self, chunk: tuple[int, int]) -> bool:
-        """Whether replicas are to read what was emitted."""
+        """True if replicas are still to read a record."""
         all_have_read = self._entered.issuperset(self._replicas)
         return chunk in self._emitted or (chunk in self._gathered and not all_have_read)
 
@@ -201,22 +202,22 @@ class ReplicatedBlocks:
             self._emitted.append(call.emits)
 
     def record_result(self, call: Call, value: dict[str, Any]) -> None:
-        """What a call that succeeded has given.
+        """Record the result of a successful call.
 
         Raises:
-            WorkerError: Replicas are not in the same state.
+            WorkerError: The replicas' states differ.
         """
         if not self._counts(call):
             return
         self._values |= value["parts"]
         if _command(call).is_first:
             self._states[call.worker] = value["state"]
-            # as text: what is not a number is not equal to itself
+            # compared as text, because NaN is not equal to itself
             if len({repr(state) for state in self._states.values()}) > 1:
                 raise WorkerError(
-                    f"{call.label}: the workers that share it differ, "
-                    f"{self._states}; all must compute the same bits, so look for a machine or a "
-                    "memory that is not like the others, or give --workers 1"
+                    f"{call.label}: the states of the workers that share it differ: "
+                    f"{self._states}; all must compute the same bits, so look for a machine or "
+                    "memory that differs from the others, or use --workers 1"
                 )
         self._settle()
 
@@ -228,7 +229,7 @@ class ReplicatedBlocks:
         self.retired(call.worker)
 
     def retired(self, worker: int) -> None:
-        """What a replica has made stays; what it holds the others hold too, if there are any."""
+        """Remove a replica; its results stay, and the other replicas hold the same state."""
         if worker not in self._replicas:
             return
         self._replicas.remove(worker)
@@ -238,11 +239,11 @@ class ReplicatedBlocks:
             self._anew()
 
     def shrink_after_oom(self, call: Call) -> bool:
-        """A replica holds one block, and no less will do."""
+        """Return False: a replica holds one block, which cannot be reduced."""
         return False
 
     def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
-        """What the call was to read is gone: what it was made of still lies there."""
+        """Begin the block again, or the first one if the input of the block is missing."""
         self._running.discard(call.worker)
         if self._counts(call):
             if self._is_entering:
@@ -258,7 +259,7 @@ class ReplicatedBlocks:
         self._rest_here()
 
     def _settle(self) -> None:
-        """Goes on to the next round if this one is done."""
+        """Open the next round if this one is done."""
         if self._waiting or self._running or not self._entered.issuperset(self._replicas):
             return
         assert self._rounds is not None

@@ -1,7 +1,7 @@
-"""What an earlier run has left that this one goes on from: whole, and made where bits are the same.
+"""Units of an earlier run that can be reused: intact, and produced in an equivalent environment.
 
-A unit's key says everything that decides its bits but the environment: device kind, versions of
-libraries, threads. That stands in its manifest.
+A unit's key covers everything that decides its bits except the environment (kind of device, library
+versions, threads), which is in its manifest.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -28,18 +28,19 @@ def reusable_units(
     files: Callable[[Name, Mapping[str, Any]], Files] | None = None,
     is_all: bool = True,
 ) -> dict[Name, dict[str, Any]]:
-    """Facts of the committed units that this run goes on from; their files have their hashes.
+    """Facts of the committed units that this run reuses; the hashes of their files are verified.
 
-    Those of this environment always. Those of another one if all are complete there, so that they
-    are alike; if some are missing or damaged none, unless the crew mixes. What was made elsewhere
-    is said, and stands in the report: the result is then equal to what one environment gives within
-    rounding, not to the bit. A search that measures in rounds is judged round by round.
+    Units of this environment are reused always. Units of another environment are reused if all
+    units of the stage exist from that one, so that they are alike; if some are missing or damaged,
+    none is, unless the workers allow mixed environments. Units of another environment are announced
+    and listed in the report: the result then equals that of one environment within rounding, not
+    bit for bit. A search that measures in rounds is judged round by round.
 
     Args:
-        called: What a unit is called in messages, by its name: `block {}`.
-        files: What a unit has committed, with the BLAKE2b of each, by its name and facts; the files
-            that its manifest names, without it.
-        is_all: Whether these units are all that the stage makes.
+        called: Format of a unit's name in messages: `block {}`.
+        files: Files of a unit with their BLAKE2b, by its name and facts; without it, the files that
+            its manifest names.
+        is_all: Whether these units are all units of the stage.
     """
     there = {name: found for name, key in keys.items() if (found := units.manifest(key))}
     hashes = {
@@ -73,7 +74,7 @@ def _reject_mixed(
     stage: str,
     is_all: bool,
 ) -> set[Name]:
-    """Those that were made in another environment and are not gone on from; says what is done."""
+    """Units of another environment that are not reused; the decision is announced."""
     others = {name: each for name, each in made.items() if each != workers.environment}
     if not others:
         return set()
@@ -83,15 +84,15 @@ def _reject_mixed(
     what = f"{len(others)} of {wanted} units of {stage} were made with "
     what += _differences(first, workers.environment)
     if is_complete or workers.allow_mixed:
-        monitor.note(f"{what}: taken as they are, so the result has not the bits of one machine")
+        monitor.note(f"{what}: reused; the result is not bit-identical to a single-environment run")
         monitor.add_made_elsewhere(stage, len(others), first)
         return set()
-    monitor.note(f"{what}: made again, since others are missing; --allow-mixed takes them")
+    monitor.note(f"{what}: made again, because others are missing; --allow-mixed reuses them")
     return set(others)
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What of an environment is not as it is here."""
+    """Differences of another environment from this one."""
     return ", ".join(
         f"{name} {there.get(name, 'unknown')} (here {value})"
         for name, value in here.items()

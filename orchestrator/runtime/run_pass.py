@@ -1,4 +1,4 @@
-"""A pass of chunks through the shards, performed: calls dispatched, spent chunks let go."""
+"""Execution of a pass of chunks through shards; chunks that are not read again are released."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.store.chunks import Chunks
 
 WINDOW = 4
-"""Chunks that wait in memory between two workers; what is further ahead waits in files."""
+"""Chunks that wait in memory between two workers; later ones wait in files."""
 
 
 def run_pass(
@@ -24,14 +24,14 @@ def run_pass(
     patience: Mapping[str, float] = {},
     beside: Chunks | None = None,
 ) -> None:
-    """Performs a pass to its end; only the boundary chunks that it keeps stay.
+    """Execute a pass to its end; only boundary chunks that it keeps stay.
 
-    A pass that breaks off (see `ShardPass`) leaves all of them for the one that goes on.
+    A pass that breaks off (see `ShardPass`) leaves all of its chunks for the pass that continues.
 
     Args:
-        chunks: Where the pass keeps its boundary chunks.
-        beside: Chunks of the other pass that it reads; dropped as they are spent.
-        on_success: Told of each call that ended well, with its small result.
+        chunks: Store of the pass's boundary chunks.
+        beside: Chunks of the other pass that it reads; dropped when they are not read again.
+        on_success: Called with each successful call and its result.
         patience: By method, seconds that a call may take.
 
     Raises:

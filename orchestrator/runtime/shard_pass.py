@@ -1,23 +1,22 @@
-"""Chunks through shards: which worker does what next, as pure state.
+"""Schedule of chunks that pass through shards, as pure state.
 
 Rules of a pass, asserted by the tests:
 
-- A shard with blocks to commit takes every chunk in order, and only then finishes its blocks one
-  by one. A shard that only passes chunks on takes just those that are missing behind it.
-- The first shard that nobody holds is taken by a free worker, so a shard's upstream is always held
-  or done, unless its worker was lost. Of several free workers one takes it that is where the
-  shard's chunks are made, or where they were made last.
-- A worker that waits for chunks while an earlier shard is held by nobody gives up its own shard
-  and takes the earlier one, so a pass goes on with any number of workers above zero.
-- A worker that opens a shard is told which one it is likely to take next, to read ahead.
-- A chunk is handed over only if somebody holds the next shard; else its file is enough.
-- A chunk behind a shard is computed once; a shard that is run again adds only what is missing.
-- A shard that was too much for a worker's memory is cut into its smallest parts, and so is every
-  other one that nobody holds and that is not done. Of their inner boundaries chunks are missing,
-  as behind any shard that is run again.
-- A pass that reads another's chunks beside its own cannot make those: it starts nothing more, and
-  ends once nothing runs. What has its unit by then, and the chunks that lie there, stay.
-- The other pass's chunks before a shard are spent once that shard is done.
+- A shard with blocks to commit takes every chunk in order, and then finishes its blocks one by one.
+  A shard without such blocks takes only the chunks that are missing at its output.
+- The first free shard is taken by a free worker, so that the shards before a held one are held or
+  done, unless a worker was lost. Of several free workers, one on the node that makes the shard's
+  chunks takes it, or that made them last.
+- A worker that waits for chunks while an earlier shard is free gives up its own shard and takes the
+  earlier one, so that any number of workers above zero completes a pass.
+- A worker that opens a shard is told which one it is likely to take next, to read it ahead.
+- A chunk is handed over only if the next shard is held; otherwise its file is enough.
+- The output of a shard is computed once; a shard that is run again adds only missing chunks.
+- A shard that ran out of memory is cut into its smallest parts, and so is every other shard that is
+  free and not done. Chunks at the new boundaries are missing, as after a shard that is run again.
+- A pass that reads another pass's chunks cannot make those: if one is missing, it starts no further
+  call and ends once no call runs. Units that are committed by then stay, and so do its chunks.
+- Chunks of the other pass at a shard's input are released once the shard is done.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -34,25 +33,25 @@ class ShardState:
 
     blocks: range
     todo: tuple[int, ...]
-    """Blocks whose unit is not committed yet."""
+    """Blocks whose unit is to be committed."""
     owner: int | None = None
     opened: bool = False
     busy: bool = False
     fed: set[int] = field(default_factory=set)
-    """Chunks that went through since the owner opened the shard."""
+    """Chunks that have passed since the owner opened the shard."""
     node: str | None = None
-    """Where it is held, or was held last: what it has emitted is there in memory, or cached."""
+    """Node of its present or last owner, where its output is in memory or cached."""
     backward: bool = False
-    """Whether chunks go through it from its last block to its first."""
+    """Whether chunks pass from its last block to its first."""
 
     @property
     def entry(self) -> int:
-        """The boundary at which chunks come, by the block that it is the input of."""
+        """Input boundary, named by the block that it is the input of."""
         return self.blocks.stop if self.backward else self.blocks.start
 
     @property
     def exit(self) -> int:
-        """The boundary at which they go."""
+        """Output boundary, named in the same way."""
         return self.blocks.start if self.backward else self.blocks.stop
 
     @property
@@ -62,24 +61,24 @@ class ShardState:
 
 
 class ShardPass:
-    """Chunks flowing through contiguous shards.
+    """Chunks that pass through contiguous shards.
 
     Args:
-        cut: The shards' blocks, contiguous and in the order in which chunks pass: from the first
-            block on, or, of a backward pass, from the last one on.
-        todo: Blocks whose unit must be committed.
-        num_chunks: Chunks of the pass.
-        present: For each shard the chunks that are at its input already; what is past the last
-            shard is `results`.
-        results: Chunks whose result behind the last shard is there; nothing when the pass wants
-            no results (a calibration).
-        backward: Whether chunks are gradients, that enter a shard behind its last block.
-        keeps: Boundaries whose chunks a later pass reads, by the block that they are the input of.
-            `results` decides for the last boundary.
-        joints: Boundaries at which shards may be cut further, should one be too much for a worker.
-        reads_beside: Whether shards read chunks of another pass at their boundaries too. Where one
-            is missing, or shards are to be cut further, the pass breaks off.
-        about: What else a worker is told when it opens a shard.
+        cut: Blocks of the shards, contiguous and in the order in which chunks pass: from the first
+            block on, or from the last one on in a backward pass.
+        todo: Blocks whose unit is to be committed.
+        num_chunks: Number of chunks.
+        present: For each shard, the chunks that are stored at its input; the first entry is unused,
+            because the input of the model is always there.
+        results: Chunks whose result after the last shard exists; None: the pass needs no results
+            (a calibration).
+        backward: Whether chunks are gradients, which enter a shard after its last block.
+        keeps: Boundaries whose chunks a later pass reads, named by the block that they are the
+            input of. `results` decides for the last boundary.
+        joints: Boundaries at which shards may be cut further if one exceeds a worker's memory.
+        reads_beside: Whether shards also read chunks of another pass at their boundaries. If one is
+            missing, or shards have to be cut further, the pass breaks off.
+        about: `Open.about` of the pass.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class ShardPass:
             )
             for blocks in cut
         ]
-        # chunks at boundary k are the input of shard k; the model's input is always there
+        # chunks at boundary k are the input of shard k; the model's input always exists
         behind = everything if results is None else set(results)
         self._present = [everything, *(set(chunks) for chunks in present[1:]), behind]
         self._wants_results = results is not None
@@ -115,12 +114,12 @@ class ShardPass:
         self._reads_beside = reads_beside
         self._spent_beside: set[int] = set()
         self.broken_off = False
-        """Whether it ended before its end, since chunks of the other pass have to be made first."""
+        """Whether the pass ended early, because chunks of the other pass have to be made first."""
         self._was_too_much = False
         self._needed = self._needs()
 
     def _needs(self) -> list[set[int]]:
-        """For each boundary the chunks that must come to be there, from the last one backwards."""
+        """Chunks that are needed at each boundary, derived from the last boundary backwards."""
         everything = set(range(self.num_chunks))
         needed: list[set[int]] = [set() for _ in range(len(self.shards) + 1)]
         needed[-1] = everything if self._wants_results else set()
@@ -132,7 +131,7 @@ class ShardPass:
 
     @property
     def cut(self) -> list[range]:
-        """The shards' blocks, as they are now."""
+        """Blocks of the shards after all cuts so far."""
         return [state.blocks for state in self.shards]
 
     def is_done(self, shard: int) -> bool:
@@ -145,7 +144,7 @@ class ShardPass:
         return all(self.is_done(k) for k in range(len(self.shards)))
 
     def boundary(self, shard: int) -> int:
-        """The boundary's name: the block that it is the input of."""
+        """Name of the input boundary of a shard, or of the last boundary."""
         return self.shards[shard].entry if shard < len(self.shards) else self.shards[-1].exit
 
     @property
@@ -153,7 +152,7 @@ class ShardPass:
         return sum(not self.is_done(k) for k in range(len(self.shards)))
 
     def drop_inputs(self) -> list[int]:
-        """Boundaries whose chunks will not be read again; they count as gone from here on."""
+        """Boundaries whose chunks are not read again; they count as missing from now on."""
         spent = [
             k
             for k in range(1, len(self.shards))
@@ -165,7 +164,7 @@ class ShardPass:
         return [self.boundary(k) for k in spent]
 
     def drop_beside(self) -> list[int]:
-        """Boundaries at which the other pass's chunks are spent; each is returned once."""
+        """Boundaries at which the other pass's chunks are not read again; each is returned once."""
         if not self._reads_beside:
             return []
         spent = {
@@ -179,11 +178,11 @@ class ShardPass:
 
     @property
     def unfinished(self) -> list[range]:
-        """Blocks of the unfinished shards, in the order in which chunks pass."""
+        """Blocks of the shards that are not done, in the order in which chunks pass."""
         return [state.blocks for k, state in enumerate(self.shards) if not self.is_done(k)]
 
     def is_awaited(self, chunk: tuple[int, int], window: int) -> bool:
-        """Whether a worker will take this chunk among its next `window` ones."""
+        """True if this chunk is among the next `window` ones of a worker."""
         boundary, index = chunk
         for k, state in enumerate(self.shards):
             if state.entry == boundary and state.owner is not None:
@@ -196,7 +195,7 @@ class ShardPass:
         if state.todo:
             waiting = set(range(self.num_chunks)) - state.fed
         else:
-            # also what went through already, if it was lost behind the shard
+            # including chunks that have passed but whose output was lost
             waiting = self._needed[shard + 1] - self._present[shard + 1]
         return min(waiting - {without}, default=None)
 
@@ -253,7 +252,7 @@ class ShardPass:
         return None
 
     def _nearest(self, shard: int, free: Sequence[int], nodes: Mapping[int, str]) -> int:
-        """The first of the workers that are where the shard's input is made; else the first."""
+        """First worker on the node that makes the shard's input; otherwise the first one."""
         upstream = self.shards[shard - 1].node if shard else self.shards[shard].node
         return min(free, key=lambda worker: nodes.get(worker) != upstream)
 
@@ -303,7 +302,7 @@ class ShardPass:
         return self._held(worker) is not None
 
     def _held(self, worker: int) -> int | None:
-        """The shard of a worker. What a call says of it may be old: cuts shift the numbers."""
+        """Shard that a worker holds; the number in a call may be outdated by cuts."""
         owners = (k for k, state in enumerate(self.shards) if state.owner == worker)
         return next(owners, None)
 
@@ -348,7 +347,7 @@ class ShardPass:
         return True
 
     def following_cut(self) -> tuple[range, ...]:
-        """What to go on with after breaking off: where a shard was too much, the smallest parts."""
+        """Cut of the pass that continues; in smallest parts if the memory was exceeded."""
         parts: list[range] = []
         for k, state in enumerate(self.shards):
             is_cut = self._was_too_much and not self.is_done(k)
@@ -358,11 +357,11 @@ class ShardPass:
         return tuple(sorted(parts, key=lambda blocks: blocks.start))
 
     def _inner(self, state: ShardState) -> list[int]:
-        """Boundaries within a shard at which it may be cut."""
+        """Boundaries inside a shard at which it may be cut."""
         return [b for b in self._joints if state.blocks.start < b < state.blocks.stop]
 
     def _cut(self, shard: int) -> None:
-        """Puts the smallest parts of a shard in its place, with no chunks between them."""
+        """Replace a shard by its smallest parts, without chunks at the new boundaries."""
         state = self.shards[shard]
         inner = self._inner(state)
         edges = [state.blocks.start, *inner, state.blocks.stop]

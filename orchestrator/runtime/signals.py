@@ -1,9 +1,9 @@
-"""SIGTERM and SIGINT during a run: noted at once, and obeyed as soon as the program can.
+"""SIGTERM and SIGINT during a run: recorded at once, obeyed as soon as the program can.
 
-Python runs a signal's handler when the main thread is back in bytecode, and starting Ray or
-decomposing a large matrix keeps it from there for seconds; Ray kills a job three seconds after its
-SIGTERM. So the interpreter also passes the signal's number through a socket to a thread of ours,
-which notes it while the main thread is still away.
+Python runs a signal's handler when the main thread executes bytecode again; the start of Ray or the
+decomposition of a large matrix delays that for seconds, and Ray kills a job three seconds after its
+SIGTERM. The interpreter therefore also writes the signal's number to a socket, from which a thread
+reads and records it while the main thread is busy.
 """
 
 import signal
@@ -18,11 +18,11 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Signals:
-    """Turns the first SIGTERM or SIGINT into `note`, and a KeyboardInterrupt where the program is.
+    """Convert the first SIGTERM or SIGINT to a call of `note` and a KeyboardInterrupt.
 
-    It is a KeyboardInterrupt because libraries catch every `Exception` here and there. Later
-    signals are ignored, so that cleaning up is not interrupted; the first one cannot be lost.
-    Outside the main thread, where Python allows no handlers, nothing is done.
+    It is a KeyboardInterrupt because libraries catch `Exception` in places. Later signals are
+    ignored, so that the clean-up is not interrupted; the first one cannot be lost. Outside the main
+    thread, where Python allows no handlers, signals are not handled.
 
     Args:
         note: Called in another thread, once, with the signal's name.
@@ -34,7 +34,7 @@ class Signals:
         self._deferred = False
         self._previous: dict[signal.Signals, Any] = {}
         self.received: str | None = None
-        """Name of the signal that came first."""
+        """Name of the first signal; None before it."""
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is not threading.main_thread():
@@ -57,25 +57,25 @@ class Signals:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_sender, warn_on_full_buffer=False)
         self._sender.close()
-        # what was sent is still read
+        # numbers that are in the socket are still read
         self._thread.join()
         self._receiver.close()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Lets the body come to its end before a signal interrupts; it is noted all the same."""
+        """Delay the interrupt to the end of the body; the signal is recorded at once."""
         self._deferred = True
         try:
             yield
         finally:
             self._deferred = False
         if self.received is not None:
-            # a handler of Ray's own may have set an alarm that aborts the process
+            # a handler of Ray may have set an alarm that aborts the process
             signal.alarm(0)
         self.check()
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if a signal came: what the handler raised can be swallowed."""
+        """Raise KeyboardInterrupt after a signal, in case the handler's one was swallowed."""
         if self.received is not None:
             self._raised = True
             raise KeyboardInterrupt(self.received)
@@ -90,6 +90,6 @@ class Signals:
             for number in numbers:
                 if number in STOPPING and self.received is None:
                     self.received = signal.Signals(number).name
-                    # the main thread writes the status too, and reports what fails
+                    # the main thread writes the status as well, and reports errors
                     with suppress(Exception):
                         self._note(self.received)

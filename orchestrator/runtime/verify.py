@@ -1,9 +1,9 @@
-"""Whether what an earlier run has committed is still what it was.
+"""Verification of the units that an earlier run has committed.
 
-Sizes are compared wherever a unit is looked up; content is read here, once, when a run is taken
-up again, and by the workers: they read those files later anyway, and hash as many at a time as
-there are workers, while the driver would read the whole result alone. It costs one reading of the
-files, seconds where making them again takes hours.
+Sizes are compared at each look-up of a unit; contents are hashed here, once, when a run is resumed.
+The workers do it, because they read these files later anyway, and hash in parallel, while the
+driver alone would read the whole result. The cost is one read of the files: seconds, where making
+the units again takes hours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from orchestrator.store.places import Place
 def verified_units(
     workers: WorkerGroup, monitor: RunMonitor, hashes: Mapping[str, Sequence[tuple[Place, str]]]
 ) -> frozenset[str]:
-    """The names of those whose files all have their hashes; the others are named aloud.
+    """Names of the units whose files all have their hashes; each other one is an event.
 
     Args:
         hashes: For each name its files, each with its BLAKE2b.
@@ -34,8 +34,10 @@ def verified_units(
             found[call.label] = value
             stage.progress(len(found), len(hashes), unit=call.label)
 
-        bag = IndependentCalls([(name, Verify(files)) for name, files in hashes.items()])
-        dispatch(workers.pool, bag, FailurePolicy(), on_success=on_success, on_event=monitor.event)
+        units = IndependentCalls([(name, Verify(files)) for name, files in hashes.items()])
+        dispatch(
+            workers.pool, units, FailurePolicy(), on_success=on_success, on_event=monitor.event
+        )
     for name in hashes:
         if not found[name]:
             monitor.event({"event": "damaged", "unit": name, "why": "its files have other hashes"})

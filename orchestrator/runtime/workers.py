@@ -1,4 +1,4 @@
-"""Getting workers, on Ray or in this process: proved to see the same files and be alike."""
+"""Start of workers, on Ray or in this process; probes prove that they are alike."""
 
 import uuid
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from orchestrator.runtime.worker import PROBE_PREFIX, Task, Worker
 from orchestrator.store.files import atomic
 
 DEFAULT_THREADS = 1
-"""One thread a worker: on CPUs the most work a second, and bits that do not depend on how many
-cores a machine has."""
+"""One thread per worker: on CPUs the highest throughput, and bits that do not depend on the number
+of cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """How much at once and where: what changes the time a run takes, never its result."""
+    """Place and parallelism of a run: they change its duration, never its result."""
 
     executor: str = "ray"
     address: str | None = None
@@ -35,16 +35,16 @@ class Execution:
 
 @dataclass(frozen=True, slots=True)
 class WorkerGroup:
-    """Workers that are ready."""
+    """Workers that are ready, with their common properties."""
 
     pool: Pool
     size: int
-    """Workers that there are, or that there may come to be, for which models are cut."""
+    """Number of workers that exist or may exist, by which models are cut."""
     environment: dict[str, Any]
-    """What can change bits, the same for all of them."""
+    """Settings that can change bits, equal for all workers."""
     nodes: tuple[str, ...]
     allow_mixed: bool = False
-    """Whether what was left in another environment is gone on from."""
+    """Whether units of another environment are reused beside new ones."""
     most: int = 1
     """Workers that the work can use."""
     bounds: Bounds = field(default_factory=Bounds)
@@ -52,7 +52,7 @@ class WorkerGroup:
     """Memory of the smallest GPU of a worker; None without GPUs."""
 
     def reassigned(self, worker_class: type[Worker], task: Task) -> "WorkerGroup":
-        """The workers at another task of the run, in the processes that they have.
+        """Give the workers another task of the run, in their processes.
 
         Raises:
             InfeasibleError, InputError: As `start_workers`.
@@ -61,7 +61,7 @@ class WorkerGroup:
         return self.gathered()
 
     def gathered(self) -> "WorkerGroup":
-        """What it is once enough workers are there."""
+        """Wait for the workers. Returns the group with its actual size and properties."""
         probes = self.pool.gather()
         within = self.bounds.for_work(self.most)
         return replace(
@@ -77,10 +77,10 @@ class WorkerGroup:
 
 @contextmanager
 def connected(execution: Execution, monitor: RunMonitor) -> Iterator[None]:
-    """Joins a Ray cluster or starts one, for all crews of a run; leaves it, or ends it.
+    """Join or start a Ray cluster for all stages of a run; leave or end it on exit.
 
-    Without Ray, this process has CUDA's environment meanwhile: PyTorch reads it at the first look
-    at a device.
+    Without Ray, this process has CUDA's environment meanwhile, because PyTorch reads it when a
+    device is first used.
 
     Raises:
         UsageError: The address does not answer.
@@ -89,7 +89,7 @@ def connected(execution: Execution, monitor: RunMonitor) -> Iterator[None]:
         with cuda_environment_here():
             yield
         return
-    # Ray takes a second to import, and a run in this process does without it
+    # Ray takes a second to import, and a local run does not need it
     from orchestrator.runtime.ray import connect
 
     with connect.connected(execution.address, monitor):
@@ -100,14 +100,14 @@ def connected(execution: Execution, monitor: RunMonitor) -> Iterator[None]:
 def start_workers(
     worker_class: type[Worker], task: Task, execution: Execution, most: int, monitor: RunMonitor
 ) -> Iterator[WorkerGroup]:
-    """Starts workers where the process is connected, and proves them; ends them on the way out.
+    """Start and probe workers on the connected cluster, or in this process; end them on exit.
 
     Args:
         most: Workers that the work can use.
 
     Raises:
-        UsageError: More than one local worker is asked for.
-        InfeasibleError: The cluster can never hold so many workers.
+        UsageError: More than one local worker is requested.
+        InfeasibleError: The cluster cannot hold so many workers.
         InputError: A node does not see the model or a directory, or runs other versions.
     """
     asked = Bounds.of(execution.workers)
@@ -115,7 +115,7 @@ def start_workers(
         if asked.least > 1:
             raise UsageError(
                 f"workers: {execution.workers} with the local executor, which is one process; "
-                "leave it out, or use --executor ray"
+                "omit --workers, or use --executor ray"
             )
         products = torch.backends.cuda.matmul
         threads, precision = torch.get_num_threads(), products.fp32_precision
@@ -124,7 +124,7 @@ def start_workers(
                 pool = LocalPool(worker_class, task, nonce)
                 yield WorkerGroup(pool, 1, {}, (), execution.allow_mixed).gathered()
         finally:
-            # the worker has set its own, in what is the caller's process
+            # the worker has changed these settings of the caller's process
             torch.set_num_threads(threads)
             products.fp32_precision = precision
         return
@@ -149,9 +149,9 @@ def start_workers(
 
 @contextmanager
 def _probe_files(task: Task) -> Iterator[str]:
-    """Files by which workers know that they see the driver's directories; those are the run's own.
+    """Create files by which workers prove that they see the driver's directories.
 
-    They stay as long as workers may come; what a killed driver left is removed.
+    They exist as long as workers may start; files of a killed driver are removed.
     """
     nonce = uuid.uuid4().hex[:12]
     for directory in task.writes:

@@ -1,4 +1,4 @@
-"""What a failure means, and the dispatch loop with a pool whose workers fail as told."""
+"""Failure policy, and the dispatch loop on a pool whose calls fail as scripted."""
 
 import random
 
@@ -32,8 +32,8 @@ GONE, PREEMPTED = Cause.NODE_LOST, Cause.PREEMPTED
 
 
 class Shards:
-    """Executes calls by giving their labels; a block is only finished by a worker that has seen
-    every chunk of its shard once, in order."""
+    """Executes calls, with their labels as results; asserts that the worker that finishes a block
+    has seen every chunk of its shard once, in order."""
 
     def __init__(self):
         self._fed = {}
@@ -55,7 +55,7 @@ TOO_LARGE = {"lost": "CUDA out of memory", "cause": MEMORY}
 
 @pytest.fixture
 def run():
-    """Dispatches a schedule on a scripted pool; gives the pool, what succeeded and the events."""
+    """Dispatch a schedule on a scripted pool. Returns the pool, the results and the events."""
 
     def run(schedule, workers=2, script=(), policy=None, awaited=lambda chunk: False, **options):
         pool = ScriptedPool(workers, Shards().execute, scripted(script), **options)
@@ -91,7 +91,7 @@ def eight_blocks():
 
 
 def failures(*words):
-    """`a:x` is a worker that died over unit a on node x; `a:x:hung` one that hung."""
+    """Failures from words: `a:x`: a worker died in unit a on node x; `a:x:hung`: it hung."""
     split = (word.split(":") for word in words)
     causes = {"": DIED, "hung": HUNG, "memory": MEMORY, "gone": GONE, "preempted": PREEMPTED}
     return tuple(
@@ -125,28 +125,28 @@ TABLE = {
 
 @pytest.mark.parametrize("case", TABLE)
 def test_what_a_failure_means(case):
-    """Where and how a unit failed before says whether it, or the node, or neither is the cause."""
+    """The failures so far decide whether the unit, the node or neither is the cause."""
     words, nodes, action = TABLE[case]
     assert decide(Status(failures(*words), nodes)).action is action
 
 
 def test_a_unit_that_fails_on_two_nodes_is_named_with_what_it_did():
-    """The error says where it failed, how, and what the last worker said."""
+    """The error names the nodes, the causes and the last reason."""
     error = decide(Status(failures("block 7:x:hung", "block 7:y"), TWO)).error
     assert isinstance(error, WorkerError)
-    assert str(error).startswith("block 7: its worker hung on x and died on y, so it is taken")
-    assert "the last time: why 1; what is committed stays" in str(error)
+    assert str(error).startswith("block 7: its worker hung on x and died on y, so the unit itself")
+    assert "the last time: why 1; committed units stay" in str(error)
 
 
 def test_out_of_memory_is_an_error_of_its_own():
-    """It says what can be done, and its exit code is that of what the machines cannot do."""
+    """The error is an InfeasibleError with a remedy."""
     error = decide(Status(failures(*["block 7:x:memory"] * 3), ONE)).error
     assert isinstance(error, InfeasibleError)
-    assert "smallest part already: start fewer workers on a node" in str(error)
+    assert "already was the smallest part: start fewer workers per node" in str(error)
 
 
 def test_what_is_split_is_performed_again():
-    """Whatever was before; and it is not held against the parts, which may have its name."""
+    """A split is repeated after any failures, and does not count against the parts."""
     status = Status(failures("a:x:memory", "a:y:memory"), TWO, is_split=True)
     assert decide(status).action is Action.SPLIT
     policy = FailurePolicy()
@@ -156,7 +156,7 @@ def test_what_is_split_is_performed_again():
 
 
 def test_fifty_failures_end_a_stage():
-    """However they spread over units and nodes, the fiftieth is one too many."""
+    """The fiftieth failure ends the stage, whichever units and nodes failed."""
     policy = FailurePolicy()
     nodes = {f"node {n}" for n in range(60)}
     for n in range(49):
@@ -178,8 +178,7 @@ NODES = st.frozensets(st.sampled_from(["x", "y", "z"]), min_size=1)
 
 @given(FAILURES, NODES)
 def test_preemptions_count_for_nothing(history, nodes):
-    """Whatever else happened, a preemption is repeated, and the others mean what they mean
-    without it."""
+    """A preemption is always repeated, and other decisions do not depend on preemptions."""
     counted = [each for each in history if each.cause is not PREEMPTED]
     if history[-1].cause is PREEMPTED:
         assert decide(Status(tuple(history), nodes)).action is Action.REPEAT
@@ -191,7 +190,7 @@ def test_preemptions_count_for_nothing(history, nodes):
 
 @given(FAILURES, NODES)
 def test_a_node_is_quarantined_only_if_there_is_another(history, nodes):
-    """And only for what happened on it: three failures that were no loss of the node itself."""
+    """A quarantine needs three failures on the node that were not the loss of the node."""
     decision = decide(Status(tuple(history), nodes))
     if decision.action is Action.QUARANTINE:
         node = history[-1].node
@@ -202,7 +201,7 @@ def test_a_node_is_quarantined_only_if_there_is_another(history, nodes):
 
 @given(FAILURES, NODES)
 def test_a_unit_ends_the_run_for_its_own_failures_alone(history, nodes):
-    """Failures of other units never make a unit's own mean more than a quarantine."""
+    """Failures of other units do not make a unit end the run."""
     own = tuple(each for each in history if each.unit == history[-1].unit)
     ends = decide(Status(own, nodes)).action is Action.END
     if decide(Status(tuple(history), nodes)).action is Action.END:
@@ -210,16 +209,16 @@ def test_a_unit_ends_the_run_for_its_own_failures_alone(history, nodes):
 
 
 def test_a_cluster_of_quarantined_nodes_ends_the_run():
-    """Nobody could be waited for; with another node, or none quarantined, somebody can."""
+    """No worker can start; with another node, or without a quarantine, one can."""
     check_nodes({"x"}, {"y"})
     check_nodes(set(), set())
-    with pytest.raises(WorkerError, match="no node is left but those that are quarantined: x, y"):
+    with pytest.raises(WorkerError, match="all nodes are quarantined: x, y"):
         check_nodes(set(), {"y", "x"})
 
 
 def test_a_deadline_is_ten_times_the_longest_call(monkeypatch):
-    """Of the same method, and never below the floor, which is higher for what is known to be
-    slow, and which the environment may set."""
+    """The deadline follows the longest call of the same method, and is never below the floor,
+    which is higher for methods that are known to be slow; the environment can set it."""
     monkeypatch.delenv(VARIABLE, raising=False)
     deadlines = Deadlines()
     assert deadlines.of("step") == 1800
@@ -237,7 +236,7 @@ def test_a_deadline_is_ten_times_the_longest_call(monkeypatch):
 
 
 def test_an_input_that_vanishes_again_and_again_ends_the_run():
-    """Making it a third time would not keep it either."""
+    """The third miss of the same input ends the run."""
     policy = FailurePolicy()
     decisions = [policy.after_missing("blocks 2-3, chunk 1") for _ in range(3)]
     assert [each.action for each in decisions] == [Action.REPEAT, Action.REPEAT, Action.END]
@@ -246,8 +245,8 @@ def test_an_input_that_vanishes_again_and_again_ends_the_run():
     assert policy.after_missing("blocks 2-3, chunk 2").action is Action.REPEAT
 
 
-def test_a_bag_survives_lost_workers(run):
-    """Every unit is done once, whoever was lost over it, and every loss is told."""
+def test_independent_calls_survive_lost_workers(run):
+    """Each unit succeeds once in spite of losses, and each loss is an event."""
     script = [("file 1", LOST), ("file 1", LOST), ("file 4", LOST)]
     pool, done, events = run(bag(), script=script)
     assert sorted(done) == [f"file {n}" for n in range(6)]
@@ -258,7 +257,7 @@ def test_a_bag_survives_lost_workers(run):
 
 
 def test_a_lost_worker_in_a_pass_costs_its_shard_only(run):
-    """The shard is opened and fed again; shards that are done or held by others go on."""
+    """Its shard is opened and fed again; other shards continue."""
     pool, done, _ = run(four_blocks(), script=[("blocks 2-3, chunk 2", LOST)])
     assert sorted(label for label in done if "finish" in label) == [
         f"block {block}, finish" for block in range(4)
@@ -269,7 +268,7 @@ def test_a_lost_worker_in_a_pass_costs_its_shard_only(run):
 
 
 def test_the_last_worker_may_be_lost_too(run):
-    """One worker, lost in every kind of call, and its successors end the pass."""
+    """A single worker and its successors complete the pass, lost in each kind of call."""
     kinds = ["open", "chunk 0", "chunk 1", "chunk 2"]
     script = [(f"blocks {blocks}, {kind}", LOST) for blocks in ("0-1", "2-3") for kind in kinds]
     script += [(f"block {block}, finish", LOST) for block in range(4)]
@@ -280,7 +279,7 @@ def test_the_last_worker_may_be_lost_too(run):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_any_mixture_of_losses_and_missing_chunks_ends_well(seed, run):
-    """Every block is finished, whatever is lost or missing on the way, and in whatever call."""
+    """Every block is finished, whichever workers are lost and chunks are missing."""
     rng = random.Random(seed)
     pool, _, _ = run(eight_blocks(), workers=3)
     script = [(label, LOST) for label in rng.sample(pool.started, 6) for _ in range(2)]
@@ -297,7 +296,7 @@ def test_any_mixture_of_losses_and_missing_chunks_ends_well(seed, run):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_faults_of_every_kind_together_end_well(seed, run, monkeypatch):
-    """Units that fail once, in whatever way, on nodes that drain or are quarantined meanwhile."""
+    """Units may fail once, in any way, on nodes that drain or are quarantined meanwhile."""
     monkeypatch.setenv(VARIABLE, "0.02")
     rng = random.Random(seed)
     pool, _, _ = run(eight_blocks(), workers=3)
@@ -311,18 +310,18 @@ def test_faults_of_every_kind_together_end_well(seed, run, monkeypatch):
 
 
 def test_a_poisonous_unit_is_named(run):
-    """The loop ends with the policy's words after the third worker."""
+    """The loop raises the policy's error after the third lost worker."""
     with pytest.raises(WorkerError, match=r"^block 1, finish: lost its worker 3 times"):
         run(four_blocks(), script=[("block 1, finish", LOST)] * 3)
 
 
 def held_at_once(pool):
-    """The blocks that workers were told to hold, in the order in which they first were."""
+    """Blocks of the opened shards, in the order of their first opening."""
     return list(dict.fromkeys(label.split(",")[0] for label in pool.started if "open" in label))
 
 
 def test_a_shard_that_is_too_large_is_held_in_parts(run):
-    """Whatever call runs out of memory, blocks are held one by one from then on, all finished."""
+    """After any call runs out of memory, blocks are held one by one, and all are finished."""
     for call in ("open", "chunk 1"):
         pool, done, events = run(four_blocks(), 1, [(f"blocks 0-1, {call}", TOO_LARGE)])
         assert held_at_once(pool) == ["blocks 0-1", *(f"block {block}" for block in range(4))]
@@ -333,14 +332,14 @@ def test_a_shard_that_is_too_large_is_held_in_parts(run):
 
 
 def test_a_block_that_is_too_large_ends_the_run(run):
-    """When there is nothing left to split, the machines cannot do it."""
+    """A single block that runs out of memory three times is infeasible."""
     script = [("blocks 0-1, open", TOO_LARGE), *[("block 0, open", TOO_LARGE)] * 3]
     with pytest.raises(InfeasibleError, match=r"^block 0, open: lost its worker 3 times"):
         run(four_blocks(), 1, script)
 
 
 def test_a_worker_in_this_process_gives_up_its_memory():
-    """Without Ray too: the worker that ran out of memory is dropped before another is made."""
+    """The local pool drops a worker that ran out of memory before it makes another."""
     made, alive = [], []
 
     class Worker:
@@ -370,7 +369,7 @@ def test_a_worker_in_this_process_gives_up_its_memory():
 
 
 def test_a_call_past_its_deadline_is_made_by_another(run, monkeypatch):
-    """The one that hangs is ended with its stacks; one that has only not been heard is not."""
+    """A hanging call is ended with its stacks; one that has ended meanwhile counts as success."""
     monkeypatch.setenv(VARIABLE, "0.05")
     pool, done, events = run(bag(), script=[("file 1", "hang")])
     assert sorted(done) == [f"file {n}" for n in range(6)]
@@ -381,7 +380,7 @@ def test_a_call_past_its_deadline_is_made_by_another(run, monkeypatch):
 
 
 def test_a_unit_that_hangs_on_two_nodes_ends_the_run(run, monkeypatch):
-    """It would hang everywhere."""
+    """A unit that failed on two nodes is the cause itself."""
     monkeypatch.setenv(VARIABLE, "0.05")
     script = [("file 5", "hang"), ("file 5", {"lost": "killed"})]
     with pytest.raises(WorkerError, match=r"^file 5: its worker hung on . and died on"):
@@ -389,7 +388,7 @@ def test_a_unit_that_hangs_on_two_nodes_ends_the_run(run, monkeypatch):
 
 
 def test_a_node_with_three_failures_gets_no_more_work(run):
-    """Its other workers are given up too, and everything is done on the other node."""
+    """Its other workers are replaced as well, and the other node does all units."""
     pool, done, events = run(bag(20), workers=4, script=[("b", LOST)] * 3, nodes="ab")
     assert sorted(done) == sorted(f"file {n}" for n in range(20))
     assert [event["event"] for event in events][:4] == ["lost", "lost", "lost", "quarantined"]
@@ -399,7 +398,7 @@ def test_a_node_with_three_failures_gets_no_more_work(run):
 
 @pytest.mark.parametrize("calls", range(1, 20, 3))
 def test_a_draining_node_gets_no_new_call(run, calls):
-    """Whenever it is told to go, calls that run there end well, and others do the rest."""
+    """Running calls of a draining node succeed, and other nodes do the rest."""
     pool, done, events = run(four_blocks(), nodes="ab", drains={"b": calls})
     assert sum("finish" in label for label in done) == 4
     assert {(event["event"], event["node"]) for event in events} <= {("retired", "b")}
@@ -407,7 +406,7 @@ def test_a_draining_node_gets_no_new_call(run, calls):
 
 
 def test_a_missing_chunk_is_made_again(run):
-    """The worker that emitted it is not needed: whoever is free opens that shard again."""
+    """Any free worker opens the shard that makes the chunk again."""
     missing = {"error": MissingChunk(2, 1)}
     pool, done, events = run(four_blocks(), script=[("blocks 2-3, chunk 1", missing)])
     assert sum("finish" in label for label in done) == 4
@@ -417,14 +416,14 @@ def test_a_missing_chunk_is_made_again(run):
 
 
 def test_a_chunk_that_never_lasts_ends_the_run(run):
-    """Without end it would be made and missed again."""
+    """A chunk that is missing again and again is not made without end."""
     missing = ("blocks 2-3, chunk 1", {"error": MissingChunk(2, 1)})
     with pytest.raises(WorkerError, match="damaged again"):
         run(four_blocks(), script=[missing] * 9)
 
 
 def test_an_error_of_ours_ends_the_run_as_itself(run):
-    """Bad input is bad on every worker; it is not tried again."""
+    """An input error is raised as itself and not repeated, because any worker would raise it."""
     error = InputError("model.layers.2: 3 weights are not finite")
     with pytest.raises(InputError) as raised:
         run(bag(), script=[("file 2", {"error": error})])
@@ -432,7 +431,7 @@ def test_an_error_of_ours_ends_the_run_as_itself(run):
 
 
 def test_an_error_of_others_is_given_the_unit_s_name(run):
-    """A fault in the code is no loss: it ends the run, with the unit and the error before it."""
+    """A fault in the code ends the run with the unit's name and the original error."""
     error = ZeroDivisionError("division by zero")
     with pytest.raises(
         WorkerError, match=r"^file 2: ZeroDivisionError: division by zero"
@@ -442,14 +441,14 @@ def test_an_error_of_others_is_given_the_unit_s_name(run):
 
 
 def test_only_awaited_chunks_are_handed_over(run):
-    """A chunk that nobody takes soon is let go and read from its file."""
+    """A chunk that is not awaited is released, and read from its file."""
     pool, _, _ = run(four_blocks(), awaited=lambda chunk: chunk[1] < 2)
     assert pool.records["blocks 2-3, chunk 0"] == "blocks 0-1, chunk 0 gave this"
     assert pool.records["blocks 2-3, chunk 2"] is None
 
 
 def test_workers_come_for_what_a_schedule_can_use(run):
-    """A run that began with one takes those that come, and asks for no more than it can use."""
+    """A growing run uses new workers, and requests no more than the schedule can use."""
     pool, done, _ = run(bag(), workers=1, growing_to=4)
     assert len(done) == 6
     assert len(pool.workers()) == 4
@@ -458,7 +457,7 @@ def test_workers_come_for_what_a_schedule_can_use(run):
 
 
 def test_an_idle_worker_that_is_too_many_is_given_back(run, monkeypatch):
-    """At the end of a stage those go that have nothing to do, and say so; one is at its call."""
+    """Idle surplus workers are given back, with an event; the busy one stays."""
     monkeypatch.setattr("orchestrator.runtime.scaling.IDLE_SECONDS", -1.0)
     pool, done, events = run(bag(4), workers=4)
     assert len(done) == 4
@@ -468,7 +467,7 @@ def test_an_idle_worker_that_is_too_many_is_given_back(run, monkeypatch):
 
 
 def test_who_holds_a_shard_is_never_given_back(run, monkeypatch):
-    """A worker that waits for chunks keeps what it has gathered; those that are free go."""
+    """A worker that holds a shard is not given back while it waits; free ones are."""
     monkeypatch.setattr("orchestrator.runtime.scaling.IDLE_SECONDS", -1.0)
     pool, done, events = run(four_blocks(), workers=4)
     assert [event["event"] for event in events].count("returned") == 3
@@ -478,7 +477,7 @@ def test_who_holds_a_shard_is_never_given_back(run, monkeypatch):
 
 
 def test_a_growing_run_waits_for_its_nodes(run, monkeypatch):
-    """All its nodes are quarantined: others may come, so it is said, and waited for."""
+    """With all nodes quarantined, a growing run waits for new nodes, and others end."""
     monkeypatch.setattr("orchestrator.runtime.dispatch.PATIENCE_SECONDS", -1.0)
 
     for growing, ends in ((0, True), (1, False)):

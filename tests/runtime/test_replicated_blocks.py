@@ -1,4 +1,4 @@
-"""The schedule of blocks that are lent to all workers, as a value; no Ray, no tensors."""
+"""Schedule of replicated blocks, as a value, without Ray and without tensors."""
 
 import random
 from collections import defaultdict
@@ -30,7 +30,7 @@ def command_of(method, block=0):
 
 
 def rounds(block, is_made):
-    """A block's program: passes around two steps; it gives its rounds' values."""
+    """Program of a block: passes around two steps. Returns the values of its rounds."""
     values = []
     for method, parts, merges in ROUNDS:
         if method == "descend" and is_made:
@@ -42,7 +42,7 @@ def rounds(block, is_made):
 
 
 class Replica:
-    """What a worker holds: the steps that it has made, each as the slices it was summed from."""
+    """State of a worker: its steps, each as the slices of which it is the sum."""
 
     def __init__(self):
         self.steps = self.pending = None
@@ -107,7 +107,7 @@ def drive(schedule, workers=2, *, loss=0.0, gone=0.0, late=0.0, seed=0):
 
 
 def expected(blocks):
-    """What the programs of blocks give, whoever performs them."""
+    """Results of the programs of blocks."""
     steps = {"look": [0], "descend": [0, 1], "leave": [2]}
     values = []
     for method in ("look", "descend", "leave"):
@@ -117,8 +117,8 @@ def expected(blocks):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 9])
-def test_any_crew_makes_the_same_of_every_block(workers):
-    """Values come in the order of the parts, after the same steps; each part is made once."""
+def test_any_number_of_workers_gives_the_same_result(workers):
+    """Values are in the order of the parts, after the same steps; each part is made once."""
     schedule = ReplicatedBlocks(todo=[2, 0, 1], present=[], program=rounds)
     ended, done = drive(schedule, workers)
     assert ended == expected(range(3))
@@ -128,7 +128,7 @@ def test_any_crew_makes_the_same_of_every_block(workers):
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_parts_are_shared_evenly(workers):
-    """No replica makes more parts of a round than another, and one."""
+    """The numbers of parts of two replicas in a round differ by one at most."""
     _, done = drive(ReplicatedBlocks(todo=[0], present=[], program=rounds), workers)
     for at in range(len(ROUNDS)):
         shares = [len(call.command.parts) for call in done[at * workers : (at + 1) * workers]]
@@ -136,14 +136,14 @@ def test_parts_are_shared_evenly(workers):
 
 
 def test_a_replica_that_is_alone_hands_over_nothing():
-    """It keeps what it makes: all parts of every round, in one call."""
+    """A single replica makes all parts of each round in one call, and emits no record."""
     _, done = drive(ReplicatedBlocks(todo=[0], present=[], program=rounds), 1)
     assert [call.emits for call in done] == [None] * 4
     assert [call.command.parts for call in done] == [tuple(range(n)) for n in (5, 3, 3, 5)]
 
 
 def test_it_begins_where_the_input_lies_and_ends_behind_the_last():
-    """The nearest boundary before the first block to make; made blocks are gone through."""
+    """It begins at the nearest stored boundary; blocks that are made are passed through."""
     for present, first in (([], 0), ([1], 1), ([1, 3], 3), ([1, 4, 5], 1), ([2, 6], 2)):
         ended, _ = drive(ReplicatedBlocks(todo=[3, 5], present=present, program=rounds))
         made = dict(expected(range(6)))
@@ -151,7 +151,7 @@ def test_it_begins_where_the_input_lies_and_ends_behind_the_last():
 
 
 def test_nothing_to_do_is_finished():
-    """A chain whose blocks are all made asks for nothing."""
+    """A schedule whose blocks are all made gives no call."""
     schedule = ReplicatedBlocks(todo=[], present=[4], program=rounds)
     assert schedule.finished
     assert schedule.calls([0]) == []
@@ -159,7 +159,7 @@ def test_nothing_to_do_is_finished():
 
 @pytest.mark.parametrize("seed", range(60))
 def test_accidents_change_nothing_of_what_is_made(seed):
-    """Workers lost at any moment, records gone, workers that come late: the same of every block.
+    """Lost workers, lost records and late workers do not change the result of a block.
 
     The replicas' own check, that all have made the same steps, holds throughout.
     """
@@ -169,7 +169,7 @@ def test_accidents_change_nothing_of_what_is_made(seed):
 
 
 def test_a_lost_worker_costs_the_others_what_it_was_at():
-    """Its parts are made by who is left, in the same state; nothing is made twice."""
+    """The other replicas make its parts, in the same state; no part is made twice."""
     schedule = ReplicatedBlocks(todo=[0], present=[], program=rounds)
     calls = schedule.calls([0, 1, 2])
     assert [call.command.parts for call in calls] == [(0, 1), (2, 3), (4,)]
@@ -183,7 +183,7 @@ def test_a_lost_worker_costs_the_others_what_it_was_at():
 
 
 def test_a_worker_given_up_between_its_calls_is_missed_by_nobody():
-    """The round goes on without it; the last one takes the block with it."""
+    """The round continues without it; the loss of the last replica restarts the block."""
     schedule = ReplicatedBlocks(todo=[0], present=[], program=rounds)
     one, other = schedule.calls([0, 1])
     schedule.succeeded(one)
@@ -199,7 +199,7 @@ def test_a_worker_given_up_between_its_calls_is_missed_by_nobody():
 
 
 def test_a_missing_input_is_made_again_from_the_models():
-    """What was made stays and is gone through."""
+    """Blocks that are made stay, and are passed through again."""
     schedule = ReplicatedBlocks(todo=range(3), present=[], program=rounds)
     replica, ended = Replica(), []
     while not ended:
@@ -215,7 +215,7 @@ def test_a_missing_input_is_made_again_from_the_models():
 
 
 def test_replicas_that_differ_end_the_run():
-    """One line that names the block and both states; what is not a number is equal to itself."""
+    """The error names the block and both states; NaN equals itself."""
     for states, fits in (((float("nan"), float("nan")), True), ((1.0, 1.0 + 2**-52), False)):
         schedule = ReplicatedBlocks(todo=[0], present=[], program=rounds)
         for call, state in zip(schedule.calls([0, 1]), states, strict=True):
@@ -229,7 +229,7 @@ def test_replicas_that_differ_end_the_run():
 
 
 def perform(program, give):
-    """A program's rounds, with what `give` says of each, and what it comes to."""
+    """Rounds of a program whose results `give` returns, and the program's result."""
     asked = [next(program)]
     while True:
         try:
@@ -239,7 +239,7 @@ def perform(program, give):
 
 
 def walk(errors, **options):
-    """The rounds of a block whose held-out errors are these, and its facts."""
+    """Rounds of a block with these held-out errors, and its facts."""
     coming = iter(errors)
     given = {
         "look": lambda each: Found([(10, 5.0)] * each.parts, {}),
@@ -256,7 +256,7 @@ def walk(errors, **options):
 
 
 def test_a_block_is_trained_until_it_gets_no_better():
-    """The state behind the best epoch is kept, before the next step; the last one is not."""
+    """The state after the best epoch is kept before the next step; the last state is not."""
     options = {"epochs": 9, "batches": 2, "patience": 2, "slices": 8, "held_out": 0.2}
     asked, facts = walk([40.0, 30.0, 35.0, 32.0], **options)
     epoch = ["descend", "descend", "evaluate"]
@@ -275,7 +275,7 @@ def test_a_block_is_trained_until_it_gets_no_better():
 
 
 def test_the_last_state_is_kept_where_it_is_the_best():
-    """It is told to the round behind the training."""
+    """The round after the training keeps the last state if it is the best."""
     asked, facts = walk([40.0, 30.0, 20.0], epochs=2, batches=1, held_out=0.2)
     assert asked[-2].command == Leave(keep=True)
     assert (facts["refinement"]["best"], facts["refinement"]["stop"]) == (2, "end")
@@ -283,6 +283,6 @@ def test_the_last_state_is_kept_where_it_is_the_best():
 
 @pytest.mark.parametrize(("slices", "parts"), [(1, [1, 1]), (2, [2, 2]), (3, [3, 2]), (8, [3, 2])])
 def test_a_step_has_as_many_parts_as_are_allowed_and_it_has_chunks(slices, parts):
-    """Of five chunks to train on the first batch has three."""
+    """A step has at most as many parts as slices are allowed, and as it has chunks."""
     ledger = Ledger(6, RefineOptions(batches=2, slices=slices))
     assert [ledger.parts(batch) for batch in range(2)] == parts

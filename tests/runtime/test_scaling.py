@@ -1,4 +1,4 @@
-"""How many workers there are to be, as a function of what is asked, there and of use."""
+"""Number of workers as a function of the request, the room and the work."""
 
 import pytest
 from hypothesis import given
@@ -29,14 +29,14 @@ TABLE = {
 
 @pytest.mark.parametrize("case", TABLE)
 def test_how_many_workers_are_wanted(case):
-    """The work, the bounds and, unless more is asked for, the room decide."""
+    """The work, the bounds and, unless the pool grows, the room decide."""
     asked, max_workers, room, count = TABLE[case]
     assert wanted(Bounds.of(asked), max_workers, room) == count
 
 
 @given(ASKED, COUNTS, COUNTS)
 def test_bounds_hold(asked, max_workers, room):
-    """Never above what is asked for, nor above the room unasked; for more work never fewer."""
+    """The number never exceeds the bounds, nor the room unless the pool grows, and is monotonic."""
     bounds = Bounds.of(asked)
     count = wanted(bounds, max_workers, room)
     assert bounds.most is None or count <= bounds.most
@@ -49,14 +49,14 @@ def test_bounds_hold(asked, max_workers, room):
 
 @pytest.mark.parametrize("asked", ["0", "3..2", "0..4", "1..", "..4", "x", "1...4", "-1", 0, -3])
 def test_what_is_no_number_of_workers_is_refused(asked):
-    """The message says what is allowed."""
+    """The message names the allowed values."""
     with pytest.raises(UsageError, match=r"workers is .*; it must be a number of 1 or above, or M"):
         Bounds.of(asked)
 
 
 @given(st.dictionaries(st.integers(0, 20), st.floats(0, 100)), st.integers(-5, 25))
 def test_the_longest_idle_are_given_back(idle, spare):
-    """No more than are too many, none that was at work a moment ago, the longest idle first."""
+    """At most the surplus is given back, only workers idle for long, the longest idle first."""
     gone = to_give_back(idle, spare)
     stay = {worker for worker, seconds in idle.items() if seconds > IDLE_SECONDS} - set(gone)
     assert len(gone) == len(set(gone)) <= max(0, spare)

@@ -1,4 +1,4 @@
-"""The schedule of a pass and of a bag, driven by a simulated pool; no Ray, no tensors."""
+"""Schedules of a pass and of independent calls, without Ray and without tensors."""
 
 import random
 from collections import Counter
@@ -104,7 +104,7 @@ def make_pass(blocks=10, shards=4, chunks=5, todo=None, results=None, present=No
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 @pytest.mark.parametrize("shards", [1, 2, 4, 10])
 def test_every_block_is_finished_once_after_every_chunk_in_order(workers, shards):
-    """With any number of workers and shards the pass ends, and no work is done twice."""
+    """A pass ends with any number of workers and shards, and executes each call once."""
     simulation = Simulation(make_pass(shards=shards), workers, seed=workers).run()
     assert sorted(simulation.finished) == list(range(10))
     assert set(simulation.performed.values()) == {1}
@@ -112,14 +112,14 @@ def test_every_block_is_finished_once_after_every_chunk_in_order(workers, shards
 
 @pytest.mark.parametrize("seed", range(20))
 def test_losing_workers_loses_nothing(seed):
-    """Whoever is lost in whatever call, every block is finished exactly once."""
+    """Each block is finished exactly once, whichever workers are lost in whichever calls."""
     simulation = Simulation(make_pass(), workers=3, seed=seed, loss=0.1).run()
     assert sorted(simulation.finished) == list(range(10))
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_backward_pass_goes_from_the_last_shard_to_the_first(seed):
-    """Chunks enter a shard behind its last block; whoever is lost, nothing else changes."""
+    """Chunks enter a shard after its last block; lost workers change nothing else."""
     schedule = make_pass(backward=True)
     (call,) = schedule.calls([0])
     assert call.command == Open(blocks=(8, 10), todo=(8, 9), ahead=(6, 8))
@@ -131,7 +131,7 @@ def test_a_backward_pass_goes_from_the_last_shard_to_the_first(seed):
 
 @given(data=st.data())
 def test_a_pass_that_reads_another_ones_chunks_breaks_off_and_is_gone_on_with(data):
-    """Whatever the other pass has lost, and whoever wants memory: each block is finished once."""
+    """Each block is finished once, whichever chunks are lost and whichever calls lack memory."""
     blocks = data.draw(st.integers(1, 9), label="blocks")
     group = data.draw(st.integers(1, 2), label="group")
     cut = cut_blocks(blocks, data.draw(st.integers(1, blocks), label="shards"), group)
@@ -163,7 +163,7 @@ def test_a_pass_that_reads_another_ones_chunks_breaks_off_and_is_gone_on_with(da
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_pass_that_keeps_fills_every_boundary(workers):
-    """Chunks that lie behind a gap do not stand for those in it, and none is dropped."""
+    """Chunks after a gap do not replace those in the gap, and none is dropped."""
     present = [set(), {0}, set(range(5)), {3}]
     schedule = make_pass(todo=[], results=set(range(5)), present=present, keeps=[3, 6, 8])
     simulation = Simulation(schedule, workers).run()
@@ -173,14 +173,14 @@ def test_a_pass_that_keeps_fills_every_boundary(workers):
 
 
 def test_a_block_that_is_committed_is_not_finished_again():
-    """Blocks that are not to do take part only as far as the blocks behind them need chunks."""
+    """Committed blocks only pass on the chunks that later blocks need."""
     simulation = Simulation(make_pass(todo=[7]), workers=2).run()
     assert simulation.finished == [7]
     assert not any(label.startswith("blocks 8-9") for label in simulation.performed)
 
 
 def test_chunks_that_are_there_are_not_computed_again():
-    """A pass that is taken up again starts at the boundary whose chunks lie in the store."""
+    """A resumed pass starts at the boundary whose chunks are stored."""
     present = [set(), set(range(5)), {0, 1}, set()]
     simulation = Simulation(make_pass(todo=[8, 9], present=present), workers=1).run()
     steps = [label for label in simulation.performed if "chunk" in label]
@@ -191,14 +191,14 @@ def test_chunks_that_are_there_are_not_computed_again():
 
 
 def test_results_behind_the_last_shard_are_made_once():
-    """A pass that wants results feeds only the chunks whose result is missing."""
+    """A pass with results steps only through the chunks whose result is missing."""
     simulation = Simulation(make_pass(todo=[], results={0, 2}), workers=2).run()
     last = [label for label in simulation.performed if label.startswith("blocks 8-9, chunk")]
     assert sorted(last) == [f"blocks 8-9, chunk {index}" for index in (1, 3, 4)]
 
 
 def test_a_chunk_is_handed_over_only_where_somebody_waits_for_it():
-    """With one worker the file is enough; with two, the second holds what comes next."""
+    """With one worker the file is enough; with two, the second holds the next shard."""
     for workers, expected in [(1, False), (2, True)]:
         schedule = make_pass(blocks=4, shards=2, chunks=2)
         for call in schedule.calls(range(workers)):
@@ -211,8 +211,8 @@ def test_a_chunk_is_handed_over_only_where_somebody_waits_for_it():
         assert step.command == Step(1, emit=True, hand_over=expected, next_index=None)
 
 
-def test_a_worker_is_told_what_it_will_hold_next():
-    """The first of the pass is the first to be free, and takes the first that nobody holds."""
+def test_an_opened_shard_names_the_blocks_to_read_ahead():
+    """The worker of the first shard is free first, and takes the first free shard."""
     schedule = make_pass(blocks=10, shards=5)
     opened = schedule.calls([0, 1])
     assert [call.command.blocks for call in opened] == [(0, 2), (2, 4)]
@@ -222,14 +222,14 @@ def test_a_worker_is_told_what_it_will_hold_next():
 
 
 def test_a_pass_with_nothing_to_do_is_finished():
-    """When every block is committed no call is made."""
+    """No call is made if all blocks are committed."""
     schedule = make_pass(todo=[])
     assert schedule.finished
     assert schedule.calls([0, 1]) == []
 
 
 def test_a_starved_worker_gives_its_shard_up_for_an_earlier_one():
-    """When the only worker left waits for chunks of a shard that nobody holds, it takes that."""
+    """The last worker takes the free shard whose chunks it waits for."""
     schedule = make_pass(blocks=4, shards=2, chunks=2)
     first, second = schedule.calls([0, 1])
     schedule.succeeded(second)
@@ -239,7 +239,7 @@ def test_a_starved_worker_gives_its_shard_up_for_an_earlier_one():
 
 
 def test_spent_boundaries_are_dropped_and_not_needed_again():
-    """Once a shard is done its input may go, and the shard before it stays done."""
+    """The input of a done shard may be dropped, and the shard before it stays done."""
     schedule = make_pass(blocks=2, shards=2, chunks=1)
     dropped = []
     while not schedule.finished:
@@ -251,7 +251,7 @@ def test_spent_boundaries_are_dropped_and_not_needed_again():
 
 
 def test_a_missing_chunk_is_computed_again():
-    """A chunk that turns out damaged sends the pass back to the shard that makes it."""
+    """A damaged chunk sends the pass back to the shard that makes it."""
     schedule = make_pass(blocks=2, shards=2, chunks=1, todo=[1])
     calls = []
     damaged = True
@@ -268,7 +268,7 @@ def test_a_missing_chunk_is_computed_again():
 
 
 def test_only_chunks_that_are_taken_soon_are_held():
-    """A chunk is awaited when its taker is at most a window behind, and never without a taker."""
+    """A chunk is awaited if a worker holds its shard and takes it within the window."""
     schedule = make_pass(blocks=2, shards=2, chunks=9)
     assert not schedule.is_awaited((1, 0), window=3)
     schedule.calls([0, 1])
@@ -277,8 +277,8 @@ def test_only_chunks_that_are_taken_soon_are_held():
 
 @given(data=st.data())
 def test_splitting_shards_changes_no_statistic(data):
-    """Whoever wants memory in whatever call, and whoever is lost: every block is still finished
-    once, by a worker that has seen every chunk in order; no chunk is taken that is not there."""
+    """Whichever calls lack memory and whichever workers are lost, each block is finished once, by
+    a worker that has seen every chunk in order, and no missing chunk is taken."""
     blocks = data.draw(st.integers(1, 12), label="blocks")
     group = data.draw(st.integers(1, 3), label="group")
     count = data.draw(st.integers(1, 4), label="chunks")
@@ -302,8 +302,8 @@ def test_splitting_shards_changes_no_statistic(data):
         assert simulation.there[blocks] == set(range(count))
 
 
-def test_one_want_of_memory_is_enough():
-    """What nobody holds and is not done is split with it; what is held or done stays as it is."""
+def test_one_call_out_of_memory_splits_all_free_shards():
+    """Free unfinished shards are split with it; held and done shards stay."""
     schedule = make_pass(blocks=8, shards=4, chunks=1, joints=range(8))
     while not schedule.is_done(0):
         (call,) = schedule.calls([0])
@@ -319,7 +319,7 @@ def test_one_want_of_memory_is_enough():
 
 
 def test_a_shard_without_joints_is_not_split():
-    """Of one block, of one group of blocks, or where chunks between blocks are of no use."""
+    """A shard of one block, or of one group of blocks, or without inner joints is not split."""
     for options in ({"shards": 10, "joints": range(10)}, {"shards": 4}, {"joints": [0, 3, 6, 8]}):
         schedule = make_pass(**options)
         (call,) = schedule.calls([0])
@@ -329,7 +329,7 @@ def test_a_shard_without_joints_is_not_split():
 
 
 def test_a_retired_worker_leaves_its_shard_to_others():
-    """Its shard is opened again by whoever is there, from its first chunk."""
+    """Another worker opens its shard again, from the first chunk."""
     schedule = make_pass(blocks=2, shards=1, chunks=2)
     for _ in range(2):
         (call,) = schedule.calls([0])
@@ -344,8 +344,8 @@ def test_a_retired_worker_leaves_its_shard_to_others():
     assert calls == [Open((0, 2), (0, 1)), *steps, Finish(0), Finish(1)]
 
 
-def test_a_bag_runs_every_unit_once_and_a_lost_one_again():
-    """Independent units end once each, whatever is lost on the way."""
+def test_independent_calls_run_once_and_lost_ones_again():
+    """Each unit succeeds once, whichever call is lost."""
     bag = IndependentCalls([(f"file {n}", Finish(n)) for n in range(5)])
     done, lost_once = [], False
     while not bag.finished:
@@ -383,7 +383,7 @@ def test_default_shards_fill_the_last_wave():
 
 
 def test_a_shard_goes_where_its_chunks_are_made():
-    """Neighbours come to lie on one node, and what a lost worker held goes back to its node."""
+    """Neighbouring shards go to one node, and the shard of a lost worker back to its node."""
     nodes = {0: "a", 1: "b", 2: "a", 3: "b", 4: "b"}
     schedule = ShardPass(
         cut_blocks(8, 4), todo=range(8), num_chunks=3, present=[set() for _ in range(4)]
@@ -399,8 +399,8 @@ def test_a_shard_goes_where_its_chunks_are_made():
     assert took == {2: 5, 3: 4}, "behind shard 1, which is on a; then anywhere"
 
 
-def test_what_a_schedule_can_use_falls_to_nothing():
-    """Whoever is one too many is told so before the end: at it, nobody is wanted."""
+def test_the_number_of_useful_workers_falls_to_zero():
+    """The number of useful workers falls with the remaining calls, to 0 at the end."""
     bag = IndependentCalls([(f"file {n}", Finish(n)) for n in range(3)])
     seen = []
     while not bag.finished:

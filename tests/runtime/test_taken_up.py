@@ -1,4 +1,4 @@
-"""A run that is taken up where bits may differ: other threads stand for any other environment."""
+"""Resumption in another environment; a number of threads stands for any environment."""
 
 import pytest
 from pipeline import contents, run, write_llama, write_text
@@ -16,7 +16,7 @@ HERE, THERE = {"device": "cpu", "threads": 2}, {"device": "cpu", "threads": 1}
 
 @pytest.fixture
 def left(tmp_path):
-    """What is taken up of four units, of which each was made in one of two environments, or not."""
+    """Reused units of four, each of which was made in one of two environments, or not."""
     directory = RunDirectory(tmp_path)
 
     def left(made, *, allow_mixed=False, is_all=True):
@@ -35,15 +35,15 @@ def left(tmp_path):
 
 
 def test_units_of_this_environment_are_taken_up(left):
-    """Nothing is said of them, and the report has no word of another environment."""
+    """Units of this environment are reused without a note, and the report mentions no other one."""
     assert left({0: HERE, 2: HERE}) == ({0, 2}, [], [])
 
 
 def test_a_stage_that_is_complete_elsewhere_is_taken_as_it_is(left):
-    """All its units are alike, so nothing is gained by making them again; but it is said."""
+    """A complete stage of another environment is reused, with a note."""
     found, (note,), elsewhere = left(dict.fromkeys(range(4), THERE))
     assert found == {0, 1, 2, 3}
-    assert note.startswith("4 of 4 units of calibrate were made with threads 1 (here 2): taken")
+    assert note.startswith("4 of 4 units of calibrate were made with threads 1 (here 2): reused")
     assert elsewhere == [{"stage": "calibrate", "units": 4, "environment": THERE}]
 
 
@@ -56,19 +56,19 @@ def test_a_stage_that_is_complete_elsewhere_is_taken_as_it_is(left):
     ],
 )
 def test_a_stage_left_unfinished_elsewhere_is_made_again_whole(left, made):
-    """Its units would not be alike; who wants them all the same says so."""
+    """An incomplete stage of another environment is made again, unless --allow-mixed is given."""
     here = {n for n, environment in made.items() if environment == HERE}
     found, (note,), elsewhere = left(made)
     assert (found, elsewhere) == (here, [])
-    assert note.endswith("made again, since others are missing; --allow-mixed takes them")
+    assert note.endswith("made again, because others are missing; --allow-mixed reuses them")
     found, (note,), elsewhere = left(made, allow_mixed=True)
     assert found == made.keys()
     assert elsewhere[0]["units"] == len(made) - len(here)
-    assert "taken as they are" in note
+    assert "reused; the result is not bit-identical" in note
 
 
 def test_what_is_only_a_part_of_a_stage_is_never_complete(left):
-    """The record of snapshots is one unit, however far training has come."""
+    """The record of snapshots is one unit, and not judged as complete."""
     made = dict.fromkeys(range(4), THERE)
     assert left(made, is_all=False)[0] == set()
     assert left(made, is_all=False, allow_mixed=True)[0] == {0, 1, 2, 3}
@@ -85,7 +85,7 @@ def text(tmp_path_factory):
 
 
 def stop_at(stage, done):
-    """Ends a run as a signal does, once so many units of a stage are done."""
+    """Interrupt a run like a signal, once so many units of a stage are done."""
 
     def on_event(event):
         if event.get("stage") == stage and event.get("done") == done:
@@ -95,7 +95,7 @@ def stop_at(stage, done):
 
 
 def stopped_and_taken_up(llama, text, out, stage, done, **fields):
-    """The report and the notes of a run that is left with one thread and taken up with two."""
+    """Report and notes of a run that is interrupted with one thread and resumed with two."""
     with pytest.raises(StoppedError):
         run(llama, out, text, on_event=stop_at(stage, done), threads=1, shards=4)
     events = []
@@ -105,7 +105,7 @@ def stopped_and_taken_up(llama, text, out, stage, done, **fields):
 
 
 def test_an_unfinished_stage_is_made_again_with_other_threads(llama, text, tmp_path):
-    """The bytes are those of a run that had two threads from its start."""
+    """The bytes equal those of a run with two threads from the start."""
     timings, notes = stopped_and_taken_up(llama, text, tmp_path / "out", "calibrate", 2)
     assert "made_elsewhere" not in timings
     assert sum("2 of 4 units of calibrate were made with threads 1" in note for note in notes) == 1
@@ -114,7 +114,7 @@ def test_an_unfinished_stage_is_made_again_with_other_threads(llama, text, tmp_p
 
 
 def test_a_finished_stage_and_a_mixed_one_are_said_in_the_report(llama, text, tmp_path):
-    """What other threads have made is gone on from: equal within rounding, and told."""
+    """Units of another number of threads are reused, with a note; results agree within rounding."""
     run(llama, tmp_path / "whole", text, threads=2)
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     for name, done, fields in (("all", 4, {}), ("some", 2, {"allow_mixed": True})):
@@ -129,7 +129,7 @@ def test_a_finished_stage_and_a_mixed_one_are_said_in_the_report(llama, text, tm
 
 
 def test_an_evaluation_says_what_was_scored_elsewhere(llama, text, tmp_path):
-    """Half of the scores come from one thread; two add the others."""
+    """Half of the scores are made with one thread, the others with two."""
     fields = {"text": str(text), "samples": 4, "sequence_length": 48, "executor": "local"}
     fields |= {"run_dir": tmp_path / "run"}
     with pytest.raises(StoppedError):

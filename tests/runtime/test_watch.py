@@ -1,4 +1,4 @@
-"""The status of a run whatever its end, and what a signal does to it; no Ray, no model."""
+"""Status of a run for each kind of end, and its reaction to signals."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def ended(run):
 
 
 def test_a_run_says_how_it_ended(run):
-    """Done, failed with the error's code and words, or failed by a fault of the code."""
+    """The status is done, failed with the error's code and message, or failed by a code fault."""
     with RunMonitor(run, None):
         assert run.status()["state"] == "running"
     assert ended(run) == ("done", 0)
@@ -47,7 +47,7 @@ def worker(node, pid):
 
 
 def test_the_status_says_who_is_at_work_and_what_is_left(run):
-    """Workers come and go, failures are counted, time is reckoned from the units of this run."""
+    """Workers and failures are counted, and the remaining time follows from this run's units."""
     with RunMonitor(run, None) as monitor:
         with monitor.stage("calibrate") as stage:
             workers = [worker("a", 1), worker("a", 2), worker("b", 1)]
@@ -70,7 +70,7 @@ def test_the_status_says_who_is_at_work_and_what_is_left(run):
 
 
 def test_a_stage_says_how_busy_its_workers_were(run):
-    """Of all passes of the stage together, also if another stage came between."""
+    """Utilisation covers all passes of a stage, even with another stage in between."""
     events = []
     with RunMonitor(run, events.append) as monitor:
         with monitor.stage("calibrate"):
@@ -104,7 +104,7 @@ def test_a_stage_says_what_memory_its_workers_took(run):
 
 
 def test_a_failure_is_on_record_with_its_log(run):
-    """The journal names the file, which holds all that is known; numbers go on in the next run."""
+    """The journal names the file of a failure; numbers continue in the next run."""
     failed = {"event": "failed", "unit": "block 6", "why": "no", "log": "line one\nline two"}
     events = []
     for number in (1, 2):
@@ -126,7 +126,7 @@ def perform(run, work):
 
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_stops_where_the_program_is(run, number):
-    """It leaves as StoppedError, the status is written, and the process is as it was."""
+    """A signal raises StoppedError, writes the status, and the handlers are restored."""
     before = [signal.getsignal(each) for each in STOPPING], signal.set_wakeup_fd(-1)
     went_on = []
 
@@ -143,7 +143,7 @@ def test_a_signal_stops_where_the_program_is(run, number):
 
 
 def test_a_signal_is_noted_while_the_program_is_away(run):
-    """The status is written at once, even if the main thread is in native code for longer."""
+    """The status is written at once, even while the main thread is in native code."""
     seen, away = [], []
 
     def stop():
@@ -170,7 +170,7 @@ def test_a_signal_is_noted_while_the_program_is_away(run):
 
 
 def test_more_signals_change_nothing(run):
-    """While what the first one ended is cleaned up, a second one does not disturb."""
+    """A second signal does not interrupt the clean-up after the first."""
     cleaned = []
 
     def work(monitor):
@@ -188,7 +188,7 @@ def test_more_signals_change_nothing(run):
 
 
 def test_a_swallowed_signal_stops_at_the_next_event(run):
-    """Whoever catches everything does not keep a run from being stopped."""
+    """A run stops even if a library swallows the exception."""
     went_on = []
 
     def work(monitor):
@@ -205,7 +205,7 @@ def test_a_swallowed_signal_stops_at_the_next_event(run):
 
 
 def test_a_deferred_signal_is_noted_now_and_obeyed_later(run):
-    """A part that must not be cut in two comes to its end; the status does not wait for it."""
+    """A deferred part is completed before the interrupt; the status is written at once."""
     noted, went_on = [], []
 
     def work(monitor):
@@ -222,7 +222,7 @@ def test_a_deferred_signal_is_noted_now_and_obeyed_later(run):
 
 
 def test_a_run_in_another_thread_takes_no_signals(run):
-    """Outside the main thread the handlers are left alone."""
+    """Outside the main thread no handlers are installed."""
     before = [signal.getsignal(each) for each in STOPPING]
     inside = []
 

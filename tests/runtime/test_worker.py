@@ -1,4 +1,4 @@
-"""What a worker does at once: the next chunk while the last one is on its way to its file."""
+"""Overlap in a worker: a chunk is computed while the previous one is written."""
 
 import threading
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from orchestrator.store.chunks import Chunks, MissingChunk
 
 @dataclass(frozen=True, slots=True)
 class ReadBack(Command):
-    """Gives the tokens of a chunk that was emitted."""
+    """Read the tokens of a chunk that was emitted."""
 
     method: ClassVar[str] = "read_back"
 
@@ -24,7 +24,7 @@ class ReadBack(Command):
 
 
 class Passing(Worker):
-    """Passes chunks through no block at all."""
+    """Worker that passes chunks through no block."""
 
     def step(self, index, emit, record):
         tokens_BT = torch.full((1, 4), index)
@@ -45,7 +45,7 @@ def worker(tmp_path):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """No chunk is written before it opens."""
+    """Gate that holds back the writing of chunks until it is set."""
     write, gate = Chunks.write, threading.Event()
 
     def wait(chunks, *arguments):
@@ -73,14 +73,14 @@ def test_a_chunk_is_computed_while_the_one_before_is_written(worker, gate):
 
 @pytest.mark.parametrize("command", [ReadBack(0), Step(1, emit=True, hand_over=True)])
 def test_other_calls_and_the_last_chunk_find_or_leave_all_written(worker, command):
-    """Whoever reads behind this worker when its call has ended finds the file."""
+    """Another command, or the last step, ends with all chunks in their files."""
     worker.perform(Step(0, emit=True, hand_over=False, next_index=1), None)
     worker.perform(command, None)
     assert worker.chunks.present(2, 1 + command.index) == set(range(1 + command.index))
 
 
 def test_a_chunk_that_could_not_be_written_ends_the_next_call(worker, monkeypatch):
-    """Once: what comes after it is another attempt."""
+    """The error of a failed write is raised once, by the next call."""
 
     def fail(chunks, boundary, index, record):
         raise OSError(28, "No space left on device")
@@ -120,7 +120,7 @@ def test_memory_that_the_allocator_keeps_is_free(monkeypatch):
 
 
 def test_a_call_is_measured_with_all_the_records_that_it_reads(worker, monkeypatch):
-    """A call with several records, as in a walk, is measured; without a GPU, the host alone."""
+    """A call with several records is measured; without a GPU, host memory only."""
     monkeypatch.setattr(worker, "perform", lambda command, *records: (records, None))
     for records in (({"a": 1},), ({"a": 1}, {"a": 2}, None)):
         found, emitted, usage = worker.measured(ReadBack(0), *records)

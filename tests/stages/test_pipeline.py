@@ -6,7 +6,8 @@ import random
 import pytest
 
 from orchestrator.models.training.train_options import TrainOptions, plan_course
-from orchestrator.stages.train.pipeline import WINDOW, Pipeline, Snapshot, program
+from orchestrator.stages.train.pipeline import WINDOW, Pipeline, Snapshot
+from orchestrator.stages.train.program import program
 
 SEQUENCES = 11
 LENGTHS = [(20 + i, 19 + i) for i in range(SEQUENCES)]

@@ -1,6 +1,6 @@
-"""Joining a Ray cluster, or starting one in this machine, and what it can hold.
+"""Connection to a Ray cluster, or start of one on this machine, and its capacity.
 
-This module and `ray_pool` hold everything that Ray does not promise to keep.
+Ray's private modules are used here only.
 """
 
 import json
@@ -28,39 +28,39 @@ from orchestrator.runtime.pool import PATIENCE_SECONDS
 
 Event = dict[str, Any]
 Cluster = Literal["given", "joined", "own"]
-"""One that the process was connected to already, that it has joined, or that it has started."""
+"""A cluster to which the process was connected already, that it joined, or that it started."""
 
 CONNECT_SECONDS = 5.0
 _CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
-"""A call that every head answers in milliseconds."""
+"""gRPC method that every head answers in milliseconds."""
 _NODE_LABEL = "ray.io/node-id"
-"""What Ray calls each node by, for selectors."""
+"""Label of a node with its id, for selectors."""
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Variable in which Ray gives a job's driver what the job was submitted with."""
+"""Variable in which Ray passes the options of a job to its driver."""
 
 
 QUIET = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
-"""Settings of a Ray of our own, which nobody looks at: no metrics, no journal of its tasks. Where
-workers and Ray share few cores, it is the workers' time that they take."""
+"""Settings of a local Ray: no metrics and no task events, because nobody reads them and they take
+time from the workers on a machine with few cores."""
 
 
 def connect(address: str | None, announce: Callable[[str], None]) -> Cluster:
-    """Joins a Ray cluster, or starts one in this machine; says which it is now connected to.
+    """Join a Ray cluster, or start one on this machine. Returns which of them was done.
 
-    Inside a script that has called `ray.init` that cluster is used. Inside a Ray job, where Ray
-    names the cluster in `RAY_ADDRESS`, no address means that cluster. Workers on other nodes get
-    this very package through the runtime environment.
+    A script that has called `ray.init` stays in its cluster. In a Ray job, for which Ray sets
+    `RAY_ADDRESS`, no address means the job's cluster. Workers on other nodes get this package
+    through the runtime environment.
 
     Raises:
-        UsageError: Nothing answers at the address, or it does not let us in.
-        WorkerError: Ray does not start on this machine.
+        UsageError: Nothing answers at the address, or it denies access.
+        WorkerError: Ray cannot be started on this machine.
     """
     if ray.is_initialized():
         return "given"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        announce("starting a Ray of its own on this machine")
+        announce("starting a local Ray on this machine")
         options |= {"address": "local", "include_dashboard": False, "_system_config": QUIET}
     else:
         announce(f"joining the Ray cluster at {address}")
@@ -79,8 +79,10 @@ def connect(address: str | None, announce: Callable[[str], None]) -> Cluster:
 
 @contextmanager
 def _keeping_handlers() -> Iterator[None]:
-    """Keeps Ray from taking SIGTERM: its Python handler leaves through `sys.exit`, and below that
-    a native one writes a stack trace and aborts the process three seconds later.
+    """Keep Ray from handling SIGTERM.
+
+    Its Python handler exits through `sys.exit`, and its native handler writes a stack trace and
+    aborts the process three seconds later.
     """
     theirs = ray._private.utils.set_sigterm_handler
     ray._private.utils.set_sigterm_handler = lambda handler: None
@@ -95,10 +97,10 @@ def _keeping_handlers() -> Iterator[None]:
 
 
 def _own_package() -> dict[str, Any]:
-    """A runtime environment that brings this package to nodes that need not have it.
+    """Runtime environment that ships this package to nodes.
 
-    A job that was submitted with modules of its own has chosen its code, and Ray refuses what
-    would contradict it.
+    A job that was submitted with its own modules has chosen its code, and Ray refuses settings that
+    contradict it.
     """
     job = json.loads(os.environ.get(_JOB_CONFIG, "{}")).get("runtime_env") or {}
     if "py_modules" in job:
@@ -108,13 +110,13 @@ def _own_package() -> dict[str, Any]:
 
 
 def _check_answers(address: str) -> None:
-    """Fails in seconds where Ray would try for a minute or more, deaf to signals."""
+    """Fail fast: `ray.init` retries for over a minute and ignores signals meanwhile."""
     if address.startswith("ray://"):
         raise UsageError(
             f"address {address}: the Ray client is not supported; run on the cluster with "
             "`ray job submit`, or give the head's own address, host:6379"
         )
-    remedy = "give host:port of the head, `auto` on a node of it, or nothing for a Ray of its own"
+    remedy = "give host:port of the head, `auto` on one of its nodes, or no address for a local Ray"
     try:
         where = canonicalize_bootstrap_address(address)
         if where is None:
@@ -141,17 +143,17 @@ def _check_answers(address: str) -> None:
 
 
 Share = dict[str, float]
-"""What one worker asks for, in the words of `ray.remote`."""
+"""Resources of one worker, as options of `ray.remote`."""
 
 
 def worker_share(threads: int) -> Share:
-    """One GPU and its threads' CPUs; the CPUs alone where no node has a GPU."""
+    """One GPU and a CPU per thread; the CPUs only if no node has a GPU."""
     has_gpu = any(node["Resources"].get("GPU", 0) >= 1 for node in _nodes())
     return {"num_gpus": int(has_gpu), "num_cpus": threads}
 
 
 def gpu_kinds() -> set[str]:
-    """The kinds of the GPUs that nodes say they have; of some that do not say it, an empty name."""
+    """GPU types reported by the nodes; "" if a GPU node does not report one."""
     kinds = set()
     for node in _nodes():
         if node["Resources"].get("GPU", 0) >= 1:
@@ -161,12 +163,12 @@ def gpu_kinds() -> set[str]:
 
 
 def total_room(share: Share) -> dict[str, int]:
-    """How many workers each node that is alive could hold, were it idle; by its id."""
+    """Workers that each live node could hold if it were idle, by node id."""
     return _room(share, {node["NodeID"]: node["Resources"] for node in _nodes()})
 
 
 def free_room(share: Share) -> dict[str, int]:
-    """How many more workers each node could hold now; by its id."""
+    """Further workers that each node could hold now, by node id."""
     return _room(share, ray._private.state.available_resources_per_node())
 
 
@@ -181,7 +183,7 @@ def _room(share: Share, amounts: Mapping[str, Mapping[str, float]]) -> dict[str,
 
 
 def check_workers(workers: int, share: Share) -> None:
-    """Raises InfeasibleError when the nodes that are there cannot hold so many workers."""
+    """Raise InfeasibleError if the present nodes cannot hold so many workers."""
     there = sum(total_room(share).values())
     if workers <= there:
         return
@@ -190,15 +192,15 @@ def check_workers(workers: int, share: Share) -> None:
     raise InfeasibleError(
         f"workers: {workers} asked for, each with {_words(share)}; the cluster has "
         f"{_words(amounts)} on {len(nodes)} nodes, enough for {there}; "
-        "ask for fewer workers or threads, or add nodes; an autoscaler is asked for more with "
+        "ask for fewer workers or threads, or add nodes; an autoscaler adds nodes with "
         f"--workers {workers}..MAX"
     )
 
 
 def await_node(threads: int, announce: Callable[[Event], None]) -> None:
-    """Waits, aloud, until a node has come that can hold a worker.
+    """Wait until there is a node that can hold a worker, with messages about the wait.
 
-    What it asks an autoscaler for is CPUs alone: which GPUs there will be is not known before.
+    The autoscaler is asked for CPUs only, because the GPU type of its nodes is not known before.
     """
     ref = ray.remote(num_cpus=threads, max_retries=-1)(_nothing).remote()
     try:
@@ -210,52 +212,52 @@ def await_node(threads: int, announce: Callable[[Event], None]) -> None:
 
 
 def _nothing() -> None:
-    """A task's work whose start is all that is wanted."""
+    """Task without work; only its start matters."""
 
 
 def node_names() -> dict[str, str]:
-    """The names of all nodes that were ever there, by id; machines may hold several nodes."""
+    """Names of all nodes so far, by id; a machine may hold several nodes."""
     nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
     return {node: f"{host} ({node[:8]})" for node, host in nodes.items()}
 
 
 def node_of(actor: Any) -> str | None:
-    """The id of the node that an actor is on, or was; nothing if it never came to one."""
+    """Id of an actor's present or last node; None if it was never placed."""
     known = ray._private.state.actors(actor._actor_id.hex())
     return known.get("Address", {}).get("NodeID") or None
 
 
 def draining_nodes() -> dict[str, float | None]:
-    """Ids of the nodes that were told to go, and when they do: seconds since 1970, if it is known.
+    """Ids of the draining nodes, with the deadline in seconds since 1970, if it is known.
 
-    A node takes no new work from then on; what runs there goes on until it goes.
+    A draining node takes no new work; running work continues until the deadline.
     """
     deadlines = ray._private.state.state.get_draining_nodes()
     return {node: deadline / 1000 or None for node, deadline in deadlines.items()}
 
 
 def on_node(node: str) -> dict[str, Any]:
-    """The options that have a task run on one node."""
+    """Options that place a task on one node."""
     return {"label_selector": {_NODE_LABEL: node}}
 
 
 def on_other_nodes(nodes: Set[str]) -> dict[str, Any]:
-    """The options that keep an actor off some nodes."""
+    """Options that keep an actor off some nodes."""
     return {"label_selector": {_NODE_LABEL: f"!in({','.join(sorted(nodes))})"}} if nodes else {}
 
 
 def _nodes() -> list[dict[str, Any]]:
-    """What Ray says of each node that is alive."""
+    """Ray's records of the live nodes."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of Ray says first: usually what is wrong."""
+    """First line of an error of Ray: usually the fault."""
     return _lines(error)[0]
 
 
 def last_line(error: BaseException) -> str:
-    """What an error of Ray says last, after a traceback or the actor's particulars: usually why."""
+    """Last line of an error of Ray, after a traceback or actor details: usually the reason."""
     return shorten(_lines(error)[-1], 300, placeholder=" ...")
 
 

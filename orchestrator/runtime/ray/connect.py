@@ -1,7 +1,7 @@
 """Ray's side of a worker group: the connection of a run, and a pool of actors for its stages.
 
-All that is imported of Ray's side is imported here, before a run connects: where nodes share a
-directory, Ray may be unpacking the very package again as a driver joins.
+All modules that use Ray are imported here, before a run connects: on nodes that share a directory,
+Ray may be unpacking this package again while a driver joins.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from orchestrator.runtime.worker import Task, Worker
 
 @contextmanager
 def connected(address: str | None, monitor: RunMonitor) -> Iterator[None]:
-    """Joins a cluster or starts one, and counts what happens there; leaves it, or ends it."""
-    # half a start leaves processes behind, and a driver that crashes on its way out
+    """Join or start a cluster and export metrics of the run; a local Ray is shut down on exit."""
+    # an interrupted start leaves processes behind, and the driver crashes at its exit
     with monitor.signals.deferred():
         cluster = ray_cluster.connect(address, monitor.note)
     try:
-        # a Ray of our own is asked for its metrics by nobody
+        # nobody reads the metrics of a local Ray
         with nullcontext() if cluster == "own" else Metrics().following(monitor):
             yield
     finally:
@@ -46,7 +46,7 @@ def gpu_kinds() -> set[str]:
 
 
 def is_this_machine() -> bool:
-    """Whether the cluster is the driver's own node and no other, and has no GPU."""
+    """True if the cluster is the driver's node only, without a GPU."""
     there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     own = {ray.get_runtime_context().get_node_id()}
     return not gpu_kinds() and there == own
@@ -61,7 +61,7 @@ def pool(
     nonce: str,
     monitor: RunMonitor,
 ) -> Iterator[RayPool]:
-    """Actors for so much work at most; who grows waits for its first node here."""
+    """Start at most `most` actors. An autoscaling pool waits here for its first node."""
     share = ray_cluster.worker_share(task.threads)
     if not asked.is_growing:
         ray_cluster.check_workers(asked.least, share)

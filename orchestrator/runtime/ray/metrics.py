@@ -1,4 +1,4 @@
-"""A run's events as metrics of the Ray cluster, for Prometheus to read where it reads Ray's own."""
+"""Events of a run as metrics of the Ray cluster, exported to Prometheus with Ray's own metrics."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,23 +12,23 @@ PREFIX = "orchestrator_"
 
 
 class Metrics:
-    """Counters and gauges that follow a run's events; Ray shows them as `ray_orchestrator_...`.
+    """Counters and gauges of a run; Ray exports them as `ray_orchestrator_...`.
 
-    They are those of this driver: of a run that is taken up again they begin anew, as a process's
-    metrics do.
+    They belong to this driver: they start at zero when a run is resumed, like the metrics of any
+    process.
     """
 
     def __init__(self) -> None:
         self._units = Counter(
-            f"{PREFIX}units", description="Units of work that were done.", tag_keys=("stage",)
+            f"{PREFIX}units", description="Units of work that are done.", tag_keys=("stage",)
         )
         self._seconds = Counter(
             f"{PREFIX}unit_seconds",
-            description="Seconds that workers spent on them, all workers together.",
+            description="Seconds that workers spent on units, all workers together.",
             tag_keys=("stage",),
         )
         self._bytes = Counter(
-            f"{PREFIX}unit_bytes", description="Bytes that they committed.", tag_keys=("stage",)
+            f"{PREFIX}unit_bytes", description="Bytes of committed units.", tag_keys=("stage",)
         )
         self._stage_seconds = Counter(
             f"{PREFIX}stage_seconds",
@@ -37,19 +37,19 @@ class Metrics:
         )
         self._failures = Counter(
             f"{PREFIX}failures",
-            description="Calls that failed, by what was the cause and what was done about it.",
+            description="Failed calls, by cause and by decision.",
             tag_keys=("cause", "decided"),
         )
         self._left = Gauge(
             f"{PREFIX}units_left",
-            description="Units that are still to be done.",
+            description="Units that are left to do.",
             tag_keys=("stage",),
         )
-        self._workers = Gauge(f"{PREFIX}workers", description="Workers that are there.")
+        self._workers = Gauge(f"{PREFIX}workers", description="Workers that are ready.")
 
     @contextmanager
     def following(self, monitor: RunMonitor) -> Iterator[None]:
-        """Follows a run's events for a while."""
+        """Record the events of a run inside the context."""
         try:
             with monitor.followed(self.note):
                 yield
@@ -57,10 +57,10 @@ class Metrics:
             self._workers.set(0)
 
     def note(self, event: Mapping[str, Any], status: Mapping[str, Any]) -> None:
-        """Follows one event.
+        """Record one event.
 
         Args:
-            status: Of the run, once it knows of the event.
+            status: Status of the run after the event.
         """
         match event:
             case {"event": "unit", "stage": stage, "done": done, "total": total}:
@@ -68,7 +68,7 @@ class Metrics:
                 self._units.inc(1, tags)
                 self._left.set(total - done, tags)
                 for counter, name in ((self._seconds, "seconds"), (self._bytes, "bytes")):
-                    # Ray refuses to count nothing
+                    # Ray refuses increments of 0
                     if (amount := event.get(name, 0)) > 0:
                         counter.inc(amount, tags)
             case {"event": "stage", "state": "end", "stage": stage, "seconds": seconds}:

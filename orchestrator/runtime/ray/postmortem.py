@@ -1,8 +1,7 @@
-"""What a worker's process leaves when it fails: its stacks if it hangs, and the end of its log.
+"""Diagnostics of a failed worker process: its stacks if it hangs, and the end of its log.
 
-The stacks come from Python's `faulthandler`, which writes them from the signal's own handler, so
-also while native code keeps every thread of Python from running. The functions that take a process
-id run on its node.
+Python's `faulthandler` writes the stacks from the signal handler itself, so that it works while
+native code blocks all Python threads. The functions that take a process id run on its node.
 """
 
 import faulthandler
@@ -20,13 +19,13 @@ _STDERR = 2
 
 
 def listen() -> str:
-    """Has this process write the stacks of its threads to its stderr when it is asked; where."""
+    """Make this process write its threads' stacks to stderr on a signal. Returns stderr's path."""
     faulthandler.register(_SIGNAL, file=_STDERR, all_threads=True)
     return os.readlink(f"/proc/self/fd/{_STDERR}")
 
 
 def tail(log: str) -> str:
-    """The end of a log, or why it cannot be read."""
+    """End of a log, or the reason for which it cannot be read."""
     try:
         with Path(log).open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -37,9 +36,9 @@ def tail(log: str) -> str:
 
 
 def end_hung(pid: int, log: str) -> str:
-    """Kills a process that hangs; gives the end of its log, with its stacks.
+    """Kill a process that hangs. Returns the end of its log, with its stacks.
 
-    A process that was stopped (SIGSTOP) writes none, and then its state is said.
+    A stopped process (SIGSTOP) writes no stacks; its state is added instead.
     """
     before = _size(log)
     with suppress(ProcessLookupError):
@@ -65,7 +64,7 @@ def _size(log: str) -> int:
 
 
 def _state(pid: int) -> str:
-    """What the kernel says of a process: `T (stopped)`, `D (disk sleep)`."""
+    """State of a process in the kernel: `T (stopped)`, `D (disk sleep)`."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""`orchestrator submit`: a command of ours as a Ray job, submitted again while that may help."""
+"""`orchestrator submit`: a command as a Ray job, with retries after failures that may pass."""
 
 import asyncio
 import logging
@@ -18,23 +18,23 @@ from orchestrator.runtime.ray.submit_policy import End, State, seconds_to_next
 from orchestrator.runtime.signals import Signals
 
 EXCLUDES = (".venv", ".work", ".git")
-"""What of a working directory stays behind, besides what its `.gitignore` names."""
+"""Paths of a working directory that are not uploaded, besides those in its `.gitignore`."""
 PATIENCE_SECONDS = 600.0
-"""How long a head may be silent: a new one takes minutes."""
+"""Time for which a head may not answer; a new one takes minutes to start."""
 SILENCE_SECONDS = 60.0
-"""A log that says nothing for so long is opened anew: a connection can die without a word."""
+"""Time without output after which a log is opened again: a connection can break silently."""
 POLL_SECONDS = 1.0
 SAY_SECONDS = 30.0
 STOP_SECONDS = 20.0
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-"""Variables that Ray prefers to an address it is given."""
+"""Variables that Ray prefers to a given address."""
 _TALKATIVE = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
     "ray._private.runtime_env.working_dir",
 )
-"""Loggers of Ray that tell of each package, each connection and each directory left out."""
+"""Loggers of Ray that report each package, connection and excluded directory."""
 
 Say = Callable[[str], None]
 T = TypeVar("T")
@@ -52,15 +52,15 @@ def submit(
     show: Say,
     say: Say,
 ) -> int:
-    """Runs a command line of ours as a Ray job and follows it; gives its program's exit code.
+    """Run an orchestrator command as a Ray job and follow it. Returns the program's exit code.
 
-    An attempt that ends in a way that may pass (see `submit_policy`) is followed by another with
-    a submission id of its own, which resumes the run. SIGINT and SIGTERM stop the job. The
-    arguments are those of `orchestrator.api.submit`.
+    After a failure that may pass (see `submit_policy`) another attempt with its own submission id
+    resumes the run. SIGINT and SIGTERM stop the job. The arguments are those of
+    `orchestrator.api.submit`.
 
     Raises:
-        UsageError: Nothing answers at the address, it does not let us in, or it refuses the job.
-        StoppedError: A signal came, or the head was silent for too long.
+        UsageError: Nothing answers at the address, it denies access, or it refuses the job.
+        StoppedError: A signal was received, or the head did not answer for too long.
     """
     environment = {"working_dir": working_dir, "excludes": [*EXCLUDES, *exclude]}
     with Signals(lambda name: None) as signals:
@@ -89,7 +89,7 @@ def submit(
 
 
 class _Job:
-    """The attempt at hand."""
+    """Current attempt."""
 
     def __init__(
         self, program: Sequence[str], environment: Mapping[str, Any], say: Say, signals: Signals
@@ -100,10 +100,10 @@ class _Job:
         self._signals = signals
         self._name = f"orchestrator-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self.id = ""
-        """Submission id; Ray takes none twice."""
+        """Submission id; Ray accepts each only once."""
 
     def connect(self, address: str | None) -> None:
-        """Raises UsageError where nothing answers or lets us in."""
+        """Raise UsageError if nothing answers at the address or access is denied."""
         for name in _ADDRESSES:
             theirs = os.environ.get(name)
             if address and theirs and theirs != address:
@@ -124,7 +124,7 @@ class _Job:
         self.address: str = self._client.get_address()
 
     def submit(self, attempt: int, attempts: int) -> None:
-        """Submits an attempt under an id of its own."""
+        """Submit an attempt under its own id."""
         self.id = f"{self._name}-{attempt}"
         self._shown = 0
         self._metadata = {"attempt": f"{attempt} of {attempts}"}
@@ -132,11 +132,11 @@ class _Job:
         self._say(f"{self.id}: submitted to {self.address}, attempt {attempt} of {attempts}")
 
     def _submit_unless_known(self) -> None:
-        # if the head fell silent after it had taken the job, it is not given a second one
+        # a head that accepted the job and then stopped answering must not get a second one
         if self._details() is not None:
             return
         try:
-            # so that it is known, when a signal comes, whether there is a job to be stopped
+            # so that a signal finds either no job or one that can be stopped
             with self._signals.deferred():
                 self._client.submit_job(
                     entrypoint=self._entrypoint,
@@ -148,7 +148,7 @@ class _Job:
             raise UsageError(f"{self.address} refuses the job: {first_line(error)}") from error
 
     def follow(self, show: Say) -> End:
-        """Shows the log of the attempt until its end."""
+        """Show the log of the attempt until it ends."""
         while True:
             asyncio.run(self._show_log(show))
             self._signals.check()
@@ -167,7 +167,7 @@ class _Job:
                 async with asyncio.timeout(SILENCE_SECONDS):
                     piece = await anext(pieces)
             except Exception:
-                # whatever ended the log, the job's status says what is the matter
+                # the job's status tells why the log ended
                 return
             if fresh := piece[max(self._shown - position, 0) :]:
                 show(fresh)
@@ -175,7 +175,7 @@ class _Job:
             self._shown = max(self._shown, position)
 
     def stop(self) -> str:
-        """Stops the attempt; gives what became of it, in words."""
+        """Stop the attempt. Returns its state in words."""
         if not self.id:
             return "nothing was submitted"
         try:
@@ -193,12 +193,12 @@ class _Job:
         return f"{self.id} was told to stop and may take a while"
 
     def _details(self) -> JobDetails | None:
-        """What Ray knows of the attempt; a head that was started anew knows nothing."""
+        """Ray's record of the attempt; None if the head was restarted and has lost it."""
         jobs = self._client.list_jobs()
         return next((job for job in jobs if job.submission_id == self.id), None)
 
     def _ask(self, question: Callable[[], T]) -> T:
-        """Asks again while the head does not answer, for ten minutes, and says so meanwhile."""
+        """Retry while the head does not answer, for `PATIENCE_SECONDS`, with messages."""
         begun = said = time.monotonic()
         while True:
             try:

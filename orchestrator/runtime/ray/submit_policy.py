@@ -1,4 +1,4 @@
-"""When a submitted job is worth another attempt: pure, so that it is tested without Ray."""
+"""Decision on another attempt of a submitted job: pure, so that it is tested without Ray."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -6,14 +6,14 @@ from enum import StrEnum
 from orchestrator.errors import InfeasibleError, InputError, StoppedError, UsageError
 
 FINAL = {UsageError.exit_code, InfeasibleError.exit_code, InputError.exit_code, 126, 127}
-"""Exit codes that another attempt would end with too: what was asked is wrong, not the machines.
-The last two are the shell's, for a program that is not there."""
+"""Exit codes that another attempt would repeat: the request is at fault, not the machines. The last
+two are the shell's, for a program that does not exist."""
 FIRST_WAIT_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 60.0
 
 
 class State(StrEnum):
-    """What an attempt has come to."""
+    """State of an attempt."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -23,16 +23,16 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class End:
-    """How an attempt ended."""
+    """End of an attempt."""
 
     state: State
     driver_exit_code: int | None = None
-    """The program's own; negative for a signal, none if its node went before it could end."""
+    """Exit code of the program; negative for a signal, None if its node was lost first."""
     message: str = ""
 
     @property
     def exit_code(self) -> int:
-        """The program's, as a shell would give it; what took it away leaves it to be resumed."""
+        """Exit code as a shell reports it; that of a stopped run if the program was lost."""
         if self.state is State.SUCCEEDED:
             return 0
         if self.state is not State.FAILED or self.driver_exit_code is None:
@@ -42,7 +42,7 @@ class End:
 
     @property
     def text(self) -> str:
-        """One line: the state, the exit code, and what Ray says where there is none."""
+        """One line: state and exit code, or Ray's message if there is none."""
         if self.state is not State.FAILED:
             return self.state.value
         if self.driver_exit_code is not None:
@@ -51,15 +51,15 @@ class End:
 
 
 def seconds_to_next(end: End, failures: int, retries: int) -> float | None:
-    """Seconds to wait before the next attempt; none if there is to be no other.
+    """Seconds to wait before the next attempt; None if there is none.
 
-    What succeeded, was stopped by somebody, or would fail the same way ends here. Everything else
-    (a driver that was killed, a head or its node that went, a run that was stopped or that lost
-    too many workers) is tried again, since a run resumes where it was left. A fault in the code
-    looks no different from outside and costs the retries.
+    A job that succeeded, was stopped by a user, or would fail in the same way is not repeated. All
+    other failures (a killed driver, a lost head or node, a run that was stopped or lost too many
+    workers) are repeated, because a run resumes from its committed units. A fault in the code
+    cannot be told from them and uses up the retries.
 
     Args:
-        end: How the last attempt ended.
+        end: End of the last attempt.
         failures: Attempts that have failed, this one included.
         retries: Attempts allowed after the first.
     """

@@ -1,21 +1,21 @@
-"""Training over shards that each have a worker: pure state, no Ray and no tensors.
+"""Schedule of training over shards, one worker each: pure state, without Ray and without tensors.
 
-Every shard has a program, a list of moves that is a function of the cut and of the sequences alone,
-and takes its moves in that order, each as soon as what it reads is there: first the forward passes
-that fill the pipeline, then backward and forward passes in turn (one forward, one backward), the
-update, at the end of a period the held-out sequences and a snapshot. So gradients add up in the
-order of the micro-batches, whoever is late.
+Each shard has a program, a list of moves that depends only on the cut and the sequences. It makes
+its moves in this order, each as soon as its input exists: first the forward passes that fill the
+pipeline, then backward and forward passes alternately (1F1B), then the update; at the end of a
+period the held-out sequences and a snapshot. Gradients therefore add up in the order of the
+micro-batches, whichever shard is late.
 
 Rules, asserted by the tests:
 
-- A micro-batch passes every shard forward once and backward once a step. At most as many of them
-  are between the two on a shard as there are shards from it to the last.
-- No shard steps before every shard has said the norm of its gradient; norms are summed block by
-  block in the model's order, so that the clip does not depend on the cut.
-- A period begins when the one before has ended on all shards.
-- When a worker is lost, or what it was to read, everybody goes back to the last snapshot: what
-  still runs is waited for and ignored, the blocks are cut anew for the workers that are there, and
-  each takes its shard up from the snapshot. No state of one life meets one of another.
+- A micro-batch passes each shard once forward and once backward in a step. On a shard, at most as
+  many of them are between the two as there are shards from it to the last.
+- No shard updates before all shards have reported the norm of their gradient; norms are summed
+  block by block in the model's order, so that clipping does not depend on the cut.
+- A period begins when the previous one has ended on all shards.
+- If a worker or an input chunk is lost, all shards return to the last snapshot: calls that still
+  run are awaited and their results ignored, the blocks are cut anew for the present workers, and
+  each loads its shard from the snapshot. States of different lives never meet.
 - Workers that come later are used from the next snapshot on. One is enough.
 - Without stored states the start is the only snapshot. Shards keep their values at the best step,
   once the held-out loss is known, and their workers until the end.
@@ -24,7 +24,6 @@ Rules, asserted by the tests:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, Literal
 
 from orchestrator.models.training.train_options import Course
@@ -41,79 +40,30 @@ from orchestrator.stages.train.commands import (
     Turn,
     Update,
 )
+from orchestrator.stages.train.program import Move, program
 
-Kind = Literal["take", "forward", "turn", "backward", "update", "evaluate", "snapshot", "keep"]
 Stop = Literal["end", "patience", "diverged"]
 WINDOW = 4
-"""Held-out sequences that wait between two shards; of others the program itself bounds them."""
+"""Held-out sequences that wait between two shards; the program itself bounds micro-batches."""
 CLIP_EPSILON = 1e-6
 """Added to the norm, as `torch.nn.utils.clip_grad_norm_` does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One call of a shard's program."""
-
-    kind: Kind
-    step: int
-    """The step it belongs to, counted from 1; of what follows a period the last one."""
-    serial: int = -1
-    """The number of the micro-batch in the period."""
-    sequence: int = -1
-    is_last: bool = False
-    """Whether it completes the shard's gradient of the step."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What was found at a snapshot; the first is the start."""
+    """Measurements at a snapshot; the first one is the start."""
 
     step: int
     train: float | None
     """Loss over the training sequences since the last snapshot, each before its own step."""
     held_out: float
-    """Loss over the held-out sequences; what decides."""
+    """Loss over the held-out sequences, which decides."""
     divergence: float
     """Mean KL(dense || compressed) over the held-out tokens."""
     cross_entropy: float
     """Mean over the held-out predictions."""
     gradient: float | None
-    """Mean over the steps of the gradient's norm before it is clipped."""
-
-
-def program(
-    shard: int,
-    shards: int,
-    batches: Sequence[tuple[int, Sequence[int]]],
-    held_out: Sequence[int],
-    keeps_states: bool = True,
-) -> list[Move]:
-    """A period's moves of one shard: its steps, the held-out sequences, and a snapshot.
-
-    Args:
-        batches: For each step its number and its sequences; none: the start is evaluated.
-        keeps_states: Whether a snapshot is the whole state, or the values of the blocks alone.
-    """
-    moves: list[Move] = []
-    first = 0
-    is_last = shard == shards - 1
-    for step, batch in batches:
-        pairs = list(enumerate(batch, start=first))
-        first += len(batch)
-        forward = [Move("forward", step, *pair) for pair in pairs]
-        kind: Kind = "turn" if is_last else "backward"
-        back = [Move(kind, step, *pair, pair == pairs[-1]) for pair in pairs]
-        # the last shard turns: its forward pass is part of its backward pass
-        ahead = 0 if is_last else shards - 1 - shard
-        later = [] if is_last else forward[ahead:]
-        moves += forward[:ahead]
-        for each, another in zip_longest(back, later):
-            moves += [another, each] if another else [each]
-        moves.append(Move("update", step))
-    end = batches[-1][0] if batches else 0
-    moves += [Move("evaluate", end, first + i, each) for i, each in enumerate(held_out)]
-    last: Kind = "snapshot" if keeps_states else "keep"
-    return [*moves, Move(last, end)] if batches else moves
+    """Mean norm of the gradient before clipping, over the steps."""
 
 
 @dataclass(slots=True)
@@ -129,13 +79,13 @@ def _blocks(shard: _Shard) -> str:
 
 
 class Pipeline:
-    """A course, performed by as many shards as there are workers.
+    """Training course on as many shards as there are workers.
 
     Args:
-        lengths: Tokens and predictions of every sequence, which losses are divided by.
+        lengths: Tokens and predictions of each sequence, by which losses are divided.
         group: Blocks that no cut separates.
-        snapshots: What an earlier run has found, up to the snapshot that lies there.
-        keeps_states: Whether shards can resume from every snapshot, or from the start alone.
+        snapshots: Measurements of an earlier run, up to its last stored snapshot.
+        keeps_states: Whether shards can resume from each snapshot, or from the start only.
     """
 
     def __init__(
@@ -160,18 +110,18 @@ class Pipeline:
         self._forget()
 
     def _forget(self) -> None:
-        """What was learnt since the last snapshot does not count."""
+        """Drop the measurements since the last snapshot."""
         self._losses: dict[int, dict[str, float]] = {}
         self._norms: dict[int, dict[int, float]] = {}
 
     @property
     def best(self) -> Snapshot:
-        """The first of the lowest held-out loss."""
+        """First snapshot with the lowest held-out loss."""
         return min(self.snapshots, key=lambda each: (each.held_out, each.step))
 
     @property
     def stop(self) -> Stop | None:
-        """Why training is over; None while it is not."""
+        """Reason for the end of the training; None while it continues."""
         if self.diverged:
             return "diverged"
         if not self.snapshots:
@@ -191,17 +141,17 @@ class Pipeline:
 
     @property
     def cut(self) -> list[range]:
-        """The shards' blocks, as they are now."""
+        """Blocks of the present shards."""
         return [shard.blocks for shard in self._shards]
 
     @property
     def step(self) -> int:
-        """The steps of the last snapshot."""
+        """Step of the last snapshot."""
         return self.snapshots[-1].step if self.snapshots else 0
 
     @property
     def _batches(self) -> list[tuple[int, Sequence[int]]]:
-        """The steps of the period that follows the last snapshot; of the start there are none."""
+        """Steps of the period after the last snapshot; empty before the first one."""
         if not self.snapshots:
             return []
         steps = range(self.step, self._course.following(self.step))
@@ -221,11 +171,11 @@ class Pipeline:
 
     @property
     def _is_at_rest(self) -> bool:
-        """Whether no shard has anything to do."""
+        """True if no shard has a move left."""
         return not any(shard.moves for shard in self._shards)
 
     def _begin(self, idle: list[int]) -> bool:
-        """Starts a period with the workers there are; whether it could."""
+        """Start a period with the idle workers. Returns False if it cannot start yet."""
         if self._running or not idle or self.finished:
             return False
         cut = cut_blocks(self._num_blocks, len(idle), self._group)
@@ -299,7 +249,7 @@ class Pipeline:
                 return KeepValues(step, loss[0] < self.best.held_out)
 
     def _weights(self, step: int) -> tuple[float, float]:
-        """What a token's divergence and a prediction's cross-entropy count in the step's loss."""
+        """Weights of a token's divergence and a prediction's cross-entropy in a step's loss."""
         return self._means(self._course.batches[step - 1])
 
     def _means(self, sequences: Sequence[int]) -> tuple[float, float]:
@@ -309,14 +259,14 @@ class Pipeline:
         return options.divergence / max(tokens, 1), options.cross_entropy / max(predictions, 1)
 
     def _norm(self, step: int) -> float | None:
-        """The norm of a step's gradient over all blocks; None while some are not known."""
+        """Norm of a step's gradient over all blocks; None while some are unknown."""
         found = self._norms.get(step, {})
         if len(found) < self._num_blocks:
             return None
         return math.sqrt(sum(found[block] for block in range(self._num_blocks)))
 
     def is_awaited(self, chunk: tuple[int, int]) -> bool:
-        """Whether a shard is to read what was emitted."""
+        """True if a shard is still to read a chunk."""
         return chunk in self._present
 
     def is_holding(self, worker: int) -> bool:
@@ -334,7 +284,7 @@ class Pipeline:
             self._present.add(call.emits)
 
     def record_result(self, call: Call, value: Any) -> None:
-        """What a call that succeeded has given: losses, squared norms of blocks."""
+        """Record the result of a successful call: losses, squared norms of blocks."""
         if not self._counts(call):
             return
         found = value or {}
@@ -350,7 +300,7 @@ class Pipeline:
             self._conclude()
 
     def _begun_step(self, call: Call) -> int:
-        """The step of a call that completed a gradient: that of the update which follows it."""
+        """Step of a call that completed a gradient: that of the following update."""
         return self._shards[call.shard].moves[0].step
 
     def _counts(self, call: Call) -> bool:
@@ -358,7 +308,7 @@ class Pipeline:
         return call.life == self._life
 
     def _conclude(self) -> None:
-        """Notes what the period has given; what it has made is the last snapshot now."""
+        """Record the measurements of a period, whose end is the last snapshot now."""
         batches = self._batches
         trained = [sequence for _, batch in batches for sequence in batch]
         losses = [self._losses[serial] for serial in range(len(trained))]
@@ -379,7 +329,7 @@ class Pipeline:
         self.diverged = not math.isfinite(loss)
 
     def _held_out_loss(self) -> tuple[float, float, float] | None:
-        """The loss over the held-out sequences and its parts; None while some are not known."""
+        """Loss over the held-out sequences and its two parts; None while some are unknown."""
         first = sum(len(batch) for _, batch in self._batches)
         serials = range(first, first + len(self._course.held_out))
         if not all(serial in self._losses for serial in serials):
@@ -389,7 +339,7 @@ class Pipeline:
     def _mean(
         self, losses: Sequence[dict[str, float]], sequences: Sequence[int]
     ) -> tuple[float, float, float]:
-        """The loss over some sequences, and its two parts unweighted."""
+        """Loss over some sequences, and its two parts without their weights."""
         options = self._course.options
         tokens = sum(self._lengths[each][0] for each in sequences)
         predictions = sum(self._lengths[each][1] for each in sequences)
@@ -408,14 +358,14 @@ class Pipeline:
             self._go_back()
 
     def shrink_after_oom(self, call: Call) -> bool:
-        """Shards are as many as there are workers: more of them need more workers."""
+        """Return False: there is one shard per worker, so smaller ones need more workers."""
         return False
 
     def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         self.lost(call)
 
     def _go_back(self) -> None:
-        """To the last snapshot; what still runs belongs to a life that is over."""
+        """Return to the last snapshot; calls that still run belong to an earlier life."""
         self._life += 1
         self._shards, self._present = [], set()
         if not self._keeps_states:
