@@ -147,6 +147,7 @@ class CapAllocator:
         share_N: np.ndarray,
         draws: Sequence[Draw],
         baseline: Baseline,
+        *,
         budget: int,
     ) -> np.ndarray:
         """The probabilities after one iteration's losses, [N]."""

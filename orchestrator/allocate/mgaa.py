@@ -128,12 +128,14 @@ class MgaaAllocator:
         if self.rule in ("power", "retain"):
             power = self.rule == "power"
             score_S = (1 - cosine_S) ** self.t if power else np.arccos(cosine_S)
-            kept_S, _ = find_scale(score_S, size_S, self.low, self.high, budget)
+            kept_S, _ = find_scale(score_S, size_S, low=self.low, high=self.high, total=budget)
             return kept_S
         distance_S = (cosine_S - cosine_S.max()) / self.temperature
         score_S = np.exp(distance_S) if self.rule == "softmax" else cosine_S
         removed = float(size_S.sum() - budget)
-        _, removed_S = find_scale(score_S, size_S, 1 - self.high, 1 - self.low, removed)
+        _, removed_S = find_scale(
+            score_S, size_S, low=1 - self.high, high=1 - self.low, total=removed
+        )
         return np.asarray(np.clip(1 - removed_S, self.low, self.high))
 
 

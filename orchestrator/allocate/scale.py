@@ -7,7 +7,7 @@ LEAST_SCORE = 1e-12
 
 
 def find_scale(
-    score_N: np.ndarray, size_N: np.ndarray, low: float, high: float, total: float
+    score_N: np.ndarray, size_N: np.ndarray, *, low: float, high: float, total: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fractions clip(a · score, low, high) whose sum over size is `total`, from below and above.
 

@@ -66,12 +66,7 @@ def spend(
     first = np.concatenate([[0], np.cumsum(counts)])
     all_costs = np.concatenate(costs)
     del costs
-    all_keys = np.empty(len(all_costs))
-    for start, count, key in zip(first, counts, keys, strict=False):
-        assert key.shape == (count,)
-        assert np.all(key[1:] >= key[:-1]), "a step must not come before those it builds on"
-        all_keys[start : start + count] = key
-    all_keys[first[:-1]] = -np.inf
+    all_keys = _join(keys, counts, first)
     order = np.argsort(all_keys, kind="stable")
     wanted = int(np.count_nonzero(all_keys < np.inf))
     del all_keys
@@ -100,3 +95,14 @@ def spend(
             rank = form.rank_within(linear, form.factor_values(linear, rank) + left)
         assignments[linear.name] = Assignment(form=form.name, rank=rank)
     return assignments
+
+
+def _join(keys: Iterable[np.ndarray], counts: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The keys of all linears one after the other; those of first steps come before all others."""
+    all_keys = np.empty(first[-1])
+    for start, count, key in zip(first, counts, keys, strict=False):
+        assert key.shape == (count,)
+        assert np.all(key[1:] >= key[:-1]), "a step must not come before those it builds on"
+        all_keys[start : start + count] = key
+    all_keys[first[:-1]] = -np.inf
+    return all_keys

@@ -86,7 +86,7 @@ class SvdLlmV2Allocator:
         # ln L = ln(L²) / 2
         score_N = 1 / np.maximum(np.log(np.maximum(loss_N, 1)) / 2, LEAST_LOG)
         removed = float(size_N.sum() - share)
-        _, removed_N = find_scale(score_N, size_N, 0, self.most_removed, removed)
+        _, removed_N = find_scale(score_N, size_N, low=0, high=self.most_removed, total=removed)
         share_N: np.ndarray = (1 - removed_N) * size_N
         return share_N
 

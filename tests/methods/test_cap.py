@@ -400,7 +400,7 @@ def learnt(pool, loss, budget, cap, seed):
     for _ in range(cap.iterations):
         drawn = [rng.binomial(pool.count_N, share_N) for _ in range(cap.samples)]
         draws = [Draw(drawn_N, loss(drawn_N)) for drawn_N in drawn]
-        share_N = cap.step(pool, share_N, draws, baseline, budget)
+        share_N = cap.step(pool, share_N, draws, baseline, budget=budget)
     return share_N
 
 

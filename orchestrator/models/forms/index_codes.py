@@ -72,7 +72,12 @@ def decode(code: str, tensors: Mapping[str, Tensor], out_features: int, in_featu
 
 
 def materialize(
-    code: str, tensors: Mapping[str, Tensor], values_N: Tensor, out_features: int, in_features: int
+    code: str,
+    tensors: Mapping[str, Tensor],
+    values_N: Tensor,
+    *,
+    out_features: int,
+    in_features: int,
 ) -> Tensor:
     """The dense weight [O, I], in the values' dtype; differentiable in the values.
 
@@ -115,7 +120,7 @@ class _Spread(torch.autograd.Function):
 
 
 def is_sound(
-    code: str, tensors: Mapping[str, Tensor], out_features: int, in_features: int, nonzeros: int
+    code: str, tensors: Mapping[str, Tensor], out_features: int, in_features: int, *, nonzeros: int
 ) -> bool:
     """Whether the tensors hold ascending positions of the weight, as many as there are values.
 

@@ -116,7 +116,13 @@ class SparseLinear(FormLinear):
     def dense_weight(self) -> Tensor:
         """The weight [O, I] with zeros where nothing is stored, in the values' dtype."""
         tensors = dict(self.named_buffers(recurse=False))
-        return materialize(self.code, tensors, self.weight, self.out_features, self.in_features)
+        return materialize(
+            self.code,
+            tensors,
+            self.weight,
+            out_features=self.out_features,
+            in_features=self.in_features,
+        )
 
     @property
     def indexed(self) -> str:
@@ -126,7 +132,8 @@ class SparseLinear(FormLinear):
     def is_sound(self) -> bool:
         """True if the index names as many different entries as there are values, in order."""
         tensors = dict(self.named_buffers(recurse=False))
-        return is_sound(self.code, tensors, self.out_features, self.in_features, self.nonzeros)
+        sizes = self.out_features, self.in_features
+        return is_sound(self.code, tensors, *sizes, nonzeros=self.nonzeros)
 
     def extra_repr(self) -> str:
         return (

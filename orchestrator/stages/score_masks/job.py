@@ -99,7 +99,7 @@ class Scoring:
             else:
                 draws = self._losses(trials)
             losses.append([draw.loss for draw in draws])
-            share_N = cap.step(pool, share_N, draws, baseline, budget)
+            share_N = cap.step(pool, share_N, draws, baseline, budget=budget)
         last, last_plan = self._choose(share_N)
         (end,) = self._losses([self._choice_trial(last)])
         better = end.loss < start or not cap.keep_better
