@@ -126,7 +126,7 @@ class SparseLinear(FormLinear):
 
     @property
     def indexed(self) -> str:
-        """What a sound index names, in words."""
+        """Description of what a sound index names, for messages."""
         return f"{self.nonzeros} entries in order"
 
     def is_sound(self) -> bool:
