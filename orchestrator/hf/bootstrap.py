@@ -55,11 +55,11 @@ def bootstrap_source(architecture: str) -> str:
     if not architecture.isidentifier():
         raise InputError(f"config.json: architectures: {architecture!r} is not a class name")
     imports, bodies = {"import transformers"}, []
-    of_forms = [sys.modules[form.__module__] for form in FORMS.values()]
-    for module in base, index_codes, *of_forms, None, config, tensor_parallel, quantizer:
-        if module is None:
+    of_forms = dict.fromkeys(sys.modules[form.__module__] for form in FORMS.values())
+    below = config, tensor_parallel, quantizer
+    for module in base, index_codes, *of_forms, *below:
+        if module is config:
             bodies.append(_registry())
-            continue
         found, body = _split(module)
         imports |= found
         bodies.append(body)
@@ -74,7 +74,7 @@ def auto_map(architecture: str) -> dict[str, str]:
 
 
 def _registry() -> str:
-    """Source of `FORMS` with the forms that there are."""
+    """Source of the registry, with every form that is registered."""
     lines = (f"    {name!r}: {form.__name__}," for name, form in FORMS.items())
     return "\n".join(["FORMS = {", *lines, "}"])
 

@@ -67,7 +67,7 @@ def export_dense(directory: Path, out: Path) -> None:
 def _dense_files(
     model: PreTrainedModel, weights: Weights, names: Names, transposed: set[str]
 ) -> tuple[FileSpec, ...]:
-    """The same files, with one dense weight in the place of what is stored of each linear."""
+    """Files of the dense checkpoint: one weight in the place of the stored tensors of a linear."""
     is_single = (weights.directory / SINGLE_FILE).is_file()
     places: Mapping[str, str] = {}
     if not is_single:

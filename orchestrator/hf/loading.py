@@ -1,4 +1,4 @@
-"""Loading that takes nothing for granted."""
+"""Loading of a checkpoint after its config and headers have been checked."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from orchestrator.models.survey.names import map_names
 
 ADAPTER_FILE = "adapter_config.json"
 SAFE = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-"""What is not asked of the network, not run, and not unpickled, unless `options` says otherwise."""
+"""Defaults against network access, execution of code and unpickling; `options` override them."""
 
 
 def load(directory: str | os.PathLike[str], **options: Any) -> Any:

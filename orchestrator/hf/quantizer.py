@@ -33,7 +33,7 @@ class OrchestratorConfig(QuantizationConfigMixin):  # type: ignore[misc] # trans
 
 
 class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers has no types
-    """Gives a model the modules that its config names; the weights come from the checkpoint."""
+    """Installs the modules that a model's config names; the weights come from the checkpoint."""
 
     # "calibration" is compression itself: this class loads what was compressed, and no more
     requires_calibration = True
@@ -42,7 +42,7 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
         install_forms(model, self.quantization_config.to_dict())
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        """Checks the indices at hand: one that is not stored would put values anywhere.
+        """Check the loaded indices: one that is not stored would put values anywhere.
 
         Raises:
             InputError: An index does not name as many entries as there are values, or every output.
@@ -60,11 +60,11 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
             del model.config.auto_map
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
-        """Gives linears that are compressed rules that know their forms."""
+        """Replace the rules of compressed linears by rules that know their forms."""
         split(model, plan)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Called when a model is saved; leaves to transformers what is written.
+        """Check a model that is about to be saved; transformers decides what is written.
 
         Raises:
             InputError: An adapter is not merged, so nothing could load what would be written.
@@ -87,7 +87,7 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Whether `Trainer` takes the model without adapters: its values are plain parameters."""
+        """True: `Trainer` needs no adapters, since the model's values are plain parameters."""
         return True
 
     @property
@@ -96,7 +96,7 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
 
 
 def register() -> None:
-    """Makes `from_pretrained` know the format; calling it again changes nothing."""
+    """Register the format with `from_pretrained`; another call has no effect."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(OrchestratorConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -1,4 +1,4 @@
-"""Where adapters go that recover quality: on one factor of the compressed linears at a time."""
+"""Targets of adapters that recover quality: one factor of the compressed linears at a time."""
 
 from typing import Literal
 

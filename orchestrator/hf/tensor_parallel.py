@@ -1,4 +1,4 @@
-"""Compressed linears under transformers' tensor parallelism, whatever form each of them has.
+"""Compressed linears of any form under transformers' tensor parallelism.
 
 A model's plan has one rule for the linears of one name in all blocks: its outputs are split over
 the ranks (`colwise`), or its inputs are and the sum is taken (`rowwise`). Compressed, these linears
@@ -10,7 +10,7 @@ differ from block to block, so a rule is replaced by one that asks each module w
 - what has an order of its own, pivoted rows and sparse entries, is whole: a rank computes all
   outputs and keeps its part, or gathers its inputs first.
 
-Which of these a form takes is said by its module, `FormLinear.split_outputs` and `split_inputs`.
+Each form declares its rule in its module, `FormLinear.split_outputs` and `split_inputs`.
 
 Gradients are those of a single process: where a rank keeps a part, those of all are gathered.
 """
@@ -60,7 +60,7 @@ class _Replicated(TensorParallelLayer):  # type: ignore[misc] # transformers has
 
 
 def _local(tensor: Tensor, mesh: DeviceMesh, given: Placement, wanted: Placement) -> Tensor:
-    """This rank's part of a tensor that lies as `given`, once it lies as `wanted`."""
+    """This rank's part of a tensor in placement `given`, redistributed to placement `wanted`."""
     if not isinstance(tensor, DTensor):
         if given == wanted:
             return tensor
@@ -125,7 +125,7 @@ class _ByForm(TensorParallelLayer):  # type: ignore[misc] # transformers has no 
 
 
 def split(model: nn.Module, plan: dict[str, str]) -> None:
-    """Replaces, in a plan, the rules of linears that are compressed in some block."""
+    """Replace, in a plan, the rules of linears that are compressed in some block."""
     modules = [(replace_layer_number_by_wildcard(n), m) for n, m in model.named_modules()]
     names = {name for name, _ in modules}
     parts: dict[str, set[str]] = {}

@@ -1,1 +1,1 @@
-"""Plain values that cross process boundaries: linears, curves, plans, cuts."""
+"""Plain values that cross process boundaries: linears, forms, curves, plans, cuts."""

@@ -11,19 +11,20 @@ from orchestrator.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """What truncating one linear to rank r loses: `total - sum(energies[:r])`.
+    """Truncation loss of one linear by rank r: `total - sum(energies[:r])`.
 
     `energies` are the squared singular values of the weight in the method's norm, descending,
-    float64, at least up to the break-even rank; `total` is the sum of all of them. Of a sparse form
-    they are of equal parts of the entries, in the order in which they are kept, and r counts parts.
+    float64, at least up to the break-even rank; `total` is the sum of all of them. For a sparse
+    form they are the energies of equal slices of the entries, in the order in which entries are
+    kept, and r counts slices.
     """
 
     name: str
     energies: np.ndarray
     total: float
     sensitivities: Mapping[int, float] = field(default_factory=dict)
-    """By rank, the model's mean cross-entropy where this linear alone is cut to it; at the ranks
-    where an allocation has asked for it. Measured apart, and no part of the JSON."""
+    """Mean cross-entropy of the model with this linear alone truncated, by rank, at the ranks that
+    an allocation asks for. Measured separately; not part of the JSON."""
 
     def loss(self, rank: int) -> float:
         """Squared error, in the method's norm, of the best approximation of this rank."""
@@ -34,7 +35,7 @@ class Curve:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Curve":
-        """Raises InputError where it is not what `to_json` gives."""
+        """Read the result of `to_json`; raises InputError if it is not one."""
         try:
             energies = np.asarray(value["energies"], dtype=np.float64)
             curve = cls(name=str(value["name"]), energies=energies, total=float(value["total"]))

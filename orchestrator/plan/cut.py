@@ -1,4 +1,4 @@
-"""Where a model is cut into shards: contiguous blocks that one worker has at a time."""
+"""Cuts of a model into shards: contiguous blocks that one worker holds at a time."""
 
 
 def cut_blocks(num_blocks: int, shards: int, group: int = 1) -> tuple[range, ...]:

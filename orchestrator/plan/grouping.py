@@ -13,12 +13,12 @@ from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 
 SHARED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""What Basis Sharing's authors group; o and down, whose inputs differ most, stand alone."""
+"""Linears that Basis Sharing's authors group; o and down, whose inputs differ most, stay alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """Which linears share a basis: those of the named kinds, in `size` blocks counted from 0.
+    """Rule for sharing a basis: linears of the named kinds, in `size` blocks counted from 0.
 
     A last group is shorter where the blocks do not divide. Linears whose shapes differ within a
     group, and all others, stay alone. Shard boundaries fall only between groups.
@@ -33,7 +33,7 @@ class Grouping:
         return block // self.size * self.size
 
     def joins(self, linear: Linear) -> bool:
-        """Whether the linear may share a basis with others."""
+        """True if the linear may share a basis with others."""
         return self.size > 1 and linear.role.rpartition(".")[2] in self.kinds
 
     def groups(self, linears: Sequence[Linear]) -> list[tuple[Linear, ...]]:
@@ -48,11 +48,11 @@ class Grouping:
         return [tuple(group) for group in groups.values()]
 
     def stacked(self, linears: Sequence[Linear]) -> tuple[Linear, ...]:
-        """For each group its tall linear, which has the name of the first member."""
+        """The tall linear of each group, which has the name of the first member."""
         return tuple(stack(group) for group in self.groups(linears))
 
     def spread(self, linears: Sequence[Linear], plan: Plan) -> Plan:
-        """What a plan for the tall linears means for each of `linears`; nothing else changes.
+        """Translate a plan for the tall linears into one for `linears`; all else stays the same.
 
         The first member of a group stores the basis, the others name it.
         """
@@ -74,9 +74,10 @@ def stack(group: Sequence[Linear]) -> Linear:
 
 
 def gram_side(linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
-    """Of what the Gram of a linear is that needs no more than its left singular vectors.
+    """Side of the Gram for a linear that needs only its left singular vectors.
 
-    Of outputs where no linear of the site needs that of the inputs, and it is smaller.
+    `output` if no linear of the site needs the Gram of the inputs and that of the outputs is
+    smaller; otherwise `input`.
     """
     narrow = all(each.in_features > each.out_features for each in site)
     smaller = sum(each.out_features**2 for each in site) < linear.in_features**2

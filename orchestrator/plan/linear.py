@@ -1,8 +1,6 @@
 """Linears of a model, and the survey that lists them."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +39,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What a checkpoint holds, from its config and tensor headers alone."""
+    """Content of a checkpoint, from its config and tensor headers alone."""
 
     fingerprint: str
     """Hash of config and tensor index (names, shapes, dtypes, file sizes): the model's identity."""
@@ -57,12 +55,5 @@ class Survey:
     """Distinct parameters of the whole model; tied ones count once."""
 
     def of_block(self, block: int) -> tuple[Linear, ...]:
+        """The linears of one block, in call order."""
         return tuple(linear for linear in self.linears if linear.block == block)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Survey":
-        linears = tuple(Linear(**linear) for linear in value["linears"])
-        return cls(**{**value, "linears": linears})

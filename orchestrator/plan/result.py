@@ -1,4 +1,4 @@
-"""What a compression gives back."""
+"""Result of a compression."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from orchestrator.store.places import Place
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a compression gave."""
+    """Compressed checkpoint, run directory, plan and report of a compression."""
 
     out: Place
     """The compressed checkpoint."""

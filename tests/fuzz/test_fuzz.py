@@ -185,7 +185,7 @@ def test_index_codes(data):
         tensors[name] = values
     shapes = index_tensors(code, out_features, in_features, nonzeros)
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == shapes
-    if is_sound(code, tensors, out_features, in_features, nonzeros):
+    if is_sound(code, tensors, out_features, in_features, nonzeros=nonzeros):
         found = decode(code, tensors, out_features, in_features).tolist()
         assert found == sorted(set(found))
         assert len(found) == nonzeros

@@ -121,7 +121,7 @@ def test_row_pointers_that_overflow():
         "index": torch.tensor([0, 1], dtype=torch.int16),
         "rows": torch.tensor([0, 2**31 - 1, -(2**31), 2], dtype=torch.int32),
     }
-    assert not is_sound("columns", tensors, 3, 4, 2)
+    assert not is_sound("columns", tensors, 3, 4, nonzeros=2)
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,13 @@ def compress(
     make_plan: Callable[[Survey], Plan] = half_plan,
     max_shard_bytes: int = 10**9,
     output_dtype: torch.dtype | None = None,
+    parts: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Compressed:
-    """Writes `out` from the dense checkpoint, file by file, as the workers do."""
+    """Writes `out` from the dense checkpoint, file by file, as the workers do.
+
+    Args:
+        parts: What is stored of every linear that is not dense; None: what `cut` makes.
+    """
     lazy_model = LazyModel.open(dense)
     survey, plan = lazy_model.survey(), make_plan(lazy_model.survey())
     files = layout(
@@ -132,7 +137,7 @@ def compress(
         output_dtype=output_dtype,
         max_shard_bytes=max_shard_bytes,
     )
-    parts = cut(dense, survey, plan)
+    parts = cut(dense, survey, plan) if parts is None else parts
     linears = {linear.name: linear for linear in survey.linears}
 
     def read(spec: TensorSpec) -> Tensor:

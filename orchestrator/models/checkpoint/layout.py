@@ -37,9 +37,9 @@ class TensorSpec:
     source: str
     """Name on disk of the tensor that is copied, or name of the linear."""
     rank: int = 0
-    """Of a factor, and of the factors beside a sparse weight."""
+    """Rank of a factor, or of the factors beside a sparse weight."""
     nonzeros: int = 0
-    """Of a sparse weight, in all its tensors, and of the one beside a factor."""
+    """Number of entries of a sparse weight, in all its tensors and in the factors beside it."""
     code: str = ""
     """The code of its `index` and `rows`."""
 
@@ -96,7 +96,7 @@ def layout(
     output_dtype: torch.dtype | None,
     max_shard_bytes: int,
 ) -> tuple[FileSpec, ...]:
-    """The files of the checkpoint; from the plan and the size limit alone, nothing is read.
+    """Files of the checkpoint, from the plan and the size limit alone; no tensor is read.
 
     Whole blocks in model order, as many to a file as fit and one at least; what comes before the
     blocks stands with the first of them, what comes after with the last. Sizes in bytes.
@@ -149,7 +149,7 @@ def layout(
 
 
 def stored_forms(survey: Survey, plan: Plan) -> dict[str, StoredForm]:
-    """How every linear that does not stay dense is stored, in survey order.
+    """Form and size of every linear that does not stay dense, in survey order.
 
     Raises:
         ValueError: The plan names no linear of the model, or gives one a form that it cannot have

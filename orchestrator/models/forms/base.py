@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 Split = Literal["whole", "weight", "parts"]
-"""How tensor parallelism splits a module: `whole`, all tensors on every rank; `weight`, the rows of
-`weight` over the ranks and all else whole; `parts`, each submodule by a rule of its own."""
+"""Rule by which tensor parallelism splits a module: `whole`, all tensors on every rank; `weight`,
+the rows of `weight` over the ranks and all else whole; `parts`, each submodule by its own rule."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class FormTensor:
     name: str
     """Name in the module, `down.weight`."""
     part: str
-    """What it is of the linear; the key by which a worker finds its values."""
+    """Role in the linear, `weight` or `others`; the key by which a worker finds its values."""
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
     """None: a tensor of values, in the dtype of the weight. An index has a dtype of its own."""
@@ -67,9 +67,9 @@ class FormLinear(nn.Module):
     optional: ClassVar[tuple[str, ...]] = ()
     """Fields that may be left out."""
     split_outputs: ClassVar[Split] = "whole"
-    """How it is split where its outputs are."""
+    """Rule if the model's plan splits the outputs of the linear."""
     split_inputs: ClassVar[Split] = "whole"
-    """How it is split where its inputs are."""
+    """Rule if the model's plan splits the inputs of the linear."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Names of the submodules that have a rule of their own if `split_inputs` is `parts`."""
 
@@ -127,7 +127,7 @@ class FormLinear(nn.Module):
 
     @property
     def indexed(self) -> str:
-        """What a sound index names, in words."""
+        """Description of what a sound index names, for messages."""
         return ""
 
     def is_sound(self) -> bool:

@@ -1,4 +1,4 @@
-"""How a sparse weight stores where its values stand: one of three codes, whichever is smallest.
+"""Codes for the positions of a sparse weight's values; of three, the smallest is used.
 
 Positions are flat, row by row in the [O, I] weight, and ascending; the values stand in that order.
 `bitmask` has one bit an element, the lowest bit of a byte first; `columns` the column number of
@@ -72,7 +72,12 @@ def decode(code: str, tensors: Mapping[str, Tensor], out_features: int, in_featu
 
 
 def materialize(
-    code: str, tensors: Mapping[str, Tensor], values_N: Tensor, out_features: int, in_features: int
+    code: str,
+    tensors: Mapping[str, Tensor],
+    values_N: Tensor,
+    *,
+    out_features: int,
+    in_features: int,
 ) -> Tensor:
     """The dense weight [O, I], in the values' dtype; differentiable in the values.
 
@@ -115,9 +120,9 @@ class _Spread(torch.autograd.Function):
 
 
 def is_sound(
-    code: str, tensors: Mapping[str, Tensor], out_features: int, in_features: int, nonzeros: int
+    code: str, tensors: Mapping[str, Tensor], out_features: int, in_features: int, *, nonzeros: int
 ) -> bool:
-    """Whether the tensors hold ascending positions of the weight, as many as there are values.
+    """True if the tensors hold ascending positions of the weight, as many as there are values.
 
     An index that is not stored holds whatever was in memory, and scatters values anywhere.
     """

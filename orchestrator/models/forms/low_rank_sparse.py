@@ -30,8 +30,8 @@ class LowRankSparseLinear(LowRankLinear):
         out_features: int,
         rank: int,
         nonzeros: int,
-        index: str,
         *,
+        index: str,
         bias: bool = True,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -51,7 +51,8 @@ class LowRankSparseLinear(LowRankLinear):
         shares_basis: bool,
         **options: Any,
     ) -> Self:
-        return cls(in_features, out_features, stored.rank, stored.nonzeros, stored.index, **options)
+        sizes = in_features, out_features, stored.rank, stored.nonzeros
+        return cls(*sizes, index=stored.index, **options)
 
     @classmethod
     def tensors(

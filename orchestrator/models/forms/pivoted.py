@@ -122,7 +122,7 @@ class PivotedLinear(LowRankLinear):
 
     @property
     def indexed(self) -> str:
-        """What a sound index names, in words."""
+        """Description of what a sound index names, for messages."""
         return f"each of {self.out_features} outputs once"
 
     def is_sound(self) -> bool:

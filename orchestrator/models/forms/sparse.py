@@ -116,17 +116,24 @@ class SparseLinear(FormLinear):
     def dense_weight(self) -> Tensor:
         """The weight [O, I] with zeros where nothing is stored, in the values' dtype."""
         tensors = dict(self.named_buffers(recurse=False))
-        return materialize(self.code, tensors, self.weight, self.out_features, self.in_features)
+        return materialize(
+            self.code,
+            tensors,
+            self.weight,
+            out_features=self.out_features,
+            in_features=self.in_features,
+        )
 
     @property
     def indexed(self) -> str:
-        """What a sound index names, in words."""
+        """Description of what a sound index names, for messages."""
         return f"{self.nonzeros} entries in order"
 
     def is_sound(self) -> bool:
         """True if the index names as many different entries as there are values, in order."""
         tensors = dict(self.named_buffers(recurse=False))
-        return is_sound(self.code, tensors, self.out_features, self.in_features, self.nonzeros)
+        sizes = self.out_features, self.in_features
+        return is_sound(self.code, tensors, *sizes, nonzeros=self.nonzeros)
 
     def extra_repr(self) -> str:
         return (

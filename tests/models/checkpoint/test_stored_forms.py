@@ -332,7 +332,7 @@ def test_any_number_of_entries_is_a_prefix_of_a_unit(tmp_path, nonzeros):
     assert {spec.part: spec.shape for spec in file.tensors} == {
         part: tuple(each.shape) for part, each in parts.items()
     }
-    weight_OI = materialize(code, parts, parts["values"], 8, 15)
+    weight_OI = materialize(code, parts, parts["values"], out_features=8, in_features=15)
     expected_E = torch.zeros(120)
     for value, position in zip(values_N[:nonzeros], positions_N[:nonzeros], strict=True):
         expected_E[position] = value

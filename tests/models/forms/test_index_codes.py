@@ -43,7 +43,7 @@ def test_every_code_decodes_its_encoding(code, pattern):
     assert torch.equal(decode(code, tensors, *sizes), positions_N)
     announced = index_tensors(code, *sizes, len(positions_N))
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == announced
-    assert is_sound(code, tensors, *sizes, len(positions_N))
+    assert is_sound(code, tensors, *sizes, nonzeros=len(positions_N))
 
 
 @pytest.mark.parametrize("code", INDEX_CODES)
@@ -53,7 +53,9 @@ def test_the_dense_weight_has_the_values_at_their_positions(code, pattern):
     out_features, in_features, positions_N = pattern
     values_N = torch.arange(1.0, len(positions_N) + 1, requires_grad=True)
     tensors = encode(code, positions_N, out_features, in_features)
-    weight_OI = materialize(code, tensors, values_N, out_features, in_features)
+    weight_OI = materialize(
+        code, tensors, values_N, out_features=out_features, in_features=in_features
+    )
     expected_OI = [[0.0] * in_features for _ in range(out_features)]
     for value, position in enumerate(positions_N.tolist(), start=1):
         expected_OI[position // in_features][position % in_features] = value
@@ -70,7 +72,9 @@ def test_no_shape_depends_on_data(code):
         name: torch.empty(shape, dtype=dtype, device="meta")
         for name, (dtype, shape) in index_tensors(code, 5, 13, 17).items()
     }
-    weight_OI = materialize(code, tensors, torch.empty(17, device="meta"), 5, 13)
+    weight_OI = materialize(
+        code, tensors, torch.empty(17, device="meta"), out_features=5, in_features=13
+    )
     assert weight_OI.is_meta
     assert weight_OI.shape == (5, 13)
 
@@ -141,4 +145,4 @@ def test_a_damaged_index_is_detected(code, tensors):
     """Two entries of a [3, 4] weight: too many, too few, duplicated, out of order, out of range."""
     dtypes = {name: dtype for name, (dtype, _) in index_tensors(code, 3, 4, 2).items()}
     damaged = {name: torch.tensor(t, dtype=dtypes[name]) for name, t in tensors.items()}
-    assert not is_sound(code, damaged, 3, 4, 2)
+    assert not is_sound(code, damaged, 3, 4, nonzeros=2)
