@@ -40,7 +40,7 @@ def one_form(form):
         if form == "low_rank":
             return half_plan(survey)
         if form == "pivoted":
-            # the largest rank that saves anything
+            # the largest rank that saves values
             assignments = {
                 linear.name: Assignment(
                     form=form, rank=replace(linear, pivoted=True).break_even - 1
