@@ -102,7 +102,7 @@ def test_a_run_holds_what_is_forecast(name, model, tmp_path):
         parts = stage.device.parts
         foreseen = sum(size for part, size in parts.items() if part not in NOT_TENSORS)
         if stage.name in ("calibrate", "refit", "pivot"):
-            # the previous linear may still be being written, or be written already
+            # the previous linear may still be in the process of being written
             assert peaks[stage.name] <= 1.01 * foreseen + written
         if stage.name == "calibrate":
             assert peaks[stage.name] >= 0.9 * foreseen

@@ -142,7 +142,7 @@ def test_segments_change_no_bit_and_hold_less(llama, text, reference, segmented,
     assert contents(tmp_path / "out") == reference
     assert max(most) <= 4
     assert not [path for path in (tmp_path / "out.run" / "chunks").rglob("*") if path.is_file()]
-    # the first pass ends before the last shard, the second before the last one of its segment
+    # the first pass ends before the last shard, the second before the last shard of its segment
     assert len(passed) == 6 * (7 + 3)
 
 

@@ -53,7 +53,7 @@ def test_more_workers_are_faster_and_no_faster_than_their_number(method):
     times = [simulate(costs(method=method), RATES, n)["calibrate"].seconds for n in (2, 3, 6)]
     assert sorted(times, reverse=True) == times
     for workers, seconds in zip((2, 3, 6), times, strict=True):
-        # what is carried between shards is more with more of them
+        # more shards exchange more data
         assert alone / workers * 0.98 < seconds < alone
 
 

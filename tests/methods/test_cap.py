@@ -268,12 +268,12 @@ def test_linears_compare_by_the_requested_scale(across):
         }
         return CapAllocator(across=across)(linears, scaled, 0.5, {})
 
-    # powers of two change no digit
+    # powers of two are exact
     one, other = plan([2.0**-20, 1, 2.0**20]), plan([2.0**20, 1, 2.0**-20])
     assert (one == other) == (across != "absolute")
     if across == "linear":
         stored = [one.assignments[each.name].stored_values(each) for each in linears]
-        # what is on both sides of a break point: a direction, a bucket
+        # the two sides of a break point: a direction, a bucket
         assert stored == pytest.approx([1800] * 3, abs=120 + 100)
 
 
@@ -364,7 +364,7 @@ def overlapping(seed):
     low_OI = rng.normal(size=(6, 3)) @ rng.normal(size=(3, 6))
     sparse_OI = np.zeros(36)
     places = rng.permutation(36)[:9]
-    # entries in part undo what the directions say there, as those of a robust PCA may
+    # entries partly cancel the directions, as those of a robust PCA may
     sparse_OI[places] = -rng.uniform(0.2, 1.2, size=9) * low_OI.reshape(-1)[places]
     places = places[np.argsort(-np.abs(sparse_OI[places]))]
     u, s, vt = np.linalg.svd(low_OI)

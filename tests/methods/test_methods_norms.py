@@ -65,7 +65,7 @@ def test_asvd_is_the_scaled_svd_divided_by_the_scale(name, alpha):
         torch.testing.assert_close(found.energies_K, energies_K, rtol=0, atol=1e-13 * total)
         for rank in range(1, min(weight_OI.shape) + 1):
             if energies_K[rank - 1] < 1e-6 * total:
-                break  # directions at rounding noise are anyone's
+                break  # directions at the level of rounding noise are arbitrary
             if rank < len(energies_K) and energies_K[rank] > 0.99 * energies_K[rank - 1]:
                 continue  # two directions of one energy may be exchanged
             expected_OI = truncated(weight_OI * scale_I, rank) / scale_I

@@ -97,7 +97,7 @@ def test_a_fit_is_the_least_squares_solution_on_the_compressed_inputs(llama, tex
         assert losses[1] <= losses[2]
         gained.append(1 - losses[1] / losses[2])
         torch.testing.assert_close(fitted.get_submodule(name).down.weight.double(), down_RI)
-    # the tolerance above would not hide a fit that did nothing
+    # the tolerance above would not hide a fit without effect
     assert max(gained) > 0.01
 
 

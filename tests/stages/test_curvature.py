@@ -116,7 +116,7 @@ def test_mgaa_divides_what_two_sided_factors_lose(llama, text, tmp_path):
             sublayer = (name, *linear.split(".")[2:4])
             kept[sublayer] = kept.get(sublayer, 0) + entry["values"]
     for (name, block, part), values in kept.items():
-        # each sublayer's share is that of its cosine, but for what does not fit
+        # each sublayer's share follows its cosine, except where it does not fit
         assert values == pytest.approx(kept["mgaa", block, part], rel=0.05), (name, block, part)
 
 

@@ -139,7 +139,7 @@ def test_a_fit_is_written_pivoted(llama, text, tmp_path):
         module = orchestrator.load(result.out).get_submodule(name)
         assert module.is_sound()
         bases.append(torch.linalg.svd(module.dense_weight().detach().double())[2][: module.rank])
-    # a fit moves the left factor alone: both weights read the same directions of the input
+    # a refit changes only the left factor: both weights use the same input directions
     torch.testing.assert_close(bases[0].T @ bases[0], bases[1].T @ bases[1], rtol=0, atol=1e-4)
     assert not torch.equal(logits(fitted.out), logits(cut.out))
 

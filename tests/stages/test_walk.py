@@ -169,7 +169,7 @@ def test_no_linear_of_any_form_is_made_worse(case, basis, llama, text, tmp_path)
     assert len(linears) == sum(each.rank > 0 for each in result.plan.assignments.values())
     assert sum(each["taken"] for each in linears) > 0.8 * len(linears)
     if case != "two-sided" or basis == "new":
-        # a basis that was kept for the loss is judged in the loss's norm
+        # a basis kept for the loss is compared in the loss's norm
         assert all(each["after"] <= each["before"] for each in linears)
     dense = AutoModelForCausalLM.from_pretrained(llama)
     gaps = []
@@ -339,7 +339,7 @@ def test_a_stopped_walk_goes_on(harm, llama, text, reference, tmp_path):
     with pytest.raises(Stopped):
         run(llama, out, text, on_event=stop_after("walk", 2, events), **BOTH)
     files = sorted((tmp_path / "out.run" / "chunks").rglob("*.safetensors"))
-    assert len(files) == 12  # two streams of six sequences before block 2, and no others
+    assert len(files) == 12  # two streams of six sequences at the input of block 2, and no others
     if harm == "lost":
         shutil.rmtree(tmp_path / "out.run" / "chunks")
     elif harm == "damaged":

@@ -155,7 +155,7 @@ class _Trace:
         else:
             self.arguments |= needed
         keys = {k: set(v) for k, v in kwargs.items() if isinstance(v, MutableMapping)}
-        output = self._run_on_meta(index, forward, args, kwargs)
+        output = self._run_on_meta(index, forward, args=args, kwargs=kwargs)
         self.extras |= {name for name, before in keys.items() if set(kwargs[name]) != before}
         if not isinstance(output, Tensor | tuple):
             raise InputError(
@@ -170,7 +170,10 @@ class _Trace:
             set_tensor(self.model, name, buffer.to("meta"))
         return output
 
-    def _run_on_meta(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _run_on_meta(
+        self, index: int, forward: Callable[..., Any], *, args: Any, kwargs: Any
+    ) -> Any:
+        """Run a block on copies of its arguments on the meta device, and record its linears."""
         copies: dict[int, Tensor] = {}
 
         def to_meta(tensor: Tensor) -> Tensor:

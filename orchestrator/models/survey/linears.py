@@ -4,8 +4,7 @@ Shape suffixes: T tokens, O outputs, I inputs.
 """
 
 import copy
-from collections.abc import Hashable
-from functools import partial
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -63,27 +62,32 @@ class LinearCalls:
 
     def __enter__(self) -> None:
         self.handles = [
-            module.register_forward_pre_hook(partial(self._record_call, role), with_kwargs=True)
+            module.register_forward_pre_hook(self._call_recorder(role), with_kwargs=True)
             for role, module in self.modules.items()
         ]
         for path, module in self._block.named_modules() if self._block is not None else ():
             if "Norm" in type(module).__name__:
-                hook = module.register_forward_hook(partial(self._record_norm, path))
-                self.handles.append(hook)
+                self.handles.append(module.register_forward_hook(self._norm_recorder(path)))
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _record_call(self, role: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensor = args[0] if args else kwargs["input"]
-        self._seen.append(tensor)
-        self.calls.append((role, _identity(tensor)))
+    def _call_recorder(self, role: str) -> Callable[[nn.Module, Any, Any], None]:
+        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensor = args[0] if args else kwargs["input"]
+            self._seen.append(tensor)
+            self.calls.append((role, _identity(tensor)))
 
-    def _record_norm(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            self._seen.append(output)
-            self._norms[_identity(output)] = f"{self.name}.{path}"
+        return record
+
+    def _norm_recorder(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                self._seen.append(output)
+                self._norms[_identity(output)] = f"{self.name}.{path}"
+
+        return record
 
     def linears(self, where: str, block: int) -> list[Linear]:
         """Return the block's linears in call order.

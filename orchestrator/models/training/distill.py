@@ -111,14 +111,11 @@ def distill(
     so it does not change those proportions. The factor τ² keeps the gradient's scale independent
     of τ (Hinton et al., arXiv:1503.02531). Uses closed forms in float32 over slices of tokens, so
     no third tensor of the size of logits and gradient is allocated. The gradient [B, T, V] has the
-    logits' dtype and is zero outside the mask.
-
-    Computed on the logits' device, which is read once, at the end.
+    logits' dtype and is zero outside the mask. The logits' device is read once, at the end.
 
     Args:
         tokens_BT, mask_BT: On the host; otherwise the device is read first.
         targets: Top-k of the other model at the same temperature, or its full logits [B, T, V].
-        weights: Weights of the losses; None: no gradient is computed.
     """
     device = logits_BTV.device
     targets = bring(targets, device) if isinstance(targets, Tensor) else targets.to(device)
@@ -128,9 +125,7 @@ def distill(
         for slice_T in torch.split(mask_T.nonzero().squeeze(1), SLICE_TOKENS):
             if not len(slice_T):
                 continue
-            following_T = (slice_T + 1).clamp(max=len(tokens_T) - 1)
-            parts = (slice_T, tokens_T[following_T], _followed(mask_T, slice_T))
-            where_T, label_T, real_T = bring(torch.stack(parts), device)
+            where_T, label_T, real_T = bring(_predictions(tokens_T, mask_T, slice_T), device)
             real_T = real_T.bool()
             logits_TV = logits_BTV[row, where_T].float()
             divergence, grad_TV = _divergence(
@@ -147,18 +142,25 @@ def distill(
             if grad_BTV is not None and grad_TV is not None and weights is not None:
                 grad_TV *= weights.divergence
                 if weights.cross_entropy:
-                    pull_TV = log_q_TV.exp_()
-                    pull_TV.scatter_add_(1, label_T[:, None], -torch.ones_like(pull_TV[:, :1]))
-                    grad_TV += weights.cross_entropy * pull_TV.where(real_T[:, None], 0.0)
+                    pull_TV = _cross_entropy_gradient(log_q_TV, label_T, real_T)
+                    grad_TV += weights.cross_entropy * pull_TV
                 grad_BTV[row, where_T] = grad_TV.to(grad_BTV.dtype)
     divergence, cross_entropy = sums.tolist()
     return Losses(divergence=divergence, cross_entropy=cross_entropy), grad_BTV
 
 
-def _followed(mask_T: Tensor, where_T: Tensor) -> Tensor:
-    """Test for each of some real tokens if the next token is real, bool [T]."""
-    following_T = torch.cat([mask_T[1:], mask_T.new_zeros(1)])
-    return following_T[where_T]
+def _predictions(tokens_T: Tensor, mask_T: Tensor, where_T: Tensor) -> Tensor:
+    """Stack positions of some real tokens, next tokens, and if those are real; int64 [3, T]."""
+    following_T = (where_T + 1).clamp(max=len(tokens_T) - 1)
+    is_followed_T = torch.cat([mask_T[1:], mask_T.new_zeros(1)])
+    return torch.stack((where_T, tokens_T[following_T], is_followed_T[where_T]))
+
+
+def _cross_entropy_gradient(log_q_TV: Tensor, label_T: Tensor, real_T: Tensor) -> Tensor:
+    """Gradient of −log q(label) with respect to the logits; overwrites `log_q_TV`."""
+    grad_TV = log_q_TV.exp_()
+    grad_TV.scatter_add_(1, label_T[:, None], -torch.ones_like(grad_TV[:, :1]))
+    return grad_TV.where(real_T[:, None], 0.0)
 
 
 def _divergence(

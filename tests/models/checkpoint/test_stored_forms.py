@@ -43,7 +43,7 @@ def one_form(form):
         if form == "low_rank":
             return half_plan(survey)
         if form == "pivoted":
-            # the largest rank that saves anything
+            # the largest rank that saves values
             assignments = {
                 linear.name: Assignment(form=form, rank=PIVOTED.break_even(linear) - 1)
                 for linear in survey.linears

@@ -101,14 +101,14 @@ def test_the_bytes_of_an_index_follow_from_sizes(pattern):
     [
         ((1536, 576), 442_368, "bitmask", 110_592),  # half of a real weight
         ((1536, 576), 50_000, "columns", 106_148),
-        ((1536, 576), 52_222, "bitmask", 110_592),  # 2 N + 6148 = 110592: of equals the first
+        ((1536, 576), 52_222, "bitmask", 110_592),  # 2 N + 6148 = 110592: a tie, the first wins
         ((1536, 576), 52_221, "columns", 110_590),
-        ((1536, 576), 3_074, "columns", 12_296),  # 4 N is as much
+        ((1536, 576), 3_074, "columns", 12_296),  # 4 N is equal
         ((1536, 576), 3_073, "positions", 12_292),
         ((2, 65_536), 100, "columns", 212),
         ((2, 65_537), 100, "positions", 400),
         ((2**16, 2**15), 10**6, "columns", 2_262_148),
-        ((2**16, 2**15 + 1), 100, "columns", 262_348),  # positions of 32 bits would not do
+        ((2**16, 2**15 + 1), 100, "columns", 262_348),  # 32-bit positions would overflow
     ],
 )
 def test_the_smallest_code_wins(sizes, nonzeros, code, size_bytes):
@@ -129,7 +129,7 @@ def test_column_numbers_use_all_sixteen_bits():
     ("code", "tensors"),
     [
         ("bitmask", {"index": [0b0000_0111, 0]}),
-        ("bitmask", {"index": [1, 0b1000_0000]}),  # the second bit stands beyond the weight
+        ("bitmask", {"index": [1, 0b1000_0000]}),  # the second bit is beyond the weight
         ("positions", {"index": [3, 3]}),
         ("positions", {"index": [4, 3]}),
         ("positions", {"index": [-1, 3]}),

@@ -60,7 +60,7 @@ SITES = {
         **dict.fromkeys(QUERY_KEY_VALUE, "self_attn.q_proj"),
         **{role: role for role in ["self_attn.out_proj", "fc1", "fc2"]},
     },
-    # The MLP reads its own norm of the block's input, beside the attention.
+    # The MLP reads its own norm of the block's input, parallel to the attention.
     "gpt_neox": {
         role: role
         for role in [
