@@ -205,8 +205,8 @@ def test_curves_of_sparse_linears_end_where_the_report_says(runs, tmp_path):
         low, high = shares[int(np.floor(at))], shares[int(np.ceil(at))]
         assert low < 1 - entry["activation_error"] < high
     page = Page(api.report(sparse.out))
-    assert "Energy against density" in page.texts
-    assert "Energy against rank" not in page.texts
+    assert "Energy over density" in page.texts
+    assert "Energy over rank" not in page.texts
 
 
 def test_parts_sum_to_the_whole(runs):
@@ -255,9 +255,9 @@ def test_an_unfinished_run_says_so(tmp_path):
     for _ in range(3):
         journal.append({"event": "lost", "unit": "block 4", "why": "actor died"})
     page = Page(api.report(journal.root))
-    said = "not done: stopped, exit code 75, in stage calibrate, 3 of 30 units"
+    said = "not finished: stopped, exit code 75, in stage calibrate, 3 of 30 units"
     assert said in page.text
-    assert {"asked to keep", "0.25"} <= set(page.texts)
+    assert {"requested kept fraction", "0.25"} <= set(page.texts)
     assert {"lost", "unit block 4, why actor died", "3 times"} <= set(page.texts)
 
 
@@ -271,12 +271,12 @@ def test_an_unfinished_run_says_so(tmp_path):
         ("linears", "linears"),
         ("recipe", ""),
         ("not_targeted", ""),
-        ("linears.*.shape", "28 linears have no shape reported"),
-        ("linears.*.form", "28 linears have no form reported"),
+        ("linears.*.shape", "28 linears have no reported shape"),
+        ("linears.*.form", "28 linears have no reported form"),
         ("linears.*.rank", ""),
-        ("linears.*.values", "28 linears have no values reported"),
-        ("linears.*.weight_error", "28 linears have no weight error reported"),
-        ("linears.*.activation_error", "28 linears have no activation error reported"),
+        ("linears.*.values", "28 linears have no reported values"),
+        ("linears.*.weight_error", "28 linears have no reported weight error"),
+        ("linears.*.activation_error", "28 linears have no reported activation error"),
         ("linears.*.numerics", ""),
     ],
 )
@@ -344,7 +344,7 @@ def test_compare_shows_what_differs(runs, tmp_path):
     (facts,) = read_source(first.out).evaluations
     assert f"{facts['models']['model']['perplexity']:.2f}" in page.texts
     assert "host" not in page.text
-    assert "second: No evaluation lies beside the checkpoint." in page.texts
+    assert "second: No evaluation found beside the checkpoint." in page.texts
 
 
 def test_runs_of_one_name_are_told_apart(copied, runs, tmp_path):

@@ -60,7 +60,8 @@ MAY_IMPORT = {
     "stages": f"{PLAIN} plan recipe runtime stages.context store",
     "pages": f"{PLAIN} plan recipe store usage numpy",
     "searching": "errors plan recipe store",
-    "api": f"{PLAIN} forecast hf pages plan recipe runtime runtime.ray searching stages "
+    "evaluation": "",
+    "api": f"{PLAIN} evaluation forecast hf pages plan recipe runtime runtime.ray searching stages "
     f"stages.context stages.evaluate store transformers {MODELS}",
     "cli": f"{PLAIN} api forecast plan recipe usage",
     "__main__": "cli",
@@ -197,7 +198,7 @@ def test_folders_and_files_are_small():
     assert long == LONG_FILES
 
 
-LONG_FILES = {"api", "forecast.forecast", "stages.context.compression"}
+LONG_FILES = {"forecast.forecast", "stages.context.compression"}
 
 
 @pytest.mark.parametrize(
