@@ -94,8 +94,8 @@ def rank_curves(found: Sequence[LinearRow], shares: Mapping[str, np.ndarray]) ->
         "rank",
         "Fraction of a linear's energy (squared singular values in the method's norm) in its "
         "leading ranks, on a logarithmic scale of the loss. One line per block, the first "
-        "lightest; a point marks the chosen rank, the dashed line break-even, from which on factors save "
-        "nothing.",
+        "lightest; a point marks the chosen rank, the dashed line break-even, from which on "
+        "factors save nothing.",
     )
 
 
