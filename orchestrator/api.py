@@ -1,11 +1,11 @@
-"""The Python API: the same verbs as the command line, blocking, with an event callback.
+"""Python API: the commands of the command line as blocking functions with an event callback.
 
     from orchestrator import Recipe, compress, load
 
     result = compress(Recipe(model="dense/", out="small/", keep=0.8, calibration="text.txt"))
     model = load(result.out)
 
-Heavy packages are imported when a verb is called.
+Heavy packages are imported when a function is called.
 """
 
 import re
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.evaluation import EvaluationRequest
 from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.store.places import Place
@@ -24,20 +25,19 @@ if TYPE_CHECKING:
     from orchestrator.searching import Search
 
 SECRET = re.compile(r"SECRET|PASSWORD|(ACCESS|ACCOUNT|API)_KEY|SESSION_TOKEN|^(HF|.*_HUB)_TOKEN$")
-"""Names of variables that a job is not to show."""
+"""Names of environment variables that are refused for a job, since it would display them."""
 OnEvent = Callable[[dict[str, Any]], None]
-"""Told of everything that happens: plain dicts with an `event` of `stage`, `unit`, `note`,
-`workers`, `waiting`, `snapshot`, `lost`, `missing` or `damaged`."""
+"""Callback for the events of a run, see `orchestrator.events`."""
 
 
 def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
-    """Performs a recipe, or takes it up where it was left; blocks until the result is written.
+    """Run a recipe, or resume it; blocks until the result is written.
 
-    Uses the Ray that this process is connected to if there is one, so it may be called inside a
-    script that is itself a Ray job; otherwise `recipe.address` decides.
+    Uses the Ray to which this process is connected, if any, so it may be called in a Ray job;
+    otherwise `recipe.address` is used.
 
     Raises:
-        OrchestratorError: One of its kinds, by what is wrong; `exit_code` says which.
+        OrchestratorError: A subclass; `exit_code` tells which.
     """
     from orchestrator.stages import driver
 
@@ -47,24 +47,24 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
 def compress_sizes(
     recipe: Recipe, keeps: Sequence[float], on_event: OnEvent | None = None
 ) -> list[Result]:
-    """One calibration, many sizes: each in `OUT-KEEP`, byte for byte what it is when asked alone.
+    """Compress to several sizes with one calibration, each to `OUT-KEEP`.
 
-    All share the run directory, `OUT.run` without another one, so what does not depend on the size
-    is computed once.
+    Each result is byte-identical to a separate run. All share one run directory, by default
+    `OUT.run`, so results that do not depend on the size are computed once.
 
     Args:
-        recipe: Its own size is not used.
+        recipe: Its own `keep` or `keep_bytes` is not used.
         keeps: Fractions of values, or of bytes if the recipe has `keep_bytes`, each above 0 and at
             most 1.
 
     Raises:
-        UsageError: Two sizes are the same.
+        UsageError: Two sizes are equal.
         OrchestratorError: As `compress`.
     """
     from orchestrator.errors import UsageError
 
     if len(set(keeps)) < len(keeps):
-        raise UsageError(f"keep: {', '.join(map(str, keeps))} names a size twice")
+        raise UsageError(f"keep: {', '.join(map(str, keeps))} contains a size twice")
     name = "keep" if recipe.keep_bytes is None else "keep_bytes"
     shared = replace(recipe, run_dir=recipe.run_dir or f"{recipe.out}.run")
     sizes: list[dict[str, Any]] = [{name: keep, "out": f"{recipe.out}-{keep:g}"} for keep in keeps]
@@ -73,22 +73,18 @@ def compress_sizes(
 
 
 def retarget(
-    run_dir: str | Path,
-    out: str | Path,
-    *,
-    on_event: OnEvent | None = None,
-    **given: Any,
+    run_dir: str | Path, out: str | Path, *, on_event: OnEvent | None = None, **given: Any
 ) -> Result:
-    """Cuts another size from what a run has stored, without its text, calibration or SVD.
+    """Make another size from the stored results of a run, without text, calibration or SVD.
 
-    The result is byte for byte what a run of its own would give.
+    The result is byte-identical to that of a separate run.
 
     Args:
-        given: `keep` or `keep_bytes`, and any other field of the recipe that is to change; what
-            depends on it is computed again.
+        given: `keep` or `keep_bytes`, and any other field of the recipe to change; results that
+            depend on it are computed again.
 
     Raises:
-        InputError: There is no run here, or it came not so far as to read its text.
+        InputError: The directory has no run, or the run stopped before it read its text.
         OrchestratorError: As `compress`.
     """
     from orchestrator.stages import driver
@@ -108,21 +104,21 @@ def plan(
     price: float | None = None,
     rates: str | Path | None = None,
 ) -> "Forecast":
-    """What a recipe will take, from config and headers alone: no torch, no machine, milliseconds.
+    """Forecast memory, time and cost of a recipe, from config and headers alone, in milliseconds.
 
     Args:
         recipe: Its model may be a directory, a hub id in the local cache, or a config.json of one
             of `orchestrator.forecast.shapes.FAMILIES`.
-        gpus: Workers, one a GPU; `recipe.workers`, where it is a number, wins.
+        gpus: Number of workers, one per GPU; a number in `recipe.workers` takes precedence.
         gpu: A name of `orchestrator.forecast.rates.known_devices`.
-        gpu_memory: "80GB"; the device's own without it.
-        host_memory: Of a worker; not checked without it.
-        price: Of a worker for an hour.
-        rates: A file that `measure` has written, in place of the named GPU.
+        gpu_memory: Such as "80GB"; None means that of the device.
+        host_memory: Host memory of a worker; None means unchecked.
+        price: Price of a worker per hour.
+        rates: File written by `measure`, instead of the named GPU.
 
     Raises:
         UsageError: A name or a number is not allowed.
-        InputError: The model cannot be read, or is of a family that needs its headers.
+        InputError: The model cannot be read, or its family requires the headers.
     """
     from orchestrator.errors import UsageError
     from orchestrator.forecast.forecast import forecast
@@ -151,15 +147,16 @@ def plan(
 
 
 def measure(output: str | Path, *, dtype: str = "bfloat16", threads: int = 1) -> Path:
-    """Measures this machine, as one worker has it, for `plan`; some seconds, more on a CPU.
+    """Measure this machine, as seen by one worker, for `plan`; takes seconds, more on a CPU.
 
-    Written are the rates of products and eigendecompositions, of reading and writing beside the
-    file, of copying in memory, how long a worker's process takes to start, and the memory there is.
+    Measures the rates of products and eigendecompositions, of reading and writing in the directory
+    of the file and of copying in memory, the start time of a worker process, and the available
+    memory.
 
     Args:
         output: The JSON file.
-        dtype: Of forward passes.
-        threads: Of a worker; a GPU does not mind.
+        dtype: Dtype of the forward passes.
+        threads: Threads of a worker; no effect on a GPU.
     """
     from orchestrator.models.evaluation.machine import measure_machine
     from orchestrator.store.files import write_json
@@ -176,10 +173,10 @@ def search(
     on_event: OnEvent | None = None,
     **evaluation: Any,
 ) -> "Search":
-    """Compresses with every combination of settings, keeps what held-out text likes best.
+    """Compress with every combination of settings, and keep the best on held-out text.
 
     See `orchestrator.searching`: `vary` has the values to try by field (`storage`) or option
-    (`mgaa.t`); `evaluation` is as `evaluate` takes it.
+    (`mgaa.t`); `evaluation` are arguments of `evaluate`.
     """
     from orchestrator import searching
 
@@ -188,47 +185,23 @@ def search(
 
 
 def evaluate(
-    model: str | Path,
-    *,
-    text: str,
-    against: str | Path | None = None,
-    field: str = "text",
-    samples: int = 32,
-    sequence_length: int = 2048,
-    stride: int = 1,
-    layout: str = "packed",
-    dtype: str = "auto",
-    executor: str = "ray",
-    address: str | None = None,
-    workers: int | str | None = None,
-    threads: int | None = None,
-    shards: int | None = None,
-    run_dir: str | Path | None = None,
-    allow_mixed: bool = False,
-    on_event: OnEvent | None = None,
+    model: str | Path, *, on_event: OnEvent | None = None, **request: Any
 ) -> dict[str, Any]:
-    """Perplexity, speed and size of a model, and how close it is to another on the same tokens.
+    """Measure perplexity, speed and size of a model, and its distance to another one.
 
-    Runs through the shards like a calibration: the same blocks of both models side by side, never
-    a whole model in one process unless there is one shard.
+    Runs through the shards like a calibration, with the same blocks of both models side by side: a
+    process never holds a whole model unless there is only one shard.
 
     Args:
-        model: Directory or hub id of a dense or compressed checkpoint.
-        text: Held-out text: .txt, .jsonl, .parquet, a directory of them, or `datasets:NAME`.
-        against: The dense model; adds its own figures, the mean KL divergence from it in nats, and
-            the fraction of tokens on which both put the same token first.
-        samples, sequence_length, stride, layout: As for calibration; every `stride`-th window.
-        dtype: Of the forward passes; `auto` is each checkpoint's own.
-        run_dir: Where it is resumed from; nothing means `MODEL.evaluation`.
-        allow_mixed: Whether scores of another device kind or version are added to.
+        request: The fields of `orchestrator.evaluation.EvaluationRequest`.
 
     Returns:
         `models` (for `model` and `against`: perplexity = exp of the mean over sequences of the
-        mean loss, parameters, bytes, tokens a second in prefill and in decoding), `kl`,
-        `top1_agreement`, `predictions`, `text`, and what it ran on.
+        mean loss, parameters, bytes, tokens per second in prefill and in decoding), `kl`,
+        `top1_agreement`, `predictions`, `text`, and the environment.
 
     Raises:
-        OrchestratorError: One of its kinds, by what is wrong.
+        OrchestratorError: A subclass; `exit_code` tells which.
     """
     from orchestrator.models.checkpoint.weights import parse_dtype
     from orchestrator.runtime.workers import Execution
@@ -236,39 +209,25 @@ def evaluate(
     from orchestrator.stages.evaluate.job import Evaluation
     from orchestrator.store.places import parse_place
 
-    # a hub id has no place of its own: the working directory then
+    asked = EvaluationRequest(model=model, **request)
+    # a hub id has no directory: use the working directory
     beside = Path(model) if Path(model).is_dir() else parse_place(model).name
-    models = {"model": str(model)} | ({} if against is None else {"against": str(against)})
     job = Evaluation(
-        models,
-        text={
-            "source": text,
-            "field": field,
-            "samples": samples,
-            "sequence_length": sequence_length,
-            "stride": stride,
-            "layout": layout,
-        },
-        dtype=parse_dtype(dtype),
-        execution=Execution(
-            executor=executor,
-            address=address,
-            workers=workers,
-            threads=threads,
-            shards=shards,
-            allow_mixed=allow_mixed,
-        ),
-        run_dir=parse_place(run_dir or f"{beside}.evaluation"),
+        asked.models(),
+        text=asked.text_facts(),
+        dtype=parse_dtype(asked.dtype),
+        execution=Execution(**asked.execution_facts()),
+        run_dir=parse_place(asked.run_dir or f"{beside}.evaluation"),
     )
     return driver.evaluate(job, on_event)
 
 
 def export(out: str | Path, dense_dir: str | Path, format: str = "dense") -> Path:
-    """Multiplies the factors of a compressed checkpoint back, for programs that know only dense.
+    """Convert a compressed checkpoint to dense weights, for programs without support for factors.
 
     Raises:
-        UsageError: The format is unknown, or `dense_dir` holds something else.
-        InputError: `out` is no checkpoint of ours, or is damaged.
+        UsageError: The format is unknown, or `dense_dir` contains other files.
+        InputError: `out` is not a compressed checkpoint, or is damaged.
     """
     from orchestrator.errors import UsageError
     from orchestrator.hf.export import export_dense
@@ -282,16 +241,16 @@ def export(out: str | Path, dense_dir: str | Path, format: str = "dense") -> Pat
 def verify(
     out: str | Path, *, against: str | Path | None = None, linears: int = 14
 ) -> dict[str, Any]:
-    """Reads a compressed checkpoint again: hashes, shapes, ranks, values, samples, logits.
+    """Check a compressed checkpoint: hashes, shapes, ranks, values, reconstructions, logits.
 
     See `orchestrator.models.evaluation.verification`.
 
     Args:
-        against: The dense model's directory; with it errors and logits are compared.
-        linears: How many are reconstructed.
+        against: Directory of the dense model, with which errors and logits are compared.
+        linears: Number of linears to reconstruct.
 
     Returns:
-        What was found; `problems` is empty if all is well.
+        The findings; `problems` is empty for a valid checkpoint.
     """
     from orchestrator.errors import UsageError
     from orchestrator.models.evaluation.verification import verify as perform
@@ -305,10 +264,10 @@ def verify(
 
 
 def load(out: str | Path, **options: Any) -> Any:
-    """The model in a compressed (or dense) checkpoint, ready to run, by plain transformers.
+    """Load a compressed (or dense) checkpoint as a transformers model.
 
     Args:
-        options: What `AutoModelForCausalLM.from_pretrained` takes: `dtype`, `device_map`, ...
+        options: Arguments of `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, ...
     """
     from orchestrator import hf
 
@@ -316,10 +275,10 @@ def load(out: str | Path, **options: Any) -> Any:
 
 
 def status(run_dir: str | Path) -> dict[str, Any]:
-    """Where a run stands, from its directory alone.
+    """Return the status of a run, from its directory alone.
 
     Raises:
-        InputError: There is no run here.
+        InputError: The directory has no run.
     """
     from orchestrator.store.places import parse_place
     from orchestrator.store.run import RunDirectory
@@ -328,19 +287,19 @@ def status(run_dir: str | Path) -> dict[str, Any]:
 
 
 def report(run_dir: str | Path, output: str | Path | None = None) -> "Place":
-    """Writes one HTML page that shows a run: what was asked, what it became, what it lost.
+    """Write one HTML page about a run: recipe, result and losses.
 
-    The page loads nothing. A run that is not done is shown as far as it has come. Evaluations that
-    lie beside the checkpoint (`OUT.evaluation`, or any run directory that names it) are shown too.
+    The page is self-contained. Of an unfinished run it shows the results so far. It includes
+    evaluations beside the checkpoint (`OUT.evaluation`, or any run directory that names it).
 
     Args:
-        run_dir: A run directory, or a compressed checkpoint: a run directory from which several
-            were cut speaks of the last one only.
-        output: The file; nothing means `report.html` in the run directory, `OUT.report.html`
-            beside a checkpoint.
+        run_dir: A run directory, or a compressed checkpoint; for a run directory with several
+            results, the page is about the last one.
+        output: The file; None means `report.html` in the run directory, or `OUT.report.html` beside
+            a checkpoint.
 
     Raises:
-        InputError: There is neither a run nor a checkpoint here, or a file of it is damaged.
+        InputError: The place is neither a run nor a checkpoint, or one of its files is damaged.
     """
     from orchestrator.pages import write_report
     from orchestrator.store.places import parse_place
@@ -349,15 +308,15 @@ def report(run_dir: str | Path, output: str | Path | None = None) -> "Place":
 
 
 def compare(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> "Place":
-    """Writes one HTML page that puts runs side by side.
+    """Write one HTML page that compares runs.
 
     Args:
-        run_dirs: Two or more, as `report` takes them.
-        output: The file; nothing means `comparison.html` in the working directory.
+        run_dirs: Two or more, as for `report`.
+        output: The file; None means `comparison.html` in the working directory.
 
     Raises:
-        InputError: One of them is neither a run nor a checkpoint, or a file of it is damaged.
-        UsageError: There are fewer than two.
+        InputError: A place is neither a run nor a checkpoint, or one of its files is damaged.
+        UsageError: Fewer than two runs are given.
     """
     from orchestrator.pages import write_comparison
     from orchestrator.store.places import parse_place
@@ -378,42 +337,40 @@ def submit(
     show: Callable[[str], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> int:
-    """Runs a command line as a Ray job, again while that may help; gives its exit code.
+    """Run a command line as a Ray job, with retries; returns its exit code.
 
-    Another attempt resumes the run. It is made, under another submission id, when the driver was
-    killed, its node or the head went, or the run was stopped or lost its workers; not when the
-    program said that what was asked is wrong (2, 3, 4). SIGINT and SIGTERM stop the job.
+    A retry, under another submission id, resumes the run. It follows if the driver was killed, its
+    node or the head was lost, or the run was stopped or lost its workers, but not if the program
+    ended with 2, 3 or 4. SIGINT and SIGTERM stop the job.
 
     Args:
-        program: What follows `orchestrator`: `["compress", "/shared/dense", ...]`.
-        address: The dashboard, http://HEAD:8265; without it what Ray finds.
+        program: Arguments of `orchestrator`: `["compress", "/shared/dense", ...]`.
+        address: The dashboard, http://HEAD:8265; None means the one that Ray finds.
         retries: Attempts after the first, each after a pause of 5 to 60 s.
-        working_dir: Directory that travels with the job and that its program starts in.
-        exclude: What of it stays behind, in the words of `.gitignore`; besides `.venv`, `.work`,
-            `.git` and what its `.gitignore` names.
-        env: Variables of the job. The cluster knows its token; here it is refused, as keys to
-            stores and hubs are, because who sees the job sees its variables.
-        wait: Otherwise the job is submitted and left alone; 0 is given.
-        show: Takes the job's log in pieces; stdout without it.
-        say: Takes lines about the job; stdout without it.
+        working_dir: Directory that is uploaded with the job and in which its program starts.
+        exclude: Files not to upload, in the syntax of `.gitignore`, besides `.venv`, `.work`,
+            `.git` and those in its `.gitignore`.
+        env: Environment variables of the job. Secrets (the token of the cluster, keys of stores and
+            hubs) are refused, because the job displays its variables.
+        wait: If False, the job is only submitted, and 0 is returned.
+        show, say: Receive the log of the job in pieces, and lines about it; None means stdout.
 
     Raises:
-        UsageError: An argument is wrong, nothing answers at the address, it does not let us in,
-            or it refuses the job.
-        StoppedError: A signal came, or the head was silent for ten minutes.
+        UsageError: An argument is wrong, or the address denies access or does not respond.
+        StoppedError: A signal was received, or the head did not respond for ten minutes.
     """
     from orchestrator.errors import UsageError
     from orchestrator.runtime.ray import submit as jobs
 
     if retries < 0:
-        raise UsageError(f"retries: {retries} given; 0 or more are possible")
+        raise UsageError(f"retries is {retries}; it must be 0 or above")
     if not Path(working_dir).is_dir():
-        raise UsageError(f"working_dir: {working_dir} is no directory")
+        raise UsageError(f"working_dir: {working_dir} is not a directory")
     for name in env or {}:
         if name.startswith("RAY_AUTH_TOKEN"):
-            raise UsageError(f"env: {name} would be shown with the job; the cluster has its token")
+            raise UsageError(f"env: {name} would be displayed with the job; the cluster has it")
         if SECRET.search(name):
-            raise UsageError(f"env: {name} would be shown with the job; set it on the nodes")
+            raise UsageError(f"env: {name} would be displayed with the job; set it on the nodes")
     return jobs.submit(
         program,
         address=address,
@@ -428,11 +385,11 @@ def submit(
 
 
 def clean(run_dir: str | Path) -> None:
-    """Removes a run directory; what it has written elsewhere stays.
+    """Remove a run directory; outputs elsewhere are kept.
 
     Raises:
-        InputError: There is no run here.
-        UsageError: A driver is at work on it.
+        InputError: The directory has no run.
+        UsageError: A driver is using it.
     """
     from orchestrator.errors import UsageError
     from orchestrator.store.places import parse_place
@@ -441,8 +398,6 @@ def clean(run_dir: str | Path) -> None:
     run = RunDirectory(parse_place(run_dir))
     found = run.status()
     if found["state"] == "running":
-        raise UsageError(
-            f"{run_dir}: process {found.get('pid')} on {found.get('host')} is at work on it; "
-            "stop it first"
-        )
+        holder = f"process {found.get('pid')} on {found.get('host')}"
+        raise UsageError(f"{run_dir}: in use by {holder}; stop it first")
     run.remove()

@@ -1,25 +1,25 @@
-"""The errors this package raises on purpose, each with the exit code it ends a command with.
+"""Errors that this package raises deliberately, each with the exit code of the command.
 
-A message says where, what was found, what is allowed and what to do, in one line. Every error
-takes one positional message and keeps pickle's default protocol working, so that it crosses Ray
-processes as itself.
+A message states in one line where, what was found, what is allowed and what to do. Every error has
+one positional message and works with pickle's default protocol, so that it keeps its type between
+Ray processes.
 """
 
 
 class OrchestratorError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base class of all deliberate errors."""
 
     exit_code = 1
 
 
 class UsageError(OrchestratorError):
-    """A flag, recipe field or argument is wrong; nothing was started."""
+    """A flag, recipe field or argument is wrong; no work was started."""
 
     exit_code = 2
 
 
 class InfeasibleError(OrchestratorError):
-    """What was asked cannot be met: by any plan under the budget, or by the machines at hand."""
+    """The request cannot be met by any plan within the budget, or by the available machines."""
 
     exit_code = 3
 
@@ -31,10 +31,10 @@ class InputError(OrchestratorError):
 
 
 class StoppedError(OrchestratorError):
-    """The run was asked to stop; what is committed stays, and the same command resumes it."""
+    """The run was asked to stop; committed units are kept, and the same command resumes it."""
 
     exit_code = 75
 
 
 class WorkerError(OrchestratorError):
-    """A unit failed on its worker for a reason that is not the input's; carries the traceback."""
+    """A unit failed on its worker for a reason other than its input; carries the traceback."""

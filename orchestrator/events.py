@@ -1,4 +1,4 @@
-"""Events of a run, as plain dicts: what drivers, pools and stages report as it happens.
+"""Events of a run, as plain dicts: reported by drivers, pools and stages as they happen.
 
 Known kinds:
 
@@ -15,7 +15,7 @@ Known kinds:
     {"event": "quarantined", "node": ...}
     {"event": "missing" | "damaged", "unit": ..., "why": ...}
 
-and any other is shown with its fields as they are.
+Other events are shown with their fields.
 """
 
 from collections.abc import Mapping

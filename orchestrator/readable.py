@@ -2,7 +2,7 @@
 
 
 def duration(seconds: float) -> str:
-    """A length of time as a person says it: 0.4s, 12s, 3m05s, 2h07m."""
+    """Format a duration: 0.4s, 12s, 3m05s, 2h07m."""
     if seconds < 9.95:
         return f"{seconds:.1f}s"
     whole = round(seconds)
@@ -14,7 +14,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as a person says them, in powers of 1000: 512 B, 3.5 MB, 140 GB."""
+    """Format bytes in powers of 1000: 512 B, 3.5 MB, 140 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"

@@ -1,9 +1,8 @@
-"""A search over settings: every candidate compressed and evaluated on held-out text, the best kept.
+"""Search over settings: compresses every candidate, evaluates it on held-out text, keeps the best.
 
-Reconstruction errors say little about which setting makes the better model; its perplexity on text
-that nothing was calibrated on does. Candidates share a run directory, so what they have in common
-(statistics, decompositions) is computed once, and each is a distributed compression and evaluation
-of its own, over all workers.
+Reconstruction errors hardly predict which setting gives the better model; the perplexity on
+held-out text does. Candidates share a run directory, so common results (statistics, decompositions)
+are computed once. Each candidate is a distributed compression and evaluation over all workers.
 """
 
 import itertools
@@ -22,26 +21,26 @@ from orchestrator.store.places import Remote, parse_place
 
 EVALUATION_SCHEDULE = ("executor", "address", "workers", "threads", "shards", "allow_mixed")
 Setting = Mapping[str, Any]
-"""Values by what they are of: a field of the recipe, `storage`, or an option, `two-sided.dense`."""
+"""Values by field of the recipe (`storage`) or option (`two-sided.dense`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One setting and what came of it."""
+    """One setting and its result."""
 
     setting: Setting
     perplexity: float
-    """Of the compressed model on the held-out text."""
+    """Perplexity of the compressed model on the held-out text."""
     kept: float
-    """Part of the targeted linears' values that is stored."""
+    """Stored values of the targeted linears over their dense values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """All candidates in the order in which they were tried."""
+    """All candidates, in the order of evaluation."""
 
     result: Result
-    """Of the best one, in the recipe's `out`."""
+    """Result of the best candidate, in the recipe's `out`."""
     best: Candidate
     candidates: tuple[Candidate, ...]
 
@@ -56,36 +55,26 @@ def search(
     on_event: Callable[[dict[str, Any]], None] | None = None,
     **evaluation: Any,
 ) -> Search:
-    """Tries every combination of the values given, and writes the best one to the recipe's `out`.
+    """Try every combination of the given values, and write the best one to the recipe's `out`.
 
-    What came of each candidate is a small file in `OUT.search`, so a search that was stopped and
-    is asked for again tries only what is left; the candidate itself is removed when it has been
-    evaluated, and the best one cut again from what the run directory holds. Of equals the first
-    wins.
+    The result of each candidate is a small file in `OUT.search`, so a repeated search evaluates
+    only the remaining candidates. The candidate itself is removed after its evaluation; the best
+    one is made again from the run directory. Ties: the first one.
 
     Args:
-        recipe: What all candidates share.
+        recipe: Settings common to all candidates.
         vary: Values to try by field (`storage`) or option (`two-sided.dense`).
-        text: Held-out text that decides; not the calibration text.
+        text: Held-out text for the evaluation; not the calibration text.
         compress, evaluate: The functions of `orchestrator.api`.
-        evaluation: As `orchestrator.evaluate` takes them: `samples`, `sequence_length`, `stride`,
+        evaluation: Arguments of `orchestrator.evaluate`: `samples`, `sequence_length`, `stride`,
             `field`, `layout`.
 
     Raises:
-        UsageError: A name is no field or option, or no value is given; the text is the calibration
+        UsageError: A name is not a field or an option, or has no value; the text is the calibration
             text.
         OrchestratorError: As `compress` and `evaluate`.
     """
-    if text == recipe.calibration:
-        raise UsageError(
-            f"text: {text} is the calibration text, on which every candidate looks too good; "
-            "give text that nothing was calibrated on"
-        )
-    if isinstance(parse_place(recipe.out), Remote):
-        raise UsageError(
-            f"out: {recipe.out} is not on local disk, where the candidates are evaluated; "
-            "search there, and copy what it finds"
-        )
+    _check_local_and_held_out(recipe, text)
     given = {"text": text, **evaluation}
     schedule = {name: getattr(recipe, name) for name in (*EVALUATION_SCHEDULE, "dtype")}
     recipe = replace(recipe, run_dir=recipe.run_dir or f"{recipe.out}.run")
@@ -113,34 +102,48 @@ def search(
     return Search(result=compress(chosen, on_event), best=best, candidates=tuple(tried))
 
 
+def _check_local_and_held_out(recipe: Recipe, text: str) -> None:
+    """Raise UsageError if the text is the calibration text, or the output is not on local disk."""
+    if text == recipe.calibration:
+        raise UsageError(
+            f"text: {text} is the calibration text, which favours every candidate; "
+            "give held-out text"
+        )
+    if isinstance(parse_place(recipe.out), Remote):
+        raise UsageError(
+            f"out: {recipe.out} is not on local disk, where the candidates are evaluated; "
+            "search on local disk, and copy the result"
+        )
+
+
 def _read_candidate(path: Path, setting: Setting) -> Candidate:
     try:
         found = parse_json(path.read_bytes())
         perplexity, kept = float(found["perplexity"]), float(found["kept"])
     except (OSError, LookupError, OverflowError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: is damaged, remove it: {error}") from error
+        raise InputError(f"{path}: is damaged; remove it: {error}") from error
     return Candidate(setting=setting, perplexity=perplexity, kept=kept)
 
 
 def settings(vary: Mapping[str, Sequence[Any]]) -> list[tuple[tuple[str, Any], ...]]:
-    """Every combination of the values, the last name's changing fastest.
+    """Return all combinations of the values; the last name varies fastest.
 
     Raises:
-        UsageError: Nothing is varied, or a name has no values.
+        UsageError: No name is given, or a name has no values.
     """
     for name, values in vary.items():
         if not values:
             raise UsageError(f"vary: {name} has no values; write it like storage=plain,pivoted")
     if not vary:
-        raise UsageError("vary: nothing to search over; write it like storage=plain,pivoted")
+        raise UsageError("vary: no values given; write it like storage=plain,pivoted")
     return [tuple(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
 
 
 def with_setting(recipe: Recipe, setting: Setting) -> Recipe:
-    """The recipe with these values: `storage` is a field, `mgaa.t` an option.
+    """Return the recipe with these values: `storage` is a field, `mgaa.t` an option.
 
     Raises:
-        UsageError: A name is none that a search may vary, or a value is not allowed.
+        UsageError: A search cannot vary this name, or a value is not allowed.
     """
     varied = [field.name for field in fields(Recipe) if field.name not in (*SCHEDULE, "options")]
     options = {name: dict(table) for name, table in recipe.options.items()}

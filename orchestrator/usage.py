@@ -1,4 +1,4 @@
-"""Peak memory of a worker, on its host and on its GPU."""
+"""Peak memory of a worker, on its host and its GPU."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,11 +12,11 @@ class DeviceUsage:
     """Peak memory on a GPU, bytes."""
 
     allocated: int
-    """Most bytes in tensors."""
+    """Peak bytes in tensors."""
     reserved: int
-    """Most bytes that torch's allocator has reserved for them."""
+    """Peak bytes that the allocator of torch has reserved."""
     context: int
-    """Bytes outside of the allocator: CUDA's context, libraries, and any other process."""
+    """Bytes outside of the allocator: CUDA context, libraries, and other processes."""
 
     @property
     def total(self) -> int:
@@ -26,10 +26,10 @@ class DeviceUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Peak memory of a worker, or the largest figures of several, bytes."""
+    """Peak memory of a worker, or the maxima of several, bytes."""
 
     host: int
-    """Largest resident size of the process since its start, file pages included."""
+    """Maximum resident size of the process since its start, file pages included."""
     device: DeviceUsage | None = None
     """None without a GPU."""
 
@@ -42,7 +42,7 @@ class Usage:
         return asdict(self) if self.device else {"host": self.host}
 
     def merge(self, other: "Usage") -> "Usage":
-        """The larger of each figure."""
+        """Take the maximum of each figure."""
         host = max(self.host, other.host)
         if self.device is None or other.device is None:
             return Usage(host=host, device=self.device or other.device)

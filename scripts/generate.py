@@ -1,9 +1,9 @@
-"""Prints a line of text from each model, the likeliest words after one beginning."""
+"""Print a line of text from each model: the most likely continuation of one beginning."""
 
 import argparse
 import os
 
-# Before transformers is imported, which reads them once.
+# set before transformers is imported, which reads them once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 

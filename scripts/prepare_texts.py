@@ -1,7 +1,7 @@
-"""Writes two texts that share no paragraph, out of the language reference that Python carries.
+"""Write two texts without common paragraphs, from the language reference included in Python.
 
 `pydoc_data.topics` is half a megabyte of English about Python. Its topics overlap, so a paragraph
-is held out for evaluation wherever it stands once a topic that is held out contains it.
+of a held-out topic is held out everywhere.
 """
 
 import argparse
@@ -10,11 +10,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 HELD_OUT = 4
-"""Of so many topics, in the order of their names, one is held out."""
+"""Every `HELD_OUT`-th topic, in the order of names, is held out."""
 
 
 def split_topics() -> tuple[str, str]:
-    """The calibration text and the evaluation text; every paragraph stands once at most."""
+    """Return the calibration text and the evaluation text; every paragraph occurs at most once."""
     names = sorted(topics)
     held_out = set(names[::HELD_OUT])
     evaluation = dict.fromkeys(p for name in names if name in held_out for p in paragraphs(name))

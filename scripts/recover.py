@@ -1,15 +1,15 @@
-"""Trains a compressed model on a text and writes it in the same form and size.
+"""Train a compressed model on a text and write it in the same form and size.
 
 SVD-LLM's two steps (arXiv 2403.07378): LoRA on the outer factors of every linear with the inner
-ones frozen, merged, then on the inner ones. With --all-linear one adapter, as long as both steps
-together, on what PEFT finds by itself. Needs `pip install 'orchestrator[recovery]'`.
+ones frozen, merged, then on the inner ones. With --all-linear one adapter on all linears found by
+PEFT, for as many steps as both together. Needs `pip install 'orchestrator[recovery]'`.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-# Before transformers is imported, which reads them once.
+# set before transformers is imported, which reads them once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
@@ -38,7 +38,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = load(options.model)
     stored_dtype = model.dtype
-    # a step changes a weight by less than bfloat16 can tell
+    # the change of a weight per step is below the resolution of bfloat16
     model.to(torch.float32)
     if options.all_linear:
         steps = [("all-linear", {"target_modules": "all-linear"}, ids_NT)]
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def train(model: torch.nn.Module, name: str, batches: tuple[Tensor, ...], rate: float) -> None:
-    """One pass with AdamW over batches of tokens [B, T]; the rate falls to zero in a line."""
+    """Train one pass with AdamW over batches of tokens [B, T]; the rate falls linearly to zero."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     print(f"{name}: {sum(p.numel() for p in parameters):,} values of adapters", flush=True)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0)

@@ -100,7 +100,7 @@ class CapAllocator(Allocator):
             value = getattr(self, name)
             if type(value) is not int or value < lowest:
                 raise UsageError(
-                    f"cap: {name} is {value!r}; it must be an integer, at least {lowest}"
+                    f"cap: {name} is {value!r}; it must be a whole number, at least {lowest}"
                 )
         for name in ("stage2", "keep_better"):
             if type(getattr(self, name)) is not bool:

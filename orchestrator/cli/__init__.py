@@ -1,1 +1,1 @@
-"""The command line: arguments, verbs, and the lines that tell of progress."""
+"""Command line: arguments, commands, and progress lines."""

@@ -1,7 +1,7 @@
-"""Events of a run as lines: plain ones for people, JSON for machines.
+"""Events of a run as lines: plain text for people, JSON for programs.
 
-Lines carry no escape codes and never return the cursor, so that they read the same on a terminal,
-in a file and in the logs of a Ray job.
+Lines have no escape codes and no carriage returns, so that they look the same on a terminal, in a
+file and in the logs of a Ray job.
 """
 
 import json
@@ -13,17 +13,17 @@ from orchestrator.events import Event
 from orchestrator.readable import duration
 
 SECONDS_BETWEEN_LINES = 1.0
-"""Units that finish faster share a line: a stage of thousands stays readable."""
+"""Minimum time between lines of one stage: units that finish faster share a line."""
 
 
 class Lines:
-    """Writes each event as a line that says when, what, how far and how long still."""
+    """Writer of one line per event: time, stage, progress and remaining time."""
 
     def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
         self._clock = clock
         self._start = clock()
-        # by stage, since one may begin within another: when it began, units seen of it
+        # by stage, since stages may be nested: start time, and units seen
         self._stages: dict[str, tuple[float, int]] = {}
         self._last_line = float("-inf")
 
@@ -40,7 +40,7 @@ class Lines:
         if done < total and now - self._last_line < SECONDS_BETWEEN_LINES:
             return None
         self._last_line = now
-        # Units that an earlier run left behind took no time now, so only those seen count.
+        # Units reused from an earlier run took no time, so only those seen in this run count.
         left = (now - begun) / (seen + 1) * (total - done)
         unit = f": {event['unit']}" if "unit" in event else ""
         took = f" in {duration(event['seconds'])}" if "seconds" in event else ""
@@ -59,7 +59,7 @@ class Lines:
             case {"event": "note", "text": text}:
                 return str(text)
             case {"event": "waiting"}:
-                return f"waiting for {event.get('for')}; there is {event.get('there')}"
+                return f"waiting for {event.get('for')}; available: {event.get('there')}"
             case {"event": "workers", "workers": workers}:
                 return ", ".join(f"process {each['pid']} on {each['node']}" for each in workers)
             case {"event": "lost" | "failed", "record": record}:
@@ -67,11 +67,11 @@ class Lines:
                 then = f"{event['decided']}, see {record}"
                 return f"{where} {event['cause']}: {event['why']}; {then}"
             case {"event": "returned", "node": node, "pid": pid}:
-                return f"process {pid} on {node} is given back: there is nothing left for it to do"
+                return f"process {pid} on {node} is returned: no work is left for it"
             case {"event": "draining", "node": node, "deadline": deadline}:
                 left = max((deadline or 0.0) - time.time(), 0.0)
                 when = f" in {duration(left)}" if deadline else ""
-                return f"{node} goes{when}: its workers end their calls, others take over"
+                return f"{node} drains{when}: its workers finish their calls, others take over"
         if event["event"] == "snapshot":
             train = "" if event["train"] is None else f"loss {event['train']:.4f} in training, "
             return f"step {event['step']}: {train}{event['held_out']:.4f} on held-out sequences"
@@ -80,7 +80,7 @@ class Lines:
 
 
 class JsonLines:
-    """Writes each event as one JSON object a line."""
+    """Writer of one JSON object per line and event."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

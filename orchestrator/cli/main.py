@@ -1,7 +1,8 @@
-"""The command line: words into calls of `orchestrator.api`, results into text, errors into codes.
+"""Command line: maps arguments to calls of `orchestrator.api`, results to text, errors to codes.
 
 Progress goes to stderr, results to stdout. Exit codes: 0 done, 2 usage, 3 infeasible, 4 model or
-data invalid, 75 stopped and resumable, 1 other. Nothing heavy is imported before a command runs.
+data invalid, 75 stopped and resumable, 1 other. Heavy packages are imported only when a command
+runs.
 """
 
 import argparse
@@ -37,7 +38,7 @@ EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; gives its exit code. Wrong arguments leave through SystemExit(2)."""
+    """Run one command; returns its exit code. Wrong arguments raise SystemExit(2)."""
     options = make_parser().parse_args(arguments)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _complain(str(error), 1, options.verbose)
     finally:
-        # a run that was stopped leaves it ignored
+        # after a stopped run the signal stays ignored
         if signal.getsignal(signal.SIGTERM) is _stop:
             signal.signal(signal.SIGTERM, previous)
 
@@ -61,11 +62,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Lets SIGTERM and SIGINT end the command with 75 also while no run is there to be stopped.
+    """Exit with 75 on SIGTERM and SIGINT also before the run has started.
 
-    That is for seconds: packages are imported, a model is looked up. Nothing is to be cleaned up
-    yet, and an exception would go through imports that turn it into others, so it ends on the spot.
-    After a run was stopped there is only the exit left, which nothing should disturb.
+    During these seconds packages are imported and the model is located. No cleanup is needed yet,
+    and imports would convert an exception into another one, so the process exits immediately. After
+    a run was stopped, signals are ignored until the exit.
     """
     numbers = (signal.SIGTERM, signal.SIGINT)
     previous = {number: signal.signal(number, _leave) for number in numbers}
@@ -97,7 +98,7 @@ def _complain(message: str, exit_code: int, verbose: bool) -> int:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe that a file and the flags say; flags win."""
+    """Make the recipe from a file and the flags; flags take precedence."""
     given = {name: value for name, value in vars(options).items() if name in FIELDS}
     written = read_recipe_fields(options.recipe) if "recipe" in options else {}
     for text in vars(options).get("option", ()):
@@ -107,7 +108,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
             raise UsageError(f"option {text}: {name} is a field of the recipe, not a table")
         written[name] = {**table, option: value}
     if {"keep", "keep_bytes"} & given.keys():
-        # one of the two on the command line stands for either of them in the file
+        # either of the two on the command line overrides both in the file
         written = {name: v for name, v in written.items() if name not in ("keep", "keep_bytes")}
     preset = {"preset": options.preset} if "preset" in options else {}
     return make_recipe({**written, **given, **preset})
@@ -121,7 +122,7 @@ def _plan(options: argparse.Namespace) -> int:
     names = ("gpus", "gpu", "gpu_memory", "host_memory", "price", "rates")
     given = {name: getattr(options, name) for name in names if name in options}
     if "rates" in given and "gpu" in given:
-        raise UsageError("--gpu names a GPU and --rates a machine that was measured; give one")
+        raise UsageError("--gpu names a GPU and --rates a measured machine; give one of them")
     options.out = "planned"
     found = api.plan(_recipe(options), **given)
     print(json.dumps(found.to_json(), indent=2) if options.json else "\n".join(text.lines(found)))
@@ -156,7 +157,7 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _sizes(options: argparse.Namespace) -> tuple[float, ...]:
-    """The sizes that are asked for, if they are several; the first then stands for all of them."""
+    """Return the sizes if several are given; the option is set to the first one."""
     for name in ("keep", "keep_bytes"):
         sizes = getattr(options, name, None)
         if isinstance(sizes, tuple):
@@ -196,11 +197,11 @@ def _print_result(result: Result, as_json: bool) -> None:
         print(json.dumps(result.report, indent=2))
         return
     kept, values = result.report["kept"], result.report["values"]
-    asked = f"asked {kept['asked']:g} of {kept['asked_of']}"
+    asked = f"requested {kept['asked']:g} of {kept['asked_of']}"
     _print_rows(
         {
-            "kept of the targeted linears": f"{kept['linears']:.4f} ({asked})",
-            "kept of the whole model": f"{kept['model']:.4f}",
+            "kept fraction of the targeted linears": f"{kept['linears']:.4f} ({asked})",
+            "kept fraction of the whole model": f"{kept['model']:.4f}",
             "parameters": f"{values['model_before']:,} before, {values['model_after']:,} after",
             "checkpoint": result.out,
             "run directory": result.run_dir,
@@ -243,7 +244,11 @@ def _print_verification(found: Mapping[str, Any]) -> None:
     states = {state: list(files.values()).count(state) for state in files.values()}
     errors = [each["error"] for each in linears.values() if "error" in each]
     beside = f", |W - W'|²/|W|² up to {max(errors):.4f}" if errors else ""
-    kl = f", mean KL from the dense model {logits['kl']:.4f} nats" if "kl" in logits else ""
+    kl = (
+        f", mean KL divergence from the dense model {logits['kl']:.4f} nats"
+        if "kl" in logits
+        else ""
+    )
     _print_rows(
         {
             "files": ", ".join(f"{count} {state}" for state, count in states.items()),
@@ -310,14 +315,14 @@ def _submit(options: argparse.Namespace) -> int:
         path = vars(program).get(name) or written.get(name) or "/"
         if isinstance(path, str) and "://" not in path and not Path(path).is_absolute():
             raise UsageError(
-                f"{name}: {path} would lie in the job's own directory and go with it; "
-                "give the whole path of a place that all nodes see"
+                f"{name}: {path} would be in the job's own directory and be removed with it; "
+                "give an absolute path that all nodes can access"
             )
     names = ("address", "retries", "working_dir", "exclude")
     given = {name: getattr(options, name) for name in names if name in options}
     given["env"] = dict(map(_variable, vars(options).get("env", ())))
     if options.no_wait and "retries" in given:
-        raise UsageError("--retries: with --no-wait nobody is there to submit the job again")
+        raise UsageError("--retries: cannot be used with --no-wait, which does not watch the job")
     with _stoppable():
         return api.submit(
             options.program,
@@ -330,7 +335,7 @@ def _submit(options: argparse.Namespace) -> int:
 def _variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise UsageError(f"--env {text}: NAME=VALUE was expected")
+        raise UsageError(f"--env {text}: must be NAME=VALUE")
     return name, value
 
 
@@ -339,7 +344,8 @@ def _progress(options: argparse.Namespace) -> Lines | JsonLines:
 
 
 def _print_evaluation(report: Mapping[str, Any]) -> None:
-    """One row a quantity, one column a model, the dense one first; then what compares the two."""
+    """Print one row per quantity and one column per model, the dense one first; then the
+    comparison."""
     models = [report["models"][name] for name in ("against", "model") if name in report["models"]]
     table = [["", *(Path(model["path"]).name for model in models)]]
     for name, shown in EVALUATION_ROWS.items():
@@ -351,8 +357,8 @@ def _print_evaluation(report: Mapping[str, Any]) -> None:
         shown_cells = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
         print("  ".join([f"{label:<{widths[0]}}", *shown_cells]).rstrip())
     if "kl" in report:
-        print(f"mean KL from the dense model {report['kl']:.4f} nats, ", end="")
-        print(f"same first token on {report['top1_agreement']:.1%}")
+        print(f"mean KL divergence from the dense model {report['kl']:.4f} nats, ", end="")
+        print(f"same top token for {report['top1_agreement']:.1%}")
     used = report.get("memory")
     memory = f", peak memory of a worker: {Usage.from_json(used)}" if used else ""
     print(f"{report['predictions']:,} predictions{memory}")
@@ -379,4 +385,4 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "clean": _clean,
     "submit": _submit,
 }
-"""What performs a command of `arguments.parser`."""
+"""Implementation of each command of `parser`."""

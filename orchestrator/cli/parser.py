@@ -1,4 +1,4 @@
-"""The words of the command line: commands, flags and what they say of themselves."""
+"""Parser of the command line: commands, flags and help texts."""
 
 import argparse
 from dataclasses import Field, fields
@@ -11,41 +11,42 @@ from orchestrator.recipe.values import fraction, parse_value
 from orchestrator.version import __version__
 
 HELP = {
-    "keep": "values to keep of the targeted linears, above 0, at most 1; of several, 0.8,0.6, "
-    "compress writes OUT-0.8 and OUT-0.6",
-    "keep_bytes": "the same in bytes, indices included; instead of --keep",
+    "keep": "fraction of the values of the targeted linears to keep, above 0, at most 1; for "
+    "several (0.8,0.6), compress writes OUT-0.8 and OUT-0.6",
+    "keep_bytes": "fraction of their bytes to keep, indices included; instead of --keep",
     "method": "published method",
-    "allocation": "how the budget is divided over the linears",
-    "storage": "factors as they are, or pivoted: the same weight in fewer values",
-    "compensate": "fit factors again to the compressed model's inputs, towards the dense outputs "
-    "on these (input), on the dense model's own (anchored), or between (blend)",
-    "refine": "train what is cut towards what the dense blocks give: nothing, all blocks apart, "
-    "in order each behind the compressed ones, or swept: apart and then in order",
-    "train": "train the whole compressed model: all, lean or light in memory, or nothing",
-    "calibration": ".txt, .jsonl, .parquet, a directory of them, datasets:NAME[:CONFIG[:SPLIT]]",
-    "calibration_field": "field of records that holds the text",
-    "samples": "sequences",
-    "sequence_length": "tokens in a sequence",
-    "sampling": "the first sequences, or random ones drawn with the seed",
+    "allocation": "allocator that divides the budget over the linears",
+    "storage": "plain factors, or pivoted: the same weight in fewer values",
+    "compensate": "refit factors to the inputs of the compressed model, towards the dense outputs "
+    "on these inputs (input), on those of the dense model (anchored), or on a blend",
+    "refine": "train compressed blocks towards the outputs of the dense ones: none; all blocks "
+    "independently; in_order, each after the compressed earlier ones; or swept: both in turn",
+    "train": "train the whole compressed model: none, all, or with less memory: lean, light",
+    "calibration": "text: .txt, .jsonl, .parquet, a directory of these, or "
+    "datasets:NAME[:CONFIG[:SPLIT]]",
+    "calibration_field": "field of records that contains the text",
+    "samples": "number of sequences",
+    "sequence_length": "number of tokens per sequence",
+    "sampling": "the first sequences, or random ones, drawn with the seed",
     "layout": "packed windows of the joined text, or padded documents",
-    "seed": "seed of everything random",
+    "seed": "seed of all random numbers",
     "target": "linears to compress: a name, a glob or re:REGEX; may be repeated",
-    "ignore": "linears to leave dense, in the same words; wins over --target",
-    "dtype": "of the forward passes",
-    "output_dtype": "of the factors that are written",
-    "max_shard_size": "largest file of the checkpoint",
-    "revision": "of a hub id",
-    "download": "let a hub id be downloaded when the local cache lacks it",
-    "executor": "actors of Ray, or the same units in this process",
-    "address": "Ray cluster to join: auto or an address; a local Ray without it",
-    "workers": "actors; one a GPU, or one a CPU where there are no GPUs, without it; 2..8 begins "
-    "with 2, and an autoscaler is asked for up to 8",
-    "threads": "of an actor; one without it",
-    "shards": "contiguous cuts of the model; at most two blocks each without it",
-    "run_dir": "run directory; OUT.run without it",
-    "allow_mixed": "go on with stages left unfinished on another kind of device, with other "
-    "threads or versions; they are made again without it",
-    "allow_infeasible": "try what is forecast not to fit in memory",
+    "ignore": "linears to leave dense, in the same syntax; takes precedence over --target",
+    "dtype": "dtype of the forward passes",
+    "output_dtype": "dtype of the written factors",
+    "max_shard_size": "maximum size of a checkpoint file",
+    "revision": "revision of a hub id",
+    "download": "download a hub id that is not in the local cache",
+    "executor": "Ray actors, or the same units in this process",
+    "address": "Ray cluster to join: auto or an address (default: start a local Ray)",
+    "workers": "number of actors (default: one per GPU, or one per CPU without GPUs); 2..8 starts "
+    "with 2 and requests up to 8 from an autoscaler",
+    "threads": "threads per actor (default: 1)",
+    "shards": "number of contiguous shards of the model (default: at most two blocks each)",
+    "run_dir": "run directory (default: OUT.run)",
+    "allow_mixed": "continue unfinished stages from another kind of device, other threads or "
+    "versions; otherwise these are computed again",
+    "allow_infeasible": "run even if the forecast exceeds the memory",
 }
 METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"} | {
     "address": "ADDRESS",
@@ -60,7 +61,7 @@ FIELDS = {field.name: field for field in fields(Recipe)}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line; its result names the `command` and holds what was given."""
+    """Make the parser of the command line; its result contains `command` and the given flags."""
     parser = argparse.ArgumentParser(
         prog="orchestrator",
         description="Compresses large language models on a Ray cluster.",
@@ -86,29 +87,35 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_compress(commands: Any) -> None:
-    parser = _command(commands, "compress", "make a smaller model out of a dense one")
+    parser = _command(commands, "compress", "compress a dense model")
     _add_recipe(parser)
 
 
 def _add_plan(commands: Any) -> None:
     parser = _command(
-        commands, "plan", "what a compression takes, from config and headers: memory, time, money"
+        commands, "plan", "forecast memory, time and cost of a compression, from config and headers"
     )
-    parser.add_argument("model", metavar="MODEL", help="directory, hub id or a config.json")
-    parser.add_argument("--gpus", metavar="N", type=int, help="workers, one a GPU (default: 1)")
-    parser.add_argument("--gpu", metavar="NAME", help="H100, A100-80GB, A10G, ... (default: H100)")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="80GB; the GPU's own without it")
-    parser.add_argument("--host-memory", metavar="SIZE", help="of a worker; not checked without it")
-    parser.add_argument("--price", metavar="AMOUNT", type=float, help="of a worker for an hour")
+    parser.add_argument("model", metavar="MODEL", help="directory, hub id or config.json")
     parser.add_argument(
-        "--rates", metavar="FILE", help="what `measure` has written, in place of a named GPU"
+        "--gpus", metavar="N", type=int, help="number of workers, one per GPU (default: 1)"
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="H100, A100-80GB, A10G, ... (default: H100)")
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="such as 80GB (default: that of the GPU)"
+    )
+    parser.add_argument(
+        "--host-memory", metavar="SIZE", help="host memory per worker (default: not checked)"
+    )
+    parser.add_argument("--price", metavar="AMOUNT", type=float, help="price of a worker per hour")
+    parser.add_argument(
+        "--rates", metavar="FILE", help="file written by `measure`, instead of --gpu"
     )
     _add_recipe_flags(parser)
     _add_json(parser, "print the forecast as JSON")
 
 
 def _add_measure(commands: Any) -> None:
-    parser = _command(commands, "measure", "how fast this machine is, for plan --rates")
+    parser = _command(commands, "measure", "measure the speed of this machine, for plan --rates")
     parser.add_argument("output", metavar="FILE", help="JSON file to write")
     for name in ("dtype", "threads"):
         _add_field(parser, FIELDS[name], shows_default=False)
@@ -116,7 +123,9 @@ def _add_measure(commands: Any) -> None:
 
 def _add_retarget(commands: Any) -> None:
     parser = _command(
-        commands, "retarget", "another size of what a run has stored, without calibration or SVD"
+        commands,
+        "retarget",
+        "make another size from the stored results of a run, without calibration or SVD",
     )
     parser.add_argument("run", metavar="RUN", help="run directory of a compression")
     parser.add_argument("out", metavar="OUT", help="directory of the result")
@@ -138,19 +147,21 @@ def _add_search(commands: Any) -> None:
         action="append",
         required=True,
         metavar="NAME=VALUE,...",
-        help="values to try of a flag, storage=plain,pivoted, or an option, mgaa.t=0.5,1; "
+        help="values to try for a flag (storage=plain,pivoted) or an option (mgaa.t=0.5,1); "
         "may be repeated, every combination is tried",
     )
     parser.add_argument(
-        "--text", metavar="TEXT", required=True, help=f"held-out text: {HELP['calibration']}"
+        "--text", metavar="TEXT", required=True, help=f"held-out {HELP['calibration']}"
     )
     parser.add_argument("--text-field", metavar="NAME", help=HELP["calibration_field"])
-    parser.add_argument("--text-samples", metavar="N", type=int, help="sequences of held-out text")
-    parser.add_argument("--stride", metavar="N", type=int, help="take each N-th sequence only")
+    parser.add_argument(
+        "--text-samples", metavar="N", type=int, help="number of held-out sequences"
+    )
+    parser.add_argument("--stride", metavar="N", type=int, help="use every N-th sequence only")
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    """The flags of a recipe, and how it is told of."""
+    """Add the flags of a recipe, of progress and of output."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="directory or hub id")
     parser.add_argument("out", metavar="OUT", nargs="?", help="directory of the result")
     _add_recipe_flags(parser)
@@ -159,87 +170,92 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """A recipe's fields, from a file or one by one."""
+    """Add the fields of a recipe, from a file or as flags."""
     parser.add_argument(
-        "--recipe", metavar="FILE", type=Path, help="TOML with these flags as keys; flags win"
+        "--recipe",
+        metavar="FILE",
+        type=Path,
+        help="TOML with these flags as keys; flags take precedence",
     )
     for name in HELP:
         _add_field(parser, FIELDS[name])
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="recipe that a name stands for, what else is given wins; fast: the best closed form, "
-        "best: that, trained",
+        help="named recipe; other flags take precedence. fast: the best closed form; best: "
+        "the same, then trained",
     )
     parser.add_argument(
         "--option",
         action="append",
         metavar="NAME.OPTION=VALUE",
-        help="option of a method or an allocation, mgaa.t=0.5; may be repeated",
+        help="option of a method or an allocator, such as mgaa.t=0.5; may be repeated",
     )
 
 
 def _add_evaluate(commands: Any) -> None:
     parser = _command(
-        commands, "evaluate", "perplexity, agreement with the dense model, speed, size"
+        commands, "evaluate", "measure perplexity, agreement with the dense model, speed and size"
     )
     parser.add_argument("model", metavar="MODEL", help="directory or hub id, dense or compressed")
     parser.add_argument("--against", metavar="DENSE", help="dense model to compare with")
     parser.add_argument(
-        "--text", metavar="TEXT", required=True, help=f"held-out text: {HELP['calibration']}"
+        "--text", metavar="TEXT", required=True, help=f"held-out {HELP['calibration']}"
     )
     parser.add_argument("--field", metavar="NAME", help=HELP["calibration_field"])
-    parser.add_argument("--stride", metavar="N", type=int, help="take each N-th sequence only")
+    parser.add_argument("--stride", metavar="N", type=int, help="use every N-th sequence only")
     for name in ("samples", "sequence_length", "layout", "dtype"):
         _add_field(parser, FIELDS[name], shows_default=False)
     for name in ("executor", "address", "workers", "threads", "shards", "allow_mixed"):
         _add_field(parser, FIELDS[name])
-    parser.add_argument("--run-dir", metavar="DIR", help="run directory; MODEL.evaluation without")
+    parser.add_argument(
+        "--run-dir", metavar="DIR", help="run directory (default: MODEL.evaluation)"
+    )
     _add_progress(parser)
     _add_json(parser, "print the result as JSON")
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _command(
-        commands, "verify", "read a compressed checkpoint again, and say what is wrong with it"
-    )
+    parser = _command(commands, "verify", "check a compressed checkpoint and list its problems")
     parser.add_argument("out", metavar="OUT", help="compressed checkpoint")
     parser.add_argument("--against", metavar="DENSE", help="dense model to compare with")
-    parser.add_argument("--linears", metavar="N", type=int, help="how many are reconstructed")
-    _add_json(parser, "print all that was found as JSON")
+    parser.add_argument("--linears", metavar="N", type=int, help="number of linears to reconstruct")
+    _add_json(parser, "print all results as JSON")
 
 
 def _add_export(commands: Any) -> None:
-    parser = _command(
-        commands, "export", "a compressed checkpoint in a form that other programs know"
-    )
+    parser = _command(commands, "export", "convert a compressed checkpoint for other programs")
     parser.add_argument("out", metavar="OUT", help="compressed checkpoint")
     parser.add_argument("dense_dir", metavar="DENSE_DIR", help="directory to write")
     parser.add_argument(
-        "--format", choices=("dense",), default="dense", help="dense: factors multiplied back"
+        "--format", choices=("dense",), default="dense", help="dense: multiply the factors"
     )
 
 
 def _add_status(commands: Any) -> None:
-    parser = _command(commands, "status", "where a run stands, from its directory alone")
+    parser = _command(commands, "status", "show the progress of a run, from its directory alone")
     parser.add_argument("run", metavar="RUN", help="run directory")
     _add_json(parser, "print the status as JSON")
 
 
 def _add_report(commands: Any) -> None:
-    parser = _command(commands, "report", "one HTML page that shows a run")
+    parser = _command(commands, "report", "write an HTML page about a run")
     parser.add_argument("run", metavar="RUN", help="run directory, or a compressed checkpoint")
     parser.add_argument(
-        "--output", metavar="FILE", help="the page; RUN/report.html or OUT.report.html without it"
+        "--output",
+        metavar="FILE",
+        help="file of the page (default: RUN/report.html or OUT.report.html)",
     )
 
 
 def _add_compare(commands: Any) -> None:
-    parser = _command(commands, "compare", "one HTML page that puts runs side by side")
+    parser = _command(commands, "compare", "write an HTML page that compares runs")
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", help="run directories, or compressed checkpoints"
     )
-    parser.add_argument("--output", metavar="FILE", help="the page; comparison.html without it")
+    parser.add_argument(
+        "--output", metavar="FILE", help="file of the page (default: comparison.html)"
+    )
 
 
 def _add_clean(commands: Any) -> None:
@@ -248,55 +264,60 @@ def _add_clean(commands: Any) -> None:
 
 
 def _add_submit(commands: Any) -> None:
-    parser = _command(commands, "submit", "run a command as a Ray job, again while that may help")
+    parser = _command(commands, "submit", "run a command as a Ray job, with retries")
     parser.usage = "%(prog)s [options] -- COMMAND ..."
     parser.add_argument(
         "program", metavar="COMMAND", nargs="+", help="compress or another, with its arguments"
     )
     parser.add_argument(
-        "--address", metavar="URL", help="dashboard, http://HEAD:8265; what Ray finds without it"
+        "--address",
+        metavar="URL",
+        help="dashboard, http://HEAD:8265 (default: the one that Ray finds)",
     )
     parser.add_argument(
         "--retries",
         metavar="N",
         type=int,
-        help="attempts after the first; what is wrong with the command is not tried again "
-        "(default: 3)",
+        help="attempts after the first, for errors other than those of the command (default: 3)",
     )
     parser.add_argument(
-        "--working-dir", metavar="DIR", help="directory that travels with the job (default: .)"
+        "--working-dir", metavar="DIR", help="directory to upload with the job (default: .)"
     )
     parser.add_argument(
         "--exclude",
         action="append",
         metavar="PATTERN",
-        help="what of it stays behind, besides .venv, .work, .git and what .gitignore names; "
+        help="files not to upload, besides .venv, .work, .git and those in .gitignore; "
         "may be repeated",
     )
     parser.add_argument(
-        "--env", action="append", metavar="NAME=VALUE", help="variable of the job; may be repeated"
+        "--env",
+        action="append",
+        metavar="NAME=VALUE",
+        help="environment variable of the job; may be repeated",
     )
     parser.add_argument(
         "--no-wait",
         action="store_true",
         default=False,
-        help="print the submission id and leave the job alone",
+        help="print the submission id and exit",
     )
 
 
 def _command(commands: Any, name: str, says: str) -> argparse.ArgumentParser:
-    """A parser that leaves out of its result what was not given: defaults live in one place."""
+    """Add a parser whose result omits flags that were not given: defaults are defined in one
+    place."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=says, description=says, argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
-    parser.add_argument("--verbose", action="store_true", help="errors with their traceback")
+    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
     parser.set_defaults(command=name, verbose=False, json=False)
     return parser
 
 
 def _add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--progress", choices=("lines", "json"), default="lines", help="form of events on stderr"
+        "--progress", choices=("lines", "json"), default="lines", help="format of events on stderr"
     )
 
 
@@ -307,7 +328,7 @@ def _add_json(parser: argparse.ArgumentParser, says: str) -> None:
 def _add_field(
     parser: argparse.ArgumentParser, field: Field[Any], *, shows_default: bool = True
 ) -> None:
-    """The flag of a recipe field."""
+    """Add the flag of a recipe field."""
     says = HELP[field.name]
     if shows_default and isinstance(field.default, str | int) and field.type is not bool:
         says += f" (default: {field.default})"

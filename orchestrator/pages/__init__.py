@@ -1,7 +1,7 @@
-"""A run as a page to look at: one HTML file that loads nothing, from what lies on disk.
+"""HTML pages about runs: one self-contained file, made from the files on disk.
 
-`sources` reads run directory, checkpoint and evaluations; `report` and `compare` lay pages out;
-`figures` draws, `tables` lists, `markup` escapes. Nothing here imports torch, Ray or transformers.
+`sources` reads run directory, checkpoint and evaluations; `report` and `compare` compose the pages;
+`figures` draws, `tables` lists, `markup` escapes. No module imports torch, Ray or transformers.
 """
 
 from orchestrator.pages.compare import write_comparison

@@ -1,4 +1,4 @@
-"""The page that puts runs side by side: a run is a row, and every table has the same rows."""
+"""Page that compares runs: every table has one row per run, in the same order."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,17 +19,17 @@ from orchestrator.version import __version__
 
 
 def write_comparison(runs: Sequence[Place], output: Place | None = None) -> Place:
-    """Writes the page that compares run directories or checkpoints; gives its path.
+    """Write the page that compares run directories or checkpoints; returns its path.
 
     Args:
-        output: The file; nothing means `comparison.html` in the working directory.
+        output: The file; None means `comparison.html` in the working directory.
 
     Raises:
-        InputError: One of them is no run and no checkpoint, or a file of it is damaged.
-        UsageError: There are fewer than two, or `output` is a directory.
+        InputError: A place is neither a run nor a checkpoint, or one of its files is damaged.
+        UsageError: Fewer than two places are given, or `output` is a directory.
     """
     if len(runs) < 2:
-        raise UsageError(f"{len(runs)} run is given; name two or more to compare")
+        raise UsageError(f"{len(runs)} run given; name two or more to compare")
     sources = []
     for run in runs:
         with whole(run):
@@ -40,11 +40,11 @@ def write_comparison(runs: Sequence[Place], output: Place | None = None) -> Plac
 
 
 def comparison_page(sources: Sequence[Source]) -> Markup:
-    """The page."""
+    """Compose the page."""
     names = _names(sources)
     return page(
-        f"{len(sources)} runs side by side",
-        element("h1", f"{len(sources)} runs side by side"),
+        f"Comparison of {len(sources)} runs",
+        element("h1", f"Comparison of {len(sources)} runs"),
         element("p", ", ".join(names), class_="soft"),
         *_unfinished(names, sources),
         _differences(names, sources),
@@ -58,7 +58,7 @@ def comparison_page(sources: Sequence[Source]) -> Markup:
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """Return the shortest suffixes of the paths that distinguish the runs."""
     paths = [str(source.out or source.place).split("/") for source in sources]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-depth:]) for path in paths]
@@ -71,12 +71,12 @@ def _unfinished(names: Sequence[str], sources: Sequence[Source]) -> Iterator[Mar
     for name, source in zip(names, sources, strict=True):
         state = source.status.get("state", "unknown")
         if not source.is_done:
-            says = f"{name} is not done: {state}. What there is of it is shown."
+            says = f"{name} is not finished: {state}. The page shows its results so far."
             yield element("p", says, class_="said")
 
 
 def _differences(names: Sequence[str], sources: Sequence[Source]) -> Markup:
-    """Fields of the recipe that are not the same in all runs."""
+    """Table of the recipe fields that differ between runs."""
     recipes = [tables.flat(source.recipe) for source in sources]
     fields = [
         name
@@ -85,14 +85,14 @@ def _differences(names: Sequence[str], sources: Sequence[Source]) -> Markup:
         and len({json.dumps(recipe.get(name), sort_keys=True) for recipe in recipes}) > 1
     ]
     if not fields:
-        return section("What was asked", element("p", "All recipes ask for the same."))
+        return section("Recipes", element("p", "All recipes are equal."))
     rows = [
         [row_head(name), *(cell(tables.plain(recipe.get(field))) for field in fields)]
         for name, recipe in zip(names, recipes, strict=True)
     ]
     return section(
-        "What was asked",
-        element("p", "What the recipes do not agree on; all else is the same."),
+        "Recipes",
+        element("p", "Fields that differ between the recipes; all others are equal."),
         tables.table([head("run"), *map(head, fields)], rows, label="recipe differences"),
     )
 
@@ -123,7 +123,7 @@ def _sizes(names: Sequence[str], sources: Sequence[Source]) -> Markup | None:
 
 
 def _evaluations(names: Sequence[str], sources: Sequence[Source]) -> Iterator[Markup]:
-    """A section for each text: only what was measured on the same tokens is put together."""
+    """Sections by text: only measurements on the same tokens share a table."""
     texts: dict[str, list[tuple[str, Source, Mapping[str, Any]]]] = {}
     for name, source in zip(names, sources, strict=True):
         for facts in source.evaluations:
@@ -141,7 +141,8 @@ def _evaluations(names: Sequence[str], sources: Sequence[Source]) -> Iterator[Ma
 
 
 def _quality(measured: Sequence[tuple[str, Source, Mapping[str, Any]]]) -> Markup:
-    """The dense model's own speed is another one in every evaluation: it is only divided by."""
+    """Table of quality and speed. The speed of the dense model varies between evaluations, so it is
+    only used as a divisor."""
     shown = {**QUANTITIES, **AGREEMENT}
     speeds = [name for name in QUANTITIES if name.endswith("per_second")]
     rows = []
@@ -224,7 +225,7 @@ def _timings(names: Sequence[str], sources: Sequence[Source]) -> Markup | None:
     heads = [head("run"), *(head(stage, "n") for stage in (*stages, "together"))]
     return section(
         "Time",
-        element("p", "Wall time of each stage; what an earlier run had committed took none."),
+        element("p", "Wall time of each stage; results committed by an earlier run take no time."),
         tables.table(heads, rows, label="wall time by stage", is_sortable=True),
     )
 
@@ -235,7 +236,7 @@ def _left_out(names: Sequence[str], sources: Sequence[Source]) -> Markup | None:
         for name, source in zip(names, sources, strict=True)
         for remark in (
             *source.remarks,
-            *(() if source.evaluations else ("No evaluation lies beside the checkpoint.",)),
+            *(() if source.evaluations else ("No evaluation found beside the checkpoint.",)),
         )
     ]
     if not said:

@@ -1,4 +1,4 @@
-"""What `evaluate` measured, before and after."""
+"""Results of `evaluate`, before and after compression."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,26 +12,26 @@ QUANTITIES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "perplexity": ("perplexity", "{:.2f}".format),
     "parameters": ("parameters", "{:,}".format),
     "bytes": ("bytes", "{:,}".format),
-    "prefill_tokens_per_second": ("prefill, tokens a second", "{:,.1f}".format),
-    "decode_tokens_per_second": ("decode, tokens a second", "{:,.1f}".format),
+    "prefill_tokens_per_second": ("prefill, tokens/s", "{:,.1f}".format),
+    "decode_tokens_per_second": ("decode, tokens/s", "{:,.1f}".format),
 }
 AGREEMENT: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "kl": ("mean KL from the dense model, nats", "{:.4f}".format),
+    "kl": ("mean KL divergence from the dense model, nats", "{:.4f}".format),
     "top1_agreement": ("same first token", "{:.1%}".format),
 }
 
 
 def evaluated_text(facts: Mapping[str, Any]) -> str:
-    """Text of the data and the memory of an evaluation."""
+    """Describe the data and the memory of an evaluation."""
     used = facts.get("memory")
     memory = f"; peak memory of a worker: {Usage.from_json(used)}" if used else ""
     return f"{text_of(facts)}{memory}."
 
 
 def text_of(facts: Mapping[str, Any]) -> str:
-    """On what: the text, how much of it, and how many predictions."""
+    """Describe the text: source, size and number of predictions."""
     text = facts.get("text", {})
-    says = f"On {text.get('source', 'a text that is not named')}"
+    says = f"On {text.get('source', 'an unnamed text')}"
     if "sequences" in text and "sequence_length" in text:
         says += f", {text['sequences']:,} sequences of {text['sequence_length']:,} tokens"
     if "predictions" in facts:
@@ -40,7 +40,7 @@ def text_of(facts: Mapping[str, Any]) -> str:
 
 
 def before_and_after(facts: Mapping[str, Any]) -> Markup:
-    """One row a quantity; dense, compressed, and one over the other."""
+    """Table with one row per quantity: dense, compressed, and their ratio."""
     ours, dense = (facts["models"].get(name, {}) for name in ("model", "against"))
     rows = []
     for name, (label, shown) in QUANTITIES.items():
@@ -54,5 +54,5 @@ def before_and_after(facts: Mapping[str, Any]) -> Markup:
         if facts.get(name) is not None:
             agreement = number(shown(facts[name]), facts[name])
             rows.append([row_head(label), number(DASH), agreement, number(DASH)])
-    heads = [head(""), *(head(name, "n") for name in ("dense", "compressed", "after over before"))]
+    heads = [head(""), *(head(name, "n") for name in ("dense", "compressed", "ratio"))]
     return tables.table(heads, rows, label="evaluation")

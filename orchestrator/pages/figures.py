@@ -1,4 +1,5 @@
-"""Figures as SVG, drawn by hand; colours are the style sheet's, so they follow light and dark."""
+"""SVG figures, drawn by hand; colours come from the style sheet, so they follow light and dark
+mode."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,16 +10,16 @@ import numpy as np
 from orchestrator.pages.markup import Markup, element, joined
 
 POINTS = 64
-"""Of a curve; closer at small ranks, where it bends."""
+"""Number of points of a curve; denser at small ranks, where it bends."""
 NINES = 4
-"""How far the scale of a curve goes: to 0.9999."""
+"""Upper end of the scale of a curve, in nines: 0.9999."""
 FAINTEST = 0.1
-"""Opacity of the least kept cell; 1 is a linear kept whole."""
+"""Opacity of the cell with the least kept fraction; a linear kept completely has 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell of the heat map."""
+    """Cell of the heat map."""
 
     kept: float
     is_dense: bool
@@ -28,9 +29,9 @@ class Cell:
 def heat_map(
     rows: Sequence[str], blocks: Sequence[int], cells: Mapping[tuple[str, int], Cell], label: str
 ) -> Markup:
-    """Kept fraction of every role (rows) in every block (columns), darker where more is kept.
+    """Draw the kept fraction of every role (rows) in every block (columns), darker for more.
 
-    A linear that stays dense carries a dot; an empty frame is one that was not targeted.
+    A dot marks a dense linear; an empty frame marks a linear that is not targeted.
     """
     left = 9 + 7.2 * max(map(len, rows))
     wide = min(max((930 - left) / len(blocks), 9), 36)
@@ -41,7 +42,14 @@ def heat_map(
         drawn.append(_text(role, 0, middle + 4, class_="role"))
         for x, block in enumerate(blocks):
             drawn.append(
-                _cell(cells.get((role, block)), left + x * wide, y * high, wide, high, low)
+                _cell(
+                    cells.get((role, block)),
+                    x=left + x * wide,
+                    y=y * high,
+                    wide=wide,
+                    high=high,
+                    low=low,
+                )
             )
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * wide >= 20)
     bottom = len(rows) * high
@@ -53,7 +61,7 @@ def heat_map(
     return _svg(left + len(blocks) * wide, bottom + 18, label, *drawn, is_fixed=True)
 
 
-def _cell(cell: Cell | None, x: float, y: float, wide: float, high: float, low: float) -> Markup:
+def _cell(cell: Cell | None, *, x: float, y: float, wide: float, high: float, low: float) -> Markup:
     box = {"x": _r(x + 0.75), "y": y + 0.75, "width": _r(wide - 1.5), "height": high - 1.5}
     if cell is None:
         return element("rect", element("title", "not targeted"), class_="empty", rx=1, **box)
@@ -66,7 +74,7 @@ def _cell(cell: Cell | None, x: float, y: float, wide: float, high: float, low: 
 
 
 def heat_legend(kept: Sequence[float], *, has_empty: bool) -> Markup:
-    """The scale of `heat_map` and its two signs."""
+    """Draw the scale of `heat_map` and its two symbols."""
     low, steps, wide = scale_floor(kept), 10, 17
     drawn = []
     for step in range(steps):
@@ -91,7 +99,8 @@ def heat_legend(kept: Sequence[float], *, has_empty: bool) -> Markup:
 
 
 def scale_floor(kept: Sequence[float]) -> float:
-    """Where the scale begins: the tenth below the least kept, below one in any case."""
+    """Return the lower end of the scale: the tenth below the least kept fraction, below 1 in any
+    case."""
     return min(math.floor(10 * min(kept, default=0.0)) / 10, 0.9)
 
 
@@ -102,30 +111,30 @@ def strength(kept: float, low: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve of a small multiple."""
+    """Curve of a small multiple."""
 
     block: int
     sizes: np.ndarray
     """Ranks 1, 2, ..., or densities above 0; ascending."""
     shares: np.ndarray
-    """Share of energy that each of them holds."""
+    """Fraction of the energy captured at each size."""
     chosen: float | None
-    """The rank or density that the linear got, if it lies on the curve."""
+    """Rank or density of the linear, if it is on the curve."""
     says: str
 
     @property
     def chosen_share(self) -> float | None:
-        """What it holds there."""
+        """Fraction of the energy captured at the chosen size."""
         if self.chosen is None:
             return None
         return float(np.interp(self.chosen, self.sizes, self.shares))
 
 
 def energy_lines(lines: Sequence[Line], *, break_even: int | None, label: str) -> Markup:
-    """Share of energy against rank or density, a line for each block from light to dark.
+    """Draw the energy fraction over rank or density, one line per block from light to dark.
 
-    The scale counts nines: as far as from 0 to 0.9 is it from there to 0.99, for what a rank loses
-    matters long after what it holds looks like 1.
+    The scale is logarithmic in the lost energy: 0 to 0.9 has the length of 0.9 to 0.99, since
+    losses matter even where the captured fraction is close to 1.
     """
     wide, high, left = 250.0, 160.0, 44.0
     longest = max(float(line.sizes[-1]) for line in lines)
@@ -167,7 +176,7 @@ def energy_lines(lines: Sequence[Line], *, break_even: int | None, label: str) -
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One run in a scatter."""
+    """One run in a scatter plot."""
 
     name: str
     x: float
@@ -175,7 +184,8 @@ class Point:
 
 
 def scatter(points: Sequence[Point], *, level: float | None, label: str) -> Markup:
-    """Perplexity (logarithmic) against kept fraction; `level` is that of the dense model."""
+    """Draw perplexity (logarithmic) over kept fraction; `level` is the perplexity of the dense
+    model."""
     wide, high, left = 460.0, 260.0, 44.0
     heights = [math.log(point.y) for point in points] + ([math.log(level)] if level else [])
     low, top = min(heights), max(heights)
@@ -211,19 +221,19 @@ def scatter(points: Sequence[Point], *, level: float | None, label: str) -> Mark
         drawn.append(
             _text(point.name, at["cx"] + shift, at["cy"] + 4, text_anchor=anchor, class_="name")
         )
-    drawn.append(_text("kept of the targeted linears", wide, high + 34, text_anchor="end"))
+    drawn.append(_text("kept fraction of the targeted linears", wide, high + 34, text_anchor="end"))
     return _svg(wide, high + 38, label, *drawn, is_fixed=True)
 
 
 def _even_ticks(least: float, most: float, most_ticks: int = 8) -> list[float]:
-    """Round numbers at even distances, at most so many."""
+    """Return round numbers at equal distances, at most `most_ticks`."""
     steps = (digit * 10.0**power for power in range(-3, 9) for digit in (1, 2, 5))
     step = next(each for each in steps if (most - least) / each < most_ticks - 0.1)
     return [n * step for n in range(math.ceil(least / step), math.floor(most / step) + 1)]
 
 
 def _log_ticks(least: float, most: float) -> list[float]:
-    """Powers of ten times 1, 2, 3 and 5, and finer where few of them fall in between."""
+    """Return powers of ten times 1, 2, 3 and 5, with a finer step if few of them are in range."""
     decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
     for digits in ((1, 10), (1, 2, 5), (1, 2, 3, 5, 7), range(10, 100, 5), range(100, 1000, 5)):
         scale = 10 ** (len(str(digits[-1])) - 1) if isinstance(digits, range) else 1
@@ -239,7 +249,7 @@ def _text(text: str, x: float, y: float, **attributes: str) -> Markup:
 
 
 def _svg(wide: float, high: float, label: str, *drawn: Markup, is_fixed: bool = False) -> Markup:
-    """A drawing; a fixed one keeps its size, and scrolls where there is no room."""
+    """Compose a drawing; a fixed one keeps its size and scrolls if the page is narrow."""
     size = {"width": _r(wide), "height": _r(high)} if is_fixed else {}
     return element(
         "svg",
@@ -252,5 +262,5 @@ def _svg(wide: float, high: float, label: str, *drawn: Markup, is_fixed: bool = 
 
 
 def _r(value: float) -> float:
-    """A hundredth of a pixel is enough."""
+    """Round to hundredths of a pixel."""
     return round(value, 2)

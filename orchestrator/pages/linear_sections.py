@@ -1,4 +1,4 @@
-"""The parts of a run's page that are about its linears: maps, budget, curves, numerics, table."""
+"""Sections of a report about linears: maps, budget, curves, numerics, table."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +26,12 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "weight_error": ("weight error", tables.significant),
     "activation_error": ("activation error", tables.significant),
 }
-"""Fields of a linear that are shown if any linear has them."""
-SHARED = " A basis that several linears share is counted with the first of them, which stores it."
+"""Optional columns of the table of linears, shown if any linear has the field."""
+SHARED = " A basis shared by several linears counts for the first of them, which stores it."
 
 
 def heat_map(found: Sequence[LinearRow], not_targeted: Sequence[str]) -> Markup | None:
-    """Kept fraction by block and role."""
+    """Section with the kept fraction by block and role."""
     cells = heat_cells(found)
     if not cells:
         return None
@@ -40,13 +40,13 @@ def heat_map(found: Sequence[LinearRow], not_targeted: Sequence[str]) -> Markup 
     roles = list(dict.fromkeys(role for role, block in places if block is not None))
     kept = [each.kept for each in cells.values()]
     has_empty = len(cells) < len(roles) * len(blocks)
-    label = "kept fraction by block and role; the table of every linear has the numbers"
+    label = "kept fraction by block and role; the table of all linears has the numbers"
     return section(
-        "Where weights were kept",
+        "Kept fraction by linear",
         element(
             "p",
-            "Stored values over dense values of each linear, by block and role. Each cell names "
-            "its numbers when pointed at; the table of every linear lists them."
+            "Stored values over dense values of each linear, by block and role. Hover over a cell "
+            "for its numbers; the table of all linears lists them."
             + (SHARED if any(entry.facts.get("basis") for entry in found) else ""),
         ),
         element(
@@ -58,7 +58,7 @@ def heat_map(found: Sequence[LinearRow], not_targeted: Sequence[str]) -> Markup 
 
 
 def budget(found: Sequence[LinearRow]) -> Markup | None:
-    """What each role had and what it keeps, drawn to one scale."""
+    """Section with the values of each role before and after, on one scale."""
     roles = {
         role: (dense, stored, sum(entry.form == "dense" for entry in same))
         for role, same in by_role(found).items()
@@ -81,33 +81,33 @@ def budget(found: Sequence[LinearRow]) -> Markup | None:
         ]
         for role, (dense, stored, left_dense) in roles.items()
     ]
-    named = ("values before", "stored", "kept", "of the budget", "left dense")
-    heads = [head("role"), *(head(name, "n") for name in named), head("stored of before", "bar")]
-    return section("Where the budget went", tables.table(heads, rows, label="budget by role"))
+    named = ("values before", "stored", "kept", "of the budget", "dense")
+    heads = [head("role"), *(head(name, "n") for name in named), head("stored over before", "bar")]
+    return section("Budget by role", tables.table(heads, rows, label="budget by role"))
 
 
 def rank_curves(found: Sequence[LinearRow], shares: Mapping[str, np.ndarray]) -> Markup | None:
-    """Share of energy against rank, drawn for each role and summed up in a table."""
+    """Section with energy over rank for each role, and a summary table."""
     return _curves(
         energy_lines_of(shares, found),
         {role: _break_even(same) for role, same in by_role(found).items()},
         "rank",
-        "The share of a linear's energy (squared singular values in the method's norm) that its "
-        "leading ranks hold, on a scale that counts nines. One line a block, the first lightest; "
-        "a point marks the rank chosen, the dashed line break-even, from where factors save "
-        "nothing.",
+        "Fraction of a linear's energy (squared singular values in the method's norm) in its "
+        "leading ranks, on a logarithmic scale of the loss. One line per block, the first "
+        "lightest; a point marks the chosen rank, the dashed line break-even, from which on "
+        "factors save nothing.",
     )
 
 
 def density_curves(found: Sequence[LinearRow], shares: Mapping[str, np.ndarray]) -> Markup | None:
-    """Share of energy against density, the same way."""
+    """Section with energy over density for each role, and a summary table."""
     return _curves(
         energy_lines_of(shares, found, is_sparse=True),
         {},
         "density",
-        "The share of a linear's output energy on the calibration tokens that its most important "
-        "entries hold, on a scale that counts nines. One line a block, the first lightest; a "
-        "point marks the density chosen.",
+        "Fraction of a linear's output energy on the calibration tokens in its most important "
+        "entries, on a logarithmic scale of the loss. One line per block, the first lightest; a "
+        "point marks the chosen density.",
     )
 
 
@@ -126,25 +126,26 @@ def _curves(
             figures.energy_lines(
                 same,
                 break_even=even.get(role),
-                label=f"{role}: share of energy against {size}, one line a block",
+                label=f"{role}: energy fraction over {size}, one line per block",
             ),
         )
         for role, same in lines.items()
     ]
     rows = [_energy_row(role, same, size) for role, same in lines.items()]
-    named = (f"{size} for 0.9", f"{size} for 0.99", f"{size} chosen", "share it holds")
+    named = (f"{size} for 0.9", f"{size} for 0.99", f"chosen {size}", "its energy fraction")
     heads = [head("role"), *(head(name, "n") for name in named)]
     return section(
-        f"Energy against {size}",
+        f"Energy over {size}",
         element("p", says),
         element("div", *multiples, class_="multiples"),
-        element("p", "Over the blocks: median, and least to greatest.", class_="soft"),
+        element("p", "Median over the blocks, with range.", class_="soft"),
         tables.table(heads, rows, label=f"energy and {size} by role"),
     )
 
 
 def _break_even(same: Sequence[LinearRow]) -> int | None:
-    """Of a role whose linears have one, and share no basis: a group's is another."""
+    """Break-even rank of a role, if its linears have one and share no basis; a group has another
+    one."""
     ranks = {entry.break_even for entry in same}
     is_alone = not any(entry.facts.get("basis") for entry in same)
     return ranks.pop() if len(ranks) == 1 and is_alone else None
@@ -163,7 +164,7 @@ def _energy_row(role: str, lines: Sequence[figures.Line], size: str) -> list[Mar
 
 
 def numerics(found: Sequence[LinearRow]) -> Markup | None:
-    """What the decompositions say of themselves, over all linears."""
+    """Section with the numerical reports of the decompositions, over all linears."""
     reported: dict[str, list[Any]] = {}
     for entry in found:
         for name, value in tables.flat(entry.facts.get("numerics", {})).items():
@@ -182,15 +183,14 @@ def numerics(found: Sequence[LinearRow]) -> Markup | None:
         "Numerics",
         element(
             "p",
-            "What the decompositions measured on themselves: median and least to greatest of "
-            "numbers, how many linears of words.",
+            "Measurements of the decompositions: median and range of numbers, and counts of words.",
         ),
         tables.table([], rows, label="numerics"),
     )
 
 
 def every_linear(found: Sequence[LinearRow]) -> Markup | None:
-    """A row for each."""
+    """Table with one row per linear."""
     if not found:
         return None
     given = [name for name in COLUMNS if any(entry.facts.get(name) for entry in found)]
@@ -203,9 +203,9 @@ def every_linear(found: Sequence[LinearRow]) -> Markup | None:
         "Every linear",
         element(
             "p",
-            f"{len(found):,} were targeted: {counted}. Errors are squared and relative: "
+            f"{len(found):,} targeted linears: {counted}. Errors are squared and relative: "
             "|W − W′|² / |W|² of the weight, Σ|Wx − W′x|² / Σ|Wx|² of its outputs on the "
-            "calibration tokens. A click on a heading sorts.",
+            "calibration tokens. Click on a heading to sort.",
         ),
         tables.table(
             heads, [_row(entry, given) for entry in found], label="every linear", is_sortable=True
@@ -214,7 +214,7 @@ def every_linear(found: Sequence[LinearRow]) -> Markup | None:
 
 
 def _basis_of(name: str) -> str:
-    """Which linear of the group stores it: the same role in this block."""
+    """Name the linear of the group that stores the basis: the same role in this block."""
     block, _ = place(name)
     return name if block is None else f"block {block}"
 

@@ -1,6 +1,7 @@
-"""The linears of a report, as rows to draw and to list.
+"""Linears of a report, as rows for figures and tables.
 
-A role is a linear's name within its block; experts of one block go together, `experts.*.up_proj`.
+A role is the name of a linear within its block; the experts of a block share one,
+`experts.*.up_proj`.
 """
 
 import re
@@ -18,7 +19,7 @@ _BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
 
 @dataclass(frozen=True, slots=True)
 class LinearRow:
-    """One linear; what its report does not say is None."""
+    """One linear; fields absent from its report are None."""
 
     name: str
     block: int | None
@@ -26,9 +27,9 @@ class LinearRow:
     form: str
     shape: tuple[int, int] | None
     values: int | None
-    """Stored."""
+    """Stored values."""
     facts: Mapping[str, Any]
-    """All that the report says."""
+    """All fields of the report."""
 
     @property
     def dense_values(self) -> int | None:
@@ -46,7 +47,7 @@ class LinearRow:
 
 
 def entries(report: Mapping[str, Any]) -> list[LinearRow]:
-    """Every targeted linear, in the order of blocks and, within one, of the report."""
+    """Return every targeted linear, ordered by block and, within a block, as in the report."""
     found = []
     for name, facts in report.get("linears", {}).items():
         block, role = place(name)
@@ -66,7 +67,7 @@ def entries(report: Mapping[str, Any]) -> list[LinearRow]:
 
 
 def place(name: str) -> tuple[int | None, str]:
-    """Block and role of a linear, from its name."""
+    """Split the name of a linear into block and role."""
     match = _BLOCK.match(name)
     if match is None:
         return None, name
@@ -74,7 +75,7 @@ def place(name: str) -> tuple[int | None, str]:
 
 
 def by_role(found: Sequence[LinearRow]) -> dict[str, list[LinearRow]]:
-    """The linears of each role, roles in the order of their first block."""
+    """Group the linears by role, roles in the order of their first block."""
     roles: dict[str, list[LinearRow]] = {}
     for entry in found:
         roles.setdefault(entry.role, []).append(entry)
@@ -82,20 +83,20 @@ def by_role(found: Sequence[LinearRow]) -> dict[str, list[LinearRow]]:
 
 
 def total(numbers: Sequence[int | None]) -> int | None:
-    """Their sum, or nothing where one is not known."""
+    """Return the sum, or None if one number is unknown."""
     known = [each for each in numbers if each is not None]
     return sum(known) if known and len(known) == len(numbers) else None
 
 
 def kept_of(found: Sequence[LinearRow]) -> float | None:
-    """Stored values of several linears over their dense values."""
+    """Return the stored values of several linears over their dense values."""
     stored = total([entry.values for entry in found])
     dense = total([entry.dense_values for entry in found])
     return None if stored is None or not dense else stored / dense
 
 
 def heat_cells(found: Sequence[LinearRow]) -> dict[tuple[str, int], Cell]:
-    """A cell for each role and block whose kept fraction is known."""
+    """Make a cell for each role and block with a known kept fraction."""
     together: dict[tuple[str, int], list[LinearRow]] = {}
     for entry in found:
         if entry.block is not None:
@@ -121,11 +122,11 @@ def _says(same: Sequence[LinearRow], kept: float) -> str:
 def energy_lines_of(
     shares: Mapping[str, np.ndarray], found: Sequence[LinearRow], *, is_sparse: bool = False
 ) -> dict[str, list[Line]]:
-    """For each role the share of energy that is held, a line a block.
+    """Make lines of the captured energy fraction for each role, one line per block.
 
     Args:
-        shares: By linear, of the leading 1, 2, ... ranks, or at equally spaced densities up to 1.
-            Of experts in one block the mean is drawn, and no choice.
+        shares: By linear, for the leading 1, 2, ... ranks, or at equally spaced densities up to 1.
+            For the experts of a block the mean is drawn, without the chosen sizes.
     """
     entry_of = {entry.name: entry for entry in found}
     roles: dict[str, dict[int, list[str]]] = {entry.role: {} for entry in found}
@@ -145,7 +146,7 @@ def energy_lines_of(
 
 
 def _chosen(entry: LinearRow | None, is_sparse: bool) -> float | None:
-    """The rank or the density that a linear got."""
+    """Return the rank or the density of a linear."""
     if entry is None:
         return None
     if not is_sparse:
@@ -163,6 +164,6 @@ def _line(block: int, sizes: np.ndarray, shares: np.ndarray, chosen: float | Non
 
 
 def size_at(line: Line, share: float) -> float | None:
-    """The least rank or density on the curve that holds this share of the energy."""
+    """Return the smallest rank or density on the curve with this fraction of the energy."""
     at = int(np.searchsorted(line.shares, share))
     return float(line.sizes[at]) if at < len(line.sizes) else None

@@ -1,4 +1,4 @@
-"""HTML that cannot be broken by what it shows: every string is escaped unless it is `Markup`."""
+"""HTML construction with escaping: every string is escaped unless it is `Markup`."""
 
 import html
 from collections.abc import Iterable
@@ -10,11 +10,11 @@ from orchestrator.store.places import Place
 
 _VOID = {"meta", "wbr"}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""The browser itself refuses whatever would be loaded."""
+"""Content security policy: the browser itself refuses to load other resources."""
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
     __slots__ = ()
 
@@ -23,11 +23,11 @@ Attribute = str | int | float | None
 
 
 def element(name: str, /, *children: str | None, **attributes: Attribute) -> Markup:
-    """One element; children that are no `Markup` are escaped, those that are None left out.
+    """Make an element; children that are not `Markup` are escaped, None is omitted.
 
     Args:
-        attributes: `class_` and `for_` lose their last underscore, others become dashes; None
-            leaves an attribute out.
+        attributes: `class_` and `for_` lose their last underscore, other underscores become dashes;
+            None omits an attribute.
     """
     shown = "".join(
         f' {key.removesuffix("_").replace("_", "-")}="{escape(str(value))}"'
@@ -40,31 +40,32 @@ def element(name: str, /, *children: str | None, **attributes: Attribute) -> Mar
 
 
 def joined(children: Iterable[str | None]) -> Markup:
-    """The children one after another, escaped where they need it."""
+    """Concatenate the children, escaped where necessary."""
     return Markup("".join(escape(child) for child in children if child is not None))
 
 
 def escape(text: str) -> Markup:
-    """Text as HTML shows it; half a surrogate pair, which no file can hold, becomes `?`."""
+    """Escape text for HTML; a lone surrogate, which a file cannot store, becomes `?`."""
     if isinstance(text, Markup):
         return text
     return Markup(html.escape(text.encode("utf-8", "replace").decode("utf-8")))
 
 
 def section(title: str, *content: str | None) -> Markup:
-    """A part of a page under its heading, which is also its anchor."""
+    """Make a section with a heading, which is also its anchor."""
     anchor = title.lower().replace(" ", "-").replace(",", "")
     heading = element("h2", title, id=anchor)
     return element("section", heading, *content, aria_labelledby=anchor)
 
 
 def scrolling(content: Markup, label: str) -> Markup:
-    """What may be wider than the page, and then scrolls within itself, by keyboard too."""
+    """Wrap content that may be wider than the page, so that it scrolls separately, also by
+    keyboard."""
     return element("div", content, class_="scroll", role="region", tabindex=0, aria_label=label)
 
 
 def page(title: str, *sections: str | None) -> Markup:
-    """A whole document."""
+    """Make a complete document."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -78,11 +79,11 @@ def page(title: str, *sections: str | None) -> Markup:
 
 
 def write_page(path: Place, content: Markup) -> Place:
-    """Writes the page in one step; what was there is replaced.
+    """Write the page atomically; an existing file is replaced.
 
     Raises:
         UsageError: The path is a directory.
-        OrchestratorError: The device has no space left, or refuses the write.
+        OrchestratorError: The device is full or refuses the write.
     """
     if path.is_dir():
         raise UsageError(f"{path}: is a directory; name a file with --output")

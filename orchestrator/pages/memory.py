@@ -1,4 +1,4 @@
-"""Section of a report on the peak memory of a worker by stage, beside the forecast."""
+"""Section of a report on the peak memory of a worker by stage, compared with the forecast."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from orchestrator.usage import Usage
 
 
 def memory(timings: Mapping[str, Any]) -> Markup | None:
-    """Table with a row a stage: host memory, and with GPUs device memory and its forecast."""
+    """Table with one row per stage: host memory, and with GPUs device memory and its forecast."""
     stages = timings.get("memory", {})
     if not stages:
         return None

@@ -1,4 +1,4 @@
-"""The page of one run: what was asked, what it became, what it lost, how long it took."""
+"""Page of one run: recipe, result, losses and timings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,12 +16,12 @@ from orchestrator.store.places import Place
 from orchestrator.version import __version__
 
 SHOWN_EVENTS = 40
-"""Of the journal, the last ones; a run of days has thousands."""
+"""Number of journal events shown, the last ones; a run of days has thousands."""
 KNOWN = {
     *("format_version", "producer", "key", "base_fingerprint", "architecture", "recipe", "kept"),
     *("bytes", "calibration", "values", "linears", "not_targeted", "timings"),
 }
-"""Fields of a report that have a place of their own; any other is listed under "Also reported"."""
+"""Report fields with a dedicated place; all others are listed under "Also reported"."""
 WANTED = {
     "kept.linears": "kept fraction of the targeted linears",
     "kept.model": "kept fraction of the whole model",
@@ -33,18 +33,18 @@ WANTED = {
     "linears": "linears",
     "timings.seconds": "timings",
 }
-"""Fields that the page would show, and what it calls them where it says that they are missing."""
+"""Report fields that the page shows, with their names in the list of missing fields."""
 
 
 def write_report(run: Place, output: Place | None = None) -> Place:
-    """Writes the page of a run directory, or of a compressed checkpoint; gives its path.
+    """Write the page of a run directory, or of a compressed checkpoint; returns its path.
 
     Args:
-        output: The file; nothing means `report.html` in the run directory, beside a checkpoint
-            `OUT.report.html`: nothing is added to what a hub would be given.
+        output: The file; None means `report.html` in the run directory, or `OUT.report.html` beside
+            a checkpoint, so that the checkpoint directory gets no extra file.
 
     Raises:
-        InputError: There is no run or checkpoint here, or a file of it is damaged.
+        InputError: The place is neither a run nor a checkpoint, or one of its files is damaged.
         UsageError: `output` is a directory.
     """
     with whole(run):
@@ -58,7 +58,7 @@ def write_report(run: Place, output: Place | None = None) -> Place:
 
 
 def report_page(source: Source) -> Markup:
-    """The page."""
+    """Compose the page."""
     found = entries(source.report)
     return page(
         f"{source.name}: {source.model}",
@@ -83,7 +83,7 @@ def report_page(source: Source) -> Markup:
 
 
 def _header(source: Source) -> Markup:
-    made = source.recipe.get("method", "a method that is not named")
+    made = source.recipe.get("method", "an unnamed method")
     allocation = source.recipe.get("allocation")
     by = f", budget divided by {allocation}" if allocation not in (None, made) else ""
     model = source.model.rstrip("/").rpartition("/")[2]
@@ -96,12 +96,12 @@ def _header(source: Source) -> Markup:
 
 
 def _state(source: Source) -> Markup | None:
-    """What to know first of a run that is not done."""
+    """Summary of a run that is not finished."""
     state = source.status.get("state")
     if source.is_done and state in (None, "done"):
         return None
     status = source.status
-    says = f"This run is not done: {state or 'unknown'}"
+    says = f"This run is not finished: {state or 'unknown'}"
     if "exit_code" in status:
         says += f", exit code {status['exit_code']}"
     if "stage" in status:
@@ -111,9 +111,9 @@ def _state(source: Source) -> Markup | None:
     if "error" in status:
         says += f". {status['error']}"
     if source.is_done:
-        says += ". The checkpoint in its output directory is whole; it is what the page shows"
+        says += ". The checkpoint in its output directory is complete; the page shows it"
     else:
-        says += ". The page shows what there is so far"
+        says += ". The page shows its results so far"
     return element("p", f"{says}.", class_="said")
 
 
@@ -121,16 +121,18 @@ def _key_figures(source: Source) -> Markup | None:
     kept, values = source.report.get("kept", {}), source.report.get("values", {})
     shown: list[tuple[str, str, str]] = []
     if "linears" in kept:
-        asked = f"asked {kept['asked']:g}" if "asked" in kept else ""
+        asked = f"requested {kept['asked']:g}" if "asked" in kept else ""
         asked += f" of {kept['asked_of']}" if asked and "asked_of" in kept else ""
-        shown.append(("kept of the targeted linears", tables.fraction(kept["linears"]), asked))
+        shown.append(
+            ("kept fraction of the targeted linears", tables.fraction(kept["linears"]), asked)
+        )
     else:
         for name, of in (("keep", "values"), ("keep_bytes", "bytes")):
             if source.recipe.get(name) is not None:
                 said = f"of the targeted linears' {of}"
-                shown.append(("asked to keep", f"{source.recipe[name]:g}", said))
+                shown.append(("requested kept fraction", f"{source.recipe[name]:g}", said))
     if "model" in kept:
-        shown.append(("kept of the whole model", tables.fraction(kept["model"]), ""))
+        shown.append(("kept fraction of the whole model", tables.fraction(kept["model"]), ""))
     if "model_after" in values:
         before = values.get("model_before")
         said = f"{before:,} before" if before is not None else ""
@@ -168,7 +170,7 @@ def _evaluations(source: Source) -> Markup | None:
         joined([element("p", evaluated_text(facts)), before_and_after(facts)])
         for facts in source.evaluations
     ]
-    return section("PreviousRun and after", *shown)
+    return section("Before and after", *shown)
 
 
 def _timings(timings: Mapping[str, Any]) -> Markup | None:
@@ -214,11 +216,11 @@ def _recipe(source: Source) -> Markup | None:
     where = {name: value for name, value in source.recipe.items() if name in SCHEDULE}
     where |= source.report.get("timings", {}).get("schedule", {})
     right = [
-        _part("Where and how fast, which decides no bytes", where),
-        _part("What the text gave", source.report.get("calibration", {})),
+        _part("Execution settings, without effect on the result", where),
+        _part("Calibration data", source.report.get("calibration", {})),
     ]
     return section(
-        "What was asked",
+        "Recipe",
         element(
             "div",
             element("div", _part("Recipe", tables.flat(what))),
@@ -236,7 +238,7 @@ def _part(title: str, values: Mapping[str, Any]) -> Markup | None:
 
 
 def _further(report: Mapping[str, Any]) -> Markup | None:
-    """Whatever else a method reports."""
+    """Section with further fields of the report."""
     further = tables.flat({name: each for name, each in report.items() if name not in KNOWN})
     if not further:
         return None
@@ -265,22 +267,22 @@ def _journal(source: Source) -> Markup | None:
 
 
 def _missing(source: Source) -> Markup | None:
-    """What the page would show and could not."""
+    """Section with fields that are missing."""
     remarks = list(source.remarks)
     if source.report:
         absent = [name for path, name in WANTED.items() if not _has(source.report, path)]
         if absent:
-            remarks.append(f"The report says nothing of: {', '.join(absent)}.")
+            remarks.append(f"The report has no: {', '.join(absent)}.")
         facts = source.report.get("linears", {}).values()
         for field in ("shape", "form", "values", "weight_error", "activation_error"):
             lacking = sum(each.get(field) is None for each in facts)
             if lacking:
-                remarks.append(f"{lacking:,} linears have no {field.replace('_', ' ')} reported.")
+                remarks.append(f"{lacking:,} linears have no reported {field.replace('_', ' ')}.")
         if source.run is not None and not any((source.rank_shares, source.density_shares)):
-            remarks.append("The run directory holds no curves that could be drawn.")
+            remarks.append("The run directory has no curves to draw.")
         if not source.evaluations:
             remarks.append(
-                "No evaluation lies beside the checkpoint: `orchestrator evaluate OUT --against "
+                "No evaluation found beside the checkpoint: `orchestrator evaluate OUT --against "
                 "MODEL --text FILE` adds one."
             )
     if not remarks:

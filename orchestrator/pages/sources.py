@@ -1,7 +1,7 @@
-"""What a page is made of: a run directory, the checkpoint it names, and its evaluations.
+"""Sources of a page: a run directory, the checkpoint that it names, and evaluations.
 
-All of it is optional but one of the first two. What is not there, or does not belong to the
-checkpoint at hand, is said in `remarks`.
+One of the first two is required, everything else is optional. Sources that are missing, or belong
+to another checkpoint, are listed in `remarks`.
 """
 
 import json
@@ -27,39 +27,39 @@ REPORT_FILE = "orchestrator_report.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One compression, as far as it has come."""
+    """One compression, possibly unfinished."""
 
     place: Place
-    """The directory that was named."""
+    """The given directory."""
     out: Place | None
     """The checkpoint, written or not."""
     run: Place | None
-    """The run directory, if there is one."""
+    """The run directory, if any."""
     status: Mapping[str, Any]
-    """Empty where no run directory speaks of this checkpoint."""
+    """Empty if no run directory belongs to this checkpoint."""
     recipe: Mapping[str, Any]
     report: Mapping[str, Any]
-    """Empty as long as the checkpoint is not finished."""
+    """Empty until the checkpoint is finished."""
     rank_shares: Mapping[str, np.ndarray]
-    """By linear: the share of energy that the leading 1, 2, ... ranks hold."""
+    """By linear: energy fraction of the leading 1, 2, ... ranks."""
     density_shares: Mapping[str, np.ndarray]
-    """The same at equally spaced densities, the last one 1, of linears that were made sparse."""
+    """By sparse linear: energy fraction at equally spaced densities, the last one 1."""
     evaluations: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
-    """What happened besides stages and units."""
+    """Events other than stages and units."""
     out_bytes: int | None
     dense_bytes: int | None
     remarks: Sequence[str]
 
     @property
     def name(self) -> str:
-        """Name of the checkpoint's directory, else of the run's."""
+        """Name of the checkpoint directory, else of the run directory."""
         return (self.out or self.place).name
 
     @property
     def model(self) -> str:
-        """The dense model as the recipe names it."""
-        return str(self.recipe.get("model", "a model that is not named"))
+        """The dense model as named in the recipe."""
+        return str(self.recipe.get("model", "an unnamed model"))
 
     @property
     def is_done(self) -> bool:
@@ -68,24 +68,26 @@ class Source:
 
 @contextmanager
 def whole(place: Place) -> Iterator[None]:
-    """Turns what the body stumbles over into an InputError: a run that we wrote has its form.
+    """Convert errors of the body into InputError: files of a run are well-formed.
 
-    Hashes tell damage in a manifest, and nothing tells who has written it.
+    Hashes reveal damage of a manifest, but not who wrote it.
     """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         said = f"{type(error).__name__}: {str(error)[:200]!r}"
-        raise InputError(f"{place}: holds what orchestrator does not write: {said}") from error
+        raise InputError(
+            f"{place}: was not written by orchestrator, or is damaged: {said}"
+        ) from error
 
 
 def read_source(place: Place) -> Source:
-    """Reads a run directory or a compressed checkpoint.
+    """Read a run directory or a compressed checkpoint.
 
-    Of a checkpoint the run directory is the one that its report names, else `OUT.run`.
+    The run directory of a checkpoint is the one named in its report, else `OUT.run`.
 
     Raises:
-        InputError: It is neither of the two, or one of its files cannot be read.
+        InputError: The place is neither of the two, or one of its files cannot be read.
     """
     place = place.expanduser().absolute()
     out: Place | None
@@ -96,7 +98,9 @@ def read_source(place: Place) -> Source:
     else:
         run, description = place, RunDirectory(place).description()
         if "recipe" not in description:
-            raise InputError(f"{place}: is no run of `compress`; name the run directory of one")
+            raise InputError(
+                f"{place}: is not a run of `compress`; name the run directory of a compression"
+            )
         out = parse_place(description["out"]) if description.get("out") else None
         report = _read_report(out) if out and (out / REPORT_FILE).is_file() else {}
     speaks_of_out = run is not None and description.get("out") in (None, str(out))
@@ -132,19 +136,19 @@ def _read_report(out: Place) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(report, dict):
-        raise InputError(f"{path}: holds {type(report).__name__}, an object was expected")
+        raise InputError(f"{path}: contains {type(report).__name__}, not an object")
     return report
 
 
 def _run_of(out: Place, report: Mapping[str, Any]) -> tuple[Place | None, dict[str, Any]]:
-    """The run directory that a checkpoint came from, and what it says of itself."""
+    """Return the run directory of a checkpoint, and its description."""
     named = report.get("timings", {}).get("schedule", {}).get("run_dir")
     run = parse_place(named).absolute() if named else out.with_name(f"{out.name}.run")
     return (run, RunDirectory(run).description()) if (run / "run.json").is_file() else (None, {})
 
 
 def _in_order(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields as a recipe has them; those that it has no more come last."""
+    """Sort the fields as in a recipe; unknown fields come last."""
     known = [field.name for field in fields(Recipe)]
     names = [*(name for name in known if name in recipe), *(recipe.keys() - set(known))]
     return {name: recipe[name] for name in dict.fromkeys(names)}
@@ -154,7 +158,7 @@ def _remarks(
     asked: Mapping[str, Any], report: Mapping[str, Any], run: Place | None
 ) -> Iterator[str]:
     made = report.get("recipe", {})
-    # the report names the allocation that a method brings, the recipe may leave it open
+    # the report names the method's default allocation, the recipe may leave it unset
     differ = [
         name
         for name, value in made.items()
@@ -162,15 +166,15 @@ def _remarks(
     ]
     if differ:
         yield (
-            "The checkpoint was made by another recipe than the run directory now asks for "
-            f"({', '.join(differ)} differ); the page shows the checkpoint."
+            "The recipe of the checkpoint differs from that of the run directory "
+            f"({', '.join(differ)}); the page shows the checkpoint."
         )
     if run is None:
-        yield "There is no run directory: neither curves nor journal are shown."
+        yield "No run directory found: curves and journal are not shown."
 
 
 def _unit_facts(run: Place) -> Iterator[dict[str, Any]]:
-    """The facts of every committed unit."""
+    """Yield the facts of every committed unit."""
     units = RunDirectory(run).units
     for key in units.begun():
         manifest = units.manifest(key)
@@ -181,15 +185,15 @@ def _unit_facts(run: Place) -> Iterator[dict[str, Any]]:
 def _curves(
     units: Sequence[Mapping[str, Any]], linears: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
-    """For each linear the share of energy that it holds, from the units of decompositions.
+    """Read the energy fractions of each linear from the units of decompositions.
 
-    A run directory may hold the decompositions of several methods or texts. Then a linear's curve
-    is taken from the units whose errors at the ranks chosen are those of the report. Linears that
-    share a basis have one curve, under the first one's name.
+    A run directory may contain the decompositions of several methods or texts. Then the curve of a
+    linear is taken from the unit whose error at the chosen rank equals that of the report. Linears
+    with a shared basis have one curve, under the name of the first.
 
     Returns:
-        Shares of the leading 1, 2, ... ranks; shares at equally spaced densities, the last one 1;
-        remarks.
+        Energy fractions of the leading 1, 2, ... ranks; energy fractions at equally spaced
+            densities, the last one 1; remarks.
     """
     found: dict[tuple[str, bool], list[tuple[np.ndarray, bool]]] = {}
     for facts in units:
@@ -206,13 +210,13 @@ def _curves(
     chosen = {}
     for key, several in found.items():
         curves = [shares for shares, agrees in several if agrees or len(several) == 1]
-        # the same one may have been computed more than once
+        # the same decomposition may have been computed more than once
         if curves and all(np.array_equal(shares, curves[0]) for shares in curves):
             chosen[key] = curves[0]
     unclear = len(found) - len(chosen)
     remark = (
-        f"The run directory holds several decompositions of {unclear:,} linears, and the report "
-        "does not tell which one was used; their curves are left out."
+        f"The run directory has several decompositions of {unclear:,} linears, and the report "
+        "does not determine which one was used; their curves are omitted."
     )
     ranks = {name: shares for (name, is_sparse), shares in chosen.items() if not is_sparse}
     densities = {name: shares for (name, is_sparse), shares in chosen.items() if is_sparse}
@@ -220,7 +224,7 @@ def _curves(
 
 
 def _rank_shares(result: Mapping[str, Any]) -> np.ndarray | None:
-    """Of a low-rank decomposition, in the method's norm."""
+    """Return the curve of a low-rank decomposition, in the method's norm."""
     if "weight_energies" not in result:
         return None
     curve = Curve.from_json(result["curve"])
@@ -228,7 +232,7 @@ def _rank_shares(result: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def _density_shares(result: Mapping[str, Any]) -> np.ndarray | None:
-    """Of a weight whose entries are kept one by one, in the norm of its outputs."""
+    """Return the curve of a weight pruned by entries, in the norm of its outputs."""
     losses = np.asarray(result["activation_losses"], dtype=np.float64)
     return _sound(losses[0] - losses[1:], float(losses[0]))
 
@@ -240,7 +244,7 @@ def _sound(held: np.ndarray, total: float) -> np.ndarray | None:
 
 
 def _agrees(result: Mapping[str, Any], linears: Mapping[str, Any]) -> bool:
-    """Whether a decomposition, cut to the rank that the report says, has the error it says."""
+    """Return True if a decomposition has the reported error at the reported rank."""
     entry = linears.get(result.get("curve", {}).get("name"), {})
     rank, error, total = entry.get("rank"), entry.get("weight_error"), result.get("weight_total")
     if not (rank and total) or error is None:
@@ -252,10 +256,10 @@ def _agrees(result: Mapping[str, Any], linears: Mapping[str, Any]) -> bool:
 def _evaluations(
     out: Place | None, out_bytes: int | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Results of `evaluate` for the checkpoint, from run directories beside it.
+    """Read the results of `evaluate` for the checkpoint from run directories beside it.
 
-    `OUT.evaluation` is taken by its name, any other one if its results name the checkpoint. Those
-    of a checkpoint of another size, which stood here before, are not.
+    `OUT.evaluation` is found by its name, other directories by the checkpoint named in their
+    results. Evaluations of an earlier checkpoint of another size are excluded.
     """
     if out is None or not out.parent.is_dir():
         return [], []
@@ -273,13 +277,15 @@ def _evaluations(
                 found.append(facts)
             else:
                 stale += 1
-    remark = f"{stale} evaluations beside the checkpoint are of another size of it, and left out."
+    remark = (
+        f"{stale} evaluations beside the checkpoint are of another size of it; they are omitted."
+    )
     found.sort(key=lambda facts: json.dumps(facts.get("text"), sort_keys=True))
     return found, [remark] if stale else []
 
 
 def _is_evaluation(directory: Place) -> bool:
-    """Whether it is the run directory of an `evaluate`; a neighbour that is damaged is none."""
+    """Return True for the run directory of an `evaluate`; False for a damaged one."""
     try:
         return "evaluate" in RunDirectory(directory).description()
     except InputError:
@@ -287,7 +293,7 @@ def _is_evaluation(directory: Place) -> bool:
 
 
 def _events(run: Place) -> Iterator[dict[str, Any]]:
-    """Notes, losses and workers; the same one many times over is told once, with its count."""
+    """Yield notes, losses and workers; repeated events once, with their count."""
     told = [
         event for event in RunDirectory(run).events() if event.get("event") not in ("stage", "unit")
     ]
@@ -297,7 +303,7 @@ def _events(run: Place) -> Iterator[dict[str, Any]]:
 
 
 def _weight_bytes(directory: Place | None) -> int | None:
-    """Bytes of a checkpoint's safetensors, as `evaluate` counts them."""
+    """Size of a checkpoint's safetensors files, as counted by `evaluate`."""
     if directory is None or not directory.is_dir():
         return None
     weights = (file for file in directory.iterdir() if file.name.endswith(".safetensors"))

@@ -1,4 +1,4 @@
-"""How the pages look: one style sheet for light, dark, narrow and printed, and a sorting script."""
+"""Style sheet of the pages, for light, dark, narrow and printed views, and a sorting script."""
 
 STYLE = """
 :root {

@@ -1,4 +1,4 @@
-"""Numbers as words, and words in rows."""
+"""Formatting of numbers, and tables."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from orchestrator.pages.markup import Markup, element, joined, scrolling
 
 DASH = "–"
-"""Where there is nothing to say."""
+"""Placeholder for a missing value."""
 LONGEST_LIST = 12
 
 
@@ -17,12 +17,12 @@ def count(value: float | None) -> str:
 
 
 def fraction(value: float | None) -> str:
-    """Four digits behind the point, as the command line has it."""
+    """Format with four decimal places, as on the command line."""
     return DASH if value is None else f"{value:.4f}"
 
 
 def significant(value: float | None) -> str:
-    """Three digits that count, four from 1 to 10 thousand, where counts are."""
+    """Format with three significant digits; four from 1,000 to 10,000, where values are counts."""
     if value is None:
         return DASH
     if value == 0:
@@ -37,7 +37,7 @@ def rate(value: float | None) -> str:
 
 
 def spread(values: Sequence[float], shown: Callable[[float], str] = significant) -> str:
-    """Median, and least to greatest where they differ."""
+    """Format the median, with the range if values differ."""
     if not values:
         return DASH
     least, greatest = min(values), max(values)
@@ -47,7 +47,7 @@ def spread(values: Sequence[float], shown: Callable[[float], str] = significant)
 
 
 def plain(value: Any) -> str:
-    """A value out of JSON, for reading."""
+    """Format a JSON value for reading."""
     if value is None:
         return "not given"
     if isinstance(value, bool):
@@ -64,7 +64,7 @@ def plain(value: Any) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one, with dotted names; empty ones are left out."""
+    """Flatten nested objects, with dotted names; empty ones are omitted."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -75,7 +75,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def breakable(name: str) -> Markup:
-    """A dotted name that may go on in the next line behind a dot."""
+    """Allow line breaks in a dotted name after each dot."""
     parts = [f"{part}." for part in name.split(".")]
     parts[-1] = parts[-1][:-1]
     return joined(each for part in parts for each in (part, element("wbr")))
@@ -90,7 +90,7 @@ def row_head(text: str | Markup, kind: str = "") -> Markup:
 
 
 def cell(text: str | None, kind: str = "", *, value: float | None = None) -> Markup:
-    """A cell; `value` is what it is sorted by where its text says it less exactly."""
+    """Make a cell; `value` is the sort key if the text is less exact."""
     return element("td", text, class_=kind or None, data_value=value)
 
 
@@ -105,7 +105,7 @@ def table(
     label: str,
     is_sortable: bool = False,
 ) -> Markup:
-    """A table that scrolls within itself where it is wider than the page."""
+    """Make a table that scrolls separately if it is wider than the page."""
     inner = element(
         "table",
         element("thead", element("tr", *heads)) if heads else None,
@@ -116,13 +116,14 @@ def table(
 
 
 def pairs(values: Mapping[str, Any], *, label: str) -> Markup:
-    """Names and values, one under another."""
+    """Make a table of names and values."""
     rows = [[row_head(name), cell(plain(value), "wide")] for name, value in values.items()]
     return table([], rows, label=label)
 
 
 def bar(share: float, of: float = 1.0) -> Markup:
-    """A cell with `share` drawn before `of`, both in parts of the cell's width."""
+    """Make a cell with a bar of `share` over a bar of `of`, both as fractions of the cell's
+    width."""
     drawn = element(
         "svg",
         element("rect", width=_hundredths(of), height=8, class_="hue", fill_opacity=0.16),

@@ -1,1 +1,1 @@
-"""The recipe of a run, its presets, and the checks of its values."""
+"""Recipe of a run, presets, and checks of values."""

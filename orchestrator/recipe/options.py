@@ -1,6 +1,6 @@
-"""Options of a method or an allocation: the fields of a frozen dataclass, checked when it is made.
+"""Options of a method or an allocator: the fields of a frozen dataclass, checked on construction.
 
-What they are in a recipe: `[asvd]`, `alpha = 0.5`.
+In a recipe: `[asvd]`, `alpha = 0.5`.
 """
 
 import difflib
@@ -12,12 +12,12 @@ from orchestrator.errors import UsageError
 
 
 def option_names(owner: Any) -> list[str]:
-    """The names of a dataclass's options; of the class, or of one of it."""
+    """Names of the options of a dataclass, given the class or an instance."""
     return [field.name for field in fields(owner)]
 
 
 def check_known(name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises UsageError, with near misses, for the first option that `name` does not have."""
+    """Raise UsageError, with near misses, for the first option that `name` does not have."""
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known) or known
@@ -26,20 +26,20 @@ def check_known(name: str, options: Mapping[str, Any], known: Sequence[str]) -> 
 
 
 def check_choice(where: str, value: object, allowed: Sequence[str]) -> None:
-    """Raises UsageError unless the value is one of those named; `where` names the option."""
+    """Raise UsageError unless the value is one of the allowed ones; `where` names the option."""
     if value not in allowed:
         raise UsageError(f"{where} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
 def check_number(where: str, value: object, lowest: float, highest: float) -> None:
-    """Raises UsageError unless the value is a number within the bounds, both included."""
+    """Raise UsageError unless the value is a number within the bounds, inclusive."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and lowest <= value <= highest):  # type: ignore[operator]
         raise UsageError(f"{where} is {value!r}; it must be a number from {lowest} to {highest}")
 
 
 def check_whole(where: str, value: object, lowest: int, highest: int) -> None:
-    """Raises UsageError unless the value is a whole number within the bounds, both included."""
+    """Raise UsageError unless the value is an integer within the bounds, inclusive."""
     if type(value) is not int or not lowest <= value <= highest:
         raise UsageError(
             f"{where} is {value!r}; it must be a whole number from {lowest} to {highest}"

@@ -1,4 +1,4 @@
-"""Presets: recipes that a name stands for."""
+"""Presets: named recipes."""
 
 from typing import Any
 
@@ -15,5 +15,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Recipes that a name stands for. `fast` is the best closed form: no weight is trained. `best` goes
-on from there: its blocks are refined apart from each other, then the whole is trained."""
+"""Named recipes. `fast` is the best closed form: no weight is trained. `best` also refines its
+blocks independently, then trains the whole model."""

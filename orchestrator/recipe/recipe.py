@@ -1,8 +1,8 @@
-"""A run as one frozen value: what was asked, with every default written out.
+"""Recipe: a run as one frozen value, including all defaults.
 
-A recipe file is TOML whose keys are the fields below, which are also the command's flags with
-underscores for dashes; options of a method or an allocation stand in a table of its name. Paths in
-it are taken from the working directory, as on the command line.
+A recipe file is TOML. Its keys are the fields below, which are also the flags of the command, with
+underscores instead of dashes; options of a method or an allocator are in a table of its name. Paths
+are relative to the working directory, as on the command line.
 """
 
 import difflib
@@ -51,106 +51,108 @@ SCHEDULE = (
     "allow_mixed",
     "allow_infeasible",
 )
-"""Fields that say where and how fast, never what: the written checkpoint does not depend on them.
+"""Fields about where and how fast a run executes; the written checkpoint does not depend on them.
 
-The exceptions: `threads` decides the order of sums inside a matrix product, so bytes are equal at
-equal threads; and `allow_mixed` lets an environment's bits stand beside another's.
+Exceptions: `threads` determines the order of sums in a matrix product, so bytes are equal for equal
+threads; `allow_mixed` permits the bits of different environments in one result.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides a compression; the same recipe gives the same bytes.
+    """Complete description of a compression; equal recipes give equal bytes.
 
-    The fields under "schedule" change how fast it goes and on what, never the result.
+    The fields under "schedule" affect speed and placement, not the result.
 
     Raises:
         UsageError: A field has a type or value that is not allowed; checked on construction.
     """
 
     model: str
-    """Directory of the dense checkpoint, or a hub id that is in the local cache."""
+    """Directory of the dense checkpoint, or a hub id in the local cache."""
     out: str
-    """Directory that the compressed checkpoint is written to."""
+    """Output directory of the compressed checkpoint."""
     keep: float | None = None
     """Stored values of the targeted linears over their dense values, above 0, at most 1."""
     keep_bytes: float | None = None
-    """The same in bytes, indices included. One of the two is given."""
+    """Stored bytes over dense bytes, indices included. Exactly one of `keep` and `keep_bytes` is
+    set."""
     method: str = "svd-llm"
     """Published method, a name of `orchestrator.methods.METHODS`."""
     allocation: str | None = None
-    """How the budget is divided, a name of `orchestrator.allocate.ALLOCATION_NAMES`; nothing means
-    as the method's paper does."""
+    """Allocator that divides the budget, a name of `orchestrator.allocate.ALLOCATION_NAMES`; None
+    means that of the method's paper."""
     storage: str = "plain"
-    """How factors are stored: `plain`, or `pivoted`, as R of the weight's rows and the others in
-    terms of those. Pivoting loses nothing and stores fewer values, so a budget holds more ranks."""
+    """Storage of factors: `plain`, or `pivoted`: R rows of the weight, and the others as their
+    combinations. Pivoting is exact and stores fewer values, so a budget allows larger ranks."""
     compensate: str = "none"
-    """Whether factors are fitted again to the inputs that the compressed model makes, block by
-    block: towards what the dense weight gives on these, `input`, on its own inputs, `anchored`, or
-    on a `blend` of both."""
+    """Refit of factors, block by block, to the inputs of the compressed model: towards the dense
+    outputs on these inputs (`input`), on the inputs of the dense model (`anchored`), or on a
+    `blend` of both; or `none`."""
     refine: str = "none"
-    """Whether what is cut is trained before it is written: `none`, or each block towards what the
-    dense one gives, `blocks` all of them apart from each other, `in_order` each behind the
-    compressed ones, `swept` the one and then the other."""
+    """Training of compressed blocks towards the outputs of the dense ones: `none`, `blocks`
+    (independently), `in_order` (each after the compressed earlier blocks), or `swept` (one after
+    the other)."""
     train: str = "none"
-    """Whether the whole compressed model is then trained towards what the dense one says of the
-    next token: `none`, `all` that is cut, the same with `lean` moments of 16 bits, or `light`,
-    norms and scales alone."""
+    """Training of the whole compressed model towards the next-token distribution of the dense one:
+    `none`, `all` compressed parameters, `lean` (the same with 16-bit moments), or `light` (norms
+    and scales only)."""
 
     calibration: str | None = None
-    """Calibration text: .txt, .jsonl, .parquet, a directory of them, or
+    """Calibration text: .txt, .jsonl, .parquet, a directory of these, or
     datasets:NAME[:CONFIG[:SPLIT]]."""
     calibration_field: str = "text"
-    """Field of .jsonl and .parquet records that holds the text."""
+    """Field of .jsonl and .parquet records that contains the text."""
     samples: int = 256
-    """Sequences to calibrate on."""
+    """Number of calibration sequences."""
     sequence_length: int = 2048
-    """Tokens in a sequence; one sequence is the quantum of every forward pass."""
+    """Number of tokens per sequence; every forward pass processes one sequence."""
     sampling: str = "first"
-    """`first` sequences in order, or `random` ones drawn with the seed."""
+    """`first` sequences in order, or `random` ones, drawn with the seed."""
     layout: str = "packed"
-    """`packed` windows of the joined text, or `padded` documents; only real tokens count."""
+    """`packed` windows of the concatenated text, or `padded` documents; only real tokens count."""
     seed: int = 0
-    """Seed of everything random, 0 or above."""
+    """Seed of all random numbers, at least 0."""
 
     target: tuple[str, ...] = ("*",)
     """Linears to compress: exact names, globs, or `re:` and a regular expression."""
     ignore: tuple[str, ...] = ()
-    """Linears to leave as they are, in the same words; wins over `target`."""
+    """Linears to leave unchanged, in the same syntax; takes precedence over `target`."""
     dtype: str = "auto"
-    """Dtype of the forward passes; `auto` is the checkpoint's own."""
+    """Dtype of the forward passes; `auto` is that of the checkpoint."""
     output_dtype: str = "auto"
-    """Dtype of the factors that are written; `auto` is the checkpoint's own."""
+    """Dtype of the written factors; `auto` is that of the checkpoint."""
     max_shard_size: str = "5GB"
-    """Largest file of the written checkpoint; whole blocks, one at least."""
+    """Maximum size of a written file; files contain whole blocks, at least one."""
     revision: str | None = None
     """Revision of a hub id."""
     download: bool = False
-    """Whether a hub id may be downloaded when the local cache lacks it."""
+    """Download a hub id that is not in the local cache."""
 
     # schedule
     executor: str = "ray"
     """`ray` actors, or `local`: the same units in this process without Ray."""
     address: str | None = None
-    """Ray cluster: nothing starts a local Ray, `auto` or an address joins that cluster."""
+    """Ray cluster to join: an address or `auto`. If None, a local Ray is started."""
     workers: int | str | None = None
-    """Actors; nothing means one a GPU, or one a CPU share where there are none, and more when nodes
-    come. `MIN..MAX` begins with MIN and asks an autoscaler for what else the work can use."""
+    """Number of actors; None means one per GPU, or one per CPU share without GPUs, and more when
+    nodes join. `MIN..MAX` starts with MIN and requests what the work can use from an autoscaler."""
     threads: int | None = None
-    """Threads an actor; nothing means one, with which the bits depend on no machine's size."""
+    """Threads per actor; None means one, so that the bits do not depend on the size of a
+    machine."""
     shards: int | None = None
-    """Contiguous cuts of the model; nothing means at most two blocks in each."""
+    """Number of contiguous shards of the model; None means at most two blocks each."""
     run_dir: str | None = None
-    """Run directory; nothing means `OUT.run` beside the output."""
+    """Run directory; None means `OUT.run` beside the output."""
     allow_mixed: bool = False
-    """Whether a stage that was left unfinished with another device kind, number of threads or
-    version of a library is gone on with; without it, it is made again from its start."""
+    """Continue unfinished stages from another device kind, number of threads or library version;
+    otherwise these stages are computed again from their start."""
     allow_infeasible: bool = False
-    """Whether what is forecast not to fit in memory is tried nevertheless."""
+    """Run even if the forecast exceeds the memory."""
 
     options: dict[str, dict[str, Any]] = dataclass_field(default_factory=dict)
-    """Options of a method or an allocation, by its name, and of `compensation`, `refinement` and
-    `training`: a TOML table each, `[mgaa]`."""
+    """Options of a method or an allocator, by its name, and of `compensation`, `refinement` and
+    `training`; each a TOML table, such as `[mgaa]`."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -179,15 +181,15 @@ class Recipe:
             if not getattr(self, name):
                 raise UsageError(f"{name} is empty; it must name something")
         if not self.target:
-            raise UsageError('target is empty; leave it out or give "*" for every linear')
+            raise UsageError('target is empty; omit it or give "*" for every linear')
         size_in_bytes(self.max_shard_size)
 
     @classmethod
     def preset(cls, name: str, **given: Any) -> "Recipe":
-        """The recipe that a name of `PRESETS` stands for, with these fields; they win.
+        """Make the recipe of a preset, a name of `PRESETS`, with these fields; they win.
 
         Raises:
-            UsageError: There is no such preset; as the recipe itself.
+            UsageError: The preset does not exist, or a field is invalid.
         """
         check_choice("preset", name, PRESETS)
         return cls(**_over_preset(name, given))
@@ -199,9 +201,9 @@ class Recipe:
         allocations: Collection[str],
         tables: Collection[str] = (),
     ) -> None:
-        """Raises UsageError unless the method and the allocation are among the names given.
+        """Raise UsageError unless the method and the allocation are among the given names.
 
-        Apart from construction, so that a recipe can be read without importing the methods.
+        Separate from construction, so that a recipe can be read without importing the methods.
 
         Args:
             tables: Names of the tables with options of stages.
@@ -218,16 +220,16 @@ class Recipe:
 
     @property
     def share(self) -> float:
-        """The fraction that is asked for, of values or of bytes."""
+        """The requested kept fraction, of values or of bytes."""
         share = self.keep if self.keep_bytes is None else self.keep_bytes
         assert share is not None
         return share
 
     def to_toml(self, *, schedule: bool = True) -> str:
-        """The recipe as TOML with every default written out; what is not set stands as a comment.
+        """Write the recipe as TOML with all defaults; unset fields are comments.
 
-        Without `schedule` the fields of `SCHEDULE` are left out: what remains decides the bytes of
-        the checkpoint, so that the copy written into it is the same whatever it was made on.
+        Without `schedule` the fields of `SCHEDULE` are omitted: the rest determines the bytes of
+        the checkpoint, so that the copy in the checkpoint is independent of the execution.
         """
         names = [f.name for f in fields(self) if schedule or f.name not in SCHEDULE]
         lines = []
@@ -242,12 +244,13 @@ class Recipe:
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """The recipe with these fields; tables are the options of what they are named after.
+    """Make a recipe from these fields; tables are options of the method or allocator of their name.
 
-    A `preset` among them stands for the fields of `PRESETS` that are not given.
+    A `preset` provides defaults for fields that are not given.
 
     Raises:
-        UsageError: A field or a preset is unknown (with near misses), or a required field missing.
+        UsageError: A field or a preset is unknown (the message has near misses), or a required
+            field is missing.
     """
     tables = {name: table for name, table in values.items() if isinstance(table, dict)}
     options = {**tables.pop("options", {}), **tables}
@@ -266,7 +269,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
 
 
 def _over_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a preset, under those that are given; of a table option by option."""
+    """Merge a preset with the given fields, which take precedence; tables are merged by option."""
     preset = PRESETS[name]
     check_options(given.get("options", {}))
     options = {table: dict(known) for table, known in preset.get("options", {}).items()}
@@ -276,7 +279,7 @@ def _over_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_recipe_fields(path: Path) -> dict[str, Any]:
-    """The fields that a recipe file sets, their names checked, their values not yet.
+    """Read the fields of a recipe file; names are checked, values are not.
 
     Raises:
         UsageError: The file cannot be read, is not TOML, or sets a field that does not exist.
@@ -285,7 +288,10 @@ def read_recipe_fields(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # of numbers and arrays without end, too
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also for endless numbers and deeply nested arrays
         raise UsageError(f"{path}: not a TOML file: {error}") from error
     plain = {name for name, value in values.items() if not isinstance(value, dict)}
     _check_known(str(path), plain - {"preset"})
@@ -293,7 +299,7 @@ def read_recipe_fields(path: Path) -> dict[str, Any]:
 
 
 def _check_known(where: str, names: Iterable[str]) -> None:
-    """Raises UsageError for the first name that is no field of a recipe."""
+    """Raise UsageError for the first name that is not a field of a recipe."""
     known = [field.name for field in fields(Recipe)]
     for name in names:
         if name not in known:

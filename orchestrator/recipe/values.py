@@ -1,4 +1,4 @@
-"""Values as people write them, in flags and in TOML: read, checked, shown and written."""
+"""Parsing, checking, formatting and writing of values from flags and TOML."""
 
 import re
 import tomllib
@@ -18,10 +18,10 @@ SIZE_UNITS = {
 
 
 def parse_option(text: str) -> tuple[str, str, Any]:
-    """Name, option and value of `mgaa.t=0.5`; what is no TOML value is a string.
+    """Parse `mgaa.t=0.5` to name, option and value; a value that is not TOML is a string.
 
     Raises:
-        UsageError: It is not of that form.
+        UsageError: The text has another form.
     """
     path, separator, written = text.partition("=")
     name, dot, option = path.strip().partition(".")
@@ -31,7 +31,7 @@ def parse_option(text: str) -> tuple[str, str, Any]:
 
 
 def parse_value(written: str) -> Any:
-    """The value that is written, as TOML; what is none is a string."""
+    """Parse a TOML value; other text is a string."""
     try:
         return tomllib.loads(f"value = {written}")["value"]
     except (ValueError, RecursionError):
@@ -39,20 +39,20 @@ def parse_value(written: str) -> Any:
 
 
 def fraction(written: str) -> float | tuple[float, ...]:
-    """A fraction, or several with commas between them.
+    """Parse one fraction, or several separated by commas.
 
     Raises:
-        ValueError: One is no number.
+        ValueError: A part is not a number.
     """
     sizes = tuple(map(float, written.split(",")))
     return sizes if len(sizes) > 1 else sizes[0]
 
 
 def parse_vary(text: str) -> tuple[str, list[Any]]:
-    """Name and values of `storage=plain,pivoted` or `mgaa.t=0.5,1`, each read as TOML if it can be.
+    """Parse `storage=plain,pivoted` or `mgaa.t=0.5,1` to a name and values, as TOML if possible.
 
     Raises:
-        UsageError: It is not of that form.
+        UsageError: The text has another form.
     """
     name, separator, written = text.partition("=")
     values = [value.strip() for value in written.split(",")]
@@ -62,10 +62,10 @@ def parse_vary(text: str) -> tuple[str, list[Any]]:
 
 
 def parse_workers(workers: int | str | None) -> tuple[int, int] | None:
-    """The fewest and the most workers of `2..8`, or of 4 as both; nothing of nothing.
+    """Parse `2..8` or 4 to the minimum and maximum number of workers; None gives None.
 
     Raises:
-        UsageError: It is neither, or not in that order, or below one.
+        UsageError: The value has another form or order, or is below one.
     """
     if workers is None:
         return None
@@ -80,10 +80,10 @@ def parse_workers(workers: int | str | None) -> tuple[int, int] | None:
 
 
 def size_in_bytes(text: str) -> int:
-    """Bytes of "5GB", "200MB", "1.5 GiB" or "4096"; KB is 1000 bytes, KiB 1024.
+    """Parse "5GB", "200MB", "1.5 GiB" or "4096" to bytes; KB is 1000 bytes, KiB 1024.
 
     Raises:
-        UsageError: It is no such size, or below one byte.
+        UsageError: The text is not a size, or below one byte.
     """
     stripped = text.strip().upper()
     digits = stripped.rstrip("BKMGTI ")
@@ -98,7 +98,7 @@ def size_in_bytes(text: str) -> int:
 
 
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
-    """Raises UsageError unless the value is one of those allowed."""
+    """Raise UsageError unless the value is one of the allowed ones."""
     if not isinstance(value, str) or value not in allowed:
         raise UsageError(
             f"{name} is {shown(value)}; it must be one of {', '.join(sorted(allowed))}"
@@ -106,7 +106,8 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
 
 
 def check_options(options: Any) -> None:
-    """Raises UsageError unless they are tables of plain values, under names that TOML can write."""
+    """Raise UsageError unless the options are tables of plain values, with names that TOML can
+    write."""
     if not isinstance(options, dict):
         raise UsageError(f"options is {shown(options)}; it must be tables of options")
     for name, table in options.items():
@@ -116,7 +117,7 @@ def check_options(options: Any) -> None:
         for option, value in table.items():
             where = f"options: {written_name(name)}.{written_name(option)}"
             if not BARE_KEY.fullmatch(str(option)):
-                raise UsageError(f"{where}: a name of letters, digits and underscores is needed")
+                raise UsageError(f"{where}: must be a name of letters, digits and underscores")
             if not isinstance(value, bool | int | float | str) or value != value:
                 found = shown(value)
                 raise UsageError(f"{where} is {found}; it must be a number, a word or a boolean")
@@ -124,7 +125,8 @@ def check_options(options: Any) -> None:
 
 
 def of_type(name: str, kind: Any, value: Any) -> Any:
-    """The value in its field's type; a list becomes a tuple, a whole number a fraction if asked."""
+    """Convert the value to its field's type: a list to a tuple, an integer to a float if
+    required."""
     if kind == tuple[str, ...]:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             for item in value:
@@ -142,7 +144,7 @@ def of_type(name: str, kind: Any, value: Any) -> Any:
 
 
 def check_plain(where: str, value: Any) -> None:
-    """Raises UsageError where TOML could not hold the number or the string."""
+    """Raise UsageError if TOML cannot represent the number or the string."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UsageError(f"{where} is {shown(value)}; whole numbers go to 2^63 - 1")
     if isinstance(value, str):
@@ -163,7 +165,7 @@ def toml_value(value: Any) -> str:
 
 
 def _toml_string(text: str) -> str:
-    """A basic string, in which TOML wants quotes, backslashes and control characters escaped."""
+    """Write a basic string, in which quotes, backslashes and control characters are escaped."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
 
@@ -173,7 +175,7 @@ def written_name(name: object) -> str:
 
 
 def shown(value: Any) -> str:
-    """What was found, for a message: however long it is."""
+    """Format a value for a message, with limited length."""
     try:
         text = repr(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`scripts/benchmark`: one subcommand a question, figures as text and, with --json, as a file."""
+"""`scripts/benchmark`: one subcommand per question; figures as text and, with --json, as a file."""
 
 import argparse
 import ast
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def add_command(commands: argparse._SubParsersAction, name: str, *, is_chosen: bool) -> None:
-    """Adds a subcommand, described by its module's docstring; the chosen one with arguments."""
+    """Add a subcommand, described by the docstring of its module; the chosen one with arguments."""
     path = f"benchmarks.{name}"
     says = docstring(path)
     command = commands.add_parser(
@@ -45,7 +45,7 @@ def add_command(commands: argparse._SubParsersAction, name: str, *, is_chosen: b
 
 
 def docstring(module: str) -> str:
-    """A module's docstring, read from its source without importing the module itself."""
+    """Read the docstring of a module from its source, without importing it."""
     spec = find_spec(module)
     assert spec is not None
     assert spec.origin is not None

@@ -1,10 +1,10 @@
-"""What each part of `--preset best` adds: closed form, storage, refinement, training.
+"""Contribution of each part of `--preset best`: closed form, storage, refinement, training.
 
-The small protocol, as `methods` has it: perplexity on WikiText-2's test text and on C4, at each
-size. G is the part of the gap in log-perplexity between uniform svd-llm and the dense model that a
-row closes. A seed decides which labels the curvature is drawn with and in which order sequences are
-trained on; uniform svd-llm draws nothing, so its seeds are one. A row is a file: started again,
-rows that are there are not measured again.
+The small protocol of `methods`: perplexity on WikiText-2's test text and on C4, at each size. G is
+the fraction of the gap in log-perplexity between uniform svd-llm and the dense model that a row
+closes. A seed determines the labels of the curvature and the order of the training sequences;
+uniform svd-llm uses no random numbers, so it has one seed. Each row is a file: existing rows are
+not measured again.
 """
 
 import argparse
@@ -24,7 +24,7 @@ UNIFORM, FAST, BEST = "uniform", "fast", "best"
 TWO_SIDED = {"method": "two-sided"}
 TRAINED = {stage: {stage: PRESETS[BEST]["options"][stage]} for stage in ("refinement", "training")}
 STEPS = sum(PRESETS[BEST]["options"][stage]["epochs"] for stage in TRAINED)
-"""Epochs of `best`: in all of them together each weight takes one gradient step a batch."""
+"""Epochs of `best`, in which each weight takes as many gradient steps per batch in total."""
 ROWS: Mapping[str, Row] = {
     UNIFORM: {"method": "svd-llm"},
     "two-sided norm, uniform ranks": TWO_SIDED | {"allocation": "uniform"},
@@ -104,14 +104,14 @@ def show(
 
 
 def gain(perplexity: float, dense: float, uniform: float | None) -> float:
-    """The part of the gap in log-perplexity that is closed; nan without the row of uniform."""
+    """Fraction of the gap in log-perplexity that is closed; nan without the row of uniform."""
     if uniform is None:
         return math.nan
     return math.log(uniform / perplexity) / math.log(uniform / dense)
 
 
 def spread(values: list[float], form: str) -> str:
-    """The mean, and of several how far they lie apart."""
+    """Format the mean, and the range of several values."""
     if len(values) == 1:
         return form.format(values[0])
     half = (max(values) - min(values)) / 2

@@ -1,10 +1,10 @@
-"""Two processes that do the numerics of a compression and nothing else: no Ray, no store.
+"""Two processes that perform only the numerics of a compression: no Ray, no store.
 
-Half the work each means: of the shards that the actors' schedule cuts, a process takes every
-second one. With the inputs of all its shards at hand in memory, made before the clock starts, it
-loads a shard's weights, passes every chunk through forward and Grams, and decomposes the shard's
-linears to break-even rank, by the very classes that the workers use. Nothing is waited for,
-hashed, written or sent, so this is the most that the same numerics could give.
+Each takes half of the work, every second shard of the actors' schedule. The inputs of its shards
+are in memory before the clock starts. It loads the weights of a shard, passes every chunk through
+forward and Grams, and decomposes the linears to break-even rank, with the same classes as the
+workers. There is no waiting, hashing, writing or sending, so this is an upper bound for the same
+numerics.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ METHOD = METHODS["svd-llm"]
 
 
 class BareProcesses:
-    """Processes that stand ready; `work` lets all of them do their part once."""
+    """Processes that are started and wait; `work` lets each do its part once."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class BareProcesses:
         return {process.pid for process in self._processes if process.pid is not None}
 
     def work(self) -> float:
-        """Seconds until the last process is done."""
+        """Return the seconds until the last process is done."""
         start = time.perf_counter()
         for end in self._ends:
             end.send("go")
@@ -102,7 +102,7 @@ def _serve(
 def _inputs(
     lazy_model: LazyModel, text: Path, part: Sequence[range], samples: int, sequence_length: int
 ) -> dict[int, list[Chunk]]:
-    """All chunks at the first block of every shard of the part."""
+    """Compute all chunks at the first block of every shard of the part."""
     tokenizer = load_tokenizer(lazy_model.directory)
     tokens = load_tokens(
         str(text), tokenizer=tokenizer, samples=samples, sequence_length=sequence_length

@@ -1,6 +1,6 @@
-"""What a run's books cost it: the journal, status, manifests and hashes of an undisturbed run.
+"""Cost of bookkeeping: journal, status, manifests and hashes of an undisturbed run.
 
-One process does all, driver and worker, so nothing is done beside the work that is timed.
+Driver and worker are one process, so no other work runs beside the timed one.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Clock:
-    """Adds up the time in functions, wherever they are called from; what these call is theirs."""
+    """Timer of functions, wherever they are called from; includes the functions that they call."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys((*FUNCTIONS, *METHODS), 0.0)

@@ -1,8 +1,8 @@
 """One thread: forward and Grams of two blocks, against their FLOPs at the rate of the GEMMs.
 
-The rate is that of the same blocks' linears alone, called in the same order on inputs of the same
-shapes, so their weights come from the same caches. All times are CPU seconds of this process,
-which other programs on the machine disturb least, and both are taken in turns.
+The rate is that of the linears of the same blocks alone, called in the same order on inputs of the
+same shapes, so that their weights come from the same caches. All times are CPU seconds of this
+process, which are least affected by other programs; both sides are measured in turns.
 """
 
 import time
@@ -27,7 +27,7 @@ from orchestrator.models.statistics.calibration import Calibration, dense_weight
 METHOD = METHODS["svd-llm"]
 TOKENS = 512
 CHUNKS = 16
-"""A pass: 8192 tokens, after which each Gram is flushed once."""
+"""Chunks of a pass: 8192 tokens, after which each Gram is flushed once."""
 TARGET = 1.15
 OPERATIONS = {
     "linears": ("aten::mm", "aten::addmm"),
@@ -44,7 +44,8 @@ OPERATIONS = {
 def measure_calibration(
     model: Path, repeats: int, first_block: int = 14
 ) -> tuple[list[Figure], dict[str, Any]]:
-    """The figure, with Grams counted in full and as triangles, and where the time goes."""
+    """Measure the figure, with Grams counted in full and as triangles, and a profile of the
+    time."""
     torch.set_num_threads(1)
     keep_freed_memory()
     lazy_model = LazyModel.open(model, dtype=torch.float32)
@@ -85,7 +86,7 @@ def measure_calibration(
 
 
 def chunk_before(lazy_model: LazyModel, block: int) -> Chunk:
-    """Some tokens with the state that the blocks before this one leave."""
+    """Return some tokens with their state at the input of this block."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(lazy_model.config.vocab_size, (1, TOKENS), generator=generator)
     chunk = Chunk(0, tokens, torch.ones_like(tokens, dtype=torch.bool))
@@ -94,7 +95,8 @@ def chunk_before(lazy_model: LazyModel, block: int) -> Chunk:
 
 
 def linears_alone(shard: Shard) -> Callable[[], None]:
-    """The products of a shard's linears for as many chunks as a pass, in the order of calls."""
+    """Return the products of a shard's linears for as many chunks as in a pass, in the order of
+    calls."""
     weights = [dense_weight(shard.module(linear.name)) for linear in shard.linears]
     inputs: dict[int, Tensor] = {
         linear.in_features: torch.randn(1, TOKENS, linear.in_features) for linear in shard.linears
@@ -109,7 +111,8 @@ def linears_alone(shard: Shard) -> Callable[[], None]:
 
 
 def where_time_goes(work: Callable[[], None]) -> dict[str, float]:
-    """Parts of the time by kind of operation; `rest` is Python and dispatch, and the profiler."""
+    """Return fractions of the time by kind of operation; `rest` is Python, dispatch and the
+    profiler."""
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         start = time.perf_counter()
         work()

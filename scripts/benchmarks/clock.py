@@ -1,4 +1,4 @@
-"""Wall-clock times of work on a device, which is awaited before and after."""
+"""Wall-clock times of work on a device, with synchronisation before and after."""
 
 import statistics
 import time
@@ -11,13 +11,13 @@ Result = TypeVar("Result")
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a CUDA device; a CPU has nothing to wait for."""
+    """Wait for a CUDA device; no-op on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """The result of one call, and its seconds."""
+    """Return the result of one call, and its seconds."""
     synchronize(device)
     start = time.perf_counter()
     result = work()
@@ -28,7 +28,7 @@ def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, flo
 def median_seconds(
     work: Callable[[], object], device: torch.device, *, repeats: int = 3, warm_up: int = 1
 ) -> float:
-    """Median seconds of some calls, after some that are not counted; results are dropped."""
+    """Return the median seconds of some calls after warm-up; results are dropped."""
     for _ in range(warm_up):
         work()
     return statistics.median(timed(work, device)[1] for _ in range(repeats))

@@ -1,4 +1,4 @@
-"""Actors against bare processes, and an actor against the worker in this process.
+"""Actors compared with bare processes, and an actor compared with the worker in this process.
 
 The work is that of `orchestrator compress`, by the functions of its driver.
 """
@@ -38,7 +38,7 @@ RAY_TARGET = 1.15
 
 
 class Job:
-    """A compression with its workers up and warm, whose parts can be performed again and again."""
+    """Compression with running, warm workers, whose stages can be repeated."""
 
     def __init__(self, keyed: Keyed, workers: WorkerGroup, monitor: RunMonitor) -> None:
         self._keyed, self._workers, self._monitor = keyed, workers, monitor
@@ -48,7 +48,7 @@ class Job:
         return self._keyed.survey.num_blocks
 
     def clear(self) -> None:
-        """Forgets what earlier turns have committed and written."""
+        """Remove the results of earlier turns."""
         shutil.rmtree(self._keyed.run.units.root)
         shutil.rmtree(self._keyed.out)
         read_calibration(self._keyed)
@@ -61,7 +61,7 @@ class Job:
         return time.perf_counter() - start
 
     def everything(self) -> float:
-        """From the first chunk to the last file of the checkpoint."""
+        """Run from the first chunk to the last file of the checkpoint."""
         self.clear()
         start = time.perf_counter()
         planned = allocate(self._calibrate(), Scores())
@@ -80,7 +80,7 @@ class Job:
 
 @contextmanager
 def warm_job(recipe: Recipe) -> Iterator[Job]:
-    """Workers that are up, have imported what they need, and have opened the model once."""
+    """Start workers that have imported their packages and opened the model once."""
     asked = ask(recipe, resolve(recipe))
     asked.run.claim(asked.description)
     with RunMonitor(asked.run, None) as monitor:
@@ -133,10 +133,10 @@ def recipe_for(
 def actors_against_bare(
     model: Path, text: Path, work: Path, *, samples: int, sequence_length: int, repeats: int
 ) -> list[Figure]:
-    """Two actors against two processes without Ray and store; see `benchmarks.bare`.
+    """Compare two actors with two processes without Ray and store; see `benchmarks.bare`.
 
-    By the clock, and by the CPU seconds that all processes of either side took together, Ray's own
-    included; on a machine that does other things too, the second is the steadier one.
+    Measures wall time, and the CPU seconds of all processes of either side, including those of Ray;
+    on a busy machine the second is more stable.
     """
     recipe = recipe_for(
         *(model, text, work, "two"),
@@ -172,7 +172,7 @@ def actors_against_bare(
 
 
 class Measured:
-    """A way that gives its own seconds; keeps them, and the CPU seconds of some processes."""
+    """Candidate that returns its own seconds; keeps them, and the CPU seconds of some processes."""
 
     def __init__(self, way: Callable[[], float], pids: Callable[[], set[int]]) -> None:
         self._way, self._pids = way, pids
@@ -189,7 +189,7 @@ class Measured:
 def ray_against_local(
     model: Path, text: Path, work: Path, *, samples: int, sequence_length: int, repeats: int
 ) -> list[Figure]:
-    """The whole job but for its start, by one actor and by the worker in this process."""
+    """Compare the whole job except its start: by one actor, and by the worker in this process."""
 
     def recipe(executor: str) -> Recipe:
         return recipe_for(

@@ -1,17 +1,17 @@
-"""Decompositions with a 70B model's shapes: time against the published way and against their FLOPs.
+"""Decompositions with shapes of a 70B model: time compared with the published algorithm and FLOPs.
 
 Two linears, [n, n] and [n, 3.5 n] at n = 8192, random weights, inputs whose energies fall as j^-1.2
 from one direction to the next: a second moment of full rank H = P diag(j^-1.2) P^T, P a product of
-32 reflections, so that any error is had exactly, in float64, without multiplying by H.
+32 reflections, so that every error can be computed exactly, in float64, without multiplying by H.
 
-The published way is that of SVD-LLM (arXiv 2403.07378): a float64 Cholesky factor of H and its
-inverse, a float32 thin SVD of the whitened weight. Its inverse here is the triangular one, which
-is less than half of the work of the general one in the authors' code. Ours is
-`orchestrator.linalg.low_rank`. Floors are FLOPs at this machine's own rates: products at that of
-products, an eigendecomposition at 9 n^3 and the rate of products too, which none reaches.
+The published algorithm is that of SVD-LLM (arXiv 2403.07378): a float64 Cholesky factor of H and
+its inverse, and a float32 thin SVD of the whitened weight. The inverse here is triangular, with
+less than half of the work of the general one in the authors' code. Ours is
+`orchestrator.linalg.low_rank`. Lower bounds are FLOPs at the rate of products on this machine, with
+9 n^3 for an eigendecomposition, which no solver reaches.
 
-`ways` shows what else was tried for the eigenproblem, at a quarter of n: the time of each over
-LAPACK's in float64, and what it loses above the optimum at break-even rank.
+`ways` shows alternatives for the eigenproblem, at a quarter of n: the time relative to LAPACK in
+float64, and the excess loss at break-even rank.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 REFLECTIONS = 32
 DECAY = 1.2
 ASKED = 3.0
-"""How much faster than the published way both linears together are to be."""
+"""Required speedup over the published algorithm, for both linears together."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SecondMoment:
 
     @classmethod
     def of(cls, size: int, device: torch.device = CPU) -> "SecondMoment":
-        """The same numbers on every device, but for the rounding of the normals' lengths."""
+        """Make the same numbers on every device, up to the rounding of the normals' lengths."""
         generator = torch.Generator().manual_seed(size)
         vectors_LI = torch.randn(REFLECTIONS, size, generator=generator, dtype=torch.float64)
         vectors_LI = vectors_LI.to(device)
@@ -52,14 +52,14 @@ class SecondMoment:
         return cls(energies_I, vectors_LI / vectors_LI.norm(dim=1, keepdim=True))
 
     def turned(self, rows_NI: Tensor) -> Tensor:
-        """Rows times P."""
+        """Multiply rows by P."""
         rows_NI = rows_NI.double().clone()
         for vector_I in self.vectors_LI:
             rows_NI.addr_(rows_NI @ vector_I, vector_I, alpha=-2)
         return rows_NI
 
     def matrix(self) -> Tensor:
-        """H, in the place of one matrix: reflected from both sides."""
+        """Compute H in the memory of one matrix: reflected from both sides."""
         found_II = torch.diag(self.energies_I)
         for vector_I in self.vectors_LI.flip(0):
             found_II.addr_(found_II @ vector_I, vector_I, alpha=-2)
@@ -67,20 +67,20 @@ class SecondMoment:
         return found_II
 
     def loss(self, gap_OI: Tensor, curvature_OO: Tensor | None = None) -> float:
-        """trace(C D H D^T); without a curvature C = 1."""
+        """Compute trace(C D H D^T); without a curvature C = 1."""
         turned_OI = self.turned(gap_OI)
         image_OI = turned_OI if curvature_OO is None else curvature_OO @ turned_OI
         return float(((turned_OI * image_OI) @ self.energies_I).sum())
 
     def output_moment(self, weight_OI: Tensor) -> Tensor:
-        """W H W^T, as a calibration of outputs leaves it."""
+        """Compute W H W^T, as in a calibration with output Grams."""
         turned_OI = self.turned(weight_OI)
         return (turned_OI * self.energies_I) @ turned_OI.T
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A random weight with the second moment of its inputs, to be cut at break-even rank."""
+    """Random weight with the second moment of its inputs, to be truncated at break-even rank."""
 
     weight_OI: Tensor
     moment: SecondMoment
@@ -98,7 +98,7 @@ class Problem:
 
     @property
     def is_wide(self) -> bool:
-        """True if the Gram of the outputs is the smaller one, and so the one that is gathered."""
+        """True if the Gram of the outputs is the smaller one and is therefore gathered."""
         outputs, inputs = self.weight_OI.shape
         return inputs > outputs
 
@@ -108,13 +108,13 @@ class Problem:
         return InputGram(self.moment.matrix())
 
     def loss(self, left_OR: Tensor, right_RI: Tensor, curvature_OO: Tensor | None = None) -> float:
-        """Loss of a product, in float64: rounding in float32 would appear as a gain."""
+        """Compute the loss of a product in float64: rounding in float32 would appear as a gain."""
         gap_OI = self.weight_OI.double() - left_OR.double() @ right_RI.double()
         return self.moment.loss(gap_OI, curvature_OO)
 
 
 def published(weight_OI: Tensor, gram_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of a rank; the Gram is spent, so that no more than one more of it is in memory."""
+    """Compute factors of a rank; overwrites the Gram, so that only one more of it is in memory."""
     lower_II = torch.linalg.cholesky(gram_II, out=gram_II)
     single_II = lower_II.float()
     left_OK, sigma_K, right_KI = torch.linalg.svd(weight_OI @ single_II, full_matrices=False)
@@ -128,12 +128,12 @@ def published(weight_OI: Tensor, gram_II: Tensor, rank: int) -> tuple[Tensor, Te
 
 
 def product_rates(size: int, device: torch.device = CPU) -> dict[torch.dtype, float]:
-    """FLOPs a second of products in the dtypes of decompositions."""
+    """Measure FLOP/s of products in the dtypes of decompositions."""
     return {dtype: product_rate(dtype, device, size) for dtype in (torch.float64, torch.float32)}
 
 
 def measure_linears(size: int, wide: int) -> list[dict[str, Any]]:
-    """Our method and the published one on both linears."""
+    """Measure our method and the published one on both linears."""
     rates, rows = product_rates(min(size, 4096)), []
     for inputs in (size, wide):
         problem = Problem.of(size, inputs)
@@ -145,7 +145,7 @@ def measure_linears(size: int, wide: int) -> list[dict[str, Any]]:
 def measure_ours(
     problem: Problem, rates: Mapping[torch.dtype, float], repeats: int = 1
 ) -> dict[str, Any]:
-    """Seconds of a decomposition, their floor, and the loss above the optimum.
+    """Measure the seconds of a decomposition, their lower bound, and the excess loss.
 
     Args:
         repeats: Number of runs. The first one on a GPU also makes the handles of its libraries, so
@@ -186,7 +186,7 @@ def measure_published(problem: Problem, optimum: float) -> dict[str, Any]:
 
 
 def decompose_again(problem: Problem, repeats: int) -> tuple[LowRank, list[float], bool]:
-    """The result, the seconds of each run, and whether all runs gave the same bits."""
+    """Return the result, the seconds of each run, and True if all runs gave the same bits."""
     work = partial(decompose, problem.weight_OI, problem.statistic(), problem.rank)
     result, first = timed(work, problem.weight_OI.device)
     seconds, same_bits = [first], True
@@ -199,7 +199,7 @@ def decompose_again(problem: Problem, repeats: int) -> tuple[LowRank, list[float
 
 
 def measure_ways(size: int, repeats: int) -> list[dict[str, Any]]:
-    """Ways to the leading eigenvectors of one second moment, to break-even rank."""
+    """Measure algorithms for the leading eigenvectors of one second moment, to break-even rank."""
     generator = torch.Generator().manual_seed(size)
     weight_OI = torch.randn(size, size, generator=generator, dtype=torch.float64) / size**0.5
     moment_KK = SecondMoment.of(size).output_moment(weight_OI)
@@ -226,10 +226,10 @@ def measure_ways(size: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def refined(moment_KK: Tensor, rounds: int) -> Tensor:
-    """Eigenvectors in float32, improved by products in float64 (Ogita and Aishima, 2018).
+    """Compute eigenvectors in float32, refined by products in float64 (Ogita and Aishima, 2018).
 
-    Each round squares the error where eigenvalues lie apart; those that do not are left as they
-    are to each other.
+    Each round squares the error for separated eigenvalues; directions of close eigenvalues are not
+    changed among themselves.
     """
     vectors_KK = torch.linalg.eigh(moment_KK.float(), UPLO="U")[1].double()
     eye_KK = torch.eye(len(moment_KK), dtype=torch.float64)
@@ -250,9 +250,9 @@ def refined(moment_KK: Tensor, rounds: int) -> Tensor:
 
 
 def subspace(moment_KK: Tensor, rank: int, rounds: int) -> Tensor:
-    """The leading directions by rounds of products and QR, from random ones, an eighth too many.
+    """Compute the leading directions by subspace iteration from random ones, with an eighth extra.
 
-    A Rayleigh-Ritz step at the end puts them in order, as truncation at any rank wants them.
+    A final Rayleigh-Ritz step sorts them, as truncation at any rank requires.
     """
     generator = torch.Generator().manual_seed(0)
     columns = min(rank + rank // 8, len(moment_KK))

@@ -1,15 +1,15 @@
-"""Runs that are disturbed, again and again: what became of each fault, and that no byte changed.
+"""Repeated runs with injected faults: effect of each fault, and proof that no byte changed.
 
-Every trial is a run of its own on a cluster of nodes on this machine, with a few faults at moments
-that its seed chooses: a stage, and how many of its units are done. The faults are real: processes
-are killed, stopped and starved of memory, nodes killed and drained, drivers killed and stopped,
-whole clusters replaced, files damaged. Where no node would stay, another one comes. Whatever the
-exit code, the same command is given again until it is done. A trial is a file: started again,
-trials that are there are not performed again.
+Each trial is a separate run on a cluster of nodes on this machine, with a few faults at moments
+chosen by its seed: a stage and a number of finished units. The faults are real: processes are
+killed, stopped and starved of memory, nodes killed and drained, drivers killed and stopped, whole
+clusters replaced, files damaged. If no node would remain, another one is started. The same command
+is repeated until it is done, for every exit code. Each trial is a file: existing trials are not
+repeated.
 
-A unit counts as redone for each time beyond the first that a run says it is done; of training steps
-those since the last snapshot. Recovery is the time from a fault to the next unit that is done once
-the loss was noticed, or the driver started again; a fault that nothing was lost by has none.
+A unit counts as redone for each report of its end beyond the first; for training, the steps since
+the last snapshot count. Recovery is the time from a fault to the next finished unit after the loss
+was noticed, or the driver restarted; faults without a loss have none.
 """
 
 import argparse
@@ -49,24 +49,24 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "stages": ["calibrate", "walk", "write"],
     },
 }
-"""Between them they have every stage; of those that train, few epochs."""
+"""Recipes that together have every stage, with few epochs of training."""
 SHORT = {"refinement.epochs": 3, "training.epochs": 2, "training.every": 2}
 SMALL = ["--samples", "8", "--sequence-length", "48", "--keep", "0.6", "--max-shard-size", "150KB"]
 LIVES = 8
-"""A run that is not done after so many drivers never will be."""
+"""Maximum number of drivers of one run."""
 NODES = 2
 RECOVERY_SECONDS = 30.0
-"""What a killed node may cost, with Ray's default health checks."""
+"""Maximum recovery time after a killed node, with Ray's default health checks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens, and when."""
+    """Kind and moment of a fault."""
 
     kind: str
     stage: str
     share: float
-    """The part of the stage's units that are done."""
+    """Fraction of the stage's units that are done."""
 
     def is_due(self, event: Mapping[str, Any]) -> bool:
         if event.get("stage") != self.stage:
@@ -78,7 +78,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run, and the faults that it meets."""
+    """One run, with its faults."""
 
     seed: int
     recipe: str
@@ -86,7 +86,8 @@ class Trial:
 
     @classmethod
     def drawn(cls, seed: int, count: int) -> "Trial":
-        """Kinds in turns over the trials, so that few trials have them all; the rest by chance."""
+        """Draw kinds in turn over the trials, so that few trials cover all of them; the rest at
+        random."""
         rng = random.Random(seed)
         recipe = rng.choice(list(RECIPES))
         kinds = list(KINDS)
@@ -103,7 +104,7 @@ class Trial:
 
 @dataclass(slots=True)
 class Scene:
-    """A run under way, as a fault finds it."""
+    """Running run, as seen by a fault."""
 
     cluster: Cluster
     out: Path
@@ -111,7 +112,7 @@ class Scene:
     driver: subprocess.Popen[str] | None = None
     workers: list[Mapping[str, Any]] = field(default_factory=list)
     variables: dict[str, str] = field(default_factory=dict)
-    """What the next driver finds in its environment."""
+    """Environment variables of the next driver."""
 
     def end_driver(self, how: signal.Signals) -> None:
         assert self.driver is not None
@@ -119,7 +120,7 @@ class Scene:
         self.driver.wait()
 
     def worker(self) -> int:
-        """The process of a worker that is there."""
+        """Return the process of a running worker."""
         there = [each["pid"] for each in self.workers if Path(f"/proc/{each['pid']}").exists()]
         return self.rng.choice(there)
 
@@ -132,12 +133,12 @@ def kill_worker(scene: Scene) -> None:
 
 
 def stop_worker(scene: Scene) -> None:
-    """It hangs, until its deadline is over."""
+    """Let a worker hang until its deadline."""
     os.kill(scene.worker(), signal.SIGSTOP)
 
 
 def starve_worker(scene: Scene) -> None:
-    """It gets no memory any more but what it has mapped."""
+    """Limit a worker to the memory that it has mapped."""
     worker = scene.worker()
     pages = int(Path(f"/proc/{worker}/statm").read_text().split()[0])
     limit = pages * resource.getpagesize()
@@ -168,7 +169,7 @@ def stop_driver(scene: Scene) -> None:
 
 
 def fail_calls(scene: Scene) -> None:
-    """Of the next driver's calls some never arrive, and of some the answer does not."""
+    """Let some calls of the next driver be lost, and some answers of others."""
     scene.end_driver(signal.SIGTERM)
     chances = {"req_failure_prob": 25, "resp_failure_prob": 25, "in_flight_failure_prob": 0}
     failing = {"CoreWorkerService.grpc_client.PushTask": {"num_failures": 3} | chances}
@@ -176,13 +177,14 @@ def fail_calls(scene: Scene) -> None:
 
 
 def replace_cluster(scene: Scene) -> None:
-    """The driver's machine goes with it; the next cluster has another number of nodes."""
+    """Replace the cluster together with the driver's machine; the new one has another number of
+    nodes."""
     scene.end_driver(signal.SIGKILL)
     scene.cluster.replace(scene.rng.choice([1, 3]))
 
 
 def damage_unit(scene: Scene) -> None:
-    """A byte of a committed unit is another one; what finds it is the next driver."""
+    """Change a byte of a committed unit, for the next driver to find."""
     scene.end_driver(signal.SIGKILL)
     files = sorted((Path(f"{scene.out}.run") / "units").rglob("*.safetensors"))
     file = scene.rng.choice(files)
@@ -192,7 +194,7 @@ def damage_unit(scene: Scene) -> None:
 
 
 def lose_chunks(scene: Scene) -> None:
-    """Boundary chunks go while they are to be read."""
+    """Remove boundary chunks while they are needed."""
     for chunk in sorted((Path(f"{scene.out}.run") / "chunks").rglob("*")):
         if chunk.is_file() and scene.rng.random() < 0.5:
             chunk.unlink(missing_ok=True)
@@ -239,7 +241,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Subject:
-    """The model that is compressed, with its text, and what comes out if nothing happens."""
+    """Compressed model with its text, and the result of an undisturbed run."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._work = options.work
@@ -263,7 +265,7 @@ class _Subject:
         return ["compress", str(self.model), str(out), *flags, "--progress", "json"]
 
     def reference(self, recipe: str) -> dict[str, str]:
-        """The hashes of what an undisturbed run in one process writes."""
+        """Hashes of the files that an undisturbed run in one process writes."""
         out = self._work / f"{self.name}-{recipe}"
         if not (out / "config.json").exists():
             command = [*self.arguments(recipe, out), "--executor", "local"]
@@ -272,13 +274,13 @@ class _Subject:
 
 
 def _trained(recipe: str) -> set[str]:
-    """The stages of a recipe that take options of `SHORT`."""
+    """Stages of a recipe that take options of `SHORT`."""
     named = {"refine": "refinement", "walk": "refinement", "train": "training"}
     return {named[stage] for stage in RECIPES[recipe]["stages"] if stage in named}
 
 
 class Course:
-    """What a run has met so far, life by life, and what it has told since."""
+    """History of a run over its drivers: faults, and events since."""
 
     def __init__(self, trial: Trial) -> None:
         self.waiting = list(trial.faults)
@@ -292,7 +294,7 @@ class Course:
         return time.monotonic() - self._begun
 
     def note(self, event: Mapping[str, Any]) -> None:
-        """A unit that is told of a second time was redone, for the last fault's sake."""
+        """Count a unit that is reported again as redone, because of the last fault."""
         if event["event"] in ("lost", "retired"):
             for each in self.happened:
                 each["noticed"] = True
@@ -307,18 +309,18 @@ class Course:
         self._told.add(unit)
 
     def due(self, event: Mapping[str, Any]) -> Fault | None:
-        """A fault whose moment this is."""
+        """Return the fault due at this event, if any."""
         return next((each for each in self.waiting if each.is_due(event)), None)
 
     def met(self, fault: Fault) -> None:
-        """It has happened."""
+        """Record that a fault has happened."""
         self.waiting.remove(fault)
         now = {"at": self.seconds, "life": self.life, "noticed": False, "redone": 0}
         self.happened.append(asdict(fault) | now)
 
 
 def perform(trial: Trial, cluster: Cluster, subject: _Subject) -> dict[str, Any]:
-    """One run to its end, through all that happens to it."""
+    """Perform one run to its end, with all faults."""
     say(f"trial {trial.seed}: {trial.recipe}, {', '.join(each.kind for each in trial.faults)}")
     expected, out = subject.reference(trial.recipe), subject.out(trial)
     for left in (out, Path(f"{out}.run")):
@@ -343,7 +345,7 @@ def perform(trial: Trial, cluster: Cluster, subject: _Subject) -> dict[str, Any]
 
 
 def _live(arguments: Sequence[str], course: Course, scene: Scene) -> None:
-    """One driver to its end, and what happens to it."""
+    """Run one driver to its end, with its faults."""
     scene.driver = subprocess.Popen(
         _command([*arguments, "--address", scene.cluster.nodes.address]),
         stderr=subprocess.PIPE,
@@ -356,10 +358,10 @@ def _live(arguments: Sequence[str], course: Course, scene: Scene) -> None:
         if event["event"] == "workers":
             scene.workers += event["workers"]
         course.note(event)
-        # what happens before there are workers, or behind the driver's end, happens to nobody
+        # faults before the start of workers or after the end of a driver have no effect
         is_there = scene.workers and scene.driver.poll() is None
         if is_there and (fault := course.due(event)) is not None:
-            # of what is to be hit there may be nothing at this moment
+            # the target of a fault may not exist at this moment
             with suppress(LookupError):
                 KINDS[fault.kind](scene)
                 course.met(fault)
@@ -377,7 +379,7 @@ def _events(driver: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
 
 
 def hashes(out: Path) -> dict[str, str]:
-    """Of every file of a checkpoint; of the report without what may differ between equal runs."""
+    """Hash every file of a checkpoint, without the parts of the report that may differ."""
     found = {}
     for path in sorted(out.rglob("*")):
         if path.name == "orchestrator_report.json":
@@ -390,7 +392,7 @@ def hashes(out: Path) -> dict[str, str]:
 
 
 def show(results: Sequence[Mapping[str, Any]]) -> None:
-    """A row for each kind of fault in each stage, then the sums."""
+    """Print a row for each kind of fault in each stage, then the totals."""
     rows = [("fault", "stage", "times", "identical", "redone", "at most", "recovery", "at most")]
     met: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for each in results:
@@ -418,7 +420,7 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _recovery(faults: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """The median and the longest; of faults that nothing was lost by there is none."""
+    """Return the median and the maximum recovery; empty for faults without a loss."""
     seconds = [fault["recovered"] for fault in faults if "recovered" in fault]
     if not seconds:
         return "", ""

@@ -1,4 +1,4 @@
-"""Timing several ways in turns, and saying what came out beside what was to be reached."""
+"""Timing of alternatives in turns, and comparison of results with targets."""
 
 import os
 import statistics
@@ -11,18 +11,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One measured quantity beside its reference."""
+    """Measured quantity with its reference."""
 
     name: str
     measured: float
     reference: float
     unit: str
     ratio: float
-    """Measured over reference; of timings the median over the turns, which a change of the
-    machine's load between turns moves less than either time."""
+    """Measured over reference; for timings the median over the turns, which is less affected by
+    load changes than either time."""
     target: float | None = None
     at_least: bool = False
-    """Whether the ratio must be at least the target; at most otherwise."""
+    """True if the ratio must be at least the target, False if at most."""
 
     @property
     def met(self) -> bool | None:
@@ -37,7 +37,7 @@ class Figure:
 def in_turns(
     ways: Mapping[str, Callable[[], float]], repeats: int, warm_up: int = 0
 ) -> dict[str, list[float]]:
-    """What every way gives, way by way within a turn, turn after turn, the first ones dropped."""
+    """Return the results of every candidate, measured in turns; warm-up turns are dropped."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(warm_up + repeats):
         for name, way in ways.items():
@@ -56,7 +56,7 @@ def compare(
     target: float | None = None,
     at_least: bool = False,
 ) -> Figure:
-    """The figure of two series measured in turns."""
+    """Make the figure of two series measured in turns."""
     ratios = [ours / theirs for ours, theirs in zip(measured, reference, strict=True)]
     return Figure(
         name=name,
@@ -87,7 +87,7 @@ def print_figures(figures: Sequence[Figure]) -> None:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """The first column to the left, the others to the right."""
+    """Print a table with the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
@@ -95,5 +95,5 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def say(text: str) -> None:
-    """A line of progress, with the load of the last minute: other programs disturb timings."""
+    """Print a line of progress with the load of the last minute: other programs disturb timings."""
     print(f"[{time.strftime('%H:%M:%S')}, load {os.getloadavg()[0]:.1f}] {text}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""What a calibration must compute, in floating-point operations; a multiply-add counts two.
+"""Floating-point operations of a calibration; a multiply-add counts as two.
 
-T tokens of one sequence, [O, I] weights, n channels of a Gram. Counted are matrix products alone:
+T tokens of one sequence, [O, I] weights, n channels of a Gram. Only matrix products count:
 
 - linears: 2 T O I each, of the targeted and of all others alike;
 - attention: queries by keys and weights by values, 2 · 2 T² · heads · head_dim a block. All T²
@@ -24,7 +24,7 @@ def linear_flops(linears: Sequence[Linear], tokens: int) -> int:
 
 
 def attention_flops(config: Any, tokens: int, blocks: int) -> int:
-    """Of a transformers config with `num_attention_heads` of `head_dim`."""
+    """Attention FLOPs of a transformers config with `num_attention_heads` of `head_dim`."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return blocks * 4 * tokens * tokens * heads * head_dim
@@ -35,7 +35,7 @@ def gram_flops(channels: Sequence[int], tokens: int, *, triangle: bool) -> int:
 
 
 def gram_channels(linears: Sequence[Linear], side: Side) -> list[int]:
-    """The size of every Gram that a method's `side` asks for; linears of a site share theirs."""
+    """Sizes of the Grams that a method's `side` requires; linears of a site share one."""
     sizes = {}
     for linear in linears:
         together = [each for each in linears if each.site == linear.site]

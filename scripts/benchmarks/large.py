@@ -1,11 +1,10 @@
-"""Two blocks with the shapes of Llama-70B go through the whole job: its memory against the plan.
+"""Whole job on two blocks with the shapes of Llama-70B: memory compared with the plan.
 
 The checkpoint is made here: hidden 8192, MLP 28672, 8 key-value heads, random bfloat16 weights,
-about 3.5 GB. `orchestrator compress` runs on Ray with one actor; its peak, and the driver's, are
-anonymous plus shared memory above what each held once the workers had started and imported what
-they need. What `orchestrator plan` says of the same recipe stands beside it. Unless `--samples`
-says less, there are as many tokens as a Gram has channels, so that no decomposition has to make up
-directions.
+about 3.5 GB. `orchestrator compress` runs on Ray with one actor; its peak, and that of the driver,
+are anonymous plus shared memory above the baseline after the workers started and imported their
+packages. The forecast of `orchestrator plan` for the same recipe is printed beside it. By default
+there are as many tokens as a Gram has channels, so that no direction is undetermined.
 """
 
 import argparse

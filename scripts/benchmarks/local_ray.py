@@ -1,4 +1,4 @@
-"""A Ray on this machine for several jobs one after the other."""
+"""Ray on this machine for several jobs in sequence."""
 
 import logging
 import os
@@ -12,10 +12,10 @@ from orchestrator.runtime.ray.cluster import QUIET
 
 @contextmanager
 def local_ray() -> Iterator[None]:
-    """All jobs within use it; two CPUs at least, if only in name.
+    """Start a Ray that all jobs inside use, with at least two nominal CPUs.
 
-    Ray runs its workers at a lower priority than other processes; here they get the same, or
-    whatever else the machine does would slow down one side of a comparison more than the other.
+    Ray's workers by default have a lower priority than other processes; here they have the same,
+    since otherwise load on the machine would slow down one side of a comparison more.
     """
     cpus = max(2, os.cpu_count() or 1)
     ray.init(

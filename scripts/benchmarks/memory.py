@@ -1,10 +1,10 @@
 """Peak memory of an actor at 1, 2, 5 and 10 shards of a synthetic model of over 4 GB.
 
-Every run is a whole `orchestrator compress` of the same bfloat16 model with one actor on Ray, in
-a process of its own. The linears of attention are targeted, so that decompositions take minutes
-and not hours; all weights of a shard are loaded, and the Grams are those of the targeted linears.
-Memory is anonymous plus shared, sampled every 20 ms, above what the process held once the workers
-had started and imported what they need.
+Every run is a whole `orchestrator compress` of the same bfloat16 model with one actor on Ray, in a
+separate process. The linears of attention are targeted, so that decompositions take minutes and not
+hours; all weights of a shard are loaded, and the Grams are those of the targeted linears. Memory is
+anonymous plus shared, sampled every 20 ms, above the baseline after the workers started and
+imported their packages.
 """
 
 import argparse
@@ -34,10 +34,11 @@ TARGET = "*.self_attn.*"
 SAMPLES = 4
 SEQUENCE_LENGTH = 128
 BYTES_A_GRAM_ENTRY = 12
-"""A float64 sum and a float32 one (see `Gram`)."""
+"""Bytes per Gram entry: a float64 sum and a float32 one (see `Gram`)."""
 ALLOWED = 0.1, 500_000_000
-"""What the peak may exceed weights and Grams by: a part of them, and bytes that no shard decides
-(modules imported late, one decomposition at a time, activations, freed memory not given back)."""
+"""Allowed excess of the peak over weights and Grams: a fraction of them, and bytes independent of
+shards (modules imported late, one decomposition at a time, activations, free memory not returned).
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +47,15 @@ class Row:
 
     shards: int
     blocks: int
-    """In the largest shard."""
+    """Number of blocks in the largest shard."""
     weights: int
-    """Of the largest shard."""
+    """Weights of the largest shard."""
     grams: int
-    """Of the largest shard."""
+    """Grams of the largest shard."""
     peak: int
-    """Of the actor, above its baseline."""
+    """Peak of the actor, above its baseline."""
     driver_peak: int
-    """Of the driver, above its baseline."""
+    """Peak of the driver, above its baseline."""
     seconds: float
 
     @property
@@ -130,7 +131,7 @@ def measure(
 
 
 def compress(model: Path, out: Path, recipe: Mapping[str, Any]) -> tuple[int, int]:
-    """Runs the command; peaks of its actor and of itself, above their baselines."""
+    """Run the command; returns the peaks of its actor and of itself, above their baselines."""
     command = [sys.executable, "-m", "orchestrator", "compress", str(model), str(out)]
     given = {**recipe, "progress": "json"}
     command += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
@@ -155,7 +156,7 @@ def compress(model: Path, out: Path, recipe: Mapping[str, Any]) -> tuple[int, in
 
 
 def bytes_a_block(model: Path, config: LlamaConfig) -> tuple[int, int]:
-    """Weights in bfloat16, and Grams of the targeted linears, of any one block."""
+    """Bytes of a block: weights in bfloat16, and Grams of the targeted linears."""
     values = sum(math.prod(shape) for shape in block_shapes(config).values())
     linears = LazyModel.open(model).survey().of_block(0)
     chosen = [linear for linear in linears if fnmatchcase(linear.name, TARGET)]

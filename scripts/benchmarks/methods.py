@@ -3,9 +3,8 @@
 The small protocol: float32, calibrated on the first 32 windows of 512 tokens of WikiText-2's
 training text; perplexity on 32 windows of 512 tokens of WikiText-2's test text (every 17th) and of
 C4's first thousand documents (every 29th); accuracy on evenly spaced samples of ARC-Easy and
-LAMBADA. One run directory serves all rows, so methods that cut from the same decompositions share
-calibration and decompositions. A row is a file: started again, rows that are there are not measured
-again.
+LAMBADA. All rows share one run directory, so methods with the same decompositions share calibration
+and decompositions. Each row is a file: existing rows are not measured again.
 """
 
 import argparse
@@ -88,7 +87,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def once(path: Path, work: Any) -> dict[str, Any]:
-    """What the file holds, or the work's result, which it then holds."""
+    """Return the content of the file, or else the result of the work, which is written to it."""
     if not path.exists():
         value = work()
         temporary = path.with_suffix(".tmp")
@@ -105,7 +104,8 @@ def row(options: argparse.Namespace, name: str, keep: float) -> dict[str, Any]:
 
 
 def compress(options: argparse.Namespace, given: Row, name: str, **fields: Any) -> Result:
-    """The small protocol's recipe with these fields, into the run directory that all rows share."""
+    """Compress with the small protocol and these fields, in the run directory shared by all
+    rows."""
     recipe = Recipe(
         model=str(options.model),
         out=str(options.work / "out" / name),
@@ -121,7 +121,7 @@ def compress(options: argparse.Namespace, given: Row, name: str, **fields: Any) 
 
 
 def facts(result: Result) -> dict[str, Any]:
-    """What a compression says of itself."""
+    """Facts of a compression from its report."""
     return {
         "stages": result.report["timings"]["seconds"],
         "kept": result.report["kept"]["linears"],
@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
 
 
 def perplexities(options: argparse.Namespace, model: Path) -> dict[str, float]:
-    """On both texts."""
+    """Perplexities on both texts."""
     texts = {
         "wikitext2": (write_evaluation_text(options.data / "wikitext2", options.work), STRIDE),
         "c4": (options.data / C4_FILE, C4_STRIDE),

@@ -1,4 +1,4 @@
-"""Nodes of a Ray on this machine, each a few processes of its own, to be drained and killed."""
+"""Ray nodes on this machine, each a few processes, to be drained and killed."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ LEAVE_SECONDS = 60.0
 
 
 class Nodes:
-    """Nodes of two GPUs each, that they only pretend to have, so that workers go nowhere else.
+    """Nodes with two declared GPUs each, so that workers are placed only there.
 
     They join the cluster of this process, which also starts its drivers.
     """
@@ -34,7 +34,7 @@ class Nodes:
         self._leaving: set[str] = set()
 
     def fill(self, count: int) -> list[str]:
-        """Starts nodes until so many are there that were not told to go; their ids, in order."""
+        """Start nodes until `count` are alive and not draining; returns their ids, in order."""
         for node in self._processes.keys() - self._alive():
             _end(self._processes.pop(node))
         while len(self.there()) < count:
@@ -47,20 +47,20 @@ class Nodes:
         return self.there()
 
     def there(self) -> list[str]:
-        """Those that are alive, and were not told to go, in order."""
+        """Return the nodes that are alive and not draining, in order."""
         return sorted(self._processes.keys() & self._alive() - self._leaving)
 
     def kill(self, node: str) -> None:
-        """Ends all processes of a node at once, without a word to anybody."""
+        """Kill all processes of a node at once, without notice."""
         kill_family(self._processes.pop(node))
 
     def terminate(self, node: str) -> None:
-        """Tells a node's `ray start --block` to end, upon which it drains itself."""
+        """Send SIGTERM to a node's `ray start --block`, which then drains the node."""
         self._leaving.add(node)
         _signal(self._processes[node].pid, signal.SIGTERM)
 
     def drain(self, node: str, seconds: int) -> None:
-        """Tells the cluster that a node goes, as a spot notice does."""
+        """Announce to the cluster that a node will end, like a spot notice."""
         self._leaving.add(node)
         why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot notice"]
         where = [f"--address={self.address}", f"--node-id={node}"]
@@ -70,7 +70,7 @@ class Nodes:
             raise RuntimeError(f"node {node} cannot be drained: exit code {drained.returncode}")
 
     def close(self) -> None:
-        """Ends all nodes; when it returns none of them is there any more."""
+        """End all nodes; returns after the last one has ended."""
         for process in self._processes.values():
             _end(process)
         gone = self._processes.keys()
@@ -87,9 +87,9 @@ class Nodes:
 
 
 class Cluster:
-    """A head that holds no worker, and nodes, all on this machine; this process joins it.
+    """Cluster of a head without workers and some nodes, all on this machine; this process joins it.
 
-    Use as a context manager; leaving it ends all that was started, by the ids of its processes.
+    Used as a context manager, which ends all started processes by their ids.
     """
 
     nodes: Nodes
@@ -119,7 +119,7 @@ class Cluster:
         self.nodes.fill(nodes)
 
     def replace(self, nodes: int) -> None:
-        """Kills the whole cluster and starts another one, with so many nodes."""
+        """Kill the whole cluster and start another one with this number of nodes."""
         ray.shutdown()
         self.nodes.kill_all()
         kill_family(self._head)
@@ -127,7 +127,7 @@ class Cluster:
         self._start(nodes)
 
     def left_behind(self) -> dict[str, Any]:
-        """What of a run is still there, once it had time to go: actors, groups, taken GPUs."""
+        """Return leftovers of a run after some time: actors, placement groups, GPUs in use."""
 
         def found() -> dict[str, Any]:
             actors = ray._private.state.actors().values()
@@ -146,10 +146,10 @@ class Cluster:
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> None:
-    """Waits for a condition to come true.
+    """Wait until a condition is true.
 
     Raises:
-        TimeoutError: It did not in time.
+        TimeoutError: The condition was not true in time.
     """
     end = time.monotonic() + seconds
     while not condition():
@@ -159,7 +159,7 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> None:
 
 
 def ray_command(command: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """A command of Ray's as a process, in a session of its own, that says nothing."""
+    """Start a Ray command as a silent process in its own session."""
     return subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", command, *arguments],
         start_new_session=True,
@@ -169,7 +169,7 @@ def ray_command(command: str, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def kill_family(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that descend from it, without a word to any of them."""
+    """Kill a process and all its descendants, without notice."""
     for pid in family(process.pid):
         _signal(pid, signal.SIGKILL)
     process.wait()

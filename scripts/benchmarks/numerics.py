@@ -1,7 +1,8 @@
-"""Times the numerics of one block against the published way, and the Grams against their FLOPs.
+"""Times of the numerics of one block, compared with the published algorithm and FLOPs.
 
-One thread. Without arguments it makes a block of SmolLM2-135M's shapes with inputs whose energies
-fall by 1e5; with --model and --text it takes a block of a real model and its inputs on that text.
+One thread. Without arguments it makes a block with the shapes of SmolLM2-135M and inputs whose
+energies fall by 1e5; with --model and --text it uses a block of a real model and its inputs on that
+text.
 
     python scripts/benchmarks/numerics.py [--model DIRECTORY --text FILE] [--block 8]
 
@@ -22,7 +23,7 @@ from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import InputGram, OutputGram, decompose
 
 QUANTUM = 512
-"""Tokens of one update of a Gram."""
+"""Tokens per update of a Gram."""
 TOKENS = 16 * QUANTUM
 
 
@@ -34,23 +35,23 @@ class Problem:
     weight_OI: Tensor
     gram_II: Tensor
     output_gram_OO: Tensor | None
-    """W H W^T where it is the smaller statistic and no other linear reads the same inputs."""
+    """W H W^T, if it is the smaller statistic and no other linear has the same inputs."""
 
     @property
     def break_even(self) -> int:
         return self.weight_OI.numel() // sum(self.weight_OI.shape)
 
     def loss(self, left_OR: Tensor, right_RI: Tensor) -> float:
-        """Squared error of the outputs, in float64."""
+        """Compute the squared error of the outputs, in float64."""
         gap_OI = self.weight_OI.double() - left_OR.double() @ right_RI.double()
         return float((gap_OI @ self.gram_II * gap_OI).sum())
 
 
 def published(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Factors to break-even rank as the authors of SVD-LLM (arXiv:2403.07378) compute them.
+    """Compute factors to break-even rank as in the code of SVD-LLM (arXiv:2403.07378).
 
-    A float64 Cholesky factor of H, shifted where H is not positive, and its inverse, for every
-    linear; both rounded to float32 for a full SVD of the whitened weight.
+    A float64 Cholesky factor of H, shifted if H is not positive definite, and its inverse, for
+    every linear; both rounded to float32 for a full SVD of the whitened weight.
     """
     lower_II, failed = torch.linalg.cholesky_ex(problem.gram_II)
     if failed:
@@ -74,7 +75,7 @@ def ours(problem: Problem, *, output_gram: bool) -> tuple[Tensor, Tensor]:
 
 
 def make_problems(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Problem]:
-    """Problems with the Grams that calibration would leave; inputs are given by site."""
+    """Make problems with the Grams of a calibration; inputs are given by site."""
     sites = {
         "q": "qkv",
         "k": "qkv",
@@ -96,7 +97,8 @@ def make_problems(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -
 
 
 def synthetic_block() -> list[Problem]:
-    """The shapes of a block of SmolLM2-135M; a few input directions carry most of the energy."""
+    """Make a block with the shapes of SmolLM2-135M; few input directions have most of the
+    energy."""
     generator = torch.Generator().manual_seed(0)
 
     def gaussian(*shape: int) -> Tensor:
@@ -123,7 +125,7 @@ def synthetic_block() -> list[Problem]:
 
 
 def real_block(model_directory: Path, text_file: Path, block: int) -> list[Problem]:
-    """A block of a Llama-like model in float32, calibrated on the first windows of a text."""
+    """Calibrate a block of a Llama-like model in float32 on the first windows of a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
@@ -155,7 +157,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def compare_times(problems: Sequence[Problem], repeats: int) -> None:
-    """Prints the time of all linears against the published way, in turns within one run."""
+    """Print the time of all linears relative to the published algorithm, measured in turns."""
     ways: dict[str, Callable[[], object]] = {
         "published": lambda: [published(problem) for problem in problems],
         "ours": lambda: [ours(problem, output_gram=True) for problem in problems],
@@ -172,7 +174,8 @@ def compare_times(problems: Sequence[Problem], repeats: int) -> None:
 
 
 def compare_errors(problems: Sequence[Problem]) -> None:
-    """Prints, a linear, the loss over the published way's, and what each adds to the optimum."""
+    """Print for each linear the loss relative to the published algorithm, and both excess
+    losses."""
     for problem in problems:
         gram_II, weight_OI = problem.gram_II, problem.weight_OI.double()
         energies = torch.linalg.eigvalsh(weight_OI @ gram_II @ weight_OI.T).flip(0)
@@ -190,7 +193,7 @@ def compare_errors(problems: Sequence[Problem]) -> None:
 
 
 def time_grams(repeats: int) -> None:
-    """Prints the time of Gram updates over that of n^2 multiply-adds a token in a float32 GEMM."""
+    """Print the time of Gram updates relative to n^2 multiply-adds per token in a float32 GEMM."""
     side = 1024
     square = torch.randn(side, side)
     rate = 2 * side**3 / statistics.median(seconds(lambda: square @ square) for _ in range(9))

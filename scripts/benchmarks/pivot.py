@@ -1,8 +1,8 @@
-"""Forward passes of pivoted factors against those of two plain ones, everything timed in turns.
+"""Forward passes of pivoted factors compared with plain ones, timed in turns.
 
 For every shape and number of rows: a plain linear of the uniform rank at the kept fraction, a
-pivoted one of the same rank, which stores R^2 values fewer, and a pivoted one that stores as many
-values as the plain one, which has more ranks. Values and inputs are random.
+pivoted one of the same rank, which stores R^2 fewer values, and a pivoted one with as many values
+as the plain one, which has a larger rank. Values and inputs are random.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from orchestrator.plan.forms import LOW_RANK, PIVOTED
 from orchestrator.plan.linear import Linear
 
 SHAPES = ("576x576", "1536x576", "576x1536", "4096x4096", "11008x4096", "4096x11008")
-"""Outputs by inputs: of SmolLM2-135M, and of a model with 7B parameters."""
+"""Outputs by inputs, of SmolLM2-135M and of a model with 7B parameters."""
 ROWS = (1, 4, 16, 64, 512)
 TARGET = 1.0
 TARGET_ROWS = 16
-"""From this many rows on, equal ranks are to take no longer than plain ones."""
+"""Number of rows from which on pivoted factors of equal rank must not be slower than plain ones."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def ranks_of(outputs: int, inputs: int, keep: float) -> tuple[int, int]:
-    """The plain rank at a kept fraction, and the pivoted one of no more values than that stores."""
+    """Return the plain rank at a kept fraction, and the largest pivoted rank with as few values."""
     linear = Linear(
         name="linear",
         block=0,
@@ -64,7 +64,8 @@ def ranks_of(outputs: int, inputs: int, keep: float) -> tuple[int, int]:
 
 @torch.no_grad()
 def measure(outputs: int, inputs: int, options: argparse.Namespace) -> list[Figure]:
-    """Two figures a number of rows: pivoted over plain at equal rank, and at equal values."""
+    """Measure two figures per number of rows: pivoted over plain at equal rank, and at equal
+    values."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     rank, more = ranks_of(outputs, inputs, options.keep)
     made = {"bias": False, "device": device, "dtype": dtype}
@@ -95,7 +96,7 @@ def measure(outputs: int, inputs: int, options: argparse.Namespace) -> list[Figu
 
 
 def fill(module: torch.nn.Module) -> None:
-    """Random values, and outputs in a random order."""
+    """Fill with random values, and outputs in a random order."""
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     if isinstance(module, PivotedLinear):
@@ -103,7 +104,8 @@ def fill(module: torch.nn.Module) -> None:
 
 
 def timer(module: torch.nn.Module, input_TI: torch.Tensor) -> Callable[[], float]:
-    """Microseconds of a forward pass, from as many as take about 20 ms together."""
+    """Return a function that measures the microseconds of a forward pass, from about 20 ms of
+    passes."""
 
     def seconds(passes: int) -> float:
         if input_TI.is_cuda:

@@ -1,8 +1,8 @@
 """Perplexity of SmolLM2-135M-Instruct, dense and compressed, on WikiText-2.
 
 svd-llm with uniform ranks, float32, calibrated on the first 32 windows of 512 tokens of the
-training text; scored on windows 0, 17, 34, ... (32 of them) of the test text. One run directory
-serves all sizes: the weights are decomposed once. Started again, it takes up what is there.
+training text; scored on windows 0, 17, 34, ... (32 of them) of the test text. All sizes share one
+run directory: the weights are decomposed once. A repeated call resumes.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_calibration_text(data: Path, work: Path) -> Path:
-    """The training text as it is, without bytes that cannot be decoded."""
+    """Write the training text unchanged, except for undecodable bytes."""
     text = (data / CALIBRATION_FILE).read_text(encoding="utf-8", errors="ignore")
     path = work / "calibration.txt"
     path.write_text(text, encoding="utf-8")
@@ -89,10 +89,10 @@ def write_calibration_text(data: Path, work: Path) -> Path:
 
 
 def write_evaluation_text(data: Path, work: Path) -> Path:
-    """The test text as perplexities are published on it, joined of the rows of its data set.
+    """Write the test text as used for published perplexities, joined from the data set rows.
 
-    Rows are the file's lines without the empty one at its end, each with its line end, or "" if it
-    is blank; a blank line is put between any two.
+    Rows are the lines of the file without the empty last one, each with its line end, or "" if
+    blank; rows are separated by a blank line.
     """
     lines = (data / EVALUATION_FILE).read_text(encoding="utf-8").split("\n")
     path = work / "evaluation.txt"
@@ -136,7 +136,7 @@ def show(found: dict[str, dict[str, Any]]) -> None:
 
 
 def compare_with(reference: list[float], found: dict[str, dict[str, Any]]) -> list[Figure]:
-    """Deviations; the ratio is how far off it is, relative to the reference."""
+    """Compare with a reference; the ratio is the relative deviation."""
     return [
         Figure(
             name=f"perplexity, {name}, deviation",

@@ -1,10 +1,10 @@
-"""Blocks refined apart from each other against in order, and what refining costs at its floor.
+"""Independent refinement of blocks compared with refinement in order, and its cost over FLOPs.
 
-Two questions. Quality and time: the first blocks of a model are cut, the others left dense, and
-refined at equal steps, in order by one actor and in parallel by two, all actors of one thread;
-perplexity on held-out text, seconds of the stage. Cost: one epoch of one block against its FLOPs
-at the rate of the same factors' products alone, and from that ratio the time of a 70B model on 64
-GPUs, beside the time of its FLOPs alone.
+Quality and time: the first blocks of a model are compressed, the others left dense, and refined
+with equal numbers of steps, in order by one actor and in parallel by two, all with one thread;
+measured are perplexity on held-out text and seconds of the stage. Cost: one epoch of one block over
+its FLOPs at the rate of the products of the same factors, and from that ratio the time of a 70B
+model on 64 GPUs, with the time of its FLOPs alone.
 """
 
 import argparse
@@ -32,15 +32,15 @@ from orchestrator.models.training.refine_options import RefineOptions, split
 from orchestrator.recipe.recipe import Recipe
 
 WAYS = {"in_order": 1, "blocks": 2}
-"""Actors by what `refine` says."""
+"""Number of actors by the value of `refine`."""
 QUALITY, TIME = 1.02, 0.6
 CHUNKS = 8
 
 LLAMA_70B = {"blocks": 80, "values": 855_638_016, "hidden": 8192}
-"""Values of a block's linears; arXiv 2307.09288."""
+"""Values of the linears of a block; arXiv 2307.09288."""
 KEPT, SEQUENCES, LENGTH, GPUS = 0.8, 256, 2048, 64
 GPU_FLOPS = 495e12
-"""TF32 dense products of an H100 SXM, its data sheet's figure."""
+"""Dense TF32 rate of an H100 SXM, from its data sheet."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def refine_some(options: argparse.Namespace, way: str, epochs: int) -> dict[str, float]:
-    """Cuts and refines the first blocks; perplexity, and the seconds of what was trained."""
+    """Compress and refine the first blocks; returns perplexity and the seconds of training."""
     say(f"{way}, {epochs} epochs")
     name = f"{way}-{epochs}"
     blocks = "|".join(map(str, range(options.blocks)))
@@ -122,7 +122,7 @@ def refine_some(options: argparse.Namespace, way: str, epochs: int) -> dict[str,
 
 
 def against_floor(compressed: Path, repeats: int) -> Figure:
-    """CPU seconds of one epoch of one block, beside those of its FLOPs at the products' rate."""
+    """Measure CPU seconds of one epoch of one block over its FLOPs at the rate of products."""
     torch.set_num_threads(1)
     keep_freed_memory()
     lazy_model = LazyModel.open(compressed, dtype=torch.float32)
@@ -156,7 +156,7 @@ def against_floor(compressed: Path, repeats: int) -> Figure:
 
 
 def products_alone(factors: list[nn.Parameter]) -> Callable[[], None]:
-    """A block's products with its factors, forward, for as many chunks as an epoch has."""
+    """Return the products of a block with its factors, forward, for the chunks of an epoch."""
     weights = [factor.detach() for factor in factors]
     inputs = {n: torch.randn(1, TOKENS, n) for n in {weight.shape[1] for weight in weights}}
 
@@ -169,7 +169,8 @@ def products_alone(factors: list[nn.Parameter]) -> Callable[[], None]:
 
 
 def at_70b(ratio: float, epochs: int) -> str:
-    """Seconds and bytes of a 70B model's blocks refined apart from each other, and the floor."""
+    """Describe seconds and bytes of the blocks of a 70B model refined independently, and the lower
+    bound."""
     values = KEPT * LLAMA_70B["values"]
     tokens = SEQUENCES * LENGTH
     flops = epochs * LLAMA_70B["blocks"] * 6 * values * tokens

@@ -1,4 +1,4 @@
-"""Robust PCA against the textbook's loop with a thin SVD, and a large one against its FLOPs.
+"""Robust PCA compared with the textbook loop with a thin SVD, and a large one with its FLOPs.
 
 split  one weight to the default tolerance, in turns, one thread: time, and how far iterations,
        rank and support are from the textbook's. Without --model a random weight of 1536 x 576.
@@ -30,7 +30,7 @@ PARTS = ("split", "large")
 TARGETS: dict[Precision, float] = {"exact": 1.7, "fast": 3.0}
 SHAPE = 1536, 576
 ITERATIONS = 3
-"""Of the large weight."""
+"""Iterations on the large weight."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def textbook(
     tolerance: float = 1e-7,
     max_iterations: int = 100,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """L, S, Y and the number of iterations of the loop as it is printed, with a thin SVD."""
+    """Run the textbook loop with a thin SVD; returns L, S, Y and the number of iterations."""
     penalty = 1 / math.sqrt(max(weight_OI.shape))
     norm = torch.linalg.matrix_norm(weight_OI, 2)
     if solver == "ialm":
@@ -93,12 +93,13 @@ def textbook(
 
 
 def soft(values: Tensor, threshold: float) -> Tensor:
-    """Values moved towards zero by a threshold."""
+    """Shrink values towards zero by a threshold."""
     return values.sign() * (values.abs() - threshold).clamp(min=0)
 
 
 def weight_of(model: Path | None, linear: str) -> Tensor:
-    """A linear's weight in float64; without a model directions and entries that stand out."""
+    """Load a linear's weight in float64; without a model, random with dominant directions and
+    entries."""
     if model is not None:
         with safe_open(model / "model.safetensors", "pt") as file:
             return file.get_tensor(f"{linear}.weight").double()
@@ -116,7 +117,8 @@ def random_plus_low_rank(outputs: int, inputs: int, rank: int) -> Tensor:
 
 
 def measure_split(weight_OI: Tensor, repeats: int) -> tuple[list[Figure], list[dict[str, str]]]:
-    """Splits a second of both precisions beside the textbook's, and what came out of each."""
+    """Measure splits per second of both precisions and the textbook loop, and compare the
+    results."""
     low_rank_OI, sparse_OI, _, iterations = textbook(weight_OI)
     rank = int(torch.linalg.matrix_rank(low_rank_OI, rtol=1e-8))
     support_OI = sparse_OI != 0
@@ -152,14 +154,14 @@ def measure_split(weight_OI: Tensor, repeats: int) -> tuple[list[Figure], list[d
 
 
 def support_of(result: RobustPCA) -> Tensor:
-    """Where S is not zero."""
+    """Mask of the nonzero entries of S."""
     support_OI = torch.zeros(len(result.weight_OR), result.down_RI.shape[1], dtype=torch.bool)
     support_OI.view(-1)[result.positions_N.long()] = True
     return support_OI
 
 
 def measure_large(side: int) -> list[Figure]:
-    """Seconds of an iteration of each precision, and what its `eigh` takes of them."""
+    """Measure seconds per iteration in each precision, and the fraction of `eigh`."""
     weight_OI = random_plus_low_rank(side, side, rank=side // 16)
     figures = []
     for precision in TARGETS:
@@ -189,29 +191,29 @@ def measure_large(side: int) -> list[Figure]:
 
 
 def iteration_flops(side: int, rank: int) -> float:
-    """The triangle of the Gram, the eigenvectors above the threshold, and L from them."""
+    """FLOPs of the triangle of the Gram, the eigenvectors above the threshold, and L from them."""
     return (
         side**3 + eigh_flops(side, rank) + min(2 * side**3 + 2 * rank * side**2, 4 * rank * side**2)
     )
 
 
 def eigh_flops(side: int, rank: int) -> float:
-    """Reduction to a tridiagonal matrix, and the turning back of its eigenvectors.
+    """FLOPs of the tridiagonal reduction, and of the back-transformation of eigenvectors.
 
-    The eigenvectors of the tridiagonal matrix count as nothing: divide and conquer takes up to as
-    much as the reduction again, and much less where it can deflate.
+    The eigenvectors of the tridiagonal matrix are not counted: divide and conquer costs at most as
+    much as the reduction, and much less with deflation.
     """
     return 4 / 3 * side**3 + 2 * rank * side**2
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOPs a second of a product of 1024 x 1024, the median of some."""
+    """Measure FLOP/s of a product of 1024 x 1024, the median of several."""
     square = torch.randn(1024, 1024, dtype=dtype)
     return 2 * 1024**3 * statistics.median(rate(lambda: square @ square) for _ in range(9))
 
 
 def rate(work: Callable[[], object]) -> float:
-    """How often in a second of the processor the work would be done."""
+    """Number of executions per CPU second."""
     start = time.process_time()
     work()
     return 1 / (time.process_time() - start)

@@ -1,4 +1,4 @@
-"""Real runs of small models: what the simulator says of them, and how they grow with the blocks."""
+"""Real runs of small models: accuracy of the simulator, and growth with the number of blocks."""
 
 import json
 import statistics
@@ -26,16 +26,16 @@ STAGES = {
     "pivot": ("pivot",),
     "write": ("write",),
 }
-"""Of a run, and what they are to the simulator."""
+"""Stages of a run, and their names in the simulator."""
 WORKERS = (1, 2)
 BLOCKS = (4, 8, 16, 32)
 
 
 def measure_simulator(work: Path, repeats: int) -> dict[str, Any]:
-    """The same recipe on one and on two one-thread workers, really and simulated.
+    """Compare real and simulated runs of a recipe on one and on two one-thread workers.
 
-    Twice: at this machine's rates as `orchestrator measure` finds them, which is what a plan goes
-    by; and with the times of one worker as they really were, which is what the schedule adds.
+    Simulated twice: with the rates of `orchestrator measure`, as in a plan; and with the real times
+    of one worker, which isolates the effect of the schedule.
     """
     model = work / "model"
     write_model(model, config_of(blocks=8, hidden=1024, intermediate=2816))
@@ -108,7 +108,7 @@ def show_simulator(rows: list[dict[str, Any]]) -> None:
 
 
 def measure_growth(work: Path) -> dict[str, Any]:
-    """One actor on models of more and more blocks: seconds a block, and the actor's peak."""
+    """Measure seconds per block and the actor's peak for models with growing numbers of blocks."""
     rows = []
     for blocks in BLOCKS:
         say(f"{blocks} blocks")

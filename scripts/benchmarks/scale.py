@@ -68,7 +68,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 160,
     },
 }
-"""Llama 3's two large ones, and one with the shape of a dense model of a trillion parameters."""
+"""Two large models of Llama 3, and one with the shape of a dense model of a trillion parameters."""
 SHARED = {
     "model_type": "llama",
     "num_key_value_heads": 8,
@@ -78,15 +78,15 @@ SHARED = {
 }
 RUNS = (("70B", 1), ("70B", 8), ("70B", 64), ("405B", 64), ("405B", 1024), ("1T", 1024))
 AIMS = {("70B", 8): 600.0, ("70B", 64): 120.0}
-"""Seconds that we aim at."""
+"""Target times in seconds."""
 LOSS_HOURS = 1.0
-"""Mean life of a node of eight GPUs, in the rows with losses: far worse than spot markets are."""
+"""Mean life of a node of eight GPUs in the rows with losses: far shorter than on spot markets."""
 CLOSED_FORMS = ("uniform", "threshold", "svd-llm-v2", "d-rank", "mgaa")
 LIMIT_SECONDS = 1.0
 LINEARS, EXPERTS = 560, 1000
-"""Of a 70B model, and how many times as many there may be."""
+"""Linears of a 70B model, and the factor for models with many experts."""
 CHUNKS = 48
-"""Of the run with two actors: the second one waits for one of them, which is nothing of many."""
+"""Chunks of the run with two actors: the second one waits for one chunk, a negligible part."""
 KNOTS_SECONDS, KNOTS_BYTES = 60.0, 4e9
 PARTS = (
     *("simulated", "simulator", "allocation", "decompositions"),
@@ -162,7 +162,7 @@ def run_actors(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def some_model(options: argparse.Namespace) -> Path:
-    """Eight blocks of a Llama of 1024 channels, written once."""
+    """Make a Llama with eight blocks of 1024 channels, written once."""
     model: Path = options.work / "eight-blocks"
     if not model.exists():
         write_model(model, config_of(blocks=8, hidden=1024, intermediate=2816))
@@ -174,7 +174,7 @@ def shapes_of(name: str) -> Shapes:
 
 
 def simulated(name: str, gpus: int, machine: Machine) -> list[dict[str, Any]]:
-    """One run at both rows of rates, and at the second with nodes that are lost."""
+    """Simulate one run with both sets of rates, and with the second also with lost nodes."""
     shapes = shapes_of(name)
     recipe = make_recipe({"preset": "fast", "model": name, "out": "simulated", "keep": 0.8})
     costs = Costs(shapes, recipe)
@@ -268,7 +268,7 @@ def run_allocations(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def allocated(name: str, form: Form = LOW_RANK) -> dict[str, Any]:
-    """One allocation of a 70B model's linears, with curves to the full rank."""
+    """Measure one allocation for the linears of a 70B model, with full curves."""
     linears = shapes_of("70B").linears
     curves = {each.name: curve_of(each, number) for number, each in enumerate(linears)}
     sublayers = {each.sublayer: 0.9 for each in linears}
@@ -280,13 +280,13 @@ def allocated(name: str, form: Form = LOW_RANK) -> dict[str, Any]:
 
 
 def allocated_samples() -> dict[str, Any]:
-    """In a process of its own, whose memory is the driver's."""
+    """Measure in a separate process, to measure the memory of a driver."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_allocate_samples)
 
 
 def _allocate_samples() -> dict[str, Any]:
-    """A threshold over the linears of many small experts, each curve at `MOST` of its ranks."""
+    """Run `threshold` over the linears of many small experts, with `MOST` samples per curve."""
     linears, curves = [], {}
     for number in range(EXPERTS * LINEARS):
         name = f"model.layers.{number // 5600}.mlp.experts.{number % 5600}"
@@ -315,7 +315,7 @@ def _allocate_samples() -> dict[str, Any]:
 
 
 def curve_of(linear: Linear, number: int) -> Curve:
-    """Energies that fall by a power of the rank, another one for each linear."""
+    """Make energies that fall by a power of the rank, different for each linear."""
     ranks = np.arange(1, min(linear.out_features, linear.in_features) + 1, dtype=np.float64)
     energies = ranks ** -(1.2 + 0.4 * (number % 7) / 7)
     return Curve(name=linear.name, energies=energies, total=float(energies.sum()))

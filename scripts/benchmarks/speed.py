@@ -86,7 +86,7 @@ def measure_crews(options: argparse.Namespace, text: Path) -> list[Figure]:
 
 
 def measure_numerics(model: Path, text: Path, repeats: int) -> Figure:
-    """What `numerics.py` prints, and its ratio as a figure."""
+    """Run `numerics.py`; returns its ratio as a figure."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         numerics.main(["--model", str(model), "--text", str(text), "--repeats", str(repeats)])

@@ -1,4 +1,4 @@
-"""A Llama-like checkpoint of random bfloat16 weights, written block by block."""
+"""Llama-like checkpoint of random bfloat16 weights, written block by block."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyz ."
 
 
 def config_of(*, blocks: int, hidden: int, intermediate: int) -> LlamaConfig:
-    """Heads of 128 channels, four of them to a key-value head."""
+    """Make a config with heads of 128 channels, four per key-value head."""
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -29,7 +29,7 @@ def config_of(*, blocks: int, hidden: int, intermediate: int) -> LlamaConfig:
 
 
 def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of a block's tensors by their names within it."""
+    """Shapes of the tensors of a block, by their names within it."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -47,7 +47,7 @@ def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def write_model(directory: Path, config: LlamaConfig) -> None:
-    """One file a block, so that no more than one block is in memory."""
+    """Write one file per block, so that only one block is in memory."""
     directory.mkdir(parents=True)
     hidden = config.hidden_size
     outer = {"embed_tokens.weight": (len(CHARACTERS), hidden), "norm.weight": (hidden,)}
@@ -75,7 +75,7 @@ def write_text(path: Path, characters: int) -> Path:
 
 
 def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> int:
-    """Writes a file of normal weights of deviation 0.02, norms of ones; gives the bytes of both."""
+    """Write a file of normal weights with deviation 0.02 and norms of one; returns its size."""
     tensors: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         tensor = torch.ones(shape)

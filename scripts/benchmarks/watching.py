@@ -1,4 +1,4 @@
-"""What processes take: memory that they hold for themselves, and CPU seconds."""
+"""Memory and CPU seconds of processes."""
 
 import os
 import threading
@@ -11,16 +11,16 @@ FIELDS = ("RssAnon", "RssShmem")
 
 
 def resident_bytes(status: str) -> int:
-    """Anonymous and shared memory of a process, from the text of its /proc/PID/status.
+    """Sum the anonymous and shared memory of a process, from the text of its /proc/PID/status.
 
-    Pages of mapped files are left out: the kernel takes them back when it needs them.
+    Pages of mapped files are excluded: the kernel reclaims them when needed.
     """
     lines = (line.split() for line in status.splitlines())
     return sum(int(words[1]) * 1024 for words in lines if words[0].rstrip(":") in FIELDS)
 
 
 class PeakWatcher:
-    """Follows processes from the moment each is named; keeps what they held then and at most."""
+    """Watcher of processes from the moment each is added: baseline and peak memory."""
 
     def __init__(self) -> None:
         self._baselines: dict[int, int] = {}
@@ -37,14 +37,14 @@ class PeakWatcher:
         self._thread.join()
 
     def follow(self, pid: int) -> None:
-        """What the process holds now is its baseline."""
+        """Add a process, with its present memory as the baseline."""
         self._baselines[pid] = self._peaks[pid] = _read(pid)
 
     def above_baseline(self, pid: int) -> int:
         return self._peaks[pid] - self._baselines[pid]
 
     def sample(self) -> None:
-        """Looks once; the thread does so all the time."""
+        """Take one sample; the thread does so continuously."""
         for pid in list(self._peaks):
             self._peaks[pid] = max(self._peaks[pid], _read(pid))
 
@@ -58,16 +58,16 @@ def _read(pid: int) -> int:
     try:
         return resident_bytes(Path(f"/proc/{pid}/status").read_text())
     except OSError:
-        return 0  # it has ended
+        return 0  # the process has ended
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
-    """Of all threads of these processes since they began; nothing of those that have ended."""
+    """CPU seconds of all threads of these processes since their start; 0 for ended processes."""
     return sum(_ticks(_stat(pid)) for pid in pids) / os.sysconf("SC_CLK_TCK")
 
 
 def family(pid: int) -> set[int]:
-    """A process and all that descend from it."""
+    """Return a process and all its descendants."""
     parents = {
         int(path.name): int(words[1])
         for path in Path("/proc").iterdir()
@@ -81,7 +81,7 @@ def family(pid: int) -> set[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    """The words of /proc/PID/stat behind the name, which may hold spaces."""
+    """Return the fields of /proc/PID/stat after the name, which may contain spaces."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

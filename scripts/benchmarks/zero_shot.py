@@ -16,7 +16,7 @@ LAMBADA_FILE = "lambada/lambada_openai_test.jsonl"
 
 
 def sample(path: Path, count: int) -> list[dict[str, Any]]:
-    """Evenly spaced lines of a .jsonl file, the first one among them."""
+    """Read evenly spaced lines of a .jsonl file, starting with the first."""
     with path.open(encoding="utf-8") as file:
         items = [json.loads(line) for line in file]
     stride = max(1, len(items) // count)
@@ -24,7 +24,7 @@ def sample(path: Path, count: int) -> list[dict[str, Any]]:
 
 
 def arc_easy(model: Any, tokenizer: Any, items: Sequence[dict[str, Any]]) -> float:
-    """The fraction of questions whose right choice has the largest log-likelihood."""
+    """Return the fraction of questions whose right choice has the largest log-likelihood."""
     right = 0
     for item in items:
         question = f"Question: {item['question']}\nAnswer:"
@@ -35,7 +35,7 @@ def arc_easy(model: Any, tokenizer: Any, items: Sequence[dict[str, Any]]) -> flo
 
 
 def lambada(model: Any, tokenizer: Any, items: Sequence[dict[str, Any]]) -> float:
-    """The fraction of passages whose last word is what the model itself would write."""
+    """Return the fraction of passages whose last word is the model's greedy choice."""
     right = 0
     for item in items:
         _, greedy = continuations(
@@ -49,11 +49,12 @@ def lambada(model: Any, tokenizer: Any, items: Sequence[dict[str, Any]]) -> floa
 def continuations(
     model: Any, tokenizer: Any, context: str, texts: Sequence[str]
 ) -> tuple[list[float], list[bool]]:
-    """Of each text after the context: its log-likelihood, and whether it is the greedy choice."""
+    """Return, for each text after the context, its log-likelihood, and True if it is the greedy
+    choice."""
     start = len(tokenizer(context)["input_ids"])
     rows = [tokenizer(context + text)["input_ids"] for text in texts]
     longest = max(len(row) for row in rows)
-    # what stands behind a row is never attended to by the tokens before it
+    # padding after a row is never attended to by earlier tokens
     tokens_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     logits_BTV: Tensor = model(input_ids=tokens_BT).logits.float()
     scores, greedy = [], []

@@ -1,4 +1,4 @@
-"""The battery that every allocator passes, naming the laws each of them holds."""
+"""Laws of all allocators, with the laws that each of them keeps."""
 
 import math
 from dataclasses import fields, replace
@@ -32,28 +32,28 @@ WHOLE = "a curve cut at break-even gives the same plan"
 
 CASES = {
     "uniform": (Uniform(), {GROWS, DENSE, TYPES, WHOLE}),
-    # its scores are taken at the uniform rank, which moves with the budget
+    # its scores depend on the uniform rank, which changes with the budget
     "svd-llm-v2": (SvdLlmV2Allocator(), {DENSE, TYPES, WHOLE}),
     # an effective rank needs the whole spectrum
     "d-rank": (DRankAllocator(), {GROWS, DENSE, TYPES}),
     "d-rank beta": (DRankAllocator(beta=0.3), {GROWS, DENSE, TYPES}),
     "d-rank model": (DRankAllocator(scope="model"), {GROWS, DENSE, TYPES}),
     "d-rank model beta": (DRankAllocator(scope="model", beta=0.3), {GROWS, DENSE, TYPES}),
-    # a type that turns uniform or back may lose ranks
+    # a type that changes to or from uniform may lose ranks
     "d-rank code": (DRankAllocator(accept="code", beta=0.2), {DENSE, TYPES}),
-    # rounding may pass the budget, and ranks over break-even are given to nobody
+    # rounding may exceed the budget, and ranks above break-even are not reassigned
     "d-rank paper": (DRankAllocator(setting="paper"), {TYPES}),
     "d-rank paper beta": (DRankAllocator(setting="paper", beta=0.3), {TYPES}),
     "d-rank paper model": (DRankAllocator(setting="paper", scope="model", beta=0.3), {TYPES}),
     "d-rank paper code": (DRankAllocator(setting="paper", accept="code"), {TYPES}),
-    # a curve's total counts: what the dense weight gains beyond break-even
+    # the total of a curve matters: the gain of the dense weight beyond break-even
     "threshold": (Threshold(), {GROWS, DENSE, TYPES, WHOLE}),
     "threshold break-even": (Threshold(dense="break_even"), {GROWS, DENSE, TYPES, WHOLE}),
-    # a floor grows with the budget, and what is left for others need not
+    # a floor grows with the budget, the remainder need not
     "threshold floor": (Threshold(floor=0.5), {DENSE, TYPES, WHOLE}),
-    # a curve counts beside those of its own sublayer
+    # curves of the same sublayer interact
     "mgaa bounds": (MgaaAllocator(leftover="slack"), {GROWS, WHOLE}),
-    # who has the largest remainder changes with the budget
+    # the largest remainder changes with the budget
     "mgaa": (MgaaAllocator(low=0.2, high=1), {DENSE, WHOLE}),
     **{
         f"mgaa {rule}": (
@@ -62,7 +62,7 @@ CASES = {
         )
         for rule in RULES
     },
-    # sensitivities are exchanged with the curves that hold them
+    # sensitivities are exchanged with their curves
     "strs": (Strs(grid="0.2 0.4 0.6 0.8 0.9"), {GROWS, DENSE, TYPES, WHOLE}),
 }
 
@@ -99,7 +99,7 @@ def run(case, linears, keep, curves=None, cosines=None):
 
 
 def test_the_battery_covers_every_allocator():
-    """Each name of the table stands for a frozen class with a case above."""
+    """Each name in the table is a frozen class with a case above."""
     assert {type(allocator) for allocator, _ in CASES.values()} == set(ALLOCATORS.values())
     for allocator in ALLOCATORS.values():
         assert [*allocator.__slots__] == [field.name for field in fields(allocator)]
@@ -111,7 +111,7 @@ def test_the_battery_covers_every_allocator():
 @given(linears=MODELS, percent=st.integers(1, 100), seed=st.integers(0, 9))
 @settings(deadline=None, max_examples=60)
 def test_allocators_keep_the_laws(case, linears, percent, seed):
-    """The budget is met from below, ranks stay below break-even, or the budget is infeasible."""
+    """The budget is met from below and ranks stay below break-even, or the budget is infeasible."""
     try:
         plan = run(case, linears, percent / 100, make_curves(linears, seed))
     except InfeasibleError:
@@ -137,7 +137,7 @@ def test_more_budget_never_means_less(case):
 
 @with_law(DENSE)
 def test_everything_is_dense_at_one(case):
-    """A budget of all values is spent on all values."""
+    """A budget of all values is spent completely."""
     plan = run(case, SMALL, 1.0)
     assert {assignment.form for assignment in plan.assignments.values()} == {"dense"}
     assert plan.slack_values == 0
@@ -145,7 +145,7 @@ def test_everything_is_dense_at_one(case):
 
 @every_case
 def test_blocks_may_be_exchanged(case):
-    """Blocks that exchange their curves and cosines exchange what they get."""
+    """Exchanging curves and cosines of two blocks exchanges their assignments."""
     curves, cosines = make_curves(SMALL), make_cosines(SMALL)
     plan = run(case, SMALL, 0.7, curves, cosines)
 
@@ -162,7 +162,7 @@ def test_blocks_may_be_exchanged(case):
 
 @with_law(TYPES)
 def test_linears_of_one_type_may_be_exchanged(case):
-    """Two linears of one type that exchange their curves exchange what they get."""
+    """Exchanging curves of two linears of one type exchanges their assignments."""
     curves = make_curves(SMALL)
     plan = run(case, SMALL, 0.7, curves)
     for role in ROLES:
@@ -178,7 +178,7 @@ def test_linears_of_one_type_may_be_exchanged(case):
 
 @with_law(WHOLE)
 def test_a_curve_may_be_cut_at_break_even(case):
-    """What lies beyond break-even is needed only in the total."""
+    """Energies beyond break-even matter only through the total."""
     curves = make_curves(SMALL)
     cut = {
         each.name: replace(
@@ -191,7 +191,7 @@ def test_a_curve_may_be_cut_at_break_even(case):
 
 @every_case
 def test_linears_that_cost_as_much_as_their_factors_stay_dense(case):
-    """Where rank 1 reaches break-even there is nothing but the dense weight to choose."""
+    """If rank 1 reaches break-even, only the dense weight can be chosen."""
     linears = make_model(dict.fromkeys(ROLES, (2, 2)), blocks=2)
     with pytest.raises(InfeasibleError):
         run(case, linears, 0.95)
@@ -200,14 +200,14 @@ def test_linears_that_cost_as_much_as_their_factors_stay_dense(case):
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, math.nan])
 @every_case
 def test_a_kept_fraction_outside_its_range_is_refused(case, keep):
-    """Only (0, 1] is a kept fraction."""
+    """Kept fractions outside (0, 1] are refused."""
     with pytest.raises(UsageError, match="keep"):
         run(case, SMALL, keep)
 
 
 @every_case
 def test_less_than_rank_one_everywhere_is_infeasible(case):
-    """The error says what is needed and what the least possible is."""
+    """The message has the required minimum and the smallest possible fraction."""
     linears = make_model(dict.fromkeys(ROLES, (64, 64)), blocks=1)
     with pytest.raises(InfeasibleError, match=r"640.*0\.03125"):
         run(case, linears, 0.03)
@@ -218,7 +218,7 @@ def test_less_than_rank_one_everywhere_is_infeasible(case):
     [((4096, 4096), 1638), ((4096, 11008), 2388), ((1024, 4096), 655), ((576, 1536), 335)],
 )
 def test_uniform_gives_the_published_ranks(shape, rank):
-    """At 0.8 kept the rank is floor(0.8 m n / (m + n)), as the papers print it."""
+    """At keep 0.8 the rank is floor(0.8 m n / (m + n)), as printed in the papers."""
     (linear,) = make_linears([shape])
     plan = Uniform()([linear], {}, 0.8, cosines={})
     assert plan.assignments[linear.name].rank == rank
@@ -226,7 +226,7 @@ def test_uniform_gives_the_published_ranks(shape, rank):
 
 @given(shape=SHAPES)
 def test_steps_lead_to_the_dense_weight(shape):
-    """Break-even many steps cost the dense weight together, the last one less than two ranks."""
+    """All steps together cost the dense weight, the last one less than two ranks."""
     (linear,) = make_linears([shape])
     costs = step_costs(linear)
     assert costs.sum() == linear.values
@@ -237,7 +237,7 @@ def test_steps_lead_to_the_dense_weight(shape):
 
 
 def test_steps_are_taken_in_order_and_none_out_of_turn():
-    """The first step that does not fit ends it, though a later one is cheaper."""
+    """The first step that does not fit ends the selection, even if a later one is cheaper."""
     wide, narrow = make_linears([(40, 40), (8, 8)])
     keys = [np.arange(20.0), np.arange(4.0) + 0.5]
     # both first ranks, 80 + 16; then 80 at key 1, 16 at 1.5, and 80 at 2 does not fit in 79
@@ -248,7 +248,7 @@ def test_steps_are_taken_in_order_and_none_out_of_turn():
 
 
 def test_losses_of_a_curve_are_its_cut_tail():
-    """Loss at rank r is what is left of the total, never below zero."""
+    """The loss at rank r is the remainder of the total, never below zero."""
     curve = Curve(name="a", energies=np.array([4.0, 2.0, 1.0]), total=7.5)
     assert [curve.loss(rank) for rank in range(4)] == [7.5, 3.5, 1.5, 0.5]
     assert Curve.from_json(curve.to_json()).loss(2) == 1.5
@@ -256,7 +256,7 @@ def test_losses_of_a_curve_are_its_cut_tail():
 
 @pytest.mark.parametrize("share", [0.3, 0.62, 0.9, 1])
 def test_bytes_of_factors_are_values(share):
-    """Where every byte is a value's, a budget in bytes gives the plan of that many values."""
+    """Without indices, a budget in bytes gives the plan of the same fraction of values."""
     linears = make_model({"q": (24, 16), "up": (40, 16)}, 3)
     curves = make_curves(linears)
     allocate = partial(DRankAllocator(), linears, curves, cosines={})
@@ -268,7 +268,7 @@ def test_bytes_of_factors_are_values(share):
 @pytest.mark.parametrize("codec", [BF16, CODECS["float32"]])
 @pytest.mark.parametrize("share", [0.2, 0.55, 0.8])
 def test_bytes_of_indices_count(share, codec):
-    """Sparse: values and indices fit from below, and one value in 1e5 more no longer does."""
+    """Values and indices of sparse linears fit from below, and 1e-5 more values do not fit."""
     linears = make_linears([(50, 40), (64, 64)])
     allocate = make_allocator("uniform", {}, "sparse")
     plan = fill_bytes(lambda keep: allocate(linears, {}, keep, {}), linears, share, codec)
@@ -284,7 +284,7 @@ def test_bytes_of_indices_count(share, codec):
 
 
 def test_bytes_that_hold_no_plan_are_infeasible():
-    """Fewer bytes than rank 1 everywhere, or than an index, are refused by what is too small."""
+    """Fewer bytes than rank 1 everywhere, or than one index, are refused with the reason."""
     linears = make_linears([(50, 40)])
     curves = make_curves(linears)
     with pytest.raises(InfeasibleError, match=r"keep: 0\.01 allows"):
@@ -295,7 +295,7 @@ def test_bytes_that_hold_no_plan_are_infeasible():
 
 
 def test_bytes_beyond_what_a_rule_may_keep_say_so():
-    """MGAA keeps at most 0.98: a budget of all bytes fails with its own words."""
+    """MGAA keeps at most 0.98: a budget of all bytes fails with its message."""
     linears = make_model({"q": (24, 16)}, 3)
     curves, cosines = make_curves(linears), make_cosines(linears)
     with pytest.raises(InfeasibleError, match="raise its high"):

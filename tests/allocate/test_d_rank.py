@@ -1,4 +1,4 @@
-"""D-Rank: effective ranks, the optimum over integers, and what Q and K give to V."""
+"""D-Rank: effective ranks, the optimum over integers, and rebalancing of Q, K and V."""
 
 import math
 
@@ -27,7 +27,7 @@ SHAPES = st.lists(st.tuples(st.integers(4, 16), st.integers(4, 16)), min_size=2,
 
 
 def flat_curves(linears, counts):
-    """Curves whose effective ranks are these counts."""
+    """Make curves with these effective ranks."""
     return {
         each.name: make_curve(each.name, np.repeat([2.0, 0.0], [n, 64 - n]))
         for each, n in zip(linears, counts, strict=True)
@@ -39,7 +39,7 @@ def ranks_of(plan):
 
 
 def objective(linears, effective, assignments):
-    """Σ R / k, the dense weight counting as the rank that stores as much."""
+    """Compute Σ R / k; the dense weight counts as the rank of equal size."""
     return sum(
         effective[each.name] / size_as_rank(assignments[each.name], each) for each in linears
     )
@@ -57,7 +57,7 @@ def objective(linears, effective, assignments):
     ],
 )
 def test_effective_rank_is_the_exponential_of_an_entropy(energies, expected):
-    """n equal values count n, zeros count nothing, and a scale changes nothing."""
+    """n equal values count n, zeros do not count, and scaling has no effect."""
     (linear,) = make_linears([(len(energies), 9)])
     for scale in (1.0, 1e-9, 1e12):
         curve = make_curve("a", np.multiply(energies, scale))
@@ -65,7 +65,7 @@ def test_effective_rank_is_the_exponential_of_an_entropy(energies, expected):
 
 
 def test_a_cut_tail_counts_as_spread_evenly():
-    """Exact where the tail is flat, else an upper bound, off by little where it is small."""
+    """The result is exact for a flat tail, else an upper bound close to it for a small tail."""
     (linear,) = make_linears([(8, 8)])
     flat = make_curve("a", [9.0, 3.0, 1, 1, 1, 1, 1, 1])
     steep = make_curve("a", [90.0, 30.0, 1, 0.5, 0.2, 0.1, 0, 0])
@@ -80,7 +80,7 @@ def test_a_cut_tail_counts_as_spread_evenly():
 
 
 def test_the_closed_form_spends_the_budget_by_roots():
-    """Effective ranks 36, 9 and 9 over equal costs: two parts to one and one."""
+    """Effective ranks 36, 9 and 9 with equal costs get ranks 2 : 1 : 1."""
     linears = make_linears([(64, 64)] * 3)
     effective = {each.name: rank for each, rank in zip(linears, [36, 9, 9], strict=True)}
     ranks = closed_form(linears, effective, 40 * 128)
@@ -92,7 +92,7 @@ def test_the_closed_form_spends_the_budget_by_roots():
 
 
 def test_costs_count_under_the_root_too():
-    """At equal effective ranks k is as one over the root of the cost of a rank."""
+    """At equal effective ranks k is proportional to one over the root of the cost per rank."""
     linears = make_linears([(100, 100), (400, 400)])
     effective = dict.fromkeys((each.name for each in linears), 5.0)
     one, four = closed_form(linears, effective, 120_000).values()
@@ -103,7 +103,7 @@ def test_costs_count_under_the_root_too():
 @given(shapes=SHAPES, seed=st.integers(0, 99), keep=st.floats(0.3, 1))
 @settings(deadline=None, max_examples=60)
 def test_no_plan_that_stores_as_little_is_better(shapes, seed, keep):
-    """Brute force over all integer ranks: Σ R / k is least for what is stored."""
+    """Brute force over all integer ranks finds no smaller Σ R / k for as few values."""
     linears = make_linears(shapes)
     curves = make_curves(linears, seed)
     effective = {each.name: effective_rank(each, curves[each.name]) for each in linears}
@@ -119,7 +119,7 @@ def test_no_plan_that_stores_as_little_is_better(shapes, seed, keep):
 @given(counts=st.lists(st.integers(1, 64), min_size=3, max_size=3), keep=st.floats(0.1, 0.5))
 @settings(deadline=None, max_examples=30)
 def test_the_optimum_of_equal_shapes_is_that_of_the_whole_budget(counts, keep):
-    """Where every rank costs the same and none is dense, nothing better fits in the budget."""
+    """For equal costs without dense linears the result is optimal for the whole budget."""
     linears = make_linears([(24, 24)] * 3)
     curves = {
         each.name: make_curve(each.name, np.repeat([1.0], min(n, 24)))
@@ -136,7 +136,7 @@ def test_the_optimum_of_equal_shapes_is_that_of_the_whole_budget(counts, keep):
 
 @pytest.mark.parametrize("scope", ["type", "model"])
 def test_ranks_follow_the_water_filling_solution(scope):
-    """Every rank is that of min(break-even, C √(R/ω)) to within one, at one C for all."""
+    """Every rank is min(break-even, C √(R/ω)) to within one, with one C for all."""
     linears = make_linears([(640, 640), (128, 640), (640, 640), (1280, 640), (640, 640)])
     curves = make_curves(linears, seed=3)
     plan = DRankAllocator(scope=scope)(linears, curves, 0.75, cosines={})
@@ -145,7 +145,7 @@ def test_ranks_follow_the_water_filling_solution(scope):
     dense = np.array([a.form == "dense" for a in plan.assignments.values()])
     assert dense.any()
     assert not dense.all()
-    # k (k + 1) ω / R is one number at the margin: k + 1/2 follows the root
+    # k (k + 1) ω / R is constant at the margin: k + 1/2 follows the root
     level = np.median((ranks + 0.5)[~dense] / roots[~dense])
     assert np.all(np.abs(ranks + 0.5 - level * roots)[~dense] <= 1)
     break_even = np.array([LOW_RANK.break_even(each) for each in linears])
@@ -153,7 +153,8 @@ def test_ranks_follow_the_water_filling_solution(scope):
 
 
 def test_one_budget_for_the_model_moves_values_between_types():
-    """A type of low effective rank gives to one of high; per type nothing moves."""
+    """With one budget a type of low effective rank loses values to one of high; per type it does
+    not."""
     linears = make_model({"mlp.up_proj": (64, 64), "mlp.down_proj": (64, 64)}, blocks=1)
     curves = flat_curves(linears, [36, 9])
     assert ranks_of(DRankAllocator()(linears, curves, 0.4688, cosines={})) == [15, 15]
@@ -166,7 +167,7 @@ def test_one_budget_for_the_model_moves_values_between_types():
     beta=st.floats(0.001, 1),
 )
 def test_rebalanced_budgets_are_conserved(held, room, beta):
-    """Q and K give the same fraction, beta or what fills V; nothing is made, two values lost."""
+    """Q and K give the same fraction, beta or enough to fill V; at most two values are lost."""
     most = held[2] + room
     query, key, value = rebalance(held, most, beta)
     assert sum(held) - 2 <= query + key + value <= sum(held)
@@ -178,7 +179,7 @@ def test_rebalanced_budgets_are_conserved(held, room, beta):
 
 @pytest.mark.parametrize("setting", ["exact", "paper"])
 def test_with_equal_heads_the_papers_ranks_result(setting):
-    """At one rank 16 for all and beta 1/4, Q and K keep 12 and V gets 24; others are untouched."""
+    """With rank 16 for all and beta 1/4, Q and K keep 12 and V gets 24; others are unchanged."""
     linears = make_model(ATTENTION, blocks=2)
     curves = flat_curves(linears, [9] * 8)
     plan = DRankAllocator(setting=setting, beta=0.25)(linears, curves, 0.5, cosines={})
@@ -190,14 +191,14 @@ def test_with_fewer_heads_values_are_moved_and_not_ranks():
     """Beta 0.1 of Q (16 ranks of 128 values) and K (6.4 of 80) is 3.2 ranks of V, not 2.24."""
     linears = make_model(GROUPED, blocks=1)
     curves = flat_curves(linears, [9] * 3)
-    # 14.4, 5.76 and 9.6 ranks: held by each type's own budget, or rounded within that of the three
+    # 14.4, 5.76 and 9.6 ranks: limited by the budget of each type, or of the three together
     assert ranks_of(DRankAllocator(beta=0.1)(linears, curves, 0.5, cosines={})) == [14, 5, 9]
     paper = DRankAllocator(setting="paper", beta=0.1)(linears, curves, 0.5, cosines={})
     assert ranks_of(paper) == [14, 6, 10]
 
 
 def test_a_full_v_leaves_the_rest_with_q_and_k():
-    """What V cannot take is not lost: V is dense, Q and K share the rest as before."""
+    """Values that V cannot take stay with Q and K: V is dense, Q and K share the rest as before."""
     linears = make_model(GROUPED, blocks=1)
     plan = DRankAllocator(beta=0.5)(linears, flat_curves(linears, [9] * 3), 0.5, cosines={})
     query, key, value = plan.assignments.values()
@@ -207,7 +208,7 @@ def test_a_full_v_leaves_the_rest_with_q_and_k():
 
 
 def test_paper_ranks_over_break_even_are_dense_and_given_to_nobody():
-    """The closed form asks 40 and 20 of two weights of break-even 32; the second keeps its 20."""
+    """The closed form gives 40 and 20 to two weights of break-even 32; the second keeps its 20."""
     linears = make_linears([(64, 64)] * 2)
     curves = flat_curves(linears, [36, 9])
     one, two = DRankAllocator(setting="paper")(
@@ -223,7 +224,7 @@ def test_paper_ranks_over_break_even_are_dense_and_given_to_nobody():
 @given(seed=st.integers(0, 30), keep=st.floats(0.2, 0.6))
 @settings(deadline=None, max_examples=30)
 def test_paper_ranks_are_the_nearest_unless_the_budget_says_less(seed, keep):
-    """Never above the rounded closed form, and below it only where the sum would not fit."""
+    """Ranks are never above the rounded closed form, and below it only to meet the budget."""
     linears = make_linears([(60, 60)] * 5)
     curves = make_curves(linears, seed)
     effective = {each.name: effective_rank(each, curves[each.name]) for each in linears}
@@ -238,11 +239,11 @@ def test_paper_ranks_are_the_nearest_unless_the_budget_says_less(seed, keep):
 
 @pytest.mark.parametrize("setting", ["exact", "paper"])
 def test_the_authors_test_compares_with_uniform_ranks(setting):
-    """A type whose ranks cut more energy than uniform ones is uniform, gate always, others not."""
+    """A type with a larger truncation loss than with uniform ranks is uniform, gate always."""
     roles = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
     linears = make_model(dict.fromkeys(roles, (64, 64)), blocks=2)
     good, bad = (np.repeat([1.0, 0.0], n) for n in ([20, 44], [4, 60]))
-    # up: the flat weight needs its ranks; o: it is flat but weighs nothing beside a steep one
+    # up: the flat weight needs its ranks; o: it is flat but has little energy
     curves = make_curves(linears)
     for role in roles:
         for block, energies in enumerate([good, bad]):
@@ -268,7 +269,7 @@ def test_the_authors_test_compares_with_uniform_ranks(setting):
 
 
 def test_beta_needs_q_k_and_v():
-    """Where a family has no such linears, or they are not targeted, beta is refused."""
+    """If a family has no q, k and v, or they are not targeted, beta is refused."""
     linears = make_model({"attn.c_attn": (24, 8), "mlp.c_fc": (32, 8)}, blocks=1)
     curves = make_curves(linears)
     DRankAllocator()(linears, curves, 0.5, cosines={})
@@ -298,6 +299,6 @@ def test_a_beta_that_leaves_q_below_rank_one_is_infeasible():
     ],
 )
 def test_an_option_outside_its_range_is_refused(options, message):
-    """The error names the option, what it is and what is allowed."""
+    """The message has the option, its value and the allowed values."""
     with pytest.raises(UsageError, match=f"d-rank: {message}"):
         DRankAllocator(**options)

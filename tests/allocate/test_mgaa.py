@@ -35,7 +35,7 @@ def least_retained(linears, curves, assignments):
 @every_rule
 @pytest.mark.parametrize("cosine", [-1.0, 0.0, 0.7, 1.0])
 def test_equal_cosines_give_the_kept_fraction_to_all(rule, cosine):
-    """Nothing to tell sublayers apart: uniform, also where every score is zero."""
+    """Without differences between sublayers the result is uniform, also for zero scores."""
     size_S = np.array([100, 2000, 30])
     kept_S = MgaaAllocator(rule=rule).kept_fractions(np.full(3, cosine), size_S, 0.8 * 2130)
     np.testing.assert_allclose(kept_S, 0.8, rtol=1e-12)
@@ -44,7 +44,8 @@ def test_equal_cosines_give_the_kept_fraction_to_all(rule, cosine):
 @every_rule
 @given(cosines=COSINES, keep=st.floats(0.31, 0.97))
 def test_fractions_meet_budget_bounds_and_order(rule, cosines, keep):
-    """Their sum over sizes is the budget, from below; none leaves [low, high]; alike keeps less."""
+    """The weighted sum meets the budget from below, within [low, high]; similar sublayers keep
+    less."""
     cosine_S, size_S = np.array(cosines), sizes_of(cosines)
     budget = keep * size_S.sum()
     kept_S = MgaaAllocator(rule=rule).kept_fractions(cosine_S, size_S, budget)
@@ -57,14 +58,14 @@ def test_fractions_meet_budget_bounds_and_order(rule, cosines, keep):
 
 @pytest.mark.parametrize("t", [0.5, 1.0, 2.0])
 def test_power_keeps_in_proportion_within_its_bounds(t):
-    """Kept over (1 − c)^t is one number where no bound holds."""
+    """Kept over (1 − c)^t is constant within the bounds."""
     cosine_S = np.array([0.5, 0.6, 0.55])
     kept_S = MgaaAllocator(t=t, low=0.0, high=1).kept_fractions(cosine_S, np.ones(3), 1.5)
     np.testing.assert_allclose(np.diff(kept_S / (1 - cosine_S) ** t), 0, atol=1e-12)
 
 
 def test_what_a_bound_holds_back_goes_to_the_others():
-    """With scores 9 : 4 : 1 and two at their bounds, the third gets what is left."""
+    """With scores 9 : 4 : 1 and two at their bounds, the third gets the remainder."""
     kept_S = MgaaAllocator(t=1, low=0.3, high=0.9).kept_fractions(
         1 - np.array([0.9, 0.4, 0.1]), np.ones(3), 1.8
     )
@@ -72,7 +73,7 @@ def test_what_a_bound_holds_back_goes_to_the_others():
 
 
 def test_softmax_removes_in_proportion_to_an_exponential():
-    """Removed over exp(c / temperature) is one number where no bound holds."""
+    """Removed over exp(c / temperature) is constant within the bounds."""
     cosine_S = np.array([0.5, 0.6, 0.55])
     rule = MgaaAllocator(rule="softmax", temperature=0.2, low=0, high=1)
     removed_S = 1 - rule.kept_fractions(cosine_S, np.ones(3), 2.4)
@@ -80,14 +81,14 @@ def test_softmax_removes_in_proportion_to_an_exponential():
 
 
 def test_linear_removes_in_proportion_to_the_cosine():
-    """Removed over c is one number, and nothing goes from what stands at a right angle."""
+    """Removed over c is constant, and 0 for c = 0."""
     cosine_S = np.array([0.0, 0.6, 0.3])
     removed_S = 1 - MgaaAllocator(rule="linear", high=1).kept_fractions(cosine_S, np.ones(3), 2.4)
     np.testing.assert_allclose(removed_S, [0, 0.4, 0.2], atol=1e-9)
 
 
 def test_retain_keeps_in_proportion_to_the_angle():
-    """Angles of 90, 60 and 30 degrees: what would keep more than everything keeps everything."""
+    """Angles of 90, 60 and 30 degrees: a sublayer that would exceed 1 keeps everything."""
     cosine_S = np.cos(np.pi / np.array([2, 3, 6]))
     kept_S = MgaaAllocator(rule="retain", low=0, high=1).kept_fractions(cosine_S, np.ones(3), 2.2)
     np.testing.assert_allclose(kept_S, [1, 0.8, 0.4], rtol=1e-12)
@@ -96,7 +97,7 @@ def test_retain_keeps_in_proportion_to_the_angle():
 @given(seed=st.integers(0, 50), keep=st.floats(0.3, 0.98))
 @settings(deadline=None, max_examples=40)
 def test_the_energy_level_within_a_sublayer_is_the_highest_there_is(seed, keep):
-    """Of all integer ranks within the sublayer's share none retains a larger least energy."""
+    """No integer ranks within the sublayer's share have a larger minimum of retained energy."""
     linears = make_model(BLOCK, blocks=1)
     curves = make_curves(linears, seed)
     try:
@@ -111,7 +112,7 @@ def test_the_energy_level_within_a_sublayer_is_the_highest_there_is(seed, keep):
 
 @pytest.mark.parametrize("leftover", ["slack", "largest"])
 def test_a_sublayer_stores_its_fraction_but_for_one_rank(leftover):
-    """What is left of a share is below the dearest step; handed on, it passes it by no more."""
+    """The remainder of a share is below the largest step; if passed on, the excess is too."""
     linears = make_model(BLOCK, blocks=3)
     cosines = {"0.mlp": 0.9, "1.mlp": 0.8, "2.mlp": 0.5}
     plan = MgaaAllocator(leftover=leftover)(linears, make_curves(linears), 0.7, cosines=cosines)
@@ -129,7 +130,7 @@ def test_a_sublayer_stores_its_fraction_but_for_one_rank(leftover):
 
 
 def test_a_linear_without_energy_gets_rank_one():
-    """Nothing to capture: the ranks go to the others until they have captured all."""
+    """Without energy to capture, ranks go to the other linears until they have captured all."""
     linears = make_model(BLOCK, blocks=1)
     silent = linears[0].name
     curves = make_curves(linears) | {silent: make_curve(silent, np.zeros(8))}
@@ -140,14 +141,14 @@ def test_a_linear_without_energy_gets_rank_one():
 
 @pytest.mark.parametrize(("keep", "word"), [(0.25, "lower its low"), (0.99, "raise its high")])
 def test_a_budget_outside_the_bounds_is_infeasible(keep, word):
-    """No clipping to a budget that was not asked for."""
+    """The budget is not clipped to the bounds."""
     linears = make_model(BLOCK, blocks=2)
     with pytest.raises(InfeasibleError, match=rf"{keep}.*0\.3, 0\.98.*{word}"):
         MgaaAllocator()(linears, make_curves(linears), keep, cosines=make_cosines(linears))
 
 
 def test_a_share_below_rank_one_is_infeasible():
-    """The error names the sublayer that cannot live on what its cosine leaves it."""
+    """The message names the sublayer whose share is too small."""
     linears = make_model(BLOCK, blocks=2)
     with pytest.raises(InfeasibleError, match=r"sublayer 1\.mlp"):
         MgaaAllocator(t=2, low=0.0)(
@@ -157,7 +158,7 @@ def test_a_share_below_rank_one_is_infeasible():
 
 @pytest.mark.parametrize("cosines", [{}, {"0.mlp": math.nan}, {"0.attn": 0.5}])
 def test_a_cosine_that_is_missing_or_not_finite_is_refused(cosines):
-    """A sublayer without a cosine is not taken for a neutral one."""
+    """A sublayer without a cosine is not treated as neutral."""
     linears = make_model(BLOCK, blocks=1)
     with pytest.raises(InputError, match=r"sublayer 0\.mlp"):
         MgaaAllocator()(linears, make_curves(linears), 0.7, cosines=cosines)
@@ -176,6 +177,6 @@ def test_a_cosine_that_is_missing_or_not_finite_is_refused(cosines):
     ],
 )
 def test_an_option_outside_its_range_is_refused(options, message):
-    """The error names the option, what it is and what is allowed."""
+    """The message has the option, its value and the allowed values."""
     with pytest.raises(UsageError, match=f"mgaa: {message}"):
         MgaaAllocator(**options)

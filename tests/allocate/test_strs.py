@@ -1,4 +1,4 @@
-"""STRS: the search against brute force, sensitivities against whole models, and the whole job."""
+"""STRS: the search against brute force, sensitivities against whole models, and whole runs."""
 
 import itertools
 import os
@@ -30,7 +30,7 @@ SHAPES = st.lists(st.tuples(st.integers(2, 40), st.integers(2, 40)), min_size=1,
 
 
 def measured(linears, strs, draw):
-    """Curves whose sensitivities are drawn; `draw` gives one for each trial."""
+    """Make curves with drawn sensitivities; `draw` gives one per trial."""
     curves = {}
     for linear in linears:
         losses = {rank: draw() for rank in strs.ranks(linear)}
@@ -39,7 +39,7 @@ def measured(linears, strs, draw):
 
 
 def plan_of_cut(linears, curves, strs, rejected):
-    """By the definition: what each linear becomes where the first trials of the list are out."""
+    """Compute by definition the plan after rejecting the first trials of the list."""
     trials = [(curves[x.name].sensitivities[r], x.name, r) for x in linears for r in strs.ranks(x)]
     trials.sort(key=lambda trial: -trial[0])
     sizes = {}
@@ -52,7 +52,7 @@ def plan_of_cut(linears, curves, strs, rejected):
 @given(shapes=SHAPES, percent=st.integers(1, 100), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=200)
 def test_the_search_is_the_last_cut_that_fits(shapes, percent, seed):
-    """Of all cuts of the sorted list, one by one, the plan is the one that stores the most."""
+    """Of all cuts of the sorted list the plan is the one with the most stored values."""
     linears, strs = make_linears(shapes), Strs(grid="0.2 0.5 0.7 0.9")
     # few values, so that some losses are equal
     rng = np.random.default_rng(seed)
@@ -74,7 +74,8 @@ def test_the_search_is_the_last_cut_that_fits(shapes, percent, seed):
 
 
 def test_sensitive_linears_keep_more():
-    """Of two equal linears the one whose cuts cost more is cut less; a noisy trial is no size."""
+    """Of two equal linears the more sensitive one is truncated less; a noisy trial is never
+    chosen."""
     one, two = linears = make_linears([(40, 40), (40, 40)])
     strs = Strs(grid="0.4 0.6 0.8")
     curves = {
@@ -113,13 +114,13 @@ def test_the_grid_gives_ranks_below_break_even():
     ],
 )
 def test_options_are_checked(options, said):
-    """A value that is not allowed is named with what is."""
+    """The message has the allowed values."""
     with pytest.raises(UsageError, match=said):
         Strs(**options)
 
 
 def test_a_sensitivity_that_is_not_there_is_an_error():
-    """Missing or not finite: the message names the linear and the rank."""
+    """The message for a missing or non-finite sensitivity names linear and rank."""
     linears = make_model({"q": (40, 40)}, 2)
     for losses, said in [
         ({8: 1.0}, "rank 16 is missing"),
@@ -156,7 +157,7 @@ def reference(llama, text, tmp_path_factory):
 
 
 def stored_factors(run_dir):
-    """What the decomposition units hold, by the linear's name."""
+    """Content of the decomposition units, by linear."""
     found = run_dir.glob("units/*/*/*_proj.safetensors")
     return {path.name.removesuffix(".safetensors"): load_file(path) for path in found}
 
@@ -178,7 +179,7 @@ def cause_of_loss(model, rows):
 
 @pytest.mark.parametrize("method", ["asvd", "svd-llm"])
 def test_sensitivities_are_those_of_whole_models(method, llama, text, tmp_path):
-    """Each is the loss of the whole model with that one weight replaced by its cut factors."""
+    """Each sensitivity is the loss of the whole model with that one weight truncated."""
     fields = {"method": method, "allocation": "strs", "shards": 3}
     report = compress(llama, tmp_path / "out", text, **fields).report["strs"]
     model, rows = AutoModelForCausalLM.from_pretrained(llama).eval(), windows_of(text, llama)
@@ -219,7 +220,7 @@ def test_other_families_are_measured_too(family, checkpoint, text, tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 3, 4])
 def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
-    """However the trials' pass is cut, checkpoint and report are byte-identical."""
+    """Checkpoint and report are byte-identical for every cut of the trial pass."""
     compress(llama, tmp_path / "out", text, shards=shards)
     assert contents(tmp_path / "out") == reference
 
@@ -229,7 +230,7 @@ def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
 def test_the_number_of_workers_changes_no_bit(
     workers, llama, text, reference, tmp_path, ray_address
 ):
-    """With 1 and 2 Ray actors the output is what one process writes without Ray."""
+    """With 1 and 2 Ray actors the output is that of one process without Ray."""
     compress(llama, tmp_path / "out", text, executor="ray", workers=workers, shards=2)
     assert contents(tmp_path / "out") == reference
 
@@ -240,7 +241,7 @@ TRIALS = 4 * 7 * 2 + 1
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_no_trial_is_taken_twice(shards, llama, text, reference, tmp_path):
-    """A run that was stopped after some trials goes on behind them, to the same bytes."""
+    """A run stopped after some trials continues with the others, to the same bytes."""
 
     def stop(event):
         if is_unit(20, "score")(event):
@@ -256,7 +257,7 @@ def test_no_trial_is_taken_twice(shards, llama, text, reference, tmp_path):
 
 @pytest.mark.chaos
 def test_a_killed_driver_takes_no_trial_twice(llama, text, reference, tmp_path):
-    """After SIGKILL what is committed stays: the same command takes the others alone."""
+    """After SIGKILL committed trials are kept: the same command does only the others."""
     flags = ("--method", "asvd", "--option", "strs.grid=0.4 0.8", "--executor", "local")
     driver = Driver(llama, tmp_path / "out", text, *flags, "--shards", "2")
     assert driver.until(is_unit(12, "score"))
@@ -270,7 +271,7 @@ def test_a_killed_driver_takes_no_trial_twice(llama, text, reference, tmp_path):
 @pytest.mark.ray
 @pytest.mark.chaos
 def test_a_killed_actor_changes_no_byte(llama, text, reference, tmp_path, ray_address):
-    """Whoever takes its shard goes on with the trials, from the same dense states."""
+    """Another worker continues the trials of a lost shard from the same dense states."""
     events, killed = [], []
 
     def kill(event):
@@ -289,7 +290,7 @@ def test_a_killed_actor_changes_no_byte(llama, text, reference, tmp_path, ray_ad
 
 
 def test_a_damaged_boundary_is_made_again(llama, text, reference, tmp_path):
-    """Where what trials start from is gone behind the first shard, earlier blocks run once more."""
+    """If the chunks from which trials start are lost, earlier blocks run once more."""
     lost = []
 
     def damage(event):
@@ -312,7 +313,7 @@ def test_nothing_stays_at_the_boundaries(llama, text, tmp_path):
 
 
 def test_another_size_takes_no_trial(llama, text, tmp_path):
-    """From one run directory a second size is searched alone, and a finer grid adds its trials."""
+    """A second size from one run directory needs no trial, and a finer grid only its new ones."""
     run_dir = str(tmp_path / "run")
     compress(llama, tmp_path / "half", text, run_dir=run_dir)
     events = []
@@ -330,7 +331,7 @@ def test_another_size_takes_no_trial(llama, text, tmp_path):
 
 @pytest.mark.parametrize("keep", [0.4, 0.55, 0.8, 1.0])
 def test_every_budget_is_met_from_below(keep, llama, text, tmp_path):
-    """What is stored is within the budget, and less than the next step below it."""
+    """Stored values are within the budget, and less than a step below it."""
     report = compress(llama, tmp_path / "out", text, keep=keep).report
     values, entries = report["values"], report["linears"].values()
     assert sum(entry["values"] for entry in entries) == values["stored"] <= values["budget"]
@@ -340,7 +341,7 @@ def test_every_budget_is_met_from_below(keep, llama, text, tmp_path):
 
 @pytest.mark.parametrize("fields", [{"storage": "pivoted"}, {"keep": None, "keep_bytes": 0.6}])
 def test_other_budgets_are_met_from_below(fields, llama, text, tmp_path):
-    """Pivoted ranks are tried at what they store; bytes of factors are those of values."""
+    """Pivoted ranks are tried at their size; bytes of factors are those of values."""
     result = compress(llama, tmp_path / "out", text, **{"keep": 0.6} | fields)
     linears = LazyModel.open(llama).survey().linears
     stored = sum(
@@ -354,7 +355,7 @@ def test_other_budgets_are_met_from_below(fields, llama, text, tmp_path):
 
 
 def test_a_budget_below_the_grid_is_said_first(llama, text, tmp_path):
-    """Before anything is computed, with the way out; and nothing is written."""
+    """The error comes before any computation, names the remedy, and no file is written."""
     with pytest.raises(InfeasibleError, match=r"grid, 0\.4, stores .* begins lower"):
         compress(llama, tmp_path / "out", text, keep=0.3)
     assert not list((tmp_path / "out.run").glob("units/*"))
@@ -369,7 +370,7 @@ def test_a_budget_below_the_grid_is_said_first(llama, text, tmp_path):
     ],
 )
 def test_other_methods_are_divided_by_it(method, options, llama, text, tmp_path):
-    """Linears that share a basis are one trial; any cut of the model gives the same bytes."""
+    """Linears with a shared basis are one trial; any cut of the model gives the same bytes."""
     fields = {"method": method, "allocation": "strs", "options": options | {"strs": OPTIONS}}
     for shards in (1, 2):
         result = compress(llama, tmp_path / f"out{shards}", text, shards=shards, **fields)
@@ -380,7 +381,7 @@ def test_other_methods_are_divided_by_it(method, options, llama, text, tmp_path)
 
 
 def test_a_part_of_a_shard_runs_alone(llama):
-    """Block by block, from inside a shard on, gives the bits of the whole shard."""
+    """Block by block, starting inside a shard, gives the bits of the whole shard."""
     shard = LazyModel.open(llama).shard(range(0, 4))
     tokens = torch.arange(2, 50)[None] * 5 % 96
     chunk = Chunk(0, tokens, torch.ones_like(tokens, dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Ranks and entries under one budget: the laws, and the least summed loss by brute force."""
+"""Ranks and entries under one budget: laws, and the least summed loss by brute force."""
 
 import itertools
 from dataclasses import fields, replace
@@ -23,7 +23,7 @@ MODEL = make_model({"q": (12, 12), "k": (4, 12), "up": (24, 10), "down": (10, 24
 
 
 def make_surface(linear, rng):
-    """Losses that fall with entries and rank, of very different weight; convex or not."""
+    """Make losses that fall with entries and rank, on different scales; convex or not."""
     steep, size, points = rng.uniform(0.5, 4), 10 ** rng.uniform(0, 4), []
     falls = np.sort(rng.uniform(0, 1, len(SHARES)))[::-1]
     falls[0], falls[-1] = 1, 0
@@ -65,7 +65,7 @@ def run(linears, keep, surfaces=None):
 
 
 def test_it_stands_in_the_table():
-    """A frozen class without options, for linears that keep ranks and entries."""
+    """The allocator is a frozen class without options, for linears with ranks and entries."""
     assert POOL_ALLOCATORS["two-sided-sparse"] is TwoSidedSparseAllocator
     assert fields(TwoSidedSparseAllocator) == ()
     assert make_allocator("two-sided-sparse", {}, "low_rank_sparse") == ALLOCATE
@@ -74,7 +74,7 @@ def test_it_stands_in_the_table():
 
 
 def test_a_surface_goes_to_json_and_back():
-    """Unchanged, the counts whole."""
+    """The JSON round trip is exact, with integer counts."""
     surface = make_surface(MODEL[0], np.random.default_rng(0))
     again = Surface.from_json(surface.to_json())
     assert again.name == surface.name
@@ -84,7 +84,7 @@ def test_a_surface_goes_to_json_and_back():
 
 
 def test_between_points_norms_are_interpolated():
-    """Squares of what lies between the roots; where a point loses more than one before, that."""
+    """Roots of losses are interpolated; a point with more loss than an earlier one is skipped."""
     surface = Surface(
         name="a",
         nonzeros=np.array([0, 0, 0, 10, 20]),
@@ -103,7 +103,7 @@ def test_between_points_norms_are_interpolated():
 @given(percent=st.integers(1, 100), seed=st.integers(0, 30))
 @settings(deadline=None, max_examples=40)
 def test_the_laws(percent, seed):
-    """What one linear cannot use is left, forms are what they keep; or it is infeasible."""
+    """Excess values stay unused, forms match the kept parts; or the budget is infeasible."""
     try:
         plan = run(MODEL, percent / 100, make_surfaces(MODEL, seed))
     except InfeasibleError:
@@ -135,7 +135,7 @@ def test_more_budget_never_means_less():
 
 
 def test_blocks_may_be_exchanged():
-    """Blocks that exchange their surfaces exchange what they get."""
+    """Exchanging the surfaces of two blocks exchanges their assignments."""
     surfaces = make_surfaces(MODEL)
     other = {each.name: f"blocks.{(each.block + 1) % 3}.{each.role}" for each in MODEL}
     moved = {name: replace(surfaces[other[name]], name=name) for name in other}
@@ -144,7 +144,7 @@ def test_blocks_may_be_exchanged():
 
 
 def test_linears_that_cost_as_much_as_their_factors_stay_dense():
-    """Where rank 1 reaches break-even there is nothing but the dense weight to choose."""
+    """If rank 1 reaches break-even, only the dense weight can be chosen."""
     linears = make_linears([(2, 2), (1, 9), (12, 12)])
     plan = run(linears, 0.5)
     forms = [plan.assignments[each.name].form for each in linears]
@@ -153,7 +153,7 @@ def test_linears_that_cost_as_much_as_their_factors_stay_dense():
 
 
 def test_impossible_budgets_are_refused():
-    """Below rank 1 everywhere, and outside (0, 1]."""
+    """Budgets below rank 1 everywhere, and outside (0, 1], are refused."""
     with pytest.raises(InfeasibleError, match="rank 1 for each"):
         run(MODEL, 0.05)
     for keep in (0.0, 1.5):
@@ -162,7 +162,7 @@ def test_impossible_budgets_are_refused():
 
 
 def points(linear, surface):
-    """Stored values and losses at all that was measured, dense and the least that is kept."""
+    """Return stored values and losses at all measured points, the dense one and the minimum."""
     cost, least = (
         linear.rank_cost,
         min(surface.loss(rank, count) for rank, count in ((0, linear.rank_cost), (1, 0))),
@@ -176,8 +176,8 @@ def points(linear, surface):
 @given(seed=st.integers(0, 500))
 @settings(deadline=None, max_examples=30)
 def test_no_plan_at_measured_points_loses_less(seed):
-    """At every price of a value the plan of that budget loses what the least of loss and price
-    does, and no other choice of points loses less for as many values."""
+    """At every price per value the plan minimises loss plus price, and no other choice of points
+    has less loss with as many values."""
     linears = make_linears([(9, 6), (5, 8), (7, 7)])
     surfaces = make_surfaces(linears, seed)
     choices = [points(linear, surfaces[linear.name]) for linear in linears]
@@ -198,7 +198,7 @@ def test_no_plan_at_measured_points_loses_less(seed):
 @pytest.mark.parametrize("codec", [CODECS["bfloat16"], CODECS["float32"]])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_bytes_of_indices_count(share, codec):
-    """What is stored with its indices fits from below."""
+    """Stored values with their indices fit from below."""
     surfaces = make_surfaces(MODEL)
     plan = fill_bytes(lambda keep: ALLOCATE(MODEL, surfaces, keep, {}), MODEL, share, codec)
     stored = sum(plan.assignments[each.name].stored_bytes(each, codec) for each in MODEL)

@@ -1,4 +1,4 @@
-"""One threshold over the model: the least summed loss, against every plan there is."""
+"""One threshold over the model: the least summed loss, compared with all plans."""
 
 import numpy as np
 import pytest
@@ -21,11 +21,12 @@ def summed_loss(assignments, curves):
 @given(seed=st.integers(0, 200))
 @settings(deadline=None, max_examples=25)
 def test_no_plan_that_stores_as_little_loses_less(seed):
-    """At every budget that ends at a corner of a hull, by comparison with all plans."""
+    """The plan is optimal at every budget that ends at a corner of a hull, compared with all
+    plans."""
     curves = make_curves(TINY, seed)
     for percent in range(30, 100, 9):
         plan = Threshold()(TINY, curves, percent / 100, cosines={})
-        # a plan is at a corner if no linear stands inside a piece of its hull
+        # a plan is at a corner if no linear is inside a segment of its hull
         keys = [Threshold().keys(each, curves[each.name]) for each in TINY]
         sizes = [plan.assignments[each.name] for each in TINY]
         taken = [len(k) if a.form == "dense" else a.rank for k, a in zip(keys, sizes, strict=True)]
@@ -39,7 +40,7 @@ def test_no_plan_that_stores_as_little_loses_less(seed):
 
 
 def test_components_stay_where_they_are_worth_the_threshold():
-    """Away from break-even a component stays if and only if its energy over m + n is large."""
+    """Away from break-even a component is kept if and only if its energy over m + n is large."""
     linears = make_model({"q": (60, 40), "up": (90, 40)}, blocks=3)
     curves = {
         each.name: make_curve(each.name, 10.0 ** (i / 3) * np.exp(-np.arange(40) / 4))
@@ -57,10 +58,10 @@ def test_components_stay_where_they_are_worth_the_threshold():
 
 
 def test_a_dense_weight_is_taken_early_where_that_gains_more():
-    """A flat spectrum makes ranks a poor purchase: the hull jumps to the dense weight."""
+    """For a flat spectrum ranks gain little: the hull jumps to the dense weight."""
     (linear,) = make_model({"q": (20, 20)}, blocks=1)
     curve = make_curve(linear.name, np.ones(20))
-    # rank 9 of 10 loses 11 of 20 for 360 of 400 values; all of it costs 40 more
+    # rank 9 of 10 loses 11 of 20 for 360 of 400 values; the dense weight costs 40 more
     assert len(set(Threshold().keys(linear, curve))) == 1
     keys = Threshold(dense="break_even").keys(linear, curve)
     np.testing.assert_allclose(keys, 40.0)
@@ -81,15 +82,15 @@ def test_a_floor_gives_every_linear_its_part_first():
 
 @pytest.mark.parametrize("options", [{"dense": "never"}, {"floor": 1.5}, {"floor": "half"}])
 def test_values_that_are_not_allowed_are_refused(options):
-    """Each with the name of the option."""
+    """The message has the name of the option."""
     with pytest.raises(UsageError, match=next(iter(options))):
         Threshold(**options)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_hull_rates_are_those_of_the_hull(seed):
-    """Each step's rate is that of the hull through its piece, by the definition: the hull at a cost
-    is the most that any two corners around it reach."""
+    """Each step's rate is that of the hull by definition: at every cost the maximum over chords
+    between corners around it."""
     rng = np.random.default_rng(seed)
     steps = int(rng.integers(1, 25))
     cost_K = np.full(steps, 7) if seed % 2 else 2 * np.arange(steps, 0, -1) + 1

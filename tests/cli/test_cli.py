@@ -121,7 +121,7 @@ def test_result_on_stdout_and_progress_on_stderr(compressed, capsys):
     """A result can be piped; events do not mix with it, as lines or as JSON."""
     assert main(["compress", "dense", "small", "--keep", "0.8"]) == 0
     said = capsys.readouterr()
-    assert "0.7900 (asked 0.8 of values)" in said.out
+    assert "0.7900 (requested 0.8 of values)" in said.out
     assert said.err.endswith("] here\n")
     arguments = ["compress", "dense", "small", "--keep", "0.8", "--json", "--progress", "json"]
     assert main(arguments) == 0
@@ -169,7 +169,7 @@ def test_evaluate_passes_what_was_given(monkeypatch, capsys, json_flag):
     else:
         rows = [line.split() for line in shown.splitlines()]
         assert rows[:2] == [["dense", "small"], ["perplexity", "9.50", "10.00"]]
-        assert "same first token on 87.5%" in shown
+        assert "same top token for 87.5%" in shown
         assert "511 predictions, peak memory of a worker: host 1 GB" in shown
 
 

@@ -52,7 +52,7 @@ def test_a_run_in_lines(clock, stream):
         "[30s] calibrate 1/4: block 0 in 2.5s, 1m30s left",
         "[1m00s] calibrate 2/4: block 1 in 2.5s, 1m00s left",
         "[1m00s] all is well",
-        "[1m00s] waiting for 3 calls; there is 2 workers",
+        "[1m00s] waiting for 3 calls; available: 2 workers",
         "[1m00s] process 3 on a, process 4 on b",
         "[1m00s] step 0: 0.5000 on held-out sequences",
         "[1m00s] step 7: loss 0.5000 in training, 0.2500 on held-out sequences",
@@ -71,8 +71,8 @@ def test_failures_in_lines(clock, stream):
     show({"event": "draining", "node": "a (12)", "deadline": time.time() + 30.4})
     assert stream.getvalue().splitlines() == [
         "[0.0s] block 2: process 3 on a (12) hung: no answer; repeat, see failures/0001.json",
-        "[0.0s] a (12) goes: its workers end their calls, others take over",
-        "[0.0s] a (12) goes in 30s: its workers end their calls, others take over",
+        "[0.0s] a (12) drains: its workers finish their calls, others take over",
+        "[0.0s] a (12) drains in 30s: its workers finish their calls, others take over",
     ]
 
 

@@ -120,4 +120,4 @@ def test_the_command_prints_every_candidate(llama, text, held_out, tmp_path, cap
     lines = capsys.readouterr().out.splitlines()
     assert ["storage=plain" in lines[0], "storage=pivoted" in lines[1]] == [True, True]
     assert sum(line.endswith("  best") for line in lines[:2]) == 1
-    assert lines[2].startswith("kept of the targeted linears")
+    assert lines[2].startswith("kept fraction of the targeted linears")

@@ -77,5 +77,5 @@ def test_a_secret_is_refused_as_a_variable_of_a_job(name, capsys):
     """Everyone who sees the job sees its variables: refused, and the value is not printed."""
     assert main(["submit", "--env", f"{name}=sekret", "--", "status", "/r"]) == 2
     said = capsys.readouterr().err
-    assert f"{name} would be shown" in said
+    assert f"{name} would be displayed" in said
     assert "sekret" not in said

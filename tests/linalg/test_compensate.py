@@ -1,4 +1,4 @@
-"""Factors for the inputs that a compressed model makes, against least squares and brute force."""
+"""Compensated factors, compared with least squares and brute force."""
 
 import numpy as np
 import pytest
@@ -19,12 +19,12 @@ O, I, T, R = 7, 9, 60, 3  # noqa: E741 # the dimensions' letters
 
 
 def rows(count=T, seed=0):
-    """Dense inputs x and those of a compressed model z, a noisy turn of them."""
+    """Dense inputs x, and inputs z of a compressed model: a noisy rotation of x."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     dense_TI = draw(count, I) @ draw(I, I)
     found_TI = dense_TI @ (torch.eye(I, dtype=torch.float64) + 0.2 * draw(I, I))
-    # values that float32 has, so that the float32 products are the only rounding
+    # values representable in float32, so that the float32 products are the only rounding
     return dense_TI.float(), (found_TI + draw(count, I)).float()
 
 
@@ -38,14 +38,14 @@ def drift_of(dense_TI, found_TI):
 
 
 def exact_drift(dense_TI, found_TI):
-    """The moments by definition, in float64."""
+    """Compute the moments by definition, in float64."""
     z, d = found_TI.double(), dense_TI.double() - found_TI.double()
     moments = {"moment_II": z.T @ z, "cross_II": d.T @ z, "spread_II": d.T @ d}
     return Drift(**moments, tokens=len(z))
 
 
 def truncated(weight_OI, rank=R):
-    """Factors with an orthonormal left one, best for nothing in particular."""
+    """Factors with an orthonormal left one, optimal for no particular objective."""
     left_OR = torch.linalg.svd(weight_OI).U[:, :rank]
     return Factors(left_OR=left_OR, down_RI=left_OR.T @ weight_OI)
 
@@ -56,7 +56,8 @@ def direct_error(weight_OI, found_OI, dense_TI, found_TI, beta):
 
 
 def test_moments_are_those_of_the_rows():
-    """Sums over any number of tokens, past the flush too, in pieces, to float32 products."""
+    """Moments equal the sums over rows, to float32 products, for several pieces and beyond a
+    flush."""
     dense_TI, found_TI = rows(FLUSH_TOKENS + 1000)
     gram = DriftGram(I)
     for piece in (slice(0, 50), slice(50, None)):
@@ -69,7 +70,7 @@ def test_moments_are_those_of_the_rows():
 
 
 def test_equal_inputs_drift_nowhere():
-    """x' = x: E and D are zero to the bit, M the identity to the bit, and nothing is taken."""
+    """Equal inputs give E = D = 0 and M = 1 to the bit, and the factors are kept."""
     _, found_TI = rows()
     drift = drift_of(found_TI, found_TI)
     assert not drift.cross_II.any()
@@ -83,7 +84,7 @@ def test_equal_inputs_drift_nowhere():
 
 
 def test_without_dense_rows_the_drift_is_zero():
-    """Only z given: the moments are those where x is z."""
+    """With z alone, the moments are those for x = z."""
     _, found_TI = rows()
     alone, same = DriftGram(I).update(found_TI).drift(), drift_of(found_TI, found_TI)
     for name in ("moment_II", "cross_II", "spread_II"):
@@ -92,7 +93,7 @@ def test_without_dense_rows_the_drift_is_zero():
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 def test_the_map_is_the_least_squares_solution(beta):
-    """Full rank and no ridge: W M is numpy's lstsq on explicit x and x'."""
+    """With full rank and no ridge, W M is numpy's lstsq on explicit x and z."""
     dense_TI, found_TI = rows()
     turn = input_map(exact_drift(dense_TI, found_TI), beta, 0.0)
     target_TI = (1 - beta) * found_TI.double() + beta * dense_TI.double()
@@ -103,7 +104,7 @@ def test_the_map_is_the_least_squares_solution(beta):
 
 
 def test_the_ridge_leads_to_the_identity():
-    """The more ridge, the nearer to no compensation; and it is the ridge solution in between."""
+    """A large ridge gives the identity; a moderate one gives the ridge solution."""
     drift = exact_drift(*rows())
     eye_II = torch.eye(I, dtype=torch.float64)
     maps = [input_map(drift, 1.0, damping).matrix_II for damping in (0, 0.1, 10.0, 1e6)]
@@ -117,7 +118,8 @@ def test_the_ridge_leads_to_the_identity():
 
 
 def test_directions_without_data_stay():
-    """Fewer tokens than channels: M is the identity on what no input has, and finite."""
+    """With fewer tokens than channels, M is finite, and the identity on directions without
+    input."""
     dense_TI, found_TI = rows(4)
     drift = exact_drift(dense_TI, found_TI)
     matrix_II = input_map(drift, 1.0, 1e-6).matrix_II
@@ -127,7 +129,7 @@ def test_directions_without_data_stay():
 
 
 def test_a_solve_that_fails_leaves_the_factors():
-    """No token at all and no ridge: it is said, and what was given is used."""
+    """Without tokens and ridge, the failure is reported and the given factors are used."""
     drift = exact_drift(*rows(0))
     turn = input_map(drift, 1.0, 0.0)
     assert turn.matrix_II is None
@@ -137,7 +139,7 @@ def test_a_solve_that_fails_leaves_the_factors():
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
 def test_the_modelled_error_is_that_of_the_tokens(beta):
-    """The closed form over the moments is the sum over explicit tokens."""
+    """The closed form of the moments is the sum over explicit tokens."""
     dense_TI, found_TI = rows()
     found_OI = truncated(weight()).product()
     modelled = modelled_error(weight(), found_OI, exact_drift(dense_TI, found_TI), beta)
@@ -146,14 +148,15 @@ def test_the_modelled_error_is_that_of_the_tokens(beta):
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_new_factors_are_the_best_of_their_rank(beta):
-    """They reach the optimum of the theorem, and no nearby factors of the rank are better."""
+    """New factors reach the optimum of the theorem, and nearby factors of the rank are not
+    better."""
     dense_TI, found_TI = rows()
     drift = exact_drift(dense_TI, found_TI)
     turn = input_map(drift, beta, 0.0)
     result = compensate(weight(), truncated(weight()), drift, turn, beta=beta, basis="new")
     assert result.taken
     found = direct_error(weight(), result.factors.product(), dense_TI, found_TI, beta)
-    # the part that no W' reaches, and the singular values that the rank cuts
+    # the part that no W' can reach, and the truncated singular values
     z = found_TI.double()
     target_TO = ((1 - beta) * z + beta * dense_TI.double()) @ weight().T
     fitted_TO = z @ torch.linalg.lstsq(z, target_TO).solution
@@ -171,7 +174,8 @@ def test_new_factors_are_the_best_of_their_rank(beta):
 
 
 def test_the_kept_basis_takes_its_best_right_factor_in_any_norm():
-    """U^T S U = 1 and down = U^T S W: `down M` is the least-squares right factor in the S norm."""
+    """If U^T S U = 1 and down = U^T S W, `down M` is the least-squares right factor in the S
+    norm."""
     dense_TI, found_TI = rows()
     generator = torch.Generator().manual_seed(8)
     half_OO = torch.randn(O, O, generator=generator, dtype=torch.float64)
@@ -186,7 +190,7 @@ def test_the_kept_basis_takes_its_best_right_factor_in_any_norm():
     )
     assert result.taken
     assert torch.equal(result.factors.left_OR, left_OR)
-    # vec(S^1/2 U D z) = vec(S^1/2 W x): both sides through the symmetric root of S
+    # vec(S^1/2 U D z) = vec(S^1/2 W x), both sides times the symmetric root of S
     values_O, vectors_OO = torch.linalg.eigh(norm_OO)
     root_OO = vectors_OO @ torch.diag(values_O.sqrt()) @ vectors_OO.T
     target_TO = dense_TI.double() @ weight().T @ root_OO
@@ -196,7 +200,7 @@ def test_the_kept_basis_takes_its_best_right_factor_in_any_norm():
 
 
 def test_entries_beside_new_factors_are_made_up_for():
-    """The factors are those of the target less what the entries give."""
+    """New factors approximate the target less the contribution of the entries."""
     dense_TI, found_TI = rows()
     drift = exact_drift(dense_TI, found_TI)
     rest_OI = torch.where(weight(3).abs() > 1.5, weight(3), 0.0)
@@ -215,7 +219,7 @@ def test_entries_beside_new_factors_are_made_up_for():
 @pytest.mark.parametrize("basis", ["kept", "new"])
 @pytest.mark.parametrize("damping", [0.0, 1e-2, 1.0])
 def test_never_worse_on_its_own_objective(basis, damping):
-    """Whatever is taken lowers the error; whatever does not is not taken, and told."""
+    """Accepted factors lower the error; others are rejected and reported."""
     for seed in range(10):
         drift = exact_drift(*rows(8 + 5 * seed, seed))
         turn = input_map(drift, 1.0, damping)
@@ -228,7 +232,7 @@ def test_never_worse_on_its_own_objective(basis, damping):
 
 
 def test_what_does_not_fit_is_refused():
-    """Rows of another number of tokens, and rows that are not finite."""
+    """Rows with different numbers of tokens, and non-finite rows, are refused."""
     dense_TI, found_TI = rows()
     with pytest.raises(ValueError, match=r"rows are \(59, 9\), the others \(60, 9\)"):
         DriftGram(I).update(found_TI, dense_TI[1:])

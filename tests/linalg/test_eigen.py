@@ -1,6 +1,6 @@
-"""Symmetric eigendecompositions, and the solvers that stand in for one that fails.
+"""Symmetric eigendecompositions and fallback solvers.
 
-Failures of solvers are injected, since none fails here by itself; the stand-ins are real.
+Solver failures are injected, since none occurs here; the fallback solvers are real.
 """
 
 import re
@@ -46,7 +46,7 @@ def second_moment(n, dtype=torch.float64, seed=0):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Makes the first calls of a `torch.linalg` routine fail as given; counts all calls."""
+    """Make the first calls of a `torch.linalg` routine fail as given; counts all calls."""
 
     def fail(name, *outcomes):
         real, left, calls = getattr(torch.linalg, name), list(outcomes), []
@@ -69,7 +69,7 @@ def failing(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 2, 31, 130])
 def test_on_a_cpu_the_bits_are_those_of_torch(n, dtype, upper):
-    """The other triangle does not matter, and the report names no stand-in."""
+    """On a CPU the bits are those of torch, from one triangle, and the report names no fallback."""
     matrix_NN, eigen, side = second_moment(n, dtype), Eigensolver(), "U" if upper else "L"
     other_NN = torch.full_like(matrix_NN, torch.nan)
     given_NN = (
@@ -99,7 +99,7 @@ def test_on_a_cpu_the_bits_are_those_of_torch(n, dtype, upper):
     ids=["zero", "one", "rank one", "subnormal", "negative", "graded", "two scales"],
 )
 def test_no_sound_result_is_refused(matrix_NN, dtype):
-    """Any rank, sign, scale and multiplicity of eigenvalues passes the check."""
+    """Valid results pass the check for any rank, sign, scale and multiplicity of eigenvalues."""
     eigen = Eigensolver()
     eigen.decompose(matrix_NN.to(dtype))
     eigen.values(matrix_NN.to(dtype))
@@ -107,7 +107,7 @@ def test_no_sound_result_is_refused(matrix_NN, dtype):
 
 
 def test_a_solver_that_does_not_converge_gives_way_to_float64(failing):
-    """The stand-in's vectors are those of float64, rounded, and its name is in the report."""
+    """The fallback's vectors are those of float64, rounded, and its name is in the report."""
     calls = failing("eigh", UNCONVERGED)
     matrix_NN, eigen = second_moment(50, torch.float32), Eigensolver()
     values_N, vectors_NN = eigen.decompose(matrix_NN, upper=True)
@@ -119,7 +119,7 @@ def test_a_solver_that_does_not_converge_gives_way_to_float64(failing):
 
 
 def swapped(found):
-    """The result with two vectors exchanged."""
+    """Exchange two vectors of a result."""
     values_N, vectors_NN = found
     order = torch.arange(len(values_N))
     order[[3, 30]] = order[[30, 3]]
@@ -127,7 +127,7 @@ def swapped(found):
 
 
 def stretched(found):
-    """The result with one vector that is not of unit length."""
+    """Scale one vector of a result."""
     values_N, vectors_NN = found
     vectors_NN[:, 0] *= 1 + 1e-3
     return values_N, vectors_NN
@@ -141,7 +141,8 @@ def not_a_number(found):
 
 @pytest.mark.parametrize("damage", [swapped, stretched, not_a_number])
 def test_a_damaged_result_is_found_and_made_again(failing, damage):
-    """A wrong result that a solver reports as success fails the check, also in float32."""
+    """A wrong result that a solver reports as success fails the check and is replaced, also in
+    float32."""
     failing("eigh", damage)
     matrix_NN, eigen = second_moment(50, torch.float32), Eigensolver()
     values_N, vectors_NN = eigen.decompose(matrix_NN)
@@ -151,7 +152,7 @@ def test_a_damaged_result_is_found_and_made_again(failing, damage):
 
 
 def test_eigenvalues_alone_are_checked_too(failing):
-    """A wrong sum of their squares, which is that of the entries, fails the check."""
+    """A wrong sum of squared eigenvalues, which must be that of the entries, fails the check."""
     failing("eigvalsh", lambda values_N: values_N * (1 + 1e-2))
     matrix_NN, eigen = second_moment(50, torch.float32), Eigensolver()
     values_N = eigen.values(matrix_NN, upper=True)
@@ -160,7 +161,7 @@ def test_eigenvalues_alone_are_checked_too(failing):
 
 
 def test_what_no_solver_can_decompose_is_an_input_error(failing):
-    """The error quotes every solver; NaN and infinity are reported before any is called."""
+    """The error quotes every solver; NaN and infinity are reported before any call."""
     failing("eigh", UNCONVERGED, UNCONVERGED)
     with pytest.raises(InputError, match=r"cpu float32: .*converge.*; cpu float64: .*converge"):
         Eigensolver().decompose(second_moment(5, torch.float32))
@@ -226,7 +227,7 @@ def test_a_matrix_that_is_too_large_is_refused_before_it_is_touched():
 
 
 def test_the_report_of_whoever_decomposes_names_the_stand_in(failing):
-    """Reports of low rank, robust PCA and refits do, if the first solver fails on float32."""
+    """Reports of low rank, robust PCA and refits name the fallback if the first solver fails."""
     generator = torch.Generator().manual_seed(1)
     weight_OI = torch.randn(24, 40, generator=generator)
     result = rpca(weight_OI)
@@ -290,7 +291,7 @@ def test_no_method_decomposes_more_than_the_smaller_side(method, outputs, inputs
 
 
 def test_nobody_else_calls_the_solvers():
-    """A single file names torch's symmetric eigendecompositions, so all callers have stand-ins."""
+    """Only one file names torch's symmetric eigendecompositions, so all callers have fallbacks."""
     named = re.compile(r"\beig(h|vals|valsh)?\(")
     files = {path.name for path in PACKAGE.rglob("*.py") if named.search(path.read_text())}
     assert files == {"eigen.py"}
@@ -303,7 +304,7 @@ def llama(checkpoint, tmp_path):
 
 @pytest.fixture
 def no_device_solver(monkeypatch):
-    """Makes the solver of a GPU fail like cuSOLVER's syevd, and lists the dtypes of its calls."""
+    """Make the solver of a GPU fail like cuSOLVER's syevd, and list the dtypes of its calls."""
     real, asked = torch.linalg.eigh, []
 
     def eigh(matrix_NN, **options):
@@ -332,9 +333,9 @@ REFITTED = {"options": {"svd-llm": {"refit": "always"}}}
 def test_a_run_goes_on_where_a_gpu_finds_no_eigenvectors(
     method, fields, where, llama, tmp_path, no_device_solver
 ):
-    """The CPU's solver gives the bytes of a CPU run; the report and its page name the stand-in.
+    """The CPU solver gives the bytes of a CPU run; the report and its page name the fallback.
 
-    The bytes of `cap` differ: its robust PCA begins in float32 on a CPU, the stand-in is float64.
+    The bytes of `cap` differ: its robust PCA starts in float32 on a CPU, the fallback is float64.
     """
     text = write_text(tmp_path / "text.txt")
     given = {"method": method, "run_dir": None} | fields

@@ -1,4 +1,5 @@
-"""Entries fitted together: the least-squares optimum on their support, and never a rise."""
+"""Joint fit of entries: the least-squares optimum on their support, without any increase of
+loss."""
 
 import pytest
 import torch
@@ -31,8 +32,8 @@ def some(total, count, seed=3):
 
 
 @pytest.mark.parametrize("count", [1, 4, 20, 35])
-def test_it_is_the_least_squares_solution(count):
-    """With as many steps as entries, what a dense solve of the normal equations gives."""
+def test_result_is_the_least_squares_solution(count):
+    """With as many steps as entries, the result solves the normal equations."""
     rest_OI = gaussian(OUTPUTS, INPUTS, seed=0)
     curvature_OO, moment_II = moment(OUTPUTS, 1), moment(INPUTS, 2)
     positions_N = some(rest_OI.numel(), count)
@@ -45,7 +46,7 @@ def test_it_is_the_least_squares_solution(count):
 
 @pytest.mark.parametrize("name", menagerie())
 def test_no_step_raises_the_loss(name):
-    """From specimen to specimen, each further step loses as much or less."""
+    """No step increases the loss, on every specimen."""
     specimen = menagerie()[name]
     rest_OI, moment_II = specimen.weight_OI.double(), specimen.gram_II.double()
     curvature_OO = moment(len(rest_OI), 1)
@@ -62,7 +63,7 @@ def test_no_step_raises_the_loss(name):
 
 
 def test_no_step_changes_nothing():
-    """Zero steps, a loss that nothing feels and inputs that are never there: no change."""
+    """Zero steps, a zero curvature and zero inputs change no entry."""
     rest_OI, positions_N = gaussian(OUTPUTS, INPUTS, seed=0), some(35, 12)
     curvature, moves = moment(OUTPUTS, 1), moment(INPUTS, 2)
     zeros = torch.zeros_like
@@ -80,8 +81,8 @@ def test_no_step_changes_nothing():
     assert found_OI.any()
 
 
-def test_what_is_no_second_moment_ends_it_early():
-    """An indefinite curvature gives numbers, and no larger loss in its own terms than without."""
+def test_an_indefinite_moment_stops_early():
+    """An indefinite curvature gives finite numbers, and no larger loss than without a fit."""
     rest_OI, positions_N = gaussian(OUTPUTS, INPUTS, seed=0), some(35, 20)
     curvature_OO = torch.eye(OUTPUTS, dtype=torch.float64)
     curvature_OO[0, 1] = curvature_OO[1, 0] = 1.5
@@ -94,7 +95,7 @@ def test_what_is_no_second_moment_ends_it_early():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(dtype):
-    """The weight's own, float32 at least; statistics may be finer."""
+    """Results have the weight's dtype, at least float32; statistics may be more precise."""
     rest_OI = gaussian(OUTPUTS, INPUTS, seed=0).to(dtype)
     found_N = fit_entries(rest_OI, some(35, 9), moment(OUTPUTS, 1), moment(INPUTS, 2), steps=4)
     assert found_N.dtype == torch.promote_types(dtype, torch.float32)
@@ -103,9 +104,9 @@ def test_dtypes(dtype):
 @pytest.mark.parametrize("rank", [2, 40])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 9])
 @pytest.mark.parametrize("entries", [1, 20, 1000])
-def test_a_moment_comes_back(size, rank, entries, monkeypatch):
-    """The root of the diagonal and the correlations give it, to half precision of each correlation;
-    in bands of one row, of some that do not divide the matrix, and of all."""
+def test_a_packed_moment_is_reproduced(size, rank, entries, monkeypatch):
+    """The diagonal's root and the correlations reproduce the moment, to half precision, for bands
+    of one row, of several, and of all rows."""
     monkeypatch.setattr("orchestrator.linalg.fit_entries.BAND_ENTRIES", entries)
     matrix_NN = moment(size, 4, rank=rank)
     matrix_NN[size // 2] = matrix_NN[:, size // 2] = 0
@@ -119,7 +120,7 @@ def test_a_moment_comes_back(size, rank, entries, monkeypatch):
 
 
 def test_each_pair_is_stored_once():
-    """The order is that of the definition: following channels by row, then opposite ones."""
+    """Pairs are stored in the defined order: following channels by row, then opposite ones."""
     for size in (5, 6):
         matrix_NN = moment(size, 4)
         root_N = matrix_NN.diagonal().sqrt()
@@ -132,7 +133,7 @@ def test_each_pair_is_stored_once():
 
 
 class Count(TorchDispatchMode):
-    """Counts operations."""
+    """Counter of operations."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The running second moment: its value, its precision, and the monoid that it is."""
+"""Running second moment: value, precision and monoid laws."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_products_are_float32_in_any_dtype(dtype):
 
 
 def test_fresh_gram_is_the_unit():
-    """Merging a fresh Gram from either side, or updating with no rows, changes no bit."""
+    """Merging an empty Gram from either side, or adding no rows, changes no bit."""
     expected = gathered(40, chunks(3, 40))
     with_unit = gathered(40, chunks(3, 40)).merge(Gram(40)).update(torch.empty(0, 40))
     from_unit = Gram(40).merge(expected)
@@ -58,7 +58,7 @@ def test_fresh_gram_is_the_unit():
 
 
 def test_merging_is_associative_and_commutative():
-    """In any order and grouping, merges agree to float64 rounding; the arguments stay intact."""
+    """In any order and grouping, merges agree to float64 rounding; arguments are not changed."""
     a, b, c = (Gram(40).update(piece) for piece in chunks(3, 40))
     before = b.matrix()
     left = Gram(40).merge(a).merge(b).merge(c)
@@ -69,7 +69,7 @@ def test_merging_is_associative_and_commutative():
 
 
 def test_same_sequence_same_bits_however_often_it_is_read():
-    """The bits depend on updates and merges alone, not on reads between them."""
+    """The bits depend only on updates and merges, not on reads between them."""
     pieces = chunks(6, 40, tokens=FLUSH_TOKENS // 2)
     read, unread = Gram(40), Gram(40)
     for piece in pieces:
@@ -81,13 +81,13 @@ def test_same_sequence_same_bits_however_often_it_is_read():
 
 
 def test_error_does_not_grow_with_tokens():
-    """After 60 flushes of rows with a large mean H is as precise as after one."""
+    """After 60 flushes of rows with a large mean, H is as precise as after one."""
     rows_TI = gaussian(FLUSH_TOKENS, 8).float() + 10
     exact_II = rows_TI.double().T @ rows_TI.double()
     few = gathered(8, [rows_TI])
     many = gathered(8, [rows_TI] * 60)
     error = float((few.matrix() / exact_II - 1).abs().max())
-    assert error < 1e-5  # less than 1e-6 on some machines: by the order of sums
+    assert error < 1e-5  # less than 1e-6 on some machines, depending on the order of sums
     assert float((many.matrix() / (60 * exact_II) - 1).abs().max()) == pytest.approx(
         error, rel=1e-6
     )
@@ -103,7 +103,7 @@ def test_long_pieces_are_flushed_in_between():
 
 
 def test_non_finite_rows_are_counted():
-    """A Gram that saw NaN or infinity says how many entries it spoiled."""
+    """A Gram with NaN or infinite rows reports the number of affected entries."""
     rows_TI = torch.zeros(3, 4)
     rows_TI[1, 2] = float("nan")
     with pytest.raises(InputError, match="Gram matrix of 3 tokens has 7 non-finite of 16 entries"):
@@ -111,7 +111,7 @@ def test_non_finite_rows_are_counted():
 
 
 def test_other_sizes_are_refused():
-    """Rows or Grams of another number of channels are a mistake of the caller."""
+    """Rows or Grams with another number of channels are refused."""
     with pytest.raises(ValueError, match=r"rows have shape \(3, 5\), not \[tokens, 4\]"):
         Gram(4).update(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="a Gram of 5 channels cannot join one of 4"):
@@ -121,7 +121,7 @@ def test_other_sizes_are_refused():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_agrees_with_cpu():
-    """On a GPU the sums stay there and agree to float32 rounding."""
+    """On a GPU the sums stay on the device and agree with the CPU to float32 rounding."""
     rows_TI = gaussian(500, 130).float()
     matrix_II = Gram(130, device="cuda").update(rows_TI.cuda()).matrix()
     assert matrix_II.is_cuda
@@ -134,7 +134,7 @@ def test_gpu_agrees_with_cpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tensor_cores_lose_nothing(dtype):
-    """Of 16-bit rows the error is that of a sum in float32, on tensor cores as without them."""
+    """For 16-bit rows the error is that of a float32 sum, with and without tensor cores."""
     rows_TI = gaussian(2000, 130).to(dtype).cuda()
     exact_II = rows_TI.double().T @ rows_TI.double()
     found_II = Gram(130, device="cuda").update(rows_TI).matrix()
@@ -146,7 +146,8 @@ def test_tensor_cores_lose_nothing(dtype):
 
 @pytest.mark.parametrize("n", SIZES)
 def test_settling_frees_a_third_and_changes_no_bit(n):
-    """12 n² bytes become 8 n², H keeps its bits, and later rows are refused."""
+    """`flush_writes` reduces 12 n² bytes to 8 n², keeps the bits of H, and later rows are
+    refused."""
     pieces = chunks(5, n, tokens=FLUSH_TOKENS // 3)
     gram = gathered(n, pieces)
     before_II = gram.matrix()
@@ -159,7 +160,7 @@ def test_settling_frees_a_third_and_changes_no_bit(n):
 
 
 def test_reading_a_gram_takes_twice_what_it_gives():
-    """The peak is H and one copy, for the mirrored triangle."""
+    """Reading H peaks at H and one copy, for the mirrored triangle."""
     gram = gathered(300, chunks(2, 300))
     gram.flush_writes()
     with LiveBytes() as live:

@@ -1,4 +1,4 @@
-"""Truncation in the norm of the inputs: its closed form, its laws, and its awkward cases."""
+"""Truncation in the norm of the inputs: closed form, laws, and difficult cases."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_factors_are_projections(name, side, precision):
 
 @every_precision
 def test_smaller_rank_is_a_slice(precision):
-    """Asking for a smaller rank gives the leading part of a larger answer."""
+    """A smaller rank gives the leading part of a larger result."""
     specimen = of_model(40, 24)
     large = decompose(specimen.weight_OI, InputGram(specimen.gram_II), 20, precision=precision)
     small = decompose(specimen.weight_OI, InputGram(specimen.gram_II), 7, precision=precision)
@@ -109,8 +109,8 @@ def test_smaller_rank_is_a_slice(precision):
 @pytest.mark.parametrize("name", ["few_tokens_tall", "few_tokens_wide", "zero_inputs"])
 @every_side
 @every_precision
-def test_weight_decides_where_inputs_are_silent(name, side, precision):
-    """Beyond the rank of the inputs, U explains as much of the weight itself as can be."""
+def test_weight_determines_directions_without_input(name, side, precision):
+    """Beyond the rank of the inputs, U explains as much of the weight itself as possible."""
     specimen = MENAGERIE[name]
     size = min(specimen.weight_OI.shape)
     result = decompose(specimen.weight_OI, specimen.statistic(side), size, precision=precision)
@@ -127,7 +127,8 @@ def test_weight_decides_where_inputs_are_silent(name, side, precision):
 
 @pytest.mark.parametrize("tokens", [None, 20])
 def test_rounding_of_a_gram_is_not_taken_for_inputs(tokens):
-    """A Gram of float32 products of 20 tokens has 20 known directions, told so or not."""
+    """A float32 Gram of 20 tokens has 20 known directions, with and without the number of
+    tokens."""
     inputs_TI, weight_OI = gaussian(20, 64).float(), gaussian(48, 64, seed=1).float()
     gram = Gram(64).update(inputs_TI)
     result = decompose(weight_OI, InputGram(gram.matrix(), tokens), 48)
@@ -136,7 +137,7 @@ def test_rounding_of_a_gram_is_not_taken_for_inputs(tokens):
 
 @every_side
 def test_both_statistics_agree(side):
-    """The input Gram and the output Gram lead to the same approximation."""
+    """The input Gram and the output Gram give the same approximation."""
     specimen = MENAGERIE["model"]
     result = decompose(specimen.weight_OI, specimen.statistic(side), 9, precision="exact")
     left_OK, _, _ = torch.linalg.svd(specimen.weight_OI @ specimen.inputs_TI.T)
@@ -172,7 +173,7 @@ def test_same_input_same_bits(side, precision):
 
 
 def published(weight_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> torch.Tensor:
-    """The approximation as SVD-LLM's authors compute it: float64 Cholesky, float32 SVD."""
+    """Compute the approximation as the authors of SVD-LLM do: float64 Cholesky, float32 SVD."""
     lower_II = torch.linalg.cholesky(gram_II)
     inverse_II = torch.linalg.inv(lower_II).float()
     left_OK, sigma_K, right_KI = torch.linalg.svd(weight_OI @ lower_II.float())
@@ -183,7 +184,7 @@ def published(weight_OI: torch.Tensor, gram_II: torch.Tensor, rank: int) -> torc
 @pytest.mark.parametrize("shape", [(96, 96), (32, 96), (192, 64), (64, 192)])
 @pytest.mark.parametrize("seed", [0, 10])
 def test_fast_is_closer_to_the_optimum_than_the_published_way(shape, seed):
-    """In float32, of a real spectrum, fast loses less beyond the optimum than SVD-LLM's code."""
+    """On a realistic spectrum in float32, `fast` has less excess loss than SVD-LLM's code."""
     specimen = of_model(*shape, seed=seed)
     weight_OI = specimen.weight_OI.float()
     specimen = Specimen(weight_OI.double(), specimen.inputs_TI)
@@ -209,14 +210,14 @@ def test_fast_is_closer_to_the_optimum_than_the_published_way(shape, seed):
     ],
 )
 def test_report_names_the_basis(name, precision, basis):
-    """Nearly dependent columns take the Householder way, and the report says so."""
+    """Nearly dependent columns use Householder reflections, and the report says so."""
     specimen = MENAGERIE[name]
     result = decompose(specimen.weight_OI, specimen.statistic("input"), 3, precision=precision)
     assert result.report["basis"] == basis
 
 
 def test_fast_that_fails_its_check_becomes_exact():
-    """Columns far more dependent than any one angle shows are found out, and done exactly."""
+    """Columns with hidden dependence fail the check, and are computed as `exact`."""
     upper_II = 2 * torch.eye(24).double() - torch.ones(24, 24).double().triu()
     specimen = Specimen(orthonormal(40, 24) @ upper_II, gaussian(60, 24))
     result = decompose(specimen.weight_OI, InputGram(specimen.gram_II), 24)
@@ -226,7 +227,7 @@ def test_fast_that_fails_its_check_becomes_exact():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_factors_have_the_dtype_of_the_weight(dtype):
-    """Factors have the weight's dtype, but no less than float32; energies are float64."""
+    """Factors have the weight's dtype, at least float32; energies are float64."""
     specimen = MENAGERIE["tall"]
     result = decompose(specimen.weight_OI.to(dtype), InputGram(specimen.gram_II), 4)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
@@ -237,7 +238,7 @@ def test_factors_have_the_dtype_of_the_weight(dtype):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_entries_are_counted(value):
-    """A weight or Gram that is not finite is refused with the number of bad entries."""
+    """A non-finite weight or Gram is refused; the message has the number of bad entries."""
     weight_OI, gram_II = gaussian(4, 4), torch.eye(4, dtype=torch.float64)
     weight_OI[1, :3] = value
     with pytest.raises(InputError, match="weight has 3 non-finite of 16 entries"):
@@ -247,7 +248,7 @@ def test_non_finite_entries_are_counted(value):
         decompose(gaussian(4, 4), InputGram(gram_II), 2)
 
 
-def test_what_is_no_second_moment_is_refused():
+def test_an_indefinite_statistic_is_refused():
     """A statistic with negative sums of squares is refused, with their number."""
     with pytest.raises(InputError, match="output Gram is not a second moment: 1 of 3 diagonal"):
         decompose(torch.eye(3), OutputGram(torch.diag(torch.tensor([1.0, 0.1, -0.5]))), 2)
@@ -255,13 +256,13 @@ def test_what_is_no_second_moment_is_refused():
 
 @pytest.mark.parametrize("rank", [0, 5])
 def test_impossible_ranks_are_refused(rank):
-    """A rank outside 1 to the smaller side is a mistake of the caller."""
+    """A rank outside 1 to the smaller side is refused."""
     with pytest.raises(ValueError, match=f"rank is {rank}, not in 1 to 4"):
         decompose(gaussian(4, 6), InputGram(torch.eye(6)), rank)
 
 
 def test_statistic_of_another_shape_is_refused():
-    """A Gram of the wrong side is a mistake of the caller."""
+    """A Gram of the wrong side is refused."""
     with pytest.raises(ValueError, match=r"output Gram is \(6, 6\), the weight needs \(4, 4\)"):
         decompose(gaussian(4, 6), OutputGram(torch.eye(6)), 2)
 
@@ -270,7 +271,7 @@ def test_statistic_of_another_shape_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", [(96, 96), (192, 64), (64, 192)])
 def test_gpu_agrees_with_cpu(shape):
-    """On a GPU the factors stay there and lose the same."""
+    """On a GPU the factors stay on the device and have the same loss."""
     specimen = of_model(*shape)
     weight_OI, gram_II = specimen.weight_OI.float(), specimen.gram_II
     result = decompose(weight_OI.cuda(), InputGram(gram_II.cuda()), 24)

@@ -1,4 +1,4 @@
-"""A product of factors as some of its rows and what the others are of them."""
+"""Products of factors stored as pivot rows and combinations of them."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from orchestrator.linalg.pivot import BOUND, Pivoted, pivot
 
 
 def rebuilt(found: Pivoted):
-    """The rows that are stored, in float64 and by the definition."""
+    """Rebuild the rows from the stored tensors, in float64, by definition."""
     kept_RI = found.down_RI.double()
     return torch.cat([kept_RI, found.weight_SR.double() @ kept_RI])[found.order_O]
 
 
 def off(product_OI, found: Pivoted) -> float:
-    """How far the rebuilt product is off, relative to its norm."""
+    """Relative error of the rebuilt product."""
     return float((rebuilt(found) - product_OI).norm() / product_OI.norm())
 
 
@@ -29,7 +29,7 @@ def off(product_OI, found: Pivoted) -> float:
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_nothing_is_lost_at_any_rank(outputs, inputs, data, dtype):
-    """Every product of factors comes back to rounding, from R (O + I) - R^2 values."""
+    """Every product is reproduced to rounding, from R (O + I) - R^2 values."""
     rank = data.draw(st.integers(1, outputs - 1))
     weight_OR = gaussian(outputs, rank, seed=data.draw(st.integers(0, 99))).to(dtype)
     down_RI = gaussian(rank, inputs, seed=7).to(dtype)
@@ -45,7 +45,7 @@ def test_nothing_is_lost_at_any_rank(outputs, inputs, data, dtype):
 
 
 def test_the_pivots_are_rows_of_the_product():
-    """What is stored of them is the product's own rows, and all rows stand in their order."""
+    """Pivots are unchanged rows of the product, and the order of all rows is stored."""
     weight_OR, down_RI = gaussian(9, 4), gaussian(4, 6, seed=1)
     found = pivot(weight_OR, down_RI)
     places = found.order_O.argsort()
@@ -56,7 +56,7 @@ def test_the_pivots_are_rows_of_the_product():
 
 @pytest.mark.parametrize("rank", [1, 5, 11, 20])
 def test_no_coefficient_is_large(rank):
-    """Where elimination alone leaves large ones, pivots are exchanged until none is left."""
+    """Coefficients that are large after elimination are reduced by exchanges of pivots."""
     for seed in range(20):
         found = pivot(orthonormal(21, rank, seed=seed), gaussian(rank, 3))
         assert float(found.weight_SR.abs().max()) <= BOUND * (1 + 1e-12)
@@ -64,7 +64,7 @@ def test_no_coefficient_is_large(rank):
 
 
 def test_growth_of_elimination_is_exchanged_away():
-    """A matrix whose elimination doubles at every step has small coefficients all the same."""
+    """Coefficients are small even for a matrix whose elimination doubles at every step."""
     size = 12
     lower = torch.eye(size, dtype=torch.float64) - torch.ones(size, size).tril(-1).double()
     weight_OR = torch.cat([lower, torch.ones(1, size, dtype=torch.float64)])
@@ -75,7 +75,7 @@ def test_growth_of_elimination_is_exchanged_away():
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_dependent_columns_lose_nothing_either(rank):
-    """Factors of a smaller rank than their size, zero ones too, come back to rounding."""
+    """Factors of a smaller rank than their size, including zero, are reproduced to rounding."""
     weight_OR = gaussian(10, rank) @ gaussian(rank, 5, seed=1)
     down_RI = gaussian(5, 8, seed=2)
     found = pivot(weight_OR, down_RI)
@@ -87,7 +87,7 @@ def test_dependent_columns_lose_nothing_either(rank):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scale_does_not_matter(scale):
-    """Coefficients are those of the unscaled factors, and rows are scaled."""
+    """Scaled factors have the same coefficients and scaled rows."""
     weight_OR, down_RI = gaussian(9, 4), gaussian(4, 6, seed=1)
     found, scaled = pivot(weight_OR, down_RI), pivot(weight_OR * scale, down_RI)
     torch.testing.assert_close(scaled.weight_SR, found.weight_SR)
@@ -95,7 +95,7 @@ def test_scale_does_not_matter(scale):
 
 
 def test_the_same_factors_give_the_same_bits():
-    """No bit depends on anything but the factors."""
+    """The bits depend on the factors only."""
     weight_OR, down_RI = orthonormal(40, 15).float(), gaussian(15, 30).float()
     one, two = pivot(weight_OR, down_RI), pivot(weight_OR.clone(), down_RI.clone())
     assert torch.equal(one.weight_SR, two.weight_SR)
@@ -105,14 +105,14 @@ def test_the_same_factors_give_the_same_bits():
 
 @pytest.mark.parametrize(("outputs", "rank", "rows"), [(4, 4, 4), (4, 5, 5), (4, 0, 0), (4, 2, 3)])
 def test_what_is_no_pair_of_factors_is_refused(outputs, rank, rows):
-    """As many ranks as outputs save nothing, and both factors have one rank."""
+    """A rank equal to the outputs, and factors of different ranks, are refused."""
     with pytest.raises(ValueError, match="need one rank, in 1 to 3"):
         pivot(gaussian(outputs, rank), gaussian(rows, 6))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_what_is_not_finite_is_refused(side):
-    """NaN in a factor is an error that names the factor."""
+    """NaN in a factor raises an error that names the factor."""
     weight_OR, down_RI = gaussian(5, 2), gaussian(2, 3)
     (weight_OR if side == "left" else down_RI)[0, 0] = torch.nan
     with pytest.raises(InputError, match=f"{side} factor"):

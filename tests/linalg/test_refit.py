@@ -1,4 +1,4 @@
-"""Left factors fitted again."""
+"""Refitted left factors."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from orchestrator.linalg.refit import refit
 
 
 def case(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A weight, its factors for some inputs, and other inputs."""
+    """Make a weight, its factors for some inputs, and other inputs."""
     generator = torch.Generator().manual_seed(seed)
     weight_OI = torch.randn(20, 12, dtype=torch.float64, generator=generator)
     old_TI = torch.randn(200, 12, dtype=torch.float64, generator=generator)
@@ -20,7 +20,7 @@ def case(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_it_is_the_least_squares_solution():
-    """Equal to `lstsq` on the inputs themselves."""
+    """The result equals `lstsq` on the inputs themselves."""
     weight_OI, left_OR, down_RI, rows_TI = case(200)
     found_OR = refit(weight_OI, left_OR, down_RI, rows_TI.T @ rows_TI)
     expected_RO = torch.linalg.lstsq(rows_TI @ down_RI.T, rows_TI @ weight_OI.T).solution
@@ -28,7 +28,7 @@ def test_it_is_the_least_squares_solution():
 
 
 def test_on_the_inputs_of_the_decomposition_nothing_changes():
-    """The best left factor for H is the one that the decomposition with H gave."""
+    """On the inputs of the decomposition the left factor is already optimal."""
     weight_OI, _, _, rows_TI = case(200)
     gram_II = rows_TI.T @ rows_TI
     factors = decompose(weight_OI, InputGram(gram_II), 5, precision="exact")
@@ -37,7 +37,7 @@ def test_on_the_inputs_of_the_decomposition_nothing_changes():
 
 
 def test_directions_that_no_input_excites_stay():
-    """With 3 tokens and rank 5 the outputs are met exactly, and A moves in 3 directions only."""
+    """With 3 tokens and rank 5 the outputs are met exactly, and A changes in 3 directions only."""
     weight_OI, left_OR, down_RI, rows_TI = case(3)
     found_OR = refit(weight_OI, left_OR, down_RI, rows_TI.T @ rows_TI)
     outputs_TO = rows_TI @ down_RI.T @ found_OR.T
@@ -46,13 +46,13 @@ def test_directions_that_no_input_excites_stay():
 
 
 def test_nothing_excited_means_nothing_changed():
-    """With H = 0 the factor comes back as it was, to the bit."""
+    """With H = 0 the factor is unchanged, to the bit."""
     weight_OI, left_OR, down_RI, _ = case(3)
     assert torch.equal(refit(weight_OI, left_OR, down_RI, torch.zeros(12, 12)), left_OR)
 
 
 def test_a_damaged_gram_is_refused():
-    """NaN in H is an error, never a factor."""
+    """NaN in H raises an error."""
     weight_OI, left_OR, down_RI, _ = case(3)
     with pytest.raises(InputError, match="input Gram"):
         refit(weight_OI, left_OR, down_RI, torch.full((12, 12), torch.nan))

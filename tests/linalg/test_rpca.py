@@ -1,4 +1,4 @@
-"""Robust PCA: what it recovers, that it is the minimum, its laws, and its awkward cases."""
+"""Robust PCA: recovery, optimality, laws, and difficult cases."""
 
 import math
 
@@ -19,7 +19,7 @@ every_solver = pytest.mark.parametrize("solver", ["ialm", "admm_fixed_mu"])
 
 
 def like_a_weight(outputs: int, inputs: int, seed: int = 0) -> Tensor:
-    """Some directions stand out of noise, and some entries of both."""
+    """Make a weight with dominant directions, noise and dominant entries."""
     rank = min(outputs, inputs) // 6
     low_rank_OI = gaussian(outputs, rank, seed=seed) @ gaussian(rank, inputs, seed=seed + 1)
     noise_OI = gaussian(outputs, inputs, seed=seed + 2)
@@ -56,7 +56,7 @@ def objective(result: RobustPCA) -> float:
 @every_precision
 @every_solver
 def test_recovers_what_was_put_together(shape, precision, solver):
-    """L and S that are generic enough come back to 1e-6, with L's rank and S's support."""
+    """Generic L and S are recovered to 1e-6, with the rank of L and the support of S."""
     low_rank_OI, sparse_OI = low_rank_and_sparse(*shape, rank=3)
     weight_OI = low_rank_OI + sparse_OI
     options = {"tolerance": 1e-8, "max_iterations": 2000}
@@ -88,7 +88,7 @@ def test_thresholding_is_that_of_a_full_svd(shape, rank):
 @every_shape
 @every_solver
 def test_follows_the_textbook(shape, solver):
-    """As many iterations as the loop with a thin SVD, the same rank and support, L to 1e-9."""
+    """Iterations, rank and support equal those of the loop with a thin SVD, L to 1e-9."""
     weight_OI = like_a_weight(*shape)
     tolerance, most = (1e-7, 100) if solver == "ialm" else (1e-6, 200)
     low_rank_OI, sparse_OI, _, iterations = textbook(weight_OI, solver, tolerance, most)
@@ -103,7 +103,8 @@ def test_follows_the_textbook(shape, solver):
 @every_shape
 @every_solver
 def test_fast_agrees_with_exact(shape, solver):
-    """As many iterations, the rank within 1, the support but for 1e-5 of the entries."""
+    """`fast` has as many iterations as `exact`, the rank within 1, the support to 1e-5 of the
+    entries."""
     weight_OI = like_a_weight(*(2 * side for side in shape))
     exact = rpca(weight_OI, solver=solver, precision="exact")
     fast = rpca(weight_OI, solver=solver, precision="fast")
@@ -118,7 +119,7 @@ def test_fast_agrees_with_exact(shape, solver):
 
 @every_solver
 def test_fast_ends_in_float64(solver):
-    """The last of few iterations is wide: of one there is nothing else, of three two are narrow."""
+    """The last iteration is in float64: of three iterations two are in float32, of one none."""
     weight_OI = like_a_weight(90, 60)
     one = rpca(weight_OI, solver=solver, max_iterations=1)
     exact = rpca(weight_OI, solver=solver, precision="exact", max_iterations=1)
@@ -134,7 +135,7 @@ def test_fast_ends_in_float64(solver):
 def test_is_the_minimum(shape):
     """No Y of |Y|_2 <= 1 and |Y|_inf <= lambda has <Y, W> above the objective; one equals it.
 
-    That Y is the certificate, taken from the textbook's loop; a growing mu ends within 0.3 %.
+    This Y is the certificate, from the textbook loop; a growing mu ends within 0.3 %.
     """
     weight_OI = like_a_weight(*shape)
     penalty = 1 / math.sqrt(max(shape))
@@ -153,7 +154,7 @@ def test_is_the_minimum(shape):
 @every_precision
 @every_solver
 def test_parts_are_what_they_are_called(shape, precision, solver):
-    """U orthonormal, `down` = U^T L, sigma those of L; S sorted, nothing stored that is zero."""
+    """U is orthonormal, `down` = U^T L, sigma those of L; S is sorted, without zeros."""
     weight_OI = like_a_weight(*shape)
     result = rpca(weight_OI, solver=solver, precision=precision)
     low_rank_OI, rank = low_rank_of(result), len(result.sigma_R)
@@ -186,7 +187,7 @@ def test_residual_falls_with_mu(iterations, precision):
 @every_precision
 @every_solver
 def test_same_input_same_bits(precision, solver):
-    """Two calls give the same bits in every part, and leave the weight as it was."""
+    """Two calls give the same bits in every part, and do not change the weight."""
     weight_OI = like_a_weight(90, 60)
     before_OI = weight_OI.clone()
     first, second = (rpca(weight_OI, solver=solver, precision=precision) for _ in range(2))
@@ -200,7 +201,7 @@ def test_same_input_same_bits(precision, solver):
 @every_precision
 @every_solver
 def test_transposing_commutes(shape, precision, solver):
-    """The transposed weight has the transposed L and S; of unequal sides, S to the bit."""
+    """The transposed weight has the transposed L and S; S to the bit if O and I differ."""
     weight_OI = like_a_weight(*shape)
     upright = rpca(weight_OI, solver=solver, precision=precision)
     turned = rpca(weight_OI.T, solver=solver, precision=precision)
@@ -215,7 +216,7 @@ def test_transposing_commutes(shape, precision, solver):
 @pytest.mark.parametrize("exponent", [-140, -3, 60, 500])
 @every_precision
 def test_powers_of_two_commute(exponent, precision):
-    """2^e W has the same U and positions, and 2^e times the rest, to the bit."""
+    """2^e W has the same U and positions, and 2^e times the other parts, to the bit."""
     weight_OI = like_a_weight(90, 60)
     plain = rpca(weight_OI, precision=precision)
     scaled = rpca(weight_OI * 2.0**exponent, precision=precision)
@@ -242,7 +243,7 @@ def test_parts_have_the_weights_dtype(dtype):
 @every_precision
 @every_solver
 def test_nothing_of_nothing(shape, precision, solver):
-    """A weight of zeros has rank 0 and no nonzeros, and is done before it begins."""
+    """A zero weight has rank 0 and no nonzeros, without any iteration."""
     result = rpca(torch.zeros(shape), solver=solver, precision=precision)
     assert result.weight_OR.shape == (shape[0], 0)
     assert result.down_RI.shape == (0, shape[1])
@@ -255,7 +256,7 @@ def test_nothing_of_nothing(shape, precision, solver):
 @every_precision
 @every_solver
 def test_vectors(shape, precision, solver):
-    """A single row or column is split to the tolerance too."""
+    """A single row or column is split to the tolerance."""
     weight_OI = gaussian(*shape) + 1
     result = rpca(weight_OI, solver=solver, precision=precision, max_iterations=500)
     assert result.report["converged"] is True
@@ -266,7 +267,7 @@ def test_vectors(shape, precision, solver):
 @every_precision
 @every_solver
 def test_dependent_columns(precision, solver):
-    """A weight of rank 5 has an L of rank 5 at most, and is split to the tolerance."""
+    """A weight of rank 5 has an L of rank at most 5, and is split to the tolerance."""
     weight_OI = gaussian(90, 5) @ gaussian(5, 60, seed=1)
     result = rpca(weight_OI, solver=solver, precision=precision, max_iterations=500)
     assert result.report["converged"] is True
@@ -277,7 +278,7 @@ def test_dependent_columns(precision, solver):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_not_finite(bad):
-    """NaN and infinity are named with their number."""
+    """The message has the number of NaN or infinite entries."""
     weight_OI = gaussian(6, 4)
     weight_OI[2, 1] = bad
     with pytest.raises(InputError, match="weight has 1 non-finite of 24 entries"):
@@ -285,7 +286,7 @@ def test_not_finite(bad):
 
 
 def test_what_makes_no_sense():
-    """Shapes that are no weight's, and limits that allow nothing, are refused."""
+    """Invalid shapes and limits are refused."""
     with pytest.raises(ValueError, match="outputs, inputs"):
         rpca(torch.ones(3))
     with pytest.raises(ValueError, match="outputs, inputs"):

@@ -1,4 +1,4 @@
-"""When float32 products may go through tensor cores: where TF32 holds every value."""
+"""Use of tensor cores for float32 products: only if TF32 represents every value."""
 
 import re
 from pathlib import Path
@@ -12,22 +12,22 @@ from orchestrator.linalg.tensor_cores import is_exact, tensor_cores
 
 PACKAGE = Path(__file__).parents[2] / "orchestrator"
 DROPPED_BITS = 13
-"""Of float32's 23 behind the binary point, those that TF32 lacks."""
+"""Bits of the mantissa of float32 that TF32 lacks."""
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tf32_holds_every_value_of_16_bits(dtype):
-    """Every one of the 65,536, subnormals included, is zero where TF32 has no bits."""
+    """All 65,536 values, subnormals included, are zero in the bits that TF32 lacks."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     bits = every.float().view(torch.int32)
-    assert len(bits.unique()) > 0.98 * 2**16  # some NaNs become one
+    assert len(bits.unique()) > 0.98 * 2**16  # some NaNs become one NaN
     assert torch.all(bits % 2**DROPPED_BITS == 0)
     assert is_exact(dtype)
     assert is_exact(dtype, torch.bfloat16)
 
 
 def test_it_does_not_hold_those_of_float32():
-    """One and the next float32 are the same to TF32, so such products stay off tensor cores."""
+    """1 and the next float32 are equal in TF32, so float32 products avoid tensor cores."""
     bits = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)).view(torch.int32)
     assert bits % 2**DROPPED_BITS != 0
     assert not is_exact(torch.float32)
@@ -36,7 +36,7 @@ def test_it_does_not_hold_those_of_float32():
 
 @pytest.fixture
 def products():
-    """CUDA's products, as they were behind the test."""
+    """Settings of CUDA products, restored after the test."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
     yield products
@@ -45,7 +45,7 @@ def products():
 
 @pytest.mark.parametrize("before", ["ieee", "tf32"])
 def test_the_setting_is_that_of_the_products_alone(before, products):
-    """On for exact products, off for others, and as it was behind both, errors included."""
+    """TF32 is on for exact products, off for others, and restored afterwards, also after errors."""
     products.fp32_precision = before
     with tensor_cores(torch.bfloat16, torch.float16):
         assert products.fp32_precision == "tf32"
@@ -58,7 +58,8 @@ def test_the_setting_is_that_of_the_products_alone(before, products):
 
 
 def test_the_older_settings_cannot_be_read_inside(products):
-    """PyTorch raises, so only products may be made inside; outside both can be read."""
+    """PyTorch raises inside, so only products may be made there; outside both settings can be
+    read."""
     older = (lambda: products.allow_tf32, torch.get_float32_matmul_precision)
     products.fp32_precision = "ieee"
     for read in older:
@@ -70,14 +71,14 @@ def test_the_older_settings_cannot_be_read_inside(products):
 
 
 def test_nobody_here_reads_or_sets_the_older_ones():
-    """The package has one interface for TF32."""
+    """The package uses only one interface for TF32."""
     older = re.compile(r"\ballow_tf32\b|float32_matmul_precision")
     found = {path.name for path in PACKAGE.rglob("*.py") if older.search(path.read_text())}
     assert found == {"tensor_cores.py"}, "it names them to say why"
 
 
 class Inside(TorchFunctionMode):
-    """Notes which functions of torch are called while TF32 is on."""
+    """Recorder of the functions of torch that are called while TF32 is on."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +92,8 @@ class Inside(TorchFunctionMode):
 
 @pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
 def test_products_alone_are_made_inside(method, checkpoint, tmp_path, products):
-    """In a whole compression in bfloat16, with output Grams and gradients, they are."""
+    """A whole compression in bfloat16, with output Grams and gradients, calls only products
+    inside."""
     products.fp32_precision = "ieee"
     model = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
     text = write_text(tmp_path / "text.txt")

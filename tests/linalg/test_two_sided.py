@@ -1,4 +1,4 @@
-"""Two-sided factors: the optimum in both norms, whichever side the statistics are of."""
+"""Two-sided factors: the optimum in both norms, for statistics of either side."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ every_specimen = pytest.mark.parametrize("name", SPECIMENS)
 
 
 def gradients(specimen, seed=7):
-    """Rows of gradients by the outputs, and what of them reaches the statistic."""
+    """Make rows of output gradients, and their statistic."""
     outputs, inputs = specimen.weight_OI.shape
     rows_TO = gaussian(2 * outputs + 5, outputs, seed=seed) @ gaussian(outputs, outputs, seed=8)
     small_TK = rows_TO if outputs <= inputs else rows_TO @ specimen.weight_OI
@@ -30,7 +30,7 @@ def statistic(specimen, side, curvature):
 
 
 def damped(rows_TO, weight_OI, damping):
-    """C, damped in the weight's column space, which is all of it where O <= I."""
+    """Compute C, damped in the weight's column space, which is the whole space if O <= I."""
     c_OO = rows_TO.T @ rows_TO / len(rows_TO)
     if weight_OI.shape[0] <= weight_OI.shape[1]:
         return c_OO + damping * c_OO.diagonal().mean() * torch.eye(len(c_OO), dtype=c_OO.dtype)
@@ -65,7 +65,7 @@ def test_no_factors_of_a_rank_lose_less(name, damping, side):
 @pytest.mark.parametrize("side", ["input", "output"])
 @every_specimen
 def test_errors_of_outputs_and_weight_are_those_measured(name, side):
-    """What is left of both totals at a rank is the error of the factors, on every specimen."""
+    """The totals less the explained parts are the errors of the factors, on every specimen."""
     specimen = SPECIMENS[name]
     weight_OI = specimen.weight_OI
     size = min(weight_OI.shape)
@@ -86,7 +86,7 @@ def test_errors_of_outputs_and_weight_are_those_measured(name, side):
 
 
 def test_a_flat_curvature_is_no_curvature():
-    """With C = 1 the factors' product is that of the input's norm alone, at every rank."""
+    """With C = 1 the product of the factors is that of the input norm alone, at every rank."""
     specimen = of_model(24, 24)
     flat = Curvature(torch.eye(24, dtype=torch.float64) * 60, 60)
     two = decompose_two_sided(
@@ -103,7 +103,7 @@ def test_a_flat_curvature_is_no_curvature():
 
 
 def test_gradients_of_zero_cost_nothing():
-    """A linear that the loss does not see has no energy, and factors all the same."""
+    """A linear without gradients has no energy, but has factors."""
     specimen = SPECIMENS["tall"]
     none = Curvature(torch.zeros(12, 12, dtype=torch.float64), 0)
     found = decompose_two_sided(
@@ -116,7 +116,7 @@ def test_gradients_of_zero_cost_nothing():
 
 @every_specimen
 def test_half_precision_and_float32_weights_give_float32_factors(name):
-    """The factors have the weight's precision, float32 at least, and are finite."""
+    """The factors have the weight's precision, at least float32, and are finite."""
     specimen = SPECIMENS[name]
     _, curvature = gradients(specimen)
     given = statistic(specimen, "input", curvature)
@@ -127,7 +127,7 @@ def test_half_precision_and_float32_weights_give_float32_factors(name):
 
 
 def test_what_is_no_curvature_is_refused():
-    """None, one of another size, NaN, and a negative diagonal each end in a clear error."""
+    """A missing curvature, one of another size, NaN, and a negative diagonal raise clear errors."""
     specimen = SPECIMENS["tall"]
 
     def attempt(curvature):
@@ -145,7 +145,7 @@ def test_what_is_no_curvature_is_refused():
 
 
 def test_the_method_is_its_options():
-    """What is stored is named by the damping; labels are part of the statistics' key instead."""
+    """The unit key includes the damping; labels are part of the key of the statistics instead."""
     assert make_method("two-sided", {"damping": 0.5}).decomposition == "two-sided damping=0.5"
     assert make_method("two-sided", {"draws": 3}).labels == 3
     assert make_method("svd-llm", {}).labels == 0

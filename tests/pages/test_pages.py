@@ -1,4 +1,4 @@
-"""The pages of `report` and `compare`: whole, true to the report, and safe to open anywhere."""
+"""Pages of `report` and `compare`: complete, consistent with the report, and self-contained."""
 
 import json
 import re
@@ -29,14 +29,14 @@ CHROMIUM = next(
 
 
 class Page(HTMLParser):
-    """A page taken apart; complains where its tags do not match."""
+    """Parsed page; raises if tags do not match."""
 
     def __init__(self, path):
         super().__init__()
         self.source = path.read_text(encoding="utf-8")
         self.open, self.ids, self.tags, self.values = [], [], set(), set()
         self.texts = []
-        """What stands behind each opening tag, up to the next one."""
+        """Text after each opening tag, up to the next one."""
         self.feed(self.source)
         self.close()
         assert self.open == []
@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(checkpoint, tmp_path_factory):
-    """Two compressions cut from one run directory, the first of them evaluated."""
+    """Two compressions from one run directory, the first of them evaluated."""
     root = tmp_path_factory.mktemp("pages")
     model = with_tokenizer(checkpoint("llama"), root / NAME)
     text = write_text(root / "text.txt")
@@ -84,7 +84,7 @@ def runs(checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def copied(runs, tmp_path):
-    """The first checkpoint with its evaluation and its run directory, to be changed."""
+    """A copy of the first checkpoint with evaluation and run directory, to be modified."""
     first, _ = runs
     for name in ("first", "first.evaluation"):
         shutil.copytree(first.out.with_name(name), tmp_path / name)
@@ -110,7 +110,7 @@ def test_a_compensated_run_has_its_curves(checkpoint, tmp_path):
 
 
 def test_the_page_says_what_the_report_says(runs):
-    """The page is whole, names every linear, and shows the report's own figures."""
+    """The page is complete, names every linear, and has the numbers of the report."""
     first, _ = runs
     page = Page(api.report(first.out))
     report = first.report
@@ -127,7 +127,7 @@ def test_the_page_says_what_the_report_says(runs):
 
 
 def test_the_page_shows_what_memory_workers_took(copied):
-    """It has host memory by stage; with a GPU, its memory too, over the forecast."""
+    """Host memory is shown by stage; with a GPU also its memory, over the forecast."""
     report = json.loads((copied / "orchestrator_report.json").read_text())
     used = report["timings"]["memory"]
     assert used.keys() == {"calibrate", "write"}
@@ -147,7 +147,7 @@ def test_the_page_shows_what_memory_workers_took(copied):
 
 
 def test_the_page_shows_the_evaluation(runs):
-    """Before and after stand there as `evaluate` measured them."""
+    """Values before and after are those of `evaluate`."""
     first, _ = runs
     (facts,) = read_source(first.out).evaluations
     page = Page(api.report(first.out))
@@ -157,7 +157,7 @@ def test_the_page_shows_the_evaluation(runs):
 
 
 def test_a_page_loads_nothing(runs, tmp_path):
-    """No address, no external element; the browser is told to refuse them."""
+    """The page has no address and no external element, and its policy forbids them."""
     first, second = runs
     compared = api.compare([first.out, second.out], tmp_path / "compared.html")
     for path in (api.report(first.out, tmp_path / "page.html"), compared):
@@ -168,7 +168,7 @@ def test_a_page_loads_nothing(runs, tmp_path):
 
 
 def test_every_string_is_escaped(runs):
-    """A model's name is text, whatever it looks like."""
+    """A model name is always shown as text."""
     first, _ = runs
     page = Page(api.report(first.out))
     assert "<b>" not in page.source
@@ -181,7 +181,7 @@ def test_every_string_is_escaped(runs):
 
 
 def test_curves_are_those_that_the_checkpoint_was_cut_from(runs):
-    """Of two decompositions in a run directory each checkpoint finds its own."""
+    """With two decompositions in a run directory, each checkpoint uses its own."""
     for result in runs:
         shares = read_source(result.out).rank_shares
         ranked = {name: e for name, e in result.report["linears"].items() if e.get("rank")}
@@ -192,7 +192,7 @@ def test_curves_are_those_that_the_checkpoint_was_cut_from(runs):
 
 
 def test_curves_of_sparse_linears_end_where_the_report_says(runs, tmp_path):
-    """Where a density lies between two known ones the share does too; with all kept it is 1."""
+    """Between two known densities the fraction is interpolated; with all kept it is 1."""
     first, _ = runs
     model, text = (Path(first.report["recipe"][name]) for name in ("model", "calibration"))
     sparse = run(model, tmp_path / "out", text, keep=0.47, method="wanda")
@@ -205,12 +205,12 @@ def test_curves_of_sparse_linears_end_where_the_report_says(runs, tmp_path):
         low, high = shares[int(np.floor(at))], shares[int(np.ceil(at))]
         assert low < 1 - entry["activation_error"] < high
     page = Page(api.report(sparse.out))
-    assert "Energy against density" in page.texts
-    assert "Energy against rank" not in page.texts
+    assert "Energy over density" in page.texts
+    assert "Energy over rank" not in page.texts
 
 
 def test_parts_sum_to_the_whole(runs):
-    """Roles have the stored values of all linears among them, cells the kept fraction of each."""
+    """Roles have the sum of the stored values of their linears, cells their kept fraction."""
     first, _ = runs
     found = entries(first.report)
     roles = by_role(found)
@@ -238,7 +238,7 @@ def test_block_and_role(name, found):
 
 
 def test_size_at_is_the_least_that_holds_the_share():
-    """Equal to trying rank after rank."""
+    """The result equals trying rank after rank."""
     energies = np.sort(np.random.default_rng(0).random(20))[::-1]
     line = Line(0, np.arange(1, 21), np.cumsum(energies) / (1.25 * energies.sum()), None, "")
     for share in np.linspace(0.01, 0.99, 33):
@@ -247,7 +247,7 @@ def test_size_at_is_the_least_that_holds_the_share():
 
 
 def test_an_unfinished_run_says_so(tmp_path):
-    """A stopped run is shown as far as it came, and called stopped."""
+    """A stopped run is shown with its results so far, and called stopped."""
     journal = RunDirectory(tmp_path / "run")
     recipe = {"model": "dense", "out": str(tmp_path / "out"), "keep": 0.25, "method": "mgaa"}
     journal.claim({"recipe": recipe, "out": recipe["out"]})
@@ -255,9 +255,9 @@ def test_an_unfinished_run_says_so(tmp_path):
     for _ in range(3):
         journal.append({"event": "lost", "unit": "block 4", "why": "actor died"})
     page = Page(api.report(journal.root))
-    said = "not done: stopped, exit code 75, in stage calibrate, 3 of 30 units"
+    said = "not finished: stopped, exit code 75, in stage calibrate, 3 of 30 units"
     assert said in page.text
-    assert {"asked to keep", "0.25"} <= set(page.texts)
+    assert {"requested kept fraction", "0.25"} <= set(page.texts)
     assert {"lost", "unit block 4, why actor died", "3 times"} <= set(page.texts)
 
 
@@ -271,17 +271,17 @@ def test_an_unfinished_run_says_so(tmp_path):
         ("linears", "linears"),
         ("recipe", ""),
         ("not_targeted", ""),
-        ("linears.*.shape", "28 linears have no shape reported"),
-        ("linears.*.form", "28 linears have no form reported"),
+        ("linears.*.shape", "28 linears have no reported shape"),
+        ("linears.*.form", "28 linears have no reported form"),
         ("linears.*.rank", ""),
-        ("linears.*.values", "28 linears have no values reported"),
-        ("linears.*.weight_error", "28 linears have no weight error reported"),
-        ("linears.*.activation_error", "28 linears have no activation error reported"),
+        ("linears.*.values", "28 linears have no reported values"),
+        ("linears.*.weight_error", "28 linears have no reported weight error"),
+        ("linears.*.activation_error", "28 linears have no reported activation error"),
         ("linears.*.numerics", ""),
     ],
 )
 def test_a_report_that_lacks_a_field(copied, path, says):
-    """A missing field is left out of the page, which says so."""
+    """A missing field is omitted, and listed as missing."""
     *parents, name = path.split(".")
 
     def change(report):
@@ -300,7 +300,7 @@ def test_a_report_that_lacks_a_field(copied, path, says):
 
 
 def test_other_forms_and_fields_are_shown(copied):
-    """A sparse linear shows its nonzeros, and what a method adds to the report is listed."""
+    """A sparse linear shows its nonzeros, and additional report fields are listed."""
     changed = "model.layers.0.mlp.up_proj"
 
     def change(report):
@@ -318,7 +318,7 @@ def test_other_forms_and_fields_are_shown(copied):
 
 
 def test_an_evaluation_of_another_checkpoint_is_left_out(copied):
-    """What was measured on a checkpoint of another size is not shown as this one's."""
+    """An evaluation of a checkpoint of another size is not shown."""
     assert len(read_source(copied).evaluations) == 1
     (copied / "more.safetensors").write_bytes(b"12345678")
     source = read_source(copied)
@@ -327,7 +327,7 @@ def test_an_evaluation_of_another_checkpoint_is_left_out(copied):
 
 
 def test_compare_shows_what_differs(runs, tmp_path):
-    """Fields in which recipes agree are not listed; every run is a row of every table."""
+    """Equal fields of recipes are not listed; every run is a row of every table."""
     first, second = runs
     page = Page(api.compare([first.out, second.out], tmp_path / "compared.html"))
     assert len(page.ids) == len(set(page.ids))
@@ -344,11 +344,11 @@ def test_compare_shows_what_differs(runs, tmp_path):
     (facts,) = read_source(first.out).evaluations
     assert f"{facts['models']['model']['perplexity']:.2f}" in page.texts
     assert "host" not in page.text
-    assert "second: No evaluation lies beside the checkpoint." in page.texts
+    assert "second: No evaluation found beside the checkpoint." in page.texts
 
 
 def test_runs_of_one_name_are_told_apart(copied, runs, tmp_path):
-    """Two checkpoints of one name are called by the directories above them too."""
+    """Checkpoints of one name are distinguished by their parent directories."""
     first, _ = runs
     page = Page(api.compare([first.out, copied], tmp_path / "compared.html"))
     above = first.out.parent.name, copied.parent.name
@@ -356,7 +356,7 @@ def test_runs_of_one_name_are_told_apart(copied, runs, tmp_path):
 
 
 def test_commands_print_the_path(runs, tmp_path, capsys, monkeypatch):
-    """Both commands end with 0 and say where the page is; a run directory takes its own."""
+    """Both commands end with 0 and print the path of the page."""
     first, second = runs
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(first.run_dir)]) == 0
@@ -369,7 +369,8 @@ def test_commands_print_the_path(runs, tmp_path, capsys, monkeypatch):
 
 
 def test_wrong_places_have_their_codes(runs, copied, tmp_path, capsys):
-    """No run is 4, so is an evaluation's or a damaged report; one run to compare is 2."""
+    """A missing run, an evaluation or a damaged report exits with 4, a single run to compare with
+    2."""
     evaluation = copied.with_name("first.evaluation")
     for place_ in (tmp_path / "none", evaluation):
         assert main(["report", str(place_)]) == InputError.exit_code
@@ -405,7 +406,7 @@ addEventListener("message", (e) => document.querySelector("pre").append(e.data))
 
 
 def rendered(page, width, directory):
-    """What a page in a frame of this width measures on itself, in headless Chromium."""
+    """Measurements of a page on itself in a frame of this width, in headless Chromium."""
     probed, host = directory / "probed.html", directory / "host.html"
     probed.write_text(page.read_text().replace("<title>", f"{PROBE}<title>", 1))
     host.write_text(HOST.format(probed.name, width))

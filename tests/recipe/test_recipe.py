@@ -1,4 +1,4 @@
-"""A recipe is checked on construction and goes to TOML and back unchanged."""
+"""Recipes are checked on construction, and their TOML round trip is exact."""
 
 import tomllib
 from dataclasses import fields
@@ -33,13 +33,13 @@ counts = st.integers(min_value=1, max_value=2**63 - 1)
     )
 )
 def test_toml_round_trip(values):
-    """The written recipe reads back as an equal one, whatever its strings hold."""
+    """The written recipe reads back as an equal one, for any strings."""
     recipe = make_recipe(values)
     assert make_recipe(tomllib.loads(recipe.to_toml())) == recipe
 
 
 def test_toml_names_every_field():
-    """The written recipe shows every field, those that are not set as comments."""
+    """The written recipe shows every field, unset ones as comments."""
     shown = [line.removeprefix("# ").split(" =")[0] for line in _recipe().to_toml().splitlines()]
     assert shown == [field.name for field in fields(Recipe) if field.name != "options"]
 
@@ -83,7 +83,7 @@ def test_toml_without_schedule_does_not_depend_on_it():
     ],
 )
 def test_wrong_value(field, value, says):
-    """A value that is not allowed is refused with the field, what was found and what is allowed."""
+    """The message for a wrong value has the field, the value and the allowed values."""
     with pytest.raises(UsageError, match=says) as caught:
         _recipe(**{field: value})
     assert str(caught.value).startswith(f"{field} is ") or field == "max_shard_size"
@@ -91,7 +91,8 @@ def test_wrong_value(field, value, says):
 
 @pytest.mark.parametrize("given", [{}, {"keep": 0.8, "keep_bytes": 0.8}])
 def test_one_budget(given):
-    """A recipe without a budget, or with two, is refused; each alone is the share asked for."""
+    """A recipe without a budget, or with two, is refused; each alone sets the requested
+    fraction."""
     paths = {"model": "dense", "out": "small"}
     with pytest.raises(UsageError, match="give one of them"):
         Recipe(**paths, **given)
@@ -121,13 +122,13 @@ def test_size(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1XB", "nanGB", "infB", "1 2"])
 def test_no_size(text):
-    """What is no size above zero is refused."""
+    """Text that is not a positive size is refused."""
     with pytest.raises(UsageError, match="write it like"):
         size_in_bytes(text)
 
 
 def test_unknown_field(tmp_path):
-    """An unknown field is refused with the names it may have meant, from Python and from a file."""
+    """The message for an unknown field has near misses, from Python and from a file."""
     with pytest.raises(UsageError, match="near misses: samples, sampling"):
         make_recipe({**REQUIRED, "sample": 8})
     path = tmp_path / "recipe.toml"
@@ -137,14 +138,14 @@ def test_unknown_field(tmp_path):
 
 
 def test_missing_fields():
-    """All required fields that are missing are named at once."""
+    """The message names all missing required fields."""
     with pytest.raises(UsageError, match="out missing"):
         make_recipe({"model": "dense"})
 
 
 @pytest.mark.parametrize("content", [b"keep = ", b"\xff", None])
 def test_unreadable_file(tmp_path, content):
-    """A recipe file that is missing or no TOML is refused by its path."""
+    """The message for a missing or invalid recipe file has its path."""
     path = tmp_path / "recipe.toml"
     if content is not None:
         path.write_bytes(content)
@@ -153,7 +154,7 @@ def test_unreadable_file(tmp_path, content):
 
 
 def test_names_are_checked_against_what_there_is():
-    """A method or an allocation that does not exist is refused with those that do."""
+    """The message for an unknown method or allocation lists the existing ones."""
     recipe = _recipe(method="svd")
     with pytest.raises(UsageError, match="method is 'svd'; it must be one of asvd, svd-llm"):
         recipe.check_names(methods={"svd-llm": 1, "asvd": 2}, allocations={"uniform": 1})
@@ -184,14 +185,14 @@ def test_an_option_is_a_toml_value_or_a_string(text, parsed):
 
 @pytest.mark.parametrize("text", ["mgaa", "mgaa.t", "t=1", ".t=1", "mgaa.=1", "mgaa.a b=1"])
 def test_an_option_without_name_or_value_is_refused(text):
-    """The form is shown."""
+    """The message shows the expected form."""
     with pytest.raises(UsageError, match=r"mgaa\.t=0\.5"):
         parse_option(text)
 
 
 @pytest.mark.parametrize("options", [{"mgaa": 1}, {"mgaa": {"t": []}}, {"mgaa": {"a b": 1}}, 3])
 def test_options_are_tables_of_plain_values(options):
-    """Anything else could not be written back."""
+    """Other values could not be written back."""
     with pytest.raises(UsageError, match="options"):
         _recipe(options=options)
 
@@ -202,7 +203,7 @@ def _recipe(**changes):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_gives_the_fields_that_nothing_else_gives(preset, tmp_path):
-    """On the command line, in a file and from Python it is the same recipe, written out."""
+    """From the command line, a file and Python the recipe is the same, with all fields written."""
     fixed = {"model": "m", "out": "o", "keep": 0.8}
     recipe = Recipe.preset(preset, **fixed)
     assert make_recipe({**fixed, "preset": preset}) == recipe
@@ -215,7 +216,8 @@ def test_a_preset_gives_the_fields_that_nothing_else_gives(preset, tmp_path):
 
 
 def test_options_stand_over_those_of_a_preset_one_by_one():
-    """What is given of a table replaces that option alone; what is no table is refused."""
+    """Given options replace those of a preset one by one; a value that is not a table is
+    refused."""
     fixed = {"model": "m", "out": "o", "keep": 0.8}
     options = {"training": {"epochs": 2}, "two-sided": {"draws": 2}}
     expected = {name: dict(table) for name, table in PRESETS["best"]["options"].items()}
@@ -230,7 +232,7 @@ def test_options_stand_over_those_of_a_preset_one_by_one():
 
 
 def test_a_preset_that_does_not_exist_is_refused():
-    """The line names those that do."""
+    """The message lists the existing presets."""
     fixed = {"model": "m", "out": "o", "keep": 0.8}
     with pytest.raises(UsageError, match=r"preset is .faster.; it must be one of .*fast"):
         make_recipe({**fixed, "preset": "faster"})

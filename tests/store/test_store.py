@@ -1,4 +1,4 @@
-"""The run directory: atomic files, units committed by their manifest, chunks, status."""
+"""Run directory: atomic files, units committed by a manifest, chunks, status."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def commit(units, key, content=b"content", environment=None, **facts):
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
-    """When the body raises, the old content stays and no temporary file is left."""
+    """If the body raises, the old content stays and no temporary file is left."""
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -39,7 +39,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 
 def test_a_refused_write_is_one_clear_line(tmp_path):
-    """A write that the system refuses names the path and leaves nothing behind."""
+    """A write refused by the system gives an error with the path, and leaves no file."""
     path = tmp_path / "unit.json"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -54,7 +54,7 @@ def test_a_refused_write_is_one_clear_line(tmp_path):
 
 
 def test_keys_depend_on_every_part_and_on_no_order():
-    """Equal parts give equal keys; any other stage, version, input or parameter another key."""
+    """Equal parts give equal keys; another stage, version, input or parameter gives another key."""
     key = unit_key("decompose", 1, ["a", "b"], rank=3, dtype="float32")
     assert key == unit_key("decompose", 1, ["a", "b"], dtype="float32", rank=3)
     others = [
@@ -67,7 +67,7 @@ def test_keys_depend_on_every_part_and_on_no_order():
 
 
 def test_a_unit_without_manifest_is_not_there(tmp_path):
-    """Files alone commit nothing; the manifest does."""
+    """Only the manifest commits a unit, not its files."""
     units = Units(tmp_path)
     unit = units.begin("ab" * 32)
     with unit.file("a.bin") as path:
@@ -78,7 +78,7 @@ def test_a_unit_without_manifest_is_not_there(tmp_path):
 
 
 def test_a_unit_counts_only_in_its_environment(tmp_path):
-    """What another environment computed is computed again here."""
+    """A unit of another environment is computed again."""
     units = Units(tmp_path)
     commit(units, "cd" * 32, environment={"threads": 1})
     assert units.facts("cd" * 32, {"threads": 1}) == {}
@@ -87,7 +87,7 @@ def test_a_unit_counts_only_in_its_environment(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "manifest"])
 def test_damage_to_a_unit_is_found(tmp_path, damage):
-    """A unit that was truncated, flipped or lost a file is not whole any more."""
+    """A unit with a truncated, changed or missing file is no longer intact."""
     units = Units(tmp_path)
     commit(units, "ef" * 32)
     file = units.directory("ef" * 32) / "a.bin"
@@ -106,7 +106,7 @@ def test_damage_to_a_unit_is_found(tmp_path, damage):
 
 
 def test_a_spent_unit_has_facts_and_no_files(tmp_path):
-    """It stays committed in its environment; written again, it has files again."""
+    """A spent unit stays committed in its environment; written again, it has files again."""
     units, key = Units(tmp_path), "0a" * 32
     commit(units, key)
     whole = units.manifest(key)
@@ -127,7 +127,7 @@ def test_a_spent_unit_has_facts_and_no_files(tmp_path):
 
 
 def test_a_linked_unit_is_not_spent(tmp_path):
-    """The files of another run's unit stay, whoever links to it."""
+    """Spending a link does not remove the files of the other run's unit."""
     theirs, ours, key = Units(tmp_path / "theirs"), Units(tmp_path / "ours"), "0c" * 32
     commit(theirs, key)
     ours.directory(key).parent.mkdir(parents=True)
@@ -137,7 +137,7 @@ def test_a_linked_unit_is_not_spent(tmp_path):
 
 
 def test_a_unit_that_is_being_spent_never_looks_whole(tmp_path, monkeypatch):
-    """If the machine stops after the first file is removed, the manifest already says spent."""
+    """If the machine stops after the first removed file, the manifest already says spent."""
     units, key = Units(tmp_path), "0b" * 32
     commit(units, key)
 
@@ -156,7 +156,7 @@ def test_a_unit_that_is_being_spent_never_looks_whole(tmp_path, monkeypatch):
 
 
 def test_writing_a_unit_twice_gives_the_same_bytes(tmp_path):
-    """Two attempts at one unit leave what one attempt leaves."""
+    """Two attempts at one unit give the same files as one."""
     units = Units(tmp_path)
     commit(units, "01" * 32, seconds=1)
     before = (units.directory("01" * 32) / "manifest.json").read_bytes()
@@ -166,7 +166,7 @@ def test_writing_a_unit_twice_gives_the_same_bytes(tmp_path):
 
 
 def test_chunks_come_back_as_written_or_not_at_all(tmp_path):
-    """A chunk read is the chunk written; one flipped bit makes it missing."""
+    """A chunk is read as written; one flipped bit makes it missing."""
     chunks = Chunks(tmp_path)
     rng = np.random.default_rng(0)
     record = {"hidden": rng.integers(-9, 9, (3, 4)).astype(np.int16), "mask": np.ones(3, bool)}
@@ -185,7 +185,7 @@ def test_chunks_come_back_as_written_or_not_at_all(tmp_path):
 
 
 def test_a_run_directory_claims_only_what_is_its_own(tmp_path):
-    """An empty or own directory is taken, one that holds something else is refused and kept."""
+    """An empty or own directory is claimed; one with other files is refused and not changed."""
     run = RunDirectory(tmp_path / "run")
     run.claim({"recipe": {}})
     run.claim({"recipe": {}})
@@ -200,7 +200,7 @@ def test_a_run_directory_claims_only_what_is_its_own(tmp_path):
 
 
 def test_a_status_whose_process_is_gone_says_so(tmp_path):
-    """`running` is said only while the process runs."""
+    """The state is `running` only while the process runs."""
     run = RunDirectory(tmp_path)
     run.claim({})
     run.write_status(state="running")
@@ -220,5 +220,5 @@ def test_the_journal_is_one_line_an_event(tmp_path):
 
 
 def test_digests_do_not_depend_on_the_order_of_keys():
-    """Canonical JSON: equal values, equal digests."""
+    """Canonical JSON: equal values have equal digests."""
     assert digest_json({"a": 1, "b": [2]}) == digest_json({"b": [2], "a": 1})

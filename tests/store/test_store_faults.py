@@ -1,4 +1,4 @@
-"""Writes that fail: whole or not at all, repeated where that may help, else one clear line."""
+"""Failing writes: atomic, retried if transient, else one clear error."""
 
 import errno
 import os
@@ -24,13 +24,13 @@ from orchestrator.store.units import Units
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Failed calls are not made again, so that a test need not wait; the SDK's own tries stay."""
+    """Failed calls are not retried, so that a test need not wait; retries of the SDK stay."""
     monkeypatch.setattr(retries, "TRIES", 1)
 
 
 @pytest.fixture
 def full_disk(tmp_path):
-    """A file system of 1 MB."""
+    """Make a file system of 1 MB."""
     directory = tmp_path / "small"
     directory.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)]
@@ -53,7 +53,7 @@ CUTS = {
 @pytest.mark.chaos
 @pytest.mark.parametrize("cut", CUTS)
 def test_an_upload_that_is_cut_leaves_nothing(cut, s3, tmp_path, impatient):
-    """Wherever it stops there is no object under the name, and the error says what failed."""
+    """An interrupted upload leaves no object, at any point, and the error names the failure."""
     size, is_cut = CUTS[cut]
     (tmp_path / "file").write_bytes(bytes(size))
     with faulty_proxy(s3.port) as proxy:
@@ -70,7 +70,7 @@ def test_an_upload_that_is_cut_leaves_nothing(cut, s3, tmp_path, impatient):
 
 @pytest.mark.chaos
 def test_a_store_that_comes_back_is_waited_for(s3, monkeypatch):
-    """What fails in every try of the SDK is tried again later, and succeeds."""
+    """A call that fails in every try of the SDK is retried later, and succeeds."""
     monkeypatch.setattr(retries, "FIRST_WAIT_SECONDS", 0.1)
     with faulty_proxy(s3.port) as proxy:
         place = remote(s3.uri("away/a.json", port=proxy.port))
@@ -86,7 +86,7 @@ def test_a_store_that_comes_back_is_waited_for(s3, monkeypatch):
 
 
 def test_an_interrupt_completes_no_half_upload():
-    """An interrupt waits for nothing, and what uploads is not torn by it."""
+    """An interrupt has no delay and does not leave a partial upload."""
     begun, done = threading.Event(), threading.Event()
 
     def slow():
@@ -98,7 +98,7 @@ def test_an_interrupt_completes_no_half_upload():
         begun.wait()
         os.kill(os.getpid(), signal.SIGINT)
 
-    # a process that was started in the background ignores it
+    # a process started in the background ignores it
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
@@ -108,7 +108,7 @@ def test_an_interrupt_completes_no_half_upload():
 
 
 def test_half_a_file_does_not_stay_whole(s3, tmp_path, impatient):
-    """If the local file ends early or cannot be read on, the object that came of it is removed."""
+    """If the local file ends early or becomes unreadable, the resulting object is removed."""
     path = tmp_path / "file"
     path.write_bytes(bytes(100))
 
@@ -125,7 +125,7 @@ def test_half_a_file_does_not_stay_whole(s3, tmp_path, impatient):
 
 
 def test_a_write_that_fails_once_is_repeated(tmp_path, monkeypatch):
-    """A reason that passes is waited out; one that stays is told at once."""
+    """A transient error is retried; a permanent one is raised at once."""
     monkeypatch.setattr(retries, "FIRST_WAIT_SECONDS", 0.01)
     tries = []
 
@@ -150,7 +150,7 @@ def test_a_write_that_fails_once_is_repeated(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_clear_line(full_disk):
-    """Units and chunks that do not fit leave nothing behind, and say so in the system's words."""
+    """Units and chunks that do not fit leave no file, and raise the system's message."""
     key = "ab" * 32
     unit = Units(full_disk).begin(key)
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_one_clear_line(full_disk):
 
 
 def test_a_full_disk_on_the_way_to_a_store(s3, full_disk, monkeypatch):
-    """The copy that is uploaded may not fit on the node: the message names the place of it."""
+    """If the copy to upload does not fit on the node, the message names its path."""
     monkeypatch.setattr(caches, "process_cache", lambda: cache)
     cache = caches.Cache(full_disk)
 
@@ -183,7 +183,8 @@ def test_a_full_disk_on_the_way_to_a_store(s3, full_disk, monkeypatch):
 
 @pytest.mark.chaos
 def test_a_run_whose_disk_was_full_is_resumed(full_disk, tmp_path):
-    """It fails with one line; given room, the same command does the rest, to the same bytes."""
+    """The run fails with one error; with space, the same command completes it, to the same
+    bytes."""
     text = write_text(tmp_path / "text.txt")
     model = write_llama(tmp_path / "dense", blocks=4)
     run(model, tmp_path / "alone", text)
@@ -204,7 +205,7 @@ def test_a_run_whose_disk_was_full_is_resumed(full_disk, tmp_path):
 
 
 def test_no_bucket_is_said_at_once(s3):
-    """A bucket that does not exist is nothing to wait for."""
+    """A bucket that does not exist is not waited for."""
     place = remote(s3.uri("a.json", bucket="nowhere"))
     begun = time.monotonic()
     with pytest.raises(UsageError, match="s3://nowhere does not exist; create the bucket"):

@@ -1,4 +1,4 @@
-"""Who is at work on a run: told to the second driver, taken over from one that is gone."""
+"""Leases of runs: reported to a second driver, taken over from an ended one."""
 
 import json
 import os
@@ -26,7 +26,7 @@ HERE = socket.gethostname()
 
 @pytest.fixture(params=["disk", "store"])
 def place(request, tmp_path):
-    """A place for a hold, on local disk and in an object store."""
+    """Place of a lease, on local disk and in an object store."""
     if request.param == "disk":
         return tmp_path / "run" / LEASE_FILE
     s3 = request.getfixturevalue("s3")
@@ -35,7 +35,7 @@ def place(request, tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Holds that are renewed, settled and given up within tenths of a second."""
+    """Shorten the times of leases to tenths of a second."""
     monkeypatch.setattr(holds, "RENEW_SECONDS", 0.2)
     monkeypatch.setattr(holds, "SETTLE_SECONDS", 0.1)
     monkeypatch.setattr(holds, "STALE_SECONDS", 1.0)
@@ -46,14 +46,14 @@ def found(**fields):
 
 
 def gone():
-    """The number of a process that has ended."""
+    """Return the id of an ended process."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
 
 
 def test_a_hold_is_given_back(place, quick):
-    """It is there while the body runs, renewed, and gone afterwards, whatever ended it."""
+    """The lease exists and is renewed while the body runs, and is removed afterwards."""
     with Lease(place).taken():
         before = json.loads(place.read_bytes())
         time.sleep(0.6)
@@ -72,7 +72,7 @@ def test_a_hold_is_given_back(place, quick):
 
 
 def test_a_second_holder_is_told_of_the_first(place, quick):
-    """In the same process or in another, it is refused in one line that says who, and keeps it."""
+    """A second holder, in any process, is refused with the name of the first, which keeps it."""
     with Lease(place).taken():
         with pytest.raises(UsageError, match=rf"in use by process \d+ on {HERE} since \d"):
             Lease(place).taken().__enter__()
@@ -80,7 +80,7 @@ def test_a_second_holder_is_told_of_the_first(place, quick):
 
 
 def test_a_hold_of_a_dead_process_is_taken_over(place, quick):
-    """On this host at once, with a note that says from whom."""
+    """On this host the take-over is immediate, with a note that names the old holder."""
     write_json(place, found(pid=gone()))
     begun = time.monotonic()
     with Lease(place).taken() as hold:
@@ -91,7 +91,7 @@ def test_a_hold_of_a_dead_process_is_taken_over(place, quick):
 
 @pytest.mark.parametrize("holder", [{"host": "elsewhere"}, {"pid": 1, "renewed": 0.0}, {}])
 def test_a_hold_that_nobody_renews_is_taken_over(holder, place, quick):
-    """Of another host, or of a number that another process has by now, after a look at it."""
+    """A lease of another host, or with a reused process id, is taken over after a wait."""
     write_json(place, found(**holder) if holder else {})
     told = []
     begun = time.monotonic()
@@ -102,7 +102,7 @@ def test_a_hold_that_nobody_renews_is_taken_over(holder, place, quick):
 
 
 def test_a_hold_elsewhere_that_is_renewed_stays(place, quick):
-    """The clocks of the hosts do not matter: who renews it lives."""
+    """A renewed lease is valid, regardless of the clocks of the hosts."""
     code = """
 import socket, sys, time
 from orchestrator.store import lease
@@ -127,7 +127,7 @@ with lease.Lease(parse_place(sys.argv[1])).taken():
 
 
 def test_who_lost_its_hold_does_not_take_it_back(place, quick):
-    """A driver that was taken for dead renews and removes nothing of the one that took over."""
+    """A driver that lost its lease does not renew or remove that of its successor."""
     with Lease(place).taken() as hold:
         write_json(place, found(id="other"))
         time.sleep(0.5)
@@ -137,7 +137,7 @@ def test_who_lost_its_hold_does_not_take_it_back(place, quick):
 
 
 def test_a_hold_that_was_removed_is_made_anew(place, quick):
-    """Nobody else has it: it stays with whom it was."""
+    """A removed lease without another holder is written again."""
     with Lease(place).taken() as hold:
         before = json.loads(place.read_bytes())["id"]
         place.unlink()
@@ -148,7 +148,7 @@ def test_a_hold_that_was_removed_is_made_anew(place, quick):
 
 
 def test_of_many_at_once_one_holds(place, quick):
-    """Drivers that start in the same moment: one gets it, all others are told."""
+    """Of drivers that start at the same moment one gets the lease, the others are refused."""
     code = """
 import sys
 from orchestrator.errors import UsageError
@@ -200,7 +200,7 @@ def reference(llama, text, tmp_path_factory):
 
 
 def once(wanted, action):
-    """An event callback that acts at the first event that is wanted; the run waits for it."""
+    """Event callback that acts at the first matching event; the run waits for it."""
     waiting = [action]
 
     def on_event(event):
@@ -212,7 +212,7 @@ def once(wanted, action):
 
 @pytest.mark.chaos
 def test_two_drivers_on_one_run(llama, text, reference, tmp_path, capsys):
-    """The second is told who is at work, exits with 2, and leaves the first undisturbed."""
+    """The second driver names the first, exits with 2, and does not disturb it."""
     out, elsewhere = tmp_path / "out", str(tmp_path / "elsewhere")
     said = []
 
@@ -236,7 +236,7 @@ def test_two_drivers_on_one_run(llama, text, reference, tmp_path, capsys):
 
 @pytest.mark.parametrize("directory", ["out.run", "out"])
 def test_who_lost_its_hold_leaves_the_run_alone(directory, llama, text, tmp_path, quick):
-    """It says to whom, exits as one that was stopped, and writes nothing over that one's status."""
+    """The driver names its successor, exits as stopped, and does not overwrite its status."""
     out, file = tmp_path / "out", {"out": ".orchestrator-hold.json", "out.run": LEASE_FILE}
     status = tmp_path / "out.run" / "status.json"
 
@@ -255,11 +255,11 @@ def test_who_lost_its_hold_leaves_the_run_alone(directory, llama, text, tmp_path
 def test_two_drivers_that_run_after_all_damage_nothing(
     llama, text, reference, tmp_path, monkeypatch
 ):
-    """With the hold taken away under one, both go on; what comes of it is the undisturbed result.
+    """If one loses its lease, both continue, and the result is the undisturbed one.
 
-    One may end early, where the other has cleared away what it needs; the same command resumes.
+    One may end early if the other has removed files that it needs; the same command resumes.
     """
-    # a renewal would put the hold back before the second driver has come to look for it
+    # a renewal would restore the lease before the second driver reads it
     monkeypatch.setattr("orchestrator.store.lease.RENEW_SECONDS", 3600.0)
     out = tmp_path / "out"
     drivers = []
@@ -282,7 +282,7 @@ def test_two_drivers_that_run_after_all_damage_nothing(
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_driver_leaves_no_hold(number, llama, text, reference, tmp_path):
-    """One that is asked to stop gives it back; one that is killed is found out at once."""
+    """A stopped driver releases its lease; that of a killed one is recognised at once."""
     out = tmp_path / "out"
     driver = Driver(llama, out, text, "--executor", "local")
     assert driver.until(is_unit(2))

@@ -1,4 +1,4 @@
-"""Places in an object store, on a real S3 server: units, chunks, journal and status lie there."""
+"""Places in an object store, on a real S3 server: units, chunks, journal and status."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ KEY = "ab" * 32
 
 @pytest.fixture
 def place(s3, request):
-    """A prefix that nothing lies under."""
+    """An empty prefix."""
     return remote(s3.uri(f"places/{request.node.name}"))
 
 
@@ -42,7 +42,7 @@ def commit(units, content=b"content", **facts):
 
 
 def test_a_path_is_a_path_and_a_uri_is_remote():
-    """What has no scheme is local, as it was written; a URI keeps its options at its end."""
+    """Text without a scheme is a local path, unchanged; a URI keeps its options."""
     assert parse_place("a/b") == Path("a/b")
     assert parse_place("file:///a/b") == Path("/a/b")
     there = parse_place("s3://bucket/a/b/?region=x")
@@ -62,7 +62,8 @@ def test_a_path_is_a_path_and_a_uri_is_remote():
     ],
 )
 def test_what_is_no_place_is_refused(uri, says):
-    """An unknown scheme, no bucket, a way out of it or a secret in it: one line, no secret."""
+    """An unknown scheme, a missing bucket, an escaping path or a secret is refused, without the
+    secret."""
     with pytest.raises(UsageError, match=says) as raised:
         parse_place(uri)
     assert "secret@" not in str(raised.value)
@@ -70,7 +71,7 @@ def test_what_is_no_place_is_refused(uri, says):
 
 
 def test_a_local_run_imports_no_file_systems(tmp_path):
-    """Units, chunks, journal, status and hold on local disk load nothing of pyarrow."""
+    """Units, chunks, journal, status and lease on local disk do not import pyarrow."""
     code = f"""
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ assert not any(name.startswith("pyarrow") for name in sys.modules)
 
 
 def test_waits_grow_and_are_few():
-    """A failed call is tried again after growing waits, which end."""
+    """A failed call is retried after growing waits, a limited number of times."""
     assert waits(4) == (0.5, 1.5, 4.5)
     assert waits(1) == ()
 
@@ -116,13 +117,13 @@ def test_waits_grow_and_are_few():
     ],
 )
 def test_only_what_may_pass_is_tried_again(error, passes):
-    """A lost connection may come back; a full disk, a closed door or a missing bucket stay."""
+    """Lost connections are retried; a full disk, denied access and a missing bucket are not."""
     assert is_passing(error) is passes
     assert not (is_denied(error) and is_no_bucket(error))
 
 
 def test_a_unit_in_a_store_is_there_when_its_manifest_is(s3, place):
-    """Files alone commit nothing; the object of the manifest, written last, does."""
+    """Files alone commit nothing; the manifest, written last, does."""
     units = Units(place)
     unit = units.begin(KEY)
     with unit.file("a.bin") as path:
@@ -141,7 +142,7 @@ def test_a_unit_in_a_store_is_there_when_its_manifest_is(s3, place):
 
 
 def test_both_kinds_of_place_hold_the_same_bytes(s3, place, tmp_path):
-    """A unit is the same files in a store and on disk."""
+    """A unit has the same files in a store and on disk."""
     commit(Units(place), n=1)
     commit(Units(tmp_path), n=1)
     there = s3.objects(place.inner)
@@ -151,7 +152,7 @@ def test_both_kinds_of_place_hold_the_same_bytes(s3, place, tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "manifest"])
 def test_damage_in_a_store_is_found(s3, place, damage):
-    """An object that was cut, changed or lost is found, at the latest where it is read."""
+    """A truncated, changed or missing object is found, at the latest on reading."""
     units = Units(place)
     commit(units)
     name = f"{place.inner}/ab/{KEY}/a.bin"
@@ -174,7 +175,8 @@ def test_damage_in_a_store_is_found(s3, place, damage):
 
 
 def test_chunks_in_a_store_come_back_or_not_at_all(s3, place):
-    """A chunk read is the chunk written; one flipped bit makes it missing; dropped, it is gone."""
+    """A chunk is read as written; one flipped bit makes it missing; a dropped chunk does not
+    exist."""
     chunks = Chunks(place)
     record = {"hidden": np.arange(12, dtype=np.int16).reshape(3, 4), "mask": np.ones(3, bool)}
     chunks.write(2, 7, record)
@@ -197,7 +199,7 @@ def test_chunks_in_a_store_come_back_or_not_at_all(s3, place):
 
 
 def test_a_large_file_arrives_whole(place, tmp_path):
-    """A file that is uploaded in several parts has the hash that it had here."""
+    """A file uploaded in several parts keeps its hash."""
     path = tmp_path / "large"
     path.write_bytes(np.random.default_rng(0).bytes(25 << 20))
     place.upload(path)
@@ -208,7 +210,7 @@ def test_a_large_file_arrives_whole(place, tmp_path):
 
 
 def test_the_journal_replays_from_segments(s3, place, monkeypatch):
-    """Whatever was flushed when, by whichever driver, reads as the same events in order."""
+    """The journal reads as the same events in order, for any flushes and drivers."""
     monkeypatch.setattr(journal, "FLUSH_SECONDS", 0.05)
     written = []
     for driver in range(3):
@@ -225,7 +227,7 @@ def test_the_journal_replays_from_segments(s3, place, monkeypatch):
 
 
 def test_another_state_is_written_at_once(place):
-    """Progress may wait for a second, another state does not; what waited is never older news."""
+    """Progress may wait for a second, a new state does not; old status never overwrites it."""
     run, reader = RunDirectory(place), RunDirectory(place)
     run.claim({})
     run.write_status(state="running", done=0)
@@ -244,7 +246,7 @@ def test_another_state_is_written_at_once(place):
 
 
 def test_a_prefix_that_holds_something_else_is_refused(s3, place):
-    """A run directory and an output take a new prefix or their own, and change no other."""
+    """A run directory and an output use a new prefix or their own, and change no other."""
     run = RunDirectory(place / "run")
     run.claim({"recipe": {}})
     run.claim({"recipe": {}})
@@ -264,7 +266,8 @@ def test_a_prefix_that_holds_something_else_is_refused(s3, place):
 
 
 def test_a_cache_keeps_what_was_asked_for_last(s3, place, tmp_path):
-    """Copies beyond the limit go, the longest unasked first, and all of them at the end."""
+    """Copies beyond the limit are removed, least recently used first, and all of them at the
+    end."""
     for name in "abc":
         s3.write(f"{place.inner}/{name}", name.encode() * 10)
     cache = Cache(tmp_path, limit=25)
@@ -285,7 +288,7 @@ def test_a_cache_keeps_what_was_asked_for_last(s3, place, tmp_path):
 
 
 def test_the_cache_of_a_killed_process_is_removed_by_the_next(tmp_path):
-    """A process that ends tidies up; one that is killed leaves it to another, alive ones stay."""
+    """A process removes its cache at exit; that of a killed one is removed by the next."""
     code = """
 import sys, pathlib, os
 from orchestrator.store.cache import Cache
@@ -307,7 +310,7 @@ sys.stdin.read()
 
 
 def test_json_in_a_store_is_replaced_as_a_whole(s3, place):
-    """A second version takes the place of the first."""
+    """A second version replaces the first."""
     write_json(place / "a.json", {"a": 1})
     write_json(place / "a.json", {"b": 2})
     assert {n: json.loads(c) for n, c in s3.objects(place.inner).items()} == {"a.json": {"b": 2}}

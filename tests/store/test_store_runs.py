@@ -1,4 +1,4 @@
-"""Whole runs whose run directory and output lie in an object store: the bytes of a local run."""
+"""Whole runs with run directory and output in an object store: the bytes of a local run."""
 
 import json
 import random
@@ -29,7 +29,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(llama, text, tmp_path_factory):
-    """What a run on local disk writes, into several files."""
+    """Files of a run on local disk, several of them."""
     out = tmp_path_factory.mktemp("reference") / "out"
     run(llama, out, text, **SEVERAL)
     return contents(out)
@@ -40,14 +40,14 @@ TOKENS = torch.arange(2, 34)[None] * 5 % 96
 
 
 def nothing_is_left(s3, prefix):
-    """No chunk, no probe and no hold stays in the store."""
+    """Assert that no chunk, probe or lease is left in the store."""
     names = [*s3.objects(f"{prefix}.run"), *s3.objects(prefix)]
     return not any("chunks/" in name or "probe" in name or "hold" in name for name in names)
 
 
 @pytest.fixture(scope="module")
 def stored(s3, llama):
-    """The model in the store, and a file beside it that is no part of a model."""
+    """The model in the store, with a file beside it that is not part of a model."""
     for path in llama.iterdir():
         s3.write(f"models/dense/{path.name}", path.read_bytes())
     s3.write("models/dense/optimizer.bin", b"x" * 1000)
@@ -55,8 +55,8 @@ def stored(s3, llama):
 
 
 def test_a_model_in_a_store_is_read_there(s3, stored, llama, text, reference, tmp_path, capsys):
-    """The bytes of a local model, by ranges: no file of weights is copied. It can be planned and
-    evaluated from there too."""
+    """The bytes equal those for a local model, read by ranges without a copy of the weights;
+    planning and evaluation work from there too."""
     uri = s3.uri(stored)
     result = run(uri, tmp_path / "out", text, shards=2, **SEVERAL)
     assert named(contents(result.out), uri) == named(reference, uri)
@@ -73,7 +73,7 @@ def test_a_model_in_a_store_is_read_there(s3, stored, llama, text, reference, tm
 
 
 def named(files, model):
-    """What a run would have written whose recipe names the model so; of any key."""
+    """Files of a run whose recipe names the model like this; of any key."""
     local = files["orchestrator_report.json"]["recipe"]["model"]
     report = json.dumps(files["orchestrator_report.json"]).replace(local, model)
     recipe = files["recipe.toml"].decode().replace(local, model).encode()
@@ -82,7 +82,7 @@ def named(files, model):
 
 
 def test_no_model_in_a_store_is_said(s3, text, tmp_path, capsys):
-    """One line and exit code 4; 2 where there is no such bucket."""
+    """A missing model exits with 4, a missing bucket with 2, with one message."""
     flags = ["--keep=0.5", "--executor=local", f"--calibration={text}"]
     out = str(tmp_path / "out")
     assert main(["compress", s3.uri("models/none"), out, *flags]) == 4
@@ -93,7 +93,7 @@ def test_no_model_in_a_store_is_said(s3, text, tmp_path, capsys):
 
 @pytest.mark.chaos
 def test_a_run_in_a_store_is_the_local_one(s3, llama, text, reference, tmp_path, capsys):
-    """The same bytes; done again there is nothing to do; what is downloaded loads and runs."""
+    """The bytes are those of a local run; a repeated command has no work; the download loads."""
     uri = s3.uri("runs/local/out")
     events = []
     result = run(llama, uri, text, shards=2, on_event=events.append, **SEVERAL)
@@ -103,7 +103,7 @@ def test_a_run_in_a_store_is_the_local_one(s3, llama, text, reference, tmp_path,
     assert str(result.out) == uri
     loaded = orchestrator.load(directory)
     assert torch.isfinite(loaded(input_ids=TOKENS).logits).all()
-    # nothing of it stays on this machine
+    # no copy stays on this machine
     assert process_cache().bytes <= sum(map(len, s3.objects("runs/local/out.run").values()))
 
     journal = list(RunDirectory(result.run_dir).events())
@@ -135,7 +135,7 @@ def test_a_run_in_a_store_is_the_local_one(s3, llama, text, reference, tmp_path,
 @pytest.mark.ray
 @pytest.mark.chaos
 def test_actors_share_a_store(s3, llama, text, reference, tmp_path, ray_address):
-    """Two actors and a driver that see nothing of each other but the store: the same bytes."""
+    """Two actors and a driver that share only the store give the same bytes."""
     fields = {"executor": "ray", "workers": 2, "shards": 4}
     run(llama, s3.uri("runs/ray/out"), text, **fields, **SEVERAL)
     assert contents(s3.download("runs/ray/out", tmp_path / "out")) == reference
@@ -144,7 +144,7 @@ def test_actors_share_a_store(s3, llama, text, reference, tmp_path, ray_address)
 
 @pytest.mark.chaos
 def test_a_killed_driver_is_resumed_from_a_store(s3, llama, text, reference, tmp_path):
-    """After SIGKILL the same command does only what is not committed; the bytes are the same."""
+    """After SIGKILL the same command does only uncommitted work; the bytes are the same."""
     uri = s3.uri("runs/killed/out")
     driver = Driver(llama, uri, text, "--executor", "local", "--max-shard-size", "200KB")
     assert driver.until(is_unit(2))
@@ -159,7 +159,7 @@ def test_a_killed_driver_is_resumed_from_a_store(s3, llama, text, reference, tmp
 
 @pytest.mark.chaos
 def test_a_store_that_fails_now_and_then_changes_no_byte(s3, llama, text, reference, tmp_path):
-    """One request in fifty is cut off, wherever it is by then; each is made again."""
+    """One request in fifty is cut off and repeated; the bytes are the same."""
     rng = random.Random(0)
     with faulty_proxy(s3.port) as proxy:
         proxy.is_cut = lambda piece: rng.random() < 0.02
@@ -170,7 +170,7 @@ def test_a_store_that_fails_now_and_then_changes_no_byte(s3, llama, text, refere
 
 @pytest.mark.chaos
 def test_an_evaluation_in_a_store(s3, llama, text, tmp_path):
-    """Its run directory may lie there too; the report is the same, and asked again read back."""
+    """The run directory of an evaluation may be in a store; a repeated call reads the report."""
     fields = {"text": str(text), "samples": 3, "sequence_length": 48, "executor": "local"}
     place = s3.uri("runs/evaluation")
     first = evaluate(llama, run_dir=place, **fields)
@@ -181,7 +181,8 @@ def test_an_evaluation_in_a_store(s3, llama, text, tmp_path):
 
 
 def test_a_search_stays_on_local_disk(s3, llama, text, capsys):
-    """Its candidates are evaluated where they are written, so an output in a store is refused."""
+    """Search candidates are evaluated where they are written, so an output in a store is
+    refused."""
     places = [str(llama), s3.uri("runs/search")]
     texts = ["--calibration", str(text), "--text", str(llama / "other.txt")]
     flags = ["--keep", "0.5", "--vary", "storage=plain,pivoted", "--executor", "local"]
@@ -200,7 +201,7 @@ def test_a_search_stays_on_local_disk(s3, llama, text, capsys):
     ],
 )
 def test_a_place_that_cannot_be_used(out, code, says, s3, llama, text, capsys):
-    """One line that says what is wrong with it, before anything is computed."""
+    """An unusable place is reported before any computation."""
     with faulty_proxy(s3.port) as proxy:
         proxy.answer = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
         if out == "nowhere":

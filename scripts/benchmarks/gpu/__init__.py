@@ -1,9 +1,9 @@
 """Check of a machine with a GPU in at most eight minutes: correctness, repeatability, speed.
 
-Needs torch and transformers, no Ray and no network (see benchmarks/README.md). Parts run one after
-the other, the most important first, in a process of their own; each prints a line as it ends, and
-the results file is written again. A part that fails, dies or takes far longer than expected stops
-no other one, and a part without enough time left is left out.
+Needs torch and transformers, no Ray and no network (see benchmarks/README.md). Parts run in
+sequence, the most important first, in a separate process; each prints a line at its end, and the
+results file is updated. A part that fails, dies or takes far longer than expected does not stop the
+others; a part without enough time is omitted.
 
 --small runs the same code at tiny sizes, on a CPU too. --rates prints the row of a results file for
 orchestrator/forecast/rates.json and measures nothing.

@@ -32,7 +32,7 @@ def second_moment(size: int, device: torch.device) -> Tensor:
 
 
 def decomposed(bench: Bench, matrix_II: Tensor, triangle: str) -> dict[str, Any]:
-    """The better of two times after one to warm up, memory, errors, and whether bits repeat."""
+    """Return the better of two times after one warm-up, memory, errors, and True if bits repeat."""
     work = partial(torch.linalg.eigh, matrix_II, UPLO=triangle)
     bench.free()
     before = torch.cuda.memory_allocated() if bench.is_cuda else 0

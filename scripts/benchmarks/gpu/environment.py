@@ -1,6 +1,6 @@
 """Prints the environment of results as JSON: device, driver, versions, commit.
 
-A program of its own, so that the process that watches over the parts holds no CUDA context.
+A separate program, so that the supervising process has no CUDA context.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`evaluate` of a model alone and against itself, beside transformers on the CPU."""
+"""`evaluate` of a model alone and against itself, compared with transformers on the CPU."""
 
 import math
 from pathlib import Path

@@ -12,7 +12,7 @@ from benchmarks.gpu.bench import Bench, Check, Found
 APART = {"float32": 1e-4, "float64": 1e-11}
 """Largest error of the eigenvalues, which are up to 4."""
 SECONDS = 30
-"""Least time left to begin another one."""
+"""Minimum time left to start another one."""
 
 
 def measure(bench: Bench) -> Found:

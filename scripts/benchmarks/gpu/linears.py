@@ -1,4 +1,4 @@
-"""Forward passes of dense, low-rank and pivoted linears, beside dense and roofline."""
+"""Forward passes of dense, low-rank and pivoted linears, compared with dense and the roofline."""
 
 import copy
 from functools import partial
@@ -70,10 +70,10 @@ def modules_of(
 def passed(
     bench: Bench, module: nn.Module, tokens: int, ceilings: tuple[float, float]
 ) -> dict[str, Any]:
-    """Seconds of a pass, on CUDA from a graph, beside an eager pass and the roofline.
+    """Measure the seconds of a pass, on CUDA from a graph; also eager, and the roofline.
 
     Args:
-        ceilings: FLOPs and bytes a second.
+        ceilings: FLOP/s and bytes/s.
     """
     outputs, inputs = module.out_features, module.in_features
     input_TI = torch.randn(tokens, inputs, device=bench.device, dtype=DTYPE)
@@ -101,7 +101,8 @@ def passes(module: nn.Module, input_TI: Tensor) -> Tensor:
 
 
 def graphed(bench: Bench, module: nn.Module, input_TI: Tensor) -> tuple[float, bool]:
-    """Seconds of a pass without its launches, and whether it gives the bits of an eager one."""
+    """Measure the seconds of a pass without launches; also True if it has the bits of an
+    eager one."""
     # before a capture, libraries must be set up by passes on a side stream
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -126,7 +127,7 @@ def apart(module: nn.Module) -> float:
 
 
 def in_words(rows: list[dict[str, Any]]) -> str:
-    """Text on the rows of one shape and number of tokens."""
+    """Describe the rows of one shape and number of tokens."""
     dense, *others = rows
     first = f"{' x '.join(map(str, dense['shape']))}, {dense['tokens']} tokens"
     parts = [f"dense {1e3 * dense['seconds']:.3g} ms, {dense['over_floor']:.1f} floors"]

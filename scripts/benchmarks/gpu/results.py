@@ -14,9 +14,9 @@ FORMAT_VERSION = 1
 class Results:
     """The results so far; the file always holds all of them.
 
-    `content["parts"]` has for each part that is over `seconds`, `line`, `figures` and `checks`, or
-    `error` (a traceback, or how its process ended), or `left_out`. `content["running"]` names the
-    part that is not over and when it began, on the system's monotonic clock; it is None otherwise.
+    `content["parts"]` has `seconds`, `line`, `figures` and `checks` of each finished part, or
+    `error` (a traceback, or the end of its process), or `left_out`. `content["running"]` has the
+    name and start of the running part, on the system's monotonic clock; otherwise it is None.
     """
 
     def __init__(self, path: Path, environment: Mapping[str, Any], *, is_small: bool) -> None:
@@ -68,7 +68,8 @@ class Results:
 
 
 def summary(results: Results) -> str:
-    """Numbers of parts that ended and checks that hold, and a line for each other one."""
+    """Summarise the numbers of finished parts and passed checks, with a line for each other
+    part."""
     parts = results.parts
     over = [name for name, entry in parts.items() if "checks" in entry]
     checks = [(name, check) for name in over for check in parts[name]["checks"]]
