@@ -77,6 +77,6 @@ def unseen(given: Sequence[Any]) -> str:
 
 
 def check_seen(probe: Mapping[str, Any]) -> None:
-    """Raises InputError if a worker was given a GPU that it does not see."""
+    """Raise InputError if a worker was given a GPU that it does not see."""
     if probe["unseen"] and PRETENDED not in os.environ:
         raise InputError(probe["unseen"])

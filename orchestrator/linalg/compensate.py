@@ -42,7 +42,7 @@ class DriftGram:
     Sums as `Gram` does, float32 products flushed into float64 every `FLUSH_TOKENS` tokens, so the
     bits are a function of the sequence of updates alone. d is computed before the products: for
     nearly equal inputs the difference of two Grams would be dominated by rounding. If only z is
-    given, d is zero and costs nothing. Memory: 32 n^2 bytes, plus 24 n^2 for the result of `drift`;
+    given, d is zero and has no cost. Memory: 32 n^2 bytes, plus 24 n^2 for the result of `drift`;
     4.4 n^2 FLOPs a token.
     """
 
@@ -92,7 +92,7 @@ class InputMap:
     matrix_II: Tensor | None
     """M, float64; None if the solve failed its check."""
     report: dict[str, float | str]
-    """Of a solve: `condition` of H + lambda in the 1-norm and relative `residual`; `trouble` if the
+    """Solve: `condition` of H + lambda in the 1-norm and relative `residual`; `trouble` if the
     solve failed its check."""
 
 

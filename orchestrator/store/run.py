@@ -73,7 +73,7 @@ class RunDirectory:
         write_json(self.root / _MARKER, {"format_version": _FORMAT_VERSION, **description})
 
     def check(self) -> None:
-        """Raise InputError unless it is new, empty or a run directory; changes nothing on disk."""
+        """Raise InputError unless it is new, empty or a run directory; does not change the disk."""
         if isinstance(self.root, Remote):
             self.root.check()
         if self.root.exists() and not self.root.is_dir():

@@ -69,14 +69,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     label = f"{name}-{keep:g}-{seed}".replace(" ", "-")
                     path = options.work / f"{label}.json"
                     rows[label] = once(
-                        path, lambda n=name, k=keep, s=seed, at=label: row(options, n, k, s, at)
+                        path,
+                        lambda n=name, k=keep, s=seed, at=label: row(
+                            options, n, k, seed=s, label=at
+                        ),
                     )
     show(options, dense, rows)
     return {"dense": dense, "rows": rows}
 
 
 def row(
-    options: argparse.Namespace, name: str, keep: float, seed: int, label: str
+    options: argparse.Namespace, name: str, keep: float, *, seed: int, label: str
 ) -> dict[str, Any]:
     say(label)
     result = compress(options, ROWS[name], label, keep=keep, seed=seed)

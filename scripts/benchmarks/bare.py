@@ -37,10 +37,12 @@ class BareProcesses:
         model: Path,
         text: Path,
         parts: Sequence[Sequence[range]],
+        *,
         samples: int,
         sequence_length: int,
     ) -> None:
-        self._arguments = [(model, text, part, samples, sequence_length) for part in parts]
+        self._arguments = [(model, text, part) for part in parts]
+        self._sizes = {"samples": samples, "sequence_length": sequence_length}
 
     def __enter__(self) -> "BareProcesses":
         context = multiprocessing.get_context("spawn")
@@ -48,7 +50,9 @@ class BareProcesses:
         self._processes = []
         for arguments in self._arguments:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, *arguments), kwargs=self._sizes, daemon=True
+            )
             process.start()
             theirs.close()
             self._ends.append(ours)
@@ -82,13 +86,14 @@ def _serve(
     model: Path,
     text: Path,
     part: Sequence[range],
+    *,
     samples: int,
     sequence_length: int,
 ) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     lazy_model = LazyModel.open(model, dtype=torch.float32)
-    inputs = _inputs(lazy_model, text, part, samples, sequence_length)
+    inputs = _inputs(lazy_model, text, part, samples=samples, sequence_length=sequence_length)
     try:
         while True:
             end.send("ready")
@@ -100,7 +105,7 @@ def _serve(
 
 
 def _inputs(
-    lazy_model: LazyModel, text: Path, part: Sequence[range], samples: int, sequence_length: int
+    lazy_model: LazyModel, text: Path, part: Sequence[range], *, samples: int, sequence_length: int
 ) -> dict[int, list[Chunk]]:
     """Compute all chunks at the first block of every shard of the part."""
     tokenizer = load_tokenizer(lazy_model.directory)

@@ -148,7 +148,8 @@ def actors_against_bare(
     with warm_job(recipe) as job:
         cut = cut_blocks(job.num_blocks, default_shards(job.num_blocks, 2))
         halves = [list(cut[side::2]) for side in range(2)]
-        with BareProcesses(model, text, halves, samples, sequence_length) as bare:
+        sizes = {"samples": samples, "sequence_length": sequence_length}
+        with BareProcesses(model, text, halves, **sizes) as bare:
             say("two actors against two bare processes")
             actors = Measured(job.calibrate_and_decompose, lambda: family(os.getpid()) - bare.pids)
             alone = Measured(bare.work, lambda: bare.pids)

@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         total = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         say(f"the model has {total / 1e9:.2f} GB in {options.blocks} blocks")
         text = write_text(options.work / "text.txt", SAMPLES * SEQUENCE_LENGTH)
-        rows = [measure(model, config, text, n, options) for n in options.shards]
+        rows = [measure(model, config, text, shards=n, options=options) for n in options.shards]
     finally:
         if not options.keep_files:
             shutil.rmtree(options.work, ignore_errors=True)
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    model: Path, config: LlamaConfig, text: Path, shards: int, options: argparse.Namespace
+    model: Path, config: LlamaConfig, text: Path, *, shards: int, options: argparse.Namespace
 ) -> Row:
     say(f"{shards} shards")
     out = options.work / f"out-{shards}"

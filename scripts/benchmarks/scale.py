@@ -1,4 +1,4 @@
-"""What a 70B model takes: each part of the work beside its floor, and whole runs simulated.
+"""Cost of a 70B model: each part of the work over its lower bound, and simulated whole runs.
 
 simulated       whole runs of `--preset fast` at 0.8 for 70B, 405B and 1T: the real
                 schedules and the real failure policy, on a clock that jumps by what each call

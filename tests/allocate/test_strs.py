@@ -52,7 +52,7 @@ def plan_of_cut(linears, curves, strs, rejected):
 @given(shapes=SHAPES, percent=st.integers(1, 100), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=200)
 def test_the_search_is_the_last_cut_that_fits(shapes, percent, seed):
-    """Of all cuts of the sorted list the plan is the one with the most stored values."""
+    """The plan is the cut of the sorted list, among all cuts, with the most stored values."""
     linears, strs = make_linears(shapes), Strs(grid="0.2 0.5 0.7 0.9")
     # few values, so that some losses are equal
     rng = np.random.default_rng(seed)
@@ -74,8 +74,7 @@ def test_the_search_is_the_last_cut_that_fits(shapes, percent, seed):
 
 
 def test_sensitive_linears_keep_more():
-    """Of two equal linears the more sensitive one is truncated less; a noisy trial is never
-    chosen."""
+    """The more sensitive of two equal linears is truncated less; a noisy trial is never chosen."""
     one, two = linears = make_linears([(40, 40), (40, 40)])
     strs = Strs(grid="0.4 0.6 0.8")
     curves = {

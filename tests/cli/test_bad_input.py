@@ -1,4 +1,4 @@
-"""Bad input: one clear line, the documented exit code, and nothing that looks complete."""
+"""Bad input: one clear error, the documented exit code, and no output that looks complete."""
 
 import json
 import resource
@@ -16,13 +16,13 @@ from orchestrator.cli.main import main
 
 @pytest.fixture
 def model(checkpoint, tmp_path):
-    """A tiny Llama of the test's own, to be damaged."""
+    """A tiny Llama of the test itself, to be damaged."""
     return with_tokenizer(checkpoint("llama"), tmp_path / "dense")
 
 
 @pytest.fixture
 def command(model, tmp_path, capsys):
-    """Runs `orchestrator compress`; gives the exit code and the line of the error."""
+    """Run `orchestrator compress`; returns the exit code and the error line."""
     text = write_text(tmp_path / "text.txt")
 
     def run(*flags, model=model, calibration=text, keep="0.5"):
@@ -43,7 +43,7 @@ def command(model, tmp_path, capsys):
 
 
 def test_good_input_gives_a_checkpoint(model, tmp_path, capsys):
-    """What the cases below damage is sound before."""
+    """The undamaged input of the cases below is valid."""
     text = write_text(tmp_path / "text.txt")
     small = ["--samples", "4", "--sequence-length", "32", "--executor", "local"]
     arguments = [str(model), str(tmp_path / "out"), "--keep", "0.5", "--calibration", str(text)]
@@ -53,7 +53,7 @@ def test_good_input_gives_a_checkpoint(model, tmp_path, capsys):
 
 
 def test_a_tokenizer_of_another_model(command, model, tmp_path):
-    """Tokens beyond the vocabulary are said before any worker looks one up."""
+    """Tokens beyond the vocabulary are reported before any worker uses one."""
     path = model / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -66,7 +66,7 @@ def test_a_tokenizer_of_another_model(command, model, tmp_path):
 
 
 def test_a_model_that_does_not_exist(command, tmp_path):
-    """A path that is not there is invalid input, and makes no directory."""
+    """A missing path is invalid input, and no directory is created."""
     code, line = command(model=tmp_path / "nowhere")
     assert (code, "no such directory" in line) == (4, True)
     assert not (tmp_path / "out.run").exists()
@@ -76,7 +76,7 @@ def test_a_model_that_does_not_exist(command, tmp_path):
     ("file", "says"), [("config.json", "config.json"), ("model.safetensors", "no weights")]
 )
 def test_a_directory_without_config_or_weights(command, model, file, says):
-    """What is missing is named."""
+    """The message names the missing file."""
     (model / file).unlink()
     code, line = command()
     assert code == 4
@@ -85,7 +85,7 @@ def test_a_directory_without_config_or_weights(command, model, file, says):
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "missing", "nan", "infinity"])
 def test_damaged_weights(command, model, damage):
-    """A damaged file or weight is named, wherever the damage shows."""
+    """A damaged file or weight is named, wherever the damage is found."""
     path = model / "model.safetensors"
     content = bytearray(path.read_bytes())
     name = "model.layers.2.mlp.up_proj.weight"
@@ -126,7 +126,7 @@ def test_a_tensor_that_the_index_places_nowhere(command, model):
     [(b"", "0 tokens"), (b"too short", "9 tokens"), (b"caf\xe9 " * 99, "UTF-8")],
 )
 def test_text_that_is_no_calibration(command, tmp_path, content, says):
-    """Empty, too short and undecodable text are refused with what was found."""
+    """Empty, too short and undecodable texts are refused with the details."""
     path = tmp_path / "bad.txt"
     path.write_bytes(content)
     code, line = command(calibration=path)
@@ -135,7 +135,7 @@ def test_text_that_is_no_calibration(command, tmp_path, content, says):
 
 
 def test_a_field_that_is_not_there(command, tmp_path):
-    """The fields that are there are listed."""
+    """The message lists the existing fields."""
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps({"body": "words"}) + "\n")
     code, line = command(calibration=path)
@@ -145,21 +145,22 @@ def test_a_field_that_is_not_there(command, tmp_path):
 
 @pytest.mark.parametrize(("keep", "code"), [("1.5", 2), ("0", 2), ("nan", 2), ("0.01", 3)])
 def test_a_kept_fraction_that_cannot_be(command, keep, code):
-    """Out of range is usage; below rank 1 everywhere is infeasible, and said before any work."""
+    """An invalid fraction is a usage error; rank 1 everywhere as minimum is checked before any
+    work."""
     found, line = command(keep=keep)
     assert found == code
     assert "keep" in line
 
 
 def test_a_selector_that_matches_nothing(command):
-    """Near misses are shown."""
+    """The message has near misses."""
     code, line = command("--target", "*.q_prj")
     assert code == 2
     assert "q_proj" in line
 
 
 def test_an_output_that_holds_something_else(command, tmp_path):
-    """What is there stays, and nothing is added."""
+    """Existing files are kept, and none is added."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     code, line = command()
@@ -169,7 +170,7 @@ def test_an_output_that_holds_something_else(command, tmp_path):
 
 
 def test_a_model_that_is_compressed_already(command, model, tmp_path):
-    """Ours is told from others', and both are refused."""
+    """Our checkpoints are distinguished from other compressed ones, and both are refused."""
     text = write_text(tmp_path / "text.txt")
     small = ["--samples", "4", "--sequence-length", "32", "--executor", "local"]
     first = [str(model), str(tmp_path / "first"), "--keep", "0.5", "--calibration", str(text)]
@@ -180,14 +181,14 @@ def test_a_model_that_is_compressed_already(command, model, tmp_path):
 
 
 def test_more_workers_than_this_process_is(command):
-    """The local executor is one process."""
+    """The local executor allows one process only."""
     code, line = command("--workers", "2")
     assert code == 2
     assert "--executor ray" in line
 
 
 def test_no_space_left(model, tmp_path):
-    """A write that the system refuses ends with the path, and the same command then resumes."""
+    """A write refused by the system ends with its path, and the same command then resumes."""
     text = write_text(tmp_path / "text.txt")
     arguments = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""The command line: words into calls, results into text, errors into exit codes."""
+"""Command line: arguments to calls, results to text, errors to exit codes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ COMMANDS = ("compress", "evaluate", "export", "status", "report", "compare", "cl
 
 @pytest.fixture
 def compressed(monkeypatch):
-    """The recipes that reach the API, which gives a result without doing anything."""
+    """The recipes passed to the API, which returns a result without any work."""
     recipes = []
 
     def compress(recipe, on_event):
@@ -50,7 +50,7 @@ def compressed(monkeypatch):
 
 
 def error_of(capsys):
-    """The one line that a failed command says."""
+    """Return the error line of a failed command."""
     said = capsys.readouterr()
     assert said.out == ""
     (line,) = said.err.splitlines()
@@ -76,12 +76,12 @@ def test_runs_as_a_module():
 
 
 def test_every_field_of_a_recipe_is_a_flag():
-    """Flags are the fields of a recipe, and each has a word of help."""
+    """Flags are the fields of a recipe, and each has a help text."""
     assert {*HELP, "model", "out", "options"} == {field.name for field in fields(Recipe)}
 
 
 def test_flags_reach_the_recipe(compressed):
-    """Every flag sets its field; what is not given has the recipe's default."""
+    """Every flag sets its field; other fields have the recipe's defaults."""
     flags = (
         "--keep 0.5 --calibration t.txt --samples 3 --sampling random --target *.mlp.* "
         "--target re:.*q_proj --ignore a --download --workers 2 --run-dir r --max-shard-size 1MB"
@@ -106,7 +106,7 @@ def test_flags_reach_the_recipe(compressed):
 
 
 def test_flags_win_over_the_recipe_file(compressed, tmp_path):
-    """A field is the flag's, else the file's, else the default."""
+    """A field is that of the flag, else of the file, else the default."""
     file = tmp_path / "recipe.toml"
     written = make_recipe(
         {"model": "dense", "out": "small", "keep": 0.5, "seed": 7, "download": True}
@@ -118,7 +118,7 @@ def test_flags_win_over_the_recipe_file(compressed, tmp_path):
 
 
 def test_result_on_stdout_and_progress_on_stderr(compressed, capsys):
-    """A result can be piped; events do not mix with it, as lines or as JSON."""
+    """A result can be piped; events are separate, as lines or as JSON."""
     assert main(["compress", "dense", "small", "--keep", "0.8"]) == 0
     said = capsys.readouterr()
     assert "0.7900 (requested 0.8 of values)" in said.out
@@ -132,7 +132,7 @@ def test_result_on_stdout_and_progress_on_stderr(compressed, capsys):
 
 @pytest.mark.parametrize("json_flag", [[], ["--json"]])
 def test_evaluate_passes_what_was_given(monkeypatch, capsys, json_flag):
-    """`evaluate` passes the flags that were given on, and shows both models side by side."""
+    """`evaluate` passes the given flags on, and prints both models in one table."""
     given = {}
 
     def evaluate(model, *, on_event, **options):
@@ -174,14 +174,14 @@ def test_evaluate_passes_what_was_given(monkeypatch, capsys, json_flag):
 
 
 def test_export(monkeypatch, capsys):
-    """`export` names what it wrote."""
+    """`export` prints the written path."""
     monkeypatch.setattr(api, "export", lambda out, dense_dir, format: f"{out} {dense_dir} {format}")
     assert main(["export", "small", "dense"]) == 0
     assert capsys.readouterr().out == "small dense dense\n"
 
 
 def test_status_and_clean(tmp_path, capsys):
-    """`status` reads a run from its directory, `clean` removes it and nothing else."""
+    """`status` reads a run from its directory; `clean` removes only that directory."""
     from orchestrator.store.run import RunDirectory
 
     run = RunDirectory(tmp_path / "run")
@@ -216,7 +216,7 @@ def test_status_and_clean(tmp_path, capsys):
     ],
 )
 def test_errors_are_one_line_and_a_code(monkeypatch, capsys, error, code):
-    """An error is one line on stderr and its own exit code; its traceback needs `--verbose`."""
+    """An error is one line on stderr with its exit code; a traceback needs `--verbose`."""
 
     def status(run):
         raise error
@@ -229,7 +229,7 @@ def test_errors_are_one_line_and_a_code(monkeypatch, capsys, error, code):
 
 
 def test_sigterm_ends_with_75(monkeypatch, capsys):
-    """SIGTERM ends any command with 75, and leaves the process as it was."""
+    """SIGTERM ends any command with 75, and restores the signal handler."""
     monkeypatch.setattr(api, "status", lambda run: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert main(["status", "run"]) == 75
@@ -250,7 +250,7 @@ def test_sigterm_ends_with_75(monkeypatch, capsys):
     ],
 )
 def test_wrong_arguments_end_with_2(arguments, capsys):
-    """What the parser refuses, abbreviations included, ends with 2 and the usage."""
+    """Arguments refused by the parser, abbreviations included, end with 2 and the usage."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
@@ -278,7 +278,7 @@ def test_wrong_arguments_end_with_2(arguments, capsys):
     ],
 )
 def test_bad_input(checkpoint, tmp_path, monkeypatch, capsys, flags, code, says):
-    """Bad input ends with its code and a line that names it, and leaves no checkpoint behind."""
+    """Bad input ends with its code and a line that names it, without a checkpoint."""
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("too short")
     Path("latin.txt").write_bytes(b"caf\xe9 and more of it")
@@ -297,7 +297,7 @@ def test_bad_input(checkpoint, tmp_path, monkeypatch, capsys, flags, code, says)
 
 @pytest.mark.parametrize(("model", "says"), [("none/at/all", "no such directory"), (".", "config")])
 def test_bad_model(tmp_path, monkeypatch, capsys, model, says):
-    """A model that is not there, or is none, ends with 4 and its path."""
+    """A missing or invalid model ends with 4 and its path."""
     monkeypatch.chdir(tmp_path)
     arguments = ["compress", model, "out", "--keep", "0.8", "--calibration", "x.txt"]
     assert main([*arguments, "--executor", "local"]) == 4

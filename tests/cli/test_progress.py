@@ -1,4 +1,4 @@
-"""Events become lines that read the same everywhere."""
+"""Events as lines of text."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from orchestrator.readable import duration, size
 
 
 class Clock:
-    """A clock that is moved by hand; seconds."""
+    """Clock that is set by the test; seconds."""
 
     now = 0.0
 
@@ -34,7 +34,7 @@ def unit(done, total=100):
 
 
 def test_a_run_in_lines(clock, stream):
-    """Stages, units with what is left, and notes are a line each."""
+    """Stages, units with remaining time, and notes are one line each."""
     show = Lines(stream, clock=clock)
     show({"event": "stage", "stage": "calibrate", "state": "begin"})
     for done in (1, 2):
@@ -62,7 +62,7 @@ def test_a_run_in_lines(clock, stream):
 
 
 def test_failures_in_lines(clock, stream):
-    """Who failed where and how, what is done about it, and where more of it is written."""
+    """A failure line has worker, cause, decision and record."""
     show = Lines(stream, clock=clock)
     where = {"unit": "block 2", "node": "a (12)", "pid": 3, "record": "failures/0001.json"}
     what = {"why": "no answer", "cause": "hung", "decided": "repeat"}
@@ -77,7 +77,7 @@ def test_failures_in_lines(clock, stream):
 
 
 def test_fast_units_share_a_line(clock, stream):
-    """Of units that finish within a second one is shown, and the last one always."""
+    """One of several units that finish within a second is shown, and always the last one."""
     show = Lines(stream, clock=clock)
     for done in range(1, 101):
         clock.now += 0.1
@@ -88,7 +88,7 @@ def test_fast_units_share_a_line(clock, stream):
 
 
 def test_resumed_units_do_not_shorten_what_is_left(clock, stream):
-    """What is left is reckoned from the units of this run, not from those that were there."""
+    """The remaining time depends on units of this run only, not on reused ones."""
     show = Lines(stream, clock=clock)
     show({"event": "stage", "stage": "calibrate", "state": "begin"})
     clock.now = 10.0
@@ -97,7 +97,7 @@ def test_resumed_units_do_not_shorten_what_is_left(clock, stream):
 
 
 def test_a_stage_within_another_does_not_change_what_is_left_of_it(clock, stream):
-    """Units count for their own stage, from its own begin."""
+    """Units count for their own stage, from its own start."""
     show = Lines(stream, clock=clock)
     show({"event": "stage", "stage": "train", "state": "begin"})
     show({"event": "stage", "stage": "verify", "state": "begin"})
@@ -110,7 +110,7 @@ def test_a_stage_within_another_does_not_change_what_is_left_of_it(clock, stream
 
 
 def test_json_lines(stream):
-    """As JSON every event is one line that reads back as itself."""
+    """As JSON every event is one line that parses back to it."""
     events = [unit(1), {"event": "note", "text": "two\nlines, é"}]
     show = JsonLines(stream)
     for event in events:
@@ -123,7 +123,7 @@ def test_json_lines(stream):
     [(0.44, "0.4s"), (9.96, "10s"), (59.6, "1m00s"), (3599.6, "1h00m"), (7500, "2h05m")],
 )
 def test_duration(seconds, said):
-    """Lengths of time are rounded before they are cut into units."""
+    """Durations are rounded before they are split into units."""
     assert duration(seconds) == said
 
 

@@ -1,4 +1,4 @@
-"""A search over settings: the best on held-out text is kept, and nothing is tried twice."""
+"""Search over settings: the best on held-out text is kept, and no setting is tried twice."""
 
 import pytest
 from pipeline import contents, run, write_llama, write_text
@@ -37,7 +37,8 @@ def recipe(llama, out, text, **fields):
 
 
 def test_the_best_on_held_out_text_is_what_a_direct_run_gives(llama, text, held_out, tmp_path):
-    """Every combination is tried once; the one of lowest perplexity is written, to the bit."""
+    """Every combination is tried once; the one with the lowest perplexity is written, to the
+    bit."""
     asked = recipe(llama, tmp_path / "out", text)
     found = search(asked, VARY, text=str(held_out), **EVALUATION)
     assert [tuple(each.setting.values()) for each in found.candidates] == [
@@ -61,14 +62,14 @@ def test_the_best_on_held_out_text_is_what_a_direct_run_gives(llama, text, held_
 
 
 def test_a_search_taken_up_tries_only_what_is_left(llama, text, held_out, tmp_path):
-    """Of what was tried nothing is computed again, and no candidate stays on the disk."""
+    """A repeated search computes only new candidates, and no candidate stays on disk."""
     asked = recipe(llama, tmp_path / "out", text)
     short = {"storage": ["plain"]}
     first = search(asked, short, text=str(held_out), **EVALUATION)
     events = []
     longer = {"storage": ["plain", "pivoted"]}
     with pytest.raises(UsageError, match="made from another recipe"):
-        # the search has found another best, and OUT holds the first one
+        # the search has another best, and OUT has the first one
         search(asked, longer, text=str(held_out), on_event=events.append, **EVALUATION)
     evaluated = [e for e in events if e["event"] == "stage" and e["stage"] == "evaluate"]
     assert [e["state"] for e in evaluated] == ["begin", "end"]
@@ -78,7 +79,7 @@ def test_a_search_taken_up_tries_only_what_is_left(llama, text, held_out, tmp_pa
 
 
 def test_settings_are_every_combination():
-    """The last name's values change fastest; no values and no names are errors."""
+    """The values of the last name vary fastest; missing values and names are errors."""
     assert settings({"a": [1, 2], "b": [3]}) == [(("a", 1), ("b", 3)), (("a", 2), ("b", 3))]
     for vary in ({}, {"a": []}):
         with pytest.raises(UsageError, match="vary"):
@@ -86,7 +87,7 @@ def test_settings_are_every_combination():
 
 
 def test_a_setting_is_a_field_or_an_option(llama, text, tmp_path):
-    """Fields are replaced, options join their table; what decides no bytes is not varied."""
+    """Fields are replaced, options join their table; fields without effect on bytes are refused."""
     asked = recipe(llama, tmp_path, text, options={"two-sided": {"damping": 0.1}})
     varied = with_setting(asked, {"keep": 0.7, "two-sided.draws": 2})
     assert (varied.keep, varied.options) == (0.7, {"two-sided": {"damping": 0.1, "draws": 2}})
@@ -97,7 +98,7 @@ def test_a_setting_is_a_field_or_an_option(llama, text, tmp_path):
 
 
 def test_values_are_read_as_a_recipe_would():
-    """Numbers are numbers, words are words; what has no value is refused."""
+    """Numbers are numbers, words are words; missing values are refused."""
     assert parse_vary("mgaa.t=0.5,1") == ("mgaa.t", [0.5, 1])
     assert parse_vary("storage=plain, pivoted") == ("storage", ["plain", "pivoted"])
     for wrong in ("storage", "=plain", "storage=plain,,pivoted"):
@@ -106,13 +107,13 @@ def test_values_are_read_as_a_recipe_would():
 
 
 def test_the_calibration_text_decides_nothing(llama, text, tmp_path):
-    """A search on the text that was calibrated on is refused before anything runs."""
+    """A search on the calibration text is refused before any run."""
     with pytest.raises(UsageError, match="is the calibration text"):
         search(recipe(llama, tmp_path / "out", text), VARY, text=str(text))
 
 
 def test_the_command_prints_every_candidate(llama, text, held_out, tmp_path, capsys):
-    """One line a candidate, the best one marked, then the result as `compress` prints it."""
+    """One line per candidate, the best one marked, then the result as printed by `compress`."""
     words = ["search", llama, tmp_path / "out", "--keep", "0.5", "--method", "two-sided"]
     words += ["--calibration", text, "--samples", "4", "--sequence-length", "48"]
     words += ["--executor", "local", "--text", held_out, "--text-samples", "2"]

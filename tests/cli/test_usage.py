@@ -1,4 +1,4 @@
-"""The memory of workers: an elementwise maximum that is stored as JSON."""
+"""Memory of workers: an elementwise maximum that is stored as JSON."""
 
 import itertools
 
@@ -15,7 +15,7 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("usage", EXAMPLES)
 def test_goes_through_json(usage):
-    """JSON gives the same values; without a GPU it has no entry of one."""
+    """The JSON round trip is exact; without a GPU there is no device entry."""
     assert Usage.from_json(usage.to_json()) == usage
     assert ("device" in usage.to_json()) == (usage.device is not None)
     assert Usage.from_json({**usage.to_json(), "forecast": 1}) == usage
@@ -34,6 +34,6 @@ def test_merging_is_a_maximum():
 
 
 def test_is_read_as_a_line():
-    """The line has device and host separately."""
+    """The text has device and host separately."""
     assert str(EXAMPLES[0]) == "host 5 B"
     assert str(EXAMPLES[2]) == "device 9 B reserved, 8 B allocated, 1 B context; host 7 B"

@@ -1,4 +1,4 @@
-"""Single calls on a pretended CUDA device: the CPU's bits, and no host read per linear or token.
+"""Single calls on a simulated CUDA device: the CPU's bits, and no host read per linear or token.
 
 See `pretend`; whole jobs are in `test_devices`.
 """
@@ -56,13 +56,13 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compressed(dense, tmp_path_factory):
-    """The same with every form in each block."""
+    """The same model, with every form in each block."""
     out = tmp_path_factory.mktemp("forms") / "out"
     return compress(dense, out, make_plan=every_form).directory
 
 
 def every_form(survey):
-    """Assigns sparse, low rank with entries, low rank and pivoted forms to linears in turn."""
+    """Assign sparse, low rank with entries, low rank and pivoted forms to linears in turn."""
     assignments = {}
     for turn, linear in enumerate(survey.linears):
         half = LOW_RANK.break_even(linear) // 2
@@ -76,7 +76,7 @@ def every_form(survey):
 
 
 def plain(result):
-    """A result as a tree of dicts, lists, numbers and tensors."""
+    """Convert a result to dicts, lists, numbers and tensors."""
     if is_dataclass(result):
         result = {field.name: getattr(result, field.name) for field in fields(result)}
     if isinstance(result, dict):
@@ -87,7 +87,7 @@ def plain(result):
 
 
 def same(one, other):
-    """True if two trees are equal to the bit."""
+    """Return True if two trees are equal to the bit."""
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -258,7 +258,7 @@ def of_outputs(linear, site):
 
 
 class Passes:
-    """Every kind of pass of one chunk through a shard of both blocks.
+    """All kinds of passes of one chunk through a shard of both blocks.
 
     Each is a generator that opens the shard, yields, and performs the pass.
     """
@@ -352,7 +352,8 @@ def waits(run, *, tokens, padding, linears):
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_waits_for_no_linear_and_no_token(kind, padding, dense, compressed):
-    """Reads are as many for one linear as for fourteen, and for eight tokens as for sixteen."""
+    """The number of reads is equal for one linear and for fourteen, and for eight tokens and
+    sixteen."""
     run = getattr(Passes(dense, compressed), kind)
     one = waits(run, tokens=8, padding=padding, linears=1)
     assert waits(run, tokens=8, padding=padding, linears=14) == one

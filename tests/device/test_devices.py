@@ -1,4 +1,4 @@
-"""Whole jobs on a pretended CUDA device: the CPU's files to the bit, and no mix of devices.
+"""Whole runs on a simulated CUDA device: the CPU's files to the bit, and no mixed devices.
 
 See `pretend`; single calls are in `test_device_calls`. Models have two blocks, texts two sequences.
 """
@@ -92,16 +92,16 @@ def with_options(fields, **options):
 
 
 def assert_same_files(one, other):
-    """Two checkpoints have the same files, their reports but for timings."""
+    """Assert that two checkpoints have equal files, and equal reports except for timings."""
     one, other = contents(one), contents(other)
     assert one.keys() == other.keys()
     assert not [name for name in one if one[name] != other[name]]
 
 
 def compress_on_both(model, text, out, *, runs=None, **fields):
-    """Compresses on the CPU and on the pretended device; asserts equal files, gives the device.
+    """Compress on the CPU and on the simulated device; asserts equal files, returns the device.
 
-    No sum may have an order that CUDA does not fix: its bits would differ between calls.
+    Sums whose order CUDA does not fix are errors: their bits would differ between calls.
 
     Args:
         runs: A directory for the run directories, to share them with other recipes.
@@ -117,7 +117,7 @@ def compress_on_both(model, text, out, *, runs=None, **fields):
 
 
 def assert_a_step_is_read_once(device):
-    """Asserts one read a step, for two epochs of one step and three evaluations of two blocks.
+    """Assert one read per step, for two epochs of one step and three evaluations of two blocks.
 
     The backward pass of a sparse linear does not search for its entries either.
     """

@@ -1,4 +1,4 @@
-"""Reports of workers on their GPUs, and their use by a run."""
+"""Reports of workers about their GPUs, and their use by a run."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ int nvmlSystemGetDriverVersion(char *version, unsigned length) {
 
 @pytest.fixture
 def worker(tmp_path):
-    """Makes workers of a run without a model."""
+    """Make workers of a run without a model."""
     made = []
 
     def make():
@@ -49,7 +49,7 @@ def worker(tmp_path):
 
 @pytest.fixture
 def nvml(tmp_path, monkeypatch):
-    """Compiles `NVML` to a library that is found as NVIDIA's."""
+    """Compile `NVML` to a library that is found as NVIDIA's."""
     gpu.driver_version.cache_clear()
 
     def compile_with(**results):

@@ -1,4 +1,4 @@
-"""No needless work of the host for a GPU: no reads of values, no transposition or cast."""
+"""Host traffic of a GPU: no unnecessary reads of values, transpositions or casts."""
 
 import threading
 
@@ -178,7 +178,7 @@ def test_a_squared_error_is_that_of_the_real_tokens(padding, dtype):
 
 
 def test_errors_are_read_together_and_in_their_order():
-    """The result has the numbers of each chunk by its index, and none of no chunks."""
+    """The result has the numbers of each chunk by index, and is empty without chunks."""
     errors = {index: (index + 1, torch.tensor(index / 3, dtype=torch.float64)) for index in (4, 1)}
     assert read_errors(errors) == {4: (5, 4 / 3), 1: (2, 1 / 3)}
     assert list(read_errors(errors)) == [4, 1]

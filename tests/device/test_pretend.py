@@ -1,4 +1,4 @@
-"""The pretended CUDA device refuses what CUDA refuses, and counts what a GPU waits for."""
+"""The simulated CUDA device refuses what CUDA refuses, and counts host waits."""
 
 import copy
 import threading
@@ -11,7 +11,7 @@ from torch import nn
 
 @pytest.fixture
 def device():
-    """A pretended device for the test."""
+    """A simulated device for the test."""
     with pretended_device() as found:
         yield found
 

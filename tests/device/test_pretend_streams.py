@@ -1,4 +1,4 @@
-"""Streams and pinned memory of the pretended CUDA device: a missing wait is an error."""
+"""Streams and pinned memory of the simulated CUDA device: a missing wait is an error."""
 
 import threading
 
@@ -9,7 +9,7 @@ from pretend import CUDA, pretended_device
 
 @pytest.fixture
 def device():
-    """A pretended device for the test."""
+    """A simulated device for the test."""
     with pretended_device() as found:
         yield found
 

@@ -422,7 +422,7 @@ def rendered(page, width, directory):
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_pages_in_a_browser(runs, tmp_path):
-    """Both pages render in Chromium, load nothing, and fit 400 pixels without scrolling."""
+    """Both pages render in Chromium, load no resources, and fit 400 pixels without scrolling."""
     first, second = runs
     report = api.report(first.out, tmp_path / "report.html")
     compared = api.compare([first.out, second.out], tmp_path / "compared.html")

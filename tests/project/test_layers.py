@@ -1,7 +1,7 @@
-"""The import rules of the architecture, per package and sub-package, and the limits of files.
+"""Import rules of the architecture, per package and sub-package, and limits of files.
 
-A package may import the packages on its line, the outside packages there, the standard library and
-itself; nothing else. Imports inside functions and under TYPE_CHECKING count too.
+A package may import only the packages on its line, itself and the standard library. Imports inside
+functions and under TYPE_CHECKING count too.
 """
 
 import ast
@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "device": "errors torch",
     "linalg": "errors torch",
     "methods": "errors plan recipe linalg torch",
-    # models: each may import those above it
+    # models: each may import the ones above it
     "models.forms": "errors torch transformers",
     "models.checkpoint": "errors version plan store device models.forms torch safetensors",
     "models.survey": "errors plan store models.forms models.checkpoint torch transformers "
@@ -50,10 +50,10 @@ MAY_IMPORT = {
     "models.statistics models.evaluation torch transformers",
     "hf": "errors version models.forms models.checkpoint models.survey models.shards torch "
     "transformers",
-    # execution: knows no model
+    # execution: independent of models
     "runtime": f"{PLAIN} usage recipe plan store device torch",
     "runtime.ray": f"{PLAIN} usage recipe store device runtime torch ray grpc",
-    # what a run takes, without running
+    # forecast of a run, without running it
     "forecast": f"{PLAIN} allocate plan recipe store models.checkpoint models.survey "
     "models.training runtime stages stages.base",
     "stages.base": "errors forecast plan recipe stages.context",
@@ -72,21 +72,21 @@ MAY_IMPORT = {
     "__main__": "cli",
 }
 STAGE = f"{MAY_IMPORT['stages.context']} stages.context hf"
-"""What a stage may import; no stage imports another."""
+"""Packages that a stage may import; stages do not import each other."""
 KNOWN = {
     "runtime": "runtime.ray models.checkpoint models.shards",
     "stages.context": "stages.score_masks",
 }
-"""Imports that break the rules today; an entry may only go."""
+"""Present violations of the rules; entries may only be removed."""
 NESTED = {"models", "runtime", "stages"}
-"""Packages whose sub-packages have rules of their own."""
+"""Packages whose sub-packages have separate rules."""
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "pyarrow", "ray", "torch", "transformers"}
 PACKAGE = Path(__file__).parents[2] / "orchestrator"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
 def module_of(path: Path) -> str:
-    """Dotted name of a file, without the package's."""
+    """Dotted name of a file, without the name of the package."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -94,7 +94,7 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def package_of(module: str) -> str:
-    """The package whose line says what a module may import."""
+    """Return the package whose rule applies to a module."""
     if module in MAY_IMPORT:
         return module
     parts = module.split(".")
@@ -106,7 +106,8 @@ LEAVES = {name for name, path in MODULES.items() if path.name != "__init__.py"}
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
-    """Modules of this package, and top-level names outside the standard library, of a file."""
+    """Return the modules of this package and the external top-level packages that a file
+    imports."""
     own, outside = set(), set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -127,7 +128,7 @@ def imports(path: Path) -> tuple[set[str], set[str]]:
 
 
 def loaded_by(statement: str) -> set[str]:
-    """The heavy packages that a statement has imported in a process of its own."""
+    """Return the heavy packages imported by a statement in a separate process."""
     code = f"{statement}\nimport sys; print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -136,7 +137,7 @@ def loaded_by(statement: str) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_only_what_its_package_may(path):
-    """A package imports nothing that its line of the map does not name."""
+    """A package imports only the packages in its line of the map."""
     package = package_of(module_of(path))
     allowed = MAY_IMPORT.get(package, STAGE if package.startswith("stages.") else "")
     allowed = f"{allowed} {KNOWN.get(package, '')}".split()
@@ -146,7 +147,7 @@ def test_imports_only_what_its_package_may(path):
 
 
 def test_no_known_breach_is_left_out():
-    """Every import that `KNOWN` lets pass exists; mended ones leave the list."""
+    """Every import in `KNOWN` exists, so that fixed ones leave the list."""
     found = {
         (package_of(module), package_of(each))
         for module, path in MODULES.items()
@@ -157,7 +158,7 @@ def test_no_known_breach_is_left_out():
 
 
 def test_ray_is_imported_by_its_package_alone():
-    """Only `runtime.ray` imports Ray, and there one file its private modules."""
+    """Only `runtime.ray` imports Ray, and only one of its files Ray's private modules."""
     users = {path for path in FILES if "ray" in imports(path)[1]}
     assert {package_of(module_of(path)) for path in users} == {"runtime.ray"}
     private = {path.name for path in users if any(map(is_private_ray, syntax(path)))}
@@ -173,16 +174,16 @@ def is_private_ray(node: ast.AST) -> bool:
 
 
 def test_no_file_imports_itself_by_way_of_others():
-    """The graph of files has no cycle, lazy imports and TYPE_CHECKING counted."""
+    """The graph of files has no cycle, including lazy and TYPE_CHECKING imports."""
     graph = {module: imports(path)[0] - {module} for module, path in MODULES.items()}
     while ready := {module for module, needs in graph.items() if not needs}:
         graph = {module: needs - ready for module, needs in graph.items() if module not in ready}
-    # what is left is in a cycle, or imports one
+    # the rest is in a cycle, or imports one
     assert graph == {}
 
 
 def test_folders_and_files_are_small():
-    """A folder holds at most 20 files; a file has at most 400 lines, but for those known."""
+    """A folder has at most 20 files; a file has at most 400 lines, except for the listed ones."""
     folders = Counter(path.parent for path in PACKAGE.rglob("*.py"))
     assert max(folders.values()) <= 20
     long = {module_of(path) for path in FILES if len(path.read_text().splitlines()) > 400}
@@ -205,7 +206,7 @@ LONG_FILES: set[str] = set()
     ],
 )
 def test_light_import(statement):
-    """What a laptop imports to look at a run or a plan loads no heavy package."""
+    """Modules for viewing a run or a plan on a laptop import no heavy package."""
     assert loaded_by(statement) == set()
 
 
@@ -247,7 +248,7 @@ def test_status_is_light(tmp_path):
 
 
 def test_every_file_of_the_package_goes_into_a_wheel():
-    """Files that are not Python are named as package data, such as the rates that `plan` reads."""
+    """Files other than Python, such as the rates of `plan`, are listed as package data."""
     root = PACKAGE.parent
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     named = set(settings["package-data"]["orchestrator"])

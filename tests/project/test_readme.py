@@ -1,4 +1,4 @@
-"""The README is short, and its commands do what it says."""
+"""The README is short, and its commands work."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ def blocks(language):
 
 
 def commands():
-    """The lines of the shell blocks, continuation lines joined, comments left out."""
+    """Lines of the shell blocks, with continuation lines joined and without comments."""
     lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -34,12 +34,13 @@ def directory(checkpoint, tmp_path_factory):
 
 
 def test_the_readme_is_under_280_lines():
-    """Short."""
+    """The README has less than 280 lines."""
     assert len(README.read_text().splitlines()) < 280
 
 
 def test_every_command_of_the_readme_is_known():
-    """What is not run below is one of the two scripts; what needs a cluster is no `sh` block."""
+    """Commands not run below are the two scripts; commands that need a cluster are not in `sh`
+    blocks."""
     known = {"orchestrator", "scripts/quickstart", "scripts/test"}
     assert {words[0] for words in commands()} == known
     for script in ("quickstart", "test"):
@@ -48,10 +49,10 @@ def test_every_command_of_the_readme_is_known():
 
 @pytest.mark.ray
 def test_the_commands_of_the_readme_run(directory, ray_address):
-    """The orchestrator commands, in their order, on a tiny model; then the Python blocks."""
+    """The orchestrator commands run in order on a tiny model; then the Python blocks."""
     for words in commands():
         if words[0] == "orchestrator":
-            # one Ray serves all tests; without an address each command would start its own
+            # all tests share one Ray; without an address each command would start its own
             on_ray = words[1] in ("compress", "retarget", "evaluate")
             joins = ["--address", ray_address] if on_ray else []
             workers = ["--workers", "1"] if joins else []

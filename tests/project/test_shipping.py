@@ -1,4 +1,4 @@
-"""What starts clusters: AWS, KubeRay, SLURM. As far as it can be held to the truth without them."""
+"""Cluster files for AWS, KubeRay and SLURM, checked as far as possible without them."""
 
 import os
 import re
@@ -27,11 +27,11 @@ HEAD = CLUSTER_SPEC["headGroupSpec"]
 (GROUP,) = CLUSTER_SPEC["workerGroupSpecs"]
 SBATCH = ROOT / "scripts" / "slurm" / "compress.sbatch"
 NOTICE_SECONDS = 120
-"""What EC2 gives a spot instance."""
+"""Time from the notice to the end of a spot instance."""
 
 
 def check_ray_command(words):
-    """Parses `ray COMMAND ...` as the installed Ray would; an unknown option raises."""
+    """Parse `ray COMMAND ...` as the installed Ray does; an unknown option raises."""
     from ray.scripts.scripts import cli
 
     name, *arguments = words
@@ -41,7 +41,7 @@ def check_ray_command(words):
 
 
 def ray_commands(lines):
-    """The words after `ray` of each command that calls it."""
+    """Return the words after `ray` of each command that calls it."""
     calls = (re.match(r"ray (.*)", line) for line in lines)
     return [shlex.split(call[1]) for call in calls if call]
 
@@ -56,13 +56,13 @@ def executable(path, text):
 
 
 def test_cluster_yaml_is_valid_to_ray():
-    """Ray's own schema and checks take it, with what it fills in for AWS."""
+    """The file passes Ray's own schema and checks, with defaults for AWS."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     prepared = prepare_config(CLUSTER)
     validate_config(prepared)
     assert prepared["available_node_types"].keys() == {"head", "spot", "on_demand"}
-    # one of Ray's defaults would install something else
+    # one of Ray's defaults would install another version
     assert CLUSTER["setup_commands"]
     assert CLUSTER["head_setup_commands"]
 
@@ -77,7 +77,8 @@ def test_an_unknown_key_is_not_valid_to_ray():
 
 
 def test_the_head_runs_no_work_and_is_on_demand():
-    """It offers neither CPU nor GPU, to Ray and to the autoscaler, and EC2 does not take it."""
+    """The head declares neither CPU nor GPU, to Ray and to the autoscaler, and is not a spot
+    instance."""
     assert TYPES[CLUSTER["head_node_type"]]["resources"] == {"CPU": 0, "GPU": 0}
     (start,) = [words for words in ray_commands(COMMANDS) if "--head" in words]
     assert {"--num-cpus=0", "--num-gpus=0"} <= set(start)
@@ -85,7 +86,8 @@ def test_the_head_runs_no_work_and_is_on_demand():
 
 
 def test_spot_workers_have_an_on_demand_fallback():
-    """The same machine twice; spot comes first, and either may be there alone."""
+    """Spot and on-demand workers are the same machine; spot is preferred, and either may be used
+    alone."""
     spot, fallback = TYPES["spot"], TYPES["on_demand"]
     market = {"InstanceMarketOptions": {"MarketType": "spot"}}
     assert spot["node_config"] == fallback["node_config"] | market
@@ -98,9 +100,9 @@ def test_spot_workers_have_an_on_demand_fallback():
 
 @pytest.mark.parametrize(("spot_can_be_had", "kind"), [(1.0, "spot"), (0.0, "on_demand")])
 def test_ray_launches_spot_and_falls_back(spot_can_be_had, kind):
-    """Ray's own scheduler takes spot nodes, or on-demand ones where spot was not to be had.
+    """Ray's own scheduler selects spot nodes, or on-demand ones without spot capacity.
 
-    None before anybody asks, one for a run that waits for its first node, two for its workers.
+    No node without requests, one for a run that waits for its first node, two for its workers.
     """
     from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -136,7 +138,7 @@ def test_ray_launches_spot_and_falls_back(spot_can_be_had, kind):
 
 
 def test_commands_are_shell_and_options_are_ray_s():
-    """Every line is a shell command, and what it asks of Ray the installed Ray knows."""
+    """Every line is a shell command, and its Ray options exist in the installed Ray."""
     assert all(map(is_shell, COMMANDS))
     calls = ray_commands(COMMANDS)
     assert [words[0] for words in calls] == ["stop", "start", "stop", "start"]
@@ -147,7 +149,7 @@ def test_commands_are_shell_and_options_are_ray_s():
 
 
 def test_what_travels_is_there():
-    """Mounted files are in the checkout, or made by what the head of the file says."""
+    """Mounted files are in the checkout, or made by commands in the head of the file."""
     mounts = CLUSTER["file_mounts"]
     made = {"~/.ray/auth_token": "ray get-auth-token", "./dist": "--wheel-dir dist"}
     text = (ROOT / "cluster.yaml").read_text()
@@ -161,7 +163,7 @@ def test_what_travels_is_there():
 
 
 def test_versions_are_pinned_and_agree():
-    """Images are of the Ray and Python that the tests run with, and carry this wheel."""
+    """Images have the Ray and Python versions of the tests, and this wheel."""
     (ray,) = re.findall(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     gpu = f"rayproject/ray:{ray}-py311-gpu"
     assert CLUSTER["docker"]["image"] == gpu
@@ -176,7 +178,7 @@ def test_versions_are_pinned_and_agree():
 
 
 def test_the_token_is_asked_for_and_not_written():
-    """Nodes get the mode and a file; no file in the checkout holds a token."""
+    """Nodes get the mode and a file; no file in the checkout contains a token."""
     options = CLUSTER["docker"]["run_options"]
     assert "--env=RAY_AUTH_MODE=token" in options
     (path,) = [text.partition("PATH=")[2] for text in options if "RAY_AUTH_TOKEN_PATH" in text]
@@ -188,7 +190,7 @@ def test_the_token_is_asked_for_and_not_written():
 
 
 def test_what_must_be_edited_stands_at_the_top():
-    """Nothing to be edited hides below, and left as it is AWS or Kubernetes refuses it."""
+    """Fields to edit are at the top only, and unedited files are refused by AWS or Kubernetes."""
     lines = (ROOT / "cluster.yaml").read_text().splitlines()
     top = lines.index("max_workers: 2")
     assert {n for n, line in enumerate(lines) if "EDIT" in line} <= set(range(top))
@@ -218,7 +220,8 @@ STORES = "/dev/sdb /dev/sdc"
     ],
 )
 def test_instance_store_is_mounted_once(disks, mounted, does, tmp_path):
-    """Striped if there are several, never the root disk, and not again when `ray up` is."""
+    """Several disks are striped, the root disk is never used, and a repeated `ray up` does not
+    mount again."""
     stores = STORES.split()[:disks]
     listed = "".join(f"{store} Amazon EC2 NVMe Instance Storage\n" for store in stores)
     executable(tmp_path / "lsblk", f"#!/bin/sh\nprintf '{ROOT_DISK}{listed}'\n")
@@ -254,7 +257,7 @@ RAY_JOB_FIELDS = (
 
 
 def test_the_fields_are_kuberay_s():
-    """Kubernetes would drop or refuse others."""
+    """Kubernetes drops or refuses unknown fields."""
     assert JOB_SPEC.keys() <= set(RAY_JOB_FIELDS.split())
     assert CLUSTER_SPEC.keys() <= set(RAY_CLUSTER_FIELDS.split())
     assert CLUSTER_SPEC["autoscalerOptions"].keys() <= set(AUTOSCALER_FIELDS.split())
@@ -272,12 +275,12 @@ def test_the_fields_are_kuberay_s():
 
 
 def test_the_job_s_cluster_is_the_cluster():
-    """There is one description of a cluster, written twice because Kubernetes has no includes."""
+    """The cluster description exists twice because Kubernetes has no includes; both are equal."""
     assert JOB_SPEC["rayClusterSpec"] == CLUSTER_SPEC
 
 
 def test_a_pod_has_the_time_to_drain():
-    """Kubernetes kills no sooner than Ray has drained, and EC2 no sooner than Kubernetes."""
+    """Kubernetes kills a pod after Ray's drain, and EC2 the node after Kubernetes."""
     pod = GROUP["template"]["spec"]
     variables = {item["name"]: item["value"] for item in pod["containers"][0]["env"]}
     drain = float(variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
@@ -285,7 +288,7 @@ def test_a_pod_has_the_time_to_drain():
 
 
 def test_the_autoscaler_scales_gpu_workers_only():
-    """Workers come and go between bounds, above none; the head takes no work and is no spot pod."""
+    """Workers scale between bounds from zero; the head has no work and is not on a spot node."""
     assert CLUSTER_SPEC["enableInTreeAutoscaling"] is True
     assert 1 <= GROUP["minReplicas"] <= GROUP["replicas"] <= GROUP["maxReplicas"]
     assert int(GROUP["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
@@ -296,7 +299,8 @@ def test_the_autoscaler_scales_gpu_workers_only():
 
 
 def test_the_job_is_tried_again_and_cleans_up():
-    """Each retry is a new cluster, which is gone some time after the end; the command is ours."""
+    """Each retry is a new cluster, which is removed some time after the end; the command is
+    valid."""
     assert JOB_SPEC["backoffLimit"] >= 1
     assert JOB_SPEC["shutdownAfterJobFinishes"] is True
     assert JOB_SPEC["ttlSecondsAfterFinished"] > 0
@@ -310,9 +314,9 @@ def test_the_job_is_tried_again_and_cleans_up():
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Runs the batch script where `srun`, `scontrol`, `scancel` and `ray` note how they are called.
+    """Run the batch script with `srun`, `scontrol`, `scancel` and `ray` that record their calls.
 
-    `ray symmetric-run` leaves what the run is to be left as, and ends with the code it is told.
+    `ray symmetric-run` writes the given state of the run, and ends with the given code.
     """
     bin_dir, out = tmp_path / "bin", tmp_path / "out"
     bin_dir.mkdir()
@@ -340,7 +344,8 @@ def slurm(tmp_path):
 
 
 def test_slurm_calls_are_ray_s_and_ours(slurm):
-    """`ray symmetric-run` and `ray start` know the options, and `compress` its arguments."""
+    """The options of `ray symmetric-run` and `ray start` exist, as do the arguments of
+    `compress`."""
     code, calls = slurm("done", 0)
     assert code == 0
     (call,) = [shlex.split(call)[1:] for call in calls if call.startswith("ray symmetric-run")]
@@ -368,23 +373,23 @@ def test_slurm_calls_are_ray_s_and_ours(slurm):
     ],
 )
 def test_slurm_queues_a_run_again_until_it_is_done(slurm, state, code, ends, requeued):
-    """The run directory decides, not what `ray symmetric-run` ends with."""
+    """The run directory decides, not the exit code of `ray symmetric-run`."""
     ended, calls = slurm(state, code)
     assert ended == ends
     assert ("scontrol requeue 7" in calls) is requeued
 
 
 def test_slurm_stops_the_run_before_its_time_is_up(slurm, tmp_path):
-    """USR1 has the step told to stop; the script waits for its end, then queues the run again."""
+    """On USR1 the script stops the step, waits for its end, and requeues the run."""
     run = RunDirectory(tmp_path / "out.run")
     run.claim({})
     run.write_status(state="stopped")
     bin_dir = tmp_path / "bin"
     executable(bin_dir / "srun", f"#!/bin/sh\necho $$ > {tmp_path}/step\nexec sleep 60\n")
-    # it takes its time to end
+    # the step takes some time to end
     kill = f"(sleep 0.5; kill -TERM $(cat {tmp_path}/step)) &"
     executable(bin_dir / "scancel", f'#!/bin/sh\necho "scancel $*" >> {tmp_path}/calls\n{kill}\n')
-    # the shell signals itself once the step is there
+    # the shell signals itself once the step is running
     executable(bin_dir / "ray", "#!/bin/sh\n(sleep 0.5; kill -USR1 $PPID) &\n")
     ended, calls = slurm("stopped", 0)
     assert ended == 0
@@ -392,14 +397,14 @@ def test_slurm_stops_the_run_before_its_time_is_up(slurm, tmp_path):
 
 
 def test_slurm_does_not_queue_again_without_end(slurm):
-    """A run that takes its node down each time ends after twenty."""
+    """A run whose node fails each time ends after twenty attempts."""
     ended, calls = slurm("running", 137, SLURM_RESTART_COUNT="20")
     assert ended == 137
     assert "scontrol requeue 7" not in calls
 
 
 def test_slurm_script_is_shell():
-    """And says at its top what to give it."""
+    """The script is valid shell, and explains its arguments at the top."""
     assert is_shell(SBATCH.read_text())
     done = subprocess.run(["bash", SBATCH], capture_output=True, text=True)
     assert done.returncode

@@ -1,4 +1,4 @@
-"""The arithmetic that the benchmarks compare with, and a sample of faults; nothing is timed."""
+"""Arithmetic of the benchmarks, and a sample of faults, without timing."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def synthetic(tmp_path_factory):
 
 
 def test_flops_of_a_block_are_those_counted_by_hand(synthetic):
-    """Two operations a multiply-add: seven linears, two products of attention, four Grams."""
+    """A multiply-add counts two: seven linears, two products of attention, four Grams."""
     directory, config = synthetic
     linears = LazyModel.open(directory).survey().of_block(0)
     attention, mlp = 2 * 512 * 512 + 2 * 512 * 128, 3 * 512 * 640
@@ -45,7 +45,7 @@ def test_flops_of_a_block_are_those_counted_by_hand(synthetic):
 
 
 def test_a_head_may_be_wider_than_its_part_of_the_hidden_state():
-    """The config's own head_dim counts where it says one."""
+    """The head_dim of the config is used if present."""
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=32)
     assert attention_flops(config, 7, blocks=3) == 3 * 4 * 7 * 7 * 4 * 32
 
@@ -61,7 +61,7 @@ def test_bytes_of_a_block_are_those_on_disk_and_of_the_targeted_grams(synthetic)
 
 
 def test_the_synthetic_model_is_what_transformers_loads(synthetic):
-    """Every tensor is found under its name, in its shape."""
+    """Every tensor has the expected name and shape."""
     directory, config = synthetic
     model = AutoModelForCausalLM.from_pretrained(directory)
     shapes = {
@@ -72,29 +72,29 @@ def test_the_synthetic_model_is_what_transformers_loads(synthetic):
 
 
 def test_resident_bytes_are_anonymous_and_shared_memory():
-    """Mapped files do not count."""
+    """Mapped files are not counted."""
     status = "VmRSS:\t 100 kB\nRssAnon:\t 60 kB\nRssFile:\t 30 kB\nRssShmem:\t 10 kB\n"
     assert resident_bytes(status) == 70 * 1024
 
 
 def test_a_watcher_sees_what_a_process_takes():
-    """Memory that is taken and let go again stays visible as the peak."""
+    """Memory that was released again stays visible as the peak."""
     with PeakWatcher() as watcher:
         watcher.follow(os.getpid())
         watcher.sample()
-        block = torch.ones(25_000_000)  # larger than what is served from memory freed before
+        block = torch.ones(25_000_000)  # larger than memory reused from earlier releases
         watcher.sample()
         del block
     assert 90_000_000 < watcher.above_baseline(os.getpid()) < 300_000_000
 
 
 def test_rows_are_joined_as_perplexities_are_published():
-    """A row keeps its line end, a blank one loses all, and a blank line stands between two."""
+    """A row keeps its line end, a blank row is empty, and rows are separated by a blank line."""
     assert join_rows([" = A = ", " ", "b"]) == " = A = \n\n\n\n\nb\n"
 
 
 def test_a_ratio_is_taken_within_a_turn():
-    """A machine that slows down from turn to turn slows both ways, and their ratio stays."""
+    """If the machine slows down from turn to turn, both candidates do, and the ratio stays."""
     figure = compare("", [2.0, 4.0, 10.0], [1.0, 2.0, 8.0], unit="s", target=2.0)
     assert (figure.measured, figure.reference, figure.ratio) == (4.0, 2.0, 2.0)
     assert figure.met
@@ -104,7 +104,7 @@ def test_a_ratio_is_taken_within_a_turn():
 
 
 def test_equal_values_are_as_equal_as_ranks_allow():
-    """The pivoted rank stores no more than the plain one, and the next would."""
+    """The pivoted rank stores no more values than the plain one, and the next rank would."""
     outputs, inputs = 1536, 576
     plain, pivoted = ranks_of(outputs, inputs, 0.8)
     assert plain == 335
@@ -113,7 +113,7 @@ def test_equal_values_are_as_equal_as_ranks_allow():
 
 
 def test_ways_take_turns():
-    """Each way once a turn; turns to warm up are left out."""
+    """Each candidate runs once per turn; warm-up turns are excluded."""
     calls = []
 
     def way(name):
@@ -129,7 +129,7 @@ def unit(stage, done, total=5):
 
 
 def test_trials_meet_every_kind_of_fault_in_every_recipe():
-    """The same seed draws the same trial; two hundred faults leave no kind and no stage out."""
+    """A seed always draws the same trial; two hundred faults cover all kinds and stages."""
     trials = [Trial.drawn(seed, 3) for seed in range(67)]
     assert trials == [Trial.drawn(seed, 3) for seed in range(67)]
     met = {(trial.recipe, fault.kind) for trial in trials for fault in trial.faults}
@@ -139,7 +139,7 @@ def test_trials_meet_every_kind_of_fault_in_every_recipe():
 
 
 def test_a_fault_s_cost_is_what_is_told_of_again():
-    """Each happens once, at its moment; recovered is who tells of a unit after the loss."""
+    """Each fault happens once; recovery ends with the next reported unit after the loss."""
     faults = (Fault("worker killed", "calibrate", 0.4), Fault("driver killed", "write", 0.0))
     course = Course(Trial(0, "cap", faults))
     assert course.due(unit("calibrate", 1)) is None
@@ -164,7 +164,7 @@ def test_a_fault_s_cost_is_what_is_told_of_again():
 
 @pytest.mark.chaos
 def test_a_sample_of_faults_changes_no_byte(tmp_path):
-    """One seeded run of those that `scripts/benchmark faults --soak` performs by the dozen."""
+    """One seeded run of those that `scripts/benchmark faults --soak` performs in large numbers."""
     figures = tmp_path / "figures.json"
     scripts = str(Path(__file__).parents[2] / "scripts")
     command = [sys.executable, "-m", "benchmarks", "faults", "--trials", "1", "--faults", "2"]

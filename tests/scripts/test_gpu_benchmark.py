@@ -38,7 +38,7 @@ for name in names:
         time.sleep(600)
     results.end(name, {"line": "", "figures": os.getpid(), "checks": []})
 """
-"""A program in place of the worker: one part ends its process, another one hangs."""
+"""Program instead of the worker: one part ends its process, another one hangs."""
 
 
 def benchmark(*arguments, tmp_path):
@@ -59,7 +59,7 @@ def small(tmp_path_factory):
     """Results of all parts, and the printed text."""
     directory = tmp_path_factory.mktemp("gpu")
     out = directory / "new" / "results.json"
-    # enough for a busy machine, so that no part is left out
+    # enough for a busy machine, so that no part is omitted
     done = benchmark("--small", "--seconds", "1500", "--out", str(out), tmp_path=directory)
     assert done.returncode == 0, done.stderr
     return Results.read(out), done.stdout
@@ -210,7 +210,7 @@ def test_a_part_that_cannot_be_imported_stops_no_other(bench, monkeypatch):
 
 
 def test_a_part_without_enough_time_is_left_out(bench):
-    """Its entry has the time left and the time needed."""
+    """Its entry has the available and the required time."""
     bench.results.content["small"] = False
     short = Bench(bench.device, bench.work, bench.results, time.monotonic() + 20)
     run_part(short, "block")
@@ -224,7 +224,7 @@ def test_a_process_that_dies_or_hangs_costs_its_part_alone(bench, monkeypatch):
     monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0)
     program = [sys.executable, "-c", RESTLESS]
     names = ["machine", "attention", "eigen", "grams"]
-    supervise(bench.results, names, bench.work, bench.deadline, program)
+    supervise(bench.results, names, bench.work, bench.deadline, program=program)
     parts = Results.read(bench.results.path).parts
     assert list(parts) == sorted(names)
     assert parts["attention"]["error"] == "its process ended with status 3"
@@ -238,7 +238,7 @@ def test_a_process_that_dies_or_hangs_costs_its_part_alone(bench, monkeypatch):
 
 
 def is_running(pid):
-    """True if a process runs; a zombie does not."""
+    """Return True if a process runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -248,14 +248,14 @@ def is_running(pid):
 
 def test_a_program_that_does_not_start_fails_every_part(bench):
     """It is started once, not once a part."""
-    supervise(bench.results, ["grams", "eigen"], bench.work, bench.deadline, ["false"])
+    supervise(bench.results, ["grams", "eigen"], bench.work, bench.deadline, program=["false"])
     parts = Results.read(bench.results.path).parts
     says = "the process that was to run it ended with status 1"
     assert [entry["error"] for entry in parts.values()] == [says, says]
 
 
 def test_a_check_holds_below_its_bound_only():
-    """NaN is below no bound; a statement holds if it is true."""
+    """NaN is not below any bound; a statement holds if it is true."""
     assert Check("", 0.5, 1.0).holds
     assert not Check("", 1.0, 1.0).holds
     assert not Check("", math.nan, 1.0).holds

@@ -1,4 +1,4 @@
-"""The watcher of spot notices, with a server that plays EC2's metadata service."""
+"""The watcher of spot notices, with a server in the role of EC2's metadata service."""
 
 import os
 import subprocess
@@ -18,12 +18,12 @@ REBALANCE = "/latest/meta-data/events/recommendations/rebalance"
 
 
 def moment(seconds):
-    """A time from now, as EC2 writes it."""
+    """Format a time from now as EC2 does."""
     return (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Metadata(ThreadingHTTPServer):
-    """IMDSv2: answers nobody without a session token, and forgets tokens when told."""
+    """IMDSv2: requires a session token, and forgets tokens on request."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
@@ -68,7 +68,7 @@ def metadata():
 
 @pytest.fixture
 def monitor(metadata, tmp_path):
-    """Starts the watcher; `ray` notes how it is called, and fails as often as it is told."""
+    """Start the watcher; `ray` records its calls, and fails as often as requested."""
     (tmp_path / "failures").write_text("0")
     calls = tmp_path / "calls"
     calls.touch()
@@ -99,13 +99,13 @@ def started(metadata, bin_dir, *flags):
 
 
 def rounds(metadata, count):
-    """Whether the watcher has asked for the notice so many times more."""
+    """Return True if the watcher polls for the notice `count` more times."""
     wanted = metadata.asked.count(NOTICE) + count
     return wait_for(lambda: metadata.asked.count(NOTICE) >= wanted)
 
 
 def test_a_notice_drains_the_node(metadata, monitor):
-    """Once, with what is left of the two minutes as the deadline; then the watcher is done."""
+    """A notice drains the node once, with the remaining time as deadline; then the watcher ends."""
     with monitor() as (process, calls):
         assert rounds(metadata, 3)
         assert calls() == []
@@ -124,7 +124,7 @@ def test_a_notice_drains_the_node(metadata, monitor):
 
 
 def test_the_drain_is_repeated_until_it_is_taken(metadata, monitor):
-    """A Ray that does not answer, because it is not up yet, is asked again."""
+    """A Ray that does not respond, because it is not started yet, is called again."""
     metadata.documents[NOTICE] = f'{{"action": "stop", "time": "{moment(60)}"}}'
     with monitor(failures=2) as (process, calls):
         assert process.wait(timeout=10) == 0
@@ -132,7 +132,7 @@ def test_the_drain_is_repeated_until_it_is_taken(metadata, monitor):
 
 
 def test_a_session_that_expires_is_renewed(metadata, monitor):
-    """Tokens last six hours, nodes longer."""
+    """Expired tokens are renewed, since nodes live longer than six hours."""
     with monitor() as (process, _):
         assert rounds(metadata, 1)
         metadata.tokens.append("another-token-that-nobody-was-given")
@@ -144,7 +144,7 @@ def test_a_session_that_expires_is_renewed(metadata, monitor):
 
 @pytest.mark.parametrize("flags", [(), ("--rebalance",)])
 def test_a_recommendation_is_told_and_followed_if_wanted(flags, metadata, monitor):
-    """It says only that the risk has risen: without the flag the node goes on until a notice."""
+    """A recommendation only reports a risk: without the flag the node continues until a notice."""
     time = moment(0)
     metadata.documents[REBALANCE] = f'{{"noticeTime": "{time}"}}'
     with monitor(*flags) as (process, calls):
@@ -162,7 +162,7 @@ def test_a_recommendation_is_told_and_followed_if_wanted(flags, metadata, monito
 
 
 def test_a_service_that_is_not_there_does_not_end_the_watch(metadata, monitor):
-    """It is asked again, and what it says then counts."""
+    """A missing service is polled again, and its later answer counts."""
     with monitor("--endpoint", "http://127.0.0.1:9") as (process, _):
         for _ in range(3):
             assert "refused" in process.stdout.readline()
@@ -171,7 +171,7 @@ def test_a_service_that_is_not_there_does_not_end_the_watch(metadata, monitor):
 
 @pytest.mark.chaos
 def test_ray_lets_a_drained_node_go(metadata):
-    """A real node: once EC2 has spoken it gives up its place, as preempted, with EC2's words."""
+    """A real node is released as preempted, with the message of EC2."""
     from ray._raylet import GcsClient
     from ray.cluster_utils import Cluster
 

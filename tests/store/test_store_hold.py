@@ -148,7 +148,8 @@ def test_a_hold_that_was_removed_is_made_anew(place, quick):
 
 
 def test_of_many_at_once_one_holds(place, quick):
-    """Of drivers that start at the same moment one gets the lease, the others are refused."""
+    """One of several drivers that start at the same moment gets the lease, the others are
+    refused."""
     code = """
 import sys
 from orchestrator.errors import UsageError

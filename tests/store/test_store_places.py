@@ -123,7 +123,7 @@ def test_only_what_may_pass_is_tried_again(error, passes):
 
 
 def test_a_unit_in_a_store_is_there_when_its_manifest_is(s3, place):
-    """Files alone commit nothing; the manifest, written last, does."""
+    """Files alone do not commit a unit; the manifest, written last, does."""
     units = Units(place)
     unit = units.begin(KEY)
     with unit.file("a.bin") as path:

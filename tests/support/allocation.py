@@ -1,4 +1,4 @@
-"""Linears, curves and cosines for allocators, the laws of a plan, and all plans there are."""
+"""Linears, curves and cosines for allocators, the laws of a plan, and enumeration of all plans."""
 
 import itertools
 from dataclasses import replace
@@ -12,12 +12,12 @@ from orchestrator.plan.plan import Assignment
 
 
 def make_linears(shapes, *, role="mlp.proj"):
-    """One linear a block, all of one type."""
+    """Make one linear per block, all of one type."""
     return [_linear(block, role, *shape) for block, shape in enumerate(shapes)]
 
 
 def make_model(shape_by_role, blocks):
-    """The same types in every block."""
+    """Make the same types in every block."""
     return [
         _linear(block, role, *shape)
         for block in range(blocks)
@@ -45,7 +45,7 @@ def make_curve(name, energies, total=None, sensitivities=None):
 
 
 def make_curves(linears, seed=0, form=LOW_RANK):
-    """Random curves, some steep, some flat, of very different weight; any sensitivities."""
+    """Make random curves, steep and flat, on different scales, with random sensitivities."""
     rng = np.random.default_rng(seed)
     curves = {}
     for linear in linears:
@@ -53,7 +53,7 @@ def make_curves(linears, seed=0, form=LOW_RANK):
         steep = np.exp(-rng.uniform(0, 6) * np.arange(count) / count)
         energies = np.sort(rng.exponential(size=count) * steep)[::-1] * 10 ** rng.uniform(0, 6)
         curves[linear.name] = make_curve(linear.name, energies)
-    # drawn last, so that a seed gives the energies that it gave before there were any
+    # drawn last, so that a seed keeps the energies from before sensitivities were added
     for linear in linears:
         drawn = rng.uniform(2, 9, size=form.break_even(linear))
         sensitivities = {rank: float(loss) for rank, loss in enumerate(drawn) if rank}
@@ -67,7 +67,7 @@ def make_cosines(linears, seed=0):
 
 
 def assert_invariants(plan, linears, keep, form=LOW_RANK):
-    """The laws in the docstring of `orchestrator.allocate`."""
+    """Assert the laws in the docstring of `orchestrator.allocate`."""
     dense = sum(linear.values for linear in linears)
     stored = sum(plan.assignments[linear.name].stored_values(linear) for linear in linears)
     assert stored == plan.stored_values
@@ -81,7 +81,7 @@ def assert_invariants(plan, linears, keep, form=LOW_RANK):
 
 
 def size_as_rank(assignment, linear):
-    """The rank, a fraction included, at which factors store as much."""
+    """Return the rank, possibly fractional, at which factors store as many values."""
     return assignment.stored_values(linear) / linear.rank_cost
 
 
@@ -90,7 +90,7 @@ def lost(assignment, curve):
 
 
 def every_plan(linears, budget):
-    """All assignments of these linears that store at most the budget."""
+    """Enumerate all assignments of these linears within the budget."""
     choices = [
         [Assignment(form="low_rank", rank=rank) for rank in range(1, LOW_RANK.break_even(linear))]
         for linear in linears

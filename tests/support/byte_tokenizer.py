@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are bytes, made without a download."""
+"""Tokenizer whose tokens are bytes, made without a download."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -7,7 +7,7 @@ BOS = 256
 
 
 def bytes_tokenizer(*, adds_bos=False):
-    """One token a byte, so that every count is known; id 256 is BOS."""
+    """Make a tokenizer with one token per byte, so that every count is known; id 256 is BOS."""
     alphabet = {character: index for index, character in enumerate(_byte_alphabet())}
     inner = Tokenizer(models.BPE(vocab={**alphabet, "<s>": BOS}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -20,7 +20,7 @@ def bytes_tokenizer(*, adds_bos=False):
 
 
 def _byte_alphabet():
-    """The character that stands for each byte in a byte-level vocabulary, in byte order."""
+    """Return the characters of the bytes in a byte-level vocabulary, in byte order."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     characters = {byte: chr(byte) for byte in shown}

@@ -26,7 +26,7 @@ TOKENS = torch.arange(3, 23)[None] * 3 % 96
 
 
 def some_chunks(count: int) -> list[Chunk]:
-    """Chunks of two sequences of 12 tokens, with more padding in each than in the one before."""
+    """Make chunks of two sequences of 12 tokens, each with more padding than the one before."""
     generator = torch.Generator().manual_seed(3)
     chunks = []
     for index in range(count):
@@ -39,7 +39,7 @@ def some_chunks(count: int) -> list[Chunk]:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed checkpoint and everything that it was made of."""
+    """Compressed checkpoint with everything that it was made from."""
 
     dense: Path
     directory: Path
@@ -47,15 +47,16 @@ class Compressed:
     plan: Plan
     files: tuple[FileSpec, ...]
     parts: Mapping[str, Mapping[str, Tensor]]
-    """Of every linear that is not dense: `weight` and `down`, and what they are pivoted; `values`
-    and `positions`."""
+    """Tensors of every linear that is not dense: `weight` and `down`, and their pivoted form;
+    `values` and `positions`."""
 
     @property
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {name: (part["weight"], part["down"]) for name, part in self.parts.items()}
 
     def dense_weight(self, name: str) -> Tensor:
-        """What a linear's parts stand for [O, I], in float64 and by the definition."""
+        """Compute the weight [O, I] that a linear's tensors represent, in float64, by
+        definition."""
         linear = next(each for each in self.survey.linears if each.name == name)
         weight_OI = torch.zeros(linear.out_features, linear.in_features, dtype=torch.float64)
         parts = self.parts[name]
@@ -67,7 +68,7 @@ class Compressed:
 
 
 def half_plan(survey: Survey) -> Plan:
-    """Half of the break-even rank everywhere, but for the very last linear, which stays dense."""
+    """Plan half of the break-even rank for every linear except the last one, which stays dense."""
     assignments = {
         linear.name: Assignment(form="low_rank", rank=LOW_RANK.break_even(linear) // 2)
         for linear in survey.linears[:-1]
@@ -77,7 +78,7 @@ def half_plan(survey: Survey) -> Plan:
 
 
 def mixed_plan(survey: Survey) -> Plan:
-    """Every form, and every index code that some linear is wide enough for.
+    """Plan every form, and every index code for which a linear is wide enough.
 
     The first linear of blocks 0 and 1, and of blocks 2 and 3, share a basis; the others take the
     forms in turn, sparse ones with few entries, with some, and with nearly half of them.
@@ -123,10 +124,10 @@ def compress(
     output_dtype: torch.dtype | None = None,
     parts: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Compressed:
-    """Writes `out` from the dense checkpoint, file by file, as the workers do.
+    """Write `out` from the dense checkpoint, file by file, like the workers.
 
     Args:
-        parts: What is stored of every linear that is not dense; None: what `cut` makes.
+        parts: Stored tensors of every linear that is not dense; None: those that `cut` makes.
     """
     lazy_model = LazyModel.open(dense)
     survey, plan = lazy_model.survey(), make_plan(lazy_model.survey())
@@ -168,7 +169,7 @@ def compress(
 
 
 def cut(dense: Path, survey: Survey, plan: Plan) -> dict[str, dict[str, Tensor]]:
-    """What is stored of every linear that does not stay dense."""
+    """Return the stored tensors of every linear that is not dense."""
     modules = dict(AutoModelForCausalLM.from_pretrained(dense).named_modules())
     groups: dict[str, list[str]] = {}
     for linear in survey.linears:
@@ -188,13 +189,13 @@ def cut(dense: Path, survey: Survey, plan: Plan) -> dict[str, dict[str, Tensor]]
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """The weight [O, I] in float64."""
+    """Return the weight [O, I] in float64."""
     weight = module.weight.detach().double()
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _cut(weights: list[Tensor], assignment: Assignment) -> list[dict[str, Tensor]]:
-    """Factors of the weights on top of each other, and the largest entries of what they leave."""
+    """Compute factors of the stacked weights, and the largest entries of the remainder."""
     tall_OI = torch.cat(weights)
     parts: list[dict[str, Tensor]] = [{} for _ in weights]
     if assignment.rank:
@@ -216,7 +217,7 @@ def _cut(weights: list[Tensor], assignment: Assignment) -> list[dict[str, Tensor
 
 
 def reference(compressed: Compressed) -> PreTrainedModel:
-    """The dense model with two plain linears in the place of every low-rank one."""
+    """Make the dense model with two plain linears instead of each low-rank one."""
     model = AutoModelForCausalLM.from_pretrained(compressed.dense)
     for name, (weight_OR, down_RI) in compressed.factors.items():
         bias = model.get_submodule(name).bias
@@ -231,7 +232,7 @@ def reference(compressed: Compressed) -> PreTrainedModel:
 
 
 def dense_reference(compressed: Compressed) -> PreTrainedModel:
-    """The dense model with the weights that the forms stand for."""
+    """Make the dense model with the weights that the forms represent."""
     model = AutoModelForCausalLM.from_pretrained(compressed.dense)
     for name in compressed.parts:
         module, weight_OI = model.get_submodule(name), compressed.dense_weight(name)

@@ -1,4 +1,4 @@
-"""Dashboards of Ray: requests to a real one, and a played one without work."""
+"""Dashboards of Ray: requests to a real one, and a simulated one without work."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ def free_port():
 
 
 def answer(address, token):
-    """The HTTP status of the jobs' list; 0 if nothing answers."""
+    """Return the HTTP status of the jobs list; 0 without an answer."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     request = urllib.request.Request(f"{address}/api/jobs/", headers=headers)
     try:
@@ -35,7 +35,7 @@ def events(directory):
 
 
 class Head(ThreadingHTTPServer):
-    """Plays a dashboard: a job ends with the status it was told, and a new head knows no jobs."""
+    """Simulated dashboard: a job ends with the given status, and a new head has no jobs."""
 
     def __init__(self, port, becomes):
         super().__init__(("127.0.0.1", port), Dashboard)
@@ -56,7 +56,7 @@ class Dashboard(BaseHTTPRequestHandler):
         elif self.path == "/api/jobs/":
             self._answer(list(self.server.jobs.values()))
         else:
-            # packages are there already, logs are not
+            # packages are already there, logs are not
             self._answer({}, 200 if "/packages/" in self.path else 404)
 
     def do_POST(self):

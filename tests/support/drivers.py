@@ -1,4 +1,4 @@
-"""Drivers in processes of their own, to be killed and stopped."""
+"""Drivers in separate processes, to be killed and stopped."""
 
 import json
 import os
@@ -12,18 +12,18 @@ from orchestrator.store.places import parse_place
 from orchestrator.store.run import RunDirectory
 
 SMALL = ("--keep", "0.5", "--samples", "6", "--sequence-length", "48")
-"""What `pipeline.run` takes too: the results are the same bytes."""
+"""Arguments that match `pipeline.run`, so that the results are the same bytes."""
 
 
 def start(*command, **options):
-    """A process whose output is text, with one thread and no colours."""
+    """Start a process with text output, one thread and no colours."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *command], env=environment, **pipes, **options)
 
 
 class Driver:
-    """`orchestrator compress` at work; its events as they come."""
+    """Running `orchestrator compress`, with its events."""
 
     def __init__(self, model, out, text, *flags, **options):
         place = parse_place(str(out))
@@ -34,7 +34,7 @@ class Driver:
         self.events, self.other = [], []
 
     def until(self, wanted):
-        """Reads events up to the first that is wanted; all of them if none is."""
+        """Read events up to the first matching one, or all of them."""
         for line in self.process.stderr:
             try:
                 event = json.loads(line)
@@ -47,7 +47,7 @@ class Driver:
         return None
 
     def signal_and_time(self, number, *, again=None):
-        """Seconds from the signal until the status says `stopped`, and until the exit."""
+        """Return the seconds from the signal until the status is `stopped`, and until the exit."""
         stopped = []
 
         def monitor():
@@ -72,7 +72,7 @@ class Driver:
         self.end()
 
     def end(self):
-        """Waits for the end, and gives the exit code."""
+        """Wait for the end; returns the exit code."""
         self.until(lambda event: False)
         self.process.stdout.read()
         code = self.process.wait()
@@ -82,17 +82,17 @@ class Driver:
 
 
 def is_unit(done, stage="calibrate"):
-    """Whether an event says that this many units of a stage are done."""
+    """Return a predicate for the event that this many units of a stage are done."""
     return lambda event: event.get("stage") == stage and event.get("done") == done
 
 
 def units(events, stage="calibrate"):
-    """How many units of a stage were done."""
+    """Return the number of finished units of a stage."""
     return sum(event["event"] == "unit" and event["stage"] == stage for event in events)
 
 
 def wait_for(condition, seconds=10.0):
-    """Whether a condition comes true in time."""
+    """Wait for a condition; returns True if it became true in time."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
@@ -100,7 +100,7 @@ def wait_for(condition, seconds=10.0):
 
 
 def is_alive(pid):
-    """Whether a process runs; one that only waits to be noticed by its parent does not."""
+    """Return True if a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def is_alive(pid):
 
 
 def processes_naming(text):
-    """Processes whose command line holds a text."""
+    """Return the processes whose command line contains a text."""
     found = set()
     for entry in os.listdir("/proc"):
         if entry.isdigit() and is_alive(entry):

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every supported family, made from configs; no file is downloaded."""
+"""Tiny random checkpoints of every supported family, made from configs without downloads."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ BLOCKS = 4
 
 
 def _llama(**changes: object) -> dict[str, object]:
-    """Arguments that configs in Llama's words share: 4 query heads and 2 key-value heads of 8."""
+    """Return common arguments of Llama-like configs: 4 query heads and 2 key-value heads of 8."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -119,13 +119,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
 }
-"""A random model of every family, float32, by name."""
+"""Random models of every family, float32, by name."""
 
 
 def write_checkpoint(
     family: str, directory: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB"
 ) -> Path:
-    """Writes the family's checkpoint into `directory`; the same bytes every time."""
+    """Write the family's checkpoint to `directory`; always the same bytes."""
     return write_model(FAMILIES[family], directory, dtype=dtype, max_shard_size=max_shard_size)
 
 
@@ -136,7 +136,7 @@ def write_model(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Writes a model made from fixed random numbers; biases and norms are random too."""
+    """Write a model made from fixed random numbers; biases and norms are random too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make()

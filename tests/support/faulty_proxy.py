@@ -1,4 +1,4 @@
-"""A TCP proxy before a server, which refuses and cuts what it is told to."""
+"""TCP proxy in front of a server, which refuses and cuts requests on demand."""
 
 import socket
 import threading
@@ -7,10 +7,11 @@ from contextlib import contextmanager, suppress
 
 
 class Proxy:
-    """Passes bytes both ways; a request that `is_cut` wants is cut off, unanswered.
+    """Proxy that passes bytes both ways; a request selected by `is_cut` is cut off without an
+    answer.
 
-    `is_cut` is given what the client sends, piece by piece: the first piece of a request begins
-    with its method. It is called in threads, one for each connection.
+    `is_cut` receives the client's bytes in pieces; the first piece of a request starts with its
+    method. It is called in threads, one per connection.
     """
 
     def __init__(self, port: int) -> None:
@@ -19,7 +20,7 @@ class Proxy:
         self.port = self._listener.getsockname()[1]
         self.is_cut: Callable[[bytes], bool] = lambda piece: False
         self.answer: bytes | None = None
-        """Given to every request in the server's place."""
+        """Answer to every request instead of the server's."""
         self.cuts = 0
         threading.Thread(target=self._accept, daemon=True).start()
 

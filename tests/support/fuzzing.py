@@ -1,4 +1,5 @@
-"""Hostile input made from sound input: JSON with some wrong values, files with some wrong bytes."""
+"""Hostile input derived from valid input: JSON with some wrong values, files with some wrong
+bytes."""
 
 import copy
 import json
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import OrchestratorError
 
 SOME = settings(derandomize=True, deadline=None, database=None)
-"""Every time the same inputs, however slow the machine."""
+"""The same inputs every time, however slow the machine."""
 
 
 def nested(depth: int) -> Any:
@@ -36,7 +37,7 @@ WRONG = st.sampled_from(
 
 @st.composite
 def mutated(draw: st.DrawFn, value: Any) -> Any:
-    """The JSON value with one to three of its parts taken away, replaced, doubled or moved."""
+    """Remove, replace, duplicate or move one to three parts of a JSON value."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(value))
@@ -65,7 +66,7 @@ def mutated(draw: st.DrawFn, value: Any) -> Any:
 
 
 def _places(value: Any) -> Any:
-    """Every part of a JSON value, as what it lies in and under what."""
+    """Return every part of a JSON value, as container and key."""
     waiting = [value]
     while waiting:
         each = waiting.pop()
@@ -77,7 +78,7 @@ def _places(value: Any) -> Any:
 
 @st.composite
 def garbled(draw: st.DrawFn, content: bytes) -> bytes:
-    """The bytes with some flipped, left out, put in or cut off, most of them near the start."""
+    """Flip, remove, insert or truncate some bytes, mostly near the start."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         near = min(len(data), draw(st.sampled_from([8, 64, 512, 2**20])))
@@ -99,12 +100,13 @@ def garbled(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def to_bytes(value: Any) -> bytes:
-    """JSON of whatever was drawn, half surrogates and NaN included."""
+    """Write drawn values as JSON, lone surrogates and NaN included."""
     return json.dumps(value).encode()
 
 
 def documented(action: Any, *arguments: Any, **named: Any) -> Any:
-    """What the action gives, or its error, one line of one of our classes; any other goes on."""
+    """Return the result of the action, or its one-line error of our classes; other errors
+    propagate."""
     try:
         return action(*arguments, **named)
     except OrchestratorError as error:

@@ -1,4 +1,4 @@
-"""Weights and second moments whose spectrum is known, and a menagerie of awkward ones.
+"""Weights and second moments with known spectra, and a collection of difficult ones.
 
 Shape suffixes: T tokens, O outputs, I inputs, K = min(O, I).
 """
@@ -20,13 +20,13 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 
 def orthonormal(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Orthonormal columns; rows >= columns."""
+    """Make orthonormal columns; rows >= columns."""
     return torch.linalg.qr(gaussian(rows, columns, seed=seed))[0]
 
 
 @dataclass(frozen=True)
 class Specimen:
-    """A weight and the rows that its linear read."""
+    """Weight with the input rows of its linear."""
 
     weight_OI: Tensor
     inputs_TI: Tensor
@@ -37,7 +37,7 @@ class Specimen:
 
     @property
     def energies_K(self) -> Tensor:
-        """Squared singular values of the outputs, taken without squaring anything."""
+        """Squared singular values of the outputs, computed without squaring a matrix."""
         sigma = torch.linalg.svdvals(self.weight_OI @ self.inputs_TI.T) ** 2
         energies_K = sigma.new_zeros(min(self.weight_OI.shape))
         energies_K[: len(sigma)] = sigma[: len(energies_K)]
@@ -49,13 +49,13 @@ class Specimen:
         return OutputGram(self.weight_OI @ self.gram_II @ self.weight_OI.T)
 
     def loss(self, approximation_OI: Tensor) -> float:
-        """Squared change of the outputs over all rows."""
+        """Compute the squared change of the outputs over all rows."""
         gap_OI = self.weight_OI - approximation_OI.double()
         return float(torch.linalg.norm(gap_OI @ self.inputs_TI.T) ** 2)
 
 
 def with_spectrum(outputs: int, inputs: int, sigma_K: Tensor, seed: int = 0) -> Specimen:
-    """A specimen whose outputs have these singular values, and correlated inputs."""
+    """Make a specimen whose outputs have these singular values, with correlated inputs."""
     size = len(sigma_K)
     inputs_TI = gaussian(3 * inputs, inputs, seed=seed) @ gaussian(inputs, inputs, seed=seed + 1)
     rows_TI, mix_II = torch.linalg.qr(inputs_TI)
@@ -67,7 +67,8 @@ def with_spectrum(outputs: int, inputs: int, sigma_K: Tensor, seed: int = 0) -> 
 
 
 def of_model(outputs: int, inputs: int, seed: int = 0) -> Specimen:
-    """Like a linear of a trained model: energies fall by 1e5 over the inputs, a few stand out."""
+    """Make a specimen like a linear of a trained model: input energies fall by 1e5, a few
+    dominate."""
     scale_I = torch.logspace(0, -2.5, inputs, dtype=torch.float64)
     scale_I[:2] *= 10
     turn_II = orthonormal(inputs, inputs, seed)
@@ -76,7 +77,7 @@ def of_model(outputs: int, inputs: int, seed: int = 0) -> Specimen:
 
 
 def menagerie() -> dict[str, Specimen]:
-    """Every shape and defect that a decomposition must survive."""
+    """Return all shapes and defects that a decomposition must handle."""
     decay_I = torch.logspace(0, -6, 20, dtype=torch.float64)
     low_rank_OI = gaussian(24, 5) @ gaussian(5, 20, seed=1)
     repeated_OI = gaussian(30, 12)

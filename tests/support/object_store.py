@@ -1,4 +1,4 @@
-"""A real S3 server in a process of its own, and what lies in it."""
+"""Real S3 server in a separate process, and access to its objects."""
 
 import socket
 import subprocess
@@ -15,7 +15,7 @@ BUCKET = "bucket"
 
 
 class ObjectStore:
-    """The server, asked by a client that knows nothing of ours."""
+    """The server, accessed by a client independent of orchestrator."""
 
     def __init__(self, port: int) -> None:
         from pyarrow.fs import S3FileSystem
@@ -27,12 +27,12 @@ class ObjectStore:
         self.system.create_dir(BUCKET)
 
     def uri(self, inner: str, *, port: int | None = None, bucket: str = BUCKET) -> str:
-        """A place in it; through a proxy if the port is that of one."""
+        """Return a place in the store; through a proxy if the port is that of one."""
         query = f"endpoint_override=127.0.0.1:{port or self.port}&scheme=http"
         return f"s3://{bucket}/{inner}?{query}"
 
     def objects(self, inner: str) -> dict[str, bytes]:
-        """Every object under a prefix, by what follows it."""
+        """Return every object under a prefix, by the rest of its name."""
         from pyarrow.fs import FileSelector
 
         base = f"{BUCKET}/{inner}"
@@ -61,7 +61,7 @@ class ObjectStore:
 
 @contextmanager
 def object_store() -> Iterator[ObjectStore]:
-    """Starts the server, on a port that is free."""
+    """Start the server on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What the tests of the whole job share: models with a tokenizer, a text, runs and their bytes."""
+"""Common parts of whole-run tests: models with a tokenizer, a text, runs and their bytes."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ SENTENCES = (
 
 
 def add_tokenizer(directory: Path) -> Path:
-    """Gives a tiny model a tokenizer of single characters, which suits its vocabulary of 96."""
+    """Add a tokenizer of single characters to a tiny model with a vocabulary of 96."""
     characters = [chr(code) for code in range(32, 32 + VOCABULARY - 1)]
     vocabulary = {character: n for n, character in enumerate([*characters, "\n"])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
@@ -29,12 +29,12 @@ def add_tokenizer(directory: Path) -> Path:
 
 
 def with_tokenizer(checkpoint: Path, directory: Path) -> Path:
-    """A copy of a checkpoint with a tokenizer."""
+    """Copy a checkpoint and add a tokenizer."""
     return add_tokenizer(Path(shutil.copytree(checkpoint, directory)))
 
 
 def write_llama(directory: Path, *, blocks: int = 10, hidden: int = 64) -> Path:
-    """A Llama with more blocks, and slow enough to be interrupted if it is wide."""
+    """Write a Llama with more blocks, slow enough to be interrupted if it is wide."""
     config = _llama(num_hidden_layers=blocks, hidden_size=hidden, intermediate_size=3 * hidden)
     write_model(lambda: LlamaForCausalLM(LlamaConfig(**config)), directory)
     return add_tokenizer(directory)
@@ -46,14 +46,14 @@ def write_text(path: Path, characters: int = 4000) -> Path:
 
 
 def run(model: Path, out: Path, text: Path, *, on_event: Any = None, **fields: Any) -> Result:
-    """Compresses with small defaults, in this process unless told otherwise."""
+    """Compress with small defaults, in this process by default."""
     small = {"keep": 0.5, "samples": 6, "sequence_length": 48, "executor": "local"}
     recipe = Recipe(model=str(model), out=str(out), calibration=str(text), **(small | fields))
     return compress(recipe, on_event)
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """Every file of a checkpoint as bytes, its report without the timings."""
+    """Return every file of a checkpoint as bytes, the report without timings."""
     files: dict[str, Any] = {
         str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
     }

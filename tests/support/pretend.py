@@ -1,4 +1,4 @@
-"""A pretended CUDA device: tensors on it compute on the CPU and obey CUDA's rules.
+"""Simulated CUDA device: its tensors compute on the CPU and obey CUDA's rules.
 
     with pretended_device() as device:
         compress(Recipe(..., executor="local"))
@@ -64,7 +64,7 @@ __all__ = [
     "pretended_device",
 ]
 CONVERSIONS = frozenset(["contiguous", "float", "double", "half", "bfloat16", "type"])
-"""Methods, beside `to`, that may copy a host tensor to another dtype or order."""
+"""Methods, in addition to `to`, that may copy a host tensor to another dtype or order."""
 REAL_BACKWARD = torch.autograd.backward
 REAL_COMPATIBLE = torch._has_compatible_shallow_copy_type
 VALUES_ALONE = (torch.linalg.eigvalsh, torch.linalg.svdvals)
@@ -73,7 +73,7 @@ VALUES_ALONE = (torch.linalg.eigvalsh, torch.linalg.svdvals)
 
 @contextmanager
 def pretended_device(total: int = 80 * 10**9) -> Iterator[PretendedDevice]:
-    """Makes torch find one CUDA device, in this thread and in threads started inside.
+    """Make torch find one CUDA device, in this thread and in threads started inside.
 
     Tensors of the device stay usable afterwards, with the same rules.
 
@@ -102,7 +102,7 @@ def pretended_device(total: int = 80 * 10**9) -> Iterator[PretendedDevice]:
 
 
 def on_host(tree: Any) -> Any:
-    """A tree of tensors with CPU copies of all of them; counts as no copy."""
+    """Copy a tree of tensors to the CPU, without counting copies."""
     return map_tensors(lambda each: plain(each).detach().clone(), tree)
 
 
@@ -226,7 +226,7 @@ def _make(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _move(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`Tensor.to` and its kin."""
+    """`Tensor.to` and related methods."""
     device, dtype, non_blocking, copies = _destination(func, args, kwargs)
     if device is not None and torch.device(device).type == "meta":
         return plain(tensor).to("meta", dtype)
@@ -252,7 +252,7 @@ def _move(func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def _destination(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, torch.dtype | None, bool, bool]:
-    """Device, dtype, whether the copy is non-blocking, and whether one is made in any case."""
+    """Return device, dtype, True for a non-blocking copy, and True if a copy is always made."""
     if func is Tensor.cpu:
         return CPU, None, False, False
     if func is Tensor.cuda:
@@ -270,7 +270,7 @@ def _destination(
 
 
 def _note_conversion(name: str, before: Any, after: Any) -> None:
-    """Notes a copy of a host tensor in another dtype or order."""
+    """Note a copy of a host tensor in another dtype or order."""
     if is_plain(before) and after is not before and (name != "to" or before.dtype != after.dtype):
         the_device().conversions.append(Conversion(name, after.nbytes, site()))
 
@@ -285,7 +285,7 @@ def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any)
 
 
 def _refuse_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
-    """Raises for a gradient on another device than its tensor."""
+    """Raise for a gradient on another device than its tensor."""
     if gradient is not None and gradient.device != tensor.device:
         raise RuntimeError(
             f"the gradient lies on {gradient.device}, its tensor on {tensor.device} ({site()})"
@@ -293,7 +293,7 @@ def _refuse_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
 
 
 def _refuse_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises for a generator of another device than the numbers that it draws."""
+    """Raise for a generator of another device than the numbers that it draws."""
     generator = kwargs.get("generator")
     if generator is None:
         return

@@ -1,4 +1,4 @@
-"""The record of a pretended CUDA device: reads, copies, memory, streams; see `pretend`."""
+"""Record of a simulated CUDA device: reads, copies, memory, streams; see `pretend`."""
 
 import sys
 import weakref
@@ -69,7 +69,7 @@ class Memory:
     _users: Counter[int] = field(default_factory=Counter)
 
     def hold(self, owner: object, storage: torch.UntypedStorage) -> None:
-        """Counts a storage while an owner lives, once for all its owners.
+        """Count a storage while an owner lives, once for all its owners.
 
         Raises:
             torch.OutOfMemoryError: It does not fit.
@@ -118,13 +118,13 @@ class PretendedDevice:
         self._pinned: dict[int, torch.UntypedStorage] = {}
 
     def clear(self) -> None:
-        """Empties the lists; memory and streams stay."""
+        """Empty the lists; memory and streams stay."""
         for events in (self.reads, self.copies, self.conversions, self.unordered):
             events.clear()
         self.stream_calls.clear()
 
     def pin(self, tensor: Tensor) -> Tensor:
-        """Counts a tensor's memory as pinned, and keeps it, so that no other gets its address."""
+        """Count a tensor's memory as pinned, and keeps it, so that no other gets its address."""
         storage = tensor.untyped_storage()
         self._pinned[storage.data_ptr()] = storage
         return tensor
@@ -133,12 +133,12 @@ class PretendedDevice:
         return tensor.untyped_storage().data_ptr() in self._pinned
 
     def read(self, operation: str) -> None:
-        """Notes a wait of the host for a value of the current stream."""
+        """Note a wait of the host for a value of the current stream."""
         self.reads.append(Read(operation, site()))
         self.order.wait(self.order.stream.past)
 
     def copy(self, direction: str, source: Tensor, target: Tensor, *, non_blocking: bool) -> None:
-        """Notes a copy, given the CPU tensors of both sides.
+        """Note a copy, given the CPU tensors of both sides.
 
         By the rules of `aten/src/ATen/native/cuda/Copy.cu`: tensors of one dtype that are
         contiguous or have equal strides cross as they are. Otherwise the source becomes contiguous
@@ -186,7 +186,7 @@ def the_device() -> PretendedDevice:
 
 @contextmanager
 def use(device: PretendedDevice) -> Iterator[None]:
-    """Makes a device the pretended one, and synchronises with it at the end."""
+    """Make a device the pretended one, and synchronises with it at the end."""
     global _the_device
     before, _the_device = _the_device, device
     try:

@@ -1,4 +1,4 @@
-"""The line of the program that causes an event of a pretended CUDA device; see `pretend`."""
+"""Source line that causes an event of a simulated CUDA device; see `pretend`."""
 
 import os
 import sys

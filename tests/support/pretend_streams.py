@@ -1,4 +1,4 @@
-"""Streams of a pretended CUDA device, with a check of their synchronisation; see `pretend`.
+"""Streams of a simulated CUDA device, with a check of their synchronisation; see `pretend`.
 
 Every operation runs at once, in the program's order. The check is that no stream and no host relies
 on this order, since the streams of a device run at any pace:
@@ -21,7 +21,7 @@ from pretend_site import Site, site
 from torch import Tensor
 
 Past = dict[int, int]
-"""By the number of a stream, how many of its operations are over."""
+"""Number of finished operations by stream number."""
 
 
 class StreamCall(NamedTuple):
@@ -76,7 +76,7 @@ class Order:
 
     @contextmanager
     def within(self, stream: "Stream | None") -> Iterator[None]:
-        """Sets the current stream, as `torch.cuda.stream`."""
+        """Set the current stream, as `torch.cuda.stream`."""
         before = self.stream
         self.stream = stream or before
         try:
@@ -92,7 +92,7 @@ class Order:
         return self.streams[-1]
 
     def operate(self, read: Iterable[int], written: Iterable[int]) -> None:
-        """Adds an operation of the current stream on memory at these addresses.
+        """Add an operation of the current stream on memory at these addresses.
 
         Raises:
             RuntimeError: It does not wait for an operation of another stream on this memory.
@@ -116,7 +116,7 @@ class Order:
         return self._writes.get(pointer, Use(0, self._before_streams))
 
     def allocate(self, pointer: int, size: int) -> None:
-        """Gives memory to the current stream.
+        """Give memory to the current stream.
 
         Raises:
             RuntimeError: It may be freed memory that another stream still uses.
@@ -133,7 +133,7 @@ class Order:
                 stream.require(each.uses, "is given memory that stream {} uses; record_stream?")
 
     def free(self, pointer: int, size: int) -> None:
-        """Returns memory to the stream of its allocation."""
+        """Return memory to the stream of its allocation."""
         owner = self._owners.pop(pointer, 0)
         uses = [Use(*each) for each in self._reads.pop(pointer, {}).items()]
         if pointer in self._writes:
@@ -144,17 +144,17 @@ class Order:
             self._freed.setdefault(owner, []).append(Freed(size, uses))
 
     def record(self, pointer: int, stream: "Stream") -> None:
-        """Has memory, once freed, stay with a stream until that is done with it."""
+        """Keep freed memory with a stream until that has finished its use."""
         self._recorded.setdefault(pointer, set()).add(stream.number)
 
     def later(self, finish: Callable[[], None]) -> None:
-        """Calls `finish` once the host has waited for the current stream's last operation."""
+        """Call `finish` once the host has waited for the current stream's last operation."""
         stream = self.stream
         with self._lock:
             self._copies.append((Use(stream.number, stream.past[stream.number]), finish))
 
     def wait(self, past: Past) -> None:
-        """Has the host wait, and ends the copies that are then over."""
+        """Let the host wait, and end the copies that are finished then."""
         with self._lock:
             _merge(self.host, past)
             waiting, self._copies = self._copies, []
@@ -170,7 +170,7 @@ class Order:
         self.wait_for_all()
 
     def wait_for_all(self) -> None:
-        """Has the host wait for every stream."""
+        """Let the host wait for every stream."""
         for stream in self.streams:
             self.wait(stream.past)
 
@@ -185,7 +185,7 @@ class Stream:
         self._order = order
 
     def require(self, uses: Iterable[Use], wrong: str) -> None:
-        """Raises RuntimeError unless the stream or the host has waited for these uses."""
+        """Raise RuntimeError unless the stream or the host has waited for these uses."""
         for use in uses:
             known = max(self.past.get(use.stream, 0), self._order.host.get(use.stream, 0))
             if use.stream != self.number and known < use.operation:
@@ -248,13 +248,13 @@ class Event:
 
 
 def _merge(past: Past, other: Past) -> None:
-    """Adds the operations of another past."""
+    """Add the operations of another past."""
     for stream, operation in other.items():
         past[stream] = max(past.get(stream, 0), operation)
 
 
 def arrive_later(order: Order, target: Tensor) -> None:
-    """Hides the values of a copy's target on the host until the host has waited."""
+    """Hide the values of a copy's target on the host until the host has waited."""
     values = target.clone()
     if target.dtype.is_floating_point:
         target.fill_(torch.nan)

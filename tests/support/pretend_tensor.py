@@ -1,4 +1,4 @@
-"""Tensors of a pretended CUDA device, and CUDA's rules for their operands; see `pretend`."""
+"""Tensors of a simulated CUDA device, and CUDA's rules for their operands; see `pretend`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -229,7 +229,7 @@ def wrap(tensor: Tensor) -> Pretended:
 
 
 def _refuse_mixed(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises as CUDA does for operands on two devices, with its exceptions."""
+    """Raise as CUDA does for operands on two devices, with its exceptions."""
     tensors = tensors_of((args, kwargs))
     strangers = [each for each in tensors if is_plain(each)]
     if not strangers or len(strangers) == len(tensors) or name == "copy":
@@ -247,7 +247,7 @@ def _refuse_mixed(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 
 def _refuse_kernels(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises for an operation without a kernel, or without a strict one where that is asked for.
+    """Raise for an operation without a kernel, or without a strict one where that is asked for.
 
     Notes an operation without a fixed order of sums.
     """
@@ -286,7 +286,7 @@ def _order(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[b
 
 
 def _keep_order(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Adds an operation to the current stream, with the memory that it reads and writes."""
+    """Add an operation to the current stream, with the memory that it reads and writes."""
     order = the_device().order
     if len(order.streams) == 1:
         order.operate((), ())
@@ -311,7 +311,7 @@ def address(tensor: Pretended) -> int:
 
 
 def _note_reads(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Notes waits of the host, and copies of indices on the host."""
+    """Note waits of the host, and copies of indices on the host."""
     device = the_device()
     if name in READS and kwargs.get("output_size") is None and not kwargs.get("unsafe"):
         device.read(name)
@@ -330,7 +330,7 @@ def _note_reads(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> No
 
 
 def _note_copy(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Notes a `copy_` between devices."""
+    """Note a `copy_` between devices."""
     if is_plain(args[0]) != is_plain(args[1]):
         target, source = plain(args[:2])
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)

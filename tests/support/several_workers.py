@@ -6,7 +6,7 @@ from orchestrator.stages.train.commands import PassCommand
 
 
 class SeveralPool(LocalPool):
-    """Several workers in this process, of which one is lost at each of some calls."""
+    """Pool of several workers in this process, one of which is lost at each of some calls."""
 
     size, losses, replaces = 3, (), True
 

@@ -13,7 +13,7 @@ HALVES = (range(0, 2), range(2, BLOCKS))
 
 
 def padded_chunk(padding):
-    """Two sequences of 12 tokens, the second with 4 tokens of padding where `padding` says."""
+    """Make two sequences of 12 tokens, the second with 4 tokens of padding if `padding` is set."""
     generator = torch.Generator().manual_seed(1)
     tokens_BT = torch.randint(3, VOCABULARY, (2, 12), generator=generator)
     mask_BT = torch.ones(2, 12, dtype=torch.bool)
@@ -28,7 +28,7 @@ def whole_model(directory, dtype):
 
 
 def whole_logits(model, chunk):
-    """By the library's own way of running: no mask where nothing is padded."""
+    """Compute logits as transformers does: without a mask if there is no padding."""
     mask_BT = None if chunk.mask.all() else chunk.mask.long()
     with torch.no_grad():
         return model(input_ids=chunk.tokens, attention_mask=mask_BT).logits

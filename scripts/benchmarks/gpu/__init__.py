@@ -6,7 +6,7 @@ results file is updated. A part that fails, dies or takes far longer than expect
 others; a part without enough time is omitted.
 
 --small runs the same code at tiny sizes, on a CPU too. --rates prints the row of a results file for
-orchestrator/forecast/rates.json and measures nothing.
+orchestrator/forecast/rates.json without any measurement.
 """
 
 import argparse

@@ -77,7 +77,7 @@ class Bench:
         return median_seconds(work, self.device, repeats=repeats, warm_up=warm_up)
 
     def free(self) -> None:
-        """Returns unused memory to the device and resets the peak."""
+        """Return unused memory to the device and resets the peak."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()

@@ -41,7 +41,7 @@ def measure(bench: Bench) -> Found:
         with shard:
             row = pass_and_cut(bench, shard, make_method(name, {}), sequences(count, tokens))
         row["open_seconds"] = opened
-        row["planned"] = planned(shapes, NEEDS[name], tokens, count, bench)
+        row["planned"] = planned(shapes, NEEDS[name], bench, tokens=tokens, count=count)
         figures[name] = row
         checks += checks_of(name, row)
         bench.say(in_words(name, row))
@@ -75,7 +75,8 @@ def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]
     calibration.flush_writes()
     shard.free_ends()
     row["linears"] = {
-        linear.role: cut(bench, shard, calibration, method, linear) for linear in shard.linears
+        linear.role: cut(bench, shard, calibration, method, linear=linear)
+        for linear in shard.linears
     }
     calibration.close()
     row["decompose_seconds"] = sum(each["seconds"] for each in row["linears"].values())
@@ -84,9 +85,9 @@ def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]
 
 
 def cut(
-    bench: Bench, shard: Shard, calibration: Calibration, method: Method, linear: Linear
+    bench: Bench, shard: Shard, calibration: Calibration, method: Method, *, linear: Linear
 ) -> dict[str, float]:
-    """Decomposes a linear and copies its factors to the host."""
+    """Decompose a linear and copies its factors to the host."""
     statistic = calibration.statistic(linear)
     calibration.forget([linear])
     weight_OI, rank = dense_weight(shard.module(linear.name)), max(LOW_RANK.break_even(linear), 1)
@@ -108,7 +109,9 @@ def stored_tensors(weight_OR: Tensor, down_RI: Tensor) -> list[Tensor]:
     return [each.to(DTYPE).contiguous().cpu() for each in (weight_OR.T, down_RI)]
 
 
-def planned(shapes: Shapes, needs: Needs, tokens: int, count: int, bench: Bench) -> dict[str, Any]:
+def planned(
+    shapes: Shapes, needs: Needs, bench: Bench, *, tokens: int, count: int
+) -> dict[str, Any]:
     """Forecast of the same work: bytes of tensors, and seconds by each row of rates.
 
     Context and fragmentation are left out: the measured peak is that of the allocated tensors.

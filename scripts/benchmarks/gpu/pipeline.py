@@ -116,7 +116,7 @@ def failure_file(directory: Path, name: str, turn: str) -> Path:
 
 
 def compare(directory: Path, name: str) -> dict[str, Any]:
-    """Compares the two runs on the device, and the first of them with the CPU's."""
+    """Compare the two runs on the device, and the first of them with the CPU's."""
     first, second, cpu = (directory / f"{name}-{turn}" for turn in ("first", "second", "cpu"))
     ours, again, theirs = tensors_of(first), tensors_of(second), tensors_of(cpu)
     errors, expected = errors_of(first), errors_of(cpu)

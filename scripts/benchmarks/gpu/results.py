@@ -56,7 +56,7 @@ class Results:
         self.write()
 
     def end(self, part: str, entry: Mapping[str, Any]) -> None:
-        """Adds the results of a part, or the reason why there are none."""
+        """Add the results of a part, or the reason why there are none."""
         if self.running is not None:
             entry = {"seconds": self.running[1], **entry}
         self.content["running"] = None

@@ -51,9 +51,10 @@ def supervise(
     names: Sequence[str],
     work: Path,
     deadline: float,
+    *,
     program: Sequence[str] = PROGRAM,
 ) -> None:
-    """Runs every part; a part that no process can run has an error as its result.
+    """Run every part; a part that no process can run has an error as its result.
 
     Args:
         work: A directory for the files of parts.
@@ -76,7 +77,7 @@ def supervise(
 
 
 def monitor(command: Sequence[str], path: Path, deadline: float) -> str:
-    """Runs a worker to its end, or stops it with its children if a part takes too long."""
+    """Run a worker to its end, or stops it with its children if a part takes too long."""
     process = subprocess.Popen(command, env=child_environ(), start_new_session=True)
     try:
         while process.poll() is None:

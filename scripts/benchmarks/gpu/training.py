@@ -107,7 +107,7 @@ def trained(bench: Bench, compressed: LazyModel, chunk: Chunk) -> dict[str, Any]
                 shard, [0], list(compressed.disk_names), mode="all", weight_decay=0.0
             )
             gradient = gradient_of(shard, chunk, bench.device)
-            work = partial(step, shard, training, chunk, gradient, count(1))
+            work = partial(step, shard, training, chunk, gradient, numbers=count(1))
             seconds = bench.median_seconds(work)
             results.append(training.tensors(0))
             del work, training
@@ -117,7 +117,7 @@ def trained(bench: Bench, compressed: LazyModel, chunk: Chunk) -> dict[str, Any]
 
 
 def step(
-    shard: Shard, training: Training, chunk: Chunk, gradient: Tensor, numbers: Iterator[int]
+    shard: Shard, training: Training, chunk: Chunk, gradient: Tensor, *, numbers: Iterator[int]
 ) -> None:
     shard.backward(chunk, [gradient])
     training.collect()

@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def run_part(bench: Bench, name: str) -> dict[str, Any]:
-    """Runs a part, or leaves it out if the time is short; its entry in the results."""
+    """Run a part, or leaves it out if the time is short; its entry in the results."""
     results, part = bench.results, PARTS[name]
     left, needed = bench.seconds_left, 0.0 if bench.results.is_small else part.seconds
     if left < needed:
