@@ -8,7 +8,6 @@
 Heavy packages are imported when a function is called.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from orchestrator.forecast.outcome import Forecast
     from orchestrator.searching import Search
 
-SECRET = re.compile(r"SECRET|PASSWORD|(ACCESS|ACCOUNT|API)_KEY|SESSION_TOKEN|^(HF|.*_HUB)_TOKEN$")
-"""Names of environment variables that are refused for a job, since it would display them."""
 OnEvent = Callable[[dict[str, Any]], None]
 """Callback for the events of a run, see `orchestrator.events`."""
 
@@ -361,6 +358,7 @@ def submit(
     """
     from orchestrator.errors import UsageError
     from orchestrator.runtime.ray import submit as jobs
+    from orchestrator.runtime.ray.submit_policy import SECRET
 
     if retries < 0:
         raise UsageError(f"retries is {retries}; it must be 0 or above")

@@ -1,5 +1,6 @@
 """Decision on another attempt of a submitted job: pure, so that it is tested without Ray."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -10,6 +11,9 @@ FINAL = {UsageError.exit_code, InfeasibleError.exit_code, InputError.exit_code, 
 two are the shell's, for a program that does not exist."""
 FIRST_WAIT_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 60.0
+
+SECRET = re.compile(r"SECRET|PASSWORD|(ACCESS|ACCOUNT|API)_KEY|SESSION_TOKEN|^(HF|.*_HUB)_TOKEN$")
+"""Names of environment variables that are refused for a job, since it would display them."""
 
 
 class State(StrEnum):
