@@ -104,8 +104,7 @@ def plan(
     """Forecast memory, time and cost of a recipe, from config and headers alone, in milliseconds.
 
     Args:
-        recipe: Its model may be a directory, a hub id in the local cache, or a config.json of one
-            of `orchestrator.forecast.shapes.FAMILIES`.
+        recipe: Its model is a directory, a cached hub id, or a config.json (`shapes.FAMILIES`).
         gpus: Number of workers, one per GPU; a number in `recipe.workers` takes precedence.
         gpu: A name of `orchestrator.forecast.rates.known_devices`.
         gpu_memory: Such as "80GB"; None means that of the device.
