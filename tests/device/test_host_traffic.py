@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orchestrator.device.transport import Departure, Pace, bring, upload
 from orchestrator.linalg.low_rank import LowRank
 from orchestrator.linalg.pivot import pivot
+from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.evaluation.scoring import score
 from orchestrator.models.shards.chunk import Chunk, Payload
 from orchestrator.models.shards.lazy_model import LazyModel
@@ -291,6 +292,9 @@ def test_an_exchange_of_pivots_takes_one_read():
 
 class Passing(Worker):
     """Adds one to its input, and computes until the next input has been read."""
+
+    def __init__(self, task):
+        super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
 
     def step(self, index, emit, record):
         chunk = self.input_chunk(2, index, record)

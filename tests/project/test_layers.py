@@ -68,7 +68,7 @@ MAY_IMPORT = {
 STAGE = f"{MAY_IMPORT['stages.context']} stages.context hf"
 """What a stage may import; no stage imports another."""
 KNOWN = {
-    "runtime": "runtime.ray models.checkpoint models.shards",
+    "runtime": "runtime.ray",
     "stages": "stages.evaluate stages.write",
     "stages.context": "stages.pivot stages.refine stages.refit stages.score_masks "
     "stages.score_sensitivities stages.train stages.walk stages.write",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from orchestrator.device.malloc import free_device_memory
+from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.runtime.worker import Task, Worker
 from orchestrator.store.chunks import Chunks, MissingChunk
@@ -13,6 +14,9 @@ from orchestrator.store.chunks import Chunks, MissingChunk
 
 class Passing(Worker):
     """Passes chunks through no block at all."""
+
+    def __init__(self, task):
+        super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
 
     def step(self, index, emit, record):
         tokens_BT = torch.full((1, 4), index)

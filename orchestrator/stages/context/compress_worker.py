@@ -29,7 +29,7 @@ from orchestrator.linalg.two_sided_sparse import SparseLowRank
 from orchestrator.methods.base import Method
 from orchestrator.methods.two_sided_sparse import TwoSidedSparse
 from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec
-from orchestrator.models.checkpoint.weights import Weights
+from orchestrator.models.checkpoint.weights import Weights, fingerprint_of
 from orchestrator.models.checkpoint.write import write_file
 from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.shards.chunk import Chunk
@@ -81,7 +81,7 @@ class CompressionWorker(Worker):
     """Holds one shard at a time, with its statistics."""
 
     def __init__(self, task: CompressionTask) -> None:
-        super().__init__(task)
+        super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
         self.task = task
         self.method = task.method
         self._weights: Weights | None = None
@@ -152,7 +152,8 @@ class CompressionWorker(Worker):
         start = self._shard.blocks.start
         if start == 0:
             return first_chunk(self._tokens, index)
-        return self.input_chunk(start, index, record)
+        chunk: Chunk = self.input_chunk(start, index, record)
+        return chunk
 
     def next_inputs(self, index: int) -> list[Stored]:
         if self._shard is None or self._shard.is_first:

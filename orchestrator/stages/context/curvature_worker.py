@@ -99,13 +99,15 @@ class CurvatureWorker(CompressionWorker):
         start = self._shard.blocks.start
         if start == 0:
             return first_chunk(self._tokens, sequence)
-        if (coming := self.take_coming(self._dense, start, sequence)) is not None:
+        coming: Chunk | None = self.take_coming(self._dense, start, sequence)
+        if coming is not None:
             return coming
         record = self._dense.await_written(start, sequence)
         if record is None:
             self._dense.drop(start, sequence)
             raise MissingChunk(start, sequence)
-        return self.unpack(record)
+        chunk: Chunk = self.unpack(record)
+        return chunk
 
     def next_inputs(self, index: int) -> list[Stored]:
         if not self._is_backward or self._shard is None:

@@ -252,7 +252,7 @@ class WalkWorker(TrainedWorker):
     def _emit(self, store: Chunks, boundary: int, chunk: Chunk) -> None:
         """Stores a chunk in a thread; `flush_writes` waits for it after the round."""
         departure = Departure()
-        self.store(boundary, chunk.index, chunk.pack(departure), departure, store)
+        self.store(boundary, chunk.index, chunk.pack(departure), departure, chunks=store)
 
     def _entering(self, block: int) -> tuple[list[Chunk], list[Chunk]]:
         """Both streams at a block's input: what this worker has left there, else the files."""
