@@ -11,10 +11,11 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.linear import Linear
 
 Init = Literal["utility", "magnitude", "constant"]
@@ -22,36 +23,6 @@ Across = Literal["linear", "relative", "absolute"]
 Projection = Literal["shift", "euclid", "multiplicative"]
 LEAST_SHARE = 1e-3
 """Bounds of the first author's probabilities, [1e-3, 1 - 1e-3], which a factor cannot leave."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """What can be kept of one linear, both kinds by descending utility; utilities a stored value.
-
-    Plain data, to JSON and back unchanged.
-    """
-
-    direction_utilities: np.ndarray
-    direction_magnitudes: np.ndarray
-    """Singular values."""
-    bucket_counts: np.ndarray
-    """Entries of each bucket, int64."""
-    bucket_utilities: np.ndarray
-    """Mean over the bucket's entries."""
-    bucket_magnitudes: np.ndarray
-    """Mean |S| over the bucket's entries."""
-    energy: float
-    """Of the whole weight, in the words of the utilities."""
-
-    def to_json(self) -> dict[str, Any]:
-        arrays = {name: getattr(self, name).tolist() for name in self.__slots__[:-1]}
-        return {**arrays, "energy": self.energy}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Candidates":
-        kinds = dict.fromkeys(cls.__slots__[:-1], np.float64) | {"bucket_counts": np.int64}
-        arrays = {name: np.asarray(value[name], dtype=kind) for name, kind in kinds.items()}
-        return cls(**arrays, energy=value["energy"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,6 @@ from orchestrator.allocate.bernoulli import (
     Across,
     Baseline,
     CandidatePool,
-    Candidates,
     Draw,
     Init,
     Projection,
@@ -22,6 +21,7 @@ from orchestrator.allocate.bernoulli import (
 from orchestrator.allocate.budget import budget_values, make_plan
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import UsageError
+from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan

@@ -14,69 +14,7 @@ from orchestrator.allocate.threshold import hull_rates
 from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surface:
-    """What entries and factors beside them lose of one linear, where it was measured.
-
-    Rank 0 is among the points of every number of entries, and entries alone can be of any number;
-    factors stand beside the numbers that were measured alone, of any rank up to the largest there.
-    Plain data, to JSON and back unchanged.
-    """
-
-    name: str
-    nonzeros: np.ndarray
-    """int64 [P]."""
-    ranks: np.ndarray
-    """int64 [P]."""
-    losses: np.ndarray
-    """In one unit for all linears, float64 [P]."""
-    activation_losses: np.ndarray
-    """Squared error of the outputs, float64 [P]."""
-    weight_losses: np.ndarray
-    """Squared error of the weight, float64 [P]."""
-
-    def to_json(self) -> dict[str, Any]:
-        arrays = {name: getattr(self, name).tolist() for name in self.__slots__[1:]}
-        return {"name": self.name, **arrays}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Surface":
-        kinds: dict[str, type[np.generic]] = dict.fromkeys(cls.__slots__[1:], np.float64)
-        kinds |= {"ranks": np.int64, "nonzeros": np.int64}
-        arrays = {name: np.asarray(value[name], dtype=kind) for name, kind in kinds.items()}
-        return cls(name=value["name"], **arrays)
-
-    def loss(self, rank: int, nonzeros: int) -> float:
-        """What this mix loses; never more than less of the part that it varies in."""
-        return self._between(self.losses, rank, nonzeros, falls=True)
-
-    def _between(self, losses: np.ndarray, rank: int, nonzeros: int, *, falls: bool) -> float:
-        """Between two points interpolated: by rank, or by entries alone.
-
-        A norm falls more evenly than its square.
-        """
-        here = self.nonzeros == nonzeros if rank else self.ranks == 0
-        kept, most = (self.ranks, rank) if rank else (self.nonzeros, nonzeros)
-        known = np.minimum.accumulate(losses[here]) if falls else losses[here]
-        return float(np.interp(most, kept[here], np.sqrt(known))) ** 2
-
-    def largest_ranks(self) -> dict[int, int]:
-        """By the number of entries that factors may stand beside, the largest rank of them."""
-        starts = np.flatnonzero(self.ranks == 0)
-        last = np.append(starts[1:], len(self.ranks)) - 1
-        pairs = zip(self.nonzeros[last].tolist(), self.ranks[last].tolist(), strict=True)
-        return {nonzeros: rank for nonzeros, rank in pairs if rank}
-
-    def errors(self, rank: int, nonzeros: int) -> dict[str, float]:
-        """What is lost of outputs and weight, as fractions of what nothing kept would lose."""
-        found = {}
-        for name in ("activation", "weight"):
-            losses = getattr(self, f"{name}_losses")
-            lost, whole = self._between(losses, rank, nonzeros, falls=False), float(losses[0])
-            found[f"{name}_error"] = lost / whole if whole else 0.0
-        return found
+from orchestrator.plan.surface import Surface
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

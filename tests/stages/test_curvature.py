@@ -8,7 +8,7 @@ import torch
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
 
 import orchestrator
-from orchestrator.stages.context.curvature_worker import CurvatureWorker
+from orchestrator.stages.context.compress_worker import CompressionWorker
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 
@@ -143,7 +143,7 @@ def test_gradients_that_do_not_fit_go_through_single_blocks(
     is_backward, llama, text, reference, tmp_path, monkeypatch
 ):
     """The same bytes, in whichever of the two passes memory runs out."""
-    perform, lost = CurvatureWorker.perform, []
+    perform, lost = CompressionWorker.perform, []
 
     def fault(worker, method, arguments, record):
         if method == "open" and (len(arguments) > 3) == is_backward:
@@ -152,7 +152,7 @@ def test_gradients_that_do_not_fit_go_through_single_blocks(
                 raise MemoryError("cannot allocate 7 GB")
         return perform(worker, method, arguments, record)
 
-    monkeypatch.setattr(CurvatureWorker, "perform", fault)
+    monkeypatch.setattr(CompressionWorker, "perform", fault)
 
     def note(event):
         if event["event"] == "lost":

@@ -6,12 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.allocate.bernoulli import Candidates
 from orchestrator.allocate.budget import budget_values
 from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.strs import Strs
-from orchestrator.allocate.two_sided_sparse import Surface, TwoSidedSparseAllocator
+from orchestrator.allocate.two_sided_sparse import TwoSidedSparseAllocator
 from orchestrator.errors import UsageError
 from orchestrator.forecast.forecast import MOST_BLOCKS
 from orchestrator.forecast.needs import needs_of
@@ -26,31 +25,29 @@ from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.locate import locate
 from orchestrator.models.survey.select import select
+from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.grouping import Grouping
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.result import Result
+from orchestrator.plan.surface import Surface
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import resolve
 from orchestrator.runtime.deadline import slowly
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.workers import DEFAULT_THREADS, Execution, WorkerGroup
 from orchestrator.stages.context.block_pass import BlockPass
-from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
-from orchestrator.stages.context.curvature_worker import CurvatureTask, CurvatureWorker
+from orchestrator.stages.context.compress_worker import CompressionWorker
+from orchestrator.stages.context.curvature_worker import CurvatureTask
 from orchestrator.stages.context.previous_run import PreviousRun
+from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.context.trained_stage import TrainedStage
 from orchestrator.stages.pivot.job import Pivot
 from orchestrator.stages.refine.job import Refine
 from orchestrator.stages.refit.job import Refit
 from orchestrator.stages.score_masks.job import Scoring
-from orchestrator.stages.score_masks.worker import ScoreWorker
 from orchestrator.stages.score_sensitivities.job import Sensitivities
-from orchestrator.stages.score_sensitivities.worker import (
-    CurvatureSensitivityWorker,
-    SensitivityWorker,
-)
 from orchestrator.stages.train.job import Train
 from orchestrator.stages.walk.job import Sweep, Walk
 from orchestrator.stages.write.job import WRITE_VERSION, result_of
@@ -323,11 +320,7 @@ class Compression:
 
     @property
     def worker_class(self) -> type[CompressionWorker]:
-        if self.measures:
-            return CurvatureSensitivityWorker if self.needs_gradients else SensitivityWorker
-        if self.needs_gradients:
-            return CurvatureWorker
-        return ScoreWorker if self.masks else CompressionWorker
+        return CompressionWorker
 
     def score(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
         """Losses of models with one cut, or of masked ones and the choice that they lead to."""

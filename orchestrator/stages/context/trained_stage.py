@@ -6,9 +6,9 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
+from orchestrator.runtime.worker import Worker
 from orchestrator.runtime.workers import WorkerGroup
-from orchestrator.stages.context.compress_worker import CompressionTask
-from orchestrator.stages.context.trained_worker import TrainedWorker
+from orchestrator.stages.context.task import CompressionTask
 from orchestrator.store.units import unit_key
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class TrainedStage(ABC):
     """
 
     name: ClassVar[str]
-    worker_class: ClassVar[type[TrainedWorker]]
+    worker_class: ClassVar[type[Worker]]
 
     def __init__(
         self,

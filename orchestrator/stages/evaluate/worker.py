@@ -17,11 +17,9 @@ from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.runtime.worker import Emitted, Task, Worker
+from orchestrator.stages.context.joint_records import join, split
 from orchestrator.stages.context.tokens import TokenArrays, first_chunk, read_tokens
 from orchestrator.store.places import Place
-
-SEPARATOR = ":"
-"""Between a model's name and an array's name in a record that carries two chunks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +82,7 @@ class EvaluationWorker(Worker):
             self._commit_score(index, chunks["model"], passed)
             return timings, None
         departure = Departure()
-        records = {
-            f"{name}{SEPARATOR}{key}": array
-            for name, chunk in passed.items()
-            for key, array in chunk.pack(departure).items()
-        }
+        records = join(passed, departure)
         self.store(first.blocks.stop, index, records, departure)
         return timings, records
 
@@ -100,10 +94,7 @@ class EvaluationWorker(Worker):
             chunk = first_chunk(self._tokens, index)
             return dict.fromkeys(self._shards, chunk)
         record = self.input_record(boundary, index, record)
-        parts: dict[str, dict[str, Any]] = {name: {} for name in self._shards}
-        for name, array in record.items():
-            model, _, key = name.partition(SEPARATOR)
-            parts[model][key] = array
+        parts = split(record, self._shards)
         return {name: self.unpack(part) for name, part in parts.items()}
 
     def _commit_score(self, index: int, chunk: Chunk, logits: Mapping[str, torch.Tensor]) -> None:

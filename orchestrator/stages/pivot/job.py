@@ -10,8 +10,9 @@ from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
+from orchestrator.runtime.worker import Worker
 from orchestrator.runtime.workers import WorkerGroup
-from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
+from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.refine.job import Refine
 from orchestrator.store.files import digest_json
 
@@ -34,7 +35,7 @@ class Pivot:
     def __init__(
         self,
         job: "Compression",
-        worker_class: type[CompressionWorker],
+        worker_class: type[Worker],
         task: CompressionTask,
         superseding: Refine | None = None,
     ) -> None:

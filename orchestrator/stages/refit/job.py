@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from orchestrator.plan.forms import FACTORED
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.workers import WorkerGroup
-from orchestrator.stages.context.compress_worker import CompressionTask
+from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.refit.worker import RefitTask, RefitWorker
 from orchestrator.store.units import unit_key
 
