@@ -11,10 +11,11 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.linear import Linear
 
 Init = Literal["utility", "magnitude", "constant"]
@@ -23,36 +24,6 @@ Projection = Literal["shift", "euclid", "multiplicative"]
 LEAST_PROBABILITY = 1e-3
 """Bound of the probabilities in the first author's code: they are in [1e-3, 1 - 1e-3], and a
 multiplicative update cannot leave this range."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """Candidates of one linear, directions and buckets, by descending utility per stored value.
-
-    Plain data; the JSON round trip is exact.
-    """
-
-    direction_utilities: np.ndarray
-    direction_magnitudes: np.ndarray
-    """Singular values."""
-    bucket_counts: np.ndarray
-    """Number of entries per bucket, int64."""
-    bucket_utilities: np.ndarray
-    """Mean over the entries of the bucket."""
-    bucket_magnitudes: np.ndarray
-    """Mean |S| over the entries of the bucket."""
-    energy: float
-    """Energy of the whole weight, in the unit of the utilities."""
-
-    def to_json(self) -> dict[str, Any]:
-        arrays = {name: getattr(self, name).tolist() for name in self.__slots__[:-1]}
-        return {**arrays, "energy": self.energy}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Candidates":
-        kinds = dict.fromkeys(cls.__slots__[:-1], np.float64) | {"bucket_counts": np.int64}
-        arrays = {name: np.asarray(value[name], dtype=kind) for name, kind in kinds.items()}
-        return cls(**arrays, energy=value["energy"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,6 @@ from orchestrator.allocate.bernoulli import (
     Across,
     Baseline,
     CandidatePool,
-    Candidates,
     Draw,
     Init,
     Projection,
@@ -23,6 +22,7 @@ from orchestrator.allocate.bernoulli import (
 from orchestrator.allocate.budget import budget_values, make_plan
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import UsageError
+from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.forms import LOW_RANK_SPARSE, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan

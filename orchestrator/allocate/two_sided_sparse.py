@@ -15,70 +15,7 @@ from orchestrator.allocate.threshold import hull_rates
 from orchestrator.plan.forms import LOW_RANK_SPARSE, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surface:
-    """Measured losses of one linear at combinations of entries and factors.
-
-    Every number of entries has a point of rank 0. Entries alone may have any number; factors are
-    allowed only with the measured numbers of entries, at any rank up to the largest measured. Plain
-    data; the JSON round trip is exact.
-    """
-
-    name: str
-    nonzeros: np.ndarray
-    """int64 [P]."""
-    ranks: np.ndarray
-    """int64 [P]."""
-    losses: np.ndarray
-    """float64 [P], in one unit for all linears."""
-    activation_losses: np.ndarray
-    """Squared error of the outputs, float64 [P]."""
-    weight_losses: np.ndarray
-    """Squared error of the weight, float64 [P]."""
-
-    def to_json(self) -> dict[str, Any]:
-        arrays = {name: getattr(self, name).tolist() for name in self.__slots__[1:]}
-        return {"name": self.name, **arrays}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Surface":
-        kinds: dict[str, type[np.generic]] = dict.fromkeys(cls.__slots__[1:], np.float64)
-        kinds |= {"ranks": np.int64, "nonzeros": np.int64}
-        arrays = {name: np.asarray(value[name], dtype=kind) for name, kind in kinds.items()}
-        return cls(name=value["name"], **arrays)
-
-    def loss(self, rank: int, nonzeros: int) -> float:
-        """Return the loss of a combination; a larger rank, or more entries alone, never loses
-        more."""
-        return self._between(self.losses, rank, nonzeros, falls=True)
-
-    def _between(self, losses: np.ndarray, rank: int, nonzeros: int, *, falls: bool) -> float:
-        """Interpolate between two points, by rank or by entries alone.
-
-        Norms are interpolated, since they fall more evenly than their squares.
-        """
-        here = self.nonzeros == nonzeros if rank else self.ranks == 0
-        kept, most = (self.ranks, rank) if rank else (self.nonzeros, nonzeros)
-        known = np.minimum.accumulate(losses[here]) if falls else losses[here]
-        return float(np.interp(most, kept[here], np.sqrt(known))) ** 2
-
-    def largest_ranks(self) -> dict[int, int]:
-        """Return the largest rank of factors by the number of entries that allow factors."""
-        starts = np.flatnonzero(self.ranks == 0)
-        last = np.append(starts[1:], len(self.ranks)) - 1
-        pairs = zip(self.nonzeros[last].tolist(), self.ranks[last].tolist(), strict=True)
-        return {nonzeros: rank for nonzeros, rank in pairs if rank}
-
-    def errors(self, rank: int, nonzeros: int) -> dict[str, float]:
-        """Return the errors of outputs and weight, as fractions of the loss with no part kept."""
-        found = {}
-        for name in ("activation", "weight"):
-            losses = getattr(self, f"{name}_losses")
-            lost, whole = self._between(losses, rank, nonzeros, falls=False), float(losses[0])
-            found[f"{name}_error"] = lost / whole if whole else 0.0
-        return found
+from orchestrator.plan.surface import Surface
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,14 @@
 """ASVD: activation-aware singular value decomposition (Yuan et al., arXiv 2312.05821)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 from orchestrator.linalg.scaled import decompose_scaled
 from orchestrator.methods.base import Method
+from orchestrator.methods.kinds.low_rank import SCALED, ScaledKind
 from orchestrator.recipe.options import check_number
 
 LEAST_SCALE = 1e-6
@@ -39,6 +40,10 @@ class Asvd(Method):
 
     def __post_init__(self) -> None:
         check_number("asvd: alpha", self.alpha, 0, 2)
+
+    @property
+    def kind(self) -> ScaledKind[Any]:
+        return SCALED
 
     @property
     def decomposition(self) -> str:

@@ -1,4 +1,4 @@
-"""What a method is to the rest of the system."""
+"""Base class of the methods."""
 
 from collections.abc import Sequence
 from dataclasses import Field
@@ -6,19 +6,18 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
-from orchestrator.linalg.ranked import RankedParts
-from orchestrator.linalg.sparse import Sparse
-from orchestrator.linalg.two_sided_sparse import SparseLowRank
+from orchestrator.linalg.low_rank import InputGram, OutputGram
+from orchestrator.methods.kinds.base import Kind
+from orchestrator.methods.kinds.low_rank import LOW_RANK
 from orchestrator.plan.grouping import Grouping, gram_side
 from orchestrator.plan.linear import Linear
 
 
 class Method(Protocol):
-    """One published way to turn a linear and its statistics into something to cut from.
+    """A published method that turns a linear and its statistics into a result to cut from.
 
-    A frozen dataclass, of this class, whose fields are its options; what is said here with a value
-    holds for those that say nothing else.
+    Methods are frozen dataclasses that inherit from this class; their fields are their options.
+    Values given here are defaults.
 
     Laws: `decompose` is a function of the options and its arguments alone, to the bit; any size of
     its result is a slice of any larger one; `energies` and `total` say what a cut loses.
@@ -29,39 +28,44 @@ class Method(Protocol):
     version: ClassVar[int] = 1
     """Raised when the method's results change; older units are then computed again."""
     form: ClassVar[str] = "low_rank"
-    """What a linear becomes where it is cut."""
+    """Name of the form of the linears that are cut."""
     allocation: ClassVar[str] = "uniform"
-    """The allocator that the paper uses."""
+    """Default allocator, that of the paper."""
     magnitudes: ClassVar[bool] = False
-    """Whether `decompose` needs the mean magnitude of every input, beside a Gram."""
+    """True if `decompose` needs the mean magnitude of every input beside a Gram."""
     bends_outputs: ClassVar[bool] = False
-    """Whether a curvature is that of the outputs, [O, O], where O > I too."""
+    """True if the curvature is that of the outputs, [O, O], also where O > I."""
+
+    @property
+    def kind(self) -> Kind[Any]:
+        """Kind of the results of `decompose`."""
+        return LOW_RANK
 
     @property
     def labels(self) -> int:
-        """Labels drawn for each token, whose losses' gradients make the curvature that `decompose`
-        needs; none, and no backward pass."""
+        """Number of labels drawn for each token; the gradients of their losses give the curvature
+        that `decompose` needs. 0: no backward pass."""
         return 0
 
     @property
     def decomposition(self) -> str:
-        """Name of what is stored, with every option that changes it.
+        """Name of the stored result, with all options that change it.
 
-        Methods that share it cut their sizes from the same units.
+        Methods that share it read the same units.
         """
         ...
 
     @property
     def grouping(self) -> Grouping:
-        """Which linears are decomposed as one, and share its basis; none."""
+        """Groups of linears that are decomposed as one and share its basis; none by default."""
         return Grouping()
 
     def refits(self, keep: float) -> bool:
-        """Whether left factors are fitted again to the compressed model's inputs; they are not."""
+        """Return True if left factors are refitted to the inputs of the compressed model."""
         return False
 
     def side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
-        """Which Gram this linear needs, given all targeted linears of its site.
+        """Return which Gram this linear needs, given all targeted linears of its site.
 
         The output Gram where no linear of the site needs H and it is smaller than H. The left
         singular vectors need no more. Where H is there anyway it is the better one: its products
@@ -69,8 +73,7 @@ class Method(Protocol):
         """
         return gram_side(linear, site)
 
-    def decompose(
-        self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int
-    ) -> LowRank | Sparse | RankedParts | SparseLowRank:
-        """What is stored of one linear: low rank up to `rank`, sparse to any density, or both."""
+    def decompose(self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int) -> Any:
+        """Return the result for one linear, of the kind `kind`: factors up to `rank`, all entries,
+        or both."""
         ...

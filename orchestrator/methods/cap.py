@@ -11,6 +11,7 @@ from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.ranked import RankedParts, Utility, rank_parts
 from orchestrator.linalg.rpca import Solver, rpca
 from orchestrator.methods.base import Method
+from orchestrator.methods.kinds.ranked import RANKED, RankedKind
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.options import check_choice
 
@@ -54,6 +55,10 @@ class Cap(Method):
             raise UsageError(
                 f"cap: buckets is {self.buckets!r}; it must be a whole number, 0 for one an entry"
             )
+
+    @property
+    def kind(self) -> RankedKind:
+        return RANKED
 
     @property
     def decomposition(self) -> str:

@@ -1,7 +1,7 @@
 """Plain SVD: the closest weight of each rank, whatever its inputs are."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 from orchestrator.linalg.scaled import decompose_scaled
 from orchestrator.methods.base import Method
+from orchestrator.methods.kinds.low_rank import SCALED, ScaledKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,10 @@ class Svd(Method):
 
     name: ClassVar[str] = "svd"
     decomposition: ClassVar[str] = "svd"
+
+    @property
+    def kind(self) -> ScaledKind[Any]:
+        return SCALED
 
     def decompose(self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int) -> LowRank:
         scale_I = torch.ones(weight_OI.shape[1], dtype=torch.float64, device=weight_OI.device)

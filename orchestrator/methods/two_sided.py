@@ -8,6 +8,7 @@ from torch import Tensor
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 from orchestrator.linalg.two_sided import decompose_two_sided
 from orchestrator.methods.base import Method
+from orchestrator.methods.kinds.low_rank import TWO_SIDED, TwoSidedKind
 from orchestrator.recipe.options import check_number, check_whole
 
 
@@ -39,6 +40,10 @@ class TwoSided(Method):
     def __post_init__(self) -> None:
         check_number("two-sided: damping", self.damping, 1e-6, 1000)
         check_whole("two-sided: draws", self.draws, 1, 1000)
+
+    @property
+    def kind(self) -> TwoSidedKind:
+        return TWO_SIDED
 
     @property
     def labels(self) -> int:

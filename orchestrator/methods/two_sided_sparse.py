@@ -10,6 +10,7 @@ from orchestrator.errors import UsageError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.two_sided_sparse import SparseLowRank, sparse_low_rank
 from orchestrator.methods.base import Method
+from orchestrator.methods.kinds.sparse_low_rank import SparseLowRankKind
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.options import check_number, check_whole
 
@@ -71,6 +72,10 @@ class TwoSidedSparse(Method):
     def grid(self) -> tuple[float, ...]:
         """The densities."""
         return tuple(float(word) for word in self.densities.replace(",", " ").split())
+
+    @property
+    def kind(self) -> SparseLowRankKind:
+        return SparseLowRankKind(self.steps)
 
     @property
     def labels(self) -> int:

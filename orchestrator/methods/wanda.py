@@ -10,6 +10,7 @@ from orchestrator.errors import InputError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.sparse import Sparse, sort_within_rows
 from orchestrator.methods.base import Method
+from orchestrator.methods.kinds.sparse import SPARSE, SparseKind
 from orchestrator.plan.linear import Linear
 
 
@@ -31,6 +32,10 @@ class Wanda(Method):
     name: ClassVar[str] = "wanda"
     decomposition: ClassVar[str] = "wanda"
     form: ClassVar[str] = "sparse"
+
+    @property
+    def kind(self) -> SparseKind:
+        return SPARSE
 
     def side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
         return "input"

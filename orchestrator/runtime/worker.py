@@ -1,7 +1,9 @@
-"""What every worker is: a plain class that performs one call at a time, in an actor or here.
+"""Base class of the workers, each of which executes one call at a time, in an actor or here.
 
-A worker keeps no truth. What it has computed it commits to the run directory; what it holds in
-memory (weights, statistics) can be made again by any other worker from what lies there.
+A worker is stateless as far as results go: it commits them to the run directory, and any other
+worker can restore the content of its memory (weights, statistics) from there. This package moves
+records and knows no model: the functions that unpack a record and that identify a model are passed
+in.
 """
 
 import gc
@@ -9,11 +11,11 @@ import os
 import platform
 import resource
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +23,6 @@ from orchestrator.device import gpu
 from orchestrator.device.malloc import keep_freed_memory, return_freed_memory
 from orchestrator.device.transport import Departure, Pace
 from orchestrator.errors import InputError
-from orchestrator.models.shards.chunk import Chunk
 from orchestrator.runtime.calls import Command, Open, Step
 from orchestrator.store.chunks import Chunks, MissingChunk, Record
 from orchestrator.store.files import digest_file
@@ -36,48 +37,73 @@ Stored = tuple[Chunks, int, int]
 PROBE_PREFIX = ".probe-"
 
 
+class Unpack(Protocol):
+    """Function that unpacks a record to a chunk."""
+
+    def __call__(self, record: Record, /, *, pinned: bool) -> Any:
+        """Return the chunk, in page-locked memory if `pinned`."""
+        ...
+
+
+class Packable(Protocol):
+    """A chunk that is emitted; the only properties of it that this package uses."""
+
+    @property
+    def index(self) -> int: ...
+
+    def pack(self, departure: Departure) -> Record:
+        """Return the record, whose arrays are complete after `departure.wait`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What all workers of a run share: paths that every node must see, threads, and the pass."""
+    """Description of the work for all workers of a run: paths, number of threads, and the pass."""
 
     run_dir: Place
     threads: int
     pass_key: str
     fingerprints: Mapping[Place, str]
-    """Every model that is read, with the fingerprint that the driver saw."""
+    """Models to read, with the fingerprints that the driver found."""
     writes: tuple[Place, ...] = ()
-    """Directories that are written to."""
+    """Directories to write to."""
 
 
 class Worker:
-    """Base of the workers; subclasses have the methods that commands name."""
+    """Base class of the workers; subclasses define the methods that commands name.
 
-    def __init__(self, task: Task) -> None:
+    Args:
+        unpack: Unpacks the record of a chunk.
+        fingerprint: Returns the fingerprint of a model; raises InputError if it cannot be read.
+    """
+
+    def __init__(self, task: Task, *, unpack: Unpack, fingerprint: Callable[[Place], str]) -> None:
         torch.set_num_threads(task.threads)
         keep_freed_memory()
-        # whatever a container's environment says of TF32; see `linalg.tensor_cores`
+        # independent of a container's environment variables for TF32; see `linalg.tensor_cores`
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         self._threads = task.threads
+        self._unpack, self._fingerprint = unpack, fingerprint
         self._reads, self._writes = task.fingerprints, task.writes
         self.run = RunDirectory(task.run_dir)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.chunks: Chunks = self.run.chunks(task.pass_key, self.environment())
-        # one for the chunk that is written, one for what is read ahead
+        # one thread writes chunks, one reads ahead
         self._disk = ThreadPoolExecutor(max_workers=2)
         self._writing: Future[None] | None = None
         self._departure = Departure()
-        self._coming: dict[Stored, Future[Chunk | None]] = {}
+        self._coming: dict[Stored, Future[Any]] = {}
         self._pace = Pace(self.device)
 
     def measured(self, command: Command, *records: Emitted) -> tuple[Any, Emitted, Usage]:
-        """Execute a command, as `perform`. Returns its peak memory, too."""
+        """Execute a command, as `perform`; also returns its peak memory."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         value, emitted = self.perform(command, *records)
         return value, emitted, self.usage()
 
     def release(self) -> None:
-        """Lets go of what the worker holds; nothing is called after it."""
+        """Free all memory of the worker; no call may follow."""
         self.flush_writes()
         self._disk.shutdown()
         vars(self).clear()
@@ -85,19 +111,19 @@ class Worker:
         return_freed_memory()
 
     def perform(self, command: Command, record: Emitted) -> tuple[Any, Emitted]:
-        """Execute a command. Returns its result and, if requested, the output chunk.
+        """Execute a command. Returns its small result and, if requested, the output record.
 
-        A chunk is on its way to its file while the next is computed, and the weights of the blocks
-        that are likely to be next are on theirs to the system's cache. The last chunk is in its
-        file when its call ends.
+        An output chunk is written to its file while the next one is computed, and the weights of
+        the blocks that are likely to be next are read into the system's cache. The last chunk is in
+        its file when its call ends.
 
-        A GPU may still compute when the call of a step ends, unless its chunk is handed over:
-        meanwhile the chunk is copied to the host, and the next one is read.
+        A GPU may still be computing when the call of a step ends, unless the record is returned:
+        meanwhile the chunk is copied to the host and the next one is read.
         """
         if isinstance(command, Step):
             self._pace.step()
             value, emitted = self.step(command.index, command.emit, record)
-            # after a chunk that was handed over the next one probably is, too
+            # if this chunk was handed over, the next one probably will be, too
             self._read_next(command.next_index if record is None else None)
             if command.next_index is None:
                 self.flush_writes()
@@ -115,46 +141,44 @@ class Worker:
         return getattr(self, command.method)(**command.keywords()), None
 
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...], *about: Any) -> None:
-        """Takes a shard; subclasses say how."""
+        """Open a shard; defined by subclasses."""
         raise NotImplementedError
 
     def read_ahead(self, blocks: range) -> None:
-        """Has blocks that are not needed yet read from storage; nothing that a result needs."""
+        """Prefetch the weights of later blocks; best effort, results do not depend on it."""
 
     def flush_writes(self) -> None:
-        """Waits until what was emitted is in its file.
+        """Wait until the emitted chunk is in its file.
 
         Raises:
-            OSError: It could not be written; so do errors of a store.
+            OSError: It could not be written; errors of a store are raised too.
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
-        """Passes one chunk through the open shard; subclasses say how."""
+        """Pass one chunk through the open shard; defined by subclasses."""
         raise NotImplementedError
 
     def verify(self, files: Sequence[tuple[Place, str]]) -> bool:
-        """Whether every file has the BLAKE2b that is given with it."""
+        """Return True if every file has the given BLAKE2b digest."""
         try:
             return all(digest_file(path) == digest for path, digest in files)
         except OSError:
             return False
 
     def probe(self, nonce: str) -> dict[str, Any]:
-        """Proves that this node sees what it must, and says what it is.
+        """Check that this node sees the driver's files; describe the node.
 
         Raises:
-            InputError: The model differs from the driver's, or a probe file that the driver wrote
-                is not seen here; the message names the node.
+            InputError: The model differs from the driver's, or a probe file of the driver is not
+                visible here; the message names the node.
         """
-        from orchestrator.models.checkpoint.weights import Weights
-
         node = f"node {socket.gethostname()}"
         for model, expected in self._reads.items():
             try:
-                found = Weights.open(model).fingerprint
+                found = self._fingerprint(model)
             except InputError as error:
                 raise InputError(f"{node}: does not see the model: {error}") from error
             if found != expected:
@@ -176,7 +200,7 @@ class Worker:
         }
 
     def environment(self) -> dict[str, Any]:
-        """What can change bits beside the units' keys."""
+        """Properties of the machine and its software that can change the bits of a result."""
         is_gpu = self.device.type == "cuda"
         name = torch.cuda.get_device_name() if is_gpu else platform.machine()
         return {
@@ -190,12 +214,12 @@ class Worker:
         }
 
     def usage(self) -> Usage:
-        """Peak memory of the process on the host, and of the call so far on a GPU."""
+        """Peak memory: of the process on the host, and of the current call on a GPU."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.device.type != "cuda":
             return Usage(host=host)
         free, total = torch.cuda.mem_get_info(self.device)
-        # used by the driver's count, outside of the allocator: CUDA's context and libraries
+        # memory that the driver reports outside of the allocator: CUDA's context and libraries
         context = max(total - free - torch.cuda.memory_reserved(self.device), 0)
         device = DeviceUsage(
             allocated=torch.cuda.max_memory_allocated(self.device),
@@ -205,10 +229,10 @@ class Worker:
         return Usage(host=host, device=device)
 
     def input_record(self, boundary: int, index: int, record: Emitted) -> Record:
-        """What lies at a boundary: what was handed over, or else its file.
+        """Return the record at a boundary: as handed over, otherwise from its file.
 
         Raises:
-            MissingChunk: Neither is there, or the file is damaged.
+            MissingChunk: Neither exists, or the file is damaged.
         """
         if record is None:
             record = self.chunks.await_written(boundary, index)
@@ -216,8 +240,8 @@ class Worker:
             raise MissingChunk(boundary, index)
         return record
 
-    def input_chunk(self, boundary: int, index: int, record: Emitted) -> Chunk:
-        """The chunk at a boundary, for immediate use by a shard.
+    def input_chunk(self, boundary: int, index: int, record: Emitted) -> Any:
+        """Return the chunk at a boundary, for immediate use by a shard.
 
         Raises:
             MissingChunk: As `input_record`.
@@ -226,26 +250,24 @@ class Worker:
             self.input_record(boundary, index, record)
         )
 
-    def take_coming(
-        self, chunks: Chunks, boundary: int, index: int, record: Emitted = None
-    ) -> Chunk | None:
-        """A stored chunk that was read during the previous step; None if it was not."""
+    def take_coming(self, chunks: Chunks, boundary: int, index: int, record: Emitted = None) -> Any:
+        """Return a stored chunk that was read during the previous step; None if it was not."""
         coming = self._coming.pop((chunks, boundary, index), None)
         return coming.result() if coming is not None and record is None else None
 
     def next_inputs(self, index: int) -> list[Stored]:
-        """Stored chunks that the step of an index takes by `take_coming`; none by default."""
+        """Stored chunks that the step of this index takes by `take_coming`; none by default."""
         return []
 
     def _read_next(self, index: int | None) -> None:
-        """Starts to read the input of the next step while a GPU computes this one.
+        """Start reading the input of the next step while a GPU computes this one.
 
         On a CPU the reading thread would compete with the one that computes.
         """
         wanted = self.next_inputs(index) if index is not None and self._has_gpu else []
         self._coming = {each: self._disk.submit(self._read_chunk, *each) for each in wanted}
 
-    def _read_chunk(self, chunks: Chunks, boundary: int, index: int) -> Chunk | None:
+    def _read_chunk(self, chunks: Chunks, boundary: int, index: int) -> Any:
         record = chunks.read(boundary, index)
         return None if record is None else self.unpack(record)
 
@@ -253,12 +275,12 @@ class Worker:
     def _has_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def unpack(self, record: Record) -> Chunk:
-        """A chunk for immediate use on the device."""
-        return Chunk.unpack(record, pinned=self._has_gpu)
+    def unpack(self, record: Record) -> Any:
+        """Return the chunk of a record, for immediate use on the device."""
+        return self._unpack(record, pinned=self._has_gpu)
 
-    def emit(self, boundary: int, chunk: Chunk) -> Record:
-        """Starts to store a chunk behind the shard; its record is complete after `Departure`."""
+    def emit(self, boundary: int, chunk: Packable) -> Record:
+        """Start storing a chunk after the shard; its record is complete after `Departure.wait`."""
         departure = Departure()
         record = chunk.pack(departure)
         self.store(boundary, chunk.index, record, departure)
@@ -270,15 +292,16 @@ class Worker:
         index: int,
         record: Record,
         departure: Departure,
+        *,
         chunks: Chunks | None = None,
     ) -> None:
-        """Writes a chunk in a thread once it has left the device, after the previous one.
+        """Write a chunk in a thread once it has left the device, after the previous one.
 
         Args:
-            chunks: Store of another pass, instead of the worker's own.
+            chunks: Store of another pass; the worker's own by default.
 
         Raises:
-            OSError: The previous one could not be written; so do errors of a store.
+            OSError: The previous one could not be written; errors of a store are raised too.
         """
         self.flush_writes()
         self._departure = departure
@@ -292,7 +315,7 @@ class Worker:
 
 
 def check_alike(probe: Mapping[str, Any], first: Mapping[str, Any]) -> None:
-    """Raises InputError unless two workers' probes tell of the same environment."""
+    """Raise InputError unless the probes of two workers show the same environment."""
     for name, value in probe["environment"].items():
         if value != first["environment"][name]:
             raise InputError(

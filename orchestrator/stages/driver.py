@@ -20,6 +20,7 @@ from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
 from orchestrator.stages.admission import check_memory, recheck_memory
 from orchestrator.stages.allocate import allocate
 from orchestrator.stages.base import Stage
+from orchestrator.stages.context.compress_worker import CompressionWorker
 from orchestrator.stages.context.decompose import calibrate_and_decompose, calibration_task
 from orchestrator.stages.context.keys import assign_keys
 from orchestrator.stages.context.previous_run import PreviousRun
@@ -29,7 +30,7 @@ from orchestrator.stages.context.values import Keyed, Planned, Scores
 from orchestrator.stages.evaluate.job import Evaluation
 from orchestrator.stages.evaluate.worker import EvaluationWorker
 from orchestrator.stages.request import ask
-from orchestrator.stages.score import score, worker_class
+from orchestrator.stages.score import score
 from orchestrator.stages.survey import read_calibration, survey
 from orchestrator.stages.write.job import finished, layout_of, write_files, write_small_files
 from orchestrator.store.lease import Lease
@@ -68,7 +69,7 @@ def _perform(
     keyed: Keyed, stages: Sequence[Stage], forecast: Forecast | None, monitor: RunMonitor
 ) -> Result:
     most, task = keyed.survey.num_blocks, calibration_task(keyed)
-    with start_workers(worker_class(keyed), task, keyed.execution, most, monitor) as workers:
+    with start_workers(CompressionWorker, task, keyed.execution, most, monitor) as workers:
         about = keyed.recipe, keyed.model, keyed.execution
         forecast = recheck_memory(forecast, *about, workers=workers, monitor=monitor)
         with _running("calibrate", workers, monitor) as stage:

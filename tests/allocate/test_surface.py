@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from orchestrator.allocate import POOL_ALLOCATORS, make_allocator
 from orchestrator.allocate.by_bytes import fill_bytes
-from orchestrator.allocate.two_sided_sparse import Surface, TwoSidedSparseAllocator
+from orchestrator.allocate.two_sided_sparse import TwoSidedSparseAllocator
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.plan import Plan
+from orchestrator.plan.surface import Surface
 
 ALLOCATE = TwoSidedSparseAllocator()
 SHARES = (0.0, 0.1, 0.3, 0.5, 0.8, 1.0)

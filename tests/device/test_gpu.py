@@ -12,6 +12,8 @@ from pretend import pretended_device
 
 from orchestrator.device import gpu
 from orchestrator.errors import InfeasibleError, InputError
+from orchestrator.models.checkpoint.weights import fingerprint_of
+from orchestrator.models.shards.chunk import Chunk
 from orchestrator.readable import size
 from orchestrator.recipe.recipe import make_recipe
 from orchestrator.runtime.worker import Task, Worker, check_alike
@@ -39,7 +41,7 @@ def worker(tmp_path):
 
     def make():
         task = Task(run_dir=tmp_path / "run", threads=1, pass_key="pass", fingerprints={})
-        made.append(Worker(task))
+        made.append(Worker(task, unpack=Chunk.unpack, fingerprint=fingerprint_of))
         return made[-1]
 
     yield make

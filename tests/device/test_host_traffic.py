@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orchestrator.device.transport import Departure, Pace, bring, upload
 from orchestrator.linalg.low_rank import LowRank
 from orchestrator.linalg.pivot import pivot
+from orchestrator.methods.kinds.low_rank import LOW_RANK
+from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.evaluation.scoring import score
 from orchestrator.models.shards.chunk import BlockState, Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
@@ -21,7 +23,7 @@ from orchestrator.models.training.compensation import read_errors, squared_error
 from orchestrator.models.training.distill import TopK, distill
 from orchestrator.runtime.calls import Step
 from orchestrator.runtime.worker import Task, Worker
-from orchestrator.stages.context.compress_worker import _stored
+from orchestrator.stages.context.stored import host_tensors
 from orchestrator.store.chunks import Chunks
 
 pytestmark = pytest.mark.usefixtures("cuda_environment")
@@ -144,11 +146,13 @@ def test_factors_are_turned_on_their_device():
     """Factors to be stored are copied from a GPU in the layout of the file."""
     parts = {"energies_K": torch.ones(3), "total": 3.0, "report": {}}
     factors = torch.randn(6, 3), torch.randn(3, 4)
-    expected = _stored(LowRank(weight_OR=factors[0], down_RI=factors[1], **parts), torch.bfloat16)
+    result = LowRank(weight_OR=factors[0], down_RI=factors[1], **parts)
+    expected = host_tensors(LOW_RANK, result, torch.bfloat16)
     with pretended_device() as device:
         left, right = (each.to(CUDA) for each in factors)
         device.clear()
-        found = _stored(LowRank(weight_OR=left, down_RI=right, **parts), torch.bfloat16)
+        result = LowRank(weight_OR=left, down_RI=right, **parts)
+        found = host_tensors(LOW_RANK, result, torch.bfloat16)
         assert not device.conversions
         assert [copy.bytes for copy in device.copies] == [2 * 18, 2 * 12]
         assert not any(copy.converted for copy in device.copies)
@@ -301,6 +305,9 @@ def test_an_exchange_of_pivots_takes_one_read():
 
 class Passing(Worker):
     """Adds one to its input, and computes until the next input has been read."""
+
+    def __init__(self, task):
+        super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
 
     def step(self, index, emit, record):
         chunk = self.input_chunk(2, index, record)

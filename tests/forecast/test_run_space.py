@@ -23,8 +23,9 @@ from orchestrator.forecast.text import lines
 from orchestrator.plan.cut import cut_segments
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages import admission as foresight
-from orchestrator.stages.context.compress_worker import PIVOTED_FILE
-from orchestrator.stages.context.curvature_worker import CurvatureWorker
+from orchestrator.stages.context.compress_worker import CompressionWorker
+from orchestrator.stages.context.curvature_worker import GradientPass
+from orchestrator.stages.context.pivoted import PIVOTED_FILE
 from orchestrator.stages.context.trained_worker import TRAINED_FILE
 from orchestrator.stages.pivot.spec import Pivot
 from orchestrator.stages.train.cost import MOST_SNAPSHOTS
@@ -110,14 +111,14 @@ def segmented(monkeypatch):
 @pytest.fixture
 def passed(monkeypatch):
     """Count the forward passes of chunks through each shard made only for the boundaries."""
-    counts, step = [], CurvatureWorker.step
+    counts, step = [], CompressionWorker.step
 
     def count(worker, index, emit, record):
-        if not worker._is_backward:
-            counts.append(worker._shard.blocks.start)
+        if not isinstance(worker.open_pass, GradientPass):
+            counts.append(worker.open_pass.opened.blocks.start)
         return step(worker, index, emit, record)
 
-    monkeypatch.setattr(CurvatureWorker, "step", count)
+    monkeypatch.setattr(CompressionWorker, "step", count)
     return counts
 
 

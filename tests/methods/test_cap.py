@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 import orchestrator
 from orchestrator.allocate.bernoulli import (
     Baseline,
-    Candidates,
     Draw,
     initial,
     learn,
@@ -32,13 +31,15 @@ from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.ranked import RIDGES, SKETCH, rank_parts, sketched_energy
 from orchestrator.linalg.rpca import rpca
+from orchestrator.methods.kinds.ranked import CandidateValues, MaskedParts
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.runtime.calls import Open, Step
 from orchestrator.runtime.shard_pass import ShardPass
-from orchestrator.stages.context.masks import CandidateValues, masked_weight, read_masked
+from orchestrator.stages.context.stored import StoredFile
 
 PROJECTIONS = ("shift", "euclid", "multiplicative")
 
@@ -620,7 +621,8 @@ def test_a_choice_keeps_the_first_of_each_bucket(tmp_path):
         "positions": ranked.positions_N,
     }
     save_file(stored, tmp_path / "stored.safetensors")
-    found_OI = masked_weight(read_masked(tmp_path / "stored.safetensors", mask))
+    file = StoredFile(tmp_path / "stored.safetensors", torch.device("cpu"))
+    found_OI = MaskedParts.read(file, mask).product()
     expected_OI = ranked.weight_OR[:, [0, 2]] @ ranked.down_RI[[0, 2]]
     start = int(counts_B[:2].sum())
     for n in [0, 1, *range(start, len(ranked.values_N))]:

@@ -23,7 +23,8 @@ from orchestrator.linalg.two_sided_sparse import (
     sparse_low_rank,
 )
 from orchestrator.methods import METHODS, make_method
-from orchestrator.stages.context.pruned import read_entries, stored_pruned
+from orchestrator.methods.kinds.sparse_low_rank import SparseLowRankKind
+from orchestrator.stages.context.stored import StoredFile
 
 METHOD = METHODS["two-sided-sparse"]
 DAMPING = 0.01
@@ -35,6 +36,13 @@ def statistic(specimen, seed=7):
     outputs = len(specimen.weight_OI)
     rows_TO = gaussian(2 * outputs, outputs, seed=seed) @ gaussian(outputs, outputs, seed=8)
     return InputGram(specimen.gram_II, curvature=Curvature(rows_TO.T @ rows_TO, len(rows_TO)))
+
+
+def stored_of(result, path, dtype):
+    """The file of a unit with this result."""
+    tensors = METHOD.kind.tensors(result, dtype)
+    save_file({name: each.contiguous() for name, each in tensors.items()}, path)
+    return StoredFile(path, torch.device("cpu"))
 
 
 def damped(given):
@@ -217,11 +225,10 @@ def test_entries_are_read_back_unchanged(dtype, tmp_path):
     """The first of their order, by position, unrounded for any dtype of the factors."""
     specimen = of_model(14, 10)
     found = METHOD.decompose(specimen.weight_OI.float(), statistic(specimen), 5)
-    save_file({k: v.contiguous() for k, v in stored_pruned(found, dtype).items()}, tmp_path / "a")
+    stored = stored_of(found, tmp_path / "a", dtype)
     order_N = entry_order(found.weight_OI, found.curvature_O, found.square_I)
     for nonzeros in (1, 33, 140):
-        given = tmp_path / "a", nonzeros, 0, torch.device("cpu")
-        values_N, positions_N = read_entries(*given, steps=0)
+        values_N, positions_N = SparseLowRankKind(0).entries(stored, rank=0, nonzeros=nonzeros)
         assert positions_N.tolist() == sorted(order_N[:nonzeros].tolist())
         assert torch.equal(values_N, found.weight_OI.flatten()[positions_N])
 
@@ -232,12 +239,11 @@ def test_entries_are_fitted_to_the_residual_of_the_factors(nonzeros, rank, tmp_p
     specimen = of_model(14, 10)
     weight_OI, given = specimen.weight_OI.float(), statistic(specimen)
     found = measure(weight_OI, given, fits=True)
-    stored = {k: v.contiguous() for k, v in stored_pruned(found, torch.float32).items()}
-    save_file(stored, tmp_path / "a")
+    stored = stored_of(found, tmp_path / "a", torch.float32)
     curvature_OO, losses, kept = damped(given), [], []
     for steps in (0, 4, 40):
-        where = tmp_path / "a", nonzeros, rank, torch.device("cpu")
-        values_N, positions_N = read_entries(*where, steps=steps)
+        kind = SparseLowRankKind(steps)
+        values_N, positions_N = kind.entries(stored, rank=rank, nonzeros=nonzeros)
         gap_OI = weight_OI.double()
         if rank:
             weight_OR, down_RI = found.factors[nonzeros]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from orchestrator.device.malloc import free_device_memory
+from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.runtime.calls import Command, Step
 from orchestrator.runtime.worker import Task, Worker
@@ -25,6 +26,9 @@ class ReadBack(Command):
 
 class Passing(Worker):
     """Worker that passes chunks through no block."""
+
+    def __init__(self, task):
+        super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
 
     def step(self, index, emit, record):
         tokens_BT = torch.full((1, 4), index)

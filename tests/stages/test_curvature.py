@@ -9,7 +9,7 @@ from pipeline import contents, run, with_tokenizer, write_llama, write_text
 
 import orchestrator
 from orchestrator.runtime.calls import Open
-from orchestrator.stages.context.curvature_worker import CurvatureWorker
+from orchestrator.stages.context.compress_worker import CompressionWorker
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 
@@ -142,7 +142,7 @@ def test_gradients_that_do_not_fit_go_through_single_blocks(
     is_backward, llama, text, reference, tmp_path, monkeypatch
 ):
     """The same bytes, whichever of the two passes runs out of memory."""
-    perform, lost = CurvatureWorker.perform, []
+    perform, lost = CompressionWorker.perform, []
 
     def fault(worker, command, record):
         if isinstance(command, Open) and bool(command.about) == is_backward:
@@ -151,7 +151,7 @@ def test_gradients_that_do_not_fit_go_through_single_blocks(
                 raise MemoryError("cannot allocate 7 GB")
         return perform(worker, command, record)
 
-    monkeypatch.setattr(CurvatureWorker, "perform", fault)
+    monkeypatch.setattr(CompressionWorker, "perform", fault)
 
     def note(event):
         if event["event"] == "lost":

@@ -154,6 +154,15 @@ class Weights:
         return tensor
 
 
+def fingerprint_of(directory: Place) -> str:
+    """Return the fingerprint of a checkpoint; see `Headers`.
+
+    Raises:
+        InputError: As `Headers.open`.
+    """
+    return Weights.open(directory).fingerprint
+
+
 def _read_into(file: Any, buffer: memoryview) -> int:
     """Fill a buffer from a file; returns the number of bytes, fewer at the end of the file."""
     done = 0

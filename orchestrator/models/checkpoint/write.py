@@ -15,7 +15,13 @@ from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.card import model_card
 from orchestrator.models.checkpoint.headers import INDEX_FILE, read_json
 from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, dtype_name, stored_forms
-from orchestrator.models.checkpoint.output import copy_companions, seal, write_json, write_text
+from orchestrator.models.checkpoint.output import (
+    LEASE_FILE,
+    copy_companions,
+    seal,
+    write_json,
+    write_text,
+)
 from orchestrator.models.checkpoint.safetensors_file import has_header, write_safetensors
 from orchestrator.models.checkpoint.small_files import small_files
 from orchestrator.models.forms.config import FORMAT_VERSION, METHOD
@@ -156,7 +162,11 @@ def write_index(out: Place, files: Sequence[FileSpec]) -> None:
     names = {file.name for file in files}
     for path in out.iterdir():
         is_weights = re.fullmatch(r"model.*\.safetensors(\.index\.json)?", path.name)
-        if (is_weights and path.name not in names) or re.fullmatch(r"\..*\.tmp", path.name):
+        is_leftover = re.fullmatch(r"\..*\.tmp", path.name)
+        # the lease is renewed meanwhile, by a thread that renames its temporary file
+        if path.name.startswith(f".{LEASE_FILE}."):
+            continue
+        if (is_weights and path.name not in names) or is_leftover:
             path.unlink()
     if len(files) == 1:
         return

@@ -18,6 +18,7 @@ from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.curvature_worker import BackwardPass
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.run import RunDirectory
@@ -126,7 +127,7 @@ class BlockPass:
                 backward=True,
                 joints=self._joints,
                 reads_beside=True,
-                about=(True,),
+                about=(BackwardPass(),),
             )
 
         while todo := keys.keys() - done.keys():

@@ -1,191 +1,127 @@
-"""The worker of `compress`: calibrate a shard, decompose its blocks, write files of the result.
+"""Worker of `compress`: statistics of a shard, decompositions of its blocks, files of the result.
 
-Shape suffixes: O outputs, I inputs, R rank.
+Shape suffixes: O outputs, I inputs.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.linalg import vector_norm as norm
 
-from orchestrator.allocate.bernoulli import Candidates
 from orchestrator.device.malloc import return_freed_memory
-from orchestrator.device.transport import download, upload
-from orchestrator.linalg.low_rank import LowRank, summed
-from orchestrator.linalg.pivot import pivot
-from orchestrator.linalg.ranked import RankedParts
-from orchestrator.linalg.scaled import ScaledLowRank
-from orchestrator.linalg.sparse import Sparse
-from orchestrator.linalg.two_sided import TwoSidedLowRank
-from orchestrator.linalg.two_sided_sparse import SparseLowRank
-from orchestrator.methods.base import Method
-from orchestrator.methods.two_sided_sparse import TwoSidedSparse
-from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec
-from orchestrator.models.checkpoint.weights import Weights
-from orchestrator.models.checkpoint.write import write_file
-from orchestrator.models.forms.index_codes import encode
+from orchestrator.linalg.low_rank import summed
+from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.lazy_model import LazyModel
-from orchestrator.models.shards.shard import Shard
-from orchestrator.models.statistics.calibration import Calibration, dense_weight
-from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import Form
-from orchestrator.plan.grouping import Grouping, stack
+from orchestrator.models.statistics.calibration import dense_weight
+from orchestrator.plan.grouping import stack
 from orchestrator.plan.linear import Linear
-from orchestrator.runtime.worker import Emitted, Stored, Task, Worker
-from orchestrator.stages.context.pruned import read_entries, stored_pruned, surface_of
-from orchestrator.stages.context.stored_factors import read_factor, read_sparse
-from orchestrator.stages.context.tokens import TokenArrays, first_chunk, read_tokens
-from orchestrator.store.places import Place
-from orchestrator.store.units import UnitWriter, unit_key
+from orchestrator.runtime.worker import Emitted, Stored, Worker
+from orchestrator.stages.context.open_shard import DenseModel, OpenPass, OpenShard, StatisticsPass
+from orchestrator.stages.context.pivoted import PivotedFactors, commit_pivoted
+from orchestrator.stages.context.stored import (
+    Decompositions,
+    DenseTensors,
+    KeptCandidates,
+    StoredTensors,
+    factors_file,
+    host_tensors,
+)
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.store.units import UnitWriter
 
-PIVOT_VERSION = 1
-"""Raised when pivoted factors change."""
-PIVOTED_FILE = "pivoted.safetensors"
-PIVOTED_PARTS = ("others", "pivots", "order")
 
+class PassRequest(Protocol):
+    """Value by which a stage asks for a pass of its own through the shards that are opened."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressionTask(Task):
-    """What the workers of one compression share; a plain value."""
-
-    model: Place
-    out: Place
-    method: Method
-    dtype: torch.dtype | None
-    output_dtype: torch.dtype | None
-    linears: tuple[Linear, ...]
-    """The targeted linears."""
-    form: Form
-    """Form of those that are cut."""
-    grouping: Grouping
-    tokens_key: str
-    block_keys: Mapping[int, str]
-    """The key of the unit of decompositions, by the first block of each group of blocks."""
-
-    def made_by(self, linear: Linear) -> list[str]:
-        """The keys of the units that a linear's factors are cut from."""
-        return [self.block_keys[self.grouping.first(linear.block)]]
-
-    def pivoted_key(self, linear: Linear, rank: int) -> str:
-        """The key of the unit of a linear's pivoted factors."""
-        return unit_key("pivot", PIVOT_VERSION, self.made_by(linear), linear=linear.name, rank=rank)
+    def start(self, worker: "CompressionWorker", blocks: range, todo: tuple[int, ...]) -> OpenPass:
+        """Open a shard for the pass."""
+        ...
 
 
 class CompressionWorker(Worker):
-    """Holds one shard at a time, with its statistics."""
+    """Holds one shard at a time: for statistics, or for the pass that a stage asks for."""
 
     def __init__(self, task: CompressionTask) -> None:
-        super().__init__(task)
+        super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
         self.task = task
-        self.method = task.method
-        self._weights: Weights | None = None
-        self._lazy_model: LazyModel | None = None
-        self._tokens: TokenArrays | None = None
-        self._shard: Shard | None = None
-        self._calibration: Calibration | None = None
-        self._entries: tuple[tuple[str, int], tuple[Tensor, Tensor]] | None = None
-
-    def open(self, blocks: tuple[int, int], todo: tuple[int, ...]) -> None:
-        """Loads a shard, and starts the statistics of the blocks that are not committed."""
-        self.close()
-        self._shard = self.dense.shard(range(*blocks))
-        self._calibration = self._gather(self._shard, todo)
-
-    def read_ahead(self, blocks: range) -> None:
-        """Has the dense weights of blocks read into the system's cache."""
-        self.dense.read_ahead(blocks)
+        self.dense = DenseModel(task, self.run, self.device)
+        self.decompositions = Decompositions(task, self.run, self.device)
+        self.dense_chunks = self.chunks
+        """Chunks of the pass that gathers statistics."""
+        self._pass: OpenPass | None = None
+        self._stored = cache(lambda choice: planned_tensors(self.decompositions, task, choice))
 
     @property
-    def dense(self) -> LazyModel:
-        """The dense model; the tokens are read with it."""
-        task = self.task
-        if self._lazy_model is None:
-            self._lazy_model = LazyModel.open(task.model, dtype=task.dtype, device=self.device)
-            self._tokens = read_tokens(self.run, task.tokens_key)
-        return self._lazy_model
+    def open_pass(self) -> OpenPass:
+        """The pass through the open shard."""
+        if self._pass is None:
+            raise RuntimeError("no shard is open; `open` comes before `step` and `finish`")
+        return self._pass
 
-    def _gather(self, shard: Shard, todo: tuple[int, ...]) -> Calibration:
-        """The statistics of the groups of blocks that are still to do, none gathered yet."""
-        wanted = self._wanted(todo)
-        return Calibration(shard, wanted, self._side, magnitudes=self.method.magnitudes)
+    def open(
+        self, blocks: tuple[int, int], todo: tuple[int, ...], request: PassRequest | None = None
+    ) -> None:
+        """Load a shard, with empty statistics of the blocks that are not committed.
 
-    def _wanted(self, todo: tuple[int, ...]) -> list[Linear]:
-        first = self.task.grouping.first
-        return [each for each in self.task.linears if first(each.block) in todo]
+        Args:
+            request: Another pass, in place of the one that gathers statistics.
+        """
+        self.close()
+        part = range(*blocks)
+        if request is not None:
+            self._pass = request.start(self, part, todo)
+        else:
+            linears, magnitudes = self.task.of_groups(todo), self.task.method.magnitudes
+            opened = self.dense.open(part, linears, magnitudes=magnitudes)
+            self._pass = StatisticsPass(self, opened, self.dense_chunks)
+        self.chunks = self._pass.chunks
 
-    def _side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
-        """Which Gram a linear needs; those of a group are summed, which only inputs can be."""
-        if self.task.grouping.joins(linear):
-            return "input"
-        return self.method.side(linear, site)
+    def read_ahead(self, blocks: range) -> None:
+        """Prefetch the dense weights of later blocks into the system's cache."""
+        self.dense.lazy.read_ahead(blocks)
 
     def close(self) -> None:
-        """Frees the shard and its statistics."""
-        if self._calibration is not None:
-            self._calibration.close()
-        if self._shard is not None:
-            self._shard.close()
-        self._calibration = self._shard = None
+        """Free the shard and its statistics."""
+        if self._pass is not None:
+            self._pass.opened.close()
+        self._pass = None
         return_freed_memory()
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
-        """Passes one chunk through the shard, and into the statistics."""
-        assert self._shard is not None
-        assert self._calibration is not None
-        passed = self._calibration.forward(self.entering(index, record))
-        return None, self.emit(self._shard.blocks.stop, passed) if emit else None
-
-    def entering(self, index: int, record: Emitted) -> Chunk:
-        """A chunk at the shard's input: tokens at the model's, else what a shard before has left.
-
-        Raises:
-            MissingChunk: That is not there.
-        """
-        assert self._shard is not None
-        assert self._tokens is not None
-        start = self._shard.blocks.start
-        if start == 0:
-            return first_chunk(self._tokens, index)
-        return self.input_chunk(start, index, record)
+        """Pass one chunk through the shard."""
+        return self.open_pass.step(index, emit, record)
 
     def next_inputs(self, index: int) -> list[Stored]:
-        if self._shard is None or self._shard.is_first:
-            return []
-        return [(self.chunks, self._shard.blocks.start, index)]
+        return self._pass.next_inputs(index) if self._pass is not None else []
 
     def finish(self, block: int) -> dict[str, Any]:
-        """Decomposes the linears of a group of blocks and commits them, one file each.
+        """Decompose the linears of a group of blocks and commit them, one file each.
 
-        Linears that share a basis are one tall weight; their inputs' Grams are summed.
+        Linears that share a basis are one tall weight; the Grams of their inputs are summed.
 
-        Returns the unit's facts: curves and, for each linear, what the numerics reported.
+        Returns the unit's facts: for each linear those of its kind of result, cosines, and seconds.
         """
-        assert self._shard is not None
-        assert self._calibration is not None
+        opened = self.open_pass.opened
         start = time.monotonic()
         grouping = self.task.grouping
         blocks = range(block, block + grouping.size)
-        self._free_for_finishing()
+        opened.settle()
         groups = grouping.groups([each for each in self.task.linears if each.block in blocks])
         unit = self.run.units.begin(self.task.block_keys[block])
         results = []
         with ThreadPoolExecutor(max_workers=1) as disk:
             saved: Future[None] | None = None
             for group in groups:
-                found, stored = self._decompose(group)
+                found, stored = self._decompose(opened, group)
                 results.append(found)
                 if saved is not None:
                     saved.result()
-                # while the disk is at work on one linear, the next is decomposed
+                # one linear is written while the next one is decomposed
                 saved = disk.submit(_save, stored, unit, factors_file(group[0]))
                 del stored
             if saved is not None:
@@ -195,192 +131,56 @@ class CompressionWorker(Worker):
             "cosines": {
                 name: {"mean": cosine.mean, "tokens": cosine.tokens}
                 for each in blocks
-                for name, cosine in self._calibration.cosines(each).items()
+                for name, cosine in opened.calibration.cosines(each).items()
             },
             "timings": {"seconds": time.monotonic() - start, "memory": self.usage().to_json()},
         }
         unit.commit(environment=self.environment(), facts=facts)
         return facts
 
-    def _free_for_finishing(self) -> None:
-        """Frees memory that decompositions do not need, once all chunks have passed.
-
-        For a 70B model: 2.1 GB of embeddings or head, and a third of the Grams.
-        """
-        assert self._shard is not None
-        assert self._calibration is not None
-        self._calibration.flush_writes()
-        self._shard.free_ends()
-
-    def _decompose(self, group: Sequence[Linear]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Facts and what is stored of linears that are decomposed as one; nothing else stays."""
-        assert self._shard is not None
-        assert self._calibration is not None
-        linear = stack(group)
-        rank = max(self.task.form.break_even(linear), 1)
-        weights = [dense_weight(self._shard.module(each.name)) for each in group]
+    def _decompose(
+        self, opened: OpenShard, group: Sequence[Linear]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return facts and stored tensors, on the host, of linears that are decomposed as one."""
+        method, linear = self.task.method, stack(group)
+        weights = [dense_weight(opened.shard.module(each.name)) for each in group]
         weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
-        statistic = summed([self._calibration.statistic(each) for each in group])
+        statistic = summed([opened.calibration.statistic(each) for each in group])
         # a statistic is a copy: its Grams are freed before the decomposition takes memory
-        self._calibration.forget(group)
-        result = self.method.decompose(weight_OI, statistic, rank)
-        stored = _stored(result, self.task.output_dtype or weight_OI.dtype)
-        return _facts(linear, weight_OI, result), stored
+        opened.calibration.forget(group)
+        rank = max(self.task.form.break_even(linear), 1)
+        result = method.decompose(weight_OI, statistic, rank)
+        stored = host_tensors(method.kind, result, self.task.output_dtype or weight_OI.dtype)
+        return method.kind.facts(linear.name, weight_OI, result), stored
 
     def pivot(self, name: str, rank: int) -> dict[str, Any]:
-        """Brings a linear's factors of a rank to pivoted storage and commits them.
-
-        Returns the unit's facts: what was measured, see `Pivoted`.
-        """
-        start = time.monotonic()
-        linear = self._linear(name)
-        weight_OR, down_RI = (self._written(linear, part, rank) for part in ("weight", "down"))
-        result = pivot(weight_OR, down_RI)
-        parts = result.weight_SR, result.down_RI, result.order_O
-        unit = self.run.units.begin(self.task.pivoted_key(linear, rank))
-        with unit.file(PIVOTED_FILE) as path:
-            stored = (download(each.contiguous()) for each in parts)
-            save_file(dict(zip(PIVOTED_PARTS, stored, strict=True)), path)
-        facts = {"numerics": result.report, "timings": {"seconds": time.monotonic() - start}}
-        unit.commit(environment=self.environment(), facts=facts)
-        return facts
-
-    def _linear(self, name: str) -> Linear:
-        return next(each for each in self.task.linears if each.name == name)
+        """Convert a linear's factors of a rank to pivoted storage; see `commit_pivoted`."""
+        return commit_pivoted(self, self.task, self.decompositions, (name, rank))
 
     def write(self, file: Mapping[str, Any], choice: str = "") -> dict[str, Any]:
-        """Writes one file of the checkpoint: dense tensors copied, the others cut to their size."""
-        spec = FileSpec.from_json(file)
-        return write_file(spec, self.task.out / spec.name, self._read)
+        """Write one file of the checkpoint: dense tensors copied, the others cut to their size.
 
-    def _read(self, tensor: TensorSpec) -> Tensor:
-        if tensor.part == "copy":
-            self._weights = self._weights or Weights.open(self.task.model)
-            return self._weights.read(tensor.source)
-        linear = self._linear(tensor.source)
-        if isinstance(self.method, TwoSidedSparse):
-            return self._pruned(linear, tensor, self.method.steps)
-        if tensor.part in ("weight", "down"):
-            return self._written(linear, tensor.part, tensor.rank)
-        if tensor.part in PIVOTED_PARTS:
-            return self._pivoted(linear, tensor)
-        return read_sparse(self._stored_file([linear]), tensor, linear, self.device)
-
-    def _pivoted(self, linear: Linear, tensor: TensorSpec) -> Tensor:
-        """A part of a linear's pivoted factors, as `pivot` has left it."""
-        path = self.run.units.file(self.task.pivoted_key(linear, tensor.rank), PIVOTED_FILE)
-        with safe_open(path, framework="pt") as file:
-            part: Tensor = file.get_tensor(tensor.part)
-        return part
-
-    def _pruned(self, linear: Linear, tensor: TensorSpec, steps: int) -> Tensor:
-        """A part of a pruned weight or of the factors beside it; entries are kept, as above."""
-        path = self._stored_file([linear])
-        if tensor.part in ("weight", "down"):
-            outputs = range(linear.out_features)
-            suffix = f".{tensor.nonzeros}"
-            found = read_factor(path, tensor.part, tensor.rank, outputs, suffix)
-            return upload(found, self.device)
-        wanted = (linear.name, tensor.nonzeros)
-        if self._entries is None or self._entries[0] != wanted:
-            sizes = tensor.nonzeros, tensor.rank
-            self._entries = (wanted, read_entries(path, *sizes, self.device, steps=steps))
-        values_N, positions_N = self._entries[1]
-        if tensor.part == "values":
-            return values_N
-        sizes = linear.out_features, linear.in_features
-        return encode(tensor.code, positions_N, *sizes)[tensor.part]
-
-    def _written(self, linear: Linear, part: str, rank: int) -> Tensor:
-        """`weight` or `down` of a linear as it is written to the checkpoint, on the device."""
-        return self._factor(linear, part, rank)
-
-    def _factor(self, linear: Linear, part: str, rank: int) -> Tensor:
-        """`weight` or `down` of a linear, cut to a rank, on the device."""
-        groups = self.task.grouping.groups(self.task.linears)
-        group = next(each for each in groups if linear in each)
-        start = group.index(linear) * linear.out_features
-        outputs = range(start, start + linear.out_features)
-        found = read_factor(self._stored_file(group), part, rank, outputs)
-        return upload(found, self.device)
-
-    def _stored_file(self, group: Sequence[Linear]) -> Path:
-        """What is stored of linears that share a basis, or of one that shares none."""
-        key = self.task.block_keys[self.task.grouping.first(group[0].block)]
-        return self.run.units.file(key, factors_file(group[0]))
+        Args:
+            choice: Unit of the kept candidates, if the allocation chooses one by one.
+        """
+        stored: StoredTensors = self._stored(choice)
+        return stored.write(file, self.task.out)
 
 
-def _facts(
-    linear: Linear, weight_OI: Tensor, result: LowRank | Sparse | RankedParts | SparseLowRank
-) -> dict[str, Any]:
-    """What the driver learns of one decomposition; see `report` for what becomes of it."""
-    if isinstance(result, SparseLowRank):
-        return {"curve": surface_of(linear.name, result).to_json(), "numerics": result.report}
-    if isinstance(result, RankedParts):
-        curve = _candidates(result).to_json() | {"name": linear.name}
-        return {"curve": curve, "numerics": result.report}
-    if isinstance(result, Sparse):
-        energies_P = result.energies_P.cpu().numpy()
-        return {
-            "curve": Curve(name=linear.name, energies=energies_P, total=result.total).to_json(),
-            "activation_losses": result.activation_losses,
-            "weight_losses": result.weight_losses,
-            "numerics": result.report,
-        }
-    energies_K = result.energies_K.cpu().numpy()
-    weight_R = (
-        result.weight_R
-        if isinstance(result, TwoSidedLowRank)
-        else norm(result.down_RI, dim=1, dtype=torch.float64).square()
-    )
-    facts = {
-        "curve": Curve(name=linear.name, energies=energies_K, total=result.total).to_json(),
-        "weight_energies": weight_R.tolist(),
-        "weight_total": float(norm(weight_OI, dtype=torch.float64).square()),
-        "numerics": result.report,
-    }
-    if isinstance(result, ScaledLowRank):
-        facts["activation_energies"] = result.activation_R.tolist()
-        facts["activation_total"] = result.activation_total
-    return facts
+def planned_tensors(
+    decompositions: Decompositions, task: CompressionTask, choice: str
+) -> StoredTensors:
+    """Return the tensors of the compressed model before any stage has trained it.
 
-
-def _candidates(result: RankedParts) -> Candidates:
-    return Candidates(
-        direction_utilities=result.direction_utilities_R.cpu().numpy(),
-        direction_magnitudes=result.direction_magnitudes_R.cpu().numpy(),
-        bucket_counts=result.bucket_counts_B.cpu().numpy(),
-        bucket_utilities=result.bucket_utilities_B.cpu().numpy(),
-        bucket_magnitudes=result.bucket_magnitudes_B.cpu().numpy(),
-        energy=result.energy,
-    )
-
-
-def _stored(
-    result: LowRank | Sparse | RankedParts | SparseLowRank, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """What a unit holds, in the host's memory, to be cut by a prefix.
-
-    Both factors in `dtype` with ranks as rows; values in float32 and positions; or all of them.
+    Args:
+        choice: Unit of the kept candidates, or "".
     """
-    stored = {}
-    if isinstance(result, SparseLowRank):
-        stored = stored_pruned(result, dtype)
-    elif isinstance(result, Sparse | RankedParts):
-        stored = {"values": result.values_N, "positions": result.positions_N}
-    if isinstance(result, LowRank | RankedParts):
-        stored |= {"weight": result.weight_OR.T.to(dtype), "down": result.down_RI.to(dtype)}
-    if isinstance(result, RankedParts):
-        stored |= {"sketch": result.sketch_IS, "ridge": result.ridge_I}
-    # transposed on the device of the result: milliseconds on a GPU
-    return {name: download(rows.contiguous()) for name, rows in stored.items()}
+    kept = KeptCandidates(choice, decompositions, task) if choice else None
+    chosen = (kept,) if kept else ()
+    pivoted = PivotedFactors(task, decompositions.run)
+    return StoredTensors((DenseTensors(task.model), pivoted, *chosen, decompositions), kept)
 
 
 def _save(tensors: dict[str, Tensor], unit: UnitWriter, name: str) -> None:
     with unit.file(name) as path:
         save_file(tensors, path)
-
-
-def factors_file(linear: Linear) -> str:
-    """Name of the file in a unit that holds a linear's factors to break-even rank."""
-    return f"{linear.name}.safetensors"

@@ -1,4 +1,4 @@
-"""The worker that passes chunks forward and gradients back: Grams, curvature, decompositions.
+"""Backward pass of gradients through the shards, for the curvature of the loss.
 
 Shape suffixes: B sequences, T tokens, V vocabulary.
 """
@@ -11,11 +11,10 @@ from torch import Tensor
 
 from orchestrator.models.evaluation.scoring import draw_label_gradient
 from orchestrator.models.shards.chunk import BlockState, Chunk
-from orchestrator.models.shards.shard import Shard
-from orchestrator.models.statistics.calibration import Calibration
 from orchestrator.runtime.worker import Emitted, Stored
-from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
-from orchestrator.stages.context.tokens import first_chunk
+from orchestrator.stages.context.compress_worker import CompressionWorker
+from orchestrator.stages.context.open_shard import OpenShard
+from orchestrator.stages.context.task import CompressionTask
 from orchestrator.store.chunks import MissingChunk
 
 LARGEST_PRIME = 2**63 - 25
@@ -24,93 +23,85 @@ LARGEST_PRIME = 2**63 - 25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurvatureTask(CompressionTask):
-    """What is needed beside what compression needs."""
+    """Task of a compression whose statistics include gradients."""
 
     gradients_key: str
-    """The pass in which gradients flow back; that in which chunks flow is the `pass_key`."""
+    """The pass of the gradients; that of the chunks is the `pass_key`."""
     sequences: int
     """Chunk d sequences + s of the backward pass is draw d of labels for sequence s."""
     seed: int
 
 
-class CurvatureWorker(CompressionWorker):
-    """A shard that is run forward for the boundaries alone, then again and back for statistics."""
+@dataclass(frozen=True, slots=True)
+class BackwardPass:
+    """Request for the backward pass; the forward pass has left chunks at the shards' inputs."""
 
-    task: CurvatureTask
-
-    def __init__(self, task: CurvatureTask) -> None:
-        super().__init__(task)
-        self._dense = self.chunks
-        self._gradients = self.run.chunks(task.gradients_key, self.environment())
-        self._is_backward = False
-
-    def open(
-        self, blocks: tuple[int, int], todo: tuple[int, ...], is_backward: bool = False
-    ) -> None:
-        """Loads a shard for one of the two passes."""
-        self._is_backward = is_backward
-        self.chunks = self._gradients if is_backward else self._dense
-        super().open(blocks, todo)
-
-    def _gather(self, shard: Shard, todo: tuple[int, ...]) -> Calibration:
-        if not self._is_backward:
-            return super()._gather(shard, todo)
-        shard.freeze()
-        return Calibration(
-            shard,
-            self._wanted(todo),
-            self._side,
-            magnitudes=self.method.magnitudes,
+    def start(
+        self, worker: CompressionWorker, blocks: range, todo: tuple[int, ...]
+    ) -> "GradientPass":
+        method = worker.task.method
+        opened = worker.dense.open(
+            blocks,
+            worker.task.of_groups(todo),
+            magnitudes=method.magnitudes,
             curvature=True,
-            outputs=self.method.bends_outputs,
+            outputs=method.bends_outputs,
         )
+        opened.shard.freeze()
+        return GradientPass(worker, opened)
+
+
+class GradientPass:
+    """Each shard is run forward again on its input, then backward, which gives the statistics."""
+
+    def __init__(self, worker: CompressionWorker, opened: OpenShard) -> None:
+        task = worker.task
+        assert isinstance(task, CurvatureTask)
+        self._worker, self._task, self.opened = worker, task, opened
+        self.chunks = worker.run.chunks(task.gradients_key, worker.environment())
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
-        """Passes one chunk on, or one chunk's gradients back through the shard."""
-        if not self._is_backward:
-            return super().step(index, emit, record)
-        assert self._shard is not None
-        assert self._calibration is not None
-        chunk = self._dense_chunk(index % self.task.sequences)
-        if self._shard.is_last:
-            # one stream of random numbers for each draw, whoever makes it
-            seed = (self.task.seed * 2**24 + index) % LARGEST_PRIME
-            generator = torch.Generator(self.device).manual_seed(seed)
+        """Pass the gradients of one chunk back through the shard."""
+        worker, opened = self._worker, self.opened
+        chunk = self._dense_chunk(index % self._task.sequences)
+        if opened.shard.is_last:
+            # one stream of random numbers for each draw, on whichever worker
+            seed = (self._task.seed * 2**24 + index) % LARGEST_PRIME
+            generator = torch.Generator(worker.device).manual_seed(seed)
 
             def grads(logits_BTV: Tensor) -> Tensor:
                 return draw_label_gradient(logits_BTV, chunk.mask, generator)
 
-            passed = self._calibration.backward(chunk, grads)
+            passed = opened.calibration.backward(chunk, grads)
         else:
-            payload = self.input_chunk(self._shard.blocks.stop, index, record).payload
+            payload = worker.input_chunk(opened.blocks.stop, index, record).payload
             assert payload is not None
-            passed = self._calibration.backward(chunk, list(payload.output))
+            passed = opened.calibration.backward(chunk, list(payload.output))
         gradients = Chunk(index, chunk.tokens, chunk.mask, BlockState(tuple(passed)))
-        return None, self.emit(self._shard.blocks.start, gradients) if emit else None
+        return None, worker.emit(opened.blocks.start, gradients) if emit else None
 
     def _dense_chunk(self, sequence: int) -> Chunk:
-        """What enters the shard, as the dense model's earlier blocks have left it.
+        """Return the shard's input, as the forward pass has stored it.
 
         Raises:
-            MissingChunk: That is not there, or damaged.
+            MissingChunk: It is missing or damaged.
         """
-        assert self._shard is not None
-        assert self._tokens is not None
-        start = self._shard.blocks.start
+        worker, dense, start = self._worker, self._worker.dense_chunks, self.opened.blocks.start
         if start == 0:
-            return first_chunk(self._tokens, sequence)
-        if (coming := self.take_coming(self._dense, start, sequence)) is not None:
-            return coming
-        record = self._dense.await_written(start, sequence)
+            return worker.dense.first_chunk(sequence)
+        chunk: Chunk | None = worker.take_coming(dense, start, sequence)
+        if chunk is not None:
+            return chunk
+        record = dense.await_written(start, sequence)
         if record is None:
-            self._dense.drop(start, sequence)
+            dense.drop(start, sequence)
             raise MissingChunk(start, sequence)
-        return self.unpack(record)
+        chunk = worker.unpack(record)
+        assert chunk is not None
+        return chunk
 
     def next_inputs(self, index: int) -> list[Stored]:
-        if not self._is_backward or self._shard is None:
-            return super().next_inputs(index)
-        blocks, sequence = self._shard.blocks, index % self.task.sequences
-        dense = [] if self._shard.is_first else [(self._dense, blocks.start, sequence)]
-        gradients = [] if self._shard.is_last else [(self.chunks, blocks.stop, index)]
+        opened, sequence = self.opened, index % self._task.sequences
+        dense = opened.stored_inputs(self._worker.dense_chunks, sequence)
+        gradients = [] if opened.shard.is_last else [(self.chunks, opened.blocks.stop, index)]
         return dense + gradients

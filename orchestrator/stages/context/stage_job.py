@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
+from orchestrator.runtime.worker import Worker
 from orchestrator.stages.context.running_stage import RunningStage
+from orchestrator.stages.context.task import CompressionTask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class StageJob(ABC):
     key: str
     trained_units: Mapping[int, str] | None = None
     """Keys of its units of trained tensors, by block; None if it trains none."""
-    worker_class: type[CompressionWorker]
+    worker_class: type[Worker]
     supersedes: ClassVar[bool] = False
     """True if a block's unit holds all stored tensors of its linears, so that the units of the job
     directly before it can be removed once it is committed (`spend`)."""

@@ -1,7 +1,8 @@
-"""The worker of what follows the plan: the compressed model as earlier stages have left it."""
+"""The compressed model on a worker, as earlier stages have left it, and a stage's trained units."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,53 +12,103 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orchestrator.models.checkpoint.layout import TensorSpec
+from orchestrator.models.checkpoint.weights import Checkpoint
 from orchestrator.models.forms.pivoted import PivotedLinear
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.plan.plan import Plan
-from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
-from orchestrator.stages.score_masks.worker import ScoreWorker
+from orchestrator.runtime.worker import Worker
+from orchestrator.stages.context.compress_worker import planned_tensors
+from orchestrator.stages.context.open_shard import DenseModel
+from orchestrator.stages.context.stored import Decompositions, StoredTensors
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.store.run import RunDirectory
 
 TRAINED_FILE = "trained.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedTask(CompressionTask):
-    """What is needed beside what compression needs."""
+    """Task of a stage that trains the compressed model."""
 
     plan: Plan
     seed: int
     choice: str
-    """Unit that says what of every linear is kept, where a prefix does not; or nothing."""
+    """Unit of the kept candidates, if the allocation chooses one by one; otherwise ""."""
     earlier: tuple[Mapping[int, str], ...]
-    """Units of trained tensors, by block, that the stages before have made; the last one wins."""
+    """Units of trained tensors that earlier stages have made, by block; the last one wins."""
     keys: Mapping[int, str]
-    """The units that this stage makes."""
+    """Units that this stage makes, by block."""
 
 
-class TrainedWorker(ScoreWorker):
-    """Reads a tensor where the last stage that trained it has left it, else as the plan cuts it."""
+class TrainedTensors:
+    """Source of trained tensors: the units of some stages, the last stage first."""
 
-    task: TrainedTask
-
-    def __init__(self, task: TrainedTask) -> None:
-        super().__init__(task)
-        self._choice = task.choice
-        self._planned: LazyModel | None = None
+    def __init__(self, run: RunDirectory, stages: Sequence[Mapping[int, str]]) -> None:
+        self._run, self._stages = run, stages
         self._names: dict[str, frozenset[str]] = {}
 
-    @property
+    def read(self, tensor: TensorSpec) -> Tensor | None:
+        for keys in reversed(self._stages):
+            for key in keys.values():
+                if tensor.name in self._trained(key):
+                    with safe_open(trained_path(self._run, key), framework="pt") as file:
+                        trained: Tensor = file.get_tensor(tensor.name)
+                    return trained
+        return None
+
+    def _trained(self, key: str) -> frozenset[str]:
+        """Return the names on disk of a unit's tensors; a committed unit does not change."""
+        if key not in self._names:
+            with safe_open(trained_path(self._run, key), framework="pt") as file:
+                self._names[key] = frozenset(file.keys())
+        return self._names[key]
+
+
+class CompressedModel:
+    """The compressed model before a stage, and the trained units that the stage commits."""
+
+    def __init__(self, worker: Worker, task: TrainedTask, dense: DenseModel) -> None:
+        self._worker, self._task, self._dense = worker, task, dense
+
+    @cached_property
+    def _as_planned(self) -> StoredTensors:
+        """The tensors that no stage has trained."""
+        worker, task = self._worker, self._task
+        decompositions = Decompositions(task, worker.run, worker.device)
+        return planned_tensors(decompositions, task, task.choice)
+
+    def _after(self, stages: Sequence[Mapping[int, str]]) -> StoredTensors:
+        """Return the tensors as these stages have left them."""
+        trained = TrainedTensors(self._worker.run, stages)
+        return replace(self._as_planned, sources=(trained, *self._as_planned.sources))
+
+    @cached_property
+    def before(self) -> StoredTensors:
+        """The tensors of the compressed model before this stage."""
+        return self._after(self._task.earlier)
+
+    @cached_property
+    def after(self) -> StoredTensors:
+        """The tensors of the compressed model once this stage is complete."""
+        return self._after((*self._task.earlier, self._task.keys))
+
+    @cached_property
     def planned(self) -> LazyModel:
         """The compressed model before this stage; factors are not rounded to the output's dtype."""
-        if self._planned is None:
-            self._planned = self.dense.planned(
-                self.task.plan, self._before, output_dtype=torch.float32, dtype=torch.float32
-            )
-        return self._planned
+        return self._dense.lazy.planned(
+            self._task.plan, self.before.read, output_dtype=torch.float32, dtype=torch.float32
+        )
+
+    @cached_property
+    def as_written(self) -> Checkpoint:
+        """The compressed model before this stage, with the dtypes of the output."""
+        plan, dtype = self._task.plan, self._task.output_dtype
+        return self._dense.lazy.planned(plan, self.before.read, output_dtype=dtype).weights
 
     def indices(self, shard: Shard) -> dict[str, Tensor]:
-        """Indices of the outputs of pivoted linears, by name; no training changes them."""
-        inside = (each.name for each in self.task.linears if each.block in shard.blocks)
+        """Return the indices of the outputs of pivoted linears, by name; training keeps them."""
+        inside = (each.name for each in self._task.linears if each.block in shard.blocks)
         modules = {name: shard.module(name) for name in inside}
         return {
             f"{name}.index": module.index.cpu()
@@ -65,58 +116,33 @@ class TrainedWorker(ScoreWorker):
             if isinstance(module, PivotedLinear)
         }
 
-    def commit_trained(
-        self, block: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]
+    def commit_block(
+        self, block: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
     ) -> None:
-        """Commits what became of a block's parameters, given by their names in the model."""
-        self.commit_stored(self.task.keys[block], self.stored(tensors), facts)
+        """Commit the trained tensors of a block, given by their names in the model."""
+        self.commit(self._task.keys[block], self.stored(tensors), facts)
 
     def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors to be stored, by their names on disk."""
+        """Return the tensors to store, by their names on disk."""
         disk_names = self.planned.disk_names
-        # of tied tensors only one is stored; a copy each, since a file shares no memory
+        # of tied tensors only one is stored; copies, since tensors of a file must not share memory
         return {
             disk_names[name]: tensor.clone()
             for name, tensor in tensors.items()
             if name in disk_names
         }
 
-    def commit_stored(
-        self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
-    ) -> None:
-        """Commits a unit of tensors by their names on disk."""
-        unit = self.run.units.begin(key)
+    def commit(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Commit a unit of tensors, given by their names on disk."""
+        unit = self._worker.run.units.begin(key)
         with unit.file(TRAINED_FILE) as path:
             save_file(dict(tensors), path)
-        unit.commit(environment=self.environment(), facts=facts)
+        unit.commit(environment=self._worker.environment(), facts=facts)
 
-    def write(self, file: Mapping[str, Any], choice: str = "") -> dict[str, Any]:
-        """Writes one file of the checkpoint, with trained tensors where there are some."""
-        return super().write(file, choice) if choice else CompressionWorker.write(self, file)
+    def path(self, key: str) -> Path:
+        """Return the file of a unit of trained tensors."""
+        return trained_path(self._worker.run, key)
 
-    def _read(self, tensor: TensorSpec) -> Tensor:
-        return self._latest(tensor, (*self.task.earlier, self.task.keys))
 
-    def _before(self, tensor: TensorSpec) -> Tensor:
-        return self._latest(tensor, self.task.earlier)
-
-    def _latest(self, tensor: TensorSpec, stages: tuple[Mapping[int, str], ...]) -> Tensor:
-        for keys in reversed(stages):
-            for key in keys.values():
-                if tensor.name in self._trained(key):
-                    with safe_open(self._trained_path(key), framework="pt") as file:
-                        trained: Tensor = file.get_tensor(tensor.name)
-                    return trained
-        if self.task.choice:
-            return super()._read(tensor)
-        return CompressionWorker._read(self, tensor)
-
-    def _trained(self, key: str) -> frozenset[str]:
-        """The tensors of a unit, by their names on disk; a unit that is there does not change."""
-        if key not in self._names:
-            with safe_open(self._trained_path(key), framework="pt") as file:
-                self._names[key] = frozenset(file.keys())
-        return self._names[key]
-
-    def _trained_path(self, key: str) -> Path:
-        return self.run.units.file(key, TRAINED_FILE)
+def trained_path(run: RunDirectory, key: str) -> Path:
+    return run.units.file(key, TRAINED_FILE)

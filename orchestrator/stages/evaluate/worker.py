@@ -10,6 +10,7 @@ import torch
 
 from orchestrator.device.malloc import return_freed_memory
 from orchestrator.device.transport import Departure
+from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.evaluation.scoring import score
 from orchestrator.models.evaluation.speed import decode_seconds
 from orchestrator.models.shards.chunk import Chunk, pack_many, split_record
@@ -36,7 +37,7 @@ class EvaluationWorker(Worker):
     """Holds the same shard of every model; never a whole one, unless that is the cut."""
 
     def __init__(self, task: EvaluationTask) -> None:
-        super().__init__(task)
+        super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
         self.task = task
         self._skeletons: dict[str, LazyModel] = {}
         self._shards: dict[str, Shard] = {}

@@ -9,11 +9,13 @@ from orchestrator.runtime.deadline import slowly
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
+from orchestrator.runtime.worker import Worker
 from orchestrator.stages.context.commands import PivotLinear
-from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
+from orchestrator.stages.context.compress_worker import CompressionWorker
 from orchestrator.stages.context.decompose import compression_task
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
+from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.values import Planned
 from orchestrator.store.files import digest_json
 
@@ -28,7 +30,7 @@ class PivotJob(StageJob):
 
     def __init__(self, planned: Planned, earlier: Sequence[StageJob]) -> None:
         self._units = planned.run.units
-        self.worker_class: type[CompressionWorker] = CompressionWorker
+        self.worker_class: type[Worker] = CompressionWorker
         self._task = compression_task(planned)
         if earlier:
             # its workers know where the fitted factors are stored

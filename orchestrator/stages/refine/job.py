@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 from orchestrator.models.training.refine_options import RefineOptions
+from orchestrator.runtime.worker import Worker
 from orchestrator.stages.context.decompose import block_pass
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
@@ -29,7 +30,7 @@ class RefineJob(TrainedStage):
 
     name: ClassVar[str] = "refine"
     supersedes: ClassVar[bool] = True
-    worker_class: type[RefineWorker] = RefineWorker
+    worker_class: type[Worker] = RefineWorker
 
     def __init__(
         self, planned: Planned, earlier: Sequence[StageJob], options: RefineOptions

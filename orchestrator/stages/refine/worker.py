@@ -1,71 +1,92 @@
-"""The worker that trains compressed blocks, each towards what its dense block gives."""
+"""Worker that trains compressed blocks, each towards the outputs of its dense block."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.device.malloc import return_freed_memory
+from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.training.refine import refine
 from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.runtime.worker import Emitted
-from orchestrator.stages.context.trained_worker import TrainedTask, TrainedWorker
+from orchestrator.runtime.worker import Emitted, Stored, Worker
+from orchestrator.stages.context.open_shard import DenseModel, OpenShard
+from orchestrator.stages.context.trained_worker import CompressedModel, TrainedTask
 from orchestrator.store.chunks import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefineTask(TrainedTask):
-    """What is needed beside the compressed model."""
+    """Task of training blocks apart from each other."""
 
     options: RefineOptions
 
 
-class RefineWorker(TrainedWorker):
-    """Passes chunks through a dense shard, keeps what enters each of its blocks, trains them.
+class RefineWorker(Worker):
+    """Passes chunks through a dense shard, keeps the inputs of its blocks, and trains the blocks.
 
-    Held beside a shard: its blocks' dense inputs and outputs of all sequences (70B and 256 × 2048
-    tokens: 8.6 GB a boundary, one more than the shard has blocks), and what training takes.
+    Memory beside a shard: its blocks' dense inputs and outputs of all sequences (70B and 256 × 2048
+    tokens: 8.6 GB a boundary, one more than the shard has blocks), and the memory of training.
     """
 
-    task: RefineTask
-
     def __init__(self, task: RefineTask) -> None:
-        super().__init__(task)
+        super().__init__(task, unpack=_pageable, fingerprint=fingerprint_of)
+        self.task = task
+        self.dense = DenseModel(task, self.run, self.device)
+        self.compressed = CompressedModel(self, task, self.dense)
+        self._opened: OpenShard | None = None
         self._states: dict[int, list[Chunk]] = {}
 
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...], *about: Any) -> None:
-        """Loads a dense shard."""
-        super().open(blocks, ())
+        """Load a dense shard."""
+        self.close()
+        self._opened = self.dense.open(range(*blocks))
         self._states = {block: [] for block in range(blocks[0], blocks[1] + 1)}
 
-    def close(self) -> None:
-        """Frees the shard and what was kept of it."""
-        self._states = {}
-        super().close()
+    def read_ahead(self, blocks: range) -> None:
+        """Prefetch the dense weights of later blocks into the system's cache."""
+        self.dense.lazy.read_ahead(blocks)
 
-    def unpack(self, record: Record) -> Chunk:
-        """A chunk in pageable memory: a shard keeps all of them, too many to be pinned."""
-        return Chunk.unpack(record)
+    def close(self) -> None:
+        """Free the shard and the states of its blocks."""
+        self._states = {}
+        if self._opened is not None:
+            self._opened.close()
+        self._opened = None
+        return_freed_memory()
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
-        """Passes one chunk through the shard, block by block."""
-        assert self._shard is not None
-        blocks, chunk = self._shard.blocks, self.entering(index, record)
-        for block in blocks:
+        """Pass one chunk through the shard, block by block."""
+        assert self._opened is not None
+        shard, chunk = self._opened.shard, self._opened.entering(self, index, record)
+        for block in shard.blocks:
             self._states[block].append(chunk)
-            chunk = self._shard.forward(chunk, part=range(block, block + 1))
-        self._states[blocks.stop].append(chunk)
-        return None, self.emit(blocks.stop, chunk) if emit else None
+            chunk = shard.forward(chunk, part=range(block, block + 1))
+        self._states[shard.blocks.stop].append(chunk)
+        return None, self.emit(shard.blocks.stop, chunk) if emit else None
+
+    def next_inputs(self, index: int) -> list[Stored]:
+        return self._opened.stored_inputs(self.chunks, index) if self._opened is not None else []
 
     def finish(self, block: int) -> dict[str, Any]:
-        """Trains one block and commits its tensors; gives the unit's facts: losses, seconds."""
+        """Train one block and commit its tensors. Returns the unit's facts: losses, seconds."""
         start = time.monotonic()
-        with self.planned.shard(range(block, block + 1)) as shard:
+        with self.compressed.planned.shard(range(block, block + 1)) as shard:
             inputs, targets = self._states[block], self._states[block + 1]
             refined = refine(shard, inputs, targets, options=self.task.options, seed=self.task.seed)
-            tensors = {**refined.tensors, **self.indices(shard)}
+            tensors = {**refined.tensors, **self.compressed.indices(shard)}
         timings = {"seconds": time.monotonic() - start, "memory": self.usage().to_json()}
         facts = refined.facts() | {"timings": timings}
-        self.commit_trained(block, tensors, facts)
+        self.compressed.commit_block(block, tensors, facts)
         return_freed_memory()
         return facts
+
+    def write(self, file: Mapping[str, Any], choice: str = "") -> dict[str, Any]:
+        """Write one file of the checkpoint, with the trained tensors of its blocks."""
+        return self.compressed.after.write(file, self.task.out)
+
+
+def _pageable(record: Record, /, *, pinned: bool) -> Chunk:
+    """Unpack to pageable memory: a shard keeps all chunks, too many to be pinned."""
+    return Chunk.unpack(record)

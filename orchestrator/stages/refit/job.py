@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from orchestrator.plan.forms import FORMS
+from orchestrator.runtime.worker import Worker
 from orchestrator.stages.context.decompose import block_pass, task_fields
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
@@ -18,7 +19,7 @@ class RefitJob(StageJob):
     """One pass through the cut blocks, and a unit of left factors for each of them."""
 
     name: ClassVar[str] = "refit"
-    worker_class: type[RefitWorker] = RefitWorker
+    worker_class: type[Worker] = RefitWorker
 
     def __init__(self, planned: Planned) -> None:
         self._planned = planned

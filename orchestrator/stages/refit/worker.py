@@ -1,107 +1,165 @@
-"""The worker that fits left factors again, to the inputs that the compressed model itself makes.
+"""Worker that refits left factors to the inputs that the compressed model itself makes.
 
 Shape suffixes: O outputs, I inputs, R rank.
 """
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orchestrator.device.transport import download, upload
+from orchestrator.device.malloc import return_freed_memory
+from orchestrator.device.transport import download
 from orchestrator.linalg.eigen import Eigensolver
 from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.refit import refit
+from orchestrator.methods.kinds.base import Factor
+from orchestrator.models.checkpoint.layout import TensorSpec
+from orchestrator.models.checkpoint.weights import fingerprint_of
+from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration, as_dense, dense_weight
 from orchestrator.plan.forms import FORMS
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
-from orchestrator.stages.context.compress_worker import CompressionTask, CompressionWorker
+from orchestrator.runtime.worker import Emitted, Stored, Worker
+from orchestrator.stages.context.compress_worker import planned_tensors
+from orchestrator.stages.context.open_shard import DenseModel, OpenShard, StatisticsPass
+from orchestrator.stages.context.pivoted import commit_pivoted
+from orchestrator.stages.context.stored import Decompositions, StoredFile
+from orchestrator.stages.context.task import CompressionTask
 
 FITTED_FILE = "fitted.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefitTask(CompressionTask):
-    """What is needed beside what compression needs."""
+    """Task of refitting left factors."""
 
     plan: Plan
     refit_keys: Mapping[int, str]
-    """The key of the unit of left factors, by block; blocks without any have none."""
+    """Key of the unit of left factors, by block; blocks without factors have none."""
 
     def made_by(self, linear: Linear) -> list[str]:
-        # a class with slots is another one than super() without arguments means
+        # dataclass(slots=True) makes a new class, which super() without arguments does not find
         return [*CompressionTask.made_by(self, linear), self.refit_keys[linear.block]]
 
+    def is_cut(self, linear: Linear) -> bool:
+        """Return True if the plan gives the linear factors."""
+        return FORMS[self.plan.assignments[linear.name].form].is_factored
 
-class RefitWorker(CompressionWorker):
-    """Calibrates the compressed model: its shards have the cut weights in the dense ones' places.
+
+class RefittedFactors:
+    """Source of the left factors that this stage has committed."""
+
+    def __init__(self, worker: Worker, task: RefitTask, decompositions: Decompositions) -> None:
+        self._worker, self._task, self._decompositions = worker, task, decompositions
+
+    def read(self, tensor: TensorSpec) -> Tensor | None:
+        if tensor.part != "weight":
+            return None
+        return self.factor(self._task.linear(tensor.source), "weight", tensor.rank)
+
+    def factor(self, linear: Linear, part: Factor, rank: int) -> Tensor:
+        """Return a factor as it is written to the checkpoint, on the device."""
+        if part == "down":
+            return self._decompositions.factor(linear, part, rank)
+        worker = self._worker
+        path = worker.run.units.file(self._task.refit_keys[linear.block], FITTED_FILE)
+        return StoredFile(path, worker.device).whole(linear.name).T.contiguous()
+
+
+class RefitWorker(Worker):
+    """Calibrates the compressed model: its shards hold the cut weights in place of dense ones.
 
     All blocks see the inputs that the compressed blocks before them give, before any of those was
-    fitted again, so that one pass serves all of them.
+    refitted, so that one pass serves all of them.
     """
 
-    task: RefitTask
+    def __init__(self, task: RefitTask) -> None:
+        super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
+        self.task = task
+        self.dense = DenseModel(task, self.run, self.device)
+        self._decompositions = Decompositions(task, self.run, self.device)
+        self._refitted = RefittedFactors(self, task, self._decompositions)
+        planned = planned_tensors(self._decompositions, task, "")
+        self._stored = replace(planned, sources=(self._refitted, *planned.sources))
+        self._pass: StatisticsPass | None = None
 
-    def _gather(self, shard: Shard, todo: tuple[int, ...]) -> Calibration:
+    @property
+    def open_pass(self) -> StatisticsPass:
+        """The pass through the open shard."""
+        if self._pass is None:
+            raise RuntimeError("no shard is open; `open` comes before `step` and `finish`")
+        return self._pass
+
+    def open(self, blocks: tuple[int, int], todo: tuple[int, ...], *about: Any) -> None:
+        """Load a shard, cut its weights, and start the statistics of the blocks to do."""
+        self.close()
+        shard = self.dense.lazy.shard(range(*blocks))
+        opened = OpenShard(self.dense, shard, self._statistics(shard, todo))
+        self._pass = StatisticsPass(self, opened, self.chunks)
+
+    def _statistics(self, shard: Shard, todo: tuple[int, ...]) -> Calibration:
         linears = [each for each in self.task.linears if each.block in shard.blocks]
-        for linear in filter(self._is_cut, linears):
+        for linear in filter(self.task.is_cut, linears):
             weight_OI = dense_weight(shard.module(linear.name))
             weight_OR, down_RI = (each.to(weight_OI) for each in self._factors(linear))
             torch.matmul(weight_OR, down_RI, out=weight_OI)
-        wanted = [each for each in linears if each.block in todo and self._is_cut(each)]
+        wanted = [each for each in linears if each.block in todo and self.task.is_cut(each)]
         return Calibration(shard, wanted, lambda linear, site: "input")
 
-    def _is_cut(self, linear: Linear) -> bool:
-        return FORMS[self.task.plan.assignments[linear.name].form].is_factored
+    def read_ahead(self, blocks: range) -> None:
+        """Prefetch the dense weights of later blocks into the system's cache."""
+        self.dense.lazy.read_ahead(blocks)
+
+    def close(self) -> None:
+        """Free the shard and its statistics."""
+        if self._pass is not None:
+            self._pass.opened.close()
+        self._pass = None
+        return_freed_memory()
+
+    def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
+        """Pass one chunk through the shard and into the statistics."""
+        return self.open_pass.step(index, emit, record)
+
+    def next_inputs(self, index: int) -> list[Stored]:
+        return self._pass.next_inputs(index) if self._pass is not None else []
 
     def _factors(self, linear: Linear) -> tuple[Tensor, Tensor]:
-        """Both factors as the plan cuts them."""
-        rank = self.task.plan.assignments[linear.name].rank
-        return self._factor(linear, "weight", rank), self._factor(linear, "down", rank)
-
-    def _written(self, linear: Linear, part: str, rank: int) -> Tensor:
-        if part != "weight":
-            return super()._written(linear, part, rank)
-        path = self.run.units.file(self.task.refit_keys[linear.block], FITTED_FILE)
-        with safe_open(path, framework="pt") as file:
-            rows_RO: Tensor = file.get_tensor(linear.name)
-        return upload(rows_RO.T, self.device)
-
-    def _dense(self, linear: Linear) -> Tensor:
-        """The dense weight, read again: the shard has the cut one in its place."""
-        assert self._shard is not None
-        assert self._lazy_model is not None
-        weight = self._lazy_model.load(f"{linear.name}.weight")
-        return as_dense(self._shard.module(linear.name), weight)
+        """Return both factors as the plan cuts them."""
+        rank, factor = self.task.plan.assignments[linear.name].rank, self._decompositions.factor
+        return factor(linear, "weight", rank), factor(linear, "down", rank)
 
     def finish(self, block: int) -> dict[str, Any]:
-        """Fits the left factors of one block's linears and commits them in one file.
+        """Refit the left factors of one block's linears and commit them in one file.
 
         Returns the unit's facts: seconds, and the reports of the fits that have one.
         """
-        assert self._calibration is not None
+        opened = self.open_pass.opened
         start = time.monotonic()
-        self._free_for_finishing()
+        opened.settle()
         fitted: dict[str, Tensor] = {}
         said: dict[str, Any] = {}
         for linear in self.task.linears:
-            if linear.block != block or not self._is_cut(linear):
+            if linear.block != block or not self.task.is_cut(linear):
                 continue
             weight_OR, down_RI = self._factors(linear)
-            statistic = self._calibration.statistic(linear)
+            statistic = opened.calibration.statistic(linear)
             assert isinstance(statistic, InputGram)
             eigen, given = Eigensolver(), (weight_OR, down_RI, statistic.matrix_II)
-            fitted_OR = refit(self._dense(linear), *given, eigen=eigen)
+            # the dense weight is read again: the shard holds the cut one
+            weight = self.dense.lazy.load(f"{linear.name}.weight")
+            weight_OI = as_dense(opened.shard.module(linear.name), weight)
+            fitted_OR = refit(weight_OI, *given, eigen=eigen)
             said |= {linear.name: eigen.report} if eigen.report else {}
-            self._calibration.forget([linear])
-            # ranks as rows, like everything that is stored of a linear
+            opened.calibration.forget([linear])
+            # ranks as rows, as in all stored factors
             fitted[linear.name] = download(fitted_OR.T.contiguous())
         facts = {"numerics": said, "timings": {"seconds": time.monotonic() - start}}
         unit = self.run.units.begin(self.task.refit_keys[block])
@@ -109,3 +167,11 @@ class RefitWorker(CompressionWorker):
             save_file(fitted, path)
         unit.commit(environment=self.environment(), facts=facts)
         return facts
+
+    def pivot(self, name: str, rank: int) -> dict[str, Any]:
+        """Convert a linear's refitted factors to pivoted storage; see `commit_pivoted`."""
+        return commit_pivoted(self, self.task, self._refitted, (name, rank))
+
+    def write(self, file: Mapping[str, Any], choice: str = "") -> dict[str, Any]:
+        """Write one file of the checkpoint, with refitted left factors."""
+        return self._stored.write(file, self.task.out)

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.allocate.bernoulli import CandidatePool, Candidates, Draw
+from orchestrator.allocate.bernoulli import CandidatePool, Draw
 from orchestrator.allocate.budget import budget_values
 from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
+from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.plan import Plan
 from orchestrator.runtime.calls import Call, Step

@@ -17,6 +17,7 @@ from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.runtime.verify import verified_units
+from orchestrator.runtime.worker import Worker
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.decompose import block_pass
 from orchestrator.stages.context.running_stage import RunningStage
@@ -53,7 +54,7 @@ class TrainJob(TrainedStage):
     """
 
     name: ClassVar[str] = "train"
-    worker_class: type[TrainWorker] = TrainWorker
+    worker_class: type[Worker] = TrainWorker
 
     def __init__(
         self, planned: Planned, earlier: Sequence[StageJob], options: TrainOptions, mode: str

@@ -1,8 +1,7 @@
-"""The worker of a pipeline that trains: a shard of the compressed model, forward and backward."""
+"""Worker of the training pipeline: a shard of the compressed model, forward and backward."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -10,22 +9,22 @@ from torch import Tensor
 
 from orchestrator.device.malloc import free_device_memory, return_freed_memory
 from orchestrator.device.transport import Departure
-from orchestrator.models.checkpoint.weights import Checkpoint
+from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import BlockState, Chunk, pack_many, split_record
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.distill import Losses, LossWeights, TopK, distill
 from orchestrator.models.training.train import Training
 from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.runtime.calls import Command
-from orchestrator.runtime.worker import Emitted
-from orchestrator.stages.context.tokens import first_chunk
-from orchestrator.stages.context.trained_worker import TRAINED_FILE, TrainedTask, TrainedWorker
+from orchestrator.runtime.worker import Emitted, Stored, Worker
+from orchestrator.stages.context.open_shard import DenseModel, OpenShard
+from orchestrator.stages.context.trained_worker import CompressedModel, TrainedTask
 from orchestrator.stages.train.commands import PassCommand
 from orchestrator.store.chunks import MissingChunk, Record
 from orchestrator.store.units import unit_key
 
 SNAPSHOT_VERSION = 1
-"""Raised when the same steps leave another state."""
+"""Raised when the same steps give another state."""
 FILE = "state.safetensors"
 TARGETS_FILE = "targets.safetensors"
 
@@ -33,40 +32,64 @@ Grads = Callable[[Tensor], Tensor]
 
 
 def snapshot_key(key: str, step: int, block: int) -> str:
-    """The unit of a block's state after a step of the training of this key."""
+    """Return the key of a block's state after a step of the training of this key."""
     return unit_key("snapshot", SNAPSHOT_VERSION, [key], step=step, block=block)
 
 
 def best_key(key: str, block: int) -> str:
-    """Unit of a block's values at the best step so far, if states are not stored."""
+    """Return the key of a block's values at the best step so far, if states are not stored."""
     return unit_key("best", SNAPSHOT_VERSION, [key], block=block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainTask(TrainedTask):
-    """What is needed beside the compressed model."""
+    """Task of training the whole compressed model."""
 
     options: TrainOptions
     mode: str
     target_keys: tuple[str, ...]
-    """For each sequence the unit of the dense model's top-k; none where it is recomputed."""
+    """For each sequence the unit of the dense model's top-k; none if they are recomputed."""
 
 
-class TrainWorker(TrainedWorker):
+@dataclass(slots=True)
+class OpenTraining:
+    """A shard of the compressed model that is trained."""
+
+    model: Shard
+    training: Training
+    entered: dict[int, list[Chunk]] = field(default_factory=dict)
+    """By micro-batch on its way, the inputs of the shard's blocks."""
+
+
+class TrainWorker(Worker):
     """Holds a dense shard while targets are made, then a shard of the compressed model.
 
-    Of each micro-batch that is on its way it keeps what enters each of its blocks, in float32 (70B
-    and 2048 tokens: 67 MB a block). On the way back every block is run again, with gradients, and
-    gone back through before the one in front of it: the activations of one block are in memory.
+    Of each micro-batch on its way it keeps the inputs of the shard's blocks, in float32 (70B and
+    2048 tokens: 67 MB a block). In the backward pass each block is run again, with gradients, and
+    passed back through before the block in front of it: the activations of one block are in memory.
     """
 
-    task: TrainTask
-
     def __init__(self, task: TrainTask) -> None:
-        super().__init__(task)
-        self._model: Shard | None = None
-        self._training: Training | None = None
-        self._entered: dict[int, list[Chunk]] = {}
+        super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
+        self.task = task
+        self.dense = DenseModel(task, self.run, self.device)
+        self.compressed = CompressedModel(self, task, self.dense)
+        self._dense_shard: OpenShard | None = None
+        self._open_training: OpenTraining | None = None
+
+    @property
+    def dense_shard(self) -> OpenShard:
+        """The open shard of the dense model."""
+        if self._dense_shard is None:
+            raise RuntimeError("no dense shard is open; `open` or `take` comes first")
+        return self._dense_shard
+
+    @property
+    def work(self) -> OpenTraining:
+        """The open shard of the compressed model."""
+        if self._open_training is None:
+            raise RuntimeError("no shard is in training; `take` comes first")
+        return self._open_training
 
     def perform(self, command: Command, record: Emitted) -> tuple[Any, Emitted]:
         """Execute a command; a pass of the pipeline takes its input chunk and emits its own."""
@@ -76,23 +99,31 @@ class TrainWorker(TrainedWorker):
         return super().perform(command, record)
 
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...], *about: Any) -> None:
-        """Loads a dense shard."""
-        super().open(blocks, ())
+        """Load a dense shard."""
+        self.close()
+        self._dense_shard = self.dense.open(range(*blocks))
+
+    def read_ahead(self, blocks: range) -> None:
+        """Prefetch the dense weights of later blocks into the system's cache."""
+        self.dense.lazy.read_ahead(blocks)
 
     def close(self) -> None:
-        """Frees the shards and all that was kept of them."""
-        if self._model is not None:
-            self._model.close()
-        self._model = self._training = None
-        self._entered = {}
-        super().close()
+        """Free both shards and all states."""
+        if self._open_training is not None:
+            self._open_training.model.close()
+        self._open_training = None
+        if self._dense_shard is not None:
+            self._dense_shard.close()
+        self._dense_shard = None
+        return_freed_memory()
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
-        """Passes a dense chunk on; behind the last block its top-k is committed."""
-        assert self._shard is not None
-        if not self._shard.is_last:
-            return super().step(index, emit, record)
-        task, logits_BTV = self.task, self._shard.logits(self.entering(index, record))
+        """Pass a dense chunk on; after the last block its top-k is committed."""
+        shard, chunk = self.dense_shard.shard, self.dense_shard.entering(self, index, record)
+        if not shard.is_last:
+            passed = shard.forward(chunk)
+            return None, self.emit(shard.blocks.stop, passed) if emit else None
+        task, logits_BTV = self.task, shard.logits(chunk)
         targets = TopK.of(logits_BTV, task.options.top_k, task.options.temperature)
         unit = self.run.units.begin(task.target_keys[index])
         with unit.file(TARGETS_FILE) as path:
@@ -100,33 +131,39 @@ class TrainWorker(TrainedWorker):
         unit.commit(environment=self.environment(), facts={})
         return None, None
 
-    def take(self, blocks: tuple[int, int], step: int) -> dict[str, Any]:
-        """Takes a shard up from the snapshot after a step; after none it is as it was planned.
+    def next_inputs(self, index: int) -> list[Stored]:
+        opened = self._dense_shard
+        return opened.stored_inputs(self.chunks, index) if opened is not None else []
 
-        Gives how many numbers are trained.
+    def take(self, blocks: tuple[int, int], step: int) -> dict[str, Any]:
+        """Open a shard at the snapshot after a step; at step 0 it is as planned.
+
+        Returns the number of trained values.
 
         Raises:
             InfeasibleError: The device's memory does not hold what training adds.
         """
         self.close()
         if not self.task.target_keys:
-            super().open(blocks, ())
-        self._model, self._training = self._planned_shard(range(*blocks))
+            self._dense_shard = self.dense.open(range(*blocks))
+        self._open_training = self._planned_shard(range(*blocks))
+        training = self._open_training.training
         if self.device.type == "cuda":
-            self._training.check_room(free_device_memory(self.device))
-        self._load_state(self._training, step)
-        return {"numbers": self._training.num_parameters}
+            training.check_room(free_device_memory(self.device))
+        self._load_state(training, step)
+        return {"numbers": training.num_parameters}
 
-    def _planned_shard(self, blocks: range) -> tuple[Shard, Training]:
-        model = self.planned.shard(blocks)
+    def _planned_shard(self, blocks: range) -> OpenTraining:
+        planned = self.compressed.planned
+        model = planned.shard(blocks)
         training = Training(
             model,
             self.task.keys.keys(),
-            self.planned.disk_names.keys(),
+            planned.disk_names.keys(),
             mode=self.task.mode,
             weight_decay=self.task.options.weight_decay,
         )
-        return model, training
+        return OpenTraining(model, training)
 
     def _load_state(self, training: Training, step: int) -> None:
         for block in training.blocks if step else ():
@@ -134,9 +171,9 @@ class TrainWorker(TrainedWorker):
             training.load(block, load_file(self.run.units.file(key, FILE)))
 
     def forward(self, serial: int, sequence: int, record: Emitted) -> tuple[Any, Emitted]:
-        """Passes a micro-batch on, and keeps what it takes to come back."""
+        """Pass a micro-batch on, and keep the inputs of the blocks for the backward pass."""
         streams = self._streams(serial, sequence, record)
-        self._entered[serial], streams["model"] = self._through(streams["model"], 0)
+        self.work.entered[serial], streams["model"] = self._through(streams["model"], 0)
         return None, self._record(streams)
 
     def turn(
@@ -148,7 +185,7 @@ class TrainWorker(TrainedWorker):
         is_last: bool,
         record: Emitted,
     ) -> tuple[Any, Emitted]:
-        """Passes a micro-batch to the end and back, and gives its losses."""
+        """Pass a micro-batch to the end and back. Returns its losses."""
         streams = self._streams(serial, sequence, record)
         targets = self._targets(sequence, streams)
         entered, chunk = self._through(streams["model"], 1)
@@ -165,138 +202,127 @@ class TrainWorker(TrainedWorker):
         return {"losses": losses[0].to_json()} | self._norms(is_last), emitted
 
     def backward(self, serial: int, is_last: bool, record: Emitted) -> tuple[Any, Emitted]:
-        """Passes a micro-batch's gradients back through what was kept of it."""
-        assert self._model is not None
+        """Pass a micro-batch's gradients back through the blocks."""
         if record is None:
-            raise MissingChunk(-self._model.blocks.stop, serial)
+            raise MissingChunk(-self.work.model.blocks.stop, serial)
         payload = self.unpack(record).payload
         assert payload is not None
-        emitted = self._back(serial, self._entered.pop(serial), list(payload.output))
+        emitted = self._back(serial, self.work.entered.pop(serial), list(payload.output))
         return self._norms(is_last), emitted
 
     def evaluate(self, serial: int, sequence: int, record: Emitted) -> tuple[Any, Emitted]:
-        """Passes a held-out sequence on; behind the last block it gives its losses."""
-        assert self._model is not None
+        """Pass a held-out sequence on; after the last block its losses are returned."""
+        model = self.work.model
         streams = self._streams(serial, sequence, record)
-        if not self._model.is_last:
+        if not model.is_last:
             _, streams["model"] = self._through(streams["model"], 0)
             return None, self._record(streams)
         _, chunk = self._through(streams["model"], 1)
-        last = self._model.blocks[-1:]
-        logits_BTV = self._model.logits(chunk, part=last)
+        logits_BTV = model.logits(chunk, part=model.blocks[-1:])
         losses, _ = self._distill(logits_BTV, chunk, self._targets(sequence, streams), None)
         return {"losses": losses.to_json()}, None
 
     def update(self, step: int, scale: float, rate: float) -> None:
-        """One step of the optimiser."""
-        assert self._training is not None
-        self._training.update(step, scale, rate)
+        """Make one step of the optimiser."""
+        self.work.training.update(step, scale, rate)
 
     def snapshot(self, step: int) -> None:
-        """Commits the state of every block that is trained."""
-        assert self._training is not None
-        for block in self._training.blocks:
+        """Commit the state of every block that is trained."""
+        training = self.work.training
+        for block in training.blocks:
             unit = self.run.units.begin(snapshot_key(self.task.pass_key, step, block))
             with unit.file(FILE) as path:
-                save_file(self._training.state(block), path)
+                save_file(training.state(block), path)
             unit.commit(environment=self.environment(), facts={})
 
     def keep(self, step: int, is_best: bool) -> None:
-        """Commits the values of every block in place of earlier ones, if the step is the best."""
-        assert self._training is not None
-        assert self._model is not None
+        """Commit the values of every block in place of earlier ones, if the step is the best."""
         if not is_best:
             return
-        for block in sorted(self.task.keys.keys() & set(self._model.blocks)):
+        for block in sorted(self.task.keys.keys() & set(self.work.model.blocks)):
             key = best_key(self.task.pass_key, block)
             self.run.units.drop(key)
-            self.commit_stored(key, self._outcome(self._training, block), {"step": step})
+            self.compressed.commit(key, self._outcome(self.work.training, block), {"step": step})
 
     def commit(
         self, blocks: tuple[int, int], step: int, facts: dict[str, Any], is_kept: bool
     ) -> None:
-        """Commits the parameters at the best step of blocks that no cut separates.
+        """Commit the parameters at the best step of blocks that no cut separates.
 
         Args:
-            is_kept: Whether `keep` has committed the values; else they are those of a state, or of
-                the plan.
+            is_kept: True if `keep` has committed the values; otherwise they are those of a state,
+                or of the plan.
         """
         self.close()
         wanted = sorted(self.task.keys.keys() & set(range(*blocks)))
         if is_kept:
             for block in wanted:
-                path = self.run.units.file(best_key(self.task.pass_key, block), TRAINED_FILE)
-                self.commit_stored(self.task.keys[block], load_file(path), facts)
+                best = load_file(self.compressed.path(best_key(self.task.pass_key, block)))
+                self.compressed.commit(self.task.keys[block], best, facts)
             return
-        model, training = self._planned_shard(range(*blocks))
-        with model:
-            self._load_state(training, step)
+        work = self._planned_shard(range(*blocks))
+        with work.model:
+            self._load_state(work.training, step)
             for block in wanted:
-                self.commit_stored(self.task.keys[block], self._outcome(training, block), facts)
+                outcome = self._outcome(work.training, block)
+                self.compressed.commit(self.task.keys[block], outcome, facts)
         return_freed_memory()
 
     def _outcome(self, training: Training, block: int) -> dict[str, Tensor]:
-        """Trained parameters of a block in the dtypes of the output; no later stage trains them."""
-        dtypes = self._as_written.dtype
-        stored = self.stored(training.tensors(block))
+        """Return the trained tensors of a block in the dtypes of the output; no stage follows."""
+        dtypes = self.compressed.as_written.dtype
+        stored = self.compressed.stored(training.tensors(block))
         return {name: tensor.to(dtypes(name)) for name, tensor in stored.items()}
 
-    @cached_property
-    def _as_written(self) -> Checkpoint:
-        """The compressed model with the dtypes of the output."""
-        task = self.task
-        return self.dense.planned(task.plan, self._before, output_dtype=task.output_dtype).weights
+    def write(self, file: Mapping[str, Any], choice: str = "") -> dict[str, Any]:
+        """Write one file of the checkpoint, with the trained tensors."""
+        return self.compressed.after.write(file, self.task.out)
 
     def _streams(self, serial: int, sequence: int, record: Emitted) -> dict[str, Chunk]:
-        """What enters the shard: the compressed model's chunk, and the dense one's if it passes."""
-        assert self._model is not None
-        assert self._tokens is not None
+        """Return the shard's inputs: the compressed model's, and the dense one's if recomputed."""
+        model = self.work.model
         names = ["model"] if self.task.target_keys else ["model", "dense"]
-        if self._model.is_first:
-            return dict.fromkeys(names, first_chunk(self._tokens, sequence))
+        if model.is_first:
+            return dict.fromkeys(names, self.dense.first_chunk(sequence))
         if record is None:
-            raise MissingChunk(self._model.blocks.start, serial)
+            raise MissingChunk(model.blocks.start, serial)
         parts = split_record(record, names)
         return {name: self.unpack(part) for name, part in parts.items()}
 
     def _record(self, streams: dict[str, Chunk]) -> Record:
-        """What leaves the shard; the dense chunk passes its own shard here."""
+        """Return the shard's output; the dense chunk passes through its own shard here."""
         if "dense" in streams:
-            assert self._shard is not None
-            streams["dense"] = self._shard.forward(streams["dense"])
+            streams["dense"] = self.dense_shard.shard.forward(streams["dense"])
         departure = Departure()
         record = pack_many(streams, departure)
         departure.wait()
         return record
 
     def _targets(self, sequence: int, streams: Mapping[str, Chunk]) -> TopK | Tensor:
-        """What the dense model says of a sequence, at its last shard or in the run directory."""
+        """Return the dense model's logits of a sequence, or their top-k from the run directory."""
         if "dense" in streams:
-            assert self._shard is not None
-            return self._shard.logits(streams["dense"])
+            return self.dense_shard.shard.logits(streams["dense"])
         path = self.run.units.file(self.task.target_keys[sequence], TARGETS_FILE)
         return TopK.from_tensors(load_file(path)).to(self.device)
 
     def _through(self, chunk: Chunk, but: int) -> tuple[list[Chunk], Chunk]:
-        """What enters each block but the last so many, and what then comes."""
-        assert self._model is not None
-        entered = []
-        for block in self._model.blocks[: len(self._model.blocks) - but]:
+        """Return the inputs of all blocks but the last `but`, and the output of these blocks."""
+        model, entered = self.work.model, []
+        for block in model.blocks[: len(model.blocks) - but]:
             entered.append(chunk)
-            chunk = self._model.forward(chunk, part=range(block, block + 1))
+            chunk = model.forward(chunk, part=range(block, block + 1))
         return entered, chunk
 
     def _back(
         self, serial: int, entered: list[Chunk], grads: list[Tensor | None] | Grads
     ) -> Emitted:
-        """Gradients through all blocks, the last one first; what goes to the shard before."""
-        assert self._model is not None
-        assert self._training is not None
-        for block, chunk in zip(self._model.blocks[::-1], entered[::-1], strict=True):
-            grads = self._model.backward(chunk, grads, part=range(block, block + 1))
-            self._training.collect()
+        """Pass gradients back through all blocks. Returns the record for the shard before."""
+        model, training = self.work.model, self.work.training
+        for block, chunk in zip(model.blocks[::-1], entered[::-1], strict=True):
+            grads = model.backward(chunk, grads, part=range(block, block + 1))
+            training.collect()
         assert isinstance(grads, list)
-        if self._model.is_first:
+        if model.is_first:
             return None
         first = entered[0]
         return Chunk(serial, first.tokens, first.mask, BlockState(tuple(grads))).pack()
@@ -315,5 +341,4 @@ class TrainWorker(TrainedWorker):
         )
 
     def _norms(self, is_last: bool) -> dict[str, Any]:
-        assert self._training is not None
-        return {"norms": self._training.norms()} if is_last else {}
+        return {"norms": self.work.training.norms()} if is_last else {}

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from orchestrator.models.training.compensation_options import CompensationOptions
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.runtime.replicated_blocks import Program
+from orchestrator.runtime.worker import Worker
 from orchestrator.stages.context.decompose import block_pass
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
@@ -43,7 +44,7 @@ class WalkJob(TrainedStage):
     """
 
     name: ClassVar[str] = "walk"
-    worker_class: type[WalkWorker] = WalkWorker
+    worker_class: type[Worker] = WalkWorker
 
     def __init__(
         self,

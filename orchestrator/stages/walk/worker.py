@@ -1,7 +1,7 @@
-"""The worker that walks a compressed model block by block, each behind the ones it has changed."""
+"""Worker that changes the blocks of a compressed model in order, each on changed inputs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from orchestrator.device.malloc import return_freed_memory
 from orchestrator.device.transport import Departure
+from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.compensation import (
@@ -25,10 +26,10 @@ from orchestrator.models.training.refine import Refinement, merge
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.runtime.calls import Command
 from orchestrator.runtime.replicated_blocks import ReplicaCommand
-from orchestrator.runtime.worker import Emitted
+from orchestrator.runtime.worker import Emitted, Worker
 from orchestrator.stages.context.gradients import merge_records, pack
-from orchestrator.stages.context.tokens import first_chunk
-from orchestrator.stages.context.trained_worker import TrainedTask, TrainedWorker
+from orchestrator.stages.context.open_shard import DenseModel
+from orchestrator.stages.context.trained_worker import CompressedModel, TrainedTask
 from orchestrator.stages.walk.commands import Descend, Look
 from orchestrator.store.chunks import Chunks, MissingChunk
 
@@ -38,20 +39,20 @@ Given = tuple[dict[int, Any], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalkTask(TrainedTask):
-    """What is needed beside the compressed model."""
+    """Task of a walk over the blocks."""
 
     compensation: CompensationOptions | None
     refinement: RefineOptions | None
     changed: frozenset[int]
-    """Blocks with a linear that is cut; the others are gone through as they are."""
+    """Blocks with a linear that is cut; the others are passed through unchanged."""
     dense_key: str
-    """The pass of the dense model's chunks; that of the compressed model's is the `pass_key`."""
+    """The pass of the dense model's chunks; that of the compressed model is the `pass_key`."""
     sequences: int
 
 
 @dataclass(slots=True, kw_only=True)
 class OpenBlock:
-    """The block at hand, with what this replica has of it."""
+    """The current block, and this replica's share of its chunks and results."""
 
     block: int
     dense: Shard
@@ -62,13 +63,13 @@ class OpenBlock:
     targets: dict[int, Chunk] = field(default_factory=dict)
     passed: dict[int, Chunk] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """What of the block is another now, by its name in the model."""
+    """Changed tensors of the block, by name in the model."""
     refinement: Refinement | None = None
     gradients: dict[int, Tensor] | None = None
-    """A step's, made by this replica alone and not yet taken."""
+    """Gradients of a step that is computed by this replica alone and not yet applied."""
 
 
-class WalkWorker(TrainedWorker):
+class WalkWorker(Worker):
     """Two streams of chunks from block to block: the dense model's, and the compressed one's.
 
     The workers are replicas of the block at hand. A chunk behind it is made by one of them, and a
@@ -80,10 +81,11 @@ class WalkWorker(TrainedWorker):
     take: for each trained parameter 4 bytes more for every slice that a replica makes of a step.
     """
 
-    task: WalkTask
-
     def __init__(self, task: WalkTask) -> None:
-        super().__init__(task)
+        super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
+        self.task = task
+        self.dense = DenseModel(task, self.run, self.device)
+        self.compressed = CompressedModel(self, task, self.dense)
         self._dense_chunks = self.run.chunks(task.dense_key, self.environment())
         self._held = ExitStack()
         self._work: OpenBlock | None = None
@@ -113,12 +115,12 @@ class WalkWorker(TrainedWorker):
         """
         self._put_down()
         part, begun = range(block, block + 1), time.monotonic()
-        dense = self._held.enter_context(self.dense.shard(part))
-        shard = self._held.enter_context(self.planned.shard(part))
+        dense = self._held.enter_context(self.dense.lazy.shard(part))
+        shard = self._held.enter_context(self.compressed.planned.shard(part))
         dense_inputs, inputs = self._entering(block)
         if is_made:
-            found = load_file(self._trained_path(self.task.keys[block]))
-            names = {disk: name for name, disk in self.planned.disk_names.items()}
+            found = load_file(self.compressed.path(self.task.keys[block]))
+            names = {disk: name for name, disk in self.compressed.planned.disk_names.items()}
             restore(shard, {names[disk]: tensor for disk, tensor in found.items()})
         self._work = OpenBlock(
             block=block,
@@ -137,7 +139,9 @@ class WalkWorker(TrainedWorker):
 
     @property
     def work(self) -> OpenBlock:
-        assert self._work is not None
+        """The current block."""
+        if self._work is None:
+            raise RuntimeError("no block is open; `look` comes first in a block's rounds")
         return self._work
 
     def look(self, parts: Sequence[int], block: int, is_made: bool) -> Given:
@@ -250,21 +254,24 @@ class WalkWorker(TrainedWorker):
             timings = {"seconds": seconds, "memory": self.usage().to_json()}
             values[part] = facts | {"timings": timings}
             tensors = {name: tensor.detach().cpu() for name, tensor in work.tensors.items()}
-            self.commit_trained(work.block, tensors, values[part])
+            self.compressed.commit_block(work.block, tensors, values[part])
         self._put_down()
         return values, {}
+
+    def write(self, file: Mapping[str, Any], choice: str = "") -> dict[str, Any]:
+        """Write one file of the checkpoint, with the tensors of the blocks that were changed."""
+        return self.compressed.after.write(file, self.task.out)
 
     def _emit(self, store: Chunks, boundary: int, chunk: Chunk) -> None:
         """Stores a chunk in a thread; `flush_writes` waits for it after the round."""
         departure = Departure()
-        self.store(boundary, chunk.index, chunk.pack(departure), departure, store)
+        self.store(boundary, chunk.index, chunk.pack(departure), departure, chunks=store)
 
     def _entering(self, block: int) -> tuple[list[Chunk], list[Chunk]]:
         """Both streams at a block's input: what this worker has left there, else the files."""
         indices = range(self.task.sequences)
         if block == 0:
-            assert self._tokens is not None
-            first = [first_chunk(self._tokens, index) for index in indices]
+            first = [self.dense.first_chunk(index) for index in indices]
             return first, first
         boundary, *left = self._left
         held = left if boundary == block else ({}, {})

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.allocate.two_sided_sparse import Surface
 from orchestrator.errors import UsageError
 from orchestrator.hf.bootstrap import bootstrap_source
 from orchestrator.models.checkpoint.headers import read_json
@@ -15,6 +14,7 @@ from orchestrator.models.checkpoint.write import REPORT_FILE, finish
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.plan.result import Result
+from orchestrator.plan.surface import Surface
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch

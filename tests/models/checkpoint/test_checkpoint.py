@@ -17,7 +17,12 @@ from transformers import AutoModelForCausalLM
 import orchestrator.hf  # noqa: F401 # the checkpoints written here are loaded
 from orchestrator.errors import InputError, OrchestratorError, UsageError
 from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, layout
-from orchestrator.models.checkpoint.output import MARKER_FILE, check_out, claim_out
+from orchestrator.models.checkpoint.output import (
+    LEASE_FILE,
+    MARKER_FILE,
+    check_out,
+    claim_out,
+)
 from orchestrator.models.checkpoint.write import finish, write_file
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.plan import Assignment
@@ -300,7 +305,13 @@ def test_a_directory_is_complete_only_with_its_config(made, dense, tmp_path):
     assert not check_out(out)
     (out / made.files[0].name).write_bytes((made.directory / made.files[0].name).read_bytes())
     (out / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier attempt")
+    leftover, lease = out / ".model.safetensors.0.tmp", out / f".{LEASE_FILE}.0.tmp"
+    for path in (leftover, lease):
+        path.write_bytes(b"")
     finish(out, **arguments)
+    assert not leftover.exists()
+    # a renewal of the lease, in another thread, is about to rename it
+    assert lease.exists()
     assert check_out(out)
     assert not (out / MARKER_FILE).exists()
     assert len(list(out.glob("*.safetensors"))) == len(made.files)

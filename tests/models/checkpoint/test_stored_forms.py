@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import orchestrator.hf
 from orchestrator.errors import InputError
 from orchestrator.hf.export import export_dense
+from orchestrator.methods.kinds.sparse import SPARSE
 from orchestrator.models.checkpoint.layout import layout
 from orchestrator.models.checkpoint.stored_tensor import StoredTensor
 from orchestrator.models.forms.index_codes import INDEX_CODES, materialize
@@ -25,7 +26,7 @@ from orchestrator.plan.forms import LOW_RANK, PIVOTED
 from orchestrator.plan.forms.index_sizes import index_code
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
-from orchestrator.stages.context.stored_factors import read_sparse
+from orchestrator.stages.context.stored import StoredFile, coded
 
 FORMS = ("low_rank", "pivoted", "sparse", "low_rank_sparse", "shared")
 
@@ -328,7 +329,9 @@ def test_any_number_of_entries_is_a_prefix_of_a_unit(tmp_path, nonzeros):
     )
     plan = plan_of(survey, {"a": assignment})
     (file,) = layout(survey, [tensor], plan, output_dtype=None, max_shard_bytes=1)
-    parts = {spec.part: read_sparse(path, spec, linear) for spec in file.tensors}
+    stored = StoredFile(path, torch.device("cpu"))
+    entries = SPARSE.entries(stored, rank=0, nonzeros=nonzeros)
+    parts = {spec.part: coded(spec, linear, entries) for spec in file.tensors}
     assert {spec.part: spec.shape for spec in file.tensors} == {
         part: tuple(each.shape) for part, each in parts.items()
     }

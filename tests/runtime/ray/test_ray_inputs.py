@@ -17,7 +17,8 @@ from pipeline import contents, run, with_tokenizer, write_text
 
 from orchestrator.errors import InfeasibleError, InputError, WorkerError
 from orchestrator.models.checkpoint.output import MARKER_FILE
-from orchestrator.models.checkpoint.weights import Weights
+from orchestrator.models.checkpoint.weights import Weights, fingerprint_of
+from orchestrator.models.shards.chunk import Chunk
 from orchestrator.runtime.scaling import Bounds
 from orchestrator.runtime.worker import Task, Worker, check_alike
 from orchestrator.usage import Usage
@@ -95,17 +96,21 @@ def task(model, run_dir, **fields):
     return Task(run_dir=run_dir, threads=1, pass_key="key", fingerprints=found, **fields)
 
 
+def worker(task):
+    return Worker(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
+
+
 def test_a_probe_names_the_node_and_what_it_does_not_see(model, tmp_path):
     """A model that is not there, another model in its place, a directory that is another."""
     here = f"^node {socket.gethostname()}: "
     with pytest.raises(InputError, match=rf"{here}does not see the model: .*nowhere"):
-        Worker(task(model, tmp_path, fingerprints={tmp_path / "nowhere": "0"})).probe("n")
+        worker(task(model, tmp_path, fingerprints={tmp_path / "nowhere": "0"})).probe("n")
     with pytest.raises(InputError, match=f"{here}.* must read the same checkpoint"):
-        Worker(task(model, tmp_path, fingerprints={model: "0" * 64})).probe("n")
+        worker(task(model, tmp_path, fingerprints={model: "0" * 64})).probe("n")
     with pytest.raises(InputError, match=f"{here}does not see {tmp_path} as the driver does"):
-        Worker(task(model, tmp_path, writes=(tmp_path,))).probe("n")
+        worker(task(model, tmp_path, writes=(tmp_path,))).probe("n")
     (tmp_path / ".probe-n").touch()
-    assert Worker(task(model, tmp_path, writes=(tmp_path,))).probe("n")["pid"] == os.getpid()
+    assert worker(task(model, tmp_path, writes=(tmp_path,))).probe("n")["pid"] == os.getpid()
 
 
 def test_workers_that_are_not_alike_are_refused():

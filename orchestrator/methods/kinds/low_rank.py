@@ -1,0 +1,98 @@
+"""Low-rank results: two factors, nested in rank, with the energies that truncation loses."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+
+from orchestrator.methods.kinds.base import Errors, Factor, Kind, StoredLinear, prefix_factor
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Assignment
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from orchestrator.linalg.low_rank import LowRank
+    from orchestrator.linalg.scaled import ScaledLowRank
+    from orchestrator.linalg.two_sided import TwoSidedLowRank
+
+L = TypeVar("L", bound="LowRank")
+S = TypeVar("S", bound="ScaledLowRank")
+
+
+class LowRankKind(Kind[L]):
+    """Factors whose energies are those of the outputs and whose left factor is orthonormal."""
+
+    sizes: ClassVar[tuple[str, ...]] = ("rank",)
+
+    def facts(self, name: str, weight_OI: "Tensor", result: L) -> dict[str, Any]:
+        import torch
+
+        energies_K = result.energies_K.cpu().numpy()
+        norm = torch.linalg.vector_norm(weight_OI, dtype=torch.float64)
+        return {
+            "curve": Curve(name=name, energies=energies_K, total=result.total).to_json(),
+            "weight_energies": self._weight_energies(result).tolist(),
+            "weight_total": float(norm.square()),
+            "numerics": result.report,
+        }
+
+    def _weight_energies(self, result: L) -> "Tensor":
+        """Return the part of |W|² that each direction explains, float64 [R]."""
+        import torch
+
+        norm_R: Tensor = torch.linalg.vector_norm(result.down_RI, dim=1, dtype=torch.float64)
+        return norm_R.square()
+
+    def tensors(self, result: L, dtype: "torch.dtype") -> dict[str, "Tensor"]:
+        """Return both factors with ranks as rows."""
+        return {"weight": result.weight_OR.T.to(dtype), "down": result.down_RI.to(dtype)}
+
+    def curve(self, facts: Mapping[str, Any]) -> Curve:
+        return Curve.from_json(facts["curve"])
+
+    def errors(self, facts: Mapping[str, Any], linear: Linear, assigned: Assignment) -> Errors:
+        """Return the fractions that the directions which are cut have of both totals.
+
+        The curve is that of the outputs, unless the facts have one apart.
+        """
+        curve, rank = self.curve(facts), assigned.rank
+        energies = facts.get("activation_energies", curve.energies)
+        return {
+            "activation_error": _tail(energies, rank, facts.get("activation_total", curve.total)),
+            "weight_error": _tail(facts["weight_energies"], rank, facts["weight_total"]),
+        }
+
+    def factor(
+        self, stored: StoredLinear, part: Factor, outputs: range, *, rank: int, nonzeros: int
+    ) -> "Tensor":
+        return prefix_factor(stored, part, rank, outputs)
+
+
+class ScaledKind(LowRankKind[S]):
+    """Factors whose energies are in another norm; those of the outputs are told beside them."""
+
+    def facts(self, name: str, weight_OI: "Tensor", result: S) -> dict[str, Any]:
+        return super().facts(name, weight_OI, result) | {
+            "activation_energies": result.activation_R.tolist(),
+            "activation_total": result.activation_total,
+        }
+
+
+class TwoSidedKind(ScaledKind["TwoSidedLowRank"]):
+    """Factors that are orthonormal in the curvature's norm, so their shares of |W|² are apart."""
+
+    def _weight_energies(self, result: "TwoSidedLowRank") -> "Tensor":
+        return result.weight_R
+
+
+LOW_RANK: LowRankKind["LowRank"] = LowRankKind()
+SCALED: ScaledKind["ScaledLowRank"] = ScaledKind()
+TWO_SIDED = TwoSidedKind()
+
+
+def _tail(energies: Sequence[float] | np.ndarray, kept: int, total: float) -> float:
+    """Return the fraction of a total that the first energies do not hold."""
+    return max(1.0 - float(np.sum(energies[:kept])) / total, 0.0) if total else 0.0

@@ -1,0 +1,212 @@
+"""Stored tensors of a run: the sources that the tensors of a checkpoint are read from, in order.
+
+Shape suffixes: N entries.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from orchestrator.device.transport import download, upload
+from orchestrator.methods.kinds.base import Factor, Kind
+from orchestrator.methods.kinds.ranked import MaskedParts
+from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec
+from orchestrator.models.checkpoint.weights import Weights
+from orchestrator.models.checkpoint.write import write_file
+from orchestrator.models.forms.index_codes import encode
+from orchestrator.plan.linear import Linear
+from orchestrator.stages.context.masks import read_candidates
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.store.places import Place
+from orchestrator.store.run import RunDirectory
+
+CODED = ("values", "index", "rows")
+"""Parts of a linear that its entries give."""
+
+
+class Source(Protocol):
+    """One place where stages leave tensors of the compressed model."""
+
+    def read(self, tensor: TensorSpec) -> Tensor | None:
+        """Return the tensor, on any device, or None if it is not stored here."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensors:
+    """The tensors of a compressed model, each from the first of the sources that has it.
+
+    Later stages come first: trained tensors, refitted factors, pivoted factors, kept candidates,
+    decompositions.
+    """
+
+    sources: tuple[Source, ...]
+    kept: "KeptCandidates | None" = None
+    """The source among them whose errors are measured as a file is written."""
+
+    def read(self, tensor: TensorSpec) -> Tensor:
+        """Return one tensor of the checkpoint.
+
+        Raises:
+            ValueError: No source has it.
+        """
+        for source in self.sources:
+            if (found := source.read(tensor)) is not None:
+                return found
+        raise ValueError(
+            f"{tensor.name}: no stage stores part {tensor.part!r} of {tensor.source}; the plan and "
+            "the stages of the run do not fit together"
+        )
+
+    def write(self, file: Mapping[str, Any], out: Place) -> dict[str, Any]:
+        """Write one file of the checkpoint; returns its facts, with the errors of kept candidates.
+
+        Args:
+            file: A `FileSpec` as JSON.
+        """
+        spec = FileSpec.from_json(file)
+        facts = write_file(spec, out / spec.name, self.read)
+        return facts if self.kept is None else facts | {"errors": self.kept.errors(spec)}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """The tensors that a unit stores of a linear, read to a device."""
+
+    path: Path
+    device: torch.device
+
+    def whole(self, name: str) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            return upload(file.get_tensor(name), self.device)
+
+    def prefix(self, name: str, rows: int, columns: range | None = None) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            stored = file.get_slice(name)
+            if columns is None:
+                return upload(stored[:rows], self.device)
+            return upload(stored[:rows, columns.start : columns.stop], self.device)
+
+
+class DenseTensors:
+    """Tensors that the compressed model has in common with the dense one."""
+
+    def __init__(self, model: Place) -> None:
+        self._model = model
+
+    @cached_property
+    def _weights(self) -> Weights:
+        return Weights.open(self._model)
+
+    def read(self, tensor: TensorSpec) -> Tensor | None:
+        return self._weights.read(tensor.source) if tensor.part == "copy" else None
+
+
+class Decompositions:
+    """The decompositions of the linears, cut to the sizes that tensors have in the plan."""
+
+    def __init__(self, task: CompressionTask, run: RunDirectory, device: torch.device) -> None:
+        self._task, self.run, self._device = task, run, device
+        self._kind = task.method.kind
+        self._groups = {
+            linear.name: group for group in task.grouping.groups(task.linears) for linear in group
+        }
+        self._last: tuple[tuple[str, int], tuple[Tensor, Tensor]] | None = None
+
+    def read(self, tensor: TensorSpec) -> Tensor | None:
+        linear = self._task.linear(tensor.source)
+        if tensor.part in ("weight", "down"):
+            part = cast(Factor, tensor.part)
+            return self.factor(linear, part, tensor.rank, tensor.nonzeros)
+        if tensor.part in CODED:
+            return coded(tensor, linear, self._entries(linear, tensor))
+        return None
+
+    def factor(self, linear: Linear, part: Factor, rank: int, nonzeros: int = 0) -> Tensor:
+        """Return a factor of a linear, cut to a rank, on the device."""
+        start = self._groups[linear.name].index(linear) * linear.out_features
+        outputs = range(start, start + linear.out_features)
+        stored = self.stored(linear)
+        return self._kind.factor(stored, part, outputs, rank=rank, nonzeros=nonzeros)
+
+    def _entries(self, linear: Linear, tensor: TensorSpec) -> tuple[Tensor, Tensor]:
+        """Return values and positions; the last ones are kept, since a linear's parts adjoin."""
+        wanted = linear.name, tensor.nonzeros
+        if self._last is None or self._last[0] != wanted:
+            self._last = None
+            sizes = {"rank": tensor.rank, "nonzeros": tensor.nonzeros}
+            self._last = wanted, self._kind.entries(self.stored(linear), **sizes)
+        return self._last[1]
+
+    def stored(self, linear: Linear) -> StoredFile:
+        """Return the file of a linear, or of those that share its basis."""
+        first = self._groups[linear.name][0]
+        key = self._task.block_keys[self._task.grouping.first(first.block)]
+        return StoredFile(self.run.units.file(key, factors_file(first)), self._device)
+
+
+class KeptCandidates:
+    """Directions and entries that a choice keeps of the decompositions.
+
+    Args:
+        key: The unit of the choice; see `masks.commit_candidates`.
+    """
+
+    def __init__(self, key: str, decompositions: Decompositions, task: CompressionTask) -> None:
+        self._key, self._decompositions, self._task = key, decompositions, task
+        self._last: tuple[str, MaskedParts] | None = None
+
+    def read(self, tensor: TensorSpec) -> Tensor | None:
+        linear = self._task.linear(tensor.source)
+        kept = self._parts(linear)
+        if tensor.part == "weight":
+            return kept.weight_RO.T
+        if tensor.part == "down":
+            return kept.down_RI
+        return coded(tensor, linear, kept.entries())
+
+    def errors(self, file: FileSpec) -> dict[str, dict[str, float]]:
+        """Measure the errors of the choice, by linear with entries in a file."""
+        names = {tensor.source for tensor in file.tensors if tensor.part == "values"}
+        return {
+            linear.name: self._parts(linear).errors(self._decompositions.stored(linear))
+            for linear in self._task.linears
+            if linear.name in names
+        }
+
+    def _parts(self, linear: Linear) -> MaskedParts:
+        """Return the kept parts; the last ones are kept in memory, since a linear's adjoin."""
+        if self._last is None or self._last[0] != linear.name:
+            values = read_candidates(self._decompositions.run, self._key, linear)
+            if values is None:
+                raise ValueError(f"{linear.name} is dense in the choice and cut in the plan")
+            stored = self._decompositions.stored(linear)
+            self._last = linear.name, MaskedParts.read(stored, values.chosen())
+        return self._last[1]
+
+
+def coded(tensor: TensorSpec, linear: Linear, entries: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the values or the coded positions of entries that come by ascending position."""
+    values_N, positions_N = entries
+    if tensor.part == "values":
+        return values_N
+    sizes = linear.out_features, linear.in_features
+    return encode(tensor.code, positions_N, *sizes)[tensor.part]
+
+
+def host_tensors(kind: Kind[Any], result: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors that a unit stores of a result, in the host's memory."""
+    # transposed on the device of the result: milliseconds on a GPU
+    stored = kind.tensors(result, dtype).items()
+    return {name: download(rows.contiguous()) for name, rows in stored}
+
+
+def factors_file(linear: Linear) -> str:
+    """Return the name of the file with a linear's decomposition, in the unit of its block."""
+    return f"{linear.name}.safetensors"

@@ -1,0 +1,59 @@
+"""Task of the workers of a compression: plain values, and the unit keys that follow from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from orchestrator.methods.base import Method
+from orchestrator.plan.forms import Form
+from orchestrator.plan.grouping import Grouping
+from orchestrator.plan.linear import Linear
+from orchestrator.runtime.worker import Task
+from orchestrator.store.places import Place
+from orchestrator.store.units import unit_key
+
+PIVOT_VERSION = 1
+"""Raised when pivoted factors change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressionTask(Task):
+    """Task that the workers of one compression share."""
+
+    model: Place
+    out: Place
+    method: Method
+    dtype: torch.dtype | None
+    output_dtype: torch.dtype | None
+    linears: tuple[Linear, ...]
+    """The targeted linears."""
+    form: Form
+    """Form of those that are cut."""
+    grouping: Grouping
+    tokens_key: str
+    block_keys: Mapping[int, str]
+    """Keys of the units of decompositions, by the first block of each group of blocks."""
+
+    def linear(self, name: str) -> Linear:
+        """Return the targeted linear of this name."""
+        return next(each for each in self.linears if each.name == name)
+
+    def of_groups(self, first_blocks: Sequence[int]) -> list[Linear]:
+        """Return the linears of the groups of blocks that begin with these blocks."""
+        return [each for each in self.linears if self.grouping.first(each.block) in first_blocks]
+
+    def side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
+        """Return which Gram a linear needs; only input Grams can be summed for a shared basis."""
+        if self.grouping.joins(linear):
+            return "input"
+        return self.method.side(linear, site)
+
+    def made_by(self, linear: Linear) -> list[str]:
+        """Return the keys of the units that a linear's factors are cut from."""
+        return [self.block_keys[self.grouping.first(linear.block)]]
+
+    def pivoted_key(self, linear: Linear, rank: int) -> str:
+        """Return the key of the unit of a linear's pivoted factors."""
+        return unit_key("pivot", PIVOT_VERSION, self.made_by(linear), linear=linear.name, rank=rank)
