@@ -14,7 +14,7 @@ from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.context.values import Asked, Surveyed, extended
 
 
-class Calibration(NamedTuple):
+class CalibrationTokens(NamedTuple):
     """The committed calibration tokens: key and facts of their unit."""
 
     key: str
@@ -54,7 +54,7 @@ def survey(asked: Asked) -> Surveyed:
     )
 
 
-def read_calibration(surveyed: Surveyed) -> Calibration:
+def read_calibration(surveyed: Surveyed) -> CalibrationTokens:
     """Tokenise and commit the calibration text, unless a previous run has done it.
 
     Raises:
@@ -63,7 +63,7 @@ def read_calibration(surveyed: Surveyed) -> Calibration:
     """
     recipe = surveyed.recipe
     if surveyed.previous is not None:
-        return Calibration(surveyed.previous.tokens_key, surveyed.previous.tokens)
+        return CalibrationTokens(surveyed.previous.tokens_key, surveyed.previous.tokens)
     if recipe.calibration is None:
         raise UsageError(
             "calibration: no text is named; give --calibration a .txt, .jsonl or .parquet "
@@ -80,4 +80,4 @@ def read_calibration(surveyed: Surveyed) -> Calibration:
         tokenizer=load_tokenizer(surveyed.model),
     )
     tokens.check_within(surveyed.vocabulary, surveyed.model)
-    return Calibration(commit_tokens(surveyed.run, tokens), tokens.report)
+    return CalibrationTokens(commit_tokens(surveyed.run, tokens), tokens.report)
