@@ -55,9 +55,9 @@ def resolve(asked: Recipe) -> ResolvedRecipe:
 
 
 def split_options(recipe: Recipe, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of the method and those of the allocation of this name, which share a table.
+    """Split a table into the options of the method and of the allocation of this name.
 
-    What is no option of the method is the allocation's, if there is one of this name, to refuse.
+    An unknown option is given to the allocation, if one has this name, which refuses it.
     """
     table = recipe.options.get(name, {})
     own = option_names(METHODS[name]) if name in METHODS else []
@@ -66,7 +66,7 @@ def split_options(recipe: Recipe, name: str) -> tuple[dict[str, Any], dict[str, 
 
 
 def _check_entries(recipe: Recipe, method: Method) -> None:
-    """Raises UsageError where ranks and entries are not those of the allocation's method."""
+    """Raises UsageError unless a method of ranks and entries has its own allocation."""
     if method.form == "low_rank_sparse" and recipe.allocation != method.allocation:
         raise UsageError(
             f"allocation is {recipe.allocation!r}, and {method.name} measures ranks "

@@ -49,7 +49,7 @@ class TrainJob(TrainedStage):
 
     A snapshot takes 12 bytes a trained value in the run directory (`all`; 8 `lean`), and the last
     one and the best are kept, beside the one that is being written. If the forecast finds this too
-    much (`forecast.storage`), only the values at the best step are kept, as they will be written,
+    much (`cost`), only the values at the best step are kept, as they will be written,
     and training begins again after a loss.
     """
 
