@@ -47,7 +47,15 @@ def dispatch(
     Raises:
         OrchestratorError: A call raised it, or the policy ended the run.
     """
-    loop = _Loop(pool, schedule, policy, on_success, is_awaited, on_event, Deadlines(patience))
+    loop = _Loop(
+        pool,
+        schedule,
+        policy,
+        on_success=on_success,
+        is_awaited=is_awaited,
+        on_event=on_event,
+        deadlines=Deadlines(patience),
+    )
     while not schedule.finished:
         loop.retire_draining()
         loop.start_calls()
@@ -67,6 +75,7 @@ class _Loop:
         pool: Pool,
         schedule: Schedule,
         policy: FailurePolicy,
+        *,
         on_success: Callable[[Call, Any], None],
         is_awaited: Callable[[tuple[int, int]], bool],
         on_event: Callable[[dict[str, Any]], None],
@@ -150,7 +159,7 @@ class _Loop:
             self._schedule.input_missing(call, outcome.error.chunk)
         elif outcome.error is not None:
             error = wrap_error(outcome.error, call)
-            self._tell("failed", outcome, str(error), "raised an error", Action.END)
+            self._report_failure(outcome, str(error), cause="raised an error", action=Action.END)
             raise error
         else:
             self._deadlines.note(call.method, time.monotonic() - begun)
@@ -168,7 +177,7 @@ class _Loop:
         is_split = outcome.cause is Cause.OUT_OF_MEMORY and self._schedule.shrink_after_oom(call)
         failure = Failure(call.label, node, outcome.cause, why)
         decision = self._policy.after_failure(failure, nodes.available(), is_split=is_split)
-        self._tell("lost", outcome, why, outcome.cause, decision.action)
+        self._report_failure(outcome, why, cause=outcome.cause, action=decision.action)
         if decision.error is not None:
             raise decision.error
         # other workers of a quarantined node may fail on their last call
@@ -178,10 +187,10 @@ class _Loop:
         self._schedule.lost(call)
         self._pool.replace(call.worker)
 
-    def _tell(self, name: str, outcome: Outcome, why: str, cause: str, action: Action) -> None:
+    def _report_failure(self, outcome: Outcome, why: str, *, cause: str, action: Action) -> None:
         self._on_event(
             {
-                "event": name,
+                "event": "failed" if outcome.lost is None else "lost",
                 "unit": outcome.call.label,
                 "why": why,
                 "cause": str(cause),

@@ -57,24 +57,31 @@ def reusable_units(
     }
     refused = _reject_mixed(
         {name: found["environment"] for name, found in there.items()},
-        len(keys),
         workers,
         monitor,
-        stage,
-        is_all,
+        stage=stage,
+        wanted=len(keys),
+        is_all=is_all,
     )
     return {name: found["facts"] for name, found in there.items() if name not in refused}
 
 
 def _reject_mixed(
     made: Mapping[Name, Mapping[str, Any]],
-    wanted: int,
     workers: WorkerGroup,
     monitor: RunMonitor,
+    *,
     stage: str,
+    wanted: int,
     is_all: bool,
 ) -> set[Name]:
-    """Units of another environment that are not reused; the decision is announced."""
+    """Units of another environment that are not reused; the decision is announced.
+
+    Args:
+        made: Environments of the committed units.
+        wanted: Number of units, committed or not.
+        is_all: Whether these units are all units of the stage.
+    """
     others = {name: each for name, each in made.items() if each != workers.environment}
     if not others:
         return set()

@@ -132,7 +132,9 @@ def start_workers(
 
     with (
         _probe_files(task) as nonce,
-        connect.pool(worker_class, task, asked, most, nonce, monitor) as ray_pool,
+        connect.pool(
+            worker_class, task, asked, most=most, nonce=nonce, monitor=monitor
+        ) as ray_pool,
     ):
         try:
             workers = WorkerGroup(

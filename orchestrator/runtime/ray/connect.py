@@ -57,6 +57,7 @@ def pool(
     worker_class: type[Worker],
     task: Task,
     asked: Bounds,
+    *,
     most: int,
     nonce: str,
     monitor: RunMonitor,
