@@ -134,13 +134,13 @@ def test_what_is_no_curvature_is_refused():
         given = statistic(specimen, "input", curvature)
         decompose_two_sided(specimen.weight_OI, given, 3, damping=0.01)
 
-    with pytest.raises(ValueError, match="need the curvature"):
+    with pytest.raises(ValueError, match="need a curvature"):
         attempt(None)
     with pytest.raises(ValueError, match=r"\(12, 12\)"):
         attempt(Curvature(torch.eye(30), 1))
     with pytest.raises(InputError, match="non-finite"):
         attempt(Curvature(torch.full((12, 12), torch.nan), 1))
-    with pytest.raises(InputError, match="no second moment"):
+    with pytest.raises(InputError, match="not a second moment"):
         attempt(Curvature(-torch.eye(12), 1))
 
 

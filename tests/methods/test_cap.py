@@ -569,7 +569,7 @@ def test_a_sketch_needs_a_second_moment():
     matrix_II = torch.tensor([[1.0, -3.0], [-3.0, 1.0]], dtype=torch.float64)
     weight_OI = torch.eye(2, dtype=torch.float64)
     assert RIDGES[-1] == 1
-    with pytest.raises(InputError, match="no second moment"):
+    with pytest.raises(InputError, match="not a second moment"):
         rank_parts(
             weight_OI, rpca(weight_OI), InputGram(matrix_II), utility="activation", buckets=8
         )

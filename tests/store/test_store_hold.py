@@ -84,7 +84,7 @@ def test_a_hold_of_a_dead_process_is_taken_over(place, quick):
     write_json(place, found(pid=gone()))
     begun = time.monotonic()
     with Lease(place).taken() as hold:
-        assert "is gone; taken over" in hold.note
+        assert "has ended; taken over" in hold.note
         assert time.monotonic() - begun < 0.8
     assert not place.exists()
 
