@@ -10,7 +10,6 @@ from orchestrator.allocate.budget import budget_values
 from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.strs import Strs
-from orchestrator.allocate.two_sided_sparse import TwoSidedSparseAllocator
 from orchestrator.errors import UsageError
 from orchestrator.forecast.forecast import MOST_BLOCKS
 from orchestrator.forecast.needs import needs_of
@@ -25,12 +24,9 @@ from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.locate import locate
 from orchestrator.models.survey.select import select
-from orchestrator.plan.candidates import Candidates
-from orchestrator.plan.curve import Curve
 from orchestrator.plan.grouping import Grouping
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.result import Result
-from orchestrator.plan.surface import Surface
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import resolve
 from orchestrator.runtime.deadline import slowly
@@ -309,11 +305,6 @@ class Compression:
         return isinstance(self.allocator, CapAllocator)
 
     @property
-    def mixes(self) -> bool:
-        """Whether a linear's rank and entries are chosen together from losses of both."""
-        return isinstance(self.allocator, TwoSidedSparseAllocator)
-
-    @property
     def measures(self) -> bool:
         """Whether sizes follow from what the model loses where one linear alone is cut."""
         return isinstance(self.allocator, Strs)
@@ -327,9 +318,7 @@ class Compression:
         if self.measures:
             self.measured = Sensitivities(self, workers, monitor, stage).measure()
             return
-        candidates = {
-            name: Candidates.from_json(result["curve"]) for name, result in self.results.items()
-        }
+        candidates = {name: self.method.kind.curve(result) for name, result in self.results.items()}
         scoring = Scoring(self, candidates, workers, monitor, stage, itemsize=self._itemsize)
         self.learnt = scoring.learn()
 
@@ -338,9 +327,8 @@ class Compression:
         if self.masks:
             self.plan: Plan = self.learnt.plan
             return
-        kind = Surface if self.mixes else Curve
         self.curves: dict[str, Any] = {
-            name: kind.from_json(result["curve"]) for name, result in self.results.items()
+            name: self.method.kind.curve(result) for name, result in self.results.items()
         }
         if self.measures:
             for name, losses in self.measured.losses.items():

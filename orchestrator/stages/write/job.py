@@ -97,8 +97,6 @@ class Writing:
 
     def _report(self, timings: Mapping[str, Any]) -> dict[str, Any]:
         job = self.job
-        first_of = self._first_of
-        curves = {} if job.masks or job.mixes else job.curves
         asked = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(job.recipe).items()
@@ -107,7 +105,7 @@ class Writing:
             survey=job.surveyed,
             linears=job.linears,
             plan=job.plan,
-            curves={name: curves[first] for name, first in first_of.items() if curves},
+            kind=job.method.kind,
             facts=self._facts(),
             tokens=job.token_report,
             recipe={name: value for name, value in asked.items() if name not in SCHEDULE},
@@ -181,15 +179,9 @@ class Writing:
         return facts
 
     def _errors(self) -> dict[str, Any]:
-        """By linear, what no curve says of it."""
+        """Return errors that were measured as files were written, by linear."""
         files = self._files.values()
-        errors = {name: each for file in files for name, each in file.get("errors", {}).items()}
-        if self.job.mixes:
-            for name, surface in self.job.curves.items():
-                assigned = self.job.plan.assignments[name]
-                if assigned.form != "dense":
-                    errors[name] = surface.errors(assigned.rank, assigned.nonzeros)
-        return errors
+        return {name: each for file in files for name, each in file.get("errors", {}).items()}
 
 
 def result_of(report: dict[str, Any], out: Place, run: RunDirectory) -> Result:
