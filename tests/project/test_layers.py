@@ -207,6 +207,7 @@ LONG_FILES = {"api", "forecast.forecast", "stages.context.compression"}
         "import orchestrator.api",
         "import orchestrator.models.survey.select",
         "import orchestrator.allocate",
+        "import orchestrator.methods",
         "import orchestrator.pages",
         "import orchestrator.forecast.forecast",
     ],
