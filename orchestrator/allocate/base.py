@@ -27,8 +27,6 @@ class Allocator(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     scoring: ClassVar[Scoring] = Scoring.NONE
-    curve_type: ClassVar[type[Any]] = Curve
-    """Class of the curves that it takes, with `from_json`."""
 
     def __init__(self, **options: Any) -> None:
         """Raises UsageError for an option's value that is not allowed."""

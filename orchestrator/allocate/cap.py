@@ -56,7 +56,6 @@ class CapAllocator(Allocator):
     """
 
     scoring: ClassVar[Scoring] = Scoring.MASKS
-    curve_type: ClassVar[type[Any]] = Candidates
     init: Init = "utility"
     across: Across = "linear"
     """Comparison of utilities of different linears before the first loss: over the utility at which

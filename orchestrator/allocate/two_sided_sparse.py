@@ -5,7 +5,7 @@ Indices: P points of a linear, ordered by entries, then by rank.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +36,6 @@ class TwoSidedSparseAllocator(Allocator):
 
     O(P log P) in the points of all linears. For results of method `two-sided-sparse`.
     """
-
-    curve_type: ClassVar[type[Any]] = Surface
 
     def __call__(
         self,

@@ -1,15 +1,16 @@
 """ASVD: activation-aware singular value decomposition (Yuan et al., arXiv 2312.05821)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
-from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
-from orchestrator.linalg.scaled import decompose_scaled
 from orchestrator.methods.base import Method
 from orchestrator.methods.kinds.low_rank import SCALED, ScaledKind
 from orchestrator.recipe.options import check_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 
 LEAST_SCALE = 1e-6
 """Added to every scale, so that none is 0; the authors' value."""
@@ -49,7 +50,11 @@ class Asvd(Method):
     def decomposition(self) -> str:
         return f"scaled-svd alpha={float(self.alpha)}"
 
-    def decompose(self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int) -> LowRank:
+    def decompose(
+        self, weight_OI: "Tensor", statistic: "InputGram | OutputGram", rank: int
+    ) -> "LowRank":
+        from orchestrator.linalg.scaled import decompose_scaled
+
         if statistic.magnitude_I is None:
             raise ValueError("asvd needs the magnitudes of the inputs beside their Gram")
         scale_I = statistic.magnitude_I.pow(self.alpha) + LEAST_SCALE

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import Field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from torch import Tensor
-
-from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.methods.kinds.base import Kind
 from orchestrator.methods.kinds.low_rank import LOW_RANK
 from orchestrator.plan.grouping import Grouping, gram_side
 from orchestrator.plan.linear import Linear
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.linalg.low_rank import InputGram, OutputGram
 
 
 class Method(Protocol):
@@ -73,7 +75,7 @@ class Method(Protocol):
         """
         return gram_side(linear, site)
 
-    def decompose(self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int) -> Any:
+    def decompose(self, weight_OI: "Tensor", statistic: "InputGram | OutputGram", rank: int) -> Any:
         """Return the result for one linear, of the kind `kind`: factors up to `rank`, all entries,
         or both."""
         ...

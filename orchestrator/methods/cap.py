@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.errors import UsageError
-from orchestrator.linalg.low_rank import InputGram, OutputGram
-from orchestrator.linalg.ranked import RankedParts, Utility, rank_parts
-from orchestrator.linalg.rpca import Solver, rpca
 from orchestrator.methods.base import Method
 from orchestrator.methods.kinds.ranked import RANKED, RankedKind
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.options import check_choice
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.linalg.low_rank import InputGram, OutputGram
+    from orchestrator.linalg.ranked import RankedParts, Utility
+    from orchestrator.linalg.rpca import Solver
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,12 @@ class Cap(Method):
     root of the singular values (`weight` has orthonormal columns here, the product is the same).
     """
 
-    utility: Utility = "activation"
+    utility: "Utility" = "activation"
     buckets: int = 64
     """Of equal count, into which a linear's entries are summed up for the driver, and which share
     a keep-probability. 0: one for each entry, as the paper has it, for small models; the
     allocation says what that would be for 70B."""
-    solver: Solver = "ialm"
+    solver: "Solver" = "ialm"
 
     name: ClassVar[str] = "cap"
     version: ClassVar[int] = 3
@@ -68,13 +70,17 @@ class Cap(Method):
         return "input"
 
     def decompose(
-        self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int
-    ) -> RankedParts:
+        self, weight_OI: "Tensor", statistic: "InputGram | OutputGram", rank: int
+    ) -> "RankedParts":
         """Everything, whatever `rank`: the choice may take any direction and any entry.
 
         Raises:
             InputError: As `rpca` and `rank_parts`.
         """
+        from orchestrator.linalg.low_rank import InputGram
+        from orchestrator.linalg.ranked import rank_parts
+        from orchestrator.linalg.rpca import rpca
+
         if not isinstance(statistic, InputGram):
             raise ValueError("cap needs the Gram of the inputs, not that of the outputs")
         parts = rpca(weight_OI, solver=self.solver)

@@ -1,15 +1,15 @@
 """Plain SVD: the closest weight of each rank, whatever its inputs are."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
-from orchestrator.linalg.scaled import decompose_scaled
 from orchestrator.methods.base import Method
 from orchestrator.methods.kinds.low_rank import SCALED, ScaledKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,12 @@ class Svd(Method):
     def kind(self) -> ScaledKind[Any]:
         return SCALED
 
-    def decompose(self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int) -> LowRank:
+    def decompose(
+        self, weight_OI: "Tensor", statistic: "InputGram | OutputGram", rank: int
+    ) -> "LowRank":
+        import torch
+
+        from orchestrator.linalg.scaled import decompose_scaled
+
         scale_I = torch.ones(weight_OI.shape[1], dtype=torch.float64, device=weight_OI.device)
         return decompose_scaled(weight_OI, statistic, rank, scale_I)

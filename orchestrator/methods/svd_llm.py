@@ -1,13 +1,15 @@
 """SVD-LLM: truncation-aware whitening (Wang et al., ICLR 2025, arXiv 2403.07378)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
-
-from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram, decompose
 from orchestrator.methods.base import Method
 from orchestrator.recipe.options import check_choice
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 
 REFIT = ("never", "above_forty", "always")
 
@@ -42,5 +44,9 @@ class SvdLlm(Method):
     def refits(self, keep: float) -> bool:
         return self.refit == "always" or (self.refit == "above_forty" and keep <= 0.6)
 
-    def decompose(self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int) -> LowRank:
+    def decompose(
+        self, weight_OI: "Tensor", statistic: "InputGram | OutputGram", rank: int
+    ) -> "LowRank":
+        from orchestrator.linalg.low_rank import decompose
+
         return decompose(weight_OI, statistic, rank)

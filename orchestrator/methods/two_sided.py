@@ -1,15 +1,16 @@
 """Two-sided whitening with one global threshold (IO-SVD 2605.15626, OBD-LLM 2604.00821)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
-from orchestrator.linalg.two_sided import decompose_two_sided
 from orchestrator.methods.base import Method
 from orchestrator.methods.kinds.low_rank import TWO_SIDED, TwoSidedKind
 from orchestrator.recipe.options import check_number, check_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,5 +54,9 @@ class TwoSided(Method):
     def decomposition(self) -> str:
         return f"two-sided damping={float(self.damping)}"
 
-    def decompose(self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int) -> LowRank:
+    def decompose(
+        self, weight_OI: "Tensor", statistic: "InputGram | OutputGram", rank: int
+    ) -> "LowRank":
+        from orchestrator.linalg.two_sided import decompose_two_sided
+
         return decompose_two_sided(weight_OI, statistic, rank, damping=self.damping)

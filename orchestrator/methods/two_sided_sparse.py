@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.errors import UsageError
-from orchestrator.linalg.low_rank import InputGram, OutputGram
-from orchestrator.linalg.two_sided_sparse import SparseLowRank, sparse_low_rank
 from orchestrator.methods.base import Method
 from orchestrator.methods.kinds.sparse_low_rank import SparseLowRankKind
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.options import check_number, check_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.linalg.low_rank import InputGram, OutputGram
+    from orchestrator.linalg.two_sided_sparse import SparseLowRank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +93,16 @@ class TwoSidedSparse(Method):
         return "input"
 
     def decompose(
-        self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int
-    ) -> SparseLowRank:
+        self, weight_OI: "Tensor", statistic: "InputGram | OutputGram", rank: int
+    ) -> "SparseLowRank":
         """Everything, whatever `rank`: the choice is the allocation's.
 
         Raises:
             InputError: As `sparse_low_rank`.
         """
+        from orchestrator.linalg.low_rank import InputGram
+        from orchestrator.linalg.two_sided_sparse import sparse_low_rank
+
         if not isinstance(statistic, InputGram):
             raise ValueError("two-sided-sparse needs the Gram of the inputs, not of the outputs")
         given = weight_OI, statistic, self.grid, self.ranks

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.errors import InputError
-from orchestrator.linalg.low_rank import InputGram, OutputGram
-from orchestrator.linalg.sparse import Sparse, sort_within_rows
 from orchestrator.methods.base import Method
 from orchestrator.methods.kinds.sparse import SPARSE, SparseKind
 from orchestrator.plan.linear import Linear
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.linalg.low_rank import InputGram, OutputGram
+    from orchestrator.linalg.sparse import Sparse
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,16 @@ class Wanda(Method):
     def side(self, linear: Linear, site: Sequence[Linear]) -> Literal["input", "output"]:
         return "input"
 
-    def decompose(self, weight_OI: Tensor, statistic: InputGram | OutputGram, rank: int) -> Sparse:
+    def decompose(
+        self, weight_OI: "Tensor", statistic: "InputGram | OutputGram", rank: int
+    ) -> "Sparse":
         """
         Raises:
             InputError: As `sort_within_rows`; also when H has a negative diagonal.
         """
+        from orchestrator.linalg.low_rank import InputGram
+        from orchestrator.linalg.sparse import sort_within_rows
+
         if not isinstance(statistic, InputGram):
             raise ValueError("wanda needs the Gram of the inputs, not that of the outputs")
         square_I = statistic.matrix_II.diagonal()

@@ -40,8 +40,8 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
 
 def _curves(decomposed: Decomposed, scores: Scores) -> dict[str, Any]:
     """Curves by linear, those of sensitivities with their losses."""
-    read = decomposed.allocator.curve_type.from_json
-    curves = {name: read(result["curve"]) for name, result in decomposed.results.items()}
+    read = decomposed.method.kind.curve
+    curves = {name: read(result) for name, result in decomposed.results.items()}
     for name, losses in scores.losses.items():
         curves[name] = replace(curves[name], sensitivities=losses)
     return curves

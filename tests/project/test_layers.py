@@ -200,6 +200,7 @@ LONG_FILES: set[str] = set()
         "import orchestrator.api",
         "import orchestrator.models.survey.select",
         "import orchestrator.allocate",
+        "import orchestrator.methods",
         "import orchestrator.pages",
         "import orchestrator.forecast.forecast",
         *(f"import orchestrator.{name}" for name in MODULES if name.endswith((".spec", ".cost"))),

@@ -75,11 +75,10 @@ def test_an_unknown_option_of_a_stage_is_refused(table):
 
 
 def test_allocators_declare_the_losses_that_they_need():
-    """Two allocators take losses of the model; all name the class of their curves."""
+    """Two allocators take losses of the model; that is no option of theirs."""
     named = [*ALLOCATORS.items(), *POOL_ALLOCATORS.items(), *SPARSE_ALLOCATORS.items()]
     scoring = {name: each.scoring for name, each in named if each.scoring is not Scoring.NONE}
     assert scoring == {"strs": Scoring.SENSITIVITIES, "cap": Scoring.MASKS}
     for _, each in named:
         assert Allocator in each.__mro__
-        assert callable(each.curve_type.from_json)
-        assert {"scoring", "curve_type"}.isdisjoint(field.name for field in fields(each))
+        assert "scoring" not in {field.name for field in fields(each)}

@@ -1,16 +1,13 @@
 """The machine-readable report of a compression: plain data, the same bytes for the same result.
 
-Everything that may differ between two equal runs (seconds, memory, machines) is in `timings` and
-nowhere else.
+Everything that may differ between two equal runs (seconds, memory, machines) is under `timings`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from orchestrator.methods.kinds.base import Kind
 from orchestrator.plan.codecs import CODECS
-from orchestrator.plan.curve import Curve
 from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Plan
@@ -25,7 +22,7 @@ def make_report(
     linears: Sequence[Linear],
     plan: Plan,
     form: Form,
-    curves: Mapping[str, Curve],
+    kind: Kind[Any],
     facts: Mapping[str, Mapping[str, Any]],
     tokens: Mapping[str, Any],
     recipe: Mapping[str, Any],
@@ -44,8 +41,8 @@ def make_report(
 
     Args:
         form: Form of the linears that are cut.
-        curves: For each linear; none of those whose parts are chosen one by one.
-        facts: For each linear the facts of its decomposition.
+        kind: Kind of the results of the method.
+        facts: Facts of the decomposition of each linear, and errors that were measured later.
         key: Key of the result: hash of everything that decides its bytes.
     """
     return {
@@ -58,9 +55,7 @@ def make_report(
         "calibration": dict(tokens),
         **_sizes(survey, linears, plan, recipe),
         "linears": {
-            linear.name: _linear(
-                linear, plan, curves.get(linear.name), facts[linear.name], form=form
-            )
+            linear.name: _linear(linear, plan, facts[linear.name], kind=kind, form=form)
             for linear in linears
         },
         "not_targeted": sorted(
@@ -104,58 +99,20 @@ def _sizes(
 
 
 def _linear(
-    linear: Linear, plan: Plan, curve: Curve | None, facts: Mapping[str, Any], *, form: Form
+    linear: Linear, plan: Plan, facts: Mapping[str, Any], *, kind: Kind[Any], form: Form
 ) -> dict[str, Any]:
-    assignment = plan.assignments[linear.name]
+    assigned = plan.assignments[linear.name]
     entry: dict[str, Any] = {
-        "form": assignment.form,
+        "form": assigned.form,
         "shape": [linear.out_features, linear.in_features],
         "break_even": form.break_even(linear),
-        "values": assignment.stored_values(linear),
+        "values": assigned.stored_values(linear),
         "numerics": facts["numerics"],
     }
-    if assignment.form == "dense":
+    if assigned.form == "dense":
         reason = "its share of the budget holds the whole weight"
         return {**entry, "why_dense": reason, "activation_error": 0.0, "weight_error": 0.0}
-    if assignment.form == "low_rank_sparse" or curve is None:
-        # what is left of two parts that overlap follows from no curve
-        entry |= {"rank": assignment.rank, "nonzeros": assignment.nonzeros}
-        errors = ("activation_error", "weight_error")
-        return {**entry, **{name: facts.get(name) for name in errors}}
-    if assignment.form == "sparse":
-        entry["nonzeros"] = assignment.nonzeros
-        activation_error, weight_error = _sparse_errors(linear, assignment.nonzeros, facts)
-    else:
-        entry["rank"] = assignment.rank
-        if assignment.basis:
-            entry["basis"] = assignment.basis
-        activation_error, weight_error = _low_rank_errors(curve, assignment.rank, facts)
-    return {**entry, "activation_error": activation_error, "weight_error": weight_error}
-
-
-def _low_rank_errors(curve: Curve, rank: int, facts: Mapping[str, Any]) -> tuple[float, float]:
-    """Fractions of the energies of outputs and weight that this rank loses.
-
-    The method's own curve is of the outputs unless the facts have a separate one.
-    """
-    energies = facts.get("activation_energies", curve.energies)
-    activation_error = _tail(energies, rank, facts.get("activation_total", curve.total))
-    weight_error = _tail(facts["weight_energies"], rank, facts["weight_total"])
-    return activation_error, weight_error
-
-
-def _tail(energies: Sequence[float], kept: int, total: float) -> float:
-    """The fraction of a total that the first energies do not hold."""
-    return max(1.0 - float(np.sum(energies[:kept])) / total, 0.0) if total else 0.0
-
-
-def _sparse_errors(linear: Linear, nonzeros: int, facts: Mapping[str, Any]) -> tuple[float, float]:
-    """The same fractions for kept entries, interpolated between measured densities."""
-    errors = []
-    for losses in (facts["activation_losses"], facts["weight_losses"]):
-        kept = np.linspace(0, linear.values, len(losses))
-        # a norm falls more evenly than its square
-        lost = float(np.interp(nonzeros, kept, np.sqrt(losses))) ** 2
-        errors.append(lost / losses[0] if losses[0] else 0.0)
-    activation_error, weight_error = errors
-    return activation_error, weight_error
+    entry |= {size: getattr(assigned, size) for size in kind.sizes}
+    if assigned.basis:
+        entry["basis"] = assigned.basis
+    return {**entry, **kind.errors(facts, linear, assigned)}

@@ -157,7 +157,7 @@ class Planned(Decomposed):
 
     plan: Plan
     curves: Mapping[str, Any]
-    """Curves of the allocator's `curve_type`, by linear; empty if losses of masks decided."""
+    """Curves of the method's kind of result, by linear; empty if losses of masks decided."""
     scores: Scores
 
     @property

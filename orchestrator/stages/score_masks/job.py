@@ -17,7 +17,6 @@ from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
-from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.plan import Plan
 from orchestrator.runtime.calls import Call, Step
@@ -44,9 +43,7 @@ class MaskScoring:
         allocator = job.allocator
         assert isinstance(allocator, CapAllocator)
         self.allocator: CapAllocator = allocator
-        candidates = {
-            name: Candidates.from_json(result["curve"]) for name, result in job.results.items()
-        }
+        candidates = {name: job.method.kind.curve(facts) for name, facts in job.results.items()}
         self.pool = self.allocator.pool(job.linears, candidates, job.recipe.share)
         self._counts = self.pool.split(self.pool.count_N)
         self._chunks = min(self.allocator.chunks, job.sequences)

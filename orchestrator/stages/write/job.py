@@ -11,10 +11,8 @@ from orchestrator.models.checkpoint.layout import FileSpec, layout
 from orchestrator.models.checkpoint.output import check_out, claim_out
 from orchestrator.models.checkpoint.weights import parse_dtype
 from orchestrator.models.checkpoint.write import REPORT_FILE, finish
-from orchestrator.plan.curve import Curve
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.plan.result import Result
-from orchestrator.plan.surface import Surface
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
@@ -145,8 +143,6 @@ def write_small_files(
 def _report(
     planned: Planned, files: Facts, done: Sequence[StageResult], timings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    first_of = _first_of(planned)
-    curves = planned.curves if planned.allocator.curve_type is Curve else {}
     asked = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in asdict(planned.recipe).items()
@@ -156,7 +152,7 @@ def _report(
         linears=planned.linears,
         plan=planned.plan,
         form=planned.form,
-        curves={name: curves[first] for name, first in first_of.items() if curves},
+        kind=planned.method.kind,
         facts=_facts(planned, files, done),
         tokens=planned.token_report,
         recipe={name: value for name, value in asked.items() if name not in SCHEDULE},
@@ -217,7 +213,7 @@ def _facts(
     planned: Planned, files: Facts, done: Sequence[StageResult]
 ) -> dict[str, dict[str, Any]]:
     """By linear, the facts of its decomposition and the measurements of later stages."""
-    results, errors = planned.results, _errors(planned, files)
+    results, errors = planned.results, _errors(files)
     facts = {
         name: {**results[first], **errors.get(name, {})}
         for name, first in _first_of(planned).items()
@@ -228,17 +224,9 @@ def _facts(
     return facts
 
 
-def _errors(planned: Planned, files: Facts) -> dict[str, Any]:
-    """By linear, errors that follow from no curve of its ranks."""
-    errors = {
-        name: each for file in files.values() for name, each in file.get("errors", {}).items()
-    }
-    if planned.allocator.curve_type is Surface:
-        for name, surface in planned.curves.items():
-            assigned = planned.plan.assignments[name]
-            if assigned.form != "dense":
-                errors[name] = surface.errors(assigned.rank, assigned.nonzeros)
-    return errors
+def _errors(files: Facts) -> dict[str, Any]:
+    """Errors by linear that were measured as files were written."""
+    return {name: each for file in files.values() for name, each in file.get("errors", {}).items()}
 
 
 def _result_of(report: dict[str, Any], out: Place, run: RunDirectory) -> Result:
