@@ -20,13 +20,13 @@ from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
 from orchestrator.stages.admission import check_memory, recheck_memory
 from orchestrator.stages.allocate import allocate
 from orchestrator.stages.base import Stage
-from orchestrator.stages.context.compress_worker import CompressionWorker
 from orchestrator.stages.context.decompose import calibrate_and_decompose, calibration_task
 from orchestrator.stages.context.keys import assign_keys
 from orchestrator.stages.context.previous_run import PreviousRun
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob
 from orchestrator.stages.context.values import Keyed, Planned, Scores
+from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.evaluate.job import Evaluation
 from orchestrator.stages.evaluate.worker import EvaluationWorker
 from orchestrator.stages.request import ask

@@ -24,11 +24,11 @@ from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
 from orchestrator.stages.allocate import allocate
-from orchestrator.stages.context.compress_worker import CompressionWorker
 from orchestrator.stages.context.decompose import calibrate_and_decompose, calibration_task
 from orchestrator.stages.context.keys import assign_keys
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.values import Decomposed, Keyed, Scores
+from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.request import ask
 from orchestrator.stages.survey import read_calibration, survey
 from orchestrator.stages.write.job import layout_of, write_files, write_small_files

@@ -23,7 +23,7 @@ from orchestrator.models.training.compensation import read_errors, squared_error
 from orchestrator.models.training.distill import TopK, distill
 from orchestrator.runtime.calls import Step
 from orchestrator.runtime.worker import Task, Worker
-from orchestrator.stages.context.stored import host_tensors
+from orchestrator.stages.context.worker.stored import host_tensors
 from orchestrator.store.chunks import Chunks
 
 pytestmark = pytest.mark.usefixtures("cuda_environment")

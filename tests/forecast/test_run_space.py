@@ -23,10 +23,10 @@ from orchestrator.forecast.text import lines
 from orchestrator.plan.cut import cut_segments
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages import admission as foresight
-from orchestrator.stages.context.compress_worker import CompressionWorker
-from orchestrator.stages.context.curvature_worker import GradientPass
-from orchestrator.stages.context.pivoted import PIVOTED_FILE
-from orchestrator.stages.context.trained_worker import TRAINED_FILE
+from orchestrator.stages.context.worker.compress_worker import CompressionWorker
+from orchestrator.stages.context.worker.curvature_worker import GradientPass
+from orchestrator.stages.context.worker.pivoted import PIVOTED_FILE
+from orchestrator.stages.context.worker.trained_worker import TRAINED_FILE
 from orchestrator.stages.pivot.spec import Pivot
 from orchestrator.stages.train.cost import MOST_SNAPSHOTS
 from orchestrator.stages.train.worker import TrainWorker, best_key

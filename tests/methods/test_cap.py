@@ -39,7 +39,7 @@ from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.runtime.calls import Open, Step
 from orchestrator.runtime.shard_pass import ShardPass
-from orchestrator.stages.context.stored import StoredFile
+from orchestrator.stages.context.worker.stored import StoredFile
 
 PROJECTIONS = ("shift", "euclid", "multiplicative")
 

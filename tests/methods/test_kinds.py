@@ -14,7 +14,7 @@ from orchestrator.methods.kinds.ranked import RANKED, CandidateValues, MaskedPar
 from orchestrator.methods.kinds.sparse import SPARSE
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment
-from orchestrator.stages.context.stored import StoredFile, host_tensors
+from orchestrator.stages.context.worker.stored import StoredFile, host_tensors
 
 OUTPUTS, INPUTS = 14, 10
 LINEAR = Linear(

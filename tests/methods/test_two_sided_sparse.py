@@ -24,7 +24,7 @@ from orchestrator.linalg.two_sided_sparse import (
 )
 from orchestrator.methods import METHODS, make_method
 from orchestrator.methods.kinds.sparse_low_rank import SparseLowRankKind
-from orchestrator.stages.context.stored import StoredFile
+from orchestrator.stages.context.worker.stored import StoredFile
 
 METHOD = METHODS["two-sided-sparse"]
 DAMPING = 0.01

@@ -9,7 +9,7 @@ from pipeline import contents, run, with_tokenizer, write_llama, write_text
 
 import orchestrator
 from orchestrator.runtime.calls import Open
-from orchestrator.stages.context.compress_worker import CompressionWorker
+from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orchestrator.models.checkpoint.layout import TensorSpec
-from orchestrator.stages.context.stored import StoredFile, StoredTensors
+from orchestrator.stages.context.worker.stored import StoredFile, StoredTensors
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.runtime.workers import WorkerGroup
-from orchestrator.stages.context.curvature_worker import BackwardPass
 from orchestrator.stages.context.running_stage import RunningStage
+from orchestrator.stages.context.worker.curvature_worker import BackwardPass
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.run import RunDirectory
 

@@ -12,10 +12,10 @@ from orchestrator.models.checkpoint.weights import parse_dtype
 from orchestrator.runtime.deadline import slowly
 from orchestrator.runtime.workers import DEFAULT_THREADS, WorkerGroup
 from orchestrator.stages.context.block_pass import BlockPass
-from orchestrator.stages.context.curvature_worker import CurvatureTask
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.values import Decomposed, Keyed, extended
+from orchestrator.stages.context.worker.curvature_worker import CurvatureTask
 
 
 def calibrate_and_decompose(

@@ -11,12 +11,12 @@ from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.worker import Worker
 from orchestrator.stages.context.commands import PivotLinear
-from orchestrator.stages.context.compress_worker import CompressionWorker
 from orchestrator.stages.context.decompose import compression_task
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.values import Planned
+from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.store.files import digest_json
 
 

@@ -11,8 +11,8 @@ from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.training.refine import refine
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.runtime.worker import Emitted, Stored, Worker
-from orchestrator.stages.context.open_shard import DenseModel, OpenShard
-from orchestrator.stages.context.trained_worker import CompressedModel, TrainedTask
+from orchestrator.stages.context.worker.open_shard import DenseModel, OpenShard
+from orchestrator.stages.context.worker.trained_worker import CompressedModel, TrainedTask
 from orchestrator.store.chunks import Record
 
 

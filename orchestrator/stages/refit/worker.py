@@ -27,11 +27,11 @@ from orchestrator.plan.forms import FORMS
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 from orchestrator.runtime.worker import Emitted, Stored, Worker
-from orchestrator.stages.context.compress_worker import planned_tensors
-from orchestrator.stages.context.open_shard import DenseModel, OpenShard, StatisticsPass
-from orchestrator.stages.context.pivoted import commit_pivoted
-from orchestrator.stages.context.stored import Decompositions, StoredFile
 from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.worker.compress_worker import planned_tensors
+from orchestrator.stages.context.worker.open_shard import DenseModel, OpenShard, StatisticsPass
+from orchestrator.stages.context.worker.pivoted import commit_pivoted
+from orchestrator.stages.context.worker.stored import Decompositions, StoredFile
 
 FITTED_FILE = "fitted.safetensors"
 

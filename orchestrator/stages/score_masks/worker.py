@@ -11,9 +11,9 @@ from orchestrator.models.evaluation.scoring import score
 from orchestrator.models.statistics.calibration import as_dense, dense_weight
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored
-from orchestrator.stages.context.compress_worker import CompressionWorker
 from orchestrator.stages.context.masks import read_candidates
-from orchestrator.stages.context.open_shard import OpenShard
+from orchestrator.stages.context.worker.compress_worker import CompressionWorker
+from orchestrator.stages.context.worker.open_shard import OpenShard
 
 
 @dataclass(frozen=True, slots=True)

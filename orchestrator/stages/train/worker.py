@@ -17,8 +17,8 @@ from orchestrator.models.training.train import Training
 from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.runtime.calls import Command
 from orchestrator.runtime.worker import Emitted, Stored, Worker
-from orchestrator.stages.context.open_shard import DenseModel, OpenShard
-from orchestrator.stages.context.trained_worker import CompressedModel, TrainedTask
+from orchestrator.stages.context.worker.open_shard import DenseModel, OpenShard
+from orchestrator.stages.context.worker.trained_worker import CompressedModel, TrainedTask
 from orchestrator.stages.train.commands import PassCommand
 from orchestrator.store.chunks import MissingChunk, Record
 from orchestrator.store.units import unit_key

@@ -28,8 +28,8 @@ from orchestrator.runtime.calls import Command
 from orchestrator.runtime.replicated_blocks import ReplicaCommand
 from orchestrator.runtime.worker import Emitted, Worker
 from orchestrator.stages.context.gradients import merge_records, pack
-from orchestrator.stages.context.open_shard import DenseModel
-from orchestrator.stages.context.trained_worker import CompressedModel, TrainedTask
+from orchestrator.stages.context.worker.open_shard import DenseModel
+from orchestrator.stages.context.worker.trained_worker import CompressedModel, TrainedTask
 from orchestrator.stages.walk.commands import Descend, Look
 from orchestrator.store.chunks import Chunks, MissingChunk
 

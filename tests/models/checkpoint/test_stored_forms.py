@@ -26,7 +26,7 @@ from orchestrator.plan.forms import LOW_RANK, PIVOTED
 from orchestrator.plan.forms.index_sizes import index_code
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
-from orchestrator.stages.context.stored import StoredFile, coded
+from orchestrator.stages.context.worker.stored import StoredFile, coded
 
 FORMS = ("low_rank", "pivoted", "sparse", "low_rank_sparse", "shared")
 

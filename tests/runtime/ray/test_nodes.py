@@ -22,7 +22,7 @@ from orchestrator.errors import InfeasibleError, InputError, WorkerError
 from orchestrator.runtime.calls import Finish, Open
 from orchestrator.runtime.deadline import VARIABLE
 from orchestrator.stages import driver
-from orchestrator.stages.context.compress_worker import CompressionWorker
+from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.store.run import RunDirectory
 
 pytestmark = pytest.mark.chaos
@@ -69,7 +69,7 @@ def inject(monkeypatch):
                 fault(command)
                 return super().perform(command, record)
 
-        monkeypatch.setattr(driver, "worker_class", lambda asked: Faulty)
+        monkeypatch.setattr(driver, "CompressionWorker", Faulty)
 
     return inject
 
@@ -333,7 +333,7 @@ def test_a_gpu_that_fails_as_its_worker_starts_costs_that_worker(
                 raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy")
             super().__init__(task)
 
-    monkeypatch.setattr(driver, "worker_class", lambda asked: Faulty)
+    monkeypatch.setattr(driver, "CompressionWorker", Faulty)
     seen = Seen()
     run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
     assert (tmp_path / "failed").exists()

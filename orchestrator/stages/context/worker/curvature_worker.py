@@ -12,9 +12,9 @@ from torch import Tensor
 from orchestrator.models.evaluation.scoring import draw_label_gradient
 from orchestrator.models.shards.chunk import BlockState, Chunk
 from orchestrator.runtime.worker import Emitted, Stored
-from orchestrator.stages.context.compress_worker import CompressionWorker
-from orchestrator.stages.context.open_shard import OpenShard
 from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.worker.compress_worker import CompressionWorker
+from orchestrator.stages.context.worker.open_shard import OpenShard
 from orchestrator.store.chunks import MissingChunk
 
 LARGEST_PRIME = 2**63 - 25

@@ -21,9 +21,15 @@ from orchestrator.models.statistics.calibration import dense_weight
 from orchestrator.plan.grouping import stack
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored, Worker
-from orchestrator.stages.context.open_shard import DenseModel, OpenPass, OpenShard, StatisticsPass
-from orchestrator.stages.context.pivoted import PivotedFactors, commit_pivoted
-from orchestrator.stages.context.stored import (
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.worker.open_shard import (
+    DenseModel,
+    OpenPass,
+    OpenShard,
+    StatisticsPass,
+)
+from orchestrator.stages.context.worker.pivoted import PivotedFactors, commit_pivoted
+from orchestrator.stages.context.worker.stored import (
     Decompositions,
     DenseTensors,
     KeptCandidates,
@@ -31,7 +37,6 @@ from orchestrator.stages.context.stored import (
     factors_file,
     host_tensors,
 )
-from orchestrator.stages.context.task import CompressionTask
 from orchestrator.store.units import UnitWriter
 
 

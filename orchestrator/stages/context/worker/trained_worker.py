@@ -18,10 +18,10 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.plan.plan import Plan
 from orchestrator.runtime.worker import Worker
-from orchestrator.stages.context.compress_worker import planned_tensors
-from orchestrator.stages.context.open_shard import DenseModel
-from orchestrator.stages.context.stored import Decompositions, StoredTensors
 from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.worker.compress_worker import planned_tensors
+from orchestrator.stages.context.worker.open_shard import DenseModel
+from orchestrator.stages.context.worker.stored import Decompositions, StoredTensors
 from orchestrator.store.run import RunDirectory
 
 TRAINED_FILE = "trained.safetensors"

@@ -15,8 +15,8 @@ from orchestrator.methods.kinds.base import Factor
 from orchestrator.models.checkpoint.layout import TensorSpec
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Worker
-from orchestrator.stages.context.stored import StoredFile
 from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.worker.stored import StoredFile
 from orchestrator.store.run import RunDirectory
 
 PIVOTED_FILE = "pivoted.safetensors"
