@@ -71,8 +71,8 @@ def make_allocator(name: str, options: Mapping[str, Any], form: str = "low_rank"
     if name not in table:
         divided = "ranks and entries together" if name in POOL_ALLOCATORS else "ranks"
         raise UsageError(
-            f"allocation: {name!r} divides {divided}, but the method keeps {parts} of a linear; "
-            f"allowed are {', '.join(table)}"
+            f"allocation: {name!r} divides {divided}, but the method keeps {parts}; "
+            f"it must be one of {', '.join(table)}"
         )
     check_known(name, options, option_names(table[name]))
     return table[name](**options)

@@ -70,11 +70,11 @@ def test_an_exit_code_is_the_program_s(end):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--", "compress", "m", "small"], "out: small would lie in the job's own directory"),
-        (["--", "compress", "m", "/o", "--run-dir", "r"], "run_dir: r would lie in the job's"),
+        (["--", "compress", "m", "small"], "out: small would be in the job's own directory"),
+        (["--", "compress", "m", "/o", "--run-dir", "r"], "run_dir: r would be in the job's"),
         (["--", "submit", "--", "status", "r"], "the job's command cannot be submit itself"),
         (["--no-wait", "--retries", "1", "--", "status", "/r"], "does not watch the job"),
-        (["--retries", "-1", "--", "status", "/r"], "retries: -1 given"),
+        (["--retries", "-1", "--", "status", "/r"], "retries is -1"),
         (["--working-dir", "/none", "--", "status", "/r"], "/none is not a directory"),
         (["--env", "NAME", "--", "status", "/r"], "--env NAME: must be NAME=VALUE"),
         (["--env", "RAY_AUTH_TOKEN=x", "--", "status", "/r"], "RAY_AUTH_TOKEN would be displayed"),
