@@ -1,21 +1,27 @@
 """Lease of a run directory or an output: a small file that the driver renews.
 
-It only prevents users from starting the same run twice; stores have no locks that survive a driver.
-If two drivers run nevertheless, the result is still correct: units are named by their inputs and
-written atomically, so both write the same content.
+Of several drivers that take it at once, one gets it. On disk they take it one after the other, under
+a lock of the directory. In a store each driver first writes an object of its own name, then lists
+these objects: of two drivers at least one sees the other, gives way and retries. This requires only
+that a store lists what has been written, as S3, GCS and Azure guarantee. A driver that is suspended
+for half a minute can lose the lease and not notice for `RENEW_SECONDS`; the result is still correct,
+because units are named by their inputs and written atomically, so both write the same content.
 
 A lease is stale if its process on this host has ended, or if it is not renewed while another driver
 watches it for half a minute; clocks of different hosts are not compared.
 """
 
+import fcntl
 import json
 import os
+import random
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, UsageError
@@ -26,8 +32,8 @@ LEASE_FILE = "hold.json"
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
 """Time for which a holder on another host is watched for a renewal."""
-SETTLE_SECONDS = 1.0
-"""Time after which a store shows both of two concurrent writers the same holder."""
+_APART_SECONDS = 0.1, 0.5
+"""Range of the random time after which drivers that gave way to each other retry."""
 FORSAKEN_SECONDS = 120.0
 """By the clocks of two hosts, which may differ by a minute."""
 _LOOK_SECONDS = 0.25
@@ -52,6 +58,7 @@ class Lease:
         self._id = uuid.uuid4().hex
         self._since = time.time()
         self._renewals = 0
+        self._seen: dict[str, float] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="hold", daemon=True)
         self.note: str | None = None
@@ -81,9 +88,13 @@ class Lease:
             found = _read(self.place)
             if found is not None:
                 self._check_ended(found, tell)
-                self._remove(found)
-            if self._acquire():
-                break
+            with self._alone() as alone:
+                if alone and _read(self.place) == found:
+                    if not isinstance(self.place, Remote):
+                        self.place.unlink(missing_ok=True)
+                    if self._acquire():
+                        break
+            time.sleep(random.uniform(*_APART_SECONDS))
         _ours.add(self._id)
         self._thread.start()
 
@@ -115,7 +126,7 @@ class Lease:
             tell({"event": "waiting", "for": waits, "there": f"{STALE_SECONDS:.0f} s at most"})
         end = time.monotonic() + STALE_SECONDS
         while time.monotonic() < end:
-            time.sleep(_LOOK_SECONDS if not isinstance(self.place, Remote) else SETTLE_SECONDS)
+            time.sleep(4 * _LOOK_SECONDS if isinstance(self.place, Remote) else _LOOK_SECONDS)
             now = _read(self.place)
             if now is None:
                 return
@@ -132,21 +143,43 @@ class Lease:
             "wait for it to end, or stop it first"
         )
 
-    def _remove(self, found: dict[str, Any]) -> None:
-        """Remove the file of a holder that has ended; another driver may be faster."""
-        if _read(self.place) == found:
-            self.place.unlink(missing_ok=True)
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Yield True if no other driver takes the lease while the body runs."""
+        if not isinstance(self.place, Remote):
+            with suppress(OSError):
+                self.place.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.place.parent):
+                yield True
+            return
+        mine = self.place.with_name(f"{self.place.name}-{self._id}")
+        write_json(mine, self._content())
+        try:
+            yield self._others(mine) == []
+        finally:
+            mine.unlink(missing_ok=True)
+
+    def _others(self, mine: Remote) -> list[str]:
+        """Names of other drivers that take the lease; stale ones, of killed drivers, are removed."""
+        prefix = f"{self.place.name}-"
+        names = [each for each in mine.parent.sizes() if each.startswith(prefix)]
+        others = sorted(set(names) - {mine.name})
+        now = time.monotonic()
+        self._seen = {name: self._seen.get(name, now) for name in others}
+        for name, first in self._seen.items():
+            if now - first > STALE_SECONDS:
+                (mine.parent / name).unlink(missing_ok=True)
+        return others
 
     def _acquire(self) -> bool:
-        """Write the file; returns True if ours is the first on disk, or the last in a store.
+        """Write the file; returns True if it is ours. In a store the driver is alone (`_alone`).
 
         Raises:
             OrchestratorError: The file cannot be written.
         """
         if isinstance(self.place, Remote):
             write_json(self.place, self._content())
-            time.sleep(SETTLE_SECONDS)
-            return (_read(self.place) or {}).get("id") == self._id
+            return True
         try:
             self.place.parent.mkdir(parents=True, exist_ok=True)
             with self.place.open("x", encoding="utf-8") as file:
@@ -185,6 +218,17 @@ class Lease:
                     return
             with suppress(Exception):
                 self._beat()
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Exclude other processes of this host, and of other hosts if the shared disk has locks."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            handle = os.open(directory, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def is_forsaken(place: Place) -> bool:

@@ -80,7 +80,7 @@ class RunDirectory:
             raise InputError(f"{self.root}: is a file, not a run directory")
         if not self.root.is_dir() or (self.root / _MARKER).exists():
             return
-        if any(each.name != LEASE_FILE for each in self.root.iterdir()):
+        if any(not each.name.startswith(LEASE_FILE) for each in self.root.iterdir()):
             raise InputError(
                 f"{self.root}: contains files but no {_MARKER}, so it is not a run directory; "
                 "name another with --run-dir"

@@ -6,8 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 from drivers import Driver, is_unit
@@ -19,6 +20,7 @@ from orchestrator.errors import OrchestratorError, StoppedError, UsageError
 from orchestrator.store import lease as holds
 from orchestrator.store.files import write_json
 from orchestrator.store.lease import LEASE_FILE, Lease
+from orchestrator.store.places import Remote
 from orchestrator.store.run import RunDirectory
 
 HERE = socket.gethostname()
@@ -37,7 +39,6 @@ def place(request, tmp_path):
 def quick(monkeypatch):
     """Shorten the times of leases to tenths of a second."""
     monkeypatch.setattr(holds, "RENEW_SECONDS", 0.2)
-    monkeypatch.setattr(holds, "SETTLE_SECONDS", 0.1)
     monkeypatch.setattr(holds, "STALE_SECONDS", 1.0)
 
 
@@ -181,6 +182,45 @@ except UsageError:
             driver.communicate()
     assert sorted(said) == ["held", "told", "told", "told"]
     assert not place.exists()
+
+
+@contextmanager
+def another_takes(place):
+    """As long as the body runs another driver is about to make the file."""
+    if isinstance(place, Remote):
+        other = place.with_name(f"{place.name}-other")
+        write_json(other, {})
+        yield
+        other.unlink()
+    else:
+        place.parent.mkdir(exist_ok=True)
+        with holds._locked(place.parent):
+            yield
+
+
+@pytest.mark.parametrize("left", [None, {"pid": 0}])
+def test_who_is_not_alone_waits(left, place, quick):
+    """Nothing is written over or removed while another driver makes the file or takes it over."""
+    if left is not None:
+        write_json(place, found(**left))
+    before = place.read_bytes() if left is not None else None
+    lease = Lease(place)
+    taking = threading.Thread(target=lease._take, args=(None,), daemon=True)
+    with another_takes(place):
+        taking.start()
+        time.sleep(0.5)
+        assert (place.read_bytes() if place.exists() else None) == before
+    taking.join(timeout=10)
+    assert json.loads(place.read_bytes())["id"] == lease._id
+    lease._give_back()
+
+
+def test_who_was_killed_while_taking_stops_nobody(s3, tmp_path, quick):
+    """What it has left in the store is removed after it was looked at for long."""
+    place = remote(s3.uri(f"holds/{tmp_path.name}/run")) / LEASE_FILE
+    write_json(place.with_name(f"{LEASE_FILE}-gone"), {})
+    with Lease(place).taken():
+        assert set(place.parent.sizes()) == {LEASE_FILE}
 
 
 @pytest.fixture(scope="module")

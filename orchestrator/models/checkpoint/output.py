@@ -66,7 +66,8 @@ def check_out(out: Place) -> bool:
             return True
     elif (out / MARKER_FILE).is_file():
         return False
-    found = sorted({path.name for path in out.iterdir()} - {LEASE_FILE})[:3]
+    names = sorted(path.name for path in out.iterdir())
+    found = [each for each in names if not each.startswith(LEASE_FILE)][:3]
     if not found:
         return False
     raise UsageError(
