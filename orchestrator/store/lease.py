@@ -1,10 +1,10 @@
 """Lease of a run directory or an output: a small file that the driver renews.
 
-Of several drivers that take it at once, one gets it. On disk they take it one after the other, under
-a lock of the directory. In a store each driver first writes an object of its own name, then lists
-these objects: of two drivers at least one sees the other, gives way and retries. This requires only
-that a store lists what has been written, as S3, GCS and Azure guarantee. A driver that is suspended
-for half a minute can lose the lease and not notice for `RENEW_SECONDS`; the result is still correct,
+Of several drivers that take it at once, one gets it. On disk they take it in turn, under a lock of
+the directory. In a store each driver first writes an object of its own name, then lists these
+objects: of two drivers at least one sees the other, gives way and retries. This requires only that
+a store lists what has been written, as S3, GCS and Azure guarantee. A driver that is suspended for
+half a minute can lose the lease and not notice for `RENEW_SECONDS`; the result is still correct,
 because units are named by their inputs and written atomically, so both write the same content.
 
 A lease is stale if its process on this host has ended, or if it is not renewed while another driver
@@ -160,7 +160,7 @@ class Lease:
             mine.unlink(missing_ok=True)
 
     def _others(self, mine: Remote) -> list[str]:
-        """Names of other drivers that take the lease; stale ones, of killed drivers, are removed."""
+        """Names of other drivers that take the lease; those of killed drivers are removed."""
         prefix = f"{self.place.name}-"
         names = [each for each in mine.parent.sizes() if each.startswith(prefix)]
         others = sorted(set(names) - {mine.name})

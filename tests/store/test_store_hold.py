@@ -119,7 +119,7 @@ with lease.Lease(parse_place(sys.argv[1])).taken():
     other = subprocess.Popen([sys.executable, "-c", code, str(place)], **pipes)
     other.stdout.readline()
     try:
-        with pytest.raises(UsageError, match="on elsewhere is at work"):
+        with pytest.raises(UsageError, match="on elsewhere"):
             Lease(place).taken().__enter__()
     finally:
         other.communicate()
@@ -186,7 +186,7 @@ except UsageError:
 
 @contextmanager
 def another_takes(place):
-    """As long as the body runs another driver is about to make the file."""
+    """Another driver is about to take the lease while the body runs."""
     if isinstance(place, Remote):
         other = place.with_name(f"{place.name}-other")
         write_json(other, {})
@@ -199,8 +199,8 @@ def another_takes(place):
 
 
 @pytest.mark.parametrize("left", [None, {"pid": 0}])
-def test_who_is_not_alone_waits(left, place, quick):
-    """Nothing is written over or removed while another driver makes the file or takes it over."""
+def test_a_driver_that_is_not_alone_waits(left, place, quick):
+    """A driver neither writes nor removes the file while another one takes the lease."""
     if left is not None:
         write_json(place, found(**left))
     before = place.read_bytes() if left is not None else None
@@ -212,11 +212,11 @@ def test_who_is_not_alone_waits(left, place, quick):
         assert (place.read_bytes() if place.exists() else None) == before
     taking.join(timeout=10)
     assert json.loads(place.read_bytes())["id"] == lease._id
-    lease._give_back()
+    lease._release()
 
 
-def test_who_was_killed_while_taking_stops_nobody(s3, tmp_path, quick):
-    """What it has left in the store is removed after it was looked at for long."""
+def test_a_driver_killed_while_taking_the_lease_stops_no_other(s3, tmp_path, quick):
+    """The object that it has left in the store is removed as stale."""
     place = remote(s3.uri(f"holds/{tmp_path.name}/run")) / LEASE_FILE
     write_json(place.with_name(f"{LEASE_FILE}-gone"), {})
     with Lease(place).taken():
