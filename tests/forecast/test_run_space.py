@@ -296,11 +296,11 @@ def stopped_while_it_commits(small, text, valued, tmp_path, monkeypatch):
     """Output of a run stopped after training, with two of four blocks committed."""
     committed, commit = [], TrainWorker.commit
 
-    def stop(worker, *arguments):
+    def stop(worker, **fields):
         if len(committed) == 2:
             raise StoppedError("enough")
-        committed.append(arguments)
-        commit(worker, *arguments)
+        committed.append(fields)
+        commit(worker, **fields)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainWorker, "commit", stop)
@@ -357,8 +357,8 @@ def test_a_group_of_blocks_without_all_its_best_values_is_trained_again(
     the second block is damaged: its values are there, those of the first are not."""
     out, trained, groups, commit = tmp_path / "out", set(), [], TrainWorker.commit
 
-    def stop(worker, blocks, *arguments):
-        commit(worker, blocks, *arguments)
+    def stop(worker, blocks, **fields):
+        commit(worker, blocks, **fields)
         first, second = blocks[0], blocks[1] - 1
         groups.append((first, second))
         worker.run.units.drop(best_key(worker.task.pass_key, first))

@@ -72,7 +72,7 @@ def test_several_sizes_are_cut_from_one_run(llama, text, tmp_path):
     assert len(decomposed) == 4
     run(llama, tmp_path / "alone", text, keep=0.5)
     assert contents(results[-1].out) == contents(tmp_path / "alone")
-    with pytest.raises(UsageError, match=r"keep: 0\.5, 0\.5 names a size twice"):
+    with pytest.raises(UsageError, match=r"keep: 0\.5, 0\.5 contains a size twice"):
         compress_sizes(recipe, [0.5, 0.5])
 
 
@@ -85,7 +85,7 @@ def test_the_command_line_takes_several_sizes(llama, text, tmp_path, capsys):
     assert kept == [0.8, 0.6]
     run_dir = f"{out}.run"
     assert main(["retarget", run_dir, cut, "--keep-bytes", "0.5", "--executor=local"]) == 0
-    assert "asked 0.5 of bytes" in capsys.readouterr().out
+    assert "requested 0.5 of bytes" in capsys.readouterr().out
     assert main(["retarget", run_dir, cut + "2", "--keep", "0.5,0.4", "--executor=local"]) == 2
     assert "keep is (0.5, 0.4); it must be a number" in capsys.readouterr().err
 

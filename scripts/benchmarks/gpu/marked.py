@@ -15,7 +15,7 @@ COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
 
 
 def measure(bench: Bench) -> Found:
-    files = [str(path) for path in (ROOT / "tests").glob("test_*.py") if is_marked(path)]
+    files = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if is_marked(path)]
     command = [sys.executable, "-m", "pytest", *OPTIONS, *sorted(files)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1].strip("= ")

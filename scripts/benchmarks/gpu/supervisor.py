@@ -31,7 +31,7 @@ def child_environ() -> dict[str, str]:
         # without it cuBLAS refuses to work under deterministic algorithms
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
-    places = [str(ROOT / "scripts"), str(ROOT), str(ROOT / "tests")]
+    places = [str(ROOT / "scripts"), str(ROOT), str(ROOT / "tests" / "support")]
     places += filter(None, [os.environ.get("PYTHONPATH")])
     return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(places)}
 

@@ -25,8 +25,8 @@ PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeP
 WORKER = {"resources": {"CPU": 1, "GPU": 1, "object_store_memory": 80_000_000}, "node_config": {}}
 IDLE = """
 import sys
-from orchestrator.cluster import scaling
 from orchestrator.cli.main import main
+from orchestrator.runtime import scaling
 scaling.IDLE_SECONDS = 1.0
 sys.exit(main())
 """

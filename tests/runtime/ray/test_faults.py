@@ -202,7 +202,7 @@ def test_a_signal_while_ray_is_started(llama, text, tmp_path):
     with tempfile.TemporaryDirectory(prefix="or-", ignore_cleanup_errors=True) as session:
         environment = {"RAY_TMPDIR": session}
         driver = Driver(llama, tmp_path / "out", text, "--workers", "2", env=environment)
-        assert driver.until(lambda event: "starting a Ray" in event.get("text", ""))
+        assert driver.until(lambda event: "starting a local Ray" in event.get("text", ""))
         assert wait_for(lambda: processes_naming(session) - {driver.process.pid})
         stopped, _ = driver.signal_and_time(signal.SIGTERM)
         assert stopped < 2

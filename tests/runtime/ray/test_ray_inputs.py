@@ -200,9 +200,8 @@ def test_the_package_comes_with_the_driver(model, text, reference, tmp_path, ray
     package = tmp_path / "copy" / "orchestrator"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(orchestrator.__file__).parent, package, ignore=ignored)
-    (package / "__init__.py").write_text(
-        (package / "__init__.py").read_text().replace("__version__ = ", '__version__ = "copy " + ')
-    )
+    version = package / "version.py"
+    version.write_text(version.read_text().replace("__version__ = ", '__version__ = "copy " + '))
     (tmp_path / "empty").mkdir()
     code = """
 import json, sys

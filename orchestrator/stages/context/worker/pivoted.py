@@ -23,7 +23,7 @@ PIVOTED_FILE = "pivoted.safetensors"
 PIVOTED_PARTS = ("others", "pivots", "order")
 
 
-class Factors(Protocol):
+class FactorSource(Protocol):
     """Source of factors at any rank."""
 
     def factor(self, linear: Linear, part: Factor, rank: int) -> Tensor:
@@ -45,7 +45,7 @@ class PivotedFactors:
 
 
 def commit_pivoted(
-    worker: Worker, task: CompressionTask, factors: Factors, size: tuple[str, int]
+    worker: Worker, task: CompressionTask, factors: FactorSource, size: tuple[str, int]
 ) -> dict[str, Any]:
     """Convert a linear's factors to pivoted storage and commit them.
 

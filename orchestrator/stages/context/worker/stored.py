@@ -30,7 +30,7 @@ CODED = ("values", "index", "rows")
 """Parts of a linear that its entries give."""
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """One place where stages leave tensors of the compressed model."""
 
     def read(self, tensor: TensorSpec) -> Tensor | None:
@@ -46,7 +46,7 @@ class StoredTensors:
     decompositions.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[TensorSource, ...]
     kept: "KeptCandidates | None" = None
     """The source among them whose errors are measured as a file is written."""
 
@@ -141,7 +141,9 @@ class Decompositions:
         if self._last is None or self._last[0] != wanted:
             self._last = None
             sizes = {"rank": tensor.rank, "nonzeros": tensor.nonzeros}
-            self._last = wanted, self._kind.entries(self.stored(linear), **sizes)
+            values_N, positions_N = self._kind.entries(self.stored(linear), **sizes)
+            # on the host: the last ones would stay on the device as long as the worker
+            self._last = wanted, (values_N.cpu(), positions_N.cpu())
         return self._last[1]
 
     def stored(self, linear: Linear) -> StoredFile:
