@@ -2,7 +2,7 @@
 
 Of several drivers that take it at once, one gets it. On a disk that has locks they take it in turn,
 under a lock of the directory. In a store each driver first writes an object of its own name, then
-lists these objects: of two drivers at least one sees the other, gives way and retries. This requires
+lists these objects: of two drivers at least one sees the other, gives way and retries. This needs
 only that a store lists what has been written, as S3, GCS and Azure guarantee. A driver that is
 suspended for half a minute can lose the lease and not notice for `RENEW_SECONDS`; the result is
 still correct, because units are named by their inputs and written atomically, so both write the
