@@ -47,7 +47,9 @@ def locate(model: str, *, revision: str | None = None, download: bool = False) -
     if exists:
         raise InputError(f"{model} is a file; a directory with config and safetensors is needed")
     if not HUB_ID.fullmatch(model):
-        raise InputError(f"{model}: no such directory")
+        # a message is one line, whatever the name contains
+        name = model if model.isprintable() else reprlib.repr(model)
+        raise InputError(f"{name}: no such directory")
     return _snapshot(model, revision, download)
 
 

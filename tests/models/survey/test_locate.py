@@ -54,8 +54,9 @@ def test_not_cached(hub_cache, revision, download):
         locate(hub_id, revision=revision, download=download)
 
 
-@pytest.mark.parametrize("model", ["/nowhere/at/all", "./none", "a/b/c"])
+@pytest.mark.parametrize("model", ["/nowhere/at/all", "./none", "a/b/c", "a\nb"])
 def test_path_that_does_not_exist(model):
-    """A name that can only be a path is not looked up on the hub."""
-    with pytest.raises(InputError, match=r"no such directory$"):
+    """A name that can only be a path is not looked up on the hub; the message is one line."""
+    with pytest.raises(InputError, match=r"no such directory$") as raised:
         locate(model)
+    assert len(str(raised.value).splitlines()) == 1
