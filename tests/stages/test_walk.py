@@ -415,14 +415,14 @@ def test_actors_that_share_each_step_change_no_bit(
     workers, llama, text, sliced, tmp_path, ray_address
 ):
     """An actor killed while block 1 is replicated: the others compute its slices, bit for bit."""
-    events, workers, threads = [], [], []
+    events, pids, threads = [], [], []
 
     def on_event(event):
         events.append(event)
         if event["event"] == "workers" and len(event["workers"]) == workers:
-            workers[:] = [worker["pid"] for worker in event["workers"]]
+            pids[:] = [worker["pid"] for worker in event["workers"]]
         if event["event"] == "unit" and event["stage"] == "walk" and not threads:
-            threads.append(kill_when_there(tmp_path / "out.run" / "chunks", workers[0]))
+            threads.append(kill_when_there(tmp_path / "out.run" / "chunks", pids[0]))
 
     fields = {"executor": "ray", "workers": workers, "on_event": on_event}
     run(
