@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import orchestrator
 
-PACKAGE, TESTS = str(Path(orchestrator.__file__).parent), str(Path(__file__).parents[1])
+PACKAGE, TESTS = str(Path(orchestrator.__file__).parent), str(Path(__file__).parents[2])
 
 
 class Site(NamedTuple):
