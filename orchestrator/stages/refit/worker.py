@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orchestrator.device.malloc import return_freed_memory
 from orchestrator.device.transport import download
 from orchestrator.linalg.eigen import Eigensolver
 from orchestrator.linalg.low_rank import InputGram
@@ -29,7 +28,7 @@ from orchestrator.plan.plan import Plan
 from orchestrator.runtime.worker import Emitted, Stored, Worker
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.worker.compress_worker import planned_tensors
-from orchestrator.stages.context.worker.open_shard import DenseModel, OpenShard, StatisticsPass
+from orchestrator.stages.context.worker.open_shard import DenseModel, PassSlot, StatisticsPass
 from orchestrator.stages.context.worker.pivoted import commit_pivoted
 from orchestrator.stages.context.worker.stored import Decompositions, StoredFile
 
@@ -88,21 +87,13 @@ class RefitWorker(Worker):
         self._refitted = RefittedFactors(self, task, self._decompositions)
         planned = planned_tensors(self._decompositions, task, "")
         self._stored = replace(planned, sources=(self._refitted, *planned.sources))
-        self._pass: StatisticsPass | None = None
-
-    @property
-    def open_pass(self) -> StatisticsPass:
-        """The pass through the open shard."""
-        if self._pass is None:
-            raise RuntimeError("no shard is open; `open` comes before `step` and `finish`")
-        return self._pass
+        self._slot = PassSlot()
 
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...], *about: Any) -> None:
         """Load a shard, cut its weights, and start the statistics of the blocks to do."""
-        self.close()
-        shard = self.dense.lazy.shard(range(*blocks))
-        opened = OpenShard(self.dense, shard, self._statistics(shard, todo))
-        self._pass = StatisticsPass(self, opened, self.chunks)
+        self._slot.close()
+        opened = self.dense.open_with(range(*blocks), lambda shard: self._statistics(shard, todo))
+        self._slot.put(StatisticsPass(self, opened, self.chunks))
 
     def _statistics(self, shard: Shard, todo: tuple[int, ...]) -> Calibration:
         linears = [each for each in self.task.linears if each.block in shard.blocks]
@@ -117,19 +108,12 @@ class RefitWorker(Worker):
         """Prefetch the dense weights of later blocks into the system's cache."""
         self.dense.lazy.read_ahead(blocks)
 
-    def close(self) -> None:
-        """Free the shard and its statistics."""
-        if self._pass is not None:
-            self._pass.opened.close()
-        self._pass = None
-        return_freed_memory()
-
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
         """Pass one chunk through the shard and into the statistics."""
-        return self.open_pass.step(index, emit, record)
+        return self._slot.current.step(index, emit, record)
 
     def next_inputs(self, index: int) -> list[Stored]:
-        return self._pass.next_inputs(index) if self._pass is not None else []
+        return self._slot.next_inputs(index)
 
     def _factors(self, linear: Linear) -> tuple[Tensor, Tensor]:
         """Return both factors as the plan cuts them."""
@@ -141,7 +125,7 @@ class RefitWorker(Worker):
 
         Returns the unit's facts: seconds, and the reports of the fits that have one.
         """
-        opened = self.open_pass.opened
+        opened = self._slot.current.opened
         start = time.monotonic()
         opened.settle()
         fitted: dict[str, Tensor] = {}

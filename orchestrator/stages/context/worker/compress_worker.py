@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orchestrator.device.malloc import return_freed_memory
 from orchestrator.linalg.low_rank import summed
 from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
@@ -26,6 +25,7 @@ from orchestrator.stages.context.worker.open_shard import (
     DenseModel,
     OpenPass,
     OpenShard,
+    PassSlot,
     StatisticsPass,
 )
 from orchestrator.stages.context.worker.pivoted import PivotedFactors, commit_pivoted
@@ -58,15 +58,13 @@ class CompressionWorker(Worker):
         self.decompositions = Decompositions(task, self.run, self.device)
         self.dense_chunks = self.chunks
         """Chunks of the pass that gathers statistics."""
-        self._pass: OpenPass | None = None
+        self._slot = PassSlot()
         self._stored = cache(lambda choice: planned_tensors(self.decompositions, task, choice))
 
     @property
     def open_pass(self) -> OpenPass:
         """The pass through the open shard."""
-        if self._pass is None:
-            raise RuntimeError("no shard is open; `open` comes before `step` and `finish`")
-        return self._pass
+        return self._slot.current
 
     def open(
         self, blocks: tuple[int, int], todo: tuple[int, ...], request: PassRequest | None = None
@@ -76,33 +74,26 @@ class CompressionWorker(Worker):
         Args:
             request: Another pass, in place of the one that gathers statistics.
         """
-        self.close()
+        self._slot.close()
         part = range(*blocks)
         if request is not None:
-            self._pass = request.start(self, part, todo)
+            self._slot.put(request.start(self, part, todo))
         else:
             linears, magnitudes = self.task.of_groups(todo), self.task.method.magnitudes
             opened = self.dense.open(part, linears, magnitudes=magnitudes)
-            self._pass = StatisticsPass(self, opened, self.dense_chunks)
-        self.chunks = self._pass.chunks
+            self._slot.put(StatisticsPass(self, opened, self.dense_chunks))
+        self.chunks = self.open_pass.chunks
 
     def read_ahead(self, blocks: range) -> None:
         """Prefetch the dense weights of later blocks into the system's cache."""
         self.dense.lazy.read_ahead(blocks)
-
-    def close(self) -> None:
-        """Free the shard and its statistics."""
-        if self._pass is not None:
-            self._pass.opened.close()
-        self._pass = None
-        return_freed_memory()
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
         """Pass one chunk through the shard."""
         return self.open_pass.step(index, emit, record)
 
     def next_inputs(self, index: int) -> list[Stored]:
-        return self._pass.next_inputs(index) if self._pass is not None else []
+        return self._slot.next_inputs(index)
 
     def finish(self, block: int) -> dict[str, Any]:
         """Decompose the linears of a group of blocks and commit them, one file each.

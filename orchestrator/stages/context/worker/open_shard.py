@@ -1,12 +1,13 @@
 """The dense model on a worker, one shard at a time, and passes of chunks through a shard."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
+from orchestrator.device.malloc import return_freed_memory
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
@@ -46,9 +47,15 @@ class DenseModel:
         Args:
             options: Options of `Calibration`.
         """
+        return self.open_with(
+            blocks, lambda shard: Calibration(shard, linears, self._task.side, **options)
+        )
+
+    def open_with(self, blocks: range, calibrate: Callable[[Shard], Calibration]) -> "OpenShard":
+        """Load a shard, with the statistics that a function makes of it."""
         shard = self.lazy.shard(blocks)
         try:
-            return OpenShard(self, shard, Calibration(shard, linears, self._task.side, **options))
+            return OpenShard(self, shard, calibrate(shard))
         except BaseException:
             # the statistics of a large shard may not fit; a smaller one is opened then
             shard.close()
@@ -114,6 +121,36 @@ class OpenPass(Protocol):
     def next_inputs(self, index: int) -> list[Stored]:
         """Return the stored chunks that the step of this index reads; see `Worker`."""
         ...
+
+
+class PassSlot:
+    """The pass of a worker that holds one shard at a time; empty at first."""
+
+    def __init__(self) -> None:
+        self._pass: OpenPass | None = None
+
+    @property
+    def current(self) -> OpenPass:
+        """The pass through the open shard."""
+        if self._pass is None:
+            raise RuntimeError("no shard is open; `open` comes before `step` and `finish`")
+        return self._pass
+
+    def put(self, open_pass: OpenPass) -> None:
+        """Hold a pass; the slot must be empty, so that no two shards are in memory."""
+        assert self._pass is None
+        self._pass = open_pass
+
+    def next_inputs(self, index: int) -> list[Stored]:
+        """Return the stored chunks of a step of the pass; none if the slot is empty."""
+        return self._pass.next_inputs(index) if self._pass is not None else []
+
+    def close(self) -> None:
+        """Free the shard and its statistics."""
+        if self._pass is not None:
+            self._pass.opened.close()
+        self._pass = None
+        return_freed_memory()
 
 
 class StatisticsPass:
