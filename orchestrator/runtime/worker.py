@@ -142,7 +142,7 @@ class Worker:
 
     def open(self, blocks: tuple[int, int], todo: tuple[int, ...], *about: Any) -> None:
         """Open a shard; defined by subclasses."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} opens no shard")
 
     def read_ahead(self, blocks: range) -> None:
         """Prefetch the weights of later blocks; best effort, results do not depend on it."""
@@ -159,7 +159,7 @@ class Worker:
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
         """Pass one chunk through the open shard; defined by subclasses."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} passes no chunks")
 
     def verify(self, files: Sequence[tuple[Place, str]]) -> bool:
         """Return True if every file has the given BLAKE2b digest."""

@@ -11,6 +11,7 @@ of the file that loads a checkpoint without orchestrator (`orchestrator.hf.boots
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -54,7 +55,7 @@ class FormTensor:
     """Code of the index that the tensor is a part of, or that its values stand by."""
 
 
-class FormLinear(nn.Module):
+class FormLinear(nn.Module, ABC):
     """A linear in one form: inputs [..., I] to outputs [..., O].
 
     A form is one file with a subclass, and one line in `FORMS`; its sizes are one file in
@@ -82,6 +83,7 @@ class FormLinear(nn.Module):
     bias: nn.Parameter | None
 
     @classmethod
+    @abstractmethod
     def make(
         cls,
         stored: StoredForm,
@@ -97,23 +99,22 @@ class FormLinear(nn.Module):
             shares_basis: True if the basis is another linear's, or another linear uses it.
             options: `bias`, `device` and `dtype`.
         """
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def tensors(
         cls, stored: StoredForm, out_features: int, in_features: int
     ) -> tuple[FormTensor, ...]:
         """The tensors that are stored of a linear, without the bias."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def misfit(cls, stored: StoredForm, out_features: int, in_features: int) -> str:
         """Reason why a linear of this size cannot be stored like this; empty if it can.
 
         The fields that the form needs are given, and no others. Outputs are those of all linears
         on one basis together.
         """
-        raise NotImplementedError
 
     @classmethod
     def stored_values(cls, stored: StoredForm, out_features: int, in_features: int) -> int:
@@ -121,9 +122,9 @@ class FormLinear(nn.Module):
         tensors = cls.tensors(stored, out_features, in_features)
         return sum(math.prod(tensor.shape) for tensor in tensors if tensor.dtype is None)
 
+    @abstractmethod
     def dense_weight(self) -> Tensor:
         """The weight [O, I] that the module multiplies with, in the dtype of its values."""
-        raise NotImplementedError
 
     @property
     def indexed(self) -> str:

@@ -1,5 +1,6 @@
 """Base class of the forms: how many values and bytes a linear stores in one form."""
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ class Cut(Protocol):
         ...
 
 
-class Form:
+class Form(ABC):
     """Sizes of a linear in one form; without state.
 
     A form is one file with a subclass, and one line in `FORMS`; its module is one file in
@@ -48,9 +49,9 @@ class Form:
         """True if the form is two factors and nothing else."""
         return self.has_rank and not self.has_nonzeros
 
+    @abstractmethod
     def values(self, linear: Linear, cut: Cut) -> int:
         """Number of stored values of the weight; an index and the bias are not counted."""
-        raise NotImplementedError
 
     def index_bytes(self, linear: Linear, cut: Cut) -> int:
         """Bytes of the index beside the values."""
