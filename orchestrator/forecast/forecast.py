@@ -164,7 +164,7 @@ class _Forecasting:
 
         def take(rates: Rates) -> float:
             return head.seconds(rates) + sum(
-                self._waves(costs.load(blocks) + end, chunk, count, shards, rates)
+                self._waves(costs.load(blocks) + end, chunk, rates, count=count, shards=shards)
                 for chunk, count, end, shards in passes
             )
 
@@ -175,7 +175,7 @@ class _Forecasting:
             device=self._calibrating(blocks),
         )
 
-    def _waves(self, ends: Work, chunk: Work, count: int, shards: int, rates: Rates) -> float:
+    def _waves(self, ends: Work, chunk: Work, rates: Rates, *, count: int, shards: int) -> float:
         """Seconds of a pass: shards in waves, and the delay until the last shard has begun."""
         waves = -(-shards // self.workers)
         filling = min(shards, self.workers) - 1

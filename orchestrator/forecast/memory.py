@@ -132,7 +132,7 @@ def _finishing(
         if needs.labels:
             entries -= curvature_channels(linear, needs) ** 2
         rank = stored_rank(whole, needs, pivoted)
-        working = workspaces.decomposing(whole, needs, side, rank, known) + summed
+        working = workspaces.decomposing(whole, needs, side, rank, known=known) + summed
         yield {**before, "Grams": SETTLED_BYTES * entries, "decomposition": working}
         written = stored_bytes(whole, needs, pivoted, shapes.itemsize)
 

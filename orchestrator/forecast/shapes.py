@@ -129,8 +129,8 @@ def from_config(config: Mapping[str, Any], where: str) -> Shapes:
     inner = _number(config, "intermediate_size", where)
     vocabulary = _number(config, "vocab_size", where)
     heads = _number(config, "num_attention_heads", where)
-    groups = _number(config, "num_key_value_heads", where, heads)
-    channels = _number(config, "head_dim", where, hidden // heads)
+    groups = _number(config, "num_key_value_heads", where, otherwise=heads)
+    channels = _number(config, "head_dim", where, otherwise=hidden // heads)
     wide, narrow = heads * channels, groups * channels
     shapes = {
         "self_attn.q_proj": (wide, hidden),
@@ -206,6 +206,7 @@ def _number(
     config: Mapping[str, Any],
     name: str,
     where: str,
+    *,
     otherwise: int | None = None,
     most: int = LARGEST,
 ) -> int:

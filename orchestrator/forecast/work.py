@@ -115,7 +115,7 @@ def eigen_side(linear: Linear) -> int:
     return min(linear.out_features, linear.in_features)
 
 
-def decomposing(linear: Linear, needs: Needs, side: int, pivoted: bool, itemsize: int) -> Work:
+def decomposing(linear: Linear, needs: Needs, side: int, *, pivoted: bool, itemsize: int) -> Work:
     """Decomposition of one linear and writing of its factors, by the formulas of `linalg`."""
     outputs, inputs = float(linear.out_features), float(linear.in_features)
     narrow = float(eigen_side(linear))
@@ -157,7 +157,7 @@ def decomposing_block(
     for linear in linears:
         whole, side = needs.stacked(linear), grams[gram_of(linear, grams)]
         part = linear.out_features / whole.out_features
-        total += decomposing(whole, needs, side, pivoted, itemsize).times(part)
+        total += decomposing(whole, needs, side, pivoted=pivoted, itemsize=itemsize).times(part)
     return total
 
 

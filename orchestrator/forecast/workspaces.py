@@ -20,7 +20,7 @@ def reading(linear: Linear, needs: Needs, side: int) -> int:
 
 
 def decomposing(
-    linear: Linear, needs: Needs, side: int, rank: int, known: int | None = None
+    linear: Linear, needs: Needs, side: int, rank: int, *, known: int | None = None
 ) -> int:
     """Peak bytes while a linear is decomposed to a rank, with the copies of its statistics.
 

@@ -20,7 +20,8 @@ def run_pass(
     monitor: RunMonitor,
     schedule: ShardPass,
     chunks: Chunks,
-    on_success: Callable[[Call, Any], None],
+    *,
+    on_success: Callable[[Call, Any], None] = lambda call, value: None,
     patience: Mapping[str, float] = {},
     beside: Chunks | None = None,
 ) -> None:

@@ -44,7 +44,7 @@ class WorkerGroup:
     """Settings that can change bits, equal for all workers."""
     nodes: tuple[str, ...]
     allow_mixed: bool = False
-    """Whether units of another environment are reused beside new ones."""
+    """True if units of another environment are reused beside new ones."""
     most: int = 1
     """Workers that the work can use."""
     bounds: Bounds = field(default_factory=Bounds)
@@ -98,7 +98,12 @@ def connected(execution: Execution, monitor: RunMonitor) -> Iterator[None]:
 
 @contextmanager
 def start_workers(
-    worker_class: type[Worker], task: Task, execution: Execution, most: int, monitor: RunMonitor
+    worker_class: type[Worker],
+    task: Task,
+    execution: Execution,
+    monitor: RunMonitor,
+    *,
+    most: int,
 ) -> Iterator[WorkerGroup]:
     """Start and probe workers on the connected cluster, or in this process; end them on exit.
 

@@ -69,7 +69,7 @@ def _perform(
     keyed: Keyed, stages: Sequence[Stage], forecast: Forecast | None, monitor: RunMonitor
 ) -> Result:
     most, task = keyed.survey.num_blocks, calibration_task(keyed)
-    with start_workers(CompressionWorker, task, keyed.execution, most, monitor) as workers:
+    with start_workers(CompressionWorker, task, keyed.execution, monitor, most=most) as workers:
         about = keyed.recipe, keyed.model, keyed.execution
         forecast = recheck_memory(forecast, *about, workers=workers, monitor=monitor)
         with _running("calibrate", workers, monitor) as stage:
@@ -125,7 +125,7 @@ def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]
         with (
             connected(job.execution, monitor),
             start_workers(
-                EvaluationWorker, job.task, job.execution, job.num_blocks, monitor
+                EvaluationWorker, job.task, job.execution, monitor, most=job.num_blocks
             ) as workers,
         ):
             with monitor.stage("evaluate") as stage:

@@ -91,7 +91,7 @@ def warm_job(recipe: Recipe) -> Iterator[Job]:
         most = keyed.survey.num_blocks
         with (
             connected(execution, monitor),
-            start_workers(CompressionWorker, task, execution, most, monitor) as workers,
+            start_workers(CompressionWorker, task, execution, monitor, most=most) as workers,
         ):
             opening = IndependentCalls([("warm up", Open((0, 1)))] * workers.size)
             dispatch(

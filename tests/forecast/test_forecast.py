@@ -451,7 +451,7 @@ def test_no_eigendecomposition_is_too_large_for_a_gpu(method, name):
     for linear in map(needs.stacked, shapes.linears):
         side = work.eigen_side(linear)
         assert side <= shapes.hidden <= LARGEST["cuda"]
-        flops = work.decomposing(linear, needs, linear.in_features, False, 2).eigen
+        flops = work.decomposing(linear, needs, linear.in_features, pivoted=False, itemsize=2).eigen
         assert flops % (9 * side**3) == 0
         assert bool(flops) == (needs.kind != "sparse")
     # the wide side of larger models is too large

@@ -59,7 +59,7 @@ def test_a_decomposition_holds_what_is_forecast(shape, method, side, is_full):
         else:
             decompose(weight_OI, statistic, rank)
     channels = gram.shape[1]
-    foreseen = workspaces.decomposing(linear, NEEDS[method], channels, rank, 2000)
+    foreseen = workspaces.decomposing(linear, NEEDS[method], channels, rank, known=2000)
     measured = live.peak - weight_OI.nbytes
     assert 0.6 * foreseen <= measured <= 1.01 * foreseen
 

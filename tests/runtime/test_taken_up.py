@@ -26,7 +26,9 @@ def left(tmp_path):
         events = []
         workers = WorkerGroup(None, 1, HERE, ("node",), allow_mixed)
         monitor = RunMonitor(directory, events.append)
-        found = reusable_units(directory.units, keys, workers, monitor, "calibrate", is_all=is_all)
+        found = reusable_units(
+            directory.units, keys, workers, monitor, stage="calibrate", is_all=is_all
+        )
         assert all(facts == {"n": n} for n, facts in found.items())
         notes = [event["text"] for event in events]
         return set(found), notes, monitor.made_elsewhere

@@ -40,13 +40,13 @@ def with_arrays(facts: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPass:
-    """What all passes of a run over a model's blocks share."""
+    """Settings that all passes of a run over the model's blocks share."""
 
     run: RunDirectory
     num_blocks: int
     sequences: int
     shards: int | None
-    """How many, if the recipe says so."""
+    """Number of shards that the recipe gives; None: a default."""
     group: int
     """Blocks that are finished as one."""
     blocks: int
@@ -54,7 +54,7 @@ class BlockPass:
     segments: int = 1
     """Segments of a backward pass, see `cut_segments`."""
     patience: Mapping[str, float] = field(default_factory=dict)
-    """By method, seconds that a call may take (see `Deadlines`)."""
+    """Seconds that a call may take, by method of the worker (see `Deadlines`)."""
     on_committed: Callable[[int], None] = lambda block: None
     """Called with each block whose unit is committed."""
 
@@ -202,7 +202,7 @@ class BlockPass:
             name: Of their stage, if it is another one.
         """
         about, name = (stage.workers, stage.monitor), name or stage.name
-        done = reusable_units(self.run.units, keys, *about, name, called="block {}")
+        done = reusable_units(self.run.units, keys, *about, stage=name, called="block {}")
         if done:
             stage.monitor.note(f"{len(done)} of {len(keys)} blocks are committed already")
         return done
@@ -215,7 +215,7 @@ class BlockPass:
 
     @property
     def _joints(self) -> range:
-        """Where shards may meet."""
+        """Blocks at which shards may begin."""
         return range(0, self.num_blocks, self.group)
 
     def _cut(self, workers: WorkerGroup) -> tuple[range, ...]:
@@ -225,7 +225,7 @@ class BlockPass:
     def _present(
         self, pass_key: str, boundaries: list[int], workers: WorkerGroup, count: int | None = None
     ) -> list[set[int]]:
-        """Which chunks lie at each boundary."""
+        """Stored chunks at each boundary, by index."""
         chunks = self.run.chunks(pass_key, workers.environment)
         return [chunks.present(boundary, count or self.sequences) for boundary in boundaries]
 
@@ -253,7 +253,7 @@ class BlockPass:
             joints=self._joints,
         )
         chunks = self.run.chunks(dense_key, workers.environment)
-        run_pass(workers, stage.monitor, schedule, chunks, lambda call, value: None)
+        run_pass(workers, stage.monitor, schedule, chunks)
         return (*schedule.cut, *cut[last:])
 
     def _perform(
@@ -277,7 +277,15 @@ class BlockPass:
 
         workers = stage.workers
         chunks = self.run.chunks(pass_key, workers.environment)
-        run_pass(workers, stage.monitor, schedule, chunks, on_success, self.patience, beside)
+        run_pass(
+            workers,
+            stage.monitor,
+            schedule,
+            chunks,
+            on_success=on_success,
+            patience=self.patience,
+            beside=beside,
+        )
 
     def _progress(
         self,

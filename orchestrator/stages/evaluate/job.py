@@ -118,7 +118,7 @@ class Evaluation:
         """Pass sequences through the shards of all models; the last shards give the scores."""
         units, total = self.run.units, len(self.slice_keys)
         keys = dict(enumerate(self.slice_keys))
-        left = reusable_units(units, keys, workers, monitor, stage.name)
+        left = reusable_units(units, keys, workers, monitor, stage=stage.name)
         self._elsewhere = monitor.made_elsewhere
         chunks = self.run.chunks(self.pass_key, workers.environment)
         shards = self.execution.shards or default_shards(self.num_blocks, workers.size)
@@ -142,7 +142,7 @@ class Evaluation:
                     done.add(call.emits[1])
                     stage.progress(len(done), total)
 
-        run_pass(workers, monitor, schedule, chunks, on_success)
+        run_pass(workers, monitor, schedule, chunks, on_success=on_success)
         self._workers = monitor.most_workers
         self._usage = monitor.memory.get(stage.name)
         self.total = Score()

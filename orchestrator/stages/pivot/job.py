@@ -85,7 +85,9 @@ class PivotJob(StageJob):
             for linear in spent:
                 if linear.block not in later:
                     self._units.drop(self._keys[linear.name])
-        return reusable_units(self._units, self._keys, stage.workers, stage.monitor, stage.name)
+        return reusable_units(
+            self._units, self._keys, stage.workers, stage.monitor, stage=stage.name
+        )
 
     def spend(self, block: int) -> None:
         """Remove the pivoted factors of a block; only their measurements stay."""

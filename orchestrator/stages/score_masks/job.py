@@ -134,7 +134,7 @@ class MaskScoring:
         keys = [self._unit_key(trial) for trial in trials]
         units, stage = self._job.run.units, self._stage.name
         found = reusable_units(
-            units, {key: key for key in keys}, self._workers, self._monitor, stage
+            units, {key: key for key in keys}, self._workers, self._monitor, stage=stage
         )
         missing = [trial for trial, key in zip(trials, keys, strict=True) if key not in found]
         self._done += len(trials) - len(missing)
@@ -193,7 +193,7 @@ class MaskScoring:
                         done[self._unit_key(trials[number])] = facts
                         self._finish(trials[number], facts)
 
-        run_pass(workers, self._monitor, schedule, chunks, on_success)
+        run_pass(workers, self._monitor, schedule, chunks, on_success=on_success)
         return done
 
     def _sum(self, scores: Mapping[int, Score], number: int) -> Score | None:

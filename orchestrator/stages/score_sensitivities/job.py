@@ -63,7 +63,7 @@ class Sensitivities:
         scores = {
             trial: Score.from_json(facts["score"])
             for trial, facts in reusable_units(
-                self._job.run.units, keys, self._workers, self._monitor, self._stage.name
+                self._job.run.units, keys, self._workers, self._monitor, stage=self._stage.name
             ).items()
         }
         if len(scores) < len(keys):
@@ -146,7 +146,7 @@ class Sensitivities:
                     self._commit(trial, keys[trial], scores[trial], len(committed))
                 self._drop(trial, chunks, cut)
 
-        run_pass(workers, self._monitor, schedule, chunks, on_success)
+        run_pass(workers, self._monitor, schedule, chunks, on_success=on_success)
 
     def _range(self, trial: CutTrial) -> range:
         """Indices of the chunks of a trial."""

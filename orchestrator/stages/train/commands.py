@@ -48,7 +48,7 @@ class Turn(PassCommand):
     cross_entropy: float
     """Weight of a prediction's cross-entropy in the loss of the step."""
     is_last: bool
-    """Whether it completes the gradient of the step."""
+    """True if it completes the gradient of the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Backward(PassCommand):
     method: ClassVar[str] = "backward"
 
     is_last: bool
-    """Whether it completes the gradient of the step."""
+    """True if it completes the gradient of the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,4 +112,4 @@ class CommitTrained(Command):
     step: int
     facts: Mapping[str, Any]
     is_kept: bool
-    """Whether `KeepValues` has committed the values."""
+    """True if `KeepValues` has committed the values."""

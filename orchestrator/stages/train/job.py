@@ -112,7 +112,9 @@ class TrainJob(TrainedStage):
         job, workers, monitor = self._planned, stage.workers, stage.monitor
         keys = dict(enumerate(self._target_keys))
         results = set(
-            reusable_units(job.run.units, keys, workers, monitor, "targets", called="targets {}")
+            reusable_units(
+                job.run.units, keys, workers, monitor, stage="targets", called="targets {}"
+            )
         )
         if len(results) == len(keys):
             return
@@ -127,7 +129,7 @@ class TrainJob(TrainedStage):
             present=[chunks.present(blocks.start, self._planned.sequences) for blocks in cut],
             results=results,
         )
-        run_pass(workers, monitor, schedule, chunks, lambda call, value: None)
+        run_pass(workers, monitor, schedule, chunks)
 
     def _train(self, stage: RunningStage, done: Collection[int]) -> dict[str, Any]:
         """Perform the steps after the last snapshot; gives the facts of the training."""
@@ -199,7 +201,7 @@ class TrainJob(TrainedStage):
         open_groups = {first_of(block) for block in self.keys if block not in done}
         units = self._planned.run.units
         key = {"snapshots": self._progress_key}
-        left = reusable_units(units, key, workers, monitor, "training", is_all=False)
+        left = reusable_units(units, key, workers, monitor, stage="training", is_all=False)
         if not left:
             return [], {}
         facts = left["snapshots"]

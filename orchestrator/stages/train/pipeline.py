@@ -187,7 +187,9 @@ class Pipeline:
             ]
         batches, held_out = self._batches, self._course.held_out
         for number, shard in enumerate(self._shards):
-            shard.moves += program(number, len(self._shards), batches, held_out, self._keeps_states)
+            shard.moves += program(
+                number, len(self._shards), batches, held_out, keeps_states=self._keeps_states
+            )
         self._forget()
         return True
 

@@ -19,7 +19,7 @@ class Move:
     """Number of the micro-batch in the period."""
     sequence: int = -1
     is_last: bool = False
-    """Whether it completes the shard's gradient of the step."""
+    """True if it completes the shard's gradient of the step."""
 
 
 def program(
@@ -27,6 +27,7 @@ def program(
     shards: int,
     batches: Sequence[tuple[int, Sequence[int]]],
     held_out: Sequence[int],
+    *,
     keeps_states: bool = True,
 ) -> list[Move]:
     """Moves of one shard in a period: its steps, the held-out sequences, and a snapshot.

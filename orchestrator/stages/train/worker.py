@@ -180,6 +180,7 @@ class TrainWorker(Worker):
         self,
         serial: int,
         sequence: int,
+        *,
         divergence: float,
         cross_entropy: float,
         is_last: bool,

@@ -85,7 +85,7 @@ def write_files(
         keys,
         workers,
         monitor,
-        stage.name,
+        stage=stage.name,
         files=lambda name, facts: [(planned.out / name, facts["blake2b"])],
     )
     missing = [spec for spec in specs if spec.name not in files]
@@ -204,7 +204,7 @@ def _memory(planned: Planned, monitor: RunMonitor) -> dict[str, Any]:
 
 
 def _first_of(planned: Planned) -> dict[str, str]:
-    """By linear, the one that its decomposition is named after."""
+    """Linear that the decomposition is named after, by linear."""
     groups = planned.grouping.groups(planned.linears)
     return {linear.name: group[0].name for group in groups for linear in group}
 
@@ -212,7 +212,7 @@ def _first_of(planned: Planned) -> dict[str, str]:
 def _facts(
     planned: Planned, files: Facts, done: Sequence[StageResult]
 ) -> dict[str, dict[str, Any]]:
-    """By linear, the facts of its decomposition and the measurements of later stages."""
+    """Facts of the decomposition and measurements of later stages, by linear."""
     results, errors = planned.results, _errors(files)
     facts = {
         name: {**results[first], **errors.get(name, {})}
