@@ -56,7 +56,7 @@ _BY_PARTS: dict[tuple[bool, bool], tuple[str, dict[str, type[Allocator]]]] = {
     (False, True): ("entries", SPARSE_ALLOCATORS),
     (True, True): ("ranks and entries together", POOL_ALLOCATORS),
 }
-"""By whether a form has a rank, and whether it has entries."""
+"""Parts that are divided and their allocators, by `has_rank` and `has_nonzeros` of a form."""
 
 
 def make_allocator(name: str, options: Mapping[str, Any], form: str = "low_rank") -> Allocator:

@@ -28,7 +28,7 @@ class BasisSharing(SvdLlm):
     group: int = 2
     """Blocks that share a basis, counted from block 0; 1 shares none."""
     refit: Literal["never", "above_forty", "always"] = "above_forty"
-    """As in `SvdLlm`; the paper refits from 40 % removed on."""
+    """Condition of a refit, as in `SvdLlm`; the paper refits from 40 % removed on."""
 
     def __post_init__(self) -> None:
         SvdLlm.__post_init__(self)

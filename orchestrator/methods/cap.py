@@ -40,9 +40,9 @@ class Cap(Method):
 
     utility: "Utility" = "activation"
     buckets: int = 64
-    """Of equal count, into which a linear's entries are summed up for the driver, and which share
-    a keep-probability. 0: one for each entry, as the paper has it, for small models; the
-    allocation says what that would be for 70B."""
+    """Number of buckets of equal size: the driver has a linear's entries summed up in them, and the
+    entries of a bucket share a keep-probability. 0: a bucket for each entry, as in the paper, for
+    small models only (see the allocator)."""
     solver: "Solver" = "ialm"
 
     name: ClassVar[str] = "cap"

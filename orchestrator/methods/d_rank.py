@@ -24,4 +24,4 @@ class DRank(BasisSharing):
     group: int = 1
     """Blocks that share a basis, counted from block 0; 1 shares none."""
     refit: Literal["never", "above_forty", "always"] = "never"
-    """As in `SvdLlm`."""
+    """Condition of a refit, as in `SvdLlm`."""

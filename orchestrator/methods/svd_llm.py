@@ -35,8 +35,8 @@ class SvdLlm(Method):
     decomposition: ClassVar[str] = "whitened-svd"
 
     refit: Literal["never", "above_forty", "always"] = "never"
-    """Whether left factors are fitted again to the compressed model's inputs, the basis kept:
-    never, where 40 % or more are removed, or always."""
+    """Condition of a refit of left factors to the compressed model's inputs, with the basis kept;
+    `above_forty`: if 40 % or more of the values are removed."""
 
     def __post_init__(self) -> None:
         check_choice(f"{self.name}: refit", self.refit, REFIT)

@@ -34,7 +34,7 @@ class TwoSided(Method):
     allocation: ClassVar[str] = "threshold"
 
     damping: float = 0.01
-    """What is added to the diagonal of C, as a fraction of the diagonal's mean."""
+    """Term added to the diagonal of C, as a fraction of the mean of the diagonal."""
     draws: int = 1
     """Labels drawn for each token; the variance of C falls with their number."""
 

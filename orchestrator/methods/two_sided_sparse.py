@@ -47,7 +47,7 @@ class TwoSidedSparse(Method):
     bends_outputs: ClassVar[bool] = True
 
     damping: float = 0.01
-    """What is added to the diagonal of C, as a fraction of the diagonal's mean."""
+    """Term added to the diagonal of C, as a fraction of the mean of the diagonal."""
     draws: int = 1
     """Labels drawn for each token; the variance of C falls with their number."""
     densities: str = "0 0.1 0.2 0.3 0.4 0.5 0.6"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Wanda(Method):
-    """Of every output's weights those with the largest |W_ij| · |x_j|₂ stay; none is changed.
+    """Keep the weights of each output with the largest |W_ij| · |x_j|₂, unchanged.
 
     |x_j|₂ is the norm of input j over the calibration tokens, the root of H's diagonal. Scores
     are compared within a row, as the paper does for language models, so every row keeps the same

@@ -42,7 +42,7 @@ class Open(Command):
     ahead: tuple[int, int] | None = None
     """Blocks that the worker is likely to hold next; their weights are read ahead."""
     about: tuple[Any, ...] = ()
-    """What the pass says of itself to the worker: further arguments of `open`."""
+    """Further arguments of `open`, such as the request for another kind of pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,9 @@ class Step(Command):
 
     index: int
     emit: bool = False
-    """Whether the output chunk is needed, and so written to its file."""
+    """True if the output chunk is needed, and written to its file."""
     hand_over: bool = False
-    """Whether the output chunk is returned, too."""
+    """True if the output chunk is also returned with the result."""
     next_index: int | None = None
     """Chunk of the next step, which is read ahead; None: the step is the last one."""
 

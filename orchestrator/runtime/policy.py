@@ -80,7 +80,7 @@ class Status:
     nodes: Set[str]
     """Nodes that can hold a worker: neither draining nor quarantined."""
     is_split: bool = False
-    """Whether the call's state is held in smaller parts from now on."""
+    """True if the call's state is held in smaller parts from now on."""
 
 
 @dataclass(frozen=True, slots=True)

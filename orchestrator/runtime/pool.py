@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a call ended: with a value, an error, or the loss of its worker."""
+    """End of a call: a value, an error, or the loss of its worker."""
 
     call: Call
     value: Any = None

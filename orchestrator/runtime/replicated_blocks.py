@@ -40,11 +40,11 @@ class ReplicaCommand(Command):
     parts: tuple[int, ...] = ()
     """Parts of the round for this call."""
     is_first: bool = False
-    """Whether the call is the replica's first one of the round."""
+    """True for the replica's first call of the round."""
     reads: bool = False
-    """Whether it reads the records of the previous round."""
+    """True if it reads the records of the previous round."""
     emits: bool = False
-    """Whether it gives a record."""
+    """True if it gives a record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class Round:
     parts: int = 0
     """Number of parts that the replicas share."""
     merges: bool = False
-    """Whether each part makes a record, which all replicas read before they continue."""
+    """True if each part makes a record, which all replicas read before they continue."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ class Bounds:
     most: int | None = None
     """Maximum; None: as many as the work can use."""
     is_growing: bool = False
-    """Whether workers are requested beyond the available room, for an autoscaler to add nodes."""
+    """True if workers are requested beyond the available room, for an autoscaler to add nodes."""
 
     @classmethod
     def of(cls, workers: int | str | None) -> "Bounds":

@@ -42,7 +42,7 @@ class ShardState:
     node: str | None = None
     """Node of its present or last owner, where its output is in memory or cached."""
     backward: bool = False
-    """Whether chunks pass from its last block to its first."""
+    """True if chunks pass from its last block to its first."""
 
     @property
     def entry(self) -> int:
@@ -114,7 +114,7 @@ class ShardPass:
         self._reads_beside = reads_beside
         self._spent_beside: set[int] = set()
         self.broken_off = False
-        """Whether the pass ended early, because chunks of the other pass have to be made first."""
+        """True if the pass ended early, because chunks of the other pass have to be made first."""
         self._was_too_much = False
         self._needed = self._needs()
 

@@ -39,7 +39,7 @@ class RayNodes:
         self._excluded: set[str] = set()
         self._polled = 0.0
         self.is_starting = True
-        """Whether workers start, so that nodes are polled more often."""
+        """True if workers start, so that nodes are polled more often."""
         self.free = 0
         """Workers for which nodes that stay have free resources; the pool counts its own down."""
 

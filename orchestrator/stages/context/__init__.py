@@ -1,1 +1,1 @@
-"""What several stages share: keys, tokens, passes over blocks, stored tensors."""
+"""Parts shared by several stages: keys, tokens, passes over blocks, stored tensors."""

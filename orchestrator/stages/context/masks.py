@@ -22,7 +22,7 @@ MASK_VERSION = 1
 """Raised when the same numbers give another mask."""
 
 Parts = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""By the linear's name, a number for each of its directions and one for each of its buckets."""
+"""Numbers of the directions and of the buckets, by linear."""
 
 
 def commit_candidates(run: RunDirectory, values: Parts, counts: Parts) -> str:

@@ -23,14 +23,14 @@ from orchestrator.store.places import Place
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationTask(Task):
-    """What the workers of one evaluation share."""
+    """Task of the workers of one evaluation."""
 
     models: Mapping[str, Place]
     """`model`, and `against` if there is another to compare with."""
     dtype: torch.dtype | None
     tokens_key: str
     slice_keys: tuple[str, ...]
-    """For each sequence the key of the unit that holds its score."""
+    """Key of the unit with the score, by sequence."""
 
 
 class EvaluationWorker(Worker):

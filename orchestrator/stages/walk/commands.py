@@ -14,7 +14,7 @@ class Look(ReplicaCommand):
 
     block: int
     is_made: bool
-    """Whether its unit is committed, so that chunks only pass through it."""
+    """True if its unit is committed, so that chunks only pass through it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Descend(ReplicaCommand):
     epoch: int
     batch: int
     keep: bool
-    """Whether the state before the step is the best one so far."""
+    """True if the state before the step is the best one so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Leave(ReplicaCommand):
     method: ClassVar[str] = "leave"
 
     keep: bool
-    """Whether the present state is the best one."""
+    """True if the present state is the best one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
