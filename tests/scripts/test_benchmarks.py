@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.faults import KINDS, RECIPES, Course, Fault, Trial
+from benchmarks.faults import KINDS, RECIPES, Trial
+from benchmarks.faults.course import Course, Fault
 from benchmarks.figures import Figure, compare, in_turns
 from benchmarks.flops import attention_flops, gram_channels, gram_flops, linear_flops
 from benchmarks.memory import bytes_a_block
@@ -141,7 +142,7 @@ def test_trials_meet_every_kind_of_fault_in_every_recipe():
 def test_a_fault_s_cost_is_what_is_told_of_again():
     """Each fault happens once; recovery ends with the next reported unit after the loss."""
     faults = (Fault("worker killed", "calibrate", 0.4), Fault("driver killed", "write", 0.0))
-    course = Course(Trial(0, "cap", faults))
+    course = Course(faults)
     assert course.due(unit("calibrate", 1)) is None
     assert course.due(unit("calibrate", 2)) == faults[0]
     course.met(faults[0])

@@ -17,20 +17,19 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import synthetic
+from benchmarks.faults.course import Course, Fault
+from benchmarks.faults.injections import KINDS, Scene
 from benchmarks.figures import print_table, say
 from benchmarks.methods import once
 from benchmarks.nodes import Cluster
@@ -60,23 +59,6 @@ RECOVERY_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """Kind and moment of a fault."""
-
-    kind: str
-    stage: str
-    share: float
-    """Fraction of the stage's units that are done."""
-
-    def is_due(self, event: Mapping[str, Any]) -> bool:
-        if event.get("stage") != self.stage:
-            return False
-        if event["event"] == "stage":
-            return self.share == 0 and event["state"] == "begin"
-        return bool(event["event"] == "unit" and event["done"] >= self.share * event["total"])
-
-
-@dataclass(frozen=True, slots=True)
 class Trial:
     """One run, with its faults."""
 
@@ -100,120 +82,6 @@ class Trial:
             for n in range(count)
         ]
         return cls(seed, recipe, tuple(faults))
-
-
-@dataclass(slots=True)
-class Scene:
-    """Running run, as seen by a fault."""
-
-    cluster: Cluster
-    out: Path
-    rng: random.Random
-    driver: subprocess.Popen[str] | None = None
-    workers: list[Mapping[str, Any]] = field(default_factory=list)
-    variables: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the next driver."""
-
-    def end_driver(self, how: signal.Signals) -> None:
-        assert self.driver is not None
-        self.driver.send_signal(how)
-        self.driver.wait()
-
-    def worker(self) -> int:
-        """Return the process of a running worker."""
-        there = [each["pid"] for each in self.workers if Path(f"/proc/{each['pid']}").exists()]
-        return self.rng.choice(there)
-
-    def node(self) -> str:
-        return self.rng.choice(self.cluster.nodes.there())
-
-
-def kill_worker(scene: Scene) -> None:
-    os.kill(scene.worker(), signal.SIGKILL)
-
-
-def stop_worker(scene: Scene) -> None:
-    """Let a worker hang until its deadline."""
-    os.kill(scene.worker(), signal.SIGSTOP)
-
-
-def starve_worker(scene: Scene) -> None:
-    """Limit a worker to the memory that it has mapped."""
-    worker = scene.worker()
-    pages = int(Path(f"/proc/{worker}/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize()
-    resource.prlimit(worker, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-
-
-def kill_node(scene: Scene) -> None:
-    scene.cluster.nodes.kill(scene.node())
-    scene.cluster.nodes.fill(1)
-
-
-def drain_node(scene: Scene) -> None:
-    scene.cluster.nodes.drain(scene.node(), seconds=30)
-    scene.cluster.nodes.fill(1)
-
-
-def terminate_node(scene: Scene) -> None:
-    scene.cluster.nodes.terminate(scene.node())
-    scene.cluster.nodes.fill(1)
-
-
-def kill_driver(scene: Scene) -> None:
-    scene.end_driver(signal.SIGKILL)
-
-
-def stop_driver(scene: Scene) -> None:
-    scene.end_driver(signal.SIGTERM)
-
-
-def fail_calls(scene: Scene) -> None:
-    """Let some calls of the next driver be lost, and some answers of others."""
-    scene.end_driver(signal.SIGTERM)
-    chances = {"req_failure_prob": 25, "resp_failure_prob": 25, "in_flight_failure_prob": 0}
-    failing = {"CoreWorkerService.grpc_client.PushTask": {"num_failures": 3} | chances}
-    scene.variables["RAY_testing_rpc_failure"] = json.dumps(failing)
-
-
-def replace_cluster(scene: Scene) -> None:
-    """Replace the cluster together with the driver's machine; the new one has another number of
-    nodes."""
-    scene.end_driver(signal.SIGKILL)
-    scene.cluster.replace(scene.rng.choice([1, 3]))
-
-
-def damage_unit(scene: Scene) -> None:
-    """Change a byte of a committed unit, for the next driver to find."""
-    scene.end_driver(signal.SIGKILL)
-    files = sorted((Path(f"{scene.out}.run") / "units").rglob("*.safetensors"))
-    file = scene.rng.choice(files)
-    content = bytearray(file.read_bytes())
-    content[scene.rng.randrange(len(content))] ^= 1
-    file.write_bytes(content)
-
-
-def lose_chunks(scene: Scene) -> None:
-    """Remove boundary chunks while they are needed."""
-    for chunk in sorted((Path(f"{scene.out}.run") / "chunks").rglob("*")):
-        if chunk.is_file() and scene.rng.random() < 0.5:
-            chunk.unlink(missing_ok=True)
-
-
-KINDS: Mapping[str, Callable[[Scene], None]] = {
-    "worker killed": kill_worker,
-    "worker hangs": stop_worker,
-    "worker out of memory": starve_worker,
-    "node killed": kill_node,
-    "node drained": drain_node,
-    "node terminated": terminate_node,
-    "driver killed": kill_driver,
-    "driver stopped": stop_driver,
-    "calls fail": fail_calls,
-    "cluster replaced": replace_cluster,
-    "unit damaged": damage_unit,
-    "chunks lost": lose_chunks,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -279,46 +147,6 @@ def _trained(recipe: str) -> set[str]:
     return {named[stage] for stage in RECIPES[recipe]["stages"] if stage in named}
 
 
-class Course:
-    """History of a run over its drivers: faults, and events since."""
-
-    def __init__(self, trial: Trial) -> None:
-        self.waiting = list(trial.faults)
-        self.happened: list[dict[str, Any]] = []
-        self.life = 0
-        self._told: set[tuple[str, int]] = set()
-        self._begun = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._begun
-
-    def note(self, event: Mapping[str, Any]) -> None:
-        """Count a unit that is reported again as redone, because of the last fault."""
-        if event["event"] in ("lost", "retired"):
-            for each in self.happened:
-                each["noticed"] = True
-        if event["event"] != "unit" or event["stage"] == "verify":
-            return
-        for each in self.happened:
-            if each["noticed"] or each["life"] < self.life:
-                each.setdefault("recovered", self.seconds - each["at"])
-        unit = event["stage"], event["done"]
-        if unit in self._told:
-            self.happened[-1]["redone"] += 1
-        self._told.add(unit)
-
-    def due(self, event: Mapping[str, Any]) -> Fault | None:
-        """Return the fault due at this event, if any."""
-        return next((each for each in self.waiting if each.is_due(event)), None)
-
-    def met(self, fault: Fault) -> None:
-        """Record that a fault has happened."""
-        self.waiting.remove(fault)
-        now = {"at": self.seconds, "life": self.life, "noticed": False, "redone": 0}
-        self.happened.append(asdict(fault) | now)
-
-
 def perform(trial: Trial, cluster: Cluster, subject: _Subject) -> dict[str, Any]:
     """Perform one run to its end, with all faults."""
     say(f"trial {trial.seed}: {trial.recipe}, {', '.join(each.kind for each in trial.faults)}")
@@ -326,7 +154,7 @@ def perform(trial: Trial, cluster: Cluster, subject: _Subject) -> dict[str, Any]
     for left in (out, Path(f"{out}.run")):
         shutil.rmtree(left, ignore_errors=True)
     cluster.nodes.fill(NODES)
-    course, scene, codes = Course(trial), Scene(cluster, out, random.Random(trial.seed)), []
+    course, scene, codes = Course(trial.faults), Scene(cluster, out, random.Random(trial.seed)), []
     while course.life < LIVES and codes[-1:] != [0]:
         _live(subject.arguments(trial.recipe, out), course, scene)
         assert scene.driver is not None
