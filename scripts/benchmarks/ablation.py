@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import print_table, say
-from benchmarks.local_ray import local_ray
+from benchmarks.common.figures import print_table, say
+from benchmarks.common.local_ray import local_ray
 from benchmarks.methods import Row, compress, facts, once, perplexities
 
 from orchestrator.recipe.presets import PRESETS

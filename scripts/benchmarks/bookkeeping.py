@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Figure, print_figures, print_table
+from benchmarks.common.figures import Figure, print_figures, print_table
 from benchmarks.methods import compress
 
 from orchestrator.stages import driver

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.figures import Figure, compare, in_turns
-from benchmarks.flops import attention_flops, gram_channels, gram_flops, linear_flops
+from benchmarks.common.figures import Figure, compare, in_turns
+from benchmarks.common.flops import attention_flops, gram_channels, gram_flops, linear_flops
 from torch import Tensor
 from torch.nn.functional import linear as apply_linear
 from torch.profiler import ProfilerActivity, profile

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.bare import BareProcesses
-from benchmarks.figures import Figure, compare, in_turns, say
-from benchmarks.watching import cpu_seconds, family
+from benchmarks.common.figures import Figure, compare, in_turns, say
+from benchmarks.common.watching import cpu_seconds, family
 
 from orchestrator.models.checkpoint.output import claim_out
 from orchestrator.plan.cut import cut_blocks, default_shards

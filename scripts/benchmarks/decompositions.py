@@ -20,8 +20,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.clock import median_seconds, timed
-from benchmarks.figures import print_table, say
+from benchmarks.common.clock import median_seconds, timed
+from benchmarks.common.figures import print_table, say
 from torch import Tensor
 
 from orchestrator.linalg.low_rank import InputGram, LowRank, OutputGram, decompose

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import print_table, say
+from benchmarks.common.figures import print_table, say
 from benchmarks.memory import compress
-from benchmarks.synthetic import config_of, write_model, write_text
+from benchmarks.common.synthetic import config_of, write_model, write_text
 
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Forecast, Resources

@@ -20,10 +20,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import print_table, say
-from benchmarks.flops import gram_channels
-from benchmarks.synthetic import block_shapes, config_of, write_model, write_text
-from benchmarks.watching import PeakWatcher
+from benchmarks.common.figures import print_table, say
+from benchmarks.common.flops import gram_channels
+from benchmarks.common.synthetic import block_shapes, config_of, write_model, write_text
+from benchmarks.common.watching import PeakWatcher
 from transformers import LlamaConfig
 
 from orchestrator.methods import METHODS

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.figures import print_table, say
-from benchmarks.local_ray import local_ray
+from benchmarks.common.figures import print_table, say
+from benchmarks.common.local_ray import local_ray
 from benchmarks.quality import (
     SAMPLES,
     SEQUENCE_LENGTH,

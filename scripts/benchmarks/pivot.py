@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.figures import Figure, compare, in_turns, print_figures, say
+from benchmarks.common.figures import Figure, compare, in_turns, print_figures, say
 
 from orchestrator.models.forms.low_rank import LowRankLinear
 from orchestrator.models.forms.pivoted import PivotedLinear

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Figure, print_figures, print_table, say
-from benchmarks.local_ray import local_ray
+from benchmarks.common.figures import Figure, print_figures, print_table, say
+from benchmarks.common.local_ray import local_ray
 
 from orchestrator import api
 from orchestrator.cli.lines import Lines

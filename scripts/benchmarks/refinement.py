@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from benchmarks.calibration import TOKENS, cpu_seconds
-from benchmarks.figures import Figure, compare, in_turns, print_figures, print_table, say
-from benchmarks.flops import attention_flops
-from benchmarks.local_ray import local_ray
+from benchmarks.common.figures import Figure, compare, in_turns, print_figures, print_table, say
+from benchmarks.common.flops import attention_flops
+from benchmarks.common.local_ray import local_ray
 from benchmarks.quality import SAMPLES, SEQUENCE_LENGTH, write_calibration_text
 from torch import nn
 from torch.nn.functional import linear as apply_linear

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.figures import Figure, compare, in_turns, print_figures, print_table, say
+from benchmarks.common.figures import Figure, compare, in_turns, print_figures, print_table, say
 from safetensors import safe_open
 from torch import Tensor
 

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import print_table, say
-from benchmarks.local_ray import local_ray
+from benchmarks.common.figures import print_table, say
+from benchmarks.common.local_ray import local_ray
 from benchmarks.memory import compress
-from benchmarks.synthetic import config_of, write_model, write_text
+from benchmarks.common.synthetic import config_of, write_model, write_text
 
 from orchestrator import api
 from orchestrator.forecast.costs import Costs

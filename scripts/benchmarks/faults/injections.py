@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.nodes import Cluster
+from benchmarks.common.nodes import Cluster
 
 
 @dataclass(slots=True)

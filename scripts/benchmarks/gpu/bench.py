@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from benchmarks.clock import median_seconds, timed
+from benchmarks.common.clock import median_seconds, timed
 from benchmarks.gpu.results import Results
 
 Size = TypeVar("Size")

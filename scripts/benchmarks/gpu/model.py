@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.gpu.bench import Bench
-from benchmarks.synthetic import CHARACTERS, config_of, write_model
+from benchmarks.common.synthetic import CHARACTERS, config_of, write_model
 
 from orchestrator.models.shards.chunk import Chunk
 

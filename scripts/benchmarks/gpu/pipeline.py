@@ -17,7 +17,7 @@ from typing import Any
 
 import pipeline as helpers
 import torch
-from benchmarks.clock import timed
+from benchmarks.common.clock import timed
 from benchmarks.gpu.bench import Bench, Check, Found
 from safetensors.torch import load_file
 from torch import Tensor

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from benchmarks.nodes import Nodes
+from benchmarks.common.nodes import Nodes
 from drivers import is_alive, is_unit, units, wait_for
 from pipeline import contents, run, write_llama, write_text
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from benchmarks.watching import family
+from benchmarks.common.watching import family
 
 from orchestrator.device.gpu import PRETENDED
 

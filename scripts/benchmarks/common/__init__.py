@@ -1,0 +1,1 @@
+"""Timing, processes, Ray, synthetic models and tables, shared by the benchmarks."""
