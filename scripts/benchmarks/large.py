@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.figures import print_table, say
-from benchmarks.memory import compress
 from benchmarks.common.synthetic import config_of, write_model, write_text
+from benchmarks.memory import compress
 
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Forecast, Resources

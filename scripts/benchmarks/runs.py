@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.common.figures import print_table, say
 from benchmarks.common.local_ray import local_ray
-from benchmarks.memory import compress
 from benchmarks.common.synthetic import config_of, write_model, write_text
+from benchmarks.memory import compress
 
 from orchestrator import api
 from orchestrator.forecast.costs import Costs

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from benchmarks import numerics
 from benchmarks.calibration import measure_calibration
-from benchmarks.crews import actors_against_bare, ray_against_local
 from benchmarks.common.figures import Figure, print_figures, print_table, say
 from benchmarks.common.local_ray import local_ray
+from benchmarks.crews import actors_against_bare, ray_against_local
 from benchmarks.quality import CALIBRATION_FILE, write_calibration_text
 
 PARTS = ("actors", "ray", "calibration", "numerics")

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.faults import KINDS, RECIPES, Trial
-from benchmarks.faults.course import Course, Fault
 from benchmarks.common.figures import Figure, compare, in_turns
 from benchmarks.common.flops import attention_flops, gram_channels, gram_flops, linear_flops
+from benchmarks.common.synthetic import block_shapes, config_of, write_model
+from benchmarks.common.watching import PeakWatcher, resident_bytes
+from benchmarks.faults import KINDS, RECIPES, Trial
+from benchmarks.faults.course import Course, Fault
 from benchmarks.memory import bytes_a_block
 from benchmarks.pivot import ranks_of
 from benchmarks.quality import join_rows
-from benchmarks.common.synthetic import block_shapes, config_of, write_model
-from benchmarks.common.watching import PeakWatcher, resident_bytes
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from orchestrator.methods import METHODS

@@ -198,7 +198,11 @@ def test_results_are_named_by_device_and_date():
 
 def test_a_part_that_cannot_be_imported_stops_no_other(bench, monkeypatch):
     """Without transformers `block` has a traceback as its result, and `grams` its figures."""
-    for module in ("benchmarks.gpu.block", "benchmarks.gpu.model", "benchmarks.common.synthetic"):
+    for module in (
+        "benchmarks.gpu.parts.block",
+        "benchmarks.gpu.parts.model",
+        "benchmarks.common.synthetic",
+    ):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "transformers", None)
     run_part(bench, "block")

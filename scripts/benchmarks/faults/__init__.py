@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import synthetic
+from benchmarks.common.figures import print_table, say
+from benchmarks.common.nodes import Cluster
 from benchmarks.faults.course import Course, Fault
 from benchmarks.faults.injections import KINDS, Scene
-from benchmarks.common.figures import print_table, say
 from benchmarks.methods import once
-from benchmarks.common.nodes import Cluster
 
 from orchestrator.runtime.deadline import VARIABLE as DEADLINE
 from orchestrator.store.files import digest_file, digest_json

@@ -49,7 +49,7 @@ def attempt(bench: Bench, module: str) -> tuple[dict[str, Any], str]:
         bench.free()
         # as set by a worker of the pipeline
         torch.backends.cuda.matmul.fp32_precision = "ieee"
-        found = import_module(f"benchmarks.gpu.{module}").measure(bench)
+        found = import_module(f"benchmarks.gpu.parts.{module}").measure(bench)
         checks = [check.to_json() for check in found.checks]
         entry = {"line": found.line, "figures": found.figures, "checks": checks}
         json.dumps(entry)

@@ -1,6 +1,6 @@
 """Six recipes from start to end: twice on the device, and once on the CPU in another process.
 
-    python -m benchmarks.gpu.pipeline DIRECTORY
+    python -m benchmarks.gpu.parts.pipeline DIRECTORY
 
 runs all of them on the CPU, as the other process does.
 """
@@ -55,7 +55,7 @@ def measure(bench: Bench) -> Found:
     helpers.write_llama(directory / "model", blocks=bench.size(3, 2), hidden=32)
     helpers.write_text(directory / "text.txt")
     on_cpu = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gpu.pipeline", str(directory)],
+        [sys.executable, "-m", "benchmarks.gpu.parts.pipeline", str(directory)],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )
     rows = {}

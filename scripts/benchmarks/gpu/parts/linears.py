@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from benchmarks.gpu.bench import Bench, Check, Found
-from benchmarks.gpu.machine import bandwidth
+from benchmarks.gpu.parts.machine import bandwidth
 from benchmarks.pivot import fill, ranks_of
 from torch import Tensor, nn
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
-from benchmarks.gpu.bench import Bench
 from benchmarks.common.synthetic import CHARACTERS, config_of, write_model
+from benchmarks.gpu.bench import Bench
 
 from orchestrator.models.shards.chunk import Chunk
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from benchmarks.gpu.bench import Bench, Check, Found
-from benchmarks.gpu.model import one_block, sequences
+from benchmarks.gpu.parts.model import one_block, sequences
 from benchmarks.gpu.rates import computing_rates
 from torch import Tensor
 

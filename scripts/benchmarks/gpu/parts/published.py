@@ -5,7 +5,7 @@ A separate part and a late one: cuSOLVER's SVD of these sizes may take minutes.
 
 from benchmarks.decompositions import measure_published
 from benchmarks.gpu.bench import Bench, Found
-from benchmarks.gpu.cuts import in_words, problems
+from benchmarks.gpu.parts.cuts import in_words, problems
 
 WIDER = 5
 """Expected time of the wide weight over that of the square one."""

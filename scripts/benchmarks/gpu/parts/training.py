@@ -9,7 +9,7 @@ from typing import Any
 import compressed as helpers
 import torch
 from benchmarks.gpu.bench import Bench, Check, Found
-from benchmarks.gpu.model import one_block, sequences
+from benchmarks.gpu.parts.model import one_block, sequences
 from torch import Tensor
 
 from orchestrator.models.checkpoint.layout import TensorSpec
