@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_lines import check_ray_command, executable, is_shell, ray_commands
 
 from orchestrator.cli.parser import make_parser
 from orchestrator.store.run import RunDirectory
@@ -28,31 +29,6 @@ HEAD = CLUSTER_SPEC["headGroupSpec"]
 SBATCH = ROOT / "scripts" / "slurm" / "compress.sbatch"
 NOTICE_SECONDS = 120
 """Time from the notice to the end of a spot instance."""
-
-
-def check_ray_command(words):
-    """Parse `ray COMMAND ...` as the installed Ray does; an unknown option raises."""
-    from ray.scripts.scripts import cli
-
-    name, *arguments = words
-    command = cli.commands[name]
-    context = command.make_context(name, list(arguments))
-    assert name == "symmetric-run" or not context.args
-
-
-def ray_commands(lines):
-    """Return the words after `ray` of each command that calls it."""
-    calls = (re.match(r"ray (.*)", line) for line in lines)
-    return [shlex.split(call[1]) for call in calls if call]
-
-
-def is_shell(text):
-    return subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-
-
-def executable(path, text):
-    path.write_text(text)
-    path.chmod(0o755)
 
 
 def test_cluster_yaml_is_valid_to_ray():

@@ -1,8 +1,10 @@
 """Compressed checkpoints made without the pipeline: plain SVDs and largest entries."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from families import VOCABULARY
@@ -244,3 +246,19 @@ def dense_reference(compressed: Compressed) -> PreTrainedModel:
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
     return model(TOKENS).logits
+
+
+def changed(made: Compressed, tmp_path: Path, change: Callable[[Any], None]) -> Path:
+    """Make a copy of the checkpoint with other modules in its config."""
+    for path in made.directory.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((made.directory / "config.json").read_bytes())
+    change(config["quantization_config"]["modules"])
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def close_to(reference: Tensor) -> dict[str, float]:
+    """Tolerance of a comparison, 1e-5 of the largest value."""
+    return {"rtol": 0, "atol": 1e-5 * float(reference.abs().max())}

@@ -5,17 +5,16 @@ killed. What fails is a worker that does so where a test tells it to.
 """
 
 import ctypes
-import json
 import os
 import signal
 import sys
-import time
 
 import pytest
 import torch
 from benchmarks.common.nodes import Nodes
-from drivers import is_alive, is_unit, units, wait_for
+from drivers import is_unit, units
 from pipeline import contents, run, write_llama, write_text
+from seen import Once, Seen, records, wait_until_there_are
 
 from orchestrator.device.gpu import PRETENDED
 from orchestrator.errors import InfeasibleError, InputError, WorkerError
@@ -72,54 +71,6 @@ def inject(monkeypatch):
         monkeypatch.setattr(driver, "CompressionWorker", Faulty)
 
     return inject
-
-
-class Once:
-    """True the first time that anybody asks, in whatever process."""
-
-    def __init__(self, path):
-        self._path = str(path)
-
-    def __call__(self):
-        try:
-            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        return True
-
-
-class Seen:
-    """The events of a run, and what is found in them."""
-
-    def __init__(self, and_then=None):
-        self.events = []
-        self._and_then = and_then
-
-    def __call__(self, event):
-        self.events.append(event)
-        if self._and_then is not None:
-            self._and_then(event)
-
-    def named(self, name):
-        return [event for event in self.events if event["event"] == name]
-
-    @property
-    def workers(self):
-        return [worker for event in self.named("workers") for worker in event["workers"]]
-
-    def all_are_gone(self):
-        return wait_for(lambda: not any(is_alive(worker["pid"]) for worker in self.workers))
-
-
-def records(run_dir):
-    """What is on record of a run's failures, in their order."""
-    return [json.loads(path.read_text()) for path in sorted((run_dir / "failures").iterdir())]
-
-
-def wait_until_there_are(count, directory, pattern):
-    """For a worker that is to be late: until others have left so many files."""
-    while sum(1 for _ in directory.rglob(pattern)) < count:
-        time.sleep(0.05)
 
 
 def hold_the_interpreter():
