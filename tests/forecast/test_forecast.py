@@ -131,8 +131,8 @@ def test_needs_are_those_of_the_methods():
     )
     for name, method in METHODS.items():
         needs = NEEDS[name]
-        assert needs.labels == method.labels
-        assert needs.wide_curvature == (method.bends_outputs and method.labels > 0)
+        assert needs.labels == method.label_draws
+        assert needs.wide_curvature == (method.output_curvature and method.label_draws > 0)
         for linear in (tall, wide):
             grams = input_grams([linear], needs)
             side = "input" if gram_of(linear, grams) == linear.site else "output"

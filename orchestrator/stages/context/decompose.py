@@ -32,7 +32,7 @@ def calibrate_and_decompose(
     keys = keyed.block_keys
     if keyed.needs_gradients:
         both = keyed.pass_key, keyed.statistics_key
-        facts = passes.backward(*both, draws=keyed.method.labels, keys=keys, stage=stage)
+        facts = passes.backward(*both, draws=keyed.method.label_draws, keys=keys, stage=stage)
     else:
         facts = passes.forward(keyed.pass_key, keys, stage)
     return decomposed(keyed, forecast, facts)

@@ -50,11 +50,11 @@ def measure(bench: Bench) -> Found:
 
 def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]) -> dict[str, Any]:
     """Computations of a worker on a block: its statistics, then its factors, by linear."""
-    backward = method.labels > 0
+    backward = method.label_draws > 0
     if backward:
         shard.freeze()
     calibration = Calibration(
-        shard, shard.linears, method.side, curvature=backward, outputs=method.bends_outputs
+        shard, shard.linears, method.side, curvature=backward, outputs=method.output_curvature
     )
     seconds, pack_seconds = [], None
     for chunk in chunks:
