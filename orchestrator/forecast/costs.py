@@ -7,12 +7,9 @@ from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import share_values
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.statistics import decomposing_block, gathering, method_statistics
-from orchestrator.forecast.work import Work, computed, forward_flops, pivoting, trained
+from orchestrator.forecast.work import Work, computed, forward_flops
 from orchestrator.methods.base import Method
-from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.plan.codecs import itemsize_of
-from orchestrator.plan.forms import PIVOTED
-from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import Recipe
 
 TOKEN_BYTES = 9
@@ -121,12 +118,6 @@ class Costs:
         """Decomposition of all linears of a block, and writing of the results."""
         return self._finish
 
-    def epochs(self) -> Work:
-        """Training of one block towards its dense outputs."""
-        options = RefineOptions(**self.recipe.options.get("refinement", {}))
-        step = trained(self.shapes, self.recipe.share, self.recipe.sequence_length)
-        return Work(single=self.sequences * options.epochs * step)
-
     def forward_in_float32(self, blocks: int) -> Work:
         """One sequence through blocks of the compressed model, whose factors are in float32."""
         flops = forward_flops(self.shapes, self.recipe.sequence_length)
@@ -137,26 +128,10 @@ class Costs:
         """Channels of the inputs of a block's linears, each input once."""
         return list({each.site: each.in_features for each in self.shapes.heaviest}.values())
 
-    def refine(self) -> Work:
-        """Refinement of one block, with reading of its chunks, weights and targets."""
-        read = 2 * self.sequences * self.state + self.shapes.block_values * self.shapes.itemsize
-        return self.epochs() + self._forward.times(self.sequences) + Work(read=read)
-
     def file(self) -> Work:
         """One file of the result: its tensors are read and cut; it is written, and read to hash."""
         size = self.final_values * self.out_itemsize
         return Work(read=2.0 * size, write=float(size)).times(1 / self.files)
-
-    @cached_property
-    def pivots(self) -> tuple[Work, ...]:
-        """By linear: factors are read, pivoted and written."""
-        return tuple(map(self._pivot, self.shapes.linears)) if self.is_pivoted else ()
-
-    def _pivot(self, linear: Linear) -> Work:
-        rank = PIVOTED.rank_within(linear, int(self.recipe.share * linear.values))
-        read = float(rank * linear.rank_cost * self.out_itemsize)
-        written = float(PIVOTED.factor_values(linear, rank) * self.out_itemsize)
-        return pivoting(linear, rank) + Work(read=read, write=written)
 
     @cached_property
     def _forward(self) -> Work:

@@ -98,11 +98,10 @@ class _Forecasting:
         stages.append(self._write())
         stages = [replace(each, device=self.room.taken(each.device)) for each in stages]
         machine = self.resources.machine
-        float64 = float64_seconds(self.costs, machine, self.workers)
-        in_float64 = [stage for stage in stages if stage.name in ("calibrate", "pivot")]
-        double_stages = self.setting.seconds(
-            lambda r: sum(each.seconds[r.row] for each in in_float64)
-        )
+        slow = {name: cost for name, cost in self.later.items() if cost.is_float64}
+        calls = [call for cost in slow.values() for call in cost.calls()]
+        float64 = float64_seconds(self.costs, calls, machine, self.workers)
+        in_float64 = [stage for stage in stages if stage.name in {"calibrate", *slow}]
         sources = [*(rates.source for rates in machine.rows), machine.model_source]
         return Forecast(
             model=self._model(),
@@ -126,7 +125,7 @@ class _Forecasting:
             moved_bytes=2 * self._chunks() * (self.shards - 1),
             final=self._final(),
             float64=float64,
-            float64_remark=float64_remark(float64, machine, double_stages),
+            float64_remark=float64_remark(float64, machine, in_float64),
             start_seconds={rates.row: rates.start for rates in machine.rows},
             price=self.resources.price,
             sources=tuple(filter(None, dict.fromkeys(sources))),

@@ -1,8 +1,7 @@
 """Peak size of the run directory in each stage, and the choices that limit it.
 
 A calibration with gradients goes back in the fewest segments with which the run directory is no
-larger than `ROOM` times the model, or than it becomes later anyway. A training keeps states to
-resume from unless that makes it larger than `TRAINING_ROOM` times the model.
+larger than `ROOM` times the model, or than it becomes later anyway.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,14 +17,10 @@ from orchestrator.plan.cut import cut_segments
 
 ROOM = 2.5
 """Size of a run directory, in model sizes, above which chunks pass by segments."""
-TRAINING_ROOM = 4.0
-"""Size, in model sizes, above which a training keeps values without states."""
 SMALL_BYTES = 64e9
 """Size up to which a run directory is not made smaller at the cost of time."""
 TRAINED_BYTES = 4
 """Bytes of a trained value: float32."""
-BEST_VALUES = "best values"
-"""Part of the content of a training that keeps no states."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +63,8 @@ class Storage:
 
     @property
     def keeps_states(self) -> bool:
-        """True if a training resumes from snapshots; else it begins again after a loss."""
-        return all(map(keeps_states, self._later.values()))
+        """True if all stages resume from their content; else one begins again after a loss."""
+        return all(cost.keeps_states(self._later[name]) for name, cost in self.later.items())
 
     @property
     def _costs(self) -> Costs:
@@ -114,8 +109,3 @@ class Storage:
 
 def _footprint(parts: Mapping[str, float]) -> Footprint:
     return Footprint({name: int(count) for name, count in parts.items()})
-
-
-def keeps_states(held: Footprint) -> bool:
-    """True if the content of a stage has no values without states."""
-    return BEST_VALUES not in held.parts

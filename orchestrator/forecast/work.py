@@ -73,22 +73,6 @@ def eigen_side(linear: Linear) -> int:
     return min(linear.out_features, linear.in_features)
 
 
-def pivoting(linear: Linear, rank: float) -> Work:
-    """Brings one linear's factors of a rank to pivoted storage; no byte.
-
-    By the formulas of `linalg.pivot`; exchanges after the elimination, each a pass over the
-    coefficients, are not counted.
-    """
-    outputs, inputs = float(linear.out_features), float(linear.in_features)
-    others = outputs - rank
-    basis = 4 * outputs * rank**2 - 4 / 3 * rank**3
-    eliminated = outputs * rank**2 - rank**3 / 3
-    solved = 2 * (2 / 3 * rank**3 + 2 * others * rank**2)
-    rows = 2 * rank**2 * inputs
-    checked = 2 * (outputs + others) * rank * inputs
-    return Work(double=basis + eliminated + solved + rows + checked)
-
-
 def trained(shapes: Shapes, kept: float, tokens: int) -> float:
     """FLOPs of one sequence through one block of factors, forward and back."""
     return 6.0 * tokens * kept_values(shapes, kept) + 12.0 * tokens * tokens * shapes.attention

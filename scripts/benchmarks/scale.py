@@ -186,7 +186,7 @@ def simulated(name: str, gpus: int, machine: Machine) -> list[dict[str, Any]]:
     ways = [(rates, None) for rates in machine.rows] + [(machine.rows[-1], LOSS_HOURS)]
     for rates, loss_hours in ways:
         say(f"{name} on {gpus} GPUs, {rates.row}" + (", with losses" if loss_hours else ""))
-        found = simulate(costs, rates, gpus, loss_hours=loss_hours)
+        found = simulate(shapes, recipe, rates, gpus, loss_hours=loss_hours)
         rows.append(
             {
                 "model": name,
