@@ -202,20 +202,20 @@ def evaluate(
     from orchestrator.models.checkpoint.weights import parse_dtype
     from orchestrator.runtime.workers import Execution
     from orchestrator.stages import driver
-    from orchestrator.stages.evaluate.job import Evaluation
+    from orchestrator.stages.evaluate.values import ask_evaluation
     from orchestrator.store.places import parse_place
 
     asked = EvaluationRequest(model=model, **request)
     # a hub id has no directory: use the working directory
     beside = Path(model) if Path(model).is_dir() else parse_place(model).name
-    job = Evaluation(
+    evaluation = ask_evaluation(
         asked.models(),
         text=asked.text_facts(),
         dtype=parse_dtype(asked.dtype),
         execution=Execution(**asked.execution_facts()),
         run_dir=parse_place(asked.run_dir or f"{beside}.evaluation"),
     )
-    return driver.evaluate(job, on_event)
+    return driver.evaluate(evaluation, on_event)
 
 
 def export(out: str | Path, dense_dir: str | Path, format: str = "dense") -> Path:

@@ -23,6 +23,10 @@ class Uniform(Allocator):
     reassigned, because the published figures are for exactly these ranks.
     """
 
+    @property
+    def is_even(self) -> bool:
+        return True
+
     def __call__(
         self,
         linears: Sequence[Linear],
@@ -59,6 +63,10 @@ class UniformSparse(Allocator):
 
     Curves are not used. Rounding down leaves less than one value per linear unused.
     """
+
+    @property
+    def is_even(self) -> bool:
+        return True
 
     def __call__(
         self,

@@ -3,21 +3,13 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import share_values
-from orchestrator.forecast.needs import Needs, needs_of
-from orchestrator.forecast.shapes import ITEMSIZE_OF, Shapes
-from orchestrator.forecast.work import (
-    Work,
-    computed,
-    decomposing_block,
-    forward_flops,
-    gathering,
-    pivoting,
-    trained,
-)
-from orchestrator.models.training.refine_options import RefineOptions
-from orchestrator.plan.forms import PIVOTED
-from orchestrator.plan.linear import Linear
+from orchestrator.forecast.shapes import Shapes
+from orchestrator.forecast.statistics import decomposing_block, gathering, method_statistics
+from orchestrator.forecast.work import Work, computed, forward_flops
+from orchestrator.methods.base import Method
+from orchestrator.plan.codecs import itemsize_of
 from orchestrator.recipe.recipe import Recipe
 
 TOKEN_BYTES = 9
@@ -29,7 +21,10 @@ class Costs:
     """Work of the calls for one recipe and one model."""
 
     shapes: Shapes
+    """With the targeted linears only."""
     recipe: Recipe
+    method: Method
+    allocator: Allocator
 
     @property
     def num_blocks(self) -> int:
@@ -39,14 +34,10 @@ class Costs:
     def sequences(self) -> int:
         return self.recipe.samples
 
-    @cached_property
-    def needs(self) -> Needs:
-        return needs_of(self.recipe)
-
     @property
-    def labels(self) -> int:
+    def label_draws(self) -> int:
         """Backward passes of each sequence."""
-        return self.needs.labels
+        return self.method.label_draws
 
     @property
     def is_pivoted(self) -> bool:
@@ -55,11 +46,11 @@ class Costs:
     @property
     def itemsize(self) -> int:
         """Bytes of a value in the passes."""
-        return ITEMSIZE_OF.get(self.recipe.dtype, self.shapes.itemsize)
+        return itemsize_of(self.recipe.dtype, self.shapes.itemsize)
 
     @property
     def out_itemsize(self) -> int:
-        return ITEMSIZE_OF.get(self.recipe.output_dtype, self.shapes.itemsize)
+        return itemsize_of(self.recipe.output_dtype, self.shapes.itemsize)
 
     @property
     def state(self) -> float:
@@ -92,9 +83,9 @@ class Costs:
 
     def compute(self) -> Work:
         """FLOPs of calibration and decomposition of all blocks; no bytes."""
-        passed = self.gather(1).times(max(self.labels, 1))
-        if self.labels:
-            passed += self.forward(1) + self.head().times(self.labels / self.num_blocks)
+        passed = self.gather(1).times(max(self.label_draws, 1))
+        if self.label_draws:
+            passed += self.forward(1) + self.head().times(self.label_draws / self.num_blocks)
         whole = (passed.times(self.sequences) + self.finish()).times(self.num_blocks)
         return replace(whole, read=0.0, write=0.0, network=0.0)
 
@@ -127,12 +118,6 @@ class Costs:
         """Decomposition of all linears of a block, and writing of the results."""
         return self._finish
 
-    def epochs(self) -> Work:
-        """Training of one block towards its dense outputs."""
-        options = RefineOptions(**self.recipe.options.get("refinement", {}))
-        step = trained(self.shapes, self.recipe.share, self.recipe.sequence_length)
-        return Work(single=self.sequences * options.epochs * step)
-
     def forward_in_float32(self, blocks: int) -> Work:
         """One sequence through blocks of the compressed model, whose factors are in float32."""
         flops = forward_flops(self.shapes, self.recipe.sequence_length)
@@ -143,26 +128,10 @@ class Costs:
         """Channels of the inputs of a block's linears, each input once."""
         return list({each.site: each.in_features for each in self.shapes.heaviest}.values())
 
-    def refine(self) -> Work:
-        """Refinement of one block, with reading of its chunks, weights and targets."""
-        read = 2 * self.sequences * self.state + self.shapes.block_values * self.shapes.itemsize
-        return self.epochs() + self._forward.times(self.sequences) + Work(read=read)
-
     def file(self) -> Work:
         """One file of the result: its tensors are read and cut; it is written, and read to hash."""
         size = self.final_values * self.out_itemsize
         return Work(read=2.0 * size, write=float(size)).times(1 / self.files)
-
-    @cached_property
-    def pivots(self) -> tuple[Work, ...]:
-        """By linear: factors are read, pivoted and written."""
-        return tuple(map(self._pivot, self.shapes.linears)) if self.is_pivoted else ()
-
-    def _pivot(self, linear: Linear) -> Work:
-        rank = PIVOTED.rank_within(linear, int(self.recipe.share * linear.values))
-        read = float(rank * linear.rank_cost * self.out_itemsize)
-        written = float(PIVOTED.factor_values(linear, rank) * self.out_itemsize)
-        return pivoting(linear, rank) + Work(read=read, write=written)
 
     @cached_property
     def _forward(self) -> Work:
@@ -170,10 +139,14 @@ class Costs:
 
     @cached_property
     def _gather(self) -> Work:
-        return gathering(self.shapes, self.needs, self.recipe.sequence_length, self.itemsize)
+        statistics = method_statistics(self.shapes.heaviest, self.method)
+        return gathering(self.shapes, statistics, self.recipe.sequence_length, self.itemsize)
 
     @cached_property
     def _finish(self) -> Work:
         return decomposing_block(
-            self.shapes.heaviest, self.needs, self.is_pivoted, self.out_itemsize
+            self.shapes.heaviest,
+            self.method,
+            pivoted=self.is_pivoted,
+            itemsize=self.out_itemsize,
         )

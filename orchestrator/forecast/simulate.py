@@ -8,14 +8,20 @@ replaced. The dispatch loop, the schedules and the failure policy are those of a
 import heapq
 import itertools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from orchestrator.forecast.costs import Costs
+from orchestrator.forecast.forecast import costs_of
 from orchestrator.forecast.rates import Rates
+from orchestrator.forecast.room import Room
+from orchestrator.forecast.shapes import Shapes
+from orchestrator.forecast.stage_cost import Setting
 from orchestrator.forecast.work import Work
 from orchestrator.plan.cut import cut_blocks, default_shards
+from orchestrator.recipe.recipe import Recipe
+from orchestrator.resolve import resolve
 from orchestrator.runtime.calls import Call, Command, Finish, IndependentCalls, Open, Schedule
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import Cause, FailurePolicy
@@ -28,8 +34,10 @@ GPUS_A_NODE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """Result of the simulation of one stage."""
+    """Result of the simulation of one phase."""
 
+    stage: str
+    """The stage of the run that it is part of."""
     seconds: float
     busy_seconds: float
     """Time in calls that ended, of all workers together."""
@@ -39,7 +47,7 @@ class Simulated:
     repeated: int
     """Executions of a call after its first one."""
     units: int
-    """Blocks finished, linears pivoted, or files written."""
+    """Units committed: blocks finished, linears pivoted, or files written."""
     redone: int
     """Executions of a unit after its first one."""
     lost_nodes: int
@@ -163,8 +171,19 @@ class SimulatedPool(FixedPool):
         self._at(self.now + self._start_seconds, "come", fresh)
 
 
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A schedule of a run, and the work of its calls."""
+
+    stage: str
+    """The stage of the run that it is part of."""
+    schedule: Schedule
+    work: Callable[[Call], Work]
+
+
 def simulate(
-    costs: Costs,
+    shapes: Shapes,
+    recipe: Recipe,
     rates: Rates,
     workers: int,
     *,
@@ -172,53 +191,75 @@ def simulate(
     loss_hours: float | None = None,
     seed: int = 0,
 ) -> dict[str, Simulated]:
-    """Simulate the stages of a compression, each from its own start; their seconds add up.
+    """Simulate the phases of a compression, each from its own start; their seconds add up.
+
+    Of the stages after the plan those are simulated whose calls are independent of each other.
 
     Args:
-        costs: FLOPs and bytes of the calls.
         loss_hours: Mean hours until a node of `GPUS_A_NODE` workers is lost; None: no losses.
+
+    Raises:
+        UsageError: As `forecast`.
     """
-    shards = default_shards(costs.num_blocks, workers, blocks_a_shard)
-    cut = cut_blocks(costs.num_blocks, shards)
-    everything = set(range(costs.sequences))
-    stages: dict[str, tuple[Schedule, Callable[[Call], Work]]] = {}
-    if costs.labels:
+    resolved = resolve(recipe)
+    costs = costs_of(shapes, resolved)
+    cut = cut_blocks(costs.num_blocks, default_shards(costs.num_blocks, workers, blocks_a_shard))
+    setting = Setting(
+        costs=costs,
+        room=Room(None, is_gpu=False),
+        rates=(rates,),
+        workers=workers,
+        shards=len(cut),
+    )
+    phases = _calibration(costs, cut)
+    for stage in resolved.stages:
+        if calls := stage.cost(setting).calls():
+            phases[stage.name] = _independent(stage.name, calls)
+    phases["write"] = _independent("write", [costs.file()] * costs.files)
+    return {
+        name: _perform(
+            phase,
+            rates,
+            workers,
+            loss_hours=loss_hours,
+            seed=seed * len(phases) + place,
+        )
+        for place, (name, phase) in enumerate(phases.items())
+    }
+
+
+def _calibration(costs: Costs, cut: Sequence[range]) -> dict[str, Phase]:
+    """Passes of all chunks: one that leaves them at boundaries for gradients, and the last one."""
+    phases = {}
+    if costs.label_draws:
         boundaries = ShardPass(
             cut[:-1] or cut,
             todo=(),
             num_chunks=costs.sequences,
             present=[set() for _ in cut[:-1] or cut],
-            results=set() if len(cut) > 1 else everything,
+            results=set() if len(cut) > 1 else set(range(costs.sequences)),
             keeps=[blocks.start for blocks in cut],
         )
-        stages["boundaries"] = boundaries, _passing(costs, boundaries)
+        phases["boundaries"] = Phase("calibrate", boundaries, _passing(costs, boundaries))
     gathering = ShardPass(
-        cut[::-1] if costs.labels else cut,
+        cut[::-1] if costs.label_draws else cut,
         todo=range(costs.num_blocks),
-        num_chunks=costs.sequences * max(costs.labels, 1),
+        num_chunks=costs.sequences * max(costs.label_draws, 1),
         present=[set() for _ in cut],
-        backward=costs.labels > 0,
+        backward=costs.label_draws > 0,
     )
-    stages["calibrate"] = gathering, _passing(costs, gathering)
-    if costs.recipe.refine == "blocks":
-        blocks = [(f"block {each}, refine", Simulate(each)) for each in range(costs.num_blocks)]
-        stages["refine"] = IndependentCalls(blocks), lambda call: costs.refine()
-    if costs.pivots:
-        linears = [(f"linear {each}", Simulate(each)) for each in range(len(costs.pivots))]
-        stages["pivot"] = IndependentCalls(linears), lambda call: costs.pivots[_unit(call)]
-    files = [(f"file {each}", Simulate(each)) for each in range(costs.files)]
-    stages["write"] = IndependentCalls(files), lambda call: costs.file()
-    return {
-        name: _perform(
-            schedule,
-            work,
-            rates,
-            workers,
-            loss_hours=loss_hours,
-            seed=seed * len(stages) + place,
-        )
-        for place, (name, (schedule, work)) in enumerate(stages.items())
-    }
+    return {**phases, "calibrate": Phase("calibrate", gathering, _passing(costs, gathering))}
+
+
+def _independent(stage: str, calls: Sequence[Work]) -> Phase:
+    """Phase of calls that do not depend on each other."""
+    labelled = [(f"{stage} {unit}", Simulate(unit)) for unit in range(len(calls))]
+
+    def work(call: Call) -> Work:
+        assert isinstance(call.command, Simulate)
+        return calls[call.command.unit]
+
+    return Phase(stage, IndependentCalls(labelled), work)
 
 
 def _passing(costs: Costs, schedule: ShardPass) -> Callable[[Call], Work]:
@@ -233,7 +274,7 @@ def _passing(costs: Costs, schedule: ShardPass) -> Callable[[Call], Work]:
         if isinstance(call.command, Finish):
             return costs.finish()
         found = costs.gather(blocks) if gathers else costs.forward(blocks)
-        if gathers and costs.labels:
+        if gathers and costs.label_draws:
             # the dense pass stored the shard's inputs; the last block's gradient is of the labels
             found += costs.comes() if state.blocks.start else Work()
             if state.blocks.stop == costs.num_blocks:
@@ -245,22 +286,21 @@ def _passing(costs: Costs, schedule: ShardPass) -> Callable[[Call], Work]:
 
 
 def _perform(
-    schedule: Schedule,
-    work: Callable[[Call], Work],
+    phase: Phase,
     rates: Rates,
     workers: int,
     *,
     loss_hours: float | None,
     seed: int,
 ) -> Simulated:
-    moved = 0.0
+    moved, schedule = 0.0, phase.schedule
     performed: dict[str, int] = {}
     # more workers would be idle all the time
     useful = min(workers, schedule.max_workers)
 
     def take(call: Call) -> float:
         nonlocal moved
-        found = work(call)
+        found = phase.work(call)
         moved += found.network
         return found.overlapped(rates) if isinstance(schedule, ShardPass) else found.seconds(rates)
 
@@ -278,8 +318,15 @@ def _perform(
         on_success=on_success,
         on_event=_ignore,
     )
-    units = {label: count for label, count in performed.items() if _is_unit(label)}
+    # steps and opened shards commit no unit
+    is_pass = isinstance(schedule, ShardPass)
+    units = {
+        label: count
+        for label, count in performed.items()
+        if not is_pass or label.endswith("finish")
+    }
     return Simulated(
+        stage=phase.stage,
         seconds=pool.now,
         busy_seconds=pool.busy_seconds,
         worker_seconds=workers * pool.now,
@@ -290,16 +337,6 @@ def _perform(
         lost_nodes=pool.lost_nodes,
         bytes_moved=moved,
     )
-
-
-def _unit(call: Call) -> int:
-    assert isinstance(call.command, Simulate)
-    return call.command.unit
-
-
-def _is_unit(label: str) -> bool:
-    """True if a call with this label commits a unit; steps and opened shards do not."""
-    return not label.startswith("block") or label.endswith(("finish", "refine"))
 
 
 def _ignore(event: Mapping[str, Any]) -> None:

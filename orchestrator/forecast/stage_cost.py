@@ -1,7 +1,7 @@
 """Cost of a stage: interface, and the setting that all stages of a forecast share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ from orchestrator.forecast.outcome import StageForecast
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.room import Room
 from orchestrator.forecast.shapes import Shapes
+from orchestrator.forecast.work import Work
 from orchestrator.recipe.recipe import Recipe
 
 Parts = Mapping[str, float]
@@ -46,7 +47,7 @@ class Setting:
     @property
     def is_even(self) -> bool:
         """True if every linear keeps the same fraction."""
-        return self.costs.needs.allocation == "uniform"
+        return self.costs.allocator.is_even
 
     @property
     def tokens(self) -> int:
@@ -77,6 +78,8 @@ class StageCost(ABC):
 
     unpacks_boundary: ClassVar[bool] = False
     """True if a worker unpacks the chunks of a whole boundary from files."""
+    is_float64: ClassVar[bool] = False
+    """True if most of the stage is products in float64, which some devices compute slowly."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -92,6 +95,21 @@ class StageCost(ABC):
     @abstractmethod
     def content(self, before: Parts) -> tuple[Parts, Parts]:
         """Peak content of the run directory in this stage, and its content at the end."""
+
+    def calls(self) -> Sequence[Work]:
+        """Work of its calls if they are independent of each other; a simulation runs these.
+
+        Empty by default: the calls of the stage depend on each other, and it is not simulated.
+        """
+        return ()
+
+    def keeps_states(self, held: Footprint) -> bool:
+        """True if the stage resumes from its content; False if it begins again.
+
+        Args:
+            held: As in `forecast`.
+        """
+        return True
 
     @abstractmethod
     def remedy(self) -> str:

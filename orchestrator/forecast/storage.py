@@ -1,15 +1,15 @@
 """Peak size of the run directory in each stage, and the choices that limit it.
 
 A calibration with gradients goes back in the fewest segments with which the run directory is no
-larger than `ROOM` times the model, or than it becomes later anyway. A training keeps states to
-resume from unless that makes it larger than `TRAINING_ROOM` times the model.
+larger than `ROOM` times the model, or than it becomes later anyway.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from orchestrator.forecast import memory
+from orchestrator.allocate.base import Scoring
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
@@ -17,14 +17,10 @@ from orchestrator.plan.cut import cut_segments
 
 ROOM = 2.5
 """Size of a run directory, in model sizes, above which chunks pass by segments."""
-TRAINING_ROOM = 4.0
-"""Size, in model sizes, above which a training keeps values without states."""
 SMALL_BYTES = 64e9
 """Size up to which a run directory is not made smaller at the cost of time."""
 TRAINED_BYTES = 4
 """Bytes of a trained value: float32."""
-BEST_VALUES = "best values"
-"""Part of the content of a training that keeps no states."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Storage:
     @cached_property
     def segments(self) -> tuple[range, ...]:
         """Segments of shards for the backward pass: the fewest that fit into the room."""
-        waves = -(-self.setting.shards // self.setting.workers) if self._costs.labels else 1
+        waves = -(-self.setting.shards // self.setting.workers) if self._costs.label_draws else 1
         cuts = [
             cut_segments(self.setting.shards, self.setting.workers, count)
             for count in range(1, waves + 1)
@@ -58,7 +54,7 @@ class Storage:
         """Peak content in the stages after calibration."""
         parts: Parts = {"decompositions": self._decompositions}
         found = dict[str, Footprint]()
-        if self._costs.needs.scores:
+        if self._costs.allocator.scoring is not Scoring.NONE:
             found["score"] = _footprint({**parts, "chunks": self.setting.in_flight})
         for name, cost in self.later.items():
             most, parts = cost.content(parts)
@@ -67,8 +63,8 @@ class Storage:
 
     @property
     def keeps_states(self) -> bool:
-        """True if a training resumes from snapshots; else it begins again after a loss."""
-        return all(map(keeps_states, self._later.values()))
+        """True if all stages resume from their content; else one begins again after a loss."""
+        return all(cost.keeps_states(self._later[name]) for name, cost in self.later.items())
 
     @property
     def _costs(self) -> Costs:
@@ -76,7 +72,7 @@ class Storage:
 
     def _calibrating(self, segments: Sequence[range]) -> Footprint:
         """Content at the end of a shard, with its decompositions and still with its chunks."""
-        if not self._costs.labels:
+        if not self._costs.label_draws:
             return _footprint(
                 {"decompositions": self._decompositions, "chunks": self.setting.in_flight}
             )
@@ -98,22 +94,18 @@ class Storage:
             {
                 "decompositions": self._decompositions * done / self.setting.shards,
                 "chunks": kept * self._costs.boundary,
-                "gradients": flowing * self._costs.labels * self._costs.boundary,
+                "gradients": flowing * self._costs.label_draws * self._costs.boundary,
             }
         )
 
     @cached_property
     def _decompositions(self) -> float:
         """Bytes of factors up to the largest rank of any plan, or of all entries."""
-        costs, linears = self._costs, self._costs.shapes.linears
-        about = costs.needs, costs.is_pivoted, costs.out_itemsize
-        return float(sum(memory.stored_bytes(each, *about) for each in linears))
+        costs = self._costs
+        of_kind = costs.method.kind.cost
+        about: dict[str, Any] = {"pivoted": costs.is_pivoted, "itemsize": costs.out_itemsize}
+        return float(sum(of_kind.stored_bytes(each, **about) for each in costs.shapes.linears))
 
 
 def _footprint(parts: Mapping[str, float]) -> Footprint:
     return Footprint({name: int(count) for name, count in parts.items()})
-
-
-def keeps_states(held: Footprint) -> bool:
-    """True if the content of a stage has no values without states."""
-    return BEST_VALUES not in held.parts

@@ -27,7 +27,8 @@ from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob
 from orchestrator.stages.context.values import Keyed, Planned, Scores
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
-from orchestrator.stages.evaluate.job import Evaluation
+from orchestrator.stages.evaluate.job import commit_report, earlier_report, measure
+from orchestrator.stages.evaluate.values import AskedEvaluation, read_text, survey_models
 from orchestrator.stages.evaluate.worker import EvaluationWorker
 from orchestrator.stages.request import ask
 from orchestrator.stages.score import score
@@ -107,30 +108,30 @@ def _jobs(stages: Sequence[Stage], planned: Planned) -> list[StageJob]:
     return jobs
 
 
-def evaluate(job: Evaluation, on_event: OnEvent | None = None) -> dict[str, Any]:
+def evaluate(asked: AskedEvaluation, on_event: OnEvent | None = None) -> dict[str, Any]:
     """Perform an evaluation, or resume it from its run directory; gives the report."""
-    models = {name: str(path) for name, path in job.models.items()}
+    models = {name: str(path) for name, path in asked.models.items()}
     with (
-        _leased(job.run, job.description, on_event) as lease,
-        RunMonitor(job.run, on_event, **models) as monitor,
+        _leased(asked.run, asked.description, on_event) as lease,
+        RunMonitor(asked.run, on_event, **models) as monitor,
     ):
         monitor.guard(lease)
         with monitor.stage("survey"):
-            job.survey()
+            surveyed = survey_models(asked)
         with monitor.stage("read"):
-            job.read_text()
-        if (report := job.finished()) is not None:
-            monitor.note(f"evaluated already, in {job.run.root}: nothing to do")
+            keyed = read_text(surveyed)
+        if (report := earlier_report(keyed)) is not None:
+            monitor.note(f"evaluated already, in {asked.run.root}: nothing to do")
             return report
         with (
-            connected(job.execution, monitor),
+            connected(asked.execution, monitor),
             start_workers(
-                EvaluationWorker, job.task, job.execution, monitor, most=job.num_blocks
+                EvaluationWorker, keyed.task, asked.execution, monitor, most=keyed.num_blocks
             ) as workers,
         ):
-            with monitor.stage("evaluate") as stage:
-                job.score(workers, monitor, stage)
-            return job.report(workers)
+            with _running("evaluate", workers, monitor) as stage:
+                found = measure(keyed, stage)
+            return commit_report(keyed, found)
 
 
 @contextmanager

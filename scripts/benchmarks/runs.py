@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from benchmarks.common.synthetic import config_of, write_model, write_text
 from benchmarks.memory import compress
 
 from orchestrator import api
-from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.rates import Rates, read_machine
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.forecast.simulate import simulate
@@ -21,12 +21,6 @@ from orchestrator.recipe.recipe import Recipe, make_recipe
 SEQUENCE_LENGTH = 512
 SAMPLES = 16
 WITHIN = 0.15
-STAGES = {
-    "calibrate": ("boundaries", "calibrate"),
-    "pivot": ("pivot",),
-    "write": ("write",),
-}
-"""Stages of a run, and their names in the simulator."""
 WORKERS = (1, 2)
 BLOCKS = (4, 8, 16, 32)
 
@@ -48,12 +42,13 @@ def measure_simulator(work: Path, repeats: int) -> dict[str, Any]:
                 say(f"{workers} workers, run {repeat + 1} of {repeats}")
                 recipe = recipe_for(model, text, work / f"out-{workers}-{repeat}", workers)
                 seconds = api.compress(recipe).report["timings"]["seconds"]
-                real[workers].append({stage: seconds[stage] for stage in STAGES})
+                real[workers].append(seconds)
     (rates,) = machine.rows
+    simulations = {w: simulated(model, text, w, rates) for w in WORKERS}
     rows = []
-    for stage in STAGES:
+    for stage in simulations[1]:
         found = {w: statistics.median(each[stage] for each in real[w]) for w in WORKERS}
-        expected = {w: simulated(model, text, w, rates)[stage] for w in WORKERS}
+        expected = {w: simulations[w][stage] for w in WORKERS}
         scaled = found[1] * expected[2] / expected[1]
         rows.append(
             {
@@ -85,9 +80,11 @@ def recipe_for(model: Path, text: Path, out: Path, workers: int) -> Recipe:
 
 
 def simulated(model: Path, text: Path, workers: int, rates: Rates) -> dict[str, float]:
-    costs = Costs(read_shapes(model), recipe_for(model, text, Path("out"), workers))
-    found = simulate(costs, rates, workers)
-    return {stage: sum(found[part].seconds for part in parts) for stage, parts in STAGES.items()}
+    """Simulated seconds by stage of the run, in order."""
+    recipe, seconds = recipe_for(model, text, Path("out"), workers), Counter[str]()
+    for phase in simulate(read_shapes(model), recipe, rates, workers).values():
+        seconds[phase.stage] += phase.seconds
+    return dict(seconds)
 
 
 def show_simulator(rows: list[dict[str, Any]]) -> None:

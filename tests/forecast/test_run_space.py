@@ -12,8 +12,7 @@ from several_workers import several
 from orchestrator import retarget
 from orchestrator.errors import StoppedError
 from orchestrator.forecast import storage
-from orchestrator.forecast.costs import Costs
-from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.forecast import costs_of, forecast
 from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import Machine
 from orchestrator.forecast.room import Room
@@ -22,12 +21,14 @@ from orchestrator.forecast.stage_cost import Setting
 from orchestrator.forecast.text import lines
 from orchestrator.plan.cut import cut_segments
 from orchestrator.recipe.recipe import Recipe
+from orchestrator.resolve import resolve
 from orchestrator.stages import admission as foresight
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.context.worker.curvature_worker import GradientPass
 from orchestrator.stages.context.worker.pivoted import PIVOTED_FILE
 from orchestrator.stages.context.worker.trained_worker import TRAINED_FILE
 from orchestrator.stages.pivot.spec import Pivot
+from orchestrator.stages.train import cost as train_cost
 from orchestrator.stages.train.cost import MOST_SNAPSHOTS
 from orchestrator.stages.train.worker import TrainWorker, best_key
 from orchestrator.store.run import RunDirectory
@@ -68,7 +69,11 @@ def test_segments_are_as_few_as_there_is_room_for(monkeypatch):
 
     def of(room):
         monkeypatch.setattr(storage, "ROOM", room)
-        about = {"costs": Costs(shapes, recipe), "room": Room(None, is_gpu=False), "rates": ()}
+        about = {
+            "costs": costs_of(shapes, resolve(recipe)),
+            "room": Room(None, is_gpu=False),
+            "rates": (),
+        }
         setting = Setting(**about, workers=4, shards=40)
         return storage.Storage(setting, {"pivot": Pivot().cost(setting)})
 
@@ -255,8 +260,8 @@ def made(events, stage):
 @pytest.fixture
 def valued(monkeypatch):
     """Make training keep no states, with any room."""
-    monkeypatch.setattr(storage, "TRAINING_ROOM", 0)
-    monkeypatch.setattr(storage, "SMALL_BYTES", 0)
+    monkeypatch.setattr(train_cost, "TRAINING_ROOM", 0)
+    monkeypatch.setattr(train_cost, "SMALL_BYTES", 0)
 
 
 def test_refined_blocks_take_the_place_of_pivoted_factors(small, text, best, valued, tmp_path):
@@ -455,8 +460,9 @@ def test_the_run_directory_is_as_large_as_its_forecast(
     """Sizes by stage agree to a tenth, except for snapshots that may exist and did not; a large
     model passes chunks by segments and trains without states."""
     if not is_small:
-        for name, value in (("SMALL_BYTES", 0), ("ROOM", 2.5), ("TRAINING_ROOM", 1.5)):
-            monkeypatch.setattr(storage, name, value)
+        monkeypatch.setattr(storage, "SMALL_BYTES", 0)
+        monkeypatch.setattr(train_cost, "SMALL_BYTES", 0)
+        monkeypatch.setattr(train_cost, "TRAINING_ROOM", 1.5)
     text = write_text(tmp_path / "text.txt", 12_000)
     fields = {"sequence_length": 96, "shards": 4} | fields
     sizes, found, result = measured(wider, tmp_path / "out", text, **fields)

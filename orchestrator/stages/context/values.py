@@ -31,7 +31,7 @@ from orchestrator.stages.context.previous_run import PreviousRun
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 
-Value = TypeVar("Value", bound="Asked")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Asked:
     @property
     def needs_gradients(self) -> bool:
         """True if the statistics need gradients of the loss, from backward passes."""
-        return self.method.labels > 0
+        return self.method.label_draws > 0
 
     @property
     def execution(self) -> Execution:
@@ -166,6 +166,6 @@ class Planned(Decomposed):
         return self.scores.choice
 
 
-def extended(value: Asked, to: type[Value], **more: Any) -> Value:
+def extended(value: Any, to: type[Value], **more: Any) -> Value:
     """The next value: all fields of this one, and those that it adds."""
     return to(**{each.name: getattr(value, each.name) for each in fields(value)}, **more)

@@ -1,197 +1,137 @@
-"""One evaluation: the driver's part."""
+"""Passes of an evaluation, and its report: the driver's part."""
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
-from orchestrator.models.inputs.text import load_tokens
-from orchestrator.models.inputs.tokenizer import load_tokenizer
-from orchestrator.models.shards.lazy_model import LazyModel
-from orchestrator.models.survey.locate import locate
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.runtime.calls import Call, Step
-from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
-from orchestrator.runtime.workers import DEFAULT_THREADS, Execution, WorkerGroup
-from orchestrator.stages.context.tokens import commit_tokens
-from orchestrator.stages.evaluate.worker import EvaluationTask, tokens_per_second
-from orchestrator.store.places import Place
-from orchestrator.store.run import RunDirectory
-from orchestrator.store.units import unit_key
+from orchestrator.stages.context.running_stage import RunningStage
+from orchestrator.stages.evaluate.values import KeyedEvaluation
+from orchestrator.stages.evaluate.worker import tokens_per_second
 
-EVALUATE_VERSION = 1
+Timings = dict[str, dict[range, list[float]]]
+"""Seconds of sequences by model and shard."""
 
 
-class Evaluation:
-    """One or two models on one text."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """Scores of all sequences, and the timings of those that this run has passed."""
 
-    def __init__(
-        self,
-        models: Mapping[str, str],
-        *,
-        text: Mapping[str, Any],
-        dtype: torch.dtype | None,
-        execution: Execution,
-        run_dir: Place,
-    ) -> None:
-        self.models = {name: locate(model).absolute() for name, model in models.items()}
-        self.text = text
-        self.execution = execution
-        self.run = RunDirectory(run_dir.expanduser().absolute())
-        self.run.check()
-        self.description: Mapping[str, Any] = {"evaluate": dict(models), "text": dict(text)}
-        self._dtype = dtype
-        self._prefill: dict[str, dict[range, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self._decode: dict[str, dict[range, list[float]]] = defaultdict(lambda: defaultdict(list))
+    total: Score
+    cut: Sequence[range]
+    """Shards at the end of the pass."""
+    prefill: Timings
+    decode: Timings
+    workers: int
+    """The most workers at once."""
+    made_elsewhere: Sequence[Mapping[str, Any]]
+    memory: Mapping[str, Any] | None
+    environment: Mapping[str, Any]
 
-    def survey(self) -> None:
-        """Blocks and sizes of every model; no weight is read.
 
-        Raises:
-            InputError: The models do not have the same blocks and vocabulary.
-        """
-        self.skeletons = {
-            name: LazyModel.open(path, dtype=self._dtype) for name, path in self.models.items()
-        }
-        self.fingerprints = {
-            self.models[name]: lazy_model.weights.fingerprint
-            for name, lazy_model in self.skeletons.items()
-        }
-        ours = self.skeletons["model"]
-        self.num_blocks = ours.num_blocks
-        for name, lazy_model in self.skeletons.items():
-            found = lazy_model.num_blocks, lazy_model.config.get_text_config().vocab_size
-            wanted = ours.num_blocks, ours.config.get_text_config().vocab_size
-            if found != wanted:
-                raise InputError(
-                    f"{self.models[name]}: {found[0]} blocks and {found[1]} tokens in the "
-                    f"vocabulary; {self.models['model']} has {wanted[0]} and {wanted[1]}, and only "
-                    "models of one shape are compared token by token"
-                )
+def earlier_report(keyed: KeyedEvaluation) -> dict[str, Any] | None:
+    """The report of an earlier run of the same evaluation; None if there is none."""
+    manifest = keyed.run.units.manifest(keyed.report_key)
+    return None if manifest is None else manifest["facts"]
 
-    def read_text(self) -> None:
-        """Text to token sequences, by the first model's tokenizer."""
-        tokens = load_tokens(**self.text, tokenizer=load_tokenizer(self.models["model"]))
-        vocabulary = self.skeletons["model"].config.get_text_config().vocab_size
-        tokens.check_within(vocabulary, self.models["model"])
-        self.token_report = tokens.report
-        self.tokens_key = commit_tokens(self.run, tokens)
-        inputs = [*self.fingerprints.values(), self.tokens_key]
-        dtypes = {name: str(lazy_model.dtype) for name, lazy_model in self.skeletons.items()}
-        self.pass_key = unit_key("evaluate", EVALUATE_VERSION, inputs, dtypes=dtypes)
-        self.slice_keys = tuple(
-            unit_key("score", EVALUATE_VERSION, [self.pass_key], sequence=index)
-            for index in range(tokens.report["sequences"])
-        )
 
-    @property
-    def task(self) -> EvaluationTask:
-        return EvaluationTask(
-            run_dir=self.run.root,
-            threads=self.execution.threads or DEFAULT_THREADS,
-            pass_key=self.pass_key,
-            fingerprints=self.fingerprints,
-            writes=(self.run.root,),
-            models=self.models,
-            dtype=self._dtype,
-            tokens_key=self.tokens_key,
-            slice_keys=self.slice_keys,
-        )
+def measure(keyed: KeyedEvaluation, stage: RunningStage) -> Measurements:
+    """Pass sequences through the shards of all models; the last shards give the scores."""
+    workers, monitor = stage.workers, stage.monitor
+    units, total = keyed.run.units, len(keyed.score_keys)
+    keys = dict(enumerate(keyed.score_keys))
+    left = reusable_units(units, keys, workers, monitor, stage=stage.name)
+    elsewhere = monitor.made_elsewhere
+    chunks = keyed.run.chunks(keyed.pass_key, workers.environment)
+    shards = keyed.execution.shards or default_shards(keyed.num_blocks, workers.size)
+    cut, done = cut_blocks(keyed.num_blocks, shards), set(left)
+    schedule = ShardPass(
+        cut,
+        todo=(),
+        num_chunks=total,
+        present=[chunks.present(blocks.start, total) for blocks in cut],
+        results=set(done),
+        joints=range(keyed.num_blocks),
+    )
+    timings: dict[str, Timings] = {"prefill": {}, "decode": {}}
 
-    def finished(self) -> dict[str, Any] | None:
-        """The result of an earlier run of the same evaluation."""
-        manifest = self.run.units.manifest(self._result_key)
-        return None if manifest is None else manifest["facts"]
+    def on_success(call: Call, value: Any) -> None:
+        if isinstance(call.command, Step):
+            assert call.takes is not None
+            assert call.emits is not None
+            _note(timings, range(call.takes[0], call.emits[0]), value)
+            if call.emits[0] == keyed.num_blocks:
+                done.add(call.emits[1])
+                stage.progress(len(done), total)
 
-    @property
-    def _result_key(self) -> str:
-        return unit_key("evaluation", EVALUATE_VERSION, [self.pass_key])
+    run_pass(workers, monitor, schedule, chunks, on_success=on_success)
+    score = Score()
+    for index in range(total):
+        facts = left.get(index) or units.facts(keys[index], workers.environment)
+        assert facts is not None
+        score = score.merge(Score.from_json(facts))
+    usage = monitor.memory.get(stage.name)
+    return Measurements(
+        **timings,
+        total=score,
+        cut=schedule.cut,
+        workers=monitor.most_workers,
+        made_elsewhere=elsewhere,
+        memory=usage.to_json() if usage else None,
+        environment=workers.environment,
+    )
 
-    def score(self, workers: WorkerGroup, monitor: RunMonitor, stage: StageMonitor) -> None:
-        """Pass sequences through the shards of all models; the last shards give the scores."""
-        units, total = self.run.units, len(self.slice_keys)
-        keys = dict(enumerate(self.slice_keys))
-        left = reusable_units(units, keys, workers, monitor, stage=stage.name)
-        self._elsewhere = monitor.made_elsewhere
-        chunks = self.run.chunks(self.pass_key, workers.environment)
-        shards = self.execution.shards or default_shards(self.num_blocks, workers.size)
-        cut = cut_blocks(self.num_blocks, shards)
-        done = set(left)
-        schedule = ShardPass(
-            cut,
-            todo=(),
-            num_chunks=total,
-            present=[chunks.present(blocks.start, total) for blocks in cut],
-            results=set(done),
-            joints=range(self.num_blocks),
-        )
 
-        def on_success(call: Call, value: Any) -> None:
-            if isinstance(call.command, Step):
-                assert call.takes is not None
-                assert call.emits is not None
-                self._note_timings(range(call.takes[0], call.emits[0]), value)
-                if call.emits[0] == self.num_blocks:
-                    done.add(call.emits[1])
-                    stage.progress(len(done), total)
-
-        run_pass(workers, monitor, schedule, chunks, on_success=on_success)
-        self._workers = monitor.most_workers
-        self._usage = monitor.memory.get(stage.name)
-        self.total = Score()
-        for index in range(total):
-            facts = left.get(index) or units.facts(keys[index], workers.environment)
-            assert facts is not None
-            self.total = self.total.merge(Score.from_json(facts))
-        self._cut = schedule.cut
-
-    def _note_timings(self, shard: range, timings: Mapping[str, Any]) -> None:
-        for name, seconds in timings["prefill"].items():
-            self._prefill[name][shard].append(seconds)
-        for name, seconds in timings["decode"].items():
+def _note(timings: Mapping[str, Timings], shard: range, value: Mapping[str, Any]) -> None:
+    """Add the seconds of one step to the timings of its shard."""
+    for kind, by_model in timings.items():
+        for name, seconds in value[kind].items():
             if seconds is not None:
-                self._decode[name][shard].append(seconds)
+                by_model.setdefault(name, defaultdict(list))[shard].append(seconds)
 
-    def report(self, workers: WorkerGroup) -> dict[str, Any]:
-        """All measurements; committed, so that the same evaluation is not repeated."""
-        total = self.total
-        losses = {"model": total.window_loss, "against": total.against_window_loss}
-        models = {
-            name: {
-                "path": str(path),
-                "perplexity": math.exp(losses[name] / total.windows) if total.windows else None,
-                "parameters": self.skeletons[name].total_parameters,
-                "bytes": self.skeletons[name].weights.size_bytes,
-                "prefill_tokens_per_second": self._speed(self._prefill[name], prefill=True),
-                "decode_tokens_per_second": self._speed(self._decode[name], prefill=False),
-            }
-            for name, path in self.models.items()
-        }
-        report: dict[str, Any] = {
-            "models": models,
-            "text": self.token_report,
-            "predictions": total.predictions,
-            "shards": len(self._cut),
-            "workers": self._workers,
-            "environment": workers.environment,
-            **({"made_elsewhere": self._elsewhere} if self._elsewhere else {}),
-            **({"memory": self._usage.to_json()} if self._usage else {}),
-        }
-        if "against" in models and total.predictions:
-            report["kl"] = total.divergence / total.predictions
-            report["top1_agreement"] = total.agreements / total.predictions
-        unit = self.run.units.begin(self._result_key)
-        unit.commit(environment=workers.environment, facts=report)
-        return report
 
-    def _speed(self, seconds: Mapping[range, list[float]], *, prefill: bool) -> float | None:
-        tokens = self.token_report["sequence_length"] if prefill else 1
-        by_shard = {shard: seconds.get(blocks, []) for shard, blocks in enumerate(self._cut)}
-        return tokens_per_second(tokens, by_shard)
+def commit_report(keyed: KeyedEvaluation, found: Measurements) -> dict[str, Any]:
+    """All measurements; committed, so that the same evaluation is not repeated."""
+    total = found.total
+    losses = {"model": total.window_loss, "against": total.against_window_loss}
+    length = keyed.token_report["sequence_length"]
+    models = {
+        name: {
+            "path": str(path),
+            "perplexity": math.exp(losses[name] / total.windows) if total.windows else None,
+            "parameters": keyed.lazy_models[name].total_parameters,
+            "bytes": keyed.lazy_models[name].weights.size_bytes,
+            "prefill_tokens_per_second": _speed(found.prefill.get(name, {}), found.cut, length),
+            "decode_tokens_per_second": _speed(found.decode.get(name, {}), found.cut, 1),
+        }
+        for name, path in keyed.models.items()
+    }
+    facts: dict[str, Any] = {
+        "models": models,
+        "text": keyed.token_report,
+        "predictions": total.predictions,
+        "shards": len(found.cut),
+        "workers": found.workers,
+        "environment": found.environment,
+        **({"made_elsewhere": found.made_elsewhere} if found.made_elsewhere else {}),
+        **({"memory": found.memory} if found.memory else {}),
+    }
+    if "against" in models and total.predictions:
+        facts["kl"] = total.divergence / total.predictions
+        facts["top1_agreement"] = total.agreements / total.predictions
+    unit = keyed.run.units.begin(keyed.report_key)
+    unit.commit(environment=found.environment, facts=facts)
+    return facts
+
+
+def _speed(seconds: Mapping[range, list[float]], cut: Sequence[range], tokens: int) -> float | None:
+    """Tokens per second of the whole model; None if a shard has no timings."""
+    by_shard = {shard: seconds.get(blocks, []) for shard, blocks in enumerate(cut)}
+    return tokens_per_second(tokens, by_shard)

@@ -29,7 +29,7 @@ class EvaluationTask(Task):
     """`model`, and `against` if there is another to compare with."""
     dtype: torch.dtype | None
     tokens_key: str
-    slice_keys: tuple[str, ...]
+    score_keys: tuple[str, ...]
     """Key of the unit with the score, by sequence."""
 
 
@@ -97,7 +97,7 @@ class EvaluationWorker(Worker):
 
     def _commit_score(self, index: int, chunk: Chunk, logits: Mapping[str, torch.Tensor]) -> None:
         result = score(chunk.tokens, chunk.mask, logits["model"], logits.get("against"))
-        unit = self.run.units.begin(self.task.slice_keys[index])
+        unit = self.run.units.begin(self.task.score_keys[index])
         unit.commit(environment=self.environment(), facts=result.to_json())
 
     def _now(self) -> float:

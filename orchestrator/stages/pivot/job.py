@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from orchestrator.forecast.work import pivoting
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.deadline import slowly
 from orchestrator.runtime.dispatch import dispatch
@@ -17,6 +16,7 @@ from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.values import Planned
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
+from orchestrator.stages.pivot.cost import pivot_flops
 from orchestrator.store.files import digest_json
 
 
@@ -62,7 +62,7 @@ class PivotJob(StageJob):
             size = self._units.size(self._keys[name])
             stage.progress(len(done), len(self._keys), unit=name, bytes=size)
 
-        flops = max((pivoting(*each).flops for each in missing.items()), default=0.0)
+        flops = max((pivot_flops(*each) for each in missing.items()), default=0.0)
         calls = [(each.name, PivotLinear(each.name, rank)) for each, rank in missing.items()]
         dispatch(
             stage.workers.pool,

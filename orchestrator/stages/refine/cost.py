@@ -1,5 +1,8 @@
 """Cost of the refinement of blocks in parallel."""
 
+from collections.abc import Sequence
+
+from orchestrator.forecast.block_training import epochs, smaller_blocks
 from orchestrator.forecast.memory import (
     PROCESS_BYTES,
     REFINED_BYTES,
@@ -10,9 +13,10 @@ from orchestrator.forecast.memory import (
 from orchestrator.forecast.outcome import StageForecast
 from orchestrator.forecast.room import MOST_BLOCKS
 from orchestrator.forecast.shapes import Shapes
-from orchestrator.forecast.stage_cost import Parts, StageCost
+from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
 from orchestrator.forecast.storage import TRAINED_BYTES
-from orchestrator.forecast.training_remedy import smaller_blocks
+from orchestrator.forecast.work import Work
+from orchestrator.models.training.refine_options import RefineOptions
 
 
 class RefineCost(StageCost):
@@ -20,9 +24,22 @@ class RefineCost(StageCost):
 
     unpacks_boundary = True
 
+    def __init__(self, setting: Setting, options: RefineOptions) -> None:
+        super().__init__(setting)
+        self._options = options
+
+    def calls(self) -> Sequence[Work]:
+        """By block: it is trained, with reading of its chunks, weights and targets."""
+        setting, costs = self.setting, self.setting.costs
+        read = 2 * setting.sequences * costs.state
+        read += setting.shapes.block_values * setting.shapes.itemsize
+        passed = costs.forward(1).times(setting.sequences)
+        one = epochs(setting, self._options) + passed + Work(read=read)
+        return [one] * setting.shapes.num_blocks
+
     def forecast(self, held: Footprint) -> StageForecast:
         setting, blocks = self.setting, self.setting.shapes.num_blocks
-        waves, one = -(-blocks // setting.workers), setting.costs.refine()
+        waves, one = -(-blocks // setting.workers), self.calls()[0]
         fits = [b for b in (1, MOST_BLOCKS) if setting.room.fits(self._memory(b))]
         return StageForecast(
             name="refine",

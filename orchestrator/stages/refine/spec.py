@@ -41,4 +41,4 @@ class Refine(Stage):
     def cost(self, setting: "Setting") -> "StageCost":
         from orchestrator.stages.refine.cost import RefineCost
 
-        return RefineCost(setting)
+        return RefineCost(setting, self.options)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from orchestrator.forecast import storage
 from orchestrator.forecast.memory import (
     PROCESS_BYTES,
     Footprint,
@@ -13,6 +12,7 @@ from orchestrator.forecast.outcome import StageForecast
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
+from orchestrator.forecast.storage import SMALL_BYTES
 from orchestrator.forecast.work import Work, kept_values, trained
 from orchestrator.models.training.train_options import TrainOptions
 
@@ -22,6 +22,10 @@ STATE_BYTES: Mapping[str, int] = {"all": 12, "lean": 8, "light": 0}
 """Bytes of a trained value in a snapshot, with its moments. Scales and norms are left out."""
 MOST_SNAPSHOTS = 3
 """Snapshots of a training: the last one, the best, and the one that is being written."""
+TRAINING_ROOM = 4.0
+"""Size of a run directory, in model sizes, above which snapshots are values without states."""
+BEST_VALUES = "best values"
+"""Part of the content of a training that keeps no states."""
 
 
 class TrainCost(StageCost):
@@ -39,7 +43,7 @@ class TrainCost(StageCost):
         work = Work(single=options.epochs * setting.sequences * step)
         micro = max(setting.sequences // options.batches, 1)
         filling = (micro + workers - 1) / micro
-        keeps_states = storage.keeps_states(held)
+        keeps_states = self.keeps_states(held)
         each = STATE_BYTES[self._mode] if keeps_states else costs.out_itemsize
         state = float(each * blocks) * kept_values(shapes, setting.kept)
         snapshots = options.epochs * options.batches / options.every
@@ -76,10 +80,13 @@ class TrainCost(StageCost):
         state = STATE_BYTES[self._mode] * self.setting.kept_values
         count = min(self._snapshots_made, MOST_SNAPSHOTS)
         states = max(count * state, min(count, 2) * state + written)
-        room = max(storage.TRAINING_ROOM * self.setting.costs.model_bytes, storage.SMALL_BYTES)
+        room = max(TRAINING_ROOM * self.setting.costs.model_bytes, SMALL_BYTES)
         fits = sum(held.values()) + states <= room
-        snapshots = {"snapshots": states} if fits else {storage.BEST_VALUES: written}
+        snapshots = {"snapshots": states} if fits else {BEST_VALUES: written}
         return {**held, **snapshots}, {**held, "trained blocks": written}
+
+    def keeps_states(self, held: Footprint) -> bool:
+        return BEST_VALUES not in held.parts
 
     @property
     def _snapshots_made(self) -> int:

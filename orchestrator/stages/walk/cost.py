@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from orchestrator.forecast.block_training import epochs, smaller_blocks
 from orchestrator.forecast.memory import (
     PROCESS_BYTES,
     REFINED_BYTES,
@@ -14,7 +15,6 @@ from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
 from orchestrator.forecast.storage import TRAINED_BYTES
-from orchestrator.forecast.training_remedy import smaller_blocks
 from orchestrator.forecast.work import DRIFT_FLOPS, Work, kept_values
 from orchestrator.models.training.refine_options import RefineOptions
 
@@ -75,7 +75,7 @@ class WalkCost(StageCost):
             one += self._drift()
         one = one.times(self.setting.sequences)
         if self._refines:
-            one += costs.epochs()
+            one += epochs(self.setting, self._options)
         return one
 
     def _drift(self) -> Work:

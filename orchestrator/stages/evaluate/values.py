@@ -1,0 +1,173 @@
+"""Values of an evaluation: plain data, frozen, each made by one function from the one before.
+
+AskedEvaluation      `ask_evaluation`: models, text and run directory
+SurveyedEvaluation   `survey_models`: blocks and sizes of every model; headers have been read
+KeyedEvaluation      `read_text`: token sequences, and the keys of all units
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orchestrator.errors import InputError
+from orchestrator.models.inputs.text import load_tokens
+from orchestrator.models.inputs.tokenizer import load_tokenizer
+from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.models.survey.locate import locate
+from orchestrator.runtime.workers import DEFAULT_THREADS, Execution
+from orchestrator.stages.context.tokens import commit_tokens
+from orchestrator.stages.context.values import extended
+from orchestrator.stages.evaluate.worker import EvaluationTask
+from orchestrator.store.places import Place
+from orchestrator.store.run import RunDirectory
+from orchestrator.store.units import unit_key
+
+EVALUATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedEvaluation:
+    """One or two models and a text; nothing has been read."""
+
+    models: Mapping[str, Place]
+    """`model`, and `against` if there is another to compare with."""
+    text: Mapping[str, Any]
+    """Arguments of `load_tokens`."""
+    dtype: torch.dtype | None
+    """Dtype of the forward passes; None means that of each checkpoint."""
+    execution: Execution
+    run: RunDirectory
+    description: Mapping[str, Any]
+    """Models and text as they were given, for the run directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurveyedEvaluation(AskedEvaluation):
+    """Models of one shape; no weight has been read."""
+
+    lazy_models: Mapping[str, LazyModel]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.lazy_models["model"].num_blocks
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the vocabulary."""
+        return _vocabulary(self.lazy_models["model"])
+
+    @property
+    def fingerprints(self) -> dict[Place, str]:
+        """Fingerprints of the checkpoints."""
+        found = self.lazy_models.items()
+        return {self.models[name]: model.weights.fingerprint for name, model in found}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyedEvaluation(SurveyedEvaluation):
+    """Token sequences, and keys of the units of scores and of the report."""
+
+    tokens_key: str
+    token_report: Mapping[str, Any]
+    """Facts of the unit of tokens: `sequences`, `sequence_length` and their source."""
+    pass_key: str
+    """Key of the pass of all sequences through all models."""
+    score_keys: tuple[str, ...]
+    """Key of the unit with the score, by sequence."""
+
+    @property
+    def report_key(self) -> str:
+        """Key of the unit with the report."""
+        return unit_key("evaluation", EVALUATE_VERSION, [self.pass_key])
+
+    @property
+    def task(self) -> EvaluationTask:
+        return EvaluationTask(
+            run_dir=self.run.root,
+            threads=self.execution.threads or DEFAULT_THREADS,
+            pass_key=self.pass_key,
+            fingerprints=self.fingerprints,
+            writes=(self.run.root,),
+            models=self.models,
+            dtype=self.dtype,
+            tokens_key=self.tokens_key,
+            score_keys=self.score_keys,
+        )
+
+
+def ask_evaluation(
+    models: Mapping[str, str],
+    *,
+    text: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    execution: Execution,
+    run_dir: Place,
+) -> AskedEvaluation:
+    """The places of models and run directory.
+
+    Raises:
+        InputError: A model is not there, or the run directory is of another version.
+    """
+    places = {name: locate(model).absolute() for name, model in models.items()}
+    run = RunDirectory(run_dir.expanduser().absolute())
+    run.check()
+    return AskedEvaluation(
+        models=places,
+        text=text,
+        dtype=dtype,
+        execution=execution,
+        run=run,
+        description={"evaluate": dict(models), "text": dict(text)},
+    )
+
+
+def survey_models(asked: AskedEvaluation) -> SurveyedEvaluation:
+    """Blocks and sizes of every model; no weight is read.
+
+    Raises:
+        InputError: The models do not have the same blocks and vocabulary.
+    """
+    models = {name: LazyModel.open(path, dtype=asked.dtype) for name, path in asked.models.items()}
+    wanted = models["model"].num_blocks, _vocabulary(models["model"])
+    for name, model in models.items():
+        found = model.num_blocks, _vocabulary(model)
+        if found != wanted:
+            raise InputError(
+                f"{asked.models[name]}: {found[0]} blocks and {found[1]} tokens in the "
+                f"vocabulary; {asked.models['model']} has {wanted[0]} and {wanted[1]}, and only "
+                "models of one shape are compared token by token"
+            )
+    return extended(asked, SurveyedEvaluation, lazy_models=models)
+
+
+def read_text(surveyed: SurveyedEvaluation) -> KeyedEvaluation:
+    """Text to token sequences, by the first model's tokenizer; they are committed as a unit.
+
+    Raises:
+        InputError: As `load_tokens`, or a token is not in the model's vocabulary.
+    """
+    model = surveyed.models["model"]
+    tokens = load_tokens(**surveyed.text, tokenizer=load_tokenizer(model))
+    tokens.check_within(surveyed.vocabulary, model)
+    tokens_key = commit_tokens(surveyed.run, tokens)
+    dtypes = {name: str(each.dtype) for name, each in surveyed.lazy_models.items()}
+    inputs = [*surveyed.fingerprints.values(), tokens_key]
+    pass_key = unit_key("evaluate", EVALUATE_VERSION, inputs, dtypes=dtypes)
+    return extended(
+        surveyed,
+        KeyedEvaluation,
+        tokens_key=tokens_key,
+        token_report=tokens.report,
+        pass_key=pass_key,
+        score_keys=tuple(
+            unit_key("score", EVALUATE_VERSION, [pass_key], sequence=index)
+            for index in range(tokens.report["sequences"])
+        ),
+    )
+
+
+def _vocabulary(model: LazyModel) -> int:
+    size: int = model.config.get_text_config().vocab_size
+    return size
