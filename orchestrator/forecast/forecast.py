@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.allocate import ALLOCATION_NAMES
+from orchestrator.allocate import ALLOCATORS
 from orchestrator.forecast import memory
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.doubles import float64_remark, float64_seconds
@@ -19,7 +19,7 @@ from orchestrator.forecast.storage import Storage
 from orchestrator.forecast.work import Work
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.stages import OPTION_TABLES, STAGES
+from orchestrator.stages import option_tables, stage_classes
 from orchestrator.stages.base import stages_of
 
 HOST_PROCESS = 1_500_000_000
@@ -33,7 +33,7 @@ def forecast(shapes: Shapes, recipe: Recipe, resources: Resources) -> Forecast:
         UsageError: The recipe names a method or an option that does not exist.
         InfeasibleError: No plan is as small as the budget.
     """
-    recipe.check_names(methods=NEEDS, allocations=ALLOCATION_NAMES, tables=OPTION_TABLES)
+    recipe.check_names(methods=NEEDS, allocations=ALLOCATORS, tables=option_tables())
     return _Forecasting(shapes, recipe, resources).forecast()
 
 
@@ -60,7 +60,7 @@ class _Forecasting:
             workers=self.workers,
             shards=self.shards,
         )
-        stages = stages_of(STAGES, recipe, self.needs)
+        stages = stages_of(stage_classes(recipe), recipe, self.needs)
         self.later = {stage.name: stage.cost(self.setting) for stage in stages}
         self.storage = Storage(self.setting, self.later)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from orchestrator.allocate import ALLOCATION_NAMES
+from orchestrator.allocate import ALLOCATORS
 from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.strs import Strs
 from orchestrator.errors import UsageError
@@ -102,7 +102,7 @@ def needs_of(recipe: Recipe) -> Needs:
     """
     method, options = recipe.method, recipe.options.get(recipe.method, {})
     # tables of options of stages are checked with the stages
-    recipe.check_names(methods=NEEDS, allocations=ALLOCATION_NAMES, tables=recipe.options)
+    recipe.check_names(methods=NEEDS, allocations=ALLOCATORS, tables=recipe.options)
     needs = NEEDS[method]
     draws = options.get("draws", 1)
     needs = replace(

@@ -27,16 +27,17 @@ MAY_IMPORT = {
     "version": "",
     "usage": "readable",
     "store": "errors numpy pyarrow safetensors",
-    "plan": "errors store numpy",
+    "registry": "errors",
+    "plan": "errors registry store numpy",
     "recipe": "errors",
-    "allocate": "errors plan recipe numpy",
+    "allocate": "errors plan recipe registry numpy",
     # numerics
     "device": "errors torch",
     "linalg": "errors torch",
     # curves are arrays of numpy, so that a driver without torch reads them
-    "methods": "errors plan recipe linalg torch numpy",
+    "methods": "errors plan recipe registry linalg torch numpy",
     # models: each may import the ones above it
-    "models.forms": "errors torch transformers",
+    "models.forms": "errors plan registry torch transformers",
     "models.checkpoint": "errors version plan store device models.forms torch safetensors",
     "models.survey": "errors plan store models.forms models.checkpoint torch transformers "
     "accelerate huggingface_hub",
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "models.survey models.shards torch safetensors transformers numpy",
     "models.training": "errors plan recipe device linalg models.forms models.shards "
     "models.statistics models.evaluation torch transformers",
-    "hf": "errors version models.forms models.checkpoint models.survey models.shards torch "
+    "hf": "errors version plan models.forms models.checkpoint models.survey models.shards torch "
     "transformers",
     # execution: independent of models
     "runtime": f"{PLAIN} usage recipe plan store device torch",
@@ -60,10 +61,10 @@ MAY_IMPORT = {
     "stages.base": "errors forecast plan recipe stages.context",
     "stages.context": f"{PLAIN} usage allocate device forecast linalg methods plan recipe "
     f"runtime store torch numpy safetensors stages.base {MODELS}",
-    "resolve": "errors allocate methods recipe stages stages.base",
-    "stages": f"{PLAIN} allocate forecast plan recipe resolve runtime runtime.ray store torch "
-    f"models.checkpoint models.evaluation models.inputs models.shards models.survey stages.base "
-    f"stages.context {STAGES}",
+    "resolve": "errors allocate methods plan recipe stages stages.base",
+    "stages": f"{PLAIN} allocate forecast plan recipe registry resolve runtime runtime.ray store "
+    f"torch models.checkpoint models.evaluation models.inputs models.shards models.survey "
+    f"stages.base stages.context {STAGES}",
     "pages": f"{PLAIN} plan recipe store usage numpy",
     "searching": "errors plan recipe store",
     "evaluation": "",
