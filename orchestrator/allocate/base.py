@@ -52,3 +52,16 @@ class Allocator(Protocol):
     def check_budget(self, linears: Sequence[Linear], keep: float, form: Form) -> None:
         """Raise the errors of `budget_values` for a budget that no plan meets."""
         budget_values(linears, keep, form)
+
+    @property
+    def is_even(self) -> bool:
+        """True if every linear keeps the same fraction of its values, up to rounding."""
+        return False
+
+    def scoring_passes(self, num_linears: int) -> float:
+        """Return the cost of `scoring`, in passes of one sequence through the whole model.
+
+        Args:
+            num_linears: Number of targeted linears.
+        """
+        return 0.0

@@ -114,6 +114,10 @@ class CapAllocator(Allocator):
         """True if the allocator needs losses."""
         return self.stage2 and self.iterations > 0
 
+    def scoring_passes(self, num_linears: int) -> float:
+        """Return the passes of the drawn masks: `iterations` of `samples` on `chunks`."""
+        return float(self.iterations * self.samples * self.chunks)
+
     def __call__(
         self,
         linears: Sequence[Linear],

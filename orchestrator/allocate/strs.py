@@ -74,6 +74,11 @@ class Strs(Allocator):
         """Kept fractions of the grid."""
         return tuple(float(word) for word in self.grid.replace(",", " ").split())
 
+    def scoring_passes(self, num_linears: int) -> float:
+        """Return the passes of all trials; a trial starts at the block that it cuts, so it takes
+        half of the model on average."""
+        return len(self.kept) * self.windows * num_linears / 2
+
     def ranks(self, linear: Linear, form: Form = LOW_RANK) -> tuple[int, ...]:
         """Ranks at which a linear is tried, ascending; empty if factors do not save values."""
         ranks = {self.rank(linear, kept, form) for kept in self.kept}

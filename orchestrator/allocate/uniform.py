@@ -28,6 +28,10 @@ class Uniform(Allocator):
     source: ClassVar[str] = "arXiv 2403.07378, 2306.11695"
     divides: ClassVar[tuple[Divided, ...]] = ("ranks", "entries")
 
+    @property
+    def is_even(self) -> bool:
+        return True
+
     def __call__(
         self,
         linears: Sequence[Linear],

@@ -3,19 +3,14 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import share_values
-from orchestrator.forecast.needs import Needs, needs_of
-from orchestrator.forecast.shapes import ITEMSIZE_OF, Shapes
-from orchestrator.forecast.work import (
-    Work,
-    computed,
-    decomposing_block,
-    forward_flops,
-    gathering,
-    pivoting,
-    trained,
-)
+from orchestrator.forecast.shapes import Shapes
+from orchestrator.forecast.statistics import decomposing_block, gathering, method_statistics
+from orchestrator.forecast.work import Work, computed, forward_flops, pivoting, trained
+from orchestrator.methods.base import Method
 from orchestrator.models.training.refine_options import RefineOptions
+from orchestrator.plan.codecs import itemsize_of
 from orchestrator.plan.forms import PIVOTED
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import Recipe
@@ -29,7 +24,10 @@ class Costs:
     """Work of the calls for one recipe and one model."""
 
     shapes: Shapes
+    """With the targeted linears only."""
     recipe: Recipe
+    method: Method
+    allocator: Allocator
 
     @property
     def num_blocks(self) -> int:
@@ -39,14 +37,10 @@ class Costs:
     def sequences(self) -> int:
         return self.recipe.samples
 
-    @cached_property
-    def needs(self) -> Needs:
-        return needs_of(self.recipe)
-
     @property
-    def labels(self) -> int:
+    def label_draws(self) -> int:
         """Backward passes of each sequence."""
-        return self.needs.labels
+        return self.method.label_draws
 
     @property
     def is_pivoted(self) -> bool:
@@ -55,11 +49,11 @@ class Costs:
     @property
     def itemsize(self) -> int:
         """Bytes of a value in the passes."""
-        return ITEMSIZE_OF.get(self.recipe.dtype, self.shapes.itemsize)
+        return itemsize_of(self.recipe.dtype, self.shapes.itemsize)
 
     @property
     def out_itemsize(self) -> int:
-        return ITEMSIZE_OF.get(self.recipe.output_dtype, self.shapes.itemsize)
+        return itemsize_of(self.recipe.output_dtype, self.shapes.itemsize)
 
     @property
     def state(self) -> float:
@@ -92,9 +86,9 @@ class Costs:
 
     def compute(self) -> Work:
         """FLOPs of calibration and decomposition of all blocks; no bytes."""
-        passed = self.gather(1).times(max(self.labels, 1))
-        if self.labels:
-            passed += self.forward(1) + self.head().times(self.labels / self.num_blocks)
+        passed = self.gather(1).times(max(self.label_draws, 1))
+        if self.label_draws:
+            passed += self.forward(1) + self.head().times(self.label_draws / self.num_blocks)
         whole = (passed.times(self.sequences) + self.finish()).times(self.num_blocks)
         return replace(whole, read=0.0, write=0.0, network=0.0)
 
@@ -170,10 +164,14 @@ class Costs:
 
     @cached_property
     def _gather(self) -> Work:
-        return gathering(self.shapes, self.needs, self.recipe.sequence_length, self.itemsize)
+        statistics = method_statistics(self.shapes.heaviest, self.method)
+        return gathering(self.shapes, statistics, self.recipe.sequence_length, self.itemsize)
 
     @cached_property
     def _finish(self) -> Work:
         return decomposing_block(
-            self.shapes.heaviest, self.needs, self.is_pivoted, self.out_itemsize
+            self.shapes.heaviest,
+            self.method,
+            pivoted=self.is_pivoted,
+            itemsize=self.out_itemsize,
         )

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.allocate import ALLOCATORS
+from orchestrator.allocate.base import Scoring
 from orchestrator.forecast import memory
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.doubles import float64_remark, float64_seconds
 from orchestrator.forecast.memory import Footprint
-from orchestrator.forecast.needs import NEEDS, Needs
 from orchestrator.forecast.outcome import Forecast, Resources, StageForecast
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.room import MOST_BLOCKS, Room
@@ -19,8 +18,7 @@ from orchestrator.forecast.storage import Storage
 from orchestrator.forecast.work import Work
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.stages import option_tables, stage_classes
-from orchestrator.stages.base import stages_of
+from orchestrator.resolve import ResolvedRecipe, resolve
 
 HOST_PROCESS = 1_500_000_000
 """Bytes of host memory of a worker before it holds anything: torch, transformers, Ray, CUDA."""
@@ -30,24 +28,34 @@ def forecast(shapes: Shapes, recipe: Recipe, resources: Resources) -> Forecast:
     """Forecast a recipe on a model of these shapes; takes milliseconds.
 
     Raises:
-        UsageError: The recipe names a method or an option that does not exist.
+        UsageError: As `resolve`; a selector of the recipe covers no linear.
         InfeasibleError: No plan is as small as the budget.
     """
-    recipe.check_names(methods=NEEDS, allocations=ALLOCATORS, tables=option_tables())
-    return _Forecasting(shapes, recipe, resources).forecast()
+    return _Forecasting(shapes, resolve(recipe), resources).forecast()
+
+
+def costs_of(shapes: Shapes, resolved: ResolvedRecipe) -> Costs:
+    """Costs of the calls of a run.
+
+    Raises:
+        UsageError: A selector of the recipe covers no linear.
+    """
+    recipe = resolved.recipe
+    targeted = shapes.narrowed(recipe.target, recipe.ignore)
+    return Costs(targeted, recipe, resolved.method, resolved.allocator)
 
 
 class _Forecasting:
-    def __init__(self, shapes: Shapes, recipe: Recipe, resources: Resources) -> None:
-        self.recipe, self.resources = recipe, resources
-        self.shapes = shapes.narrowed(recipe.target, recipe.ignore)
-        self.costs = Costs(self.shapes, recipe)
-        self.needs: Needs = self.costs.needs
+    def __init__(self, shapes: Shapes, resolved: ResolvedRecipe, resources: Resources) -> None:
+        recipe, self.resources = resolved.recipe, resources
+        self.costs = costs_of(shapes, resolved)
+        self.shapes, self.method = self.costs.shapes, resolved.method
+        self.scoring = resolved.allocator.scoring
         self.tokens, self.sequences = recipe.sequence_length, recipe.samples
         self.workers = resources.workers
         limit = resources.memory_bytes or resources.machine.memory_bytes
         self.room = Room(limit, resources.machine.is_gpu)
-        group = self.needs.group
+        group = self.method.grouping.size
         self.blocks = max(self._blocks_that_fit(), group)
         shards = recipe.shards or max(
             default_shards(shapes.num_blocks, self.workers, self.blocks), 1
@@ -60,14 +68,13 @@ class _Forecasting:
             workers=self.workers,
             shards=self.shards,
         )
-        stages = stages_of(stage_classes(recipe), recipe, self.needs)
-        self.later = {stage.name: stage.cost(self.setting) for stage in stages}
+        self.later = {stage.name: stage.cost(self.setting) for stage in resolved.stages}
         self.storage = Storage(self.setting, self.later)
 
     def _calibrating(self, blocks: int) -> Footprint:
         return memory.calibration(
             self.shapes,
-            self.needs,
+            self.method,
             blocks,
             tokens=self.tokens,
             sequences=self.sequences,
@@ -84,7 +91,7 @@ class _Forecasting:
 
     def forecast(self) -> Forecast:
         stages = [self._calibrate()]
-        if self.needs.scores:
+        if self.scoring is not Scoring.NONE:
             stages.append(self._score())
         held = self.storage.stages
         stages += [cost.forecast(held[name]) for name, cost in self.later.items()]
@@ -143,24 +150,24 @@ class _Forecasting:
         repeated for all segments but the last.
         """
         blocks = -(-self.shapes.num_blocks // self.shards)
-        labels, costs, sequences = self.needs.labels, self.costs, self.sequences
+        draws, costs, sequences = self.method.label_draws, self.costs, self.sequences
         carried = costs.goes() + (costs.comes() if self.shards > 1 else Work())
         finish = costs.finish().times(blocks)
         gather = costs.gather(blocks) + carried
         passes = [(gather, sequences, finish, self.shards)]
         flops = costs.compute().flops
-        if labels:
+        if draws:
             back = gather + (costs.comes() if self.shards > 1 else Work())
             forward = costs.forward(blocks) + carried
             segments = [len(each) for each in self.storage.segments]
             passes = [
                 (forward, sequences, Work(), self.shards),
                 *((forward, sequences, Work(), shards) for shards in segments[:-1]),
-                *((back, labels * sequences, finish, shards) for shards in segments),
+                *((back, draws * sequences, finish, shards) for shards in segments),
             ]
             flops += sum(segments[:-1]) * sequences * costs.forward(blocks).flops
         # the worker with the last block computes the logits as well
-        head = costs.head().times(labels * sequences)
+        head = costs.head().times(draws * sequences)
 
         def take(rates: Rates) -> float:
             return head.seconds(rates) + sum(
@@ -184,12 +191,8 @@ class _Forecasting:
 
     def _score(self) -> StageForecast:
         """Passes through masked models, or through models with a single linear cut."""
-        forward = self.costs.forward(self.shapes.num_blocks)
-        passes = float(self.needs.masked)
-        if self.needs.scores == "sensitivities":
-            # a trial starts at the block that it cuts: half of the model on average
-            passes = self.needs.trials * len(self.shapes.linears) / 2
-        work = forward.times(passes)
+        passes = self.costs.allocator.scoring_passes(len(self.shapes.linears))
+        work = self.costs.forward(self.shapes.num_blocks).times(passes)
         return StageForecast(
             name="score",
             flops=work.flops,

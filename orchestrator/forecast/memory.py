@@ -8,17 +8,10 @@ device.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from orchestrator.forecast import workspaces
-from orchestrator.forecast.needs import (
-    Needs,
-    curvature_channels,
-    curvatures,
-    gram_of,
-    input_grams,
-)
 from orchestrator.forecast.shapes import Shapes
-from orchestrator.plan.forms import LOW_RANK
-from orchestrator.plan.linear import Linear
+from orchestrator.forecast.statistics import method_statistics, stacked
+from orchestrator.methods.base import Method
+from orchestrator.methods.kinds.costs.base import LinearStatistics
 
 GRAM_BYTES = 12
 """Bytes of a Gram's entry while chunks pass: a float64 sum and a float32 one."""
@@ -40,8 +33,6 @@ expected, not measured."""
 HOST_PARTS = ("process", "written")
 """Parts of a footprint in host memory if the worker has a GPU: tensors are copied there before they
 are written."""
-ENTRY_BYTES = 8
-"""Bytes of a stored entry: its value in float32 and its position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +48,7 @@ class Footprint:
 
 def calibration(
     shapes: Shapes,
-    needs: Needs,
+    method: Method,
     blocks: int,
     *,
     tokens: int,
@@ -72,15 +63,14 @@ def calibration(
     is found by going through the heaviest block.
 
     Args:
-        tokens: Of a sequence.
-        sequences: All together; what fewer tokens than ranks leave open is made up.
+        tokens: Tokens of a sequence.
+        sequences: All sequences; directions beyond their tokens are completed without a Gram.
         itemsize: Bytes of a value in the passes.
-        gpu: Whether the worker has a GPU; the peak is then that of its memory.
+        gpu: True if the worker has a GPU; the peak is then that of its memory.
     """
-    grams, curvature = (of(shapes.heaviest, needs) for of in (input_grams, curvatures))
-    entries = blocks * sum(n * n for n in [*grams.values(), *curvature.values()])
+    statistics = method_statistics(shapes.heaviest, method)
+    entries, backward = blocks * statistics.entries, statistics.has_gradients
     weights = {"process": PROCESS_BYTES, "weights": blocks * shapes.block_values * itemsize}
-    backward = needs.labels > 0
     activations = activation_bytes(shapes, tokens, itemsize, blocks if backward else 1)
     logits = 3 * 4 * tokens * shapes.vocabulary if backward else 0
     passing = {
@@ -90,7 +80,7 @@ def calibration(
         "activations": activations + logits,
     }
     known = tokens * sequences
-    finishing = _finishing(shapes, needs, entries, itemsize, pivoted=pivoted, known=known)
+    finishing = _finishing(shapes, method, blocks, itemsize, pivoted=pivoted, known=known)
     moments = [passing, *({**weights, **each} for each in finishing)]
     footprints = [Footprint(each) for each in moments]
     return max(footprints, key=lambda each: (on_gpu(each) if gpu else each).total)
@@ -104,7 +94,7 @@ def on_gpu(found: Footprint) -> Footprint:
 
 
 def _finishing(
-    shapes: Shapes, needs: Needs, entries: int, itemsize: int, *, pivoted: bool, known: int
+    shapes: Shapes, method: Method, blocks: int, itemsize: int, *, pivoted: bool, known: int
 ) -> Iterator[dict[str, int]]:
     """Footprints while a linear of the first block is decomposed and the previous one written.
 
@@ -112,44 +102,32 @@ def _finishing(
     it has its copy.
 
     Args:
-        entries: Entries of all Grams of the shard.
         known: The largest rank that a Gram can have.
     """
-    linears = shapes.heaviest
-    grams = input_grams(linears, needs)
-    written = 0
+    linears, cost = shapes.heaviest, method.kind.cost
+    statistics = method_statistics(linears, method)
+    entries, written = blocks * statistics.entries, 0
     for place, linear in enumerate(linears):
-        source = gram_of(linear, grams)
-        side = linear.in_features if source == linear.site else linear.out_features
-        whole = needs.stacked(linear)
+        source, given = statistics.source(linear), statistics.of(linear)
+        whole = stacked(linear, method.grouping)
         # Grams of a group are read together and summed, its weights joined to one matrix
         others = whole.out_features // linear.out_features - 1
-        summed = 8 * side * side * others + (itemsize * whole.values if others else 0)
+        summed = 8 * given.gram**2 * others + (itemsize * whole.values if others else 0)
         before = {"written": written, "Grams": SETTLED_BYTES * entries}
-        yield {**before, "decomposition": workspaces.reading(linear, needs, side) + summed}
-        if source not in {gram_of(each, grams) for each in linears[place + 1 :]}:
-            entries -= grams[source] ** 2
-        if needs.labels:
-            entries -= curvature_channels(linear, needs) ** 2
-        rank = stored_rank(whole, needs, pivoted)
-        working = workspaces.decomposing(whole, needs, side, rank, known=known) + summed
+        yield {**before, "decomposition": _reading(given) + summed}
+        if source not in {statistics.source(each) for each in linears[place + 1 :]}:
+            entries -= given.gram**2
+        entries -= given.curvature**2
+        rank = cost.stored_rank(whole, pivoted=pivoted)
+        working = cost.workspace(whole, statistics.of(whole, known), rank) + summed
         yield {**before, "Grams": SETTLED_BYTES * entries, "decomposition": working}
-        written = stored_bytes(whole, needs, pivoted, shapes.itemsize)
+        written = cost.stored_bytes(whole, pivoted=pivoted, itemsize=shapes.itemsize)
 
 
-def stored_rank(linear: Linear, needs: Needs, pivoted: bool) -> int:
-    """The rank up to which factors are stored."""
-    if needs.kind in ("sparse",):
-        return 0
-    narrow = min(linear.out_features, linear.in_features)
-    return narrow if pivoted or needs.kind == "rpca" else max(LOW_RANK.break_even(linear), 1)
-
-
-def stored_bytes(linear: Linear, needs: Needs, pivoted: bool, itemsize: int) -> int:
-    """Bytes of one stored decomposition: factors, and entries with their positions."""
-    factors = itemsize * stored_rank(linear, needs, pivoted) * linear.rank_cost
-    has_entries = needs.kind in ("rpca", "sparse", "two_sided_sparse")
-    return factors + (ENTRY_BYTES * linear.values if has_entries else 0)
+def _reading(given: LinearStatistics) -> int:
+    """Bytes while a linear's statistics are read from their Grams, one triangle at a time."""
+    gram, curvature = 8 * given.gram**2, 8 * given.curvature**2
+    return max(2 * gram, gram + 2 * curvature)
 
 
 def activation_bytes(shapes: Shapes, tokens: int, itemsize: int, blocks: int) -> int:

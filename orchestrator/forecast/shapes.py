@@ -21,12 +21,12 @@ from orchestrator.models.checkpoint.headers import (
     read_json,
 )
 from orchestrator.models.survey.select import select
+from orchestrator.plan.codecs import itemsize_of
 from orchestrator.plan.linear import Linear
 from orchestrator.store.places import Place
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose shapes follow from their config."""
-ITEMSIZE_OF = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 LARGEST = 2**32
 """Largest number in a config; a larger one is damage."""
 MOST_BLOCKS = 10_000
@@ -159,7 +159,7 @@ def from_config(config: Mapping[str, Any], where: str) -> Shapes:
         hidden=hidden,
         vocabulary=vocabulary,
         attention=wide,
-        itemsize=ITEMSIZE_OF.get(str(dtype), 4),
+        itemsize=itemsize_of(str(dtype), 4),
     )
 
 

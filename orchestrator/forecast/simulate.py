@@ -182,7 +182,7 @@ def simulate(
     cut = cut_blocks(costs.num_blocks, shards)
     everything = set(range(costs.sequences))
     stages: dict[str, tuple[Schedule, Callable[[Call], Work]]] = {}
-    if costs.labels:
+    if costs.label_draws:
         boundaries = ShardPass(
             cut[:-1] or cut,
             todo=(),
@@ -193,11 +193,11 @@ def simulate(
         )
         stages["boundaries"] = boundaries, _passing(costs, boundaries)
     gathering = ShardPass(
-        cut[::-1] if costs.labels else cut,
+        cut[::-1] if costs.label_draws else cut,
         todo=range(costs.num_blocks),
-        num_chunks=costs.sequences * max(costs.labels, 1),
+        num_chunks=costs.sequences * max(costs.label_draws, 1),
         present=[set() for _ in cut],
-        backward=costs.labels > 0,
+        backward=costs.label_draws > 0,
     )
     stages["calibrate"] = gathering, _passing(costs, gathering)
     if costs.recipe.refine == "blocks":
@@ -233,7 +233,7 @@ def _passing(costs: Costs, schedule: ShardPass) -> Callable[[Call], Work]:
         if isinstance(call.command, Finish):
             return costs.finish()
         found = costs.gather(blocks) if gathers else costs.forward(blocks)
-        if gathers and costs.labels:
+        if gathers and costs.label_draws:
             # the dense pass stored the shard's inputs; the last block's gradient is of the labels
             found += costs.comes() if state.blocks.start else Work()
             if state.blocks.stop == costs.num_blocks:

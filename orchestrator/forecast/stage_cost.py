@@ -46,7 +46,7 @@ class Setting:
     @property
     def is_even(self) -> bool:
         """True if every linear keeps the same fraction."""
-        return self.costs.needs.allocation == "uniform"
+        return self.costs.allocator.is_even
 
     @property
     def tokens(self) -> int:

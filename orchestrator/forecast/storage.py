@@ -8,8 +8,9 @@ resume from unless that makes it larger than `TRAINING_ROOM` times the model.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from orchestrator.forecast import memory
+from orchestrator.allocate.base import Scoring
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
@@ -43,7 +44,7 @@ class Storage:
     @cached_property
     def segments(self) -> tuple[range, ...]:
         """Segments of shards for the backward pass: the fewest that fit into the room."""
-        waves = -(-self.setting.shards // self.setting.workers) if self._costs.labels else 1
+        waves = -(-self.setting.shards // self.setting.workers) if self._costs.label_draws else 1
         cuts = [
             cut_segments(self.setting.shards, self.setting.workers, count)
             for count in range(1, waves + 1)
@@ -58,7 +59,7 @@ class Storage:
         """Peak content in the stages after calibration."""
         parts: Parts = {"decompositions": self._decompositions}
         found = dict[str, Footprint]()
-        if self._costs.needs.scores:
+        if self._costs.allocator.scoring is not Scoring.NONE:
             found["score"] = _footprint({**parts, "chunks": self.setting.in_flight})
         for name, cost in self.later.items():
             most, parts = cost.content(parts)
@@ -76,7 +77,7 @@ class Storage:
 
     def _calibrating(self, segments: Sequence[range]) -> Footprint:
         """Content at the end of a shard, with its decompositions and still with its chunks."""
-        if not self._costs.labels:
+        if not self._costs.label_draws:
             return _footprint(
                 {"decompositions": self._decompositions, "chunks": self.setting.in_flight}
             )
@@ -98,16 +99,17 @@ class Storage:
             {
                 "decompositions": self._decompositions * done / self.setting.shards,
                 "chunks": kept * self._costs.boundary,
-                "gradients": flowing * self._costs.labels * self._costs.boundary,
+                "gradients": flowing * self._costs.label_draws * self._costs.boundary,
             }
         )
 
     @cached_property
     def _decompositions(self) -> float:
         """Bytes of factors up to the largest rank of any plan, or of all entries."""
-        costs, linears = self._costs, self._costs.shapes.linears
-        about = costs.needs, costs.is_pivoted, costs.out_itemsize
-        return float(sum(memory.stored_bytes(each, *about) for each in linears))
+        costs = self._costs
+        of_kind = costs.method.kind.cost
+        about: dict[str, Any] = {"pivoted": costs.is_pivoted, "itemsize": costs.out_itemsize}
+        return float(sum(of_kind.stored_bytes(each, **about) for each in costs.shapes.linears))
 
 
 def _footprint(parts: Mapping[str, float]) -> Footprint:

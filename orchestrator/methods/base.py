@@ -37,7 +37,7 @@ class Method(Protocol):
     """Default allocator, that of the paper."""
     magnitudes: ClassVar[bool] = False
     """True if `decompose` needs the mean magnitude of every input beside a Gram."""
-    bends_outputs: ClassVar[bool] = False
+    output_curvature: ClassVar[bool] = False
     """True if the curvature is that of the outputs, [O, O], also where O > I."""
 
     @property
@@ -46,7 +46,7 @@ class Method(Protocol):
         return LOW_RANK
 
     @property
-    def labels(self) -> int:
+    def label_draws(self) -> int:
         """Number of labels drawn for each token; the gradients of their losses give the curvature
         that `decompose` needs. 0: no backward pass."""
         return 0

@@ -48,7 +48,7 @@ class TwoSided(Method):
         return TWO_SIDED
 
     @property
-    def labels(self) -> int:
+    def label_draws(self) -> int:
         return self.draws
 
     @property

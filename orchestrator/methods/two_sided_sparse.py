@@ -44,7 +44,7 @@ class TwoSidedSparse(Method):
     version: ClassVar[int] = 2
     form: ClassVar[str] = "low_rank_sparse"
     allocation: ClassVar[str] = "two-sided-sparse"
-    bends_outputs: ClassVar[bool] = True
+    output_curvature: ClassVar[bool] = True
 
     damping: float = 0.01
     """Term added to the diagonal of C, as a fraction of the mean of the diagonal."""
@@ -80,7 +80,7 @@ class TwoSidedSparse(Method):
         return SparseLowRankKind(self.steps)
 
     @property
-    def labels(self) -> int:
+    def label_draws(self) -> int:
         return self.draws
 
     @property

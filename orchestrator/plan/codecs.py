@@ -26,3 +26,8 @@ CODECS: dict[str, Codec] = {
         Codec("float64", 8),
     )
 }
+
+
+def itemsize_of(dtype: str, otherwise: int) -> int:
+    """Bytes of a value of a dtype by its name; `otherwise` for `auto` and unknown names."""
+    return CODECS[dtype].itemsize if dtype in CODECS else otherwise

@@ -12,11 +12,12 @@ from benchmarks.memory import compress
 from benchmarks.synthetic import config_of, write_model, write_text
 
 from orchestrator import api
-from orchestrator.forecast.costs import Costs
+from orchestrator.forecast.forecast import costs_of
 from orchestrator.forecast.rates import Rates, read_machine
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.forecast.simulate import simulate
 from orchestrator.recipe.recipe import Recipe, make_recipe
+from orchestrator.resolve import resolve
 
 SEQUENCE_LENGTH = 512
 SAMPLES = 16
@@ -85,7 +86,7 @@ def recipe_for(model: Path, text: Path, out: Path, workers: int) -> Recipe:
 
 
 def simulated(model: Path, text: Path, workers: int, rates: Rates) -> dict[str, float]:
-    costs = Costs(read_shapes(model), recipe_for(model, text, Path("out"), workers))
+    costs = costs_of(read_shapes(model), resolve(recipe_for(model, text, Path("out"), workers)))
     found = simulate(costs, rates, workers)
     return {stage: sum(found[part].seconds for part in parts) for stage, parts in STAGES.items()}
 

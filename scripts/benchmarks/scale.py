@@ -38,7 +38,7 @@ from benchmarks.synthetic import config_of, write_model, write_text
 from orchestrator.allocate import ALLOCATORS
 from orchestrator.allocate.sampled_curve import MOST, sample_curve
 from orchestrator.forecast.costs import Costs
-from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.forecast import costs_of, forecast
 from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import Machine, Rates, machine_of
 from orchestrator.forecast.shapes import Shapes, from_config
@@ -47,6 +47,7 @@ from orchestrator.plan.curve import Curve
 from orchestrator.plan.forms import LOW_RANK, PIVOTED, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import make_recipe
+from orchestrator.resolve import resolve
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "70B": {
@@ -177,7 +178,7 @@ def simulated(name: str, gpus: int, machine: Machine) -> list[dict[str, Any]]:
     """Simulate one run with both sets of rates, and with the second also with lost nodes."""
     shapes = shapes_of(name)
     recipe = make_recipe({"preset": "fast", "model": name, "out": "simulated", "keep": 0.8})
-    costs = Costs(shapes, recipe)
+    costs = costs_of(shapes, resolve(recipe))
     expected = forecast(
         shapes, recipe, Resources(workers=gpus, machine=machine, memory_bytes=None)
     ).seconds

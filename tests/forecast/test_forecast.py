@@ -1,4 +1,4 @@
-"""Forecast of a run: shapes, needs and formulas, against the code that they describe."""
+"""Forecast of a run: shapes and formulas, against the code that they describe."""
 
 import json
 
@@ -13,12 +13,6 @@ from orchestrator.api import measure, plan
 from orchestrator.cli.main import main
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.forecast import memory, text, work
-from orchestrator.forecast.needs import (
-    NEEDS,
-    curvature_channels,
-    gram_of,
-    input_grams,
-)
 from orchestrator.forecast.rates import (
     ROWS,
     eigen_seconds,
@@ -28,13 +22,14 @@ from orchestrator.forecast.rates import (
 )
 from orchestrator.forecast.room import USABLE
 from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
-from orchestrator.linalg import pivot, ranked
+from orchestrator.forecast.statistics import stacked
+from orchestrator.linalg import pivot
 from orchestrator.linalg.eigen import LARGEST
 from orchestrator.methods import METHODS
+from orchestrator.methods.kinds.costs.base import LinearStatistics
 from orchestrator.models.evaluation.machine import SIZES
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.cut import cut_blocks
-from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import Recipe, make_recipe
 from orchestrator.stages.pivot.cost import BAND
 
@@ -120,33 +115,6 @@ def test_headers_say_what_a_survey_says(family, checkpoint):
     assert shapes.num_blocks == surveyed.num_blocks
 
 
-def test_needs_are_those_of_the_methods():
-    """Every method: which Grams, how many label draws, which curvatures, which rank is stored."""
-    assert NEEDS.keys() == METHODS.keys()
-    tall = Linear(
-        name="0.a", block=0, role="a", site="0.a", out_features=8, in_features=4, has_bias=False
-    )
-    wide = Linear(
-        name="0.b", block=0, role="b", site="0.b", out_features=4, in_features=9, has_bias=False
-    )
-    for name, method in METHODS.items():
-        needs = NEEDS[name]
-        assert needs.labels == method.labels
-        assert needs.wide_curvature == (method.bends_outputs and method.labels > 0)
-        for linear in (tall, wide):
-            grams = input_grams([linear], needs)
-            side = "input" if gram_of(linear, grams) == linear.site else "output"
-            assert side == method.side(linear, [linear])
-        kinds = {"low_rank": "low_rank", "two_sided": "low_rank", "rpca": "low_rank_sparse"}
-        kinds |= {"two_sided_sparse": "low_rank_sparse", "sparse": "sparse"}
-        assert kinds[needs.kind] == method.form
-        assert needs.allocation == method.allocation
-        assert needs.grouping == method.grouping
-        assert all(needs.refits(kept) == method.refits(kept) for kept in (0.5, 0.6, 0.7))
-    assert curvature_channels(tall, NEEDS["two-sided"]) == 4
-    assert curvature_channels(tall, NEEDS["two-sided-sparse"]) == 8
-
-
 @pytest.mark.parametrize("preset", ["fast", "best"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_more_machines_take_less_time_and_hold_no_more(name, preset, config):
@@ -175,11 +143,10 @@ def test_every_method_and_stage_has_a_forecast(method, config):
     assert all(stage.seconds[row] > 0 for stage in found.stages for row in ROWS)
     assert found.run_bytes > 0
     assert found.money["pessimistic"] == pytest.approx(found.seconds["pessimistic"] / 3600 * 8)
-    shapes, needs = shapes_of("Llama-3-8B"), NEEDS[method]
+    about = {"sequences": 32, "itemsize": 2, "pivoted": False}
+    shapes = shapes_of("Llama-3-8B")
     sizes = [
-        memory.calibration(
-            shapes, needs, blocks, tokens=tokens, sequences=32, itemsize=2, pivoted=False
-        ).total
+        memory.calibration(shapes, METHODS[method], blocks, tokens=tokens, **about).total
         for blocks, tokens in ((1, 512), (1, 65536), (2, 65536))
     ]
     assert sizes == sorted(sizes)
@@ -416,7 +383,7 @@ def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
     run(llama_dir, outs[0], text)
     sizes = [
         memory.calibration(
-            *(read_shapes(llama_dir), NEEDS["svd-llm"], blocks),
+            *(read_shapes(llama_dir), METHODS["svd-llm"], blocks),
             tokens=48,
             sequences=6,
             itemsize=4,
@@ -436,24 +403,20 @@ def test_a_band_is_that_of_the_numerics():
     assert BAND == pivot.BAND
 
 
-def test_a_sketch_is_that_of_the_numerics():
-    """Its number of columns equals that of `linalg.ranked`."""
-    assert work.SKETCH == ranked.SKETCH
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_eigendecomposition_is_too_large_for_a_gpu(method, name):
     """This holds for any linear, or linears that share a basis, of models up to Llama 405B.
     `tests/linalg/test_eigen.py` tests the methods at this size."""
-    shapes, needs = shapes_of(name), NEEDS[method]
+    shapes, made = shapes_of(name), METHODS[method]
     wide = max(max(each.in_features, each.out_features) for each in shapes.linears)
-    for linear in map(needs.stacked, shapes.linears):
+    for linear in (stacked(each, made.grouping) for each in shapes.linears):
         side = work.eigen_side(linear)
         assert side <= shapes.hidden <= LARGEST["cuda"]
-        flops = work.decomposing(linear, needs, linear.in_features, pivoted=False, itemsize=2).eigen
-        assert flops % (9 * side**3) == 0
-        assert bool(flops) == (needs.kind != "sparse")
+        given = LinearStatistics(linear.in_features)
+        spent = made.kind.cost.decomposing(linear, given, pivoted=False, itemsize=2)
+        assert spent.eigen % (9 * side**3) == 0
+        assert bool(spent.eigen) == (made.form != "sparse")
     # the wide side of larger models is too large
     assert (wide > LARGEST["cuda"]) == (shapes.hidden >= 8192)
 

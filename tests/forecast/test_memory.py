@@ -12,11 +12,12 @@ from pretend import pretended_device
 
 from orchestrator import api
 from orchestrator.api import plan
-from orchestrator.forecast import memory, workspaces
-from orchestrator.forecast.needs import NEEDS
+from orchestrator.forecast import memory
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, decompose
 from orchestrator.linalg.two_sided import decompose_two_sided
+from orchestrator.methods import METHODS
+from orchestrator.methods.kinds.costs.base import LinearStatistics
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import make_recipe
@@ -58,8 +59,8 @@ def test_a_decomposition_holds_what_is_forecast(shape, method, side, is_full):
             decompose_two_sided(weight_OI, statistic, rank, damping=0.01)
         else:
             decompose(weight_OI, statistic, rank)
-    channels = gram.shape[1]
-    foreseen = workspaces.decomposing(linear, NEEDS[method], channels, rank, known=2000)
+    given = LinearStatistics(gram.shape[1], narrow if method == "two-sided" else 0, known=2000)
+    foreseen = METHODS[method].kind.cost.workspace(linear, given, rank)
     measured = live.peak - weight_OI.nbytes
     assert 0.6 * foreseen <= measured <= 1.01 * foreseen
 
@@ -95,9 +96,9 @@ def test_a_run_holds_what_is_forecast(name, model, tmp_path):
         run(model, tmp_path / "out", text, on_event=follow, **STAGES[name])
     asked = {"model": str(model), "out": "o", "keep": 0.5, "samples": 6, "sequence_length": 48}
     found = plan(make_recipe(asked | STAGES[name]))
-    about = NEEDS[name], "storage" in STAGES[name], 4
-    shapes = read_shapes(model)
-    written = max(memory.stored_bytes(each, *about) for each in shapes.linears)
+    about = {"pivoted": "storage" in STAGES[name], "itemsize": 4}
+    cost, linears = METHODS[name].kind.cost, read_shapes(model).linears
+    written = max(cost.stored_bytes(each, **about) for each in linears)
     for stage in found.stages:
         parts = stage.device.parts
         foreseen = sum(size for part, size in parts.items() if part not in NOT_TENSORS)

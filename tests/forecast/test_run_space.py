@@ -12,8 +12,7 @@ from several_workers import several
 from orchestrator import retarget
 from orchestrator.errors import StoppedError
 from orchestrator.forecast import storage
-from orchestrator.forecast.costs import Costs
-from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.forecast import costs_of, forecast
 from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import Machine
 from orchestrator.forecast.room import Room
@@ -22,6 +21,7 @@ from orchestrator.forecast.stage_cost import Setting
 from orchestrator.forecast.text import lines
 from orchestrator.plan.cut import cut_segments
 from orchestrator.recipe.recipe import Recipe
+from orchestrator.resolve import resolve
 from orchestrator.stages import admission as foresight
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.context.worker.curvature_worker import GradientPass
@@ -68,7 +68,11 @@ def test_segments_are_as_few_as_there_is_room_for(monkeypatch):
 
     def of(room):
         monkeypatch.setattr(storage, "ROOM", room)
-        about = {"costs": Costs(shapes, recipe), "room": Room(None, is_gpu=False), "rates": ()}
+        about = {
+            "costs": costs_of(shapes, resolve(recipe)),
+            "room": Room(None, is_gpu=False),
+            "rates": (),
+        }
         setting = Setting(**about, workers=4, shards=40)
         return storage.Storage(setting, {"pivot": Pivot().cost(setting)})
 

@@ -3,13 +3,13 @@
 import pytest
 from large_models import CONFIGS
 
-from orchestrator.forecast.costs import Costs
-from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.forecast import costs_of, forecast
 from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import Machine, Rates
 from orchestrator.forecast.shapes import from_config
 from orchestrator.forecast.simulate import simulate
 from orchestrator.recipe.recipe import make_recipe
+from orchestrator.resolve import resolve
 
 SMALL = CONFIGS["Llama-3-8B"] | {"num_hidden_layers": 12, "dtype": "bfloat16"}
 FAST = dict.fromkeys(["half", "tf32", "single", "double", "eigen"], 1e12)
@@ -18,7 +18,8 @@ RATES = Rates(row="test", **FAST, read=1e10, write=1e10, network=1e10, start=30.
 
 def costs(config=SMALL, **fields):
     fields = {"samples": 16, "sequence_length": 512, "keep": 0.8} | fields
-    return Costs(from_config(config, "test"), make_recipe({"model": "m", "out": "o"} | fields))
+    recipe = make_recipe({"model": "m", "out": "o"} | fields)
+    return costs_of(from_config(config, "test"), resolve(recipe))
 
 
 @pytest.mark.parametrize("method", ["svd-llm", "two-sided"])

@@ -275,9 +275,9 @@ def test_no_method_decomposes_more_than_the_smaller_side(method, outputs, inputs
     made = METHODS[method]
     side = made.side(linear, [linear])
     gram_II, bend_OO = rows_TI.T @ rows_TI, gradients_TO.T @ gradients_TO
-    curvature = made.bends_outputs or outputs <= inputs
+    curvature = made.output_curvature or outputs <= inputs
     bend = bend_OO if curvature else given.weight_OI.T @ bend_OO @ given.weight_OI
-    curvature = Curvature(bend, 50) if made.labels else None
+    curvature = Curvature(bend, 50) if made.label_draws else None
     magnitude_I = rows_TI.abs().mean(dim=0)
     about = (len(rows_TI), magnitude_I, curvature)
     statistic = (

@@ -147,5 +147,5 @@ def test_what_is_no_curvature_is_refused():
 def test_the_method_is_its_options():
     """The unit key includes the damping; labels are part of the key of the statistics instead."""
     assert make_method("two-sided", {"damping": 0.5}).decomposition == "two-sided damping=0.5"
-    assert make_method("two-sided", {"draws": 3}).labels == 3
-    assert make_method("svd-llm", {}).labels == 0
+    assert make_method("two-sided", {"draws": 3}).label_draws == 3
+    assert make_method("svd-llm", {}).label_draws == 0

@@ -35,7 +35,7 @@ def decomposed(specimen, tmp_path):
     def decompose(name):
         method, weight_OI = METHODS[name], specimen.weight_OI.clone()
         rows_TK = gaussian(2 * OUTPUTS, OUTPUTS, seed=3)
-        if not method.bends_outputs:
+        if not method.output_curvature:
             rows_TK = rows_TK @ weight_OI
         statistic = InputGram(
             specimen.gram_II,

@@ -215,7 +215,7 @@ def test_the_method_is_its_options():
     named = make_method("two-sided-sparse", {"densities": "0, 0.5", "ranks": 1, "draws": 2})
     of = "damping=0.01 densities=0.0 0.5 ranks=1.0 steps=8"
     assert named.decomposition == f"two-sided-sparse {of}"
-    assert named.labels == 2
+    assert named.label_draws == 2
     found = named.decompose(of_model(12, 8).weight_OI, statistic(of_model(12, 8)), 4)
     assert found.factors.keys() == {0, 48}
 

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "device": "errors torch",
     "linalg": "errors torch",
     # curves are arrays of numpy, so that a driver without torch reads them
-    "methods": "errors plan recipe registry linalg torch numpy",
+    "methods": "errors forecast plan recipe registry linalg torch numpy",
     # models: each may import the ones above it
     "models.forms": "errors plan registry torch transformers",
     "models.checkpoint": "errors version plan store device models.forms torch safetensors",
@@ -56,8 +56,8 @@ MAY_IMPORT = {
     "runtime": f"{PLAIN} usage recipe plan store device torch",
     "runtime.ray": f"{PLAIN} usage recipe store device runtime torch ray grpc",
     # forecast of a run, without running it
-    "forecast": f"{PLAIN} allocate plan recipe store models.checkpoint models.survey "
-    "models.training runtime stages stages.base",
+    "forecast": f"{PLAIN} allocate methods plan recipe resolve store models.checkpoint "
+    "models.survey models.training runtime",
     "stages.base": "errors forecast plan recipe stages.context",
     "stages.context": f"{PLAIN} usage allocate device forecast linalg methods plan recipe "
     f"runtime store torch numpy safetensors stages.base {MODELS}",

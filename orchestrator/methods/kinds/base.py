@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from orchestrator.methods.kinds.costs.base import KindCost
+
 R = TypeVar("R")
 Factor = Literal["weight", "down"]
 Errors = Mapping[str, float | None]
@@ -35,11 +37,22 @@ class Kind(ABC, Generic[R]):
 
     A worker calls `facts` and `tensors` once a linear is decomposed, and `factor` and `entries`
     when a plan has chosen its size. The driver, which has the facts alone, calls `curve` for the
-    allocation and `errors` for the report. Loaded without torch; linalg is imported where used.
+    allocation and `errors` for the report. A forecast reads `cost`. Loaded without torch; linalg
+    and costs are imported where used.
     """
 
     sizes: ClassVar[tuple[str, ...]]
     """Fields of an `Assignment` that say how much of a linear is kept."""
+
+    @property
+    def cost(self) -> "KindCost":
+        """Cost of a result for the forecast: that of two factors, `LOW_RANK`, by default.
+
+        A kind that stores or computes anything else overrides it with a `KindCost` of its own.
+        """
+        from orchestrator.methods.kinds.costs.low_rank import LowRankCost
+
+        return LowRankCost()
 
     @abstractmethod
     def facts(self, name: str, weight_OI: "Tensor", result: R) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from orchestrator.linalg.low_rank import LowRank
     from orchestrator.linalg.scaled import ScaledLowRank
     from orchestrator.linalg.two_sided import TwoSidedLowRank
+    from orchestrator.methods.kinds.costs.base import KindCost
 
 L = TypeVar("L", bound="LowRank")
 S = TypeVar("S", bound="ScaledLowRank")
@@ -74,6 +75,12 @@ class LowRankKind(Kind[L]):
 class ScaledKind(LowRankKind[S]):
     """Factors whose energies are in another norm; those of the outputs are told beside them."""
 
+    @property
+    def cost(self) -> "KindCost":
+        from orchestrator.methods.kinds.costs.low_rank import ScaledCost
+
+        return ScaledCost()
+
     def facts(self, name: str, weight_OI: "Tensor", result: S) -> dict[str, Any]:
         return super().facts(name, weight_OI, result) | {
             "activation_energies": result.activation_R.tolist(),
@@ -83,6 +90,12 @@ class ScaledKind(LowRankKind[S]):
 
 class TwoSidedKind(ScaledKind["TwoSidedLowRank"]):
     """Factors that are orthonormal in the curvature's norm, so their shares of |W|² are apart."""
+
+    @property
+    def cost(self) -> "KindCost":
+        from orchestrator.methods.kinds.costs.two_sided import TwoSidedCost
+
+        return TwoSidedCost()
 
     def _weight_energies(self, result: "TwoSidedLowRank") -> "Tensor":
         return result.weight_R

@@ -19,12 +19,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from orchestrator.linalg.ranked import RankedParts
+    from orchestrator.methods.kinds.costs.base import KindCost
 
 
 class RankedKind(Kind["RankedParts"]):
     """Both parts of a robust PCA; no prefix of them is kept, but what a `Mask` selects."""
 
     sizes: ClassVar[tuple[str, ...]] = ("rank", "nonzeros")
+
+    @property
+    def cost(self) -> "KindCost":
+        from orchestrator.methods.kinds.costs.ranked import RankedCost
+
+        return RankedCost()
 
     def facts(self, name: str, weight_OI: "Tensor", result: "RankedParts") -> dict[str, Any]:
         candidates = Candidates(

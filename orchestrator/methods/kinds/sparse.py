@@ -15,12 +15,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from orchestrator.linalg.sparse import Sparse
+    from orchestrator.methods.kinds.costs.base import KindCost
 
 
 class SparseKind(Kind["Sparse"]):
     """Entries in the order in which they are kept; losses are known every 5 % of the density."""
 
     sizes: ClassVar[tuple[str, ...]] = ("nonzeros",)
+
+    @property
+    def cost(self) -> "KindCost":
+        from orchestrator.methods.kinds.costs.sparse import SparseCost
+
+        return SparseCost()
 
     def facts(self, name: str, weight_OI: "Tensor", result: "Sparse") -> dict[str, Any]:
         energies_P = result.energies_P.cpu().numpy()

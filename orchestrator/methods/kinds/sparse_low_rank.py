@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from orchestrator.linalg.two_sided_sparse import SparseLowRank
+    from orchestrator.methods.kinds.costs.base import KindCost
 
 
 class SparseLowRankKind(Kind["SparseLowRank"]):
@@ -32,6 +33,12 @@ class SparseLowRankKind(Kind["SparseLowRank"]):
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
+
+    @property
+    def cost(self) -> "KindCost":
+        from orchestrator.methods.kinds.costs.sparse_low_rank import SparseLowRankCost
+
+        return SparseLowRankCost()
 
     def facts(self, name: str, weight_OI: "Tensor", result: "SparseLowRank") -> dict[str, Any]:
         mixes = result.mixes_P

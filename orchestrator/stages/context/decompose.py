@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from orchestrator.forecast.needs import needs_of
 from orchestrator.forecast.outcome import Forecast
 from orchestrator.forecast.room import MOST_BLOCKS
-from orchestrator.forecast.work import decomposing_block
+from orchestrator.forecast.statistics import decomposing_block
 from orchestrator.models.checkpoint.weights import parse_dtype
 from orchestrator.runtime.deadline import slowly
 from orchestrator.runtime.workers import DEFAULT_THREADS, WorkerGroup
@@ -32,7 +31,7 @@ def calibrate_and_decompose(
     keys = keyed.block_keys
     if keyed.needs_gradients:
         both = keyed.pass_key, keyed.statistics_key
-        facts = passes.backward(*both, draws=keyed.method.labels, keys=keys, stage=stage)
+        facts = passes.backward(*both, draws=keyed.method.label_draws, keys=keys, stage=stage)
     else:
         facts = passes.forward(keyed.pass_key, keys, stage)
     return decomposed(keyed, forecast, facts)
@@ -65,9 +64,9 @@ def _finish_seconds(keyed: Keyed, workers: WorkerGroup) -> float:
     """Seconds that the decomposition of a group of blocks may take on a slow machine."""
     work = decomposing_block(
         [each for each in keyed.linears if keyed.grouping.first(each.block) == 0],
-        needs_of(keyed.recipe),
-        keyed.recipe.storage == "pivoted",
-        keyed.codec.itemsize,
+        keyed.method,
+        pivoted=keyed.recipe.storage == "pivoted",
+        itemsize=keyed.codec.itemsize,
     )
     return slowly(work.flops, workers.environment["device"])
 

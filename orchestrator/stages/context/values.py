@@ -65,7 +65,7 @@ class Asked:
     @property
     def needs_gradients(self) -> bool:
         """True if the statistics need gradients of the loss, from backward passes."""
-        return self.method.labels > 0
+        return self.method.label_draws > 0
 
     @property
     def execution(self) -> Execution:

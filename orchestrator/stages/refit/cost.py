@@ -7,11 +7,11 @@ from orchestrator.forecast.memory import (
     Footprint,
     activation_bytes,
 )
-from orchestrator.forecast.needs import Needs
 from orchestrator.forecast.outcome import StageForecast
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.stage_cost import Parts, StageCost
-from orchestrator.forecast.work import Work, gathering
+from orchestrator.forecast.statistics import gathering, input_statistics
+from orchestrator.forecast.work import Work
 
 
 class RefitCost(StageCost):
@@ -32,8 +32,8 @@ class RefitCost(StageCost):
     def _shard(self, blocks: int) -> Work:
         """A shard of the cut model: loaded, all sequences passed, left factors fitted."""
         costs, shapes = self.setting.costs, self.setting.shapes
-        needs = Needs(inputs_only=True)
-        one = gathering(shapes, needs, self.setting.tokens, costs.itemsize)
+        statistics = input_statistics(shapes.heaviest)
+        one = gathering(shapes, statistics, self.setting.tokens, costs.itemsize)
         passed = (one.times(blocks) + costs.goes() + costs.comes()).times(costs.sequences)
         fitted = sum(2.0 * each.values * each.in_features for each in shapes.heaviest)
         return costs.load(blocks) + passed + Work(double=fitted).times(blocks)

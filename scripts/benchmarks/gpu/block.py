@@ -11,9 +11,8 @@ from benchmarks.gpu.rates import computing_rates
 from torch import Tensor
 
 from orchestrator.forecast import memory
-from orchestrator.forecast.needs import NEEDS, Needs
 from orchestrator.forecast.shapes import Shapes, read_shapes
-from orchestrator.forecast.work import decomposing_block, gathering
+from orchestrator.forecast.statistics import decomposing_block, gathering, method_statistics
 from orchestrator.methods import make_method
 from orchestrator.methods.base import Method
 from orchestrator.models.shards.chunk import Chunk
@@ -41,7 +40,7 @@ def measure(bench: Bench) -> Found:
         with shard:
             row = pass_and_cut(bench, shard, make_method(name, {}), sequences(count, tokens))
         row["open_seconds"] = opened
-        row["planned"] = planned(shapes, NEEDS[name], bench, tokens=tokens, count=count)
+        row["planned"] = planned(shapes, make_method(name, {}), bench, tokens=tokens, count=count)
         figures[name] = row
         checks += checks_of(name, row)
         bench.say(in_words(name, row))
@@ -50,11 +49,11 @@ def measure(bench: Bench) -> Found:
 
 def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]) -> dict[str, Any]:
     """Computations of a worker on a block: its statistics, then its factors, by linear."""
-    backward = method.labels > 0
+    backward = method.label_draws > 0
     if backward:
         shard.freeze()
     calibration = Calibration(
-        shard, shard.linears, method.side, curvature=backward, outputs=method.bends_outputs
+        shard, shard.linears, method.side, curvature=backward, outputs=method.output_curvature
     )
     seconds, pack_seconds = [], None
     for chunk in chunks:
@@ -110,7 +109,7 @@ def stored_tensors(weight_OR: Tensor, down_RI: Tensor) -> list[Tensor]:
 
 
 def planned(
-    shapes: Shapes, needs: Needs, bench: Bench, *, tokens: int, count: int
+    shapes: Shapes, method: Method, bench: Bench, *, tokens: int, count: int
 ) -> dict[str, Any]:
     """Forecast of the same work: bytes of tensors, and seconds by each row of rates.
 
@@ -118,7 +117,7 @@ def planned(
     """
     footprint = memory.calibration(
         shapes,
-        needs,
+        method,
         1,
         tokens=tokens,
         sequences=count,
@@ -127,8 +126,9 @@ def planned(
         gpu=bench.is_cuda,
     )
     tensors = {n: size for n, size in footprint.parts.items() if n not in memory.HOST_PARTS}
-    passing = gathering(shapes, needs, tokens, DTYPE.itemsize).times(count)
-    cutting = decomposing_block(shapes.heaviest, needs, False, DTYPE.itemsize)
+    statistics, itemsize = method_statistics(shapes.heaviest, method), DTYPE.itemsize
+    passing = gathering(shapes, statistics, tokens, itemsize).times(count)
+    cutting = decomposing_block(shapes.heaviest, method, pivoted=False, itemsize=itemsize)
     seconds = {
         rates.row: {"calibrate": passing.seconds(rates), "decompose": cutting.seconds(rates)}
         for rates in computing_rates(bench.results)

@@ -45,7 +45,7 @@ class BackwardPass:
             worker.task.of_groups(todo),
             magnitudes=method.magnitudes,
             curvature=True,
-            outputs=method.bends_outputs,
+            outputs=method.output_curvature,
         )
         opened.shard.freeze()
         return GradientPass(worker, opened)

@@ -18,6 +18,12 @@ class DiagonalKind(Kind):
 
     sizes = ()
 
+    @property
+    def cost(self):
+        from toy.cost import DiagonalCost
+
+        return DiagonalCost()
+
     def facts(self, name, weight_OI, result):
         weight = weight_OI.double().square().sum()
         kept = result.diagonal_O.double()

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from toy.kind import DIAGONAL
-
 from orchestrator.methods.base import Method
+from toy.kind import DIAGONAL
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from toy.rescale.worker import RescaleTask, RescaleWorker
-
 from orchestrator.runtime.calls import Command, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.stages.context.stage_job import StageResult
 from orchestrator.stages.context.trained_stage import TrainedStage
+from toy.rescale.worker import RescaleTask, RescaleWorker
 
 
 @dataclass(frozen=True, slots=True)

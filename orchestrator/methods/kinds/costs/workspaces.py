@@ -1,58 +1,14 @@
-"""Peak bytes of a decomposition, derived from `linalg` line by line.
+"""Peak bytes of decompositions to factors, derived from `linalg` line by line.
 
-Shape letters as in `memory`. A decomposition works in float64 (8 bytes) and returns factors in
-float32. A test compares them with the tensors that are alive together.
+Shape letters as in `base`. A decomposition works in float64 (8 bytes) and returns factors in
+float32. A test compares the bytes with those of the tensors that are alive together.
 """
 
-from orchestrator.forecast.needs import Needs, curvature_channels
 from orchestrator.plan.linear import Linear
 
 EIGENVECTOR_COPIES = 4
 """[K, K] matrices of an eigendecomposition beside its argument: vectors, and LAPACK's or
 cuSOLVER's workspace by divide and conquer, 1 + 6 K + 2 K^2 numbers, with the copy it works on."""
-
-
-def reading(linear: Linear, needs: Needs, side: int) -> int:
-    """Bytes while a linear's statistics are read from their Grams, one triangle at a time."""
-    gram = 8 * side * side
-    curvature = 8 * curvature_channels(linear, needs) ** 2 if needs.labels else 0
-    return max(2 * gram, gram + 2 * curvature)
-
-
-def decomposing(
-    linear: Linear, needs: Needs, side: int, rank: int, *, known: int | None = None
-) -> int:
-    """Peak bytes while a linear is decomposed to a rank, with the copies of its statistics.
-
-    Args:
-        side: Channels of its Gram.
-        known: The largest rank that its Gram can have, if less than all.
-    """
-    outputs, inputs = linear.out_features, linear.in_features
-    narrow = min(outputs, inputs)
-    whole, square = 8 * outputs * inputs, 8 * narrow * narrow
-    statistic = 8 * side * side
-    if needs.kind == "sparse":
-        # scores, positions, the stored part of both, and in float32 the residual and its image
-        return statistic + statistic // 2 + 4 * whole + whole // 2
-    if needs.kind == "rpca":
-        # weight, L, S, the multiplier and two iterates, and a Gram's eigenvectors
-        splitting = 7 * whole + (2 + EIGENVECTOR_COPIES) * square
-        # factors and entries, beside the inputs' Gram scaled and its Cholesky factor
-        sketching = 4 * rank * linear.rank_cost + whole + 2 * 8 * side * side
-        return statistic + max(splitting, sketching)
-    free = max(narrow - known, 0) if known is not None and known < rank else 0
-    if needs.kind == "low_rank":
-        statistic += square if needs.is_scaled else 0
-        return statistic + _one_sided(linear, rank, side, free)
-    # both sides: with the curvature
-    channels = curvature_channels(linear, needs)
-    statistic += 8 * channels * channels
-    working = statistic + _two_sided(linear, rank, side, free)
-    if needs.kind == "two_sided_sparse":
-        # entries, their order, the damped curvature, and the correlations of both sides
-        working += 4 * whole + 8 * channels**2 + channels**2 + inputs**2
-    return working
 
 
 def _column_space(linear: Linear, side: int) -> tuple[int, int, int]:
@@ -75,8 +31,13 @@ def _completing(linear: Linear, free: int) -> int:
     return 8 * free * inputs + max((1 + EIGENVECTOR_COPIES) * square, turned) if free else 0
 
 
-def _one_sided(linear: Linear, rank: int, side: int, free: int) -> int:
-    """Peak bytes of `linalg.low_rank` beside the statistic, line by line."""
+def one_sided(linear: Linear, rank: int, side: int, free: int) -> int:
+    """Peak bytes of `linalg.low_rank` beside the statistic, line by line.
+
+    Args:
+        side: Channels of the Gram.
+        free: Directions that the Gram leaves open.
+    """
     outputs, inputs = linear.out_features, linear.in_features
     narrow = min(outputs, inputs)
     square = 8 * narrow * narrow
@@ -95,8 +56,8 @@ def _one_sided(linear: Linear, rank: int, side: int, free: int) -> int:
     return max(spanning, turning, completing, casting, measuring)
 
 
-def _two_sided(linear: Linear, rank: int, side: int, free: int) -> int:
-    """Peak bytes of `linalg.two_sided` beside the statistics, line by line."""
+def two_sided(linear: Linear, rank: int, side: int, free: int) -> int:
+    """Peak bytes of `linalg.two_sided` beside the statistics, line by line; see `one_sided`."""
     outputs, inputs = linear.out_features, linear.in_features
     narrow = min(outputs, inputs)
     square = 8 * narrow * narrow

@@ -1,0 +1,138 @@
+"""Statistics of a block that a pass gathers: which there are, their sizes, and their work.
+
+Shape letters as in `memory`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.forecast.shapes import Shapes
+from orchestrator.forecast.work import TRIANGLE, Work, computed, forward_flops
+from orchestrator.methods.base import Method
+from orchestrator.methods.kinds.costs.base import LinearStatistics
+from orchestrator.plan.grouping import Grouping
+from orchestrator.plan.linear import Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockStatistics:
+    """Second moments of the linears of a block."""
+
+    linears: tuple[Linear, ...]
+    grams: Mapping[str, int]
+    """Channels of the Grams by their source: a site, or `NAME output` of a linear."""
+    has_gradients: bool = False
+    output_curvature: bool = False
+    """True if gradients are those of the outputs, also where O > I."""
+
+    def source(self, linear: Linear) -> str:
+        """The source of the Gram that a linear is decomposed with."""
+        output = f"{linear.name} output"
+        return output if output in self.grams else linear.site
+
+    def curvature(self, linear: Linear) -> int:
+        """Channels of the second moment of a linear's gradients; 0 without gradients."""
+        if not self.has_gradients:
+            return 0
+        outputs, inputs = linear.out_features, linear.in_features
+        return outputs if self.output_curvature else min(outputs, inputs)
+
+    def is_turned(self, linear: Linear) -> bool:
+        """True if gradients are mapped to the inputs' side for their second moment."""
+        return 0 < self.curvature(linear) < linear.out_features
+
+    def of(self, linear: Linear, known: int | None = None) -> LinearStatistics:
+        """Sizes of the statistics of one linear, or of the tall one that has its name.
+
+        Args:
+            known: See `LinearStatistics`.
+        """
+        return LinearStatistics(self.grams[self.source(linear)], self.curvature(linear), known)
+
+    @property
+    def entries(self) -> int:
+        """Entries of all second moments."""
+        curvatures = [self.curvature(each) for each in self.linears]
+        return sum(n * n for n in [*self.grams.values(), *curvatures])
+
+
+def method_statistics(linears: Sequence[Linear], method: Method) -> BlockStatistics:
+    """The statistics that a method needs of the linears of a block.
+
+    Linears that share a basis have the Gram of their inputs.
+    """
+    return BlockStatistics(
+        linears=tuple(linears),
+        grams=dict(_method_grams(linears, method)),
+        has_gradients=method.label_draws > 0,
+        output_curvature=method.output_curvature,
+    )
+
+
+def _method_grams(linears: Sequence[Linear], method: Method) -> Iterator[tuple[str, int]]:
+    for linear in linears:
+        site = [each for each in linears if each.site == linear.site]
+        if method.grouping.joins(linear) or method.side(linear, site) == "input":
+            yield linear.site, linear.in_features
+        else:
+            yield f"{linear.name} output", linear.out_features
+
+
+def input_statistics(linears: Sequence[Linear]) -> BlockStatistics:
+    """The Gram of the inputs of every linear, and no gradients."""
+    grams = {each.site: each.in_features for each in linears}
+    return BlockStatistics(linears=tuple(linears), grams=grams)
+
+
+def stacked(linear: Linear, grouping: Grouping) -> Linear:
+    """The tall linear that is decomposed in its place and that of the others of its group."""
+    if not grouping.joins(linear):
+        return linear
+    return replace(linear, out_features=grouping.size * linear.out_features)
+
+
+def gathering(shapes: Shapes, statistics: BlockStatistics, tokens: int, itemsize: int) -> Work:
+    """One sequence through one block, with its statistics; of a backward pass, one label.
+
+    A pass back computes the block again and brings gradients to its inputs, not to its weights.
+    """
+    sites = {each.site for each in statistics.linears}
+    passes = 2 if statistics.has_gradients else 1
+    total = computed(forward_flops(shapes, tokens), itemsize).times(passes)
+
+    def as_passed(flops: float) -> Work:
+        """Products of values of the pass, in its dtype, with results in float32."""
+        return Work(tf32=flops) if itemsize < 4 else Work(single=flops)
+
+    def gram(channels: int) -> float:
+        return TRIANGLE * 2.0 * tokens * channels * channels
+
+    for source, channels in statistics.grams.items():
+        total += as_passed(gram(channels)) if source in sites else Work(single=gram(channels))
+    for linear in statistics.linears:
+        product = as_passed(2.0 * tokens * linear.values)
+        if statistics.source(linear) != linear.site and itemsize < 4:
+            total += product
+        if statistics.is_turned(linear):
+            total += product + Work(single=gram(statistics.curvature(linear)))
+        elif statistics.has_gradients:
+            total += as_passed(gram(statistics.curvature(linear)))
+    return total
+
+
+def decomposing_block(
+    linears: Sequence[Linear], method: Method, *, pivoted: bool, itemsize: int
+) -> Work:
+    """Decomposition of all linears of a block, and writing of the results.
+
+    Args:
+        itemsize: Bytes of a value of the stored factors.
+    """
+    statistics, cost = method_statistics(linears, method), method.kind.cost
+    total = Work()
+    for linear in linears:
+        whole = stacked(linear, method.grouping)
+        part = linear.out_features / whole.out_features
+        given = statistics.of(whole)
+        total += cost.decomposing(whole, given, pivoted=pivoted, itemsize=itemsize).times(part)
+    return total
