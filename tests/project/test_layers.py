@@ -65,12 +65,13 @@ MAY_IMPORT = {
     "stages": f"{PLAIN} allocate forecast plan recipe registry resolve runtime runtime.ray store "
     f"torch models.checkpoint models.evaluation models.inputs models.shards models.survey "
     f"stages.base stages.context {STAGES}",
+    "catalogue": "errors allocate methods plan registry stages stages.base",
     "pages": f"{PLAIN} plan recipe store usage numpy",
     "searching": "errors plan recipe store",
     "evaluation": "",
     "api": f"{PLAIN} evaluation forecast hf pages plan recipe runtime runtime.ray searching stages "
     f"stages.context stages.evaluate store transformers {MODELS}",
-    "cli": f"{PLAIN} api forecast plan recipe usage",
+    "cli": f"{PLAIN} api catalogue forecast plan recipe usage",
     "__main__": "cli",
 }
 STAGE = f"{MAY_IMPORT['stages.context']} stages.context hf"
@@ -222,6 +223,7 @@ def test_class_names_are_unique():
         "import orchestrator.models.survey.select",
         "import orchestrator.allocate",
         "import orchestrator.methods",
+        "import orchestrator.catalogue",
         "import orchestrator.pages",
         "import orchestrator.forecast.forecast",
         *(f"import orchestrator.{name}" for name in MODULES if name.endswith((".spec", ".cost"))),
@@ -236,7 +238,7 @@ def test_light_import(statement):
     "command",
     [
         *("", "plan", "measure", "compress", "retarget", "evaluate", "export", "status", "report"),
-        *("compare", "clean", "submit", "verify"),
+        *("methods", "compare", "clean", "submit", "verify"),
     ],
 )
 def test_help_is_light(command):
@@ -253,6 +255,12 @@ def test_plan_is_light(tmp_path):
     path.write_text(json.dumps(config))
     flags = ["plan", str(path), "--keep=0.8", "--preset=best"]
     call = f"from orchestrator.cli.main import main; assert main({flags!r}) == 0"
+    assert loaded_by(call) == set()
+
+
+def test_methods_is_light():
+    """`methods` imports every method, allocator, stage and form without a heavy package."""
+    call = "from orchestrator.cli.main import main; assert main(['methods']) == 0"
     assert loaded_by(call) == set()
 
 
