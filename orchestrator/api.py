@@ -254,7 +254,7 @@ def verify(
 
     if linears < 0:
         raise UsageError(f"linears is {linears}; it must be 0 or above")
-    changing = [stage.name for stage in STAGES if stage.changes_errors]
+    changing = [stage.name for stage in STAGES.values() if stage.changes_errors]
     dense = None if against is None else Path(against)
     return perform(Path(out), changing=changing, dense=dense, linears=linears)
 

@@ -6,14 +6,15 @@ Settings that exclude each other are refused here; no file is read.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.allocate import ALLOCATION_NAMES, make_allocator
+from orchestrator.allocate import ALLOCATORS, make_allocator
 from orchestrator.allocate.base import Allocator
 from orchestrator.errors import UsageError
 from orchestrator.methods import METHODS, make_method
 from orchestrator.methods.base import Method
+from orchestrator.plan.forms import FORMS
 from orchestrator.recipe.options import option_names
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.stages import OPTION_TABLES, STAGES
+from orchestrator.stages import option_tables, stage_classes
 from orchestrator.stages.base import Stage, stages_of
 
 
@@ -36,21 +37,22 @@ def resolve(asked: Recipe) -> ResolvedRecipe:
         UsageError: A name or an option does not exist, has no effect or has a value that is not
             allowed, or two settings exclude each other.
     """
-    asked.check_names(methods=METHODS, allocations=ALLOCATION_NAMES, tables=OPTION_TABLES)
+    asked.check_names(methods=METHODS, allocations=ALLOCATORS, tables=option_tables())
     options, _ = split_options(asked, asked.method)
     method = make_method(asked.method, options)
     recipe = replace(asked, allocation=asked.allocation or method.allocation)
     assert recipe.allocation is not None
     _, options = split_options(recipe, recipe.allocation)
     allocator = make_allocator(recipe.allocation, options, method.form)
-    _check_entries(recipe, method)
-    for stage in STAGES:
+    _check_measures(recipe, method)
+    stages = stage_classes(recipe)
+    for stage in stages:
         stage.check(recipe, method)
     return ResolvedRecipe(
         recipe=recipe,
         method=method,
         allocator=allocator,
-        stages=stages_of(STAGES, recipe, method),
+        stages=stages_of(stages, recipe, method),
     )
 
 
@@ -61,14 +63,15 @@ def split_options(recipe: Recipe, name: str) -> tuple[dict[str, Any], dict[str, 
     """
     table = recipe.options.get(name, {})
     own = option_names(METHODS[name]) if name in METHODS else []
-    of_method = {o: v for o, v in table.items() if o in own or name not in ALLOCATION_NAMES}
+    of_method = {o: v for o, v in table.items() if o in own or name not in ALLOCATORS}
     return of_method, {o: v for o, v in table.items() if o not in of_method}
 
 
-def _check_entries(recipe: Recipe, method: Method) -> None:
-    """Raises UsageError unless a method of ranks and entries has its own allocation."""
-    if method.form == "low_rank_sparse" and recipe.allocation != method.allocation:
+def _check_measures(recipe: Recipe, method: Method) -> None:
+    """Raises UsageError unless a method whose measurements fit no other allocation has its own."""
+    divided = FORMS[method.form].divided
+    if divided not in ("ranks", "entries") and recipe.allocation != method.allocation:
         raise UsageError(
-            f"allocation is {recipe.allocation!r}, and {method.name} measures ranks "
-            f"and entries for {method.allocation!r}; give that, or leave allocation out"
+            f"allocation is {recipe.allocation!r}, and {method.name} measures {divided} for "
+            f"{method.allocation!r}; give that, or leave allocation out"
         )

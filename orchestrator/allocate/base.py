@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from orchestrator.allocate.budget import budget_values
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import Form
+from orchestrator.plan.forms import Divided, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 
@@ -26,6 +26,10 @@ class Allocator(Protocol):
     """A frozen dataclass, of this class, whose fields are its options."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    source: ClassVar[str] = ""
+    """Publication, `arXiv 2312.05821`; empty if it was derived here."""
+    divides: ClassVar[tuple[Divided, ...]] = ("ranks",)
+    """Parts of linears that a plan is made of; see `Form.divided`."""
     scoring: ClassVar[Scoring] = Scoring.NONE
 
     def __init__(self, **options: Any) -> None:

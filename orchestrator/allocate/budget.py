@@ -5,9 +5,17 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from orchestrator.errors import InfeasibleError, UsageError
-from orchestrator.plan.forms import LOW_RANK, Form
+from orchestrator.plan.forms import LOW_RANK, Divided, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
+
+LEAST: dict[Divided, str] = {
+    "ranks": "rank 1",
+    "entries": "one entry",
+    "ranks and entries together": "rank 1",
+    "linears": "the cut",
+}
+"""Smallest size of a linear in a message."""
 
 
 def share_values(linears: Sequence[Linear], keep: float) -> int:
@@ -23,7 +31,7 @@ def budget_values(linears: Sequence[Linear], keep: float, form: Form = LOW_RANK)
 
     Raises:
         UsageError: `keep` is outside (0, 1].
-        InfeasibleError: Rank 1 for every linear, or one entry if the form is sparse, stores more.
+        InfeasibleError: The smallest size of every linear, rank 1 or one entry, stores more.
     """
     if not 0 < keep <= 1:
         raise UsageError(f"keep: {keep} is outside (0, 1]; 0.8 keeps four of five values")
@@ -31,7 +39,7 @@ def budget_values(linears: Sequence[Linear], keep: float, form: Form = LOW_RANK)
     budget = share_values(linears, keep)
     least = sum(map(form.least_values, linears))
     if budget < least:
-        what = "rank 1" if form.has_rank else "one entry"
+        what = LEAST[form.divided]
         raise InfeasibleError(
             f"keep: {keep} allows {budget} of {dense} values, but {what} for each of "
             f"{len(linears)} linears stores {least}; the least possible is "

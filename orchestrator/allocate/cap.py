@@ -23,7 +23,7 @@ from orchestrator.allocate.budget import budget_values, make_plan
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import UsageError
 from orchestrator.plan.candidates import Candidates
-from orchestrator.plan.forms import LOW_RANK_SPARSE, Form
+from orchestrator.plan.forms import LOW_RANK_SPARSE, Divided, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number
@@ -55,6 +55,8 @@ class CapAllocator(Allocator):
     keeps: candidates that do not fit are skipped.
     """
 
+    source: ClassVar[str] = "arXiv 2505.03801"
+    divides: ClassVar[tuple[Divided, ...]] = ("ranks and entries together",)
     scoring: ClassVar[Scoring] = Scoring.MASKS
     init: Init = "utility"
     across: Across = "linear"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -55,6 +55,7 @@ class DRankAllocator(Allocator):
     formulas assume a constant cost per rank.
     """
 
+    source: ClassVar[str] = "arXiv 2509.25622"
     setting: Literal["exact", "paper"] = "exact"
     """Optimum over integers (`exact`), or the rounded closed form (`paper`)."""
     scope: Literal["type", "model"] = "type"

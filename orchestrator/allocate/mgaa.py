@@ -6,7 +6,7 @@ Indices: S sublayers, K steps of a linear.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -48,6 +48,7 @@ class MgaaAllocator(Allocator):
     total grow with the budget, and the modelled loss falls.
     """
 
+    source: ClassVar[str] = "arXiv 2507.03294"
     rule: Literal["power", "softmax", "linear", "retain"] = "power"
     """Kept ∝ (1 − c)^t (`power`) or the angle arccos(c) (`retain`); removed ∝
     exp(c / temperature) (`softmax`) or c (`linear`)."""

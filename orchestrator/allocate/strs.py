@@ -45,6 +45,7 @@ class Strs(Allocator):
     of 0.1, on 32 sequences of 2048 tokens: 2.25 times the trials on 16 times the text.
     """
 
+    source: ClassVar[str] = "arXiv 2312.05821"
     scoring: ClassVar[Scoring] = Scoring.SENSITIVITIES
     grid: str = "0.4 0.6 0.8 0.9"
     """Kept fractions of the trials, ascending, between 0 and 1."""

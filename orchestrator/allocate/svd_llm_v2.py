@@ -5,6 +5,7 @@ Indices: N linears of one type, K steps of a linear.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -45,6 +46,7 @@ class SvdLlmV2Allocator(Allocator):
     that did not fit.
     """
 
+    source: ClassVar[str] = "arXiv 2503.12340"
     most_removed: float = 0.95
     """Largest fraction that may be removed of one linear."""
 

@@ -5,14 +5,14 @@ Indices: P points of a linear, ordered by entries, then by rank.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import budget_values, make_plan
 from orchestrator.allocate.threshold import hull_rates
-from orchestrator.plan.forms import LOW_RANK_SPARSE, Form
+from orchestrator.plan.forms import LOW_RANK_SPARSE, Divided, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.plan.surface import Surface
@@ -36,6 +36,8 @@ class TwoSidedSparseAllocator(Allocator):
 
     O(P log P) in the points of all linears. For results of method `two-sided-sparse`.
     """
+
+    divides: ClassVar[tuple[Divided, ...]] = ("ranks and entries together",)
 
     def __call__(
         self,

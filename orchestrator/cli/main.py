@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from orchestrator.cli.lines import JsonLines, Lines
+from orchestrator.cli.methods import print_methods
 from orchestrator.cli.parser import FIELDS, make_parser
 from orchestrator.errors import OrchestratorError, StoppedError, UsageError
 from orchestrator.plan.result import Result
@@ -371,6 +372,7 @@ def _print_rows(rows: Mapping[str, Any]) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "methods": print_methods,
     "plan": _plan,
     "measure": _measure,
     "compress": _compress,

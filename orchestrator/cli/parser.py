@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_methods(commands)
     _add_plan(commands)
     _add_measure(commands)
     _add_compress(commands)
@@ -84,6 +85,13 @@ def make_parser() -> argparse.ArgumentParser:
     _add_clean(commands)
     _add_submit(commands)
     return parser
+
+
+def _add_methods(commands: Any) -> None:
+    parser = _command(
+        commands, "methods", "list methods, allocators, stages and forms, with their options"
+    )
+    _add_json(parser, "print the list as JSON")
 
 
 def _add_compress(commands: Any) -> None:

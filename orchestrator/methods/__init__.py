@@ -1,37 +1,34 @@
-"""Published methods, each a named composition of statistics, norm, decomposition and allocation."""
+"""Published methods, each a named composition of statistics, norm, decomposition and allocation.
+
+A new method is one file and one line in `METHODS`; a method of another package is an entry point.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.methods.asvd import Asvd
 from orchestrator.methods.base import Method
-from orchestrator.methods.basis_sharing import BasisSharing
-from orchestrator.methods.cap import Cap
-from orchestrator.methods.d_rank import DRank
-from orchestrator.methods.mgaa import Mgaa
-from orchestrator.methods.svd import Svd
-from orchestrator.methods.svd_llm import SvdLlm
-from orchestrator.methods.svd_llm_v2 import SvdLlmV2
-from orchestrator.methods.two_sided import TwoSided
-from orchestrator.methods.two_sided_sparse import TwoSidedSparse
-from orchestrator.methods.wanda import Wanda
 from orchestrator.recipe.options import check_known, option_names
+from orchestrator.registry import Registry
 
-_ALL: tuple[Method, ...] = (
-    Svd(),
-    Asvd(),
-    SvdLlm(),
-    SvdLlmV2(),
-    BasisSharing(),
-    DRank(),
-    Mgaa(),
-    Cap(),
-    TwoSided(),
-    TwoSidedSparse(),
-    Wanda(),
+METHODS: Registry[Method] = Registry(
+    "orchestrator.methods",
+    {
+        "svd": "orchestrator.methods.svd:Svd",
+        "asvd": "orchestrator.methods.asvd:Asvd",
+        "svd-llm": "orchestrator.methods.svd_llm:SvdLlm",
+        "svd-llm-v2": "orchestrator.methods.svd_llm_v2:SvdLlmV2",
+        "basis-sharing": "orchestrator.methods.basis_sharing:BasisSharing",
+        "d-rank": "orchestrator.methods.d_rank:DRank",
+        "mgaa": "orchestrator.methods.mgaa:Mgaa",
+        "cap": "orchestrator.methods.cap:Cap",
+        "two-sided": "orchestrator.methods.two_sided:TwoSided",
+        "two-sided-sparse": "orchestrator.methods.two_sided_sparse:TwoSidedSparse",
+        "wanda": "orchestrator.methods.wanda:Wanda",
+    },
+    base=Method,
+    makes=True,
 )
-METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 """Every method with its options at their defaults."""
 
 

@@ -33,6 +33,7 @@ class Asvd(Method):
     """
 
     name: ClassVar[str] = "asvd"
+    source: ClassVar[str] = "arXiv 2312.05821"
     allocation: ClassVar[str] = "strs"
     magnitudes: ClassVar[bool] = True
 

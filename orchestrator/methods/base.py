@@ -27,6 +27,8 @@ class Method(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     name: ClassVar[str]
+    source: ClassVar[str] = ""
+    """Publication, `arXiv 2403.07378`; empty if it was derived here."""
     version: ClassVar[int] = 1
     """Raised when the method's results change; older units are then computed again."""
     form: ClassVar[str] = "low_rank"

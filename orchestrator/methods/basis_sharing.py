@@ -23,6 +23,7 @@ class BasisSharing(SvdLlm):
     """
 
     name: ClassVar[str] = "basis-sharing"
+    source: ClassVar[str] = "arXiv 2410.03765"
     allocation: ClassVar[str] = "uniform"
 
     group: int = 2

@@ -46,6 +46,7 @@ class Cap(Method):
     solver: "Solver" = "ialm"
 
     name: ClassVar[str] = "cap"
+    source: ClassVar[str] = "arXiv 2505.03801"
     version: ClassVar[int] = 3
     form: ClassVar[str] = "low_rank_sparse"
     allocation: ClassVar[str] = "cap"

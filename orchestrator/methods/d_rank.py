@@ -19,6 +19,7 @@ class DRank(BasisSharing):
     """
 
     name: ClassVar[str] = "d-rank"
+    source: ClassVar[str] = "arXiv 2509.25622"
     allocation: ClassVar[str] = "d-rank"
 
     group: int = 1

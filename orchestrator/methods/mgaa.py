@@ -16,4 +16,5 @@ class Mgaa(SvdLlm):
     """
 
     name: ClassVar[str] = "mgaa"
+    source: ClassVar[str] = "arXiv 2507.03294"
     allocation: ClassVar[str] = "mgaa"

@@ -22,6 +22,7 @@ class Svd(Method):
     """
 
     name: ClassVar[str] = "svd"
+    source: ClassVar[str] = "Eckart and Young, 1936"
     decomposition: ClassVar[str] = "svd"
 
     @property

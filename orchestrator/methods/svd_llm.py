@@ -32,6 +32,7 @@ class SvdLlm(Method):
     """
 
     name: ClassVar[str] = "svd-llm"
+    source: ClassVar[str] = "arXiv 2403.07378"
     decomposition: ClassVar[str] = "whitened-svd"
 
     refit: Literal["never", "above_forty", "always"] = "never"

@@ -15,4 +15,5 @@ class SvdLlmV2(SvdLlm):
     """
 
     name: ClassVar[str] = "svd-llm-v2"
+    source: ClassVar[str] = "arXiv 2503.12340"
     allocation: ClassVar[str] = "svd-llm-v2"

@@ -31,6 +31,7 @@ class TwoSided(Method):
     """
 
     name: ClassVar[str] = "two-sided"
+    source: ClassVar[str] = "arXiv 2605.15626, 2604.00821"
     allocation: ClassVar[str] = "threshold"
 
     damping: float = 0.01

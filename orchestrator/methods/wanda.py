@@ -32,6 +32,7 @@ class Wanda(Method):
     """
 
     name: ClassVar[str] = "wanda"
+    source: ClassVar[str] = "arXiv 2306.11695"
     decomposition: ClassVar[str] = "wanda"
     form: ClassVar[str] = "sparse"
 

@@ -48,6 +48,11 @@ class Plan:
     def slack_values(self) -> int:
         return self.budget_values - self.stored_values
 
+    @property
+    def forms(self) -> frozenset[str]:
+        """Names of the forms in use."""
+        return frozenset(each.form for each in self.assignments.values())
+
     def to_json(self) -> dict[str, Any]:
         return {
             "assignments": {name: asdict(a) for name, a in self.assignments.items()},

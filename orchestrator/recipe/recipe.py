@@ -80,7 +80,7 @@ class Recipe:
     method: str = "svd-llm"
     """Published method, a name of `orchestrator.methods.METHODS`."""
     allocation: str | None = None
-    """Allocator that divides the budget, a name of `orchestrator.allocate.ALLOCATION_NAMES`; None
+    """Allocator that divides the budget, a name of `orchestrator.allocate.ALLOCATORS`; None
     means that of the method's paper."""
     storage: str = "plain"
     """Storage of factors: `plain`, or `pivoted`: R rows of the weight, and the others as their

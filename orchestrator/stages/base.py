@@ -1,15 +1,16 @@
 """Interface of a stage after the plan: a name, a condition, checks and options, without torch.
 
-A stage is a folder: `spec.py` with a class of `Stage`, `job.py` for the driver, `worker.py`, and
-one name in `stages.STAGES`.
+A stage is a folder: `spec.py` with a class below `Stage`, `job.py` for the driver, `worker.py`, and
+one line in `stages.STAGES`, or an entry point of another package.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from orchestrator.plan.grouping import Grouping
+from orchestrator.recipe.options import check_known, option_names
 from orchestrator.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -39,18 +40,41 @@ class MethodTraits(Refitting, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage(ABC):
-    """A stage that a recipe asks for; its fields are its options."""
+    """A stage that a recipe asks for; its fields are its options.
+
+    A recipe has no field for a stage of another package: it asks with a table of the stage's name,
+    `[NAME]`, whose options are the fields.
+    """
 
     name: ClassVar[str]
-    tables: ClassVar[tuple[str, ...]] = ()
-    """Tables of the recipe with its options."""
+    source: ClassVar[str] = ""
+    """Publication, `arXiv 2306.11695`; empty if it was derived here."""
+    follows: ClassVar[str] = ""
+    """Name of the stage after which it is executed; empty: at the end. For stages of other
+    packages; built-in ones are in order."""
+    tables: ClassVar[Mapping[str, type] | None] = None
+    """Tables of the recipe with its options, each with the dataclass that has them as fields; None:
+    one of the stage's name with the fields of the stage."""
     changes_errors: ClassVar[bool] = True
     """False if the errors of linears are still those of their decompositions."""
 
     @classmethod
-    @abstractmethod
     def of(cls, recipe: Recipe, method: Refitting) -> Self | None:
-        """The stage with its options; None if the recipe does not ask for it."""
+        """The stage with its options; None if the recipe does not ask for it.
+
+        Raises:
+            UsageError: An option does not exist, or its value is not allowed.
+        """
+        table = recipe.options.get(cls.name)
+        if table is None:
+            return None
+        check_known(cls.name, table, option_names(cls))
+        return cls(**table)
+
+    @classmethod
+    def option_tables(cls) -> Mapping[str, type]:
+        """Tables of the recipe with its options; see `tables`."""
+        return {cls.name: cls} if cls.tables is None else cls.tables
 
     @classmethod
     def check(cls, recipe: Recipe, method: MethodTraits) -> None:

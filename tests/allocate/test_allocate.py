@@ -6,11 +6,19 @@ from functools import partial
 
 import numpy as np
 import pytest
-from allocation import assert_invariants, lost, make_cosines, make_curves, make_linears, make_model
+from allocation import (
+    RANK_ALLOCATORS,
+    assert_invariants,
+    lost,
+    make_cosines,
+    make_curves,
+    make_linears,
+    make_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.allocate import ALLOCATORS, make_allocator
+from orchestrator.allocate import make_allocator
 from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.d_rank import DRankAllocator
 from orchestrator.allocate.mgaa import RULES, MgaaAllocator
@@ -22,7 +30,7 @@ from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import LOW_RANK
+from orchestrator.plan.forms import LOW_RANK, SPARSE
 from orchestrator.plan.plan import Plan
 
 GROWS = "no rank, and so no stored total, falls as the budget grows, and no loss rises"
@@ -100,8 +108,8 @@ def run(case, linears, keep, curves=None, cosines=None):
 
 def test_the_battery_covers_every_allocator():
     """Each name in the table is a frozen class with a case above."""
-    assert {type(allocator) for allocator, _ in CASES.values()} == set(ALLOCATORS.values())
-    for allocator in ALLOCATORS.values():
+    assert {type(allocator) for allocator, _ in CASES.values()} == set(RANK_ALLOCATORS.values())
+    for allocator in RANK_ALLOCATORS.values():
         assert [*allocator.__slots__] == [field.name for field in fields(allocator)]
         assert allocator() == allocator()
         assert hash(allocator()) == hash(allocator())
@@ -270,7 +278,7 @@ def test_bytes_of_factors_are_values(share):
 def test_bytes_of_indices_count(share, codec):
     """Values and indices of sparse linears fit from below, and 1e-5 more values do not fit."""
     linears = make_linears([(50, 40), (64, 64)])
-    allocate = make_allocator("uniform", {}, "sparse")
+    allocate = partial(make_allocator("uniform", {}, "sparse"), form=SPARSE)
     plan = fill_bytes(lambda keep: allocate(linears, {}, keep, {}), linears, share, codec)
 
     def stored_bytes(plan):
@@ -289,7 +297,7 @@ def test_bytes_that_hold_no_plan_are_infeasible():
     curves = make_curves(linears)
     with pytest.raises(InfeasibleError, match=r"keep: 0\.01 allows"):
         fill_bytes(lambda keep: Uniform()(linears, curves, keep, {}), linears, 0.01, BF16)
-    sparse = make_allocator("uniform", {}, "sparse")
+    sparse = partial(make_allocator("uniform", {}, "sparse"), form=SPARSE)
     with pytest.raises(InfeasibleError, match=r"keep_bytes: 0\.0005 .* indices included"):
         fill_bytes(lambda keep: sparse(linears, {}, keep, {}), linears, 0.0005, BF16)
 

@@ -1,18 +1,27 @@
 """Ranks of pivoted factors: what a budget holds of them."""
 
 import pytest
-from allocation import assert_invariants, make_cosines, make_curves, make_linears, make_model
+from allocation import (
+    RANK_ALLOCATORS,
+    assert_invariants,
+    make_cosines,
+    make_curves,
+    make_linears,
+    make_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.allocate import ALLOCATORS, make_allocator
+from orchestrator.allocate import make_allocator
 from orchestrator.errors import UsageError
 from orchestrator.plan.forms import LOW_RANK, PIVOTED
 
 ROLES = {"self_attn.q_proj": (48, 48), "self_attn.v_proj": (16, 48), "mlp.down_proj": (48, 96)}
 MODEL = make_model(ROLES, blocks=3)
 
-every_allocator = pytest.mark.parametrize("name", [name for name in ALLOCATORS if name != "d-rank"])
+every_allocator = pytest.mark.parametrize(
+    "name", [name for name in RANK_ALLOCATORS if name != "d-rank"]
+)
 
 
 @pytest.mark.parametrize(("keep", "gain"), [(0.8, 0.38), (0.6, 0.23), (0.4, 0.127)])

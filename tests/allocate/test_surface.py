@@ -9,7 +9,7 @@ from allocation import assert_invariants, make_linears, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.allocate import POOL_ALLOCATORS, make_allocator
+from orchestrator.allocate import ALLOCATORS, make_allocator
 from orchestrator.allocate.by_bytes import fill_bytes
 from orchestrator.allocate.two_sided_sparse import TwoSidedSparseAllocator
 from orchestrator.errors import InfeasibleError, UsageError
@@ -67,7 +67,7 @@ def run(linears, keep, surfaces=None):
 
 def test_it_stands_in_the_table():
     """The allocator is a frozen class without options, for linears with ranks and entries."""
-    assert POOL_ALLOCATORS["two-sided-sparse"] is TwoSidedSparseAllocator
+    assert ALLOCATORS["two-sided-sparse"] is TwoSidedSparseAllocator
     assert fields(TwoSidedSparseAllocator) == ()
     assert make_allocator("two-sided-sparse", {}, "low_rank_sparse") == ALLOCATE
     with pytest.raises(UsageError, match="ranks and entries together"):

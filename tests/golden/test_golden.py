@@ -12,7 +12,7 @@ from golden_cases import CASES, EVALUATED, INTERRUPTED, RETARGETED, VERIFIED
 from golden_differences import differences, elsewhere
 from golden_record import ARCHIVE, FORECASTS, RECORD, found_here
 
-from orchestrator.allocate import ALLOCATION_NAMES
+from orchestrator.allocate import ALLOCATORS
 from orchestrator.methods import METHODS
 from orchestrator.plan.forms import FORMS
 from orchestrator.recipe.presets import PRESETS
@@ -130,7 +130,7 @@ def test_every_choice_has_a_case():
     assert named("method") == {*METHODS}
     assert named("preset") == {*PRESETS}
     own = {method.allocation for method in METHODS.values()}
-    assert named("allocation") | own == ALLOCATION_NAMES
+    assert named("allocation") | own == {*ALLOCATORS}
     for choice in ("storage", "compensate", "refine", "train", "sampling", "layout"):
         missing = {*CHOICES[choice][1:]} - named(choice)
         assert not missing, choice

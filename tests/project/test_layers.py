@@ -27,16 +27,17 @@ MAY_IMPORT = {
     "version": "",
     "usage": "readable",
     "store": "errors numpy pyarrow safetensors",
-    "plan": "errors store numpy",
+    "registry": "errors",
+    "plan": "errors registry store numpy",
     "recipe": "errors",
-    "allocate": "errors plan recipe numpy",
+    "allocate": "errors plan recipe registry numpy",
     # numerics
     "device": "errors torch",
     "linalg": "errors torch",
     # curves are arrays of numpy, so that a driver without torch reads them
-    "methods": "errors forecast plan recipe linalg torch numpy",
+    "methods": "errors forecast plan recipe registry linalg torch numpy",
     # models: each may import the ones above it
-    "models.forms": "errors torch transformers",
+    "models.forms": "errors plan registry torch transformers",
     "models.checkpoint": "errors version plan store device models.forms torch safetensors",
     "models.survey": "errors plan store models.forms models.checkpoint torch transformers "
     "accelerate huggingface_hub",
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "models.survey models.shards torch safetensors transformers numpy",
     "models.training": "errors plan recipe device linalg models.forms models.shards "
     "models.statistics models.evaluation torch transformers",
-    "hf": "errors version models.forms models.checkpoint models.survey models.shards torch "
+    "hf": "errors version plan models.forms models.checkpoint models.survey models.shards torch "
     "transformers",
     # execution: independent of models
     "runtime": f"{PLAIN} usage recipe plan store device torch",
@@ -60,16 +61,17 @@ MAY_IMPORT = {
     "stages.base": "errors forecast plan recipe stages.context",
     "stages.context": f"{PLAIN} usage allocate device forecast linalg methods plan recipe "
     f"runtime store torch numpy safetensors stages.base {MODELS}",
-    "resolve": "errors allocate methods recipe stages stages.base",
-    "stages": f"{PLAIN} allocate forecast plan recipe resolve runtime runtime.ray store torch "
-    f"models.checkpoint models.evaluation models.inputs models.shards models.survey stages.base "
-    f"stages.context {STAGES}",
+    "resolve": "errors allocate methods plan recipe stages stages.base",
+    "stages": f"{PLAIN} allocate forecast plan recipe registry resolve runtime runtime.ray store "
+    f"torch models.checkpoint models.evaluation models.inputs models.shards models.survey "
+    f"stages.base stages.context {STAGES}",
+    "catalogue": "errors allocate methods plan registry stages stages.base",
     "pages": f"{PLAIN} plan recipe store usage numpy",
     "searching": "errors plan recipe store",
     "evaluation": "",
     "api": f"{PLAIN} evaluation forecast hf pages plan recipe runtime runtime.ray searching stages "
     f"stages.context stages.evaluate store transformers {MODELS}",
-    "cli": f"{PLAIN} api forecast plan recipe usage",
+    "cli": f"{PLAIN} api catalogue forecast plan recipe usage",
     "__main__": "cli",
 }
 STAGE = f"{MAY_IMPORT['stages.context']} stages.context hf"
@@ -221,6 +223,7 @@ def test_class_names_are_unique():
         "import orchestrator.models.survey.select",
         "import orchestrator.allocate",
         "import orchestrator.methods",
+        "import orchestrator.catalogue",
         "import orchestrator.pages",
         "import orchestrator.forecast.forecast",
         *(f"import orchestrator.{name}" for name in MODULES if name.endswith((".spec", ".cost"))),
@@ -235,7 +238,7 @@ def test_light_import(statement):
     "command",
     [
         *("", "plan", "measure", "compress", "retarget", "evaluate", "export", "status", "report"),
-        *("compare", "clean", "submit", "verify"),
+        *("methods", "compare", "clean", "submit", "verify"),
     ],
 )
 def test_help_is_light(command):
@@ -252,6 +255,12 @@ def test_plan_is_light(tmp_path):
     path.write_text(json.dumps(config))
     flags = ["plan", str(path), "--keep=0.8", "--preset=best"]
     call = f"from orchestrator.cli.main import main; assert main({flags!r}) == 0"
+    assert loaded_by(call) == set()
+
+
+def test_methods_is_light():
+    """`methods` imports every method, allocator, stage and form without a heavy package."""
+    call = "from orchestrator.cli.main import main; assert main(['methods']) == 0"
     assert loaded_by(call) == set()
 
 

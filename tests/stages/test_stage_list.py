@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from orchestrator.allocate import ALLOCATORS, POOL_ALLOCATORS, SPARSE_ALLOCATORS
+from orchestrator.allocate import ALLOCATORS
 from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.errors import UsageError
 from orchestrator.forecast.forecast import forecast
@@ -13,7 +13,7 @@ from orchestrator.forecast.rates import machine_of
 from orchestrator.forecast.shapes import from_config
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import resolve
-from orchestrator.stages import OPTION_TABLES, STAGES
+from orchestrator.stages import STAGES, option_tables
 
 CONFIG = {
     "model_type": "llama",
@@ -55,18 +55,16 @@ def test_a_run_and_its_forecast_have_the_same_stages(given, names):
 
 
 def test_every_stage_is_asked_for_by_a_recipe():
-    """The recipes above cover the list, and names are unique."""
-    names = [stage.name for stage in STAGES]
-    assert set(names) == {name for _, found in RECIPES for name in found}
-    assert len(set(names)) == len(names)
+    """The recipes above cover the list."""
+    assert {*STAGES} == {name for _, found in RECIPES for name in found}
 
 
 def test_only_pivoting_keeps_the_errors_of_linears():
     """`verify` compares errors of decompositions unless another stage is in the report."""
-    assert [stage.name for stage in STAGES if not stage.changes_errors] == ["pivot"]
+    assert [stage.name for stage in STAGES.values() if not stage.changes_errors] == ["pivot"]
 
 
-@pytest.mark.parametrize("table", sorted(OPTION_TABLES))
+@pytest.mark.parametrize("table", sorted(option_tables()))
 def test_an_unknown_option_of_a_stage_is_refused(table):
     """It is refused even if the recipe does not ask for the stage."""
     recipe = recipe_of({"options": {table: {"epoch": 3}}})
@@ -76,9 +74,9 @@ def test_an_unknown_option_of_a_stage_is_refused(table):
 
 def test_allocators_declare_the_losses_that_they_need():
     """Two allocators take losses of the model; that is no option of theirs."""
-    named = [*ALLOCATORS.items(), *POOL_ALLOCATORS.items(), *SPARSE_ALLOCATORS.items()]
-    scoring = {name: each.scoring for name, each in named if each.scoring is not Scoring.NONE}
+    needed = {name: each.scoring for name, each in ALLOCATORS.items()}
+    scoring = {name: each for name, each in needed.items() if each is not Scoring.NONE}
     assert scoring == {"strs": Scoring.SENSITIVITIES, "cap": Scoring.MASKS}
-    for _, each in named:
+    for each in ALLOCATORS.values():
         assert Allocator in each.__mro__
         assert "scoring" not in {field.name for field in fields(each)}

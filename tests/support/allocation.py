@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from orchestrator.allocate import ALLOCATORS
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.forms import FORMS, LOW_RANK
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment
+
+RANK_ALLOCATORS = {name: each for name, each in ALLOCATORS.items() if "ranks" in each.divides}
+"""Allocators that divide ranks."""
 
 
 def make_linears(shapes, *, role="mlp.proj"):

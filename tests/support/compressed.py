@@ -165,7 +165,7 @@ def compress(
         output_dtype=output_dtype,
         recipe="keep = 0.5\n",
         report={"version": 1},
-        bootstrap=bootstrap_source(survey.architecture),
+        bootstrap=bootstrap_source(survey.architecture, plan.forms),
     )
     return Compressed(dense, out, survey, plan, files, parts)
 

@@ -104,6 +104,14 @@ class Kind(ABC, Generic[R]):
         """
         raise ValueError(f"{type(self).__name__} has no entries")
 
+    def part(self, stored: StoredLinear, part: str, *, rank: int, nonzeros: int) -> "Tensor":
+        """Return another part of a form, as its `FormTensor` names it, on the reader's device.
+
+        Raises:
+            ValueError: Results of this kind have no such part.
+        """
+        raise ValueError(f"{type(self).__name__} has no part {part!r}")
+
 
 def prefix_factor(
     stored: StoredLinear, part: str, rank: int, outputs: range | None = None

@@ -3,15 +3,17 @@
 Stored bytes are those of the values in a number format (`plan.codecs`) plus those of an index. The
 modules and tensors of the same forms are in `orchestrator.models.forms`.
 
-A new form is one file and one line here, and one file and one line there.
+A new form is one file there, one file here, and one line in `FORMS`; a form of another package is
+two files and an entry point.
 """
 
-from orchestrator.plan.forms.base import Form
+from orchestrator.plan.forms.base import Divided, Form
 from orchestrator.plan.forms.dense import DENSE
 from orchestrator.plan.forms.low_rank import LOW_RANK
 from orchestrator.plan.forms.low_rank_sparse import LOW_RANK_SPARSE
 from orchestrator.plan.forms.pivoted import PIVOTED
 from orchestrator.plan.forms.sparse import SPARSE
+from orchestrator.registry import Registry
 
 __all__ = [
     "DENSE",
@@ -20,17 +22,23 @@ __all__ = [
     "LOW_RANK_SPARSE",
     "PIVOTED",
     "SPARSE",
+    "Divided",
     "Form",
     "stored_as",
 ]
 
-FORMS: dict[str, Form] = {
-    "dense": DENSE,
-    "low_rank": LOW_RANK,
-    "pivoted": PIVOTED,
-    "sparse": SPARSE,
-    "low_rank_sparse": LOW_RANK_SPARSE,
-}
+FORMS: Registry[Form] = Registry(
+    "orchestrator.forms",
+    {
+        "dense": "orchestrator.plan.forms.dense:DENSE",
+        "low_rank": "orchestrator.plan.forms.low_rank:LOW_RANK",
+        "pivoted": "orchestrator.plan.forms.pivoted:PIVOTED",
+        "sparse": "orchestrator.plan.forms.sparse:SPARSE",
+        "low_rank_sparse": "orchestrator.plan.forms.low_rank_sparse:LOW_RANK_SPARSE",
+    },
+    base=Form,
+    makes=True,
+)
 
 
 def stored_as(form: str, storage: str) -> Form:

@@ -1,7 +1,7 @@
 """Base class of the forms: how many values and bytes a linear stores in one form."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -9,6 +9,8 @@ from orchestrator.plan.linear import Linear
 
 Ranks = TypeVar("Ranks", int, np.ndarray)
 """One rank or many."""
+Divided = Literal["ranks", "entries", "ranks and entries together", "linears"]
+"""Parts of linears that an allocation divides a budget into."""
 
 
 class Cut(Protocol):
@@ -30,7 +32,8 @@ class Form(ABC):
     """Sizes of a linear in one form; without state.
 
     A form is one file with a subclass, and one line in `FORMS`; its module is one file in
-    `orchestrator.models.forms`. Number formats are apart (`plan.codecs`).
+    `orchestrator.models.forms`. In another package, one file each and one entry point for both.
+    Number formats are apart (`plan.codecs`).
 
     The methods on ranks price two plain factors [O, R] and [R, I], at O + I values a rank. A form
     whose factors store fewer values overrides them; one without factors has no use for them.
@@ -39,10 +42,20 @@ class Form(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     """Name in the model card, `low-rank, pivoted`."""
+    module: ClassVar[str] = ""
+    """Path of its class of `FormLinear`, `package.file:Class`; empty for dense weights alone."""
     has_rank: ClassVar[bool] = False
     has_nonzeros: ClassVar[bool] = False
     has_fixed_price: ClassVar[bool] = True
     """True if every rank adds the same number of values."""
+
+    @property
+    def divided(self) -> Divided:
+        """The parts of a linear that the size of a cut counts; `linears` if a cut has one size, so
+        that a plan decides only which linears are cut."""
+        if self.has_rank:
+            return "ranks and entries together" if self.has_nonzeros else "ranks"
+        return "entries" if self.has_nonzeros else "linears"
 
     @property
     def is_factored(self) -> bool:

@@ -9,6 +9,7 @@ class LowRankForm(Form):
 
     name = "low_rank"
     title = "low-rank"
+    module = "orchestrator.models.forms.low_rank:LowRankLinear"
     has_rank = True
 
     def values(self, linear: Linear, cut: Cut) -> int:

@@ -10,6 +10,7 @@ class LowRankSparseForm(Form):
 
     name = "low_rank_sparse"
     title = "low-rank plus sparse"
+    module = "orchestrator.models.forms.low_rank_sparse:LowRankSparseLinear"
     has_rank = True
     has_nonzeros = True
 

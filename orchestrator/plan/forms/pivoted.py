@@ -17,6 +17,7 @@ class PivotedForm(Form):
 
     name = "pivoted"
     title = "low-rank, pivoted"
+    module = "orchestrator.models.forms.pivoted:PivotedLinear"
     has_rank = True
     has_fixed_price = False
 

@@ -10,6 +10,7 @@ class SparseForm(Form):
 
     name = "sparse"
     title = "sparse"
+    module = "orchestrator.models.forms.sparse:SparseLinear"
     has_nonzeros = True
 
     def values(self, linear: Linear, cut: Cut) -> int:

@@ -1,6 +1,6 @@
 """The stage that brings factors to pivoted storage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -19,6 +19,7 @@ class Pivot(Stage):
     """Store factors as rows of the weight and the others in terms of them (`linalg.pivot`)."""
 
     name: ClassVar[str] = "pivot"
+    tables: ClassVar[Mapping[str, type]] = {}
     changes_errors: ClassVar[bool] = False
 
     @classmethod

@@ -1,6 +1,6 @@
 """The stage that trains all blocks in parallel, each towards its dense outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -20,7 +20,7 @@ class Refine(Stage):
     """Train each block towards the outputs of its dense block, all blocks in parallel."""
 
     name: ClassVar[str] = "refine"
-    tables: ClassVar[tuple[str, ...]] = (TABLE,)
+    tables: ClassVar[Mapping[str, type]] = {TABLE: RefineOptions}
     options: RefineOptions
 
     @classmethod

@@ -1,6 +1,6 @@
 """The stage that fits left factors again, to the inputs of the compressed model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -18,6 +18,7 @@ class Refit(Stage):
     """Fit left factors again, if the method asks for it at this size."""
 
     name: ClassVar[str] = "refit"
+    tables: ClassVar[Mapping[str, type]] = {}
 
     @classmethod
     def of(cls, recipe: Recipe, method: Refitting) -> Self | None:

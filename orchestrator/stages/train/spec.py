@@ -1,6 +1,6 @@
 """The stage that trains the whole compressed model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -23,7 +23,7 @@ class Train(Stage):
     """Train the compressed model towards the next-token distribution of the dense one."""
 
     name: ClassVar[str] = "train"
-    tables: ClassVar[tuple[str, ...]] = (TABLE,)
+    tables: ClassVar[Mapping[str, type]] = {TABLE: TrainOptions}
     options: TrainOptions
     mode: str
     """`all`, `lean` or `light`."""

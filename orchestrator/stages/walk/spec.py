@@ -1,6 +1,6 @@
 """The stages that take the blocks in order: compensation, training, and a second training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -25,7 +25,10 @@ class Walk(Stage):
     """Compensate or train the blocks in order, each on the outputs of the compressed ones."""
 
     name: ClassVar[str] = "walk"
-    tables: ClassVar[tuple[str, ...]] = (COMPENSATION, TABLE)
+    tables: ClassVar[Mapping[str, type]] = {
+        COMPENSATION: CompensationOptions,
+        TABLE: RefineOptions,
+    }
     compensation: CompensationOptions | None
     """None if factors are not fitted again."""
     refinement: RefineOptions | None
@@ -62,7 +65,7 @@ class Sweep(Stage):
     """Train refined blocks once more, in order, on the outputs of the compressed ones."""
 
     name: ClassVar[str] = "sweep"
-    tables: ClassVar[tuple[str, ...]] = (TABLE,)
+    tables: ClassVar[Mapping[str, type]] = {TABLE: RefineOptions}
     refinement: RefineOptions
 
     @classmethod

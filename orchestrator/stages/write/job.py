@@ -42,9 +42,12 @@ def finished(keyed: Keyed) -> Result | None:
     Otherwise the directory is claimed.
 
     Raises:
-        UsageError: It holds a finished checkpoint of another recipe.
+        UsageError: It holds a finished checkpoint of another recipe, or the form of the linears
+            that are cut cannot be written.
     """
     if not check_out(keyed.out):
+        # a form that cannot be part of the source is refused before anything is computed
+        bootstrap_source(keyed.survey.architecture, {keyed.form.name})
         claim_out(keyed.out)
         return None
     report = read_json(keyed.out / REPORT_FILE)
@@ -135,7 +138,7 @@ def write_small_files(
         output_dtype=parse_dtype(planned.recipe.output_dtype),
         recipe=planned.recipe.to_toml(schedule=False),
         report=report,
-        bootstrap=bootstrap_source(planned.survey.architecture),
+        bootstrap=bootstrap_source(planned.survey.architecture, planned.plan.forms),
     )
     return _result_of(report, planned.out, planned.run)
 

@@ -126,7 +126,8 @@ class Decompositions:
             return self.factor(linear, part, tensor.rank, tensor.nonzeros)
         if tensor.part in CODED:
             return coded(tensor, linear, self._entries(linear, tensor))
-        return None
+        sizes = {"rank": tensor.rank, "nonzeros": tensor.nonzeros}
+        return self._kind.part(self.stored(linear), tensor.part, **sizes)
 
     def factor(self, linear: Linear, part: Factor, rank: int, nonzeros: int = 0) -> Tensor:
         """Return a factor of a linear, cut to a rank, on the device."""

@@ -8,6 +8,10 @@ class DiagonalForm(Form):
 
     name = "diagonal"
     title = "diagonal"
+    module = "toy.linear:DiagonalLinear"
 
     def values(self, linear, cut):
+        return linear.out_features
+
+    def least_values(self, linear):
         return linear.out_features
