@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,6 +30,13 @@ os.environ.update(
 
 # as workers compute: what is compared to the bit here must not depend on how a BLAS shares its work
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Exclude all imported modules from garbage collection: workers collect after every stage, and
+    a pass over the objects of torch, transformers and pytest takes a quarter of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
