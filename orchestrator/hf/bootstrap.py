@@ -8,6 +8,7 @@ two ways to reach it.
 import ast
 import inspect
 import sys
+from functools import cache
 from types import ModuleType
 
 from orchestrator.errors import InputError
@@ -79,19 +80,12 @@ def _registry() -> str:
     return "\n".join(["FORMS = {", *lines, "}"])
 
 
-def _split(module: ModuleType) -> tuple[set[str], str]:
+@cache
+def _split(module: ModuleType) -> tuple[frozenset[str], str]:
     """A module's imports from outside the package, and its text below all imports."""
     source = inspect.getsource(module)
     statements = [s for s in ast.parse(source).body if isinstance(s, ast.Import | ast.ImportFrom)]
-    lines = source.splitlines()
-    below = "\n".join(lines[statements[-1].end_lineno :])
-    # `ast.get_source_segment` would split the source again for every statement
-    imports = {_segment(lines, statement) for statement in statements}
-    return {text for text in imports if not text.startswith("from orchestrator")}, below.strip()
-
-
-def _segment(lines: list[str], statement: ast.stmt) -> str:
-    """Text of an import at the start of a line, without a comment behind it."""
-    assert statement.end_lineno is not None
-    *above, last = lines[statement.lineno - 1 : statement.end_lineno]
-    return "\n".join([*above, last[: statement.end_col_offset]])
+    below = "\n".join(source.splitlines()[statements[-1].end_lineno :])
+    imports = {ast.get_source_segment(source, s) or "" for s in statements}
+    own = frozenset(text for text in imports if not text.startswith("from orchestrator"))
+    return own, below.strip()
