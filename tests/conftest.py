@@ -18,6 +18,8 @@ from orchestrator.device.strict import CUDA_ENVIRONMENT
 os.environ.update(
     {
         "HF_HUB_OFFLINE": "1",
+        # also of the processes that tests start: several of them share the cores
+        "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
