@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
+from functools import cache
 from types import ModuleType
 
 from orchestrator.errors import InputError, UsageError
@@ -131,10 +132,12 @@ def _registry(forms: Mapping[str, type[FormLinear]]) -> str:
     return "\n".join(["FORMS = {", *lines, "}"])
 
 
-def _split(module: ModuleType) -> tuple[set[str], str]:
+@cache
+def _split(module: ModuleType) -> tuple[frozenset[str], str]:
     """A module's imports from outside the package, and its text below all imports."""
     source = inspect.getsource(module)
     statements = [s for s in ast.parse(source).body if isinstance(s, ast.Import | ast.ImportFrom)]
     below = "\n".join(source.splitlines()[statements[-1].end_lineno :])
     imports = {ast.get_source_segment(source, s) or "" for s in statements}
-    return {text for text in imports if not text.startswith("from orchestrator")}, below.strip()
+    own = frozenset(text for text in imports if not text.startswith("from orchestrator"))
+    return own, below.strip()

@@ -1,18 +1,19 @@
 """Model that loads its weights on demand, one shard at a time.
 
 Opening reads the config and the tensor headers and traces the model's structure (`discovery`).
-`shard` loads the weights of a few blocks; closing the shard frees them. A process opens a model
-once.
+`shard` loads the weights of a few blocks; closing the shard frees them. Workers of several stages
+may open the same model one after the other in a process: its structure is traced once.
 """
 
+import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from orchestrator.errors import InputError
@@ -34,6 +35,10 @@ from orchestrator.models.survey.names import Names, map_names
 from orchestrator.plan.linear import Survey
 from orchestrator.plan.plan import Plan
 from orchestrator.store.places import Place
+
+KEPT_TRACES = 16
+_traces: dict[Hashable, Discovery] = {}
+"""Latest traces of this process, by everything that they depend on; the oldest goes first."""
 
 
 class LazyModel:
@@ -72,13 +77,7 @@ class LazyModel:
             p.numel() for name, p in traced.named_parameters() if name not in tied
         )
         self._order = tuple(traced.state_dict())
-        self._discovery: Discovery = discover(
-            traced,
-            self.prefix,
-            blocks,
-            where=str(self.directory),
-            is_dense=not self.is_compressed,
-        )
+        self._discovery = self._trace(traced, blocks)
         self._shard: Shard | None = None
 
     @classmethod
@@ -138,6 +137,24 @@ class LazyModel:
             dtype=dtype or self.dtype,
             device=self.device,
         )
+
+    def _trace(self, traced: PreTrainedModel, blocks: nn.ModuleList) -> Discovery:
+        """Trace the structure, unless this process has traced an equal one."""
+        key = (
+            type(traced),
+            traced.config.to_json_string(use_diff=False),
+            json.dumps(self._architecture.forms, sort_keys=True),
+            self.attention,
+            self.dtype,
+        )
+        found = _traces.get(key)
+        if found is None:
+            where, is_dense = str(self.directory), not self.is_compressed
+            found = discover(traced, self.prefix, blocks, where=where, is_dense=is_dense)
+            while len(_traces) >= KEPT_TRACES:
+                _traces.pop(next(iter(_traces)), None)
+            _traces[key] = found
+        return found
 
     @property
     def config(self) -> PretrainedConfig:
