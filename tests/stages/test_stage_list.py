@@ -8,6 +8,7 @@ from orchestrator.allocate import ALLOCATORS, POOL_ALLOCATORS, SPARSE_ALLOCATORS
 from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.strs import Strs
+from orchestrator.allocate.threshold import Threshold
 from orchestrator.allocate.uniform import Uniform, UniformSparse
 from orchestrator.errors import UsageError
 from orchestrator.forecast.forecast import forecast
@@ -88,11 +89,14 @@ def test_allocators_declare_the_losses_that_they_need():
 
 
 def test_allocators_tell_what_their_losses_cost():
-    """Passes of a sequence through the model, 0 without losses: a mask passes all of it, a cut of
-    one linear half of it."""
-    named = [*ALLOCATORS.values(), *POOL_ALLOCATORS.values(), *SPARSE_ALLOCATORS.values()]
-    for each in named:
-        assert (each().scoring_passes(28) > 0) == (each.scoring is not Scoring.NONE)
-        assert each().is_even == (each in (Uniform, UniformSparse))
+    """Passes of a sequence through the model: a mask passes all of it, a cut of one linear half."""
     assert CapAllocator(iterations=5, samples=2, chunks=3).scoring_passes(28) == 5 * 2 * 3
     assert Strs(grid="0.2, 0.5 0.7", windows=4).scoring_passes(28) == 3 * 4 * 28 / 2
+    assert Threshold().scoring_passes(28) == 0
+
+
+def test_a_uniform_allocation_is_even():
+    """Its blocks are all of one size; any other may leave a block whole."""
+    assert Uniform().is_even
+    assert UniformSparse().is_even
+    assert not Threshold().is_even
