@@ -9,7 +9,7 @@ from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.threshold import Threshold
-from orchestrator.allocate.uniform import Uniform, UniformSparse
+from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import UsageError
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Resources
@@ -98,5 +98,4 @@ def test_allocators_tell_what_their_losses_cost():
 def test_a_uniform_allocation_is_even():
     """Its blocks are all of one size; any other may leave a block whole."""
     assert Uniform().is_even
-    assert UniformSparse().is_even
     assert not Threshold().is_even
