@@ -227,6 +227,7 @@ def test_class_names_are_unique():
         "import orchestrator.pages",
         "import orchestrator.forecast.forecast",
         *(f"import orchestrator.{name}" for name in MODULES if name.endswith((".spec", ".cost"))),
+        *(f"import orchestrator.{name}" for name in MODULES if ".kinds.costs." in name),
     ],
 )
 def test_light_import(statement):

@@ -6,6 +6,10 @@ import pytest
 
 from orchestrator.allocate import ALLOCATORS
 from orchestrator.allocate.base import Allocator, Scoring
+from orchestrator.allocate.cap import CapAllocator
+from orchestrator.allocate.strs import Strs
+from orchestrator.allocate.threshold import Threshold
+from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import UsageError
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Resources
@@ -80,3 +84,16 @@ def test_allocators_declare_the_losses_that_they_need():
     for each in ALLOCATORS.values():
         assert Allocator in each.__mro__
         assert "scoring" not in {field.name for field in fields(each)}
+
+
+def test_allocators_tell_what_their_losses_cost():
+    """Passes of a sequence through the model: a mask passes all of it, a cut of one linear half."""
+    assert CapAllocator(iterations=5, samples=2, chunks=3).scoring_passes(28) == 5 * 2 * 3
+    assert Strs(grid="0.2, 0.5 0.7", windows=4).scoring_passes(28) == 3 * 4 * 28 / 2
+    assert Threshold().scoring_passes(28) == 0
+
+
+def test_a_uniform_allocation_is_even():
+    """Its blocks are all of one size; any other may leave a block whole."""
+    assert Uniform().is_even
+    assert not Threshold().is_even
