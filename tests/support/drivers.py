@@ -91,8 +91,8 @@ def units(events, stage="calibrate"):
     return sum(event["event"] == "unit" and event["stage"] == stage for event in events)
 
 
-def wait_for(condition, seconds=10.0):
-    """Wait for a condition; returns True if it became true in time."""
+def wait_for(condition, seconds=60.0):
+    """Wait for a condition; returns True if it became true in time, also on a busy machine."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
