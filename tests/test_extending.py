@@ -519,7 +519,7 @@ def test_workers_on_ray_need_the_package(toy, model, text, result, tmp_path, ray
     said = "orchestrator: error: a worker cannot start: ModuleNotFoundError: No module named 'toy'"
     assert f"{said}; install it on every node\n" in done.stderr
     variables = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, PLUGIN)))}
-    job = {"runtime_env": {"py_modules": [], "env_vars": variables}}
+    job = {"runtime_env": {"env_vars": variables}}
     done = command(
         *("compress", model, tmp_path / "out", *flags),
         packages=[PLUGIN],
