@@ -23,11 +23,17 @@ T = TypeVar("T")
 _installed = cache(entry_points)
 
 
+class NotRegisteredError(UsageError, KeyError):
+    """A name is not in a registry: the package that adds it is not installed here."""
+
+    __str__ = Exception.__str__  # that of a KeyError quotes the message
+
+
 class Registry(Mapping[str, T]):
     """Values by name: built-in ones in the order of their table, then others sorted by name.
 
-    Every access to a value may raise UsageError: the name is given twice, or the object cannot be
-    imported, is of another class, or has another name.
+    Every access to a value may raise UsageError: the name does not exist (`NotRegisteredError`) or
+    is given twice, or the object cannot be imported, is of another class, or has another name.
 
     Args:
         group: Group of the entry points of other packages.
@@ -63,7 +69,7 @@ class Registry(Mapping[str, T]):
         """Name and version of the package that an entry is from; empty for a built-in one.
 
         Raises:
-            KeyError: There is no such entry.
+            NotRegisteredError: There is no such entry.
             UsageError: The name is given twice.
         """
         return self._only(name).distribution
@@ -87,7 +93,12 @@ class Registry(Mapping[str, T]):
         return self._entries
 
     def _only(self, name: str) -> "_Entry":
-        entries = self._found()[name]
+        entries = self._found().get(name, ())
+        if not entries:
+            raise NotRegisteredError(
+                f"{self.group}: {name!r} is not installed on this machine; there are "
+                f"{', '.join(self)}"
+            )
         if len(entries) > 1:
             given = " and by ".join(each.distribution or "orchestrator itself" for each in entries)
             raise UsageError(

@@ -5,6 +5,7 @@ it.
 """
 
 import ast
+import json
 import math
 import os
 import subprocess
@@ -18,15 +19,21 @@ from pipeline import contents, run, write_llama, write_text
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import orchestrator
 import orchestrator.hf
 from orchestrator import api
-from orchestrator.catalogue import REGISTRIES
+from orchestrator.catalogue import REGISTRIES, catalogue
+from orchestrator.cli.main import main
+from orchestrator.errors import UsageError
 from orchestrator.hf.bootstrap import bootstrap_source
+from orchestrator.methods import METHODS
+from orchestrator.models.forms import FORMS as MODULES
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import Calibration
+from orchestrator.plan.forms import FORMS
 from orchestrator.recipe.recipe import Recipe, make_recipe
+from orchestrator.resolve import resolve
+from orchestrator.stages import stage_classes
 
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "tests" / "support" / "plugin"
@@ -253,3 +260,271 @@ def test_an_installed_form_changes_no_other_checkpoint(toy):
     assert "iagonal" not in without
     assert "    'diagonal': DiagonalLinear," in with_toy
     assert ast.parse(with_toy)
+
+
+def test_it_is_listed(toy, capsys):
+    """`orchestrator methods` shows every entry with its package, source and options."""
+    found = catalogue()
+    for kind, registry in REGISTRIES.items():
+        assert [each.name for each in found[kind]] == [*registry]
+        assert not any(each.error for each in found[kind])
+        assert {each.name: each.package for each in found[kind] if each.package} == {
+            ADDED[kind]: "toy 1.0"
+        }
+    assert main(["methods", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    (method,) = (each for each in printed["methods"] if each["name"] == "diagonal")
+    assert method == {
+        "name": "diagonal",
+        "summary": "Keep one weight of each output.",
+        "source": "arXiv 0000.00000",
+        "package": "toy 1.0",
+        "error": "",
+        "options": [
+            {
+                "table": "diagonal",
+                "name": "fit",
+                "default": False,
+                "help": "True: fit the kept weights to the outputs by least squares.",
+            }
+        ],
+    }
+    assert main(["methods"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "rescale.largest = 4.0  Largest factor." in lines
+    assert lines.count("refinement: see walk") == 2
+
+
+def test_names_are_listed_without_an_import(toy):
+    """Built-in ones come first; values are imported one by one."""
+    code = (
+        "import sys\n"
+        "from orchestrator.methods import METHODS\n"
+        "from orchestrator.plan.forms import FORMS\n"
+        "assert [*METHODS][-1] == 'diagonal' and 'svd' in METHODS and 'diagonal' in FORMS\n"
+        "loaded = {name for name in sys.modules if name.startswith(('toy', 'torch'))}\n"
+        "assert loaded == set() and 'orchestrator.methods.svd' not in sys.modules\n"
+        "METHODS['diagonal']\n"
+        "assert 'toy.method' in sys.modules and 'torch' not in sys.modules"
+    )
+    paths = os.pathsep.join(map(str, (ROOT, PLUGIN)))
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_the_package_its_names_do_not_exist(result):
+    """A recipe and a checkpoint that need it are refused with what is there."""
+    for registry in REGISTRIES.values():
+        registry.refresh()
+    sys.path.remove(str(PLUGIN))
+    try:
+        with pytest.raises(UsageError, match="method is 'diagonal'; it must be one of asvd"):
+            resolve(recipe_of(method="diagonal"))
+        with pytest.raises(UsageError, match=r"forms: 'diagonal' is not installed .* dense, low"):
+            result.plan.assignments[cut(result)[0]].stored_values(None)
+        assert FORMS.get("diagonal") is MODULES.get("diagonal") is None
+    finally:
+        sys.path.insert(0, str(PLUGIN))
+        for registry in REGISTRIES.values():
+            registry.refresh()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"options": {"diagonal": {"fits": True}}}, "diagonal: unknown option 'fits'.*fit"),
+        ({"allocation": "uniform"}, "'uniform' divides ranks or entries.*keeps linears"),
+        ({"method": "svd", "allocation": "whole-linears"}, "'whole-linears' divides linears"),
+        ({"options": {"whole-linears": {"gain": "none"}}}, "whole-linears: gain is 'none'"),
+        ({"options": {"rescale": {"most": 2.0}}}, "rescale: unknown option 'most'.*largest"),
+        ({"options": {"rescale": {"largest": 0.5}}}, "rescale: largest is 0.5"),
+        ({"method": "svd", "options": {"rescale": {}}}, "rescale is for diagonals, and svd"),
+        ({"storage": "pivoted"}, "storage is 'pivoted'"),
+        ({"compensate": "input"}, "compensate is 'input', which fits factors"),
+    ],
+)
+def test_its_settings_are_checked_as_any_other(toy, fields, message):
+    """Before a file is read: unknown options, values, and parts that do not fit together."""
+    with pytest.raises(UsageError, match=message):
+        resolve(recipe_of(**{"method": "diagonal"} | fields))
+
+
+def install(directory, group, entry, *, name="other", source=""):
+    """Write a package with one entry point, and a module `NAME_code`."""
+    metadata = directory / f"{name}-2.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.0\n")
+    (metadata / "entry_points.txt").write_text(f"[orchestrator.{group}]\n{entry}\n")
+    (directory / f"{name}_code.py").write_text(source)
+
+
+@pytest.mark.parametrize(
+    ("number", "group", "entry", "source", "message"),
+    [
+        (
+            1,
+            "methods",
+            "svd = other1_code:Svd",
+            "",
+            "'svd' is given by orchestrator itself and by other1 2.0",
+        ),
+        (
+            2,
+            "methods",
+            "broken = other2_code:Broken",
+            "import missing_module",
+            "other2 2.0: entry point 'broken' .*ModuleNotFoundError: No module named 'missing_mod",
+        ),
+        (3, "methods", "none = other3_code:None_", "", "'none' .*AttributeError"),
+        (
+            4,
+            "allocators",
+            "wrong = other4_code:Wrong",
+            "class Wrong: pass",
+            "it must be a class below Allocator",
+        ),
+        (
+            5,
+            "methods",
+            "renamed = other5_code:Renamed",
+            "from toy.method import Diagonal as Renamed",
+            "its `name` is 'diagonal'; give the entry point that name",
+        ),
+        (
+            6,
+            "forms",
+            "flat = other6_code:FLAT",
+            "FLAT = 3",
+            "is 3; it must be an object of a class below Form",
+        ),
+    ],
+)
+def test_a_broken_entry_is_one_clear_line(toy, tmp_path, number, group, entry, source, message):
+    """It names package and entry; everything else works, and the list shows it."""
+    install(tmp_path, group, entry, name=f"other{number}", source=source)
+    name = entry.partition(" ")[0]
+    with on_path(tmp_path):
+        with pytest.raises(UsageError, match=message) as caught:
+            REGISTRIES[group][name]
+        assert "\n" not in str(caught.value)
+        (shown,) = (each for each in catalogue()[group] if each.name == name)
+        assert shown.error == str(caught.value)
+        assert METHODS["svd-llm"].name == "svd-llm"
+
+
+STAGE = """
+from dataclasses import dataclass
+from orchestrator.stages.base import Stage
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class After(Stage):
+    name = {name!r}
+    follows = {follows!r}
+    def job(self, planned, earlier): ...
+    def cost(self, setting): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("follows", "order"),
+    [
+        ("", "refit pivot rescale walk refine sweep train a b"),
+        ("train", "refit pivot rescale walk refine sweep train a b"),
+        ("refit", "refit a b pivot rescale walk refine sweep train"),
+        ("pivot", "refit pivot a b rescale walk refine sweep train"),
+        ("rescale", "refit pivot rescale a b walk refine sweep train"),
+    ],
+)
+def test_a_stage_comes_where_it_says(toy, tmp_path, follows, order):
+    """At the end, or after the stage that it names, even one of another package; else by name."""
+    for stage in ("b", "a"):
+        name = f"stage_{stage}_{follows}"
+        source = STAGE.format(name=stage, follows=follows)
+        install(tmp_path, "stages", f"{stage} = {name}_code:After", name=name, source=source)
+    recipe = recipe_of(method="diagonal", options={"rescale": {}, "a": {}, "b": {}})
+    with on_path(tmp_path):
+        assert [stage.name for stage in stage_classes(recipe)] == order.split()
+        asked = [name for name in order.split() if name in ("rescale", "a", "b")]
+        assert [stage.name for stage in resolve(recipe).stages] == asked
+
+
+def test_a_stage_after_one_that_is_missing(toy, tmp_path):
+    """The message names the stages that are part of the run."""
+    source = STAGE.format(name="after", follows="never")
+    install(tmp_path, "stages", "after = lost_code:After", name="lost", source=source)
+    with on_path(tmp_path):
+        message = "lost 2.0: stage 'after' follows 'never', .* refit, pivot"
+        with pytest.raises(UsageError, match=message):
+            resolve(recipe_of(options={"after": {}}))
+        assert resolve(recipe_of()).stages == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("import numpy\n", "imports numpy; it may import torch"),
+        ("from toy.sizes import DiagonalForm\n", "imports toy.sizes; it may import torch"),
+        ("from orchestrator.api import load\n", "imports orchestrator.api; it may import torch"),
+        ("class LowRankLinear:\n    pass\n", "defines LowRankLinear, as another file"),
+    ],
+)
+def test_a_form_that_cannot_be_shipped_is_refused(toy, tmp_path, change, message):
+    """Its file becomes part of the checkpoint, so it must stand alone."""
+    name = f"form{abs(hash(change))}"
+    linear = (PLUGIN / "toy" / "linear.py").read_text().replace('"diagonal"\n', '"other"\n', 1)
+    sizes = (PLUGIN / "toy" / "sizes.py").read_text().replace('"diagonal"', '"other"')
+    sizes = sizes.replace("toy.linear:", f"{name}_module:")
+    install(tmp_path, "forms", f"other = {name}_code:DiagonalForm", name=name, source=sizes)
+    before, classes, after = linear.partition("class DiagonalLinear")
+    (tmp_path / f"{name}_module.py").write_text(
+        f"{before}{change}{classes}{after}"
+        if change.startswith("class")
+        else linear.replace("import torch\n", f"import torch\n{change}", 1)
+    )
+    with on_path(tmp_path), pytest.raises(UsageError, match=f"{name} 2.0: .*{message}"):
+        bootstrap_source("LlamaForCausalLM", {"other"})
+
+
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_every_built_in_file_is_in_its_table(kind):
+    """Each file of methods, allocators, stages and forms that defines one has a line."""
+    registry, folder = REGISTRIES[kind], {"allocators": "allocate", "forms": "plan/forms"}
+    names = [name for name in registry if not registry.distribution(name)]
+    objects = [registry[name] for name in names]
+    classes = [each if isinstance(each, type) else type(each) for each in objects]
+    listed = {sys.modules[each.__module__].__file__ for each in classes}
+    base = {"methods": "Method", "allocators": "Allocator", "stages": "Stage", "forms": "Form"}
+    found = {
+        str(path)
+        for path in (ROOT / "orchestrator" / folder.get(kind, kind)).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and path.name != "base.py"
+        and any(ast.unparse(each) == base[kind] for each in node.bases)
+    }
+    assert found <= listed
+    if kind == "forms":
+        assert [MODULES[name].form for name in MODULES if name in names] == names[1:]
+
+
+@pytest.mark.ray
+def test_workers_on_ray_need_the_package(toy, model, text, result, tmp_path, ray_address):
+    """With it they write the same bytes; without it the run ends with one line that says so."""
+    flags = ["--keep", 0.5, "--samples", 6, "--sequence-length", 48, "--workers", 2]
+    flags += ["--method", "diagonal", "--option", "rescale.largest=100.0"]
+    flags += ["--calibration", text, "--address", ray_address]
+    done = command("compress", model, tmp_path / "none", *flags, packages=[PLUGIN])
+    assert done.returncode == 1
+    said = "orchestrator: error: a worker cannot start: ModuleNotFoundError: No module named 'toy'"
+    assert f"{said}; install it on every node\n" in done.stderr
+    variables = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, PLUGIN)))}
+    job = {"runtime_env": {"env_vars": variables}}
+    done = command(
+        *("compress", model, tmp_path / "out", *flags),
+        packages=[PLUGIN],
+        RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps(job),
+    )
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert written == (result.out / "model.safetensors").read_bytes()

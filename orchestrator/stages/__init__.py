@@ -44,9 +44,10 @@ def stage_classes(recipe: Recipe) -> tuple[type[Stage], ...]:
                 f"{stage.follows!r}, which is not part of the run; there are {', '.join(names)}"
             )
         # the last one is put in first, so that it ends up behind the others
-        for stage in reversed(ready):
-            place = names.index(stage.follows) + 1 if stage.follows else len(names)
-            ordered.insert(place, stage)
+        for stage in reversed([each for each in ready if each.follows]):
+            names = [each.name for each in ordered]
+            ordered.insert(names.index(stage.follows) + 1, stage)
+        ordered += [each for each in ready if not each.follows]
         others = [stage for stage in others if stage not in ready]
     return tuple(ordered)
 

@@ -9,23 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressed import TOKENS, compress, logits, mixed_plan, plan_of, reference
+from compressed import TOKENS, compress, logits, mixed_plan, reference
 from families import FAMILIES, write_checkpoint
 from safetensors.torch import load_file, save_file
-from toy_linear import DiagonalLinear
-from toy_sizes import DiagonalForm
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import orchestrator.hf
 from orchestrator.errors import InputError
 from orchestrator.hf.bootstrap import bootstrap_source
-from orchestrator.hf.export import export_dense
-from orchestrator.models.forms import FORMS
 from orchestrator.models.forms.low_rank import LowRankLinear
-from orchestrator.models.shards.lazy_model import LazyModel
-from orchestrator.plan.forms import FORMS as PLAN_FORMS
-from orchestrator.plan.plan import Assignment
 
 ROOT = Path(__file__).parents[2]
 
@@ -264,41 +257,6 @@ def test_the_checkpoint_brings_every_form_with_it(tmp_path):
     assert torch.equal(found["logits"], expected)
     assert torch.equal(found["again"], expected)
     assert found["generated"][0, TOKENS.shape[1]] == expected[0, -1].argmax()
-
-
-def test_a_form_from_outside_is_two_files_and_two_lines(tmp_path, monkeypatch):
-    """Planned, written, loaded with and without the package, and multiplied back."""
-    monkeypatch.setitem(PLAN_FORMS, "diagonal", DiagonalForm())
-    monkeypatch.setitem(FORMS, "diagonal", DiagonalLinear)
-    dense = write_checkpoint("llama", tmp_path / "dense")
-
-    def diagonals(survey):
-        assignments = {each.name: Assignment(form="diagonal") for each in survey.of_block(0)}
-        return plan_of(survey, assignments)
-
-    linears = LazyModel.open(dense).survey().of_block(0)
-    parts = {each.name: {"diagonal": torch.randn(each.out_features)} for each in linears}
-    made = compress(dense, tmp_path / "out", make_plan=diagonals, parts=parts)
-    stored = [each for file in made.files for each in file.tensors if each.part == "diagonal"]
-    assert sum(each.values for each in stored) == made.plan.stored_values
-    assert f"| diagonal | {len(linears)} |" in (made.directory / "README.md").read_text()
-
-    expected = AutoModelForCausalLM.from_pretrained(dense)
-    for name, part in parts.items():
-        weight_OI = torch.zeros_like(expected.get_submodule(name).weight)
-        for output, value in enumerate(part["diagonal"]):
-            weight_OI[output, output % weight_OI.shape[1]] = value
-        expected.get_submodule(name).weight = torch.nn.Parameter(weight_OI)
-    model = orchestrator.hf.load(made.directory)
-    assert isinstance(model.get_submodule(linears[0].name), DiagonalLinear)
-    assert torch.equal(logits(model), logits(expected))
-    done = run_program(tmp_path, "blocked", "trusted", made.directory, tmp_path / "result")
-    assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "result")["logits"], logits(expected))
-    export_dense(made.directory, tmp_path / "again")
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(expected)
-    )
 
 
 def test_neither_package_nor_trust_fails_loudly(made, tmp_path):

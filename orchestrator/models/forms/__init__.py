@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from orchestrator.errors import UsageError
 from orchestrator.models.forms.base import FormLinear
 from orchestrator.plan.forms import FORMS as SIZES
-from orchestrator.registry import find
+from orchestrator.registry import NotRegisteredError, find
 
 
 class FormModules(Mapping[str, type[FormLinear]]):
@@ -25,7 +25,7 @@ class FormModules(Mapping[str, type[FormLinear]]):
     def __getitem__(self, name: str) -> type[FormLinear]:
         path = SIZES[name].module
         if not path:
-            raise KeyError(name)
+            raise NotRegisteredError(f"the form {name!r} has no module")
         if path not in self._modules:
             self._modules[path] = _module(name, path)
         return self._modules[path]

@@ -218,7 +218,10 @@ class RayActors:
         """Replace a worker that was lost at its start, unless the next would be lost as well."""
         self._failed_starts += not is_node_loss(error)
         if is_final or self._failed_starts >= FAILED_STARTS:
-            self._refuse(worker, WorkerError(f"a worker cannot start: {last_line(error)}"))
+            said = last_line(error)
+            # a package that the driver has, such as one that adds a method
+            missing = "; install it on every node" if "ModuleNotFoundError" in said else ""
+            self._refuse(worker, WorkerError(f"a worker cannot start: {said}{missing}"))
             return
         if worker in self._announced:
             self._announce({"event": "retired", **asdict(self._locations[worker])})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from orchestrator.errors import UsageError
 from orchestrator.models.training.compensation_options import CompensationOptions
 from orchestrator.models.training.refine_options import RefineOptions
+from orchestrator.plan.forms import FORMS
 from orchestrator.recipe.options import check_known
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages.base import MethodTraits, Refitting, Stage
@@ -115,9 +116,11 @@ def _check_compensation(recipe: Recipe, method: MethodTraits) -> None:
             f"{asked} and {method.name}'s refit is on; both fit factors to the compressed model's "
             "inputs, so give refit 'never' or compensate 'none'"
         )
-    if method.form == "sparse":
+    form = FORMS[method.form]
+    if not form.has_rank:
+        kept = "entries" if form.has_nonzeros else f"the form {form.name}"
         raise UsageError(
-            f"{asked}, which fits factors; {method.name} keeps entries alone; give compensate "
+            f"{asked}, which fits factors; {method.name} keeps {kept} alone; give compensate "
             "'none', or refine 'in_order', which trains them"
         )
     if method.grouping.size > 1:
