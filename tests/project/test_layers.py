@@ -66,10 +66,10 @@ MAY_IMPORT = {
     f"stages.context {STAGES}",
     "pages": f"{PLAIN} plan recipe store usage numpy",
     "searching": "errors plan recipe store",
-    "evaluation": "",
+    "evaluation": "recipe",
     "api": f"{PLAIN} evaluation forecast hf pages plan recipe runtime runtime.ray searching stages "
     f"stages.context stages.evaluate store transformers {MODELS}",
-    "cli": f"{PLAIN} api forecast plan recipe usage",
+    "cli": f"{PLAIN} api evaluation forecast plan recipe usage",
     "__main__": "cli",
 }
 STAGE = f"{MAY_IMPORT['stages.context']} stages.context hf"

@@ -14,12 +14,13 @@ from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.locate import locate
 from orchestrator.plan.cut import cut_blocks, default_shards
+from orchestrator.recipe.execution import Execution
 from orchestrator.runtime.calls import Call, Step
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
-from orchestrator.runtime.workers import DEFAULT_THREADS, Execution, WorkerGroup
+from orchestrator.runtime.workers import DEFAULT_THREADS, WorkerGroup
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.evaluate.worker import EvaluationTask, tokens_per_second
 from orchestrator.store.places import Place
