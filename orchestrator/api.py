@@ -197,22 +197,22 @@ def evaluate(
         `top1_agreement`, `predictions`, `text`, and the environment.
 
     Raises:
-        OrchestratorError: A subclass; `exit_code` tells which.
+        UsageError: A field has a type or value that is not allowed.
+        OrchestratorError: Another subclass; `exit_code` tells which.
     """
     from orchestrator.models.checkpoint.weights import parse_dtype
-    from orchestrator.runtime.workers import Execution
     from orchestrator.stages import driver
     from orchestrator.stages.evaluate.values import ask_evaluation
     from orchestrator.store.places import parse_place
 
-    asked = EvaluationRequest(model=model, **request)
+    asked = EvaluationRequest(model=str(model), **request)
     # a hub id has no directory: use the working directory
     beside = Path(model) if Path(model).is_dir() else parse_place(model).name
     evaluation = ask_evaluation(
         asked.models(),
         text=asked.text_facts(),
         dtype=parse_dtype(asked.dtype),
-        execution=Execution(**asked.execution_facts()),
+        execution=asked,
         run_dir=parse_place(asked.run_dir or f"{beside}.evaluation"),
     )
     return driver.evaluate(evaluation, on_event)

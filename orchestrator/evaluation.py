@@ -1,54 +1,58 @@
 """Request of an evaluation: a model, a held-out text, and how to execute it."""
 
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from orchestrator.recipe.execution import Execution
+from orchestrator.recipe.field import check_fields, option, required
+from orchestrator.recipe.recipe import DTYPES
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationRequest:
-    """Arguments of `orchestrator.evaluate`, with their defaults."""
 
-    model: str | Path
-    """Directory or hub id of a dense or compressed checkpoint."""
-    text: str
-    """Held-out text: .txt, .jsonl, .parquet, a directory of these, or `datasets:NAME`."""
-    against: str | Path | None = None
-    """Dense model to compare with; adds its own figures, the mean KL divergence from it in nats,
-    and the fraction of tokens for which both models have the same top token."""
-    field: str = "text"
-    """Field of .jsonl and .parquet records that contains the text."""
-    samples: int = 32
-    """Number of sequences."""
-    sequence_length: int = 2048
-    """Number of tokens per sequence."""
-    stride: int = 1
-    """Use every `stride`-th sequence only."""
-    layout: str = "packed"
-    """As in `Recipe`, like the fields below without a text of their own."""
-    dtype: str = "auto"
-    """Dtype of the forward passes; `auto` is that of each checkpoint."""
-    executor: str = "ray"
-    address: str | None = None
-    workers: int | str | None = None
-    threads: int | None = None
-    shards: int | None = None
-    run_dir: str | Path | None = None
-    """Run directory, from which the evaluation is resumed; None means `MODEL.evaluation`."""
-    allow_mixed: bool = False
-    """Add to scores from another device kind or version."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRequest(Execution):
+    """Arguments of `orchestrator.evaluate`, with their defaults.
+
+    Raises:
+        UsageError: A field has a type or value that is not allowed; checked on construction.
+    """
+
+    model: str = dataclasses.field(metadata=required("directory or hub id, dense or compressed"))
+    text: str = dataclasses.field(
+        metadata=required(
+            "held-out text: .txt, .jsonl, .parquet, a directory of these, or "
+            "datasets:NAME[:CONFIG[:SPLIT]]",
+            metavar="TEXT",
+        )
+    )
+    against: str | None = option(
+        None,
+        "dense model to compare with; adds its own figures, the mean KL divergence from it in "
+        "nats, and the fraction of tokens for which both models have the same top token",
+        metavar="DENSE",
+    )
+    field: str = option("text", "field of .jsonl and .parquet records that contains the text")
+    samples: int = option(32, "number of held-out sequences", at_least=1)
+    sequence_length: int = option(2048, "number of tokens per sequence", at_least=1)
+    stride: int = option(1, "use every N-th sequence only", at_least=1)
+    layout: str = option(
+        "packed",
+        "packed windows of the joined text, or padded documents, of which only real tokens count",
+        choices=("packed", "padded"),
+    )
+    dtype: str = option(
+        "auto", "dtype of the forward passes; auto is that of each checkpoint", choices=DTYPES
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def models(self) -> dict[str, str]:
         """Models to evaluate, by their names in the report."""
-        against = {} if self.against is None else {"against": str(self.against)}
-        return {"model": str(self.model), **against}
+        against = {} if self.against is None else {"against": self.against}
+        return {"model": self.model, **against}
 
     def text_facts(self) -> dict[str, Any]:
         """Description of the held-out text, as in the report."""
         names = ("field", "samples", "sequence_length", "stride", "layout")
         return {"source": self.text, **{name: getattr(self, name) for name in names}}
-
-    def execution_facts(self) -> dict[str, Any]:
-        """Fields of an `Execution`."""
-        names = ("executor", "address", "workers", "threads", "shards", "allow_mixed")
-        return {name: getattr(self, name) for name in names}

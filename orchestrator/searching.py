@@ -14,12 +14,13 @@ from typing import Any
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.plan.result import Result
+from orchestrator.recipe.execution import Execution
+from orchestrator.recipe.field import described
 from orchestrator.recipe.options import check_known
 from orchestrator.recipe.recipe import SCHEDULE, Recipe
 from orchestrator.store.files import digest_json, parse_json, write_json
 from orchestrator.store.places import Remote, parse_place
 
-EVALUATION_SCHEDULE = ("executor", "address", "workers", "threads", "shards", "allow_mixed")
 Setting = Mapping[str, Any]
 """Values by field of the recipe (`storage`) or option (`two-sided.dense`)."""
 
@@ -76,7 +77,8 @@ def search(
     """
     _check_local_and_held_out(recipe, text)
     given = {"text": text, **evaluation}
-    schedule = {name: getattr(recipe, name) for name in (*EVALUATION_SCHEDULE, "dtype")}
+    same = {*described(Execution), "dtype"} - {"run_dir"}
+    schedule = {name: getattr(recipe, name) for name in same}
     recipe = replace(recipe, run_dir=recipe.run_dir or f"{recipe.out}.run")
     recipes = {setting: with_setting(recipe, dict(setting)) for setting in settings(vary)}
     directory = Path(f"{recipe.out}.search")

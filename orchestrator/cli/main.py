@@ -133,8 +133,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace) -> None:
     from orchestrator import api
 
-    names = ("dtype", "threads")
-    given = {name: getattr(options, name) for name in names if name in options}
+    given = {name: value for name, value in vars(options).items() if name in FIELDS}
     print(api.measure(options.output, **given))
 
 

@@ -1,63 +1,25 @@
 """Parser of the command line: commands, flags and help texts."""
 
 import argparse
-from dataclasses import Field, fields
+from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
+from orchestrator.evaluation import EvaluationRequest
+from orchestrator.recipe.execution import Execution
+from orchestrator.recipe.field import about, described
 from orchestrator.recipe.presets import PRESETS
-from orchestrator.recipe.recipe import CHOICES, Recipe
+from orchestrator.recipe.recipe import Recipe
 from orchestrator.recipe.values import fraction, parse_value
 from orchestrator.version import __version__
 
-HELP = {
-    "keep": "fraction of the values of the targeted linears to keep, above 0, at most 1; for "
-    "several (0.8,0.6), compress writes OUT-0.8 and OUT-0.6",
-    "keep_bytes": "fraction of their bytes to keep, indices included; instead of --keep",
-    "method": "published method",
-    "allocation": "allocator that divides the budget over the linears",
-    "storage": "plain factors, or pivoted: the same weight in fewer values",
-    "compensate": "refit factors to the inputs of the compressed model, towards the dense outputs "
-    "on these inputs (input), on those of the dense model (anchored), or on a blend",
-    "refine": "train compressed blocks towards the outputs of the dense ones: none; all blocks "
-    "independently; in_order, each after the compressed earlier ones; or swept: both in turn",
-    "train": "train the whole compressed model: none, all, or with less memory: lean, light",
-    "calibration": "text: .txt, .jsonl, .parquet, a directory of these, or "
-    "datasets:NAME[:CONFIG[:SPLIT]]",
-    "calibration_field": "field of records that contains the text",
-    "samples": "number of sequences",
-    "sequence_length": "number of tokens per sequence",
-    "sampling": "the first sequences, or random ones, drawn with the seed",
-    "layout": "packed windows of the joined text, or padded documents",
-    "seed": "seed of all random numbers",
-    "target": "linears to compress: a name, a glob or re:REGEX; may be repeated",
-    "ignore": "linears to leave dense, in the same syntax; takes precedence over --target",
-    "dtype": "dtype of the forward passes",
-    "output_dtype": "dtype of the written factors",
-    "max_shard_size": "maximum size of a checkpoint file",
-    "revision": "revision of a hub id",
-    "download": "download a hub id that is not in the local cache",
-    "executor": "Ray actors, or the same units in this process",
-    "address": "Ray cluster to join: auto or an address (default: start a local Ray)",
-    "workers": "number of actors (default: one per GPU, or one per CPU without GPUs); 2..8 starts "
-    "with 2 and requests up to 8 from an autoscaler",
-    "threads": "threads per actor (default: 1)",
-    "shards": "number of contiguous shards of the model (default: at most two blocks each)",
-    "run_dir": "run directory (default: OUT.run)",
-    "allow_mixed": "continue unfinished stages from another kind of device, other threads or "
-    "versions; otherwise these are computed again",
-    "allow_infeasible": "run even if the forecast exceeds the memory",
-}
-METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"} | {
-    "address": "ADDRESS",
-    "calibration": "TEXT",
-    "keep": "FRACTION",
-    "keep_bytes": "FRACTION",
-    "max_shard_size": "SIZE",
-    "run_dir": "DIR",
-    "workers": "N",
-}
-FIELDS = {field.name: field for field in fields(Recipe)}
+METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"}
+"""Names of values in the help, by type; `About.metavar` takes precedence."""
+FIELDS = described(Recipe)
+EVALUATION_FIELDS = described(EvaluationRequest)
+EXECUTION_FIELDS = described(Execution)
+REQUIRED = tuple(name for name, field in FIELDS.items() if field.default is MISSING)
+"""Fields of a recipe that are positional arguments."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -139,7 +101,7 @@ def _add_retarget(commands: Any) -> None:
     parser.add_argument("out", metavar="OUT", help="directory of the result")
     for name in ("keep", "keep_bytes", "max_shard_size"):
         _add_field(parser, FIELDS[name])
-    for name in ("executor", "address", "workers", "shards", "allow_mixed"):
+    for name in [name for name in EXECUTION_FIELDS if name not in ("threads", "run_dir")]:
         _add_field(parser, FIELDS[name])
     _add_progress(parser)
     _add_json(parser, "print the whole report")
@@ -158,20 +120,16 @@ def _add_search(commands: Any) -> None:
         help="values to try for a flag (storage=plain,pivoted) or an option (mgaa.t=0.5,1); "
         "may be repeated, every combination is tried",
     )
-    parser.add_argument(
-        "--text", metavar="TEXT", required=True, help=f"held-out {HELP['calibration']}"
-    )
-    parser.add_argument("--text-field", metavar="NAME", help=HELP["calibration_field"])
-    parser.add_argument(
-        "--text-samples", metavar="N", type=int, help="number of held-out sequences"
-    )
-    parser.add_argument("--stride", metavar="N", type=int, help="use every N-th sequence only")
+    flags = {"text": "text", "field": "text_field", "samples": "text_samples", "stride": "stride"}
+    for name, flag in flags.items():
+        _add_field(parser, EVALUATION_FIELDS[name], flag=flag)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a recipe, of progress and of output."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="directory or hub id")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="directory of the result")
+    for name in REQUIRED:
+        says = about(FIELDS[name]).help
+        parser.add_argument(name, metavar=name.upper(), nargs="?", help=says)
     _add_recipe_flags(parser)
     _add_progress(parser)
     _add_json(parser, "print the whole report")
@@ -185,8 +143,9 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="TOML with these flags as keys; flags take precedence",
     )
-    for name in HELP:
-        _add_field(parser, FIELDS[name])
+    for name, field in FIELDS.items():
+        if name not in REQUIRED:
+            _add_field(parser, field)
     parser.add_argument(
         "--preset",
         choices=PRESETS,
@@ -205,20 +164,10 @@ def _add_evaluate(commands: Any) -> None:
     parser = _command(
         commands, "evaluate", "measure perplexity, agreement with the dense model, speed and size"
     )
-    parser.add_argument("model", metavar="MODEL", help="directory or hub id, dense or compressed")
-    parser.add_argument("--against", metavar="DENSE", help="dense model to compare with")
-    parser.add_argument(
-        "--text", metavar="TEXT", required=True, help=f"held-out {HELP['calibration']}"
-    )
-    parser.add_argument("--field", metavar="NAME", help=HELP["calibration_field"])
-    parser.add_argument("--stride", metavar="N", type=int, help="use every N-th sequence only")
-    for name in ("samples", "sequence_length", "layout", "dtype"):
-        _add_field(parser, FIELDS[name], shows_default=False)
-    for name in ("executor", "address", "workers", "threads", "shards", "allow_mixed"):
-        _add_field(parser, FIELDS[name])
-    parser.add_argument(
-        "--run-dir", metavar="DIR", help="run directory (default: MODEL.evaluation)"
-    )
+    parser.add_argument("model", metavar="MODEL", help=about(EVALUATION_FIELDS["model"]).help)
+    own = [name for name in EVALUATION_FIELDS if name not in {"model", *EXECUTION_FIELDS}]
+    for name in (*own, *EXECUTION_FIELDS):
+        _add_field(parser, EVALUATION_FIELDS[name])
     _add_progress(parser)
     _add_json(parser, "print the result as JSON")
 
@@ -334,24 +283,30 @@ def _add_json(parser: argparse.ArgumentParser, says: str) -> None:
 
 
 def _add_field(
-    parser: argparse.ArgumentParser, field: Field[Any], *, shows_default: bool = True
+    parser: argparse.ArgumentParser,
+    field: Field[Any],
+    *,
+    flag: str | None = None,
+    shows_default: bool = True,
 ) -> None:
-    """Add the flag of a recipe field."""
-    says = HELP[field.name]
-    if shows_default and isinstance(field.default, str | int) and field.type is not bool:
+    """Add the flag of a described field, by default of the field's name."""
+    means, kind = about(field), cast(Any, field.type)
+    says, choices = means.help, means.choices or None
+    if shows_default and isinstance(field.default, str | int) and kind is not bool:
         says += f" (default: {field.default})"
-    flag = "--" + field.name.replace("_", "-")
-    kind: Any = field.type
+    name = "--" + (flag or field.name).replace("_", "-")
     if kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=says)
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, help=says)
     elif kind == tuple[str, ...]:
-        parser.add_argument(flag, action="append", metavar="SELECTOR", help=says)
+        parser.add_argument(name, action="append", metavar=means.metavar, help=says)
     else:
         (wanted, *others) = get_args(kind) or (kind,)
-        if field.name in ("keep", "keep_bytes"):
+        metavar = None if choices else means.metavar or METAVARS.get(wanted)
+        if means.is_fraction:
             wanted = fraction
-        elif str in others:
+        elif wanted is not str and str in others:
             wanted = parse_value
-        choices = CHOICES.get(field.name)
-        metavar = None if choices else METAVARS.get(field.name, METAVARS.get(wanted))
-        parser.add_argument(flag, type=wanted, choices=choices, metavar=metavar, help=says)
+        needed = field.default is MISSING
+        parser.add_argument(
+            name, type=wanted, choices=choices, metavar=metavar, help=says, required=needed
+        )

@@ -8,181 +8,160 @@ are relative to the working directory, as on the command line.
 import difflib
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
-from dataclasses import field as dataclass_field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
+from orchestrator.recipe.execution import Execution
+from orchestrator.recipe.field import about, check_fields, described, option, required
 from orchestrator.recipe.presets import PRESETS
-from orchestrator.recipe.values import (
-    check_choice,
-    check_options,
-    of_type,
-    parse_workers,
-    shown,
-    size_in_bytes,
-    toml_value,
-)
+from orchestrator.recipe.values import check_choice, check_options, shown, size_in_bytes, toml_value
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-CHOICES = {
-    "storage": ("plain", "pivoted"),
-    "compensate": ("none", "input", "anchored", "blend"),
-    "refine": ("none", "blocks", "in_order", "swept"),
-    "train": ("none", "all", "lean", "light"),
-    "sampling": ("first", "random"),
-    "layout": ("packed", "padded"),
-    "executor": ("ray", "local"),
-    "dtype": DTYPES,
-    "output_dtype": DTYPES,
-}
-COUNTS = ("samples", "sequence_length", "threads", "shards")
-
-SCHEDULE = (
-    "out",
-    "download",
-    "executor",
-    "address",
-    "workers",
-    "threads",
-    "shards",
-    "run_dir",
-    "allow_mixed",
-    "allow_infeasible",
-)
-"""Fields about where and how fast a run executes; the written checkpoint does not depend on them.
-
-Exceptions: `threads` determines the order of sums in a matrix product, so bytes are equal for equal
-threads; `allow_mixed` permits the bits of different environments in one result.
-"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class CompressionFields:
+    """Fields of a recipe about the model, its compression and the result."""
+
+    model: str = field(
+        metadata=required(
+            "directory of the dense checkpoint, or a hub id in the local cache", not_empty=True
+        )
+    )
+    out: str = field(
+        metadata=required(
+            "output directory of the compressed checkpoint", not_empty=True, schedule=True
+        )
+    )
+    keep: float | None = option(
+        None,
+        "fraction of the values of the targeted linears to keep, above 0, at most 1; for several "
+        "(0.8,0.6), compress writes OUT-0.8 and OUT-0.6",
+        is_fraction=True,
+        metavar="FRACTION",
+    )
+    keep_bytes: float | None = option(
+        None,
+        "fraction of their bytes to keep, indices included; instead of --keep",
+        is_fraction=True,
+        metavar="FRACTION",
+    )
+    method: str = option("svd-llm", "published method")
+    allocation: str | None = option(
+        None, "allocator that divides the budget over the linears (default: that of the method)"
+    )
+    storage: str = option(
+        "plain",
+        "plain factors, or pivoted: R rows of the weight, and the others as their combinations. "
+        "Pivoting is exact and stores fewer values, so a budget allows larger ranks",
+        choices=("plain", "pivoted"),
+    )
+    compensate: str = option(
+        "none",
+        "refit factors, block by block, to the inputs of the compressed model: towards the dense "
+        "outputs on these inputs (input), on those of the dense model (anchored), or on a blend",
+        choices=("none", "input", "anchored", "blend"),
+    )
+    refine: str = option(
+        "none",
+        "train compressed blocks towards the outputs of the dense ones: none; all blocks "
+        "independently; in_order, each after the compressed earlier ones; or swept: both in turn",
+        choices=("none", "blocks", "in_order", "swept"),
+    )
+    train: str = option(
+        "none",
+        "train the whole compressed model towards the next-token distribution of the dense one: "
+        "none; all compressed parameters; lean, the same with 16-bit moments; or light: norms and "
+        "scales only",
+        choices=("none", "all", "lean", "light"),
+    )
+
+    calibration: str | None = option(
+        None,
+        "calibration text: .txt, .jsonl, .parquet, a directory of these, or "
+        "datasets:NAME[:CONFIG[:SPLIT]]",
+        metavar="TEXT",
+    )
+    calibration_field: str = option(
+        "text", "field of .jsonl and .parquet records that contains the text", not_empty=True
+    )
+    samples: int = option(256, "number of calibration sequences", at_least=1)
+    sequence_length: int = option(
+        2048,
+        "number of tokens per sequence; every forward pass processes one sequence",
+        at_least=1,
+    )
+    sampling: str = option(
+        "first",
+        "the first sequences in order, or random ones, drawn with the seed",
+        choices=("first", "random"),
+    )
+    layout: str = option(
+        "packed",
+        "packed windows of the joined text, or padded documents, of which only real tokens count",
+        choices=("packed", "padded"),
+    )
+    seed: int = option(0, "seed of all random numbers", at_least=0)
+
+    target: tuple[str, ...] = option(
+        ("*",),
+        "linears to compress: a name, a glob or re:REGEX; may be repeated (default: all)",
+        metavar="SELECTOR",
+    )
+    ignore: tuple[str, ...] = option(
+        (),
+        "linears to leave dense, in the same syntax; takes precedence over --target",
+        metavar="SELECTOR",
+    )
+    dtype: str = option(
+        "auto", "dtype of the forward passes; auto is that of the checkpoint", choices=DTYPES
+    )
+    output_dtype: str = option(
+        "auto", "dtype of the written factors; auto is that of the checkpoint", choices=DTYPES
+    )
+    max_shard_size: str = option(
+        "5GB",
+        "maximum size of a checkpoint file; files contain whole blocks, at least one",
+        check=size_in_bytes,
+        metavar="SIZE",
+    )
+    revision: str | None = option(None, "revision of a hub id")
+    download: bool = option(
+        False, "download a hub id that is not in the local cache", schedule=True
+    )
+
+
+# The order of the bases is that of the fields in TOML: dataclasses collect the last base first.
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Execution, CompressionFields):
     """Complete description of a compression; equal recipes give equal bytes.
 
-    The fields under "schedule" affect speed and placement, not the result.
+    The fields of `SCHEDULE` affect speed and placement, not the result. Exactly one of `keep` and
+    `keep_bytes` is set.
 
     Raises:
         UsageError: A field has a type or value that is not allowed; checked on construction.
     """
 
-    model: str
-    """Directory of the dense checkpoint, or a hub id in the local cache."""
-    out: str
-    """Output directory of the compressed checkpoint."""
-    keep: float | None = None
-    """Stored values of the targeted linears over their dense values, above 0, at most 1."""
-    keep_bytes: float | None = None
-    """Stored bytes over dense bytes, indices included. Exactly one of `keep` and `keep_bytes` is
-    set."""
-    method: str = "svd-llm"
-    """Published method, a name of `orchestrator.methods.METHODS`."""
-    allocation: str | None = None
-    """Allocator that divides the budget, a name of `orchestrator.allocate.ALLOCATORS`; None
-    means that of the method's paper."""
-    storage: str = "plain"
-    """Storage of factors: `plain`, or `pivoted`: R rows of the weight, and the others as their
-    combinations. Pivoting is exact and stores fewer values, so a budget allows larger ranks."""
-    compensate: str = "none"
-    """Refit of factors, block by block, to the inputs of the compressed model: towards the dense
-    outputs on these inputs (`input`), on the inputs of the dense model (`anchored`), or on a
-    `blend` of both; or `none`."""
-    refine: str = "none"
-    """Training of compressed blocks towards the outputs of the dense ones: `none`, `blocks`
-    (independently), `in_order` (each after the compressed earlier blocks), or `swept` (one after
-    the other)."""
-    train: str = "none"
-    """Training of the whole compressed model towards the next-token distribution of the dense one:
-    `none`, `all` compressed parameters, `lean` (the same with 16-bit moments), or `light` (norms
-    and scales only)."""
-
-    calibration: str | None = None
-    """Calibration text: .txt, .jsonl, .parquet, a directory of these, or
-    datasets:NAME[:CONFIG[:SPLIT]]."""
-    calibration_field: str = "text"
-    """Field of .jsonl and .parquet records that contains the text."""
-    samples: int = 256
-    """Number of calibration sequences."""
-    sequence_length: int = 2048
-    """Number of tokens per sequence; every forward pass processes one sequence."""
-    sampling: str = "first"
-    """`first` sequences in order, or `random` ones, drawn with the seed."""
-    layout: str = "packed"
-    """`packed` windows of the concatenated text, or `padded` documents; only real tokens count."""
-    seed: int = 0
-    """Seed of all random numbers, at least 0."""
-
-    target: tuple[str, ...] = ("*",)
-    """Linears to compress: exact names, globs, or `re:` and a regular expression."""
-    ignore: tuple[str, ...] = ()
-    """Linears to leave unchanged, in the same syntax; takes precedence over `target`."""
-    dtype: str = "auto"
-    """Dtype of the forward passes; `auto` is that of the checkpoint."""
-    output_dtype: str = "auto"
-    """Dtype of the written factors; `auto` is that of the checkpoint."""
-    max_shard_size: str = "5GB"
-    """Maximum size of a written file; files contain whole blocks, at least one."""
-    revision: str | None = None
-    """Revision of a hub id."""
-    download: bool = False
-    """Download a hub id that is not in the local cache."""
-
-    # schedule
-    executor: str = "ray"
-    """`ray` actors, or `local`: the same units in this process without Ray."""
-    address: str | None = None
-    """Ray cluster to join: an address or `auto`. If None, a local Ray is started."""
-    workers: int | str | None = None
-    """Number of actors; None means one per GPU, or one per CPU share without GPUs, and more when
-    nodes join. `MIN..MAX` starts with MIN and requests what the work can use from an autoscaler."""
-    threads: int | None = None
-    """Threads per actor; None means one, so that the bits do not depend on the size of a
-    machine."""
-    shards: int | None = None
-    """Number of contiguous shards of the model; None means at most two blocks each."""
-    run_dir: str | None = None
-    """Run directory; None means `OUT.run` beside the output."""
-    allow_mixed: bool = False
-    """Continue unfinished stages from another device kind, number of threads or library version;
-    otherwise these stages are computed again from their start."""
-    allow_infeasible: bool = False
-    """Run even if the forecast exceeds the memory."""
-
-    options: dict[str, dict[str, Any]] = dataclass_field(default_factory=dict)
+    allow_infeasible: bool = option(
+        False, "run even if the forecast exceeds the memory", schedule=True
+    )
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options of a method or an allocator, by its name, and of `compensation`, `refinement` and
     `training`; each a TOML table, such as `[mgaa]`."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name != "options":
-                value = of_type(field.name, field.type, getattr(self, field.name))
-                object.__setattr__(self, field.name, value)
+        check_fields(self)
         check_options(self.options)
         asked = {name: getattr(self, name) for name in ("keep", "keep_bytes")}
-        given = {name: share for name, share in asked.items() if share is not None}
+        given = [name for name, share in asked.items() if share is not None]
         if len(given) != 1:
             found = " and ".join(given) or "neither keep nor keep_bytes"
             raise UsageError(f"recipe: {found} given; give one of them, keep 0.8 for example")
-        for name, share in given.items():
-            if not 0 < share <= 1:
-                raise UsageError(f"{name} is {share}; it must be above 0 and at most 1")
-        for name in COUNTS:
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise UsageError(f"{name} is {count}; it must be 1 or above")
-        parse_workers(self.workers)
-        if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}; it must be 0 or above")
-        for name, allowed in CHOICES.items():
-            check_choice(name, getattr(self, name), allowed)
-        for name in ("model", "out", "calibration_field"):
-            if not getattr(self, name):
-                raise UsageError(f"{name} is empty; it must name something")
         if not self.target:
             raise UsageError('target is empty; omit it or give "*" for every linear')
-        size_in_bytes(self.max_shard_size)
 
     @classmethod
     def preset(cls, name: str, **given: Any) -> "Recipe":
@@ -243,6 +222,11 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
+SCHEDULE = tuple(name for name, field in described(Recipe).items() if about(field).schedule)
+"""Fields about where and how fast a run executes; the written checkpoint does not depend on them,
+with the exceptions of `Execution`."""
+
+
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
     """Make a recipe from these fields; tables are options of the method or allocator of their name.
 
@@ -300,7 +284,7 @@ def read_recipe_fields(path: Path) -> dict[str, Any]:
 
 def _check_known(where: str, names: Iterable[str]) -> None:
     """Raise UsageError for the first name that is not a field of a recipe."""
-    known = [field.name for field in fields(Recipe)]
+    known = [each.name for each in fields(Recipe)]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known) or known

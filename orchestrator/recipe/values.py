@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Collection
+from pathlib import PurePath
 from typing import Any, get_args
 
 from orchestrator.errors import UsageError
@@ -125,14 +126,16 @@ def check_options(options: Any) -> None:
 
 
 def of_type(name: str, kind: Any, value: Any) -> Any:
-    """Convert the value to its field's type: a list to a tuple, an integer to a float if
-    required."""
+    """Convert the value to its field's type: a list to a tuple, a path to a string, an integer to a
+    float if required."""
     if kind == tuple[str, ...]:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             for item in value:
                 check_plain(name, item)
             return tuple(value)
         raise UsageError(f"{name} is {shown(value)}; it must be a list of strings")
+    if isinstance(value, PurePath) and str in (kind, *get_args(kind)):
+        value = str(value)
     check_plain(name, value)
     if float in (kind, *get_args(kind)) and type(value) is int:
         return float(value)

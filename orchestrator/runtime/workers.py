@@ -10,6 +10,7 @@ import torch
 
 from orchestrator.device.strict import cuda_environment_here
 from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.recipe.execution import Execution
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.pool import LocalPool, Pool
 from orchestrator.runtime.scaling import Bounds
@@ -19,18 +20,6 @@ from orchestrator.store.files import atomic
 DEFAULT_THREADS = 1
 """One thread per worker: on CPUs the highest throughput, and bits that do not depend on the number
 of cores."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Execution:
-    """Place and parallelism of a run: they change its duration, never its result."""
-
-    executor: str = "ray"
-    address: str | None = None
-    workers: int | str | None = None
-    threads: int | None = None
-    shards: int | None = None
-    allow_mixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,17 +12,17 @@ from orchestrator.forecast.rates import Machine, largest_memory
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.models.evaluation.machine import host_bytes
 from orchestrator.readable import size
+from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.scaling import Bounds
-from orchestrator.runtime.workers import Execution, WorkerGroup
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.store.places import Place
 
 
 def check_memory(
     recipe: Recipe,
     model: Place,
-    execution: Execution,
     monitor: RunMonitor,
     *,
     measured: int | None = None,
@@ -39,7 +39,7 @@ def check_memory(
     Raises:
         InfeasibleError: A stage does not fit on the largest known device.
     """
-    there = _in_this_process() if execution.executor == "local" else _on_ray(execution)
+    there = _in_this_process() if recipe.executor == "local" else _on_ray(recipe)
     workers, room, is_gpu = there
     machine = Machine("", room, (), is_gpu)
     resources = Resources(workers=workers, machine=machine, memory_bytes=room)
@@ -53,7 +53,7 @@ def check_memory(
         return None
     peak = found.peak
     what = f"a worker holds up to {size(peak.device.total)}, in {peak.name}"
-    of = f" of {size(room)} assumed from its GPU's type" if room and _is_assumed(execution) else ""
+    of = f" of {size(room)} assumed from its GPU's type" if room and _is_assumed(recipe) else ""
     of = f" of {size(measured)}" if measured is not None else of
     monitor.note(f"forecast: {what}{of}; the run directory {size(found.run_bytes)}")
     if found.infeasible and not recipe.allow_infeasible:
@@ -68,7 +68,6 @@ def recheck_memory(
     found: Forecast | None,
     recipe: Recipe,
     model: Place,
-    execution: Execution,
     *,
     workers: WorkerGroup,
     monitor: RunMonitor,
@@ -87,7 +86,7 @@ def recheck_memory(
     assumed = found.limits["device"]
     before = "it was unknown" if assumed is None else f"{size(assumed)} were assumed from its type"
     monitor.note(f"a worker's GPU has {size(measured)}; {before}")
-    return check_memory(recipe, model, execution, monitor, measured=measured)
+    return check_memory(recipe, model, monitor, measured=measured)
 
 
 def _in_this_process() -> tuple[int, float, bool]:

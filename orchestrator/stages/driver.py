@@ -60,9 +60,8 @@ def compress(
             return result
         with Lease(asked.out / LEASE_FILE).taken(on_event) as lease:
             monitor.guard(lease)
-            with connected(asked.execution, monitor):
-                about_run = asked.recipe, asked.model, asked.execution
-                forecast = check_memory(*about_run, monitor)
+            with connected(asked.recipe, monitor):
+                forecast = check_memory(asked.recipe, asked.model, monitor)
                 return _perform(keyed, resolved.stages, forecast, monitor)
 
 
@@ -70,8 +69,8 @@ def _perform(
     keyed: Keyed, stages: Sequence[Stage], forecast: Forecast | None, monitor: RunMonitor
 ) -> Result:
     most, task = keyed.survey.num_blocks, calibration_task(keyed)
-    with start_workers(CompressionWorker, task, keyed.execution, monitor, most=most) as workers:
-        about = keyed.recipe, keyed.model, keyed.execution
+    with start_workers(CompressionWorker, task, keyed.recipe, monitor, most=most) as workers:
+        about = keyed.recipe, keyed.model
         forecast = recheck_memory(forecast, *about, workers=workers, monitor=monitor)
         with _running("calibrate", workers, monitor) as stage:
             decomposed = calibrate_and_decompose(keyed, forecast, stage)

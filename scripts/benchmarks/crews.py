@@ -87,7 +87,7 @@ def warm_job(recipe: Recipe) -> Iterator[Job]:
         surveyed = survey(asked)
         keyed = assign_keys(surveyed, *read_calibration(surveyed))
         claim_out(keyed.out)
-        task, execution = calibration_task(keyed), keyed.execution
+        task, execution = calibration_task(keyed), keyed.recipe
         most = keyed.survey.num_blocks
         with (
             connected(execution, monitor),

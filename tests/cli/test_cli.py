@@ -14,7 +14,6 @@ from byte_tokenizer import bytes_tokenizer
 
 from orchestrator import api
 from orchestrator.cli.main import main
-from orchestrator.cli.parser import HELP
 from orchestrator.errors import (
     InfeasibleError,
     InputError,
@@ -22,8 +21,10 @@ from orchestrator.errors import (
     UsageError,
     WorkerError,
 )
+from orchestrator.evaluation import EvaluationRequest
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.result import Result
+from orchestrator.recipe.field import about, described
 from orchestrator.recipe.recipe import Recipe, make_recipe
 from orchestrator.version import __version__
 
@@ -75,9 +76,23 @@ def test_runs_as_a_module():
     assert subprocess.check_output(call, env=environment, text=True).startswith("orchestrator ")
 
 
-def test_every_field_of_a_recipe_is_a_flag():
-    """Flags are the fields of a recipe, and each has a help text."""
-    assert {*HELP, "model", "out", "options"} == {field.name for field in fields(Recipe)}
+@pytest.mark.parametrize(
+    ("command", "owner"), [("compress", Recipe), ("evaluate", EvaluationRequest)]
+)
+def test_every_field_is_a_flag_with_its_help_text(command, owner, monkeypatch, capsys):
+    """The help of a command has the flag, the choices and the help text of every field."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    flags = described(owner)
+    assert {field.name for field in fields(owner)} - {*flags} <= {"options"}
+    for name, field in flags.items():
+        is_positional = name == "model" or (name, command) == ("out", "compress")
+        flag = name.upper() if is_positional else f"--{name.replace('_', '-')}"
+        assert flag in shown
+        assert about(field).help in shown
+        assert ",".join(about(field).choices) in shown
 
 
 def test_flags_reach_the_recipe(compressed):

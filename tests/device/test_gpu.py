@@ -17,10 +17,9 @@ from orchestrator.models.shards.chunk import Chunk
 from orchestrator.readable import size
 from orchestrator.recipe.recipe import make_recipe
 from orchestrator.runtime.worker import Task, Worker, check_alike
-from orchestrator.runtime.workers import Execution, WorkerGroup
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.admission import check_memory, recheck_memory
 
-LOCAL = Execution(executor="local")
 NVML = """
 #include <string.h>
 int nvmlInit_v2(void) { return INIT; }
@@ -147,23 +146,23 @@ def test_what_workers_measure_of_their_gpus_wins_over_what_their_kind_has(tmp_pa
     config = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336}
     config |= {"num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    recipe = make_recipe({"model": str(tmp_path), "out": str(tmp_path / "out"), "keep": 0.8})
-    notes = []
-    about, monitor = (tmp_path, LOCAL), SimpleNamespace(note=notes.append)
-    assumed = check_memory(recipe, *about, monitor, measured=80 * 10**9)
+    given = {"model": str(tmp_path), "out": str(tmp_path / "out"), "executor": "local"}
+    recipe, notes = make_recipe({**given, "keep": 0.8}), []
+    monitor = SimpleNamespace(note=notes.append)
+    assumed = check_memory(recipe, tmp_path, monitor, measured=80 * 10**9)
     assert assumed.blocks_that_fit == 2
 
     def again(room):
         notes.clear()
         workers = WorkerGroup(None, 1, {}, (), device_bytes=room)
-        return recheck_memory(assumed, recipe, *about, workers=workers, monitor=monitor)
+        return recheck_memory(assumed, recipe, tmp_path, workers=workers, monitor=monitor)
 
     assert again(None) is assumed
     assert again(80 * 10**9) is assumed
     assert notes == []
     lenient = replace(recipe, allow_infeasible=True)
     tried = {
-        room: check_memory(lenient, *about, monitor, measured=room)
+        room: check_memory(lenient, tmp_path, monitor, measured=room)
         for room in range(10**9, 10**10, 10**8)
     }
     room = next(room for room, found in tried.items() if not found.infeasible)

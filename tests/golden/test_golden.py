@@ -15,8 +15,9 @@ from golden_record import ARCHIVE, FORECASTS, RECORD, found_here
 from orchestrator.allocate import ALLOCATORS
 from orchestrator.methods import METHODS
 from orchestrator.plan.forms import FORMS
+from orchestrator.recipe.field import about, described
 from orchestrator.recipe.presets import PRESETS
-from orchestrator.recipe.recipe import CHOICES
+from orchestrator.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 RECORDED: dict[str, Any] = json.loads(RECORD.read_text())
@@ -132,7 +133,7 @@ def test_every_choice_has_a_case():
     own = {method.allocation for method in METHODS.values()}
     assert named("allocation") | own == {*ALLOCATORS}
     for choice in ("storage", "compensate", "refine", "train", "sampling", "layout"):
-        missing = {*CHOICES[choice][1:]} - named(choice)
+        missing = {*about(described(Recipe)[choice]).choices[1:]} - named(choice)
         assert not missing, choice
     recorded = [case["plan"]["assignments"].values() for case in RECORDED["cases"].values()]
     forms = {words.split()[1] for plan in recorded for words in plan}

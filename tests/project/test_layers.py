@@ -68,10 +68,10 @@ MAY_IMPORT = {
     "catalogue": "errors allocate methods plan registry stages stages.base",
     "pages": f"{PLAIN} plan recipe store usage numpy",
     "searching": "errors plan recipe store",
-    "evaluation": "",
+    "evaluation": "recipe",
     "api": f"{PLAIN} evaluation forecast hf pages plan recipe runtime runtime.ray searching stages "
     f"stages.context stages.evaluate store transformers {MODELS}",
-    "cli": f"{PLAIN} api catalogue forecast plan recipe usage",
+    "cli": f"{PLAIN} api catalogue evaluation forecast plan recipe usage",
     "__main__": "cli",
 }
 STAGE = f"{MAY_IMPORT['stages.context']} stages.context hf"

@@ -26,7 +26,6 @@ from orchestrator.plan.grouping import Grouping
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Plan
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.runtime.workers import Execution
 from orchestrator.stages.context.previous_run import PreviousRun
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
@@ -66,18 +65,6 @@ class Asked:
     def needs_gradients(self) -> bool:
         """True if the statistics need gradients of the loss, from backward passes."""
         return self.method.label_draws > 0
-
-    @property
-    def execution(self) -> Execution:
-        recipe = self.recipe
-        return Execution(
-            executor=recipe.executor,
-            address=recipe.address,
-            workers=recipe.workers,
-            threads=recipe.threads,
-            shards=recipe.shards,
-            allow_mixed=recipe.allow_mixed,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.locate import locate
-from orchestrator.runtime.workers import DEFAULT_THREADS, Execution
+from orchestrator.recipe.execution import Execution
+from orchestrator.runtime.workers import DEFAULT_THREADS
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.context.values import extended
 from orchestrator.stages.evaluate.worker import EvaluationTask
