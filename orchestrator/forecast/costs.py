@@ -36,6 +36,11 @@ class Costs:
         return self.shapes.num_blocks
 
     @property
+    def tokens(self) -> int:
+        """Tokens of a sequence."""
+        return self.recipe.sequence_length
+
+    @property
     def sequences(self) -> int:
         return self.recipe.samples
 

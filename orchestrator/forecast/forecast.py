@@ -43,7 +43,7 @@ class _Forecasting:
         self.shapes = shapes.narrowed(recipe.target, recipe.ignore)
         self.costs = Costs(self.shapes, recipe)
         self.needs: Needs = self.costs.needs
-        self.tokens, self.sequences = recipe.sequence_length, recipe.samples
+        self.tokens, self.sequences = self.costs.tokens, self.costs.sequences
         self.workers = resources.workers
         limit = resources.memory_bytes or resources.machine.memory_bytes
         self.room = Room(limit, resources.machine.is_gpu)

@@ -13,14 +13,13 @@ from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.locate import locate
-from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.recipe.execution import Execution
 from orchestrator.runtime.calls import Call, Step
 from orchestrator.runtime.monitor import RunMonitor, StageMonitor
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
-from orchestrator.runtime.workers import DEFAULT_THREADS, WorkerGroup
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.evaluate.worker import EvaluationTask, tokens_per_second
 from orchestrator.store.places import Place
@@ -96,7 +95,7 @@ class Evaluation:
     def task(self) -> EvaluationTask:
         return EvaluationTask(
             run_dir=self.run.root,
-            threads=self.execution.threads or DEFAULT_THREADS,
+            threads=self.execution.threads_per_worker,
             pass_key=self.pass_key,
             fingerprints=self.fingerprints,
             writes=(self.run.root,),
@@ -122,8 +121,7 @@ class Evaluation:
         left = reusable_units(units, keys, workers, monitor, stage=stage.name)
         self._elsewhere = monitor.made_elsewhere
         chunks = self.run.chunks(self.pass_key, workers.environment)
-        shards = self.execution.shards or default_shards(self.num_blocks, workers.size)
-        cut = cut_blocks(self.num_blocks, shards)
+        cut = workers.cut(self.num_blocks)
         done = set(left)
         schedule = ShardPass(
             cut,
