@@ -21,7 +21,7 @@ from typing import Any
 
 from orchestrator.cli.lines import JsonLines, Lines
 from orchestrator.cli.methods import print_methods
-from orchestrator.cli.parser import FIELDS, make_parser
+from orchestrator.cli.parser import FIELDS, HELD_OUT, make_parser
 from orchestrator.errors import OrchestratorError, StoppedError, UsageError
 from orchestrator.plan.result import Result
 from orchestrator.readable import duration
@@ -179,11 +179,10 @@ def _search(options: argparse.Namespace) -> None:
     from orchestrator import api
 
     recipe, vary = _recipe(options), dict(map(parse_vary, options.vary))
-    names = {"field": "text_field", "samples": "text_samples", "stride": "stride"}
-    given = {name: getattr(options, flag) for name, flag in names.items() if flag in options}
+    given = {name: getattr(options, flag) for name, flag in HELD_OUT.items() if flag in options}
     given |= {"sequence_length": recipe.sequence_length}
     with _stoppable():
-        found = api.search(recipe, vary, text=options.text, on_event=_progress(options), **given)
+        found = api.search(recipe, vary, on_event=_progress(options), **given)
     if not options.json:
         for candidate in found.candidates:
             setting = ", ".join(f"{name}={value}" for name, value in candidate.setting.items())

@@ -18,6 +18,8 @@ METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"}
 FIELDS = described(Recipe)
 EVALUATION_FIELDS = described(EvaluationRequest)
 EXECUTION_FIELDS = described(Execution)
+HELD_OUT = {"text": "text", "field": "text_field", "samples": "text_samples", "stride": "stride"}
+"""Fields of an evaluation that `search` takes, with their flags there."""
 REQUIRED = tuple(name for name, field in FIELDS.items() if field.default is MISSING)
 """Fields of a recipe that are positional arguments."""
 
@@ -101,8 +103,9 @@ def _add_retarget(commands: Any) -> None:
     parser.add_argument("out", metavar="OUT", help="directory of the result")
     for name in ("keep", "keep_bytes", "max_shard_size"):
         _add_field(parser, FIELDS[name])
-    for name in [name for name in EXECUTION_FIELDS if name not in ("threads", "run_dir")]:
-        _add_field(parser, FIELDS[name])
+    for field in EXECUTION_FIELDS.values():
+        if field.name != "run_dir" and not about(field).decides_bits:
+            _add_field(parser, field)
     _add_progress(parser)
     _add_json(parser, "print the whole report")
 
@@ -120,8 +123,7 @@ def _add_search(commands: Any) -> None:
         help="values to try for a flag (storage=plain,pivoted) or an option (mgaa.t=0.5,1); "
         "may be repeated, every combination is tried",
     )
-    flags = {"text": "text", "field": "text_field", "samples": "text_samples", "stride": "stride"}
-    for name, flag in flags.items():
+    for name, flag in HELD_OUT.items():
         _add_field(parser, EVALUATION_FIELDS[name], flag=flag)
 
 

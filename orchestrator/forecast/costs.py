@@ -31,6 +31,11 @@ class Costs:
         return self.shapes.num_blocks
 
     @property
+    def tokens(self) -> int:
+        """Tokens of a sequence."""
+        return self.recipe.sequence_length
+
+    @property
     def sequences(self) -> int:
         return self.recipe.samples
 
@@ -60,7 +65,7 @@ class Costs:
     @property
     def boundary(self) -> float:
         """Bytes at one boundary of all sequences: a state, an id and a mask entry a token."""
-        return self.sequences * (self.state + TOKEN_BYTES * self.recipe.sequence_length)
+        return self.sequences * (self.state + TOKEN_BYTES * self.tokens)
 
     @property
     def model_bytes(self) -> int:

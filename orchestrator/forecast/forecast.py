@@ -51,7 +51,7 @@ class _Forecasting:
         self.costs = costs_of(shapes, resolved)
         self.shapes, self.method = self.costs.shapes, resolved.method
         self.scoring = resolved.allocator.scoring
-        self.tokens, self.sequences = recipe.sequence_length, recipe.samples
+        self.tokens, self.sequences = self.costs.tokens, self.costs.sequences
         self.workers = resources.workers
         limit = resources.memory_bytes or resources.machine.memory_bytes
         self.room = Room(limit, resources.machine.is_gpu)

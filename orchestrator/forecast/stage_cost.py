@@ -52,11 +52,11 @@ class Setting:
     @property
     def tokens(self) -> int:
         """Tokens of a sequence."""
-        return self.recipe.sequence_length
+        return self.costs.tokens
 
     @property
     def sequences(self) -> int:
-        return self.recipe.samples
+        return self.costs.sequences
 
     @property
     def kept_values(self) -> float:

@@ -39,6 +39,7 @@ class Execution:
         "threads per actor (default: 1, so that the bits do not depend on the size of a machine)",
         at_least=1,
         schedule=True,
+        decides_bits=True,
     )
     shards: int | None = option(
         None,
@@ -59,3 +60,8 @@ class Execution:
         "otherwise these are computed again from their start",
         schedule=True,
     )
+
+    @property
+    def threads_per_worker(self) -> int:
+        """The requested number of threads, or one: on CPUs the highest throughput."""
+        return self.threads or 1

@@ -34,6 +34,8 @@ class About:
     """Name of the value in the help; by default that of the type."""
     schedule: bool = False
     """True if the field is about where and how fast a run executes."""
+    decides_bits: bool = False
+    """True for a field of the schedule that another size of the same run must keep."""
 
     def reject_wrong(self, name: str, value: Any) -> None:
         """Raise UsageError unless the value, which has the field's type, is allowed."""

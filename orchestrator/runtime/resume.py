@@ -90,7 +90,7 @@ def _reject_mixed(
     is_complete = is_complete and all(each == first for each in others.values())
     what = f"{len(others)} of {wanted} units of {stage} were made with "
     what += _differences(first, workers.environment)
-    if is_complete or workers.allow_mixed:
+    if is_complete or workers.execution.allow_mixed:
         monitor.note(f"{what}: reused; the result is not bit-identical to a single-environment run")
         monitor.add_made_elsewhere(stage, len(others), first)
         return set()

@@ -10,16 +10,13 @@ import torch
 
 from orchestrator.device.strict import cuda_environment_here
 from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.recipe.execution import Execution
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.pool import LocalPool, Pool
 from orchestrator.runtime.scaling import Bounds
 from orchestrator.runtime.worker import PROBE_PREFIX, Task, Worker
 from orchestrator.store.files import atomic
-
-DEFAULT_THREADS = 1
-"""One thread per worker: on CPUs the highest throughput, and bits that do not depend on the number
-of cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +29,24 @@ class WorkerGroup:
     environment: dict[str, Any]
     """Settings that can change bits, equal for all workers."""
     nodes: tuple[str, ...]
-    allow_mixed: bool = False
-    """True if units of another environment are reused beside new ones."""
+    execution: Execution = field(default_factory=Execution)
+    """The requested place and parallelism."""
     most: int = 1
     """Workers that the work can use."""
     bounds: Bounds = field(default_factory=Bounds)
     device_bytes: int | None = None
     """Memory of the smallest GPU of a worker; None without GPUs."""
+
+    def cut(self, num_blocks: int, *, blocks: int = 2, group: int = 1) -> tuple[range, ...]:
+        """Cut a model into as many shards as requested.
+
+        Args:
+            blocks: Maximum number of blocks of a shard if no number of shards is requested.
+            group: Blocks that are not separated.
+        """
+        asked = self.execution.shards
+        shards = asked or default_shards(num_blocks, self.size, max(blocks, group))
+        return cut_blocks(num_blocks, shards, group)
 
     def reassigned(self, worker_class: type[Worker], task: Task) -> "WorkerGroup":
         """Give the workers another task of the run, in their processes.
@@ -116,7 +124,7 @@ def start_workers(
         try:
             with _probe_files(task) as nonce:
                 pool = LocalPool(worker_class, task, nonce)
-                yield WorkerGroup(pool, 1, {}, (), execution.allow_mixed).gathered()
+                yield WorkerGroup(pool, 1, {}, (), execution).gathered()
         finally:
             # the worker has changed these settings of the caller's process
             torch.set_num_threads(threads)
@@ -131,9 +139,7 @@ def start_workers(
         ) as ray_pool,
     ):
         try:
-            workers = WorkerGroup(
-                ray_pool, 0, {}, (), execution.allow_mixed, most, asked
-            ).gathered()
+            workers = WorkerGroup(ray_pool, 0, {}, (), execution, most, asked).gathered()
             there = len(ray_pool.workers())
             monitor.note(
                 f"{there} workers on {', '.join(workers.nodes)}: {workers.environment['device']}"

@@ -117,7 +117,7 @@ def _largest_memory(kinds: Collection[str]) -> float | None:
 def _on_ray(execution: Execution) -> tuple[int, float | None, bool]:
     from orchestrator.runtime.ray import connect
 
-    there, kinds = connect.worker_room(execution.threads), connect.gpu_kinds()
+    there, kinds = connect.worker_room(execution), connect.gpu_kinds()
     room, is_gpu = _largest_memory(kinds), bool(kinds)
     bounds = Bounds.of(execution.workers)
     if room is None and not bounds.is_growing and connect.is_this_machine():

@@ -378,7 +378,7 @@ def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
         cuts.append(cut_blocks(*about))
         return cuts[-1]
 
-    monkeypatch.setattr("orchestrator.stages.context.block_pass.cut_blocks", note)
+    monkeypatch.setattr("orchestrator.runtime.workers.cut_blocks", note)
     outs = [tmp_path / "two", tmp_path / "one"]
     run(llama_dir, outs[0], text)
     sizes = [

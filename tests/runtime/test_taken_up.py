@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from orchestrator import evaluate
 from orchestrator.errors import StoppedError
+from orchestrator.recipe.execution import Execution
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.workers import WorkerGroup
@@ -24,7 +25,7 @@ def left(tmp_path):
         for n, environment in made.items():
             directory.units.begin(keys[n]).commit(environment=environment, facts={"n": n})
         events = []
-        workers = WorkerGroup(None, 1, HERE, ("node",), allow_mixed)
+        workers = WorkerGroup(None, 1, HERE, ("node",), Execution(allow_mixed=allow_mixed))
         monitor = RunMonitor(directory, events.append)
         found = reusable_units(
             directory.units, keys, workers, monitor, stage="calibrate", is_all=is_all

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 
 import ray
 
+from orchestrator.recipe.execution import Execution
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.ray import cluster as ray_cluster
 from orchestrator.runtime.ray.metrics import Metrics
@@ -32,9 +33,10 @@ def connected(address: str | None, monitor: RunMonitor) -> Iterator[None]:
             ray.shutdown()
 
 
-def worker_room(threads: int | None) -> int:
+def worker_room(execution: Execution) -> int:
     """Number of workers that the present nodes can hold."""
-    return sum(ray_cluster.total_room(ray_cluster.worker_share(threads or 1)).values())
+    share = ray_cluster.worker_share(execution.threads_per_worker)
+    return sum(ray_cluster.total_room(share).values())
 
 
 def gpu_kinds() -> set[str]:

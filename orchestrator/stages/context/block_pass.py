@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.plan.cut import cut_blocks, cut_segments, default_shards
+from orchestrator.plan.cut import cut_segments
 from orchestrator.runtime.calls import Call, Finish
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import FailurePolicy
@@ -45,8 +45,6 @@ class BlockPass:
     run: RunDirectory
     num_blocks: int
     sequences: int
-    shards: int | None
-    """Number of shards that the recipe gives; None: a default."""
     group: int
     """Blocks that are finished as one."""
     blocks: int
@@ -219,8 +217,7 @@ class BlockPass:
         return range(0, self.num_blocks, self.group)
 
     def _cut(self, workers: WorkerGroup) -> tuple[range, ...]:
-        default = default_shards(self.num_blocks, workers.size, max(self.blocks, self.group))
-        return cut_blocks(self.num_blocks, self.shards or default, self.group)
+        return workers.cut(self.num_blocks, blocks=self.blocks, group=self.group)
 
     def _present(
         self, pass_key: str, boundaries: list[int], workers: WorkerGroup, count: int | None = None

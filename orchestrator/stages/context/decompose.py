@@ -9,7 +9,7 @@ from orchestrator.forecast.room import MOST_BLOCKS
 from orchestrator.forecast.statistics import decomposing_block
 from orchestrator.models.checkpoint.weights import parse_dtype
 from orchestrator.runtime.deadline import slowly
-from orchestrator.runtime.workers import DEFAULT_THREADS, WorkerGroup
+from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.block_pass import BlockPass
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.task import CompressionTask
@@ -53,7 +53,6 @@ def block_pass(keyed: Keyed, forecast: Forecast | None) -> BlockPass:
         run=keyed.run,
         num_blocks=keyed.survey.num_blocks,
         sequences=keyed.sequences,
-        shards=keyed.recipe.shards,
         group=keyed.grouping.size,
         blocks=forecast.blocks_that_fit if forecast else MOST_BLOCKS,
         segments=forecast.segments if forecast else 1,
@@ -65,7 +64,7 @@ def _finish_seconds(keyed: Keyed, workers: WorkerGroup) -> float:
     work = decomposing_block(
         [each for each in keyed.linears if keyed.grouping.first(each.block) == 0],
         keyed.method,
-        pivoted=keyed.recipe.storage == "pivoted",
+        pivoted=keyed.is_pivoted,
         itemsize=keyed.codec.itemsize,
     )
     return slowly(work.flops, workers.environment["device"])
@@ -75,7 +74,7 @@ def compression_task(keyed: Keyed) -> CompressionTask:
     """The task of workers that read decompositions; base of all tasks of later stages."""
     return CompressionTask(
         run_dir=keyed.run.root,
-        threads=keyed.recipe.threads or DEFAULT_THREADS,
+        threads=keyed.recipe.threads_per_worker,
         pass_key=keyed.pass_key,
         fingerprints={keyed.model: keyed.survey.fingerprint},
         writes=(keyed.run.root, keyed.out),

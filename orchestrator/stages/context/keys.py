@@ -53,6 +53,6 @@ def _block_keys(surveyed: Surveyed, statistics_key: str) -> dict[int, str]:
                 decomposition=surveyed.method.decomposition,
                 linears=[[each.name for each in g] for g in grouping.groups(linears)],
                 output_dtype=surveyed.recipe.output_dtype,
-                **({"ranks": "all"} if surveyed.recipe.storage == "pivoted" else {}),
+                **({"ranks": "all"} if surveyed.is_pivoted else {}),
             )
     return keys

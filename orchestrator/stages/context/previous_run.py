@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import InputError
+from orchestrator.recipe.field import about, described
 from orchestrator.recipe.recipe import SCHEDULE, Recipe, make_recipe
 from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
@@ -56,13 +57,15 @@ def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Previous
             f"{run_dir}: no compression has read its text here; give the whole command, with "
             f"--run-dir {run_dir}"
         )
+    known = described(Recipe)
     tokens = run.units.manifest(str(key)) if run.units.verify(str(key)) else None
     if tokens is None:
         raise InputError(
             f"{run_dir}: the tokens of its calibration are missing or damaged; give the whole "
             f"command with --run-dir {run_dir}, which reads the text again"
         )
-    dropped = {*SCHEDULE, *(("keep", "keep_bytes") if SIZES & given.keys() else ())} - {"threads"}
+    dropped = {name for name in SCHEDULE if not about(known[name]).decides_bits}
+    dropped |= SIZES if SIZES & given.keys() else set()
     kept = {
         name: value for name, value in written.items() if value is not None and name not in dropped
     }

@@ -62,6 +62,11 @@ class Asked:
         return stored_as(self.method.form, self.recipe.storage)
 
     @property
+    def is_pivoted(self) -> bool:
+        """True if factors are pivoted after they are cut."""
+        return self.recipe.storage == "pivoted"
+
+    @property
     def needs_gradients(self) -> bool:
         """True if the statistics need gradients of the loss, from backward passes."""
         return self.method.label_draws > 0

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.models.evaluation.scoring import Score
-from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.runtime.calls import Call, Step
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
@@ -50,8 +49,7 @@ def measure(keyed: KeyedEvaluation, stage: RunningStage) -> Measurements:
     left = reusable_units(units, keys, workers, monitor, stage=stage.name)
     elsewhere = monitor.made_elsewhere
     chunks = keyed.run.chunks(keyed.pass_key, workers.environment)
-    shards = keyed.execution.shards or default_shards(keyed.num_blocks, workers.size)
-    cut, done = cut_blocks(keyed.num_blocks, shards), set(left)
+    cut, done = workers.cut(keyed.num_blocks), set(left)
     schedule = ShardPass(
         cut,
         todo=(),

@@ -17,7 +17,6 @@ from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.locate import locate
 from orchestrator.recipe.execution import Execution
-from orchestrator.runtime.workers import DEFAULT_THREADS
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.context.values import extended
 from orchestrator.stages.evaluate.worker import EvaluationTask
@@ -87,7 +86,7 @@ class KeyedEvaluation(SurveyedEvaluation):
     def task(self) -> EvaluationTask:
         return EvaluationTask(
             run_dir=self.run.root,
-            threads=self.execution.threads or DEFAULT_THREADS,
+            threads=self.execution.threads_per_worker,
             pass_key=self.pass_key,
             fingerprints=self.fingerprints,
             writes=(self.run.root,),

@@ -17,7 +17,6 @@ from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
-from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.plan import Plan
 from orchestrator.runtime.calls import Call, Step
 from orchestrator.runtime.resume import reusable_units
@@ -166,7 +165,7 @@ class MaskScoring:
         chunks = job.run.chunks(pass_key, workers.environment)
         chunks.clear()
         num_blocks = job.survey.num_blocks
-        cut = cut_blocks(num_blocks, job.recipe.shards or default_shards(num_blocks, workers.size))
+        cut = workers.cut(num_blocks)
         schedule = ShardPass(
             cut,
             todo=(),

@@ -14,7 +14,6 @@ from typing import Any
 from orchestrator.allocate.strs import Strs
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
-from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.grouping import stack
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.calls import Call, Step
@@ -118,8 +117,7 @@ class Sensitivities:
         pass_key = digest_json([*keys.values()])
         chunks = job.run.chunks(pass_key, workers.environment)
         num_blocks, size = job.survey.num_blocks, job.grouping.size
-        shards = job.recipe.shards or default_shards(num_blocks, workers.size, max(BLOCKS, size))
-        cut = cut_blocks(num_blocks, shards, size)
+        cut = workers.cut(num_blocks, blocks=BLOCKS, group=size)
         count = len(self._trials) * self._chunks
         done = [trial for trial in self._trials[1:] if trial in scores]
         schedule = ShardPass(

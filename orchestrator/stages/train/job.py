@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from orchestrator.errors import UsageError
 from orchestrator.models.training.train_options import Course, TrainOptions, plan_course
-from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor
@@ -119,8 +118,7 @@ class TrainJob(TrainedStage):
         if len(results) == len(keys):
             return
         num_blocks, size = job.survey.num_blocks, job.grouping.size
-        shards = job.recipe.shards or default_shards(num_blocks, workers.size, max(2, size))
-        cut = cut_blocks(num_blocks, shards, size)
+        cut = workers.cut(num_blocks, group=size)
         chunks = job.run.chunks(self.key, workers.environment)
         schedule = ShardPass(
             cut,

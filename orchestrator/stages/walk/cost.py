@@ -29,11 +29,11 @@ class WalkCost(StageCost):
     name: ClassVar[str] = "walk"
     units: ClassVar[str] = "walked blocks"
 
-    def __init__(self, setting: Setting, options: RefineOptions) -> None:
+    def __init__(self, setting: Setting, options: RefineOptions, *, refines: bool) -> None:
         super().__init__(setting)
         self._options = options
         # a recipe that asks for both is counted with both in either stage
-        self._refines = setting.recipe.refine in ("in_order", "swept")
+        self._refines = refines
         self._compensates = setting.recipe.compensate != "none"
 
     def forecast(self, held: Footprint) -> StageForecast:

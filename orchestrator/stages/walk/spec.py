@@ -58,7 +58,9 @@ class Walk(Stage):
     def cost(self, setting: "Setting") -> "StageCost":
         from orchestrator.stages.walk.cost import WalkCost
 
-        return WalkCost(setting, refinement_options(setting.recipe))
+        recipe = setting.recipe
+        refines = recipe.refine in ("in_order", "swept")
+        return WalkCost(setting, refinement_options(recipe), refines=refines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ class Sweep(Stage):
     def cost(self, setting: "Setting") -> "StageCost":
         from orchestrator.stages.walk.cost import SweepCost
 
-        return SweepCost(setting, self.refinement)
+        return SweepCost(setting, self.refinement, refines=True)
 
 
 _KNOWN = [each.name for each in fields(CompensationOptions) if each.name != "objective"]

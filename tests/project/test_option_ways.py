@@ -1,0 +1,40 @@
+"""The ways of a recipe's fields, from the command line to where they are used, are short."""
+
+import pytest
+from option_ways import option_ways
+
+LIMIT = 8
+LONG = {"keep": 22, "keep_bytes": 14, "seed": 11}
+"""Fields with more files, which may only become fewer: the kept fraction is an argument of every
+allocator and decides which stages apply; the seed is an argument of every stage that draws."""
+
+
+@pytest.fixture(scope="module")
+def ways():
+    return option_ways()
+
+
+def test_a_way_is_found_as_it_is(ways):
+    """A field is followed from its flag over properties and parameters to its last reader, and
+    files that only use the same word are not counted."""
+    assert ways["allow_infeasible"] == {
+        "cli/parser.py",
+        "recipe/recipe.py",
+        "stages/admission.py",
+    }
+    assert ways["threads"] >= {
+        "recipe/execution.py",
+        "runtime/worker.py",
+        "runtime/ray/cluster.py",
+        "stages/context/decompose.py",
+    }
+    # the same word for the threads that add gradients, and for samples of a singular value
+    assert "stages/context/gradients.py" not in ways["threads"]
+    assert "allocate/cap.py" not in ways["samples"]
+
+
+def test_ways_are_short(ways):
+    """A field is written in at most eight files, command line and definition included."""
+    long = {name: len(files) for name, files in ways.items() if len(files) > LIMIT}
+    assert long.keys() <= LONG.keys(), {name: sorted(ways[name]) for name in long}
+    assert all(count <= LONG[name] for name, count in long.items()), long
