@@ -3,116 +3,22 @@
 import json
 
 import pytest
-import torch
-from families import FAMILIES as TINY
+from forecast_shapes import recipe, shapes_of
 from large_models import CONFIGS
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.api import measure, plan
 from orchestrator.cli.main import main
 from orchestrator.errors import InfeasibleError, InputError, UsageError
-from orchestrator.forecast import memory, text, work
+from orchestrator.forecast import memory
 from orchestrator.forecast.rates import (
     ROWS,
-    eigen_seconds,
-    known_devices,
-    largest_memory,
-    machine_of,
 )
 from orchestrator.forecast.room import USABLE
-from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
-from orchestrator.forecast.statistics import stacked
-from orchestrator.linalg import pivot
-from orchestrator.linalg.eigen import LARGEST
+from orchestrator.forecast.shapes import read_shapes
 from orchestrator.methods import METHODS
-from orchestrator.methods.kinds.costs.base import LinearStatistics
-from orchestrator.models.evaluation.machine import SIZES
-from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.cut import cut_blocks
 from orchestrator.recipe.recipe import Recipe, make_recipe
-from orchestrator.stages.pivot.cost import BAND
-
-PUBLISHED = {
-    "Llama-3-8B": 8_030_261_248,
-    "Llama-2-70B": 68_976_648_192,
-    "Llama-3-70B": 70_553_706_496,
-    "Llama-3.1-405B": 405_853_388_800,
-    "Qwen2.5-72B": 72_706_203_648,
-    "Qwen3-8B": 8_190_735_360,
-    "Mistral-7B": 7_241_732_096,
-}
-"""Parameter counts of checkpoints on the hub."""
-
-
-def shapes_of(name):
-    settings = {"dtype": "bfloat16", "tie_word_embeddings": False}
-    return from_config(CONFIGS[name] | settings, name)
-
-
-def recipe(**fields):
-    return make_recipe({"model": "m", "out": "o", "keep": 0.8} | fields)
-
-
-@pytest.fixture
-def config(tmp_path):
-    """Write a directory with only a config.json."""
-
-    def write(name, **fields):
-        path = tmp_path / name
-        path.mkdir(exist_ok=True)
-        (path / "config.json").write_text(json.dumps(CONFIGS[name] | fields))
-        return str(path)
-
-    return write
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_formulas_have_the_parameters_that_are_published(name):
-    """Parameter counts of checkpoints, from the config alone."""
-    assert shapes_of(name).total_values == PUBLISHED[name]
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_formulas_agree_with_transformers(name):
-    """Name, shape and bias of every linear, in blocks built without memory."""
-    settings = {**CONFIGS[name], "num_hidden_layers": 2}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    shapes = from_config(settings, name)
-    modules = {
-        each: module
-        for each, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and each != "lm_head"
-    }
-    assert {each.name for each in shapes.linears} == modules.keys()
-    for each in shapes.linears:
-        module = modules[each.name]
-        assert (each.out_features, each.in_features) == tuple(module.weight.shape)
-        assert each.has_bias == (module.bias is not None)
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
-    assert shapes.block_values == block
-
-
-@pytest.mark.parametrize("family", sorted(TINY))
-def test_headers_say_what_a_survey_says(family, checkpoint):
-    """In any family all linears stored as matrices of their own; with formulas, also which of them
-    read the same input."""
-    directory = checkpoint(family)
-    surveyed = LazyModel.open(directory).survey()
-    shapes = read_shapes(directory)
-    found = {(each.out_features, each.in_features) for each in shapes.linears}
-    if shapes.model_type in FAMILIES:
-        sites = [(each.name, each.site) for each in surveyed.linears]
-        assert [(each.name, each.site) for each in shapes.linears] == sites
-        assert shapes.total_values == surveyed.total_parameters
-    else:
-        turned = {(inputs, outputs) for outputs, inputs in found}
-        named = {each.role.rpartition(".")[2] for each in shapes.linears}
-        for each in surveyed.of_block(0):
-            if each.role.rpartition(".")[2] in named:
-                assert (each.out_features, each.in_features) in found | turned
-    assert shapes.num_blocks == surveyed.num_blocks
 
 
 @pytest.mark.parametrize("preset", ["fast", "best"])
@@ -285,54 +191,6 @@ def test_wrong_words_are_usage_errors(config, capsys):
         assert says in capsys.readouterr().err
 
 
-MODELLED = {"A100-80GB": (0.7, 1.4), "H100": (0.36, 0.8), "H200": (0.29, 0.62)}
-"""Seconds for n = 8192 in float64: from half the traffic times 1.3 to all of it times 1.6."""
-
-
-@pytest.mark.parametrize("gpu", MODELLED)
-def test_eigendecompositions_by_memory_traffic(gpu):
-    """The time is within the bounds of the traffic, and shorter than in both other rows."""
-    least, most = MODELLED[gpu]
-    machine = machine_of(gpu)
-    assert least <= 9 * 8192**3 / machine.modelled_eigen <= most
-    assert machine.modelled_eigen > machine.rows[0].eigen
-    assert "not measured" in machine.model_source
-
-
-def test_the_model_of_eigendecompositions_meets_the_time_that_was_published():
-    """It gives 13.1 to 13.9 s for an RTX 6000 Ada, 0.96 TB/s, 91.1 TFLOP/s, float32, n = 23,000."""
-    assert 13.1 <= eigen_seconds(23_000, 0.96e12, 91.1e12, itemsize=4) <= 13.9
-    # both terms count: infinite bandwidth, or infinite products, would not give it
-    slow = eigen_seconds(23_000, 0.48e12, 91.1e12, itemsize=4)
-    assert slow > 1.5 * eigen_seconds(23_000, 0.96e12, 91.1e12, itemsize=4)
-    assert eigen_seconds(8192, 1e12, 1e12) > 5 * eigen_seconds(8192, 1e12, 60e12)
-
-
-def test_a_plan_says_where_float64_decides_its_time(config):
-    """Only for a GPU with float64 at 1/64 of float32; eigendecompositions have three rates."""
-    path = config("Llama-3-70B", dtype="bfloat16", tie_word_embeddings=False)
-    for gpu in known_devices():
-        found = plan(recipe(model=path, preset="fast", samples=256), gpus=1, gpu=gpu)
-        assert list(found.float64["eigen"]) == [*ROWS, "memory_traffic"]
-        assert list(found.float64["double"]) == list(ROWS)
-        rates = machine_of(gpu).rows[0]
-        is_slow = rates.single / rates.double > 32
-        assert bool(found.float64_remark) == is_slow
-        said = "\n".join(text.lines(found))
-        assert ("at 1/64 of its rate for float32" in said) == is_slow
-        assert "by memory_traffic" in said
-
-
-def test_every_device_has_both_rows_and_a_source():
-    """The rates used for planning are at most those of the data sheet."""
-    for name in known_devices():
-        sheet, sober = machine_of(name).rows
-        assert len(sheet.source) > 80
-        for rate in ("half", "tf32", "single", "double", "eigen", "read", "write", "network"):
-            assert getattr(sheet, rate) >= getattr(sober, rate) > 0
-        assert sheet.start < sober.start
-
-
 def test_with_tokenizer_is_a_checkpoint_too(checkpoint, tmp_path):
     """A directory is read by its headers: their dtype is used, not the config's."""
     directory = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
@@ -396,44 +254,6 @@ def test_a_run_is_cut_as_its_forecast_says(llama_dir, tmp_path, monkeypatch):
     run(llama_dir, outs[1], text)
     assert [[len(blocks) for blocks in cut] for cut in cuts] == [[2, 2], [1, 1, 1, 1]]
     assert contents(outs[0]) == contents(outs[1])
-
-
-def test_a_band_is_that_of_the_numerics():
-    """A forecast has no torch, so it repeats the number."""
-    assert BAND == pivot.BAND
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("method", METHODS)
-def test_no_eigendecomposition_is_too_large_for_a_gpu(method, name):
-    """This holds for any linear, or linears that share a basis, of models up to Llama 405B.
-    `tests/linalg/test_eigen.py` tests the methods at this size."""
-    shapes, made = shapes_of(name), METHODS[method]
-    wide = max(max(each.in_features, each.out_features) for each in shapes.linears)
-    for linear in (stacked(each, made.grouping) for each in shapes.linears):
-        side = work.eigen_side(linear)
-        assert side <= shapes.hidden <= LARGEST["cuda"]
-        given = LinearStatistics(linear.in_features)
-        spent = made.kind.cost.decomposing(linear, given, pivoted=False, itemsize=2)
-        assert spent.eigen % (9 * side**3) == 0
-        assert bool(spent.eigen) == (made.form != "sparse")
-    # the wide side of larger models is too large
-    assert (wide > LARGEST["cuda"]) == (shapes.hidden >= 8192)
-
-
-def test_a_gpu_is_measured_with_what_a_70b_model_asks_of_it():
-    """The sizes are the largest of the model, because smaller ones have other rates."""
-    sides = {work.eigen_side(each) for each in shapes_of("Llama-3-70B").linears}
-    assert SIZES["cuda"][1] == max(sides)
-
-
-def test_the_memory_of_a_kind_of_gpu():
-    """Ray does not report which of the two A100s a node has; with the larger, no run is refused
-    wrongly."""
-    assert largest_memory("A100") == 80e9
-    assert largest_memory("H100") == 80e9
-    assert largest_memory("") is None
-    assert largest_memory("V100") is None
 
 
 def test_a_model_that_cannot_be_foreseen_is_compressed_all_the_same(

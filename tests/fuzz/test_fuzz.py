@@ -3,22 +3,19 @@
 import json
 import shutil
 import struct
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from compressed import mixed_plan
-from fuzzing import SOME, documented, garbled, mutated, to_bytes
-from hypothesis import given, settings
+from fuzzing import documented, garbled, many, mutated, to_bytes
+from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import run, with_tokenizer, write_text
 from safetensors.torch import save_file
 
-from orchestrator.errors import OrchestratorError
 from orchestrator.hf.export import export_dense
-from orchestrator.models.checkpoint.output import check_out
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.forms.config import misfits, read_forms
 from orchestrator.models.forms.index_codes import (
@@ -31,33 +28,20 @@ from orchestrator.models.forms.index_codes import (
 from orchestrator.models.inputs.documents import read_documents
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.architecture import Architecture
-from orchestrator.models.survey.locate import locate
-from orchestrator.models.survey.select import select
 from orchestrator.pages.report import report_page
 from orchestrator.pages.sources import read_source, whole
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.plan import Plan
-from orchestrator.recipe.recipe import Recipe, make_recipe, read_recipe_fields
-from orchestrator.recipe.values import parse_option, parse_vary, size_in_bytes
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.files import digest_json
 from orchestrator.store.lease import is_forsaken
-from orchestrator.store.places import parse_place
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import Units
-
-many = partial(settings, SOME)
 
 
 @pytest.fixture(scope="module")
 def dense(checkpoint, tmp_path_factory):
     return with_tokenizer(checkpoint("llama"), tmp_path_factory.mktemp("fuzz") / "dense")
-
-
-@pytest.fixture(scope="module")
-def room(tmp_path_factory):
-    """Directory to which all inputs of the module are written, one after the other."""
-    return tmp_path_factory.mktemp("room")
 
 
 def put(directory: Path, **files: bytes) -> Path:
@@ -210,66 +194,6 @@ def test_exports(data, room, compressed):
 
 
 # ---- what is asked
-
-
-RECIPE = {
-    "model": "dense",
-    "out": "small",
-    "keep": 0.5,
-    "method": "mgaa",
-    "samples": 16,
-    "target": ["*.mlp.*", "re:.*q_proj"],
-    "calibration": "text.txt",
-    "max_shard_size": "5GB",
-    "preset": "fast",
-    "mgaa": {"t": 0.5},
-    "options": {"training": {"epochs": 2}},
-}
-
-
-@many(max_examples=700)
-@given(values=mutated(RECIPE))
-def test_recipes(values):
-    """Fields of wrong types and values; an accepted recipe can be written and read again."""
-    found = documented(make_recipe, values)
-    if isinstance(found, Recipe):
-        assert isinstance(found.to_toml().encode(), bytes)
-        documented(parse_place, found.out)
-        documented(parse_place, found.run_dir or "x")
-        documented(check_out, documented(parse_place, "/nowhere"))
-        documented(locate, found.model)
-        documented(select, ["model.layers.0.mlp.up_proj"], found.target, found.ignore)
-
-
-TOML = b"""model = "dense"
-out = 'small'
-keep = 0.5
-samples = 0x10
-target = ["*.mlp.*", "re:.*q_proj"]
-[mgaa]
-t = 0.5
-[options.training]
-epochs = 2
-"""
-
-
-@many(max_examples=400)
-@given(content=garbled(TOML))
-def test_recipe_files(content, room):
-    """Files that are almost TOML."""
-    path = room / "recipe.toml"
-    path.write_bytes(content)
-    found = documented(read_recipe_fields, path)
-    if not isinstance(found, OrchestratorError):
-        documented(make_recipe, found)
-
-
-@many(max_examples=500)
-@given(text=st.text(max_size=30) | st.text("a.=[]{}\"'0x1e,_9#\n ", max_size=30))
-def test_words_of_the_command_line(text):
-    """Options, variations, sizes and places."""
-    for read in (parse_option, parse_vary, size_in_bytes, parse_place):
-        documented(read, text)
 
 
 @pytest.fixture(scope="module")

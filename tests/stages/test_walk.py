@@ -1,6 +1,5 @@
 """Blocks processed in order as a stage of a run: compensation, refinement, any workers, resumed."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,15 +8,11 @@ import time
 
 import pytest
 import torch
-from pipeline import SENTENCES, contents, run, with_tokenizer, write_llama, write_text
+from pipeline import contents, run, token_chunks, with_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import orchestrator
 from orchestrator.errors import UsageError
-from orchestrator.models.inputs.text import load_tokens
-from orchestrator.models.inputs.tokenizer import load_tokenizer
-from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.training.refine import refine
 from orchestrator.models.training.refine_options import RefineOptions
@@ -25,32 +20,6 @@ from orchestrator.models.training.refine_options import RefineOptions
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 SHORT = {"refinement": {"epochs": 3, "batches": 2, "learning_rate": 2e-4}}
 BOTH = {"compensate": "blend", "refine": "in_order", "options": SHORT}
-SITES = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory):
-    """Six documents, some of them shorter than a sequence."""
-    path = tmp_path_factory.mktemp("documents") / "text.jsonl"
-    lengths = (48, 20, 48, 33, 40, 12)
-    texts = [(SENTENCES * 2)[7 * i : 7 * i + length] for i, length in enumerate(lengths)]
-    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
 
 
 @pytest.fixture(scope="module")
@@ -59,135 +28,6 @@ def reference(llama, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference") / "out"
     result = run(llama, out, text, **BOTH)
     return contents(out), result.run_dir
-
-
-def some_chunks(llama, text, layout="packed"):
-    """The calibration sequences of `run`."""
-    tokens = load_tokens(
-        str(text),
-        field="text",
-        samples=6,
-        sequence_length=48,
-        sampling="first",
-        layout=layout,
-        seed=0,
-        tokenizer=load_tokenizer(llama),
-    )
-    pairs = zip(tokens.ids, tokens.mask, strict=True)
-    return [
-        Chunk(index, torch.from_numpy(ids)[None].long(), torch.from_numpy(mask)[None])
-        for index, (ids, mask) in enumerate(pairs)
-    ]
-
-
-def seen(model, name, chunks):
-    """Inputs of a whole model's linear for the chunks' tokens inside the mask, float64."""
-    rows = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0]))
-    with torch.no_grad():
-        for chunk in chunks:
-            model(input_ids=chunk.tokens, attention_mask=chunk.mask.long())
-    hook.remove()
-    pairs = zip(rows, chunks, strict=True)
-    return torch.cat([states[chunk.mask] for states, chunk in pairs]).detach().double()
-
-
-@torch.no_grad()
-def by_definition(dense, model, chunks, *, beta, basis, damping=0.01):
-    """Compensate a whole compressed model in place, with every token's input in memory."""
-    for block in range(4):
-        for site in SITES:
-            names = [f"model.layers.{block}.{role}" for role in site]
-            x, z = seen(dense, names[0], chunks), seen(model, names[0], chunks)
-            target, ridge = (1 - beta) * z + beta * x, damping * float((z.T @ z).diagonal().mean())
-            eye = torch.eye(z.shape[1], dtype=torch.float64)
-            turn = torch.linalg.solve(z.T @ z + ridge * eye, z.T @ target + ridge * eye).T
-            for name in names:
-                factors, weight = model.get_submodule(name), dense.get_submodule(name).weight
-                down, left = factors.down.weight.double() @ turn, factors.weight.double()
-                if basis == "new":
-                    outputs = z @ (weight.double() @ turn).T
-                    left = torch.linalg.svd(outputs.T).U[:, : factors.rank]
-                    down = left.T @ (weight.double() @ turn)
-                factors.weight.data, factors.down.weight.data = left.float(), down.float()
-
-
-@pytest.mark.parametrize(
-    ("objective", "basis", "beta", "layout"),
-    [
-        ("anchored", "new", 1.0, "packed"),
-        ("anchored", "kept", 1.0, "packed"),
-        ("blend", "new", 0.5, "padded"),
-        ("input", "new", 0.0, "packed"),
-    ],
-)
-def test_compensation_is_what_the_definition_says(
-    objective, basis, beta, layout, llama, text, documents, tmp_path
-):
-    """The result equals plain torch on whole models with all inputs in memory, to 1e-5."""
-    source = text if layout == "packed" else documents
-    shared = {"run_dir": str(tmp_path / "run"), "layout": layout}
-    plain = run(llama, tmp_path / "plain", source, **shared)
-    options = {"compensation": {"basis": basis}}
-    done = run(llama, tmp_path / "out", source, compensate=objective, options=options, **shared)
-    model = orchestrator.load(plain.out)
-    dense = AutoModelForCausalLM.from_pretrained(llama)
-    chunks = some_chunks(llama, source, layout)
-    by_definition(dense, model, chunks, beta=beta, basis=basis)
-    found = orchestrator.load(done.out)
-    for name in done.plan.assignments:
-        inputs = seen(model, name, chunks)
-        ends = (each.get_submodule(name).dense_weight().detach() for each in (model, found))
-        expected, outputs = (inputs @ weight.double().T for weight in ends)
-        assert float((outputs - expected).norm() / expected.norm()) < 2e-5
-    with torch.no_grad():
-        expected, logits = (each(chunks[0].tokens).logits for each in (model, found))
-    assert float((logits - expected).norm() / expected.norm()) < 1e-5
-    assert done.plan == plain.plan
-
-
-CASES = {
-    "low_rank": {},
-    "pivoted": {"storage": "pivoted"},
-    "two-sided": {"method": "two-sided", "storage": "pivoted"},
-    "low_rank_sparse": {"method": "cap", "options": {"cap": {"stage2": False}}},
-}
-
-
-@pytest.mark.parametrize("basis", ["kept", "new"])
-@pytest.mark.parametrize("case", CASES)
-def test_no_linear_of_any_form_is_made_worse(case, basis, llama, text, tmp_path):
-    """Errors of linears never rise, nearly all fall; the model is nearer to the dense one."""
-    fields = CASES[case] | {"run_dir": str(tmp_path / "run")}
-    options = fields.pop("options", {})
-    plain = run(llama, tmp_path / "plain", text, options=options, **fields)
-    options = options | {"compensation": {"basis": basis}}
-    result = run(llama, tmp_path / "out", text, compensate="anchored", options=options, **fields)
-    assert result.plan == plain.plan
-    blocks = result.report["walk"]["blocks"].values()
-    linears = [each for entry in blocks for each in entry["linears"].values()]
-    assert len(linears) == sum(each.rank > 0 for each in result.plan.assignments.values())
-    assert sum(each["taken"] for each in linears) > 0.8 * len(linears)
-    if case != "two-sided" or basis == "new":
-        # a basis kept for the loss is compared in the loss's norm
-        assert all(each["after"] <= each["before"] for each in linears)
-    dense = AutoModelForCausalLM.from_pretrained(llama)
-    gaps = []
-    for out in (plain.out, result.out):
-        model = orchestrator.load(out)
-        chunks = some_chunks(llama, text)
-        with torch.no_grad():
-            pairs = [(model(c.tokens).logits, dense(c.tokens).logits) for c in chunks]
-        gaps.append(sum(float((one - other).square().sum()) for one, other in pairs))
-    assert gaps[1] < gaps[0]
-
-
-def test_sites_come_in_the_order_of_their_calls(llama, text, tmp_path):
-    """In every block q, k, v, then o, then gate and up, then down."""
-    result = run(llama, tmp_path / "out", text, compensate="anchored")
-    for block, entry in result.report["walk"]["blocks"].items():
-        expected = [f"model.layers.{block}.{role}" for site in SITES for role in site]
-        assert list(entry["linears"]) == expected
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3"])
@@ -213,7 +53,7 @@ def test_blocks_are_refined_behind_the_refined_ones(llama, text, tmp_path):
     stored = load_file(result.out / "model.safetensors")
     dense, compressed = LazyModel.open(llama), LazyModel.open(plain.out)
     options = RefineOptions(**SHORT["refinement"])
-    targets = inputs = some_chunks(llama, text)
+    targets = inputs = token_chunks(llama, text)
     for block in range(4):
         with dense.shard(range(block, block + 1)) as shard:
             targets = [shard.forward(chunk) for chunk in targets]
@@ -237,7 +77,7 @@ def test_a_sweep_is_a_walk_over_what_was_refined_apart(llama, text, tmp_path):
     assert "walk" not in result.report
     stored = load_file(result.out / "model.safetensors")
     dense, refined_apart = LazyModel.open(llama), LazyModel.open(apart.out)
-    targets = inputs = some_chunks(llama, text)
+    targets = inputs = token_chunks(llama, text)
     for block in range(4):
         with dense.shard(range(block, block + 1)) as shard:
             targets = [shard.forward(chunk) for chunk in targets]
@@ -294,7 +134,7 @@ def test_refinement_in_parallel_follows_the_walk(llama, text, tmp_path):
     assert not any(e["event"] == "unit" and e["stage"] == "walk" for e in events)
     assert "refinement" not in result.report["walk"]["blocks"]["0"]
     dense, compressed = LazyModel.open(llama), LazyModel.open(tmp_path / "walked")
-    part, chunks = range(1, 2), some_chunks(llama, text)
+    part, chunks = range(1, 2), token_chunks(llama, text)
     with dense.shard(range(1)) as shard:
         inputs = [shard.forward(chunk) for chunk in chunks]
     with dense.shard(part) as shard:

@@ -3,6 +3,7 @@ bytes."""
 
 import copy
 import json
+from functools import partial
 from typing import Any
 
 from hypothesis import settings
@@ -12,6 +13,7 @@ from orchestrator.errors import OrchestratorError
 
 SOME = settings(derandomize=True, deadline=None, database=None)
 """The same inputs every time, however slow the machine."""
+many = partial(settings, SOME)
 
 
 def nested(depth: int) -> Any:

@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from families import VOCABULARY, _llama, write_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orchestrator import Recipe, Result, compress
+from orchestrator.models.inputs.text import load_tokens
+from orchestrator.models.inputs.tokenizer import load_tokenizer
+from orchestrator.models.shards.chunk import Chunk
 
 SENTENCES = (
     "The river ran past seven mills before it came to the sea.\n"
@@ -60,3 +64,22 @@ def contents(out: Path) -> dict[str, Any]:
     report = json.loads(files["orchestrator_report.json"])
     del report["timings"]
     return files | {"orchestrator_report.json": report}
+
+
+def token_chunks(model: Path, text: Path, layout: str = "packed") -> list[Chunk]:
+    """Read the calibration sequences of `run`."""
+    tokens = load_tokens(
+        str(text),
+        field="text",
+        samples=6,
+        sequence_length=48,
+        sampling="first",
+        layout=layout,
+        seed=0,
+        tokenizer=load_tokenizer(model),
+    )
+    pairs = zip(tokens.ids, tokens.mask, strict=True)
+    return [
+        Chunk(index, torch.from_numpy(ids)[None].long(), torch.from_numpy(mask)[None])
+        for index, (ids, mask) in enumerate(pairs)
+    ]
