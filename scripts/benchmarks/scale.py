@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.calibration import measure_calibration
-from benchmarks.crews import actors_against_bare
 from benchmarks.decompositions import measure_linears, measure_ways, show_linears, show_ways
 from benchmarks.figures import print_figures, print_table, say
 from benchmarks.local_ray import local_ray
 from benchmarks.runs import SEQUENCE_LENGTH, measure_growth, measure_simulator
 from benchmarks.synthetic import config_of, write_model, write_text
+from benchmarks.worker_groups import actors_against_bare
 
 from orchestrator.allocate import ALLOCATORS
 from orchestrator.allocate.sampled_curve import MOST, sample_curve
