@@ -138,6 +138,6 @@ def _leased(
     run: RunDirectory, description: Mapping[str, Any], on_event: OnEvent | None
 ) -> Iterator[Lease]:
     """Lease the run directory for this driver, and describe the job in it."""
-    with run.hold().taken(on_event) as lease:
+    with run.lease().taken(on_event) as lease:
         run.claim(description)
         yield lease

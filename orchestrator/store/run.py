@@ -58,7 +58,7 @@ class RunDirectory:
         """Return the boundary chunks of one pass in one environment, separate from all others."""
         return Chunks(self.root / "chunks" / digest_json([pass_key, dict(environment)])[:16])
 
-    def hold(self) -> Lease:
+    def lease(self) -> Lease:
         """Return the lease of this directory; its renewal also writes buffered status and
         events."""
         return Lease(self.root / LEASE_FILE, beat=self.flush)

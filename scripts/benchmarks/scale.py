@@ -31,9 +31,9 @@ from benchmarks.calibration import measure_calibration
 from benchmarks.common.figures import print_figures, print_table, say
 from benchmarks.common.local_ray import local_ray
 from benchmarks.common.synthetic import config_of, write_model, write_text
-from benchmarks.crews import actors_against_bare
 from benchmarks.decompositions import measure_linears, measure_ways, show_linears, show_ways
 from benchmarks.runs import SEQUENCE_LENGTH, measure_growth, measure_simulator
+from benchmarks.worker_groups import actors_against_bare
 
 from orchestrator.allocate import ALLOCATORS
 from orchestrator.allocate.sampled_curve import MOST, sample_curve

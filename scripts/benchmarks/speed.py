@@ -21,8 +21,8 @@ from benchmarks import numerics
 from benchmarks.calibration import measure_calibration
 from benchmarks.common.figures import Figure, print_figures, print_table, say
 from benchmarks.common.local_ray import local_ray
-from benchmarks.crews import actors_against_bare, ray_against_local
 from benchmarks.quality import CALIBRATION_FILE, write_calibration_text
+from benchmarks.worker_groups import actors_against_bare, ray_against_local
 
 PARTS = ("actors", "ray", "calibration", "numerics")
 NUMERICS_TARGET = 0.5
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         say("numerics of a block")
         figures.append(measure_numerics(options.model, text, 5 * options.repeats))
     if {"actors", "ray"} & {*options.only}:
-        figures += measure_crews(options, text)
+        figures += measure_worker_groups(options, text)
     print_figures(figures)
     if "calibration" in more:
         show_calibration(more["calibration"])
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"figures": [each.to_json() for each in figures], "loads": loads, **more}
 
 
-def measure_crews(options: argparse.Namespace, text: Path) -> list[Figure]:
+def measure_worker_groups(options: argparse.Namespace, text: Path) -> list[Figure]:
     figures = []
     with local_ray():
         for part, measure, samples in [

@@ -79,7 +79,7 @@ import numpy as np
 from orchestrator.store.run import RunDirectory
 run = RunDirectory(Path({str(tmp_path / "run")!r}))
 run.claim({{}})
-with run.hold().taken():
+with run.lease().taken():
     run.write_status(state="running")
     run.append({{"event": "note"}})
     unit = run.units.begin("ab")

@@ -236,7 +236,7 @@ def flip(path):
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "removed", "manifest"])
 def test_a_damaged_unit_is_made_again(damage, llama, text, reference, tmp_path):
-    """A run that is taken up again trusts no committed file without having read it."""
+    """A resumed run trusts no committed file without having read it."""
     directory = interrupted(llama, text, tmp_path / "out", done=4)
     (file,) = sorted(directory.root.glob("units/*/*/*.mlp.up_proj.safetensors"))[:1]
     if damage == "flipped":

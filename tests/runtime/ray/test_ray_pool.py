@@ -53,7 +53,7 @@ def test_workers_turn_to_another_task_where_they_are(make_pool, tmp_path):
     events, first = [], tmp_path / "first"
     with make_pool(str(first), Bounds(2, 2), max_workers=2, announce=events.append) as pool:
         first.touch()
-        seats = [probe["pid"] for probe in pool.gather()]
+        pids = [probe["pid"] for probe in pool.gather()]
         assert {probe["environment"]["torch"] for probe in pool._probes.values()} == {"2.12.1"}
         kept, lost = pool.workers()
         os.kill(pool.workers()[lost].pid, signal.SIGKILL)
@@ -63,11 +63,11 @@ def test_workers_turn_to_another_task_where_they_are(make_pool, tmp_path):
         assert not first.exists()
         assert kept in pool.workers()
         assert lost not in pool.workers()
-        assert pool.workers()[kept].pid in seats
+        assert pool.workers()[kept].pid in pids
         told = [
             location["pid"] for e in events if e["event"] == "workers" for location in e["workers"]
         ]
-        assert sorted(told) == sorted({*seats, *(probe["pid"] for probe in again)})
+        assert sorted(told) == sorted({*pids, *(probe["pid"] for probe in again)})
         assert [e["event"] for e in events if e["event"] != "workers"] == ["retired"]
         pool.reassign(pool._worker_class, "broken")
         with pytest.raises(WorkerError, match="a worker cannot start: ValueError: no such thing"):

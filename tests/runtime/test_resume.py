@@ -37,7 +37,7 @@ def left(tmp_path):
     return left
 
 
-def test_units_of_this_environment_are_taken_up(left):
+def test_units_of_this_environment_are_reused(left):
     """Units of this environment are reused without a note, and the report mentions no other one."""
     assert left({0: HERE, 2: HERE}) == ({0, 2}, [], [])
 
@@ -97,7 +97,7 @@ def stop_at(stage, done):
     return on_event
 
 
-def stopped_and_taken_up(llama, text, out, stage, done, **fields):
+def stopped_and_resumed(llama, text, out, stage, done, **fields):
     """Report and notes of a run that is interrupted with one thread and resumed with two."""
     with pytest.raises(StoppedError):
         run(llama, out, text, on_event=stop_at(stage, done), threads=1, shards=4)
@@ -109,7 +109,7 @@ def stopped_and_taken_up(llama, text, out, stage, done, **fields):
 
 def test_an_unfinished_stage_is_made_again_with_other_threads(llama, text, tmp_path):
     """The bytes equal those of a run with two threads from the start."""
-    timings, notes = stopped_and_taken_up(llama, text, tmp_path / "out", "calibrate", 2)
+    timings, notes = stopped_and_resumed(llama, text, tmp_path / "out", "calibrate", 2)
     assert "made_elsewhere" not in timings
     assert sum("2 of 4 units of calibrate were made with threads 1" in note for note in notes) == 1
     run(llama, tmp_path / "whole", text, threads=2)
@@ -122,7 +122,7 @@ def test_a_finished_stage_and_a_mixed_one_are_said_in_the_report(llama, text, tm
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     for name, done, fields in (("all", 4, {}), ("some", 2, {"allow_mixed": True})):
         out = tmp_path / name
-        timings, _ = stopped_and_taken_up(llama, text, out, "calibrate", done, **fields)
+        timings, _ = stopped_and_resumed(llama, text, out, "calibrate", done, **fields)
         (made,) = timings["made_elsewhere"]
         assert (made["stage"], made["units"]) == ("calibrate", done)
         assert made["environment"] == timings["environment"] | {"threads": 1}

@@ -17,7 +17,7 @@ from pipeline import contents, run, write_llama, write_text
 
 from orchestrator.cli.main import main
 from orchestrator.errors import OrchestratorError, StoppedError, UsageError
-from orchestrator.store import lease as holds
+from orchestrator.store import lease as leases
 from orchestrator.store.files import write_json
 from orchestrator.store.lease import LEASE_FILE, Lease
 from orchestrator.store.places import Remote
@@ -32,14 +32,14 @@ def place(request, tmp_path):
     if request.param == "disk":
         return tmp_path / "run" / LEASE_FILE
     s3 = request.getfixturevalue("s3")
-    return remote(s3.uri(f"holds/{tmp_path.name}/run")) / LEASE_FILE
+    return remote(s3.uri(f"leases/{tmp_path.name}/run")) / LEASE_FILE
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Shorten the times of leases to tenths of a second."""
-    monkeypatch.setattr(holds, "RENEW_SECONDS", 0.2)
-    monkeypatch.setattr(holds, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(leases, "STALE_SECONDS", 1.0)
 
 
 def found(**fields):
@@ -53,7 +53,7 @@ def gone():
     return process.pid
 
 
-def test_a_hold_is_given_back(place, quick):
+def test_a_lease_is_given_back(place, quick):
     """The lease exists and is renewed while the body runs, and is removed afterwards."""
     with Lease(place).taken():
         before = json.loads(place.read_bytes())
@@ -80,29 +80,29 @@ def test_a_second_holder_is_told_of_the_first(place, quick):
         assert place.exists()
 
 
-def test_a_hold_of_a_dead_process_is_taken_over(place, quick):
+def test_a_lease_of_a_dead_process_is_taken_over(place, quick):
     """On this host the take-over is immediate, with a note that names the old holder."""
     write_json(place, found(pid=gone()))
     begun = time.monotonic()
-    with Lease(place).taken() as hold:
-        assert "has ended; taken over" in hold.note
+    with Lease(place).taken() as lease:
+        assert "has ended; taken over" in lease.note
         assert time.monotonic() - begun < 0.8
     assert not place.exists()
 
 
 @pytest.mark.parametrize("holder", [{"host": "elsewhere"}, {"pid": 1, "renewed": 0.0}, {}])
-def test_a_hold_that_nobody_renews_is_taken_over(holder, place, quick):
+def test_a_lease_that_nobody_renews_is_taken_over(holder, place, quick):
     """A lease of another host, or with a reused process id, is taken over after a wait."""
     write_json(place, found(**holder) if holder else {})
     told = []
     begun = time.monotonic()
-    with Lease(place).taken(told.append) as hold:
+    with Lease(place).taken(told.append) as lease:
         assert time.monotonic() - begun >= 1.0
-        assert "without renewing" in hold.note
+        assert "without renewing" in lease.note
     assert [event["event"] for event in told] == ["waiting"]
 
 
-def test_a_hold_elsewhere_that_is_renewed_stays(place, quick):
+def test_a_lease_elsewhere_that_is_renewed_stays(place, quick):
     """A renewed lease is valid, regardless of the clocks of the hosts."""
     code = """
 import socket, sys, time
@@ -123,32 +123,32 @@ with lease.Lease(parse_place(sys.argv[1])).taken():
             Lease(place).taken().__enter__()
     finally:
         other.communicate()
-    with Lease(place).taken() as hold:
-        assert hold.note is None
+    with Lease(place).taken() as lease:
+        assert lease.note is None
 
 
-def test_who_lost_its_hold_does_not_take_it_back(place, quick):
+def test_who_lost_its_lease_does_not_take_it_back(place, quick):
     """A driver that lost its lease does not renew or remove that of its successor."""
-    with Lease(place).taken() as hold:
+    with Lease(place).taken() as lease:
         write_json(place, found(id="other"))
         time.sleep(0.5)
-        assert hold.taken_by == f"process 1 on {HERE}"
+        assert lease.taken_by == f"process 1 on {HERE}"
         assert json.loads(place.read_bytes())["id"] == "other"
     assert json.loads(place.read_bytes())["id"] == "other"
 
 
-def test_a_hold_that_was_removed_is_made_anew(place, quick):
+def test_a_lease_that_was_removed_is_made_anew(place, quick):
     """A removed lease without another holder is written again."""
-    with Lease(place).taken() as hold:
+    with Lease(place).taken() as lease:
         before = json.loads(place.read_bytes())["id"]
         place.unlink()
         time.sleep(0.5)
         assert json.loads(place.read_bytes())["id"] == before
-        assert hold.taken_by is None
+        assert lease.taken_by is None
     assert not place.exists()
 
 
-def test_of_many_at_once_one_holds(place, quick):
+def test_of_many_at_once_one_gets_the_lease(place, quick):
     """One of several drivers that start at the same moment gets the lease, the others are
     refused."""
     code = """
@@ -194,7 +194,7 @@ def another_takes(place):
         other.unlink()
     else:
         place.parent.mkdir(exist_ok=True)
-        with holds._locked(place.parent):
+        with leases._locked(place.parent):
             yield
 
 
@@ -217,7 +217,7 @@ def test_a_driver_that_is_not_alone_waits(left, place, quick):
 
 def test_a_driver_killed_while_taking_the_lease_stops_no_other(s3, tmp_path, quick):
     """The object that it has left in the store is removed as stale."""
-    place = remote(s3.uri(f"holds/{tmp_path.name}/run")) / LEASE_FILE
+    place = remote(s3.uri(f"leases/{tmp_path.name}/run")) / LEASE_FILE
     write_json(place.with_name(f"{LEASE_FILE}-gone"), {})
     with Lease(place).taken():
         assert set(place.parent.sizes()) == {LEASE_FILE}
@@ -276,7 +276,7 @@ def test_two_drivers_on_one_run(llama, text, reference, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("directory", ["out.run", "out"])
-def test_who_lost_its_hold_leaves_the_run_alone(directory, llama, text, tmp_path, quick):
+def test_who_lost_its_lease_leaves_the_run_alone(directory, llama, text, tmp_path, quick):
     """The driver names its successor, exits as stopped, and does not overwrite its status."""
     out, file = tmp_path / "out", {"out": ".orchestrator-hold.json", "out.run": LEASE_FILE}
     status = tmp_path / "out.run" / "status.json"
@@ -322,7 +322,7 @@ def test_two_drivers_that_run_after_all_damage_nothing(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_driver_leaves_no_hold(number, llama, text, reference, tmp_path):
+def test_a_stopped_driver_leaves_no_lease(number, llama, text, reference, tmp_path):
     """A stopped driver releases its lease; that of a killed one is recognised at once."""
     out = tmp_path / "out"
     driver = Driver(llama, out, text, "--executor", "local")
