@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from drivers import wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from large_models import CONFIGS
@@ -164,7 +165,10 @@ def test_a_chunk_that_vanishes_from_a_spent_boundary_is_made_again(
 
     def vanish(event):
         if event["event"] == "unit" and event["stage"] == "calibrate" and event["done"] == 4:
-            vanished.extend((tmp_path / "out.run" / "chunks").rglob("00004/0000003.safetensors"))
+            # files of chunks are written beside the next computation
+            chunks = (tmp_path / "out.run" / "chunks").rglob
+            assert wait_for(lambda: list(chunks("00004/0000003.safetensors")))
+            vanished.extend(chunks("00004/0000003.safetensors"))
             for chunk in vanished:
                 chunk.unlink()
 

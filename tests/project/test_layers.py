@@ -17,8 +17,8 @@ import pytest
 PLAIN = "errors events readable version"
 MODELS = "models.survey models.shards models.inputs models.statistics models.training models.forms "
 MODELS += "models.checkpoint models.evaluation"
-STAGES = "stages.evaluate stages.pivot stages.refine stages.refit stages.score_masks "
-STAGES += "stages.score_sensitivities stages.train stages.walk stages.write"
+PACKAGE = Path(__file__).parents[2] / "orchestrator"
+STAGES = " ".join(f"stages.{job.parent.name}" for job in (PACKAGE / "stages").glob("*/job.py"))
 MAY_IMPORT = {
     # values: no torch, no Ray, no transformers
     "errors": "",
@@ -83,7 +83,6 @@ KNOWN = {
 NESTED = {"models", "runtime", "stages"}
 """Packages whose sub-packages have separate rules."""
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "pyarrow", "ray", "torch", "transformers"}
-PACKAGE = Path(__file__).parents[2] / "orchestrator"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
