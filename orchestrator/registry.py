@@ -11,6 +11,7 @@ the metadata of the installed distributions, which is read once in a process.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -108,16 +109,10 @@ class Registry(Mapping[str, T]):
         return entries[0]
 
     def _load(self, entry: "_Entry") -> T:
-        try:
+        with _importing(entry.words):
             found = entry.point.load()
             if self._makes and isinstance(found, type):
                 found = found()
-        except Exception as error:  # whatever another package raises when it is imported
-            said = str(error).strip().splitlines()[:1] or ["no message"]
-            raise UsageError(
-                f"{entry.words}: cannot be imported: {type(error).__name__}: {said[0]}; repair the "
-                "package, or uninstall it"
-            ) from error
         classes = type(found).__mro__ if self._makes else getattr(found, "__mro__", ())
         if self._base not in classes:
             need = (
@@ -155,6 +150,27 @@ def _distribution(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}"
 
 
-def find(value: str) -> Any:
-    """Import the object of a path, `module:Object`."""
-    return EntryPoint("", value, "").load()
+def find(path: str, where: str) -> Any:
+    """Import the object of a path, `module:Object`.
+
+    Args:
+        where: Beginning of the error's message.
+
+    Raises:
+        UsageError: It cannot be imported.
+    """
+    with _importing(where):
+        return EntryPoint("", path, "").load()
+
+
+@contextmanager
+def _importing(where: str) -> Iterator[None]:
+    """Turn any error of an import into a UsageError of one line."""
+    try:
+        yield
+    except Exception as error:  # whatever another package raises when it is imported
+        said = str(error).strip().splitlines()[:1] or ["no message"]
+        raise UsageError(
+            f"{where}: cannot be imported: {type(error).__name__}: {said[0]}; repair the "
+            "package, or uninstall it"
+        ) from error

@@ -43,13 +43,7 @@ class FormModules(Mapping[str, type[FormLinear]]):
 def _module(name: str, path: str) -> type[FormLinear]:
     """Import the module of a form."""
     where = f"{SIZES.distribution(name) or 'orchestrator'}: module {path!r} of the form {name!r}"
-    try:
-        found = find(path)
-    except Exception as error:  # whatever another package raises when it is imported
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(
-            f"{where}: cannot be imported: {said}; repair the package, or uninstall it"
-        ) from error
+    found = find(path, where)
     if not (isinstance(found, type) and issubclass(found, FormLinear) and found.form == name):
         raise UsageError(f"{where}: is {found!r}; it must be a class below FormLinear of this form")
     return found
