@@ -1,4 +1,4 @@
-"""Packages whose entries are broken, and stages out of order: one clear line each."""
+"""Broken entries of packages and stages out of order: one clear line each."""
 
 import pytest
 from plugins import PLUGIN, on_path, recipe_of

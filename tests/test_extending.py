@@ -94,7 +94,7 @@ def test_it_is_planned(toy, model):
 
 
 def test_the_budget_decides_which_linears_are_cut(result):
-    """Those that stay dense lose the most energy per value; the rest of the budget holds none."""
+    """Dense are the linears that would lose the most energy per value, until no other fits."""
     report, plan = result.report, result.plan
     assert plan.stored_values <= plan.budget_values
     linears = {name: math.prod(each["shape"]) for name, each in report["linears"].items()}

@@ -83,7 +83,7 @@ def test_a_unit_stores_what_is_forecast(name, outputs, inputs):
 
 
 class Plain(Kind[Any]):
-    """A kind that says nothing of its cost."""
+    """Kind of result without a cost of its own."""
 
     facts = tensors = curve = errors = None
 

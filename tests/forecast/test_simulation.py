@@ -43,7 +43,7 @@ def test_the_units_are_those_of_a_run():
 
 
 def test_stages_with_independent_calls_are_simulated():
-    """Those of the recipe, in its order, each named after the stage of the run."""
+    """The stages of the recipe are simulated in their order, under the names of the run."""
     found = simulated(costs(preset="best", refine="swept"), 4)
     names = ["boundaries", "calibrate", "pivot", "refine", "write"]
     assert list(found) == names

@@ -101,7 +101,7 @@ def test_every_family_loads_exactly(family, tmp_path):
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
-def test_a_device_map_changes_nothing(made, expected, device_map):
+def test_a_device_map_changes_no_logit(made, expected, device_map):
     """Several files are dispatched and give the same logits."""
     model = AutoModelForCausalLM.from_pretrained(made.directory, device_map=device_map)
     assert torch.equal(logits(model), expected)

@@ -1,4 +1,4 @@
-"""The pages in a browser."""
+"""Pages rendered in a browser."""
 
 import json
 import re

@@ -29,7 +29,7 @@ EVALUATE_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedEvaluation:
-    """One or two models and a text; nothing has been read."""
+    """One or two models and a text; no file has been read."""
 
     models: Mapping[str, Place]
     """`model`, and `against` if there is another to compare with."""

@@ -39,7 +39,7 @@ class EvaluationWorker(Worker):
     def __init__(self, task: EvaluationTask) -> None:
         super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
         self.task = task
-        self._skeletons: dict[str, LazyModel] = {}
+        self._lazy_models: dict[str, LazyModel] = {}
         self._shards: dict[str, Shard] = {}
         self._tokens: TokenArrays | None = None
         self._decode_measured = False
@@ -53,9 +53,9 @@ class EvaluationWorker(Worker):
             self._tokens = read_tokens(self.run, self.task.tokens_key)
             for name, path in self.task.models.items():
                 dtype, device = self.task.dtype, self.device
-                self._skeletons[name] = LazyModel.open(path, dtype=dtype, device=device)
+                self._lazy_models[name] = LazyModel.open(path, dtype=dtype, device=device)
         self._shards = {
-            name: lazy_model.shard(range(*blocks)) for name, lazy_model in self._skeletons.items()
+            name: lazy_model.shard(range(*blocks)) for name, lazy_model in self._lazy_models.items()
         }
         self._decode_measured = False
 

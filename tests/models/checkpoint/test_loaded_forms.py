@@ -53,7 +53,7 @@ def test_an_output_dtype_changes_only_values(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
-def test_a_device_map_changes_nothing(llama, expected, device_map):
+def test_a_device_map_changes_no_logit(llama, expected, device_map):
     """All forms are dispatched, and give the same logits."""
     model = AutoModelForCausalLM.from_pretrained(llama.directory, device_map=device_map)
     assert torch.equal(logits(model), expected)

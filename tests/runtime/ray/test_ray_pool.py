@@ -18,7 +18,7 @@ UNASKED = Bounds()
 
 @pytest.fixture
 def make_pool(ray_address):
-    """Makes pools of workers that need no model."""
+    """Make pools of workers that need no model."""
     from orchestrator.runtime.ray.pool import RayPool
 
     class Plain:
@@ -48,8 +48,8 @@ def make_pool(ray_address):
 
 @pytest.mark.ray
 def test_workers_turn_to_another_task_where_they_are(make_pool, tmp_path):
-    """The same processes under the same numbers, told of once; each lets the task before go first,
-    and one that has died since is replaced. A task that none can take up is an error."""
+    """Reassigned workers keep process and number and release the previous task; a dead one is
+    replaced. A task with which no worker can start is an error."""
     events, first = [], tmp_path / "first"
     with make_pool(str(first), Bounds(2, 2), max_workers=2, announce=events.append) as pool:
         first.touch()
@@ -76,7 +76,7 @@ def test_workers_turn_to_another_task_where_they_are(make_pool, tmp_path):
 
 @pytest.mark.ray
 def test_a_worker_that_cannot_start_is_an_error(make_pool):
-    """What its constructor raised is said at once, in one line."""
+    """The error of its constructor ends the start at once, with one line."""
     with make_pool("broken") as pool, pytest.raises(WorkerError) as raised:
         pool.gather()
     assert str(raised.value) == "a worker cannot start: ValueError: no such thing"
@@ -84,7 +84,7 @@ def test_a_worker_that_cannot_start_is_an_error(make_pool):
 
 @pytest.fixture
 def half_taken():
-    """Half of the cluster's eight CPUs are at something else."""
+    """Occupy half of the cluster's eight CPUs."""
     import ray
 
     class Other:
@@ -99,7 +99,7 @@ def half_taken():
 
 @pytest.mark.ray
 def test_workers_without_room_are_not_waited_for(make_pool):
-    """The run begins with those that fit; those that do not are no workers until they do."""
+    """The run begins with the workers that fit; the others join when there is room."""
     with make_pool("fine", Bounds(1, 3, is_growing=True), max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == 2
         assert len(pool._actors) == 3
@@ -111,7 +111,7 @@ def test_workers_without_room_are_not_waited_for(make_pool):
 
 @pytest.mark.ray
 def test_the_room_there_is_is_taken_and_kept(make_pool):
-    """Unasked no more actors are there than fit; they stay, since others could not be asked for."""
+    """Without bounds only as many actors are created as fit, and none is given back."""
     with make_pool("fine", max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == len(pool._actors) == 2
         assert pool.scale(9) == pool.scale(1) == 0
@@ -120,7 +120,7 @@ def test_the_room_there_is_is_taken_and_kept(make_pool):
 
 @pytest.mark.ray
 def test_what_others_hold_is_no_room(make_pool, half_taken):
-    """No actor is asked for that would wait for somebody else's end, or call for a node."""
+    """No actor is created that would have to wait for resources of others or request a node."""
     with make_pool("fine", max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == 1
         assert wait_for(lambda: not pool.wait(0.1) and pool.nodes.free == 0)
@@ -130,7 +130,7 @@ def test_what_others_hold_is_no_room(make_pool, half_taken):
 
 @pytest.mark.ray
 def test_who_grows_gives_back(make_pool, monkeypatch):
-    """More are asked for than fit; what a stage cannot use any more is spare, and comes again."""
+    """A growing pool requests more than fit, gives back idle workers, and grows again on demand."""
     monkeypatch.setattr("orchestrator.runtime.scaling.IDLE_SECONDS", 0.5)
     with make_pool("fine", Bounds(1, 3, is_growing=True), max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == 2
@@ -147,7 +147,7 @@ def test_who_grows_gives_back(make_pool, monkeypatch):
 
 @pytest.mark.ray
 def test_a_late_worker_of_another_kind_is_not_used(make_pool, tmp_path):
-    """What would have ended the start of a run is said, and the run goes on without it."""
+    """An unlike worker that joins late is dropped with a note, and the run continues."""
     other, events = tmp_path / "other", []
     bounds = Bounds(1, 2, is_growing=True)
     with make_pool(str(other), bounds, max_workers=1, announce=events.append) as pool:
@@ -164,7 +164,7 @@ def test_a_late_worker_of_another_kind_is_not_used(make_pool, tmp_path):
 
 @pytest.mark.ray
 def test_when_nobody_is_left_a_useless_worker_ends_the_run(make_pool, tmp_path):
-    """There is none to go on with, so what is wrong with those that come is no side matter."""
+    """Without any other worker, an unlike one ends the run with its error."""
     other = tmp_path / "other"
     with make_pool(str(other)) as pool:
         pool.gather()
@@ -176,7 +176,7 @@ def test_when_nobody_is_left_a_useless_worker_ends_the_run(make_pool, tmp_path):
 
 @pytest.mark.ray
 def test_too_few_workers_in_time_is_infeasible(make_pool, half_taken, monkeypatch):
-    """Who asks for more than there is room for now hears what is there, also while it waits."""
+    """The error and the waiting event count the workers and free CPUs."""
     monkeypatch.setattr("orchestrator.runtime.ray.actors.PATIENCE_SECONDS", 2.0)
     there = "1 workers, 0 of 8 CPU free"
     events = []
@@ -196,7 +196,7 @@ def test_too_few_workers_in_time_is_infeasible(make_pool, half_taken, monkeypatc
 
 @pytest.mark.ray
 def test_a_chunk_that_went_with_its_node_is_read_from_its_file(make_pool):
-    """The call is repeated on the same worker, whose state is not lost, without the chunk."""
+    """The call is repeated on the same worker, which reads the chunk from its file."""
     import ray
 
     from orchestrator.runtime.calls import Call, Step

@@ -14,7 +14,7 @@ class Loss:
 
 
 class DiagonalKind(Kind):
-    """One value for each output; a linear is diagonal or dense, there is nothing between."""
+    """One value for each output; a linear is either diagonal or dense."""
 
     sizes = ()
 
