@@ -207,8 +207,10 @@ def await_node(threads: int, announce: Callable[[Event], None]) -> None:
         while not ray.wait([ref], timeout=PATIENCE_SECONDS)[0]:
             there = f"{len(_nodes())} nodes, none with {threads} CPU for workers"
             announce({"event": "waiting", "for": "a node for the first worker", "there": there})
-    finally:
+    except BaseException:
+        # never after its end: until Ray has recorded that, a cancellation aborts this process
         ray.cancel(ref)
+        raise
 
 
 def _nothing() -> None:

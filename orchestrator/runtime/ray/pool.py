@@ -8,6 +8,7 @@ import ray
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
+    GetTimeoutError,
     ObjectLostError,
     OutOfMemoryError,
     RayError,
@@ -104,7 +105,8 @@ class RayPool(RayActors):
         try:
             said: str = ray.get(ref, timeout=POSTMORTEM_SECONDS)
         except RayError as error:
-            ray.cancel(ref, force=True)
+            if isinstance(error, GetTimeoutError):
+                ray.cancel(ref, force=True)
             self._silent.add(node)
             return f"node {self.nodes.name(node)} does not answer: {last_line(error)}"
         return said

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drivers import wait_for
+from drivers import start, wait_for
 
 from orchestrator.errors import InfeasibleError, InputError, WorkerError
 from orchestrator.runtime.scaling import Bounds
@@ -229,3 +229,23 @@ def is_readable(ray, ref):
     except ray.exceptions.ObjectLostError:
         return False
     return True
+
+
+AWAIT = """
+import sys
+import ray
+from orchestrator.runtime.ray.cluster import await_node
+ray.init(sys.argv[1], log_to_driver=False)
+for _ in range(300):
+    await_node(1, print)
+"""
+
+
+@pytest.mark.ray
+def test_a_node_that_is_there_is_awaited_without_harm(ray_address):
+    """The awaited task has just ended each time, and is not cancelled: Ray would sometimes abort
+    the driver then."""
+    process = start("-c", AWAIT, ray_address)
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert output == ""
