@@ -152,7 +152,9 @@ def dashboard():
     ports = {name: free_port() for name in names}
     head = ["--head", "--num-cpus=0", f"--temp-dir={directory}"]
     head += [f"--{name}={port}" for name, port in ports.items()]
-    node = [f"--address=127.0.0.1:{ports['port']}", "--num-cpus=4", f"--temp-dir={directory}"]
+    # a directory of its own: Ray unpacks a job's files anew on each node, over those of a driver
+    # that runs where two nodes share a directory
+    node = [f"--address=127.0.0.1:{ports['port']}", "--num-cpus=4", f"--temp-dir={directory}/n"]
     node += [f"--dashboard-agent-listen-port={free_port()}"]
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     processes = []
