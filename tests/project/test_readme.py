@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from pipeline import SENTENCES, add_tokenizer, with_tokenizer
+from warm import warm_workers
+
+from orchestrator.cli.main import main
 
 README = Path(__file__).parents[2] / "README.md"
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
@@ -47,23 +50,31 @@ def test_every_command_of_the_readme_is_known():
         assert (README.parent / "scripts" / script).stat().st_mode & 0o100
 
 
+EACH = """
+import sys
+for source in sys.argv[1:]:
+    exec(compile(source, "README.md", "exec"), {})
+"""
+
+
 @pytest.mark.ray
-def test_the_commands_of_the_readme_run(directory, ray_address):
-    """The orchestrator commands run in order on a tiny model; then the Python blocks."""
-    for words in commands():
-        if words[0] == "orchestrator":
-            # all tests share one Ray; without an address each command would start its own
-            on_ray = words[1] in ("compress", "retarget", "evaluate")
-            joins = ["--address", ray_address] if on_ray else []
-            workers = ["--workers", "1"] if joins else []
-            arguments = [sys.executable, "-m", "orchestrator", *words[1:], *joins, *workers]
-            done = subprocess.run(arguments, cwd=directory, capture_output=True, text=True)
-            assert done.returncode == 0, f"{words}: {done.stderr}"
-    assert (directory / "small-dense" / "config.json").is_file()
-    assert not (directory / "small.run").exists()
-    compressing, loading, recovering = blocks("python")
-    code = f"import ray\nray.init(address={ray_address!r}, log_to_driver=False)\n{compressing}"
-    for source in (code, loading, recovering):
-        run = [sys.executable, "-c", source]
-        done = subprocess.run(run, cwd=directory, capture_output=True, text=True)
-        assert done.returncode == 0, f"{source}\n{done.stderr}"
+def test_the_commands_of_the_readme_run(directory, ray_address, monkeypatch, capsys):
+    """The orchestrator commands run in order on a tiny model; then the Python blocks.
+
+    All tests share one Ray, and all commands one worker; the commands are called in this process,
+    which is in that Ray, and the last two blocks are executed by one other.
+    """
+    monkeypatch.chdir(directory)
+    with warm_workers():
+        for words in commands():
+            if words[0] == "orchestrator":
+                on_ray = words[1] in ("compress", "retarget", "evaluate")
+                code = main([*words[1:], *(["--workers", "1"] if on_ray else [])])
+                assert code == 0, f"{words}: {capsys.readouterr().err}"
+        assert (directory / "small-dense" / "config.json").is_file()
+        assert not (directory / "small.run").exists()
+        compressing, *others = blocks("python")
+        assert len(others) == 2
+        exec(compile(compressing, "README.md", "exec"), {})
+    done = subprocess.run([sys.executable, "-c", EACH, *others], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

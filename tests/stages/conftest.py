@@ -4,6 +4,7 @@ import json
 
 import pytest
 from pipeline import SENTENCES, write_llama, write_text
+from warm import warm_workers
 
 
 @pytest.fixture(scope="module")
@@ -24,3 +25,10 @@ def documents(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
+
+
+@pytest.fixture(scope="package")
+def ray_workers(ray_address):
+    """Let the runs of this folder on the session's Ray take over each other's workers."""
+    with warm_workers():
+        yield

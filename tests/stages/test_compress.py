@@ -108,7 +108,7 @@ def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
 @pytest.mark.ray
 @pytest.mark.parametrize(("workers", "shards"), [(1, 2), (2, None), (2, 10), (4, 4)])
 def test_the_number_of_workers_changes_no_bit(
-    workers, shards, llama, text, reference, tmp_path, ray_address
+    workers, shards, llama, text, reference, tmp_path, ray_workers
 ):
     """With 1, 2 and 4 Ray actors the output equals that of one process without Ray."""
     fields = {"executor": "ray", "workers": workers, "shards": shards}

@@ -56,7 +56,7 @@ def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
 @pytest.mark.ray
 @pytest.mark.parametrize(("workers", "shards"), [(1, 3), (3, 6)])
 def test_the_number_of_workers_changes_no_bit(
-    workers, shards, llama, text, reference, tmp_path, ray_address
+    workers, shards, llama, text, reference, tmp_path, ray_workers
 ):
     """Actors write the same as one process without Ray."""
     fields = {"executor": "ray", "workers": workers, "shards": shards}
@@ -66,7 +66,7 @@ def test_the_number_of_workers_changes_no_bit(
 
 @pytest.mark.ray
 @pytest.mark.parametrize("units", [0, 3])
-def test_a_killed_actor_costs_no_bit(units, llama, text, reference, tmp_path, ray_address):
+def test_a_killed_actor_costs_no_bit(units, llama, text, reference, tmp_path, ray_workers):
     """Killed before or between the units of the backward pass, another gives the same result."""
     pids, killed = [], []
 

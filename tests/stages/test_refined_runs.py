@@ -93,7 +93,7 @@ def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
 
 
 @pytest.mark.ray
-def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_address):
+def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_workers):
     """An actor killed after the first refined block: another trains its blocks, bit for bit."""
     pids, killed = [], []
 

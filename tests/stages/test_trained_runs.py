@@ -206,14 +206,14 @@ def test_it_starts_from_what_refinement_has_left(llama, text, tmp_path):
 
 
 @pytest.mark.ray
-def test_two_actors_are_one_process(llama, text, reference, tmp_path, ray_address):
+def test_two_actors_are_one_process(llama, text, reference, tmp_path, ray_workers):
     """Chunks and gradients are sent from actor to actor, and no bit changes."""
     trained(llama, tmp_path / "out", text, executor="ray", workers=2)
     assert contents(tmp_path / "out") == reference
 
 
 @pytest.mark.ray
-def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_address):
+def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_workers):
     """An actor killed in the middle of a period: all go back to the last snapshot."""
     pids, killed = [], []
 

@@ -208,7 +208,7 @@ def test_a_damaged_unit_is_made_again_alone(llama, text, reference, tmp_path):
 
 
 @pytest.mark.ray
-def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_address):
+def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_workers):
     """Both actors killed, one after each of the first two blocks: others continue, bit for bit."""
     workers, killed = [], []
 
@@ -252,7 +252,7 @@ def kill_when_there(directory, pid):
 @pytest.mark.ray
 @pytest.mark.parametrize("workers", [2, 3])
 def test_actors_that_share_each_step_change_no_bit(
-    workers, llama, text, sliced, tmp_path, ray_address
+    workers, llama, text, sliced, tmp_path, ray_workers
 ):
     """An actor killed while block 1 is replicated: the others compute its slices, bit for bit."""
     events, pids, threads = [], [], []
