@@ -27,6 +27,10 @@ from orchestrator.store.run import RunDirectory
 
 pytestmark = pytest.mark.chaos
 SPREAD = {"executor": "ray", "workers": 4, "shards": 5}
+"""As many workers as two nodes hold: a lost one is replaced on its node."""
+ELSEWHERE = SPREAD | {"workers": 3}
+"""With room for one more: a lost worker is replaced on either node."""
+PAIR = SPREAD | {"workers": 2}
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +114,10 @@ def test_a_worker_that_hangs_is_replaced(
         if command == Finish(5) and once():
             hang()
 
-    nodes.fill(2)
+    nodes.fill(1)
     inject(fault)
     seen = Seen()
-    run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    run(llama, tmp_path / "out", text, on_event=seen, **PAIR)
     assert contents(tmp_path / "out") == reference
     (lost,) = seen.named("lost")
     assert (lost["unit"], lost["cause"], lost["decided"]) == ("block 5, finish", "hung", "repeat")
@@ -142,7 +146,7 @@ def test_a_unit_that_kills_its_workers_is_named(
     inject(fault)
     seen = Seen()
     with pytest.raises(WorkerError, match=r"^block 6, finish: its worker died on .* and died on"):
-        run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+        run(llama, tmp_path / "out", text, on_event=seen, **ELSEWHERE)
     assert {lost["unit"] for lost in seen.named("lost")} == {"block 6, finish"}
     last = records(tmp_path / "out.run")[-1]
     assert last["decided"] == "end the run"
@@ -198,7 +202,7 @@ def test_a_drained_node_costs_nothing(llama, text, reference, tmp_path, nodes, m
             nodes.drain(going, seconds=60)
 
     seen = Seen(drain)
-    run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    run(llama, tmp_path / "out", text, on_event=seen, **ELSEWHERE)
     assert contents(tmp_path / "out") == reference
     (draining,) = seen.named("draining")
     assert going[:8] in draining["node"]
@@ -221,7 +225,7 @@ def test_a_killed_node_changes_no_byte(llama, text, reference, tmp_path, nodes):
             nodes.kill(killed)
 
     seen = Seen(kill)
-    run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    run(llama, tmp_path / "out", text, on_event=seen, **ELSEWHERE)
     assert contents(tmp_path / "out") == reference
     assert seen.named("lost")
     assert {lost["cause"] for lost in seen.named("lost")} <= {"lost its node", "died"}
@@ -280,7 +284,7 @@ def test_a_gpu_that_fails_as_its_worker_starts_costs_that_worker(
     llama, text, reference, tmp_path, nodes, monkeypatch
 ):
     """It counts as the death of the worker, which is replaced."""
-    nodes.fill(2)
+    nodes.fill(1)
     is_first = Once(tmp_path / "failed")
 
     class Faulty(CompressionWorker):
@@ -291,10 +295,10 @@ def test_a_gpu_that_fails_as_its_worker_starts_costs_that_worker(
 
     monkeypatch.setattr(driver, "CompressionWorker", Faulty)
     seen = Seen()
-    run(llama, tmp_path / "out", text, on_event=seen, **SPREAD)
+    run(llama, tmp_path / "out", text, on_event=seen, **PAIR)
     assert (tmp_path / "failed").exists()
     assert contents(tmp_path / "out") == reference
-    assert len(seen.workers) == SPREAD["workers"]
+    assert len(seen.workers) == PAIR["workers"]
     assert not seen.named("lost")
 
 
@@ -333,8 +337,9 @@ def test_what_does_not_fit_is_held_in_parts(
     """The same bytes from shards of one block, and no failure of anybody."""
     spread = {"executor": "local", "shards": 3}
     if executor == "ray":
-        request.getfixturevalue("nodes").fill(2)
-        spread = SPREAD
+        request.getfixturevalue("nodes").fill(1)
+        # two of ten blocks in the first shard; each shard that does not fit costs a process
+        spread = PAIR | {"shards": 9}
     inject(too_large)
     seen = Seen()
     run(llama, tmp_path / "out", text, on_event=seen, **spread)
