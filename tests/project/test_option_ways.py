@@ -4,9 +4,9 @@ import pytest
 from option_ways import option_ways
 
 LIMIT = 8
-LONG = {"keep": 22, "keep_bytes": 14, "seed": 11}
-"""Fields with more files, which may only become fewer: the kept fraction is an argument of every
-allocator and decides which stages apply; the seed is an argument of every stage that draws."""
+LONG = {"seed": 11}
+"""Fields with more files, which may only become fewer: the seed is an argument of every stage that
+draws."""
 
 
 @pytest.fixture(scope="module")
