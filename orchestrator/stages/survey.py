@@ -71,7 +71,7 @@ def read_calibration(surveyed: Surveyed) -> CalibrationTokens:
         sequence_length=recipe.sequence_length,
         sampling=recipe.sampling,
         layout=recipe.layout,
-        seed=recipe.seed,
+        rng=surveyed.randomness.calibration(),
         tokenizer=load_tokenizer(surveyed.model),
     )
     tokens.check_within(surveyed.vocabulary, surveyed.model)

@@ -26,6 +26,7 @@ from orchestrator.plan.forms import Form
 from orchestrator.plan.grouping import Grouping
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Plan
+from orchestrator.randomness import Randomness
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages.context.previous_run import PreviousRun
 from orchestrator.store.places import Place
@@ -67,6 +68,11 @@ class Asked:
     def is_pivoted(self) -> bool:
         """True if factors are pivoted after they are cut."""
         return self.recipe.storage == "pivoted"
+
+    @property
+    def randomness(self) -> Randomness:
+        """Source of all random numbers."""
+        return Randomness(seed=self.recipe.seed)
 
     @property
     def needs_gradients(self) -> bool:

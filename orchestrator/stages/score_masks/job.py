@@ -116,8 +116,8 @@ class MaskScoring:
         return MaskTrial(self._commit(choice.kept_N, choice.dense), None)
 
     def _drawn_trials(self, share_N: np.ndarray, iteration: int) -> list[MaskTrial]:
-        key, seed = self._commit(share_N), self._job.recipe.seed
-        return [MaskTrial(key, (seed, iteration, each)) for each in range(self.allocator.samples)]
+        key, mask = self._commit(share_N), self._job.randomness.mask
+        return [MaskTrial(key, mask(iteration, each)) for each in range(self.allocator.samples)]
 
     def _unit_key(self, trial: MaskTrial) -> str:
         job = self._job
