@@ -9,7 +9,6 @@ Heavy packages are imported when a function is called.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,10 +61,8 @@ def compress_sizes(
 
     if len(set(keeps)) < len(keeps):
         raise UsageError(f"keep: {', '.join(map(str, keeps))} contains a size twice")
-    name = "keep" if recipe.keep_bytes is None else "keep_bytes"
-    shared = replace(recipe, run_dir=recipe.run_dir or f"{recipe.out}.run")
-    sizes: list[dict[str, Any]] = [{name: keep, "out": f"{recipe.out}-{keep:g}"} for keep in keeps]
-    recipes = [replace(shared, **size) for size in sizes]
+    run_dir = recipe.run_dir or f"{recipe.out}.run"
+    recipes = [recipe.resized(k, out=f"{recipe.out}-{k:g}", run_dir=run_dir) for k in keeps]
     return [compress(each, on_event) for each in recipes]
 
 

@@ -8,24 +8,26 @@ from typing import Any
 
 from orchestrator.allocate import ALLOCATORS, make_allocator
 from orchestrator.allocate.base import Allocator
+from orchestrator.allocate.budget import Budget
 from orchestrator.errors import UsageError
 from orchestrator.methods import METHODS, make_method
 from orchestrator.methods.base import Method
-from orchestrator.plan.forms import FORMS
+from orchestrator.plan.forms import FORMS, stored_as
 from orchestrator.recipe.options import option_names
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages import option_tables, stage_classes
-from orchestrator.stages.base import Stage, stages_of
+from orchestrator.stages.base import MethodTraits, Stage, stages_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedRecipe:
-    """Method, allocator and stages of a recipe, with their options."""
+    """Method, allocator and stages of a recipe with their options, and its budget."""
 
     recipe: Recipe
     """With the allocation that the method implies, if none was named."""
     method: Method
     allocator: Allocator
+    budget: Budget
     stages: tuple[Stage, ...]
     """The stages after the plan that apply, in order."""
 
@@ -45,14 +47,22 @@ def resolve(asked: Recipe) -> ResolvedRecipe:
     _, options = split_options(recipe, recipe.allocation)
     allocator = make_allocator(recipe.allocation, options, method.form)
     _check_measures(recipe, method)
+    traits = MethodTraits(
+        name=method.name,
+        form=method.form,
+        grouping=method.grouping,
+        refits=method.refits(recipe.share),
+    )
     stages = stage_classes(recipe)
     for stage in stages:
-        stage.check(recipe, method)
+        stage.check(recipe, traits)
+    form, in_bytes = stored_as(method.form, recipe.storage), recipe.keep_bytes is not None
     return ResolvedRecipe(
         recipe=recipe,
         method=method,
         allocator=allocator,
-        stages=stages_of(stages, recipe, method),
+        budget=Budget(recipe.share, form, in_bytes=in_bytes),
+        stages=stages_of(stages, recipe, traits),
     )
 
 

@@ -1,9 +1,9 @@
 """Allocators divide one budget over all linears: curves + budget -> plan. Pure, numpy only, fast.
 
-An allocator takes the targeted linears, their curves by name, the kept fraction and mean cosines,
-and returns a `Plan`. Laws of all allocators, tested by one set of tests:
+An allocator takes the targeted linears, their curves by name, a `Budget` and mean cosines, and
+returns a `Plan`. Laws of all allocators, tested by one set of tests:
 
-- the stored values never exceed `floor(keep * dense values)`;
+- the stored values never exceed `Budget.total`;
 - every linear has at least rank 1 or is dense; every rank is below break-even;
 - a budget below the stored values of rank 1 everywhere raises `InfeasibleError`;
 - exchanging the data of two blocks exchanges their assignments.
@@ -11,7 +11,7 @@ and returns a `Plan`. Laws of all allocators, tested by one set of tests:
 Laws of allocators whose docstring names no exception:
 
 - a larger budget never gives fewer stored values, a smaller rank or a larger loss;
-- every linear is dense at keep 1.
+- every linear is dense at a kept fraction of 1.
 
 A new allocator is one file and one line in `ALLOCATORS`, where the tests find it; an allocator of
 another package is an entry point.

@@ -5,9 +5,9 @@ from dataclasses import Field
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
-from orchestrator.allocate.budget import budget_values
+from orchestrator.allocate.budget import Budget
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import Divided, Form
+from orchestrator.plan.forms import Divided
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 
@@ -40,18 +40,16 @@ class Allocator(Protocol):
         self,
         linears: Sequence[Linear],
         curves: Mapping[str, Curve],
-        keep: float,
+        budget: Budget,
         cosines: Mapping[str, float],
-        *,
-        form: Form = ...,
     ) -> Plan:
         """`cosines`: by `Linear.sublayer`, the mean over calibration tokens of the cosine between
-        the residual stream before and after it. `form`: the form of linears that are cut."""
+        the residual stream before and after it."""
         ...
 
-    def check_budget(self, linears: Sequence[Linear], keep: float, form: Form) -> None:
-        """Raise the errors of `budget_values` for a budget that no plan meets."""
-        budget_values(linears, keep, form)
+    def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
+        """Raise the errors of `Budget.total` for a budget that no plan meets."""
+        budget.total(linears)
 
     @property
     def is_even(self) -> bool:

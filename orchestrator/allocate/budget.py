@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from orchestrator.errors import InfeasibleError, UsageError
@@ -18,34 +19,47 @@ LEAST: dict[Divided, str] = {
 """Smallest size of a linear in a message."""
 
 
-def share_values(linears: Sequence[Linear], keep: float) -> int:
-    """Return the kept fraction of the dense values of these linears, `floor(keep * dense values)`.
-
-    `keep` is interpreted as its decimal representation: 0.3 of 10 values is 3, not 2.
-    """
-    return math.floor(Fraction(str(keep)) * sum(linear.values for linear in linears))
-
-
-def budget_values(linears: Sequence[Linear], keep: float, form: Form = LOW_RANK) -> int:
-    """Return the number of values that these linears may store together.
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Number of values that linears may store, as a fraction of their dense values.
 
     Raises:
-        UsageError: `keep` is outside (0, 1].
-        InfeasibleError: The smallest size of every linear, rank 1 or one entry, stores more.
+        UsageError: The fraction is outside (0, 1].
     """
-    if not 0 < keep <= 1:
-        raise UsageError(f"keep: {keep} is outside (0, 1]; 0.8 keeps four of five values")
-    dense = sum(linear.values for linear in linears)
-    budget = share_values(linears, keep)
-    least = sum(map(form.least_values, linears))
-    if budget < least:
-        what = LEAST[form.divided]
-        raise InfeasibleError(
-            f"keep: {keep} allows {budget} of {dense} values, but {what} for each of "
-            f"{len(linears)} linears stores {least}; the least possible is "
-            f"{math.ceil(1e6 * least / dense) / 1e6}"
-        )
-    return budget
+
+    kept: float
+    """Kept fraction, interpreted as its decimal representation: 0.3 of 10 values is 3, not 2."""
+    form: Form = LOW_RANK
+    """Form of the linears that are cut."""
+    in_bytes: bool = field(default=False, kw_only=True)
+    """True if the fraction limits the stored bytes as well, indices included. `fill_budget` ensures
+    it; an allocator divides the values."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kept <= 1:
+            raise UsageError(f"keep: {self.kept} is outside (0, 1]; 0.8 keeps four of five values")
+
+    def share(self, linears: Sequence[Linear]) -> int:
+        """Return the kept fraction of the dense values of some linears, `floor(kept * dense)`."""
+        return math.floor(Fraction(str(self.kept)) * sum(linear.values for linear in linears))
+
+    def total(self, linears: Sequence[Linear]) -> int:
+        """Return the number of values that all linears of the model may store together.
+
+        Raises:
+            InfeasibleError: The smallest size of every linear, rank 1 or one entry, stores more.
+        """
+        dense = sum(linear.values for linear in linears)
+        total = self.share(linears)
+        least = sum(map(self.form.least_values, linears))
+        if total < least:
+            what = LEAST[self.form.divided]
+            raise InfeasibleError(
+                f"keep: {self.kept} allows {total} of {dense} values, but {what} for each of "
+                f"{len(linears)} linears stores {least}; the least possible is "
+                f"{math.ceil(1e6 * least / dense) / 1e6}"
+            )
+        return total
 
 
 def assign_rank(linear: Linear, rank: int, values: int, form: Form) -> Assignment:
@@ -62,14 +76,12 @@ def assign_rank(linear: Linear, rank: int, values: int, form: Form) -> Assignmen
     return Assignment(form=form.name, rank=break_even - 1)
 
 
-def make_plan(
-    linears: Sequence[Linear], assignments: Mapping[str, Assignment], budget: int
-) -> Plan:
-    """Make the plan in the order of the linears, with its total; the caller ensures the budget."""
+def make_plan(linears: Sequence[Linear], assignments: Mapping[str, Assignment], total: int) -> Plan:
+    """Make the plan in the order of the linears; the caller ensures that it is within the total."""
     assignments = {linear.name: assignments[linear.name] for linear in linears}
     stored = sum(assignments[linear.name].stored_values(linear) for linear in linears)
-    assert stored <= budget, f"stored {stored} values of a budget of {budget}"
-    return Plan(assignments=assignments, budget_values=budget, stored_values=stored)
+    assert stored <= total, f"stored {stored} values of a budget of {total}"
+    return Plan(assignments=assignments, budget_values=total, stored_values=stored)
 
 
 def by_role(linears: Sequence[Linear]) -> dict[str, list[Linear]]:

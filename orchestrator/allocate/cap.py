@@ -19,11 +19,11 @@ from orchestrator.allocate.bernoulli import (
     make_pool,
     project,
 )
-from orchestrator.allocate.budget import budget_values, make_plan
+from orchestrator.allocate.budget import Budget, make_plan
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import UsageError
 from orchestrator.plan.candidates import Candidates
-from orchestrator.plan.forms import LOW_RANK_SPARSE, Divided, Form
+from orchestrator.plan.forms import Divided
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number
@@ -122,25 +122,23 @@ class CapAllocator(Allocator):
         self,
         linears: Sequence[Linear],
         curves: Mapping[str, Any],
-        keep: float,
+        budget: Budget,
         cosines: Mapping[str, float],
-        *,
-        form: Form = LOW_RANK_SPARSE,
     ) -> Plan:
         """Return the plan of the initialisation; `curves` are `Candidates`.
 
         Raises:
-            UsageError, InfeasibleError: As `budget_values`.
+            InfeasibleError: As `Budget.total`.
         """
-        budget = budget_values(linears, keep, form)
-        pool = self.pool(linears, curves, keep)
-        return self.plan(pool, choose(pool, self.start(pool, budget), budget), budget)
+        total = budget.total(linears)
+        pool = self.pool(linears, curves, budget)
+        return self.plan(pool, choose(pool, self.start(pool, total), total), total)
 
     def pool(
-        self, linears: Sequence[Linear], candidates: Mapping[str, Candidates], keep: float
+        self, linears: Sequence[Linear], candidates: Mapping[str, Candidates], budget: Budget
     ) -> CandidatePool:
-        """Build the pool of the candidates of all linears; `keep` is the kept fraction."""
-        return make_pool(linears, candidates, self.across, keep)
+        """Build the pool of the candidates of all linears."""
+        return make_pool(linears, candidates, self.across, budget.kept)
 
     def start(self, pool: CandidatePool, budget: int) -> np.ndarray:
         """Compute the probabilities before the first loss, [N]."""

@@ -12,12 +12,11 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from orchestrator.allocate.base import Allocator
-from orchestrator.allocate.budget import budget_values, by_role, make_plan, share_values
+from orchestrator.allocate.budget import Budget, by_role, make_plan
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import UsageError
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import LOW_RANK, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number
@@ -46,7 +45,7 @@ class DRankAllocator(Allocator):
     unused (the paper limits ranks to min(m, n) and does not discuss break-even). Rebalancing scales
     the ranks of Q and K by 1 − beta and adds the same number of ranks to every V, up to min(m, n);
     the remainder returns to Q and K in proportion. Not monotone in the budget, and not every linear
-    is dense at keep 1.
+    is dense at a kept fraction of 1.
 
     Rebalancing is counted in stored values. With as many heads for K and V as for Q this gives the
     paper's ranks; with fewer, the paper's formulas would miss the budget. Departures from the
@@ -82,34 +81,33 @@ class DRankAllocator(Allocator):
         self,
         linears: Sequence[Linear],
         curves: Mapping[str, Curve],
-        keep: float,
+        budget: Budget,
         cosines: Mapping[str, float],
-        *,
-        form: Form = LOW_RANK,
     ) -> Plan:
         """Allocate the budget.
 
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also if factors are pivoted, if beta is
-                above 0 without exactly one type each of q_proj, k_proj and v_proj, or if a budget
-                is below rank 1 for each of its linears.
+            UsageError: Factors are pivoted, or beta is above 0 without exactly one type each of
+                q_proj, k_proj and v_proj.
+            InfeasibleError: As `Budget.total`; also if a budget is below rank 1 for each of its
+                linears.
         """
-        if not form.has_fixed_price:
+        if not budget.form.has_fixed_price:
             raise UsageError(
                 "d-rank: its formulas want one price for every rank, and that of pivoted ranks "
                 "falls; give storage 'plain', or another allocation"
             )
-        budget = budget_values(linears, keep, form)
+        total = budget.total(linears)
         types = by_role(linears)
         trio = _find_trio(types) if self.beta > 0 else None
         effective = {each.name: effective_rank(each, curves[each.name]) for each in linears}
         if self.setting == "exact":
-            assignments = self._exact(types, keep, effective, trio)
+            assignments = self._exact(types, budget, effective, trio)
         else:
-            assignments = self._paper(types, keep, effective, trio)
+            assignments = self._paper(types, budget, effective, trio)
         if self.accept == "code":
-            assignments = _accept(types, curves, keep, assignments)
-        return make_plan(linears, assignments, budget)
+            assignments = _accept(types, curves, budget, assignments)
+        return make_plan(linears, assignments, total)
 
     def _pools(self, types: Mapping[str, list[Linear]]) -> dict[str, list[Linear]]:
         """Return the linears of each budget, by a name for messages."""
@@ -120,17 +118,17 @@ class DRankAllocator(Allocator):
     def _exact(
         self,
         types: Mapping[str, list[Linear]],
-        keep: float,
+        budget: Budget,
         effective: Mapping[str, float],
         trio: Sequence[str] | None,
     ) -> dict[str, Assignment]:
         assignments: dict[str, Assignment] = {}
         for where, pool in self._pools(types).items():
-            assignments |= _minimise(pool, effective, share_values(pool, keep), where)
+            assignments |= _minimise(pool, effective, budget.share(pool), where)
         if trio is None:
             return assignments
         if self.scope == "type":
-            held = [share_values(types[role], keep) for role in trio]
+            held = [budget.share(types[role]) for role in trio]
         else:
             held = [_stored(types[role], assignments) for role in trio]
         most = sum(linear.values for linear in types[trio[-1]])
@@ -142,12 +140,12 @@ class DRankAllocator(Allocator):
     def _paper(
         self,
         types: Mapping[str, list[Linear]],
-        keep: float,
+        budget: Budget,
         effective: Mapping[str, float],
         trio: Sequence[str] | None,
     ) -> dict[str, Assignment]:
         pools = self._pools(types)
-        shares = {where: share_values(pool, keep) for where, pool in pools.items()}
+        shares = {where: budget.share(pool) for where, pool in pools.items()}
         ranks: dict[str, float] = {}
         for where, pool in pools.items():
             ranks |= closed_form(pool, effective, shares[where])
@@ -275,7 +273,7 @@ def _rebalance_ranks(
 def _accept(
     types: Mapping[str, list[Linear]],
     curves: Mapping[str, Curve],
-    keep: float,
+    budget: Budget,
     assignments: Mapping[str, Assignment],
 ) -> dict[str, Assignment]:
     """Replace assignments by uniform ones for every type that fails the authors' test."""
@@ -283,7 +281,7 @@ def _accept(
     for role, group in types.items():
         if _last(role) in (*GIVERS, TAKER):
             continue
-        uniform = Uniform()(group, curves, keep, cosines={}).assignments
+        uniform = Uniform()(group, curves, budget, cosines={}).assignments
         lost = sum(_loss(curves[each.name], assignments[each.name]) for each in group)
         if _last(role) == "gate_proj" or not lost < sum(
             _loss(curves[each.name], uniform[each.name]) for each in group

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from orchestrator.allocate.base import Allocator
-from orchestrator.allocate.budget import budget_values, make_plan
+from orchestrator.allocate.budget import Budget, make_plan
 from orchestrator.allocate.scale import find_scale
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import InfeasibleError, InputError
@@ -75,30 +75,28 @@ class MgaaAllocator(Allocator):
         self,
         linears: Sequence[Linear],
         curves: Mapping[str, Curve],
-        keep: float,
+        budget: Budget,
         cosines: Mapping[str, float],
-        *,
-        form: Form = LOW_RANK,
     ) -> Plan:
         """Allocate the budget.
 
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also if `keep` is outside the bounds,
-                or a sublayer's share is below rank 1 for each of its linears.
+            InfeasibleError: As `Budget.total`; also if the kept fraction is outside the bounds, or
+                a sublayer's share is below rank 1 for each of its linears.
             InputError: The cosine of a sublayer is missing or not finite.
         """
-        budget = budget_values(linears, keep, form)
-        if not self.low <= keep <= self.high:
+        total, kept, form = budget.total(linears), budget.kept, budget.form
+        if not self.low <= kept <= self.high:
             raise InfeasibleError(
-                f"keep: {keep} is outside [{self.low}, {self.high}], the bounds of mgaa for a "
-                f"sublayer; {'lower its low' if keep < self.low else 'raise its high'}"
+                f"keep: {kept} is outside [{self.low}, {self.high}], the bounds of mgaa for a "
+                f"sublayer; {'lower its low' if kept < self.low else 'raise its high'}"
             )
         sublayers: dict[str, list[Linear]] = {}
         for linear in linears:
             sublayers.setdefault(linear.sublayer, []).append(linear)
         cosine_S = np.array([_cosine(cosines, name) for name in sublayers])
         size_S = np.array([sum(each.values for each in part) for part in sublayers.values()])
-        kept_S = self.kept_fractions(cosine_S, size_S, budget)
+        kept_S = self.kept_fractions(cosine_S, size_S, total)
 
         assignments: dict[str, Assignment] = {}
         following: list[tuple[float, int, Linear]] = []
@@ -115,11 +113,11 @@ class MgaaAllocator(Allocator):
         if self.leftover == "largest":
             stored = sum(assignments[each.name].stored_values(each) for each in linears)
             for _, cost, linear in sorted(following, key=lambda step: step[0]):
-                if stored + cost > budget:
+                if stored + cost > total:
                     break
                 stored += cost
                 assignments[linear.name] = _larger(linear, assignments[linear.name], form)
-        return make_plan(linears, assignments, budget)
+        return make_plan(linears, assignments, total)
 
     def kept_fractions(self, cosine_S: np.ndarray, size_S: np.ndarray, budget: float) -> np.ndarray:
         """Compute the kept fraction of each sublayer, [S], within the bounds.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from orchestrator.allocate.base import Allocator, Scoring
-from orchestrator.allocate.budget import budget_values, make_plan, share_values
+from orchestrator.allocate.budget import Budget, make_plan
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.forms import LOW_RANK, Form
@@ -86,46 +86,43 @@ class Strs(Allocator):
 
     def rank(self, linear: Linear, kept: float, form: Form = LOW_RANK) -> int:
         """Rank that a kept fraction of a linear allows, below break-even; 0 if none."""
-        rank = form.rank_within(linear, share_values([linear], kept))
+        rank = form.rank_within(linear, Budget(kept, form).share([linear]))
         return max(min(rank, form.break_even(linear) - 1), 0)
 
-    def check_budget(self, linears: Sequence[Linear], keep: float, form: Form) -> None:
-        """Raise the errors of `budget`."""
-        self.budget(linears, keep, form)
+    def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
+        """Raise the errors of `total`."""
+        self.total(linears, budget)
 
-    def budget(self, linears: Sequence[Linear], keep: float, form: Form = LOW_RANK) -> int:
+    def total(self, linears: Sequence[Linear], budget: Budget) -> int:
         """Return the number of values that the linears may store together.
 
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also if the smallest size of the grid
-                stores more.
+            InfeasibleError: As `Budget.total`; also if the smallest size of the grid stores more.
         """
-        budget = budget_values(linears, keep, form)
+        total, form = budget.total(linears), budget.form
         ranks = {linear.name: self.ranks(linear, form) for linear in linears}
         least = sum(min(_sizes(linear, ranks[linear.name], form)) for linear in linears)
-        if least > budget:
+        if least > total:
             raise InfeasibleError(
-                f"keep: {keep} allows {budget} values, but the smallest of strs's grid, "
+                f"keep: {budget.kept} allows {total} values, but the smallest of strs's grid, "
                 f"{self.kept[0]}, stores {least}; give a grid that begins lower, or keep more"
             )
-        return budget
+        return total
 
     def __call__(
         self,
         linears: Sequence[Linear],
         curves: Mapping[str, Curve],
-        keep: float,
+        budget: Budget,
         cosines: Mapping[str, float],
-        *,
-        form: Form = LOW_RANK,
     ) -> Plan:
         """Return the plan of the lowest threshold within the budget; uses the sensitivities.
 
         Raises:
-            UsageError, InfeasibleError: As `budget`.
+            InfeasibleError: As `total`.
             InputError: A sensitivity is missing or not finite.
         """
-        budget = self.budget(linears, keep, form)
+        total, form = self.total(linears, budget), budget.form
         trials = [
             (-_sensitivity(curves[linear.name], rank), linear, rank)
             for linear in linears
@@ -137,7 +134,7 @@ class Strs(Allocator):
         for _, linear, rank in sorted(trials, key=lambda trial: trial[0]):
             others = left[linear.name] - {rank}
             smallest = min(_sizes(linear, others, form))
-            if stored + smallest - size[linear.name] > budget:
+            if stored + smallest - size[linear.name] > total:
                 break
             stored += smallest - size[linear.name]
             left[linear.name], size[linear.name] = others, smallest
@@ -147,7 +144,7 @@ class Strs(Allocator):
             else Assignment(form="dense")
             for linear in linears
         }
-        return make_plan(linears, assignments, budget)
+        return make_plan(linears, assignments, total)
 
 
 def _sizes(linear: Linear, ranks: Collection[int], form: Form) -> list[int]:

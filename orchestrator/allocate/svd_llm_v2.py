@@ -10,12 +10,11 @@ from typing import ClassVar
 import numpy as np
 
 from orchestrator.allocate.base import Allocator
-from orchestrator.allocate.budget import budget_values, by_role, make_plan, share_values
+from orchestrator.allocate.budget import Budget, by_role, make_plan
 from orchestrator.allocate.scale import find_scale
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import LOW_RANK, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_number
@@ -57,34 +56,32 @@ class SvdLlmV2Allocator(Allocator):
         self,
         linears: Sequence[Linear],
         curves: Mapping[str, Curve],
-        keep: float,
+        budget: Budget,
         cosines: Mapping[str, float],
-        *,
-        form: Form = LOW_RANK,
     ) -> Plan:
         """Allocate the budget.
 
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also if more than `most_removed` would
-                have to be removed, or the share of a type is below rank 1 for each of its linears.
+            InfeasibleError: As `Budget.total`; also if more than `most_removed` would have to be
+                removed, or the share of a type is below rank 1 for each of its linears.
         """
-        budget = budget_values(linears, keep, form)
-        if keep + self.most_removed < 1:
+        total, form = budget.total(linears), budget.form
+        if budget.kept + self.most_removed < 1:
             raise InfeasibleError(
-                f"keep: {keep} removes more than {self.most_removed}, the most that svd-llm-v2 may "
-                "remove of a linear; keep more, or raise its most_removed"
+                f"keep: {budget.kept} removes more than {self.most_removed}, the most that "
+                "svd-llm-v2 may remove of a linear; keep more, or raise its most_removed"
             )
         assignments: dict[str, Assignment] = {}
         for role, group in by_role(linears).items():
-            share = share_values(group, keep)
-            loss_N = [_uniform_loss(each, curves[each.name], keep, form) for each in group]
+            share = budget.share(group)
+            loss_N = [_uniform_loss(each, curves[each.name], budget) for each in group]
             share_N = self._shares(group, np.array(loss_N), share)
             keys = [
                 np.cumsum(step_costs(linear, form=form)) - held
                 for linear, held in zip(group, share_N, strict=True)
             ]
             assignments |= spend(group, keys, share, where=role, form=form)
-        return make_plan(linears, assignments, budget)
+        return make_plan(linears, assignments, total)
 
     def _shares(self, group: Sequence[Linear], loss_N: np.ndarray, share: int) -> np.ndarray:
         """Compute the values that each linear of a type should store, [N].
@@ -100,7 +97,7 @@ class SvdLlmV2Allocator(Allocator):
         return share_N
 
 
-def _uniform_loss(linear: Linear, curve: Curve, keep: float, form: Form) -> float:
+def _uniform_loss(linear: Linear, curve: Curve, budget: Budget) -> float:
     """Return L², the energy truncated at the uniform rank."""
-    rank = form.rank_within(linear, share_values([linear], keep))
-    return curve.loss(max(min(rank, form.break_even(linear) - 1), 0))
+    rank = budget.form.rank_within(linear, budget.share([linear]))
+    return curve.loss(max(min(rank, budget.form.break_even(linear) - 1), 0))

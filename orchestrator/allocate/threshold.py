@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from orchestrator.allocate.base import Allocator
-from orchestrator.allocate.budget import budget_values, make_plan, share_values
+from orchestrator.allocate.budget import Budget, make_plan
 from orchestrator.allocate.sampled_curve import SampledCurve, sample_curve
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import UsageError
@@ -60,33 +60,29 @@ class Threshold(Allocator):
         self,
         linears: Sequence[Linear],
         curves: Mapping[str, Curve | SampledCurve],
-        keep: float,
+        budget: Budget,
         cosines: Mapping[str, float],
-        *,
-        form: Form = LOW_RANK,
     ) -> Plan:
         """Allocate the budget.
 
         Raises:
-            UsageError, InfeasibleError: As `budget_values`.
+            InfeasibleError: As `Budget.total`.
         """
-        budget = budget_values(linears, keep, form)
+        total, form = budget.total(linears), budget.form
         if self.dense == "hull" and sum(map(form.break_even, linears)) > MOST_STEPS:
             curves = {each.name: _sampled(each, curves[each.name], form) for each in linears}
         ranks = [_ranks(curves[linear.name]) for linear in linears]
-        keys = (self._floored(linear, curves[linear.name], keep, form) for linear in linears)
-        taken = spend(linears, keys, budget, where="the model", ranks=ranks, form=form)
-        return make_plan(linears, taken, budget)
+        keys = (self._floored(linear, curves[linear.name], budget) for linear in linears)
+        taken = spend(linears, keys, total, where="the model", ranks=ranks, form=form)
+        return make_plan(linears, taken, total)
 
-    def _floored(
-        self, linear: Linear, curve: Curve | SampledCurve, keep: float, form: Form
-    ) -> np.ndarray:
+    def _floored(self, linear: Linear, curve: Curve | SampledCurve, budget: Budget) -> np.ndarray:
         """Return the keys, with steps within the floor before all others."""
-        key_K = self.keys(linear, curve, form)
+        key_K = self.keys(linear, curve, budget.form)
         if not self.floor:
             return key_K
-        spent_K = np.cumsum(step_costs(linear, _ranks(curve), form))
-        return np.where(spent_K <= self.floor * share_values([linear], keep), -1.0, key_K)
+        spent_K = np.cumsum(step_costs(linear, _ranks(curve), budget.form))
+        return np.where(spent_K <= self.floor * budget.share([linear]), -1.0, key_K)
 
     def keys(
         self, linear: Linear, curve: Curve | SampledCurve, form: Form = LOW_RANK

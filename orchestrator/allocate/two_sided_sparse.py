@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from orchestrator.allocate.base import Allocator
-from orchestrator.allocate.budget import budget_values, make_plan
+from orchestrator.allocate.budget import Budget, make_plan
 from orchestrator.allocate.threshold import hull_rates
-from orchestrator.plan.forms import LOW_RANK_SPARSE, Divided, Form
+from orchestrator.plan.forms import Divided, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.plan.surface import Surface
@@ -43,18 +43,16 @@ class TwoSidedSparseAllocator(Allocator):
         self,
         linears: Sequence[Linear],
         curves: Mapping[str, Any],
-        keep: float,
+        budget: Budget,
         cosines: Mapping[str, float],
-        *,
-        form: Form = LOW_RANK_SPARSE,
     ) -> Plan:
         """Allocate the budget; `curves` are `Surface`s.
 
         Raises:
-            UsageError, InfeasibleError: As `budget_values`.
+            InfeasibleError: As `Budget.total`.
         """
-        budget = budget_values(linears, keep, form)
-        left = budget - sum(map(form.least_values, linears))
+        total, form = budget.total(linears), budget.form
+        left = total - sum(map(form.least_values, linears))
         segments = [_segments(linear, curves[linear.name], form) for linear in linears]
         owners = np.repeat(np.arange(len(linears)), [len(costs) for costs, _ in segments])
         costs = np.concatenate([costs for costs, _ in segments])
@@ -66,7 +64,7 @@ class TwoSidedSparseAllocator(Allocator):
             linear.name: _best(linear, curves[linear.name], form.least_values(linear) + int(more))
             for linear, more in zip(linears, values, strict=True)
         }
-        return make_plan(linears, assignments, budget)
+        return make_plan(linears, assignments, total)
 
 
 def _best(linear: Linear, surface: Surface, values: int) -> Assignment:

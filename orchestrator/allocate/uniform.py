@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from orchestrator.allocate.base import Allocator
-from orchestrator.allocate.budget import assign_rank, budget_values, make_plan, share_values
+from orchestrator.allocate.budget import Budget, assign_rank, make_plan
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import LOW_RANK, Divided, Form
+from orchestrator.plan.forms import Divided
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 
@@ -36,52 +36,50 @@ class Uniform(Allocator):
         self,
         linears: Sequence[Linear],
         curves: Mapping[str, Curve],
-        keep: float,
+        budget: Budget,
         cosines: Mapping[str, float],
-        *,
-        form: Form = LOW_RANK,
     ) -> Plan:
         """Allocate the budget.
 
         Raises:
-            UsageError, InfeasibleError: As `budget_values`; also if the share of a single linear is
-                below rank 1 or one entry; the message names it.
+            InfeasibleError: As `Budget.total`; also if the share of a single linear is below rank 1
+                or one entry; the message names it.
         """
-        budget = budget_values(linears, keep, form)
-        assign = _entries if form.has_nonzeros else _rank
-        assignments = {linear.name: assign(linear, keep, form) for linear in linears}
-        return make_plan(linears, assignments, budget)
+        total = budget.total(linears)
+        assign = _entries if budget.form.has_nonzeros else _rank
+        assignments = {linear.name: assign(linear, budget) for linear in linears}
+        return make_plan(linears, assignments, total)
 
 
-def _rank(linear: Linear, keep: float, form: Form) -> Assignment:
+def _rank(linear: Linear, budget: Budget) -> Assignment:
     """Assign the largest rank within the linear's own share.
 
     Raises:
         InfeasibleError: It is below 1.
     """
-    share = share_values([linear], keep)
+    share, form = budget.share([linear]), budget.form
     rank = form.rank_within(linear, share)
     if share < linear.values and min(rank, form.break_even(linear) - 1) < 1:
         raise InfeasibleError(
-            f"{linear.name}: {keep} of a {linear.out_features} x {linear.in_features} "
+            f"{linear.name}: {budget.kept} of a {linear.out_features} x {linear.in_features} "
             f"weight is below rank 1, which stores {form.factor_values(linear, 1)} of "
             f"{linear.values} values; keep more, or exclude it with --ignore"
         )
     return assign_rank(linear, rank, share, form)
 
 
-def _entries(linear: Linear, keep: float, form: Form) -> Assignment:
+def _entries(linear: Linear, budget: Budget) -> Assignment:
     """Assign as many entries as the linear's own share has values.
 
     Raises:
         InfeasibleError: It has none.
     """
-    share = share_values([linear], keep)
+    share = budget.share([linear])
     if share < 1:
         raise InfeasibleError(
-            f"{linear.name}: {keep} of a {linear.out_features} x {linear.in_features} "
+            f"{linear.name}: {budget.kept} of a {linear.out_features} x {linear.in_features} "
             "weight is below one entry; keep more, or exclude it with --ignore"
         )
     if share == linear.values:
         return Assignment(form="dense")
-    return Assignment(form=form.name, nonzeros=share)
+    return Assignment(form=budget.form.name, nonzeros=share)

@@ -25,7 +25,13 @@ from orchestrator.cli.parser import FIELDS, HELD_OUT, make_parser
 from orchestrator.errors import OrchestratorError, StoppedError, UsageError
 from orchestrator.plan.result import Result
 from orchestrator.readable import duration
-from orchestrator.recipe.recipe import Recipe, make_recipe, read_recipe_fields
+from orchestrator.recipe.recipe import (
+    SIZE_FIELDS,
+    Recipe,
+    make_recipe,
+    override,
+    read_recipe_fields,
+)
 from orchestrator.recipe.values import parse_option, parse_vary
 from orchestrator.usage import Usage
 
@@ -108,11 +114,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         if not isinstance(table, dict):
             raise UsageError(f"option {text}: {name} is a field of the recipe, not a table")
         written[name] = {**table, option: value}
-    if {"keep", "keep_bytes"} & given.keys():
-        # either of the two on the command line overrides both in the file
-        written = {name: v for name, v in written.items() if name not in ("keep", "keep_bytes")}
     preset = {"preset": options.preset} if "preset" in options else {}
-    return make_recipe({**written, **given, **preset})
+    return make_recipe({**override(written, given), **preset})
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -158,7 +161,7 @@ def _compress(options: argparse.Namespace) -> None:
 
 def _sizes(options: argparse.Namespace) -> tuple[float, ...]:
     """Return the sizes if several are given; the option is set to the first one."""
-    for name in ("keep", "keep_bytes"):
+    for name in SIZE_FIELDS:
         sizes = getattr(options, name, None)
         if isinstance(sizes, tuple):
             setattr(options, name, sizes[0])

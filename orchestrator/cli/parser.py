@@ -9,7 +9,7 @@ from orchestrator.evaluation import EvaluationRequest
 from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.field import about, described
 from orchestrator.recipe.presets import PRESETS
-from orchestrator.recipe.recipe import Recipe
+from orchestrator.recipe.recipe import SIZE_FIELDS, Recipe
 from orchestrator.recipe.values import fraction, parse_value
 from orchestrator.version import __version__
 
@@ -101,7 +101,7 @@ def _add_retarget(commands: Any) -> None:
     )
     parser.add_argument("run", metavar="RUN", help="run directory of a compression")
     parser.add_argument("out", metavar="OUT", help="directory of the result")
-    for name in ("keep", "keep_bytes", "max_shard_size"):
+    for name in (*SIZE_FIELDS, "max_shard_size"):
         _add_field(parser, FIELDS[name])
     for field in EXECUTION_FIELDS.values():
         if field.name != "run_dir" and not about(field).decides_bits:

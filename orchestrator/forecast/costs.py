@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from orchestrator.allocate.base import Allocator
-from orchestrator.allocate.budget import share_values
+from orchestrator.allocate.budget import Budget
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.statistics import decomposing_block, gathering, method_statistics
 from orchestrator.forecast.work import Work, computed, forward_flops
@@ -25,6 +25,7 @@ class Costs:
     recipe: Recipe
     method: Method
     allocator: Allocator
+    budget: Budget
 
     @property
     def num_blocks(self) -> int:
@@ -76,9 +77,7 @@ class Costs:
     def final_values(self) -> int:
         """Values of the result if the budget is met exactly."""
         dense = sum(each.values for each in self.shapes.linears)
-        return (
-            self.shapes.total_values - dense + share_values(self.shapes.linears, self.recipe.share)
-        )
+        return self.shapes.total_values - dense + self.budget.share(self.shapes.linears)
 
     @cached_property
     def files(self) -> int:

@@ -42,7 +42,7 @@ def costs_of(shapes: Shapes, resolved: ResolvedRecipe) -> Costs:
     """
     recipe = resolved.recipe
     targeted = shapes.narrowed(recipe.target, recipe.ignore)
-    return Costs(targeted, recipe, resolved.method, resolved.allocator)
+    return Costs(targeted, recipe, resolved.method, resolved.allocator, resolved.budget)
 
 
 class _Forecasting:

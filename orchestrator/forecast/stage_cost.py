@@ -42,7 +42,7 @@ class Setting:
     @property
     def kept(self) -> float:
         """Kept fraction of the targeted values."""
-        return self.recipe.share
+        return self.costs.budget.kept
 
     @property
     def is_even(self) -> bool:

@@ -8,7 +8,7 @@ are relative to the working directory, as on the command line.
 import difflib
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from orchestrator.recipe.field import about, check_fields, described, option, re
 from orchestrator.recipe.presets import PRESETS
 from orchestrator.recipe.values import check_choice, check_options, shown, size_in_bytes, toml_value
 
+SIZE_FIELDS = ("keep", "keep_bytes")
+"""Fields of the size, of which a recipe has exactly one."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -155,8 +157,7 @@ class Recipe(Execution, CompressionFields):
     def __post_init__(self) -> None:
         check_fields(self)
         check_options(self.options)
-        asked = {name: getattr(self, name) for name in ("keep", "keep_bytes")}
-        given = [name for name, share in asked.items() if share is not None]
+        given = [name for name in SIZE_FIELDS if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "neither keep nor keep_bytes"
             raise UsageError(f"recipe: {found} given; give one of them, keep 0.8 for example")
@@ -203,6 +204,14 @@ class Recipe(Execution, CompressionFields):
         share = self.keep if self.keep_bytes is None else self.keep_bytes
         assert share is not None
         return share
+
+    def resized(self, kept: float, **other: Any) -> "Recipe":
+        """Return the recipe of another size, of values or of bytes as this one.
+
+        Args:
+            other: Other fields to replace.
+        """
+        return replace(self, **{"keep" if self.keep_bytes is None else "keep_bytes": kept, **other})
 
     def to_toml(self, *, schedule: bool = True) -> str:
         """Write the recipe as TOML with all defaults; unset fields are comments.
@@ -260,6 +269,12 @@ def _over_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for table, known in given.get("options", {}).items():
         options[table] = {**options.get(table, {}), **known}
     return {**preset, **given, "options": options}
+
+
+def override(written: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge fields, of which the given ones take precedence; a given size replaces any size."""
+    dropped = {*SIZE_FIELDS} if {*SIZE_FIELDS} & given.keys() else set()
+    return {name: v for name, v in written.items() if name not in dropped} | dict(given)
 
 
 def read_recipe_fields(path: Path) -> dict[str, Any]:

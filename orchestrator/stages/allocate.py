@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.allocate.by_bytes import fill_bytes
+from orchestrator.allocate.budget import Budget
+from orchestrator.allocate.by_bytes import fill_budget
 from orchestrator.plan.plan import Plan
 from orchestrator.stages.context.values import Decomposed, Planned, Scores, extended
 
@@ -25,16 +26,11 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
     grouping, linears = decomposed.grouping, decomposed.linears
     stacked = grouping.stacked(linears)
 
-    def divide(keep: float) -> Plan:
-        return grouping.spread(
-            linears, decomposed.allocator(stacked, curves, keep, cosines, form=decomposed.form)
-        )
+    def divide(budget: Budget) -> Plan:
+        plan = decomposed.allocator(stacked, curves, budget, cosines)
+        return grouping.spread(linears, plan)
 
-    share = decomposed.recipe.share
-    if decomposed.recipe.keep_bytes is None:
-        plan = divide(share)
-    else:
-        plan = fill_bytes(divide, linears, share, decomposed.codec)
+    plan = fill_budget(divide, linears, decomposed.budget, decomposed.codec)
     return extended(decomposed, Planned, plan=plan, curves=curves, scores=scores)
 
 

@@ -7,7 +7,7 @@ one line in `stages.STAGES`, or an entry point of another package.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from orchestrator.plan.grouping import Grouping
 from orchestrator.recipe.options import check_known, option_names
@@ -19,23 +19,16 @@ if TYPE_CHECKING:
     from orchestrator.stages.context.values import Planned
 
 
-class Refitting(Protocol):
-    """The property of a method that decides which stages apply."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodTraits:
+    """The properties of a method that stages are checked against, at the size of a recipe."""
 
-    def refits(self, keep: float) -> bool: ...
-
-
-class MethodTraits(Refitting, Protocol):
-    """The properties of a method that stages are checked against."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def form(self) -> str: ...
-
-    @property
-    def grouping(self) -> Grouping: ...
+    name: str
+    form: str
+    """Name of the form of the linears that are cut."""
+    grouping: Grouping
+    refits: bool
+    """True if left factors are refitted to the inputs of the compressed model at this size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +52,7 @@ class Stage(ABC):
     """False if the errors of linears are still those of their decompositions."""
 
     @classmethod
-    def of(cls, recipe: Recipe, method: Refitting) -> Self | None:
+    def of(cls, recipe: Recipe, method: MethodTraits) -> Self | None:
         """The stage with its options; None if the recipe does not ask for it.
 
         Raises:
@@ -98,7 +91,7 @@ class Stage(ABC):
 
 
 def stages_of(
-    stages: Sequence[type[Stage]], recipe: Recipe, method: Refitting
+    stages: Sequence[type[Stage]], recipe: Recipe, method: MethodTraits
 ) -> tuple[Stage, ...]:
     """The stages that the recipe asks for, with their options."""
     return tuple(found for each in stages if (found := each.of(recipe, method)) is not None)

@@ -36,6 +36,7 @@ def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None =
         description={"recipe": asdict(recipe), **about},
         method=resolved.method,
         allocator=resolved.allocator,
+        budget=resolved.budget,
         model=model,
         base_model=base_model,
         out=out,

@@ -24,7 +24,7 @@ def survey(asked: Asked) -> Surveyed:
     """Read blocks, linears, sites and shapes from config and headers.
 
     Raises:
-        UsageError: A pattern selects no linear, a group joins none, or `keep` is not allowed.
+        UsageError: A pattern selects no linear, or a group joins none.
         InfeasibleError: No plan meets the budget; known before anything is computed.
     """
     recipe, grouping = asked.recipe, asked.grouping
@@ -37,7 +37,7 @@ def survey(asked: Asked) -> Surveyed:
             f"{recipe.method}: group is {grouping.size}, but no targeted linear is "
             f"named one of {', '.join(grouping.kinds)}; give group 1"
         )
-    asked.allocator.check_budget(grouping.stacked(linears), recipe.share, asked.form)
+    asked.allocator.check_budget(grouping.stacked(linears), asked.budget)
     return extended(
         asked,
         Surveyed,
@@ -71,7 +71,7 @@ def read_calibration(surveyed: Surveyed) -> CalibrationTokens:
         sequence_length=recipe.sequence_length,
         sampling=recipe.sampling,
         layout=recipe.layout,
-        seed=recipe.seed,
+        rng=surveyed.randomness.calibration(),
         tokenizer=load_tokenizer(surveyed.model),
     )
     tokens.check_within(surveyed.vocabulary, surveyed.model)

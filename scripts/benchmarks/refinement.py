@@ -29,6 +29,7 @@ from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.training.refine import Refinement
 from orchestrator.models.training.refine_options import RefineOptions, split
+from orchestrator.randomness import Randomness
 from orchestrator.recipe.recipe import Recipe
 
 WAYS = {"in_order": 1, "blocks": 2}
@@ -136,7 +137,9 @@ def against_floor(compressed: Path, repeats: int) -> Figure:
         targets = [shard.forward(chunk) for chunk in chunks]
         factors = [p for p in shard.own_parameters().values() if p.ndim == 2]
         products = products_alone(factors)
-        with Refinement(shard, chunks, targets, options=options, seed=0) as refinement:
+        with Refinement(
+            shard, chunks, targets, options=options, randomness=Randomness(0)
+        ) as refinement:
             work: dict[str, Callable[[], object]] = {
                 "epoch": refinement.epoch,
                 "products": products,

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.allocate import make_allocator
-from orchestrator.allocate.by_bytes import fill_bytes
+from orchestrator.allocate.budget import Budget
+from orchestrator.allocate.by_bytes import fill_budget
 from orchestrator.allocate.d_rank import DRankAllocator
 from orchestrator.allocate.mgaa import RULES, MgaaAllocator
 from orchestrator.allocate.steps import spend, step_costs
@@ -103,7 +104,14 @@ def with_law(law):
 
 def run(case, linears, keep, curves=None, cosines=None):
     curves = curves or make_curves(linears)
-    return CASES[case][0](linears, curves, keep, cosines=cosines or make_cosines(linears))
+    return CASES[case][0](linears, curves, Budget(keep), cosines=cosines or make_cosines(linears))
+
+
+def fill(linears, allocator, curves, budget):
+    cosines = make_cosines(linears)
+    return fill_budget(
+        lambda each: allocator(linears, curves, each, cosines), linears, budget, BF16
+    )
 
 
 def test_the_battery_covers_every_allocator():
@@ -228,7 +236,7 @@ def test_less_than_rank_one_everywhere_is_infeasible(case):
 def test_uniform_gives_the_published_ranks(shape, rank):
     """At keep 0.8 the rank is floor(0.8 m n / (m + n)), as printed in the papers."""
     (linear,) = make_linears([shape])
-    plan = Uniform()([linear], {}, 0.8, cosines={})
+    plan = Uniform()([linear], {}, Budget(0.8), cosines={})
     assert plan.assignments[linear.name].rank == rank
 
 
@@ -267,10 +275,10 @@ def test_bytes_of_factors_are_values(share):
     """Without indices, a budget in bytes gives the plan of the same fraction of values."""
     linears = make_model({"q": (24, 16), "up": (40, 16)}, 3)
     curves = make_curves(linears)
-    allocate = partial(DRankAllocator(), linears, curves, cosines={})
-    assert fill_bytes(lambda keep: allocate(keep=keep), linears, share, BF16) == allocate(
-        keep=share
-    )
+    divide = partial(DRankAllocator(), linears, curves, cosines={})
+    budgets = [Budget(share, in_bytes=in_bytes) for in_bytes in (True, False)]
+    plans = [fill_budget(lambda b: divide(budget=b), linears, each, BF16) for each in budgets]
+    assert plans == [divide(budget=Budget(share))] * 2
 
 
 @pytest.mark.parametrize("codec", [BF16, CODECS["float32"]])
@@ -278,15 +286,16 @@ def test_bytes_of_factors_are_values(share):
 def test_bytes_of_indices_count(share, codec):
     """Values and indices of sparse linears fit from below, and 1e-5 more values do not fit."""
     linears = make_linears([(50, 40), (64, 64)])
-    allocate = partial(make_allocator("uniform", {}, "sparse"), form=SPARSE)
-    plan = fill_bytes(lambda keep: allocate(linears, {}, keep, {}), linears, share, codec)
+    uniform = make_allocator("uniform", {}, "sparse")
+    budget = Budget(share, SPARSE, in_bytes=True)
+    plan = fill_budget(lambda each: uniform(linears, {}, each, {}), linears, budget, codec)
 
     def stored_bytes(plan):
         return sum(plan.assignments[x.name].stored_bytes(x, codec) for x in linears)
 
     dense = sum(linear.values for linear in linears)
     assert stored_bytes(plan) <= share * codec.bytes(dense)
-    more = allocate(linears, {}, (plan.budget_values + 2) / dense, {})
+    more = uniform(linears, {}, Budget((plan.budget_values + 2) / dense, SPARSE), {})
     assert more.stored_values > plan.stored_values
     assert stored_bytes(more) > share * codec.bytes(dense)
 
@@ -296,15 +305,14 @@ def test_bytes_that_hold_no_plan_are_infeasible():
     linears = make_linears([(50, 40)])
     curves = make_curves(linears)
     with pytest.raises(InfeasibleError, match=r"keep: 0\.01 allows"):
-        fill_bytes(lambda keep: Uniform()(linears, curves, keep, {}), linears, 0.01, BF16)
-    sparse = partial(make_allocator("uniform", {}, "sparse"), form=SPARSE)
+        fill(linears, Uniform(), curves, Budget(0.01, in_bytes=True))
+    sparse = make_allocator("uniform", {}, "sparse")
     with pytest.raises(InfeasibleError, match=r"keep_bytes: 0\.0005 .* indices included"):
-        fill_bytes(lambda keep: sparse(linears, {}, keep, {}), linears, 0.0005, BF16)
+        fill(linears, sparse, {}, Budget(0.0005, SPARSE, in_bytes=True))
 
 
 def test_bytes_beyond_what_a_rule_may_keep_say_so():
     """MGAA keeps at most 0.98: a budget of all bytes fails with its message."""
     linears = make_model({"q": (24, 16)}, 3)
-    curves, cosines = make_curves(linears), make_cosines(linears)
     with pytest.raises(InfeasibleError, match="raise its high"):
-        fill_bytes(lambda keep: MgaaAllocator()(linears, curves, keep, cosines), linears, 1.0, BF16)
+        fill(linears, MgaaAllocator(), make_curves(linears), Budget(1.0, in_bytes=True))

@@ -14,12 +14,12 @@ from orchestrator.allocate.bernoulli import (
     make_pool,
     project,
 )
-from orchestrator.allocate.budget import share_values
+from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.choice import choose
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.candidates import Candidates
-from orchestrator.plan.forms import LOW_RANK
+from orchestrator.plan.forms import LOW_RANK, LOW_RANK_SPARSE
 
 PROJECTIONS = ("shift", "euclid", "multiplicative")
 
@@ -163,7 +163,7 @@ def test_the_choice_is_the_greedy_one(seed, percent):
     linears = make_linears([(8, 12), (12, 8), (10, 10)])
     pool = random_pool(linears, seed, buckets=4, largest=9)
     share_N = np.random.default_rng(seed).choice([0.1, 0.4, 0.4001, 0.8], len(pool.owner_N))
-    budget = share_values(linears, percent / 100)
+    budget = Budget(percent / 100).share(linears)
     choice = choose(pool, share_N, budget)
     if not choice.dense:
         assert np.array_equal(choice.kept_N, greedy(pool, share_N, budget))
@@ -201,7 +201,7 @@ def test_the_budget_is_met_from_below(percent, seed):
     rng = np.random.default_rng(seed)
     candidates = {each.name: make_candidates(each, rng, 8, 120) for each in MODEL}
     try:
-        plan = CapAllocator()(MODEL, candidates, percent / 100, {})
+        plan = CapAllocator()(MODEL, candidates, Budget(percent / 100, LOW_RANK_SPARSE), {})
     except InfeasibleError:
         assert percent < 20
         return
@@ -247,7 +247,7 @@ def test_linears_compare_by_the_requested_scale(across):
             )
             for (name, part), factor in zip(candidates.items(), factors, strict=True)
         }
-        return CapAllocator(across=across)(linears, scaled, 0.5, {})
+        return CapAllocator(across=across)(linears, scaled, Budget(0.5, LOW_RANK_SPARSE), {})
 
     # powers of two are exact
     one, other = plan([2.0**-20, 1, 2.0**20]), plan([2.0**20, 1, 2.0**-20])

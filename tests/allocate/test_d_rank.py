@@ -16,6 +16,7 @@ from allocation import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.d_rank import DRankAllocator, closed_form, effective_rank, rebalance
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, UsageError
@@ -86,7 +87,7 @@ def test_the_closed_form_spends_the_budget_by_roots():
     ranks = closed_form(linears, effective, 40 * 128)
     assert [*ranks.values()] == pytest.approx([20, 10, 10])
     paper = DRankAllocator(setting="paper")(
-        linears, flat_curves(linears, [36, 9, 9]), 0.4167, cosines={}
+        linears, flat_curves(linears, [36, 9, 9]), Budget(0.4167), cosines={}
     )
     assert ranks_of(paper) == [20, 10, 10]
 
@@ -108,7 +109,7 @@ def test_no_plan_that_stores_as_little_is_better(shapes, seed, keep):
     curves = make_curves(linears, seed)
     effective = {each.name: effective_rank(each, curves[each.name]) for each in linears}
     try:
-        plan = DRankAllocator()(linears, curves, keep, cosines={})
+        plan = DRankAllocator()(linears, curves, Budget(keep), cosines={})
     except InfeasibleError:
         return
     found = objective(linears, effective, plan.assignments)
@@ -126,7 +127,7 @@ def test_the_optimum_of_equal_shapes_is_that_of_the_whole_budget(counts, keep):
         for each, n in zip(linears, counts, strict=True)
     }
     effective = {each.name: effective_rank(each, curves[each.name]) for each in linears}
-    plan = DRankAllocator()(linears, curves, keep, cosines={})
+    plan = DRankAllocator()(linears, curves, Budget(keep), cosines={})
     if any(assignment.form == "dense" for assignment in plan.assignments.values()):
         return
     found = objective(linears, effective, plan.assignments)
@@ -139,7 +140,7 @@ def test_ranks_follow_the_water_filling_solution(scope):
     """Every rank is min(break-even, C √(R/ω)) to within one, with one C for all."""
     linears = make_linears([(640, 640), (128, 640), (640, 640), (1280, 640), (640, 640)])
     curves = make_curves(linears, seed=3)
-    plan = DRankAllocator(scope=scope)(linears, curves, 0.75, cosines={})
+    plan = DRankAllocator(scope=scope)(linears, curves, Budget(0.75), cosines={})
     roots = np.sqrt([effective_rank(each, curves[each.name]) / each.rank_cost for each in linears])
     ranks = np.array(ranks_of(plan))
     dense = np.array([a.form == "dense" for a in plan.assignments.values()])
@@ -157,8 +158,11 @@ def test_one_budget_for_the_model_moves_values_between_types():
     not."""
     linears = make_model({"mlp.up_proj": (64, 64), "mlp.down_proj": (64, 64)}, blocks=1)
     curves = flat_curves(linears, [36, 9])
-    assert ranks_of(DRankAllocator()(linears, curves, 0.4688, cosines={})) == [15, 15]
-    assert ranks_of(DRankAllocator(scope="model")(linears, curves, 0.4688, cosines={})) == [20, 10]
+    assert ranks_of(DRankAllocator()(linears, curves, Budget(0.4688), cosines={})) == [15, 15]
+    assert ranks_of(DRankAllocator(scope="model")(linears, curves, Budget(0.4688), cosines={})) == [
+        20,
+        10,
+    ]
 
 
 @given(
@@ -182,7 +186,7 @@ def test_with_equal_heads_the_papers_ranks_result(setting):
     """With rank 16 for all and beta 1/4, Q and K keep 12 and V gets 24; others are unchanged."""
     linears = make_model(ATTENTION, blocks=2)
     curves = flat_curves(linears, [9] * 8)
-    plan = DRankAllocator(setting=setting, beta=0.25)(linears, curves, 0.5, cosines={})
+    plan = DRankAllocator(setting=setting, beta=0.25)(linears, curves, Budget(0.5), cosines={})
     assert ranks_of(plan) == [12, 12, 24, 16] * 2
     assert plan.slack_values == 0
 
@@ -192,15 +196,19 @@ def test_with_fewer_heads_values_are_moved_and_not_ranks():
     linears = make_model(GROUPED, blocks=1)
     curves = flat_curves(linears, [9] * 3)
     # 14.4, 5.76 and 9.6 ranks: limited by the budget of each type, or of the three together
-    assert ranks_of(DRankAllocator(beta=0.1)(linears, curves, 0.5, cosines={})) == [14, 5, 9]
-    paper = DRankAllocator(setting="paper", beta=0.1)(linears, curves, 0.5, cosines={})
+    assert ranks_of(DRankAllocator(beta=0.1)(linears, curves, Budget(0.5), cosines={})) == [
+        14,
+        5,
+        9,
+    ]
+    paper = DRankAllocator(setting="paper", beta=0.1)(linears, curves, Budget(0.5), cosines={})
     assert ranks_of(paper) == [14, 6, 10]
 
 
 def test_a_full_v_leaves_the_rest_with_q_and_k():
     """Values that V cannot take stay with Q and K: V is dense, Q and K share the rest as before."""
     linears = make_model(GROUPED, blocks=1)
-    plan = DRankAllocator(beta=0.5)(linears, flat_curves(linears, [9] * 3), 0.5, cosines={})
+    plan = DRankAllocator(beta=0.5)(linears, flat_curves(linears, [9] * 3), Budget(0.5), cosines={})
     query, key, value = plan.assignments.values()
     assert value.form == "dense"
     # V had 512 of 1024 values; 512 of the 2560 of Q and K fill it
@@ -212,11 +220,11 @@ def test_paper_ranks_over_break_even_are_dense_and_given_to_nobody():
     linears = make_linears([(64, 64)] * 2)
     curves = flat_curves(linears, [36, 9])
     one, two = DRankAllocator(setting="paper")(
-        linears, curves, 0.9375, cosines={}
+        linears, curves, Budget(0.9375), cosines={}
     ).assignments.values()
     assert one.form == "dense"
     assert two.rank == 20
-    one, two = DRankAllocator()(linears, curves, 0.9375, cosines={}).assignments.values()
+    one, two = DRankAllocator()(linears, curves, Budget(0.9375), cosines={}).assignments.values()
     assert one.form == "dense"
     assert two.rank == 28
 
@@ -228,7 +236,7 @@ def test_paper_ranks_are_the_nearest_unless_the_budget_says_less(seed, keep):
     linears = make_linears([(60, 60)] * 5)
     curves = make_curves(linears, seed)
     effective = {each.name: effective_rank(each, curves[each.name]) for each in linears}
-    plan = DRankAllocator(setting="paper")(linears, curves, keep, cosines={})
+    plan = DRankAllocator(setting="paper")(linears, curves, Budget(keep), cosines={})
     real = np.array([*closed_form(linears, effective, plan.budget_values).values()])
     ranks, rounded = np.array(ranks_of(plan)), np.maximum(np.round(real), 1)
     low_rank = real < 29
@@ -251,11 +259,11 @@ def test_the_authors_test_compares_with_uniform_ranks(setting):
     heavy = 1e6 * np.exp(-np.arange(64) / 2)
     for role in ("self_attn.q_proj", "self_attn.o_proj"):
         curves[f"blocks.1.{role}"] = make_curve("", heavy)
-    dynamic = DRankAllocator(setting=setting)(linears, curves, 0.4, cosines={}).assignments
+    dynamic = DRankAllocator(setting=setting)(linears, curves, Budget(0.4), cosines={}).assignments
     tested = DRankAllocator(setting=setting, accept="code")(
-        linears, curves, 0.4, cosines={}
+        linears, curves, Budget(0.4), cosines={}
     ).assignments
-    uniform = Uniform()(linears, curves, 0.4, cosines={}).assignments
+    uniform = Uniform()(linears, curves, Budget(0.4), cosines={}).assignments
     for role, expected in zip(roles, (dynamic, uniform, uniform, dynamic), strict=True):
         names = [f"blocks.{block}.{role}" for block in range(2)]
         assert [tested[name] for name in names] == [expected[name] for name in names]
@@ -272,19 +280,19 @@ def test_beta_needs_q_k_and_v():
     """If a family has no q, k and v, or they are not targeted, beta is refused."""
     linears = make_model({"attn.c_attn": (24, 8), "mlp.c_fc": (32, 8)}, blocks=1)
     curves = make_curves(linears)
-    DRankAllocator()(linears, curves, 0.5, cosines={})
+    DRankAllocator()(linears, curves, Budget(0.5), cosines={})
     with pytest.raises(UsageError, match=r"q_proj.*none.*beta 0"):
-        DRankAllocator(beta=0.3)(linears, curves, 0.5, cosines={})
+        DRankAllocator(beta=0.3)(linears, curves, Budget(0.5), cosines={})
     linears = [each for each in make_model(ATTENTION, blocks=1) if "v_proj" not in each.name]
     with pytest.raises(UsageError, match="v_proj"):
-        DRankAllocator(beta=0.3)(linears, make_curves(linears), 0.5, cosines={})
+        DRankAllocator(beta=0.3)(linears, make_curves(linears), Budget(0.5), cosines={})
 
 
 def test_a_beta_that_leaves_q_below_rank_one_is_infeasible():
     """The error names the type and beta."""
     linears = make_model(ATTENTION, blocks=1)
     with pytest.raises(InfeasibleError, match=r"q_proj at beta 0\.9"):
-        DRankAllocator(beta=0.9)(linears, make_curves(linears), 0.2, cosines={})
+        DRankAllocator(beta=0.9)(linears, make_curves(linears), Budget(0.2), cosines={})
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from allocation import every_plan, make_cosines, make_curve, make_curves, make_m
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.mgaa import RULES, MgaaAllocator
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 
@@ -101,7 +102,7 @@ def test_the_energy_level_within_a_sublayer_is_the_highest_there_is(seed, keep):
     linears = make_model(BLOCK, blocks=1)
     curves = make_curves(linears, seed)
     try:
-        plan = MgaaAllocator()(linears, curves, keep, cosines={"0.mlp": 0.5})
+        plan = MgaaAllocator()(linears, curves, Budget(keep), cosines={"0.mlp": 0.5})
     except InfeasibleError:
         return
     best = max(
@@ -115,7 +116,9 @@ def test_a_sublayer_stores_its_fraction_but_for_one_rank(leftover):
     """The remainder of a share is below the largest step; if passed on, the excess is too."""
     linears = make_model(BLOCK, blocks=3)
     cosines = {"0.mlp": 0.9, "1.mlp": 0.8, "2.mlp": 0.5}
-    plan = MgaaAllocator(leftover=leftover)(linears, make_curves(linears), 0.7, cosines=cosines)
+    plan = MgaaAllocator(leftover=leftover)(
+        linears, make_curves(linears), Budget(0.7), cosines=cosines
+    )
     size = sum(each.values for each in linears) / 3
     kept = MgaaAllocator().kept_fractions(
         np.array([*cosines.values()]), np.full(3, size), 0.7 * 3 * size
@@ -135,7 +138,10 @@ def test_a_linear_without_energy_gets_rank_one():
     silent = linears[0].name
     curves = make_curves(linears) | {silent: make_curve(silent, np.zeros(8))}
     assert (
-        MgaaAllocator()(linears, curves, 0.6, cosines={"0.mlp": 0.5}).assignments[silent].rank == 1
+        MgaaAllocator()(linears, curves, Budget(0.6), cosines={"0.mlp": 0.5})
+        .assignments[silent]
+        .rank
+        == 1
     )
 
 
@@ -144,7 +150,7 @@ def test_a_budget_outside_the_bounds_is_infeasible(keep, word):
     """The budget is not clipped to the bounds."""
     linears = make_model(BLOCK, blocks=2)
     with pytest.raises(InfeasibleError, match=rf"{keep}.*0\.3, 0\.98.*{word}"):
-        MgaaAllocator()(linears, make_curves(linears), keep, cosines=make_cosines(linears))
+        MgaaAllocator()(linears, make_curves(linears), Budget(keep), cosines=make_cosines(linears))
 
 
 def test_a_share_below_rank_one_is_infeasible():
@@ -152,7 +158,7 @@ def test_a_share_below_rank_one_is_infeasible():
     linears = make_model(BLOCK, blocks=2)
     with pytest.raises(InfeasibleError, match=r"sublayer 1\.mlp"):
         MgaaAllocator(t=2, low=0.0)(
-            linears, make_curves(linears), 0.4, cosines={"0.mlp": 0, "1.mlp": 0.9}
+            linears, make_curves(linears), Budget(0.4), cosines={"0.mlp": 0, "1.mlp": 0.9}
         )
 
 
@@ -161,7 +167,7 @@ def test_a_cosine_that_is_missing_or_not_finite_is_refused(cosines):
     """A sublayer without a cosine is not treated as neutral."""
     linears = make_model(BLOCK, blocks=1)
     with pytest.raises(InputError, match=r"sublayer 0\.mlp"):
-        MgaaAllocator()(linears, make_curves(linears), 0.7, cosines=cosines)
+        MgaaAllocator()(linears, make_curves(linears), Budget(0.7), cosines=cosines)
 
 
 @pytest.mark.parametrize(

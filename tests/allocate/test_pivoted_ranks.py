@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.allocate import make_allocator
+from orchestrator.allocate.budget import Budget
 from orchestrator.errors import UsageError
 from orchestrator.plan.forms import LOW_RANK, PIVOTED
 
@@ -30,7 +31,7 @@ def test_the_same_values_hold_more_ranks(keep, gain):
     ranks = []
     (linear,) = make_linears([(4096, 4096)])
     for form in (LOW_RANK, PIVOTED):
-        plan = make_allocator("uniform", {})([linear], {}, keep, {}, form=form)
+        plan = make_allocator("uniform", {})([linear], {}, Budget(keep, form), {})
         assert plan.slack_values < linear.rank_cost
         ranks.append(plan.assignments[linear.name].rank)
     assert ranks[1] / ranks[0] - 1 == pytest.approx(gain, abs=0.005)
@@ -44,7 +45,7 @@ def test_allocators_keep_the_laws(name, percent, seed):
     options = {"mgaa": {"low": 0.1}, "strs": {"grid": "0.1 0.3 0.6 0.8 0.9"}}.get(name, {})
     allocator, keep = make_allocator(name, options), percent / 100
     curves = make_curves(MODEL, seed, PIVOTED)
-    plan = allocator(MODEL, curves, keep, make_cosines(MODEL, seed), form=PIVOTED)
+    plan = allocator(MODEL, curves, Budget(keep, PIVOTED), make_cosines(MODEL, seed))
     assert_invariants(plan, MODEL, keep, PIVOTED)
     assert {each.form for each in plan.assignments.values()} <= {"pivoted", "dense"}
 
@@ -54,4 +55,4 @@ def test_one_price_a_rank_is_said_to_be_needed(setting):
     """D-Rank's formulas have one price for every rank, and refuse pivoted ones."""
     allocator = make_allocator("d-rank", {"setting": setting})
     with pytest.raises(UsageError, match="d-rank: its formulas want one price"):
-        allocator(MODEL, make_curves(MODEL), 0.6, {}, form=PIVOTED)
+        allocator(MODEL, make_curves(MODEL), Budget(0.6, PIVOTED), {})

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from allocation import assert_invariants, lost, make_curves, make_linears
 
+from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.sampled_curve import sample_curve
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.errors import UsageError
@@ -58,7 +59,9 @@ def test_a_sample_at_every_rank_gives_the_same_plan(problem, keep):
     for curve in curves.values():
         curve.energies[:] = curve.energies.astype(np.float32)
     every = sampled(linears, curves, 10_000)
-    assert Threshold()(linears, every, keep, {}) == Threshold()(linears, curves, keep, {})
+    assert Threshold()(linears, every, Budget(keep), {}) == Threshold()(
+        linears, curves, Budget(keep), {}
+    )
 
 
 @pytest.mark.parametrize("most", [4, 16, 128])
@@ -67,10 +70,10 @@ def test_the_loss_of_sampling_is_within_the_error_bounds(problem, keep, most):
     """The excess over the best plan of equal size is at most the sum of the stated errors."""
     linears, curves = problem
     samples = sampled(linears, curves, most)
-    plan = Threshold()(linears, samples, keep, {})
+    plan = Threshold()(linears, samples, Budget(keep), {})
     assert_invariants(plan, linears, keep)
     dense = sum(each.values for each in linears)
-    best = Threshold()(linears, curves, plan.stored_values / dense, {})
+    best = Threshold()(linears, curves, Budget(plan.stored_values / dense), {})
 
     def loss(plan):
         return sum(lost(plan.assignments[name], curve) for name, curve in curves.items())
@@ -82,12 +85,12 @@ def test_the_loss_of_sampling_is_within_the_error_bounds(problem, keep, most):
 def test_break_even_needs_full_curves(problem):
     linears, curves = problem
     with pytest.raises(UsageError, match="not sampled"):
-        Threshold(dense="break_even")(linears, sampled(linears, curves, 8), 0.5, {})
+        Threshold(dense="break_even")(linears, sampled(linears, curves, 8), Budget(0.5), {})
 
 
 def test_curves_are_sampled_above_the_maximum_of_steps(problem, monkeypatch):
     """`threshold` samples curves by itself if the steps are too many."""
     linears, curves = problem
     monkeypatch.setattr("orchestrator.allocate.threshold.MOST_STEPS", 10)
-    found = Threshold()(linears, curves, 0.5, {})
-    assert found == Threshold()(linears, sampled(linears, curves, 128), 0.5, {})
+    found = Threshold()(linears, curves, Budget(0.5), {})
+    assert found == Threshold()(linears, sampled(linears, curves, 128), Budget(0.5), {})

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from orchestrator.allocate.budget import share_values
+from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.strs import Strs
 from orchestrator.errors import InfeasibleError, InputError, StoppedError, UsageError
 from orchestrator.models.inputs.tokenizer import load_tokenizer
@@ -59,15 +59,15 @@ def test_the_search_is_the_last_cut_that_fits(shapes, percent, seed):
     curves = measured(linears, strs, lambda: float(rng.integers(0, 12)))
     count = sum(len(strs.ranks(linear)) for linear in linears)
     cuts = [plan_of_cut(linears, curves, strs, rejected) for rejected in range(count + 1)]
-    budget = share_values(linears, percent / 100)
+    budget = Budget(percent / 100).share(linears)
     feasible = [cut for cut in cuts if sum(cut.values()) <= budget]
     totals = [sum(cut.values()) for cut in cuts]
     assert totals == sorted(totals)
     if not feasible:
         with pytest.raises(InfeasibleError):
-            strs(linears, curves, percent / 100, {})
+            strs(linears, curves, Budget(percent / 100), {})
         return
-    plan = strs(linears, curves, percent / 100, {})
+    plan = strs(linears, curves, Budget(percent / 100), {})
     assert_invariants(plan, linears, percent / 100)
     found = {each.name: plan.assignments[each.name].stored_values(each) for each in linears}
     assert found == feasible[-1]
@@ -84,7 +84,7 @@ def test_sensitive_linears_keep_more():
     }
     ranks = []
     for keep in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
-        plan = strs(linears, curves, keep, {})
+        plan = strs(linears, curves, Budget(keep), {})
         ranks.append([plan.assignments[each.name].rank for each in linears])
     # 0 is dense
     assert ranks == [[8, 8], [12, 8], [16, 8], [0, 8], [0, 12], [0, 12]]
@@ -127,7 +127,7 @@ def test_a_sensitivity_that_is_not_there_is_an_error():
     ]:
         curves = {x.name: make_curve(x.name, [1.0], sensitivities=losses) for x in linears}
         with pytest.raises(InputError, match=said):
-            Strs(grid="0.4 0.8")(linears, curves, 0.8, {})
+            Strs(grid="0.4 0.8")(linears, curves, Budget(0.8), {})
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,7 @@ def test_other_budgets_are_met_from_below(fields, llama, text, tmp_path):
         result.plan.assignments[each.name].stored_bytes(each, CODECS["float32"]) for each in linears
     )
     values = result.report["values"]
-    assert values["stored"] <= values["budget"] == share_values(linears, 0.6)
+    assert values["stored"] <= values["budget"] == Budget(0.6).share(linears)
     assert stored == 4 * values["stored"] or "storage" in fields
     forms = {entry["form"] for entry in result.report["linears"].values()}
     assert forms == {"dense", fields.get("storage", "low_rank")}

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.allocate import ALLOCATORS, make_allocator
-from orchestrator.allocate.by_bytes import fill_bytes
+from orchestrator.allocate.budget import Budget
+from orchestrator.allocate.by_bytes import fill_budget
 from orchestrator.allocate.two_sided_sparse import TwoSidedSparseAllocator
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.codecs import CODECS
-from orchestrator.plan.forms import LOW_RANK
+from orchestrator.plan.forms import LOW_RANK, LOW_RANK_SPARSE
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.surface import Surface
 
@@ -62,7 +63,7 @@ def summed(assignments, surfaces):
 
 
 def run(linears, keep, surfaces=None):
-    return ALLOCATE(linears, surfaces or make_surfaces(linears), keep, cosines={})
+    return ALLOCATE(linears, surfaces or make_surfaces(linears), Budget(keep, LOW_RANK_SPARSE), {})
 
 
 def test_it_stands_in_the_table():
@@ -201,7 +202,8 @@ def test_no_plan_at_measured_points_loses_less(seed):
 def test_bytes_of_indices_count(share, codec):
     """Stored values with their indices fit from below."""
     surfaces = make_surfaces(MODEL)
-    plan = fill_bytes(lambda keep: ALLOCATE(MODEL, surfaces, keep, {}), MODEL, share, codec)
+    budget = Budget(share, LOW_RANK_SPARSE, in_bytes=True)
+    plan = fill_budget(lambda each: ALLOCATE(MODEL, surfaces, each, {}), MODEL, budget, codec)
     stored = sum(plan.assignments[each.name].stored_bytes(each, codec) for each in MODEL)
     dense = codec.bytes(sum(each.values for each in MODEL))
     assert 0.9 * share * dense < stored <= share * dense

@@ -8,6 +8,7 @@ from allocation import make_curve, make_linears
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2Allocator
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, UsageError
@@ -29,7 +30,7 @@ def with_losses(losses, keep):
 
 def ranks_at(losses, keep, **options):
     linears, curves = with_losses(losses, keep)
-    plan = SvdLlmV2Allocator(**options)(linears, curves, keep, cosines={})
+    plan = SvdLlmV2Allocator(**options)(linears, curves, Budget(keep), cosines={})
     return [assignment.rank for assignment in plan.assignments.values()]
 
 
@@ -42,8 +43,8 @@ def test_the_formula_of_the_paper():
 def test_equal_losses_are_uniform():
     """Without differences between the linears of a type the result is uniform."""
     linears, curves = with_losses([50.0] * 4, 0.8)
-    plan = SvdLlmV2Allocator()(linears, curves, 0.8, cosines={})
-    assert plan == Uniform()(linears, curves, 0.8, cosines={})
+    plan = SvdLlmV2Allocator()(linears, curves, Budget(0.8), cosines={})
+    assert plan == Uniform()(linears, curves, Budget(0.8), cosines={})
 
 
 @given(
@@ -54,7 +55,7 @@ def test_equal_losses_are_uniform():
 def test_what_loses_more_keeps_more(losses, keep):
     """Ranks ascend with the loss, up to a remainder of one, and spend the type's share."""
     linears, curves = with_losses(sorted(losses), keep)
-    plan = SvdLlmV2Allocator()(linears, curves, keep, cosines={})
+    plan = SvdLlmV2Allocator()(linears, curves, Budget(keep), cosines={})
     stored = [plan.assignments[each.name].stored_values(each) for each in linears]
     assert np.all(np.diff(stored) >= -2 * COST)
     assert plan.slack_values < 2 * COST
@@ -80,7 +81,7 @@ def test_more_than_the_cap_on_all_is_infeasible():
     """The message has both numbers."""
     linears, curves = with_losses([10.0, 20.0], 0.1)
     with pytest.raises(InfeasibleError, match=r"0\.1.*0\.8.*most_removed"):
-        SvdLlmV2Allocator(most_removed=0.8)(linears, curves, 0.1, cosines={})
+        SvdLlmV2Allocator(most_removed=0.8)(linears, curves, Budget(0.1), cosines={})
 
 
 @pytest.mark.parametrize("most", [-0.1, 1.1, math.nan, "all"])

@@ -6,6 +6,7 @@ from allocation import every_plan, lost, make_curve, make_curves, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.threshold import Threshold, hull_rates
 from orchestrator.errors import UsageError
 from orchestrator.plan.forms import LOW_RANK
@@ -25,7 +26,7 @@ def test_no_plan_that_stores_as_little_loses_less(seed):
     plans."""
     curves = make_curves(TINY, seed)
     for percent in range(30, 100, 9):
-        plan = Threshold()(TINY, curves, percent / 100, cosines={})
+        plan = Threshold()(TINY, curves, Budget(percent / 100), cosines={})
         # a plan is at a corner if no linear is inside a segment of its hull
         keys = [Threshold().keys(each, curves[each.name]) for each in TINY]
         sizes = [plan.assignments[each.name] for each in TINY]
@@ -46,7 +47,7 @@ def test_components_stay_where_they_are_worth_the_threshold():
         each.name: make_curve(each.name, 10.0 ** (i / 3) * np.exp(-np.arange(40) / 4))
         for i, each in enumerate(linears)
     }
-    plan = Threshold()(linears, curves, 0.4, cosines={})
+    plan = Threshold()(linears, curves, Budget(0.4), cosines={})
     rates = {True: [], False: []}
     for each in linears:
         rank = plan.assignments[each.name].rank
@@ -75,7 +76,7 @@ def test_a_floor_gives_every_linear_its_part_first():
     curves = {strong.name: strong, weak.name: weak}
     for floor, rank in ((0.0, 1), (0.5, 4)):
         # uniform at 0.5 is rank 10 of 20; the rest of the budget goes to the other
-        plan = Threshold(floor=floor)(linears, curves, 0.45, cosines={})
+        plan = Threshold(floor=floor)(linears, curves, Budget(0.45), cosines={})
         assert plan.assignments[weak.name].rank == rank
         assert plan.assignments[strong.name].rank == 18 - rank
 

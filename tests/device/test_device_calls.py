@@ -39,6 +39,7 @@ from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.models.training.train import Training
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.plan import Assignment
+from orchestrator.randomness import Randomness
 
 pytestmark = pytest.mark.usefixtures("cuda_environment")
 
@@ -327,7 +328,9 @@ class Passes:
             chunks = [Chunk(index, chunk.tokens, chunk.mask) for index in range(2)]
             targets = [shard.forward(each) for each in chunks]
             options = RefineOptions(epochs=1, batches=1)
-            with Refinement(shard, chunks, targets, options=options, seed=0) as refinement:
+            with Refinement(
+                shard, chunks, targets, options=options, randomness=Randomness(0)
+            ) as refinement:
                 yield
                 refinement.slice(0, 0, 0)
 

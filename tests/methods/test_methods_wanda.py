@@ -1,13 +1,13 @@
 """Wanda against brute force, and the order of its stored entries."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
 from matrices import gaussian, menagerie, of_model
 
 from orchestrator.allocate import ALLOCATORS, make_allocator
+from orchestrator.allocate.budget import Budget
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
 from orchestrator.linalg.sparse import PARTS, part_edges
@@ -135,7 +135,7 @@ def test_a_bfloat16_weight_is_sorted_as_its_float32_copy():
 def test_uniform_entries_meet_the_budget_from_below(keep):
     """floor(keep m n) entries each; less than one value per linear remains."""
     linears = [linear("a", 40, 30), linear("b", 33, 70), linear("c", 2000, 1)]
-    plan = make_allocator("uniform", {}, "sparse")(linears, {}, keep, {}, form=SPARSE)
+    plan = make_allocator("uniform", {}, "sparse")(linears, {}, Budget(keep, SPARSE), {})
     assert 0 <= plan.slack_values < len(linears)
     for each in linears:
         assignment = plan.assignments[each.name]
@@ -146,13 +146,13 @@ def test_uniform_entries_meet_the_budget_from_below(keep):
 def test_all_entries_are_the_dense_weight():
     """At 1 no linear is sparse; below one entry the budget is infeasible."""
     linears = [linear("a", 40, 30), linear("b", 3, 3)]
-    uniform = partial(make_allocator("uniform", {}, "sparse"), form=SPARSE)
-    plan = uniform(linears, {}, 1.0, {})
+    uniform = make_allocator("uniform", {}, "sparse")
+    plan = uniform(linears, {}, Budget(1.0, SPARSE), {})
     assert {each.form for each in plan.assignments.values()} == {"dense"}
     with pytest.raises(InfeasibleError, match=r"b: 0\.1 of a 3 x 3 weight is below one"):
-        uniform(linears, {}, 0.1, {})
+        uniform(linears, {}, Budget(0.1, SPARSE), {})
     with pytest.raises(InfeasibleError, match="one entry for each of 2 linears stores 2"):
-        uniform(linears, {}, 0.001, {})
+        uniform(linears, {}, Budget(0.001, SPARSE), {})
 
 
 @pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - {"uniform"}))

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "readable": "",
     "version": "",
     "usage": "readable",
+    "randomness": "torch numpy",
     "store": "errors numpy pyarrow safetensors",
     "registry": "errors",
     "plan": "errors registry store numpy",
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "device": "errors torch",
     "linalg": "errors torch",
     # curves are arrays of numpy, so that a driver without torch reads them
-    "methods": "errors forecast plan recipe registry linalg torch numpy",
+    "methods": "errors forecast plan randomness recipe registry linalg torch numpy",
     # models: each may import the ones above it
     "models.forms": "errors plan registry torch transformers",
     "models.checkpoint": "errors version plan store device models.forms torch safetensors",
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "models.statistics": "plan linalg models.shards torch transformers",
     "models.evaluation": "errors plan store device linalg models.forms models.checkpoint "
     "models.survey models.shards torch safetensors transformers numpy",
-    "models.training": "errors plan recipe device linalg models.forms models.shards "
+    "models.training": "errors plan randomness recipe device linalg models.forms models.shards "
     "models.statistics models.evaluation torch transformers",
     "hf": "errors version plan models.forms models.checkpoint models.survey models.shards torch "
     "transformers",
@@ -59,8 +60,8 @@ MAY_IMPORT = {
     "forecast": f"{PLAIN} allocate methods plan recipe resolve store models.checkpoint "
     "models.survey models.training runtime",
     "stages.base": "errors forecast plan recipe stages.context",
-    "stages.context": f"{PLAIN} usage allocate device forecast linalg methods plan recipe "
-    f"runtime store torch numpy safetensors stages.base {MODELS}",
+    "stages.context": f"{PLAIN} usage allocate device forecast linalg methods plan "
+    f"randomness recipe runtime store torch numpy safetensors stages.base {MODELS}",
     "resolve": "errors allocate methods plan recipe stages stages.base",
     "stages": f"{PLAIN} allocate forecast plan recipe registry resolve runtime runtime.ray store "
     f"torch models.checkpoint models.evaluation models.inputs models.shards models.survey "

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from orchestrator.models.training.train_options import TrainOptions, plan_course
+from orchestrator.randomness import Randomness
 from orchestrator.stages.train.pipeline import WINDOW, Pipeline, Snapshot
 from orchestrator.stages.train.program import program
 
@@ -42,7 +43,7 @@ class Simulation:
         replaced=1.0,
         keeps_states=True,
     ):
-        self.course = plan_course(options, SEQUENCES, 0)
+        self.course = plan_course(options, SEQUENCES, Randomness(0))
         self.pipeline = Pipeline(
             self.course, LENGTHS, num_blocks=num_blocks, keeps_states=keeps_states
         )

@@ -16,6 +16,7 @@ from orchestrator.errors import UsageError
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.training.refine import refine
 from orchestrator.models.training.refine_options import RefineOptions
+from orchestrator.randomness import Randomness
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 SHORT = {"refinement": {"epochs": 3, "batches": 2, "learning_rate": 2e-4}}
@@ -58,7 +59,7 @@ def test_blocks_are_refined_behind_the_refined_ones(llama, text, tmp_path):
         with dense.shard(range(block, block + 1)) as shard:
             targets = [shard.forward(chunk) for chunk in targets]
         with compressed.shard(range(block, block + 1)) as shard:
-            refined = refine(shard, inputs, targets, options=options, seed=0)
+            refined = refine(shard, inputs, targets, options=options, randomness=Randomness(0))
             inputs = [shard.forward(chunk) for chunk in inputs]
         for name, tensor in refined.tensors.items():
             assert torch.equal(stored[name], tensor)
@@ -83,7 +84,11 @@ def test_a_sweep_is_a_walk_over_what_was_refined_apart(llama, text, tmp_path):
             targets = [shard.forward(chunk) for chunk in targets]
         with refined_apart.shard(range(block, block + 1)) as shard:
             refined = refine(
-                shard, inputs, targets, options=RefineOptions(**SHORT["refinement"]), seed=0
+                shard,
+                inputs,
+                targets,
+                options=RefineOptions(**SHORT["refinement"]),
+                randomness=Randomness(0),
             )
             inputs = [shard.forward(chunk) for chunk in inputs]
         assert all(torch.equal(stored[name], tensor) for name, tensor in refined.tensors.items())
@@ -141,7 +146,11 @@ def test_refinement_in_parallel_follows_the_walk(llama, text, tmp_path):
         targets = [shard.forward(chunk) for chunk in inputs]
     with compressed.shard(part) as shard:
         refined = refine(
-            shard, inputs, targets, options=RefineOptions(**SHORT["refinement"]), seed=0
+            shard,
+            inputs,
+            targets,
+            options=RefineOptions(**SHORT["refinement"]),
+            randomness=Randomness(0),
         )
     stored = load_file(result.out / "model.safetensors")
     assert all(torch.equal(stored[name], tensor) for name, tensor in refined.tensors.items())

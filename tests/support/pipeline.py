@@ -75,7 +75,6 @@ def token_chunks(model: Path, text: Path, layout: str = "packed") -> list[Chunk]
         sequence_length=48,
         sampling="first",
         layout=layout,
-        seed=0,
         tokenizer=load_tokenizer(model),
     )
     pairs = zip(tokens.ids, tokens.mask, strict=True)

@@ -3,8 +3,6 @@
 Shape suffixes: O outputs, I inputs, R directions, B buckets, N entries.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +11,7 @@ from orchestrator.methods.kinds.base import Errors, Kind, StoredLinear
 from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment
+from orchestrator.randomness import generator
 
 if TYPE_CHECKING:
     import torch
@@ -103,17 +102,16 @@ class CandidateValues:
         place_N = torch.arange(int(self.counts_B.sum())) - self._entries(starts_B)
         return Mask(self.directions_R > 0, place_N < self._entries(self.buckets_B))
 
-    def draw(self, *seed: int | str) -> Mask:
+    def draw(self, *words: int | str) -> Mask:
         """Return a mask if the numbers are probabilities: all draws are independent.
 
-        A function of the seed alone, computed on the CPU: the same bits in every process.
+        A function of the words alone, computed on the CPU: the same bits in every process.
         """
         import torch
 
-        digest = hashlib.blake2b(json.dumps(seed).encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        chance_R = torch.rand(len(self.directions_R), generator=generator)
-        chance_N = torch.rand(int(self.counts_B.sum()), generator=generator)
+        source = generator(*words)
+        chance_R = torch.rand(len(self.directions_R), generator=source)
+        chance_N = torch.rand(int(self.counts_B.sum()), generator=source)
         return Mask(chance_R < self.directions_R, chance_N < self._entries(self.buckets_B))
 
     def _entries(self, value_B: "Tensor") -> "Tensor":

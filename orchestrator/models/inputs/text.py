@@ -63,7 +63,7 @@ def load_tokens(
     field: str = "text",
     sampling: str = "first",
     layout: str = "packed",
-    seed: int = 0,
+    rng: np.random.Generator | None = None,
     stride: int = 1,
 ) -> Tokens:
     """Read a text source and tokenize it into sequences of one length.
@@ -79,7 +79,7 @@ def load_tokens(
         sampling: `first` takes windows (documents, if padded) 0, stride, 2 stride, ...; `random`
             draws windows at random offsets (they may overlap), or distinct documents kept in
             order.
-        seed: Seed of `numpy.random.default_rng`; used by `random` only.
+        rng: Generator that `random` draws with; by default one of seed 0.
         stride: Take every stride-th window or document; must be 1 with `random`.
 
     Raises:
@@ -98,7 +98,7 @@ def load_tokens(
         samples=samples,
         length=sequence_length,
         stride=stride,
-        rng=np.random.default_rng(seed) if sampling == "random" else None,
+        rng=(rng or np.random.default_rng(0)) if sampling == "random" else None,
     )
     if len(rows) < samples:
         raise InputError(

@@ -4,7 +4,6 @@ Shape suffixes: B sequences, T tokens, C channels.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
@@ -21,6 +20,7 @@ from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.refine_ledger import Account, Epoch, Ledger, Stop
 from orchestrator.models.training.refine_options import RefineOptions, divide, rate
+from orchestrator.randomness import Randomness
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +49,14 @@ def refine(
     targets: Sequence[Chunk],
     *,
     options: RefineOptions,
-    seed: int,
+    randomness: Randomness,
 ) -> Refined:
     """Train a shard of a compressed model until a stopping rule applies; see `Refinement`.
 
     The shard is left in the best state, so that passing chunks through it gives the inputs of the
     next block.
     """
-    with Refinement(shard, inputs, targets, options=options, seed=seed) as refinement:
+    with Refinement(shard, inputs, targets, options=options, randomness=randomness) as refinement:
         while refinement.stop is None:
             refinement.epoch()
         return refinement.result()
@@ -74,10 +74,10 @@ class Refinement:
     AdamW with decay on all of them, a linear warm-up, a cosine to the floor, clipped gradients.
 
     All computations are float32 on any device (float64 if the shard is). The order of the chunks
-    depends only on (seed, first block, epoch). A step's batch is divided into slices. Each slice
-    sums the gradients of its chunks one by one in that order, and the slices are summed in order.
-    The result is therefore a bit-exact function of the arguments and the environment. Each chunk
-    takes one forward and one backward pass per step.
+    depends only on the seed, the first block and the epoch. A step's batch is divided into slices.
+    Each slice sums the gradients of its chunks one by one in that order, and the slices are summed
+    in order. The result is therefore a bit-exact function of the arguments and the environment.
+    Each chunk takes one forward and one backward pass per step.
 
     Replicas: if several workers train a block, each has its own refinement. They divide the slices
     (`slice`) and the held-out chunks (`error`) among them, and each performs every step with the
@@ -111,12 +111,12 @@ class Refinement:
         targets: Sequence[Chunk],
         *,
         options: RefineOptions,
-        seed: int,
+        randomness: Randomness,
     ) -> None:
         if len(inputs) != len(targets):
             raise ValueError(f"{len(inputs)} input chunks, but {len(targets)} target chunks")
         self._shard, self._inputs, self._targets = shard, inputs, targets
-        self._options, self._seed = options, seed
+        self._options, self._randomness = options, randomness
         self._ledger = Ledger(len(inputs), options)
         self._parameters = trained_parameters(shard, dense=options.dense)
         dtypes = {parameter.dtype for parameter in self._parameters.values()}
@@ -241,9 +241,7 @@ class Refinement:
 
     def _batch(self, epoch: int, batch: int) -> Sequence[int]:
         """Indices of a step's training chunks."""
-        key = json.dumps([self._seed, self._shard.blocks.start, epoch])
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        generator = self._randomness.block_order(self._shard.blocks.start, epoch)
         training = self._ledger.training
         order = torch.randperm(len(training), generator=generator).tolist()
         return [training[place] for place in divide(order, self._ledger.batches)[batch]]

@@ -1,11 +1,10 @@
 """Options of the whole-model training, and the assignment of sequences to steps."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 from orchestrator.errors import UsageError
 from orchestrator.models.training.refine_options import rate, split
+from orchestrator.randomness import Randomness
 from orchestrator.recipe.options import check_choice, check_number, check_whole
 
 MODES = ("all", "lean", "light")
@@ -89,7 +88,7 @@ class Course:
         return min(step + self.options.every, self.steps)
 
 
-def plan_course(options: TrainOptions, sequences: int, seed: int) -> Course:
+def plan_course(options: TrainOptions, sequences: int, randomness: Randomness) -> Course:
     """Plan the steps over `sequences`; each epoch's order is drawn from the seed and its number.
 
     Raises:
@@ -102,10 +101,7 @@ def plan_course(options: TrainOptions, sequences: int, seed: int) -> Course:
     number = min(options.batches, len(training))
     batches: list[tuple[int, ...]] = []
     for epoch in range(options.epochs):
-        key = json.dumps(["train", seed, epoch])
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        order = torch.randperm(len(training), generator=generator)
+        order = torch.randperm(len(training), generator=randomness.model_order(epoch))
         for places in order.tensor_split(number):
             batches.append(tuple(training[place] for place in places.tolist()))
     return Course(options=options, batches=tuple(batches), held_out=tuple(held_out))

@@ -105,5 +105,5 @@ def calibration_task(keyed: Keyed) -> CompressionTask:
         **task_fields(keyed),
         gradients_key=keyed.statistics_key,
         sequences=keyed.sequences,
-        seed=keyed.recipe.seed,
+        randomness=keyed.randomness,
     )

@@ -24,7 +24,7 @@ def assign_keys(surveyed: Surveyed, tokens_key: str, token_report: Mapping[str, 
     pass_key = unit_key("calibrate", CALIBRATE_VERSION, inputs, dtype=str(surveyed.dtype))
     statistics_key = pass_key
     if surveyed.needs_gradients:
-        draws = {"labels": method.label_draws, "seed": recipe.seed}
+        draws = {"labels": method.label_draws, "seed": surveyed.randomness.seed}
         statistics_key = unit_key("curvature", CURVATURE_VERSION, [pass_key], **draws)
     block_keys = _block_keys(surveyed, statistics_key)
     decisive = recipe.to_toml(schedule=False)

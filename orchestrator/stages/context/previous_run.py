@@ -11,11 +11,9 @@ from typing import Any
 
 from orchestrator.errors import InputError
 from orchestrator.recipe.field import about, described
-from orchestrator.recipe.recipe import SCHEDULE, Recipe, make_recipe
+from orchestrator.recipe.recipe import SCHEDULE, Recipe, make_recipe, override
 from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
-
-SIZES = {"keep", "keep_bytes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +63,8 @@ def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Previous
             f"command with --run-dir {run_dir}, which reads the text again"
         )
     dropped = {name for name in SCHEDULE if not about(known[name]).decides_bits}
-    dropped |= SIZES if SIZES & given.keys() else set()
     kept = {
         name: value for name, value in written.items() if value is not None and name not in dropped
     }
-    recipe = make_recipe({**kept, **given, "out": out, "run_dir": run_dir})
+    recipe = make_recipe({**override(kept, given), "out": out, "run_dir": run_dir})
     return recipe, PreviousRun(parse_place(str(model)), str(base_model), str(key), tokens["facts"])

@@ -25,7 +25,7 @@ def check_refinement(recipe: Recipe, method: MethodTraits) -> None:
             "refine is 'blocks' and refinement: slices is given, which is for blocks that are "
             "lent, 'in_order' and 'swept'; leave it out"
         )
-    if recipe.refine != "none" and method.refits(recipe.share):
+    if recipe.refine != "none" and method.refits:
         raise UsageError(
             f"refine is {recipe.refine!r} and {method.name}'s refit is on; training "
             "fits left factors too, so give refit 'never' or refine 'none'"

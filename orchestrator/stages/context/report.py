@@ -6,6 +6,7 @@ Everything that may differ between two equal runs (seconds, memory, machines) is
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orchestrator.allocate.budget import Budget
 from orchestrator.methods.kinds.base import Kind
 from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.forms import Form
@@ -21,7 +22,7 @@ def make_report(
     survey: Survey,
     linears: Sequence[Linear],
     plan: Plan,
-    form: Form,
+    budget: Budget,
     kind: Kind[Any],
     facts: Mapping[str, Mapping[str, Any]],
     tokens: Mapping[str, Any],
@@ -40,7 +41,7 @@ def make_report(
     `values` are counted without indices, `bytes` with them, in the dtype that is written.
 
     Args:
-        form: Form of the linears that are cut.
+        budget: The budget of the plan, with the form of the linears that are cut.
         kind: Kind of the results of the method.
         facts: Facts of the decomposition of each linear, and errors that were measured later.
         key: Key of the result: hash of everything that decides its bytes.
@@ -53,9 +54,9 @@ def make_report(
         "architecture": survey.architecture,
         "recipe": dict(recipe),
         "calibration": dict(tokens),
-        **_sizes(survey, linears, plan, recipe),
+        **_sizes(survey, linears, plan, budget, output_dtype=recipe["output_dtype"]),
         "linears": {
-            linear.name: _linear(linear, plan, facts[linear.name], kind=kind, form=form)
+            linear.name: _linear(linear, plan, facts[linear.name], kind=kind, form=budget.form)
             for linear in linears
         },
         "not_targeted": sorted(
@@ -66,18 +67,16 @@ def make_report(
 
 
 def _sizes(
-    survey: Survey, linears: Sequence[Linear], plan: Plan, recipe: Mapping[str, Any]
+    survey: Survey, linears: Sequence[Linear], plan: Plan, budget: Budget, *, output_dtype: str
 ) -> dict[str, Any]:
     """Kept fractions, values and bytes of the linears and of the model."""
-    asked = recipe["output_dtype"]
-    codec = CODECS[survey.dtype if asked == "auto" else asked]
+    codec = CODECS[survey.dtype if output_dtype == "auto" else output_dtype]
     dense_values = sum(linear.values for linear in linears)
     whole = survey.total_parameters - dense_values + plan.stored_values
-    by_values = recipe["keep_bytes"] is None
     return {
         "kept": {
-            "asked": recipe["keep"] if by_values else recipe["keep_bytes"],
-            "asked_of": "values" if by_values else "bytes",
+            "asked": budget.kept,
+            "asked_of": "bytes" if budget.in_bytes else "values",
             "linears": plan.stored_values / dense_values,
             "model": whole / survey.total_parameters,
         },

@@ -31,7 +31,7 @@ class TrainedStage(StageJob):
             version,
             inputs,
             plan=planned.plan.to_json(),
-            seed=planned.recipe.seed,
+            seed=planned.randomness.seed,
             **decisive,
         )
         self.keys = {
@@ -53,7 +53,7 @@ class TrainedStage(StageJob):
         return task_fields(planned) | {
             "pass_key": self.key,
             "plan": planned.plan,
-            "seed": planned.recipe.seed,
+            "randomness": planned.randomness,
             "choice": "".join(planned.choice),
             "earlier": self._earlier,
             "keys": self.keys,

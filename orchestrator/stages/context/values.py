@@ -17,14 +17,16 @@ from typing import Any, TypeVar
 import torch
 
 from orchestrator.allocate.base import Allocator
+from orchestrator.allocate.budget import Budget
 from orchestrator.forecast.outcome import Forecast
 from orchestrator.methods.base import Method
 from orchestrator.models.checkpoint.stored_tensor import StoredTensor
 from orchestrator.plan.codecs import CODECS, Codec
-from orchestrator.plan.forms import Form, stored_as
+from orchestrator.plan.forms import Form
 from orchestrator.plan.grouping import Grouping
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Plan
+from orchestrator.randomness import Randomness
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages.context.previous_run import PreviousRun
 from orchestrator.store.places import Place
@@ -43,6 +45,7 @@ class Asked:
     """Recipe as it was given, model and output, for the run directory."""
     method: Method
     allocator: Allocator
+    budget: Budget
     model: Place
     base_model: str
     """Name of the model in the result: a hub id, or the name of its directory."""
@@ -59,12 +62,17 @@ class Asked:
     @property
     def form(self) -> Form:
         """Form of the linears that are cut."""
-        return stored_as(self.method.form, self.recipe.storage)
+        return self.budget.form
 
     @property
     def is_pivoted(self) -> bool:
         """True if factors are pivoted after they are cut."""
         return self.recipe.storage == "pivoted"
+
+    @property
+    def randomness(self) -> Randomness:
+        """Source of all random numbers."""
+        return Randomness(seed=self.recipe.seed)
 
     @property
     def needs_gradients(self) -> bool:

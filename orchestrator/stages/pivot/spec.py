@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from orchestrator.errors import UsageError
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.stages.base import MethodTraits, Refitting, Stage
+from orchestrator.stages.base import MethodTraits, Stage
 
 if TYPE_CHECKING:
     from orchestrator.forecast.stage_cost import Setting, StageCost
@@ -23,7 +23,7 @@ class Pivot(Stage):
     changes_errors: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, recipe: Recipe, method: Refitting) -> Self | None:
+    def of(cls, recipe: Recipe, method: MethodTraits) -> Self | None:
         return cls() if recipe.storage == "pivoted" else None
 
     @classmethod

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.stages.base import MethodTraits, Refitting, Stage
+from orchestrator.stages.base import MethodTraits, Stage
 from orchestrator.stages.context.refinement import TABLE, check_refinement, refinement_options
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Refine(Stage):
     options: RefineOptions
 
     @classmethod
-    def of(cls, recipe: Recipe, method: Refitting) -> Self | None:
+    def of(cls, recipe: Recipe, method: MethodTraits) -> Self | None:
         if recipe.refine not in ("blocks", "swept"):
             return None
         return cls(options=refinement_options(recipe))

@@ -74,7 +74,10 @@ class RefineWorker(Worker):
         start = time.monotonic()
         with self.compressed.planned.shard(range(block, block + 1)) as shard:
             inputs, targets = self._states[block], self._states[block + 1]
-            refined = refine(shard, inputs, targets, options=self.task.options, seed=self.task.seed)
+            task = self.task
+            refined = refine(
+                shard, inputs, targets, options=task.options, randomness=task.randomness
+            )
             tensors = {**refined.tensors, **self.compressed.indices(shard)}
         timings = {"seconds": time.monotonic() - start, "memory": self.usage().to_json()}
         facts = refined.facts() | {"timings": timings}

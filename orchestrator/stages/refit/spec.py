@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.stages.base import Refitting, Stage
+from orchestrator.stages.base import MethodTraits, Stage
 
 if TYPE_CHECKING:
     from orchestrator.forecast.stage_cost import Setting, StageCost
@@ -21,8 +21,8 @@ class Refit(Stage):
     tables: ClassVar[Mapping[str, type]] = {}
 
     @classmethod
-    def of(cls, recipe: Recipe, method: Refitting) -> Self | None:
-        return cls() if method.refits(recipe.share) else None
+    def of(cls, recipe: Recipe, method: MethodTraits) -> Self | None:
+        return cls() if method.refits else None
 
     def job(self, planned: "Planned", earlier: "Sequence[StageJob]") -> "StageJob":
         from orchestrator.stages.refit.job import RefitJob

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from orchestrator.allocate.bernoulli import CandidatePool, Draw
-from orchestrator.allocate.budget import budget_values
-from orchestrator.allocate.by_bytes import fill_bytes
+from orchestrator.allocate.budget import Budget
+from orchestrator.allocate.by_bytes import fill_budget
 from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import InputError
@@ -43,7 +43,7 @@ class MaskScoring:
         assert isinstance(allocator, CapAllocator)
         self.allocator: CapAllocator = allocator
         candidates = {name: job.method.kind.curve(facts) for name, facts in job.results.items()}
-        self.pool = self.allocator.pool(job.linears, candidates, job.recipe.share)
+        self.pool = self.allocator.pool(job.linears, candidates, job.budget)
         self._counts = self.pool.split(self.pool.count_N)
         self._chunks = min(self.allocator.chunks, job.sequences)
         self._done = 0
@@ -53,7 +53,7 @@ class MaskScoring:
         """Every iteration's losses and step, then the better of the start's choice and the last.
 
         Raises:
-            UsageError, InfeasibleError: As `budget_values` and `fill_bytes`.
+            InfeasibleError: As `Budget.total` and `fill_budget`.
             InputError: A loss is not finite.
         """
         cap, pool = self.allocator, self.pool
@@ -98,17 +98,13 @@ class MaskScoring:
 
     def _choose(self, share_N: np.ndarray) -> tuple[Choice, Plan]:
         """The candidates with the largest probabilities that fit in the budget, and their plan."""
-        recipe, linears = self._job.recipe, self._job.linears
+        job = self._job
 
-        def allocate(keep: float) -> Plan:
-            budget = budget_values(linears, keep)
-            return self.allocator.plan(self.pool, choose(self.pool, share_N, budget), budget)
+        def divide(budget: Budget) -> Plan:
+            total = budget.total(job.linears)
+            return self.allocator.plan(self.pool, choose(self.pool, share_N, total), total)
 
-        plan = (
-            allocate(recipe.share)
-            if recipe.keep_bytes is None
-            else fill_bytes(allocate, linears, recipe.share, self._job.codec)
-        )
+        plan = fill_budget(divide, job.linears, job.budget, job.codec)
         return choose(self.pool, share_N, plan.budget_values), plan
 
     def _commit(self, value_N: np.ndarray, dense: frozenset[str] = frozenset()) -> str:
@@ -120,8 +116,8 @@ class MaskScoring:
         return MaskTrial(self._commit(choice.kept_N, choice.dense), None)
 
     def _drawn_trials(self, share_N: np.ndarray, iteration: int) -> list[MaskTrial]:
-        key, seed = self._commit(share_N), self._job.recipe.seed
-        return [MaskTrial(key, (seed, iteration, each)) for each in range(self.allocator.samples)]
+        key, mask = self._commit(share_N), self._job.randomness.mask
+        return [MaskTrial(key, mask(iteration, each)) for each in range(self.allocator.samples)]
 
     def _unit_key(self, trial: MaskTrial) -> str:
         job = self._job

@@ -92,7 +92,7 @@ class TrainJob(TrainedStage):
                 f"train is {self._mode!r} and there is {sequences} sequence; two are needed, "
                 "one to train on and one to hold out"
             )
-        return plan_course(self._options, sequences, self._planned.recipe.seed)
+        return plan_course(self._options, sequences, self._planned.randomness)
 
     def perform(self, stage: RunningStage, following: StageJob | None = None) -> StageResult:
         """Targets, steps, and a unit for each block with its values at the best step."""

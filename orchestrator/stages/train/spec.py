@@ -8,7 +8,7 @@ from orchestrator.errors import UsageError
 from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.recipe.options import check_known, option_names
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.stages.base import MethodTraits, Refitting, Stage
+from orchestrator.stages.base import MethodTraits, Stage
 
 if TYPE_CHECKING:
     from orchestrator.forecast.stage_cost import Setting, StageCost
@@ -29,7 +29,7 @@ class Train(Stage):
     """`all`, `lean` or `light`."""
 
     @classmethod
-    def of(cls, recipe: Recipe, method: Refitting) -> Self | None:
+    def of(cls, recipe: Recipe, method: MethodTraits) -> Self | None:
         if recipe.train == "none":
             return None
         return cls(options=train_options(recipe), mode=recipe.train)
@@ -37,7 +37,7 @@ class Train(Stage):
     @classmethod
     def check(cls, recipe: Recipe, method: MethodTraits) -> None:
         check_known(TABLE, recipe.options.get(TABLE, {}), option_names(TrainOptions))
-        if recipe.train != "none" and method.refits(recipe.share):
+        if recipe.train != "none" and method.refits:
             raise UsageError(
                 f"train is {recipe.train!r} and {method.name}'s refit is on; training fits left "
                 "factors too, so give refit 'never' or train 'none'"

@@ -10,7 +10,7 @@ from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.plan.forms import FORMS
 from orchestrator.recipe.options import check_known
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.stages.base import MethodTraits, Refitting, Stage
+from orchestrator.stages.base import MethodTraits, Stage
 from orchestrator.stages.context.refinement import TABLE, check_refinement, refinement_options
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Walk(Stage):
     """None if blocks are not trained."""
 
     @classmethod
-    def of(cls, recipe: Recipe, method: Refitting) -> Self | None:
+    def of(cls, recipe: Recipe, method: MethodTraits) -> Self | None:
         compensation = compensation_options(recipe)
         in_order = recipe.refine == "in_order"
         if compensation is None and not in_order:
@@ -72,7 +72,7 @@ class Sweep(Stage):
     refinement: RefineOptions
 
     @classmethod
-    def of(cls, recipe: Recipe, method: Refitting) -> Self | None:
+    def of(cls, recipe: Recipe, method: MethodTraits) -> Self | None:
         return cls(refinement=refinement_options(recipe)) if recipe.refine == "swept" else None
 
     @classmethod
@@ -113,7 +113,7 @@ def _check_compensation(recipe: Recipe, method: MethodTraits) -> None:
     if recipe.compensate == "none":
         return
     asked = f"compensate is {recipe.compensate!r}"
-    if method.refits(recipe.share):
+    if method.refits:
         raise UsageError(
             f"{asked} and {method.name}'s refit is on; both fit factors to the compressed model's "
             "inputs, so give refit 'never' or compensate 'none'"

@@ -179,8 +179,9 @@ class WalkWorker(Worker):
         if work.refinement is None:
             assert options is not None
             targets = [self._target(index) for index in range(self.task.sequences)]
+            randomness = self.task.randomness
             refinement = Refinement(
-                work.shard, work.inputs, targets, options=options, seed=self.task.seed
+                work.shard, work.inputs, targets, options=options, randomness=randomness
             )
             work.refinement = self._held.enter_context(refinement)
         errors = {part: work.refinement.error(part) for part in parts}

@@ -154,7 +154,7 @@ def _report(
         survey=planned.survey,
         linears=planned.linears,
         plan=planned.plan,
-        form=planned.form,
+        budget=planned.budget,
         kind=planned.method.kind,
         facts=_facts(planned, files, done),
         tokens=planned.token_report,

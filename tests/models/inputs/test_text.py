@@ -132,7 +132,7 @@ def test_random_sampling_depends_on_the_seed_only(write, tokenizer, layout):
             sequence_length=4,
             sampling="random",
             layout=layout,
-            seed=seed,
+            rng=np.random.default_rng(seed),
         ).ids
 
     assert np.array_equal(draw(1), draw(1))

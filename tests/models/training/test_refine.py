@@ -19,6 +19,7 @@ from orchestrator.models.training.refine import Refinement, merge, refine, train
 from orchestrator.models.training.refine_ledger import Ledger
 from orchestrator.models.training.refine_options import RefineOptions, rate, split
 from orchestrator.plan.plan import Assignment
+from orchestrator.randomness import Randomness
 
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon"]
 SHORT = RefineOptions(epochs=3, batches=2, learning_rate=1e-3, held_out=0.2)
@@ -38,7 +39,7 @@ def dense_ends(directory, block, count=5, dtype=torch.float32):
 
 def refined(directory, ends, block, options=SHORT, seed=0, dtype=torch.float32):
     with LazyModel.open(directory, dtype=dtype).shard(range(block, block + 1)) as shard:
-        return refine(shard, *ends, options=options, seed=seed)
+        return refine(shard, *ends, options=options, randomness=Randomness(seed))
 
 
 def with_state(chunk, change):
@@ -115,7 +116,7 @@ def test_a_shift_that_a_bias_can_represent_is_learnt(checkpoint):
         return dense.weights.read(spec.source)
 
     with dense.planned(whole, read).shard(range(2, 3)) as shard:
-        result = refine(shard, inputs, targets, options=options, seed=0)
+        result = refine(shard, inputs, targets, options=options, randomness=Randomness(0))
     assert {name.rpartition(".")[2] for name in result.tensors} == {"bias", "weight"}
     assert result.start == pytest.approx(float(shift_C.square().mean()), rel=1e-5)
     assert result.epochs[result.best - 1].held_out < 5e-3 * result.start
@@ -130,7 +131,11 @@ def test_the_best_state_is_restored_not_the_last(checkpoint, compressed):
         before = {name: p.detach().clone() for name, p in shard.parameters().items()}
         targets[held_out] = shard.forward(inputs[held_out])
         result = refine(
-            shard, inputs, targets, options=replace(SHORT, epochs=9, patience=2), seed=0
+            shard,
+            inputs,
+            targets,
+            options=replace(SHORT, epochs=9, patience=2),
+            randomness=Randomness(0),
         )
         after = shard.parameters()
         assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -146,8 +151,13 @@ def test_the_shard_is_left_with_the_best_state(checkpoint, compressed):
     """Its held-out loss, recomputed, is the smallest of all epochs."""
     directory, ends = compressed("llama"), dense_ends(checkpoint("llama"), 1)
     with LazyModel.open(directory).shard(range(1, 2)) as shard:
-        result = refine(shard, *ends, options=replace(SHORT, epochs=6, learning_rate=0.05), seed=0)
-        with Refinement(shard, *ends, options=SHORT, seed=0) as again:
+        result = refine(
+            shard,
+            *ends,
+            options=replace(SHORT, epochs=6, learning_rate=0.05),
+            randomness=Randomness(0),
+        )
+        with Refinement(shard, *ends, options=SHORT, randomness=Randomness(0)) as again:
             losses = [result.start, *(epoch.held_out for epoch in result.epochs)]
             assert again.result().start == min(losses) == losses[result.best]
         for name, parameter in shard.parameters().items():
@@ -179,7 +189,9 @@ def test_replicas_that_divide_the_slices_have_the_same_bits(checkpoint, compress
     assert ledger.parts(0) == min(slices, 6)
     with ExitStack() as stack:
         shards = [stack.enter_context(each.shard(range(1, 2))) for each in skeletons]
-        made = [Refinement(shard, *ends, options=options, seed=0) for shard in shards]
+        made = [
+            Refinement(shard, *ends, options=options, randomness=Randomness(0)) for shard in shards
+        ]
         replicas = [stack.enter_context(each) for each in made]
 
         def evaluate():
@@ -237,7 +249,7 @@ def test_only_parameters_of_the_block_itself_are_trained(checkpoint, compressed,
             tensors = {**dict(model.named_parameters(remove_duplicate=False))}
             tensors |= dict(model.named_buffers())
             before = {name: tensors[name].detach().clone() for name in names}
-            result = refine(shard, *ends, options=SHORT, seed=0)
+            result = refine(shard, *ends, options=SHORT, randomness=Randomness(0))
             moved = {name for name in names if not torch.equal(before[name], tensors[name])}
         assert result.best > 0
         assert moved == set(result.tensors)
@@ -271,7 +283,9 @@ def test_blocks_that_share_a_basis_are_trained_together(checkpoint, compressed):
     bases = [f"model.layers.{block}.self_attn.q_proj.down.weight" for block in range(2)]
     with lazy_model.shard(range(2)) as shard:
         start = shard.parameters()[bases[0]].detach().clone()
-        result = refine(shard, inputs, passed(dense, range(2), inputs), options=SHORT, seed=0)
+        result = refine(
+            shard, inputs, passed(dense, range(2), inputs), options=SHORT, randomness=Randomness(0)
+        )
     assert result.best > 0
     assert torch.equal(result.tensors[bases[0]], result.tensors[bases[1]])
     assert not torch.equal(result.tensors[bases[0]], start)
@@ -297,7 +311,7 @@ def test_sparse_values_improve_on_their_support(checkpoint, tmp_path, form):
         module = shard.module("model.layers.1.mlp.up_proj")
         sparse = module if isinstance(module, SparseLinear) else module.sparse
         support = sparse.dense_weight() != 0
-        result = refine(shard, *ends, options=SHORT, seed=0)
+        result = refine(shard, *ends, options=SHORT, randomness=Randomness(0))
         assert torch.equal(sparse.dense_weight() != 0, support)
     assert result.best > 0
 

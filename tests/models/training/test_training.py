@@ -14,6 +14,7 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.training.distill import LossWeights, distill
 from orchestrator.models.training.train import MOMENTS, Training, _squared_norms
 from orchestrator.models.training.train_options import TrainOptions, plan_course
+from orchestrator.randomness import Randomness
 
 FAMILIES = ["llama", "gemma2", "gpt2", "opt", "falcon", "phi3"]
 WEIGHTS = LossWeights(divergence=0.6 / 40, cross_entropy=0.4 / 37)
@@ -268,14 +269,14 @@ def test_a_course_uses_every_sequence_once_per_epoch():
     """Batches differ by at most one sequence, orders by epoch and seed; held-out ones are left
     out."""
     options = TrainOptions(epochs=3, batches=7, every=5)
-    course = plan_course(options, 32, 0)
+    course = plan_course(options, 32, Randomness(0))
     assert course.held_out == (4, 12, 20, 28)
     assert course.steps == 21
     assert {len(batch) for batch in course.batches} == {4}
     epochs = [sum(course.batches[7 * e : 7 * e + 7], ()) for e in range(3)]
     assert all(sorted((*epoch, 4, 12, 20, 28)) == list(range(32)) for epoch in epochs)
     assert len(set(epochs)) == 3
-    assert plan_course(options, 32, 1).batches != course.batches
+    assert plan_course(options, 32, Randomness(1)).batches != course.batches
     assert [course.following(step) for step in (0, 5, 20, 21)] == [5, 10, 21, 21]
 
 

@@ -6,19 +6,16 @@ Shape suffixes: B sequences, T tokens, V vocabulary.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from orchestrator.models.evaluation.scoring import draw_label_gradient
 from orchestrator.models.shards.chunk import BlockState, Chunk
+from orchestrator.randomness import Randomness
 from orchestrator.runtime.worker import Emitted, Stored
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.context.worker.open_shard import OpenShard
 from orchestrator.store.chunks import MissingChunk
-
-LARGEST_PRIME = 2**63 - 25
-"""Below 2^63: torch takes no larger seed, and modulo a power of two many would be one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +26,7 @@ class CurvatureTask(CompressionTask):
     """The pass of the gradients; that of the chunks is the `pass_key`."""
     sequences: int
     """Chunk d sequences + s of the backward pass is draw d of labels for sequence s."""
-    seed: int
+    randomness: Randomness
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +63,7 @@ class GradientPass:
         chunk = self._dense_chunk(index % self._task.sequences)
         if opened.shard.is_last:
             # one stream of random numbers for each draw, on whichever worker
-            seed = (self._task.seed * 2**24 + index) % LARGEST_PRIME
-            generator = torch.Generator(worker.device).manual_seed(seed)
+            generator = self._task.randomness.labels(index, worker.device)
 
             def grads(logits_BTV: Tensor) -> Tensor:
                 return draw_label_gradient(logits_BTV, chunk.mask, generator)

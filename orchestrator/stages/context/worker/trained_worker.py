@@ -17,6 +17,7 @@ from orchestrator.models.forms.pivoted import PivotedLinear
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.plan.plan import Plan
+from orchestrator.randomness import Randomness
 from orchestrator.runtime.worker import Worker
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.worker.compress_worker import planned_tensors
@@ -32,7 +33,7 @@ class TrainedTask(CompressionTask):
     """Task of a stage that trains the compressed model."""
 
     plan: Plan
-    seed: int
+    randomness: Randomness
     choice: str
     """Unit of the kept candidates, if the allocation chooses one by one; otherwise ""."""
     earlier: tuple[Mapping[int, str], ...]

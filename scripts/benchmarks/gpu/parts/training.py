@@ -21,6 +21,7 @@ from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.models.training.train import Training
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.plan import Assignment
+from orchestrator.randomness import Randomness
 
 FORMS = ("low_rank", "pivoted")
 KEEP = 0.7
@@ -82,7 +83,7 @@ def refined(
     with compressed.shard(range(1)) as shard:
         values = sum(parameter.numel() for parameter in shard.own_parameters().values())
         with Refinement(
-            shard, inputs, targets, options=RefineOptions(epochs=2), seed=0
+            shard, inputs, targets, options=RefineOptions(epochs=2), randomness=Randomness(0)
         ) as refinement:
             start = refinement.start
             epoch, seconds = bench.timed(refinement.epoch)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from orchestrator.allocate.base import Allocator
-from orchestrator.allocate.budget import budget_values, make_plan
+from orchestrator.allocate.budget import make_plan
 from orchestrator.plan.plan import Assignment
 from orchestrator.recipe.options import check_choice
 
@@ -21,17 +21,17 @@ class WholeLinears(Allocator):
     def __post_init__(self):
         check_choice("whole-linears: gain", self.gain, ("loss", "loss_per_value"))
 
-    def __call__(self, linears, curves, keep, cosines, *, form):
-        budget = budget_values(linears, keep, form)
+    def __call__(self, linears, curves, budget, cosines):
+        total, form = budget.total(linears), budget.form
         cut = Assignment(form=form.name)
         more = {each.name: each.values - form.values(each, cut) for each in linears}
-        left = budget - sum(form.values(each, cut) for each in linears)
+        left = total - sum(form.values(each, cut) for each in linears)
         assignments = {each.name: cut for each in linears}
         for linear in sorted(linears, key=lambda each: -self._gain(curves[each.name], each)):
             if more[linear.name] <= left:
                 left -= more[linear.name]
                 assignments[linear.name] = Assignment(form="dense")
-        return make_plan(linears, assignments, budget)
+        return make_plan(linears, assignments, total)
 
     def _gain(self, loss, linear):
         return loss.lost / (1 if self.gain == "loss" else linear.values)
