@@ -23,6 +23,8 @@ os.environ.update(
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # idle processes that no actor here can use, as its environment differs
+        "RAY_prestart_worker_first_driver": "0",
         # of the object store on this machine, which lets everybody in
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",

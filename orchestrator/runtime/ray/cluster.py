@@ -39,9 +39,14 @@ _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Variable in which Ray passes the options of a job to its driver."""
 
 
-QUIET = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
+QUIET = {
+    "enable_metrics_collection": False,
+    "task_events_report_interval_ms": 0,
+    "prestart_worker_first_driver": False,
+}
 """Settings of a local Ray: no metrics and no task events, because nobody reads them and they take
-time from the workers on a machine with few cores."""
+time from the workers on a machine with few cores; and no idle processes in advance, because actors
+with environment variables of their own do not use them."""
 
 
 def connect(address: str | None, announce: Callable[[str], None]) -> Cluster:
