@@ -376,7 +376,8 @@ def test_a_budget_below_the_grid_is_said_first(llama, text, tmp_path):
 )
 def test_other_methods_are_divided_by_it(method, options, llama, text, tmp_path):
     """Linears with a shared basis are one trial; any cut of the model gives the same bytes."""
-    fields = {"method": method, "allocation": "strs", "options": options | {"strs": OPTIONS}}
+    options |= {"strs": {"grid": "0.4"}}
+    fields = {"method": method, "allocation": "strs", "options": options}
     for shards in (1, 2):
         result = compress(llama, tmp_path / f"out{shards}", text, shards=shards, **fields)
         assert result.plan.stored_values <= result.plan.budget_values
