@@ -2,10 +2,11 @@
 
 import ast
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from itertools import pairwise
-from textwrap import dedent
 from typing import Any
 
 from orchestrator.allocate import ALLOCATORS
@@ -83,7 +84,7 @@ def _options(table: str, owner: type[Any]) -> Iterator[OptionEntry]:
     if not is_dataclass(owner):
         return
     help_texts: dict[str, str] = {}
-    for each in reversed(owner.__mro__):
+    for each in filter(is_dataclass, reversed(owner.__mro__)):
         help_texts |= _attribute_docstrings(each)
     for field in fields(owner):
         if field.default is not MISSING:
@@ -92,14 +93,41 @@ def _options(table: str, owner: type[Any]) -> Iterator[OptionEntry]:
 
 
 def _attribute_docstrings(owner: type[Any]) -> dict[str, str]:
-    """Read the docstrings of a class's fields from its source, if it has one."""
+    """Read the docstrings of a class's fields from its module's source, if it has one."""
     try:
-        tree = ast.parse(dedent(inspect.getsource(owner)))
-    except (OSError, TypeError, SyntaxError):
+        classes = _classes(inspect.getsource(sys.modules[owner.__module__]))
+    except (OSError, TypeError, KeyError, SyntaxError):
         return {}
-    body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.ClassDef) else []
+    return classes.get(owner.__qualname__, {})
+
+
+@cache
+def _classes(source: str) -> dict[str, dict[str, str]]:
+    """Docstrings of the fields of a module's classes, by the qualified name of the class.
+
+    A module is parsed once, because an option may be in the classes of several entries.
+    """
+    found: dict[str, dict[str, str]] = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            match child:
+                case ast.ClassDef(name=name):
+                    found[f"{prefix}{name}"] = _field_docstrings(child)
+                    visit(child, f"{prefix}{name}.")
+                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                    visit(child, f"{prefix}{name}.<locals>.")
+                case ast.stmt() | ast.excepthandler() | ast.match_case():
+                    visit(child, prefix)
+
+    visit(ast.parse(source), "")
+    return found
+
+
+def _field_docstrings(owner: ast.ClassDef) -> dict[str, str]:
+    """Strings below the fields of a class."""
     found = {}
-    for field, below in pairwise(body):
+    for field, below in pairwise(owner.body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             said = below.value if isinstance(below, ast.Expr) else None
             if isinstance(said, ast.Constant) and isinstance(said.value, str):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from matrices import gaussian, of_model
-from pipeline import contents, run, with_tokenizer, write_text
+from pipeline import contents, run, write_llama, write_text
 from pretend import pretended_device
 
 from orchestrator import api
@@ -297,9 +297,10 @@ def test_nobody_else_calls_the_solvers():
     assert files == {"eigen.py"}
 
 
-@pytest.fixture
-def llama(checkpoint, tmp_path):
-    return with_tokenizer(checkpoint("llama"), tmp_path / "dense")
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """One block: each of its seven linears falls back."""
+    return write_llama(tmp_path_factory.mktemp("llama1") / "dense", blocks=1, hidden=32)
 
 
 @pytest.fixture
@@ -318,6 +319,7 @@ def no_device_solver(monkeypatch):
 
 
 REFITTED = {"options": {"svd-llm": {"refit": "always"}}}
+FEW_DENSITIES = {"two-sided-sparse": {"densities": "0 0.5"}}
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ REFITTED = {"options": {"svd-llm": {"refit": "always"}}}
     [
         ("svd-llm", REFITTED, [("eigen",), ("refit", "eigen")]),
         ("two-sided", {}, [("eigen",)]),
-        ("two-sided-sparse", {}, [("eigen",)]),
+        ("two-sided-sparse", {"options": FEW_DENSITIES}, [("eigen",)]),
         ("cap", {"options": {"cap": {"stage2": False}}}, [("eigen",)]),
     ],
     ids=["svd-llm", "two-sided", "two-sided-sparse", "cap"],
@@ -338,7 +340,7 @@ def test_a_run_goes_on_where_a_gpu_finds_no_eigenvectors(
     The bytes of `cap` differ: its robust PCA starts in float32 on a CPU, the fallback is float64.
     """
     text = write_text(tmp_path / "text.txt")
-    given = {"method": method, "run_dir": None} | fields
+    given = {"method": method, "samples": 2} | fields
     run(llama, tmp_path / "cpu", text, **given)
     with pretended_device():
         result = run(llama, tmp_path / "gpu", text, **given)

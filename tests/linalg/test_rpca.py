@@ -1,6 +1,7 @@
 """Robust PCA: recovery, optimality, laws, and difficult cases."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ def like_a_weight(outputs: int, inputs: int, seed: int = 0) -> Tensor:
     low_rank_OI = gaussian(outputs, rank, seed=seed) @ gaussian(rank, inputs, seed=seed + 1)
     noise_OI = gaussian(outputs, inputs, seed=seed + 2)
     return low_rank_OI / rank**0.5 + noise_OI + 0.1 * noise_OI**5
+
+
+@cache
+def split(shape: tuple[int, int], solver: str, precision: str) -> RobustPCA:
+    """Robust PCA of a weight; not to be changed."""
+    return rpca(like_a_weight(*shape), solver=solver, precision=precision)
 
 
 def low_rank_and_sparse(outputs: int, inputs: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +99,7 @@ def test_follows_the_textbook(shape, solver):
     weight_OI = like_a_weight(*shape)
     tolerance, most = (1e-7, 100) if solver == "ialm" else (1e-6, 200)
     low_rank_OI, sparse_OI, _, iterations = textbook(weight_OI, solver, tolerance, most)
-    result = rpca(weight_OI, solver=solver, precision="exact")
+    result = split(shape, solver, "exact")
     assert result.report["iterations"] == iterations
     assert result.report["rank"] == int(torch.linalg.matrix_rank(low_rank_OI, rtol=1e-8))
     assert torch.equal(sparse_of(result) != 0, sparse_OI != 0)
@@ -155,8 +162,7 @@ def test_is_the_minimum(shape):
 @every_solver
 def test_parts_are_what_they_are_called(shape, precision, solver):
     """U is orthonormal, `down` = U^T L, sigma those of L; S is sorted, without zeros."""
-    weight_OI = like_a_weight(*shape)
-    result = rpca(weight_OI, solver=solver, precision=precision)
+    weight_OI, result = like_a_weight(*shape), split(shape, solver, precision)
     low_rank_OI, rank = low_rank_of(result), len(result.sigma_R)
     assert 0 < rank == result.weight_OR.shape[1] == len(result.down_RI) == result.report["rank"]
     square_RR = result.weight_OR.T @ result.weight_OR
@@ -202,9 +208,8 @@ def test_same_input_same_bits(precision, solver):
 @every_solver
 def test_transposing_commutes(shape, precision, solver):
     """The transposed weight has the transposed L and S; S to the bit if O and I differ."""
-    weight_OI = like_a_weight(*shape)
-    upright = rpca(weight_OI, solver=solver, precision=precision)
-    turned = rpca(weight_OI.T, solver=solver, precision=precision)
+    upright = split(shape, solver, precision)
+    turned = rpca(like_a_weight(*shape).T, solver=solver, precision=precision)
     tolerance = 1e-12 if shape[0] != shape[1] else 1e-4
     torch.testing.assert_close(low_rank_of(turned).T, low_rank_of(upright), rtol=0, atol=tolerance)
     torch.testing.assert_close(sparse_of(turned).T, sparse_of(upright), rtol=0, atol=tolerance)

@@ -1,5 +1,8 @@
 """Baseline methods end to end on a tiny model: budget, errors, options, allocations."""
 
+import shutil
+from functools import cache
+
 import pytest
 import torch
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
@@ -32,6 +35,29 @@ def run_uniform(model, out, text, **fields):
     return run(model, out, text, allocation="uniform", **fields)
 
 
+@pytest.fixture(scope="module")
+def half(llama, text, tmp_path_factory):
+    """The result of a method at keep 0.5 in one shard, made once; not to be changed."""
+    root = tmp_path_factory.mktemp("half")
+
+    @cache
+    def make(method):
+        return run_uniform(llama, root / method, text, method=method, shards=1)
+
+    return make
+
+
+@pytest.fixture
+def units(half, tmp_path):
+    """The fields of a run whose statistics are those of `half`, in a copy of its run directory."""
+
+    def fields(method):
+        run_dir = shutil.copytree(half(method).run_dir, tmp_path / "run")
+        return {"method": method, "run_dir": str(run_dir)}
+
+    return fields
+
+
 def weights(model):
     """Dense weight of every linear by its name, for any form."""
     found = {}
@@ -58,10 +84,10 @@ def inputs_of(dense, directory, text):
 
 @every_baseline
 @pytest.mark.parametrize("keep", [0.35, 0.5, 0.8])
-def test_baselines_meet_the_budget_from_below(method, keep, llama, text, tmp_path):
+def test_baselines_meet_the_budget_from_below(method, keep, llama, text, units, tmp_path):
     """The stored values are within the budget, close to it, and equal to those of the loaded
     model."""
-    report = run_uniform(llama, tmp_path / "out", text, method=method, keep=keep).report
+    report = run_uniform(llama, tmp_path / "out", text, keep=keep, **units(method)).report
     assert report["kept"]["linears"] <= keep
     entries = report["linears"].values()
     values = report["values"]
@@ -91,10 +117,12 @@ def assert_errors(report, llama, out, text, of_outputs, of_weights):
     ("method", "keep", "within"),
     [("svd", 0.5, 1e-3), ("asvd", 0.53, 1e-3), ("wanda", 0.5, 1e-3), ("wanda", 0.53, 0.02)],
 )
-def test_errors_are_those_of_the_written_checkpoint(method, keep, within, llama, text, tmp_path):
+def test_errors_are_those_of_the_written_checkpoint(
+    method, keep, within, llama, text, units, tmp_path
+):
     """Errors on the calibration outputs and on the weight are those of the loaded model. For
     entries they are known at every 5 % of the density, and interpolated between."""
-    report = run_uniform(llama, tmp_path / "out", text, method=method, keep=keep).report
+    report = run_uniform(llama, tmp_path / "out", text, keep=keep, **units(method)).report
     assert_errors(report, llama, tmp_path / "out", text, within, within)
 
 
@@ -125,11 +153,10 @@ def test_other_families_are_compressed(family, method, checkpoint, text, tmp_pat
         assert entry["weight_error"] == pytest.approx(error, rel=1e-3)
 
 
-def test_wanda_keeps_weights_as_they_are(llama, text, tmp_path):
+def test_wanda_keeps_weights_as_they_are(llama, text, half):
     """Every row of a pruned weight has its best entries, bit for bit, and zeros."""
-    run_uniform(llama, tmp_path / "out", text, method="wanda", keep=0.5)
     dense = AutoModelForCausalLM.from_pretrained(llama)
-    before, after = weights(dense), weights(orchestrator.load(tmp_path / "out"))
+    before, after = weights(dense), weights(orchestrator.load(half("wanda").out))
     inputs = inputs_of(dense, llama, text)
     for name in NAMES:
         score = before[name].abs() * inputs[name].norm(dim=0)
@@ -139,41 +166,41 @@ def test_wanda_keeps_weights_as_they_are(llama, text, tmp_path):
 
 
 @every_baseline
-def test_any_cut_gives_the_same_bytes(method, llama, text, tmp_path):
+def test_any_cut_gives_the_same_bytes(method, llama, text, half, tmp_path):
     """One shard or one per block: checkpoint and report are the same."""
-    for shards in (1, 2):
-        run_uniform(llama, tmp_path / f"out{shards}", text, method=method, shards=shards)
-    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    run_uniform(llama, tmp_path / "out", text, method=method, shards=2)
+    assert contents(tmp_path / "out") == contents(half(method).out)
 
 
 @every_baseline
-def test_other_sizes_use_the_same_units(method, llama, text, tmp_path):
+def test_other_sizes_use_the_same_units(method, llama, text, units, tmp_path):
     """A second size from the same run directory needs no pass, and has a direct run's bytes."""
-    run_dir, events = str(tmp_path / "run"), []
-    run_uniform(llama, tmp_path / "half", text, method=method, run_dir=run_dir)
-    fields = {"method": method, "keep": 0.7}
-    run_uniform(llama, tmp_path / "more", text, run_dir=run_dir, on_event=events.append, **fields)
+    events = []
+    fields = {"keep": 0.7, "on_event": events.append} | units(method)
+    run_uniform(llama, tmp_path / "more", text, **fields)
     assert not any(e["event"] == "unit" and e["stage"] == "calibrate" for e in events)
-    run_uniform(llama, tmp_path / "direct", text, **fields)
+    run_uniform(llama, tmp_path / "direct", text, method=method, keep=0.7)
     assert contents(tmp_path / "more") == contents(tmp_path / "direct")
 
 
 @every_baseline
-def test_a_finished_run_is_recognised(method, llama, text, tmp_path):
+def test_a_finished_run_is_recognised(method, llama, text, units, tmp_path):
     """The same command returns the same plan and report, read from the output."""
-    first = run_uniform(llama, tmp_path / "out", text, method=method)
-    again = run_uniform(llama, tmp_path / "out", text, method=method)
+    fields = units(method)
+    first = run_uniform(llama, tmp_path / "out", text, **fields)
+    again = run_uniform(llama, tmp_path / "out", text, **fields)
     assert again.plan == first.plan
     assert again.report == first.report
 
 
 @pytest.mark.parametrize("method", ["svd", "asvd"])
 @pytest.mark.parametrize("allocation", ["svd-llm-v2", "mgaa", "d-rank"])
-def test_any_rank_allocation_works_with_them(method, allocation, llama, text, tmp_path):
+def test_any_rank_allocation_works_with_them(
+    method, allocation, llama, text, units, half, tmp_path
+):
     """Ranks by another method's rule, from the curve in this method's norm, within the budget."""
-    uniform = run_uniform(llama, tmp_path / "uniform", text, method=method, keep=0.6)
-    fields = {"method": method, "allocation": allocation, "keep": 0.6}
-    other = run(llama, tmp_path / "other", text, **fields)
+    uniform = half(method)
+    other = run(llama, tmp_path / "other", text, allocation=allocation, **units(method))
     assert other.plan.stored_values <= other.plan.budget_values
     assert other.plan.assignments != uniform.plan.assignments
 

@@ -1,8 +1,11 @@
 """Bases shared by several blocks, and refitted left factors, in whole runs."""
 
+import shutil
+
 import pytest
 import torch
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
+from several_workers import several
 
 import orchestrator
 from orchestrator.errors import UsageError
@@ -27,17 +30,29 @@ def shared(model, out, text, *, group=2, refit="never", **fields):
     return run(model, out, text, method="basis-sharing", options=options, **fields)
 
 
-def test_blocks_share_their_bases(llama, text, tmp_path):
+@pytest.fixture(scope="module")
+def whole(llama, text, tmp_path_factory):
+    """Groups of two in one shard; not to be changed."""
+    return shared(llama, tmp_path_factory.mktemp("whole") / "out", text, shards=1)
+
+
+@pytest.fixture(scope="module")
+def fitted(llama, text, tmp_path_factory):
+    """Refitted groups of two in one shard; not to be changed."""
+    out = tmp_path_factory.mktemp("fitted") / "out"
+    return shared(llama, out, text, refit="always", shards=1)
+
+
+def test_blocks_share_their_bases(whole):
     """q of blocks 0 and 1 have one `down` in memory and on disk; o has its own; the count is
     right."""
-    result = shared(llama, tmp_path / "out", text)
-    model = orchestrator.load(result.out)
+    model = orchestrator.load(whole.out)
     layers = model.model.layers
     assert layers[0].self_attn.q_proj.down.weight is layers[1].self_attn.q_proj.down.weight
     assert layers[0].self_attn.o_proj.down.weight is not layers[1].self_attn.o_proj.down.weight
     assert layers[2].mlp.up_proj.down.weight is layers[3].mlp.up_proj.down.weight
     assert layers[4].mlp.up_proj.down.weight is not layers[3].mlp.up_proj.down.weight
-    values = result.report["values"]
+    values = whole.report["values"]
     assert values["stored"] <= values["budget"]
     assert values["model_after"] == sum(each.numel() for each in model.parameters())
 
@@ -56,20 +71,19 @@ def test_one_block_per_group_is_svd_llm(llama, text, tmp_path):
     assert one["model.safetensors"] == plain["model.safetensors"]
 
 
-def test_the_cut_changes_no_bit_of_a_group(llama, text, tmp_path):
-    """One shard, and shards that end only between groups, write the same bytes."""
-    whole = contents(shared(llama, tmp_path / "whole", text, shards=1).out)
-    cut = contents(shared(llama, tmp_path / "cut", text, shards=5).out)
-    assert cut == whole
+def test_cut_and_workers_change_no_bit_of_a_group(whole, llama, text, tmp_path, monkeypatch):
+    """One shard, and shards of two workers that end only between groups, write the same bytes."""
+    several(monkeypatch, size=2)
+    cut = shared(llama, tmp_path / "cut", text, shards=5)
+    assert contents(cut.out) == contents(whole.out)
 
 
-def test_a_fit_is_the_least_squares_solution_on_the_compressed_inputs(llama, text, tmp_path):
+def test_a_fit_is_the_least_squares_solution_on_the_compressed_inputs(whole, fitted, llama, text):
     """For every linear it equals `lstsq` on the compressed model's inputs, run by transformers."""
-    cut = shared(llama, tmp_path / "cut", text)
-    fitted = orchestrator.load(shared(llama, tmp_path / "fitted", text, refit="always").out)
-    model, dense = orchestrator.load(cut.out), orchestrator.load(llama)
+    refitted = orchestrator.load(fitted.out)
+    model, dense = orchestrator.load(whole.out), orchestrator.load(llama)
     inputs: dict[str, list[torch.Tensor]] = {}
-    cut_linears = [n for n, e in cut.report["linears"].items() if e["form"] == "low_rank"]
+    cut_linears = [n for n, e in whole.report["linears"].items() if e["form"] == "low_rank"]
     for name in cut_linears:
         rows = inputs.setdefault(name, [])
         model.get_submodule(name).register_forward_pre_hook(
@@ -86,7 +100,7 @@ def test_a_fit_is_the_least_squares_solution_on_the_compressed_inputs(llama, tex
         weight_OI = dense.get_submodule(name).weight.detach().double()
         outputs_TO, basis_TR = rows_TI @ weight_OI.T, rows_TI @ down_RI.T
         best_RO = torch.linalg.lstsq(basis_TR, outputs_TO).solution
-        found_OR = fitted.get_submodule(name).weight.detach().double()
+        found_OR = refitted.get_submodule(name).weight.detach().double()
         given_RO = model.get_submodule(name).weight.detach().T.double()
         losses = [
             float((basis_TR @ left_RO - outputs_TO).square().sum())
@@ -96,23 +110,18 @@ def test_a_fit_is_the_least_squares_solution_on_the_compressed_inputs(llama, tex
         assert losses[1] <= losses[0] * (1 + 1e-4)
         assert losses[1] <= losses[2]
         gained.append(1 - losses[1] / losses[2])
-        torch.testing.assert_close(fitted.get_submodule(name).down.weight.double(), down_RI)
+        torch.testing.assert_close(refitted.get_submodule(name).down.weight.double(), down_RI)
     # the tolerance above would not hide a fit without effect
     assert max(gained) > 0.01
 
 
-def test_the_cut_and_a_second_size_change_no_bit_of_a_fit(llama, text, tmp_path):
-    """A refitted size from a run directory with other sizes equals that of a direct run."""
-    direct = shared(llama, tmp_path / "direct", text, refit="always", shards=1)
-    run_dir = str(tmp_path / "run")
+def test_cut_and_workers_and_a_second_size_change_no_bit_of_a_fit(
+    whole, fitted, llama, text, tmp_path, monkeypatch
+):
+    """A refitted size from a run directory with other sizes equals that of a direct run, for any
+    number of workers, which share no object."""
+    run_dir = str(shutil.copytree(whole.run_dir, tmp_path / "run"))
     shared(llama, tmp_path / "other", text, refit="always", keep=0.7, run_dir=run_dir)
+    several(monkeypatch, size=2)
     later = shared(llama, tmp_path / "later", text, refit="always", shards=5, run_dir=run_dir)
-    assert contents(later.out) == contents(direct.out)
-
-
-@pytest.mark.ray
-def test_two_workers_fit_the_same_bits(llama, text, tmp_path, ray_address):
-    """Refitted on two Ray actors, the output equals that of one process."""
-    local = contents(shared(llama, tmp_path / "local", text, refit="always").out)
-    workers = {"executor": "ray", "address": ray_address, "workers": 2}
-    assert contents(shared(llama, tmp_path / "ray", text, refit="always", **workers).out) == local
+    assert contents(later.out) == contents(fitted.out)

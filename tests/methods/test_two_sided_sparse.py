@@ -1,6 +1,7 @@
 """Sparse + low rank in the two-sided norm: losses, pruning order, and whole runs."""
 
 import itertools
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from matrices import gaussian, menagerie, of_model
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
 from safetensors import safe_open
 from safetensors.torch import save_file
+from several_workers import several
 from transformers import AutoModelForCausalLM
 
 import orchestrator
@@ -265,7 +267,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
+    return write_llama(tmp_path_factory.mktemp("llama3") / "dense", blocks=3, hidden=32)
 
 
 def compress(model, out, text, **fields):
@@ -273,19 +275,33 @@ def compress(model, out, text, **fields):
 
 
 @pytest.fixture(scope="module")
-def reference(llama, text, tmp_path_factory):
-    """Result in one process and one shard."""
-    out = tmp_path_factory.mktemp("reference") / "out"
-    compress(llama, out, text, shards=1)
-    return contents(out)
+def half(llama, text, tmp_path_factory):
+    """Result in one process and one shard; not to be changed."""
+    return compress(llama, tmp_path_factory.mktemp("half") / "out", text, shards=1)
+
+
+@pytest.fixture
+def run_dir(half, tmp_path):
+    """Copy of the run directory of `half`."""
+    return str(shutil.copytree(half.run_dir, tmp_path / "run"))
+
+
+UNFITTED = {"two-sided-sparse": {"steps": 0}}
+
+
+@pytest.fixture(scope="module")
+def unfitted(llama, text, tmp_path_factory):
+    """Result whose entries are the weight's own; not to be changed."""
+    return compress(llama, tmp_path_factory.mktemp("unfitted") / "out", text, options=UNFITTED)
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.85])
-def test_a_checkpoint_is_factors_and_entries(keep, llama, text, tmp_path):
+def test_a_checkpoint_is_factors_and_entries(keep, unfitted, llama, text, tmp_path):
     """Every linear of the loaded model is L + S computed by hand; errors are near those
     reported."""
-    options = {"two-sided-sparse": {"steps": 0}}
-    result = compress(llama, tmp_path / "out", text, keep=keep, options=options)
+    run_dir = str(shutil.copytree(unfitted.run_dir, tmp_path / "run"))
+    fields = {"options": UNFITTED, "keep": keep, "run_dir": run_dir}
+    result = compress(llama, tmp_path / "out", text, **fields)
     values = result.report["values"]
     assert 0 <= values["slack"] < 0.01 * values["dense_linears"]
     dense, loaded = AutoModelForCausalLM.from_pretrained(llama), orchestrator.load(result.out)
@@ -317,28 +333,17 @@ def test_a_checkpoint_is_factors_and_entries(keep, llama, text, tmp_path):
         assert entry["weight_error"] == pytest.approx(error, rel=0.1, abs=1e-3)
 
 
-@pytest.mark.parametrize("shards", [2, 4])
-def test_the_cut_changes_no_bit(shards, llama, text, reference, tmp_path):
-    """For every place where gradients cross a boundary the output is byte-identical."""
+@pytest.mark.parametrize(("workers", "shards"), [(1, 2), (2, 3)])
+def test_cut_and_workers_change_no_bit(workers, shards, llama, text, half, tmp_path, monkeypatch):
+    """For every place where gradients cross a boundary, and with workers that share no object, the
+    output is byte-identical."""
+    several(monkeypatch, size=workers)
     compress(llama, tmp_path / "out", text, shards=shards)
-    assert contents(tmp_path / "out") == reference
+    assert contents(tmp_path / "out") == contents(half.out)
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize(("workers", "shards"), [(1, 2), (2, 4)])
-def test_the_number_of_workers_changes_no_bit(
-    workers, shards, llama, text, reference, tmp_path, ray_address
-):
-    """Actors write the same as one process without Ray."""
-    fields = {"executor": "ray", "workers": workers, "shards": shards}
-    compress(llama, tmp_path / "out", text, **fields)
-    assert contents(tmp_path / "out") == reference
-
-
-def test_another_size_needs_no_statistics(llama, text, tmp_path):
+def test_another_size_needs_no_statistics(llama, text, run_dir, tmp_path):
     """Any size is made from one run directory; its bytes are those of a direct run."""
-    run_dir = str(tmp_path / "run")
-    compress(llama, tmp_path / "half", text, run_dir=run_dir)
     events = []
     for label, size in (("more", {"keep": 0.7}), ("bytes", {"keep": None, "keep_bytes": 0.4})):
         more = {**size, "run_dir": run_dir, "on_event": events.append}
@@ -349,9 +354,10 @@ def test_another_size_needs_no_statistics(llama, text, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.15, 0.6])
-def test_a_budget_in_bytes_is_met(share, llama, text, tmp_path):
+def test_a_budget_in_bytes_is_met(share, llama, text, run_dir, tmp_path):
     """Including indices, at most the given bytes are stored, and almost all of them."""
-    result = compress(llama, tmp_path / "out", text, keep=None, keep_bytes=share)
+    fields = {"keep": None, "keep_bytes": share, "run_dir": run_dir}
+    result = compress(llama, tmp_path / "out", text, **fields)
     stored = result.report["bytes"]
     assert 0.98 * share < stored["stored"] / stored["dense_linears"] <= share
 
@@ -376,9 +382,15 @@ def test_families_are_compressed(family, checkpoint, text, tmp_path):
     assert bool(orchestrator.load(result.out)(input_ids=TOKENS).logits.isfinite().all())
 
 
-@pytest.mark.parametrize("after", [{"refine": "blocks"}, {"compensate": "anchored"}])
-def test_stages_after_the_plan_accept_its_forms(after, llama, text, tmp_path):
+@pytest.mark.parametrize(
+    "after",
+    [
+        {"refine": "blocks", "options": {"refinement": {"epochs": 1}}},
+        {"compensate": "anchored"},
+    ],
+)
+def test_stages_after_the_plan_accept_its_forms(after, llama, text, run_dir, tmp_path):
     """Training and refit of the compressed model start from sparse, mixed and low-rank linears."""
-    result = compress(llama, tmp_path / "out", text, keep=0.3, **after)
+    result = compress(llama, tmp_path / "out", text, keep=0.3, run_dir=run_dir, **after)
     assert len({each.form for each in result.plan.assignments.values()}) > 1
     assert bool(orchestrator.load(result.out)(input_ids=TOKENS).logits.isfinite().all())

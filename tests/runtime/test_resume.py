@@ -79,12 +79,18 @@ def test_what_is_only_a_part_of_a_stage_is_never_complete(left):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
+    return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4, hidden=32)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def whole(llama, text, tmp_path_factory):
+    """Checkpoint of a run with two threads from the start; not to be changed."""
+    return run(llama, tmp_path_factory.mktemp("whole") / "out", text, threads=2).out
 
 
 def stop_at(stage, done):
@@ -107,19 +113,17 @@ def stopped_and_resumed(llama, text, out, stage, done, **fields):
     return result.report["timings"], notes
 
 
-def test_an_unfinished_stage_is_made_again_with_other_threads(llama, text, tmp_path):
+def test_an_unfinished_stage_is_made_again_with_other_threads(llama, text, whole, tmp_path):
     """The bytes equal those of a run with two threads from the start."""
     timings, notes = stopped_and_resumed(llama, text, tmp_path / "out", "calibrate", 2)
     assert "made_elsewhere" not in timings
     assert sum("2 of 4 units of calibrate were made with threads 1" in note for note in notes) == 1
-    run(llama, tmp_path / "whole", text, threads=2)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(whole)
 
 
-def test_a_finished_stage_and_a_mixed_one_are_said_in_the_report(llama, text, tmp_path):
+def test_a_finished_stage_and_a_mixed_one_are_said_in_the_report(llama, text, whole, tmp_path):
     """Units of another number of threads are reused, with a note; results agree within rounding."""
-    run(llama, tmp_path / "whole", text, threads=2)
-    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    expected = load_file(whole / "model.safetensors")
     for name, done, fields in (("all", 4, {}), ("some", 2, {"allow_mixed": True})):
         out = tmp_path / name
         timings, _ = stopped_and_resumed(llama, text, out, "calibrate", done, **fields)
@@ -127,8 +131,8 @@ def test_a_finished_stage_and_a_mixed_one_are_said_in_the_report(llama, text, tm
         assert (made["stage"], made["units"]) == ("calibrate", done)
         assert made["environment"] == timings["environment"] | {"threads": 1}
         found = load_file(out / "model.safetensors")
-        assert found.keys() == whole.keys()
-        assert all((found[each] - whole[each]).abs().max() < 1e-3 for each in whole)
+        assert found.keys() == expected.keys()
+        assert all((found[each] - expected[each]).abs().max() < 1e-3 for each in expected)
 
 
 def test_an_evaluation_says_what_was_scored_elsewhere(llama, text, tmp_path):

@@ -1,22 +1,39 @@
-"""Several workers in one process."""
+"""Several workers in one process, whose calls cross a pickle as they do between processes."""
+
+import pickle
+from typing import Any
 
 from orchestrator.runtime import workers
 from orchestrator.runtime.pool import LocalPool, Outcome
 from orchestrator.stages.train.commands import PassCommand
 
 
+def crossed(value: Any) -> Any:
+    """Copy a value as Ray passes it on: pickled, with arrays in read-only memory.
+
+    Stricter than Ray, whose cloudpickle also takes functions and classes by value.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(content, buffers=[bytes(each.raw()) for each in buffers])
+
+
 class SeveralPool(LocalPool):
-    """Pool of several workers in this process, one of which is lost at each of some calls."""
+    """Pool of several workers in this process, one of which is lost at each of some calls.
+
+    Tasks, commands, records and results are copied by `crossed`, so that the workers and the
+    driver share no object.
+    """
 
     size, losses, replaces = 3, (), True
 
     def reassign(self, worker_class, task):
-        self._make = lambda: worker_class(task)
+        self._make = lambda: worker_class(crossed(task))
         self._workers = {n: self._make() for n in range(self.size)}
         self._performed = 0  # passes of the pipeline
 
     def gather(self):
-        return [worker.probe(self._nonce) for worker in self._workers.values()]
+        return [crossed(worker.probe(self._nonce)) for worker in self._workers.values()]
 
     def workers(self):
         return dict.fromkeys(self._workers, super().workers()[0])
@@ -28,7 +45,7 @@ class SeveralPool(LocalPool):
         self._performed += isinstance(call.command, PassCommand)
         worker = self._workers[call.worker]
         try:
-            value, emitted = worker.perform(call.command, record)
+            value, emitted = crossed(worker.perform(*crossed((call.command, record))))
         except Exception as error:
             return [Outcome(call, error=error)]
         if isinstance(call.command, PassCommand) and self._performed in self.losses:

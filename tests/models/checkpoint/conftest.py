@@ -1,25 +1,35 @@
 """Checkpoints with all forms."""
 
+from functools import cache
+
 import pytest
 from compressed import compress, logits, mixed_plan
-from families import write_checkpoint
 from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A tiny GPT-2 in several files, with all forms, index codes and `Conv1D` layers."""
+def made_of(checkpoint, tmp_path_factory):
+    """A family's tiny checkpoint with all forms, in several files; not to be changed."""
     root = tmp_path_factory.mktemp("forms")
-    dense = write_checkpoint("gpt2", root / "dense")
-    return compress(dense, root / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
+
+    @cache
+    def make(family):
+        dense = checkpoint(family)
+        return compress(dense, root / family, make_plan=mixed_plan, max_shard_bytes=20_000)
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory):
+def made(made_of):
+    """A tiny GPT-2 in several files, with all forms, index codes and `Conv1D` layers."""
+    return made_of("gpt2")
+
+
+@pytest.fixture(scope="session")
+def llama(made_of):
     """A tiny Llama with all forms."""
-    root = tmp_path_factory.mktemp("forms")
-    dense = write_checkpoint("llama", root / "dense")
-    return compress(dense, root / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
+    return made_of("llama")
 
 
 @pytest.fixture(scope="session")

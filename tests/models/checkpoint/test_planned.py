@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressed import compress, cut, mixed_plan
+from compressed import compress, mixed_plan
 from families import FAMILIES
 from sharded import HALVES, padded_chunk, sharded_logits
 
@@ -11,12 +11,11 @@ from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.shards.lazy_model import LazyModel
 
 
-def planned(dense_directory, *, output_dtype=None, dtype=None):
+def planned(made, *, output_dtype=None, dtype=None):
     """Planned checkpoint that `compress` with `mixed_plan` would write; also the parts read."""
-    dense, asked = LazyModel.open(dense_directory), []
+    dense, asked, parts = LazyModel.open(made.dense), [], made.parts
     survey = dense.survey()
     plan = mixed_plan(survey)
-    parts = cut(dense_directory, survey, plan)
     linears = {linear.name: linear for linear in survey.linears}
 
     def read(spec):
@@ -34,12 +33,13 @@ def planned(dense_directory, *, output_dtype=None, dtype=None):
 
 @pytest.mark.parametrize("output_dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_computes_the_same_as_the_written_checkpoint(checkpoint, tmp_path, family, output_dtype):
+def test_it_computes_the_same_as_the_written_checkpoint(made_of, tmp_path, family, output_dtype):
     """Every form in every family, bit for bit, also if writing rounds to 16 bits."""
-    made = compress(
-        checkpoint(family), tmp_path / "out", make_plan=mixed_plan, output_dtype=output_dtype
-    )
-    lazy_model, _ = planned(checkpoint(family), output_dtype=output_dtype, dtype=torch.float32)
+    made = made_of(family)
+    lazy_model, _ = planned(made, output_dtype=output_dtype, dtype=torch.float32)
+    if output_dtype is not None:
+        fields = {"output_dtype": output_dtype, "parts": made.parts}
+        made = compress(made.dense, tmp_path / "out", make_plan=mixed_plan, **fields)
     written = LazyModel.open(made.directory, dtype=torch.float32)
     assert lazy_model.tensors() == written.tensors()
     assert lazy_model.names.tied == written.names.tied
@@ -48,9 +48,9 @@ def test_it_computes_the_same_as_the_written_checkpoint(checkpoint, tmp_path, fa
     assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), expected_BTV)
 
 
-def test_a_shard_reads_only_its_own_parts(checkpoint):
+def test_a_shard_reads_only_its_own_parts(llama):
     """Opening reads no tensor; a shard reads those of its blocks, and a shared basis."""
-    lazy_model, asked = planned(checkpoint("llama"))
+    lazy_model, asked = planned(llama)
     assert asked == []
     with lazy_model.shard(range(1, 2)) as shard:
         inside = [name for name in asked if name.startswith("model.layers.1.")]
@@ -60,8 +60,8 @@ def test_a_shard_reads_only_its_own_parts(checkpoint):
         assert "model.layers.1.self_attn.q_proj.down.weight" in shard.parameters()
 
 
-def test_planning_needs_a_dense_checkpoint(checkpoint):
+def test_planning_needs_a_dense_checkpoint(llama):
     """A compressed checkpoint is not compressed again."""
-    lazy_model, _ = planned(checkpoint("llama"))
+    lazy_model, _ = planned(llama)
     with pytest.raises(InputError, match="already compressed"):
         lazy_model.planned(None, None)

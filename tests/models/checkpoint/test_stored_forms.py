@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -12,10 +13,9 @@ from compressed import (
     dense_reference,
     half_plan,
     logits,
-    mixed_plan,
     plan_of,
 )
-from families import FAMILIES, write_checkpoint
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,11 +67,23 @@ def one_form(form):
     return make_plan
 
 
+@pytest.fixture(scope="module")
+def made_with(checkpoint, tmp_path_factory):
+    """A tiny Llama with one form in several files, by the form; not to be changed."""
+    root = tmp_path_factory.mktemp("one form")
+
+    @cache
+    def make(form):
+        dense = checkpoint("llama")
+        return compress(dense, root / form, make_plan=one_form(form), max_shard_bytes=20_000)
+
+    return make
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_form_computes_the_same_as_its_dense_weight(family, tmp_path):
+def test_every_form_computes_the_same_as_its_dense_weight(family, made_of):
     """In every family the logits equal those of the dense model with the weights replaced."""
-    dense = write_checkpoint(family, tmp_path / "dense")
-    made = compress(dense, tmp_path / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
+    made = made_of(family)
     assert len(made.files) == 4
     found = logits(AutoModelForCausalLM.from_pretrained(made.directory))
     reference = logits(dense_reference(made))
@@ -109,10 +121,9 @@ def test_a_plan_goes_to_json_and_back(made):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_form_loads_saves_and_generates(form, tmp_path):
+def test_a_form_loads_saves_and_generates(form, made_with, tmp_path):
     """Saved and reloaded in files of another size, all tensors and logits are the same."""
-    dense = write_checkpoint("llama", tmp_path / "dense")
-    made = compress(dense, tmp_path / "out", make_plan=one_form(form), max_shard_bytes=20_000)
+    made = made_with(form)
     model = AutoModelForCausalLM.from_pretrained(made.directory)
     model.save_pretrained(tmp_path / "again", max_shard_size="9KB")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 4
@@ -135,10 +146,9 @@ def test_a_form_loads_saves_and_generates(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_without_the_package_no_form_loads(form, tmp_path):
+def test_without_the_package_no_form_loads(form, made_with):
     """Read as a dense model by transformers, the weights have wrong shapes, and loading stops."""
-    dense = write_checkpoint("llama", tmp_path / "dense")
-    made = compress(dense, tmp_path / "out", make_plan=one_form(form))
+    made = made_with(form)
     config = AutoConfig.from_pretrained(made.directory)
     del config.quantization_config
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
@@ -239,10 +249,9 @@ def test_stored_bytes_are_those_of_the_files(made):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_form_is_exported_dense(family, tmp_path):
+def test_every_form_is_exported_dense(family, made_of, tmp_path):
     """The exported weights equal those of the forms, in native names and shapes."""
-    dense = write_checkpoint(family, tmp_path / "dense")
-    made = compress(dense, tmp_path / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
+    made = made_of(family)
     export_dense(made.directory, tmp_path / "export")
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "export", output_loading_info=True

@@ -161,8 +161,9 @@ def test_pieces_depend_on_the_text_alone(pieces, cuts):
     assert all(len(piece) <= 8 for piece in found)
 
 
-def test_first_reads_no_further_than_needed(write, tokenizer):
+def test_first_reads_no_further_than_needed(write, tokenizer, monkeypatch):
     """`first` stops before a later document that cannot be read."""
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 2**12)
     path = write("a.jsonl", ["x" * text_module.PIECE_CHARACTERS, "y"])
     with open(path, "ab") as file:
         file.write(b"not json\n")

@@ -1,5 +1,7 @@
 """Shards of every model family give the bits of the whole model."""
 
+from functools import cache
+
 import pytest
 import torch
 from families import BLOCKS, FAMILIES
@@ -10,11 +12,18 @@ from orchestrator.models.shards.lazy_model import LazyModel
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+@pytest.fixture(scope="module")
+def whole(checkpoint):
+    """A family's whole model in float32; not to be changed."""
+    return cache(lambda family: whole_model(checkpoint(family), torch.float32))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_shards_give_the_bits_of_the_whole_model(checkpoint, family, dtype):
+def test_two_shards_give_the_bits_of_the_whole_model(checkpoint, whole, family, dtype):
     """Without, with right and with left padding, the logits are bit for bit the whole model's."""
-    model = whole_model(checkpoint(family), dtype)
+    is_narrow = dtype != torch.float32
+    model = whole_model(checkpoint(family), dtype) if is_narrow else whole(family)
     lazy_model = LazyModel.open(checkpoint(family), dtype=dtype)
     assert lazy_model.attention == model.config._attn_implementation
     for padding in ["none", "right", "left"]:
@@ -26,10 +35,10 @@ def test_two_shards_give_the_bits_of_the_whole_model(checkpoint, family, dtype):
 @pytest.mark.parametrize(
     "cuts", [[(0, 4)], [(0, 1), (1, 3), (3, 4)], [(i, i + 1) for i in range(4)]]
 )
-def test_any_cut_gives_the_same_bits(checkpoint, cuts):
+def test_any_cut_gives_the_same_bits(checkpoint, whole, cuts):
     """One shard, three of different sizes, and one per block agree with the whole model."""
     chunk = padded_chunk("left")
-    expected_BTV = whole_logits(whole_model(checkpoint("llama"), torch.float32), chunk)
+    expected_BTV = whole_logits(whole("llama"), chunk)
     lazy_model = LazyModel.open(checkpoint("llama"))
     ranges = [range(*cut) for cut in cuts]
     assert torch.equal(sharded_logits(lazy_model, chunk, ranges), expected_BTV)
@@ -86,9 +95,9 @@ BIASED = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_survey_lists_linears_and_parameters(checkpoint, family):
+def test_the_survey_lists_linears_and_parameters(checkpoint, whole, family):
     """Linears in call order, their sites, shapes and biases, and the model's parameter count."""
-    model = whole_model(checkpoint(family), torch.float32)
+    model = whole(family)
     survey = LazyModel.open(checkpoint(family)).survey()
     assert survey.architecture == type(model).__name__
     assert (survey.num_blocks, survey.dtype) == (BLOCKS, "float32")
@@ -106,9 +115,9 @@ def test_the_survey_lists_linears_and_parameters(checkpoint, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_tensors_are_the_stored_ones(checkpoint, family):
+def test_the_tensors_are_the_stored_ones(checkpoint, whole, family):
     """Every stored tensor is listed once, with its block, in the order front, blocks, tail."""
-    model = whole_model(checkpoint(family), torch.float32)
+    model = whole(family)
     lazy_model = LazyModel.open(checkpoint(family))
     tensors = lazy_model.tensors()
     assert sorted(t.disk_name for t in tensors) == sorted(lazy_model.weights.names)

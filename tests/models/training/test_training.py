@@ -1,5 +1,7 @@
 """Training of a shard's blocks: gradients, AdamW steps, and the three modes."""
 
+from functools import cache
+
 import pytest
 import torch
 from compressed import some_chunks
@@ -22,9 +24,11 @@ CUTS = ([range(4)], [range(2), range(2, 4)])
 """Cuts of four blocks, each two of which share a basis."""
 
 
-def dense_logits(directory, chunks):
+@cache
+def dense_logits(directory, count):
+    """Logits of the dense model for the first chunks."""
     with LazyModel.open(directory, dtype=torch.float32).shard(range(4)) as shard:
-        return [shard.logits(chunk) for chunk in chunks]
+        return [shard.logits(chunk) for chunk in some_chunks(count)]
 
 
 class Model:
@@ -112,7 +116,7 @@ def plain_gradients(directory, chunks, targets):
 def test_gradients_are_those_of_the_whole_model(family, checkpoint, compressed):
     """All parameters of a whole step, to 1e-5 of the largest value; shared bases included."""
     chunks = some_chunks(2)
-    targets = dense_logits(checkpoint(family), chunks)
+    targets = dense_logits(checkpoint(family), 2)
     expected = plain_gradients(compressed(family), chunks, targets)
     model = Model(compressed(family), CUTS[1])
     for chunk, theirs in zip(chunks, targets, strict=True):
@@ -138,27 +142,34 @@ def trained(directory, targets, chunks, cut, mode="all", steps=3, state=None, fi
     return model
 
 
+@cache
+def trained_whole(directory, dense, mode):
+    """State and tensors after three steps in one shard."""
+    model = trained(directory, dense_logits(dense, 2), some_chunks(2), CUTS[0], mode)
+    return model.state(), model.tensors()
+
+
 @pytest.mark.parametrize("mode", ["all", "lean", "light"])
 @pytest.mark.parametrize("family", ["llama", "falcon"])
 def test_the_cut_changes_no_bit(family, mode, checkpoint, compressed):
     """Values and moments of every block are the same in one shard and in two."""
-    chunks = some_chunks(2)
-    targets = dense_logits(checkpoint(family), chunks)
-    one, two = (trained(compressed(family), targets, chunks, cut, mode) for cut in CUTS)
-    assert_same(one.state(), two.state())
-    assert_same(one.tensors(), two.tensors())
+    directory, targets = compressed(family), dense_logits(checkpoint(family), 2)
+    two = trained(directory, targets, some_chunks(2), CUTS[1], mode)
+    state, tensors = trained_whole(directory, checkpoint(family), mode)
+    assert_same(state, two.state())
+    assert_same(tensors, two.tensors())
 
 
 @pytest.mark.parametrize("mode", ["all", "lean", "light"])
 def test_a_state_continues_in_another_cut(mode, checkpoint, compressed):
     """Two steps and a third from their state in another cut equal three steps, bit for bit."""
     directory, chunks = compressed("llama"), some_chunks(2)
-    targets = dense_logits(checkpoint("llama"), chunks)
-    whole = trained(directory, targets, chunks, CUTS[0], mode)
+    targets = dense_logits(checkpoint("llama"), 2)
     state = trained(directory, targets, chunks, CUTS[0], mode, steps=2).state()
     later = trained(directory, targets, chunks, CUTS[1], mode, steps=1, state=state, first=3)
-    assert_same(whole.state(), later.state())
-    assert_same(whole.tensors(), later.tensors())
+    whole_state, whole_tensors = trained_whole(directory, checkpoint("llama"), mode)
+    assert_same(whole_state, later.state())
+    assert_same(whole_tensors, later.tensors())
 
 
 def test_norms_of_large_gradients_are_those_of_float64():
@@ -174,7 +185,7 @@ def test_norms_of_large_gradients_are_those_of_float64():
 def test_steps_are_those_of_torch_adamw(checkpoint, compressed):
     """Given the same gradients, values and moments are bit for bit those of torch.optim.AdamW."""
     directory, chunks = compressed("llama"), some_chunks(1)
-    targets = dense_logits(checkpoint("llama"), chunks)
+    targets = dense_logits(checkpoint("llama"), 1)
     model = Model(directory, CUTS[0])
     copies = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in model.tensors().items()}
     reference = torch.optim.AdamW(copies.values(), weight_decay=0.01)
@@ -195,7 +206,7 @@ def test_steps_are_those_of_torch_adamw(checkpoint, compressed):
 def test_lean_moments_are_rounded_and_still_decay(checkpoint, compressed):
     """They take two bytes, the first step equals float32, and without gradients v decays."""
     directory, chunks = compressed("llama"), some_chunks(1)
-    targets = dense_logits(checkpoint("llama"), chunks)
+    targets = dense_logits(checkpoint("llama"), 1)
     lean, full = (trained(directory, targets, chunks, CUTS[0], m, steps=1) for m in ("lean", "all"))
     for name, tensor in lean.tensors().items():
         torch.testing.assert_close(tensor, full.tensors()[name], rtol=1e-5, atol=1e-6)
@@ -215,7 +226,7 @@ def test_lean_moments_are_rounded_and_still_decay(checkpoint, compressed):
 def test_light_trains_scales_norms_and_biases(family, checkpoint, compressed):
     """A scale's gradient is that of the weight along itself; right factors stay bit for bit."""
     directory, chunks = compressed(family), some_chunks(1)
-    targets = dense_logits(checkpoint(family), chunks)
+    targets = dense_logits(checkpoint(family), 1)
     light, whole = (Model(directory, CUTS[0], mode) for mode in ("light", "all"))
     before = light.tensors()
     for model in (light, whole):
@@ -254,7 +265,7 @@ def test_light_trains_scales_norms_and_biases(family, checkpoint, compressed):
 def test_blocks_not_named_are_not_trained(checkpoint, compressed):
     """Blocks not named have no gradients, no state, and no part in the norm."""
     chunks = some_chunks(1)
-    targets = dense_logits(checkpoint("llama"), chunks)
+    targets = dense_logits(checkpoint("llama"), 1)
     model = Model(compressed("llama"), CUTS[0], blocks=(1, 2))
     model.accumulate(chunks[0], targets[0])
     norms = model.norms()
