@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from pipeline import contents, run, with_tokenizer, write_llama, write_text
+from pipeline import contents, run, with_tokenizer
 from safetensors.torch import load_file
 from several_workers import several
 
@@ -18,21 +18,6 @@ from orchestrator.store.run import RunDirectory
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 SHORT = {"epochs": 2, "batches": 3, "every": 2, "learning_rate": 2e-4, "top_k": 24}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
-
-
-@pytest.fixture(scope="module")
-def llama2(tmp_path_factory):
-    return write_llama(tmp_path_factory.mktemp("llama2") / "dense", blocks=2)
 
 
 def trained(model, out, text, *, training=None, options=None, mode="all", **fields):
