@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 from compressed import Compressed, compress, logits, reference
-from families import write_checkpoint
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
@@ -107,10 +107,18 @@ def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+def halved(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Compressed]:
+    """A family's checkpoint with low rank in several files; not to be changed."""
+    root = tmp_path_factory.mktemp("halved")
+    return cache(lambda family: compress(checkpoint(family), root / family, max_shard_bytes=40_000))
+
+
+@pytest.fixture(scope="session")
+def made(halved: Callable[[str], Compressed]) -> Compressed:
     """A tiny compressed Llama in three files."""
-    root = tmp_path_factory.mktemp("hf")
-    return compress(write_checkpoint("llama", root / "dense"), root / "out", max_shard_bytes=40_000)
+    return halved("llama")
 
 
 @pytest.fixture(scope="session")

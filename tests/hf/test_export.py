@@ -15,10 +15,9 @@ from orchestrator.hf.export import export_dense
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_dense_export_has_the_logits_of_the_compressed_model(family, tmp_path):
+def test_a_dense_export_has_the_logits_of_the_compressed_model(family, halved, tmp_path):
     """Only the order of multiplication differs: 1e-5 of the largest logit in fp32."""
-    dense = write_checkpoint(family, tmp_path / "dense")
-    made = compress(dense, tmp_path / "out", max_shard_bytes=40_000)
+    made = halved(family)
     export_dense(made.directory, tmp_path / "export")
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "export"))
     expected = logits(AutoModelForCausalLM.from_pretrained(made.directory))

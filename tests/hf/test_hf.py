@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from compressed import TOKENS, compress, logits, reference
-from families import FAMILIES, write_checkpoint
+from compressed import TOKENS, logits, reference
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -19,9 +19,9 @@ from orchestrator.models.forms.low_rank import LowRankLinear
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_loads_exactly(family, tmp_path):
+def test_every_family_loads_exactly(family, halved):
     """The logits are bit for bit those of the dense model with the factors put in by hand."""
-    made = compress(write_checkpoint(family, tmp_path / "dense"), tmp_path / "out")
+    made = halved(family)
     model = AutoModelForCausalLM.from_pretrained(made.directory)
     assert {n for n, m in model.named_modules() if isinstance(m, LowRankLinear)} == set(
         made.factors
