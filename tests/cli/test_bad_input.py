@@ -2,9 +2,6 @@
 
 import json
 import resource
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -187,28 +184,22 @@ def test_more_workers_than_this_process_is(command):
     assert "--executor ray" in line
 
 
-def test_no_space_left(model, tmp_path):
+def test_no_space_left(model, tmp_path, capsys):
     """A write refused by the system ends with its path, and the same command then resumes."""
     text = write_text(tmp_path / "text.txt")
-    arguments = [
-        sys.executable,
-        "-m",
-        "orchestrator",
-        "compress",
-        str(model),
-        str(tmp_path / "out"),
-    ]
-    arguments += ["--keep", "0.5", "--calibration", str(text), "--executor", "local"]
+    arguments = ["compress", str(model), str(tmp_path / "out"), "--keep", "0.5"]
+    arguments += ["--calibration", str(text), "--executor", "local"]
     arguments += ["--samples", "4", "--sequence-length", "32"]
-
-    def small_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
-
-    full = subprocess.run(arguments, preexec_fn=small_disk, capture_output=True, text=True)
-    assert full.returncode == 1
-    (line,) = [line for line in full.stderr.splitlines() if line.startswith("orchestrator: error:")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, limits[1]))
+    try:
+        code = main(arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if line.startswith("orchestrator: error:")]
     assert "cannot be written" in line
     assert not (tmp_path / "out" / "config.json").exists()
-    assert main(arguments[3:]) == 0
+    assert main(arguments) == 0
     assert not list(tmp_path.rglob("*.tmp"))
-    shutil.rmtree(tmp_path / "out")

@@ -46,8 +46,9 @@ def dense(checkpoint, tmp_path_factory):
 
 def put(directory: Path, **files: bytes) -> Path:
     """Directory with only these files."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
+    for path in directory.iterdir():
+        path.unlink()
     for name, content in files.items():
         (directory / name.replace("__", ".")).write_bytes(content)
     return directory

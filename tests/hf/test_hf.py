@@ -1,16 +1,13 @@
-"""Loading compressed checkpoints with stock transformers, with and without this package."""
+"""Loading compressed checkpoints with stock transformers."""
 
 import ast
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from compressed import TOKENS, compress, logits, mixed_plan, reference
-from families import FAMILIES, write_checkpoint
+from compressed import TOKENS, logits, reference
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -20,79 +17,11 @@ from orchestrator.errors import InputError
 from orchestrator.hf.bootstrap import bootstrap_source
 from orchestrator.models.forms.low_rank import LowRankLinear
 
-ROOT = Path(__file__).parents[2]
-
-# run in a process of its own, where the package can be imported or not as the first argument says
-PROGRAM = """
-import sys
-
-package, trust, directory, result, *resaved = sys.argv[1:]
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "orchestrator":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-if package == "imported":
-    import orchestrator.hf
-else:
-    sys.meta_path.insert(0, Blocker())
-
-import torch
-from transformers import AutoModelForCausalLM
-
-def load(directory):
-    options = {"trust_remote_code": True} if trust == "trusted" else {}
-    return AutoModelForCausalLM.from_pretrained(directory, **options)
-
-tokens = torch.load(result + ".tokens")
-model = load(directory)
-found = {"class": type(model).__module__, "loss": model.loss_type}
-with torch.no_grad():
-    found["logits"] = model(tokens).logits
-    if resaved:
-        model.save_pretrained(resaved[0])
-        again = load(resaved[0])
-        found["again"] = again(tokens).logits
-        found["generated"] = again.generate(tokens, max_new_tokens=3, do_sample=False)
-torch.save(found, result)
-"""
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A tiny compressed Llama in three files."""
-    root = tmp_path_factory.mktemp("hf")
-    return compress(write_checkpoint("llama", root / "dense"), root / "out", max_shard_bytes=40_000)
-
-
-@pytest.fixture(scope="session")
-def expected(made):
-    return logits(reference(made))
-
-
-def run_program(tmp_path, *arguments):
-    """Runs PROGRAM; its modules cache is a directory of the test's own."""
-    torch.save(TOKENS, tmp_path / "result.tokens")
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "HF_HOME": str(tmp_path / "hf_home"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_loads_exactly(family, tmp_path):
+def test_every_family_loads_exactly(family, halved):
     """The logits are bit for bit those of the dense model with the factors put in by hand."""
-    made = compress(write_checkpoint(family, tmp_path / "dense"), tmp_path / "out")
+    made = halved(family)
     model = AutoModelForCausalLM.from_pretrained(made.directory)
     assert {n for n, m in model.named_modules() if isinstance(m, LowRankLinear)} == set(
         made.factors
@@ -219,52 +148,6 @@ def test_registering_again_changes_nothing():
     before = AUTO_QUANTIZER_MAPPING["orchestrator"]
     orchestrator.hf.register()
     assert AUTO_QUANTIZER_MAPPING["orchestrator"] is before
-
-
-@pytest.mark.parametrize(
-    ("package", "trust"),
-    [("imported", "not trusted"), ("imported", "trusted"), ("blocked", "trusted")],
-)
-def test_package_or_trust_is_enough(made, expected, tmp_path, package, trust):
-    """With our package, with remote code, or with both, the logits are exact."""
-    result = tmp_path / "result"
-    resaved = [tmp_path / "resaved"] if package == "blocked" else []
-    done = run_program(tmp_path, package, trust, made.directory, result, *resaved)
-    assert done.returncode == 0, done.stderr
-    found = torch.load(result)
-    assert torch.equal(found["logits"], expected)
-    assert found["class"].startswith(
-        "transformers_modules" if trust == "trusted" else "transformers."
-    )
-    assert found["loss"] == "ForCausalLM"
-    if resaved:
-        assert torch.equal(found["again"], expected)
-        assert found["generated"][0, TOKENS.shape[1]] == expected[0, -1].argmax()
-        config = json.loads((resaved[0] / "config.json").read_bytes())
-        assert config["architectures"] == ["LlamaForCausalLM"]
-        assert (resaved[0] / "modeling_orchestrator.py").is_file()
-
-
-def test_the_checkpoint_brings_every_form_with_it(tmp_path):
-    """Where the package is not installed, sparse weights and shared bases load, save and run."""
-    dense = write_checkpoint("gpt2", tmp_path / "dense")
-    made = compress(dense, tmp_path / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
-    expected = logits(AutoModelForCausalLM.from_pretrained(made.directory))
-    result, resaved = tmp_path / "result", tmp_path / "resaved"
-    done = run_program(tmp_path, "blocked", "trusted", made.directory, result, resaved)
-    assert done.returncode == 0, done.stderr
-    found = torch.load(result)
-    assert torch.equal(found["logits"], expected)
-    assert torch.equal(found["again"], expected)
-    assert found["generated"][0, TOKENS.shape[1]] == expected[0, -1].argmax()
-
-
-def test_neither_package_nor_trust_fails_loudly(made, tmp_path):
-    """Where the package cannot be imported and no code is trusted, no model comes out."""
-    done = run_program(tmp_path, "blocked", "not trusted", made.directory, tmp_path / "result")
-    assert done.returncode != 0
-    assert "ignore_mismatched_sizes" in done.stderr
-    assert not (tmp_path / "result").exists()
 
 
 def test_the_bootstrap_stands_alone(made):

@@ -88,23 +88,22 @@ def test_adapters_stand_on_the_factor_that_is_asked_for(made):
 
 @pytest.mark.parametrize("kind", ["weight", "down", "all-linear"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_merging_keeps_function_and_form(family, kind, tmp_path):
+def test_merging_keeps_function_and_form(family, kind, compressed, tmp_path):
     """Unmerged, reloaded and merged logits agree, and the same tensors are stored as before."""
-    dense = write_checkpoint(family, tmp_path / "dense")
-    made = compress(dense, tmp_path / "out", make_plan=mixed_plan)
-    model = load(made.directory)
+    directory = compressed(family)
+    model = load(directory)
     before = logits(model)
     adapted = adapt(model, targets_of(model, kind))
     unmerged = logits(adapted)
     assert (unmerged - before).abs().max() > 0.01
     adapted.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(load(made.directory), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(directory), tmp_path / "adapter")
     assert torch.equal(logits(again), unmerged)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(logits(merged), unmerged, rtol=0, atol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
-    assert stored_alike(tmp_path / "merged", made.directory)
+    assert stored_alike(tmp_path / "merged", directory)
 
 
 def test_a_bfloat16_checkpoint_stays_one(tmp_path):

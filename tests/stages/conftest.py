@@ -23,6 +23,16 @@ def documents(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def llama2(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama2") / "dense", blocks=2)
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama3") / "dense", blocks=3)
+
+
+@pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
 

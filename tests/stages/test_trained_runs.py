@@ -1,11 +1,13 @@
 """Training of the whole model as a stage of a run: every form, any workers, killed and resumed."""
 
 import os
+import shutil
 import signal
+from functools import cache
 
 import pytest
 import torch
-from pipeline import contents, run, with_tokenizer, write_llama, write_text
+from pipeline import contents, run, with_tokenizer
 from safetensors.torch import load_file
 from several_workers import several
 
@@ -18,27 +20,27 @@ TOKENS = torch.arange(2, 34)[None] * 5 % 96
 SHORT = {"epochs": 2, "batches": 3, "every": 2, "learning_rate": 2e-4, "top_k": 24}
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
-
-
 def trained(model, out, text, *, training=None, options=None, mode="all", **fields):
     options = {"training": SHORT | (training or {})} | (options or {})
     return run(model, out, text, train=mode, options=options, **fields)
 
 
 @pytest.fixture(scope="module")
-def reference(llama, text, tmp_path_factory):
-    """Result in one process and one shard."""
-    out = tmp_path_factory.mktemp("reference") / "out"
-    trained(llama, out, text, shards=1)
-    return contents(out)
+def reference_run(llama, text, tmp_path_factory):
+    """Run in one process and one shard; not to be changed."""
+    return trained(llama, tmp_path_factory.mktemp("reference") / "out", text, shards=1)
+
+
+@pytest.fixture(scope="module")
+def reference(reference_run):
+    return contents(reference_run.out)
+
+
+@pytest.fixture(scope="module")
+def recomputed(llama, text, tmp_path_factory):
+    """Run in one process with targets that are recomputed; not to be changed."""
+    out = tmp_path_factory.mktemp("recomputed") / "out"
+    return trained(llama, out, text, training={"targets": "recomputed"})
 
 
 CASES = {
@@ -53,18 +55,27 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def untrained(llama, llama2, text, tmp_path_factory):
+    """Model and result of a case without training; the run directory is to be copied."""
+
+    def make(case):
+        # two groups of blocks, so that each shard has one
+        model = llama if case == "shared basis" else llama2
+        return model, run(model, tmp_path_factory.mktemp("plain") / "out", text, **CASES[case])
+
+    return cache(make)
+
+
 @pytest.mark.parametrize("mode", ["all", "light"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_form_is_trained_on_its_support(case, mode, llama, text, tmp_path, monkeypatch):
+def test_every_form_is_trained_on_its_support(case, mode, untrained, text, tmp_path, monkeypatch):
     """The held-out loss of the kept state never rises; sizes and indices are those without
     training."""
     several(monkeypatch, size=2)
-    fields = dict(CASES[case])
-    options = fields.pop("options", {})
-    result = trained(llama, tmp_path / "out", text, options=options, mode=mode, **fields)
-    plain = run(
-        llama, tmp_path / "plain", text, options=options, run_dir=str(result.run_dir), **fields
-    )
+    model, plain = untrained(case)
+    fields = {"run_dir": str(shutil.copytree(plain.run_dir, tmp_path / "run"))}
+    result = trained(model, tmp_path / "out", text, mode=mode, **(CASES[case] | fields))
     report = result.report["train"]
     losses = {each["step"]: each["held_out"] for each in report["snapshots"]}
     assert list(losses) == [0, 2, 4, 6]
@@ -92,10 +103,10 @@ def test_families_are_trained(family, checkpoint, text, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("targets", ["stored", "recomputed"])
-def test_training_lowers_the_loss(targets, llama, text, tmp_path):
+def test_training_lowers_the_loss(targets, llama2, text, tmp_path):
     """On the training text, and on the held-out part."""
     training = {"epochs": 4, "batches": 7, "every": 7, "targets": targets, "cross_entropy": 1e-3}
-    result = trained(llama, tmp_path / "out", text, training=training, samples=32, keep=0.2)
+    result = trained(llama2, tmp_path / "out", text, training=training, samples=32, keep=0.2)
     report = result.report["train"]
     snapshots = report["snapshots"]
     assert snapshots[-1]["train"] < 0.95 * snapshots[1]["train"]
@@ -103,14 +114,11 @@ def test_training_lowers_the_loss(targets, llama, text, tmp_path):
     assert snapshots[-1]["held_out"] < 0.97 * snapshots[0]["held_out"]
 
 
-def test_stored_and_recomputed_targets_agree(llama, text, tmp_path):
+def test_stored_and_recomputed_targets_agree(recomputed, llama, text, tmp_path):
     """With the whole vocabulary stored they are equal, to rounding."""
-    found = [
-        trained(llama, tmp_path / each, text, training={"targets": each, "top_k": 96})
-        for each in ("stored", "recomputed")
-    ]
-    stored, recomputed = (each.report["train"]["snapshots"] for each in found)
-    for one, other in zip(stored, recomputed, strict=True):
+    stored = trained(llama, tmp_path / "out", text, training={"top_k": 96})
+    snapshots = (each.report["train"]["snapshots"] for each in (stored, recomputed))
+    for one, other in zip(*snapshots, strict=True):
         assert one["held_out"] == pytest.approx(other["held_out"], rel=1e-4)
 
 
@@ -132,34 +140,41 @@ def test_lost_workers_change_no_bit(replaces, llama, text, reference, tmp_path, 
     assert contents(tmp_path / "out") == reference
 
 
-def test_recomputed_targets_take_no_other_path(llama, text, tmp_path, monkeypatch):
+def test_recomputed_targets_take_no_other_path(recomputed, llama, text, tmp_path, monkeypatch):
     """Both models' chunks pass together, for any number of workers, bit for bit."""
-    training = {"targets": "recomputed"}
-    trained(llama, tmp_path / "one", text, training=training)
     several(monkeypatch, size=3)
-    trained(llama, tmp_path / "three", text, training=training)
-    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    trained(llama, tmp_path / "three", text, training={"targets": "recomputed"})
+    assert contents(recomputed.out) == contents(tmp_path / "three")
 
 
-@pytest.mark.parametrize("step", [1, 3, 6])
-def test_a_stopped_run_goes_on_from_its_snapshot(step, llama, text, reference, tmp_path):
-    """Only the steps after it are repeated, and the bits equal those of an uninterrupted run."""
-    out = tmp_path / "out"
+def test_a_stopped_run_goes_on_from_its_snapshot(llama, text, reference, tmp_path):
+    """Stopped before, at and after snapshots: only the steps after the last one are repeated, and
+    the bits equal those of an uninterrupted run."""
+    out, begun = tmp_path / "out", []
 
-    def stop(event):
-        if event["event"] == "unit" and event["stage"] == "train" and event["done"] == step:
-            raise StoppedError("enough")
+    def stop_at(step):
+        steps = []
 
-    with pytest.raises(StoppedError):
-        trained(llama, out, text, on_event=stop)
-    events = []
-    trained(llama, out, text, on_event=events.append)
-    steps = [e["done"] for e in events if e["event"] == "unit" and e["stage"] == "train"]
-    assert steps[0] == (step - 1) // 2 * 2 + 1
+        def on_event(event):
+            if event["event"] == "unit" and event["stage"] == "train":
+                steps.append(event["done"])
+                if len(steps) == 1:
+                    begun.append(event["done"])
+                if event["done"] == step:
+                    raise StoppedError("enough")
+
+        return on_event
+
+    for step in (1, 3, 6):
+        with pytest.raises(StoppedError):
+            trained(llama, out, text, on_event=stop_at(step))
+    trained(llama, out, text, on_event=stop_at(None))
+    # snapshots are made at steps 0, 2, 4 and 6, after the event of the step
+    assert begun == [1, 1, 3, 5]
     assert contents(out) == reference
 
 
-def test_snapshots_go_when_they_are_neither_last_nor_best(llama, text, tmp_path):
+def test_snapshots_go_when_they_are_neither_last_nor_best(llama2, text, tmp_path):
     """There are never more than three of them, and none at the end."""
     run_dir, most = RunDirectory(tmp_path / "out.run"), []
 
@@ -171,19 +186,18 @@ def test_snapshots_go_when_they_are_neither_last_nor_best(llama, text, tmp_path)
             most.append(len(states()))
 
     training = {"epochs": 4, "every": 1, "patience": 100}
-    trained(llama, tmp_path / "out", text, training=training, on_event=count)
-    assert 4 <= max(most) <= 3 * 4
+    trained(llama2, tmp_path / "out", text, training=training, on_event=count)
+    assert 2 <= max(most) <= 3 * 2  # of two blocks
     assert states() == []
 
 
-def test_trained_blocks_are_not_trained_again(llama, text, tmp_path):
+def test_trained_blocks_are_not_trained_again(llama, text, reference, reference_run, tmp_path):
     """A resumed run has its units; other options train again, from the same targets."""
-    run_dir = str(tmp_path / "run")
-    trained(llama, tmp_path / "one", text, run_dir=run_dir)
+    run_dir = str(shutil.copytree(reference_run.run_dir, tmp_path / "run"))
     events = []
     trained(llama, tmp_path / "two", text, run_dir=run_dir, on_event=events.append)
     assert not any(e["event"] == "unit" and e["stage"] == "train" for e in events)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert reference == contents(tmp_path / "two")
     targets = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("targets.*")}
     longer = {"epochs": 3}
     trained(
@@ -194,11 +208,12 @@ def test_trained_blocks_are_not_trained_again(llama, text, tmp_path):
     assert targets == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("targets.*")}
 
 
-def test_it_starts_from_what_refinement_has_left(llama, text, tmp_path):
+def test_it_starts_from_what_refinement_has_left(llama2, text, tmp_path):
     """The initial held-out loss is lower if blocks were refined before."""
     refinement = {"refinement": {"epochs": 8, "batches": 4, "learning_rate": 1e-3}}
+    shared = {"samples": 12, "training": {"epochs": 1}, "run_dir": str(tmp_path / "run")}
     alone, refined = (
-        trained(llama, tmp_path / refine, text, refine=refine, options=options, samples=12)
+        trained(llama2, tmp_path / refine, text, refine=refine, options=options, **shared)
         for refine, options in (("none", {}), ("blocks", refinement))
     )
     one, other = (each.report["train"]["snapshots"][0]["divergence"] for each in (alone, refined))
@@ -237,9 +252,9 @@ def test_killed_actors_change_no_bit(llama, text, reference, tmp_path, ray_worke
     assert contents(tmp_path / "out") == reference
 
 
-def test_where_nothing_is_cut_nothing_is_trained(llama, text, tmp_path):
+def test_where_nothing_is_cut_nothing_is_trained(llama2, text, tmp_path):
     """All linears dense: no step, no target, and the dense model's values."""
-    result = trained(llama, tmp_path / "out", text, keep=1.0)
+    result = trained(llama2, tmp_path / "out", text, keep=1.0)
     assert result.report["train"]["steps"] == 0
     assert result.report["train"]["snapshots"] == []
     assert not list((tmp_path / "out.run").rglob("targets.*"))

@@ -31,6 +31,12 @@ def reference(llama, text, tmp_path_factory):
     return contents(out), result.run_dir
 
 
+@pytest.fixture(scope="module")
+def plain(llama, text, tmp_path_factory):
+    """Run without a walk; the run directory is to be copied."""
+    return run(llama, tmp_path_factory.mktemp("plain") / "out", text)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3"])
 def test_families_are_walked(family, checkpoint, text, tmp_path):
     """Every family's sites are found by its own forward pass; norms, biases, other layouts."""
@@ -46,10 +52,9 @@ def test_families_are_walked(family, checkpoint, text, tmp_path):
     assert bool(orchestrator.load(result.out)(input_ids=TOKENS).logits.isfinite().all())
 
 
-def test_blocks_are_refined_behind_the_refined_ones(llama, text, tmp_path):
+def test_blocks_are_refined_behind_the_refined_ones(llama, text, plain, tmp_path):
     """Block by block the bits equal a refinement whose inputs come from the preceding blocks."""
-    run_dir = str(tmp_path / "run")
-    plain = run(llama, tmp_path / "plain", text, run_dir=run_dir)
+    run_dir = str(shutil.copytree(plain.run_dir, tmp_path / "run"))
     result = run(llama, tmp_path / "out", text, refine="in_order", options=SHORT, run_dir=run_dir)
     stored = load_file(result.out / "model.safetensors")
     dense, compressed = LazyModel.open(llama), LazyModel.open(plain.out)
@@ -68,10 +73,9 @@ def test_blocks_are_refined_behind_the_refined_ones(llama, text, tmp_path):
         assert entry["after"] < entry["before"]
 
 
-def test_a_sweep_is_a_walk_over_what_was_refined_apart(llama, text, tmp_path):
+def test_a_sweep_is_a_walk_over_what_was_refined_apart(llama, text, plain, tmp_path):
     """Its bits equal refinement in order that starts from the blocks refined apart."""
-    run_dir = str(tmp_path / "run")
-    fields = {"options": SHORT, "run_dir": run_dir}
+    fields = {"options": SHORT, "run_dir": str(shutil.copytree(plain.run_dir, tmp_path / "run"))}
     apart = run(llama, tmp_path / "apart", text, refine="blocks", **fields)
     result = run(llama, tmp_path / "out", text, refine="swept", **fields)
     assert result.report["refine"] == apart.report["refine"]
@@ -97,10 +101,10 @@ def test_a_sweep_is_a_walk_over_what_was_refined_apart(llama, text, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["wanda", "basis-sharing"])
-def test_forms_without_factors_of_their_own_are_refined_in_order(method, llama, text, tmp_path):
+def test_forms_without_factors_of_their_own_are_refined_in_order(method, llama2, text, tmp_path):
     """Values on their support, and shared bases unchanged: held-out errors fall."""
     options = SHORT | ({"basis-sharing": {"refit": "never"}} if method == "basis-sharing" else {})
-    result = run(llama, tmp_path / "out", text, method=method, refine="in_order", options=options)
+    result = run(llama2, tmp_path / "out", text, method=method, refine="in_order", options=options)
     entries = [entry["refinement"] for entry in result.report["walk"]["blocks"].values()]
     assert any(entry["after"] < entry["before"] for entry in entries)
     assert all(entry["after"] <= entry["before"] for entry in entries)
@@ -119,18 +123,18 @@ def test_blocks_without_a_cut_linear_are_gone_through(llama, text, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in whole)
 
 
-def test_where_nothing_is_cut_nothing_is_walked(llama, text, tmp_path):
+def test_where_nothing_is_cut_nothing_is_walked(llama2, text, tmp_path):
     """All linears dense: the stage has no unit, and the checkpoint is the dense one."""
-    result = run(llama, tmp_path / "out", text, keep=1.0, compensate="anchored")
+    result = run(llama2, tmp_path / "out", text, keep=1.0, compensate="anchored")
     assert result.report["walk"]["blocks"] == {}
-    before, after = (load_file(each / "model.safetensors") for each in (llama, result.out))
+    before, after = (load_file(each / "model.safetensors") for each in (llama2, result.out))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_refinement_in_parallel_follows_the_walk(llama, text, tmp_path):
+def test_refinement_in_parallel_follows_the_walk(llama, text, plain, tmp_path):
     """The next stage starts from the compensated blocks: its own bits, on the result of the
     walk."""
-    run_dir = str(tmp_path / "run")
+    run_dir = str(shutil.copytree(plain.run_dir, tmp_path / "run"))
     options = SHORT | {"compensation": {"basis": "kept"}}
     fields = {"compensate": "anchored", "options": options, "run_dir": run_dir}
     run(llama, tmp_path / "walked", text, **fields)
@@ -181,12 +185,20 @@ def walked(events):
     return [e["unit"] for e in events if e["event"] == "unit" and e["stage"] == "walk"]
 
 
+@pytest.fixture(scope="module")
+def stopped(llama, text, tmp_path_factory):
+    """Run directory of a walk that was stopped after two blocks; it is to be copied."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.raises(Stopped):
+        run(llama, out, text, on_event=stop_after("walk", 2, []), **BOTH)
+    return out.with_name("out.run")
+
+
 @pytest.mark.parametrize("harm", ["nothing", "lost", "damaged"])
-def test_a_stopped_walk_goes_on(harm, llama, text, reference, tmp_path):
+def test_a_stopped_walk_goes_on(harm, llama, text, reference, stopped, tmp_path):
     """From the chunks before the next block, or through the blocks again: the same bytes."""
     out, events = tmp_path / "out", []
-    with pytest.raises(Stopped):
-        run(llama, out, text, on_event=stop_after("walk", 2, events), **BOTH)
+    shutil.copytree(stopped, tmp_path / "out.run")
     files = sorted((tmp_path / "out.run" / "chunks").rglob("*.safetensors"))
     assert len(files) == 12  # two streams of six sequences at the input of block 2, and no others
     if harm == "lost":
@@ -195,7 +207,6 @@ def test_a_stopped_walk_goes_on(harm, llama, text, reference, tmp_path):
         data = bytearray(files[3].read_bytes())
         data[-1] ^= 1
         files[3].write_bytes(data)
-    events.clear()
     run(llama, out, text, on_event=events.append, **BOTH)
     assert walked(events) == ["block 2", "block 3"]
     assert any(e["event"] == "missing" for e in events) == (harm == "damaged")
