@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -35,6 +36,9 @@ Emitted = Record | None
 Stored = tuple[Chunks, int, int]
 """Place of a stored chunk: its pass, boundary and index."""
 PROBE_PREFIX = ".probe-"
+installed_version = cache(version)
+"""Version of an installed package. Each unit records it, and parsing the metadata of a package
+takes milliseconds, so it is done once a process."""
 
 
 class Unpack(Protocol):
@@ -208,7 +212,7 @@ class Worker:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": self._threads,
             "torch": torch.__version__,
-            "transformers": version("transformers"),
+            "transformers": installed_version("transformers"),
             "orchestrator": __version__,
             **(gpu.versions() if is_gpu else {}),
         }

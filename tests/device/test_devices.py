@@ -6,10 +6,11 @@ See `pretend`; single calls are in `test_device_calls`. Models have two blocks, 
 import json
 from collections import Counter
 
+import families
 import pytest
 import torch
-from families import FAMILIES, _llama, write_model
-from pipeline import SENTENCES, add_tokenizer, contents, run, with_tokenizer, write_text
+from families import FAMILIES, _llama, write_checkpoint, write_model
+from pipeline import SENTENCES, add_tokenizer, contents, run, write_text
 from pretend import TO_HOST, pretended_device
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,19 +20,26 @@ from orchestrator.recipe.recipe import Recipe
 
 SMALL = {"samples": 2, "sequence_length": 24, "shards": 2}
 DTYPES = ("float32", "bfloat16")
+THREE = ("*.k_proj", "*.o_proj", "*.down_proj")
+"""Targets of a wide, a square and a tall shape, for work that is the same for each linear."""
 FEW = {
-    "asvd": {"strs": {"grid": "0.4 0.9", "windows": 1}},
-    "cap": {"cap": {"iterations": 1, "samples": 2, "buckets": 16}},
-    "two-sided-sparse": {"two-sided-sparse": {"densities": "0 0.3", "steps": 2}},
+    "asvd": {"options": {"strs": {"grid": "0.4 0.9", "windows": 1}}},
+    "cap": {
+        "options": {"cap": {"iterations": 1, "samples": 2, "buckets": 16}},
+        "target": THREE,
+    },
+    "two-sided-sparse": {
+        "options": {"two-sided-sparse": {"densities": "0 0.3", "steps": 2}},
+    },
 }
-"""Options for fewer trials, by method."""
+"""Fields for fewer trials, by method."""
 REFINEMENT = {"epochs": 2, "batches": 1, "learning_rate": 2e-4}
 TRAINING = {"epochs": 2, "batches": 1, "every": 1, "learning_rate": 2e-4, "top_k": 24}
 FORMS = {
     "low_rank": {},
     "pivoted": {"storage": "pivoted"},
     "sparse": {"method": "wanda"},
-    "low_rank_sparse": {"method": "two-sided-sparse", "options": FEW["two-sided-sparse"]},
+    "low_rank_sparse": {"method": "two-sided-sparse", **FEW["two-sided-sparse"]},
     "shared basis": {
         "method": "basis-sharing",
         "options": {"basis-sharing": {"refit": "never"}},
@@ -136,8 +144,8 @@ def assert_a_step_is_read_once(device):
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method, dtype, model, text, tmp_path):
     """Every method writes the CPU's files; no line of a pass reads more than once a sequence."""
-    options = FEW.get(method, {})
-    device = compress_on_both(model[dtype], text, tmp_path, method=method, options=options)
+    fields = FEW.get(method, {})
+    device = compress_on_both(model[dtype], text, tmp_path, method=method, **fields)
     if method not in ("asvd", "cap"):  # each of their trials is a pass
         passes = 2 if METHODS[method].label_draws else 1
         waits = Counter(each.site for each in device.reads if each.site.file in PASSES)
@@ -146,9 +154,10 @@ def test_methods(method, dtype, model, text, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
-def test_families(family, checkpoint, text, tmp_path):
+def test_families(family, text, tmp_path, monkeypatch):
     """Other families give the CPU's files, with their masks, norms, biases and weight layouts."""
-    dense = with_tokenizer(checkpoint(family), tmp_path / "dense")
+    monkeypatch.setattr(families, "BLOCKS", 2)
+    dense = add_tokenizer(write_checkpoint(family, tmp_path / "dense"))
     compress_on_both(dense, text, tmp_path, samples=1)
 
 
@@ -202,16 +211,19 @@ def test_refinement(mode, model, text, tmp_path, runs):
 @pytest.mark.parametrize("mode", ["all", "lean", "light"])
 @pytest.mark.parametrize("form", FORMS)
 def test_training(form, mode, model, text, tmp_path, runs):
-    """Every form trained in every mode, in two shards, gives the CPU's files."""
-    fields = with_options(FORMS[form], training=TRAINING) | {"runs": runs / form}
-    device = compress_on_both(model["float32"], text, tmp_path, train=mode, **fields)
+    """Every form trained in every mode, in two shards, gives the CPU's files; dense linears are
+    beside those of the form."""
+    fields = with_options(FORMS[form], training=TRAINING) | {"runs": runs / f"{form} trained"}
+    fields |= {"train": mode, "target": THREE}
+    device = compress_on_both(model["float32"], text, tmp_path, **fields)
     assert_a_step_is_read_once(device)
 
 
 def test_training_towards_targets_that_pass_by(model, text, tmp_path):
     """Targets that the dense model recomputes during training give the CPU's files."""
     options = {"training": TRAINING | {"targets": "recomputed", "cross_entropy": 0.1}}
-    compress_on_both(model["float32"], text, tmp_path, train="all", options=options)
+    fields = {"train": "all", "options": options, "target": THREE}
+    compress_on_both(model["float32"], text, tmp_path, **fields)
 
 
 @pytest.mark.parametrize(
@@ -227,14 +239,15 @@ def test_training_towards_targets_that_pass_by(model, text, tmp_path):
 )
 def test_padded_text(fields, model, documents, tmp_path):
     """Sequences with padding give the CPU's files, through passes, gradients and training."""
-    compress_on_both(model["float32"], documents, tmp_path, layout="padded", **fields)
+    fields = fields | {"layout": "padded", "target": THREE}
+    compress_on_both(model["float32"], documents, tmp_path, **fields)
 
 
 @pytest.mark.slow
 def test_the_whole_recipe_in_bfloat16(model, text, tmp_path):
     """Every stage after the plan in one run of a 16-bit model gives the CPU's files."""
     fields = {"method": "two-sided", "storage": "pivoted", "compensate": "anchored"}
-    fields |= {"refine": "swept", "train": "lean"}
+    fields |= {"refine": "swept", "train": "lean", "target": THREE}
     options = {"refinement": REFINEMENT, "training": TRAINING}
     compress_on_both(model["bfloat16"], text, tmp_path, options=options, **fields)
 

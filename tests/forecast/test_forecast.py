@@ -115,11 +115,16 @@ def test_one_gpu_of_24_gb_is_enough_for_the_closed_form_of_70b(gpu, config):
     assert "activations" in found.peak.device.parts
 
 
-def test_a_gpu_has_a_context_and_an_allocator_and_a_cpu_has_a_process(llama_dir, tmp_path):
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The rates of this process in a file, not to be changed: a measurement takes nine seconds."""
+    return measure(tmp_path_factory.mktemp("rates") / "rates.json", dtype="float32")
+
+
+def test_a_gpu_has_a_context_and_an_allocator_and_a_cpu_has_a_process(llama_dir, measured):
     """They are added to the same tensors; tensors to be written count for the host."""
     asked = {"samples": 4, "sequence_length": 32}
-    rates = measure(tmp_path / "rates.json", dtype="float32")
-    on_cpu = plan(recipe(model=str(llama_dir), **asked), rates=rates)
+    on_cpu = plan(recipe(model=str(llama_dir), **asked), rates=measured)
     on_gpu = plan(recipe(model=str(llama_dir), **asked), gpu="A10G")
     assert on_cpu.limits["usable"] == USABLE * on_cpu.limits["device"]
     assert on_gpu.limits["usable"] == on_gpu.limits["device"]
@@ -134,21 +139,25 @@ def test_a_gpu_has_a_context_and_an_allocator_and_a_cpu_has_a_process(llama_dir,
         assert not tensors.keys() & {"process", "written"}
 
 
-def test_a_machine_that_was_measured(llama_dir, tmp_path, capsys):
+def test_a_machine_that_was_measured(llama_dir, measured, tmp_path):
     """`measure` writes the file that `plan` reads; its rates are of this process."""
-    rates = measure(tmp_path / "rates.json", dtype="float32")
-    found = plan(recipe(model=str(llama_dir), samples=4, sequence_length=32), rates=rates)
+    found = plan(recipe(model=str(llama_dir), samples=4, sequence_length=32), rates=measured)
     assert list(found.seconds) == ["measured"]
     assert 0 < found.seconds["measured"] < 600
-    content = json.loads(rates.read_text())
-    rates.write_text(json.dumps(content | {"half": "fast"}))
+    rates = tmp_path / "rates.json"
+    rates.write_text(json.dumps(json.loads(measured.read_text()) | {"half": "fast"}))
     with pytest.raises(UsageError, match="half is 'fast'"):
         plan(recipe(model=str(llama_dir)), rates=rates)
 
 
-@pytest.fixture
-def llama_dir(tmp_path):
-    return write_llama(tmp_path / "llama", blocks=4)
+@pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama4") / "dense", blocks=4)
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama2") / "dense", blocks=2, hidden=32)
 
 
 def test_the_size_of_the_result_is_the_one_that_is_written(llama_dir, tmp_path):
@@ -271,6 +280,7 @@ def test_a_model_that_cannot_be_foreseen_is_compressed_all_the_same(
 
 
 BEHIND = {"score", "refit", "pivot", "walk", "refine", "sweep", "train", "write"}
+FEW = {"strs": {"grid": "0.4 0.9", "windows": 1}}
 SHORT = {"refinement": {"epochs": 1, "batches": 2}, "training": {"epochs": 1, "batches": 2}}
 
 
@@ -278,10 +288,10 @@ SHORT = {"refinement": {"epochs": 1, "batches": 2}, "training": {"epochs": 1, "b
     "fields",
     [
         {"method": "svd-llm"},
-        {"method": "svd-llm", "allocation": "strs"},
-        {"method": "asvd"},
+        {"method": "svd-llm", "allocation": "strs", "options": FEW},
+        {"method": "asvd", "options": FEW},
         {"method": "asvd", "allocation": "uniform"},
-        {"method": "cap"},
+        {"method": "cap", "options": {"cap": {"iterations": 1, "samples": 2, "buckets": 16}}},
         {"method": "basis-sharing"},
         {"method": "basis-sharing", "keep": 0.8},
         {
@@ -295,14 +305,14 @@ SHORT = {"refinement": {"epochs": 1, "batches": 2}, "training": {"epochs": 1, "b
     ],
     ids=lambda fields: " ".join(str(each) for each in fields.values() if isinstance(each, str)),
 )
-def test_its_stages_are_those_of_the_run(fields, llama_dir, tmp_path):
+def test_its_stages_are_those_of_the_run(fields, tiny_dir, tmp_path):
     """For all choices of a recipe: the stages equal those of the run, in its order."""
     events = []
     fields = {"keep": 0.5, **fields}
     text = write_text(tmp_path / "text.txt")
-    run(llama_dir, tmp_path / "out", text, on_event=events.append, **fields)
+    run(tiny_dir, tmp_path / "out", text, on_event=events.append, **fields)
     begun = [e["stage"] for e in events if e["event"] == "stage" and e["state"] == "begin"]
-    asked = {"model": str(llama_dir), "out": "o", "samples": 6, "sequence_length": 48}
+    asked = {"model": str(tiny_dir), "out": "o", "samples": 6, "sequence_length": 48}
     expected = plan(make_recipe({**asked, **fields}))
     assert [each.name for each in expected.stages][1:] == [e for e in begun if e in BEHIND]
 

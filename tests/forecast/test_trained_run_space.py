@@ -1,5 +1,7 @@
 """Space of the run directory while blocks are refined and the model is trained."""
 
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,12 +32,12 @@ BEST = {
             "epochs": 3,
             "batches": 2,
             "every": 2,
-            "learning_rate": 3e-4,
+            "learning_rate": 2e-4,  # the best step is the second of six, by 5 %
             "cross_entropy": 1e-3,
         },
     },
     "keep": 0.2,
-    "samples": 12,
+    "samples": 8,
 }
 
 
@@ -58,6 +60,13 @@ def files(run_dir: Path, name: str) -> int:
     return len(list((run_dir / "units").rglob(name)))
 
 
+def damage(path):
+    """Change a file by one bit."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def stop_at(stage, done, seen=None):
     """An event callback that stops a run once a stage has this number of units."""
 
@@ -70,36 +79,71 @@ def stop_at(stage, done, seen=None):
     return stop
 
 
+def stop_before(stage, seen):
+    """An event callback that stops a run when a stage begins."""
+
+    def stop(event):
+        seen.append(event)
+        if (event["event"], event.get("stage"), event.get("state")) == ("stage", stage, "begin"):
+            raise StoppedError("enough")
+
+    return stop
+
+
 def made(events, stage):
     """Units of a stage that a run has made."""
     return [e["unit"] for e in events if e["event"] == "unit" and e["stage"] == stage]
 
 
-@pytest.fixture
-def valued(monkeypatch):
-    """Make training keep no states, with any room."""
-    monkeypatch.setattr(train_cost, "TRAINING_ROOM", 0)
-    monkeypatch.setattr(train_cost, "SMALL_BYTES", 0)
+@pytest.fixture(scope="module")
+def refined(small, text, tmp_path_factory):
+    """A run stopped after two of four blocks were refined, and again before training.
 
-
-def test_refined_blocks_take_the_place_of_pivoted_factors(small, text, best, valued, tmp_path):
-    """A run stopped in refinement has no pivoted factors of refined blocks, and makes none again.
-    Damage to a refined block costs that block and its factors."""
-    out, run_dir, events = tmp_path / "out", tmp_path / "out.run", []
+    Returns its output, the number of pivoted factors at the first stop, and the events between.
+    """
+    out, events = tmp_path_factory.mktemp("refined") / "out", []
     with pytest.raises(StoppedError):
         run(small, out, text, shards=4, on_event=stop_at("refine", 2), **BEST)
-    left = files(run_dir, PIVOTED_FILE)
+    left = files(out.with_name("out.run"), PIVOTED_FILE)
     with pytest.raises(StoppedError):
-        run(small, out, text, shards=4, on_event=stop_at("train", 1, events), **BEST)
+        run(small, out, text, shards=4, on_event=stop_before("train", events), **BEST)
+    return out, left, events
+
+
+def copied(out, directory):
+    """Copy the run directory of an output; returns the output beside the copy."""
+    shutil.copytree(out.with_name("out.run"), directory / "out.run")
+    return directory / "out"
+
+
+@contextmanager
+def values_alone():
+    """Make training keep no states, with any room."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_cost, "TRAINING_ROOM", 0)
+        patch.setattr(train_cost, "SMALL_BYTES", 0)
+        yield
+
+
+@pytest.fixture
+def valued():
+    with values_alone():
+        yield
+
+
+def test_refined_blocks_take_the_place_of_pivoted_factors(
+    small, text, best, refined, valued, tmp_path
+):
+    """A run stopped in refinement has no pivoted factors of refined blocks, and makes none again.
+    Damage to a refined block costs that block and its factors."""
+    stopped, left, events = refined
     assert made(events, "pivot") == []
     assert len(made(events, "refine")) == 4 - 2
     assert left > 0
+    out, events = copied(stopped, tmp_path), []
+    run_dir = tmp_path / "out.run"
     assert files(run_dir, PIVOTED_FILE) == 0
-    damaged = sorted((run_dir / "units").rglob(TRAINED_FILE))[0]
-    content = bytearray(damaged.read_bytes())
-    content[-1] ^= 1
-    damaged.write_bytes(content)
-    events.clear()
+    damage(sorted((run_dir / "units").rglob(TRAINED_FILE))[0])
     run(small, out, text, shards=4, on_event=events.append, **BEST)
     (block,) = made(events, "refine")
     assert {name.split(".")[2] for name in made(events, "pivot")} == {block.removeprefix("block ")}
@@ -107,16 +151,22 @@ def test_refined_blocks_take_the_place_of_pivoted_factors(small, text, best, val
     assert files(run_dir, PIVOTED_FILE) == 0
 
 
-def test_another_size_is_cut_where_pivoted_factors_are_spent(small, text, best, tmp_path):
-    """Files equal those of a separate run of that size."""
-    run(small, tmp_path / "first", text, shards=4, **BEST | {"keep": 0.3})
-    result = retarget(tmp_path / "first.run", tmp_path / "out", keep=0.2, executor="local")
-    assert contents(result.out) == best
+def test_another_size_is_cut_where_pivoted_factors_are_spent(small, text, refined, tmp_path):
+    """Files equal those of a separate run of that size; factors are spent by refinement, so none of
+    the runs is trained."""
+    fields = BEST | {"train": "none"}
+    expected = copied(refined[0], tmp_path)
+    run(small, expected, text, shards=4, **fields)
+    run(small, tmp_path / "first", text, shards=4, **fields | {"keep": 0.3})
+    result = retarget(tmp_path / "first.run", tmp_path / "second", keep=0.2, executor="local")
+    assert contents(result.out) == contents(expected)
 
 
-@pytest.fixture
-def stopped_while_it_commits(small, text, valued, tmp_path, monkeypatch):
-    """Output of a run stopped after training, with two of four blocks committed."""
+@pytest.fixture(scope="module")
+def stopped_while_it_commits(small, text, refined, tmp_path_factory):
+    """Output of a run stopped after training, with two of four blocks committed; not to be
+    changed."""
+    out = copied(refined[0], tmp_path_factory.mktemp("stopped"))
     committed, commit = [], TrainWorker.commit
 
     def stop(worker, **fields):
@@ -125,35 +175,38 @@ def stopped_while_it_commits(small, text, valued, tmp_path, monkeypatch):
         committed.append(fields)
         commit(worker, **fields)
 
-    with monkeypatch.context() as patch:
+    with values_alone(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainWorker, "commit", stop)
         with pytest.raises(StoppedError):
-            run(small, tmp_path / "out", text, shards=4, **BEST)
-    assert files(tmp_path / "out.run", "state.safetensors") == 0
+            run(small, out, text, shards=4, **BEST)
+    assert files(out.with_name("out.run"), "state.safetensors") == 0
     # refined blocks, trained blocks, and the best values of the other ones
-    assert files(tmp_path / "out.run", TRAINED_FILE) == 4 + 2 + 2
-    return tmp_path / "out"
+    assert files(out.with_name("out.run"), TRAINED_FILE) == 4 + 2 + 2
+    return out
 
 
 STEPS = [f"step {step}" for step in range(1, 7)]
 
 
-def test_a_training_that_has_ended_is_not_done_again(small, text, best, stopped_while_it_commits):
+def test_a_training_that_has_ended_is_not_done_again(
+    small, text, best, stopped_while_it_commits, valued, tmp_path
+):
     """Other blocks are committed from the values of the best step, with the bits of states."""
-    out, events = stopped_while_it_commits, []
+    out, events = copied(stopped_while_it_commits, tmp_path), []
     run(small, out, text, shards=4, on_event=events.append, **BEST)
     assert made(events, "train") == []
     assert contents(out) == best
     assert files(out.with_name("out.run"), TRAINED_FILE) == 2 * 4
 
 
-def test_a_training_without_states_begins_again(small, text, best, stopped_while_it_commits):
+def test_a_training_without_states_begins_again(
+    small, text, best, stopped_while_it_commits, valued, tmp_path
+):
     """It restarts if the best values are damaged, and if it is stopped once more in between."""
-    out, events = stopped_while_it_commits, []
+    out, events = copied(stopped_while_it_commits, tmp_path), []
     units = RunDirectory(out.with_name("out.run")).units
     kept = next(key for key in units.begun() if (units.manifest(key) or {})["facts"] == {"step": 2})
-    path = units.directory(kept) / TRAINED_FILE
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    damage(units.directory(kept) / TRAINED_FILE)
     with pytest.raises(StoppedError):
         run(small, out, text, shards=4, on_event=stop_at("train", 3), **BEST)
     run(small, out, text, shards=4, on_event=events.append, **BEST)
@@ -169,7 +222,8 @@ SHARED = {
         "training": BEST["options"]["training"] | {"learning_rate": 1e-3, "cross_entropy": 1.0},
     },
     "keep": 0.2,
-    "samples": 12,
+    "samples": 6,
+    "sequence_length": 96,
 }
 
 
@@ -196,18 +250,18 @@ def test_a_group_of_blocks_without_all_its_best_values_is_trained_again(
             run(small, out, text, shards=2, **SHARED)
     assert groups == [(0, 1)]
     (path,) = trained
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    damage(path)
     run(small, out, text, shards=2, **SHARED)
     assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_lost_workers_begin_again_where_values_alone_are_kept(
-    small, text, best, valued, tmp_path, monkeypatch
+    small, text, best, refined, valued, tmp_path, monkeypatch
 ):
     """A loss at the start, and another in the second period, change no bit."""
     several(monkeypatch, size=3, losses=(9, 60), replaces=False)
-    events = []
-    run(small, tmp_path / "out", text, shards=4, on_event=events.append, **BEST)
+    out, events = copied(refined[0], tmp_path), []
+    run(small, out, text, shards=4, on_event=events.append, **BEST)
     assert sum(event["event"] == "lost" for event in events) == 2
     assert contents(tmp_path / "out") == best
 
@@ -259,17 +313,18 @@ def states_at_once(snapshots):
 
 
 FAST = {"method": "two-sided", "storage": "pivoted", "keep": 0.8}
-PLAIN = BEST | {"method": "svd-llm", "storage": "plain", "keep": 0.5}
+TRAINED = BEST | {"samples": 6, "sequence_length": 192}
+PLAIN = TRAINED | {"method": "svd-llm", "storage": "plain", "keep": 0.5}
 
 
 @pytest.mark.parametrize(
     ("fields", "is_small"),
     [
-        (FAST | {"samples": 6}, True),
-        (FAST | {"samples": 96}, False),
-        (BEST, True),
-        (BEST, False),
-        (PLAIN | {"samples": 48}, True),
+        (FAST | {"samples": 6, "sequence_length": 96}, True),
+        (FAST | {"samples": 24, "sequence_length": 384}, False),
+        (TRAINED, True),
+        (TRAINED, False),
+        (PLAIN | {"samples": 12, "sequence_length": 384}, True),
     ],
 )
 def test_the_run_directory_is_as_large_as_its_forecast(
@@ -282,8 +337,7 @@ def test_the_run_directory_is_as_large_as_its_forecast(
         monkeypatch.setattr(train_cost, "SMALL_BYTES", 0)
         monkeypatch.setattr(train_cost, "TRAINING_ROOM", 1.5)
     text = write_text(tmp_path / "text.txt", 12_000)
-    fields = {"sequence_length": 96, "shards": 4} | fields
-    sizes, found, result = measured(wider, tmp_path / "out", text, **fields)
+    sizes, found, result = measured(wider, tmp_path / "out", text, shards=4, **fields)
     expected = {stage: parts.total for stage, parts in found.run.items()}
     if "train" in expected and found.keeps_states:
         one = found.run["train"].parts["snapshots"] / MOST_SNAPSHOTS

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from orchestrator.models.survey.trees import map_tensors
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
+LEAVES = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout])
+"""Types of arguments without tensors in them."""
 
 SCALARS_ALLOWED = frozenset(
     [
@@ -176,8 +179,7 @@ class Pretended(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        full_name = func._schema.name.split("::")[1]
-        name = full_name.rstrip("_") or full_name
+        name = _name(func)
         _refuse_mixed(name, args, kwargs)
         _refuse_kernels(name, args, kwargs)
         _keep_order(func, args, kwargs)
@@ -207,19 +209,41 @@ def is_cuda(device: Any) -> bool:
 
 def plain(tree: Any) -> Any:
     """A tree with the device's tensors replaced by their inner ones."""
+    kind = type(tree)
+    if kind is Pretended:
+        return tree.inner
+    if kind is tuple:
+        return tuple([plain(each) for each in tree])
+    if kind is list:
+        return [plain(each) for each in tree]
+    if kind is dict:
+        return {name: plain(each) for name, each in tree.items()}
+    if kind in LEAVES:
+        return tree
     return map_tensors(lambda each: each.inner if isinstance(each, Pretended) else each, tree)
 
 
 def wrapped(tree: Any) -> Any:
     """A tree with plain tensors replaced by tensors of the device on the same memory."""
-    return map_tensors(wrap, tree)
+    return wrap(tree) if type(tree) is Tensor else map_tensors(wrap, tree)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """The tensors in a tree, in its order."""
     found: list[Tensor] = []
-    map_tensors(found.append, tree)
+    _collect(tree, found)
     return found
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    """Append the tensors in a tree."""
+    if type(tree) in LEAVES:
+        return
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, tuple | list | dict):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            _collect(each, found)
 
 
 def wrap(tensor: Tensor) -> Pretended:
@@ -231,7 +255,7 @@ def wrap(tensor: Tensor) -> Pretended:
 def _refuse_mixed(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise as CUDA does for operands on two devices, with its exceptions."""
     tensors = tensors_of((args, kwargs))
-    strangers = [each for each in tensors if is_plain(each)]
+    strangers = [each for each in tensors if not isinstance(each, Pretended)]
     if not strangers or len(strangers) == len(tensors) or name == "copy":
         return
     indexes = name in INDEXING and isinstance(args[0], Pretended)
@@ -291,18 +315,38 @@ def _keep_order(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> No
     if len(order.streams) == 1:
         order.operate((), ())
         return
-    named = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
-    changed = {
-        each.name
-        for each in func._schema.arguments
-        if each.alias_info is not None and each.alias_info.is_write
-    }
-    found: dict[bool, list[int]] = {False: [], True: []}
-    for name, value in named.items():
-        for tensor in tensors_of(value):
-            if isinstance(tensor, Pretended) and tensor.numel():
-                found[name in changed].append(address(tensor))
-    order.operate(found[False], found[True])
+    places, names = _written(func)
+    read, written = list[int](), list[int]()
+    for place, value in enumerate(args):
+        _add_addresses(value, written if place in places else read)
+    for name, value in kwargs.items():
+        _add_addresses(value, written if name in names else read)
+    order.operate(read, written)
+
+
+@cache
+def _written(func: Any) -> tuple[frozenset[int], frozenset[str]]:
+    """Places and names of the arguments that an operation writes to."""
+    found = [
+        (place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return frozenset(place for place, _ in found), frozenset(name for _, name in found)
+
+
+def _add_addresses(tree: Any, found: list[int]) -> None:
+    """Append the addresses of the device's tensors in a tree, except for empty ones."""
+    for tensor in tensors_of(tree):
+        if isinstance(tensor, Pretended) and tensor.inner.numel():
+            found.append(address(tensor))
+
+
+@cache
+def _name(func: Any) -> str:
+    """Name of an operation, without the underscore of one that works in place."""
+    full_name: str = func._schema.name.split("::")[1]
+    return full_name.rstrip("_") or full_name
 
 
 def address(tensor: Pretended) -> int:
