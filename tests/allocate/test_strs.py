@@ -13,8 +13,8 @@ from drivers import Driver, is_unit, units
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
+from pools import several
 from safetensors.torch import load_file
-from several_workers import several
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 

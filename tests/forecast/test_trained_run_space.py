@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from pipeline import contents, run, write_llama, write_text
-from several_workers import several
+from pools import several
 
 from orchestrator import retarget
 from orchestrator.errors import StoppedError

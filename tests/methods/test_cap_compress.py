@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
-from several_workers import several
+from pools import several
 from transformers import AutoModelForCausalLM
 
 import orchestrator

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
-from several_workers import several
+from pools import several
 
 import orchestrator
 from orchestrator.errors import UsageError

@@ -9,9 +9,9 @@ import torch
 from families import FAMILIES
 from matrices import gaussian, menagerie, of_model
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
+from pools import several
 from safetensors import safe_open
 from safetensors.torch import save_file
-from several_workers import several
 from transformers import AutoModelForCausalLM
 
 import orchestrator

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pipeline import SENTENCES, add_tokenizer, with_tokenizer
-from warm import warm_workers
+from pools import warm_workers
 
 from orchestrator.cli.main import main
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from pipeline import SENTENCES, write_llama, write_text
-from warm import warm_workers
+from pools import warm_workers
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 import torch
 from pipeline import contents, run, with_tokenizer
+from pools import several
 from safetensors.torch import load_file
-from several_workers import several
 
 import orchestrator
 from orchestrator.errors import StoppedError, UsageError
