@@ -33,11 +33,8 @@ SHAPES = st.lists(st.tuples(st.integers(2, 40), st.integers(2, 40)), min_size=1,
 
 def measured(linears, strs, draw):
     """Make curves with drawn sensitivities; `draw` gives one per trial."""
-    curves = {}
-    for linear in linears:
-        losses = {rank: draw() for rank in strs.ranks(linear)}
-        curves[linear.name] = make_curve(linear.name, [1.0], sensitivities=losses)
-    return curves
+    losses = {linear.name: {rank: draw() for rank in strs.ranks(linear)} for linear in linears}
+    return {name: make_curve(name, [1.0], sensitivities=each) for name, each in losses.items()}
 
 
 def plan_of_cut(linears, curves, strs, rejected):
