@@ -115,10 +115,12 @@ def overlapping(seed):
     def energy(matrix_OI):
         return np.trace(matrix_OI @ gram_II @ matrix_OI.T)
 
+    whole = energy(weight_OI)
+
     def loss(drawn_N):
         kept_OI = (u[:, :3] * (s[:3] * drawn_N[:3])) @ vt[:3]
         kept_OI.reshape(-1)[places] += sparse_OI[places] * drawn_N[3:]
-        return energy(weight_OI - kept_OI) / energy(weight_OI)
+        return energy(weight_OI - kept_OI) / whole
 
     directions = s[:3] ** 2 * np.einsum("ri,ij,rj->r", vt[:3], gram_II, vt[:3]) / 12
     entries = sparse_OI[places] ** 2 * np.diag(gram_II)[places % 6]
@@ -129,7 +131,7 @@ def overlapping(seed):
         bucket_counts=np.ones(9, dtype=np.int64),
         bucket_utilities=entries,
         bucket_magnitudes=np.abs(sparse_OI[places]),
-        energy=energy(weight_OI),
+        energy=whole,
     )
     return make_pool([linear], {linear.name: candidates}), loss
 

@@ -343,8 +343,7 @@ def test_every_budget_is_met_from_below(keep, llama, text, run_dir, tmp_path):
 @pytest.mark.parametrize("fields", [{"storage": "pivoted"}, {"keep": None, "keep_bytes": 0.6}])
 def test_other_budgets_are_met_from_below(fields, llama, text, run_dir, tmp_path):
     """Pivoted ranks are tried at their size; bytes of factors are those of values."""
-    fields = {"keep": 0.6, "run_dir": run_dir} | fields
-    result = compress(llama, tmp_path / "out", text, **fields)
+    result = compress(llama, tmp_path / "out", text, **{"keep": 0.6, "run_dir": run_dir} | fields)
     linears = LazyModel.open(llama).survey().linears
     stored = sum(
         result.plan.assignments[each.name].stored_bytes(each, CODECS["float32"]) for each in linears
@@ -373,10 +372,10 @@ def test_a_budget_below_the_grid_is_said_first(llama, text, tmp_path):
 )
 def test_other_methods_are_divided_by_it(method, options, llama, text, tmp_path):
     """Linears with a shared basis are one trial; any cut of the model gives the same bytes."""
-    options |= {"strs": {"grid": "0.4"}}
-    fields = {"method": method, "allocation": "strs", "options": options}
+    options = {"strs": {"grid": "0.4"}} | options
     for shards in (1, 2):
-        result = compress(llama, tmp_path / f"out{shards}", text, shards=shards, **fields)
+        fields = {"method": method, "allocation": "strs", "options": options, "shards": shards}
+        result = compress(llama, tmp_path / f"out{shards}", text, **fields)
         assert result.plan.stored_values <= result.plan.budget_values
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
     groups = {entry.get("basis", "") for entry in result.report["linears"].values()}
