@@ -1,10 +1,11 @@
 """Six recipes from start to end: twice on the device, and once on the CPU in another process.
 
-    python -m benchmarks.gpu.parts.pipeline DIRECTORY
+    python -m benchmarks.gpu.parts.pipeline DIRECTORY [--small]
 
 runs all of them on the CPU, as the other process does.
 """
 
+import gc
 import json
 import math
 import os
@@ -39,6 +40,18 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "entries": {"method": "two-sided-sparse"},
     "asvd": {"method": "asvd"},
 }
+SMALL: Mapping[str, Mapping[str, Any]] = {
+    "best": {
+        "options": {
+            "refinement": {"epochs": 1, "batches": 1},
+            "training": {"epochs": 1, "batches": 1},
+        }
+    },
+    "cap": {"options": {"cap": {"iterations": 1, "samples": 2, "buckets": 16}}},
+    "entries": {"options": {"two-sided-sparse": {"densities": "0 0.3", "steps": 2}}},
+    "asvd": {"options": {"strs": {"grid": "0.4 0.9", "windows": 1}}},
+}
+"""Fields of the recipes with --small: fewer steps and trials."""
 WITHOUT_LABELS = ("svd-llm", "cap", "asvd")
 """Recipes without labels. Others draw them by the device's generator, so a CPU's differ."""
 APART = {True: 0.005, False: 0.03}
@@ -55,13 +68,19 @@ def measure(bench: Bench) -> Found:
     helpers.write_llama(directory / "model", blocks=bench.size(3, 2), hidden=32)
     helpers.write_text(directory / "text.txt")
     on_cpu = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gpu.parts.pipeline", str(directory)],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.parts.pipeline",
+            str(directory),
+            *bench.size((), ("--small",)),
+        ],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )
-    rows = {}
+    rows, recipes = {}, recipes_of(bench.results.is_small)
     try:
-        for name in RECIPES:
-            turns = [perform(directory, name, turn) for turn in ("first", "second")]
+        for name, fields in recipes.items():
+            turns = [perform(directory, name, turn, fields) for turn in ("first", "second")]
             rows[name] = {"seconds": turns}
         if on_cpu.wait(CPU_SECONDS):
             raise RuntimeError(f"the process on the CPU ended with status {on_cpu.returncode}")
@@ -98,14 +117,19 @@ def in_words(row: Mapping[str, Any]) -> str:
     return f"{bits}, perplexity {ours:.3f}, on the CPU {theirs:.3f}"
 
 
-def perform(directory: Path, name: str, turn: str) -> float | None:
+def recipes_of(is_small: bool) -> dict[str, Mapping[str, Any]]:
+    """The recipes, with fewer steps and trials if small."""
+    return {
+        name: {**row, **SMALL.get(name, {})} if is_small else row for name, row in RECIPES.items()
+    }
+
+
+def perform(directory: Path, name: str, turn: str, fields: Mapping[str, Any]) -> float | None:
     """Seconds of a run; if it fails, None and a file with the traceback."""
     model, text = directory / "model", directory / "text.txt"
     try:
         out = directory / f"{name}-{turn}"
-        return timed(lambda: helpers.run(model, out, text, samples=SAMPLES, **RECIPES[name]), CPU)[
-            1
-        ]
+        return timed(lambda: helpers.run(model, out, text, samples=SAMPLES, **fields), CPU)[1]
     except Exception:
         failure_file(directory, name, turn).write_text(traceback.format_exc(), encoding="utf-8")
         return None
@@ -181,5 +205,7 @@ def perplexity(checkpoint: Path, directory: Path) -> float:
 
 
 if __name__ == "__main__":
-    for recipe in RECIPES:
-        perform(Path(sys.argv[1]), recipe, "cpu")
+    for recipe, given in recipes_of("--small" in sys.argv).items():
+        perform(Path(sys.argv[1]), recipe, "cpu", given)
+        gc.collect()
+        gc.freeze()  # what was imported; workers collect after every stage
