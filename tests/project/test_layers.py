@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -107,11 +108,18 @@ def package_of(module: str) -> str:
 LEAVES = {name for name, path in MODULES.items() if path.name != "__init__.py"}
 
 
+@cache
+def syntax(path: Path) -> list[ast.AST]:
+    """Every node of a file, parsed once."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
 def imports(path: Path) -> tuple[set[str], set[str]]:
     """Return the modules of this package and the external top-level packages that a file
     imports."""
     own, outside = set(), set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in syntax(path):
         if isinstance(node, ast.Import):
             names = [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -129,12 +137,28 @@ def imports(path: Path) -> tuple[set[str], set[str]]:
     return own, outside - set(sys.stdlib_module_names)
 
 
+PROBE = """
+import json, sys
+added, before = {}, set()
+for statement in json.loads(sys.argv[1]):
+    exec(statement, {})
+    added[statement], before = [*(sys.modules.keys() - before)], {*sys.modules}
+print("\\n" + json.dumps(added), file=sys.stderr)
+"""
+
+
+def loaded_by_each(statements: list[str]) -> dict[str, set[str]]:
+    """Return the heavy packages that each statement adds, one after the other in one process."""
+    command = [sys.executable, "-c", PROBE, json.dumps(statements)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    added = json.loads(done.stderr.splitlines()[-1])
+    return {each: {name.partition(".")[0] for name in added[each]} & HEAVY for each in added}
+
+
 def loaded_by(statement: str) -> set[str]:
     """Return the heavy packages imported by a statement in a separate process."""
-    code = f"{statement}\nimport sys; print(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return {name.partition(".")[0] for name in done.stderr.split()} & HEAVY
+    return loaded_by_each([statement])[statement]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -165,10 +189,6 @@ def test_ray_is_imported_by_its_package_alone():
     assert {package_of(module_of(path)) for path in users} == {"runtime.ray"}
     private = {path.name for path in users if any(map(is_private_ray, syntax(path)))}
     assert private == {"cluster.py"}
-
-
-def syntax(path: Path) -> list[ast.AST]:
-    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def is_private_ray(node: ast.AST) -> bool:
@@ -215,37 +235,50 @@ def test_class_names_are_unique():
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import orchestrator",
-        "import orchestrator.api",
-        "import orchestrator.models.survey.select",
-        "import orchestrator.allocate",
-        "import orchestrator.methods",
-        "import orchestrator.catalogue",
-        "import orchestrator.pages",
-        "import orchestrator.forecast.forecast",
-        *(f"import orchestrator.{name}" for name in MODULES if name.endswith((".spec", ".cost"))),
-        *(f"import orchestrator.{name}" for name in MODULES if ".kinds.costs." in name),
-    ],
-)
-def test_light_import(statement):
-    """Modules for viewing a run or a plan on a laptop import no heavy package."""
-    assert loaded_by(statement) == set()
+LIGHT = [
+    "import orchestrator",
+    "import orchestrator.api",
+    "import orchestrator.models.survey.select",
+    "import orchestrator.allocate",
+    "import orchestrator.methods",
+    "import orchestrator.catalogue",
+    "import orchestrator.pages",
+    "import orchestrator.forecast.forecast",
+    *(f"import orchestrator.{name}" for name in MODULES if name.endswith((".spec", ".cost"))),
+    *(f"import orchestrator.{name}" for name in MODULES if ".kinds.costs." in name),
+]
+COMMANDS = [
+    *("", "plan", "measure", "compress", "retarget", "evaluate", "export", "status", "report"),
+    *("methods", "compare", "clean", "submit", "verify"),
+]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        *("", "plan", "measure", "compress", "retarget", "evaluate", "export", "status", "report"),
-        *("methods", "compare", "clean", "submit", "verify"),
-    ],
-)
-def test_help_is_light(command):
-    """`--help` answers without importing a heavy package, numpy included."""
+def asking_help(command: str) -> str:
     call = f"from orchestrator.cli.main import main\ntry: main({[*command.split(), '--help']})"
-    assert loaded_by(f"{call}\nexcept SystemExit: pass") == set()
+    return f"{call}\nexcept SystemExit: pass"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """Heavy packages by import: all in one process, so that none of them may load one."""
+    return loaded_by_each(LIGHT)
+
+
+@pytest.fixture(scope="module")
+def loaded_by_help() -> dict[str, set[str]]:
+    return loaded_by_each([asking_help(command) for command in COMMANDS])
+
+
+@pytest.mark.parametrize("statement", LIGHT)
+def test_light_import(statement, loaded):
+    """Modules for viewing a run or a plan on a laptop import no heavy package."""
+    assert loaded[statement] == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_light(command, loaded_by_help):
+    """`--help` answers without importing a heavy package, numpy included."""
+    assert loaded_by_help[asking_help(command)] == set()
 
 
 def test_plan_is_light(tmp_path):
