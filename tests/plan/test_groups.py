@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from allocation import RANK_ALLOCATORS, make_curves, make_model
 
+from orchestrator.allocate.budget import Budget
 from orchestrator.linalg.low_rank import InputGram, decompose, summed
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.grouping import Grouping, stack
@@ -44,7 +45,7 @@ def test_a_plan_for_groups_stores_the_same_spread_over_their_linears():
     curves = make_curves(tall)
     cosines = dict.fromkeys({each.sublayer for each in linears}, 0.8)
     for name, allocator in RANK_ALLOCATORS.items():
-        plan = allocator()(tall, curves, 0.7, cosines)
+        plan = allocator()(tall, curves, Budget(0.7), cosines)
         spread = GROUPING.spread(linears, plan)
         assert list(spread.assignments) == [each.name for each in linears], name
         stored = sum(spread.assignments[each.name].stored_values(each) for each in linears)
