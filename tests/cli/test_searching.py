@@ -61,7 +61,7 @@ def test_the_best_on_held_out_text_is_what_a_direct_run_gives(llama, text, held_
     assert contents(found.result.out) == contents(direct.out)
 
 
-def test_a_search_taken_up_tries_only_what_is_left(llama, text, held_out, tmp_path):
+def test_a_repeated_search_tries_only_new_candidates(llama, text, held_out, tmp_path):
     """A repeated search computes only new candidates, and no candidate stays on disk."""
     asked = recipe(llama, tmp_path / "out", text)
     short = {"storage": ["plain"]}

@@ -94,7 +94,7 @@ def test_a_forecast_is_the_recorded_one(case, found):
 
 
 @pytest.mark.parametrize("case", INTERRUPTED)
-def test_an_unfinished_run_of_the_record_is_taken_up(case, found, has_the_bits):
+def test_an_unfinished_run_of_the_record_is_resumed(case, found, has_the_bits):
     """No unit is made again, and the checkpoint equals that of an uninterrupted run."""
     actual = found["record"]["resumed"][case]
     assert not {*FINISHED} & actual["made"].keys()

@@ -205,7 +205,7 @@ def test_without_states_all_begin_again_and_the_best_is_kept(seed, alone):
     assert simulation.best == {block: alone.snapshots[step, block] for block in range(7)}
 
 
-def test_an_earlier_run_is_taken_up(alone):
+def test_an_earlier_run_is_resumed(alone):
     """From the snapshots found, the rest follows as in an uninterrupted run."""
     simulation = Simulation(3)
     half = alone.pipeline.snapshots[:3]

@@ -107,10 +107,10 @@ class Sensitivities:
         return loss
 
     def _run(self, keys: Mapping[CutTrial, str], scores: dict[CutTrial, Score]) -> None:
-        """The trials without a score through the shards, into `scores`, committed.
+        """Pass the trials without a score through the shards, and commit their scores.
 
-        The dense model is always among them, because the others start from its chunks; it is
-        taken up where its own chunks lie.
+        The dense model is always among them, because the others start from its chunks; it resumes
+        at the boundary of its last chunks.
         """
         job, workers = self._job, self._workers
         committed = set(scores)
