@@ -80,6 +80,22 @@ def test_a_broken_entry_is_one_clear_line(toy, tmp_path, number, group, entry, s
         assert METHODS["svd-llm"].name == "svd-llm"
 
 
+SCORED = """
+from orchestrator.allocate.base import Scoring
+from orchestrator.allocate.uniform import Uniform
+
+class Scored(Uniform):
+    scoring = Scoring.MASKS
+"""
+
+
+def test_an_allocator_whose_losses_no_stage_takes_is_refused(tmp_path):
+    """The stages that score know CAP's masks and STRS's cuts; it is said before any work."""
+    install(tmp_path, "allocators", "scored = scored_code:Scored", name="scored", source=SCORED)
+    with on_path(tmp_path), pytest.raises(UsageError, match=r"asks for masks, .* 'cap' and subcl"):
+        resolve(recipe_of(allocation="scored"))
+
+
 STAGE = """
 from dataclasses import dataclass
 from orchestrator.stages.base import Stage

@@ -20,7 +20,7 @@ another package is an entry point.
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.allocate.base import Allocator
+from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.errors import UsageError
 from orchestrator.plan.forms import FORMS
 from orchestrator.recipe.options import check_known, option_names
@@ -41,14 +41,17 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
     base=Allocator,
 )
 """Every allocator; `Allocator.divides` says for which forms it is."""
+SCORED: Mapping[Scoring, str] = {Scoring.MASKS: "cap", Scoring.SENSITIVITIES: "strs"}
+"""Allocators whose losses the scoring stages can take; all others that score are subclasses."""
 
 
 def make_allocator(name: str, options: Mapping[str, Any], form: str = "low_rank") -> Allocator:
     """Make the allocator of this name, with these options, for linears of this form.
 
     Raises:
-        UsageError: The allocator does not divide the values of the form; an option does not exist
-            (the message names similar ones), or its value is not allowed.
+        UsageError: The allocator does not divide the values of the form, or asks for losses that no
+            stage takes; an option does not exist (the message names similar ones), or its value is
+            not allowed.
     """
     allocator, divided = ALLOCATORS[name], FORMS[form].divided
     if divided not in allocator.divides:
@@ -56,6 +59,12 @@ def make_allocator(name: str, options: Mapping[str, Any], form: str = "low_rank"
         raise UsageError(
             f"allocation: {name!r} divides {' or '.join(allocator.divides)}, but the method keeps "
             f"{divided}; it must be one of {', '.join(fitting)}"
+        )
+    known = SCORED.get(allocator.scoring)
+    if known is not None and not issubclass(allocator, ALLOCATORS[known]):
+        raise UsageError(
+            f"allocation: {name!r} asks for {allocator.scoring.value}, which are taken for "
+            f"{known!r} and subclasses of {ALLOCATORS[known].__name__} alone"
         )
     check_known(name, options, option_names(allocator))
     return allocator(**options)

@@ -27,7 +27,7 @@ every_allocator = pytest.mark.parametrize(
 
 @pytest.mark.parametrize(("keep", "gain"), [(0.8, 0.38), (0.6, 0.23), (0.4, 0.127)])
 def test_the_same_values_hold_more_ranks(keep, gain):
-    """Of a square weight 38, 23 and 13 % more at 0.8, 0.6 and 0.4 kept, as PIFA has it."""
+    """A square weight holds 38, 23 and 13 % more at 0.8, 0.6 and 0.4 kept, as PIFA has it."""
     ranks = []
     (linear,) = make_linears([(4096, 4096)])
     for form in (LOW_RANK, PIVOTED):

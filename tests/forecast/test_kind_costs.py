@@ -28,7 +28,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_statistics_are_those_that_a_worker_gathers(name, small):
-    """Which Grams of how many channels, and which second moments of gradients, of every method."""
+    """Every method has its Grams, with their channels, and its second moments of gradients."""
     method = METHODS[name]
     expected = method_statistics(read_shapes(small).heaviest, method)
 

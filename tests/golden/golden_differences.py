@@ -29,7 +29,7 @@ def _short(value: Any) -> str:
 
 
 def elsewhere(case: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a case depends on names, options and inputs alone, not on bits.
+    """Return the parts of a case that depend on names, options and inputs alone, not on bits.
 
     Ranks depend on bits only where energies all but tie; where the plan is the recorded one, so are
     the keys of all units and all shapes. Masks are named by the bits of their candidates.

@@ -93,7 +93,7 @@ def test_package_or_trust_is_enough(made, expected, run_program, tmp_path, packa
 
 
 def test_the_checkpoint_brings_every_form_with_it(run_program, tmp_path):
-    """Where the package is not installed, sparse weights and shared bases load, save and run."""
+    """Sparse weights and shared bases load, save and run without the package."""
     dense = write_checkpoint("gpt2", tmp_path / "dense")
     made = compress(dense, tmp_path / "out", make_plan=mixed_plan, max_shard_bytes=20_000)
     expected = logits(AutoModelForCausalLM.from_pretrained(made.directory))
@@ -107,7 +107,7 @@ def test_the_checkpoint_brings_every_form_with_it(run_program, tmp_path):
 
 
 def test_neither_package_nor_trust_fails_loudly(made, run_program, tmp_path):
-    """Where the package cannot be imported and no code is trusted, no model comes out."""
+    """No model comes out if the package cannot be imported and no code is trusted."""
     done = run_program("blocked", "not trusted", made.directory, tmp_path / "result")
     assert done.returncode != 0
     assert "ignore_mismatched_sizes" in done.stderr
@@ -208,7 +208,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def loaded(fork, tmp_path_factory):
-    """What two ranks found, and one process, for each case."""
+    """Results of two ranks, and of one process, for each case."""
     root = tmp_path_factory.mktemp("ranks")
     torch.save(TOKENS, root / "tokens.pt")
     found = {}
@@ -252,7 +252,7 @@ def test_gradients_are_those_of_one_process(loaded, case):
 
 
 def test_a_rank_holds_a_part(loaded):
-    """Of low-rank linears either factor is split, so a rank holds less than the whole model."""
+    """Either factor of a low-rank linear is split, so a rank holds less than the whole model."""
     *ranks, model = loaded["llama, low rank"]
     whole = sum(each.numel() for each in model.parameters())
     assert all(rank["held"] < 0.75 * whole for rank in ranks)

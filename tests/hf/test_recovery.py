@@ -60,7 +60,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def stored_alike(one: Path, other: Path) -> bool:
-    """Whether two checkpoints store tensors of the same names, shapes and dtypes, and say so."""
+    """Return True if two checkpoints store tensors of the same names, shapes and dtypes."""
     first, second = (
         {name: (each.shape, each.dtype) for name, each in tensors(d).items()} for d in (one, other)
     )

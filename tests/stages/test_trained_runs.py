@@ -175,7 +175,7 @@ def test_a_stopped_run_goes_on_from_its_snapshot(llama, text, reference, tmp_pat
 
 
 def test_snapshots_go_when_they_are_neither_last_nor_best(llama2, text, tmp_path):
-    """There are never more than three of them, and none at the end."""
+    """At most three snapshots exist at any time, and none at the end."""
     run_dir, most = RunDirectory(tmp_path / "out.run"), []
 
     def states():

@@ -169,7 +169,7 @@ def test_a_file_has_the_bytes_of_the_safetensors_library(tmp_path):
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):
-    """When a tensor is requested, all earlier ones have been freed."""
+    """All earlier tensors have been freed by the request of the next."""
     living = weakref.WeakSet()
 
     def read(spec):

@@ -33,7 +33,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(llama, text, tmp_path_factory):
-    """What an undisturbed run in one process writes, into one file and into ten."""
+    """Files of an undisturbed run in one process, written as one file and as ten."""
     root = tmp_path_factory.mktemp("reference")
     run(llama, root / "one", text)
     run(llama, root / "ten", text, max_shard_size="200KB", run_dir=str(root / "one.run"))
@@ -295,7 +295,7 @@ def len_of(reference):
 
 
 def test_damaged_tokens_are_stored_again(llama, text, reference, tmp_path):
-    """What the statistics are taken over is compared with the text at hand."""
+    """Stored tokens are compared with those of the text at hand."""
     directory = interrupted(llama, text, tmp_path / "out", done=2)
     (file,) = directory.root.glob("units/*/*/tokens.safetensors")
     flip(file)

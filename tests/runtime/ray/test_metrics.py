@@ -73,7 +73,7 @@ def test_a_run_is_counted(ray_address, tmp_path):
 
 @pytest.mark.ray
 def test_failures_are_counted_by_cause(ray_address):
-    """What the journal tells of a failure, and what was done about it."""
+    """Failures are counted by the cause and the decision in the journal."""
     from orchestrator.runtime.ray.metrics import Metrics
 
     event = {"event": "lost", "cause": "hung", "decided": "repeat"}

@@ -45,7 +45,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(llama, text, tmp_path_factory):
-    """What an undisturbed run in one process writes."""
+    """Files of an undisturbed run in one process."""
     out = tmp_path_factory.mktemp("reference") / "out"
     run(llama, out, text)
     return contents(out)

@@ -1,4 +1,4 @@
-"""What a cluster can refuse, and the ways into one: each a clear error, or the same bytes."""
+"""Refusals of a cluster, and the ways into one: each a clear error, or the same bytes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def model(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(model, text, tmp_path_factory):
-    """What one process writes without Ray."""
+    """Files of one process without Ray."""
     out = tmp_path_factory.mktemp("reference") / "out"
     run(model, out, text)
     return contents(out)
@@ -41,7 +41,7 @@ def reference(model, text, tmp_path_factory):
 @pytest.mark.ray
 @pytest.mark.parametrize("fields", [{"workers": 9}, {"workers": 3, "threads": 3}])
 def test_more_workers_than_the_cluster_can_hold(fields, model, text, tmp_path, ray_address):
-    """What is asked for, what is there and what fits are said; exit code 3."""
+    """The message has what is asked for, what is there and what fits; exit code 3."""
     with pytest.raises(InfeasibleError, match=r"has 8 CPU on 1 nodes, enough for [28]") as e:
         run(model, tmp_path / "out", text, executor="ray", **fields)
     assert e.value.exit_code == 3

@@ -193,7 +193,7 @@ def submit(address, tree, *arguments, token=TOKEN):
 
 
 def jobs(address):
-    """What the cluster knows of its jobs, by submission id."""
+    """Return the jobs that the cluster knows, by submission id."""
     from ray.job_submission import JobSubmissionClient
 
     client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {TOKEN}"})
@@ -247,7 +247,7 @@ def test_a_killed_driver_has_a_successor(dashboard, tree, tmp_path):
 
 @pytest.mark.jobs
 def test_sigterm_stops_the_job(dashboard, tree, tmp_path):
-    """Who follows a job and is told to stop takes it along: 75, and the run says `stopped`."""
+    """SIGTERM to the follower of a job stops the job: 75, and the status is `stopped`."""
     text = write_text(tmp_path / "text.txt")
     model = write_llama(tmp_path / "dense", hidden=256)
     directory = RunDirectory(tmp_path / "out.run")
