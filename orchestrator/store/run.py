@@ -19,13 +19,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import InputError, OrchestratorError
+from orchestrator.errors import InputError, OrchestratorError, UsageError
 from orchestrator.store.chunks import Chunks
+from orchestrator.store.cleaning import Cleaning, remove_content, sort_content
 from orchestrator.store.files import (
     digest_json,
     parse_json,
     read_bytes,
-    remove_tree,
     write_json,
 )
 from orchestrator.store.journal import Journal
@@ -50,6 +50,8 @@ class RunDirectory:
         self.root = root
         self.units = Units(root / "units")
         self.journal = Journal(root)
+        self.marker = root / _MARKER
+        """File that makes it a run directory; written by `claim` only."""
         self._guard = threading.RLock()
         self._written: tuple[object, float] = (None, 0.0)
         self._waiting: dict[str, Any] | None = None
@@ -70,7 +72,7 @@ class RunDirectory:
             InputError: The directory is not empty and not a run directory.
         """
         self.check()
-        write_json(self.root / _MARKER, {"format_version": _FORMAT_VERSION, **description})
+        write_json(self.marker, {"format_version": _FORMAT_VERSION, **description})
 
     def check(self) -> None:
         """Raise InputError unless it is new, empty or a run directory; does not change the disk."""
@@ -78,7 +80,7 @@ class RunDirectory:
             self.root.check()
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"{self.root}: is a file, not a run directory")
-        if not self.root.is_dir() or (self.root / _MARKER).exists():
+        if not self.root.is_dir() or self.marker.exists():
             return
         if any(not each.name.startswith(LEASE_FILE) for each in self.root.iterdir()):
             raise InputError(
@@ -92,11 +94,11 @@ class RunDirectory:
         Raises:
             InputError: The directory has no run, or one of an unknown format.
         """
-        description = _read(self.root / _MARKER, "is not a run directory")
+        description = _read(self.marker, "is not a run directory")
         version = description.get("format_version")
         if type(version) is not int or version != _FORMAT_VERSION:
             raise InputError(
-                f"{self.root / _MARKER}: format_version is {reprlib.repr(version)}, this program "
+                f"{self.marker}: format_version is {reprlib.repr(version)}, this program "
                 f"reads {_FORMAT_VERSION}"
             )
         return description
@@ -169,21 +171,24 @@ class RunDirectory:
         write_json(self.root / name, {"time": round(time.time(), 3), **record}, durable=False)
         return name
 
-    def remove(self) -> None:
-        """Remove the run directory; refuses any other directory.
+    def remove(self, *, dry_run: bool = False) -> Cleaning:
+        """Remove what this program wrote, and the directory if nothing else is in it.
+
+        Args:
+            dry_run: Only return what would be removed and left.
 
         Raises:
             InputError: The directory has no run, or is a link.
+            UsageError: A driver is using it.
             OrchestratorError: A file cannot be removed.
         """
-        self.description()
+        status = self.status()
+        if status["state"] == "running":
+            holder = f"process {status.get('pid')} on {status.get('host')}"
+            raise UsageError(f"{self.root}: in use by {holder}; stop it first")
         if isinstance(self.root, Path) and self.root.is_symlink():
             raise InputError(f"{self.root}: is a link; name its target, {self.root.resolve()}")
-        remove_tree(self.root)
-        if self.root.exists():
-            raise OrchestratorError(
-                f"{self.root}: some files cannot be removed; check their permissions"
-            )
+        return sort_content(self.root) if dry_run else remove_content(self.root, last=self.marker)
 
 
 def _is_number(value: object) -> bool:
