@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from orchestrator.store.chunks import Chunks
 from orchestrator.store.cleaning import Cleaning, remove_content, sort_content
 from orchestrator.store.files import (
     digest_json,
+    is_missing,
     parse_json,
     read_bytes,
     write_json,
@@ -39,6 +41,8 @@ _FORMAT_VERSION = 1
 _MARKER = "run.json"
 _STATUS = "status.json"
 _FAILURES = "failures"
+REMAINS_SECONDS = 0.0, 1.0
+"""Waits before each removal of remains: killed workers may complete a write."""
 _NUMBERS = ("started", "updated", "done", "total", "left")
 """Numeric fields of a status."""
 
@@ -52,6 +56,7 @@ class RunDirectory:
         self.journal = Journal(root)
         self.marker = root / _MARKER
         """File that makes it a run directory; written by `claim` only."""
+        self._claimed = False
         self._guard = threading.RLock()
         self._written: tuple[object, float] = (None, 0.0)
         self._waiting: dict[str, Any] | None = None
@@ -66,13 +71,28 @@ class RunDirectory:
         return Lease(self.root / LEASE_FILE, beat=self.flush)
 
     def claim(self, description: Mapping[str, Any]) -> None:
-        """Create the run directory, or open it to resume.
+        """Create the run directory, or open it to resume; a second call replaces the description.
 
         Raises:
             InputError: The directory is not empty and not a run directory.
+            OrchestratorError: It was removed since the first call.
         """
+        if self._claimed and self.is_removed():
+            raise self.removed()
         self.check()
         write_json(self.marker, {"format_version": _FORMAT_VERSION, **description})
+        self._claimed = True
+
+    def is_removed(self) -> bool:
+        """Return True if the directory, once claimed, is no run directory any more."""
+        return is_missing(self.marker)
+
+    def removed(self) -> OrchestratorError:
+        """Return the error for a directory that was removed under its driver."""
+        return OrchestratorError(
+            f"{self.root}: was removed or renamed while this run was using it; repeat the command "
+            "to begin anew, or give its new name with --run-dir"
+        )
 
     def check(self) -> None:
         """Raise InputError unless it is new, empty or a run directory; does not change the disk."""
@@ -189,6 +209,14 @@ class RunDirectory:
         if isinstance(self.root, Path) and self.root.is_symlink():
             raise InputError(f"{self.root}: is a link; name its target, {self.root.resolve()}")
         return sort_content(self.root) if dry_run else remove_content(self.root, last=self.marker)
+
+    def remove_remains(self) -> None:
+        """Remove what workers have written since the directory was removed under its driver."""
+        for wait in REMAINS_SECONDS:
+            time.sleep(wait)
+            with suppress(OSError, OrchestratorError):
+                if self.is_removed():
+                    remove_content(self.root, last=self.marker)
 
 
 def _is_number(value: object) -> bool:
