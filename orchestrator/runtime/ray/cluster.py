@@ -36,6 +36,8 @@ _CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """gRPC method that every head answers in milliseconds."""
 _NODE_LABEL = "ray.io/node-id"
 """Label of a node with its id, for selectors."""
+_NO_TRACEBACKS = "RAY_IGNORE_UNHANDLED_ERRORS"
+"""Variable that keeps Ray from printing errors of results that nobody reads."""
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Variable in which Ray passes the options of a job to its driver."""
 
@@ -64,6 +66,8 @@ def connect(address: str | None, announce: Callable[[str], None]) -> Cluster:
     """
     if ray.is_initialized():
         return "given"
+    # every failed call is reported by the dispatch loop; Ray would print its traceback as well
+    os.environ.setdefault(_NO_TRACEBACKS, "1")
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
