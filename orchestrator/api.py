@@ -21,6 +21,7 @@ from orchestrator.store.places import Place
 if TYPE_CHECKING:
     from orchestrator.forecast.outcome import Forecast
     from orchestrator.searching import Search
+    from orchestrator.store.cleaning import Cleaning
 
 OnEvent = Callable[[dict[str, Any]], None]
 """Callback for the events of a run, see `orchestrator.events`."""
@@ -204,7 +205,7 @@ def evaluate(
 
     asked = EvaluationRequest(model=str(model), **request)
     # a hub id has no directory: use the working directory
-    beside = Path(model) if Path(model).is_dir() else parse_place(model).name
+    beside = Path(model).absolute() if Path(model).is_dir() else parse_place(model).name
     evaluation = ask_evaluation(
         asked.models(),
         text=asked.text_facts(),
@@ -378,20 +379,20 @@ def submit(
     )
 
 
-def clean(run_dir: str | Path) -> None:
-    """Remove a run directory; outputs elsewhere are kept.
+def clean(run_dir: str | Path, *, dry_run: bool = False) -> "Cleaning":
+    """Remove what this program wrote in a run directory, and the directory if nothing is left.
+
+    Args:
+        dry_run: Remove nothing.
+
+    Returns:
+        The removed files and directories, and those that are left because others wrote them.
 
     Raises:
         InputError: The directory has no run.
         UsageError: A driver is using it.
     """
-    from orchestrator.errors import UsageError
     from orchestrator.store.places import parse_place
     from orchestrator.store.run import RunDirectory
 
-    run = RunDirectory(parse_place(run_dir))
-    found = run.status()
-    if found["state"] == "running":
-        holder = f"process {found.get('pid')} on {found.get('host')}"
-        raise UsageError(f"{run_dir}: in use by {holder}; stop it first")
-    run.remove()
+    return RunDirectory(parse_place(run_dir)).remove(dry_run=dry_run)

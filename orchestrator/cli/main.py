@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from orchestrator.cli.clean import clean_run
 from orchestrator.cli.lines import JsonLines, Lines
 from orchestrator.cli.methods import print_methods
 from orchestrator.cli.parser import FIELDS, HELD_OUT, make_parser
@@ -299,13 +300,6 @@ def _compare(options: argparse.Namespace) -> None:
     print(api.compare(options.runs, vars(options).get("output")))
 
 
-def _clean(options: argparse.Namespace) -> None:
-    from orchestrator import api
-
-    api.clean(options.run)
-    print(f"removed {options.run}")
-
-
 def _submit(options: argparse.Namespace) -> int:
     from orchestrator import api
 
@@ -385,7 +379,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "status": _status,
     "report": _report,
     "compare": _compare,
-    "clean": _clean,
+    "clean": clean_run,
     "submit": _submit,
 }
 """Implementation of each command of `parser`."""

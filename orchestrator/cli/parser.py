@@ -218,8 +218,16 @@ def _add_compare(commands: Any) -> None:
 
 
 def _add_clean(commands: Any) -> None:
-    parser = _command(commands, "clean", "remove a run directory")
+    parser = _command(
+        commands, "clean", "remove a run directory; files that others put there are left"
+    )
     parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=False,
+        help="list what would be removed and what would be left, and remove nothing",
+    )
 
 
 def _add_submit(commands: Any) -> None:

@@ -17,6 +17,8 @@ from orchestrator.runtime.scaling import to_give_back
 from orchestrator.store.chunks import MissingChunk
 
 POLL_SECONDS = 0.5
+POLLED_SECONDS = 2.0
+"""Interval between events while no call ends, at which a run may be ended."""
 NAMED_CALLS = 3
 """Calls that a message about a wait names; the others are counted."""
 
@@ -40,8 +42,8 @@ def dispatch(
         on_success: Called with each successful call and its result.
         is_awaited: Whether an output chunk is kept in memory for the next worker that reads it; all
             others are released and read back from their files.
-        on_event: Called on failures, on long waits, with the memory of each call, and once at the
-            end with the workers' utilisation.
+        on_event: Called on failures, on waits, with the memory of each call, and once at the end
+            with the workers' utilisation.
         patience: By method, seconds that a call may take (see `Deadlines`).
 
     Raises:
@@ -87,7 +89,7 @@ class _Loop:
         self._records: dict[tuple[int, int], Any] = {}
         self._busy: dict[int, tuple[Call, float]] = {}
         self._idle: dict[int, float] = {}
-        self._heard = self._counted = time.monotonic()
+        self._heard = self._polled = self._counted = time.monotonic()
         self._busy_seconds = self._there_seconds = 0.0
 
     def retire_draining(self) -> None:
@@ -208,6 +210,8 @@ class _Loop:
     def report_waiting(self, heard: bool) -> None:
         """Report what the loop waits for, if no call has ended for `PATIENCE_SECONDS`.
 
+        Before that, `polled` events let the receiver end the run.
+
         Args:
             heard: Whether a call has just ended.
 
@@ -216,7 +220,10 @@ class _Loop:
         """
         now = time.monotonic()
         if heard:
-            self._heard = now
+            self._heard = self._polled = now
+        if now - self._polled > POLLED_SECONDS:
+            self._polled = now
+            self._on_event({"event": "polled"})
         if now - self._heard > PATIENCE_SECONDS:
             self._heard = now
             nodes = self._pool.nodes

@@ -87,8 +87,8 @@ class RunMonitor:
         self._write(state="stopped", exit_code=StoppedError.exit_code)
 
     def _write(self, **fields: Any) -> None:
-        """Update the status, unless another driver has taken over the run."""
-        if any(hold.taken_by for hold in self._holds):
+        """Update the status, unless another driver has taken over the run, or it was removed."""
+        if any(hold.taken_by or hold.is_removed for hold in self._holds):
             return
         with self._lock:
             self._status.update(fields)
@@ -117,11 +117,13 @@ class RunMonitor:
     def event(self, event: Mapping[str, Any]) -> None:
         """Write an event to the journal and the status, and pass it on.
 
-        Utilisation is kept for the end of the stage, and memory for the status.
+        Utilisation is kept for the end of the stage, and memory for the status. `polled` is only an
+        occasion for the checks.
 
         Raises:
             KeyboardInterrupt: A signal was received, and its exception was swallowed.
             StoppedError: Another driver works on the run or on its output.
+            OrchestratorError: The run directory was removed.
         """
         self.signals.check()
         for hold in self._holds:
@@ -130,6 +132,10 @@ class RunMonitor:
                     f"{hold.taken_by} has taken over {hold.place.parent}, because this process "
                     "did not renew its lease; committed units stay, and that driver continues"
                 )
+            if hold.is_removed:
+                raise self._run.removed()
+        if event["event"] == "polled":
+            return
         if event["event"] == "busy":
             stage = self.within[-1] if self.within else ""
             seconds, of = self._busy.get(stage, (0.0, 0.0))

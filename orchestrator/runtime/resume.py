@@ -25,7 +25,7 @@ def reusable_units(
     *,
     stage: str,
     called: str = "{}",
-    files: Callable[[Name, Mapping[str, Any]], Files] | None = None,
+    files: Callable[[Name, Mapping[str, Any]], Files | None] | None = None,
     is_all: bool = True,
 ) -> dict[Name, dict[str, Any]]:
     """Facts of the committed units that this run reuses; the hashes of their files are verified.
@@ -38,22 +38,22 @@ def reusable_units(
 
     Args:
         called: Format of a unit's name in messages: `block {}`.
-        files: Files of a unit with their BLAKE2b, by its name and facts; without it, the files that
-            its manifest names.
+        files: Files of a unit with their BLAKE2b, by its name and facts; None if they are not where
+            this run would write them. Without it, the files that its manifest names.
         is_all: Whether these units are all units of the stage.
     """
     there = {name: found for name, key in keys.items() if (found := units.manifest(key))}
-    hashes = {
-        called.format(name): files(name, found["facts"]) if files else units.hashes(keys[name])
+    listed = {
+        name: files(name, found["facts"]) if files else units.hashes(keys[name])
         for name, found in there.items()
     }
     whole = verified_units(
-        workers, monitor, {label: each for label, each in hashes.items() if each}
+        workers, monitor, {called.format(name): each for name, each in listed.items() if each}
     )
     there = {
         name: found
         for name, found in there.items()
-        if not hashes[called.format(name)] or called.format(name) in whole
+        if listed[name] is not None and (not listed[name] or called.format(name) in whole)
     }
     refused = _reject_mixed(
         {name: found["environment"] for name, found in there.items()},

@@ -137,7 +137,24 @@ def evaluate(asked: AskedEvaluation, on_event: OnEvent | None = None) -> dict[st
 def _leased(
     run: RunDirectory, description: Mapping[str, Any], on_event: OnEvent | None
 ) -> Iterator[Lease]:
-    """Lease the run directory for this driver, and describe the job in it."""
-    with run.lease().taken(on_event) as lease:
-        run.claim(description)
-        yield lease
+    """Lease the run directory for this driver, and describe the job in it.
+
+    Raises:
+        UsageError: Another driver holds the lease.
+        OrchestratorError: The directory was removed meanwhile, and the body failed for whatever
+            follows from that; nothing is left of it.
+    """
+    is_claimed = False
+    try:
+        with run.lease().taken(on_event) as lease:
+            run.claim(description)
+            lease.depend_on(run.marker)
+            is_claimed = True
+            yield lease
+    except Exception as error:
+        if is_claimed and run.is_removed():
+            raise run.removed() from error
+        raise
+    finally:
+        if is_claimed and run.is_removed():
+            run.remove_remains()

@@ -9,7 +9,7 @@ from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import ResolvedRecipe
 from orchestrator.stages.context.previous_run import PreviousRun
 from orchestrator.stages.context.values import Asked
-from orchestrator.store.places import Place, parse_place
+from orchestrator.store.places import Place, check_outside, parse_place
 from orchestrator.store.run import RunDirectory
 
 
@@ -17,7 +17,8 @@ def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None =
     """Locate the model, and check the output and the run directory; nothing is written.
 
     Raises:
-        UsageError: The output or the run directory holds something else.
+        UsageError: The output or the run directory holds something else, or lies in the model or in
+            the other one.
         InputError: The model is not found.
     """
     out = parse_place(recipe.out).expanduser().absolute()
@@ -25,9 +26,10 @@ def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None =
         model, base_model = _model(recipe)
     else:
         model, base_model = previous.model, previous.base_model
-    check_out(out)
     beside = out.with_name(f"{out.name}.run")
     root = parse_place(recipe.run_dir).expanduser().absolute() if recipe.run_dir else beside
+    _check_apart(model, out, root)
+    check_out(out)
     run = RunDirectory(root)
     run.check()
     about = {"out": str(out), "model": str(model), "base_model": base_model}
@@ -43,6 +45,14 @@ def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None =
         run=run,
         previous=previous,
     )
+
+
+def _check_apart(model: Place, out: Place, root: Place) -> None:
+    """Raise UsageError if one directory lies in another: each is written or removed as a whole."""
+    check_outside("out", out, "the model", model)
+    check_outside("run_dir", root, "the model", model)
+    check_outside("out", out, "the run directory", root)
+    check_outside("run_dir", root, "the output", out)
 
 
 def _model(recipe: Recipe) -> tuple[Place, str]:

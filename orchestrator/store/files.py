@@ -191,6 +191,17 @@ def size_of(path: Place) -> int:
     return path.size() if isinstance(path, Remote) else path.stat().st_size
 
 
+def is_missing(path: Place) -> bool:
+    """Return True if the file does not exist; errors of the disk or the store prove nothing."""
+    try:
+        size_of(path)
+    except FileNotFoundError:
+        return True
+    except (OSError, OrchestratorError):
+        return False
+    return False
+
+
 def remove_tree(path: Place) -> None:
     """Remove a directory and its content, if it exists."""
     if isinstance(path, Remote):

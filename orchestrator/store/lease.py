@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, UsageError
-from orchestrator.store.files import parse_json, read_bytes, write_json
+from orchestrator.store.files import is_missing, parse_json, read_bytes, write_json
 from orchestrator.store.places import Place, Remote
 
 LEASE_FILE = "hold.json"
@@ -66,6 +66,14 @@ class Lease:
         """State found on acquisition, for the journal."""
         self.taken_by: str | None = None
         """The driver that has taken over since, after no renewal was seen."""
+        self._marker: Place | None = None
+        self.is_removed = False
+        """True if the marker was removed, and with it the directory that the lease is about."""
+
+    def depend_on(self, marker: Place) -> None:
+        """End with a file that was just written: the lease of a removed directory is not renewed,
+        which would create the directory again."""
+        self._marker = marker
 
     @contextmanager
     def taken(self, tell: Tell | None = None) -> Iterator["Lease"]:
@@ -208,6 +216,9 @@ class Lease:
         while not self._done.wait(RENEW_SECONDS):
             # a store or disk may be unavailable for a while; retried at the next renewal
             with suppress(Exception):
+                if self._marker is not None and is_missing(self._marker):
+                    self.is_removed = True
+                    return
                 found = _read(self.place)
                 if found is None:
                     self._acquire()

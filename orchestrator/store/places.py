@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
@@ -227,6 +227,25 @@ def parse_place(text: str | PurePath) -> Place:
     if not (parts.netloc or scheme in ("hdfs", "viewfs")) or {".", ".."} & set(names):
         raise UsageError(f"{written}: write it like {scheme}://BUCKET/PREFIX")
     return Remote(f"{scheme}://{parts.netloc}", "/".join(names), parts.query)
+
+
+def check_outside(name: str, place: Place, what: str, other: Place) -> None:
+    """Raise UsageError if a place, in the field `name`, is another one or lies in it.
+
+    Args:
+        what: The other place in words.
+    """
+    ours, theirs = _parts(place), _parts(other)
+    if ours[: len(theirs)] == theirs:
+        is_in = "is" if ours == theirs else "lies in"
+        raise UsageError(f"{name}: {place} {is_in} {what} {other}; give a place outside of it")
+
+
+def _parts(place: Place) -> tuple[str, ...]:
+    """Parts of the real path, without links; of a place in a store, scheme and bucket first."""
+    if isinstance(place, Remote):
+        return (place.root, *PurePosixPath(place.inner).parts)
+    return Path(os.path.realpath(place)).parts
 
 
 def _local(path: str) -> Path:

@@ -16,16 +16,18 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import InputError, OrchestratorError
+from orchestrator.errors import InputError, OrchestratorError, UsageError
 from orchestrator.store.chunks import Chunks
+from orchestrator.store.cleaning import Cleaning, remove_content, sort_content
 from orchestrator.store.files import (
     digest_json,
+    is_missing,
     parse_json,
     read_bytes,
-    remove_tree,
     write_json,
 )
 from orchestrator.store.journal import Journal
@@ -39,6 +41,8 @@ _FORMAT_VERSION = 1
 _MARKER = "run.json"
 _STATUS = "status.json"
 _FAILURES = "failures"
+REMAINS_SECONDS = 0.0, 1.0
+"""Waits before each removal of remains: killed workers may complete a write."""
 _NUMBERS = ("started", "updated", "done", "total", "left")
 """Numeric fields of a status."""
 
@@ -50,6 +54,9 @@ class RunDirectory:
         self.root = root
         self.units = Units(root / "units")
         self.journal = Journal(root)
+        self.marker = root / _MARKER
+        """File that makes it a run directory; written by `claim` only."""
+        self._claimed = False
         self._guard = threading.RLock()
         self._written: tuple[object, float] = (None, 0.0)
         self._waiting: dict[str, Any] | None = None
@@ -64,13 +71,28 @@ class RunDirectory:
         return Lease(self.root / LEASE_FILE, beat=self.flush)
 
     def claim(self, description: Mapping[str, Any]) -> None:
-        """Create the run directory, or open it to resume.
+        """Create the run directory, or open it to resume; a second call replaces the description.
 
         Raises:
             InputError: The directory is not empty and not a run directory.
+            OrchestratorError: It was removed since the first call.
         """
+        if self._claimed and self.is_removed():
+            raise self.removed()
         self.check()
-        write_json(self.root / _MARKER, {"format_version": _FORMAT_VERSION, **description})
+        write_json(self.marker, {"format_version": _FORMAT_VERSION, **description})
+        self._claimed = True
+
+    def is_removed(self) -> bool:
+        """Return True if the directory, once claimed, is no run directory any more."""
+        return is_missing(self.marker)
+
+    def removed(self) -> OrchestratorError:
+        """Return the error for a directory that was removed under its driver."""
+        return OrchestratorError(
+            f"{self.root}: was removed or renamed while this run was using it; repeat the command "
+            "to begin anew, or give its new name with --run-dir"
+        )
 
     def check(self) -> None:
         """Raise InputError unless it is new, empty or a run directory; does not change the disk."""
@@ -78,7 +100,7 @@ class RunDirectory:
             self.root.check()
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"{self.root}: is a file, not a run directory")
-        if not self.root.is_dir() or (self.root / _MARKER).exists():
+        if not self.root.is_dir() or self.marker.exists():
             return
         if any(not each.name.startswith(LEASE_FILE) for each in self.root.iterdir()):
             raise InputError(
@@ -92,11 +114,11 @@ class RunDirectory:
         Raises:
             InputError: The directory has no run, or one of an unknown format.
         """
-        description = _read(self.root / _MARKER, "is not a run directory")
+        description = _read(self.marker, "is not a run directory")
         version = description.get("format_version")
         if type(version) is not int or version != _FORMAT_VERSION:
             raise InputError(
-                f"{self.root / _MARKER}: format_version is {reprlib.repr(version)}, this program "
+                f"{self.marker}: format_version is {reprlib.repr(version)}, this program "
                 f"reads {_FORMAT_VERSION}"
             )
         return description
@@ -169,21 +191,32 @@ class RunDirectory:
         write_json(self.root / name, {"time": round(time.time(), 3), **record}, durable=False)
         return name
 
-    def remove(self) -> None:
-        """Remove the run directory; refuses any other directory.
+    def remove(self, *, dry_run: bool = False) -> Cleaning:
+        """Remove what this program wrote, and the directory if nothing else is in it.
+
+        Args:
+            dry_run: Only return what would be removed and left.
 
         Raises:
             InputError: The directory has no run, or is a link.
+            UsageError: A driver is using it.
             OrchestratorError: A file cannot be removed.
         """
-        self.description()
+        status = self.status()
+        if status["state"] == "running":
+            holder = f"process {status.get('pid')} on {status.get('host')}"
+            raise UsageError(f"{self.root}: in use by {holder}; stop it first")
         if isinstance(self.root, Path) and self.root.is_symlink():
             raise InputError(f"{self.root}: is a link; name its target, {self.root.resolve()}")
-        remove_tree(self.root)
-        if self.root.exists():
-            raise OrchestratorError(
-                f"{self.root}: some files cannot be removed; check their permissions"
-            )
+        return sort_content(self.root) if dry_run else remove_content(self.root, last=self.marker)
+
+    def remove_remains(self) -> None:
+        """Remove what workers have written since the directory was removed under its driver."""
+        for wait in REMAINS_SECONDS:
+            time.sleep(wait)
+            with suppress(OSError, OrchestratorError):
+                if self.is_removed():
+                    remove_content(self.root, last=self.marker)
 
 
 def _is_number(value: object) -> bool:

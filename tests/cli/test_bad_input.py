@@ -9,6 +9,7 @@ from pipeline import with_tokenizer, write_text
 from safetensors.torch import load_file, save_file
 
 from orchestrator.cli.main import main
+from orchestrator.store.run import RunDirectory
 
 
 @pytest.fixture
@@ -203,3 +204,69 @@ def test_no_space_left(model, tmp_path, capsys):
     assert not (tmp_path / "out" / "config.json").exists()
     assert main(arguments) == 0
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("compress dense r/small --run-dir r", "out: {}/r/small lies in the run directory {}/r;"),
+        ("compress dense r --run-dir r", "out: {}/r is the run directory {}/r;"),
+        ("compress dense dense/small", "out: {}/dense/small lies in the model {}/dense;"),
+        ("compress dense link/small", "out: {}/link/small lies in the model {}/dense;"),
+        ("compress dense dense", "out: {}/dense is the model {}/dense;"),
+        (
+            "compress dense small --run-dir dense/r",
+            "run_dir: {}/dense/r lies in the model {}/dense;",
+        ),
+        (
+            "compress dense small --run-dir small/r",
+            "run_dir: {}/small/r lies in the output {}/small;",
+        ),
+        ("evaluate dense --run-dir dense/e", "run_dir: {}/dense/e lies in the model {}/dense;"),
+        ("evaluate link --against dense --run-dir dense/e", "lies in the model {}/link;"),
+    ],
+)
+def test_directories_in_each_other(command, says, model, tmp_path, monkeypatch, capsys):
+    """A run directory is removed as a whole and a model is only read, so nothing may be in them; it
+    is said before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("dense")
+    before = sorted(tmp_path.rglob("*"))
+    text = ["--keep", "0.5", "--calibration"] if command.startswith("compress") else ["--text"]
+    assert main([*command.split(), *text, "text.txt", "--executor", "local"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says.replace("{}", str(tmp_path)) in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_clean_leaves_what_others_wrote(tmp_path, capsys):
+    """Files of a run are known by name; others, such as a finished model, are listed and left."""
+    run = RunDirectory(tmp_path / "run")
+    run.claim({})
+    run.units.begin("ab" * 32).commit(environment={}, facts={})
+    own = ["events.jsonl", "status.json", "failures/0001.json", "chunks/0123456789abcdef/00001/c"]
+    own += ["report.html", ".probe-1", ".status.json.0123456789ab.tmp", "hold.json"]
+    others = ["small/config.json", "notes.txt", "units/notes.txt", "units/ab/x", "chunks/mine/1"]
+    for name in (*own, *others):
+        (run.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.root / name).write_text("{}")
+    (run.root / "status.json").unlink()
+    before = sorted(run.root.rglob("*"))
+    left = [run.root / name for name in ("chunks/mine", "notes.txt", "small", "units/ab/x")]
+    left.append(run.root / "units/notes.txt")
+
+    assert main(["clean", str(run.root), "--dry-run"]) == 0
+    assert sorted(run.root.rglob("*")) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert f"would remove {run.root}/failures" in lines
+    assert f"would remove {run.root}/units/ab/{'ab' * 32}" in lines
+    assert [line for line in lines if line.startswith("would leave")] == [
+        f"would leave {path}, not written by this run" for path in left
+    ]
+
+    assert main(["clean", str(run.root)]) == 0
+    assert {str(p.relative_to(run.root)) for p in run.root.rglob("*") if p.is_file()} == {*others}
+    assert capsys.readouterr().out.splitlines() == [
+        f"removed the files of the run in {run.root}",
+        *(f"left {path}, not written by this run" for path in left),
+    ]

@@ -196,7 +196,7 @@ def test_export(monkeypatch, capsys):
 
 
 def test_status_and_clean(tmp_path, capsys):
-    """`status` reads a run from its directory; `clean` removes only that directory."""
+    """`status` reads a run from its directory; `clean` removes that directory, and no other."""
     from orchestrator.store.run import RunDirectory
 
     run = RunDirectory(tmp_path / "run")
@@ -212,7 +212,7 @@ def test_status_and_clean(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["total"] == 30
     assert main(["clean", str(run.root)]) == 0
     assert not run.root.exists()
-    capsys.readouterr()
+    assert capsys.readouterr().out == f"removed {run.root}\n"
     assert main(["clean", str(tmp_path)]) == InputError.exit_code
     assert tmp_path.exists()
     error_of(capsys)
@@ -310,10 +310,13 @@ def test_bad_input(checkpoint, tmp_path, monkeypatch, capsys, flags, code, says)
     assert not Path("out/config.json").exists()
 
 
-@pytest.mark.parametrize(("model", "says"), [("none/at/all", "no such directory"), (".", "config")])
+@pytest.mark.parametrize(
+    ("model", "says"), [("none/at/all", "no such directory"), ("empty", "config")]
+)
 def test_bad_model(tmp_path, monkeypatch, capsys, model, says):
     """A missing or invalid model ends with 4 and its path."""
     monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
     arguments = ["compress", model, "out", "--keep", "0.8", "--calibration", "x.txt"]
     assert main([*arguments, "--executor", "local"]) == 4
     assert says in capsys.readouterr().err.splitlines()[-1]

@@ -304,7 +304,7 @@ def test_dropping_and_cleaning_follow_no_links(tmp_path):
     run.units.drop(key)
     assert not place.exists()
     (tmp_path / "r" / "chunks").symlink_to(mine)
-    (tmp_path / "r" / "units" / "more").symlink_to(mine)
+    (tmp_path / "r" / "units" / "00").symlink_to(mine)
     (tmp_path / "link").symlink_to(tmp_path / "r")
     with pytest.raises(InputError, match="is a link"):
         api.clean(tmp_path / "link")

@@ -219,6 +219,22 @@ def test_a_call_past_its_deadline_is_made_by_another(run, monkeypatch):
     assert event["why"].startswith("no answer for 0 s")
 
 
+def test_a_run_can_be_ended_while_a_call_hangs(run, monkeypatch):
+    """The receiver of events is called during a long wait, and may raise."""
+    monkeypatch.setattr("orchestrator.runtime.dispatch.POLLED_SECONDS", 0.0)
+    pool, heard = ScriptedPool(1, Shards().execute, scripted([("file 0", "hang")])), []
+
+    def on_event(event):
+        heard.append(event)
+        raise InputError("the run directory was removed")
+
+    with pytest.raises(InputError, match="was removed"):
+        dispatch(
+            pool, bag(1), FailurePolicy(), on_success=lambda call, value: None, on_event=on_event
+        )
+    assert heard == [{"event": "polled"}]
+
+
 def test_a_unit_that_hangs_on_two_nodes_ends_the_run(run, monkeypatch):
     """A unit that failed on two nodes is the cause itself."""
     monkeypatch.setenv(VARIABLE, "0.05")

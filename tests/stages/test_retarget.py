@@ -77,8 +77,21 @@ def test_the_command_line_takes_several_sizes(llama, text, tmp_path, capsys):
     run_dir = f"{out}.run"
     assert main(["retarget", run_dir, cut, "--keep-bytes", "0.5", "--executor=local"]) == 0
     assert "requested 0.5 of bytes" in capsys.readouterr().out
+    inside = f"{run_dir}/cut"
+    assert main(["retarget", run_dir, inside, "--keep", "0.5", "--executor=local"]) == 2
+    assert f"{inside} lies in the run directory {run_dir}" in capsys.readouterr().err
     assert main(["retarget", run_dir, cut + "2", "--keep", "0.5,0.4", "--executor=local"]) == 2
     assert "keep is (0.5, 0.4); it must be a number" in capsys.readouterr().err
+
+
+def test_a_size_that_was_written_elsewhere_is_not_damaged(llama2, text, tmp_path):
+    """Its files are written again, to the new directory, without a report of damage."""
+    first, events = run(llama2, tmp_path / "out", text), []
+    second = retarget(
+        first.run_dir, tmp_path / "cut", keep=0.5, executor="local", on_event=events.append
+    )
+    assert contents(second.out) == contents(first.out)
+    assert not [event for event in events if event["event"] == "damaged"]
 
 
 @pytest.mark.parametrize("damage", ["tokens", "marker"])

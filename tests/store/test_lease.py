@@ -292,6 +292,26 @@ def test_who_lost_its_lease_leaves_the_run_alone(directory, llama, text, tmp_pat
     assert not (out / "config.json").exists()
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.6])
+def test_a_run_directory_removed_under_its_driver(
+    seconds, llama, text, tmp_path, monkeypatch, quick
+):
+    """The run ends, whether a file or the lease is missed first; the directory is named, and what
+    is written there in the meantime is removed."""
+    monkeypatch.setattr("orchestrator.store.run.REMAINS_SECONDS", (0.0, 0.2))
+    root, told = tmp_path / "out.run", []
+
+    def remove():
+        root.rename(tmp_path / "elsewhere")
+        time.sleep(seconds)
+
+    act = once(is_unit(2), remove)
+    with pytest.raises(OrchestratorError, match=rf"^{root}: was removed or renamed"):
+        run(llama, tmp_path / "out", text, on_event=lambda event: (told.append(event), act(event)))
+    assert not root.exists()
+    assert [event.get("done") for event in told if event["event"] == "unit"][-1] == 2
+
+
 @pytest.mark.chaos
 def test_two_drivers_that_run_after_all_damage_nothing(
     llama, text, reference, tmp_path, monkeypatch

@@ -261,7 +261,16 @@ def test_a_prefix_that_holds_something_else_is_refused(s3, place):
     with pytest.raises(UsageError, match=r"contains other files \(cat.png\)"):
         claim_out(place / "photos")
     assert s3.objects(f"{place.inner}/photos") == {"cat.png": b"x"}
-    run.remove()
+    run.units.begin("ab" * 32).commit(environment={}, facts={})
+    s3.write(f"{place.inner}/run/small/config.json", b"x")
+    assert run.remove().left == (place / "run" / "small",)
+    assert s3.objects(f"{place.inner}/run") == {"small/config.json": b"x"}
+    s3.system.delete_dir(f"{BUCKET}/{place.inner}/run")
+    with pytest.raises(OrchestratorError, match="was removed or renamed"):
+        run.claim({"recipe": {}})
+    run = RunDirectory(place / "run")
+    run.claim({"recipe": {}})
+    assert run.remove().left == ()
     assert s3.objects(f"{place.inner}/run") == {}
 
 

@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
 from orchestrator import version
-from orchestrator.errors import InfeasibleError, UsageError, WorkerError
+from orchestrator.errors import InfeasibleError, StoppedError, UsageError, WorkerError
 from orchestrator.runtime.pool import PATIENCE_SECONDS
 
 Event = dict[str, Any]
@@ -35,6 +36,8 @@ _CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """gRPC method that every head answers in milliseconds."""
 _NODE_LABEL = "ray.io/node-id"
 """Label of a node with its id, for selectors."""
+_NO_TRACEBACKS = "RAY_IGNORE_UNHANDLED_ERRORS"
+"""Variable that keeps Ray from printing errors of results that nobody reads."""
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Variable in which Ray passes the options of a job to its driver."""
 
@@ -58,28 +61,66 @@ def connect(address: str | None, announce: Callable[[str], None]) -> Cluster:
 
     Raises:
         UsageError: Nothing answers at the address, or it denies access.
+        StoppedError: A local Ray did not start in time, twice.
         WorkerError: Ray cannot be started on this machine.
     """
     if ray.is_initialized():
         return "given"
+    # every failed call is reported by the dispatch loop; Ray would print its traceback as well
+    os.environ.setdefault(_NO_TRACEBACKS, "1")
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         announce("starting a local Ray on this machine")
-        options |= {"address": "local", "include_dashboard": False, "_system_config": QUIET}
-    else:
-        announce(f"joining the Ray cluster at {address}")
-        _check_answers(address)
-        options |= {"address": address, "runtime_env": _own_package()}
+        _start_local(options, announce)
+        return "own"
+    announce(f"joining the Ray cluster at {address}")
+    _check_answers(address)
     try:
         with _keeping_handlers():
-            ray.init(**options)
-    except (OSError, RayError, RuntimeError, ValueError) as error:
+            ray.init(**options, address=address, runtime_env=_own_package())
+    except Exception as error:  # Ray raises plain exceptions too
         ray.shutdown()
-        if address == "local":
-            raise WorkerError(f"Ray cannot be started here: {first_line(error)}") from error
         raise UsageError(f"address {address}: cannot be joined: {first_line(error)}") from error
-    return "own" if address == "local" else "joined"
+    return "joined"
+
+
+def _start_local(options: Mapping[str, Any], announce: Callable[[str], None]) -> None:
+    """Start a local Ray; tries it again if its processes do not answer in time."""
+    for tries in (1, 2):
+        try:
+            with _keeping_handlers():
+                ray.init(**options, address="local", include_dashboard=False, _system_config=QUIET)
+            return
+        except Exception as error:  # Ray raises plain exceptions too
+            _end_started(error)
+            ray.shutdown()
+            said = first_line(error)
+            if not _is_late(error):
+                raise WorkerError(f"Ray cannot be started here: {said}") from error
+            if tries == 2:
+                raise StoppedError(
+                    f"Ray did not start in time, twice: {said}; run the same command again when "
+                    "this machine is less busy, or without Ray: --executor local"
+                ) from error
+        announce(f"Ray did not start in time, and is started again: {said}")
+
+
+def _is_late(error: Exception) -> bool:
+    """Return True if processes of Ray did not answer in time; it says so by plain exceptions."""
+    return (
+        type(error) is Exception
+        or re.search(r"(?i)time[d ]* ?out|deadline", str(error)) is not None
+    )
+
+
+def _end_started(error: Exception) -> None:
+    """End the processes of a node whose start failed: `ray.shutdown` knows only complete ones."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if isinstance(node, ray._private.node.Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=True)
+            return
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from orchestrator.recipe.execution import Execution
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.context.values import extended
 from orchestrator.stages.evaluate.worker import EvaluationTask
-from orchestrator.store.places import Place
+from orchestrator.store.places import Place, check_outside
 from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import unit_key
 
@@ -109,9 +109,12 @@ def ask_evaluation(
 
     Raises:
         InputError: A model is not there, or the run directory is of another version.
+        UsageError: The run directory lies in a model.
     """
     places = {name: locate(model).absolute() for name, model in models.items()}
     run = RunDirectory(run_dir.expanduser().absolute())
+    for place in places.values():
+        check_outside("run_dir", run.root, "the model", place)
     run.check()
     return AskedEvaluation(
         models=places,

@@ -83,13 +83,19 @@ def write_files(
     """
     workers, monitor = stage.workers, stage.monitor
     keys = {spec.name: _key(planned, spec, done) for spec in specs}
+
+    def written(name: str, facts: Mapping[str, Any]) -> list[tuple[Place, str]] | None:
+        # the unit of a file does not say to which output it was written
+        path = planned.out / name
+        return [(path, facts["blake2b"])] if path.is_file() else None
+
     files = reusable_units(
         planned.run.units,
         keys,
         workers,
         monitor,
         stage=stage.name,
-        files=lambda name, facts: [(planned.out / name, facts["blake2b"])],
+        files=written,
     )
     missing = [spec for spec in specs if spec.name not in files]
 

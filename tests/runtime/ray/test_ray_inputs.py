@@ -13,11 +13,13 @@ import pytest
 from drivers import SMALL, start, wait_for
 from pipeline import contents, run, with_tokenizer, write_text
 
-from orchestrator.errors import InfeasibleError, InputError
+from orchestrator.cli.main import main
+from orchestrator.errors import InfeasibleError, InputError, WorkerError
 from orchestrator.models.checkpoint.output import MARKER_FILE
 from orchestrator.models.checkpoint.weights import Weights, fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.runtime.worker import Task, Worker, check_alike
+from orchestrator.store.run import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,57 @@ def test_the_command_says_which_address_does_not_answer(model, text, tmp_path):
     assert process.returncode == 2
     assert "error: address 127.0.0.1:1: no Ray cluster answers" in error
     assert "Traceback" not in error
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """Errors of the next starts of a local Ray; each start takes one, or succeeds without any."""
+    import ray
+
+    errors = []
+
+    def init(**options):
+        if errors:
+            raise errors.pop(0)
+
+    for name in ("RAY_ADDRESS", "RAY_IGNORE_UNHANDLED_ERRORS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    return errors
+
+
+LATE = "The current node timed out during startup. This could happen because the GCS"
+
+
+def test_a_local_ray_that_is_late_is_started_again(starts):
+    """Ray says so by a plain exception; another error is reported at once. Ray itself prints no
+    tracebacks of failed calls."""
+    from orchestrator.runtime.ray.cluster import connect
+
+    said = []
+    starts.append(Exception(LATE))
+    assert connect(None, said.append) == "own"
+    assert os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] == "1"
+    assert said[1] == f"Ray did not start in time, and is started again: {LATE}"
+    starts.extend([ValueError("The object store is too small"), Exception(LATE)])
+    with pytest.raises(WorkerError, match="cannot be started here: The object store is too small"):
+        connect(None, said.append)
+    assert len(starts) == 1
+
+
+def test_a_local_ray_that_is_late_twice_stops_the_run(starts, model, text, tmp_path, capsys):
+    """One line, and the exit code of a run that the same command resumes."""
+    starts.extend([Exception(LATE)] * 2)
+    arguments = [str(model), str(tmp_path / "out"), "--calibration", str(text), *SMALL]
+    assert main(["compress", *arguments, "--executor", "ray"]) == 75
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
+    (line,) = lines
+    assert f"Ray did not start in time, twice: {LATE}; run the same command again" in line
+    assert RunDirectory(tmp_path / "out.run").status()["state"] == "stopped"
+    assert starts == []
 
 
 def task(model, run_dir, **fields):
