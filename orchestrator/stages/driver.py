@@ -42,7 +42,7 @@ def compress(
     recipe: Recipe, on_event: OnEvent | None = None, previous: PreviousRun | None = None
 ) -> Result:
     """Perform a recipe, or resume it from its run directory; blocks until the result is written."""
-    resolved = resolve(recipe)
+    resolved = resolve(recipe, inherited=() if previous is None else previous.inherited)
     asked = ask(recipe, resolved, previous)
     run, about = asked.run, {"out": str(asked.out), "model": str(asked.model)}
     with (

@@ -69,7 +69,7 @@ MAY_IMPORT = {
     f"stages.base stages.context {STAGES}",
     "catalogue": "errors allocate methods plan registry stages stages.base",
     "pages": f"{PLAIN} plan recipe store usage numpy",
-    "searching": "errors plan recipe store",
+    "searching": "errors plan recipe resolve store",
     "evaluation": "recipe",
     "api": f"{PLAIN} evaluation forecast hf pages plan recipe runtime runtime.ray searching stages "
     f"stages.context stages.evaluate store transformers {MODELS}",
