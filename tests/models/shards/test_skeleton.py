@@ -74,6 +74,9 @@ def change_tensors(directory, change):
         ({"num_attention_heads": 0}, r"config"),
         ({"num_key_value_heads": 4, "head_dim": 4}, "has shape"),
         ({"hidden_act": "magic"}, "does not make a LlamaForCausalLM: KeyError"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a finite number"),
+        ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta is inf; it must be"),
+        ({"initializer_range": 1e39}, r"initializer_range is 1e\+39; it must be"),
     ],
 )
 def test_an_invalid_config_is_refused(llama, changes, message):
