@@ -201,6 +201,22 @@ def test_tied_weights_are_found_under_any_stored_name(checkpoint, tmp_path, chan
     )
 
 
+def test_a_head_of_its_own_is_counted(checkpoint, tmp_path):
+    """A config that ties it does not make it equal: transformers has two tables then, too."""
+    directory = shutil.copytree(checkpoint("llama_tied"), tmp_path / "tied")
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    change_tensors(directory, change)
+    lazy_model, chunk = LazyModel.open(directory), padded_chunk("right")
+    model = whole_model(directory, torch.float32)
+    assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), whole_logits(model, chunk))
+    assert lazy_model.survey().total_parameters == model.num_parameters()
+    tied = LazyModel.open(checkpoint("llama_tied")).survey().total_parameters
+    assert lazy_model.survey().total_parameters == tied + VOCABULARY * 32
+
+
 def test_an_old_layout_is_read(checkpoint, tmp_path):
     """GPT-2 as first published, without prefix and with mask buffers: the same bits."""
     directory = shutil.copytree(checkpoint("gpt2"), tmp_path / "gpt2")
