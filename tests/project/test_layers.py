@@ -244,6 +244,7 @@ LIGHT = [
     "import orchestrator.catalogue",
     "import orchestrator.pages",
     "import orchestrator.forecast.forecast",
+    "import orchestrator.stages.plannable",
     *(f"import orchestrator.{name}" for name in MODULES if name.endswith((".spec", ".cost"))),
     *(f"import orchestrator.{name}" for name in MODULES if ".kinds.costs." in name),
 ]

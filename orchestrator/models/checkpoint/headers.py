@@ -22,6 +22,8 @@ from orchestrator.store.places import Place
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+"""Ends of the names of files with weights; only safetensors are read."""
 SAMPLE_BYTES = 128
 
 ITEMSIZES: Mapping[str, int] = {
@@ -203,9 +205,14 @@ def _is_file(path: Place) -> bool:
         return False
 
 
+def has_weights(directory: Place) -> bool:
+    """Test if a directory has files with weights, readable or not."""
+    return any(path.name.endswith((*WEIGHT_SUFFIXES, INDEX_FILE)) for path in directory.iterdir())
+
+
 def _no_weights(directory: Place) -> str:
     names = sorted(path.name for path in directory.iterdir())
-    others = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    others = [name for name in names if name.endswith(WEIGHT_SUFFIXES[1:])]
     safetensors = [name for name in names if name.endswith(".safetensors")]
     if safetensors:
         return (
