@@ -99,7 +99,7 @@ def plan(
     price: float | None = None,
     rates: str | Path | None = None,
 ) -> "Forecast":
-    """Forecast memory, time and cost of a recipe, from config and headers alone, in milliseconds.
+    """Forecast memory, time and cost of a recipe, from config and headers alone.
 
     Args:
         recipe: Its model is a directory, a cached hub id, or a config.json (`shapes.FAMILIES`).
@@ -112,14 +112,14 @@ def plan(
 
     Raises:
         UsageError: A name or a number is not allowed.
-        InputError: The model cannot be read, or its family requires the headers.
+        InputError: A run would refuse the model, or its family requires the headers.
     """
     from orchestrator.errors import UsageError
     from orchestrator.forecast.forecast import forecast
     from orchestrator.forecast.outcome import Resources
     from orchestrator.forecast.rates import machine_of, read_machine
-    from orchestrator.forecast.shapes import read_shapes
     from orchestrator.recipe.values import size_in_bytes
+    from orchestrator.stages.plannable import plannable_shapes
 
     if gpus < 1:
         raise UsageError(f"gpus is {gpus}; it must be 1 or above")
@@ -137,7 +137,7 @@ def plan(
         host_bytes=None if host_memory is None else size_in_bytes(host_memory),
         price=price,
     )
-    return forecast(read_shapes(model), recipe, resources)
+    return forecast(plannable_shapes(model), recipe, resources)
 
 
 def measure(output: str | Path, *, dtype: str = "bfloat16", threads: int = 1) -> Path:

@@ -3,7 +3,8 @@
 Settings that exclude each other are refused here; no file is read.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from orchestrator.allocate import ALLOCATORS, make_allocator
@@ -32,13 +33,46 @@ class ResolvedRecipe:
     """The stages after the plan that apply, in order."""
 
 
-def resolve(asked: Recipe) -> ResolvedRecipe:
+def resolve(asked: Recipe, *, inherited: Collection[str] = ()) -> ResolvedRecipe:
     """Resolve the names in a recipe; no file is read.
+
+    Args:
+        inherited: Tables of options that were not given for this recipe, but come from an earlier
+            one; options in them that have no effect are left out.
 
     Raises:
         UsageError: A name or an option does not exist, has no effect or has a value that is not
             allowed, or two settings exclude each other.
     """
+    resolved = _resolve(asked)
+    unused = _unused(resolved)
+    refused = {table: options for table, options in unused.items() if table not in inherited}
+    if refused:
+        raise UsageError(_without_effect(resolved, refused))
+    return replace(resolved, recipe=without_options(resolved.recipe, unused))
+
+
+def unused_options(asked: Recipe) -> dict[str, tuple[str, ...]]:
+    """Options of a recipe, by their tables, that no part of it takes.
+
+    Raises:
+        UsageError: As `resolve`, except for such an option.
+    """
+    return _unused(_resolve(asked))
+
+
+def without_options(recipe: Recipe, unused: Mapping[str, Collection[str]]) -> Recipe:
+    """Return the recipe without these options, by their tables; a table left empty goes too."""
+    if not unused:
+        return recipe
+    kept = {
+        table: {o: v for o, v in options.items() if o not in unused.get(table, ())}
+        for table, options in recipe.options.items()
+    }
+    return replace(recipe, options={t: o for t, o in kept.items() if o or t not in unused})
+
+
+def _resolve(asked: Recipe) -> ResolvedRecipe:
     asked.check_names(methods=METHODS, allocations=ALLOCATORS, tables=option_tables())
     options, _ = split_options(asked, asked.method)
     method = make_method(asked.method, options)
@@ -85,3 +119,47 @@ def _check_measures(recipe: Recipe, method: Method) -> None:
             f"allocation is {recipe.allocation!r}, and {method.name} measures {divided} for "
             f"{method.allocation!r}; give that, or leave allocation out"
         )
+
+
+def _unused(resolved: ResolvedRecipe) -> dict[str, tuple[str, ...]]:
+    """Options of the tables that neither method nor allocator nor a stage takes."""
+    recipe = resolved.recipe
+    found: dict[str, tuple[str, ...]] = {}
+    of_stages = {table for stage in resolved.stages for table in stage.used_tables}
+    for table, options in recipe.options.items():
+        of_method, of_allocator = split_options(recipe, table)
+        used = {*(of_method if table == recipe.method else ())}
+        used |= {*(of_allocator if table == recipe.allocation else ())}
+        if table not in of_stages and (unused := tuple(o for o in options if o not in used)):
+            found[table] = unused
+    return found
+
+
+def _without_effect(resolved: ResolvedRecipe, unused: Mapping[str, Collection[str]]) -> str:
+    """Message about the first option without effect: what the recipe has, and options of that."""
+    table, (option, *_) = next(iter(unused.items()))
+    recipe, stages = resolved.recipe, ", ".join(stage.name for stage in resolved.stages)
+    owners = [each for each in (METHODS.get(table), ALLOCATORS.get(table)) if each is not None]
+    known = [name for owner in owners for name in option_names(owner)]
+    said = f"; {table} has {', '.join(known) or 'no options'}" if owners else ""
+    taken = ", ".join(dict.fromkeys(_options_of(resolved))) or "none"
+    return (
+        f"option {table}.{option} has no effect{said}; this recipe has method {recipe.method}, "
+        f"allocation {recipe.allocation} and {f'stages {stages}' if stages else 'no later stage'}, "
+        f"whose options are: {taken}; leave it out, or ask for what takes it"
+    )
+
+
+def _options_of(resolved: ResolvedRecipe) -> Iterator[str]:
+    """Options that have an effect, `svd-llm.refit`."""
+    recipe = resolved.recipe
+    assert recipe.allocation is not None
+    owners: list[tuple[str, Any]] = [(recipe.method, resolved.method)]
+    owners.append((recipe.allocation, resolved.allocator))
+    for stage in resolved.stages:
+        tables = stage.option_tables()
+        owners += [(table, tables[table]) for table in stage.used_tables]
+    for table, owner in owners:
+        # a field without a default is set by the recipe itself
+        named = [field.name for field in fields(owner) if field.default is not MISSING]
+        yield from (f"{table}.{option}" for option in named)

@@ -18,6 +18,7 @@ from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.field import described
 from orchestrator.recipe.options import check_known
 from orchestrator.recipe.recipe import SCHEDULE, Recipe
+from orchestrator.resolve import unused_options, without_options
 from orchestrator.store.files import digest_json, parse_json, write_json
 from orchestrator.store.places import Remote, parse_place
 
@@ -80,7 +81,7 @@ def search(
     same = {*described(Execution), "dtype"} - {"run_dir"}
     schedule = {name: getattr(recipe, name) for name in same}
     recipe = replace(recipe, run_dir=recipe.run_dir or f"{recipe.out}.run")
-    recipes = {setting: with_setting(recipe, dict(setting)) for setting in settings(vary)}
+    recipes = candidates_of(recipe, vary)
     directory = Path(f"{recipe.out}.search")
     tried: list[Candidate] = []
     for setting, candidate in recipes.items():
@@ -102,6 +103,30 @@ def search(
     best = min(tried, key=lambda each: each.perplexity)
     chosen = recipes[tuple(best.setting.items())]
     return Search(result=compress(chosen, on_event), best=best, candidates=tuple(tried))
+
+
+def candidates_of(
+    recipe: Recipe, vary: Mapping[str, Sequence[Any]]
+) -> dict[tuple[tuple[str, Any], ...], Recipe]:
+    """Return the recipe of every combination, by its setting.
+
+    An option that has an effect in some of them, because the method varies, is left out of the
+    others; one without effect in all of them stays, and is refused by `compress`.
+
+    Raises:
+        UsageError: As `settings` and `with_setting`, or a recipe cannot be resolved.
+    """
+    recipes = {setting: with_setting(recipe, dict(setting)) for setting in settings(vary)}
+    unused = {setting: unused_options(each) for setting, each in recipes.items()}
+    pairs = [{(t, o) for t in each for o in each[t]} for each in unused.values()]
+    nowhere = set.intersection(*pairs)
+    return {
+        setting: without_options(
+            each,
+            {t: [o for o in unused[setting][t] if (t, o) not in nowhere] for t in unused[setting]},
+        )
+        for setting, each in recipes.items()
+    }
 
 
 def _check_local_and_held_out(recipe: Recipe, text: str) -> None:

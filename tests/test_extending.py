@@ -316,6 +316,7 @@ def test_without_the_package_its_names_do_not_exist(result):
         ({"allocation": "uniform"}, "'uniform' divides ranks or entries.*keeps linears"),
         ({"method": "svd", "allocation": "whole-linears"}, "'whole-linears' divides linears"),
         ({"options": {"whole-linears": {"gain": "none"}}}, "whole-linears: gain is 'none'"),
+        ({"method": "svd", "options": {"diagonal": {"fit": True}}}, "diagonal.fit has no effect"),
         ({"options": {"rescale": {"most": 2.0}}}, "rescale: unknown option 'most'.*largest"),
         ({"options": {"rescale": {"largest": 0.5}}}, "rescale: largest is 0.5"),
         ({"method": "svd", "options": {"rescale": {}}}, "rescale is for diagonals, and svd"),

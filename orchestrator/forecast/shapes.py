@@ -14,10 +14,9 @@ from typing import Any
 
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import (
-    INDEX_FILE,
     ITEMSIZES,
-    SINGLE_FILE,
     Headers,
+    has_weights,
     read_json,
 )
 from orchestrator.models.survey.select import select
@@ -27,10 +26,17 @@ from orchestrator.store.places import Place
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose shapes follow from their config."""
+HEAD = "lm_head.weight"
+"""Name of the head in these families, stored also where a config says that it is tied."""
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Names of the number of blocks in configs."""
+TEXT_PARTS = ("decoder", "generator", "text_config")
+"""Parts of the config of a model of several kinds of input that describe its decoder."""
 LARGEST = 2**32
 """Largest number in a config; a larger one is damage."""
 MOST_BLOCKS = 10_000
 _BLOCK = re.compile(r"(.+?\.)(\d+)\.(.+)")
+_NOT_TEXT = re.compile(r"vision|visual|image|audio")
 _SITES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -86,7 +92,7 @@ def read_shapes(model: Place) -> Shapes:
 
     Raises:
         InputError: It is neither; the family is not known and there are no headers; a number in
-            the config is missing or not allowed; a header is damaged.
+            the config is missing or not allowed; a header is damaged; weights are not safetensors.
     """
     if model.is_file():
         return from_config(read_json(model), str(model))
@@ -94,16 +100,24 @@ def read_shapes(model: Place) -> Shapes:
         raise InputError(
             f"{model}: no such directory or file; give a checkpoint's directory, or a config.json"
         )
-    config = read_json(model / "config.json")
-    has_weights = any((model / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
-    if not has_weights:
-        return from_config(config, str(model / "config.json"))
-    headers = Headers.open(model)
-    found = from_headers(headers)
+    if not has_weights(model):
+        return from_config(read_json(model / "config.json"), str(model / "config.json"))
+    return from_checkpoint(Headers.open(model))
+
+
+def from_checkpoint(headers: Headers) -> Shapes:
+    """The shapes of a checkpoint, by the formulas of its family if they are known.
+
+    Raises:
+        InputError: As `from_config` and `from_headers`.
+    """
+    config, found = headers.config, from_headers(headers)
     if config.get("model_type") not in FAMILIES:
         return found
     # sites and order come from the family; what there is, and in which dtype, from the headers
-    known = from_config(config, str(model / "config.json"))
+    if HEAD in headers.entries:
+        config = {**config, "tie_word_embeddings": False}
+    known = from_config(config, str(headers.directory / "config.json"))
     return replace(
         known,
         block_values=found.block_values,
@@ -227,10 +241,9 @@ def from_headers(headers: Headers) -> Shapes:
         InputError: No tensor's name says which block it belongs to, or the first block has none.
     """
     matches = {name: match for name in headers.entries if (match := _BLOCK.fullmatch(name))}
-    stacks = Counter(match[1] for match in matches.values())
-    if not stacks:
+    if not matches:
         raise InputError(f"{headers.directory}: no tensor is named after a block, like layers.0.x")
-    (prefix, _), *_ = stacks.most_common(1)
+    prefix = _stack_of(headers, matches)
     inside = {name: match for name, match in matches.items() if match[1] == prefix}
     blocks = sorted({int(match[2]) for match in inside.values()})
     if blocks != list(range(len(blocks))):
@@ -280,3 +293,24 @@ def from_headers(headers: Headers) -> Shapes:
         attention=max(heads, default=hidden),
         itemsize=min(ITEMSIZES.values(), key=lambda bytes_: abs(bytes_ * total - size)),
     )
+
+
+def _stack_of(headers: Headers, matches: Mapping[str, re.Match[str]]) -> str:
+    """Prefix of the decoder's blocks: as many as the config says, and the most values in them.
+
+    A model that reads images has the blocks of its vision tower besides.
+    """
+    values, blocks = Counter[str](), dict[str, set[str]]()
+    for name, match in matches.items():
+        values[match[1]] += headers.entries[name].values
+        blocks.setdefault(match[1], set()).add(match[2])
+    depth = _depth(headers.config)
+    fitting = [prefix for prefix in blocks if len(blocks[prefix]) == depth] or [*blocks]
+    return max(fitting, key=lambda prefix: (not _NOT_TEXT.search(prefix), values[prefix]))
+
+
+def _depth(config: Mapping[str, Any]) -> int | None:
+    """Number of decoder blocks that a config states; None if it leaves it to its class."""
+    parts = [part for name in TEXT_PARTS if isinstance(part := config.get(name), dict)]
+    found = [part[name] for part in [*parts, config] for name in DEPTHS if name in part]
+    return next((number for number in found if type(number) is int), None)

@@ -52,7 +52,9 @@ class Survey:
     linears: tuple[Linear, ...]
     """Every linear of every block, in block order and, within a block, in call order."""
     total_parameters: int
-    """Distinct parameters of the whole model; tied ones count once."""
+    """Distinct parameters of the whole model; tied ones count once, unless stored values differ."""
+    unused: tuple[str, ...] = ()
+    """Names of stored tensors that the model's class does not have; they are left out."""
 
     def of_block(self, block: int) -> tuple[Linear, ...]:
         """The linears of one block, in call order."""

@@ -15,7 +15,7 @@ from typing import Any
 from orchestrator.errors import UsageError
 from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.field import about, check_fields, described, option, required
-from orchestrator.recipe.presets import PRESETS
+from orchestrator.recipe.presets import ASKED_BY, PRESETS
 from orchestrator.recipe.values import check_choice, check_options, shown, size_in_bytes, toml_value
 
 SIZE_FIELDS = ("keep", "keep_bytes")
@@ -262,10 +262,17 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
 
 
 def _over_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge a preset with the given fields, which take precedence; tables are merged by option."""
+    """Merge a preset with the given fields, which take precedence; tables are merged by option.
+
+    Tables of the preset for stages that a given field turns off are left out.
+    """
     preset = PRESETS[name]
     check_options(given.get("options", {}))
-    options = {table: dict(known) for table, known in preset.get("options", {}).items()}
+    options = {
+        table: dict(known)
+        for table, known in preset.get("options", {}).items()
+        if given.get(ASKED_BY[table]) != "none"
+    }
     for table, known in given.get("options", {}).items():
         options[table] = {**options.get(table, {}), **known}
     return {**preset, **given, "options": options}

@@ -5,7 +5,7 @@ one line in `stages.STAGES`, or an entry point of another package.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -68,6 +68,11 @@ class Stage(ABC):
     def option_tables(cls) -> Mapping[str, type]:
         """Tables of the recipe with its options; see `tables`."""
         return {cls.name: cls} if cls.tables is None else cls.tables
+
+    @property
+    def used_tables(self) -> Collection[str]:
+        """Tables of which the stage, as the recipe asks for it, takes the options."""
+        return self.option_tables().keys()
 
     @classmethod
     def check(cls, recipe: Recipe, method: MethodTraits) -> None:

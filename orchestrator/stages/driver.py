@@ -32,7 +32,7 @@ from orchestrator.stages.evaluate.values import AskedEvaluation, read_text, surv
 from orchestrator.stages.evaluate.worker import EvaluationWorker
 from orchestrator.stages.request import ask
 from orchestrator.stages.score import score
-from orchestrator.stages.survey import read_calibration, survey
+from orchestrator.stages.survey import left_out, read_calibration, survey
 from orchestrator.stages.write.job import finished, layout_of, write_files, write_small_files
 from orchestrator.store.lease import Lease
 from orchestrator.store.run import RunDirectory
@@ -42,7 +42,7 @@ def compress(
     recipe: Recipe, on_event: OnEvent | None = None, previous: PreviousRun | None = None
 ) -> Result:
     """Perform a recipe, or resume it from its run directory; blocks until the result is written."""
-    resolved = resolve(recipe)
+    resolved = resolve(recipe, inherited=() if previous is None else previous.inherited)
     asked = ask(recipe, resolved, previous)
     run, about = asked.run, {"out": str(asked.out), "model": str(asked.model)}
     with (
@@ -52,6 +52,8 @@ def compress(
         monitor.guard(lease)
         with monitor.stage("survey"):
             surveyed = survey(asked)
+            if surveyed.survey.unused:
+                monitor.note(left_out(asked.model, surveyed.survey.unused))
         with monitor.stage("read"):
             keyed = assign_keys(surveyed, *read_calibration(surveyed))
             run.claim({**asked.description, "tokens_key": keyed.tokens_key})
@@ -117,6 +119,9 @@ def evaluate(asked: AskedEvaluation, on_event: OnEvent | None = None) -> dict[st
         monitor.guard(lease)
         with monitor.stage("survey"):
             surveyed = survey_models(asked)
+            for name, model in surveyed.lazy_models.items():
+                if model.names.unused:
+                    monitor.note(left_out(asked.models[name], model.names.unused))
         with monitor.stage("read"):
             keyed = read_text(surveyed)
         if (report := earlier_report(keyed)) is not None:

@@ -1,6 +1,6 @@
 """Survey of the model and reading of the calibration text: no weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from orchestrator.errors import UsageError
@@ -47,6 +47,13 @@ def survey(asked: Asked) -> Surveyed:
         vocabulary=lazy_model.config.get_text_config().vocab_size,
         tensors=lazy_model.tensors(),
     )
+
+
+def left_out(model: object, unused: Sequence[str]) -> str:
+    """Line about stored tensors that the class of a model does not have."""
+    shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+    count = len(unused)
+    return f"{model}: stored tensors that its class does not have are left out ({count}): {shown}"
 
 
 def read_calibration(surveyed: Surveyed) -> CalibrationTokens:

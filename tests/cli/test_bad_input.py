@@ -5,11 +5,21 @@ import resource
 
 import pytest
 import torch
+from families import write_model
 from pipeline import with_tokenizer, write_text
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM
 
 from orchestrator.cli.main import main
 from orchestrator.store.run import RunDirectory
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 @pytest.fixture
@@ -176,6 +186,61 @@ def test_a_model_that_is_compressed_already(command, model, tmp_path):
     code, line = command(model=tmp_path / "first")
     assert code == 4
     assert "already compressed" in line
+
+
+def with_experts(model):
+    write_model(lambda: MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=3)), model)
+
+
+def masked(model):
+    write_model(lambda: BertForMaskedLM(BertConfig(**TINY)), model)
+
+
+def pickled(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def headless(model):
+    tensors = load_file(model / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_config(**changes):
+    def change(model):
+        path = model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_experts,
+        masked,
+        pickled,
+        headless,
+        with_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        with_config(model_type="own", auto_map={"AutoModelForCausalLM": "own.Model"}),
+        with_config(architectures=["LlamaForSequenceClassification"]),
+        with_config(rms_norm_eps=float("nan")),
+        with_config(hidden_act="magic"),
+    ],
+)
+def test_plan_refuses_what_compress_refuses(change, command, model, capsys):
+    """The same line and the same exit code, from config and headers."""
+    change(model)
+    code, line = command()
+    assert code == 4
+    assert main(["plan", str(model), "--keep", "0.5"]) == 4
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_plan_refuses_a_compressed_model(compressed, capsys):
+    """It has no dense weights to compress."""
+    assert main(["plan", str(compressed("llama")), "--keep", "0.5"]) == 4
+    assert "already compressed by orchestrator" in capsys.readouterr().err
 
 
 def test_more_workers_than_this_process_is(command):

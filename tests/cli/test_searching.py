@@ -7,7 +7,7 @@ from orchestrator import Recipe, search
 from orchestrator.cli.main import main
 from orchestrator.errors import UsageError
 from orchestrator.recipe.values import parse_vary
-from orchestrator.searching import settings, with_setting
+from orchestrator.searching import candidates_of, settings, with_setting
 
 VARY = {"storage": ["plain", "pivoted"], "threshold.dense": ["hull", "break_even"]}
 EVALUATION = {"samples": 2, "sequence_length": 48}
@@ -95,6 +95,14 @@ def test_a_setting_is_a_field_or_an_option(llama, text, tmp_path):
     for name in ("workers", "kep"):
         with pytest.raises(UsageError, match=f"unknown option '{name}'"):
             with_setting(asked, {name: 1})
+
+
+def test_an_option_is_kept_where_it_has_an_effect(llama, text, tmp_path):
+    """Where the method varies; an option that has one nowhere stays, and a run refuses it."""
+    vary = {"method": ["svd-llm", "mgaa"], "mgaa.t": [0.5], "cap.stage2": [False]}
+    found = candidates_of(recipe(llama, tmp_path / "out", text), vary)
+    nowhere = {"cap": {"stage2": False}}
+    assert [each.options for each in found.values()] == [nowhere, {"mgaa": {"t": 0.5}} | nowhere]
 
 
 def test_values_are_read_as_a_recipe_would():

@@ -173,7 +173,7 @@ def test_the_size_of_the_result_is_the_one_that_is_written(llama_dir, tmp_path):
 BAD = {
     "another family": ({"model_type": "mamba"}, "model_type is 'mamba'; of llama, mistral"),
     "no number": ({"hidden_size": "wide"}, "hidden_size is 'wide'; a whole number from 1"),
-    "too many blocks": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; a whole"),
+    "too many blocks": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; the limit"),
     "nothing": ({"vocab_size": None}, "vocab_size is None"),
 }
 
@@ -281,7 +281,8 @@ def test_a_model_that_cannot_be_foreseen_is_compressed_all_the_same(
 
 BEHIND = {"score", "refit", "pivot", "walk", "refine", "sweep", "train", "write"}
 FEW = {"strs": {"grid": "0.4 0.9", "windows": 1}}
-SHORT = {"refinement": {"epochs": 1, "batches": 2}, "training": {"epochs": 1, "batches": 2}}
+REFINED = {"refinement": {"epochs": 1, "batches": 2}}
+SHORT = {**REFINED, "training": {"epochs": 1, "batches": 2}}
 
 
 @pytest.mark.parametrize(
@@ -299,8 +300,8 @@ SHORT = {"refinement": {"epochs": 1, "batches": 2}, "training": {"epochs": 1, "b
             "storage": "pivoted",
             "options": {"basis-sharing": {"group": 1, "refit": "always"}},
         },
-        {"method": "two-sided", "storage": "pivoted", "refine": "swept", "options": SHORT},
-        {"method": "svd-llm", "compensate": "anchored", "refine": "in_order", "options": SHORT},
+        {"method": "two-sided", "storage": "pivoted", "refine": "swept", "options": REFINED},
+        {"method": "svd-llm", "compensate": "anchored", "refine": "in_order", "options": REFINED},
         {"method": "svd-llm", "refine": "blocks", "train": "light", "options": SHORT},
     ],
     ids=lambda fields: " ".join(str(each) for each in fields.values() if isinstance(each, str)),

@@ -3,11 +3,19 @@
 import pytest
 import torch
 from families import FAMILIES as TINY
+from families import write_model
 from forecast_shapes import shapes_of
 from large_models import CONFIGS
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
+from orchestrator.forecast.usual import is_usual
+from orchestrator.models.checkpoint.headers import Headers
 from orchestrator.models.shards.lazy_model import LazyModel
 
 PUBLISHED = {
@@ -68,3 +76,23 @@ def test_headers_say_what_a_survey_says(family, checkpoint):
             if each.role.rpartition(".")[2] in named:
                 assert (each.out_features, each.in_features) in found | turned
     assert shapes.num_blocks == surveyed.num_blocks
+    assert is_usual(Headers.open(directory)) == (shapes.model_type in FAMILIES)
+
+
+def test_a_vision_tower_is_no_decoder(tmp_path):
+    """The blocks are those of the text model, though the tower has more of them."""
+    tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 5}
+    tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = Gemma3Config(text_config=text, vision_config=tower, image_token_index=90)
+    config.mm_tokens_per_image = 4
+    write_model(lambda: Gemma3ForConditionalGeneration(config), tmp_path)
+    surveyed = LazyModel.open(tmp_path).survey()
+    shapes = read_shapes(tmp_path)
+    assert shapes.num_blocks == surveyed.num_blocks == 3
+    sizes = [
+        sorted((x.role, x.out_features, x.in_features) for x in each.linears if x.block == 2)
+        for each in (shapes, surveyed)
+    ]
+    assert sizes[0] == sizes[1]

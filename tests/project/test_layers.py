@@ -74,7 +74,7 @@ MAY_IMPORT = {
     f"stages.base stages.context {STAGES}",
     "catalogue": "errors allocate methods plan registry stages stages.base",
     "pages": f"{PLAIN} plan recipe store usage numpy",
-    "searching": "errors plan recipe store",
+    "searching": "errors plan recipe resolve store",
     "evaluation": "recipe",
     "api": f"{PLAIN} evaluation forecast hf pages plan recipe runtime runtime.ray searching stages "
     f"stages.context stages.evaluate store transformers {MODELS}",
@@ -266,6 +266,7 @@ LIGHT = [
     "import orchestrator.catalogue",
     "import orchestrator.pages",
     "import orchestrator.forecast.forecast",
+    "import orchestrator.stages.plannable",
     *(f"import orchestrator.{name}" for name in MODULES if name.endswith((".spec", ".cost"))),
     *(f"import orchestrator.{name}" for name in MODULES if ".kinds.costs." in name),
 ]

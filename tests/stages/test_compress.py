@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import FAMILIES
 from pipeline import contents, run, with_tokenizer, write_llama
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import orchestrator
@@ -91,6 +92,19 @@ def test_activation_errors_are_those_of_the_calibration_tokens(checkpoint, text,
         error = (inputs @ change.T).square().sum() / (inputs @ weight.T).square().sum()
         expected = result.report["linears"][name]["activation_error"]
         assert error.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_no_class_has_is_left_out_with_a_line(checkpoint, text, tmp_path):
+    """A stored tensor that the model does not know: in the progress and in the report."""
+    model = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
+    tensors = load_file(model / "model.safetensors") | {"mtp.proj.weight": torch.zeros(2, 2)}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    events = []
+    result = run(model, tmp_path / "out", text, samples=2, on_event=events.append)
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    (note,) = [text for text in notes if "left out" in text]
+    assert note.endswith("are left out (1): mtp.proj.weight")
+    assert result.report["left_out"] == ["mtp.proj.weight"]
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 10])

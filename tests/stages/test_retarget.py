@@ -94,6 +94,25 @@ def test_a_size_that_was_written_elsewhere_is_not_damaged(llama2, text, tmp_path
     assert not [event for event in events if event["event"] == "damaged"]
 
 
+def test_options_of_an_earlier_version_are_no_obstacle(llama2, text, tmp_path):
+    """It recorded options without effect; they are left out, and refused only if given anew."""
+    run(llama2, tmp_path / "out", text, keep=0.8)
+    marker = tmp_path / "out.run" / "run.json"
+    said = json.loads(marker.read_text())
+    said["recipe"]["options"] = {"mgaa": {"t": 0.5}, "training": {"epochs": 3}}
+    marker.write_text(json.dumps(said))
+    with pytest.raises(UsageError, match=r"option mgaa\.t has no effect"):
+        retarget(
+            tmp_path / "out.run",
+            tmp_path / "cut",
+            keep=0.6,
+            executor="local",
+            options={"mgaa": {"t": 0.5}},
+        )
+    cut = retarget(tmp_path / "out.run", tmp_path / "cut", keep=0.6, executor="local")
+    assert cut.report["recipe"]["options"] == {}
+
+
 @pytest.mark.parametrize("damage", ["tokens", "marker"])
 def test_a_run_without_tokens_is_refused(damage, llama2, text, tmp_path):
     """One line names what to give instead."""

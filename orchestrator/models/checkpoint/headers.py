@@ -22,6 +22,8 @@ from orchestrator.store.places import Place
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+"""Ends of the names of files with weights; only safetensors are read."""
 SAMPLE_BYTES = 128
 
 ITEMSIZES: Mapping[str, int] = {
@@ -128,12 +130,30 @@ class Headers:
         digest = hashlib.blake2b(text.encode(), digest_size=16)
         by_file = sorted(self.entries.values(), key=lambda entry: (entry.path.name, entry.offset))
         for path, entries in groupby(by_file, key=lambda entry: entry.path):
-            try:
-                for sample in read_with(path, partial(_samples, list(entries))):
-                    digest.update(sample)
-            except OSError as error:
-                raise InputError(f"{path}: cannot read: {error.strerror}") from error
+            for sample in _read_samples(path, list(entries)):
+                digest.update(sample)
         return digest.hexdigest()
+
+    def seem_equal(self, one: str, other: str) -> bool:
+        """Compare two tensors by dtype, shape, and a few hundred bytes of each.
+
+        Raises:
+            InputError: A file cannot be read.
+        """
+        entries = self.entries[one], self.entries[other]
+        first, second = (_read_samples(entry.path, [entry]) for entry in entries)
+        return (entries[0].code, entries[0].shape, first) == (
+            entries[1].code,
+            entries[1].shape,
+            second,
+        )
+
+
+def _read_samples(path: Place, entries: Sequence[Entry]) -> list[bytes]:
+    try:
+        return read_with(path, partial(_samples, entries))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror}") from error
 
 
 def _samples(entries: Sequence[Entry], file: Any) -> list[bytes]:
@@ -185,9 +205,14 @@ def _is_file(path: Place) -> bool:
         return False
 
 
+def has_weights(directory: Place) -> bool:
+    """Test if a directory has files with weights, readable or not."""
+    return any(path.name.endswith((*WEIGHT_SUFFIXES, INDEX_FILE)) for path in directory.iterdir())
+
+
 def _no_weights(directory: Place) -> str:
     names = sorted(path.name for path in directory.iterdir())
-    others = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    others = [name for name in names if name.endswith(WEIGHT_SUFFIXES[1:])]
     safetensors = [name for name in names if name.endswith(".safetensors")]
     if safetensors:
         return (

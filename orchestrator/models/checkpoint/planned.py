@@ -27,6 +27,7 @@ class PlannedCheckpoint:
         self.fingerprint: str = dense.fingerprint
         self.size_bytes: int = sum(file.size_bytes for file in files)
         """Total size of the tensors, without headers."""
+        self._dense = dense
         self._read = read
         self._specs = {spec.name: spec for file in files for spec in file.tensors}
 
@@ -39,6 +40,10 @@ class PlannedCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._specs[name].torch_dtype
+
+    def seem_equal(self, one: str, other: str) -> bool:
+        """Compare two copies of dense tensors by samples of these; see `Headers`."""
+        return self._dense.seem_equal(self._specs[one].source, self._specs[other].source)
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """No-op: only `read` knows the origin of the tensors."""

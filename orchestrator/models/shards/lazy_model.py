@@ -74,7 +74,9 @@ class LazyModel:
             if self._block(name) is not None and not self.is_compressed:
                 raise InputError(f"{self.directory}: {name} is tied; blocks must not share weights")
         self.total_parameters = sum(
-            p.numel() for name, p in traced.named_parameters() if name not in tied
+            p.numel()
+            for name, p in traced.named_parameters()
+            if name not in tied or name in self.names.separate
         )
         self._order = tuple(traced.state_dict())
         self._discovery = self._trace(traced, blocks)
@@ -236,6 +238,7 @@ class LazyModel:
             num_blocks=self.num_blocks,
             linears=linears,
             total_parameters=self.total_parameters,
+            unused=self.names.unused,
         )
 
     def shard(self, blocks: range) -> Shard:

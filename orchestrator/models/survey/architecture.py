@@ -5,7 +5,6 @@ path, or as the name of a kernel to download.
 """
 
 import copy
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,17 +23,16 @@ from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import quoted, read_json
 from orchestrator.models.checkpoint.small_files import small_files
 from orchestrator.models.forms.config import METHOD, install_forms
+from orchestrator.models.survey.config import (
+    FORMS_KEYS,
+    MAX_REPEATS,
+    check_config,
+    check_not_quantised,
+)
 from orchestrator.store.places import Place
 
-FORMS_KEYS = ("quantization_config", "compression_config")
-"""Config fields that describe weights stored in another form than the class defines."""
-ELSEWHERE_KEYS = ("configuration_files", "transformers_weights")
-"""Config fields that name files to read instead of the usual ones."""
-MAX_REPEATS = 10_000
-"""Limit of counts (blocks, labels) for which transformers builds lists while it reads a config."""
 MAX_BUFFER_BYTES = 2**30
 """Limit of a model's buffers, which are computed and not stored: masks, rotary frequencies."""
-_REPEATS = re.compile(r"(^|_)(n_?)?(layers?|labels|types)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +50,14 @@ class Architecture:
         """Read the config.json of a checkpoint.
 
         Raises:
-            InputError: The class or model type is unknown or missing, or another program has
-                quantised the checkpoint.
+            InputError: The class or model type is unknown or missing, another program has
+                quantised the checkpoint, or a number is not finite.
         """
         directory = small_files(place)
         path = directory / "config.json"
         content = read_json(path)
-        forms = _read_forms(path, content)
-        _check_names_no_files(path, content)
-        _check_repeats(path, "", content)
+        check_not_quantised(path, content, ours=METHOD)
+        check_config(path, content)
         model_type = content.get("model_type")
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise InputError(
@@ -82,7 +79,7 @@ class Architecture:
         # Removed, because building the class would otherwise look for the quantiser's modules.
         for key in FORMS_KEYS:
             vars(config).pop(key, None)
-        return cls(directory, model_class, config, forms)
+        return cls(directory, model_class, config, content.get("quantization_config"))
 
     def build(self, dtype: torch.dtype, *, stored: int) -> PreTrainedModel:
         """Build the model in eval mode with every parameter and buffer on the meta device.
@@ -214,37 +211,6 @@ def _limited_parameters(limit: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _check_names_no_files(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise InputError if the config names other files, which transformers would read."""
-    for key in ELSEWHERE_KEYS:
-        if key in content:
-            raise InputError(
-                f"{path}: {key} names other files; only the usual names are read, rename the files"
-            )
-
-
-def _check_repeats(path: Path, key: str, value: Any) -> None:
-    """Raise InputError for an implausible number of blocks or labels."""
-    if isinstance(value, dict | list):
-        inner = value.items() if isinstance(value, dict) else [(key, each) for each in value]
-        for name, each in inner:
-            _check_repeats(path, name, each)
-    elif isinstance(value, int) and value > MAX_REPEATS and _REPEATS.search(key):
-        raise InputError(f"{path}: {key} is {value}; the limit is {MAX_REPEATS}")
-
-
-def _read_forms(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    for key in FORMS_KEYS:
-        forms = content.get(key)
-        method = forms.get("quant_method") if isinstance(forms, dict) else None
-        if forms is not None and method != METHOD:
-            raise InputError(
-                f"{path}: already quantised ({key}.quant_method is {quoted(method)}); "
-                "a dense checkpoint is needed"
-            )
-    return content.get("quantization_config")
 
 
 def _find_class(path: Path, architectures: Any) -> type[PreTrainedModel]:

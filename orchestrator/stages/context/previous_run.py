@@ -28,6 +28,8 @@ class PreviousRun:
     """Key of the unit of calibration tokens; the text itself is not read again."""
     tokens: Mapping[str, Any]
     """The facts of that unit."""
+    inherited: tuple[str, ...] = ()
+    """Tables of options that its recipe has given; those without effect now are left out."""
 
 
 def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, PreviousRun]:
@@ -67,4 +69,7 @@ def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Previous
         name: value for name, value in written.items() if value is not None and name not in dropped
     }
     recipe = make_recipe({**override(kept, given), "out": out, "run_dir": run_dir})
-    return recipe, PreviousRun(parse_place(str(model)), str(base_model), str(key), tokens["facts"])
+    inherited = () if "options" in given else tuple(recipe.options)
+    return recipe, PreviousRun(
+        parse_place(str(model)), str(base_model), str(key), tokens["facts"], inherited
+    )

@@ -39,6 +39,7 @@ def make_report(
     the inputs (`linalg.ranked.SKETCH`).
 
     `values` are counted without indices, `bytes` with them, in the dtype that is written.
+    `left_out` lists stored tensors that the model's class does not have, if there are any.
 
     Args:
         budget: The budget of the plan, with the form of the linears that are cut.
@@ -62,6 +63,7 @@ def make_report(
         "not_targeted": sorted(
             {linear.name for linear in survey.linears} - {linear.name for linear in linears}
         ),
+        **({"left_out": list(survey.unused)} if survey.unused else {}),
         "timings": dict(timings),
     }
 

@@ -1,6 +1,6 @@
 """The stages that take the blocks in order: compensation, training, and a second training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -43,6 +43,11 @@ class Walk(Stage):
             return None
         refinement = refinement_options(recipe) if in_order else None
         return cls(compensation=compensation, refinement=refinement)
+
+    @property
+    def used_tables(self) -> Collection[str]:
+        found = {COMPENSATION: self.compensation, TABLE: self.refinement}
+        return [table for table, options in found.items() if options is not None]
 
     @classmethod
     def check(cls, recipe: Recipe, method: MethodTraits) -> None:

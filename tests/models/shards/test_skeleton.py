@@ -74,6 +74,9 @@ def change_tensors(directory, change):
         ({"num_attention_heads": 0}, r"config"),
         ({"num_key_value_heads": 4, "head_dim": 4}, "has shape"),
         ({"hidden_act": "magic"}, "does not make a LlamaForCausalLM: KeyError"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a finite number"),
+        ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta is inf; it must be"),
+        ({"initializer_range": 1e39}, r"initializer_range is 1e\+39; it must be"),
     ],
 )
 def test_an_invalid_config_is_refused(llama, changes, message):
@@ -196,6 +199,22 @@ def test_tied_weights_are_found_under_any_stored_name(checkpoint, tmp_path, chan
         lazy_model.survey().total_parameters
         == LazyModel.open(checkpoint("llama_tied")).survey().total_parameters
     )
+
+
+def test_a_head_of_its_own_is_counted(checkpoint, tmp_path):
+    """A config that ties it does not make it equal: transformers has two tables then, too."""
+    directory = shutil.copytree(checkpoint("llama_tied"), tmp_path / "tied")
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    change_tensors(directory, change)
+    lazy_model, chunk = LazyModel.open(directory), padded_chunk("right")
+    model = whole_model(directory, torch.float32)
+    assert torch.equal(sharded_logits(lazy_model, chunk, HALVES), whole_logits(model, chunk))
+    assert lazy_model.survey().total_parameters == model.num_parameters()
+    tied = LazyModel.open(checkpoint("llama_tied")).survey().total_parameters
+    assert lazy_model.survey().total_parameters == tied + VOCABULARY * 32
 
 
 def test_an_old_layout_is_read(checkpoint, tmp_path):

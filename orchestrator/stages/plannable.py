@@ -1,0 +1,30 @@
+"""Shapes of a model for `plan`, if a run would accept it."""
+
+from orchestrator.forecast.shapes import Shapes, from_checkpoint, read_shapes
+from orchestrator.forecast.usual import check_bare_config, is_usual
+from orchestrator.models.checkpoint.headers import Headers, has_weights, read_json
+from orchestrator.store.places import Place
+
+
+def plannable_shapes(model: Place) -> Shapes:
+    """The shapes of a checkpoint that a survey accepts, or of a config.json alone.
+
+    A checkpoint that is exactly what the formulas of its family describe is accepted by them, in
+    milliseconds and without torch. Any other is surveyed as in a run, which takes seconds.
+
+    Raises:
+        InputError: As `read_shapes`, or a run would refuse the model.
+    """
+    if not model.is_dir():
+        if model.is_file():
+            check_bare_config(model, read_json(model))
+        return read_shapes(model)
+    if not has_weights(model):
+        check_bare_config(model / "config.json", read_json(model / "config.json"))
+        return read_shapes(model)
+    headers = Headers.open(model)
+    if not is_usual(headers):
+        from orchestrator.models.shards.lazy_model import LazyModel
+
+        LazyModel.open(model).survey()
+    return from_checkpoint(headers)
