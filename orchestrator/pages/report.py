@@ -121,11 +121,16 @@ def _key_figures(source: Source) -> Markup | None:
     kept, values = source.report.get("kept", {}), source.report.get("values", {})
     shown: list[tuple[str, str, str]] = []
     if "linears" in kept:
-        asked = f"requested {kept['asked']:g}" if "asked" in kept else ""
-        asked += f" of {kept['asked_of']}" if asked and "asked_of" in kept else ""
-        shown.append(
-            ("kept fraction of the targeted linears", tables.fraction(kept["linears"]), asked)
-        )
+        asked = f", requested {kept['asked']:g}" if "asked" in kept else ""
+        of_bytes = source.report.get("bytes", {})
+        in_bytes = kept.get("asked_of") == "bytes" and of_bytes.get("dense_linears")
+        if in_bytes:
+            fraction = of_bytes.get("stored", 0) / of_bytes["dense_linears"]
+            name = "kept fraction of the targeted linears, in bytes"
+            shown.append((name, tables.fraction(fraction), asked.removeprefix(", ")))
+        name = "kept fraction of the targeted linears"
+        said = "of values" if in_bytes else f"of values{asked}"
+        shown.append((name, tables.fraction(kept["linears"]), said))
     else:
         for name, of in (("keep", "values"), ("keep_bytes", "bytes")):
             if source.recipe.get(name) is not None:

@@ -54,6 +54,9 @@ def verify(
     6. Tokens pass through all blocks, and the logits are finite; given the dense model, the mean
        KL from it and the top-1 agreement are returned.
 
+    A dense model with another fingerprint than that of the compressed one is a problem, and nothing
+    is compared with it.
+
     Args:
         changing: Names of the stages after which the error of a linear is no longer that of its
             decomposition.
@@ -116,12 +119,27 @@ class _Verification:
             "logits": self._probe,
         }
         found: dict[str, Any] = {}
+        self._check_base()
         for name, look in looks.items():
             try:
                 found[name] = look()
             except InputError as error:
                 self._problems.append(str(error))
         return {**found, "problems": list(dict.fromkeys(self._problems))}
+
+    def _check_base(self) -> None:
+        """Keep the dense model only if it is the one that was compressed."""
+        base = self._lazy_model.base_fingerprint
+        if self._dense is None or base is None:
+            return
+        found = self._dense.weights.fingerprint
+        if found != base:
+            self._problems.append(
+                f"{self._dense.directory}: is not the model that was compressed; its fingerprint "
+                f"(of config and weights) is {found[:12]}, that of the compressed one {base[:12]}; "
+                "give that model, or none"
+            )
+            self._dense = None
 
     def _complain(self, what: str) -> None:
         self._problems.append(f"{self._directory}: {what}")

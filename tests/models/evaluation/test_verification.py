@@ -13,6 +13,7 @@ import orchestrator
 from orchestrator import verify
 from orchestrator.cli.main import main
 from orchestrator.models.evaluation.verification import sampled
+from orchestrator.pages.evaluations import before_and_after, evaluated_text
 
 RECIPES = {
     "svd-llm": {},
@@ -164,6 +165,32 @@ def test_the_command_prints_its_results(whole, llama, capsys):
     assert "1 as reported" in capsys.readouterr().out
     assert main(["verify", str(whole), "--against", str(llama), "--json", "--linears=2"]) == 0
     assert len(json.loads(capsys.readouterr().out)["linears"]) == 2
+
+
+def test_another_model_is_not_compared_with(whole, checkpoint, capsys):
+    """A model of any shape that is not the one that was compressed is the only problem."""
+    other = checkpoint("qwen3")
+    assert main(["verify", str(whole), "--against", str(other)]) == 4
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"wrong: {other}: is not the model that was compressed; ")
+    assert shown.count("wrong:") == 1
+    assert "divergence" not in shown
+
+
+def test_an_evaluation_knows_what_was_compressed(whole, llama, text, tmp_path):
+    """Only a model other than the one that was compressed is reported as such, again if the
+    evaluation is not repeated; pages call it by its name."""
+    asked = {"text": str(text), "samples": 2, "sequence_length": 16, "executor": "local"}
+    asked["run_dir"] = str(tmp_path / "evaluation")
+    other = write_llama(tmp_path / "other", blocks=3, hidden=16)
+    assert "against_is_base" not in orchestrator.evaluate(whole, against=str(llama), **asked)
+    found = orchestrator.evaluate(whole, against=str(other), **asked)
+    assert found["against_is_base"] is False
+    assert orchestrator.evaluate(whole, against=str(other), **asked) == found
+    assert "other is not the model that was compressed" in evaluated_text(found)
+    table = before_and_after(found)
+    assert "mean KL divergence from other, nats" in table
+    assert "dense" not in table
 
 
 @pytest.mark.parametrize("blocks", [1, 28, 30, 42])
