@@ -228,6 +228,8 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         for problem in problems:
             print(f"wrong: {problem}")
+        for note in found.get("notes", ()):
+            print(f"note: {note}")
         if {"files", "tensors", "linears", "logits"} <= found.keys():
             _print_verification(found)
     return InputError.exit_code if problems else 0

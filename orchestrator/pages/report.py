@@ -20,8 +20,9 @@ SHOWN_EVENTS = 40
 KNOWN = {
     *("format_version", "producer", "key", "base_fingerprint", "architecture", "recipe", "kept"),
     *("bytes", "calibration", "values", "linears", "not_targeted", "timings"),
+    "files",
 }
-"""Report fields with a dedicated place; all others are listed under "Also reported"."""
+"""Report fields with a dedicated place, and digests; all others are listed as "Also reported"."""
 WANTED = {
     "kept.linears": "kept fraction of the targeted linears",
     "kept.model": "kept fraction of the whole model",

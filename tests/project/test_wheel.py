@@ -33,7 +33,7 @@ VERBS = {
         0,
         "mean KL divergence from the dense model",
     ),
-    "verify": (["verify", "out", "--against", "dense"], 0, "1 as reported"),
+    "verify": (["verify", "out", "--against", "dense"], 0, "as reported"),
     "export": (["export", "out", "dense-again"], 0, "dense-again"),
     "status": (["status", "out.run"], 0, "done"),
     "report": (["report", "out.run"], 0, "report.html"),
