@@ -192,7 +192,8 @@ def evaluate(
     Returns:
         `models` (for `model` and `against`: perplexity = exp of the mean over sequences of the
         mean loss, parameters, bytes, tokens per second in prefill and in decoding), `kl`,
-        `top1_agreement`, `predictions`, `text`, and the environment.
+        `top1_agreement`, `predictions`, `text`, and the environment; `against_is_base` is False if
+        `against` is not the model that `model` was compressed from.
 
     Raises:
         UsageError: A field has a type or value that is not allowed.

@@ -23,6 +23,7 @@ from orchestrator.cli.clean import clean_run
 from orchestrator.cli.lines import JsonLines, Lines
 from orchestrator.cli.methods import print_methods
 from orchestrator.cli.parser import FIELDS, HELD_OUT, make_parser
+from orchestrator.cli.results import kept_rows, print_evaluation
 from orchestrator.errors import OrchestratorError, StoppedError, UsageError
 from orchestrator.plan.result import Result
 from orchestrator.readable import duration
@@ -35,14 +36,6 @@ from orchestrator.recipe.recipe import (
 )
 from orchestrator.recipe.values import parse_option, parse_vary
 from orchestrator.usage import Usage
-
-EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
-    "perplexity": "{:.2f}".format,
-    "parameters": "{:,}".format,
-    "bytes": "{:,}".format,
-    "prefill_tokens_per_second": "{:,.1f}".format,
-    "decode_tokens_per_second": "{:,.1f}".format,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -200,10 +193,9 @@ def _print_result(result: Result, as_json: bool) -> None:
         print(json.dumps(result.report, indent=2))
         return
     kept, values = result.report["kept"], result.report["values"]
-    asked = f"requested {kept['asked']:g} of {kept['asked_of']}"
     _print_rows(
         {
-            "kept fraction of the targeted linears": f"{kept['linears']:.4f} ({asked})",
+            **kept_rows(result.report),
             "kept fraction of the whole model": f"{kept['model']:.4f}",
             "parameters": f"{values['model_before']:,} before, {values['model_after']:,} after",
             "checkpoint": result.out,
@@ -222,7 +214,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(report, indent=2))
     else:
-        _print_evaluation(report)
+        print_evaluation(report)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -237,6 +229,8 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         for problem in problems:
             print(f"wrong: {problem}")
+        for note in found.get("notes", ()):
+            print(f"note: {note}")
         if {"files", "tensors", "linears", "logits"} <= found.keys():
             _print_verification(found)
     return InputError.exit_code if problems else 0
@@ -337,27 +331,6 @@ def _variable(text: str) -> tuple[str, str]:
 
 def _progress(options: argparse.Namespace) -> Lines | JsonLines:
     return JsonLines(sys.stderr) if options.progress == "json" else Lines(sys.stderr)
-
-
-def _print_evaluation(report: Mapping[str, Any]) -> None:
-    """Print one row per quantity and one column per model, the dense one first; then the
-    comparison."""
-    models = [report["models"][name] for name in ("against", "model") if name in report["models"]]
-    table = [["", *(Path(model["path"]).name for model in models)]]
-    for name, shown in EVALUATION_ROWS.items():
-        values = [model[name] for model in models]
-        label = name.replace("_", " ")
-        table.append([label, *("unknown" if v is None else shown(v) for v in values)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for label, *cells in table:
-        shown_cells = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-        print("  ".join([f"{label:<{widths[0]}}", *shown_cells]).rstrip())
-    if "kl" in report:
-        print(f"mean KL divergence from the dense model {report['kl']:.4f} nats, ", end="")
-        print(f"same top token for {report['top1_agreement']:.1%}")
-    used = report.get("memory")
-    memory = f", peak memory of a worker: {Usage.from_json(used)}" if used else ""
-    print(f"{report['predictions']:,} predictions{memory}")
 
 
 def _print_rows(rows: Mapping[str, Any]) -> None:

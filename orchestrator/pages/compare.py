@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.errors import UsageError
 from orchestrator.pages import figures, tables
-from orchestrator.pages.evaluations import AGREEMENT, QUANTITIES, text_of
+from orchestrator.pages.evaluations import AGREEMENT, QUANTITIES, against_base, text_of
 from orchestrator.pages.linears import by_role, entries, kept_of
 from orchestrator.pages.markup import Markup, element, page, section, write_page
 from orchestrator.pages.sources import Source, read_source, whole
@@ -126,7 +126,7 @@ def _evaluations(names: Sequence[str], sources: Sequence[Source]) -> Iterator[Ma
     """Sections by text: only measurements on the same tokens share a table."""
     texts: dict[str, list[tuple[str, Source, Mapping[str, Any]]]] = {}
     for name, source in zip(names, sources, strict=True):
-        for facts in source.evaluations:
+        for facts in map(_within, source.evaluations):
             same = json.dumps([facts.get("text"), facts.get("predictions")], sort_keys=True)
             texts.setdefault(same, []).append((name, source, facts))
     several = len(texts) > 1
@@ -138,6 +138,14 @@ def _evaluations(names: Sequence[str], sources: Sequence[Source]) -> Iterator[Ma
             _quality(measured),
             _scatter(measured),
         )
+
+
+def _within(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Measurements without those against a model that is not the one that was compressed."""
+    if against_base(facts):
+        return facts
+    models = {"model": facts["models"]["model"]}
+    return {**{n: v for n, v in facts.items() if n not in AGREEMENT}, "models": models}
 
 
 def _quality(measured: Sequence[tuple[str, Source, Mapping[str, Any]]]) -> Markup:

@@ -1,6 +1,7 @@
 """Results of `evaluate`, before and after compression."""
 
 from collections.abc import Callable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from orchestrator.pages import tables
@@ -25,7 +26,21 @@ def evaluated_text(facts: Mapping[str, Any]) -> str:
     """Describe the data and the memory of an evaluation."""
     used = facts.get("memory")
     memory = f"; peak memory of a worker: {Usage.from_json(used)}" if used else ""
-    return f"{text_of(facts)}{memory}."
+    other = (
+        "" if against_base(facts) else f" {_against(facts)} is not the model that was compressed."
+    )
+    return f"{text_of(facts)}{memory}.{other}"
+
+
+def against_base(facts: Mapping[str, Any]) -> bool:
+    """False if the other model is known not to be the one that was compressed."""
+    return facts.get("against_is_base", True) is not False
+
+
+def _against(facts: Mapping[str, Any]) -> str:
+    """Name of the other model: dense, or its directory's if it is not what was compressed."""
+    path = facts["models"].get("against", {}).get("path")
+    return "dense" if against_base(facts) or not path else PurePath(str(path)).name
 
 
 def text_of(facts: Mapping[str, Any]) -> str:
@@ -52,7 +67,9 @@ def before_and_after(facts: Mapping[str, Any]) -> Markup:
         rows.append([row_head(label), *cells, number(change)])
     for name, (label, shown) in AGREEMENT.items():
         if facts.get(name) is not None:
+            if not against_base(facts):
+                label = label.replace("the dense model", _against(facts))
             agreement = number(shown(facts[name]), facts[name])
             rows.append([row_head(label), number(DASH), agreement, number(DASH)])
-    heads = [head(""), *(head(name, "n") for name in ("dense", "compressed", "ratio"))]
+    heads = [head(""), *(head(name, "n") for name in (_against(facts), "compressed", "ratio"))]
     return tables.table(heads, rows, label="evaluation")

@@ -20,8 +20,9 @@ SHOWN_EVENTS = 40
 KNOWN = {
     *("format_version", "producer", "key", "base_fingerprint", "architecture", "recipe", "kept"),
     *("bytes", "calibration", "values", "linears", "not_targeted", "timings"),
+    "files",
 }
-"""Report fields with a dedicated place; all others are listed under "Also reported"."""
+"""Report fields with a dedicated place, and digests; all others are listed as "Also reported"."""
 WANTED = {
     "kept.linears": "kept fraction of the targeted linears",
     "kept.model": "kept fraction of the whole model",
@@ -121,11 +122,16 @@ def _key_figures(source: Source) -> Markup | None:
     kept, values = source.report.get("kept", {}), source.report.get("values", {})
     shown: list[tuple[str, str, str]] = []
     if "linears" in kept:
-        asked = f"requested {kept['asked']:g}" if "asked" in kept else ""
-        asked += f" of {kept['asked_of']}" if asked and "asked_of" in kept else ""
-        shown.append(
-            ("kept fraction of the targeted linears", tables.fraction(kept["linears"]), asked)
-        )
+        asked = f", requested {kept['asked']:g}" if "asked" in kept else ""
+        of_bytes = source.report.get("bytes", {})
+        in_bytes = kept.get("asked_of") == "bytes" and of_bytes.get("dense_linears")
+        if in_bytes:
+            fraction = of_bytes.get("stored", 0) / of_bytes["dense_linears"]
+            name = "kept fraction of the targeted linears, in bytes"
+            shown.append((name, tables.fraction(fraction), asked.removeprefix(", ")))
+        name = "kept fraction of the targeted linears"
+        said = "of values" if in_bytes else f"of values{asked}"
+        shown.append((name, tables.fraction(kept["linears"]), said))
     else:
         for name, of in (("keep", "values"), ("keep_bytes", "bytes")):
             if source.recipe.get(name) is not None:

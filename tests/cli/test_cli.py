@@ -38,10 +38,12 @@ def compressed(monkeypatch):
 
     def compress(recipe, on_event):
         recipes.append(recipe)
+        unit = "values" if recipe.keep_bytes is None else "bytes"
         on_event({"event": "note", "text": "here"})
         report = {
-            "kept": {"asked": recipe.share, "asked_of": "values", "linears": 0.79, "model": 0.85},
+            "kept": {"asked": recipe.share, "asked_of": unit, "linears": 0.79, "model": 0.85},
             "values": {"model_before": 1000, "model_after": 850},
+            "bytes": {"dense_linears": 2000, "stored": 1600},
         }
         plan = Plan(assignments={}, budget_values=0, stored_values=0)
         return Result(out=Path(recipe.out), run_dir=Path("run"), plan=plan, report=report)
@@ -136,13 +138,24 @@ def test_result_on_stdout_and_progress_on_stderr(compressed, capsys):
     """A result can be piped; events are separate, as lines or as JSON."""
     assert main(["compress", "dense", "small", "--keep", "0.8"]) == 0
     said = capsys.readouterr()
-    assert "0.7900 (requested 0.8 of values)" in said.out
+    assert "\nkept fraction of the targeted linears, in bytes   0.8000\n" in said.out
     assert said.err.endswith("] here\n")
     arguments = ["compress", "dense", "small", "--keep", "0.8", "--json", "--progress", "json"]
     assert main(arguments) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["kept"]["model"] == 0.85
     assert json.loads(said.err) == {"event": "note", "text": "here"}
+
+
+@pytest.mark.parametrize(("unit", "flag"), [("values", "--keep"), ("bytes", "--keep-bytes")])
+def test_a_size_is_shown_beside_the_request_in_its_unit(compressed, capsys, unit, flag):
+    """The fraction in the other unit is a line of its own, without the request."""
+    assert main(["compress", "dense", "small", flag, "0.7"]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    shown = {"values": "0.7900", "bytes": "0.8000"}
+    asked = shown.pop(unit)
+    assert first.endswith(f", in {unit}{' ' * (8 - len(unit))}{asked} (requested 0.7)")
+    assert second.endswith(*shown.values())
 
 
 @pytest.mark.parametrize("json_flag", [[], ["--json"]])
@@ -186,6 +199,20 @@ def test_evaluate_passes_what_was_given(monkeypatch, capsys, json_flag):
         assert rows[:2] == [["dense", "small"], ["perplexity", "9.50", "10.00"]]
         assert "same top token for 87.5%" in shown
         assert "511 predictions, peak memory of a worker: host 1 GB" in shown
+
+
+def test_another_model_is_not_called_the_dense_one(monkeypatch, capsys):
+    """The comparison has its name, and a line says that it is not the model that was compressed."""
+    names = ("perplexity", "parameters", "bytes", "prefill_tokens_per_second")
+    one = {**dict.fromkeys(names, 1), "decode_tokens_per_second": None}
+    models = {"model": {**one, "path": "a/small"}, "against": {**one, "path": "a/other"}}
+    report = {"models": models, "kl": 0.25, "top1_agreement": 0.5, "predictions": 3}
+    report["against_is_base"] = False
+    monkeypatch.setattr(api, "evaluate", lambda model, **given: report)
+    assert main(["evaluate", "small", "--against", "other", "--text", "t.txt"]) == 0
+    shown = capsys.readouterr().out
+    assert "divergence from other 0.2500 nats" in shown
+    assert "\nother is not the model that small was compressed from\n" in shown
 
 
 def test_export(monkeypatch, capsys):

@@ -157,6 +157,7 @@ def _outcome(result: Any, journal: _Journal) -> dict[str, Any]:
     out, plan = Path(result.out), result.plan.to_json()
     assignments = {name: _words(each) for name, each in plan.pop("assignments").items()}
     report = json.loads((out / "orchestrator_report.json").read_text())
+    del report["files"][BOOTSTRAP]
     return {
         "key": report["key"],
         "plan": {**plan, "assignments": assignments},
@@ -187,7 +188,8 @@ def _files(out: Path) -> dict[str, str]:
     """SHA-256 of every file except the report, which is recorded separately because it has times.
 
     The file for loading without this package consists of its sources, comments included: only its
-    existence is recorded.
+    existence is recorded. The digest of the report, which has that of this file, is taken out of
+    the config.
     """
     return {
         str(path.relative_to(out)): SOURCE if path.name == BOOTSTRAP else _digest(path)
@@ -197,7 +199,12 @@ def _files(out: Path) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:HEX]
+    content = path.read_bytes()
+    if path.name == "config.json":
+        config = json.loads(content)
+        if config.get("quantization_config", {}).pop("report_blake2b", None):
+            content = f"{json.dumps(config, indent=2, ensure_ascii=False)}\n".encode()
+    return hashlib.sha256(content).hexdigest()[:HEX]
 
 
 def _evaluated(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:

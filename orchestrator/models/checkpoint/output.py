@@ -16,7 +16,7 @@ from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.small_files import small_files
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.forms.config import METHOD
-from orchestrator.store.files import atomic
+from orchestrator.store.files import atomic, digest_file
 from orchestrator.store.places import Place, Remote
 
 MARKER_FILE = ".orchestrator-unfinished"
@@ -87,16 +87,18 @@ def claim_out(out: Place) -> None:
     write_text(out / MARKER_FILE, "This checkpoint is being written by orchestrator.\n")
 
 
-def copy_companions(model: Place, out: Place) -> None:
+def copy_companions(model: Place, out: Place) -> dict[str, str]:
     """Copy tokenizer, chat template, generation config and licence files byte for byte.
 
-    Links are followed only within the model, or in the hub's cache to the blobs next to its
-    snapshots, so that a model cannot make us publish other files of this machine.
+    Returns the BLAKE2b of every copy, by its name. Links are followed only within the model, or in
+    the hub's cache to the blobs next to its snapshots, so that a model cannot make us publish other
+    files of this machine.
 
     Raises:
         InputError: A link points outside the model.
     """
     source = small_files(model)
+    digests = {}
     home = source.resolve()
     if home.parent.name == "snapshots":
         home = home.parent.parent
@@ -111,6 +113,8 @@ def copy_companions(model: Place, out: Place) -> None:
                         )
                     with atomic(out / file.relative_to(source)) as temporary:
                         shutil.copyfile(file, temporary)
+                        digests[file.relative_to(source).as_posix()] = digest_file(temporary)
+    return digests
 
 
 def seal(out: Place, config: Mapping[str, Any]) -> None:
@@ -119,11 +123,14 @@ def seal(out: Place, config: Mapping[str, Any]) -> None:
     (out / MARKER_FILE).unlink(missing_ok=True)
 
 
-def write_text(path: Place, text: str) -> None:
+def write_text(path: Place, text: str) -> str:
+    """Write a file; returns its BLAKE2b."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+        return digest_file(temporary)
 
 
-def write_json(path: Place, value: Mapping[str, Any]) -> None:
-    """Write JSON in the format of transformers, with keys in the given order."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Place, value: Mapping[str, Any]) -> str:
+    """Write JSON in the format of transformers, with keys in the given order; returns its
+    BLAKE2b."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

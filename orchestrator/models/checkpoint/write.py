@@ -13,6 +13,12 @@ from torch import Tensor
 
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.card import model_card
+from orchestrator.models.checkpoint.digests import (
+    CONFIG_FILE,
+    REPORT_DIGEST,
+    config_digest,
+    report_digest,
+)
 from orchestrator.models.checkpoint.headers import INDEX_FILE, read_json
 from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, dtype_name, stored_forms
 from orchestrator.models.checkpoint.output import (
@@ -78,7 +84,7 @@ def finish(
     report: Mapping[str, Any],
     bootstrap: str,
     metrics: Mapping[str, float] | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Complete a claimed directory whose tensor files are written; idempotent until config.json.
 
     Copies tokenizer and licence files byte for byte, writes bootstrap, recipe, report, model card
@@ -88,7 +94,8 @@ def finish(
         dense: Directory of the dense checkpoint.
         base_model: Name of the dense model in card and config: a hub id, or a bare name.
         recipe: The resolved recipe as TOML.
-        report: The report, written as JSON.
+        report: The report, with the digests of the tensor files; it is written as JSON with those
+            of all files, and returned.
         bootstrap: Source of the file for `trust_remote_code`, `orchestrator.hf.bootstrap`.
         metrics: Measurements by name, shown in the card.
 
@@ -97,17 +104,12 @@ def finish(
         OrchestratorError: The directory cannot be written.
     """
     config = make_config(
-        read_json(dense / "config.json"),
+        read_json(dense / CONFIG_FILE),
         survey,
         plan,
         base_model=base_model,
         output_dtype=output_dtype,
     )
-    copy_companions(dense, out)
-    write_index(out, files)
-    write_text(out / BOOTSTRAP_FILE, bootstrap)
-    write_text(out / RECIPE_FILE, recipe)
-    write_json(out / REPORT_FILE, report)
     card = model_card(
         survey,
         plan,
@@ -115,8 +117,20 @@ def finish(
         dense_card=small_files(dense) / CARD_FILE,
         metrics=metrics or {},
     )
-    write_text(out / CARD_FILE, card)
+    digests = {
+        **report.get("files", {}),
+        **copy_companions(dense, out),
+        **write_index(out, files),
+        BOOTSTRAP_FILE: write_text(out / BOOTSTRAP_FILE, bootstrap),
+        RECIPE_FILE: write_text(out / RECIPE_FILE, recipe),
+        CARD_FILE: write_text(out / CARD_FILE, card),
+        CONFIG_FILE: config_digest(config),
+    }
+    complete = {**report, "files": dict(sorted(digests.items()))}
+    write_json(out / REPORT_FILE, complete)
+    config["quantization_config"][REPORT_DIGEST] = report_digest(complete)
     seal(out, config)
+    return complete
 
 
 def make_config(
@@ -148,10 +162,10 @@ def make_config(
     return config
 
 
-def write_index(out: Place, files: Sequence[FileSpec]) -> None:
+def write_index(out: Place, files: Sequence[FileSpec]) -> dict[str, str]:
     """Check the files against the layout, remove other weights, and write the index if needed.
 
-    A single file has no index.
+    Returns the BLAKE2b of the index, by its name. A single file has no index.
 
     Raises:
         InputError: A file is missing, or differs from the layout.
@@ -169,7 +183,7 @@ def write_index(out: Place, files: Sequence[FileSpec]) -> None:
         if (is_weights and path.name not in names) or is_leftover:
             path.unlink()
     if len(files) == 1:
-        return
+        return {}
     tensors = [tensor for file in files for tensor in file.tensors]
     metadata = {
         "total_parameters": sum(tensor.values for tensor in tensors),
@@ -177,7 +191,7 @@ def write_index(out: Place, files: Sequence[FileSpec]) -> None:
     }
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(out / INDEX_FILE, index)
+    return {INDEX_FILE: write_json(out / INDEX_FILE, index)}
 
 
 def _is_finite(tensor: Tensor) -> bool:

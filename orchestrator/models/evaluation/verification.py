@@ -21,14 +21,14 @@ from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.checkpoint.write import REPORT_FILE
+from orchestrator.models.evaluation.stored_files import check_files
 from orchestrator.models.forms.config import install_forms, read_forms
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.dense_weight import read_dense_weight
+from orchestrator.models.shards.dense_weight import check_index, read_dense_weight
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.names import map_names
 from orchestrator.plan.cut import cut_blocks
-from orchestrator.store.files import digest_file
 
 TOLERANCE = 0.02, 1e-3
 """Tolerance of measured against reported errors: a fraction of the error, plus rounding."""
@@ -46,13 +46,17 @@ def verify(
     """Verify a compressed checkpoint, with one tensor, one linear or one block in memory.
 
     1. Config, index, headers and the forms in the config are consistent.
-    2. Every file has the BLAKE2b digest that the report records.
+    2. Every file has the BLAKE2b digest that the report records, and the report the one in the
+       config (`stored_files`).
     3. Every linear has the form, rank and number of entries that the report states.
-    4. Every tensor is finite.
+    4. Every tensor is finite, and every index valid.
     5. Sampled linears, evenly over the roles, are reconstructed; given the dense model,
        |W - W'|^2 / |W|^2 matches the report, unless they were trained since.
     6. Tokens pass through all blocks, and the logits are finite; given the dense model, the mean
        KL from it and the top-1 agreement are returned.
+
+    A dense model with another fingerprint than that of the compressed one is a problem, and nothing
+    is compared with it.
 
     Args:
         changing: Names of the stages after which the error of a linear is no longer that of its
@@ -63,8 +67,8 @@ def verify(
             and quality is not measured.
 
     Returns:
-        `problems`, empty if none were found, and the results of the checks: `files`, `tensors`,
-        `linears`, `logits`.
+        `problems`, empty if none were found, the results of the checks: `files`, `tensors`,
+        `linears`, `logits`, and `notes` about checks that are not possible, if there are any.
     """
     try:
         lazy_model = LazyModel.open(directory, dtype=torch.float32)
@@ -107,6 +111,9 @@ class _Verification:
         self._dense = None if dense is None else LazyModel.open(dense, dtype=torch.float32)
         self._changing, self._linears, self._tokens = changing, linears, tokens
         self._problems: list[str] = []
+        self._notes: list[str] = []
+        self._unsound: set[str] = set()
+        """Linears with an invalid index."""
 
     def perform(self) -> dict[str, Any]:
         looks: dict[str, Callable[[], Any]] = {
@@ -116,31 +123,42 @@ class _Verification:
             "logits": self._probe,
         }
         found: dict[str, Any] = {}
+        self._check_base()
         for name, look in looks.items():
+            if name == "logits" and self._unsound:
+                # an invalid index selects values that do not exist
+                continue
             try:
                 found[name] = look()
             except InputError as error:
                 self._problems.append(str(error))
-        return {**found, "problems": list(dict.fromkeys(self._problems))}
+        notes = {"notes": self._notes} if self._notes else {}
+        return {**found, **notes, "problems": list(dict.fromkeys(self._problems))}
+
+    def _check_base(self) -> None:
+        """Keep the dense model only if it is the one that was compressed."""
+        base = self._lazy_model.base_fingerprint
+        if self._dense is None or base is None:
+            return
+        found = self._dense.weights.fingerprint
+        if found != base:
+            self._problems.append(
+                f"{self._dense.directory}: is not the model that was compressed; its fingerprint "
+                f"(of config and weights) is {found[:12]}, that of the compressed one {base[:12]}; "
+                "give that model, or none"
+            )
+            self._dense = None
 
     def _complain(self, what: str) -> None:
         self._problems.append(f"{self._directory}: {what}")
 
     def _files(self) -> dict[str, str]:
-        """State of every weights file: `as reported`, `changed` or `not reported`."""
-        reported = self._report.get("files", {})
-        found = {}
-        for path in sorted(self._directory.glob("*.safetensors")):
-            expected = reported.get(path.name)
-            found[path.name] = "not reported"
-            if expected is not None:
-                is_same = digest_file(path) == expected
-                found[path.name] = "as reported" if is_same else "changed"
-                if not is_same:
-                    self._complain(f"{path.name} is not the file that was written")
-        for name in reported.keys() - found.keys():
-            self._complain(f"{name} is missing")
-        return found
+        """State of every file: `as reported`, `changed` or `not reported`."""
+        dense = None if self._dense is None else self._dense.directory
+        found = check_files(self._directory, self._report, dense)
+        self._problems += found.problems
+        self._notes += found.notes
+        return dict(found.states)
 
     def _tensors(self) -> int:
         """Count the tensors; reports those with NaN or infinite values."""
@@ -162,8 +180,17 @@ class _Verification:
         turned = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
         install_forms(model, architecture.forms)
         names = map_names(model, weights)
+        compressed = list(read_forms(architecture.forms))
+        for name in compressed:
+            try:
+                check_index(model, name, weights, names)
+            except InputError as damage:
+                self._problems.append(str(damage))
+                self._unsound.add(name)
         found = {}
-        for name in sampled(list(read_forms(architecture.forms)), self._linears):
+        for name in sampled(compressed, self._linears):
+            if name in self._unsound:
+                continue
             weight_OI = read_dense_weight(model, name, weights, names)
             entry = self._report["linears"].get(name, {})
             found[name] = {"form": entry.get("form"), "reported": entry.get("weight_error")}

@@ -23,6 +23,7 @@ FIELDS = (
     "base_fingerprint",
     "modules",
     "modules_to_not_convert",
+    "report_blake2b",
 )
 
 

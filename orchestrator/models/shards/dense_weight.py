@@ -21,11 +21,36 @@ def read_dense_weight(
     Raises:
         InputError: The index of a sparse or pivoted weight is invalid.
     """
+    module = _load_module(model, linear, weights, names)
+    with torch.no_grad():
+        weight_OI = module.dense_weight()
+    module.to("meta")
+    return weight_OI
+
+
+def check_index(model: PreTrainedModel, linear: str, weights: Weights, names: Names) -> None:
+    """Read the index of a compressed linear, if it has one, without its values.
+
+    Raises:
+        InputError: The index is invalid.
+    """
+    _load_module(model, linear, weights, names, only_index=True).to("meta")
+
+
+def _load_module(
+    model: PreTrainedModel,
+    linear: str,
+    weights: Weights,
+    names: Names,
+    *,
+    only_index: bool = False,
+) -> FormLinear:
+    """Load the values of a compressed linear in float32, and its index, which is checked."""
     module = model.get_submodule(linear)
     assert isinstance(module, FormLinear)
     state = {}
-    for key in module.state_dict():
-        if key != "bias":
+    for key, meant in module.state_dict().items():
+        if key != "bias" and not (only_index and meant.is_floating_point()):
             name = f"{linear}.{key}"
             tensor = weights.read(names.disk[names.tied.get(name, name)])
             state[key] = tensor.float() if tensor.is_floating_point() else tensor
@@ -36,7 +61,4 @@ def read_dense_weight(
                 f"{weights.directory}: the index of {linear} does not name {part.indexed}; "
                 "the checkpoint is damaged"
             )
-    with torch.no_grad():
-        weight_OI = module.dense_weight()
-    module.to("meta")
-    return weight_OI
+    return module

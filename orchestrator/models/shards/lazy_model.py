@@ -168,6 +168,12 @@ class LazyModel:
         return self._architecture.forms is not None
 
     @property
+    def base_fingerprint(self) -> str | None:
+        """Fingerprint of the dense model that was compressed; None if it is not known."""
+        found = (self._architecture.forms or {}).get("base_fingerprint")
+        return found if isinstance(found, str) else None
+
+    @property
     def disk_names(self) -> Mapping[str, str]:
         """Name on disk of every stored tensor, by its name in the model, in model order."""
         return self.names.disk

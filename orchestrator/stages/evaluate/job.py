@@ -38,7 +38,8 @@ class Measurements:
 def earlier_report(keyed: KeyedEvaluation) -> dict[str, Any] | None:
     """The report of an earlier run of the same evaluation; None if there is none."""
     manifest = keyed.run.units.manifest(keyed.report_key)
-    return None if manifest is None else manifest["facts"]
+    # earlier versions did not record the origin
+    return None if manifest is None else {**manifest["facts"], **keyed.origin}
 
 
 def measure(keyed: KeyedEvaluation, stage: RunningStage) -> Measurements:
@@ -113,6 +114,7 @@ def commit_report(keyed: KeyedEvaluation, found: Measurements) -> dict[str, Any]
     }
     facts: dict[str, Any] = {
         "models": models,
+        **keyed.origin,
         "text": keyed.token_report,
         "predictions": total.predictions,
         "shards": len(found.cut),

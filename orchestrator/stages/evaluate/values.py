@@ -64,6 +64,15 @@ class SurveyedEvaluation(AskedEvaluation):
         found = self.lazy_models.items()
         return {self.models[name]: model.weights.fingerprint for name, model in found}
 
+    @property
+    def origin(self) -> dict[str, bool]:
+        """For the report: `against_is_base` is False if `against` is not what was compressed."""
+        base = self.lazy_models["model"].base_fingerprint
+        against = self.lazy_models.get("against")
+        if base is None or against is None or against.weights.fingerprint == base:
+            return {}
+        return {"against_is_base": False}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyedEvaluation(SurveyedEvaluation):

@@ -133,8 +133,7 @@ def write_small_files(
     monitor: RunMonitor,
 ) -> Result:
     """Write report, card, index and, last, the config."""
-    report = _report(planned, files, done, _timings(planned, workers, monitor))
-    finish(
+    report = finish(
         planned.out,
         dense=planned.model,
         survey=planned.survey,
@@ -143,7 +142,7 @@ def write_small_files(
         base_model=planned.base_model,
         output_dtype=parse_dtype(planned.recipe.output_dtype),
         recipe=planned.recipe.to_toml(schedule=False),
-        report=report,
+        report=_report(planned, files, done, _timings(planned, workers, monitor)),
         bootstrap=bootstrap_source(planned.survey.architecture, planned.plan.forms),
     )
     return _result_of(report, planned.out, planned.run)

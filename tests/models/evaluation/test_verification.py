@@ -13,6 +13,7 @@ import orchestrator
 from orchestrator import verify
 from orchestrator.cli.main import main
 from orchestrator.models.evaluation.verification import sampled
+from orchestrator.pages.evaluations import before_and_after, evaluated_text
 
 RECIPES = {
     "svd-llm": {},
@@ -41,7 +42,8 @@ def test_the_checkpoint_of_a_run_is_sound(name, llama, text, tmp_path):
     found = verify(result.out, against=llama, linears=100)
     assert found["problems"] == []
     assert set(found["files"].values()) == {"as reported"}
-    assert len(found["files"]) > 1
+    assert len(found["files"]) > 9
+    assert "notes" not in found
     assert found["linears"].keys() == {
         n for n, a in result.plan.assignments.items() if a.form != "dense"
     }
@@ -123,6 +125,115 @@ DAMAGES = {
 }
 
 
+def edit(name, change):
+    """Damage to a file: its text changed."""
+
+    def damage(out):
+        text = (out / name).read_text()
+        assert change(text) != text
+        (out / name).write_text(change(text))
+
+    return damage
+
+
+def edit_json(name, change):
+    """Damage to a file: its JSON value changed."""
+
+    def damage(out):
+        value = json.loads((out / name).read_text())
+        change(value)
+        (out / name).write_text(json.dumps(value, indent=2))
+
+    return damage
+
+
+SMALL_DAMAGES = {
+    "code": (
+        edit("modeling_orchestrator.py", lambda text: f"{text}print()\n"),
+        "modeling_orchestrator.py is not the file that was written",
+    ),
+    "tokenizer": (
+        edit("tokenizer.json", lambda text: text.replace('"?"', '"!"')),
+        "tokenizer.json is not the file that was written",
+    ),
+    "recipe": (
+        edit("recipe.toml", lambda text: text.replace("0.5", "0.6")),
+        "recipe.toml is not the file that was written",
+    ),
+    "config": (
+        edit_json("config.json", lambda config: config.update(rms_norm_eps=1e-3)),
+        "config.json is not the file that was written",
+    ),
+    "report": (
+        edit_json("orchestrator_report.json", lambda report: report["kept"].update(model=0.1)),
+        "orchestrator_report.json is not the file that was written",
+    ),
+    "no tokenizer": (
+        lambda out: [path.unlink() for path in out.glob("tokenizer*")],
+        "tokenizer.json is missing",
+    ),
+    "more code": (
+        lambda out: (out / "tokenization_other.py").write_text("print()"),
+        "tokenization_other.py is not among the files that were written",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_DAMAGES)
+def test_damage_to_a_small_file_is_named(name, sound):
+    """Everything that was written is covered, and what a program would read besides."""
+    damage, says = SMALL_DAMAGES[name]
+    damage(sound)
+    problems = verify(sound)["problems"]
+    assert f"{sound}: {says}" in problems
+    assert len(problems) == (2 if name == "no tokenizer" else 1)
+
+
+def test_what_its_owner_adds_is_no_damage(sound):
+    """An edited card, timings, notes and a licence."""
+    (sound / "README.md").write_text("mine")
+    edit_json("orchestrator_report.json", lambda report: report["timings"].update(nodes=[]))(sound)
+    for name in ("notes.txt", "LICENSE", ".gitattributes"):
+        (sound / name).write_text(name)
+    assert verify(sound)["problems"] == []
+
+
+def test_an_earlier_checkpoint_is_verified_as_far_as_it_can_be(sound, llama, capsys):
+    """Without digests of small files it loads and passes, with a word about it, but not without
+    the tokenizer of its dense model."""
+    edit_json("config.json", lambda config: config["quantization_config"].pop("report_blake2b"))(
+        sound
+    )
+
+    def forget(report):
+        report["files"] = {n: v for n, v in report["files"].items() if n.endswith(".safetensors")}
+
+    edit_json("orchestrator_report.json", forget)(sound)
+    assert main(["verify", str(sound), "--against", str(llama)]) == 0
+    assert f"note: {sound}: written by an earlier version" in capsys.readouterr().out
+    assert orchestrator.load(sound) is not None
+    (sound / "tokenizer.json").unlink()
+    assert verify(sound, against=llama)["problems"] == [f"{sound}: tokenizer.json is missing"]
+
+
+def flip(tensor):
+    tensor.view(-1)[-1] ^= 2**30
+    return tensor
+
+
+def test_a_flipped_bit_of_an_index_is_named(llama, text, tmp_path, capsys):
+    """Of every linear, also of those that are not reconstructed."""
+    out = run(llama, tmp_path / "out", text, **RECIPES["pivoted"]).out
+    names = [name for name in load_file(out / "model.safetensors") if name.endswith(".index")]
+    change(out / "model.safetensors", names[0], flip)
+    assert main(["verify", str(out), "--linears", "0"]) == 4
+    shown = capsys.readouterr().out
+    linear = names[0].removesuffix(".index")
+    assert f"wrong: {out}: the index of {linear} does not name each of" in shown
+    assert "model.safetensors is not the file that was written" in shown
+    assert shown.count("wrong:") == 2
+
+
 def _at(out):
     return out / "model.safetensors", first_factor(out)
 
@@ -147,7 +258,7 @@ def test_a_changed_weight_is_detected_without_hashes(sound, llama):
     (sound / "orchestrator_report.json").write_text(json.dumps(report))
     change(sound / "model.safetensors", name, lambda tensor: tensor * 1.5)
     found = verify(sound, against=llama, linears=1000)
-    assert set(found["files"].values()) == {"not reported"}
+    assert found["files"]["model.safetensors"] == "not reported"
     assert any(f"{linear}: |W - W'|^2 / |W|^2 is" in each for each in found["problems"])
     assert any(f"{linear}: rank is" in each for each in found["problems"])
 
@@ -161,9 +272,35 @@ def test_a_dense_model_is_refused(llama):
 def test_the_command_prints_its_results(whole, llama, capsys):
     """One line per result; the full result as JSON."""
     assert main(["verify", str(whole)]) == 0
-    assert "1 as reported" in capsys.readouterr().out
+    assert " as reported\n" in capsys.readouterr().out
     assert main(["verify", str(whole), "--against", str(llama), "--json", "--linears=2"]) == 0
     assert len(json.loads(capsys.readouterr().out)["linears"]) == 2
+
+
+def test_another_model_is_not_compared_with(whole, checkpoint, capsys):
+    """A model of any shape that is not the one that was compressed is the only problem."""
+    other = checkpoint("qwen3")
+    assert main(["verify", str(whole), "--against", str(other)]) == 4
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"wrong: {other}: is not the model that was compressed; ")
+    assert shown.count("wrong:") == 1
+    assert "divergence" not in shown
+
+
+def test_an_evaluation_knows_what_was_compressed(whole, llama, text, tmp_path):
+    """Only a model other than the one that was compressed is reported as such, again if the
+    evaluation is not repeated; pages call it by its name."""
+    asked = {"text": str(text), "samples": 2, "sequence_length": 16, "executor": "local"}
+    asked["run_dir"] = str(tmp_path / "evaluation")
+    other = write_llama(tmp_path / "other", blocks=3, hidden=16)
+    assert "against_is_base" not in orchestrator.evaluate(whole, against=str(llama), **asked)
+    found = orchestrator.evaluate(whole, against=str(other), **asked)
+    assert found["against_is_base"] is False
+    assert orchestrator.evaluate(whole, against=str(other), **asked) == found
+    assert "other is not the model that was compressed" in evaluated_text(found)
+    table = before_and_after(found)
+    assert "mean KL divergence from other, nats" in table
+    assert "dense" not in table
 
 
 @pytest.mark.parametrize("blocks", [1, 28, 30, 42])

@@ -1,0 +1,52 @@
+"""Results of a compression and an evaluation as text."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.usage import Usage
+
+EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
+    "perplexity": "{:.2f}".format,
+    "parameters": "{:,}".format,
+    "bytes": "{:,}".format,
+    "prefill_tokens_per_second": "{:,.1f}".format,
+    "decode_tokens_per_second": "{:,.1f}".format,
+}
+
+
+def kept_rows(report: Mapping[str, Any]) -> dict[str, str]:
+    """Kept fractions of the linears in values and in bytes, the requested one first."""
+    kept, stored = report["kept"], report["bytes"]
+    fractions = {"values": kept["linears"], "bytes": stored["stored"] / stored["dense_linears"]}
+    asked = kept["asked_of"]
+    shown = {asked: f"{fractions.pop(asked):.4f} (requested {kept['asked']:g})"}
+    shown |= {unit: f"{fraction:.4f}" for unit, fraction in fractions.items()}
+    return {
+        f"kept fraction of the targeted linears, in {unit}": text for unit, text in shown.items()
+    }
+
+
+def print_evaluation(report: Mapping[str, Any]) -> None:
+    """Print one row per quantity and one column per model, the dense one first; then the
+    comparison."""
+    models = [report["models"][name] for name in ("against", "model") if name in report["models"]]
+    table = [["", *(Path(model["path"]).name for model in models)]]
+    for name, shown in EVALUATION_ROWS.items():
+        values = [model[name] for model in models]
+        label = name.replace("_", " ")
+        table.append([label, *("unknown" if v is None else shown(v) for v in values)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for label, *cells in table:
+        shown_cells = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        print("  ".join([f"{label:<{widths[0]}}", *shown_cells]).rstrip())
+    is_base = report.get("against_is_base", True)
+    if "kl" in report:
+        from_what = "the dense model" if is_base else table[0][1]
+        print(f"mean KL divergence from {from_what} {report['kl']:.4f} nats, ", end="")
+        print(f"same top token for {report['top1_agreement']:.1%}")
+    if not is_base:
+        print(f"{table[0][1]} is not the model that {table[0][2]} was compressed from")
+    used = report.get("memory")
+    memory = f", peak memory of a worker: {Usage.from_json(used)}" if used else ""
+    print(f"{report['predictions']:,} predictions{memory}")

@@ -1,0 +1,130 @@
+"""The built wheel, installed in an environment of its own, performs every verb outside the
+checkout."""
+
+import json
+import os
+import shutil
+import site
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from pipeline import write_llama, write_text
+
+from orchestrator.cli.main import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "orchestrator"
+BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+SMALL = ("--executor", "local", "--samples", "4", "--sequence-length", "32")
+HALF = ("--calibration", "text.txt", "--keep", "0.5", *SMALL)
+VARIED = ("--vary", "sampling=first,random", "--text", "held-out.txt", "--text-samples", "2")
+VERBS = {
+    "methods": (["methods"], 0, "two-sided"),
+    "measure": (["measure", "rates.json"], 0, "rates.json"),
+    "plan": (["plan", "dense", *HALF], 0, "H100"),
+    "compress": (["compress", "dense", "out", *HALF], 0, "kept fraction"),
+    "retarget": (["retarget", "out.run", "less", "--keep", "0.4"], 0, "kept fraction"),
+    "search": (["search", "dense", "found", *HALF, *VARIED], 0, "best"),
+    "evaluate": (
+        ["evaluate", "out", "--against", "dense", "--text", "held-out.txt", *SMALL],
+        0,
+        "mean KL divergence from the dense model",
+    ),
+    "verify": (["verify", "out", "--against", "dense"], 0, "as reported"),
+    "export": (["export", "out", "dense-again"], 0, "dense-again"),
+    "status": (["status", "out.run"], 0, "done"),
+    "report": (["report", "out.run"], 0, "report.html"),
+    "compare": (["compare", "out", "less"], 0, "comparison.html"),
+    "clean": (["clean", "found.run"], 0, "found.run"),
+    "submit": (["submit", "--", "compress", "dense", "out"], 2, "give an absolute path"),
+}
+"""Arguments, exit code and a part of the output of each verb; of submit only the check that
+precedes the network."""
+PERFORM = """
+import contextlib, importlib.metadata, io, json, sys
+
+(entry,) = importlib.metadata.entry_points(group="console_scripts", name="orchestrator")
+main = entry.load()
+found = {}
+for verb, arguments in json.load(sys.stdin).items():
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        found[verb] = main(arguments), said.getvalue()
+print(json.dumps({"file": sys.modules["orchestrator"].__file__, "found": found}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy: a build writes into its sources, and reads what an earlier one
+    left there."""
+    sources, dist = (tmp_path_factory.mktemp(name) for name in ("sources", "dist"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    left_out = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, sources / PACKAGE.name, ignore=left_out)
+    command = [sys.executable, "-c", BUILD, dist]
+    subprocess.run(command, cwd=sources, check=True, capture_output=True)
+    (built,) = dist.iterdir()
+    return built
+
+
+def test_the_wheel_has_every_file_of_the_package(wheel):
+    """Data files too."""
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
+    }
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == files
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """What one process of an environment with the wheel and the libraries of this one has done.
+
+    A line of a .pth file adds these libraries without their own .pth files, by which an editable
+    installation makes the checkout importable.
+    """
+    directory = tmp_path_factory.mktemp("installed")
+    environment, elsewhere = directory / "venv", directory / "elsewhere"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install"]
+    options = ["--no-deps", "--no-index", "--no-cache-dir", "--disable-pip-version-check"]
+    subprocess.run([*pip, *options, wheel], check=True, capture_output=True)
+    (own,) = environment.glob("lib/python*/site-packages")
+    (own / "libraries.pth").write_text("".join(f"{path}\n" for path in site.getsitepackages()))
+    write_llama(elsewhere / "dense", blocks=2, hidden=32)
+    write_text(elsewhere / "text.txt")
+    write_text(elsewhere / "held-out.txt", characters=1000)
+    done = subprocess.run(
+        [python, "-c", PERFORM],
+        cwd=elsewhere,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        input=json.dumps({verb: arguments for verb, (arguments, _, _) in VERBS.items()}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert Path(found["file"]).is_relative_to(own)
+    return found["found"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_works_outside_the_checkout(verb, installed):
+    """The smallest real use of each verb ends with its exit code and its output."""
+    _, code, says = VERBS[verb]
+    found, said = installed[verb]
+    assert found == code, said
+    assert says in said
+
+
+def test_every_verb_is_tried():
+    assert VERBS.keys() == COMMANDS.keys()
