@@ -85,7 +85,7 @@ def test_the_wheel_has_every_file_of_the_package(wheel):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """What one process of an environment with the wheel and the libraries of this one has done.
+    """Results of one process in an environment with the wheel and the libraries of this one.
 
     A line of a .pth file adds these libraries without their own .pth files, by which an editable
     installation makes the checkout importable.

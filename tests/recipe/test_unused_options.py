@@ -14,7 +14,7 @@ FIXED = {"model": "m", "out": "o", "keep": 0.6}
 
 @pytest.mark.parametrize("option", ["mgaa.x=1", "mgaa.t=1"])
 def test_an_option_of_another_method(option, tmp_path, capsys):
-    """Whether it exists or not; also of `plan`, which needs a config only."""
+    """It is refused, existing or not; also by `plan`, which needs a config only."""
     numbers = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
     config = {"model_type": "llama", "num_attention_heads": 2} | dict.fromkeys(numbers, 64)
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -222,7 +222,7 @@ def flip(tensor):
 
 
 def test_a_flipped_bit_of_an_index_is_named(llama, text, tmp_path, capsys):
-    """Of every linear, also of those that are not reconstructed."""
+    """Indices of every linear are checked, also of those that are not reconstructed."""
     out = run(llama, tmp_path / "out", text, **RECIPES["pivoted"]).out
     names = [name for name in load_file(out / "model.safetensors") if name.endswith(".index")]
     change(out / "model.safetensors", names[0], flip)
