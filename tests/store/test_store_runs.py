@@ -77,8 +77,12 @@ def named(files, model):
     local = files["orchestrator_report.json"]["recipe"]["model"]
     report = json.dumps(files["orchestrator_report.json"]).replace(local, model)
     recipe = files["recipe.toml"].decode().replace(local, model).encode()
-    key = {"key": None}
-    return files | {"recipe.toml": recipe, "orchestrator_report.json": json.loads(report) | key}
+    report = json.loads(report) | {"key": None}
+    del report["files"]["recipe.toml"]
+    config = json.loads(files["config.json"])
+    del config["quantization_config"]["report_blake2b"]
+    same = {"recipe.toml": recipe, "orchestrator_report.json": report, "config.json": config}
+    return files | same
 
 
 def test_no_model_in_a_store_is_said(s3, text, tmp_path, capsys):
