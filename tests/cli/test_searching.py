@@ -98,7 +98,7 @@ def test_a_setting_is_a_field_or_an_option(llama, text, tmp_path):
 
 
 def test_an_option_is_kept_where_it_has_an_effect(llama, text, tmp_path):
-    """Candidates of other methods do without it; without effect anywhere it stays, and is refused."""
+    """Candidates of other methods do without it; one without any effect stays, and is refused."""
     vary = {"method": ["svd-llm", "mgaa"], "mgaa.t": [0.5], "cap.stage2": [False]}
     found = candidates_of(recipe(llama, tmp_path / "out", text), vary)
     nowhere = {"cap": {"stage2": False}}
