@@ -11,6 +11,7 @@ import pytest
 import torch
 from compressed import compress, mixed_plan
 from families import write_checkpoint
+from hypothesis import settings
 from object_store import ObjectStore, object_store
 
 from orchestrator.device.strict import CUDA_ENVIRONMENT
@@ -31,6 +32,10 @@ os.environ.update(
         "AWS_EC2_METADATA_DISABLED": "true",
     }
 )
+
+# no test is timed: beside others an example may take long
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # as workers compute: what is compared to the bit here must not depend on how a BLAS shares its work
 torch.set_num_threads(1)

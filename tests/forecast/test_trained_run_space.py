@@ -154,7 +154,8 @@ def test_refined_blocks_take_the_place_of_pivoted_factors(
 def test_another_size_is_cut_where_pivoted_factors_are_spent(small, text, refined, tmp_path):
     """Files equal those of a separate run of that size; factors are spent by refinement, so none of
     the runs is trained."""
-    fields = BEST | {"train": "none"}
+    options = {name: table for name, table in BEST["options"].items() if name != "training"}
+    fields = BEST | {"train": "none", "options": options}
     expected = copied(refined[0], tmp_path)
     run(small, expected, text, shards=4, **fields)
     run(small, tmp_path / "first", text, shards=4, **fields | {"keep": 0.3})

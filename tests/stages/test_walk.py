@@ -135,11 +135,11 @@ def test_refinement_in_parallel_follows_the_walk(llama, text, plain, tmp_path):
     """The next stage starts from the compensated blocks: its own bits, on the result of the
     walk."""
     run_dir = str(shutil.copytree(plain.run_dir, tmp_path / "run"))
-    options = SHORT | {"compensation": {"basis": "kept"}}
-    fields = {"compensate": "anchored", "options": options, "run_dir": run_dir}
-    run(llama, tmp_path / "walked", text, **fields)
+    options, fields = {"compensation": {"basis": "kept"}}, {"compensate": "anchored"}
+    run(llama, tmp_path / "walked", text, options=options, run_dir=run_dir, **fields)
     events = []
-    result = run(llama, tmp_path / "out", text, refine="blocks", on_event=events.append, **fields)
+    fields |= {"refine": "blocks", "options": SHORT | options, "run_dir": run_dir}
+    result = run(llama, tmp_path / "out", text, on_event=events.append, **fields)
     assert not any(e["event"] == "unit" and e["stage"] == "walk" for e in events)
     assert "refinement" not in result.report["walk"]["blocks"]["0"]
     dense, compressed = LazyModel.open(llama), LazyModel.open(tmp_path / "walked")
