@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -15,6 +16,7 @@ from hypothesis import settings
 from object_store import ObjectStore, object_store
 
 from orchestrator.device.strict import CUDA_ENVIRONMENT
+from orchestrator.plan.result import Result
 
 os.environ.update(
     {
@@ -66,6 +68,12 @@ def compressed(
         return compress(checkpoint(family), root / family, make_plan=mixed_plan).directory
 
     return cache(make)
+
+
+@pytest.fixture
+def run_dir(half: Result, tmp_path: Path) -> str:
+    """Copy of the run directory of a module's shared run, its fixture `half`."""
+    return str(shutil.copytree(half.run_dir, tmp_path / "run"))
 
 
 @pytest.fixture

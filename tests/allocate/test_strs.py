@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 import signal
 
 import numpy as np
@@ -157,12 +156,6 @@ def reference(half):
     return contents(half.out)
 
 
-@pytest.fixture
-def run_dir(half, tmp_path):
-    """Copy of the run directory of `half`."""
-    return str(shutil.copytree(half.run_dir, tmp_path / "run"))
-
-
 def stored_factors(run_dir):
     """Content of the decomposition units, by linear."""
     found = run_dir.glob("units/*/*/*_proj.safetensors")
@@ -310,7 +303,7 @@ def test_a_damaged_boundary_is_made_again(llama, text, reference, tmp_path, monk
     assert contents(tmp_path / "out") == reference
 
 
-def test_nothing_stays_at_the_boundaries(half):
+def test_no_chunk_stays_at_the_boundaries(half):
     """The pass leaves its units and no chunk."""
     assert not list(half.run_dir.glob("chunks/*/*/*"))
 

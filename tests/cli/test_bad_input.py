@@ -292,8 +292,8 @@ def test_no_space_left(model, tmp_path, capsys):
     ],
 )
 def test_directories_in_each_other(command, says, model, tmp_path, monkeypatch, capsys):
-    """A run directory is removed as a whole and a model is only read, so nothing may be in them; it
-    is said before anything is written."""
+    """Nested directories are refused before a file is written: a model is only read, and the files
+    of a run are removed together."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("dense")
     before = sorted(tmp_path.rglob("*"))

@@ -115,7 +115,7 @@ def test_neither_package_nor_trust_fails_loudly(made, run_program, tmp_path):
 
 
 def test_an_export_loads_where_this_package_is_unknown(fork, tmp_path):
-    """The directory holds nothing of ours, and stock transformers loads it without a word."""
+    """The directory has no file of ours, and stock transformers loads it without a warning."""
     dense = write_checkpoint("gpt2", tmp_path / "dense")
     (dense / "LICENSE").write_bytes(b"a licence")
     (dense / "tokenizer.json").write_bytes(b"{}")

@@ -1,7 +1,5 @@
 """CAP from model to checkpoint: masks, budgets, workers and sizes."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -43,12 +41,6 @@ def half(llama, text, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(half):
     return contents(half.out)
-
-
-@pytest.fixture
-def run_dir(half, tmp_path):
-    """Copy of the run directory of `half`."""
-    return str(shutil.copytree(half.run_dir, tmp_path / "run"))
 
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96

@@ -280,12 +280,6 @@ def half(llama, text, tmp_path_factory):
     return compress(llama, tmp_path_factory.mktemp("half") / "out", text, shards=1)
 
 
-@pytest.fixture
-def run_dir(half, tmp_path):
-    """Copy of the run directory of `half`."""
-    return str(shutil.copytree(half.run_dir, tmp_path / "run"))
-
-
 UNFITTED = {"two-sided-sparse": {"steps": 0}}
 
 
