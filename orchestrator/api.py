@@ -381,10 +381,10 @@ def submit(
 
 
 def clean(run_dir: str | Path, *, dry_run: bool = False) -> "Cleaning":
-    """Remove what this program wrote in a run directory, and the directory if nothing is left.
+    """Remove the files of a run from its directory, and the directory once it is empty.
 
     Args:
-        dry_run: Remove nothing.
+        dry_run: Only list; no file is removed.
 
     Returns:
         The removed files and directories, and those that are left because others wrote them.

@@ -1,10 +1,10 @@
-"""Command `clean`: says what of a run directory was removed, or would be, and what is left."""
+"""Command `clean`, with the list of the removed and the remaining files."""
 
 import argparse
 
 
 def clean_run(options: argparse.Namespace) -> None:
-    """Clean a run directory; lists the single files only if nothing is removed."""
+    """Clean a run directory; single files are listed in a dry run only."""
     from orchestrator import api
 
     found = api.clean(options.run, dry_run=options.dry_run)

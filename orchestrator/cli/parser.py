@@ -226,7 +226,7 @@ def _add_clean(commands: Any) -> None:
         "--dry-run",
         action="store_true",
         default=False,
-        help="list what would be removed and what would be left, and remove nothing",
+        help="only list the files to be removed and those to be left",
     )
 
 

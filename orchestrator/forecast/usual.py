@@ -37,7 +37,7 @@ def check_bare_config(path: Place, config: Mapping[str, Any]) -> None:
 def is_usual(headers: Headers) -> bool:
     """Test if a checkpoint is exactly what the formulas of its family describe.
 
-    A survey accepts such a model. Of another one this says nothing.
+    A survey accepts such a model, and may accept another one.
 
     Raises:
         InputError: A number in the config is missing, not allowed or not finite.

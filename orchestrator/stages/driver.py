@@ -146,8 +146,8 @@ def _leased(
 
     Raises:
         UsageError: Another driver holds the lease.
-        OrchestratorError: The directory was removed meanwhile, and the body failed for whatever
-            follows from that; nothing is left of it.
+        OrchestratorError: The directory was removed during the run; files that workers wrote to it
+            since are removed too.
     """
     is_claimed = False
     try:

@@ -40,13 +40,13 @@ class Cleaning:
 
 
 def sort_content(root: Place) -> Cleaning:
-    """Tell what this program wrote in a run directory from what it did not."""
+    """Separate the files of a run in its directory from those of others."""
     own, others = _sorted(root, _OWN)
     return Cleaning(removed=tuple(own if others else [*own, root]), left=tuple(others))
 
 
 def remove_content(root: Place, *, last: Place) -> Cleaning:
-    """Remove what this program wrote in a run directory, and the directory if nothing is left.
+    """Remove the files of a run from its directory, and the directory once it is empty.
 
     Args:
         last: File by which a run directory is recognised: an interrupted removal can be repeated.

@@ -192,7 +192,7 @@ def size_of(path: Place) -> int:
 
 
 def is_missing(path: Place) -> bool:
-    """Return True if the file does not exist; errors of the disk or the store prove nothing."""
+    """Return True if the file does not exist; False after an error of the disk or the store."""
     try:
         size_of(path)
     except FileNotFoundError:

@@ -192,10 +192,10 @@ class RunDirectory:
         return name
 
     def remove(self, *, dry_run: bool = False) -> Cleaning:
-        """Remove what this program wrote, and the directory if nothing else is in it.
+        """Remove the files of the run, and the directory once it is empty.
 
         Args:
-            dry_run: Only return what would be removed and left.
+            dry_run: Only list; no file is removed.
 
         Raises:
             InputError: The directory has no run, or is a link.
@@ -211,7 +211,7 @@ class RunDirectory:
         return sort_content(self.root) if dry_run else remove_content(self.root, last=self.marker)
 
     def remove_remains(self) -> None:
-        """Remove what workers have written since the directory was removed under its driver."""
+        """Remove files that workers have written since the directory was removed."""
         for wait in REMAINS_SECONDS:
             time.sleep(wait)
             with suppress(OSError, OrchestratorError):
