@@ -1,4 +1,4 @@
-"""Durations and sizes as text."""
+"""Durations, sizes and counts as text."""
 
 
 def duration(seconds: float) -> str:
@@ -20,3 +20,8 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def counted(count: int, one: str, several: str = "") -> str:
+    """Format a count with its noun: 1 unit, 2 units; `several` is a plural without `s`."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from orchestrator.errors import (
 from orchestrator.evaluation import EvaluationRequest
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.result import Result
+from orchestrator.readable import counted
 from orchestrator.recipe.field import about, described
 from orchestrator.recipe.recipe import Recipe, make_recipe
 from orchestrator.version import __version__
@@ -280,23 +282,33 @@ def test_sigterm_ends_with_75(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "says"),
     [
-        [],
-        ["reduce"],
-        ["compress", "a", "b", "--keep", "much"],
-        ["compress", "a", "b", "--sampling", "last"],
-        ["compress", "a", "b", "--sample", "3"],
-        ["evaluate", "a"],
-        ["export", "a", "b", "--format", "gguf"],
+        ("", "required: COMMAND; see orchestrator --help"),
+        ("comprss", "unknown command comprss; near misses: compress, compare; see"),
+        ("compress a b --keep much", "--keep much: must be a fraction such as 0.8"),
+        ("compress a b --samples 1.5", "--samples 1.5: must be a whole number"),
+        ("plan a --price ''", "--price '': must be a number"),
+        ("compress a b --sampling last", "--sampling last: must be one of first, random"),
+        ("compress a b --sample 3", "unknown flag --sample; near misses: --samples, --sampling"),
+        ("compress a b c", "surplus argument c; see orchestrator compress --help"),
+        ("evaluate a", "required: --text; see orchestrator evaluate --help"),
+        ("export a b --format gguf", "--format gguf: must be one of dense"),
     ],
 )
-def test_wrong_arguments_end_with_2(arguments, capsys):
-    """Arguments refused by the parser, abbreviations included, end with 2 and the usage."""
+def test_wrong_arguments_end_with_2(arguments, says, capsys):
+    """Arguments refused by the parser, abbreviations included, end with 2 and one line: for a wrong
+    value the allowed ones, else the help to read."""
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        main(shlex.split(arguments))
     assert ended.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    assert says in error_of(capsys)
+
+
+def test_counts_are_written_with_their_noun():
+    """One is singular; all other counts, zero included, are plural."""
+    shown = [counted(0, "unit"), counted(1, "unit"), counted(2000, "unit"), counted(2, "is", "are")]
+    assert shown == ["0 units", "1 unit", "2,000 units", "2 are"]
 
 
 @pytest.mark.parametrize(
