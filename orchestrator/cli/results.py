@@ -1,11 +1,12 @@
 """Results of a compression and an evaluation as text."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.result import Result
+from orchestrator.readable import counted
 from orchestrator.usage import Usage
 
 EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
@@ -51,7 +52,7 @@ def print_evaluation(report: Mapping[str, Any]) -> None:
         print(f"{table[0][1]} is not the model that {table[0][2]} was compressed from")
     used = report.get("memory")
     memory = f", peak memory of a worker: {Usage.from_json(used)}" if used else ""
-    print(f"{report['predictions']:,} predictions{memory}")
+    print(f"{counted(report['predictions'], 'prediction')}{memory}")
 
 
 def print_result(result: Result, as_json: bool) -> None:
@@ -68,6 +69,15 @@ def print_result(result: Result, as_json: bool) -> None:
             "run directory": result.run_dir,
         }
     )
+
+
+def print_results(results: Sequence[Result], as_json: bool, *, is_one: bool) -> None:
+    """Print results in order; as JSON a list of the reports, or the report of the only one."""
+    if as_json and not is_one:
+        print(json.dumps([result.report for result in results], indent=2))
+        return
+    for result in results:
+        print_result(result, as_json)
 
 
 def print_rows(rows: Mapping[str, Any]) -> None:

@@ -3,18 +3,18 @@
 from collections.abc import Mapping
 
 from orchestrator.forecast.outcome import Forecast
-from orchestrator.readable import duration, size
+from orchestrator.readable import counted, duration, size
 
 
 def lines(found: Forecast) -> list[str]:
     """Sizes, a table of the stages, and reasons the run is infeasible."""
     model, rows = found.model, list(found.start_seconds)
     facts = {
-        "model": f"{model['type']}, {model['values']:,} parameters in {model['blocks']} blocks, "
-        f"{size(model['bytes'])}",
-        "machine": f"{found.workers} workers on {found.machine}",
-        "shards": f"{found.shards} of at most {found.blocks_a_shard} blocks, in {found.waves} "
-        + ("wave" if found.waves == 1 else "waves"),
+        "model": f"{model['type']}, {model['values']:,} parameters in "
+        f"{counted(model['blocks'], 'block')}, {size(model['bytes'])}",
+        "machine": f"{counted(found.workers, 'worker')} on {found.machine}",
+        "shards": f"{found.shards} of at most {counted(found.blocks_a_shard, 'block')}, in "
+        f"{counted(found.waves, 'wave')}",
         **_memory(found),
         "run directory": f"{size(found.run_bytes)}, in {found.run_peak}: "
         + _parts(found.run[found.run_peak].parts),

@@ -7,6 +7,7 @@ from typing import Any
 from orchestrator.pages import tables
 from orchestrator.pages.markup import Markup
 from orchestrator.pages.tables import DASH, head, number, row_head
+from orchestrator.readable import counted
 from orchestrator.usage import Usage
 
 QUANTITIES: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -48,9 +49,10 @@ def text_of(facts: Mapping[str, Any]) -> str:
     text = facts.get("text", {})
     says = f"On {text.get('source', 'an unnamed text')}"
     if "sequences" in text and "sequence_length" in text:
-        says += f", {text['sequences']:,} sequences of {text['sequence_length']:,} tokens"
+        says += f", {counted(text['sequences'], 'sequence')} of "
+        says += counted(text["sequence_length"], "token")
     if "predictions" in facts:
-        says += f", {facts['predictions']:,} predictions"
+        says += f", {counted(facts['predictions'], 'prediction')}"
     return says
 
 

@@ -10,7 +10,7 @@ from orchestrator.pages.markup import Markup, element, joined, page, section, wr
 from orchestrator.pages.memory import memory
 from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.tables import cell, head, number, row_head
-from orchestrator.readable import duration, size
+from orchestrator.readable import counted, duration, size
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.store.places import Place
 from orchestrator.version import __version__
@@ -108,7 +108,7 @@ def _state(source: Source) -> Markup | None:
     if "stage" in status:
         says += f", in stage {status['stage']}"
     if "done" in status and "total" in status:
-        says += f", {status['done']} of {status['total']} units"
+        says += f", {status['done']} of {counted(status['total'], 'unit')}"
     if "error" in status:
         says += f". {status['error']}"
     if source.is_done:
@@ -283,7 +283,9 @@ def _missing(source: Source) -> Markup | None:
         for field in ("shape", "form", "values", "weight_error", "activation_error"):
             lacking = sum(each.get(field) is None for each in facts)
             if lacking:
-                remarks.append(f"{lacking:,} linears have no reported {field.replace('_', ' ')}.")
+                have = "has" if lacking == 1 else "have"
+                lacks = f"{counted(lacking, 'linear')} {have} no reported"
+                remarks.append(f"{lacks} {field.replace('_', ' ')}.")
         if source.run is not None and not any((source.rank_shares, source.density_shares)):
             remarks.append("The run directory has no curves to draw.")
         if not source.evaluations:

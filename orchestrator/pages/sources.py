@@ -17,6 +17,7 @@ import numpy as np
 
 from orchestrator.errors import InputError
 from orchestrator.plan.curve import Curve
+from orchestrator.readable import counted
 from orchestrator.recipe.recipe import SCHEDULE, Recipe
 from orchestrator.store.files import parse_json, size_of
 from orchestrator.store.places import Place, parse_place
@@ -215,8 +216,8 @@ def _curves(
             chosen[key] = curves[0]
     unclear = len(found) - len(chosen)
     remark = (
-        f"The run directory has several decompositions of {unclear:,} linears, and the report "
-        "does not determine which one was used; their curves are omitted."
+        f"The run directory has several decompositions of {counted(unclear, 'linear')}, and the "
+        "report does not determine which one was used; their curves are omitted."
     )
     ranks = {name: shares for (name, is_sparse), shares in chosen.items() if not is_sparse}
     densities = {name: shares for (name, is_sparse), shares in chosen.items() if is_sparse}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from orchestrator.errors import WorkerError
+from orchestrator.readable import counted
 from orchestrator.runtime.calls import Call
 from orchestrator.runtime.losses import cause_of_loss, summary
 from orchestrator.runtime.policy import Cause
@@ -159,7 +160,7 @@ class Pool(Protocol):
 
 def describe(workers: int, nodes: NodeView) -> str:
     """Number of workers and state of the nodes, for messages about a wait."""
-    return f"{workers} workers, {nodes.describe()}"
+    return f"{counted(workers, 'worker')}, {nodes.describe()}"
 
 
 class FixedPool:

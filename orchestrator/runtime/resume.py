@@ -7,6 +7,7 @@ versions, threads), which is in its manifest.
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from orchestrator.readable import counted
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.verify import verified_units
 from orchestrator.runtime.workers import WorkerGroup
@@ -88,7 +89,8 @@ def _reject_mixed(
     first = next(iter(others.values()))
     is_complete = is_all and len(others) == wanted
     is_complete = is_complete and all(each == first for each in others.values())
-    what = f"{len(others)} of {wanted} units of {stage} were made with "
+    was = "was" if len(others) == 1 else "were"
+    what = f"{len(others)} of {counted(wanted, 'unit')} of {stage} {was} made with "
     what += _differences(first, workers.environment)
     if is_complete or workers.execution.allow_mixed:
         monitor.note(f"{what}: reused; the result is not bit-identical to a single-environment run")

@@ -11,6 +11,7 @@ import torch
 from orchestrator.device.strict import cuda_environment_here
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.plan.cut import cut_blocks, default_shards
+from orchestrator.readable import counted
 from orchestrator.recipe.execution import Execution
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.pool import LocalPool, Pool
@@ -142,7 +143,8 @@ def start_workers(
             workers = WorkerGroup(ray_pool, 0, {}, (), execution, most, asked).gathered()
             there = len(ray_pool.workers())
             monitor.note(
-                f"{there} workers on {', '.join(workers.nodes)}: {workers.environment['device']}"
+                f"{counted(there, 'worker')} on {', '.join(workers.nodes)}: "
+                f"{workers.environment['device']}"
             )
             yield workers
         finally:

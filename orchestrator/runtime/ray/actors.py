@@ -14,6 +14,7 @@ from orchestrator.device.gpu import check_seen
 from orchestrator.device.malloc import ARENAS
 from orchestrator.device.strict import cuda_environment
 from orchestrator.errors import InfeasibleError, OrchestratorError, WorkerError
+from orchestrator.readable import counted
 from orchestrator.runtime import scaling
 from orchestrator.runtime.losses import cause_of_loss
 from orchestrator.runtime.pool import PATIENCE_SECONDS, WorkerLocation, describe
@@ -146,7 +147,7 @@ class RayActors:
                 break
             if waited > START_SECONDS and not self._bounds.is_growing:
                 raise InfeasibleError(
-                    f"{there} of {least} workers started within {START_SECONDS:.0f} s; "
+                    f"{there} of {counted(least, 'worker')} started within {START_SECONDS:.0f} s; "
                     f"{describe(len(self._probes), self.nodes)}"
                 )
             started: list[Any] = []
@@ -160,7 +161,8 @@ class RayActors:
                 spoke = time.monotonic()
             elif time.monotonic() - spoke > PATIENCE_SECONDS:
                 spoke = time.monotonic()
-                what = f"{max(least, fitting) - there} of {max(least, fitting)} workers to start"
+                wanted_now = max(least, fitting)
+                what = f"{wanted_now - there} of {counted(wanted_now, 'worker')} to start"
                 self._announce(
                     {
                         "event": "waiting",

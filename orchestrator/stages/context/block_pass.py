@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.plan.cut import cut_segments
+from orchestrator.readable import counted
 from orchestrator.runtime.calls import Call, Finish
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import FailurePolicy
@@ -202,7 +203,8 @@ class BlockPass:
         about, name = (stage.workers, stage.monitor), name or stage.name
         done = reusable_units(self.run.units, keys, *about, stage=name, called="block {}")
         if done:
-            stage.monitor.note(f"{len(done)} of {len(keys)} blocks are committed already")
+            of, are = counted(len(keys), "block"), "is" if len(done) == 1 else "are"
+            stage.monitor.note(f"{len(done)} of {of} {are} committed already")
         return done
 
     def _decomposed(

@@ -18,6 +18,7 @@ from orchestrator.allocate.choice import Choice, choose
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.plan import Plan
+from orchestrator.readable import counted
 from orchestrator.runtime.calls import Call, Step
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
@@ -142,8 +143,10 @@ class MaskScoring:
         loss = total.loss / total.predictions if total.predictions else math.nan
         if not math.isfinite(loss):
             raise InputError(
-                f"score: the loss of a masked model is {loss} on {self._chunks} sequences with "
-                f"{total.predictions} predictions; calibrate on longer ones, or in float32"
+                f"score: the loss of a masked model is {loss} on "
+                f"{counted(self._chunks, 'sequence')} with "
+                f"{counted(total.predictions, 'prediction')}; calibrate on longer ones, or in "
+                "float32"
             )
         if trial.seed is None:
             return Draw(np.zeros(0), loss)

@@ -16,6 +16,7 @@ from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.grouping import stack
 from orchestrator.plan.linear import Linear
+from orchestrator.readable import counted
 from orchestrator.runtime.calls import Call, Step
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
@@ -101,8 +102,10 @@ class Sensitivities:
         if not math.isfinite(loss):
             model = f"with {trial.linears[0]} at rank {trial.rank}" if trial.linears else "as it is"
             raise InputError(
-                f"score: the loss of the model {model} is {loss} on {self._chunks} sequences with "
-                f"{total.predictions} predictions; calibrate on longer ones, or in float32"
+                f"score: the loss of the model {model} is {loss} on "
+                f"{counted(self._chunks, 'sequence')} with "
+                f"{counted(total.predictions, 'prediction')}; calibrate on longer ones, or in "
+                "float32"
             )
         return loss
 
