@@ -3,6 +3,7 @@
 from orchestrator.forecast.shapes import Shapes, from_checkpoint, read_shapes
 from orchestrator.forecast.usual import check_bare_config, is_usual
 from orchestrator.models.checkpoint.headers import Headers, has_weights, read_json
+from orchestrator.models.checkpoint.other_formats import check_format
 from orchestrator.store.places import Place
 
 
@@ -15,6 +16,7 @@ def plannable_shapes(model: Place) -> Shapes:
     Raises:
         InputError: As `read_shapes`, or a run would refuse the model.
     """
+    check_format(model)
     if not model.is_dir():
         if model.is_file():
             check_bare_config(model, read_json(model))

@@ -15,6 +15,7 @@ import torch
 from orchestrator.device.transport import CPU, fill
 from orchestrator.errors import InputError, UsageError
 from orchestrator.models.checkpoint.headers import Headers, shown
+from orchestrator.models.checkpoint.other_formats import check_format
 from orchestrator.store.files import read_with
 from orchestrator.store.places import Place
 
@@ -87,9 +88,13 @@ class Weights:
         """Read and validate every header of the checkpoint in `directory`.
 
         Raises:
-            InputError: As for `Headers.open`.
+            InputError: As for `Headers.open`, or the model has another format.
         """
-        return cls(Headers.open(directory))
+        try:
+            return cls(Headers.open(directory))
+        except InputError:
+            check_format(directory)
+            raise
 
     @property
     def fingerprint(self) -> str:

@@ -37,6 +37,10 @@ def read_documents(source: str, field: str) -> Iterator[Document]:
     if source.startswith(DATASETS_PREFIX):
         yield from _from_datasets(source, field)
         return
+    if "://" in source:
+        raise UsageError(
+            f"{source}: is a URL; texts are read from disk, so download it and give its path"
+        )
     try:
         files = _files(Path(source).expanduser())
     except (OSError, RuntimeError) as error:  # name too long, or `~` of an unknown user

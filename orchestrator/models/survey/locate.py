@@ -5,6 +5,7 @@ import reprlib
 from pathlib import Path
 
 from orchestrator.errors import InputError, UsageError
+from orchestrator.models.checkpoint.other_formats import check_format
 from orchestrator.store.places import Place, parse_place
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -45,6 +46,7 @@ def locate(model: str, *, revision: str | None = None, download: bool = False) -
             )
         return path
     if exists:
+        check_format(path)
         raise InputError(f"{model} is a file; a directory with config and safetensors is needed")
     if not HUB_ID.fullmatch(model):
         # a message is one line, whatever the name contains
