@@ -16,10 +16,22 @@ from orchestrator.errors import UsageError
 from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.field import about, check_fields, described, option, required
 from orchestrator.recipe.presets import ASKED_BY, PRESETS
-from orchestrator.recipe.values import check_choice, check_options, shown, size_in_bytes, toml_value
+from orchestrator.recipe.values import (
+    check_choice,
+    check_options,
+    shown,
+    size_in_bytes,
+    split_selectors,
+    toml_value,
+    written_name,
+)
 
 SIZE_FIELDS = ("keep", "keep_bytes")
 """Fields of the size, of which a recipe has exactly one."""
+HEADINGS = ("compress", "plan", "search", "recipe", "orchestrator")
+"""Names of tables that somebody may write around the fields of a recipe."""
+NEVER_OPTIONS = ("model", "out", *SIZE_FIELDS, "method", "calibration")
+"""Fields after which no option is named."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -40,7 +52,7 @@ class CompressionFields:
     keep: float | None = option(
         None,
         "fraction of the values of the targeted linears to keep, above 0, at most 1; for several "
-        "(0.8,0.6), compress writes OUT-0.8 and OUT-0.6",
+        "(0.8,0.6), compress and retarget write OUT-0.8 and OUT-0.6",
         is_fraction=True,
         metavar="FRACTION",
     )
@@ -109,7 +121,8 @@ class CompressionFields:
 
     target: tuple[str, ...] = option(
         ("*",),
-        "linears to compress: a name, a glob or re:REGEX; may be repeated (default: all)",
+        "linears to compress: a name, a glob or re:REGEX; several separated by commas, or by "
+        "repeating the flag (default: all)",
         metavar="SELECTOR",
     )
     ignore: tuple[str, ...] = option(
@@ -156,6 +169,8 @@ class Recipe(Execution, CompressionFields):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("target", "ignore"):
+            object.__setattr__(self, name, split_selectors(getattr(self, name)))
         check_options(self.options)
         given = [name for name in SIZE_FIELDS if getattr(self, name) is not None]
         if len(given) != 1:
@@ -256,7 +271,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     missing = [f.name for f in fields(Recipe) if f.default is MISSING and f.name not in values]
     if missing:
         raise UsageError(
-            f"recipe: {', '.join(missing)} missing; give it on the command line or in a recipe file"
+            f"recipe: {' and '.join(missing)} missing; give them as arguments or in a recipe file"
         )
     return Recipe(**values)
 
@@ -299,9 +314,21 @@ def read_recipe_fields(path: Path) -> dict[str, Any]:
         RecursionError,
     ) as error:  # also for endless numbers and deeply nested arrays
         raise UsageError(f"{path}: not a TOML file: {error}") from error
+    _check_no_table_of_fields(path, values)
     plain = {name for name, value in values.items() if not isinstance(value, dict)}
     _check_known(str(path), plain - {"preset"})
     return values
+
+
+def _check_no_table_of_fields(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise UsageError for a table such as [compress] around the fields of the recipe."""
+    for name, table in values.items():
+        if isinstance(table, dict) and (name in HEADINGS or {*table} & {*NEVER_OPTIONS}):
+            raise UsageError(
+                f"{path}: fields are in a table [{written_name(name)}]; write them at the top of "
+                "the file, before any table: tables, such as [mgaa], are for options of a method, "
+                "an allocation or a stage"
+            )
 
 
 def _check_known(where: str, names: Iterable[str]) -> None:

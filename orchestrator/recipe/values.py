@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import PurePath
 from typing import Any, get_args
 
@@ -10,6 +10,8 @@ from orchestrator.errors import UsageError
 
 TYPE_NAMES = {bool: "true or false", float: "a number", int: "a whole number", str: "a string"}
 WORKERS = re.compile(r"([0-9]{1,19})(?:\.\.([0-9]{1,19}))?")
+BETWEEN_SELECTORS = re.compile(r",(?![^\[]*\])")
+"""Comma that is not between brackets."""
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 SIZE_UNITS = {
     "B": 1,
@@ -60,6 +62,21 @@ def parse_vary(text: str) -> tuple[str, list[Any]]:
     if not separator or not name.strip() or not all(values):
         raise UsageError(f"vary is {text!r}; write it like storage=plain,pivoted or mgaa.t=0.5,1")
     return name.strip(), [parse_value(value) for value in values]
+
+
+def split_selectors(selectors: Iterable[str]) -> tuple[str, ...]:
+    """Split `*.q_proj,*.k_proj` into two selectors; commas of `re:REGEX`, and between brackets of a
+    glob, are parts of it."""
+    found: list[str] = []
+    for text in selectors:
+        before, regex, after = text.partition("re:")
+        is_list = not before.strip() or before.rstrip().endswith(",")
+        globs, regex = (before, regex + after) if regex and is_list else (text, "")
+        found += [each.strip() for each in BETWEEN_SELECTORS.split(globs) if each.strip()]
+        found += [regex] if regex else []
+        if not text.strip():
+            found.append(text)
+    return tuple(found)
 
 
 def parse_workers(workers: int | str | None) -> tuple[int, int] | None:

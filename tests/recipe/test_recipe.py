@@ -137,6 +137,42 @@ def test_unknown_field(tmp_path):
         read_recipe_fields(path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[compress]\nkeep = 0.5\nsamples = 4\n",
+        "[recipe]\nsamples = 4\n",
+        '[everything]\nmodel = "dense"\n',
+    ],
+)
+def test_fields_in_a_table_are_refused(content, tmp_path):
+    """Only options are in tables; an option may have the name of a field, `cap.samples`."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"fields are in a table .*; write them at the top"):
+        read_recipe_fields(path)
+    path.write_text("[cap]\nsamples = 4\n")
+    assert read_recipe_fields(path) == {"cap": {"samples": 4}}
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("*.q_proj,*.k_proj", ("*.q_proj", "*.k_proj")),
+        ("a, b,", ("a", "b")),
+        ("*.[q,k]_proj,c", ("*.[q,k]_proj", "c")),
+        ("re:.{1,2}_proj,b", ("re:.{1,2}_proj,b",)),
+        ("a,re:.{1,2}", ("a", "re:.{1,2}")),
+        ("", ("",)),
+    ],
+)
+def test_commas_separate_selectors(given, found):
+    """Several selectors in one value are those of a repeated flag; a comma of a regular expression
+    is a part of it."""
+    recipe = Recipe(model="m", out="o", keep=0.5, target=(given,), ignore=("z", given))
+    assert (recipe.target, recipe.ignore) == (found, ("z", *found))
+
+
 def test_missing_fields():
     """The message names all missing required fields."""
     with pytest.raises(UsageError, match="out missing"):
