@@ -7,7 +7,7 @@ are computed once. Each candidate is a distributed compression and evaluation ov
 
 import itertools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,11 @@ def search(
     recipes = candidates_of(recipe, vary)
     directory = Path(f"{recipe.out}.search")
     tried: list[Candidate] = []
-    for setting, candidate in recipes.items():
+    for number, (setting, candidate) in enumerate(recipes.items(), start=1):
         name = digest_json({"recipe": candidate.to_toml(schedule=False), "given": given})[:16]
         found = directory / f"{name}.json"
+        known = ", evaluated by an earlier search" if found.exists() else ""
+        _announce(f"combination {number} of {len(recipes)}", setting, known, on_event)
         if not found.exists():
             out = directory / name
             result = compress(replace(candidate, out=str(out)), on_event)
@@ -102,7 +104,20 @@ def search(
         tried.append(_read_candidate(found, dict(setting)))
     best = min(tried, key=lambda each: each.perplexity)
     chosen = recipes[tuple(best.setting.items())]
+    _announce("best combination", best.setting.items(), "", on_event)
     return Search(result=compress(chosen, on_event), best=best, candidates=tuple(tried))
+
+
+def _announce(
+    heading: str,
+    setting: Iterable[tuple[str, Any]],
+    remark: str,
+    on_event: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Emit the heading of the events of one combination, `... storage=pivoted mgaa.t=0.5`."""
+    if on_event is not None:
+        values = " ".join(f"{name}={value}" for name, value in setting)
+        on_event({"event": "note", "text": f"{heading}: {values}{remark}"})
 
 
 def candidates_of(

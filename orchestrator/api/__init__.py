@@ -16,6 +16,7 @@ from orchestrator.api.compression import (
     measure,
     plan,
     retarget,
+    retarget_sizes,
     search,
 )
 from orchestrator.api.runs import clean, compare, report, status
@@ -32,6 +33,7 @@ __all__ = [
     "plan",
     "report",
     "retarget",
+    "retarget_sizes",
     "search",
     "status",
     "submit",

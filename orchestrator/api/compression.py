@@ -46,10 +46,7 @@ def compress_sizes(
         UsageError: Two sizes are equal.
         OrchestratorError: As `compress`.
     """
-    from orchestrator.errors import UsageError
-
-    if len(set(keeps)) < len(keeps):
-        raise UsageError(f"keep: {', '.join(map(str, keeps))} contains a size twice")
+    _check_distinct(keeps)
     run_dir = recipe.run_dir or f"{recipe.out}.run"
     recipes = [recipe.resized(k, out=f"{recipe.out}-{k:g}", run_dir=run_dir) for k in keeps]
     return [compress(each, on_event) for each in recipes]
@@ -75,6 +72,42 @@ def retarget(
 
     recipe, before = asked_before(str(run_dir), str(out), **given)
     return driver.compress(recipe, on_event, before)
+
+
+def retarget_sizes(
+    run_dir: str | Path,
+    out: str | Path,
+    keeps: Sequence[float],
+    *,
+    on_event: OnEvent | None = None,
+    **given: Any,
+) -> list[Result]:
+    """Make several sizes from the stored results of a run, each in `OUT-KEEP`.
+
+    Args:
+        keeps: Fractions of bytes if `given` has `keep_bytes`, which is not used itself; otherwise
+            of values.
+        given: As for `retarget`.
+
+    Raises:
+        UsageError: Two sizes are equal.
+        OrchestratorError: As `retarget`.
+    """
+    from orchestrator.stages import driver
+    from orchestrator.stages.context.previous_run import asked_before
+
+    _check_distinct(keeps)
+    unit = "keep_bytes" if "keep_bytes" in given else "keep"
+    asked = [asked_before(str(run_dir), f"{out}-{k:g}", **{**given, unit: k}) for k in keeps]
+    return [driver.compress(recipe, on_event, before) for recipe, before in asked]
+
+
+def _check_distinct(keeps: Sequence[float]) -> None:
+    """Raise UsageError if a size is given twice, since its results would have the same name."""
+    from orchestrator.errors import UsageError
+
+    if len({f"{keep:g}" for keep in keeps}) < len(keeps):
+        raise UsageError(f"keep: {', '.join(map(str, keeps))} contains a size twice")
 
 
 def plan(

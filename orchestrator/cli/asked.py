@@ -6,7 +6,13 @@ import sys
 from orchestrator.cli.flags import FIELDS
 from orchestrator.cli.lines import JsonLines, Lines
 from orchestrator.errors import UsageError
-from orchestrator.recipe.recipe import Recipe, make_recipe, override, read_recipe_fields
+from orchestrator.recipe.recipe import (
+    SIZE_FIELDS,
+    Recipe,
+    make_recipe,
+    override,
+    read_recipe_fields,
+)
 from orchestrator.recipe.values import parse_option
 
 
@@ -22,6 +28,16 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         written[name] = {**table, option: value}
     preset = {"preset": options.preset} if "preset" in options else {}
     return make_recipe({**override(written, given), **preset})
+
+
+def sizes_of(options: argparse.Namespace) -> tuple[float, ...]:
+    """Return the sizes if several are given; the option is set to the first one."""
+    for name in SIZE_FIELDS:
+        sizes = getattr(options, name, None)
+        if isinstance(sizes, tuple):
+            setattr(options, name, sizes[0])
+            return sizes
+    return ()
 
 
 def progress_of(options: argparse.Namespace) -> Lines | JsonLines:

@@ -71,6 +71,12 @@ def test_a_repeated_search_tries_only_new_candidates(llama, text, held_out, tmp_
     with pytest.raises(UsageError, match="made from another recipe"):
         # the search has another best, and OUT has the first one
         search(asked, longer, text=str(held_out), on_event=events.append, **EVALUATION)
+    headings = [e["text"] for e in events if "combination" in e.get("text", "")]
+    assert headings == [
+        "combination 1 of 2: storage=plain, evaluated by an earlier search",
+        "combination 2 of 2: storage=pivoted",
+        "best combination: storage=pivoted",
+    ]
     evaluated = [e for e in events if e["event"] == "stage" and e["stage"] == "evaluate"]
     assert [e["state"] for e in evaluated] == ["begin", "end"]
     kept = sorted(path.suffix for path in (tmp_path / "out.search").iterdir())

@@ -82,8 +82,13 @@ def test_the_command_line_takes_several_sizes(llama, text, tmp_path, capsys):
     inside = f"{run_dir}/cut"
     assert main(["retarget", run_dir, inside, "--keep", "0.5", "--executor=local"]) == 2
     assert f"{inside} lies in the run directory {run_dir}" in capsys.readouterr().err
-    assert main(["retarget", run_dir, cut + "2", "--keep", "0.5,0.4", "--executor=local"]) == 2
-    assert "keep is (0.5, 0.4); it must be a number" in capsys.readouterr().err
+    several = ["retarget", run_dir, cut, "--executor=local"]
+    assert main([*several, "--keep-bytes", "0.5,0.4", "--json"]) == 0
+    kept = [report["kept"] for report in json.loads(capsys.readouterr().out)]
+    assert [(each["asked"], each["asked_of"]) for each in kept] == [(0.5, "bytes"), (0.4, "bytes")]
+    assert contents(tmp_path / "cut-0.5") == contents(tmp_path / "cut")
+    assert main([*several, "--keep", "0.5,1.5"]) == 2
+    assert "keep is 1.5" in capsys.readouterr().err
 
 
 def test_a_size_that_was_written_elsewhere_is_not_damaged(llama2, text, tmp_path):

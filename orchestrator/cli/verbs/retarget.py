@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from orchestrator.cli.asked import progress_of
+from orchestrator.cli.asked import progress_of, sizes_of
 from orchestrator.cli.flags import (
     EXECUTION_FIELDS,
     FIELDS,
@@ -12,7 +12,7 @@ from orchestrator.cli.flags import (
     add_progress,
     add_verb,
 )
-from orchestrator.cli.results import print_result
+from orchestrator.cli.results import print_results
 from orchestrator.cli.stopping import stoppable
 from orchestrator.recipe.field import about
 from orchestrator.recipe.recipe import SIZE_FIELDS
@@ -38,7 +38,12 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     from orchestrator import api
 
+    sizes = sizes_of(options)
     given = {name: value for name, value in vars(options).items() if name in {*FIELDS} - {"out"}}
+    given |= {"on_event": progress_of(options)}
     with stoppable():
-        result = api.retarget(options.run, options.out, on_event=progress_of(options), **given)
-    print_result(result, options.json)
+        if sizes:
+            results = api.retarget_sizes(options.run, options.out, sizes, **given)
+        else:
+            results = [api.retarget(options.run, options.out, **given)]
+    print_results(results, options.json, is_one=not sizes)
