@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -20,17 +20,22 @@ from typing import Any, Literal
 import grpc
 import ray
 from ray._private.grpc_utils import init_grpc_channel
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, _dir_travel, _get_excludes
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
 from orchestrator import version
 from orchestrator.errors import InfeasibleError, StoppedError, UsageError, WorkerError
+from orchestrator.readable import counted
 from orchestrator.runtime.pool import PATIENCE_SECONDS
 
 Event = dict[str, Any]
 Cluster = Literal["given", "joined", "own"]
 """A cluster to which the process was connected already, that it joined, or that it started."""
 
+UPLOAD_BYTES = min(DASHBOARD_CLIENT_MAX_SIZE, GCS_STORAGE_MAX_SIZE)
+"""Limit of a job's working directory: the first is that of the dashboard, which receives it."""
 CONNECT_SECONDS = 5.0
 _CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """gRPC method that every head answers in milliseconds."""
@@ -237,7 +242,7 @@ def check_workers(workers: int, share: Share) -> None:
     amounts = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
     raise InfeasibleError(
         f"workers: {workers} asked for, each with {_words(share)}; the cluster has "
-        f"{_words(amounts)} on {len(nodes)} nodes, enough for {there}; "
+        f"{_words(amounts)} on {counted(len(nodes), 'node')}, enough for {there}; "
         "ask for fewer workers or threads, or add nodes; an autoscaler adds nodes with "
         f"--workers {workers}..MAX"
     )
@@ -251,7 +256,7 @@ def await_node(threads: int, announce: Callable[[Event], None]) -> None:
     ref = ray.remote(num_cpus=threads, max_retries=-1)(_nothing).remote()
     try:
         while not ray.wait([ref], timeout=PATIENCE_SECONDS)[0]:
-            there = f"{len(_nodes())} nodes, none with {threads} CPU for workers"
+            there = f"{counted(len(_nodes()), 'node')}, none with {threads} CPU for workers"
             announce({"event": "waiting", "for": "a node for the first worker", "there": there})
     except BaseException:
         # never after its end: until Ray has recorded that, a cancellation aborts this process
@@ -297,6 +302,20 @@ def on_other_nodes(nodes: Set[str]) -> dict[str, Any]:
 def _nodes() -> list[dict[str, Any]]:
     """Ray's records of the live nodes."""
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def sizes_of_upload(directory: Path, excludes: Sequence[str]) -> dict[Path, int]:
+    """Bytes of the files that Ray would pack, uncompressed, as a job's working directory."""
+    sizes: dict[Path, int] = {}
+
+    def add(path: Path) -> None:
+        if path.is_file():
+            sizes[path.relative_to(root)] = path.stat().st_size
+
+    root = directory.absolute()
+    left_out = [_get_excludes(root, [*excludes])]
+    _dir_travel(root, left_out, add, include_gitignore=True, logger=logging.getLogger(__name__))
+    return sizes
 
 
 def first_line(error: BaseException) -> str:

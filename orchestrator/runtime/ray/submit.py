@@ -6,17 +6,21 @@ import os
 import secrets
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from orchestrator.errors import StoppedError, UsageError
-from orchestrator.runtime.ray.cluster import first_line
+from orchestrator.readable import size
+from orchestrator.runtime.ray.cluster import UPLOAD_BYTES, first_line, sizes_of_upload
 from orchestrator.runtime.ray.submit_policy import End, State, seconds_to_next
 from orchestrator.runtime.signals import Signals
 
+PACKAGE = "orchestrator"
 EXCLUDES = (".venv", ".work", ".git")
 """Paths of a working directory that are not uploaded, besides those in its `.gitignore`."""
 PATIENCE_SECONDS = 600.0
@@ -59,14 +63,22 @@ def submit(
     `orchestrator.api.submit`.
 
     Raises:
-        UsageError: Nothing answers at the address, it denies access, or it refuses the job.
+        UsageError: The directory is too large, nothing answers at the address, it denies access,
+            or it refuses the job.
         StoppedError: A signal was received, or the head did not answer for too long.
     """
     environment = {"working_dir": working_dir, "excludes": [*EXCLUDES, *exclude]}
+    check_upload(Path(working_dir), environment["excludes"])
     with Signals(lambda name: None) as signals:
         job = _Job(program, {**environment, "env_vars": dict(env)}, say, signals)
         try:
             job.connect(address)
+            if not (Path(working_dir) / PACKAGE / "__init__.py").is_file():
+                say(
+                    f"{Path(working_dir).absolute()} has no package {PACKAGE}: the job runs the "
+                    "version that is installed on the nodes; to run that of a checkout, submit "
+                    "from there, or give its path as --working-dir"
+                )
             for attempt in range(1, retries + 2):
                 job.submit(attempt, retries + 1)
                 if not wait:
@@ -86,6 +98,27 @@ def submit(
                 f"stopped by {signals.received}; {job.stop()}; what is committed stays, "
                 "the same command resumes"
             ) from None
+
+
+def check_upload(directory: Path, excludes: Sequence[str], limit: int = UPLOAD_BYTES) -> None:
+    """Raise UsageError if a directory is too large for Ray; nothing is packed.
+
+    Args:
+        limit: Limit in bytes; Ray stores files uncompressed.
+    """
+    sizes = sizes_of_upload(directory, excludes)
+    total = sum(sizes.values())
+    if total < limit:
+        return
+    parts: Counter[str] = Counter()
+    for path, count in sizes.items():
+        parts[path.parts[0] + ("/" if len(path.parts) > 1 else "")] += count
+    most = ", ".join(f"{name} ({size(count)})" for name, count in parts.most_common(3))
+    raise UsageError(
+        f"working_dir: {directory.absolute()} has {size(total)} to upload, and Ray takes less than "
+        f"{size(limit)}; most is in {most}: leave that out with --exclude, or submit from another "
+        "directory, --working-dir"
+    )
 
 
 class _Job:

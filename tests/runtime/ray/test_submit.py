@@ -93,7 +93,24 @@ def test_the_job_s_command_is_checked_here(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["submit", "--", "compress", "m", "/o", "--keeps", "0.5"])
     assert ended.value.code == 2
-    assert "unrecognized arguments: --keeps" in capsys.readouterr().err
+    assert "unknown flag --keeps" in capsys.readouterr().err
+
+
+def test_a_directory_that_ray_does_not_take_is_refused_before_it_is_packed(tmp_path, capsys):
+    """The message has the size, the largest parts, and the flags that help; what is excluded does
+    not count."""
+    for name, count in {"runs/a": 90 * 2**20, "data.txt": 11 * 2**20, ".git/c": 2**30}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(count)
+    there = ["--address", "http://127.0.0.1:9", "--working-dir", str(tmp_path)]
+    assert main(["submit", *there, "--", "status", "/r"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path} has 106 MB to upload, and Ray takes less than 105 MB" in line
+    assert "most is in runs/ (94.4 MB), data.txt (11.5 MB): leave that out with --exclude" in line
+    (tmp_path / ".gitignore").write_text("data.txt\n")
+    assert main(["submit", *there, "--", "status", "/r"]) == 2
+    assert "no Ray dashboard answers" in capsys.readouterr().err
 
 
 def test_an_address_that_ray_would_overrule_is_refused(monkeypatch, capsys):
@@ -127,7 +144,9 @@ def test_a_head_that_goes_is_waited_for(tmp_path):
         second.end()
     assert process.returncode == 75
     assert output == ""
-    lines = [line.partition(": ") for line in error.splitlines()]
+    told, *rest = error.splitlines()
+    assert told.startswith(f"{tmp_path} has no package orchestrator: the job runs the version that")
+    lines = [line.partition(": ") for line in rest]
     one, two = dict.fromkeys(name for name, _, _ in lines)
     assert [(name, text) for name, _, text in lines] == [
         (one, f"submitted to {address}, attempt 1 of 2"),
