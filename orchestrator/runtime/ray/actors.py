@@ -18,8 +18,9 @@ from orchestrator.readable import counted
 from orchestrator.runtime import scaling
 from orchestrator.runtime.losses import cause_of_loss
 from orchestrator.runtime.pool import PATIENCE_SECONDS, WorkerLocation, describe
-from orchestrator.runtime.ray.cluster import Share, last_line, node_of, on_other_nodes
+from orchestrator.runtime.ray.cluster import Share, node_of, on_other_nodes
 from orchestrator.runtime.ray.nodes import STARTING_POLL_SECONDS, Announce, RayNodes
+from orchestrator.runtime.ray.reasons import reason
 from orchestrator.runtime.ray.worker_actor import WorkerActor
 from orchestrator.runtime.scaling import Bounds, wanted
 from orchestrator.runtime.worker import check_alike
@@ -220,7 +221,7 @@ class RayActors:
         """Replace a worker that was lost at its start, unless the next would be lost as well."""
         self._failed_starts += not is_node_loss(error)
         if is_final or self._failed_starts >= FAILED_STARTS:
-            said = last_line(error)
+            said = reason(error)
             # a package that the driver has, such as one that adds a method
             missing = "; install it on every node" if "ModuleNotFoundError" in said else ""
             self._refuse(worker, WorkerError(f"a worker cannot start: {said}{missing}"))

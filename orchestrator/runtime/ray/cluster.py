@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 import grpc
@@ -29,6 +28,7 @@ from orchestrator import version
 from orchestrator.errors import InfeasibleError, StoppedError, UsageError, WorkerError
 from orchestrator.readable import counted
 from orchestrator.runtime.pool import PATIENCE_SECONDS
+from orchestrator.runtime.ray.reasons import first_line
 
 Event = dict[str, Any]
 Cluster = Literal["given", "joined", "own"]
@@ -82,7 +82,7 @@ def connect(address: str | None, announce: Callable[[str], None]) -> Cluster:
     announce(f"joining the Ray cluster at {address}")
     _check_answers(address)
     try:
-        with _keeping_handlers():
+        with _undisturbed():
             ray.init(**options, address=address, runtime_env=_own_package())
     except Exception as error:  # Ray raises plain exceptions too
         ray.shutdown()
@@ -94,7 +94,7 @@ def _start_local(options: Mapping[str, Any], announce: Callable[[str], None]) ->
     """Start a local Ray; tries it again if its processes do not answer in time."""
     for tries in (1, 2):
         try:
-            with _keeping_handlers():
+            with _undisturbed():
                 ray.init(**options, address="local", include_dashboard=False, _system_config=QUIET)
             return
         except Exception as error:  # Ray raises plain exceptions too
@@ -129,18 +129,21 @@ def _end_started(error: Exception) -> None:
 
 
 @contextmanager
-def _keeping_handlers() -> Iterator[None]:
-    """Keep Ray from handling SIGTERM.
+def _undisturbed() -> Iterator[None]:
+    """Keep Ray from handling SIGTERM, and from printing the errors of its raylets.
 
     Its Python handler exits through `sys.exit`, and its native handler writes a stack trace and
-    aborts the process three seconds later.
+    aborts the process three seconds later. Errors of raylets are paragraphs on stdout, between our
+    results; the dispatch loop reports each loss itself.
     """
-    theirs = ray._private.utils.set_sigterm_handler
-    ray._private.utils.set_sigterm_handler = lambda handler: None
+    handler_of, listen = ray._private.utils, ray._private.worker
+    theirs = handler_of.set_sigterm_handler, listen.listen_error_messages
+    handler_of.set_sigterm_handler = lambda handler: None
+    listen.listen_error_messages = lambda worker, stopped: None
     try:
         yield
     finally:
-        ray._private.utils.set_sigterm_handler = theirs
+        handler_of.set_sigterm_handler, listen.listen_error_messages = theirs
         handler = signal.getsignal(signal.SIGTERM)
         if handler is not None and threading.current_thread() is threading.main_thread():
             # installs Python's native handler again
@@ -316,21 +319,6 @@ def sizes_of_upload(directory: Path, excludes: Sequence[str]) -> dict[Path, int]
     left_out = [_get_excludes(root, [*excludes])]
     _dir_travel(root, left_out, add, include_gitignore=True, logger=logging.getLogger(__name__))
     return sizes
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error of Ray: usually the fault."""
-    return _lines(error)[0]
-
-
-def last_line(error: BaseException) -> str:
-    """Last line of an error of Ray, after a traceback or actor details: usually the reason."""
-    return shorten(_lines(error)[-1], 300, placeholder=" ...")
-
-
-def _lines(error: BaseException) -> list[str]:
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    return plain.strip().splitlines() or [type(error).__name__]
 
 
 def _words(amounts: dict[str, float]) -> str:

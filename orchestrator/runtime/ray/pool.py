@@ -22,7 +22,8 @@ from orchestrator.runtime.policy import Cause
 from orchestrator.runtime.pool import Outcome
 from orchestrator.runtime.ray import postmortem
 from orchestrator.runtime.ray.actors import RayActors, is_node_loss, remote_cause
-from orchestrator.runtime.ray.cluster import last_line, on_node
+from orchestrator.runtime.ray.cluster import on_node
+from orchestrator.runtime.ray.reasons import reason
 from orchestrator.store.chunks import MissingChunk
 
 POSTMORTEM_SECONDS = 10.0
@@ -79,8 +80,10 @@ class RayPool(RayActors):
             return [Outcome(call, error=cause if is_ours else error, log=str(error))]
         except _LOST as error:
             loss = self._cause_of_loss(call.worker, error)
-            log = self._log(call.worker) if loss in _LEAVES_ITS_LOG else str(error)
-            return [Outcome(call, lost=last_line(error), cause=loss, log=log)]
+            log = str(error)
+            if loss in _LEAVES_ITS_LOG:
+                log += f"\n\nend of its log:\n{self._log(call.worker)}"
+            return [Outcome(call, lost=reason(error), cause=loss, log=log)]
 
     def _cause_of_loss(self, worker: int, error: RayError) -> Cause:
         node = self._probes[worker]["node_id"]
@@ -108,7 +111,7 @@ class RayPool(RayActors):
             if isinstance(error, GetTimeoutError):
                 ray.cancel(ref, force=True)
             self._silent.add(node)
-            return f"node {self.nodes.name(node)} does not answer: {last_line(error)}"
+            return f"node {self.nodes.name(node)} does not answer: {reason(error)}"
         return said
 
     def abandon(self, call: Call, why: str) -> list[Outcome]:

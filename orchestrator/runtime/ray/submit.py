@@ -16,7 +16,8 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from orchestrator.errors import StoppedError, UsageError
 from orchestrator.readable import size
-from orchestrator.runtime.ray.cluster import UPLOAD_BYTES, first_line, sizes_of_upload
+from orchestrator.runtime.ray.cluster import UPLOAD_BYTES, sizes_of_upload
+from orchestrator.runtime.ray.reasons import first_line
 from orchestrator.runtime.ray.submit_policy import End, State, seconds_to_next
 from orchestrator.runtime.signals import Signals
 

@@ -151,6 +151,8 @@ def test_a_unit_that_kills_its_workers_is_named(
     last = records(tmp_path / "out.run")[-1]
     assert last["decided"] == "end the run"
     assert last["log"].rstrip().endswith("last words")
+    assert last["log"].startswith("The actor died unexpectedly before finishing this task.")
+    assert last["why"] == "its process was killed (by the kernel, if memory ran out) or has crashed"
     assert RunDirectory(tmp_path / "out.run").status()["state"] == "failed"
     assert seen.all_are_gone()
     monkeypatch.undo()

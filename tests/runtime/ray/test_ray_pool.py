@@ -249,3 +249,29 @@ def test_a_node_that_is_there_is_awaited_without_harm(ray_address):
     output, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert output == ""
+
+
+LOSS = """
+import os, signal, sys, time
+import ray
+from orchestrator.runtime.ray.cluster import connect
+connect(sys.argv[1], lambda text: None)
+
+@ray.remote(max_restarts=0, num_cpus=0)
+class Actor:
+    def end(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+try:
+    ray.get(Actor.remote().end.remote())
+except ray.exceptions.ActorDiedError:
+    time.sleep(1)
+"""
+
+
+@pytest.mark.ray
+def test_ray_prints_nothing_about_a_lost_actor(ray_address):
+    """A loss is an event of ours; stdout, where the result goes, has no paragraph of a raylet."""
+    process = start("-c", LOSS, ray_address)
+    output, error = process.communicate()
+    assert (process.returncode, output, error) == (0, "", "")
