@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.errors import OrchestratorError, StoppedError
 from orchestrator.events import OnEvent
 from orchestrator.runtime.signals import Signals
-from orchestrator.store.lease import Lease
+from orchestrator.store.lease import Lease, removed
 from orchestrator.store.run import RunDirectory
 from orchestrator.usage import Usage
 
@@ -83,12 +83,16 @@ class RunMonitor:
             said = str(error) or type(error).__name__
             self._write(state="failed", exit_code=code, error=said)
 
+    def _is_removed(self, hold: Lease) -> bool:
+        """True for the lease of the run directory after its removal; an output is another one."""
+        return hold.is_removed and hold.place.parent == self._run.root
+
     def _write_stopped(self) -> None:
         self._write(state="stopped", exit_code=StoppedError.exit_code)
 
     def _write(self, **fields: Any) -> None:
         """Update the status, unless another driver has taken over the run, or it was removed."""
-        if any(hold.taken_by or hold.is_removed for hold in self._holds):
+        if any(hold.taken_by or self._is_removed(hold) for hold in self._holds):
             return
         with self._lock:
             self._status.update(fields)
@@ -123,7 +127,7 @@ class RunMonitor:
         Raises:
             KeyboardInterrupt: A signal was received, and its exception was swallowed.
             StoppedError: Another driver works on the run or on its output.
-            OrchestratorError: The run directory was removed.
+            OrchestratorError: The run directory or the output was removed.
         """
         self.signals.check()
         for hold in self._holds:
@@ -133,7 +137,7 @@ class RunMonitor:
                     "did not renew its lease; committed units stay, and that driver continues"
                 )
             if hold.is_removed:
-                raise self._run.removed()
+                raise self._run.removed() if self._is_removed(hold) else removed(hold.place.parent)
         if event["event"] == "polled":
             return
         if event["event"] == "busy":

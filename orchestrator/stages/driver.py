@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.allocate.base import Scoring
 from orchestrator.events import OnEvent
 from orchestrator.forecast.outcome import Forecast
-from orchestrator.models.checkpoint.output import LEASE_FILE
+from orchestrator.models.checkpoint.output import leased_out
 from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import resolve
@@ -61,7 +61,7 @@ def compress(
         if (result := finished(keyed)) is not None:
             monitor.note(f"{asked.out} is complete: nothing to do")
             return result
-        with Lease(asked.out / LEASE_FILE).taken(on_event) as lease:
+        with leased_out(asked.out, on_event) as lease:
             monitor.guard(lease)
             with connected(asked.recipe, monitor):
                 forecast = check_memory(asked.recipe, asked.model, monitor)

@@ -66,14 +66,14 @@ class Lease:
         """State found on acquisition, for the journal."""
         self.taken_by: str | None = None
         """The driver that has taken over since, after no renewal was seen."""
-        self._marker: Place | None = None
+        self._markers: tuple[Place, ...] = ()
         self.is_removed = False
-        """True if the marker was removed, and with it the directory that the lease is about."""
+        """True if the markers were removed, and with them the directory that the lease is about."""
 
-    def depend_on(self, marker: Place) -> None:
-        """End with a file that was just written: the lease of a removed directory is not renewed,
-        which would create the directory again."""
-        self._marker = marker
+    def depend_on(self, *markers: Place) -> None:
+        """End with the last of these files, of which one exists: the lease of a removed directory
+        is not renewed, which would create the directory again."""
+        self._markers = markers
 
     @contextmanager
     def taken(self, tell: Tell | None = None) -> Iterator["Lease"]:
@@ -216,7 +216,7 @@ class Lease:
         while not self._done.wait(RENEW_SECONDS):
             # a store or disk may be unavailable for a while; retried at the next renewal
             with suppress(Exception):
-                if self._marker is not None and is_missing(self._marker):
+                if self._markers and all(map(is_missing, self._markers)):
                     self.is_removed = True
                     return
                 found = _read(self.place)
@@ -230,6 +230,14 @@ class Lease:
                     return
             with suppress(Exception):
                 self._beat()
+
+
+def removed(directory: Place) -> OrchestratorError:
+    """Return the error for an output that was removed under its driver."""
+    return OrchestratorError(
+        f"{directory}: was removed or renamed while this run was writing it; repeat the command, "
+        "which continues from the run directory"
+    )
 
 
 @contextmanager

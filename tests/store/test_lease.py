@@ -312,6 +312,27 @@ def test_a_run_directory_removed_under_its_driver(
     assert [event.get("done") for event in told if event["event"] == "unit"][-1] == 2
 
 
+@pytest.mark.parametrize(("moment", "seconds"), [(is_unit(2), 0.6), (is_unit(1, "write"), 0.0)])
+def test_an_output_removed_under_its_driver(
+    moment, seconds, llama, text, reference, tmp_path, quick
+):
+    """The run ends, whether the lease or a file is missed first; nothing is left at its place, and
+    the same command continues."""
+    out = tmp_path / "out"
+
+    def remove():
+        out.rename(tmp_path / "elsewhere")
+        time.sleep(seconds)
+
+    with pytest.raises(OrchestratorError, match=rf"^{out}: was removed or renamed while this run"):
+        run(llama, out, text, on_event=once(moment, remove))
+    assert not out.exists()
+    status = RunDirectory(tmp_path / "out.run").status()
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    run(llama, out, text)
+    assert contents(out) == reference
+
+
 @pytest.mark.chaos
 def test_two_drivers_that_run_after_all_damage_nothing(
     llama, text, reference, tmp_path, monkeypatch

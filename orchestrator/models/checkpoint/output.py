@@ -7,16 +7,19 @@ directory too.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import InputError, UsageError
+from orchestrator.errors import InputError, OrchestratorError, UsageError
 from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.small_files import small_files
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.forms.config import METHOD
-from orchestrator.store.files import atomic, digest_file
+from orchestrator.store.files import atomic, digest_file, is_missing
+from orchestrator.store.lease import Lease, removed
 from orchestrator.store.places import Place, Remote
 
 MARKER_FILE = ".orchestrator-unfinished"
@@ -42,6 +45,19 @@ _COPIED = (
     "copying*",
     "use_policy*",
 )
+
+
+WRITTEN = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "modeling_orchestrator.py",
+    "orchestrator_report.json",
+    "recipe.toml",
+    "readme.md",
+    f"{LEASE_FILE}*",
+    ".*.tmp",
+)
+"""Names of the other files of an output, in lower case."""
 
 
 def check_out(out: Place) -> bool:
@@ -85,6 +101,39 @@ def claim_out(out: Place) -> None:
     if check_out(out):
         raise UsageError(f"{out}: contains a finished checkpoint; give a new directory")
     write_text(out / MARKER_FILE, "This checkpoint is being written by orchestrator.\n")
+
+
+@contextmanager
+def leased_out(out: Place, on_event: Callable[[dict[str, Any]], None] | None) -> Iterator[Lease]:
+    """Lease a claimed output for this driver.
+
+    Raises:
+        UsageError: Another driver holds the lease.
+        OrchestratorError: The directory was removed during the run; files that were written to it
+            since are removed too, because nothing would accept them.
+    """
+    markers = out / MARKER_FILE, out / "config.json"
+    try:
+        with Lease(out / LEASE_FILE).taken(on_event) as lease:
+            lease.depend_on(*markers)
+            yield lease
+    except Exception as error:
+        if all(map(is_missing, markers)):
+            raise removed(out) from error
+        raise
+    finally:
+        if all(map(is_missing, markers)):
+            _remove_remains(out)
+
+
+def _remove_remains(out: Place) -> None:
+    """Remove what this program writes to an output, and the directory if nothing else is in it."""
+    with suppress(OSError, OrchestratorError):
+        for path in out.iterdir() if out.is_dir() else ():
+            if any(fnmatchcase(path.name.lower(), pattern) for pattern in (*WRITTEN, *_COPIED)):
+                path.unlink(missing_ok=True)
+        if isinstance(out, Path):
+            out.rmdir()
 
 
 def copy_companions(model: Place, out: Place) -> dict[str, str]:
