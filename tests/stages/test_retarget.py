@@ -91,6 +91,23 @@ def test_the_command_line_takes_several_sizes(llama, text, tmp_path, capsys):
     assert "keep is 1.5" in capsys.readouterr().err
 
 
+def test_an_unfinished_output_of_another_size_is_not_damaged(llama2, text, tmp_path):
+    """Files that it has left are written anew, without a report of damage."""
+    run(llama2, tmp_path / "out", text)
+    run_dir, events = str(tmp_path / "out.run"), []
+
+    def stop(event):
+        if (event["event"], event.get("stage")) == ("unit", "write"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        retarget(run_dir, tmp_path / "cut", keep=0.6, executor="local", on_event=stop)
+    assert (tmp_path / "cut" / "model.safetensors").exists()
+    retarget(run_dir, tmp_path / "cut", keep=0.5, executor="local", on_event=events.append)
+    assert not [event for event in events if "damaged" in str(event)]
+    assert contents(tmp_path / "cut") == contents(tmp_path / "out")
+
+
 def test_a_size_that_was_written_elsewhere_is_not_damaged(llama2, text, tmp_path):
     """Its files are written again, to the new directory, without a report of damage."""
     first, events = run(llama2, tmp_path / "out", text), []

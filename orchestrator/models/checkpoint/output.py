@@ -91,8 +91,13 @@ def check_out(out: Place) -> bool:
     )
 
 
-def claim_out(out: Place) -> None:
+def claim_out(out: Place, key: str = "") -> None:
     """Create `out` and mark it as an unfinished checkpoint of ours; must precede any file.
+
+    Weights that an unfinished run with another key has left there are removed.
+
+    Args:
+        key: Hash of the inputs of the checkpoint, kept in the marker.
 
     Raises:
         UsageError: It contains other files, or a finished checkpoint.
@@ -100,7 +105,14 @@ def claim_out(out: Place) -> None:
     """
     if check_out(out):
         raise UsageError(f"{out}: contains a finished checkpoint; give a new directory")
-    write_text(out / MARKER_FILE, "This checkpoint is being written by orchestrator.\n")
+    marker = out / MARKER_FILE
+    before = marker.read_bytes().decode(errors="replace").split("\n") if marker.is_file() else []
+    # earlier versions wrote no key
+    if len(before) > 2 and before[1] != key:
+        for path in out.iterdir():
+            if fnmatchcase(path.name, "model*.safetensors"):
+                path.unlink(missing_ok=True)
+    write_text(marker, f"This checkpoint is being written by orchestrator.\n{key}\n")
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def finished(keyed: Keyed) -> Result | None:
     if not check_out(keyed.out):
         # a form that cannot be part of the source is refused before anything is computed
         bootstrap_source(keyed.survey.architecture, {keyed.form.name})
-        claim_out(keyed.out)
+        claim_out(keyed.out, keyed.key)
         return None
     report = read_json(keyed.out / REPORT_FILE)
     if report.get("key") != keyed.key:
