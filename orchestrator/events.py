@@ -18,7 +18,9 @@ Known kinds:
 Other events are shown with their fields.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Event = Mapping[str, Any]
+OnEvent = Callable[[dict[str, Any]], None]
+"""Callback for the events of a run."""

@@ -1,9 +1,11 @@
 """Results of a compression and an evaluation as text."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.plan.result import Result
 from orchestrator.usage import Usage
 
 EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
@@ -50,3 +52,25 @@ def print_evaluation(report: Mapping[str, Any]) -> None:
     used = report.get("memory")
     memory = f", peak memory of a worker: {Usage.from_json(used)}" if used else ""
     print(f"{report['predictions']:,} predictions{memory}")
+
+
+def print_result(result: Result, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result.report, indent=2))
+        return
+    kept, values = result.report["kept"], result.report["values"]
+    print_rows(
+        {
+            **kept_rows(result.report),
+            "kept fraction of the whole model": f"{kept['model']:.4f}",
+            "parameters": f"{values['model_before']:,} before, {values['model_after']:,} after",
+            "checkpoint": result.out,
+            "run directory": result.run_dir,
+        }
+    )
+
+
+def print_rows(rows: Mapping[str, Any]) -> None:
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")

@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, StoppedError
+from orchestrator.events import OnEvent
 from orchestrator.runtime.signals import Signals
 from orchestrator.store.lease import Lease
 from orchestrator.store.run import RunDirectory
 from orchestrator.usage import Usage
 
 Event = dict[str, Any]
-OnEvent = Callable[[Event], None]
 Follower = Callable[[Event, Mapping[str, Any]], None]
 """Function of an event and of the status after it."""
 

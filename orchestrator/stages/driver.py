@@ -10,12 +10,13 @@ from itertools import zip_longest
 from typing import Any
 
 from orchestrator.allocate.base import Scoring
+from orchestrator.events import OnEvent
 from orchestrator.forecast.outcome import Forecast
 from orchestrator.models.checkpoint.output import LEASE_FILE
 from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import resolve
-from orchestrator.runtime.monitor import OnEvent, RunMonitor
+from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
 from orchestrator.stages.admission import check_memory, recheck_memory
 from orchestrator.stages.allocate import allocate

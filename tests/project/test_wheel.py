@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from pipeline import write_llama, write_text
 
-from orchestrator.cli.main import COMMANDS
+from orchestrator.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "orchestrator"
@@ -21,7 +21,7 @@ BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(
 SMALL = ("--executor", "local", "--samples", "4", "--sequence-length", "32")
 HALF = ("--calibration", "text.txt", "--keep", "0.5", *SMALL)
 VARIED = ("--vary", "sampling=first,random", "--text", "held-out.txt", "--text-samples", "2")
-VERBS = {
+CALLS = {
     "methods": (["methods"], 0, "two-sided"),
     "measure": (["measure", "rates.json"], 0, "rates.json"),
     "plan": (["plan", "dense", *HALF], 0, "H100"),
@@ -106,7 +106,7 @@ def installed(wheel, tmp_path_factory):
         [python, "-c", PERFORM],
         cwd=elsewhere,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        input=json.dumps({verb: arguments for verb, (arguments, _, _) in VERBS.items()}),
+        input=json.dumps({verb: arguments for verb, (arguments, _, _) in CALLS.items()}),
         capture_output=True,
         text=True,
     )
@@ -117,14 +117,14 @@ def installed(wheel, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", CALLS)
 def test_a_verb_works_outside_the_checkout(verb, installed):
     """The smallest real use of each verb ends with its exit code and its output."""
-    _, code, says = VERBS[verb]
+    _, code, says = CALLS[verb]
     found, said = installed[verb]
     assert found == code, said
     assert says in said
 
 
 def test_every_verb_is_tried():
-    assert VERBS.keys() == COMMANDS.keys()
+    assert CALLS.keys() == VERBS.keys()

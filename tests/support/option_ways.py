@@ -26,7 +26,7 @@ from orchestrator.recipe.field import described
 from orchestrator.recipe.recipe import Recipe
 
 PACKAGE = Path(orchestrator.__file__).parent
-BEGIN = "cli/parser.py"
+BEGIN = "cli/flags.py"
 SOURCES = re.compile(r"orchestrator\.(recipe\.(recipe|field|execution|presets)|evaluation|cli)\b")
 """Modules whose importers name fields by strings and keywords."""
 CARRIERS = {"Recipe", "CompressionFields", "Execution", "EvaluationRequest", "Namespace"}

@@ -1,21 +1,30 @@
-"""`orchestrator methods`: everything that is registered, as text or as JSON."""
+"""`methods`: everything that is registered, as text or as JSON."""
 
 import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from orchestrator.cli.flags import add_json, add_verb
 from orchestrator.recipe.values import toml_value
 
 if TYPE_CHECKING:
     from orchestrator.catalogue import CatalogueEntry
 
+
 WIDTH = 100
 
 
-def print_methods(options: argparse.Namespace) -> None:
+def add_parser(commands: Any) -> None:
+    parser = add_verb(
+        commands, "methods", "list methods, allocators, stages and forms, with their options"
+    )
+    add_json(parser, "print the list as JSON")
+
+
+def run(options: argparse.Namespace) -> None:
     """Print methods, allocators, stages and forms with sources, packages and options."""
     from orchestrator.catalogue import catalogue
 

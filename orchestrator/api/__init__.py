@@ -1,0 +1,39 @@
+"""Python API: the commands of the command line as blocking functions with an event callback.
+
+    from orchestrator import Recipe, compress, load
+
+    result = compress(Recipe(model="dense/", out="small/", keep=0.8, calibration="text.txt"))
+    model = load(result.out)
+
+Heavy packages are imported when a function is called.
+"""
+
+from orchestrator.api.checkpoints import evaluate, export, load, verify
+from orchestrator.api.cluster import submit
+from orchestrator.api.compression import (
+    compress,
+    compress_sizes,
+    measure,
+    plan,
+    retarget,
+    search,
+)
+from orchestrator.api.runs import clean, compare, report, status
+
+__all__ = [
+    "clean",
+    "compare",
+    "compress",
+    "compress_sizes",
+    "evaluate",
+    "export",
+    "load",
+    "measure",
+    "plan",
+    "report",
+    "retarget",
+    "search",
+    "status",
+    "submit",
+    "verify",
+]

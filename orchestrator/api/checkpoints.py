@@ -1,0 +1,98 @@
+"""Evaluation, verification, conversion and loading of checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator.evaluation import EvaluationRequest
+from orchestrator.events import OnEvent
+
+
+def evaluate(
+    model: str | Path, *, on_event: OnEvent | None = None, **request: Any
+) -> dict[str, Any]:
+    """Measure perplexity, speed and size of a model, and its distance to another one.
+
+    Runs through the shards like a calibration, with the same blocks of both models side by side: a
+    process never holds a whole model unless there is only one shard.
+
+    Args:
+        request: The fields of `orchestrator.evaluation.EvaluationRequest`.
+
+    Returns:
+        `models` (for `model` and `against`: perplexity = exp of the mean over sequences of the
+        mean loss, parameters, bytes, tokens per second in prefill and in decoding), `kl`,
+        `top1_agreement`, `predictions`, `text`, and the environment; `against_is_base` is False if
+        `against` is not the model that `model` was compressed from.
+
+    Raises:
+        UsageError: A field has a type or value that is not allowed.
+        OrchestratorError: Another subclass; `exit_code` tells which.
+    """
+    from orchestrator.models.checkpoint.weights import parse_dtype
+    from orchestrator.stages import driver
+    from orchestrator.stages.evaluate.values import ask_evaluation
+    from orchestrator.store.places import parse_place
+
+    asked = EvaluationRequest(model=str(model), **request)
+    # a hub id has no directory: use the working directory
+    beside = Path(model).absolute() if Path(model).is_dir() else parse_place(model).name
+    evaluation = ask_evaluation(
+        asked.models(),
+        text=asked.text_facts(),
+        dtype=parse_dtype(asked.dtype),
+        execution=asked,
+        run_dir=parse_place(asked.run_dir or f"{beside}.evaluation"),
+    )
+    return driver.evaluate(evaluation, on_event)
+
+
+def verify(
+    out: str | Path, *, against: str | Path | None = None, linears: int = 14
+) -> dict[str, Any]:
+    """Check a compressed checkpoint: hashes, shapes, ranks, values, reconstructions, logits.
+
+    See `orchestrator.models.evaluation.verification`.
+
+    Args:
+        against: Directory of the dense model, with which errors and logits are compared.
+        linears: Number of linears to reconstruct.
+
+    Returns:
+        The findings; `problems` is empty for a valid checkpoint.
+    """
+    from orchestrator.errors import UsageError
+    from orchestrator.models.evaluation.verification import verify as perform
+    from orchestrator.stages import STAGES
+
+    if linears < 0:
+        raise UsageError(f"linears is {linears}; it must be 0 or above")
+    changing = [stage.name for stage in STAGES.values() if stage.changes_errors]
+    dense = None if against is None else Path(against)
+    return perform(Path(out), changing=changing, dense=dense, linears=linears)
+
+
+def export(out: str | Path, dense_dir: str | Path, format: str = "dense") -> Path:
+    """Convert a compressed checkpoint to dense weights, for programs without support for factors.
+
+    Raises:
+        UsageError: The format is unknown, or `dense_dir` contains other files.
+        InputError: `out` is not a compressed checkpoint, or is damaged.
+    """
+    from orchestrator.errors import UsageError
+    from orchestrator.hf.export import export_dense
+
+    if format != "dense":
+        raise UsageError(f"format is {format!r}; it must be dense")
+    export_dense(Path(out), Path(dense_dir))
+    return Path(dense_dir)
+
+
+def load(out: str | Path, **options: Any) -> Any:
+    """Load a compressed (or dense) checkpoint as a transformers model.
+
+    Args:
+        options: Arguments of `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, ...
+    """
+    from orchestrator import hf
+
+    return hf.load(out, **options)

@@ -1,0 +1,50 @@
+"""The verbs of the command line, one file each, in the order of the help."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from orchestrator.cli.verbs import (
+    clean,
+    compare,
+    compress,
+    evaluate,
+    export,
+    measure,
+    methods,
+    plan,
+    report,
+    retarget,
+    search,
+    status,
+    submit,
+    verify,
+)
+
+
+class Verb(Protocol):
+    """Module of a verb: its parser and its implementation."""
+
+    def add_parser(self, commands: Any) -> None:
+        """Add the parser of the verb, with its flags and help texts."""
+
+    def run(self, options: argparse.Namespace) -> int | None:
+        """Perform the verb; returns the exit code, None for 0."""
+
+
+VERBS: Mapping[str, Verb] = {
+    "methods": methods,
+    "plan": plan,
+    "measure": measure,
+    "compress": compress,
+    "retarget": retarget,
+    "search": search,
+    "evaluate": evaluate,
+    "verify": verify,
+    "export": export,
+    "status": status,
+    "report": report,
+    "compare": compare,
+    "clean": clean,
+    "submit": submit,
+}

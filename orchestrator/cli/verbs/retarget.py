@@ -1,0 +1,44 @@
+"""`retarget`: another size from the results of a run."""
+
+import argparse
+from typing import Any
+
+from orchestrator.cli.asked import progress_of
+from orchestrator.cli.flags import (
+    EXECUTION_FIELDS,
+    FIELDS,
+    add_field,
+    add_json,
+    add_progress,
+    add_verb,
+)
+from orchestrator.cli.results import print_result
+from orchestrator.cli.stopping import stoppable
+from orchestrator.recipe.field import about
+from orchestrator.recipe.recipe import SIZE_FIELDS
+
+
+def add_parser(commands: Any) -> None:
+    parser = add_verb(
+        commands,
+        "retarget",
+        "make another size from the stored results of a run, without calibration or SVD",
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory of a compression")
+    parser.add_argument("out", metavar="OUT", help="directory of the result")
+    for name in (*SIZE_FIELDS, "max_shard_size"):
+        add_field(parser, FIELDS[name])
+    for field in EXECUTION_FIELDS.values():
+        if field.name != "run_dir" and not about(field).decides_bits:
+            add_field(parser, field)
+    add_progress(parser)
+    add_json(parser, "print the whole report")
+
+
+def run(options: argparse.Namespace) -> None:
+    from orchestrator import api
+
+    given = {name: value for name, value in vars(options).items() if name in {*FIELDS} - {"out"}}
+    with stoppable():
+        result = api.retarget(options.run, options.out, on_event=progress_of(options), **given)
+    print_result(result, options.json)
