@@ -90,9 +90,12 @@ class Scored(Uniform):
 
 
 def test_an_allocator_whose_losses_no_stage_takes_is_refused(tmp_path):
-    """The stages that score know CAP's masks and STRS's cuts; it is said before any work."""
+    """Without the methods that the scoring stage calls it ends before any work."""
     install(tmp_path, "allocators", "scored = scored_code:Scored", name="scored", source=SCORED)
-    with on_path(tmp_path), pytest.raises(UsageError, match=r"asks for masks, .* 'cap' and subcl"):
+    with (
+        on_path(tmp_path),
+        pytest.raises(UsageError, match=r"asks for masks without .*MaskAllocator"),
+    ):
         resolve(recipe_of(allocation="scored"))
 
 
@@ -130,6 +133,16 @@ def test_a_stage_comes_where_it_says(toy, tmp_path, follows, order):
         assert [stage.name for stage in stage_classes(recipe)] == order.split()
         asked = [name for name in order.split() if name in ("rescale", "a", "b")]
         assert [stage.name for stage in resolve(recipe).stages] == asked
+
+
+def test_a_stage_has_no_name_of_a_part_of_every_run(toy, tmp_path):
+    """Events and forecasts name stages, so a second `write` is refused if it is asked for."""
+    source = STAGE.format(name="write", follows="")
+    install(tmp_path, "stages", "write = taken_code:After", name="taken", source=source)
+    with on_path(tmp_path):
+        with pytest.raises(UsageError, match=r"taken 2.0: stage .write. has a name that is taken"):
+            resolve(recipe_of(options={"write": {}}))
+        assert resolve(recipe_of()).stage_names == ("calibrate", "write")
 
 
 def test_a_stage_after_one_that_is_missing(toy, tmp_path):
