@@ -15,8 +15,9 @@ from typing import Any
 from orchestrator.errors import UsageError
 from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.field import about, check_fields, described, option, required
+from orchestrator.recipe.options import check_choice
 from orchestrator.recipe.presets import ASKED_BY, PRESETS
-from orchestrator.recipe.values import check_choice, check_options, shown, size_in_bytes, toml_value
+from orchestrator.recipe.values import brief, check_options, size_in_bytes, toml_value
 
 SIZE_FIELDS = ("keep", "keep_bytes")
 """Fields of the size, of which a recipe has exactly one."""
@@ -311,5 +312,5 @@ def _check_known(where: str, names: Iterable[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known) or known
             raise UsageError(
-                f"{where}: unknown field {shown(name)}; near misses: {', '.join(near)}"
+                f"{where}: unknown field {brief(name)}; near misses: {', '.join(near)}"
             )

@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.weights import Weights
-from orchestrator.models.checkpoint.write import REPORT_FILE
 from orchestrator.models.evaluation.stored_files import check_files
 from orchestrator.models.forms.config import install_forms, read_forms
 from orchestrator.models.shards.chunk import Chunk
@@ -29,6 +28,7 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.names import map_names
 from orchestrator.plan.cut import cut_blocks
+from orchestrator.plan.result import REPORT_FILE
 
 TOLERANCE = 0.02, 1e-3
 """Tolerance of measured against reported errors: a fraction of the error, plus rounding."""

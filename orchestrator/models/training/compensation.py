@@ -57,11 +57,8 @@ def compensate_block(
     """
     changed: dict[str, Tensor] = {}
     facts: dict[str, dict[str, Any]] = {}
-    modules = {
-        each.name: module
-        for each in linears
-        if (module := _factored(compressed.module(each.name))) is not None
-    }
+    found = {each.name: _factored(compressed.module(each.name)) for each in linears}
+    modules = {name: module for name, module in found.items() if module is not None}
     fitted = [each for each in linears if each.name in modules]
     for site in dict.fromkeys(each.site for each in fitted):
         together = [each for each in fitted if each.site == site]
@@ -78,11 +75,7 @@ def compensate_block(
             module = modules[linear.name]
             result = compensate(
                 dense_weight(dense.module(linear.name)),
-                Factors(
-                    left_OR=module.left_factor(),
-                    down_RI=module.right_factor(),
-                    rest_OI=module.rest(),
-                ),
+                _factors(module),
                 drift,
                 mapped,
                 beta=options.dense_part,
@@ -99,6 +92,11 @@ def compensate_block(
 def _factored(module: nn.Module) -> Factored | None:
     """Return the module if it has factors to refit; None for others, dense ones too."""
     return module.factored() if isinstance(module, FormLinear) else None
+
+
+def _factors(module: Factored) -> Factors:
+    left_OR, right_RI = module.left_factor(), module.right_factor()
+    return Factors(left_OR=left_OR, down_RI=right_RI, rest_OI=module.rest())
 
 
 def _pivot(left_OR: Tensor, right_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,9 @@ from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.layout import FileSpec, layout
 from orchestrator.models.checkpoint.output import check_out, claim_out
 from orchestrator.models.checkpoint.weights import parse_dtype
-from orchestrator.models.checkpoint.write import REPORT_FILE, finish
+from orchestrator.models.checkpoint.write import finish
 from orchestrator.plan.plan import Assignment, Plan
-from orchestrator.plan.result import Result
+from orchestrator.plan.result import REPORT_FILE, Result
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
