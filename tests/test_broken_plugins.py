@@ -3,10 +3,12 @@
 import pytest
 from plugins import PLUGIN, on_path, recipe_of
 
+from orchestrator import verify
 from orchestrator.catalogue import REGISTRIES, catalogue
 from orchestrator.errors import UsageError
 from orchestrator.hf.bootstrap import bootstrap_source
 from orchestrator.methods import METHODS
+from orchestrator.models.evaluation import verification
 from orchestrator.resolve import resolve
 from orchestrator.stages import stage_classes
 
@@ -143,6 +145,18 @@ def test_a_stage_has_no_name_of_a_part_of_every_run(toy, tmp_path):
         with pytest.raises(UsageError, match=r"taken 2.0: stage .write. has a name that is taken"):
             resolve(recipe_of(options={"write": {}}))
         assert resolve(recipe_of()).stage_names == ("calibrate", "write")
+
+
+def test_verify_imports_only_stages_that_the_report_has(monkeypatch, tmp_path):
+    """A broken stage that a checkpoint does not name is not asked whether it changes errors."""
+    install(tmp_path, "stages", "absent = absent_code:Absent", name="absent", source="1 / 0")
+    monkeypatch.setattr(verification, "verify", lambda out, **given: given["changes_errors"])
+    with on_path(tmp_path):
+        changes_errors = verify(tmp_path)
+        assert not changes_errors({"linears": {}, "pivot": {}})
+        assert changes_errors({"pivot": {}, "refine": {}})
+        with pytest.raises(UsageError, match=r"absent 2\.0: .*ZeroDivisionError"):
+            changes_errors({"absent": {}})
 
 
 def test_a_stage_after_one_that_is_missing(toy, tmp_path):
