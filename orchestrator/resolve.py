@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from orchestrator.allocate import ALLOCATORS, make_allocator
-from orchestrator.allocate.base import Allocator
+from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.budget import Budget
 from orchestrator.errors import UsageError
 from orchestrator.methods import METHODS, make_method
@@ -16,6 +16,7 @@ from orchestrator.methods.base import Method
 from orchestrator.plan.forms import FORMS, stored_as
 from orchestrator.recipe.options import option_names
 from orchestrator.recipe.recipe import Recipe
+from orchestrator.stage_names import CALIBRATE, SCORE, WRITE
 from orchestrator.stages import option_tables, stage_classes
 from orchestrator.stages.base import MethodTraits, Stage, stages_of
 
@@ -31,6 +32,12 @@ class ResolvedRecipe:
     budget: Budget
     stages: tuple[Stage, ...]
     """The stages after the plan that apply, in order."""
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Names of the stages of the run that have units or forecasts, in order."""
+        scores = () if self.allocator.scoring is Scoring.NONE else (SCORE,)
+        return (CALIBRATE, *scores, *(stage.name for stage in self.stages), WRITE)
 
 
 def resolve(asked: Recipe, *, inherited: Collection[str] = ()) -> ResolvedRecipe:

@@ -3,10 +3,12 @@
 import pytest
 from plugins import PLUGIN, on_path, recipe_of
 
+from orchestrator import verify
 from orchestrator.catalogue import REGISTRIES, catalogue
 from orchestrator.errors import UsageError
 from orchestrator.hf.bootstrap import bootstrap_source
 from orchestrator.methods import METHODS
+from orchestrator.models.evaluation import verification
 from orchestrator.resolve import resolve
 from orchestrator.stages import stage_classes
 
@@ -90,9 +92,12 @@ class Scored(Uniform):
 
 
 def test_an_allocator_whose_losses_no_stage_takes_is_refused(tmp_path):
-    """The stages that score know CAP's masks and STRS's cuts; it is said before any work."""
+    """Without the methods that the scoring stage calls it ends before any work."""
     install(tmp_path, "allocators", "scored = scored_code:Scored", name="scored", source=SCORED)
-    with on_path(tmp_path), pytest.raises(UsageError, match=r"asks for masks, .* 'cap' and subcl"):
+    with (
+        on_path(tmp_path),
+        pytest.raises(UsageError, match=r"asks for masks without .*MaskAllocator"),
+    ):
         resolve(recipe_of(allocation="scored"))
 
 
@@ -130,6 +135,28 @@ def test_a_stage_comes_where_it_says(toy, tmp_path, follows, order):
         assert [stage.name for stage in stage_classes(recipe)] == order.split()
         asked = [name for name in order.split() if name in ("rescale", "a", "b")]
         assert [stage.name for stage in resolve(recipe).stages] == asked
+
+
+def test_a_stage_has_no_name_of_a_part_of_every_run(toy, tmp_path):
+    """Events and forecasts name stages, so a second `write` is refused if it is asked for."""
+    source = STAGE.format(name="write", follows="")
+    install(tmp_path, "stages", "write = taken_code:After", name="taken", source=source)
+    with on_path(tmp_path):
+        with pytest.raises(UsageError, match=r"taken 2.0: stage .write. has a name that is taken"):
+            resolve(recipe_of(options={"write": {}}))
+        assert resolve(recipe_of()).stage_names == ("calibrate", "write")
+
+
+def test_verify_imports_only_stages_that_the_report_has(monkeypatch, tmp_path):
+    """A broken stage that a checkpoint does not name is not asked whether it changes errors."""
+    install(tmp_path, "stages", "absent = absent_code:Absent", name="absent", source="1 / 0")
+    monkeypatch.setattr(verification, "verify", lambda out, **given: given["changes_errors"])
+    with on_path(tmp_path):
+        changes_errors = verify(tmp_path)
+        assert not changes_errors({"linears": {}, "pivot": {}})
+        assert changes_errors({"pivot": {}, "refine": {}})
+        with pytest.raises(UsageError, match=r"absent 2\.0: .*ZeroDivisionError"):
+            changes_errors({"absent": {}})
 
 
 def test_a_stage_after_one_that_is_missing(toy, tmp_path):

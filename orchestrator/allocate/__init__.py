@@ -41,8 +41,6 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
     base=Allocator,
 )
 """Every allocator; `Allocator.divides` says for which forms it is."""
-SCORED: Mapping[Scoring, str] = {Scoring.MASKS: "cap", Scoring.SENSITIVITIES: "strs"}
-"""Allocators whose losses the scoring stages can take; all others that score are subclasses."""
 
 
 def make_allocator(name: str, options: Mapping[str, Any], form: str = "low_rank") -> Allocator:
@@ -60,11 +58,15 @@ def make_allocator(name: str, options: Mapping[str, Any], form: str = "low_rank"
             f"allocation: {name!r} divides {' or '.join(allocator.divides)}, but the method keeps "
             f"{divided}; it must be one of {', '.join(fitting)}"
         )
-    known = SCORED.get(allocator.scoring)
-    if known is not None and not issubclass(allocator, ALLOCATORS[known]):
-        raise UsageError(
-            f"allocation: {name!r} asks for {allocator.scoring.value}, which are taken for "
-            f"{known!r} and subclasses of {ALLOCATORS[known].__name__} alone"
-        )
     check_known(name, options, option_names(allocator))
-    return allocator(**options)
+    made = allocator(**options)
+    if allocator.scoring is not Scoring.NONE:
+        from orchestrator.allocate.scored import INTERFACES
+
+        interface = INTERFACES[allocator.scoring]
+        if not isinstance(made, interface):
+            raise UsageError(
+                f"allocation: {name!r} asks for {allocator.scoring.value} without the methods of "
+                f"orchestrator.allocate.scored.{interface.__name__}; add them, or ask for none"
+            )
+    return made

@@ -1,5 +1,6 @@
 """Evaluation, verification, conversion and loading of checkpoints."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,13 @@ def verify(
 
     if linears < 0:
         raise UsageError(f"linears is {linears}; it must be 0 or above")
-    changing = [stage.name for stage in STAGES.values() if stage.changes_errors]
+
+    def changes_errors(report: Mapping[str, Any]) -> bool:
+        """Only stages that the report has are imported."""
+        return any(name in report and STAGES[name].changes_errors for name in STAGES)
+
     dense = None if against is None else Path(against)
-    return perform(Path(out), changing=changing, dense=dense, linears=linears)
+    return perform(Path(out), changes_errors=changes_errors, dense=dense, linears=linears)
 
 
 def export(out: str | Path, dense_dir: str | Path, format: str = "dense") -> Path:

@@ -5,6 +5,8 @@ data invalid, 75 stopped and resumable, 1 other. Heavy packages are imported onl
 runs.
 """
 
+import os
+import select
 import signal
 import sys
 import traceback
@@ -21,17 +23,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        return VERBS[options.command].run(options) or 0
+        exit_code = VERBS[options.command].run(options) or 0
+        print(end="", flush=True)
+        return exit_code
     except KeyboardInterrupt:
         return _complain("stopped by the keyboard", StoppedError.exit_code, options.verbose)
     except OrchestratorError as error:
         return _complain(str(error), error.exit_code, options.verbose)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_reader_gone():
+            return 1
         return _complain(str(error), 1, options.verbose)
     finally:
         # after a stopped run the signal stays ignored
         if signal.getsignal(signal.SIGTERM) is _stop:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _is_reader_gone() -> bool:
+    """Test if stdout is a pipe that nothing reads any more, as after `head`; it is then ignored."""
+    poll, stdout = select.poll(), sys.stdout.fileno()
+    poll.register(stdout, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    # the interpreter flushes once more when it exits
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

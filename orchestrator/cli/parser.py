@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from orchestrator.cli.verbs import VERBS
-from orchestrator.recipe.values import TYPE_NAMES, fraction, shown
+from orchestrator.recipe.values import TYPE_NAMES, brief, fraction
 from orchestrator.version import __version__
 
 ALLOWED: dict[Any, str] = {**TYPE_NAMES, fraction: "a fraction such as 0.8"}
@@ -88,7 +88,7 @@ def _plain(value: Any) -> str:
     """Write a value as it was given, or quoted if it is empty, long or not one printable word."""
     text = str(value)
     return (
-        text if text.isprintable() and len(text.split()) == 1 and len(text) < 100 else shown(text)
+        text if text.isprintable() and len(text.split()) == 1 and len(text) < 100 else brief(text)
     )
 
 

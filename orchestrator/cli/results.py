@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.result import Result
+from orchestrator.plan.result import Result, kept_bytes
 from orchestrator.readable import counted
 from orchestrator.usage import Usage
 
@@ -20,8 +20,8 @@ EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
 
 def kept_rows(report: Mapping[str, Any]) -> dict[str, str]:
     """Kept fractions of the linears in values and in bytes, the requested one first."""
-    kept, stored = report["kept"], report["bytes"]
-    fractions = {"values": kept["linears"], "bytes": stored["stored"] / stored["dense_linears"]}
+    kept = report["kept"]
+    fractions = {"values": kept["linears"], "bytes": kept_bytes(report) or 0.0}
     asked = kept["asked_of"]
     shown = {asked: f"{fractions.pop(asked):.4f} (requested {kept['asked']:g})"}
     shown |= {unit: f"{fraction:.4f}" for unit, fraction in fractions.items()}

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.allocate.base import Scoring
-from orchestrator.forecast import memory
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.doubles import float64_remark, float64_seconds
+from orchestrator.forecast.fixed_stages import calibration_memory, one_block_remedy, stage_costs
 from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.outcome import Forecast, Resources, StageForecast
 from orchestrator.forecast.rates import Rates
@@ -17,8 +16,10 @@ from orchestrator.forecast.stage_cost import Setting
 from orchestrator.forecast.storage import Storage
 from orchestrator.forecast.work import Work
 from orchestrator.plan.cut import cut_blocks, default_shards
+from orchestrator.readable import size
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import ResolvedRecipe, resolve
+from orchestrator.stage_names import CALIBRATE
 
 HOST_PROCESS = 1_500_000_000
 """Bytes of host memory of a worker before it holds anything: torch, transformers, Ray, CUDA."""
@@ -50,7 +51,6 @@ class _Forecasting:
         recipe, self.resources = resolved.recipe, resources
         self.costs = costs_of(shapes, resolved)
         self.shapes, self.method = self.costs.shapes, resolved.method
-        self.scoring = resolved.allocator.scoring
         self.tokens, self.sequences = self.costs.tokens, self.costs.sequences
         self.workers = resources.workers
         limit = resources.memory_bytes or resources.machine.memory_bytes
@@ -68,20 +68,11 @@ class _Forecasting:
             workers=self.workers,
             shards=self.shards,
         )
-        self.later = {stage.name: stage.cost(self.setting) for stage in resolved.stages}
+        self.later = stage_costs(self.setting, resolved)
         self.storage = Storage(self.setting, self.later)
 
     def _calibrating(self, blocks: int) -> Footprint:
-        return memory.calibration(
-            self.shapes,
-            self.method,
-            blocks,
-            tokens=self.tokens,
-            sequences=self.sequences,
-            itemsize=self.costs.itemsize,
-            pivoted=self.costs.is_pivoted,
-            gpu=self.room.is_gpu,
-        )
+        return calibration_memory(self.costs, self.room, blocks)
 
     def _blocks_that_fit(self) -> int:
         """Blocks of a shard that fit in memory; a run cuts its shards in the same way."""
@@ -90,18 +81,15 @@ class _Forecasting:
         return max(fitting, default=1)
 
     def forecast(self) -> Forecast:
-        stages = [self._calibrate()]
-        if self.scoring is not Scoring.NONE:
-            stages.append(self._score())
         held = self.storage.stages
-        stages += [cost.forecast(held[name]) for name, cost in self.later.items()]
-        stages.append(self._write())
+        later = [cost.forecast(held[name]) for name, cost in self.later.items()]
+        stages = [self._calibrate(), *later]
         stages = [replace(each, device=self.room.taken(each.device)) for each in stages]
         machine = self.resources.machine
         slow = {name: cost for name, cost in self.later.items() if cost.is_float64}
         calls = [call for cost in slow.values() for call in cost.calls()]
         float64 = float64_seconds(self.costs, calls, machine, self.workers)
-        in_float64 = [stage for stage in stages if stage.name in {"calibrate", *slow}]
+        in_float64 = [stage for stage in stages if stage.name in {CALIBRATE, *slow}]
         sources = [*(rates.source for rates in machine.rows), machine.model_source]
         return Forecast(
             model=self._model(),
@@ -175,7 +163,7 @@ class _Forecasting:
             )
 
         return StageForecast(
-            name="calibrate",
+            name=CALIBRATE,
             flops=flops,
             seconds=self.setting.seconds(take),
             device=self._calibrating(blocks),
@@ -187,27 +175,6 @@ class _Forecasting:
         filling = min(shards, self.workers) - 1
         one = ends.overlapped(rates) + count * chunk.overlapped(rates)
         return waves * one + filling * chunk.overlapped(rates)
-
-    def _score(self) -> StageForecast:
-        """Passes through masked models, or through models with a single linear cut."""
-        passes = self.costs.allocator.scoring_passes(len(self.shapes.linears))
-        work = self.costs.forward(self.shapes.num_blocks).times(passes)
-        return StageForecast(
-            name="score",
-            flops=work.flops,
-            seconds=self.setting.seconds(lambda rates: work.seconds(rates) / self.workers),
-            device=self._calibrating(1),
-        )
-
-    def _write(self) -> StageForecast:
-        files, one = self.costs.files, self.costs.file()
-        waves = -(-files // self.workers)
-        return StageForecast(
-            name="write",
-            flops=0.0,
-            seconds=self.setting.seconds(lambda rates: waves * one.seconds(rates)),
-            device=memory.writing(self.shapes),
-        )
 
     def _chunks(self) -> float:
         """Bytes of all sequences at one boundary."""
@@ -238,25 +205,20 @@ class _Forecasting:
             if stage.device.total > self.room.usable:
                 largest = max(stage.device.parts, key=lambda name: stage.device.parts[name])
                 found.append(
-                    f"{stage.name}: a worker holds {_gb(stage.device.total)}, of which {largest} "
-                    f"{_gb(stage.device.parts[largest])}; {_gb(self.room.usable)} of "
-                    f"{_gb(self.room.bytes or 0)} are usable; {self._instead(stage.name)}"
+                    f"{stage.name}: a worker holds {size(stage.device.total)}, of which {largest} "
+                    f"{size(stage.device.parts[largest])}; {size(self.room.usable)} of "
+                    f"{size(self.room.bytes or 0)} are usable; {self._remedy(stage.name)}"
                 )
         host = self.resources.host_bytes
         if host is not None and self._host().total > host:
             found.append(
-                f"host: a worker holds {_gb(self._host().total)}, {_gb(host)} are there; start "
+                f"host: a worker holds {size(self._host().total)}, {size(host)} are there; start "
                 "fewer workers on a node"
             )
         return found
 
-    def _instead(self, stage: str) -> str:
-        """The remedy for a stage that does not fit."""
+    def _remedy(self, stage: str) -> str:
+        """Changes with which a stage fits."""
         if stage in self.later:
             return self.later[stage].remedy()
-        needed = self.room.needed(self._calibrating(1))
-        return f"{_gb(needed)} of memory a worker would hold a block"
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
+        return one_block_remedy(self.costs, self.room)

@@ -34,7 +34,7 @@ TEXT_PARTS = ("decoder", "generator", "text_config")
 """Parts of the config of a model of several kinds of input that describe its decoder."""
 LARGEST = 2**32
 """Largest number in a config; a larger one is damage."""
-MOST_BLOCKS = 10_000
+BLOCK_LIMIT = 10_000
 _BLOCK = re.compile(r"(.+?\.)(\d+)\.(.+)")
 _NOT_TEXT = re.compile(r"vision|visual|image|audio")
 _SITES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -139,7 +139,7 @@ def from_config(config: Mapping[str, Any], where: str) -> Shapes:
             "others the safetensors files are needed beside it (their headers are read)"
         )
     hidden = _number(config, "hidden_size", where)
-    blocks = _number(config, "num_hidden_layers", where, most=MOST_BLOCKS)
+    blocks = _number(config, "num_hidden_layers", where, most=BLOCK_LIMIT)
     inner = _number(config, "intermediate_size", where)
     vocabulary = _number(config, "vocab_size", where)
     heads = _number(config, "num_attention_heads", where)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from orchestrator.forecast.costs import Costs
+from orchestrator.forecast.fixed_stages import stage_costs
 from orchestrator.forecast.forecast import costs_of
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.room import Room
@@ -27,6 +28,7 @@ from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import Cause, FailurePolicy
 from orchestrator.runtime.pool import FixedPool, NodeSet, Outcome, WorkerLocation
 from orchestrator.runtime.shard_pass import ShardPass
+from orchestrator.stage_names import CALIBRATE
 
 GPUS_A_NODE = 8
 """Workers of a node; they are lost together."""
@@ -193,7 +195,7 @@ def simulate(
 ) -> dict[str, Simulated]:
     """Simulate the phases of a compression, each from its own start; their seconds add up.
 
-    Of the stages after the plan those are simulated whose calls are independent of each other.
+    Of the stages after calibration those are simulated whose calls are independent of each other.
 
     Args:
         loss_hours: Mean hours until a node of `GPUS_A_NODE` workers is lost; None: no losses.
@@ -212,10 +214,9 @@ def simulate(
         shards=len(cut),
     )
     phases = _calibration(costs, cut)
-    for stage in resolved.stages:
-        if calls := stage.cost(setting).calls():
-            phases[stage.name] = _independent(stage.name, calls)
-    phases["write"] = _independent("write", [costs.file()] * costs.files)
+    for name, cost in stage_costs(setting, resolved).items():
+        if calls := cost.calls():
+            phases[name] = _independent(name, calls)
     return {
         name: _perform(
             phase,
@@ -240,7 +241,7 @@ def _calibration(costs: Costs, cut: Sequence[range]) -> dict[str, Phase]:
             results=set() if len(cut) > 1 else set(range(costs.sequences)),
             keeps=[blocks.start for blocks in cut],
         )
-        phases["boundaries"] = Phase("calibrate", boundaries, _passing(costs, boundaries))
+        phases["boundaries"] = Phase(CALIBRATE, boundaries, _passing(costs, boundaries))
     gathering = ShardPass(
         cut[::-1] if costs.label_draws else cut,
         todo=range(costs.num_blocks),
@@ -248,7 +249,7 @@ def _calibration(costs: Costs, cut: Sequence[range]) -> dict[str, Phase]:
         present=[set() for _ in cut],
         backward=costs.label_draws > 0,
     )
-    return {**phases, "calibrate": Phase("calibrate", gathering, _passing(costs, gathering))}
+    return {**phases, CALIBRATE: Phase(CALIBRATE, gathering, _passing(costs, gathering))}
 
 
 def _independent(stage: str, calls: Sequence[Work]) -> Phase:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from orchestrator.allocate.base import Scoring
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
 from orchestrator.plan.cut import cut_segments
+from orchestrator.stage_names import CALIBRATE
 
 ROOM = 2.5
 """Size of a run directory, in model sizes, above which chunks pass by segments."""
@@ -29,12 +29,12 @@ class Storage:
 
     setting: Setting
     later: Mapping[str, StageCost]
-    """Costs of the stages after the plan, by name, in order."""
+    """Costs of the stages after calibration, by name, in order."""
 
     @cached_property
     def stages(self) -> dict[str, Footprint]:
         """Peak content of the run directory by stage, in the order of the run."""
-        return {"calibrate": self._calibrating(self.segments), **self._later}
+        return {CALIBRATE: self._calibrating(self.segments), **self._later}
 
     @cached_property
     def segments(self) -> tuple[range, ...]:
@@ -54,12 +54,10 @@ class Storage:
         """Peak content in the stages after calibration."""
         parts: Parts = {"decompositions": self._decompositions}
         found = dict[str, Footprint]()
-        if self._costs.allocator.scoring is not Scoring.NONE:
-            found["score"] = _footprint({**parts, "chunks": self.setting.in_flight})
         for name, cost in self.later.items():
             most, parts = cost.content(parts)
             found[name] = _footprint(most)
-        return {**found, "write": _footprint(parts)}
+        return found
 
     @property
     def keeps_states(self) -> bool:

@@ -20,8 +20,6 @@ from orchestrator.models.forms.base import FormLinear
 from orchestrator.plan.forms import FORMS as SIZES
 from orchestrator.version import __version__
 
-FILE = "modeling_orchestrator.py"
-
 _HEAD = '''"""Loads this checkpoint where orchestrator is not installed.
 
     AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
@@ -83,11 +81,6 @@ def bootstrap_source(architecture: str, forms: Collection[str] = ()) -> str:
     lines = sorted(imports, key=lambda text: (text.startswith("from"), text))
     head = _HEAD.format(version=__version__, imports="\n".join(lines))
     return head + "\n\n\n".join(bodies) + _TAIL.format(architecture=architecture)
-
-
-def auto_map(architecture: str) -> dict[str, str]:
-    """The field of config.json that points transformers to that class."""
-    return {"AutoModelForCausalLM": f"{FILE.removesuffix('.py')}.{architecture}"}
 
 
 def _package(form: str) -> str:

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import nn
 
 from orchestrator.errors import InputError, UsageError
-from orchestrator.models.forms.low_rank import LowRankLinear, SharedBasis
+from orchestrator.models.forms.base import FormLinear
 
 
 def recovery_targets(model: nn.Module, factor: Literal["weight", "down"]) -> dict[str, list[str]]:
@@ -39,15 +39,16 @@ def recovery_targets(model: nn.Module, factor: Literal["weight", "down"]) -> dic
     """
     if factor not in ("weight", "down"):
         raise UsageError(f"factor is {factor!r}; it must be weight or down")
-    linears = {n: each for n, each in model.named_modules() if isinstance(each, LowRankLinear)}
-    if factor == "weight":
-        modules, parameters = [], [f"{name}.weight" for name in linears]
-    else:
-        own = [name for name, each in linears.items() if not isinstance(each.down, SharedBasis)]
-        modules, parameters = [f"{name}.down" for name in own], []
-    if not modules + parameters:
+    targets = [
+        f"{name}.{factor}"
+        for name, module in model.named_modules()
+        if isinstance(module, FormLinear) and factor in module.adaptable
+    ]
+    if not targets:
         raise InputError(
             f"{type(model).__name__}: no linear has a factor {factor} of its own to adapt; "
             "give the model as orchestrator compressed it, with a low-rank form"
         )
+    # `down` is a linear of its own, `weight` a parameter of the module
+    modules, parameters = ([], targets) if factor == "weight" else (targets, [])
     return {"target_modules": modules, "target_parameters": parameters}

@@ -10,6 +10,7 @@ from orchestrator.pages.markup import Markup, element, joined, page, section, wr
 from orchestrator.pages.memory import memory
 from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.tables import cell, head, number, row_head
+from orchestrator.plan.result import kept_bytes
 from orchestrator.readable import counted, duration, size
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.store.places import Place
@@ -123,14 +124,12 @@ def _key_figures(source: Source) -> Markup | None:
     shown: list[tuple[str, str, str]] = []
     if "linears" in kept:
         asked = f", requested {kept['asked']:g}" if "asked" in kept else ""
-        of_bytes = source.report.get("bytes", {})
-        in_bytes = kept.get("asked_of") == "bytes" and of_bytes.get("dense_linears")
-        if in_bytes:
-            fraction = of_bytes.get("stored", 0) / of_bytes["dense_linears"]
+        in_bytes = kept_bytes(source.report) if kept.get("asked_of") == "bytes" else None
+        if in_bytes is not None:
             name = "kept fraction of the targeted linears, in bytes"
-            shown.append((name, tables.fraction(fraction), asked.removeprefix(", ")))
+            shown.append((name, tables.fraction(in_bytes), asked.removeprefix(", ")))
         name = "kept fraction of the targeted linears"
-        said = "of values" if in_bytes else f"of values{asked}"
+        said = "of values" if in_bytes is not None else f"of values{asked}"
         shown.append((name, tables.fraction(kept["linears"]), said))
     else:
         for name, of in (("keep", "values"), ("keep_bytes", "bytes")):

@@ -17,13 +17,12 @@ import numpy as np
 
 from orchestrator.errors import InputError
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.result import REPORT_FILE
 from orchestrator.readable import counted
 from orchestrator.recipe.recipe import SCHEDULE, Recipe
 from orchestrator.store.files import parse_json, size_of
 from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
-
-REPORT_FILE = "orchestrator_report.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

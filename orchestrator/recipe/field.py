@@ -9,7 +9,8 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from orchestrator.errors import UsageError
-from orchestrator.recipe.values import check_choice, of_type
+from orchestrator.recipe.options import check_choice
+from orchestrator.recipe.values import of_type
 
 Value = TypeVar("Value")
 _ABOUT = "about"

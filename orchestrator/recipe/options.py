@@ -4,11 +4,12 @@ In a recipe: `[asvd]`, `alpha = 0.5`.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from orchestrator.errors import UsageError
+from orchestrator.recipe.values import brief
 
 
 def option_names(owner: Any) -> list[str]:
@@ -25,10 +26,11 @@ def check_known(name: str, options: Mapping[str, Any], known: Sequence[str]) -> 
             raise UsageError(f"{name}: unknown option {option!r}; {there}")
 
 
-def check_choice(where: str, value: object, allowed: Sequence[str]) -> None:
+def check_choice(where: str, value: object, allowed: Collection[str]) -> None:
     """Raise UsageError unless the value is one of the allowed ones; `where` names the option."""
-    if value not in allowed:
-        raise UsageError(f"{where} is {value!r}; it must be one of {', '.join(allowed)}")
+    if not isinstance(value, str) or value not in allowed:
+        names = ", ".join(sorted(allowed))
+        raise UsageError(f"{where} is {brief(value)}; it must be one of {names}")
 
 
 def check_number(where: str, value: object, lowest: float, highest: float) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 from orchestrator.errors import UsageError
 from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.field import about, check_fields, described, option, required
+from orchestrator.recipe.options import check_choice
 from orchestrator.recipe.presets import ASKED_BY, PRESETS
 from orchestrator.recipe.values import (
-    check_choice,
+    brief,
     check_options,
-    shown,
     size_in_bytes,
     split_selectors,
     toml_value,
@@ -338,5 +338,5 @@ def _check_known(where: str, names: Iterable[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known) or known
             raise UsageError(
-                f"{where}: unknown field {shown(name)}; near misses: {', '.join(near)}"
+                f"{where}: unknown field {brief(name)}; near misses: {', '.join(near)}"
             )

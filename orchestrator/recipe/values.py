@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any, get_args
 
@@ -91,7 +91,7 @@ def parse_workers(workers: int | str | None) -> tuple[int, int] | None:
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= least <= most:
         raise UsageError(
-            f"workers is {shown(workers)}; it must be a number of 1 or above, or MIN..MAX, "
+            f"workers is {brief(workers)}; it must be a number of 1 or above, or MIN..MAX, "
             "1..8 for example"
         )
     return least, most
@@ -115,29 +115,21 @@ def size_in_bytes(text: str) -> int:
     return size
 
 
-def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
-    """Raise UsageError unless the value is one of the allowed ones."""
-    if not isinstance(value, str) or value not in allowed:
-        raise UsageError(
-            f"{name} is {shown(value)}; it must be one of {', '.join(sorted(allowed))}"
-        )
-
-
 def check_options(options: Any) -> None:
     """Raise UsageError unless the options are tables of plain values, with names that TOML can
     write."""
     if not isinstance(options, dict):
-        raise UsageError(f"options is {shown(options)}; it must be tables of options")
+        raise UsageError(f"options is {brief(options)}; it must be tables of options")
     for name, table in options.items():
         if not isinstance(table, dict):
-            found = f"{written_name(name)} is {shown(table)}"
+            found = f"{written_name(name)} is {brief(table)}"
             raise UsageError(f"options: {found}; it must be a table of options")
         for option, value in table.items():
             where = f"options: {written_name(name)}.{written_name(option)}"
             if not BARE_KEY.fullmatch(str(option)):
                 raise UsageError(f"{where}: must be a name of letters, digits and underscores")
             if not isinstance(value, bool | int | float | str) or value != value:
-                found = shown(value)
+                found = brief(value)
                 raise UsageError(f"{where} is {found}; it must be a number, a word or a boolean")
             check_plain(where, value)
 
@@ -150,7 +142,7 @@ def of_type(name: str, kind: Any, value: Any) -> Any:
             for item in value:
                 check_plain(name, item)
             return tuple(value)
-        raise UsageError(f"{name} is {shown(value)}; it must be a list of strings")
+        raise UsageError(f"{name} is {brief(value)}; it must be a list of strings")
     if isinstance(value, PurePath) and str in (kind, *get_args(kind)):
         value = str(value)
     check_plain(name, value)
@@ -159,19 +151,19 @@ def of_type(name: str, kind: Any, value: Any) -> Any:
     is_disguised_bool = isinstance(value, bool) and kind is not bool
     if is_disguised_bool or not isinstance(value, kind):
         (wanted, *_) = get_args(kind) or (kind,)
-        raise UsageError(f"{name} is {shown(value)}; it must be {TYPE_NAMES[wanted]}")
+        raise UsageError(f"{name} is {brief(value)}; it must be {TYPE_NAMES[wanted]}")
     return value
 
 
 def check_plain(where: str, value: Any) -> None:
     """Raise UsageError if TOML cannot represent the number or the string."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise UsageError(f"{where} is {shown(value)}; whole numbers go to 2^63 - 1")
+        raise UsageError(f"{where} is {brief(value)}; whole numbers go to 2^63 - 1")
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise UsageError(f"{where} is {shown(value)}; it must be valid Unicode") from error
+            raise UsageError(f"{where} is {brief(value)}; it must be valid Unicode") from error
 
 
 def toml_value(value: Any) -> str:
@@ -191,10 +183,10 @@ def _toml_string(text: str) -> str:
 
 
 def written_name(name: object) -> str:
-    return str(name) if BARE_KEY.fullmatch(str(name)) else shown(name)
+    return str(name) if BARE_KEY.fullmatch(str(name)) else brief(name)
 
 
-def shown(value: Any) -> str:
+def brief(value: Any) -> str:
     """Format a value for a message, with limited length."""
     try:
         text = repr(value)

@@ -14,6 +14,7 @@ from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stage_names import VERIFY
 from orchestrator.store.places import Place
 
 
@@ -28,7 +29,7 @@ def verified_units(
     if not hashes:
         return frozenset()
     found: dict[str, bool] = {}
-    with monitor.stage("verify") as stage:
+    with monitor.stage(VERIFY) as stage:
 
         def on_success(call: Call, value: Any) -> None:
             found[call.label] = value

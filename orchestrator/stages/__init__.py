@@ -6,6 +6,7 @@ A new stage is a folder and a line in `STAGES`; a stage of another package is an
 from orchestrator.errors import UsageError
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.registry import Registry
+from orchestrator.stage_names import FIXED
 from orchestrator.stages.base import Stage
 
 STAGES: Registry[type[Stage]] = Registry(
@@ -30,10 +31,17 @@ def stage_classes(recipe: Recipe) -> tuple[type[Stage], ...]:
     that follow the same one, the first by name comes first. Others are not imported.
 
     Raises:
-        UsageError: A stage cannot be imported, or follows one that is not part of the run.
+        UsageError: A stage cannot be imported, has the name of a stage that every run has, or
+            follows one that is not part of the run.
     """
     ordered = _builtin()
     others = [STAGES[name] for name in _of_others() if name in recipe.options]
+    for stage in others:
+        if stage.name in FIXED:
+            raise UsageError(
+                f"{STAGES.distribution(stage.name)}: stage {stage.name!r} has a name that is taken "
+                f"by a part of every run, {', '.join(FIXED)}; give it another one"
+            )
     while others:
         names = [stage.name for stage in ordered]
         ready = [stage for stage in others if stage.follows in ("", *names)]

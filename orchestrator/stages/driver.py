@@ -18,6 +18,7 @@ from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import resolve
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
+from orchestrator.stage_names import ALLOCATE, CALIBRATE, EVALUATE, READ, SCORE, SURVEY, WRITE
 from orchestrator.stages.admission import check_memory, recheck_memory
 from orchestrator.stages.allocate import allocate
 from orchestrator.stages.base import Stage
@@ -51,11 +52,11 @@ def compress(
         RunMonitor(run, on_event, **about) as monitor,
     ):
         monitor.guard(lease)
-        with monitor.stage("survey"):
+        with monitor.stage(SURVEY):
             surveyed = survey(asked)
             if surveyed.survey.unused:
                 monitor.note(left_out(asked.model, surveyed.survey.unused))
-        with monitor.stage("read"):
+        with monitor.stage(READ):
             keyed = assign_keys(surveyed, *read_calibration(surveyed))
             run.claim({**asked.description, "tokens_key": keyed.tokens_key})
         if (result := finished(keyed)) is not None:
@@ -75,13 +76,13 @@ def _perform(
     with start_workers(CompressionWorker, task, keyed.recipe, monitor, most=most) as workers:
         about = keyed.recipe, keyed.model
         forecast = recheck_memory(forecast, *about, workers=workers, monitor=monitor)
-        with _running("calibrate", workers, monitor) as stage:
+        with _running(CALIBRATE, workers, monitor) as stage:
             decomposed = calibrate_and_decompose(keyed, forecast, stage)
         scores = Scores()
         if keyed.allocator.scoring is not Scoring.NONE:
-            with _running("score", workers, monitor) as stage:
+            with _running(SCORE, workers, monitor) as stage:
                 scores = score(decomposed, stage)
-        with monitor.stage("allocate"):
+        with monitor.stage(ALLOCATE):
             planned = allocate(decomposed, scores)
         jobs, done = _jobs(stages, planned), []
         for job, following in zip_longest(jobs, jobs[1:]):
@@ -90,7 +91,7 @@ def _perform(
             with _running(job.name, workers, monitor) as stage:
                 done.append(job.perform(stage, following))
         specs = layout_of(planned)
-        with _running("write", workers, monitor) as stage:
+        with _running(WRITE, workers, monitor) as stage:
             files = write_files(planned, specs, done, stage)
         return write_small_files(planned, specs, files, done, workers=workers, monitor=monitor)
 
@@ -118,12 +119,12 @@ def evaluate(asked: AskedEvaluation, on_event: OnEvent | None = None) -> dict[st
         RunMonitor(asked.run, on_event, **models) as monitor,
     ):
         monitor.guard(lease)
-        with monitor.stage("survey"):
+        with monitor.stage(SURVEY):
             surveyed = survey_models(asked)
             for name, model in surveyed.lazy_models.items():
                 if model.names.unused:
                     monitor.note(left_out(asked.models[name], model.names.unused))
-        with monitor.stage("read"):
+        with monitor.stage(READ):
             keyed = read_text(surveyed)
         if (report := earlier_report(keyed)) is not None:
             monitor.note(f"evaluated already, in {asked.run.root}: nothing to do")
@@ -134,7 +135,7 @@ def evaluate(asked: AskedEvaluation, on_event: OnEvent | None = None) -> dict[st
                 EvaluationWorker, keyed.task, asked.execution, monitor, most=keyed.num_blocks
             ) as workers,
         ):
-            with _running("evaluate", workers, monitor) as stage:
+            with _running(EVALUATE, workers, monitor) as stage:
                 found = measure(keyed, stage)
             return commit_report(keyed, found)
 

@@ -1,7 +1,7 @@
 """Shapes of a model for `plan`, if a run would accept it."""
 
+from orchestrator.forecast.known_architectures import check_bare_config, has_known_architecture
 from orchestrator.forecast.shapes import Shapes, from_checkpoint, read_shapes
-from orchestrator.forecast.usual import check_bare_config, is_usual
 from orchestrator.models.checkpoint.headers import Headers, has_weights, read_json
 from orchestrator.models.checkpoint.other_formats import check_format
 from orchestrator.store.places import Place
@@ -25,7 +25,7 @@ def plannable_shapes(model: Place) -> Shapes:
         check_bare_config(model / "config.json", read_json(model / "config.json"))
         return read_shapes(model)
     headers = Headers.open(model)
-    if not is_usual(headers):
+    if not has_known_architecture(headers):
         from orchestrator.models.shards.lazy_model import LazyModel
 
         LazyModel.open(model).survey()

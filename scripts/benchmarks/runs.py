@@ -17,6 +17,7 @@ from orchestrator.forecast.rates import Rates, read_machine
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.forecast.simulate import simulate
 from orchestrator.recipe.recipe import Recipe, make_recipe
+from orchestrator.stage_names import CALIBRATE
 
 SEQUENCE_LENGTH = 512
 SAMPLES = 16
@@ -125,7 +126,7 @@ def measure_growth(work: Path) -> dict[str, Any]:
         peak, driver = compress(model, out, recipe)
         whole = time.monotonic() - start
         report = json.loads((out / "orchestrator_report.json").read_text())
-        seconds = report["timings"]["seconds"]["calibrate"]
+        seconds = report["timings"]["seconds"][CALIBRATE]
         rows.append(
             {
                 "blocks": blocks,

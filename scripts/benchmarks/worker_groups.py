@@ -23,6 +23,7 @@ from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
+from orchestrator.stage_names import CALIBRATE, WRITE
 from orchestrator.stages.allocate import allocate
 from orchestrator.stages.context.decompose import calibrate_and_decompose, calibration_task
 from orchestrator.stages.context.keys import assign_keys
@@ -66,14 +67,14 @@ class Job:
         start = time.perf_counter()
         planned = allocate(self._calibrate(), Scores())
         specs, about = layout_of(planned), (self._workers, self._monitor)
-        with self._monitor.stage("write") as stage:
+        with self._monitor.stage(WRITE) as stage:
             files = write_files(planned, specs, (), RunningStage(*about, stage))
         workers, monitor = about
         write_small_files(planned, specs, files, (), workers=workers, monitor=monitor)
         return time.perf_counter() - start
 
     def _calibrate(self) -> Decomposed:
-        with self._monitor.stage("calibrate") as stage:
+        with self._monitor.stage(CALIBRATE) as stage:
             running = RunningStage(self._workers, self._monitor, stage)
             return calibrate_and_decompose(self._keyed, None, running)
 

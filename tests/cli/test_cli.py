@@ -359,3 +359,14 @@ def test_bad_model(tmp_path, monkeypatch, capsys, model, says):
     arguments = ["compress", model, "out", "--keep", "0.8", "--calibration", "x.txt"]
     assert main([*arguments, "--executor", "local"]) == 4
     assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_reader_that_has_gone_ends_the_command_without_a_word(monkeypatch, capsys):
+    """`orchestrator methods | head` prints no traceback, also where the interpreter exits."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with monkeypatch.context() as changed, os.fdopen(writing, "w") as broken:
+        changed.setattr(sys, "stdout", broken)
+        assert main(["methods"]) == 1
+        broken.flush()
+    assert capsys.readouterr() == ("", "")

@@ -13,8 +13,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
+from orchestrator.forecast.known_architectures import has_known_architecture
 from orchestrator.forecast.shapes import FAMILIES, from_config, read_shapes
-from orchestrator.forecast.usual import is_usual
 from orchestrator.models.checkpoint.headers import Headers
 from orchestrator.models.shards.lazy_model import LazyModel
 
@@ -76,7 +76,7 @@ def test_headers_say_what_a_survey_says(family, checkpoint):
             if each.role.rpartition(".")[2] in named:
                 assert (each.out_features, each.in_features) in found | turned
     assert shapes.num_blocks == surveyed.num_blocks
-    assert is_usual(Headers.open(directory)) == (shapes.model_type in FAMILIES)
+    assert has_known_architecture(Headers.open(directory)) == (shapes.model_type in FAMILIES)
 
 
 def test_a_vision_tower_is_no_decoder(tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-PLAIN = "errors events readable version"
+PLAIN = "errors events readable stage_names version"
 MODELS = "models.survey models.shards models.inputs models.statistics models.training models.forms "
 MODELS += "models.checkpoint models.evaluation"
 PACKAGE = Path(__file__).parents[2] / "orchestrator"
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "errors": "",
     "events": "",
     "readable": "",
+    "stage_names": "",
     "version": "",
     "usage": "readable",
     "randomness": "torch numpy",
@@ -68,7 +69,7 @@ MAY_IMPORT = {
     "stages.base": "errors forecast plan recipe stages.context",
     "stages.context": f"{PLAIN} usage allocate device forecast linalg methods plan "
     f"randomness recipe runtime store torch numpy safetensors stages.base {MODELS}",
-    "resolve": "errors allocate methods plan recipe stages stages.base",
+    "resolve": "errors allocate methods plan recipe stage_names stages stages.base",
     "stages": f"{PLAIN} allocate forecast plan recipe registry resolve runtime runtime.ray store "
     f"torch models.checkpoint models.evaluation models.inputs models.shards models.survey "
     f"stages.base stages.context {STAGES}",

@@ -12,7 +12,7 @@ from benchmarks.common.figures import Figure, compare, in_turns
 from benchmarks.common.flops import attention_flops, gram_channels, gram_flops, linear_flops
 from benchmarks.common.synthetic import block_shapes, config_of, write_model
 from benchmarks.common.watching import PeakWatcher, resident_bytes
-from benchmarks.faults import KINDS, RECIPES, Trial
+from benchmarks.faults import KINDS, RECIPES, Trial, resolved
 from benchmarks.faults.course import Course, Fault
 from benchmarks.memory import bytes_a_block
 from benchmarks.pivot import ranks_of
@@ -136,7 +136,9 @@ def test_trials_meet_every_kind_of_fault_in_every_recipe():
     met = {(trial.recipe, fault.kind) for trial in trials for fault in trial.faults}
     assert met == {(recipe, kind) for recipe in RECIPES for kind in KINDS}
     stages = {(trial.recipe, fault.stage) for trial in trials for fault in trial.faults}
-    assert stages == {(recipe, stage) for recipe in RECIPES for stage in RECIPES[recipe]["stages"]}
+    assert stages == {
+        (recipe, stage) for recipe in RECIPES for stage in resolved(recipe).stage_names
+    }
 
 
 def test_a_fault_s_cost_is_what_is_told_of_again():

@@ -35,6 +35,8 @@ RECIPES = [
     ({"compensate": "input"}, ["walk"]),
     ({"refine": "in_order"}, ["walk"]),
     ({"refine": "blocks"}, ["refine"]),
+    ({"method": "cap"}, []),
+    ({"allocation": "strs", "storage": "pivoted"}, ["pivot"]),
     ({"refine": "swept", "train": "lean"}, ["refine", "sweep", "train"]),
     (
         {"storage": "pivoted", "compensate": "anchored", "refine": "swept", "train": "all"},
@@ -51,11 +53,14 @@ def recipe_of(given):
 def test_a_run_and_its_forecast_have_the_same_stages(given, names):
     """Both read them from STAGES: the stages of the recipe, in the order of the list."""
     recipe = recipe_of(given)
-    assert [stage.name for stage in resolve(recipe).stages] == names
+    resolved = resolve(recipe)
+    assert [stage.name for stage in resolved.stages] == names
+    scores = ["score"] if {"cap", "strs"} & {*given.values()} else []
+    assert list(resolved.stage_names) == ["calibrate", *scores, *names, "write"]
     resources = Resources(workers=2, machine=machine_of("H100"), memory_bytes=None)
     found = forecast(from_config(CONFIG, "test"), recipe, resources)
-    assert [stage.name for stage in found.stages] == ["calibrate", *names, "write"]
-    assert list(found.run) == ["calibrate", *names, "write"]
+    assert [stage.name for stage in found.stages] == [*resolved.stage_names]
+    assert list(found.run) == [*resolved.stage_names]
 
 
 def test_every_stage_is_asked_for_by_a_recipe():

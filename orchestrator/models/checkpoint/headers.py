@@ -110,7 +110,7 @@ class Headers:
         for name in sorted(set(weight_map.values())):
             if not _is_file(directory / name):
                 raise InputError(
-                    f"{directory}: {INDEX_FILE} names {shown(name)}, which does not exist"
+                    f"{directory}: {INDEX_FILE} names {legible(name)}, which does not exist"
                 )
             files[name] = _read_header(directory / name)
         _check_index(directory, weight_map, files)
@@ -193,7 +193,7 @@ def quoted(value: Any) -> str:
     return _BRIEF.repr(value)
 
 
-def shown(name: str) -> str:
+def legible(name: str) -> str:
     """Format a name for a message, quoted only if necessary."""
     return name if name.isprintable() and len(name) <= _BRIEF.maxstring else quoted(name)
 
@@ -236,7 +236,7 @@ def _read_weight_map(path: Place) -> dict[str, str]:
         is_bare = isinstance(name, str) and name == os.path.basename(name) and "\\" not in name
         if not is_bare or not name.endswith(".safetensors"):
             raise InputError(
-                f"{path}: {shown(tensor)} is in {quoted(name)}; "
+                f"{path}: {legible(tensor)} is in {quoted(name)}; "
                 "only a safetensors file of the same directory is allowed"
             )
     return weight_map
@@ -248,13 +248,13 @@ def _check_index(
     for tensor, name in weight_map.items():
         if tensor not in files[name].entries:
             raise InputError(
-                f"{directory}: {INDEX_FILE} places {shown(tensor)} in {name}, which lacks it"
+                f"{directory}: {INDEX_FILE} places {legible(tensor)} in {name}, which lacks it"
             )
     for name, file in files.items():
         for tensor in file.entries:
             if weight_map.get(tensor) != name:
                 raise InputError(
-                    f"{directory}: {name} holds {shown(tensor)}, which {INDEX_FILE} "
+                    f"{directory}: {name} holds {legible(tensor)}, which {INDEX_FILE} "
                     + (f"places in {weight_map[tensor]}" if tensor in weight_map else "lacks")
                 )
 
@@ -304,15 +304,15 @@ def _read_entry(path: Place, name: str, value: Any, *, first_byte: int) -> Entry
     except (KeyError, TypeError, ValueError):
         is_sound = False
     if not is_sound or math.prod(n for n in shape if n) > MAX_VALUES:
-        raise InputError(f"{path}: damaged header, entry of {shown(name)} is {quoted(value)}")
+        raise InputError(f"{path}: damaged header, entry of {legible(name)} is {quoted(value)}")
     if code not in ITEMSIZES:
         raise InputError(
-            f"{path}: {shown(name)} has dtype {quoted(code)}; allowed are {', '.join(ITEMSIZES)}"
+            f"{path}: {legible(name)} has dtype {quoted(code)}; allowed are {', '.join(ITEMSIZES)}"
         )
     entry = Entry(path, code, tuple(shape), first_byte + start)
     if end - start != entry.size_bytes:
         raise InputError(
-            f"{path}: damaged header, {shown(name)} of shape {shape} and dtype {code} takes "
+            f"{path}: damaged header, {legible(name)} of shape {shape} and dtype {code} takes "
             f"{entry.size_bytes} bytes, but its range has {end - start}"
         )
     return entry
@@ -326,7 +326,7 @@ def _check_ranges(
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[0])):
         if entry.offset != position and entry.size_bytes:
             raise InputError(
-                f"{path}: damaged header, {shown(name)} starts at byte {entry.offset}, "
+                f"{path}: damaged header, {legible(name)} starts at byte {entry.offset}, "
                 f"but the preceding tensor ends at {position}"
             )
         position += entry.size_bytes

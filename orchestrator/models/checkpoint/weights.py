@@ -14,7 +14,7 @@ import torch
 
 from orchestrator.device.transport import CPU, fill
 from orchestrator.errors import InputError, UsageError
-from orchestrator.models.checkpoint.headers import Headers, shown
+from orchestrator.models.checkpoint.headers import Headers, legible
 from orchestrator.models.checkpoint.other_formats import check_format
 from orchestrator.store.files import read_with
 from orchestrator.store.places import Place
@@ -155,12 +155,12 @@ class Weights:
             done = read_with(entry.path, read)
         except OSError as error:
             raise InputError(
-                f"{entry.path}: cannot read {shown(name)}: {error.strerror}"
+                f"{entry.path}: cannot read {legible(name)}: {error.strerror}"
             ) from error
         if done < entry.size_bytes:
             raise InputError(
                 f"{entry.path}: ended after {done} of the {entry.size_bytes} bytes of "
-                f"{shown(name)}; the file was changed or is truncated"
+                f"{legible(name)}; the file was changed or is truncated"
             )
         return tensor
 

@@ -33,13 +33,13 @@ from orchestrator.models.checkpoint.small_files import small_files
 from orchestrator.models.forms.config import FORMAT_VERSION, METHOD
 from orchestrator.plan.linear import Survey
 from orchestrator.plan.plan import Plan
+from orchestrator.plan.result import REPORT_FILE
 from orchestrator.store.files import size_of
 from orchestrator.store.places import Place
 from orchestrator.version import __version__
 
 BOOTSTRAP_FILE = "modeling_orchestrator.py"
 RECIPE_FILE = "recipe.toml"
-REPORT_FILE = "orchestrator_report.json"
 CARD_FILE = "README.md"
 
 

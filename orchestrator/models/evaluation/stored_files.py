@@ -15,7 +15,8 @@ from orchestrator.models.checkpoint.digests import (
 )
 from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.small_files import small_files
-from orchestrator.models.checkpoint.write import CARD_FILE, REPORT_FILE
+from orchestrator.models.checkpoint.write import CARD_FILE
+from orchestrator.plan.result import REPORT_FILE
 from orchestrator.store.files import digest_file
 from orchestrator.store.places import Place
 

@@ -4,7 +4,7 @@ Shape suffixes: O outputs, I inputs, B sequences, T tokens, V vocabulary.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.weights import Weights
-from orchestrator.models.checkpoint.write import REPORT_FILE
 from orchestrator.models.evaluation.stored_files import check_files
 from orchestrator.models.forms.config import install_forms, read_forms
 from orchestrator.models.shards.chunk import Chunk
@@ -29,6 +28,7 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.names import map_names
 from orchestrator.plan.cut import cut_blocks
+from orchestrator.plan.result import REPORT_FILE
 
 TOLERANCE = 0.02, 1e-3
 """Tolerance of measured against reported errors: a fraction of the error, plus rounding."""
@@ -38,7 +38,7 @@ _NUMBER = re.compile(r"\.\d+\.")
 def verify(
     directory: Path,
     *,
-    changing: Collection[str],
+    changes_errors: Callable[[Mapping[str, Any]], bool],
     dense: Path | None = None,
     linears: int = 14,
     tokens: int = 64,
@@ -59,8 +59,8 @@ def verify(
     is compared with it.
 
     Args:
-        changing: Names of the stages after which the error of a linear is no longer that of its
-            decomposition.
+        changes_errors: Function of a report: True if it has a stage after which the errors of
+            linears are no longer those of their decompositions.
         dense: Directory of the dense checkpoint.
         linears: Number of linears to reconstruct.
         tokens: Number of probe tokens, drawn from the vocabulary with seed 0; no text is needed,
@@ -86,7 +86,7 @@ def verify(
             lazy_model,
             report,
             dense,
-            changing=changing,
+            errors_changed=changes_errors(report),
             linears=linears,
             tokens=tokens,
         )
@@ -103,13 +103,13 @@ class _Verification:
         report: Mapping[str, Any],
         dense: Path | None,
         *,
-        changing: Collection[str],
+        errors_changed: bool,
         linears: int,
         tokens: int,
     ) -> None:
         self._directory, self._lazy_model, self._report = directory, lazy_model, report
         self._dense = None if dense is None else LazyModel.open(dense, dtype=torch.float32)
-        self._changing, self._linears, self._tokens = changing, linears, tokens
+        self._errors_changed, self._linears, self._tokens = errors_changed, linears, tokens
         self._problems: list[str] = []
         self._notes: list[str] = []
         self._unsound: set[str] = set()
@@ -217,7 +217,7 @@ class _Verification:
                     self._complain(f"{name}: {size} is {value}, the report says {entry[size]}")
 
     def _compare(self, name: str, error: float, reported: float | None) -> None:
-        if reported is None or any(stage in self._report for stage in self._changing):
+        if reported is None or self._errors_changed:
             return
         if name in self._sharing:
             # the report has the joint error of all linears that share the basis

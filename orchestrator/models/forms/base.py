@@ -12,8 +12,9 @@ of the file that loads a checkpoint without orchestrator (`orchestrator.hf.boots
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,55 @@ class FormTensor:
     """Code of the index that the tensor is a part of, or that its values stand by."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterScales:
+    """Scales s of a parameter W0, trained in place of its values: W = W0 * spread(s)."""
+
+    count: int
+    """Number of scales."""
+    spread: Callable[[Tensor], Tensor]
+    """Expands the scales [count] to a shape that broadcasts to the parameter's."""
+    gather: Callable[[Tensor], Tensor]
+    """Sums values of the parameter's shape over those that each scale multiplies, to [count]."""
+
+
+Pivot = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Pivoting of factors [O, R] and [R, I]: combinations [O - R, R], pivots [R, I], order [O]."""
+
+
+class Factored(Protocol):
+    """A linear with the weight `left right + rest`, whose two factors no other linear shares."""
+
+    def left_factor(self) -> Tensor:
+        """The left factor [O, R] without gradients, with a row for each output."""
+        ...
+
+    def right_factor(self) -> Tensor:
+        """The right factor [R, I] without gradients."""
+        ...
+
+    def rest(self) -> Tensor | None:
+        """The part of the weight beside the product, [O, I] without gradients; None: there is none.
+
+        It has the factors' dtype and device.
+        """
+        ...
+
+    def set_factors(
+        self, left_OR: Tensor | None, right_RI: Tensor, *, pivot: Pivot
+    ) -> dict[str, Tensor]:
+        """Store factors of the same rank in place.
+
+        Args:
+            left_OR: None: the left factor is the one that the module has.
+            pivot: For a form that stores pivoted factors.
+
+        Returns:
+            The tensors that are changed, by name in the module.
+        """
+        ...
+
+
 class FormLinear(nn.Module, ABC):
     """A linear in one form: inputs [..., I] to outputs [..., O].
 
@@ -73,6 +123,9 @@ class FormLinear(nn.Module, ABC):
     """Rule if the model's plan splits the inputs of the linear."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Names of the submodules that have a rule of their own if `split_inputs` is `parts`."""
+    stored_with_values: ClassVar[tuple[str, ...]] = ()
+    """Buffers that a unit of trained values stores too: those computed after the plan, whose own
+    unit is removed once the values are trained."""
 
     # transformers then hands local tensors, not DTensors, to `forward` under tensor parallelism
     _hf_quantized_needs_local_tp = True
@@ -134,3 +187,22 @@ class FormLinear(nn.Module, ABC):
     def is_sound(self) -> bool:
         """True if the index of this module, its submodules left out, names what it must."""
         return True
+
+    def factored(self) -> Factored | None:
+        """This module if compensation can refit its two factors; None otherwise."""
+        return None
+
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """Factors that low-rank adapters can train, of `weight` and `down`.
+
+        `weight` is the parameter, if it is a matrix; `down` a linear of its own.
+        """
+        return ("weight",) if self.weight.dim() == 2 else ()
+
+    def scales(self) -> Mapping[str, ParameterScales]:
+        """Scales that a light training trains, by the name of their parameter in this module.
+
+        Of parameters that are not named, vectors are trained directly, and matrices are not.
+        """
+        return {}

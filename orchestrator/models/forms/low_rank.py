@@ -3,6 +3,7 @@
 Shape suffixes: O outputs, I inputs, R rank.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -11,7 +12,15 @@ from torch.nn.functional import linear
 from torch.nn.utils.parametrize import is_parametrized
 
 from orchestrator.errors import InputError
-from orchestrator.models.forms.base import FormLinear, FormTensor, Split, StoredForm
+from orchestrator.models.forms.base import (
+    Factored,
+    FormLinear,
+    FormTensor,
+    ParameterScales,
+    Pivot,
+    Split,
+    StoredForm,
+)
 
 
 class SharedBasis(nn.Module):
@@ -122,6 +131,48 @@ class LowRankLinear(FormLinear):
     def dense_weight(self) -> Tensor:
         """The product [O, I], in the factors' dtype."""
         return self.weight @ self.down.weight
+
+    def factored(self) -> Factored | None:
+        """This module, unless its basis is shared."""
+        return None if isinstance(self.down, SharedBasis) else self
+
+    def left_factor(self) -> Tensor:
+        """The left factor [O, R]."""
+        return self.weight.detach()
+
+    def right_factor(self) -> Tensor:
+        """The right factor [R, I]."""
+        return self.down.weight.detach()
+
+    def rest(self) -> Tensor | None:
+        """The weight beside the product; see `Factored`."""
+        return None
+
+    @torch.no_grad()
+    def set_factors(
+        self, left_OR: Tensor | None, right_RI: Tensor, *, pivot: Pivot
+    ) -> dict[str, Tensor]:
+        """Store factors in place; see `Factored`."""
+        self.down.weight.copy_(right_RI)
+        changed: dict[str, Tensor] = {"down.weight": self.down.weight}
+        if left_OR is not None:
+            changed["weight"] = self.weight.copy_(left_OR)
+        return changed
+
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """Both factors; a shared basis has no adapter, which each of its linears would add to."""
+        return ("weight",) if isinstance(self.down, SharedBasis) else ("weight", "down")
+
+    def scales(self) -> Mapping[str, ParameterScales]:
+        """A scale for each direction: a column of `weight`."""
+        return {
+            "weight": ParameterScales(
+                count=self.rank,
+                spread=lambda scale_R: scale_R,
+                gather=lambda values_OR: values_OR.sum(dim=0),
+            )
+        }
 
     def extra_repr(self) -> str:
         return (

@@ -75,3 +75,7 @@ class LowRankSparseLinear(LowRankLinear):
     def dense_weight(self) -> Tensor:
         """Product and entries together, [O, I]."""
         return super().dense_weight() + self.sparse.dense_weight()
+
+    def rest(self) -> Tensor:
+        """The entries [O, I] with zeros where nothing is stored."""
+        return self.sparse.dense_weight().detach()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from orchestrator.models.forms.base import FormTensor, StoredForm
+from orchestrator.models.forms.base import FormTensor, Pivot, StoredForm
 from orchestrator.models.forms.low_rank import LowRankLinear
 
 
@@ -57,6 +57,7 @@ class PivotedLinear(LowRankLinear):
     optional = ()
     # the rows have an order of their own
     split_outputs = "whole"
+    stored_with_values = ("index",)
 
     index: Tensor
 
@@ -119,6 +120,23 @@ class PivotedLinear(LowRankLinear):
         """The rows [O, I] in their order, in the values' dtype."""
         rows_OI = torch.cat([self.down.weight, self.weight @ self.down.weight])
         return rows_OI.index_select(0, self.index)
+
+    def left_factor(self) -> Tensor:
+        """The left factor [O, R]: rows of the identity and of `weight` in the outputs' order."""
+        weight_SR = self.weight.detach()
+        eye_RR = torch.eye(self.rank, dtype=weight_SR.dtype, device=weight_SR.device)
+        return torch.cat([eye_RR, weight_SR]).index_select(0, self.index)
+
+    @torch.no_grad()
+    def set_factors(
+        self, left_OR: Tensor | None, right_RI: Tensor, *, pivot: Pivot
+    ) -> dict[str, Tensor]:
+        """Store factors in place; new left ones have other pivots, so that all tensors change."""
+        if left_OR is None:
+            return super().set_factors(None, right_RI, pivot=pivot)
+        weight_SR, pivots_RI, order_O = pivot(left_OR, right_RI)
+        changed = super().set_factors(weight_SR, pivots_RI, pivot=pivot)
+        return changed | {"index": self.index.copy_(order_O)}
 
     @property
     def indexed(self) -> str:

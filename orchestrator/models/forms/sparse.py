@@ -4,14 +4,16 @@ Shape suffixes: O outputs, I inputs, N nonzeros.
 """
 
 import reprlib
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from orchestrator.models.forms.base import FormLinear, FormTensor, StoredForm
+from orchestrator.models.forms.base import FormLinear, FormTensor, ParameterScales, StoredForm
 from orchestrator.models.forms.index_codes import (
+    decode,
     index_tensors,
     is_sound,
     materialize,
@@ -123,6 +125,24 @@ class SparseLinear(FormLinear):
             out_features=self.out_features,
             in_features=self.in_features,
         )
+
+    def scales(self) -> Mapping[str, ParameterScales]:
+        """A scale for each output; entries are stored output by output."""
+        tensors = dict(self.named_buffers(recurse=False))
+        positions_N = decode(self.code, tensors, self.out_features, self.in_features)
+        counts_O = (positions_N // self.in_features).bincount(minlength=self.out_features)
+        # `output_size` and `unsafe` avoid reads of the device; the lengths are valid
+        return {
+            "weight": ParameterScales(
+                count=self.out_features,
+                spread=lambda scale_O: scale_O.repeat_interleave(
+                    counts_O, output_size=self.nonzeros
+                ),
+                gather=lambda values_N: torch.segment_reduce(
+                    values_N, "sum", lengths=counts_O, unsafe=True
+                ),
+            )
+        }
 
     @property
     def indexed(self) -> str:

@@ -21,6 +21,7 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from orchestrator.device.strict import strict
 from orchestrator.device.transport import bring
+from orchestrator.models.forms.base import FormLinear
 from orchestrator.models.shards.chunk import BlockState, Chunk
 from orchestrator.models.survey.architecture import recompute_buffers, set_tensor
 from orchestrator.plan.linear import Linear
@@ -224,6 +225,20 @@ class Shard:
             raise ValueError(f"{name} is not in blocks {self.blocks.start} to {self.blocks.stop}")
         module: nn.Module = self._empty.model.get_submodule(name)
         return module
+
+    def compressed_linear(self, name: str) -> tuple[str, FormLinear] | None:
+        """Find the innermost compressed linear that has a parameter or buffer of the blocks.
+
+        Returns:
+            Its name in the model, and the module; None if no compressed linear has it.
+        """
+        path = name.rpartition(".")[0]
+        while self._is_inside(f"{path}."):
+            module = self.module(path)
+            if isinstance(module, FormLinear):
+                return path, module
+            path = path.rpartition(".")[0]
+        return None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the loaded parameters, by their names in the model."""

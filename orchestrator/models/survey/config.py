@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.errors import InputError
-from orchestrator.models.checkpoint.headers import quoted, shown
+from orchestrator.models.checkpoint.headers import legible, quoted
 from orchestrator.store.places import Place
 
 FORMS_KEYS = ("quantization_config", "compression_config")
@@ -55,7 +55,7 @@ def _check_values(path: Place, key: str, value: Any) -> None:
     elif isinstance(value, int) and value > MAX_REPEATS and _REPEATS.search(key):
         raise InputError(f"{path}: {key} is {value}; the limit is {MAX_REPEATS}")
     elif isinstance(value, float) and not _is_allowed(key, value):
-        raise InputError(f"{path}: {shown(key)} is {value}; it must be a finite number")
+        raise InputError(f"{path}: {legible(key)} is {value}; it must be a finite number")
 
 
 def _is_allowed(key: str, value: float) -> bool:

@@ -20,9 +20,7 @@ from orchestrator.linalg.compensate import (
     input_map,
 )
 from orchestrator.linalg.pivot import pivot
-from orchestrator.models.forms.low_rank import LowRankLinear, SharedBasis
-from orchestrator.models.forms.low_rank_sparse import LowRankSparseLinear
-from orchestrator.models.forms.pivoted import PivotedLinear
+from orchestrator.models.forms.base import Factored, FormLinear
 from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import dense_weight
@@ -59,8 +57,9 @@ def compensate_block(
     """
     changed: dict[str, Tensor] = {}
     facts: dict[str, dict[str, Any]] = {}
-    modules = {each.name: _factored(compressed.module(each.name)) for each in linears}
-    fitted = [each for each in linears if modules[each.name] is not None]
+    found = {each.name: _factored(compressed.module(each.name)) for each in linears}
+    modules = {name: module for name, module in found.items() if module is not None}
+    fitted = [each for each in linears if each.name in modules]
     for site in dict.fromkeys(each.site for each in fitted):
         together = [each for each in fitted if each.site == site]
         drift = gather_drift(
@@ -74,7 +73,6 @@ def compensate_block(
         mapped = input_map(drift, options.dense_part, options.damping)
         for linear in together:
             module = modules[linear.name]
-            assert module is not None
             result = compensate(
                 dense_weight(dense.module(linear.name)),
                 _factors(module),
@@ -85,47 +83,26 @@ def compensate_block(
             )
             facts[linear.name] = result.report
             if result.taken:
-                stored = _set_factors(module, result.factors, is_new=options.basis == "new")
+                left_OR = result.factors.left_OR if options.basis == "new" else None
+                stored = module.set_factors(left_OR, result.factors.down_RI, pivot=_pivot)
                 changed |= {f"{linear.name}.{name}": tensor for name, tensor in stored.items()}
     return changed, facts
 
 
-def _factored(module: nn.Module) -> LowRankLinear | None:
-    """Return the module if both of its factors are its own, else None."""
-    is_own = isinstance(module, LowRankLinear) and not isinstance(module.down, SharedBasis)
-    return cast(LowRankLinear, module) if is_own else None
+def _factored(module: nn.Module) -> Factored | None:
+    """Return the module if it has factors to refit; None for others, dense ones too."""
+    return module.factored() if isinstance(module, FormLinear) else None
 
 
-def _factors(module: LowRankLinear) -> Factors:
-    """Return a module's left factor over all outputs, its right factor, and its sparse part."""
-    left_OR, rest_OI = module.weight.detach(), None
-    if isinstance(module, PivotedLinear):
-        eye_RR = torch.eye(module.rank, dtype=left_OR.dtype, device=left_OR.device)
-        left_OR = torch.cat([eye_RR, left_OR]).index_select(0, module.index)
-    if isinstance(module, LowRankSparseLinear):
-        rest_OI = module.sparse.dense_weight().detach()
-    return Factors(left_OR=left_OR, down_RI=module.down.weight.detach(), rest_OI=rest_OI)
+def _factors(module: Factored) -> Factors:
+    left_OR, right_RI = module.left_factor(), module.right_factor()
+    return Factors(left_OR=left_OR, down_RI=right_RI, rest_OI=module.rest())
 
 
-@torch.no_grad()
-def _set_factors(module: LowRankLinear, factors: Factors, *, is_new: bool) -> dict[str, Tensor]:
-    """Store factors in a module; returns its changed tensors by name.
-
-    Pivot rows and combinations belong to the left factor and are recomputed for a new one.
-    """
-    module.down.weight.copy_(factors.down_RI)
-    changed: dict[str, Tensor] = {"down.weight": module.down.weight}
-    if not is_new:
-        return changed
-    left_OR = factors.left_OR
-    if isinstance(module, PivotedLinear):
-        pivoted = pivot(left_OR, factors.down_RI)
-        left_OR = pivoted.weight_SR
-        module.down.weight.copy_(pivoted.down_RI)
-        module.index.copy_(pivoted.order_O)
-        changed["index"] = module.index
-    module.weight.copy_(left_OR)
-    return changed | {"weight": module.weight}
+def _pivot(left_OR: Tensor, right_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Write a product as pivots and combinations; see `models.forms.base.Pivot`."""
+    found = pivot(left_OR, right_RI)
+    return found.weight_SR, found.down_RI, found.order_O
 
 
 def gather_drift(

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.device.strict import strict
 from orchestrator.device.transport import bring
-from orchestrator.models.forms.low_rank import LowRankLinear
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.refine_ledger import Account, Epoch, Ledger, Stop
@@ -294,8 +293,8 @@ def trained_parameters(shard: Shard, *, dense: bool) -> dict[str, nn.Parameter]:
 
 
 def _is_dense_weight(shard: Shard, name: str) -> bool:
-    """Test if a parameter is the weight of a plain linear and not of a factor."""
+    """Test if a parameter is the weight of a plain linear that is not part of a compressed one."""
     path, _, child = name.rpartition(".")
     if child != "weight" or not isinstance(shard.module(path), nn.Linear | Conv1D):
         return False
-    return not isinstance(shard.module(path.rpartition(".")[0]), LowRankLinear)
+    return shard.compressed_linear(name) is None

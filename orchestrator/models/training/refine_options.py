@@ -43,25 +43,24 @@ class RefineOptions:
     """Also train dense weights: linears that the plan left dense, and untargeted ones."""
 
     def __post_init__(self) -> None:
-        check_whole("refinement: epochs", self.epochs, 1, 10_000)
         check_whole("refinement: batches", self.batches, 1, 10_000)
         check_whole("refinement: slices", self.slices, 1, 10_000)
-        check_number("refinement: learning_rate", self.learning_rate, 0, 1)
-        check_number("refinement: weight_decay", self.weight_decay, 0, 1)
-        check_number("refinement: warm_up", self.warm_up, 0, 1)
-        check_number("refinement: floor", self.floor, 0, 1)
-        check_number("refinement: clip", self.clip, 1e-12, 1e12)
-        check_number("refinement: held_out", self.held_out, 1e-6, 0.5)
-        check_whole("refinement: patience", self.patience, 1, 10_000)
+        check_optimizer_options("refinement", self)
         if not isinstance(self.dense, bool):
             raise UsageError(f"refinement: dense is {self.dense!r}; it must be true or false")
 
 
-class RateOptions(Protocol):
-    """Options of the learning-rate schedule."""
+class OptimizerOptions(Protocol):
+    """Options of AdamW, its schedule and its stopping rule, which refinement and training have."""
+
+    @property
+    def epochs(self) -> int: ...
 
     @property
     def learning_rate(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
 
     @property
     def warm_up(self) -> float: ...
@@ -69,8 +68,29 @@ class RateOptions(Protocol):
     @property
     def floor(self) -> float: ...
 
+    @property
+    def clip(self) -> float: ...
 
-def rate(step: int, steps: int, options: RateOptions) -> float:
+    @property
+    def held_out(self) -> float: ...
+
+    @property
+    def patience(self) -> int: ...
+
+
+def check_optimizer_options(table: str, options: OptimizerOptions) -> None:
+    """Raise UsageError for an option that is not allowed; `table` names the table of options."""
+    check_whole(f"{table}: epochs", options.epochs, 1, 10_000)
+    check_number(f"{table}: learning_rate", options.learning_rate, 0, 1)
+    check_number(f"{table}: weight_decay", options.weight_decay, 0, 1)
+    check_number(f"{table}: warm_up", options.warm_up, 0, 1)
+    check_number(f"{table}: floor", options.floor, 0, 1)
+    check_number(f"{table}: clip", options.clip, 1e-12, 1e12)
+    check_number(f"{table}: held_out", options.held_out, 1e-6, 0.5)
+    check_whole(f"{table}: patience", options.patience, 1, 10_000)
+
+
+def rate(step: int, steps: int, options: OptimizerOptions) -> float:
     """Learning rate of a step, counted from 0: linear warm-up, then a cosine to the floor."""
     warm = int(options.warm_up * steps)
     if step < warm:

@@ -1,18 +1,13 @@
-"""Trained parameters of a shard's blocks and their AdamW steps.
+"""Trained parameters of a shard's blocks and their AdamW steps."""
 
-Shape suffixes: O outputs, R directions, N stored entries.
-"""
-
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.device.transport import CPU
 from orchestrator.errors import InfeasibleError
-from orchestrator.models.forms.index_codes import decode
-from orchestrator.models.forms.low_rank import LowRankLinear
-from orchestrator.models.forms.sparse import SparseLinear
+from orchestrator.models.forms.base import ParameterScales
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.training.refine import trained_parameters
 from orchestrator.models.training.train_options import MODES
@@ -229,26 +224,14 @@ class _DirectParameter:
 
 
 class _Scaled(_DirectParameter):
-    """Parameter W0 of which only scales are trained.
+    """Parameter W0 of which only scales are trained."""
 
-    Args:
-        spread: Expands the scales to one per value of W0.
-        gather: Sums values over those that each scale multiplies.
-    """
-
-    def __init__(
-        self,
-        parameter: nn.Parameter,
-        scales: int,
-        *,
-        spread: Callable[[Tensor], Tensor],
-        gather: Callable[[Tensor], Tensor],
-    ) -> None:
+    def __init__(self, parameter: nn.Parameter, scales: ParameterScales) -> None:
         super().__init__(parameter)
         self._base = parameter.detach().clone()
-        self._scale = torch.ones(scales, dtype=self._base.dtype, device=self._base.device)
+        self._scale = torch.ones(scales.count, dtype=self._base.dtype, device=self._base.device)
         self._gradient: Tensor | None = None
-        self._spread, self._gather = spread, gather
+        self._scales = scales
 
     @property
     def value(self) -> Tensor:
@@ -260,7 +243,7 @@ class _Scaled(_DirectParameter):
 
     def collect(self) -> None:
         if self.parameter.grad is not None:
-            gradient = self._gather(self.parameter.grad.mul_(self._base))
+            gradient = self._scales.gather(self.parameter.grad.mul_(self._base))
             self._gradient = gradient if self._gradient is None else self._gradient + gradient
             self.parameter.grad = None
 
@@ -268,7 +251,7 @@ class _Scaled(_DirectParameter):
         self._gradient = None
 
     def apply(self) -> None:
-        torch.mul(self._base, self._spread(self._scale), out=self.parameter.detach())
+        torch.mul(self._base, self._scales.spread(self._scale), out=self.parameter.detach())
 
 
 def _trained(
@@ -277,36 +260,10 @@ def _trained(
     """Create the trained form of a parameter in a mode; None if it is not trained."""
     if mode != "light":
         return _DirectParameter(parameter)
-    path, _, child = name.rpartition(".")
-    module = shard.module(path)
-    if child == "weight" and isinstance(module, LowRankLinear):
-        return _Scaled(parameter, module.rank, spread=_identity, gather=_sum_outputs)
-    if child == "weight" and isinstance(module, SparseLinear):
-        counts_O = _entries_per_output(module)
-        return _Scaled(
-            parameter,
-            module.out_features,
-            # `output_size` and `unsafe` avoid reads of the device; the lengths are valid
-            spread=lambda scale_O: scale_O.repeat_interleave(
-                counts_O, output_size=parameter.numel()
-            ),
-            gather=lambda values_N: torch.segment_reduce(
-                values_N, "sum", lengths=counts_O, unsafe=True
-            ),
-        )
+    found = shard.compressed_linear(name)
+    if found is not None:
+        path, module = found
+        scales = module.scales().get(name.removeprefix(f"{path}."))
+        if scales is not None:
+            return _Scaled(parameter, scales)
     return _DirectParameter(parameter) if parameter.dim() < 2 else None
-
-
-def _identity(scale_R: Tensor) -> Tensor:
-    return scale_R
-
-
-def _sum_outputs(values_OR: Tensor) -> Tensor:
-    return values_OR.sum(dim=0)
-
-
-def _entries_per_output(module: SparseLinear) -> Tensor:
-    """Number of stored entries of each output, int64 [O]; they are stored output by output."""
-    sizes = module.out_features, module.in_features
-    positions_N = decode(module.code, dict(module.named_buffers(recurse=False)), *sizes)
-    return (positions_N // module.in_features).bincount(minlength=module.out_features)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from orchestrator.errors import UsageError
-from orchestrator.models.training.refine_options import rate, split
+from orchestrator.models.training.refine_options import check_optimizer_options, rate, split
 from orchestrator.randomness import Randomness
 from orchestrator.recipe.options import check_choice, check_number, check_whole
 
@@ -47,21 +47,14 @@ class TrainOptions:
     """Training ends after this number of snapshots without a better state."""
 
     def __post_init__(self) -> None:
-        check_whole("training: epochs", self.epochs, 1, 10_000)
+        check_optimizer_options("training", self)
         check_whole("training: batches", self.batches, 1, 100_000)
-        check_number("training: learning_rate", self.learning_rate, 0, 1)
-        check_number("training: weight_decay", self.weight_decay, 0, 1)
-        check_number("training: warm_up", self.warm_up, 0, 1)
-        check_number("training: floor", self.floor, 0, 1)
-        check_number("training: clip", self.clip, 1e-12, 1e12)
         check_number("training: divergence", self.divergence, 0, 1e6)
         check_number("training: cross_entropy", self.cross_entropy, 0, 1e6)
         check_number("training: temperature", self.temperature, 1e-2, 1e2)
         check_choice("training: targets", self.targets, TARGETS)
         check_whole("training: top_k", self.top_k, 1, 1_000_000)
-        check_number("training: held_out", self.held_out, 1e-6, 0.5)
         check_whole("training: every", self.every, 1, 100_000)
-        check_whole("training: patience", self.patience, 1, 10_000)
         if not self.divergence and not self.cross_entropy:
             raise UsageError("training: divergence and cross_entropy are 0; one must be above")
 

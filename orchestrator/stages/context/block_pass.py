@@ -1,6 +1,6 @@
-"""Chunks through all shards, whose workers then finish their blocks: forward, or back as gradients.
+"""Passes over all blocks of a model, forward, backward or in order, which commit a unit per block.
 
-The driver's part of everything that gathers statistics and commits a unit a block.
+The driver's part; the workers compute statistics and commit the units.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,38 +24,38 @@ from orchestrator.stages.context.worker.curvature_worker import BackwardPass
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.run import RunDirectory
 
-LONG = 64
-"""Numbers of a list that is worth an array."""
+LONG_LIST = 64
+"""Length above which a list of floats is converted to an array."""
 
 
 def with_arrays(facts: Any) -> Any:
-    """Facts with long lists of numbers as arrays: a quarter of their memory in the driver."""
+    """Convert long lists of floats to arrays, which take a quarter of the driver's memory."""
     if isinstance(facts, dict):
         return {name: with_arrays(value) for name, value in facts.items()}
     if not isinstance(facts, list):
         return facts
-    if len(facts) > LONG and all(type(value) is float for value in facts):
+    if len(facts) > LONG_LIST and all(type(value) is float for value in facts):
         return np.array(facts)
     return [with_arrays(value) for value in facts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPass:
-    """Settings that all passes of a run over the model's blocks share."""
+    """Settings shared by all passes of a run over the blocks of its model."""
 
     run: RunDirectory
     num_blocks: int
     sequences: int
     group: int
-    """Blocks that are finished as one."""
+    """Number of blocks that are finished together."""
     blocks: int
-    """The most in a shard, where the recipe does not say how many there are."""
+    """Largest number of blocks of a shard if the recipe has no number of shards."""
     segments: int = 1
     """Segments of a backward pass, see `cut_segments`."""
     patience: Mapping[str, float] = field(default_factory=dict)
-    """Seconds that a call may take, by method of the worker (see `Deadlines`)."""
+    """Deadlines of calls in seconds, by method of the worker (see `Deadlines`)."""
     on_committed: Callable[[int], None] = lambda block: None
-    """Called with each block whose unit is committed."""
+    """Called with every block once its unit is committed."""
 
     def forward(
         self,
@@ -64,15 +64,15 @@ class BlockPass:
         stage: RunningStage,
         committed: Mapping[int, dict[str, Any]] | None = None,
     ) -> dict[int, dict[str, Any]]:
-        """Passes chunks on; gives the facts of the units of these keys, by block.
+        """Pass all chunks through the shards. Returns the facts of these units, by block.
 
-        Units that are committed, and whole, are not made again.
+        Reusable units are not computed again.
 
         Args:
             committed: Result of `committed`, if the caller has it already.
         """
         if committed is None:
-            done = self._decomposed(keys, stage)
+            done = self._committed_arrays(keys, stage)
         else:
             done = {block: with_arrays(facts) for block, facts in committed.items()}
         for block in done:
@@ -98,31 +98,35 @@ class BlockPass:
         keys: Mapping[int, str],
         stage: RunningStage,
     ) -> dict[int, dict[str, Any]]:
-        """The same with gradients, `draws` for every sequence, from the last block to the first.
+        """Pass gradients from the last block to the first, `draws` for every sequence.
 
-        A forward pass under `dense_key` stores chunks at the boundaries, until the shards that read
-        them are done: the backward pass runs each shard again on its input and goes back through
-        it. If that takes too much storage, only some boundaries have chunks, and the forward pass
-        is repeated segment by segment (see `cut_segments`). If a shard is too much for a worker,
-        one more forward pass makes the chunks at the new cut.
+        A forward pass under `dense_key` stores chunks at the boundaries; they are kept until the
+        shards that read them are complete, because the backward pass recomputes each shard from its
+        input. If storage for all boundaries is too large, only some boundaries have chunks, and the
+        forward pass is repeated segment by segment (see `cut_segments`). If a shard exceeds the
+        memory of a worker, it is divided, and another forward pass computes the chunks at the new
+        boundaries.
+
+        Returns:
+            The facts of the units of these keys, by block.
         """
-        done, workers = self._decomposed(keys, stage), stage.workers
+        done, workers = self._committed_arrays(keys, stage), stage.workers
         cut, count = self._cut(workers), draws * self.sequences
         dense = self.run.chunks(dense_key, workers.environment)
 
-        def back(part: Sequence[range]) -> ShardPass:
-            """Backward pass through these shards; gradients stay if earlier blocks need them."""
-            first = part[0].start
-            goes_on = any(block < first for block in todo)
-            boundaries = [blocks.stop for blocks in part[::-1]]
-            *present, behind = self._present(pass_key, [*boundaries, first], workers, count)
+        def backward_pass(shards: Sequence[range]) -> ShardPass:
+            """Backward pass; gradients at its end are kept if earlier blocks need them."""
+            first = shards[0].start
+            continues = any(block < first for block in todo)
+            boundaries = [blocks.stop for blocks in shards[::-1]]
+            *present, results = self._present(pass_key, [*boundaries, first], workers, count)
             return ShardPass(
-                part[::-1],
+                shards[::-1],
                 todo=todo,
                 num_chunks=count,
                 present=present,
-                results=behind if goes_on else None,
-                keeps=(first,) if goes_on else (),
+                results=results if continues else None,
+                keeps=(first,) if continues else (),
                 backward=True,
                 joints=self._joints,
                 reads_beside=True,
@@ -131,11 +135,12 @@ class BlockPass:
 
         while todo := keys.keys() - done.keys():
             segments = cut_segments(len(cut), workers.size, self.segments)
-            kept, first = _next_segment(cut, segments, back(cut).unfinished)
-            if (found := self._keep_boundaries(dense_key, cut, kept, stage)) != cut:
-                cut = found
+            kept, first = _next_segment(cut, segments, backward_pass(cut).unfinished)
+            new_cut = self._store_boundaries(dense_key, cut, kept, stage)
+            if new_cut != cut:
+                cut = new_cut
                 continue
-            schedule = back(cut[first:])
+            schedule = backward_pass(cut[first:])
             self._perform(schedule, pass_key, done, keys, stage=stage, beside=dense)
             cut = (*cut[:first], *schedule.following_cut())
         for chunks in (dense, self.run.chunks(pass_key, workers.environment)):
@@ -149,12 +154,16 @@ class BlockPass:
         program: Callable[[int, bool], Program],
         stage: RunningStage,
     ) -> dict[int, dict[str, Any]]:
-        """Blocks one after the other, each from all the chunks that the one before has left.
+        """Process blocks in order, each after all chunks have passed the preceding one.
 
         Args:
-            streams: Pass keys of the chunks that move from block to block, side by side.
-            keys: Of the units of all blocks that are gone through, from block 0 on.
-            program: The rounds of a block, told whether it is made; gives the facts of its unit.
+            streams: Pass keys of the streams of chunks.
+            keys: Unit keys of all blocks of the pass, from block 0.
+            program: Function from a block, and a bool that is True if its unit is committed, to the
+                rounds of the block.
+
+        Returns:
+            The facts of the units, by block.
         """
         done, workers = self.committed(keys, stage), stage.workers
         stores = [self.run.chunks(stream, workers.environment) for stream in streams]
@@ -195,19 +204,21 @@ class BlockPass:
     def committed(
         self, keys: Mapping[int, str], stage: RunningStage, name: str | None = None
     ) -> dict[int, dict[str, Any]]:
-        """Facts of the units of an earlier run that are reused.
+        """Find the reusable units among these keys. Returns their facts, by block.
 
         Args:
-            name: Of their stage, if it is another one.
+            name: Name of their stage; None: the name of `stage`.
         """
-        about, name = (stage.workers, stage.monitor), name or stage.name
-        done = reusable_units(self.run.units, keys, *about, stage=name, called="block {}")
+        units, name = self.run.units, name or stage.name
+        done = reusable_units(
+            units, keys, stage.workers, stage.monitor, stage=name, called="block {}"
+        )
         if done:
             of, are = counted(len(keys), "block"), "is" if len(done) == 1 else "are"
             stage.monitor.note(f"{len(done)} of {of} {are} committed already")
         return done
 
-    def _decomposed(
+    def _committed_arrays(
         self, keys: Mapping[int, str], stage: RunningStage
     ) -> dict[int, dict[str, Any]]:
         committed = self.committed(keys, stage)
@@ -215,7 +226,7 @@ class BlockPass:
 
     @property
     def _joints(self) -> range:
-        """Blocks at which shards may begin."""
+        """Blocks at which a shard may start."""
         return range(0, self.num_blocks, self.group)
 
     def _cut(self, workers: WorkerGroup) -> tuple[range, ...]:
@@ -228,26 +239,26 @@ class BlockPass:
         chunks = self.run.chunks(pass_key, workers.environment)
         return [chunks.present(boundary, count or self.sequences) for boundary in boundaries]
 
-    def _keep_boundaries(
+    def _store_boundaries(
         self,
         dense_key: str,
         cut: tuple[range, ...],
         kept: Sequence[int],
         stage: RunningStage,
     ) -> tuple[range, ...]:
-        """Passes chunks up to these boundaries and keeps them there; gives the cut afterwards."""
+        """Pass chunks to these boundaries and store them there. Returns the cut after the pass."""
         workers = stage.workers
         last = next(shard for shard, blocks in enumerate(cut) if blocks.start == max(kept))
         if last == 0:
             return cut
         boundaries = [blocks.start for blocks in cut[: last + 1]]
-        *present, behind = self._present(dense_key, boundaries, workers)
+        *present, results = self._present(dense_key, boundaries, workers)
         schedule = ShardPass(
             cut[:last],
             todo=(),
             num_chunks=self.sequences,
             present=present,
-            results=behind,
+            results=results,
             keeps=kept,
             joints=self._joints,
         )
@@ -265,7 +276,7 @@ class BlockPass:
         stage: RunningStage,
         beside: Chunks | None = None,
     ) -> None:
-        """The pass to its end, each block's facts into `done`."""
+        """Execute a pass, and add the facts of each finished block to `done`."""
 
         def on_success(call: Call, value: Any) -> None:
             if isinstance(call.command, Finish):
@@ -293,7 +304,7 @@ class BlockPass:
         keys: Mapping[int, str],
         stage: RunningStage,
     ) -> None:
-        """Tells of a block whose unit is committed."""
+        """Report a committed block."""
         seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])
         stage.progress(len(done), len(keys), unit=f"block {block}", seconds=seconds, bytes=size)
 
@@ -301,15 +312,15 @@ class BlockPass:
 def _next_segment(
     cut: Sequence[range], segments: Sequence[range], unfinished: Sequence[range]
 ) -> tuple[list[int], int]:
-    """Boundaries that must have chunks for the next segment's backward pass; its first shard.
+    """Find the boundaries whose chunks the next segment's backward pass needs, and its first shard.
 
-    The next segment is the last one with an unfinished shard. Chunks are needed now at the starts
-    of its unfinished shards, and later at the starts of the unfinished segments before it.
+    The next segment is the last one with an unfinished shard. Chunks are needed at the starts of
+    its unfinished shards, and, for later segments, at the starts of the unfinished ones before it.
     """
-    open_ones = [
+    remaining = [
         (segment.start, starts)
         for segment in segments
         if (starts := [cut[shard].start for shard in segment if cut[shard] in unfinished])
     ]
-    first, starts = open_ones[-1]
-    return [*(cut[start].start for start, _ in open_ones[:-1]), *starts], first
+    first, starts = remaining[-1]
+    return [*(cut[start].start for start, _ in remaining[:-1]), *starts], first

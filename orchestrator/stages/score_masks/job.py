@@ -13,8 +13,8 @@ import numpy as np
 from orchestrator.allocate.bernoulli import CandidatePool, Draw
 from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.by_bytes import fill_budget
-from orchestrator.allocate.cap import CapAllocator
 from orchestrator.allocate.choice import Choice, choose
+from orchestrator.allocate.scored import MaskAllocator
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.plan import Plan
@@ -37,12 +37,9 @@ SCORE_VERSION = 1
 class MaskScoring:
     """Losses of masked models, each one a unit, so that none is taken twice after a restart."""
 
-    def __init__(self, job: Decomposed, stage: RunningStage) -> None:
-        self._job, self._stage = job, stage
+    def __init__(self, job: Decomposed, allocator: MaskAllocator, stage: RunningStage) -> None:
+        self._job, self._stage, self.allocator = job, stage, allocator
         self._workers, self._monitor = stage.workers, stage.monitor
-        allocator = job.allocator
-        assert isinstance(allocator, CapAllocator)
-        self.allocator: CapAllocator = allocator
         candidates = {name: job.method.kind.curve(facts) for name, facts in job.results.items()}
         self.pool = self.allocator.pool(job.linears, candidates, job.budget)
         self._counts = self.pool.split(self.pool.count_N)

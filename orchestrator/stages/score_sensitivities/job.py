@@ -11,7 +11,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from orchestrator.allocate.strs import Strs
+from orchestrator.allocate.scored import SensitivityAllocator
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.grouping import stack
@@ -45,13 +45,12 @@ class Sensitivities:
     are at work at the same time. A killed driver goes on from these files too.
     """
 
-    def __init__(self, job: Decomposed, stage: RunningStage) -> None:
-        self._job, self._stage = job, stage
+    def __init__(
+        self, job: Decomposed, allocator: SensitivityAllocator, stage: RunningStage
+    ) -> None:
+        self._job, self._stage, self._allocator = job, stage, allocator
         self._workers, self._monitor = stage.workers, stage.monitor
-        allocator = job.allocator
-        assert isinstance(allocator, Strs)
-        self._strs: Strs = allocator
-        self._chunks = min(self._strs.windows, job.sequences)
+        self._chunks = min(allocator.windows, job.sequences)
 
     def measure(self) -> Scores:
         """Every loss, those committed earlier as they are.
@@ -86,7 +85,7 @@ class Sensitivities:
         trials = [CutTrial(self._job.survey.num_blocks)]
         for group in self._job.grouping.groups(self._job.linears):
             names = tuple(linear.name for linear in group)
-            ranks = self._strs.ranks(stack(group), self._job.form)
+            ranks = self._allocator.ranks(stack(group), self._job.form)
             trials += [CutTrial(group[0].block, names, rank) for rank in ranks]
         return tuple(trials)
 
@@ -178,11 +177,11 @@ class Sensitivities:
     def _report(self, dense: float, losses: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
         """The losses, and for each kept fraction of the grid how much it adds to the dense one."""
         added = {}
-        for kept in self._strs.kept:
+        for kept in self._allocator.kept:
             by_name = {
                 linear.name: losses[linear.name][rank] - dense
                 for linear in self._linears
-                if (rank := self._strs.rank(linear, kept, self._job.form))
+                if (rank := self._allocator.rank(linear, kept, self._job.form))
             }
             if by_name:
                 added[str(kept)] = {
@@ -192,7 +191,7 @@ class Sensitivities:
                     "most_sensitive": max(by_name, key=lambda name: by_name[name]),
                 }
         return {
-            "grid": list(self._strs.kept),
+            "grid": list(self._allocator.kept),
             "sequences": self._chunks,
             "dense_loss": dense,
             "added_loss": added,

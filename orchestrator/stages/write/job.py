@@ -10,9 +10,9 @@ from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.layout import FileSpec, layout
 from orchestrator.models.checkpoint.output import check_out, claim_out
 from orchestrator.models.checkpoint.weights import parse_dtype
-from orchestrator.models.checkpoint.write import REPORT_FILE, finish
+from orchestrator.models.checkpoint.write import finish
 from orchestrator.plan.plan import Assignment, Plan
-from orchestrator.plan.result import Result
+from orchestrator.plan.result import REPORT_FILE, Result
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
@@ -20,6 +20,7 @@ from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stage_names import CALIBRATE
 from orchestrator.stages.context.commands import WriteFile
 from orchestrator.stages.context.keys import WRITE_VERSION
 from orchestrator.stages.context.report import make_report
@@ -172,7 +173,7 @@ def _report(
     for each in done:
         report[each.name] = each.report
         report["timings"][each.name] = each.timings
-    with_gradients = ["calibrate"] if planned.needs_gradients else []
+    with_gradients = [CALIBRATE] if planned.needs_gradients else []
     with_gradients += [each.name for each in done if each.has_gradients]
     if with_gradients:
         report["gradients"] = {"algorithms": "deterministic", "stages": with_gradients}
@@ -202,7 +203,7 @@ def _memory(planned: Planned, monitor: RunMonitor) -> dict[str, Any]:
         # units of an earlier run; earlier versions did not record it
         if said := facts["timings"].get("memory"):
             usage = Usage.from_json(said)
-            used["calibrate"] = usage.merge(used.get("calibrate", usage))
+            used[CALIBRATE] = usage.merge(used.get(CALIBRATE, usage))
     stages = planned.forecast.stages if planned.forecast else ()
     expected = {each.name: {"forecast": each.device.total} for each in stages}
     return {

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,15 @@ from benchmarks.faults.course import Course, Fault
 from benchmarks.faults.injections import KINDS, Scene
 from benchmarks.methods import once
 
+from orchestrator.recipe.recipe import make_recipe
+from orchestrator.resolve import ResolvedRecipe, resolve
 from orchestrator.runtime.deadline import VARIABLE as DEADLINE
 from orchestrator.store.files import digest_file, digest_json
 
-RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "best": {
-        "flags": ["--preset", "best"],
-        "stages": ["calibrate", "pivot", "refine", "train", "write"],
-    },
-    "cap": {"flags": ["--method", "cap"], "stages": ["calibrate", "score", "write"]},
-    "walk": {
-        "flags": ["--method", "svd-llm", "--refine", "in_order", "--compensate", "anchored"],
-        "stages": ["calibrate", "walk", "write"],
-    },
+RECIPES: Mapping[str, Mapping[str, str]] = {
+    "best": {"preset": "best"},
+    "cap": {"method": "cap"},
+    "walk": {"method": "svd-llm", "refine": "in_order", "compensate": "anchored"},
 }
 """Recipes that together have every stage, with few epochs of training."""
 SHORT = {"refinement.epochs": 3, "training.epochs": 2, "training.every": 2}
@@ -56,6 +53,12 @@ LIVES = 8
 NODES = 2
 RECOVERY_SECONDS = 30.0
 """Maximum recovery time after a killed node, with Ray's default health checks."""
+
+
+@cache
+def resolved(recipe: str) -> ResolvedRecipe:
+    """Resolve one of `RECIPES`."""
+    return resolve(make_recipe({"model": "m", "out": "o", "keep": 0.6} | RECIPES[recipe]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ class Trial:
         faults = [
             Fault(
                 kinds[(seed * count + n) % len(kinds)],
-                rng.choice(RECIPES[recipe]["stages"]),
+                rng.choice(resolved(recipe).stage_names),
                 rng.choice([0.0, 0.2, 0.4, 0.6, 0.8]),
             )
             for n in range(count)
@@ -128,8 +131,9 @@ class _Subject:
 
     def arguments(self, recipe: str, out: Path) -> list[str]:
         options = [f"--option={name}={value}" for name, value in SHORT.items()]
-        known = [each for each in options if each[9:].split(".")[0] in _trained(recipe)]
-        flags = [*RECIPES[recipe]["flags"], *known, *SMALL, f"--calibration={self.text}"]
+        known = [each for each in options if each[9:].split(".")[0] in _used_tables(recipe)]
+        flags = [f"--{name}={value}" for name, value in RECIPES[recipe].items()]
+        flags += [*known, *SMALL, f"--calibration={self.text}"]
         return ["compress", str(self.model), str(out), *flags, "--progress", "json"]
 
     def reference(self, recipe: str) -> dict[str, str]:
@@ -141,10 +145,9 @@ class _Subject:
         return hashes(out)
 
 
-def _trained(recipe: str) -> set[str]:
-    """Stages of a recipe that take options of `SHORT`."""
-    named = {"refine": "refinement", "walk": "refinement", "train": "training"}
-    return {named[stage] for stage in RECIPES[recipe]["stages"] if stage in named}
+def _used_tables(recipe: str) -> set[str]:
+    """Tables of options that the stages of a recipe take."""
+    return {table for stage in resolved(recipe).stages for table in stage.used_tables}
 
 
 def perform(trial: Trial, cluster: Cluster, subject: _Subject) -> dict[str, Any]:

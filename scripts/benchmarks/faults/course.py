@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from orchestrator.stage_names import VERIFY
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -42,7 +44,7 @@ class Course:
         if event["event"] in ("lost", "retired"):
             for each in self.happened:
                 each["noticed"] = True
-        if event["event"] != "unit" or event["stage"] == "verify":
+        if event["event"] != "unit" or event["stage"] == VERIFY:
             return
         for each in self.happened:
             if each["noticed"] or each["life"] < self.life:

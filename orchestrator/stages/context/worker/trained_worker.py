@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orchestrator.models.checkpoint.layout import TensorSpec
 from orchestrator.models.checkpoint.weights import Checkpoint
-from orchestrator.models.forms.pivoted import PivotedLinear
+from orchestrator.models.forms.base import FormLinear
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.plan.plan import Plan
@@ -108,13 +108,14 @@ class CompressedModel:
         return self._dense.lazy.planned(plan, self.before.read, output_dtype=dtype).weights
 
     def indices(self, shard: Shard) -> dict[str, Tensor]:
-        """Return the indices of the outputs of pivoted linears, by name; training keeps them."""
+        """Return the buffers that are stored with trained values, by name; training keeps them."""
         inside = (each.name for each in self._task.linears if each.block in shard.blocks)
         modules = {name: shard.module(name) for name in inside}
         return {
-            f"{name}.index": module.index.cpu()
+            f"{name}.{buffer}": module.get_buffer(buffer).cpu()
             for name, module in modules.items()
-            if isinstance(module, PivotedLinear)
+            if isinstance(module, FormLinear)
+            for buffer in module.stored_with_values
         }
 
     def commit_block(

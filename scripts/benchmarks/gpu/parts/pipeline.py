@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import orchestrator.hf  # noqa: F401 # compressed checkpoints are loaded by plain transformers
-from orchestrator.models.checkpoint.write import REPORT_FILE
+from orchestrator.plan.result import REPORT_FILE
 
 CPU = torch.device("cpu")
 BEST = {

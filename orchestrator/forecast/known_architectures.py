@@ -1,4 +1,4 @@
-"""Checkpoints that are known to be supported from config and headers alone, without torch."""
+"""Architectures whose tensors follow from the config by formula, so that no survey is needed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,23 +34,23 @@ def check_bare_config(path: Place, config: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: architectures is {quoted(found)}; {expected} is needed")
 
 
-def is_usual(headers: Headers) -> bool:
-    """Test if a checkpoint is exactly what the formulas of its family describe.
+def has_known_architecture(headers: Headers) -> bool:
+    """Test if a checkpoint has exactly the tensors that the formulas of its family give.
 
-    A survey accepts such a model, and may accept another one.
+    Reads config and headers, without torch. A survey accepts such a model; it may accept others.
 
     Raises:
         InputError: A number in the config is missing, not allowed or not finite.
     """
     config, path = headers.config, headers.directory / "config.json"
     check_config(path, config)
-    is_known = (
+    is_known_config = (
         config.get("architectures") == [_class_of(config)]
         and all(config.get(key) is None for key in FORMS_KEYS)
         and config.get("hidden_act", "silu") == "silu"
         and all(map(_is_known_rope, (config.get("rope_scaling"), config.get("rope_parameters"))))
     )
-    if not is_known:
+    if not is_known_config:
         return False
     expected = _tensors(config, str(path))
     heads = config["num_attention_heads"]

@@ -1,0 +1,106 @@
+"""Interfaces of allocators that ask for losses of the model, as the scoring stages use them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from orchestrator.allocate.base import Scoring
+from orchestrator.allocate.bernoulli import Baseline, CandidatePool, Draw
+from orchestrator.allocate.budget import Budget
+from orchestrator.allocate.choice import Choice
+from orchestrator.plan.candidates import Candidates
+from orchestrator.plan.forms import Form
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Plan
+
+
+@runtime_checkable
+class SensitivityAllocator(Protocol):
+    """Allocator with `Scoring.SENSITIVITIES`: it takes curves with losses by rank."""
+
+    @property
+    def windows(self) -> int:
+        """Number of calibration sequences, the first ones, on which a loss is measured."""
+        ...
+
+    @property
+    def kept(self) -> tuple[float, ...]:
+        """Kept fractions of the grid, ascending, for the report."""
+        ...
+
+    def ranks(self, linear: Linear, form: Form) -> tuple[int, ...]:
+        """Ranks at which the loss is measured, ascending."""
+        ...
+
+    def rank(self, linear: Linear, kept: float, form: Form) -> int:
+        """Rank of a kept fraction of the grid; 0 if none."""
+        ...
+
+
+@runtime_checkable
+class MaskAllocator(Protocol):
+    """Allocator with `Scoring.MASKS`: it learns probabilities of candidates from losses of masks.
+
+    Shape suffix: N candidates.
+    """
+
+    @property
+    def iterations(self) -> int: ...
+
+    @property
+    def samples(self) -> int:
+        """Masked models per iteration."""
+        ...
+
+    @property
+    def chunks(self) -> int:
+        """Number of calibration sequences, the first ones, on which a loss is measured."""
+        ...
+
+    @property
+    def keep_better(self) -> bool:
+        """True if the first choice is kept unless the loss of the last one is smaller."""
+        ...
+
+    @property
+    def learns(self) -> bool:
+        """False if the first choice is the plan, without losses."""
+        ...
+
+    def pool(
+        self, linears: Sequence[Linear], candidates: Mapping[str, Candidates], budget: Budget
+    ) -> CandidatePool:
+        """Candidates of all linears."""
+        ...
+
+    def start(self, pool: CandidatePool, budget: int) -> np.ndarray:
+        """Probabilities before the first loss, [N]."""
+        ...
+
+    def new_baseline(self) -> Baseline:
+        """Baseline of the losses, empty."""
+        ...
+
+    def step(
+        self,
+        pool: CandidatePool,
+        probability_N: np.ndarray,
+        draws: Sequence[Draw],
+        baseline: Baseline,
+        *,
+        budget: int,
+    ) -> np.ndarray:
+        """Probabilities after the losses of an iteration, [N]."""
+        ...
+
+    def plan(self, pool: CandidatePool, choice: Choice, budget: int) -> Plan:
+        """Plan of a choice of candidates."""
+        ...
+
+
+INTERFACES: Mapping[Scoring, type] = {
+    Scoring.MASKS: MaskAllocator,
+    Scoring.SENSITIVITIES: SensitivityAllocator,
+}
+"""Interface of the allocators that ask for these losses."""
