@@ -173,10 +173,15 @@ def measure(output: str | Path, *, dtype: str = "bfloat16", threads: int = 1) ->
         dtype: Dtype of the forward passes.
         threads: Threads of a worker; no effect on a GPU.
     """
+    from orchestrator.errors import UsageError
+
+    directory = Path(output).absolute().parent
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: no such directory; create it, or name another file")
     from orchestrator.models.evaluation.machine import measure_machine
     from orchestrator.store.files import write_json
 
-    write_json(Path(output), measure_machine(Path(output).absolute().parent, dtype, threads))
+    write_json(Path(output), measure_machine(directory, dtype, threads))
     return Path(output)
 
 

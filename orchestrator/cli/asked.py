@@ -19,11 +19,14 @@ from orchestrator.recipe.values import parse_option
 def recipe_of(options: argparse.Namespace) -> Recipe:
     """Make the recipe from a file and the flags; flags take precedence."""
     given = {name: value for name, value in vars(options).items() if name in FIELDS}
+    for name in SIZE_FIELDS:
+        if isinstance(given.get(name), tuple):
+            raise UsageError(f"{options.command} takes one {name}, not several")
     written = read_recipe_fields(options.recipe) if "recipe" in options else {}
     for text in vars(options).get("option", ()):
         name, option, value = parse_option(text)
         table = written.get(name, {})
-        if not isinstance(table, dict):
+        if name in FIELDS or not isinstance(table, dict):
             raise UsageError(f"option {text}: {name} is a field of the recipe, not a table")
         written[name] = {**table, option: value}
     preset = {"preset": options.preset} if "preset" in options else {}

@@ -57,7 +57,7 @@ class OneLineParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return
-        if isinstance(action.choices, dict):
+        if isinstance(action, argparse._SubParsersAction):
             near = difflib.get_close_matches(value, action.choices) or [*action.choices]
             self.error(f"unknown command {_plain(value)}; near misses: {', '.join(near)}")
         self._refuse_value(action, value, f"one of {', '.join(map(str, action.choices))}")
@@ -96,6 +96,6 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
     """Parsers of the verbs, by name."""
     found: dict[str, argparse.ArgumentParser] = {}
     for action in parser._actions:
-        if isinstance(action.choices, dict):
+        if isinstance(action, argparse._SubParsersAction):
             found |= action.choices
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import InputError, UsageError
 from orchestrator.models.checkpoint.headers import read_json
 
 ROWS = ("data_sheet", "pessimistic")
@@ -128,6 +128,8 @@ def read_machine(path: Path) -> Machine:
         UsageError: It is something else.
         InputError: The file cannot be read.
     """
+    if not path.exists():
+        raise InputError(f"{path}: no such file; `orchestrator measure` writes it")
     content = read_json(path)
     speeds = {name: content.get(name) for name in _SPEEDS}
     for name, value in speeds.items():

@@ -55,6 +55,8 @@ class Survey:
     """Distinct parameters of the whole model; tied ones count once, unless stored values differ."""
     unused: tuple[str, ...] = ()
     """Names of stored tensors that the model's class does not have; they are left out."""
+    has_own_head: bool = False
+    """True if the config ties head and embeddings, but different values of both are stored."""
 
     def of_block(self, block: int) -> tuple[Linear, ...]:
         """The linears of one block, in call order."""

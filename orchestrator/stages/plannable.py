@@ -1,5 +1,6 @@
 """Shapes of a model for `plan`, if a run would accept it."""
 
+from orchestrator.errors import InputError
 from orchestrator.forecast.known_architectures import check_bare_config, has_known_architecture
 from orchestrator.forecast.shapes import Shapes, from_checkpoint, read_shapes
 from orchestrator.models.checkpoint.headers import Headers, has_weights, read_json
@@ -19,6 +20,8 @@ def plannable_shapes(model: Place) -> Shapes:
     check_format(model)
     if not model.is_dir():
         if model.is_file():
+            if not model.name.endswith(".json"):
+                raise InputError(f"{model}: is a file; give its directory, or a config.json")
             check_bare_config(model, read_json(model))
         return read_shapes(model)
     if not has_weights(model):

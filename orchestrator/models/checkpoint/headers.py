@@ -25,6 +25,7 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 """Ends of the names of files with weights; only safetensors are read."""
 SAMPLE_BYTES = 128
+PIECE_BYTES = 2**24
 
 ITEMSIZES: Mapping[str, int] = {
     "F64": 8,
@@ -134,19 +135,37 @@ class Headers:
                 digest.update(sample)
         return digest.hexdigest()
 
-    def seem_equal(self, one: str, other: str) -> bool:
-        """Compare two tensors by dtype, shape, and a few hundred bytes of each.
+    def are_equal(self, one: str, other: str) -> bool:
+        """Compare two tensors by dtype, shape and bytes; reads both in pieces up to a difference.
+
+        Samples of both are compared first, because tensors that differ mostly do so everywhere.
 
         Raises:
             InputError: A file cannot be read.
         """
-        entries = self.entries[one], self.entries[other]
-        first, second = (_read_samples(entry.path, [entry]) for entry in entries)
-        return (entries[0].code, entries[0].shape, first) == (
-            entries[1].code,
-            entries[1].shape,
-            second,
+        first, second = self.entries[one], self.entries[other]
+        if (first.code, first.shape) != (second.code, second.shape):
+            return False
+        if _read_samples(first.path, [first]) != _read_samples(second.path, [second]):
+            return False
+        return all(
+            _read_piece(first, start) == _read_piece(second, start)
+            for start in range(0, first.size_bytes, PIECE_BYTES)
         )
+
+
+def _read_piece(entry: Entry, start: int) -> bytes:
+    """Read up to `PIECE_BYTES` of a tensor from a byte on."""
+
+    def read(file: Any) -> bytes:
+        file.seek(entry.offset + start)
+        content: bytes = file.read(min(PIECE_BYTES, entry.size_bytes - start))
+        return content
+
+    try:
+        return read_with(entry.path, read)
+    except OSError as error:
+        raise InputError(f"{entry.path}: cannot read: {error.strerror}") from error
 
 
 def _read_samples(path: Place, entries: Sequence[Entry]) -> list[bytes]:

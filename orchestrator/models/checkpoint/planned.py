@@ -41,9 +41,9 @@ class PlannedCheckpoint:
     def dtype(self, name: str) -> torch.dtype:
         return self._specs[name].torch_dtype
 
-    def seem_equal(self, one: str, other: str) -> bool:
-        """Compare two copies of dense tensors by samples of these; see `Headers`."""
-        return self._dense.seem_equal(self._specs[one].source, self._specs[other].source)
+    def are_equal(self, one: str, other: str) -> bool:
+        """Compare two copies of dense tensors; see `Headers`."""
+        return self._dense.are_equal(self._specs[one].source, self._specs[other].source)
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """No-op: only `read` knows the origin of the tensors."""

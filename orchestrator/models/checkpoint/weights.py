@@ -66,7 +66,7 @@ class Checkpoint(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def seem_equal(self, one: str, other: str) -> bool: ...
+    def are_equal(self, one: str, other: str) -> bool: ...
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor: ...
 
@@ -120,9 +120,9 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self._headers.entries[name].code]
 
-    def seem_equal(self, one: str, other: str) -> bool:
-        """Compare two tensors by samples; see `Headers`."""
-        return self._headers.seem_equal(one, other)
+    def are_equal(self, one: str, other: str) -> bool:
+        """Compare two tensors; see `Headers`."""
+        return self._headers.are_equal(one, other)
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Ask the system to prefetch tensors into its cache; no effect for files in a store."""

@@ -145,6 +145,8 @@ def make_config(
     forms = stored_forms(survey, plan)
     # names a weights file of the dense directory; ours have the usual names
     config = {key: value for key, value in dense.items() if key != "transformers_weights"}
+    if survey.has_own_head:
+        config = _untied({"tie_word_embeddings": True, **config})
     if output_dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype_name(output_dtype)
@@ -160,6 +162,13 @@ def make_config(
         "modules_to_not_convert": [each.name for each in survey.linears if each.name not in forms],
     }
     return config
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy of a config, and of those in it, in which no embeddings are tied."""
+    inner = {name: _untied(value) for name, value in config.items() if isinstance(value, dict)}
+    ties = {name: False for name in config if name == "tie_word_embeddings"}
+    return {**config, **inner, **ties}
 
 
 def write_index(out: Place, files: Sequence[FileSpec]) -> dict[str, str]:

@@ -29,6 +29,7 @@ from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.names import map_names
 from orchestrator.plan.cut import cut_blocks
 from orchestrator.plan.result import REPORT_FILE
+from orchestrator.readable import counted
 
 TOLERANCE = 0.02, 1e-3
 """Tolerance of measured against reported errors: a fraction of the error, plus rounding."""
@@ -56,7 +57,8 @@ def verify(
        KL from it and the top-1 agreement are returned.
 
     A dense model with another fingerprint than that of the compressed one is a problem, and nothing
-    is compared with it.
+    is compared with it, unless all tensors that were kept are equal, as in a copy whose tensors are
+    in other files; a note says so.
 
     Args:
         changes_errors: Function of a report: True if it has a stage after which the errors of
@@ -140,14 +142,23 @@ class _Verification:
         base = self._lazy_model.base_fingerprint
         if self._dense is None or base is None:
             return
-        found = self._dense.weights.fingerprint
-        if found != base:
-            self._problems.append(
-                f"{self._dense.directory}: is not the model that was compressed; its fingerprint "
-                f"(of config and weights) is {found[:12]}, that of the compressed one {base[:12]}; "
-                "give that model, or none"
+        found, where = self._dense.weights.fingerprint, self._dense.directory
+        if found == base:
+            return
+        count, other = compare_kept(self._dense, self._lazy_model)
+        if count and other is None:
+            self._notes.append(
+                f"{where}: its files are not those of the model that was compressed, but the "
+                f"{counted(count, 'tensor')} that {'was' if count == 1 else 'were'} kept agree"
             )
-            self._dense = None
+            return
+        because = f"; {other} differs" if other else ""
+        self._problems.append(
+            f"{where}: is not the model that was compressed; its fingerprint (of config and "
+            f"weights) is {found[:12]}, that of the compressed one {base[:12]}{because}; give that "
+            "model, or none"
+        )
+        self._dense = None
 
     def _complain(self, what: str) -> None:
         self._problems.append(f"{self._directory}: {what}")
@@ -252,6 +263,28 @@ class _Verification:
             same = dense_BTV.argmax(-1) == logits_BTV.argmax(-1)
             found["top1_agreement"] = float(same.float().mean())
         return found
+
+
+def compare_kept(dense: LazyModel, compressed: LazyModel) -> tuple[int, str | None]:
+    """Compare the tensors that a compression has copied, one at a time.
+
+    Returns:
+        Their number, and the name of the first one that the dense model lacks or has with other
+        values (in the dtype of the copy), None if all are equal.
+    """
+    disk, kept = compressed.disk_names, 0
+    linears = {f"{linear.name}.weight" for linear in dense.survey().linears}
+    for name, own in dense.disk_names.items():
+        shape = dense.weights.shape(own)
+        if name not in disk or compressed.weights.shape(disk[name]) != shape:
+            if name in linears:
+                continue  # in another form
+            return kept, name
+        copy = compressed.weights.read(disk[name])
+        if not torch.equal(dense.weights.read(own).to(copy.dtype), copy):
+            return kept, name
+        kept += 1
+    return kept, None
 
 
 def _logits(lazy_model: LazyModel, chunk: Chunk) -> Tensor:

@@ -73,11 +73,13 @@ class LazyModel:
             # blocks of a compressed model share only bases, which our forms tie
             if self._block(name) is not None and not self.is_compressed:
                 raise InputError(f"{self.directory}: {name} is tied; blocks must not share weights")
-        self.total_parameters = sum(
-            p.numel()
-            for name, p in traced.named_parameters()
-            if name not in tied or name in self.names.separate
+        self._parameters: int = sum(
+            p.numel() for n, p in traced.named_parameters() if n not in tied
         )
+        """Parameters that are not tied to others."""
+        self._tied_sizes: dict[str, int] = {
+            n: p.numel() for n, p in traced.named_parameters() if n in tied
+        }
         self._order = tuple(traced.state_dict())
         self._discovery = self._trace(traced, blocks)
         self._shard: Shard | None = None
@@ -162,6 +164,25 @@ class LazyModel:
     def config(self) -> PretrainedConfig:
         return self._architecture.config
 
+    @cached_property
+    def separate(self) -> frozenset[str]:
+        """Parameters that the class ties to another one, but that are stored with other values.
+
+        Both tensors are read once, up to a difference; transformers does not tie them either.
+        """
+        disk, doubled = self.names.disk, self.names.doubled
+        return frozenset(
+            name
+            for name, source in doubled.items()
+            if not self.weights.are_equal(disk[name], disk[source])
+        )
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of distinct parameters; tied ones count once, unless stored values differ."""
+        tied = self._tied_sizes.items()
+        return self._parameters + sum(count for name, count in tied if name in self.separate)
+
     @property
     def is_compressed(self) -> bool:
         """True for a checkpoint compressed by orchestrator."""
@@ -245,6 +266,7 @@ class LazyModel:
             linears=linears,
             total_parameters=self.total_parameters,
             unused=self.names.unused,
+            has_own_head=bool(self.separate) and not self.names.tied,
         )
 
     def shard(self, blocks: range) -> Shard:

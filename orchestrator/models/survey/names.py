@@ -32,8 +32,8 @@ class Names:
     """Stored parameter that each parameter without a stored tensor is tied to."""
     unused: tuple[str, ...]
     """Names on disk that match no tensor of the model."""
-    separate: frozenset[str]
-    """Parameters that the class ties to another one, but that are stored with other values."""
+    doubled: Mapping[str, str]
+    """Parameters that the class ties to another one, the value, but that are stored beside it."""
 
 
 def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
@@ -89,7 +89,9 @@ def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
             + (", ..." if len(missing) > 3 else "")
         )
     ordered = {name: disk[name] for name in tensors if name in disk}
-    return Names(ordered, tied, tuple(unused), _find_separate(model, disk, weights))
+    pairs = model.all_tied_weights_keys.items()
+    doubled = {target: source for target, source in pairs if target in disk and source in disk}
+    return Names(ordered, tied, tuple(unused), doubled)
 
 
 def _module_name(
@@ -130,14 +132,3 @@ def _find_tied(model: PreTrainedModel, disk: Mapping[str, str]) -> dict[str, str
         if stored is not None:
             tied.update({name: stored for name in group if name not in disk})
     return tied
-
-
-def _find_separate(
-    model: PreTrainedModel, disk: Mapping[str, str], weights: Checkpoint
-) -> frozenset[str]:
-    """Parameters stored beside the one that they are tied to, and with other values."""
-    pairs = model.all_tied_weights_keys.items()
-    stored = [pair for pair in pairs if pair[0] in disk and pair[1] in disk]
-    return frozenset(
-        target for target, source in stored if not weights.seem_equal(disk[target], disk[source])
-    )

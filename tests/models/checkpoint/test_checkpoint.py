@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressed import compress, half_plan, logits
+from compressed import compress, half_plan, logits, plan_of
 from families import write_checkpoint
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
 import orchestrator.hf  # noqa: F401 # the checkpoints written here are loaded
@@ -270,6 +270,21 @@ def test_tied_embeddings_are_written_once(tmp_path):
     assert "lm_head.weight" not in names
     model = AutoModelForCausalLM.from_pretrained(made.directory)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_head_that_a_config_ties_wrongly_stays_another_one(tmp_path):
+    """The written config ties nothing, so that any program loads both; the logits are the same."""
+    dense = write_checkpoint("llama_tied", tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    assert "tie_word_embeddings" in json.loads((dense / "config.json").read_text())
+    made = compress(dense, tmp_path / "out", make_plan=lambda survey: plan_of(survey, {}))
+    assert json.loads((made.directory / "config.json").read_text())["tie_word_embeddings"] is False
+    model = AutoModelForCausalLM.from_pretrained(made.directory)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    expected_BTV = logits(AutoModelForCausalLM.from_pretrained(dense))
+    assert torch.equal(logits(model), expected_BTV)
 
 
 def test_an_output_dtype_applies_to_every_tensor(dense, tmp_path):

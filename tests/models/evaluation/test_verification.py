@@ -287,6 +287,35 @@ def test_another_model_is_not_compared_with(whole, checkpoint, capsys):
     assert "divergence" not in shown
 
 
+def in_two_files(model, directory):
+    """Copy a model, with its tensors in two files instead of one."""
+    shutil.copytree(model, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(model / "model.safetensors")
+    weight_map = {name: f"{'ab'[n % 2]}.safetensors" for n, name in enumerate(tensors)}
+    for file in ("a.safetensors", "b.safetensors"):
+        part = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        save_file(part, directory / file, metadata={"format": "pt"})
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (directory / "model.safetensors.index.json").write_text(index)
+    return directory
+
+
+def test_the_dense_model_may_be_in_other_files(whole, llama, tmp_path):
+    """A copy is recognised by the tensors that were kept; a model with another norm is not."""
+    copy = in_two_files(llama, tmp_path / "copy")
+    found, own = verify(whole, against=copy), verify(whole, against=llama)
+    (note,) = found.pop("notes")
+    assert note.startswith(f"{copy}: its files are not those of the model that was compressed, but")
+    assert found == own
+    tensors = load_file(copy / "b.safetensors")
+    name = next(name for name in tensors if "norm" in name)
+    tensors[name][-1] += 1e-3
+    save_file(tensors, copy / "b.safetensors", metadata={"format": "pt"})
+    (problem,) = verify(whole, against=copy)["problems"]
+    assert "is not the model that was compressed" in problem
+    assert f"; {name} differs; " in problem
+
+
 def test_an_evaluation_knows_what_was_compressed(whole, llama, text, tmp_path):
     """Only a model other than the one that was compressed is reported as such, again if the
     evaluation is not repeated; pages call it by its name."""

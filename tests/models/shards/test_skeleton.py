@@ -201,12 +201,23 @@ def test_tied_weights_are_found_under_any_stored_name(checkpoint, tmp_path, chan
     )
 
 
-def test_a_head_of_its_own_is_counted(checkpoint, tmp_path):
+def differ_everywhere(embeddings_VC):
+    return embeddings_VC + 1
+
+
+def differ_in_one_row(embeddings_VC):
+    head_VC = embeddings_VC.clone()
+    head_VC[VOCABULARY // 6, 3] += 1  # between the samples by which tensors are compared first
+    return head_VC
+
+
+@pytest.mark.parametrize("change_head", [differ_everywhere, differ_in_one_row])
+def test_a_head_of_its_own_is_counted(change_head, checkpoint, tmp_path):
     """A config that ties it does not make it equal: transformers has two tables then, too."""
     directory = shutil.copytree(checkpoint("llama_tied"), tmp_path / "tied")
 
     def change(tensors):
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+        tensors["lm_head.weight"] = change_head(tensors["model.embed_tokens.weight"])
 
     change_tensors(directory, change)
     lazy_model, chunk = LazyModel.open(directory), padded_chunk("right")
