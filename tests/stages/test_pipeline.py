@@ -30,7 +30,7 @@ class Worker:
 class Simulation:
     """Perform a pipeline's calls in a random order, and check each against the rules. A block's
     state is the list of its updates, each with the sequences that made it: two shards with states
-    of different steps are detected when a micro-batch passes both."""
+    of different steps are detected when a sequence passes both."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Simulation:
         return None, None
 
     def enter(self, worker, record):
-        """States that a micro-batch has passed through, this shard's last."""
+        """States that a sequence has passed through, this shard's last."""
         assert (record is None) == (worker.blocks.start == 0)
         return (*(record or ()), *worker.state.values())
 
@@ -176,7 +176,7 @@ def alone():
 @pytest.mark.parametrize("workers", [2, 3, 7, 9])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_number_of_workers_finds_the_same(workers, seed, alone):
-    """Every micro-batch passes once per step, in one order; losses and states are the same."""
+    """Every sequence passes once per step, in one order; losses and states are the same."""
     simulation = Simulation(workers, seed=seed).run()
     assert simulation.pipeline.snapshots == alone.pipeline.snapshots
     assert simulation.snapshots == alone.snapshots

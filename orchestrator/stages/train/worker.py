@@ -58,15 +58,15 @@ class OpenTraining:
     model: Shard
     training: Training
     entered: dict[int, list[Chunk]] = field(default_factory=dict)
-    """By micro-batch on its way, the inputs of the shard's blocks."""
+    """Inputs of the shard's blocks, by pass between its forward and backward half."""
 
 
 class TrainWorker(Worker):
     """Holds a dense shard while targets are made, then a shard of the compressed model.
 
-    Of each micro-batch on its way it keeps the inputs of the shard's blocks, in float32 (70B and
-    2048 tokens: 67 MB a block). In the backward pass each block is run again, with gradients, and
-    passed back through before the block in front of it: the activations of one block are in memory.
+    Between the forward and the backward pass of a sequence it keeps the inputs of the shard's
+    blocks, in float32 (70B and 2048 tokens: 67 MB a block). The backward pass recomputes one block
+    at a time, from the last one, so that the activations of one block are in memory.
     """
 
     def __init__(self, task: TrainTask) -> None:
@@ -171,7 +171,7 @@ class TrainWorker(Worker):
             training.load(block, load_file(self.run.units.file(key, FILE)))
 
     def forward(self, serial: int, sequence: int, record: Emitted) -> tuple[Any, Emitted]:
-        """Pass a micro-batch on, and keep the inputs of the blocks for the backward pass."""
+        """Pass a sequence on, and keep the inputs of the blocks for the backward pass."""
         streams = self._streams(serial, sequence, record)
         self.work.entered[serial], streams["model"] = self._through(streams["model"], 0)
         return None, self._record(streams)
@@ -186,7 +186,7 @@ class TrainWorker(Worker):
         is_last: bool,
         record: Emitted,
     ) -> tuple[Any, Emitted]:
-        """Pass a micro-batch to the end and back. Returns its losses."""
+        """Pass a sequence to the end and back. Returns its losses."""
         streams = self._streams(serial, sequence, record)
         targets = self._targets(sequence, streams)
         entered, chunk = self._through(streams["model"], 1)
@@ -203,7 +203,7 @@ class TrainWorker(Worker):
         return {"losses": losses[0].to_json()} | self._norms(is_last), emitted
 
     def backward(self, serial: int, is_last: bool, record: Emitted) -> tuple[Any, Emitted]:
-        """Pass a micro-batch's gradients back through the blocks."""
+        """Pass the gradients of a sequence back through the blocks."""
         if record is None:
             raise MissingChunk(-self.work.model.blocks.stop, serial)
         payload = self.unpack(record).payload

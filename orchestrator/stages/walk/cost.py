@@ -1,4 +1,4 @@
-"""Cost of the stages that take the blocks in order."""
+"""Cost of the stages that process blocks in order."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""Walk of the blocks in order, on the inputs that compressed blocks produce: the driver's part."""
+"""Compensation and training of blocks in order, on compressed inputs: the driver's part."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,25 +22,25 @@ WALK_VERSION = 2
 
 
 class WalkJob(TrainedStage):
-    """A unit of tensors for each block, block 0 first, each made from what those before it give.
+    """A unit of tensors per block, in order, each computed from the outputs of the preceding ones.
 
-    Where the recipe compensates, the block's factors are fitted to the inputs that the compressed
-    model makes (`linalg.compensate`); where it refines in order, the block is trained on them then
-    towards what the dense block gives on its own (`models.training.refine`). One block is at work
+    If the recipe compensates, the block's factors are refitted to the inputs that the compressed
+    model produces (`linalg.compensate`). If it refines in order, the block is then trained on these
+    inputs towards the outputs of the dense model (`models.training.refine`). One block is processed
     at a time, and all workers replicate it (`runtime.replicated_blocks`, `program`): they share its
-    chunks, the slices of every step's gradient and the held-out chunks, and add the parts up in an
-    order that neither workers nor failures change. Each worker repeats compensation's solves.
+    chunks, the slices of every step's gradient and the held-out chunks, and add the parts in an
+    order that neither workers nor failures change. Each worker repeats the solves of compensation.
 
-    A lost worker costs the others what it was at; the last one costs the block, and so does a node
-    with a record on it. The chunks before the block lie in the run directory.
+    If a worker is lost, the others repeat its parts of the round. If the last one is lost, or a
+    node with a record, the block is repeated from its input chunks in the run directory.
 
     AA-SVD (arXiv:2604.02119) as its code runs by default: method `svd-llm`, allocation `uniform`,
     refine `in_order`, and compensate `none`, because its input-aware start (its objective 2) is
     truncated on the dense model's inputs. Its other starts are compensate `input` (objective 3, the
     shifted inputs alone) and `anchored` (objective 4), with the basis `new`.
-    Departures: some sequences are held out and the best state is kept, not the last; training ends
-    early where it no longer helps; batches are drawn anew each epoch and the first step counts; a
-    block whose linears all stay dense is not trained; the head is left alone, in both.
+    Departures: some sequences are held out and the best state is kept, not the last; training stops
+    early; batches are drawn anew each epoch and the first step has a rate above 0; a block whose
+    linears all stay dense is not trained. Neither trains the head.
     """
 
     name: ClassVar[str] = "walk"
@@ -78,7 +78,7 @@ class WalkJob(TrainedStage):
         )
 
     def perform(self, stage: RunningStage, following: StageJob | None = None) -> StageResult:
-        """Pass the chunks of both models from block to block."""
+        """Pass the chunks of the dense and the compressed model from block to block."""
         streams = self._dense_key, self.key
         passes = block_pass(self._planned, self._planned.forecast)
         facts = passes.in_order(streams, self.keys, self._program, stage)
@@ -96,12 +96,12 @@ class WalkJob(TrainedStage):
             has_gradients=self._refinement is not None,
         )
 
-    def _program(self, block: int, is_made: bool) -> Program:
+    def _program(self, block: int, is_committed: bool) -> Program:
         task = self.task
         return walk_block(
             block,
             task.sequences,
-            is_made=is_made,
+            is_committed=is_committed,
             is_changed=block in task.changed,
             compensates=task.compensation is not None,
             refinement=task.refinement,
@@ -109,17 +109,17 @@ class WalkJob(TrainedStage):
 
 
 class SweepJob(WalkJob):
-    """A walk over blocks that were refined in parallel: each is trained once more.
+    """Second training of blocks that were refined in parallel.
 
-    It corrects what a block has learnt on the dense model's inputs for the inputs that the
-    compressed model produces.
+    Refinement in parallel uses inputs of the dense model; this adapts each block to the inputs that
+    the compressed model produces.
     """
 
     name: ClassVar[str] = "sweep"
 
 
 def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A block's facts without what may differ between two equal runs."""
+    """Facts of a block, without those that may differ between two equal runs."""
     entry = {name: each for name, each in facts.items() if name not in ("timings", "refinement")}
     if "refinement" in facts:
         trained = facts["refinement"]

@@ -1,4 +1,4 @@
-"""The stages that take the blocks in order: compensation, training, and a second training."""
+"""Stages that process blocks in order: compensation, training, and a second training."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
