@@ -2,26 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any
 
 from orchestrator.models.training.compensation_options import CompensationOptions
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.runtime.replicated_blocks import Program
 from orchestrator.runtime.worker import Worker
-from orchestrator.stages.context.decompose import block_pass
+from orchestrator.stages.context.decompose import block_pass, compression_task
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
-from orchestrator.stages.context.trained_stage import TrainedStage
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.trained_units import changed_blocks, trained_units
 from orchestrator.stages.context.values import Planned
 from orchestrator.stages.walk.program import walk_block
-from orchestrator.stages.walk.worker import WalkTask, WalkWorker
+from orchestrator.stages.walk.worker import WalkSettings, WalkWorker
 from orchestrator.store.units import unit_key
 
 WALK_VERSION = 2
 """Raised when a tensor changes, or the input of a block."""
 
 
-class WalkJob(TrainedStage):
+class WalkJob(StageJob):
     """A unit of tensors per block, in order, each computed from the outputs of the preceding ones.
 
     If the recipe compensates, the block's factors are refitted to the inputs that the compressed
@@ -34,6 +35,9 @@ class WalkJob(TrainedStage):
     If a worker is lost, the others repeat its parts of the round. If the last one is lost, or a
     node with a record, the block is repeated from its input chunks in the run directory.
 
+    A second training after refinement in parallel, which uses inputs of the dense model, adapts
+    each block to the inputs that the compressed model produces.
+
     AA-SVD (arXiv:2604.02119) as its code runs by default: method `svd-llm`, allocation `uniform`,
     refine `in_order`, and compensate `none`, because its input-aware start (its objective 2) is
     truncated on the dense model's inputs. Its other starts are compensate `input` (objective 3, the
@@ -43,7 +47,6 @@ class WalkJob(TrainedStage):
     linears all stay dense is not trained. Neither trains the head.
     """
 
-    name: ClassVar[str] = "walk"
     worker_class: type[Worker] = WalkWorker
 
     def __init__(
@@ -52,36 +55,46 @@ class WalkJob(TrainedStage):
         earlier: Sequence[StageJob],
         compensation: CompensationOptions | None,
         refinement: RefineOptions | None,
+        *,
+        name: str,
     ) -> None:
+        """Args: name: `walk`, or `sweep` for a second training of refined blocks."""
+        self.name, self._planned = name, planned
+        self._changed = changed_blocks(planned)
         self._compensation, self._refinement = compensation, refinement
         self._options = {
             "compensation": compensation and asdict(compensation),
             "refinement": refinement and asdict(refinement),
         }
-        super().__init__(planned, earlier, version=WALK_VERSION, **self._options)
+        self._units = trained_units(
+            planned,
+            earlier,
+            name=name,
+            version=WALK_VERSION,
+            # unchanged blocks before the last changed one pass chunks on
+            blocks=range(max(self._changed, default=-1) + 1),
+            **self._options,
+        )
+        self.key, self.trained_units = self._units.key, self._units.keys
         self._dense_key = unit_key(f"{self.name} dense", WALK_VERSION, [planned.pass_key])
 
     @property
-    def blocks(self) -> list[int]:
-        """All blocks up to the last with a linear that is cut."""
-        return list(range(max(super().blocks, default=-1) + 1))
-
-    @property
-    def task(self) -> WalkTask:
-        return WalkTask(
-            **self.shared,
+    def task(self) -> CompressionTask:
+        settings = WalkSettings(
+            units=self._units,
             compensation=self._compensation,
             refinement=self._refinement,
-            changed=frozenset(super().blocks),
+            changed=frozenset(self._changed),
             dense_key=self._dense_key,
             sequences=self._planned.sequences,
         )
+        return compression_task(self._planned, pass_key=self.key, settings=settings)
 
     def perform(self, stage: RunningStage, following: StageJob | None = None) -> StageResult:
         """Pass the chunks of the dense and the compressed model from block to block."""
         streams = self._dense_key, self.key
         passes = block_pass(self._planned, self._planned.forecast)
-        facts = passes.in_order(streams, self.keys, self._program, stage)
+        facts = passes.in_order(streams, self._units.keys, self._program, stage)
         return StageResult(
             name=self.name,
             key=self.key,
@@ -97,25 +110,14 @@ class WalkJob(TrainedStage):
         )
 
     def _program(self, block: int, is_committed: bool) -> Program:
-        task = self.task
         return walk_block(
             block,
-            task.sequences,
+            self._planned.sequences,
             is_committed=is_committed,
-            is_changed=block in task.changed,
-            compensates=task.compensation is not None,
-            refinement=task.refinement,
+            is_changed=block in self._changed,
+            compensates=self._compensation is not None,
+            refinement=self._refinement,
         )
-
-
-class SweepJob(WalkJob):
-    """Second training of blocks that were refined in parallel.
-
-    Refinement in parallel uses inputs of the dense model; this adapts each block to the inputs that
-    the compressed model produces.
-    """
-
-    name: ClassVar[str] = "sweep"
 
 
 def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,8 +28,10 @@ from orchestrator.runtime.calls import Command
 from orchestrator.runtime.replicated_blocks import ReplicaCommand
 from orchestrator.runtime.worker import Emitted, Worker
 from orchestrator.stages.context.gradients import merge_records, pack
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.trained_units import TrainedUnits
 from orchestrator.stages.context.worker.open_shard import DenseModel
-from orchestrator.stages.context.worker.trained_worker import CompressedModel, TrainedTask
+from orchestrator.stages.context.worker.trained_worker import CompressedModel
 from orchestrator.stages.walk.commands import ComputeGradients, ForwardDense
 from orchestrator.store.chunks import Chunks, MissingChunk
 
@@ -38,15 +40,17 @@ RoundResult = tuple[dict[int, Any], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WalkTask(TrainedTask):
-    """Task of a walk over the blocks."""
+class WalkSettings:
+    """Settings of a walk."""
 
+    units: TrainedUnits
     compensation: CompensationOptions | None
     refinement: RefineOptions | None
     changed: frozenset[int]
     """Blocks with a linear that is cut; the others do not change."""
     dense_key: str
-    """Key of the dense model's chunks; that of the compressed model's is the `pass_key`."""
+    """Key of the dense model's chunks; that of the compressed model's is the `pass_key` of
+    the task."""
     sequences: int
 
 
@@ -82,12 +86,13 @@ class WalkWorker(Worker):
     computes.
     """
 
-    def __init__(self, task: WalkTask) -> None:
+    def __init__(self, task: CompressionTask) -> None:
         super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
         self.task = task
+        self.settings: WalkSettings = task.settings
         self.dense = DenseModel(task, self.run, self.device)
-        self.compressed = CompressedModel(self, task, self.dense)
-        self._dense_chunks = self.run.chunks(task.dense_key, self.environment())
+        self.compressed = CompressedModel(self, task, self.dense, self.settings.units)
+        self._dense_chunks = self.run.chunks(self.settings.dense_key, self.environment())
         self._resources = ExitStack()
         self._open: OpenBlock | None = None
         self._outputs: tuple[int, dict[int, Chunk], dict[int, Chunk]] = (-1, {}, {})
@@ -121,7 +126,7 @@ class WalkWorker(Worker):
         shard = self._resources.enter_context(self.compressed.planned.shard(part))
         dense_inputs, inputs = self._inputs_of(block)
         if is_committed:
-            found = load_file(self.compressed.path(self.task.keys[block]))
+            found = load_file(self.compressed.path(self.settings.units.keys[block]))
             names = {disk: name for name, disk in self.compressed.planned.disk_names.items()}
             restore(shard, {names[disk]: tensor for disk, tensor in found.items()})
         self._open = OpenBlock(
@@ -150,19 +155,19 @@ class WalkWorker(Worker):
         """Pass chunks through the dense block; measure the errors of the compressed block."""
         work, errors = self.work, dict[int, tuple[int, Tensor]]()
         # outputs of the last block are read by other replicas only
-        stored = block + 1 in self.task.keys or self.task.refinement is not None
+        stored = block + 1 in self.settings.units.keys or self.settings.refinement is not None
         for index in parts:
             target = work.targets[index] = work.dense.forward(work.dense_inputs[index])
             if stored:
                 self._emit(self._dense_chunks, block + 1, target)
-            if block in self.task.changed and not is_committed:
+            if block in self.settings.changed and not is_committed:
                 errors[index] = squared_error(work.shard.forward(work.inputs[index]), target)
         self.flush_writes()
         return read_errors(errors), {}
 
     def compensate(self, parts: Sequence[int]) -> RoundResult:
         """Refit the block's factors, in every replica. Returns the measurements of its linears."""
-        work, options = self.work, self.task.compensation
+        work, options = self.work, self.settings.compensation
         assert options is not None
         linears = [each for each in self.task.linears if each.block == work.block]
         work.tensors, facts = compensate_block(
@@ -177,11 +182,11 @@ class WalkWorker(Worker):
 
     def evaluate(self, parts: Sequence[int]) -> RoundResult:
         """Measure errors of held-out chunks. Returns them, and a digest of the parameters."""
-        work, options = self.work, self.task.refinement
+        work, options = self.work, self.settings.refinement
         if work.refinement is None:
             assert options is not None
-            targets = [self._target(index) for index in range(self.task.sequences)]
-            randomness = self.task.randomness
+            targets = [self._target(index) for index in range(self.settings.sequences)]
+            randomness = self.settings.units.randomness
             refinement = Refinement(
                 work.shard, work.inputs, targets, options=options, randomness=randomness
             )
@@ -248,7 +253,7 @@ class WalkWorker(Worker):
         boundary, errors = work.block + 1, dict[int, tuple[int, Tensor]]()
         for index in parts:
             output = work.outputs[index] = work.shard.forward(work.inputs[index])
-            if boundary in self.task.keys:
+            if boundary in self.settings.units.keys:
                 self._emit(self.chunks, boundary, output)
             errors[index] = squared_error(output, self._target(index))
         self._outputs = boundary, work.targets, work.outputs
@@ -278,7 +283,7 @@ class WalkWorker(Worker):
 
     def _inputs_of(self, block: int) -> tuple[list[Chunk], list[Chunk]]:
         """Input chunks of both models: outputs of this worker where it has them, else files."""
-        indices = range(self.task.sequences)
+        indices = range(self.settings.sequences)
         if block == 0:
             first = [self.dense.first_chunk(index) for index in indices]
             return first, first
