@@ -25,7 +25,7 @@ class Fault:
         return bool(event["event"] == "unit" and event["done"] >= self.share * event["total"])
 
 
-class Course:
+class FaultHistory:
     """History of a run over its drivers: faults, and events since."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
