@@ -17,7 +17,7 @@ from orchestrator.errors import InfeasibleError, OrchestratorError, WorkerError
 from orchestrator.runtime import scaling
 from orchestrator.runtime.losses import cause_of_loss
 from orchestrator.runtime.pool import PATIENCE_SECONDS, WorkerLocation, describe
-from orchestrator.runtime.ray.cluster import Share, last_line, node_of, on_other_nodes
+from orchestrator.runtime.ray.cluster import WorkerResources, last_line, node_of, on_other_nodes
 from orchestrator.runtime.ray.nodes import STARTING_POLL_SECONDS, Announce, RayNodes
 from orchestrator.runtime.ray.worker_actor import WorkerActor
 from orchestrator.runtime.scaling import Bounds, wanted
@@ -57,7 +57,7 @@ class RayActors:
         nonce: str,
         bounds: Bounds,
         max_workers: int,
-        share: Share,
+        resources: WorkerResources,
         threads: int,
         announce: Announce,
     ) -> None:
@@ -68,14 +68,14 @@ class RayActors:
             **cuda_environment(os.environ),
         }
         self._actor_class = ray.remote(
-            **share,
+            **resources,
             max_restarts=0,
             max_task_retries=0,
             runtime_env={"env_vars": variables},
         )(WorkerActor)
         self._worker_class = worker_class
         self._bounds, self._max_workers = bounds, max_workers
-        self.nodes = RayNodes(share, announce, is_growing=bounds.is_growing)
+        self.nodes = RayNodes(resources, announce, is_growing=bounds.is_growing)
         self._task = ray.put(task)
         self._nonce = nonce
         self._announce = announce
