@@ -92,7 +92,7 @@ def _resolve(asked: Recipe) -> ResolvedRecipe:
         name=method.name,
         form=method.form,
         grouping=method.grouping,
-        refits=method.refits(recipe.share),
+        refits=method.refits(recipe.requested),
     )
     stages = stage_classes(recipe)
     for stage in stages:
@@ -102,7 +102,7 @@ def _resolve(asked: Recipe) -> ResolvedRecipe:
         recipe=recipe,
         method=method,
         allocator=allocator,
-        budget=Budget(recipe.share, form, in_bytes=in_bytes),
+        budget=Budget(recipe.requested, form, in_bytes=in_bytes),
         stages=stages_of(stages, recipe, traits),
     )
 

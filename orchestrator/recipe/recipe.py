@@ -214,11 +214,11 @@ class Recipe(Execution, CompressionFields):
         return size_in_bytes(self.max_shard_size)
 
     @property
-    def share(self) -> float:
+    def requested(self) -> float:
         """The requested kept fraction, of values or of bytes."""
-        share = self.keep if self.keep_bytes is None else self.keep_bytes
-        assert share is not None
-        return share
+        requested = self.keep if self.keep_bytes is None else self.keep_bytes
+        assert requested is not None
+        return requested
 
     def resized(self, kept: float, **other: Any) -> "Recipe":
         """Return the recipe of another size, of values or of bytes as this one.

@@ -28,7 +28,7 @@ TOKENS = 16 * QUANTUM
 
 
 @dataclass(frozen=True)
-class Problem:
+class NumericsProblem:
     """One linear to decompose, with the second moment of its inputs."""
 
     name: str
@@ -47,7 +47,7 @@ class Problem:
         return float((gap_OI @ self.gram_II * gap_OI).sum())
 
 
-def published(problem: Problem) -> tuple[Tensor, Tensor]:
+def published(problem: NumericsProblem) -> tuple[Tensor, Tensor]:
     """Compute factors to break-even rank as in the code of SVD-LLM (arXiv:2403.07378).
 
     A float64 Cholesky factor of H, shifted if H is not positive definite, and its inverse, for
@@ -66,7 +66,7 @@ def published(problem: Problem) -> tuple[Tensor, Tensor]:
     return left_OK[:, :rank] * root_R, root_R[:, None] * (right_KI[:rank] @ inverse_II)
 
 
-def ours(problem: Problem, *, output_gram: bool) -> tuple[Tensor, Tensor]:
+def ours(problem: NumericsProblem, *, output_gram: bool) -> tuple[Tensor, Tensor]:
     statistic: InputGram | OutputGram = InputGram(problem.gram_II)
     if output_gram and problem.output_gram_OO is not None:
         statistic = OutputGram(problem.output_gram_OO)
@@ -74,7 +74,9 @@ def ours(problem: Problem, *, output_gram: bool) -> tuple[Tensor, Tensor]:
     return result.weight_OR, result.down_RI
 
 
-def make_problems(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Problem]:
+def make_problems(
+    weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> list[NumericsProblem]:
     """Make problems with the Grams of a calibration; inputs are given by site."""
     sites = {
         "q": "qkv",
@@ -92,11 +94,11 @@ def make_problems(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -
         if name == "down":
             outputs_TO = inputs[sites[name]] @ weight_OI.T
             output_gram_OO = Gram(len(weight_OI)).update(outputs_TO).matrix()
-        problems.append(Problem(name, weight_OI, grams[sites[name]], output_gram_OO))
+        problems.append(NumericsProblem(name, weight_OI, grams[sites[name]], output_gram_OO))
     return problems
 
 
-def synthetic_block() -> list[Problem]:
+def synthetic_block() -> list[NumericsProblem]:
     """Make a block with the shapes of SmolLM2-135M; few input directions have most of the
     energy."""
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +126,7 @@ def synthetic_block() -> list[Problem]:
     return make_problems(weights, inputs | {"down": rows(intermediate)})
 
 
-def real_block(model_directory: Path, text_file: Path, block: int) -> list[Problem]:
+def real_block(model_directory: Path, text_file: Path, block: int) -> list[NumericsProblem]:
     """Calibrate a block of a Llama-like model in float32 on the first windows of a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -156,7 +158,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare_times(problems: Sequence[Problem], repeats: int) -> None:
+def compare_times(problems: Sequence[NumericsProblem], repeats: int) -> None:
     """Print the time of all linears relative to the published algorithm, measured in turns."""
     ways: dict[str, Callable[[], object]] = {
         "published": lambda: [published(problem) for problem in problems],
@@ -173,7 +175,7 @@ def compare_times(problems: Sequence[Problem], repeats: int) -> None:
         print(f"block numerics, {name}: {median * 1e3:.0f} ms, ratio {median / base:.3f}")
 
 
-def compare_errors(problems: Sequence[Problem]) -> None:
+def compare_errors(problems: Sequence[NumericsProblem]) -> None:
     """Print for each linear the loss relative to the published algorithm, and both excess
     losses."""
     for problem in problems:

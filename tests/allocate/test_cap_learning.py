@@ -43,25 +43,30 @@ def tiny_pool(counts=(3, 2)):
 def test_the_estimator_is_unbiased():
     """Over all masks, the mean of loss times score is the gradient of the expected loss."""
     pool, rng = tiny_pool(), np.random.default_rng(3)
-    share_N = np.array([0.7, 0.2, 0.45, 0.9])
+    probability_N = np.array([0.7, 0.2, 0.45, 0.9])
     losses = {}
 
-    def expected_loss(share_N):
+    def expected_loss(probability_N):
         total = 0.0
         for bits, owners, _ in masks_of(pool):
             loss = losses.setdefault(tuple(bits), rng.exponential())
-            total += loss * np.prod(np.where(bits, share_N[owners], 1 - share_N[owners]))
+            total += loss * np.prod(
+                np.where(bits, probability_N[owners], 1 - probability_N[owners])
+            )
         return total
 
-    expected_loss(share_N)
+    expected_loss(probability_N)
     estimate_N = np.zeros(4)
     for bits, owners, drawn_N in masks_of(pool):
-        probability = np.prod(np.where(bits, share_N[owners], 1 - share_N[owners]))
+        probability = np.prod(np.where(bits, probability_N[owners], 1 - probability_N[owners]))
         advantage = losses[tuple(bits)] - 0.37
-        estimate_N += probability * advantage * score_function(share_N, drawn_N, pool.count_N, 0.0)
+        estimate_N += (
+            probability * advantage * score_function(probability_N, drawn_N, pool.count_N, 0.0)
+        )
     step = 1e-5
     gradient_N = [
-        (expected_loss(share_N + step * unit) - expected_loss(share_N - step * unit)) / (2 * step)
+        (expected_loss(probability_N + step * unit) - expected_loss(probability_N - step * unit))
+        / (2 * step)
         for unit in np.eye(4)
     ]
     assert estimate_N == pytest.approx(gradient_N, rel=1e-6)
@@ -69,25 +74,25 @@ def test_the_estimator_is_unbiased():
 
 def test_certain_candidates_have_no_score():
     """Probabilities 0 and 1 have no gradient, with and without eps."""
-    share_N, count_N = np.array([0.0, 1.0]), np.array([1, 4])
+    probability_N, count_N = np.array([0.0, 1.0]), np.array([1, 4])
     for eps in (0.0, 0.05):
-        assert np.array_equal(score_function(share_N, np.array([0, 4]), count_N, eps), [0, 0])
+        assert np.array_equal(score_function(probability_N, np.array([0, 4]), count_N, eps), [0, 0])
 
 
 def test_a_bucket_moves_as_the_mean_of_its_entries():
     """A bucket's step is the mean of the steps of entries with separate probabilities."""
     together, alone = tiny_pool((4, 2)), tiny_pool((1, 1))
-    share_N, baseline = np.array([0.5, 0.5, 0.3, 0.5]), Baseline()
+    probability_N, baseline = np.array([0.5, 0.5, 0.3, 0.5]), Baseline()
     baseline.advantage(1.0)
     moved_N = learn(
-        together, share_N, [Draw(np.array([1, 0, 1, 2]), 3.0)], baseline, eta=0.1, eps=0.0
+        together, probability_N, [Draw(np.array([1, 0, 1, 2]), 3.0)], baseline, eta=0.1, eps=0.0
     )
     steps = []
     for entry in (1, 0, 0, 0):
         baseline = Baseline()
         baseline.advantage(1.0)
         draw = Draw(np.array([1, 0, entry, 1]), 3.0)
-        steps.append(learn(alone, share_N, [draw], baseline, eta=0.1, eps=0.0)[2])
+        steps.append(learn(alone, probability_N, [draw], baseline, eta=0.1, eps=0.0)[2])
     assert moved_N[2] == pytest.approx(np.mean(steps))
 
 
@@ -138,12 +143,12 @@ def overlapping(seed):
 
 def learnt(pool, loss, budget, cap, seed):
     rng, baseline = np.random.default_rng(seed), cap.new_baseline()
-    share_N = cap.start(pool, budget)
+    probability_N = cap.start(pool, budget)
     for _ in range(cap.iterations):
-        drawn = [rng.binomial(pool.count_N, share_N) for _ in range(cap.samples)]
+        drawn = [rng.binomial(pool.count_N, probability_N) for _ in range(cap.samples)]
         draws = [Draw(drawn_N, loss(drawn_N)) for drawn_N in drawn]
-        share_N = cap.step(pool, share_N, draws, baseline, budget=budget)
-    return share_N
+        probability_N = cap.step(pool, probability_N, draws, baseline, budget=budget)
+    return probability_N
 
 
 def test_learning_beats_its_start_on_enumerable_models():

@@ -67,12 +67,12 @@ def test_a_projection_spends_the_budget(projection, seed, percent):
     """The expected stored values approach the budget from below; every s is a probability."""
     pool = random_pool(SMALL, seed)
     budget = int(pool.weight_N.sum() * percent / 100)
-    share_N = np.random.default_rng(seed).normal(0.5, 1, size=len(pool.owner_N))
-    found_N = project(pool, share_N, budget, projection)
+    probability_N = np.random.default_rng(seed).normal(0.5, 1, size=len(pool.owner_N))
+    found_N = project(pool, probability_N, budget, projection)
     assert np.all((found_N >= 0) & (found_N <= 1))
     assert budget * (1 - 1e-9) <= found_N @ pool.weight_N <= budget * (1 + 1e-15)
     if projection == "shift":
-        order = np.argsort(share_N)
+        order = np.argsort(probability_N)
         assert np.all(np.diff(found_N[order]) >= 0)
 
 
@@ -83,12 +83,12 @@ def test_a_projection_is_the_nearest_point(projection, seed):
     """It satisfies the Karush-Kuhn-Tucker conditions: one multiplier for all s inside (0, 1), and
     the right sign of the slope at the bounds."""
     pool = random_pool(SMALL, seed)
-    share_N = np.random.default_rng(seed).normal(0.5, 0.6, size=len(pool.owner_N))
+    probability_N = np.random.default_rng(seed).normal(0.5, 0.6, size=len(pool.owner_N))
     budget = int(pool.weight_N.sum()) // 2
-    found_N = project(pool, share_N, budget, projection)
+    found_N = project(pool, probability_N, budget, projection)
     # minimise Σ metric (s - s0)² under Σ weight s = K: metric (s0 - s) = ν weight inside
     metric_N = pool.weight_N if projection == "shift" else pool.count_N
-    slope_N = metric_N * (share_N - found_N) / pool.weight_N
+    slope_N = metric_N * (probability_N - found_N) / pool.weight_N
     inside_N = (found_N > 1e-12) & (found_N < 1 - 1e-12)
     nu = slope_N[inside_N].mean()
     assert slope_N[inside_N] == pytest.approx(nu, abs=1e-9)
@@ -109,30 +109,30 @@ def test_a_projection_is_nearest_by_brute_force():
         energy=1.0,
     )
     pool = make_pool([linear], {linear.name: candidates})
-    share_N, budget = np.array([0.9, 0.7]), 3
+    probability_N, budget = np.array([0.9, 0.7]), 3
     grid = np.linspace(0, 1, 100_001)
     points = np.stack([grid, (budget - 5 * grid) / 2])
     points = points[:, (points[1] >= 0) & (points[1] <= 1)]
     for projection, metric in (("shift", [5, 2]), ("euclid", [1, 2])):
-        distances = np.array(metric) @ (points - share_N[:, None]) ** 2
+        distances = np.array(metric) @ (points - probability_N[:, None]) ** 2
         best = points[:, distances.argmin()]
-        assert project(pool, share_N, budget, projection) == pytest.approx(best, abs=2e-5)
+        assert project(pool, probability_N, budget, projection) == pytest.approx(best, abs=2e-5)
 
 
 def test_a_budget_for_everything_keeps_everything():
     """All probabilities are 1 if the whole pool fits."""
     pool = random_pool(SMALL)
-    share_N = np.zeros(len(pool.owner_N))
+    probability_N = np.zeros(len(pool.owner_N))
     for projection in PROJECTIONS:
-        whole = project(pool, share_N, int(pool.weight_N.sum()), projection)
-        assert np.array_equal(whole, np.ones_like(share_N))
+        whole = project(pool, probability_N, int(pool.weight_N.sum()), projection)
+        assert np.array_equal(whole, np.ones_like(probability_N))
 
 
-def greedy(pool, share_N, budget):
+def greedy(pool, probability_N, budget):
     """Greedy choice, draw by draw, by its definition; no linear may become dense."""
     draws = [
-        (-share_N[n], -pool.utility_N[n], n)
-        for n in range(len(share_N))
+        (-probability_N[n], -pool.utility_N[n], n)
+        for n in range(len(probability_N))
         for _ in range(pool.count_N[n])
     ]
     draws.sort()
@@ -162,11 +162,11 @@ def test_the_choice_is_the_greedy_one(seed, percent):
     """If no linear becomes dense it equals a walk over single draws."""
     linears = make_linears([(8, 12), (12, 8), (10, 10)])
     pool = random_pool(linears, seed, buckets=4, largest=9)
-    share_N = np.random.default_rng(seed).choice([0.1, 0.4, 0.4001, 0.8], len(pool.owner_N))
+    probability_N = np.random.default_rng(seed).choice([0.1, 0.4, 0.4001, 0.8], len(pool.owner_N))
     budget = Budget(percent / 100).share(linears)
-    choice = choose(pool, share_N, budget)
+    choice = choose(pool, probability_N, budget)
     if not choice.dense:
-        assert np.array_equal(choice.kept_N, greedy(pool, share_N, budget))
+        assert np.array_equal(choice.kept_N, greedy(pool, probability_N, budget))
 
 
 def test_the_choice_is_optimal_for_equal_costs():
@@ -218,11 +218,11 @@ def test_the_start_prefers_utility():
     """At the greedy break point a probability is one half; it increases with utility."""
     pool = random_pool(MODEL)
     budget = int(pool.weight_N.sum()) // 2
-    share_N = initial(pool, budget, "utility", 0.5)
+    probability_N = initial(pool, budget, "utility", 0.5)
     order = np.argsort(-pool.utility_N, kind="stable")
-    assert np.all(np.diff(share_N[order]) <= 0)
+    assert np.all(np.diff(probability_N[order]) <= 0)
     spent = np.cumsum(pool.weight_N[order])
-    assert share_N[order][np.searchsorted(spent, budget)] == 0.5
+    assert probability_N[order][np.searchsorted(spent, budget)] == 0.5
     magnitude_N = initial(pool, budget, "magnitude", 0.5)
     assert magnitude_N.min() >= 0.05
     assert magnitude_N.max() == 0.95

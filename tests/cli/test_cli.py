@@ -43,7 +43,7 @@ def compressed(monkeypatch):
         unit = "values" if recipe.keep_bytes is None else "bytes"
         on_event({"event": "note", "text": "here"})
         report = {
-            "kept": {"asked": recipe.share, "asked_of": unit, "linears": 0.79, "model": 0.85},
+            "kept": {"asked": recipe.requested, "asked_of": unit, "linears": 0.79, "model": 0.85},
             "values": {"model_before": 1000, "model_after": 850},
             "bytes": {"dense_linears": 2000, "stored": 1600},
         }

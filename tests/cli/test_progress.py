@@ -10,8 +10,8 @@ from orchestrator.cli.lines import JsonLines, Lines
 from orchestrator.readable import duration, size
 
 
-class Clock:
-    """Clock that is set by the test; seconds."""
+class ManualClock:
+    """ManualClock that is set by the test; seconds."""
 
     now = 0.0
 
@@ -21,7 +21,7 @@ class Clock:
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return ManualClock()
 
 
 @pytest.fixture

@@ -303,7 +303,7 @@ def test_an_exchange_of_pivots_takes_one_read():
     assert len({reads - exchanges for exchanges, reads in few + many}) == 1
 
 
-class Passing(Worker):
+class PassingWorker(Worker):
     """Adds one to its input, and computes until the next input has been read."""
 
     def __init__(self, task):
@@ -333,7 +333,7 @@ def test_the_next_chunk_is_read_beside_a_step(handed_over, tmp_path, monkeypatch
     def passed(device, root):
         readers.clear()
         task = Task(run_dir=root, threads=1, pass_key="pass", fingerprints={})
-        worker = Passing(task)
+        worker = PassingWorker(task)
         assert worker.device.type == device
         mask_BT = torch.ones(1, 4, dtype=torch.bool)
         records = [
@@ -367,7 +367,7 @@ def test_a_chunk_that_is_handed_over_has_arrived(tmp_path):
     """The record of a call is complete when the call ends; a chunk that is only stored is waited
     for by the thread that writes it."""
     with pretended_device() as device:
-        worker = Passing(Task(run_dir=tmp_path, threads=1, pass_key="pass", fingerprints={}))
+        worker = PassingWorker(Task(run_dir=tmp_path, threads=1, pass_key="pass", fingerprints={}))
         mask_BT = torch.ones(1, 4, dtype=torch.bool)
         record = Chunk(0, mask_BT.long(), mask_BT, BlockState(torch.zeros(1, 4, 3))).pack()
         for hand_over in (True, False):

@@ -82,7 +82,7 @@ def test_a_unit_stores_what_is_forecast(name, outputs, inputs):
     assert stored == cost.stored_bytes(linear, pivoted=False, itemsize=2)
 
 
-class Plain(Kind[Any]):
+class PlainKind(Kind[Any]):
     """Kind of result without a cost of its own."""
 
     facts = tensors = curve = errors = None
@@ -90,7 +90,7 @@ class Plain(Kind[Any]):
 
 def test_a_kind_costs_what_two_factors_cost_unless_it_says_more():
     """The default of a kind from another package is the cost of low-rank results."""
-    assert type(Plain().cost) is type(LOW_RANK.cost)
+    assert type(PlainKind().cost) is type(LOW_RANK.cost)
 
 
 def test_a_sketch_is_that_of_the_numerics():

@@ -240,7 +240,7 @@ def test_a_group_of_blocks_without_all_its_best_values_is_trained_again(
         first, second = blocks[0], blocks[1] - 1
         groups.append((first, second))
         worker.run.units.drop(best_key(worker.task.pass_key, first))
-        trained.add(worker.run.units.directory(worker.task.keys[second]) / TRAINED_FILE)
+        trained.add(worker.run.units.directory(worker.settings.units.keys[second]) / TRAINED_FILE)
         raise StoppedError("enough")
 
     result = run(small, tmp_path / "whole", text, shards=2, **SHARED)

@@ -247,13 +247,27 @@ def test_docstrings_begin_with_a_noun_or_a_verb():
             assert first not in QUESTIONS | RELATIVES, f"{path}: {text.splitlines()[0]}"
 
 
+def test_tasks_and_jobs_are_one_level_below_their_base():
+    """Common parts of stages are values that they hold, not classes above them."""
+    bases = {
+        node.name: {ast.unparse(base) for base in node.bases}
+        for path in FILES
+        for node in syntax(path)
+        if isinstance(node, ast.ClassDef)
+    }
+    for base in ("Task", "Worker", "StageJob", "StageCost"):
+        below = {name for name, found in bases.items() if base in found}
+        assert below
+        assert {name for name, found in bases.items() if below & found} == set()
+
+
 def test_class_names_are_unique():
-    """A class name stands for one class of the package."""
-    places: dict[str, list[str]] = {}
-    for path in FILES:
+    """A class name stands for one class of package, scripts and tests."""
+    places: dict[str, list[Path]] = {}
+    for path in ALL:
         for node in syntax(path):
             if isinstance(node, ast.ClassDef):
-                places.setdefault(node.name, []).append(module_of(path))
+                places.setdefault(node.name, []).append(path)
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 

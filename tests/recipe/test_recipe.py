@@ -96,7 +96,7 @@ def test_one_budget(given):
     paths = {"model": "dense", "out": "small"}
     with pytest.raises(UsageError, match="give one of them"):
         Recipe(**paths, **given)
-    assert Recipe(**paths, keep=0.8).share == Recipe(**paths, keep_bytes=0.8).share == 0.8
+    assert Recipe(**paths, keep=0.8).requested == Recipe(**paths, keep_bytes=0.8).requested == 0.8
 
 
 def test_whole_keep():

@@ -182,7 +182,7 @@ def test_a_worker_in_this_process_gives_up_its_memory():
     """The local pool drops a worker that ran out of memory before it makes another."""
     made, alive = [], []
 
-    class Worker:
+    class FailingWorker:
         def __init__(self, task):
             made.append(len(alive))
             alive.append(self)
@@ -197,7 +197,7 @@ def test_a_worker_in_this_process_gives_up_its_memory():
 
     done, events = [], []
     dispatch(
-        LocalPool(Worker, "task", "nonce"),
+        LocalPool(FailingWorker, "task", "nonce"),
         bag(2),
         FailurePolicy(),
         on_success=lambda call, value: done.append(call.label),

@@ -116,14 +116,14 @@ def test_they_mean_the_same_in_another_process(error):
 def test_a_pool_in_this_process_tells_them_apart(error, cause, ends):
     """Out of memory costs the worker; a failed GPU ends the run, which can be resumed."""
 
-    class Worker:
+    class RaisingWorker:
         def __init__(self, task):
             pass
 
         def measured(self, command, record):
             raise error
 
-    pool = LocalPool(Worker, "task", "nonce")
+    pool = LocalPool(RaisingWorker, "task", "nonce")
     pool.start(Call(0, Finish(1), "block 1, finish"), None)
     (outcome,) = pool.wait(0)
     assert (outcome.lost is not None) == (cause is not None)

@@ -13,18 +13,23 @@ from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import FailurePolicy, Limits
 from orchestrator.runtime.replicated_blocks import Found, ReplicatedBlocks, Round
 from orchestrator.runtime.testing import ScriptedPool
-from orchestrator.stages.walk.commands import Descend, Leave, Look
+from orchestrator.stages.walk.commands import ComputeGradients, ForwardCompressed, ForwardDense
 from orchestrator.stages.walk.program import walk_block
 from orchestrator.store.chunks import MissingChunk
 
-ROUNDS = (("look", 5, False), ("descend", 3, True), ("descend", 3, True), ("leave", 5, False))
+ROUNDS = (
+    ("forward_dense", 5, False),
+    ("compute_gradients", 3, True),
+    ("compute_gradients", 3, True),
+    ("forward_compressed", 5, False),
+)
 
 
 def command_of(method, block=0):
     commands = (
-        Look(block=block, is_made=False),
-        Descend(epoch=0, batch=0, keep=False),
-        Leave(keep=False),
+        ForwardDense(block=block, is_committed=False),
+        ComputeGradients(epoch=0, batch=0, keep=False),
+        ForwardCompressed(keep=False),
     )
     return next(each for each in commands if each.method == method)
 
@@ -33,7 +38,7 @@ def rounds(block, is_made):
     """Program of a block: passes around two steps. Returns the values of its rounds."""
     values = []
     for method, parts, merges in ROUNDS:
-        if method == "descend" and is_made:
+        if method == "compute_gradients" and is_made:
             continue
         command = command_of(method, block)
         found = yield Round(command=command, what=method, parts=parts, merges=merges)
@@ -50,7 +55,7 @@ class Replica:
     def perform(self, call, records):
         command = call.command
         assert command.reads == bool(call.gathers)
-        if command.is_first and isinstance(command, Look):
+        if command.is_first and isinstance(command, ForwardDense):
             self.steps, self.pending = [], []
         elif command.is_first and (
             merged := list(joined(*records)) if command.reads else self.pending
@@ -58,7 +63,11 @@ class Replica:
             self.steps.append(sorted(merged))
             self.pending = []
         parts = command.parts
-        made = [(len(self.steps), each) for each in parts] if call.method == "descend" else []
+        made = (
+            [(len(self.steps), each) for each in parts]
+            if call.method == "compute_gradients"
+            else []
+        )
         if made and not command.emits:
             self.pending += made
         values = {part: (call.method, len(self.steps), part) for part in parts}
@@ -108,10 +117,10 @@ def drive(schedule, workers=2, *, loss=0.0, gone=0.0, late=0.0, seed=0):
 
 def expected(blocks):
     """Results of the programs of blocks."""
-    steps = {"look": [0], "descend": [0, 1], "leave": [2]}
+    steps = {"forward_dense": [0], "compute_gradients": [0, 1], "forward_compressed": [2]}
     values = []
-    for method in ("look", "descend", "leave"):
-        parts = 3 if method == "descend" else 5
+    for method in ("forward_dense", "compute_gradients", "forward_compressed"):
+        parts = 3 if method == "compute_gradients" else 5
         values += [(method, [(method, step, p) for p in range(parts)]) for step in steps[method]]
     return [(block, values) for block in blocks]
 
@@ -193,9 +202,9 @@ def test_a_worker_given_up_between_its_calls_is_missed_by_nobody():
     schedule.succeeded(other)
     schedule.record_result(other, {"parts": dict.fromkeys(other.command.parts, 0), "state": 0})
     (following,) = schedule.calls([1, 2])
-    assert (following.worker, following.method) == (1, "descend")
+    assert (following.worker, following.method) == (1, "compute_gradients")
     schedule.lost(following)
-    assert {call.method for call in schedule.calls([2, 3])} == {"look"}
+    assert {call.method for call in schedule.calls([2, 3])} == {"forward_dense"}
 
 
 def test_a_missing_input_is_made_again_from_the_models():
@@ -224,7 +233,9 @@ def test_replicas_that_differ_end_the_run():
             if fits or call.worker == 0:
                 schedule.record_result(call, value)
             else:
-                with pytest.raises(WorkerError, match=r"block 0, look, part 3-4: .* differ"):
+                with pytest.raises(
+                    WorkerError, match=r"block 0, forward_dense, part 3-4: .* differ"
+                ):
                     schedule.record_result(call, value)
 
 
@@ -242,15 +253,20 @@ def walk(errors, **options):
     """Rounds of a block with these held-out errors, and its facts."""
     coming = iter(errors)
     given = {
-        "look": lambda each: Found([(10, 5.0)] * each.parts, {}),
+        "forward_dense": lambda each: Found([(10, 5.0)] * each.parts, {}),
         "compensate": lambda each: Found([], {"linears": {"q": 1}}),
         "evaluate": lambda each: Found([(10, next(coming))], {"norm": 2.0}),
-        "descend": lambda each: Found([((0.25,), 10)] * each.parts, {"norm": 2.0}),
-        "leave": lambda each: Found([(10, 3.0)] * each.parts, {"norm": None}),
+        "compute_gradients": lambda each: Found([((0.25,), 10)] * each.parts, {"norm": 2.0}),
+        "forward_compressed": lambda each: Found([(10, 3.0)] * each.parts, {"norm": None}),
         "commit": lambda each: Found([each.command.facts], {}),
     }
     program = walk_block(
-        3, 5, is_made=False, is_changed=True, compensates=True, refinement=RefineOptions(**options)
+        3,
+        5,
+        is_committed=False,
+        is_changed=True,
+        compensates=True,
+        refinement=RefineOptions(**options),
     )
     return perform(program, lambda each: given[each.command.method](each))
 
@@ -259,14 +275,23 @@ def test_a_block_is_trained_until_it_gets_no_better():
     """The state after the best epoch is kept before the next step; the last state is not."""
     options = {"epochs": 9, "batches": 2, "patience": 2, "slices": 8, "held_out": 0.2}
     asked, facts = walk([40.0, 30.0, 35.0, 32.0], **options)
-    epoch = ["descend", "descend", "evaluate"]
-    expected = ["look", "compensate", "evaluate", *epoch * 3, "leave", "commit"]
-    assert [each.command.method for each in asked] == expected
-    steps = [each.command for each in asked if isinstance(each.command, Descend)]
-    assert steps == [
-        Descend(epoch=e, batch=b, keep=(e, b) == (1, 0)) for e in range(3) for b in range(2)
+    epoch = ["compute_gradients", "compute_gradients", "evaluate"]
+    expected = [
+        "forward_dense",
+        "compensate",
+        "evaluate",
+        *epoch * 3,
+        "forward_compressed",
+        "commit",
     ]
-    assert asked[-2].command == Leave(keep=False)
+    assert [each.command.method for each in asked] == expected
+    steps = [each.command for each in asked if isinstance(each.command, ComputeGradients)]
+    assert steps == [
+        ComputeGradients(epoch=e, batch=b, keep=(e, b) == (1, 0))
+        for e in range(3)
+        for b in range(2)
+    ]
+    assert asked[-2].command == ForwardCompressed(keep=False)
     refined = facts["refinement"]
     assert (refined["best"], refined["stop"], refined["steps"]) == (1, "patience", 6)
     assert [each["held_out"] for each in refined["epochs"]] == [3.0, 3.5, 3.2]
@@ -277,7 +302,7 @@ def test_a_block_is_trained_until_it_gets_no_better():
 def test_the_last_state_is_kept_where_it_is_the_best():
     """The round after the training keeps the last state if it is the best."""
     asked, facts = walk([40.0, 30.0, 20.0], epochs=2, batches=1, held_out=0.2)
-    assert asked[-2].command == Leave(keep=True)
+    assert asked[-2].command == ForwardCompressed(keep=True)
     assert (facts["refinement"]["best"], facts["refinement"]["stop"]) == (2, "end")
 
 

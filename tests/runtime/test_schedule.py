@@ -16,7 +16,7 @@ from orchestrator.runtime.testing import ScriptedPool
 from orchestrator.store.chunks import MissingChunk
 
 
-class Simulation:
+class SimulatedPass:
     """Dispatches a pass to workers that end their calls in a random order, and checks each call.
 
     Args:
@@ -105,7 +105,7 @@ def make_pass(blocks=10, shards=4, chunks=5, todo=None, results=None, present=No
 @pytest.mark.parametrize("shards", [1, 2, 4, 10])
 def test_every_block_is_finished_once_after_every_chunk_in_order(workers, shards):
     """A pass ends with any number of workers and shards, and executes each call once."""
-    simulation = Simulation(make_pass(shards=shards), workers, seed=workers).run()
+    simulation = SimulatedPass(make_pass(shards=shards), workers, seed=workers).run()
     assert sorted(simulation.finished) == list(range(10))
     assert set(simulation.performed.values()) == {1}
 
@@ -113,7 +113,7 @@ def test_every_block_is_finished_once_after_every_chunk_in_order(workers, shards
 @pytest.mark.parametrize("seed", range(20))
 def test_losing_workers_loses_nothing(seed):
     """Each block is finished exactly once, whichever workers are lost in whichever calls."""
-    simulation = Simulation(make_pass(), workers=3, seed=seed, loss=0.1).run()
+    simulation = SimulatedPass(make_pass(), workers=3, seed=seed, loss=0.1).run()
     assert sorted(simulation.finished) == list(range(10))
 
 
@@ -124,7 +124,7 @@ def test_a_backward_pass_goes_from_the_last_shard_to_the_first(seed):
     (call,) = schedule.calls([0])
     assert call.command == Open(blocks=(8, 10), todo=(8, 9), ahead=(6, 8))
     schedule.lost(call)
-    simulation = Simulation(schedule, workers=3, seed=seed, loss=0.05).run()
+    simulation = SimulatedPass(schedule, workers=3, seed=seed, loss=0.05).run()
     assert sorted(simulation.finished) == list(range(10))
     assert [schedule.boundary(k) for k in range(5)] == [10, 8, 6, 3, 0]
 
@@ -152,7 +152,9 @@ def test_a_pass_that_reads_another_ones_chunks_breaks_off_and_is_gone_on_with(da
             reads_beside=True,
         )
         beside = {(part.start, index) for part in cut for index in range(3)} - lost
-        simulation = Simulation(schedule, workers, seed, loss=0.05, want=0.05, beside=beside).run()
+        simulation = SimulatedPass(
+            schedule, workers, seed, loss=0.05, want=0.05, beside=beside
+        ).run()
         assert todo >= set(simulation.finished)
         assert schedule.broken_off or todo == set(simulation.finished)
         todo -= set(simulation.finished)
@@ -166,7 +168,7 @@ def test_a_pass_that_keeps_fills_every_boundary(workers):
     """Chunks after a gap do not replace those in the gap, and none is dropped."""
     present = [set(), {0}, set(range(5)), {3}]
     schedule = make_pass(todo=[], results=set(range(5)), present=present, keeps=[3, 6, 8])
-    simulation = Simulation(schedule, workers).run()
+    simulation = SimulatedPass(schedule, workers).run()
     assert simulation.there[3] == simulation.there[6] == simulation.there[8] == set(range(5))
     assert schedule.drop_inputs() == []
     assert not any(label.startswith("blocks 8-9, chunk") for label in simulation.performed)
@@ -174,7 +176,7 @@ def test_a_pass_that_keeps_fills_every_boundary(workers):
 
 def test_a_block_that_is_committed_is_not_finished_again():
     """Committed blocks only pass on the chunks that later blocks need."""
-    simulation = Simulation(make_pass(todo=[7]), workers=2).run()
+    simulation = SimulatedPass(make_pass(todo=[7]), workers=2).run()
     assert simulation.finished == [7]
     assert not any(label.startswith("blocks 8-9") for label in simulation.performed)
 
@@ -182,7 +184,7 @@ def test_a_block_that_is_committed_is_not_finished_again():
 def test_chunks_that_are_there_are_not_computed_again():
     """A resumed pass starts at the boundary whose chunks are stored."""
     present = [set(), set(range(5)), {0, 1}, set()]
-    simulation = Simulation(make_pass(todo=[8, 9], present=present), workers=1).run()
+    simulation = SimulatedPass(make_pass(todo=[8, 9], present=present), workers=1).run()
     steps = [label for label in simulation.performed if "chunk" in label]
     assert not any(label.startswith("blocks 0-2") for label in steps)
     assert [label for label in steps if label.startswith("blocks 3-5")] == [
@@ -192,7 +194,7 @@ def test_chunks_that_are_there_are_not_computed_again():
 
 def test_results_behind_the_last_shard_are_made_once():
     """A pass with results steps only through the chunks whose result is missing."""
-    simulation = Simulation(make_pass(todo=[], results={0, 2}), workers=2).run()
+    simulation = SimulatedPass(make_pass(todo=[], results={0, 2}), workers=2).run()
     last = [label for label in simulation.performed if label.startswith("blocks 8-9, chunk")]
     assert sorted(last) == [f"blocks 8-9, chunk {index}" for index in (1, 3, 4)]
 
@@ -294,7 +296,7 @@ def test_splitting_shards_changes_no_statistic(data):
     )
     todo = [block for state in schedule.shards for block in state.todo]
     workers, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 999))
-    simulation = Simulation(schedule, workers, seed, loss=0.05, want=0.1).run()
+    simulation = SimulatedPass(schedule, workers, seed, loss=0.05, want=0.1).run()
     assert sorted(simulation.finished) == todo
     assert [block for part in schedule.cut for block in part] == list(range(blocks))
     assert all(part.start % group == 0 for part in schedule.cut)

@@ -24,7 +24,7 @@ class ReadBack(Command):
     index: int
 
 
-class Passing(Worker):
+class ChunkWorker(Worker):
     """Worker that passes chunks through no block."""
 
     def __init__(self, task):
@@ -42,7 +42,7 @@ class Passing(Worker):
 @pytest.fixture
 def worker(tmp_path):
     task = Task(run_dir=tmp_path / "run", threads=1, pass_key="pass", fingerprints={})
-    worker = Passing(task)
+    worker = ChunkWorker(task)
     yield worker
     worker.release()
 
@@ -105,7 +105,7 @@ def test_a_chunk_on_its_way_is_waited_for_and_a_lost_one_is_not_for_long(
     with pytest.raises(MissingChunk):
         worker.perform(ReadBack(0), None)
     monkeypatch.setattr("orchestrator.store.chunks.WRITING_SECONDS", 30.0)
-    other = Passing(Task(run_dir=tmp_path / "run", threads=1, pass_key="pass", fingerprints={}))
+    other = ChunkWorker(Task(run_dir=tmp_path / "run", threads=1, pass_key="pass", fingerprints={}))
     other.chunks = worker.chunks
     late = threading.Timer(0.2, other.perform, (Step(0, emit=True), None))
     late.start()

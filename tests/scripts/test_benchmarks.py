@@ -13,7 +13,7 @@ from benchmarks.common.flops import attention_flops, gram_channels, gram_flops, 
 from benchmarks.common.synthetic import block_shapes, config_of, write_model
 from benchmarks.common.watching import PeakWatcher, resident_bytes
 from benchmarks.faults import KINDS, RECIPES, Trial, resolved
-from benchmarks.faults.course import Course, Fault
+from benchmarks.faults.course import Fault, FaultHistory
 from benchmarks.memory import bytes_a_block
 from benchmarks.pivot import ranks_of
 from benchmarks.quality import join_rows
@@ -144,7 +144,7 @@ def test_trials_meet_every_kind_of_fault_in_every_recipe():
 def test_a_fault_s_cost_is_what_is_told_of_again():
     """Each fault happens once; recovery ends with the next reported unit after the loss."""
     faults = (Fault("worker killed", "calibrate", 0.4), Fault("driver killed", "write", 0.0))
-    course = Course(faults)
+    course = FaultHistory(faults)
     assert course.due(unit("calibrate", 1)) is None
     assert course.due(unit("calibrate", 2)) == faults[0]
     course.met(faults[0])

@@ -20,17 +20,17 @@ def some_losses(state, sequence):
     return {"divergence": (hash((state, sequence)) % 997) / 100, "cross_entropy": sequence / 7}
 
 
-class Worker:
+class SimulatedWorker:
     """State of one worker: its blocks' states, which are the gradients that they have applied."""
 
     def __init__(self):
         self.blocks, self.state, self.entered, self.gradient = None, {}, {}, []
 
 
-class Simulation:
+class SimulatedPipeline:
     """Perform a pipeline's calls in a random order, and check each against the rules. A block's
     state is the list of its updates, each with the sequences that made it: two shards with states
-    of different steps are detected when a micro-batch passes both."""
+    of different steps are detected when a sequence passes both."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Simulation:
         )
         self.best = {}
         self.num_blocks = num_blocks
-        self.workers = {number: Worker() for number in range(workers)}
+        self.workers = {number: SimulatedWorker() for number in range(workers)}
         self.rng, self.loss, self.replaced = random.Random(seed), loss, replaced
         self.snapshots = {(0, block): () for block in range(num_blocks)}
         self.records, self.results, self.passed = {}, {}, []
@@ -92,7 +92,7 @@ class Simulation:
         self.results.pop(call.worker)
         del self.workers[call.worker]
         if self.rng.random() < self.replaced or not self.workers:
-            self.workers[max([call.worker, *self.workers]) + 1] = Worker()
+            self.workers[max([call.worker, *self.workers]) + 1] = SimulatedWorker()
         self.pipeline.lost(call)
 
     def take(self, worker, record, blocks, step):
@@ -102,7 +102,7 @@ class Simulation:
         return None, None
 
     def enter(self, worker, record):
-        """States that a micro-batch has passed through, this shard's last."""
+        """States that a sequence has passed through, this shard's last."""
         assert (record is None) == (worker.blocks.start == 0)
         return (*(record or ()), *worker.state.values())
 
@@ -166,7 +166,7 @@ class Simulation:
 @pytest.fixture(scope="module")
 def alone():
     """Result of one worker without failures."""
-    simulation = Simulation(1).run()
+    simulation = SimulatedPipeline(1).run()
     assert sorted(simulation.passed) == sorted(
         (step, each) for step, batch in enumerate(simulation.course.batches, 1) for each in batch
     )
@@ -176,8 +176,8 @@ def alone():
 @pytest.mark.parametrize("workers", [2, 3, 7, 9])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_number_of_workers_finds_the_same(workers, seed, alone):
-    """Every micro-batch passes once per step, in one order; losses and states are the same."""
-    simulation = Simulation(workers, seed=seed).run()
+    """Every sequence passes once per step, in one order; losses and states are the same."""
+    simulation = SimulatedPipeline(workers, seed=seed).run()
     assert simulation.pipeline.snapshots == alone.pipeline.snapshots
     assert simulation.snapshots == alone.snapshots
     assert simulation.passed == alone.passed
@@ -187,7 +187,7 @@ def test_every_number_of_workers_finds_the_same(workers, seed, alone):
 def test_losses_of_workers_change_nothing(seed, alone):
     """After any loss, with or without replacement, all go back and compute the same again."""
     workers, replaced = 1 + seed % 5, (0.0, 0.5, 1.0)[seed % 3]
-    simulation = Simulation(workers, seed=seed, loss=0.02, replaced=replaced).run()
+    simulation = SimulatedPipeline(workers, seed=seed, loss=0.02, replaced=replaced).run()
     assert simulation.pipeline.snapshots == alone.pipeline.snapshots
     assert simulation.snapshots == alone.snapshots
 
@@ -196,7 +196,9 @@ def test_losses_of_workers_change_nothing(seed, alone):
 def test_without_states_all_begin_again_and_the_best_is_kept(seed, alone):
     """Shards resume only from the start, and finally have the values of the best step."""
     workers, replaced = 1 + seed % 5, (0.0, 0.5, 1.0)[seed % 3]
-    simulation = Simulation(workers, seed=seed, loss=0.001, replaced=replaced, keeps_states=False)
+    simulation = SimulatedPipeline(
+        workers, seed=seed, loss=0.001, replaced=replaced, keeps_states=False
+    )
     pipeline = simulation.run().pipeline
     assert pipeline.snapshots == alone.pipeline.snapshots
     assert {step for step, _ in simulation.snapshots} == {0}
@@ -207,7 +209,7 @@ def test_without_states_all_begin_again_and_the_best_is_kept(seed, alone):
 
 def test_an_earlier_run_is_resumed(alone):
     """From the snapshots found, the rest follows as in an uninterrupted run."""
-    simulation = Simulation(3)
+    simulation = SimulatedPipeline(3)
     half = alone.pipeline.snapshots[:3]
     simulation.snapshots = dict(alone.snapshots)
     course = simulation.course
@@ -220,7 +222,7 @@ def test_an_earlier_run_is_resumed(alone):
 @pytest.mark.parametrize("keeps_states", [True, False])
 def test_who_comes_later_is_used_from_the_next_snapshot_on(keeps_states):
     """The cut follows the number of workers, between groups; without states it is constant."""
-    simulation = Simulation(2)
+    simulation = SimulatedPipeline(2)
     pipeline = Pipeline(
         simulation.course, LENGTHS, num_blocks=7, group=2, keeps_states=keeps_states
     )
@@ -233,7 +235,7 @@ def test_who_comes_later_is_used_from_the_next_snapshot_on(keeps_states):
         if not cuts or cuts[-1] != pipeline.cut:
             cuts.append(pipeline.cut)
         if len(pipeline.snapshots) == 2:
-            simulation.workers.setdefault(9, Worker())
+            simulation.workers.setdefault(9, SimulatedWorker())
         return found
 
     pipeline.calls = watched
@@ -253,7 +255,7 @@ def test_all_shards_are_busy_in_between():
 def test_patience_ends_it():
     """Training ends after the given number of snapshots without improvement."""
     options = TrainOptions(epochs=50, batches=3, every=2, patience=3, held_out=0.2)
-    pipeline = Simulation(2, options=options).run().pipeline
+    pipeline = SimulatedPipeline(2, options=options).run().pipeline
     assert pipeline.stop == "patience"
     steps = [each.step for each in pipeline.snapshots]
     assert steps[-1] - pipeline.best.step == 3 * 2
@@ -262,7 +264,7 @@ def test_patience_ends_it():
 
 def test_a_gradient_that_is_no_number_ends_it():
     """No shard steps then; earlier results are kept."""
-    simulation = Simulation(3)
+    simulation = SimulatedPipeline(3)
     inner = simulation.turn
 
     def broken(worker, record, **fields):

@@ -3,8 +3,8 @@
 A file is on the way of a field if it
 
 - defines the field, or adds the flags of the command line;
-- reads it, or a property made of it (`share` of `keep`), from an object that has it: a recipe, an
-  execution, a request of an evaluation, parsed arguments; the class of an object is that of its
+- reads it, or a property made of it (`requested` of `keep`), from an object that has it: a recipe,
+  an execution, a request of an evaluation, parsed arguments; the class of an object is that of its
   annotations;
 - sets it by keyword or names it by a string, and imports one of these classes or their helpers;
   keys of a report, and the pages that show reports, do not count;

@@ -18,7 +18,7 @@ from orchestrator.readable import counted
 from orchestrator.runtime import scaling
 from orchestrator.runtime.losses import cause_of_loss
 from orchestrator.runtime.pool import PATIENCE_SECONDS, WorkerLocation, describe
-from orchestrator.runtime.ray.cluster import Share, node_of, on_other_nodes
+from orchestrator.runtime.ray.cluster import WorkerResources, node_of, on_other_nodes
 from orchestrator.runtime.ray.nodes import STARTING_POLL_SECONDS, Announce, RayNodes
 from orchestrator.runtime.ray.reasons import reason
 from orchestrator.runtime.ray.worker_actor import WorkerActor
@@ -59,7 +59,7 @@ class RayActors:
         nonce: str,
         bounds: Bounds,
         max_workers: int,
-        share: Share,
+        resources: WorkerResources,
         threads: int,
         announce: Announce,
     ) -> None:
@@ -70,14 +70,14 @@ class RayActors:
             **cuda_environment(os.environ),
         }
         self._actor_class = ray.remote(
-            **share,
+            **resources,
             max_restarts=0,
             max_task_retries=0,
             runtime_env={"env_vars": variables},
         )(WorkerActor)
         self._worker_class = worker_class
         self._bounds, self._max_workers = bounds, max_workers
-        self.nodes = RayNodes(share, announce, is_growing=bounds.is_growing)
+        self.nodes = RayNodes(resources, announce, is_growing=bounds.is_growing)
         self._task = ray.put(task)
         self._nonce = nonce
         self._announce = announce

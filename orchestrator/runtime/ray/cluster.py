@@ -196,11 +196,11 @@ def _check_answers(address: str) -> None:
         raise UsageError(f"address {address}: cannot be joined: {first_line(error)}") from error
 
 
-Share = dict[str, float]
+WorkerResources = dict[str, float]
 """Resources of one worker, as options of `ray.remote`."""
 
 
-def worker_share(threads: int) -> Share:
+def worker_resources(threads: int) -> WorkerResources:
     """One GPU and a CPU per thread; the CPUs only if no node has a GPU."""
     has_gpu = any(node["Resources"].get("GPU", 0) >= 1 for node in _nodes())
     return {"num_gpus": int(has_gpu), "num_cpus": threads}
@@ -216,18 +216,18 @@ def gpu_kinds() -> set[str]:
     return kinds
 
 
-def total_room(share: Share) -> dict[str, int]:
+def total_room(resources: WorkerResources) -> dict[str, int]:
     """Workers that each live node could hold if it were idle, by node id."""
-    return _room(share, {node["NodeID"]: node["Resources"] for node in _nodes()})
+    return _room(resources, {node["NodeID"]: node["Resources"] for node in _nodes()})
 
 
-def free_room(share: Share) -> dict[str, int]:
+def free_room(resources: WorkerResources) -> dict[str, int]:
     """Further workers that each node could hold now, by node id."""
-    return _room(share, ray._private.state.available_resources_per_node())
+    return _room(resources, ray._private.state.available_resources_per_node())
 
 
-def _room(share: Share, amounts: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
-    asked = {"CPU": share["num_cpus"], "GPU": share["num_gpus"]}
+def _room(resources: WorkerResources, amounts: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
+    asked = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]}
     held = {}
     for node, there in amounts.items():
         workers = min(int(there.get(name, 0) // each) for name, each in asked.items() if each)
@@ -236,15 +236,15 @@ def _room(share: Share, amounts: Mapping[str, Mapping[str, float]]) -> dict[str,
     return held
 
 
-def check_workers(workers: int, share: Share) -> None:
+def check_workers(workers: int, resources: WorkerResources) -> None:
     """Raise InfeasibleError if the present nodes cannot hold so many workers."""
-    there = sum(total_room(share).values())
+    there = sum(total_room(resources).values())
     if workers <= there:
         return
     nodes = [node["Resources"] for node in _nodes()]
     amounts = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
     raise InfeasibleError(
-        f"workers: {workers} asked for, each with {_words(share)}; the cluster has "
+        f"workers: {workers} asked for, each with {_words(resources)}; the cluster has "
         f"{_words(amounts)} on {counted(len(nodes), 'node')}, enough for {there}; "
         "ask for fewer workers or threads, or add nodes; an autoscaler adds nodes with "
         f"--workers {workers}..MAX"

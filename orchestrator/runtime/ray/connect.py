@@ -35,8 +35,8 @@ def connected(address: str | None, monitor: RunMonitor) -> Iterator[None]:
 
 def worker_room(execution: Execution) -> int:
     """Number of workers that the present nodes can hold."""
-    share = ray_cluster.worker_share(execution.threads_per_worker)
-    return sum(ray_cluster.total_room(share).values())
+    resources = ray_cluster.worker_resources(execution.threads_per_worker)
+    return sum(ray_cluster.total_room(resources).values())
 
 
 def gpu_kinds() -> set[str]:
@@ -65,19 +65,19 @@ def pool(
     monitor: RunMonitor,
 ) -> Iterator[RayPool]:
     """Start at most `most` actors. An autoscaling pool waits here for its first node."""
-    share = ray_cluster.worker_share(task.threads)
+    resources = ray_cluster.worker_resources(task.threads)
     if not asked.is_growing:
-        ray_cluster.check_workers(asked.least, share)
-    elif not ray_cluster.total_room(share):
+        ray_cluster.check_workers(asked.least, resources)
+    elif not ray_cluster.total_room(resources):
         ray_cluster.await_node(task.threads, monitor.event)
-        share = ray_cluster.worker_share(task.threads)
+        resources = ray_cluster.worker_resources(task.threads)
     with RayPool(
         worker_class,
         task,
         nonce=nonce,
         bounds=asked.for_work(most),
         max_workers=most,
-        share=share,
+        resources=resources,
         threads=task.threads,
         announce=monitor.event,
     ) as actors:

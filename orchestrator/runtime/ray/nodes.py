@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from orchestrator.runtime.ray.cluster import (
-    Share,
+    WorkerResources,
     draining_nodes,
     free_room,
     node_names,
@@ -26,13 +26,13 @@ class RayNodes:
     """Nodes of the cluster. Callers of a pool see names, Ray's own functions take ids.
 
     Args:
-        share: Resources of one worker, by which room on a node is counted.
+        resources: Resources of one worker, by which room on a node is counted.
         announce: Called with an event for each node that starts to drain.
         is_growing: Whether an autoscaler may add nodes for this pool.
     """
 
-    def __init__(self, share: Share, announce: Announce, *, is_growing: bool) -> None:
-        self._share, self._announce = share, announce
+    def __init__(self, resources: WorkerResources, announce: Announce, *, is_growing: bool) -> None:
+        self._resources, self._announce = resources, announce
         self._is_growing = is_growing
         self._names: dict[str, str] = {}
         self._draining: set[str] = set()
@@ -58,7 +58,7 @@ class RayNodes:
                 self._draining.add(node)
                 event = {"event": "draining", "node": self.name(node), "deadline": deadline}
                 self._announce(event)
-        free = free_room(self._share)
+        free = free_room(self._resources)
         self.free = sum(room for node, room in free.items() if self.stays(node))
 
     def name(self, node_id: str) -> str:
@@ -83,10 +83,10 @@ class RayNodes:
 
     def room(self) -> int:
         """Workers that the nodes that stay can hold, whatever runs there now."""
-        return sum(room for node, room in total_room(self._share).items() if self.stays(node))
+        return sum(room for node, room in total_room(self._resources).items() if self.stays(node))
 
     def available(self) -> Set[str]:
-        return {self.name(node) for node in total_room(self._share) if self.stays(node)}
+        return {self.name(node) for node in total_room(self._resources) if self.stays(node)}
 
     def leaving(self) -> Set[str]:
         self.poll()

@@ -20,7 +20,7 @@ from orchestrator.runtime.calls import Call
 from orchestrator.runtime.losses import cause_of_loss, summary
 from orchestrator.runtime.policy import Cause
 from orchestrator.runtime.pool import Outcome
-from orchestrator.runtime.ray import postmortem
+from orchestrator.runtime.ray import worker_log
 from orchestrator.runtime.ray.actors import RayActors, is_node_loss, remote_cause
 from orchestrator.runtime.ray.cluster import on_node
 from orchestrator.runtime.ray.reasons import reason
@@ -94,7 +94,7 @@ class RayPool(RayActors):
         return Cause.NODE_LOST if is_node_loss(error) else Cause.DIED
 
     def _log(self, worker: int) -> str:
-        return self._on_its_node(worker, postmortem.tail, self._probes[worker]["log"])
+        return self._on_its_node(worker, worker_log.tail, self._probes[worker]["log"])
 
     def _on_its_node(self, worker: int, function: Callable[..., str], *arguments: Any) -> str:
         """Result of a function on the node of a worker, or the reason for which there is none."""
@@ -121,5 +121,5 @@ class RayPool(RayActors):
             return self._outcome(ref)
         del self._calls[ref]
         probe = self._probes[call.worker]
-        log = self._on_its_node(call.worker, postmortem.end_hung, probe["pid"], probe["log"])
+        log = self._on_its_node(call.worker, worker_log.end_hung, probe["pid"], probe["log"])
         return [Outcome(call, lost=why, cause=Cause.HUNG, log=log)]

@@ -6,7 +6,7 @@ import ray
 
 from orchestrator.device import gpu
 from orchestrator.runtime.calls import Command
-from orchestrator.runtime.ray import postmortem
+from orchestrator.runtime.ray import worker_log
 
 
 class WorkerActor:
@@ -16,7 +16,7 @@ class WorkerActor:
     """
 
     def __init__(self) -> None:
-        self._log = postmortem.listen()
+        self._log = worker_log.listen()
         self._worker: Any = None
 
     def become(self, worker_class: type, task: Any, nonce: str) -> dict[str, Any]:

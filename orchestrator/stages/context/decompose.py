@@ -1,7 +1,7 @@
 """Calibration and decomposition: the driver's part, and the tasks of their workers."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.forecast.outcome import Forecast
@@ -14,7 +14,7 @@ from orchestrator.stages.context.block_pass import BlockPass
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.values import Decomposed, Keyed, extended
-from orchestrator.stages.context.worker.curvature_worker import CurvatureTask
+from orchestrator.stages.context.worker.curvature_worker import BackwardSettings
 
 
 def calibrate_and_decompose(
@@ -70,12 +70,17 @@ def _finish_seconds(keyed: Keyed, workers: WorkerGroup) -> float:
     return slowly(work.flops, workers.environment["device"])
 
 
-def compression_task(keyed: Keyed) -> CompressionTask:
-    """The task of workers that read decompositions; base of all tasks of later stages."""
+def compression_task(keyed: Keyed, *, pass_key: str = "", settings: Any = None) -> CompressionTask:
+    """Make the task of the workers of a stage.
+
+    Args:
+        pass_key: Key of the pass whose chunks they read and write; empty: that of the calibration.
+        settings: Settings of the stage; see `CompressionTask.settings`.
+    """
     return CompressionTask(
         run_dir=keyed.run.root,
         threads=keyed.recipe.threads_per_worker,
-        pass_key=keyed.pass_key,
+        pass_key=pass_key or keyed.pass_key,
         fingerprints={keyed.model: keyed.survey.fingerprint},
         writes=(keyed.run.root, keyed.out),
         model=keyed.model,
@@ -88,22 +93,17 @@ def compression_task(keyed: Keyed) -> CompressionTask:
         grouping=keyed.grouping,
         tokens_key=keyed.tokens_key,
         block_keys=keyed.block_keys,
+        settings=settings,
     )
 
 
-def task_fields(keyed: Keyed) -> dict[str, Any]:
-    """Fields of `compression_task`, for a task that adds others."""
-    task = compression_task(keyed)
-    return {each.name: getattr(task, each.name) for each in fields(CompressionTask)}
-
-
 def calibration_task(keyed: Keyed) -> CompressionTask:
-    """The task of the workers that calibrate: with backward passes if gradients are needed."""
+    """Make the task of the workers that calibrate, with backward passes if gradients are needed."""
     if not keyed.needs_gradients:
         return compression_task(keyed)
-    return CurvatureTask(
-        **task_fields(keyed),
+    backward = BackwardSettings(
         gradients_key=keyed.statistics_key,
         sequences=keyed.sequences,
         randomness=keyed.randomness,
     )
+    return compression_task(keyed, settings=backward)

@@ -33,7 +33,7 @@ class StageJob(ABC):
     Jobs are made in the order of execution, each from the jobs before it.
     """
 
-    name: ClassVar[str]
+    name: str
     key: str
     trained_units: Mapping[int, str] | None = None
     """Keys of its units of trained tensors, by block; None if it trains none."""

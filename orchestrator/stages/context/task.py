@@ -1,8 +1,8 @@
 """Task of the workers of a compression: plain values, and the unit keys that follow from them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +35,10 @@ class CompressionTask(Task):
     tokens_key: str
     block_keys: Mapping[int, str]
     """Keys of the units of decompositions, by the first block of each group of blocks."""
+    refit_keys: Mapping[int, str] = field(default_factory=dict)
+    """Keys of the units of refitted left factors, by block; empty if there are none."""
+    settings: Any = None
+    """Settings of the stage, of the type that its worker class takes."""
 
     def linear(self, name: str) -> Linear:
         """Return the targeted linear of this name."""
@@ -52,7 +56,8 @@ class CompressionTask(Task):
 
     def made_by(self, linear: Linear) -> list[str]:
         """Return the keys of the units that a linear's factors are cut from."""
-        return [self.block_keys[self.grouping.first(linear.block)]]
+        refit = [self.refit_keys[linear.block]] if linear.block in self.refit_keys else []
+        return [self.block_keys[self.grouping.first(linear.block)], *refit]
 
     def pivoted_key(self, linear: Linear, rank: int) -> str:
         """Return the key of the unit of a linear's pivoted factors."""

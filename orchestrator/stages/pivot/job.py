@@ -1,7 +1,7 @@
 """Pivoted storage of cut factors: the driver's part."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.deadline import slowly
@@ -26,7 +26,7 @@ class PivotJob(StageJob):
     It comes after a refit of left factors and before training, which trains what is stored.
     """
 
-    name: ClassVar[str] = "pivot"
+    name = "pivot"
 
     def __init__(self, planned: Planned, earlier: Sequence[StageJob]) -> None:
         self._units = planned.run.units

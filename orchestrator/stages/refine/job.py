@@ -6,18 +6,19 @@ from typing import Any, ClassVar
 
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.runtime.worker import Worker
-from orchestrator.stages.context.decompose import block_pass
+from orchestrator.stages.context.decompose import block_pass, compression_task
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
-from orchestrator.stages.context.trained_stage import TrainedStage
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.trained_units import changed_blocks, trained_units
 from orchestrator.stages.context.values import Planned
-from orchestrator.stages.refine.worker import RefineTask, RefineWorker
+from orchestrator.stages.refine.worker import RefineSettings, RefineWorker
 
 REFINE_VERSION = 3
 """Raised when the trained tensors change, or the tensors stored beside them."""
 
 
-class RefineJob(TrainedStage):
+class RefineJob(StageJob):
     """One pass of dense chunks, and a unit of trained tensors for each block with a cut linear.
 
     Blocks do not wait for each other: each learns the outputs of its dense block on the dense
@@ -28,7 +29,7 @@ class RefineJob(TrainedStage):
     then spent: a run directory holds a block once. If it is damaged later, both are made again.
     """
 
-    name: ClassVar[str] = "refine"
+    name = "refine"
     supersedes: ClassVar[bool] = True
     worker_class: type[Worker] = RefineWorker
 
@@ -39,7 +40,16 @@ class RefineJob(TrainedStage):
         self._options = replace(options, slices=1)
         self._spend: Callable[[int], None] = earlier[-1].spend if earlier else lambda block: None
         self._reusable: dict[int, dict[str, Any]] | None = None
-        super().__init__(planned, earlier, version=REFINE_VERSION, options=self._decisive)
+        self._planned = planned
+        self._units = trained_units(
+            planned,
+            earlier,
+            name=self.name,
+            version=REFINE_VERSION,
+            blocks=changed_blocks(planned),
+            options=self._decisive,
+        )
+        self.key, self.trained_units = self._units.key, self._units.keys
 
     @property
     def _decisive(self) -> dict[str, Any]:
@@ -47,14 +57,15 @@ class RefineJob(TrainedStage):
         return {name: each for name, each in asdict(self._options).items() if name != "slices"}
 
     @property
-    def task(self) -> RefineTask:
-        return RefineTask(**self.shared, options=self._options)
+    def task(self) -> CompressionTask:
+        settings = RefineSettings(units=self._units, options=self._options)
+        return compression_task(self._planned, pass_key=self.key, settings=settings)
 
     def perform(self, stage: RunningStage, following: StageJob | None = None) -> StageResult:
         """Pass dense chunks through the shards; then train each shard's blocks."""
         passes = block_pass(self._planned, self._planned.forecast)
         passes, done = replace(passes, on_committed=self._spend), self._committed(stage)
-        facts = passes.forward(self.key, self.keys, stage, done)
+        facts = passes.forward(self.key, self._units.keys, stage, done)
         return StageResult(
             name=self.name,
             key=self.key,
@@ -74,7 +85,7 @@ class RefineJob(TrainedStage):
         """Facts of the blocks that an earlier run has refined; their files are verified once."""
         if self._reusable is None:
             passes = block_pass(self._planned, self._planned.forecast)
-            self._reusable = passes.committed(self.keys, stage, self.name)
+            self._reusable = passes.committed(self._units.keys, stage, self.name)
         return self._reusable
 
 

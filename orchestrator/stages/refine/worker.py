@@ -11,15 +11,18 @@ from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.training.refine import refine
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.runtime.worker import Emitted, Stored, Worker
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.trained_units import TrainedUnits
 from orchestrator.stages.context.worker.open_shard import DenseModel, OpenShard
-from orchestrator.stages.context.worker.trained_worker import CompressedModel, TrainedTask
+from orchestrator.stages.context.worker.trained_worker import CompressedModel
 from orchestrator.store.chunks import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RefineTask(TrainedTask):
-    """Task of training blocks apart from each other."""
+class RefineSettings:
+    """Settings of the training of blocks in parallel."""
 
+    units: TrainedUnits
     options: RefineOptions
 
 
@@ -30,11 +33,12 @@ class RefineWorker(Worker):
     tokens: 8.6 GB a boundary, one more than the shard has blocks), and the memory of training.
     """
 
-    def __init__(self, task: RefineTask) -> None:
+    def __init__(self, task: CompressionTask) -> None:
         super().__init__(task, unpack=_pageable, fingerprint=fingerprint_of)
         self.task = task
+        self.settings: RefineSettings = task.settings
         self.dense = DenseModel(task, self.run, self.device)
-        self.compressed = CompressedModel(self, task, self.dense)
+        self.compressed = CompressedModel(self, task, self.dense, self.settings.units)
         self._opened: OpenShard | None = None
         self._states: dict[int, list[Chunk]] = {}
 
@@ -74,10 +78,8 @@ class RefineWorker(Worker):
         start = time.monotonic()
         with self.compressed.planned.shard(range(block, block + 1)) as shard:
             inputs, targets = self._states[block], self._states[block + 1]
-            task = self.task
-            refined = refine(
-                shard, inputs, targets, options=task.options, randomness=task.randomness
-            )
+            options, randomness = self.settings.options, self.settings.units.randomness
+            refined = refine(shard, inputs, targets, options=options, randomness=randomness)
             tensors = {**refined.tensors, **self.compressed.indices(shard)}
         timings = {"seconds": time.monotonic() - start, "memory": self.usage().to_json()}
         facts = refined.facts() | {"timings": timings}

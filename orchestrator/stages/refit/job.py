@@ -1,14 +1,15 @@
 """Refit of left factors: the driver's part."""
 
-from typing import ClassVar
+from dataclasses import replace
 
 from orchestrator.plan.forms import FORMS
 from orchestrator.runtime.worker import Worker
-from orchestrator.stages.context.decompose import block_pass, task_fields
+from orchestrator.stages.context.decompose import block_pass, compression_task
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
+from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.values import Planned
-from orchestrator.stages.refit.worker import RefitTask, RefitWorker
+from orchestrator.stages.refit.worker import RefitSettings, RefitWorker
 from orchestrator.store.units import unit_key
 
 REFIT_VERSION = 1
@@ -18,7 +19,7 @@ REFIT_VERSION = 1
 class RefitJob(StageJob):
     """One pass through the cut blocks, and a unit of left factors for each of them."""
 
-    name: ClassVar[str] = "refit"
+    name = "refit"
     worker_class: type[Worker] = RefitWorker
 
     def __init__(self, planned: Planned) -> None:
@@ -33,9 +34,10 @@ class RefitJob(StageJob):
         }
 
     @property
-    def task(self) -> RefitTask:
-        shared = task_fields(self._planned) | {"pass_key": self.key}
-        return RefitTask(**shared, plan=self._planned.plan, refit_keys=self._keys)
+    def task(self) -> CompressionTask:
+        settings = RefitSettings(plan=self._planned.plan)
+        task = compression_task(self._planned, pass_key=self.key, settings=settings)
+        return replace(task, refit_keys=self._keys)
 
     def perform(self, stage: RunningStage, following: StageJob | None = None) -> StageResult:
         """Pass chunks through the cut blocks, and fit left factors to the inputs found there."""

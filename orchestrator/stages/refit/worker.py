@@ -36,16 +36,10 @@ FITTED_FILE = "fitted.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RefitTask(CompressionTask):
-    """Task of refitting left factors."""
+class RefitSettings:
+    """Settings of refitting left factors; the task has the keys of their units."""
 
     plan: Plan
-    refit_keys: Mapping[int, str]
-    """Key of the unit of left factors, by block; blocks without factors have none."""
-
-    def made_by(self, linear: Linear) -> list[str]:
-        # dataclass(slots=True) makes a new class, which super() without arguments does not find
-        return [*CompressionTask.made_by(self, linear), self.refit_keys[linear.block]]
 
     def is_cut(self, linear: Linear) -> bool:
         """Return True if the plan gives the linear factors."""
@@ -55,7 +49,9 @@ class RefitTask(CompressionTask):
 class RefittedFactors:
     """Source of the left factors that this stage has committed."""
 
-    def __init__(self, worker: Worker, task: RefitTask, decompositions: Decompositions) -> None:
+    def __init__(
+        self, worker: Worker, task: CompressionTask, decompositions: Decompositions
+    ) -> None:
         self._worker, self._task, self._decompositions = worker, task, decompositions
 
     def read(self, tensor: TensorSpec) -> Tensor | None:
@@ -79,9 +75,10 @@ class RefitWorker(Worker):
     refitted, so that one pass serves all of them.
     """
 
-    def __init__(self, task: RefitTask) -> None:
+    def __init__(self, task: CompressionTask) -> None:
         super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
         self.task = task
+        self.settings: RefitSettings = task.settings
         self.dense = DenseModel(task, self.run, self.device)
         self._decompositions = Decompositions(task, self.run, self.device)
         self._refitted = RefittedFactors(self, task, self._decompositions)
@@ -97,11 +94,11 @@ class RefitWorker(Worker):
 
     def _statistics(self, shard: Shard, todo: tuple[int, ...]) -> Calibration:
         linears = [each for each in self.task.linears if each.block in shard.blocks]
-        for linear in filter(self.task.is_cut, linears):
+        for linear in filter(self.settings.is_cut, linears):
             weight_OI = dense_weight(shard.module(linear.name))
             weight_OR, down_RI = (each.to(weight_OI) for each in self._factors(linear))
             torch.matmul(weight_OR, down_RI, out=weight_OI)
-        wanted = [each for each in linears if each.block in todo and self.task.is_cut(each)]
+        wanted = [each for each in linears if each.block in todo and self.settings.is_cut(each)]
         return Calibration(shard, wanted, lambda linear, site: "input")
 
     def read_ahead(self, blocks: range) -> None:
@@ -117,7 +114,7 @@ class RefitWorker(Worker):
 
     def _factors(self, linear: Linear) -> tuple[Tensor, Tensor]:
         """Return both factors as the plan cuts them."""
-        rank, factor = self.task.plan.assignments[linear.name].rank, self._decompositions.factor
+        rank, factor = self.settings.plan.assignments[linear.name].rank, self._decompositions.factor
         return factor(linear, "weight", rank), factor(linear, "down", rank)
 
     def finish(self, block: int) -> dict[str, Any]:
@@ -131,7 +128,7 @@ class RefitWorker(Worker):
         fitted: dict[str, Tensor] = {}
         said: dict[str, Any] = {}
         for linear in self.task.linears:
-            if linear.block != block or not self.task.is_cut(linear):
+            if linear.block != block or not self.settings.is_cut(linear):
                 continue
             weight_OR, down_RI = self._factors(linear)
             statistic = opened.calibration.statistic(linear)

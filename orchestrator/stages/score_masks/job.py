@@ -57,15 +57,15 @@ class MaskScoring:
         cap, pool = self.allocator, self.pool
         # the order of the utilities is all that the budget of a size in bytes depends on
         budget = self._choose(pool.utility_N)[1].budget_values
-        share_N = cap.start(pool, budget)
-        first, plan = self._choose(share_N)
+        probability_N = cap.start(pool, budget)
+        first, plan = self._choose(probability_N)
         if not cap.learns:
             report = {"stage2": False, "kept": _kept(pool, first)}
             return self._scores(first, plan, report)
         self._total = cap.iterations * cap.samples + 2
         baseline, losses, start = cap.new_baseline(), [], math.nan
         for iteration in range(cap.iterations):
-            trials = self._drawn_trials(share_N, iteration)
+            trials = self._drawn_trials(probability_N, iteration)
             if iteration == 0:
                 # one pass more for the first choice would be one more wave of shards
                 (chosen, *draws) = self._losses([self._choice_trial(first), *trials])
@@ -73,8 +73,8 @@ class MaskScoring:
             else:
                 draws = self._losses(trials)
             losses.append([draw.loss for draw in draws])
-            share_N = cap.step(pool, share_N, draws, baseline, budget=budget)
-        last, last_plan = self._choose(share_N)
+            probability_N = cap.step(pool, probability_N, draws, baseline, budget=budget)
+        last, last_plan = self._choose(probability_N)
         (end,) = self._losses([self._choice_trial(last)])
         better = end.loss < start or not cap.keep_better
         taken, plan = (last, last_plan) if better else (first, plan)
@@ -94,16 +94,16 @@ class MaskScoring:
         key = self._commit(choice.kept_N, choice.dense)
         return Scores(report={"cap": report}, plan=plan, choice=(key,))
 
-    def _choose(self, share_N: np.ndarray) -> tuple[Choice, Plan]:
+    def _choose(self, probability_N: np.ndarray) -> tuple[Choice, Plan]:
         """The candidates with the largest probabilities that fit in the budget, and their plan."""
         job = self._job
 
         def divide(budget: Budget) -> Plan:
             total = budget.total(job.linears)
-            return self.allocator.plan(self.pool, choose(self.pool, share_N, total), total)
+            return self.allocator.plan(self.pool, choose(self.pool, probability_N, total), total)
 
         plan = fill_budget(divide, job.linears, job.budget, job.codec)
-        return choose(self.pool, share_N, plan.budget_values), plan
+        return choose(self.pool, probability_N, plan.budget_values), plan
 
     def _commit(self, value_N: np.ndarray, dense: frozenset[str] = frozenset()) -> str:
         parts = self.pool.split(value_N)
@@ -113,8 +113,8 @@ class MaskScoring:
     def _choice_trial(self, choice: Choice) -> MaskTrial:
         return MaskTrial(self._commit(choice.kept_N, choice.dense), None)
 
-    def _drawn_trials(self, share_N: np.ndarray, iteration: int) -> list[MaskTrial]:
-        key, mask = self._commit(share_N), self._job.randomness.mask
+    def _drawn_trials(self, probability_N: np.ndarray, iteration: int) -> list[MaskTrial]:
+        key, mask = self._commit(probability_N), self._job.randomness.mask
         return [MaskTrial(key, mask(iteration, each)) for each in range(self.allocator.samples)]
 
     def _unit_key(self, trial: MaskTrial) -> str:

@@ -1,1 +1,1 @@
-"""Losses of models with one linear cut."""
+"""Losses of the model with one linear truncated."""

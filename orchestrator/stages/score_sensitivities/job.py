@@ -1,8 +1,9 @@
-"""Scoring by sensitivities: the driver's part of ASVD's rank search.
+"""Sensitivities of linears for the rank search of ASVD: the driver's part.
 
-A trial is the model with one linear cut to one rank. It starts at the dense input of its block, so
-that all trials together cost half of as many evaluations of the model, and flows through the shards
-after it like any chunk: a shard computes its own trials and passes on those of earlier ones.
+A trial is the model with one linear truncated to one rank. It starts at the dense input of the
+linear's block, so that a trial costs half of an evaluation of the model on average. Its chunks pass
+the following shards like any other: a shard computes the trials of its own linears, and passes
+chunks of trials of earlier shards.
 """
 
 import math
@@ -31,18 +32,18 @@ from orchestrator.store.units import unit_key
 SENSITIVITY_VERSION = 1
 """Raised when a loss changes."""
 BLOCKS = 8
-"""Blocks of a shard at most, where the recipe names no cut. Without statistics and decompositions
-a block takes a quarter of the memory that calibration plans for, which has two; and every boundary
-that is not there is one that no trial's chunks are written to."""
+"""Largest number of blocks of a shard if the recipe has no number of shards. Without statistics and
+decompositions a block takes a quarter of the memory that calibration assumes, which has two; and
+fewer boundaries mean fewer stored chunks of trials."""
 
 
 class Sensitivities:
-    """Losses of models with one linear cut, each one a unit: none is taken twice.
+    """Losses of the model with one linear truncated; each is a unit, so none is measured twice.
 
-    One pass carries all trials. At a boundary lie the chunks of the trials that have come so far
-    and no farther, at most all of them: 70B with the default grid and windows of 2048 tokens has
-    2240 trials of 67 MB, 150 GB if one worker takes shard after shard; fewer where later shards
-    are at work at the same time. A killed driver goes on from these files too.
+    One pass has all trials. A boundary stores the chunks of the trials that have reached it, at
+    most of all trials: 70B with the default grid and windows of 2048 tokens has 2240 trials of
+    67 MB, 150 GB if one worker processes shard after shard, and less if later shards are processed
+    at the same time. A resumed run continues from these chunks.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Sensitivities:
         self._chunks = min(allocator.windows, job.sequences)
 
     def measure(self) -> Scores:
-        """Every loss, those committed earlier as they are.
+        """Measure all losses that no reusable unit has. Returns all of them.
 
         Raises:
             InputError: A loss is not finite.
@@ -76,7 +77,7 @@ class Sensitivities:
 
     @cached_property
     def _linears(self) -> tuple[Linear, ...]:
-        """The linears that are cut as one, under the name of the first."""
+        """The linears that are truncated together, under the name of the first."""
         return self._job.grouping.stacked(self._job.linears)
 
     @cached_property
@@ -111,8 +112,8 @@ class Sensitivities:
     def _run(self, keys: Mapping[CutTrial, str], scores: dict[CutTrial, Score]) -> None:
         """Pass the trials without a score through the shards, and commit their scores.
 
-        The dense model is always among them, because the others start from its chunks; it resumes
-        at the boundary of its last chunks.
+        The dense model is always one of them, because the others start from its chunks; it resumes
+        at the last boundary that has its chunks.
         """
         job, workers = self._job, self._workers
         committed = set(scores)
@@ -126,7 +127,7 @@ class Sensitivities:
             cut,
             todo=(),
             num_chunks=count,
-            present=[chunks.present(each.start, count) | self._entering(each) for each in cut],
+            present=[chunks.present(each.start, count) | self._starting(each) for each in cut],
             results={index for trial in done for index in self._range(trial)},
             about=(CutTrials(pass_key, self._trials, self._chunks),),
         )
@@ -139,7 +140,7 @@ class Sensitivities:
             found[index] = Score.from_json(value)
             trial = self._trials[index // self._chunks]
             if all(each in found for each in self._range(trial)):
-                # in their order, whichever came last
+                # summed in the order of the sequences
                 scores[trial] = _total([found[each] for each in self._range(trial)])
                 if trial not in committed:
                     committed.add(trial)
@@ -157,8 +158,8 @@ class Sensitivities:
     def _number(self) -> Mapping[CutTrial, int]:
         return {trial: number for number, trial in enumerate(self._trials)}
 
-    def _entering(self, blocks: range) -> set[int]:
-        """The sequences of the trials that start within a shard."""
+    def _starting(self, blocks: range) -> set[int]:
+        """Indices of the chunks of trials that start in a shard."""
         return {i for trial in self._trials if trial.block in blocks for i in self._range(trial)}
 
     def _commit(self, trial: CutTrial, key: str, total: Score, done: int) -> None:
@@ -168,14 +169,14 @@ class Sensitivities:
         self._stage.progress(done, len(self._trials), unit=name)
 
     def _drop(self, trial: CutTrial, chunks: Chunks, cut: tuple[range, ...]) -> None:
-        """Remove the chunks of a trial at the boundaries; others start from the dense model's."""
+        """Remove the chunks of a trial; those of the dense model stay, for other trials."""
         for blocks in cut:
             if trial.linears and blocks.start > trial.block:
                 for index in self._range(trial):
                     chunks.drop(blocks.start, index)
 
     def _report(self, dense: float, losses: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
-        """The losses, and for each kept fraction of the grid how much it adds to the dense one."""
+        """Losses, and for each kept fraction of the grid the increase over the dense loss."""
         added = {}
         for kept in self._allocator.kept:
             by_name = {
@@ -203,7 +204,7 @@ class Sensitivities:
 
 
 def _total(scores: list[Score]) -> Score:
-    """The score of sequences together, summed in this order."""
+    """Sum scores of sequences in this order."""
     total = Score()
     for each in scores:
         total = total.merge(each)

@@ -1,4 +1,4 @@
-"""Pass of models with one linear cut through the shards, for their losses."""
+"""Passes of models with one linear truncated through the shards, for their losses."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from orchestrator.store.chunks import Record
 
 @dataclass(frozen=True, slots=True)
 class CutTrial:
-    """The model with one linear cut, or with those that share a basis; its loss is wanted."""
+    """Model with one linear truncated, or with all linears that share its basis."""
 
     block: int
     """First block that differs from the dense model; number of blocks for the dense model."""
@@ -27,26 +27,27 @@ class CutTrial:
 
 @dataclass(frozen=True, slots=True)
 class CutTrials:
-    """Models that pass through the shards from their first block that is not dense.
+    """Request for a pass of trials, each from its first block that is not dense.
 
-    The first is the dense model; the others start from its chunks.
+    The first trial is the dense model; the others start from its chunks.
     """
 
     pass_key: str
     trials: tuple[CutTrial, ...]
     chunks: int
-    """Calibration sequences for each, the first ones; chunk c of trial t passes as t chunks + c."""
+    """Number of calibration sequences of a trial, the first ones; sequence s of trial t is chunk
+    t · chunks + s of the pass."""
 
     def start(self, worker: CompressionWorker, blocks: range, todo: tuple[int, ...]) -> "CutModels":
         return CutModels(worker, worker.dense.open(blocks), self)
 
 
 class CutModels:
-    """A shard with one linear cut, for each trial another one.
+    """Shard of the trials, of which one linear at a time is truncated.
 
-    A trial whose block is in the shard starts at the dense input of that block, which is computed
-    once for each sequence, whatever the number of trials. Memory: the shard's boundary states of
-    every sequence, and the dense weight of the linear that is cut.
+    A trial of a linear in the shard starts at the dense input of its block, which is computed once
+    per sequence for all trials. Memory beside the shard: the dense block inputs of every sequence,
+    and the dense weight of the truncated linear.
     """
 
     def __init__(self, worker: CompressionWorker, opened: OpenShard, trials: CutTrials) -> None:
@@ -57,9 +58,10 @@ class CutModels:
         self._dense_states: dict[tuple[int, int], Chunk] = {}
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
-        """Pass one sequence through the part of the shard that its trial runs.
+        """Pass one sequence through the blocks of the shard from the first one of its trial.
 
-        The small result: after the last block the sequence's score.
+        Returns:
+            The score of the sequence after the last block, else None; and the chunk to emit.
         """
         worker, shard = self._worker, self.opened.shard
         number, sequence = divmod(index, self._trials.chunks)
@@ -70,7 +72,7 @@ class CutModels:
             start = blocks.start
             chunk = worker.input_chunk(start, index, record)
         else:
-            # a trial of a later block is dense up to the shard's end
+            # a trial of a later block passes the last block as the dense model
             start = min(trial.block, blocks.stop - 1)
             chunk = self._dense_state(start, sequence, index, record)
         part = range(start, blocks.stop)
@@ -81,11 +83,11 @@ class CutModels:
         return score(chunk.tokens, chunk.mask, logits, None).to_json(), None
 
     def next_inputs(self, index: int) -> list[Stored]:
-        # the input of a trial is in memory, or stored under another index
+        # inputs of trials are in memory, or stored under the index of the dense model
         return []
 
     def _dense_state(self, block: int, sequence: int, index: int, record: Emitted) -> Chunk:
-        """Return the dense model's state at a block's input; blocks before it are dense here."""
+        """Return the dense input of a block of the shard, computed from that of the first block."""
         shard = self.opened.shard
         if (block, sequence) not in self._dense_states:
             if block == 0:
@@ -99,19 +101,19 @@ class CutModels:
         return self._dense_states[block, sequence]
 
     def _dense_record(self, boundary: int, sequence: int, index: int, record: Emitted) -> Record:
-        """Return the record that the dense model, trial 0, has left at the shard's input.
+        """Return the chunk of the dense model, trial 0, at the shard's input.
 
-        If it is lost, an earlier shard makes it again under the trial's own index.
+        If it is lost, the preceding shard computes it again, under the index of the trial.
 
         Raises:
-            MissingChunk: Neither is available.
+            MissingChunk: Both are missing.
         """
         if record is None:
             record = self.chunks.read(boundary, sequence)
         return self._worker.input_record(boundary, index, record)
 
     def _cut(self, number: int) -> None:
-        """Restore the dense weights of the last trial and replace those of this one."""
+        """Restore the dense weights of the previous trial and truncate those of this one."""
         worker, shard = self._worker, self.opened.shard
         for weight_OI, whole_OI in self._whole:
             weight_OI.copy_(whole_OI)

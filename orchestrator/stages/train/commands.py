@@ -24,12 +24,12 @@ class PassCommand(Command):
     """Base of commands that read a chunk and may emit one: the method takes it as `record`."""
 
     serial: int
-    """Number of the micro-batch in its period."""
+    """Number of the pass of a sequence in its period."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forward(PassCommand):
-    """Pass a micro-batch on, and keep what its backward pass needs."""
+    """Pass a sequence on, and keep the inputs that its backward pass needs."""
 
     method: ClassVar[str] = "forward"
 
@@ -38,7 +38,7 @@ class Forward(PassCommand):
 
 @dataclass(frozen=True, slots=True)
 class Turn(PassCommand):
-    """Pass a micro-batch through the last shard and back. Gives its losses."""
+    """Pass a sequence through the last shard and back. Returns its losses."""
 
     method: ClassVar[str] = "turn"
 
@@ -53,7 +53,7 @@ class Turn(PassCommand):
 
 @dataclass(frozen=True, slots=True)
 class Backward(PassCommand):
-    """Pass the gradients of a micro-batch back."""
+    """Pass the gradients of a sequence back."""
 
     method: ClassVar[str] = "backward"
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from orchestrator.errors import UsageError
 from orchestrator.models.training.train_options import Course, TrainOptions, plan_course
@@ -18,15 +18,16 @@ from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.runtime.verify import verified_units
 from orchestrator.runtime.worker import Worker
 from orchestrator.runtime.workers import WorkerGroup
-from orchestrator.stages.context.decompose import block_pass
+from orchestrator.stages.context.decompose import block_pass, compression_task
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
+from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.tokens import read_tokens
-from orchestrator.stages.context.trained_stage import TrainedStage
+from orchestrator.stages.context.trained_units import changed_blocks, trained_units
 from orchestrator.stages.context.values import Planned
 from orchestrator.stages.train.commands import CommitTrained, TakeShard, Turn, Update
 from orchestrator.stages.train.pipeline import Pipeline, Snapshot
-from orchestrator.stages.train.worker import TrainTask, TrainWorker, best_key, snapshot_key
+from orchestrator.stages.train.worker import TrainSettings, TrainWorker, best_key, snapshot_key
 from orchestrator.store.units import unit_key
 
 TRAIN_VERSION = 2
@@ -37,7 +38,7 @@ BYTES = {"all": 16, "lean": 12, "light": 16}
 """Bytes of value, gradient and moments of a trained parameter."""
 
 
-class TrainJob(TrainedStage):
+class TrainJob(StageJob):
     """All blocks at once, towards the next-token distribution of the dense model, and the text.
 
     The dense model passes once and leaves its top-k. Then each worker holds one shard, whatever
@@ -52,15 +53,25 @@ class TrainJob(TrainedStage):
     and training begins again after a loss.
     """
 
-    name: ClassVar[str] = "train"
+    name = "train"
     worker_class: type[Worker] = TrainWorker
 
     def __init__(
         self, planned: Planned, earlier: Sequence[StageJob], options: TrainOptions, mode: str
     ) -> None:
         self._options, self._mode = options, mode
-        decisive = {"options": asdict(options), "mode": mode}
-        super().__init__(planned, earlier, version=TRAIN_VERSION, **decisive)
+        self._planned = planned
+        self._units = trained_units(
+            planned,
+            earlier,
+            name=self.name,
+            version=TRAIN_VERSION,
+            blocks=changed_blocks(planned),
+            options=asdict(options),
+            mode=mode,
+        )
+        self.key = self._units.key
+        self.keys = self.trained_units = self._units.keys
         self._course = self._planned_course()
         self._keeps_states = planned.forecast is None or planned.forecast.keeps_states
 
@@ -77,13 +88,14 @@ class TrainJob(TrainedStage):
         )
 
     @property
-    def task(self) -> TrainTask:
-        return TrainTask(
-            **self.shared,
+    def task(self) -> CompressionTask:
+        settings = TrainSettings(
+            units=self._units,
             options=self._options,
             mode=self._mode,
             target_keys=self._target_keys,
         )
+        return compression_task(self._planned, pass_key=self.key, settings=settings)
 
     def _planned_course(self) -> Course:
         sequences = self._planned.sequences

@@ -4,11 +4,11 @@ Each shard has a program, a list of moves that depends only on the cut and the s
 its moves in this order, each as soon as its input exists: first the forward passes that fill the
 pipeline, then backward and forward passes alternately (1F1B), then the update; at the end of a
 period the held-out sequences and a snapshot. Gradients therefore add up in the order of the
-micro-batches, whichever shard is late.
+sequences, whichever shard is late.
 
 Rules, asserted by the tests:
 
-- A micro-batch passes each shard once forward and once backward in a step. On a shard, at most as
+- A sequence passes each shard once forward and once backward in a step. On a shard, at most as
   many of them are between the two as there are shards from it to the last.
 - No shard updates before all shards have reported the norm of their gradient; norms are summed
   block by block in the model's order, so that clipping does not depend on the cut.
@@ -44,7 +44,7 @@ from orchestrator.stages.train.program import Move, program
 
 Stop = Literal["end", "patience", "diverged"]
 WINDOW = 4
-"""Held-out sequences that wait between two shards; the program itself bounds micro-batches."""
+"""Held-out sequences that wait between two shards; the program itself bounds those of steps."""
 CLIP_EPSILON = 1e-6
 """Added to the norm, as `torch.nn.utils.clip_grad_norm_` does."""
 

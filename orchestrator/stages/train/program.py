@@ -16,7 +16,7 @@ class Move:
     step: int
     """Its step, counted from 1; after the steps of a period, the last one."""
     serial: int = -1
-    """Number of the micro-batch in the period."""
+    """Number of the pass of a sequence in the period."""
     sequence: int = -1
     is_last: bool = False
     """True if it completes the shard's gradient of the step."""

@@ -17,8 +17,10 @@ from orchestrator.models.training.train import Training
 from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.runtime.calls import Command
 from orchestrator.runtime.worker import Emitted, Stored, Worker
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.trained_units import TrainedUnits
 from orchestrator.stages.context.worker.open_shard import DenseModel, OpenShard
-from orchestrator.stages.context.worker.trained_worker import CompressedModel, TrainedTask
+from orchestrator.stages.context.worker.trained_worker import CompressedModel
 from orchestrator.stages.train.commands import PassCommand
 from orchestrator.store.chunks import MissingChunk, Record
 from orchestrator.store.units import unit_key
@@ -42,9 +44,10 @@ def best_key(key: str, block: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainTask(TrainedTask):
-    """Task of training the whole compressed model."""
+class TrainSettings:
+    """Settings of the training of the whole compressed model."""
 
+    units: TrainedUnits
     options: TrainOptions
     mode: str
     target_keys: tuple[str, ...]
@@ -58,22 +61,23 @@ class OpenTraining:
     model: Shard
     training: Training
     entered: dict[int, list[Chunk]] = field(default_factory=dict)
-    """By micro-batch on its way, the inputs of the shard's blocks."""
+    """Inputs of the shard's blocks, by pass between its forward and backward half."""
 
 
 class TrainWorker(Worker):
     """Holds a dense shard while targets are made, then a shard of the compressed model.
 
-    Of each micro-batch on its way it keeps the inputs of the shard's blocks, in float32 (70B and
-    2048 tokens: 67 MB a block). In the backward pass each block is run again, with gradients, and
-    passed back through before the block in front of it: the activations of one block are in memory.
+    Between the forward and the backward pass of a sequence it keeps the inputs of the shard's
+    blocks, in float32 (70B and 2048 tokens: 67 MB a block). The backward pass recomputes one block
+    at a time, from the last one, so that the activations of one block are in memory.
     """
 
-    def __init__(self, task: TrainTask) -> None:
+    def __init__(self, task: CompressionTask) -> None:
         super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
         self.task = task
+        self.settings: TrainSettings = task.settings
         self.dense = DenseModel(task, self.run, self.device)
-        self.compressed = CompressedModel(self, task, self.dense)
+        self.compressed = CompressedModel(self, task, self.dense, self.settings.units)
         self._dense_shard: OpenShard | None = None
         self._open_training: OpenTraining | None = None
 
@@ -123,9 +127,10 @@ class TrainWorker(Worker):
         if not shard.is_last:
             passed = shard.forward(chunk)
             return None, self.emit(shard.blocks.stop, passed) if emit else None
-        task, logits_BTV = self.task, shard.logits(chunk)
-        targets = TopK.of(logits_BTV, task.options.top_k, task.options.temperature)
-        unit = self.run.units.begin(task.target_keys[index])
+        settings, logits_BTV = self.settings, shard.logits(chunk)
+        options = settings.options
+        targets = TopK.of(logits_BTV, options.top_k, options.temperature)
+        unit = self.run.units.begin(settings.target_keys[index])
         with unit.file(TARGETS_FILE) as path:
             save_file(targets.tensors(), path)
         unit.commit(environment=self.environment(), facts={})
@@ -144,7 +149,7 @@ class TrainWorker(Worker):
             InfeasibleError: The device's memory does not hold what training adds.
         """
         self.close()
-        if not self.task.target_keys:
+        if not self.settings.target_keys:
             self._dense_shard = self.dense.open(range(*blocks))
         self._open_training = self._planned_shard(range(*blocks))
         training = self._open_training.training
@@ -158,10 +163,10 @@ class TrainWorker(Worker):
         model = planned.shard(blocks)
         training = Training(
             model,
-            self.task.keys.keys(),
+            self.settings.units.keys.keys(),
             planned.disk_names.keys(),
-            mode=self.task.mode,
-            weight_decay=self.task.options.weight_decay,
+            mode=self.settings.mode,
+            weight_decay=self.settings.options.weight_decay,
         )
         return OpenTraining(model, training)
 
@@ -171,7 +176,7 @@ class TrainWorker(Worker):
             training.load(block, load_file(self.run.units.file(key, FILE)))
 
     def forward(self, serial: int, sequence: int, record: Emitted) -> tuple[Any, Emitted]:
-        """Pass a micro-batch on, and keep the inputs of the blocks for the backward pass."""
+        """Pass a sequence on, and keep the inputs of the blocks for the backward pass."""
         streams = self._streams(serial, sequence, record)
         self.work.entered[serial], streams["model"] = self._through(streams["model"], 0)
         return None, self._record(streams)
@@ -186,7 +191,7 @@ class TrainWorker(Worker):
         is_last: bool,
         record: Emitted,
     ) -> tuple[Any, Emitted]:
-        """Pass a micro-batch to the end and back. Returns its losses."""
+        """Pass a sequence to the end and back. Returns its losses."""
         streams = self._streams(serial, sequence, record)
         targets = self._targets(sequence, streams)
         entered, chunk = self._through(streams["model"], 1)
@@ -203,7 +208,7 @@ class TrainWorker(Worker):
         return {"losses": losses[0].to_json()} | self._norms(is_last), emitted
 
     def backward(self, serial: int, is_last: bool, record: Emitted) -> tuple[Any, Emitted]:
-        """Pass a micro-batch's gradients back through the blocks."""
+        """Pass the gradients of a sequence back through the blocks."""
         if record is None:
             raise MissingChunk(-self.work.model.blocks.stop, serial)
         payload = self.unpack(record).payload
@@ -240,7 +245,7 @@ class TrainWorker(Worker):
         """Commit the values of every block in place of earlier ones, if the step is the best."""
         if not is_best:
             return
-        for block in sorted(self.task.keys.keys() & set(self.work.model.blocks)):
+        for block in sorted(self.settings.units.keys.keys() & set(self.work.model.blocks)):
             key = best_key(self.task.pass_key, block)
             self.run.units.drop(key)
             self.compressed.commit(key, self._outcome(self.work.training, block), {"step": step})
@@ -255,18 +260,18 @@ class TrainWorker(Worker):
                 or of the plan.
         """
         self.close()
-        wanted = sorted(self.task.keys.keys() & set(range(*blocks)))
+        wanted = sorted(self.settings.units.keys.keys() & set(range(*blocks)))
         if is_kept:
             for block in wanted:
                 best = load_file(self.compressed.path(best_key(self.task.pass_key, block)))
-                self.compressed.commit(self.task.keys[block], best, facts)
+                self.compressed.commit(self.settings.units.keys[block], best, facts)
             return
         work = self._planned_shard(range(*blocks))
         with work.model:
             self._load_state(work.training, step)
             for block in wanted:
                 outcome = self._outcome(work.training, block)
-                self.compressed.commit(self.task.keys[block], outcome, facts)
+                self.compressed.commit(self.settings.units.keys[block], outcome, facts)
         return_freed_memory()
 
     def _outcome(self, training: Training, block: int) -> dict[str, Tensor]:
@@ -282,7 +287,7 @@ class TrainWorker(Worker):
     def _streams(self, serial: int, sequence: int, record: Emitted) -> dict[str, Chunk]:
         """Return the shard's inputs: the compressed model's, and the dense one's if recomputed."""
         model = self.work.model
-        names = ["model"] if self.task.target_keys else ["model", "dense"]
+        names = ["model"] if self.settings.target_keys else ["model", "dense"]
         if model.is_first:
             return dict.fromkeys(names, self.dense.first_chunk(sequence))
         if record is None:
@@ -303,7 +308,7 @@ class TrainWorker(Worker):
         """Return the dense model's logits of a sequence, or their top-k from the run directory."""
         if "dense" in streams:
             return self.dense_shard.shard.logits(streams["dense"])
-        path = self.run.units.file(self.task.target_keys[sequence], TARGETS_FILE)
+        path = self.run.units.file(self.settings.target_keys[sequence], TARGETS_FILE)
         return TopK.from_tensors(load_file(path)).to(self.device)
 
     def _through(self, chunk: Chunk, but: int) -> tuple[list[Chunk], Chunk]:
@@ -331,7 +336,7 @@ class TrainWorker(Worker):
     def _distill(
         self, logits_BTV: Tensor, chunk: Chunk, targets: TopK | Tensor, weights: LossWeights | None
     ) -> tuple[Losses, Tensor | None]:
-        temperature = self.task.options.temperature
+        temperature = self.settings.options.temperature
         return distill(
             logits_BTV,
             chunk.tokens,

@@ -1,4 +1,4 @@
-"""Commands of a walk: the rounds of a block, for all of its replicas."""
+"""Commands of the rounds of a block, which all of its replicas execute."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,19 +7,19 @@ from orchestrator.runtime.replicated_blocks import ReplicaCommand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look(ReplicaCommand):
-    """Open a block, pass dense chunks on, and measure the error of the compressed ones."""
+class ForwardDense(ReplicaCommand):
+    """Open a block, pass chunks through the dense one, and measure the compressed one's error."""
 
-    method: ClassVar[str] = "look"
+    method: ClassVar[str] = "forward_dense"
 
     block: int
-    is_made: bool
-    """True if its unit is committed, so that chunks only pass through it."""
+    is_committed: bool
+    """True if the unit of the block is committed, so that chunks only pass through it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compensate(ReplicaCommand):
-    """Fit the block's factors again, in each replica."""
+    """Refit the block's factors, in each replica."""
 
     method: ClassVar[str] = "compensate"
 
@@ -32,22 +32,22 @@ class EvaluateHeldOut(ReplicaCommand):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Descend(ReplicaCommand):
-    """Compute the slices of a step's gradient."""
+class ComputeGradients(ReplicaCommand):
+    """Compute slices of a step's gradient."""
 
-    method: ClassVar[str] = "descend"
+    method: ClassVar[str] = "compute_gradients"
 
     epoch: int
     batch: int
     keep: bool
-    """True if the state before the step is the best one so far."""
+    """True if the state before the step is the best so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leave(ReplicaCommand):
-    """Pass compressed chunks through the block's best state, and measure their error."""
+class ForwardCompressed(ReplicaCommand):
+    """Pass chunks through the best state of the compressed block, and measure its error."""
 
-    method: ClassVar[str] = "leave"
+    method: ClassVar[str] = "forward_compressed"
 
     keep: bool
     """True if the present state is the best one."""

@@ -1,6 +1,4 @@
-"""Cost of the stages that take the blocks in order."""
-
-from typing import ClassVar
+"""Cost of the stages that process blocks in order."""
 
 from orchestrator.forecast.block_training import epochs, smaller_blocks
 from orchestrator.forecast.memory import (
@@ -18,6 +16,8 @@ from orchestrator.forecast.storage import TRAINED_BYTES
 from orchestrator.forecast.work import DRIFT_FLOPS, Work, kept_values
 from orchestrator.models.training.refine_options import RefineOptions
 
+UNITS = {"walk": "walked blocks", "sweep": "swept blocks"}
+"""Units in the run directory, by stage."""
 MOMENT_BYTES = 56
 """Bytes by squared channel: three moments of two streams while they are summed and read out."""
 
@@ -26,12 +26,12 @@ class WalkCost(StageCost):
     """Block after block, each replicated by all workers; unrefined one pass of statistics."""
 
     unpacks_boundary = True
-    name: ClassVar[str] = "walk"
-    units: ClassVar[str] = "walked blocks"
 
-    def __init__(self, setting: Setting, options: RefineOptions, *, refines: bool) -> None:
+    def __init__(
+        self, setting: Setting, options: RefineOptions, *, name: str, refines: bool
+    ) -> None:
         super().__init__(setting)
-        self._options = options
+        self._name, self._options = name, options
         # a recipe that asks for both is counted with both in either stage
         self._refines = refines
         self._compensates = setting.recipe.compensate != "none"
@@ -50,7 +50,7 @@ class WalkCost(StageCost):
             return blocks * (shared + lending.seconds(rates) + solving.seconds(rates))
 
         return StageForecast(
-            name=self.name,
+            name=self._name,
             flops=blocks * (one.flops + solving.flops),
             seconds=setting.seconds(take),
             device=walking(
@@ -98,18 +98,11 @@ class WalkCost(StageCost):
     def content(self, before: Parts) -> tuple[Parts, Parts]:
         costs = self.setting.costs
         streams = 2 * (1 + 4 / costs.itemsize) * costs.boundary
-        after = {**before, self.units: TRAINED_BYTES * self.setting.kept_values}
+        after = {**before, UNITS[self._name]: TRAINED_BYTES * self.setting.kept_values}
         return {**after, "chunks": streams}, after
 
     def remedy(self) -> str:
         return smaller_blocks(self.setting.recipe)
-
-
-class SweepCost(WalkCost):
-    """A walk over refined blocks."""
-
-    name: ClassVar[str] = "sweep"
-    units: ClassVar[str] = "swept blocks"
 
 
 def walking(

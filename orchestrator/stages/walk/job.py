@@ -1,49 +1,52 @@
-"""Walk of the blocks in order, on the inputs that compressed blocks produce: the driver's part."""
+"""Compensation and training of blocks in order, on compressed inputs: the driver's part."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any
 
 from orchestrator.models.training.compensation_options import CompensationOptions
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.runtime.replicated_blocks import Program
 from orchestrator.runtime.worker import Worker
-from orchestrator.stages.context.decompose import block_pass
+from orchestrator.stages.context.decompose import block_pass, compression_task
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
-from orchestrator.stages.context.trained_stage import TrainedStage
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.trained_units import changed_blocks, trained_units
 from orchestrator.stages.context.values import Planned
 from orchestrator.stages.walk.program import walk_block
-from orchestrator.stages.walk.worker import WalkTask, WalkWorker
+from orchestrator.stages.walk.worker import WalkSettings, WalkWorker
 from orchestrator.store.units import unit_key
 
 WALK_VERSION = 2
 """Raised when a tensor changes, or the input of a block."""
 
 
-class WalkJob(TrainedStage):
-    """A unit of tensors for each block, block 0 first, each made from what those before it give.
+class WalkJob(StageJob):
+    """A unit of tensors per block, in order, each computed from the outputs of the preceding ones.
 
-    Where the recipe compensates, the block's factors are fitted to the inputs that the compressed
-    model makes (`linalg.compensate`); where it refines in order, the block is trained on them then
-    towards what the dense block gives on its own (`models.training.refine`). One block is at work
+    If the recipe compensates, the block's factors are refitted to the inputs that the compressed
+    model produces (`linalg.compensate`). If it refines in order, the block is then trained on these
+    inputs towards the outputs of the dense model (`models.training.refine`). One block is processed
     at a time, and all workers replicate it (`runtime.replicated_blocks`, `program`): they share its
-    chunks, the slices of every step's gradient and the held-out chunks, and add the parts up in an
-    order that neither workers nor failures change. Each worker repeats compensation's solves.
+    chunks, the slices of every step's gradient and the held-out chunks, and add the parts in an
+    order that neither workers nor failures change. Each worker repeats the solves of compensation.
 
-    A lost worker costs the others what it was at; the last one costs the block, and so does a node
-    with a record on it. The chunks before the block lie in the run directory.
+    If a worker is lost, the others repeat its parts of the round. If the last one is lost, or a
+    node with a record, the block is repeated from its input chunks in the run directory.
+
+    A second training after refinement in parallel, which uses inputs of the dense model, adapts
+    each block to the inputs that the compressed model produces.
 
     AA-SVD (arXiv:2604.02119) as its code runs by default: method `svd-llm`, allocation `uniform`,
     refine `in_order`, and compensate `none`, because its input-aware start (its objective 2) is
     truncated on the dense model's inputs. Its other starts are compensate `input` (objective 3, the
     shifted inputs alone) and `anchored` (objective 4), with the basis `new`.
-    Departures: some sequences are held out and the best state is kept, not the last; training ends
-    early where it no longer helps; batches are drawn anew each epoch and the first step counts; a
-    block whose linears all stay dense is not trained; the head is left alone, in both.
+    Departures: some sequences are held out and the best state is kept, not the last; training stops
+    early; batches are drawn anew each epoch and the first step has a rate above 0; a block whose
+    linears all stay dense is not trained. Neither trains the head.
     """
 
-    name: ClassVar[str] = "walk"
     worker_class: type[Worker] = WalkWorker
 
     def __init__(
@@ -52,36 +55,46 @@ class WalkJob(TrainedStage):
         earlier: Sequence[StageJob],
         compensation: CompensationOptions | None,
         refinement: RefineOptions | None,
+        *,
+        name: str,
     ) -> None:
+        """Args: name: `walk`, or `sweep` for a second training of refined blocks."""
+        self.name, self._planned = name, planned
+        self._changed = changed_blocks(planned)
         self._compensation, self._refinement = compensation, refinement
         self._options = {
             "compensation": compensation and asdict(compensation),
             "refinement": refinement and asdict(refinement),
         }
-        super().__init__(planned, earlier, version=WALK_VERSION, **self._options)
+        self._units = trained_units(
+            planned,
+            earlier,
+            name=name,
+            version=WALK_VERSION,
+            # unchanged blocks before the last changed one pass chunks on
+            blocks=range(max(self._changed, default=-1) + 1),
+            **self._options,
+        )
+        self.key, self.trained_units = self._units.key, self._units.keys
         self._dense_key = unit_key(f"{self.name} dense", WALK_VERSION, [planned.pass_key])
 
     @property
-    def blocks(self) -> list[int]:
-        """All blocks up to the last with a linear that is cut."""
-        return list(range(max(super().blocks, default=-1) + 1))
-
-    @property
-    def task(self) -> WalkTask:
-        return WalkTask(
-            **self.shared,
+    def task(self) -> CompressionTask:
+        settings = WalkSettings(
+            units=self._units,
             compensation=self._compensation,
             refinement=self._refinement,
-            changed=frozenset(super().blocks),
+            changed=frozenset(self._changed),
             dense_key=self._dense_key,
             sequences=self._planned.sequences,
         )
+        return compression_task(self._planned, pass_key=self.key, settings=settings)
 
     def perform(self, stage: RunningStage, following: StageJob | None = None) -> StageResult:
-        """Pass the chunks of both models from block to block."""
+        """Pass the chunks of the dense and the compressed model from block to block."""
         streams = self._dense_key, self.key
         passes = block_pass(self._planned, self._planned.forecast)
-        facts = passes.in_order(streams, self.keys, self._program, stage)
+        facts = passes.in_order(streams, self._units.keys, self._program, stage)
         return StageResult(
             name=self.name,
             key=self.key,
@@ -96,30 +109,19 @@ class WalkJob(TrainedStage):
             has_gradients=self._refinement is not None,
         )
 
-    def _program(self, block: int, is_made: bool) -> Program:
-        task = self.task
+    def _program(self, block: int, is_committed: bool) -> Program:
         return walk_block(
             block,
-            task.sequences,
-            is_made=is_made,
-            is_changed=block in task.changed,
-            compensates=task.compensation is not None,
-            refinement=task.refinement,
+            self._planned.sequences,
+            is_committed=is_committed,
+            is_changed=block in self._changed,
+            compensates=self._compensation is not None,
+            refinement=self._refinement,
         )
 
 
-class SweepJob(WalkJob):
-    """A walk over blocks that were refined in parallel: each is trained once more.
-
-    It corrects what a block has learnt on the dense model's inputs for the inputs that the
-    compressed model produces.
-    """
-
-    name: ClassVar[str] = "sweep"
-
-
 def _reported(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A block's facts without what may differ between two equal runs."""
+    """Facts of a block, without those that may differ between two equal runs."""
     entry = {name: each for name, each in facts.items() if name not in ("timings", "refinement")}
     if "refinement" in facts:
         trained = facts["refinement"]

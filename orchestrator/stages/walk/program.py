@@ -1,4 +1,4 @@
-"""Rounds of a block that is walked: pure, without tensors."""
+"""Rounds of a block in a walk: a pure program, without tensors."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,10 +10,10 @@ from orchestrator.runtime.replicated_blocks import Program, Round
 from orchestrator.stages.walk.commands import (
     CommitBlock,
     Compensate,
-    Descend,
+    ComputeGradients,
     EvaluateHeldOut,
-    Leave,
-    Look,
+    ForwardCompressed,
+    ForwardDense,
 )
 
 
@@ -21,7 +21,7 @@ def walk_block(
     block: int,
     sequences: int,
     *,
-    is_made: bool,
+    is_committed: bool,
     is_changed: bool,
     compensates: bool,
     refinement: RefineOptions | None,
@@ -32,35 +32,37 @@ def walk_block(
     slices of each step.
 
     Args:
-        is_made: Whether its unit is committed, so that chunks only pass through it.
-        is_changed: Whether it has a linear that is cut.
-        compensates: Whether its factors are fitted again.
+        is_committed: True if its unit is committed, so that chunks only pass through it.
+        is_changed: True if it has a linear that is cut.
+        compensates: True if its factors are refitted.
         refinement: Options of its training; None: it is not trained.
     """
-    look = Look(block=block, is_made=is_made)
-    seen = yield Round(command=look, what="forward", parts=sequences)
+    command = ForwardDense(block=block, is_committed=is_committed)
+    dense = yield Round(command=command, what="dense forward pass", parts=sequences)
     facts: dict[str, Any] = {}
     improved = False
-    if is_changed and not is_made:
-        facts["before"] = _mean(seen.values)
+    if is_changed and not is_committed:
+        facts["before"] = _mean(dense.values)
         if compensates:
-            # each replica solves it: the bits are the same, and no record is sent
+            # every replica solves it to the same bits, which takes no transfer
             found = yield Round(command=Compensate(), what="compensation")
             facts["linears"] = found.state["linears"]
         if refinement is not None:
             ledger = Ledger(sequences, refinement)
             improved = yield from _refine(ledger)
             facts["refinement"] = ledger.account().facts()
-    passed = yield Round(command=Leave(keep=improved), what="behind", parts=sequences)
-    if is_made:
+    compressed = yield Round(
+        command=ForwardCompressed(keep=improved), what="compressed forward pass", parts=sequences
+    )
+    if is_committed:
         return None
-    facts["after"] = _mean(passed.values)
-    (made,) = (yield Round(command=CommitBlock(facts=facts), what="commit", parts=1)).values
-    return made
+    facts["after"] = _mean(compressed.values)
+    (stored,) = (yield Round(command=CommitBlock(facts=facts), what="commit", parts=1)).values
+    return stored
 
 
 def _refine(ledger: Ledger) -> Program:
-    """Yield epochs until the ledger stops. Returns whether the last state is the best one."""
+    """Yield epochs until the ledger stops. Returns True if the last state is the best one."""
     held_out = Round(command=EvaluateHeldOut(), what="held out", parts=len(ledger.held_out))
     found = yield held_out
     ledger.evaluated(found.values)
@@ -69,7 +71,7 @@ def _refine(ledger: Ledger) -> Program:
         epoch = len(ledger.epochs)
         for batch in range(ledger.batches):
             found = yield Round(
-                command=Descend(epoch=epoch, batch=batch, keep=improved),
+                command=ComputeGradients(epoch=epoch, batch=batch, keep=improved),
                 what=f"epoch {epoch + 1}, step {batch + 1}",
                 parts=ledger.parts(batch),
                 merges=True,

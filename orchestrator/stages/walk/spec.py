@@ -1,4 +1,4 @@
-"""The stages that take the blocks in order: compensation, training, and a second training."""
+"""Stages that process blocks in order: compensation, training, and a second training."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -58,14 +58,14 @@ class Walk(Stage):
     def job(self, planned: "Planned", earlier: "Sequence[StageJob]") -> "StageJob":
         from orchestrator.stages.walk.job import WalkJob
 
-        return WalkJob(planned, earlier, self.compensation, self.refinement)
+        return WalkJob(planned, earlier, self.compensation, self.refinement, name=self.name)
 
     def cost(self, setting: "Setting") -> "StageCost":
         from orchestrator.stages.walk.cost import WalkCost
 
         recipe = setting.recipe
         refines = recipe.refine in ("in_order", "swept")
-        return WalkCost(setting, refinement_options(recipe), refines=refines)
+        return WalkCost(setting, refinement_options(recipe), name=self.name, refines=refines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +85,14 @@ class Sweep(Stage):
         check_refinement(recipe, method)
 
     def job(self, planned: "Planned", earlier: "Sequence[StageJob]") -> "StageJob":
-        from orchestrator.stages.walk.job import SweepJob
+        from orchestrator.stages.walk.job import WalkJob
 
-        return SweepJob(planned, earlier, None, self.refinement)
+        return WalkJob(planned, earlier, None, self.refinement, name=self.name)
 
     def cost(self, setting: "Setting") -> "StageCost":
-        from orchestrator.stages.walk.cost import SweepCost
+        from orchestrator.stages.walk.cost import WalkCost
 
-        return SweepCost(setting, self.refinement, refines=True)
+        return WalkCost(setting, self.refinement, name=self.name, refines=True)
 
 
 _KNOWN = [each.name for each in fields(CompensationOptions) if each.name != "objective"]

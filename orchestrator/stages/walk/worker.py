@@ -1,4 +1,4 @@
-"""Worker that changes the blocks of a compressed model in order, each on changed inputs."""
+"""Worker that compensates and trains the blocks of a compressed model in order."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -28,40 +28,44 @@ from orchestrator.runtime.calls import Command
 from orchestrator.runtime.replicated_blocks import ReplicaCommand
 from orchestrator.runtime.worker import Emitted, Worker
 from orchestrator.stages.context.gradients import merge_records, pack
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.trained_units import TrainedUnits
 from orchestrator.stages.context.worker.open_shard import DenseModel
-from orchestrator.stages.context.worker.trained_worker import CompressedModel, TrainedTask
-from orchestrator.stages.walk.commands import Descend, Look
+from orchestrator.stages.context.worker.trained_worker import CompressedModel
+from orchestrator.stages.walk.commands import ComputeGradients, ForwardDense
 from orchestrator.store.chunks import Chunks, MissingChunk
 
-Given = tuple[dict[int, Any], dict[str, Any]]
-"""The values of a round's parts, and what all replicas must agree in."""
+RoundResult = tuple[dict[int, Any], dict[str, Any]]
+"""Values of the parts of a round, and the state that is equal in all replicas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WalkTask(TrainedTask):
-    """Task of a walk over the blocks."""
+class WalkSettings:
+    """Settings of a walk."""
 
+    units: TrainedUnits
     compensation: CompensationOptions | None
     refinement: RefineOptions | None
     changed: frozenset[int]
-    """Blocks with a linear that is cut; the others are passed through unchanged."""
+    """Blocks with a linear that is cut; the others do not change."""
     dense_key: str
-    """The pass of the dense model's chunks; that of the compressed model is the `pass_key`."""
+    """Key of the dense model's chunks; that of the compressed model's is the `pass_key` of
+    the task."""
     sequences: int
 
 
 @dataclass(slots=True, kw_only=True)
 class OpenBlock:
-    """The current block, and this replica's share of its chunks and results."""
+    """The current block, and the chunks and results of this replica."""
 
     block: int
     dense: Shard
     shard: Shard
     dense_inputs: list[Chunk]
     inputs: list[Chunk]
-    begun: float
+    start: float
     targets: dict[int, Chunk] = field(default_factory=dict)
-    passed: dict[int, Chunk] = field(default_factory=dict)
+    outputs: dict[int, Chunk] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Changed tensors of the block, by name in the model."""
     refinement: Refinement | None = None
@@ -70,97 +74,100 @@ class OpenBlock:
 
 
 class WalkWorker(Worker):
-    """Two streams of chunks from block to block: the dense model's, and the compressed one's.
+    """Replica of the current block of the dense and the compressed model.
 
-    The workers are replicas of the block at hand. A chunk behind it is made by one of them, and a
-    file for all; slices of a step's gradient travel as records, and each makes the step.
+    Each output chunk is computed by one replica and stored in a file for all. Slices of a step's
+    gradient are sent as records, and every replica performs the step.
 
-    Held beside a block of each: both streams of all sequences before the block and the dense one
-    behind it (70B and 256 × 2048 tokens: 8.6 GB each in bfloat16, and twice that of the compressed
-    one, which is float32), a share of the compressed one there, and what compensation or training
-    take: for each trained parameter 4 bytes more for every slice that a replica makes of a step.
+    Memory beside the two blocks: input chunks of all sequences of both models and output chunks of
+    the dense one (70B and 256 × 2048 tokens: 8.6 GB each in bfloat16, twice that for the compressed
+    model, which is float32), this replica's part of the compressed outputs, and the memory of
+    compensation or training: 4 bytes per trained parameter for every slice of a step that a replica
+    computes.
     """
 
-    def __init__(self, task: WalkTask) -> None:
+    def __init__(self, task: CompressionTask) -> None:
         super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
         self.task = task
+        self.settings: WalkSettings = task.settings
         self.dense = DenseModel(task, self.run, self.device)
-        self.compressed = CompressedModel(self, task, self.dense)
-        self._dense_chunks = self.run.chunks(task.dense_key, self.environment())
-        self._held = ExitStack()
-        self._work: OpenBlock | None = None
-        self._left: tuple[int, dict[int, Chunk], dict[int, Chunk]] = (-1, {}, {})
+        self.compressed = CompressedModel(self, task, self.dense, self.settings.units)
+        self._dense_chunks = self.run.chunks(self.settings.dense_key, self.environment())
+        self._resources = ExitStack()
+        self._open: OpenBlock | None = None
+        self._outputs: tuple[int, dict[int, Chunk], dict[int, Chunk]] = (-1, {}, {})
+        """Boundary, dense and compressed chunks after the last block."""
 
     def perform(self, command: Command, *records: Emitted) -> tuple[Any, Emitted]:
-        """Execute a command; the first one of a round reads what the last round has merged."""
+        """Execute a command; the first one of a round applies the records of the previous round."""
         if not isinstance(command, ReplicaCommand):
             (record,) = records
             return super().perform(command, record)
         state: dict[str, Any] = {}
-        if command.is_first and isinstance(command, Look):
-            self._take_up(command.block, command.is_made)
+        if command.is_first and isinstance(command, ForwardDense):
+            self._open_block(command.block, command.is_committed)
         elif command.is_first:
             state["norm"] = self._step(records if command.reads else None)
-        if isinstance(command, Descend):
-            values, emitted = self.descend(**command.keywords(), emits=command.emits)
+        if isinstance(command, ComputeGradients):
+            values, emitted = self.compute_gradients(**command.keywords(), emits=command.emits)
             return {"parts": values, "state": state}, emitted
-        values, said = getattr(self, command.method)(**command.keywords())
-        return {"parts": values, "state": state | said}, None
+        values, common = getattr(self, command.method)(**command.keywords())
+        return {"parts": values, "state": state | common}, None
 
-    def _take_up(self, block: int, is_made: bool) -> None:
-        """Opens a block, as it is committed if it is made.
+    def _open_block(self, block: int, is_committed: bool) -> None:
+        """Open a block of both models; a committed one with the tensors of its unit.
 
         Raises:
-            MissingChunk: What the block starts from does not lie there.
+            MissingChunk: An input chunk of the block is not stored.
         """
-        self._put_down()
-        part, begun = range(block, block + 1), time.monotonic()
-        dense = self._held.enter_context(self.dense.lazy.shard(part))
-        shard = self._held.enter_context(self.compressed.planned.shard(part))
-        dense_inputs, inputs = self._entering(block)
-        if is_made:
-            found = load_file(self.compressed.path(self.task.keys[block]))
+        self._close_block()
+        part, start = range(block, block + 1), time.monotonic()
+        dense = self._resources.enter_context(self.dense.lazy.shard(part))
+        shard = self._resources.enter_context(self.compressed.planned.shard(part))
+        dense_inputs, inputs = self._inputs_of(block)
+        if is_committed:
+            found = load_file(self.compressed.path(self.settings.units.keys[block]))
             names = {disk: name for name, disk in self.compressed.planned.disk_names.items()}
             restore(shard, {names[disk]: tensor for disk, tensor in found.items()})
-        self._work = OpenBlock(
+        self._open = OpenBlock(
             block=block,
             dense=dense,
             shard=shard,
             dense_inputs=dense_inputs,
             inputs=inputs,
-            begun=begun,
+            start=start,
         )
 
-    def _put_down(self) -> None:
-        """Frees the block."""
-        self._work = None
-        self._held.close()
+    def _close_block(self) -> None:
+        """Free the block."""
+        self._open = None
+        self._resources.close()
         return_freed_memory()
 
     @property
     def work(self) -> OpenBlock:
         """The current block."""
-        if self._work is None:
-            raise RuntimeError("no block is open; `look` comes first in a block's rounds")
-        return self._work
+        if self._open is None:
+            raise RuntimeError("no block is open; `forward_dense` comes first in a block's rounds")
+        return self._open
 
-    def look(self, parts: Sequence[int], block: int, is_made: bool) -> Given:
-        """Passes dense chunks on, and says how far the compressed ones would be from them."""
+    def forward_dense(self, parts: Sequence[int], block: int, is_committed: bool) -> RoundResult:
+        """Pass chunks through the dense block; measure the errors of the compressed block."""
         work, errors = self.work, dict[int, tuple[int, Tensor]]()
-        # behind the last block only the other replicas ask for them
-        stored = block + 1 in self.task.keys or self.task.refinement is not None
+        # outputs of the last block are read by other replicas only
+        stored = block + 1 in self.settings.units.keys or self.settings.refinement is not None
         for index in parts:
             target = work.targets[index] = work.dense.forward(work.dense_inputs[index])
             if stored:
                 self._emit(self._dense_chunks, block + 1, target)
-            if block in self.task.changed and not is_made:
+            if block in self.settings.changed and not is_committed:
                 errors[index] = squared_error(work.shard.forward(work.inputs[index]), target)
         self.flush_writes()
         return read_errors(errors), {}
 
-    def compensate(self, parts: Sequence[int]) -> Given:
-        """Fits the block's factors again; every replica does, and says what was measured."""
-        work, options = self.work, self.task.compensation
+    def compensate(self, parts: Sequence[int]) -> RoundResult:
+        """Refit the block's factors, in every replica. Returns the measurements of its linears."""
+        work, options = self.work, self.settings.compensation
         assert options is not None
         linears = [each for each in self.task.linears if each.block == work.block]
         work.tensors, facts = compensate_block(
@@ -173,27 +180,31 @@ class WalkWorker(Worker):
         )
         return {}, {"linears": facts}
 
-    def evaluate(self, parts: Sequence[int]) -> Given:
-        """Errors of held-out chunks, and a digest of the parameters that gave them."""
-        work, options = self.work, self.task.refinement
+    def evaluate(self, parts: Sequence[int]) -> RoundResult:
+        """Measure errors of held-out chunks. Returns them, and a digest of the parameters."""
+        work, options = self.work, self.settings.refinement
         if work.refinement is None:
             assert options is not None
-            targets = [self._target(index) for index in range(self.task.sequences)]
-            randomness = self.task.randomness
+            targets = [self._target(index) for index in range(self.settings.sequences)]
+            randomness = self.settings.units.randomness
             refinement = Refinement(
                 work.shard, work.inputs, targets, options=options, randomness=randomness
             )
-            work.refinement = self._held.enter_context(refinement)
+            work.refinement = self._resources.enter_context(refinement)
         errors = {part: work.refinement.error(part) for part in parts}
         return errors, {"digest": work.refinement.digest()}
 
-    def descend(
+    def compute_gradients(
         self, parts: Sequence[int], epoch: int, batch: int, keep: bool, *, emits: bool
     ) -> tuple[dict[int, Any], Emitted]:
-        """Slices of a step's gradient: their losses, and a record, or a sum that stays here.
+        """Compute slices of a step's gradient.
 
         Args:
-            keep: Whether the state before the step is the best so far.
+            keep: True if the state before the step is the best so far.
+
+        Returns:
+            The losses and tokens of the slices, and a record of their gradients; None in its place
+            if this is the only replica, which keeps the sum.
         """
         work, record = self.work, dict[str, np.ndarray]()
         refinement = work.refinement
@@ -211,9 +222,10 @@ class WalkWorker(Worker):
         return values, record if emits else None
 
     def _step(self, records: Sequence[Emitted] | None) -> float | None:
-        """Makes a step, if there is one to make, with all slices or with what was summed here.
+        """Perform a step with the gradients of all replicas, or with the sum of the only one.
 
-        Gives the gradient's norm.
+        Returns:
+            The norm of the gradient; None if there are no gradients.
         """
         work = self.work
         gradients, work.gradients = work.gradients, None
@@ -227,10 +239,11 @@ class WalkWorker(Worker):
         assert work.refinement is not None
         return work.refinement.step(gradients)
 
-    def leave(self, parts: Sequence[int], keep: bool) -> Given:
-        """Passes compressed chunks through what the block has become at best, and stores them.
+    def forward_compressed(self, parts: Sequence[int], keep: bool) -> RoundResult:
+        """Pass chunks through the best state of the compressed block, and store them.
 
-        Says how far they are from the dense ones.
+        Returns:
+            Their errors from the outputs of the dense model.
         """
         work = self.work
         if work.refinement is not None:
@@ -239,24 +252,24 @@ class WalkWorker(Worker):
             work.tensors |= work.refinement.take_best()
         boundary, errors = work.block + 1, dict[int, tuple[int, Tensor]]()
         for index in parts:
-            passed = work.passed[index] = work.shard.forward(work.inputs[index])
-            if boundary in self.task.keys:
-                self._emit(self.chunks, boundary, passed)
-            errors[index] = squared_error(passed, self._target(index))
-        self._left = boundary, work.targets, work.passed
+            output = work.outputs[index] = work.shard.forward(work.inputs[index])
+            if boundary in self.settings.units.keys:
+                self._emit(self.chunks, boundary, output)
+            errors[index] = squared_error(output, self._target(index))
+        self._outputs = boundary, work.targets, work.outputs
         self.flush_writes()
         return read_errors(errors), {}
 
-    def commit(self, parts: Sequence[int], facts: dict[str, Any]) -> Given:
-        """One replica commits the block's tensors and gives its facts; all of them free it."""
+    def commit(self, parts: Sequence[int], facts: dict[str, Any]) -> RoundResult:
+        """Commit the block's tensors, in the replica that has the part; free the block in all."""
         work, values = self.work, dict[int, dict[str, Any]]()
         for part in parts:
-            seconds = time.monotonic() - work.begun
+            seconds = time.monotonic() - work.start
             timings = {"seconds": seconds, "memory": self.usage().to_json()}
             values[part] = facts | {"timings": timings}
             tensors = {name: tensor.detach().cpu() for name, tensor in work.tensors.items()}
             self.compressed.commit_block(work.block, tensors, values[part])
-        self._put_down()
+        self._close_block()
         return values, {}
 
     def write(self, file: Mapping[str, Any], choice: str = "") -> dict[str, Any]:
@@ -264,26 +277,26 @@ class WalkWorker(Worker):
         return self.compressed.after.write(file, self.task.out)
 
     def _emit(self, store: Chunks, boundary: int, chunk: Chunk) -> None:
-        """Stores a chunk in a thread; `flush_writes` waits for it after the round."""
+        """Store a chunk in a thread; `flush_writes` waits for it at the end of the round."""
         departure = Departure()
         self.store(boundary, chunk.index, chunk.pack(departure), departure, chunks=store)
 
-    def _entering(self, block: int) -> tuple[list[Chunk], list[Chunk]]:
-        """Both streams at a block's input: what this worker has left there, else the files."""
-        indices = range(self.task.sequences)
+    def _inputs_of(self, block: int) -> tuple[list[Chunk], list[Chunk]]:
+        """Input chunks of both models: outputs of this worker where it has them, else files."""
+        indices = range(self.settings.sequences)
         if block == 0:
             first = [self.dense.first_chunk(index) for index in indices]
             return first, first
-        boundary, *left = self._left
-        held = left if boundary == block else ({}, {})
+        boundary, *outputs = self._outputs
+        own = outputs if boundary == block else ({}, {})
         dense, compressed = (
             [chunks[index] if index in chunks else _read(store, block, index) for index in indices]
-            for chunks, store in zip(held, (self._dense_chunks, self.chunks), strict=True)
+            for chunks, store in zip(own, (self._dense_chunks, self.chunks), strict=True)
         )
         return dense, compressed
 
     def _target(self, index: int) -> Chunk:
-        """The dense chunk behind the block, whoever has made it."""
+        """Output chunk of the dense block, whichever replica has computed it."""
         work = self.work
         if index not in work.targets:
             work.targets[index] = _read(self._dense_chunks, work.block + 1, index)

@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.common import synthetic
 from benchmarks.common.figures import print_table, say
 from benchmarks.common.nodes import Cluster
-from benchmarks.faults.course import Course, Fault
+from benchmarks.faults.course import Fault, FaultHistory
 from benchmarks.faults.injections import KINDS, Scene
 from benchmarks.methods import once
 
@@ -157,7 +157,11 @@ def perform(trial: Trial, cluster: Cluster, subject: _Subject) -> dict[str, Any]
     for left in (out, Path(f"{out}.run")):
         shutil.rmtree(left, ignore_errors=True)
     cluster.nodes.fill(NODES)
-    course, scene, codes = Course(trial.faults), Scene(cluster, out, random.Random(trial.seed)), []
+    course, scene, codes = (
+        FaultHistory(trial.faults),
+        Scene(cluster, out, random.Random(trial.seed)),
+        [],
+    )
     while course.life < LIVES and codes[-1:] != [0]:
         _live(subject.arguments(trial.recipe, out), course, scene)
         assert scene.driver is not None
@@ -175,7 +179,7 @@ def perform(trial: Trial, cluster: Cluster, subject: _Subject) -> dict[str, Any]
     }
 
 
-def _live(arguments: Sequence[str], course: Course, scene: Scene) -> None:
+def _live(arguments: Sequence[str], course: FaultHistory, scene: Scene) -> None:
     """Run one driver to its end, with its faults."""
     scene.driver = subprocess.Popen(
         _command([*arguments, "--address", scene.cluster.nodes.address]),

@@ -14,18 +14,18 @@ class Fault:
 
     kind: str
     stage: str
-    share: float
+    fraction: float
     """Fraction of the stage's units that are done."""
 
     def is_due(self, event: Mapping[str, Any]) -> bool:
         if event.get("stage") != self.stage:
             return False
         if event["event"] == "stage":
-            return self.share == 0 and event["state"] == "begin"
-        return bool(event["event"] == "unit" and event["done"] >= self.share * event["total"])
+            return self.fraction == 0 and event["state"] == "begin"
+        return bool(event["event"] == "unit" and event["done"] >= self.fraction * event["total"])
 
 
-class Course:
+class FaultHistory:
     """History of a run over its drivers: faults, and events since."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:

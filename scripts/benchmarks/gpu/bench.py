@@ -35,7 +35,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PartResult:
     """Results of a part."""
 
     line: str

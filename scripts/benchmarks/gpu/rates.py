@@ -35,7 +35,7 @@ def device_row(results: Results) -> dict[str, Any]:
             name: scaled(speeds, factor)
             for name, factor in zip(ROWS, (1, PESSIMISTIC), strict=True)
         },
-        "source": f"Measured by scripts/benchmark gpu on {environment['device']}: products of "
+        "source": f"PartResult by scripts/benchmark gpu on {environment['device']}: products of "
         f"random matrices, {sizes}; {versions}, {driver}. Pessimistic: {PESSIMISTIC} of it.",
     }
     return {known_name(environment["device"]) or environment["device"]: row}

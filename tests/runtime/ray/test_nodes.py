@@ -71,12 +71,12 @@ def inject(monkeypatch):
     """Makes every worker suffer a fault, a function of its command, before a call."""
 
     def inject(fault):
-        class Faulty(CompressionWorker):
+        class FaultyWorker(CompressionWorker):
             def perform(self, command, record):
                 fault(command)
                 return super().perform(command, record)
 
-        monkeypatch.setattr(driver, "CompressionWorker", Faulty)
+        monkeypatch.setattr(driver, "CompressionWorker", FaultyWorker)
 
     return inject
 
@@ -289,13 +289,13 @@ def test_a_gpu_that_fails_as_its_worker_starts_costs_that_worker(
     nodes.fill(1)
     is_first = Once(tmp_path / "failed")
 
-    class Faulty(CompressionWorker):
+    class WorkerWithoutDevice(CompressionWorker):
         def __init__(self, task):
             if is_first():
                 raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy")
             super().__init__(task)
 
-    monkeypatch.setattr(driver, "CompressionWorker", Faulty)
+    monkeypatch.setattr(driver, "CompressionWorker", WorkerWithoutDevice)
     seen = Seen()
     run(llama, tmp_path / "out", text, on_event=seen, **PAIR)
     assert (tmp_path / "failed").exists()

@@ -39,8 +39,8 @@ def make_pool(ray_address):
             return value, None, Usage(host=1)
 
     def make(task, bounds=UNASKED, max_workers=1, cpus=1, announce=lambda event: None):
-        share = {"num_cpus": cpus, "num_gpus": 0}
-        options = {"nonce": "n", "share": share, "threads": 1, "announce": announce}
+        resources = {"num_cpus": cpus, "num_gpus": 0}
+        options = {"nonce": "n", "resources": resources, "threads": 1, "announce": announce}
         return RayPool(Plain, task, bounds=bounds, max_workers=max_workers, **options)
 
     return make

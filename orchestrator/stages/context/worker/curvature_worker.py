@@ -12,18 +12,17 @@ from orchestrator.models.evaluation.scoring import draw_label_gradient
 from orchestrator.models.shards.chunk import BlockState, Chunk
 from orchestrator.randomness import Randomness
 from orchestrator.runtime.worker import Emitted, Stored
-from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.context.worker.open_shard import OpenShard
 from orchestrator.store.chunks import MissingChunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CurvatureTask(CompressionTask):
-    """Task of a compression whose statistics include gradients."""
+class BackwardSettings:
+    """Settings of a backward pass of gradients."""
 
     gradients_key: str
-    """The pass of the gradients; that of the chunks is the `pass_key`."""
+    """Key of the pass of the gradients; that of the chunks is the `pass_key` of the task."""
     sequences: int
     """Chunk d sequences + s of the backward pass is draw d of labels for sequence s."""
     randomness: Randomness
@@ -52,18 +51,17 @@ class GradientPass:
     """Each shard is run forward again on its input, then backward, which gives the statistics."""
 
     def __init__(self, worker: CompressionWorker, opened: OpenShard) -> None:
-        task = worker.task
-        assert isinstance(task, CurvatureTask)
-        self._worker, self._task, self.opened = worker, task, opened
-        self.chunks = worker.run.chunks(task.gradients_key, worker.environment())
+        self._worker, self.opened = worker, opened
+        self._settings: BackwardSettings = worker.task.settings
+        self.chunks = worker.run.chunks(self._settings.gradients_key, worker.environment())
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
         """Pass the gradients of one chunk back through the shard."""
         worker, opened = self._worker, self.opened
-        chunk = self._dense_chunk(index % self._task.sequences)
+        chunk = self._dense_chunk(index % self._settings.sequences)
         if opened.shard.is_last:
             # one stream of random numbers for each draw, on whichever worker
-            generator = self._task.randomness.labels(index, worker.device)
+            generator = self._settings.randomness.labels(index, worker.device)
 
             def grads(logits_BTV: Tensor) -> Tensor:
                 return draw_label_gradient(logits_BTV, chunk.mask, generator)
@@ -97,7 +95,7 @@ class GradientPass:
         return chunk
 
     def next_inputs(self, index: int) -> list[Stored]:
-        opened, sequence = self.opened, index % self._task.sequences
+        opened, sequence = self.opened, index % self._settings.sequences
         dense = opened.stored_inputs(self._worker.dense_chunks, sequence)
         gradients = [] if opened.shard.is_last else [(self.chunks, opened.blocks.stop, index)]
         return dense + gradients

@@ -1,7 +1,7 @@
 """The compressed model on a worker, as earlier stages have left it, and a stage's trained units."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,15 @@ from orchestrator.models.checkpoint.weights import Checkpoint
 from orchestrator.models.forms.base import FormLinear
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
-from orchestrator.plan.plan import Plan
-from orchestrator.randomness import Randomness
 from orchestrator.runtime.worker import Worker
 from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.trained_units import TrainedUnits
 from orchestrator.stages.context.worker.compress_worker import planned_tensors
 from orchestrator.stages.context.worker.open_shard import DenseModel
 from orchestrator.stages.context.worker.stored import Decompositions, StoredTensors
 from orchestrator.store.run import RunDirectory
 
 TRAINED_FILE = "trained.safetensors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainedTask(CompressionTask):
-    """Task of a stage that trains the compressed model."""
-
-    plan: Plan
-    randomness: Randomness
-    choice: str
-    """Unit of the kept candidates, if the allocation chooses one by one; otherwise ""."""
-    earlier: tuple[Mapping[int, str], ...]
-    """Units of trained tensors that earlier stages have made, by block; the last one wins."""
-    keys: Mapping[int, str]
-    """Units that this stage makes, by block."""
 
 
 class TrainedTensors:
@@ -69,15 +54,17 @@ class TrainedTensors:
 class CompressedModel:
     """The compressed model before a stage, and the trained units that the stage commits."""
 
-    def __init__(self, worker: Worker, task: TrainedTask, dense: DenseModel) -> None:
-        self._worker, self._task, self._dense = worker, task, dense
+    def __init__(
+        self, worker: Worker, task: CompressionTask, dense: DenseModel, units: TrainedUnits
+    ) -> None:
+        self._worker, self._task, self._dense, self._units = worker, task, dense, units
 
     @cached_property
     def _as_planned(self) -> StoredTensors:
         """The tensors that no stage has trained."""
         worker, task = self._worker, self._task
         decompositions = Decompositions(task, worker.run, worker.device)
-        return planned_tensors(decompositions, task, task.choice)
+        return planned_tensors(decompositions, task, self._units.choice)
 
     def _after(self, stages: Sequence[Mapping[int, str]]) -> StoredTensors:
         """Return the tensors as these stages have left them."""
@@ -87,24 +74,24 @@ class CompressedModel:
     @cached_property
     def before(self) -> StoredTensors:
         """The tensors of the compressed model before this stage."""
-        return self._after(self._task.earlier)
+        return self._after(self._units.earlier)
 
     @cached_property
     def after(self) -> StoredTensors:
         """The tensors of the compressed model once this stage is complete."""
-        return self._after((*self._task.earlier, self._task.keys))
+        return self._after((*self._units.earlier, self._units.keys))
 
     @cached_property
     def planned(self) -> LazyModel:
         """The compressed model before this stage; factors are not rounded to the output's dtype."""
         return self._dense.lazy.planned(
-            self._task.plan, self.before.read, output_dtype=torch.float32, dtype=torch.float32
+            self._units.plan, self.before.read, output_dtype=torch.float32, dtype=torch.float32
         )
 
     @cached_property
     def as_written(self) -> Checkpoint:
         """The compressed model before this stage, with the dtypes of the output."""
-        plan, dtype = self._task.plan, self._task.output_dtype
+        plan, dtype = self._units.plan, self._task.output_dtype
         return self._dense.lazy.planned(plan, self.before.read, output_dtype=dtype).weights
 
     def indices(self, shard: Shard) -> dict[str, Tensor]:
@@ -122,7 +109,7 @@ class CompressedModel:
         self, block: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
     ) -> None:
         """Commit the trained tensors of a block, given by their names in the model."""
-        self.commit(self._task.keys[block], self.stored(tensors), facts)
+        self.commit(self._units.keys[block], self.stored(tensors), facts)
 
     def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors to store, by their names on disk."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A module of this folder with a function `measure(bench) -> Found`."""
+    """A module of this folder with a function `measure(bench) -> PartResult`."""
 
     module: str
     seconds: float

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.bench import Bench, Check, PartResult
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -12,7 +12,7 @@ CHANNELS = 128
 """Channels of a head."""
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         for is_strict in (False, True):
@@ -32,7 +32,7 @@ def measure(bench: Bench) -> Found:
         for row in rows
         if row["strict"]
     )
-    return Found("; ".join(parts), rows, checks)
+    return PartResult("; ".join(parts), rows, checks)
 
 
 def with_strict(is_strict: bool) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.bench import Bench, Check, PartResult
 from benchmarks.gpu.parts.model import one_block, sequences
 from benchmarks.gpu.rates import computing_rates
 from torch import Tensor
@@ -28,7 +28,7 @@ DEVIATION = 1e-7
 """Largest error of a result's own measure of its loss, as a fraction of the total energy."""
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     model, written = bench.timed(lambda: one_block(bench))
     shapes, lazy_model = read_shapes(model), LazyModel.open(model, dtype=DTYPE, device=bench.device)
     tokens, count = bench.size((2048, 64), (64, 4))
@@ -44,7 +44,7 @@ def measure(bench: Bench) -> Found:
         figures[name] = row
         checks += checks_of(name, row)
         bench.say(in_words(name, row))
-    return Found(f"{count} sequences of {tokens} tokens", figures, tuple(checks))
+    return PartResult(f"{count} sequences of {tokens} tokens", figures, tuple(checks))
 
 
 def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.decompositions import Problem, SecondMoment, measure_ours, product_rates
-from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.bench import Bench, Check, PartResult
 from benchmarks.pivot import ranks_of
 
 from orchestrator.linalg.low_rank import Curvature
@@ -24,7 +24,7 @@ PIVOTED = 1e-6
 """Largest error relative to the product's norm; rounding to float32 alone makes 1.5e-7."""
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     rows = []
     rates = product_rates(bench.size(4096, 128), bench.device)
     for problem in problems(bench):
@@ -38,7 +38,7 @@ def measure(bench: Bench) -> Found:
         )
     worst = max(abs(row["above_optimum"]) for row in rows)
     line = f"{len(rows)} shapes, losses within {worst:.1e} of the optimum"
-    return Found(line, rows, tuple(check for row in rows for check in checks_of(row)))
+    return PartResult(line, rows, tuple(check for row in rows for check in checks_of(row)))
 
 
 def problems(bench: Bench) -> Iterator[Problem]:

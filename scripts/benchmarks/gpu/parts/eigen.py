@@ -4,12 +4,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.bench import Bench, Check, PartResult
 from benchmarks.gpu.rates import asked_for
 from torch import Tensor
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     rows = []
     for size in bench.size((1024, 2048, 4096, 8192), (64, 128)):
         square_II = second_moment(size, bench.device)
@@ -21,7 +21,7 @@ def measure(bench: Bench) -> Found:
     line = (
         f"n = {largest['size']}, float64: {largest['seconds']:.3g} s, {rate:.3g} TFLOP/s of 9 n^3"
     )
-    return Found(line, rows, tuple(check for row in rows for check in checks_of(row)))
+    return PartResult(line, rows, tuple(check for row in rows for check in checks_of(row)))
 
 
 def second_moment(size: int, device: torch.device) -> Tensor:

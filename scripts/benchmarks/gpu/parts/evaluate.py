@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pipeline as helpers
 import torch
-from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.bench import Bench, Check, PartResult
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.api import evaluate
@@ -14,7 +14,7 @@ from orchestrator.models.inputs.text import load_tokens
 TEXT = {"samples": 3, "sequence_length": 48}
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     directory = bench.work / "evaluate"
     model = helpers.write_llama(directory / "model", blocks=3, hidden=32)
     text = str(helpers.write_text(directory / "text.txt"))
@@ -30,7 +30,7 @@ def measure(bench: Bench) -> Found:
         Check("KL divergence from itself", abs(beside["kl"]), 1e-6),
         Check("top-1 agreement with itself", beside["top1_agreement"] == 1),
     )
-    return Found(f"perplexity {ours:.4f}, by transformers {expected:.4f}", figures, checks)
+    return PartResult(f"perplexity {ours:.4f}, by transformers {expected:.4f}", figures, checks)
 
 
 @torch.no_grad()

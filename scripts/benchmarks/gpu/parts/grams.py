@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.bench import Bench, Check, PartResult
 from torch import Tensor
 
 from orchestrator.linalg.gram import Gram
@@ -15,7 +15,7 @@ TRIANGLE = 1.2
 """FLOPs a token and squared channel (see `linalg.gram`)."""
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     tokens, rows = bench.size(2048, 128), []
     for channels in bench.size((8192, 28_672), (64, 96)):
         bench.free()
@@ -29,7 +29,7 @@ def measure(bench: Bench) -> Found:
         f"{first['channels']} channels of {first['dtype']}: {1e3 * first['seconds']:.3g} ms for "
         f"{tokens} tokens, {first['rate'] / 1e12:.3g} TFLOP/s, error {first['error']:.1e}"
     )
-    return Found(line, rows, tuple(check for row in rows for check in checks_of(row)))
+    return PartResult(line, rows, tuple(check for row in rows for check in checks_of(row)))
 
 
 def updated(bench: Bench, rows_TI: Tensor) -> dict[str, Any]:

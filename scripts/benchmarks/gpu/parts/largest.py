@@ -7,7 +7,7 @@ at 26,732 in float64; down_proj of a 70B model has 28,672 inputs.
 from typing import Any
 
 import torch
-from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.bench import Bench, Check, PartResult
 
 APART = {"float32": 1e-4, "float64": 1e-11}
 """Largest error of the eigenvalues, which are up to 4."""
@@ -15,7 +15,7 @@ SECONDS = 30
 """Minimum time left to start another one."""
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     rows: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.float64):
         for size in bench.size((28_672, 25_000), (160, 144)):
@@ -30,7 +30,7 @@ def measure(bench: Bench) -> Found:
         for row in rows
         if row["works"]
     ]
-    return Found("; ".join(parts), rows, tuple(checks))
+    return PartResult("; ".join(parts), rows, tuple(checks))
 
 
 def in_words(row: dict[str, Any]) -> str:

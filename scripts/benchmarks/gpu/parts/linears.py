@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.bench import Bench, Check, PartResult
 from benchmarks.gpu.parts.machine import bandwidth
 from benchmarks.pivot import fill, ranks_of
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ roundings to bfloat16, of 2^-9 each, and sums in float32."""
 
 
 @torch.no_grad()
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     size = bench.size(8192, 128)
     ceilings = product_rate(DTYPE, bench.device, size), bandwidth(bench)
     rows, checks = [], []
@@ -47,7 +47,7 @@ def measure(bench: Bench) -> Found:
     if bench.is_cuda:
         same = all(row["graph_same_bits"] for row in rows)
         checks.append(Check("graphs give the bits of eager passes", same))
-    return Found(f"{len(rows)} linears by tokens", rows, tuple(checks))
+    return PartResult(f"{len(rows)} linears by tokens", rows, tuple(checks))
 
 
 def modules_of(

@@ -1,7 +1,7 @@
 """Rates of products and copies: the ceilings to which other figures are compared."""
 
 import torch
-from benchmarks.gpu.bench import Bench, Found
+from benchmarks.gpu.bench import Bench, PartResult
 
 from orchestrator.linalg.speeds import product_rate
 from orchestrator.linalg.tensor_cores import tensor_cores
@@ -9,7 +9,7 @@ from orchestrator.linalg.tensor_cores import tensor_cores
 HALF = torch.bfloat16
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     rates = product_rates(bench)
     copies = {"device": bandwidth(bench)} | (host_copies(bench) if bench.is_cuda else {})
     in_words = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items())
@@ -17,7 +17,7 @@ def measure(bench: Bench) -> Found:
     if bench.is_cuda:
         from_host = [copies[f"to_device_{kind}"] / 1e9 for kind in ("pageable", "pinned")]
         line += ", from the host {:.1f} GB/s pageable, {:.1f} pinned".format(*from_host)
-    return Found(line, {"product_rates": rates, "bytes_a_second": copies})
+    return PartResult(line, {"product_rates": rates, "bytes_a_second": copies})
 
 
 def product_rates(bench: Bench) -> dict[str, float]:

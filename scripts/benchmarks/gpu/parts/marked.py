@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.bench import Bench, Check, PartResult
 from benchmarks.gpu.supervisor import ROOT
 
 OPTIONS = ("-q", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", "--tb=short", "-rA")
@@ -14,7 +14,7 @@ OPTIONS += ("-W", "default")
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     files = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if is_marked(path)]
     command = [sys.executable, "-m", "pytest", *OPTIONS, *sorted(files)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -28,7 +28,7 @@ def measure(bench: Bench) -> Found:
     figures = {"counts": counts, "status": done.returncode}
     if done.returncode:
         figures |= {"output": done.stdout[-20_000:], "errors": done.stderr[-2_000:]}
-    return Found(last, figures, checks)
+    return PartResult(last, figures, checks)
 
 
 def is_marked(path: Path) -> bool:

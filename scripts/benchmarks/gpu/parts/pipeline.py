@@ -19,7 +19,7 @@ from typing import Any
 import pipeline as helpers
 import torch
 from benchmarks.common.clock import timed
-from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.bench import Bench, Check, PartResult
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -63,7 +63,7 @@ SAMPLES = 3
 CPU_SECONDS = 200
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     directory = bench.work / "pipeline"
     helpers.write_llama(directory / "model", blocks=bench.size(3, 2), hidden=32)
     helpers.write_text(directory / "text.txt")
@@ -104,7 +104,7 @@ def measure(bench: Bench) -> Found:
     line = (
         f"{ran} of {len(rows)} recipes ran, {sum(map(same_bits, rows.values()))} with the same bits"
     )
-    return Found(line, {"recipes": rows, "errors": errors}, tuple(checks))
+    return PartResult(line, {"recipes": rows, "errors": errors}, tuple(checks))
 
 
 def same_bits(row: Mapping[str, Any]) -> bool:

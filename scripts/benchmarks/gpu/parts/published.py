@@ -4,14 +4,14 @@ A separate part and a late one: cuSOLVER's SVD of these sizes may take minutes.
 """
 
 from benchmarks.decompositions import measure_published
-from benchmarks.gpu.bench import Bench, Found
+from benchmarks.gpu.bench import Bench, PartResult
 from benchmarks.gpu.parts.cuts import in_words, problems
 
 WIDER = 5
 """Expected time of the wide weight over that of the square one."""
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     ours = bench.results.parts.get("decompositions", {}).get("figures")
     if ours is None:
         raise RuntimeError("the part decompositions has no figures; it must end before this one")
@@ -28,4 +28,4 @@ def measure(bench: Bench) -> Found:
         f"{row['published_above_optimum']:.1e} above the optimum"
         for row in rows
     ]
-    return Found("; ".join(parts), rows)
+    return PartResult("; ".join(parts), rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 import compressed as helpers
 import torch
-from benchmarks.gpu.bench import Bench, Check, Found
+from benchmarks.gpu.bench import Bench, Check, PartResult
 from benchmarks.gpu.parts.model import one_block, sequences
 from torch import Tensor
 
@@ -30,7 +30,7 @@ FLOPS = 6.0
 """FLOPs a trained value and token: forward, and backward to inputs and values."""
 
 
-def measure(bench: Bench) -> Found:
+def measure(bench: Bench) -> PartResult:
     tokens, number = bench.size((2048, 6), (64, 4))
     dense = LazyModel.open(one_block(bench), dtype=torch.bfloat16, device=bench.device)
     inputs, rows = sequences(number, tokens), {}
@@ -52,7 +52,7 @@ def measure(bench: Bench) -> Found:
         checks.append(Check(f"{form}, an epoch repeats its bits", row["same_bits"]))
         checks.append(Check(f"{form}, training steps repeat theirs", row["steps_same_bits"]))
     same = sum(check.holds for check in checks)
-    return Found(f"{same} of {len(checks)} repeated with the same bits", rows, tuple(checks))
+    return PartResult(f"{same} of {len(checks)} repeated with the same bits", rows, tuple(checks))
 
 
 def random_block(dense: LazyModel, form: str, device: torch.device) -> LazyModel:

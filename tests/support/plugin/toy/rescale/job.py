@@ -7,9 +7,10 @@ from orchestrator.runtime.calls import Command, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
-from orchestrator.stages.context.stage_job import StageResult
-from orchestrator.stages.context.trained_stage import TrainedStage
-from toy.rescale.worker import RescaleTask, RescaleWorker
+from orchestrator.stages.context.decompose import compression_task
+from orchestrator.stages.context.stage_job import StageJob, StageResult
+from orchestrator.stages.context.trained_units import changed_blocks, trained_units
+from toy.rescale.worker import RescaleSettings, RescaleWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,28 +22,32 @@ class RescaleBlock(Command):
     block: int
 
 
-class RescaleJob(TrainedStage):
+class RescaleJob(StageJob):
     """A unit of scaled diagonals for each block with a cut linear."""
 
     name = "rescale"
     worker_class = RescaleWorker
 
     def __init__(self, planned, earlier, largest):
-        self._largest = largest
-        super().__init__(planned, earlier, version=1, largest=largest)
+        blocks = changed_blocks(planned)
+        units = trained_units(
+            planned, earlier, name=self.name, version=1, blocks=blocks, largest=largest
+        )
+        self.key, self.trained_units = units.key, units.keys
+        self._planned, self._settings = planned, RescaleSettings(units=units, largest=largest)
 
     @property
     def task(self):
-        return RescaleTask(**self.shared, largest=self._largest)
+        return compression_task(self._planned, pass_key=self.key, settings=self._settings)
 
     def perform(self, stage, following=None):
-        units = self._planned.run.units
-        done = reusable_units(units, self.keys, stage.workers, stage.monitor, stage=self.name)
-        missing = [block for block in self.keys if block not in done]
+        units, keys = self._planned.run.units, self.trained_units
+        done = reusable_units(units, keys, stage.workers, stage.monitor, stage=self.name)
+        missing = [block for block in keys if block not in done]
 
         def on_success(call, value):
             done[call.command.block] = value
-            stage.progress(len(done), len(self.keys), unit=call.label)
+            stage.progress(len(done), len(keys), unit=call.label)
 
         calls = [(f"block {block}", RescaleBlock(block)) for block in missing]
         dispatch(
