@@ -26,7 +26,7 @@ from orchestrator.stages.context.keys import assign_keys
 from orchestrator.stages.context.previous_run import PreviousRun
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob
-from orchestrator.stages.context.values import Keyed, Planned, Scores
+from orchestrator.stages.context.values import Keyed, Planned, Scores, Surveyed
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.evaluate.job import commit_report, earlier_report, measure
 from orchestrator.stages.evaluate.values import AskedEvaluation, read_text, survey_models
@@ -55,6 +55,7 @@ def compress(
             surveyed = survey(asked)
             if surveyed.survey.unused:
                 monitor.note(left_out(asked.model, surveyed.survey.unused))
+        monitor.event(_surveyed(surveyed, resolved.stages))
         with monitor.stage("read"):
             keyed = assign_keys(surveyed, *read_calibration(surveyed))
             run.claim({**asked.description, "tokens_key": keyed.tokens_key})
@@ -66,6 +67,19 @@ def compress(
             with connected(asked.recipe, monitor):
                 forecast = check_memory(asked.recipe, asked.model, monitor)
                 return _perform(keyed, resolved.stages, forecast, monitor)
+
+
+def _surveyed(surveyed: Surveyed, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Event with the size of the job and the names of its stages, as far as they are certain."""
+    scoring = surveyed.allocator.scoring is not Scoring.NONE
+    names = ["survey", "read", "calibrate", *["score"] * scoring, "allocate"]
+    return {
+        "event": "surveyed",
+        "blocks": surveyed.survey.num_blocks,
+        "group": surveyed.grouping.size,
+        "linears": len(surveyed.linears),
+        "stages": [*names, *(stage.name for stage in stages), "write"],
+    }
 
 
 def _perform(

@@ -202,7 +202,8 @@ class BlockPass:
         about, name = (stage.workers, stage.monitor), name or stage.name
         done = reusable_units(self.run.units, keys, *about, stage=name, called="block {}")
         if done:
-            stage.monitor.note(f"{len(done)} of {len(keys)} blocks are committed already")
+            text = f"{len(done)} of {len(keys)} blocks are committed already"
+            stage.monitor.note(text, stage=name, blocks=sorted(done))
         return done
 
     def _decomposed(
@@ -293,7 +294,22 @@ class BlockPass:
     ) -> None:
         """Tells of a block whose unit is committed."""
         seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])
-        stage.progress(len(done), len(keys), unit=f"block {block}", seconds=seconds, bytes=size)
+        losses = _losses(done[block])
+        about = {"seconds": seconds, "bytes": size} | ({"losses": losses} if losses else {})
+        stage.progress(len(done), len(keys), unit=f"block {block}", **about)
+
+
+def _losses(facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Losses by epoch of a block that was trained; the held-out ones begin with the start."""
+    trained = facts.get("refinement", facts)
+    if "epochs" not in trained:
+        return None
+    epochs = trained["epochs"]
+    return {
+        "train": [epoch["train"] for epoch in epochs],
+        "held_out": [trained["start"], *(epoch["held_out"] for epoch in epochs)],
+        "best": trained["best"],
+    }
 
 
 def _next_segment(
