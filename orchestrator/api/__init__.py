@@ -18,7 +18,7 @@ from orchestrator.api.compression import (
     retarget,
     search,
 )
-from orchestrator.api.runs import clean, compare, report, status
+from orchestrator.api.runs import clean, compare, report, status, watch
 
 __all__ = [
     "clean",
@@ -36,4 +36,5 @@ __all__ = [
     "status",
     "submit",
     "verify",
+    "watch",
 ]
