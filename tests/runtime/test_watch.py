@@ -108,7 +108,7 @@ def test_a_stage_says_how_busy_its_workers_were(run):
 
 
 def test_a_stage_says_what_memory_its_workers_took(run):
-    """The status has the elementwise maximum of all calls; the journal does not."""
+    """The status has the elementwise maximum of all calls, and the journal that of each stage."""
     events, device = [], {"allocated": 5, "reserved": 7, "context": 2}
     with RunMonitor(run, events.append) as monitor:
         with monitor.stage("calibrate"):
@@ -123,6 +123,8 @@ def test_a_stage_says_what_memory_its_workers_took(run):
         "write": Usage(host=9),
     }
     assert not [event for event in events if event["event"] == "memory"]
+    ends = [event["memory"] for event in events if event.get("state") == "end"]
+    assert ends == [usage.to_json() for usage in monitor.memory.values()]
 
 
 def test_a_failure_is_on_record_with_its_log(run):
