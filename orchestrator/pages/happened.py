@@ -1,5 +1,6 @@
 """List of what happened in a run: its events other than progress."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,8 +33,31 @@ def happened(events: Sequence[Mapping[str, Any]]) -> Markup | None:
 
 
 def _told(event: Mapping[str, Any]) -> str:
-    """Describe an event: the text of a note, else its fields."""
-    if event.get("event") == "note" and "text" in event:
-        return str(event["text"])
+    """Describe an event in words; one of an unknown kind by its fields."""
+    match event:
+        case {"event": "note", "text": text}:
+            return str(text)
+        case {"event": "run", "state": "begin"}:
+            return "begins"
+        case {"event": "run", "state": state}:
+            code = f", exit code {event['exit_code']}" if event.get("exit_code") else ""
+            return f"ends: {state}{code}" + (f": {event['error']}" if "error" in event else "")
+        case {"event": "workers", "workers": list(workers)}:
+            nodes = Counter(str(each["node"]) for each in workers if _has_node(each))
+            return ", ".join(f"{count} on {node}" for node, count in nodes.items())
+        case {"event": "lost" | "failed", "unit": unit, "cause": cause, "why": why}:
+            where = f"process {event.get('pid')} on {event.get('node')}"
+            then = f"{event.get('decided')}, see {event.get('record')}"
+            return f"{unit}: {where} {cause}: {why}; {then}"
+        case {"event": "waiting", "for": awaited}:
+            return f"for {awaited}; available: {event.get('there')}"
+        case {"event": "draining" | "quarantined", "node": node}:
+            return str(node)
+        case {"event": "retired" | "returned", "node": node, "pid": pid}:
+            return f"process {pid} on {node}"
     fields = {name: value for name, value in event.items() if name not in _APART}
     return ", ".join(f"{name} {tables.plain(each)}" for name, each in tables.flat(fields).items())
+
+
+def _has_node(worker: object) -> bool:
+    return isinstance(worker, Mapping) and "node" in worker

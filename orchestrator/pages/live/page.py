@@ -74,7 +74,7 @@ def live_sections(state: RunState, files: RunFiles) -> dict[str, Markup]:
     found = {
         "head": _head(state, files),
         "key": _key_figures(state, files),
-        "blocks": _blocks(state),
+        "blocks": _blocks(state, files),
         "stages": stages(state, files),
         "losses": losses(state.losses),
         "workers": workers(state),
@@ -195,8 +195,9 @@ def _throughput(stage: StageState | None) -> tuple[str, str]:
     return f"{rate:,.3g}", f"{stage.of} per second"
 
 
-def _blocks(state: RunState) -> Markup | None:
+def _blocks(state: RunState, files: RunFiles) -> Markup | None:
     """Map of all blocks by the stages that commit them one by one."""
+    is_running = files.state == "running"
     reached = [block for cells in state.cells.values() for block in cells]
     blocks = state.blocks or max(reached, default=-1) + 1
     others = [name for name, cells in state.cells.items() if cells and name not in ROWS]
@@ -209,7 +210,9 @@ def _blocks(state: RunState) -> Markup | None:
         if name == "calibrate":
             rows[CALIBRATED] = state.cells.get(CALIBRATED, {})
         row = ROWS.get(name, name)
-        rows[row] = state.cells.get(name, {})
+        levels = state.cells.get(name, {})
+        # a call ends with its run
+        rows[row] = {b: level for b, level in levels.items() if level != "busy" or is_running}
         stage = state.stages.get(name)
         if name == "train" and stage is not None:
             # all blocks at once

@@ -115,7 +115,7 @@ def failures(state: RunState) -> Markup | None:
                 cell(str(each.get("why")), "wide"),
                 cell(where, "wide"),
                 cell(str(each.get("decided")), "wide"),
-                cell(str(each.get("record", "")), "id wide"),
+                cell(str(each.get("record", "")), "id word"),
             ]
         )
     heads = map(head, ("unit", "cause", "message", "worker", "decision", "log"))

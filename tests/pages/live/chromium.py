@@ -13,7 +13,7 @@ import aiohttp
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-SECONDS = 20.0
+SECONDS = 60.0
 """Longest wait for the browser, and for a condition on the page."""
 
 
