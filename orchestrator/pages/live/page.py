@@ -188,11 +188,12 @@ def _throughput(stage: StageState | None) -> tuple[str, str]:
         return DASH, ""
     if stage.tokens_per_second:
         return f"{stage.tokens_per_second:,.0f}", "tokens per second"
-    if (rate := stage.rate) is None:
+    rate, parts = stage.rate, stage.parts
+    if rate is None or parts is None:
         return DASH, ""
     if rate < 1:
-        return f"{60 * rate:,.3g}", f"{stage.of} per minute"
-    return f"{rate:,.3g}", f"{stage.of} per second"
+        return f"{60 * rate:,.3g}", f"{parts.of} per minute"
+    return f"{rate:,.3g}", f"{parts.of} per second"
 
 
 def _blocks(state: RunState, files: RunFiles) -> Markup | None:

@@ -18,9 +18,9 @@ def clock(name: str, time: float) -> Markup:
 
 
 def done_text(stage: StageState) -> str:
-    if stage.done is None or stage.total is None:
-        return ""
-    return f"{stage.done:,} of {stage.total:,} {stage.of}"
+    """Describe the completed parts of a stage; empty if none are known."""
+    parts = stage.parts
+    return f"{parts.done:,} of {parts.total:,} {parts.of}" if parts else ""
 
 
 def usage_of(said: object) -> Usage | None:
@@ -91,7 +91,7 @@ def workers(state: RunState) -> Markup | None:
         processes = ", ".join(str(pid) for pid in sorted(there))
         rows.append(
             [
-                row_head(node),
+                row_head(node, "word"),
                 number(str(len(there))),
                 cell(processes, "wide id"),
                 cell(doing, "wide"),

@@ -7,7 +7,7 @@ one is equal. Events of unknown kinds, and fields with values of other types, ha
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from orchestrator.pages.happened import SHOWN_EVENTS, UNLISTED
 from orchestrator.pages.live.losses import RunLosses
@@ -27,6 +27,14 @@ _PARTS = {"block": "blocks", "step": "steps"}
 _BLOCK = re.compile(r"block (\d{1,6})\b(?!-)")
 
 
+class Parts(NamedTuple):
+    """Number of completed parts of a stage, of all, and the name of several of them."""
+
+    done: int
+    total: int
+    of: str
+
+
 @dataclass(slots=True)
 class StageState:
     """Progress of one stage within the present run."""
@@ -36,12 +44,12 @@ class StageState:
     """Time of its last beginning, in seconds since 1970."""
     seconds: float = 0.0
     """Wall time of its completed passes."""
-    done: int | None = None
-    total: int | None = None
-    of: str = "units"
-    """Name of the parts."""
-    is_fine: bool = False
-    """True if parts of units are counted."""
+    units: Parts | None = None
+    """Committed units."""
+    fine: Parts | None = None
+    """Parts of units, such as chunks, which are announced every few seconds."""
+    fraction: float | None = None
+    """Completed fraction by cost, as announced with them."""
     left: float | None = None
     """Remaining seconds, as last announced."""
     busy: float | None = None
@@ -49,14 +57,28 @@ class StageState:
     """Peak memory of a worker, as in the status."""
     tokens_per_second: float | None = None
     counts: list[tuple[float, int]] = field(default_factory=list)
-    """Times and numbers of completed parts, the last ones."""
+    """Times and numbers of completed parts, of the finest ones, the last ones."""
+
+    @property
+    def parts(self) -> Parts | None:
+        """Parts to show: the finest ones of a stage at work, the units of one that is done."""
+        finest, coarsest = self.fine or self.units, self.units or self.fine
+        return coarsest if self.state == "done" else finest
 
     @property
     def share(self) -> float | None:
-        """Completed fraction; None if unknown."""
+        """Completed fraction; None if unknown.
+
+        Units may be more recent than their parts, and are never ahead of them.
+        """
         if self.state == "done":
             return 1.0
-        return min(self.done / self.total, 1.0) if self.done is not None and self.total else None
+        known = [
+            parts.done / parts.total for parts in (self.fine, self.units) if parts and parts.total
+        ]
+        if self.fraction is not None:
+            known = [self.fraction, *known[self.fine is not None :]]
+        return min(max(known), 1.0) if known else None
 
     @property
     def rate(self) -> float | None:
@@ -66,12 +88,17 @@ class StageState:
         (begun, first), (ended, last) = self.counts[0], self.counts[-1]
         return (last - first) / (ended - begun) if ended > begun and last > first else None
 
-    def count(self, time: float, done: int, total: int, of: str) -> None:
-        """Record the number of completed parts; the rate begins anew with another part."""
-        if of != self.of or (self.counts and done < self.counts[-1][1]):
-            self.counts = []
-        self.done, self.total, self.of = done, total, of
-        self.counts = [*self.counts, (time, done)][-MOST_RATES:]
+    def count(self, time: float, parts: Parts, *, is_fine: bool) -> None:
+        """Record the number of completed parts; the rate begins anew with another kind of them."""
+        if not is_fine:
+            self.units = parts
+        if self.fine is None or is_fine:
+            is_other = is_fine and (self.fine is None or self.fine.of != parts.of)
+            if is_other or (self.counts and parts.done < self.counts[-1][1]):
+                self.counts = []
+            self.counts = [*self.counts, (time, parts.done)][-MOST_RATES:]
+        if is_fine:
+            self.fine = parts
 
 
 @dataclass(slots=True)
@@ -206,13 +233,12 @@ class RunState:
         stage = self.stages.setdefault(name, StageState())
         is_fine = event["event"] == "progress"
         done, total = _count(event.get("done")), _count(event.get("total"))
-        # progress is finer than the units beside it
-        if done is not None and total is not None and is_fine >= stage.is_fine:
+        if done is not None and total is not None:
             named = str(event.get("unit")).partition(" ")[0]
             of = str(event.get("of", "units")) if is_fine else _PARTS.get(named, "units")
-            stage.is_fine = is_fine
-            stage.count(time, done, total, of)
+            stage.count(time, Parts(done, total, of), is_fine=is_fine)
         if is_fine:
+            stage.fraction = _number(event.get("fraction"))
             stage.left = _number(event.get("left"))
             self.run_left = _number(event.get("run_left"))
             return

@@ -65,8 +65,8 @@ def test_blocks_are_lit_stage_by_stage():
     }
     assert [each.doing for each in state.workers.values()] == ["", "block 1"]
     calibrate = state.stages["calibrate"]
-    assert (calibrate.state, calibrate.done, calibrate.total) == ("running", 1, 4)
-    assert (calibrate.of, calibrate.share) == ("blocks", 0.25)
+    assert (calibrate.state, calibrate.parts) == ("running", (1, 4, "blocks"))
+    assert calibrate.share == 0.25
     assert state.stage == "calibrate"
 
 
@@ -81,15 +81,21 @@ def test_a_stage_ends_with_its_figures():
 
 
 def test_throughput_is_that_of_the_finest_parts():
-    """Chunks count from the first progress event on; units beside them change nothing."""
+    """Chunks count from the first progress event on, by the announced fraction if there is one."""
     chunks = {"event": "progress", "stage": "calibrate", "total": 48, "of": "chunks"}
     events = [*START, begin("calibrate"), unit("calibrate", 0, 1)]
     events += [chunks | {"done": 12, "left": 9.0, "run_left": 80.0}]
     events += [unit("calibrate", 1, 2), chunks | {"done": 18, "left": 7.5, "run_left": 60.0}]
     state = state_of(timed(*events))
     calibrate = state.stages["calibrate"]
-    assert (calibrate.done, calibrate.of, calibrate.rate) == (18, "chunks", 3.0)
-    assert (calibrate.left, state.run_left) == (7.5, 60.0)
+    assert (calibrate.parts, calibrate.rate) == ((18, 48, "chunks"), 3.0)
+    assert (calibrate.left, state.run_left, calibrate.share) == (7.5, 60.0, 0.5)
+    state.take(chunks | {"done": 30, "fraction": 0.55})
+    assert calibrate.share == 0.55
+    state.take(unit("calibrate", 2, 3))
+    assert calibrate.share == 0.75
+    state.take(end("calibrate"))
+    assert (calibrate.parts, calibrate.share) == ((3, 4, "blocks"), 1.0)
 
 
 def test_a_lost_worker_is_gone_and_its_block_marked():
