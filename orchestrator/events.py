@@ -2,9 +2,10 @@
 
 Known kinds:
 
-    {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ..., "busy": ...}
+    {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ..., "busy": ...,
+     "memory": ...}
     {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "seconds": ...}
-    {"event": "note", "text": ...}
+    {"event": "note", "text": ..., "stage": ..., "blocks": [...], "step": ...}
     {"event": "waiting", "for": ..., "there": ...}
     {"event": "workers", "workers": [{"node": ..., "pid": ...}, ...]}
     {"event": "snapshot", "step": ..., "train": ..., "held_out": ..., ...}
@@ -14,6 +15,14 @@ Known kinds:
     {"event": "retired" | "returned", "node": ..., "pid": ...}
     {"event": "quarantined", "node": ...}
     {"event": "missing" | "damaged", "unit": ..., "why": ...}
+    {"event": "run", "state": "begin" | "done" | "failed" | "stopped", "exit_code": ...,
+     "error": ...}
+    {"event": "surveyed", "blocks": 32, "group": 1, "linears": 224, "stages": [...]}
+    {"event": "finishing", "block": 3, "unit": ..., "node": ..., "pid": ...}
+
+The last three are in the journal only. `finishing` is the start of the call that makes the unit of
+a block, once all chunks have passed it. The unit of a block that was trained has its losses:
+`"losses": {"train": [...], "held_out": [start, ...], "best": 2}`, by epoch.
 
 Other events are shown with their fields.
 """
@@ -22,5 +31,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Event = Mapping[str, Any]
+JOURNAL_ONLY = frozenset({"run", "surveyed", "finishing"})
+"""Events that the journal has for its readers, and that are not passed on."""
 OnEvent = Callable[[dict[str, Any]], None]
 """Callback for the events of a run."""

@@ -19,7 +19,7 @@ from orchestrator.api.compression import (
     retarget_sizes,
     search,
 )
-from orchestrator.api.runs import clean, compare, report, status
+from orchestrator.api.runs import clean, compare, report, status, watch
 
 __all__ = [
     "clean",
@@ -38,4 +38,5 @@ __all__ = [
     "status",
     "submit",
     "verify",
+    "watch",
 ]

@@ -1,6 +1,6 @@
 """Status, pages and removal of run directories."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,47 @@ def report(run_dir: str | Path, output: str | Path | None = None) -> Place:
     from orchestrator.store.places import parse_place
 
     return write_report(parse_place(run_dir), None if output is None else parse_place(output))
+
+
+def watch(
+    run_dir: str | Path,
+    *,
+    port: int = 8270,
+    host: str = "127.0.0.1",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve a live page of a run until a KeyboardInterrupt; nothing is written.
+
+    The page shows stages, blocks, workers, failures, throughput, memory and losses, and becomes the
+    report when the run is done. The run need not have begun. A directory is read twice a second
+    while a page is open, an object store every five seconds.
+
+    Args:
+        port: 0 means any free port.
+        host: Address to listen at. Other ones than those of this machine alone let everyone who
+            reaches the port read the names, messages and results of the run.
+        say: Receives the address of the page, and a warning if `host` is open to others.
+
+    Raises:
+        InputError: The place is a file, or a directory with other content than a run.
+        UsageError: The port is in use or is none, or the address is not one of this machine.
+    """
+    from orchestrator.errors import UsageError
+    from orchestrator.pages.live import check_watchable, is_loopback, live_server, url_of
+    from orchestrator.store.places import parse_place
+
+    if not 0 <= port < 2**16:
+        raise UsageError(f"port is {port}; it must be 0 (any) to 65535")
+    place = parse_place(run_dir).absolute()
+    check_watchable(place)
+    with live_server(place, host, port) as server:
+        if not is_loopback(host):
+            say(
+                f"warning: everyone who reaches {host} can read the names, messages and results "
+                "of this run; without --host the page is for this machine alone"
+            )
+        say(f"live page of {run_dir}: {url_of(server)} (Ctrl-C ends)")
+        server.serve_forever()
 
 
 def compare(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Place:

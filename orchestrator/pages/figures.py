@@ -39,7 +39,7 @@ def heat_map(
     drawn = []
     for y, role in enumerate(rows):
         middle = y * high + high / 2
-        drawn.append(_text(role, 0, middle + 4, class_="role"))
+        drawn.append(text(role, 0, middle + 4, class_="role"))
         for x, block in enumerate(blocks):
             drawn.append(
                 _cell(
@@ -56,20 +56,25 @@ def heat_map(
     for x, block in enumerate(blocks):
         if block % step == 0:
             center = left + (x + 0.5) * wide
-            drawn.append(_text(str(block), center, bottom + 14, text_anchor="middle"))
-    drawn.append(_text("block", left - 9, bottom + 14, text_anchor="end"))
-    return _svg(left + len(blocks) * wide, bottom + 18, label, *drawn, is_fixed=True)
+            drawn.append(text(str(block), center, bottom + 14, text_anchor="middle"))
+    drawn.append(text("block", left - 9, bottom + 14, text_anchor="end"))
+    return svg(left + len(blocks) * wide, bottom + 18, label, *drawn, is_fixed=True)
 
 
 def _cell(cell: Cell | None, *, x: float, y: float, wide: float, high: float, low: float) -> Markup:
-    box = {"x": _r(x + 0.75), "y": y + 0.75, "width": _r(wide - 1.5), "height": high - 1.5}
+    box = {
+        "x": rounded(x + 0.75),
+        "y": y + 0.75,
+        "width": rounded(wide - 1.5),
+        "height": high - 1.5,
+    }
     if cell is None:
         return element("rect", element("title", "not targeted"), class_="empty", rx=1, **box)
-    opacity = _r(strength(cell.kept, low))
+    opacity = rounded(strength(cell.kept, low))
     shown = element("rect", class_="hue", fill_opacity=opacity, rx=1, **box)
     if not cell.is_dense:
         return element("g", element("title", cell.says), shown)
-    dot = element("circle", cx=_r(x + wide / 2), cy=y + high / 2, r=2, class_="paper")
+    dot = element("circle", cx=rounded(x + wide / 2), cy=y + high / 2, r=2, class_="paper")
     return element("g", element("title", cell.says), shown, dot)
 
 
@@ -80,22 +85,24 @@ def heat_legend(kept: Sequence[float], *, has_empty: bool) -> Markup:
     for step in range(steps):
         value = low + (1 - low) * (step + 0.5) / steps
         box = {"x": step * wide, "width": wide, "height": 12}
-        drawn.append(element("rect", class_="hue", fill_opacity=_r(strength(value, low)), **box))
+        drawn.append(
+            element("rect", class_="hue", fill_opacity=rounded(strength(value, low)), **box)
+        )
     end = steps * wide
     drawn += [
-        _text(f"{low:g}", 0, 27),
-        _text("kept", end / 2, 27, text_anchor="middle"),
-        _text("1", end, 27, text_anchor="end"),
+        text(f"{low:g}", 0, 27),
+        text("kept", end / 2, 27, text_anchor="middle"),
+        text("1", end, 27, text_anchor="end"),
         element("rect", x=end + 22, width=16, height=12, rx=1, class_="hue"),
         element("circle", cx=end + 30, cy=6, r=2, class_="paper"),
-        _text("dense", end + 44, 10),
+        text("dense", end + 44, 10),
     ]
     if has_empty:
         drawn += [
             element("rect", x=end + 92.5, y=0.5, width=15, height=11, rx=1, class_="empty"),
-            _text("not targeted", end + 114, 10),
+            text("not targeted", end + 114, 10),
         ]
-    return _svg(end + 190, 32, "scale of the heat map", *drawn, is_fixed=True)
+    return svg(end + 190, 32, "scale of the heat map", *drawn, is_fixed=True)
 
 
 def scale_floor(kept: Sequence[float]) -> float:
@@ -140,24 +147,24 @@ def energy_lines(lines: Sequence[Line], *, break_even: int | None, label: str) -
     longest = max(float(line.sizes[-1]) for line in lines)
 
     def x(size: float) -> float:
-        return _r(left + (wide - left) * size / longest)
+        return rounded(left + (wide - left) * size / longest)
 
     def y(share: float) -> float:
-        return _r(6 + (high - 6) * (1 + math.log10(max(1 - share, 10.0**-NINES)) / NINES))
+        return rounded(6 + (high - 6) * (1 + math.log10(max(1 - share, 10.0**-NINES)) / NINES))
 
     drawn = []
     for nines in range(NINES + 1):
         share = 1 - 10.0**-nines
         drawn.append(element("path", d=f"M{left} {y(share)}H{wide}", class_="axis"))
-        drawn.append(_text(f"{share:.{nines}f}", left - 6, y(share) + 4, text_anchor="end"))
-    for size in _even_ticks(0, longest, most_ticks=4):
-        drawn.append(_text(f"{size:g}", x(size), high + 15, text_anchor="middle"))
+        drawn.append(text(f"{share:.{nines}f}", left - 6, y(share) + 4, text_anchor="end"))
+    for size in even_ticks(0, longest, most_ticks=4):
+        drawn.append(text(f"{size:g}", x(size), high + 15, text_anchor="middle"))
     if break_even is not None and break_even <= longest:
         title = element("title", f"break-even rank {break_even:,}")
         drawn.append(element("path", title, d=f"M{x(break_even)} 6V{high}", class_="mark"))
     ordered = sorted(lines, key=lambda line: line.block)
     for n, line in enumerate(ordered):
-        opacity = _r(0.2 + 0.8 * n / max(len(ordered) - 1, 1))
+        opacity = rounded(0.2 + 0.8 * n / max(len(ordered) - 1, 1))
         spaced = (len(line.shares) - 1) * np.linspace(0, 1, POINTS) ** 1.5
         at = np.unique(spaced.round().astype(int))
         pairs = zip(line.sizes[at].tolist(), line.shares[at].tolist(), strict=True)
@@ -171,7 +178,7 @@ def energy_lines(lines: Sequence[Line], *, break_even: int | None, label: str) -
             at_point = {"cx": x(line.chosen), "cy": y(line.chosen_share)}
             title = element("title", line.says)
             drawn.append(element("circle", title, r=2.2, class_="other", **at_point))
-    return _svg(wide, high + 19, label, *drawn)
+    return svg(wide, high + 19, label, *drawn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,37 +209,37 @@ def scatter(points: Sequence[Point], *, level: float | None, label: str) -> Mark
         return 6 + (high - 6) * (top - math.log(value)) / (top - low)
 
     drawn = [element("path", d=f"M{left} 6V{high}H{wide}", class_="axis")]
-    for value in _log_ticks(math.exp(low), math.exp(top)):
-        height = _r(y(value))
+    for value in log_ticks(math.exp(low), math.exp(top)):
+        height = rounded(y(value))
         drawn.append(element("path", d=f"M{left} {height}H{wide}", class_="axis"))
-        drawn.append(_text(f"{value:,.4g}", left - 6, height + 4, text_anchor="end"))
-    for kept in _even_ticks(least, most):
-        drawn.append(_text(f"{kept:.3g}", x(kept), high + 16, text_anchor="middle"))
+        drawn.append(text(f"{value:,.4g}", left - 6, height + 4, text_anchor="end"))
+    for kept in even_ticks(least, most):
+        drawn.append(text(f"{kept:.3g}", x(kept), high + 16, text_anchor="middle"))
     if level:
-        height = _r(y(level))
+        height = rounded(y(level))
         drawn.append(element("path", d=f"M{left} {height}H{wide}", class_="mark"))
-        drawn.append(_text(f"dense {level:.2f}", wide, height - 5, text_anchor="end"))
+        drawn.append(text(f"dense {level:.2f}", wide, height - 5, text_anchor="end"))
     for point in points:
         says = f"{point.name}: kept {point.x:.4f}, perplexity {point.y:.2f}"
-        at = {"cx": _r(x(point.x)), "cy": _r(y(point.y))}
+        at = {"cx": rounded(x(point.x)), "cy": rounded(y(point.y))}
         drawn.append(element("circle", element("title", says), r=4, class_="hue", **at))
         is_right = at["cx"] > wide - 7 * len(point.name) - 10
         anchor, shift = ("end", -8) if is_right else ("start", 8)
         drawn.append(
-            _text(point.name, at["cx"] + shift, at["cy"] + 4, text_anchor=anchor, class_="name")
+            text(point.name, at["cx"] + shift, at["cy"] + 4, text_anchor=anchor, class_="name")
         )
-    drawn.append(_text("kept fraction of the targeted linears", wide, high + 34, text_anchor="end"))
-    return _svg(wide, high + 38, label, *drawn, is_fixed=True)
+    drawn.append(text("kept fraction of the targeted linears", wide, high + 34, text_anchor="end"))
+    return svg(wide, high + 38, label, *drawn, is_fixed=True)
 
 
-def _even_ticks(least: float, most: float, most_ticks: int = 8) -> list[float]:
+def even_ticks(least: float, most: float, most_ticks: int = 8) -> list[float]:
     """Return round numbers at equal distances, at most `most_ticks`."""
     steps = (digit * 10.0**power for power in range(-3, 9) for digit in (1, 2, 5))
     step = next(each for each in steps if (most - least) / each < most_ticks - 0.1)
     return [n * step for n in range(math.ceil(least / step), math.floor(most / step) + 1)]
 
 
-def _log_ticks(least: float, most: float) -> list[float]:
+def log_ticks(least: float, most: float) -> list[float]:
     """Return powers of ten times 1, 2, 3 and 5, with a finer step if few of them are in range."""
     decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
     for digits in ((1, 10), (1, 2, 5), (1, 2, 3, 5, 7), range(10, 100, 5), range(100, 1000, 5)):
@@ -244,23 +251,23 @@ def _log_ticks(least: float, most: float) -> list[float]:
     return inside
 
 
-def _text(text: str, x: float, y: float, **attributes: str) -> Markup:
-    return element("text", text, x=_r(x), y=_r(y), **attributes)
+def text(shown: str, x: float, y: float, **attributes: str) -> Markup:
+    return element("text", shown, x=rounded(x), y=rounded(y), **attributes)
 
 
-def _svg(wide: float, high: float, label: str, *drawn: Markup, is_fixed: bool = False) -> Markup:
+def svg(wide: float, high: float, label: str, *drawn: Markup, is_fixed: bool = False) -> Markup:
     """Compose a drawing; a fixed one keeps its size and scrolls if the page is narrow."""
-    size = {"width": _r(wide), "height": _r(high)} if is_fixed else {}
+    size = {"width": rounded(wide), "height": rounded(high)} if is_fixed else {}
     return element(
         "svg",
         joined(drawn),
-        viewBox=f"0 0 {_r(wide)} {_r(high)}",
+        viewBox=f"0 0 {rounded(wide)} {rounded(high)}",
         role="img",
         aria_label=label,
         **size,
     )
 
 
-def _r(value: float) -> float:
+def rounded(value: float) -> float:
     """Round to hundredths of a pixel."""
     return round(value, 2)

@@ -9,7 +9,7 @@ from orchestrator.store.files import atomic
 from orchestrator.store.places import Place
 
 _VOID = {"meta", "wbr"}
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """Content security policy: the browser itself refuses to load other resources."""
 
 
@@ -64,17 +64,28 @@ def scrolling(content: Markup, label: str) -> Markup:
     return element("div", content, class_="scroll", role="region", tabindex=0, aria_label=label)
 
 
-def page(title: str, *sections: str | None) -> Markup:
-    """Make a complete document."""
+def page(
+    title: str,
+    *sections: str | None,
+    style: str = STYLE,
+    script: str = SCRIPT,
+    policy: str | None = POLICY,
+) -> Markup:
+    """Make a complete document.
+
+    Args:
+        policy: Content security policy; None if the server sends one.
+    """
+    stated = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+        None if policy is None else Markup(stated),
         element("title", title),
-        element("style", Markup(STYLE)),
+        element("style", Markup(style)),
     )
-    body = element("body", element("main", *sections), element("script", Markup(SCRIPT)))
+    body = element("body", element("main", *sections), element("script", Markup(script)))
     return Markup(f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n")
 
 

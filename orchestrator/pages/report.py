@@ -5,6 +5,7 @@ from typing import Any
 
 from orchestrator.pages import linear_sections, tables
 from orchestrator.pages.evaluations import before_and_after, evaluated_text
+from orchestrator.pages.happened import happened
 from orchestrator.pages.linears import entries
 from orchestrator.pages.markup import Markup, element, joined, page, section, write_page
 from orchestrator.pages.memory import memory
@@ -16,8 +17,6 @@ from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.store.places import Place
 from orchestrator.version import __version__
 
-SHOWN_EVENTS = 40
-"""Number of journal events shown, the last ones; a run of days has thousands."""
 KNOWN = {
     *("format_version", "producer", "key", "base_fingerprint", "architecture", "recipe", "kept"),
     *("bytes", "calibration", "values", "linears", "not_targeted", "timings"),
@@ -49,14 +48,27 @@ def write_report(run: Place, output: Place | None = None) -> Place:
         InputError: The place is neither a run nor a checkpoint, or one of its files is damaged.
         UsageError: `output` is a directory.
     """
-    with whole(run):
-        source = read_source(run)
-        content = report_page(source)
+    source, content = _read_and_composed(run)
     if output is None:
         is_run = source.run == source.place
         beside = source.place.with_name(f"{source.place.name}.report.html")
         output = source.place / "report.html" if is_run else beside
     return write_page(output, content)
+
+
+def rendered_report(run: Place) -> Markup:
+    """Return the page of `write_report` without writing it.
+
+    Raises:
+        InputError: As `write_report`.
+    """
+    return _read_and_composed(run)[1]
+
+
+def _read_and_composed(run: Place) -> tuple[Source, Markup]:
+    with whole(run):
+        source = read_source(run)
+        return source, report_page(source)
 
 
 def report_page(source: Source) -> Markup:
@@ -77,7 +89,7 @@ def report_page(source: Source) -> Markup:
         _recipe(source),
         linear_sections.numerics(found),
         _further(source.report),
-        _journal(source),
+        happened(source.events),
         _missing(source),
         linear_sections.every_linear(found),
         _footer(source),
@@ -248,27 +260,6 @@ def _further(report: Mapping[str, Any]) -> Markup | None:
     if not further:
         return None
     return section("Also reported", tables.pairs(further, label="also reported"))
-
-
-def _journal(source: Source) -> Markup | None:
-    if not source.events:
-        return None
-    rows = []
-    for event in source.events[-SHOWN_EVENTS:]:
-        fields = {n: v for n, v in event.items() if n not in ("event", "time", "times", "text")}
-        told = [event["text"]] if "text" in event else []
-        told += [f"{name} {tables.plain(value)}" for name, value in tables.flat(fields).items()]
-        times = f"{event['times']:,} times" if event.get("times", 1) > 1 else ""
-        rows.append(
-            [row_head(str(event.get("event"))), cell(", ".join(told), "wide"), number(times)]
-        )
-    left_out = len(source.events) - len(rows)
-    said = f"The last {len(rows)} of {len(source.events):,}." if left_out > 0 else None
-    return section(
-        "What happened",
-        element("p", said) if said else None,
-        tables.table([], rows, label="journal"),
-    )
 
 
 def _missing(source: Source) -> Markup | None:

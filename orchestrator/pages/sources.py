@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.errors import InputError
+from orchestrator.pages.happened import UNLISTED
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.result import REPORT_FILE
 from orchestrator.readable import counted
@@ -294,9 +295,7 @@ def _is_evaluation(directory: Place) -> bool:
 
 def _events(run: Place) -> Iterator[dict[str, Any]]:
     """Yield notes, losses and workers; repeated events once, with their count."""
-    told = [
-        event for event in RunDirectory(run).events() if event.get("event") not in ("stage", "unit")
-    ]
+    told = [event for event in RunDirectory(run).events() if event.get("event") not in UNLISTED]
     for _, same in groupby(told, key=lambda event: {**event, "time": None}):
         repeated = list(same)
         yield {**repeated[0], "times": len(repeated)}

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, WorkerError
-from orchestrator.runtime.calls import Call, Schedule
+from orchestrator.runtime.calls import Call, Finish, Schedule
 from orchestrator.runtime.deadline import Deadlines
 from orchestrator.runtime.policy import Action, Cause, Failure, FailurePolicy, check_nodes
 from orchestrator.runtime.pool import PATIENCE_SECONDS, Outcome, Pool, describe
@@ -116,6 +116,9 @@ class _Loop:
         for call in self._schedule.calls(list(nodes), nodes):
             record = self._records.pop(call.takes, None) if call.takes else None
             gathered = [self._records.get(chunk) for chunk in call.gathers]
+            if isinstance(call.command, Finish):
+                about = {"block": call.command.block, "unit": call.label}
+                self._on_event({"event": "finishing", **about, **asdict(workers[call.worker])})
             self._pool.start(call, gathered or record)
             self._busy[call.worker] = (call, time.monotonic())
         self._records = {

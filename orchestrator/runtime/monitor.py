@@ -3,12 +3,12 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, StoppedError
-from orchestrator.events import OnEvent
+from orchestrator.events import JOURNAL_ONLY, OnEvent
 from orchestrator.runtime.signals import Signals
 from orchestrator.store.lease import Lease, removed
 from orchestrator.store.run import RunDirectory
@@ -17,6 +17,7 @@ from orchestrator.usage import Usage
 Event = dict[str, Any]
 Follower = Callable[[Event, Mapping[str, Any]], None]
 """Function of an event and of the status after it."""
+_STOPPED = {"state": "stopped", "exit_code": StoppedError.exit_code}
 
 
 class RunMonitor:
@@ -38,7 +39,7 @@ class RunMonitor:
         self._failures = run.failures()
         self._followers: list[Follower] = []
         self._holds: list[Lease] = []
-        self.signals = Signals(lambda name: self._write_stopped())
+        self.signals = Signals(lambda name: self._write(**_STOPPED))
         self.seconds: dict[str, float] = {}
         """Wall time by stage."""
         self.made_elsewhere: list[dict[str, Any]] = []
@@ -58,6 +59,7 @@ class RunMonitor:
 
     def __enter__(self) -> "RunMonitor":
         self._write()
+        self._run.append({"event": "run", "state": "begin"})
         self.signals.__enter__()
         return self
 
@@ -69,35 +71,45 @@ class RunMonitor:
     ) -> None:
         self.signals.__exit__()
         if error is None:
-            self._write(state="done", exit_code=0)
+            self._end(state="done", exit_code=0)
         elif self.signals.received is not None:
-            self._write_stopped()
+            self._end(**_STOPPED)
             raise StoppedError(
                 f"stopped by {self.signals.received}; what is committed stays, "
                 "the same command resumes"
             ) from error
         elif isinstance(error, StoppedError | KeyboardInterrupt):
-            self._write_stopped()
+            self._end(**_STOPPED)
         else:
             code = error.exit_code if isinstance(error, OrchestratorError) else 1
             said = str(error) or type(error).__name__
-            self._write(state="failed", exit_code=code, error=said)
+            self._end(state="failed", exit_code=code, error=said)
 
     def _is_removed(self, hold: Lease) -> bool:
         """True for the lease of the run directory after its removal; an output is another one."""
         return hold.is_removed and hold.place.parent == self._run.root
 
-    def _write_stopped(self) -> None:
-        self._write(state="stopped", exit_code=StoppedError.exit_code)
+    @property
+    def _is_lost(self) -> bool:
+        """True if another driver has taken over the run, or it was removed."""
+        return any(hold.taken_by or self._is_removed(hold) for hold in self._holds)
 
     def _write(self, **fields: Any) -> None:
         """Update the status, unless another driver has taken over the run, or it was removed."""
-        if any(hold.taken_by or self._is_removed(hold) for hold in self._holds):
+        if self._is_lost:
             return
         with self._lock:
             self._status.update(fields)
             known = {name: value for name, value in self._status.items() if value is not None}
             self._run.write_status(**known)
+
+    def _end(self, **fields: Any) -> None:
+        """Record the end in the journal, then in the status: who sees the status sees the whole."""
+        if not self._is_lost:
+            # the journal is information; a full disk must not hide the error of the run
+            with suppress(OSError, OrchestratorError):
+                self._run.append({"event": "run", **fields})
+        self._write(**fields)
 
     def add_made_elsewhere(self, stage: str, units: int, environment: Mapping[str, Any]) -> None:
         """Add to the report's count of a stage's units from another environment."""
@@ -151,6 +163,8 @@ class RunMonitor:
         if "log" in event:
             event = self._recorded(event)
         self._run.append(event)
+        if event["event"] in JOURNAL_ONLY:
+            return
         if (shown := self._shown(event)) is not None:
             self._write(**shown)
         for follow in self._followers:
@@ -216,8 +230,8 @@ class RunMonitor:
         self._workers.clear()
         self._status |= {"workers": None, "nodes": None, "left": None}
 
-    def note(self, text: str) -> None:
-        self.event({"event": "note", "text": text})
+    def note(self, text: str, **facts: Any) -> None:
+        self.event({"event": "note", "text": text, **facts})
 
 
 class StageMonitor:
@@ -242,6 +256,8 @@ class StageMonitor:
             ended = {"event": "stage", "stage": self.name, "state": "end", "seconds": seconds}
             if self.name in self._monitor.busy:
                 ended["busy"] = self._monitor.busy[self.name]
+            if self.name in self._monitor.memory:
+                ended["memory"] = self._monitor.memory[self.name].to_json()
             self._monitor.event(ended)
 
     def progress(self, done: int, total: int, **facts: Any) -> None:

@@ -27,7 +27,7 @@ from orchestrator.stages.context.keys import assign_keys
 from orchestrator.stages.context.previous_run import PreviousRun
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob
-from orchestrator.stages.context.values import Keyed, Planned, Scores
+from orchestrator.stages.context.values import Keyed, Planned, Scores, Surveyed
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.evaluate.job import commit_report, earlier_report, measure
 from orchestrator.stages.evaluate.values import AskedEvaluation, read_text, survey_models
@@ -56,6 +56,7 @@ def compress(
             surveyed = survey(asked)
             if surveyed.survey.unused:
                 monitor.note(left_out(asked.model, surveyed.survey.unused))
+        monitor.event(_surveyed(surveyed, resolved.stage_names))
         with monitor.stage(READ):
             keyed = assign_keys(surveyed, *read_calibration(surveyed))
             run.claim({**asked.description, "tokens_key": keyed.tokens_key})
@@ -67,6 +68,17 @@ def compress(
             with connected(asked.recipe, monitor):
                 forecast = check_memory(asked.recipe, asked.model, monitor)
                 return _perform(keyed, resolved.stages, forecast, monitor)
+
+
+def _surveyed(surveyed: Surveyed, stages: Sequence[str]) -> dict[str, Any]:
+    """Event with the size of the job and the names of its stages."""
+    return {
+        "event": "surveyed",
+        "blocks": surveyed.survey.num_blocks,
+        "group": surveyed.grouping.size,
+        "linears": len(surveyed.linears),
+        "stages": [*stages],
+    }
 
 
 def _perform(

@@ -279,6 +279,7 @@ LIGHT = [
     "import orchestrator.methods",
     "import orchestrator.catalogue",
     "import orchestrator.pages",
+    "import orchestrator.pages.live",
     "import orchestrator.forecast.forecast",
     "import orchestrator.stages.plannable",
     *(f"import orchestrator.{name}" for name in MODULES if name.endswith((".spec", ".cost"))),
@@ -286,7 +287,7 @@ LIGHT = [
 ]
 COMMANDS = [
     *("", "plan", "measure", "compress", "retarget", "evaluate", "export", "status", "report"),
-    *("methods", "compare", "clean", "submit", "verify"),
+    *("methods", "compare", "clean", "submit", "verify", "watch"),
 ]
 
 

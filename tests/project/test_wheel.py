@@ -36,13 +36,14 @@ CALLS = {
     "verify": (["verify", "out", "--against", "dense"], 0, "as reported"),
     "export": (["export", "out", "dense-again"], 0, "dense-again"),
     "status": (["status", "out.run"], 0, "done"),
+    "watch": (["watch", "out"], 4, "its run directory is"),
     "report": (["report", "out.run"], 0, "report.html"),
     "compare": (["compare", "out", "less"], 0, "comparison.html"),
     "clean": (["clean", "found.run"], 0, "found.run"),
     "submit": (["submit", "--", "compress", "dense", "out"], 2, "give an absolute path"),
 }
-"""Arguments, exit code and a part of the output of each verb; of submit only the check that
-precedes the network."""
+"""Arguments, exit code and a part of the output of each verb; of submit and watch only
+the checks that precede the network."""
 PERFORM = """
 import contextlib, importlib.metadata, io, json, sys
 

@@ -45,7 +45,8 @@ TOO_LARGE = {"lost": "CUDA out of memory", "cause": Cause.OUT_OF_MEMORY}
 
 @pytest.fixture
 def run():
-    """Dispatch a schedule on a scripted pool. Returns the pool, the results and the events."""
+    """Dispatch a schedule on a scripted pool. Returns the pool, the results and the events other
+    than those of calls that begin."""
 
     def run(schedule, workers=2, script=(), policy=None, awaited=lambda chunk: False, **options):
         pool = ScriptedPool(workers, Shards().execute, scripted(script), **options)
@@ -59,7 +60,7 @@ def run():
             on_event=events.append,
         )
         assert events.pop()["event"] == "busy"
-        return pool, done, events
+        return pool, done, [event for event in events if event["event"] != "finishing"]
 
     return run
 
@@ -100,6 +101,19 @@ def test_a_lost_worker_in_a_pass_costs_its_shard_only(run):
     assert pool.started.count("blocks 0-1, open") == 1
     assert pool.started.count("blocks 2-3, open") == 2
     assert pool.started.count("blocks 2-3, chunk 0") == 2
+
+
+def test_the_start_of_a_finish_is_announced():
+    """Once for each block and attempt, with the worker that makes its unit."""
+    events, script = [], scripted([("block 2, finish", LOST)])
+    pool = ScriptedPool(2, Shards().execute, script)
+    options = {"on_success": lambda call, value: None, "on_event": events.append}
+    dispatch(pool, four_blocks(), FailurePolicy(), **options)
+    begun = [event for event in events if event["event"] == "finishing"]
+    assert sorted(event["block"] for event in begun) == [0, 1, 2, 2, 3]
+    (lost,) = (event for event in events if event["event"] == "lost")
+    at_block_2 = [(event["node"], event["pid"]) for event in begun if event["block"] == 2]
+    assert at_block_2[0] == (lost["node"], lost["pid"])
 
 
 def test_the_last_worker_may_be_lost_too(run):

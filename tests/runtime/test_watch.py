@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -40,6 +41,27 @@ def test_a_run_says_how_it_ended(run):
     with pytest.raises(ZeroDivisionError), RunMonitor(run, None):
         raise ZeroDivisionError
     assert ended(run) == ("failed", 1)
+
+
+def test_the_journal_says_how_each_run_ended(run):
+    """Beginning and end of every run are in the journal, in order, and are not passed on."""
+    events = []
+    for error in (None, InputError("text: empty"), KeyboardInterrupt()):
+        with suppress(type(error) if error else ()), RunMonitor(run, events.append) as monitor:
+            monitor.note("at work")
+            if error is not None:
+                raise error
+    begun = {"event": "run", "state": "begin"}
+    ends = [
+        {"state": "done", "exit_code": 0},
+        {"state": "failed", "exit_code": 4, "error": "text: empty"},
+        {"state": "stopped", "exit_code": 75},
+    ]
+    note = {"event": "note", "text": "at work"}
+    expected = [each for end in ends for each in (begun, note, {"event": "run", **end})]
+    journal = [{n: v for n, v in event.items() if n != "time"} for event in run.events()]
+    assert journal == expected
+    assert events == [note] * 3
 
 
 def worker(node, pid):
@@ -86,7 +108,7 @@ def test_a_stage_says_how_busy_its_workers_were(run):
 
 
 def test_a_stage_says_what_memory_its_workers_took(run):
-    """The status has the elementwise maximum of all calls; the journal does not."""
+    """The status has the elementwise maximum of all calls, and the journal that of each stage."""
     events, device = [], {"allocated": 5, "reserved": 7, "context": 2}
     with RunMonitor(run, events.append) as monitor:
         with monitor.stage("calibrate"):
@@ -101,6 +123,8 @@ def test_a_stage_says_what_memory_its_workers_took(run):
         "write": Usage(host=9),
     }
     assert not [event for event in events if event["event"] == "memory"]
+    ends = [event["memory"] for event in events if event.get("state") == "end"]
+    assert ends == [usage.to_json() for usage in monitor.memory.values()]
 
 
 def test_a_failure_is_on_record_with_its_log(run):

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 import orchestrator
 from orchestrator.errors import UsageError
+from orchestrator.store.run import RunDirectory
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 SHORT = {"refinement": {"epochs": 4, "batches": 4, "learning_rate": 2e-4}}
@@ -29,6 +30,29 @@ def reference_run(llama, text, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(reference_run):
     return contents(reference_run.out)
+
+
+def test_the_journal_has_the_losses_of_every_block(reference_run):
+    """By epoch, held-out ones from the start; the kept state is that of the report."""
+    events = list(RunDirectory(reference_run.run_dir).events())
+    (surveyed,) = (event for event in events if event["event"] == "surveyed")
+    assert surveyed["blocks"] == 4
+    begun = [
+        event["stage"] for event in events if event.get("state") == "begin" and "stage" in event
+    ]
+    assert surveyed["stages"] == [name for name in begun if name != "verify"]
+    units = [event for event in events if event["event"] == "unit" and event["stage"] == "refine"]
+    losses = {event["unit"].removeprefix("block "): event["losses"] for event in units}
+    blocks = reference_run.report["refine"]["blocks"]
+    assert losses.keys() == blocks.keys()
+    for block, entry in blocks.items():
+        held_out, best = losses[block]["held_out"], losses[block]["best"]
+        assert len(held_out) == len(losses[block]["train"]) + 1
+        assert (held_out[0], held_out[best], best) == (
+            entry["before"],
+            entry["after"],
+            entry["best_epoch"],
+        )
 
 
 CASES = {

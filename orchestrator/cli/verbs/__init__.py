@@ -19,6 +19,7 @@ from orchestrator.cli.verbs import (
     status,
     submit,
     verify,
+    watch,
 )
 
 
@@ -43,6 +44,7 @@ VERBS: Mapping[str, Verb] = {
     "verify": verify,
     "export": export,
     "status": status,
+    "watch": watch,
     "report": report,
     "compare": compare,
     "clean": clean,

@@ -215,7 +215,8 @@ class BlockPass:
         )
         if done:
             of, are = counted(len(keys), "block"), "is" if len(done) == 1 else "are"
-            stage.monitor.note(f"{len(done)} of {of} {are} committed already")
+            text = f"{len(done)} of {of} {are} committed already"
+            stage.monitor.note(text, stage=name, blocks=sorted(done))
         return done
 
     def _committed_arrays(
@@ -306,7 +307,22 @@ class BlockPass:
     ) -> None:
         """Report a committed block."""
         seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])
-        stage.progress(len(done), len(keys), unit=f"block {block}", seconds=seconds, bytes=size)
+        losses = _losses(done[block])
+        about = {"seconds": seconds, "bytes": size} | ({"losses": losses} if losses else {})
+        stage.progress(len(done), len(keys), unit=f"block {block}", **about)
+
+
+def _losses(facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Losses by epoch of a block that was trained; the held-out ones begin with the start."""
+    trained = facts.get("refinement", facts)
+    if "epochs" not in trained:
+        return None
+    epochs = trained["epochs"]
+    return {
+        "train": [epoch["train"] for epoch in epochs],
+        "held_out": [trained["start"], *(epoch["held_out"] for epoch in epochs)],
+        "best": trained["best"],
+    }
 
 
 def _next_segment(

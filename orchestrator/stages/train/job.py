@@ -227,7 +227,8 @@ class TrainJob(StageJob):
         }
         if not all(hashes.values()) or len(verified_units(workers, monitor, hashes)) < len(hashes):
             return [], {}
-        monitor.note(f"training goes on from step {snapshots[-1].step}")
+        step = snapshots[-1].step
+        monitor.note(f"training goes on from step {step}", stage=self.name, step=step)
         return snapshots, numbers
 
     def _note(self, pipeline: Pipeline, numbers: dict[int, int], workers: WorkerGroup) -> None:
