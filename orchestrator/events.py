@@ -3,7 +3,9 @@
 Known kinds:
 
     {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ..., "busy": ...}
-    {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "seconds": ...}
+    {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "block": 7, "seconds": ...}
+    {"event": "progress", "stage": ..., "done": 120, "total": 960, "of": "chunks", "fraction": 0.13,
+     "left": ..., "run_left": ..., "running": [{"call": ..., "seconds": ...}, ...]}
     {"event": "note", "text": ...}
     {"event": "waiting", "for": ..., "there": ...}
     {"event": "workers", "workers": [{"node": ..., "pid": ...}, ...]}
@@ -16,6 +18,11 @@ Known kinds:
     {"event": "missing" | "damaged", "unit": ..., "why": ...}
 
 Other events are shown with their fields.
+
+`progress` comes once a second from a thread of the driver while calls run, and every 5 s in the
+journal: `done` of `total` in the unit `of`, the `fraction` of the stage's work by its cost, and the
+seconds that are `left` of the stage and of the run, None while unknown (`progress.eta`). `block` is
+there if a unit belongs to one block.
 """
 
 from collections.abc import Callable, Mapping

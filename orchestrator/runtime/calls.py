@@ -8,10 +8,12 @@ state, without Ray and without tensors, so its decisions are tested as values: i
 `stages.train.pipeline` trains.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
+from orchestrator.progress.tally import Counted
 from orchestrator.store.places import Place
 
 
@@ -148,16 +150,30 @@ class Schedule(Protocol):
         """Record that an input chunk of a call is missing or damaged."""
         ...
 
+    def share(self, call: Call) -> tuple[str, float]:
+        """Kind of a call and its units of work, by which time is estimated (`progress.eta`)."""
+        ...
+
+    def to_do(self) -> Mapping[str, float]:
+        """Units of work that have not ended, by kind, those of running calls included."""
+        ...
+
+    def counted(self) -> Counted:
+        """Progress in a unit that users know."""
+        ...
+
 
 class IndependentCalls:
     """Independent units, started in order on idle workers.
 
     Args:
         units: Pairs of a label and a command.
+        of: Plural noun for them in progress messages.
     """
 
-    def __init__(self, units: Sequence[tuple[str, Command]]) -> None:
+    def __init__(self, units: Sequence[tuple[str, Command]], of: str = "units") -> None:
         self._waiting = list(units)
+        self._total, self._of = len(self._waiting), of
         self._running: dict[int, tuple[str, Command]] = {}
 
     @property
@@ -193,3 +209,13 @@ class IndependentCalls:
 
     def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         raise AssertionError(f"{call.label} reads no chunk")
+
+    def share(self, call: Call) -> tuple[str, float]:
+        return call.method, 1.0
+
+    def to_do(self) -> dict[str, float]:
+        commands = [command for _, command in (*self._waiting, *self._running.values())]
+        return {kind: float(n) for kind, n in Counter(each.method for each in commands).items()}
+
+    def counted(self) -> Counted:
+        return Counted(self._total - self.max_workers, self._total, self._of)

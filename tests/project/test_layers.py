@@ -60,13 +60,14 @@ MAY_IMPORT = {
     "hf": "errors version plan models.forms models.checkpoint models.survey models.shards torch "
     "transformers",
     # execution: independent of models
-    "runtime": f"{PLAIN} usage recipe plan store device torch",
-    "runtime.ray": f"{PLAIN} usage recipe store device runtime torch ray grpc",
+    "progress": "",
+    "runtime": f"{PLAIN} usage recipe plan progress store device torch",
+    "runtime.ray": f"{PLAIN} usage recipe progress store device runtime torch ray grpc",
     # forecast of a run, without running it
-    "forecast": f"{PLAIN} allocate methods plan recipe resolve store models.checkpoint "
+    "forecast": f"{PLAIN} allocate methods plan progress recipe resolve store models.checkpoint "
     "models.survey models.training runtime",
     "stages.base": "errors forecast plan recipe stages.context",
-    "stages.context": f"{PLAIN} usage allocate device forecast linalg methods plan "
+    "stages.context": f"{PLAIN} usage allocate device forecast linalg methods plan progress "
     f"randomness recipe runtime store torch numpy safetensors stages.base {MODELS}",
     "resolve": "errors allocate methods plan recipe stages stages.base",
     "stages": f"{PLAIN} allocate forecast plan recipe registry resolve runtime runtime.ray store "

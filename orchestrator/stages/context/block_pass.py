@@ -3,13 +3,15 @@
 The driver's part of everything that gathers statistics and commits a unit a block.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from orchestrator.plan.cut import cut_segments
+from orchestrator.progress.tally import Ahead
 from orchestrator.runtime.calls import Call, Finish
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.policy import FailurePolicy
@@ -131,11 +133,13 @@ class BlockPass:
         while todo := keys.keys() - done.keys():
             segments = cut_segments(len(cut), workers.size, self.segments)
             kept, first = _next_segment(cut, segments, back(cut).unfinished)
-            if (found := self._keep_boundaries(dense_key, cut, kept, stage)) != cut:
+            ahead = self._gradients_ahead(cut, cut[:first], count, todo)
+            if (found := self._keep_boundaries(dense_key, cut, kept, stage, ahead=ahead)) != cut:
                 cut = found
                 continue
             schedule = back(cut[first:])
-            self._perform(schedule, pass_key, done, keys, stage=stage, beside=dense)
+            ahead = self._gradients_ahead(cut[:first], cut[:first], count, todo)
+            self._perform(schedule, pass_key, done, keys, stage=stage, beside=dense, ahead=ahead)
             cut = (*cut[:first], *schedule.following_cut())
         for chunks in (dense, self.run.chunks(pass_key, workers.environment)):
             chunks.clear()
@@ -147,6 +151,8 @@ class BlockPass:
         keys: Mapping[int, str],
         program: Callable[[int, bool], Program],
         stage: RunningStage,
+        *,
+        outline: Mapping[str, float] = {},
     ) -> dict[int, dict[str, Any]]:
         """Blocks one after the other, each from all the chunks that the one before has left.
 
@@ -154,6 +160,7 @@ class BlockPass:
             streams: Pass keys of the chunks that move from block to block, side by side.
             keys: Of the units of all blocks that are gone through, from block 0 on.
             program: The rounds of a block, told whether it is made; gives the facts of its unit.
+            outline: Expected parts of its rounds, by method.
         """
         done, workers = self.committed(keys, stage), stage.workers
         stores = [self.run.chunks(stream, workers.environment) for stream in streams]
@@ -163,7 +170,7 @@ class BlockPass:
             if all(len(store.present(block, self.sequences)) == self.sequences for store in stores)
         ]
         schedule = ReplicatedBlocks(
-            todo=keys.keys() - done.keys(), present=present, program=program
+            todo=keys.keys() - done.keys(), present=present, program=program, outline=outline
         )
 
         def note_ended() -> None:
@@ -185,6 +192,7 @@ class BlockPass:
             on_success=on_success,
             is_awaited=schedule.is_awaited,
             on_event=stage.monitor.event,
+            tally=stage.monitor.tally(),
         )
         note_ended()
         for store in stores:
@@ -232,6 +240,8 @@ class BlockPass:
         cut: tuple[range, ...],
         kept: Sequence[int],
         stage: RunningStage,
+        *,
+        ahead: Ahead,
     ) -> tuple[range, ...]:
         """Passes chunks up to these boundaries and keeps them there; gives the cut afterwards."""
         workers = stage.workers
@@ -250,8 +260,27 @@ class BlockPass:
             joints=self._joints,
         )
         chunks = self.run.chunks(dense_key, workers.environment)
-        run_pass(workers, stage.monitor, schedule, chunks)
+        run_pass(workers, stage.monitor, schedule, chunks, ahead=ahead)
         return (*schedule.cut, *cut[last:])
+
+    def _gradients_ahead(
+        self, cut: Sequence[range], repeated: Sequence[range], count: int, todo: Collection[int]
+    ) -> Ahead:
+        """Work of backward passes that follow.
+
+        Args:
+            cut: Their shards.
+            repeated: Shards whose forward pass is repeated.
+            count: Chunks of a backward pass.
+        """
+        shards = [blocks for blocks in cut if any(block in blocks for block in todo)]
+        to_do = Counter(forward=self.sequences * sum(map(len, repeated)))
+        for blocks in shards:
+            to_do["turn" if blocks.stop == self.num_blocks else "back"] += count * len(blocks)
+            to_do["open"] += len(blocks)
+            to_do["finish"] += sum(block in blocks for block in todo)
+        passages = count * len(shards) + self.sequences * len(repeated)
+        return Ahead(to_do=dict(to_do), count=passages)
 
     def _perform(
         self,
@@ -262,6 +291,7 @@ class BlockPass:
         *,
         stage: RunningStage,
         beside: Chunks | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """The pass to its end, each block's facts into `done`."""
 
@@ -282,6 +312,7 @@ class BlockPass:
             on_success=on_success,
             patience=self.patience,
             beside=beside,
+            ahead=ahead,
         )
 
     def _progress(
@@ -293,7 +324,8 @@ class BlockPass:
     ) -> None:
         """Tells of a block whose unit is committed."""
         seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])
-        stage.progress(len(done), len(keys), unit=f"block {block}", seconds=seconds, bytes=size)
+        facts = {"block": block, "seconds": seconds, "bytes": size}
+        stage.progress(len(done), len(keys), unit=f"block {block}", **facts)
 
 
 def _next_segment(

@@ -1,6 +1,6 @@
 """Cost of pivoted storage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from orchestrator.forecast.memory import PROCESS_BYTES, Footprint
@@ -24,6 +24,11 @@ class PivotCost(StageCost):
     def calls(self) -> Sequence[Work]:
         """By linear: factors are read, pivoted and written."""
         return [self._pivot(each) for each in self.setting.shapes.linears]
+
+    def shares(self) -> Mapping[str, Work]:
+        """The mean of all linears."""
+        calls = self.calls()
+        return {"pivot": sum(calls, Work()).times(1 / max(len(calls), 1))}
 
     def _pivot(self, linear: Linear) -> Work:
         itemsize = self.setting.costs.out_itemsize

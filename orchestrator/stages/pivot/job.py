@@ -66,10 +66,11 @@ class PivotJob(StageJob):
         calls = [(each.name, PivotLinear(each.name, rank)) for each, rank in missing.items()]
         dispatch(
             stage.workers.pool,
-            IndependentCalls(calls),
+            IndependentCalls(calls, of="linears"),
             FailurePolicy(),
             on_success=on_success,
             on_event=stage.monitor.event,
+            tally=stage.monitor.tally(),
             patience={"pivot": slowly(flops, stage.workers.environment["device"])},
         )
         return self._result(done)

@@ -109,10 +109,11 @@ def write_files(
     calls = [(spec.name, WriteFile(spec.to_json(), *planned.choice)) for spec in missing]
     dispatch(
         workers.pool,
-        IndependentCalls(calls),
+        IndependentCalls(calls, of="files"),
         FailurePolicy(),
         on_success=on_success,
         on_event=monitor.event,
+        tally=monitor.tally(),
     )
     return files
 
