@@ -5,7 +5,8 @@ Known kinds:
     {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ..., "busy": ...}
     {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "block": 7, "seconds": ...}
     {"event": "progress", "stage": ..., "done": 120, "total": 960, "of": "chunks", "fraction": 0.13,
-     "left": ..., "run_left": ..., "running": [{"call": ..., "seconds": ...}, ...]}
+     "left": ..., "run_left": ..., "running": [{"call": ..., "seconds": ...}, ...],
+     "workers": 2, "failures": 0, "memory": ...}
     {"event": "note", "text": ...}
     {"event": "waiting", "for": ..., "there": ...}
     {"event": "workers", "workers": [{"node": ..., "pid": ...}, ...]}
@@ -25,9 +26,16 @@ seconds that are `left` of the stage and of the run, None while unknown (`progre
 there if a unit belongs to one block.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 Event = Mapping[str, Any]
 OnEvent = Callable[[dict[str, Any]], None]
 """Callback for the events of a run."""
+
+
+def announce_imports(on_event: OnEvent | None) -> None:
+    """Report that the heavy packages are about to be imported, which takes seconds."""
+    if on_event is not None and "torch" not in sys.modules:
+        on_event({"event": "note", "text": "importing torch and transformers"})

@@ -8,7 +8,6 @@ state, without Ray and without tensors, so its decisions are tested as values: i
 `stages.train.pipeline` trains.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
@@ -169,10 +168,17 @@ class IndependentCalls:
     Args:
         units: Pairs of a label and a command.
         of: Plural noun for them in progress messages.
+        work: Work of each by label, in any unit; None: all take the same time.
     """
 
-    def __init__(self, units: Sequence[tuple[str, Command]], of: str = "units") -> None:
+    def __init__(
+        self,
+        units: Sequence[tuple[str, Command]],
+        of: str = "units",
+        work: Mapping[str, float] | None = None,
+    ) -> None:
         self._waiting = list(units)
+        self._work = work or {}
         self._total, self._of = len(self._waiting), of
         self._running: dict[int, tuple[str, Command]] = {}
 
@@ -211,11 +217,13 @@ class IndependentCalls:
         raise AssertionError(f"{call.label} reads no chunk")
 
     def share(self, call: Call) -> tuple[str, float]:
-        return call.method, 1.0
+        return call.method, self._work.get(call.label, 1.0)
 
     def to_do(self) -> dict[str, float]:
-        commands = [command for _, command in (*self._waiting, *self._running.values())]
-        return {kind: float(n) for kind, n in Counter(each.method for each in commands).items()}
+        found: dict[str, float] = {}
+        for label, command in (*self._waiting, *self._running.values()):
+            found[command.method] = found.get(command.method, 0.0) + self._work.get(label, 1.0)
+        return found
 
     def counted(self) -> Counted:
         return Counted(self._total - self.max_workers, self._total, self._of)

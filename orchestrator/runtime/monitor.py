@@ -130,6 +130,12 @@ class RunMonitor:
 
     def _report_progress(self, event: Event) -> None:
         """Write progress to the status and, every few seconds, to the journal; pass it on."""
+        most = self.memory.get(event["stage"])
+        event |= {
+            "workers": len(self._workers) or 1,
+            "failures": self._failures,
+            "memory": most.to_json() if most is not None else None,
+        }
         names = ("done", "total", "of", "fraction")
         self._write(
             progress={name: event[name] for name in names},

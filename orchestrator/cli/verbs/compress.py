@@ -22,12 +22,12 @@ def run(options: argparse.Namespace) -> None:
     sizes = _sizes(options)
     recipe = recipe_of(options)
     if not sizes:
-        with stoppable():
-            result = api.compress(recipe, on_event=progress_of(options))
+        with stoppable(), progress_of(options) as show:
+            result = api.compress(recipe, on_event=show)
         print_result(result, options.json)
         return
-    with stoppable():
-        results = api.compress_sizes(recipe, sizes, on_event=progress_of(options))
+    with stoppable(), progress_of(options) as show:
+        results = api.compress_sizes(recipe, sizes, on_event=show)
     if options.json:
         print(json.dumps([result.report for result in results], indent=2))
     else:

@@ -39,6 +39,6 @@ def run(options: argparse.Namespace) -> None:
     from orchestrator import api
 
     given = {name: value for name, value in vars(options).items() if name in {*FIELDS} - {"out"}}
-    with stoppable():
-        result = api.retarget(options.run, options.out, on_event=progress_of(options), **given)
+    with stoppable(), progress_of(options) as show:
+        result = api.retarget(options.run, options.out, on_event=show, **given)
     print_result(result, options.json)
