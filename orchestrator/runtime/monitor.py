@@ -79,7 +79,7 @@ class RunMonitor:
         with self._lock:
             self._status |= dict.fromkeys(("left", "run_left"))
         if error is None:
-            self._write(state="done", exit_code=0)
+            self._write(state="done", exit_code=0, progress=None)
         elif self.signals.received is not None:
             self._write_stopped()
             raise StoppedError(

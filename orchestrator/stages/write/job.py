@@ -251,4 +251,8 @@ def _result_of(report: dict[str, Any], out: Place, run: RunDirectory) -> Result:
         budget_values=report["values"]["budget"],
         stored_values=report["values"]["stored"],
     )
+    kept, parameters = report["kept"], report["values"]["model_after"]
+    run.record_output(
+        out, {"kept": kept["asked"], "of": kept["asked_of"], "parameters": parameters}
+    )
     return Result(out=out, run_dir=run.root, plan=plan, report=report)
