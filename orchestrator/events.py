@@ -4,7 +4,10 @@ Known kinds:
 
     {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ..., "busy": ...,
      "memory": ...}
-    {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "seconds": ...}
+    {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "block": 7, "seconds": ...}
+    {"event": "progress", "stage": ..., "done": 120, "total": 960, "of": "chunks", "fraction": 0.13,
+     "left": ..., "run_left": ..., "running": [{"call": ..., "seconds": ...}, ...],
+     "workers": 2, "failures": 0, "memory": ...}
     {"event": "note", "text": ..., "stage": ..., "blocks": [...], "step": ...}
     {"event": "waiting", "for": ..., "there": ...}
     {"event": "workers", "workers": [{"node": ..., "pid": ...}, ...]}
@@ -25,8 +28,14 @@ a block, once all chunks have passed it. The unit of a block that was trained ha
 `"losses": {"train": [...], "held_out": [start, ...], "best": 2}`, by epoch.
 
 Other events are shown with their fields.
+
+`progress` comes once a second from a thread of the driver while calls run, and every 5 s in the
+journal: `done` of `total` in the unit `of`, the `fraction` of the stage's work by its cost, and the
+seconds that are `left` of the stage and of the run, None while unknown (`progress.eta`). `block` is
+there if a unit belongs to one block.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,3 +44,9 @@ JOURNAL_ONLY = frozenset({"run", "surveyed", "finishing"})
 """Events that the journal has for its readers, and that are not passed on."""
 OnEvent = Callable[[dict[str, Any]], None]
 """Callback for the events of a run."""
+
+
+def announce_imports(on_event: OnEvent | None) -> None:
+    """Report that the heavy packages are about to be imported, which takes seconds."""
+    if on_event is not None and "torch" not in sys.modules:
+        on_event({"event": "note", "text": "importing torch and transformers"})

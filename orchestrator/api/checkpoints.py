@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.evaluation import EvaluationRequest
-from orchestrator.events import OnEvent
+from orchestrator.events import OnEvent, announce_imports
 
 
 def evaluate(
@@ -29,6 +29,7 @@ def evaluate(
         UsageError: A field has a type or value that is not allowed.
         OrchestratorError: Another subclass; `exit_code` tells which.
     """
+    announce_imports(on_event)
     from orchestrator.models.checkpoint.weights import parse_dtype
     from orchestrator.stages import driver
     from orchestrator.stages.evaluate.values import ask_evaluation

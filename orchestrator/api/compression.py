@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.api.checkpoints import evaluate
-from orchestrator.events import OnEvent
+from orchestrator.events import OnEvent, announce_imports
 from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.store.places import Place
@@ -24,6 +24,7 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
     Raises:
         OrchestratorError: A subclass; `exit_code` tells which.
     """
+    announce_imports(on_event)
     from orchestrator.stages import driver
 
     return driver.compress(recipe, on_event)
@@ -67,6 +68,7 @@ def retarget(
         InputError: The directory has no run, or the run stopped before it read its text.
         OrchestratorError: As `compress`.
     """
+    announce_imports(on_event)
     from orchestrator.stages import driver
     from orchestrator.stages.context.previous_run import asked_before
 

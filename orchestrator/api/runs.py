@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def status(run_dir: str | Path) -> dict[str, Any]:
-    """Return the status of a run, from its directory alone.
+    """Return the status of a run, and its finished `outputs`, from its directory alone.
 
     Raises:
         InputError: The directory has no run.
@@ -19,7 +19,8 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     from orchestrator.store.places import parse_place
     from orchestrator.store.run import RunDirectory
 
-    return RunDirectory(parse_place(run_dir)).status()
+    run = RunDirectory(parse_place(run_dir))
+    return {**run.status(), "outputs": run.outputs()}
 
 
 def report(run_dir: str | Path, output: str | Path | None = None) -> Place:

@@ -1,6 +1,7 @@
 """Parsed arguments as values: the recipe, and the writer of its events."""
 
 import argparse
+import os
 import sys
 
 from orchestrator.cli.flags import FIELDS
@@ -44,4 +45,13 @@ def sizes_of(options: argparse.Namespace) -> tuple[float, ...]:
 
 
 def progress_of(options: argparse.Namespace) -> Lines | JsonLines:
-    return JsonLines(sys.stderr) if options.progress == "json" else Lines(sys.stderr)
+    """Return the writer of events to stderr; a context manager."""
+    if options.progress == "json":
+        return JsonLines(sys.stderr)
+    is_terminal = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if options.progress == "live" or (options.progress == "auto" and is_terminal):
+        # rich takes a tenth of a second to import
+        from orchestrator.cli.live import LiveDisplay
+
+        return LiveDisplay(sys.stderr)
+    return Lines(sys.stderr)

@@ -75,7 +75,10 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 def add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--progress", choices=("lines", "json"), default="lines", help="format of events on stderr"
+        "--progress",
+        choices=("auto", "live", "lines", "json"),
+        default="auto",
+        help="format of events on stderr; auto: live on a terminal, else lines (default: auto)",
     )
 
 

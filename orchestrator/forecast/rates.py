@@ -89,6 +89,20 @@ def machine_of(name: str) -> Machine:
     )
 
 
+def nominal_rates(kind: str | None) -> Rates:
+    """Rates by which the stages of a run are compared with each other: those of a GPU, or a CPU's.
+
+    Args:
+        kind: Name of the GPU as the driver or Ray has it; None, or unknown: a CPU.
+    """
+    content, row = _file(), "nominal"
+    for name, device in content["devices"].items():
+        if kind is not None and name.partition("-")[0] in kind:
+            around = content["surroundings"]["pessimistic"]
+            return Rates(row=row, source="", **device["pessimistic"], **around)
+    return Rates(row=row, **content["processor"])
+
+
 def eigen_seconds(size: int, bandwidth: float, products: float, itemsize: int = 8) -> float:
     """Time of a symmetric eigendecomposition with vectors on a GPU, by its memory traffic.
 

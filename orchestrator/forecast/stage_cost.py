@@ -103,6 +103,13 @@ class StageCost(ABC):
         """
         return ()
 
+    def shares(self) -> Mapping[str, Work]:
+        """Work of a unit of each kind of its calls (`Schedule.share`), for the time that is left.
+
+        Empty by default: the time is known once calls of every kind have ended.
+        """
+        return {}
+
     def keeps_states(self, held: Footprint) -> bool:
         """True if the stage resumes from its content; False if it begins again.
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
+from orchestrator.progress.tally import Counted
 from orchestrator.store.places import Place
 
 
@@ -148,16 +149,37 @@ class Schedule(Protocol):
         """Record that an input chunk of a call is missing or damaged."""
         ...
 
+    def share(self, call: Call) -> tuple[str, float]:
+        """Kind of a call and its units of work, by which time is estimated (`progress.eta`)."""
+        ...
+
+    def to_do(self) -> Mapping[str, float]:
+        """Units of work that have not ended, by kind, those of running calls included."""
+        ...
+
+    def counted(self) -> Counted:
+        """Progress in a unit that users know."""
+        ...
+
 
 class IndependentCalls:
     """Independent units, started in order on idle workers.
 
     Args:
         units: Pairs of a label and a command.
+        of: Plural noun for them in progress messages.
+        work: Work of each by label, in any unit; None: all take the same time.
     """
 
-    def __init__(self, units: Sequence[tuple[str, Command]]) -> None:
+    def __init__(
+        self,
+        units: Sequence[tuple[str, Command]],
+        of: str = "units",
+        work: Mapping[str, float] | None = None,
+    ) -> None:
         self._waiting = list(units)
+        self._work = work or {}
+        self._total, self._of = len(self._waiting), of
         self._running: dict[int, tuple[str, Command]] = {}
 
     @property
@@ -193,3 +215,15 @@ class IndependentCalls:
 
     def input_missing(self, call: Call, chunk: tuple[int, int]) -> None:
         raise AssertionError(f"{call.label} reads no chunk")
+
+    def share(self, call: Call) -> tuple[str, float]:
+        return call.method, self._work.get(call.label, 1.0)
+
+    def to_do(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for label, command in (*self._waiting, *self._running.values()):
+            found[command.method] = found.get(command.method, 0.0) + self._work.get(label, 1.0)
+        return found
+
+    def counted(self) -> Counted:
+        return Counted(self._total - self.max_workers, self._total, self._of)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, WorkerError
+from orchestrator.progress.tally import Ahead, Tally
 from orchestrator.runtime.calls import Call, Finish, Schedule
 from orchestrator.runtime.deadline import Deadlines
 from orchestrator.runtime.policy import Action, Cause, Failure, FailurePolicy, check_nodes
@@ -17,6 +18,8 @@ from orchestrator.runtime.scaling import to_give_back
 from orchestrator.store.chunks import MissingChunk
 
 POLL_SECONDS = 0.5
+LOOK_SECONDS = 0.5
+"""Minimum interval between counts of the work that is left."""
 POLLED_SECONDS = 2.0
 """Interval between events while no call ends, at which a run may be ended."""
 NAMED_CALLS = 3
@@ -32,6 +35,7 @@ def dispatch(
     is_awaited: Callable[[tuple[int, int]], bool] = lambda chunk: False,
     on_event: Callable[[dict[str, Any]], None],
     patience: Mapping[str, float] = {},
+    tally: Tally | None = None,
 ) -> None:
     """Execute a schedule to its end.
 
@@ -45,6 +49,7 @@ def dispatch(
         on_event: Called on failures, on waits, with the memory of each call, and once at the end
             with the workers' utilisation.
         patience: By method, seconds that a call may take (see `Deadlines`).
+        tally: Gets the progress.
 
     Raises:
         OrchestratorError: A call raised it, or the policy ended the run.
@@ -57,15 +62,19 @@ def dispatch(
         is_awaited=is_awaited,
         on_event=on_event,
         deadlines=Deadlines(patience),
+        tally=tally or Tally(Ahead()),
     )
+    loop.look()
     while not schedule.finished:
         loop.retire_draining()
         loop.start_calls()
         loop.scale()
+        loop.look_again()
         outcomes = pool.wait(POLL_SECONDS)
         for outcome in outcomes or loop.overdue():
             loop.conclude(outcome)
         loop.report_waiting(bool(outcomes))
+    loop.look()
     loop.report_utilisation()
 
 
@@ -82,14 +91,15 @@ class _Loop:
         is_awaited: Callable[[tuple[int, int]], bool],
         on_event: Callable[[dict[str, Any]], None],
         deadlines: Deadlines,
+        tally: Tally,
     ) -> None:
         self._pool, self._schedule, self._policy = pool, schedule, policy
         self._on_success, self._is_awaited, self._on_event = on_success, is_awaited, on_event
-        self._deadlines = deadlines
+        self._deadlines, self._tally = deadlines, tally
         self._records: dict[tuple[int, int], Any] = {}
         self._busy: dict[int, tuple[Call, float]] = {}
         self._idle: dict[int, float] = {}
-        self._heard = self._polled = self._counted = time.monotonic()
+        self._heard = self._polled = self._counted = self._looked = time.monotonic()
         self._busy_seconds = self._there_seconds = 0.0
 
     def retire_draining(self) -> None:
@@ -121,9 +131,26 @@ class _Loop:
                 self._on_event({"event": "finishing", **about, **asdict(workers[call.worker])})
             self._pool.start(call, gathered or record)
             self._busy[call.worker] = (call, time.monotonic())
+            self._tally.begun(call, *self._schedule.share(call))
         self._records = {
             chunk: record for chunk, record in self._records.items() if self._is_awaited(chunk)
         }
+
+    def look(self) -> None:
+        """Count the work that is left."""
+        schedule = self._schedule
+        self._tally.look(
+            schedule.to_do(),
+            schedule.counted(),
+            present=len(self._pool.workers()),
+            useful=schedule.max_workers,
+        )
+        self._looked = time.monotonic()
+
+    def look_again(self) -> None:
+        """Count it unless it was counted just before, since a count takes time of its own."""
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self.look()
 
     def scale(self) -> None:
         """Adapt the number of workers to the schedule; give back idle surplus workers."""
@@ -155,6 +182,7 @@ class _Loop:
         call = outcome.call
         _, begun = self._busy.pop(call.worker)
         self._busy_seconds += time.monotonic() - begun
+        self._tally.over(call, succeeded=outcome.lost is None and outcome.error is None)
         if outcome.lost is not None:
             self._conclude_loss(outcome)
         elif isinstance(outcome.error, MissingChunk):

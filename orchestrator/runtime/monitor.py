@@ -9,6 +9,8 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError, StoppedError
 from orchestrator.events import JOURNAL_ONLY, OnEvent
+from orchestrator.progress.tally import Ahead, Tally
+from orchestrator.runtime.progress import Progress
 from orchestrator.runtime.signals import Signals
 from orchestrator.store.lease import Lease, removed
 from orchestrator.store.run import RunDirectory
@@ -18,6 +20,8 @@ Event = dict[str, Any]
 Follower = Callable[[Event, Mapping[str, Any]], None]
 """Function of an event and of the status after it."""
 _STOPPED = {"state": "stopped", "exit_code": StoppedError.exit_code}
+JOURNAL_SECONDS = 5.0
+"""Minimum interval between progress events in the journal."""
 
 
 class RunMonitor:
@@ -35,6 +39,8 @@ class RunMonitor:
         self._status: dict[str, Any] = {**fields, "state": "running", "started": time.time()}
         self._lock = threading.Lock()
         self._begun: dict[str, tuple[float, int]] = {}
+        self._journalled = float("-inf")
+        self.progress = Progress(self._report_progress, self._present)
         self._workers: set[tuple[str, int]] = set()
         self._failures = run.failures()
         self._followers: list[Follower] = []
@@ -61,6 +67,7 @@ class RunMonitor:
         self._write()
         self._run.append({"event": "run", "state": "begin"})
         self.signals.__enter__()
+        self.progress.start()
         return self
 
     def __exit__(
@@ -69,9 +76,12 @@ class RunMonitor:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.progress.stop()
         self.signals.__exit__()
+        with self._lock:
+            self._status |= dict.fromkeys(("left", "run_left"))
         if error is None:
-            self._end(state="done", exit_code=0)
+            self._end(state="done", exit_code=0, progress=None)
         elif self.signals.received is not None:
             self._end(**_STOPPED)
             raise StoppedError(
@@ -126,6 +136,35 @@ class RunMonitor:
             self.note(hold.note)
         self._holds.append(hold)
 
+    def _present(self) -> str:
+        """Name of the present stage, or ""."""
+        return self.within[-1] if self.within else ""
+
+    def tally(self, ahead: Ahead | None = None) -> Tally:
+        """Tally of the next dispatch of the present stage (see `Progress.tally`)."""
+        return self.progress.tally(self._present(), ahead)
+
+    def _report_progress(self, event: Event) -> None:
+        """Write progress to the status and, every few seconds, to the journal; pass it on."""
+        most = self.memory.get(event["stage"])
+        event |= {
+            "workers": len(self._workers) or 1,
+            "failures": self._failures,
+            "memory": most.to_json() if most is not None else None,
+        }
+        names = ("done", "total", "of", "fraction")
+        self._write(
+            progress={name: event[name] for name in names},
+            left=event["left"],
+            run_left=event["run_left"],
+        )
+        now = time.monotonic()
+        if now - self._journalled > JOURNAL_SECONDS:
+            self._journalled = now
+            self._run.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+
     def stage(self, name: str) -> "StageMonitor":
         """Context of a stage of the run, with events for its begin and end."""
         return StageMonitor(self, name)
@@ -153,7 +192,7 @@ class RunMonitor:
         if event["event"] == "polled":
             return
         if event["event"] == "busy":
-            stage = self.within[-1] if self.within else ""
+            stage = self._present()
             seconds, of = self._busy.get(stage, (0.0, 0.0))
             self._busy[stage] = seconds + event["seconds"], of + event["of"]
             return
@@ -183,7 +222,7 @@ class RunMonitor:
 
     def _note_memory(self, usage: Usage) -> None:
         """Update the peak memory of a stage; the next change of the status shows it."""
-        stage = self.within[-1] if self.within else ""
+        stage = self._present()
         most = self.memory[stage] = usage.merge(self.memory.get(stage, usage))
         with self._lock:
             self._status["memory"] = most.to_json()
@@ -199,7 +238,8 @@ class RunMonitor:
         match event:
             case {"event": "stage", "state": "begin", "stage": stage}:
                 self._begun[stage] = (time.monotonic(), 0)
-                return {"stage": stage, "done": None, "total": None, "left": None}
+                fresh = ("done", "total", "progress", "left", "run_left")
+                return {"stage": stage, **dict.fromkeys(fresh)}
             case {"event": "stage" | "unit", "stage": stage}:
                 return {"stage": stage, **self._progress(event)}
             case {"event": "workers", "workers": workers}:
@@ -222,13 +262,16 @@ class RunMonitor:
         begun, seen = self._begun.get(event["stage"], (time.monotonic(), 0))
         self._begun[event["stage"]] = (begun, seen + 1)
         done, total = event["done"], event["total"]
-        left = (time.monotonic() - begun) / (seen + 1) * (total - done)
-        return {"done": done, "total": total, "left": left}
+        found = {"done": done, "total": total}
+        if self._status.get("progress") is None:
+            found["left"] = (time.monotonic() - begun) / (seen + 1) * (total - done)
+        return found
 
     def dismiss_workers(self) -> None:
         """Remove the workers from the status; others may start later."""
         self._workers.clear()
-        self._status |= {"workers": None, "nodes": None, "left": None}
+        with self._lock:
+            self._status |= dict.fromkeys(("workers", "nodes", "left", "run_left"))
 
     def note(self, text: str, **facts: Any) -> None:
         self.event({"event": "note", "text": text, **facts})
@@ -250,6 +293,7 @@ class StageMonitor:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._monitor.within.pop()
+        self._monitor.progress.end(self.name)
         seconds = time.monotonic() - self._begun
         self._monitor.seconds[self.name] = self._monitor.seconds.get(self.name, 0.0) + seconds
         if error is None:

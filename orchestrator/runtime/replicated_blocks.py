@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from orchestrator.errors import WorkerError
+from orchestrator.progress.tally import Counted
 from orchestrator.runtime.calls import Call, Command
 
 
@@ -83,6 +84,8 @@ class ReplicatedBlocks:
         todo: Blocks to make.
         present: Blocks whose input is stored completely; that of block 0 always is.
         program: Rounds of a block, given its number and whether it is made already.
+        outline: Parts of the rounds of a block that is made, by method; those of the last block
+            that was made take precedence.
     """
 
     def __init__(
@@ -91,8 +94,10 @@ class ReplicatedBlocks:
         todo: Iterable[int],
         present: Iterable[int],
         program: Callable[[int, bool], Program],
+        outline: Mapping[str, float] = {},
     ) -> None:
         self._todo = set(todo)
+        self._total, self._outline = len(self._todo), dict(outline)
         first = min(self._todo, default=0)
         self._block = max(block for block in (0, *present) if block <= first)
         self._program = program
@@ -109,6 +114,7 @@ class ReplicatedBlocks:
         """Reset to the state in which no block is processed."""
         self._rounds: Program | None = None
         self._replicas: list[int] = []
+        self._done_here: dict[str, float] = {}
         self._emitted: list[tuple[int, int]] = []
         self._open(None)
 
@@ -198,8 +204,11 @@ class ReplicatedBlocks:
 
     def succeeded(self, call: Call) -> None:
         self._running.discard(call.worker)
-        if self._counts(call) and call.emits is not None:
-            self._emitted.append(call.emits)
+        if self._counts(call):
+            kind, units = self.share(call)
+            self._done_here[kind] = self._done_here.get(kind, 0.0) + units
+            if call.emits is not None:
+                self._emitted.append(call.emits)
 
     def record_result(self, call: Call, value: dict[str, Any]) -> None:
         """Record the result of a successful call.
@@ -269,12 +278,32 @@ class ReplicatedBlocks:
             following = self._rounds.send(found)
         except StopIteration as end:
             self._ended.append((self._block, end.value))
+            if self._block in self._todo:
+                self._outline = dict(self._done_here)
             self._todo.discard(self._block)
             self._block += 1
             self._anew()
         else:
             self._is_entering = False
             self._open(following)
+
+    def share(self, call: Call) -> tuple[str, float]:
+        """Parts of the round; a round without parts counts as one, shared by the replicas."""
+        command = _command(call)
+        whole = self._round is None or not self._round.parts
+        units = 1 / max(len(self._replicas), 1) if whole else float(len(command.parts))
+        return command.method, units
+
+    def to_do(self) -> dict[str, float]:
+        """Parts by method, as if all blocks that are made were alike."""
+        found = {kind: units * len(self._todo) for kind, units in self._outline.items()}
+        for kind, units in self._done_here.items():
+            if self._block in self._todo and kind in found:
+                found[kind] -= min(units, self._outline[kind])
+        return found
+
+    def counted(self) -> Counted:
+        return Counted(self._total - len(self._todo), self._total, "blocks")
 
 
 def _command(call: Call) -> ReplicaCommand:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from orchestrator.progress.tally import Ahead
 from orchestrator.runtime.calls import Call
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor
@@ -24,6 +25,7 @@ def run_pass(
     on_success: Callable[[Call, Any], None] = lambda call, value: None,
     patience: Mapping[str, float] = {},
     beside: Chunks | None = None,
+    ahead: Ahead | None = None,
 ) -> None:
     """Execute a pass to its end; only boundary chunks that it keeps stay.
 
@@ -34,6 +36,7 @@ def run_pass(
         beside: Chunks of the other pass that it reads; dropped when they are not read again.
         on_success: Called with each successful call and its result.
         patience: By method, seconds that a call may take.
+        ahead: Work of the stage after this pass.
 
     Raises:
         OrchestratorError: As `dispatch`.
@@ -55,6 +58,7 @@ def run_pass(
         is_awaited=lambda chunk: schedule.is_awaited(chunk, WINDOW),
         on_event=monitor.event,
         patience=patience,
+        tally=monitor.tally(ahead),
     )
     if not schedule.keeps and not schedule.broken_off:
         chunks.clear()

@@ -19,45 +19,15 @@ Rules of a pass, asserted by the tests:
 - Chunks of the other pass at a shard's input are released once the shard is done.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from orchestrator.progress.tally import Counted
 from orchestrator.runtime.calls import Call, Finish, Open, Step
-
-
-@dataclass(slots=True)
-class ShardState:
-    """One shard of a pass."""
-
-    blocks: range
-    todo: tuple[int, ...]
-    """Blocks whose unit is to be committed."""
-    owner: int | None = None
-    opened: bool = False
-    busy: bool = False
-    fed: set[int] = field(default_factory=set)
-    """Chunks that have passed since the owner opened the shard."""
-    node: str | None = None
-    """Node of its present or last owner, where its output is in memory or cached."""
-    backward: bool = False
-    """True if chunks pass from its last block to its first."""
-
-    @property
-    def entry(self) -> int:
-        """Input boundary, named by the block that it is the input of."""
-        return self.blocks.stop if self.backward else self.blocks.start
-
-    @property
-    def exit(self) -> int:
-        """Output boundary, named in the same way."""
-        return self.blocks.start if self.backward else self.blocks.stop
-
-    @property
-    def label(self) -> str:
-        first, last = self.blocks[0], self.blocks[-1]
-        return f"block {first}" if first == last else f"blocks {first}-{last}"
+from orchestrator.runtime.shard_state import ShardState
 
 
 class ShardPass:
@@ -191,13 +161,15 @@ class ShardPass:
         return False
 
     def _next_chunk(self, shard: int, without: int | None = None) -> int | None:
+        return min(self._waiting(shard) - {without}, default=None)
+
+    def _waiting(self, shard: int) -> set[int]:
+        """Chunks that are still to pass a shard."""
         state = self.shards[shard]
         if state.todo:
-            waiting = set(range(self.num_chunks)) - state.fed
-        else:
-            # including chunks that have passed but whose output was lost
-            waiting = self._needed[shard + 1] - self._present[shard + 1]
-        return min(waiting - {without}, default=None)
+            return set(range(self.num_chunks)) - state.fed
+        # including chunks that have passed but whose output was lost
+        return self._needed[shard + 1] - self._present[shard + 1]
 
     def calls(self, idle: Sequence[int], nodes: Mapping[int, str] = {}) -> list[Call]:
         if self.broken_off:
@@ -389,3 +361,33 @@ class ShardPass:
     def _release(self, shard: int) -> None:
         state = self.shards[shard]
         state.owner, state.opened, state.busy, state.fed = None, False, False, set()
+
+    def share(self, call: Call) -> tuple[str, float]:
+        state = self.shards[self._held(call.worker) or 0]
+        match call.command:
+            case Open():
+                return "open", float(len(state.blocks))
+            case Step():
+                return self._kind(state), float(len(state.blocks))
+        return "finish", 1.0
+
+    def _kind(self, state: ShardState) -> str:
+        has_head = bool(self._joints) and self._joints[-1] in state.blocks
+        return state.kind(has_head=has_head, scores=self._wants_results)
+
+    def to_do(self) -> dict[str, float]:
+        """Openings and steps count a unit for each block of a shard, finished units one each."""
+        found: Counter[str] = Counter()
+        for k, state in enumerate(self.shards):
+            if not self.is_done(k):
+                blocks = len(state.blocks)
+                found[self._kind(state)] += blocks * len(self._waiting(k))
+                found["open"] += 0 if state.opened else blocks
+                found["finish"] += len(state.todo)
+        return {kind: float(count) for kind, count in found.items()}
+
+    def counted(self) -> Counted:
+        """Passages of chunks through shards."""
+        total = self.num_chunks * len(self.shards)
+        waiting = [self._waiting(k) for k in range(len(self.shards)) if not self.is_done(k)]
+        return Counted(total - sum(map(len, waiting)), total, "chunks")

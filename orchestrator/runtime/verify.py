@@ -37,7 +37,12 @@ def verified_units(
 
         units = IndependentCalls([(name, Verify(files)) for name, files in hashes.items()])
         dispatch(
-            workers.pool, units, FailurePolicy(), on_success=on_success, on_event=monitor.event
+            workers.pool,
+            units,
+            FailurePolicy(),
+            on_success=on_success,
+            on_event=monitor.event,
+            tally=monitor.tally(),
         )
     for name in hashes:
         if not found[name]:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 
 from orchestrator.errors import InfeasibleError, InputError, UsageError
+from orchestrator.forecast.expected import expected
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Forecast, Resources
-from orchestrator.forecast.rates import Machine, largest_memory
+from orchestrator.forecast.rates import Machine, largest_memory, nominal_rates
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.models.evaluation.machine import host_bytes
 from orchestrator.readable import size
@@ -29,6 +30,8 @@ def check_memory(
 ) -> Forecast | None:
     """Report the peak memory of a worker, and refuse a run that cannot fit.
 
+    The monitor gets the expected times of stages and calls.
+
     Device memory is known for a local run, for GPUs that Ray names, and for a single-machine CPU
     run; at least one device must fit the peak stage. A run is not refused if memory is unknown, or
     if the model's headers do not suffice for a forecast.
@@ -40,13 +43,16 @@ def check_memory(
         InfeasibleError: A stage does not fit on the largest known device.
     """
     there = _in_this_process() if recipe.executor == "local" else _on_ray(recipe)
-    workers, room, is_gpu = there
-    machine = Machine("", room, (), is_gpu)
+    workers, room, kind = there
+    is_gpu = kind is not None
+    machine = Machine("", room, (nominal_rates(kind),), is_gpu)
     resources = Resources(workers=workers, machine=machine, memory_bytes=room)
     if measured is not None:
         resources = replace(resources, memory_bytes=float(measured))
     try:
-        found = forecast(read_shapes(model), recipe, resources)
+        shapes = read_shapes(model)
+        found = forecast(shapes, recipe, resources)
+        monitor.progress.expected = expected(found, shapes, recipe, resources)
     except (InputError, UsageError) as error:
         # headers may lack what it needs, or name linears otherwise than the model does
         monitor.note(f"no forecast: {error}")
@@ -89,11 +95,12 @@ def recheck_memory(
     return check_memory(recipe, model, monitor, measured=measured)
 
 
-def _in_this_process() -> tuple[int, float, bool]:
-    """Workers, the memory of one, and whether that is a GPU's."""
+def _in_this_process() -> tuple[int, float, str | None]:
+    """Workers, the memory of one, and the name of its GPU; None if it has none."""
     if torch.cuda.is_available():
-        return 1, float(torch.cuda.get_device_properties(0).total_memory), True
-    return 1, float(host_bytes()), False
+        about = torch.cuda.get_device_properties(0)
+        return 1, float(about.total_memory), str(about.name)
+    return 1, float(host_bytes()), None
 
 
 def _is_assumed(execution: Execution) -> bool:
@@ -114,13 +121,13 @@ def _largest_memory(kinds: Collection[str]) -> float | None:
     return max(known) if known and len(known) == len(kinds) else None
 
 
-def _on_ray(execution: Execution) -> tuple[int, float | None, bool]:
+def _on_ray(execution: Execution) -> tuple[int, float | None, str | None]:
     from orchestrator.runtime.ray import connect
 
     there, kinds = connect.worker_room(execution), connect.gpu_kinds()
-    room, is_gpu = _largest_memory(kinds), bool(kinds)
+    room, kind = _largest_memory(kinds), min(kinds, default=None)
     bounds = Bounds.of(execution.workers)
     if room is None and not bounds.is_growing and connect.is_this_machine():
         room = float(host_bytes())
     most = bounds.most if bounds.is_growing and bounds.most else max(there, 1)
-    return max(1, min(most, bounds.most or most)), room, is_gpu
+    return max(1, min(most, bounds.most or most)), room, kind

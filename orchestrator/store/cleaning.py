@@ -21,7 +21,7 @@ the directory with its whole content."""
 _TEMPORARY = r"\.probe-[^/]*|\..+\.[0-9a-f]{12}\.tmp"
 """Probe files, and files that are renamed when they are complete; in any directory."""
 _OWN: Names = {
-    r"run\.json|status\.json|events\.jsonl|hold\.json(-[0-9a-f]{32})?|report\.html": None,
+    r"(run|status|outputs)\.json|events\.jsonl|hold\.json(-[0-9a-f]{32})?|report\.html": None,
     r"events/": {r"\d{8}-[0-9a-f]{8}\.jsonl": None},
     r"failures/": {r"\d{4,}\.json": None},
     r"units/": {r"[0-9a-f]{2}/": {r"[0-9a-f]{64}/": None}},

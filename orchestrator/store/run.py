@@ -4,6 +4,7 @@ run.json       recipe, model and versions
 status.json    state and progress; replaced atomically, readable after the cluster is gone
 events.jsonl   journal, one line per event, appended (for a store see `journal`)
 failures/      one record per failure, with its log
+outputs.json   finished outputs, in the order in which they were written
 hold.json      lease of the driver (see `lease`)
 units/         committed units (see `units`)
 chunks/        boundary chunks of the current pass (see `chunks`)
@@ -41,9 +42,10 @@ _FORMAT_VERSION = 1
 _MARKER = "run.json"
 _STATUS = "status.json"
 _FAILURES = "failures"
+_OUTPUTS = "outputs.json"
 REMAINS_SECONDS = 0.0, 1.0
 """Waits before each removal of remains: killed workers may complete a write."""
-_NUMBERS = ("started", "updated", "done", "total", "left")
+_NUMBERS = ("started", "updated", "done", "total", "left", "run_left")
 """Numeric fields of a status."""
 
 
@@ -163,7 +165,8 @@ class RunDirectory:
             return {"state": "new"}
         status = _read(self.root / _STATUS, "has no readable status")
         numbers = [status[name] for name in _NUMBERS if name in status]
-        if not isinstance(status.get("state"), str) or not all(map(_is_number, numbers)):
+        is_sound = isinstance(status.get("state"), str) and all(map(_is_number, numbers))
+        if not (is_sound and _is_progress(status.get("progress"), status.get("stage"))):
             raise InputError(f"{self.root / _STATUS}: is damaged; the state of the run is unknown")
         if status.get("state") == "running":
             here = status.get("host") == socket.gethostname()
@@ -190,6 +193,24 @@ class RunDirectory:
         name = f"{_FAILURES}/{number:04d}.json"
         write_json(self.root / name, {"time": round(time.time(), 3), **record}, durable=False)
         return name
+
+    def record_output(self, out: Place, facts: Mapping[str, Any]) -> None:
+        """Add a finished output, or replace its entry."""
+        others = [entry for entry in self.outputs() if entry["out"] != str(out)]
+        entry = {"out": str(out), **facts}
+        write_json(self.root / _OUTPUTS, {"outputs": [*others, entry]}, durable=False)
+
+    def outputs(self) -> list[dict[str, Any]]:
+        """Return the finished outputs in the order in which they were written.
+
+        Runs of earlier versions did not record them; a damaged record is taken for none.
+        """
+        try:
+            found = parse_json(read_bytes(self.root / _OUTPUTS))
+        except (OSError, ValueError):
+            return []
+        entries = found.get("outputs") if isinstance(found, dict) else None
+        return list(filter(_is_output, entries if isinstance(entries, list) else []))
 
     def remove(self, *, dry_run: bool = False) -> Cleaning:
         """Remove the files of the run, and the directory once it is empty.
@@ -221,6 +242,23 @@ class RunDirectory:
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and abs(value) < 2**53  # type: ignore[arg-type]
+
+
+def _is_progress(found: object, stage: object) -> bool:
+    """True if a status has no progress, or a count with its unit, of a stage."""
+    if found is None:
+        return True
+    if not isinstance(found, dict) or not isinstance(stage, str):
+        return False
+    fraction = found.get("fraction")
+    numbers = [found.get("done"), found.get("total"), 0 if fraction is None else fraction]
+    return isinstance(found.get("of"), str) and all(map(_is_number, numbers))
+
+
+def _is_output(entry: object) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("out"), str):
+        return False
+    return all(_is_number(entry.get(name, 0)) for name in ("kept", "parameters"))
 
 
 def _read(path: Place, otherwise: str) -> dict[str, Any]:

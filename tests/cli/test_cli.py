@@ -231,14 +231,24 @@ def test_status_and_clean(tmp_path, capsys):
     run = RunDirectory(tmp_path / "run")
     run.claim({})
     counts = {"done": 3, "total": 30, "workers": 4, "nodes": 2, "failures": 1, "left": 95.0}
-    run.write_status(state="stopped", exit_code=75, stage="calibrate", **counts)
+    counts |= {"progress": {"done": 312, "total": 960, "of": "chunks", "fraction": 0.25}}
+    run.write_status(state="stopped", exit_code=75, stage="calibrate", run_left=3720.0, **counts)
+    run.record_output(tmp_path / "out-0.8", {"kept": 0.8, "of": "values", "parameters": 1000})
+    run.record_output(tmp_path / "out-0.6", {"kept": 0.6, "of": "values", "parameters": 900})
     assert main(["status", str(run.root)]) == 0
-    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert (shown["state"], shown["exit_code"], shown["done"]) == ("stopped", "75", "3 of 30")
+    rows = (line.split("  ", maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    shown = {name: value.strip() for name, value in rows}
+    assert (shown["state"], shown["exit_code"], shown["units"]) == ("stopped", "75", "3 of 30")
+    assert shown["stage"] == f"calibrate [{'#' * 6}{'.' * 18}] 25%"
+    assert shown["chunks"] == "312 of 960"
+    assert shown["left of the run"] == "about 1h02m"
+    assert shown["output 1"] == f"{tmp_path}/out-0.8 (keep 0.8 of values, 1,000 parameters)"
+    assert shown["output 2"].startswith(f"{tmp_path}/out-0.6")
     assert (shown["workers"], shown["nodes"], shown["failures"]) == ("4", "2", "1")
-    assert shown["left"] == "about 1m35s"
+    assert shown["left of the stage"] == "about 1m35s"
     assert main(["status", str(run.root), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["total"] == 30
+    found = json.loads(capsys.readouterr().out)
+    assert (found["total"], found["progress"]["of"], len(found["outputs"])) == (30, "chunks", 2)
     assert main(["clean", str(run.root)]) == 0
     assert not run.root.exists()
     assert capsys.readouterr().out == f"removed {run.root}\n"

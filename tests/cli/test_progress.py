@@ -2,9 +2,12 @@
 
 import io
 import json
+import threading
 import time
+from itertools import pairwise
 
 import pytest
+from rich.console import Console
 
 from orchestrator.cli.lines import JsonLines, Lines
 from orchestrator.readable import duration, size
@@ -107,6 +110,90 @@ def test_a_stage_within_another_does_not_change_what_is_left_of_it(clock, stream
     clock.now = 20.0
     show({**unit(1, total=4), "stage": "train"})
     assert stream.getvalue().endswith("train 1/4, 1m00s left\n")
+
+
+def progress(done, **more):
+    """Event of progress of a stage of 960 chunks."""
+    shown = {"event": "progress", "stage": "calibrate", "done": done, "total": 960, "of": "chunks"}
+    times = {"fraction": 0.25, "left": 90.0, "run_left": 3720.0, "running": []}
+    return shown | times | more
+
+
+def test_progress_is_a_line_when_nothing_else_was_for_a_time(clock, stream):
+    """With events each second there are lines, never ten seconds apart and never two in one."""
+    show = Lines(stream, clock=clock)
+    show({"event": "stage", "stage": "calibrate", "state": "begin"})
+    times = []
+    for second in range(60):
+        clock.now += 1.0
+        before = stream.tell()
+        show(progress(16 * second))
+        times += [clock.now] if stream.tell() > before else []
+    assert times[0] == 1.0
+    assert all(1 <= later - time < 10 for time, later in pairwise(times))
+    assert "calibrate 0/960 chunks, 25%, about 1m30s left, 1h02m of the run\n" in stream.getvalue()
+
+
+def test_units_say_the_estimated_time(clock, stream):
+    """A line of a unit has the time that progress has estimated, not the mean time of units."""
+    show = Lines(stream, clock=clock)
+    show({"event": "stage", "stage": "calibrate", "state": "begin"})
+    clock.now = 240.0
+    show(progress(600))
+    show(unit(1, total=30))
+    assert stream.getvalue().endswith("calibrate 1/30, 1m30s left\n")
+
+
+@pytest.mark.parametrize("event", [{"event": "note", "text": "importing torch"}, None])
+def test_a_silent_time_is_filled(event, clock, stream):
+    """Without events there is a line about what was said last, at most nine seconds later."""
+    show = Lines(stream, clock=clock)
+    if event is not None:
+        show(event)
+    for _ in range(20):
+        clock.now += 1.0
+        show.remind()
+    said = [f"[{n}s] importing torch, for {n}s" for n in ("9.0", 18)] if event else []
+    assert stream.getvalue().splitlines()[1:] == said
+
+
+def test_lines_are_filled_by_a_thread(stream, monkeypatch):
+    """The context has a thread that fills silent times, and ends it."""
+    monkeypatch.setattr("orchestrator.cli.lines.BEAT_SECONDS", 0.001)
+    monkeypatch.setattr("orchestrator.cli.lines.SILENT_SECONDS", 0.0)
+    with Lines(stream) as show:
+        show({"event": "note", "text": "starting"})
+        while stream.getvalue().count("starting, for") < 2:
+            time.sleep(0.001)
+    deadline = time.monotonic() + 10
+    while any(thread.name == "lines" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_live_display_shows_a_stage_in_few_rows(width, clock):
+    """Bar, counts and times fit in the width; notes and failures stay above them."""
+    from orchestrator.cli.live import LiveDisplay
+
+    stream = io.StringIO()
+    with LiveDisplay(stream, clock=clock) as show:
+        show({"event": "stage", "stage": "calibrate", "state": "begin"})
+        show({"event": "note", "text": "all is [well]"})
+        show({**unit(3, total=30), "unit": "block 2"})
+        shown = progress(312, running=[{"call": "blocks 2-3, chunk 5", "seconds": 61.0}])
+        show({**shown, "workers": 2, "failures": 1, "memory": {"host": 5e8}})
+        console = Console(width=width, file=io.StringIO())
+        console.print(show.frame())
+    rows = console.file.getvalue().splitlines()
+    assert len(rows) == 5
+    assert all(len(row) <= width for row in rows)
+    assert rows[0].startswith("calibrate")
+    assert rows[0].rstrip().endswith("25%")
+    assert rows[1].startswith("312 of 960 chunks; done 3 of 30")
+    assert rows[2].rstrip() == "left: about 1m30s; run: about 1h02m"
+    assert rows[3].startswith("2 workers, 1 failure")
+    assert rows[4].rstrip() == "blocks 2-3, chunk 5, for 1m01s"
+    assert "all is [well]" in stream.getvalue()
 
 
 def test_json_lines(stream):

@@ -234,6 +234,7 @@ def test_states(data, room):
     about = {"format_version": 1, "recipe": {"model": "dense", "keep": 0.5}, "out": "/nowhere/out"}
     status = {"state": "running", "pid": 2**22 - 1, "host": "h", "updated": 1.5, "done": 3}
     status |= {"total": 9, "left": 3.5, "started": 1.0, "stage": "write", "error": "e"}
+    status |= {"progress": {"done": 3, "total": 9, "of": "files", "fraction": 0.3}, "run_left": 4.0}
     event = {"time": 1.0, "event": "note", "text": "all is well"}
     hold = {"id": "a", "host": "h", "pid": 7, "since": 1.0, "renewed": 2.0, "renewals": 0}
     files = {"run__json": about, "status__json": status, "hold__json": hold}

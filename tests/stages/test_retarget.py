@@ -5,7 +5,7 @@ import json
 import pytest
 from pipeline import contents, run, write_text
 
-from orchestrator import Recipe, compress_sizes, retarget
+from orchestrator import Recipe, compress_sizes, retarget, status
 from orchestrator.cli.main import main
 from orchestrator.errors import InputError, UsageError
 
@@ -58,6 +58,9 @@ def test_several_sizes_are_cut_from_one_run(llama, text, tmp_path):
     events = []
     results = compress_sizes(recipe, [0.8, 0.6, 0.5], events.append)
     assert [each.out.name for each in results] == ["out-0.8", "out-0.6", "out-0.5"]
+    listed = status(results[0].run_dir)["outputs"]
+    assert [each["out"] for each in listed] == [str(each.out) for each in results]
+    assert [each["kept"] for each in listed] == [0.8, 0.6, 0.5]
     assert {each.run_dir for each in results} == {tmp_path / "out.run"}
     decomposed = [e for e in events if e["event"] == "unit" and e["stage"] == "calibrate"]
     assert len(decomposed) == 4

@@ -19,9 +19,9 @@ def run(options: argparse.Namespace) -> None:
 
     sizes = sizes_of(options)
     recipe = recipe_of(options)
-    with stoppable():
+    with stoppable(), progress_of(options) as show:
         if sizes:
-            results = api.compress_sizes(recipe, sizes, on_event=progress_of(options))
+            results = api.compress_sizes(recipe, sizes, on_event=show)
         else:
-            results = [api.compress(recipe, on_event=progress_of(options))]
+            results = [api.compress(recipe, on_event=show)]
     print_results(results, options.json, is_one=not sizes)

@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> None:
 
     taken = vars(options).keys() - {"command", "json", "model", "progress", "verbose"}
     arguments = {name: getattr(options, name) for name in taken}
-    with stoppable():
-        report = api.evaluate(options.model, on_event=progress_of(options), **arguments)
+    with stoppable(), progress_of(options) as show:
+        report = api.evaluate(options.model, on_event=show, **arguments)
     if options.json:
         print(json.dumps(report, indent=2))
     else:

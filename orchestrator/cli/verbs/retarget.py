@@ -40,8 +40,8 @@ def run(options: argparse.Namespace) -> None:
 
     sizes = sizes_of(options)
     given = {name: value for name, value in vars(options).items() if name in {*FIELDS} - {"out"}}
-    given |= {"on_event": progress_of(options)}
-    with stoppable():
+    with stoppable(), progress_of(options) as show:
+        given["on_event"] = show
         if sizes:
             results = api.retarget_sizes(options.run, options.out, sizes, **given)
         else:

@@ -36,8 +36,8 @@ def run(options: argparse.Namespace) -> None:
     recipe, vary = recipe_of(options), dict(map(parse_vary, options.vary))
     given = {name: getattr(options, flag) for name, flag in HELD_OUT.items() if flag in options}
     given |= {"sequence_length": recipe.sequence_length}
-    with stoppable():
-        found = api.search(recipe, vary, on_event=progress_of(options), **given)
+    with stoppable(), progress_of(options) as show:
+        found = api.search(recipe, vary, on_event=show, **given)
     if not options.json:
         for candidate in found.candidates:
             setting = ", ".join(f"{name}={value}" for name, value in candidate.setting.items())

@@ -3,13 +3,15 @@
 The driver's part; the workers compute statistics and commit the units.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from orchestrator.plan.cut import cut_segments
+from orchestrator.progress.tally import Ahead
 from orchestrator.readable import counted
 from orchestrator.runtime.calls import Call, Finish
 from orchestrator.runtime.dispatch import dispatch
@@ -136,12 +138,14 @@ class BlockPass:
         while todo := keys.keys() - done.keys():
             segments = cut_segments(len(cut), workers.size, self.segments)
             kept, first = _next_segment(cut, segments, backward_pass(cut).unfinished)
-            new_cut = self._store_boundaries(dense_key, cut, kept, stage)
+            ahead = self._gradients_ahead(cut, cut[:first], count, todo)
+            new_cut = self._store_boundaries(dense_key, cut, kept, stage, ahead=ahead)
             if new_cut != cut:
                 cut = new_cut
                 continue
             schedule = backward_pass(cut[first:])
-            self._perform(schedule, pass_key, done, keys, stage=stage, beside=dense)
+            ahead = self._gradients_ahead(cut[:first], cut[:first], count, todo)
+            self._perform(schedule, pass_key, done, keys, stage=stage, beside=dense, ahead=ahead)
             cut = (*cut[:first], *schedule.following_cut())
         for chunks in (dense, self.run.chunks(pass_key, workers.environment)):
             chunks.clear()
@@ -153,6 +157,8 @@ class BlockPass:
         keys: Mapping[int, str],
         program: Callable[[int, bool], Program],
         stage: RunningStage,
+        *,
+        outline: Mapping[str, float] = {},
     ) -> dict[int, dict[str, Any]]:
         """Process blocks in order, each after all chunks have passed the preceding one.
 
@@ -161,6 +167,7 @@ class BlockPass:
             keys: Unit keys of all blocks of the pass, from block 0.
             program: Function from a block, and a bool that is True if its unit is committed, to the
                 rounds of the block.
+            outline: Expected parts of the rounds of a block, by method.
 
         Returns:
             The facts of the units, by block.
@@ -173,7 +180,7 @@ class BlockPass:
             if all(len(store.present(block, self.sequences)) == self.sequences for store in stores)
         ]
         schedule = ReplicatedBlocks(
-            todo=keys.keys() - done.keys(), present=present, program=program
+            todo=keys.keys() - done.keys(), present=present, program=program, outline=outline
         )
 
         def note_ended() -> None:
@@ -195,6 +202,7 @@ class BlockPass:
             on_success=on_success,
             is_awaited=schedule.is_awaited,
             on_event=stage.monitor.event,
+            tally=stage.monitor.tally(),
         )
         note_ended()
         for store in stores:
@@ -246,6 +254,8 @@ class BlockPass:
         cut: tuple[range, ...],
         kept: Sequence[int],
         stage: RunningStage,
+        *,
+        ahead: Ahead,
     ) -> tuple[range, ...]:
         """Pass chunks to these boundaries and store them there. Returns the cut after the pass."""
         workers = stage.workers
@@ -264,8 +274,27 @@ class BlockPass:
             joints=self._joints,
         )
         chunks = self.run.chunks(dense_key, workers.environment)
-        run_pass(workers, stage.monitor, schedule, chunks)
+        run_pass(workers, stage.monitor, schedule, chunks, ahead=ahead)
         return (*schedule.cut, *cut[last:])
+
+    def _gradients_ahead(
+        self, cut: Sequence[range], repeated: Sequence[range], count: int, todo: Collection[int]
+    ) -> Ahead:
+        """Work of backward passes that follow.
+
+        Args:
+            cut: Their shards.
+            repeated: Shards whose forward pass is repeated.
+            count: Chunks of a backward pass.
+        """
+        shards = [blocks for blocks in cut if any(block in blocks for block in todo)]
+        to_do = Counter(forward=self.sequences * sum(map(len, repeated)))
+        for blocks in shards:
+            to_do["turn" if blocks.stop == self.num_blocks else "back"] += count * len(blocks)
+            to_do["open"] += len(blocks)
+            to_do["finish"] += sum(block in blocks for block in todo)
+        passages = count * len(shards) + self.sequences * len(repeated)
+        return Ahead(to_do=dict(to_do), count=passages)
 
     def _perform(
         self,
@@ -276,6 +305,7 @@ class BlockPass:
         *,
         stage: RunningStage,
         beside: Chunks | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """Execute a pass, and add the facts of each finished block to `done`."""
 
@@ -296,6 +326,7 @@ class BlockPass:
             on_success=on_success,
             patience=self.patience,
             beside=beside,
+            ahead=ahead,
         )
 
     def _progress(
@@ -308,7 +339,9 @@ class BlockPass:
         """Report a committed block."""
         seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])
         losses = _losses(done[block])
-        about = {"seconds": seconds, "bytes": size} | ({"losses": losses} if losses else {})
+        about = {"block": block, "seconds": seconds, "bytes": size} | (
+            {"losses": losses} if losses else {}
+        )
         stage.progress(len(done), len(keys), unit=f"block {block}", **about)
 
 

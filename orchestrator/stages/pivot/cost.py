@@ -1,6 +1,6 @@
 """Cost of pivoted storage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from orchestrator.forecast.memory import PROCESS_BYTES, Footprint
@@ -24,6 +24,10 @@ class PivotCost(StageCost):
     def calls(self) -> Sequence[Work]:
         """By linear: factors are read, pivoted and written."""
         return [self._pivot(each) for each in self.setting.shapes.linears]
+
+    def shares(self) -> Mapping[str, Work]:
+        """One FLOP: linears take as long as their FLOPs say."""
+        return {"pivot": Work(double=1.0)}
 
     def _pivot(self, linear: Linear) -> Work:
         itemsize = self.setting.costs.out_itemsize

@@ -62,15 +62,20 @@ class PivotJob(StageJob):
             size = self._units.size(self._keys[name])
             stage.progress(len(done), len(self._keys), unit=name, bytes=size)
 
-        flops = max((pivot_flops(*each) for each in missing.items()), default=0.0)
+        flops = {each.name: pivot_flops(each, rank) for each, rank in missing.items()}
         calls = [(each.name, PivotLinear(each.name, rank)) for each, rank in missing.items()]
         dispatch(
             stage.workers.pool,
-            IndependentCalls(calls),
+            IndependentCalls(calls, of="linears", work=flops),
             FailurePolicy(),
             on_success=on_success,
             on_event=stage.monitor.event,
-            patience={"pivot": slowly(flops, stage.workers.environment["device"])},
+            tally=stage.monitor.tally(),
+            patience={
+                "pivot": slowly(
+                    max(flops.values(), default=0.0), stage.workers.environment["device"]
+                )
+            },
         )
         return self._result(done)
 

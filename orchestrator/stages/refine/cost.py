@@ -1,6 +1,6 @@
 """Cost of the refinement of blocks in parallel."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from orchestrator.forecast.block_training import epochs, smaller_blocks
 from orchestrator.forecast.memory import (
@@ -36,6 +36,16 @@ class RefineCost(StageCost):
         passed = costs.forward(1).times(setting.sequences)
         one = epochs(setting, self._options) + passed + Work(read=read)
         return [one] * setting.shapes.num_blocks
+
+    def shares(self) -> Mapping[str, Work]:
+        """A chunk passes a dense block, and a block is trained."""
+        costs = self.setting.costs
+        return {
+            "open": costs.load(1),
+            "gather": costs.forward(1),
+            "forward": costs.forward(1),
+            "finish": epochs(self.setting, self._options),
+        }
 
     def forecast(self, held: Footprint) -> StageForecast:
         setting, blocks = self.setting, self.setting.shapes.num_blocks

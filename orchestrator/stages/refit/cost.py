@@ -1,5 +1,7 @@
 """Cost of the refit of left factors."""
 
+from collections.abc import Mapping
+
 from orchestrator.forecast.memory import (
     GRAM_BYTES,
     PROCESS_BYTES,
@@ -28,6 +30,19 @@ class RefitCost(StageCost):
             seconds=setting.seconds(lambda rates: waves * one.overlapped(rates)),
             device=refitting(setting.shapes, blocks, tokens=setting.tokens, itemsize=itemsize),
         )
+
+    def shares(self) -> Mapping[str, Work]:
+        """A chunk passes a cut block, and a block's factors are fitted."""
+        costs, shapes = self.setting.costs, self.setting.shapes
+        statistics = input_statistics(shapes.heaviest)
+        passed = gathering(shapes, statistics, self.setting.tokens, costs.itemsize)
+        fitted = sum(2.0 * each.values * each.in_features for each in shapes.heaviest)
+        return {
+            "open": costs.load(1),
+            "gather": passed,
+            "forward": costs.forward(1),
+            "finish": Work(double=fitted),
+        }
 
     def _shard(self, blocks: int) -> Work:
         """A shard of the cut model: loaded, all sequences passed, left factors fitted."""

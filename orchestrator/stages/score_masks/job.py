@@ -18,6 +18,7 @@ from orchestrator.allocate.scored import MaskAllocator
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.plan import Plan
+from orchestrator.progress.tally import Ahead
 from orchestrator.readable import counted
 from orchestrator.runtime.calls import Call, Step
 from orchestrator.runtime.resume import reusable_units
@@ -188,7 +189,11 @@ class MaskScoring:
                         done[self._unit_key(trials[number])] = facts
                         self._finish(trials[number], facts)
 
-        run_pass(workers, self._monitor, schedule, chunks, on_success=on_success)
+        later = (self._total - self._done - len(trials)) * self._chunks
+        head = len(cut[-1])
+        to_do = {"open": num_blocks, "forward": later * (num_blocks - head), "score": later * head}
+        ahead = Ahead(to_do=to_do if later else {}, count=later * len(cut))
+        run_pass(workers, self._monitor, schedule, chunks, on_success=on_success, ahead=ahead)
         return done
 
     def _sum(self, scores: Mapping[int, Score], number: int) -> Score | None:

@@ -59,6 +59,30 @@ class TrainCost(StageCost):
             device=self._memory(self._mode, min(workers, blocks)),
         )
 
+    def shares(self) -> Mapping[str, Work]:
+        """A sequence passes a block: of the dense model for the targets, and in training.
+
+        A backward pass repeats the forward pass; the last shard has the head beside its blocks.
+        """
+        setting, costs = self.setting, self.setting.costs
+        blocks = -(-setting.shapes.num_blocks // min(setting.workers, setting.shapes.num_blocks))
+        forward = Work(single=trained(setting.shapes, setting.kept, setting.tokens) / 3)
+        head = Work(single=costs.head().flops / blocks)
+        values = float(kept_values(setting.shapes, setting.kept))
+        return {
+            "open": costs.load(1),
+            "take": Work(read=values * setting.costs.out_itemsize),
+            "forward": forward,
+            "score": costs.forward(1) + head.times(1 / 3),
+            "backward": forward.times(3),
+            "turn": forward.times(3) + head,
+            "evaluate": forward + head.times(1 / 3),
+            "update": Work(read=16 * values),
+            "snapshot": Work(write=STATE_BYTES[self._mode] * values),
+            "keep": Work(write=values * costs.out_itemsize),
+            "commit": Work(write=values * costs.out_itemsize),
+        }
+
     def _memory(self, mode: str, workers: int) -> Footprint:
         return training(
             self.setting.shapes,

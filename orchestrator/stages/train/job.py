@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.errors import UsageError
 from orchestrator.models.training.train_options import Course, TrainOptions, plan_course
+from orchestrator.progress.tally import Ahead
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor
@@ -27,6 +28,7 @@ from orchestrator.stages.context.trained_units import changed_blocks, trained_un
 from orchestrator.stages.context.values import Planned
 from orchestrator.stages.train.commands import CommitTrained, TakeShard, Turn, Update
 from orchestrator.stages.train.pipeline import Pipeline, Snapshot
+from orchestrator.stages.train.program import work_left
 from orchestrator.stages.train.worker import TrainSettings, TrainWorker, best_key, snapshot_key
 from orchestrator.store.units import unit_key
 
@@ -113,13 +115,19 @@ class TrainJob(StageJob):
         if done.keys() == self.keys.keys():
             untrained = {"snapshots": [], "best": 0, "stop": "end", "numbers": 0}
             return self._result(next(iter(done.values()), untrained))
-        self._make_targets(stage)
+        shards = [(self._planned.survey.num_blocks, ())]
+        steps = work_left(shards, self._course, keeps_states=self._keeps_states)
+        self._make_targets(stage, Ahead(to_do=steps | self._commits(done)))
         facts = self._train(stage, done)
         self._commit(stage, done, facts)
         return self._result(facts)
 
-    def _make_targets(self, stage: RunningStage) -> None:
-        """Pass dense chunks through all shards, for the targets that do not exist yet."""
+    def _make_targets(self, stage: RunningStage, ahead: Ahead) -> None:
+        """Pass dense chunks through all shards, for the targets that do not exist yet.
+
+        Args:
+            ahead: Work of the steps that follow.
+        """
         job, workers, monitor = self._planned, stage.workers, stage.monitor
         keys = dict(enumerate(self._target_keys))
         results = set(
@@ -139,7 +147,7 @@ class TrainJob(StageJob):
             present=[chunks.present(blocks.start, self._planned.sequences) for blocks in cut],
             results=results,
         )
-        run_pass(workers, monitor, schedule, chunks)
+        run_pass(workers, monitor, schedule, chunks, ahead=ahead)
 
     def _train(self, stage: RunningStage, done: Collection[int]) -> dict[str, Any]:
         """Perform the steps after the last snapshot; gives the facts of the training."""
@@ -185,6 +193,7 @@ class TrainJob(StageJob):
             on_success=on_success,
             is_awaited=pipeline.is_awaited,
             on_event=monitor.event,
+            tally=monitor.tally(Ahead(to_do=self._commits(done))),
         )
         return {
             "snapshots": [asdict(each) for each in pipeline.snapshots],
@@ -261,6 +270,11 @@ class TrainJob(StageJob):
             for block in self.keys:
                 self._planned.run.units.drop(self._kept_key(step, block))
 
+    def _commits(self, done: Collection[int]) -> dict[str, float]:
+        """Number of calls that commit groups of blocks."""
+        first_of = self._planned.grouping.first
+        return {"commit": float(len({first_of(block) for block in self.keys if block not in done}))}
+
     def _commit(self, stage: RunningStage, done: Collection[int], facts: Mapping[str, Any]) -> None:
         """Commit the trained blocks, group by group; then no snapshot is needed any more."""
         job = self._planned
@@ -286,9 +300,16 @@ class TrainJob(StageJob):
                 )
                 for first in groups
             ],
+            of="blocks",
         )
-        workers, on_event = stage.workers, stage.monitor.event
-        dispatch(workers.pool, bag, FailurePolicy(), on_success=on_success, on_event=on_event)
+        dispatch(
+            stage.workers.pool,
+            bag,
+            FailurePolicy(),
+            on_success=on_success,
+            on_event=stage.monitor.event,
+            tally=stage.monitor.tally(),
+        )
         self._drop([each["step"] for each in facts["snapshots"]])
         job.run.units.drop(self._progress_key)
 

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from orchestrator.models.training.train_options import Course
 from orchestrator.plan.cut import cut_blocks
+from orchestrator.progress.tally import Counted
 from orchestrator.runtime.calls import Call, Command
 from orchestrator.stages.train.commands import (
     Backward,
@@ -40,7 +41,7 @@ from orchestrator.stages.train.commands import (
     Turn,
     Update,
 )
-from orchestrator.stages.train.program import Move, program
+from orchestrator.stages.train.program import Move, program, work_left
 
 Stop = Literal["end", "patience", "diverged"]
 WINDOW = 4
@@ -373,3 +374,24 @@ class Pipeline:
         if not self._keeps_states:
             self.snapshots = []
         self._forget()
+
+    def share(self, call: Call) -> tuple[str, float]:
+        return call.method, float(len(self._shards[call.shard].blocks))
+
+    def to_do(self) -> dict[str, float]:
+        """Moves that have not ended, as if patience did not end the training early."""
+        shards = [(len(each.blocks), each.moves) for each in self._shards]
+        rest = shards or [(self._num_blocks, [])], self._course, self._planned_steps
+        return work_left(*rest, keeps_states=self._keeps_states)
+
+    @property
+    def _planned_steps(self) -> int:
+        """Steps whose moves the shards have, and those before them."""
+        begun = self.snapshots and not self._is_at_rest
+        return self._course.following(self.step) if begun else self.step
+
+    def counted(self) -> Counted:
+        """Sequences of all steps."""
+        planned = sum(map(len, self._course.batches[: self._planned_steps]))
+        turns = sum(move.kind == "turn" for each in self._shards[-1:] for move in each.moves)
+        return Counted(planned - turns, sum(map(len, self._course.batches)), "sequences")

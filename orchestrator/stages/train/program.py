@@ -1,9 +1,12 @@
 """Moves of a shard in the pipeline that trains, as a function of the cut and of the sequences."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
+
+from orchestrator.models.training.train_options import Course
 
 Kind = Literal["take", "forward", "turn", "backward", "update", "evaluate", "snapshot", "keep"]
 
@@ -56,3 +59,38 @@ def program(
     moves += [Move("evaluate", end, first + i, each) for i, each in enumerate(held_out)]
     last: Kind = "snapshot" if keeps_states else "keep"
     return [*moves, Move(last, end)] if batches else moves
+
+
+def work_left(
+    shards: Sequence[tuple[int, Sequence[Move]]],
+    course: Course,
+    planned: int = 0,
+    *,
+    keeps_states: bool,
+) -> dict[str, float]:
+    """Units of work by kind of move, each a move through one block.
+
+    Args:
+        shards: Number of blocks of each shard, and its moves that have not ended.
+        planned: Number of steps that the moves include, and those before them.
+        keeps_states: As for `program`.
+    """
+    sequences = sum(map(len, course.batches[planned:]))
+    periods = -(-(course.steps - planned) // course.options.every)
+    # the start is evaluated too
+    is_new = planned == 0 and not any(moves for _, moves in shards)
+    evaluated = len(course.held_out) * (periods + is_new)
+    found: Counter[str] = Counter()
+    for number, (blocks, moves) in enumerate(shards):
+        for move in moves:
+            found[move.kind] += blocks
+        if number == len(shards) - 1:
+            found["turn"] += blocks * sequences
+        else:
+            found["forward"] += blocks * sequences
+            found["backward"] += blocks * sequences
+        found["evaluate"] += blocks * evaluated
+        found["update"] += blocks * (course.steps - planned)
+        found["snapshot" if keeps_states else "keep"] += blocks * periods
+        found["take"] += blocks * is_new
+    return {kind: float(count) for kind, count in found.items()}

@@ -1,5 +1,7 @@
 """Cost of the stages that process blocks in order."""
 
+from collections.abc import Mapping
+
 from orchestrator.forecast.block_training import epochs, smaller_blocks
 from orchestrator.forecast.memory import (
     PROCESS_BYTES,
@@ -65,6 +67,20 @@ class WalkCost(StageCost):
                 refines=self._refines,
             ),
         )
+
+    def shares(self) -> Mapping[str, Work]:
+        """A chunk, a slice of a gradient, or the solves of one block."""
+        setting, costs, options = self.setting, self.setting.costs, self._options
+        passed = costs.forward_in_float32(1)
+        trained_in = options.batches * options.slices
+        return {
+            "look": costs.forward(1) + passed,
+            "compensate": self._drift().times(setting.sequences) + self._solves(),
+            "evaluate": passed,
+            "descend": epochs(setting, options).times(1 / (options.epochs * trained_in)),
+            "leave": passed,
+            "commit": Work(write=float(TRAINED_BYTES * kept_values(setting.shapes, setting.kept))),
+        }
 
     def _block(self) -> Work:
         """All passes of a block, which its workers share."""

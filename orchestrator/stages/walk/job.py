@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.models.training.compensation_options import CompensationOptions
+from orchestrator.models.training.refine_ledger import Ledger
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.runtime.replicated_blocks import Program
 from orchestrator.runtime.worker import Worker
@@ -94,7 +95,8 @@ class WalkJob(StageJob):
         """Pass the chunks of the dense and the compressed model from block to block."""
         streams = self._dense_key, self.key
         passes = block_pass(self._planned, self._planned.forecast)
-        facts = passes.in_order(streams, self._units.keys, self._program, stage)
+        outline = self._outline()
+        facts = passes.in_order(streams, self._units.keys, self._program, stage, outline=outline)
         return StageResult(
             name=self.name,
             key=self.key,
@@ -108,6 +110,19 @@ class WalkJob(StageJob):
             timings={str(b): facts[b]["timings"]["seconds"] for b in sorted(facts)},
             has_gradients=self._refinement is not None,
         )
+
+    def _outline(self) -> dict[str, float]:
+        """Parts of the rounds of a block, as if its training took all of its epochs."""
+        sequences = self._planned.sequences
+        parts = {"look": sequences, "leave": sequences, "commit": 1}
+        if self._compensation is not None:
+            parts["compensate"] = 1
+        if self._refinement is not None:
+            ledger = Ledger(sequences, self._refinement)
+            epochs, batches = self._refinement.epochs, range(ledger.batches)
+            parts["evaluate"] = len(ledger.held_out) * (epochs + 1)
+            parts["descend"] = epochs * sum(ledger.parts(batch) for batch in batches)
+        return {kind: float(count) for kind, count in parts.items()}
 
     def _program(self, block: int, is_committed: bool) -> Program:
         return walk_block(

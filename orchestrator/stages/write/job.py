@@ -110,10 +110,11 @@ def write_files(
     calls = [(spec.name, WriteFile(spec.to_json(), *planned.choice)) for spec in missing]
     dispatch(
         workers.pool,
-        IndependentCalls(calls),
+        IndependentCalls(calls, of="files"),
         FailurePolicy(),
         on_success=on_success,
         on_event=monitor.event,
+        tally=monitor.tally(),
     )
     return files
 
@@ -250,5 +251,9 @@ def _result_of(report: dict[str, Any], out: Place, run: RunDirectory) -> Result:
         assignments=assignments,
         budget_values=report["values"]["budget"],
         stored_values=report["values"]["stored"],
+    )
+    kept, parameters = report["kept"], report["values"]["model_after"]
+    run.record_output(
+        out, {"kept": kept["asked"], "of": kept["asked_of"], "parameters": parameters}
     )
     return Result(out=out, run_dir=run.root, plan=plan, report=report)

@@ -1,0 +1,1 @@
+"""Progress of a run: measured calls, and the time that is left by them and by the forecast."""

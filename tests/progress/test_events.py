@@ -1,0 +1,58 @@
+"""Events of progress: in the run's journal and status, also while a call blocks the driver."""
+
+import time
+
+import pytest
+
+from orchestrator.progress.eta import Expected
+from orchestrator.progress.tally import Counted
+from orchestrator.runtime import progress
+from orchestrator.runtime.calls import Call, Verify
+from orchestrator.runtime.monitor import RunMonitor
+from orchestrator.store.run import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.claim({})
+    return run
+
+
+def reported(events):
+    """The events of progress, once there are two."""
+    while True:
+        found = [event for event in events if event["event"] == "progress"]
+        if len(found) > 1:
+            return found
+        time.sleep(0.005)
+
+
+def test_progress_is_reported_while_a_call_runs(run, monkeypatch):
+    """Events, status and journal have count, fraction and times; the journal not each event."""
+    monkeypatch.setattr(progress, "SECONDS", 0.01)
+    events, call = [], Call(0, Verify(()), "chunk 2")
+    with RunMonitor(run, events.append) as monitor:
+        monitor.progress.expected = Expected(
+            units={"calibrate": {"step": 1000.0, "finish": 2000.0}},
+            stages={"calibrate": 5000.0, "write": 500.0},
+        )
+        with monitor.stage("calibrate"):
+            tally = monitor.tally()
+            tally.look({"step": 3.0, "finish": 1.0}, Counted(1, 4, "chunks"), present=1, useful=1)
+            tally.begun(call, "step", 1.0)
+            event = reported(events)[-1]
+            status = run.status()
+        assert event["stage"] == "calibrate"
+        assert (event["done"], event["total"], event["of"]) == (1, 4, "chunks")
+        assert event["running"][0]["call"] == "chunk 2"
+        assert event["left"] == pytest.approx(5000.0, abs=60)
+        assert event["run_left"] == pytest.approx(5500.0, rel=0.02)
+        assert 0 <= event["fraction"] < 0.01
+        shown = status["progress"]
+        assert (shown["done"], shown["total"], shown["of"]) == (1, 4, "chunks")
+        assert status["run_left"] == pytest.approx(5500.0, rel=0.02)
+        with monitor.stage("write"):
+            assert not {"progress", "left", "run_left"} & run.status().keys()
+    assert not {"left", "run_left"} & run.status().keys()
+    assert sum(event["event"] == "progress" for event in run.events()) == 1
