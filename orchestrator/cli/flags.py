@@ -89,8 +89,12 @@ def add_field(
     *,
     flag: str | None = None,
     shows_default: bool = True,
+    is_required: bool = False,
 ) -> None:
-    """Add the flag of a described field, by default of the field's name."""
+    """Add the flag of a described field, by default of the field's name.
+
+    `is_required` is for a field that has a default and that the verb needs.
+    """
     means, kind = about(field), cast(Any, field.type)
     says, choices = means.help, means.choices or None
     if shows_default and isinstance(field.default, str | int) and kind is not bool:
@@ -107,7 +111,7 @@ def add_field(
             wanted = fraction
         elif wanted is not str and str in others:
             wanted = parse_value
-        needed = field.default is MISSING
+        needed = is_required or field.default is MISSING
         parser.add_argument(
             name, type=wanted, choices=choices, metavar=metavar, help=says, required=needed
         )

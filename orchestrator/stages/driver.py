@@ -29,7 +29,13 @@ from orchestrator.stages.context.stage_job import StageJob
 from orchestrator.stages.context.values import Keyed, Planned, Scores
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.evaluate.job import commit_report, earlier_report, measure
-from orchestrator.stages.evaluate.values import AskedEvaluation, read_text, survey_models
+from orchestrator.stages.evaluate.tasks import TaskEvaluation
+from orchestrator.stages.evaluate.values import (
+    AskedEvaluation,
+    SurveyedEvaluation,
+    read_text,
+    survey_models,
+)
 from orchestrator.stages.evaluate.worker import EvaluationWorker
 from orchestrator.stages.request import ask
 from orchestrator.stages.score import score
@@ -123,20 +129,31 @@ def evaluate(asked: AskedEvaluation, on_event: OnEvent | None = None) -> dict[st
             for name, model in surveyed.lazy_models.items():
                 if model.names.unused:
                     monitor.note(left_out(asked.models[name], model.names.unused))
-        with monitor.stage("read"):
-            keyed = read_text(surveyed)
-        if (report := earlier_report(keyed)) is not None:
-            monitor.note(f"evaluated already, in {asked.run.root}: nothing to do")
-            return report
-        with (
-            connected(asked.execution, monitor),
-            start_workers(
-                EvaluationWorker, keyed.task, asked.execution, monitor, most=keyed.num_blocks
-            ) as workers,
-        ):
-            with _running("evaluate", workers, monitor) as stage:
-                found = measure(keyed, stage)
-            return commit_report(keyed, found)
+            tasks = None if surveyed.tasks is None else TaskEvaluation(surveyed)
+        report: dict[str, Any] = {}
+        if surveyed.text is not None:
+            report = _evaluate_text(surveyed, monitor)
+        if tasks is not None:
+            with monitor.stage("tasks") as stage:
+                report = {**tasks.perform(stage, monitor), **report}
+        return report
+
+
+def _evaluate_text(surveyed: SurveyedEvaluation, monitor: RunMonitor) -> dict[str, Any]:
+    """Pass a text through the models; gives the report."""
+    with monitor.stage("read"):
+        keyed = read_text(surveyed)
+    if (report := earlier_report(keyed)) is not None:
+        monitor.note(f"evaluated already, in {surveyed.run.root}: nothing to do")
+        return report
+    most, execution = keyed.num_blocks, surveyed.execution
+    with (
+        connected(execution, monitor),
+        start_workers(EvaluationWorker, keyed.task, execution, monitor, most=most) as workers,
+    ):
+        with _running("evaluate", workers, monitor) as stage:
+            found = measure(keyed, stage)
+        return commit_report(keyed, found)
 
 
 @contextmanager

@@ -287,7 +287,7 @@ def test_sigterm_ends_with_75(monkeypatch, capsys):
         ["compress", "a", "b", "--keep", "much"],
         ["compress", "a", "b", "--sampling", "last"],
         ["compress", "a", "b", "--sample", "3"],
-        ["evaluate", "a"],
+        ["evaluate"],
         ["export", "a", "b", "--format", "gguf"],
     ],
 )

@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
         "may be repeated, every combination is tried",
     )
     for name, flag in HELD_OUT.items():
-        add_field(parser, EVALUATION_FIELDS[name], flag=flag)
+        add_field(parser, EVALUATION_FIELDS[name], flag=flag, is_required=name == "text")
 
 
 def run(options: argparse.Namespace) -> None:
