@@ -11,6 +11,7 @@ from orchestrator.recipe.field import about, described
 from orchestrator.recipe.presets import PRESETS
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.recipe.values import fraction, parse_value
+from orchestrator.tracking.follow import TRACKERS
 
 METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"}
 """Names of values in the help, by type; `About.metavar` takes precedence."""
@@ -76,6 +77,15 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 def add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--progress", choices=("lines", "json"), default="lines", help="format of events on stderr"
+    )
+
+
+def add_tracking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--track",
+        action="append",
+        choices=TRACKERS,
+        help="experiment tracker that follows the run, an extra of the package; may be repeated",
     )
 
 

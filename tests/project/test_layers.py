@@ -80,7 +80,9 @@ MAY_IMPORT = {
     "harness": "errors lm_eval numpy torch",
     "api": f"{PLAIN} evaluation forecast harness hf pages plan recipe runtime runtime.ray "
     f"searching stages stages.context stages.evaluate store transformers {MODELS}",
-    "cli": f"{PLAIN} api catalogue evaluation forecast plan recipe usage",
+    # experiment trackers, extras; the module of each imports it
+    "tracking": "errors events mlflow torch trackio wandb",
+    "cli": f"{PLAIN} api catalogue evaluation forecast plan recipe tracking usage",
     "__main__": "cli",
 }
 STAGE = f"{MAY_IMPORT['stages.context']} stages.context hf"

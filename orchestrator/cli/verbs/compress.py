@@ -2,10 +2,11 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
-from orchestrator.cli.asked import progress_of, recipe_of
-from orchestrator.cli.flags import add_recipe, add_verb
+from orchestrator.cli.asked import followed, recipe_of
+from orchestrator.cli.flags import add_recipe, add_tracking, add_verb
 from orchestrator.cli.results import print_result
 from orchestrator.cli.stopping import stoppable
 from orchestrator.recipe.recipe import SIZE_FIELDS
@@ -14,6 +15,7 @@ from orchestrator.recipe.recipe import SIZE_FIELDS
 def add_parser(commands: Any) -> None:
     parser = add_verb(commands, "compress", "compress a dense model")
     add_recipe(parser)
+    add_tracking(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -21,13 +23,17 @@ def run(options: argparse.Namespace) -> None:
 
     sizes = _sizes(options)
     recipe = recipe_of(options)
+    run_dir = recipe.run_dir or f"{recipe.out}.run"
+    with stoppable(), followed(options, run_dir, asdict(recipe)) as trackers:
+        if sizes:
+            results = api.compress_sizes(recipe, sizes, on_event=trackers.on_event)
+        else:
+            results = [api.compress(recipe, on_event=trackers.on_event)]
+        for result in results:
+            trackers.report(result.report)
     if not sizes:
-        with stoppable():
-            result = api.compress(recipe, on_event=progress_of(options))
-        print_result(result, options.json)
+        print_result(results[0], options.json)
         return
-    with stoppable():
-        results = api.compress_sizes(recipe, sizes, on_event=progress_of(options))
     if options.json:
         print(json.dumps([result.report for result in results], indent=2))
     else:

@@ -3,13 +3,14 @@
 import argparse
 from typing import Any
 
-from orchestrator.cli.asked import progress_of
+from orchestrator.cli.asked import followed
 from orchestrator.cli.flags import (
     EXECUTION_FIELDS,
     FIELDS,
     add_field,
     add_json,
     add_progress,
+    add_tracking,
     add_verb,
 )
 from orchestrator.cli.results import print_result
@@ -32,6 +33,7 @@ def add_parser(commands: Any) -> None:
         if field.name != "run_dir" and not about(field).decides_bits:
             add_field(parser, field)
     add_progress(parser)
+    add_tracking(parser)
     add_json(parser, "print the whole report")
 
 
@@ -39,6 +41,8 @@ def run(options: argparse.Namespace) -> None:
     from orchestrator import api
 
     given = {name: value for name, value in vars(options).items() if name in {*FIELDS} - {"out"}}
-    with stoppable():
-        result = api.retarget(options.run, options.out, on_event=progress_of(options), **given)
+    settings = {"run": options.run, "out": options.out, **given}
+    with stoppable(), followed(options, options.run, settings) as trackers:
+        result = api.retarget(options.run, options.out, on_event=trackers.on_event, **given)
+        trackers.report(result.report)
     print_result(result, options.json)
