@@ -1,9 +1,10 @@
-"""Request of an evaluation: a model, a held-out text, and how to execute it."""
+"""Request of an evaluation: a model, a held-out text or tasks, and how to execute it."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.errors import UsageError
 from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.field import check_fields, option, required
 from orchestrator.recipe.recipe import DTYPES
@@ -18,12 +19,28 @@ class EvaluationRequest(Execution):
     """
 
     model: str = dataclasses.field(metadata=required("directory or hub id, dense or compressed"))
-    text: str = dataclasses.field(
-        metadata=required(
-            "held-out text: .txt, .jsonl, .parquet, a directory of these, or "
-            "datasets:NAME[:CONFIG[:SPLIT]]",
-            metavar="TEXT",
-        )
+    text: str | None = option(
+        None,
+        "held-out text: .txt, .jsonl, .parquet, a directory of these, or "
+        "datasets:NAME[:CONFIG[:SPLIT]]",
+        metavar="TEXT",
+    )
+    tasks: tuple[str, ...] = option(
+        (),
+        "tasks of lm-evaluation-harness, separated by commas, for accuracy in place of or besides "
+        "perplexity; each runs on both models in turn, in this process, with whole models",
+        metavar="TASK,...",
+    )
+    task_dir: str | None = option(
+        None, "directory with task files (YAML); no network is needed for them", metavar="DIR"
+    )
+    task_limit: int | None = option(
+        None, "number of documents of each task (default: all)", at_least=1
+    )
+    shots: int | None = option(
+        None,
+        "examples in front of each document of a task (default: as many as the task states)",
+        at_least=0,
     )
     against: str | None = option(
         None,
@@ -46,13 +63,26 @@ class EvaluationRequest(Execution):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.text is None and not self.task_names:
+            raise UsageError("text: neither a text nor tasks are given; give --text or --tasks")
+        for name in ("task_dir", "task_limit", "shots"):
+            if not self.task_names and getattr(self, name) is not None:
+                raise UsageError(f"{name}: no tasks are given; give --tasks too, or leave it out")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks, each once."""
+        names = (name.strip() for given in self.tasks for name in given.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
 
     def models(self) -> dict[str, str]:
         """Models to evaluate, by their names in the report."""
         against = {} if self.against is None else {"against": self.against}
         return {"model": self.model, **against}
 
-    def text_facts(self) -> dict[str, Any]:
-        """Description of the held-out text, as in the report."""
+    def text_facts(self) -> dict[str, Any] | None:
+        """Description of the held-out text, as in the report; None if there is none."""
+        if self.text is None:
+            return None
         names = ("field", "samples", "sequence_length", "stride", "layout")
         return {"source": self.text, **{name: getattr(self, name) for name in names}}

@@ -20,6 +20,8 @@ WRITE = "write"
 """Writing of the checkpoint."""
 EVALUATE = "evaluate"
 """Evaluation of models, a run of its own."""
+TASKS = "tasks"
+"""Tasks of lm-evaluation-harness, in an evaluation."""
 
-FIXED = (SURVEY, READ, VERIFY, CALIBRATE, SCORE, ALLOCATE, WRITE, EVALUATE)
+FIXED = (SURVEY, READ, VERIFY, CALIBRATE, SCORE, ALLOCATE, WRITE, EVALUATE, TASKS)
 """Names that no stage of another package may have."""

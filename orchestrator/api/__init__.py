@@ -8,7 +8,7 @@
 Heavy packages are imported when a function is called.
 """
 
-from orchestrator.api.checkpoints import evaluate, export, load, verify
+from orchestrator.api.checkpoints import evaluate, export, lm_eval, load, verify
 from orchestrator.api.cluster import submit
 from orchestrator.api.compression import (
     compress,
@@ -28,6 +28,7 @@ __all__ = [
     "compress_sizes",
     "evaluate",
     "export",
+    "lm_eval",
     "load",
     "measure",
     "plan",

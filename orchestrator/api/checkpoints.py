@@ -1,6 +1,6 @@
 """Evaluation, verification, conversion and loading of checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from orchestrator.events import OnEvent, announce_imports
 def evaluate(
     model: str | Path, *, on_event: OnEvent | None = None, **request: Any
 ) -> dict[str, Any]:
-    """Measure perplexity, speed and size of a model, and its distance to another one.
+    """Measure perplexity, speed, size and accuracy of a model, and its distance to another one.
 
-    Runs through the shards like a calibration, with the same blocks of both models side by side: a
-    process never holds a whole model unless there is only one shard.
+    On a text it runs through the shards like a calibration, with the same blocks of both models
+    side by side: a process never holds a whole model unless there is only one shard. Tasks of
+    lm-evaluation-harness run in this process, with whole models.
 
     Args:
         request: The fields of `orchestrator.evaluation.EvaluationRequest`.
@@ -22,30 +23,63 @@ def evaluate(
     Returns:
         `models` (for `model` and `against`: perplexity = exp of the mean over sequences of the
         mean loss, parameters, bytes, tokens per second in prefill and in decoding), `kl`,
-        `top1_agreement`, `predictions`, `text`, and the environment; `against_is_base` is False if
-        `against` is not the model that `model` was compressed from.
+        `top1_agreement`, `predictions`, `text`, `tasks` (rows by task and metric, with value and
+        standard error of both models and the retention), and the environment; `against_is_base` is
+        False if `against` is not the model that `model` was compressed from.
 
     Raises:
         UsageError: A field has a type or value that is not allowed.
         OrchestratorError: Another subclass; `exit_code` tells which.
     """
     announce_imports(on_event)
+    from orchestrator.harness.options import TaskOptions
     from orchestrator.models.checkpoint.weights import parse_dtype
     from orchestrator.stages import driver
     from orchestrator.stages.evaluate.values import ask_evaluation
     from orchestrator.store.places import parse_place
 
     asked = EvaluationRequest(model=str(model), **request)
+    tasks = TaskOptions(
+        names=asked.task_names,
+        directory=asked.task_dir,
+        limit=asked.task_limit,
+        shots=asked.shots,
+    )
     # a hub id has no directory: use the working directory
     beside = Path(model).absolute() if Path(model).is_dir() else parse_place(model).name
     evaluation = ask_evaluation(
         asked.models(),
         text=asked.text_facts(),
+        tasks=tasks if tasks.names else None,
         dtype=parse_dtype(asked.dtype),
         execution=asked,
         run_dir=parse_place(asked.run_dir or f"{beside}.evaluation"),
     )
     return driver.evaluate(evaluation, on_event)
+
+
+def lm_eval(arguments: Sequence[str]) -> int:
+    """Run the command line of lm-evaluation-harness with compressed checkpoints as models.
+
+    The forms are registered with transformers first, so `--model hf` loads them without
+    `trust_remote_code`; everything else is the harness's own.
+
+    Args:
+        arguments: `["--model", "hf", "--model_args", "pretrained=OUT", "--tasks", ...]`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: lm-evaluation-harness is not installed.
+    """
+    from orchestrator.harness.installed import check_installed, run_command_line
+
+    check_installed()
+    from orchestrator import hf
+
+    hf.register()
+    return run_command_line(arguments)
 
 
 def verify(

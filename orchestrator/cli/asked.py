@@ -1,8 +1,11 @@
-"""Parsed arguments as values: the recipe, and the writer of its events."""
+"""Parsed arguments as values: the recipe, the writer of its events, and their trackers."""
 
 import argparse
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from orchestrator.cli.flags import FIELDS
 from orchestrator.cli.lines import JsonLines, Lines
@@ -15,6 +18,7 @@ from orchestrator.recipe.recipe import (
     read_recipe_fields,
 )
 from orchestrator.recipe.values import parse_option
+from orchestrator.tracking.follow import Following, following
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
@@ -55,3 +59,13 @@ def progress_of(options: argparse.Namespace) -> Lines | JsonLines:
 
         return LiveDisplay(sys.stderr)
     return Lines(sys.stderr)
+
+
+@contextmanager
+def followed(
+    options: argparse.Namespace, directory: str, settings: Mapping[str, Any]
+) -> Iterator[Following]:
+    """Context in which events are displayed and passed to the trackers that were given."""
+    names = vars(options).get("track", ())
+    with progress_of(options) as show, following(names, directory, settings, show) as trackers:
+        yield trackers

@@ -11,6 +11,7 @@ from orchestrator.recipe.field import about, described
 from orchestrator.recipe.presets import PRESETS
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.recipe.values import fraction, parse_value
+from orchestrator.tracking.follow import TRACKERS
 
 METAVARS: dict[Any, str] = {int: "N", float: "FRACTION", str: "NAME"}
 """Names of values in the help, by type; `About.metavar` takes precedence."""
@@ -82,6 +83,15 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tracking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--track",
+        action="append",
+        choices=TRACKERS,
+        help="experiment tracker that follows the run, an extra of the package; may be repeated",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser, says: str) -> None:
     parser.add_argument("--json", action="store_true", help=says)
 
@@ -92,8 +102,12 @@ def add_field(
     *,
     flag: str | None = None,
     shows_default: bool = True,
+    is_required: bool = False,
 ) -> None:
-    """Add the flag of a described field, by default of the field's name."""
+    """Add the flag of a described field, by default of the field's name.
+
+    `is_required` is for a field that has a default and that the verb needs.
+    """
     means, kind = about(field), cast(Any, field.type)
     says, choices = means.help, means.choices or None
     if shows_default and isinstance(field.default, str | int) and kind is not bool:
@@ -110,7 +124,7 @@ def add_field(
             wanted = fraction
         elif wanted is not str and str in others:
             wanted = parse_value
-        needed = field.default is MISSING
+        needed = is_required or field.default is MISSING
         parser.add_argument(
             name, type=wanted, choices=choices, metavar=metavar, help=says, required=needed
         )

@@ -34,25 +34,59 @@ def print_evaluation(report: Mapping[str, Any]) -> None:
     """Print one row per quantity and one column per model, the dense one first; then the
     comparison."""
     models = [report["models"][name] for name in ("against", "model") if name in report["models"]]
-    table = [["", *(Path(model["path"]).name for model in models)]]
+    names = [Path(model["path"]).name for model in models]
+    table = [["", *names]]
     for name, shown in EVALUATION_ROWS.items():
+        if not any(name in model for model in models):
+            continue
         values = [model[name] for model in models]
         label = name.replace("_", " ")
         table.append([label, *("unknown" if v is None else shown(v) for v in values)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for label, *cells in table:
-        shown_cells = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-        print("  ".join([f"{label:<{widths[0]}}", *shown_cells]).rstrip())
+    _print_table(table)
     is_base = report.get("against_is_base", True)
     if "kl" in report:
         from_what = "the dense model" if is_base else table[0][1]
         print(f"mean KL divergence from {from_what} {report['kl']:.4f} nats, ", end="")
         print(f"same top token for {report['top1_agreement']:.1%}")
+    if "tasks" in report:
+        print()
+        _print_table(task_table(report["tasks"], names))
     if not is_base:
         print(f"{table[0][1]} is not the model that {table[0][2]} was compressed from")
-    used = report.get("memory")
-    memory = f", peak memory of a worker: {Usage.from_json(used)}" if used else ""
-    print(f"{counted(report['predictions'], 'prediction')}{memory}")
+    if "predictions" in report:
+        used = report.get("memory")
+        memory = f", peak memory of a worker: {Usage.from_json(used)}" if used else ""
+        print(f"{counted(report['predictions'], 'prediction')}{memory}")
+
+
+def task_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[str]]:
+    """Table of tasks: one row per metric, one column per model, and the retention."""
+    keys = ("against", "model")[-len(names) :]
+    heads = ["task", "metric", "documents", *names, *(["retention"] if len(names) > 1 else [])]
+    table = [heads]
+    for row in rows:
+        scores = [score_text(row.get(key)) for key in keys]
+        kept = row["retention"]
+        retention = ["unknown" if kept is None else f"{kept:.1%}"] if len(names) > 1 else []
+        documents = "unknown" if row["documents"] is None else f"{row['documents']:,}"
+        table.append([row["task"], row["metric"], documents, *scores, *retention])
+    return table
+
+
+def score_text(score: Mapping[str, Any] | None) -> str:
+    """Value of a metric with its standard error."""
+    if score is None:
+        return "unknown"
+    error = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
+    return f"{score['value']:.4f}{error}"
+
+
+def _print_table(table: Sequence[Sequence[str]]) -> None:
+    """Print rows with aligned columns, the first one to the left."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for label, *cells in table:
+        shown_cells = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        print("  ".join([f"{label:<{widths[0]}}", *shown_cells]).rstrip())
 
 
 def print_result(result: Result, as_json: bool) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 
 from orchestrator.errors import UsageError
 from orchestrator.pages import figures, tables
-from orchestrator.pages.evaluations import AGREEMENT, QUANTITIES, against_base, text_of
+from orchestrator.pages.evaluations import (
+    AGREEMENT,
+    QUANTITIES,
+    against_base,
+    score,
+    task_key,
+    task_rows,
+    text_of,
+)
 from orchestrator.pages.linears import by_role, entries, kept_of
 from orchestrator.pages.markup import Markup, element, page, section, write_page
 from orchestrator.pages.sources import Source, read_source, whole
@@ -50,6 +58,7 @@ def comparison_page(sources: Sequence[Source]) -> Markup:
         _differences(names, sources),
         _sizes(names, sources),
         *_evaluations(names, sources),
+        _tasks(names, sources),
         _kept_by_role(names, sources),
         _timings(names, sources),
         _left_out(names, sources),
@@ -126,7 +135,7 @@ def _evaluations(names: Sequence[str], sources: Sequence[Source]) -> Iterator[Ma
     """Sections by text: only measurements on the same tokens share a table."""
     texts: dict[str, list[tuple[str, Source, Mapping[str, Any]]]] = {}
     for name, source in zip(names, sources, strict=True):
-        for facts in map(_within, source.evaluations):
+        for facts in map(_within, source.text_evaluations):
             same = json.dumps([facts.get("text"), facts.get("predictions")], sort_keys=True)
             texts.setdefault(same, []).append((name, source, facts))
     several = len(texts) > 1
@@ -138,6 +147,33 @@ def _evaluations(names: Sequence[str], sources: Sequence[Source]) -> Iterator[Ma
             _quality(measured),
             _scatter(measured),
         )
+
+
+def _tasks(names: Sequence[str], sources: Sequence[Source]) -> Markup | None:
+    """Table of tasks: the dense model in the first row, then each run with its retention."""
+    found = {
+        name: {task_key(row): row for row in task_rows(source.evaluations)}
+        for name, source in zip(names, sources, strict=True)
+    }
+    keys = list(dict.fromkeys(key for rows in found.values() for key in rows))
+    if not keys:
+        return None
+    bases = {source.report.get("base_fingerprint") for source in sources}
+    rows = []
+    if len(bases) == 1:
+        # equal tasks of one dense model have equal values
+        known = [(k, r.get("against")) for each in found.values() for k, r in each.items()]
+        dense = {key: value for key, value in known if value is not None}
+        rows.append([row_head("dense"), *(score(dense.get(key)) for key in keys)])
+        rows[0] += [number(DASH)] * len(keys)
+    for name, own in found.items():
+        kept = [own.get(key, {}).get("retention") for key in keys]
+        shown = (number(DASH if each is None else f"{each:.1%}", each) for each in kept)
+        scores = (score(own.get(key, {}).get("model")) for key in keys)
+        rows.append([row_head(name), *scores, *shown])
+    heads = [head("run"), *(head(key, "n") for key in keys)]
+    heads += [head(f"retention, {key}", "n") for key in keys]
+    return section("Tasks", tables.table(heads, rows, label="tasks", is_sortable=True))
 
 
 def _within(facts: Mapping[str, Any]) -> Mapping[str, Any]:

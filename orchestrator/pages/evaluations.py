@@ -1,6 +1,6 @@
 """Results of `evaluate`, before and after compression."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -75,3 +75,43 @@ def before_and_after(facts: Mapping[str, Any]) -> Markup:
             rows.append([row_head(label), number(DASH), agreement, number(DASH)])
     heads = [head(""), *(head(name, "n") for name in (_against(facts), "compressed", "ratio"))]
     return tables.table(heads, rows, label="evaluation")
+
+
+def task_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of all tasks, each once; those of a model that is not the compressed one are omitted."""
+    rows: dict[str, dict[str, Any]] = {}
+    for facts in evaluations:
+        for row in facts.get("tasks", ()):
+            shown = row if against_base(facts) else {**row, "against": None, "retention": None}
+            rows.setdefault(task_key(row), shown)
+    return [*rows.values()]
+
+
+def task_key(row: Mapping[str, Any]) -> str:
+    """Name of a metric of a task, with its documents and examples."""
+    shots = f", {row['shots']} shots" if row.get("shots") else ""
+    documents = row.get("documents")
+    of = f", {documents:,} documents" if documents is not None else ""
+    kind = "" if row.get("filter") in (None, "none") else f", {row['filter']}"
+    return f"{row['task']}: {row['metric']}{kind}{shots}{of}"
+
+
+def score(value: Mapping[str, Any] | None) -> Markup:
+    """Cell of a metric with its standard error."""
+    if value is None:
+        return number(DASH)
+    error = "" if value.get("stderr") is None else f" ± {value['stderr']:.4f}"
+    return number(f"{value['value']:.4f}{error}", value["value"])
+
+
+def task_table(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """Table with one row per task and metric: dense, compressed, and the retention."""
+    shown = []
+    for row in rows:
+        kept = row.get("retention")
+        retention = number(DASH if kept is None else f"{kept:.1%}", kept)
+        cells = [score(row.get(name)) for name in ("against", "model")]
+        shown.append([row_head(task_key(row)), *cells, retention])
+    names = ("dense", "compressed", "retention")
+    heads = [head("task"), *(head(name, "n") for name in names)]
+    return tables.table(heads, shown, label="tasks")

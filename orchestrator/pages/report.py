@@ -4,7 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.pages import linear_sections, tables
-from orchestrator.pages.evaluations import before_and_after, evaluated_text
+from orchestrator.pages.evaluations import (
+    before_and_after,
+    evaluated_text,
+    task_rows,
+    task_table,
+)
 from orchestrator.pages.happened import happened
 from orchestrator.pages.linears import entries
 from orchestrator.pages.markup import Markup, element, joined, page, section, write_page
@@ -167,7 +172,7 @@ def _key_figures(source: Source) -> Markup | None:
     if source.out_bytes is not None:
         said = f"{size(source.dense_bytes)} before" if source.dense_bytes is not None else ""
         shown.append(("weights on disk", size(source.out_bytes), said))
-    for facts in source.evaluations[:1]:
+    for facts in source.text_evaluations[:1]:
         ours, dense = (facts["models"].get(name, {}) for name in ("model", "against"))
         if ours.get("perplexity") is not None:
             before = dense.get("perplexity")
@@ -185,8 +190,11 @@ def _evaluations(source: Source) -> Markup | None:
         return None
     shown = [
         joined([element("p", evaluated_text(facts)), before_and_after(facts)])
-        for facts in source.evaluations
+        for facts in source.text_evaluations
     ]
+    if rows := task_rows(source.evaluations):
+        says = "Tasks, with standard errors; retention is above chance where a task states it."
+        shown.append(joined([element("p", says), task_table(rows)]))
     return section("Before and after", *shown)
 
 

@@ -63,6 +63,11 @@ class Source:
         return str(self.recipe.get("model", "an unnamed model"))
 
     @property
+    def text_evaluations(self) -> list[Mapping[str, Any]]:
+        """Evaluations on a text; the others are on tasks alone."""
+        return [facts for facts in self.evaluations if "text" in facts or "tasks" not in facts]
+
+    @property
     def is_done(self) -> bool:
         return bool(self.report)
 

@@ -18,7 +18,16 @@ from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import resolve
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
-from orchestrator.stage_names import ALLOCATE, CALIBRATE, EVALUATE, READ, SCORE, SURVEY, WRITE
+from orchestrator.stage_names import (
+    ALLOCATE,
+    CALIBRATE,
+    EVALUATE,
+    READ,
+    SCORE,
+    SURVEY,
+    TASKS,
+    WRITE,
+)
 from orchestrator.stages.admission import check_memory, recheck_memory
 from orchestrator.stages.allocate import allocate
 from orchestrator.stages.base import Stage
@@ -30,7 +39,13 @@ from orchestrator.stages.context.stage_job import StageJob
 from orchestrator.stages.context.values import Keyed, Planned, Scores, Surveyed
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.evaluate.job import commit_report, earlier_report, measure
-from orchestrator.stages.evaluate.values import AskedEvaluation, read_text, survey_models
+from orchestrator.stages.evaluate.tasks import TaskEvaluation
+from orchestrator.stages.evaluate.values import (
+    AskedEvaluation,
+    SurveyedEvaluation,
+    read_text,
+    survey_models,
+)
 from orchestrator.stages.evaluate.worker import EvaluationWorker
 from orchestrator.stages.request import ask
 from orchestrator.stages.score import score
@@ -136,20 +151,31 @@ def evaluate(asked: AskedEvaluation, on_event: OnEvent | None = None) -> dict[st
             for name, model in surveyed.lazy_models.items():
                 if model.names.unused:
                     monitor.note(left_out(asked.models[name], model.names.unused))
-        with monitor.stage(READ):
-            keyed = read_text(surveyed)
-        if (report := earlier_report(keyed)) is not None:
-            monitor.note(f"evaluated already, in {asked.run.root}: nothing to do")
-            return report
-        with (
-            connected(asked.execution, monitor),
-            start_workers(
-                EvaluationWorker, keyed.task, asked.execution, monitor, most=keyed.num_blocks
-            ) as workers,
-        ):
-            with _running(EVALUATE, workers, monitor) as stage:
-                found = measure(keyed, stage)
-            return commit_report(keyed, found)
+            tasks = None if surveyed.tasks is None else TaskEvaluation(surveyed)
+        report: dict[str, Any] = {}
+        if surveyed.text is not None:
+            report = _evaluate_text(surveyed, monitor)
+        if tasks is not None:
+            with monitor.stage(TASKS) as stage:
+                report = {**tasks.perform(stage, monitor), **report}
+        return report
+
+
+def _evaluate_text(surveyed: SurveyedEvaluation, monitor: RunMonitor) -> dict[str, Any]:
+    """Pass a text through the models; gives the report."""
+    with monitor.stage(READ):
+        keyed = read_text(surveyed)
+    if (report := earlier_report(keyed)) is not None:
+        monitor.note(f"evaluated already, in {surveyed.run.root}: nothing to do")
+        return report
+    most, execution = keyed.num_blocks, surveyed.execution
+    with (
+        connected(execution, monitor),
+        start_workers(EvaluationWorker, keyed.task, execution, monitor, most=most) as workers,
+    ):
+        with _running(EVALUATE, workers, monitor) as stage:
+            found = measure(keyed, stage)
+        return commit_report(keyed, found)
 
 
 @contextmanager

@@ -302,7 +302,7 @@ def test_sigterm_ends_with_75(monkeypatch, capsys):
         ("compress a b --sampling last", "--sampling last: must be one of first, random"),
         ("compress a b --sample 3", "unknown flag --sample; near misses: --samples, --sampling"),
         ("compress a b c", "surplus argument c; see orchestrator compress --help"),
-        ("evaluate a", "required: --text; see orchestrator evaluate --help"),
+        ("evaluate", "required: MODEL; see orchestrator evaluate --help"),
         ("export a b --format gguf", "--format gguf: must be one of dense"),
     ],
 )

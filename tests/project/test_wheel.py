@@ -33,6 +33,7 @@ CALLS = {
         0,
         "mean KL divergence from the dense model",
     ),
+    "lm-eval": (["lm-eval", "--help"], 0, "arguments of lm_eval"),
     "verify": (["verify", "out", "--against", "dense"], 0, "as reported"),
     "export": (["export", "out", "dense-again"], 0, "dense-again"),
     "status": (["status", "out.run"], 0, "done"),

@@ -4,13 +4,14 @@ import argparse
 import json
 from typing import Any
 
-from orchestrator.cli.asked import progress_of
+from orchestrator.cli.asked import followed
 from orchestrator.cli.flags import (
     EVALUATION_FIELDS,
     EXECUTION_FIELDS,
     add_field,
     add_json,
     add_progress,
+    add_tracking,
     add_verb,
 )
 from orchestrator.cli.results import print_evaluation
@@ -27,16 +28,19 @@ def add_parser(commands: Any) -> None:
     for name in (*own, *EXECUTION_FIELDS):
         add_field(parser, EVALUATION_FIELDS[name])
     add_progress(parser)
+    add_tracking(parser)
     add_json(parser, "print the result as JSON")
 
 
 def run(options: argparse.Namespace) -> None:
     from orchestrator import api
 
-    taken = vars(options).keys() - {"command", "json", "model", "progress", "verbose"}
+    taken = vars(options).keys() - {"command", "json", "model", "progress", "track", "verbose"}
     arguments = {name: getattr(options, name) for name in taken}
-    with stoppable(), progress_of(options) as show:
-        report = api.evaluate(options.model, on_event=show, **arguments)
+    run_dir = arguments.get("run_dir") or f"{options.model.rstrip('/')}.evaluation"
+    with stoppable(), followed(options, run_dir, {"model": options.model, **arguments}) as trackers:
+        report = api.evaluate(options.model, on_event=trackers.on_event, **arguments)
+        trackers.report(report)
     if options.json:
         print(json.dumps(report, indent=2))
     else:

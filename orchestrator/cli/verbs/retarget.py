@@ -3,13 +3,14 @@
 import argparse
 from typing import Any
 
-from orchestrator.cli.asked import progress_of, sizes_of
+from orchestrator.cli.asked import followed, sizes_of
 from orchestrator.cli.flags import (
     EXECUTION_FIELDS,
     FIELDS,
     add_field,
     add_json,
     add_progress,
+    add_tracking,
     add_verb,
 )
 from orchestrator.cli.results import print_results
@@ -32,6 +33,7 @@ def add_parser(commands: Any) -> None:
         if field.name != "run_dir" and not about(field).decides_bits:
             add_field(parser, field)
     add_progress(parser)
+    add_tracking(parser)
     add_json(parser, "print the whole report")
 
 
@@ -40,10 +42,13 @@ def run(options: argparse.Namespace) -> None:
 
     sizes = sizes_of(options)
     given = {name: value for name, value in vars(options).items() if name in {*FIELDS} - {"out"}}
-    with stoppable(), progress_of(options) as show:
-        given["on_event"] = show
+    settings = {"run": options.run, "out": options.out, **given}
+    with stoppable(), followed(options, options.run, settings) as trackers:
+        given["on_event"] = trackers.on_event
         if sizes:
             results = api.retarget_sizes(options.run, options.out, sizes, **given)
         else:
             results = [api.retarget(options.run, options.out, **given)]
+        for result in results:
+            trackers.report(result.report)
     print_results(results, options.json, is_one=not sizes)

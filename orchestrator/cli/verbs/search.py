@@ -1,10 +1,11 @@
 """`search`: the best of several settings on held-out text."""
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
-from orchestrator.cli.asked import progress_of, recipe_of
-from orchestrator.cli.flags import EVALUATION_FIELDS, add_field, add_recipe, add_verb
+from orchestrator.cli.asked import followed, recipe_of
+from orchestrator.cli.flags import EVALUATION_FIELDS, add_field, add_recipe, add_tracking, add_verb
 from orchestrator.cli.results import print_result
 from orchestrator.cli.stopping import stoppable
 from orchestrator.recipe.values import parse_vary
@@ -18,6 +19,7 @@ def add_parser(commands: Any) -> None:
         commands, "search", "compress with several settings, keep what held-out text likes"
     )
     add_recipe(parser)
+    add_tracking(parser)
     parser.add_argument(
         "--vary",
         action="append",
@@ -27,7 +29,7 @@ def add_parser(commands: Any) -> None:
         "may be repeated, every combination is tried",
     )
     for name, flag in HELD_OUT.items():
-        add_field(parser, EVALUATION_FIELDS[name], flag=flag)
+        add_field(parser, EVALUATION_FIELDS[name], flag=flag, is_required=name == "text")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -36,8 +38,10 @@ def run(options: argparse.Namespace) -> None:
     recipe, vary = recipe_of(options), dict(map(parse_vary, options.vary))
     given = {name: getattr(options, flag) for name, flag in HELD_OUT.items() if flag in options}
     given |= {"sequence_length": recipe.sequence_length}
-    with stoppable(), progress_of(options) as show:
-        found = api.search(recipe, vary, on_event=show, **given)
+    run_dir = recipe.run_dir or f"{recipe.out}.run"
+    with stoppable(), followed(options, run_dir, asdict(recipe)) as trackers:
+        found = api.search(recipe, vary, on_event=trackers.on_event, **given)
+        trackers.report(found.result.report)
     if not options.json:
         for candidate in found.candidates:
             setting = ", ".join(f"{name}={value}" for name, value in candidate.setting.items())

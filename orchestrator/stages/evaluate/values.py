@@ -1,17 +1,18 @@
 """Values of an evaluation: plain data, frozen, each made by one function from the one before.
 
-AskedEvaluation      `ask_evaluation`: models, text and run directory
+AskedEvaluation      `ask_evaluation`: models, text, tasks and run directory
 SurveyedEvaluation   `survey_models`: blocks and sizes of every model; headers have been read
 KeyedEvaluation      `read_text`: token sequences, and the keys of all units
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from orchestrator.errors import InputError
+from orchestrator.harness.options import TaskOptions
 from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
@@ -29,12 +30,13 @@ EVALUATE_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedEvaluation:
-    """One or two models and a text; no file has been read."""
+    """One or two models, and a text or tasks; no file has been read."""
 
     models: Mapping[str, Place]
     """`model`, and `against` if there is another to compare with."""
-    text: Mapping[str, Any]
-    """Arguments of `load_tokens`."""
+    text: Mapping[str, Any] | None
+    """Arguments of `load_tokens`; None if only tasks are evaluated."""
+    tasks: TaskOptions | None
     dtype: torch.dtype | None
     """Dtype of the forward passes; None means that of each checkpoint."""
     execution: Execution
@@ -109,7 +111,8 @@ class KeyedEvaluation(SurveyedEvaluation):
 def ask_evaluation(
     models: Mapping[str, str],
     *,
-    text: Mapping[str, Any],
+    text: Mapping[str, Any] | None,
+    tasks: TaskOptions | None,
     dtype: torch.dtype | None,
     execution: Execution,
     run_dir: Place,
@@ -128,10 +131,15 @@ def ask_evaluation(
     return AskedEvaluation(
         models=places,
         text=text,
+        tasks=tasks,
         dtype=dtype,
         execution=execution,
         run=run,
-        description={"evaluate": dict(models), "text": dict(text)},
+        description={
+            "evaluate": dict(models),
+            **({"text": dict(text)} if text is not None else {}),
+            **({"tasks": asdict(tasks)} if tasks is not None else {}),
+        },
     )
 
 
@@ -160,6 +168,7 @@ def read_text(surveyed: SurveyedEvaluation) -> KeyedEvaluation:
     Raises:
         InputError: As `load_tokens`, or a token is not in the model's vocabulary.
     """
+    assert surveyed.text is not None
     model = surveyed.models["model"]
     tokens = load_tokens(**surveyed.text, tokenizer=load_tokenizer(model))
     tokens.check_within(surveyed.vocabulary, model)
