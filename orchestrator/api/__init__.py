@@ -18,6 +18,7 @@ from orchestrator.api.compression import (
     retarget,
     search,
 )
+from orchestrator.api.machine import doctor
 from orchestrator.api.runs import clean, compare, report, status
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "compare",
     "compress",
     "compress_sizes",
+    "doctor",
     "evaluate",
     "export",
     "load",

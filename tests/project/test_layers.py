@@ -76,9 +76,10 @@ MAY_IMPORT = {
     "pages": f"{PLAIN} plan recipe store usage numpy",
     "searching": "errors plan recipe resolve store",
     "evaluation": "recipe",
-    "api": f"{PLAIN} evaluation forecast hf pages plan recipe runtime runtime.ray searching stages "
-    f"stages.context stages.evaluate store transformers {MODELS}",
-    "cli": f"{PLAIN} api catalogue evaluation forecast plan recipe usage",
+    "doctor": "readable version packaging",
+    "api": f"{PLAIN} doctor evaluation forecast hf pages plan recipe runtime runtime.ray searching "
+    f"stages stages.context stages.evaluate store transformers {MODELS}",
+    "cli": f"{PLAIN} api catalogue evaluation forecast plan recipe usage shtab",
     "__main__": "cli",
 }
 STAGE = f"{MAY_IMPORT['stages.context']} stages.context hf"
@@ -272,7 +273,7 @@ LIGHT = [
 ]
 COMMANDS = [
     *("", "plan", "measure", "compress", "retarget", "evaluate", "export", "status", "report"),
-    *("methods", "compare", "clean", "submit", "verify"),
+    *("methods", "compare", "clean", "submit", "verify", "doctor", "completion"),
 ]
 
 

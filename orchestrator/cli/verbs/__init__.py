@@ -7,7 +7,9 @@ from typing import Any, Protocol
 from orchestrator.cli.verbs import (
     clean,
     compare,
+    completion,
     compress,
+    doctor,
     evaluate,
     export,
     measure,
@@ -47,4 +49,6 @@ VERBS: Mapping[str, Verb] = {
     "compare": compare,
     "clean": clean,
     "submit": submit,
+    "doctor": doctor,
+    "completion": completion,
 }
