@@ -19,6 +19,7 @@ from orchestrator.api.compression import (
     retarget_sizes,
     search,
 )
+from orchestrator.api.machine import doctor
 from orchestrator.api.runs import clean, compare, report, status, watch
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "compare",
     "compress",
     "compress_sizes",
+    "doctor",
     "evaluate",
     "export",
     "lm_eval",

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from orchestrator.cli.verbs import VERBS
 from orchestrator.recipe.values import TYPE_NAMES, brief, fraction
-from orchestrator.version import __version__
+from orchestrator.version import version_lines
 
 ALLOWED: dict[Any, str] = {**TYPE_NAMES, fraction: "a fraction such as 0.8"}
 """Description of the allowed values, by the type of a flag."""
@@ -75,12 +75,19 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 2 usage, 3 infeasible, 4 model or data invalid, "
         "75 stopped and resumable, 1 other.",
     )
-    parser.add_argument("--version", action="version", version=f"orchestrator {__version__}")
+    parser.add_argument(
+        "--version",
+        action=VersionAction,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="show the versions of orchestrator, Python, ray, torch and transformers, and exit",
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for verb in VERBS.values():
         verb.add_parser(commands)
     # the command of a job is checked before it is submitted
     commands.choices["submit"].set_defaults(parse=parser.parse_args)
+    commands.choices["completion"].set_defaults(parser=parser)
     return parser
 
 
@@ -99,3 +106,11 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
         if isinstance(action, argparse._SubParsersAction):
             found |= action.choices
     return found
+
+
+class VersionAction(argparse.Action):
+    """Flag that prints versions; metadata are read only when it is given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        print("\n".join(version_lines()))
+        parser.exit()

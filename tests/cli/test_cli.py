@@ -2,15 +2,19 @@
 
 import json
 import os
+import platform
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from byte_tokenizer import bytes_tokenizer
 
 from orchestrator import api
@@ -71,6 +75,19 @@ def test_version_and_help(capsys):
             main(call)
         assert ended.value.code == 0
     assert capsys.readouterr().out.startswith(f"orchestrator {__version__}\n")
+
+
+def test_version_is_that_of_the_libraries_too(capsys):
+    """`--version` has the versions that the imported libraries state, one line each."""
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.splitlines() == [
+        f"orchestrator {__version__}",
+        f"Python {platform.python_version()}",
+        f"ray {metadata.version('ray')}",
+        f"torch {torch.__version__}",
+        f"transformers {transformers.__version__}",
+    ]
 
 
 def test_runs_as_a_module():

@@ -77,13 +77,14 @@ MAY_IMPORT = {
     "pages": f"{PLAIN} plan recipe store usage numpy",
     "searching": "errors plan recipe resolve store",
     "evaluation": "errors recipe",
+    "doctor": "readable version packaging",
     # tasks of lm-evaluation-harness
     "harness": "errors lm_eval numpy torch",
-    "api": f"{PLAIN} evaluation forecast harness hf pages plan recipe runtime runtime.ray "
+    "api": f"{PLAIN} doctor evaluation forecast harness hf pages plan recipe runtime runtime.ray "
     f"searching stages stages.context stages.evaluate store transformers {MODELS}",
     # experiment trackers, extras; the module of each imports it
     "tracking": "errors events mlflow torch trackio wandb",
-    "cli": f"{PLAIN} api catalogue evaluation forecast plan recipe tracking usage rich",
+    "cli": f"{PLAIN} api catalogue evaluation forecast plan recipe tracking usage rich shtab",
     "__main__": "cli",
 }
 STAGE = f"{MAY_IMPORT['stages.context']} stages.context hf"
@@ -295,6 +296,7 @@ LIGHT = [
 COMMANDS = [
     *("", "plan", "measure", "compress", "retarget", "evaluate", "export", "status", "report"),
     *("methods", "compare", "clean", "submit", "verify", "watch", "lm-eval"),
+    *("doctor", "completion"),
 ]
 
 

@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ from command_lines import check_ray_command, executable, is_shell, ray_commands
 
 from orchestrator.cli.parser import make_parser
 from orchestrator.store.run import RunDirectory
+from orchestrator.version import __version__
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-WHEEL = f"orchestrator-{PROJECT['version']}-py3-none-any.whl"
+WHEEL = f"orchestrator-{__version__}-py3-none-any.whl"
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 TYPES = CLUSTER["available_node_types"]
 COMMANDS = [line for key, lines in CLUSTER.items() if key.endswith("_commands") for line in lines]
@@ -150,7 +149,7 @@ def test_versions_are_pinned_and_agree():
     assert CLUSTER_SPEC["rayVersion"] == ray
     for group in (HEAD, GROUP):
         (container,) = group["template"]["spec"]["containers"]
-        assert container["image"].endswith(f"/orchestrator:{PROJECT['version']}")
+        assert container["image"].endswith(f"/orchestrator:{__version__}")
 
 
 def test_the_token_is_asked_for_and_not_written():

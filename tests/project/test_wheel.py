@@ -1,5 +1,5 @@
-"""The built wheel, installed in an environment of its own, performs every verb outside the
-checkout."""
+"""The wheel of the source distribution, installed in an environment of its own, performs every verb
+outside the checkout."""
 
 import json
 import os
@@ -14,10 +14,22 @@ import pytest
 from pipeline import write_llama, write_text
 
 from orchestrator.cli.verbs import VERBS
+from orchestrator.version import __version__
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "orchestrator"
-BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+BUILD = """
+import os, sys, tarfile
+from setuptools.build_meta import build_sdist, build_wheel
+
+dist, unpacked = sys.argv[1:]
+archive = build_sdist(dist)
+with tarfile.open(os.path.join(dist, archive)) as tar:
+    tar.extractall(unpacked, filter="data")
+os.chdir(os.path.join(unpacked, archive.removesuffix(".tar.gz")))
+build_wheel(dist)
+"""
+"""Builds the source distribution, and from its files alone the wheel."""
 SMALL = ("--executor", "local", "--samples", "4", "--sequence-length", "32")
 HALF = ("--calibration", "text.txt", "--keep", "0.5", *SMALL)
 VARIED = ("--vary", "sampling=first,random", "--text", "held-out.txt", "--text-samples", "2")
@@ -41,6 +53,8 @@ CALLS = {
     "report": (["report", "out.run"], 0, "report.html"),
     "compare": (["compare", "out", "less"], 0, "comparison.html"),
     "clean": (["clean", "found.run"], 0, "found.run"),
+    "doctor": (["doctor"], 0, "ok       transformers"),
+    "completion": (["completion", "bash"], 0, "complete -o"),
     "submit": (["submit", "--", "compress", "dense", "out"], 2, "give an absolute path"),
 }
 """Arguments, exit code and a part of the output of each verb; of submit and watch only
@@ -61,17 +75,16 @@ print(json.dumps({"file": sys.modules["orchestrator"].__file__, "found": found})
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy: a build writes into its sources, and reads what an earlier one
-    left there."""
-    sources, dist = (tmp_path_factory.mktemp(name) for name in ("sources", "dist"))
+    """The wheel, built from the source distribution of a copy: a build writes into its sources, and
+    reads what an earlier one left there."""
+    sources, dist, unpacked = map(tmp_path_factory.mktemp, ("sources", "dist", "unpacked"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
     left_out = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PACKAGE, sources / PACKAGE.name, ignore=left_out)
-    command = [sys.executable, "-c", BUILD, dist]
+    command = [sys.executable, "-c", BUILD, dist, unpacked]
     subprocess.run(command, cwd=sources, check=True, capture_output=True)
-    (built,) = dist.iterdir()
-    return built
+    return dist / f"orchestrator-{__version__}-py3-none-any.whl"
 
 
 def test_the_wheel_has_every_file_of_the_package(wheel):

@@ -7,7 +7,9 @@ from typing import Any, Protocol
 from orchestrator.cli.verbs import (
     clean,
     compare,
+    completion,
     compress,
+    doctor,
     evaluate,
     export,
     lm_eval,
@@ -51,4 +53,6 @@ VERBS: Mapping[str, Verb] = {
     "compare": compare,
     "clean": clean,
     "submit": submit,
+    "doctor": doctor,
+    "completion": completion,
 }
