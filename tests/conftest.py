@@ -12,6 +12,7 @@ import pytest
 import torch
 from compressed import compress, mixed_plan
 from families import write_checkpoint
+from forking import fork_processes
 from hypothesis import settings
 from object_store import ObjectStore, object_store
 
@@ -91,6 +92,7 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """
     import ray
 
+    fork_processes()
     with tempfile.TemporaryDirectory(prefix="or-", ignore_cleanup_errors=True) as directory:
         context = ray.init(
             num_cpus=8,

@@ -17,6 +17,7 @@ from orchestrator.forecast.rates import (
 from orchestrator.forecast.room import USABLE
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.methods import METHODS
+from orchestrator.models.evaluation import machine
 from orchestrator.plan.cut import cut_blocks
 from orchestrator.recipe.recipe import Recipe, make_recipe
 
@@ -117,8 +118,13 @@ def test_one_gpu_of_24_gb_is_enough_for_the_closed_form_of_70b(gpu, config):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The rates of this process in a file, not to be changed: a measurement takes nine seconds."""
-    return measure(tmp_path_factory.mktemp("rates") / "rates.json", dtype="float32")
+    """The rates of this process in a file, not to be changed; by small products and files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "SIZES", {"cpu": (256, 192)})
+        patch.setattr(machine, "FILE_BYTES", 2**24)
+        # seconds that the test of the wheel spends
+        patch.setattr(machine, "IMPORTS", "import json")
+        return measure(tmp_path_factory.mktemp("rates") / "rates.json", dtype="float32")
 
 
 def test_a_gpu_has_a_context_and_an_allocator_and_a_cpu_has_a_process(llama_dir, measured):

@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 from dashboard import Head
+from drivers import start
 from pipeline import with_tokenizer, write_text
 
 from orchestrator.cli.main import main
@@ -20,16 +20,13 @@ SECRETS = {
 }
 
 
-def orchestrator(*arguments, code=0, **variables):
+def orchestrator(*arguments, code=0, forked=False, **variables):
     """Run a command with all secrets in its environment; returns its output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
-        env=os.environ | SECRETS | variables,
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+    command = ["-m", "orchestrator", *map(str, arguments)]
+    process = start(*command, forked=forked, env=SECRETS | variables)
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == code, error
+    return (output + error).encode()
 
 
 @pytest.fixture
@@ -62,7 +59,7 @@ def test_a_run_reveals_no_secret(checkpoint, tmp_path, executor, here):
     small = ["--samples", "2", "--sequence-length", "32", "--executor", executor, "--verbose"]
     out, run = tmp_path / "out", tmp_path / "out.run"
     given = ["compress", model, out, "--calibration", text, *small]
-    begin = here if executor == "local" else orchestrator
+    begin = here if executor == "local" else partial(orchestrator, forked=True)
     said = begin(*given, "--keep", "0.5")
     said += here(*given[:2], tmp_path / "o2", *given[3:], "--keep", "0.001", code=3)
     if executor == "local":

@@ -2,11 +2,10 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from drivers import start
 from pipeline import SENTENCES, add_tokenizer, with_tokenizer
 from pools import warm_workers
 
@@ -76,5 +75,6 @@ def test_the_commands_of_the_readme_run(directory, ray_address, monkeypatch, cap
         compressing, *others = blocks("python")
         assert len(others) == 2
         exec(compile(compressing, "README.md", "exec"), {})
-    done = subprocess.run([sys.executable, "-c", EACH, *others], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = start("-c", EACH, *others)
+    _, error = process.communicate()
+    assert process.returncode == 0, error

@@ -110,7 +110,8 @@ def installed(wheel, tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = environment / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install"]
-    options = ["--no-deps", "--no-index", "--no-cache-dir", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-index", "--no-cache-dir", "--no-compile"]
+    options.append("--disable-pip-version-check")
     subprocess.run([*pip, *options, wheel], check=True, capture_output=True)
     (own,) = environment.glob("lib/python*/site-packages")
     (own / "libraries.pth").write_text("".join(f"{path}\n" for path in site.getsitepackages()))

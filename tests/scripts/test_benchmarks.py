@@ -17,6 +17,7 @@ from benchmarks.faults.course import Fault, FaultHistory
 from benchmarks.memory import bytes_a_block
 from benchmarks.pivot import ranks_of
 from benchmarks.quality import join_rows
+from forking import fork_processes
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from orchestrator.methods import METHODS
@@ -169,11 +170,12 @@ def test_a_fault_s_cost_is_what_is_told_of_again():
 def test_a_sample_of_faults_changes_no_byte(tmp_path):
     """One seeded run of those that `scripts/benchmark faults --soak` performs in large numbers."""
     figures = tmp_path / "figures.json"
-    scripts = str(Path(__file__).parents[2] / "scripts")
+    fork_processes()
+    paths = [str(Path(__file__).parents[2] / "scripts"), os.environ["PYTHONPATH"]]
     command = [sys.executable, "-m", "benchmarks", "faults", "--trials", "1", "--faults", "2"]
     subprocess.run(
         [*command, "--seed", "25", "--work", str(tmp_path / "work"), "--json", str(figures)],
-        env=os.environ | {"PYTHONPATH": scripts},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "FORKED": "commands"},
         check=True,
         timeout=600,
     )

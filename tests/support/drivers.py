@@ -8,6 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+from forking import fork_processes
+
 from orchestrator.store.places import parse_place
 from orchestrator.store.run import RunDirectory
 
@@ -15,9 +17,16 @@ SMALL = ("--keep", "0.5", "--samples", "6", "--sequence-length", "48")
 """Arguments that match `pipeline.run`, so that the results are the same bytes."""
 
 
-def start(*command, **options):
-    """Start a process with text output, one thread and no colours."""
+def start(*command, forked=True, **options):
+    """Start a process with text output, one thread and no colours.
+
+    Unless it is forked it imports torch and transformers itself.
+    """
+    if forked:
+        fork_processes()
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    if forked:
+        environment["FORKED"] = "next"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *command], env=environment, **pipes, **options)
 

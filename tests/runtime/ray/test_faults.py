@@ -189,7 +189,7 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 sys.exit(main(["compress", "dense", "out", "--keep", "0.5", "--calibration", "text.txt"]))
 """
-    process = start("-c", code, cwd=tmp_path)
+    process = start("-c", code, forked=False, cwd=tmp_path)
     output, error = process.communicate()
     assert process.returncode == 75
     line = f"orchestrator: error: stopped by {number.name} before the run began\n"

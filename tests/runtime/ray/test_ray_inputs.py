@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from drivers import SMALL, start, wait_for
 from pipeline import contents, run, with_tokenizer, write_text
 
 from orchestrator.cli.main import main
-from orchestrator.errors import InfeasibleError, InputError, WorkerError
+from orchestrator.errors import InfeasibleError, InputError, UsageError, WorkerError
 from orchestrator.models.checkpoint.output import MARKER_FILE
 from orchestrator.models.checkpoint.weights import Weights, fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
@@ -50,45 +51,6 @@ def test_more_workers_than_the_cluster_can_hold(fields, model, text, tmp_path, r
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_addresses_that_lead_nowhere():
-    """A closed port, a deaf one, a name, a client's address: exit code 2, within seconds."""
-    deaf, closed = socket.create_server(("", 0)), socket.create_server(("", 0))
-    ports = [closed.getsockname()[1], deaf.getsockname()[1]]
-    closed.close()
-    code = """
-import sys, time
-from orchestrator.runtime.ray.cluster import connect
-from orchestrator.errors import UsageError
-for address in sys.argv[1:]:
-    begun = time.monotonic()
-    try:
-        connect(address, lambda text: None)
-    except UsageError as error:
-        print(f"{time.monotonic() - begun:.1f} {error}")
-"""
-    addresses = [*(f"127.0.0.1:{port}" for port in ports), "nonsense", "ray://head:10001"]
-    process = start("-c", code, *addresses)
-    output, error = process.communicate()
-    deaf.close()
-    assert process.returncode == 0, error
-    says = ["no Ray cluster answers", "something listens", "Invalid address", "not supported"]
-    for line, address, expected in zip(output.splitlines(), addresses, says, strict=True):
-        seconds, _, message = line.partition(" ")
-        assert message.startswith(f"address {address}: ")
-        assert expected in message
-        assert float(seconds) < 8
-
-
-def test_the_command_says_which_address_does_not_answer(model, text, tmp_path):
-    """The exit code is 2, and there is one line."""
-    arguments = [str(model), str(tmp_path / "out"), "--calibration", str(text), *SMALL]
-    process = start("-m", "orchestrator", "compress", *arguments, "--address", "127.0.0.1:1")
-    _, error = process.communicate()
-    assert process.returncode == 2
-    assert "error: address 127.0.0.1:1: no Ray cluster answers" in error
-    assert "Traceback" not in error
-
-
 @pytest.fixture
 def starts(monkeypatch):
     """Errors of the next starts of a local Ray; each start takes one, or succeeds without any."""
@@ -107,6 +69,32 @@ def starts(monkeypatch):
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     return errors
+
+
+def test_addresses_that_lead_nowhere(starts):
+    """A closed port, a deaf one, a name, a client's address: exit code 2, within seconds."""
+    from orchestrator.runtime.ray.cluster import connect
+
+    deaf, closed = socket.create_server(("", 0)), socket.create_server(("", 0))
+    ports = [closed.getsockname()[1], deaf.getsockname()[1]]
+    closed.close()
+    addresses = [*(f"127.0.0.1:{port}" for port in ports), "nonsense", "ray://head:10001"]
+    says = ["no Ray cluster answers", "something listens", "Invalid address", "not supported"]
+    for address, expected in zip(addresses, says, strict=True):
+        begun = time.monotonic()
+        with pytest.raises(UsageError, match=f"^address {address}: .*{expected}"):
+            connect(address, lambda text: None)
+        assert time.monotonic() - begun < 8
+    deaf.close()
+
+
+def test_the_command_says_which_address_does_not_answer(starts, model, text, tmp_path, capsys):
+    """The exit code is 2, and there is one line."""
+    arguments = [str(model), str(tmp_path / "out"), "--calibration", str(text), *SMALL]
+    assert main(["compress", *arguments, "--address", "127.0.0.1:1"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
+    (line,) = lines
+    assert "error: address 127.0.0.1:1: no Ray cluster answers" in line
 
 
 LATE = "The current node timed out during startup. This could happen because the GCS"
@@ -262,7 +250,8 @@ print(json.dumps(compress(Recipe(**fields)).report["timings"]["environment"]))
     fields = {"keep": 0.5, "samples": 6, "sequence_length": 48, "workers": 1, "shards": 2}
     fields |= {"model": str(model), "out": str(tmp_path / "out"), "calibration": str(text)}
     fields |= {"address": ray_address}
-    environment = {"PYTHONPATH": str(package.parent)}
+    paths = [str(package.parent), os.environ["PYTHONPATH"]]
+    environment = {"PYTHONPATH": os.pathsep.join(paths)}
     process = start("-c", code, json.dumps(fields), cwd=tmp_path / "empty", env=environment)
     output, error = process.communicate()
     assert process.returncode == 0, error

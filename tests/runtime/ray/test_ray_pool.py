@@ -119,8 +119,9 @@ def test_the_room_there_is_is_taken_and_kept(make_pool):
 
 
 @pytest.mark.ray
-def test_what_others_hold_is_no_room(make_pool, half_taken):
+def test_what_others_hold_is_no_room(make_pool, half_taken, monkeypatch):
     """No actor is created that would have to wait for resources of others or request a node."""
+    monkeypatch.setattr("orchestrator.runtime.ray.actors.PATIENCE_SECONDS", 1.0)
     with make_pool("fine", max_workers=9, cpus=4) as pool:
         assert len(pool.gather()) == 1
         assert wait_for(lambda: not pool.wait(0.1) and pool.nodes.free == 0)
