@@ -152,8 +152,10 @@ def actors_against_bare(
         sizes = {"samples": samples, "sequence_length": sequence_length}
         with BareProcesses(model, text, halves, **sizes) as bare:
             say("two actors against two bare processes")
-            actors = Measured(job.calibrate_and_decompose, lambda: family(os.getpid()) - bare.pids)
-            alone = Measured(bare.work, lambda: bare.pids)
+            actors = MeasuredCandidate(
+                job.calibrate_and_decompose, lambda: family(os.getpid()) - bare.pids
+            )
+            alone = MeasuredCandidate(bare.work, lambda: bare.pids)
             in_turns({"actors": actors, "bare": alone}, repeats)
     figures = []
     for says, of_actors, of_bare, target in [
@@ -173,7 +175,7 @@ def actors_against_bare(
     return figures
 
 
-class Measured:
+class MeasuredCandidate:
     """Candidate that returns its own seconds; keeps them, and the CPU seconds of some processes."""
 
     def __init__(self, way: Callable[[], float], pids: Callable[[], set[int]]) -> None:

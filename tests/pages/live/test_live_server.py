@@ -49,7 +49,7 @@ def asked(port, path, method="GET", **headers):
     return answer.status, answer.headers, text
 
 
-class Stream:
+class EventStream:
     """Client of `/events`."""
 
     def __init__(self, port, path="/events", **headers):
@@ -95,11 +95,11 @@ def run(tmp_path):
 def test_a_stream_goes_on_where_it_was_interrupted(run):
     """With the last id only what changed since then is sent, and the id counts events."""
     with RunMonitor(run, None) as monitor, served(run.root) as port:
-        with Stream(port) as stream:
+        with EventStream(port) as stream:
             everything, mark = stream.sections()
             assert {"head", "key", "happened", "foot"} <= everything.keys()
         monitor.note("something new")
-        with Stream(port, Last_Event_ID=mark) as stream:
+        with EventStream(port, Last_Event_ID=mark) as stream:
             changed, later = stream.sections()
             while "something new" not in changed.get("happened", ""):
                 more, later = stream.sections()
@@ -110,16 +110,16 @@ def test_a_stream_goes_on_where_it_was_interrupted(run):
             assert changed.keys() == {"happened"}
         counts = [int(each.partition("-")[2]) for each in (mark, later, latest)]
         assert counts == [1, 2, 3]
-        with Stream(port, Last_Event_ID=latest) as stream:
+        with EventStream(port, Last_Event_ID=latest) as stream:
             assert stream.sections()[0].keys() == {"happened"}
         for unknown in ("0123abcd-2", "2", f"{latest}9", "-", "ä"):
-            with Stream(port, f"/events?after={unknown.encode().hex()}") as stream:
+            with EventStream(port, f"/events?after={unknown.encode().hex()}") as stream:
                 assert stream.sections()[0].keys() == everything.keys()
 
 
 def test_a_quiet_stream_has_heartbeats(run):
     """Comments keep it open; the browser's clock is compared with the server's once."""
-    with served(run.root) as port, Stream(port) as stream:
+    with served(run.root) as port, EventStream(port) as stream:
         float(stream.event("clock")[0])
         stream.sections()
         assert [stream.block() for _ in range(2)] == [{"": "nothing new"}] * 2
@@ -128,7 +128,7 @@ def test_a_quiet_stream_has_heartbeats(run):
 def test_the_page_shows_a_run_from_before_its_beginning(tmp_path):
     """The directory appears, is removed and appears again; the stream shows each of it."""
     place = tmp_path / "run"
-    with served(place) as port, Stream(port) as stream:
+    with served(place) as port, EventStream(port) as stream:
         head = stream.sections()[0]["head"]
         assert "Nothing has happened" in head
         for _ in range(2):
@@ -156,7 +156,7 @@ def test_names_are_escaped_and_scripts_bound_to_the_page(run):
             assert "unsafe" not in policy
             assert headers["X-Content-Type-Options"] == "nosniff"
             assert headers["Cache-Control"] == "no-store"
-        with Stream(port) as stream:
+        with EventStream(port) as stream:
             assert not any("<i>" in each for each in stream.sections()[0].values())
 
 
@@ -171,7 +171,7 @@ def test_other_hosts_are_refused_locally(host, run):
 
 
 def test_an_open_address_answers_to_any_name(run):
-    """Which names a machine has is not known."""
+    """Names of a machine are not known."""
     with served(run.root, host="0.0.0.0") as port:
         assert asked(port, "/", Host="node-3.cluster:8270")[0] == 200
 
@@ -190,7 +190,7 @@ def test_only_pages_are_read(run):
 def test_streams_are_limited(run, monkeypatch):
     """Each holds a thread; one more is told so, and may come when another one has left."""
     monkeypatch.setattr(server, "MOST_STREAMS", 2)
-    with served(run.root) as port, Stream(port) as one, Stream(port) as other:
+    with served(run.root) as port, EventStream(port) as one, Stream(port) as other:
         for each in (one, other):
             each.sections()
         assert asked(port, "/events")[0] == 503
@@ -198,7 +198,7 @@ def test_streams_are_limited(run, monkeypatch):
         code = 503
         while code == 503:
             try:
-                with Stream(port) as stream:
+                with EventStream(port) as stream:
                     code = 200
                     stream.sections()
             except AssertionError:
@@ -214,7 +214,7 @@ def test_a_run_that_has_ended_is_its_report(runs):
         assert (code, headers["Location"]) == (303, "/report")
         report = asked(port, "/report")[2]
         assert "Every linear" in report
-        with Stream(port) as stream:
+        with EventStream(port) as stream:
             assert stream.event("ended")[0] == "report"
             assert stream.block() == {}
     assert sorted(first.run_dir.rglob("*")) == before
@@ -224,7 +224,7 @@ def test_a_run_in_a_store(s3, tmp_path):
     """Its events arrive, and its objects are read and not written."""
     place = remote(s3.uri(f"watched/{tmp_path.name}/run"))
     run = RunDirectory(place)
-    with served(place) as port, Stream(port) as stream:
+    with served(place) as port, EventStream(port) as stream:
         run.claim({})
         with RunMonitor(run, None) as monitor, monitor.stage("calibrate") as stage:
             stage.progress(1, 3, unit="block 0")
@@ -241,7 +241,7 @@ def test_a_run_in_a_store(s3, tmp_path):
 
 def test_a_damaged_status_is_shown_as_such(run):
     """The page keeps what was known, and says which file cannot be read."""
-    with RunMonitor(run, None), served(run.root) as port, Stream(port) as stream:
+    with RunMonitor(run, None), served(run.root) as port, EventStream(port) as stream:
         stream.sections()
         (run.root / "status.json").write_text("[")
         head = ""
