@@ -171,7 +171,7 @@ def test_other_hosts_are_refused_locally(host, run):
 
 
 def test_an_open_address_answers_to_any_name(run):
-    """Names of a machine are not known."""
+    """All hosts are answered if all addresses are served: names of a machine are unknown."""
     with served(run.root, host="0.0.0.0") as port:
         assert asked(port, "/", Host="node-3.cluster:8270")[0] == 200
 
@@ -190,7 +190,7 @@ def test_only_pages_are_read(run):
 def test_streams_are_limited(run, monkeypatch):
     """Each holds a thread; one more is told so, and may come when another one has left."""
     monkeypatch.setattr(server, "MOST_STREAMS", 2)
-    with served(run.root) as port, EventStream(port) as one, Stream(port) as other:
+    with served(run.root) as port, EventStream(port) as one, EventStream(port) as other:
         for each in (one, other):
             each.sections()
         assert asked(port, "/events")[0] == 503
