@@ -272,7 +272,7 @@ def test_what_cannot_be_trained_is_refused_at_once(llama, text, tmp_path):
         ({"training": {"epoch": 3}}, "epochs"),
         ({"training": {"every": 0}}, "training: every"),
         ({"training": {"divergence": 0}}, "one must be above"),
-        ({"training": {"targets": "dense"}}, "stored, recomputed"),
+        ({"training": {"targets": "dense"}}, "recomputed, stored"),
         ({"svd-llm": {"refit": "always"}}, "give refit 'never'"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -22,8 +22,8 @@ def check_refinement(recipe: Recipe, method: MethodTraits) -> None:
     check_known(TABLE, table, option_names(RefineOptions))
     if "slices" in table and recipe.refine == "blocks":
         raise UsageError(
-            "refine is 'blocks' and refinement: slices is given, which is for blocks that are "
-            "lent, 'in_order' and 'swept'; leave it out"
+            "refine is 'blocks' and refinement: slices is given, which is for blocks that workers "
+            "replicate, 'in_order' and 'swept'; leave it out"
         )
     if recipe.refine != "none" and method.refits:
         raise UsageError(

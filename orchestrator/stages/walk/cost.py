@@ -21,11 +21,11 @@ from orchestrator.models.training.refine_options import RefineOptions
 UNITS = {"walk": "walked blocks", "sweep": "swept blocks"}
 """Units in the run directory, by stage."""
 MOMENT_BYTES = 56
-"""Bytes by squared channel: three moments of two streams while they are summed and read out."""
+"""Bytes by squared channel: three moments of dense and compressed inputs, summed and read out."""
 
 
 class WalkCost(StageCost):
-    """Block after block, each replicated by all workers; unrefined one pass of statistics."""
+    """Blocks in order, each replicated by all workers: compensation, training, or both."""
 
     unpacks_boundary = True
 
@@ -34,22 +34,22 @@ class WalkCost(StageCost):
     ) -> None:
         super().__init__(setting)
         self._name, self._options = name, options
-        # a recipe that asks for both is counted with both in either stage
+        # if a recipe has a walk and a sweep, each is counted with compensation and training
         self._refines = refines
         self._compensates = setting.recipe.compensate != "none"
 
     def forecast(self, held: Footprint) -> StageForecast:
         setting, blocks = self.setting, self.setting.shapes.num_blocks
-        lent = min(setting.workers, self._options.slices)
+        replicas = min(setting.workers, self._options.slices)
         one = self._block()
         parameters = kept_values(setting.shapes, setting.kept)
         steps = self._options.epochs * self._options.batches if self._refines else 0
-        lending = Work(network=4.0 * parameters * steps if lent > 1 else 0.0)
+        transfers = Work(network=4.0 * parameters * steps if replicas > 1 else 0.0)
         solving = self._solves() if self._compensates else Work()
 
         def take(rates: Rates) -> float:
-            shared = one.seconds(rates) / lent
-            return blocks * (shared + lending.seconds(rates) + solving.seconds(rates))
+            shared = one.seconds(rates) / replicas
+            return blocks * (shared + transfers.seconds(rates) + solving.seconds(rates))
 
         return StageForecast(
             name=self._name,
@@ -62,7 +62,7 @@ class WalkCost(StageCost):
                 tokens=setting.tokens,
                 sequences=setting.sequences,
                 itemsize=setting.costs.itemsize,
-                lent=lent,
+                replicas=replicas,
                 compensates=self._compensates,
                 refines=self._refines,
             ),
@@ -83,7 +83,7 @@ class WalkCost(StageCost):
         }
 
     def _block(self) -> Work:
-        """All passes of a block, which its workers share."""
+        """All passes of a block, which its replicas share."""
         costs = self.setting.costs
         # dense; compressed before and after the change, in float32
         one = costs.forward(1) + costs.forward_in_float32(2)
@@ -99,7 +99,7 @@ class WalkCost(StageCost):
         costs = self.setting.costs
         sites = costs.input_sites
         passes = costs.forward(1) + costs.forward_in_float32(1)
-        # up to a site and no further: half of the block on average
+        # a pass ends at its site: half of the block on average
         total = passes.times(len(sites) / 2)
         moments = sum(DRIFT_FLOPS * self.setting.tokens * n * n for n in sites)
         return total + Work(single=moments)
@@ -129,15 +129,15 @@ def walking(
     tokens: int,
     sequences: int,
     itemsize: int,
-    lent: int,
+    replicas: int,
     compensates: bool,
     refines: bool,
 ) -> Footprint:
-    """Footprint of a block of both models, with the dense and the compressed stream.
+    """Footprint of a block of both models, with dense and compressed chunks.
 
     Args:
-        lent: Workers that share a block, and the compressed stream after it.
-        compensates: True if moments of both streams are taken, site by site.
+        replicas: Workers that share a block, and the compressed chunks after it.
+        compensates: True if moments of both inputs are gathered, site by site.
         refines: True if the block is trained.
     """
     state = tokens * sequences * shapes.hidden
@@ -151,7 +151,7 @@ def walking(
             "process": PROCESS_BYTES,
             "dense block": (shapes.block_values + shapes.front_values) * itemsize,
             "compressed block": 4 * shapes.front_values + training,
-            "streams": int(state * (2 * itemsize + 4 + 4 / lent)),
+            "streams": int(state * (2 * itemsize + 4 + 4 / replicas)),
             "moments": solving if compensates else 0,
             "activations": activation_bytes(shapes, tokens, 4, 1),
         }
