@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError, OrchestratorError, UsageError
@@ -18,7 +17,7 @@ from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.small_files import small_files
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.forms.config import METHOD
-from orchestrator.store.files import atomic, digest_file, is_missing
+from orchestrator.store.files import atomic, digest_file, is_missing, remove_tree
 from orchestrator.store.lease import Lease, removed
 from orchestrator.store.places import Place, Remote
 
@@ -45,7 +44,6 @@ _COPIED = (
     "copying*",
     "use_policy*",
 )
-
 
 WRITTEN = (
     "model*.safetensors",
@@ -139,13 +137,12 @@ def leased_out(out: Place, on_event: Callable[[dict[str, Any]], None] | None) ->
 
 
 def _remove_remains(out: Place) -> None:
-    """Remove what this program writes to an output, and the directory if nothing else is in it."""
+    """Remove a directory that has only files that this program writes to an output."""
     with suppress(OSError, OrchestratorError):
-        for path in out.iterdir() if out.is_dir() else ():
-            if any(fnmatchcase(path.name.lower(), pattern) for pattern in (*WRITTEN, *_COPIED)):
-                path.unlink(missing_ok=True)
-        if isinstance(out, Path):
-            out.rmdir()
+        names = [path.name.lower() for path in out.iterdir()] if out.is_dir() else []
+        patterns = *WRITTEN, *_COPIED
+        if all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in names):
+            remove_tree(out)
 
 
 def copy_companions(model: Place, out: Place) -> dict[str, str]:

@@ -45,7 +45,7 @@ def reference(model, text, tmp_path_factory):
 @pytest.mark.parametrize("fields", [{"workers": 9}, {"workers": 3, "threads": 3}])
 def test_more_workers_than_the_cluster_can_hold(fields, model, text, tmp_path, ray_address):
     """The message has what is asked for, what is there and what fits; exit code 3."""
-    with pytest.raises(InfeasibleError, match=r"has 8 CPU on 1 nodes, enough for [28]") as e:
+    with pytest.raises(InfeasibleError, match=r"has 8 CPU on 1 node, enough for [28]") as e:
         run(model, tmp_path / "out", text, executor="ray", **fields)
     assert e.value.exit_code == 3
     assert not (tmp_path / "out" / "config.json").exists()

@@ -179,7 +179,7 @@ def test_when_nobody_is_left_a_useless_worker_ends_the_run(make_pool, tmp_path):
 def test_too_few_workers_in_time_is_infeasible(make_pool, half_taken, monkeypatch):
     """The error and the waiting event count the workers and free CPUs."""
     monkeypatch.setattr("orchestrator.runtime.ray.actors.PATIENCE_SECONDS", 2.0)
-    there = "1 workers, 0 of 8 CPU free"
+    there = "1 worker, 0 of 8 CPU free"
     events = []
 
     def announce(event):
