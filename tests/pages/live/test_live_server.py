@@ -171,7 +171,7 @@ def test_other_hosts_are_refused_locally(host, run):
 
 
 def test_an_open_address_answers_to_any_name(run):
-    """Which names a machine has is not known."""
+    """The names of a machine in a network are not known to it."""
     with served(run.root, host="0.0.0.0") as port:
         assert asked(port, "/", Host="node-3.cluster:8270")[0] == 200
 
