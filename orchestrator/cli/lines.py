@@ -53,7 +53,11 @@ class Lines:
     def remind(self) -> None:
         """Say what the program is doing if it has said nothing for a time."""
         with self._guard:
-            if self._doing and self._clock() - self._written > SILENT_SECONDS:
+            if self._clock() - self._written <= SILENT_SECONDS:
+                return
+            if self._progress is not None:
+                self._write(progress_text(self._progress))
+            elif self._doing:
                 self._write(f"{self._doing}, for {duration(self._clock() - self._since)}")
 
     def __call__(self, event: Event) -> None:
