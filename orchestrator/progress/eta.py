@@ -10,16 +10,16 @@ than in their scale, so all of them are corrected by one ratio,
     c_k = cost of a unit as measured      if n_k > 0
     c_k = r f_k                           otherwise
 
-over the kinds with n_k > 0 and a forecast. Of these, those that are LOADING do not count, nor those
-SIMILAR to another one if there are others; if nothing has ended yet, r is that of the run so far.
-The measured cost is s_k / n_k over the calls that were not the first of their kind on a worker
-(which imports, allocates and reads what later ones find), each with the weight exp(-age /
+over the kinds with n_k > 0 and a forecast. Of these, those that are LOADING do not count, nor
+those SIMILAR to another one if there are others; if nothing has ended yet, r is that of the run
+so far. The measured cost is s_k / n_k over the calls that were not the first of their kind on a
+worker (which imports, allocates and reads what later ones find), each with the weight exp(-age /
 max(FRESH, T / 3)), T seconds after the pass began: machines are shared, and the recent past tells
 more about the next minutes.
 
-A call of u units that has been running for e seconds has min(e, c_k u) of its cost behind it; if its
-kind has never been measured, is not LOADING, and e > c_k u, then c_k is at least e / u. With N
-workers that can be busy,
+A call of u units that has been running for e seconds has min(e, c_k u) of its cost behind it; if
+its kind has never been measured, is not LOADING, and e > c_k u, then c_k is at least e / u. With
+N workers that can be busy,
 
     W = sum m_k c_k - sum min(e, c_k u)
     left = max(W / (b N), largest max(c_k u - e, 0))
