@@ -87,7 +87,8 @@ class Lines:
                 self._do(str(stage))
             case {"event": "stage", "state": "end", "stage": stage}:
                 self._within = [each for each in self._within if each != stage]
-                self._do(self._within[-1] if self._within else "")
+                self._progress = None
+                self._do(self._within[-1] if self._within else "preparing the next stage")
             case {"event": "note", "text": text}:
                 self._do(str(text).partition("\n")[0])
         return sentence(event)

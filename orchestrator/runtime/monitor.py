@@ -165,6 +165,7 @@ class RunMonitor:
             OrchestratorError: The run directory was removed.
         """
         self.signals.check()
+        self.progress.check()
         for hold in self._holds:
             if hold.taken_by is not None:
                 raise StoppedError(
