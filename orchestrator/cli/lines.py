@@ -53,7 +53,11 @@ class Lines:
     def remind(self) -> None:
         """Say what the program is doing if it has said nothing for a time."""
         with self._guard:
-            if self._doing and self._clock() - self._written > SILENT_SECONDS:
+            if self._clock() - self._written <= SILENT_SECONDS:
+                return
+            if self._progress is not None:
+                self._write(progress_text(self._progress))
+            elif self._doing:
                 self._write(f"{self._doing}, for {duration(self._clock() - self._since)}")
 
     def __call__(self, event: Event) -> None:
@@ -83,7 +87,8 @@ class Lines:
                 self._do(str(stage))
             case {"event": "stage", "state": "end", "stage": stage}:
                 self._within = [each for each in self._within if each != stage]
-                self._do(self._within[-1] if self._within else "")
+                self._progress = None
+                self._do(self._within[-1] if self._within else "preparing the next stage")
             case {"event": "note", "text": text}:
                 self._do(str(text).partition("\n")[0])
         return sentence(event)

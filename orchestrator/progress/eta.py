@@ -6,12 +6,20 @@ Of kind k, n_k units have ended in s_k seconds of a worker, m_k are left, those 
 included, and the forecast has f_k seconds a unit. Forecasts are right in their proportions rather
 than in their scale, so all of them are corrected by one ratio,
 
-    r = sum s_k / sum n_k f_k     over the kinds with n_k > 0 and a forecast, except SIMILAR ones
-    c_k = s_k / n_k  if n_k > 0,  r f_k  otherwise
+    r = sum n_k c_k / sum n_k f_k
+    c_k = cost of a unit as measured      if n_k > 0
+    c_k = r f_k                           otherwise
 
-and if nothing has ended yet, r is that of the run so far. A call of u units that has been running
-for e seconds has min(e, c_k u) of its cost behind it; if its kind has never been measured and
-e > c_k u, then c_k is at least e / u. With the N workers that can be busy,
+over the kinds with n_k > 0 and a forecast. Of these, those that are LOADING do not count, nor
+those SIMILAR to another one if there are others; if nothing has ended yet, r is that of the run
+so far. The measured cost is s_k / n_k over the calls that were not the first of their kind on a
+worker (which imports, allocates and reads what later ones find), each with the weight exp(-age /
+max(FRESH, T / 3)), T seconds after the pass began: machines are shared, and the recent past tells
+more about the next minutes.
+
+A call of u units that has been running for e seconds has min(e, c_k u) of its cost behind it; if
+its kind has never been measured, is not LOADING, and e > c_k u, then c_k is at least e / u. With
+N workers that can be busy,
 
     W = sum m_k c_k - sum min(e, c_k u)
     left = max(W / (b N), largest max(c_k u - e, 0))
@@ -35,6 +43,10 @@ from dataclasses import dataclass, field
 
 SETTLING = 2.0
 """Seconds after which the measured busy fraction of workers outweighs the assumption of 1."""
+FRESH = 20.0
+"""Least time constant, in seconds, with which measured calls lose their weight."""
+LOADING = frozenset({"open", "take"})
+"""Kinds that read files rather than compute."""
 CAUTION = 0.005
 """Fraction of a run's forecast until which a measured ratio of time to forecast counts little."""
 
@@ -50,9 +62,29 @@ class Measured:
     units: float = 0.0
     seconds: float = 0.0
     """Seconds of workers in these calls."""
+    recent_units: float = 0.0
+    """Weighted units of the calls that were not the first on their worker."""
+    recent_seconds: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a worker for a unit."""
+        if self.recent_units > 0:
+            return self.recent_seconds / self.recent_units
+        return self.seconds / self.units
 
     def __add__(self, other: "Measured") -> "Measured":
-        return Measured(self.units + other.units, self.seconds + other.seconds)
+        return Measured(
+            self.units + other.units,
+            self.seconds + other.seconds,
+            self.recent_units + other.recent_units,
+            self.recent_seconds + other.recent_seconds,
+        )
+
+    def aged(self, weight: float) -> "Measured":
+        """Return the same calls with less weight."""
+        recent = weight * self.recent_units, weight * self.recent_seconds
+        return Measured(self.units, self.seconds, *recent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +164,18 @@ def unit_costs(
 ) -> dict[str, float]:
     """Return the seconds of a worker for a unit, by kind; unknown kinds are left out."""
     known = {kind: each for kind, each in moment.ended.items() if each.units > 0}
-    usual = [kind for kind in known if kind in forecast and kind not in SIMILAR]
-    kinds = usual or [kind for kind in known if kind in forecast]
-    both = [(known[kind].seconds, known[kind].units * forecast[kind]) for kind in kinds]
-    expected = sum(wanted for _, wanted in both)
-    scale = sum(seconds for seconds, _ in both) / expected if expected > 0 else ratio
-    costs = {kind: scale * seconds for kind, seconds in forecast.items()}
+    measured = {kind: each.cost for kind, each in known.items()}
+    kinds = [kind for kind in known if kind in forecast]
+    usual = [kind for kind in kinds if kind not in SIMILAR and kind not in LOADING]
+    kinds = usual or [kind for kind in kinds if kind not in LOADING]
+    expected = sum(known[kind].units * forecast[kind] for kind in kinds)
+    if expected > 0:
+        ratio = sum(known[kind].units * measured[kind] for kind in kinds) / expected
+    costs = {kind: ratio * seconds for kind, seconds in forecast.items()}
     for call in moment.running:
-        if call.kind in costs and call.units > 0:
+        if call.kind in costs and call.kind not in LOADING and call.units > 0:
             costs[call.kind] = max(costs[call.kind], call.seconds / call.units)
-    costs |= {kind: each.seconds / each.units for kind, each in known.items()}
+    costs |= measured
     similar = {kind: costs[other] for kind, other in SIMILAR.items() if other in costs}
     return similar | costs
 

@@ -1,12 +1,13 @@
 """Count of the calls of a dispatch, and of the stage that it belongs to."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from orchestrator.progress.eta import Measured, Moment, Running
+from orchestrator.progress.eta import FRESH, Measured, Moment, Running
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,9 @@ class Tally:
         self.ended: Mapping[str, Measured] = {}
         self.running: Mapping[int, tuple[str, float, float, str]] = {}
         self.workers, self._existed, self._looked = 0, 0.0, clock()
+        self._started = clock()
+        self._last: dict[str, float] = {}
+        self._warm: set[tuple[str, int]] = set()
 
     def look(
         self, to_do: Mapping[str, float], counted: Counted, *, present: int, useful: int
@@ -77,12 +81,22 @@ class Tally:
         running = dict(self.running)
         kind, units, begun, _ = running.pop(call.worker)
         if succeeded:
-            more = Measured(units, self._clock() - begun)
-            self.ended = {**self.ended, kind: self.ended.get(kind, Measured()) + more}
+            self.ended = {**self.ended, kind: self._more(kind, units, begun, call.worker)}
             to_do = dict(self.to_do)
             to_do[kind] = max(to_do.get(kind, 0.0) - units, 0.0)
             self.to_do = to_do
         self.running = running
+
+    def _more(self, kind: str, units: float, begun: float, worker: int) -> Measured:
+        """Return the calls of a kind, with one more that has just ended on a worker."""
+        now, seconds = self._clock(), self._clock() - begun
+        constant = max(FRESH, (now - self._started) / 3)
+        weight = math.exp((self._last.get(kind, now) - now) / constant)
+        is_warm = (kind, worker) in self._warm
+        self._warm.add((kind, worker))
+        self._last[kind] = now
+        recent = (units, seconds) if is_warm else (0.0, 0.0)
+        return self.ended.get(kind, Measured()).aged(weight) + Measured(units, seconds, *recent)
 
     def existed(self) -> float:
         """Return the sum over useful workers of the seconds that they existed."""

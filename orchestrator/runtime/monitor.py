@@ -181,6 +181,7 @@ class RunMonitor:
             OrchestratorError: The run directory or the output was removed.
         """
         self.signals.check()
+        self.progress.check()
         for hold in self._holds:
             if hold.taken_by is not None:
                 raise StoppedError(

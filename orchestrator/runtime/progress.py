@@ -28,8 +28,8 @@ class Progress:
     """Progress of the stages of a run; reports it from a thread while a stage has calls.
 
     Args:
-        report: Called with each event, from the thread; errors of storage are ignored here, since
-            the driver meets them too.
+        report: Called with each event, from the thread. Errors of storage are ignored here, since
+            the driver meets them too; any other one ends the thread, and is raised by `check`.
         within: Returns the name of the present stage, or "".
     """
 
@@ -47,6 +47,7 @@ class Progress:
         self._begun: dict[str, float] = {}
         self._measured: dict[str, tuple[float, float]] = {}
         """By ended stage, its seconds and the forecast of the work that was done in it."""
+        self._error: Exception | None = None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -64,9 +65,19 @@ class Progress:
 
     def _loop(self) -> None:
         while not self._stopped.wait(SECONDS):
-            with suppress(OSError, OrchestratorError):
-                if (event := self.event()) is not None:
-                    self._report(event)
+            try:
+                with suppress(OSError, OrchestratorError):
+                    if (event := self.event()) is not None:
+                        self._report(event)
+            except Exception as error:
+                self._error = error
+                return
+
+    def check(self) -> None:
+        """Raise the error by which a report has ended the thread."""
+        if (error := self._error) is not None:
+            self._error = None
+            raise error
 
     def tally(self, stage: str, ahead: Ahead | None = None) -> Tally:
         """Return the tally of the next dispatch of a stage.

@@ -157,6 +157,16 @@ def test_a_silent_time_is_filled(event, clock, stream):
     assert stream.getvalue().splitlines()[1:] == said
 
 
+def test_silent_times_of_a_stage_are_filled_with_its_progress(clock, stream):
+    """A late event of progress does not hide what the one before it said."""
+    show = Lines(stream, clock=clock)
+    show({"event": "stage", "stage": "calibrate", "state": "begin"})
+    show(progress(312))
+    clock.now = 9.0
+    show.remind()
+    assert stream.getvalue().splitlines()[-1].startswith("[9.0s] calibrate 312/960 chunks, 25%")
+
+
 def test_lines_are_filled_by_a_thread(stream, monkeypatch):
     """The context has a thread that fills silent times, and ends it."""
     monkeypatch.setattr("orchestrator.cli.lines.BEAT_SECONDS", 0.001)

@@ -9,6 +9,7 @@ the second in which the stage ended.
 import json
 import sys
 import time
+from dataclasses import astuple
 from pathlib import Path
 
 from orchestrator.cli.main import main
@@ -59,9 +60,9 @@ def _entry(stage, found):
         "moments": [
             {
                 "at": round(at - begun, 2),
-                "to_do": moment.to_do,
-                "ended": {k: [m.units, round(m.seconds, 3)] for k, m in moment.ended.items()},
-                "running": [[r.kind, r.units, round(r.seconds, 2)] for r in moment.running],
+                "to_do": {k: _short(n) for k, n in moment.to_do.items()},
+                "ended": {k: [_short(x) for x in astuple(m)] for k, m in moment.ended.items()},
+                "running": [[r.kind, _short(r.units), round(r.seconds, 2)] for r in moment.running],
                 "workers": moment.workers,
                 "existed": round(moment.existed, 2),
                 "ratio": float(f"{ratio:.4g}"),
@@ -69,6 +70,11 @@ def _entry(stage, found):
             for at, moment, ratio in moments[::step]
         ],
     }
+
+
+def _short(number):
+    """Four digits of a number."""
+    return float(f"{number:.4g}")
 
 
 def record(name, arguments):

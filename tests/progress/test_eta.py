@@ -74,6 +74,21 @@ def test_a_call_that_outlasts_its_forecast_raises_the_cost_of_its_kind():
     assert stage_left(now, {"finish": 10.0}).left == pytest.approx(100.0)
 
 
+def test_recent_calls_count_where_there_are_any():
+    """The cost of a unit is that of the weighted calls; what was spent is that of all."""
+    found = {"step": Measured(10.0, 100.0, 2.0, 10.0)}
+    now = Moment(to_do={"step": 20.0}, ended=found, existed=100.0)
+    assert stage_left(now, {}).left == pytest.approx(20 * 5.0)
+    assert stage_left(now, {}).fraction == pytest.approx(0.5)
+
+
+def test_loading_is_no_measure_of_computing():
+    """A shard that took long to open says nothing about the cost of a step."""
+    now = moment({"open": 3.0, "step": 10.0}, [("open", 1.0, 9.0)])
+    found = stage_left(now, {"open": 0.1, "step": 2.0}, 1.5)
+    assert found.left == pytest.approx(3 * 9.0 + 10 * 3.0)
+
+
 def test_the_last_call_is_not_shared():
     """Eight workers do not shorten a single call."""
     now = moment({"step": 1.0}, [("step", 9.0, 90.0)], [("step", 1.0, 2.0)], workers=8)

@@ -28,6 +28,26 @@ def reported(events):
         time.sleep(0.005)
 
 
+def test_an_error_of_the_receiver_ends_the_run(run, monkeypatch):
+    """It is raised by the driver at its next event, as if that event had been refused."""
+    monkeypatch.setattr(progress, "SECONDS", 0.01)
+
+    def refuse(event):
+        if event["event"] == "progress":
+            raise ZeroDivisionError
+
+    def work(monitor):
+        with monitor.stage("write"):
+            monitor.tally().look({"write": 1.0}, Counted(0, 1, "files"), present=1, useful=1)
+            for _ in range(1000):
+                monitor.event({"event": "polled"})
+                time.sleep(0.005)
+
+    with pytest.raises(ZeroDivisionError), RunMonitor(run, refuse) as monitor:
+        work(monitor)
+    assert run.status()["state"] == "failed"
+
+
 def test_progress_is_reported_while_a_call_runs(run, monkeypatch):
     """Events, status and journal have count, fraction and times; the journal not each event."""
     monkeypatch.setattr(progress, "SECONDS", 0.01)

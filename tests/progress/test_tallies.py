@@ -1,11 +1,13 @@
 """Work of a stage, as it is counted before its calls and after them, and events of progress."""
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import pytest
 from pipeline import run, write_llama, write_text
 
-from orchestrator.progress.tally import Tally
+from orchestrator.progress.tally import Ahead, Tally
+from orchestrator.runtime.calls import Call, Verify
 from orchestrator.runtime.monitor import RunMonitor
 
 TRAINED = {
@@ -22,6 +24,32 @@ WALKED = {
     "options": {"refinement": {"epochs": 2, "batches": 2}},
 }
 SCORED = {"method": "cap", "options": {"cap": {"iterations": 2, "samples": 2}}}
+
+
+class Clock:
+    """Clock that is set by the test; seconds."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_first_calls_and_old_ones_lose_their_weight():
+    """Of calls of 9 s, then 4 s, then 1 s, all are counted; the cost tends to the last one's."""
+    clock, call = Clock(), Call(0, Verify(()), "file")
+    tally = Tally(Ahead(), clock=clock)
+    costs = []
+    for seconds in [9.0, 4.0] + 200 * [1.0]:
+        tally.begun(call, "verify", 1.0)
+        clock.now += seconds
+        tally.over(call, succeeded=True)
+        costs.append(tally.ended["verify"].cost)
+    assert costs[:2] == [9.0, 4.0]
+    assert all(earlier > later for earlier, later in pairwise(costs))
+    assert costs[-1] == pytest.approx(1.0, abs=0.05)
+    found = tally.ended["verify"]
+    assert (found.units, found.seconds) == (202, 213.0)
 
 
 @pytest.fixture(scope="module")

@@ -63,10 +63,13 @@ class PivotJob(StageJob):
             stage.progress(len(done), len(self._keys), unit=name, bytes=size)
 
         flops = {each.name: pivot_flops(each, rank) for each, rank in missing.items()}
+        # about half of a call is reading, writing and what does not grow with its size
+        mean = sum(flops.values()) / max(len(flops), 1)
+        work = {name: each + mean for name, each in flops.items()}
         calls = [(each.name, PivotLinear(each.name, rank)) for each, rank in missing.items()]
         dispatch(
             stage.workers.pool,
-            IndependentCalls(calls, of="linears", work=flops),
+            IndependentCalls(calls, of="linears", work=work),
             FailurePolicy(),
             on_success=on_success,
             on_event=stage.monitor.event,
