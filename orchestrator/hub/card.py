@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from orchestrator.models.checkpoint.card import USE
+from orchestrator.models.checkpoint.card import LOAD
 from orchestrator.pages.evaluations import (
     AGREEMENT,
     QUANTITIES,
@@ -24,6 +24,19 @@ from orchestrator.version import __version__
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 NONE = "–"
+_SERVE = """\
+## Serve
+
+With orchestrator installed, by a program that has imported it:
+
+```sh
+python -c "import orchestrator.hf; from transformers.cli.transformers import main; main()" \\
+    serve {repo}
+```
+
+For engines that know no forms, download the checkpoint and multiply the factors:
+`orchestrator export DIRECTORY DENSE --format dense`.
+"""
 
 
 def published_card(source: Source, repo: str, config: Mapping[str, Any]) -> str:
@@ -44,7 +57,8 @@ def published_card(source: Source, repo: str, config: Mapping[str, Any]) -> str:
     sections = (
         _summary(source, base),
         *_evaluations(source),
-        USE.replace("DIRECTORY", repo),
+        LOAD.replace("DIRECTORY", repo),
+        _SERVE.format(repo=repo),
         _reproduction(source, out),
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)

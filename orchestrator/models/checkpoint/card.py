@@ -31,7 +31,7 @@ the linears that were targeted; the whole model keeps {kept_model:.1%} of its pa
 |---|---|
 {forms}{metrics}
 """
-USE = """\
+LOAD = """\
 ## Load
 
 ```python
@@ -44,6 +44,9 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 
 Without either of the two, loading stops with mismatched shapes.
 
+"""
+"""Section about loading the model in DIRECTORY."""
+_SERVE = """\
 ## Serve
 
 ```
@@ -51,7 +54,6 @@ transformers serve --trust-remote-code DIRECTORY
 orchestrator export DIRECTORY DENSE --format dense    # for engines that know no forms
 ```
 """
-"""Sections about loading and serving the model in DIRECTORY."""
 
 _SHARED = ", on the basis of another"
 
@@ -85,7 +87,7 @@ def model_card(
         dense_parameters=survey.total_parameters,
         metrics=f"\n| measured | |\n|---|---|\n{rows}" if rows else "",
     )
-    return figures + USE
+    return figures + LOAD + _SERVE
 
 
 def _tags(plan: Plan) -> list[str]:
