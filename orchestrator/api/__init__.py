@@ -8,7 +8,7 @@
 Heavy packages are imported when a function is called.
 """
 
-from orchestrator.api.checkpoints import evaluate, export, lm_eval, load, verify
+from orchestrator.api.checkpoints import evaluate, export, lm_eval, load, push, verify
 from orchestrator.api.cluster import submit
 from orchestrator.api.compression import (
     compress,
@@ -34,6 +34,7 @@ __all__ = [
     "load",
     "measure",
     "plan",
+    "push",
     "report",
     "retarget",
     "retarget_sizes",

@@ -1,6 +1,6 @@
 """Evaluation, verification, conversion and loading of checkpoints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,41 @@ def export(out: str | Path, dense_dir: str | Path, format: str = "dense") -> Pat
         raise UsageError(f"format is {format!r}; it must be dense")
     export_dense(Path(out), Path(dense_dir))
     return Path(dense_dir)
+
+
+def push(
+    out: str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Upload a compressed checkpoint to a model hub, with a card of its figures.
+
+    The card has the sizes, the evaluations beside the checkpoint, the recipe and the commands.
+
+    Args:
+        repo: Repository, OWNER/NAME; created if it does not exist.
+        private: Visibility of a new repository; None means that of the owner's settings.
+        revision: Branch, created if it does not exist; None means the main one.
+        dry_run: Check the files and return the card, without network.
+        say: Receives notes, such as files that are not pushed.
+
+    Returns:
+        Address of the commit, or the card.
+
+    Raises:
+        InputError: `out` is not a compressed checkpoint, or a file differs from its digest.
+        UsageError: The name of the repository is not valid, or there is no token.
+        OrchestratorError: The hub does not respond, or refuses.
+    """
+    from orchestrator.hub.push import prepare, push_checkpoint
+
+    if dry_run:
+        return prepare(Path(out), repo, say)[1]
+    return push_checkpoint(Path(out), repo, private=private, revision=revision, say=say)
 
 
 def load(out: str | Path, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import groupby
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,8 @@ def _evaluations(
             continue
         for facts in _unit_facts(directory):
             model = facts.get("models", {}).get("model", {})
-            is_ours = directory.name == f"{out.name}.evaluation" or model.get("path") == str(out)
+            is_named = directory.name == f"{out.name}.evaluation"
+            is_ours = is_named or normpath(str(model.get("path"))) == normpath(str(out))
             if not model or not is_ours:
                 continue
             if model.get("bytes") == out_bytes:

@@ -78,9 +78,10 @@ MAY_IMPORT = {
     "searching": "errors plan recipe resolve store",
     "evaluation": "errors recipe",
     "doctor": "readable version packaging",
+    "hub": f"{PLAIN} pages store models.checkpoint models.evaluation models.forms huggingface_hub",
     # tasks of lm-evaluation-harness
     "harness": "errors lm_eval numpy torch",
-    "api": f"{PLAIN} doctor evaluation forecast harness hf pages plan recipe runtime runtime.ray "
+    "api": f"{PLAIN} doctor evaluation forecast harness hf hub pages plan recipe runtime runtime.ray "
     f"searching stages stages.context stages.evaluate store transformers {MODELS}",
     # experiment trackers, extras; the module of each imports it
     "tracking": "errors events mlflow torch trackio wandb",
@@ -296,7 +297,7 @@ LIGHT = [
 COMMANDS = [
     *("", "plan", "measure", "compress", "retarget", "evaluate", "export", "status", "report"),
     *("methods", "compare", "clean", "submit", "verify", "watch", "lm-eval"),
-    *("doctor", "completion"),
+    *("doctor", "completion", "push"),
 ]
 
 

@@ -48,6 +48,7 @@ CALLS = {
     "lm-eval": (["lm-eval", "--help"], 0, "arguments of lm_eval"),
     "verify": (["verify", "out", "--against", "dense"], 0, "as reported"),
     "export": (["export", "out", "dense-again"], 0, "dense-again"),
+    "push": (["push", "out", "someone/tiny", "--dry-run"], 0, "## Reproduce"),
     "status": (["status", "out.run"], 0, "done"),
     "watch": (["watch", "out"], 4, "its run directory is"),
     "report": (["report", "out.run"], 0, "report.html"),

@@ -30,6 +30,8 @@ the linears that were targeted; the whole model keeps {kept_model:.1%} of its pa
 | stored as | linears |
 |---|---|
 {forms}{metrics}
+"""
+LOAD = """\
 ## Load
 
 ```python
@@ -42,6 +44,9 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 
 Without either of the two, loading stops with mismatched shapes.
 
+"""
+"""Section about loading the model in DIRECTORY."""
+_SERVE = """\
 ## Serve
 
 ```
@@ -69,7 +74,7 @@ def model_card(
     targeted = sum(linears[name].values for name in plan.assignments)
     parameters = survey.total_parameters - targeted + plan.stored_values
     rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in metrics.items())
-    return _CARD.format(
+    figures = _CARD.format(
         base_model=base_model,
         quoted_base_model=json.dumps(base_model, ensure_ascii=False),
         license=_license(dense_card),
@@ -82,6 +87,7 @@ def model_card(
         dense_parameters=survey.total_parameters,
         metrics=f"\n| measured | |\n|---|---|\n{rows}" if rows else "",
     )
+    return figures + LOAD + _SERVE
 
 
 def _tags(plan: Plan) -> list[str]:

@@ -1,0 +1,1 @@
+"""Publication of a compressed checkpoint on a model hub, with its model card."""
