@@ -13,6 +13,7 @@ import selectors
 import signal
 import socket
 import sys
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -59,7 +60,7 @@ class Server:
                 elif key.fileobj == 0:
                     self._end()
                 elif key.data in self._forks:
-                    # the process that asked is gone
+                    # the process that asked is gone; its fork is not reaped yet
                     self._selector.unregister(key.fileobj)
                     os.kill(key.data, signal.SIGKILL)
 
@@ -68,14 +69,18 @@ class Server:
         size, descriptors, _, _ = socket.recv_fds(asking, 8, 3)
         with asking.makefile("rb") as file:
             content = file.read(int.from_bytes(size, "big"))
-        pid = os.fork()
-        if pid:
+        # without descriptors, the process was killed as it asked
+        pid = os.fork() if descriptors else None
+        if pid != 0:
             for each in descriptors:
                 os.close(each)
-            asking.sendall(pid.to_bytes(8, "big"))
-            self._selector.register(asking, selectors.EVENT_READ, pid)
-            self._forks[pid] = asking
+            if pid is not None:
+                _tell(asking, pid)
+                self._selector.register(asking, selectors.EVENT_READ, pid)
+                self._forks[pid] = asking
             return None
+        # Ray ends whole process groups
+        os.setsid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._selector.close()
@@ -97,14 +102,19 @@ class Server:
             asking = self._forks.pop(pid)
             if asking in self._selector.get_map():
                 self._selector.unregister(asking)
-                code = os.waitstatus_to_exitcode(status)
-                asking.sendall(code.to_bytes(8, "big", signed=True))
+                _tell(asking, os.waitstatus_to_exitcode(status))
             asking.close()
 
     def _end(self) -> None:
         for pid in self._forks:
             os.kill(pid, signal.SIGKILL)
         sys.exit()
+
+
+def _tell(asking: socket.socket, number: int) -> None:
+    # it may have been killed
+    with suppress(OSError):
+        asking.sendall(number.to_bytes(8, "big", signed=True))
 
 
 def begin(request: Request) -> list[str]:

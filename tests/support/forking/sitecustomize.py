@@ -56,6 +56,8 @@ def replace(address: str, command: list[str]) -> None:
     socket.send_fds(server, [len(content).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(content)
     pid = int.from_bytes(server.recv(8), "big")
+    if not pid:
+        os._exit(1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: os.kill(pid, number))
     code = int.from_bytes(server.recv(8) or b"\1", "big", signed=True)
