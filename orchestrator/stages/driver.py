@@ -57,6 +57,8 @@ def compress(
                 monitor.note(left_out(asked.model, surveyed.survey.unused))
         with monitor.stage("read"):
             keyed = assign_keys(surveyed, *read_calibration(surveyed))
+            for warning in keyed.token_report.get("warnings", ()):
+                monitor.note(warning)
             run.claim({**asked.description, "tokens_key": keyed.tokens_key})
         if (result := finished(keyed)) is not None:
             monitor.note(f"{asked.out} is complete: nothing to do")
@@ -64,7 +66,7 @@ def compress(
         with Lease(asked.out / LEASE_FILE).taken(on_event) as lease:
             monitor.guard(lease)
             with connected(asked.recipe, monitor):
-                forecast = check_memory(asked.recipe, asked.model, monitor)
+                forecast = check_memory(keyed.recipe, asked.model, monitor)
                 return _perform(keyed, resolved.stages, forecast, monitor)
 
 
