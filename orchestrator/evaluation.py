@@ -7,7 +7,10 @@ from typing import Any
 from orchestrator.errors import UsageError
 from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.field import check_fields, option, required
-from orchestrator.recipe.recipe import DTYPES
+from orchestrator.recipe.recipe import CHAT_TEMPLATE, DTYPES, LONGEST_SEQUENCE, TEXT_FIELD
+
+MOST_HELD_OUT = 32
+"""Held-out sequences of an evaluation that gives no number of them, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +24,8 @@ class EvaluationRequest(Execution):
     model: str = dataclasses.field(metadata=required("directory or hub id, dense or compressed"))
     text: str | None = option(
         None,
-        "held-out text: .txt, .jsonl, .parquet, a directory of these, or "
-        "datasets:NAME[:CONFIG[:SPLIT]]",
+        "held-out text: .txt, .jsonl, .parquet, a directory of these, "
+        "datasets:NAME[:CONFIG[:SPLIT]], or a mixture by tokens: a.jsonl:0.7,b.txt:0.3",
         metavar="TEXT",
     )
     tasks: tuple[str, ...] = option(
@@ -48,9 +51,20 @@ class EvaluationRequest(Execution):
         "nats, and the fraction of tokens for which both models have the same top token",
         metavar="DENSE",
     )
-    field: str = option("text", "field of .jsonl and .parquet records that contains the text")
-    samples: int = option(32, "number of held-out sequences", at_least=1)
-    sequence_length: int = option(2048, "number of tokens per sequence", at_least=1)
+    field: str = option("text", TEXT_FIELD, not_empty=True)
+    chat_template: str | None = option(None, CHAT_TEMPLATE, choices=("on", "off"))
+    samples: int | None = option(
+        None,
+        "number of held-out sequences; a text with fewer is refused (default: "
+        f"{MOST_HELD_OUT}, or as many as the text has)",
+        at_least=1,
+    )
+    sequence_length: int | None = option(
+        None,
+        f"number of tokens per sequence (default: {LONGEST_SEQUENCE}, or the positions of the "
+        "model; less for a short text if --samples is not given either)",
+        at_least=1,
+    )
     stride: int = option(1, "use every N-th sequence only", at_least=1)
     layout: str = option(
         "packed",
@@ -81,8 +95,17 @@ class EvaluationRequest(Execution):
         return {"model": self.model, **against}
 
     def text_facts(self) -> dict[str, Any] | None:
-        """Description of the held-out text, as in the report; None if there is none."""
+        """Arguments of `load_tokens` for the held-out text; None if there is none."""
         if self.text is None:
             return None
-        names = ("field", "samples", "sequence_length", "stride", "layout")
-        return {"source": self.text, **{name: getattr(self, name) for name in names}}
+        return {
+            "source": self.text,
+            **{
+                name: getattr(self, name) for name in ("field", "stride", "layout", "chat_template")
+            },
+            "samples": self.samples or MOST_HELD_OUT,
+            "fewer": self.samples is None,
+            "sequence_length": self.sequence_length or LONGEST_SEQUENCE,
+            "within_positions": self.sequence_length is None,
+            "shorter": self.samples is None and self.sequence_length is None,
+        }

@@ -26,7 +26,8 @@ class ResolvedRecipe:
     """Method, allocator and stages of a recipe with their options, and its budget."""
 
     recipe: Recipe
-    """With the allocation that the method implies, if none was named."""
+    """With a method and a storage, and the allocation that the method implies, if none was
+    named."""
     method: Method
     allocator: Allocator
     budget: Budget
@@ -81,10 +82,13 @@ def without_options(recipe: Recipe, unused: Mapping[str, Collection[str]]) -> Re
 
 def _resolve(asked: Recipe) -> ResolvedRecipe:
     asked.check_names(methods=METHODS, allocations=ALLOCATORS, tables=option_tables())
-    options, _ = split_options(asked, asked.method)
-    method = make_method(asked.method, options)
-    recipe = replace(asked, allocation=asked.allocation or method.allocation)
+    recipe = asked.named()
+    assert recipe.method is not None
+    options, _ = split_options(recipe, recipe.method)
+    method = make_method(recipe.method, options)
+    recipe = replace(recipe, allocation=recipe.allocation or method.allocation)
     assert recipe.allocation is not None
+    assert recipe.storage is not None
     _, options = split_options(recipe, recipe.allocation)
     allocator = make_allocator(recipe.allocation, options, method.form)
     _check_measures(recipe, method)
@@ -160,6 +164,7 @@ def _without_effect(resolved: ResolvedRecipe, unused: Mapping[str, Collection[st
 def _options_of(resolved: ResolvedRecipe) -> Iterator[str]:
     """Options that have an effect, `svd-llm.refit`."""
     recipe = resolved.recipe
+    assert recipe.method is not None
     assert recipe.allocation is not None
     owners: list[tuple[str, Any]] = [(recipe.method, resolved.method)]
     owners.append((recipe.allocation, resolved.allocator))

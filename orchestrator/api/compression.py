@@ -24,6 +24,10 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
     Raises:
         OrchestratorError: A subclass; `exit_code` tells which.
     """
+    from orchestrator.models.inputs.sources import named_source
+
+    # before torch is imported, which takes seconds
+    named_source(recipe.calibration)
     announce_imports(on_event)
     from orchestrator.stages import driver
 
@@ -201,6 +205,8 @@ def search(
     (`mgaa.t`); `evaluation` are arguments of `evaluate`.
     """
     from orchestrator import searching
+    from orchestrator.models.inputs.sources import named_source
 
+    named_source(recipe.calibration)
     verbs: dict[str, Any] = {"compress": compress, "evaluate": evaluate}
     return searching.search(recipe, vary, text=text, **verbs, on_event=on_event, **evaluation)

@@ -112,6 +112,7 @@ def add_field(
     says, choices = means.help, means.choices or None
     if shows_default and isinstance(field.default, str | int) and kind is not bool:
         says += f" (default: {field.default})"
+    says = says.replace("%", "%%")
     name = "--" + (flag or field.name).replace("_", "-")
     if kind is bool:
         parser.add_argument(name, action=argparse.BooleanOptionalAction, help=says)

@@ -10,7 +10,7 @@ from orchestrator.forecast.statistics import decomposing_block, gathering, metho
 from orchestrator.forecast.work import Work, computed, forward_flops
 from orchestrator.methods.base import Method
 from orchestrator.plan.codecs import itemsize_of
-from orchestrator.recipe.recipe import Recipe
+from orchestrator.recipe.recipe import LONGEST_SEQUENCE, MOST_SAMPLES, Recipe
 
 TOKEN_BYTES = 9
 """Bytes of a token beside its state: an id of 8 bytes, and a mask entry."""
@@ -34,11 +34,11 @@ class Costs:
     @property
     def tokens(self) -> int:
         """Tokens of a sequence."""
-        return self.recipe.sequence_length
+        return self.recipe.sequence_length or LONGEST_SEQUENCE
 
     @property
     def sequences(self) -> int:
-        return self.recipe.samples
+        return self.recipe.samples or MOST_SAMPLES
 
     @property
     def label_draws(self) -> int:
@@ -61,7 +61,7 @@ class Costs:
     @property
     def state(self) -> float:
         """Bytes of one sequence at a boundary."""
-        return float(self.recipe.sequence_length * self.shapes.hidden * self.itemsize)
+        return float(self.tokens * self.shapes.hidden * self.itemsize)
 
     @property
     def boundary(self) -> float:
@@ -107,7 +107,7 @@ class Costs:
 
     def head(self) -> Work:
         """Logits of one sequence, and the gradient of the labels that are drawn from them."""
-        flops = 6.0 * self.recipe.sequence_length * self.shapes.head_values
+        flops = 6.0 * self.tokens * self.shapes.head_values
         return computed(flops, self.itemsize)
 
     def comes(self) -> Work:
@@ -124,7 +124,7 @@ class Costs:
 
     def forward_in_float32(self, blocks: int) -> Work:
         """One sequence through blocks of the compressed model, whose factors are in float32."""
-        flops = forward_flops(self.shapes, self.recipe.sequence_length)
+        flops = forward_flops(self.shapes, self.tokens)
         return computed(flops, 4).times(blocks)
 
     @property
@@ -139,12 +139,12 @@ class Costs:
 
     @cached_property
     def _forward(self) -> Work:
-        return computed(forward_flops(self.shapes, self.recipe.sequence_length), self.itemsize)
+        return computed(forward_flops(self.shapes, self.tokens), self.itemsize)
 
     @cached_property
     def _gather(self) -> Work:
         statistics = method_statistics(self.shapes.heaviest, self.method)
-        return gathering(self.shapes, statistics, self.recipe.sequence_length, self.itemsize)
+        return gathering(self.shapes, statistics, self.tokens, self.itemsize)
 
     @cached_property
     def _finish(self) -> Work:

@@ -12,10 +12,11 @@ from orchestrator.errors import InputError, OrchestratorError, UsageError
 from orchestrator.hub.card import published_card
 from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.weights import Weights
-from orchestrator.models.checkpoint.write import CARD_FILE, REPORT_FILE
+from orchestrator.models.checkpoint.write import CARD_FILE
 from orchestrator.models.evaluation.stored_files import check_files
 from orchestrator.models.forms.config import METHOD
 from orchestrator.pages.sources import read_source, whole
+from orchestrator.plan.result import REPORT_FILE
 from orchestrator.store.files import digest_file
 
 Say = Callable[[str], None]

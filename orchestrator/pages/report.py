@@ -242,7 +242,7 @@ def _recipe(source: Source) -> Markup | None:
     where |= source.report.get("timings", {}).get("schedule", {})
     right = [
         _part("Execution settings, without effect on the result", where),
-        _part("Calibration data", source.report.get("calibration", {})),
+        _part("Calibration data", _texts(source.report.get("calibration", {}))),
     ]
     return section(
         "Recipe",
@@ -253,6 +253,17 @@ def _recipe(source: Source) -> Markup | None:
             class_="beside",
         ),
     )
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of a text, with one row for each source of it."""
+    rows = {name: value for name, value in values.items() if name != "sources"}
+    sources = values.get("sources", [])
+    for place, each in enumerate(sources if isinstance(sources, list) else [], start=1):
+        if isinstance(each, Mapping):
+            facts = [f"{name} {tables.plain(value)}" for name, value in each.items()]
+            rows[f"source {place}"] = ", ".join(facts)
+    return rows
 
 
 def _part(title: str, values: Mapping[str, Any]) -> Markup | None:

@@ -5,12 +5,13 @@ these statements.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
 from orchestrator.errors import UsageError
 from orchestrator.recipe.options import check_choice
-from orchestrator.recipe.values import of_type
+from orchestrator.recipe.values import check_fraction, of_type, percentage
 
 Value = TypeVar("Value")
 _ABOUT = "about"
@@ -27,7 +28,7 @@ class About:
     at_least: int | None = None
     """Lower limit of a number."""
     is_fraction: bool = False
-    """True for a number above 0 and at most 1."""
+    """True for a number above 0 and at most 1, also written as 80%."""
     not_empty: bool = False
     check: Callable[[Any], object] | None = None
     """Parser that raises UsageError for a value that is not allowed."""
@@ -35,6 +36,8 @@ class About:
     """Name of the value in the help; by default that of the type."""
     schedule: bool = False
     """True if the field is about where and how fast a run executes."""
+    added: bool = False
+    """True for a field that recipes of earlier versions lack; see `recipe.ADDED`."""
     decides_bits: bool = False
     """True for a field of the schedule that another size of the same run must keep."""
 
@@ -48,8 +51,8 @@ class About:
             check_choice(name, value, self.choices)
         if self.at_least is not None and value < self.at_least:
             raise UsageError(f"{name} is {value}; it must be {self.at_least} or above")
-        if self.is_fraction and not 0 < value <= 1:
-            raise UsageError(f"{name} is {value}; it must be above 0 and at most 1")
+        if self.is_fraction:
+            check_fraction(name, value)
         if self.check is not None:
             self.check(value)
 
@@ -89,6 +92,10 @@ def check_fields(value: Any) -> None:
     """
     found = described(value)
     for name, each in found.items():
-        object.__setattr__(value, name, of_type(name, each.type, getattr(value, name)))
+        given = getattr(value, name)
+        if about(each).is_fraction and isinstance(given, str) and given.strip().endswith("%"):
+            with suppress(ValueError):
+                given = percentage(given)
+        object.__setattr__(value, name, of_type(name, each.type, given))
     for name, each in found.items():
         about(each).reject_wrong(name, getattr(value, name))

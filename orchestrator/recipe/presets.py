@@ -17,5 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named recipes. `fast` is the best closed form: no weight is trained. `best` also refines its
 blocks independently, then trains the whole model."""
+DEFAULT_PRESET = "fast"
+"""Preset of a recipe that names no method."""
 ASKED_BY = {"refinement": "refine", "training": "train"}
 """Field of a recipe that asks for the stages whose options are in a table of a preset."""

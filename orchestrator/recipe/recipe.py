@@ -16,7 +16,7 @@ from orchestrator.errors import UsageError
 from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.field import about, check_fields, described, option, required
 from orchestrator.recipe.options import check_choice
-from orchestrator.recipe.presets import ASKED_BY, PRESETS
+from orchestrator.recipe.presets import ASKED_BY, DEFAULT_PRESET, PRESETS
 from orchestrator.recipe.values import (
     brief,
     check_options,
@@ -33,6 +33,21 @@ HEADINGS = ("compress", "plan", "search", "recipe", "orchestrator")
 NEVER_OPTIONS = ("model", "out", *SIZE_FIELDS, "method", "calibration")
 """Fields after which no option is named."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+TEXT_FIELD = (
+    "field of .jsonl and .parquet records that contains the text; records without it may have "
+    "messages (or conversations), a chat"
+)
+CHAT_TEMPLATE = (
+    "on: chats are written by the tokenizer's template, and messages are read before the text of a "
+    "record; off: the contents of their messages are plain text (default: on if the tokenizer has "
+    "a template)"
+)
+MOST_SAMPLES = 256
+"""Calibration sequences of a recipe that gives no number of them, at most."""
+LONGEST_SEQUENCE = 2048
+"""Tokens of a sequence of a recipe that gives no length, at most."""
+TOKENS_PER_INPUT = 4
+"""Calibration tokens for each input of the widest targeted linear, below which a run warns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +66,7 @@ class CompressionFields:
     )
     keep: float | None = option(
         None,
-        "fraction of the values of the targeted linears to keep, above 0, at most 1; for several "
+        "fraction of the values of the targeted linears to keep, 0.8 or 80%; for several "
         "(0.8,0.6), compress and retarget write OUT-0.8 and OUT-0.6",
         is_fraction=True,
         metavar="FRACTION",
@@ -62,14 +77,17 @@ class CompressionFields:
         is_fraction=True,
         metavar="FRACTION",
     )
-    method: str = option("svd-llm", "published method")
+    method: str | None = option(
+        None, "published method (default: that of --preset fast, with its storage)"
+    )
     allocation: str | None = option(
         None, "allocator that divides the budget over the linears (default: that of the method)"
     )
-    storage: str = option(
-        "plain",
+    storage: str | None = option(
+        None,
         "plain factors, or pivoted: R rows of the weight, and the others as their combinations. "
-        "Pivoting is exact and stores fewer values, so a budget allows larger ranks",
+        "Pivoting is exact and stores fewer values, so a budget allows larger ranks (default: "
+        "plain for a named method, otherwise pivoted)",
         choices=("plain", "pivoted"),
     )
     compensate: str = option(
@@ -94,17 +112,25 @@ class CompressionFields:
 
     calibration: str | None = option(
         None,
-        "calibration text: .txt, .jsonl, .parquet, a directory of these, or "
-        "datasets:NAME[:CONFIG[:SPLIT]]",
+        "calibration text: .txt, .jsonl, .parquet, a directory of these, "
+        "datasets:NAME[:CONFIG[:SPLIT]], or bundled, a small text for those who have none; a "
+        "mixture by tokens: a.jsonl:0.7,b.txt:0.3",
         metavar="TEXT",
     )
-    calibration_field: str = option(
-        "text", "field of .jsonl and .parquet records that contains the text", not_empty=True
+    calibration_field: str = option("text", TEXT_FIELD, not_empty=True)
+    chat_template: str | None = option(None, CHAT_TEMPLATE, choices=("on", "off"), added=True)
+    samples: int | None = option(
+        None,
+        f"number of calibration sequences; a text with fewer is refused (default: {MOST_SAMPLES}, "
+        f"or as many as the text has, with a warning below {TOKENS_PER_INPUT} tokens for each "
+        "input of the widest targeted linear)",
+        at_least=1,
     )
-    samples: int = option(256, "number of calibration sequences", at_least=1)
-    sequence_length: int = option(
-        2048,
-        "number of tokens per sequence; every forward pass processes one sequence",
+    sequence_length: int | None = option(
+        None,
+        "number of tokens per sequence; every forward pass processes one sequence (default: "
+        f"{LONGEST_SEQUENCE}, or the positions of the model; less for a short text if --samples is "
+        "not given either)",
         at_least=1,
     )
     sampling: str = option(
@@ -203,7 +229,8 @@ class Recipe(Execution, CompressionFields):
         Args:
             tables: Names of the tables with options of stages.
         """
-        check_choice("method", self.method, methods)
+        if self.method is not None:
+            check_choice("method", self.method, methods)
         if self.allocation is not None:
             check_choice("allocation", self.allocation, allocations)
         for name in self.options:
@@ -220,6 +247,26 @@ class Recipe(Execution, CompressionFields):
         assert requested is not None
         return requested
 
+    def named(self) -> "Recipe":
+        """Return the recipe with a method and a storage.
+
+        A recipe that names no method gets those of the preset `DEFAULT_PRESET`; a named method is
+        the published one, which stores plain factors.
+        """
+        defaults = PRESETS[DEFAULT_PRESET] if self.method is None else {"storage": "plain"}
+        unset: dict[str, Any] = {
+            name: value for name, value in defaults.items() if getattr(self, name) is None
+        }
+        return replace(self, **unset)
+
+    def with_sequences(self, samples: int, sequence_length: int) -> "Recipe":
+        """Return the recipe with these numbers of sequences and tokens, where it gives none."""
+        return replace(
+            self,
+            samples=self.samples or samples,
+            sequence_length=self.sequence_length or sequence_length,
+        )
+
     def resized(self, kept: float, **other: Any) -> "Recipe":
         """Return the recipe of another size, of values or of bytes as this one.
 
@@ -232,13 +279,15 @@ class Recipe(Execution, CompressionFields):
         """Write the recipe as TOML with all defaults; unset fields are comments.
 
         Without `schedule` the fields of `SCHEDULE` are omitted: the rest determines the bytes of
-        the checkpoint, so that the copy in the checkpoint is independent of the execution.
+        the checkpoint, so that the copy in the checkpoint is independent of the execution. Unset
+        fields of `ADDED` are omitted too.
         """
         names = [f.name for f in fields(self) if schedule or f.name not in SCHEDULE]
         lines = []
         for name in names:
             value = getattr(self, name)
-            if name != "options":
+            is_omitted = value is None and name in ADDED and not schedule
+            if name != "options" and not is_omitted:
                 lines.append(f"# {name} =" if value is None else f"{name} = {toml_value(value)}")
         for name, table in sorted(self.options.items()):
             lines += ["", f"[{name}]"]
@@ -249,6 +298,9 @@ class Recipe(Execution, CompressionFields):
 SCHEDULE = tuple(name for name, field in described(Recipe).items() if about(field).schedule)
 """Fields about where and how fast a run executes; the written checkpoint does not depend on them,
 with the exceptions of `Execution`."""
+ADDED = tuple(name for name, field in described(Recipe).items() if about(field).added)
+"""Fields that recipes of earlier versions lack: the key of a result holds them only if they are
+set, so that results of earlier versions keep their keys."""
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import PurePath
 from typing import Any, get_args
 
@@ -42,13 +43,36 @@ def parse_value(written: str) -> Any:
 
 
 def fraction(written: str) -> float | tuple[float, ...]:
-    """Parse one fraction, or several separated by commas.
+    """Parse one fraction, or several separated by commas; 80% is 0.8.
 
     Raises:
-        ValueError: A part is not a number.
+        ValueError: A part is neither a number nor a percentage.
     """
-    sizes = tuple(map(float, written.split(",")))
+    sizes = tuple(map(percentage, written.split(",")))
     return sizes if len(sizes) > 1 else sizes[0]
+
+
+def percentage(written: str) -> float:
+    """Parse 0.8 or 80%, which is the same double.
+
+    Raises:
+        ValueError: The text is neither.
+    """
+    text = written.strip()
+    if not text.endswith("%"):
+        return float(text)
+    try:
+        return float(Decimal(text[:-1]) / 100)
+    except ArithmeticError as error:
+        raise ValueError(f"{written!r} is not a percentage") from error
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise UsageError unless the number is above 0 and at most 1; 80 may be meant as 80%."""
+    if 0 < value <= 1:
+        return
+    meant = f"; did you mean {value / 100:g} or {value:g}%?" if 1 < value <= 100 else ""
+    raise UsageError(f"{name} is {value:g}; it must be above 0 and at most 1{meant}")
 
 
 def parse_vary(text: str) -> tuple[str, list[Any]]:

@@ -74,6 +74,8 @@ def compress(
         monitor.event(_surveyed(surveyed, resolved.stage_names))
         with monitor.stage(READ):
             keyed = assign_keys(surveyed, *read_calibration(surveyed))
+            for warning in keyed.token_report.get("warnings", ()):
+                monitor.note(warning)
             run.claim({**asked.description, "tokens_key": keyed.tokens_key})
         if (result := finished(keyed)) is not None:
             monitor.note(f"{asked.out} is complete: nothing to do")
@@ -81,7 +83,7 @@ def compress(
         with leased_out(asked.out, on_event) as lease:
             monitor.guard(lease)
             with connected(asked.recipe, monitor):
-                forecast = check_memory(asked.recipe, asked.model, monitor)
+                forecast = check_memory(keyed.recipe, asked.model, monitor)
                 return _perform(keyed, resolved.stages, forecast, monitor)
 
 

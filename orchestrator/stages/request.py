@@ -3,8 +3,10 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from orchestrator.errors import InputError, UsageError
 from orchestrator.models.checkpoint.output import check_out
 from orchestrator.models.survey.locate import locate
+from orchestrator.recipe.presets import DEFAULT_PRESET
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import ResolvedRecipe
 from orchestrator.stages.context.previous_run import PreviousRun
@@ -32,6 +34,8 @@ def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None =
     check_out(out)
     run = RunDirectory(root)
     run.check()
+    if previous is None:
+        _check_default(run, recipe, resolved)
     about = {"out": str(out), "model": str(model), "base_model": base_model}
     return Asked(
         recipe=resolved.recipe,
@@ -45,6 +49,26 @@ def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None =
         run=run,
         previous=previous,
     )
+
+
+def _check_default(run: RunDirectory, recipe: Recipe, resolved: ResolvedRecipe) -> None:
+    """Raise UsageError if a recipe that names no method would leave a run of another one.
+
+    The default method is not that of version 0.1, whose runs hold the name of theirs.
+    """
+    if recipe.method is not None or not run.marker.exists():
+        return
+    try:
+        written = run.description().get("recipe")
+    except InputError:
+        return
+    there = written.get("method") if isinstance(written, dict) else None
+    if there not in (None, resolved.recipe.method):
+        raise UsageError(
+            f"{run.root}: holds a run of method {there}, and this command names none, which means "
+            f"{resolved.recipe.method}; add --method {there} to resume it, or --preset "
+            f"{DEFAULT_PRESET} to start anew here"
+        )
 
 
 def _check_apart(model: Place, out: Place, root: Place) -> None:

@@ -1,14 +1,19 @@
 """Survey of the model and reading of the calibration text: no weight is read."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from orchestrator.errors import UsageError
 from orchestrator.models.checkpoint.weights import parse_dtype
+from orchestrator.models.inputs.encoder import NO_TEMPLATE
+from orchestrator.models.inputs.sources import BUNDLED, named_source
 from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.select import select
+from orchestrator.plan.linear import Linear
+from orchestrator.recipe.recipe import LONGEST_SEQUENCE, MOST_SAMPLES, TOKENS_PER_INPUT
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.context.values import Asked, Surveyed, extended
 
@@ -45,6 +50,7 @@ def survey(asked: Asked) -> Surveyed:
         linears=linears,
         dtype=lazy_model.dtype,
         vocabulary=lazy_model.config.get_text_config().vocab_size,
+        positions=lazy_model.positions,
         tensors=lazy_model.tensors(),
     )
 
@@ -60,26 +66,58 @@ def read_calibration(surveyed: Surveyed) -> CalibrationTokens:
     """Tokenise and commit the calibration text, unless a previous run has done it.
 
     Raises:
-        UsageError: The recipe names no text.
+        UsageError: The recipe names no text, or a weight that is too small.
         InputError: The text cannot be read, or has tokens outside of the vocabulary.
     """
     recipe = surveyed.recipe
     if surveyed.previous is not None:
         return CalibrationTokens(surveyed.previous.tokens_key, surveyed.previous.tokens)
-    if recipe.calibration is None:
-        raise UsageError(
-            "calibration: no text is named; give --calibration a .txt, .jsonl or .parquet "
-            "file, a directory of them, or datasets:NAME"
-        )
     tokens = load_tokens(
-        recipe.calibration,
+        named_source(recipe.calibration),
         field=recipe.calibration_field,
-        samples=recipe.samples,
-        sequence_length=recipe.sequence_length,
+        samples=recipe.samples or MOST_SAMPLES,
+        sequence_length=recipe.sequence_length
+        or min(LONGEST_SEQUENCE, surveyed.positions or LONGEST_SEQUENCE),
+        fewer=recipe.samples is None,
+        shorter=recipe.samples is None and recipe.sequence_length is None,
         sampling=recipe.sampling,
         layout=recipe.layout,
+        chat_template=recipe.chat_template,
         rng=surveyed.randomness.calibration(),
         tokenizer=load_tokenizer(surveyed.model),
     )
     tokens.check_within(surveyed.vocabulary, surveyed.model)
+    warnings = calibration_warnings(tokens.report, surveyed.linears)
+    if warnings:
+        tokens = replace(tokens, report={**tokens.report, "warnings": warnings})
     return CalibrationTokens(commit_tokens(surveyed.run, tokens), tokens.report)
+
+
+def calibration_warnings(report: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
+    """Sentences about a text that is short, or not of the model's use.
+
+    A Gram matrix of d inputs has at most as many non-zero eigenvalues as there are tokens. Where it
+    is estimated from n independent ones, the loss of a least-squares fit on other text is
+    n / (n - d) times that of the true matrix: a third more at n = 4 d. Tokens of a text are not
+    independent, so the real loss is above that.
+    """
+    widest = max(linears, key=lambda each: each.in_features)
+    enough, used = TOKENS_PER_INPUT * widest.in_features, report["tokens_used"]
+    found = []
+    if used < enough:
+        found.append(
+            f"calibration has {used:,} tokens; below {enough:,}, {TOKENS_PER_INPUT} for each of "
+            f"the {widest.in_features:,} inputs of {widest.role}, statistics are poor: give more "
+            "text"
+        )
+    if any(each.get("chats_by") == NO_TEMPLATE for each in report["sources"]):
+        found.append(
+            "calibration has messages, and the tokenizer no chat template: they are read as plain "
+            "text"
+        )
+    if any(each["source"] == BUNDLED for each in report["sources"]):
+        found.append(
+            "calibration is by the bundled text, small and about Python: text like that which the "
+            "model will read is better"
+        )
+    return found

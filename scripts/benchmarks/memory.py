@@ -103,6 +103,7 @@ def measure(
     out = options.work / f"out-{shards}"
     start = time.monotonic()
     recipe = {
+        "method": "svd-llm",
         "keep": 0.5,
         "target": TARGET,
         "calibration": text,

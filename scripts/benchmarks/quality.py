@@ -109,6 +109,7 @@ def compress(model: Path, work: Path, calibration: Path, keep: float) -> Path:
     recipe = Recipe(
         model=str(model),
         out=str(work / f"kept-{keep:g}"),
+        method="svd-llm",
         keep=keep,
         calibration=str(calibration),
         samples=SAMPLES,

@@ -119,6 +119,7 @@ def recipe_for(
     return Recipe(
         model=str(model),
         out=str(work / name),
+        method="svd-llm",
         keep=0.8,
         calibration=str(text),
         samples=samples,

@@ -353,7 +353,9 @@ def test_counts_are_written_with_their_noun():
             "near misses: model.layers.*.mlp.down",
         ),
         (["--keep", "0.8", "--calibration", "none.txt"], 4, "none.txt: no such text"),
-        (["--keep", "0.8", "--calibration", "short.txt"], 4, "tokens give"),
+        (["--keep", "0.8", "--samples", "9"], 4, "tokens give"),
+        (["--keep", "80"], 2, "did you mean 0.8 or 80%?"),
+        (["--keep", "0.8", "--calibration", "chat.jsonl"], 4, "chat.jsonl, line 1, message 1: "),
         (["--keep", "0.8", "--calibration", "latin.txt"], 4, "at offset 3 is not UTF-8"),
         (["--keep", "0.8", "--calibration", "fields.jsonl"], 4, "fields found: body"),
     ],
@@ -364,6 +366,7 @@ def test_bad_input(checkpoint, tmp_path, monkeypatch, capsys, flags, code, says)
     Path("short.txt").write_text("too short")
     Path("latin.txt").write_bytes(b"caf\xe9 and more of it")
     Path("fields.jsonl").write_text('{"body": "text"}\n')
+    Path("chat.jsonl").write_text('{"messages": [{"content": "Hello"}]}\n')
     if "--calibration" not in flags:
         flags = [*flags, "--calibration", "short.txt"]
     shutil.copytree(checkpoint("llama"), "dense")

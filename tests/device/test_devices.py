@@ -301,7 +301,7 @@ def test_search(model, text, tmp_path):
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("The bridge past the inn carried 42 ships; nobody could say when.\n" * 2)
     fields = {"model": str(model["float32"]), "calibration": str(text), "executor": "local"}
-    fields |= SMALL | {"keep": 0.5}
+    fields |= SMALL | {"keep": 0.5, "method": "svd-llm"}
 
     def found(place):
         recipe = Recipe(out=str(tmp_path / place), **fields)

@@ -170,8 +170,8 @@ def test_the_size_of_the_result_is_the_one_that_is_written(llama_dir, tmp_path):
     """The budget is met from below, so a run writes no more values than its forecast."""
     text = write_text(tmp_path / "text.txt")
     result = run(llama_dir, tmp_path / "out", text, keep=0.6)
-    asked = Recipe(model=str(llama_dir), out="o", keep=0.6, samples=6, sequence_length=48)
-    expected = plan(asked).final["values"]
+    given = {"method": "svd-llm", "keep": 0.6, "samples": 6, "sequence_length": 48}
+    expected = plan(Recipe(model=str(llama_dir), out="o", **given)).final["values"]
     written = result.report["values"]["model_after"]
     assert expected - result.report["values"]["slack"] == written
 

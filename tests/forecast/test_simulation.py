@@ -18,7 +18,8 @@ RATES = Rates(row="test", **FAST, read=1e10, write=1e10, network=1e10, start=30.
 
 def costs(config=SMALL, **fields):
     fields = {"samples": 16, "sequence_length": 512, "keep": 0.8} | fields
-    recipe = make_recipe({"model": "m", "out": "o"} | fields)
+    method = {} if "preset" in fields else {"method": "svd-llm"}
+    recipe = make_recipe({"model": "m", "out": "o"} | method | fields)
     return costs_of(from_config(config, "test"), resolve(recipe))
 
 

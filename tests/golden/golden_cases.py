@@ -9,6 +9,7 @@ from typing import Any
 SMALL: dict[str, Any] = {
     "model": "llama",
     "calibration": "text.txt",
+    "method": "svd-llm",
     "keep": 0.5,
     "samples": 4,
     "sequence_length": 32,
@@ -186,8 +187,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 _THREE = {name: {"model": "llama_three", **fields} for name, fields in _METHODS.items()}
+_UNNAMED = {name: value for name, value in SMALL.items() if name != "method"}
 CASES: dict[str, dict[str, Any]] = {
-    name: {**SMALL, **fields}
+    name: {**(_UNNAMED if "preset" in fields else SMALL), **fields}
     for group in (_THREE, _ALLOCATIONS, _STAGES, _FORMS, _NUMBERS, _INPUTS, _PRESETS)
     for name, fields in group.items()
 }

@@ -57,6 +57,8 @@ MEASURED = {
     "path",
 }
 """Fields of facts and reports that may differ between two equal runs."""
+LATER = {"sources", "warnings"}
+"""Fields of the token report that were added after the record was made."""
 BOOTSTRAP, SOURCE = "modeling_orchestrator.py", "source"
 DIGITS = 12
 """Significant digits of a forecast's figures, so that they do not depend on the C library."""
@@ -324,9 +326,10 @@ def _rounded(value: Any) -> Any:
 
 
 def unmeasured(value: Any) -> Any:
-    """Copy without the fields of `MEASURED`, at any depth."""
+    """Copy without the fields of `MEASURED` and `LATER`, at any depth."""
     if isinstance(value, Mapping):
-        return {name: unmeasured(each) for name, each in value.items() if name not in MEASURED}
+        left_out = MEASURED | LATER
+        return {name: unmeasured(each) for name, each in value.items() if name not in left_out}
     if isinstance(value, list | tuple):
         return [unmeasured(each) for each in value]
     return value

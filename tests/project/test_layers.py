@@ -78,11 +78,11 @@ MAY_IMPORT = {
     "searching": "errors plan recipe resolve store",
     "evaluation": "errors recipe",
     "doctor": "readable version packaging",
-    "hub": f"{PLAIN} pages store models.checkpoint models.evaluation models.forms huggingface_hub",
+    "hub": f"{PLAIN} pages plan store models.checkpoint models.evaluation models.forms huggingface_hub",
     # tasks of lm-evaluation-harness
     "harness": "errors lm_eval numpy torch",
-    "api": f"{PLAIN} doctor evaluation forecast harness hf hub pages plan recipe runtime runtime.ray "
-    f"searching stages stages.context stages.evaluate store transformers {MODELS}",
+    "api": f"{PLAIN} doctor evaluation forecast harness hf hub pages plan recipe runtime "
+    f"runtime.ray searching stages stages.context stages.evaluate store transformers {MODELS}",
     # experiment trackers, extras; the module of each imports it
     "tracking": "errors events mlflow torch trackio wandb",
     "cli": f"{PLAIN} api catalogue evaluation forecast plan recipe tracking usage rich shtab",

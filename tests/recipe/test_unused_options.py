@@ -19,11 +19,12 @@ def test_an_option_of_another_method(option, tmp_path, capsys):
     config = {"model_type": "llama", "num_attention_heads": 2} | dict.fromkeys(numbers, 64)
     (tmp_path / "config.json").write_text(json.dumps(config))
     for command in (["plan", str(tmp_path)], ["compress", str(tmp_path), str(tmp_path / "out")]):
-        assert main([*command, "--keep", "0.6", "--option", option]) == 2
+        given = ["--keep", "0.6", "--calibration", "bundled", "--option", option]
+        assert main([*command, *given]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"option {option[:6]} has no effect; mgaa has refit, rule, t, " in line
-        assert "method svd-llm, allocation uniform and no later stage" in line
-        assert "whose options are: svd-llm.refit" in line
+        assert "method two-sided, allocation threshold and stages pivot" in line
+        assert "whose options are: two-sided." in line
 
 
 @pytest.mark.parametrize(

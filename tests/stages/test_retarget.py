@@ -49,6 +49,7 @@ def test_several_sizes_are_cut_from_one_run(llama, text, tmp_path):
     recipe = Recipe(
         model=str(llama),
         out=str(tmp_path / "out"),
+        method="svd-llm",
         keep=0.8,
         calibration=str(text),
         samples=6,

@@ -46,7 +46,7 @@ RECIPES = [
 
 
 def recipe_of(given):
-    return Recipe(**{"model": "m", "out": "o", "keep": 0.6} | given)
+    return Recipe(**{"model": "m", "out": "o", "method": "svd-llm", "keep": 0.6} | given)
 
 
 @pytest.mark.parametrize(("given", "names"), RECIPES)

@@ -13,7 +13,7 @@ from forking import fork_processes
 from orchestrator.store.places import parse_place
 from orchestrator.store.run import RunDirectory
 
-SMALL = ("--keep", "0.5", "--samples", "6", "--sequence-length", "48")
+SMALL = ("--method", "svd-llm", "--keep", "0.5", "--samples", "6", "--sequence-length", "48")
 """Arguments that match `pipeline.run`, so that the results are the same bytes."""
 
 

@@ -12,4 +12,5 @@ def shapes_of(name):
 
 
 def recipe(**fields):
-    return make_recipe({"model": "m", "out": "o", "keep": 0.8} | fields)
+    method = {} if "preset" in fields else {"method": "svd-llm"}
+    return make_recipe({"model": "m", "out": "o", "keep": 0.8} | method | fields)

@@ -50,8 +50,10 @@ def write_text(path: Path, characters: int = 4000) -> Path:
 
 
 def run(model: Path, out: Path, text: Path, *, on_event: Any = None, **fields: Any) -> Result:
-    """Compress with small defaults, in this process by default."""
-    small = {"keep": 0.5, "samples": 6, "sequence_length": 48, "executor": "local"}
+    """Compress with small defaults and the cheapest method, in this process by default."""
+    small: dict[str, Any] = {"keep": 0.5, "samples": 6, "sequence_length": 48, "executor": "local"}
+    if "method" not in fields:
+        small["method"] = "svd-llm"
     recipe = Recipe(model=str(model), out=str(out), calibration=str(text), **(small | fields))
     return compress(recipe, on_event)
 

@@ -25,4 +25,4 @@ def on_path(directory):
 
 
 def recipe_of(**given):
-    return Recipe(**{"model": "m", "out": "o", "keep": 0.5} | given)
+    return Recipe(**{"model": "m", "out": "o", "method": "svd-llm", "keep": 0.5} | given)

@@ -1,87 +1,112 @@
 """Reading of documents from a text source, with specific errors for invalid input.
 
 A source is a file (.txt, .raw, .jsonl, .parquet), a directory of such files at any depth, read in
-path order, or `datasets:NAME[:CONFIG[:SPLIT]]`. A .txt or .raw file is one document; in the other
-formats each record holds one document in a named field.
+path order, the same in an object store, `datasets:NAME[:CONFIG[:SPLIT]]`, or `bundled`. A .txt or
+.raw file is one document; in the other formats each record holds one document: a text in a named
+field, or a chat (`chats`).
 """
 
 import codecs
-import reprlib
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from orchestrator.errors import InputError, UsageError
+from orchestrator.models.inputs.chats import Chat, parse_chat
+from orchestrator.models.inputs.sources import (
+    BUNDLED,
+    CHAT_FIELDS,
+    DATASETS_PREFIX,
+    PLAIN,
+    SUFFIXES,
+    check_place,
+    place_of,
+    suffix_of,
+)
 from orchestrator.store.files import parse_json
+from orchestrator.store.places import Place, Remote
 
-DATASETS_PREFIX = "datasets:"
-PLAIN = (".txt", ".raw")  # WikiText comes as .raw
-SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 READ_BYTES = 2**20
+BUNDLED_TEXT = Path(__file__).with_name("bundled.jsonl")
 
-Document = Iterable[str]
-"""A document as fragments of text, so that a huge one is read only as far as needed."""
+Document: TypeAlias = Iterable[str] | Chat
+"""A document: fragments of text, so that a huge one is read only as far as needed; or a chat."""
 
 
-def read_documents(source: str, field: str) -> Iterator[Document]:
+def read_documents(source: str, field: str, *, prefers_chats: bool = False) -> Iterator[Document]:
     """Yield the documents of a source in order, each read on demand.
 
     Text is UTF-8. An incomplete character at the very end of a plain file, left by truncation to a
     size, is ignored; any other byte that is not UTF-8 is an error.
+
+    Args:
+        field: Field of a record that contains the text, or the messages of a chat. Of records
+            without it the messages are read.
+        prefers_chats: Read the messages of a record that has both.
 
     Raises:
         UsageError: The source is of no known kind, or `datasets` is not installed.
         InputError: The source does not exist, has no text, cannot be decoded or lacks the field.
     """
     if source.startswith(DATASETS_PREFIX):
-        yield from _from_datasets(source, field)
+        yield from _from_datasets(source, field, prefers_chats)
         return
-    if "://" in source:
-        raise UsageError(
-            f"{source}: is a URL; texts are read from disk, so download it and give its path"
-        )
-    try:
-        files = _files(Path(source).expanduser())
-    except (OSError, RuntimeError) as error:  # name too long, or `~` of an unknown user
-        raise InputError(f"{reprlib.repr(source)}: no such text: {error}") from error
-    for path in files:
-        suffix = path.suffix.lower()
+    for path in [BUNDLED_TEXT] if source == BUNDLED else _files(source):
+        suffix = suffix_of(path)
         if suffix in PLAIN:
             yield _decoded(path)
         elif suffix == ".jsonl":
-            yield from _from_jsonl(path, field)
+            yield from _from_jsonl(path, field, prefers_chats)
         else:
-            yield from _from_parquet(path, field)
+            yield from _from_parquet(path, field, prefers_chats)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Place) -> Iterator[BinaryIO]:
     try:
-        with path.open("rb") as file:
-            yield file
+        if isinstance(path, Remote):
+            with path.open() as stream, io.BufferedReader(stream, READ_BYTES) as buffered:
+                yield buffered
+        else:
+            with path.open("rb") as file:
+                yield file
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _files(path: Path) -> list[Path]:
-    allowed = ", ".join(SUFFIXES)
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not found:
-            raise InputError(f"{path}: no text files in this directory; supported are {allowed}")
-        return found
-    if not path.exists():
-        raise InputError(f"{path}: no such text file or directory")
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(
-            f"{path}: text files end in {allowed}; "
-            f"or name a data set as {DATASETS_PREFIX}NAME[:CONFIG[:SPLIT]]"
+def _files(source: str) -> list[Place]:
+    place = place_of(source)
+    if not check_place(place, source):
+        return [place]
+    below: Iterable[Any] = (
+        _below(place)
+        if isinstance(place, Remote)
+        else (path for path in place.rglob("*") if path.is_file())
+    )
+    found = sorted((path for path in below if suffix_of(path) in SUFFIXES), key=_order)
+    if not found:
+        raise InputError(
+            f"{place}: no text files in this directory; supported are {', '.join(SUFFIXES)}"
         )
-    return [path]
+    return found
 
 
-def _decoded(path: Path) -> Iterator[str]:
+def _order(path: Place) -> Any:
+    return path.inner.split("/") if isinstance(path, Remote) else path
+
+
+def _below(place: Remote) -> Iterator[Remote]:
+    """Yield the objects below a prefix, at any depth."""
+    for name, size in place.sizes().items():
+        if size is None:
+            yield from _below(place / name)
+        else:
+            yield place / name
+
+
+def _decoded(path: Place) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     with _opened(path) as file:
@@ -94,7 +119,7 @@ def _decoded(path: Path) -> Iterator[str]:
             offset += len(data)
 
 
-def _from_jsonl(path: Path, field: str) -> Iterator[Document]:
+def _from_jsonl(path: Place, field: str, prefers_chats: bool) -> Iterator[Document]:
     offset = 0
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
@@ -114,28 +139,37 @@ def _from_jsonl(path: Path, field: str) -> Iterator[Document]:
                 raise InputError(
                     f"{where}: found {type(record).__name__}; a record is a JSON object"
                 )
-            _check_field(where, field, record)
-            yield (_text(where, field, record[field]),)
+            yield _document(where, record, _field(where, field, [*record], prefers_chats))
 
 
-def _from_parquet(path: Path, field: str) -> Iterator[Document]:
+def _from_parquet(path: Place, field: str, prefers_chats: bool) -> Iterator[Document]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            _check_field(str(path), field, file.schema_arrow.names)
+        with _random_access(path) as content, parquet.ParquetFile(content) as file:
+            found = _field(str(path), field, file.schema_arrow.names, prefers_chats)
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+            for batch in file.iter_batches(batch_size=1024, columns=[found]):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    yield (_text(f"{path}, row {number}", field, value),)
+                    yield _document(f"{path}, row {number}", {found: value}, found)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         (line, *_) = str(error).splitlines() or [type(error).__name__]
         raise InputError(f"{path}: not a readable parquet file: {line[:200]}") from error
 
 
-def _from_datasets(source: str, field: str) -> Iterator[Document]:
+@contextmanager
+def _random_access(path: Place) -> Iterator[Any]:
+    """Yield what parquet reads by ranges."""
+    if isinstance(path, Remote):
+        with path.open() as stream:
+            yield stream
+    else:
+        yield path
+
+
+def _from_datasets(source: str, field: str, prefers_chats: bool) -> Iterator[Document]:
     """Yield rows of a data set, from the cache of `datasets` or, unless offline, from the hub."""
     try:
         import datasets
@@ -151,24 +185,32 @@ def _from_datasets(source: str, field: str) -> Iterator[Document]:
         rows: Any = datasets.load_dataset(name, config or None, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{source}: cannot load the data set: {error}") from error
-    _check_field(source, field, rows.column_names)
-    for number, row in enumerate(rows.select_columns([field]), start=1):
-        yield (_text(f"{source}, row {number}", field, row[field]),)
+    found = _field(source, field, rows.column_names, prefers_chats)
+    for number, row in enumerate(rows.select_columns([found]), start=1):
+        yield _document(f"{source}, row {number}", row, found)
 
 
-def _check_field(where: str, field: str, found: Iterable[str]) -> None:
+def _field(where: str, field: str, found: Sequence[str], prefers_chats: bool) -> str:
+    """Return the field to read of a record: the named one, or that of its messages."""
+    chat = next((name for name in CHAT_FIELDS if name in found), None)
+    if chat is not None and (prefers_chats or field not in found):
+        return chat
     if field not in found:
         names = ", ".join(sorted(found)) or "none"
         raise InputError(f"{where}: no field {field!r}; fields found: {names}; name one of them")
+    return field
 
 
-def _text(where: str, field: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{where}: field {field!r} holds {type(value).__name__}, not a string")
-    return value
+def _document(where: str, record: Mapping[str, Any], field: str) -> Document:
+    value = record[field]
+    if isinstance(value, list) or field in CHAT_FIELDS:
+        return parse_chat(where, field, value)
+    if isinstance(value, str):
+        return (value,)
+    raise InputError(f"{where}: field {field!r} holds {type(value).__name__}, not a string")
 
 
-def _undecodable(path: Path, start: int, error: UnicodeDecodeError) -> str:
+def _undecodable(path: Place, start: int, error: UnicodeDecodeError) -> str:
     return (
         f"{path}: byte {error.object[error.start]:#04x} at offset {start + error.start} "
         f"is not UTF-8 ({error.reason}); convert the file to UTF-8"

@@ -11,21 +11,26 @@ Two layouts:
 - `padded`: one document per row, with the special tokens that the tokenizer adds by default,
   truncated to the sequence length or padded on the right. The mask separates real tokens from
   padding. Blank documents are skipped.
+
+A chat (`chats`) is encoded by the tokenizer's template, with the special tokens of that alone; in
+packed text it stands between texts and other chats without a separator.
+
+A mixture (`sources`) has windows or documents of each source in proportion to the weights by
+tokens, interleaved so that every beginning of the sequences is mixed; each source keeps its order.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress, islice
 from typing import Any
 
 import numpy as np
 
 from orchestrator.errors import InputError, UsageError
-from orchestrator.models.inputs.documents import Document, read_documents
+from orchestrator.models.inputs.encoder import Encoder
+from orchestrator.models.inputs.mixture import Wanted, fit, interleave
+from orchestrator.models.inputs.reading import Reading
+from orchestrator.models.inputs.sources import parse_sources
 
-PIECE_CHARACTERS = 2**21
-BETWEEN_DOCUMENTS = "\n\n"
 MAX_TOKENS = 2**32
 """Limit of tokens read from a text; those used are held in memory."""
 LAYOUTS = ("packed", "padded")
@@ -65,6 +70,9 @@ def load_tokens(
     layout: str = "packed",
     rng: np.random.Generator | None = None,
     stride: int = 1,
+    chat_template: str | None = None,
+    fewer: bool = False,
+    shorter: bool = False,
 ) -> Tokens:
     """Read a text source and tokenize it into sequences of one length.
 
@@ -72,47 +80,46 @@ def load_tokens(
     and twice if `padded`. Encoding runs at about 1.5 MB/s.
 
     Args:
-        source: File, directory or data set, see `orchestrator.models.inputs.documents`.
+        source: File, directory or data set, or a mixture; see `orchestrator.models.inputs.sources`.
         tokenizer: A transformers tokenizer.
-        samples: Number of sequences; a source with fewer is an error, never a shorter result.
+        samples: Number of sequences; a source with fewer is an error, unless `fewer`.
         field: Field of records that contains the text.
         sampling: `first` takes windows (documents, if padded) 0, stride, 2 stride, ...; `random`
             draws windows at random offsets (they may overlap), or distinct documents kept in
             order.
         rng: Generator that `random` draws with; by default one of seed 0.
         stride: Take every stride-th window or document; must be 1 with `random`.
+        chat_template: `on`, `off`, or None: on if the tokenizer has a template.
+        fewer: Give as many sequences as a short text has.
+        shorter: With `fewer`, give shorter ones too: those that divide a short text evenly; if
+            padded, those of the longest document.
 
     Raises:
         UsageError: An argument is out of range, the source is of no known kind, or `datasets` is
             not installed.
-        InputError: The source does not exist, cannot be decoded, lacks the field or is too short.
+        InputError: The source does not exist, cannot be decoded, lacks the field or is too short;
+            a chat is malformed, or the tokenizer has no template for it.
     """
     _check_counts(samples=samples, sequence_length=sequence_length, stride=stride)
     _check_sampling(layout, sampling, stride)
-    read: Counter[str] = Counter()
-    make_rows = _packed_rows if layout == "packed" else _padded_rows
-    rows = make_rows(
-        lambda: read_documents(source, field),
-        read,
-        tokenizer=tokenizer,
-        samples=samples,
-        length=sequence_length,
-        stride=stride,
-        rng=(rng or np.random.default_rng(0)) if sampling == "random" else None,
+    wanted = Wanted(
+        samples=samples, length=sequence_length, fewer=fewer, shorter=shorter, stride=stride
     )
-    if len(rows) < samples:
+    encoder = Encoder(tokenizer, chat_template)
+    readings = [Reading(each, field, encoder) for each in parse_sources(source)]
+    drawn = (rng or np.random.default_rng(0)) if sampling == "random" else None
+    length, rows = (_packed if layout == "packed" else _padded)(readings, wanted, drawn)
+    if encoder.prefers_chats and not any(each.read["chats"] for each in readings):
         raise InputError(
-            f"{source}: {read['documents']} documents with {read['tokens_read']} tokens give "
-            f"{len(rows)} of {samples} {layout} sequences of {sequence_length} tokens"
-            f"{f' with stride {stride}' if stride > 1 else ''}; "
-            "give more text, or ask for fewer or shorter sequences"
+            f"{source}: chat_template is on, and no record that was read has messages; give text "
+            "with messages, or leave chat_template out"
         )
-    ids, mask = _padded(rows, sequence_length)
+    ids, mask = _padded_to(length, [row for _, row in rows])
     origin = {"source": source, "layout": layout, "sampling": sampling}
-    return Tokens(ids=ids, mask=mask, report=origin | _counts(read, mask))
+    return Tokens(ids=ids, mask=mask, report=origin | _counts(readings, rows, mask))
 
 
-def _padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded_to(length: int, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Pad rows of tokens on the right: ids int32 and mask bool, both [rows, length]."""
     # padding is masked, so any token works that every model can embed
     ids = np.zeros((len(rows), length), dtype=np.int32)
@@ -123,103 +130,107 @@ def _padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.nda
     return ids, mask
 
 
-def _counts(read: Counter[str], mask: np.ndarray) -> dict[str, Any]:
-    """Counts of a token report: documents and tokens read, sequences and tokens used."""
-    sequences, length = mask.shape
+Rows = list[tuple[int, np.ndarray]]
+"""Tokens of sequences, each with the number of its source."""
+
+
+def _counts(readings: Sequence[Reading], rows: Rows, mask: np.ndarray) -> dict[str, Any]:
+    """Counts of a token report: documents and tokens read, sequences and tokens used; of each
+    source too."""
+    read = {
+        name: sum(each.read[name] for each in readings)
+        for name in ("documents", "documents_cut", "tokens_read")
+    }
+    sources = []
+    for number, reading in enumerate(readings):
+        used = [len(row) for index, row in rows if index == number]
+        sources.append({**reading.report(), "sequences": len(used), "tokens_used": sum(used)})
     return {
-        "documents": read["documents"],
-        "documents_cut": read["documents_cut"],
-        "tokens_read": read["tokens_read"],
-        "sequences": sequences,
-        "sequence_length": length,
+        **read,
+        "sequences": len(rows),
+        "sequence_length": mask.shape[1],
         "tokens_used": int(mask.sum()),
+        "sources": sources,
     }
 
 
-def _packed_rows(
-    documents: Callable[[], Iterator[Document]],
-    read: Counter[str],
-    *,
-    tokenizer: Any,
-    samples: int,
-    length: int,
-    stride: int,
-    rng: np.random.Generator | None,
-) -> list[np.ndarray]:
-    """Cut windows from the joined text, at most `samples`; adds to the counts in `read`."""
-    needed = ((samples - 1) * stride + 1) * length
-    parts: list[np.ndarray] = []
-    for piece in _pieces(_joined(documents(), read)):
-        parts.append(_encode(tokenizer, piece, is_start=not parts))
-        read["tokens_read"] += len(parts[-1])
-        if rng is None and read["tokens_read"] >= needed:
-            break
-    stream = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-    last = len(stream) - length
-    if last < 0:
-        return []
-    starts = (
-        np.arange(0, last + 1, stride * length)[:samples]
-        if rng is None
-        else rng.integers(0, last + 1, size=samples)
+def _packed(
+    readings: Sequence[Reading], wanted: Wanted, rng: np.random.Generator | None
+) -> tuple[int, Rows]:
+    """Cut windows from the joined text of each source; returns their length too."""
+    weights = [each.source.weight for each in readings]
+    needed = [None] * len(readings) if rng is not None else wanted.needed(weights)
+    streams = [each.stream(limit) for each, limit in zip(readings, needed, strict=True)]
+    length, counts = fit(wanted, [len(stream) for stream in streams], weights)
+    cut = []
+    for reading, stream, count in zip(readings, streams, counts, strict=True):
+        there = wanted.windows(len(stream), max(length, 1))
+        if rng is not None and not wanted.fewer:
+            there = count * (there > 0)
+        if there < max(count, 1):
+            what = f"{there} of {max(count, 1)} packed sequences of {max(length, 1)} tokens"
+            raise _too_short(reading, what, wanted.stride)
+        starts = (
+            np.arange(count) * wanted.stride * length
+            if rng is None
+            else rng.integers(0, len(stream) - length + 1, size=count)
+        )
+        cut.append([stream[start : start + length] for start in starts])
+    _check_weights(readings, counts, wanted)
+    order = interleave(cut, counts, sum(counts))
+    return length, [(source, cut[source][place]) for source, place in order]
+
+
+def _padded(
+    readings: Sequence[Reading], wanted: Wanted, rng: np.random.Generator | None
+) -> tuple[int, Rows]:
+    """Truncate documents of each source to the length, which is returned too."""
+    most = wanted.samples
+    found = [each.rows(most, wanted.length, stride=wanted.stride, rng=rng) for each in readings]
+    weights = [each.source.weight for each in readings]
+    drawn = [np.arange(len(rows)) for rows in found]
+    if rng is not None and len(readings) > 1:
+        # those that are used are drawn too, not the first ones
+        drawn = [rng.permutation(len(rows)) for rows in found]
+    taken = [[rows[place] for place in places] for rows, places in zip(found, drawn, strict=True)]
+    order = interleave(taken, weights, most)
+    if len(order) < (1 if wanted.fewer else most):
+        last = next(
+            number
+            for number, rows in enumerate(found)
+            if sum(source == number for source, _ in order) == len(rows)
+        )
+        share = most if len(readings) == 1 and not wanted.fewer else len(found[last]) + 1
+        what = f"{len(found[last])} of {share} padded sequences of {wanted.length} tokens"
+        raise _too_short(readings[last], what, wanted.stride)
+    # each source in its own order
+    queues = [
+        iter(sorted(places[: sum(source == each for source, _ in order)]))
+        for each, places in enumerate(drawn)
+    ]
+    rows = [(source, found[source][next(queues[source])]) for source, _ in order]
+    longest = max(len(row) for _, row in rows)
+    return longest if wanted.shorter else wanted.length, rows
+
+
+def _too_short(reading: Reading, gives: str, stride: int) -> InputError:
+    return InputError(
+        f"{reading.source.name}: {reading.read['documents']} documents with "
+        f"{reading.read['tokens_read']} tokens give {gives}"
+        f"{f' with stride {stride}' if stride > 1 else ''}; "
+        "give more text, or ask for fewer or shorter sequences"
     )
-    return [stream[start : start + length] for start in starts]
 
 
-def _padded_rows(
-    documents: Callable[[], Iterator[Document]],
-    read: Counter[str],
-    *,
-    tokenizer: Any,
-    samples: int,
-    length: int,
-    stride: int,
-    rng: np.random.Generator | None,
-) -> list[np.ndarray]:
-    """Truncate documents to `length`, at most `samples`; adds to the counts in `read`."""
-    if rng is None:
-        chosen: Iterator[str] = islice(_beginnings(documents()), 0, samples * stride, stride)
-    else:
-        # Counted, then read again, so that only one document is in memory at a time.
-        count = sum(1 for _ in _beginnings(documents()))
-        picked = np.zeros(count, dtype=bool)
-        picked[rng.permutation(count)[:samples]] = True
-        chosen = compress(_beginnings(documents()), picked)
-    rows = []
-    for text in chosen:
-        row = _encode(tokenizer, text, is_start=True)
-        read["documents"] += 1
-        read["tokens_read"] += len(row)
-        read["documents_cut"] += len(row) > length
-        rows.append(row[:length])
-    return rows
-
-
-def _joined(documents: Iterable[Document], read: Counter[str]) -> Iterator[str]:
-    """Yield the fragments of all documents, with a blank line between documents."""
-    for document in documents:
-        if read["documents"]:
-            yield BETWEEN_DOCUMENTS
-        read["documents"] += 1
-        yield from document
-
-
-def _pieces(fragments: Iterable[str]) -> Iterator[str]:
-    """Yield the text in pieces that depend only on the text, not on its fragments."""
-    text = ""
-    for fragment in fragments:
-        text += fragment
-        while len(text) > PIECE_CHARACTERS:
-            cut = text.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS
-            yield text[:cut]
-            text = text[cut:]
-    if text:
-        yield text
-
-
-def _beginnings(documents: Iterable[Document]) -> Iterator[str]:
-    """Yield the first piece of every non-blank document: longer than any sequence."""
-    return filter(str.strip, (next(_pieces(document), "") for document in documents))
+def _check_weights(readings: Sequence[Reading], counts: Sequence[int], wanted: Wanted) -> None:
+    """Raise UsageError if the weight of a source is too small for one sequence."""
+    for reading, count in zip(readings, counts, strict=True):
+        if not count:
+            raise UsageError(
+                f"{reading.source.name} has a weight of {reading.source.weight:.3g}, less than one "
+                f"of {wanted.samples} sequences; give a larger weight, or more "
+                "samples"
+            )
 
 
 def _check_counts(*, samples: int, sequence_length: int, stride: int) -> None:
@@ -242,11 +253,3 @@ def _check_sampling(layout: str, sampling: str, stride: int) -> None:
         )
     if sampling == "random" and stride != 1:
         raise UsageError(f"stride is {stride}; it applies to sampling first, not to random")
-
-
-def _encode(tokenizer: Any, text: str, *, is_start: bool) -> np.ndarray:
-    """Encode a text, int32 [tokens]; default special tokens only at the start of the text."""
-    encoded = tokenizer(
-        text, add_special_tokens=is_start, return_attention_mask=False, verbose=False
-    )
-    return np.asarray(encoded["input_ids"], dtype=np.int32)

@@ -184,6 +184,12 @@ class LazyModel:
         return self._parameters + sum(count for name, count in tied if name in self.separate)
 
     @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence by the config; None if it does not say."""
+        found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
     def is_compressed(self) -> bool:
         """True for a checkpoint compressed by orchestrator."""
         return self._architecture.forms is not None

@@ -4,6 +4,7 @@ A key names a unit by everything that decides its bytes, so equal keys mean equa
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.stages.context.values import Keyed, Surveyed, extended
@@ -18,8 +19,13 @@ WRITE_VERSION = 2
 
 
 def assign_keys(surveyed: Surveyed, tokens_key: str, token_report: Mapping[str, Any]) -> Keyed:
-    """Keys of passes, decompositions and result, from the model, the tokens and the recipe."""
+    """Keys of passes, decompositions and result, from the model, the tokens and the recipe.
+
+    The recipe gets the number and the length of the sequences, where it gives none.
+    """
     recipe, method = surveyed.recipe, surveyed.method
+    recipe = recipe.with_sequences(token_report["sequences"], token_report["sequence_length"])
+    surveyed = replace(surveyed, recipe=recipe)
     inputs = [surveyed.survey.fingerprint, tokens_key]
     pass_key = unit_key("calibrate", CALIBRATE_VERSION, inputs, dtype=str(surveyed.dtype))
     statistics_key = pass_key

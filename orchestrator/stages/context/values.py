@@ -40,7 +40,8 @@ class Asked:
     """A resolved recipe and the places of its files."""
 
     recipe: Recipe
-    """With the allocation that the method implies, if none was named."""
+    """With a method and a storage, and the allocation that the method implies, if none was
+    named."""
     description: Mapping[str, Any]
     """Recipe as it was given, model and output, for the run directory."""
     method: Method
@@ -90,6 +91,8 @@ class Surveyed(Asked):
     dtype: torch.dtype
     """Dtype of the forward passes."""
     vocabulary: int
+    positions: int | None
+    """Tokens of the longest sequence that the model's config allows; None: not said."""
     tensors: tuple[StoredTensor, ...]
     """Every tensor of the checkpoint, in the order of the model."""
 

@@ -35,7 +35,8 @@ class AskedEvaluation:
     models: Mapping[str, Place]
     """`model`, and `against` if there is another to compare with."""
     text: Mapping[str, Any] | None
-    """Arguments of `load_tokens`; None if only tasks are evaluated."""
+    """Arguments of `load_tokens`, and `within_positions`: the length is at most that of the
+    model. None if only tasks are evaluated."""
     tasks: TaskOptions | None
     dtype: torch.dtype | None
     """Dtype of the forward passes; None means that of each checkpoint."""
@@ -170,7 +171,11 @@ def read_text(surveyed: SurveyedEvaluation) -> KeyedEvaluation:
     """
     assert surveyed.text is not None
     model = surveyed.models["model"]
-    tokens = load_tokens(**surveyed.text, tokenizer=load_tokenizer(model))
+    text = dict(surveyed.text)
+    positions = surveyed.lazy_models["model"].positions
+    if text.pop("within_positions") and positions is not None:
+        text["sequence_length"] = min(text["sequence_length"], positions)
+    tokens = load_tokens(**text, tokenizer=load_tokenizer(model))
     tokens.check_within(surveyed.vocabulary, model)
     tokens_key = commit_tokens(surveyed.run, tokens)
     dtypes = {name: str(each.dtype) for name, each in surveyed.lazy_models.items()}

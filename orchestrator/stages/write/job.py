@@ -13,7 +13,7 @@ from orchestrator.models.checkpoint.weights import parse_dtype
 from orchestrator.models.checkpoint.write import finish
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.plan.result import REPORT_FILE, Result
-from orchestrator.recipe.recipe import SCHEDULE
+from orchestrator.recipe.recipe import ADDED, SCHEDULE
 from orchestrator.runtime.calls import Call, IndependentCalls
 from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor
@@ -165,7 +165,11 @@ def _report(
         kind=planned.method.kind,
         facts=_facts(planned, files, done),
         tokens=planned.token_report,
-        recipe={name: value for name, value in asked.items() if name not in SCHEDULE},
+        recipe={
+            name: value
+            for name, value in asked.items()
+            if name not in SCHEDULE and not (name in ADDED and value is None)
+        },
         key=planned.key,
         timings=timings,
     )

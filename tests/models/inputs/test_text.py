@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from orchestrator.errors import InputError, UsageError
-from orchestrator.models.inputs import text as text_module
+from orchestrator.models.inputs import reading
 from orchestrator.models.inputs.documents import READ_BYTES, read_documents
 from orchestrator.models.inputs.text import load_tokens
 
@@ -154,17 +154,17 @@ def test_pieces_depend_on_the_text_alone(pieces, cuts):
     edges = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
     fragments = [text[start:stop] for start, stop in pairwise(edges)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_module, "PIECE_CHARACTERS", 8)
-        found = list(text_module._pieces(fragments))
-        assert found == list(text_module._pieces([text]))
+        patch.setattr(reading, "PIECE_CHARACTERS", 8)
+        found = list(reading.pieces(fragments))
+        assert found == list(reading.pieces([text]))
     assert "".join(found) == text
     assert all(len(piece) <= 8 for piece in found)
 
 
 def test_first_reads_no_further_than_needed(write, tokenizer, monkeypatch):
     """`first` stops before a later document that cannot be read."""
-    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 2**12)
-    path = write("a.jsonl", ["x" * text_module.PIECE_CHARACTERS, "y"])
+    monkeypatch.setattr(reading, "PIECE_CHARACTERS", 2**12)
+    path = write("a.jsonl", ["x" * reading.PIECE_CHARACTERS, "y"])
     with open(path, "ab") as file:
         file.write(b"not json\n")
     options = {"tokenizer": tokenizer, "samples": 2, "sequence_length": 8}

@@ -151,6 +151,7 @@ def test_a_run_grows_a_cluster_and_lets_it_shrink(cluster, tmp_path, monkeypatch
     text = write_text(tmp_path / "text.txt")
     arguments = [str(llama), str(tmp_path / "out"), "--calibration", str(text), "--keep", "0.5"]
     arguments += ["--samples", "6", "--sequence-length", "48", "--refine", "blocks"]
+    arguments += ["--method", "svd-llm"]
     for name, value in LONG.items():
         arguments += ["--option", f"refinement.{name}={value}"]
     arguments += ["--address", cluster.address, "--workers", "1..3", "--progress", "json"]

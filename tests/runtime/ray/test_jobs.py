@@ -136,6 +136,7 @@ def test_a_script_that_is_a_job(head, client, tree, tmp_path):
         "model, out, text = sys.argv[1:]\n"
         "ray.init()\n"
         "small = {'keep': 0.5, 'samples': 6, 'sequence_length': 48, 'workers': 2}\n"
+        "small['method'] = 'svd-llm'\n"
         "result = compress(Recipe(model=model, out=out, calibration=text, **small))\n"
         "print('wrote', result.out, 'and Ray is up:', ray.is_initialized())\n"
     )

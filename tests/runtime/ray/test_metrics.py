@@ -48,7 +48,7 @@ def test_a_run_is_counted(ray_address, tmp_path):
     llama = write_llama(tmp_path / "dense", blocks=4)
     text = write_text(tmp_path / "text.txt")
     fields = {"model": str(llama), "out": str(tmp_path / "out"), "calibration": str(text)}
-    fields |= {"keep": 0.5, "samples": 6, "sequence_length": 48, "workers": 2}
+    fields |= {"method": "svd-llm", "keep": 0.5, "samples": 6, "sequence_length": 48, "workers": 2}
     driver = start("-c", DRIVER, ray_address, json.dumps(fields), stdin=subprocess.PIPE)
     process, _, written = driver.stdout.readline().partition(" ")
     timings = json.loads(written)

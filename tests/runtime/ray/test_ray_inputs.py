@@ -218,6 +218,7 @@ def test_inside_a_task(model, text, reference, tmp_path, ray_address):
     import ray
 
     fields = {"keep": 0.5, "samples": 6, "sequence_length": 48, "workers": 2, "shards": 2}
+    fields["method"] = "svd-llm"
     fields |= {"model": str(model), "out": str(tmp_path / "out"), "calibration": str(text)}
 
     def work():
@@ -248,6 +249,7 @@ fields = json.loads(sys.argv[1])
 print(json.dumps(compress(Recipe(**fields)).report["timings"]["environment"]))
 """
     fields = {"keep": 0.5, "samples": 6, "sequence_length": 48, "workers": 1, "shards": 2}
+    fields["method"] = "svd-llm"
     fields |= {"model": str(model), "out": str(tmp_path / "out"), "calibration": str(text)}
     fields |= {"address": ray_address}
     paths = [str(package.parent), os.environ["PYTHONPATH"]]
