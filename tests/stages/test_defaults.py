@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pipeline import SENTENCES, add_tokenizer, with_tokenizer
 
-from orchestrator import Recipe
+from orchestrator import Recipe, compress
 from orchestrator.api import plan
 from orchestrator.cli.main import main
 from orchestrator.errors import UsageError
@@ -109,6 +109,24 @@ def test_another_size_keeps_the_default_and_its_sequences(place, tmp_path, monke
     assert main(["retarget", "out.run", "less", "--keep", "40%", "--executor", "local"]) == 0
     ours, theirs = report(Path())["recipe"], report(Path(), "less")["recipe"]
     assert theirs == {**ours, "keep": 0.4}
+
+
+def test_a_run_on_the_bundled_text_says_that_own_text_is_better(place, tmp_path, monkeypatch):
+    """In the report and as a note; a text that suffices is not called short."""
+    monkeypatch.chdir(place)
+    notes = []
+
+    def collect(event):
+        if event["event"] == "note":
+            notes.append(event["text"])
+
+    given = {"model": "dense", "out": str(tmp_path / "out"), "keep": 0.5, "method": "svd"}
+    tokens = {"calibration": "bundled", "samples": 4, "sequence_length": 64}
+    found = compress(Recipe(**given, **tokens, executor="local"), collect).report["calibration"]
+    (warning,) = found["warnings"]
+    assert warning in notes
+    assert "bundled text, small and about Python: text like that" in warning
+    assert found["sources"][0]["source"] == "bundled"
 
 
 def test_the_report_page_and_an_evaluation_take_the_short_text(place, monkeypatch, capsys):
