@@ -163,7 +163,7 @@ def test_a_changed_file_is_not_pushed(name, out, hub, capsys):
 
 
 def test_refusals_are_one_line(place, out, hub, monkeypatch, capsys):
-    """Of a dense model, a wrong name, a missing token, a refusing and an absent hub."""
+    """A dense model, a wrong name, a missing token, a refusing and an absent hub."""
     cases = [
         (4, [str(place / "dense"), REPO], "is not compressed by orchestrator"),
         (2, [str(out), "a/b/c"], "must be OWNER/NAME"),
