@@ -29,7 +29,6 @@ from orchestrator.errors import (
 from orchestrator.evaluation import EvaluationRequest
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.result import Result
-from orchestrator.readable import counted
 from orchestrator.recipe.field import about, described
 from orchestrator.recipe.recipe import Recipe, make_recipe
 from orchestrator.version import __version__
@@ -330,12 +329,6 @@ def test_wrong_arguments_end_with_2(arguments, says, capsys):
         main(shlex.split(arguments))
     assert ended.value.code == 2
     assert says in error_of(capsys)
-
-
-def test_counts_are_written_with_their_noun():
-    """One is singular; all other counts, zero included, are plural."""
-    shown = [counted(0, "unit"), counted(1, "unit"), counted(2000, "unit"), counted(2, "is", "are")]
-    assert shown == ["0 units", "1 unit", "2,000 units", "2 are"]
 
 
 @pytest.mark.parametrize(

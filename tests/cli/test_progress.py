@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.cli.lines import JsonLines, Lines
-from orchestrator.readable import duration, size
+from orchestrator.readable import counted, duration, size
 
 
 class ManualClock:
@@ -230,3 +230,9 @@ def test_duration(seconds, said):
 def test_size(count, said):
     """Sizes are in powers of 1000, to three digits."""
     assert size(count) == said
+
+
+def test_counts_are_written_with_their_noun():
+    """One is singular; all other counts, zero included, are plural."""
+    shown = [counted(0, "unit"), counted(1, "unit"), counted(2000, "unit"), counted(2, "is", "are")]
+    assert shown == ["0 units", "1 unit", "2,000 units", "2 are"]

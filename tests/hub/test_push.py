@@ -41,12 +41,12 @@ class Hub(ThreadingHTTPServer):
     """The endpoints of a hub that a push calls, for one token that may write."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(("127.0.0.1", 0), HubAnswer)
         self.branches, self.created, self.files = [], [], {}
         self.address = f"http://127.0.0.1:{self.server_port}"
 
 
-class Answer(BaseHTTPRequestHandler):
+class HubAnswer(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 

@@ -26,7 +26,7 @@ WALKED = {
 SCORED = {"method": "cap", "options": {"cap": {"iterations": 2, "samples": 2}}}
 
 
-class Clock:
+class SteppedClock:
     """Clock that is set by the test; seconds."""
 
     now = 0.0
@@ -36,8 +36,8 @@ class Clock:
 
 
 def test_first_calls_and_old_ones_lose_their_weight():
-    """Of calls of 9 s, then 4 s, then 1 s, all are counted; the cost tends to the last one's."""
-    clock, call = Clock(), Call(0, Verify(()), "file")
+    """Calls of 9 s, then 4 s, then 1 s: all are counted; the cost tends to the last one's."""
+    clock, call = SteppedClock(), Call(0, Verify(()), "file")
     tally = Tally(Ahead(), clock=clock)
     costs = []
     for seconds in [9.0, 4.0] + 200 * [1.0]:
