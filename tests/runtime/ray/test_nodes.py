@@ -134,6 +134,8 @@ def test_a_unit_that_kills_its_workers_is_named(
     llama, text, reference, tmp_path, nodes, inject, monkeypatch
 ):
     """On a second node it is known to be the cause; what others have done is not done again."""
+    # a process that reads the log starts on the node, beside other tests
+    monkeypatch.setattr("orchestrator.runtime.ray.pool.POSTMORTEM_SECONDS", 60.0)
 
     def fault(command):
         if command == Finish(6):
