@@ -74,11 +74,11 @@ class WalkCost(StageCost):
         passed = costs.forward_in_float32(1)
         trained_in = options.batches * options.slices
         return {
-            "look": costs.forward(1) + passed,
+            "forward_dense": costs.forward(1) + passed,
             "compensate": self._drift().times(setting.sequences) + self._solves(),
             "evaluate": passed,
-            "descend": epochs(setting, options).times(1 / (options.epochs * trained_in)),
-            "leave": passed,
+            "compute_gradients": epochs(setting, options).times(1 / (options.epochs * trained_in)),
+            "forward_compressed": passed,
             "commit": Work(write=float(TRAINED_BYTES * kept_values(setting.shapes, setting.kept))),
         }
 

@@ -114,14 +114,14 @@ class WalkJob(StageJob):
     def _outline(self) -> dict[str, float]:
         """Parts of the rounds of a block, as if its training took all of its epochs."""
         sequences = self._planned.sequences
-        parts = {"look": sequences, "leave": sequences, "commit": 1}
+        parts = {"forward_dense": sequences, "forward_compressed": sequences, "commit": 1}
         if self._compensation is not None:
             parts["compensate"] = 1
         if self._refinement is not None:
             ledger = Ledger(sequences, self._refinement)
             epochs, batches = self._refinement.epochs, range(ledger.batches)
             parts["evaluate"] = len(ledger.held_out) * (epochs + 1)
-            parts["descend"] = epochs * sum(ledger.parts(batch) for batch in batches)
+            parts["compute_gradients"] = epochs * sum(ledger.parts(batch) for batch in batches)
         return {kind: float(count) for kind, count in parts.items()}
 
     def _program(self, block: int, is_committed: bool) -> Program:
