@@ -56,7 +56,7 @@ def test_a_kind_is_unknown_without_measurement_and_forecast():
 
 
 def test_stored_units_are_not_counted():
-    """With 90 of 100 units from an earlier run, the 10 others take their own time."""
+    """The 10 units beside 90 of an earlier run take their own time."""
     assert stage_left(moment({"step": 9.0}, [("step", 1.0, 7.0)]), {}).left == pytest.approx(63.0)
 
 

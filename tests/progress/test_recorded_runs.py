@@ -1,7 +1,11 @@
-"""Time that is left, replayed from recorded runs of SmolLM2-135M-Instruct (`record_runs`).
+"""Time that is left, replayed from recorded runs (`record_runs`), with one worker in the driver.
 
-The machine was shared with other work, so that calls of one kind took up to twice as long at some
-times as at others: an estimate has to bear that.
+    fast          SmolLM2-135M-Instruct, preset fast; recorded before recent calls had weights
+    best          a Llama of 12 blocks and 192 channels, preset best
+    fast-loaded   as fast, while the share of the machine that the run got grew fourfold
+
+The machine was shared with other work in all of them: calls of one kind took up to twice as long at
+some times as at others. In the last one the past told little about the rest.
 """
 
 import json
@@ -16,7 +20,7 @@ RECORDED = sorted((Path(__file__).parent / "recorded").glob("*.json"))
 STAGES = [(path.stem, stage) for path in RECORDED for stage in json.loads(path.read_text())]
 WARM_UP = 0.1
 """Fraction of a stage's time after which its estimates count."""
-LARGEST_MEDIAN = 0.3
+LARGEST_MEDIAN = {"fast": 0.3, "best": 0.3, "fast-loaded": 0.6}
 
 
 def replayed(stage):
@@ -41,14 +45,18 @@ def replayed(stage):
 
 
 @pytest.mark.parametrize(
-    "stage", [pytest.param(stage, id=f"{name}-{stage['stage']}") for name, stage in STAGES]
+    ("name", "stage"),
+    [pytest.param(name, stage, id=f"{name}-{stage['stage']}") for name, stage in STAGES],
 )
-def test_the_time_that_is_left_is_right_within_a_third(stage):
-    """After a tenth of a stage the time is known, and its median relative error is at most 0.3."""
+def test_the_time_that_is_left_is_right_within_a_third(name, stage):
+    """After a tenth of a stage the time is known, and its median relative error is at most 0.3.
+
+    It is twice that where the speed of the machine changed fourfold.
+    """
     errors = replayed(stage)
     assert None not in errors
     assert len(errors) >= 5
-    assert median(errors) <= LARGEST_MEDIAN
+    assert median(errors) <= LARGEST_MEDIAN[name]
 
 
 def test_recorded_runs_have_all_kinds_of_stages():

@@ -36,7 +36,7 @@ class SteppedClock:
 
 
 def test_first_calls_and_old_ones_lose_their_weight():
-    """Calls of 9 s, then 4 s, then 1 s: all are counted; the cost tends to the last one's."""
+    """After calls of 9 s, 4 s and many of 1 s all are counted; the cost is that of the last."""
     clock, call = SteppedClock(), Call(0, Verify(()), "file")
     tally = Tally(Ahead(), clock=clock)
     costs = []
