@@ -167,6 +167,9 @@ def check_parses(arguments):
     """Check a command that cannot run here, and the one that it submits."""
     if ">" in arguments:
         arguments = arguments[: arguments.index(">")]
+    if "--help" in arguments:
+        assert perform(["orchestrator", *arguments])[0] == 0
+        return
     options = make_parser().parse_args(arguments)
     if options.command == "submit":
         assert options.parse(options.program).command in VERBS
