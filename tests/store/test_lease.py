@@ -368,7 +368,7 @@ def test_a_stopped_driver_leaves_no_lease(number, llama, text, reference, tmp_pa
     out = tmp_path / "out"
     driver = Driver(llama, out, text, "--executor", "local")
     assert driver.until(is_unit(2))
-    driver.process.send_signal(number)
+    os.kill(driver.run.status()["pid"], number)
     driver.end()
     killed = number == signal.SIGKILL
     assert (driver.run.root / LEASE_FILE).exists() is killed

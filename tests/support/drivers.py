@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -77,7 +78,8 @@ class Driver:
         return stopped[0], time.monotonic() - sent
 
     def kill(self):
-        self.process.kill()
+        """Kill the process of the run at once, which `process` stands for."""
+        os.kill(self.run.status()["pid"], signal.SIGKILL)
         self.end()
 
     def end(self):

@@ -40,6 +40,8 @@ class Nodes:
         while len(self.there()) < count:
             before = self._alive()
             amounts = ["--num-cpus=2", "--num-gpus=2", "--object-store-memory=80000000"]
+            # the first node's log monitor reads the files of all nodes of this machine
+            amounts.append("--include-log-monitor=False")
             process = ray_command("start", f"--address={self.address}", *amounts, "--block")
             until(lambda known=before: self._alive() - known, START_SECONDS, "a node to join")
             (node,) = self._alive() - before
@@ -112,6 +114,7 @@ class Cluster:
         with socket.create_server(("", 0)) as server:
             port = server.getsockname()[1]
         flags = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=False"]
+        flags.append("--no-monitor")  # of an autoscaler
         self._head = ray_command("start", *flags, f"--temp-dir={self._directory}", "--block")
         until(lambda: _listens(port), START_SECONDS, "the head to listen")
         self.nodes = Nodes(f"127.0.0.1:{port}")

@@ -1,82 +1,40 @@
 """`ray job submit` on a real head with its dashboard, which lets in only who has the token."""
 
-import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
-from dashboard import TOKEN, answer, events, free_port
-from drivers import SMALL, processes_naming, start, units, wait_for
+from dashboard import TOKEN, answer, events
+from drivers import SMALL, start, units, wait_for
 from pipeline import contents, run, write_llama, write_text
 
-import orchestrator
 from orchestrator.store.run import RunDirectory
 
 pytestmark = pytest.mark.jobs
 
 
 @pytest.fixture(scope="module")
-def head():
-    """The address of a head's dashboard; the head is ended by its process group."""
-    directory = tempfile.mkdtemp(prefix="or-")
-    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
-    names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
-    ports = {name: free_port() for name in names}
-    flags = [f"--{name}={port}" for name, port in ports.items()]
-    fixed = ["--head", "--block", "--num-cpus=4", f"--temp-dir={directory}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", *fixed, *flags],
-        env=os.environ | variables,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address = f"http://127.0.0.1:{ports['dashboard-port']}"
-    assert wait_for(lambda: answer(address, TOKEN) == 200, seconds=60)
-    yield address
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(timeout=30)
-    assert wait_for(lambda: not processes_naming(directory), seconds=20)
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def client(head):
+def client(dashboard):
     from ray.job_submission import JobSubmissionClient
 
-    return JobSubmissionClient(head, headers={"Authorization": f"Bearer {TOKEN}"})
+    return JobSubmissionClient(dashboard, headers={"Authorization": f"Bearer {TOKEN}"})
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A working tree with nothing but the package, as a user would submit it."""
-    root = tmp_path_factory.mktemp("tree")
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(orchestrator.__file__).parent, root / "orchestrator", ignore=ignored)
-    return root
-
-
-def ray_job(command, head, *arguments):
+def ray_job(command, address, *arguments):
     """The command line `ray job`, as in the README."""
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    flags = ["job", command, f"--address={head}", *arguments]
+    flags = ["job", command, f"--address={address}", *arguments]
     return start("-m", "ray.scripts.scripts", *flags, env=variables)
 
 
-def test_who_has_no_token_is_not_let_in(head):
-    """The head of these tests is one that asks for a token."""
-    assert answer(head, TOKEN) == 200
-    assert answer(head, "") == 401
-    assert answer(head, "wrong" * 8) == 403
+def test_who_has_no_token_is_not_let_in(dashboard):
+    """The dashboard of these tests is one that asks for a token."""
+    assert answer(dashboard, TOKEN) == 200
+    assert answer(dashboard, "") == 401
+    assert answer(dashboard, "wrong" * 8) == 403
 
 
-def test_submit_follow_stop_and_resume(head, client, tree, tmp_path):
+def test_submit_follow_stop_and_resume(dashboard, client, tree, tmp_path):
     """A job is stopped within two seconds, and the next one does what was left, to the same bytes.
 
     Logs are plain lines; the driver's exit code is in the run directory, where Ray flattens it.
@@ -88,7 +46,7 @@ def test_submit_follow_stop_and_resume(head, client, tree, tmp_path):
     command += [*SMALL, "--calibration", text, "--workers", "2", "--shards", "5"]
     entrypoint = ["--", *map(str, command)]
     submit = ["--working-dir", str(tree), "--submission-id"]
-    first = ray_job("submit", head, *submit, "first", "--no-wait", *entrypoint)
+    first = ray_job("submit", dashboard, *submit, "first", "--no-wait", *entrypoint)
     output, error = first.communicate()
     assert first.returncode == 0, error
     assert wait_for(lambda: done(directory) >= 3, seconds=60)
@@ -102,7 +60,7 @@ def test_submit_follow_stop_and_resume(head, client, tree, tmp_path):
     assert "stopped by SIGTERM" in logs
     assert "Traceback" not in logs
 
-    second = ray_job("submit", head, *submit, "second", *entrypoint)
+    second = ray_job("submit", dashboard, *submit, "second", *entrypoint)
     output, error = second.communicate()
     assert second.returncode == 0, output + error
     (committed,) = re.findall(r"(\d+) of 10 blocks are committed already", output)
@@ -125,7 +83,7 @@ def done(directory):
     return units(events(directory)) if (directory.root / "events.jsonl").exists() else 0
 
 
-def test_a_script_that_is_a_job(head, client, tree, tmp_path):
+def test_a_script_that_is_a_job(dashboard, client, tree, tmp_path):
     """`compress` called by a job's own script uses the job's cluster and working directory."""
     text = write_text(tmp_path / "text.txt")
     model = write_llama(tmp_path / "dense", blocks=2)
@@ -146,7 +104,7 @@ def test_a_script_that_is_a_job(head, client, tree, tmp_path):
         submission_id="script",
         runtime_env={"working_dir": str(tree), "py_modules": [str(tree / "orchestrator")]},
     )
-    assert wait_for(lambda: client.get_job_status("script").is_terminal(), seconds=60)
+    assert wait_for(lambda: client.get_job_status("script").is_terminal(), seconds=120)
     logs = client.get_job_logs("script")
     assert client.get_job_status("script") == "SUCCEEDED", logs
     assert f"wrote {tmp_path / 'out'} and Ray is up: True" in logs

@@ -2,23 +2,17 @@
 
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from itertools import takewhile
-from pathlib import Path
 
 import pytest
-from dashboard import TOKEN, Head, answer, events, free_port
-from drivers import SMALL, processes_naming, start, units, wait_for
+from dashboard import TOKEN, Head, events
+from drivers import SMALL, start, units, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import contents, run, write_llama, write_text
 
-import orchestrator
 from orchestrator.cli.main import main
 from orchestrator.runtime.ray.submit_policy import FINAL, End, State, seconds_to_next
 from orchestrator.store.run import RunDirectory
@@ -157,52 +151,6 @@ def test_a_head_that_goes_is_waited_for(tmp_path):
     ]
     assert list(second.jobs) == [two]
     assert second.jobs[two]["entrypoint"] == "python -m orchestrator status /r"
-
-
-@pytest.fixture(scope="module")
-def dashboard():
-    """The address of a dashboard; its head offers no CPU, a second node offers four."""
-    directory = tempfile.mkdtemp(prefix="or-")
-    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
-    # jobs call `python`
-    variables["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
-    ports = {name: free_port() for name in names}
-    head = ["--head", "--num-cpus=0", f"--temp-dir={directory}"]
-    head += [f"--{name}={port}" for name, port in ports.items()]
-    # a directory of its own: Ray unpacks a job's files anew on each node, over those of a driver
-    # that runs where two nodes share a directory
-    node = [f"--address=127.0.0.1:{ports['port']}", "--num-cpus=4", f"--temp-dir={directory}/n"]
-    node += [f"--dashboard-agent-listen-port={free_port()}"]
-    address = f"http://127.0.0.1:{ports['dashboard-port']}"
-    processes = []
-    for flags in (head, node):
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *flags]
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        environment = os.environ | variables
-        processes.append(
-            subprocess.Popen(command, env=environment, start_new_session=True, **silent)
-        )
-        assert wait_for(lambda: answer(address, TOKEN) == 200, seconds=60)
-    yield address
-    for process in reversed(processes):
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
-    assert wait_for(lambda: not processes_naming(directory), seconds=20)
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A working tree with the package, and with what is not to travel."""
-    root = tmp_path_factory.mktemp("tree")
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(orchestrator.__file__).parent, root / "orchestrator", ignore=ignored)
-    for name in (".venv", ".git", "big"):
-        (root / name).mkdir()
-        (root / name / "file").write_text("stays here")
-    return root
 
 
 def submit(address, tree, *arguments, token=TOKEN):

@@ -10,6 +10,7 @@ import os
 import random
 import runpy
 import selectors
+import shlex
 import signal
 import socket
 import sys
@@ -143,9 +144,14 @@ def own_command(command: list[str]) -> list[str]:
     setup = ("--serialized-runtime-env-context=", "--language=")
     found = [each.removeprefix(setup[0]) for each in command if each.startswith(setup[0])]
     context = RuntimeEnvContext.deserialize(found[0] if found else "{}")
-    assert not context.command_prefix
-    assert not context.override_worker_entrypoint
     update_envs(context.env_vars)
+    paths = os.environ["PYTHONPATH"].split(os.pathsep)
+    sys.path[:] = [*paths, *(each for each in sys.path if each not in paths)]
+    if context.command_prefix:
+        change, directory, then = context.command_prefix
+        assert (change, then) == ("cd", "&&")
+        os.chdir(*shlex.split(directory))
+    assert not context.override_worker_entrypoint
     return [each for each in command[names.index(WORKER) :] if not each.startswith(setup)]
 
 
