@@ -22,7 +22,12 @@ State = Literal["ok", "warning", "missing"]
 
 PURPOSES = {
     "datasets": "calibration texts `datasets:NAME`",
+    "lm-eval": "tasks of lm-evaluation-harness (`evaluate --tasks`, `lm-eval`)",
+    "mlflow": "`--track mlflow`",
     "recovery": "training of adapters on a compressed model (scripts/recover.py)",
+    "tensorboard": "`--track tensorboard`",
+    "trackio": "`--track trackio`",
+    "wandb": "`--track wandb`",
 }
 """Use of each extra of the package."""
 FULL_DISK = 0.95
