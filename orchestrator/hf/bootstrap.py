@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 from functools import cache
 from types import ModuleType
 
+import transformers
+
 from orchestrator.errors import InputError, UsageError
 from orchestrator.hf import quantizer, tensor_parallel
 from orchestrator.models.forms import FORMS, base, config, index_codes
@@ -41,8 +43,12 @@ _TAIL = '''
 register()
 
 
+class {config_class}(transformers.{config_class}):
+    """The native config under its native name: importing this file has registered the format."""
+
+
 class {architecture}(transformers.{architecture}):
-    """The native class under its native name: importing this file has registered the format."""
+    """The native model under its native name."""
 '''
 
 
@@ -53,8 +59,10 @@ ALLOWED = {"orchestrator", "torch", "transformers", *sys.stdlib_module_names}
 def bootstrap_source(architecture: str, forms: Collection[str] = ()) -> str:
     """Source of `modeling_orchestrator.py` for a checkpoint of this class of transformers.
 
-    The class in it has the native one's name, because transformers writes the name of the class
-    into `architectures` when the model is saved, and other programs read that.
+    The classes in it have the native ones' names, because transformers writes the name of the
+    model class into `architectures` when the model is saved, other programs read that, and a model
+    is only registered for a config of the name that it states. The class of the config is there
+    for programs that read the config first, with `trust_remote_code`.
 
     Args:
         forms: Names of the forms in the checkpoint. Built-in ones are always part of the source.
@@ -80,7 +88,9 @@ def bootstrap_source(architecture: str, forms: Collection[str] = ()) -> str:
             _check_joins(name, bodies)
     lines = sorted(imports, key=lambda text: (text.startswith("from"), text))
     head = _HEAD.format(version=__version__, imports="\n".join(lines))
-    return head + "\n\n\n".join(bodies) + _TAIL.format(architecture=architecture)
+    config_class = getattr(transformers, architecture).config_class.__name__
+    names = {"architecture": architecture, "config_class": config_class}
+    return head + "\n\n\n".join(bodies) + _TAIL.format(**names)
 
 
 def _package(form: str) -> str:

@@ -45,6 +45,8 @@ class Survey:
     """Hash of config and tensor index (names, shapes, dtypes, file sizes): the model's identity."""
     architecture: str
     """Class name of the model, `LlamaForCausalLM`."""
+    config_class: str
+    """Class name of its config, `LlamaConfig`."""
     model_type: str
     dtype: str
     """Dtype of the weights on disk, `bfloat16`."""

@@ -36,11 +36,17 @@ else:
     sys.meta_path.insert(0, Blocker())
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import AutoQuantizationConfig
 
 def load(directory):
     options = {"trust_remote_code": True} if trust == "trusted" else {}
     return AutoModelForCausalLM.from_pretrained(directory, **options)
+
+if trust == "trusted":
+    # lm-evaluation-harness and others read the config alone first
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    AutoQuantizationConfig.from_dict(config.quantization_config)
 
 tokens = torch.load(result + ".tokens")
 model = load(directory)
@@ -73,7 +79,8 @@ def run_program(fork, tmp_path):
     [("imported", "not trusted"), ("imported", "trusted"), ("blocked", "trusted")],
 )
 def test_package_or_trust_is_enough(made, expected, run_program, tmp_path, package, trust):
-    """With our package, with remote code, or with both, the logits are exact."""
+    """With our package, with remote code, or with both, the logits are exact; with remote code the
+    config alone makes the format known."""
     result = tmp_path / "result"
     resaved = [tmp_path / "resaved"] if package == "blocked" else []
     done = run_program(package, trust, made.directory, result, *resaved)

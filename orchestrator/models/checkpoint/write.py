@@ -151,7 +151,11 @@ def make_config(
         config.pop("torch_dtype", None)
         config["dtype"] = dtype_name(output_dtype)
     module = BOOTSTRAP_FILE.removesuffix(".py")
-    config["auto_map"] = {"AutoModelForCausalLM": f"{module}.{survey.architecture}"}
+    # programs that read the config before the model get to know the forms by its class
+    config["auto_map"] = {
+        "AutoConfig": f"{module}.{survey.config_class}",
+        "AutoModelForCausalLM": f"{module}.{survey.architecture}",
+    }
     config["quantization_config"] = {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,

@@ -266,6 +266,7 @@ class LazyModel:
         return Survey(
             fingerprint=self.weights.fingerprint,
             architecture=self._architecture.model_class.__name__,
+            config_class=self._architecture.model_class.config_class.__name__,
             model_type=self.config.model_type,
             dtype=_dtype_name(self.weights.dtype(self.names.disk[f"{linears[0].name}.weight"])),
             num_blocks=self.num_blocks,

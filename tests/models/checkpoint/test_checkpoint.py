@@ -220,7 +220,8 @@ def test_the_config_is_the_dense_one_with_two_more_fields(made, dense):
     before = json.loads((dense / "config.json").read_bytes())
     after = json.loads((made.directory / "config.json").read_bytes())
     assert after.pop("auto_map") == {
-        "AutoModelForCausalLM": "modeling_orchestrator.LlamaForCausalLM"
+        "AutoConfig": "modeling_orchestrator.LlamaConfig",
+        "AutoModelForCausalLM": "modeling_orchestrator.LlamaForCausalLM",
     }
     forms = after.pop("quantization_config")
     assert list(after.items()) == list(before.items())

@@ -206,6 +206,7 @@ def test_any_number_of_entries_is_a_prefix_of_a_unit(tmp_path, nonzeros):
     survey = Survey(
         fingerprint="",
         architecture="",
+        config_class="",
         model_type="",
         dtype="float32",
         num_blocks=1,
