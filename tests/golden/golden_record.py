@@ -57,8 +57,6 @@ MEASURED = {
     "path",
 }
 """Fields of facts and reports that may differ between two equal runs."""
-LATER = {"sources", "warnings"}
-"""Fields of the token report that were added after the record was made."""
 BOOTSTRAP, SOURCE = "modeling_orchestrator.py", "source"
 DIGITS = 12
 """Significant digits of a forecast's figures, so that they do not depend on the C library."""
@@ -326,10 +324,9 @@ def _rounded(value: Any) -> Any:
 
 
 def unmeasured(value: Any) -> Any:
-    """Copy without the fields of `MEASURED` and `LATER`, at any depth."""
+    """Copy without the fields of `MEASURED`, at any depth."""
     if isinstance(value, Mapping):
-        left_out = MEASURED | LATER
-        return {name: unmeasured(each) for name, each in value.items() if name not in left_out}
+        return {name: unmeasured(each) for name, each in value.items() if name not in MEASURED}
     if isinstance(value, list | tuple):
         return [unmeasured(each) for each in value]
     return value
