@@ -174,8 +174,8 @@ def blind_node(ray_address, tmp_path):
     node = f"{sys.executable} -m ray.scripts.scripts start --address {ray_address} --num-cpus 1"
     command = f"mount -t tmpfs none {hidden} && exec {node} --block"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    # a fork would see what the server of forks sees
-    own = {name: value for name, value in os.environ.items() if name != "FORK_SERVER"}
+    # a worker that is forked would see what the server of forks sees
+    own = os.environ | {"FORKED": "nodes"}
     process = subprocess.Popen([*unshare, command], env=own, start_new_session=True, **quiet)
 
     # one worker fits on the first node, the next must go to the second

@@ -5,7 +5,7 @@ these imports and less than one on all the rest. They stay processes of their ow
 the same program from its first line with their own arguments, environment and descriptors; only
 what is imported from elsewhere is there already. `sitecustomize` asks for the fork in the process
 that was started, which then stands for it; `server` is the process that is forked. Limits and
-namespaces are those of the server: what has its own is started without the variable FORK_SERVER.
+namespaces are those of the server, which a program with its own must not be forked from.
 """
 
 import atexit

@@ -10,27 +10,30 @@ import sys
 PROCESSES_OF_RAY = (
     "_private/log_monitor.py",
     "_private/runtime_env/agent/main.py",
-    "_private/workers/default_worker.py",
-    "_private/workers/setup_worker.py",
     "autoscaler/_private/monitor.py",
     "dashboard/agent.py",
     "dashboard/dashboard.py",
 )
+WORKERS_OF_RAY = ("_private/workers/default_worker.py", "_private/workers/setup_worker.py")
 
 
 def is_replaced(command: list[str]) -> bool:
     """True for processes of Ray, and for programs for which the variable FORKED asks.
 
-    It is `next` for the process that is started with it alone, or `commands` for each command of
-    ours that starts below. Never for `ray start`: whoever kills a node looks for its descendants.
+    It is `next` for the process that is started with it alone, `commands` for each command of ours
+    that starts below, and `nodes` for none there, nor for workers. Never for `ray start`: whoever
+    kills a node looks for its descendants.
     """
     program, *others = [*command, "", ""][:2]
+    if program.endswith(WORKERS_OF_RAY):
+        return os.environ.get("FORKED") != "nodes"
     if program.endswith(PROCESSES_OF_RAY) or (program, *others) == ("-m", "ray.util.client.server"):
         return True
     if os.environ.get("FORKED") == "next":
         del os.environ["FORKED"]
         return program in ("-c", "-m") and others != ["ray.scripts.scripts"]
-    return "FORKED" in os.environ and (program, *others) == ("-m", "orchestrator")
+    is_ours = (program, *others) == ("-m", "orchestrator")
+    return is_ours and os.environ.get("FORKED") == "commands"
 
 
 def replace(address: str, command: list[str]) -> None:
