@@ -80,8 +80,10 @@ class RunMonitor:
         self.signals.__exit__()
         with self._lock:
             self._status |= dict.fromkeys(("left", "run_left"))
+            if error is None:
+                self._status["progress"] = None
         if error is None:
-            self._end(state="done", exit_code=0, progress=None)
+            self._end(state="done", exit_code=0)
         elif self.signals.received is not None:
             self._end(**_STOPPED)
             raise StoppedError(

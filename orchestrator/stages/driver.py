@@ -88,13 +88,18 @@ def compress(
 
 
 def _surveyed(surveyed: Surveyed, stages: Sequence[str]) -> dict[str, Any]:
-    """Event with the size of the job and the names of its stages."""
+    """Event with the size of the job and the names of its stages.
+
+    Args:
+        stages: Names of the stages with units or forecasts, in order.
+    """
+    before = [name for name in stages if name in (CALIBRATE, SCORE)]
     return {
         "event": "surveyed",
         "blocks": surveyed.survey.num_blocks,
         "group": surveyed.grouping.size,
         "linears": len(surveyed.linears),
-        "stages": [*stages],
+        "stages": [SURVEY, READ, *before, ALLOCATE, *stages[len(before) :]],
     }
 
 

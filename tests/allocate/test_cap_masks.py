@@ -261,12 +261,12 @@ def test_linears_compare_by_the_requested_scale(across):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"init": "random"}, "utility, magnitude, constant"),
+        ({"init": "random"}, "constant, magnitude, utility"),
         ({"iterations": -1}, "whole number"),
         ({"samples": 0}, "whole number"),
         ({"temperature": 0}, "0.001"),
         ({"stage2": 1}, "true or false"),
-        ({"projection": "none"}, "shift, euclid, multiplicative"),
+        ({"projection": "none"}, "euclid, multiplicative, shift"),
     ],
 )
 def test_options_are_checked(options, said):

@@ -299,8 +299,8 @@ def test_a_beta_that_leaves_q_below_rank_one_is_infeasible():
     ("options", "message"),
     [
         ({"setting": "ours"}, "setting is 'ours'.*exact, paper"),
-        ({"scope": "block"}, "scope.*type, model"),
-        ({"accept": True}, "accept is True.*none, code"),
+        ({"scope": "block"}, "scope.*model, type"),
+        ({"accept": True}, "accept is True.*code, none"),
         ({"beta": 1.5}, "beta is 1.5.*0 to 1"),
         ({"beta": math.nan}, "beta is nan"),
         ({"accept": "code", "scope": "model"}, "accept.*scope"),

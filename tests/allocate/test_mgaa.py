@@ -173,7 +173,7 @@ def test_a_cosine_that_is_missing_or_not_finite_is_refused(cosines):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "cosine"}, "rule.*cosine.*power, softmax, linear, retain"),
+        ({"rule": "cosine"}, "rule.*cosine.*linear, power, retain, softmax"),
         ({"t": -1}, "t is -1.*0 to 100"),
         ({"t": "0.5"}, "t is '0.5'.*number"),
         ({"temperature": 0}, "temperature is 0"),

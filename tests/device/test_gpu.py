@@ -148,7 +148,7 @@ def test_what_workers_measure_of_their_gpus_wins_over_what_their_kind_has(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     given = {"model": str(tmp_path), "out": str(tmp_path / "out"), "executor": "local"}
     recipe, notes = make_recipe({**given, "keep": 0.8}), []
-    monitor = SimpleNamespace(note=notes.append)
+    monitor = SimpleNamespace(note=notes.append, progress=SimpleNamespace())
     assumed = check_memory(recipe, tmp_path, monitor, measured=80 * 10**9)
     assert assumed.blocks_that_fit == 2
 

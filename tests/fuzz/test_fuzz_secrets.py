@@ -57,9 +57,8 @@ def test_a_run_reveals_no_secret(checkpoint, tmp_path, executor, here):
     model = with_tokenizer(checkpoint("llama"), tmp_path / "dense")
     text = write_text(tmp_path / "text.txt")
     small = ["--samples", "2", "--sequence-length", "32", "--executor", executor, "--verbose"]
-    small += ["--method", "svd-llm"]
     out, run = tmp_path / "out", tmp_path / "out.run"
-    given = ["compress", model, out, "--calibration", text, *small]
+    given = ["compress", model, out, "--method", "svd-llm", "--calibration", text, *small]
     begin = here if executor == "local" else partial(orchestrator, forked=True)
     said = begin(*given, "--keep", "0.5")
     said += here(*given[:2], tmp_path / "o2", *given[3:], "--keep", "0.001", code=3)

@@ -37,7 +37,11 @@ TEXTS = [
         2,
         "https://host/t.txt: is a",
     ),
-    (f"evaluate dense --text https://host/t.txt {HERE}", 2, "so download it and give its"),
+    (
+        f"evaluate dense --text https://host/t.txt {HERE}",
+        2,
+        "https://host/t.txt: is a URL; download it",
+    ),
     (f"evaluate dense --text nowhere.txt {HERE}", 4, "nowhere.txt: no such text file"),
     (
         f"search dense OUT {RECIPE} --vary storage=plain --text text.txt",
@@ -58,11 +62,11 @@ VALUES = [
         "workers is '3..2'; it must be a number of",
     ),
     ("compress dense OUT --keep 0.5 --max-shard-size 0", 2, "size is '0'; write it like"),
-    ("compress dense OUT --keep 0.5 --method svd-lm", 2, "method is 'svd-lm'; it must be one of"),
+    (f"compress dense OUT {RECIPE} --method svd-lm", 2, "method is 'svd-lm'; it must be one of"),
     ("compress dense OUT --keep 0.5 --option keep.x=1", 2, "keep is a field of the recipe, not a"),
     ("compress dense OUT --keep 0.5 --option x", 2, "option is 'x'; write it like mgaa.t=0.5"),
     (
-        "compress dense OUT --keep 0.5 --option mgaa.t=0.5",
+        f"compress dense OUT {RECIPE} --option mgaa.t=0.5",
         2,
         "option mgaa.t has no effect; mgaa has",
     ),
@@ -95,7 +99,7 @@ FLAGS = [
     ("compress dense OUT --kep 0.5", 2, "unknown flag --kep; near misses: --keep, --help"),
     ("compress dense OUT more", 2, "surplus argument more; see orchestrator compress --help"),
     ("compress --keep 0.5", 2, "recipe: model and out missing; give them as arguments or in a"),
-    ("evaluate dense", 2, "required: --text; see orchestrator evaluate --help"),
+    ("evaluate dense", 2, "neither a text nor tasks are given; give --text or --tasks"),
     ("submit -- compress dense OUT --kep 0.5", 2, "unknown flag --kep; near misses: --keep"),
     ("submit -- compress dense relative", 2, "give an absolute path that all nodes can access"),
 ]
