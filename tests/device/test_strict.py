@@ -195,8 +195,8 @@ def test_actors_have_it_from_their_start(ray_address, monkeypatch):
     for name in CUDA_ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    share = {"num_cpus": 1, "num_gpus": 0}
-    options = {"nonce": "n", "share": share, "threads": 1, "announce": lambda event: None}
+    resources = {"num_cpus": 1, "num_gpus": 0}
+    options = {"nonce": "n", "resources": resources, "threads": 1, "announce": lambda event: None}
     with RayPool(Bare, list(CUDA_ENVIRONMENT), bounds=Bounds(), max_workers=1, **options) as pool:
         (probe,) = pool.gather()
     assert probe["environment"] == CUDA_ENVIRONMENT | {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}

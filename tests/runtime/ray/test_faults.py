@@ -178,7 +178,8 @@ def test_a_stopped_driver_is_resumed(executor, number, llama, text, reference, t
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("module", ["torch", "transformers"])
 def test_a_signal_before_the_run_begins(number, module, tmp_path):
-    """While packages are imported there is nothing to resume: one line, exit code 75, no traces."""
+    """While packages are imported there is nothing to resume: after their announcement one line, exit
+    code 75, no traces."""
     code = f"""
 import os, sys
 from orchestrator import evaluate
@@ -192,8 +193,10 @@ sys.exit(main(["compress", "dense", "out", "--keep", "0.5", "--calibration", "te
     process = start("-c", code, forked=False, cwd=tmp_path)
     output, error = process.communicate()
     assert process.returncode == 75
-    line = f"orchestrator: error: stopped by {number.name} before the run began\n"
-    assert (output, error) == ("", line)
+    announced, line = error.splitlines()
+    assert announced.endswith("] importing torch and transformers")
+    assert line == f"orchestrator: error: stopped by {number.name} before the run began"
+    assert output == ""
     assert list(tmp_path.iterdir()) == []
 
 
