@@ -178,8 +178,8 @@ def test_a_stopped_driver_is_resumed(executor, number, llama, text, reference, t
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("module", ["torch", "transformers"])
 def test_a_signal_before_the_run_begins(number, module, tmp_path):
-    """While packages are imported there is nothing to resume: after their announcement one line, exit
-    code 75, no traces."""
+    """While packages are imported there is nothing to resume: one line after their announcement,
+    exit code 75, no traces."""
     code = f"""
 import os, sys
 from orchestrator import evaluate
