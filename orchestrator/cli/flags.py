@@ -64,7 +64,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         "--option",
         action="append",
         metavar="NAME.OPTION=VALUE",
-        help="option of a method or an allocator, such as mgaa.t=0.5; may be repeated",
+        help="option of a method, an allocator or a stage, such as mgaa.t=0.5; may be repeated",
     )
 
 

@@ -58,12 +58,17 @@ class OneLineParser(argparse.ArgumentParser):
         if action.choices is None or value in action.choices:
             return
         if isinstance(action, argparse._SubParsersAction):
-            near = difflib.get_close_matches(value, action.choices) or [*action.choices]
-            self.error(f"unknown command {_plain(value)}; near misses: {', '.join(near)}")
+            near = difflib.get_close_matches(value, action.choices)
+            hint = (
+                f"near misses: {', '.join(near)}"
+                if near
+                else f"commands: {', '.join(action.choices)}"
+            )
+            self.error(f"unknown command {_plain(value)}; {hint}")
         self._refuse_value(action, value, f"one of {', '.join(map(str, action.choices))}")
 
     def _refuse_value(self, action: argparse.Action, value: Any, allowed: str) -> NoReturn:
-        flag = "/".join(action.option_strings) or str(action.metavar)
+        flag = "/".join(action.option_strings) or str(action.metavar or action.dest)
         self.error(f"argument {flag} {_plain(value)}: must be {allowed}")
 
 

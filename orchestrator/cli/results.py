@@ -110,7 +110,9 @@ def print_results(results: Sequence[Result], as_json: bool, *, is_one: bool) -> 
     if as_json and not is_one:
         print(json.dumps([result.report for result in results], indent=2))
         return
-    for result in results:
+    for number, result in enumerate(results):
+        if number:
+            print()
         print_result(result, as_json)
 
 

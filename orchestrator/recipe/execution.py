@@ -29,7 +29,8 @@ class Execution:
     workers: int | str | None = option(
         None,
         "number of actors (default: one per GPU, or one per CPU without GPUs, and more when nodes "
-        "join); 2..8 starts with 2 and requests up to 8 from an autoscaler, as the work can use",
+        "join); 2..8 starts with 2 and requests up to 8 from an autoscaler, as many as the work "
+        "can use",
         check=parse_workers,
         metavar="N",
         schedule=True,

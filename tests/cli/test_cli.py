@@ -312,6 +312,8 @@ def test_sigterm_ends_with_75(monkeypatch, capsys):
     [
         ("", "required: COMMAND; see orchestrator --help"),
         ("comprss", "unknown command comprss; near misses: compress, compare; see"),
+        ("frobnicate", "unknown command frobnicate; commands: methods, plan, measure, compress"),
+        ("completion fish", "shell fish: must be one of bash, zsh, tcsh"),
         ("compress a b --keep much", "--keep much: must be a fraction such as 0.8"),
         ("compress a b --samples 1.5", "--samples 1.5: must be a whole number"),
         ("plan a --price ''", "--price '': must be a number"),

@@ -48,8 +48,8 @@ MAY_IMPORT = {
     "models.checkpoint": "errors version plan store device models.forms torch safetensors",
     "models.survey": "errors plan store models.forms models.checkpoint torch transformers "
     "accelerate huggingface_hub",
-    "models.inputs": "errors store models.checkpoint torch numpy pyarrow huggingface_hub datasets "
-    "transformers",
+    "models.inputs": "errors readable store models.checkpoint torch numpy pyarrow huggingface_hub "
+    "datasets transformers",
     "models.shards": "errors plan store device models.forms models.checkpoint models.survey torch "
     "transformers accelerate numpy",
     "models.statistics": "plan linalg models.shards torch transformers",

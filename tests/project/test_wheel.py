@@ -113,7 +113,9 @@ def installed(wheel, tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "--python", python, "install"]
     options = ["--no-deps", "--no-index", "--no-cache-dir", "--no-compile"]
     options.append("--disable-pip-version-check")
-    subprocess.run([*pip, *options, wheel], check=True, capture_output=True)
+    # with the checkout in its path, pip would take it for the installed package
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([*pip, *options, wheel], check=True, capture_output=True, env=bare)
     (own,) = environment.glob("lib/python*/site-packages")
     (own / "libraries.pth").write_text("".join(f"{path}\n" for path in site.getsitepackages()))
     write_llama(elsewhere / "dense", blocks=2, hidden=32)
@@ -122,7 +124,7 @@ def installed(wheel, tmp_path_factory):
     done = subprocess.run(
         [python, "-c", PERFORM],
         cwd=elsewhere,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        env=bare,
         input=json.dumps({verb: arguments for verb, (arguments, _, _) in CALLS.items()}),
         capture_output=True,
         text=True,

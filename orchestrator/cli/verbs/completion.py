@@ -13,7 +13,7 @@ PATHS = {"CHECKPOINT", "DENSE", "DENSE_DIR", "DIR", "FILE", "MODEL", "OUT", "RUN
 
 def add_parser(commands: Any) -> None:
     parser = add_verb(commands, "completion", "print a script for completion in a shell")
-    parser.add_argument("shell", choices=SHELLS, help="shell that is to read the script")
+    parser.add_argument("shell", choices=SHELLS, help="shell that reads the script")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
         "--address",
         metavar="ADDRESS",
         help="Ray cluster to look for: host:port of its head (default: RAY_ADDRESS, or the one "
-        "that was started on this machine). None is started",
+        "that was started on this machine); no cluster is started",
     )
     add_json(parser, "print the findings as JSON")
 

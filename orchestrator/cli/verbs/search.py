@@ -16,7 +16,7 @@ HELD_OUT = {"text": "text", "field": "text_field", "samples": "text_samples", "s
 
 def add_parser(commands: Any) -> None:
     parser = add_verb(
-        commands, "search", "compress with several settings, keep what held-out text likes"
+        commands, "search", "compress with several settings, and keep the best on held-out text"
     )
     add_recipe(parser)
     add_tracking(parser)

@@ -14,7 +14,9 @@ def add_parser(commands: Any) -> None:
     parser = add_verb(commands, "verify", "check a compressed checkpoint and list its problems")
     parser.add_argument("out", metavar="OUT", help="compressed checkpoint")
     parser.add_argument("--against", metavar="DENSE", help="dense model to compare with")
-    parser.add_argument("--linears", metavar="N", type=int, help="number of linears to reconstruct")
+    parser.add_argument(
+        "--linears", metavar="N", type=int, help="number of linears to reconstruct (default: 14)"
+    )
     add_json(parser, "print all results as JSON")
 
 

@@ -17,8 +17,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--host",
         metavar="ADDRESS",
-        help="address to listen at; others than the default let everyone who reaches it read "
-        "the run (default: 127.0.0.1)",
+        help="address to listen at; with any other than the default everyone who reaches it "
+        "can read the run (default: 127.0.0.1)",
     )
 
 

@@ -30,6 +30,7 @@ from orchestrator.models.inputs.encoder import Encoder
 from orchestrator.models.inputs.mixture import Wanted, fit, interleave
 from orchestrator.models.inputs.reading import Reading
 from orchestrator.models.inputs.sources import parse_sources
+from orchestrator.readable import counted
 
 MAX_TOKENS = 2**32
 """Limit of tokens read from a text; those used are held in memory."""
@@ -215,7 +216,7 @@ def _padded(
 
 def _too_short(reading: Reading, gives: str, stride: int) -> InputError:
     return InputError(
-        f"{reading.source.name}: {reading.read['documents']} documents with "
+        f"{reading.source.name}: {counted(reading.read['documents'], 'document')} with "
         f"{reading.read['tokens_read']} tokens give {gives}"
         f"{f' with stride {stride}' if stride > 1 else ''}; "
         "give more text, or ask for fewer or shorter sequences"

@@ -135,7 +135,7 @@ def test_a_random_mixture_depends_on_the_seed_only(texts, tokenizer, layout):
 
 def test_a_scarce_source_is_an_error_if_the_number_is_given(texts, tokenizer):
     """It is named, with what it has; otherwise there are fewer, in the weights to one window."""
-    for layout, says in (("packed", "b.txt: .* give 10 of 32"), ("padded", r"txt: 1 documents")):
+    for layout, says in (("packed", "b.txt: .* give 10 of 32"), ("padded", r"txt: 1 document ")):
         with pytest.raises(InputError, match=says):
             load("a.txt:0.5,b.txt:0.5", tokenizer, 64, 10, layout=layout)
     found = load("a.txt:0.5,b.txt:0.5", tokenizer, 64, 10, fewer=True)

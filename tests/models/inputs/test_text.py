@@ -192,7 +192,7 @@ def test_too_short(write, tokenizer, documents, layout, sampling):
 
 def test_too_short_counts(write, tokenizer):
     """The error for a short text counts its documents, tokens and windows."""
-    with pytest.raises(InputError, match="1 documents with 20 tokens give 2 of 3 packed"):
+    with pytest.raises(InputError, match="1 document with 20 tokens give 2 of 3 packed"):
         load_tokens(write("a.txt", ["x" * 20]), tokenizer=tokenizer, samples=3, sequence_length=8)
 
 
