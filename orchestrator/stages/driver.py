@@ -75,7 +75,7 @@ def compress(
         with monitor.stage(READ):
             keyed = assign_keys(surveyed, *read_calibration(surveyed))
             for warning in keyed.token_report.get("warnings", ()):
-                monitor.note(warning)
+                monitor.note(f"warning: {warning}")
             run.claim({**asked.description, "tokens_key": keyed.tokens_key})
         if (result := finished(keyed)) is not None:
             monitor.note(f"{asked.out} is complete: nothing to do")

@@ -124,7 +124,7 @@ def test_a_run_on_the_bundled_text_says_that_own_text_is_better(place, tmp_path,
     tokens = {"calibration": "bundled", "samples": 4, "sequence_length": 64}
     found = compress(Recipe(**given, **tokens, executor="local"), collect).report["calibration"]
     (warning,) = found["warnings"]
-    assert warning in notes
+    assert f"warning: {warning}" in notes
     assert "bundled text, small and about Python: text like that" in warning
     assert found["sources"][0]["source"] == "bundled"
 
