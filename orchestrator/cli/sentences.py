@@ -63,5 +63,5 @@ def times_text(event: Event) -> str:
     left, run_left = event.get("left"), event.get("run_left")
     if left is None:
         return ""
-    run = "" if run_left is None else f", {duration(run_left)} of the run"
+    run = "" if run_left is None else f" of the stage, {duration(run_left)} of the run"
     return f"about {duration(left)} left{run}"

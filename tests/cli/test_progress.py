@@ -131,7 +131,10 @@ def test_progress_is_a_line_when_nothing_else_was_for_a_time(clock, stream):
         times += [clock.now] if stream.tell() > before else []
     assert times[0] == 1.0
     assert all(1 <= later - time < 10 for time, later in pairwise(times))
-    assert "calibrate 0/960 chunks, 25%, about 1m30s left, 1h02m of the run\n" in stream.getvalue()
+    assert (
+        "calibrate 0/960 chunks, 25%, about 1m30s left of the stage, 1h02m of the run\n"
+        in stream.getvalue()
+    )
 
 
 def test_units_say_the_estimated_time(clock, stream):
