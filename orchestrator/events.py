@@ -8,7 +8,7 @@ Known kinds:
     {"event": "progress", "stage": ..., "done": 120, "total": 960, "of": "chunks", "fraction": 0.13,
      "left": ..., "run_left": ..., "running": [{"call": ..., "seconds": ...}, ...],
      "workers": 2, "failures": 0, "memory": ...}
-    {"event": "note", "text": ..., "stage": ..., "blocks": [...], "step": ...}
+    {"event": "note", "text": ..., "activity": True, "stage": ..., "blocks": [...], "step": ...}
     {"event": "waiting", "for": ..., "there": ...}
     {"event": "workers", "workers": [{"node": ..., "pid": ...}, ...]}
     {"event": "snapshot", "step": ..., "train": ..., "held_out": ..., ...}
@@ -28,6 +28,8 @@ a block, once all chunks have passed it. The unit of a block that was trained ha
 `"losses": {"train": [...], "held_out": [start, ...], "best": 2}`, by epoch.
 
 Other events are shown with their fields.
+
+`activity` marks a note about work that now begins and takes seconds.
 
 `progress` comes once a second from a thread of the driver while calls run, and every 5 s in the
 journal: `done` of `total` in the unit `of`, the `fraction` of the stage's work by its cost, and the
@@ -49,4 +51,5 @@ OnEvent = Callable[[dict[str, Any]], None]
 def announce_imports(on_event: OnEvent | None) -> None:
     """Report that the heavy packages are about to be imported, which takes seconds."""
     if on_event is not None and "torch" not in sys.modules:
-        on_event({"event": "note", "text": "importing torch and transformers"})
+        text = "importing torch and transformers"
+        on_event({"event": "note", "text": text, "activity": True})

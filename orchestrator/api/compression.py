@@ -99,6 +99,7 @@ def retarget_sizes(
         UsageError: Two sizes are equal.
         OrchestratorError: As `retarget`.
     """
+    announce_imports(on_event)
     from orchestrator.stages import driver
     from orchestrator.stages.context.previous_run import asked_before
 

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def doctor(*, address: str | None = None) -> "list[Finding]":
-    """Check versions, devices, Ray, disks and memory of this machine; starts nothing.
+    """Check versions, devices, Ray, disks and memory of this machine; starts no process.
 
     Takes the time in which torch, transformers and Ray are imported.
 

@@ -51,7 +51,7 @@ def watch(
     host: str = "127.0.0.1",
     say: Callable[[str], None] = print,
 ) -> None:
-    """Serve a live page of a run until a KeyboardInterrupt; nothing is written.
+    """Serve a live page of a run until a KeyboardInterrupt; writes no file.
 
     The page shows stages, blocks, workers, failures, throughput, memory and losses, and becomes the
     report when the run is done. The run need not have begun. A directory is read twice a second

@@ -51,7 +51,7 @@ class Lines:
             self.remind()
 
     def remind(self) -> None:
-        """Say what the program is doing if it has said nothing for a time."""
+        """Write the present activity after a time without a line."""
         with self._guard:
             if self._clock() - self._written <= SILENT_SECONDS:
                 return
@@ -89,7 +89,7 @@ class Lines:
                 self._within = [each for each in self._within if each != stage]
                 self._progress = None
                 self._do(self._within[-1] if self._within else "preparing the next stage")
-            case {"event": "note", "text": text}:
+            case {"event": "note", "text": text, "activity": True}:
                 self._do(str(text).partition("\n")[0])
         return sentence(event)
 
@@ -123,7 +123,7 @@ class JsonLines:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Nothing to end."""
+        """Leave the stream as it is."""
 
     def __call__(self, event: Event) -> None:
         # progress comes from another thread

@@ -13,7 +13,7 @@ from rich.text import Text
 from orchestrator.cli.lines import Lines
 from orchestrator.cli.sentences import LONG_SECONDS, sentence
 from orchestrator.events import Event
-from orchestrator.readable import duration
+from orchestrator.readable import counted, duration
 from orchestrator.usage import Usage
 
 FRAMES_A_SECOND = 2.0
@@ -126,8 +126,8 @@ def _times(known: Event) -> str:
 def _resources(known: Event) -> list[str]:
     """Workers, failures and memory; the longest call, if it is long."""
     workers, failures = known.get("workers"), known.get("failures", 0)
-    parts = [] if not workers else [f"{workers} worker{'s' * (workers > 1)}"]
-    parts += [f"{failures} failure{'s' * (failures > 1)}"] if failures else []
+    parts = [] if not workers else [counted(workers, "worker")]
+    parts += [counted(failures, "failure")] if failures else []
     used: Any = known.get("memory")
     parts += [f"memory of a worker {Usage.from_json(used)}"] if used else []
     found = [", ".join(parts)] if parts else []

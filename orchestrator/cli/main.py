@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_reader_gone() -> bool:
-    """Test if stdout is a pipe that nothing reads any more, as after `head`; it is then ignored."""
+    """Test if stdout is a pipe whose reader has ended, as with `head`; it is then ignored."""
     poll, stdout = select.poll(), sys.stdout.fileno()
     poll.register(stdout, select.POLLOUT)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):

@@ -12,7 +12,7 @@ from orchestrator.doctor.facts import (
     PackageFacts,
     RayFacts,
 )
-from orchestrator.readable import size
+from orchestrator.readable import counted, size
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -146,9 +146,9 @@ def check_devices(facts: DeviceFacts) -> Finding:
         pairs = zip(facts.names, facts.memory_bytes, strict=True)
         found = ", ".join(f"{name} with {size(memory)}" for name, memory in pairs)
         return Finding(item="devices", found=f"{found}; CUDA {facts.cuda}")
-    cpus = f"{facts.cpus} CPU{'s' * (facts.cpus > 1)}"
+    cpus = counted(facts.cpus, "CPU")
     if facts.driver is None:
-        return Finding(item="devices", found=f"no GPU; one actor per CPU, {cpus}")
+        return Finding(item="devices", found=f"no GPU; one worker per CPU, {cpus}")
     built = f"for CUDA {facts.cuda}" if facts.cuda else "without CUDA"
     return Finding(
         item="devices",

@@ -1,4 +1,4 @@
-"""Facts about this machine; imports heavy libraries one at a time, and starts nothing."""
+"""Facts about this machine; imports heavy libraries one at a time, and starts no process."""
 
 import os
 import resource
@@ -21,8 +21,8 @@ IMPORTED = ("torch", "transformers", "ray", "pyarrow", "safetensors", "accelerat
 CONNECT_SECONDS = 2.0
 PROBE_BYTES = 16 * 2**20
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-RAY_ADDRESS_FILE = "/tmp/ray/ray_current_cluster"
-"""File in which Ray notes the cluster that was started last on this machine."""
+RAY_ADDRESS_FILE = Path("ray", "ray_current_cluster")
+"""File in which Ray notes the cluster that was started last, below its temporary directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,11 +148,11 @@ def _devices() -> DeviceFacts:
 
 
 def _ray(address: str | None) -> RayFacts:
-    noted = Path(RAY_ADDRESS_FILE)
+    noted = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / RAY_ADDRESS_FILE
     if address in (None, "auto"):
         address, origin = os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS"
         if address in (None, "auto", "local") and noted.is_file():
-            address, origin = noted.read_text().strip(), RAY_ADDRESS_FILE
+            address, origin = noted.read_text().strip(), str(noted)
     else:
         origin = "--address"
     if address in (None, "", "auto", "local"):

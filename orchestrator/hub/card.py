@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from orchestrator.models.checkpoint.card import LOAD
+from orchestrator.models.checkpoint.card import LOAD, SERVE
 from orchestrator.pages.evaluations import (
     AGREEMENT,
     QUANTITIES,
@@ -24,19 +24,6 @@ from orchestrator.version import __version__
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 NONE = "–"
-_SERVE = """\
-## Serve
-
-With orchestrator installed, by a program that has imported it:
-
-```sh
-python -c "import orchestrator.hf; from transformers.cli.transformers import main; main()" \\
-    serve {repo}
-```
-
-For engines that know no forms, download the checkpoint and multiply the factors:
-`orchestrator export DIRECTORY DENSE --format dense`.
-"""
 
 
 def published_card(source: Source, repo: str, config: Mapping[str, Any]) -> str:
@@ -58,7 +45,7 @@ def published_card(source: Source, repo: str, config: Mapping[str, Any]) -> str:
         _summary(source, base),
         *_evaluations(source),
         LOAD.replace("DIRECTORY", repo),
-        _SERVE.format(repo=repo),
+        SERVE.replace("DIRECTORY", repo),
         _reproduction(source, out),
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)
@@ -118,7 +105,7 @@ def _summary(source: Source, base: str) -> str:
 
 
 def _evaluations(source: Source) -> Iterator[str]:
-    """Sections with quality, speed and tasks; a line if nothing was evaluated."""
+    """Sections with quality, speed and tasks; a line if there is no evaluation."""
     for facts in source.text_evaluations:
         dense = facts["models"].get("against", {}) if against_base(facts) else {}
         ours = facts["models"]["model"]

@@ -16,7 +16,7 @@ class Execution:
 
     executor: str = option(
         "ray",
-        "Ray actors, or local: the same units in this process, without Ray",
+        "ray, or local: the same units in this process, without Ray",
         choices=("ray", "local"),
         schedule=True,
     )
@@ -28,7 +28,7 @@ class Execution:
     )
     workers: int | str | None = option(
         None,
-        "number of actors (default: one per GPU, or one per CPU without GPUs, and more when nodes "
+        "number of workers (default: one per GPU, or one per CPU without GPUs, and more when nodes "
         "join); 2..8 starts with 2 and requests up to 8 from an autoscaler, as many as the work "
         "can use",
         check=parse_workers,
@@ -37,7 +37,7 @@ class Execution:
     )
     threads: int | None = option(
         None,
-        "threads per actor (default: 1, so that the bits do not depend on the size of a machine)",
+        "threads per worker (default: 1, so that the bits do not depend on the size of a machine)",
         at_least=1,
         schedule=True,
         decides_bits=True,

@@ -29,7 +29,7 @@ from orchestrator.recipe.values import (
 SIZE_FIELDS = ("keep", "keep_bytes")
 """Fields of the size, of which a recipe has exactly one."""
 HEADINGS = ("compress", "plan", "search", "recipe", "orchestrator")
-"""Names of tables that somebody may write around the fields of a recipe."""
+"""Names of tables in which the fields of a recipe are sometimes written by mistake."""
 NEVER_OPTIONS = ("model", "out", *SIZE_FIELDS, "method", "calibration")
 """Fields after which no option is named."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")

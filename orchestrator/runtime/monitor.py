@@ -116,7 +116,7 @@ class RunMonitor:
             self._run.write_status(**known)
 
     def _end(self, **fields: Any) -> None:
-        """Record the end in the journal, then in the status: who sees the status sees the whole."""
+        """Record the end in the journal first, so that a final status means a whole journal."""
         if not self._is_lost:
             # the journal is information; a full disk must not hide the error of the run
             with suppress(OSError, OrchestratorError):

@@ -133,7 +133,7 @@ def start_workers(
         return
     from orchestrator.runtime.ray import connect
 
-    monitor.note("waiting for workers to start")
+    monitor.note("waiting for workers to start", activity=True)
     with (
         _probe_files(task) as nonce,
         connect.pool(

@@ -147,17 +147,19 @@ def test_units_say_the_estimated_time(clock, stream):
     assert stream.getvalue().endswith("calibrate 1/30, 1m30s left\n")
 
 
-@pytest.mark.parametrize("event", [{"event": "note", "text": "importing torch"}, None])
-def test_a_silent_time_is_filled(event, clock, stream):
-    """Without events there is a line about what was said last, at most nine seconds later."""
+@pytest.mark.parametrize("is_activity", [True, False])
+def test_a_silent_time_is_filled(is_activity, clock, stream):
+    """Without events the present activity is named at most nine seconds later, which no other note
+    replaces."""
     show = Lines(stream, clock=clock)
-    if event is not None:
-        show(event)
+    if is_activity:
+        show({"event": "note", "text": "importing torch", "activity": True})
+    show({"event": "note", "text": "a worker holds up to 2 GB"})
     for _ in range(20):
         clock.now += 1.0
         show.remind()
-    said = [f"[{n}s] importing torch, for {n}s" for n in ("9.0", 18)] if event else []
-    assert stream.getvalue().splitlines()[1:] == said
+    said = [f"[{n}s] importing torch, for {n}s" for n in ("9.0", 18)] if is_activity else []
+    assert stream.getvalue().splitlines()[1 + is_activity :] == said
 
 
 def test_silent_times_of_a_stage_are_filled_with_its_progress(clock, stream):
@@ -175,7 +177,7 @@ def test_lines_are_filled_by_a_thread(stream, monkeypatch):
     monkeypatch.setattr("orchestrator.cli.lines.BEAT_SECONDS", 0.001)
     monkeypatch.setattr("orchestrator.cli.lines.SILENT_SECONDS", 0.0)
     with Lines(stream) as show:
-        show({"event": "note", "text": "starting"})
+        show({"event": "note", "text": "starting", "activity": True})
         while stream.getvalue().count("starting, for") < 2:
             time.sleep(0.001)
     deadline = time.monotonic() + 10

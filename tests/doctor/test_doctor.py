@@ -85,7 +85,7 @@ def test_every_extra_has_a_purpose():
 @pytest.mark.parametrize(
     ("facts", "state", "says"),
     [
-        (DeviceFacts(cpus=1), "ok", "no GPU; one actor per CPU, 1 CPU"),
+        (DeviceFacts(cpus=1), "ok", "no GPU; one worker per CPU, 1 CPU"),
         (
             DeviceFacts(names=["H"], memory_bytes=[80 * 10**9], cuda="13.0", driver="D"),
             *("ok", "H with 80 GB; CUDA 13.0"),
@@ -147,6 +147,19 @@ def test_the_facts_are_those_of_this_machine():
     assert [disk.is_writable for disk in facts.disks[:2]] == [True, True]
     assert facts.disks[0].total == psutil.disk_usage(".").total
     assert len(facts.devices.names) == torch.cuda.device_count()
+
+
+def test_the_cluster_that_ray_has_noted_is_found(monkeypatch, tmp_path):
+    """Ray notes the last cluster below RAY_TMPDIR; a stated address takes precedence."""
+    monkeypatch.setattr("orchestrator.doctor.facts.IMPORTED", ())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert gather().ray.address is None
+    noted = tmp_path / "ray" / "ray_current_cluster"
+    noted.parent.mkdir()
+    noted.write_text("127.0.0.1:1\n")
+    assert (gather().ray.address, gather().ray.origin) == ("127.0.0.1:1", str(noted))
+    assert gather("127.0.0.1:2").ray.address == "127.0.0.1:2"
 
 
 def test_the_command_prints_one_line_per_item(capsys, monkeypatch):

@@ -46,7 +46,7 @@ Without either of the two, loading stops with mismatched shapes.
 
 """
 """Section about loading the model in DIRECTORY."""
-_SERVE = """\
+SERVE = """\
 ## Serve
 
 ```
@@ -54,6 +54,7 @@ transformers serve --trust-remote-code DIRECTORY
 orchestrator export DIRECTORY DENSE --format dense    # for engines that know no forms
 ```
 """
+"""Section about serving the model in DIRECTORY."""
 
 _SHARED = ", on the basis of another"
 
@@ -87,7 +88,7 @@ def model_card(
         dense_parameters=survey.total_parameters,
         metrics=f"\n| measured | |\n|---|---|\n{rows}" if rows else "",
     )
-    return figures + LOAD + _SERVE
+    return figures + LOAD + SERVE
 
 
 def _tags(plan: Plan) -> list[str]:

@@ -120,7 +120,7 @@ def leased_out(out: Place, on_event: Callable[[dict[str, Any]], None] | None) ->
     Raises:
         UsageError: Another driver holds the lease.
         OrchestratorError: The directory was removed during the run; files that were written to it
-            since are removed too, because nothing would accept them.
+            since are removed too, because no run would accept them.
     """
     markers = out / MARKER_FILE, out / "config.json"
     try:

@@ -77,5 +77,5 @@ class LowRankSparseLinear(LowRankLinear):
         return super().dense_weight() + self.sparse.dense_weight()
 
     def rest(self) -> Tensor:
-        """The entries [O, I] with zeros where nothing is stored."""
+        """The entries [O, I] with zeros at the other positions."""
         return self.sparse.dense_weight().detach()

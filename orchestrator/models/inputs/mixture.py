@@ -24,7 +24,7 @@ class Wanted:
         return (windows - 1) * self.stride + 1
 
     def windows(self, tokens: int, length: int) -> int:
-        """Number of windows that so many tokens have, of which every stride-th is taken."""
+        """Number of windows in this many tokens; every stride-th of them is taken."""
         return (tokens // length - 1) // self.stride + 1 if tokens >= length else 0
 
     def needed(self, weights: Sequence[float]) -> list[int]:

@@ -6,6 +6,7 @@ Ray may be unpacking this package again while a driver joins.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import ray
 
@@ -23,7 +24,7 @@ def connected(address: str | None, monitor: RunMonitor) -> Iterator[None]:
     """Join or start a cluster and export metrics of the run; a local Ray is shut down on exit."""
     # an interrupted start leaves processes behind, and the driver crashes at its exit
     with monitor.signals.deferred():
-        cluster = ray_cluster.connect(address, monitor.note)
+        cluster = ray_cluster.connect(address, partial(monitor.note, activity=True))
     try:
         # nobody reads the metrics of a local Ray
         with nullcontext() if cluster == "own" else Metrics().following(monitor):
