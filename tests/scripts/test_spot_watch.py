@@ -184,7 +184,7 @@ def test_ray_lets_a_drained_node_go(metadata):
         flags = [f"--address={cluster.address}", f"--node-id={node.node_id}"]
         with started(metadata, Path(sys.executable).parent, *flags) as process:
             assert process.wait(timeout=60) == 0
-        assert wait_for(node.dead_processes, seconds=20)
+        assert wait_for(node.dead_processes)
         nodes = GcsClient(address=cluster.address).get_all_node_info()
         ends = [(info.node_id.hex(), info.death_info) for info in nodes.values()]
         (death,) = [death for name, death in ends if name == node.node_id]

@@ -46,12 +46,12 @@ def dashboard():
         processes.append(
             subprocess.Popen(command, env=environment, start_new_session=True, **silent)
         )
-        assert wait_for(lambda: answer(address, TOKEN) == 200, seconds=60)
+        assert wait_for(lambda: answer(address, TOKEN) == 200)
     yield address
     for process in reversed(processes):
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=30)
-    assert wait_for(lambda: not processes_naming(directory), seconds=20)
+    assert wait_for(lambda: not processes_naming(directory))
     shutil.rmtree(directory, ignore_errors=True)
 
 

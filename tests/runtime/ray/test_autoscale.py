@@ -104,9 +104,9 @@ class Autoscaling:
                 return False
             return True
 
-        assert wait_for(is_there, seconds=60)
+        assert wait_for(is_there)
         self._client = GcsClient(address=self.address)
-        assert wait_for(lambda: self.nodes() == 0, seconds=60)
+        assert wait_for(lambda: self.nodes() == 0)
         self._thread.start()
 
     def nodes(self):
@@ -136,7 +136,7 @@ def cluster():
         yield cluster
     finally:
         cluster.end()
-        assert wait_for(lambda: not processes_naming(directory), seconds=30)
+        assert wait_for(lambda: not processes_naming(directory))
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -161,7 +161,7 @@ def test_a_run_grows_a_cluster_and_lets_it_shrink(cluster, tmp_path, monkeypatch
     finally:
         process.kill()
     assert process.returncode == 0, said
-    assert wait_for(lambda: cluster.counts[-1] == 0, seconds=60), "nothing is asked for any more"
+    assert wait_for(lambda: cluster.counts[-1] == 0), "nothing is asked for any more"
 
     events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     names = [event["event"] for event in events]

@@ -35,7 +35,7 @@ def test_who_has_no_token_is_not_let_in(dashboard):
 
 
 def test_submit_follow_stop_and_resume(dashboard, client, tree, tmp_path):
-    """A job is stopped within two seconds, and the next one does what was left, to the same bytes.
+    """A job ends within the grace that Ray gives, and the next one does the rest, to the same bytes.
 
     Logs are plain lines; the driver's exit code is in the run directory, where Ray flattens it.
     """
@@ -49,12 +49,13 @@ def test_submit_follow_stop_and_resume(dashboard, client, tree, tmp_path):
     first = ray_job("submit", dashboard, *submit, "first", "--no-wait", *entrypoint)
     output, error = first.communicate()
     assert first.returncode == 0, error
-    assert wait_for(lambda: done(directory) >= 3, seconds=60)
+    assert wait_for(lambda: done(directory) >= 3), client.get_job_logs("first")
     client.stop_job("first")
-    assert wait_for(lambda: directory.status()["state"] == "stopped", seconds=2)
-    assert directory.status()["exit_code"] == 75
-    assert wait_for(lambda: client.get_job_status("first").is_terminal(), seconds=20)
+    assert wait_for(lambda: client.get_job_status("first").is_terminal())
     assert client.get_job_status("first") == "STOPPED"
+    # Ray kills what has not ended three seconds after SIGTERM, which would leave it "running"
+    assert directory.status()["state"] == "stopped"
+    assert directory.status()["exit_code"] == 75
     told = done(directory)
     logs = client.get_job_logs("first")
     assert "stopped by SIGTERM" in logs
@@ -104,7 +105,7 @@ def test_a_script_that_is_a_job(dashboard, client, tree, tmp_path):
         submission_id="script",
         runtime_env={"working_dir": str(tree), "py_modules": [str(tree / "orchestrator")]},
     )
-    assert wait_for(lambda: client.get_job_status("script").is_terminal(), seconds=120)
+    assert wait_for(lambda: client.get_job_status("script").is_terminal())
     logs = client.get_job_logs("script")
     assert client.get_job_status("script") == "SUCCEEDED", logs
     assert f"wrote {tmp_path / 'out'} and Ray is up: True" in logs

@@ -56,8 +56,8 @@ def test_a_run_is_counted(ray_address, tmp_path):
     def found(name, stage):
         return samples(process).get((name, stage))
 
-    assert wait_for(lambda: found("units_total", "write") == 1, seconds=60)
-    assert wait_for(lambda: found("workers", None) == 0, seconds=60), "they have gone"
+    assert wait_for(lambda: found("units_total", "write") == 1)
+    assert wait_for(lambda: found("workers", None) == 0), "they have gone"
     assert found("units_total", "calibrate") == 4
     units = (tmp_path / "out.run" / "units").rglob("model.layers.*.safetensors")
     assert found("unit_bytes_total", "calibrate") == sum(unit.stat().st_size for unit in units)
@@ -79,7 +79,7 @@ def test_failures_are_counted_by_cause(ray_address):
     event = {"event": "lost", "cause": "hung", "decided": "repeat"}
     Metrics().note(event, {"workers": 7})
 
-    assert wait_for(lambda: samples().get(("workers", None)) == 7, seconds=60)
+    assert wait_for(lambda: samples().get(("workers", None)) == 7)
     assert samples()["failures_total", None] == 1
 
 

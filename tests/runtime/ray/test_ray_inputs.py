@@ -185,12 +185,12 @@ def blind_node(ray_address, tmp_path):
 
     filler = ray.remote(num_cpus=7)(Filler).remote()
     assert ray.get(filler.is_there.remote())
-    assert wait_for(lambda: alive_nodes(ray) == 2, seconds=120)
+    assert wait_for(lambda: alive_nodes(ray) == 2)
     yield hidden
     ray.kill(filler)
     os.killpg(process.pid, signal.SIGTERM)
     process.wait()
-    assert wait_for(lambda: alive_nodes(ray) == 1, seconds=120)
+    assert wait_for(lambda: alive_nodes(ray) == 1)
 
 
 def alive_nodes(ray):
