@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.errors import InputError
-from orchestrator.models.forms.config import install_forms, read_forms
+from orchestrator.models.forms.config import read_forms
+from orchestrator.models.forms.install import install_forms
 from orchestrator.models.forms.low_rank import LowRankLinear
 from orchestrator.models.forms.pivoted import PivotedLinear
 
