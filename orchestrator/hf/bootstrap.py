@@ -17,7 +17,7 @@ import transformers
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.hf import quantizer, tensor_parallel
-from orchestrator.models.forms import FORMS, base, config, index_codes
+from orchestrator.models.forms import FORMS, base, config, index_codes, install
 from orchestrator.models.forms.base import FormLinear
 from orchestrator.plan.forms import FORMS as SIZES
 from orchestrator.version import __version__
@@ -76,7 +76,7 @@ def bootstrap_source(architecture: str, forms: Collection[str] = ()) -> str:
     included = {name: FORMS[name] for name in FORMS if name in forms or _package(name) == ""}
     imports, bodies = {"import transformers"}, []
     of_forms = dict.fromkeys(sys.modules[form.__module__] for form in included.values())
-    below = config, tensor_parallel, quantizer
+    below = config, install, tensor_parallel, quantizer
     for module in base, index_codes, *of_forms, *below:
         if module is config:
             bodies.append(_registry(included))

@@ -19,7 +19,7 @@ from orchestrator.models.checkpoint.output import claim_out, copy_companions, se
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.checkpoint.write import write_file, write_index
 from orchestrator.models.forms.base import FormLinear
-from orchestrator.models.forms.config import install_forms
+from orchestrator.models.forms.install import install_forms
 from orchestrator.models.shards.dense_weight import read_dense_weight
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.names import Names, map_names

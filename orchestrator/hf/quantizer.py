@@ -21,7 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from orchestrator.errors import InputError
 from orchestrator.hf.tensor_parallel import split
 from orchestrator.models.forms.base import FormLinear
-from orchestrator.models.forms.config import METHOD, install_forms, read_forms
+from orchestrator.models.forms.config import METHOD, read_forms
+from orchestrator.models.forms.install import install_forms
 
 
 class OrchestratorConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers has no types

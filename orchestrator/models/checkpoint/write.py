@@ -159,7 +159,8 @@ def make_config(
     config["quantization_config"] = {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
-        "producer": f"orchestrator {__version__}",
+        # an object: vLLM asks it for a name before it asks anyone for the method
+        "producer": {"name": METHOD, "version": __version__},
         "base_model": base_model,
         "base_fingerprint": survey.fingerprint,
         "modules": {name: form.to_json() for name, form in forms.items()},

@@ -21,7 +21,8 @@ from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.evaluation.stored_files import check_files
-from orchestrator.models.forms.config import install_forms, read_forms
+from orchestrator.models.forms.config import read_forms
+from orchestrator.models.forms.install import install_forms
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.dense_weight import check_index, read_dense_weight
 from orchestrator.models.shards.lazy_model import LazyModel

@@ -22,7 +22,8 @@ from transformers.utils.generic import ContextManagers
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import quoted, read_json
 from orchestrator.models.checkpoint.small_files import small_files
-from orchestrator.models.forms.config import METHOD, install_forms
+from orchestrator.models.forms.config import METHOD
+from orchestrator.models.forms.install import install_forms
 from orchestrator.models.survey.config import (
     FORMS_KEYS,
     MAX_REPEATS,

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
-from orchestrator.models.forms.config import features
+from orchestrator.models.forms.install import features
 from orchestrator.plan.linear import Linear
 
 

@@ -26,6 +26,7 @@ from orchestrator.models.checkpoint.output import (
 from orchestrator.models.checkpoint.write import finish, write_file
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.plan import Assignment
+from orchestrator.version import __version__
 
 BLOCK_BYTES = 19_000  # a little above a compressed block of the tiny Llama, in fp32
 
@@ -229,6 +230,8 @@ def test_the_config_is_the_dense_one_with_two_more_fields(made, dense):
     assert forms["modules_to_not_convert"] == ["model.layers.3.mlp.down_proj"]
     assert forms["base_model"] == "someone/tiny"
     assert forms["base_fingerprint"] == made.survey.fingerprint
+    # vLLM reads the name of the producer in the config of any method
+    assert forms["producer"] == {"name": "orchestrator", "version": __version__}
 
 
 def test_the_index_lists_every_tensor(made):

@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.errors import InputError
-from orchestrator.models.forms.config import install_forms, read_forms
+from orchestrator.models.forms.config import read_forms
+from orchestrator.models.forms.install import install_forms
 from orchestrator.models.forms.low_rank import LowRankLinear
 from orchestrator.models.forms.pivoted import PivotedLinear
 
@@ -214,3 +215,9 @@ def test_ranks_come_in_the_order_of_the_config():
     """Reading needs no model."""
     forms = read_forms(config({"b": 2, "a": 1}))
     assert [(name, form.rank) for name, form in forms.items()] == [("b", 2), ("a", 1)]
+
+
+@pytest.mark.parametrize("producer", ["orchestrator 0.1.0", {"name": "orchestrator"}])
+def test_any_producer_is_read(producer):
+    """Configs of earlier versions have a string."""
+    assert list(read_forms(config({"a": 1}, producer=producer))) == ["a"]
