@@ -4,7 +4,8 @@ Known kinds:
 
     {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ..., "busy": ...,
      "memory": ...}
-    {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "block": 7, "seconds": ...}
+    {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "block": 7, "seconds": ...,
+     "node": ..., "pid": ...}
     {"event": "progress", "stage": ..., "done": 120, "total": 960, "of": "chunks", "fraction": 0.13,
      "left": ..., "run_left": ..., "running": [{"call": ..., "seconds": ...}, ...],
      "workers": 2, "failures": 0, "memory": ...}
@@ -25,7 +26,8 @@ Known kinds:
 
 The last three are in the journal only. `finishing` is the start of the call that makes the unit of
 a block, once all chunks have passed it. The unit of a block that was trained has its losses:
-`"losses": {"train": [...], "held_out": [start, ...], "best": 2}`, by epoch.
+`"losses": {"train": [...], "held_out": [start, ...], "best": 2}`, by epoch. A unit has the `node`
+and `pid` of its worker, unless several took part in it.
 
 Other events are shown with their fields.
 

@@ -1,6 +1,9 @@
 """State of a run as a function of its events: begin, units, failure, resumption, end."""
 
 import math
+import os
+import socket
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +11,9 @@ from hypothesis import strategies as st
 from orchestrator.pages.live.files import RunFiles
 from orchestrator.pages.live.losses import BlockLosses, SnapshotLosses
 from orchestrator.pages.live.page import live_sections
+from orchestrator.pages.live.rows import MOST_WORKERS
 from orchestrator.pages.live.state import CALIBRATED, MOST_BLOCKS, RunState, state_of
+from orchestrator.store.run import RunDirectory
 
 SURVEYED = {
     "event": "surveyed",
@@ -111,6 +116,42 @@ def test_a_lost_worker_is_gone_and_its_block_marked():
     assert state.cells["calibrate"] == {2: "busy"}
     assert state.nodes == {"b": "quarantined"}
     assert [(each["why"], each["run"]) for each in state.failures] == [("oom", 1)]
+
+
+def test_units_are_counted_for_their_workers():
+    """In the present pass of a stage, with a rate from its beginning to the last unit."""
+    events = [*START, WORKERS, begin("write"), *(unit("write", n, n + 1, **B) for n in range(3))]
+    state = state_of(timed(*events, unit("write", 3, 4, **A)))
+    assert {who: each.units for who, each in state.workers.items()} == {
+        ("a", 1): {"write": 1},
+        ("b", 7): {"write": 3},
+    }
+    begun = state.stages["write"].since
+    assert [each.rate("write", begun) for each in state.workers.values()] == [1 / 4, 3 / 3]
+    table = live_sections(state, RunFiles(place="run", status={"state": "running"}))["workers"]
+    assert '<td class="n">15</td>' in table
+    assert '<td class="n">60</td>' in table
+    state.take(begin("write"))
+    assert [each.units for each in state.workers.values()] == [{}, {}]
+
+
+def test_many_workers_are_shown_by_node():
+    """Their units and rates are added."""
+    several = [{"node": "ab"[pid % 2], "pid": pid} for pid in range(MOST_WORKERS + 2)]
+    done = [unit("write", 0, n + 1, total=99, **each) for n, each in enumerate(several)]
+    events = timed(*START, {"event": "workers", "workers": several}, begin("write"), *done)
+    table = live_sections(state_of(events), RunFiles(place="run"))["workers"]
+    assert table.count(f"{len(several) // 2} workers") == 2
+    assert table.count(f'<td class="n">{len(several) // 2}</td>') == 2
+
+
+def test_units_of_a_run_have_their_worker(runs):
+    """Node and process are in each unit that one worker computed."""
+    place = {"node": socket.gethostname(), "pid": os.getpid()}
+    events = RunDirectory(Path(runs[0].run_dir)).events()
+    units = [event for event in events if event["event"] == "unit"]
+    assert {"calibrate", "write"} <= {each["stage"] for each in units}
+    assert all(place.items() <= each.items() for each in units)
 
 
 def test_a_wait_is_shown_until_something_happens():
