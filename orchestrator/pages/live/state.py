@@ -190,6 +190,8 @@ class RunState:
                 self.ahead = [str(each) for each in names] if isinstance(names, list) else []
             case {"event": "note", "stage": str(name)}:
                 self._take_over(name, event)
+            case {"event": "epoch", "stage": str(name)} if (block := _block_of(event)) is not None:
+                self.losses.take_unit(name, block, event.get("losses"))
             case {"event": "snapshot"}:
                 self.losses.take_snapshot(event)
             case {"event": "waiting"}:

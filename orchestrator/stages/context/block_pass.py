@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.models.training.refine_ledger import losses_of
 from orchestrator.plan.cut import cut_segments
 from orchestrator.progress.tally import Ahead
 from orchestrator.readable import counted
@@ -345,24 +346,11 @@ class BlockPass:
             where: Location of the worker, if one alone processed the block.
         """
         seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])
-        losses = _losses(done[block])
+        trained = done[block].get("refinement", done[block])
         about = {"block": block, "seconds": seconds, "bytes": size, **where} | (
-            {"losses": losses} if losses else {}
+            {"losses": losses_of(trained)} if "epochs" in trained else {}
         )
         stage.progress(len(done), len(keys), unit=f"block {block}", **about)
-
-
-def _losses(facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Losses by epoch of a block that was trained; the held-out ones begin with the start."""
-    trained = facts.get("refinement", facts)
-    if "epochs" not in trained:
-        return None
-    epochs = trained["epochs"]
-    return {
-        "train": [epoch["train"] for epoch in epochs],
-        "held_out": [trained["start"], *(epoch["held_out"] for epoch in epochs)],
-        "best": trained["best"],
-    }
 
 
 def _next_segment(

@@ -246,6 +246,19 @@ def test_steps_that_are_repeated_replace_those_before():
     ]
 
 
+def test_losses_of_a_block_are_drawn_while_it_is_trained():
+    """Those of its last epoch so far; the unit replaces them."""
+    losses = {"train": [0.8], "held_out": [1.0, 0.9], "best": 1}
+    epoch = {"event": "epoch", "stage": "walk", "block": 2, "losses": losses}
+    state = state_of(timed(*START, begin("walk"), epoch))
+    assert state.losses.blocks == {"walk": {2: BlockLosses((0.8,), (1.0, 0.9), 1)}}
+    assert state.cells.get("walk", {}) == {}
+    assert "walk: held-out" in live_sections(state, RunFiles(place="run"))["losses"]
+    more = {"train": [0.8, 0.7], "held_out": [1.0, 0.9, 0.8], "best": 2}
+    state.take(unit("walk", 2, 1, losses=more))
+    assert state.losses.blocks == {"walk": {2: BlockLosses((0.8, 0.7), (1.0, 0.9, 0.8), 2)}}
+
+
 def test_losses_that_are_not_finite_are_not_numbers():
     """A diverged block has NaN in their places."""
     losses = {"train": [math.inf], "held_out": [1.0, "no"], "best": 0}
@@ -263,7 +276,8 @@ def test_a_group_of_blocks_is_decomposed_as_one():
 
 
 KINDS = ["run", "stage", "unit", "progress", "note", "snapshot", "workers", "finishing", "lost"]
-KINDS += ["surveyed", "waiting", "draining", "quarantined", "other"]
+
+KINDS += ["epoch", "surveyed", "waiting", "draining", "quarantined", "other"]
 NAMES = ["event", "stage", "state", "done", "total", "unit", "block", "blocks", "time", "losses"]
 NAMES += ["node", "pid", "workers", "step", "held_out", "train", "stages", "memory", "text", "left"]
 NAMES += ["error", "exit_code", "group", "of", "deadline", "times", "seconds", "busy"]
