@@ -4,7 +4,8 @@ Known kinds:
 
     {"event": "stage", "stage": ..., "state": "begin" | "end", "seconds": ..., "busy": ...,
      "memory": ...}
-    {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "block": 7, "seconds": ...}
+    {"event": "unit", "stage": ..., "done": 3, "total": 30, "unit": ..., "block": 7, "seconds": ...,
+     "node": ..., "pid": ...}
     {"event": "progress", "stage": ..., "done": 120, "total": 960, "of": "chunks", "fraction": 0.13,
      "left": ..., "run_left": ..., "running": [{"call": ..., "seconds": ...}, ...],
      "workers": 2, "failures": 0, "memory": ...}
@@ -22,10 +23,14 @@ Known kinds:
      "error": ...}
     {"event": "surveyed", "blocks": 32, "group": 1, "linears": 224, "stages": [...]}
     {"event": "finishing", "block": 3, "unit": ..., "node": ..., "pid": ...}
+    {"event": "epoch", "stage": ..., "block": 3, "losses": ...}
 
-The last three are in the journal only. `finishing` is the start of the call that makes the unit of
+The last four are in the journal only. `finishing` is the start of the call that makes the unit of
 a block, once all chunks have passed it. The unit of a block that was trained has its losses:
-`"losses": {"train": [...], "held_out": [start, ...], "best": 2}`, by epoch.
+`"losses": {"train": [...], "held_out": [start, ...], "best": 2}`, by epoch. A unit has the `node`
+and `pid` of its worker, unless several took part in it. `epoch` has the losses so far of a block
+that is trained in order; blocks that are trained in parallel take one call each, which reports at
+its end.
 
 Other events are shown with their fields.
 
@@ -42,7 +47,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Event = Mapping[str, Any]
-JOURNAL_ONLY = frozenset({"run", "surveyed", "finishing"})
+JOURNAL_ONLY = frozenset({"run", "surveyed", "finishing", "epoch"})
 """Events that the journal has for its readers, and that are not passed on."""
 OnEvent = Callable[[dict[str, Any]], None]
 """Callback for the events of a run."""

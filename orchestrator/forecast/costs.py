@@ -10,6 +10,7 @@ from orchestrator.forecast.statistics import decomposing_block, gathering, metho
 from orchestrator.forecast.work import Work, computed, forward_flops
 from orchestrator.methods.base import Method
 from orchestrator.plan.codecs import itemsize_of
+from orchestrator.plan.plan import Assignment
 from orchestrator.recipe.recipe import LONGEST_SEQUENCE, MOST_SAMPLES, Recipe
 
 TOKEN_BYTES = 9
@@ -78,6 +79,22 @@ class Costs:
         """Values of the result if the budget is met exactly."""
         dense = sum(each.values for each in self.shapes.linears)
         return self.shapes.total_values - dense + self.budget.share(self.shapes.linears)
+
+    @cached_property
+    def index_bytes(self) -> int:
+        """Bytes of the indices beside these values, 0 for a budget in bytes, which includes them.
+
+        Each linear is taken to store the kept fraction of its values. Of a form with factors and
+        entries all of them are taken for entries, whose index is the largest.
+        """
+        form, kept = self.budget.form, self.budget.kept
+        if self.budget.in_bytes or kept == 1:
+            return 0
+        cuts = [
+            (each, Assignment(form=form.name, nonzeros=int(kept * each.values)))
+            for each in self.shapes.linears
+        ]
+        return sum(form.index_bytes(each, cut) for each, cut in cuts)
 
     @cached_property
     def files(self) -> int:

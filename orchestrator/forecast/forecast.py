@@ -112,6 +112,7 @@ class _Forecasting:
             keeps_states=self.storage.keeps_states,
             moved_bytes=2 * self._chunks() * (self.shards - 1),
             final=self._final(),
+            index_bytes=self.costs.index_bytes,
             float64=float64,
             float64_remark=float64_remark(float64, machine, in_float64),
             start_seconds={rates.row: rates.start for rates in machine.rows},
@@ -195,7 +196,7 @@ class _Forecasting:
         return Footprint(parts)
 
     def _final(self) -> dict[str, int]:
-        """Size of the result if the budget is met exactly, without indices of sparse parts."""
+        """Size of the result if the budget is met exactly, without indices."""
         values = self.costs.final_values
         return {"values": values, "bytes": values * self.costs.out_itemsize}
 

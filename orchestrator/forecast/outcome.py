@@ -61,7 +61,9 @@ class Forecast:
     moved_bytes: float
     """Boundary chunks, written and read again."""
     final: Mapping[str, int]
-    """Values and bytes of the result."""
+    """Values of the result, and their bytes."""
+    index_bytes: int
+    """Bytes of the indices beside them, such as the positions of entries."""
     float64: Mapping[str, Mapping[str, float]]
     """Seconds of a worker in float64, see `doubles`."""
     float64_remark: str
@@ -95,6 +97,11 @@ class Forecast:
         return self.run[self.run_peak].total
 
     @property
+    def result_bytes(self) -> int:
+        """Bytes of the tensors of the result."""
+        return self.final["bytes"] + self.index_bytes
+
+    @property
     def money(self) -> dict[str, float] | None:
         if self.price is None:
             return None
@@ -102,4 +109,4 @@ class Forecast:
 
     def to_json(self) -> dict[str, Any]:
         figures = {"seconds": self.seconds, "money": self.money, "run_bytes": self.run_bytes}
-        return {**asdict(self), **figures}
+        return {**asdict(self), **figures, "result_bytes": self.result_bytes}

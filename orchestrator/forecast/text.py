@@ -20,9 +20,9 @@ def lines(found: Forecast) -> list[str]:
         + _parts(found.run[found.run_peak].parts),
         "resuming": _resuming(found),
         "chunks moved": size(found.moved_bytes),
-        "result": f"{found.final['values']:,} parameters, {size(found.final['bytes'])}",
+        "result": _result(found),
     }
-    table = [["stage", "FLOPs", *rows]]
+    table = [["stage", "FLOPs", *map(_words, rows)]]
     table.append(["start", "", *(duration(found.start_seconds[row]) for row in rows)])
     for stage in found.stages:
         times = [duration(stage.seconds[row]) for row in rows]
@@ -36,6 +36,12 @@ def lines(found: Forecast) -> list[str]:
     shown = [f"{name:<{width}}  {text}" for name, text in facts.items()]
     shown += ["", *_aligned(table), "", *(f"rates: {source}" for source in found.sources)]
     return shown + [f"infeasible: {reason}" for reason in found.infeasible]
+
+
+def _result(found: Forecast) -> str:
+    """Values and bytes of the result, with those of its indices."""
+    index = f", with {size(found.index_bytes)} of indices" if found.index_bytes else ""
+    return f"{found.final['values']:,} parameters, {size(found.result_bytes)}{index}"
 
 
 def _memory(found: Forecast) -> dict[str, str]:
@@ -52,7 +58,7 @@ def _memory(found: Forecast) -> dict[str, str]:
 def _float64(found: Forecast) -> dict[str, str]:
     """Rows of the time of eigendecompositions and of products in float64, by rates."""
     said = {
-        kind: ", ".join(f"{duration(seconds)} by {row}" for row, seconds in rows.items())
+        kind: ", ".join(f"{duration(each)} by {_words(row)}" for row, each in rows.items())
         for kind, rows in found.float64.items()
     }
     remark = f"; {found.float64_remark}" if found.float64_remark else ""
@@ -70,6 +76,11 @@ def _resuming(found: Forecast) -> str:
     if not found.keeps_states:
         repeated.append("all steps of a training that has not ended")
     return "repeats " + ", and ".join(filter(None, [", ".join(repeated[:-1]), repeated[-1]]))
+
+
+def _words(row: str) -> str:
+    """Name of a row of rates, `data_sheet`, as text."""
+    return row.replace("_", " ")
 
 
 def _parts(parts: Mapping[str, int]) -> str:

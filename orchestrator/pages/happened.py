@@ -8,7 +8,7 @@ from orchestrator.pages import tables
 from orchestrator.pages.markup import Markup, element, section
 from orchestrator.pages.tables import cell, number, row_head
 
-UNLISTED = frozenset({"stage", "unit", "progress", "surveyed", "finishing"})
+UNLISTED = frozenset({"stage", "unit", "progress", "surveyed", "finishing", "epoch"})
 """Events that are not listed: their number is that of units and chunks."""
 SHOWN_EVENTS = 40
 """Number of journal events shown, the last ones; a run of days has thousands."""

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -20,6 +21,8 @@ Event = dict[str, Any]
 Follower = Callable[[Event, Mapping[str, Any]], None]
 """Function of an event and of the status after it."""
 _STOPPED = {"state": "stopped", "exit_code": StoppedError.exit_code}
+MOST_NAMED = 16
+"""Number of workers up to which the status names each; of more, their nodes."""
 JOURNAL_SECONDS = 5.0
 """Minimum interval between progress events in the journal."""
 
@@ -42,6 +45,7 @@ class RunMonitor:
         self._journalled = float("-inf")
         self.progress = Progress(self._report_progress, self._present)
         self._workers: set[tuple[str, int]] = set()
+        self._done_by: Counter[tuple[str, int]] = Counter()
         self._failures = run.failures()
         self._followers: list[Follower] = []
         self._holds: list[Lease] = []
@@ -241,7 +245,8 @@ class RunMonitor:
         match event:
             case {"event": "stage", "state": "begin", "stage": stage}:
                 self._begun[stage] = (time.monotonic(), 0)
-                fresh = ("done", "total", "progress", "left", "run_left")
+                self._done_by.clear()
+                fresh = ("done", "total", "progress", "left", "run_left", "done_by")
                 return {"stage": stage, **dict.fromkeys(fresh)}
             case {"event": "stage" | "unit", "stage": stage}:
                 return {"stage": stage, **self._progress(event)}
@@ -266,6 +271,9 @@ class RunMonitor:
         self._begun[event["stage"]] = (begun, seen + 1)
         done, total = event["done"], event["total"]
         found = {"done": done, "total": total}
+        if "pid" in event:
+            self._done_by[event["node"], event["pid"]] += 1
+            found["done_by"] = _named(self._done_by)
         if self._status.get("progress") is None:
             found["left"] = (time.monotonic() - begun) / (seen + 1) * (total - done)
         return found
@@ -278,6 +286,14 @@ class RunMonitor:
 
     def note(self, text: str, **facts: Any) -> None:
         self.event({"event": "note", "text": text, **facts})
+
+
+def _named(units: Mapping[tuple[str, int], int]) -> dict[str, int]:
+    """Numbers of units by worker, or by node if there are many workers."""
+    found: Counter[str] = Counter()
+    for (node, pid), count in sorted(units.items()):
+        found[f"process {pid} on {node}" if len(units) <= MOST_NAMED else node] += count
+    return dict(found)
 
 
 class StageMonitor:

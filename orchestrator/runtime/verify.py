@@ -33,7 +33,8 @@ def verified_units(
 
         def on_success(call: Call, value: Any) -> None:
             found[call.label] = value
-            stage.progress(len(found), len(hashes), unit=call.label)
+            where = workers.location(call.worker)
+            stage.progress(len(found), len(hashes), unit=call.label, **where)
 
         units = IndependentCalls([(name, Verify(files)) for name, files in hashes.items()])
         dispatch(

@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class WorkerGroup:
     bounds: Bounds = field(default_factory=Bounds)
     device_bytes: int | None = None
     """Memory of the smallest GPU of a worker; None without GPUs."""
+
+    def location(self, worker: int) -> dict[str, Any]:
+        """Return `node` and `pid` of a worker, for the events of its units."""
+        return asdict(self.pool.workers()[worker])
 
     def cut(self, num_blocks: int, *, blocks: int = 2, group: int = 1) -> tuple[range, ...]:
         """Cut a model into as many shards as requested.

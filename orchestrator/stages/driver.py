@@ -42,7 +42,7 @@ from orchestrator.stages.evaluate.job import commit_report, earlier_report, meas
 from orchestrator.stages.evaluate.tasks import TaskEvaluation
 from orchestrator.stages.evaluate.values import (
     AskedEvaluation,
-    SurveyedEvaluation,
+    KeyedEvaluation,
     read_text,
     survey_models,
 )
@@ -76,8 +76,9 @@ def compress(
             keyed = assign_keys(surveyed, *read_calibration(surveyed))
             for warning in keyed.token_report.get("warnings", ()):
                 monitor.note(f"warning: {warning}")
-            run.claim({**asked.description, "tokens_key": keyed.tokens_key})
+            _describe(keyed, keeps_earlier=True)
         if (result := finished(keyed)) is not None:
+            _describe(keyed)
             monitor.note(f"{asked.out} is complete: nothing to do")
             return result
         with leased_out(asked.out, on_event) as lease:
@@ -85,6 +86,12 @@ def compress(
             with connected(asked.recipe, monitor):
                 forecast = check_memory(keyed.recipe, asked.model, monitor)
                 return _perform(keyed, resolved.stages, forecast, monitor)
+
+
+def _describe(keyed: Keyed, *, keeps_earlier: bool = False) -> None:
+    """Write the description of the run (see `RunDirectory.claim`)."""
+    described = {**keyed.description, "tokens_key": keyed.tokens_key}
+    keyed.run.claim(described, keeps_earlier=keeps_earlier)
 
 
 def _surveyed(surveyed: Surveyed, stages: Sequence[str]) -> dict[str, Any]:
@@ -110,6 +117,7 @@ def _perform(
     with start_workers(CompressionWorker, task, keyed.recipe, monitor, most=most) as workers:
         about = keyed.recipe, keyed.model
         forecast = recheck_memory(forecast, *about, workers=workers, monitor=monitor)
+        _describe(keyed)
         with _running(CALIBRATE, workers, monitor) as stage:
             decomposed = calibrate_and_decompose(keyed, forecast, stage)
         scores = Scores()
@@ -159,23 +167,24 @@ def evaluate(asked: AskedEvaluation, on_event: OnEvent | None = None) -> dict[st
                 if model.names.unused:
                     monitor.note(left_out(asked.models[name], model.names.unused))
             tasks = None if surveyed.tasks is None else TaskEvaluation(surveyed)
-        report: dict[str, Any] = {}
+        keyed = None
         if surveyed.text is not None:
-            report = _evaluate_text(surveyed, monitor)
+            with monitor.stage(READ):
+                keyed = read_text(surveyed)
+        asked.run.claim(asked.description)
+        report = {} if keyed is None else _evaluate_text(keyed, monitor)
         if tasks is not None:
             with monitor.stage(TASKS) as stage:
                 report = {**tasks.perform(stage, monitor), **report}
         return report
 
 
-def _evaluate_text(surveyed: SurveyedEvaluation, monitor: RunMonitor) -> dict[str, Any]:
+def _evaluate_text(keyed: KeyedEvaluation, monitor: RunMonitor) -> dict[str, Any]:
     """Pass a text through the models; gives the report."""
-    with monitor.stage(READ):
-        keyed = read_text(surveyed)
     if (report := earlier_report(keyed)) is not None:
-        monitor.note(f"evaluated already, in {surveyed.run.root}: nothing to do")
+        monitor.note(f"evaluated already, in {keyed.run.root}: nothing to do")
         return report
-    most, execution = keyed.num_blocks, surveyed.execution
+    most, execution = keyed.num_blocks, keyed.execution
     with (
         connected(execution, monitor),
         start_workers(EvaluationWorker, keyed.task, execution, monitor, most=most) as workers,
@@ -199,7 +208,7 @@ def _leased(
     is_claimed = False
     try:
         with run.lease().taken(on_event) as lease:
-            run.claim(description)
+            run.claim(description, keeps_earlier=True)
             lease.depend_on(run.marker)
             is_claimed = True
             yield lease

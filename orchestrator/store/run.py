@@ -58,7 +58,7 @@ class RunDirectory:
         self.journal = Journal(root)
         self.marker = root / _MARKER
         """File that makes it a run directory; written by `claim` only."""
-        self._claimed = False
+        self._claimed = self._has_earlier = False
         self._guard = threading.RLock()
         self._written: tuple[object, float] = (None, 0.0)
         self._waiting: dict[str, Any] | None = None
@@ -72,8 +72,12 @@ class RunDirectory:
         events."""
         return Lease(self.root / LEASE_FILE, beat=self.flush)
 
-    def claim(self, description: Mapping[str, Any]) -> None:
+    def claim(self, description: Mapping[str, Any], *, keeps_earlier: bool = False) -> None:
         """Create the run directory, or open it to resume; a second call replaces the description.
+
+        Args:
+            keeps_earlier: True to leave the description of an earlier run as it is, until a call
+                replaces it: a run that is refused has changed nothing.
 
         Raises:
             InputError: The directory is not empty and not a run directory.
@@ -82,7 +86,11 @@ class RunDirectory:
         if self._claimed and self.is_removed():
             raise self.removed()
         self.check()
-        write_json(self.marker, {"format_version": _FORMAT_VERSION, **description})
+        if not self._claimed:
+            self._has_earlier = self.marker.exists()
+        if not (keeps_earlier and self._has_earlier):
+            write_json(self.marker, {"format_version": _FORMAT_VERSION, **description})
+            self._has_earlier = False
         self._claimed = True
 
     def is_removed(self) -> bool:

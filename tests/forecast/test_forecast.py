@@ -6,6 +6,7 @@ import pytest
 from forecast_shapes import recipe, shapes_of
 from large_models import CONFIGS
 from pipeline import contents, run, with_tokenizer, write_llama, write_text
+from safetensors.torch import load_file
 
 from orchestrator.api import measure, plan
 from orchestrator.cli.main import main
@@ -16,6 +17,7 @@ from orchestrator.forecast.rates import (
 )
 from orchestrator.forecast.room import USABLE
 from orchestrator.forecast.shapes import read_shapes
+from orchestrator.forecast.text import lines
 from orchestrator.methods import METHODS
 from orchestrator.models.evaluation import machine
 from orchestrator.plan.cut import cut_blocks
@@ -176,6 +178,26 @@ def test_the_size_of_the_result_is_the_one_that_is_written(llama_dir, tmp_path):
     assert expected - result.report["values"]["slack"] == written
 
 
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("wanda", {"keep": 0.6}),
+        ("wanda", {"keep_bytes": 0.6}),
+        ("svd-llm", {"keep": 0.6, "storage": "pivoted"}),
+    ],
+)
+def test_the_bytes_of_the_result_are_those_on_disk(method, fields, llama_dir, tmp_path):
+    """Indices included; the budget is met from below, here up to 2 %."""
+    asked = {"method": method, "keep": None, **fields}
+    text = write_text(tmp_path / "text.txt")
+    result = run(llama_dir, tmp_path / "out", text, **asked)
+    asked |= {"samples": 6, "sequence_length": 48}
+    expected = plan(Recipe(model=str(llama_dir), out="o", **asked)).result_bytes
+    stored = load_file(result.out / "model.safetensors").values()
+    written = sum(tensor.nbytes for tensor in stored)
+    assert 0.98 * expected < written <= expected
+
+
 BAD = {
     "another family": ({"model_type": "mamba"}, "model_type is 'mamba'; of llama, mistral"),
     "no number": ({"hidden_size": "wide"}, "hidden_size is 'wide'; a whole number from 1"),
@@ -204,6 +226,15 @@ def test_wrong_words_are_usage_errors(config, capsys):
     }.items():
         assert main(["plan", path, "--keep=0.8", *flags.split()]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_a_forecast_is_told_without_internal_names(config):
+    """Names of rows and stages are words; hyphens are of names of methods and GPUs."""
+    shown = lines(plan(recipe(model=config("Llama-3-8B"), preset="best")))
+    assert not [line for line in shown if "_" in line]
+    assert next(line.split() for line in shown if line.startswith("stage ")) == [
+        *("stage", "FLOPs", "data", "sheet", "pessimistic")
+    ]
 
 
 def test_with_tokenizer_is_a_checkpoint_too(checkpoint, tmp_path):

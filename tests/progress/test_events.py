@@ -4,11 +4,12 @@ import time
 
 import pytest
 
+from orchestrator.cli.main import main
 from orchestrator.progress.eta import Expected
 from orchestrator.progress.tally import Counted
 from orchestrator.runtime import progress
 from orchestrator.runtime.calls import Call, Verify
-from orchestrator.runtime.monitor import RunMonitor
+from orchestrator.runtime.monitor import MOST_NAMED, RunMonitor
 from orchestrator.store.run import RunDirectory
 
 
@@ -46,6 +47,23 @@ def test_an_error_of_the_receiver_ends_the_run(run, monkeypatch):
     with pytest.raises(ZeroDivisionError), RunMonitor(run, refuse) as monitor:
         work(monitor)
     assert run.status()["state"] == "failed"
+
+
+def test_the_status_has_the_units_of_each_worker(run, capsys):
+    """In the present stage; of many workers, those of each node."""
+    with RunMonitor(run, None) as monitor:
+        with monitor.stage("verify") as stage:
+            stage.progress(1, 4, node="a", pid=1)
+        with monitor.stage("write") as stage:
+            for done, pid in enumerate((1, 2, 1), 1):
+                stage.progress(done, 9, node="a", pid=pid)
+            assert main(["status", str(run.root)]) == 0
+            shown = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+            for pid in range(MOST_NAMED + 1):
+                stage.progress(9, 9, node="b", pid=pid)
+            assert run.status()["done_by"] == {"a": 3, "b": MOST_NAMED + 1}
+    found = {row[0].removeprefix("units by "): row[-1].strip() for row in shown}
+    assert (found["process 1 on a"], found["process 2 on a"]) == ("2", "1")
 
 
 def test_progress_is_reported_while_a_call_runs(run, monkeypatch):

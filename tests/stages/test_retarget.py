@@ -5,7 +5,7 @@ import json
 import pytest
 from pipeline import contents, run, write_text
 
-from orchestrator import Recipe, compress_sizes, retarget, status
+from orchestrator import Recipe, compress_sizes, evaluate, retarget, status
 from orchestrator.cli.main import main
 from orchestrator.errors import InputError, UsageError
 
@@ -157,3 +157,34 @@ def test_a_run_without_tokens_is_refused(damage, llama2, text, tmp_path):
         says = "no compression has read its text here"
     with pytest.raises(InputError, match=says):
         retarget(run_dir, tmp_path / "cut", keep=0.7)
+
+
+def test_a_refused_run_leaves_the_description_of_the_one_before(
+    llama, text, tmp_path, monkeypatch, capsys
+):
+    """At the survey, at the text, and at the memory of a worker; a run that begins replaces it."""
+    out = str(tmp_path / "out")
+    run(llama, tmp_path / "out", text, keep=0.8)
+    marker = tmp_path / "out.run" / "run.json"
+    written = marker.read_bytes()
+    flags = ["--method=svd-llm", "--samples=6", "--sequence-length=48", "--executor=local"]
+    again = ["compress", str(llama), f"{out}-2", f"--run-dir={out}.run", *flags]
+    assert main([*again, "--keep=0.0001", f"--calibration={text}"]) == 3
+    assert main([*again, "--keep=0.7", f"--calibration={tmp_path}/no.txt"]) == 4
+    with monkeypatch.context() as small:
+        small.setattr("orchestrator.stages.admission.host_bytes", lambda: 100_000)
+        assert main([*again, "--keep=0.7", f"--calibration={text}"]) == 3
+    assert marker.read_bytes() == written
+    assert main(["retarget", f"{out}.run", f"{out}-3", "--keep=0.7", "--executor=local"]) == 0
+    assert json.loads(marker.read_text())["recipe"]["keep"] == 0.7
+    capsys.readouterr()
+
+
+def test_a_refused_evaluation_leaves_the_description_of_the_one_before(llama, text, tmp_path):
+    """A text that cannot be read is known after the models."""
+    asked = {"samples": 2, "sequence_length": 48, "run_dir": tmp_path / "run", "executor": "local"}
+    evaluate(llama, text=str(text), **asked)
+    written = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(InputError, match=r"no\.txt"):
+        evaluate(llama, text=str(tmp_path / "no.txt"), **asked)
+    assert (tmp_path / "run" / "run.json").read_bytes() == written

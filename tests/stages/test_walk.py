@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.training.refine import refine
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.randomness import Randomness
+from orchestrator.store.run import RunDirectory
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
 SHORT = {"refinement": {"epochs": 3, "batches": 2, "learning_rate": 2e-4}}
@@ -35,6 +37,20 @@ def reference(llama, text, tmp_path_factory):
 def plain(llama, text, tmp_path_factory):
     """Run without a walk; the run directory is to be copied."""
     return run(llama, tmp_path_factory.mktemp("plain") / "out", text)
+
+
+def test_losses_are_in_the_journal_epoch_by_epoch(reference):
+    """Each epoch of a block adds one loss, before the unit that has all of them."""
+    events = RunDirectory(Path(reference[1])).events()
+    found = [each for each in events if each.get("stage") == "walk" and "losses" in each]
+    kinds = [(each["event"], each["block"], len(each["losses"]["train"])) for each in found]
+    assert kinds == [
+        (kind, block, done)
+        for block in range(4)
+        for kind, done in (("epoch", 1), ("epoch", 2), ("epoch", 3), ("unit", 3))
+    ]
+    for last, unit in zip(found[2::4], found[3::4], strict=True):
+        assert last["losses"] == unit["losses"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3"])

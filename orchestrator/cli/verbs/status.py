@@ -41,6 +41,9 @@ def _rows(run: str, status: Mapping[str, Any]) -> dict[str, Any]:
         shown["stage"] = rest.pop("stage")
     if "done" in rest and "total" in rest:
         shown["units"] = f"{rest.pop('done')} of {rest.pop('total')}"
+    done_by = rest.pop("done_by", None)
+    if isinstance(done_by, dict):
+        shown |= {f"units by {who}": count for who, count in done_by.items()}
     for name, of in (("left", "stage"), ("run_left", "run")):
         if name in rest:
             shown[f"left of the {of}"] = f"about {duration(rest.pop(name))}"

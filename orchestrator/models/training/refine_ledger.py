@@ -5,7 +5,7 @@ from many.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -47,6 +47,16 @@ class Account:
             "steps": self.steps,
             "stop": self.stop,
         }
+
+
+def losses_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Losses by epoch from the facts of an account; the held-out ones begin with the start."""
+    epochs = facts["epochs"]
+    return {
+        "train": [epoch["train"] for epoch in epochs],
+        "held_out": [facts["start"], *(epoch["held_out"] for epoch in epochs)],
+        "best": facts["best"],
+    }
 
 
 class Ledger:

@@ -1,8 +1,10 @@
 """Tables of the live page: stages, workers, failures and runs."""
 
+from collections.abc import Mapping
+
 from orchestrator.pages import tables
 from orchestrator.pages.live.files import RunFiles
-from orchestrator.pages.live.state import RunState, StageState
+from orchestrator.pages.live.state import RunState, StageState, WorkerState
 from orchestrator.pages.markup import Markup, element, section
 from orchestrator.pages.tables import DASH, cell, head, number, row_head
 from orchestrator.readable import duration, size
@@ -10,6 +12,8 @@ from orchestrator.usage import Usage
 
 MOST_ROWS = 40
 """Number of failures and of runs shown, the last ones."""
+MOST_WORKERS = 40
+"""Number of workers up to which each has a row; of more, each node has one."""
 
 
 def clock(name: str, time: float) -> Markup:
@@ -80,26 +84,46 @@ def _stage(name: str, stage: StageState, files: RunFiles) -> list[Markup]:
 
 
 def workers(state: RunState) -> Markup | None:
-    """One row per worker; of many the nodes."""
+    """One row per worker, or per node if there are many: its process, and units of the stage."""
     if not (state.workers or state.nodes):
         return None
-    nodes = dict.fromkeys([*(node for node, _ in state.workers), *state.nodes])
-    rows = []
-    for node in nodes:
-        there = {pid: each for (at, pid), each in state.workers.items() if at == node}
-        doing = ", ".join(each.doing for each in there.values() if each.doing)
-        processes = ", ".join(str(pid) for pid in sorted(there))
-        rows.append(
-            [
-                row_head(node, "word"),
-                number(str(len(there))),
-                cell(processes, "wide id"),
-                cell(doing, "wide"),
-                cell(state.nodes.get(node, "")),
-            ]
-        )
-    heads = [head("node"), head("workers", "n"), head("processes"), head("finishing"), head("")]
+    groups: dict[tuple[str, int], dict[int, WorkerState]] = {}
+    for (node, pid), each in state.workers.items():
+        row = pid if len(state.workers) <= MOST_WORKERS else 0
+        groups.setdefault((node, row), {})[pid] = each
+    for node in state.nodes.keys() - {node for node, _ in groups}:
+        groups[node, 0] = {}
+    rows = [_worker(state, node, groups[node, row]) for node, row in sorted(groups)]
+    stage = state.stages.get(state.stage)
+    of = stage.units.of if stage and stage.units else "units"
+    heads = [
+        head("node"),
+        head("process"),
+        head("finishing"),
+        head(f"{of} in {state.stage}" if state.stage else of, "n"),
+        head("per minute", "n"),
+        head(""),
+    ]
     return section("Workers and nodes", tables.table(heads, rows, label="workers"))
+
+
+def _worker(state: RunState, node: str, there: Mapping[int, WorkerState]) -> list[Markup]:
+    """Row of a worker, or of the workers of a node, with their sums."""
+    name, stage = state.stage, state.stages.get(state.stage)
+    begun = stage.since if stage and stage.since is not None else 0.0
+    rates = [each.rate(name, begun) for each in there.values()]
+    rate = sum(filter(None, rates))
+    done = sum(each.units.get(name, 0) for each in there.values())
+    doing = ", ".join(each.doing for each in there.values() if each.doing)
+    process = ", ".join(map(str, there)) if len(there) < 2 else f"{len(there)} workers"
+    return [
+        row_head(node, "word"),
+        cell(process, "word"),
+        cell(doing, "wide"),
+        number(f"{done:,}"),
+        number(f"{60 * rate:,.3g}" if rate else DASH),
+        cell(state.nodes.get(node, "")),
+    ]
 
 
 def failures(state: RunState) -> Markup | None:

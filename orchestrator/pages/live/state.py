@@ -121,6 +121,15 @@ class WorkerState:
     since: float
     doing: str = ""
     """Label of the block that it finishes; empty while chunks pass, and between calls."""
+    units: dict[str, int] = field(default_factory=dict)
+    """Number of units that it has committed alone, by stage."""
+    committed: float | None = None
+    """Time of the last one."""
+
+    def rate(self, name: str, begun: float) -> float | None:
+        """Units per second in a stage from its beginning to the last unit; None without one."""
+        seconds = (self.committed or 0.0) - max(begun, self.since)
+        return self.units[name] / seconds if self.units.get(name) and seconds > 0 else None
 
 
 @dataclass(slots=True)
@@ -181,6 +190,8 @@ class RunState:
                 self.ahead = [str(each) for each in names] if isinstance(names, list) else []
             case {"event": "note", "stage": str(name)}:
                 self._take_over(name, event)
+            case {"event": "epoch", "stage": str(name)} if (block := _block_of(event)) is not None:
+                self.losses.take_unit(name, block, event.get("losses"))
             case {"event": "snapshot"}:
                 self.losses.take_snapshot(event)
             case {"event": "waiting"}:
@@ -214,6 +225,8 @@ class RunState:
             self._begin_run(time)
         stage = self.stages.setdefault(name, StageState())
         stage.state, stage.since = "running", time
+        for worker in self.workers.values():
+            worker.units.pop(name, None)
         self.within.append(name)
         self.runs[-1].stage = name
 
@@ -251,6 +264,10 @@ class RunState:
         for worker in self.workers.values():
             if worker.doing == f"block {block}":
                 worker.doing = ""
+        if (who := _worker_of(event)) is not None:
+            worker = self.workers.setdefault(who, WorkerState(since=stage.since or time))
+            worker.units[name] = worker.units.get(name, 0) + 1
+            worker.committed = time
 
     def _mark(self, name: str, block: int, level: Level) -> None:
         """Set the level of a block, in `calibrate` of its group."""

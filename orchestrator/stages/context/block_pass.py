@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.models.training.refine_ledger import losses_of
 from orchestrator.plan.cut import cut_segments
 from orchestrator.progress.tally import Ahead
 from orchestrator.readable import counted
@@ -189,6 +190,7 @@ class BlockPass:
                     store.drop(block)
                 if facts is not None:
                     done[block] = facts
+                    # all workers take part in each block
                     self._progress(block, done, keys, stage)
 
         def on_success(call: Call, value: Any) -> None:
@@ -308,15 +310,16 @@ class BlockPass:
         ahead: Ahead | None = None,
     ) -> None:
         """Execute a pass, and add the facts of each finished block to `done`."""
+        workers = stage.workers
 
         def on_success(call: Call, value: Any) -> None:
             if isinstance(call.command, Finish):
                 block = call.command.block
                 done[block] = with_arrays(value)
-                self._progress(block, done, keys, stage)
+                where = workers.location(call.worker)
+                self._progress(block, done, keys, stage, where)
                 self.on_committed(block)
 
-        workers = stage.workers
         chunks = self.run.chunks(pass_key, workers.environment)
         run_pass(
             workers,
@@ -335,27 +338,19 @@ class BlockPass:
         done: Mapping[int, Mapping[str, Any]],
         keys: Mapping[int, str],
         stage: RunningStage,
+        where: Mapping[str, Any] = {},
     ) -> None:
-        """Report a committed block."""
+        """Report a committed block.
+
+        Args:
+            where: Location of the worker, if one alone processed the block.
+        """
         seconds, size = done[block]["timings"]["seconds"], self.run.units.size(keys[block])
-        losses = _losses(done[block])
-        about = {"block": block, "seconds": seconds, "bytes": size} | (
-            {"losses": losses} if losses else {}
+        trained = done[block].get("refinement", done[block])
+        about = {"block": block, "seconds": seconds, "bytes": size, **where} | (
+            {"losses": losses_of(trained)} if "epochs" in trained else {}
         )
         stage.progress(len(done), len(keys), unit=f"block {block}", **about)
-
-
-def _losses(facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Losses by epoch of a block that was trained; the held-out ones begin with the start."""
-    trained = facts.get("refinement", facts)
-    if "epochs" not in trained:
-        return None
-    epochs = trained["epochs"]
-    return {
-        "train": [epoch["train"] for epoch in epochs],
-        "held_out": [trained["start"], *(epoch["held_out"] for epoch in epochs)],
-        "best": trained["best"],
-    }
 
 
 def _next_segment(

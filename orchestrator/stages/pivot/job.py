@@ -59,8 +59,9 @@ class PivotJob(StageJob):
         def on_success(call: Call, value: Any) -> None:
             name = call.label
             done[name] = value
-            size = self._units.size(self._keys[name])
-            stage.progress(len(done), len(self._keys), unit=name, bytes=size)
+            about = {"bytes": self._units.size(self._keys[name])}
+            about |= stage.workers.location(call.worker)
+            stage.progress(len(done), len(self._keys), unit=name, **about)
 
         flops = {each.name: pivot_flops(each, rank) for each, rank in missing.items()}
         # about half of a call is reading, writing and what does not grow with its size

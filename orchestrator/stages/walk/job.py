@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from orchestrator.models.training.compensation_options import CompensationOptions
-from orchestrator.models.training.refine_ledger import Ledger
+from orchestrator.models.training.refine_ledger import Ledger, losses_of
 from orchestrator.models.training.refine_options import RefineOptions
 from orchestrator.runtime.replicated_blocks import Program
 from orchestrator.runtime.worker import Worker
@@ -96,7 +97,8 @@ class WalkJob(StageJob):
         streams = self._dense_key, self.key
         passes = block_pass(self._planned, self._planned.forecast)
         outline = self._outline()
-        facts = passes.in_order(streams, self._units.keys, self._program, stage, outline=outline)
+        program = partial(self._program, stage)
+        facts = passes.in_order(streams, self._units.keys, program, stage, outline=outline)
         return StageResult(
             name=self.name,
             key=self.key,
@@ -124,7 +126,12 @@ class WalkJob(StageJob):
             parts["compute_gradients"] = epochs * sum(ledger.parts(batch) for batch in batches)
         return {kind: float(count) for kind, count in parts.items()}
 
-    def _program(self, block: int, is_committed: bool) -> Program:
+    def _program(self, stage: RunningStage, block: int, is_committed: bool) -> Program:
+        def on_epoch(ledger: Ledger) -> None:
+            losses = losses_of(ledger.account().facts())
+            event = {"event": "epoch", "stage": self.name, "block": block, "losses": losses}
+            stage.monitor.event(event)
+
         return walk_block(
             block,
             self._planned.sequences,
@@ -132,6 +139,7 @@ class WalkJob(StageJob):
             is_changed=block in self._changed,
             compensates=self._compensation is not None,
             refinement=self._refinement,
+            on_epoch=on_epoch,
         )
 
 

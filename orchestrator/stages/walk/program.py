@@ -1,6 +1,6 @@
 """Rounds of a block in a walk: a pure program, without tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ def walk_block(
     is_changed: bool,
     compensates: bool,
     refinement: RefineOptions | None,
+    on_epoch: Callable[[Ledger], None] = lambda ledger: None,
 ) -> Program:
     """Yield the rounds of a block. Returns the facts of its unit; None if it is committed already.
 
@@ -36,6 +37,7 @@ def walk_block(
         is_changed: True if it has a linear that is cut.
         compensates: True if its factors are refitted.
         refinement: Options of its training; None: it is not trained.
+        on_epoch: Called after each epoch with the losses so far.
     """
     command = ForwardDense(block=block, is_committed=is_committed)
     dense = yield Round(command=command, what="dense forward pass", parts=sequences)
@@ -49,7 +51,7 @@ def walk_block(
             facts["linears"] = found.state["linears"]
         if refinement is not None:
             ledger = Ledger(sequences, refinement)
-            improved = yield from _refine(ledger)
+            improved = yield from _refine(ledger, on_epoch)
             facts["refinement"] = ledger.account().facts()
     compressed = yield Round(
         command=ForwardCompressed(keep=improved), what="compressed forward pass", parts=sequences
@@ -61,7 +63,7 @@ def walk_block(
     return stored
 
 
-def _refine(ledger: Ledger) -> Program:
+def _refine(ledger: Ledger, on_epoch: Callable[[Ledger], None]) -> Program:
     """Yield epochs until the ledger stops. Returns True if the last state is the best one."""
     held_out = Round(command=EvaluateHeldOut(), what="held out", parts=len(ledger.held_out))
     found = yield held_out
@@ -84,6 +86,7 @@ def _refine(ledger: Ledger) -> Program:
         found = yield replace(held_out, what=f"epoch {epoch + 1}, held out")
         ledger.stepped(found.state["norm"])
         improved = ledger.evaluated(found.values)
+        on_epoch(ledger)
     return improved
 
 

@@ -105,7 +105,8 @@ def write_files(
         files[name] = value
         unit = planned.run.units.begin(keys[name])
         unit.commit(environment=workers.environment, facts=value)
-        stage.progress(len(files), len(specs), unit=name, bytes=value["bytes"])
+        about = {"bytes": value["bytes"], **workers.location(call.worker)}
+        stage.progress(len(files), len(specs), unit=name, **about)
 
     calls = [(spec.name, WriteFile(spec.to_json(), *planned.choice)) for spec in missing]
     dispatch(

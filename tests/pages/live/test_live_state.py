@@ -1,6 +1,9 @@
 """State of a run as a function of its events: begin, units, failure, resumption, end."""
 
 import math
+import os
+import socket
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +11,9 @@ from hypothesis import strategies as st
 from orchestrator.pages.live.files import RunFiles
 from orchestrator.pages.live.losses import BlockLosses, SnapshotLosses
 from orchestrator.pages.live.page import live_sections
+from orchestrator.pages.live.rows import MOST_WORKERS
 from orchestrator.pages.live.state import CALIBRATED, MOST_BLOCKS, RunState, state_of
+from orchestrator.store.run import RunDirectory
 
 SURVEYED = {
     "event": "surveyed",
@@ -113,6 +118,42 @@ def test_a_lost_worker_is_gone_and_its_block_marked():
     assert [(each["why"], each["run"]) for each in state.failures] == [("oom", 1)]
 
 
+def test_units_are_counted_for_their_workers():
+    """In the present pass of a stage, with a rate from its beginning to the last unit."""
+    events = [*START, WORKERS, begin("write"), *(unit("write", n, n + 1, **B) for n in range(3))]
+    state = state_of(timed(*events, unit("write", 3, 4, **A)))
+    assert {who: each.units for who, each in state.workers.items()} == {
+        ("a", 1): {"write": 1},
+        ("b", 7): {"write": 3},
+    }
+    begun = state.stages["write"].since
+    assert [each.rate("write", begun) for each in state.workers.values()] == [1 / 4, 3 / 3]
+    table = live_sections(state, RunFiles(place="run", status={"state": "running"}))["workers"]
+    assert '<td class="n">15</td>' in table
+    assert '<td class="n">60</td>' in table
+    state.take(begin("write"))
+    assert [each.units for each in state.workers.values()] == [{}, {}]
+
+
+def test_many_workers_are_shown_by_node():
+    """Their units and rates are added."""
+    several = [{"node": "ab"[pid % 2], "pid": pid} for pid in range(MOST_WORKERS + 2)]
+    done = [unit("write", 0, n + 1, total=99, **each) for n, each in enumerate(several)]
+    events = timed(*START, {"event": "workers", "workers": several}, begin("write"), *done)
+    table = live_sections(state_of(events), RunFiles(place="run"))["workers"]
+    assert table.count(f"{len(several) // 2} workers") == 2
+    assert table.count(f'<td class="n">{len(several) // 2}</td>') == 2
+
+
+def test_units_of_a_run_have_their_worker(runs):
+    """Node and process are in each unit that one worker computed."""
+    place = {"node": socket.gethostname(), "pid": os.getpid()}
+    events = RunDirectory(Path(runs[0].run_dir)).events()
+    units = [event for event in events if event["event"] == "unit"]
+    assert {"calibrate", "write"} <= {each["stage"] for each in units}
+    assert all(place.items() <= each.items() for each in units)
+
+
 def test_a_wait_is_shown_until_something_happens():
     """Any later event ends it."""
     waiting = {"event": "waiting", "for": "a worker", "there": "none"}
@@ -205,6 +246,19 @@ def test_steps_that_are_repeated_replace_those_before():
     ]
 
 
+def test_losses_of_a_block_are_drawn_while_it_is_trained():
+    """Those of its last epoch so far; the unit replaces them."""
+    losses = {"train": [0.8], "held_out": [1.0, 0.9], "best": 1}
+    epoch = {"event": "epoch", "stage": "walk", "block": 2, "losses": losses}
+    state = state_of(timed(*START, begin("walk"), epoch))
+    assert state.losses.blocks == {"walk": {2: BlockLosses((0.8,), (1.0, 0.9), 1)}}
+    assert state.cells.get("walk", {}) == {}
+    assert "walk: held-out" in live_sections(state, RunFiles(place="run"))["losses"]
+    more = {"train": [0.8, 0.7], "held_out": [1.0, 0.9, 0.8], "best": 2}
+    state.take(unit("walk", 2, 1, losses=more))
+    assert state.losses.blocks == {"walk": {2: BlockLosses((0.8, 0.7), (1.0, 0.9, 0.8), 2)}}
+
+
 def test_losses_that_are_not_finite_are_not_numbers():
     """A diverged block has NaN in their places."""
     losses = {"train": [math.inf], "held_out": [1.0, "no"], "best": 0}
@@ -222,7 +276,8 @@ def test_a_group_of_blocks_is_decomposed_as_one():
 
 
 KINDS = ["run", "stage", "unit", "progress", "note", "snapshot", "workers", "finishing", "lost"]
-KINDS += ["surveyed", "waiting", "draining", "quarantined", "other"]
+
+KINDS += ["epoch", "surveyed", "waiting", "draining", "quarantined", "other"]
 NAMES = ["event", "stage", "state", "done", "total", "unit", "block", "blocks", "time", "losses"]
 NAMES += ["node", "pid", "workers", "step", "held_out", "train", "stages", "memory", "text", "left"]
 NAMES += ["error", "exit_code", "group", "of", "deadline", "times", "seconds", "busy"]
