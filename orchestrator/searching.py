@@ -21,6 +21,7 @@ from orchestrator.recipe.recipe import SCHEDULE, Recipe
 from orchestrator.resolve import unused_options, without_options
 from orchestrator.store.files import digest_json, parse_json, write_json
 from orchestrator.store.places import Remote, parse_place
+from orchestrator.store.run import CANDIDATES
 
 Setting = Mapping[str, Any]
 """Values by field of the recipe (`storage`) or option (`two-sided.dense`)."""
@@ -82,7 +83,7 @@ def search(
     schedule = {name: getattr(recipe, name) for name in same}
     recipe = replace(recipe, run_dir=recipe.run_dir or f"{recipe.out}.run")
     recipes = candidates_of(recipe, vary)
-    directory = Path(f"{recipe.out}.search")
+    directory = Path(f"{recipe.out}{CANDIDATES}")
     tried: list[Candidate] = []
     for number, (setting, candidate) in enumerate(recipes.items(), start=1):
         name = digest_json({"recipe": candidate.to_toml(schedule=False), "given": given})[:16]

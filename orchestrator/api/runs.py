@@ -27,7 +27,8 @@ def report(run_dir: str | Path, output: str | Path | None = None) -> Place:
     """Write one HTML page about a run: recipe, result and losses.
 
     The page is self-contained. Of an unfinished run it shows the results so far. It includes
-    evaluations beside the checkpoint (`OUT.evaluation`, or any run directory that names it).
+    evaluations beside the checkpoint (`OUT.evaluation`, or any run directory that names it). The
+    page of a run of `evaluate` has its results.
 
     Args:
         run_dir: A run directory, or a compressed checkpoint; for a run directory with several

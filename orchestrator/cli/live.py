@@ -110,8 +110,8 @@ def _counts(known: Event, units: Event | None) -> str:
     """Count of the stage, and the last unit that was committed."""
     text = f"{known['done']} of {known['total']} {known['of']}"
     if units is not None and units["stage"] == known["stage"]:
-        last = f": {units['unit']}" if "unit" in units else ""
-        text += f"; done {units['done']} of {units['total']}{last}"
+        last = f", last {units['unit']}" if "unit" in units else ""
+        text += f"; {units['done']} of {units['total']} committed{last}"
     return text
 
 

@@ -57,7 +57,8 @@ def text_of(facts: Mapping[str, Any]) -> str:
 
 
 def before_and_after(facts: Mapping[str, Any]) -> Markup:
-    """Table with one row per quantity: dense, compressed, and their ratio."""
+    """Table with one row per quantity: dense, compressed, and their ratio; of one model alone, its
+    values."""
     ours, dense = (facts["models"].get(name, {}) for name in ("model", "against"))
     rows = []
     for name, (label, shown) in QUANTITIES.items():
@@ -66,14 +67,16 @@ def before_and_after(facts: Mapping[str, Any]) -> Markup:
             continue
         change = f"{after / before:.3g} ×" if before and after is not None else DASH
         cells = [number(DASH if each is None else shown(each), each) for each in (before, after)]
-        rows.append([row_head(label), *cells, number(change)])
+        cells = [*cells, number(change)] if dense else cells[1:]
+        rows.append([row_head(label), *cells])
     for name, (label, shown) in AGREEMENT.items():
         if facts.get(name) is not None:
             if not against_base(facts):
                 label = label.replace("the dense model", _against(facts))
             agreement = number(shown(facts[name]), facts[name])
             rows.append([row_head(label), number(DASH), agreement, number(DASH)])
-    heads = [head(""), *(head(name, "n") for name in (_against(facts), "compressed", "ratio"))]
+    names = (_against(facts), "compressed", "ratio") if dense else ("value",)
+    heads = [head(""), *(head(name, "n") for name in names)]
     return tables.table(heads, rows, label="evaluation")
 
 

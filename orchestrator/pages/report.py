@@ -4,12 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.pages import linear_sections, tables
-from orchestrator.pages.evaluations import (
-    before_and_after,
-    evaluated_text,
-    task_rows,
-    task_table,
-)
+from orchestrator.pages.evaluation import evaluation_page, evaluation_section, is_evaluation
 from orchestrator.pages.happened import happened
 from orchestrator.pages.linears import entries
 from orchestrator.pages.markup import Markup, element, joined, page, section, write_page
@@ -20,6 +15,7 @@ from orchestrator.plan.result import kept_bytes
 from orchestrator.readable import counted, duration, size
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.store.places import Place
+from orchestrator.store.run import RunDirectory
 from orchestrator.version import __version__
 
 KNOWN = {
@@ -45,6 +41,8 @@ WANTED = {
 def write_report(run: Place, output: Place | None = None) -> Place:
     """Write the page of a run directory, or of a compressed checkpoint; returns its path.
 
+    The page of a run of `evaluate` has its results.
+
     Args:
         output: The file; None means `report.html` in the run directory, or `OUT.report.html` beside
             a checkpoint, so that the checkpoint directory gets no extra file.
@@ -53,6 +51,8 @@ def write_report(run: Place, output: Place | None = None) -> Place:
         InputError: The place is neither a run nor a checkpoint, or one of its files is damaged.
         UsageError: `output` is a directory.
     """
+    if _is_evaluation(run):
+        return write_page(output or run / "report.html", rendered_report(run))
     source, content = _read_and_composed(run)
     if output is None:
         is_run = source.run == source.place
@@ -67,7 +67,16 @@ def rendered_report(run: Place) -> Markup:
     Raises:
         InputError: As `write_report`.
     """
+    if _is_evaluation(run):
+        with whole(run):
+            return evaluation_page(run.expanduser().absolute())
     return _read_and_composed(run)[1]
+
+
+def _is_evaluation(run: Place) -> bool:
+    """Return True for the run directory of an `evaluate`."""
+    directory = RunDirectory(run.expanduser().absolute())
+    return directory.marker.is_file() and is_evaluation(directory.description())
 
 
 def _read_and_composed(run: Place) -> tuple[Source, Markup]:
@@ -88,7 +97,7 @@ def report_page(source: Source) -> Markup:
         linear_sections.budget(found),
         linear_sections.rank_curves(found, source.rank_shares),
         linear_sections.density_curves(found, source.density_shares),
-        _evaluations(source),
+        evaluation_section(source.evaluations, "Before and after"),
         _timings(source.report.get("timings", {})),
         memory(source.report.get("timings", {})),
         _recipe(source),
@@ -183,19 +192,6 @@ def _key_figures(source: Source) -> Markup | None:
         for name, text, said in shown
     )
     return element("dl", *items, class_="key") if shown else None
-
-
-def _evaluations(source: Source) -> Markup | None:
-    if not source.evaluations:
-        return None
-    shown = [
-        joined([element("p", evaluated_text(facts)), before_and_after(facts)])
-        for facts in source.text_evaluations
-    ]
-    if rows := task_rows(source.evaluations):
-        says = "Tasks, with standard errors; retention is above chance where a task states it."
-        shown.append(joined([element("p", says), task_table(rows)]))
-    return section("Before and after", *shown)
 
 
 def _timings(timings: Mapping[str, Any]) -> Markup | None:

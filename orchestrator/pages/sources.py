@@ -114,7 +114,7 @@ def read_source(place: Place) -> Source:
     status = RunDirectory(run).status() if run and speaks_of_out else {}
     asked = description.get("recipe", {}) if speaks_of_out else {}
     remarks = _remarks(asked, report, run)
-    units = list(_unit_facts(run)) if run else []
+    units = list(unit_facts(run)) if run else []
     ranks, densities, left_out = _curves(units, report.get("linears", {}))
     out_bytes = _weight_bytes(out)
     evaluations, stale = _evaluations(out, out_bytes)
@@ -129,7 +129,7 @@ def read_source(place: Place) -> Source:
         rank_shares=ranks,
         density_shares=densities,
         evaluations=evaluations,
-        events=list(_events(run)) if run and speaks_of_out else [],
+        events=list(told_events(run)) if run and speaks_of_out else [],
         out_bytes=out_bytes if report else None,
         dense_bytes=_weight_bytes(Path(dense)) if dense else None,
         remarks=[*remarks, *left_out, *stale],
@@ -180,7 +180,7 @@ def _remarks(
         yield "No run directory found: curves and journal are not shown."
 
 
-def _unit_facts(run: Place) -> Iterator[dict[str, Any]]:
+def unit_facts(run: Place) -> Iterator[dict[str, Any]]:
     """Yield the facts of every committed unit."""
     units = RunDirectory(run).units
     for key in units.begun():
@@ -275,7 +275,7 @@ def _evaluations(
     for directory in sorted(beside, key=lambda each: each.name):
         if not _is_evaluation(directory):
             continue
-        for facts in _unit_facts(directory):
+        for facts in unit_facts(directory):
             model = facts.get("models", {}).get("model", {})
             is_named = directory.name == f"{out.name}.evaluation"
             is_ours = is_named or normpath(str(model.get("path"))) == normpath(str(out))
@@ -300,7 +300,7 @@ def _is_evaluation(directory: Place) -> bool:
         return False
 
 
-def _events(run: Place) -> Iterator[dict[str, Any]]:
+def told_events(run: Place) -> Iterator[dict[str, Any]]:
     """Yield notes, losses and workers; repeated events once, with their count."""
     told = [event for event in RunDirectory(run).events() if event.get("event") not in UNLISTED]
     for _, same in groupby(told, key=lambda event: {**event, "time": None}):

@@ -16,7 +16,7 @@ from orchestrator.progress.eta import (
     run_ratio,
     stage_left,
 )
-from orchestrator.progress.tally import Ahead, StageTally, Tally
+from orchestrator.progress.tally import Ahead, Counted, StageTally, Tally
 
 SECONDS = 1.0
 """Interval between progress events."""
@@ -45,6 +45,8 @@ class Progress:
         """Forecast of the run; empty if there is none."""
         self._stages: dict[str, StageTally] = {}
         self._begun: dict[str, float] = {}
+        self._shown: dict[str, tuple[Counted, float]] = {}
+        """By stage, the last count, and the largest fraction that was reported."""
         self._measured: dict[str, tuple[float, float]] = {}
         """By ended stage, its seconds and the forecast of the work that was done in it."""
         self._error: Exception | None = None
@@ -95,6 +97,7 @@ class Progress:
         """Record the end of a stage; a later one of its name begins anew."""
         found = self._stages.pop(stage, None)
         begun = self._begun.pop(stage, self._clock())
+        self._shown.pop(stage, None)
         moment = found.moment() if found is not None else None
         if moment is not None:
             forecast = forecast_of_work(moment, self._units(stage), 1.0)
@@ -131,11 +134,21 @@ class Progress:
             "done": counted.done,
             "total": counted.total,
             "of": counted.of,
-            "fraction": None if found.fraction is None else round(found.fraction, 4),
+            "fraction": self._fraction(stage, counted, found.fraction),
             "left": None if found.left is None else round(found.left, 1),
             "run_left": self._run_left(stage, moment, found),
             "running": running,
         }
+
+    def _fraction(self, stage: str, counted: Counted, found: float | None) -> float | None:
+        """Fraction to report: it falls only if work was lost, not because costs were corrected."""
+        if found is None:
+            return None
+        before, largest = self._shown.get(stage, (counted, 0.0))
+        is_lost = before.of == counted.of and counted.done < before.done
+        shown = found if is_lost else max(found, largest)
+        self._shown[stage] = counted, shown
+        return round(shown, 4)
 
     def _run_left(self, stage: str, moment: Moment, found: Estimate) -> float | None:
         later = later_seconds(stage, self.expected)

@@ -372,7 +372,8 @@ class ShardPass:
         return "finish", 1.0
 
     def _kind(self, state: ShardState) -> str:
-        has_head = bool(self._joints) and self._joints[-1] in state.blocks
+        last = self._joints[-1] if self._joints else max(each.blocks[-1] for each in self.shards)
+        has_head = last in state.blocks
         return state.kind(has_head=has_head, scores=self._wants_results)
 
     def to_do(self) -> dict[str, float]:

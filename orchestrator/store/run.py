@@ -36,6 +36,8 @@ from orchestrator.store.lease import LEASE_FILE, Lease, is_alive, is_forsaken
 from orchestrator.store.places import Place, Remote
 from orchestrator.store.units import Units
 
+CANDIDATES = ".search"
+"""Suffix of the directory of a search's candidates, beside its output."""
 STATUS_SECONDS = 1.0
 """Minimum interval between status updates in a store; changes of state are written at once."""
 _FORMAT_VERSION = 1

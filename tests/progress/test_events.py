@@ -49,6 +49,27 @@ def test_an_error_of_the_receiver_ends_the_run(run, monkeypatch):
     assert run.status()["state"] == "failed"
 
 
+def test_a_fraction_falls_only_with_the_count():
+    """Not because calls turn out to be slower than others were."""
+    now, call = [0.0], Call(0, Verify(()), "chunk")
+    shown = progress.Progress(lambda event: None, lambda: "calibrate", clock=lambda: now[0])
+    tally = shown.tally("calibrate")
+
+    def fraction(to_do, *, done):
+        tally.look(to_do, Counted(done, 4, "chunks"), present=1, useful=1)
+        return shown.event()["fraction"]
+
+    for kind, seconds in (("step", 1.0), ("finish", 30.0)):
+        tally.begun(call, kind, 1.0)
+        now[0] += seconds
+        tally.over(call, succeeded=True)
+        if kind == "step":
+            assert fraction({"step": 1.0}, done=2) == 0.5
+    later = {"step": 1.0, "finish": 9.0}
+    assert fraction(later, done=2) == 0.5
+    assert fraction(later, done=1) == pytest.approx(31 / (31 + 1 + 270), abs=1e-4)
+
+
 def test_the_status_has_the_units_of_each_worker(run, capsys):
     """In the present stage; of many workers, those of each node."""
     with RunMonitor(run, None) as monitor:

@@ -101,6 +101,15 @@ def make_pass(blocks=10, shards=4, chunks=5, todo=None, results=None, present=No
     )
 
 
+@pytest.mark.parametrize("joints", [(), range(6)])
+def test_steps_that_compute_logits_are_a_kind_of_their_own(joints):
+    """Those of the shard with the last block, if the pass has results; also if no shard is cut."""
+    about = {"blocks": 6, "shards": 3, "todo": (), "joints": joints}
+    schedule = make_pass(results=set(), **about)
+    assert schedule.to_do() == {"forward": 20.0, "score": 10.0, "open": 6.0, "finish": 0.0}
+    assert "score" not in make_pass(**about).to_do()
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 @pytest.mark.parametrize("shards", [1, 2, 4, 10])
 def test_every_block_is_finished_once_after_every_chunk_in_order(workers, shards):

@@ -151,7 +151,8 @@ class Feed:
         """Return the report of the run as it is now; that of a run that is done is kept.
 
         Raises:
-            InputError: The directory has no run of `compress`, or one of its files is damaged.
+            InputError: The directory has no run of `compress` or result of `evaluate`, or one of
+                its files is damaged.
         """
         self.refresh()
         with self._rendering:
@@ -164,9 +165,13 @@ class Feed:
             return content
 
     def has_ended(self) -> bool:
-        """Return True if the run is done and has a report, which then replaces the page."""
+        """Return True if the run is done and has a report, which then replaces the page.
+
+        A search goes on after the run of a candidate.
+        """
         with self._changed:
-            is_done = self._files.state == "done" and bool(self._files.recipe)
+            files = self._files
+            is_done = files.state == "done" and files.has_report and not files.is_candidate
         if not is_done:
             return False
         try:

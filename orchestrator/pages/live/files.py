@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.pages.evaluation import is_evaluation
+from orchestrator.store.run import CANDIDATES
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
@@ -26,6 +29,16 @@ class RunFiles:
         """Name of the output, else of the run directory."""
         place = str(self.description.get("out") or self.place).partition("?")[0]
         return place.rstrip("/").rpartition("/")[2]
+
+    @property
+    def is_candidate(self) -> bool:
+        """True if a search has made the last output, which it evaluates and removes."""
+        return str(self.description.get("out")).rpartition("/")[0].endswith(CANDIDATES)
+
+    @property
+    def has_report(self) -> bool:
+        """True if there is a report of such a run: of a compression, or of an evaluation."""
+        return bool(self.recipe) or is_evaluation(self.description)
 
     @property
     def recipe(self) -> Mapping[str, Any]:

@@ -123,6 +123,8 @@ def _sentence(state: RunState, files: RunFiles) -> str:
         waits = f"Waiting for {state.waiting}." if state.waiting else ""
         return waits or f"In stage {state.stage or 'survey'}."
     said = ENDS.get(files.state, files.state)
+    if files.state == "done" and files.is_candidate:
+        return "A combination of a search is done; it is evaluated, and the next one follows."
     if files.state == "done":
         out = files.description.get("out")
         return f"{said}. The result is in {out}." if out else f"{said}."
@@ -135,7 +137,7 @@ def _further(files: RunFiles) -> Markup | None:
     """Remark about the resumption of a run that is not finished, and its report."""
     if files.state not in ("failed", "stopped", "lost"):
         return None
-    # only runs of `compress` have reports
+    # an evaluation has no results before its end
     link = element("a", "Report of its results so far", href="/report") if files.recipe else None
     return element("p", RESUMES, " ", link)
 

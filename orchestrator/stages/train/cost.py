@@ -62,10 +62,12 @@ class TrainCost(StageCost):
     def shares(self) -> Mapping[str, Work]:
         """A sequence passes a block: of the dense model for the targets, and in training.
 
-        A backward pass repeats the forward pass; the last shard has the head beside its blocks.
+        A backward pass repeats the forward pass; the last shard has the head beside its blocks,
+        which are fewer for the targets than in training.
         """
         setting, costs = self.setting, self.setting.costs
         blocks = -(-setting.shapes.num_blocks // min(setting.workers, setting.shapes.num_blocks))
+        few = -(-setting.shapes.num_blocks // setting.shards)
         forward = Work(single=trained(setting.shapes, setting.kept, setting.tokens) / 3)
         head = Work(single=costs.head().flops / blocks)
         values = float(kept_values(setting.shapes, setting.kept))
@@ -73,7 +75,7 @@ class TrainCost(StageCost):
             "open": costs.load(1),
             "take": Work(read=values * setting.costs.out_itemsize),
             "forward": forward,
-            "score": costs.forward(1) + head.times(1 / 3),
+            "score": costs.forward(1) + costs.head().times(1 / 3 / few),
             "backward": forward.times(3),
             "turn": forward.times(3) + head,
             "evaluate": forward + head.times(1 / 3),

@@ -220,6 +220,33 @@ def test_a_run_that_has_ended_is_its_report(runs):
     assert sorted(first.run_dir.rglob("*")) == before
 
 
+def test_an_evaluation_that_has_ended_is_its_result(runs, tmp_path, capsys):
+    """Perplexities of both models and their ratio; `report` writes the same page."""
+    directory = runs[0].out.with_name(f"{runs[0].out.name}.evaluation")
+    with served(directory) as port:
+        assert asked(port, "/")[1]["Location"] == "/report"
+        code, _, text = asked(port, "/report")
+    assert code == 200
+    assert "Quality, speed and size" in text
+    assert text.count('<th scope="row">perplexity</th>') == 1
+    assert main(["report", str(directory), "--output", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text() == text
+    capsys.readouterr()
+
+
+def test_the_page_of_a_search_stays_until_its_last_run(tmp_path):
+    """A candidate's run ends long before: it is evaluated, and others follow."""
+    run = RunDirectory(tmp_path / "run")
+    for out, is_last in ((tmp_path / "out.search" / "1f", False), (tmp_path / "out", True)):
+        run.claim({"recipe": {"method": "svd"}, "out": str(out)})
+        with RunMonitor(run, None):
+            pass
+        with served(run.root) as port:
+            code, _, text = asked(port, "/")
+        assert code == (303 if is_last else 200)
+        assert is_last or "A combination of a search is done" in text
+
+
 def test_a_run_in_a_store(s3, tmp_path):
     """Its events arrive, and its objects are read and not written."""
     place = remote(s3.uri(f"watched/{tmp_path.name}/run"))
