@@ -231,6 +231,35 @@ def test_flags_in_the_text_exist(page):
             assert given - known - {"--"} == set(), code
 
 
+def test_sections_of_the_report_are_those_of_the_page(prepared, monkeypatch, capsys):
+    """The table of docs/report.md has every section of a report, and the one about evaluations."""
+    monkeypatch.chdir(prepared)
+    assert perform(["orchestrator", "report", "small.run", "--output", "page.html"])[0] == 0
+    sections = re.findall(r"<h2[^>]*>(.*?)</h2>", (prepared / "page.html").read_text())
+    rows = re.findall(r"^\| ([A-Z][^|]*) \|", (ROOT / "docs" / "report.md").read_text(), re.M)
+    assert [name for name in rows if name not in sections] == ["Before and after"]
+    assert [name for name in sections if name not in rows] == []
+
+
+def test_the_table_of_machines_is_what_plan_says(tmp_path, monkeypatch):
+    """Each row of the tutorial is a forecast: memory of a worker, and both durations."""
+    monkeypatch.chdir(tmp_path)
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256}
+    for name, config in (("", MISTRAL), ("Llama-3-8B, ", MISTRAL | llama)):
+        (tmp_path / (name or "mistral")).mkdir()
+        (tmp_path / (name or "mistral") / "config.json").write_text(json.dumps(config))
+    row = r"^\| `(\w+)`, (Llama-3-8B, )?(\d) (\S+) \| (.*?) \| (.*?) \| (.*?) \|$"
+    rows = re.findall(row, (ROOT / "docs" / "tutorial.md").read_text(), re.M)
+    assert len(rows) == 4
+    for preset, name, count, gpu, *figures in rows:
+        words = ["plan", name or "mistral", "--keep", "0.8", "--preset", preset]
+        code, said = perform(["orchestrator", *words, "--gpus", count, "--gpu", gpu])
+        assert code == 0
+        # the durations are on one line, the last one of the table of stages
+        assert re.search(rf"^together .*\s{figures[1]}\s+{figures[2]}$", said, re.M), said
+        assert figures[0] in said
+
+
 def test_messages_about_models_are_those_of_the_program():
     """The parts of messages that docs/models.md quotes are in the sources."""
     table = (ROOT / "docs" / "models.md").read_text().partition("| message")[2]
