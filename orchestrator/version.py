@@ -4,7 +4,7 @@ import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 LIBRARIES = ("ray", "torch", "transformers")
 """Libraries on which results and messages depend most."""
 

@@ -1,7 +1,8 @@
 """Units of an earlier run that can be reused: intact, and produced in an equivalent environment.
 
 A unit's key covers everything that decides its bits except the environment (kind of device, library
-versions, threads), which is in its manifest.
+versions, threads), which is in its manifest. The version of this package is there too, but decides
+nothing: a unit whose bits change has another version in its key.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -12,7 +13,7 @@ from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.verify import verified_units
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.store.places import Place
-from orchestrator.store.units import Units
+from orchestrator.store.units import PACKAGE, Units, is_equivalent
 
 Name = TypeVar("Name", bound=Hashable)
 Files = Sequence[tuple[Place, str]]
@@ -31,11 +32,11 @@ def reusable_units(
 ) -> dict[Name, dict[str, Any]]:
     """Facts of the committed units that this run reuses; the hashes of their files are verified.
 
-    Units of this environment are reused always. Units of another environment are reused if all
-    units of the stage exist from that one, so that they are alike; if some are missing or damaged,
-    none is, unless the workers allow mixed environments. Units of another environment are announced
-    and listed in the report: the result then equals that of one environment within rounding, not
-    bit for bit. A search that measures in rounds is judged round by round.
+    Units of an equivalent environment are reused always. Units of another one are reused if all
+    units of the stage exist from it, so that they are alike; if some are missing or damaged, none
+    is, unless the workers allow mixed environments. Units of another environment are announced and
+    listed in the report: the result then equals that of one environment within rounding, not bit
+    for bit. A search that measures in rounds is judged round by round.
 
     Args:
         called: Format of a unit's name in messages: `block {}`.
@@ -83,12 +84,14 @@ def _reject_mixed(
         wanted: Number of units, committed or not.
         is_all: Whether these units are all units of the stage.
     """
-    others = {name: each for name, each in made.items() if each != workers.environment}
+    others = {
+        name: each for name, each in made.items() if not is_equivalent(each, workers.environment)
+    }
     if not others:
         return set()
     first = next(iter(others.values()))
     is_complete = is_all and len(others) == wanted
-    is_complete = is_complete and all(each == first for each in others.values())
+    is_complete = is_complete and all(is_equivalent(each, first) for each in others.values())
     was = "was" if len(others) == 1 else "were"
     what = f"{len(others)} of {counted(wanted, 'unit')} of {stage} {was} made with "
     what += _differences(first, workers.environment)
@@ -105,5 +108,5 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{name} {there.get(name, 'unknown')} (here {value})"
         for name, value in here.items()
-        if there.get(name) != value
+        if name != PACKAGE and there.get(name) != value
     )

@@ -31,6 +31,18 @@ _FORMAT_VERSION = 1
 _SPENT_VERSION = 2
 """Manifest version of a spent unit; a reader that knows version 1 only treats the unit as
 absent."""
+PACKAGE = "orchestrator"
+"""Name under which an environment has the version of this package."""
+
+
+def is_equivalent(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Return True if two environments give the same bits: equal but for the package's version.
+
+    The version numbers in unit keys stand for that: a release that changes the bits of a unit
+    changes its key, and leaves all others as they are.
+    """
+    there, here = ({n: v for n, v in each.items() if n != PACKAGE} for each in (there, here))
+    return there == here
 
 
 def unit_key(stage: str, version: int, inputs: Sequence[str], **parameters: Any) -> str:
@@ -118,9 +130,9 @@ class Units:
             return None
 
     def facts(self, key: str, environment: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the small results of a unit committed in this environment, or None."""
+        """Return the small results of a unit committed in an equivalent environment, or None."""
         manifest = self.manifest(key)
-        if manifest is None or manifest["environment"] != dict(environment):
+        if manifest is None or not is_equivalent(manifest["environment"], environment):
             return None
         facts: dict[str, Any] = manifest["facts"]
         return facts

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SUBCOMMANDS = (
-    *("quality", "methods", "ablation", "speed", "rpca", "memory", "large", "pivot", "refinement"),
-    *("faults", "bookkeeping", "scale", "gpu"),
+    *("quality", "methods", "generation", "ablation", "speed", "rpca", "memory", "large"),
+    *("pivot", "refinement", "faults", "bookkeeping", "scale", "gpu"),
 )
 """Modules of `benchmarks`. Only the chosen one is imported, so that a benchmark without Ray runs if
 Ray is not installed."""

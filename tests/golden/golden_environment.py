@@ -6,6 +6,19 @@ from typing import Any
 
 HEX = 16
 """Digits of a key or a SHA-256 that are recorded."""
+VERSION = "0.1.0"
+"""Version of the package in every file and unit of the record, whatever that of the sources is."""
+
+
+def pin_version() -> None:
+    """Set the package's version to `VERSION`, before any module takes it from its place.
+
+    Reports, cards and environments state it, and it decides nothing else: a release leaves the
+    record as it is.
+    """
+    from orchestrator import version as package
+
+    package.__version__ = VERSION
 
 
 def environment() -> dict[str, Any]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from golden_differences import differences
-from golden_environment import HEX, environment
+from golden_environment import HEX, environment, pin_version
 
 HERE = Path(__file__).parent
 RECORD, FORECASTS = HERE / "record.json", HERE / "forecasts.json"
@@ -372,6 +372,8 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="golden-") as temporary:
         scratch = Path(temporary).resolve()
+        if arguments.make or arguments.pack:
+            pin_version()
         if arguments.pack is not None:
             make_interrupted(scratch, arguments.pack.absolute())
             return 0

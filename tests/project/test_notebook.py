@@ -26,6 +26,7 @@ def test_the_cells_run_in_order(checkpoint, tmp_path, monkeypatch, capsys):
     assert namespace["smaller"].report["kept"]["linears"] == pytest.approx(0.6, abs=0.01)
     assert (work / "notebook-0.8.run" / "report.html").is_file()
     assert "same top token" in said
+    assert "calibrate done in" in said
 
 
 def test_the_notebook_holds_no_outputs():

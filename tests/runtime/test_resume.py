@@ -42,6 +42,15 @@ def test_units_of_this_environment_are_reused(left):
     assert left({0: HERE, 2: HERE}) == ({0, 2}, [], [])
 
 
+def test_units_of_another_release_are_reused(left):
+    """The package's version decides no bits: a stage left unfinished by 0.1.0 goes on, silently."""
+    was, now = HERE | {"orchestrator": "0.1.0"}, HERE | {"orchestrator": "0.2.0"}
+    assert left({0: was, 1: was, 2: now}) == ({0, 1, 2}, [], [])
+    found, (note,), _ = left({0: was | {"threads": 1}})
+    assert found == {1, 2}
+    assert note.startswith("1 of 4 units of calibrate was made with threads 1 (here 2): made again")
+
+
 def test_a_stage_that_is_complete_elsewhere_is_taken_as_it_is(left):
     """A complete stage of another environment is reused, with a note."""
     found, (note,), elsewhere = left(dict.fromkeys(range(4), THERE))

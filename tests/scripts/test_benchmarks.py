@@ -1,5 +1,6 @@
 """Arithmetic of the benchmarks, and a sample of faults, without timing."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from benchmarks.common.synthetic import block_shapes, config_of, write_model
 from benchmarks.common.watching import PeakWatcher, resident_bytes
 from benchmarks.faults import KINDS, RECIPES, Trial, resolved
 from benchmarks.faults.course import Fault, FaultHistory
+from benchmarks.generation import add_arguments, run
 from benchmarks.memory import bytes_a_block
 from benchmarks.pivot import ranks_of
 from benchmarks.quality import join_rows
@@ -44,6 +46,22 @@ def test_flops_of_a_block_are_those_counted_by_hand(synthetic):
     assert channels == [512, 512, 512, 512]
     assert gram_flops(channels, 10, triangle=False) == 4 * 2 * 10 * 512 * 512
     assert gram_flops(channels, 10, triangle=True) == 4 * 2 * 10 * (512 * 513 // 2)
+
+
+def test_products_and_bytes_of_whole_models_are_those_counted_by_hand(synthetic, capsys):
+    """Seven linears a block and the head, and nearly nothing else, for one token; all files."""
+    directory, config = synthetic
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    small = "--prefill", "4", "--decode", "2", "--turns", "1"
+    (found,) = run(parser.parse_args([str(directory), *small]))["models"].values()
+    linears = LazyModel.open(directory).survey().of_block(0)
+    products = 2 * linear_flops(linears, 1) + 2 * 512 * config.vocab_size
+    assert products <= found["flops_per_token"] <= products + attention_flops(config, 2, blocks=2)
+    assert found["bytes"] == sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    assert found["prefill_tokens_per_second"] > 0
+    assert found["decode_tokens_per_second"] > 0
+    assert "MFLOPs" in capsys.readouterr().out
 
 
 def test_a_head_may_be_wider_than_its_part_of_the_hidden_state():

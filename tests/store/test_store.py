@@ -83,6 +83,7 @@ def test_a_unit_counts_only_in_its_environment(tmp_path):
     commit(units, "cd" * 32, environment={"threads": 1})
     assert units.facts("cd" * 32, {"threads": 1}) == {}
     assert units.facts("cd" * 32, {"threads": 2}) is None
+    assert units.facts("cd" * 32, {"threads": 1, "orchestrator": "0.2.0"}) == {}
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "manifest"])

@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +37,10 @@ class Figure:
 
 
 def in_turns(
-    ways: Mapping[str, Callable[[], float]], repeats: int, warm_up: int = 0
-) -> dict[str, list[float]]:
+    ways: Mapping[str, Callable[[], Value]], repeats: int, warm_up: int = 0
+) -> dict[str, list[Value]]:
     """Return the results of every candidate, measured in turns; warm-up turns are dropped."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[Value]] = {name: [] for name in ways}
     for turn in range(warm_up + repeats):
         for name, way in ways.items():
             value = way()
