@@ -13,6 +13,7 @@ from orchestrator.allocate.budget import Budget
 from orchestrator.errors import UsageError
 from orchestrator.methods import METHODS, make_method
 from orchestrator.methods.base import Method
+from orchestrator.plan.allowed_ranks import Multiple
 from orchestrator.plan.forms import FORMS, stored_as
 from orchestrator.recipe.options import option_names
 from orchestrator.recipe.recipe import Recipe
@@ -92,6 +93,7 @@ def _resolve(asked: Recipe) -> ResolvedRecipe:
     _, options = split_options(recipe, recipe.allocation)
     allocator = make_allocator(recipe.allocation, options, method.form)
     _check_measures(recipe, method)
+    multiple = _rank_multiple(recipe, method)
     traits = MethodTraits(
         name=method.name,
         form=method.form,
@@ -106,7 +108,7 @@ def _resolve(asked: Recipe) -> ResolvedRecipe:
         recipe=recipe,
         method=method,
         allocator=allocator,
-        budget=Budget(recipe.requested, form, in_bytes=in_bytes),
+        budget=Budget(recipe.requested, form, in_bytes=in_bytes, multiple=multiple),
         stages=stages_of(stages, recipe, traits),
     )
 
@@ -130,6 +132,23 @@ def _check_measures(recipe: Recipe, method: Method) -> None:
             f"allocation is {recipe.allocation!r}, and {method.name} measures {divided} for "
             f"{method.allocation!r}; give that, or leave allocation out"
         )
+
+
+def _rank_multiple(recipe: Recipe, method: Method) -> Multiple:
+    """Return the number of which ranks are multiples; 1 where a cut is no rank.
+
+    Raises:
+        UsageError: A number above 1 is given for a method that keeps entries.
+    """
+    asked, divided = recipe.rank_multiple or 1, FORMS[method.form].divided
+    if divided == "ranks":
+        return "auto" if asked == "auto" else int(asked)
+    if asked not in (1, "auto"):
+        raise UsageError(
+            f"rank_multiple is {asked}, and {method.name} keeps {divided}, no ranks alone; give 1, "
+            "or leave it out"
+        )
+    return 1
 
 
 def _unused(resolved: ResolvedRecipe) -> dict[str, tuple[str, ...]]:

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from orchestrator.errors import InfeasibleError, UsageError
+from orchestrator.plan.allowed_ranks import AllowedRanks, Multiple
 from orchestrator.plan.forms import LOW_RANK, Divided, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 
 LEAST: dict[Divided, str] = {
-    "ranks": "rank 1",
     "entries": "one entry",
     "ranks and entries together": "rank 1",
     "linears": "the cut",
 }
-"""Smallest size of a linear in a message."""
+"""Smallest size of a linear in a message, except of ranks alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,17 @@ class Budget:
     in_bytes: bool = field(default=False, kw_only=True)
     """True if the fraction limits the stored bytes as well, indices included. `fill_budget` ensures
     it; an allocator divides the values."""
+    multiple: Multiple = field(default=1, kw_only=True)
+    """Number of which ranks are multiples."""
 
     def __post_init__(self) -> None:
         if not 0 < self.kept <= 1:
             raise UsageError(f"keep: {self.kept} is outside (0, 1]; 0.8 keeps four of five values")
+
+    @property
+    def ranks(self) -> AllowedRanks:
+        """Ranks that a linear may get."""
+        return AllowedRanks(self.form, self.multiple)
 
     def share(self, linears: Sequence[Linear]) -> int:
         """Return the kept fraction of the dense values of some linears, `floor(kept * dense)`."""
@@ -51,9 +58,10 @@ class Budget:
         """
         dense = sum(linear.values for linear in linears)
         total = self.share(linears)
-        least = sum(map(self.form.least_values, linears))
+        least = sum(map(self.ranks.least_values, linears))
         if total < least:
-            what = LEAST[self.form.divided]
+            divided = self.form.divided
+            what = self.ranks.smallest if divided == "ranks" else LEAST[divided]
             raise InfeasibleError(
                 f"keep: {self.kept} allows {total} of {dense} values, but {what} for each of "
                 f"{len(linears)} linears stores {least}; the least possible is "

@@ -13,9 +13,10 @@ import numpy as np
 
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import Budget, by_role, make_plan
-from orchestrator.allocate.steps import spend, step_costs
+from orchestrator.allocate.steps import spend
 from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import UsageError
+from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
@@ -124,7 +125,9 @@ class DRankAllocator(Allocator):
     ) -> dict[str, Assignment]:
         assignments: dict[str, Assignment] = {}
         for where, pool in self._pools(types).items():
-            assignments |= _minimise(pool, effective, budget.share(pool), where)
+            assignments |= _minimise(
+                pool, effective, budget.share(pool), where=where, allowed=budget.ranks
+            )
         if trio is None:
             return assignments
         if self.scope == "type":
@@ -134,7 +137,9 @@ class DRankAllocator(Allocator):
         most = sum(linear.values for linear in types[trio[-1]])
         for role, share in zip(trio, rebalance(held, most, self.beta), strict=True):
             where = f"{role} at beta {self.beta}"
-            assignments |= _minimise(types[role], effective, share, where)
+            assignments |= _minimise(
+                types[role], effective, share, where=where, allowed=budget.ranks
+            )
         return assignments
 
     def _paper(
@@ -159,7 +164,7 @@ class DRankAllocator(Allocator):
                 pools[where], shares[where] = joined, sum(shares.pop(role) for role in trio)
         assignments: dict[str, Assignment] = {}
         for where, pool in pools.items():
-            assignments |= _round(pool, ranks, shares[where], where)
+            assignments |= _round(pool, ranks, shares[where], where=where, allowed=budget.ranks)
         return assignments
 
 
@@ -210,33 +215,45 @@ def rebalance(held: Sequence[int], most: int, beta: float) -> list[int]:
 
 
 def _minimise(
-    linears: Sequence[Linear], effective: Mapping[str, float], budget: int, where: str
+    linears: Sequence[Linear],
+    effective: Mapping[str, float],
+    budget: int,
+    *,
+    where: str,
+    allowed: AllowedRanks,
 ) -> dict[str, Assignment]:
-    """Minimise Σ R / k over integers: steps in ascending order of stored values per gain.
+    """Minimise Σ R / k over allowed ranks: steps in ascending order of stored values per gain.
 
-    Rank k + 1 gains R / (k (k + 1)) for ω values. The dense weight counts as rank m n / ω.
+    Rank k' after k gains R (1/k - 1/k') for (k' - k) ω values. The dense weight counts as rank
+    m n / ω.
     """
     keys = []
     for linear in linears:
-        rank_K = np.arange(len(step_costs(linear)), dtype=np.float64)
-        after_K = (rank_K + 1) * linear.rank_cost
-        after_K[-1] = linear.values
+        ends = allowed.of(linear)
+        rank_K = np.concatenate([[0.0], ends])
+        after_K = np.append(ends * linear.rank_cost, linear.values)
         keys.append(rank_K * after_K / effective[linear.name])
-    return spend(linears, keys, budget, where=where)
+    return spend(linears, keys, budget, where=where, ranks=allowed)
 
 
 def _round(
-    linears: Sequence[Linear], ranks: Mapping[str, float], budget: int, where: str
+    linears: Sequence[Linear],
+    ranks: Mapping[str, float],
+    budget: int,
+    *,
+    where: str,
+    allowed: AllowedRanks,
 ) -> dict[str, Assignment]:
     """Round the ranks within the budget: steps in ascending order of the excess over the real rank.
 
-    Steps that exceed it by more than half a rank are not taken.
+    Steps that exceed it by more than half a step are not taken.
     """
     keys = []
     for linear in linears:
-        passed_K = np.arange(1, len(step_costs(linear)) + 1) - ranks[linear.name]
-        keys.append(np.where(passed_K > 0.5, np.inf, passed_K))
-    return spend(linears, keys, budget, where=where)
+        step = allowed.step(linear)
+        passed_K = step * np.arange(1, allowed.count(linear) + 2) - ranks[linear.name]
+        keys.append(np.where(passed_K > step / 2, np.inf, passed_K))
+    return spend(linears, keys, budget, where=where, ranks=allowed)
 
 
 def _find_trio(types: Mapping[str, list[Linear]]) -> list[str]:

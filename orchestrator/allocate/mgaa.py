@@ -13,10 +13,10 @@ import numpy as np
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import Budget, make_plan
 from orchestrator.allocate.scale import find_scale
-from orchestrator.allocate.steps import spend, step_costs
+from orchestrator.allocate.steps import EVERY_RANK, spend, step_costs
 from orchestrator.errors import InfeasibleError, InputError
+from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import LOW_RANK, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_choice, check_number
@@ -85,7 +85,7 @@ class MgaaAllocator(Allocator):
                 a sublayer's share is below rank 1 for each of its linears.
             InputError: The cosine of a sublayer is missing or not finite.
         """
-        total, kept, form = budget.total(linears), budget.kept, budget.form
+        total, kept, ranks = budget.total(linears), budget.kept, budget.ranks
         if not self.low <= kept <= self.high:
             raise InfeasibleError(
                 f"keep: {kept} is outside [{self.low}, {self.high}], the bounds of mgaa for a "
@@ -101,13 +101,13 @@ class MgaaAllocator(Allocator):
         assignments: dict[str, Assignment] = {}
         following: list[tuple[float, int, Linear]] = []
         for (name, part), share in zip(sublayers.items(), kept_S * size_S, strict=True):
-            keys = [captured(linear, curves[linear.name], form) for linear in part]
+            keys = [captured(linear, curves[linear.name], ranks) for linear in part]
             # bisection may end just below an integer; corrects less than one value in total
             values = math.floor(share * (1 + 1e-13))
-            taken = spend(part, keys, values, where=f"sublayer {name}", form=form)
+            taken = spend(part, keys, values, where=f"sublayer {name}", ranks=ranks)
             assignments |= taken
             left = share - sum(taken[each.name].stored_values(each) for each in part)
-            if step := _next_step(part, keys, taken, form):
+            if step := _next_step(part, keys, taken, ranks):
                 linear, cost = step
                 following.append(((cost - left) / cost, cost, linear))
         if self.leftover == "largest":
@@ -116,7 +116,7 @@ class MgaaAllocator(Allocator):
                 if stored + cost > total:
                     break
                 stored += cost
-                assignments[linear.name] = _larger(linear, assignments[linear.name], form)
+                assignments[linear.name] = _larger(linear, assignments[linear.name], ranks)
         return make_plan(linears, assignments, total)
 
     def kept_fractions(self, cosine_S: np.ndarray, size_S: np.ndarray, budget: float) -> np.ndarray:
@@ -142,37 +142,39 @@ def _next_step(
     part: Sequence[Linear],
     keys: Sequence[np.ndarray],
     taken: Mapping[str, Assignment],
-    form: Form,
+    ranks: AllowedRanks,
 ) -> tuple[Linear, int] | None:
     """Return the linear of a sublayer that gets the next step, and the additional values of that
     step."""
     waiting = [
-        (float(key[taken[linear.name].rank]), linear)
+        (float(key[taken[linear.name].rank // ranks.step(linear)]), linear)
         for linear, key in zip(part, keys, strict=True)
         if taken[linear.name].form != "dense"
     ]
     if not waiting:
         return None
     _, linear = min(waiting, key=lambda pair: pair[0])
-    return linear, int(step_costs(linear, form=form)[taken[linear.name].rank])
+    steps = taken[linear.name].rank // ranks.step(linear)
+    return linear, int(step_costs(linear, ranks)[steps])
 
 
-def _larger(linear: Linear, assignment: Assignment, form: Form) -> Assignment:
+def _larger(linear: Linear, assignment: Assignment, ranks: AllowedRanks) -> Assignment:
     """Return the assignment one step larger."""
-    if assignment.rank + 1 == len(step_costs(linear, form=form)):
+    rank = assignment.rank + ranks.step(linear)
+    if rank >= ranks.form.break_even(linear):
         return Assignment(form="dense")
-    return replace(assignment, rank=assignment.rank + 1)
+    return replace(assignment, rank=rank)
 
 
-def captured(linear: Linear, curve: Curve, form: Form = LOW_RANK) -> np.ndarray:
+def captured(linear: Linear, curve: Curve, ranks: AllowedRanks = EVERY_RANK) -> np.ndarray:
     """Return the fraction of the energy captured before each step, ascending from 0, [K].
 
     For a linear without energy it is 1 from rank 1 on.
     """
-    steps = len(step_costs(linear, form=form))
+    ends = ranks.of(linear)
     if curve.total <= 0:
-        return np.minimum(np.arange(steps), 1.0)
-    energy_K = np.concatenate([[0.0], np.cumsum(curve.energies[: steps - 1])])
+        return np.minimum(np.arange(len(ends) + 1), 1.0)
+    energy_K = np.concatenate([[0.0], np.cumsum(curve.energies[: ends.max(initial=0)])[ends - 1]])
     fraction_K: np.ndarray = energy_K / curve.total
     return fraction_K
 

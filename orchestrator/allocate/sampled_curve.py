@@ -20,7 +20,7 @@ class SampledCurve:
 
     name: str
     ranks: np.ndarray
-    """Ascending from 1, int32 [samples]."""
+    """Ascending from the smallest allowed rank, int32 [samples]."""
     energies: np.ndarray
     """Energy of the ranks after the previous sample up to this one, float32 [samples]."""
     total: float
@@ -36,7 +36,7 @@ class SampledCurve:
         return max(self.total - float(np.interp(rank, before, captured)), 0.0)
 
 
-def sample_curve(curve: Curve, last: int, most: int = MOST) -> SampledCurve:
+def sample_curve(curve: Curve, last: int, most: int = MOST, step: int = 1) -> SampledCurve:
     """Sample a curve up to a rank, with at most `most` samples.
 
     The error of linear interpolation is an eighth of the second difference times the squared
@@ -44,18 +44,20 @@ def sample_curve(curve: Curve, last: int, most: int = MOST) -> SampledCurve:
     difference. The resulting error is measured at every rank. O(last).
 
     Args:
-        last: Largest rank of the factors, break-even less one.
+        last: Largest rank of the factors: break-even less one, or the last multiple below it.
+        step: Number of which the sampled ranks are multiples; it divides `last`.
     """
     energies = curve.energies[:last]
-    if last <= most:
-        ranks = np.arange(1, last + 1)
+    if last <= most * step:
+        ranks = np.arange(step, last + 1, step)
     else:
         curvature = np.sqrt(np.maximum(-np.diff(energies), 0.0))
         # a part is spread evenly, so that straight pieces of a curve get samples too
         density = np.cumsum(np.append(curvature / (curvature.sum() or 1.0), 0.0) + 0.25 / last)
         wanted = np.linspace(0, density[-1], most)
         places = np.searchsorted(density, wanted, side="left") + 1
-        ranks = np.unique(np.clip(np.concatenate([[1], places[1:-1], [last]]), 1, last))
+        places = -(-np.concatenate([[1], places[1:-1], [last]]) // step) * step
+        ranks = np.unique(np.clip(places, step, last))
     captured = np.concatenate([[0.0], np.cumsum(energies)])
     edges = np.concatenate([[0], ranks])
     between = np.interp(np.arange(last + 1), edges, captured[edges])

@@ -9,8 +9,8 @@ from orchestrator.allocate.base import Scoring
 from orchestrator.allocate.bernoulli import Baseline, CandidatePool, Draw
 from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.choice import Choice
+from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.candidates import Candidates
-from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 
@@ -29,11 +29,11 @@ class SensitivityAllocator(Protocol):
         """Kept fractions of the grid, ascending, for the report."""
         ...
 
-    def ranks(self, linear: Linear, form: Form) -> tuple[int, ...]:
+    def ranks(self, linear: Linear, allowed: AllowedRanks) -> tuple[int, ...]:
         """Ranks at which the loss is measured, ascending."""
         ...
 
-    def rank(self, linear: Linear, kept: float, form: Form) -> int:
+    def rank(self, linear: Linear, kept: float, allowed: AllowedRanks) -> int:
         """Rank of a kept fraction of the grid; 0 if none."""
         ...
 

@@ -1,10 +1,10 @@
 """Ranks of a linear as a chain of steps, and the selection of steps within a budget.
 
-A linear of break-even rank b has b steps: one for each rank below b, and a last one that makes it
-dense, at the cost of the additional values of the dense weight. If b is 0 or 1, the only step is
-the dense weight. Every rank costs the same; of pivoted factors, each rank costs less than the one
-before. For a curve known at some ranks only (`SampledCurve`) a step takes all ranks up to the next
-sample. An allocator orders the steps by keys; `spend` takes them.
+A linear has a step for each allowed rank below break-even (`AllowedRanks`), and a last one that
+makes it dense, at the cost of the additional values of the dense weight. Without an allowed rank
+the only step is the dense weight. Every rank costs the same; of pivoted factors, each rank costs
+less than the one before. For a curve known at some ranks only (`SampledCurve`) a step takes all
+ranks up to the next sample. An allocator orders the steps by keys; `spend` takes them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,22 +12,26 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from orchestrator.errors import InfeasibleError
-from orchestrator.plan.forms import LOW_RANK, Form
+from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment
 
+EVERY_RANK = AllowedRanks()
+"""Every rank of two plain factors."""
+
 
 def step_costs(
-    linear: Linear, ranks: np.ndarray | None = None, form: Form = LOW_RANK
+    linear: Linear, ranks: AllowedRanks = EVERY_RANK, ends: np.ndarray | None = None
 ) -> np.ndarray:
     """Return the stored values that each step adds, int64 [steps]; their sum is the dense size.
 
     Args:
-        ranks: Final ranks of the steps except the dense one, ascending; None means every rank.
+        ends: Final ranks of the steps except the dense one, ascending; None means every allowed
+            rank.
     """
-    ends = np.arange(1, form.break_even(linear)) if ranks is None else ranks
+    ends = ranks.of(linear) if ends is None else ends
     stored = np.zeros(len(ends) + 2, dtype=np.int64)
-    stored[1:-1] = form.factor_values(linear, ends.astype(np.int64))
+    stored[1:-1] = ranks.form.factor_values(linear, ends.astype(np.int64))
     stored[-1] = linear.values
     costs: np.ndarray = stored[1:] - stored[:-1]
     return costs
@@ -52,8 +56,8 @@ def spend(
     budget: int,
     *,
     where: str,
-    ranks: Sequence[np.ndarray | None] | None = None,
-    form: Form = LOW_RANK,
+    ranks: AllowedRanks = EVERY_RANK,
+    ends: Sequence[np.ndarray | None] | None = None,
 ) -> dict[str, Assignment]:
     """Take steps in ascending order of their keys until the next one does not fit.
 
@@ -68,14 +72,14 @@ def spend(
 
     Args:
         keys: Consumed one at a time, so that a generator saves memory.
-        ranks: Final ranks of the steps of each linear, as for `step_costs`.
+        ends: Final ranks of the steps of each linear, as for `step_costs`.
 
     Raises:
         InfeasibleError: The first steps alone cost more than the budget; `where` is named in the
             message.
     """
-    ends = [None] * len(linears) if ranks is None else ranks
-    costs = [step_costs(linear, end, form) for linear, end in zip(linears, ends, strict=True)]
+    ends = [None] * len(linears) if ends is None else ends
+    costs = [step_costs(linear, ranks, end) for linear, end in zip(linears, ends, strict=True)]
     counts = np.array([len(cost) for cost in costs])
     first = np.concatenate([[0], np.cumsum(counts)])
     all_costs = np.concatenate(costs)
@@ -87,8 +91,9 @@ def spend(
     least = int(spent[len(linears) - 1])
     if least > budget:
         raise InfeasibleError(
-            f"{where}: a share of {budget} values is below rank 1 for each of {len(linears)} "
-            f"linears, which stores {least}; keep more, or exclude some with --ignore"
+            f"{where}: a share of {budget} values is below {ranks.smallest} for each of "
+            f"{len(linears)} linears, which stores {least}; keep more, or exclude some with "
+            "--ignore"
         )
     taken = min(int(np.searchsorted(spent, budget, side="right")), wanted)
     left = budget - int(spent[taken - 1])
@@ -101,8 +106,8 @@ def spend(
         if count == counts[place]:
             assignments[linear.name] = Assignment(form="dense")
             continue
-        rank = count if end is None else int(end[count - 1])
+        rank = count * ranks.step(linear) if end is None else int(end[count - 1])
         if end is not None and place == following and count < len(end):
-            rank = form.rank_within(linear, form.factor_values(linear, rank) + left)
-        assignments[linear.name] = Assignment(form=form.name, rank=rank)
+            rank = ranks.within(linear, ranks.form.factor_values(linear, rank) + left)
+        assignments[linear.name] = Assignment(form=ranks.form.name, rank=rank)
     return assignments

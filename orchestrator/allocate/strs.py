@@ -7,9 +7,11 @@ from typing import ClassVar
 
 from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.budget import Budget, make_plan
+from orchestrator.allocate.steps import EVERY_RANK
 from orchestrator.errors import InfeasibleError, InputError, UsageError
+from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import LOW_RANK, Form
+from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_number, check_whole
@@ -40,7 +42,7 @@ class Strs(Allocator):
     half the model on average (see `stages.score_sensitivities.job`).
 
     Departures from the authors' code: it returns the last midpoint of a binary search, which may be
-    off by one; here the threshold is converged. Ranks are not rounded to a multiple. The language
+    off by one; here the threshold is converged. Ranks are multiples only on request. The language
     model head does not belong to a block and is unchanged. The paper's grid is 0.1 to 0.9 in steps
     of 0.1, on 32 sequences of 2048 tokens: 2.25 times the trials on 16 times the text.
     """
@@ -79,15 +81,14 @@ class Strs(Allocator):
         half of the model on average."""
         return len(self.kept) * self.windows * num_linears / 2
 
-    def ranks(self, linear: Linear, form: Form = LOW_RANK) -> tuple[int, ...]:
+    def ranks(self, linear: Linear, allowed: AllowedRanks = EVERY_RANK) -> tuple[int, ...]:
         """Ranks at which a linear is tried, ascending; empty if factors do not save values."""
-        ranks = {self.rank(linear, kept, form) for kept in self.kept}
+        ranks = {self.rank(linear, kept, allowed) for kept in self.kept}
         return tuple(sorted(ranks - {0}))
 
-    def rank(self, linear: Linear, kept: float, form: Form = LOW_RANK) -> int:
-        """Rank that a kept fraction of a linear allows, below break-even; 0 if none."""
-        rank = form.rank_within(linear, Budget(kept, form).share([linear]))
-        return max(min(rank, form.break_even(linear) - 1), 0)
+    def rank(self, linear: Linear, kept: float, allowed: AllowedRanks = EVERY_RANK) -> int:
+        """Largest allowed rank within a kept fraction of a linear; 0 if none."""
+        return allowed.within(linear, Budget(kept).share([linear]))
 
     def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
         """Raise the errors of `total`."""
@@ -100,7 +101,7 @@ class Strs(Allocator):
             InfeasibleError: As `Budget.total`; also if the smallest size of the grid stores more.
         """
         total, form = budget.total(linears), budget.form
-        ranks = {linear.name: self.ranks(linear, form) for linear in linears}
+        ranks = {linear.name: self.ranks(linear, budget.ranks) for linear in linears}
         least = sum(min(_sizes(linear, ranks[linear.name], form)) for linear in linears)
         if least > total:
             raise InfeasibleError(
@@ -126,9 +127,9 @@ class Strs(Allocator):
         trials = [
             (-_sensitivity(curves[linear.name], rank), linear, rank)
             for linear in linears
-            for rank in self.ranks(linear, form)
+            for rank in self.ranks(linear, budget.ranks)
         ]
-        left = {linear.name: {*self.ranks(linear, form)} for linear in linears}
+        left = {linear.name: {*self.ranks(linear, budget.ranks)} for linear in linears}
         size = {linear.name: min(_sizes(linear, left[linear.name], form)) for linear in linears}
         stored = sum(size.values())
         for _, linear, rank in sorted(trials, key=lambda trial: trial[0]):

@@ -65,7 +65,7 @@ class SvdLlmV2Allocator(Allocator):
             InfeasibleError: As `Budget.total`; also if more than `most_removed` would have to be
                 removed, or the share of a type is below rank 1 for each of its linears.
         """
-        total, form = budget.total(linears), budget.form
+        total, ranks = budget.total(linears), budget.ranks
         if budget.kept + self.most_removed < 1:
             raise InfeasibleError(
                 f"keep: {budget.kept} removes more than {self.most_removed}, the most that "
@@ -77,10 +77,10 @@ class SvdLlmV2Allocator(Allocator):
             loss_N = [_uniform_loss(each, curves[each.name], budget) for each in group]
             share_N = self._shares(group, np.array(loss_N), share)
             keys = [
-                np.cumsum(step_costs(linear, form=form)) - held
+                np.cumsum(step_costs(linear, ranks)) - held
                 for linear, held in zip(group, share_N, strict=True)
             ]
-            assignments |= spend(group, keys, share, where=role, form=form)
+            assignments |= spend(group, keys, share, where=role, ranks=ranks)
         return make_plan(linears, assignments, total)
 
     def _shares(self, group: Sequence[Linear], loss_N: np.ndarray, share: int) -> np.ndarray:

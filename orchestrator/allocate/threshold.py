@@ -12,10 +12,10 @@ import numpy as np
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import Budget, make_plan
 from orchestrator.allocate.sampled_curve import SampledCurve, sample_curve
-from orchestrator.allocate.steps import spend, step_costs
+from orchestrator.allocate.steps import EVERY_RANK, spend, step_costs
 from orchestrator.errors import UsageError
+from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.forms import LOW_RANK, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 from orchestrator.recipe.options import check_choice, check_number
@@ -43,6 +43,9 @@ class Threshold(Allocator):
     Curves may be `SampledCurve`s, for models with very many linears: this costs at most the sum of
     their errors times their totals.
 
+    Of ranks that are multiples, a step is one multiple: the optimum is over multiples, not that of
+    every rank, rounded.
+
     With `floor` above 0 the first part of the budget goes to a uniform share of every linear. Then
     the rank of a linear may fall as the budget grows; the stored total does not.
     """
@@ -68,52 +71,61 @@ class Threshold(Allocator):
         Raises:
             InfeasibleError: As `Budget.total`.
         """
-        total, form = budget.total(linears), budget.form
-        if self.dense == "hull" and sum(map(form.break_even, linears)) > MOST_STEPS:
-            curves = {each.name: _sampled(each, curves[each.name], form) for each in linears}
-        ranks = [_ranks(curves[linear.name]) for linear in linears]
+        total, ranks = budget.total(linears), budget.ranks
+        if self.dense == "hull" and sum(map(ranks.count, linears)) > MOST_STEPS:
+            curves = {each.name: _sampled(each, curves[each.name], ranks) for each in linears}
+        ends = [_ends(curves[linear.name]) for linear in linears]
         keys = (self._floored(linear, curves[linear.name], budget) for linear in linears)
-        taken = spend(linears, keys, total, where="the model", ranks=ranks, form=form)
+        taken = spend(linears, keys, total, where="the model", ranks=ranks, ends=ends)
         return make_plan(linears, taken, total)
 
     def _floored(self, linear: Linear, curve: Curve | SampledCurve, budget: Budget) -> np.ndarray:
         """Return the keys, with steps within the floor before all others."""
-        key_K = self.keys(linear, curve, budget.form)
+        key_K = self.keys(linear, curve, budget.ranks)
         if not self.floor:
             return key_K
-        spent_K = np.cumsum(step_costs(linear, _ranks(curve), budget.form))
+        spent_K = np.cumsum(step_costs(linear, budget.ranks, _ends(curve)))
         return np.where(spent_K <= self.floor * budget.share([linear]), -1.0, key_K)
 
     def keys(
-        self, linear: Linear, curve: Curve | SampledCurve, form: Form = LOW_RANK
+        self, linear: Linear, curve: Curve | SampledCurve, ranks: AllowedRanks = EVERY_RANK
     ) -> np.ndarray:
         """Compute the values per gain of each step, ascending, [K]: 1 / τ at which the step is
         taken."""
-        cost_K = step_costs(linear, _ranks(curve), form)
-        gain_K = np.zeros(len(cost_K))
-        gain_K[:-1] = curve.energies[: len(cost_K) - 1]
+        cost_K = step_costs(linear, ranks, _ends(curve))
+        gain_K, step = np.zeros(len(cost_K)), ranks.step(linear)
+        gain_K[:-1] = _gains(curve, len(cost_K) - 1, step)
         if self.dense == "break_even":
             if isinstance(curve, SampledCurve):
                 raise UsageError(
                     "threshold: dense is 'break_even', which needs full, not sampled curves"
                 )
-            last = curve.energies[len(cost_K) - 1 : len(cost_K)].sum()
-            gain_K[-1] = last * cost_K[-1] / linear.rank_cost
+            last = curve.energies[(len(cost_K) - 1) * step : len(cost_K) * step].sum()
+            gain_K[-1] = last * cost_K[-1] / (step * linear.rank_cost)
             return _rates(cost_K, gain_K)
         # energy that no step before the dense weight captures
         gain_K[-1] = max(curve.total - float(gain_K[:-1].sum()), 0.0)
         return hull_rates(cost_K, gain_K)
 
 
-def _sampled(linear: Linear, curve: Curve | SampledCurve, form: Form) -> SampledCurve:
+def _sampled(linear: Linear, curve: Curve | SampledCurve, ranks: AllowedRanks) -> SampledCurve:
     if isinstance(curve, SampledCurve):
         return curve
-    return sample_curve(curve, max(form.break_even(linear) - 1, 0))
+    step = ranks.step(linear)
+    return sample_curve(curve, ranks.count(linear) * step, step=step)
 
 
-def _ranks(curve: Curve | SampledCurve) -> np.ndarray | None:
-    """Return the final ranks of the steps; None means every rank."""
+def _ends(curve: Curve | SampledCurve) -> np.ndarray | None:
+    """Return the final ranks of the steps; None means every allowed rank."""
     return curve.ranks if isinstance(curve, SampledCurve) else None
+
+
+def _gains(curve: Curve | SampledCurve, count: int, step: int) -> np.ndarray:
+    """Return the energies of the first `count` steps, of `step` ranks each unless sampled."""
+    if isinstance(curve, SampledCurve):
+        return curve.energies[:count]
+    gains: np.ndarray = curve.energies[: count * step].reshape(count, step).sum(axis=1)
+    return gains
 
 
 def _rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:

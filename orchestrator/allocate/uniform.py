@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import Budget, assign_rank, make_plan
+from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.forms import Divided
@@ -23,6 +26,10 @@ class Uniform(Allocator):
 
     Rounding down leaves less than one rank or one value per linear unused; it is reported as slack
     and not reassigned, because the published figures are for exactly these sizes.
+
+    Ranks that are multiples of a larger number would leave up to that many per linear. Each linear
+    gets the multiples that its share holds; what is left pays for the next multiples of those that
+    exceed their share least, ties in the order of the linears, until the next one does not fit.
     """
 
     source: ClassVar[str] = "arXiv 2403.07378, 2306.11695"
@@ -46,9 +53,21 @@ class Uniform(Allocator):
                 or one entry; the message names it.
         """
         total = budget.total(linears)
+        if not budget.form.has_nonzeros and any(budget.ranks.step(each) > 1 for each in linears):
+            return make_plan(linears, _multiples(linears, budget, total), total)
         assign = _entries if budget.form.has_nonzeros else _rank
         assignments = {linear.name: assign(linear, budget) for linear in linears}
         return make_plan(linears, assignments, total)
+
+
+def _multiples(linears: Sequence[Linear], budget: Budget, total: int) -> dict[str, Assignment]:
+    """Assign multiples by the values that each adds beyond the linear's own share.
+
+    Raises:
+        InfeasibleError: The smallest multiples store more than the budget.
+    """
+    keys = [np.cumsum(step_costs(each, budget.ranks)) - budget.share([each]) for each in linears]
+    return spend(linears, keys, total, where="the model", ranks=budget.ranks)
 
 
 def _rank(linear: Linear, budget: Budget) -> Assignment:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.result import Result, kept_bytes
+from orchestrator.plan.result import Result, kept_bytes, rank_multiples
 from orchestrator.readable import counted
 from orchestrator.usage import Usage
 
@@ -94,11 +94,13 @@ def print_result(result: Result, as_json: bool) -> None:
         print(json.dumps(result.report, indent=2))
         return
     kept, values = result.report["kept"], result.report["values"]
+    multiples = rank_multiples(result.report)
     print_rows(
         {
             **kept_rows(result.report),
             "kept fraction of the whole model": f"{kept['model']:.4f}",
             "parameters": f"{values['model_before']:,} before, {values['model_after']:,} after",
+            **({"ranks": ": ".join(filter(None, multiples))} if multiples else {}),
             "checkpoint": result.out,
             "run directory": result.run_dir,
         }

@@ -11,7 +11,7 @@ from orchestrator.pages.markup import Markup, element, joined, page, section, wr
 from orchestrator.pages.memory import memory
 from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.tables import cell, head, number, row_head
-from orchestrator.plan.result import kept_bytes
+from orchestrator.plan.result import kept_bytes, rank_multiples
 from orchestrator.readable import counted, duration, size
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.store.places import Place
@@ -21,7 +21,7 @@ from orchestrator.version import __version__
 KNOWN = {
     *("format_version", "producer", "key", "base_fingerprint", "architecture", "recipe", "kept"),
     *("bytes", "calibration", "values", "linears", "not_targeted", "timings"),
-    "files",
+    *("files", "rank_multiple"),
 }
 """Report fields with a dedicated place, and digests; all others are listed as "Also reported"."""
 WANTED = {
@@ -173,6 +173,8 @@ def _key_figures(source: Source) -> Markup | None:
         slack = values["budget"] - values["stored"]
         said = f"{slack:,} below the budget" if is_in_values else ""
         shown.append(("values of the linears", tables.count(values["stored"]), said))
+    if multiples := rank_multiples(source.report):
+        shown.append(("ranks", *multiples))
     linear_bytes = source.report.get("bytes", {})
     if "stored" in linear_bytes:
         before = linear_bytes.get("dense_linears")

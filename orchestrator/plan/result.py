@@ -18,6 +18,23 @@ def kept_bytes(report: Mapping[str, Any]) -> float | None:
     return sizes.get("stored", 0) / dense if dense else None
 
 
+def rank_multiples(report: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Numbers of which ranks are multiples, and their cost, as text; None if all ranks are allowed.
+
+    The cost is the predicted loss over that of a plan with every rank, where it is known.
+    """
+    said = report.get("rank_multiple", {})
+    steps = [step for step in said.get("linears", {}) if step != "1"]
+    if not steps:
+        return None
+    found, free = said["predicted_loss"], said.get("predicted_loss_of_every_rank")
+    cost = ""
+    if free:
+        relation = "above" if found >= free else "below"
+        cost = f"predicted loss {abs(found / free - 1):.2%} {relation} that of every rank"
+    return f"multiples of {' and '.join(steps)}", cost
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """Compressed checkpoint, run directory, plan and report of a compression."""

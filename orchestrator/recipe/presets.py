@@ -3,10 +3,11 @@
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "two-sided", "storage": "pivoted"},
+    "fast": {"method": "two-sided", "storage": "pivoted", "rank_multiple": "auto"},
     "best": {
         "method": "two-sided",
         "storage": "pivoted",
+        "rank_multiple": "auto",
         "refine": "blocks",
         "train": "all",
         "options": {

@@ -20,6 +20,7 @@ from orchestrator.recipe.presets import ASKED_BY, DEFAULT_PRESET, PRESETS
 from orchestrator.recipe.values import (
     brief,
     check_options,
+    check_rank_multiple,
     size_in_bytes,
     split_selectors,
     toml_value,
@@ -89,6 +90,13 @@ class CompressionFields:
         "Pivoting is exact and stores fewer values, so a budget allows larger ranks (default: "
         "plain for a named method, otherwise pivoted)",
         choices=("plain", "pivoted"),
+    )
+    rank_multiple: int | str | None = option(
+        None,
+        "number of which ranks are multiples, since others are slower: 1, every rank, or auto, 16 "
+        "and from width 2048 on 64 (default: 1 for a named method, otherwise auto)",
+        check=check_rank_multiple,
+        added=True,
     )
     compensate: str = option(
         "none",
@@ -250,8 +258,8 @@ class Recipe(Execution, CompressionFields):
     def named(self) -> "Recipe":
         """Return the recipe with a method and a storage.
 
-        A recipe that names no method gets those of the preset `DEFAULT_PRESET`; a named method is
-        the published one, which stores plain factors.
+        A recipe that names no method gets those of the preset `DEFAULT_PRESET`, and its multiple of
+        ranks; a named method is the published one, which stores plain factors of every rank.
         """
         defaults = PRESETS[DEFAULT_PRESET] if self.method is None else {"storage": "plain"}
         unset: dict[str, Any] = {
@@ -361,10 +369,8 @@ def read_recipe_fields(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also for endless numbers and deeply nested arrays
+    # also for endless numbers and deeply nested arrays
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a TOML file: {error}") from error
     _check_no_table_of_fields(path, values)
     plain = {name for name, value in values.items() if not isinstance(value, dict)}

@@ -121,6 +121,15 @@ def parse_workers(workers: int | str | None) -> tuple[int, int] | None:
     return least, most
 
 
+def check_rank_multiple(multiple: int | str | None) -> None:
+    """Raise UsageError unless the value is `auto` or a number of 1 or above; None is not given."""
+    is_number = isinstance(multiple, int) and multiple >= 1
+    if not (is_number or multiple in ("auto", None)):
+        raise UsageError(
+            f"rank_multiple is {brief(multiple)}; it must be auto, or a number of 1 or above"
+        )
+
+
 def size_in_bytes(text: str) -> int:
     """Parse "5GB", "200MB", "1.5 GiB" or "4096" to bytes; KB is 1000 bytes, KiB 1024.
 

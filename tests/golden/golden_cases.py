@@ -82,6 +82,8 @@ _ALLOCATIONS: dict[str, dict[str, Any]] = {
     "bytes-pivoted": {"keep": None, "keep_bytes": 0.6, "storage": "pivoted"},
     "bytes-sparse": {"method": "wanda", "keep": None, "keep_bytes": 0.5},
     "dense": {"keep": 1.0},
+    "multiples": {"rank_multiple": 2},
+    "multiples-pivoted": {"method": "two-sided", "storage": "pivoted", "rank_multiple": 4},
 }
 _STAGES: dict[str, dict[str, Any]] = {
     "refit": {"options": {"svd-llm": {"refit": "always"}}, "keep": 0.8},

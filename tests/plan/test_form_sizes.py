@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.allocate.steps import step_costs
+from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.forms import FORMS, LOW_RANK, PIVOTED, stored_as
 from orchestrator.plan.linear import Linear
@@ -25,7 +26,7 @@ def linear_of(outputs, inputs):
 def test_steps_cost_what_ranks_store(outputs, inputs, form):
     """Step r of pivoted factors adds m + n - 2 r + 1 values; steps end with the dense weight."""
     linear = linear_of(outputs, inputs)
-    costs = step_costs(linear, form=form)
+    costs = step_costs(linear, AllowedRanks(form))
     assert costs.dtype == np.int64
     assert costs.min() > 0
     stored = [

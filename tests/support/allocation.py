@@ -93,10 +93,14 @@ def lost(assignment, curve):
     return 0.0 if assignment.form == "dense" else curve.loss(assignment.rank)
 
 
-def every_plan(linears, budget):
+def every_plan(linears, budget, multiple=1, form=LOW_RANK):
     """Enumerate all assignments of these linears within the budget."""
     choices = [
-        [Assignment(form="low_rank", rank=rank) for rank in range(1, LOW_RANK.break_even(linear))]
+        [
+            Assignment(form=form.name, rank=rank)
+            for rank in range(1, form.break_even(linear))
+            if rank % multiple == 0
+        ]
         for linear in linears
     ]
     for picked in itertools.product(*[[*each, Assignment(form="dense")] for each in choices]):

@@ -162,6 +162,8 @@ class Planned(Decomposed):
     curves: Mapping[str, Any]
     """Curves of the method's kind of result, by linear; empty if losses of masks decided."""
     scores: Scores
+    multiples: Mapping[str, Any]
+    """Numbers of which ranks are multiples, and their cost; empty if every rank is allowed."""
 
     @property
     def choice(self) -> tuple[str, ...]:

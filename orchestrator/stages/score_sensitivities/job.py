@@ -86,7 +86,7 @@ class Sensitivities:
         trials = [CutTrial(self._job.survey.num_blocks)]
         for group in self._job.grouping.groups(self._job.linears):
             names = tuple(linear.name for linear in group)
-            ranks = self._allocator.ranks(stack(group), self._job.form)
+            ranks = self._allocator.ranks(stack(group), self._job.budget.ranks)
             trials += [CutTrial(group[0].block, names, rank) for rank in ranks]
         return tuple(trials)
 
@@ -182,7 +182,7 @@ class Sensitivities:
             by_name = {
                 linear.name: losses[linear.name][rank] - dense
                 for linear in self._linears
-                if (rank := self._allocator.rank(linear, kept, self._job.form))
+                if (rank := self._allocator.rank(linear, kept, self._job.budget.ranks))
             }
             if by_name:
                 added[str(kept)] = {

@@ -175,6 +175,8 @@ def _report(
         timings=timings,
     )
     report["files"] = {name: file["blake2b"] for name, file in sorted(files.items())}
+    if planned.multiples:
+        report["rank_multiple"] = dict(planned.multiples)
     report |= planned.scores.report
     for each in done:
         report[each.name] = each.report

@@ -1,0 +1,73 @@
+"""Ranks that an allocation may choose from: multiples of a number, below break-even."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from orchestrator.plan.forms import LOW_RANK, Form
+from orchestrator.plan.linear import Linear
+
+Multiple = int | Literal["auto"]
+"""A number, or `auto`: by the width of the linear."""
+SMALL, LARGE, WIDE = 16, 64, 2048
+"""Automatic multiples: `SMALL` below the width `WIDE`, `LARGE` from there."""
+FEWEST = 16
+"""Steps into which an automatic multiple divides the width of a linear, at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedRanks:
+    """Ranks N, 2 N, 3 N, ... below the break-even rank of a form, by linear; beside them is dense.
+
+    Matrix products are fast in tiles: a product with 1490 inner values takes up to a third longer
+    than one with 1488. Multiples of N make both products of a linear [O, I] whole tiles. A pivoted
+    linear also has O - R other rows, a multiple of N if O is one.
+
+    The automatic N is 16 for a smaller width W = min(O, I) below 2048, and 64 from there. It is
+    halved until it is at most W / 16, so that the ranks up to W are at least 16 steps: 8 for a
+    width of 128, 4 for 64, and every rank below 32.
+
+    A linear whose break-even rank is at most N has no allowed rank and stays dense; with the
+    automatic N there is none such.
+    """
+
+    form: Form = LOW_RANK
+    """Form of the linears that are cut; it has ranks."""
+    multiple: Multiple = 1
+
+    @property
+    def smallest(self) -> str:
+        """Name of the smallest allowed rank in a message."""
+        return "rank 1" if self.multiple == 1 else f"a rank with rank_multiple {self.multiple}"
+
+    def step(self, linear: Linear) -> int:
+        """Return N for this linear."""
+        if self.multiple != "auto":
+            return self.multiple
+        width = min(linear.out_features, linear.in_features)
+        found = LARGE if width >= WIDE else SMALL
+        while found > 1 and found * FEWEST > width:
+            found //= 2
+        return found
+
+    def count(self, linear: Linear) -> int:
+        """Return the number of allowed ranks."""
+        return max(self.form.break_even(linear) - 1, 0) // self.step(linear)
+
+    def of(self, linear: Linear) -> np.ndarray:
+        """Return the allowed ranks, ascending, int64."""
+        return self.step(linear) * np.arange(1, self.count(linear) + 1, dtype=np.int64)
+
+    def within(self, linear: Linear, values: int) -> int:
+        """Return the largest allowed rank whose factors store at most `values`; 0 if none does."""
+        fits = self.form.rank_within(linear, min(values, linear.values))
+        return min(fits // self.step(linear), self.count(linear)) * self.step(linear)
+
+    def least_values(self, linear: Linear) -> int:
+        """Return the values of the smallest allowed rank, or of the dense weight if none is."""
+        if self.step(linear) == 1:
+            return self.form.least_values(linear)
+        if self.count(linear):
+            return self.form.factor_values(linear, self.step(linear))
+        return linear.values
