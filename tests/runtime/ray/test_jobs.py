@@ -35,7 +35,7 @@ def test_who_has_no_token_is_not_let_in(dashboard):
 
 
 def test_submit_follow_stop_and_resume(dashboard, client, tree, tmp_path):
-    """A job ends within the grace that Ray gives, and the next one does the rest, to the same bytes.
+    """A stopped job ends in the time that Ray gives; the next does the rest, to the same bytes.
 
     Logs are plain lines; the driver's exit code is in the run directory, where Ray flattens it.
     """
