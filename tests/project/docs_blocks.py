@@ -31,7 +31,7 @@ PLACES = {
 
 
 @dataclass(frozen=True)
-class Block:
+class PageBlock:
     """Block of a page: why it is only parsed (empty otherwise), its language, its content."""
 
     why: str
@@ -39,9 +39,9 @@ class Block:
     body: str
 
 
-def blocks(page: Path) -> list[Block]:
+def blocks(page: Path) -> list[PageBlock]:
     """Read the blocks of a page in order."""
-    return [Block(*found) for found in BLOCK.findall(page.read_text())]
+    return [PageBlock(*found) for found in BLOCK.findall(page.read_text())]
 
 
 def prose(page: Path) -> str:

@@ -28,7 +28,7 @@ GENERATED = {
 """Pages that scripts/docs_pages.py makes; links to them are alive in the site alone."""
 
 
-class Page(HTMLParser):
+class SitePage(HTMLParser):
     """Text of a page without markup, its links, and the names of its parts."""
 
     def __init__(self, path):
@@ -61,15 +61,15 @@ def site(tmp_path_factory):
 
 def test_the_reference_has_every_field_and_verb(site):
     """Generated pages have the names and help texts of the program, and the public functions."""
-    recipe = str(Page(site / "reference" / "recipe.html"))
+    recipe = str(SitePage(site / "reference" / "recipe.html"))
     assert [name for name in described(Recipe) if name not in recipe] == []
-    commands = Page(site / "reference" / "commands.html")
+    commands = SitePage(site / "reference" / "commands.html")
     assert [verb for verb in VERBS if verb not in commands.names] == []
     assert "--keep-bytes FRACTION" in str(commands)
     python = (site / "reference" / "python.html").read_text()
     names = [f'id="orchestrator.api.{name}"' for name in api.__all__]
     assert [name for name in names if name not in python] == []
-    options = str(Page(site / "reference" / "options.html"))
+    options = str(SitePage(site / "reference" / "options.html"))
     assert "mgaa.t" in options
     assert "Largest fraction that may be removed of one linear." in options
 
@@ -79,12 +79,12 @@ def test_the_home_page_is_the_readme(site):
     home = (site / "index.html").read_text()
     (picture,) = re.findall(r'<img src="([^"]+)"', home)
     assert (site / picture).is_file()
-    assert "What it gives" in str(Page(site / "index.html"))
+    assert "What it gives" in str(SitePage(site / "index.html"))
 
 
 def test_every_link_leads_to_a_part_of_a_page(site):
     """Links within the site name files that exist, and anchors that these files have."""
-    pages = {path: Page(path) for path in site.rglob("*.html")}
+    pages = {path: SitePage(path) for path in site.rglob("*.html")}
     dead = []
     for path, page in pages.items():
         for link in page.links:
