@@ -3,11 +3,10 @@
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from drivers import start
 from pipeline import run, with_tokenizer, write_text
 
 import orchestrator.hf
@@ -176,9 +175,7 @@ def test_huge_buffers(checkpoint, tmp_path):
 def test_hostile_sizes_end_before_an_allocation(checkpoint, compressed, tmp_path):
     """With half a GiB of address space left, each ends in an InputError within seconds."""
     arguments = [checkpoint("llama"), compressed("llama"), tmp_path / "room"]
-    done = subprocess.run(
-        [sys.executable, "-c", WORST, *map(str, arguments)], capture_output=True, text=True
-    )
-    lines = done.stdout.splitlines()
-    assert lines[-1:] == ["end"], done.stderr[-2000:]
+    said, error = start("-c", WORST, *map(str, arguments)).communicate()
+    lines = said.splitlines()
+    assert lines[-1:] == ["end"], error[-2000:]
     assert len(lines) == 1 + 8 + 2 * 5 + 2 * 5 + 2 * 3 + 2

@@ -2,9 +2,7 @@
 transformers, which takes seconds."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,9 +10,9 @@ from subprocess import CompletedProcess
 
 import pytest
 from compressed import Compressed, compress, logits, reference
+from drivers import start
 from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 300
 """Time after which a process ends."""
 
@@ -58,23 +56,13 @@ Fork = Callable[..., list[CompletedProcess[str]]]
 
 
 @pytest.fixture(scope="session")
-def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
+def fork() -> Iterator[Fork]:
     """Run a program in processes of its own, at the same time, one for each environment.
 
     Their working directory is given; it also holds what they print and their cache of modules that
     checkpoints bring.
     """
-    home = tmp_path_factory.mktemp("hf_home")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(home)}
-    stem = subprocess.Popen(
-        [sys.executable, "-c", STEM],
-        env=environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert stem.stdin is not None
-    assert stem.stdout is not None
+    stem = start("-c", STEM, stdin=subprocess.PIPE)
 
     def run(
         program: str,

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import forking
 import pytest
 from pipeline import write_llama, write_text
 
@@ -63,6 +64,8 @@ the checks that precede the network."""
 PERFORM = """
 import contextlib, importlib.metadata, io, json, sys
 
+# a forked process has that of the one that it is forked from
+sys.executable = sys.argv[1]
 (entry,) = importlib.metadata.entry_points(group="console_scripts", name="orchestrator")
 main = entry.load()
 found = {}
@@ -104,7 +107,8 @@ def installed(wheel, tmp_path_factory):
     """Results of one process in an environment with the wheel and the libraries of this one.
 
     A line of a .pth file adds these libraries without their own .pth files, by which an editable
-    installation makes the checkout importable.
+    installation makes the checkout importable. The process is forked with the imports of torch and
+    transformers, which are the same libraries.
     """
     directory = tmp_path_factory.mktemp("installed")
     environment, elsewhere = directory / "venv", directory / "elsewhere"
@@ -121,10 +125,12 @@ def installed(wheel, tmp_path_factory):
     write_llama(elsewhere / "dense", blocks=2, hidden=32)
     write_text(elsewhere / "text.txt")
     write_text(elsewhere / "held-out.txt", characters=1000)
+    forking.fork_processes()
+    forked = {"FORK_SERVER": os.environ["FORK_SERVER"], "FORKED": "all"}
     done = subprocess.run(
-        [python, "-c", PERFORM],
+        [python, "-c", PERFORM, python],
         cwd=elsewhere,
-        env=bare,
+        env=bare | forked | {"PYTHONPATH": str(forking.HERE)},
         input=json.dumps({verb: arguments for verb, (arguments, _, _) in CALLS.items()}),
         capture_output=True,
         text=True,

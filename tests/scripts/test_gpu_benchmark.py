@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forking
 import pytest
 import torch
 from benchmarks.gpu import default_out, supervisor
@@ -44,7 +45,10 @@ for name in names:
 def benchmark(*arguments, tmp_path):
     """The command with the packages of this environment, except Ray, and no GPU."""
     (tmp_path / "ray.py").write_text(WITHOUT_RAY)
-    given = {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    forking.fork_processes()
+    paths = os.pathsep.join([str(tmp_path), str(forking.HERE)])
+    given = {"PYTHON": sys.executable, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    given["FORKED"] = "all"
     return subprocess.run(
         [ROOT / "scripts" / "benchmark", "gpu", *arguments],
         env=os.environ | given | {"OMP_NUM_THREADS": "1"},

@@ -5,7 +5,7 @@ Shape suffixes: O outputs, I inputs, R rank, S = O - R, N nonzeros.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -78,7 +78,10 @@ class FileSpec:
         return {tensor.name: (tensor.torch_dtype, tensor.shape) for tensor in self.tensors}
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        # not by `asdict`, which copies every value of every tensor
+        names = [each.name for each in fields(TensorSpec)]
+        tensors = [{name: getattr(each, name) for name in names} for each in self.tensors]
+        return {"name": self.name, "tensors": tensors}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "FileSpec":

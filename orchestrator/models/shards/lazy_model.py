@@ -81,7 +81,9 @@ class LazyModel:
             n: p.numel() for n, p in traced.named_parameters() if n in tied
         }
         self._order = tuple(traced.state_dict())
-        self._discovery = self._trace(traced, blocks)
+        self._discovery, is_traced = self._trace(traced, blocks)
+        self._unused: PreTrainedModel | None = None if is_traced else traced
+        """The built model, unless its trace has used it up."""
         self._shard: Shard | None = None
 
     @classmethod
@@ -142,8 +144,8 @@ class LazyModel:
             device=self.device,
         )
 
-    def _trace(self, traced: PreTrainedModel, blocks: nn.ModuleList) -> Discovery:
-        """Trace the structure, unless this process has traced an equal one."""
+    def _trace(self, traced: PreTrainedModel, blocks: nn.ModuleList) -> tuple[Discovery, bool]:
+        """Trace the structure, unless this process has traced an equal one; True if it has not."""
         key = (
             type(traced),
             traced.config.to_json_string(use_diff=False),
@@ -152,13 +154,14 @@ class LazyModel:
             self.dtype,
         )
         found = _traces.get(key)
-        if found is None:
-            where, is_dense = str(self.directory), not self.is_compressed
-            found = discover(traced, self.prefix, blocks, where=where, is_dense=is_dense)
-            while len(_traces) >= KEPT_TRACES:
-                _traces.pop(next(iter(_traces)), None)
-            _traces[key] = found
-        return found
+        if found is not None:
+            return found, False
+        where, is_dense = str(self.directory), not self.is_compressed
+        found = discover(traced, self.prefix, blocks, where=where, is_dense=is_dense)
+        while len(_traces) >= KEPT_TRACES:
+            _traces.pop(next(iter(_traces)), None)
+        _traces[key] = found
+        return found, True
 
     @property
     def config(self) -> PretrainedConfig:
@@ -313,8 +316,10 @@ class LazyModel:
 
     @cached_property
     def _empty_model(self) -> EmptyModel:
-        """The model that shards load their weights into; built when the first is opened."""
-        model = self._architecture.build(self.dtype, stored=len(self.weights.names))
+        """The model that shards load their weights into; made when the first is opened."""
+        model, self._unused = self._unused, None
+        if model is None:
+            model = self._architecture.build(self.dtype, stored=len(self.weights.names))
         prefix, blocks = find_blocks(model, self.directory)
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if self._block(name) is None:

@@ -6,6 +6,9 @@ the same program from its first line with their own arguments, environment and d
 what is imported from elsewhere is there already. `sitecustomize` asks for the fork in the process
 that was started, which then stands for it; `server` is the process that is forked. Limits and
 namespaces are those of the server, which a program with its own must not be forked from.
+
+`scripts/test` starts one server for all of its processes, and has the processes of pytest forked
+too; otherwise a process of pytest starts a server when it first needs one.
 """
 
 import atexit
@@ -22,6 +25,8 @@ HERE = Path(__file__).parent
 @cache
 def fork_processes() -> None:
     """Let the processes of Ray that are started from now on be forked."""
+    if "FORK_SERVER" in os.environ:
+        return
     directory = tempfile.TemporaryDirectory(prefix="or-")
     address = Path(directory.name, "server")
     server = subprocess.Popen(

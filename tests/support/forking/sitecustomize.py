@@ -20,17 +20,18 @@ WORKERS_OF_RAY = ("_private/workers/default_worker.py", "_private/workers/setup_
 def is_replaced(command: list[str]) -> bool:
     """True for processes of Ray, and for programs for which the variable FORKED asks.
 
-    It is `next` for the process that is started with it alone, `commands` for each command of ours
-    that starts below, and `nodes` for none there, nor for workers. Never for `ray start`: whoever
-    kills a node looks for its descendants.
+    It is `next` for the process that is started with it alone, `all` for it and each that starts
+    below, `commands` for each command of ours there, and `nodes` for none there, nor for workers.
+    Never for `ray start`: whoever kills a node looks for its descendants.
     """
     program, *others = [*command, "", ""][:2]
     if program.endswith(WORKERS_OF_RAY):
         return os.environ.get("FORKED") != "nodes"
     if program.endswith(PROCESSES_OF_RAY) or (program, *others) == ("-m", "ray.util.client.server"):
         return True
-    if os.environ.get("FORKED") == "next":
-        del os.environ["FORKED"]
+    if os.environ.get("FORKED") in ("next", "all"):
+        if os.environ["FORKED"] == "next":
+            del os.environ["FORKED"]
         return program in ("-c", "-m") and others != ["ray.scripts.scripts"]
     is_ours = (program, *others) == ("-m", "orchestrator")
     return is_ours and os.environ.get("FORKED") == "commands"
