@@ -59,6 +59,8 @@ class LiveDisplay(Lines):
             return
         self._written = self._clock()
         self._console.print(f"[{duration(self._written - self._start)}] {text}")
+        # else the stage before stays below the line until the next frame
+        self._live.refresh()
 
     def _text(self, event: Event) -> str | None:
         super()._text(event)
