@@ -10,7 +10,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from orchestrator.evaluation import EvaluationRequest
 from orchestrator.models.checkpoint.card import LOAD, SERVE
 from orchestrator.pages.evaluations import (
     AGREEMENT,
@@ -22,12 +21,10 @@ from orchestrator.pages.evaluations import (
 )
 from orchestrator.pages.sources import Source
 from orchestrator.readable import size
-from orchestrator.recipe.field import described
 from orchestrator.version import __version__
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 NONE = "–"
-EVALUATION_FIELDS = described(EvaluationRequest)
 
 
 def published_card(source: Source, repo: str, config: Mapping[str, Any]) -> str:
@@ -174,7 +171,7 @@ def _text_flags(text: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
         known["samples"] = text["sequences"]
     flags = []
     for name in ("samples", "sequence_length", "stride", "layout", "field", "chat_template"):
-        if name in known and known[name] != EVALUATION_FIELDS[name].default:
+        if known.get(name) is not None:
             flags.append(f"--{name.replace('_', '-')} {shlex.quote(str(known[name]))}")
     return flags
 

@@ -78,8 +78,8 @@ MAY_IMPORT = {
     "searching": "errors plan recipe resolve store",
     "evaluation": "errors recipe",
     "doctor": "readable version packaging",
-    "hub": f"{PLAIN} evaluation pages plan recipe store models.checkpoint models.evaluation "
-    "models.forms huggingface_hub",
+    "hub": f"{PLAIN} pages plan store models.checkpoint models.evaluation models.forms "
+    "huggingface_hub",
     # tasks of lm-evaluation-harness
     "harness": "errors lm_eval numpy torch",
     "api": f"{PLAIN} doctor evaluation forecast harness hf hub pages plan recipe runtime "
