@@ -59,6 +59,8 @@ class LiveDisplay(Lines):
             return
         self._written = self._clock()
         self._console.print(f"[{duration(self._written - self._start)}] {text}")
+        # else the stage before stays below the line until the next frame
+        self._live.refresh()
 
     def _text(self, event: Event) -> str | None:
         super()._text(event)
@@ -74,11 +76,14 @@ class LiveDisplay(Lines):
         return sentence(event)
 
     def frame(self) -> RenderableType:
-        """Return the present stage as text: its bar, counts and times, and the run's."""
-        with self._guard:
-            stage = self._within[-1] if self._within else ""
-            known = self._progress
-            units, doing, since = self._units, self._doing, self._since
+        """Return the present stage as text: its bar, counts and times, and the run's.
+
+        Takes no lock: the display calls it with its own lock held, which a line that is written
+        waits for with the lock of events held.
+        """
+        within, known = self._within, self._progress
+        stage = within[-1] if within else ""
+        units, doing, since = self._units, self._doing, self._since
         elapsed = duration(self._clock() - since)
         if not stage:
             return Text(f"{doing}, for {elapsed}" if doing else "", overflow="ellipsis")

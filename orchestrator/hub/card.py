@@ -3,6 +3,7 @@
 The card that a compression writes knows no evaluation, since those come later.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,19 +141,45 @@ def _task_cells(row: Mapping[str, Any]) -> list[str]:
     return [task_key(row), *scores, NONE if kept is None else f"{kept:.1%}"]
 
 
-def _reproduction(source: Source, out: Path) -> str:
-    """Recipe and commands; the recipe is that in the checkpoint."""
-    recipe = (out / "recipe.toml").read_text(encoding="utf-8").strip()
-    commands = ["orchestrator compress MODEL OUT --recipe recipe.toml"]
+def commands_of(source: Source) -> list[str]:
+    """Commands that make the checkpoint from MODEL and TEXT, and evaluate it; recipe.toml has the
+    recipe, without the number of threads, on which bits depend."""
+    environment = source.report.get("timings", {}).get("environment", {})
+    threads = f" --threads {environment['threads']}" if "threads" in environment else ""
+    commands = [f"orchestrator compress MODEL OUT --recipe recipe.toml{threads}"]
     for facts in source.text_evaluations:
-        text = facts.get("text", {})
-        words = ["--text TEXT"]
-        flags = {"sequences": "samples", "sequence_length": "sequence-length", "stride": "stride"}
-        words += [f"--{flag} {text[name]}" for name, flag in flags.items() if name in text]
+        words = ["--text TEXT", *_text_flags(facts.get("text", {}), facts.get("asked", {}))]
         commands.append(f"orchestrator evaluate OUT --against MODEL {' '.join(words)}")
     if rows := task_rows(source.evaluations):
         names = ",".join(dict.fromkeys(row["task"] for row in rows))
         commands.append(f"orchestrator evaluate OUT --against MODEL --tasks {names}")
+    return commands
+
+
+def _text_flags(text: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Flags of `evaluate` that read the same sequences from a text.
+
+    Args:
+        text: Report of the tokens.
+        asked: Arguments with which they were read, as far as they are known.
+    """
+    known = {
+        **asked,
+        **{name: text[name] for name in ("sequence_length", "layout") if name in text},
+    }
+    if "sequences" in text:
+        known["samples"] = text["sequences"]
+    flags = []
+    for name in ("samples", "sequence_length", "stride", "layout", "field", "chat_template"):
+        if known.get(name) is not None:
+            flags.append(f"--{name.replace('_', '-')} {shlex.quote(str(known[name]))}")
+    return flags
+
+
+def _reproduction(source: Source, out: Path) -> str:
+    """Recipe and commands; the recipe is that in the checkpoint."""
+    recipe = (out / "recipe.toml").read_text(encoding="utf-8").strip()
+    commands = commands_of(source)
     fingerprint = source.report.get("base_fingerprint")
     said = f"The dense model has the fingerprint `{fingerprint}`. " if fingerprint else ""
     producer = source.report.get("producer", "orchestrator")

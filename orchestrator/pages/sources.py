@@ -282,7 +282,7 @@ def _evaluations(
             if not model or not is_ours:
                 continue
             if model.get("bytes") == out_bytes:
-                found.append(facts)
+                found.append({**facts, "asked": _asked(directory, facts)})
             else:
                 stale += 1
     remark = (
@@ -290,6 +290,14 @@ def _evaluations(
     )
     found.sort(key=lambda facts: json.dumps(facts.get("text"), sort_keys=True))
     return found, [remark] if stale else []
+
+
+def _asked(directory: Place, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with which a text was read; empty if a later evaluation here was of another one."""
+    asked, text = RunDirectory(directory).description().get("text"), facts.get("text", {})
+    if not isinstance(asked, dict):
+        return {}
+    return asked if all(asked.get(n) == text.get(n) for n in ("source", "layout")) else {}
 
 
 def _is_evaluation(directory: Place) -> bool:

@@ -213,6 +213,22 @@ def test_the_live_display_shows_a_stage_in_few_rows(width, clock):
     assert "all is [well]" in stream.getvalue()
 
 
+def test_a_frame_does_not_wait_for_a_line(stream):
+    """A line is written with the lock of events held, and waits for the display's own lock, with
+    which a frame is made: neither may wait for the other."""
+    from orchestrator.cli.live import LiveDisplay
+
+    show, made = LiveDisplay(stream), threading.Event()
+
+    def draw():
+        show.frame()
+        made.set()
+
+    with show._guard:
+        threading.Thread(target=draw, daemon=True).start()
+        assert made.wait(10)
+
+
 def test_json_lines(stream):
     """As JSON every event is one line that parses back to it."""
     events = [unit(1), {"event": "note", "text": "two\nlines, é"}]

@@ -14,7 +14,6 @@ from orchestrator.forecast import memory
 from orchestrator.forecast.rates import ROWS
 from orchestrator.forecast.room import USABLE
 from orchestrator.forecast.shapes import read_shapes
-from orchestrator.forecast.text import lines
 from orchestrator.methods import METHODS
 from orchestrator.models.evaluation import machine
 from orchestrator.plan.cut import cut_blocks
@@ -193,15 +192,6 @@ def test_wrong_words_are_usage_errors(config, capsys):
     }.items():
         assert main(["plan", path, "--keep=0.8", *flags.split()]) == 2
         assert says in capsys.readouterr().err
-
-
-def test_a_forecast_is_told_without_internal_names(config):
-    """Names of rows and stages are words; hyphens are of names of methods and GPUs."""
-    shown = lines(plan(recipe(model=config("Llama-3-8B"), preset="best")))
-    assert not [line for line in shown if "_" in line]
-    assert next(line.split() for line in shown if line.startswith("stage ")) == [
-        *("stage", "FLOPs", "data", "sheet", "pessimistic")
-    ]
 
 
 def test_with_tokenizer_is_a_checkpoint_too(checkpoint, tmp_path):

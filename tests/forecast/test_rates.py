@@ -105,3 +105,12 @@ def test_the_memory_of_a_kind_of_gpu():
     assert largest_memory("H100") == 80e9
     assert largest_memory("") is None
     assert largest_memory("V100") is None
+
+
+def test_a_forecast_is_told_without_internal_names(config):
+    """Names of rows and stages are words; hyphens are of names of methods and GPUs."""
+    shown = text.lines(plan(recipe(model=config("Llama-3-8B"), preset="best")))
+    assert not [line for line in shown if "_" in line]
+    assert next(line.split() for line in shown if line.startswith("stage ")) == [
+        *("stage", "FLOPs", "data", "sheet", "pessimistic")
+    ]

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import shlex
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,10 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
-from pipeline import run, write_llama, write_text
+from pipeline import contents, run, write_llama, write_text
 
 from orchestrator import api
 from orchestrator.cli.main import main
+from orchestrator.hub.card import published_card
+from orchestrator.pages.sources import read_source
 
 REPO = "someone/tiny"
 
@@ -141,6 +145,40 @@ def test_the_card_has_the_figures_of_report_and_evaluation(out, capsys):
     assert f"{found['kl']:.4f} |" in card.text
     assert (out / "recipe.toml").read_text().strip() in card.text
     assert "--samples 2 --sequence-length 32" in card.text
+
+
+def test_the_commands_of_the_card_repeat_the_run(place, tmp_path, capsys, monkeypatch):
+    """Layout, template, stride and field too: the same bytes, the same sequences of the text."""
+    monkeypatch.chdir(tmp_path)
+    dense, text = place / "dense", tmp_path / "text.jsonl"
+    lines = (place / "text.txt").read_text().splitlines()
+    text.write_text("".join(json.dumps({"story": line}) + "\n" for line in lines))
+    asked = {"field": "story", "layout": "padded", "chat_template": "off", "stride": 2}
+    small = {"samples": 4, "sequence_length": 32, "executor": "local"}
+    fields = {"calibration_field": "story", "layout": "padded", "chat_template": "off"}
+    run(dense, tmp_path / "out", text, threads=1, **fields)
+    api.evaluate(tmp_path / "out", against=str(dense), text=str(text), **small, **asked)
+    card = published_card(
+        read_source(tmp_path / "out"), REPO, json_of(tmp_path / "out/config.json")
+    )
+    recipe, commands = (each.split("```")[0] for each in re.split("```(?:toml|sh)\n", card)[-2:])
+    (tmp_path / "recipe.toml").write_text(recipe)
+    places = {"MODEL": str(dense), "OUT": str(tmp_path / "again"), "TEXT": str(text)}
+    for command in commands.splitlines():
+        _, *words = (places.get(word, word) for word in shlex.split(command))
+        assert main([*words, "--executor=local"]) == 0
+    capsys.readouterr()
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    first, second = (
+        read_source(tmp_path / name).evaluations[0]["text"] for name in ("out", "again")
+    )
+    assert first == second
+    # the flags are needed for it
+    assert {"--layout", "--field", "--chat-template", "--stride"} <= set(commands.split())
+
+
+def json_of(path):
+    return json.loads(path.read_text())
 
 
 def test_an_edited_card_is_pushed_as_it_is(out, hub):

@@ -345,12 +345,12 @@ def test_commands_print_the_path(runs, tmp_path, capsys, monkeypatch):
 
 
 def test_wrong_places_have_their_codes(runs, copied, tmp_path, capsys):
-    """A missing run, an evaluation or a damaged report exits with 4, a single run to compare with
-    2."""
-    evaluation = copied.with_name("first.evaluation")
-    for place_ in (tmp_path / "none", evaluation):
-        assert main(["report", str(place_)]) == InputError.exit_code
-        assert str(place_) in capsys.readouterr().err
+    """A missing run, an evaluation to compare or a damaged report exits with 4, a single run to
+    compare with 2."""
+    none, evaluation = tmp_path / "none", copied.with_name("first.evaluation")
+    for words in (["report", str(none)], ["compare", str(copied), str(evaluation)]):
+        assert main(words) == InputError.exit_code
+        assert words[-1] in capsys.readouterr().err
     assert main(["compare", str(copied)]) == UsageError.exit_code
     assert main(["report", str(copied), "--output", str(tmp_path)]) == UsageError.exit_code
     (copied / "orchestrator_report.json").write_text("{")

@@ -103,7 +103,7 @@ def make_pass(blocks=10, shards=4, chunks=5, todo=None, results=None, present=No
 
 @pytest.mark.parametrize("joints", [(), range(6)])
 def test_steps_that_compute_logits_are_a_kind_of_their_own(joints):
-    """Those of the shard with the last block, if the pass has results; also if no shard is cut."""
+    """Steps through the last block, if the pass has results; also if no shard may be cut."""
     about = {"blocks": 6, "shards": 3, "todo": (), "joints": joints}
     schedule = make_pass(results=set(), **about)
     assert schedule.to_do() == {"forward": 20.0, "score": 10.0, "open": 6.0, "finish": 0.0}

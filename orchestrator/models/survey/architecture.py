@@ -77,6 +77,13 @@ class Architecture:
                 f"{path}: architectures names {model_class.__name__}, "
                 f"which does not match model_type {model_type!r}"
             )
+        # decoders of such models alone are classes of their own, with the same config
+        if config.is_encoder_decoder and not model_class.__name__.endswith("ForCausalLM"):
+            raise InputError(
+                f"{path}: architectures names {model_class.__name__}, an encoder-decoder model; "
+                "models with one stack of decoder blocks are supported, such as llama, mistral, "
+                "qwen3, gemma2, phi3 or gpt2"
+            )
         # Removed, because building the class would otherwise look for the quantiser's modules.
         for key in FORMS_KEYS:
             vars(config).pop(key, None)

@@ -317,7 +317,7 @@ class BlockPass:
                 block = call.command.block
                 done[block] = with_arrays(value)
                 where = workers.location(call.worker)
-                self._progress(block, done, keys, stage, where)
+                self._progress(block, done, keys, stage, where=where)
                 self.on_committed(block)
 
         chunks = self.run.chunks(pass_key, workers.environment)
@@ -338,6 +338,7 @@ class BlockPass:
         done: Mapping[int, Mapping[str, Any]],
         keys: Mapping[int, str],
         stage: RunningStage,
+        *,
         where: Mapping[str, Any] = {},
     ) -> None:
         """Report a committed block.

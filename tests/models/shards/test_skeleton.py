@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from orchestrator.errors import InputError
@@ -130,16 +132,22 @@ def test_invalid_tensors_are_refused(llama, change, message):
             lambda: MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=3)),
             r"model\.layers\.0\.mlp\.experts\.gate_up_proj \[3, 96, 32\] fused experts",
         ),
+        (
+            lambda: T5ForConditionalGeneration(
+                T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2)
+            ),
+            "T5ForConditionalGeneration, an encoder-decoder model; .* such as llama, mistral",
+        ),
         (lambda: BertForMaskedLM(BertConfig(**TINY)), "BertForMaskedLM; a causal language model"),
         (
             lambda: GPT2Model(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)),
             "GPT2Model; a causal language model is needed",
         ),
     ],
-    ids=["experts", "masked", "headless"],
+    ids=["experts", "encoder-decoder", "masked", "headless"],
 )
 def test_an_unsupported_model_is_refused(make, message, tmp_path):
-    """Fused experts, models that do not generate, and models without a head are named."""
+    """Fused experts, encoders, models that do not generate, and those without a head are named."""
     with pytest.raises(InputError, match=message):
         LazyModel.open(write_model(make, tmp_path))
 

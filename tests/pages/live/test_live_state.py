@@ -247,7 +247,7 @@ def test_steps_that_are_repeated_replace_those_before():
 
 
 def test_losses_of_a_block_are_drawn_while_it_is_trained():
-    """Those of its last epoch so far; the unit replaces them."""
+    """Events of an epoch have all losses so far; those of the unit replace them."""
     losses = {"train": [0.8], "held_out": [1.0, 0.9], "best": 1}
     epoch = {"event": "epoch", "stage": "walk", "block": 2, "losses": losses}
     state = state_of(timed(*START, begin("walk"), epoch))
