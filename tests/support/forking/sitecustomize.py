@@ -31,7 +31,8 @@ def is_replaced(command: list[str]) -> bool:
         return True
     if os.environ.get("FORKED") == "next":
         del os.environ["FORKED"]
-        return program in ("-c", "-m") and others != ["ray.scripts.scripts"]
+        is_script = os.path.basename(program) == "orchestrator"
+        return is_script or (program in ("-c", "-m") and others != ["ray.scripts.scripts"])
     is_ours = (program, *others) == ("-m", "orchestrator")
     return is_ours and os.environ.get("FORKED") == "commands"
 
