@@ -99,6 +99,7 @@ FLAGS = [
     ("compress dense OUT --kep 0.5", 2, "unknown flag --kep; near misses: --keep, --help"),
     ("compress dense OUT more", 2, "surplus argument more; see orchestrator compress --help"),
     ("compress --keep 0.5", 2, "recipe: model and out missing; give them as arguments or in a"),
+    ("--verbose status dense", 2, "--verbose must follow the command status"),
     ("evaluate dense", 2, "neither a text nor tasks are given; give --text or --tasks"),
     ("submit -- compress dense OUT --kep 0.5", 2, "unknown flag --kep; near misses: --keep"),
     ("submit -- compress dense relative", 2, "give an absolute path that all nodes can access"),
