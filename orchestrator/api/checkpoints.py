@@ -31,6 +31,14 @@ def evaluate(
         UsageError: A field has a type or value that is not allowed.
         OrchestratorError: Another subclass; `exit_code` tells which.
     """
+    from orchestrator.api.checks import check_model, check_text
+
+    # before torch is imported, which takes seconds
+    asked = EvaluationRequest(model=str(model), **request)
+    for each in asked.models().values():
+        check_model(each)
+    if asked.text is not None:
+        check_text(asked.text)
     announce_imports(on_event)
     from orchestrator.harness.options import TaskOptions
     from orchestrator.models.checkpoint.weights import parse_dtype
@@ -38,7 +46,6 @@ def evaluate(
     from orchestrator.stages.evaluate.values import ask_evaluation
     from orchestrator.store.places import parse_place
 
-    asked = EvaluationRequest(model=str(model), **request)
     tasks = TaskOptions(
         names=asked.task_names,
         directory=asked.task_dir,
@@ -97,11 +104,12 @@ def verify(
         The findings; `problems` is empty for a valid checkpoint.
     """
     from orchestrator.errors import UsageError
-    from orchestrator.models.evaluation.verification import verify as perform
-    from orchestrator.stages import STAGES
 
+    # before torch is imported, which takes seconds
     if linears < 0:
         raise UsageError(f"linears is {linears}; it must be 0 or above")
+    from orchestrator.models.evaluation.verification import verify as perform
+    from orchestrator.stages import STAGES
 
     def changes_errors(report: Mapping[str, Any]) -> bool:
         """Only stages that the report has are imported."""
@@ -118,11 +126,15 @@ def export(out: str | Path, dense_dir: str | Path, format: str = "dense") -> Pat
         UsageError: The format is unknown, or `dense_dir` contains other files.
         InputError: `out` is not a compressed checkpoint, or is damaged.
     """
+    from orchestrator.api.checks import check_compressed
     from orchestrator.errors import UsageError
-    from orchestrator.hf.export import export_dense
 
+    # before torch is imported, which takes seconds
     if format != "dense":
         raise UsageError(f"format is {format!r}; it must be dense")
+    check_compressed(Path(out), "do")
+    from orchestrator.hf.export import export_dense
+
     export_dense(Path(out), Path(dense_dir))
     return Path(dense_dir)
 
@@ -155,6 +167,12 @@ def push(
         UsageError: The name of the repository is not valid, or there is no token.
         OrchestratorError: The hub does not respond, or refuses.
     """
+    from orchestrator.api.checks import check_compressed
+    from orchestrator.hub.names import check_repository
+
+    # before torch is imported, which takes seconds
+    check_repository(repo)
+    check_compressed(Path(out), "push")
     from orchestrator.hub.push import prepare, push_checkpoint
 
     if dry_run:

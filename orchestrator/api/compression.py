@@ -1,5 +1,6 @@
 """Compression, its forecast, and the search over settings."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,10 @@ def compress(recipe: Recipe, on_event: OnEvent | None = None) -> Result:
     Raises:
         OrchestratorError: A subclass; `exit_code` tells which.
     """
-    from orchestrator.models.inputs.sources import named_source
+    from orchestrator.api.checks import check_recipe
 
     # before torch is imported, which takes seconds
-    named_source(recipe.calibration)
+    check_recipe(recipe)
     announce_imports(on_event)
     from orchestrator.stages import driver
 
@@ -72,11 +73,15 @@ def retarget(
         InputError: The directory has no run, or the run stopped before it read its text.
         OrchestratorError: As `compress`.
     """
-    announce_imports(on_event)
-    from orchestrator.stages import driver
+    from orchestrator.resolve import resolve
     from orchestrator.stages.context.previous_run import asked_before
 
+    # before torch is imported, which takes seconds
     recipe, before = asked_before(str(run_dir), str(out), **given)
+    resolve(recipe, inherited=before.inherited)
+    announce_imports(on_event)
+    from orchestrator.stages import driver
+
     return driver.compress(recipe, on_event, before)
 
 
@@ -99,13 +104,18 @@ def retarget_sizes(
         UsageError: Two sizes are equal.
         OrchestratorError: As `retarget`.
     """
-    announce_imports(on_event)
-    from orchestrator.stages import driver
+    from orchestrator.resolve import resolve
     from orchestrator.stages.context.previous_run import asked_before
 
+    # before torch is imported, which takes seconds
     _check_distinct(keeps)
     unit = "keep_bytes" if "keep_bytes" in given else "keep"
     asked = [asked_before(str(run_dir), f"{out}-{k:g}", **{**given, unit: k}) for k in keeps]
+    for recipe, before in asked:
+        resolve(recipe, inherited=before.inherited)
+    announce_imports(on_event)
+    from orchestrator.stages import driver
+
     return [driver.compress(recipe, on_event, before) for recipe, before in asked]
 
 
@@ -185,6 +195,12 @@ def measure(output: str | Path, *, dtype: str = "bfloat16", threads: int = 1) ->
     directory = Path(output).absolute().parent
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such directory; create it, or name another file")
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UsageError(
+            f"{directory}: cannot be written to; name a file in another directory"
+        ) from error
     from orchestrator.models.evaluation.machine import measure_machine
     from orchestrator.store.files import write_json
 

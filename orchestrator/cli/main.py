@@ -13,13 +13,16 @@ import traceback
 from collections.abc import Sequence
 from types import FrameType
 
-from orchestrator.cli.parser import make_parser
-from orchestrator.cli.verbs import VERBS
+from orchestrator.cli.stopping import stoppable
 from orchestrator.errors import OrchestratorError, StoppedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Wrong arguments raise SystemExit(2)."""
+    # imports of a part of a second, in which a keyboard interrupt is one line too
+    with stoppable():
+        from orchestrator.cli.parser import make_parser
+        from orchestrator.cli.verbs import VERBS
     options = make_parser().parse_args(arguments)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:

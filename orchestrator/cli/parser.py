@@ -36,6 +36,8 @@ class OneLineParser(argparse.ArgumentParser):
     def _refuse_unknown(self, command: str, argument: str) -> NoReturn:
         flags = _commands(self)[command]._option_string_actions
         name = argument.partition("=")[0]
+        if name in flags:
+            self.exit(2, f"orchestrator: error: {name} must follow the command {command}\n")
         near = difflib.get_close_matches(name, flags) if name.startswith("-") else []
         what = "unknown flag" if name.startswith("-") else "surplus argument"
         misses = f"; near misses: {', '.join(near)}" if near else ""

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from orchestrator.errors import InputError, OrchestratorError, UsageError
 from orchestrator.hub.card import published_card
+from orchestrator.hub.names import check_repository
 from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.checkpoint.write import CARD_FILE
@@ -69,7 +68,7 @@ def prepare(out: Path, repo: str, say: Say) -> tuple[list[str], str]:
         InputError: It is not a compressed checkpoint, or a file differs from its digest.
         UsageError: The name of the repository is not valid.
     """
-    _check_name(repo)
+    check_repository(repo)
     Weights.open(out)
     config = read_json(out / "config.json")
     forms = config.get("quantization_config")
@@ -96,13 +95,6 @@ def prepare(out: Path, repo: str, say: Say) -> tuple[list[str], str]:
         return files, path.read_text(encoding="utf-8")
     with whole(out):
         return files, published_card(read_source(out), repo, config)
-
-
-def _check_name(repo: str) -> None:
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UsageError(f"repo is {repo!r}; it must be OWNER/NAME of a model hub") from error
 
 
 def _reason(error: Exception) -> str:

@@ -28,6 +28,8 @@ def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None =
         model, base_model = _model(recipe)
     else:
         model, base_model = previous.model, previous.base_model
+    if out == out.parent:
+        raise UsageError(f"out: {out} is a root; give a directory that is new or empty")
     beside = out.with_name(f"{out.name}.run")
     root = parse_place(recipe.run_dir).expanduser().absolute() if recipe.run_dir else beside
     _check_apart(model, out, root)

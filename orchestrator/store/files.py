@@ -59,9 +59,11 @@ def atomic(path: Place, *, durable: bool = True) -> Iterator[Path]:
         where = f"{path}: cannot be written"
         if isinstance(path, Remote) and refused.errno == errno.ENOSPC:
             where += ", the local copy does not fit under TMPDIR"
+        # a parent that is a file "exists" already
+        is_below_file = refused.errno == errno.EEXIST
+        reason = os.strerror(errno.ENOTDIR) if is_below_file else refused.strerror or refused
         raise OrchestratorError(
-            f"{where}: {refused.strerror or refused}; "
-            "free or choose another place, then run the same command again"
+            f"{where}: {reason}; free or choose another place, then run the same command again"
         ) from error
 
 

@@ -241,6 +241,19 @@ def check_outside(name: str, place: Place, what: str, other: Place) -> None:
         raise UsageError(f"{name}: {place} {is_in} {what} {other}; give a place outside of it")
 
 
+def check_creatable(place: Place) -> None:
+    """Raise UsageError if a file or a link without a target is where a directory is to be."""
+    if isinstance(place, Remote):
+        return
+    for each in (place, *place.parents):
+        if each.is_dir():
+            return
+        if each.is_symlink() and not each.exists():
+            raise UsageError(f"{place}: {each} is a link to nothing; give a new directory")
+        if each.exists():
+            raise UsageError(f"{place}: {each} is a file; give a new directory")
+
+
 def _parts(place: Place) -> tuple[str, ...]:
     """Parts of the real path, without links; of a place in a store, scheme and bucket first."""
     if isinstance(place, Remote):

@@ -33,7 +33,7 @@ from orchestrator.store.files import (
 )
 from orchestrator.store.journal import Journal
 from orchestrator.store.lease import LEASE_FILE, Lease, is_alive, is_forsaken
-from orchestrator.store.places import Place, Remote
+from orchestrator.store.places import Place, Remote, check_creatable
 from orchestrator.store.units import Units
 
 CANDIDATES = ".search"
@@ -112,6 +112,8 @@ class RunDirectory:
             self.root.check()
         if self.root.exists() and not self.root.is_dir():
             raise InputError(f"{self.root}: is a file, not a run directory")
+        if not self.root.exists():
+            check_creatable(self.root)
         if not self.root.is_dir() or self.marker.exists():
             return
         if any(not each.name.startswith(LEASE_FILE) for each in self.root.iterdir()):
@@ -126,6 +128,8 @@ class RunDirectory:
         Raises:
             InputError: The directory has no run, or one of an unknown format.
         """
+        if isinstance(self.root, Path) and self.root.is_file():
+            raise InputError(f"{self.root}: is a file, not a run directory")
         description = _read(self.marker, "is not a run directory")
         version = description.get("format_version")
         if type(version) is not int or version != _FORMAT_VERSION:

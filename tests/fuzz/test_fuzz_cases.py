@@ -176,6 +176,20 @@ def test_invalid_paths(name, tmp_path):
         assert main(["status", f"/tmp/{name}"]) == 2
 
 
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_a_byte_order_mark_is_no_text(name, tmp_path):
+    """Documents are those of the file without it, and offsets in errors count it."""
+    content = b'{"text": "a river"}\n'
+
+    def documents(written):
+        (tmp_path / name).write_bytes(written)
+        return ["".join(each) for each in read_documents(str(tmp_path / name), "text")]
+
+    assert documents(b"\xef\xbb\xbf" + content) == documents(content)
+    with pytest.raises(InputError, match="byte 0xff at offset 4 is not UTF-8"):
+        documents(b"\xef\xbb\xbfa\xff" + content)
+
+
 def test_a_truncated_parquet_file(tmp_path):
     """A damaged footer was an OSError."""
     path = tmp_path / "text.parquet"

@@ -82,7 +82,7 @@ MAY_IMPORT = {
     "huggingface_hub",
     # tasks of lm-evaluation-harness
     "harness": "errors lm_eval numpy torch",
-    "api": f"{PLAIN} doctor evaluation forecast harness hf hub pages plan recipe runtime "
+    "api": f"{PLAIN} doctor evaluation forecast harness hf hub pages plan recipe resolve runtime "
     f"runtime.ray searching stages stages.context stages.evaluate store transformers {MODELS}",
     # experiment trackers, extras; the module of each imports it
     "tracking": "errors events mlflow torch trackio wandb",

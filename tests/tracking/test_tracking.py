@@ -97,8 +97,11 @@ def wandb_records(content):
 
 
 def wandb_series(root):
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    # its service writes files of finished runs until the process ends, or this
+    wandb.teardown()
     series, ids = {}, set()
     for file in sorted(root.glob("wandb/offline-run-*/*.wandb")):
         for data in wandb_records(file.read_bytes()):

@@ -1,19 +1,20 @@
 """The trial: what newcomers and hostile users give ends with one line, through the console script.
 
-All cases are called in this process through the entry point that the script `orchestrator` calls, a
-handful through the installed script itself. `tests/project/test_wheel.py` performs every verb with
-valid arguments in an environment of its own.
+The first case of each verb and exit code runs through the installed script itself, the others in
+this process through the entry point that it calls. `tests/project/test_wheel.py` performs every
+verb with valid arguments in an environment of its own.
 """
 
 import json
 import os
 import shlex
-import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from drivers import start
+from forking import fork_processes
 from pipeline import add_tokenizer, write_text
 from trial_cases import CASES, INSTALLED
 
@@ -39,9 +40,16 @@ def workspace(checkpoint, tmp_path_factory):
         "model.gguf": b"GGUF",
         "ggufs/small-Q4.gguf": b"GGUF",
         "table.toml": RECIPE.encode(),
+        "latin.txt": "a small café ".encode("latin-1") * 99,
+        "utf16.txt": ("a river " * 99).encode("utf-16"),
+        "empty.txt": b"",
+        "table.csv": b"text",
+        "small.parquet": b"PAR1",
     }.items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(content)
+    (root / "loop").symlink_to("loop")
+    (root / "dangling").symlink_to("nowhere")
     return root
 
 
@@ -66,7 +74,12 @@ def check(code, said, case):
     assert len(lines[0]) < 600
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case[0]).replace("/", "|"))
+def named(case):
+    """Name of a case in the list of tests."""
+    return str(case[0]).replace("/", "|")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in INSTALLED], ids=named)
 def test_a_case_is_refused_in_one_line(case, workspace, tmp_path, monkeypatch, capsys):
     """Exit code and line are those of the case, and no output looks complete."""
     monkeypatch.chdir(workspace)
@@ -80,15 +93,15 @@ def test_a_case_is_refused_in_one_line(case, workspace, tmp_path, monkeypatch, c
     assert sorted(workspace.rglob("*")) == before
 
 
-@pytest.mark.parametrize("arguments", INSTALLED)
-def test_the_installed_script_says_the_same(arguments, workspace, tmp_path):
+@pytest.mark.parametrize("case", INSTALLED, ids=named)
+def test_the_installed_script_says_the_same(case, workspace, tmp_path):
     """The script that pip installs, from another directory than the checkout."""
-    (case,) = (case for case in CASES if case[0] == arguments)
-    done = subprocess.run(
-        [Path(sys.executable).with_name("orchestrator"), *words(arguments, tmp_path / "out")],
-        cwd=workspace,
-        env={**os.environ, "PYTHONPATH": str(Path(orchestrator.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-    )
-    check(done.returncode, (done.stdout, done.stderr), case)
+    before = sorted(workspace.rglob("*"))
+    script = Path(sys.executable).with_name("orchestrator")
+    fork_processes()
+    paths = [str(Path(orchestrator.__file__).parents[1]), os.environ["PYTHONPATH"]]
+    environment = {"PYTHONPATH": os.pathsep.join(paths)}
+    process = start(script, *words(case[0], tmp_path / "out"), cwd=workspace, env=environment)
+    said = process.communicate()
+    check(process.returncode, said, case)
+    assert sorted(workspace.rglob("*")) == before

@@ -99,6 +99,7 @@ FLAGS = [
     ("compress dense OUT --kep 0.5", 2, "unknown flag --kep; near misses: --keep, --help"),
     ("compress dense OUT more", 2, "surplus argument more; see orchestrator compress --help"),
     ("compress --keep 0.5", 2, "recipe: model and out missing; give them as arguments or in a"),
+    ("--verbose status dense", 2, "--verbose must follow the command status"),
     ("evaluate dense", 2, "neither a text nor tasks are given; give --text or --tasks"),
     ("submit -- compress dense OUT --kep 0.5", 2, "unknown flag --kep; near misses: --keep"),
     ("submit -- compress dense relative", 2, "give an absolute path that all nodes can access"),
@@ -120,11 +121,65 @@ PLACES = [
     ("retarget nowhere OUT --keep 0.5,0.5", 2, "keep: 0.5, 0.5 contains a size twice"),
     ("export dense text.txt", 4, "dense: is not compressed by orchestrator"),
 ]
-CASES = [*MODELS, *TEXTS, *VALUES, *FLAGS, *PLACES]
-INSTALLED = [
-    "compress dense OUT --keep much",
-    "plan lora --keep 0.5",
-    "status dense",
-    "measure nowhere/rates.json",
+PATHS = [
+    (f"compress dense / {RECIPE}", 2, "out: / is a root; give a directory that is new or empty"),
+    (f"compress dense loop {RECIPE}", 2, "loop is a link to nothing; give a new directory"),
+    (f"compress dense dangling/out {RECIPE}", 2, "dangling is a link to nothing; give a new"),
+    (f"compress dense text.txt/out {RECIPE}", 2, "text.txt is a file; give a new directory"),
+    (f"compress dense OUT {RECIPE} --run-dir text.txt/run", 2, "text.txt is a file; give a new"),
+    (f"compress dense /dev/null {RECIPE}", 2, "/dev/null: is a file; give a directory that is"),
+    (f"compress dense OUT {RECIPE} --run-dir /proc/run", 1, "/proc/run/hold.json: cannot be writ"),
+    (f"compress loop OUT {RECIPE}", 4, "loop: neither a directory nor in the local hub cache"),
+    ("export dense loop", 4, "dense: is not compressed by orchestrator"),
+    ("measure /proc/rates.json", 2, "/proc: cannot be written to; name a file in another"),
+    ("report dense --output text.txt/page.html", 4, "dense: is not a run directory"),
+    ("status text.txt", 4, "text.txt: is a file, not a run directory"),
+    ("clean /", 4, "/: is not a run directory: run.json does not exist"),
+    ("watch text.txt", 4, "text.txt: is not a run directory"),
 ]
-"""Cases for the installed script; they import no heavy package."""
+WRITTEN = [
+    (f"compress dense OUT {RECIPE} --calibration latin.txt", 4, "byte 0xe9 at offset 11 is n"),
+    (f"compress dense OUT {RECIPE} --calibration utf16.txt", 4, "byte 0xff at offset 0 is not"),
+    (f"compress dense OUT {RECIPE} --calibration empty.txt", 4, "1 document with 0 tokens give"),
+    (f"compress dense OUT {RECIPE} --calibration table.csv", 2, "table.csv: text files end in"),
+    (f"compress dense OUT {RECIPE} --calibration dense", 4, "dense: no text files in this direc"),
+    (f"compress dense OUT {RECIPE} --calibration loop", 4, "loop: no such text file or direct"),
+    (f"compress dense OUT {RECIPE} --calibration small.parquet", 4, "small.parquet: not a reada"),
+    (f"compress dense OUT {RECIPE} --workers 0", 2, "workers is 0; it must be a number of 1 or"),
+    (f"compress dense OUT {RECIPE} --threads 0", 2, "threads is 0; it must be 1 or above"),
+    (f"compress dense OUT {RECIPE} --keep nan", 2, "keep is nan; it must be above 0 and at most"),
+    (f"compress dense OUT {RECIPE} --keep -0.5", 2, "keep is -0.5; it must be above 0 and at"),
+    (f"compress dense OUT {RECIPE} --gpu", 2, "unknown flag --gpu"),
+    ("compress --model dense --out OUT --keep 0.5", 2, "unknown flag --model"),
+    ("plan dense --keep 0.5 --price nan", 2, "price is nan; it must be 0 or above"),
+    ("watch nowhere --port 99999", 2, "port is 99999; it must be 0 (any) to 65535"),
+    ("push dense someone/model", 4, "dense: is not compressed by orchestrator; there is nothing"),
+    ("push nowhere a/b/c", 2, "repo is 'a/b/c'; it must be OWNER/NAME of a model hub"),
+]
+CASES = [*MODELS, *TEXTS, *VALUES, *FLAGS, *PLACES, *PATHS, *WRITTEN]
+IS_SHOWN = {(str(case[0]).partition(" ")[0], case[1]): case for case in reversed(CASES)}
+INSTALLED = [*IS_SHOWN.values()]
+"""The first case of each verb and exit code, for the installed script."""
+TEXT = "--keep 0.5 --calibration text.txt"
+EARLY = [
+    ("retarget run OUT --keep 2", 2),
+    ("retarget run OUT --keep 0.5,0.5", 2),
+    ("retarget run OUT --keep 0.5,7", 2),
+    ("retarget nowhere OUT --keep 0.5", 4),
+    ("push nowhere someone/model", 4),
+    ("push plain a/b/c", 2),
+    ("export nowhere OUT", 4),
+    ("verify plain --linears -1", 2),
+    (f"compress dense OUT {TEXT} --option mgaa.t=0.5", 2),
+    (f"compress dense OUT {TEXT} --method svd-lm", 2),
+    (f"compress nowhere/at/all OUT {TEXT}", 4),
+    ("compress dense OUT --keep 0.5", 2),
+    ("compress dense OUT --keep 0.5 --calibration nowhere.txt", 4),
+    ("compress dense OUT --keep 0.5 --calibration table.csv", 2),
+    ("compress dense OUT --keep 0.5,2 --calibration text.txt", 2),
+    ("evaluate nowhere/at/all --text text.txt", 4),
+    ("evaluate dense --text nowhere.txt", 4),
+    ("evaluate dense --text text.txt --against nowhere/at/all", 4),
+    ("measure nowhere/rates.json", 2),
+]
+"""Command lines with exit codes that are refused before torch is imported."""

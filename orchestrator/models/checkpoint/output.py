@@ -19,7 +19,7 @@ from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.forms.config import METHOD
 from orchestrator.store.files import atomic, digest_file, is_missing, remove_tree
 from orchestrator.store.lease import Lease, removed
-from orchestrator.store.places import Place, Remote
+from orchestrator.store.places import Place, Remote, check_creatable
 
 MARKER_FILE = ".orchestrator-unfinished"
 LEASE_FILE = ".orchestrator-hold.json"
@@ -70,6 +70,7 @@ def check_out(out: Place) -> bool:
     if isinstance(out, Remote):
         out.check()
     if not out.exists():
+        check_creatable(out)
         return False
     if not out.is_dir():
         raise UsageError(f"{out}: is a file; give a directory that is new or empty")

@@ -39,7 +39,8 @@ def read_documents(source: str, field: str, *, prefers_chats: bool = False) -> I
     """Yield the documents of a source in order, each read on demand.
 
     Text is UTF-8. An incomplete character at the very end of a plain file, left by truncation to a
-    size, is ignored; any other byte that is not UTF-8 is an error.
+    size, is ignored, and so is a byte order mark at its begin; any other byte that is not UTF-8 is
+    an error.
 
     Args:
         field: Field of a record that contains the text, or the messages of a chat. Of records
@@ -111,6 +112,8 @@ def _decoded(path: Place) -> Iterator[str]:
     offset = 0
     with _opened(path) as file:
         while data := file.read(READ_BYTES):
+            if offset == 0 and data.startswith(codecs.BOM_UTF8):
+                data, offset = data.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
             pending = len(decoder.getstate()[0])
             try:
                 yield decoder.decode(data)
@@ -124,6 +127,8 @@ def _from_jsonl(path: Place, field: str, prefers_chats: bool) -> Iterator[Docume
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
+            if number == 1 and line.startswith(codecs.BOM_UTF8):
+                line, offset = line.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:

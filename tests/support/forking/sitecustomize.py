@@ -32,7 +32,8 @@ def is_replaced(command: list[str]) -> bool:
     if os.environ.get("FORKED") in ("next", "all"):
         if os.environ["FORKED"] == "next":
             del os.environ["FORKED"]
-        return program in ("-c", "-m") and others != ["ray.scripts.scripts"]
+        is_script = os.path.basename(program) == "orchestrator"
+        return is_script or (program in ("-c", "-m") and others != ["ray.scripts.scripts"])
     is_ours = (program, *others) == ("-m", "orchestrator")
     return is_ours and os.environ.get("FORKED") == "commands"
 

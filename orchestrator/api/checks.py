@@ -1,0 +1,75 @@
+"""Checks of arguments that need no torch, whose import takes seconds: they are made before it.
+
+What they find is what the command itself would say later.
+"""
+
+from pathlib import Path
+
+from orchestrator.errors import InputError
+from orchestrator.recipe.recipe import Recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check the names and options of a recipe, and the places of its model and its text on disk.
+
+    Raises:
+        UsageError: A name, an option or the kind of the text is not allowed, or no text is named.
+        InputError: The model or the text does not exist.
+    """
+    from orchestrator.models.inputs.sources import named_source
+    from orchestrator.resolve import resolve
+
+    calibration = named_source(recipe.calibration)
+    resolve(recipe)
+    check_model(recipe.model, recipe.revision, download=recipe.download)
+    check_text(calibration)
+
+
+def check_model(model: str, revision: str | None = None, *, download: bool = False) -> None:
+    """Raise InputError if a model is on no disk; stores and downloads are not asked yet."""
+    from orchestrator.models.survey.locate import locate
+
+    if "://" not in model and not download:
+        locate(model, revision=revision)
+
+
+def check_text(written: str) -> None:
+    """Check the sources of a text, or of a mixture, that are on disk.
+
+    Raises:
+        UsageError: A source is of no known kind.
+        InputError: A source does not exist.
+    """
+    from orchestrator.models.inputs.sources import (
+        BUNDLED,
+        DATASETS_PREFIX,
+        check_place,
+        parse_sources,
+        place_of,
+    )
+
+    for source in parse_sources(written):
+        if source.name == BUNDLED or source.name.startswith(DATASETS_PREFIX):
+            continue
+        place = place_of(source.name)
+        if isinstance(place, Path):
+            check_place(place, source.name)
+
+
+def check_compressed(out: Path, purpose: str) -> None:
+    """Raise InputError unless a directory has the headers of a compressed checkpoint.
+
+    Args:
+        purpose: The verb of the caller, such as `push`.
+    """
+    from orchestrator.models.checkpoint.headers import Headers, read_json
+    from orchestrator.models.checkpoint.other_formats import check_format
+
+    try:
+        Headers.open(out)
+    except InputError:
+        check_format(out)
+        raise
+    forms = read_json(out / "config.json").get("quantization_config")
+    if not isinstance(forms, dict) or forms.get("quant_method") != "orchestrator":
+        raise InputError(f"{out}: is not compressed by orchestrator; there is nothing to {purpose}")
