@@ -180,7 +180,7 @@ class FactoredLinearMethod(LinearMethodBase):
         first = self.dense.apply(layer.first, x)
         parts = self.flow.inner(first, gather=_gather, scatter=_scatter)
         seconds = [
-            self.dense.apply(layer.get_submodule(name), part.contiguous()) if name else None
+            self.dense.apply(getattr(layer, name), part.contiguous()) if name else None
             for name, part in zip(self.seconds, parts, strict=True)
         ]
         outputs = self.flow.outputs(parts, seconds, layer.order)

@@ -2,20 +2,25 @@
 
     python make_checkpoints.py DIRECTORY [NAME ...]
 
-Runs in orchestrator's own environment. Every directory gets a `reference.json`: for each prompt the
-greedy continuation and the log-probabilities of its tokens, by `orchestrator.load` in float32.
+Runs in orchestrator's own environment. Beside each checkpoint there is a JSON of its name: for some
+prompts the greedy continuation and the log-probabilities of their tokens, by `orchestrator.load` in
+float32.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from compressed import compress, plan_of
 from families import write_model
+from safetensors.torch import save_file
+from torch import Tensor
 
 import orchestrator
 from orchestrator.plan.forms import LOW_RANK
@@ -25,6 +30,11 @@ from orchestrator.plan.plan import Assignment, Plan
 VOCABULARY = 384
 GENERATED = 24
 LENGTHS = (5, 17, 33, 60)
+TEXTS = (
+    "The river ran past seven mills before it came to the sea.",
+    "Nobody at the inn could say who had built the bridge, or when. She counted 42 ships; the last",
+    "def mean(values):\n    return",
+)
 # heads of a size that the attention of vLLM's CPU build has
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -69,6 +79,8 @@ def multimodal() -> transformers.PreTrainedModel:
 
 MODELS = {
     "llama": model("LlamaForCausalLM"),
+    # one head of keys and values, which two ranks share
+    "llama_one_kv_head": model("LlamaForCausalLM", num_key_value_heads=1),
     "llama_biased": model("LlamaForCausalLM", attention_bias=True, mlp_bias=True),
     "mistral": model("MistralForCausalLM", sliding_window=16),
     "qwen2": model("Qwen2ForCausalLM"),
@@ -148,6 +160,7 @@ CASES: dict[str, tuple[str, Callable[[Survey], Plan] | None]] = {
         in_turn(sparse, low_rank, low_rank_sparse, pivoted, dense, few_entries),
     ),
     "shared-bases": ("llama", shared),
+    "one-kv-head": ("llama_one_kv_head", MIXED),
     "biases": ("llama_biased", MIXED),
     "mistral": ("mistral", MIXED),
     "qwen2": ("qwen2", MIXED),
@@ -169,41 +182,114 @@ def prompts() -> list[list[int]]:
 
 
 @torch.no_grad()
-def reference(directory: Path) -> dict[str, list[list[float]] | list[list[int]]]:
-    """Return prompts, continuations and log-probabilities."""
-    loaded = orchestrator.load(directory, dtype=torch.float32)
-    found: dict[str, list[list[float]] | list[list[int]]] = {"prompts": prompts()}
+def answers(loaded: Any, asked: list[list[int]]) -> dict[str, Any]:
+    """Return prompts, their log-probabilities, and continuations."""
     continued, scores = [], []
-    for prompt in prompts():
+    for prompt in asked:
         ids = torch.tensor([prompt])
         logits = loaded(input_ids=ids).logits[0, :-1].log_softmax(dim=-1)
         scores.append(logits.gather(1, ids[0, 1:, None])[:, 0].tolist())
         ids = loaded.generate(
-            input_ids=ids, max_new_tokens=GENERATED, do_sample=False, eos_token_id=None
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=GENERATED,
+            min_new_tokens=GENERATED,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=None,
         )
         continued.append(ids[0, len(prompt) :].tolist())
-    return found | {"continued": continued, "scores": scores}
+    return {"prompts": asked, "continued": continued, "scores": scores}
 
 
-def make(root: Path, names: list[str]) -> Iterator[Path]:
-    """Yield the directory of every case, once it is there."""
-    for name in names:
-        family, plan = CASES[name]
-        original = root / "originals" / family
-        if not original.exists():
-            write_model(MODELS[family], original)
-        out = original if plan is None else root / name
-        if plan is not None:
-            compress(original, out, make_plan=plan)
-        (root / f"{name}.json").write_text(json.dumps({"model": str(out), **reference(out)}))
-        yield out
+def make(root: Path, name: str) -> None:
+    """Write the checkpoint of a case, and its reference."""
+    family, plan = CASES[name]
+    original = root / "originals" / family
+    if not original.exists():
+        write_model(MODELS[family], original)
+    out = original if plan is None else root / name
+    if plan is not None:
+        compress(original, out, make_plan=plan)
+    loaded = orchestrator.load(out, dtype=torch.float32)
+    found = {"model": str(out), **answers(loaded, prompts())}
+    (root / f"{name}.json").write_text(json.dumps(found))
+
+
+def make_adapted(root: Path, name: str) -> None:
+    """Write an adapter of the dense model's linears, and the answers with it on top of a case."""
+    directory, rank, scale = root / f"{name}-adapter", 8, 2.0
+    directory.mkdir()
+    loaded = orchestrator.load(root / name, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(9)
+    kinds = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for path, module in loaded.named_modules():
+            if not path.endswith(kinds):
+                continue
+            down_RI = torch.randn(rank, module.in_features, generator=generator) * 0.1
+            up_OR = torch.randn(module.out_features, rank, generator=generator) * 0.1
+            tensors[f"base_model.model.{path}.lora_A.weight"] = down_RI
+            tensors[f"base_model.model.{path}.lora_B.weight"] = up_OR
+            hook = adding(down_RI, up_OR * scale)
+            hooks.callback(module.register_forward_hook(hook).remove)
+        found = answers(loaded, prompts())
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "bias": "none"}
+    config |= {"target_modules": list(kinds), "task_type": "CAUSAL_LM"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    found |= {"model": str(root / name), "adapter": str(directory)}
+    (root / f"{name}-adapted.json").write_text(json.dumps(found))
+
+
+def adding(down_RI: Tensor, up_OR: Tensor) -> Callable[..., Tensor]:
+    """Return a hook that adds the term of an adapter to a linear's outputs."""
+    return lambda module, inputs, outputs: outputs + inputs[0] @ down_RI.T @ up_OR.T
+
+
+def make_configs(root: Path) -> None:
+    """Write configs, without weights, that name linears which are not served."""
+    for name, architecture, linear in (
+        ("experts", "Qwen3MoeForCausalLM", "model.layers.0.mlp.experts.0.up_proj"),
+        ("gpt_neox", "GPTNeoXForCausalLM", "gpt_neox.layers.0.attention.query_key_value"),
+    ):
+        small = {**SIZES, "num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+        config = getattr(transformers, architecture).config_class(**small)
+        config.architectures = [architecture]
+        modules = {linear: {"form": "low_rank", "rank": 2}}
+        config.quantization_config = {
+            "quant_method": "orchestrator",
+            "format_version": 1,
+            "modules": modules,
+        }
+        config.save_pretrained(root / "configs" / name)
+
+
+def make_text_reference(root: Path, name: str) -> None:
+    """Write the answers of a compressed model, which is there, to real text."""
+    loaded = orchestrator.load(root / name, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(root / name)
+    asked = [tokenizer(text).input_ids for text in TEXTS]
+    found = {"model": str(root / name), **answers(loaded, asked)}
+    (root / f"{name}.json").write_text(json.dumps(found))
 
 
 def main() -> None:
-    root, *names = sys.argv[1:]
+    """Write what is asked for, all but real models by default."""
+    root, names = Path(sys.argv[1]).absolute(), sys.argv[2:]
     torch.set_num_threads(1)
-    for directory in make(Path(root), names or list(CASES)):
-        print(directory, flush=True)
+    if not names:
+        make_configs(root)
+        names = [*CASES, "mixed-adapted", "low-rank-and-sparse-adapted"]
+    for name in names:
+        if name in CASES:
+            make(root, name)
+        elif name.endswith("-adapted"):
+            make_adapted(root, name.removesuffix("-adapted"))
+        else:
+            make_text_reference(root, name)
+        print(name, flush=True)
 
 
 if __name__ == "__main__":
