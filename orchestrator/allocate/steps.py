@@ -92,8 +92,7 @@ def spend(
     if least > budget:
         raise InfeasibleError(
             f"{where}: a share of {budget} values is below {ranks.smallest} for each of "
-            f"{len(linears)} linears, which stores {least}; keep more, or exclude some with "
-            "--ignore"
+            f"{len(linears)} linears, which stores {least}; keep more, or --ignore some"
         )
     taken = min(int(np.searchsorted(spent, budget, side="right")), wanted)
     left = budget - int(spent[taken - 1])

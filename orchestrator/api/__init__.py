@@ -19,10 +19,11 @@ from orchestrator.api.compression import (
     retarget_sizes,
     search,
 )
-from orchestrator.api.machine import doctor
+from orchestrator.api.machine import bench, doctor
 from orchestrator.api.runs import clean, compare, report, status, watch
 
 __all__ = [
+    "bench",
     "clean",
     "compare",
     "compress",

@@ -42,7 +42,7 @@ def print_evaluation(report: Mapping[str, Any]) -> None:
         values = [model[name] for model in models]
         label = name.replace("_", " ")
         table.append([label, *("unknown" if v is None else shown(v) for v in values)])
-    _print_table(table)
+    print_table(table)
     is_base = report.get("against_is_base", True)
     if "kl" in report:
         from_what = "the dense model" if is_base else table[0][1]
@@ -50,7 +50,7 @@ def print_evaluation(report: Mapping[str, Any]) -> None:
         print(f"same top token for {report['top1_agreement']:.1%}")
     if "tasks" in report:
         print()
-        _print_table(task_table(report["tasks"], names))
+        print_table(task_table(report["tasks"], names))
     if not is_base:
         print(f"{table[0][1]} is not the model that {table[0][2]} was compressed from")
     if "predictions" in report:
@@ -81,7 +81,7 @@ def score_text(score: Mapping[str, Any] | None) -> str:
     return f"{score['value']:.4f}{error}"
 
 
-def _print_table(table: Sequence[Sequence[str]]) -> None:
+def print_table(table: Sequence[Sequence[str]]) -> None:
     """Print rows with aligned columns, the first one to the left."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for label, *cells in table:

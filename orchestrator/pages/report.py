@@ -10,6 +10,7 @@ from orchestrator.pages.linears import entries
 from orchestrator.pages.markup import Markup, element, joined, page, section, write_page
 from orchestrator.pages.memory import memory
 from orchestrator.pages.sources import Source, read_source, whole
+from orchestrator.pages.speeds import speeds
 from orchestrator.pages.tables import cell, head, number, row_head
 from orchestrator.plan.result import kept_bytes, rank_multiples
 from orchestrator.readable import counted, duration, size
@@ -98,6 +99,7 @@ def report_page(source: Source) -> Markup:
         linear_sections.rank_curves(found, source.rank_shares),
         linear_sections.density_curves(found, source.density_shares),
         evaluation_section(source.evaluations, "Before and after"),
+        speeds(source.speed),
         _timings(source.report.get("timings", {})),
         memory(source.report.get("timings", {})),
         _recipe(source),

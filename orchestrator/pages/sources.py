@@ -19,7 +19,7 @@ import numpy as np
 from orchestrator.errors import InputError
 from orchestrator.pages.happened import UNLISTED
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.result import REPORT_FILE
+from orchestrator.plan.result import BENCH_SUFFIX, REPORT_FILE
 from orchestrator.readable import counted
 from orchestrator.recipe.recipe import SCHEDULE, Recipe
 from orchestrator.store.files import parse_json, size_of
@@ -47,6 +47,8 @@ class Source:
     density_shares: Mapping[str, np.ndarray]
     """By sparse linear: energy fraction at equally spaced densities, the last one 1."""
     evaluations: Sequence[Mapping[str, Any]]
+    speed: Mapping[str, Any]
+    """Times that `bench` has written beside the checkpoint; empty if there are none."""
     events: Sequence[Mapping[str, Any]]
     """Events other than stages and units."""
     out_bytes: int | None
@@ -129,6 +131,7 @@ def read_source(place: Place) -> Source:
         rank_shares=ranks,
         density_shares=densities,
         evaluations=evaluations,
+        speed=_speed(out),
         events=list(told_events(run)) if run and speaks_of_out else [],
         out_bytes=out_bytes if report else None,
         dense_bytes=_weight_bytes(Path(dense)) if dense else None,
@@ -298,6 +301,14 @@ def _asked(directory: Place, facts: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(asked, dict):
         return {}
     return asked if all(asked.get(n) == text.get(n) for n in ("source", "layout")) else {}
+
+
+def _speed(out: Place | None) -> dict[str, Any]:
+    """Read what `bench` has written beside a checkpoint."""
+    if out is None or not (path := out.with_name(f"{out.name}{BENCH_SUFFIX}")).is_file():
+        return {}
+    found = parse_json(path.read_bytes())
+    return found if isinstance(found, dict) else {}
 
 
 def _is_evaluation(directory: Place) -> bool:

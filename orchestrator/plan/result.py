@@ -9,6 +9,8 @@ from orchestrator.store.places import Place
 
 REPORT_FILE = "orchestrator_report.json"
 """Name of the report in a checkpoint."""
+BENCH_SUFFIX = ".bench.json"
+"""End of the name of the file with a checkpoint's speed, beside it."""
 
 
 def kept_bytes(report: Mapping[str, Any]) -> float | None:

@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "models.survey models.shards torch safetensors transformers numpy",
     "models.training": "errors plan randomness recipe device linalg models.forms models.shards "
     "models.statistics models.evaluation torch transformers",
+    "bench": "errors device hf linalg models.checkpoint models.forms torch transformers",
     "hf": "errors version plan models.forms models.checkpoint models.survey models.shards torch "
     "transformers",
     # execution: independent of models
@@ -82,8 +83,8 @@ MAY_IMPORT = {
     "huggingface_hub",
     # tasks of lm-evaluation-harness
     "harness": "errors lm_eval numpy torch",
-    "api": f"{PLAIN} doctor evaluation forecast harness hf hub pages plan recipe resolve runtime "
-    f"runtime.ray searching stages stages.context stages.evaluate store transformers {MODELS}",
+    "api": f"{PLAIN} bench doctor evaluation forecast harness hf hub pages plan recipe resolve "
+    f"runtime runtime.ray searching stages stages.context stages.evaluate store transformers {MODELS}",
     # experiment trackers, extras; the module of each imports it
     "tracking": "errors events mlflow torch trackio wandb",
     "cli": f"{PLAIN} api catalogue evaluation forecast plan recipe tracking usage rich shtab",

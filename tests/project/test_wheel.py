@@ -47,6 +47,7 @@ CALLS = {
         "mean KL divergence from the dense model",
     ),
     "lm-eval": (["lm-eval", "--help"], 0, "arguments of lm_eval"),
+    "bench": (["bench", "out", "--batch", "1", "--length", "4"], 0, "prefill, 1 x 4"),
     "verify": (["verify", "out", "--against", "dense"], 0, "as reported"),
     "export": (["export", "out", "dense-again"], 0, "dense-again"),
     "push": (["push", "out", "someone/tiny", "--dry-run"], 0, "## Reproduce"),

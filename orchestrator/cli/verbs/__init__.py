@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from orchestrator.cli import completion
 from orchestrator.cli.verbs import (
+    bench,
     clean,
     compare,
-    completion,
     compress,
     doctor,
     evaluate,
@@ -46,6 +47,7 @@ VERBS: Mapping[str, Verb] = {
     "search": search,
     "evaluate": evaluate,
     "lm-eval": lm_eval,
+    "bench": bench,
     "verify": verify,
     "export": export,
     "push": push,

@@ -4,12 +4,14 @@ Shape suffixes: B sequences, T tokens, C channels.
 """
 
 import statistics
-import time
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from orchestrator.device.timing import Stopwatch
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 
@@ -17,30 +19,47 @@ PROMPT_TOKENS = 64
 DECODED_TOKENS = 8
 
 
-def decode_seconds(shard: Shard, chunk: Chunk) -> float | None:
-    """Measure the shard's median time to decode one token of one sequence, with a KV cache.
+Pass = Callable[[], object]
+"""A pass of one token."""
+
+
+def decode_seconds(
+    shards: Mapping[str, Shard], chunks: Mapping[str, Chunk], device: torch.device
+) -> dict[str, float | None]:
+    """Measure each shard's median time to decode one token of one sequence, with a KV cache.
 
     The chunk's first tokens, at most 64, are the prompt, and its next 8 are treated as generated:
-    in a causal model a token's state at the shard's input is the same. Returns None if the chunk
-    is too short or has padding there, or if the family's block state cannot be cut by token.
+    in a causal model a token's state at the shard's input is the same. Every token passes all
+    shards before the next one, in an order that is reversed each time. None if the chunk is too
+    short or has padding there, or if the family's block state cannot be cut by token.
+
+    Args:
+        shards: The same blocks of several models, by name.
+        chunks: The chunk at the input of each of them.
     """
+    passes = {name: _passes(shard, chunks[name]) for name, shard in shards.items()}
+    watch, seconds = Stopwatch(device), {name: list[float]() for name in shards}
+    names = [name for name, each in passes.items() if each]
+    for token in range(DECODED_TOKENS):
+        for name in names:
+            seconds[name].append(watch.seconds(passes[name][token]))
+        names.reverse()
+    return {name: statistics.median(each) if each else None for name, each in seconds.items()}
+
+
+def _passes(shard: Shard, chunk: Chunk) -> list[Pass]:
+    """Pass the prompt; return the passes of the tokens after it, none if they cannot be cut."""
     prompt = min(PROMPT_TOKENS, chunk.tokens.shape[1] - DECODED_TOKENS)
     if prompt < 1 or not bool(chunk.mask[0, : prompt + DECODED_TOKENS].all()):
-        return None
+        return []
     cut = [_tokens(chunk, prompt + n, prompt + n + 1) for n in range(DECODED_TOKENS)]
     start = _tokens(chunk, 0, prompt)
     if start is None or any(step is None for step in cut):
-        return None
+        return []
     cache = DynamicCache(config=shard.config)
     run = shard.logits if shard.is_last else shard.forward
     run(start, cache)
-    seconds = []
-    for step in cut:
-        begun = _now()
-        assert step is not None
-        run(step, cache)
-        seconds.append(_now() - begun)
-    return statistics.median(seconds)
+    return [partial(run, step, cache) for step in cut if step is not None]
 
 
 def _tokens(chunk: Chunk, start: int, stop: int) -> Chunk | None:
@@ -57,9 +76,3 @@ def _tokens(chunk: Chunk, start: int, stop: int) -> Chunk | None:
 
         payload = payload.map(cut)
     return Chunk(chunk.index, tokens, mask, payload)
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -1,7 +1,6 @@
 """The worker of `evaluate`: the same blocks of one or two models side by side."""
 
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from orchestrator.device.malloc import return_freed_memory
+from orchestrator.device.timing import Stopwatch
 from orchestrator.device.transport import Departure
 from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.evaluation.scoring import score
@@ -63,25 +63,27 @@ class EvaluationWorker(Worker):
         """Passes one sequence through every model's blocks; behind the last ones, its score.
 
         The small result is the time that each model took, and on the first step of a shard the
-        time of a decoding step.
+        time of a decoding step. The model that is first changes from sequence to sequence.
         """
         chunks = self._inputs(index, record)
         first = next(iter(self._shards.values()))
         timings: dict[str, Any] = {"prefill": {}, "decode": {}}
         passed: dict[str, Any] = {}
-        for name, shard in self._shards.items():
-            if not self._decode_measured:
-                timings["decode"][name] = decode_seconds(shard, chunks[name])
-            start = self._now()
+        if not self._decode_measured:
+            timings["decode"] = decode_seconds(self._shards, chunks, self.device)
+            self._decode_measured = True
+        watch = Stopwatch(self.device)
+        for name in [*self._shards][:: -1 if index % 2 else 1]:
+            shard = self._shards[name]
+            start = watch.now()
             run = shard.logits if shard.is_last else shard.forward
             passed[name] = run(chunks[name])
-            timings["prefill"][name] = self._now() - start
-        self._decode_measured = True
+            timings["prefill"][name] = watch.now() - start
         if first.is_last:
             self._commit_score(index, chunks["model"], passed)
             return timings, None
         departure = Departure()
-        records = pack_many(passed, departure)
+        records = pack_many({name: passed[name] for name in self._shards}, departure)
         self.store(first.blocks.stop, index, records, departure)
         return timings, records
 
@@ -99,11 +101,6 @@ class EvaluationWorker(Worker):
         result = score(chunk.tokens, chunk.mask, logits["model"], logits.get("against"))
         unit = self.run.units.begin(self.task.score_keys[index])
         unit.commit(environment=self.environment(), facts=result.to_json())
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def tokens_per_second(tokens: int, seconds_by_shard: Mapping[int, list[float]]) -> float | None:

@@ -58,6 +58,15 @@ def test_its_tensors_have_the_names_of_the_format():
     assert not isinstance(module, nn.Linear)
 
 
+def some_pivoted(inputs, outputs, rank, **options):
+    """Make a pivoted linear with random values and another order of its rows."""
+    module = PivotedLinear(inputs, outputs, rank, **options)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    module.index.copy_(torch.arange(outputs).roll(rank // 2))
+    return module
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_pivoted_linear_orders_its_rows_by_the_index(bias):
     """It maps x to [D; W D] x + b with rows ordered by the index, in values and in gradients."""
@@ -109,8 +118,45 @@ def test_the_backward_of_a_pivoted_linear_gathers():
     assert torch.autograd.gradgradcheck(module, x_TI)
     with Operations() as operations:
         module(x_TI).square().sum().backward()
-    assert "gather" in operations.names
-    assert not {"index_add", "scatter_add", "index_put", "index_select"} & operations.names
+    assert "index_select" in operations.names
+    assert not {"index_add", "scatter_add", "index_put"} & operations.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pivoted_linear_copies_its_outputs_once_without_gradients(dtype, bias):
+    """Two products into one output and one selection, with the bits of the way with gradients."""
+    module = some_pivoted(70, 50, 30, bias=bias, dtype=dtype)
+    x_BTI = torch.randn(2, 9, 70).to(dtype)
+    expected = module(x_BTI)
+    with torch.no_grad(), Operations() as operations:
+        found = module(x_BTI)
+    assert torch.equal(found, expected.detach())
+    assert not {"cat", "copy", "clone"} & operations.names
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x_BTI[:1, :1]), found[:1, :1])
+        assert module(x_BTI[:, :0]).shape == (2, 0, 50)
+
+
+@torch.no_grad()
+def test_a_pivoted_linear_whose_pivots_are_changed_calls_what_changes_them():
+    """A hook, another class or a function in the place of the pivots' linear, and autocast."""
+    x_TI = torch.randn(4, 7)
+    module = some_pivoted(7, 5, 3, bias=False)
+    plain = module(x_TI)
+    doubled = torch.nn.functional.linear(2 * x_TI, module.dense_weight())
+    hook = module.down.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    torch.testing.assert_close(module(x_TI), doubled)
+    hook.remove()
+    assert torch.equal(module(x_TI), plain)
+    forward = module.down.forward
+    module.down.forward = lambda x_TI: forward(2 * x_TI)
+    torch.testing.assert_close(module(x_TI), doubled)
+    del module.down.forward
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x_TI).dtype == torch.bfloat16
+    module.down = nn.Sequential(module.down, nn.Identity())
+    torch.testing.assert_close(module(x_TI), plain)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 3], [0, 1, 2, 3, 5], [-1, 0, 1, 2, 3]])

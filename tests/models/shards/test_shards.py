@@ -11,6 +11,7 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import orchestrator.hf  # noqa: F401 # a compressed checkpoint is loaded whole
 from orchestrator.errors import InputError
+from orchestrator.models.evaluation.speed import DECODED_TOKENS, decode_seconds
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 
@@ -33,6 +34,25 @@ def test_a_shard_holds_its_own_tensors_and_no_others(lazy_model):
             in_memory = {n for n, p in parameters.items() if p.untyped_storage().nbytes() > 8}
             on_meta = {n for n, p in parameters.items() if p.is_meta}
             assert in_memory - on_meta == set(expected)
+
+
+def test_decoding_is_measured_in_turn(checkpoint):
+    """After both prompts each token passes one model, then the other, whose turn is first next; a
+    text that is too short is not measured."""
+    models = {name: LazyModel.open(checkpoint("llama")) for name in "ab"}
+    shards = {name: model.shard(range(model.num_blocks)) for name, model in models.items()}
+    passed = []
+    for name, shard in shards.items():
+        shard.on_output = lambda _, name=name: passed.append(name)
+    chunk = Chunk(0, torch.arange(24)[None] % VOCABULARY, torch.ones(1, 24, dtype=torch.bool))
+    found = decode_seconds(shards, dict.fromkeys(shards, chunk), torch.device("cpu"))
+    assert passed == [*"ab", *"abba" * (DECODED_TOKENS // 2)]
+    assert all(seconds > 0 for seconds in found.values())
+    short = Chunk(0, chunk.tokens[:, :8], chunk.mask[:, :8])
+    none = decode_seconds(shards, dict.fromkeys(shards, short), torch.device("cpu"))
+    assert none == {"a": None, "b": None}
+    for shard in shards.values():
+        shard.close()
 
 
 def test_closing_a_shard_frees_its_weights(lazy_model):
