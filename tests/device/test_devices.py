@@ -23,13 +23,14 @@ DTYPES = ("float32", "bfloat16")
 THREE = ("*.k_proj", "*.o_proj", "*.down_proj")
 """Targets of a wide, a square and a tall shape, for work that is the same for each linear."""
 FEW = {
-    "asvd": {"options": {"strs": {"grid": "0.4 0.9", "windows": 1}}},
+    "asvd": {"options": {"strs": {"grid": "0.4 0.9", "windows": 1}}, "target": THREE},
     "cap": {
         "options": {"cap": {"iterations": 1, "samples": 2, "buckets": 16}},
         "target": THREE,
     },
     "two-sided-sparse": {
         "options": {"two-sided-sparse": {"densities": "0 0.3", "steps": 2}},
+        "target": THREE,
     },
 }
 """Fields for fewer trials, by method."""
