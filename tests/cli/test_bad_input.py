@@ -296,6 +296,7 @@ def test_directories_in_each_other(command, says, model, tmp_path, monkeypatch, 
     of a run are removed together."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("dense")
+    write_text(tmp_path / "text.txt")
     before = sorted(tmp_path.rglob("*"))
     text = ["--keep", "0.5", "--calibration"] if command.startswith("compress") else ["--text"]
     assert main([*command.split(), *text, "text.txt", "--executor", "local"]) == 2

@@ -381,7 +381,7 @@ def test_bad_model(tmp_path, monkeypatch, capsys, model, says):
     """A missing or invalid model ends with 4 and its path."""
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    arguments = ["compress", model, "out", "--keep", "0.8", "--calibration", "x.txt"]
+    arguments = ["compress", model, "out", "--keep", "0.8", "--calibration", "bundled"]
     assert main([*arguments, "--executor", "local"]) == 4
     assert says in capsys.readouterr().err.splitlines()[-1]
 
