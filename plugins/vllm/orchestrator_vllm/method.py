@@ -166,6 +166,8 @@ class FactoredLinearMethod(LinearMethodBase):
                 self._add_product(layer, name, weight)
             seconds.append(name)
         self.seconds = tuple(seconds)
+        # linears on a shared basis are still in the config's table
+        self.products.release()
         self.products = None
 
     def _add_product(self, layer: nn.Module, name: str, weight: Tensor) -> None:

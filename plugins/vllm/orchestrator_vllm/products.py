@@ -92,6 +92,13 @@ class Products:
         for shard in self.shards:
             shard.check_complete()
 
+    def release(self) -> None:
+        """Drop the weights, which the layer has now, perhaps in another layout."""
+        empty = self.first_FI.new_empty(0)
+        self.first_FI = empty
+        for shard in self.shards:
+            shard.first, shard.second = empty, None
+
     def flow(self) -> Flow:
         """Return the path of the values."""
         return Flow(

@@ -62,12 +62,11 @@ def model(architecture: str, **changes: object) -> Callable[[], transformers.Pre
 
 
 def multimodal() -> transformers.PreTrainedModel:
-    """Make a model with a vision tower around a language model."""
-    text = {**SIZES, **GEMMA, "vocab_size": VOCABULARY}
+    """Make a model with a vision tower beside a language model."""
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     config = transformers.Gemma3Config(
-        text_config=text,
+        text_config={**SIZES, **GEMMA},
         vision_config=vision,
         mm_tokens_per_image=4,
         image_token_index=VOCABULARY - 1,
@@ -183,12 +182,10 @@ def prompts() -> list[list[int]]:
 
 @torch.no_grad()
 def answers(loaded: Any, asked: list[list[int]]) -> dict[str, Any]:
-    """Return prompts, their log-probabilities, and continuations."""
-    continued, scores = [], []
+    """Return prompts and continuations, and the log-probabilities of both."""
+    continued, scores, chosen = [], [], []
     for prompt in asked:
         ids = torch.tensor([prompt])
-        logits = loaded(input_ids=ids).logits[0, :-1].log_softmax(dim=-1)
-        scores.append(logits.gather(1, ids[0, 1:, None])[:, 0].tolist())
         ids = loaded.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -198,8 +195,12 @@ def answers(loaded: Any, asked: list[list[int]]) -> dict[str, Any]:
             repetition_penalty=1.0,
             eos_token_id=None,
         )
+        logits = loaded(input_ids=ids).logits[0, :-1].log_softmax(dim=-1)
+        each = logits.gather(1, ids[0, 1:, None])[:, 0].tolist()
         continued.append(ids[0, len(prompt) :].tolist())
-    return {"prompts": asked, "continued": continued, "scores": scores}
+        scores.append(each[: len(prompt) - 1])
+        chosen.append(each[len(prompt) - 1 :])
+    return {"prompts": asked, "continued": continued, "scores": scores, "chosen": chosen}
 
 
 def make(root: Path, name: str) -> None:
