@@ -84,7 +84,8 @@ MAY_IMPORT = {
     # tasks of lm-evaluation-harness
     "harness": "errors lm_eval numpy torch",
     "api": f"{PLAIN} bench doctor evaluation forecast harness hf hub pages plan recipe resolve "
-    f"runtime runtime.ray searching stages stages.context stages.evaluate store transformers {MODELS}",
+    f"runtime runtime.ray searching stages stages.context stages.evaluate store transformers "
+    f"{MODELS}",
     # experiment trackers, extras; the module of each imports it
     "tracking": "errors events mlflow torch trackio wandb",
     "cli": f"{PLAIN} api catalogue evaluation forecast plan recipe tracking usage rich shtab",
