@@ -242,6 +242,29 @@ def test_a_basis_that_did_not_come_is_said():
     shard.check_complete()
 
 
+@pytest.mark.parametrize(
+    ("form", "fields", "found"),
+    [
+        ("low_rank", {"rank": 27}, "found rank 27, a .64, 48. linear takes 1 to 26"),
+        ("low_rank", {"rank": 0}, "found rank 0 for low_rank"),
+        ("pivoted", {"rank": 48}, "found rank 48, pivoted a .64, 48. linear takes 1 to 47"),
+        ("sparse", {"index": "sorted"}, "found index 'sorted'"),
+    ],
+)
+def test_a_form_must_fit_its_linear(form, fields, found):
+    """The limits are those of the main package, before a weight is read."""
+    with pytest.raises(InputError, match=f"q_proj: {found}.* does not belong to this model"):
+        shard_of(form, **fields)
+
+
+def test_a_basis_may_be_larger_than_one_of_its_linears_allows():
+    """Two linears of 64 outputs on one basis have the break-even rank of 128 outputs."""
+    division = Division()
+    (part,) = parts_of(division, [64], INPUTS, linears=1)
+    form = StoredForm(form="low_rank", rank=30)
+    assert make_shard("q_proj", form, part, division, shares_basis=True).width == 30
+
+
 def test_projections_and_linears_must_correspond():
     """Two linears for three projections have no division."""
     with pytest.raises(ValueError, match="2 linears of the checkpoint for 3 projections"):

@@ -44,6 +44,11 @@ class ServedConfig(QuantizationConfig):
         self.members: dict[str, list[Shard]] = {}
         self._claimed: set[str] = set()
 
+    @property
+    def bases(self) -> set[str]:
+        """Names of the linears whose basis others use."""
+        return {form.basis for form in self.forms.values()} - {""}
+
     def get_name(self) -> str:
         return METHOD
 

@@ -88,8 +88,11 @@ class FactoredLinearMethod(LinearMethodBase):
             linears=len(self.forms),
             replicas=getattr(layer, "num_kv_head_replicas", 1),
         )
+        bases = self.config.bases
         shards = [
-            make_shard(name, form, part, division)
+            make_shard(
+                name, form, part, division, shares_basis=name in bases or bool(form and form.basis)
+            )
             for (name, form), part in zip(self.forms.items(), parts, strict=True)
         ]
         like = torch.empty(0, dtype=params_dtype)

@@ -9,16 +9,20 @@ Shape suffixes: O outputs, I inputs, R inner values, F rows of the first product
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from orchestrator_vllm.forms import FORMS, index_codes
 from orchestrator_vllm.forms.base import StoredForm
+from orchestrator_vllm.forms.config import misfits
 from orchestrator_vllm.forms.errors import InputError
 from orchestrator_vllm.layout import ALIGNMENT, Division, Part, pivoted_places
 
 DENSE = StoredForm(form="dense")
+MANY = 2**40
+"""More outputs than any linear has."""
 
 
 class Shard:
@@ -208,7 +212,28 @@ SHARDS: Mapping[str, type[Shard]] = {
 }
 
 
-def make_shard(name: str, form: StoredForm | None, part: Part, division: Division) -> Shard:
-    """Return the shard of a linear; None: it is dense."""
+def make_shard(
+    name: str,
+    form: StoredForm | None,
+    part: Part,
+    division: Division,
+    *,
+    shares_basis: bool = False,
+) -> Shard:
+    """Return the shard of a linear.
+
+    Args:
+        form: None: it is dense.
+        shares_basis: True if its basis is another linear's, or another linear uses it.
+
+    Raises:
+        InputError: A linear of this size cannot be stored in this form.
+    """
     form = form or DENSE
+    if form.form != "dense":
+        # linears on one basis are weighed together; how many outputs they have is not known here
+        outputs = MANY if shares_basis else part.out_features
+        alone = {name: replace(form, basis="")}
+        for _, reason in misfits(alone, {name: (outputs, part.in_features)}):
+            raise InputError(f"{name}: {reason}; the config does not belong to this model")
     return SHARDS[form.form](name, form, part, division)

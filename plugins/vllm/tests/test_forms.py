@@ -21,7 +21,6 @@ CASES = [
     "gemma2",
     "gemma3",
     "phi3",
-    "multimodal",
 ]
 
 
@@ -29,9 +28,7 @@ CASES = [
 def test_answers_are_those_of_transformers(name, reference):
     """Greedy tokens are equal; log-probabilities differ by less than 1e-4."""
     expected = reference(name)
-    # of images only their absence: their processors need torchvision
-    options = {"limit_mm_per_prompt": {"image": 0}} if name == "multimodal" else {}
-    with served(expected["model"], **options) as llm:
+    with served(expected["model"]) as llm:
         check_answers(llm, expected)
 
 
