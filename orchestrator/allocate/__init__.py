@@ -8,7 +8,7 @@ returns a `Plan`. Laws of all allocators, tested by one set of tests:
 - a budget below the stored values of rank 1 everywhere raises `InfeasibleError`;
 - exchanging the data of two blocks exchanges their assignments.
 
-Laws of allocators whose docstring names no exception:
+Laws of allocators whose docstring names no exception, where every rank is allowed:
 
 - a larger budget never gives fewer stored values, a smaller rank or a larger loss;
 - every linear is dense at a kept fraction of 1.

@@ -7,6 +7,7 @@ less than the one before. For a curve known at some ranks only (`SampledCurve`) 
 ranks up to the next sample. An allocator orders the steps by keys; `spend` takes them.
 """
 
+import heapq
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -66,7 +67,10 @@ def spend(
     an infinite key is never taken. The remainder is less than the cost of the next step and stays
     unused: no cheaper step is taken out of order. Therefore the steps of a smaller budget are a
     subset of those of a larger one with the same keys, and if keys are costs per gain, no plan with
-    as few values gains more. A step of several ranks is taken partially if necessary.
+    as few values gains more. A step of several samples is taken partially if necessary.
+
+    Multiples are large steps, whose remainder would cost quality: it pays for further steps that
+    fit, in the same order, so that a rank may fall as the budget grows.
 
     O(n log n) in the number of steps, about 40 bytes each.
 
@@ -82,11 +86,9 @@ def spend(
     costs = [step_costs(linear, ranks, end) for linear, end in zip(linears, ends, strict=True)]
     counts = np.array([len(cost) for cost in costs])
     first = np.concatenate([[0], np.cumsum(counts)])
-    all_costs = np.concatenate(costs)
-    del costs
+    spent = np.concatenate(costs)
     order, wanted = _order_by_key(keys, counts, first)
-    spent = all_costs[order]
-    del all_costs
+    spent = spent[order]
     np.cumsum(spent, out=spent)
     least = int(spent[len(linears) - 1])
     if least > budget:
@@ -99,14 +101,61 @@ def spend(
     is_taken = np.zeros(len(order), dtype=bool)
     is_taken[order[:taken]] = True
     steps = np.add.reduceat(is_taken, first[:-1], dtype=np.int64)
+    is_sampled = any(end is not None for end in ends)
+    if not is_sampled and any(ranks.step(linear) > 1 for linear in linears):
+        _fill(steps, order, spent, first, left=left, wanted=wanted)
     following = int(np.searchsorted(first, order[taken], "right")) - 1 if taken < wanted else -1
-    assignments = {}
-    for place, (linear, end, count) in enumerate(zip(linears, ends, steps.tolist(), strict=True)):
-        if count == counts[place]:
-            assignments[linear.name] = Assignment(form="dense")
+    return {
+        linear.name: Assignment(form="dense")
+        if steps[place] == counts[place]
+        else _cut(linear, int(steps[place]), ranks, end, left=left if place == following else 0)
+        for place, (linear, end) in enumerate(zip(linears, ends, strict=True))
+    }
+
+
+def _cut(
+    linear: Linear, steps: int, ranks: AllowedRanks, end: np.ndarray | None, *, left: int
+) -> Assignment:
+    """Return the assignment of steps before the dense one; between samples with `left` values
+    more."""
+    rank = steps * ranks.step(linear) if end is None else int(end[steps - 1])
+    if end is not None and left and steps < len(end):
+        rank = ranks.within(linear, ranks.form.factor_values(linear, rank) + left)
+    return Assignment(form=ranks.form.name, rank=rank)
+
+
+def _fill(
+    steps: np.ndarray,
+    order: np.ndarray,
+    spent: np.ndarray,
+    first: np.ndarray,
+    *,
+    left: int,
+    wanted: int,
+) -> None:
+    """Add further steps to those of each linear, in order and as long as they fit.
+
+    A step that does not fit ends those of its linear.
+
+    Args:
+        steps: Steps taken of each linear; changed.
+        order: Steps of all linears in their order.
+        spent: Sum of the costs up to each place of the order.
+        first: First step of each linear, and the number of all.
+        left: Values that are left.
+        wanted: Number of steps in the order that may be taken.
+    """
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    following = first[:-1] + steps
+    waiting = [(int(place[f]), i) for i, f in enumerate(following) if f < first[i + 1]]
+    heapq.heapify(waiting)
+    while waiting:
+        at, linear = heapq.heappop(waiting)
+        cost = int(spent[at] - spent[at - 1])
+        if at >= wanted or cost > left:
             continue
-        rank = count * ranks.step(linear) if end is None else int(end[count - 1])
-        if end is not None and place == following and count < len(end):
-            rank = ranks.within(linear, ranks.form.factor_values(linear, rank) + left)
-        assignments[linear.name] = Assignment(form=ranks.form.name, rank=rank)
-    return assignments
+        left -= cost
+        steps[linear] += 1
+        if (after := int(first[linear] + steps[linear])) < first[linear + 1]:
+            heapq.heappush(waiting, (int(place[after]), linear))
