@@ -179,7 +179,7 @@ def test_a_stopped_driver_is_resumed(executor, number, llama, text, reference, t
 @pytest.mark.parametrize("module", ["torch", "transformers"])
 def test_a_signal_before_the_run_begins(number, module, tmp_path):
     """While packages are imported there is nothing to resume: one line after their announcement,
-    exit code 75, no traces."""
+    exit code 75, no traces. The places exist, since they are looked up before."""
     code = f"""
 import os, sys
 from orchestrator import evaluate
@@ -188,7 +188,7 @@ def hook(event, arguments):
     if event == "import" and arguments[0] == {module!r}:
         os.kill(os.getpid(), {int(number)})
 sys.addaudithook(hook)
-sys.exit(main(["compress", "dense", "out", "--keep", "0.5", "--calibration", "text.txt"]))
+sys.exit(main(["compress", "..", "out", "--keep", "0.5", "--calibration", "bundled"]))
 """
     process = start("-c", code, forked=False, cwd=tmp_path)
     output, error = process.communicate()
