@@ -251,12 +251,17 @@ def adding(down_RI: Tensor, up_OR: Tensor) -> Callable[..., Tensor]:
 
 def make_configs(root: Path) -> None:
     """Write configs, without weights, that name linears which are not served."""
-    for name, architecture, linear in (
-        ("experts", "Qwen3MoeForCausalLM", "model.layers.0.mlp.experts.0.up_proj"),
-        ("gpt_neox", "GPTNeoXForCausalLM", "gpt_neox.layers.0.attention.query_key_value"),
+    experts = {"num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+    for name, architecture, linear, sizes in (
+        ("experts", "Qwen3MoeForCausalLM", "model.layers.0.mlp.experts.0.up_proj", SIZES | experts),
+        (
+            "falcon",
+            "FalconForCausalLM",
+            "transformer.h.0.self_attention.query_key_value",
+            {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 1},
+        ),
     ):
-        small = {**SIZES, "num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
-        config = getattr(transformers, architecture).config_class(**small)
+        config = getattr(transformers, architecture).config_class(**sizes)
         config.architectures = [architecture]
         modules = {linear: {"form": "low_rank", "rank": 2}}
         config.quantization_config = {

@@ -15,8 +15,10 @@ def test_tensor_parallel(name, reference):
 
 
 @pytest.mark.parametrize("name", ["mixed", "shared-bases"])
-def test_pipeline_parallel(name, reference):
+def test_pipeline_parallel(name, reference, monkeypatch):
     """Each stage has half of the blocks; bases are shared within a stage."""
+    # vLLM schedules stages from a process of its own
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     expected = reference(name)
     with served(
         expected["model"], pipeline_parallel_size=2, distributed_executor_backend="mp"
