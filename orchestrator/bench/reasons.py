@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from orchestrator.bench.roofline import Roofline
+from orchestrator.plan.allowed_ranks import automatic_multiple
 
-TILE = 16
-"""Number of which ranks are multiples where products are in whole tiles."""
 REBUILT = ("sparse", "low_rank_sparse")
 """Forms whose dense weight is made again at every call."""
 
@@ -50,7 +49,7 @@ def reasons(measured: MeasuredLinear, limits: Roofline, calls: float) -> list[st
     - form: entries are made a dense weight at every call.
     - launch-bound: the calls that it adds take longer than the smaller weight can save.
     - too small: less than a tenth is saved at all.
-    - rank: factors are no whole tiles.
+    - rank: factors are no whole tiles, those of the automatic multiple.
     - order: to bring outputs into their order takes longer than what is saved.
     - noise: the difference is within the spread of the times.
 
@@ -71,13 +70,15 @@ def reasons(measured: MeasuredLinear, limits: Roofline, calls: float) -> list[st
             f"saves {max(1e6 * saved, 0):.1f} us"
         )
     if measured.kept > 0.9:
-        found.append(f"too small: it keeps {measured.kept:.0%}, so at most that time is saved")
+        most = 1 - measured.kept
+        found.append(f"too small: at most {most:.1%} of the time is saved, as of the values")
     sizes = {"rank": measured.rank}
     if pivoted:
         sizes["outputs less rank"] = measured.out_features - measured.rank
-    odd = [f"{name} {size}" for name, size in sizes.items() if size % TILE]
+    tile = automatic_multiple(min(measured.out_features, measured.in_features))
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % tile]
     if odd:
-        found.append(f"rank: {' and '.join(odd)}, no multiple of {TILE} (--rank-multiple auto)")
+        found.append(f"rank: {' and '.join(odd)}, no multiple of {tile} (--rank-multiple auto)")
     copied = limits.copied(measured.tokens * measured.out_features) if pivoted else 0.0
     if not found and copied > saved:
         found.append(

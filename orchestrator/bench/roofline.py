@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from orchestrator.linalg.speeds import product_rate, read_rate
+from orchestrator.device.timing import in_turn
 
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices whose product is measured, by device."""
 READ_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """Bytes of the matrix that is read once in a measurement; larger than caches."""
+READ_COLUMNS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +31,21 @@ class Roofline:
 
     @classmethod
     def measure(cls, dtype: torch.dtype, device: torch.device) -> "Roofline":
+        """Measure both rates by the clock of all other times, in turn."""
+        size = PRODUCT_SIZE.get(device.type, PRODUCT_SIZE["cpu"])
+        read = READ_BYTES.get(device.type, READ_BYTES["cpu"])
+        square = torch.ones(size, size, dtype=dtype, device=device)
+        rows = read // dtype.itemsize // READ_COLUMNS
+        tall = torch.ones(rows, READ_COLUMNS, dtype=dtype, device=device)
+        vector = torch.ones(READ_COLUMNS, dtype=dtype, device=device)
         with torch.inference_mode():
-            return cls(
-                flops=product_rate(dtype, device, PRODUCT_SIZE.get(device.type, 1024)),
-                bandwidth=read_rate(dtype, device, READ_BYTES.get(device.type, 2**27)),
-                itemsize=dtype.itemsize,
-            )
+            runs = {"product": lambda: square @ square, "read": lambda: tall @ vector}
+            times = in_turn(runs, device)
+        return cls(
+            flops=2.0 * size**3 / times["product"].median,
+            bandwidth=tall.numel() * dtype.itemsize / times["read"].median,
+            itemsize=dtype.itemsize,
+        )
 
     def seconds(self, tokens: int, values: float, moved: float = 0.0) -> float:
         """Return the least seconds of products with `values` stored values.

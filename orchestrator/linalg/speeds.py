@@ -22,14 +22,6 @@ def product_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
     return 2.0 * size**3 / _seconds(lambda: left @ right, device)
 
 
-def read_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
-    """Measure bytes/s of a matrix-vector product, which reads its matrix of `size` bytes once."""
-    columns = 4096
-    matrix = torch.ones(size // dtype.itemsize // columns, columns, dtype=dtype, device=device)
-    vector = torch.ones(columns, dtype=dtype, device=device)
-    return matrix.numel() * dtype.itemsize / _seconds(lambda: matrix @ vector, device)
-
-
 def eigen_rate(device: torch.device, size: int) -> float:
     """Measure FLOP/s of a checked float64 symmetric eigendecomposition, counted as 9 size^3."""
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,14 @@ FEWEST = 16
 """Steps into which an automatic multiple divides the width of a linear, at least."""
 
 
+def automatic_multiple(width: int) -> int:
+    """Return the automatic multiple for the smaller width of a linear; see `AllowedRanks`."""
+    found = LARGE if width >= WIDE else SMALL
+    while found > 1 and found * FEWEST > width:
+        found //= 2
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class AllowedRanks:
     """Ranks N, 2 N, 3 N, ... below the break-even rank of a form, by linear; beside them is dense.
@@ -45,11 +53,7 @@ class AllowedRanks:
         """Return N for this linear."""
         if self.multiple != "auto":
             return self.multiple
-        width = min(linear.out_features, linear.in_features)
-        found = LARGE if width >= WIDE else SMALL
-        while found > 1 and found * FEWEST > width:
-            found //= 2
-        return found
+        return automatic_multiple(min(linear.out_features, linear.in_features))
 
     def count(self, linear: Linear) -> int:
         """Return the number of allowed ranks."""

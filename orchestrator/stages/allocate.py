@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from orchestrator.allocate.base import Scoring
 from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.by_bytes import fill_budget
+from orchestrator.errors import InfeasibleError
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 from orchestrator.stages.context.values import Decomposed, Planned, Scores, extended
@@ -67,8 +69,10 @@ def _multiples(
     }
     # losses that an allocator asked for are measured at the multiples alone
     if decomposed.allocator.scoring is Scoring.NONE:
-        free = planned(replace(budget, multiple=1))
-        entry["predicted_loss_of_every_rank"] = predicted_loss(stacked, curves, free)
+        # a share that is below rank 1 may still have got the smallest multiple
+        with suppress(InfeasibleError):
+            free = planned(replace(budget, multiple=1))
+            entry["predicted_loss_of_every_rank"] = predicted_loss(stacked, curves, free)
     return entry
 
 

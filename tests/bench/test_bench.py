@@ -18,6 +18,7 @@ from orchestrator.device.timing import LEAST_ROUNDS, MOST_ROUNDS, Stopwatch, Tim
 from orchestrator.pages.report import rendered_report
 
 CPU = torch.device("cpu")
+NOT_EXPLAINED = "not explained by rates, calls, rank or form"
 LIMITS = Roofline(flops=1e12, bandwidth=1e10, itemsize=2)
 """A machine that computes 1e12 operations, and reads 5e9 values, in a second."""
 
@@ -75,10 +76,12 @@ def test_the_least_time_is_the_longer_of_computing_and_reading():
         ({}, 1e-3, "launch-bound"),
         ({"rank": 510}, 0.0, "rank"),
         ({"form": "pivoted", "rank": 512, "out_features": 2040}, 0.0, "rank"),
+        # 8 is the multiple of narrow linears
+        ({"out_features": 192, "rank": 104, "values": 10}, 0.0, NOT_EXPLAINED),
         ({"values": 4_000_000}, 0.0, "too small"),
         ({"form": "pivoted", "tokens": 100}, 0.0, "order"),
         ({"spread": 0.6}, 0.0, "noise"),
-        ({}, 0.0, "not explained by rates, calls, rank or form"),
+        ({}, 0.0, NOT_EXPLAINED),
     ],
 )
 def test_a_slower_linear_has_a_reason(changes, calls, kind):
