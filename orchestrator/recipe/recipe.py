@@ -205,6 +205,9 @@ class Recipe(Execution, CompressionFields):
         check_fields(self)
         for name in ("target", "ignore"):
             object.__setattr__(self, name, split_selectors(getattr(self, name)))
+        if self.rank_multiple == 1:
+            # the default, for which the key of a result has no field
+            object.__setattr__(self, "rank_multiple", None)
         check_options(self.options)
         given = [name for name in SIZE_FIELDS if getattr(self, name) is not None]
         if len(given) != 1:
@@ -325,8 +328,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     values = {**{name: v for name, v in values.items() if name not in tables}, "options": options}
     if "preset" in values:
         check_choice("preset", values["preset"], PRESETS)
-        given = {name: value for name, value in values.items() if name != "preset"}
-        values = _over_preset(values["preset"], given)
+        values = _over_preset(values.pop("preset"), values)
     _check_known("recipe", values)
     missing = [f.name for f in fields(Recipe) if f.default is MISSING and f.name not in values]
     if missing:
@@ -337,10 +339,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
 
 
 def _over_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge a preset with the given fields, which take precedence; tables are merged by option.
-
-    Tables of the preset for stages that a given field turns off are left out.
-    """
+    """Merge a preset with given fields, which win; tables by option, none of a stage turned off."""
     preset = PRESETS[name]
     check_options(given.get("options", {}))
     options = {

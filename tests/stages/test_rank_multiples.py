@@ -66,6 +66,12 @@ def test_presets_have_automatic_multiples_and_methods_every_rank(preset):
     assert resolve(make_recipe(entries)).budget.multiple == 1
 
 
+def test_one_is_the_default_of_a_recipe():
+    """A preset of every rank is the recipe that it was before multiples, with the same key."""
+    assert make_recipe({**REQUIRED, "preset": "fast", "rank_multiple": 1}).rank_multiple is None
+    assert make_recipe({**REQUIRED, "method": "svd-llm"}).rank_multiple is None
+
+
 @pytest.mark.parametrize("multiple", [0, -16, "sixteen", 1.5, True])
 def test_other_multiples_are_refused(multiple):
     """A number of 1 or above, or auto."""
