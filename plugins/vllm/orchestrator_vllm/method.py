@@ -5,7 +5,7 @@ looks up parameters by name, and hands over the tensor with the projection that 
 own loaders are of no use, since they take all projections of a layer for equally wide.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +52,9 @@ KNOWN_LOADERS = {
 
 class StoredName(Parameter):
     """Empty parameter under a name of the checkpoint, whose `weight_loader` takes the tensor."""
+
+    stored_name: str
+    weight_loader: Callable[..., None]
 
     def __new__(cls, empty: Tensor, name: str) -> "StoredName":
         made = super().__new__(cls, empty, requires_grad=False)
