@@ -5,7 +5,7 @@ looks up parameters by name, and hands over the tensor with the projection that 
 own loaders are of no use, since they take all projections of a layer for equally wide.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +48,30 @@ KNOWN_LOADERS = {
     )
 }
 """Loaders of the layers whose division over ranks is known; others divide in ways of their own."""
+
+
+class StoredName(Parameter):
+    """Empty parameter under a name of the checkpoint, whose `weight_loader` takes the tensor."""
+
+    stored_name: str
+    weight_loader: Callable[..., None]
+
+    def __new__(cls, empty: Tensor, name: str) -> "StoredName":
+        made = super().__new__(cls, empty, requires_grad=False)
+        made.stored_name = name
+        return made
+
+    @property
+    def output_dim(self) -> int:
+        """Dimension of the outputs, which loaders of some models ask for to put rows in order.
+
+        Raises:
+            InputError: Always: rows of factors are no outputs, and would be left as they are.
+        """
+        raise InputError(
+            f"{self.stored_name}: vLLM's loader of this model puts rows in another order, which is "
+            "not known for compressed linears; serve the dense export"
+        )
 
 
 class FactoredLinearMethod(LinearMethodBase):
@@ -113,10 +137,10 @@ class FactoredLinearMethod(LinearMethodBase):
             module = module.get_submodule(step)
         is_index = leaf in ("index", "rows")
         empty = like.new_empty(0, dtype=torch.int32) if is_index else like.new_empty(0)
-        parameter = Parameter(empty, requires_grad=False)
+        parameter = StoredName(empty, f"{layer.prefix}.{name}")
 
         def weight_loader(
-            parameter: Parameter, loaded: Tensor, shard_id: str | int | None = None
+            parameter: StoredName, loaded: Tensor, shard_id: str | int | None = None
         ) -> None:
             self._load(name, loaded, shard_id)
 

@@ -15,6 +15,7 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "WARNING",
     # otherwise small helpers of the sampler are compiled, for a minute
     "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_USE_AOT_COMPILE": "0",
     "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
 }
