@@ -205,8 +205,8 @@ class Recipe(Execution, CompressionFields):
         check_fields(self)
         for name in ("target", "ignore"):
             object.__setattr__(self, name, split_selectors(getattr(self, name)))
-        if self.rank_multiple == 1:
-            # the default, for which the key of a result has no field
+        if self.rank_multiple == 1 and self.method is not None:
+            # the default then, for which the key of a result has no field
             object.__setattr__(self, "rank_multiple", None)
         check_options(self.options)
         given = [name for name in SIZE_FIELDS if getattr(self, name) is not None]

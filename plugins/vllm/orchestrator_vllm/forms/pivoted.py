@@ -17,14 +17,13 @@ from orchestrator_vllm.forms.low_rank import LowRankLinear
 class _InOrder(torch.autograd.Function):
     """Columns in the order of a permutation; the backward pass applies the inverse permutation.
 
-    Both passes gather. The backward pass of `index_select` adds into zeros, on a GPU in no fixed
-    order or, under strict algorithms, after a sort; and a CPU takes 3 to 8 times as long to select
-    columns as to gather them.
+    The backward pass of `index_select` would add into zeros, on a GPU in no fixed order or, under
+    strict algorithms, after a sort.
     """
 
     @staticmethod
     def forward(values: Tensor, index_O: Tensor) -> Tensor:
-        return values.gather(-1, index_O.expand(values.shape))
+        return _selected(values, index_O)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -37,11 +36,34 @@ class _InOrder(torch.autograd.Function):
 
 
 def _in_order(values: Tensor, index_O: Tensor) -> Tensor:
-    """Columns of values [..., O] in the order of a permutation, int64."""
+    """Columns of values [..., O] in the order of a permutation."""
     if not values.requires_grad:
-        return values.gather(-1, index_O.expand(values.shape))
+        return _selected(values, index_O)
     ordered: Tensor = _InOrder.apply(values, index_O)  # type: ignore[no-untyped-call]
     return ordered
+
+
+def _selected(values: Tensor, index_O: Tensor) -> Tensor:
+    """Columns of values [..., O] by an index, without gradients.
+
+    On a CPU, with 1024 rows of 5632 columns and one thread, `index_select` takes 10 ms of float32
+    and 27 ms of bfloat16, and `gather` 17 and 22 ms, or 10 ms of the latter as whole numbers.
+    """
+    if _is_half_on_cpu(values):
+        bits = values.view(torch.int16)
+        return bits.gather(-1, index_O.long().expand(bits.shape)).view(values.dtype)
+    return values.index_select(-1, index_O)
+
+
+def _is_half_on_cpu(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.element_size() == 2
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """True for a linear whose call is a product with its weight and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    is_linear = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    return is_linear and not any(hooks) and "forward" not in vars(module)
 
 
 class PivotedLinear(LowRankLinear):
@@ -112,10 +134,42 @@ class PivotedLinear(LowRankLinear):
         return f"found rank {stored.rank}, pivoted {linear} takes 1 to {most}"
 
     def forward(self, input: Tensor) -> Tensor:
+        """Without gradients both products are written to slices of one output, in the same bits:
+        the pivots are then copied once, into their order."""
+        if not torch.is_grad_enabled() and self._writes_slices(input):
+            return self._inferred(input)
         pivots = self.down(input)
         outputs = torch.cat([pivots, linear(pivots, self.weight)], dim=-1)
-        ordered = _in_order(outputs, self.index.long())
+        ordered = _in_order(outputs, self.index)
         return ordered if self.bias is None else ordered + self.bias
+
+    def _writes_slices(self, input: Tensor) -> bool:
+        """True if products are plain: no cast, no adapter or hook, and no compiler, which writes
+        slices by itself.
+
+        A CPU's products of 16-bit values read beyond the rows of a slice, and what they find there
+        is multiplied by zero: not a number stays one.
+        """
+        return (
+            not _is_half_on_cpu(input)
+            and _is_bare(self.down)
+            and type(input) is Tensor
+            and type(self.weight) is nn.Parameter
+            and not torch.compiler.is_compiling()
+            and not input.is_meta  # has no autocast to ask for
+            and not torch.is_autocast_enabled(input.device.type)
+        )
+
+    def _inferred(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, self.in_features)
+        outputs = rows.new_empty(len(rows), self.out_features)
+        pivots = outputs[:, : self.rank]
+        torch.mm(rows, self.down.weight.t(), out=pivots)
+        torch.mm(pivots, self.weight.t(), out=outputs[:, self.rank :])
+        ordered = _selected(outputs, self.index)
+        if self.bias is not None:
+            ordered += self.bias
+        return ordered.view(*input.shape[:-1], self.out_features)
 
     def dense_weight(self) -> Tensor:
         """The rows [O, I] in their order, in the values' dtype."""

@@ -25,7 +25,7 @@ from orchestrator_vllm.forms.index_codes import (
 def entry_tensors(
     stored: StoredForm, out_features: int, in_features: int, prefix: str = ""
 ) -> tuple[FormTensor, ...]:
-    """The entries [N] of a weight and the tensors of their index, by names with a prefix."""
+    """Return the entries [N] of a weight and the tensors of their index, by prefixed names."""
     code, nonzeros = stored.index, stored.nonzeros
     index = index_tensors(code, out_features, in_features, nonzeros)
     return (
@@ -40,7 +40,7 @@ def entry_tensors(
 def entry_misfit(
     stored: StoredForm, out_features: int, in_features: int, *, stored_values: int
 ) -> str:
-    """Reason why entries, and factors beside them, save nothing or cannot be indexed."""
+    """Return why entries, with any factors, save no values or have no index; empty if valid."""
     linear = f"a [{out_features}, {in_features}] linear"
     codes = possible_codes(out_features, in_features)
     if stored.index not in codes:
@@ -56,11 +56,11 @@ def entry_misfit(
 
 
 class SparseLinear(FormLinear):
-    """A linear of which N entries are stored: `weight` [N], and the code that says where they are.
+    """Linear with N stored entries, `weight` [N], and an index of their positions.
 
-    Saves disk and memory, not time: every forward pass writes the dense weight [O, I] anew and
-    multiplies with it. The dense weight lives as long as the multiplication, or, where the input
-    takes a gradient, until the backward pass. Gradients reach the stored entries alone.
+    Reduces storage and memory, not time: each forward pass writes the dense weight [O, I] and
+    multiplies with it. The dense weight is freed after the product, or after the backward pass if
+    the input has a gradient. Only the stored entries have gradients.
     """
 
     form = "sparse"
@@ -77,7 +77,7 @@ class SparseLinear(FormLinear):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Args: `index` is the code, one of `INDEX_CODES`."""
+        """Allocate the tensors; `index` is the code of the positions, one of `INDEX_CODES`."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.nonzeros, self.code = nonzeros, index
@@ -104,12 +104,12 @@ class SparseLinear(FormLinear):
     def tensors(
         cls, stored: StoredForm, out_features: int, in_features: int
     ) -> tuple[FormTensor, ...]:
-        """The entries, and the index of their positions."""
+        """Return the entries and the index of their positions."""
         return entry_tensors(stored, out_features, in_features)
 
     @classmethod
     def misfit(cls, stored: StoredForm, out_features: int, in_features: int) -> str:
-        """Entries fit that are fewer than the dense values, with a code that can hold them."""
+        """Return a reason if there are as many entries as dense values, or no code for them."""
         stored_values = cls.stored_values(stored, out_features, in_features)
         return entry_misfit(stored, out_features, in_features, stored_values=stored_values)
 
@@ -117,7 +117,7 @@ class SparseLinear(FormLinear):
         return linear(input, self.dense_weight(), self.bias)
 
     def dense_weight(self) -> Tensor:
-        """The weight [O, I] with zeros where nothing is stored, in the values' dtype."""
+        """Dense weight [O, I], in the dtype of the entries; positions without an entry are zero."""
         tensors = dict(self.named_buffers(recurse=False))
         return materialize(
             self.code,
@@ -128,7 +128,7 @@ class SparseLinear(FormLinear):
         )
 
     def scales(self) -> Mapping[str, ParameterScales]:
-        """A scale for each output; entries are stored output by output."""
+        """Return one scale for each output; entries are stored by outputs."""
         tensors = dict(self.named_buffers(recurse=False))
         positions_N = decode(self.code, tensors, self.out_features, self.in_features)
         counts_O = (positions_N // self.in_features).bincount(minlength=self.out_features)
