@@ -75,10 +75,12 @@ def retarget(
     """
     from orchestrator.resolve import resolve
     from orchestrator.stages.context.previous_run import asked_before
+    from orchestrator.stages.context.run_places import places_of
 
     # before torch is imported, which takes seconds
     recipe, before = asked_before(str(run_dir), str(out), **given)
     resolve(recipe, inherited=before.inherited)
+    places_of(recipe, before.model)
     announce_imports(on_event)
     from orchestrator.stages import driver
 
@@ -106,6 +108,7 @@ def retarget_sizes(
     """
     from orchestrator.resolve import resolve
     from orchestrator.stages.context.previous_run import asked_before
+    from orchestrator.stages.context.run_places import places_of
 
     # before torch is imported, which takes seconds
     _check_distinct(keeps)
@@ -113,6 +116,7 @@ def retarget_sizes(
     asked = [asked_before(str(run_dir), f"{out}-{k:g}", **{**given, unit: k}) for k in keeps]
     for recipe, before in asked:
         resolve(recipe, inherited=before.inherited)
+    places_of(recipe, before.model)
     announce_imports(on_event)
     from orchestrator.stages import driver
 

@@ -181,5 +181,11 @@ EARLY = [
     ("evaluate dense --text nowhere.txt", 4),
     ("evaluate dense --text text.txt --against nowhere/at/all", 4),
     ("measure nowhere/rates.json", 2),
+    (f"compress dense dense/small {TEXT}", 2),
+    (f"compress dense OUT --run-dir dense/run {TEXT}", 2),
+    (f"compress dense run/small --run-dir run {TEXT}", 2),
+    ("retarget run run/small --keep 0.5", 2),
+    ("retarget run run/small --keep 0.6,0.5", 2),
+    ("retarget run dense/small --keep 0.5", 2),
 ]
 """Command lines with exit codes that are refused before torch is imported."""
