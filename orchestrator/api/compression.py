@@ -154,12 +154,15 @@ def plan(
 
     Raises:
         UsageError: A name or a number is not allowed.
-        InputError: A run would refuse the model, or its family requires the headers.
+        InputError: A run would refuse the model or the text, or the family of the model requires
+            the headers. A text beside a config alone is not looked up.
     """
+    from orchestrator.api.checks import check_text
     from orchestrator.errors import UsageError
     from orchestrator.forecast.forecast import forecast
     from orchestrator.forecast.outcome import Resources
     from orchestrator.forecast.rates import machine_of, read_machine
+    from orchestrator.models.checkpoint.headers import has_weights
     from orchestrator.recipe.values import size_in_bytes
     from orchestrator.stages.plannable import plannable_shapes
 
@@ -179,6 +182,8 @@ def plan(
         host_bytes=None if host_memory is None else size_in_bytes(host_memory),
         price=price,
     )
+    if recipe.calibration is not None and model.is_dir() and has_weights(model):
+        check_text(recipe.calibration)
     return forecast(plannable_shapes(model), recipe, resources)
 
 
