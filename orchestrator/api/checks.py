@@ -7,30 +7,42 @@ from pathlib import Path
 
 from orchestrator.errors import InputError
 from orchestrator.recipe.recipe import Recipe
+from orchestrator.store.places import Place, parse_place
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check the names and options of a recipe, and the places of its model and its text on disk.
+    """Check the names and options of a recipe, and the places that it names.
 
     Raises:
-        UsageError: A name, an option or the kind of the text is not allowed, or no text is named.
+        UsageError: A name, an option or the kind of the text is not allowed, no text is named, or
+            one directory lies in another.
         InputError: The model or the text does not exist.
     """
     from orchestrator.models.inputs.sources import named_source
     from orchestrator.resolve import resolve
+    from orchestrator.stages.context.run_places import places_of
 
     calibration = named_source(recipe.calibration)
     resolve(recipe)
-    check_model(recipe.model, recipe.revision, download=recipe.download)
+    model = check_model(recipe.model, recipe.revision, download=recipe.download)
+    places_of(recipe, None if model is None else model.absolute())
     check_text(calibration)
 
 
-def check_model(model: str, revision: str | None = None, *, download: bool = False) -> None:
-    """Raise InputError if a model is on no disk; stores and downloads are not asked yet."""
+def check_model(model: str, revision: str | None = None, *, download: bool = False) -> Place | None:
+    """Place of a model, or None before its download; stores are not asked yet.
+
+    Raises:
+        InputError: The model is on no disk.
+        UsageError: The store is of no known kind, or a revision is given for a directory.
+    """
     from orchestrator.models.survey.locate import locate
 
-    if "://" not in model and not download:
-        locate(model, revision=revision)
+    if "://" in model:
+        return parse_place(model)
+    if download:
+        return None
+    return locate(model, revision=revision)
 
 
 def check_text(written: str) -> None:

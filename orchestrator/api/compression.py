@@ -75,10 +75,12 @@ def retarget(
     """
     from orchestrator.resolve import resolve
     from orchestrator.stages.context.previous_run import asked_before
+    from orchestrator.stages.context.run_places import places_of
 
     # before torch is imported, which takes seconds
     recipe, before = asked_before(str(run_dir), str(out), **given)
     resolve(recipe, inherited=before.inherited)
+    places_of(recipe, before.model)
     announce_imports(on_event)
     from orchestrator.stages import driver
 
@@ -106,6 +108,7 @@ def retarget_sizes(
     """
     from orchestrator.resolve import resolve
     from orchestrator.stages.context.previous_run import asked_before
+    from orchestrator.stages.context.run_places import places_of
 
     # before torch is imported, which takes seconds
     _check_distinct(keeps)
@@ -113,6 +116,7 @@ def retarget_sizes(
     asked = [asked_before(str(run_dir), f"{out}-{k:g}", **{**given, unit: k}) for k in keeps]
     for recipe, before in asked:
         resolve(recipe, inherited=before.inherited)
+    places_of(recipe, before.model)
     announce_imports(on_event)
     from orchestrator.stages import driver
 
@@ -150,12 +154,15 @@ def plan(
 
     Raises:
         UsageError: A name or a number is not allowed.
-        InputError: A run would refuse the model, or its family requires the headers.
+        InputError: A run would refuse the model or the text, or the family of the model requires
+            the headers. A text beside a config alone is not looked up.
     """
+    from orchestrator.api.checks import check_text
     from orchestrator.errors import UsageError
     from orchestrator.forecast.forecast import forecast
     from orchestrator.forecast.outcome import Resources
     from orchestrator.forecast.rates import machine_of, read_machine
+    from orchestrator.models.checkpoint.headers import has_weights
     from orchestrator.recipe.values import size_in_bytes
     from orchestrator.stages.plannable import plannable_shapes
 
@@ -175,6 +182,8 @@ def plan(
         host_bytes=None if host_memory is None else size_in_bytes(host_memory),
         price=price,
     )
+    if recipe.calibration is not None and model.is_dir() and has_weights(model):
+        check_text(recipe.calibration)
     return forecast(plannable_shapes(model), recipe, resources)
 
 

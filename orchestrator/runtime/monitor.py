@@ -8,7 +8,13 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-from orchestrator.errors import OrchestratorError, StoppedError
+from orchestrator.errors import (
+    InfeasibleError,
+    InputError,
+    OrchestratorError,
+    StoppedError,
+    UsageError,
+)
 from orchestrator.events import JOURNAL_ONLY, OnEvent
 from orchestrator.progress.tally import Ahead, Tally
 from orchestrator.runtime.progress import Progress
@@ -20,7 +26,7 @@ from orchestrator.usage import Usage
 Event = dict[str, Any]
 Follower = Callable[[Event, Mapping[str, Any]], None]
 """Function of an event and of the status after it."""
-_STOPPED = {"state": "stopped", "exit_code": StoppedError.exit_code}
+_STOPPED: dict[str, Any] = {"state": "stopped", "exit_code": StoppedError.exit_code}
 MOST_NAMED = 16
 """Number of workers up to which the status names each; of more, their nodes."""
 JOURNAL_SECONDS = 5.0
@@ -33,7 +39,8 @@ class RunMonitor:
     The context manager writes `running` on entry and, on exit, `done`, `failed` with the error and
     its exit code, or `stopped` with 75. SIGTERM and SIGINT write `stopped, 75` at once, interrupt
     the program, and leave the context as `StoppedError`. The status of a run that another driver
-    has taken over is not written.
+    has taken over is not written. A run that is refused before its work begins leaves the status of
+    the run before it, as it leaves the description.
     """
 
     def __init__(self, run: RunDirectory, on_event: OnEvent | None, **fields: Any) -> None:
@@ -99,7 +106,8 @@ class RunMonitor:
         else:
             code = error.exit_code if isinstance(error, OrchestratorError) else 1
             said = str(error) or type(error).__name__
-            self._end(state="failed", exit_code=code, error=said)
+            is_refusal = isinstance(error, UsageError | InfeasibleError | InputError)
+            self._end(is_refusal=is_refusal, state="failed", exit_code=code, error=said)
 
     def _is_removed(self, hold: Lease) -> bool:
         """True for the lease of the run directory after its removal; an output is another one."""
@@ -119,12 +127,14 @@ class RunMonitor:
             known = {name: value for name, value in self._status.items() if value is not None}
             self._run.write_status(**known)
 
-    def _end(self, **fields: Any) -> None:
+    def _end(self, *, is_refusal: bool = False, **fields: Any) -> None:
         """Record the end in the journal first, so that a final status means a whole journal."""
         if not self._is_lost:
             # the journal is information; a full disk must not hide the error of the run
             with suppress(OSError, OrchestratorError):
                 self._run.append({"event": "run", **fields})
+            if is_refusal and self._run.restore_status():
+                return
         self._write(**fields)
 
     def add_made_elsewhere(self, stage: str, units: int, environment: Mapping[str, Any]) -> None:

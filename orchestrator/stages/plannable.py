@@ -5,14 +5,16 @@ from orchestrator.forecast.known_architectures import check_bare_config, has_kno
 from orchestrator.forecast.shapes import Shapes, from_checkpoint, read_shapes
 from orchestrator.models.checkpoint.headers import Headers, has_weights, read_json
 from orchestrator.models.checkpoint.other_formats import check_format
+from orchestrator.models.inputs.tokenizer import check_tokenizer
 from orchestrator.store.places import Place
 
 
 def plannable_shapes(model: Place) -> Shapes:
-    """The shapes of a checkpoint that a survey accepts, or of a config.json alone.
+    """The shapes of a checkpoint that a run accepts, or of a config.json alone.
 
     A checkpoint that is exactly what the formulas of its family describe is accepted by them, in
-    milliseconds and without torch. Any other is surveyed as in a run, which takes seconds.
+    milliseconds and without torch. Any other is surveyed as in a run, which takes seconds. A
+    checkpoint has a tokenizer; a config alone needs none.
 
     Raises:
         InputError: As `read_shapes`, or a run would refuse the model.
@@ -32,4 +34,5 @@ def plannable_shapes(model: Place) -> Shapes:
         from orchestrator.models.shards.lazy_model import LazyModel
 
         LazyModel.open(model).survey()
+    check_tokenizer(model)
     return from_checkpoint(headers)

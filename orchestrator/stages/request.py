@@ -10,8 +10,9 @@ from orchestrator.recipe.presets import DEFAULT_PRESET
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import ResolvedRecipe
 from orchestrator.stages.context.previous_run import PreviousRun
+from orchestrator.stages.context.run_places import places_of
 from orchestrator.stages.context.values import Asked
-from orchestrator.store.places import Place, check_outside, parse_place
+from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 
 
@@ -23,16 +24,11 @@ def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None =
             the other one.
         InputError: The model is not found.
     """
-    out = parse_place(recipe.out).expanduser().absolute()
     if previous is None:
         model, base_model = _model(recipe)
     else:
         model, base_model = previous.model, previous.base_model
-    if out == out.parent:
-        raise UsageError(f"out: {out} is a root; give a directory that is new or empty")
-    beside = out.with_name(f"{out.name}.run")
-    root = parse_place(recipe.run_dir).expanduser().absolute() if recipe.run_dir else beside
-    _check_apart(model, out, root)
+    out, root = places_of(recipe, model)
     check_out(out)
     run = RunDirectory(root)
     run.check()
@@ -71,14 +67,6 @@ def _check_default(run: RunDirectory, recipe: Recipe, resolved: ResolvedRecipe) 
             f"{resolved.recipe.method}; add --method {there} to resume it, or --preset "
             f"{DEFAULT_PRESET} to start anew here"
         )
-
-
-def _check_apart(model: Place, out: Place, root: Place) -> None:
-    """Raise UsageError if one directory lies in another: each is written or removed as a whole."""
-    check_outside("out", out, "the model", model)
-    check_outside("run_dir", root, "the model", model)
-    check_outside("out", out, "the run directory", root)
-    check_outside("run_dir", root, "the output", out)
 
 
 def _model(recipe: Recipe) -> tuple[Place, str]:

@@ -30,6 +30,7 @@ from orchestrator.store.files import (
     parse_json,
     read_bytes,
     write_json,
+    write_whole,
 )
 from orchestrator.store.journal import Journal
 from orchestrator.store.lease import LEASE_FILE, Lease, is_alive, is_forsaken
@@ -61,6 +62,7 @@ class RunDirectory:
         self.marker = root / _MARKER
         """File that makes it a run directory; written by `claim` only."""
         self._claimed = self._has_earlier = False
+        self._earlier_status: bytes | None = None
         self._guard = threading.RLock()
         self._written: tuple[object, float] = (None, 0.0)
         self._waiting: dict[str, Any] | None = None
@@ -79,7 +81,7 @@ class RunDirectory:
 
         Args:
             keeps_earlier: True to leave the description of an earlier run as it is, until a call
-                replaces it: a run that is refused has changed nothing.
+                replaces it: a run that is refused has changed nothing (see `restore_status`).
 
         Raises:
             InputError: The directory is not empty and not a run directory.
@@ -90,6 +92,9 @@ class RunDirectory:
         self.check()
         if not self._claimed:
             self._has_earlier = self.marker.exists()
+            if keeps_earlier and self._has_earlier:
+                with suppress(FileNotFoundError):
+                    self._earlier_status = read_bytes(self.root / _STATUS)
         if not (keeps_earlier and self._has_earlier):
             write_json(self.marker, {"format_version": _FORMAT_VERSION, **description})
             self._has_earlier = False
@@ -153,6 +158,20 @@ class RunDirectory:
                 self._write_status()
                 if state != fields.get("state"):
                     self.journal.flush()
+
+    def restore_status(self) -> bool:
+        """Write the status of the earlier run again, if the directory still has its description.
+
+        Returns:
+            False if there is no earlier status, or a call of `claim` has replaced the description.
+        """
+        earlier = self._earlier_status
+        if earlier is None or not self._has_earlier:
+            return False
+        with self._guard:
+            self._waiting = None
+            write_whole(self.root / _STATUS, lambda file: file.write_bytes(earlier), durable=False)
+        return True
 
     def _write_status(self) -> None:
         if self._waiting is not None:

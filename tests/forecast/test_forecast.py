@@ -98,6 +98,7 @@ def test_what_does_not_fit_is_said_with_what_would(config, capsys):
     assert main(["plan", path, "--keep=0.8", "--preset=fast", "--gpu-memory=16GB"]) == 3
     assert "of memory a worker would hold a block" in capsys.readouterr().out
     small = ["--keep=0.8", "--method=svd-llm", "--gpu=A10G", "--gpu-memory=13GB", "--json"]
+    small.append("--calibration=of-another-machine.txt")  # not looked up beside a config alone
     assert main(["plan", path, *small]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["blocks_a_shard"], shown["waves"]) == (1, 80)

@@ -159,14 +159,14 @@ def test_a_run_without_tokens_is_refused(damage, llama2, text, tmp_path):
         retarget(run_dir, tmp_path / "cut", keep=0.7)
 
 
-def test_a_refused_run_leaves_the_description_of_the_one_before(
+def test_a_refused_run_leaves_the_description_and_the_status_of_the_one_before(
     llama, text, tmp_path, monkeypatch, capsys
 ):
-    """At the survey, at the text, and at the memory of a worker; a run that begins replaces it."""
+    """At survey, text, output and memory of a worker; a run that begins replaces them."""
     out = str(tmp_path / "out")
     run(llama, tmp_path / "out", text, keep=0.8)
-    marker = tmp_path / "out.run" / "run.json"
-    written = marker.read_bytes()
+    marker, ended = (tmp_path / "out.run" / name for name in ("run.json", "status.json"))
+    written = marker.read_bytes(), ended.read_bytes()
     flags = ["--method=svd-llm", "--samples=6", "--sequence-length=48", "--executor=local"]
     again = ["compress", str(llama), f"{out}-2", f"--run-dir={out}.run", *flags]
     assert main([*again, "--keep=0.0001", f"--calibration={text}"]) == 3
@@ -174,17 +174,20 @@ def test_a_refused_run_leaves_the_description_of_the_one_before(
     with monkeypatch.context() as small:
         small.setattr("orchestrator.stages.admission.host_bytes", lambda: 100_000)
         assert main([*again, "--keep=0.7", f"--calibration={text}"]) == 3
-    assert marker.read_bytes() == written
+    assert main(["retarget", f"{out}.run", out, "--keep=0.65", "--executor=local"]) == 2
+    assert (marker.read_bytes(), ended.read_bytes()) == written
     assert main(["retarget", f"{out}.run", f"{out}-3", "--keep=0.7", "--executor=local"]) == 0
     assert json.loads(marker.read_text())["recipe"]["keep"] == 0.7
+    assert json.loads(ended.read_text())["out"] == f"{out}-3"
     capsys.readouterr()
 
 
-def test_a_refused_evaluation_leaves_the_description_of_the_one_before(llama, text, tmp_path):
+def test_a_refused_evaluation_leaves_the_files_of_the_one_before(llama, text, tmp_path):
     """A text that cannot be read is known after the models."""
     asked = {"samples": 2, "sequence_length": 48, "run_dir": tmp_path / "run", "executor": "local"}
     evaluate(llama, text=str(text), **asked)
-    written = (tmp_path / "run" / "run.json").read_bytes()
+    files = [tmp_path / "run" / name for name in ("run.json", "status.json")]
+    written = [file.read_bytes() for file in files]
     with pytest.raises(InputError, match=r"no\.txt"):
         evaluate(llama, text=str(tmp_path / "no.txt"), **asked)
-    assert (tmp_path / "run" / "run.json").read_bytes() == written
+    assert [file.read_bytes() for file in files] == written

@@ -20,6 +20,7 @@ MODELS = [
     (f"compress ggufs OUT {RECIPE}", 4, "small-Q4.gguf: is a GGUF file, which is quantised"),
     (f"evaluate ggufs --text text.txt {HERE}", 4, "small-Q4.gguf: is a GGUF file"),
     (f"compress untokenised OUT {RECIPE}", 4, "untokenised: has no tokenizer (tokenizer.json, "),
+    ("plan untokenised --keep 0.5", 4, "untokenised: has no tokenizer (tokenizer.json, "),
     ("plan text.txt --keep 0.5", 4, "text.txt: is a file; give its directory, or a config.json"),
     (f"compress dense/model.safetensors OUT {RECIPE}", 4, "is a file; a directory with config"),
     (f"compress someone/model OUT {RECIPE}", 4, "someone/model: neither a directory nor in the"),
@@ -37,6 +38,12 @@ TEXTS = [
         2,
         "https://host/t.txt: is a",
     ),
+    (
+        "plan dense --keep 0.5 --calibration https://host/t.txt",
+        2,
+        "https://host/t.txt: is a URL; download it",
+    ),
+    ("plan dense --keep 0.5 --calibration nowhere.txt", 4, "nowhere.txt: no such text file"),
     (
         f"evaluate dense --text https://host/t.txt {HERE}",
         2,
@@ -181,5 +188,11 @@ EARLY = [
     ("evaluate dense --text nowhere.txt", 4),
     ("evaluate dense --text text.txt --against nowhere/at/all", 4),
     ("measure nowhere/rates.json", 2),
+    (f"compress dense dense/small {TEXT}", 2),
+    (f"compress dense OUT --run-dir dense/run {TEXT}", 2),
+    (f"compress dense run/small --run-dir run {TEXT}", 2),
+    ("retarget run run/small --keep 0.5", 2),
+    ("retarget run run/small --keep 0.6,0.5", 2),
+    ("retarget run dense/small --keep 0.5", 2),
 ]
 """Command lines with exit codes that are refused before torch is imported."""

@@ -28,11 +28,26 @@ def load_tokenizer(directory: Place) -> Any:
     ) as error:  # tokenizers raises bare Exception; its panics derive from BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        names = [path.name for path in local.iterdir()]
-        if not any(fnmatchcase(name, pattern) for name in names for pattern in VOCABULARIES):
+        if not _has_vocabulary(local):
             raise InputError(
                 f"{directory}: has no tokenizer (tokenizer.json, tokenizer.model, vocab.json, ...);"
                 " copy the files of the tokenizer that the model was trained with to this directory"
             ) from error
         line = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
         raise InputError(f"{directory}: cannot load the tokenizer: {line}") from error
+
+
+def check_tokenizer(directory: Place) -> None:
+    """Test that a directory has a tokenizer; one with a file of a vocabulary is not loaded.
+
+    Raises:
+        InputError: It has no tokenizer.
+    """
+    if not _has_vocabulary(directory):
+        # a few tokenizers, such as that of bytes, have no vocabulary
+        load_tokenizer(directory)
+
+
+def _has_vocabulary(directory: Place) -> bool:
+    names = [path.name for path in directory.iterdir()]
+    return any(fnmatchcase(name, pattern) for name in names for pattern in VOCABULARIES)
