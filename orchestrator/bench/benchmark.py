@@ -1,11 +1,13 @@
 """`orchestrator bench`: speed of a model, alone or beside the dense one."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from orchestrator.bench.linears import linear_rows
 from orchestrator.bench.models import model_rows
@@ -59,15 +61,28 @@ def benchmark(
         torch.set_num_threads(before)
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar of the weights that it loads."""
+    is_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            logging.enable_progress_bar()
+
+
 def _benchmark(
     models: Mapping[str, Path], batches: Sequence[int], lengths: Sequence[int], dtype: str
 ) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     asked = parse_dtype(dtype)
-    loaded = {
-        name: load(path, dtype="auto" if asked is None else asked).to(device).eval()
-        for name, path in models.items()
-    }
+    with _without_bars():
+        loaded = {
+            name: load(path, dtype="auto" if asked is None else asked).to(device).eval()
+            for name, path in models.items()
+        }
     for name, model in loaded.items():
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and max(lengths) + DECODED > positions:

@@ -5,12 +5,13 @@ file and in the logs of a Ray job.
 """
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, Self, TextIO
 
-from orchestrator.cli.sentences import progress_text, sentence
+from orchestrator.cli.sentences import progress_text, sentence, stage_text
 from orchestrator.events import Event
 from orchestrator.readable import duration
 
@@ -84,13 +85,15 @@ class Lines:
                 self._within.append(stage)
                 self._stages[stage] = (self._clock(), 0)
                 self._last_unit, self._progress = float("-inf"), None
-                self._do(str(stage))
+                self._do(stage_text(stage))
             case {"event": "stage", "state": "end", "stage": stage}:
                 self._within = [each for each in self._within if each != stage]
                 self._progress = None
-                self._do(self._within[-1] if self._within else "preparing the next stage")
+                self._do(
+                    stage_text(self._within[-1]) if self._within else "preparing the next stage"
+                )
             case {"event": "note", "text": text, "activity": True}:
-                self._do(str(text).partition("\n")[0])
+                self._do(re.split(r": |\n", str(text))[0])  # without a cause, which was said
         return sentence(event)
 
     def _do(self, what: str) -> None:
@@ -110,7 +113,7 @@ class Lines:
         if self._progress is not None and self._progress["stage"] == event["stage"]:
             left = self._progress["left"]
         eta = f", {duration(left)} left" if done < total and left is not None else ""
-        return f"{event['stage']} {done}/{total}{unit}{took}{eta}"
+        return f"{stage_text(event['stage'])} {done}/{total}{unit}{took}{eta}"
 
 
 class JsonLines:

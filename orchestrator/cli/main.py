@@ -20,7 +20,7 @@ from orchestrator.errors import OrchestratorError, StoppedError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Wrong arguments raise SystemExit(2)."""
     # imports of a part of a second, in which a keyboard interrupt is one line too
-    with stoppable():
+    with stoppable(""):
         from orchestrator.cli.parser import make_parser
         from orchestrator.cli.verbs import VERBS
     options = make_parser().parse_args(arguments)

@@ -66,11 +66,19 @@ def task_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[
     table = [heads]
     for row in rows:
         scores = [score_text(row.get(key)) for key in keys]
-        kept = row["retention"]
-        retention = ["unknown" if kept is None else f"{kept:.1%}"] if len(names) > 1 else []
+        retention = [retention_text(row)] if len(names) > 1 else []
         documents = "unknown" if row["documents"] is None else f"{row['documents']:,}"
         table.append([row["task"], row["metric"], documents, *scores, *retention])
     return table
+
+
+def retention_text(row: Mapping[str, Any]) -> str:
+    """Retention of a metric, or the reason why it is unknown."""
+    if row["retention"] is not None:
+        return f"{row['retention']:.1%}"
+    if row["higher_is_better"] is not True:
+        return "unknown: higher is not better"
+    return "unknown: dense is not above chance"
 
 
 def score_text(score: Mapping[str, Any] | None) -> str:
@@ -100,7 +108,7 @@ def print_result(result: Result, as_json: bool) -> None:
             **kept_rows(result.report),
             "kept fraction of the whole model": f"{kept['model']:.4f}",
             "parameters": f"{values['model_before']:,} before, {values['model_after']:,} after",
-            **({"ranks": ": ".join(filter(None, multiples))} if multiples else {}),
+            **({"ranks": "; ".join(filter(None, multiples))} if multiples else {}),
             "checkpoint": result.out,
             "run directory": result.run_dir,
         }

@@ -4,6 +4,7 @@ import time
 
 from orchestrator.events import Event
 from orchestrator.readable import duration
+from orchestrator.stage_names import VERIFY
 
 LONG_SECONDS = 5.0
 """Time after which a running call is named."""
@@ -13,10 +14,10 @@ def sentence(event: Event) -> str:
     """Return an event as text, without its time."""
     match event:
         case {"event": "stage", "state": "begin", "stage": stage}:
-            return str(stage)
+            return stage_text(stage)
         case {"event": "stage", "state": "end", "stage": stage}:
             busy = f", workers {event['busy']:.0%} busy" if "busy" in event else ""
-            return f"{stage} done in {duration(event.get('seconds', 0.0))}{busy}"
+            return f"{stage_text(stage)} done in {duration(event.get('seconds', 0.0))}{busy}"
         case {"event": "note", "text": text}:
             return str(text)
         case {"event": "waiting"}:
@@ -40,9 +41,14 @@ def sentence(event: Event) -> str:
     return f"{event['event']}: {fields}"
 
 
+def stage_text(stage: str) -> str:
+    """Name of a stage for people: one name is also that of a command."""
+    return "checking stored units" if stage == VERIFY else stage
+
+
 def progress_text(event: Event) -> str:
     """Return one line about a stage: count, fraction, remaining times, and the longest call."""
-    parts = [f"{event['stage']} {count_text(event)}"]
+    parts = [f"{stage_text(event['stage'])} {count_text(event)}"]
     if (times := times_text(event)) != "":
         parts.append(times)
     for call in event.get("running", ())[:1]:

@@ -5,21 +5,25 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 from orchestrator.errors import StoppedError
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(when: str = " before the run began") -> Iterator[None]:
     """Exit with 75 on SIGTERM and SIGINT also before the run has started.
 
     During these seconds packages are imported and the model is located. No cleanup is needed yet,
     and imports would convert an exception into another one, so the process exits immediately. After
     a run was stopped, signals are ignored until the exit.
+
+    Args:
+        when: End of the message; empty where the command may be one without a run.
     """
     numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, _leave) for number in numbers}
+    previous = {number: signal.signal(number, partial(_leave, when)) for number in numbers}
     try:
         yield
     except StoppedError:
@@ -30,8 +34,8 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _leave(when: str, number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
-    line = f"orchestrator: error: stopped by {name} before the run began\n"
+    line = f"orchestrator: error: stopped by {name}{when}\n"
     os.write(sys.stderr.fileno(), line.encode())
     os._exit(StoppedError.exit_code)

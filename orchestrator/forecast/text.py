@@ -58,7 +58,7 @@ def _memory(found: Forecast) -> dict[str, str]:
 def _float64(found: Forecast) -> dict[str, str]:
     """Rows of the time of eigendecompositions and of products in float64, by rates."""
     said = {
-        kind: ", ".join(f"{duration(each)} by {_words(row)}" for row, each in rows.items())
+        kind: ", ".join(f"{duration(each)} ({_words(row)})" for row, each in rows.items())
         for kind, rows in found.float64.items()
     }
     remark = f"; {found.float64_remark}" if found.float64_remark else ""

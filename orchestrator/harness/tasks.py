@@ -143,8 +143,8 @@ def _manager(options: TaskOptions) -> TaskManager:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3) or own[:3]
             hint = f"; similar ones: {', '.join(near)}" if near else ""
-            there = "" if directory is None else f" and none of {directory}"
-            raise UsageError(f"tasks: {name} is no task of lm-evaluation-harness{there}{hint}")
+            there = "" if directory is None else f", and no file of that name in {directory}"
+            raise UsageError(f"tasks: {name} is not a task of lm-evaluation-harness{there}{hint}")
     return manager
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from orchestrator.models.checkpoint.card import LOAD, SERVE
+from orchestrator.models.checkpoint.card import LOAD
 from orchestrator.pages.evaluations import (
     AGREEMENT,
     QUANTITIES,
@@ -25,6 +25,21 @@ from orchestrator.version import __version__
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 NONE = "–"
+_SERVE = """\
+## Serve
+
+```
+transformers serve --trust-remote-code {repo}
+vllm serve {repo}    # with the package orchestrator-vllm, see docs/serving.md of orchestrator
+```
+
+For engines that cannot read compressed weights; the export reads a local directory:
+
+```
+hf download {repo} --local-dir {local}
+orchestrator export {local} DENSE --format dense
+```
+"""
 
 
 def published_card(source: Source, repo: str, config: Mapping[str, Any]) -> str:
@@ -46,7 +61,7 @@ def published_card(source: Source, repo: str, config: Mapping[str, Any]) -> str:
         _summary(source, base),
         *_evaluations(source),
         LOAD.replace("DIRECTORY", repo),
-        SERVE.replace("DIRECTORY", repo),
+        _SERVE.format(repo=repo, local=repo.rpartition("/")[2]),
         _reproduction(source, out),
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)

@@ -52,7 +52,7 @@ def _whole(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _linears(rows: Sequence[Mapping[str, Any]]) -> Markup:
     heads = [head("linear"), head("form")]
-    heads += [head(name, "n") for name in ("number", "rank", "tokens", "dense, us", "us")]
+    heads += [head(name, "n") for name in ("number", "rank", "tokens", "dense, us", "model, us")]
     heads += [head("least, us", "n"), head("speed", "n"), head("why slower")]
     lines = []
     for row in rows:

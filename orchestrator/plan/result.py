@@ -33,7 +33,7 @@ def rank_multiples(report: Mapping[str, Any]) -> tuple[str, str] | None:
     cost = ""
     if free:
         relation = "above" if found >= free else "below"
-        cost = f"predicted loss {abs(found / free - 1):.2%} {relation} that of every rank"
+        cost = f"predicted loss {abs(found / free - 1):.2%} {relation} that with any rank"
     return f"multiples of {' and '.join(steps)}", cost
 
 

@@ -93,8 +93,8 @@ class CompressionFields:
     )
     rank_multiple: int | str | None = option(
         None,
-        "number of which ranks are multiples, since others are slower: 1, every rank, or auto, 16 "
-        "and from width 2048 on 64 (default: 1 for a named method, otherwise auto)",
+        "ranks are multiples of N, since others are slower; 1: any rank; auto: 16, from width "
+        "2048 on 64 (default: 1 for a named method, otherwise auto)",
         check=check_rank_multiple,
         added=True,
     )

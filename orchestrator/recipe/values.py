@@ -68,10 +68,11 @@ def percentage(written: str) -> float:
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Raise UsageError unless the number is above 0 and at most 1; 80 may be meant as 80%."""
+    """Raise UsageError unless the number is above 0 and at most 1; 80 may be meant as 80%,
+    while 1.2 is too near to 1 for a guess."""
     if 0 < value <= 1:
         return
-    meant = f"; did you mean {value / 100:g} or {value:g}%?" if 1 < value <= 100 else ""
+    meant = f"; did you mean {value / 100:g} or {value:g}%?" if 2 <= value <= 100 else ""
     raise UsageError(f"{name} is {value:g}; it must be above 0 and at most 1{meant}")
 
 

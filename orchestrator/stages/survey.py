@@ -117,7 +117,7 @@ def calibration_warnings(report: Mapping[str, Any], linears: Sequence[Linear]) -
         )
     if any(each["source"] == BUNDLED for each in report["sources"]):
         found.append(
-            "calibration is by the bundled text, small and about Python: text like that which the "
+            "calibration uses the bundled text, small and about Python: text like that which the "
             "model will read is better"
         )
     return found

@@ -174,7 +174,9 @@ def test_the_page_and_the_file_have_the_times(place, measured, capsys):
     assert "Speed" in page
     assert "self_attn.q_proj 64 × 64" in page
     assert main(["bench", str(place / "out"), "--batch", "2", "--length", "4"]) == 0
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert "dense, us  model, us  least, us" in shown
+    assert "Loading weights" not in said
     assert "prefill, 2 x 4" in shown
     assert "self_attn.q_proj 64 x 64" in shown
 

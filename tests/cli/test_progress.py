@@ -107,6 +107,12 @@ def test_a_stage_within_another_does_not_change_what_is_left_of_it(clock, stream
     for done in range(1, 9):
         show({**unit(done, total=8), "stage": "verify"})
     show({"event": "stage", "stage": "verify", "state": "end", "seconds": 0.0})
+    assert stream.getvalue().splitlines()[1:] == [
+        "[0.0s] checking stored units",
+        "[0.0s] checking stored units 1/8, 0.0s left",
+        "[0.0s] checking stored units 8/8",
+        "[0.0s] checking stored units done in 0.0s",
+    ]
     clock.now = 20.0
     show({**unit(1, total=4), "stage": "train"})
     assert stream.getvalue().endswith("train 1/4, 1m00s left\n")
@@ -149,16 +155,17 @@ def test_units_say_the_estimated_time(clock, stream):
 
 @pytest.mark.parametrize("is_activity", [True, False])
 def test_a_silent_time_is_filled(is_activity, clock, stream):
-    """Without events the present activity is named at most nine seconds later, which no other note
-    replaces."""
+    """Without events the present activity is named at most nine seconds later, without its cause;
+    no other note replaces it."""
     show = Lines(stream, clock=clock)
     if is_activity:
-        show({"event": "note", "text": "importing torch", "activity": True})
+        show({"event": "note", "text": "starting Ray again: late", "activity": True})
     show({"event": "note", "text": "a worker holds up to 2 GB"})
     for _ in range(20):
         clock.now += 1.0
         show.remind()
-    said = [f"[{n}s] importing torch, for {n}s" for n in ("9.0", 18)] if is_activity else []
+    doing = "starting Ray again"
+    said = [f"[{n}s] {doing}, for {n}s" for n in ("9.0", 18)] if is_activity else []
     assert stream.getvalue().splitlines()[1 + is_activity :] == said
 
 

@@ -9,6 +9,7 @@ from benchmarks.zero_shot import arc_easy
 
 from orchestrator import api, load
 from orchestrator.cli.main import main
+from orchestrator.cli.results import retention_text
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.pages.sources import read_source
 from orchestrator.stages.evaluate.tasks import compared
@@ -55,19 +56,20 @@ def row(value, better=True, **fields):
 
 
 @pytest.mark.parametrize(
-    ("dense", "ours", "fields", "retention"),
+    ("dense", "ours", "fields", "retention", "shown"),
     [
-        (0.8, 0.6, {}, 0.75),
-        (0.8, 0.6, {"chance": 0.4}, 0.5),
-        (0.4, 0.6, {"chance": 0.4}, None),
-        (0.0, 0.0, {}, None),
-        (20.0, 25.0, {"better": False}, None),
+        (0.8, 0.6, {}, 0.75, "75.0%"),
+        (0.8, 0.6, {"chance": 0.4}, 0.5, "50.0%"),
+        (0.4, 0.6, {"chance": 0.4}, None, "unknown: dense is not above chance"),
+        (0.0, 0.0, {}, None, "unknown: dense is not above chance"),
+        (20.0, 25.0, {"better": False}, None, "unknown: higher is not better"),
     ],
 )
-def test_retention_is_unknown_without_an_advantage(dense, ours, fields, retention):
-    """Above chance only, and of metrics of which more is better."""
+def test_retention_is_unknown_without_an_advantage(dense, ours, fields, retention, shown):
+    """Above chance only, and of metrics of which more is better; else the table has the reason."""
     made = compared({"against": [row(dense, **fields)], "model": [row(ours, **fields)]})
     assert [each["retention"] for each in made] == [pytest.approx(retention) if retention else None]
+    assert retention_text(made[0]) == shown
 
 
 def test_a_repeated_evaluation_computes_nothing(place, report, capsys):

@@ -145,6 +145,9 @@ def test_the_card_has_the_figures_of_report_and_evaluation(out, capsys):
     assert f"{found['kl']:.4f} |" in card.text
     assert (out / "recipe.toml").read_text().strip() in card.text
     assert "--samples 2 --sequence-length 32" in card.text
+    download = f"hf download {REPO} --local-dir tiny\norchestrator export tiny DENSE --format dense"
+    assert f"vllm serve {REPO} " in card.text
+    assert download in card.text
 
 
 def test_the_commands_of_the_card_repeat_the_run(place, tmp_path, capsys, monkeypatch):
@@ -205,6 +208,7 @@ def test_refusals_are_one_line(place, out, hub, monkeypatch, capsys):
     cases = [
         (4, [str(place / "dense"), REPO], "is not compressed by orchestrator"),
         (2, [str(out), "a/b/c"], "must be OWNER/NAME"),
+        (2, [str(out), "bad", "--dry-run"], "repo is 'bad'; it must be OWNER/NAME"),
     ]
     for code, words, says in cases:
         assert main(["push", *words]) == code

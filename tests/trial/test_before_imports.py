@@ -75,5 +75,5 @@ def test_wrong_values_are_refused_without_heavy_imports(tmp_path):
 def test_an_interrupt_while_the_program_starts_is_one_line():
     """Ctrl-C during the imports of the command line itself ends with 75 and without a traceback."""
     done = plainly(INTERRUPTED)
-    line = "orchestrator: error: stopped by SIGINT before the run began\n"
+    line = "orchestrator: error: stopped by SIGINT\n"
     assert (done.returncode, done.stderr, done.stdout) == (75, line, "")

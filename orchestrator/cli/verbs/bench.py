@@ -70,7 +70,17 @@ def _whole(found: Mapping[str, Any]) -> list[list[str]]:
 
 def _linears(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     table = [
-        ["linear", "number", "form", "rank", "tokens", "dense, us", "us", "least, us", "speed"]
+        [
+            "linear",
+            "number",
+            "form",
+            "rank",
+            "tokens",
+            "dense, us",
+            "model, us",
+            "least, us",
+            "speed",
+        ]
     ]
     for row in rows:
         outputs, inputs = row["shape"]

@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
         required=True,
         metavar="NAME=VALUE,...",
         help="values to try for a flag (storage=plain,pivoted) or an option (mgaa.t=0.5,1); "
-        "may be repeated, every combination is tried",
+        "may be repeated; every combination is tried",
     )
     for name, flag in HELD_OUT.items():
         add_field(parser, EVALUATION_FIELDS[name], flag=flag, is_required=name == "text")

@@ -17,6 +17,7 @@ from orchestrator.errors import UsageError
 from orchestrator.linalg.speeds import eigen_rate, product_rate
 from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.checkpoint.weights import parse_dtype
+from orchestrator.readable import counted
 
 SIZES = {"cpu": (1024, 768), "cuda": (8192, 8192)}
 """Sizes of the measured matrix products and eigendecompositions, by device. The rate of an
@@ -50,7 +51,8 @@ def measure_machine(directory: Path, dtype: str, threads: int) -> dict[str, Any]
     finally:
         torch.set_num_threads(before)
     is_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name() if is_gpu else f"{platform.machine()}, {threads} threads"
+    processor = f"{platform.machine()}, {counted(threads, 'thread')}"
+    name = torch.cuda.get_device_name() if is_gpu else processor
     memory = torch.cuda.get_device_properties(0).total_memory if is_gpu else host_bytes()
     written, read = _storage_rates(directory)
     return {

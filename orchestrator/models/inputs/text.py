@@ -112,7 +112,7 @@ def load_tokens(
     length, rows = (_packed if layout == "packed" else _padded)(readings, wanted, drawn)
     if encoder.prefers_chats and not any(each.read["chats"] for each in readings):
         raise InputError(
-            f"{source}: chat_template is on, and no record that was read has messages; give text "
+            f"{source}: chat_template is on, and no record has messages; give text "
             "with messages, or leave chat_template out"
         )
     ids, mask = _padded_to(length, [row for _, row in rows])

@@ -108,7 +108,7 @@ def _start_local(options: Mapping[str, Any], announce: Callable[[str], None]) ->
                     f"Ray did not start in time, twice: {said}; run the same command again when "
                     "this machine is less busy, or without Ray: --executor local"
                 ) from error
-        announce(f"Ray did not start in time, and is started again: {said}")
+        announce(f"starting Ray again: it did not start in time: {said}")
 
 
 def _is_late(error: Exception) -> bool:

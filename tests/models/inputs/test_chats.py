@@ -123,7 +123,7 @@ def test_a_template_that_is_asked_for_must_be_there(tokenizer, tmp_path):
     with pytest.raises(InputError, match="the tokenizer has no chat template; give off"):
         load_tokens(path, tokenizer=bytes_tokenizer(), **options)
     path = write(tmp_path / "b.jsonl", [{"text": "plain"}])
-    with pytest.raises(InputError, match="no record that was read has messages"):
+    with pytest.raises(InputError, match="no record has messages"):
         load_tokens(path, tokenizer=tokenizer, **options)
 
 

@@ -109,7 +109,7 @@ def test_a_local_ray_that_is_late_is_started_again(starts):
     starts.append(Exception(LATE))
     assert connect(None, said.append) == "own"
     assert os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] == "1"
-    assert said[1] == f"Ray did not start in time, and is started again: {LATE}"
+    assert said[1] == f"starting Ray again: it did not start in time: {LATE}"
     starts.extend([ValueError("The object store is too small"), Exception(LATE)])
     with pytest.raises(WorkerError, match="cannot be started here: The object store is too small"):
         connect(None, said.append)
