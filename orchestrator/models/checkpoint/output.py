@@ -116,7 +116,7 @@ def claim_out(out: Place, key: str = "") -> None:
 
 @contextmanager
 def leased_out(out: Place, on_event: Callable[[dict[str, Any]], None] | None) -> Iterator[Lease]:
-    """Lease a claimed output for this driver.
+    """Lease a claimed output for this driver; if nothing was written to it, it is removed.
 
     Raises:
         UsageError: Another driver holds the lease.
@@ -124,17 +124,32 @@ def leased_out(out: Place, on_event: Callable[[dict[str, Any]], None] | None) ->
             since are removed too, because no run would accept them.
     """
     markers = out / MARKER_FILE, out / "config.json"
+    is_unused = False
     try:
         with Lease(out / LEASE_FILE).taken(on_event) as lease:
             lease.depend_on(*markers)
-            yield lease
+            try:
+                yield lease
+            except BaseException:
+                # within the lease, so that no other driver has begun to write
+                if is_unused := _is_unused(out):
+                    markers[0].unlink(missing_ok=True)
+                raise
     except Exception as error:
-        if all(map(is_missing, markers)):
+        if not is_unused and all(map(is_missing, markers)):
             raise removed(out) from error
         raise
     finally:
         if all(map(is_missing, markers)):
             _remove_remains(out)
+
+
+def _is_unused(out: Place) -> bool:
+    """Test if a claimed directory has its marker, and nothing else but the lease."""
+    with suppress(OSError, OrchestratorError):
+        names = {path.name for path in out.iterdir() if not path.name.startswith(LEASE_FILE)}
+        return names == {MARKER_FILE}
+    return False
 
 
 def _remove_remains(out: Place) -> None:
