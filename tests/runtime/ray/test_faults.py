@@ -188,16 +188,18 @@ def hook(event, arguments):
     if event == "import" and arguments[0] == {module!r}:
         os.kill(os.getpid(), {int(number)})
 sys.addaudithook(hook)
-sys.exit(main(["compress", "..", "out", "--keep", "0.5", "--calibration", "bundled"]))
+sys.exit(main(["compress", "../dense", "out", "--keep", "0.5", "--calibration", "bundled"]))
 """
-    process = start("-c", code, forked=False, cwd=tmp_path)
+    for place in ("dense", "here"):
+        (tmp_path / place).mkdir()
+    process = start("-c", code, forked=False, cwd=tmp_path / "here")
     output, error = process.communicate()
     assert process.returncode == 75
     announced, line = error.splitlines()
     assert announced.endswith("] importing torch and transformers")
     assert line == f"orchestrator: error: stopped by {number.name} before the run began"
     assert output == ""
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 @pytest.mark.ray
