@@ -116,7 +116,7 @@ def retarget_sizes(
     asked = [asked_before(str(run_dir), f"{out}-{k:g}", **{**given, unit: k}) for k in keeps]
     for recipe, before in asked:
         resolve(recipe, inherited=before.inherited)
-    places_of(recipe, before.model)
+        places_of(recipe, before.model)
     announce_imports(on_event)
     from orchestrator.stages import driver
 
