@@ -28,8 +28,9 @@ def automatic_multiple(width: int) -> int:
 class AllowedRanks:
     """Ranks N, 2 N, 3 N, ... below the break-even rank of a form, by linear; beside them is dense.
 
-    Matrix products are fast in tiles: a product with 1490 inner values takes up to a third longer
-    than one with 1488. Multiples of N make both products of a linear [O, I] whole tiles. A pivoted
+    Matrix products are fast in tiles: with 1490 inner values the products of a linear [5632, 2048]
+    took 1.14 times as long as with 1488 (1,024 tokens, float32, one thread; at 256 tokens 0.95).
+    Multiples of N make both products of a linear [O, I] whole tiles. A pivoted
     linear also has O - R other rows, a multiple of N if O is one.
 
     The automatic N is 16 for a smaller width W = min(O, I) below 2048, and 64 from there. It is
