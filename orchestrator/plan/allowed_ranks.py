@@ -30,8 +30,8 @@ class AllowedRanks:
 
     Matrix products are fast in tiles: with 1490 inner values the products of a linear [5632, 2048]
     took 1.14 times as long as with 1488 (1,024 tokens, float32, one thread; at 256 tokens 0.95).
-    Multiples of N make both products of a linear [O, I] whole tiles. A pivoted
-    linear also has O - R other rows, a multiple of N if O is one.
+    Multiples of N make both products of a linear [O, I] whole tiles. A pivoted linear also has
+    O - R other rows, a multiple of N if O is one.
 
     The automatic N is 16 for a smaller width W = min(O, I) below 2048, and 64 from there. It is
     halved until it is at most W / 16, so that the ranks up to W are at least 16 steps: 8 for a

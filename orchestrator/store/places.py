@@ -249,7 +249,7 @@ def check_creatable(place: Place) -> None:
         if each.is_dir():
             return
         if each.is_symlink() and not each.exists():
-            raise UsageError(f"{place}: {each} is a link to nothing; give a new directory")
+            raise UsageError(f"{place}: {each} is a link without a target; give a new directory")
         if each.exists():
             raise UsageError(f"{place}: {each} is a file; give a new directory")
 

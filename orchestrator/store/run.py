@@ -81,7 +81,7 @@ class RunDirectory:
 
         Args:
             keeps_earlier: True to leave the description of an earlier run as it is, until a call
-                replaces it: a run that is refused has changed nothing (see `restore_status`).
+                replaces it, so that a refused run changes no file (see `restore_status`).
 
         Raises:
             InputError: The directory is not empty and not a run directory.

@@ -130,8 +130,8 @@ PLACES = [
 ]
 PATHS = [
     (f"compress dense / {RECIPE}", 2, "out: / is a root; give a directory that is new or empty"),
-    (f"compress dense loop {RECIPE}", 2, "loop is a link to nothing; give a new directory"),
-    (f"compress dense dangling/out {RECIPE}", 2, "dangling is a link to nothing; give a new"),
+    (f"compress dense loop {RECIPE}", 2, "loop is a link without a target; give a new directory"),
+    (f"compress dense dangling/out {RECIPE}", 2, "dangling is a link without a target; give a new"),
     (f"compress dense text.txt/out {RECIPE}", 2, "text.txt is a file; give a new directory"),
     (f"compress dense OUT {RECIPE} --run-dir text.txt/run", 2, "text.txt is a file; give a new"),
     (f"compress dense /dev/null {RECIPE}", 2, "/dev/null: is a file; give a directory that is"),

@@ -116,7 +116,7 @@ def claim_out(out: Place, key: str = "") -> None:
 
 @contextmanager
 def leased_out(out: Place, on_event: Callable[[dict[str, Any]], None] | None) -> Iterator[Lease]:
-    """Lease a claimed output for this driver; if nothing was written to it, it is removed.
+    """Lease a claimed output for this driver; an output without files of its own is removed.
 
     Raises:
         UsageError: Another driver holds the lease.
@@ -145,7 +145,7 @@ def leased_out(out: Place, on_event: Callable[[dict[str, Any]], None] | None) ->
 
 
 def _is_unused(out: Place) -> bool:
-    """Test if a claimed directory has its marker, and nothing else but the lease."""
+    """Test if the marker is the only file of a claimed directory, apart from the lease."""
     with suppress(OSError, OrchestratorError):
         names = {path.name for path in out.iterdir() if not path.name.startswith(LEASE_FILE)}
         return names == {MARKER_FILE}

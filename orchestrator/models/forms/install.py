@@ -17,13 +17,13 @@ from orchestrator.models.forms.config import misfits, read_forms
 def install_forms(model: PreTrainedModel, quantization_config: Mapping[str, Any]) -> None:
     """Replace in place every module that the config names by its form, with empty parameters.
 
-    Device and dtype are those of the weight that goes; on the meta device nothing is allocated.
+    Device and dtype are those of the weight that goes; on the meta device no memory is allocated.
     A model without the head, whose modules lack the `model.` in front, takes the same config.
     A shared basis is registered as tied, which loading and saving act on; it is not yet tied.
 
     Raises:
         InputError: The config is invalid, names no linear of this model, or gives a form that
-            does not fit the linear or saves nothing.
+            does not fit the linear or stores no fewer values.
     """
     forms = read_forms(quantization_config)
     linears = _find_linears(model, forms)

@@ -59,7 +59,7 @@ def _is_half_on_cpu(values: Tensor) -> bool:
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """True for a linear whose call is a product with its weight and nothing else."""
+    """True for a linear whose call is the product with its weight alone."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     is_linear = type(module) is nn.Linear and type(module.weight) is nn.Parameter
     return is_linear and not any(hooks) and "forward" not in vars(module)

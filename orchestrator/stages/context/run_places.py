@@ -1,4 +1,4 @@
-"""Places of the output and of the run directory of a recipe; without torch, nothing is read."""
+"""Places of the output and of the run directory of a recipe, found without torch or a file."""
 
 from orchestrator.errors import UsageError
 from orchestrator.recipe.recipe import Recipe

@@ -132,7 +132,7 @@ class ServedConfig(QuantizationConfig):
     def check_claimed(self) -> None:
         """Raise InputError if the config names a linear that no layer of the model has.
 
-        A pipeline stage has a part of the layers, so that nothing is said then.
+        A pipeline stage has a part of the layers, so this is checked for a single stage alone.
         """
         unknown = [name for name in self.forms if name not in self._claimed]
         if unknown and get_pp_group().world_size == 1:

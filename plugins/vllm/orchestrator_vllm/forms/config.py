@@ -29,8 +29,8 @@ FIELDS = (
 def read_forms(quantization_config: Mapping[str, Any]) -> dict[str, StoredForm]:
     """Read the form of every module that is not dense, by module name, in the config's order.
 
-    Everything that can be said without the model is checked here; nothing in the config is ever
-    taken for code, a class or a path.
+    All fields are checked as far as they can be without the model. No value of the config is used
+    as code, a class or a path.
 
     Raises:
         InputError: A field is missing, unknown or of the wrong kind, or the format is a newer one.
