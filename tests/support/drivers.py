@@ -105,8 +105,8 @@ def units(events, stage="calibrate"):
 def wait_for(condition, seconds=240.0):
     """Wait for a condition; returns True if it became true in time.
 
-    The default is long enough for all but a process that hangs: a test of a job of Ray that takes 30
-    seconds alone has taken 140 beside other work.
+    The default is long enough for all but a process that hangs: a test of a job of Ray that takes
+    30 seconds alone has taken 140 beside other work.
     """
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
