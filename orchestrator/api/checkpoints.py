@@ -126,13 +126,13 @@ def export(out: str | Path, dense_dir: str | Path, format: str = "dense") -> Pat
         UsageError: The format is unknown, or `dense_dir` contains other files.
         InputError: `out` is not a compressed checkpoint, or is damaged.
     """
-    from orchestrator.api.checks import check_compressed
     from orchestrator.errors import UsageError
+    from orchestrator.models.checkpoint.other_formats import check_compressed
 
     # before torch is imported, which takes seconds
     if format != "dense":
         raise UsageError(f"format is {format!r}; it must be dense")
-    check_compressed(Path(out), "do")
+    check_compressed(Path(out), "export")
     from orchestrator.hf.export import export_dense
 
     export_dense(Path(out), Path(dense_dir))
@@ -167,8 +167,8 @@ def push(
         UsageError: The name of the repository is not valid, or there is no token.
         OrchestratorError: The hub does not respond, or refuses.
     """
-    from orchestrator.api.checks import check_compressed
     from orchestrator.hub.names import check_repository
+    from orchestrator.models.checkpoint.other_formats import check_compressed
 
     # before torch is imported, which takes seconds
     check_repository(repo)

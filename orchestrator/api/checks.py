@@ -5,7 +5,6 @@ What they find is what the command itself would say later.
 
 from pathlib import Path
 
-from orchestrator.errors import InputError
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.store.places import Place, parse_place
 
@@ -66,22 +65,3 @@ def check_text(written: str) -> None:
         place = place_of(source.name)
         if isinstance(place, Path):
             check_place(place, source.name)
-
-
-def check_compressed(out: Path, purpose: str) -> None:
-    """Raise InputError unless a directory has the headers of a compressed checkpoint.
-
-    Args:
-        purpose: The verb of the caller, such as `push`.
-    """
-    from orchestrator.models.checkpoint.headers import Headers, read_json
-    from orchestrator.models.checkpoint.other_formats import check_format
-
-    try:
-        Headers.open(out)
-    except InputError:
-        check_format(out)
-        raise
-    forms = read_json(out / "config.json").get("quantization_config")
-    if not isinstance(forms, dict) or forms.get("quant_method") != "orchestrator":
-        raise InputError(f"{out}: is not compressed by orchestrator; there is nothing to {purpose}")

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_json
 from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, dtype_name
+from orchestrator.models.checkpoint.other_formats import check_compressed
 from orchestrator.models.checkpoint.output import claim_out, copy_companions, seal
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.checkpoint.write import write_file, write_index
@@ -37,15 +37,14 @@ def export_dense(directory: Path, out: Path) -> None:
         InputError: `directory` holds no sound checkpoint that orchestrator compressed.
         OrchestratorError: `out` cannot be written.
     """
+    check_compressed(directory, "export")
     weights = Weights.open(directory)
     config = read_json(directory / "config.json")
     architecture = Architecture.read(directory)
-    if architecture.forms is None:
-        raise InputError(f"{directory}: is not compressed by orchestrator; there is nothing to do")
     stored = len(weights.names)
     model = replace(architecture, forms=None).build(torch.float32, stored=stored)
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    install_forms(model, architecture.forms)
+    install_forms(model, config["quantization_config"])
     names = map_names(model, weights)
 
     def read(spec: TensorSpec) -> Tensor:

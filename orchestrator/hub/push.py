@@ -10,10 +10,10 @@ from orchestrator.errors import InputError, OrchestratorError, UsageError
 from orchestrator.hub.card import published_card
 from orchestrator.hub.names import check_repository
 from orchestrator.models.checkpoint.headers import read_json
+from orchestrator.models.checkpoint.other_formats import check_compressed
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.checkpoint.write import CARD_FILE
 from orchestrator.models.evaluation.stored_files import check_files
-from orchestrator.models.forms.config import METHOD
 from orchestrator.pages.sources import read_source, whole
 from orchestrator.plan.result import REPORT_FILE
 from orchestrator.store.files import digest_file
@@ -69,11 +69,9 @@ def prepare(out: Path, repo: str, say: Say) -> tuple[list[str], str]:
         UsageError: The name of the repository is not valid.
     """
     check_repository(repo)
+    check_compressed(out, "push")
     Weights.open(out)
     config = read_json(out / "config.json")
-    forms = config.get("quantization_config")
-    if not isinstance(forms, dict) or forms.get("quant_method") != METHOD:
-        raise InputError(f"{out}: is not compressed by orchestrator; there is nothing to push")
     report = read_json(out / REPORT_FILE)
     found = check_files(out, report)
     if found.problems:

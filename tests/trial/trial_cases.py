@@ -30,7 +30,7 @@ MODELS = [
     (("plan", "bell\x07", "--keep", "0.5"), 4, "'bell\\x07': no such directory"),
     ("plan nowhere/at/all --keep 0.5", 4, "nowhere/at/all: no such directory"),
     ("verify nowhere", 4, "nowhere: no such directory; give the directory of a checkpoint"),
-    ("export dense OUT", 4, "dense: is not compressed by orchestrator; there is nothing to do"),
+    ("export dense OUT", 4, "dense: is not compressed by orchestrator; there is nothing to export"),
 ]
 TEXTS = [
     (

@@ -1,9 +1,9 @@
-"""Recognition of models in formats other than a checkpoint with config and safetensors."""
+"""Recognition of models that a command cannot take, from their headers and without torch."""
 
 from pathlib import Path
 
 from orchestrator.errors import InputError
-from orchestrator.models.checkpoint.headers import quoted, read_json
+from orchestrator.models.checkpoint.headers import Headers, quoted, read_json
 from orchestrator.store.places import Place
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -42,3 +42,24 @@ def _gguf(directory: Place, name: str) -> str:
         "made from, or convert it: transformers.AutoModelForCausalLM.from_pretrained("
         f"{where!r}, gguf_file={name!r}).save_pretrained(NEW), the same with AutoTokenizer"
     )
+
+
+def check_compressed(directory: Path, purpose: str) -> None:
+    """Refuse a directory without the headers, or the config, of a compressed checkpoint.
+
+    Args:
+        purpose: The verb of the caller, such as `push`.
+
+    Raises:
+        InputError: With what the directory holds instead.
+    """
+    try:
+        Headers.open(directory)
+    except InputError:
+        check_format(directory)
+        raise
+    forms = read_json(directory / "config.json").get("quantization_config")
+    if not isinstance(forms, dict) or forms.get("quant_method") != "orchestrator":
+        raise InputError(
+            f"{directory}: is not compressed by orchestrator; there is nothing to {purpose}"
+        )
