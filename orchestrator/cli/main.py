@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from orchestrator.cli.stopping import stoppable
-from orchestrator.errors import OrchestratorError, StoppedError
+from orchestrator.errors import InputError, OrchestratorError, StoppedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
+        _check_directory()
         exit_code = VERBS[options.command].run(options) or 0
         print(end="", flush=True)
         return exit_code
@@ -41,6 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # after a stopped run the signal stays ignored
         if signal.getsignal(signal.SIGTERM) is _stop:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _check_directory() -> None:
+    """Refuse a working directory that was removed: libraries then end the process themselves."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise InputError("the working directory was removed; change to another one") from error
 
 
 def _is_reader_gone() -> bool:

@@ -336,3 +336,14 @@ def test_clean_leaves_what_others_wrote(tmp_path, capsys):
         f"removed the files of the run in {run.root}",
         *(f"left {path}, not written by this run" for path in left),
     ]
+
+
+def test_a_removed_working_directory_is_one_line(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["report", "out"]) == 4
+    assert capsys.readouterr().err == (
+        "orchestrator: error: the working directory was removed; change to another one\n"
+    )
