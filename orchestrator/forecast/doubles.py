@@ -46,8 +46,9 @@ def float64_remark(
     for rates in machine.rows[:1]:
         share = found["double"][rates.row] / sum(each.seconds[rates.row] for each in stages)
         if share >= MOST:
+            row = rates.row.replace("_", " ")
             return (
-                f"{share:.0%} of {names} by {rates.row}: this machine computes float64 "
+                f"{share:.0%} of {names} by {row}: this machine computes float64 "
                 f"at 1/{rates.single / rates.double:.0f} of its rate for float32"
             )
     return ""
