@@ -16,7 +16,7 @@ from orchestrator.models.forms.base import StoredForm as Stored
 from orchestrator_vllm.forms.base import StoredForm
 from orchestrator_vllm.forms.errors import InputError
 from orchestrator_vllm.layout import Division, parts_of
-from orchestrator_vllm.products import Products
+from orchestrator_vllm.products import Products, in_order
 from orchestrator_vllm.shards import make_shard
 
 INPUTS = 48
@@ -269,3 +269,15 @@ def test_projections_and_linears_must_correspond():
     """Two linears for three projections have no division."""
     with pytest.raises(ValueError, match="2 linears of the checkpoint for 3 projections"):
         parts_of(Division(), [8, 8, 8], INPUTS, linears=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_outputs_are_put_in_order_in_their_bits(dtype):
+    """Also values that are no numbers, of which each dtype has several."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.int32 if dtype == torch.float32 else torch.int16
+    bits = torch.randint(-(2**15), 2**15, (3, 5, 64), generator=generator).to(whole)
+    order_O = torch.randperm(64, generator=generator)
+    found = in_order(bits.view(dtype), order_O)
+    assert found.dtype == dtype
+    assert torch.equal(found.view(whole), bits[..., order_O])
