@@ -136,6 +136,7 @@ class _Trace:
     def _replace_outer(self, make: Callable[[Tensor], nn.Parameter]) -> None:
         """Replace every parameter outside the blocks by a placeholder."""
         parameters = dict(self.model.named_parameters())
+        self.owners.clear()  # ids of the placeholders before, which other tensors soon have
         for name in self.outer:
             if name in parameters:
                 parameter = make(parameters[name])
