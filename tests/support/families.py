@@ -34,7 +34,7 @@ VOCABULARY = 96
 BLOCKS = 4
 
 
-def llama_like(**changes: object) -> dict[str, object]:
+def _llama(**changes: object) -> dict[str, object]:
     """Return common arguments of Llama-like configs: 4 query heads and 2 key-value heads of 8."""
     return {
         "vocab_size": VOCABULARY,
@@ -52,17 +52,17 @@ def llama_like(**changes: object) -> dict[str, object]:
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**llama_like())),
-    "llama_tied": lambda: LlamaForCausalLM(LlamaConfig(**llama_like(tie_word_embeddings=True))),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**llama_like(sliding_window=6))),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**llama_like())),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**llama_like(head_dim=16))),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_llama())),
+    "llama_tied": lambda: LlamaForCausalLM(LlamaConfig(**_llama(tie_word_embeddings=True))),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_llama(sliding_window=6))),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_llama())),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_llama(head_dim=16))),
     "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**llama_like(head_dim=8, sliding_window=6, query_pre_attn_scalar=8))
+        Gemma2Config(**_llama(head_dim=8, sliding_window=6, query_pre_attn_scalar=8))
     ),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **llama_like(
+            **_llama(
                 head_dim=8,
                 sliding_window=6,
                 query_pre_attn_scalar=8,
@@ -70,7 +70,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
             )
         )
     ),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**llama_like())),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_llama())),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY,

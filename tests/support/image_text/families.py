@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from families import BLOCKS, VOCABULARY, llama_like
+from families import BLOCKS, VOCABULARY, _llama
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
@@ -66,14 +66,14 @@ def _qwen_tower(**changes: object) -> dict[str, object]:
 def _rotary(*sections: int, **changes: object) -> dict[str, object]:
     """Arguments of a text config with three rotary positions: time, height and width."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
-    return llama_like(rope_parameters=rope, **changes)
+    return _llama(rope_parameters=rope, **changes)
 
 
 def _llava() -> PreTrainedModel:
     return LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=CLIPVisionConfig(**_tower(projection_dim=16)),
-            text_config=LlamaConfig(**llama_like()),
+            text_config=LlamaConfig(**_llama()),
             image_token_index=IMAGE,
             vision_feature_layer=-2,
             vision_feature_select_strategy="default",
@@ -85,7 +85,7 @@ def _llava_next() -> PreTrainedModel:
     return LlavaNextForConditionalGeneration(
         LlavaNextConfig(
             vision_config=CLIPVisionConfig(**_tower(projection_dim=16)),
-            text_config=LlamaConfig(**llama_like()),
+            text_config=LlamaConfig(**_llama()),
             image_token_index=IMAGE,
             image_grid_pinpoints=_PINPOINTS,
             vision_feature_layer=-2,
@@ -98,7 +98,7 @@ def _llava_onevision() -> PreTrainedModel:
     return LlavaOnevisionForConditionalGeneration(
         LlavaOnevisionConfig(
             vision_config=SiglipVisionConfig(**_tower()),
-            text_config=Qwen2Config(**llama_like()),
+            text_config=Qwen2Config(**_llama()),
             image_token_index=IMAGE,
             video_token_index=91,
             image_grid_pinpoints=_PINPOINTS,
@@ -144,7 +144,7 @@ def _qwen3_vl() -> PreTrainedModel:
 def _gemma3() -> PreTrainedModel:
     return Gemma3ForConditionalGeneration(
         Gemma3Config(
-            text_config=llama_like(
+            text_config=_llama(
                 head_dim=8,
                 sliding_window=16,
                 query_pre_attn_scalar=8,
