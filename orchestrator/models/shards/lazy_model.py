@@ -30,6 +30,7 @@ from orchestrator.models.survey.architecture import (
     set_tensor,
 )
 from orchestrator.models.survey.discovery import Discovery, discover, phantom
+from orchestrator.models.survey.image_models import reads_images
 from orchestrator.models.survey.linears import check_parameters
 from orchestrator.models.survey.names import Names, map_names
 from orchestrator.plan.linear import Survey
@@ -277,6 +278,7 @@ class LazyModel:
             total_parameters=self.total_parameters,
             unused=self.names.unused,
             has_own_head=bool(self.separate) and not self.names.tied,
+            reads_images=reads_images(self._architecture.model_class.__name__),
         )
 
     def shard(self, blocks: range) -> Shard:
