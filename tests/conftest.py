@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from compressed import compress, mixed_plan
-from families import write_checkpoint
+from families import FAMILIES, write_model
 from forking import fork_processes
 from hypothesis import settings
+from image_text.families import IMAGE_FAMILIES
 from object_store import ObjectStore, object_store
 
 from orchestrator.device.strict import CUDA_ENVIRONMENT
@@ -61,7 +62,8 @@ def pytest_xdist_setupnodes() -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a family's tiny checkpoint, written once a session; not to be changed."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return cache(lambda family: write_checkpoint(family, root / family))
+    makers = FAMILIES | IMAGE_FAMILIES
+    return cache(lambda family: write_model(makers[family], root / family))
 
 
 @pytest.fixture(scope="session")

@@ -184,7 +184,7 @@ def load(out: str | Path, **options: Any) -> Any:
     """Load a compressed (or dense) checkpoint as a transformers model.
 
     Args:
-        options: Arguments of `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, ...
+        options: Arguments of `from_pretrained` of transformers: `dtype`, `device_map`, ...
     """
     from orchestrator import hf
 

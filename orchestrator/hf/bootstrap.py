@@ -17,14 +17,16 @@ import transformers
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.hf import quantizer, tensor_parallel
+from orchestrator.models.checkpoint.auto_classes import auto_classes
 from orchestrator.models.forms import FORMS, base, config, index_codes, install
 from orchestrator.models.forms.base import FormLinear
+from orchestrator.models.survey.image_models import reads_images
 from orchestrator.plan.forms import FORMS as SIZES
 from orchestrator.version import __version__
 
 _HEAD = '''"""Loads this checkpoint where orchestrator is not installed.
 
-    AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
+    {auto_class}.from_pretrained(DIRECTORY, trust_remote_code=True)
 
 Made by orchestrator {version} from its own sources; needs torch and transformers only.
 SPDX-License-Identifier: Apache-2.0
@@ -87,7 +89,11 @@ def bootstrap_source(architecture: str, forms: Collection[str] = ()) -> str:
         if _package(name):
             _check_joins(name, bodies)
     lines = sorted(imports, key=lambda text: (text.startswith("from"), text))
-    head = _HEAD.format(version=__version__, imports="\n".join(lines))
+    head = _HEAD.format(
+        auto_class=auto_classes(reads_images(architecture))[-1],
+        version=__version__,
+        imports="\n".join(lines),
+    )
     config_class = getattr(transformers, architecture).config_class.__name__
     names = {"architecture": architecture, "config_class": config_class}
     return head + "\n\n\n".join(bodies) + _TAIL.format(**names)

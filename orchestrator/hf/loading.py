@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
 from orchestrator.errors import InputError, OrchestratorError
 from orchestrator.hf.quantizer import register
+from orchestrator.models.checkpoint.auto_classes import auto_classes
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.survey.architecture import Architecture, brief
+from orchestrator.models.survey.image_models import reads_images
 from orchestrator.models.survey.names import map_names
 
 ADAPTER_FILE = "adapter_config.json"
@@ -19,9 +21,10 @@ SAFE = {"local_files_only": True, "trust_remote_code": False, "use_safetensors":
 
 
 def load(directory: str | os.PathLike[str], **options: Any) -> Any:
-    """The causal language model in a directory, compressed or dense, in eval mode.
+    """The language model in a directory, compressed or dense, in eval mode.
 
-    As `AutoModelForCausalLM.from_pretrained`, but where that warns of weights which the checkpoint
+    As `from_pretrained` of `AutoModelForCausalLM`, or of `AutoModelForImageTextToText` where the
+    model's class is one of its; but where that warns of weights which the checkpoint
     lacks and makes them up, this stops. Of the directory only safetensors and JSON are read, and
     only when config and headers have been found sound; no code in it is run.
 
@@ -51,8 +54,10 @@ def load(directory: str | os.PathLike[str], **options: Any) -> Any:
     model = architecture.build(torch.float32, stored=len(weights.names))
     if architecture.forms is not None:
         map_names(model, weights)
+    is_image_model = reads_images(architecture.model_class.__name__)
+    auto_class = getattr(transformers, auto_classes(is_image_model)[-1])
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class.from_pretrained(
             directory, **(SAFE | options), output_loading_info=True
         )
     except (OrchestratorError, MemoryError, torch.OutOfMemoryError):

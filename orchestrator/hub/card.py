@@ -10,7 +10,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from orchestrator.models.checkpoint.card import LOAD
+from orchestrator.models.checkpoint.auto_classes import IMAGE_TEXT
+from orchestrator.models.checkpoint.card import load_section, pipeline_tag
 from orchestrator.pages.evaluations import (
     AGREEMENT,
     QUANTITIES,
@@ -56,18 +57,23 @@ def published_card(source: Source, repo: str, config: Mapping[str, Any]) -> str:
     assert source.out is not None
     out = Path(str(source.out))
     base = str(config["quantization_config"].get("base_model", source.model))
-    data = _front_matter(out, source.recipe.get("model"), base)
+    tag = pipeline_tag(_reads_images(config))
+    data = _front_matter(out, source.recipe.get("model"), base, tag=tag)
     sections = (
         _summary(source, base),
         *_evaluations(source),
-        LOAD.replace("DIRECTORY", repo),
+        load_section(_reads_images(config)).replace("DIRECTORY", repo),
         _SERVE.format(repo=repo, local=repo.rpartition("/")[2]),
         _reproduction(source, out),
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)
 
 
-def _front_matter(out: Path, dense: Any, base: str) -> ModelCardData:
+def _reads_images(config: Mapping[str, Any]) -> bool:
+    return IMAGE_TEXT in config.get("auto_map", {})
+
+
+def _front_matter(out: Path, dense: Any, base: str, *, tag: str) -> ModelCardData:
     """Fields of the checkpoint's own card, with the licence."""
     fields = _fields(out / "README.md")
     found = {name: fields[name] for name in LICENSE_FIELDS if name in fields}
@@ -82,7 +88,7 @@ def _front_matter(out: Path, dense: Any, base: str) -> ModelCardData:
     return ModelCardData(
         base_model=base,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=tag,
         tags=tags,
         **found,
     )

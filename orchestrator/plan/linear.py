@@ -59,6 +59,8 @@ class Survey:
     """Names of stored tensors that the model's class does not have; they are left out."""
     has_own_head: bool = False
     """True if the config ties head and embeddings, but different values of both are stored."""
+    reads_images: bool = False
+    """True for a model of images and text."""
 
     def of_block(self, block: int) -> tuple[Linear, ...]:
         """The linears of one block, in call order."""

@@ -11,6 +11,8 @@ from subprocess import CompletedProcess
 import pytest
 from compressed import Compressed, compress, logits, reference
 from drivers import start
+from image_text.processors import COMPANIONS
+from pipeline import run, with_tokenizer, write_text
 from torch import Tensor
 
 SECONDS = 300
@@ -112,3 +114,21 @@ def made(halved: Callable[[str], Compressed]) -> Compressed:
 @pytest.fixture(scope="session")
 def expected(made: Compressed) -> Tensor:
     return logits(reference(made))
+
+
+@pytest.fixture(scope="session")
+def compressed_images(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A model of images and text, compressed on two shards and on text alone; not to be changed."""
+    root = tmp_path_factory.mktemp("images")
+    text = write_text(root / "text.txt", 1000)
+
+    @cache
+    def make(family: str) -> Path:
+        model = with_tokenizer(checkpoint(family), root / family / "dense")
+        for name, content in COMPANIONS.items():
+            (model / name).write_text(content)
+        return run(model, root / family / "out", text, method="svd", shards=2, samples=2).out
+
+    return make

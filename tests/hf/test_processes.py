@@ -11,9 +11,10 @@ import pytest
 import torch
 from compressed import TOKENS, compress, half_plan, logits, mixed_plan, plan_of
 from families import write_checkpoint
+from image_text.inputs import image_inputs
 from transformers import AutoModelForCausalLM
 
-import orchestrator.hf  # noqa: F401 # transformers knows the format then
+import orchestrator.hf
 from orchestrator.hf.export import export_dense
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.linear import Survey
@@ -36,28 +37,33 @@ else:
     sys.meta_path.insert(0, Blocker())
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoQuantizationConfig
 
 def load(directory):
     options = {"trust_remote_code": True} if trust == "trusted" else {}
-    return AutoModelForCausalLM.from_pretrained(directory, **options)
+    return auto_class.from_pretrained(directory, **options)
+
+auto_class = AutoModelForCausalLM
+if directory.endswith("llava/out"):
+    auto_class = transformers.AutoModelForImageTextToText
 
 if trust == "trusted":
     # lm-evaluation-harness and others read the config alone first
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
     AutoQuantizationConfig.from_dict(config.quantization_config)
 
-tokens = torch.load(result + ".tokens")
+inputs = torch.load(result + ".inputs")
 model = load(directory)
 found = {"class": type(model).__module__, "loss": model.loss_type}
 with torch.no_grad():
-    found["logits"] = model(tokens).logits
+    found["logits"] = model(**inputs).logits
     if resaved:
         model.save_pretrained(resaved[0])
         again = load(resaved[0])
-        found["again"] = again(tokens).logits
-        found["generated"] = again.generate(tokens, max_new_tokens=3, do_sample=False)
+        found["again"] = again(**inputs).logits
+        found["generated"] = again.generate(**inputs, max_new_tokens=3, do_sample=False)
 torch.save(found, result)
 """
 
@@ -65,7 +71,7 @@ torch.save(found, result)
 @pytest.fixture
 def run_program(fork, tmp_path):
     """Run PROGRAM in a process of its own."""
-    torch.save(TOKENS, tmp_path / "result.tokens")
+    torch.save({"input_ids": TOKENS}, tmp_path / "result.inputs")
 
     def run(*arguments):
         (done,) = fork(PROGRAM, *arguments, directory=tmp_path)
@@ -111,6 +117,25 @@ def test_the_checkpoint_brings_every_form_with_it(run_program, tmp_path):
     assert torch.equal(found["logits"], expected)
     assert torch.equal(found["again"], expected)
     assert found["generated"][0, TOKENS.shape[1]] == expected[0, -1].argmax()
+
+
+@pytest.mark.parametrize("package", ["imported", "blocked"])
+def test_a_model_of_images_and_text_needs_the_package_or_trust(
+    compressed_images, run_program, tmp_path, package
+):
+    """Either loads it by `AutoModelForImageTextToText`, and what is saved then loads as well."""
+    tokens_BT, inputs = image_inputs("llava")
+    out, result, resaved = compressed_images("llava"), tmp_path / "result", tmp_path / "resaved"
+    with torch.no_grad():
+        expected = orchestrator.load(out)(input_ids=tokens_BT, **inputs).logits
+    trust = "trusted" if package == "blocked" else "not trusted"
+    torch.save({"input_ids": tokens_BT, **inputs}, tmp_path / "result.inputs")
+    done = run_program(package, trust, out, result, resaved)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(result)
+    assert torch.equal(found["logits"], expected)
+    assert torch.equal(found["again"], expected)
+    assert found["generated"][0, tokens_BT.shape[1]] == expected[0, -1].argmax()
 
 
 def test_neither_package_nor_trust_fails_loudly(made, run_program, tmp_path):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from orchestrator.models.checkpoint.auto_classes import auto_classes
 from orchestrator.plan.forms import FORMS
 from orchestrator.plan.linear import Survey
 from orchestrator.plan.plan import Assignment, Plan
@@ -15,7 +16,7 @@ _CARD = """\
 ---
 base_model: {quoted_base_model}
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 {license}tags:
 - orchestrator
 {tags}---
@@ -31,21 +32,20 @@ the linears that were targeted; the whole model keeps {kept_model:.1%} of its pa
 |---|---|
 {forms}{metrics}
 """
-LOAD = """\
+_LOAD = """\
 ## Load
 
 ```python
 import orchestrator.hf  # or, where orchestrator is not installed, trust_remote_code=True below
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, {reader_class}
 
-model = AutoModelForCausalLM.from_pretrained("DIRECTORY", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+model = {auto_class}.from_pretrained("DIRECTORY", device_map="auto")
+{reader} = {reader_class}.from_pretrained("DIRECTORY")
 ```
 
 Without either of the two, loading stops with mismatched shapes.
 
 """
-"""Section about loading the model in DIRECTORY."""
 SERVE = """\
 ## Serve
 
@@ -76,6 +76,7 @@ def model_card(
     parameters = survey.total_parameters - targeted + plan.stored_values
     rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in metrics.items())
     figures = _CARD.format(
+        task=pipeline_tag(survey.reads_images),
         base_model=base_model,
         quoted_base_model=json.dumps(base_model, ensure_ascii=False),
         license=_license(dense_card),
@@ -88,7 +89,22 @@ def model_card(
         dense_parameters=survey.total_parameters,
         metrics=f"\n| measured | |\n|---|---|\n{rows}" if rows else "",
     )
-    return figures + LOAD + SERVE
+    return figures + load_section(survey.reads_images) + SERVE
+
+
+def pipeline_tag(reads_images: bool) -> str:
+    """Task of a model as hubs name it."""
+    return "image-text-to-text" if reads_images else "text-generation"
+
+
+def load_section(reads_images: bool) -> str:
+    """Section about loading the model in DIRECTORY, of text or of images and text."""
+    reader = "processor" if reads_images else "tokenizer"
+    return _LOAD.format(
+        auto_class=auto_classes(reads_images)[-1],
+        reader=reader,
+        reader_class=f"Auto{reader.capitalize()}",
+    )
 
 
 def _tags(plan: Plan) -> list[str]:

@@ -38,6 +38,12 @@ _COPIED = (
     "*.model",
     "chat_template*",
     "additional_chat_templates",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "processing_*.py",
+    "image_processing_*.py",
+    "video_processing_*.py",
     "license*",
     "licence*",
     "notice*",
@@ -162,7 +168,7 @@ def _remove_remains(out: Place) -> None:
 
 
 def copy_companions(model: Place, out: Place) -> dict[str, str]:
-    """Copy tokenizer, chat template, generation config and licence files byte for byte.
+    """Copy tokenizer, processor, chat template, generation config and licence byte for byte.
 
     Returns the BLAKE2b of every copy, by its name. Links are followed only within the model, or in
     the hub's cache to the blobs next to its snapshots, so that a model cannot make us publish other

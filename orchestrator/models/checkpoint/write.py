@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import InputError
+from orchestrator.models.checkpoint.auto_classes import auto_classes
 from orchestrator.models.checkpoint.card import model_card
 from orchestrator.models.checkpoint.digests import (
     CONFIG_FILE,
@@ -87,8 +88,8 @@ def finish(
 ) -> dict[str, Any]:
     """Complete a claimed directory whose tensor files are written; idempotent until config.json.
 
-    Copies tokenizer and licence files byte for byte, writes bootstrap, recipe, report, model card
-    and index, removes weights of an earlier attempt, and writes config.json last.
+    Copies tokenizer, processor and licence files byte for byte, writes bootstrap, recipe, report,
+    model card and index, removes weights of an earlier attempt, and writes config.json last.
 
     Args:
         dense: Directory of the dense checkpoint.
@@ -154,7 +155,7 @@ def make_config(
     # programs that read the config before the model get to know the forms by its class
     config["auto_map"] = {
         "AutoConfig": f"{module}.{survey.config_class}",
-        "AutoModelForCausalLM": f"{module}.{survey.architecture}",
+        **dict.fromkeys(auto_classes(survey.reads_images), f"{module}.{survey.architecture}"),
     }
     config["quantization_config"] = {
         "quant_method": METHOD,

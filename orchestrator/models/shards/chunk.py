@@ -1,7 +1,8 @@
 """Chunk of calibration tokens, passed from shard to shard.
 
-A chunk contains the token ids and the mask of a few sequences and the state after the last block
-that was run: hidden states in most families, more in some. It packs into numpy arrays that cross
+A chunk contains the token ids and the mask of a few sequences, the other inputs of their images,
+and the state after the last block that was run: hidden states in most families, more in some. It
+packs into numpy arrays that cross
 processes without a copy (Ray's object store, safetensors) and are restored bit for bit.
 
 Shape suffixes: B sequences, T tokens each, N real tokens, C channels.
@@ -59,6 +60,10 @@ class Chunk:
     """True for real tokens, False for padding, bool [B, T]."""
     payload: BlockState | None = None
     """State at a block boundary; None at the model's input."""
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """Other inputs of the model by name, as its processor gives them for images; empty for text."""
+    features: tuple[Any, ...] | None = None
+    """Features of its images, call by call; None before they are computed, and for text."""
 
     def with_payload(self, payload: BlockState | None) -> "Chunk":
         return replace(self, payload=payload)
@@ -88,6 +93,7 @@ class Chunk:
             self.tokens,
             self.mask,
             self.payload and [self.payload.output, self.payload.extras],
+            *([self.inputs, self.features] if self.inputs else []),
         ]
         structure = {
             "index": self.index,
@@ -110,8 +116,10 @@ class Chunk:
             pinned: Use page-locked memory, for a chunk that is copied to a GPU at once.
         """
         structure = json.loads(arrays["structure"].tobytes())
-        tokens, mask, payload = (_decode(part, arrays, pinned) for part in structure["parts"])
-        return cls(structure["index"], tokens, mask, payload and BlockState(*payload))
+        tokens, mask, payload, *images = (
+            _decode(part, arrays, pinned) for part in structure["parts"]
+        )
+        return cls(structure["index"], tokens, mask, payload and BlockState(*payload), *images)
 
 
 def pack_many(chunks: Mapping[str, Chunk], departure: Departure) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ may open the same model one after the other in a process: its structure is trace
 
 import json
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -17,12 +17,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from orchestrator.errors import InputError
-from orchestrator.models.checkpoint.layout import TensorSpec, layout, stored_forms
+from orchestrator.models.checkpoint.layout import TensorSpec, dtype_name, layout, stored_forms
 from orchestrator.models.checkpoint.planned import PlannedCheckpoint
 from orchestrator.models.checkpoint.stored_tensor import Region, StoredTensor
 from orchestrator.models.checkpoint.weights import Checkpoint, Weights
 from orchestrator.models.forms.config import FORMAT_VERSION, METHOD
-from orchestrator.models.shards.shard import EmptyModel, Shard
+from orchestrator.models.shards.empty_model import EmptyModel
+from orchestrator.models.shards.shard import Shard
 from orchestrator.models.survey.architecture import (
     Architecture,
     find_blocks,
@@ -30,6 +31,7 @@ from orchestrator.models.survey.architecture import (
     set_tensor,
 )
 from orchestrator.models.survey.discovery import Discovery, discover, phantom
+from orchestrator.models.survey.image_models import reads_images
 from orchestrator.models.survey.linears import check_parameters
 from orchestrator.models.survey.names import Names, map_names
 from orchestrator.plan.linear import Survey
@@ -245,7 +247,7 @@ class LazyModel:
                     name=name,
                     disk_name=disk_name,
                     shape=self.weights.shape(disk_name),
-                    dtype=_dtype_name(self.weights.dtype(disk_name)),
+                    dtype=dtype_name(self.weights.dtype(disk_name)),
                     block=block,
                     place=place,
                 )
@@ -271,19 +273,21 @@ class LazyModel:
             architecture=self._architecture.model_class.__name__,
             config_class=self._architecture.model_class.config_class.__name__,
             model_type=self.config.model_type,
-            dtype=_dtype_name(self.weights.dtype(self.names.disk[f"{linears[0].name}.weight"])),
+            dtype=dtype_name(self.weights.dtype(self.names.disk[f"{linears[0].name}.weight"])),
             num_blocks=self.num_blocks,
             linears=linears,
             total_parameters=self.total_parameters,
             unused=self.names.unused,
             has_own_head=bool(self.separate) and not self.names.tied,
+            reads_images=reads_images(self._architecture.model_class.__name__),
         )
 
     def shard(self, blocks: range) -> Shard:
         """Load the tensors needed to run `blocks`, and no others.
 
         These are the blocks' own tensors, the front's for the first block, the tail's for the
-        last, and those that the blocks' arguments depend on. Close a shard before opening another.
+        last, and those that the blocks' arguments depend on; the vision tower's for the first block
+        once a chunk has images. Close a shard before opening another.
 
         Raises:
             InputError: A tensor cannot be read, or has NaN or infinite values.
@@ -301,12 +305,22 @@ class LazyModel:
         if blocks.stop == self.num_blocks:
             names += self.tail_names
         linears = tuple(x for x in self._discovery.linears if x.block in blocks)
-        sources = {name: self.names.tied.get(name, name) for name in names}
-        sources = {name: source for name, source in sources.items() if source in self.names.disk}
+        text = {*self.front_names, *self.tail_names, *self._discovery.arguments}
+        beside = [n for n in self._order if self._block(n) is None and n not in text]
         self._shard = Shard(
-            self._empty_model, blocks, sources=sources, linears=linears, load=self.load
+            self._empty_model,
+            blocks,
+            sources=self._sources(names),
+            for_images=self._sources(beside if blocks.start == 0 else []),
+            linears=linears,
+            load=self.load,
         )
         return self._shard
+
+    def _sources(self, names: Iterable[str]) -> dict[str, str]:
+        """Name of the stored tensor of each of these tensors that is stored."""
+        sources = {name: self.names.tied.get(name, name) for name in names}
+        return {name: source for name, source in sources.items() if source in self.names.disk}
 
     def read_ahead(self, blocks: range) -> None:
         """Ask the system to prefetch the blocks' own tensors into its page cache."""
@@ -377,7 +391,3 @@ def _stored_dtype(config: PretrainedConfig, weights: Weights) -> torch.dtype:
         if weights.dtype(name).is_floating_point:
             return weights.dtype(name)
     raise InputError(f"{weights.directory}: no stored tensor has a floating-point dtype")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,33 +10,22 @@ Shape suffixes: B sequences, T tokens each, V tokens in the vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers import Cache, PretrainedConfig
 
 from orchestrator.device.strict import strict
 from orchestrator.device.transport import bring
 from orchestrator.models.forms.base import FormLinear
 from orchestrator.models.shards.chunk import BlockState, Chunk
+from orchestrator.models.shards.empty_model import EmptyModel
+from orchestrator.models.shards.image_features import ImageFeatures
 from orchestrator.models.survey.architecture import recompute_buffers, set_tensor
 from orchestrator.plan.linear import Linear
-
-
-@dataclass(frozen=True, slots=True)
-class EmptyModel:
-    """Model without weights, shared by all shards of a lazy model."""
-
-    model: PreTrainedModel
-    prefix: str
-    blocks: nn.ModuleList
-    extras: tuple[str, ...]
-    """Names of block arguments whose contents are part of the block state."""
-    device: torch.device
 
 
 class Shard:
@@ -48,6 +37,7 @@ class Shard:
     Args:
         empty: The model that the weights are loaded into.
         sources: Name of the stored tensor of each tensor to load.
+        for_images: The same of those to load once a chunk has images.
         load: Reads a stored tensor.
     """
 
@@ -57,6 +47,7 @@ class Shard:
         blocks: range,
         *,
         sources: Mapping[str, str],
+        for_images: Mapping[str, str],
         linears: tuple[Linear, ...],
         load: Callable[[str], Tensor],
     ) -> None:
@@ -74,7 +65,8 @@ class Shard:
         self._size = torch.Size((0, 0))
         self._ends_at_last_block = True
         self._part = blocks
-        self._load_one, self._sources = load, sources
+        self._load_one, self._sources, self._for_images = load, sources, for_images
+        self._images = ImageFeatures(empty.model, self._load_for_images)
         self._is_frozen = self._lacks_ends = False
         self._replaced: list[tuple[str, Tensor]] = []
         try:
@@ -122,7 +114,7 @@ class Shard:
         """
         with torch.no_grad(), self._limited_to(part):
             received = self._copy(chunk.payload)
-            return chunk.with_payload(self._state(chunk, received, cache))
+            return self._images.passed(chunk, self._state(chunk, received, cache))
 
     def logits(self, chunk: Chunk, cache: Cache | None = None, part: range | None = None) -> Tensor:
         """Compute the model's logits [B, T, V] for a chunk at the shard's input; last shard only.
@@ -141,7 +133,7 @@ class Shard:
         gradient flows into the given chunk. The caller runs the backward pass, inside `strict`.
         """
         with torch.enable_grad():
-            return chunk.with_payload(self._state(chunk, self._copy(chunk.payload)))
+            return self._images.passed(chunk, self._state(chunk, self._copy(chunk.payload)))
 
     @strict()
     def backward(
@@ -326,13 +318,15 @@ class Shard:
         mask = None if cache is not None else bring(chunk.mask, self.device).to(torch.int64)
         try:
             # Always with a mask: one of ones gives the same bits as None, and all shards agree.
-            return self._empty.model(
-                input_ids=bring(chunk.tokens, self.device),
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                return_dict=True,
-            )
+            with self._images.inputs(chunk, self.device) as inputs:
+                return self._empty.model(
+                    input_ids=bring(chunk.tokens, self.device),
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                    return_dict=True,
+                    **inputs,
+                )
         finally:
             self._received = self._cache = None
 
@@ -366,6 +360,15 @@ class Shard:
             self._replaced += [(start + name, buffer) for name, buffer in buffers]
         if modules:
             recompute_buffers(empty.model, modules, empty.device)
+
+    def _load_for_images(self) -> None:
+        """Load the weights that images need, unless they are loaded; they are never trained."""
+        loaded = {name for name, _ in self._replaced}
+        if not self._for_images.keys() <= loaded:
+            self._load(self._for_images)
+            for name, parameter in self.parameters().items():
+                if name in self._for_images:
+                    parameter.requires_grad_(False)
 
     def _load(self, sources: Mapping[str, str]) -> None:
         loaded: dict[str, Tensor] = {}

@@ -22,6 +22,7 @@ from orchestrator.models.survey.architecture import (
     recompute_buffers,
     set_tensor,
 )
+from orchestrator.models.survey.image_models import reads_images
 from orchestrator.models.survey.linears import LinearCalls
 from orchestrator.models.survey.trees import map_tensors
 from orchestrator.plan.linear import Linear
@@ -114,6 +115,7 @@ class _Trace:
                 input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False
             )
         if self.order != list(range(len(self.blocks))):
+            self._check_skipped()
             raise InputError(
                 f"{self.where}: {type(self.model).__name__} calls its {len(self.blocks)} blocks "
                 f"in the order {self.order[:20]}; each must be called once, in order"
@@ -133,9 +135,20 @@ class _Trace:
             linears=tuple(self.linears),
         )
 
+    def _check_skipped(self) -> None:
+        """Raise InputError if the model skips blocks because its input has no image."""
+        skipped = sorted(set(range(len(self.blocks))) - set(self.order))
+        name = type(self.model).__name__
+        if skipped and reads_images(name):
+            raise InputError(
+                f"{self.where}: {name} skips block {skipped[0]} of {len(self.blocks)} where there "
+                "is no image; only models that run all blocks for every input are supported"
+            )
+
     def _replace_outer(self, make: Callable[[Tensor], nn.Parameter]) -> None:
         """Replace every parameter outside the blocks by a placeholder."""
         parameters = dict(self.model.named_parameters())
+        self.owners.clear()  # ids of the placeholders before, which other tensors soon have
         for name in self.outer:
             if name in parameters:
                 parameter = make(parameters[name])

@@ -1,0 +1,1 @@
+"""Tiny models that read images, their inputs, and their processors."""
