@@ -17,7 +17,7 @@ import pytest
 
 PLAIN = "errors events readable stage_names version"
 MODELS = "models.survey models.shards models.inputs models.statistics models.training models.forms "
-MODELS += "models.checkpoint models.evaluation"
+MODELS += "models.checkpoint models.evaluation models.experts"
 PACKAGE = Path(__file__).parents[2] / "orchestrator"
 TESTS = PACKAGE.parent / "tests"
 ALL = [
@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "methods": "errors forecast plan randomness recipe registry linalg torch numpy",
     # models: each may import the ones above it
     "models.forms": "errors plan registry torch transformers",
+    "models.experts": "errors torch",
     "models.checkpoint": "errors version plan store device models.forms torch safetensors",
     "models.survey": "errors plan store models.forms models.checkpoint torch transformers "
     "accelerate huggingface_hub",
