@@ -47,8 +47,8 @@ MAY_IMPORT = {
     "models.forms": "errors plan registry torch transformers",
     "models.experts": "errors torch",
     "models.checkpoint": "errors version plan store device models.forms torch safetensors",
-    "models.survey": "errors plan store models.forms models.checkpoint torch transformers "
-    "accelerate huggingface_hub",
+    "models.survey": "errors plan store device models.experts models.forms models.checkpoint torch "
+    "transformers accelerate huggingface_hub",
     "models.inputs": "errors readable store models.checkpoint torch numpy pyarrow huggingface_hub "
     "datasets transformers",
     "models.shards": "errors plan store device models.forms models.checkpoint models.survey torch "
