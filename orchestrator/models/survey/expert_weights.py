@@ -144,16 +144,15 @@ class ExpertWeights:
         return name if source is None else source.stored
 
 
-def open_weights(architecture: Architecture, place: Place) -> Checkpoint:
-    """Open the tensors of a checkpoint: as they are stored, or of every expert for itself.
+def view_experts(weights: Weights, architecture: Architecture) -> Checkpoint:
+    """View a checkpoint as the architecture builds its experts: as stored, or one by one.
 
     Cost for a model with experts: one build of its class on the meta device. A model without any
     is known by its config.
 
     Raises:
-        InputError: As `Weights.open` and `ExpertWeights`, or a fused module is not supported.
+        InputError: As `ExpertWeights` and `Architecture.build`.
     """
-    weights = Weights.open(place)
     if not architecture.splits_experts or not _mentions_experts(architecture.config.to_dict()):
         return weights
     native = architecture.build_native(torch.float32, stored=len(weights.names))

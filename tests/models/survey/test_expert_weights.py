@@ -14,14 +14,14 @@ from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.experts.replace import replace_experts
 from orchestrator.models.survey import expert_weights
 from orchestrator.models.survey.architecture import Architecture
-from orchestrator.models.survey.expert_weights import ExpertWeights, open_weights
+from orchestrator.models.survey.expert_weights import ExpertWeights, view_experts
 from orchestrator.models.survey.names import map_names
 
 
 def opened(directory):
     """Architecture with a module for each linear of an expert, and the view of its checkpoint."""
     architecture = replace(Architecture.read(directory), splits_experts=True)
-    return architecture, open_weights(architecture, directory)
+    return architecture, view_experts(Weights.open(directory), architecture)
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
