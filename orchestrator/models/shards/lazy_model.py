@@ -94,20 +94,18 @@ class LazyModel:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
-        splits_experts: bool = False,
     ) -> "LazyModel":
         """Open the checkpoint in `directory`, dense or compressed by orchestrator.
 
         Args:
             dtype: Dtype of computations; None: the config's, else the first stored float tensor's.
             device: Device on which shards are loaded and run; None: the CPU.
-            splits_experts: Accept fused experts, each matrix of which becomes a linear.
 
         Raises:
             InputError: The checkpoint is damaged or not supported; the message names the cause.
         """
         stored = Weights.open(directory)
-        architecture = replace(Architecture.read(directory), splits_experts=splits_experts)
+        architecture = Architecture.read(directory)
         weights = view_experts(stored, architecture)
         if dtype is None:
             dtype = _stored_dtype(architecture.config, weights)

@@ -35,6 +35,9 @@ from orchestrator.store.places import Place
 
 MAX_BUFFER_BYTES = 2**30
 """Limit of a model's buffers, which are computed and not stored: masks, rotary frequencies."""
+SPLITS_EXPERTS = False
+"""Value of `Architecture.splits_experts`: mixtures of experts are refused until compressed ones can
+be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,8 @@ class Architecture:
         # Removed, because building the class would otherwise look for the quantiser's modules.
         for key in FORMS_KEYS:
             vars(config).pop(key, None)
-        return cls(directory, model_class, config, content.get("quantization_config"))
+        forms = content.get("quantization_config")
+        return cls(directory, model_class, config, forms, splits_experts=SPLITS_EXPERTS)
 
     def build(self, dtype: torch.dtype, *, stored: int) -> PreTrainedModel:
         """Build the model in eval mode with every parameter and buffer on the meta device.
