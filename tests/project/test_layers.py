@@ -17,7 +17,7 @@ import pytest
 
 PLAIN = "errors events readable stage_names version"
 MODELS = "models.survey models.shards models.inputs models.statistics models.training models.forms "
-MODELS += "models.checkpoint models.evaluation"
+MODELS += "models.checkpoint models.evaluation models.experts"
 PACKAGE = Path(__file__).parents[2] / "orchestrator"
 TESTS = PACKAGE.parent / "tests"
 ALL = [
@@ -45,14 +45,15 @@ MAY_IMPORT = {
     "methods": "errors forecast plan randomness recipe registry linalg torch numpy",
     # models: each may import the ones above it
     "models.forms": "errors plan registry torch transformers",
+    "models.experts": "errors torch",
     "models.checkpoint": "errors version plan store device models.forms torch safetensors",
-    "models.survey": "errors plan store models.forms models.checkpoint torch transformers "
-    "accelerate huggingface_hub",
+    "models.survey": "errors plan store device models.experts models.forms models.checkpoint torch "
+    "transformers accelerate huggingface_hub",
     "models.inputs": "errors readable store models.checkpoint torch numpy pyarrow huggingface_hub "
     "datasets transformers",
     "models.shards": "errors plan store device models.forms models.checkpoint models.survey torch "
     "transformers accelerate numpy",
-    "models.statistics": "plan linalg models.shards torch transformers",
+    "models.statistics": "plan linalg models.experts models.shards torch transformers",
     "models.evaluation": "errors readable plan store device linalg models.forms models.checkpoint "
     "models.survey models.shards torch safetensors transformers numpy",
     "models.training": "errors plan randomness recipe device linalg models.forms models.shards "
