@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
+from compressed import TOKENS, logits
 from moe.families import MOE_FAMILIES
-from moe.stored import TOKENS, changed_moe, logits_of
+from moe.stored import changed_moe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
@@ -39,18 +40,18 @@ def test_every_family_loads_saves_and_generates(family, stored_moe, tmp_path):
     """Logits are those of the model that was written, no key is missing or unexpected, and saving
     keeps the names."""
     made = stored_moe(family)
-    expected = logits_of(made.model)
+    expected = logits(made.model)
     model, info = AutoModelForCausalLM.from_pretrained(made.directory, output_loading_info=True)
     assert not any(info.values()), info
     assert {n for n, m in model.named_modules() if isinstance(m, FormLinear)} >= made.forms.keys()
     tolerance = LLAMA4_DIFFERENCE * float(expected.abs().max()) if family == "llama4" else 0
-    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=tolerance)
     generated = model.generate(TOKENS, max_new_tokens=2, do_sample=False, eos_token_id=None)
     assert generated[0, TOKENS.shape[1]] == expected[0, -1].argmax()
     model.save_pretrained(tmp_path)
     assert names_in(tmp_path) == names_in(made.directory)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits_of(again), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
@@ -79,7 +80,7 @@ def test_blocks_can_lie_on_disk(made_moe, tmp_path):
         made_moe.directory, device_map=places, offload_folder=tmp_path
     )
     assert model.model.layers[3].mlp.experts.get_submodule("0.up").weight.is_meta
-    assert torch.equal(logits_of(model), logits_of(made_moe.model))
+    assert torch.equal(logits(model), logits(made_moe.model))
 
 
 def test_a_guard_stays_whole_numbers_in_16_bits(stored_moe, tmp_path):
@@ -92,7 +93,7 @@ def test_a_guard_stays_whole_numbers_in_16_bits(stored_moe, tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")[GUARD], guard)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.dtype == torch.bfloat16
-    assert torch.equal(logits_of(again), logits_of(model))
+    assert torch.equal(logits(again), logits(model))
     ranks = {name: form.rank for name, form in made.forms.items()}
     module = GUARD.rpartition(".")[0]
     expected = [
@@ -116,7 +117,7 @@ def test_another_guard_stops_the_load(made_moe, tmp_path):
 def test_a_guard_that_is_not_stored_is_missed(made_moe, tmp_path):
     """`load` says so before anything is loaded."""
     copy = changed_moe(made_moe, tmp_path, lambda config: None)
-    assert torch.equal(logits_of(load(copy)), logits_of(made_moe.model))
+    assert torch.equal(logits(load(copy)), logits(made_moe.model))
     tensors = load_file(copy / "model.safetensors")
     del tensors[GUARD]
     (copy / "model.safetensors").unlink()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from moe.families import make_moe
@@ -24,7 +24,6 @@ from orchestrator.models.forms.install import install_forms
 from orchestrator.models.forms.pivoted import PivotedLinear
 from orchestrator.models.forms.sparse import SparseLinear
 
-TOKENS = torch.arange(3, 23)[None] * 3 % 96
 KINDS = (
     None,
     StoredForm(form="low_rank", rank=5),
@@ -122,11 +121,6 @@ def store_moe(family: str, directory: Path, dtype: torch.dtype = torch.float32) 
     (directory / "config.json").write_text(json.dumps(content, default=str))
     (directory / f"{module}.py").write_text(bootstrap_source(architecture))
     return MadeMoe(directory, model, forms)
-
-
-@torch.no_grad()
-def logits_of(model: PreTrainedModel) -> Tensor:
-    return model(TOKENS).logits
 
 
 def changed_moe(made: MadeMoe, directory: Path, change: Callable[[dict[str, Any]], object]) -> Path:
