@@ -65,6 +65,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
+def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a mixture-of-experts family's tiny checkpoint; not to be changed."""
+    from moe.families import write_moe
+
+    root = tmp_path_factory.mktemp("moe")
+    return cache(lambda family: write_moe(family, root / family))
+
+
+@pytest.fixture
+def split_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixtures of experts are accepted, before compressed ones can be loaded."""
+    monkeypatch.setattr("orchestrator.models.survey.architecture.SPLITS_EXPERTS", True)
+
+
+@pytest.fixture(scope="session")
 def compressed(
     checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:

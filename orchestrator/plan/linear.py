@@ -23,8 +23,11 @@ class Linear:
 
     @property
     def sublayer(self) -> str:
-        """The part of its block that it belongs to, `3.self_attn`, or `3.` if it has no parent."""
-        return f"{self.block}.{self.role.rpartition('.')[0]}"
+        """The part of its block that it belongs to, `3.self_attn`, or `3.` if it has no parent.
+
+        All experts of a block belong to one, with those that are shared.
+        """
+        return f"{self.block}.{self.role.rpartition('.')[0].partition('.')[0]}"
 
     @property
     def values(self) -> int:

@@ -32,6 +32,7 @@ from orchestrator.stages.admission import check_memory, recheck_memory
 from orchestrator.stages.allocate import allocate
 from orchestrator.stages.base import Stage
 from orchestrator.stages.context.decompose import calibrate_and_decompose, calibration_task
+from orchestrator.stages.context.experts import expert_tokens, expert_warnings
 from orchestrator.stages.context.keys import assign_keys
 from orchestrator.stages.context.previous_run import PreviousRun
 from orchestrator.stages.context.running_stage import RunningStage
@@ -120,6 +121,8 @@ def _perform(
         _describe(keyed)
         with _running(CALIBRATE, workers, monitor) as stage:
             decomposed = calibrate_and_decompose(keyed, forecast, stage)
+            for warning in expert_warnings(expert_tokens(decomposed.facts), keyed.linears):
+                monitor.note(f"warning: {warning}")
         scores = Scores()
         if keyed.allocator.scoring is not Scoring.NONE:
             with _running(SCORE, workers, monitor) as stage:

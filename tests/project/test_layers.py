@@ -47,13 +47,13 @@ MAY_IMPORT = {
     "models.experts": "errors torch",
     "models.forms": "errors plan registry models.experts torch transformers",
     "models.checkpoint": "errors version plan store device models.forms torch safetensors",
-    "models.survey": "errors plan store models.experts models.forms models.checkpoint "
-    "torch transformers accelerate huggingface_hub",
+    "models.survey": "errors plan store device models.experts models.forms models.checkpoint torch "
+    "transformers accelerate huggingface_hub",
     "models.inputs": "errors readable store models.checkpoint torch numpy pyarrow huggingface_hub "
     "datasets transformers",
     "models.shards": "errors plan store device models.forms models.checkpoint models.survey torch "
     "transformers accelerate numpy",
-    "models.statistics": "plan linalg models.shards torch transformers",
+    "models.statistics": "plan linalg models.experts models.shards torch transformers",
     "models.evaluation": "errors readable plan store device linalg models.forms models.checkpoint "
     "models.survey models.shards torch safetensors transformers numpy",
     "models.training": "errors plan randomness recipe device linalg models.forms models.shards "

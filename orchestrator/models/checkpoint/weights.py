@@ -7,6 +7,7 @@ a shard's memory is exactly the tensors it read, without mapped files.
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import torch
 
 from orchestrator.device.transport import CPU, fill
 from orchestrator.errors import InputError, UsageError
-from orchestrator.models.checkpoint.headers import Headers, legible
+from orchestrator.models.checkpoint.headers import Entry, Headers, legible
 from orchestrator.models.checkpoint.other_formats import check_format
 from orchestrator.store.files import read_with
 from orchestrator.store.places import Place
@@ -142,8 +143,24 @@ class Weights:
         Raises:
             InputError: The file has become shorter, or cannot be read.
         """
+        return self._read(name, self._headers.entries[name], device)
+
+    def read_piece(
+        self, name: str, index: int, shape: tuple[int, ...], device: torch.device = CPU
+    ) -> torch.Tensor:
+        """Read one of the equal pieces of adjoining values that a tensor consists of, as `read`.
+
+        Args:
+            index: Number of the piece.
+            shape: Shape of every piece, `tensor.shape[1:]` for the entries of the tensor.
+        """
         entry = self._headers.entries[name]
-        tensor = torch.empty(entry.shape, dtype=self.dtype(name), device=device)
+        piece = replace(entry, shape=shape)
+        first = entry.offset + index * piece.size_bytes
+        return self._read(name, replace(piece, offset=first), device)
+
+    def _read(self, name: str, entry: Entry, device: torch.device) -> torch.Tensor:
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.code], device=device)
         if not entry.size_bytes:
             return tensor
 

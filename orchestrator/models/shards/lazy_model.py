@@ -30,6 +30,7 @@ from orchestrator.models.survey.architecture import (
     set_tensor,
 )
 from orchestrator.models.survey.discovery import Discovery, discover, phantom
+from orchestrator.models.survey.expert_weights import view_experts
 from orchestrator.models.survey.linears import check_parameters
 from orchestrator.models.survey.names import Names, map_names
 from orchestrator.plan.linear import Survey
@@ -103,8 +104,9 @@ class LazyModel:
         Raises:
             InputError: The checkpoint is damaged or not supported; the message names the cause.
         """
-        weights = Weights.open(directory)
+        stored = Weights.open(directory)
         architecture = Architecture.read(directory)
+        weights = view_experts(stored, architecture)
         if dtype is None:
             dtype = _stored_dtype(architecture.config, weights)
         return cls(architecture, weights, dtype=dtype, device=device or torch.device("cpu"))
@@ -370,7 +372,7 @@ class LazyModel:
         return tensor.to(self._dtypes[name])
 
 
-def _stored_dtype(config: PretrainedConfig, weights: Weights) -> torch.dtype:
+def _stored_dtype(config: PretrainedConfig, weights: Checkpoint) -> torch.dtype:
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     for name in weights.names:

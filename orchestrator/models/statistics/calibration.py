@@ -4,6 +4,7 @@ Shape suffixes: T tokens, O outputs, I inputs.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,9 +16,17 @@ from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram
 from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.linalg.tensor_cores import tensor_cores
-from orchestrator.models.shards.chunk import Chunk, rows_at
+from orchestrator.models.experts.module import RoutedRows
+from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.residual_cosines import ResidualCosines
+from orchestrator.models.statistics.routed import (
+    ChunkRows,
+    Pools,
+    expert_name,
+    pool_of,
+    rows_of,
+)
 from orchestrator.plan.linear import Linear
 
 Side = Literal["input", "output"]
@@ -38,10 +47,16 @@ class Calibration:
     and also accumulates the gradients with respect to each linear's outputs, as g if O <= I and as
     W^T g if O > I. Cost: one more Gram and, in the second case, one product with the weight.
 
+    Statistics of an expert are of the rows that are routed to it. Without `curvature` its Grams are
+    of rows times the router's weights, by which the expert's error reaches the residual stream;
+    gradients contain these weights. An expert with fewer tokens than channels gets
+    `POOLED_TOKENS` tokens of the mean over the block's experts in addition.
+
     Args:
         magnitudes: Also accumulate the mean magnitudes of the inputs.
         curvature: Also accumulate gradients.
         outputs: Accumulate gradients as g even if O > I.
+        weighted: Weight the rows of experts as described; False: they count alike.
     """
 
     def __init__(
@@ -53,6 +68,7 @@ class Calibration:
         magnitudes: bool = False,
         curvature: bool = False,
         outputs: bool = False,
+        weighted: bool = True,
     ) -> None:
         blocks = {linear.block for linear in linears}
         self._shard = shard
@@ -61,13 +77,17 @@ class Calibration:
         self._curvatures: dict[str, Gram] = {}
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
-        self._places_N: Tensor | None = None
+        self._rows = ChunkRows(shard, is_weighted=weighted and not curvature)
+        self._experts = {linear.name: self._rows.experts(linear) for linear in linears}
+        self._gram_pools, self._magnitude_pools, self._curvature_pools = Pools(), Pools(), Pools()
         self._residual_cosines = ResidualCosines(
-            shard, [linear for linear in shard.linears if linear.block in blocks], self._select
+            shard, [linear for linear in shard.linears if linear.block in blocks], self._rows.select
         )
+        sites: dict[str, list[Linear]] = {}
         for linear in linears:
-            together = [each for each in linears if each.site == linear.site]
-            self._request(linear, side(linear, together))
+            sites.setdefault(linear.site, []).append(linear)
+        for linear in linears:
+            self._request(linear, side(linear, sites[linear.site]))
             if magnitudes and linear.site not in self._magnitudes:
                 self._request_magnitude(linear)
             if curvature:
@@ -81,15 +101,21 @@ class Calibration:
         module = self._shard.module(linear.name)
         size = linear.in_features if side == "input" else linear.out_features
         gram = self._grams[source] = Gram(size, dense_weight(module).device)
+        experts = self._experts[linear.name]
+        if experts is not None:
+            self._gram_pools.add(source, pool_of(linear, side))
 
         def gather_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            gram.update(self._select(inputs[0]))
+            gram.update(select(inputs[0]))
+
+        def select(states: Tensor) -> Tensor:
+            return self._rows.select(states, rows_of(experts), weighted=True)
 
         def gather_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if module.bias is None and output.dtype.itemsize >= 4:
-                gram.update(self._select(output))
+                gram.update(select(output))
             else:
-                rows_TI, weight_OI = self._select(inputs[0]), dense_weight(module)
+                rows_TI, weight_OI = select(inputs[0]), dense_weight(module)
                 with tensor_cores(rows_TI.dtype, weight_OI.dtype):
                     rows_TO = apply_linear(rows_TI.float(), weight_OI.float())
                 gram.update(rows_TO)
@@ -104,9 +130,12 @@ class Calibration:
         module = self._shard.module(linear.name)
         magnitude = Magnitude(linear.in_features, dense_weight(module).device)
         self._magnitudes[linear.site] = magnitude
+        experts = self._experts[linear.name]
+        if experts is not None:
+            self._magnitude_pools.add(linear.site, pool_of(linear, "input"))
 
         def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            magnitude.update(self._select(inputs[0]))
+            magnitude.update(self._rows.select(inputs[0], rows_of(experts)))
 
         self._hooks.append(module.register_forward_pre_hook(gather))
 
@@ -115,9 +144,12 @@ class Calibration:
         as_is = outputs or linear.out_features <= linear.in_features
         size = linear.out_features if as_is else linear.in_features
         gram = self._curvatures[linear.name] = Gram(size, dense_weight(module).device)
+        experts = self._experts[linear.name]
+        if experts is not None:
+            self._curvature_pools.add(linear.name, pool_of(linear, "output"))
 
-        def gather(grad_BTO: Tensor) -> None:
-            rows_TO = self._select(grad_BTO)
+        def gather(grad_BTO: Tensor, routed: RoutedRows | None) -> None:
+            rows_TO = self._rows.select(grad_BTO, routed)
             if as_is:
                 gram.update(rows_TO)
             else:
@@ -128,28 +160,23 @@ class Calibration:
 
         def monitor(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             # the model's first linears have no predecessor that requires a gradient
-            output.requires_grad_().register_hook(gather)  # type: ignore[no-untyped-call]
+            # the rows of an expert are known during its forward pass alone
+            hook = partial(gather, routed=rows_of(experts))
+            output.requires_grad_().register_hook(hook)  # type: ignore[no-untyped-call]
 
         self._hooks.append(module.register_forward_hook(monitor))
 
-    def _select(self, states_BTI: Tensor) -> Tensor:
-        return rows_at(states_BTI.detach(), self._places_N)
-
     def forward(self, chunk: Chunk) -> Chunk:
         """Pass one chunk through the shard and add it to the statistics."""
-        self._set_mask(chunk)
+        self._rows.start(chunk)
         return self._shard.forward(chunk)
 
     def backward(
         self, chunk: Chunk, grads: Sequence[Tensor | None] | Callable[[Tensor], Tensor]
     ) -> list[Tensor | None]:
         """Pass one chunk forward and backward, as `Shard.backward`; adds to all statistics."""
-        self._set_mask(chunk)
+        self._rows.start(chunk)
         return self._shard.backward(chunk, grads)
-
-    def _set_mask(self, chunk: Chunk) -> None:
-        # once per chunk: all hooks select with the same indices
-        self._places_N = chunk.places(self._shard.device)
 
     def flush_writes(self) -> None:
         """End the accumulation: later chunks are ignored, and each Gram takes 8 n^2 bytes.
@@ -162,19 +189,33 @@ class Calibration:
         self._hooks = []
         for gram in (*self._grams.values(), *self._curvatures.values()):
             gram.flush_writes()
+        self._gram_pools.settle(self._grams)
+        self._magnitude_pools.settle(self._magnitudes)
+        self._curvature_pools.settle(self._curvatures)
 
     def statistic(self, linear: Linear) -> InputGram | OutputGram:
         """Return the accumulated statistics of one linear."""
         source, side = self._sources[linear.name]
-        gram, magnitude = self._grams[source], self._magnitudes.get(linear.site)
-        curvature = self._curvatures.get(linear.name)
+        moment, _, most = self._gram_pools.moment(source, self._grams)
+        magnitude_I = curvature = None
+        if linear.site in self._magnitudes:
+            magnitude_I = self._magnitude_pools.mean(linear.site, self._magnitudes)
+        if linear.name in self._curvatures:
+            matrix_KK, rows, _ = self._curvature_pools.moment(linear.name, self._curvatures)
+            curvature = Curvature(matrix_KK, rows)
         kind = InputGram if side == "input" else OutputGram
-        return kind(
-            gram.matrix(),
-            gram.tokens,
-            magnitude.mean() if magnitude else None,
-            Curvature(curvature.matrix(), curvature.tokens) if curvature else None,
-        )
+        return kind(moment, most, magnitude_I, curvature)
+
+    def expert_tokens(self, linears: Sequence[Linear]) -> dict[str, int]:
+        """Return the number of tokens of the experts of linears, by the name of their module.
+
+        Call it before `forget`. A chunk that passes several times counts for each.
+        """
+        return {
+            expert_name(linear): self._grams[self._sources[linear.name][0]].tokens
+            for linear in linears
+            if self._experts[linear.name] is not None
+        }
 
     def cosines(self, block: int) -> dict[str, Cosine]:
         """Return the residual-stream cosines of a block's sublayers, by the sublayer's name."""
@@ -193,6 +234,7 @@ class Calibration:
         self.flush_writes()
         self._sources = {}
         self._grams, self._magnitudes, self._curvatures = {}, {}, {}
+        self._gram_pools, self._magnitude_pools, self._curvature_pools = Pools(), Pools(), Pools()
 
 
 def dense_weight(module: nn.Module) -> Tensor:

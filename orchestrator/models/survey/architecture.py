@@ -22,6 +22,7 @@ from transformers.utils.generic import ContextManagers
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import quoted, read_json
 from orchestrator.models.checkpoint.small_files import small_files
+from orchestrator.models.experts.replace import replace_experts
 from orchestrator.models.forms.config import METHOD
 from orchestrator.models.forms.install import install_forms
 from orchestrator.models.survey.config import (
@@ -34,6 +35,9 @@ from orchestrator.store.places import Place
 
 MAX_BUFFER_BYTES = 2**30
 """Limit of a model's buffers, which are computed and not stored: masks, rotary frequencies."""
+SPLITS_EXPERTS = False
+"""Value of `Architecture.splits_experts`: mixtures of experts are refused until compressed ones can
+be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ class Architecture:
     config: PretrainedConfig
     forms: Mapping[str, Any] | None
     """The `quantization_config` of a compressed checkpoint; None for a dense one."""
+    splits_experts: bool = False
+    """True if fused experts are replaced by a module for each linear of an expert."""
 
     @classmethod
     def read(cls, place: Place) -> "Architecture":
@@ -87,10 +93,33 @@ class Architecture:
         # Removed, because building the class would otherwise look for the quantiser's modules.
         for key in FORMS_KEYS:
             vars(config).pop(key, None)
-        return cls(directory, model_class, config, content.get("quantization_config"))
+        forms = content.get("quantization_config")
+        return cls(directory, model_class, config, forms, splits_experts=SPLITS_EXPERTS)
 
     def build(self, dtype: torch.dtype, *, stored: int) -> PreTrainedModel:
         """Build the model in eval mode with every parameter and buffer on the meta device.
+
+        Linears have the checkpoint's forms. Arguments and errors as for `build_native`.
+
+        Raises:
+            InputError: Also if the model's experts are not supported, see `replace_experts`.
+        """
+        model = self.build_native(dtype, stored=stored)
+        if self.splits_experts:
+            try:
+                replace_experts(model)
+            except InputError as error:
+                raise InputError(f"{self.directory}: {error}") from error
+        if self.forms is not None:
+            install_forms(model, self.forms)
+        for parameter in model.parameters():
+            mark_initialized(parameter)
+        for module in model.modules():
+            mark_initialized(module)
+        return model.eval()
+
+    def build_native(self, dtype: torch.dtype, *, stored: int) -> PreTrainedModel:
+        """Build the model as its class does, on the meta device, without forms.
 
         It is built inside the contexts that `from_pretrained` uses, so that default dtype and
         patches are the same. Weights are not tied. Attention is `sdpa` if the class supports it,
@@ -123,13 +152,7 @@ class Architecture:
                 f"{self.directory}: config.json makes a {self.model_class.__name__} with "
                 f"{size_bytes} bytes of buffers; at most {MAX_BUFFER_BYTES} are computed"
             )
-        if self.forms is not None:
-            install_forms(model, self.forms)
-        for parameter in model.parameters():
-            mark_initialized(parameter)
-        for module in model.modules():
-            mark_initialized(module)
-        return model.eval()
+        return model
 
 
 def find_blocks(model: PreTrainedModel, directory: Place) -> tuple[str, nn.ModuleList]:

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, O outputs, I inputs.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
+from orchestrator.models.experts.module import ExpertLinear, Experts
 from orchestrator.models.forms.install import features
 from orchestrator.plan.linear import Linear
 
@@ -20,15 +22,20 @@ from orchestrator.plan.linear import Linear
 def check_parameters(where: str, name: str, block: nn.Module) -> None:
     """Check that every matrix of a block is the weight of a linear, an embedding or a norm.
 
+    The router of experts is accepted, and a convolution that mixes no channels.
+
     Raises:
         InputError: The block has other matrices: experts fused in one parameter, convolutions,
             bare matrices.
     """
     unknown = []
+    routers = find_routers(block)
     for path, module in block.named_modules():
         is_vector_like = isinstance(module, nn.Embedding) or "Norm" in type(module).__name__
+        is_vector_like |= isinstance(module, nn.Conv1d) and module.groups == module.in_channels
         for key, parameter in module.named_parameters(recurse=False):
             is_weight = isinstance(module, nn.Linear | Conv1D) and key == "weight"
+            is_weight |= path in routers and len(parameter) == routers[path]
             if parameter.ndim >= 2 and not is_weight and not is_vector_like:
                 is_fused = parameter.ndim == 3 and min(parameter.shape) > 1
                 full_name = ".".join(part for part in (name, path, key) if part)
@@ -43,6 +50,22 @@ def check_parameters(where: str, name: str, block: nn.Module) -> None:
         )
 
 
+def find_routers(block: nn.Module) -> dict[str, int]:
+    """Find the modules that may be routers, beside experts of the same parent, by path.
+
+    Returns:
+        The number of experts; a matrix of such a module with as many rows is the router's.
+    """
+    routers = {}
+    for path, module in block.named_modules():
+        for name, child in module.named_children():
+            if isinstance(child, Experts):
+                beside = [other for other, _ in module.named_children() if other != name]
+                paths = [f"{path}.{other}".lstrip(".") for other in beside]
+                routers.update(dict.fromkeys([path, *paths], child.num_experts))
+    return routers
+
+
 class LinearCalls:
     """Context manager that records the calls of a block's linears: order and input of each."""
 
@@ -50,14 +73,21 @@ class LinearCalls:
         self.name = name
         self.modules: dict[str, nn.Module] = {}
         if block is not None:
-            modules = block.named_modules()
-            self.modules = {role: m for role, m in modules if isinstance(m, nn.Linear | Conv1D)}
+            routers = find_routers(block)
+            self.modules = {
+                role: module
+                for role, module in block.named_modules()
+                if isinstance(module, nn.Linear | Conv1D)
+                and not (role in routers and features(module)[1] == routers[role])
+            }
         self.calls: list[tuple[str, Hashable]] = []
         """Role and input identity of each call, in order."""
         self._seen: list[Tensor] = []
         """Tensors kept alive, so that their memory is not reused and identities stay unique."""
         self._norms: dict[Hashable, str] = {}
         """Name of the norm that produced a tensor, by the tensor's identity."""
+        self._expert_norms: dict[str, str] = {}
+        """Norm that the rows of each expert's first linears come from, by role."""
         self._block = block
 
     def __enter__(self) -> None:
@@ -68,6 +98,10 @@ class LinearCalls:
         for path, module in self._block.named_modules() if self._block is not None else ():
             if "Norm" in type(module).__name__:
                 self.handles.append(module.register_forward_hook(self._norm_recorder(path)))
+            for name, child in module.named_children():
+                if isinstance(child, Experts):
+                    record = self._rows_recorder(f"{path}.{name}".lstrip("."), child)
+                    self.handles.append(module.register_forward_pre_hook(record))
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
@@ -89,6 +123,16 @@ class LinearCalls:
 
         return record
 
+    def _rows_recorder(self, path: str, experts: Experts) -> Callable[[nn.Module, Any], None]:
+        names = [name for name, each in experts.named_modules() if isinstance(each, nn.Linear)]
+        first = [name for name in names if not name.endswith(".down")]
+
+        def record(module: nn.Module, args: Any) -> None:
+            norm = self._norms.get(_identity(args[0]), "") if args else ""
+            self._expert_norms.update(dict.fromkeys((f"{path}.{role}" for role in first), norm))
+
+        return record
+
     def linears(self, where: str, block: int) -> list[Linear]:
         """Return the block's linears in call order.
 
@@ -96,11 +140,11 @@ class LinearCalls:
             InputError: A linear is not called exactly once, or its class does not compute
                 x Wᵀ + b.
         """
-        roles = [role for role, _ in self.calls]
+        counts = Counter(role for role, _ in self.calls)
         for role, module in self.modules.items():
-            if roles.count(role) != 1:
+            if counts[role] != 1:
                 raise InputError(
-                    f"{where}: {self.name}.{role} is called {roles.count(role)} times in a "
+                    f"{where}: {self.name}.{role} is called {counts[role]} times in a "
                     "forward pass; every linear of a block must be called exactly once"
                 )
             if not _is_linear(module):
@@ -123,7 +167,7 @@ class LinearCalls:
                     out_features=out_features,
                     in_features=in_features,
                     has_bias=module.bias is not None,
-                    norm=self._norms.get(identity, ""),
+                    norm=self._norms.get(identity, self._expert_norms.get(role, "")),
                 )
             )
         return linears
@@ -140,7 +184,7 @@ def _identity(tensor: Tensor) -> Hashable:
 
 def _is_linear(module: nn.Module) -> bool:
     """Test if a module computes x Wᵀ + b (`Conv1D`: x W + b); subclasses run on a small probe."""
-    if type(module) in {nn.Linear, Conv1D}:
+    if type(module) in {nn.Linear, Conv1D, ExpertLinear}:
         return True
     generator = torch.Generator().manual_seed(0)
     input_TI, weight_OI, bias_O = (

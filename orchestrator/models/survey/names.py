@@ -52,12 +52,7 @@ def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
     disk: dict[str, str] = {}
     unused = []
     conversions = get_model_conversion_mapping(model)
-    try:
-        # In the loader's order: some rules keep state about the names seen so far.
-        disk_names = sorted(weights.names, key=dot_natural_key)
-    except ValueError as error:  # the loader's order reads `²` as a number
-        raise InputError(f"{weights.directory}: invalid tensor name: {error}") from error
-    for disk_name in disk_names:
+    for disk_name in in_loading_order(weights):
         name = _module_name(model, disk_name, tensors, conversions=conversions, weights=weights)
         if name not in tensors:
             unused.append(disk_name)
@@ -94,6 +89,18 @@ def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
     pairs = model.all_tied_weights_keys.items()
     doubled = {target: source for target, source in pairs if target in disk and source in disk}
     return Names(ordered, tied, tuple(unused), doubled)
+
+
+def in_loading_order(weights: Checkpoint) -> list[str]:
+    """Sort the names on disk as the loader does: some rules keep state about the names seen so far.
+
+    Raises:
+        InputError: A name has a digit that is no decimal number.
+    """
+    try:
+        return sorted(weights.names, key=dot_natural_key)
+    except ValueError as error:  # the loader's order reads `²` as a number
+        raise InputError(f"{weights.directory}: invalid tensor name: {error}") from error
 
 
 def _module_name(

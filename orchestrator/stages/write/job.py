@@ -22,6 +22,7 @@ from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stage_names import CALIBRATE
 from orchestrator.stages.context.commands import WriteFile
+from orchestrator.stages.context.experts import expert_tokens, expert_warnings
 from orchestrator.stages.context.keys import WRITE_VERSION
 from orchestrator.stages.context.report import make_report
 from orchestrator.stages.context.running_stage import RunningStage
@@ -177,6 +178,9 @@ def _report(
     report["files"] = {name: file["blake2b"] for name, file in sorted(files.items())}
     if planned.multiples:
         report["rank_multiple"] = dict(planned.multiples)
+    if tokens := expert_tokens(planned.facts):
+        warnings = expert_warnings(tokens, planned.linears)
+        report["experts"] = {"tokens": tokens, "warnings": warnings}
     report |= planned.scores.report
     for each in done:
         report[each.name] = each.report

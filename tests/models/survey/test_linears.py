@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from moe.families import make_moe
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
+from orchestrator.models.experts.replace import replace_experts
 from orchestrator.models.survey.linears import LinearCalls, check_parameters
 
 
@@ -155,13 +157,41 @@ def test_other_matrices_are_refused(name, module, message):
 
 
 def test_vectors_embeddings_and_norms_are_accepted():
-    """Biases, scales, tables and norms of any shape are accepted."""
+    """Biases, scales, tables, norms of any shape and depthwise convolutions are accepted."""
     block = nn.ModuleDict(
         {
             "norm": nn.LayerNorm((2, 4)),
             "embedding": nn.Embedding(3, 4),
             "linear": nn.Linear(2, 2),
             "scale": nn.ParameterList([torch.zeros(4)]),
+            "convolution": nn.Conv1d(4, 4, 3, groups=4),
         }
     )
     check_parameters("model", "blocks.0", block)
+
+
+@pytest.fixture
+def mlp():
+    """Part of a block with a router of four experts, as matrix without a linear."""
+    mlp = make_moe("qwen3_moe").model.layers[0].mlp
+    replace_experts(mlp)
+    return mlp
+
+
+def test_a_router_is_no_linear(mlp):
+    """A matrix or linear with a row for each expert, beside them, is accepted and not listed."""
+    block = nn.ModuleDict({"mlp": mlp})
+    check_parameters("model", "blocks.0", block)
+    mlp.gate = nn.Linear(32, 4)
+    mlp.other = nn.Linear(32, 5)
+    check_parameters("model", "blocks.0", block)
+    listed = set(LinearCalls("blocks.0", block).modules)
+    assert "mlp.gate" not in listed
+    assert {"mlp.other", "mlp.experts.3.down"} < listed
+
+
+def test_a_matrix_beside_experts_is_refused(mlp):
+    """One with another number of rows than experts is not a router."""
+    mlp.gate.weight = nn.Parameter(torch.zeros(5, 32))
+    with pytest.raises(InputError, match=r"blocks\.0\.mlp\.gate\.weight \[5, 32\] of a Qwen3Moe"):
+        check_parameters("model", "blocks.0", nn.ModuleDict({"mlp": mlp}))

@@ -107,7 +107,12 @@ class CompressionWorker(Worker):
         grouping = self.task.grouping
         blocks = range(block, block + grouping.size)
         opened.settle()
-        groups = grouping.groups([each for each in self.task.linears if each.block in blocks])
+        linears = [each for each in self.task.linears if each.block in blocks]
+        # every label draw repeats the rows
+        draws = max(self.task.method.label_draws, 1)
+        routed = opened.calibration.expert_tokens(linears).items()
+        expert_tokens = {name: tokens // draws for name, tokens in routed}
+        groups = grouping.groups(linears)
         unit = self.run.units.begin(self.task.block_keys[block])
         results = []
         with ThreadPoolExecutor(max_workers=1) as disk:
@@ -129,6 +134,7 @@ class CompressionWorker(Worker):
                 for each in blocks
                 for name, cosine in opened.calibration.cosines(each).items()
             },
+            **({"expert_tokens": expert_tokens} if expert_tokens else {}),
             "timings": {"seconds": time.monotonic() - start, "memory": self.usage().to_json()},
         }
         unit.commit(environment=self.environment(), facts=facts)

@@ -17,9 +17,11 @@ from orchestrator.device.transport import download, upload
 from orchestrator.methods.kinds.base import Factor, Kind
 from orchestrator.methods.kinds.ranked import MaskedParts
 from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec
-from orchestrator.models.checkpoint.weights import Weights
+from orchestrator.models.checkpoint.weights import Checkpoint, Weights
 from orchestrator.models.checkpoint.write import write_file
 from orchestrator.models.forms.index_codes import encode
+from orchestrator.models.survey.architecture import Architecture
+from orchestrator.models.survey.expert_weights import view_experts
 from orchestrator.plan.linear import Linear
 from orchestrator.stages.context.masks import read_candidates
 from orchestrator.stages.context.task import CompressionTask
@@ -101,8 +103,8 @@ class DenseTensors:
         self._model = model
 
     @cached_property
-    def _weights(self) -> Weights:
-        return Weights.open(self._model)
+    def _weights(self) -> Checkpoint:
+        return view_experts(Weights.open(self._model), Architecture.read(self._model))
 
     def read(self, tensor: TensorSpec) -> Tensor | None:
         return self._weights.read(tensor.source) if tensor.part == "copy" else None
