@@ -5,7 +5,7 @@ Shape suffixes: T tokens, O outputs, I inputs.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +66,11 @@ def find_routers(block: nn.Module) -> dict[str, int]:
     return routers
 
 
+def _is_gate(role: str, module: nn.Module, routers: Mapping[str, int]) -> bool:
+    """Test if a linear is a router, or the gate of a shared expert: one output, beside experts."""
+    return role in routers and features(module)[1] in (1, routers[role])
+
+
 class LinearCalls:
     """Context manager that records the calls of a block's linears: order and input of each."""
 
@@ -77,8 +82,7 @@ class LinearCalls:
             self.modules = {
                 role: module
                 for role, module in block.named_modules()
-                if isinstance(module, nn.Linear | Conv1D)
-                and not (role in routers and features(module)[1] == routers[role])
+                if isinstance(module, nn.Linear | Conv1D) and not _is_gate(role, module, routers)
             }
         self.calls: list[tuple[str, Hashable]] = []
         """Role and input identity of each call, in order."""

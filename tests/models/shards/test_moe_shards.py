@@ -42,7 +42,7 @@ def test_any_cut_gives_the_same_bits(split_experts, moe_checkpoint):
 
 QKVO = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
-SHARED = {f"mlp.shared_expert.{name}" for name in MLP} | {"mlp.shared_expert_gate"}
+SHARED = {f"mlp.shared_expert.{name}" for name in MLP}
 LATENT = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 OTHERS = {
     "mixtral": (QKVO, "mlp"),
@@ -63,7 +63,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_the_survey_lists_the_linears_of_experts(split_experts, moe_checkpoint, family):
-    """Each expert has a site for gate and up and one for down; routers are not listed."""
+    """Each expert has a site for gate and up and one for down; routers and gates are not listed."""
     lazy_model = LazyModel.open(moe_checkpoint(family))
     linears = {linear.role: linear for linear in lazy_model.survey().of_block(3)}
     others, parent = OTHERS[family]

@@ -179,14 +179,17 @@ def mlp():
 
 
 def test_a_router_is_no_linear(mlp):
-    """A matrix or linear with a row for each expert, beside them, is accepted and not listed."""
+    """A matrix or linear with a row for each expert, beside them, is accepted and not listed.
+
+    The gate of a shared expert, with one row, is not listed either.
+    """
     block = nn.ModuleDict({"mlp": mlp})
     check_parameters("model", "blocks.0", block)
     mlp.gate = nn.Linear(32, 4)
-    mlp.other = nn.Linear(32, 5)
+    mlp.shared_gate, mlp.other = nn.Linear(32, 1), nn.Linear(32, 5)
     check_parameters("model", "blocks.0", block)
     listed = set(LinearCalls("blocks.0", block).modules)
-    assert "mlp.gate" not in listed
+    assert not {"mlp.gate", "mlp.shared_gate"} & listed
     assert {"mlp.other", "mlp.experts.3.down"} < listed
 
 
