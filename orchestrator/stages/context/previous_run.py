@@ -11,7 +11,8 @@ from typing import Any
 
 from orchestrator.errors import InputError
 from orchestrator.recipe.field import about, described
-from orchestrator.recipe.recipe import SCHEDULE, Recipe, make_recipe, override
+from orchestrator.recipe.recipe import SCHEDULE, Recipe, make_recipe
+from orchestrator.recipe.recipe_file import override
 from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
 
