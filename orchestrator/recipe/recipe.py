@@ -24,7 +24,7 @@ from orchestrator.recipe.values import (
     toml_value,
 )
 
-SIZE_FIELDS = ("keep", "keep_bytes")
+SIZE_FIELDS = ("keep", "keep_bytes", "keep_flops", "keep_latency")
 """Fields of the size, of which a recipe has exactly one."""
 NEVER_OPTIONS = ("model", "out", *SIZE_FIELDS, "method", "calibration")
 """Fields after which no option is named."""
@@ -72,6 +72,28 @@ class CompressionFields:
         "fraction of their bytes to keep, indices included; instead of --keep",
         is_fraction=True,
         metavar="FRACTION",
+    )
+    keep_flops: float | None = option(
+        None,
+        "fraction of their multiply-adds per token to keep; instead of --keep",
+        is_fraction=True,
+        metavar="FRACTION",
+        added=True,
+    )
+    keep_latency: float | None = option(
+        None,
+        "fraction of their time to keep, by the measurements of --latency-table; instead of --keep",
+        is_fraction=True,
+        metavar="FRACTION",
+        added=True,
+    )
+    latency_table: str | None = option(
+        None,
+        "times of linears on the device that will serve the result, from `orchestrator bench MODEL "
+        "--latency-table FILE`; with another size than --keep-latency for the forecast of its "
+        "speed",
+        metavar="FILE",
+        added=True,
     )
     method: str | None = option(
         None, "published method (default: that of --preset fast, with its storage)"
@@ -182,8 +204,8 @@ class CompressionFields:
 class Recipe(Execution, CompressionFields):
     """Complete description of a compression; equal recipes give equal bytes.
 
-    The fields of `SCHEDULE` affect speed and placement, not the result. Exactly one of `keep` and
-    `keep_bytes` is set.
+    The fields of `SCHEDULE` affect speed and placement, not the result. Exactly one of the fields
+    of `SIZE_FIELDS` is set.
 
     Raises:
         UsageError: A field has a type or value that is not allowed; checked on construction.
@@ -206,8 +228,13 @@ class Recipe(Execution, CompressionFields):
         check_options(self.options)
         given = [name for name in SIZE_FIELDS if getattr(self, name) is not None]
         if len(given) != 1:
-            found = " and ".join(given) or "neither keep nor keep_bytes"
+            found = " and ".join(given) or f"none of {', '.join(SIZE_FIELDS)}"
             raise UsageError(f"recipe: {found} given; give one of them, keep 0.8 for example")
+        if self.keep_latency is not None and self.latency_table is None:
+            raise UsageError(
+                "recipe: keep_latency without a latency_table; measure one on the device that will "
+                "serve the result: orchestrator bench MODEL --latency-table FILE"
+            )
         if not self.target:
             raise UsageError('target is empty; omit it or give "*" for every linear')
 
@@ -247,10 +274,14 @@ class Recipe(Execution, CompressionFields):
         return size_in_bytes(self.max_shard_size)
 
     @property
+    def size_field(self) -> str:
+        """The field of `SIZE_FIELDS` that is set."""
+        return next(name for name in SIZE_FIELDS if getattr(self, name) is not None)
+
+    @property
     def requested(self) -> float:
-        """The requested kept fraction, of values or of bytes."""
-        requested = self.keep if self.keep_bytes is None else self.keep_bytes
-        assert requested is not None
+        """The requested kept fraction, of the quantity of `size_field`."""
+        requested: float = getattr(self, self.size_field)
         return requested
 
     def named(self) -> "Recipe":
@@ -274,12 +305,12 @@ class Recipe(Execution, CompressionFields):
         )
 
     def resized(self, kept: float, **other: Any) -> "Recipe":
-        """Return the recipe of another size, of values or of bytes as this one.
+        """Return the recipe of another size, of the same quantity as this one.
 
         Args:
             other: Other fields to replace.
         """
-        return replace(self, **{"keep" if self.keep_bytes is None else "keep_bytes": kept, **other})
+        return replace(self, **{self.size_field: kept, **other})
 
     def to_toml(self, *, schedule: bool = True) -> str:
         """Write the recipe as TOML with all defaults; unset fields are comments.

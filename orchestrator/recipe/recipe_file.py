@@ -14,8 +14,14 @@ HEADINGS = ("compress", "plan", "search", "recipe", "orchestrator")
 
 
 def override(written: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge fields, of which the given ones take precedence; a given size replaces any size."""
-    dropped = {*SIZE_FIELDS} if {*SIZE_FIELDS} & given.keys() else set()
+    """Merge fields, of which the given ones take precedence.
+
+    A given size replaces any size, and with one in time its table, unless it is in time too.
+    """
+    sizes = {*SIZE_FIELDS} & given.keys()
+    dropped = {*SIZE_FIELDS} if sizes else set()
+    if sizes and "keep_latency" in written and "keep_latency" not in sizes:
+        dropped.add("latency_table")
     return {name: v for name, v in written.items() if name not in dropped} | dict(given)
 
 

@@ -40,7 +40,7 @@ def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Previous
     decides bits, stays.
 
     Args:
-        given: Fields of the recipe; `keep` or `keep_bytes` replaces either of them.
+        given: Fields of the recipe; a size, such as `keep`, replaces that of the run.
 
     Raises:
         InputError: The directory has no run, the run has not read its text, or its units are

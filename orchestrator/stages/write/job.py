@@ -177,6 +177,8 @@ def _report(
     report["files"] = {name: file["blake2b"] for name, file in sorted(files.items())}
     if planned.multiples:
         report["rank_multiple"] = dict(planned.multiples)
+    if planned.costs:
+        report["costs"] = dict(planned.costs)
     report |= planned.scores.report
     for each in done:
         report[each.name] = each.report
