@@ -1,6 +1,6 @@
 """Resolution of a recipe: its method, allocator and stages with their options.
 
-Settings that exclude each other are refused here; no file is read.
+Settings that exclude each other are refused here; no file is read but a table of times.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -14,7 +14,9 @@ from orchestrator.errors import UsageError
 from orchestrator.methods import METHODS, make_method
 from orchestrator.methods.base import Method
 from orchestrator.plan.allowed_ranks import Multiple
+from orchestrator.plan.cost import OPERATIONS, VALUES, Cost, OperationCost, TimeCost
 from orchestrator.plan.forms import FORMS, stored_as
+from orchestrator.plan.latency_table import LatencyTable, read_latency_table
 from orchestrator.recipe.options import option_names
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.stage_names import CALIBRATE, SCORE, WRITE
@@ -32,6 +34,8 @@ class ResolvedRecipe:
     method: Method
     allocator: Allocator
     budget: Budget
+    latency_table: LatencyTable | None
+    """Measured times of linears, for the budget or for the forecast of its speed."""
     stages: tuple[Stage, ...]
     """The stages after the plan that apply, in order."""
 
@@ -43,7 +47,7 @@ class ResolvedRecipe:
 
 
 def resolve(asked: Recipe, *, inherited: Collection[str] = ()) -> ResolvedRecipe:
-    """Resolve the names in a recipe; no file is read.
+    """Resolve the names in a recipe; no file is read but its table of times.
 
     Args:
         inherited: Tables of options that were not given for this recipe, but come from an earlier
@@ -52,6 +56,7 @@ def resolve(asked: Recipe, *, inherited: Collection[str] = ()) -> ResolvedRecipe
     Raises:
         UsageError: A name or an option does not exist, has no effect or has a value that is not
             allowed, or two settings exclude each other.
+        InputError: The table of times cannot be read.
     """
     resolved = _resolve(asked)
     unused = _unused(resolved)
@@ -104,11 +109,14 @@ def _resolve(asked: Recipe) -> ResolvedRecipe:
     for stage in stages:
         stage.check(recipe, traits)
     form, in_bytes = stored_as(method.form, recipe.storage), recipe.keep_bytes is not None
+    table = None if recipe.latency_table is None else read_latency_table(recipe.latency_table)
+    cost = _cost(recipe, method, multiple, table)
     return ResolvedRecipe(
         recipe=recipe,
         method=method,
         allocator=allocator,
-        budget=Budget(recipe.requested, form, in_bytes=in_bytes, multiple=multiple),
+        budget=Budget(recipe.requested, form, in_bytes=in_bytes, multiple=multiple, cost=cost),
+        latency_table=table,
         stages=stages_of(stages, recipe, traits),
     )
 
@@ -149,6 +157,31 @@ def _rank_multiple(recipe: Recipe, method: Method) -> Multiple:
             "or leave it out"
         )
     return 1
+
+
+def _cost(recipe: Recipe, method: Method, multiple: Multiple, table: LatencyTable | None) -> Cost:
+    """Return the cost that the size of the recipe is a fraction of.
+
+    Raises:
+        UsageError: Of operations or time, for a method that keeps entries; of time, for ranks that
+            are no multiples.
+    """
+    if recipe.size_field not in (OperationCost.field, TimeCost.field):
+        return VALUES
+    if (divided := FORMS[method.form].divided) != "ranks":
+        raise UsageError(
+            f"{recipe.size_field}: {method.name} keeps {divided}, and a sparse weight is "
+            "multiplied as a dense one, which saves no operations; give keep, or a method of low "
+            "rank"
+        )
+    if table is None or recipe.size_field == OperationCost.field:
+        return OPERATIONS
+    if multiple == 1:
+        raise UsageError(
+            "keep_latency: a latency_table has the times of multiples, and other ranks are slower; "
+            "give rank_multiple auto"
+        )
+    return TimeCost(table)
 
 
 def _unused(resolved: ResolvedRecipe) -> dict[str, tuple[str, ...]]:

@@ -32,6 +32,14 @@ class Allocator(Protocol):
     """Parts of linears that a plan is made of; see `Form.divided`."""
     scoring: ClassVar[Scoring] = Scoring.NONE
 
+    @property
+    def divides_costs(self) -> bool:
+        """True if the cost of `Budget` is divided itself, not values alone.
+
+        Of others, the plan of the largest kept fraction of values within the cost is taken.
+        """
+        return False
+
     def __init__(self, **options: Any) -> None:
         """Raises UsageError for an option's value that is not allowed."""
         return None

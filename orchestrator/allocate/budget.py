@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.allowed_ranks import AllowedRanks, Multiple
+from orchestrator.plan.cost import VALUES, Cost
 from orchestrator.plan.forms import LOW_RANK, Divided, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
@@ -21,7 +22,7 @@ LEAST: dict[Divided, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Number of values that linears may store, as a fraction of their dense values.
+    """Cost that linears may have together, as a fraction of that of their dense weights.
 
     Raises:
         UsageError: The fraction is outside (0, 1].
@@ -36,6 +37,9 @@ class Budget:
     it; an allocator divides the values."""
     multiple: Multiple = field(default=1, kw_only=True)
     """Number of which ranks are multiples."""
+    cost: Cost = field(default=VALUES, kw_only=True)
+    """Cost that the fraction limits. `fill_budget` ensures it for allocators that divide values
+    alone."""
 
     def __post_init__(self) -> None:
         if not 0 < self.kept <= 1:
@@ -44,30 +48,60 @@ class Budget:
     @property
     def ranks(self) -> AllowedRanks:
         """Ranks that a linear may get."""
-        return AllowedRanks(self.form, self.multiple)
+        return AllowedRanks(self.form, self.multiple, self.cost)
+
+    def in_values(self, kept: float | None = None) -> "Budget":
+        """Return the budget of this fraction of the values, or of another one."""
+        return replace(self, kept=self.kept if kept is None else kept, cost=VALUES)
 
     def share(self, linears: Sequence[Linear]) -> int:
-        """Return the kept fraction of the dense values of some linears, `floor(kept * dense)`."""
-        return math.floor(Fraction(str(self.kept)) * sum(linear.values for linear in linears))
+        """Return the kept fraction of the dense cost of some linears, `floor(kept * dense)`."""
+        return math.floor(Fraction(str(self.kept)) * sum(map(self.cost.dense, linears)))
 
     def total(self, linears: Sequence[Linear]) -> int:
-        """Return the number of values that all linears of the model may store together.
+        """Return the cost, a number of values, that all linears of the model may have together.
 
         Raises:
-            InfeasibleError: The smallest size of every linear, rank 1 or one entry, stores more.
+            InfeasibleError: The smallest size of every linear, rank 1 or one entry, costs more.
+            InputError: As `TimeCost`.
         """
-        dense = sum(linear.values for linear in linears)
         total = self.share(linears)
-        least = sum(map(self.ranks.least_values, linears))
-        if total < least:
-            divided = self.form.divided
-            what = self.ranks.smallest if divided == "ranks" else LEAST[divided]
-            raise InfeasibleError(
-                f"keep: {self.kept} allows {total} of {dense} values, but {what} for each of "
-                f"{len(linears)} linears stores {least}; the least possible is "
-                f"{math.ceil(1e6 * least / dense) / 1e6}"
-            )
-        return total
+        least = sum(map(self.ranks.least_cost, linears))
+        if total >= least:
+            return total
+        dense = sum(map(self.cost.dense, linears))
+        if self.cost is not VALUES:
+            what = f"the smallest of allowed ranks, or dense, in each of {len(linears)} linears"
+            raise too_small(self, total, dense, least=least, what=what)
+        divided = self.form.divided
+        what = self.ranks.smallest if divided == "ranks" else LEAST[divided]
+        raise InfeasibleError(
+            f"keep: {self.kept} allows {total} of {dense} values, but {what} for each of "
+            f"{len(linears)} linears stores {least}; the least possible is "
+            f"{_fraction(least, dense)}"
+        )
+
+
+def too_small(budget: Budget, total: int, dense: int, *, least: int, what: str) -> InfeasibleError:
+    """Return the error of a budget of operations or time, with the smallest possible fraction.
+
+    Args:
+        total: Cost within the budget.
+        dense: Cost of the dense weights.
+        least: Smallest possible cost.
+        what: Plan that has it.
+    """
+    cost = budget.cost
+    return InfeasibleError(
+        f"{cost.field}: {budget.kept} allows {cost.shown(total)}, where dense weights take "
+        f"{cost.shown(dense)}, but {what}, takes {cost.shown(least)}; the least possible is "
+        f"{_fraction(least, dense)}"
+    )
+
+
+def _fraction(least: int, dense: int) -> float:
+    """Return a fraction with six digits, rounded up so that it suffices."""
+    return math.ceil(1e6 * least / dense) / 1e6
 
 
 def assign_rank(linear: Linear, rank: int, values: int, form: Form) -> Assignment:
@@ -84,12 +118,27 @@ def assign_rank(linear: Linear, rank: int, values: int, form: Form) -> Assignmen
     return Assignment(form=form.name, rank=break_even - 1)
 
 
-def make_plan(linears: Sequence[Linear], assignments: Mapping[str, Assignment], total: int) -> Plan:
-    """Make the plan in the order of the linears; the caller ensures that it is within the total."""
+def make_plan(
+    linears: Sequence[Linear],
+    assignments: Mapping[str, Assignment],
+    total: int,
+    cost: Cost = VALUES,
+) -> Plan:
+    """Make the plan in the order of the linears; the caller ensures that it is within the total.
+
+    Of a total of another cost than values, the plan's budget is the values that it stores.
+    """
     assignments = {linear.name: assignments[linear.name] for linear in linears}
     stored = sum(assignments[linear.name].stored_values(linear) for linear in linears)
-    assert stored <= total, f"stored {stored} values of a budget of {total}"
-    return Plan(assignments=assignments, budget_values=total, stored_values=stored)
+    spent = stored if cost is VALUES else plan_cost(linears, assignments, cost)
+    assert spent <= total, f"spent {spent} {cost.name} of a budget of {total}"
+    within = total if cost is VALUES else stored
+    return Plan(assignments=assignments, budget_values=within, stored_values=stored)
+
+
+def plan_cost(linears: Sequence[Linear], assignments: Mapping[str, Assignment], cost: Cost) -> int:
+    """Return the cost of all linears together."""
+    return sum(cost.of(linear, assignments[linear.name]) for linear in linears)
 
 
 def by_role(linears: Sequence[Linear]) -> dict[str, list[Linear]]:

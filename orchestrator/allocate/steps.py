@@ -1,7 +1,8 @@
 """Ranks of a linear as a chain of steps, and the selection of steps within a budget.
 
 A linear has a step for each allowed rank below break-even (`AllowedRanks`), and a last one that
-makes it dense, at the cost of the additional values of the dense weight. Without an allowed rank
+makes it dense, at the additional cost of the dense weight. Costs are stored values, or those of
+`AllowedRanks.cost`. Without an allowed rank
 the only step is the dense weight. Every rank costs the same; of pivoted factors, each rank costs
 less than the one before. For a curve known at some ranks only (`SampledCurve`) a step takes all
 ranks up to the next sample. An allocator orders the steps by keys; `spend` takes them.
@@ -24,17 +25,17 @@ EVERY_RANK = AllowedRanks()
 def step_costs(
     linear: Linear, ranks: AllowedRanks = EVERY_RANK, ends: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the stored values that each step adds, int64 [steps]; their sum is the dense size.
+    """Return the cost that each step adds, int64 [steps]; their sum is that of the dense weight.
 
     Args:
         ends: Final ranks of the steps except the dense one, ascending; None means every allowed
             rank.
     """
     ends = ranks.of(linear) if ends is None else ends
-    stored = np.zeros(len(ends) + 2, dtype=np.int64)
-    stored[1:-1] = ranks.form.factor_values(linear, ends.astype(np.int64))
-    stored[-1] = linear.values
-    costs: np.ndarray = stored[1:] - stored[:-1]
+    spent = np.zeros(len(ends) + 2, dtype=np.int64)
+    spent[1:-1] = ranks.price(linear, ends.astype(np.int64))
+    spent[-1] = ranks.cost.dense(linear)
+    costs: np.ndarray = spent[1:] - spent[:-1]
     return costs
 
 
@@ -116,11 +117,11 @@ def spend(
 def _cut(
     linear: Linear, steps: int, ranks: AllowedRanks, end: np.ndarray | None, *, left: int
 ) -> Assignment:
-    """Return the assignment of steps before the dense one; between samples with `left` values
-    more."""
+    """Return the assignment of steps before the dense one; between samples at `left` more
+    cost."""
     rank = steps * ranks.step(linear) if end is None else int(end[steps - 1])
     if end is not None and left and steps < len(end):
-        rank = ranks.within(linear, ranks.form.factor_values(linear, rank) + left)
+        rank = ranks.within(linear, ranks.price(linear, rank) + left)
     return Assignment(form=ranks.form.name, rank=rank)
 
 

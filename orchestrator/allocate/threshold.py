@@ -1,4 +1,4 @@
-"""One threshold for the whole model: the next step is the one with the largest gain per value.
+"""One threshold for the whole model: the next step is the one with the largest gain per cost.
 
 Indices: K steps of a linear.
 """
@@ -46,6 +46,9 @@ class Threshold(Allocator):
     Of ranks that are multiples, a step is one multiple: the optimum is over multiples, not that of
     every rank, rounded.
 
+    `hull` divides any cost of the budget: values, operations or measured time. `break_even` is a
+    rule about values.
+
     With `floor` above 0 the first part of the budget goes to a uniform share of every linear. Then
     the rank of a linear may fall as the budget grows; the stored total does not.
     """
@@ -58,6 +61,10 @@ class Threshold(Allocator):
     def __post_init__(self) -> None:
         check_choice("threshold: dense", self.dense, ("hull", "break_even"))
         check_number("threshold: floor", self.floor, 0, 1)
+
+    @property
+    def divides_costs(self) -> bool:
+        return self.dense == "hull"
 
     def __call__(
         self,
@@ -77,7 +84,7 @@ class Threshold(Allocator):
         ends = [_ends(curves[linear.name]) for linear in linears]
         keys = (self._floored(linear, curves[linear.name], budget) for linear in linears)
         taken = spend(linears, keys, total, where="the model", ranks=ranks, ends=ends)
-        return make_plan(linears, taken, total)
+        return make_plan(linears, taken, total, budget.cost)
 
     def _floored(self, linear: Linear, curve: Curve | SampledCurve, budget: Budget) -> np.ndarray:
         """Return the keys, with steps within the floor before all others."""
@@ -90,7 +97,7 @@ class Threshold(Allocator):
     def keys(
         self, linear: Linear, curve: Curve | SampledCurve, ranks: AllowedRanks = EVERY_RANK
     ) -> np.ndarray:
-        """Compute the values per gain of each step, ascending, [K]: 1 / τ at which the step is
+        """Compute the cost per gain of each step, ascending, [K]: 1 / τ at which the step is
         taken."""
         cost_K = step_costs(linear, ranks, _ends(curve))
         gain_K, step = np.zeros(len(cost_K)), ranks.step(linear)

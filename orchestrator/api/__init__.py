@@ -19,7 +19,7 @@ from orchestrator.api.compression import (
     retarget_sizes,
     search,
 )
-from orchestrator.api.machine import bench, doctor
+from orchestrator.api.machine import bench, doctor, measure_latency
 from orchestrator.api.runs import clean, compare, report, status, watch
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "lm_eval",
     "load",
     "measure",
+    "measure_latency",
     "plan",
     "push",
     "report",

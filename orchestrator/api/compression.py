@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.api.checkpoints import evaluate
 from orchestrator.events import OnEvent, announce_imports
 from orchestrator.plan.result import Result
-from orchestrator.recipe.recipe import Recipe
+from orchestrator.recipe.recipe import SIZE_FIELDS, Recipe
 from orchestrator.store.places import Place
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ def compress_sizes(
     `OUT.run`, so results that do not depend on the size are computed once.
 
     Args:
-        recipe: Its own `keep` or `keep_bytes` is not used.
-        keeps: Fractions of values, or of bytes if the recipe has `keep_bytes`, each above 0 and at
-            most 1.
+        recipe: Its own size is not used.
+        keeps: Fractions of the quantity that its size is of, values for `keep`; each above 0 and
+            at most 1.
 
     Raises:
         UsageError: Two sizes are equal.
@@ -66,8 +66,8 @@ def retarget(
     The result is byte-identical to that of a separate run.
 
     Args:
-        given: `keep` or `keep_bytes`, and any other field of the recipe to change; results that
-            depend on it are computed again.
+        given: A size, such as `keep` or `keep_flops`, and any other field of the recipe to change;
+            results that depend on it are computed again.
 
     Raises:
         InputError: The directory has no run, or the run stopped before it read its text.
@@ -98,8 +98,8 @@ def retarget_sizes(
     """Make several sizes from the stored results of a run, each in `OUT-KEEP`.
 
     Args:
-        keeps: Fractions of bytes if `given` has `keep_bytes`, which is not used itself; otherwise
-            of values.
+        keeps: Fractions of the quantity of the size that `given` has, which is not used itself;
+            otherwise of values.
         given: As for `retarget`.
 
     Raises:
@@ -112,7 +112,7 @@ def retarget_sizes(
 
     # before torch is imported, which takes seconds
     _check_distinct(keeps)
-    unit = "keep_bytes" if "keep_bytes" in given else "keep"
+    unit = next((name for name in SIZE_FIELDS if name in given), "keep")
     asked = [asked_before(str(run_dir), f"{out}-{k:g}", **{**given, unit: k}) for k in keeps]
     for recipe, before in asked:
         resolve(recipe, inherited=before.inherited)

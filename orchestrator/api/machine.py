@@ -69,3 +69,47 @@ def bench(
     file = models["model"].with_name(f"{models['model'].name}{BENCH_SUFFIX}")
     write_json(file, found)
     return {**found, "file": str(file)}
+
+
+def measure_latency(
+    model: str | Path, file: str | Path, *, tokens: int = 1, dtype: str = "auto", threads: int = 1
+) -> dict[str, Any]:
+    """Measure the linears of a dense model on this machine, for `Recipe.latency_table`.
+
+    Each shape once, dense and at up to twelve multiples as plain and as pivoted factors, with
+    weights that come from memory. Only config and headers of the model are read.
+
+    Args:
+        model: Directory of the dense model.
+        file: JSON file of the table.
+        tokens: Tokens of each product: 1 for decoding one sequence, as many as pass together in
+            prefill or in a batch otherwise.
+        dtype: Dtype of the products; `auto` is that of the checkpoint.
+        threads: Threads of a CPU; with one, processor time is measured.
+
+    Returns:
+        The content of the file: device, dtype, threads and tokens, and for each shape its number,
+        `dense_seconds`, and for each form pairs of rank and seconds.
+
+    Raises:
+        UsageError: A number or the dtype is not allowed, or the directory of the file is missing.
+        InputError: The model cannot be read or is compressed, or the memory is too small.
+    """
+    from orchestrator.bench.latency import measure_latency as measured
+    from orchestrator.errors import InputError, UsageError
+    from orchestrator.models.checkpoint.weights import parse_dtype
+    from orchestrator.models.shards.lazy_model import LazyModel
+    from orchestrator.store.files import write_json
+
+    path = Path(file).expanduser().absolute()
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent}: no such directory; create it, or name another file")
+    opened = LazyModel.open(Path(model).expanduser().absolute())
+    if opened.is_compressed:
+        raise InputError(f"{model}: is compressed; give the dense model, whose shapes count")
+    found = opened.survey()
+    asked = parse_dtype(found.dtype if dtype == "auto" else dtype)
+    assert asked is not None
+    table = measured(found.linears, tokens=tokens, dtype=asked, threads=threads)
+    write_json(path, {"model": str(model), **table})
+    return {**table, "file": str(path)}

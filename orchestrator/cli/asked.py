@@ -10,13 +10,8 @@ from typing import Any
 from orchestrator.cli.flags import FIELDS
 from orchestrator.cli.lines import JsonLines, Lines
 from orchestrator.errors import UsageError
-from orchestrator.recipe.recipe import (
-    SIZE_FIELDS,
-    Recipe,
-    make_recipe,
-    override,
-    read_recipe_fields,
-)
+from orchestrator.recipe.recipe import SIZE_FIELDS, Recipe, make_recipe
+from orchestrator.recipe.recipe_file import override, read_recipe_fields
 from orchestrator.recipe.values import parse_option
 from orchestrator.tracking.follow import Following, following
 

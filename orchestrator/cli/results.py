@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.plan.result import Result, kept_bytes, rank_multiples
+from orchestrator.plan.speed import forecast_texts
 from orchestrator.readable import counted
 from orchestrator.usage import Usage
 
@@ -20,8 +21,11 @@ EVALUATION_ROWS: dict[str, Callable[[Any], str]] = {
 
 def kept_rows(report: Mapping[str, Any]) -> dict[str, str]:
     """Kept fractions of the linears in values and in bytes, the requested one first."""
-    kept = report["kept"]
+    kept, costs = report["kept"], report.get("costs", {})
     fractions = {"values": kept["linears"], "bytes": kept_bytes(report) or 0.0}
+    for name, spent in (("operations", "operations"), ("time", "microseconds")):
+        if spent in costs:
+            fractions[name] = costs[spent]["planned"] / costs[spent]["dense"]
     asked = kept["asked_of"]
     shown = {asked: f"{fractions.pop(asked):.4f} (requested {kept['asked']:g})"}
     shown |= {unit: f"{fraction:.4f}" for unit, fraction in fractions.items()}
@@ -99,26 +103,35 @@ def print_table(table: Sequence[Sequence[str]]) -> None:
 
 def print_result(result: Result, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result.report, indent=2))
+        print(json.dumps(_with_forecast(result), indent=2))
         return
     kept, values = result.report["kept"], result.report["values"]
-    multiples = rank_multiples(result.report)
+    multiples, speeds = rank_multiples(result.report), forecast_texts(result.speed_forecast)
+    costs, linears = result.report.get("costs", {}), result.report["linears"]
+    dense = f"{costs.get('dense_linears')} of {counted(len(linears), 'linear')}"
     print_rows(
         {
             **kept_rows(result.report),
             "kept fraction of the whole model": f"{kept['model']:.4f}",
             "parameters": f"{values['model_before']:,} before, {values['model_after']:,} after",
             **({"ranks": "; ".join(filter(None, multiples))} if multiples else {}),
+            **({"left dense": dense} if costs else {}),
+            **{name: f"{found} {says}" for name, (found, says) in speeds.items()},
             "checkpoint": result.out,
             "run directory": result.run_dir,
         }
     )
 
 
+def _with_forecast(result: Result) -> dict[str, Any]:
+    """Report with the forecast of the speed, which follows from it."""
+    return {**result.report, "speed_forecast": result.speed_forecast}
+
+
 def print_results(results: Sequence[Result], as_json: bool, *, is_one: bool) -> None:
     """Print results in order; as JSON a list of the reports, or the report of the only one."""
     if as_json and not is_one:
-        print(json.dumps([result.report for result in results], indent=2))
+        print(json.dumps([_with_forecast(result) for result in results], indent=2))
         return
     for number, result in enumerate(results):
         if number:

@@ -5,12 +5,16 @@ from functools import cached_property
 
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import Budget
+from orchestrator.allocate.fill import fill_budget
+from orchestrator.allocate.uniform import Uniform
+from orchestrator.errors import InfeasibleError
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.statistics import decomposing_block, gathering, method_statistics
 from orchestrator.forecast.work import Work, computed, forward_flops
 from orchestrator.methods.base import Method
-from orchestrator.plan.codecs import itemsize_of
-from orchestrator.plan.plan import Assignment
+from orchestrator.plan.codecs import CODECS, itemsize_of
+from orchestrator.plan.cost import VALUES
+from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.recipe import LONGEST_SEQUENCE, MOST_SAMPLES, Recipe
 
 TOKEN_BYTES = 9
@@ -75,10 +79,34 @@ class Costs:
         return self.shapes.total_values * self.shapes.itemsize
 
     @cached_property
+    def kept(self) -> float:
+        """Kept fraction of the targeted values.
+
+        Of a budget of operations or time that of an even division of the block with the most
+        values: curves are not known. Where even ranks are too small, the fraction itself.
+        """
+        budget, linears = self.budget, self.shapes.heaviest
+        if budget.cost is VALUES:
+            return budget.kept
+
+        def divide(each: Budget) -> Plan:
+            return Uniform()(linears, {}, each, {})
+
+        try:
+            plan = fill_budget(divide, linears, replace(budget, multiple=1), CODECS["float32"])
+        except InfeasibleError:
+            return budget.kept
+        return plan.stored_values / sum(each.values for each in linears)
+
+    @cached_property
     def final_values(self) -> int:
         """Values of the result if the budget is met exactly."""
         dense = sum(each.values for each in self.shapes.linears)
-        return self.shapes.total_values - dense + self.budget.share(self.shapes.linears)
+        return (
+            self.shapes.total_values
+            - dense
+            + self.budget.in_values(self.kept).share(self.shapes.linears)
+        )
 
     @cached_property
     def index_bytes(self) -> int:
@@ -87,7 +115,7 @@ class Costs:
         Each linear is taken to store the kept fraction of its values. Of a form with factors and
         entries all of them are taken for entries, whose index is the largest.
         """
-        form, kept = self.budget.form, self.budget.kept
+        form, kept = self.budget.form, self.kept
         if self.budget.in_bytes or kept == 1:
             return 0
         cuts = [

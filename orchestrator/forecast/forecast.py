@@ -15,6 +15,7 @@ from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.stage_cost import Setting
 from orchestrator.forecast.storage import Storage
 from orchestrator.forecast.work import Work
+from orchestrator.plan.cost import VALUES
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.readable import size
 from orchestrator.recipe.recipe import Recipe
@@ -40,9 +41,13 @@ def costs_of(shapes: Shapes, resolved: ResolvedRecipe) -> Costs:
 
     Raises:
         UsageError: A selector of the recipe covers no linear.
+        InfeasibleError: No plan is within a budget of operations or time.
+        InputError: A table of times lacks the shape of a linear.
     """
     recipe = resolved.recipe
     targeted = shapes.narrowed(recipe.target, recipe.ignore)
+    if resolved.budget.cost is not VALUES:
+        resolved.budget.total(targeted.linears)
     return Costs(targeted, recipe, resolved.method, resolved.allocator, resolved.budget)
 
 

@@ -42,7 +42,7 @@ class Setting:
     @property
     def kept(self) -> float:
         """Kept fraction of the targeted values."""
-        return self.costs.budget.kept
+        return self.costs.kept
 
     @property
     def is_even(self) -> bool:

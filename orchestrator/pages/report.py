@@ -13,6 +13,7 @@ from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.speeds import speeds
 from orchestrator.pages.tables import cell, head, number, row_head
 from orchestrator.plan.result import kept_bytes, rank_multiples
+from orchestrator.plan.speed import forecast_texts, speed_forecast
 from orchestrator.readable import counted, duration, size
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.store.places import Place
@@ -25,6 +26,13 @@ KNOWN = {
     *("files", "rank_multiple"),
 }
 """Report fields with a dedicated place, and digests; all others are listed as "Also reported"."""
+KEPT_OF = {
+    "keep": "values",
+    "keep_bytes": "bytes",
+    "keep_flops": "operations",
+    "keep_latency": "time",
+}
+"""Fields of a size, with the quantity of which each is a fraction."""
 WANTED = {
     "kept.linears": "kept fraction of the targeted linears",
     "kept.model": "kept fraction of the whole model",
@@ -152,6 +160,8 @@ def _key_figures(source: Source) -> Markup | None:
     shown: list[tuple[str, str, str]] = []
     if "linears" in kept:
         asked = f", requested {kept['asked']:g}" if "asked" in kept else ""
+        if kept.get("asked_of") in ("operations", "time"):
+            asked += f" of {kept['asked_of']}"
         in_bytes = kept_bytes(source.report) if kept.get("asked_of") == "bytes" else None
         if in_bytes is not None:
             name = "kept fraction of the targeted linears, in bytes"
@@ -160,7 +170,7 @@ def _key_figures(source: Source) -> Markup | None:
         said = "of values" if in_bytes is not None else f"of values{asked}"
         shown.append((name, tables.fraction(kept["linears"]), said))
     else:
-        for name, of in (("keep", "values"), ("keep_bytes", "bytes")):
+        for name, of in KEPT_OF.items():
             if source.recipe.get(name) is not None:
                 said = f"of the targeted linears' {of}"
                 shown.append(("requested kept fraction", f"{source.recipe[name]:g}", said))
@@ -177,6 +187,8 @@ def _key_figures(source: Source) -> Markup | None:
         shown.append(("values of the linears", tables.count(values["stored"]), said))
     if multiples := rank_multiples(source.report):
         shown.append(("ranks", *multiples))
+    texts = forecast_texts(speed_forecast(source.report))
+    shown += [(name, found, says) for name, (found, says) in texts.items()]
     linear_bytes = source.report.get("bytes", {})
     if "stored" in linear_bytes:
         before = linear_bytes.get("dense_linears")

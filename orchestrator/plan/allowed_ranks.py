@@ -1,11 +1,13 @@
-"""Ranks that an allocation may choose from: multiples of a number, below break-even."""
+"""Ranks that an allocation may choose from: multiples of a number that cost less than dense."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from orchestrator.plan.cost import VALUES, Cost
 from orchestrator.plan.forms import LOW_RANK, Form
+from orchestrator.plan.forms.base import Ranks
 from orchestrator.plan.linear import Linear
 
 Multiple = int | Literal["auto"]
@@ -39,11 +41,16 @@ class AllowedRanks:
 
     A linear whose break-even rank is at most N has no allowed rank and stays dense; with the
     automatic N there is none such.
+
+    Of another cost than values, only ranks that cost less than the dense weight are allowed: the
+    first ones, since costs do not fall with the rank. A linear that has none stays dense.
     """
 
     form: Form = LOW_RANK
     """Form of the linears that are cut; it has ranks."""
     multiple: Multiple = 1
+    cost: Cost = VALUES
+    """Cost that is compared with that of the dense weight."""
 
     @property
     def smallest(self) -> str:
@@ -58,21 +65,35 @@ class AllowedRanks:
 
     def count(self, linear: Linear) -> int:
         """Return the number of allowed ranks."""
-        return max(self.form.break_even(linear) - 1, 0) // self.step(linear)
+        found = max(self.form.break_even(linear) - 1, 0) // self.step(linear)
+        if self.cost is VALUES:
+            return found
+        costs = self.price(linear, self._multiples(linear, found))
+        return int(np.searchsorted(costs, self.cost.dense(linear)))
 
     def of(self, linear: Linear) -> np.ndarray:
         """Return the allowed ranks, ascending, int64."""
-        return self.step(linear) * np.arange(1, self.count(linear) + 1, dtype=np.int64)
+        return self._multiples(linear, self.count(linear))
 
-    def within(self, linear: Linear, values: int) -> int:
-        """Return the largest allowed rank whose factors store at most `values`; 0 if none does."""
-        fits = self.form.rank_within(linear, min(values, linear.values))
+    def price(self, linear: Linear, rank: Ranks) -> Ranks:
+        """Return the cost of a rank, or of many, int64."""
+        return self.cost.factors(linear, self.form, rank)
+
+    def within(self, linear: Linear, cost: int) -> int:
+        """Return the largest allowed rank whose factors cost at most `cost`; 0 if none does."""
+        if self.cost is not VALUES:
+            costs = self.price(linear, self.of(linear))
+            return int(np.searchsorted(costs, cost, side="right")) * self.step(linear)
+        fits = self.form.rank_within(linear, min(cost, linear.values))
         return min(fits // self.step(linear), self.count(linear)) * self.step(linear)
 
-    def least_values(self, linear: Linear) -> int:
-        """Return the values of the smallest allowed rank, or of the dense weight if none is."""
-        if self.step(linear) == 1:
+    def least_cost(self, linear: Linear) -> int:
+        """Return the cost of the smallest allowed rank, or of the dense weight if none is."""
+        if self.cost is VALUES and self.step(linear) == 1:
             return self.form.least_values(linear)
         if self.count(linear):
-            return self.form.factor_values(linear, self.step(linear))
-        return linear.values
+            return self.price(linear, self.step(linear))
+        return self.cost.dense(linear)
+
+    def _multiples(self, linear: Linear, count: int) -> np.ndarray:
+        return self.step(linear) * np.arange(1, count + 1, dtype=np.int64)

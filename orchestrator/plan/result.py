@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.plan.plan import Plan
+from orchestrator.plan.speed import speed_forecast
 from orchestrator.store.places import Place
 
 REPORT_FILE = "orchestrator_report.json"
@@ -48,3 +49,8 @@ class Result:
     plan: Plan
     report: dict[str, Any]
     """The content of `REPORT_FILE`."""
+
+    @property
+    def speed_forecast(self) -> dict[str, Any]:
+        """Forecast of the speed of the linears: `orchestrator.plan.speed.speed_forecast`."""
+        return speed_forecast(self.report)

@@ -1,6 +1,9 @@
 """Presets: named recipes."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from orchestrator.recipe.values import check_options
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "two-sided", "storage": "pivoted", "rank_multiple": "auto"},
@@ -22,3 +25,17 @@ DEFAULT_PRESET = "fast"
 """Preset of a recipe that names no method."""
 ASKED_BY = {"refinement": "refine", "training": "train"}
 """Field of a recipe that asks for the stages whose options are in a table of a preset."""
+
+
+def over_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge a preset with given fields, which win; tables by option, none of a stage turned off."""
+    preset = PRESETS[name]
+    check_options(given.get("options", {}))
+    options = {
+        table: dict(known)
+        for table, known in preset.get("options", {}).items()
+        if given.get(ASKED_BY[table]) != "none"
+    }
+    for table, known in given.get("options", {}).items():
+        options[table] = {**options.get(table, {}), **known}
+    return {**preset, **given, "options": options}

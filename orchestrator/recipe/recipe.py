@@ -6,17 +6,15 @@ are relative to the working directory, as on the command line.
 """
 
 import difflib
-import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
 from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.field import about, check_fields, described, option, required
 from orchestrator.recipe.options import check_choice
-from orchestrator.recipe.presets import ASKED_BY, DEFAULT_PRESET, PRESETS
+from orchestrator.recipe.presets import DEFAULT_PRESET, PRESETS, over_preset
 from orchestrator.recipe.values import (
     brief,
     check_options,
@@ -24,13 +22,10 @@ from orchestrator.recipe.values import (
     size_in_bytes,
     split_selectors,
     toml_value,
-    written_name,
 )
 
-SIZE_FIELDS = ("keep", "keep_bytes")
+SIZE_FIELDS = ("keep", "keep_bytes", "keep_flops", "keep_latency")
 """Fields of the size, of which a recipe has exactly one."""
-HEADINGS = ("compress", "plan", "search", "recipe", "orchestrator")
-"""Names of tables in which the fields of a recipe are sometimes written by mistake."""
 NEVER_OPTIONS = ("model", "out", *SIZE_FIELDS, "method", "calibration")
 """Fields after which no option is named."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -77,6 +72,28 @@ class CompressionFields:
         "fraction of their bytes to keep, indices included; instead of --keep",
         is_fraction=True,
         metavar="FRACTION",
+    )
+    keep_flops: float | None = option(
+        None,
+        "fraction of their multiply-adds per token to keep; instead of --keep",
+        is_fraction=True,
+        metavar="FRACTION",
+        added=True,
+    )
+    keep_latency: float | None = option(
+        None,
+        "fraction of their time to keep, by the measurements of --latency-table; instead of --keep",
+        is_fraction=True,
+        metavar="FRACTION",
+        added=True,
+    )
+    latency_table: str | None = option(
+        None,
+        "times of linears on the device that will serve the result, from `orchestrator bench MODEL "
+        "--latency-table FILE`; with another size than --keep-latency for the forecast of its "
+        "speed",
+        metavar="FILE",
+        added=True,
     )
     method: str | None = option(
         None, "published method (default: that of --preset fast, with its storage)"
@@ -187,8 +204,8 @@ class CompressionFields:
 class Recipe(Execution, CompressionFields):
     """Complete description of a compression; equal recipes give equal bytes.
 
-    The fields of `SCHEDULE` affect speed and placement, not the result. Exactly one of `keep` and
-    `keep_bytes` is set.
+    The fields of `SCHEDULE` affect speed and placement, not the result. Exactly one of the fields
+    of `SIZE_FIELDS` is set.
 
     Raises:
         UsageError: A field has a type or value that is not allowed; checked on construction.
@@ -211,8 +228,13 @@ class Recipe(Execution, CompressionFields):
         check_options(self.options)
         given = [name for name in SIZE_FIELDS if getattr(self, name) is not None]
         if len(given) != 1:
-            found = " and ".join(given) or "neither keep nor keep_bytes"
+            found = " and ".join(given) or f"none of {', '.join(SIZE_FIELDS)}"
             raise UsageError(f"recipe: {found} given; give one of them, keep 0.8 for example")
+        if self.keep_latency is not None and self.latency_table is None:
+            raise UsageError(
+                "recipe: keep_latency without a latency_table; measure one on the device that will "
+                "serve the result: orchestrator bench MODEL --latency-table FILE"
+            )
         if not self.target:
             raise UsageError('target is empty; omit it or give "*" for every linear')
 
@@ -224,7 +246,7 @@ class Recipe(Execution, CompressionFields):
             UsageError: The preset does not exist, or a field is invalid.
         """
         check_choice("preset", name, PRESETS)
-        return cls(**_over_preset(name, given))
+        return cls(**over_preset(name, given))
 
     def check_names(
         self,
@@ -252,10 +274,14 @@ class Recipe(Execution, CompressionFields):
         return size_in_bytes(self.max_shard_size)
 
     @property
+    def size_field(self) -> str:
+        """The field of `SIZE_FIELDS` that is set."""
+        return next(name for name in SIZE_FIELDS if getattr(self, name) is not None)
+
+    @property
     def requested(self) -> float:
-        """The requested kept fraction, of values or of bytes."""
-        requested = self.keep if self.keep_bytes is None else self.keep_bytes
-        assert requested is not None
+        """The requested kept fraction, of the quantity of `size_field`."""
+        requested: float = getattr(self, self.size_field)
         return requested
 
     def named(self) -> "Recipe":
@@ -279,12 +305,12 @@ class Recipe(Execution, CompressionFields):
         )
 
     def resized(self, kept: float, **other: Any) -> "Recipe":
-        """Return the recipe of another size, of values or of bytes as this one.
+        """Return the recipe of another size, of the same quantity as this one.
 
         Args:
             other: Other fields to replace.
         """
-        return replace(self, **{"keep" if self.keep_bytes is None else "keep_bytes": kept, **other})
+        return replace(self, **{self.size_field: kept, **other})
 
     def to_toml(self, *, schedule: bool = True) -> str:
         """Write the recipe as TOML with all defaults; unset fields are comments.
@@ -328,8 +354,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     values = {**{name: v for name, v in values.items() if name not in tables}, "options": options}
     if "preset" in values:
         check_choice("preset", values["preset"], PRESETS)
-        values = _over_preset(values.pop("preset"), values)
-    _check_known("recipe", values)
+        values = over_preset(values.pop("preset"), values)
+    check_field_names("recipe", values)
     missing = [f.name for f in fields(Recipe) if f.default is MISSING and f.name not in values]
     if missing:
         raise UsageError(
@@ -338,57 +364,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     return Recipe(**values)
 
 
-def _over_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge a preset with given fields, which win; tables by option, none of a stage turned off."""
-    preset = PRESETS[name]
-    check_options(given.get("options", {}))
-    options = {
-        table: dict(known)
-        for table, known in preset.get("options", {}).items()
-        if given.get(ASKED_BY[table]) != "none"
-    }
-    for table, known in given.get("options", {}).items():
-        options[table] = {**options.get(table, {}), **known}
-    return {**preset, **given, "options": options}
-
-
-def override(written: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge fields, of which the given ones take precedence; a given size replaces any size."""
-    dropped = {*SIZE_FIELDS} if {*SIZE_FIELDS} & given.keys() else set()
-    return {name: v for name, v in written.items() if name not in dropped} | dict(given)
-
-
-def read_recipe_fields(path: Path) -> dict[str, Any]:
-    """Read the fields of a recipe file; names are checked, values are not.
-
-    Raises:
-        UsageError: The file cannot be read, is not TOML, or sets a field that does not exist.
-    """
-    try:
-        values = tomllib.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    # also for endless numbers and deeply nested arrays
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not a TOML file: {error}") from error
-    _check_no_table_of_fields(path, values)
-    plain = {name for name, value in values.items() if not isinstance(value, dict)}
-    _check_known(str(path), plain - {"preset"})
-    return values
-
-
-def _check_no_table_of_fields(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise UsageError for a table such as [compress] around the fields of the recipe."""
-    for name, table in values.items():
-        if isinstance(table, dict) and (name in HEADINGS or {*table} & {*NEVER_OPTIONS}):
-            raise UsageError(
-                f"{path}: fields are in a table [{written_name(name)}]; write them at the top of "
-                "the file, before any table: tables, such as [mgaa], are for options of a method, "
-                "an allocation or a stage"
-            )
-
-
-def _check_known(where: str, names: Iterable[str]) -> None:
+def check_field_names(where: str, names: Iterable[str]) -> None:
     """Raise UsageError for the first name that is not a field of a recipe."""
     known = [each.name for each in fields(Recipe)]
     for name in names:

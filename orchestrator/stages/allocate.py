@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator.allocate.base import Scoring
-from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.by_bytes import fill_budget
+from orchestrator.allocate.budget import Budget, plan_cost
+from orchestrator.allocate.fill import fill_budget
 from orchestrator.errors import InfeasibleError
+from orchestrator.plan.cost import OPERATIONS, PICOSECONDS, VALUES, Cost, TimeCost
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 from orchestrator.stages.context.values import Decomposed, Planned, Scores, extended
@@ -22,9 +23,8 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
         UsageError, InfeasibleError: As the allocator.
     """
     if scores.plan is not None:
-        return extended(
-            decomposed, Planned, plan=scores.plan, curves={}, scores=scores, multiples={}
-        )
+        facts: dict[str, Any] = {"multiples": {}, "costs": _costs(decomposed, scores.plan, {})}
+        return extended(decomposed, Planned, plan=scores.plan, curves={}, scores=scores, **facts)
     curves = _curves(decomposed, scores)
     cosines = {
         sublayer: cosine["mean"]
@@ -39,13 +39,16 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
         return grouping.spread(linears, plan)
 
     def planned(budget: Budget) -> Plan:
-        return fill_budget(divide, linears, budget, decomposed.codec)
+        # shares of a group are those of its tall linear, whose basis each member multiplies by
+        divides = decomposed.allocator.divides_costs and grouping.size == 1
+        return fill_budget(divide, linears, budget, decomposed.codec, divides_costs=divides)
 
     plan = planned(decomposed.budget)
-    multiples = _multiples(decomposed, plan, planned, curves)
-    return extended(
-        decomposed, Planned, plan=plan, curves=curves, scores=scores, multiples=multiples
-    )
+    facts = {
+        "multiples": _multiples(decomposed, plan, planned, curves),
+        "costs": _costs(decomposed, plan, curves),
+    }
+    return extended(decomposed, Planned, plan=plan, curves=curves, scores=scores, **facts)
 
 
 def _multiples(
@@ -68,12 +71,43 @@ def _multiples(
         "predicted_loss": predicted_loss(stacked, curves, plan),
     }
     # losses that an allocator asked for are measured at the multiples alone
-    if decomposed.allocator.scoring is Scoring.NONE:
+    is_timed = isinstance(budget.cost, TimeCost)  # of multiples alone
+    if decomposed.allocator.scoring is Scoring.NONE and not is_timed:
         # a share that is below rank 1 may still have got the smallest multiple
         with suppress(InfeasibleError):
             free = planned(replace(budget, multiple=1))
             entry["predicted_loss_of_every_rank"] = predicted_loss(stacked, curves, free)
     return entry
+
+
+def _costs(decomposed: Decomposed, plan: Plan, curves: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts about operations, time and loss of a plan that is limited by one of them, or whose
+    times are known; empty otherwise."""
+    budget, linears, table = decomposed.budget, decomposed.linears, decomposed.latency_table
+    if budget.cost is VALUES and table is None:
+        return {}
+    entry: dict[str, Any] = {
+        "limited": budget.cost.name,
+        "dense_linears": sum(each.form == "dense" for each in plan.assignments.values()),
+        "operations": _spent(OPERATIONS, linears, plan),
+    }
+    if table is not None:
+        time = TimeCost(table)
+        spent = _spent(time, linears, plan)
+        about = {name: getattr(table, name) for name in ("file", "device", "dtype", "threads")}
+        micro = {name: 1e6 * spent[name] / PICOSECONDS for name in spent}
+        entry["microseconds"] = {**micro, "tokens": table.tokens, **about}
+    if curves and budget.form.is_factored:
+        stacked = decomposed.grouping.stacked(linears)
+        entry["predicted_loss"] = predicted_loss(stacked, curves, plan)
+    if budget.cost is not VALUES:
+        entry["budget"] = budget.cost.shown(budget.share(linears))
+    return entry
+
+
+def _spent(cost: Cost, linears: Sequence[Linear], plan: Plan) -> dict[str, int]:
+    dense = sum(map(cost.dense, linears))
+    return {"dense": dense, "planned": plan_cost(linears, plan.assignments, cost)}
 
 
 def predicted_loss(linears: Sequence[Linear], curves: Mapping[str, Any], plan: Plan) -> float:

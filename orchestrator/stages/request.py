@@ -41,6 +41,7 @@ def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None =
         method=resolved.method,
         allocator=resolved.allocator,
         budget=resolved.budget,
+        latency_table=resolved.latency_table,
         model=model,
         base_model=base_model,
         out=out,

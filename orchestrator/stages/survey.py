@@ -12,6 +12,7 @@ from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.select import select
+from orchestrator.plan.cost import VALUES
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import LONGEST_SEQUENCE, MOST_SAMPLES, TOKENS_PER_INPUT
 from orchestrator.stages.context.tokens import commit_tokens
@@ -30,7 +31,9 @@ def survey(asked: Asked) -> Surveyed:
 
     Raises:
         UsageError: A pattern selects no linear, or a group joins none.
+        UsageError: A table of times is of another dtype than the result.
         InfeasibleError: No plan meets the budget; known before anything is computed.
+        InputError: A table of times lacks the shape of a targeted linear.
     """
     recipe, grouping = asked.recipe, asked.grouping
     lazy_model = LazyModel.open(asked.model, dtype=parse_dtype(recipe.dtype))
@@ -42,8 +45,11 @@ def survey(asked: Asked) -> Surveyed:
             f"{recipe.method}: group is {grouping.size}, but no targeted linear is "
             f"named one of {', '.join(grouping.kinds)}; give group 1"
         )
-    asked.allocator.check_budget(grouping.stacked(linears), asked.budget)
-    return extended(
+    if asked.budget.cost is VALUES:
+        asked.allocator.check_budget(grouping.stacked(linears), asked.budget)
+    else:
+        asked.budget.total(linears)
+    surveyed = extended(
         asked,
         Surveyed,
         survey=found,
@@ -53,6 +59,19 @@ def survey(asked: Asked) -> Surveyed:
         positions=lazy_model.positions,
         tensors=lazy_model.tensors(),
     )
+    _check_table(surveyed)
+    return surveyed
+
+
+def _check_table(surveyed: Surveyed) -> None:
+    """Raise UsageError if times of linears are those of another dtype than that of the result."""
+    table, written = surveyed.latency_table, surveyed.codec.name
+    if table is not None and table.dtype != written:
+        raise UsageError(
+            f"latency_table: {table.file} has times in {table.dtype} on {table.device}, and the "
+            f"result is written in {written}; measure with --dtype {written}, or give "
+            f"--output-dtype {table.dtype}"
+        )
 
 
 def left_out(model: object, unused: Sequence[str]) -> str:

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from orchestrator.allocate import make_allocator
 from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.by_bytes import fill_budget
 from orchestrator.allocate.d_rank import DRankAllocator
+from orchestrator.allocate.fill import fill_budget
 from orchestrator.allocate.mgaa import RULES, MgaaAllocator
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.strs import Strs

@@ -88,7 +88,7 @@ def test_allowed_ranks_are_all_multiples_below_break_even(shape, multiple, form,
     fitting = ranks[form.factor_values(linear, ranks) <= values]
     assert allowed.within(linear, values) == fitting.max(initial=0)
     smallest = form.factor_values(linear, ranks[:1]).tolist() or [linear.values]
-    assert [allowed.least_values(linear)] == smallest
+    assert [allowed.least_cost(linear)] == smallest
 
 
 @FORMS
@@ -142,7 +142,7 @@ def test_no_plan_of_multiples_that_stores_as_little_loses_less(form, seed, multi
     for level in np.quantile(keys, [0.4, 0.6, 0.8]):
         corner = int(costs[keys <= level].sum())
         budget = Budget((corner + 0.5) / dense, form, multiple=multiple)
-        if corner < sum(map(allowed.least_values, TINY)):
+        if corner < sum(map(allowed.least_cost, TINY)):
             continue
         plan = Threshold()(TINY, curves, budget, {})
         if any(k[0] > level for k in (Threshold().keys(x, curves[x.name], allowed) for x in TINY)):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.allocate import ALLOCATORS, make_allocator
 from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.by_bytes import fill_budget
+from orchestrator.allocate.fill import fill_budget
 from orchestrator.allocate.two_sided_sparse import TwoSidedSparseAllocator
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.codecs import CODECS

@@ -29,7 +29,8 @@ from orchestrator.models.survey.locate import locate
 from orchestrator.models.survey.select import select
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.plan import Plan
-from orchestrator.recipe.recipe import make_recipe, read_recipe_fields
+from orchestrator.recipe.recipe import make_recipe
+from orchestrator.recipe.recipe_file import read_recipe_fields
 from orchestrator.store.files import digest_json, parse_json
 from orchestrator.store.lease import is_alive
 from orchestrator.store.places import parse_place

@@ -8,7 +8,8 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.models.checkpoint.output import check_out
 from orchestrator.models.survey.locate import locate
 from orchestrator.models.survey.select import select
-from orchestrator.recipe.recipe import Recipe, make_recipe, read_recipe_fields
+from orchestrator.recipe.recipe import Recipe, make_recipe
+from orchestrator.recipe.recipe_file import read_recipe_fields
 from orchestrator.recipe.values import parse_option, parse_vary, size_in_bytes
 from orchestrator.store.places import parse_place
 

@@ -58,7 +58,8 @@ MAY_IMPORT = {
     "models.survey models.shards torch safetensors transformers numpy",
     "models.training": "errors plan randomness recipe device linalg models.forms models.shards "
     "models.statistics models.evaluation torch transformers",
-    "bench": "errors device hf plan models.checkpoint models.forms torch transformers",
+    "bench": "errors version device hf plan models.checkpoint models.forms torch transformers "
+    "numpy",
     "hf": "errors version plan models.experts models.forms models.checkpoint models.survey "
     "models.shards torch transformers",
     # execution: independent of models

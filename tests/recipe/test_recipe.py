@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import UsageError
 from orchestrator.recipe.presets import PRESETS
-from orchestrator.recipe.recipe import SCHEDULE, Recipe, make_recipe, read_recipe_fields
+from orchestrator.recipe.recipe import SCHEDULE, Recipe, make_recipe
+from orchestrator.recipe.recipe_file import read_recipe_fields
 from orchestrator.recipe.values import parse_option, size_in_bytes
 
 REQUIRED = {"model": "dense", "out": "small", "keep": 0.8}

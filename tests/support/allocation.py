@@ -107,3 +107,23 @@ def every_plan(linears, budget, multiple=1, form=LOW_RANK):
         stored = sum(a.stored_values(each) for a, each in zip(picked, linears, strict=True))
         if stored <= budget:
             yield dict(zip([linear.name for linear in linears], picked, strict=True))
+
+
+def make_table(linears, dense, forms, tokens=1):
+    """Make a latency table of the shapes of these linears.
+
+    Args:
+        dense: Seconds of a dense linear.
+        forms: Seconds of a linear at a rank, by form; measured at every second rank and the last.
+    """
+    entries = []
+    for linear in {(each.out_features, each.in_features): each for each in linears}.values():
+        entry = {"shape": [linear.out_features, linear.in_features], "forms": {}}
+        entry["dense_seconds"] = dense(linear)
+        for name, seconds in forms.items():
+            most = FORMS[name].break_even(linear) - 1
+            ranks = sorted({*range(1, most + 1, 2), most} - {0})
+            entry["forms"][name] = [[rank, seconds(linear, rank)] for rank in ranks]
+        entries.append(entry)
+    about = {"device": "cpu", "dtype": "float32", "threads": 1, "tokens": tokens}
+    return {"format_version": 1, **about, "linears": entries}

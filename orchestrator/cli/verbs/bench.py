@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.cli.flags import FIELDS, add_json, add_machine, add_verb
 from orchestrator.cli.results import print_table
+from orchestrator.errors import UsageError
 
 
 def add_parser(commands: Any) -> None:
@@ -27,6 +28,18 @@ def add_parser(commands: Any) -> None:
         type=numbers,
         help="tokens of a sequence in prefill, and before a decoded one (default: 128)",
     )
+    parser.add_argument(
+        "--latency-table",
+        metavar="FILE",
+        help="measure the linears of a dense MODEL instead, at several ranks, and write the file "
+        "that compress --keep-latency takes",
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="N",
+        type=int,
+        help="tokens of each product of the latency table (default: 1)",
+    )
     add_machine(parser)
     add_json(parser, "print all times as JSON")
 
@@ -39,6 +52,10 @@ def numbers(written: str) -> tuple[int, ...]:
 def run(options: argparse.Namespace) -> None:
     from orchestrator import api
 
+    if "latency_table" in options:
+        return _latency(options)
+    if "tokens" in options:
+        raise UsageError("--tokens is for --latency-table; give --batch and --length")
     names = {"against", "batch", "length", *FIELDS} - {"model"}
     given = {name: value for name, value in vars(options).items() if name in names}
     found = api.bench(options.model, **given)
@@ -52,6 +69,41 @@ def run(options: argparse.Namespace) -> None:
     for line in _explanations(found):
         print(line)
     print(f"{found['device']}, {found['clock']} time, medians; written to {found['file']}")
+
+
+def _latency(options: argparse.Namespace) -> None:
+    from orchestrator import api
+    from orchestrator.plan.latency_table import parse_latency_table
+
+    for name in ("against", "batch", "length"):
+        if name in options:
+            raise UsageError(f"--{name} has no effect with --latency-table; give --tokens")
+    names = {"tokens", *FIELDS} - {"model", "latency_table"}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    found = api.measure_latency(options.model, options.latency_table, **given)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    print_table(_shapes(found["linears"]))
+    dense = sum(row["count"] * row["dense_seconds"] for row in found["linears"])
+    print(f"all linears, dense: {1e6 * dense:,.1f} us")
+    about = parse_latency_table(found, found["file"]).about
+    print(f"{about}, {found['clock']} time, medians; written to {found['file']}")
+
+
+def _shapes(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Table of shapes, with the ranks of each form that take less time than dense."""
+    from orchestrator.plan.cost import first_slow
+
+    table = [["linear", "number", "dense, us", "plain is faster", "pivoted is faster"]]
+    for row in rows:
+        outputs, inputs = row["shape"]
+        cells = [str(row["count"]), f"{1e6 * row['dense_seconds']:,.1f}"]
+        for form in ("low_rank", "pivoted"):
+            slow = first_slow(row["forms"][form], row["dense_seconds"])
+            cells.append("every rank" if slow is None else f"below {slow}")
+        table.append([f"{outputs} x {inputs}", *cells])
+    return table
 
 
 def _whole(found: Mapping[str, Any]) -> list[list[str]]:

@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("run", metavar="RUN", help="run directory of a compression")
     parser.add_argument("out", metavar="OUT", help="directory of the result")
-    for name in (*SIZE_FIELDS, "rank_multiple", "max_shard_size"):
+    for name in (*SIZE_FIELDS, "latency_table", "rank_multiple", "max_shard_size"):
         add_field(parser, FIELDS[name])
     for field in EXECUTION_FIELDS.values():
         if field.name != "run_dir" and not about(field).decides_bits:

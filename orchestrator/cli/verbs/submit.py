@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.cli.flags import add_verb
 from orchestrator.cli.stopping import stoppable
 from orchestrator.errors import UsageError
-from orchestrator.recipe.recipe import read_recipe_fields
+from orchestrator.recipe.recipe_file import read_recipe_fields
 
 
 def add_parser(commands: Any) -> None:

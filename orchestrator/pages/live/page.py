@@ -21,6 +21,7 @@ from orchestrator.pages.markup import Markup, element, joined, page, scrolling, 
 from orchestrator.pages.style import STYLE
 from orchestrator.pages.tables import DASH
 from orchestrator.readable import duration, size
+from orchestrator.recipe.recipe import SIZE_FIELDS
 from orchestrator.version import __version__
 
 RESUMES = "The same command resumes it; what is committed stays."
@@ -99,8 +100,10 @@ def _head(state: RunState, files: RunFiles) -> Markup:
     model = str(files.description.get("model") or recipe.get("model", "")).rstrip("/")
     about = [model.rpartition("/")[2]] if model else []
     if "method" in recipe:
-        kept = recipe.get("keep") or recipe.get("keep_bytes")
-        about.append(f"compressed with {recipe['method']}" + (f", keep {kept}" if kept else ""))
+        sizes = [
+            f", {name.replace('_', ' ')} {recipe[name]}" for name in SIZE_FIELDS if recipe.get(name)
+        ]
+        about.append(f"compressed with {recipe['method']}" + "".join(sizes))
     badge = element("span", files.state, class_=f"badge {files.state}")
     said = [files.problem, str(files.status.get("error", ""))]
     return joined(

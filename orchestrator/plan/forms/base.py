@@ -66,6 +66,14 @@ class Form(ABC):
     def values(self, linear: Linear, cut: Cut) -> int:
         """Number of stored values of the weight; an index and the bias are not counted."""
 
+    def operations(self, linear: Linear, cut: Cut) -> int:
+        """Multiply-adds of one token. A linear multiplies by its basis even if others share it;
+        entries are made a dense weight at every call, which is multiplied."""
+        factors = self.factor_values(linear, cut.rank) if self.has_rank else 0
+        if self.has_nonzeros:
+            return linear.values + factors
+        return factors if self.has_rank else self.values(linear, cut)
+
     def index_bytes(self, linear: Linear, cut: Cut) -> int:
         """Bytes of the index beside the values."""
         return 0

@@ -33,7 +33,9 @@ def assign_keys(surveyed: Surveyed, tokens_key: str, token_report: Mapping[str, 
         draws = {"labels": method.label_draws, "seed": surveyed.randomness.seed}
         statistics_key = unit_key("curvature", CURVATURE_VERSION, [pass_key], **draws)
     block_keys = _block_keys(surveyed, statistics_key)
-    decisive = recipe.to_toml(schedule=False)
+    decisive = {"recipe": recipe.to_toml(schedule=False)}
+    if (table := surveyed.latency_table) is not None:
+        decisive["latency_table"] = table.digest
     return extended(
         surveyed,
         Keyed,
@@ -42,7 +44,7 @@ def assign_keys(surveyed: Surveyed, tokens_key: str, token_report: Mapping[str, 
         pass_key=pass_key,
         statistics_key=statistics_key,
         block_keys=block_keys,
-        key=unit_key("compress", WRITE_VERSION, [*block_keys.values()], recipe=decisive),
+        key=unit_key("compress", WRITE_VERSION, [*block_keys.values()], **decisive),
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from orchestrator.errors import InputError
 from orchestrator.recipe.field import about, described
-from orchestrator.recipe.recipe import SCHEDULE, Recipe, make_recipe, override
+from orchestrator.recipe.recipe import SCHEDULE, Recipe, make_recipe
+from orchestrator.recipe.recipe_file import override
 from orchestrator.store.places import Place, parse_place
 from orchestrator.store.run import RunDirectory
 
@@ -39,7 +40,7 @@ def asked_before(run_dir: str, out: str, **given: Any) -> tuple[Recipe, Previous
     decides bits, stays.
 
     Args:
-        given: Fields of the recipe; `keep` or `keep_bytes` replaces either of them.
+        given: Fields of the recipe; a size, such as `keep`, replaces that of the run.
 
     Raises:
         InputError: The directory has no run, the run has not read its text, or its units are

@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.allocate.budget import Budget
 from orchestrator.methods.kinds.base import Kind
 from orchestrator.plan.codecs import CODECS
-from orchestrator.plan.forms import Form
+from orchestrator.plan.cost import VALUES
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Plan
 from orchestrator.version import __version__
@@ -57,7 +57,7 @@ def make_report(
         "calibration": dict(tokens),
         **_sizes(survey, linears, plan, budget, output_dtype=recipe["output_dtype"]),
         "linears": {
-            linear.name: _linear(linear, plan, facts[linear.name], kind=kind, form=budget.form)
+            linear.name: _linear(linear, plan, facts[linear.name], kind=kind, budget=budget)
             for linear in linears
         },
         "not_targeted": sorted(
@@ -78,7 +78,7 @@ def _sizes(
     return {
         "kept": {
             "asked": budget.kept,
-            "asked_of": "bytes" if budget.in_bytes else "values",
+            "asked_of": "bytes" if budget.in_bytes else budget.cost.name,
             "linears": plan.stored_values / dense_values,
             "model": whole / survey.total_parameters,
         },
@@ -100,18 +100,20 @@ def _sizes(
 
 
 def _linear(
-    linear: Linear, plan: Plan, facts: Mapping[str, Any], *, kind: Kind[Any], form: Form
+    linear: Linear, plan: Plan, facts: Mapping[str, Any], *, kind: Kind[Any], budget: Budget
 ) -> dict[str, Any]:
     assigned = plan.assignments[linear.name]
     entry: dict[str, Any] = {
         "form": assigned.form,
         "shape": [linear.out_features, linear.in_features],
-        "break_even": form.break_even(linear),
+        "break_even": budget.form.break_even(linear),
         "values": assigned.stored_values(linear),
         "numerics": facts["numerics"],
     }
     if assigned.form == "dense":
         reason = "its share of the budget holds the whole weight"
+        if budget.cost is not VALUES and not budget.ranks.count(linear):
+            reason = "no allowed rank costs less than the dense weight"
         return {**entry, "why_dense": reason, "activation_error": 0.0, "weight_error": 0.0}
     entry |= {size: getattr(assigned, size) for size in kind.sizes}
     if assigned.basis:

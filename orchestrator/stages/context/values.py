@@ -24,6 +24,7 @@ from orchestrator.models.checkpoint.stored_tensor import StoredTensor
 from orchestrator.plan.codecs import CODECS, Codec
 from orchestrator.plan.forms import Form
 from orchestrator.plan.grouping import Grouping
+from orchestrator.plan.latency_table import LatencyTable
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Plan
 from orchestrator.randomness import Randomness
@@ -47,6 +48,8 @@ class Asked:
     method: Method
     allocator: Allocator
     budget: Budget
+    latency_table: LatencyTable | None
+    """Measured times of linears, for the budget or for the forecast of its speed."""
     model: Place
     base_model: str
     """Name of the model in the result: a hub id, or the name of its directory."""
@@ -164,6 +167,9 @@ class Planned(Decomposed):
     scores: Scores
     multiples: Mapping[str, Any]
     """Numbers of which ranks are multiples, and their cost; empty if every rank is allowed."""
+    costs: Mapping[str, Any]
+    """Operations, time and predicted loss of the plan; empty for a budget of values or bytes
+    without a table of times."""
 
     @property
     def choice(self) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from orchestrator.allocate.bernoulli import CandidatePool, Draw
 from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.by_bytes import fill_budget
 from orchestrator.allocate.choice import Choice, choose
+from orchestrator.allocate.fill import fill_budget
 from orchestrator.allocate.scored import MaskAllocator
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score

@@ -15,6 +15,7 @@ from typing import Any
 from orchestrator.allocate.scored import SensitivityAllocator
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
+from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.grouping import stack
 from orchestrator.plan.linear import Linear
 from orchestrator.readable import counted
@@ -80,13 +81,18 @@ class Sensitivities:
         """The linears that are truncated together, under the name of the first."""
         return self._job.grouping.stacked(self._job.linears)
 
+    @property
+    def _ranks(self) -> AllowedRanks:
+        """Ranks of a budget of values, which the allocator divides whatever cost is limited."""
+        return self._job.budget.in_values().ranks
+
     @cached_property
     def _trials(self) -> tuple[CutTrial, ...]:
         """The dense model, then each linear at each rank of the grid, in the model's order."""
         trials = [CutTrial(self._job.survey.num_blocks)]
         for group in self._job.grouping.groups(self._job.linears):
             names = tuple(linear.name for linear in group)
-            ranks = self._allocator.ranks(stack(group), self._job.budget.ranks)
+            ranks = self._allocator.ranks(stack(group), self._ranks)
             trials += [CutTrial(group[0].block, names, rank) for rank in ranks]
         return tuple(trials)
 
@@ -182,7 +188,7 @@ class Sensitivities:
             by_name = {
                 linear.name: losses[linear.name][rank] - dense
                 for linear in self._linears
-                if (rank := self._allocator.rank(linear, kept, self._job.budget.ranks))
+                if (rank := self._allocator.rank(linear, kept, self._ranks))
             }
             if by_name:
                 added[str(kept)] = {

@@ -181,6 +181,8 @@ def _report(
     if tokens := expert_tokens(planned.facts):
         warnings = expert_warnings(tokens, planned.linears)
         report["experts"] = {"tokens": tokens, "warnings": warnings}
+    if planned.costs:
+        report["costs"] = dict(planned.costs)
     report |= planned.scores.report
     for each in done:
         report[each.name] = each.report
