@@ -27,6 +27,7 @@ PURPOSES = {
     "recovery": "training of adapters on a compressed model (scripts/recover.py)",
     "tensorboard": "`--track tensorboard`",
     "trackio": "`--track trackio`",
+    "vision": "calibration and evaluation on images",
     "wandb": "`--track wandb`",
 }
 """Use of each extra of the package."""

@@ -51,6 +51,8 @@ def text_of(facts: Mapping[str, Any]) -> str:
     if "sequences" in text and "sequence_length" in text:
         says += f", {counted(text['sequences'], 'sequence')} of "
         says += counted(text["sequence_length"], "token")
+    if text.get("images"):
+        says += f", {counted(text['images'], 'image')}"
     if "predictions" in facts:
         says += f", {counted(facts['predictions'], 'prediction')}"
     return says

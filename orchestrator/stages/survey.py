@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 from orchestrator.errors import UsageError
 from orchestrator.models.checkpoint.weights import parse_dtype
 from orchestrator.models.inputs.encoder import NO_TEMPLATE
+from orchestrator.models.inputs.image_reader import image_reader
 from orchestrator.models.inputs.sources import BUNDLED, named_source
 from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.models.survey.image_models import image_token
 from orchestrator.models.survey.select import select
 from orchestrator.plan.cost import VALUES
 from orchestrator.plan.linear import Linear
@@ -58,6 +60,7 @@ def survey(asked: Asked) -> Surveyed:
         vocabulary=lazy_model.config.get_text_config().vocab_size,
         positions=lazy_model.positions,
         tensors=lazy_model.tensors(),
+        image_token=image_token(lazy_model.config),
     )
     _check_table(surveyed)
     return surveyed
@@ -104,8 +107,9 @@ def read_calibration(surveyed: Surveyed) -> CalibrationTokens:
         chat_template=recipe.chat_template,
         rng=surveyed.randomness.calibration(),
         tokenizer=load_tokenizer(surveyed.model),
+        images=image_reader(surveyed.model, surveyed.image_token),
     )
-    tokens.check_within(surveyed.vocabulary, surveyed.model)
+    tokens.check_within(surveyed.vocabulary, surveyed.model, image_token=surveyed.image_token)
     warnings = calibration_warnings(tokens.report, surveyed.linears)
     if warnings:
         tokens = replace(tokens, report={**tokens.report, "warnings": warnings})

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "models.survey": "errors plan store device models.experts models.forms models.checkpoint torch "
     "transformers accelerate huggingface_hub",
     "models.inputs": "errors readable store models.checkpoint torch numpy pyarrow huggingface_hub "
-    "datasets transformers",
+    "datasets transformers PIL",
     "models.shards": "errors plan store device models.forms models.checkpoint models.survey torch "
     "transformers accelerate numpy",
     "models.statistics": "plan linalg models.experts models.shards torch transformers",

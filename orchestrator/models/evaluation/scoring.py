@@ -53,7 +53,12 @@ class Score:
 
 
 def score(
-    tokens_BT: Tensor, mask_BT: Tensor, logits_BTV: Tensor, against_BTV: Tensor | None
+    tokens_BT: Tensor,
+    mask_BT: Tensor,
+    logits_BTV: Tensor,
+    against_BTV: Tensor | None,
+    *,
+    predicting_BT: Tensor | None = None,
 ) -> Score:
     """Compute the score of one chunk, with each of its sequences as a window of its own.
 
@@ -62,11 +67,13 @@ def score(
 
     Args:
         against_BTV: Logits of the other model; None: no comparison.
+        predicting_BT: Real tokens whose predictions count, see `Chunk.predicting`; None: all.
     """
+    predicting_BT = mask_BT if predicting_BT is None else predicting_BT
     device = logits_BTV.device
     total = Score()
     for row in range(len(tokens_BT)):
-        real_P = mask_BT[row, :-1] & mask_BT[row, 1:]
+        real_P = predicting_BT[row, :-1] & mask_BT[row, 1:]
         where_P = real_P.nonzero().squeeze(1)
         if not len(where_P):
             continue

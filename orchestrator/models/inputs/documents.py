@@ -3,7 +3,7 @@
 A source is a file (.txt, .raw, .jsonl, .parquet), a directory of such files at any depth, read in
 path order, the same in an object store, `datasets:NAME[:CONFIG[:SPLIT]]`, or `bundled`. A .txt or
 .raw file is one document; in the other formats each record holds one document: a text in a named
-field, or a chat (`chats`).
+field, or a chat (`chats`), with images if they are asked for (`image_records`).
 """
 
 import codecs
@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.models.inputs.chats import Chat, parse_chat
+from orchestrator.models.inputs.image_records import IMAGE_FIELDS, ImageRecord, parse_image_record
 from orchestrator.models.inputs.sources import (
     BUNDLED,
     CHAT_FIELDS,
@@ -31,11 +32,14 @@ from orchestrator.store.places import Place, Remote
 READ_BYTES = 2**20
 BUNDLED_TEXT = Path(__file__).with_name("bundled.jsonl")
 
-Document: TypeAlias = Iterable[str] | Chat
-"""A document: fragments of text, so that a huge one is read only as far as needed; or a chat."""
+Document: TypeAlias = Iterable[str] | Chat | ImageRecord
+"""A document: fragments of text, so that a huge one is read only as far as needed; or a chat, or a
+record that may have images."""
 
 
-def read_documents(source: str, field: str, *, prefers_chats: bool = False) -> Iterator[Document]:
+def read_documents(
+    source: str, field: str, *, prefers_chats: bool = False, with_images: bool = False
+) -> Iterator[Document]:
     """Yield the documents of a source in order, each read on demand.
 
     Text is UTF-8. An incomplete character at the very end of a plain file, left by truncation to a
@@ -46,6 +50,8 @@ def read_documents(source: str, field: str, *, prefers_chats: bool = False) -> I
         field: Field of a record that contains the text, or the messages of a chat. Of records
             without it the messages are read.
         prefers_chats: Read the messages of a record that has both.
+        with_images: Read the images of records in .jsonl and .parquet too; every record is then an
+            `ImageRecord`.
 
     Raises:
         UsageError: The source is of no known kind, or `datasets` is not installed.
@@ -59,9 +65,16 @@ def read_documents(source: str, field: str, *, prefers_chats: bool = False) -> I
         if suffix in PLAIN:
             yield _decoded(path)
         elif suffix == ".jsonl":
-            yield from _from_jsonl(path, field, prefers_chats)
+            records = _from_jsonl(path, field, prefers_chats)
         else:
-            yield from _from_parquet(path, field, prefers_chats)
+            records = _from_parquet(path, field, prefers_chats, with_images)
+        if suffix not in PLAIN:
+            for where, record, found in records:
+                yield (
+                    parse_image_record(where, record, found, path.parent)
+                    if with_images
+                    else _document(where, record, found)
+                )
 
 
 @contextmanager
@@ -122,7 +135,11 @@ def _decoded(path: Place) -> Iterator[str]:
             offset += len(data)
 
 
-def _from_jsonl(path: Place, field: str, prefers_chats: bool) -> Iterator[Document]:
+Records: TypeAlias = Iterator[tuple[str, Mapping[str, Any], str]]
+"""Places of records, for messages, the records, and the fields of their documents."""
+
+
+def _from_jsonl(path: Place, field: str, prefers_chats: bool) -> Records:
     offset = 0
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
@@ -144,21 +161,23 @@ def _from_jsonl(path: Place, field: str, prefers_chats: bool) -> Iterator[Docume
                 raise InputError(
                     f"{where}: found {type(record).__name__}; a record is a JSON object"
                 )
-            yield _document(where, record, _field(where, field, [*record], prefers_chats))
+            yield where, record, _field(where, field, [*record], prefers_chats)
 
 
-def _from_parquet(path: Place, field: str, prefers_chats: bool) -> Iterator[Document]:
+def _from_parquet(path: Place, field: str, prefers_chats: bool, with_images: bool) -> Records:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with _random_access(path) as content, parquet.ParquetFile(content) as file:
-            found = _field(str(path), field, file.schema_arrow.names, prefers_chats)
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[found]):
-                for value in batch.column(0).to_pylist():
+            names = file.schema_arrow.names
+            found = _field(str(path), field, names, prefers_chats)
+            images = [name for name in IMAGE_FIELDS if name in names] if with_images else []
+            number, rows = 0, 16 if images else 1024
+            for batch in file.iter_batches(batch_size=rows, columns=[found, *images]):
+                for record in batch.to_pylist():
                     number += 1
-                    yield _document(f"{path}, row {number}", {found: value}, found)
+                    yield f"{path}, row {number}", record, found
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         (line, *_) = str(error).splitlines() or [type(error).__name__]
         raise InputError(f"{path}: not a readable parquet file: {line[:200]}") from error

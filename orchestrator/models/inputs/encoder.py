@@ -7,6 +7,9 @@ import numpy as np
 from orchestrator.errors import InputError
 from orchestrator.models.inputs.chats import Chat
 from orchestrator.models.inputs.documents import Document
+from orchestrator.models.inputs.image_reader import ImageReader
+from orchestrator.models.inputs.image_records import ImageRecord
+from orchestrator.models.inputs.rows import TokenRow
 
 NO_TEMPLATE = "no template"
 
@@ -19,12 +22,15 @@ class Encoder:
 
     Args:
         template: `on`, `off`, or None: on if the tokenizer has a chat template.
+        images: Reads records with images; None: the images of records are not read.
 
     Raises:
         InputError: `on`, and the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, images: ImageReader | None = None
+    ) -> None:
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if template == "on" and not has_template:
             where = getattr(tokenizer, "name_or_path", "") or "the model"
@@ -32,11 +38,29 @@ class Encoder:
                 f"{where}: chat_template is on, and the tokenizer has no chat template; give off, "
                 "which reads messages as plain text, or add chat_template.jinja to the model"
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._images = tokenizer, images
         self.prefers_chats = template == "on"
         """True if messages are read before the text of a record."""
         self.chats_by = "text" if template == "off" else "template" if has_template else NO_TEMPLATE
         """`template`; `text` by request; `no template`: as text, since there is none."""
+
+    @property
+    def with_images(self) -> bool:
+        """True if the images of records are read."""
+        return self._images is not None
+
+    def row(self, document: str | Chat | ImageRecord) -> TokenRow:
+        """Encode a document by itself, with its images.
+
+        Raises:
+            InputError: As `chat`, or as `ImageReader.row`.
+        """
+        if isinstance(document, ImageRecord):
+            assert self._images is not None
+            return self._images.row(document, by_template=self.chats_by != "text")
+        if isinstance(document, Chat):
+            return TokenRow(self.chat(document))
+        return TokenRow(self.text(document, is_start=True))
 
     def written(self, document: Document) -> Document:
         """The document, or the contents of a chat that is not written by a template."""

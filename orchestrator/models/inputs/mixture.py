@@ -1,10 +1,8 @@
 """Sequences of a mixture: their number and length, the part of each source, and their order."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from math import ceil
-
-import numpy as np
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +82,7 @@ def _most(wanted: Wanted, tokens: Sequence[int], weights: Sequence[float]) -> li
 
 
 def interleave(
-    rows: Sequence[Sequence[np.ndarray]], weights: Sequence[float], most: int
+    rows: Sequence[Sequence[Sized]], weights: Sequence[float], most: int
 ) -> list[tuple[int, int]]:
     """Choose rows in turn so that every beginning is mixed by tokens as the weights say.
 

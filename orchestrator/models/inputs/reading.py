@@ -12,6 +12,8 @@ import numpy as np
 from orchestrator.models.inputs.chats import Chat
 from orchestrator.models.inputs.documents import Document, read_documents
 from orchestrator.models.inputs.encoder import Encoder
+from orchestrator.models.inputs.image_records import ImageRecord
+from orchestrator.models.inputs.rows import TokenRow
 from orchestrator.models.inputs.sources import TextSource
 
 PIECE_CHARACTERS = 2**21
@@ -32,6 +34,13 @@ class Reading:
         self._field, self._encoder = field, encoder
         self._digest = hashlib.blake2b(digest_size=32)
 
+    def has_images(self, documents: int) -> bool:
+        """Test if one of the first documents has images."""
+        return any(
+            isinstance(each, ImageRecord) and each.images
+            for each in islice(self.documents(with_images=True), documents)
+        )
+
     def stream(self, needed: int | None) -> np.ndarray:
         """Encode the joined text, int32 [tokens], up to at least this number of tokens; None: all.
 
@@ -48,33 +57,35 @@ class Reading:
 
     def rows(
         self, most: int, length: int, *, stride: int, rng: np.random.Generator | None
-    ) -> list[np.ndarray]:
+    ) -> list[TokenRow]:
         """Encode documents, at most `most`, each truncated to `length` tokens; blank ones are
-        skipped.
+        skipped, and so are those that would lose a token of an image.
 
         Args:
             stride: Take every stride-th document.
             rng: Draws distinct documents, which stay in order; None: the first ones.
         """
         if rng is None:
-            chosen: Iterator[str | Chat] = islice(self._beginnings(), 0, most * stride, stride)
+            # some documents with images are skipped
+            stop = None if self._encoder.with_images else most * stride
+            chosen: Iterator[str | Chat | ImageRecord] = islice(self._beginnings(), 0, stop, stride)
         else:
             # Counted, then read again, so that only one document is in memory at a time.
             count = sum(1 for _ in self._beginnings())
             picked = np.zeros(count, dtype=bool)
             picked[rng.permutation(count)[:most]] = True
             chosen = compress(self._beginnings(), picked)
-        rows = []
+        rows: list[TokenRow] = []
         for document in chosen:
-            row = (
-                self._encoder.chat(document)
-                if isinstance(document, Chat)
-                else self._encoder.text(document, is_start=True)
-            )
+            row = self._encoder.row(document)
+            cut = row.cut(length)
             self.read["documents"] += 1
             self.read["tokens_read"] += len(row)
-            self.read["documents_cut"] += len(row) > length
-            rows.append(row[:length])
+            self.read["documents_cut"] += len(row) > length and cut is not None
+            self.read["documents_skipped"] += cut is None
+            rows += [] if cut is None else [cut]
+            if len(rows) == most:
+                break
         return rows
 
     def report(self) -> dict[str, Any]:
@@ -97,24 +108,27 @@ class Reading:
                     yield self._encoder.text(piece, is_start=number == 0)
                 continue
             for chat in group:
-                assert isinstance(chat, Chat)
+                assert isinstance(chat, Chat)  # records with images are never packed
                 self.read["documents"] += 1
                 yield self._encoder.chat(chat)
 
     def _joined(self, documents: Iterable[Document]) -> Iterator[str]:
         """Yield the fragments of texts, with a blank line between documents."""
         for number, document in enumerate(documents):
-            assert not isinstance(document, Chat)
+            assert not isinstance(document, Chat | ImageRecord)
             if number:
                 yield BETWEEN_DOCUMENTS
             self.read["documents"] += 1
             yield from document
 
-    def _beginnings(self) -> Iterator[str | Chat]:
+    def _beginnings(self) -> Iterator[str | Chat | ImageRecord]:
         """Yield every chat with messages, and the first piece of every text that is not blank:
         longer than any sequence."""
         for document in self._documents():
-            if isinstance(document, Chat):
+            if isinstance(document, ImageRecord):
+                if not document.is_blank:
+                    yield document
+            elif isinstance(document, Chat):
                 if document.messages:
                     yield document
             elif (beginning := next(pieces(document), "")).strip():
@@ -123,18 +137,31 @@ class Reading:
     def _documents(self) -> Iterator[Document]:
         """Yield the documents from the first one; the digest is that of the last reading."""
         self._digest, self.read["chats"] = hashlib.blake2b(digest_size=32), 0
-        found = read_documents(
-            self.source.name, self._field, prefers_chats=self._encoder.prefers_chats
-        )
-        for document in found:
+        for document in self.documents(with_images=self._encoder.with_images):
+            if isinstance(document, ImageRecord):
+                self.read["chats"] += bool(document.messages)
+                self._digest.update(repr((document.contents, document.names)).encode())
+                yield document
+                self._digest.update(b"\0")
+                continue
             self.read["chats"] += isinstance(document, Chat)
             written = self._encoder.written(document)
             if isinstance(written, Chat):
                 self._digest.update(json.dumps(written.messages).encode())
                 yield written
             else:
+                assert not isinstance(written, ImageRecord)
                 yield self._digested(written)
             self._digest.update(b"\0")
+
+    def documents(self, *, with_images: bool) -> Iterator[Document]:
+        """Read the documents of the source."""
+        return read_documents(
+            self.source.name,
+            self._field,
+            prefers_chats=self._encoder.prefers_chats,
+            with_images=with_images,
+        )
 
     def _digested(self, fragments: Iterable[str]) -> Iterator[str]:
         for fragment in fragments:

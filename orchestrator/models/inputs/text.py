@@ -8,9 +8,10 @@ Two layouts:
   (none for SmolLM2 and GPT-2, a leading BOS for Llama 2) are added once, at the start of the text.
   Text longer than `PIECE_CHARACTERS` is encoded in pieces of at most that length, cut after a line
   end, so that windows at the start of a huge text need only its start.
-- `padded`: one document per row, with the special tokens that the tokenizer adds by default,
-  truncated to the sequence length or padded on the right. The mask separates real tokens from
-  padding. Blank documents are skipped.
+- `padded`: one document per row, with its images if the model reads them, with the special tokens
+  that the tokenizer adds by default, truncated to the sequence length or padded on the right. The
+  mask separates real tokens from padding. Blank documents are skipped, and those that would lose a
+  token of an image.
 
 A chat (`chats`) is encoded by the tokenizer's template, with the special tokens of that alone; in
 packed text it stands between texts and other chats without a separator.
@@ -19,16 +20,18 @@ A mixture (`sources`) has windows or documents of each source in proportion to t
 tokens, interleaved so that every beginning of the sequences is mixed; each source keeps its order.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.models.inputs.encoder import Encoder
+from orchestrator.models.inputs.image_reader import ImageReader
 from orchestrator.models.inputs.mixture import Wanted, fit, interleave
 from orchestrator.models.inputs.reading import Reading
+from orchestrator.models.inputs.rows import TokenRow
 from orchestrator.models.inputs.sources import parse_sources
 from orchestrator.readable import counted
 
@@ -48,10 +51,24 @@ class Tokens:
     """bool [sequences, length]: true on real tokens, which come first in every row."""
     report: dict[str, Any]
     """Origin and counts: source, documents and tokens read, sequences, real tokens used, documents
-    truncated to the sequence length."""
+    truncated to the sequence length; with images also their number, their tokens and those of text.
+    """
+    inputs: Mapping[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    """Other inputs of the model by sequence and name, for those with images."""
+    is_image: np.ndarray | None = None
+    """bool [sequences, length]: true on tokens that stand for images; None if there are none."""
 
-    def check_within(self, vocabulary: int, model: object) -> None:
-        """Raise InputError if a token is outside a model's vocabulary."""
+    def check_within(
+        self, vocabulary: int, model: object, *, image_token: int | None = None
+    ) -> None:
+        """Raise InputError if a token is outside a model's vocabulary, or stands for an image that
+        was not given.
+        """
+        if self.is_image is None and image_token is not None and (self.ids == image_token).any():
+            raise InputError(
+                f"{self.report['source']}: has the placeholder of an image (token {image_token}) "
+                "without an image; give records with images, or remove it from the text"
+            )
         highest = int(self.ids.max())
         if highest >= vocabulary:
             raise InputError(
@@ -74,6 +91,7 @@ def load_tokens(
     chat_template: str | None = None,
     fewer: bool = False,
     shorter: bool = False,
+    images: ImageReader | None = None,
 ) -> Tokens:
     """Read a text source and tokenize it into sequences of one length.
 
@@ -86,14 +104,14 @@ def load_tokens(
         samples: Number of sequences; a source with fewer is an error, unless `fewer`.
         field: Field of records that contains the text.
         sampling: `first` takes windows (documents, if padded) 0, stride, 2 stride, ...; `random`
-            draws windows at random offsets (they may overlap), or distinct documents kept in
-            order.
+            draws windows at random offsets, which may overlap, or distinct documents in order.
         rng: Generator that `random` draws with; by default one of seed 0.
         stride: Take every stride-th window or document; must be 1 with `random`.
         chat_template: `on`, `off`, or None: on if the tokenizer has a template.
         fewer: Give as many sequences as a short text has.
         shorter: With `fewer`, give shorter ones too: those that divide a short text evenly; if
             padded, those of the longest document.
+        images: Reads images of records; if a source has any, all sources are padded.
 
     Raises:
         UsageError: An argument is out of range, the source is of no known kind, or `datasets` is
@@ -103,11 +121,13 @@ def load_tokens(
     """
     _check_counts(samples=samples, sequence_length=sequence_length, stride=stride)
     _check_sampling(layout, sampling, stride)
-    wanted = Wanted(
-        samples=samples, length=sequence_length, fewer=fewer, shorter=shorter, stride=stride
-    )
+    counts = {"samples": samples, "length": sequence_length, "stride": stride}
+    wanted = Wanted(**counts, fewer=fewer, shorter=shorter)
     encoder = Encoder(tokenizer, chat_template)
     readings = [Reading(each, field, encoder) for each in parse_sources(source)]
+    if images is not None and any(each.has_images(samples * stride) for each in readings):
+        layout, encoder = "padded", Encoder(tokenizer, chat_template, images)
+        readings = [Reading(each.source, field, encoder) for each in readings]
     drawn = (rng or np.random.default_rng(0)) if sampling == "random" else None
     length, rows = (_packed if layout == "packed" else _padded)(readings, wanted, drawn)
     if encoder.prefers_chats and not any(each.read["chats"] for each in readings):
@@ -115,9 +135,27 @@ def load_tokens(
             f"{source}: chat_template is on, and no record has messages; give text "
             "with messages, or leave chat_template out"
         )
-    ids, mask = _padded_to(length, [row for _, row in rows])
     origin = {"source": source, "layout": layout, "sampling": sampling}
-    return Tokens(ids=ids, mask=mask, report=origin | _counts(readings, rows, mask))
+    return _tokens(readings, rows, length, origin)
+
+
+def _tokens(
+    readings: Sequence[Reading], rows: "Rows", length: int, origin: Mapping[str, Any]
+) -> Tokens:
+    """Pad sequences to a length, and report on them."""
+    ids, mask = _padded_to(length, [row.ids for _, row in rows])
+    report = {**origin, **_counts(readings, rows, mask)}
+    if not any(row.images for _, row in rows):
+        return Tokens(ids=ids, mask=mask, report=report)
+    is_image = _padded_to(length, [row.is_image for _, row in rows])[0].astype(bool)
+    inputs = {i: row.padded_inputs(length) for i, (_, row) in enumerate(rows) if row.images}
+    return Tokens(
+        ids=ids,
+        mask=mask,
+        report=report | _image_counts(readings, rows, is_image),
+        inputs=inputs,
+        is_image=is_image,
+    )
 
 
 def _padded_to(length: int, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -131,8 +169,19 @@ def _padded_to(length: int, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.
     return ids, mask
 
 
-Rows = list[tuple[int, np.ndarray]]
-"""Tokens of sequences, each with the number of its source."""
+Rows = list[tuple[int, TokenRow]]
+"""Sequences, each with the number of its source."""
+
+
+def _image_counts(readings: Sequence[Reading], rows: Rows, is_image: np.ndarray) -> dict[str, int]:
+    """Counts of a token report about images."""
+    image_tokens, used = int(is_image.sum()), sum(len(row) for _, row in rows)
+    return {
+        "images": sum(row.images for _, row in rows),
+        "image_tokens": image_tokens,
+        "text_tokens": used - image_tokens,
+        "documents_skipped": sum(each.read["documents_skipped"] for each in readings),
+    }
 
 
 def _counts(readings: Sequence[Reading], rows: Rows, mask: np.ndarray) -> dict[str, Any]:
@@ -179,7 +228,7 @@ def _packed(
         cut.append([stream[start : start + length] for start in starts])
     _check_weights(readings, counts, wanted)
     order = interleave(cut, counts, sum(counts))
-    return length, [(source, cut[source][place]) for source, place in order]
+    return length, [(source, TokenRow(cut[source][place])) for source, place in order]
 
 
 def _padded(
@@ -215,11 +264,14 @@ def _padded(
 
 
 def _too_short(reading: Reading, gives: str, stride: int) -> InputError:
+    skipped = reading.read["documents_skipped"]
+    remedy = "give more text, or ask for fewer or shorter sequences"
+    if skipped:
+        remedy = f"the images of {skipped} do not fit in a sequence: ask for longer ones"
     return InputError(
         f"{reading.source.name}: {counted(reading.read['documents'], 'document')} with "
         f"{reading.read['tokens_read']} tokens give {gives}"
-        f"{f' with stride {stride}' if stride > 1 else ''}; "
-        "give more text, or ask for fewer or shorter sequences"
+        f"{f' with stride {stride}' if stride > 1 else ''}; {remedy}"
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from orchestrator.device.transport import Departure, bring
 from orchestrator.models.survey.trees import map_tensors
@@ -62,11 +63,23 @@ class Chunk:
     """State at a block boundary; None at the model's input."""
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     """Other inputs of the model by name, as its processor gives them for images; empty for text."""
+    images: Tensor | None = None
+    """True for tokens that stand for images, bool [B, T]; None for text."""
     features: tuple[Any, ...] | None = None
     """Features of its images, call by call; None before they are computed, and for text."""
 
     def with_payload(self, payload: BlockState | None) -> "Chunk":
         return replace(self, payload=payload)
+
+    @property
+    def predicting(self) -> Tensor:
+        """True for real tokens that predict text: those that no token of an image follows [B, T].
+
+        The last one of a sequence predicts a token outside of it.
+        """
+        if self.images is None:
+            return self.mask
+        return self.mask & ~pad(self.images[:, 1:], (0, 1))
 
     def places(self, device: torch.device) -> Tensor | None:
         """Indices [N] of real tokens in flattened [B T], int64 on `device`; None if all are real.
@@ -93,7 +106,7 @@ class Chunk:
             self.tokens,
             self.mask,
             self.payload and [self.payload.output, self.payload.extras],
-            *([self.inputs, self.features] if self.inputs else []),
+            *([self.inputs, self.images, self.features] if self.inputs else []),
         ]
         structure = {
             "index": self.index,

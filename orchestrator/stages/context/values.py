@@ -98,6 +98,8 @@ class Surveyed(Asked):
     """Tokens of the longest sequence that the model's config allows; None: not said."""
     tensors: tuple[StoredTensor, ...]
     """Every tensor of the checkpoint, in the order of the model."""
+    image_token: int | None
+    """Token that stands for a part of an image; None for a model of text."""
 
     @property
     def codec(self) -> Codec:

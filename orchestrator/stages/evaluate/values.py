@@ -13,9 +13,11 @@ import torch
 
 from orchestrator.errors import InputError
 from orchestrator.harness.options import TaskOptions
+from orchestrator.models.inputs.image_reader import image_reader
 from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.models.survey.image_models import image_token
 from orchestrator.models.survey.locate import locate
 from orchestrator.recipe.execution import Execution
 from orchestrator.stages.context.tokens import commit_tokens
@@ -175,8 +177,10 @@ def read_text(surveyed: SurveyedEvaluation) -> KeyedEvaluation:
     positions = surveyed.lazy_models["model"].positions
     if text.pop("within_positions") and positions is not None:
         text["sequence_length"] = min(text["sequence_length"], positions)
-    tokens = load_tokens(**text, tokenizer=load_tokenizer(model))
-    tokens.check_within(surveyed.vocabulary, model)
+    token = image_token(surveyed.lazy_models["model"].config)
+    reader = image_reader(model, token)
+    tokens = load_tokens(**text, tokenizer=load_tokenizer(model), images=reader)
+    tokens.check_within(surveyed.vocabulary, model, image_token=token)
     tokens_key = commit_tokens(surveyed.run, tokens)
     dtypes = {name: str(each.dtype) for name, each in surveyed.lazy_models.items()}
     inputs = [*surveyed.fingerprints.values(), tokens_key]

@@ -98,7 +98,13 @@ class EvaluationWorker(Worker):
         return {name: self.unpack(part) for name, part in parts.items()}
 
     def _commit_score(self, index: int, chunk: Chunk, logits: Mapping[str, torch.Tensor]) -> None:
-        result = score(chunk.tokens, chunk.mask, logits["model"], logits.get("against"))
+        result = score(
+            chunk.tokens,
+            chunk.mask,
+            logits["model"],
+            logits.get("against"),
+            predicting_BT=chunk.predicting,
+        )
         unit = self.run.units.begin(self.task.score_keys[index])
         unit.commit(environment=self.environment(), facts=result.to_json())
 

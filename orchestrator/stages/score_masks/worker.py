@@ -67,7 +67,7 @@ class MaskedModels:
             passed = shard.forward(chunk)
             return {"drawn": drawn}, worker.emit(shard.blocks.stop, passed) if emit else None
         logits = shard.logits(chunk)
-        found = score(chunk.tokens, chunk.mask, logits, None)
+        found = score(chunk.tokens, chunk.mask, logits, None, predicting_BT=chunk.predicting)
         return {"drawn": drawn, "score": found.to_json()}, None
 
     def next_inputs(self, index: int) -> list[Stored]:

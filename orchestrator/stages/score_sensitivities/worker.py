@@ -80,7 +80,8 @@ class CutModels:
             passed = replace(shard.forward(chunk, part=part), index=index)
             return None, worker.emit(blocks.stop, passed) if emit else None
         logits = shard.logits(chunk, part=part)
-        return score(chunk.tokens, chunk.mask, logits, None).to_json(), None
+        found = score(chunk.tokens, chunk.mask, logits, None, predicting_BT=chunk.predicting)
+        return found.to_json(), None
 
     def next_inputs(self, index: int) -> list[Stored]:
         # inputs of trials are in memory, or stored under the index of the dense model
