@@ -7,7 +7,7 @@ may open the same model one after the other in a process: its structure is trace
 
 import json
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -30,6 +30,7 @@ from orchestrator.models.checkpoint.weights import Checkpoint, Weights
 from orchestrator.models.forms.config import METHOD
 from orchestrator.models.shards.empty_model import EmptyModel
 from orchestrator.models.shards.shard import Shard
+from orchestrator.models.shards.traces import trace_once
 from orchestrator.models.survey.architecture import (
     Architecture,
     find_blocks,
@@ -45,10 +46,6 @@ from orchestrator.models.survey.names import Names, map_names
 from orchestrator.plan.linear import Survey
 from orchestrator.plan.plan import Plan
 from orchestrator.store.places import Place
-
-KEPT_TRACES = 16
-_traces: dict[Hashable, Discovery] = {}
-"""Latest traces of this process, by everything that they depend on; the oldest goes first."""
 
 
 class LazyModel:
@@ -169,15 +166,10 @@ class LazyModel:
             self.attention,
             self.dtype,
         )
-        found = _traces.get(key)
-        if found is not None:
-            return found, False
         where, is_dense = str(self.directory), not self.is_compressed
-        found = discover(traced, self.prefix, blocks, where=where, is_dense=is_dense)
-        while len(_traces) >= KEPT_TRACES:
-            _traces.pop(next(iter(_traces)), None)
-        _traces[key] = found
-        return found, True
+        return trace_once(
+            key, lambda: discover(traced, self.prefix, blocks, where=where, is_dense=is_dense)
+        )
 
     @property
     def config(self) -> PretrainedConfig:
