@@ -56,7 +56,11 @@ class Allocator(Protocol):
         ...
 
     def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
-        """Raise the errors of `Budget.total` for a budget that no plan meets."""
+        """Raise the errors of `Budget.total` for a budget that no plan meets.
+
+        Args:
+            linears: Tall linears of groups; of another cost than values their members.
+        """
         budget.total(linears)
 
     @property

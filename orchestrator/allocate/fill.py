@@ -29,7 +29,10 @@ def fill_budget(
 ) -> Plan:
     """Return the plan of a budget; of one in bytes, the plan of the largest kept fraction within.
 
-    The fraction of values is never above the fraction of bytes, so the bisection is over (0,
+    Of another cost it is that of `divide` itself, or that of the largest kept fraction of values
+    within the cost.
+
+    The fraction of values is never above the fraction of bytes, so that bisection is over (0,
     kept]. It assumes that stored bytes do not fall as the kept fraction grows.
 
     Args:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from orchestrator.allocate.base import Allocator, Scoring
-from orchestrator.allocate.budget import Budget, make_plan
+from orchestrator.allocate.budget import Budget, make_plan, too_small
 from orchestrator.allocate.steps import EVERY_RANK
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.plan.allowed_ranks import AllowedRanks
+from orchestrator.plan.cost import VALUES
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
@@ -91,8 +92,18 @@ class Strs(Allocator):
         return allowed.within(linear, Budget(kept).share([linear]))
 
     def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
-        """Raise the errors of `total`."""
-        self.total(linears, budget)
+        """Raise the errors of `total`, of another cost by the cheapest of dense and the grid."""
+        cost, form = budget.cost, budget.form
+        if cost is VALUES:
+            self.total(linears, budget)
+            return
+        total, allowed, least = budget.total(linears), budget.in_values().ranks, 0
+        for linear in linears:
+            costs = [cost.factors(linear, form, rank) for rank in self.ranks(linear, allowed)]
+            least += min([*costs, cost.dense(linear)])
+        if least > total:
+            dense, what = sum(map(cost.dense, linears)), "the smallest plan of strs's grid"
+            raise too_small(budget, total, dense, least=least, what=what)
 
     def total(self, linears: Sequence[Linear], budget: Budget) -> int:
         """Return the number of values that the linears may store together.

@@ -107,7 +107,7 @@ def print_result(result: Result, as_json: bool) -> None:
         return
     kept, values = result.report["kept"], result.report["values"]
     multiples, speeds = rank_multiples(result.report), forecast_texts(result.speed_forecast)
-    costs, linears = result.report.get("costs", {}), result.report["linears"]
+    costs, linears = result.report.get("costs", {}), result.report.get("linears", {})
     dense = f"{costs.get('dense_linears')} of {counted(len(linears), 'linear')}"
     print_rows(
         {

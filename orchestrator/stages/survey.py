@@ -47,10 +47,10 @@ def survey(asked: Asked) -> Surveyed:
             f"{recipe.method}: group is {grouping.size}, but no targeted linear is "
             f"named one of {', '.join(grouping.kinds)}; give group 1"
         )
-    if asked.budget.cost is VALUES:
-        asked.allocator.check_budget(grouping.stacked(linears), asked.budget)
-    else:
-        asked.budget.total(linears)
+    # other costs of a shared basis are those of its linears
+    is_of_values = asked.budget.cost is VALUES
+    checked = grouping.stacked(linears) if is_of_values else linears
+    asked.allocator.check_budget(checked, asked.budget)
     surveyed = extended(
         asked,
         Surveyed,

@@ -260,6 +260,20 @@ def test_the_least_possible_fraction_is_stated_and_suffices(name):
     assert spent(plan, MODEL, cost) <= least * sum(map(cost.dense, MODEL))
 
 
+def test_the_grid_of_strs_is_known_before_it_is_measured():
+    """Its smallest plan takes longer than that of all ranks, and is what the check states."""
+    cost = time_cost(MODEL)
+    strs, budget = make_allocator("strs", {"grid": "0.5 0.8"}), Budget(0.3, cost=cost)
+    assert budget.total(MODEL)
+    with pytest.raises(InfeasibleError, match="grid") as caught:
+        strs.check_budget(MODEL, budget)
+    least = float(re.search(r"least possible is ([\d.]+)", str(caught.value))[1])
+    strs.check_budget(MODEL, Budget(least, cost=cost))
+    sizes = [strs.ranks(each)[0] for each in MODEL]
+    factors = [cost.factors(each, LOW_RANK, r) for each, r in zip(MODEL, sizes, strict=True)]
+    assert least == pytest.approx(sum(factors) / sum(map(cost.dense, MODEL)), abs=2e-6)
+
+
 def test_a_shape_that_was_not_measured_is_named():
     """With the linear that has it, the file and the command."""
     cost = time_cost(MODEL)
