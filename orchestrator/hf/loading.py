@@ -12,6 +12,7 @@ from orchestrator.hf.quantizer import register
 from orchestrator.models.checkpoint.auto_classes import auto_classes
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.survey.architecture import Architecture, brief
+from orchestrator.models.survey.expert_weights import view_experts
 from orchestrator.models.survey.image_models import reads_images
 from orchestrator.models.survey.names import map_names
 
@@ -53,7 +54,7 @@ def load(directory: str | os.PathLike[str], **options: Any) -> Any:
     # sizes and shapes are found sound before anything is allocated
     model = architecture.build(torch.float32, stored=len(weights.names))
     if architecture.forms is not None:
-        map_names(model, weights)
+        map_names(model, view_experts(weights, architecture))
     is_image_model = reads_images(architecture.model_class.__name__)
     auto_class = getattr(transformers, auto_classes(is_image_model)[-1])
     try:

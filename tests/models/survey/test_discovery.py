@@ -5,17 +5,17 @@ from families import _llama, write_model
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from orchestrator.errors import InputError
-from orchestrator.models.shards import lazy_model
+from orchestrator.models.shards import traces
 from orchestrator.models.shards.lazy_model import LazyModel
 
 
 @pytest.fixture
 def without_traces(monkeypatch):
     """Every opening traces the model anew, as a process of its own would."""
-    monkeypatch.setattr(lazy_model, "KEPT_TRACES", 1)
-    traces = {}
-    monkeypatch.setattr(lazy_model, "_traces", traces)
-    return traces
+    kept = {}
+    monkeypatch.setattr(traces, "KEPT_TRACES", 1)
+    monkeypatch.setattr(traces, "_traces", kept)
+    return kept
 
 
 def test_every_trace_of_a_model_finds_the_same_tensors(checkpoint, without_traces):
