@@ -1,8 +1,9 @@
 """The file that lets a checkpoint load where this package is not installed.
 
-It is put together from the sources of the forms, of the config that names them, of the rules that
-split them over ranks and of the quantizer that installs them, so there is one implementation and
-two ways to reach it. A form of another package is part of the file if the checkpoint has it.
+It is put together from the sources of the forms, of the experts that have linears of their own, of
+the config that names them, of the rules that split them over ranks and of the quantizer that
+installs them, so there is one implementation and two ways to reach it. A form of another package is
+part of the file if the checkpoint has it.
 """
 
 import ast
@@ -17,7 +18,8 @@ import transformers
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.hf import quantizer, tensor_parallel
-from orchestrator.models.forms import FORMS, base, config, index_codes, install
+from orchestrator.models.experts import layout, module, replace
+from orchestrator.models.forms import FORMS, base, config, guards, index_codes, install
 from orchestrator.models.forms.base import FormLinear
 from orchestrator.plan.forms import FORMS as SIZES
 from orchestrator.version import __version__
@@ -76,11 +78,11 @@ def bootstrap_source(architecture: str, forms: Collection[str] = ()) -> str:
     included = {name: FORMS[name] for name in FORMS if name in forms or _package(name) == ""}
     imports, bodies = {"import transformers"}, []
     of_forms = dict.fromkeys(sys.modules[form.__module__] for form in included.values())
-    below = config, install, tensor_parallel, quantizer
-    for module in base, index_codes, *of_forms, *below:
-        if module is config:
+    below = config, layout, module, replace, guards, install, tensor_parallel, quantizer
+    for file in base, index_codes, *of_forms, *below:
+        if file is config:
             bodies.append(_registry(included))
-        found, body = _split(module)
+        found, body = _split(file)
         imports |= found
         bodies.append(body)
     for name in included:

@@ -22,6 +22,7 @@ from orchestrator.errors import InputError
 from orchestrator.hf.tensor_parallel import split
 from orchestrator.models.forms.base import FormLinear
 from orchestrator.models.forms.config import METHOD, read_forms
+from orchestrator.models.forms.guards import check_guards
 from orchestrator.models.forms.install import install_forms
 
 
@@ -46,8 +47,10 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
         """Check the loaded indices: one that is not stored would put values anywhere.
 
         Raises:
-            InputError: An index does not name as many entries as there are values, or every output.
+            InputError: An index does not name as many entries as there are values, or every output;
+                or experts were stored with other ranks than the config's.
         """
+        check_guards(model, read_forms(self.quantization_config.to_dict()))
         for name, module in model.named_modules():
             if not isinstance(module, FormLinear):
                 continue

@@ -12,6 +12,9 @@ differ from block to block, so a rule is replaced by one that asks each module w
 
 Each form declares its rule in its module, `FormLinear.split_outputs` and `split_inputs`.
 
+Experts that have linears of their own are whole on every rank, and each rank runs all of them: the
+rules for the fused tensors that they replace are dropped. Expert parallelism is refused.
+
 Gradients are those of a single process: where a rank keeps a part, those of all are gathered.
 """
 
@@ -28,12 +31,16 @@ from transformers.distributed.parallel_utils import (
 )
 from transformers.distributed.tensor_parallel import ColwiseParallel, TensorParallelLayer
 
+from orchestrator.errors import InputError
+from orchestrator.models.experts.module import Experts
 from orchestrator.models.forms.base import FormLinear, Split
 
 COLUMNS = ("colwise", "colwise_gather_output", "colwise_rep")
 """Rules that split outputs, the last two gathering them again."""
 ROWS = ("rowwise", "rowwise_split_input", "rowwise_rep")
 """Rules that split inputs, the last two those that are whole."""
+DISPATCH = "ep_dispatch_experts"
+"""Rule of expert parallelism that sends tokens to the rank of their expert."""
 
 
 class _Replicated(TensorParallelLayer):  # type: ignore[misc] # transformers has no types
@@ -124,8 +131,23 @@ class _ByForm(TensorParallelLayer):  # type: ignore[misc] # transformers has no 
         return installed
 
 
+class _NoDispatch(TensorParallelLayer):  # type: ignore[misc] # transformers has no types
+    """Rule of expert parallelism for the module around compressed experts, which refuses it."""
+
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        """Raises: InputError: always."""
+        raise InputError(
+            "expert parallelism (ep_size) does not split compressed experts; load the model with "
+            "ep_size 1: tp_size splits everything else, and device_map places whole blocks"
+        )
+
+
 def split(model: nn.Module, plan: dict[str, str]) -> None:
-    """Replace, in a plan, the rules of linears that are compressed in some block."""
+    """Replace, in a plan, the rules of linears that are compressed in some block.
+
+    A plan of expert parallelism for experts that are compressed raises when it is applied.
+    """
+    _drop_experts(model, plan)
     modules = [(replace_layer_number_by_wildcard(n), m) for n, m in model.named_modules()]
     names = {name for name, _ in modules}
     parts: dict[str, set[str]] = {}
@@ -142,8 +164,25 @@ def split(model: nn.Module, plan: dict[str, str]) -> None:
             plan |= dict.fromkeys(names & parts[name], plan[name])
 
 
+def _drop_experts(model: nn.Module, plan: dict[str, str]) -> None:
+    """Remove the rules for the tensors and the calls of experts that have linears of their own."""
+    experts = [n for n, module in model.named_modules() if isinstance(module, Experts)]
+    for name in {replace_layer_number_by_wildcard(name) for name in experts}:
+        for key in [key for key in plan if key == name or key.startswith(f"{name}.")]:
+            if plan.pop(key) == DISPATCH:
+                # by the rule of experts the plan is taken for one of expert parallelism; that of
+                # the module around them is applied first
+                plan[key] = DISPATCH
+                around = key.rpartition(".")[0]
+                plan[around] = _register(f"orchestrator_{DISPATCH}", _NoDispatch())
+
+
 def _registered(rule: str) -> str:
-    name = f"orchestrator_{rule}"
+    return _register(f"orchestrator_{rule}", _ByForm(rule))
+
+
+def _register(name: str, style: TensorParallelLayer) -> str:
+    """Register a rule under a name, unless the name has one; returns the name."""
     if name not in ALL_PARALLEL_STYLES:
-        ALL_PARALLEL_STYLES.register(name, _ByForm(rule))
+        ALL_PARALLEL_STYLES.register(name, style)
     return name

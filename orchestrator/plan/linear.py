@@ -41,6 +41,27 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsModule:
+    """Experts of a block, whose linears are named `experts.17.down` in this module."""
+
+    name: str
+    """Module name, `model.layers.3.mlp.experts`."""
+    block: int
+    """Index of its block."""
+    parts: tuple[str, ...]
+    """Names of the linears of an expert: `gate`, if experts have one, `up` and `down`."""
+    count: int
+    """Number of experts."""
+    guard: str
+    """Name of a fused tensor of the module, `gate_up_proj`, under which a checkpoint with
+    compressed experts stores their ranks."""
+
+    def linears(self) -> dict[str, list[str]]:
+        """Return the names of the linears of all experts, by part."""
+        return {part: [f"{self.name}.{e}.{part}" for e in range(self.count)] for part in self.parts}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
     """Content of a checkpoint, from its config and tensor headers alone."""
 
@@ -60,6 +81,8 @@ class Survey:
     """Distinct parameters of the whole model; tied ones count once, unless stored values differ."""
     unused: tuple[str, ...] = ()
     """Names of stored tensors that the model's class does not have; they are left out."""
+    experts: tuple[ExpertsModule, ...] = ()
+    """Experts of all blocks that have some, in block order."""
     has_own_head: bool = False
     """True if the config ties head and embeddings, but different values of both are stored."""
 

@@ -11,6 +11,7 @@ from subprocess import CompletedProcess
 import pytest
 from compressed import Compressed, compress, logits, reference
 from drivers import start
+from moe.stored import MadeMoe, store_moe
 from torch import Tensor
 
 SECONDS = 300
@@ -101,6 +102,13 @@ def halved(
     """A family's checkpoint with low rank in several files; not to be changed."""
     root = tmp_path_factory.mktemp("halved")
     return cache(lambda family: compress(checkpoint(family), root / family, max_shard_bytes=40_000))
+
+
+@pytest.fixture(scope="session")
+def stored_moe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], MadeMoe]:
+    """A family's checkpoint with random forms of its experts; not to be changed."""
+    root = tmp_path_factory.mktemp("moe")
+    return cache(lambda family: store_moe(family, root / family))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import vendor_forms
 from orchestrator_vllm.forms.base import StoredForm
 from orchestrator_vllm.forms.config import read_forms
 from orchestrator_vllm.forms.errors import InputError
-from orchestrator_vllm.names import check_bases, materialized, stored_names
+from orchestrator_vllm.names import check_bases, materialized, read_served, stored_names
 from orchestrator_vllm.release import SERVED, refusal
 
 PROJECT = tomllib.loads((Path(vendor_forms.ROOT) / "plugins/vllm/pyproject.toml").read_text())
@@ -82,5 +82,14 @@ def test_linears_with_entries_are_served_dense():
     }
     config = {"quant_method": "orchestrator", "format_version": 1, "modules": forms}
     assert materialized(read_forms(config)) == ["a", "c"]
-    with pytest.raises(InputError, match="format_version: found 2"):
-        read_forms(config | {"format_version": 2})
+    with pytest.raises(InputError, match="format_version: found 3"):
+        read_served(config | {"format_version": 3})
+
+
+def test_compressed_experts_are_refused():
+    """By the config, before any layer is made."""
+    experts = {"layers.0.experts": {"up": {"form": "low_rank", "rank": [2, 0]}}}
+    config = {"quant_method": "orchestrator", "modules": {}}
+    assert read_served(config | {"format_version": 1}) == {}
+    with pytest.raises(InputError, match="experts: compressed experts are not served yet; serve"):
+        read_served(config | {"format_version": 2, "experts": experts})

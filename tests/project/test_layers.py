@@ -44,8 +44,8 @@ MAY_IMPORT = {
     # curves are arrays of numpy, so that a driver without torch reads them
     "methods": "errors forecast plan randomness recipe registry linalg torch numpy",
     # models: each may import the ones above it
-    "models.forms": "errors plan registry torch transformers",
     "models.experts": "errors torch",
+    "models.forms": "errors plan registry models.experts torch transformers",
     "models.checkpoint": "errors version plan store device models.forms torch safetensors",
     "models.survey": "errors plan store device models.experts models.forms models.checkpoint torch "
     "transformers accelerate huggingface_hub",
@@ -59,8 +59,8 @@ MAY_IMPORT = {
     "models.training": "errors plan randomness recipe device linalg models.forms models.shards "
     "models.statistics models.evaluation torch transformers",
     "bench": "errors device hf plan models.checkpoint models.forms torch transformers",
-    "hf": "errors version plan models.forms models.checkpoint models.survey models.shards torch "
-    "transformers",
+    "hf": "errors version plan models.experts models.forms models.checkpoint models.survey "
+    "models.shards torch transformers",
     # execution: independent of models
     "progress": "",
     "runtime": f"{PLAIN} usage recipe plan progress store device torch",

@@ -17,6 +17,7 @@ from orchestrator.linalg.pivot import pivot
 from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, layout
 from orchestrator.models.checkpoint.output import claim_out
 from orchestrator.models.checkpoint.write import finish, write_file
+from orchestrator.models.experts.replace import replace_experts
 from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
@@ -172,7 +173,7 @@ def compress(
 
 def cut(dense: Path, survey: Survey, plan: Plan) -> dict[str, dict[str, Tensor]]:
     """Return the stored tensors of every linear that is not dense."""
-    modules = dict(AutoModelForCausalLM.from_pretrained(dense).named_modules())
+    modules = dict(with_experts(dense).named_modules())
     groups: dict[str, list[str]] = {}
     for linear in survey.linears:
         assignment = plan.assignments.get(linear.name, Assignment(form="dense"))
@@ -218,9 +219,16 @@ def _cut(weights: list[Tensor], assignment: Assignment) -> list[dict[str, Tensor
     return parts
 
 
+def with_experts(dense: Path) -> PreTrainedModel:
+    """Load a dense checkpoint with a module for each linear of an expert, if it has experts."""
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    replace_experts(model)
+    return model
+
+
 def reference(compressed: Compressed) -> PreTrainedModel:
     """Make the dense model with two plain linears instead of each low-rank one."""
-    model = AutoModelForCausalLM.from_pretrained(compressed.dense)
+    model = with_experts(compressed.dense)
     for name, (weight_OR, down_RI) in compressed.factors.items():
         bias = model.get_submodule(name).bias
         down = nn.Linear(*down_RI.shape[::-1], bias=False)
@@ -235,7 +243,7 @@ def reference(compressed: Compressed) -> PreTrainedModel:
 
 def dense_reference(compressed: Compressed) -> PreTrainedModel:
     """Make the dense model with the weights that the forms represent."""
-    model = AutoModelForCausalLM.from_pretrained(compressed.dense)
+    model = with_experts(compressed.dense)
     for name in compressed.parts:
         module, weight_OI = model.get_submodule(name), compressed.dense_weight(name)
         weight = weight_OI.T if isinstance(module, Conv1D) else weight_OI

@@ -4,20 +4,25 @@ Shape suffixes: O outputs, I inputs, R rank, S = O - R, N nonzeros.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from orchestrator.models.checkpoint.headers import SINGLE_FILE
 from orchestrator.models.checkpoint.stored_tensor import StoredTensor
 from orchestrator.models.forms import FORMS
 from orchestrator.models.forms.base import StoredForm
-from orchestrator.models.forms.config import misfits
+from orchestrator.models.forms.config import PARTS, misfits, write_forms
+from orchestrator.models.forms.guards import guard_values
 from orchestrator.plan.forms import FORMS as FORM_SIZES
-from orchestrator.plan.linear import Linear, Survey
+from orchestrator.plan.linear import ExpertsModule, Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
+
+GUARD = "guard"
+"""Part of the tensor with the ranks of the experts of a block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +37,10 @@ class TensorSpec:
     part: str
     """`copy` of a stored tensor; a part that the linear's form names: factor `weight` [O, R] or
     `down` [R, I]; pivoted the `others` [S, R], the `pivots` [R, I] and the `order` [O] of both;
-    `values` [N] of a sparse weight, its `index` or `rows`; or the `dense` weight that an export
-    makes of them."""
+    `values` [N] of a sparse weight, its `index` or `rows`; the `guard` of experts; or the `dense`
+    weight that an export makes of them."""
     source: str
-    """Name on disk of the tensor that is copied, or name of the linear."""
+    """Name on disk of the tensor that is copied, or name of the linear or of the experts."""
     rank: int = 0
     """Rank of a factor, or of the factors beside a sparse weight."""
     nonzeros: int = 0
@@ -98,16 +103,20 @@ def layout(
     *,
     output_dtype: torch.dtype | None,
     max_shard_bytes: int,
+    splits_experts: bool = False,
 ) -> tuple[FileSpec, ...]:
     """Files of the checkpoint, from the plan and the size limit alone; no tensor is read.
 
     Whole blocks in model order, as many to a file as fit and one at least; what comes before the
-    blocks stands with the first of them, what comes after with the last. Sizes in bytes.
+    blocks stands with the first of them, what comes after with the last. Sizes in bytes. Experts of
+    which none is compressed are copied as they are stored; otherwise each of their matrices has the
+    name of its linear, and a guard stands beside those of a block.
 
     Args:
         tensors: What is stored of the dense model, in model order.
         output_dtype: Dtype of every floating-point tensor; None keeps the one on disk, and gives
             factors and sparse values the dtype of the dense weight. Indices keep their own.
+        splits_experts: Also experts of which none is compressed have the names of linears.
 
     Raises:
         ValueError: The plan gives a linear a form that it cannot have or that saves nothing, or
@@ -115,7 +124,8 @@ def layout(
     """
     forms = stored_forms(survey, plan)
     linears = {f"{linear.name}.weight": linear for linear in survey.linears}
-    groups: list[list[TensorSpec]] = [[] for _ in range(survey.num_blocks)]
+    has_guards = compresses_experts(survey, forms)
+    groups: list[dict[str, TensorSpec]] = [{} for _ in range(survey.num_blocks)]
     for tensor in tensors:
         outside = 0 if tensor.place == "front" else survey.num_blocks - 1
         group = groups[outside if tensor.block is None else tensor.block]
@@ -124,17 +134,18 @@ def layout(
         if output_dtype is not None and getattr(torch, dtype).is_floating_point:
             dtype = dtype_name(output_dtype)
         if linear is not None and linear.name in forms:
-            group += _stored_specs(linear, forms[linear.name], dtype)
+            specs = _stored_specs(linear, forms[linear.name], dtype)
         else:
-            group.append(
-                TensorSpec(
-                    name=tensor.name,
-                    dtype=dtype,
-                    shape=tensor.shape,
-                    part="copy",
-                    source=tensor.disk_name,
-                )
-            )
+            specs = [_copy(tensor, dtype, is_fused=not (splits_experts or has_guards))]
+        group.update((spec.name, spec) for spec in specs)
+    for each in survey.experts if has_guards else ():
+        guard = _guard(each)
+        groups[each.block][guard.name] = guard
+    return _into_files([list(group.values()) for group in groups], max_shard_bytes)
+
+
+def _into_files(groups: list[list[TensorSpec]], max_shard_bytes: int) -> tuple[FileSpec, ...]:
+    """Divide the tensors of blocks into files of at most this size, and of one block at least."""
     files: list[list[TensorSpec]] = []
     size_bytes = 0
     for group in groups:
@@ -149,6 +160,44 @@ def layout(
         names = [SINGLE_FILE]
     pairs = zip(names, files, strict=True)
     return tuple(FileSpec(name=name, tensors=tuple(specs)) for name, specs in pairs)
+
+
+def _copy(tensor: StoredTensor, dtype: str, *, is_fused: bool) -> TensorSpec:
+    """The copy of a tensor, or of the tensor on disk that an expert's matrix is a part of."""
+    name, source, shape = tensor.name, tensor.disk_name, tensor.shape
+    if tensor.fused is not None and is_fused:
+        name, shape = tensor.fused
+        source = name
+    return TensorSpec(name=name, dtype=dtype, shape=shape, part="copy", source=source)
+
+
+def _guard(experts: ExpertsModule) -> TensorSpec:
+    return TensorSpec(
+        name=f"{experts.name}.{experts.guard}",
+        dtype="int32",
+        shape=(len(experts.parts), experts.count),
+        part=GUARD,
+        source=experts.name,
+    )
+
+
+def make_guard(guard: TensorSpec, tensors: Iterable[TensorSpec]) -> Tensor:
+    """Make the guard of experts, int32 [parts, E], from the tensors of its file: their ranks."""
+    parts, count = guard.shape
+    ranks = {tensor.source: tensor.rank for tensor in tensors if tensor.rank}
+    return guard_values(ranks, guard.source, PARTS[-parts:], experts=count)
+
+
+def compresses_experts(survey: Survey, forms: Mapping[str, StoredForm]) -> bool:
+    """Test if a linear of an expert is not dense, so that all experts have modules of their own."""
+    names = (names for each in survey.experts for names in each.linears().values())
+    return any(name in forms for part in names for name in part)
+
+
+def forms_fields(survey: Survey, forms: Mapping[str, StoredForm]) -> dict[str, Any]:
+    """Return the fields of `quantization_config` with the format and all forms."""
+    experts = survey.experts if compresses_experts(survey, forms) else ()
+    return write_forms(forms, {each.name: each.linears() for each in experts})
 
 
 def stored_forms(survey: Survey, plan: Plan) -> dict[str, StoredForm]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.device.transport import CPU, upload
-from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec
+from orchestrator.models.checkpoint.layout import GUARD, FileSpec, TensorSpec, make_guard
 from orchestrator.models.checkpoint.weights import Checkpoint
 from orchestrator.store.places import Place
 
@@ -41,6 +41,9 @@ class PlannedCheckpoint:
     def dtype(self, name: str) -> torch.dtype:
         return self._specs[name].torch_dtype
 
+    def origin(self, name: str) -> None:
+        """Return None: every tensor has its own name."""
+
     def are_equal(self, one: str, other: str) -> bool:
         """Compare two copies of dense tensors; see `Headers`."""
         return self._dense.are_equal(self._specs[one].source, self._specs[other].source)
@@ -51,4 +54,6 @@ class PlannedCheckpoint:
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
         """Read a tensor to a device and cast it there to the dtype in which it will be written."""
         spec = self._specs[name]
+        if spec.part == GUARD:
+            return upload(make_guard(spec, self._specs.values()), device)
         return upload(self._read(spec), device).to(spec.torch_dtype)

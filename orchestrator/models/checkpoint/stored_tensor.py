@@ -13,6 +13,7 @@ class StoredTensor:
     name: str
     """Name in the model, `model.layers.3.mlp.down_proj.weight`."""
     disk_name: str
+    """Name by which the checkpoint's view reads it, on disk or of one matrix of an expert."""
     shape: tuple[int, ...]
     dtype: str
     """Dtype on disk, `bfloat16`."""
@@ -20,3 +21,5 @@ class StoredTensor:
     """Index of its block; None outside the blocks."""
     place: Region
     """Region of the model: before the blocks, in a block, or after the blocks."""
+    fused: tuple[str, tuple[int, ...]] | None = None
+    """Name on disk and shape of the tensor that an expert's matrix is, or is a part of."""

@@ -67,6 +67,8 @@ class Checkpoint(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
+    def origin(self, name: str) -> tuple[str, tuple[int, ...]] | None: ...
+
     def are_equal(self, one: str, other: str) -> bool: ...
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor: ...
@@ -120,6 +122,9 @@ class Weights:
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self._headers.entries[name].code]
+
+    def origin(self, name: str) -> None:
+        """Return None: every tensor is stored under its name."""
 
     def are_equal(self, one: str, other: str) -> bool:
         """Compare two tensors; see `Headers`."""

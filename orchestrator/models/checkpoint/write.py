@@ -20,7 +20,15 @@ from orchestrator.models.checkpoint.digests import (
     report_digest,
 )
 from orchestrator.models.checkpoint.headers import INDEX_FILE, read_json
-from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, dtype_name, stored_forms
+from orchestrator.models.checkpoint.layout import (
+    GUARD,
+    FileSpec,
+    TensorSpec,
+    dtype_name,
+    forms_fields,
+    make_guard,
+    stored_forms,
+)
 from orchestrator.models.checkpoint.output import (
     LEASE_FILE,
     copy_companions,
@@ -30,7 +38,7 @@ from orchestrator.models.checkpoint.output import (
 )
 from orchestrator.models.checkpoint.safetensors_file import has_header, write_safetensors
 from orchestrator.models.checkpoint.small_files import small_files
-from orchestrator.models.forms.config import FORMAT_VERSION, METHOD
+from orchestrator.models.forms.config import METHOD
 from orchestrator.plan.linear import Survey
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.result import REPORT_FILE
@@ -57,7 +65,10 @@ def write_file(spec: FileSpec, path: Place, read: Callable[[TensorSpec], Tensor]
     specs = {tensor.name: tensor for tensor in spec.tensors}
 
     def read_cast(name: str) -> Tensor:
-        tensor, given = specs[name], read(specs[name])
+        tensor = specs[name]
+        if tensor.part == GUARD:
+            return make_guard(tensor, spec.tensors)
+        given = read(tensor)
         result = given.to(tensor.torch_dtype)
         is_unchanged_copy = tensor.part == "copy" and given.dtype == tensor.torch_dtype
         if not is_unchanged_copy and not _is_finite(result):
@@ -156,15 +167,21 @@ def make_config(
         "AutoConfig": f"{module}.{survey.config_class}",
         "AutoModelForCausalLM": f"{module}.{survey.architecture}",
     }
+    fields = forms_fields(survey, forms)
+    in_experts = {name for e in survey.experts for names in e.linears().values() for name in names}
     config["quantization_config"] = {
         "quant_method": METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": fields.pop("format_version"),
         # an object: vLLM asks it for a name before it asks anyone for the method
         "producer": {"name": METHOD, "version": __version__},
         "base_model": base_model,
         "base_fingerprint": survey.fingerprint,
-        "modules": {name: form.to_json() for name, form in forms.items()},
-        "modules_to_not_convert": [each.name for each in survey.linears if each.name not in forms],
+        **fields,
+        "modules_to_not_convert": [
+            each.name
+            for each in survey.linears
+            if each.name not in forms and each.name not in in_experts
+        ],
     }
     return config
 

@@ -7,6 +7,7 @@ numbers first: what does not compute the same as `Experts` is refused.
 import copy
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,10 +84,11 @@ def check_experts(name: str, native: nn.Module, layout: ExpertsLayout) -> None:
     """
     where = f"{name}: experts of class {type(native).__name__}"
     generator = torch.Generator().manual_seed(0)
-    small = _small_copy(native, layout, generator)
-    arguments = _probe_arguments(layout, generator)
     try:
-        with torch.no_grad():
+        # models are built where another device is the default
+        with torch.no_grad(), torch.device("cpu"):
+            small = _small_copy(native, layout, generator)
+            arguments = _probe_arguments(layout, generator)
             expected = inspect.unwrap(type(native).forward)(small, *arguments)
             experts = Experts(small, read_layout(name, small))
             experts.copy_values(small)
@@ -121,17 +123,19 @@ def _small_copy(native: nn.Module, layout: ExpertsLayout, generator: torch.Gener
         layout, num_experts=PROBE_EXPERTS, hidden=PROBE_HIDDEN, inner=PROBE_INNER
     ).fused_shapes()
     small._parameters = {
-        key: nn.Parameter(torch.randn(shape, generator=generator)) for key, shape in shapes.items()
+        key: nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float32))
+        for key, shape in shapes.items()
     }
     return small
 
 
 def _probe_arguments(layout: ExpertsLayout, generator: torch.Generator) -> tuple[Tensor, ...]:
-    states_TH = torch.randn(PROBE_TOKENS, PROBE_HIDDEN, generator=generator)
-    ranked_TE = torch.rand(PROBE_TOKENS, PROBE_EXPERTS, generator=generator).argsort(dim=1)
-    weights_TK = torch.rand(PROBE_TOKENS, PROBE_CHOICES, generator=generator)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    states_TH = torch.randn(PROBE_TOKENS, PROBE_HIDDEN, **options)
+    ranked_TE = torch.rand(PROBE_TOKENS, PROBE_EXPERTS, **options).argsort(dim=1)
+    weights_TK = torch.rand(PROBE_TOKENS, PROBE_CHOICES, **options)
     index_TK = ranked_TE[:, :PROBE_CHOICES]
     if not layout.takes_scored_inputs:
         return states_TH, index_TK, weights_TK
-    scores_TE = torch.zeros(PROBE_TOKENS, PROBE_EXPERTS).scatter(1, index_TK, weights_TK)
+    scores_TE = torch.zeros_like(ranked_TE, dtype=torch.float32).scatter(1, index_TK, weights_TK)
     return ((states_TH * scores_TE.T[..., None]).reshape(-1, PROBE_HIDDEN),)

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from orchestrator.errors import InputError
 from orchestrator.models.forms import FORMS
 from orchestrator.models.forms.base import FormLinear, StoredForm
-from orchestrator.models.forms.config import misfits, read_forms
+from orchestrator.models.forms.config import EXPERTS, misfits, read_forms
+from orchestrator.models.forms.guards import check_names, install_experts, without_prefix
 
 
 def install_forms(model: PreTrainedModel, quantization_config: Mapping[str, Any]) -> None:
@@ -19,13 +20,17 @@ def install_forms(model: PreTrainedModel, quantization_config: Mapping[str, Any]
 
     Device and dtype are those of the weight that goes; on the meta device no memory is allocated.
     A model without the head, whose modules lack the `model.` in front, takes the same config.
-    A shared basis is registered as tied, which loading and saving act on; it is not yet tied.
+    If experts are compressed, all experts are replaced by `Experts` first. A shared basis is
+    registered as tied, which loading and saving act on; it is not yet tied.
 
     Raises:
         InputError: The config is invalid, names no linear of this model, or gives a form that
-            does not fit the linear or stores no fewer values.
+            does not fit the linear or stores no fewer values; or experts are not supported.
     """
     forms = read_forms(quantization_config)
+    experts = {}
+    if EXPERTS in quantization_config:
+        experts = install_experts(model, quantization_config[EXPERTS])
     linears = _find_linears(model, forms)
     sizes = {given: features(module)[::-1] for given, (_, module) in linears.items()}
     for given, reason in misfits(forms, sizes):
@@ -44,6 +49,8 @@ def install_forms(model: PreTrainedModel, quantization_config: Mapping[str, Any]
             replacement._tied_weights_keys = {"down.weight": basis}  # type: ignore[assignment]
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)
+    stored = (f"{name}.{key}" for name, each in experts.items() for key in each.state_dict())
+    check_names(model, stored)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -57,13 +64,14 @@ def _find_linears(
     model: PreTrainedModel, forms: Mapping[str, StoredForm]
 ) -> dict[str, tuple[str, nn.Linear | Conv1D]]:
     """Name in the model and module of every linear, by its name in the config."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    modules = {name.removeprefix(prefix): (name, module) for name, module in model.named_modules()}
+    modules = {
+        without_prefix(model, name): (name, module) for name, module in model.named_modules()
+    }
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     linears = {}
     for given in forms:
         where = f"config.json: quantization_config.modules[{given!r}]"
-        name, module = modules.get(given.removeprefix(prefix), ("", None))
+        name, module = modules.get(without_prefix(model, given), ("", None))
         if not isinstance(module, nn.Linear | Conv1D):
             found = "no such module" if module is None else f"a {type(module).__name__}"
             raise InputError(f"{where}: found {found} in {type(model).__name__}, need a linear")

@@ -17,11 +17,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from orchestrator.errors import InputError
-from orchestrator.models.checkpoint.layout import TensorSpec, layout, stored_forms
+from orchestrator.models.checkpoint.layout import TensorSpec, forms_fields, layout, stored_forms
 from orchestrator.models.checkpoint.planned import PlannedCheckpoint
 from orchestrator.models.checkpoint.stored_tensor import Region, StoredTensor
 from orchestrator.models.checkpoint.weights import Checkpoint, Weights
-from orchestrator.models.forms.config import FORMAT_VERSION, METHOD
+from orchestrator.models.forms.config import METHOD
 from orchestrator.models.shards.shard import EmptyModel, Shard
 from orchestrator.models.survey.architecture import (
     Architecture,
@@ -31,6 +31,7 @@ from orchestrator.models.survey.architecture import (
 )
 from orchestrator.models.survey.discovery import Discovery, discover, phantom
 from orchestrator.models.survey.expert_weights import view_experts
+from orchestrator.models.survey.experts import survey_experts
 from orchestrator.models.survey.linears import check_parameters
 from orchestrator.models.survey.names import Names, map_names
 from orchestrator.plan.linear import Survey
@@ -68,6 +69,7 @@ class LazyModel:
         if not self.is_compressed:
             for index, block in enumerate(blocks):
                 check_parameters(str(self.directory), f"{self.prefix}.{index}", block)
+        self._experts = survey_experts(traced, self.prefix)
         self.names: Names = map_names(traced, weights)
         tied = dict(traced.all_tied_weights_keys)
         for name in [name for pair in tied.items() for name in pair]:
@@ -135,10 +137,14 @@ class LazyModel:
         """
         survey = self.survey()
         files = layout(
-            survey, self.tensors(), plan, output_dtype=output_dtype, max_shard_bytes=sys.maxsize
+            survey,
+            self.tensors(),
+            plan,
+            output_dtype=output_dtype,
+            max_shard_bytes=sys.maxsize,
+            splits_experts=True,
         )
-        modules = {name: form.to_json() for name, form in stored_forms(survey, plan).items()}
-        forms = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules}
+        forms = {"quant_method": METHOD, **forms_fields(survey, stored_forms(survey, plan))}
         return LazyModel(
             replace(self._architecture, forms=forms),
             PlannedCheckpoint(self.weights, files, read),
@@ -250,6 +256,7 @@ class LazyModel:
                     dtype=_dtype_name(self.weights.dtype(disk_name)),
                     block=block,
                     place=place,
+                    fused=self.weights.origin(disk_name),
                 )
             )
         return (*parts["front"], *parts["block"], *parts["tail"])
@@ -278,6 +285,7 @@ class LazyModel:
             linears=linears,
             total_parameters=self.total_parameters,
             unused=self.names.unused,
+            experts=self._experts,
             has_own_head=bool(self.separate) and not self.names.tied,
         )
 

@@ -120,6 +120,14 @@ class ExpertWeights:
     def dtype(self, name: str) -> torch.dtype:
         return self._stored.dtype(self._stored_name(name))
 
+    def origin(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """Return name and shape of the tensor on disk that an expert's is, or is a part of.
+
+        None: the tensor is no expert's.
+        """
+        source = self._sources.get(name)
+        return None if source is None else (source.stored, self._stored.shape(source.stored))
+
     def are_equal(self, one: str, other: str) -> bool:
         """Compare two tensors that are not of experts; see `Headers`."""
         return self._stored.are_equal(one, other)

@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
 
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.weights import Checkpoint
+from orchestrator.models.experts.module import Experts
 from orchestrator.models.forms.base import FormLinear
 
 
@@ -40,7 +41,8 @@ def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
     """Map the tensors of a model on the meta device; no weight is read.
 
     A persistent buffer that is not stored keeps its initial value, as in `from_pretrained`. The
-    index of a sparse weight has no initial value and must be stored, like a parameter.
+    index of a sparse weight and the guard of experts have no initial value and must be stored, like
+    a parameter.
 
     Raises:
         InputError: A parameter is missing, stored twice, has another shape, or is stored in a
@@ -74,7 +76,7 @@ def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
     tied = _find_tied(model, disk)
     needed = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name, module in model.named_modules():
-        if isinstance(module, FormLinear):
+        if isinstance(module, FormLinear | Experts):
             needed += [f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)]
     missing = [name for name in needed if name not in disk and name not in tied]
     if missing:

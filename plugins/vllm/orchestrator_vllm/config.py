@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     QKVParallelLinear,
@@ -20,10 +19,10 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from orchestrator_vllm.forms.base import StoredForm
-from orchestrator_vllm.forms.config import METHOD, read_forms
+from orchestrator_vllm.forms.config import METHOD
 from orchestrator_vllm.forms.errors import InputError
 from orchestrator_vllm.method import FactoredLinearMethod
-from orchestrator_vllm.names import check_bases, materialized, stored_names
+from orchestrator_vllm.names import materialized, read_served, stored_names
 from orchestrator_vllm.shards import Shard
 
 logger = init_logger("vllm.orchestrator")
@@ -68,10 +67,9 @@ class ServedConfig(QuantizationConfig):
         """Read the config before any weight is.
 
         Raises:
-            InputError: A field is wrong, or the format is one that this version does not read.
+            InputError: As `read_served`.
         """
-        forms = read_forms(config)
-        check_bases(forms)
+        forms = read_served(config)
         if names := materialized(forms):
             logger.info(
                 "%d linears with stored entries (%s, ...) are multiplied out: they take the memory "
@@ -117,17 +115,7 @@ class ServedConfig(QuantizationConfig):
             raise InputError(
                 f"{prefix}: a {type(layer).__name__} cannot be compressed; serve the dense export"
             )
-        if isinstance(layer, RoutedExperts):
-            self._refuse_experts(prefix)
         return None
-
-    def _refuse_experts(self, prefix: str) -> None:
-        """Raise InputError if an expert of a layer is compressed."""
-        inside = [name for name in self.forms if name.startswith(f"{prefix}.")]
-        if inside:
-            raise InputError(
-                f"{inside[0]}: compressed experts are not served yet; serve the dense export"
-            )
 
     def check_claimed(self) -> None:
         """Raise InputError if the config names a linear that no layer of the model has.

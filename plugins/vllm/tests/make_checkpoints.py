@@ -266,18 +266,18 @@ def make_configs(root: Path) -> None:
     """Write configs, without weights, that name linears which are not served."""
     experts = {"num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
     bloom = {"hidden_size": 128, "n_head": 4, "n_layer": 1}
-    for name, architecture, linear, sizes in (
-        ("experts", "Qwen3MoeForCausalLM", "model.layers.0.mlp.experts.0.up_proj", SIZES | experts),
-        ("bloom", "BloomForCausalLM", "transformer.h.0.self_attention.query_key_value", bloom),
+    low_rank = {"form": "low_rank", "rank": 2}
+    up = {"model.layers.0.mlp.experts": {"up": {"form": "low_rank", "rank": [2, 2, 0, 2]}}}
+    query = {"transformer.h.0.self_attention.query_key_value": low_rank}
+    for name, architecture, forms, sizes in (
+        ("experts", "Qwen3MoeForCausalLM", {"modules": {}, "experts": up}, SIZES | experts),
+        ("bloom", "BloomForCausalLM", {"modules": query}, bloom),
     ):
         config = getattr(transformers, architecture).config_class(**sizes)
         config.architectures = [architecture]
-        modules = {linear: {"form": "low_rank", "rank": 2}}
-        config.quantization_config = {
-            "quant_method": "orchestrator",
-            "format_version": 1,
-            "modules": modules,
-        }
+        version = 2 if "experts" in forms else 1
+        config.quantization_config = {"quant_method": "orchestrator", "format_version": version}
+        config.quantization_config |= forms
         config.save_pretrained(root / "configs" / name)
 
 

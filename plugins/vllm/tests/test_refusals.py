@@ -41,8 +41,8 @@ def test_a_linear_that_the_model_lacks(reference, tmp_path):
 
 CHANGES = {
     "format": (
-        lambda config: config[FORMS].update(format_version=2),
-        "format_version: found 2, this program reads 1",
+        lambda config: config[FORMS].update(format_version=3),
+        "format_version: found 3, this program reads 1 and 2",
     ),
     "form": (
         lambda config: config[FORMS]["modules"].update({UP: {"form": "folded"}}),

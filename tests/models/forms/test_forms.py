@@ -224,7 +224,9 @@ def test_a_model_without_head_accepts_the_same_config():
     ("given", "message"),
     [
         (config(quant_method="gptq"), "found 'gptq', need 'orchestrator'"),
-        (config(format_version=2), "found 2, this program reads 1"),
+        (config(format_version=3), "found 3, this program reads 1 and 2; load it with"),
+        (config(format_version=2), "experts: found None, need an object"),
+        (config(experts={}), "unknown field 'experts'"),
         (config(format_version=True), "found True, this program reads 1"),
         (config(format_version=None), "found None"),
         (config(modules_=1), "unknown field 'modules_'"),
