@@ -64,16 +64,10 @@ def compensate_block(
     modules = {name: module for name, module in found.items() if module is not None}
     fitted = [each for each in linears if each.name in modules]
     at_site = {each.site: [x for x in fitted if x.site == each.site] for each in fitted}
+    chunks = {"dense_inputs": dense_inputs, "inputs": inputs}
     for sites in split_sites(compressed, fitted):
-        drifts = _drifts(
-            dense,
-            compressed,
-            [at_site[site][0] for site in sites],
-            dense_inputs=dense_inputs,
-            inputs=inputs,
-            options=options,
-        )
-        for site, drift in drifts:
+        firsts = [at_site[site][0] for site in sites]
+        for site, drift in _drifts(dense, compressed, firsts, options=options, **chunks):
             mapped = input_map(drift, options.dense_part, options.damping)
             for linear in at_site[site]:
                 module = modules[linear.name]
