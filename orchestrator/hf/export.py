@@ -3,7 +3,7 @@
 Shape suffixes: O outputs, I inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +13,18 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
+from orchestrator.hf.dense_layout import EXPERTS, DenseLayout
 from orchestrator.models.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_json
 from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, dtype_name
 from orchestrator.models.checkpoint.output import claim_out, copy_companions, seal
-from orchestrator.models.checkpoint.weights import Weights
+from orchestrator.models.checkpoint.weights import Checkpoint, Weights
 from orchestrator.models.checkpoint.write import write_file, write_index
+from orchestrator.models.experts.module import Experts
 from orchestrator.models.forms.base import FormLinear
 from orchestrator.models.forms.install import install_forms
 from orchestrator.models.shards.dense_weight import read_dense_weight
 from orchestrator.models.survey.architecture import Architecture
+from orchestrator.models.survey.expert_weights import view_experts
 from orchestrator.models.survey.names import Names, map_names
 
 
@@ -29,33 +32,47 @@ def export_dense(directory: Path, out: Path) -> None:
     """Write the dense checkpoint with every weight multiplied and filled out, file by file.
 
     Products and sums are taken in fp32 on the CPU and cast to the stored dtype. Memory: one linear
-    and what is stored of it in fp32. The result has the native tensor names and loads with stock
-    transformers; it saves nothing, and its logits differ from the compressed model's by rounding.
+    and what is stored of it in fp32; of experts that are stored as one tensor, one expert. The
+    result has the native tensor names, with experts the names and the layout on disk, and loads
+    with stock transformers; it saves nothing, and its logits differ from the compressed model's by
+    rounding.
 
     Raises:
         UsageError: `out` holds something else.
         InputError: `directory` holds no sound checkpoint that orchestrator compressed.
         OrchestratorError: `out` cannot be written.
     """
-    weights = Weights.open(directory)
+    stored = Weights.open(directory)
     config = read_json(directory / "config.json")
     architecture = Architecture.read(directory)
     if architecture.forms is None:
         raise InputError(f"{directory}: is not compressed by orchestrator; there is nothing to do")
-    stored = len(weights.names)
-    model = replace(architecture, forms=None).build(torch.float32, stored=stored)
+    dense = replace(architecture, forms=None)
+    model = dense.build(torch.float32, stored=len(stored.names))
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     install_forms(model, architecture.forms)
+    weights = view_experts(stored, architecture)
     names = map_names(model, weights)
+    files = _dense_files(model, weights, names, _places(stored), transposed)
+    specs = {spec.name: spec for file in files for spec in file.tensors}
+    layout = None
+    if any(isinstance(module, Experts) for module in model.modules()):
+        native = dense.build_native(torch.float32, stored=len(stored.names))
+        layout = DenseLayout(native, directory)
+        files = layout.arranged(files)
 
-    def read(spec: TensorSpec) -> Tensor:
+    def read_one(spec: TensorSpec) -> Tensor:
         if spec.part == "copy":
             return weights.read(spec.source)
         weight_OI = read_dense_weight(model, spec.source, weights, names)
         return weight_OI.T if spec.source in transposed else weight_OI
 
+    def read(spec: TensorSpec) -> Tensor | Iterator[Tensor]:
+        if layout is not None and spec.part == EXPERTS:
+            return layout.entries(spec, lambda name: read_one(specs[name]))
+        return read_one(spec)
+
     claim_out(out)
-    files = _dense_files(model, weights, names, transposed)
     for file in files:
         write_file(file, out / file.name, read)
     copy_companions(directory, out)
@@ -64,15 +81,28 @@ def export_dense(directory: Path, out: Path) -> None:
     seal(out, {key: value for key, value in config.items() if key not in dropped})
 
 
+def _places(stored: Weights) -> Mapping[str, str]:
+    """File of every tensor; empty if there is one file."""
+    if (stored.directory / SINGLE_FILE).is_file():
+        return {}
+    places: Mapping[str, str] = read_json(stored.directory / INDEX_FILE)["weight_map"]
+    return places
+
+
 def _dense_files(
-    model: PreTrainedModel, weights: Weights, names: Names, transposed: set[str]
+    model: PreTrainedModel,
+    weights: Checkpoint,
+    names: Names,
+    places: Mapping[str, str],
+    transposed: set[str],
 ) -> tuple[FileSpec, ...]:
     """Files of the dense checkpoint: one weight in the place of the stored tensors of a linear."""
-    is_single = (weights.directory / SINGLE_FILE).is_file()
-    places: Mapping[str, str] = {}
-    if not is_single:
-        places = read_json(weights.directory / INDEX_FILE)["weight_map"]
-    parts: set[str] = set()
+    parts = {
+        f"{name}.{guard}"
+        for name, module in model.named_modules()
+        if isinstance(module, Experts)
+        for guard in module._buffers
+    }
     linears: dict[str, tuple[str, FormLinear]] = {}
     for name, module in model.named_modules():
         if isinstance(module, FormLinear) and f"{name}.weight" not in parts:
@@ -96,5 +126,7 @@ def _dense_files(
             part=part,
             source=source,
         )
-        files.setdefault(places.get(disk_name, SINGLE_FILE), []).append(spec)
+        origin = weights.origin(disk_name)
+        place = places.get(disk_name if origin is None else origin[0], SINGLE_FILE)
+        files.setdefault(place, []).append(spec)
     return tuple(FileSpec(name=name, tensors=tuple(specs)) for name, specs in files.items())

@@ -11,6 +11,7 @@ from orchestrator.errors import InputError, OrchestratorError
 from orchestrator.hf.quantizer import register
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.survey.architecture import Architecture, brief
+from orchestrator.models.survey.expert_weights import view_experts
 from orchestrator.models.survey.names import map_names
 
 ADAPTER_FILE = "adapter_config.json"
@@ -50,7 +51,7 @@ def load(directory: str | os.PathLike[str], **options: Any) -> Any:
     # sizes and shapes are found sound before anything is allocated
     model = architecture.build(torch.float32, stored=len(weights.names))
     if architecture.forms is not None:
-        map_names(model, weights)
+        map_names(model, view_experts(weights, architecture))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, **(SAFE | options), output_loading_info=True

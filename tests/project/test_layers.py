@@ -51,8 +51,8 @@ MAY_IMPORT = {
     "transformers accelerate huggingface_hub",
     "models.inputs": "errors readable store models.checkpoint torch numpy pyarrow huggingface_hub "
     "datasets transformers",
-    "models.shards": "errors plan store device models.forms models.checkpoint models.survey torch "
-    "transformers accelerate numpy",
+    "models.shards": "errors plan store device models.experts models.forms models.checkpoint "
+    "models.survey torch transformers accelerate numpy",
     "models.statistics": "plan linalg models.experts models.shards torch transformers",
     "models.evaluation": "errors readable plan store device linalg models.forms models.checkpoint "
     "models.survey models.shards torch safetensors transformers numpy",

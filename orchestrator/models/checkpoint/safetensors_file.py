@@ -7,7 +7,7 @@ The header depends only on names, dtypes and shapes, so it is written before any
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO, TypeAlias
 
 import torch
@@ -28,12 +28,13 @@ Announced: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 def write_safetensors(
     path: Place,
     tensors: Announced,
-    read: Callable[[str], Tensor],
+    read: Callable[[str], Tensor | Iterator[Tensor]],
 ) -> str:
     """Write the file atomically, reading one tensor at a time; returns its BLAKE2b, 256 bits.
 
     Tensors are read in file order, not in the given order, and must have the announced dtype and
-    shape; any device. Memory: one tensor. Equal tensors give equal bytes.
+    shape; any device. An iterator gives a tensor in pieces, whose values adjoin. Memory: one
+    tensor, or one piece. Equal tensors give equal bytes.
 
     Raises:
         OrchestratorError: The device has no space left, or refuses the write.
@@ -49,16 +50,30 @@ def write_safetensors(
 
 def _write_tensor(
     file: BinaryIO,
-    tensor: Tensor,
+    given: Tensor | Iterator[Tensor],
     *,
     name: str,
     announced: tuple[torch.dtype, tuple[int, ...]],
     digest: hashlib.blake2b,
 ) -> None:
     """Write one tensor; a separate function, so that it is freed before the next is read."""
-    found = (tensor.dtype, tuple(tensor.shape))
-    if found != announced:
-        raise ValueError(f"{name} is {found}, but was announced as {announced}")
+    if isinstance(given, Tensor):
+        found = (given.dtype, tuple(given.shape))
+        if found != announced:
+            raise ValueError(f"{name} is {found}, but was announced as {announced}")
+        _write_values(file, given, digest)
+        return
+    count = 0
+    for piece in given:
+        if piece.dtype != announced[0]:
+            raise ValueError(f"a piece of {name} is {piece.dtype}, announced was {announced[0]}")
+        count += piece.numel()
+        _write_values(file, piece, digest)
+    if count != math.prod(announced[1]):
+        raise ValueError(f"{name} has {count} values, announced were {announced[1]}")
+
+
+def _write_values(file: BinaryIO, tensor: Tensor, digest: hashlib.blake2b) -> None:
     if tensor.numel():
         data = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
         digest.update(data)

@@ -48,24 +48,28 @@ def parse_dtype(name: str) -> torch.dtype | None:
     return known[name]
 
 
-class Checkpoint(Protocol):
-    """Named tensors with their headers, from files or not yet written."""
+class NamedShapes(Protocol):
+    """Names, shapes and dtypes of tensors."""
 
     directory: Place
     """Directory of the model's config, named in errors."""
 
     @property
-    def fingerprint(self) -> str: ...
-
-    @property
     def names(self) -> tuple[str, ...]: ...
-
-    @property
-    def size_bytes(self) -> int: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def dtype(self, name: str) -> torch.dtype: ...
+
+
+class Checkpoint(NamedShapes, Protocol):
+    """Named tensors with their headers, from files or not yet written."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
 
     def origin(self, name: str) -> tuple[str, tuple[int, ...]] | None: ...
 

@@ -5,7 +5,7 @@ the other files, config.json last.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,11 +51,14 @@ RECIPE_FILE = "recipe.toml"
 CARD_FILE = "README.md"
 
 
-def write_file(spec: FileSpec, path: Place, read: Callable[[TensorSpec], Tensor]) -> dict[str, Any]:
+def write_file(
+    spec: FileSpec, path: Place, read: Callable[[TensorSpec], Tensor | Iterator[Tensor]]
+) -> dict[str, Any]:
     """Write one file atomically and durably, with one tensor in memory at a time.
 
-    `read` returns each tensor in its shape, on any device and in any dtype; it is cast here. The
-    result is the manifest entry `{"name", "bytes", "blake2b"}`. Equal tensors give equal bytes.
+    `read` returns each tensor in its shape, or an iterator over pieces whose values adjoin, on any
+    device and in any dtype; it is cast here. The result is the manifest entry
+    `{"name", "bytes", "blake2b"}`. Equal tensors give equal bytes.
 
     Raises:
         InputError: A tensor other than an unchanged copy has NaN or infinity, possibly from the
@@ -64,16 +67,21 @@ def write_file(spec: FileSpec, path: Place, read: Callable[[TensorSpec], Tensor]
     """
     specs = {tensor.name: tensor for tensor in spec.tensors}
 
-    def read_cast(name: str) -> Tensor:
+    def read_cast(name: str) -> Tensor | Iterator[Tensor]:
         tensor = specs[name]
         if tensor.part == GUARD:
             return make_guard(tensor, spec.tensors)
         given = read(tensor)
+        if isinstance(given, Tensor):
+            return cast(tensor, given)
+        return (cast(tensor, piece) for piece in given)
+
+    def cast(tensor: TensorSpec, given: Tensor) -> Tensor:
         result = given.to(tensor.torch_dtype)
         is_unchanged_copy = tensor.part == "copy" and given.dtype == tensor.torch_dtype
         if not is_unchanged_copy and not _is_finite(result):
             raise InputError(
-                f"{path}: {name} has NaN or infinity in {tensor.dtype}; check the weights, "
+                f"{path}: {tensor.name} has NaN or infinity in {tensor.dtype}; check the weights, "
                 "or give an output dtype with a wider range"
             )
         return result

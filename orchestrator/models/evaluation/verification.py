@@ -24,9 +24,14 @@ from orchestrator.models.evaluation.stored_files import check_files
 from orchestrator.models.forms.config import read_forms
 from orchestrator.models.forms.install import install_forms
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.shards.dense_weight import check_index, read_dense_weight
+from orchestrator.models.shards.dense_weight import (
+    check_index,
+    check_stored_guards,
+    read_dense_weight,
+)
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.architecture import Architecture
+from orchestrator.models.survey.expert_weights import view_experts
 from orchestrator.models.survey.names import map_names
 from orchestrator.plan.cut import cut_blocks
 from orchestrator.plan.result import REPORT_FILE
@@ -51,7 +56,7 @@ def verify(
     2. Every file has the BLAKE2b digest that the report records, and the report the one in the
        config (`stored_files`).
     3. Every linear has the form, rank and number of entries that the report states.
-    4. Every tensor is finite, and every index valid.
+    4. Every tensor is finite, and every index and every guard of experts valid.
     5. Sampled linears, evenly over the roles, are reconstructed; given the dense model,
        |W - W'|^2 / |W|^2 matches the report, unless they were trained since.
     6. Tokens pass through all blocks, and the logits are finite; given the dense model, the mean
@@ -185,14 +190,17 @@ class _Verification:
     def _reconstruct(self) -> dict[str, dict[str, Any]]:
         """Reconstruct sampled linears: form, reported error, and error against the dense weight."""
         architecture = Architecture.read(self._directory)
-        weights = Weights.open(self._directory)
+        stored = Weights.open(self._directory)
+        weights = view_experts(stored, architecture)
         assert architecture.forms is not None
         self._check_sizes(architecture.forms)
-        model = replace(architecture, forms=None).build(torch.float32, stored=len(weights.names))
+        model = replace(architecture, forms=None).build(torch.float32, stored=len(stored.names))
         turned = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
         install_forms(model, architecture.forms)
         names = map_names(model, weights)
-        compressed = list(read_forms(architecture.forms))
+        forms = read_forms(architecture.forms)
+        check_stored_guards(model, forms, weights, names)
+        compressed = list(forms)
         for name in compressed:
             try:
                 check_index(model, name, weights, names)

@@ -3,18 +3,22 @@
 Shape suffixes: O outputs, I inputs.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from orchestrator.errors import InputError
-from orchestrator.models.checkpoint.weights import Weights
-from orchestrator.models.forms.base import FormLinear
+from orchestrator.models.checkpoint.weights import Checkpoint
+from orchestrator.models.experts.module import Experts
+from orchestrator.models.forms.base import FormLinear, StoredForm
+from orchestrator.models.forms.guards import check_guard, guard_values
 from orchestrator.models.survey.names import Names
 
 
 def read_dense_weight(
-    model: PreTrainedModel, linear: str, weights: Weights, names: Names
+    model: PreTrainedModel, linear: str, weights: Checkpoint, names: Names
 ) -> Tensor:
     """Compute the dense weight [O, I] of a compressed linear, float32, by the module of its form.
 
@@ -28,7 +32,7 @@ def read_dense_weight(
     return weight_OI
 
 
-def check_index(model: PreTrainedModel, linear: str, weights: Weights, names: Names) -> None:
+def check_index(model: PreTrainedModel, linear: str, weights: Checkpoint, names: Names) -> None:
     """Read the index of a compressed linear, if it has one, without its values.
 
     Raises:
@@ -37,10 +41,26 @@ def check_index(model: PreTrainedModel, linear: str, weights: Weights, names: Na
     _load_module(model, linear, weights, names, only_index=True).to("meta")
 
 
+def check_stored_guards(
+    model: PreTrainedModel, forms: Mapping[str, StoredForm], weights: Checkpoint, names: Names
+) -> None:
+    """Compare the stored ranks of experts with the forms of the config.
+
+    Raises:
+        InputError: They differ.
+    """
+    ranks = {name: form.rank for name, form in forms.items()}
+    for name, module in model.named_modules():
+        for key in module._buffers if isinstance(module, Experts) else ():
+            guard = weights.read(names.disk[f"{name}.{key}"])
+            parts, count = module.layout.parts, module.num_experts
+            check_guard(name, guard, guard_values(ranks, name, parts, experts=count))
+
+
 def _load_module(
     model: PreTrainedModel,
     linear: str,
-    weights: Weights,
+    weights: Checkpoint,
     names: Names,
     *,
     only_index: bool = False,

@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 
 from orchestrator.device.transport import CPU
 from orchestrator.errors import InputError
-from orchestrator.models.checkpoint.weights import Checkpoint, Weights
+from orchestrator.models.checkpoint.weights import Checkpoint, NamedShapes, Weights
 from orchestrator.models.experts.layout import ExpertsLayout, Kind, Part
 from orchestrator.models.experts.replace import find_experts
 from orchestrator.models.survey.architecture import Architecture
@@ -36,7 +36,7 @@ TURNED = ["Transpose"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
+class ExpertSource:
     """Origin of a virtual tensor: a stored tensor, or one of the pieces that it consists of."""
 
     stored: str
@@ -52,7 +52,7 @@ class _Source:
     is_turned: bool = False
     """True if the entry is transposed to that of the module."""
 
-    def at(self, expert: int, entry: tuple[int, ...]) -> "_Source":
+    def at(self, expert: int, entry: tuple[int, ...]) -> "ExpertSource":
         """Return the origin of an expert's matrix or bias in a fused tensor with these entries."""
         layout = self.layout
         has_outputs_first = self.kind == "bias" or layout.is_transposed == self.is_turned
@@ -61,6 +61,19 @@ class _Source:
             half = (layout.features(self.part)[1], *entry[1:])
             return replace(self, piece=half, index=2 * expert + (self.part == "up"))
         return replace(self, piece=entry, index=expert, is_matrix=False)
+
+    def place(self, entry: Tensor) -> Tensor:
+        """Return the view of a matrix or bias in an expert's entry of the stored tensor.
+
+        Args:
+            entry: Entry of a fused tensor; the stored tensor itself if it is one matrix.
+        """
+        if self.piece is None:
+            return entry
+        if self.is_matrix:
+            halves = entry.view(-1, *self.piece)
+            return halves[self.index % len(halves)]
+        return self.layout.take(self.part, self.kind, entry.T if self.is_turned else entry)
 
     def take(self, piece: Tensor) -> Tensor:
         """Return weight or bias from the piece; a view if possible."""
@@ -88,8 +101,8 @@ class ExpertWeights:
     def __init__(self, stored: Weights, native: PreTrainedModel) -> None:
         self.directory: Place = stored.directory
         self._stored = stored
-        self._sources: dict[str, _Source] = {}
-        for name, source in _find_sources(stored, native):
+        self._sources: dict[str, ExpertSource] = {}
+        for name, source in find_sources(stored, native):
             if name in self._sources:
                 raise InputError(
                     f"{self.directory}: {self._sources[name].stored} and {source.stored} both map "
@@ -174,8 +187,18 @@ def _mentions_experts(config: Any) -> bool:
     return isinstance(config, list) and any(_mentions_experts(each) for each in config)
 
 
-def _find_sources(stored: Weights, native: PreTrainedModel) -> Iterator[tuple[str, _Source]]:
-    """Yield the name and the origin of every virtual tensor."""
+def find_sources(
+    stored: NamedShapes, native: PreTrainedModel
+) -> Iterator[tuple[str, ExpertSource]]:
+    """Yield the name and the origin of every virtual tensor.
+
+    Args:
+        stored: Names, shapes and dtypes of a checkpoint.
+        native: The model as its class builds it, on the meta device.
+
+    Raises:
+        InputError: As `ExpertWeights`.
+    """
     layouts = find_experts(native)
     tensors = native.state_dict()
     rules = get_model_conversion_mapping(native)
@@ -202,7 +225,7 @@ def _find_sources(stored: Weights, native: PreTrainedModel) -> Iterator[tuple[st
         ):
             part = parts[rule.source_patterns.index(pattern)]
             number = [each for each in disk_name.split(".") if each.isdigit()][-1]
-            source = _Source(stored=disk_name, layout=layout, part=part, kind=kind)
+            source = ExpertSource(stored=disk_name, layout=layout, part=part, kind=kind)
             yield f"{module}.{int(number)}.{part}.{kind}", source
         elif operations in ([], TURNED):
             shape, needed = stored.shape(disk_name), tuple(tensors[name].shape)
@@ -214,7 +237,7 @@ def _find_sources(stored: Weights, native: PreTrainedModel) -> Iterator[tuple[st
                     f"{type(native).__name__} has {list(needed)}"
                 )
             for part in parts:
-                source = _Source(
+                source = ExpertSource(
                     stored=disk_name, layout=layout, part=part, kind=kind, is_turned=is_turned
                 )
                 for expert in range(layout.num_experts):

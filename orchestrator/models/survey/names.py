@@ -18,7 +18,7 @@ from transformers.core_model_loading import (
 )
 
 from orchestrator.errors import InputError
-from orchestrator.models.checkpoint.weights import Checkpoint
+from orchestrator.models.checkpoint.weights import Checkpoint, NamedShapes
 from orchestrator.models.experts.module import Experts
 from orchestrator.models.forms.base import FormLinear
 
@@ -91,7 +91,7 @@ def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
     return Names(ordered, tied, tuple(unused), doubled)
 
 
-def in_loading_order(weights: Checkpoint) -> list[str]:
+def in_loading_order(weights: NamedShapes) -> list[str]:
     """Sort the names on disk as the loader does: some rules keep state about the names seen so far.
 
     Raises:

@@ -5,11 +5,20 @@ from functools import cache
 
 import pytest
 import torch
-from compressed import close_to, compress, dense_reference, logits, mixed_plan, plan_of
+from compressed import (
+    close_to,
+    compress,
+    dense_reference,
+    logits,
+    mixed_plan,
+    plan_of,
+    with_experts,
+)
 from moe.families import MOE_FAMILIES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from orchestrator.hf.export import export_dense
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.plan import Assignment
@@ -137,3 +146,44 @@ def test_shards_of_the_checkpoint_compute_the_same(split_experts, made_of, plan)
             passed = shard.forward(chunk)
         with lazy_model.shard(range(2, 4)) as shard:
             assert torch.equal(shard.logits(passed), logits(model))
+
+
+EXPORTED = [(family, "every form") for family in MOE_FAMILIES]
+EXPORTED += [("mixtral", "attention"), ("gpt_oss", "attention")]
+
+
+@pytest.mark.parametrize(("family", "plan"), EXPORTED)
+def test_a_dense_export_is_stored_as_the_dense_model(
+    split_experts, made_of, moe_checkpoint, tmp_path, family, plan
+):
+    """Names, shapes and dtypes on disk are the dense model's, and the products its weights."""
+    made = made_of(family, plan)
+    export_dense(made.directory, tmp_path / "export")
+    dense, found = tensors_of(moe_checkpoint(family)), tensors_of(tmp_path / "export")
+    assert {name: (each.shape, each.dtype) for name, each in found.items()} == {
+        name: (each.shape, each.dtype) for name, each in dense.items()
+    }
+    reference = dense_reference(made).state_dict()
+    model = with_experts(tmp_path / "export")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, reference[name], rtol=1e-5, atol=1e-6, msg=name)
+    config = json.loads((tmp_path / "export/config.json").read_bytes())
+    assert config == json.loads((moe_checkpoint(family) / "config.json").read_bytes())
+
+
+def test_an_export_never_holds_all_experts(split_experts, made_of, monkeypatch):
+    """A tensor of all experts is written expert by expert: no larger tensor is made."""
+    made = made_of("gpt_oss", "every form")
+    sizes = []
+    empty = torch.empty
+
+    def record(*sizes_, **options):
+        made_tensor = empty(*sizes_, **options)
+        if not made_tensor.is_meta:
+            sizes.append(made_tensor.numel())
+        return made_tensor
+
+    monkeypatch.setattr(torch, "empty", record)
+    export_dense(made.directory, made.directory.parent / "export")
+    vocabulary, hidden, inner = 96, 32, 48
+    assert max(sizes) == max(vocabulary * hidden, 2 * inner * hidden)
