@@ -70,6 +70,11 @@ class DriftGram:
             self._sum_II += gap_TI[piece].T @ rows_TI[piece]
         return self
 
+    @property
+    def tokens(self) -> int:
+        """Number of rows added so far."""
+        return self._moment.tokens
+
     def drift(self) -> Drift:
         """Return the accumulated moments.
 

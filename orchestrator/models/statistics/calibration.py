@@ -24,6 +24,7 @@ from orchestrator.models.statistics.routed import (
     ChunkRows,
     Pools,
     expert_name,
+    experts_of,
     pool_of,
     rows_of,
 )
@@ -78,7 +79,7 @@ class Calibration:
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
         self._rows = ChunkRows(shard, is_weighted=weighted and not curvature)
-        self._experts = {linear.name: self._rows.experts(linear) for linear in linears}
+        self._experts = {linear.name: experts_of(shard, linear) for linear in linears}
         self._gram_pools, self._magnitude_pools, self._curvature_pools = Pools(), Pools(), Pools()
         self._residual_cosines = ResidualCosines(
             shard, [linear for linear in shard.linears if linear.block in blocks], self._rows.select

@@ -46,13 +46,6 @@ class ChunkRows:
             self._is_real_T = self._is_real_T.to(self._shard.device)
             self._is_real_T[self._places_N] = True
 
-    def experts(self, linear: Linear) -> Experts | None:
-        """Return the experts that a linear belongs to; None if it is not an expert's."""
-        if linear.role.count(".") < 2:
-            return None
-        module = self._shard.module(module_of_experts(linear))
-        return module if isinstance(module, Experts) else None
-
     def select(
         self, states: Tensor, routed: RoutedRows | None = None, *, weighted: bool = False
     ) -> Tensor:
@@ -144,6 +137,14 @@ def _total(statistic: Gram | Magnitude) -> Tensor:
     if isinstance(statistic, Gram):
         return statistic.matrix()
     return statistic.mean() * statistic.tokens
+
+
+def experts_of(shard: Shard, linear: Linear) -> Experts | None:
+    """Return the experts that a linear of a shard belongs to; None if it is not an expert's."""
+    if linear.role.count(".") < 2:
+        return None
+    module = shard.module(module_of_experts(linear))
+    return module if isinstance(module, Experts) else None
 
 
 def rows_of(experts: Experts | None) -> RoutedRows | None:

@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, T tokens, O outputs, I inputs, R rank, C channels, N real tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self, cast
 
@@ -24,7 +24,9 @@ from orchestrator.models.forms.base import Factored, FormLinear
 from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import dense_weight
+from orchestrator.models.statistics.routed import experts_of
 from orchestrator.models.training.compensation_options import CompensationOptions
+from orchestrator.models.training.routed_drift import gather_routed, split_sites
 from orchestrator.plan.linear import Linear
 
 
@@ -41,7 +43,8 @@ def compensate_block(
 
     Sites are processed in call order, because a site's inputs depend on the preceding linears:
     q, k, v, then o, then gate and up, then down. For each site the chunks pass once through both
-    blocks, up to that site. Statistics cover the tokens inside the mask.
+    blocks, up to that site, or for the sites of many experts (`split_sites`). Statistics cover the
+    tokens inside the mask.
 
     Memory besides the two blocks: the moments of one site, at most 56 bytes per squared channel;
     46 GB for the widest site of a 70B block.
@@ -60,33 +63,53 @@ def compensate_block(
     found = {each.name: _factored(compressed.module(each.name)) for each in linears}
     modules = {name: module for name, module in found.items() if module is not None}
     fitted = [each for each in linears if each.name in modules]
-    for site in dict.fromkeys(each.site for each in fitted):
-        together = [each for each in fitted if each.site == site]
-        drift = gather_drift(
-            dense,
-            compressed,
-            together[0],
-            dense_inputs=dense_inputs,
-            inputs=inputs,
-            options=options,
-        )
-        mapped = input_map(drift, options.dense_part, options.damping)
-        for linear in together:
-            module = modules[linear.name]
-            result = compensate(
-                dense_weight(dense.module(linear.name)),
-                _factors(module),
-                drift,
-                mapped,
-                beta=options.dense_part,
-                basis=cast(Basis, options.basis),
-            )
-            facts[linear.name] = result.report
-            if result.taken:
-                left_OR = result.factors.left_OR if options.basis == "new" else None
-                stored = module.set_factors(left_OR, result.factors.down_RI, pivot=_pivot)
-                changed |= {f"{linear.name}.{name}": tensor for name, tensor in stored.items()}
+    at_site = {each.site: [x for x in fitted if x.site == each.site] for each in fitted}
+    chunks = {"dense_inputs": dense_inputs, "inputs": inputs}
+    for sites in split_sites(compressed, fitted):
+        firsts = [at_site[site][0] for site in sites]
+        for site, drift in _drifts(dense, compressed, firsts, options=options, **chunks):
+            mapped = input_map(drift, options.dense_part, options.damping)
+            for linear in at_site[site]:
+                module = modules[linear.name]
+                result = compensate(
+                    dense_weight(dense.module(linear.name)),
+                    _factors(module),
+                    drift,
+                    mapped,
+                    beta=options.dense_part,
+                    basis=cast(Basis, options.basis),
+                )
+                facts[linear.name] = result.report
+                if result.taken:
+                    left_OR = result.factors.left_OR if options.basis == "new" else None
+                    stored = module.set_factors(left_OR, result.factors.down_RI, pivot=_pivot)
+                    changed |= {f"{linear.name}.{name}": tensor for name, tensor in stored.items()}
     return changed, facts
+
+
+def _drifts(
+    dense: Shard,
+    compressed: Shard,
+    linears: Sequence[Linear],
+    *,
+    dense_inputs: Sequence[Chunk],
+    inputs: Sequence[Chunk],
+    options: CompensationOptions,
+) -> Iterator[tuple[str, Drift]]:
+    """Gather the moments of the inputs of linears, one of each site, and yield them by site.
+
+    An expert with fewer tokens than inputs is left out: a map fitted to them would fit no others.
+    """
+    chunks = {"dense_inputs": dense_inputs, "inputs": inputs}
+    if experts_of(compressed, linears[0]) is None:
+        for linear in linears:
+            yield linear.site, gather_drift(dense, compressed, linear, options=options, **chunks)
+        return
+    grams = gather_routed(dense if options.dense_part else None, compressed, linears, **chunks)
+    for linear in linears:
+        gram = grams.pop(linear.site)
+        if gram.tokens >= linear.in_features:
+            yield linear.site, gram.drift()
 
 
 def _factored(module: nn.Module) -> Factored | None:
