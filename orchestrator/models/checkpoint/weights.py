@@ -209,3 +209,15 @@ def _read_into(file: Any, buffer: memoryview) -> int:
             break
         done += count
     return done
+
+
+def first_float_dtype(weights: Checkpoint) -> torch.dtype:
+    """Dtype of the first stored tensor with floating-point values.
+
+    Raises:
+        InputError: No tensor has any.
+    """
+    for name in weights.names:
+        if weights.dtype(name).is_floating_point:
+            return weights.dtype(name)
+    raise InputError(f"{weights.directory}: no stored tensor has a floating-point dtype")

@@ -26,7 +26,7 @@ from orchestrator.models.checkpoint.layout import (
 )
 from orchestrator.models.checkpoint.planned import PlannedCheckpoint
 from orchestrator.models.checkpoint.stored_tensor import Region, StoredTensor
-from orchestrator.models.checkpoint.weights import Checkpoint, Weights
+from orchestrator.models.checkpoint.weights import Checkpoint, Weights, first_float_dtype
 from orchestrator.models.forms.config import METHOD
 from orchestrator.models.shards.empty_model import EmptyModel
 from orchestrator.models.shards.shard import Shard
@@ -115,7 +115,8 @@ class LazyModel:
         architecture = Architecture.read(directory)
         weights = view_experts(stored, architecture)
         if dtype is None:
-            dtype = _stored_dtype(architecture.config, weights)
+            named = architecture.config.dtype
+            dtype = named if isinstance(named, torch.dtype) else first_float_dtype(weights)
         return cls(architecture, weights, dtype=dtype, device=device or torch.device("cpu"))
 
     def planned(
@@ -390,12 +391,3 @@ class LazyModel:
                     f"{tensor.numel()} values; the checkpoint is damaged"
                 )
         return tensor.to(self._dtypes[name])
-
-
-def _stored_dtype(config: PretrainedConfig, weights: Checkpoint) -> torch.dtype:
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    for name in weights.names:
-        if weights.dtype(name).is_floating_point:
-            return weights.dtype(name)
-    raise InputError(f"{weights.directory}: no stored tensor has a floating-point dtype")
