@@ -117,8 +117,10 @@ class ImageFile:
 
 def _home(directory: Path) -> Path:
     """Directory in which links of a file may end."""
-    snapshots = [each for each in directory.parents if each.name == "snapshots"]
-    return snapshots[0].parent if snapshots else directory
+    for each in directory.parents:
+        if each.name == "snapshots" and (each.parent / "blobs").is_dir():
+            return each.parent
+    return directory
 
 
 def image_file(where: str, value: Any, directory: Place) -> ImageFile:
