@@ -92,3 +92,23 @@ def test_another_size_is_written_from_the_run(compressed_moe, tmp_path, capsys):
     places = directory / "out", tmp_path / "larger"
     small, large = (load_file(place / "model.safetensors")[guard] for place in places)
     assert not torch.equal(small, large)
+
+
+def test_the_report_has_a_map_of_experts(compressed_moe, tmp_path):
+    """A cell for each expert with its kept fraction and its tokens, which sum to those routed."""
+    directory = compressed_moe("qwen3_moe")
+    output = tmp_path / "page.html"
+    assert main(["report", str(directory / "out"), "--output", str(output)]) == 0
+    page = output.read_text()
+    report = json.loads((directory / "out/orchestrator_report.json").read_bytes())
+    tokens = report["experts"]["tokens"]
+    assert len(tokens) == 4 * 4
+    # every token of a block goes to two experts
+    assert sum(tokens.values()) == 4 * 2 * report["calibration"]["tokens_used"]
+    for name, count in tokens.items():
+        parts = [report["linears"][f"{name}.{part}"] for part in ("gate", "up", "down")]
+        kept = sum(part["values"] for part in parts) / (3 * 24 * 32)
+        assert f"{name}: kept {kept:.4f} of 3 linears, {count:,} tokens" in page
+    section = page.partition(">Experts</h2>")[2]
+    assert section.partition("<h2")[0].count("tokens</title>") == 4 * 4
+    assert "experts.0 tokens" not in page
