@@ -35,9 +35,8 @@ from orchestrator.store.places import Place
 
 MAX_BUFFER_BYTES = 2**30
 """Limit of a model's buffers, which are computed and not stored: masks, rotary frequencies."""
-SPLITS_EXPERTS = False
-"""Value of `Architecture.splits_experts`: mixtures of experts are refused until compressed ones can
-be loaded."""
+SPLITS_EXPERTS = True
+"""Value of `Architecture.splits_experts`."""
 
 
 @dataclass(frozen=True, slots=True)

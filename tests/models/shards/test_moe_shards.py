@@ -5,7 +5,6 @@ import torch
 from moe.families import BLOCKS, EXPERTS, MOE_FAMILIES
 from sharded import HALVES, padded_chunk, sharded_logits, whole_logits, whole_model
 
-from orchestrator.errors import InputError
 from orchestrator.models.shards.lazy_model import LazyModel
 
 LLAMA4_DIFFERENCE = 5e-7
@@ -93,10 +92,3 @@ def test_the_tensors_are_those_of_the_linears(split_experts, moe_checkpoint):
         model = whole_model(moe_checkpoint("granitemoe"), torch.float32)
         fused = model.get_parameter("model.layers.2.block_sparse_moe.experts.gate_up_proj")
         assert torch.equal(shard.parameters()[name], fused[1, 48:])
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_a_run_refuses_experts(moe_checkpoint, family):
-    """Without a word to the contrary, fused experts are named and refused."""
-    with pytest.raises(InputError, match=r"experts\.gate_up_proj .* fused experts of a .*Experts"):
-        LazyModel.open(moe_checkpoint(family))
