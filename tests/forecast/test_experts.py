@@ -12,8 +12,6 @@ from orchestrator.forecast.work import forward_flops
 from orchestrator.methods import METHODS
 from orchestrator.models.shards.lazy_model import LazyModel
 
-pytestmark = pytest.mark.usefixtures("split_experts")
-
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_linears_are_those_of_the_survey(family, moe_checkpoint):
