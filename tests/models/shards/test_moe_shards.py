@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_two_shards_give_the_bits_of_the_whole_model(split_experts, moe_checkpoint, family, dtype):
+def test_two_shards_give_the_bits_of_the_whole_model(moe_checkpoint, family, dtype):
     """Logits are those of stock transformers with fused experts; Llama 4 up to 5e-7."""
     model = whole_model(moe_checkpoint(family), dtype)
     lazy_model = LazyModel.open(moe_checkpoint(family), dtype=dtype)
@@ -30,7 +30,7 @@ def test_two_shards_give_the_bits_of_the_whole_model(split_experts, moe_checkpoi
             assert torch.equal(found_BTV, expected_BTV), padding
 
 
-def test_any_cut_gives_the_same_bits(split_experts, moe_checkpoint):
+def test_any_cut_gives_the_same_bits(moe_checkpoint):
     """One shard, and one for each block."""
     chunk = padded_chunk("left")
     lazy_model = LazyModel.open(moe_checkpoint("qwen3_moe"))
@@ -61,7 +61,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_the_survey_lists_the_linears_of_experts(split_experts, moe_checkpoint, family):
+def test_the_survey_lists_the_linears_of_experts(moe_checkpoint, family):
     """Each expert has a site for gate and up and one for down; routers and gates are not listed."""
     lazy_model = LazyModel.open(moe_checkpoint(family))
     linears = {linear.role: linear for linear in lazy_model.survey().of_block(3)}
@@ -81,7 +81,7 @@ def test_the_survey_lists_the_linears_of_experts(split_experts, moe_checkpoint, 
     assert blocks == {"deepseek_v3": {1, 2, 3}, "llama4": {1, 3}}.get(family, {0, 1, 2, 3})
 
 
-def test_the_tensors_are_those_of_the_linears(split_experts, moe_checkpoint):
+def test_the_tensors_are_those_of_the_linears(moe_checkpoint):
     """Every expert's matrix is listed in its block, and a shard holds those of its blocks."""
     lazy_model = LazyModel.open(moe_checkpoint("granitemoe"))
     names = {each.name for each in lazy_model.tensors() if each.block == 2}
