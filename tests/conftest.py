@@ -75,12 +75,6 @@ def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return cache(lambda family: write_moe(family, root / family))
 
 
-@pytest.fixture
-def split_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mixtures of experts are accepted, before compressed ones can be loaded."""
-    monkeypatch.setattr("orchestrator.models.survey.architecture.SPLITS_EXPERTS", True)
-
-
 @pytest.fixture(scope="session")
 def compressed(
     checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory

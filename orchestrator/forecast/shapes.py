@@ -61,6 +61,21 @@ class Shapes:
     """Heads times their channels."""
     itemsize: int
     """Bytes of a value on disk."""
+    experts: tuple[str, ...] = ()
+    """Names of the modules of experts, whose linears see a part of the tokens."""
+    expert_values: int = 0
+    """Values of the experts of a block."""
+    routed: float = 1.0
+    """Fraction of the tokens that an expert sees, if all see equally many."""
+
+    def is_expert(self, name: str) -> bool:
+        """Test if a linear or a statistic, by its name, is an expert's."""
+        return name.startswith(tuple(f"{each}." for each in self.experts))
+
+    @property
+    def idle_values(self) -> float:
+        """Values of a block that a token does not use, of experts that it is not routed to."""
+        return (1 - self.routed) * self.expert_values
 
     @property
     def heaviest(self) -> tuple[Linear, ...]:

@@ -104,19 +104,24 @@ def gathering(shapes: Shapes, statistics: BlockStatistics, tokens: int, itemsize
         """Products of values of the pass, in its dtype, with results in float32."""
         return Work(tf32=flops) if itemsize < 4 else Work(single=flops)
 
-    def gram(channels: int) -> float:
-        return TRIANGLE * 2.0 * tokens * channels * channels
+    def seen(name: str) -> float:
+        """Tokens that a linear sees, by its name or that of its statistic."""
+        return tokens * shapes.routed if shapes.is_expert(name) else tokens
+
+    def gram(name: str, channels: int) -> float:
+        return TRIANGLE * 2.0 * seen(name) * channels * channels
 
     for source, channels in statistics.grams.items():
-        total += as_passed(gram(channels)) if source in sites else Work(single=gram(channels))
+        flops = gram(source, channels)
+        total += as_passed(flops) if source in sites else Work(single=flops)
     for linear in statistics.linears:
-        product = as_passed(2.0 * tokens * linear.values)
+        product = as_passed(2.0 * seen(linear.name) * linear.values)
         if statistics.source(linear) != linear.site and itemsize < 4:
             total += product
         if statistics.is_turned(linear):
-            total += product + Work(single=gram(statistics.curvature(linear)))
+            total += product + Work(single=gram(linear.name, statistics.curvature(linear)))
         elif statistics.has_gradients:
-            total += as_passed(gram(statistics.curvature(linear)))
+            total += as_passed(gram(linear.name, statistics.curvature(linear)))
     return total
 
 

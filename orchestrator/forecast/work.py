@@ -62,7 +62,8 @@ def computed(flops: float, itemsize: int) -> Work:
 
 def forward_flops(shapes: Shapes, tokens: int) -> float:
     """FLOPs of one sequence through one block."""
-    return 2.0 * tokens * shapes.block_values + 4.0 * tokens * tokens * shapes.attention
+    used = shapes.block_values - shapes.idle_values
+    return 2.0 * tokens * used + 4.0 * tokens * tokens * shapes.attention
 
 
 def eigen_side(linear: Linear) -> int:
@@ -75,7 +76,8 @@ def eigen_side(linear: Linear) -> int:
 
 def trained(shapes: Shapes, kept: float, tokens: int) -> float:
     """FLOPs of one sequence through one block of factors, forward and back."""
-    return 6.0 * tokens * kept_values(shapes, kept) + 12.0 * tokens * tokens * shapes.attention
+    used = kept_values(shapes, kept) - kept * shapes.idle_values
+    return 6.0 * tokens * used + 12.0 * tokens * tokens * shapes.attention
 
 
 def kept_values(shapes: Shapes, kept: float) -> float:

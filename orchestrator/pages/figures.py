@@ -27,11 +27,19 @@ class Cell:
 
 
 def heat_map(
-    rows: Sequence[str], blocks: Sequence[int], cells: Mapping[tuple[str, int], Cell], label: str
+    rows: Sequence[str],
+    blocks: Sequence[int],
+    cells: Mapping[tuple[str, int], Cell],
+    label: str,
+    *,
+    axis: str = "block",
 ) -> Markup:
     """Draw the kept fraction of every role (rows) in every block (columns), darker for more.
 
     A dot marks a dense linear; an empty frame marks a linear that is not targeted.
+
+    Args:
+        axis: Meaning of the columns' numbers, written beside them.
     """
     left = 9 + 7.2 * max(map(len, rows))
     wide = min(max((930 - left) / len(blocks), 9), 36)
@@ -57,7 +65,7 @@ def heat_map(
         if block % step == 0:
             center = left + (x + 0.5) * wide
             drawn.append(text(str(block), center, bottom + 14, text_anchor="middle"))
-    drawn.append(text("block", left - 9, bottom + 14, text_anchor="end"))
+    drawn.append(text(axis, left - 9, bottom + 14, text_anchor="end"))
     return svg(left + len(blocks) * wide, bottom + 18, label, *drawn, is_fixed=True)
 
 

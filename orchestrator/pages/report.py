@@ -5,6 +5,7 @@ from typing import Any
 
 from orchestrator.pages import linear_sections, tables
 from orchestrator.pages.evaluation import evaluation_page, evaluation_section, is_evaluation
+from orchestrator.pages.experts import experts_map
 from orchestrator.pages.happened import happened
 from orchestrator.pages.linears import entries
 from orchestrator.pages.markup import Markup, element, joined, page, section, write_page
@@ -23,7 +24,7 @@ from orchestrator.version import __version__
 KNOWN = {
     *("format_version", "producer", "key", "base_fingerprint", "architecture", "recipe", "kept"),
     *("bytes", "calibration", "values", "linears", "not_targeted", "timings"),
-    *("files", "rank_multiple"),
+    *("files", "rank_multiple", "experts"),
 }
 """Report fields with a dedicated place, and digests; all others are listed as "Also reported"."""
 KEPT_OF = {
@@ -103,6 +104,7 @@ def report_page(source: Source) -> Markup:
         _state(source),
         _key_figures(source),
         linear_sections.heat_map(found, source.report.get("not_targeted", ())),
+        experts_map(source.report, found),
         linear_sections.budget(found),
         linear_sections.rank_curves(found, source.rank_shares),
         linear_sections.density_curves(found, source.density_shares),

@@ -7,11 +7,14 @@ import torch
 
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.forecast.expected import expected
+from orchestrator.forecast.experts import with_experts
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Forecast, Resources
 from orchestrator.forecast.rates import Machine, largest_memory, nominal_rates
 from orchestrator.forecast.shapes import read_shapes
+from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.evaluation.machine import host_bytes
+from orchestrator.plan.linear import Survey
 from orchestrator.readable import size
 from orchestrator.recipe.execution import Execution
 from orchestrator.recipe.recipe import Recipe
@@ -26,6 +29,7 @@ def check_memory(
     model: Place,
     monitor: RunMonitor,
     *,
+    survey: Survey | None = None,
     measured: int | None = None,
 ) -> Forecast | None:
     """Report the peak memory of a worker, and refuse a run that cannot fit.
@@ -37,6 +41,7 @@ def check_memory(
     if the model's headers do not suffice for a forecast.
 
     Args:
+        survey: Survey of the model, for linears that its headers do not show.
         measured: Memory of a worker's GPU as started workers report it, in bytes.
 
     Raises:
@@ -51,6 +56,8 @@ def check_memory(
         resources = replace(resources, memory_bytes=float(measured))
     try:
         shapes = read_shapes(model)
+        if survey is not None and survey.experts:
+            shapes = with_experts(shapes, survey, read_json(model / "config.json"))
         found = forecast(shapes, recipe, resources)
         monitor.progress.expected = expected(found, shapes, recipe, resources)
     except (InputError, UsageError) as error:
@@ -77,6 +84,7 @@ def recheck_memory(
     *,
     workers: WorkerGroup,
     monitor: RunMonitor,
+    survey: Survey | None = None,
 ) -> Forecast | None:
     """Repeats the forecast with the GPU memory that the started workers report.
 
@@ -92,7 +100,7 @@ def recheck_memory(
     assumed = found.limits["device"]
     before = "it was unknown" if assumed is None else f"{size(assumed)} were assumed from its type"
     monitor.note(f"a worker's GPU has {size(measured)}; {before}")
-    return check_memory(recipe, model, monitor, measured=measured)
+    return check_memory(recipe, model, monitor, survey=survey, measured=measured)
 
 
 def _in_this_process() -> tuple[int, float, str | None]:

@@ -85,7 +85,8 @@ def compress(
         with leased_out(asked.out, on_event) as lease:
             monitor.guard(lease)
             with connected(asked.recipe, monitor):
-                forecast = check_memory(keyed.recipe, asked.model, monitor)
+                given = keyed.recipe, asked.model, monitor
+                forecast = check_memory(*given, survey=keyed.survey)
                 return _perform(keyed, resolved.stages, forecast, monitor)
 
 
@@ -117,7 +118,9 @@ def _perform(
     most, task = keyed.survey.num_blocks, calibration_task(keyed)
     with start_workers(CompressionWorker, task, keyed.recipe, monitor, most=most) as workers:
         about = keyed.recipe, keyed.model
-        forecast = recheck_memory(forecast, *about, workers=workers, monitor=monitor)
+        forecast = recheck_memory(
+            forecast, *about, survey=keyed.survey, workers=workers, monitor=monitor
+        )
         _describe(keyed)
         with _running(CALIBRATE, workers, monitor) as stage:
             decomposed = calibrate_and_decompose(keyed, forecast, stage)

@@ -1,6 +1,7 @@
 """Shapes of a model for `plan`, if a run would accept it."""
 
 from orchestrator.errors import InputError
+from orchestrator.forecast.experts import with_experts
 from orchestrator.forecast.known_architectures import check_bare_config, has_known_architecture
 from orchestrator.forecast.shapes import Shapes, from_checkpoint, read_shapes
 from orchestrator.models.checkpoint.headers import Headers, has_weights, read_json
@@ -30,9 +31,11 @@ def plannable_shapes(model: Place) -> Shapes:
         check_bare_config(model / "config.json", read_json(model / "config.json"))
         return read_shapes(model)
     headers = Headers.open(model)
-    if not has_known_architecture(headers):
-        from orchestrator.models.shards.lazy_model import LazyModel
+    if has_known_architecture(headers):
+        check_tokenizer(model)
+        return from_checkpoint(headers)
+    from orchestrator.models.shards.lazy_model import LazyModel
 
-        LazyModel.open(model).survey()
+    survey = LazyModel.open(model).survey()
     check_tokenizer(model)
-    return from_checkpoint(headers)
+    return with_experts(from_checkpoint(headers), survey, headers.config)

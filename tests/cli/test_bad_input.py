@@ -8,7 +8,7 @@ import torch
 from families import write_model
 from pipeline import with_tokenizer, write_text
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM
+from transformers import BertConfig, BertForMaskedLM
 
 from orchestrator.cli.main import main
 from orchestrator.store.run import RunDirectory
@@ -188,10 +188,6 @@ def test_a_model_that_is_compressed_already(command, model, tmp_path):
     assert "already compressed" in line
 
 
-def with_experts(model):
-    write_model(lambda: MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=3)), model)
-
-
 def masked(model):
     write_model(lambda: BertForMaskedLM(BertConfig(**TINY)), model)
 
@@ -217,7 +213,6 @@ def with_config(**changes):
 @pytest.mark.parametrize(
     "change",
     [
-        with_experts,
         masked,
         pickled,
         headless,

@@ -233,12 +233,16 @@ def test_flags_in_the_text_exist(page):
 
 
 def test_sections_of_the_report_are_those_of_the_page(prepared, monkeypatch, capsys):
-    """The table of docs/report.md has every section of a report, and two that this one lacks."""
+    """The table of docs/report.md has every section of a report, and three that this one lacks."""
     monkeypatch.chdir(prepared)
     assert perform(["orchestrator", "report", "small.run", "--output", "page.html"])[0] == 0
     sections = re.findall(r"<h2[^>]*>(.*?)</h2>", (prepared / "page.html").read_text())
     rows = re.findall(r"^\| ([A-Z][^|]*) \|", (ROOT / "docs" / "report.md").read_text(), re.M)
-    assert [name for name in rows if name not in sections] == ["Before and after", "Speed"]
+    assert [name for name in rows if name not in sections] == [
+        "Experts",
+        "Before and after",
+        "Speed",
+    ]
     assert [name for name in sections if name not in rows] == []
 
 
@@ -267,6 +271,7 @@ def test_messages_about_models_are_those_of_the_program():
     cells = [line.split("|")[2] for line in table.splitlines()[2:] if line.startswith("|")]
     quoted = [part for cell in cells for part in re.findall(r"`([^`]{12,})`", cell)]
     assert len(quoted) > 5
-    sources = [*(ROOT / "orchestrator" / "models" / "survey").glob("*.py")]
+    models = ROOT / "orchestrator" / "models"
+    sources = [path for name in ("survey", "experts") for path in (models / name).glob("*.py")]
     text = "".join(path.read_text() for path in sources)
     assert [part for part in quoted if part not in text] == []

@@ -35,9 +35,6 @@ from orchestrator.store.places import Place
 
 MAX_BUFFER_BYTES = 2**30
 """Limit of a model's buffers, which are computed and not stored: masks, rotary frequencies."""
-SPLITS_EXPERTS = False
-"""Value of `Architecture.splits_experts`: mixtures of experts are refused until compressed ones can
-be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +46,6 @@ class Architecture:
     config: PretrainedConfig
     forms: Mapping[str, Any] | None
     """The `quantization_config` of a compressed checkpoint; None for a dense one."""
-    splits_experts: bool = False
-    """True if fused experts are replaced by a module for each linear of an expert."""
 
     @classmethod
     def read(cls, place: Place) -> "Architecture":
@@ -93,23 +88,22 @@ class Architecture:
         # Removed, because building the class would otherwise look for the quantiser's modules.
         for key in FORMS_KEYS:
             vars(config).pop(key, None)
-        forms = content.get("quantization_config")
-        return cls(directory, model_class, config, forms, splits_experts=SPLITS_EXPERTS)
+        return cls(directory, model_class, config, content.get("quantization_config"))
 
     def build(self, dtype: torch.dtype, *, stored: int) -> PreTrainedModel:
         """Build the model in eval mode with every parameter and buffer on the meta device.
 
-        Linears have the checkpoint's forms. Arguments and errors as for `build_native`.
+        Every matrix of an expert is a linear, and linears have the checkpoint's forms. Arguments
+        and errors as for `build_native`.
 
         Raises:
             InputError: Also if the model's experts are not supported, see `replace_experts`.
         """
         model = self.build_native(dtype, stored=stored)
-        if self.splits_experts:
-            try:
-                replace_experts(model)
-            except InputError as error:
-                raise InputError(f"{self.directory}: {error}") from error
+        try:
+            replace_experts(model)
+        except InputError as error:
+            raise InputError(f"{self.directory}: {error}") from error
         if self.forms is not None:
             install_forms(model, self.forms)
         for parameter in model.parameters():

@@ -166,7 +166,7 @@ class ExpertWeights:
 
 
 def view_experts(weights: Weights, architecture: Architecture) -> Checkpoint:
-    """View a checkpoint as the architecture builds its experts: as stored, or one by one.
+    """View a checkpoint with one tensor for each matrix of an expert, if it has experts.
 
     Cost for a model with experts: one build of its class on the meta device. A model without any
     is known by its config.
@@ -174,7 +174,7 @@ def view_experts(weights: Weights, architecture: Architecture) -> Checkpoint:
     Raises:
         InputError: As `ExpertWeights` and `Architecture.build`.
     """
-    if not architecture.splits_experts or not _mentions_experts(architecture.config.to_dict()):
+    if not _mentions_experts(architecture.config.to_dict()):
         return weights
     native = architecture.build_native(torch.float32, stored=len(weights.names))
     return ExpertWeights(weights, native)

@@ -8,6 +8,7 @@ from orchestrator.forecast.outcome import Forecast
 from orchestrator.forecast.room import MOST_BLOCKS
 from orchestrator.forecast.statistics import decomposing_block
 from orchestrator.models.checkpoint.weights import parse_dtype
+from orchestrator.plan.linear import Linear
 from orchestrator.runtime.deadline import slowly
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.block_pass import BlockPass
@@ -60,9 +61,15 @@ def block_pass(keyed: Keyed, forecast: Forecast | None) -> BlockPass:
 
 
 def _finish_seconds(keyed: Keyed, workers: WorkerGroup) -> float:
-    """Seconds that the decomposition of a group of blocks may take on a slow machine."""
+    """Seconds that the decomposition of a group of blocks may take on a slow machine.
+
+    Groups are equal in most models; some have experts in later blocks only.
+    """
+    groups: dict[int, list[Linear]] = {}
+    for linear in keyed.linears:
+        groups.setdefault(keyed.grouping.first(linear.block), []).append(linear)
     work = decomposing_block(
-        [each for each in keyed.linears if keyed.grouping.first(each.block) == 0],
+        max(groups.values(), key=lambda each: sum(linear.values for linear in each)),
         keyed.method,
         pivoted=keyed.is_pivoted,
         itemsize=keyed.codec.itemsize,

@@ -72,7 +72,7 @@ def tensors_of(directory):
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_every_form_computes_the_same_as_its_dense_weight(split_experts, made_of, family):
+def test_every_form_computes_the_same_as_its_dense_weight(made_of, family):
     """Logits are those of the dense model with the weights replaced, and no key is left over."""
     made = made_of(family, "every form")
     assert len(made.files) > 1
@@ -86,9 +86,7 @@ def test_every_form_computes_the_same_as_its_dense_weight(split_experts, made_of
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_experts_that_are_not_compressed_are_copied(
-    split_experts, made_of, moe_checkpoint, tmp_path, family
-):
+def test_experts_that_are_not_compressed_are_copied(made_of, moe_checkpoint, tmp_path, family):
     """They have the names, shapes and bits on disk of the dense checkpoint, for every program that
     loads it, and saving keeps them; the format is the first one."""
     made = made_of(family, "attention")
@@ -107,7 +105,7 @@ def test_experts_that_are_not_compressed_are_copied(
     assert set(experts) <= tensors_of(tmp_path).keys()
 
 
-def test_one_compressed_linear_makes_all_experts_modules(split_experts, made_of):
+def test_one_compressed_linear_makes_all_experts_modules(made_of):
     """Those of all blocks, with a guard in each; the config names every module."""
     made = made_of("qwen3_moe", "one")
     forms = json.loads((made.directory / "config.json").read_bytes())["quantization_config"]
@@ -127,7 +125,7 @@ def test_one_compressed_linear_makes_all_experts_modules(split_experts, made_of)
 
 
 @pytest.mark.parametrize("plan", ["every form", "attention", "one"])
-def test_shards_of_the_checkpoint_compute_the_same(split_experts, made_of, plan):
+def test_shards_of_the_checkpoint_compute_the_same(made_of, plan):
     """The written and the planned checkpoint have the logits of stock transformers, bit for bit."""
     made = made_of("qwen3_moe", plan)
     tokens_BT = torch.arange(3, 23)[None] * 3 % 96
@@ -154,7 +152,7 @@ EXPORTED += [("mixtral", "attention"), ("gpt_oss", "attention")]
 
 @pytest.mark.parametrize(("family", "plan"), EXPORTED)
 def test_a_dense_export_is_stored_as_the_dense_model(
-    split_experts, made_of, moe_checkpoint, tmp_path, family, plan
+    made_of, moe_checkpoint, tmp_path, family, plan
 ):
     """Names, shapes and dtypes on disk are the dense model's, and the products its weights."""
     made = made_of(family, plan)
@@ -171,7 +169,7 @@ def test_a_dense_export_is_stored_as_the_dense_model(
     assert config == json.loads((moe_checkpoint(family) / "config.json").read_bytes())
 
 
-def test_an_export_never_holds_all_experts(split_experts, made_of, monkeypatch):
+def test_an_export_never_holds_all_experts(made_of, monkeypatch):
     """A tensor of all experts is written expert by expert: no larger tensor is made."""
     made = made_of("gpt_oss", "every form")
     sizes = []

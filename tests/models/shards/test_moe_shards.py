@@ -5,7 +5,6 @@ import torch
 from moe.families import BLOCKS, EXPERTS, MOE_FAMILIES
 from sharded import HALVES, padded_chunk, sharded_logits, whole_logits, whole_model
 
-from orchestrator.errors import InputError
 from orchestrator.models.shards.lazy_model import LazyModel
 
 LLAMA4_DIFFERENCE = 5e-7
@@ -15,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_two_shards_give_the_bits_of_the_whole_model(split_experts, moe_checkpoint, family, dtype):
+def test_two_shards_give_the_bits_of_the_whole_model(moe_checkpoint, family, dtype):
     """Logits are those of stock transformers with fused experts; Llama 4 up to 5e-7."""
     model = whole_model(moe_checkpoint(family), dtype)
     lazy_model = LazyModel.open(moe_checkpoint(family), dtype=dtype)
@@ -31,7 +30,7 @@ def test_two_shards_give_the_bits_of_the_whole_model(split_experts, moe_checkpoi
             assert torch.equal(found_BTV, expected_BTV), padding
 
 
-def test_any_cut_gives_the_same_bits(split_experts, moe_checkpoint):
+def test_any_cut_gives_the_same_bits(moe_checkpoint):
     """One shard, and one for each block."""
     chunk = padded_chunk("left")
     lazy_model = LazyModel.open(moe_checkpoint("qwen3_moe"))
@@ -62,7 +61,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_the_survey_lists_the_linears_of_experts(split_experts, moe_checkpoint, family):
+def test_the_survey_lists_the_linears_of_experts(moe_checkpoint, family):
     """Each expert has a site for gate and up and one for down; routers and gates are not listed."""
     lazy_model = LazyModel.open(moe_checkpoint(family))
     linears = {linear.role: linear for linear in lazy_model.survey().of_block(3)}
@@ -82,7 +81,7 @@ def test_the_survey_lists_the_linears_of_experts(split_experts, moe_checkpoint, 
     assert blocks == {"deepseek_v3": {1, 2, 3}, "llama4": {1, 3}}.get(family, {0, 1, 2, 3})
 
 
-def test_the_tensors_are_those_of_the_linears(split_experts, moe_checkpoint):
+def test_the_tensors_are_those_of_the_linears(moe_checkpoint):
     """Every expert's matrix is listed in its block, and a shard holds those of its blocks."""
     lazy_model = LazyModel.open(moe_checkpoint("granitemoe"))
     names = {each.name for each in lazy_model.tensors() if each.block == 2}
@@ -93,10 +92,3 @@ def test_the_tensors_are_those_of_the_linears(split_experts, moe_checkpoint):
         model = whole_model(moe_checkpoint("granitemoe"), torch.float32)
         fused = model.get_parameter("model.layers.2.block_sparse_moe.experts.gate_up_proj")
         assert torch.equal(shard.parameters()[name], fused[1, 48:])
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_a_run_refuses_experts(moe_checkpoint, family):
-    """Without a word to the contrary, fused experts are named and refused."""
-    with pytest.raises(InputError, match=r"experts\.gate_up_proj .* fused experts of a .*Experts"):
-        LazyModel.open(moe_checkpoint(family))

@@ -98,7 +98,7 @@ def close(found, expected, rtol=1e-5):
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_statistics_are_of_the_routed_rows(family, split_experts, moe_checkpoint):
+def test_statistics_are_of_the_routed_rows(family, moe_checkpoint):
     """Input Grams, magnitudes, curvature and counts equal plain sums over the whole model's rows.
 
     With padding, which counts nowhere; rare experts apart.
@@ -129,7 +129,7 @@ def test_statistics_are_of_the_routed_rows(family, split_experts, moe_checkpoint
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_one_sided_rows_have_the_weights_of_the_router(family, side, split_experts, moe_checkpoint):
+def test_one_sided_rows_have_the_weights_of_the_router(family, side, moe_checkpoint):
     """A Gram of rows p x, or of p W x without the bias; not weighted on request."""
     direct, chunk = Direct(family), chunk_of(0)
     direct.run(chunk, label_gradient(chunk.mask))
@@ -151,7 +151,7 @@ def test_one_sided_rows_have_the_weights_of_the_router(family, side, split_exper
         assert compared
 
 
-def test_rare_experts_have_tokens_of_the_mean(split_experts, moe_checkpoint):
+def test_rare_experts_have_tokens_of_the_mean(moe_checkpoint):
     """With few tokens, 32 mean tokens of the block's experts are added, on both sides."""
     chunk = chunk_of(3, length=6, padded=2)
     direct = Direct("qwen3_moe")

@@ -1,7 +1,5 @@
 """A checkpoint of experts shows one tensor for each matrix, whatever its layout on disk."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from moe.families import MOE_FAMILIES, make_moe
@@ -20,7 +18,7 @@ from orchestrator.models.survey.names import map_names
 
 def opened(directory):
     """Architecture with a module for each linear of an expert, and the view of its checkpoint."""
-    architecture = replace(Architecture.read(directory), splits_experts=True)
+    architecture = Architecture.read(directory)
     return architecture, view_experts(Weights.open(directory), architecture)
 
 

@@ -56,7 +56,7 @@ def inner(model, expert, rows_NH):
 
 
 @pytest.mark.parametrize("is_paired", [True, False])
-def test_moments_are_of_the_tokens_that_both_route_to_an_expert(split_experts, models, is_paired):
+def test_moments_are_of_the_tokens_that_both_route_to_an_expert(models, is_paired):
     """H, E and D equal plain sums over those tokens, or H alone over all of the compressed one."""
     made, paths = models
     lazy = {name: LazyModel.open(path) for name, path in paths.items()}
@@ -99,7 +99,7 @@ def test_moments_are_of_the_tokens_that_both_route_to_an_expert(split_experts, m
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_sites_of_experts_are_gathered_together(split_experts, models, monkeypatch):
+def test_sites_of_experts_are_gathered_together(models, monkeypatch):
     """First linears of all experts, then all `down`; in parts if the moments take much memory."""
     _, paths = models
     with LazyModel.open(paths["dense"]).shard(range(1)) as shard:
