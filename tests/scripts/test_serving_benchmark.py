@@ -73,7 +73,7 @@ def test_every_phase_is_measured_in_all_turns(made):
 
 
 def test_speeds_are_medians_over_the_turns_beside_their_targets():
-    """Of 2, 1.2 and 1.1 in the turns 1.2 counts: above the target at 0.8, below the one at 0.6."""
+    """The median of 2, 1.2 and 1.1 is above the target at 0.8, and below the one at 0.6."""
     times = {"dense": [2.0, 1.2, 1.1], **{name: [1.0, 1.0, 1.0] for name in variants()}}
     speeds = compared("width-2048, vllm", "prefill 512", times, targeted=True)
     assert [round(each.ratio, 6) for each in speeds] == [1.2] * 4
