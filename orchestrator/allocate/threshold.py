@@ -112,7 +112,10 @@ class Threshold(Allocator):
             return _rates(cost_K, gain_K)
         # energy that no step before the dense weight captures
         gain_K[-1] = max(curve.total - float(gain_K[:-1].sum()), 0.0)
-        return hull_rates(cost_K, gain_K)
+        if not ranks.cost.has_fixed_part or len(cost_K) == 1:
+            return hull_rates(cost_K, gain_K)
+        # the first step is taken in any case, so that what it costs is no reason against others
+        return np.concatenate([[0.0], hull_rates(cost_K[1:], gain_K[1:])])
 
 
 def _sampled(linear: Linear, curve: Curve | SampledCurve, ranks: AllowedRanks) -> SampledCurve:
@@ -137,8 +140,9 @@ def _gains(curve: Curve | SampledCurve, count: int, step: int) -> np.ndarray:
 
 def _rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
     """Compute cost per gain; a step is not taken before those that it depends on."""
-    with np.errstate(divide="ignore", over="ignore"):
-        rate_K = np.where(gain_K > 0, cost_K / gain_K, NEVER_GAINS)
+    without_gain_K = np.where(cost_K > 0, NEVER_GAINS, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        rate_K = np.where(gain_K > 0, cost_K / gain_K, without_gain_K)
     return np.maximum.accumulate(np.minimum(rate_K, NEVER_GAINS))
 
 

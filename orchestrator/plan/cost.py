@@ -27,6 +27,8 @@ class Cost(ABC):
     """Name of the cost in a report."""
     field: ClassVar[str]
     """Field of the recipe that limits it to a fraction."""
+    has_fixed_part: ClassVar[bool] = False
+    """True if the smallest rank costs more than as many further ones, as calls take time."""
 
     @abstractmethod
     def dense(self, linear: Linear) -> int:
@@ -102,6 +104,7 @@ class TimeCost(Cost):
 
     name = "time"
     field = "keep_latency"
+    has_fixed_part = True
 
     def __init__(self, table: LatencyTable) -> None:
         self.table = table
