@@ -1,4 +1,4 @@
-"""Package that serves checkpoints with vLLM: its copies of sources, names and limits."""
+"""Packages that serve checkpoints: copies of sources, names and limits."""
 
 import tomllib
 from pathlib import Path
@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 import vendor_forms
 
+import orchestrator_sglang.release
 from orchestrator_vllm.forms.base import StoredForm
 from orchestrator_vllm.forms.config import read_forms
 from orchestrator_vllm.forms.errors import InputError
 from orchestrator_vllm.names import check_bases, materialized, read_served, stored_names
 from orchestrator_vllm.release import SERVED, refusal
 
-PROJECT = tomllib.loads((Path(vendor_forms.ROOT) / "plugins/vllm/pyproject.toml").read_text())
+PROJECT, FOR_SGLANG = (
+    tomllib.loads((Path(vendor_forms.ROOT) / f"plugins/{server}/pyproject.toml").read_text())
+    for server in ("vllm", "sglang")
+)
 
 
 def test_the_copies_are_the_sources():
@@ -26,6 +30,16 @@ def test_copies_import_neither_this_package_nor_transformers():
         imports = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
         assert not [line for line in imports if "transformers" in line], name
         assert not [line for line in imports if "orchestrator." in line], name
+        other = "orchestrator_vllm" if "sglang" in name else "orchestrator_sglang"
+        assert not [line for line in imports if other in line], name
+
+
+def test_shared_sources_use_no_server():
+    """The package for SGLang has copies of them."""
+    folder = Path(vendor_forms.ROOT) / vendor_forms.VLLM
+    for name in vendor_forms.SHARED:
+        text = (folder / f"{name}.py").read_text()
+        assert not [line for line in text.splitlines() if line.startswith("from vllm")], name
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu"])
@@ -45,6 +59,18 @@ def test_the_dependency_is_the_release():
     """One minor release of vLLM and nothing else."""
     major, minor = SERVED
     assert PROJECT["project"]["dependencies"] == [f"vllm>={major}.{minor},<{major}.{minor + 1}"]
+
+
+def test_sglang_is_one_release():
+    """Its interfaces change between patches."""
+    served = orchestrator_sglang.release.SERVED
+    assert FOR_SGLANG["project"]["dependencies"] == [f"sglang=={served}"]
+    assert orchestrator_sglang.release.refusal(served) == ""
+    assert orchestrator_sglang.release.refusal(f"{served}+cpu") == ""
+    for other in ("0.5.24", "0.5.23.post1", "0.6.0"):
+        sentence = orchestrator_sglang.release.refusal(other)
+        assert f"found SGLang {other}" in sentence
+        assert served in sentence
 
 
 def test_a_layer_has_the_names_of_its_linears():

@@ -33,7 +33,8 @@ READS_TEXT = ON_WORKERS - {"retarget"}
 LOCAL = ("--executor", "local")
 FEW = ("--samples", "6", "--sequence-length", "48")
 """Flags that follow those of a page, and so replace them: without Ray, on little text."""
-OTHERS = {"cd", "export", "git", "hf", "kubectl", "lm_eval", "sbatch", "transformers", "vllm"}
+OTHERS = {"cd", "convert_hf_to_gguf.py", "export", "git", "hf", "kubectl", "lm_eval", "sbatch"}
+OTHERS |= {"sglang", "transformers", "vllm"}
 """Programs of others in commands of the pages, which are not checked further."""
 MISTRAL = {
     "architectures": ["MistralForCausalLM"],

@@ -51,7 +51,8 @@ SERVE = """\
 
 ```
 transformers serve --trust-remote-code DIRECTORY
-orchestrator export DIRECTORY DENSE --format dense    # for engines that know no forms
+vllm serve DIRECTORY                                  # with the package orchestrator-vllm
+orchestrator export DIRECTORY DENSE --format dense    # for other engines: dense weights
 ```
 """
 """Section about serving the model in DIRECTORY."""

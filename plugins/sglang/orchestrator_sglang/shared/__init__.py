@@ -1,0 +1,1 @@
+"""Copies of the sources that packages for servers share."""
