@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
 
 from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.layout import (
@@ -28,6 +27,7 @@ from orchestrator.models.checkpoint.planned import PlannedCheckpoint
 from orchestrator.models.checkpoint.stored_tensor import Region, StoredTensor
 from orchestrator.models.checkpoint.weights import Checkpoint, Weights, first_float_dtype
 from orchestrator.models.forms.config import METHOD
+from orchestrator.models.shards.dtypes import loaded_dtypes
 from orchestrator.models.shards.empty_model import EmptyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.shards.traces import trace_once
@@ -356,15 +356,7 @@ class LazyModel:
     @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Dtype to which each tensor of the model is cast when it is loaded."""
-        model = self._empty_model.model
-        kept, dtype_by_group = None, {}
-        if plan := model._get_dtype_plan(self.dtype):
-            kept, dtype_by_group, _ = build_glob_alternation(list(plan))
-        dtypes = {}
-        for name, tensor in model.state_dict().items():
-            match = kept.search(name) if kept else None
-            dtypes[name] = plan[dtype_by_group[match.lastgroup]] if match else tensor.dtype
-        return dtypes
+        return loaded_dtypes(self._empty_model.model, self.dtype)
 
     def _block(self, name: str) -> int | None:
         """Index of the block that contains a tensor; None outside the blocks."""
