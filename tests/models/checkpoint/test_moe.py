@@ -107,7 +107,7 @@ def test_experts_that_are_not_compressed_are_copied(made_of, moe_checkpoint, tmp
 
 
 def test_one_compressed_linear_makes_all_experts_modules(made_of):
-    """Those of all blocks, with a guard in each; the config names every module."""
+    """Experts of all blocks have modules, with a guard in each; the config names every module."""
     made = made_of("qwen3_moe", "one")
     forms = json.loads((made.directory / "config.json").read_bytes())["quantization_config"]
     assert forms["format_version"] == 2
