@@ -59,8 +59,8 @@ MAY_IMPORT = {
     "models.training": "errors plan randomness recipe device linalg models.forms models.shards "
     "models.statistics models.evaluation torch transformers",
     "bench": "errors device hf plan models.checkpoint models.forms torch transformers",
-    "hf": "errors version plan models.experts models.forms models.checkpoint models.survey "
-    "models.shards torch transformers",
+    "hf": "errors version plan store models.experts models.forms models.checkpoint "
+    "models.survey models.shards torch transformers",
     # execution: independent of models
     "progress": "",
     "runtime": f"{PLAIN} usage recipe plan progress store device torch",
