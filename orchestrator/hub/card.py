@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from orchestrator.models.checkpoint.card import LOAD
+from orchestrator.models.forms.config import EXPERTS
 from orchestrator.pages.evaluations import (
     AGREEMENT,
     QUANTITIES,
@@ -57,11 +58,15 @@ def published_card(source: Source, repo: str, config: Mapping[str, Any]) -> str:
     out = Path(str(source.out))
     base = str(config["quantization_config"].get("base_model", source.model))
     data = _front_matter(out, source.recipe.get("model"), base)
+    serve = _SERVE.format(repo=repo, local=repo.rpartition("/")[2])
+    if EXPERTS in config["quantization_config"]:
+        # compressed experts are not served
+        serve = "".join(line for line in serve.splitlines(True) if not line.startswith("vllm "))
     sections = (
         _summary(source, base),
         *_evaluations(source),
         LOAD.replace("DIRECTORY", repo),
-        _SERVE.format(repo=repo, local=repo.rpartition("/")[2]),
+        serve,
         _reproduction(source, out),
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)
