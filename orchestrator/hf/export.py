@@ -52,7 +52,7 @@ def export_dense(directory: Path, out: Path) -> None:
     install_forms(model, config["quantization_config"])
     weights = view_experts(stored, architecture)
     names = map_names(model, weights)
-    files = _dense_files(model, weights, names, _places(stored), transposed)
+    files = _dense_files(model, weights, names, places=_places(stored), transposed=transposed)
     specs = {spec.name: spec for file in files for spec in file.tensors}
     layout = None
     if any(isinstance(module, Experts) for module in model.modules()):
@@ -92,6 +92,7 @@ def _dense_files(
     model: PreTrainedModel,
     weights: Checkpoint,
     names: Names,
+    *,
     places: Mapping[str, str],
     transposed: set[str],
 ) -> tuple[FileSpec, ...]:

@@ -60,7 +60,10 @@ def experts_map(report: Mapping[str, Any], found: Sequence[LinearRow]) -> Markup
                 figures.heat_legend(kept_fractions, has_empty=len(cells) < len(tokens)),
             ),
         ),
-        *(element("p", warning, class_="said") for warning in report["experts"]["warnings"]),
+        *(
+            element("p", warning, class_="said")
+            for warning in report["experts"].get("warnings", ())
+        ),
         tables.table(heads, rows, label="calibration tokens of experts by block"),
     )
 

@@ -142,8 +142,13 @@ def test_models(data, room, dense, compressed):
 def test_forms(data, compressed):
     """Forms, ranks, nonzeros, codes and bases of a compressed checkpoint."""
     config = json.loads((compressed("llama") / "config.json").read_bytes())["quantization_config"]
-    few = dict(list(config["modules"].items())[:9])
-    found = documented(read_forms, data.draw(mutated({**config, "modules": few})))
+    few = {**config, "modules": dict(list(config["modules"].items())[:9])}
+    columns = {"form": ["low_rank", "", "sparse"], "rank": [3, 0, 0], "nonzeros": [0, 0, 9]}
+    columns["index"] = ["", "", "bitmask"]
+    gates = {"form": "low_rank", "rank": [2, 2, 0], "basis": ["", "m.0.gate", ""]}
+    experts = {"format_version": 2, "experts": {"m": {"up": columns, "gate": gates}, "n": {}}}
+    given_config = data.draw(st.sampled_from([few, {**few, **experts}]))
+    found = documented(read_forms, data.draw(mutated(given_config)))
     if isinstance(found, dict):
         sizes = {name: data.draw(st.sampled_from([(32, 48), (16, 32), (1, 1)])) for name in found}
         sizes |= {form.basis: (32, 32) for form in found.values() if form.basis not in sizes}

@@ -180,6 +180,16 @@ def test_the_commands_of_the_card_repeat_the_run(place, tmp_path, capsys, monkey
     assert {"--layout", "--field", "--chat-template", "--stride"} <= set(commands.split())
 
 
+def test_a_card_of_compressed_experts_names_no_program_that_refuses_them(out):
+    """vLLM does not serve them; the way to a dense checkpoint is there."""
+    config = json_of(out / "config.json")
+    config["quantization_config"]["experts"] = {}
+    card = published_card(read_source(out), REPO, config)
+    assert "vllm" not in card
+    assert f"transformers serve --trust-remote-code {REPO}\n```" in card
+    assert "orchestrator export tiny DENSE" in card
+
+
 def json_of(path):
     return json.loads(path.read_text())
 

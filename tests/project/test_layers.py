@@ -60,8 +60,8 @@ MAY_IMPORT = {
     "models.statistics models.evaluation torch transformers",
     "bench": "errors version device hf plan models.checkpoint models.forms torch transformers "
     "numpy",
-    "hf": "errors version plan models.experts models.forms models.checkpoint models.survey "
-    "models.shards torch transformers",
+    "hf": "errors version plan store models.experts models.forms models.checkpoint "
+    "models.survey models.shards torch transformers",
     # execution: independent of models
     "progress": "",
     "runtime": f"{PLAIN} usage recipe plan progress store device torch",

@@ -108,24 +108,18 @@ def test_the_errors_are_of_the_routed_tokens(moe_model, moe_text, tmp_path):
     assert compared >= 4
 
 
-def test_any_number_of_shards_gives_the_same_bytes(reference, moe_model, moe_text, tmp_path):
-    """One block to a shard, beside two."""
-    run(moe_model("qwen3_moe"), tmp_path / "out", moe_text, shards=4, **TWO_SIDED)
-    assert contents(tmp_path / "out") == contents(reference.out)
-
-
 class Ended(Exception):
     """Exception that stands for the end of a driver."""
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(reference, moe_model, moe_text, tmp_path):
-    """After one committed block."""
+    """After one committed block; in other shards than the run that was not stopped."""
 
     def end(event):
         if event["event"] == "unit" and event["stage"] == "calibrate":
             raise Ended
 
-    settings = {"shards": 2, **TWO_SIDED}
+    settings = {"shards": 4, **TWO_SIDED}
     with pytest.raises(Ended):
         run(moe_model("qwen3_moe"), tmp_path / "out", moe_text, on_event=end, **settings)
     events = []
@@ -149,13 +143,12 @@ def test_rare_experts_are_warned_of(moe_model, moe_text, tmp_path):
 
 def test_experts_are_compensated(moe_model, moe_text, tmp_path):
     """Experts with more tokens than inputs are fitted to the inputs of the compressed model."""
-    settings = {"compensate": "anchored", "keep": 0.7, "samples": 12}
+    settings = {"compensate": "anchored", "keep": 0.7, "target": ("*.layers.[01].*",)}
     result = run(moe_model("olmoe"), tmp_path / "out", moe_text, **settings)
-    found = {
-        name: each["numerics"]["walk"]
-        for name, each in result.report["linears"].items()
-        if ".experts." in name and "walk" in each["numerics"]
-    }
-    taken = [each for each in found.values() if each["taken"]]
-    assert len(taken) > BLOCKS * EXPERTS
-    assert all(each["after"] <= each["before"] for each in found.values())
+    blocks = result.report["walk"]["blocks"].values()
+    linears = {name: each for block in blocks for name, each in block["linears"].items()}
+    found = [each for name, each in linears.items() if ".experts." in name]
+    assert len(found) > 2 * EXPERTS
+    # nothing before the first block changes its first linears' inputs, so that some stay
+    assert sum(each["taken"] for each in found) > EXPERTS
+    assert all(each["after"] <= each["before"] for each in found)

@@ -190,11 +190,7 @@ def _mentions_experts(config: Any) -> bool:
 def find_sources(
     stored: NamedShapes, native: PreTrainedModel
 ) -> Iterator[tuple[str, ExpertSource]]:
-    """Yield the name and the origin of every virtual tensor.
-
-    Args:
-        stored: Names, shapes and dtypes of a checkpoint.
-        native: The model as its class builds it, on the meta device.
+    """Yield the name and the origin of every virtual tensor; arguments are those of the view.
 
     Raises:
         InputError: As `ExpertWeights`.

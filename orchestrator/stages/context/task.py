@@ -39,10 +39,15 @@ class CompressionTask(Task):
     """Keys of the units of refitted left factors, by block; empty if there are none."""
     settings: Any = None
     """Settings of the stage, of the type that its worker class takes."""
+    _by_name: Mapping[str, Linear] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # tensors of thousands of experts each look their linear up
+        object.__setattr__(self, "_by_name", {each.name: each for each in self.linears})
 
     def linear(self, name: str) -> Linear:
         """Return the targeted linear of this name."""
-        return next(each for each in self.linears if each.name == name)
+        return self._by_name[name]
 
     def of_groups(self, first_blocks: Sequence[int]) -> list[Linear]:
         """Return the linears of the groups of blocks that begin with these blocks."""

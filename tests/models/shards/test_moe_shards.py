@@ -9,17 +9,17 @@ from orchestrator.models.shards.lazy_model import LazyModel
 
 LLAMA4_DIFFERENCE = 5e-7
 """Relative to the largest logit; see `test_experts.py`."""
-DTYPES = [torch.float32, torch.bfloat16]
+CASES = [(family, torch.float32) for family in MOE_FAMILIES]
+CASES += [(family, torch.bfloat16) for family in ("deepseek_v3", "gpt_oss", "llama4")]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_two_shards_give_the_bits_of_the_whole_model(moe_checkpoint, family, dtype):
     """Logits are those of stock transformers with fused experts; Llama 4 up to 5e-7."""
     model = whole_model(moe_checkpoint(family), dtype)
     lazy_model = LazyModel.open(moe_checkpoint(family), dtype=dtype)
     assert lazy_model.total_parameters == model.num_parameters()
-    for padding in ["none", "right", "left"]:
+    for padding in ["none", "left"]:
         chunk = padded_chunk(padding)
         expected_BTV = whole_logits(model, chunk)
         found_BTV = sharded_logits(lazy_model, chunk, HALVES)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe.families import make_moe
@@ -46,12 +46,19 @@ class MadeMoe:
 
 
 def some_forms(layouts: Mapping[str, ExpertsLayout]) -> dict[str, StoredForm]:
-    """Return forms of the linears of all experts, each kind in every module."""
-    names = [
-        name for parts in expert_names(layouts).values() for each in parts.values() for name in each
-    ]
-    pairs = zip(names, itertools.cycle(KINDS))
-    return {name: kind for name, kind in pairs if kind is not None}
+    """Return forms of the linears of all experts, each kind in every module.
+
+    The gates of two experts of a module share a basis.
+    """
+    by_module = expert_names(layouts).values()
+    names = [name for parts in by_module for each in parts.values() for name in each]
+    pairs = zip(names, itertools.cycle(KINDS), strict=False)
+    forms = {name: kind for name, kind in pairs if kind is not None}
+    for module in layouts:
+        basis = f"{module}.1.gate"
+        forms[basis] = StoredForm(form="low_rank", rank=6)
+        forms[f"{module}.3.gate"] = StoredForm(form="low_rank", rank=6, basis=basis)
+    return forms
 
 
 def expert_names(layouts: Mapping[str, ExpertsLayout]) -> dict[str, dict[str, list[str]]]:
@@ -75,8 +82,8 @@ def moe_config(
 
 
 @torch.no_grad()
-def fill(model: nn.Module) -> None:
-    """Give the forms of a model random values and valid indices."""
+def fill(model: PreTrainedModel) -> None:
+    """Give the forms of a model random values and valid indices, and tie shared bases."""
     generator = torch.Generator().manual_seed(7)
     for module in model.modules():
         if isinstance(module, FormLinear):
@@ -89,6 +96,9 @@ def fill(model: nn.Module) -> None:
             chosen = torch.randperm(sizes[0] * sizes[1], generator=generator)[: module.nonzeros]
             for name, tensor in encode(module.code, chosen.sort().values, *sizes).items():
                 module.get_buffer(name).copy_(tensor)
+    for name, source in model.all_tied_weights_keys.items():
+        parent, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), key, model.get_parameter(source))
 
 
 def store_moe(family: str, directory: Path, dtype: torch.dtype = torch.float32) -> MadeMoe:
@@ -132,3 +142,12 @@ def changed_moe(made: MadeMoe, directory: Path, change: Callable[[dict[str, Any]
     (directory / "config.json").unlink()
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Assert equal logits up to 1e-6 of the largest one.
+
+    Products of a few rows have other bits where a tensor of a file lies at another place in memory.
+    """
+    tolerance = 1e-6 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
