@@ -2,9 +2,28 @@
 """Names of the linears behind a layer, and checks of a config that need no layer."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from orchestrator_sglang.shared.forms.base import StoredForm
+from orchestrator_sglang.shared.forms.config import EXPERTS, read_forms
 from orchestrator_sglang.shared.forms.errors import InputError
+
+
+def read_served(config: Mapping[str, Any]) -> dict[str, StoredForm]:
+    """Read the form of every compressed linear from the field `quantization_config`.
+
+    Raises:
+        InputError: A field is wrong, the format is one that this version does not read, or experts
+            are compressed.
+    """
+    forms = read_forms(config)
+    if EXPERTS in config:
+        raise InputError(
+            f"config.json: quantization_config.{EXPERTS}: compressed experts are not served yet; "
+            "serve the dense export"
+        )
+    check_bases(forms)
+    return forms
 
 
 def stored_names(prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str]:

@@ -64,13 +64,24 @@ class Flow:
             order_O: Place of every output in all values, int64; None: outputs are in order.
         """
         if order_O is not None:
-            values = torch.cat([*parts, *(each for each in seconds if each is not None)], dim=-1)
-            # faster than `index_select` on a CPU; a compiler makes the same of both
-            return values.gather(-1, order_O.expand(*values.shape[:-1], -1))
+            given = [*parts, *(each for each in seconds if each is not None)]
+            return in_order(torch.cat(given, dim=-1), order_O)
         chosen = [
             part if second is None else second for part, second in zip(parts, seconds, strict=True)
         ]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+
+
+def in_order(values: Tensor, order_O: Tensor) -> Tensor:
+    """Return values [..., O] in an order.
+
+    On a CPU, with 512 rows of 11264 values and one thread, `index_select` takes 7 ms of float32 and
+    34 ms of bfloat16, `gather` 11 and 17 ms, or 12 ms of the latter as whole numbers.
+    """
+    if values.device.type == "cpu" and values.element_size() == 2:
+        bits = values.view(torch.int16)
+        return bits.gather(-1, order_O.expand(bits.shape)).view(values.dtype)
+    return values.index_select(-1, order_O)
 
 
 class Products:

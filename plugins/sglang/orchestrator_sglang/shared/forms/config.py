@@ -5,7 +5,7 @@ Needs no transformers: programs with models of their own read checkpoints by thi
 """
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from orchestrator_sglang.shared.forms.errors import InputError
@@ -14,6 +14,8 @@ from orchestrator_sglang.shared.forms.base import StoredForm
 
 METHOD = "orchestrator"
 FORMAT_VERSION = 1
+EXPERTS_VERSION = 2
+"""Format of checkpoints with compressed experts, which programs for the other one cannot load."""
 FIELDS = (
     "quant_method",
     "format_version",
@@ -24,13 +26,21 @@ FIELDS = (
     "modules_to_not_convert",
     "report_blake2b",
 )
+EXPERTS = "experts"
+"""Field of the second format: experts modules by name, with the linears of all their experts."""
+PARTS = ("gate", "up", "down")
+"""Linears of an expert; the first is left out where experts have no gate."""
+NUMBERS = ("rank", "nonzeros")
+ENTRY_FIELDS = ("form", *NUMBERS, "index", "basis")
+"""Fields of the linears of one name in all experts of a module: a list with an item for each
+expert, 0 or empty if it has none, or one value for all that are not dense."""
 
 
 def read_forms(quantization_config: Mapping[str, Any]) -> dict[str, StoredForm]:
     """Read the form of every module that is not dense, by module name, in the config's order.
 
     All fields are checked as far as they can be without the model. No value of the config is used
-    as code, a class or a path.
+    as code, a class or a path. Linears of experts follow the others.
 
     Raises:
         InputError: A field is missing, unknown or of the wrong kind, or the format is a newer one.
@@ -40,19 +50,51 @@ def read_forms(quantization_config: Mapping[str, Any]) -> dict[str, StoredForm]:
     if method != METHOD:
         raise InputError(f"{where}.quant_method: found {reprlib.repr(method)}, need {METHOD!r}")
     version = quantization_config.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in (FORMAT_VERSION, EXPERTS_VERSION):
         raise InputError(
             f"{where}.format_version: found {reprlib.repr(version)}, this program reads "
-            f"{FORMAT_VERSION}; load it with the version of orchestrator that wrote it"
+            f"{FORMAT_VERSION} and {EXPERTS_VERSION}; load it with the version of orchestrator "
+            "that wrote it"
         )
-    if unknown := [field for field in quantization_config if field not in FIELDS]:
+    known = FIELDS if version == FORMAT_VERSION else (*FIELDS, EXPERTS)
+    if unknown := [field for field in quantization_config if field not in known]:
         raise InputError(
-            f"{where}: unknown field {reprlib.repr(unknown[0])}; known are {', '.join(FIELDS)}"
+            f"{where}: unknown field {reprlib.repr(unknown[0])}; known are {', '.join(known)}"
         )
-    modules = quantization_config.get("modules")
-    if not isinstance(modules, Mapping):
-        raise InputError(f"{where}.modules: found {reprlib.repr(modules)}, need an object")
-    return {name: _read_form(f"{where}.modules[{name!r}]", form) for name, form in modules.items()}
+    entries = dict(_object(where, "modules", quantization_config))
+    if version == EXPERTS_VERSION:
+        for module, parts in _object(where, EXPERTS, quantization_config).items():
+            for name, entry in _read_experts(f"{where}.{EXPERTS}[{module!r}]", module, parts):
+                if name in entries:
+                    raise InputError(f"{where}: {name!r} is in modules and in {EXPERTS}")
+                entries[name] = entry
+    return {
+        name: _read_form(f"{where}.modules[{name!r}]", entry) for name, entry in entries.items()
+    }
+
+
+def write_forms(
+    forms: Mapping[str, StoredForm], experts: Mapping[str, Mapping[str, Sequence[str]]]
+) -> dict[str, Any]:
+    """Make the fields `format_version`, `modules` and, with compressed experts, `experts`.
+
+    Args:
+        experts: By the name of an experts module and of a linear, its names in all experts; empty
+            if experts are stored as the model's class does.
+    """
+    inside = {name for parts in experts.values() for names in parts.values() for name in names}
+    modules = {name: form.to_json() for name, form in forms.items() if name not in inside}
+    if not experts:
+        return {"format_version": FORMAT_VERSION, "modules": modules}
+    written = {
+        module: {part: _column(forms, names) for part, names in parts.items()}
+        for module, parts in experts.items()
+    }
+    compressed = {
+        module: {part: column for part, column in parts.items() if column}
+        for module, parts in written.items()
+    }
+    return {"format_version": EXPERTS_VERSION, "modules": modules, EXPERTS: compressed}
 
 
 def misfits(
@@ -82,6 +124,60 @@ def misfits(
             yield name, reason
 
 
+def _object(where: str, field: str, quantization_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = quantization_config.get(field)
+    if not isinstance(found, Mapping):
+        raise InputError(f"{where}.{field}: found {reprlib.repr(found)}, need an object")
+    return found
+
+
+def _read_experts(where: str, module: str, parts: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the linears of a module that are not dense, with entries as `modules` has them."""
+    if not isinstance(parts, Mapping) or not set(parts) <= {*PARTS}:
+        raise InputError(f"{where}: found {reprlib.repr(parts)}, need {', '.join(PARTS)}")
+    for part, columns in parts.items():
+        if not isinstance(columns, Mapping) or not set(columns) <= {*ENTRY_FIELDS}:
+            known = ", ".join(ENTRY_FIELDS)
+            raise InputError(f"{where}.{part}: found {reprlib.repr(columns)}, need {known}")
+        lengths = {len(column) for column in columns.values() if isinstance(column, list)}
+        if len(lengths) != 1:
+            found = ", ".join(map(str, sorted(lengths))) or "no list"
+            raise InputError(
+                f"{where}.{part}: found {found}, need lists of one length, an item for each expert"
+            )
+        for expert in range(*lengths):
+            row = {
+                name: column[expert] if isinstance(column, list) else column
+                for name, column in columns.items()
+            }
+            given = {name: each for name, each in row.items() if not _is_default(each)}
+            # a value for all does not apply to experts that have nothing else
+            if any(isinstance(columns[name], list) for name in given):
+                yield f"{module}.{expert}.{part}", given
+
+
+def _is_default(value: Any) -> bool:
+    """Test for the value of a field that is not given: 0 or an empty name."""
+    return type(value) in (int, str) and not value
+
+
+def _column(forms: Mapping[str, StoredForm], names: Sequence[str]) -> dict[str, Any]:
+    """Make the entry of the linears of one name; empty if all are dense."""
+    rows = [forms[name].to_json() if name in forms else {} for name in names]
+    columns: dict[str, Any] = {}
+    for field in ENTRY_FIELDS:
+        default = 0 if field in NUMBERS else ""
+        column = [row.get(field, default) for row in rows]
+        if any(column):
+            columns[field] = column
+    compressed = [row for row in rows if row]
+    if all(any(row.get(field) for field in NUMBERS) for row in compressed):
+        for field in columns.keys() - {*NUMBERS}:
+            if len({row.get(field) for row in compressed}) == 1:
+                columns[field] = compressed[0][field]
+    return columns
+
+
 def _read_form(where: str, entry: Any) -> StoredForm:
     form = entry.get("form") if isinstance(entry, Mapping) else None
     module = FORMS.get(form) if isinstance(form, str) else None
@@ -89,8 +185,8 @@ def _read_form(where: str, entry: Any) -> StoredForm:
         known = "; ".join(f"{name} with {', '.join(each.fields)}" for name, each in FORMS.items())
         raise InputError(f"{where}: found {reprlib.repr(entry)}, need a form: {known}")
     for name, value in entry.items():
-        if type(value) is not (int if name in ("rank", "nonzeros") else str):
-            need = "a whole number" if name in ("rank", "nonzeros") else "a name"
+        if type(value) is not (int if name in NUMBERS else str):
+            need = "a whole number" if name in NUMBERS else "a name"
             raise InputError(f"{where}.{name}: found {reprlib.repr(value)}, need {need}")
         if type(value) is int and abs(value) >= 2**63:
             raise InputError(f"{where}.{name}: found {reprlib.repr(value)}, need one below 2^63")
