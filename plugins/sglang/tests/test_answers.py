@@ -16,7 +16,6 @@ CASES = [
     # biases of queries, keys and values
     "qwen2",
     "qwen3",
-    "mistral",
     # queries, keys and values in one linear of the checkpoint, gate and up in another
     "phi3",
 ]
