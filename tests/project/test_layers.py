@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "datasets transformers PIL",
     "models.shards": "errors plan store device models.experts models.forms models.checkpoint "
     "models.survey torch transformers accelerate numpy",
-    "models.statistics": "plan linalg models.experts models.shards torch transformers",
+    "models.statistics": "plan device linalg models.experts models.shards torch transformers",
     "models.evaluation": "errors readable plan store device linalg models.forms models.checkpoint "
     "models.survey models.shards torch safetensors transformers numpy",
     "models.training": "errors plan randomness recipe device linalg models.forms models.shards "

@@ -7,9 +7,9 @@ T tokens of a chunk, N rows of a call, C channels.
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from orchestrator.device.transport import bring
 from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.models.experts.module import Experts, RoutedRows
@@ -35,16 +35,13 @@ class ChunkRows:
     def __init__(self, shard: Shard, *, is_weighted: bool) -> None:
         self._shard, self._is_weighted = shard, is_weighted
         self._places_N: Tensor | None = None
+        self._mask: Tensor | None = None
         self._is_real_T: Tensor | None = None
 
     def start(self, chunk: Chunk) -> None:
         """Take the mask of a chunk; once per chunk, since all hooks select with the same."""
         self._places_N = chunk.places(self._shard.device)
-        self._is_real_T = None
-        if self._places_N is not None:
-            self._is_real_T = torch.zeros(chunk.mask.numel(), dtype=torch.bool)
-            self._is_real_T = self._is_real_T.to(self._shard.device)
-            self._is_real_T[self._places_N] = True
+        self._mask, self._is_real_T = chunk.mask, None
 
     def select(
         self, states: Tensor, routed: RoutedRows | None = None, *, weighted: bool = False
@@ -60,13 +57,20 @@ class ChunkRows:
         if routed is None:
             return rows_at(states, self._places_N)
         weights_N = routed.weights_N
-        if self._is_real_T is not None:
-            is_real_N = self._is_real_T[routed.tokens_N]
+        if self._places_N is not None:
+            is_real_N = self._is_real()[routed.tokens_N]
             states = states[is_real_N]
             weights_N = None if weights_N is None else weights_N[is_real_N]
         if weights_N is None or not (weighted and self._is_weighted):
             return states
         return states.float() * weights_N.detach().float()[:, None]
+
+    def _is_real(self) -> Tensor:
+        """Mask [B T] of the chunk on the device, copied for the first expert that needs it."""
+        if self._is_real_T is None:
+            assert self._mask is not None
+            self._is_real_T = bring(self._mask.reshape(-1), self._shard.device)
+        return self._is_real_T
 
 
 class Pools:

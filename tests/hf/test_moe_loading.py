@@ -50,7 +50,7 @@ def test_every_family_loads_saves_and_generates(family, stored_moe, tmp_path):
     assert_same(logits(again), expected)
 
 
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
 def test_a_program_without_the_format_stops(family, stored_moe, tmp_path):
     """The guard has another shape than the tensor of all experts, which no program can make up."""
     made = stored_moe(family)

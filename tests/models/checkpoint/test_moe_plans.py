@@ -86,7 +86,7 @@ def test_every_form_computes_the_same_as_its_dense_weight(made_of, family):
     torch.testing.assert_close(logits(model), reference, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "granitemoe", "gpt_oss"])
 def test_experts_that_are_not_compressed_are_copied(made_of, moe_checkpoint, tmp_path, family):
     """They have the names, shapes and bits on disk of the dense checkpoint, for every program that
     loads it, and saving keeps them; the format is the first one."""
@@ -125,7 +125,7 @@ def test_one_compressed_linear_makes_all_experts_modules(made_of):
     assert not [name for name in found if name.endswith(("up_proj.weight", "gate_proj.weight"))]
 
 
-@pytest.mark.parametrize("plan", ["every form", "attention", "one"])
+@pytest.mark.parametrize("plan", ["every form", "attention"])
 def test_shards_of_the_checkpoint_compute_the_same(made_of, plan):
     """The written and the planned checkpoint have the logits of stock transformers."""
     made = made_of("qwen3_moe", plan)
