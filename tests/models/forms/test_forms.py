@@ -135,8 +135,11 @@ def test_a_pivoted_linear_copies_its_outputs_once_without_gradients(dtype, bias)
     assert torch.equal(found, expected.detach())
     copies = {"cat", "copy", "clone"} & operations.names
     assert bool(copies) == (dtype is torch.bfloat16)
+    # products of one row have another order
+    tolerance = (1e-2 if dtype is torch.bfloat16 else 1e-6) * float(found.abs().max())
     with torch.inference_mode():
-        torch.testing.assert_close(module(x_BTI[:1, :1]), found[:1, :1])
+        one_row = module(x_BTI[:1, :1])
+        torch.testing.assert_close(one_row, found[:1, :1], rtol=0, atol=tolerance)
         assert module(x_BTI[:, :0]).shape == (2, 0, 50)
 
 
