@@ -7,17 +7,26 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from benchmarks.images.pictures import COLOURS, WORDS, Scene, Thing, scenes, write_scenes
+from benchmarks.images.pictures import (
+    CENTRES,
+    COLOURS,
+    WORDS,
+    DrawnScene,
+    Thing,
+    scenes,
+    write_scenes,
+)
 from benchmarks.images.tiny_llava import IMAGE_TOKENS, VOCABULARY, make_llava
 
 
 def test_a_picture_shows_what_its_caption_says():
-    """The colours of the two shapes are at their places, and no others are in the picture."""
-    first, second = Thing("big", "red", "square"), Thing("small", "blue", "circle")
-    image = Scene(first, second, "left of", 3).draw()
-    assert image.getpixel((8, 16)) == COLOURS["red"]
-    assert image.getpixel((24, 16)) == COLOURS["blue"]
-    assert len(image.getcolors()) == 3
+    """The colours of the four shapes are at their places, and no others are in the picture."""
+    colours = ("red", "blue", "green", "white")
+    scene = DrawnScene(tuple(Thing("big", each, "square") for each in colours), 3)
+    image = scene.draw()
+    for colour, centre in zip(colours, CENTRES, strict=True):
+        assert image.getpixel(centre) == COLOURS[colour]
+    assert len(image.getcolors()) == 5
 
 
 def test_captions_are_words_of_the_vocabulary(tmp_path):

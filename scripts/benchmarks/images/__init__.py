@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from benchmarks.common.figures import say
-from benchmarks.images.pictures import Scene, scenes, write_scenes
+from benchmarks.images.pictures import DrawnScene, scenes, write_scenes
 from benchmarks.images.tiny_llava import TinyLlava, make_llava, train
 
 import orchestrator
@@ -22,21 +22,26 @@ from orchestrator import Recipe
 
 METHODS = ("svd-llm", "mgaa", "two-sided")
 """The first gives all linears the same kept fraction."""
-KEEPS = (0.8, 0.6)
+KEEPS = (0.8, 0.6, 0.4, 0.3)
 CALIBRATIONS = ("images", "text")
 LENGTH = 40
 """Tokens of a record: 16 of the picture, and a caption."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", metavar="N", type=int, default=1500, help="of training")
+    parser.add_argument("--steps", metavar="N", type=int, default=2000, help="of training")
     parser.add_argument("--pictures", metavar="N", type=int, default=128, help="of calibration")
     parser.add_argument("--held-out", metavar="N", type=int, default=128)
     parser.add_argument("--methods", metavar="NAME", nargs="+", default=METHODS)
     parser.add_argument("--keep", metavar="FRACTION", type=float, nargs="+", default=KEEPS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", metavar="DIR", type=Path, help="keep all files there")
+    parser.add_argument(
+        "--directory",
+        metavar="DIR",
+        type=Path,
+        help="keep all files there; a model in its folder dense is not trained again",
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -55,12 +60,15 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         "text": write_scenes(root / "captions.jsonl", ours, with_images=False),
     }
     test = write_scenes(root / "held-out.jsonl", held_out, with_images=True)
-    tiny = make_llava(options.seed)
-    say(f"training {sum(p.numel() for p in tiny.model.parameters()):,} parameters")
-    losses = train(tiny, steps=options.steps, seed=options.seed + 1, avoid=held_out)
-    dense = root / "dense"
-    tiny.save(dense)
-    rows = [evaluated("dense", dense, dense, tiny, test, held_out)]
+    dense, losses = root / "dense", list[float]()
+    if dense.is_dir():
+        tiny = TinyLlava.load(dense)
+    else:
+        tiny = make_llava(options.seed)
+        say(f"training {sum(p.numel() for p in tiny.model.parameters()):,} parameters")
+        losses = train(tiny, steps=options.steps, seed=options.seed + 1, avoid=held_out)
+        tiny.save(dense)
+    rows = [evaluated("dense", dense, dense, tiny, test=test, held_out=held_out)]
     print_row(rows[0])
     for calibration in CALIBRATIONS:
         for method in options.methods:
@@ -68,19 +76,21 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
             for keep in options.keep:
                 name = f"{method}-{calibration}-{keep}"
                 if run_dir is None:
-                    recipe = _recipe(dense, root / name, texts[calibration], method, keep)
+                    recipe = _recipe(
+                        dense, root / name, text=texts[calibration], method=method, keep=keep
+                    )
                     run_dir = orchestrator.compress(recipe).run_dir
                 else:
                     orchestrator.retarget(
                         str(run_dir), str(root / name), keep=keep, executor="local"
                     )
-                row = evaluated(method, root / name, dense, tiny, test, held_out)
+                row = evaluated(method, root / name, dense, tiny, test=test, held_out=held_out)
                 rows.append(row | {"calibration": calibration, "keep": keep})
                 print_row(rows[-1])
     return {"training_losses": losses, "rows": rows}
 
 
-def _recipe(dense: Path, out: Path, text: str, method: str, keep: float) -> Recipe:
+def _recipe(dense: Path, out: Path, *, text: str, method: str, keep: float) -> Recipe:
     return Recipe(
         model=str(dense),
         out=str(out),
@@ -99,8 +109,9 @@ def evaluated(
     directory: Path,
     dense: Path,
     tiny: TinyLlava,
+    *,
     test: str,
-    held_out: Sequence[Scene],
+    held_out: Sequence[DrawnScene],
 ) -> dict[str, Any]:
     """Perplexity and KL by `orchestrator.evaluate`, exact captions by greedy generation."""
     found = orchestrator.evaluate(

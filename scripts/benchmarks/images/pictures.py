@@ -1,6 +1,6 @@
-"""Pictures of two shapes, and their captions.
+"""Pictures of four shapes, and their captions, from the top left to the bottom right.
 
-a small red circle left of a big blue square
+small red circle , big blue square , big white cross , small green square
 """
 
 import json
@@ -21,11 +21,10 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 4, "big": 7}
+SIZES = {"small": 3, "big": 6}
 """Half of the side in pixels."""
-PLACES = {"left of": ((8, 16), (24, 16)), "above": ((16, 8), (16, 24))}
-"""Centres of the first and the second shape."""
-WORDS = ("a", *SIZES, *COLOURS, *SHAPES, "left", "of", "above")
+CENTRES = ((8, 8), (24, 8), (8, 24), (24, 24))
+WORDS = (*SIZES, *COLOURS, *SHAPES, ",")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,28 +37,26 @@ class Thing:
 
     @property
     def words(self) -> str:
-        return f"a {self.size} {self.colour} {self.shape}"
+        return f"{self.size} {self.colour} {self.shape}"
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
-    """Two shapes and their places, with a seed of the noise and of the shifts."""
+class DrawnScene:
+    """Four shapes, and a seed of the background and of the shifts."""
 
-    first: Thing
-    second: Thing
-    relation: str
+    things: tuple[Thing, ...]
     seed: int
 
     @property
     def caption(self) -> str:
-        return f"{self.first.words} {self.relation} {self.second.words}"
+        return " , ".join(thing.words for thing in self.things)
 
     def draw(self) -> Image.Image:
-        """Draw the scene; the shapes are shifted by up to two pixels."""
+        """Draw the scene; the shapes are shifted by up to one pixel."""
         rng = random.Random(self.seed)
         image = Image.new("RGB", (SIDE, SIDE), (rng.randrange(40),) * 3)
         canvas = ImageDraw.Draw(image)
-        for thing, (x, y) in zip((self.first, self.second), PLACES[self.relation], strict=True):
+        for thing, (x, y) in zip(self.things, CENTRES, strict=True):
             half, colour = SIZES[thing.size], COLOURS[thing.colour]
             x, y = x + rng.randint(-1, 1), y + rng.randint(-1, 1)
             box = (x - half, y - half, x + half, y + half)
@@ -76,19 +73,17 @@ class Scene:
         return image
 
 
-def scenes(seed: int, count: int) -> list[Scene]:
+def scenes(seed: int, count: int) -> list[DrawnScene]:
     """Draw scenes at random."""
     rng = random.Random(seed)
 
     def thing() -> Thing:
         return Thing(rng.choice([*SIZES]), rng.choice([*COLOURS]), rng.choice(SHAPES))
 
-    return [
-        Scene(thing(), thing(), rng.choice([*PLACES]), rng.randrange(2**31)) for _ in range(count)
-    ]
+    return [DrawnScene(tuple(thing() for _ in CENTRES), rng.randrange(2**31)) for _ in range(count)]
 
 
-def write_scenes(path: Path, of: Sequence[Scene], *, with_images: bool) -> str:
+def write_scenes(path: Path, of: Sequence[DrawnScene], *, with_images: bool) -> str:
     """Write records with pictures and captions, or with captions alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures = path.parent / path.stem

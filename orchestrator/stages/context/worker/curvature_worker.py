@@ -64,7 +64,7 @@ class GradientPass:
             generator = self._settings.randomness.labels(index, worker.device)
 
             def grads(logits_BTV: Tensor) -> Tensor:
-                return draw_label_gradient(logits_BTV, chunk.predicting, generator)
+                return draw_label_gradient(logits_BTV, chunk.mask, generator)
 
             passed = opened.calibration.backward(chunk, grads)
         else:
