@@ -56,24 +56,6 @@ def test_one_shard_and_two_give_the_same_bytes(model, records, result, tmp_path)
     assert (alone.out / name).read_bytes() != (result.out / name).read_bytes()
 
 
-class StoppedHereError(Exception):
-    """End of a run from outside."""
-
-
-def test_a_stopped_run_is_resumed_to_the_same_bytes(model, records, result, tmp_path):
-    """Images and features are read again from the run directory."""
-
-    def stop(event):
-        if event["event"] == "progress" and event["stage"] == "calibrate":
-            raise StoppedHereError
-
-    fields = {"method": "two-sided", "samples": 4, "shards": 2}
-    with pytest.raises(StoppedHereError):
-        run(model, tmp_path / "out", records, **fields, on_event=stop)
-    again = run(model, tmp_path / "out", records, **fields)
-    assert contents(again.out) == contents(result.out)
-
-
 def test_the_report_counts_images_and_tokens(result):
     """Four images of 16 tokens; all other tokens are text."""
     found = result.report["calibration"]
