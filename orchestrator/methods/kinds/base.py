@@ -43,6 +43,8 @@ class Kind(ABC, Generic[R]):
 
     sizes: ClassVar[tuple[str, ...]]
     """Fields of an `Assignment` that say how much of a linear is kept."""
+    has_exact_errors: ClassVar[bool] = True
+    """False if `errors` are estimates, which a check of the files does not compare with."""
 
     @property
     def cost(self) -> "KindCost":

@@ -30,6 +30,7 @@ class SparseLowRankKind(Kind["SparseLowRank"]):
     """
 
     sizes: ClassVar[tuple[str, ...]] = ("rank", "nonzeros")
+    has_exact_errors: ClassVar[bool] = False
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -75,7 +76,10 @@ class SparseLowRankKind(Kind["SparseLowRank"]):
         return Surface.from_json(facts["curve"])
 
     def errors(self, facts: Mapping[str, Any], linear: Linear, assigned: Assignment) -> Errors:
-        """Interpolate between measured points; fitting entries lowers the errors further."""
+        """Interpolate between measured points, before entries are fitted.
+
+        Fitting lowers the loss; the error of the weight may rise.
+        """
         return self.curve(facts).errors(assigned.rank, assigned.nonzeros)
 
     def factor(

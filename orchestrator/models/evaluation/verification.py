@@ -68,7 +68,7 @@ def verify(
 
     Args:
         changes_errors: Function of a report: True if it has a stage after which the errors of
-            linears are no longer those of their decompositions.
+            linears are no longer those of their decompositions, or if it has estimates of them.
         dense: Directory of the dense checkpoint.
         linears: Number of linears to reconstruct.
         tokens: Number of probe tokens, drawn from the vocabulary with seed 0; no text is needed,

@@ -20,6 +20,7 @@ RECIPES = {
     "pivoted": {"method": "two-sided", "storage": "pivoted"},
     "sparse": {"method": "wanda"},
     "both": {"method": "cap", "options": {"cap": {"stage2": False}}},
+    "fitted": {"method": "two-sided-sparse"},
     "shared": {"method": "basis-sharing"},
     "refined": {"refine": "blocks", "options": {"refinement": {"epochs": 1}}},
 }
@@ -37,7 +38,7 @@ def llama(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_checkpoint_of_a_run_is_sound(name, llama, text, tmp_path):
-    """All forms; errors match the report up to rounding to 16 bits."""
+    """All forms; errors match the report up to rounding to 16 bits, where it has no estimates."""
     result = run(llama, tmp_path / "out", text, max_shard_size="30KB", **RECIPES[name])
     found = verify(result.out, against=llama, linears=100)
     assert found["problems"] == []
@@ -47,7 +48,7 @@ def test_the_checkpoint_of_a_run_is_sound(name, llama, text, tmp_path):
     assert found["linears"].keys() == {
         n for n, a in result.plan.assignments.items() if a.form != "dense"
     }
-    if name not in ("refined", "shared"):
+    if name not in ("refined", "shared", "fitted"):
         for linear in found["linears"].values():
             assert linear["error"] == pytest.approx(linear["reported"], rel=0.01, abs=1e-3)
     assert 0 < found["logits"]["kl"] < 5
