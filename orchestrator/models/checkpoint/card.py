@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.models.checkpoint.auto_classes import auto_classes
+from orchestrator.models.checkpoint.layout import compresses_experts, stored_forms
 from orchestrator.plan.forms import FORMS
 from orchestrator.plan.linear import Survey
 from orchestrator.plan.plan import Assignment, Plan
@@ -56,6 +57,8 @@ orchestrator export DIRECTORY DENSE --format dense    # for other engines: dense
 ```
 """
 """Section about serving the model in DIRECTORY."""
+SERVE_DENSE = "".join(line for line in SERVE.splitlines(True) if not line.startswith("vllm "))
+"""The same where experts are compressed, which only transformers reads."""
 
 _SHARED = ", on the basis of another"
 
@@ -90,7 +93,8 @@ def model_card(
         dense_parameters=survey.total_parameters,
         metrics=f"\n| measured | |\n|---|---|\n{rows}" if rows else "",
     )
-    return figures + load_section(survey.reads_images) + SERVE
+    are_served = not compresses_experts(survey, stored_forms(survey, plan))
+    return figures + load_section(survey.reads_images) + (SERVE if are_served else SERVE_DENSE)
 
 
 def pipeline_tag(reads_images: bool) -> str:
