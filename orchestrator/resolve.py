@@ -121,6 +121,13 @@ def _resolve(asked: Recipe) -> ResolvedRecipe:
     )
 
 
+def estimates_errors(method: str | None) -> bool:
+    """Test if a method is known and the errors of linears in its reports are estimates."""
+    if method is None or method not in METHODS:
+        return False
+    return not METHODS[method].kind.has_exact_errors
+
+
 def split_options(recipe: Recipe, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a table into the options of the method and of the allocation of this name.
 

@@ -108,14 +108,13 @@ def verify(
     # before torch is imported, which takes seconds
     if linears < 0:
         raise UsageError(f"linears is {linears}; it must be 0 or above")
-    from orchestrator.methods import METHODS
     from orchestrator.models.evaluation.verification import verify as perform
+    from orchestrator.resolve import estimates_errors
     from orchestrator.stages import STAGES
 
     def changes_errors(report: Mapping[str, Any]) -> bool:
         """Only stages that the report has are imported."""
-        method = report.get("recipe", {}).get("method")
-        if method in METHODS and not METHODS[method].kind.has_exact_errors:
+        if estimates_errors(report.get("recipe", {}).get("method")):
             return True
         return any(name in report and STAGES[name].changes_errors for name in STAGES)
 
