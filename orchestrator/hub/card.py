@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from orchestrator.models.checkpoint.auto_classes import IMAGE_TEXT
-from orchestrator.models.checkpoint.card import load_section, pipeline_tag
+from orchestrator.models.checkpoint.card import load_section, pipeline_tag, supported
 from orchestrator.models.forms.config import EXPERTS
 from orchestrator.pages.evaluations import (
     AGREEMENT,
@@ -61,14 +61,11 @@ def published_card(source: Source, repo: str, config: Mapping[str, Any]) -> str:
     tag = pipeline_tag(_reads_images(config))
     data = _front_matter(out, source.recipe.get("model"), base, tag=tag)
     serve = _SERVE.format(repo=repo, local=repo.rpartition("/")[2])
-    if EXPERTS in config["quantization_config"]:
-        # compressed experts are not served
-        serve = "".join(line for line in serve.splitlines(True) if not line.startswith("vllm "))
     sections = (
         _summary(source, base),
         *_evaluations(source),
         load_section(_reads_images(config)).replace("DIRECTORY", repo),
-        serve,
+        supported(serve, has_experts=EXPERTS in config["quantization_config"]),
         _reproduction(source, out),
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)

@@ -57,8 +57,6 @@ orchestrator export DIRECTORY DENSE --format dense    # for other engines: dense
 ```
 """
 """Section about serving the model in DIRECTORY."""
-SERVE_DENSE = "".join(line for line in SERVE.splitlines(True) if not line.startswith("vllm "))
-"""The same where experts are compressed, which only transformers reads."""
 
 _SHARED = ", on the basis of another"
 
@@ -93,8 +91,14 @@ def model_card(
         dense_parameters=survey.total_parameters,
         metrics=f"\n| measured | |\n|---|---|\n{rows}" if rows else "",
     )
-    are_served = not compresses_experts(survey, stored_forms(survey, plan))
-    return figures + load_section(survey.reads_images) + (SERVE if are_served else SERVE_DENSE)
+    has_experts = compresses_experts(survey, stored_forms(survey, plan))
+    return figures + load_section(survey.reads_images) + supported(SERVE, has_experts=has_experts)
+
+
+def supported(section: str, *, has_experts: bool) -> str:
+    """Section about serving without vLLM's line if experts are compressed, which it refuses."""
+    lines = section.splitlines(keepends=True)
+    return "".join(line for line in lines if not (has_experts and line.startswith("vllm ")))
 
 
 def pipeline_tag(reads_images: bool) -> str:
