@@ -63,7 +63,9 @@ def compensate_block(
     found = {each.name: _factored(compressed.module(each.name)) for each in linears}
     modules = {name: module for name, module in found.items() if module is not None}
     fitted = [each for each in linears if each.name in modules]
-    at_site = {each.site: [x for x in fitted if x.site == each.site] for each in fitted}
+    at_site: dict[str, list[Linear]] = {}
+    for each in fitted:
+        at_site.setdefault(each.site, []).append(each)
     chunks = {"dense_inputs": dense_inputs, "inputs": inputs}
     for sites in split_sites(compressed, fitted):
         firsts = [at_site[site][0] for site in sites]
