@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VLLM = "plugins/vllm/orchestrator_vllm"
 SGLANG = "plugins/sglang/orchestrator_sglang/shared"
 FOLDERS = (f"{VLLM}/forms", SGLANG, f"{SGLANG}/forms")
-"""Folders that have copies and nothing else."""
+"""Folders of copies."""
 SHARED = ("factored", "layout", "names", "products", "shards")
 """Files of the package for vLLM that need no server."""
 HEAD = "# Copy of {source}, by scripts/vendor_forms.py; change that file.\n"

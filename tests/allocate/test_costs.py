@@ -118,7 +118,7 @@ def test_times_are_measured_ones_and_interpolated_between():
 @FORMS
 def test_ranks_are_allowed_below_the_time_of_dense(form):
     """The first ones, also where noise makes a smaller rank slower; the steps of a linear add up
-    to its dense time, and none costs less than nothing."""
+    to its dense time, and none has a negative cost."""
     cost = time_cost(MODEL, bumps=5.0)
     allowed = AllowedRanks(form, 1, cost)
     for linear in MODEL:

@@ -101,7 +101,7 @@ def test_the_file_is_what_compress_reads(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_wrong_flags_are_refused(flags, code, says, tmp_path, capsys, monkeypatch):
-    """In one line; nothing is written."""
+    """Refusals are one line, before a file is written."""
     monkeypatch.chdir(tmp_path)
     write_llama(tmp_path / "dense", blocks=1)
     assert main(["bench", "dense", *flags]) == code

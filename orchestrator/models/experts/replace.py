@@ -1,4 +1,4 @@
-"""Replacement of the fused experts modules of a model, and the check that nothing else changes.
+"""Replacement of the fused experts modules of a model, and the check that both compute the same.
 
 Fused modules are found by their tensors, not by the name of a family. Each class is tried on small
 numbers first: what does not compute the same as `Experts` is refused.

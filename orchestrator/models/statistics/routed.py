@@ -21,7 +21,7 @@ POOLED_TOKENS = 32
 """Tokens of the block's mean that are added to the statistics of a rare expert.
 
 They decide little about accuracy. An expert without a token has no energy, and an allocation over
-the whole model would cut it to nothing."""
+the whole model would cut it to its smallest rank."""
 
 
 class ChunkRows:

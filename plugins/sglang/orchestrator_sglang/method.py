@@ -74,4 +74,4 @@ class FactoredLinearMethod(FactoredLinear, LinearMethodBase):
 
 
 def _alone(values: Tensor) -> NoReturn:
-    raise AssertionError("one rank exchanges nothing")
+    raise AssertionError("a collective was called on one rank")

@@ -166,7 +166,7 @@ def test_experts_with_other_arguments_are_refused(fused):
 
 @pytest.mark.parametrize("holder", ["experts", "experts.act_fn"])
 def test_experts_with_other_tensors_are_refused(fused, holder):
-    """A tensor that no linear of an expert has, as of a norm, is named; nothing is replaced."""
+    """A tensor that no linear of an expert has, as of a norm, is named; the model is unchanged."""
     fused.get_submodule(holder).scale = nn.Parameter(torch.ones(4))
     with pytest.raises(InputError, match=r"scale \[4\]\); such experts are not supported"):
         replace_experts(fused)

@@ -151,7 +151,7 @@ def _read_experts(where: str, module: str, parts: Any) -> Iterator[tuple[str, di
                 for name, column in columns.items()
             }
             given = {name: each for name, each in row.items() if not _is_default(each)}
-            # a value for all does not apply to experts that have nothing else
+            # an expert is dense if its items of all lists are defaults
             if any(isinstance(columns[name], list) for name in given):
                 yield f"{module}.{expert}.{part}", given
 
