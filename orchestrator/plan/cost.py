@@ -71,8 +71,8 @@ class OperationCost(Cost):
 
     Those of two factors, plain or pivoted, are as many as their values. Linears that share a basis
     are in different blocks and have different inputs, so that each multiplies by it. A sparse
-    weight is multiplied as a dense one, and so are entries beside factors, in addition to them. Each expert counts as if every
-    token passed it.
+    weight is multiplied as a dense one, and so are entries beside factors, in addition to them.
+    Each expert counts as if every token passed it.
     """
 
     name = "operations"
