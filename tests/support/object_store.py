@@ -1,13 +1,13 @@
 """Real S3 server in a separate process, and access to its objects."""
 
-import socket
+import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from orchestrator.store.places import Remote
 
@@ -61,27 +61,30 @@ class ObjectStore:
 
 @contextmanager
 def object_store() -> Iterator[ObjectStore]:
-    """Start the server on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen(command, **quiet)
-    try:
-        end = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                assert server.poll() is None, "the server has ended"
-                assert time.monotonic() < end, "the server does not answer"
-                time.sleep(0.05)
-        yield ObjectStore(port)
-    finally:
-        server.kill()
-        server.wait()
+    """Start the server on a port that it chooses: one found beforehand may be taken by then."""
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as server,
+        ThreadPoolExecutor(1) as reader,
+    ):
+        assert server.stderr is not None
+        try:
+            port = _port_in(server.stderr)
+            # requests are logged: a full pipe would stop the server
+            reader.submit(deque, server.stderr, 0)
+            yield ObjectStore(port)
+        finally:
+            server.kill()
+
+
+def _port_in(log: Iterable[str]) -> int:
+    """Read the log of the server up to the line with its address."""
+    for line in log:
+        if found := re.search(r"Running on http://127.0.0.1:(\d+)", line):
+            return int(found[1])
+    raise AssertionError("the server has ended")
 
 
 def remote(uri: str) -> Remote:
