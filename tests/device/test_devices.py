@@ -9,7 +9,7 @@ from collections import Counter
 import families
 import pytest
 import torch
-from families import FAMILIES, _llama, write_checkpoint, write_model
+from families import _llama, write_checkpoint, write_model
 from pipeline import SENTENCES, add_tokenizer, contents, run, write_text
 from pretend import TO_HOST, pretended_device
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -141,8 +141,13 @@ def assert_a_step_is_read_once(device):
     assert all(count <= 2 * 3 for count in waits.values()), waits
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        *((method, "bfloat16") for method in METHODS),
+        *((method, "float32") for method in ("svd-llm", "cap", "two-sided", "two-sided-sparse")),
+    ],
+)
 def test_methods(method, dtype, model, text, tmp_path):
     """Every method writes the CPU's files; no line of a pass reads more than once a sequence."""
     fields = FEW.get(method, {})
@@ -154,7 +159,7 @@ def test_methods(method, dtype, model, text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3", "opt"])
 def test_families(family, text, tmp_path, monkeypatch):
     """Other families give the CPU's files, with their masks, norms, biases and weight layouts."""
     monkeypatch.setattr(families, "BLOCKS", 2)
@@ -180,13 +185,11 @@ def test_refits(method, model, text, tmp_path):
     [
         ("input", "new"),
         ("anchored", "kept"),
-        ("anchored", "new"),
-        ("blend", "kept"),
         ("blend", "new"),
     ],
 )
 def test_compensation(mode, basis, model, text, tmp_path, runs):
-    """Every objective gives the CPU's files, with the left factor kept and with a new one."""
+    """Every objective gives the CPU's files, with the left factor kept or with a new one."""
     fields = {"runs": runs / "low_rank", "options": {"compensation": {"basis": basis}}}
     fields["compensate"] = mode
     compress_on_both(model["float32"], text, tmp_path, **fields)
@@ -199,21 +202,26 @@ def test_compensation_of_forms(form, model, text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["blocks", "in_order", "swept"])
+@pytest.mark.parametrize("mode", ["blocks", "in_order"])
 def test_refinement(mode, model, text, tmp_path, runs):
-    """Blocks trained separately, in order, or both give the CPU's files."""
+    """Blocks trained separately or in order give the CPU's files; both are in the whole recipe."""
     fields = {"runs": runs / "low_rank", "options": {"refinement": REFINEMENT}}
     device = compress_on_both(model["float32"], text, tmp_path, refine=mode, **fields)
-    if mode != "swept":
-        assert_a_step_is_read_once(device)
+    assert_a_step_is_read_once(device)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["all", "lean", "light"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [
+        *((form, "all") for form in FORMS),
+        *((form, "light") for form in ("pivoted", "low_rank_sparse")),
+        ("low_rank", "lean"),
+    ],
+)
 def test_training(form, mode, model, text, tmp_path, runs):
-    """Every form trained in every mode, in two shards, gives the CPU's files; dense linears are
-    beside those of the form."""
+    """Every form trained whole, and forms of each kind in the other modes, in two shards, give the
+    CPU's files; dense linears are beside those of the form."""
     fields = with_options(FORMS[form], training=TRAINING) | {"runs": runs / f"{form} trained"}
     fields |= {"train": mode, "target": THREE}
     device = compress_on_both(model["float32"], text, tmp_path, **fields)
@@ -261,8 +269,7 @@ def compressed(request, model, text, tmp_path_factory):
     return dense, out
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("compares", [False, True])
+@pytest.mark.parametrize(("compares", "padded"), [(True, False), (False, True)])
 def test_evaluation(compares, padded, compressed, text, documents, tmp_path):
     """Perplexity, alone and against the dense model, has the CPU's figures."""
     dense, out = compressed

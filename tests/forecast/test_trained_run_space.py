@@ -322,7 +322,7 @@ PLAIN = TRAINED | {"method": "svd-llm", "storage": "plain", "keep": 0.5}
     ("fields", "is_small"),
     [
         (FAST | {"samples": 6, "sequence_length": 96}, True),
-        (FAST | {"samples": 24, "sequence_length": 384}, False),
+        (FAST | {"samples": 16, "sequence_length": 384}, False),
         (TRAINED, True),
         (TRAINED, False),
         (PLAIN | {"samples": 12, "sequence_length": 384}, True),

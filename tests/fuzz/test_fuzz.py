@@ -1,4 +1,4 @@
-"""Thousands of hostile inputs to all readers: only documented errors are raised."""
+"""Two thousand hostile inputs to all readers: only documented errors are raised."""
 
 import json
 import shutil
@@ -85,7 +85,7 @@ def read_all(directory):
     return found
 
 
-@many(max_examples=700)
+@many(max_examples=350)
 @given(data=st.data())
 def test_headers(data, room):
     """A header with invalid fields, and a file with invalid bytes."""
@@ -99,7 +99,7 @@ def test_headers(data, room):
     documented(read_all, put(room / "m", config__json=b"{}", model__safetensors=content))
 
 
-@many(max_examples=400)
+@many(max_examples=200)
 @given(data=st.data())
 def test_indexes(data, room):
     """An index that names missing files, or files elsewhere."""
@@ -114,7 +114,7 @@ def test_indexes(data, room):
     documented(read_all, directory)
 
 
-@many(max_examples=500)
+@many(max_examples=250)
 @given(data=st.data())
 def test_configs(data, room, dense, compressed):
     """Invalid configs of a dense and of a compressed model."""
@@ -123,7 +123,7 @@ def test_configs(data, room, dense, compressed):
     documented(Architecture.read, put(room / "m", config__json=drawn(data, config)))
 
 
-@many(max_examples=120)
+@many(max_examples=60)
 @given(data=st.data())
 def test_models(data, room, dense, compressed):
     """A whole model is surveyed without its weights, for any config."""
@@ -137,7 +137,7 @@ def test_models(data, room, dense, compressed):
         documented(found.survey)
 
 
-@many(max_examples=600)
+@many(max_examples=300)
 @given(data=st.data())
 def test_forms(data, compressed):
     """Forms, ranks, nonzeros, codes and bases of a compressed checkpoint."""
@@ -155,7 +155,7 @@ def test_forms(data, compressed):
         assert all(reason for _, reason in misfits(found, sizes))
 
 
-@many(max_examples=500)
+@many(max_examples=250)
 @given(data=st.data())
 def test_index_codes(data):
     """A sound index names ascending positions of the weight; any other is refused."""
@@ -182,7 +182,7 @@ def test_index_codes(data):
         assert 0 <= found[0] <= found[-1] < 15
 
 
-@many(max_examples=25)
+@many(max_examples=20)
 @given(data=st.data())
 def test_exports(data, room, compressed):
     """An export reads all of a checkpoint whose files and config have invalid bytes."""
@@ -207,7 +207,7 @@ def plan(dense):
     return mixed_plan(LazyModel.open(dense).survey())
 
 
-@many(max_examples=400)
+@many(max_examples=200)
 @given(data=st.data())
 def test_plans(data, plan):
     """An accepted plan goes to JSON and back."""
@@ -232,7 +232,7 @@ def ran(dense, tmp_path_factory):
     return Path(result.run_dir)
 
 
-@many(max_examples=300)
+@many(max_examples=150)
 @given(data=st.data())
 def test_states(data, room):
     """run.json, status.json, hold.json and events.jsonl, with invalid fields and bytes."""
@@ -260,7 +260,7 @@ def page_of(place):
         return report_page(read_source(place))
 
 
-@many(max_examples=200)
+@many(max_examples=100)
 @given(data=st.data())
 def test_manifests(data, room, ran):
     """A manifest with invalid parts, its hash wrong or recomputed: it is committed, or it is
@@ -286,7 +286,7 @@ def test_manifests(data, room, ran):
     units.facts(key, {})
 
 
-@many(max_examples=60)
+@many(max_examples=30)
 @given(data=st.data())
 def test_pages(data, room, ran):
     """Page of a run whose units have unexpected content."""
@@ -311,7 +311,7 @@ def test_pages(data, room, ran):
     path.write_bytes(before)
 
 
-@many(max_examples=150)
+@many(max_examples=75)
 @given(data=st.data())
 def test_chunks(data, room):
     """A chunk with invalid bytes is missing, never another chunk."""
@@ -331,7 +331,7 @@ def test_chunks(data, room):
 # ---- text
 
 
-@many(max_examples=400)
+@many(max_examples=200)
 @given(data=st.data())
 def test_records(data, room):
     """Lines that are not records, or have no text."""
@@ -343,7 +343,7 @@ def test_records(data, room):
         "".join(found).encode()
 
 
-@many(max_examples=150)
+@many(max_examples=75)
 @given(data=st.data())
 def test_tables(data, room):
     """Parquet files with invalid bytes."""

@@ -28,7 +28,7 @@ RECIPE = {
 }
 
 
-@many(max_examples=700)
+@many(max_examples=350)
 @given(values=mutated(RECIPE))
 def test_recipes(values):
     """Fields of wrong types and values; an accepted recipe can be written and read again."""
@@ -54,7 +54,7 @@ epochs = 2
 """
 
 
-@many(max_examples=400)
+@many(max_examples=200)
 @given(content=garbled(TOML))
 def test_recipe_files(content, room):
     """Files that are almost TOML."""
@@ -65,7 +65,7 @@ def test_recipe_files(content, room):
         documented(make_recipe, found)
 
 
-@many(max_examples=500)
+@many(max_examples=250)
 @given(text=st.text(max_size=30) | st.text("a.=[]{}\"'0x1e,_9#\n ", max_size=30))
 def test_words_of_the_command_line(text):
     """Options, variations, sizes and places."""

@@ -91,7 +91,7 @@ def test_every_form_is_trained_on_its_support(case, mode, untrained, text, tmp_p
     assert bool(orchestrator.load(result.out)(input_ids=TOKENS).logits.isfinite().all())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3"])
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
 def test_families_are_trained(family, checkpoint, text, tmp_path, monkeypatch):
     """Norms, biases and transposed weights have the right names in the file; two shards."""
     several(monkeypatch, size=2)
