@@ -24,7 +24,7 @@ class Cut(Protocol):
 
     @property
     def basis(self) -> str:
-        """Name of the linear whose `down` [R, I] is used; empty: its own."""
+        """Name of the linear whose basis is used, `down` [R, I] of a low rank; empty: its own."""
         ...
 
 
