@@ -14,6 +14,7 @@ class OutputBasisForm(Form):
     title = "low-rank with an output basis"
     module = "orchestrator.models.forms.output_basis:OutputBasisLinear"
     has_rank = True
+    shares_left = True
 
     def values(self, linear: Linear, cut: Cut) -> int:
         """R I, and R O unless the basis is another linear's."""
