@@ -1,8 +1,9 @@
 """Sizes of a model that decide time and memory, from its config or with its headers.
 
-A config alone is enough for the families of `FAMILIES`. Of another one the tensors' headers say
-which matrices its blocks hold; that linears read the same input they do not say, so there each
-linear is counted with a statistic of its own, which forecasts too much rather than too little.
+For the families of `FAMILIES` there are formulas, without torch. Of another one the class is built
+and surveyed (`surveyed`). Without a survey the tensors' headers say which matrices the blocks hold;
+that linears read the same input they do not say, so there each linear is counted with a statistic
+of its own, which forecasts too much rather than too little.
 """
 
 import math
@@ -150,8 +151,8 @@ def from_config(config: Mapping[str, Any], where: str) -> Shapes:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise InputError(
-            f"{where}: model_type is {family!r}; of {', '.join(FAMILIES)} a config is enough, of "
-            "others the safetensors files are needed beside it (their headers are read)"
+            f"{where}: model_type is {family!r}; formulas are known of {', '.join(FAMILIES)}, of "
+            "others a survey is needed, or headers"
         )
     hidden = _number(config, "hidden_size", where)
     blocks = _number(config, "num_hidden_layers", where, most=BLOCK_LIMIT)
