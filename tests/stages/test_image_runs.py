@@ -10,9 +10,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText
 
 from orchestrator.cli.main import main
+from orchestrator.errors import StoppedError
 from orchestrator.models.evaluation.scoring import score
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.stages.context.tokens import first_chunk, read_tokens
+from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.store.run import RunDirectory
 
 pytest.importorskip("PIL")
@@ -54,6 +56,30 @@ def test_one_shard_and_two_give_the_same_bytes(model, records, result, tmp_path)
     )
     name = "model.safetensors"
     assert (alone.out / name).read_bytes() != (result.out / name).read_bytes()
+
+
+@pytest.mark.parametrize("passed", [2, 6])
+def test_a_stopped_run_is_resumed_to_the_same_bytes(
+    model, records, result, tmp_path, monkeypatch, passed
+):
+    """Stopped between two chunks of the first shard, and between two gradients of the second one:
+    images and features are read again from the run directory, to the same bytes."""
+    step, steps = CompressionWorker.step, []
+
+    def stop(worker, index, emit, record):
+        if len(steps) == passed:
+            raise StoppedError("enough")
+        steps.append((worker.open_pass.opened.blocks.start, index))
+        return step(worker, index, emit, record)
+
+    fields = {"method": "two-sided", "samples": 4, "shards": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(CompressionWorker, "step", stop)
+        with pytest.raises(StoppedError):
+            run(model, tmp_path / "out", records, **fields)
+    assert steps == [(block, n) for block in (0, 2) for n in range(4)][:passed]
+    again = run(model, tmp_path / "out", records, **fields)
+    assert contents(again.out) == contents(result.out)
 
 
 def test_the_report_counts_images_and_tokens(result):
