@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from orchestrator.errors import InputError
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.models.statistics.calibration import Calibration
 
 THIRDS = (range(0, 1), range(1, 3), range(3, 4))
 
@@ -41,6 +42,27 @@ def test_shards_give_the_bits_of_the_whole_model(checkpoint, whole, family):
         assert torch.equal(sharded_logits(lazy_model, chunk, cuts), expected_BTV)
     text = padded_chunk("right")
     assert torch.equal(sharded_logits(lazy_model, text, HALVES), whole_logits(whole(family), text))
+
+
+def test_shards_with_experts_agree_with_the_whole_model(checkpoint, whole):
+    """Qwen3-VL-MoE with an image in two and three shards, up to the order of multiplication; the
+    experts of every block count the tokens of text and image, each as often as it is routed."""
+    family, chunk = "qwen3_vl_moe", image_chunk("qwen3_vl_moe")
+    lazy_model = LazyModel.open(checkpoint(family))
+    expected_BTV = image_logits(whole(family), chunk)
+    bound = 2e-6 * float(expected_BTV.abs().max())
+    for cuts in (HALVES, THIRDS):
+        found_BTV = sharded_logits(lazy_model, chunk, cuts)
+        torch.testing.assert_close(found_BTV, expected_BTV, rtol=0, atol=bound)
+    with lazy_model.shard(HALVES[0]) as shard:
+        calibration = Calibration(shard, shard.linears, lambda linear, beside: "input")
+        calibration.forward(chunk)
+        for block in shard.blocks:
+            linears = [each for each in shard.linears if each.block == block]
+            counts = calibration.expert_tokens(linears)
+            assert len(counts) == 4
+            assert sum(counts.values()) == 2 * int(chunk.mask.sum())
+        calibration.close()
 
 
 def test_bfloat16_gives_the_bits_of_the_whole_model(checkpoint):
