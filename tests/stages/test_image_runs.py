@@ -90,6 +90,16 @@ def test_the_report_counts_images_and_tokens(result):
     assert found["documents_skipped"] == 0
 
 
+def test_training_counts_tokens_of_text(model, records, tmp_path):
+    """The tokens of its throughput are those of text in the sequences of its steps."""
+    out, training = tmp_path / "out", {"epochs": 2, "batches": 1, "held_out": 0.25}
+    fields = {"samples": 4, "method": "svd", "train": "light", "options": {"training": training}}
+    found = run(model, out, records, **fields).report
+    by_sequence = [len(text.replace("<image>", "")) for text in TEXTS]
+    trained = found["timings"]["train"]["tokens"]
+    assert trained in {2 * (sum(by_sequence) - each) for each in by_sequence}
+
+
 def test_evaluation_scores_text_tokens_of_records_with_images(
     model, records, result, tmp_path, capsys
 ):
