@@ -95,6 +95,25 @@ def test_the_vision_tower_runs_in_the_first_shard_alone(checkpoint):
         assert tower not in shard.parameters()
 
 
+def test_features_are_dropped_behind_the_last_block_that_reads_them(checkpoint):
+    """Qwen3-VL adds features behind blocks 0, 1 and 2: a packed chunk of 24 patches loses its
+    embedded ones behind block 0, and one of the others behind each later block."""
+    lazy_model, chunk = LazyModel.open(checkpoint("qwen3_vl")), image_chunk("qwen3_vl")
+    one = 6 * 32 * 4  # tokens of the image, channels, bytes
+    sizes = []
+    with lazy_model.shard(range(0, 4)) as shard:
+        for block in range(3):
+            chunk = shard.forward(chunk, part=range(block, block + 1))
+            arrays = chunk.pack()
+            sizes.append(sum(array.nbytes for n, array in arrays.items() if n != "structure"))
+            chunk = Chunk.unpack(arrays)
+    # a tensor that is dropped leaves one value
+    assert [sizes[0] - each for each in sizes] == [0, one - 4, 2 * (one - 4)]
+    (features,) = chunk.features
+    assert not features["pooler_output"][0].any()
+    assert [bool(each[0].any()) for each in features["deepstack_features"]] == [False, False, True]
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3_vl"])
 def test_gradients_are_those_of_the_whole_model(checkpoint, family):
     """Backward through two shards, features taken as constants, gives the language model's
