@@ -12,14 +12,16 @@ CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "
 
 
 def with_experts(shapes: Shapes, survey: Survey, config: Mapping[str, Any]) -> Shapes:
-    """Return the shapes of a mixture of experts, with names, sites and sizes of its survey.
+    """Return the shapes of a model with experts or a vision tower, with the linears of its survey.
 
-    Headers name experts otherwise, or store those of a block in one tensor. Other models are
+    Headers name them otherwise, or store the experts of a block in one tensor. Other models are
     returned unchanged.
 
     Args:
         config: The model's config, whose number of experts of a token decides the work.
     """
+    if survey.tower:
+        shapes = replace(shapes, linears=survey.linears, tower=survey.tower)
     if not survey.experts:
         return shapes
     modules = tuple(each.name for each in survey.experts)

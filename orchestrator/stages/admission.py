@@ -56,7 +56,7 @@ def check_memory(
         resources = replace(resources, memory_bytes=float(measured))
     try:
         shapes = read_shapes(model)
-        if survey is not None and survey.experts:
+        if survey is not None and (survey.experts or survey.tower):
             shapes = with_experts(shapes, survey, read_json(model / "config.json"))
         found = forecast(shapes, recipe, resources)
         monitor.progress.expected = expected(found, shapes, recipe, resources)
