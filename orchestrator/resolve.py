@@ -3,7 +3,7 @@
 Settings that exclude each other are refused here; no file is read but a table of times.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from orchestrator.plan.allowed_ranks import Multiple
 from orchestrator.plan.cost import OPERATIONS, VALUES, Cost, OperationCost, TimeCost
 from orchestrator.plan.forms import FORMS, stored_as
 from orchestrator.plan.latency_table import LatencyTable, read_latency_table
+from orchestrator.plan.linear import Linear
 from orchestrator.recipe.options import option_names
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.stage_names import CALIBRATE, SCORE, WRITE
@@ -64,6 +65,38 @@ def resolve(asked: Recipe, *, inherited: Collection[str] = ()) -> ResolvedRecipe
     if refused:
         raise UsageError(_without_effect(resolved, refused))
     return replace(resolved, recipe=without_options(resolved.recipe, unused))
+
+
+def check_towers(linears: Sequence[Linear], resolved: ResolvedRecipe) -> None:
+    """Check that a recipe can compress those of the targeted linears that are in a vision tower.
+
+    Only forward passes of the first shard run a tower: there are no gradients in it, no residual
+    cosines, and no loss of the compressed one.
+
+    Raises:
+        UsageError: The method, the allocation or a stage needs more.
+    """
+    tower = next((each.tower for each in linears if each.tower), None)
+    if tower is None:
+        return
+    method, allocator = resolved.method, resolved.allocator
+    refusals = {
+        f"method {method.name}, which needs gradients": method.label_draws > 0,
+        f"method {method.name} with shared bases": method.grouping.size > 1,
+        f"allocation {resolved.recipe.allocation}, which needs residual cosines": (
+            allocator.needs_cosines
+        ),
+        f"allocation {resolved.recipe.allocation}, which needs losses of the model": (
+            allocator.scoring is not Scoring.NONE
+        ),
+        **{f"stage {each.name}": not each.takes_towers for each in resolved.stages},
+    }
+    refused = [what for what, is_refused in refusals.items() if is_refused]
+    if refused:
+        raise UsageError(
+            f"target: linears of {tower} cannot be compressed by {refused[0]}; give --method "
+            "svd-llm without further stages, or leave the tower out of --target"
+        )
 
 
 def unused_options(asked: Recipe) -> dict[str, tuple[str, ...]]:

@@ -14,7 +14,7 @@ from compressed import compress, mixed_plan
 from families import FAMILIES, write_model
 from forking import fork_processes
 from hypothesis import settings
-from image_text.families import IMAGE_FAMILIES
+from image_text.families import IMAGE_FAMILIES, IMAGE_MOE_FAMILIES
 from object_store import ObjectStore, object_store
 
 from orchestrator.device.strict import CUDA_ENVIRONMENT
@@ -62,7 +62,7 @@ def pytest_xdist_setupnodes() -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a family's tiny checkpoint, written once a session; not to be changed."""
     root = tmp_path_factory.mktemp("checkpoints")
-    makers = FAMILIES | IMAGE_FAMILIES
+    makers = FAMILIES | IMAGE_FAMILIES | IMAGE_MOE_FAMILIES
     return cache(lambda family: write_model(makers[family], root / family))
 
 

@@ -31,6 +31,8 @@ class Allocator(Protocol):
     divides: ClassVar[tuple[Divided, ...]] = ("ranks",)
     """Parts of linears that a plan is made of; see `Form.divided`."""
     scoring: ClassVar[Scoring] = Scoring.NONE
+    needs_cosines: ClassVar[bool] = False
+    """True if it asks for the cosine of every sublayer of a targeted linear."""
 
     @property
     def divides_costs(self) -> bool:

@@ -49,6 +49,7 @@ class MgaaAllocator(Allocator):
     """
 
     source: ClassVar[str] = "arXiv 2507.03294"
+    needs_cosines: ClassVar[bool] = True
     rule: Literal["power", "softmax", "linear", "retain"] = "power"
     """Kept ∝ (1 − c)^t (`power`) or the angle arccos(c) (`retain`); removed ∝
     exp(c / temperature) (`softmax`) or c (`linear`)."""

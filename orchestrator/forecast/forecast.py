@@ -19,7 +19,7 @@ from orchestrator.plan.cost import VALUES
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.readable import size
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.resolve import ResolvedRecipe, resolve
+from orchestrator.resolve import ResolvedRecipe, check_towers, resolve
 from orchestrator.stage_names import CALIBRATE
 
 HOST_PROCESS = 1_500_000_000
@@ -40,12 +40,14 @@ def costs_of(shapes: Shapes, resolved: ResolvedRecipe) -> Costs:
     """Costs of the calls of a run.
 
     Raises:
-        UsageError: A selector of the recipe covers no linear.
+        UsageError: A selector of the recipe covers no linear, or one in a vision tower that the
+            recipe cannot compress.
         InfeasibleError: No plan is within a budget of operations or time.
         InputError: A table of times lacks the shape of a linear.
     """
     recipe = resolved.recipe
     targeted = shapes.narrowed(recipe.target, recipe.ignore)
+    check_towers(targeted.linears, resolved)
     if resolved.budget.cost is not VALUES:
         resolved.budget.total(targeted.linears)
     return Costs(targeted, recipe, resolved.method, resolved.allocator, resolved.budget)

@@ -66,6 +66,8 @@ class Shapes:
     """Names of the modules of experts, whose linears see a part of the tokens."""
     expert_values: int = 0
     """Values of the experts of a block."""
+    tower: tuple[Linear, ...] = ()
+    """The linears of a vision tower."""
     routed: float = 1.0
     """Fraction of the tokens that an expert sees, if all see equally many."""
 
@@ -94,8 +96,10 @@ class Shapes:
             UsageError: As `models.survey.select.select` does: a selector covers nothing, or none is
                 left.
         """
-        chosen = set(select([each.name for each in self.linears], target, ignore))
-        return replace(self, linears=tuple(each for each in self.linears if each.name in chosen))
+        names, tower = ([each.name for each in part] for part in (self.linears, self.tower))
+        chosen = set(select(names, target, ignore, tower=tower))
+        every = (*self.tower, *self.linears)
+        return replace(self, linears=tuple(each for each in every if each.name in chosen))
 
     @property
     def head_values(self) -> int:

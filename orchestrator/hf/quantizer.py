@@ -22,7 +22,7 @@ from orchestrator.errors import InputError
 from orchestrator.hf.tensor_parallel import split
 from orchestrator.models.forms.base import FormLinear
 from orchestrator.models.forms.config import METHOD, read_forms
-from orchestrator.models.forms.guards import check_guards
+from orchestrator.models.forms.guards import check_guards, without_guards
 from orchestrator.models.forms.install import install_forms
 
 
@@ -62,6 +62,12 @@ class OrchestratorQuantizer(HfQuantizer):  # type: ignore[misc] # transformers h
         # a native class does not write the file that `auto_map` points to when it is saved
         if not model.is_remote_code() and hasattr(model.config, "auto_map"):
             del model.config.auto_map
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Leave out conversions that would be applied to guards, in loading and in saving."""
+        kept = without_guards(model, weight_conversions)
+        updated: list[Any] = super().update_weight_conversions(kept, model)
+        return updated
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Replace the rules of compressed linears by rules that know their forms."""

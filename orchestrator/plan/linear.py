@@ -14,7 +14,7 @@ class Linear:
     name: str
     """Module name in the model, `model.layers.3.mlp.down_proj`."""
     block: int
-    """Index of its block, counted from 0."""
+    """Index of its block, counted from 0; 0 in a vision tower, which the first shard runs."""
     role: str
     """Its name within the block, `mlp.down_proj`: the same in every block of the model."""
     site: str
@@ -27,6 +27,8 @@ class Linear:
     routed: Fraction = Fraction(1)
     """Fraction of the tokens that it sees; of an expert, those that are routed to it, if all see
     equally many."""
+    tower: str = ""
+    """Name of the vision tower that it belongs to; empty in the language model."""
 
     @property
     def sublayer(self) -> str:
@@ -126,6 +128,13 @@ class Survey:
     """True if the config ties head and embeddings, but different values of both are stored."""
     reads_images: bool = False
     """True for a model of images and text."""
+    tower: tuple[Linear, ...] = ()
+    """Every linear of the blocks of its vision tower."""
+
+    @property
+    def compressible(self) -> tuple[Linear, ...]:
+        """The linears of the vision tower, then those of the language model."""
+        return (*self.tower, *self.linears)
 
     def of_block(self, block: int) -> tuple[Linear, ...]:
         """The linears of one block, in call order."""

@@ -48,6 +48,8 @@ class Stage(ABC):
     tables: ClassVar[Mapping[str, type] | None] = None
     """Tables of the recipe with its options, each with the dataclass that has them as fields; None:
     one of the stage's name with the fields of the stage."""
+    takes_towers: ClassVar[bool] = False
+    """True if linears of a vision tower may be among the targeted ones."""
     changes_errors: ClassVar[bool] = True
     """False if the errors of linears are still those of their decompositions."""
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import InputError, UsageError
 from orchestrator.models.checkpoint.weights import parse_dtype
 from orchestrator.models.inputs.encoder import NO_TEMPLATE
 from orchestrator.models.inputs.image_reader import image_reader
@@ -40,8 +40,9 @@ def survey(asked: Asked) -> Surveyed:
     recipe, grouping = asked.recipe, asked.grouping
     lazy_model = LazyModel.open(asked.model, dtype=parse_dtype(recipe.dtype))
     found = lazy_model.survey()
-    chosen = set(select([each.name for each in found.linears], recipe.target, recipe.ignore))
-    linears = tuple(each for each in found.linears if each.name in chosen)
+    names, tower = ([each.name for each in part] for part in (found.linears, found.tower))
+    chosen = set(select(names, recipe.target, recipe.ignore, tower=tower))
+    linears = tuple(each for each in found.compressible if each.name in chosen)
     if grouping.size > 1 and not any(map(grouping.joins, linears)):
         raise UsageError(
             f"{recipe.method}: group is {grouping.size}, but no targeted linear is "
@@ -94,7 +95,8 @@ def read_calibration(surveyed: Surveyed) -> CalibrationTokens:
 
     Raises:
         UsageError: The recipe names no text, or a weight that is too small.
-        InputError: The text cannot be read, or has tokens outside of the vocabulary.
+        InputError: The text cannot be read, has tokens outside of the vocabulary, or has no images
+            for the linears of a vision tower.
     """
     recipe = surveyed.recipe
     if surveyed.previous is not None:
@@ -115,6 +117,11 @@ def read_calibration(surveyed: Surveyed) -> CalibrationTokens:
         images=image_reader(surveyed.model, surveyed.image_token),
     )
     tokens.check_within(surveyed.vocabulary, surveyed.model, image_token=surveyed.image_token)
+    if not tokens.inputs and any(each.tower for each in surveyed.linears):
+        raise InputError(
+            f"{recipe.calibration}: has no images, and --target names linears of a vision tower; "
+            "give records with images, or leave the tower out of --target"
+        )
     warnings = calibration_warnings(tokens.report, surveyed.linears)
     if warnings:
         tokens = replace(tokens, report={**tokens.report, "warnings": warnings})

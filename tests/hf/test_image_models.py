@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from image_text.families import IMAGE_FAMILIES
+from image_text.families import IMAGE_FAMILIES, IMAGE_MOE_FAMILIES
 from image_text.inputs import image_inputs
 from image_text.processors import COMPANIONS
+from moe.stored import assert_same
 from transformers import AutoModelForImageTextToText
 
 import orchestrator
@@ -20,7 +21,15 @@ def logits(model, family):
         return model(input_ids=tokens_BT, **inputs).logits
 
 
-@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def assert_equal(family, found, expected):
+    """Assert equal bits; with experts up to the order of multiplication."""
+    if family in IMAGE_MOE_FAMILIES:
+        assert_same(found, expected)
+    else:
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("family", [*IMAGE_FAMILIES, *IMAGE_MOE_FAMILIES])
 def test_a_compressed_model_reads_images(compressed_images, family, tmp_path):
     """Stock transformers load it, generate from an image, and save the same model again."""
     model = AutoModelForImageTextToText.from_pretrained(compressed_images(family))
@@ -33,18 +42,34 @@ def test_a_compressed_model_reads_images(compressed_images, family, tmp_path):
 
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(again, family), expected)
+    assert_equal(family, logits(again, family), expected)
 
 
-def test_load_and_export_know_the_class(compressed_images, tmp_path):
-    """`load` gives the bits of the auto class; the dense export agrees up to the order of
+def test_experts_without_the_plug_in_stop_the_load(compressed_images, fork, tmp_path):
+    """Transformers alone refuses compressed experts of Qwen3-VL-MoE, whose tensors it converts; it
+    loads them with the code of the checkpoint."""
+    program = """
+import torch
+from transformers import AutoModelForImageTextToText
+try:
+    AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+except RuntimeError:
+    model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+    print(type(model.model.language_model.layers[0].mlp.experts).__name__)
+"""
+    (done,) = fork("import sys\n" + program, compressed_images("qwen3_vl_moe"), directory=tmp_path)
+    assert done.stdout.split()[-1] == "Experts", done.stderr
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl_moe"])
+def test_load_and_export_know_the_class(compressed_images, family, tmp_path):
+    """`load` gives the numbers of the auto class; the dense export agrees up to the order of
     multiplication."""
-    expected = logits(
-        AutoModelForImageTextToText.from_pretrained(compressed_images("llava")), "llava"
-    )
-    assert torch.equal(logits(orchestrator.load(compressed_images("llava")), "llava"), expected)
-    export_dense(compressed_images("llava"), tmp_path / "export")
-    exported = logits(orchestrator.load(tmp_path / "export"), "llava")
+    model = AutoModelForImageTextToText.from_pretrained(compressed_images(family))
+    expected = logits(model, family)
+    assert_equal(family, logits(orchestrator.load(compressed_images(family)), family), expected)
+    export_dense(compressed_images(family), tmp_path / "export")
+    exported = logits(orchestrator.load(tmp_path / "export"), family)
     bound = 1e-5 * float(expected.abs().max())
     torch.testing.assert_close(exported, expected, rtol=0, atol=bound)
 

@@ -10,9 +10,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText
 
 from orchestrator.cli.main import main
+from orchestrator.errors import StoppedError
 from orchestrator.models.evaluation.scoring import score
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.stages.context.tokens import first_chunk, read_tokens
+from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.store.run import RunDirectory
 
 pytest.importorskip("PIL")
@@ -56,12 +58,46 @@ def test_one_shard_and_two_give_the_same_bytes(model, records, result, tmp_path)
     assert (alone.out / name).read_bytes() != (result.out / name).read_bytes()
 
 
+@pytest.mark.parametrize("passed", [2, 6])
+def test_a_stopped_run_is_resumed_to_the_same_bytes(
+    model, records, result, tmp_path, monkeypatch, passed
+):
+    """Stopped between two chunks of the first shard, and between two gradients of the second one:
+    images and features are read again from the run directory, to the same bytes."""
+    step, steps = CompressionWorker.step, []
+
+    def stop(worker, index, emit, record):
+        if len(steps) == passed:
+            raise StoppedError("enough")
+        steps.append((worker.open_pass.opened.blocks.start, index))
+        return step(worker, index, emit, record)
+
+    fields = {"method": "two-sided", "samples": 4, "shards": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(CompressionWorker, "step", stop)
+        with pytest.raises(StoppedError):
+            run(model, tmp_path / "out", records, **fields)
+    assert steps == [(block, n) for block in (0, 2) for n in range(4)][:passed]
+    again = run(model, tmp_path / "out", records, **fields)
+    assert contents(again.out) == contents(result.out)
+
+
 def test_the_report_counts_images_and_tokens(result):
     """Four images of 16 tokens; all other tokens are text."""
     found = result.report["calibration"]
     assert (found["images"], found["image_tokens"]) == (4, 64)
     assert found["text_tokens"] == found["tokens_used"] - 64
     assert found["documents_skipped"] == 0
+
+
+def test_training_counts_tokens_of_text(model, records, tmp_path):
+    """The tokens of its throughput are those of text in the sequences of its steps."""
+    out, training = tmp_path / "out", {"epochs": 2, "batches": 1, "held_out": 0.25}
+    fields = {"samples": 4, "method": "svd", "train": "light", "options": {"training": training}}
+    found = run(model, out, records, **fields).report
+    by_sequence = [len(text.replace("<image>", "")) for text in TEXTS]
+    trained = found["timings"]["train"]["tokens"]
+    assert trained in {2 * (sum(by_sequence) - each) for each in by_sequence}
 
 
 def test_evaluation_scores_text_tokens_of_records_with_images(

@@ -73,7 +73,7 @@ def model_card(
 
     The licence fields are copied from the dense model's card, if it has any.
     """
-    linears = {linear.name: linear for linear in survey.linears}
+    linears = {linear.name: linear for linear in survey.compressible}
     targeted = sum(linears[name].values for name in plan.assignments)
     parameters = survey.total_parameters - targeted + plan.stored_values
     rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in metrics.items())
@@ -126,7 +126,8 @@ def _tags(plan: Plan) -> list[str]:
 def _forms(survey: Survey, plan: Plan) -> str:
     """Render the table rows: number of linears stored in each form in use."""
     dense = Assignment(form="dense")
-    stored = [plan.assignments.get(linear.name, dense) for linear in survey.linears]
+    named = [each for each in survey.tower if each.name in plan.assignments]
+    stored = [plan.assignments.get(linear.name, dense) for linear in (*named, *survey.linears)]
     words = Counter(FORMS[each.form].title + (_SHARED if each.basis else "") for each in stored)
     return "".join(f"| {word} | {count} |\n" for word, count in sorted(words.items()))
 

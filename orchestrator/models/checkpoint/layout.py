@@ -123,7 +123,7 @@ def layout(
             names no linear.
     """
     forms = stored_forms(survey, plan)
-    linears = {f"{linear.name}.weight": linear for linear in survey.linears}
+    linears = {f"{linear.name}.weight": linear for linear in survey.compressible}
     has_guards = compresses_experts(survey, forms)
     groups: list[dict[str, TensorSpec]] = [{} for _ in range(survey.num_blocks)]
     for tensor in tensors:
@@ -208,7 +208,7 @@ def stored_forms(survey: Survey, plan: Plan) -> dict[str, StoredForm]:
             (a part that the form lacks or misses, a basis that is no other linear's own) or that
             saves nothing.
     """
-    linears = {linear.name: linear for linear in survey.linears}
+    linears = {linear.name: linear for linear in survey.compressible}
     for name, assignment in plan.assignments.items():
         if name not in linears:
             raise ValueError(f"plan: no linear {name!r} in {survey.architecture}")

@@ -6,8 +6,10 @@ that each of these modules replaces: a program that does not know the format fin
 there and stops, where it would have made up the experts.
 """
 
+import copy
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,13 +113,45 @@ def check_names(model: PreTrainedModel, names: Iterable[str]) -> None:
         InputError: A rule for the weights of this class changes a name.
     """
     kinds = {re.sub(r"\.\d+\.(gate|up|down)\.", r".0.\1.", name): name for name in names}
-    conversions = get_model_conversion_mapping(model) if kinds else []
-    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
+    rules = conversions_of(model) if kinds else []
     for name in kinds.values():
-        renamed, pattern = rename_source_key(name, renamings, converters)
+        renamed, pattern = _renamed(name, rules)
         if renamed != name or pattern is not None:
             raise InputError(
                 f"{type(model).__name__}: transformers would load {name} as {renamed}; "
                 "compressed experts of this class are not supported by this version"
             )
+
+
+def conversions_of(model: PreTrainedModel) -> list[Any]:
+    """Return transformers' rules for the stored tensors of a model that may have `Experts`."""
+    return without_guards(model, get_model_conversion_mapping(model))
+
+
+def without_guards(model: PreTrainedModel, rules: Sequence[Any]) -> list[Any]:
+    """Leave out the conversions of fused tensors in the place of which guards are stored.
+
+    Such a rule transposes a tensor if its shape is not that of the parameter (Qwen3-VL-MoE), and a
+    guard is no parameter.
+    """
+    names = [
+        f"{name}.{module.layout.fused_name('up', 'weight')}"
+        for name, module in model.named_modules()
+        if isinstance(module, Experts)
+    ]
+    # a rule notes that it was used, and is then reversed when the model is saved
+    copies = copy.deepcopy(rules) if names else []
+    converted = {_renamed(name, copies)[1] for name in names}
+    return [
+        rule
+        for rule in rules
+        if not isinstance(rule, WeightConverter) or converted.isdisjoint(rule.source_patterns)
+    ]
+
+
+def _renamed(name: str, rules: Sequence[Any]) -> tuple[str, str | None]:
+    """Return the name in the model of a stored tensor, and the pattern of its conversion."""
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamed, pattern = rename_source_key(name, renamings, converters)
+    return str(renamed), pattern

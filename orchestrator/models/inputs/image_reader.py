@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from orchestrator.errors import InputError
+from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.small_files import small_files
 from orchestrator.models.inputs.image_records import PLACEHOLDER, ImageRecord
 from orchestrator.models.inputs.rows import TokenRow
@@ -43,9 +45,12 @@ class ImageReader:
                 "copy the files of the model's processor to this directory"
             )
         try:
-            processor = AutoProcessor.from_pretrained(
-                local, local_files_only=True, trust_remote_code=False
-            )
+            try:
+                processor = AutoProcessor.from_pretrained(
+                    local, local_files_only=True, trust_remote_code=False
+                )
+            except ImportError as error:
+                processor = _without_videos(local, error)
         except Exception as error:  # of foreign files, and of packages that a processor lacks
             raise InputError(
                 f"{self._directory}: cannot load the processor of images: {_line(error)}"
@@ -109,6 +114,40 @@ class ImageReader:
 def image_reader(directory: Place, image_token: int | None) -> ImageReader | None:
     """Reader of images for a model; None for a model of text, which has no such token."""
     return None if image_token is None else ImageReader(directory, image_token)
+
+
+def _without_videos(directory: Path, refusal: ImportError) -> Any:
+    """Make the processor of a directory without the part that prepares videos.
+
+    Those of Qwen's families cannot be made by transformers without torchvision, which videos alone
+    need: images and text are prepared by the same code as with it.
+
+    Raises:
+        ImportError: That given, if the directory names no processor with such a part; or another
+            part lacks a package.
+    """
+    import transformers
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    contents = [read_json(directory / n) for n in PROCESSOR_FILES if (directory / n).is_file()]
+    name = next((each["processor_class"] for each in contents if "processor_class" in each), "")
+    native = getattr(transformers, str(name), None)
+    if not isinstance(native, type) or not issubclass(native, transformers.ProcessorMixin):
+        raise refusal
+    if "video_processor" not in native.get_attributes():
+        raise refusal
+    files = {"local_files_only": True, "trust_remote_code": False}
+    parts = {
+        "image_processor": AutoImageProcessor.from_pretrained(directory, **files),
+        "tokenizer": AutoTokenizer.from_pretrained(directory, **files),
+        "video_processor": None,
+    }
+    about, _ = native.get_processor_dict(directory, local_files_only=True)
+    # transformers compares the part for videos with a class that it cannot import
+    unchecked = {"check_argument_for_proper_class": lambda self, name, part: None}
+    return type(native.__name__, (native,), unchecked)(
+        **parts, chat_template=about.get("chat_template")
+    )
 
 
 def _line(error: BaseException) -> str:

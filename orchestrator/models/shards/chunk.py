@@ -161,6 +161,16 @@ def rows_at(states: Tensor, places_N: Tensor | None) -> Tensor:
     return rows if places_N is None else rows.index_select(0, places_N)
 
 
+def hollow(like: Tensor) -> Tensor:
+    """Return zeros of the same shape, dtype and device, of which one value is in memory."""
+    return like.new_zeros(()).expand(like.shape)
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Test if a tensor of several values has one in memory."""
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
 def _encode(tree: Any, arrays: dict[str, np.ndarray], departure: Departure) -> Any:
     """Encode `tree` as JSON and add its tensors to `arrays`, named by number.
 
@@ -169,6 +179,9 @@ def _encode(tree: Any, arrays: dict[str, np.ndarray], departure: Departure) -> A
     """
     if isinstance(tree, Tensor):
         name = f"tensor{len(arrays)}"
+        if is_hollow(tree):
+            (held,) = _encode(tree.flatten()[:1], arrays, departure).items()
+            return {"hollow": [*held, list(tree.shape)]}
         tensor = departure.host(tree.detach().contiguous())
         is_bfloat16 = tensor.dtype == torch.bfloat16
         arrays[name] = (tensor.view(torch.int16) if is_bfloat16 else tensor).numpy()
@@ -189,6 +202,9 @@ def _decode(node: Any, arrays: Mapping[str, np.ndarray], pinned: bool) -> Any:
     ((kind, content),) = node.items()
     if kind in {"tensor", "bfloat16"}:
         return _copy(arrays[content], is_bfloat16=kind == "bfloat16", pinned=pinned)
+    if kind == "hollow":
+        held, name, shape = content
+        return _decode({held: name}, arrays, pinned).expand(shape)
     if kind == "tuple":
         return tuple(_decode(item, arrays, pinned) for item in content)
     if kind == "list":

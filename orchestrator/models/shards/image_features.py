@@ -3,7 +3,8 @@
 A model's own forward calls `get_image_features` of an inner module on the pixels, and puts the
 result among the embeddings of the text; some add parts of it behind later blocks too (Qwen3-VL).
 The first shard records what it gives; later shards run the same forward, in which the record takes
-the place of the vision tower, so they need neither its weights nor the pixels.
+the place of the vision tower, so they need neither its weights nor the pixels. A part of it that
+only earlier blocks read becomes hollow: zeros of its shape, which the forward still handles.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 
 from orchestrator.device.transport import bring
 from orchestrator.errors import InputError
-from orchestrator.models.shards.chunk import BlockState, Chunk
+from orchestrator.models.shards.chunk import BlockState, Chunk, hollow
 from orchestrator.models.survey.trees import map_tensors
 
 GETTER = "get_image_features"
 PIXELS = "pixel_values"
 """Input that only the vision tower reads."""
+EMBEDDED = "pooler_output"
+"""Part of the tower's output that replaces embeddings, so that the first block alone reads it."""
+ADDED = "deepstack_features"
+"""List of which entry i is added to the states behind block i."""
 _INNER_STATES = frozenset({"last_hidden_state", "hidden_states", "attentions"})
 """Parts of the tower's output that no language model reads."""
 
@@ -65,14 +70,21 @@ class ImageFeatures:
         finally:
             del vars(owner)[GETTER]
 
-    def passed(self, chunk: Chunk, state: BlockState) -> Chunk:
-        """Return the chunk behind blocks, with the features of its images in place of pixels."""
-        if not chunk.inputs or chunk.features is not None:
+    def passed(self, chunk: Chunk, state: BlockState, block: int) -> Chunk:
+        """Return the chunk at the input of a block, with the features that it and later ones need.
+
+        They are in the place of pixels.
+        """
+        if not chunk.inputs:
             return chunk.with_payload(state)
+        if chunk.features is not None:
+            left = tuple(_needed(each, block) for each in chunk.features)
+            return replace(chunk, payload=state, features=left)
         # the model's forward asks for pixels without reading them
         pixels = {PIXELS: torch.empty(0)} if PIXELS in chunk.inputs else {}
         inputs = {**chunk.inputs, **pixels}
-        return replace(chunk, payload=state, inputs=inputs, features=tuple(self._recorded))
+        features = tuple(_needed(each, block) for each in self._recorded)
+        return replace(chunk, payload=state, inputs=inputs, features=features)
 
     def _recorder(self, native: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
@@ -99,6 +111,24 @@ def _plain(output: Any) -> Any:
     if isinstance(output, Mapping):
         return {name: each for name, each in output.items() if name not in _INNER_STATES}
     return output
+
+
+def _needed(output: Any, block: int) -> Any:
+    """Features of a call with hollow tensors where no block from this one on reads the values.
+
+    What a block before it returns is replaced by the received state, and so is what is added to it.
+    """
+    if not isinstance(output, Mapping):
+        return map_tensors(hollow, output)
+    found = dict(output)
+    if EMBEDDED in found:
+        found[EMBEDDED] = map_tensors(hollow, found[EMBEDDED])
+    if isinstance(added := found.get(ADDED), list | tuple):
+        last = block - 1  # its features are added in the shard of `block`
+        found[ADDED] = type(added)(
+            map_tensors(hollow, each) if index < last else each for index, each in enumerate(added)
+        )
+    return found
 
 
 def _owner(model: nn.Module) -> nn.Module:

@@ -45,6 +45,7 @@ from orchestrator.models.survey.image_models import reads_images
 from orchestrator.models.survey.linears import check_parameters
 from orchestrator.models.survey.names import Names, map_names
 from orchestrator.models.survey.regions import block_of, find_regions, model_sizes
+from orchestrator.models.survey.tower import tower_linears
 from orchestrator.plan.linear import Survey
 from orchestrator.plan.plan import Plan
 from orchestrator.store.places import Place
@@ -77,6 +78,7 @@ class LazyModel:
             for index, block in enumerate(blocks):
                 check_parameters(str(self.directory), f"{self.prefix}.{index}", block)
         self._experts = survey_experts(traced, self.prefix)
+        self._tower = tower_linears(traced, self.prefix)
         self.names: Names = map_names(traced, weights)
         tied = dict(traced.all_tied_weights_keys)
         for name in [name for pair in tied.items() for name in pair]:
@@ -291,6 +293,7 @@ class LazyModel:
             experts=self._experts,
             has_own_head=bool(self.separate) and not self.names.tied,
             reads_images=reads_images(self._architecture.model_class.__name__),
+            tower=self._tower,
         )
 
     def shard(self, blocks: range) -> Shard:

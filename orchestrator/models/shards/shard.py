@@ -114,7 +114,7 @@ class Shard:
         """
         with torch.no_grad(), self._limited_to(part):
             received = self._copy(chunk.payload)
-            return self._images.passed(chunk, self._state(chunk, received, cache))
+            return self._images.passed(chunk, self._state(chunk, received, cache), self._part.stop)
 
     def logits(self, chunk: Chunk, cache: Cache | None = None, part: range | None = None) -> Tensor:
         """Compute the model's logits [B, T, V] for a chunk at the shard's input; last shard only.
@@ -133,7 +133,8 @@ class Shard:
         gradient flows into the given chunk. The caller runs the backward pass, inside `strict`.
         """
         with torch.enable_grad():
-            return self._images.passed(chunk, self._state(chunk, self._copy(chunk.payload)))
+            state = self._state(chunk, self._copy(chunk.payload))
+            return self._images.passed(chunk, state, self._part.stop)
 
     @strict()
     def backward(
@@ -212,8 +213,10 @@ class Shard:
         return self._empty.model.config
 
     def module(self, name: str) -> nn.Module:
-        """Return the loaded module of this name in the shard's blocks, for hooks and its weight."""
-        if not self._is_inside(f"{name}."):
+        """Return the loaded module in the shard's blocks, or in the vision tower if it is first."""
+        if any(each.startswith(f"{name}.") for each in self._for_images):
+            self._load_for_images()
+        elif not self._is_inside(f"{name}."):
             raise ValueError(f"{name} is not in blocks {self.blocks.start} to {self.blocks.stop}")
         module: nn.Module = self._empty.model.get_submodule(name)
         return module

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from transformers.pytorch_utils import Conv1D
 
+from orchestrator.errors import InputError
 from orchestrator.linalg.cosine import Cosine
 from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram
 from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.experts.module import RoutedRows
-from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.residual_cosines import ResidualCosines
 from orchestrator.models.statistics.routed import (
@@ -51,7 +52,8 @@ class Calibration:
     Statistics of an expert are of the rows that are routed to it. Without `curvature` its Grams are
     of rows times the router's weights, by which the expert's error reaches the residual stream;
     gradients contain these weights. An expert with fewer tokens than channels gets
-    `POOLED_TOKENS` tokens of the mean over the block's experts in addition.
+    `POOLED_TOKENS` tokens of the mean over the block's experts in addition. Statistics of a linear
+    in a vision tower are of all patches of the images.
 
     Args:
         magnitudes: Also accumulate the mean magnitudes of the inputs.
@@ -110,7 +112,7 @@ class Calibration:
             gram.update(select(inputs[0]))
 
         def select(states: Tensor) -> Tensor:
-            return self._rows.select(states, rows_of(experts), weighted=True)
+            return self._select(linear, states, weighted=True)
 
         def gather_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if module.bias is None and output.dtype.itemsize >= 4:
@@ -127,6 +129,13 @@ class Calibration:
             else module.register_forward_hook(gather_output)
         )
 
+    def _select(self, linear: Linear, states: Tensor, *, weighted: bool = False) -> Tensor:
+        """Select the rows that count for a linear: all patches of images in a vision tower."""
+        if linear.tower:
+            return rows_at(states.detach(), None)
+        routed = rows_of(self._experts[linear.name])
+        return self._rows.select(states, routed, weighted=weighted)
+
     def _request_magnitude(self, linear: Linear) -> None:
         module = self._shard.module(linear.name)
         magnitude = Magnitude(linear.in_features, dense_weight(module).device)
@@ -136,7 +145,7 @@ class Calibration:
             self._magnitude_pools.add(linear.site, pool_of(linear, "input"))
 
         def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            magnitude.update(self._rows.select(inputs[0], rows_of(experts)))
+            magnitude.update(self._select(linear, inputs[0]))
 
         self._hooks.append(module.register_forward_pre_hook(gather))
 
@@ -195,9 +204,18 @@ class Calibration:
         self._curvature_pools.settle(self._curvatures)
 
     def statistic(self, linear: Linear) -> InputGram | OutputGram:
-        """Return the accumulated statistics of one linear."""
+        """Return the accumulated statistics of one linear.
+
+        Raises:
+            InputError: It is in a vision tower, and no image has reached it.
+        """
         source, side = self._sources[linear.name]
         moment, _, most = self._gram_pools.moment(source, self._grams)
+        if linear.tower and not most:
+            raise InputError(
+                f"{linear.name}: no image of the calibration has reached it; give records with "
+                "images, or leave it out by --ignore"
+            )
         magnitude_I = curvature = None
         if linear.site in self._magnitudes:
             magnitude_I = self._magnitude_pools.mean(linear.site, self._magnitudes)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -21,6 +20,7 @@ from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.weights import Checkpoint, NamedShapes
 from orchestrator.models.experts.module import Experts
 from orchestrator.models.forms.base import FormLinear
+from orchestrator.models.forms.guards import conversions_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def map_names(model: PreTrainedModel, weights: Checkpoint) -> Names:
     tensors = model.state_dict()
     disk: dict[str, str] = {}
     unused = []
-    conversions = get_model_conversion_mapping(model)
+    conversions = conversions_of(model)
     for disk_name in in_loading_order(weights):
         name = _module_name(model, disk_name, tensors, conversions=conversions, weights=weights)
         if name not in tensors:

@@ -15,16 +15,27 @@ from orchestrator.errors import UsageError
 NEAR_MISSES = 3
 
 
-def select(names: Sequence[str], target: Iterable[str], ignore: Iterable[str] = ()) -> list[str]:
+def select(
+    names: Sequence[str],
+    target: Iterable[str],
+    ignore: Iterable[str] = (),
+    *,
+    tower: Sequence[str] = (),
+) -> list[str]:
     """Names that match a target selector and no ignore selector, in the order of `names`.
+
+    Args:
+        names: Linears of the language model.
+        tower: Linears of a vision tower, which follow. A selector that matches one of `names` does
+            not reach them, so that a tower is compressed only where it is named.
 
     Raises:
         UsageError: A selector matches no name (near misses are listed), a regular expression is
             invalid, or no name remains.
     """
-    targeted = {name for selector in target for name in covered(names, selector)}
-    ignored = {name for selector in ignore for name in covered(names, selector)}
-    chosen = [name for name in names if name in targeted and name not in ignored]
+    targeted = {name for selector in target for name in covered(names, selector, tower)}
+    ignored = {name for selector in ignore for name in covered(names, selector, tower)}
+    chosen = [name for name in (*names, *tower) if name in targeted and name not in ignored]
     if not chosen:
         raise UsageError(
             f"no linear remains: {len(targeted)} targeted, all of them ignored; "
@@ -33,8 +44,8 @@ def select(names: Sequence[str], target: Iterable[str], ignore: Iterable[str] = 
     return chosen
 
 
-def covered(names: Sequence[str], selector: str) -> list[str]:
-    """Names that one selector matches, at least one.
+def covered(names: Sequence[str], selector: str, tower: Sequence[str] = ()) -> list[str]:
+    """Names that one selector matches, at least one; those of a tower if it matches no other.
 
     Raises:
         UsageError: The selector matches no name, or is an invalid regular expression.
@@ -48,11 +59,16 @@ def covered(names: Sequence[str], selector: str) -> list[str]:
             ) from error
     else:
         pattern = re.compile(fnmatch.translate(selector))
-    found = [name for name in names if name == selector or pattern.fullmatch(name)]
+    matched = (
+        [name for name in part if name == selector or pattern.fullmatch(name)]
+        for part in (names, tower)
+    )
+    found = next(filter(None, matched), [])
     if not found:
-        near = ", ".join(near_misses(names, selector))
+        every = [*names, *tower]
+        near = ", ".join(near_misses(every, selector))
         raise UsageError(
-            f"selector {selector!r} matches none of {len(names)} linears; near misses: {near}"
+            f"selector {selector!r} matches none of {len(every)} linears; near misses: {near}"
         )
     return found
 

@@ -20,6 +20,7 @@ class Pivot(Stage):
 
     name: ClassVar[str] = "pivot"
     tables: ClassVar[Mapping[str, type]] = {}
+    takes_towers: ClassVar[bool] = True
     changes_errors: ClassVar[bool] = False
 
     @classmethod

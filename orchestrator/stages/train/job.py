@@ -153,7 +153,11 @@ class TrainJob(StageJob):
         """Perform the steps after the last snapshot; gives the facts of the training."""
         job, course = self._planned, self._course
         workers, monitor = stage.workers, stage.monitor
-        mask = read_tokens(job.run, job.tokens_key).mask
+        read = read_tokens(job.run, job.tokens_key)
+        mask = read.mask
+        # the loss is of all tokens; the throughput is that of text, as the report counts it
+        is_text = mask if read.is_image is None else mask & ~read.is_image
+        text = is_text.sum(axis=1).tolist()
         lengths = [(int(row.sum()), int((row[1:] & row[:-1]).sum())) for row in mask]
         snapshots, numbers = self._left(workers, monitor, done)
         if not snapshots:
@@ -176,7 +180,7 @@ class TrainJob(StageJob):
             if isinstance(call.command, TakeShard):
                 numbers.update(value["numbers"])
             elif isinstance(call.command, Turn):
-                tokens += lengths[call.command.sequence][0]
+                tokens += text[call.command.sequence]
             elif isinstance(call.command, Update) and call.shard == 0:
                 steps, step = steps + 1, call.command.step
                 speed = tokens / (time.monotonic() - begun)

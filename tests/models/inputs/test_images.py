@@ -8,8 +8,14 @@ import zlib
 import numpy as np
 import pytest
 from image_text.families import IMAGE
-from image_text.processors import PROCESSORS, add_processor, picture, write_records
-from transformers import AutoProcessor
+from image_text.processors import (
+    PROCESSORS,
+    add_processor,
+    add_qwen_processor,
+    picture,
+    write_records,
+)
+from transformers import AutoImageProcessor, AutoProcessor
 
 from orchestrator.errors import InputError
 from orchestrator.models.inputs.image_reader import ImageReader
@@ -227,3 +233,19 @@ def test_a_directory_without_a_processor_is_refused(tmp_path):
     )
     with pytest.raises(InputError, match="has no processor of images"):
         load(tmp_path / "model", source)
+
+
+def test_qwen_needs_no_torchvision(tmp_path):
+    """Pixels are those of its image processor; an image has a token for every four patches."""
+    directory = add_qwen_processor(tmp_path)
+    source = write_records(
+        tmp_path / "a.jsonl", [{"text": "a <image> b", "images": ["pictures/0.png"]}], 1
+    )
+    found = load(directory, source)
+    image = Image.open(tmp_path / "pictures" / "0.png").convert("RGB")
+    expected = AutoImageProcessor.from_pretrained(directory)(image, return_tensors="np")
+    assert np.array_equal(found.inputs[0]["pixel_values"], expected["pixel_values"])
+    (grid,) = expected["image_grid_thw"]
+    is_image = found.ids[0] == IMAGE
+    assert is_image.sum() == grid.prod() // 4
+    assert np.array_equal(found.inputs[0]["mm_token_type_ids"][0], is_image)

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from orchestrator.errors import InputError
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.models.statistics.calibration import Calibration
 
 THIRDS = (range(0, 1), range(1, 3), range(3, 4))
 
@@ -43,6 +44,27 @@ def test_shards_give_the_bits_of_the_whole_model(checkpoint, whole, family):
     assert torch.equal(sharded_logits(lazy_model, text, HALVES), whole_logits(whole(family), text))
 
 
+def test_shards_with_experts_agree_with_the_whole_model(checkpoint, whole):
+    """Qwen3-VL-MoE with an image in two and three shards, up to the order of multiplication; the
+    experts of every block count the tokens of text and image, each as often as it is routed."""
+    family, chunk = "qwen3_vl_moe", image_chunk("qwen3_vl_moe")
+    lazy_model = LazyModel.open(checkpoint(family))
+    expected_BTV = image_logits(whole(family), chunk)
+    bound = 2e-6 * float(expected_BTV.abs().max())
+    for cuts in (HALVES, THIRDS):
+        found_BTV = sharded_logits(lazy_model, chunk, cuts)
+        torch.testing.assert_close(found_BTV, expected_BTV, rtol=0, atol=bound)
+    with lazy_model.shard(HALVES[0]) as shard:
+        calibration = Calibration(shard, shard.linears, lambda linear, beside: "input")
+        calibration.forward(chunk)
+        for block in shard.blocks:
+            linears = [each for each in shard.linears if each.block == block]
+            counts = calibration.expert_tokens(linears)
+            assert len(counts) == 4
+            assert sum(counts.values()) == 2 * int(chunk.mask.sum())
+        calibration.close()
+
+
 def test_bfloat16_gives_the_bits_of_the_whole_model(checkpoint):
     """Features travel in the model's dtype; pixels are cast by the tower itself."""
     family, chunk = "qwen3_vl", image_chunk("qwen3_vl")
@@ -71,6 +93,25 @@ def test_the_vision_tower_runs_in_the_first_shard_alone(checkpoint):
     with lazy_model.shard(THIRDS[1]) as shard:
         shard.forward(Chunk.unpack(packed))
         assert tower not in shard.parameters()
+
+
+def test_features_are_dropped_behind_the_last_block_that_reads_them(checkpoint):
+    """Qwen3-VL adds features behind blocks 0, 1 and 2: a packed chunk of 24 patches loses its
+    embedded ones behind block 0, and one of the others behind each later block."""
+    lazy_model, chunk = LazyModel.open(checkpoint("qwen3_vl")), image_chunk("qwen3_vl")
+    one = 6 * 32 * 4  # tokens of the image, channels, bytes
+    sizes = []
+    with lazy_model.shard(range(0, 4)) as shard:
+        for block in range(3):
+            chunk = shard.forward(chunk, part=range(block, block + 1))
+            arrays = chunk.pack()
+            sizes.append(sum(array.nbytes for n, array in arrays.items() if n != "structure"))
+            chunk = Chunk.unpack(arrays)
+    # a tensor that is dropped leaves one value
+    assert [sizes[0] - each for each in sizes] == [0, one - 4, 2 * (one - 4)]
+    (features,) = chunk.features
+    assert not features["pooler_output"][0].any()
+    assert [bool(each[0].any()) for each in features["deepstack_features"]] == [False, False, True]
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3_vl"])

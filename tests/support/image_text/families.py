@@ -22,6 +22,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -36,6 +38,7 @@ _QWEN_TOKENS = {
     "vision_start_token_id": IMAGE_START,
     "vision_end_token_id": IMAGE_END,
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 
 
@@ -126,8 +129,8 @@ def _qwen2_5_vl() -> PreTrainedModel:
     )
 
 
-def _qwen3_vl() -> PreTrainedModel:
-    tower = _qwen_tower(
+def _qwen3_tower() -> dict[str, object]:
+    return _qwen_tower(
         depth=3,
         hidden_size=16,
         intermediate_size=24,
@@ -135,9 +138,19 @@ def _qwen3_vl() -> PreTrainedModel:
         num_position_embeddings=16,
         deepstack_visual_indexes=[0, 1, 2],
     )
+
+
+def _qwen3_vl() -> PreTrainedModel:
     text = _rotary(2, 1, 1, head_dim=8)
     return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=text, vision_config=tower, **_QWEN_TOKENS)
+        Qwen3VLConfig(text_config=text, vision_config=_qwen3_tower(), **_QWEN_TOKENS)
+    )
+
+
+def _qwen3_vl_moe() -> PreTrainedModel:
+    text = _rotary(2, 1, 1, head_dim=8, **_EXPERTS)
+    return Qwen3VLMoeForConditionalGeneration(
+        Qwen3VLMoeConfig(text_config=text, vision_config=_qwen3_tower(), **_QWEN_TOKENS)
     )
 
 
@@ -169,5 +182,8 @@ IMAGE_FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma3_vl": _gemma3,
 }
 """Random models of every family, float32, by name; their text part has the sizes of `families`."""
+
+IMAGE_MOE_FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {"qwen3_vl_moe": _qwen3_vl_moe}
+"""The same with experts in the text part; their rows are multiplied in another order."""
 
 assert VOCABULARY > IMAGE_END

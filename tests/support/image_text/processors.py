@@ -15,6 +15,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    Qwen2VLImageProcessorPil,
 )
 
 from image_text.families import IMAGE, IMAGE_END, IMAGE_START, PATCH, SIDE
@@ -79,6 +80,29 @@ PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {"llava": _llava, "gemma3_
 def add_processor(family: str, directory: Path) -> Path:
     """Add the family's processor to a tiny model."""
     PROCESSORS[family]().save_pretrained(directory)
+    return directory
+
+
+def add_qwen_processor(directory: Path) -> Path:
+    """Add the files of a Qwen3-VL processor, whose part for videos needs torchvision, to a model.
+
+    They are those that its checkpoints have; the class cannot be made without torchvision.
+    """
+    special = {"<|image_pad|>": IMAGE, "<|video_pad|>": IMAGE + 1}
+    named = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    _tokenizer(special, **named).save_pretrained(directory)
+    size = {"shortest_edge": SIDE * SIDE, "longest_edge": 4 * SIDE * SIDE}
+    images = Qwen2VLImageProcessorPil(
+        size=size, patch_size=PATCH, merge_size=2, temporal_patch_size=2
+    )
+    about = {"processor_class": "Qwen3VLProcessor"}
+    files = {
+        "preprocessor_config.json": images.to_dict() | about,
+        "video_preprocessor_config.json": about
+        | {"size": size, "video_processor_type": "Qwen3VLVideoProcessor"},
+    }
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content))
     return directory
 
 
