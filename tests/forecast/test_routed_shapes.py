@@ -1,10 +1,12 @@
 """Forecasts of mixtures of experts: linears of the survey, and the tokens that an expert sees."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from moe.families import BLOCKS, EXPERTS, MOE_FAMILIES
 
+from orchestrator.api import plan
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import machine_of
@@ -26,6 +28,17 @@ def test_a_config_is_enough(family, checkpoint, moe_checkpoint):
     assert shapes == surveyed_shapes(survey)
     assert shapes.linears == survey.linears
     assert (shapes.vocabulary, shapes.hidden) == (96, 32)
+
+
+def test_a_published_config_is_planned():
+    """With the selectors of a run; the result has the kept part of the experts."""
+    config = Path(__file__).parents[1] / "support/published/mixtral-8x7b.json"
+    fields = {"method": "svd-llm", "keep": 0.5, "target": ["*.experts.*"]}
+    asked = make_recipe({"model": str(config), "out": "o"} | fields)
+    found = plan(asked, gpus=8)
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert found.model["linears"] == 32 * 8 * 3
+    assert found.final["values"] == found.model["values"] - experts // 2
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])

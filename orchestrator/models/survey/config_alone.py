@@ -26,9 +26,11 @@ from orchestrator.models.survey.repeats import find_repeats, repeat_experts
 from orchestrator.plan.linear import Survey
 from orchestrator.store.places import Place
 
-PARAMETERS = 50_000
-"""Number of tensors that a model may have, so that a damaged config does not build for hours; a
-block of a published model has 10 to 30."""
+PARAMETERS = 5_000
+"""Number of tensors for which a model is built, with room for twice as many and more, so that a
+damaged config does not build for hours; a block of a published model has 10 to 30."""
+WIDEST = 2**20
+"""Largest hidden size: a state of the traced pass has values up to the first block."""
 
 
 def survey_config(place: Place) -> Survey:
@@ -51,6 +53,9 @@ def survey_config(place: Place) -> Survey:
     dtype = _dtype(architecture)
     model = architecture.build_native(dtype, stored=PARAMETERS)
     where, tied = str(place), set(model.all_tied_weights_keys)
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    if hidden > WIDEST:
+        raise InputError(f"{where}: hidden_size is {hidden}; at most {WIDEST} is supported")
     state = model.state_dict()
     sizes = {name: tensor.numel() for name, tensor in state.items() if name not in tied}
     parameters = sum(p.numel() for name, p in model.named_parameters() if name not in tied)

@@ -71,10 +71,19 @@ def test_blocks_are_equal_by_what_they_are_built_of(family, moe_checkpoint):
     assert find_repeats(blocks) == KINDS[family]
 
 
-def test_a_config_without_a_class_is_refused(tmp_path):
-    """Its class says how it is built."""
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("architectures", None, "architectures is None; one class name is expected"),
+        ("architectures", ["MixtralModel"], "a causal language model is needed"),
+        ("num_local_experts", 2**20, "linears of experts; at most 262,144"),
+        ("hidden_size", 2**30, "hidden_size is 1073741824; at most 1048576"),
+        ("quantization_config", {"quant_method": "orchestrator"}, "already compressed"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_refused(field, value, says, tmp_path):
+    """In seconds, and without memory for what it asks for."""
     config = json.loads((PUBLISHED / "mixtral-8x7b.json").read_bytes())
-    del config["architectures"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="architectures is None; one class name is expected"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(InputError, match=says):
         survey_config(tmp_path)
