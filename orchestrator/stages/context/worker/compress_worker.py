@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from orchestrator.errors import InputError
 from orchestrator.linalg.low_rank import summed
 from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
@@ -143,11 +144,20 @@ class CompressionWorker(Worker):
     def _decompose(
         self, opened: OpenShard, group: Sequence[Linear]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return facts and stored tensors, on the host, of linears that are decomposed as one."""
+        """Return facts and stored tensors, on the host, of linears that are decomposed as one.
+
+        Raises:
+            InputError: One in a vision tower that the model does not run.
+        """
         method, linear = self.task.method, stack(group)
         weights = [dense_weight(opened.shard.module(each.name)) for each in group]
         weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
         statistic = summed([opened.calibration.statistic(each) for each in group])
+        if linear.tower and not statistic.tokens:
+            raise InputError(
+                f"{linear.name}: the model does not run it on the images of the calibration; leave "
+                "it out by --ignore"
+            )
         # a statistic is a copy: its Grams are freed before the decomposition takes memory
         opened.calibration.forget(group)
         rank = max(self.task.form.break_even(linear), 1)
