@@ -15,6 +15,7 @@ from orchestrator.pages.figures import Cell, Line
 from orchestrator.pages.tables import significant
 
 _BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
+_TOWER = re.compile(r"(?:^|\.)(\w*vis(?:ion|ual)\w*)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,12 @@ def entries(report: Mapping[str, Any]) -> list[LinearRow]:
 
 
 def place(name: str) -> tuple[int | None, str]:
-    """Split the name of a linear into block and role."""
+    """Split the name of a linear into block and role, with the name of its vision tower first."""
     match = _BLOCK.match(name)
     if match is None:
         return None, name
-    return int(match[1]), re.sub(r"\.\d+(?=\.)", ".*", match[2])
+    role, tower = re.sub(r"\.\d+(?=\.)", ".*", match[2]), _TOWER.search(name)
+    return int(match[1]), f"{tower[1]}.{role}" if tower else role
 
 
 def by_role(found: Sequence[LinearRow]) -> dict[str, list[LinearRow]]:

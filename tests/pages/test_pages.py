@@ -205,6 +205,7 @@ def test_parts_sum_to_the_whole(runs):
         ("model.layers.3.mlp.down_proj", (3, "mlp.down_proj")),
         ("transformer.h.11.attn.c_attn", (11, "attn.c_attn")),
         ("model.layers.2.mlp.experts.7.up_proj", (2, "mlp.experts.*.up_proj")),
+        ("model.visual.blocks.3.attn.qkv", (3, "visual.attn.qkv")),
         ("lm_head", (None, "lm_head")),
     ],
 )

@@ -131,10 +131,9 @@ def _without_videos(directory: Path, refusal: ImportError) -> Any:
 
     contents = [read_json(directory / n) for n in PROCESSOR_FILES if (directory / n).is_file()]
     name = next((each["processor_class"] for each in contents if "processor_class" in each), "")
-    native = getattr(transformers, str(name), None)
-    if not isinstance(native, type) or not issubclass(native, transformers.ProcessorMixin):
-        raise refusal
-    if "video_processor" not in native.get_attributes():
+    native: Any = getattr(transformers, str(name), None)
+    is_class = isinstance(native, type) and issubclass(native, transformers.ProcessorMixin)
+    if not is_class or "video_processor" not in native.get_attributes():
         raise refusal
     files = {"local_files_only": True, "trust_remote_code": False}
     parts = {

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from transformers.pytorch_utils import Conv1D
 
-from orchestrator.errors import InputError
 from orchestrator.linalg.cosine import Cosine
 from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram
@@ -204,18 +203,9 @@ class Calibration:
         self._curvature_pools.settle(self._curvatures)
 
     def statistic(self, linear: Linear) -> InputGram | OutputGram:
-        """Return the accumulated statistics of one linear.
-
-        Raises:
-            InputError: It is in a vision tower, and no image has reached it.
-        """
+        """Return the accumulated statistics of one linear."""
         source, side = self._sources[linear.name]
         moment, _, most = self._gram_pools.moment(source, self._grams)
-        if linear.tower and not most:
-            raise InputError(
-                f"{linear.name}: no image of the calibration has reached it; give records with "
-                "images, or leave it out by --ignore"
-            )
         magnitude_I = curvature = None
         if linear.site in self._magnitudes:
             magnitude_I = self._magnitude_pools.mean(linear.site, self._magnitudes)

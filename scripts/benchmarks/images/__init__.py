@@ -22,14 +22,14 @@ from orchestrator import Recipe
 
 METHODS = ("svd-llm", "mgaa", "two-sided")
 """The first gives all linears the same kept fraction."""
-KEEPS = (0.8, 0.6, 0.4, 0.3)
+KEEPS = (0.8, 0.6, 0.5, 0.4)
 CALIBRATIONS = ("images", "text")
 LENGTH = 40
 """Tokens of a record: 16 of the picture, and a caption."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", metavar="N", type=int, default=2000, help="of training")
+    parser.add_argument("--steps", metavar="N", type=int, default=4000, help="of training")
     parser.add_argument("--pictures", metavar="N", type=int, default=128, help="of calibration")
     parser.add_argument("--held-out", metavar="N", type=int, default=128)
     parser.add_argument("--methods", metavar="NAME", nargs="+", default=METHODS)

@@ -19,8 +19,12 @@ COLOURS = {
     "yellow": (240, 210, 30),
     "violet": (150, 50, 190),
     "white": (250, 250, 250),
+    "orange": (245, 130, 20),
+    "pink": (250, 150, 200),
+    "brown": (120, 70, 30),
+    "cyan": (40, 200, 220),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
 SIZES = {"small": 3, "big": 6}
 """Half of the side in pixels."""
 CENTRES = ((8, 8), (24, 8), (8, 24), (24, 24))
@@ -67,6 +71,11 @@ class DrawnScene:
             elif thing.shape == "triangle":
                 corners = [(x, y - half), (x - half, y + half), (x + half, y + half)]
                 canvas.polygon(corners, fill=colour)
+            elif thing.shape == "diamond":
+                corners = [(x, y - half), (x - half, y), (x, y + half), (x + half, y)]
+                canvas.polygon(corners, fill=colour)
+            elif thing.shape == "ring":
+                canvas.ellipse(box, outline=colour, width=max(half // 2, 1))
             else:
                 canvas.line((x - half, y, x + half, y), fill=colour, width=3)
                 canvas.line((x, y - half, x, y + half), fill=colour, width=3)

@@ -30,7 +30,7 @@ VOCABULARY = ("<pad>", "<image>", ".", *WORDS)
 CAPTION_TOKENS = 16
 BATCH = 32
 TRAINED = 8000
-"""Scenes of the training; there are 5.3 million captions."""
+"""Scenes of the training; there are 207 million captions."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def make_llava(seed: int) -> TinyLlava:
     )
     text = LlamaConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=48,
-        intermediate_size=128,
+        hidden_size=32,
+        intermediate_size=80,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from orchestrator.errors import InputError
 from orchestrator.linalg.joint import on_top, side_by_side
 from orchestrator.linalg.low_rank import InputGram, OutputGram, summed
 from orchestrator.models.checkpoint.weights import fingerprint_of
@@ -144,9 +145,18 @@ class CompressionWorker(Worker):
     def _decompose(
         self, opened: OpenShard, group: Sequence[Linear]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return facts and stored tensors, on the host, of linears that are decomposed as one."""
+        """Return facts and stored tensors, on the host, of linears that are decomposed as one.
+
+        Raises:
+            InputError: One in a vision tower that the model does not run.
+        """
         method, linear = self.task.method, stack(group)
         weight_OI, statistic = _joined(opened, group)
+        if linear.tower and not statistic.tokens:
+            raise InputError(
+                f"{linear.name}: the model does not run it on the images of the calibration; leave "
+                "it out by --ignore"
+            )
         # a statistic is a copy: its Grams are freed before the decomposition takes memory
         opened.calibration.forget(group)
         rank = max(self.task.form.break_even(linear), 1)

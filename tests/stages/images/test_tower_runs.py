@@ -1,11 +1,13 @@
 """Linears of a vision tower under the budget of the language model, from calibration to loading."""
 
 import json
+from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
-from image_text.inputs import image_chunk
-from image_text.processors import add_processor, write_records
+from image_text.inputs import image_chunk, image_inputs
+from image_text.processors import add_processor, add_qwen_processor, write_records
 from pipeline import contents, run, with_tokenizer
 from transformers import AutoModelForImageTextToText
 
@@ -16,6 +18,7 @@ from orchestrator.hf.export import export_dense
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.calibration import Calibration
 from orchestrator.models.survey.select import select
+from orchestrator.pages.linears import place
 
 pytest.importorskip("PIL")
 TOWER = "model.vision_tower.*"
@@ -37,6 +40,7 @@ def records(tmp_path_factory):
     return write_records(tmp_path_factory.mktemp("records") / "a.jsonl", given, 4)
 
 
+METHOD = ("--method", "svd-llm", "--allocation", "threshold")
 FIELDS = {"target": ("*", TOWER), "samples": 3, "allocation": "threshold"}
 
 
@@ -91,8 +95,8 @@ def test_one_shard_and_two_give_the_same_bytes(model, records, result, tmp_path)
 
 
 def test_a_result_is_loaded_verified_exported_and_retargeted(result, model, records, tmp_path):
-    """Loading gives the logits of the dense export up to rounding; `verify` agrees; another size
-    needs no text; evaluation runs on images."""
+    """Loading gives the logits of the dense export up to rounding; `verify` agrees, and `plan`
+    forecasts; no two linears share a place on the page; another size needs no text."""
     chunk = image_chunk("llava")
     loaded = AutoModelForImageTextToText.from_pretrained(result.out)
     export_dense(result.out, tmp_path / "export")
@@ -103,8 +107,10 @@ def test_a_result_is_loaded_verified_exported_and_retargeted(result, model, reco
             for each in (loaded, exported)
         )
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
-    asked = ["verify", str(result.out), "--against", str(model)]
-    assert main(asked) == 0
+    assert main(["verify", str(result.out), "--against", str(model)]) == 0
+    assert main(["plan", str(model), "--keep", "0.5", "--target", f"*,{TOWER}", *METHOD]) == 0
+    roles = {place(name) for name in result.report["linears"]}
+    assert len(roles) == len(result.report["linears"])
     small = retarget(str(result.run_dir), str(tmp_path / "small"), keep=0.3, executor="local")
     assert small.plan.assignments.keys() == result.plan.assignments.keys()
     scores = orchestrator.evaluate(
@@ -113,9 +119,11 @@ def test_a_result_is_loaded_verified_exported_and_retargeted(result, model, reco
     assert scores["models"]["model"]["perplexity"] > 1
 
 
-def test_the_tower_alone_leaves_the_language_model(model, records, tmp_path):
-    """Every tensor outside of the named linears is the dense model's."""
-    out = run(model, tmp_path / "out", records, shards=2, target=(TOWER,), samples=3).out
+@pytest.mark.parametrize("fields", [{"method": "wanda"}, {"storage": "pivoted"}])
+def test_the_tower_alone_leaves_the_language_model(model, records, tmp_path, fields):
+    """Every tensor outside of the named linears is the dense model's, in other forms too."""
+    fields = {"shards": 2, "target": (TOWER,), "samples": 3} | fields
+    out = run(model, tmp_path / "out", records, **fields).out
     before, after = (
         AutoModelForImageTextToText.from_pretrained(each).state_dict() for each in (model, out)
     )
@@ -126,6 +134,24 @@ def test_the_tower_alone_leaves_the_language_model(model, records, tmp_path):
     modules = json.loads((out / "config.json").read_bytes())["quantization_config"]["modules"]
     assert {f"{name}.weight" for name in modules} == changed
     assert all(name.startswith("model.vision_tower.") for name in changed)
+
+
+def test_experts_images_and_a_tower_in_one_model(checkpoint, records, tmp_path):
+    """Qwen3-VL-MoE: two and three shards give the same bytes, and each part has factors."""
+    dense = add_qwen_processor(Path(copytree(checkpoint("qwen3_vl_moe"), tmp_path / "dense")))
+    target = ("*", "model.visual.*")
+    two, three = (
+        run(dense, tmp_path / f"{n}", records, shards=n, samples=3, target=target) for n in (2, 3)
+    )
+    assert contents(two.out) == contents(three.out)
+    assert two.report["calibration"]["images"] == 3
+    cut = {name for name, each in two.plan.assignments.items() if each.form != "dense"}
+    for part in ("visual.blocks", "mlp.experts", "self_attn"):
+        assert any(part in name for name in cut)
+    loaded = AutoModelForImageTextToText.from_pretrained(two.out)
+    tokens_BT, inputs = image_inputs("qwen3_vl_moe")
+    made = loaded.generate(input_ids=tokens_BT, **inputs, max_new_tokens=2, do_sample=False)
+    assert made.shape[1] == tokens_BT.shape[1] + 2
 
 
 @pytest.mark.parametrize(
