@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.forecast.shapes import Shapes
-from orchestrator.forecast.statistics import method_statistics, stacked
+from orchestrator.forecast.statistics import joint_linears, method_statistics
 from orchestrator.methods.base import Method
 from orchestrator.methods.kinds.costs.base import LinearStatistics
 
@@ -107,12 +107,15 @@ def _finishing(
     linears, cost = shapes.heaviest, method.kind.cost
     statistics = method_statistics(linears, method)
     entries, written = blocks * statistics.entries, 0
+    joint = joint_linears(linears, method.grouping)
     for place, linear in enumerate(linears):
         source, given = statistics.source(linear), statistics.of(linear)
-        whole = stacked(linear, method.grouping)
-        # Grams of a group are read together and summed, its weights joined to one matrix
-        others = whole.out_features // linear.out_features - 1
-        summed = 8 * given.gram**2 * others + (itemsize * whole.values if others else 0)
+        whole = joint[linear.name]
+        # Grams of a group are read together and summed, its weights joined to one matrix; those of
+        # experts are read one by one
+        others = whole.values // linear.values - 1
+        read = min(others, 1) if linear.experts else others
+        summed = 8 * given.gram**2 * read + (itemsize * whole.values if others else 0)
         before = {"written": written, "Grams": SETTLED_BYTES * entries}
         yield {**before, "decomposition": _reading(given) + summed}
         if source not in {statistics.source(each) for each in linears[place + 1 :]}:

@@ -4,13 +4,13 @@ Shape letters as in `memory`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.work import TRIANGLE, Work, computed, forward_flops
 from orchestrator.methods.base import Method
 from orchestrator.methods.kinds.costs.base import LinearStatistics
-from orchestrator.plan.grouping import Grouping
+from orchestrator.plan.grouping import Grouping, stack
 from orchestrator.plan.linear import Linear
 
 
@@ -24,6 +24,8 @@ class BlockStatistics:
     has_gradients: bool = False
     output_curvature: bool = False
     """True if gradients are those of the outputs, also where O > I."""
+    grouping: Grouping = field(default_factory=Grouping)
+    """Groups, of which those with a basis of outputs have gradients of the outputs too."""
 
     def source(self, linear: Linear) -> str:
         """The source of the Gram that a linear is decomposed with."""
@@ -35,19 +37,24 @@ class BlockStatistics:
         if not self.has_gradients:
             return 0
         outputs, inputs = linear.out_features, linear.in_features
-        return outputs if self.output_curvature else min(outputs, inputs)
+        as_is = self.output_curvature or self.grouping.shares_outputs(linear)
+        return outputs if as_is else min(outputs, inputs)
 
     def is_turned(self, linear: Linear) -> bool:
         """True if gradients are mapped to the inputs' side for their second moment."""
         return 0 < self.curvature(linear) < linear.out_features
 
     def of(self, linear: Linear, known: int | None = None) -> LinearStatistics:
-        """Sizes of the statistics of one linear, or of the tall one that has its name.
+        """Sizes of the statistics of one linear, or of the joint one that has its name.
 
         Args:
             known: See `LinearStatistics`.
         """
-        return LinearStatistics(self.grams[self.source(linear)], self.curvature(linear), known)
+        source = self.source(linear)
+        gram = self.grams[source]
+        if source == linear.site and gram != linear.in_features:
+            gram = linear.out_features  # of linears side by side, the moment of their outputs
+        return LinearStatistics(gram, self.curvature(linear), known)
 
     @property
     def entries(self) -> int:
@@ -66,6 +73,7 @@ def method_statistics(linears: Sequence[Linear], method: Method) -> BlockStatist
         grams=dict(_method_grams(linears, method)),
         has_gradients=method.label_draws > 0,
         output_curvature=method.output_curvature,
+        grouping=method.grouping,
     )
 
 
@@ -84,11 +92,19 @@ def input_statistics(linears: Sequence[Linear]) -> BlockStatistics:
     return BlockStatistics(linears=tuple(linears), grams=grams)
 
 
-def stacked(linear: Linear, grouping: Grouping) -> Linear:
-    """The tall linear that is decomposed in its place and that of the others of its group."""
-    if not grouping.joins(linear):
-        return linear
-    return replace(linear, out_features=grouping.size * linear.out_features)
+def joint_linears(linears: Sequence[Linear], grouping: Grouping) -> dict[str, Linear]:
+    """The linear that is decomposed in the place of each and of the others of its group, by name.
+
+    Args:
+        linears: Those of one block; groups over blocks are taken as of full size.
+    """
+    joint = {}
+    for group in grouping.groups(linears):
+        whole = stack(group)
+        if grouping.joins(whole) and not whole.experts:
+            whole = replace(whole, out_features=grouping.size * whole.out_features)
+        joint |= {linear.name: whole for linear in group}
+    return joint
 
 
 def gathering(shapes: Shapes, statistics: BlockStatistics, tokens: int, itemsize: int) -> Work:
@@ -134,10 +150,10 @@ def decomposing_block(
         itemsize: Bytes of a value of the stored factors.
     """
     statistics, cost = method_statistics(linears, method), method.kind.cost
-    total = Work()
+    total, joint = Work(), joint_linears(linears, method.grouping)
     for linear in linears:
-        whole = stacked(linear, method.grouping)
-        part = linear.out_features / whole.out_features
+        whole = joint[linear.name]
+        part = linear.values / whole.values
         given = statistics.of(whole)
         total += cost.decomposing(whole, given, pivoted=pivoted, itemsize=itemsize).times(part)
     return total

@@ -24,6 +24,7 @@ METHODS: Registry[Method] = Registry(
         "cap": "orchestrator.methods.cap:Cap",
         "two-sided": "orchestrator.methods.two_sided:TwoSided",
         "two-sided-sparse": "orchestrator.methods.two_sided_sparse:TwoSidedSparse",
+        "expert-sharing": "orchestrator.methods.expert_sharing:ExpertSharing",
         "wanda": "orchestrator.methods.wanda:Wanda",
     },
     base=Method,

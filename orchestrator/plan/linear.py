@@ -1,6 +1,9 @@
 """Linears of a model, and the survey that lists them."""
 
+import re
 from dataclasses import dataclass
+
+_OF_EXPERT = re.compile(r"(.+)\.\d+\.(?:gate|up|down)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,17 @@ class Linear:
         All experts of a block belong to one, with those that are shared.
         """
         return f"{self.block}.{self.role.rpartition('.')[0].partition('.')[0]}"
+
+    @property
+    def experts(self) -> str:
+        """Name within the block of the experts that it belongs to, `mlp.experts`; empty if none."""
+        found = _OF_EXPERT.fullmatch(self.role)
+        return found[1] if found else ""
+
+    @property
+    def part(self) -> str:
+        """Last part of its name, `down_proj`, and `down` for the linear of an expert."""
+        return self.name.rpartition(".")[2]
 
     @property
     def values(self) -> int:

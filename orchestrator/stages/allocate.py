@@ -40,7 +40,7 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
 
     def planned(budget: Budget) -> Plan:
         # shares of a group are those of its tall linear, whose basis each member multiplies by
-        divides = decomposed.allocator.divides_costs and grouping.size == 1
+        divides = decomposed.allocator.divides_costs and not grouping.is_shared
         return fill_budget(divide, linears, budget, decomposed.codec, divides_costs=divides)
 
     plan = planned(decomposed.budget)

@@ -80,12 +80,19 @@ class Kind(ABC, Generic[R]):
         """Return the errors of a linear at the size that a plan has chosen."""
 
     def factor(
-        self, stored: StoredLinear, part: Factor, outputs: range, *, rank: int, nonzeros: int
+        self,
+        stored: StoredLinear,
+        part: Factor,
+        channels: range | None,
+        *,
+        rank: int,
+        nonzeros: int,
     ) -> "Tensor":
         """Return `weight` [O, R] or `down` [R, I] at a rank, contiguous, on the reader's device.
 
         Args:
-            outputs: Rows of the linear among those that are stored together.
+            channels: Outputs of `weight`, or inputs of `down`, of the linear among those of all
+                linears that are stored together; None: all.
             nonzeros: Entries beside which the factors stand.
 
         Raises:
@@ -116,12 +123,11 @@ class Kind(ABC, Generic[R]):
 
 
 def prefix_factor(
-    stored: StoredLinear, part: str, rank: int, outputs: range | None = None
+    stored: StoredLinear, part: str, rank: int, channels: range | None = None
 ) -> "Tensor":
     """Return a factor of which ranks are stored as rows, cut to its first ranks."""
-    if part.startswith("down"):
-        return stored.prefix(part, rank)
-    return stored.prefix(part, rank, outputs).T.contiguous()
+    rows = stored.prefix(part, rank, channels)
+    return rows if part.startswith("down") else rows.T.contiguous()
 
 
 def prefix_entries(stored: StoredLinear, nonzeros: int) -> tuple["Tensor", "Tensor"]:

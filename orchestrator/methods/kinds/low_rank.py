@@ -67,9 +67,15 @@ class LowRankKind(Kind[L]):
         }
 
     def factor(
-        self, stored: StoredLinear, part: Factor, outputs: range, *, rank: int, nonzeros: int
+        self,
+        stored: StoredLinear,
+        part: Factor,
+        channels: range | None,
+        *,
+        rank: int,
+        nonzeros: int,
     ) -> "Tensor":
-        return prefix_factor(stored, part, rank, outputs)
+        return prefix_factor(stored, part, rank, channels)
 
 
 class ScaledKind(LowRankKind[S]):

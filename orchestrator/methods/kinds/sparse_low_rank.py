@@ -83,7 +83,13 @@ class SparseLowRankKind(Kind["SparseLowRank"]):
         return self.curve(facts).errors(assigned.rank, assigned.nonzeros)
 
     def factor(
-        self, stored: StoredLinear, part: Factor, outputs: range, *, rank: int, nonzeros: int
+        self,
+        stored: StoredLinear,
+        part: Factor,
+        channels: range | None,
+        *,
+        rank: int,
+        nonzeros: int,
     ) -> "Tensor":
         return prefix_factor(stored, f"{part}.{nonzeros}", rank)
 

@@ -34,7 +34,7 @@ class StoredForm:
     index: str = ""
     """The code of the nonzeros' positions."""
     basis: str = ""
-    """Name of the module whose `down.weight` this one is tied to; empty: it has its own."""
+    """Name of the module whose basis this one is tied to; empty: it has its own."""
 
     def to_json(self) -> dict[str, Any]:
         """The entry of the config: the fields that the form has."""
@@ -123,6 +123,9 @@ class FormLinear(nn.Module, ABC):
     """Rule if the model's plan splits the inputs of the linear."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Names of the submodules that have a rule of their own if `split_inputs` is `parts`."""
+    basis_tensor: ClassVar[str] = "down.weight"
+    """Tensor that linears share which have `basis` among their fields: of the inputs, or `weight`
+    of the outputs."""
     stored_with_values: ClassVar[tuple[str, ...]] = ()
     """Buffers that a unit of trained values stores too: those computed after the plan, whose own
     unit is removed once the values are trained."""

@@ -43,10 +43,11 @@ def install_forms(model: PreTrainedModel, quantization_config: Mapping[str, Any]
         name, module = linears[given]
         replacement = _make(form, module, shares_basis=bool(form.basis) or given in shared)
         if form.basis:
-            basis = f"{linears[form.basis][0]}.down.weight"
+            tensor = replacement.basis_tensor
+            basis = f"{linears[form.basis][0]}.{tensor}"
             # the model's map is read when weights are loaded, the module's when they are saved
-            model.all_tied_weights_keys[f"{name}.down.weight"] = basis
-            replacement._tied_weights_keys = {"down.weight": basis}  # type: ignore[assignment]
+            model.all_tied_weights_keys[f"{name}.{tensor}"] = basis
+            replacement._tied_weights_keys = {tensor: basis}  # type: ignore[assignment]
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)
     stored = (f"{name}.{key}" for name, each in experts.items() for key in each.state_dict())

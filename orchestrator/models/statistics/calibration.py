@@ -56,7 +56,7 @@ class Calibration:
     Args:
         magnitudes: Also accumulate the mean magnitudes of the inputs.
         curvature: Also accumulate gradients.
-        outputs: Accumulate gradients as g even if O > I.
+        outputs: Function of a linear: True to accumulate its gradients as g even if O > I.
         weighted: Weight the rows of experts as described; False: they count alike.
     """
 
@@ -68,7 +68,7 @@ class Calibration:
         *,
         magnitudes: bool = False,
         curvature: bool = False,
-        outputs: bool = False,
+        outputs: Callable[[Linear], bool] = lambda _: False,
         weighted: bool = True,
     ) -> None:
         blocks = {linear.block for linear in linears}
@@ -92,7 +92,7 @@ class Calibration:
             if magnitudes and linear.site not in self._magnitudes:
                 self._request_magnitude(linear)
             if curvature:
-                self._request_curvature(linear, outputs)
+                self._request_curvature(linear, as_is=outputs(linear))
 
     def _request(self, linear: Linear, side: Side) -> None:
         source = linear.site if side == "input" else f"{linear.name} output"
@@ -140,9 +140,9 @@ class Calibration:
 
         self._hooks.append(module.register_forward_pre_hook(gather))
 
-    def _request_curvature(self, linear: Linear, outputs: bool) -> None:
+    def _request_curvature(self, linear: Linear, *, as_is: bool) -> None:
         module = self._shard.module(linear.name)
-        as_is = outputs or linear.out_features <= linear.in_features
+        as_is = as_is or linear.out_features <= linear.in_features
         size = linear.out_features if as_is else linear.in_features
         gram = self._curvatures[linear.name] = Gram(size, dense_weight(module).device)
         experts = self._experts[linear.name]

@@ -11,6 +11,7 @@ from orchestrator.plan.forms.base import Divided, Form
 from orchestrator.plan.forms.dense import DENSE
 from orchestrator.plan.forms.low_rank import LOW_RANK
 from orchestrator.plan.forms.low_rank_sparse import LOW_RANK_SPARSE
+from orchestrator.plan.forms.output_basis import OUTPUT_BASIS
 from orchestrator.plan.forms.pivoted import PIVOTED
 from orchestrator.plan.forms.sparse import SPARSE
 from orchestrator.registry import Registry
@@ -20,6 +21,7 @@ __all__ = [
     "FORMS",
     "LOW_RANK",
     "LOW_RANK_SPARSE",
+    "OUTPUT_BASIS",
     "PIVOTED",
     "SPARSE",
     "Divided",
@@ -32,6 +34,7 @@ FORMS: Registry[Form] = Registry(
     {
         "dense": "orchestrator.plan.forms.dense:DENSE",
         "low_rank": "orchestrator.plan.forms.low_rank:LOW_RANK",
+        "output_basis": "orchestrator.plan.forms.output_basis:OUTPUT_BASIS",
         "pivoted": "orchestrator.plan.forms.pivoted:PIVOTED",
         "sparse": "orchestrator.plan.forms.sparse:SPARSE",
         "low_rank_sparse": "orchestrator.plan.forms.low_rank_sparse:LOW_RANK_SPARSE",

@@ -24,7 +24,7 @@ class Cut(Protocol):
 
     @property
     def basis(self) -> str:
-        """Name of the linear whose `down` [R, I] is used; empty: its own."""
+        """Name of the linear whose basis is used, `down` [R, I] of a low rank; empty: its own."""
         ...
 
 
@@ -46,6 +46,8 @@ class Form(ABC):
     """Path of its class of `FormLinear`, `package.file:Class`; empty for dense weights alone."""
     has_rank: ClassVar[bool] = False
     has_nonzeros: ClassVar[bool] = False
+    shares_left: ClassVar[bool] = False
+    """True if the left factor may be that of several linears, so that none can change it alone."""
     has_fixed_price: ClassVar[bool] = True
     """True if every rank adds the same number of values."""
 

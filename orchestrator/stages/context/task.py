@@ -59,6 +59,10 @@ class CompressionTask(Task):
             return "input"
         return self.method.side(linear, site)
 
+    def output_curvature(self, linear: Linear) -> bool:
+        """Return True if gradients of a linear's outputs are gathered as they are."""
+        return self.method.output_curvature or self.grouping.shares_outputs(linear)
+
     def made_by(self, linear: Linear) -> list[str]:
         """Return the keys of the units that a linear's factors are cut from."""
         refit = [self.refit_keys[linear.block]] if linear.block in self.refit_keys else []

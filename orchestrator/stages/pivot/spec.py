@@ -41,6 +41,11 @@ class Pivot(Stage):
                 f"storage is 'pivoted' and {method.name}'s group is {method.grouping.size}; "
                 "pivots are rows of one linear, so none share a basis; give group 1"
             )
+        if method.grouping.is_shared:
+            raise UsageError(
+                f"storage is 'pivoted' and {method.name} shares bases among experts; pivots are "
+                "rows of one linear, so none share a basis; give storage 'plain'"
+            )
 
     def job(self, planned: "Planned", earlier: "Sequence[StageJob]") -> "StageJob":
         from orchestrator.stages.pivot.job import PivotJob

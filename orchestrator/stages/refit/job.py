@@ -28,7 +28,10 @@ class RefitJob(StageJob):
         plan = planned.plan.to_json()
         self.key = unit_key("calibrate cut", REFIT_VERSION, inputs, plan=plan)
         forms = {name: FORMS[each.form] for name, each in planned.plan.assignments.items()}
-        blocks = sorted({each.block for each in planned.linears if forms[each.name].is_factored})
+        is_fitted = {
+            name: form.is_factored and not form.shares_left for name, form in forms.items()
+        }
+        blocks = sorted({each.block for each in planned.linears if is_fitted[each.name]})
         self._keys = {
             block: unit_key("refit", REFIT_VERSION, [self.key], block=block) for block in blocks
         }

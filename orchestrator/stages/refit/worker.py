@@ -45,6 +45,11 @@ class RefitSettings:
         """Return True if the plan gives the linear factors."""
         return FORMS[self.plan.assignments[linear.name].form].is_factored
 
+    def is_fitted(self, linear: Linear) -> bool:
+        """Return True if the left factor is the linear's own."""
+        form = FORMS[self.plan.assignments[linear.name].form]
+        return form.is_factored and not form.shares_left
+
 
 class RefittedFactors:
     """Source of the left factors that this stage has committed."""
@@ -57,7 +62,10 @@ class RefittedFactors:
     def read(self, tensor: TensorSpec) -> Tensor | None:
         if tensor.part != "weight":
             return None
-        return self.factor(self._task.linear(tensor.source), "weight", tensor.rank)
+        linear = self._task.linear(tensor.source)
+        if not self._task.settings.is_fitted(linear):
+            return None
+        return self.factor(linear, "weight", tensor.rank)
 
     def factor(self, linear: Linear, part: Factor, rank: int) -> Tensor:
         """Return a factor as it is written to the checkpoint, on the device."""
@@ -98,7 +106,8 @@ class RefitWorker(Worker):
             weight_OI = dense_weight(shard.module(linear.name))
             weight_OR, down_RI = (each.to(weight_OI) for each in self._factors(linear))
             torch.matmul(weight_OR, down_RI, out=weight_OI)
-        wanted = [each for each in linears if each.block in todo and self.settings.is_cut(each)]
+        fitted = filter(self.settings.is_fitted, linears)
+        wanted = [each for each in fitted if each.block in todo]
         return Calibration(shard, wanted, lambda linear, site: "input")
 
     def read_ahead(self, blocks: range) -> None:
@@ -128,7 +137,7 @@ class RefitWorker(Worker):
         fitted: dict[str, Tensor] = {}
         said: dict[str, Any] = {}
         for linear in self.task.linears:
-            if linear.block != block or not self.settings.is_cut(linear):
+            if linear.block != block or not self.settings.is_fitted(linear):
                 continue
             weight_OR, down_RI = self._factors(linear)
             statistic = opened.calibration.statistic(linear)

@@ -135,6 +135,11 @@ def _check_compensation(recipe: Recipe, method: MethodTraits) -> None:
             f"{asked} and {method.name}'s group is {method.grouping.size}; a basis that blocks "
             "share cannot follow the inputs of each; give group 1 or compensate 'none'"
         )
+    if method.grouping.is_shared:
+        raise UsageError(
+            f"{asked} and {method.name} shares bases among experts, which cannot follow the inputs "
+            "of each; give compensate 'none', or another method"
+        )
     if "beta" in table and recipe.compensate != "blend":
         raise UsageError(f"{asked} and beta is given, which is for 'blend'; leave one of them out")
     compensation_options(recipe)

@@ -8,5 +8,11 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "svd-llm": {"method": "svd-llm"},
     "two-sided, uniform": {"method": "two-sided", "allocation": "uniform"},
     "two-sided": {"method": "two-sided"},
+    "expert-sharing, uniform": {"method": "expert-sharing", "allocation": "uniform"},
+    "expert-sharing": {"method": "expert-sharing"},
+    "expert-sharing, refit": {
+        "method": "expert-sharing",
+        "options": {"expert-sharing": {"refit": "always"}},
+    },
 }
 """All get the same kept fraction of the values of the experts."""

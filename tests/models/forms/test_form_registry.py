@@ -68,7 +68,8 @@ def test_a_module_has_the_tensors_of_its_form(name, data):
         tensor.name: (tensor.dtype or torch.bfloat16, tensor.shape)
         for tensor in FORMS[name].tensors(stored, *sizes)
     }
-    shared = {"down.weight": (torch.bfloat16, (stored.rank, sizes[1]))} if shares else {}
+    shape = (sizes[0], stored.rank) if name == "output_basis" else (stored.rank, sizes[1])
+    shared = {FORMS[name].basis_tensor: (torch.bfloat16, shape)} if shares else {}
     assert found == declared | shared | {"bias": (torch.bfloat16, (sizes[0],))}
     assert (module.in_features, module.out_features) == sizes[::-1]
     assert {*module.parts} == {part for part, _ in module.named_children()}
@@ -77,7 +78,7 @@ def test_a_module_has_the_tensors_of_its_form(name, data):
 @given(data=st.data())
 def test_ranks_fit_below_break_even(data):
     """The module refuses the ranks that the plan's half says save nothing."""
-    name = data.draw(st.sampled_from(["low_rank", "pivoted"]))
+    name = data.draw(st.sampled_from(["low_rank", "pivoted", "output_basis"]))
     linear, _, stored = data.draw(assignments(name))
     misfit = FORMS[name].misfit(stored, linear.out_features, linear.in_features)
     assert bool(misfit) == (stored.rank >= SIZES[name].break_even(linear))

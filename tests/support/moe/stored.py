@@ -48,7 +48,7 @@ class MadeMoe:
 def some_forms(layouts: Mapping[str, ExpertsLayout]) -> dict[str, StoredForm]:
     """Return forms of the linears of all experts, each kind in every module.
 
-    The gates of two experts of a module share a basis.
+    The gates of two experts of a module share a basis of inputs, the downs of two one of outputs.
     """
     by_module = expert_names(layouts).values()
     names = [name for parts in by_module for each in parts.values() for name in each]
@@ -58,6 +58,9 @@ def some_forms(layouts: Mapping[str, ExpertsLayout]) -> dict[str, StoredForm]:
         basis = f"{module}.1.gate"
         forms[basis] = StoredForm(form="low_rank", rank=6)
         forms[f"{module}.3.gate"] = StoredForm(form="low_rank", rank=6, basis=basis)
+        written = f"{module}.0.down"
+        forms[written] = StoredForm(form="output_basis", rank=7)
+        forms[f"{module}.2.down"] = StoredForm(form="output_basis", rank=7, basis=written)
     return forms
 
 

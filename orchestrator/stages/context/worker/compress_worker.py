@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orchestrator.linalg.low_rank import summed
+from orchestrator.linalg.joint import on_top, side_by_side
+from orchestrator.linalg.low_rank import InputGram, OutputGram, summed
 from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.statistics.calibration import dense_weight
-from orchestrator.plan.grouping import stack
+from orchestrator.plan.grouping import is_wide, stack
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored, Worker
 from orchestrator.stages.context.task import CompressionTask
@@ -98,7 +99,7 @@ class CompressionWorker(Worker):
     def finish(self, block: int) -> dict[str, Any]:
         """Decompose the linears of a group of blocks and commit them, one file each.
 
-        Linears that share a basis are one tall weight; the Grams of their inputs are summed.
+        Linears that share a basis are one tall or wide weight; their statistics are summed.
 
         Returns the unit's facts: for each linear those of its kind of result, cosines, and seconds.
         """
@@ -145,9 +146,7 @@ class CompressionWorker(Worker):
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return facts and stored tensors, on the host, of linears that are decomposed as one."""
         method, linear = self.task.method, stack(group)
-        weights = [dense_weight(opened.shard.module(each.name)) for each in group]
-        weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
-        statistic = summed([opened.calibration.statistic(each) for each in group])
+        weight_OI, statistic = _joined(opened, group)
         # a statistic is a copy: its Grams are freed before the decomposition takes memory
         opened.calibration.forget(group)
         rank = max(self.task.form.break_even(linear), 1)
@@ -181,6 +180,19 @@ def planned_tensors(
     chosen = (kept,) if kept else ()
     pivoted = PivotedFactors(task, decompositions.run)
     return StoredTensors((DenseTensors(task.model), pivoted, *chosen, decompositions), kept)
+
+
+def _joined(opened: OpenShard, group: Sequence[Linear]) -> tuple[Tensor, InputGram | OutputGram]:
+    """Return weight and statistic of linears that are decomposed as one."""
+    weights = [dense_weight(opened.shard.module(each.name)) for each in group]
+    statistics = (opened.calibration.statistic(each) for each in group)
+    if len(group) == 1:
+        return weights[0], next(statistics)
+    if is_wide(group):
+        return side_by_side(weights, statistics)
+    if group[0].experts:
+        return on_top(weights, statistics, [each.site for each in group])
+    return torch.cat(weights), summed(list(statistics))
 
 
 def _save(tensors: dict[str, Tensor], unit: UnitWriter, name: str) -> None:

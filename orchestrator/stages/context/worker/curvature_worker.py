@@ -41,7 +41,7 @@ class BackwardPass:
             worker.task.of_groups(todo),
             magnitudes=method.magnitudes,
             curvature=True,
-            outputs=method.output_curvature,
+            outputs=worker.task.output_curvature,
         )
         opened.shard.freeze()
         return GradientPass(worker, opened)

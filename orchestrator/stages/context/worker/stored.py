@@ -22,6 +22,7 @@ from orchestrator.models.checkpoint.write import write_file
 from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.expert_weights import view_experts
+from orchestrator.plan.grouping import is_wide
 from orchestrator.plan.linear import Linear
 from orchestrator.stages.context.masks import read_candidates
 from orchestrator.stages.context.task import CompressionTask
@@ -133,10 +134,13 @@ class Decompositions:
 
     def factor(self, linear: Linear, part: Factor, rank: int, nonzeros: int = 0) -> Tensor:
         """Return a factor of a linear, cut to a rank, on the device."""
-        start = self._groups[linear.name].index(linear) * linear.out_features
-        outputs = range(start, start + linear.out_features)
+        group, channels = self._groups[linear.name], None
+        if len(group) > 1 and (part == "down") == is_wide(group):
+            size = linear.in_features if part == "down" else linear.out_features
+            start = group.index(linear) * size
+            channels = range(start, start + size)
         stored = self.stored(linear)
-        return self._kind.factor(stored, part, outputs, rank=rank, nonzeros=nonzeros)
+        return self._kind.factor(stored, part, channels, rank=rank, nonzeros=nonzeros)
 
     def _entries(self, linear: Linear, tensor: TensorSpec) -> tuple[Tensor, Tensor]:
         """Return values and positions; the last ones are kept, since a linear's parts adjoin."""

@@ -103,7 +103,8 @@ def misfits(
     """Yield every module that cannot be stored as it says, and why: found, and what is possible.
 
     A form must save values. Members of a group that shares a basis are weighed together: their
-    outputs stand on top of each other in one weight [sum of O, I].
+    outputs stand on top of each other in one weight [sum of O, I], or their inputs side by side
+    if the basis is one of outputs, [O, sum of I].
 
     Args:
         sizes: Outputs and inputs of every module.
@@ -117,7 +118,9 @@ def misfits(
         if not reason and form.basis:
             reason = _basis_misfit(name, forms, sizes)
         elif not reason:
-            if "basis" in module.optional:
+            if "basis" in module.optional and module.basis_tensor == "weight":
+                inputs = sum(sizes[member][1] for member in groups[name])
+            elif "basis" in module.optional:
                 outputs = sum(sizes[member][0] for member in groups[name])
             reason = module.misfit(form, outputs, inputs)
         if reason:
@@ -214,9 +217,11 @@ def _basis_misfit(
     form, basis = forms[name], forms.get(forms[name].basis)
     if basis is None or basis.form != form.form or basis.basis:
         return f"found basis {reprlib.repr(form.basis)}, need a {form.form} linear with its own"
-    if (basis.rank, sizes[form.basis][1]) != (form.rank, sizes[name][1]):
+    side = 0 if FORMS[form.form].basis_tensor == "weight" else 1
+    own, other = sizes[name][side], sizes[form.basis][side]
+    if (basis.rank, other) != (form.rank, own):
         return (
-            f"found rank {form.rank} of {sizes[name][1]} inputs, its basis {form.basis} has "
-            f"rank {basis.rank} of {sizes[form.basis][1]}"
+            f"found rank {form.rank} of {own} {('outputs', 'inputs')[side]}, its basis "
+            f"{form.basis} has rank {basis.rank} of {other}"
         )
     return ""

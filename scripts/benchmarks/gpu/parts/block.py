@@ -53,7 +53,11 @@ def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]
     if backward:
         shard.freeze()
     calibration = Calibration(
-        shard, shard.linears, method.side, curvature=backward, outputs=method.output_curvature
+        shard,
+        shard.linears,
+        method.side,
+        curvature=backward,
+        outputs=lambda _: method.output_curvature,
     )
     seconds, pack_seconds = [], None
     for chunk in chunks:
