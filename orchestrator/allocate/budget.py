@@ -16,6 +16,7 @@ LEAST: dict[Divided, str] = {
     "entries": "one entry",
     "ranks and entries together": "rank 1",
     "linears": "the cut",
+    "clusters": "nothing",
 }
 """Smallest size of a linear in a message, except of ranks alone."""
 

@@ -107,23 +107,22 @@ def _dense_files(
     for name, module in model.named_modules():
         if isinstance(module, FormLinear) and f"{name}.weight" not in parts:
             parts |= {f"{name}.{key}" for key in module.state_dict() if key != "bias"}
-            # a weight that is another's is not stored; the own factor then stands for the linear
-            is_own = f"{name}.weight" in names.disk
-            linears[f"{name}.weight" if is_own else f"{name}.down.weight"] = name, module
+            linears[f"{name}.weight"] = name, module
+    # a linear whose weight is another's stands beside that
+    shared = {name: names.disk[names.tied[name]] for name in linears if name in names.tied}
     files: dict[str, list[TensorSpec]] = {}
-    for tensor, disk_name in names.disk.items():
+    for tensor, disk_name in (dict(names.disk) | shared).items():
         part, shape, source = "copy", weights.shape(disk_name), disk_name
-        written = tensor
         if tensor in linears:
             source, module = linears[tensor]
-            part, written = "dense", f"{source}.weight"
+            part = "dense"
             shape = (module.out_features, module.in_features)
             if source in transposed:
                 shape = (module.in_features, module.out_features)
         elif tensor in parts:
             continue
         spec = TensorSpec(
-            name=written,
+            name=tensor,
             dtype=dtype_name(weights.dtype(disk_name)),
             shape=shape,
             part=part,

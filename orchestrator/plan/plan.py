@@ -22,8 +22,8 @@ class Assignment:
     nonzeros: int = 0
     """Stored entries of `sparse` and `low_rank_sparse`; 0 where the form has none."""
     basis: str = ""
-    """Name of the linear of this form whose basis this one uses, `down` [R, I] of `low_rank` or
-    `weight` [O, R] of `output_basis`; empty: it has its own."""
+    """Name of the linear of this form whose basis this one uses, `down` [R, I] of `low_rank`,
+    `weight` [O, R] of `output_basis` or [O, I] of `tied`; empty: it has its own."""
 
     def stored_values(self, linear: Linear) -> int:
         """Number of values of its weight; an index is not counted."""

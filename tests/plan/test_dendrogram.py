@@ -39,7 +39,7 @@ def test_merges_are_those_of_a_search_among_all_pairs(items, seed):
 
 @given(items=st.integers(1, 8), seed=st.integers(0, 1000))
 def test_clusters_are_nested_partitions(items, seed):
-    """Of every number of clusters each item is in one, and one fewer joins exactly two of them."""
+    """Each item is in one of the clusters of every number, and one fewer joins exactly two."""
     merges = average_linkage(distances_of(np.random.default_rng(seed).normal(size=(items, 3))))
     assert all(a.distance <= b.distance + 1e-12 for a, b in itertools.pairwise(merges))
     finer = clusters(merges, items)

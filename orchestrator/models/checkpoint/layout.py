@@ -21,6 +21,8 @@ from orchestrator.plan.forms import FORMS as FORM_SIZES
 from orchestrator.plan.linear import ExpertsModule, Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
 
+MEAN = "mean"
+"""Part of a weight that stands for those of several linears."""
 GUARD = "guard"
 """Part of the tensor with the ranks of the experts of a block."""
 
@@ -37,8 +39,8 @@ class TensorSpec:
     part: str
     """`copy` of a stored tensor; a part that the linear's form names: factor `weight` [O, R] or
     `down` [R, I]; pivoted the `others` [S, R], the `pivots` [R, I] and the `order` [O] of both;
-    `values` [N] of a sparse weight, its `index` or `rows`; the `guard` of experts; or the `dense`
-    weight that an export makes of them."""
+    `values` [N] of a sparse weight, its `index` or `rows`; the `mean` [O, I] of dense weights; the
+    `guard` of experts; or the `dense` weight that an export makes of them."""
     source: str
     """Name on disk of the tensor that is copied, or name of the linear or of the experts."""
     rank: int = 0
@@ -47,6 +49,8 @@ class TensorSpec:
     """Number of entries of a sparse weight, in all its tensors and in the factors beside it."""
     code: str = ""
     """The code of its `index` and `rows`."""
+    members: tuple[str, ...] = ()
+    """Linears whose dense weights a `mean` is of."""
 
     @property
     def values(self) -> int:
@@ -86,13 +90,18 @@ class FileSpec:
         # not by `asdict`, which copies every value of every tensor
         names = [each.name for each in fields(TensorSpec)]
         tensors = [{name: getattr(each, name) for name in names} for each in self.tensors]
+        for tensor in tensors:
+            # so that keys of files without means are those of earlier versions
+            if not tensor["members"]:
+                del tensor["members"]
         return {"name": self.name, "tensors": tensors}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "FileSpec":
-        tensors = [
-            TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in value["tensors"]
-        ]
+        tensors = []
+        for tensor in value["tensors"]:
+            tuples = {name: tuple(tensor.get(name, ())) for name in ("shape", "members")}
+            tensors.append(TensorSpec(**{**tensor, **tuples}))
         return cls(name=value["name"], tensors=tuple(tensors))
 
 
@@ -124,6 +133,9 @@ def layout(
     """
     forms = stored_forms(survey, plan)
     linears = {f"{linear.name}.weight": linear for linear in survey.linears}
+    tied: dict[str, list[str]] = {}
+    for name, form in forms.items():
+        tied.setdefault(form.basis or name, []).append(name)
     has_guards = compresses_experts(survey, forms)
     groups: list[dict[str, TensorSpec]] = [{} for _ in range(survey.num_blocks)]
     for tensor in tensors:
@@ -134,7 +146,7 @@ def layout(
         if output_dtype is not None and getattr(torch, dtype).is_floating_point:
             dtype = dtype_name(output_dtype)
         if linear is not None and linear.name in forms:
-            specs = _stored_specs(linear, forms[linear.name], dtype)
+            specs = _stored_specs(linear, forms[linear.name], dtype, tied.get(linear.name, []))
         else:
             specs = [_copy(tensor, dtype, is_fused=not (splits_experts or has_guards))]
         group.update((spec.name, spec) for spec in specs)
@@ -235,8 +247,14 @@ def _stored_form(linear: Linear, assignment: Assignment) -> StoredForm:
     )
 
 
-def _stored_specs(linear: Linear, form: StoredForm, dtype: str) -> list[TensorSpec]:
-    """The tensors that stand in the place of a linear's dense weight."""
+def _stored_specs(
+    linear: Linear, form: StoredForm, dtype: str, tied: Sequence[str]
+) -> list[TensorSpec]:
+    """The tensors that stand in the place of a linear's dense weight.
+
+    Args:
+        tied: Names of the linear and of those that use a tensor of it.
+    """
     tensors = FORMS[form.form].tensors(form, linear.out_features, linear.in_features)
     return [
         TensorSpec(
@@ -248,6 +266,7 @@ def _stored_specs(linear: Linear, form: StoredForm, dtype: str) -> list[TensorSp
             rank=form.rank,
             nonzeros=form.nonzeros,
             code=tensor.code,
+            members=tuple(tied) if tensor.part == MEAN else (),
         )
         for tensor in tensors
     ]

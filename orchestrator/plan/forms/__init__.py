@@ -14,6 +14,7 @@ from orchestrator.plan.forms.low_rank_sparse import LOW_RANK_SPARSE
 from orchestrator.plan.forms.output_basis import OUTPUT_BASIS
 from orchestrator.plan.forms.pivoted import PIVOTED
 from orchestrator.plan.forms.sparse import SPARSE
+from orchestrator.plan.forms.tied import TIED
 from orchestrator.registry import Registry
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "OUTPUT_BASIS",
     "PIVOTED",
     "SPARSE",
+    "TIED",
     "Divided",
     "Form",
     "stored_as",
@@ -38,6 +40,7 @@ FORMS: Registry[Form] = Registry(
         "pivoted": "orchestrator.plan.forms.pivoted:PIVOTED",
         "sparse": "orchestrator.plan.forms.sparse:SPARSE",
         "low_rank_sparse": "orchestrator.plan.forms.low_rank_sparse:LOW_RANK_SPARSE",
+        "tied": "orchestrator.plan.forms.tied:TIED",
     },
     base=Form,
     makes=True,

@@ -9,6 +9,7 @@ from orchestrator_vllm.forms.low_rank_sparse import LowRankSparseLinear
 from orchestrator_vllm.forms.output_basis import OutputBasisLinear
 from orchestrator_vllm.forms.pivoted import PivotedLinear
 from orchestrator_vllm.forms.sparse import SparseLinear
+from orchestrator_vllm.forms.tied import TiedLinear
 
 FORMS: dict[str, type[FormLinear]] = {
     "low_rank": LowRankLinear,
@@ -16,4 +17,5 @@ FORMS: dict[str, type[FormLinear]] = {
     "pivoted": PivotedLinear,
     "sparse": SparseLinear,
     "low_rank_sparse": LowRankSparseLinear,
+    "tied": TiedLinear,
 }

@@ -3,9 +3,10 @@
 
 Every one keeps under the name `weight` a tensor that cannot have the dense weight's shape, on
 purpose: a program that does not know the form finds the wrong shape and stops, where a missing
-tensor would have been filled with random values. None is an `nn.Linear`: programs that look for
-those take `weight` for the dense matrix. Values are parameters in one dtype, indices are buffers
-of whole numbers that no cast of the model changes.
+tensor would have been filled with random values. Linears of experts, to which `tied` is confined,
+have a guard beside them for this. None is an `nn.Linear`: programs that look for those take
+`weight` for the dense matrix. Values are parameters in one dtype, indices are buffers of whole
+numbers that no cast of the model changes.
 
 The file of a form imports torch, `orchestrator_vllm.forms.errors` and this package only: its text becomes part
 of the file that loads a checkpoint without orchestrator (`orchestrator.hf.bootstrap`).

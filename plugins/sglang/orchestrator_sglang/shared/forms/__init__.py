@@ -9,6 +9,7 @@ from orchestrator_sglang.shared.forms.low_rank_sparse import LowRankSparseLinear
 from orchestrator_sglang.shared.forms.output_basis import OutputBasisLinear
 from orchestrator_sglang.shared.forms.pivoted import PivotedLinear
 from orchestrator_sglang.shared.forms.sparse import SparseLinear
+from orchestrator_sglang.shared.forms.tied import TiedLinear
 
 FORMS: dict[str, type[FormLinear]] = {
     "low_rank": LowRankLinear,
@@ -16,4 +17,5 @@ FORMS: dict[str, type[FormLinear]] = {
     "pivoted": PivotedLinear,
     "sparse": SparseLinear,
     "low_rank_sparse": LowRankSparseLinear,
+    "tied": TiedLinear,
 }
