@@ -25,6 +25,7 @@ METHODS: Registry[Method] = Registry(
         "two-sided": "orchestrator.methods.two_sided:TwoSided",
         "two-sided-sparse": "orchestrator.methods.two_sided_sparse:TwoSidedSparse",
         "wanda": "orchestrator.methods.wanda:Wanda",
+        "reap": "orchestrator.methods.reap:Reap",
     },
     base=Method,
     makes=True,

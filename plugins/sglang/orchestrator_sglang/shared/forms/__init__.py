@@ -4,6 +4,7 @@ Copies of orchestrator's sources. Of the modules only the class methods are used
 """
 
 from orchestrator_sglang.shared.forms.base import FormLinear
+from orchestrator_sglang.shared.forms.dropped import DroppedLinear
 from orchestrator_sglang.shared.forms.low_rank import LowRankLinear
 from orchestrator_sglang.shared.forms.low_rank_sparse import LowRankSparseLinear
 from orchestrator_sglang.shared.forms.pivoted import PivotedLinear
@@ -14,4 +15,5 @@ FORMS: dict[str, type[FormLinear]] = {
     "pivoted": PivotedLinear,
     "sparse": SparseLinear,
     "low_rank_sparse": LowRankSparseLinear,
+    "dropped": DroppedLinear,
 }
