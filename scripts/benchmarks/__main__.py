@@ -11,6 +11,7 @@ from pathlib import Path
 SUBCOMMANDS = (
     *("quality", "methods", "generation", "ablation", "speed", "rpca", "memory", "large"),
     *("pivot", "refinement", "faults", "bookkeeping", "scale", "gpu", "serving", "images"),
+    "experts",
 )
 """Modules of `benchmarks`. Only the chosen one is imported, so that a benchmark without Ray runs if
 Ray is not installed."""

@@ -1,0 +1,12 @@
+"""Ways to make the experts of a model smaller: fields of a recipe by the name of the row."""
+
+from collections.abc import Mapping
+from typing import Any
+
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    "svd": {"method": "svd"},
+    "svd-llm": {"method": "svd-llm"},
+    "two-sided, uniform": {"method": "two-sided", "allocation": "uniform"},
+    "two-sided": {"method": "two-sided"},
+}
+"""All get the same kept fraction of the values of the experts."""
