@@ -36,6 +36,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "strs": "orchestrator.allocate.strs:Strs",
         "threshold": "orchestrator.allocate.threshold:Threshold",
         "cap": "orchestrator.allocate.cap:CapAllocator",
+        "reap": "orchestrator.allocate.reap:ReapAllocator",
         "two-sided-sparse": "orchestrator.allocate.two_sided_sparse:TwoSidedSparseAllocator",
     },
     base=Allocator,

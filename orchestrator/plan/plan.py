@@ -44,6 +44,8 @@ class Plan:
     """Number of values that the targeted linears may store together."""
     stored_values: int
     """Number of values that they store, at most the budget."""
+    reroutes: bool = False
+    """True if routers lose the rows of dropped experts, and choose among the others."""
 
     @property
     def slack_values(self) -> int:
@@ -59,6 +61,7 @@ class Plan:
             "assignments": {name: asdict(a) for name, a in self.assignments.items()},
             "budget_values": self.budget_values,
             "stored_values": self.stored_values,
+            **({"reroutes": True} if self.reroutes else {}),
         }
 
     @classmethod

@@ -66,6 +66,7 @@ _METHODS: dict[str, dict[str, Any]] = {
         "options": {"two-sided-sparse": {"steps": 0, "densities": "0 0.2 0.5"}},
     },
     "wanda": {"method": "wanda"},
+    "reap": {"model": "qwen3_moe", "method": "reap"},
 }
 _ALLOCATIONS: dict[str, dict[str, Any]] = {
     "allocation-svd-llm-v2": {"method": "svd", "allocation": "svd-llm-v2"},

@@ -57,6 +57,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "phi3",
         "pad_token_id": 0,
     },
+    "qwen3_moe": {
+        **_LLAMA,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 4,
+        "moe_intermediate_size": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
     "gpt2": {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

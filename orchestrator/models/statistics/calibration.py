@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from transformers.pytorch_utils import Conv1D
 
+from orchestrator.linalg.activation import Activation
 from orchestrator.linalg.cosine import Cosine
 from orchestrator.linalg.gram import Gram
-from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram
+from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, Statistic
 from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.experts.module import RoutedRows
@@ -76,6 +77,7 @@ class Calibration:
         self._grams: dict[str, Gram] = {}
         self._magnitudes: dict[str, Magnitude] = {}
         self._curvatures: dict[str, Gram] = {}
+        self._activations: dict[str, Activation] = {}
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
         self._rows = ChunkRows(shard, is_weighted=weighted and not curvature)
@@ -194,7 +196,7 @@ class Calibration:
         self._magnitude_pools.settle(self._magnitudes)
         self._curvature_pools.settle(self._curvatures)
 
-    def statistic(self, linear: Linear) -> InputGram | OutputGram:
+    def statistic(self, linear: Linear) -> Statistic:
         """Return the accumulated statistics of one linear."""
         source, side = self._sources[linear.name]
         moment, _, most = self._gram_pools.moment(source, self._grams)

@@ -9,6 +9,7 @@ two files and an entry point.
 
 from orchestrator.plan.forms.base import Divided, Form
 from orchestrator.plan.forms.dense import DENSE
+from orchestrator.plan.forms.dropped import DROPPED
 from orchestrator.plan.forms.low_rank import LOW_RANK
 from orchestrator.plan.forms.low_rank_sparse import LOW_RANK_SPARSE
 from orchestrator.plan.forms.output_basis import OUTPUT_BASIS
@@ -19,6 +20,7 @@ from orchestrator.registry import Registry
 
 __all__ = [
     "DENSE",
+    "DROPPED",
     "FORMS",
     "LOW_RANK",
     "LOW_RANK_SPARSE",
@@ -41,6 +43,7 @@ FORMS: Registry[Form] = Registry(
         "sparse": "orchestrator.plan.forms.sparse:SPARSE",
         "low_rank_sparse": "orchestrator.plan.forms.low_rank_sparse:LOW_RANK_SPARSE",
         "tied": "orchestrator.plan.forms.tied:TIED",
+        "dropped": "orchestrator.plan.forms.dropped:DROPPED",
     },
     base=Form,
     makes=True,

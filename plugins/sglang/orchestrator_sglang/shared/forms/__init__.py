@@ -4,6 +4,7 @@ Copies of orchestrator's sources. Of the modules only the class methods are used
 """
 
 from orchestrator_sglang.shared.forms.base import FormLinear
+from orchestrator_sglang.shared.forms.dropped import DroppedLinear
 from orchestrator_sglang.shared.forms.low_rank import LowRankLinear
 from orchestrator_sglang.shared.forms.low_rank_sparse import LowRankSparseLinear
 from orchestrator_sglang.shared.forms.output_basis import OutputBasisLinear
@@ -18,4 +19,5 @@ FORMS: dict[str, type[FormLinear]] = {
     "sparse": SparseLinear,
     "low_rank_sparse": LowRankSparseLinear,
     "tied": TiedLinear,
+    "dropped": DroppedLinear,
 }
