@@ -52,7 +52,8 @@ class Calibration:
     Statistics of an expert are of the rows that are routed to it. Without `curvature` its Grams are
     of rows times the router's weights, by which the expert's error reaches the residual stream;
     gradients contain these weights. An expert with fewer tokens than channels gets
-    `POOLED_TOKENS` tokens of the mean over the block's experts in addition.
+    `POOLED_TOKENS` tokens of the mean over the block's experts in addition; its Gram of n tokens is
+    then scaled to n + 1, so that an allocation gives it what its use is worth.
 
     Args:
         magnitudes: Also accumulate the mean magnitudes of the inputs.
@@ -200,6 +201,7 @@ class Calibration:
         """Return the accumulated statistics of one linear."""
         source, side = self._sources[linear.name]
         moment, _, most = self._gram_pools.moment(source, self._grams)
+        moment *= self._gram_pools.use(source, self._grams)
         magnitude_I = curvature = None
         if linear.site in self._magnitudes:
             magnitude_I = self._magnitude_pools.mean(linear.site, self._magnitudes)
