@@ -214,8 +214,11 @@ def every_linear(found: Sequence[LinearRow]) -> Markup | None:
 
 
 def _basis_of(name: str) -> str:
-    """Name the linear of the group that stores the basis: the same role in this block."""
-    block, _ = place(name)
+    """Name the linear of the group that stores the basis: the same role in this block, or that of
+    an expert of the same block."""
+    block, role = place(name)
+    if "*" in role:
+        return ".".join(name.rsplit(".", 2)[1:])
     return name if block is None else f"block {block}"
 
 

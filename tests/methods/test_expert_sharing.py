@@ -1,6 +1,7 @@
 """Bases shared by the experts of a block, in whole runs."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -125,10 +126,11 @@ def test_another_size_of_the_run_is_that_of_a_run_of_its_own(whole, qwen, text, 
 
 
 def test_the_report_page_names_the_basis(whole, tmp_path):
-    """By the expert that stores it."""
+    """By the expert that stores it and by its linear there."""
     page = tmp_path / "page.html"
     assert main(["report", str(whole.out), "--output", str(page)]) == 0
-    assert "experts.0.gate" in page.read_text()
+    assert re.search(r">0\.gate<", page.read_text())
+    assert re.search(r">0\.down<", page.read_text())
     forms = json.loads((whole.out / "config.json").read_bytes())["quantization_config"]
     assert forms["experts"][BLOCK]["down"]["form"] == "output_basis"
 

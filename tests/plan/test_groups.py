@@ -11,6 +11,17 @@ from orchestrator.plan.grouping import Grouping, stack
 
 SHAPES = {"attn.q_proj": (24, 16), "attn.o_proj": (16, 24), "mlp.up_proj": (40, 16)}
 GROUPING = Grouping(2, ("q_proj", "up_proj"))
+HIDDEN, INNER, EXPERTS = 16, 6, 4
+OF_EXPERTS = {
+    "attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate": (8, HIDDEN),
+    **{
+        f"mlp.experts.{e}.{part}": (HIDDEN, INNER) if part == "down" else (INNER, HIDDEN)
+        for e in range(EXPERTS)
+        for part in ("gate", "up", "down")
+    },
+}
+SHARING = Grouping(experts=(("gate", "up"), ("down",)))
 
 
 def test_only_the_named_kinds_are_grouped_and_the_last_group_may_be_short():
@@ -36,6 +47,54 @@ def test_a_rank_of_a_group_stores_one_basis_and_all_left_factors():
     tall = stack([first, second])
     assert (tall.name, tall.out_features, tall.rank_cost) == (first.name, 48, 64)
     assert LOW_RANK.break_even(tall) == 48 * 16 // 64
+
+
+def test_experts_of_a_block_have_a_basis_of_inputs_and_one_of_outputs():
+    """Gates and ups stand on top of each other, downs side by side; a dense `mlp.gate` is alone."""
+    linears = make_model(OF_EXPERTS, blocks=2)
+    groups = {group[0].name: group for group in SHARING.groups(linears)}
+    first, second = "blocks.0.mlp.experts.0.gate", "blocks.0.mlp.experts.0.down"
+    assert {each.part for each in groups[first]} == {"gate", "up"}
+    assert len(groups[first]) == 2 * EXPERTS
+    assert len(groups[second]) == EXPERTS
+    assert {each.block for each in groups[first]} == {0}
+    assert len(groups["blocks.1.mlp.gate"]) == 1
+    tall, wide = stack(groups[first]), stack(groups[second])
+    assert (tall.out_features, tall.in_features) == (2 * EXPERTS * INNER, HIDDEN)
+    assert (wide.out_features, wide.in_features) == (HIDDEN, EXPERTS * INNER)
+    # of two factors of its own an expert saves values below 16 * 6 // 22 = 4 only
+    assert LOW_RANK.break_even(tall) == 12
+    assert LOW_RANK.break_even(wide) == 9
+
+
+def test_a_single_expert_has_factors_of_its_own():
+    """One targeted down is plain low rank; no basis is named."""
+    linears = make_model({"mlp.experts.3.down": (HIDDEN, 2 * INNER)}, blocks=1)
+    plan = RANK_ALLOCATORS["uniform"]()(linears, make_curves(linears), Budget(0.7), {})
+    (assignment,) = SHARING.spread(linears, plan).assignments.values()
+    assert (assignment.form, assignment.basis) == ("low_rank", "")
+
+
+def test_a_plan_for_experts_stores_the_same_spread_over_them():
+    """Every allocator's plan keeps its total; downs that are cut have an output basis, each basis
+    is stored once, with the group's first linear."""
+    linears = make_model(OF_EXPERTS, blocks=3)
+    joint = SHARING.stacked(linears)
+    cosines = dict.fromkeys({each.sublayer for each in joint}, 0.8)
+    for name, allocator in RANK_ALLOCATORS.items():
+        plan = allocator()(joint, make_curves(joint), Budget(0.7), cosines)
+        spread = SHARING.spread(linears, plan)
+        stored = sum(spread.assignments[each.name].stored_values(each) for each in linears)
+        assert stored == plan.stored_values, name
+        for group in SHARING.groups(linears):
+            assigned = [spread.assignments[each.name] for each in group]
+            is_cut = assigned[0].form != "dense"
+            is_shared = len(group) > 1 and group[0].part == "down"
+            form = ("output_basis" if is_shared else "low_rank") if is_cut else "dense"
+            assert {each.form for each in assigned} == {form}, name
+            others = {each.basis for each in assigned[1:]}
+            assert others <= ({group[0].name} if is_cut else {""})
+            assert assigned[0].basis == ""
 
 
 def test_a_plan_for_groups_stores_the_same_spread_over_their_linears():
