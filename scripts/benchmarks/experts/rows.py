@@ -8,5 +8,16 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "svd-llm": {"method": "svd-llm"},
     "two-sided, uniform": {"method": "two-sided", "allocation": "uniform"},
     "two-sided": {"method": "two-sided"},
+    "two-sided, drop": {
+        "method": "two-sided",
+        "options": {"threshold": {"drop": "reroute"}},
+    },
+    "two-sided, drop, zero": {
+        "method": "two-sided",
+        "options": {"threshold": {"drop": "zero"}},
+    },
+    "reap": {"method": "reap"},
+    "reap, model": {"method": "reap", "options": {"reap": {"scope": "model"}}},
+    "reap, zero": {"method": "reap", "options": {"reap": {"router": "zero"}}},
 }
 """All get the same kept fraction of the values of the experts."""
