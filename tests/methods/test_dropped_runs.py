@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import orchestrator.hf  # noqa: F401 # compressed checkpoints are loaded by transformers
 from orchestrator import retarget, verify
+from orchestrator.cli.main import main
 from orchestrator.errors import InputError
 from orchestrator.hf.fewer_experts import fewer_experts
 from orchestrator.models.shards.lazy_model import LazyModel
@@ -56,10 +57,19 @@ def test_one_budget_drops_and_cuts(rerouted, places):
     torch.testing.assert_close(found_BTV, expected_BTV, rtol=0, atol=2e-6)
 
 
+def test_the_map_shows_dropped_experts(rerouted, tmp_path):
+    """A cell of the report's map says so, with the tokens that were routed to the expert."""
+    page = tmp_path / "page.html"
+    assert main(["report", str(rerouted.out), "--output", str(page)]) == 0
+    tokens = rerouted.report["experts"]["tokens"]
+    for name in {each.rpartition(".")[0] for each in dropped_of(rerouted.plan)}:
+        assert f"{name}: dropped, {tokens[name]:,} tokens" in page.read_text()
+
+
 def test_later_stages_pass_dropped_experts(rerouted, places, tmp_path):
     """Pivoted, compensated and refined: the same experts are gone, and no problem is found."""
     stages = {"storage": "pivoted", "compensate": "anchored", "refine": "blocks"}
-    options = {"refinement": {"epochs": 1}, "threshold": {"drop": "reroute"}}
+    options = {"refinement": {"epochs": 1, "batches": 1}, "threshold": {"drop": "reroute"}}
     changed = {**stages, "options": options, "keep": 0.35, "executor": "local"}
     result = retarget(rerouted.run_dir, tmp_path / "out", **changed)
     assert dropped_of(result.plan)

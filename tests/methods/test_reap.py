@@ -150,8 +150,8 @@ def test_dropped_experts_are_gone(family, pruned, tmp_path):
 
 
 def test_the_export_without_rows_is_a_smaller_model(pruned, tmp_path):
-    """Of the class, with the family's names on disk and the number of experts in its config: no
-    part of it needs this package."""
+    """Names on disk are the family's, the config has the number of experts, and no part needs this
+    package."""
     export(pruned["qwen3_moe"].out, tmp_path / "dense")
     config = json.loads((tmp_path / "dense/config.json").read_bytes())
     assert "quantization_config" not in config

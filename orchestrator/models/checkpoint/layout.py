@@ -200,7 +200,7 @@ def _copy(tensor: StoredTensor, dtype: str, *, is_fused: bool) -> TensorSpec:
 
 def router_rows(survey: Survey, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the experts that stay, by the names of the router's tensors that lose rows."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for module in survey.experts if plan.reroutes else ():
         names = [module.expert(number)[-1] for number in range(module.count)]
         forms = [each and each.form for each in map(plan.assignments.get, names)]
