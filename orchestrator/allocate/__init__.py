@@ -4,7 +4,8 @@ An allocator takes the targeted linears, their curves by name, a `Budget` and me
 returns a `Plan`. Laws of all allocators, tested by one set of tests:
 
 - the stored values never exceed `Budget.total`;
-- every linear has at least rank 1 or is dense; every rank is below break-even;
+- every linear has at least rank 1 or is dense, unless its expert is dropped, which needs an option
+  or a method that asks for it; every rank is below break-even;
 - a budget below the stored values of rank 1 everywhere raises `InfeasibleError`;
 - exchanging the data of two blocks exchanges their assignments.
 
@@ -36,6 +37,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "strs": "orchestrator.allocate.strs:Strs",
         "threshold": "orchestrator.allocate.threshold:Threshold",
         "cap": "orchestrator.allocate.cap:CapAllocator",
+        "reap": "orchestrator.allocate.reap:ReapAllocator",
         "two-sided-sparse": "orchestrator.allocate.two_sided_sparse:TwoSidedSparseAllocator",
     },
     base=Allocator,

@@ -9,13 +9,15 @@ from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.allowed_ranks import AllowedRanks, Multiple
 from orchestrator.plan.cost import VALUES, Cost
 from orchestrator.plan.forms import LOW_RANK, Divided, Form
-from orchestrator.plan.linear import Linear
+from orchestrator.plan.linear import ExpertsModule, Linear
 from orchestrator.plan.plan import Assignment, Plan
 
 LEAST: dict[Divided, str] = {
     "entries": "one entry",
     "ranks and entries together": "rank 1",
     "linears": "the cut",
+    "clusters": "nothing",
+    "experts": "nothing",
 }
 """Smallest size of a linear in a message, except of ranks alone."""
 
@@ -40,6 +42,8 @@ class Budget:
     cost: Cost = field(default=VALUES, kw_only=True)
     """Cost that the fraction limits. `fill_budget` ensures it for allocators that divide values
     alone."""
+    experts: Sequence[ExpertsModule] = field(default=(), kw_only=True)
+    """Experts of the model, for allocators that may drop some."""
 
     def __post_init__(self) -> None:
         if not 0 < self.kept <= 1:
@@ -56,7 +60,11 @@ class Budget:
 
     def share(self, linears: Sequence[Linear]) -> int:
         """Return the kept fraction of the dense cost of some linears, `floor(kept * dense)`."""
-        return math.floor(Fraction(str(self.kept)) * sum(map(self.cost.dense, linears)))
+        return self.floor(sum(map(self.cost.dense, linears)))
+
+    def floor(self, whole: int) -> int:
+        """Return the kept fraction of a whole number, rounded down."""
+        return math.floor(Fraction(str(self.kept)) * whole)
 
     def total(self, linears: Sequence[Linear]) -> int:
         """Return the cost, a number of values, that all linears of the model may have together.

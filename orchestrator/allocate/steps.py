@@ -10,6 +10,7 @@ ranks up to the next sample. An allocator orders the steps by keys; `spend` take
 
 import heapq
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,17 @@ from orchestrator.plan.plan import Assignment
 
 EVERY_RANK = AllowedRanks()
 """Every rank of two plain factors."""
+NEVER_GAINS = np.finfo(np.float64).max
+"""Key of a step without gain: after all others, but taken if there is room."""
+
+
+class Steps(NamedTuple):
+    """Steps in the order in which they are taken."""
+
+    cost_K: np.ndarray
+    """Cost that each step adds, int64."""
+    gain_K: np.ndarray
+    """Loss that each step takes away."""
 
 
 def step_costs(
@@ -104,17 +116,17 @@ def spend(
     steps = np.add.reduceat(is_taken, first[:-1], dtype=np.int64)
     is_sampled = any(end is not None for end in ends)
     if not is_sampled and any(ranks.step(linear) > 1 for linear in linears):
-        _fill(steps, order, spent, first, left=left, wanted=wanted)
+        fill_steps(steps, order, spent, first, left=left, wanted=wanted)
     following = int(np.searchsorted(first, order[taken], "right")) - 1 if taken < wanted else -1
     return {
         linear.name: Assignment(form="dense")
         if steps[place] == counts[place]
-        else _cut(linear, int(steps[place]), ranks, end, left=left if place == following else 0)
+        else cut_at(linear, int(steps[place]), ranks, end, left=left if place == following else 0)
         for place, (linear, end) in enumerate(zip(linears, ends, strict=True))
     }
 
 
-def _cut(
+def cut_at(
     linear: Linear, steps: int, ranks: AllowedRanks, end: np.ndarray | None, *, left: int
 ) -> Assignment:
     """Return the assignment of steps before the dense one; between samples at `left` more
@@ -125,7 +137,7 @@ def _cut(
     return Assignment(form=ranks.form.name, rank=rank)
 
 
-def _fill(
+def fill_steps(
     steps: np.ndarray,
     order: np.ndarray,
     spent: np.ndarray,
@@ -153,10 +165,42 @@ def _fill(
     heapq.heapify(waiting)
     while waiting:
         at, linear = heapq.heappop(waiting)
-        cost = int(spent[at] - spent[at - 1])
+        cost = int(spent[at] - (spent[at - 1] if at else 0))
         if at >= wanted or cost > left:
             continue
         left -= cost
         steps[linear] += 1
         if (after := int(first[linear] + steps[linear])) < first[linear + 1]:
             heapq.heappush(waiting, (int(place[after]), linear))
+
+
+def rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
+    """Compute cost per gain; a step is not taken before those that it depends on."""
+    without_gain_K = np.where(cost_K > 0, NEVER_GAINS, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        rate_K = np.where(gain_K > 0, cost_K / gain_K, without_gain_K)
+    return np.maximum.accumulate(np.minimum(rate_K, NEVER_GAINS))
+
+
+def hull_rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
+    """Compute the cost per gain of the segment of the lower convex hull that contains each step.
+
+    Steps that gain more per value than earlier ones are taken together with them. The last segment
+    starts where the line to the end has the least slope, which finds it at once; before it,
+    adjacent segments in the wrong order are merged until there are none, in any order. O(K) per
+    round, with few rounds, since energies descend.
+    """
+    # remaining gain and cost before each step; summing from the small end loses no digits
+    steps = len(cost_K)
+    gain_left_K, cost_left_K = np.zeros(steps + 1), np.zeros(steps + 1, dtype=np.int64)
+    np.cumsum(gain_K[::-1], out=gain_left_K[:-1][::-1])
+    np.cumsum(cost_K[::-1], out=cost_left_K[:-1][::-1])
+    last = int(np.argmin(gain_left_K[:-1] / cost_left_K[:-1]))
+    edges = np.append(np.arange(last + 1), steps)
+    while True:
+        costs = cost_left_K[edges[:-1]] - cost_left_K[edges[1:]]
+        gains = gain_left_K[edges[:-1]] - gain_left_K[edges[1:]]
+        is_late = gains[1:-1] * costs[:-2] > gains[:-2] * costs[1:-1]
+        if not is_late.any():
+            return np.repeat(rates(costs, gains), edges[1:] - edges[:-1])
+        edges = np.delete(edges, np.flatnonzero(is_late) + 1)

@@ -4,26 +4,33 @@ Indices: K steps of a linear.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import Budget, make_plan
+from orchestrator.allocate.drops import check_droppable, spend_dropping
 from orchestrator.allocate.sampled_curve import SampledCurve, sample_curve
-from orchestrator.allocate.steps import EVERY_RANK, spend, step_costs
+from orchestrator.allocate.steps import (
+    EVERY_RANK,
+    Steps,
+    hull_rates,
+    rates,
+    spend,
+    step_costs,
+)
 from orchestrator.errors import UsageError
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.expert_groups import check_routers
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 from orchestrator.recipe.options import check_choice, check_number
 
 MOST_STEPS = 100_000_000
 """Maximum number of steps of all linears, 40 bytes each; above it, curves are sampled."""
-NEVER_GAINS = np.finfo(np.float64).max
-"""Key of a step without gain: after all others, but taken if there is room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +56,10 @@ class Threshold(Allocator):
     `hull` divides any cost of the budget: values, operations or measured time. `break_even` is a
     rule about values.
 
+    With `drop`, rank 0 of a whole expert is a step too: see `allocate.drops`. The curves must be in
+    nats, as those of two-sided factors are. Of other costs than values, the largest plan of values
+    within them is taken.
+
     With `floor` above 0 the first part of the budget goes to a uniform share of every linear. Then
     the rank of a linear may fall as the budget grows; the stored total does not.
     """
@@ -57,14 +68,21 @@ class Threshold(Allocator):
     """Rule for making a linear dense."""
     floor: float = 0.0
     """Fraction of the uniform share that every linear gets first."""
+    drop: Literal["no", "zero", "reroute"] = "no"
+    """Drop whole experts: leave routers as they are, or without the rows of those."""
 
     def __post_init__(self) -> None:
         check_choice("threshold: dense", self.dense, ("hull", "break_even"))
         check_number("threshold: floor", self.floor, 0, 1)
+        check_choice("threshold: drop", self.drop, ("no", "zero", "reroute"))
+        if self.drop != "no" and (self.floor or self.dense != "hull"):
+            raise UsageError(
+                "threshold: drop gives experts no share and takes hulls; leave out floor and dense"
+            )
 
     @property
     def divides_costs(self) -> bool:
-        return self.dense == "hull"
+        return self.dense == "hull" and self.drop == "no"
 
     def __call__(
         self,
@@ -78,13 +96,28 @@ class Threshold(Allocator):
         Raises:
             InfeasibleError: As `Budget.total`.
         """
-        total, ranks = budget.total(linears), budget.ranks
+        self.check_budget(linears, budget)
+        ranks = budget.ranks
         if self.dense == "hull" and sum(map(ranks.count, linears)) > MOST_STEPS:
             curves = {each.name: _sampled(each, curves[each.name], ranks) for each in linears}
         ends = [_ends(curves[linear.name]) for linear in linears]
+        if self.drop != "no":
+            steps = [self._steps(each, curves[each.name], ranks) for each in linears]
+            plan = spend_dropping(linears, curves, budget, steps=steps, ends=ends)
+            return replace(plan, reroutes=self.drop == "reroute")
+        total = budget.total(linears)
         keys = (self._floored(linear, curves[linear.name], budget) for linear in linears)
         taken = spend(linears, keys, total, where="the model", ranks=ranks, ends=ends)
         return make_plan(linears, taken, total, budget.cost)
+
+    def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
+        """Raise the errors of `Budget.total`, or those of `check_droppable` if experts may go."""
+        if self.drop == "reroute":
+            check_routers(budget.experts, "threshold.drop=zero")
+        if self.drop != "no":
+            check_droppable(linears, budget)
+        else:
+            budget.total(linears)
 
     def _floored(self, linear: Linear, curve: Curve | SampledCurve, budget: Budget) -> np.ndarray:
         """Return the keys, with steps within the floor before all others."""
@@ -99,6 +132,16 @@ class Threshold(Allocator):
     ) -> np.ndarray:
         """Compute the cost per gain of each step, ascending, [K]: 1 / τ at which the step is
         taken."""
+        found = self._steps(linear, curve, ranks)
+        if self.dense == "break_even":
+            return rates(found.cost_K, found.gain_K)
+        if not ranks.cost.has_fixed_part or len(found.cost_K) == 1:
+            return hull_rates(found.cost_K, found.gain_K)
+        # the first step is taken in any case, so that what it costs is no reason against others
+        return np.concatenate([[0.0], hull_rates(found.cost_K[1:], found.gain_K[1:])])
+
+    def _steps(self, linear: Linear, curve: Curve | SampledCurve, ranks: AllowedRanks) -> Steps:
+        """Return the cost and the gain of each step."""
         cost_K = step_costs(linear, ranks, _ends(curve))
         gain_K, step = np.zeros(len(cost_K)), ranks.step(linear)
         gain_K[:-1] = _gains(curve, len(cost_K) - 1, step)
@@ -109,13 +152,10 @@ class Threshold(Allocator):
                 )
             last = curve.energies[(len(cost_K) - 1) * step : len(cost_K) * step].sum()
             gain_K[-1] = last * cost_K[-1] / (step * linear.rank_cost)
-            return _rates(cost_K, gain_K)
-        # energy that no step before the dense weight captures
-        gain_K[-1] = max(curve.total - float(gain_K[:-1].sum()), 0.0)
-        if not ranks.cost.has_fixed_part or len(cost_K) == 1:
-            return hull_rates(cost_K, gain_K)
-        # the first step is taken in any case, so that what it costs is no reason against others
-        return np.concatenate([[0.0], hull_rates(cost_K[1:], gain_K[1:])])
+        else:
+            # energy that no step before the dense weight captures
+            gain_K[-1] = max(curve.total - float(gain_K[:-1].sum()), 0.0)
+        return Steps(cost_K, gain_K)
 
 
 def _sampled(linear: Linear, curve: Curve | SampledCurve, ranks: AllowedRanks) -> SampledCurve:
@@ -136,35 +176,3 @@ def _gains(curve: Curve | SampledCurve, count: int, step: int) -> np.ndarray:
         return curve.energies[:count]
     gains: np.ndarray = curve.energies[: count * step].reshape(count, step).sum(axis=1)
     return gains
-
-
-def _rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
-    """Compute cost per gain; a step is not taken before those that it depends on."""
-    without_gain_K = np.where(cost_K > 0, NEVER_GAINS, 0.0)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        rate_K = np.where(gain_K > 0, cost_K / gain_K, without_gain_K)
-    return np.maximum.accumulate(np.minimum(rate_K, NEVER_GAINS))
-
-
-def hull_rates(cost_K: np.ndarray, gain_K: np.ndarray) -> np.ndarray:
-    """Compute the cost per gain of the segment of the lower convex hull that contains each step.
-
-    Steps that gain more per value than earlier ones are taken together with them. The last segment
-    starts where the line to the end has the least slope, which finds it at once; before it,
-    adjacent segments in the wrong order are merged until there are none, in any order. O(K) per
-    round, with few rounds, since energies descend.
-    """
-    # remaining gain and cost before each step; summing from the small end loses no digits
-    steps = len(cost_K)
-    gain_left_K, cost_left_K = np.zeros(steps + 1), np.zeros(steps + 1, dtype=np.int64)
-    np.cumsum(gain_K[::-1], out=gain_left_K[:-1][::-1])
-    np.cumsum(cost_K[::-1], out=cost_left_K[:-1][::-1])
-    last = int(np.argmin(gain_left_K[:-1] / cost_left_K[:-1]))
-    edges = np.append(np.arange(last + 1), steps)
-    while True:
-        costs = cost_left_K[edges[:-1]] - cost_left_K[edges[1:]]
-        gains = gain_left_K[edges[:-1]] - gain_left_K[edges[1:]]
-        is_late = gains[1:-1] * costs[:-2] > gains[:-2] * costs[1:-1]
-        if not is_late.any():
-            return np.repeat(_rates(costs, gains), edges[1:] - edges[:-1])
-        edges = np.delete(edges, np.flatnonzero(is_late) + 1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import Budget, make_plan
-from orchestrator.allocate.threshold import hull_rates
+from orchestrator.allocate.steps import hull_rates
 from orchestrator.plan.forms import Divided, Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan

@@ -91,7 +91,8 @@ def least_seconds(model: Any, tokens: int, heads: int, limits: Roofline) -> floa
     for module in model.modules():
         if isinstance(module, FormLinear):
             inner.update(each for each in module.modules() if each is not module)
-        if module in inner or not isinstance(module, FormLinear | nn.Linear):
+        is_linear = isinstance(module, FormLinear | nn.Linear) and module.weight is not None
+        if module in inner or not is_linear:
             continue
         values = sum(p.numel() for n, p in module.named_parameters() if n != "bias")
         passed = heads if module is head else tokens

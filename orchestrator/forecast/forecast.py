@@ -48,6 +48,8 @@ def costs_of(shapes: Shapes, resolved: ResolvedRecipe) -> Costs:
     recipe = resolved.recipe
     targeted = shapes.narrowed(recipe.target, recipe.ignore)
     check_towers(targeted.linears, resolved)
+    if resolved.method.expert_activations:
+        targeted = targeted.of_experts()
     if resolved.budget.cost is not VALUES:
         resolved.budget.total(targeted.linears)
     return Costs(targeted, recipe, resolved.method, resolved.allocator, resolved.budget)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, UsageError
 from orchestrator.models.checkpoint.headers import (
     ITEMSIZES,
     Headers,
@@ -100,6 +100,17 @@ class Shapes:
         chosen = set(select(names, target, ignore, tower=tower))
         every = (*self.tower, *self.linears)
         return replace(self, linears=tuple(each for each in every if each.name in chosen))
+
+    def of_experts(self) -> "Shapes":
+        """Shapes with the linears of experts only.
+
+        Raises:
+            UsageError: There are none.
+        """
+        found = tuple(each for each in self.linears if self.is_expert(each.name))
+        if not found:
+            raise UsageError("the method drops experts: the model has none; give another method")
+        return replace(self, linears=found)
 
     @property
     def head_values(self) -> int:

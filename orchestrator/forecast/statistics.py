@@ -79,6 +79,9 @@ def method_statistics(linears: Sequence[Linear], method: Method) -> BlockStatist
 
 def _method_grams(linears: Sequence[Linear], method: Method) -> Iterator[tuple[str, int]]:
     for linear in linears:
+        if method.expert_activations:
+            yield linear.site, 0
+            continue
         site = [each for each in linears if each.site == linear.site]
         if method.grouping.joins(linear) or method.side(linear, site) == "input":
             yield linear.site, linear.in_features

@@ -19,7 +19,7 @@ import transformers
 from orchestrator.errors import InputError, UsageError
 from orchestrator.hf import quantizer, tensor_parallel
 from orchestrator.models.checkpoint.auto_classes import auto_classes
-from orchestrator.models.experts import layout, module, replace
+from orchestrator.models.experts import layout, module, replace, router
 from orchestrator.models.forms import FORMS, base, config, guards, index_codes, install
 from orchestrator.models.forms.base import FormLinear
 from orchestrator.models.survey.image_models import reads_images
@@ -80,7 +80,7 @@ def bootstrap_source(architecture: str, forms: Collection[str] = ()) -> str:
     included = {name: FORMS[name] for name in FORMS if name in forms or _package(name) == ""}
     imports, bodies = {"import transformers"}, []
     of_forms = dict.fromkeys(sys.modules[form.__module__] for form in included.values())
-    below = config, layout, module, replace, guards, install, tensor_parallel, quantizer
+    below = config, layout, module, replace, router, guards, install, tensor_parallel, quantizer
     for file in base, index_codes, *of_forms, *below:
         if file is config:
             bodies.append(_registry(included))

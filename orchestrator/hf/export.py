@@ -13,6 +13,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.hf.dense_layout import EXPERTS, DenseLayout
+from orchestrator.hf.fewer_experts import (
+    ZEROS,
+    experts_modules,
+    fewer_experts,
+    renumbered,
+    zeros_of,
+)
 from orchestrator.models.checkpoint.headers import INDEX_FILE, SINGLE_FILE, read_json
 from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec, dtype_name
 from orchestrator.models.checkpoint.other_formats import check_compressed
@@ -34,8 +41,8 @@ def export_dense(directory: Path, out: Path) -> None:
     Products and sums are taken in fp32 on the CPU and cast to the stored dtype. Memory: one linear
     and what is stored of it in fp32; of experts that are stored as one tensor, one expert. The
     result has the native tensor names, with experts the names and the layout on disk, and loads
-    with stock transformers; it saves nothing, and its logits differ from the compressed model's by
-    rounding.
+    with stock transformers; its logits differ from the compressed model's by rounding. It saves
+    nothing, except where routers lost the rows of dropped experts: then it has fewer of them.
 
     Raises:
         UsageError: `out` holds something else.
@@ -53,16 +60,21 @@ def export_dense(directory: Path, out: Path) -> None:
     weights = view_experts(stored, architecture)
     names = map_names(model, weights)
     files = _dense_files(model, weights, names, places=_places(stored), transposed=transposed)
-    specs = {spec.name: spec for file in files for spec in file.tensors}
-    layout = None
-    if any(isinstance(module, Experts) for module in model.modules()):
+    layout, modules = None, experts_modules(model)
+    if modules:
+        dense, config = fewer_experts(dense, config, modules)
+        files = renumbered(files, modules)
         native = dense.build_native(torch.float32, stored=len(stored.names))
         layout = DenseLayout(native, directory)
+    specs = {spec.name: spec for file in files for spec in file.tensors}
+    if layout is not None:
         files = layout.arranged(files)
 
     def read_one(spec: TensorSpec) -> Tensor:
         if spec.part == "copy":
             return weights.read(spec.source)
+        if spec.part == ZEROS:
+            return torch.zeros(spec.shape)
         weight_OI = read_dense_weight(model, spec.source, weights, names)
         return weight_OI.T if spec.source in transposed else weight_OI
 
@@ -107,23 +119,22 @@ def _dense_files(
     for name, module in model.named_modules():
         if isinstance(module, FormLinear) and f"{name}.weight" not in parts:
             parts |= {f"{name}.{key}" for key in module.state_dict() if key != "bias"}
-            # a weight that is another's is not stored; the own factor then stands for the linear
-            is_own = f"{name}.weight" in names.disk
-            linears[f"{name}.weight" if is_own else f"{name}.down.weight"] = name, module
+            linears[f"{name}.weight"] = name, module
+    # a linear whose weight is another's stands beside that
+    shared = {name: names.disk[names.tied[name]] for name in linears if name in names.tied}
     files: dict[str, list[TensorSpec]] = {}
-    for tensor, disk_name in names.disk.items():
+    for tensor, disk_name in (dict(names.disk) | shared).items():
         part, shape, source = "copy", weights.shape(disk_name), disk_name
-        written = tensor
         if tensor in linears:
             source, module = linears[tensor]
-            part, written = "dense", f"{source}.weight"
+            part = "dense"
             shape = (module.out_features, module.in_features)
             if source in transposed:
                 shape = (module.in_features, module.out_features)
         elif tensor in parts:
             continue
         spec = TensorSpec(
-            name=written,
+            name=tensor,
             dtype=dtype_name(weights.dtype(disk_name)),
             shape=shape,
             part=part,
@@ -132,4 +143,11 @@ def _dense_files(
         origin = weights.origin(disk_name)
         place = places.get(disk_name if origin is None else origin[0], SINGLE_FILE)
         files.setdefault(place, []).append(spec)
+    for name, module in experts_modules(model).items():
+        if not module._buffers:
+            continue  # experts are stored as the class does
+        disk_name = names.disk[f"{name}.{next(iter(module._buffers))}"]
+        specs = files[places.get(disk_name, SINGLE_FILE)]
+        dtype = next(spec.dtype for spec in specs if spec.name.startswith(f"{name}."))
+        specs += zeros_of(name, module, dtype)
     return tuple(FileSpec(name=name, tensors=tuple(specs)) for name, specs in files.items())

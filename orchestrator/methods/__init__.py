@@ -26,6 +26,7 @@ METHODS: Registry[Method] = Registry(
         "two-sided-sparse": "orchestrator.methods.two_sided_sparse:TwoSidedSparse",
         "expert-sharing": "orchestrator.methods.expert_sharing:ExpertSharing",
         "wanda": "orchestrator.methods.wanda:Wanda",
+        "reap": "orchestrator.methods.reap:Reap",
     },
     base=Method,
     makes=True,

@@ -35,6 +35,9 @@ class Method(Protocol):
     """Name of the form of the linears that are cut."""
     allocation: ClassVar[str] = "uniform"
     """Default allocator, that of the paper."""
+    expert_activations: ClassVar[bool] = False
+    """True if `decompose` needs the activation of the linear's expert, and no Gram. Only linears of
+    experts are targeted then."""
     magnitudes: ClassVar[bool] = False
     """True if `decompose` needs the mean magnitude of every input beside a Gram."""
     output_curvature: ClassVar[bool] = False

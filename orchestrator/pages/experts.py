@@ -32,6 +32,8 @@ def experts_map(report: Mapping[str, Any], found: Sequence[LinearRow]) -> Markup
         blocks.setdefault(row, []).append(count)
         if kept is not None:
             says = f"{name}: kept {kept:.4f} of {len(linears[name])} linears, {count:,} tokens"
+            if all(entry.form == "dropped" for entry in linears[name]):
+                says = f"{name}: dropped, {count:,} tokens"
             is_dense = all(entry.form == "dense" for entry in linears[name])
             cells[row, int(expert)] = Cell(kept, is_dense, says)
     if not cells:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from orchestrator.plan.forms import FORMS, Form
+from orchestrator.plan.forms import DROPPED, FORMS, Form
 from orchestrator.plan.forms.base import Ranks
 from orchestrator.plan.latency_table import LatencyTable, LinearTimes
 from orchestrator.plan.linear import Linear
@@ -127,8 +127,13 @@ class TimeCost(Cost):
         return _of_seen_tokens(linear, int(found))
 
     def of(self, linear: Linear, assignment: Assignment) -> int:
-        """Return the time of an assignment; a sparse weight is multiplied as a dense one."""
+        """Return the time of an assignment; a sparse weight is multiplied as a dense one.
+
+        A dropped linear takes none.
+        """
         form = FORMS[assignment.form]
+        if form is DROPPED:
+            return 0
         if not form.is_factored:
             return self.dense(linear)
         return self.factors(linear, form, assignment.rank)

@@ -87,7 +87,7 @@ class Grouping:
             if is_cut and len(group) > 1 and is_wide(group):
                 whole = replace(whole, form="output_basis")
             for linear in group:
-                basis = group[0].name if is_cut and linear is not group[0] else ""
+                basis = group[0].name if is_cut and linear is not group[0] else whole.basis
                 assignments[linear.name] = replace(whole, basis=basis)
         ordered = {linear.name: assignments[linear.name] for linear in linears}
         return replace(plan, assignments=ordered)

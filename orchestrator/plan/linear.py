@@ -74,6 +74,8 @@ class ExpertsModule:
     """Number of experts."""
     chosen: int
     """Number of experts that a token is routed to."""
+    router: tuple[str, ...]
+    """Names of the router's tensors with a row for each expert; empty if it cannot lose rows."""
     guard: str
     """Name of a fused tensor of the module, `gate_up_proj`, under which a checkpoint with
     compressed experts stores their ranks."""
@@ -81,6 +83,10 @@ class ExpertsModule:
     def linears(self) -> dict[str, list[str]]:
         """Return the names of the linears of all experts, by part."""
         return {part: [f"{self.name}.{e}.{part}" for e in range(self.count)] for part in self.parts}
+
+    def expert(self, number: int) -> list[str]:
+        """Return the names of the linears of one expert."""
+        return [f"{self.name}.{number}.{part}" for part in self.parts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,8 @@ class Assignment:
     nonzeros: int = 0
     """Stored entries of `sparse` and `low_rank_sparse`; 0 where the form has none."""
     basis: str = ""
-    """Name of the linear of this form whose basis this one uses, `down` [R, I] of `low_rank` or
-    `weight` [O, R] of `output_basis`; empty: it has its own."""
+    """Name of the linear of this form whose basis this one uses, `down` [R, I] of `low_rank`,
+    `weight` [O, R] of `output_basis` or [O, I] of `tied`; empty: it has its own."""
 
     def stored_values(self, linear: Linear) -> int:
         """Number of values of its weight; an index is not counted."""
@@ -44,6 +44,8 @@ class Plan:
     """Number of values that the targeted linears may store together."""
     stored_values: int
     """Number of values that they store, at most the budget."""
+    reroutes: bool = False
+    """True if routers lose the rows of dropped experts, and choose among the others."""
 
     @property
     def slack_values(self) -> int:
@@ -59,6 +61,7 @@ class Plan:
             "assignments": {name: asdict(a) for name, a in self.assignments.items()},
             "budget_values": self.budget_values,
             "stored_values": self.stored_values,
+            **({"reroutes": True} if self.reroutes else {}),
         }
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.allocate.base import Scoring
 from orchestrator.allocate.budget import Budget, plan_cost
+from orchestrator.allocate.drops import predicted_loss
 from orchestrator.allocate.fill import fill_budget
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.cost import OPERATIONS, PICOSECONDS, VALUES, Cost, TimeCost
@@ -108,13 +109,6 @@ def _costs(decomposed: Decomposed, plan: Plan, curves: Mapping[str, Any]) -> dic
 def _spent(cost: Cost, linears: Sequence[Linear], plan: Plan) -> dict[str, int]:
     dense = sum(map(cost.dense, linears))
     return {"dense": dense, "planned": plan_cost(linears, plan.assignments, cost)}
-
-
-def predicted_loss(linears: Sequence[Linear], curves: Mapping[str, Any], plan: Plan) -> float:
-    """Return the sum of the curves' losses at the ranks of a plan; a dense linear has none."""
-    assigned = plan.assignments
-    cut = [linear.name for linear in linears if assigned[linear.name].form != "dense"]
-    return float(sum(curves[name].loss(assigned[name].rank) for name in cut))
 
 
 def _curves(decomposed: Decomposed, scores: Scores) -> dict[str, Any]:

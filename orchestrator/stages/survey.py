@@ -15,6 +15,7 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.image_models import image_token
 from orchestrator.models.survey.select import select
 from orchestrator.plan.cost import VALUES
+from orchestrator.plan.expert_groups import linears_of_experts
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.recipe import LONGEST_SEQUENCE, MOST_SAMPLES, TOKENS_PER_INPUT
 from orchestrator.stages.context.tokens import commit_tokens
@@ -43,6 +44,14 @@ def survey(asked: Asked) -> Surveyed:
     names, tower = ([each.name for each in part] for part in (found.linears, found.tower))
     chosen = set(select(names, recipe.target, recipe.ignore, tower=tower))
     linears = tuple(each for each in found.compressible if each.name in chosen)
+    if asked.method.expert_activations:
+        linears = linears_of_experts(linears, found.experts)
+        if not linears:
+            raise UsageError(
+                f"{recipe.method} drops experts, and {asked.model} has none among the targeted "
+                "linears; give another method"
+            )
+    asked = replace(asked, budget=replace(asked.budget, experts=found.experts))
     if grouping.size > 1 and not any(map(grouping.joins, linears)):
         raise UsageError(
             f"{recipe.method}: group is {grouping.size}, but no targeted linear is "

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.threshold import Threshold, hull_rates
+from orchestrator.allocate.steps import hull_rates
+from orchestrator.allocate.threshold import Threshold
 from orchestrator.errors import UsageError
 from orchestrator.plan.forms import LOW_RANK
 

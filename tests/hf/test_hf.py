@@ -91,7 +91,7 @@ def test_the_body_loads_without_the_head(made):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, "this program reads 1 and 2; load it with"),
+        ({"format_version": 4}, "this program reads 1 to 3; load it with"),
         ({"format_version": 2}, "experts: found None, need an object"),
         ({"modules": {"model.layers.0.mlp.up_proj": {"form": "low_rank", "rank": 40}}}, "rank 40"),
         ({"__init__": "os.system"}, "unknown field '__init__'"),

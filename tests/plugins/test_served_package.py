@@ -108,8 +108,8 @@ def test_linears_with_entries_are_served_dense():
     }
     config = {"quant_method": "orchestrator", "format_version": 1, "modules": forms}
     assert materialized(read_forms(config)) == ["a", "c"]
-    with pytest.raises(InputError, match="format_version: found 3"):
-        read_served(config | {"format_version": 3})
+    with pytest.raises(InputError, match="format_version: found 4"):
+        read_served(config | {"format_version": 4})
 
 
 def test_compressed_experts_are_refused():

@@ -8,7 +8,7 @@ import numpy as np
 from orchestrator.allocate import ALLOCATORS
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.forms import FORMS, LOW_RANK
-from orchestrator.plan.linear import Linear
+from orchestrator.plan.linear import ExpertsModule, Linear
 from orchestrator.plan.plan import Assignment
 
 RANK_ALLOCATORS = {name: each for name, each in ALLOCATORS.items() if "ranks" in each.divides}
@@ -40,6 +40,36 @@ def _linear(block, role, out_features, in_features):
         in_features=in_features,
         has_bias=False,
     )
+
+
+def make_experts(blocks, count, *, choices=2, hidden=8, inner=4):
+    """Make the experts of a model, and their linears in model order."""
+    modules = [
+        ExpertsModule(
+            name=f"blocks.{block}.mlp.experts",
+            block=block,
+            parts=("gate", "up", "down"),
+            count=count,
+            choices=choices,
+            router=("blocks.0.mlp.gate.weight",),
+            guard="gate_up_proj",
+        )
+        for block in range(blocks)
+    ]
+    return modules, [
+        Linear(
+            name=name,
+            block=module.block,
+            role=name.removeprefix(f"blocks.{module.block}."),
+            site=name,
+            out_features=hidden if name.endswith("down") else inner,
+            in_features=inner if name.endswith("down") else hidden,
+            has_bias=False,
+        )
+        for module in modules
+        for number in range(count)
+        for name in module.expert(number)
+    ]
 
 
 def make_curve(name, energies, total=None, sensitivities=None):

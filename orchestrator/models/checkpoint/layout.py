@@ -15,12 +15,16 @@ from orchestrator.models.checkpoint.headers import SINGLE_FILE
 from orchestrator.models.checkpoint.stored_tensor import StoredTensor
 from orchestrator.models.forms import FORMS
 from orchestrator.models.forms.base import StoredForm
-from orchestrator.models.forms.config import PARTS, misfits, write_forms
-from orchestrator.models.forms.guards import guard_values
+from orchestrator.models.forms.config import DROPPED, PARTS, ROUTER, misfits, write_forms
+from orchestrator.models.forms.guards import GONE, guard_values
 from orchestrator.plan.forms import FORMS as FORM_SIZES
 from orchestrator.plan.linear import ExpertsModule, Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
 
+MEAN = "mean"
+"""Part of a weight that stands for those of several linears."""
+ADDED = ("members", "experts")
+"""Fields of a `TensorSpec` that are left out where they are empty."""
 GUARD = "guard"
 """Part of the tensor with the ranks of the experts of a block."""
 
@@ -35,10 +39,11 @@ class TensorSpec:
     """`bfloat16`."""
     shape: tuple[int, ...]
     part: str
-    """`copy` of a stored tensor; a part that the linear's form names: factor `weight` [O, R] or
-    `down` [R, I]; pivoted the `others` [S, R], the `pivots` [R, I] and the `order` [O] of both;
-    `values` [N] of a sparse weight, its `index` or `rows`; the `guard` of experts; or the `dense`
-    weight that an export makes of them."""
+    """`copy` of a stored tensor, or `router`, some rows of one; a part that the linear's form
+    names: factor `weight` [O, R] or `down` [R, I]; pivoted the `others` [S, R], the `pivots`
+    [R, I] and the `order` [O] of both; `values` [N] of a sparse weight, its `index` or `rows`; the
+    `mean` [O, I] of dense weights; the `guard` of experts; or the `dense` weight that an export
+    makes of them."""
     source: str
     """Name on disk of the tensor that is copied, or name of the linear or of the experts."""
     rank: int = 0
@@ -47,6 +52,10 @@ class TensorSpec:
     """Number of entries of a sparse weight, in all its tensors and in the factors beside it."""
     code: str = ""
     """The code of its `index` and `rows`."""
+    members: tuple[str, ...] = ()
+    """Linears whose dense weights a `mean` is of."""
+    experts: tuple[int, ...] = ()
+    """Experts whose rows of a router's tensor are copied."""
 
     @property
     def values(self) -> int:
@@ -85,14 +94,23 @@ class FileSpec:
     def to_json(self) -> dict[str, Any]:
         # not by `asdict`, which copies every value of every tensor
         names = [each.name for each in fields(TensorSpec)]
-        tensors = [{name: getattr(each, name) for name in names} for each in self.tensors]
+        # keys of units have the specs, in which earlier versions had none of these fields
+        tensors = [
+            {
+                name: getattr(each, name)
+                for name in names
+                if name not in ADDED or getattr(each, name)
+            }
+            for each in self.tensors
+        ]
         return {"name": self.name, "tensors": tensors}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "FileSpec":
-        tensors = [
-            TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in value["tensors"]
-        ]
+        tensors = []
+        for tensor in value["tensors"]:
+            tuples = {name: tuple(tensor.get(name, ())) for name in ("shape", *ADDED)}
+            tensors.append(TensorSpec(**{**tensor, **tuples}))
         return cls(name=value["name"], tensors=tuple(tensors))
 
 
@@ -124,6 +142,11 @@ def layout(
     """
     forms = stored_forms(survey, plan)
     linears = {f"{linear.name}.weight": linear for linear in survey.compressible}
+    tied: dict[str, list[str]] = {}
+    for name, form in forms.items():
+        tied.setdefault(form.basis or name, []).append(name)
+    gone = {f"{name}.bias" for name, form in forms.items() if not FORMS[form.form].keeps_bias}
+    rows = router_rows(survey, plan)
     has_guards = compresses_experts(survey, forms)
     groups: list[dict[str, TensorSpec]] = [{} for _ in range(survey.num_blocks)]
     for tensor in tensors:
@@ -134,7 +157,11 @@ def layout(
         if output_dtype is not None and getattr(torch, dtype).is_floating_point:
             dtype = dtype_name(output_dtype)
         if linear is not None and linear.name in forms:
-            specs = _stored_specs(linear, forms[linear.name], dtype)
+            specs = _stored_specs(linear, forms[linear.name], dtype, tied.get(linear.name, []))
+        elif tensor.name in gone:
+            specs = []
+        elif tensor.name in rows:
+            specs = [_router(tensor, dtype, rows[tensor.name])]
         else:
             specs = [_copy(tensor, dtype, is_fused=not (splits_experts or has_guards))]
         group.update((spec.name, spec) for spec in specs)
@@ -171,6 +198,30 @@ def _copy(tensor: StoredTensor, dtype: str, *, is_fused: bool) -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=shape, part="copy", source=source)
 
 
+def router_rows(survey: Survey, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the experts that stay, by the names of the router's tensors that lose rows."""
+    found: dict[str, tuple[int, ...]] = {}
+    for module in survey.experts if plan.reroutes else ():
+        names = [module.expert(number)[-1] for number in range(module.count)]
+        forms = [each and each.form for each in map(plan.assignments.get, names)]
+        kept = tuple(number for number, form in enumerate(forms) if form != DROPPED)
+        if len(kept) < module.count:
+            found |= dict.fromkeys(module.router, kept)
+    return found
+
+
+def _router(tensor: StoredTensor, dtype: str, experts: tuple[int, ...]) -> TensorSpec:
+    """The rows of a router's tensor that are for these experts."""
+    return TensorSpec(
+        name=tensor.name,
+        dtype=dtype,
+        shape=(len(experts), *tensor.shape[1:]),
+        part=ROUTER,
+        source=tensor.disk_name,
+        experts=experts,
+    )
+
+
 def _guard(experts: ExpertsModule) -> TensorSpec:
     return TensorSpec(
         name=f"{experts.name}.{experts.guard}",
@@ -182,10 +233,20 @@ def _guard(experts: ExpertsModule) -> TensorSpec:
 
 
 def make_guard(guard: TensorSpec, tensors: Iterable[TensorSpec]) -> Tensor:
-    """Make the guard of experts, int32 [parts, E], from the tensors of its file: their ranks."""
-    parts, count = guard.shape
-    ranks = {tensor.source: tensor.rank for tensor in tensors if tensor.rank}
-    return guard_values(ranks, guard.source, PARTS[-parts:], experts=count)
+    """Make the guard of experts, int32 [parts, E], from the tensors of its file.
+
+    A linear without any is dropped, unless a mean is of its weight too.
+    """
+    (parts, count), prefix = guard.shape, f"{guard.source}."
+    present = PARTS[-parts:]
+    entries = {f"{prefix}{each}.{part}": GONE for each in range(count) for part in present}
+    for tensor in tensors:
+        if tensor.name.startswith(prefix) and tensor.part != GUARD:
+            expert, part, _ = tensor.name.removeprefix(prefix).split(".", 2)
+            linear = f"{prefix}{expert}.{part}"
+            entries[linear] = max(entries[linear], tensor.rank)
+        entries |= dict.fromkeys(tensor.members, 0)
+    return guard_values(entries, guard.source, present, experts=count)
 
 
 def compresses_experts(survey: Survey, forms: Mapping[str, StoredForm]) -> bool:
@@ -194,10 +255,13 @@ def compresses_experts(survey: Survey, forms: Mapping[str, StoredForm]) -> bool:
     return any(name in forms for part in names for name in part)
 
 
-def forms_fields(survey: Survey, forms: Mapping[str, StoredForm]) -> dict[str, Any]:
+def forms_fields(
+    survey: Survey, forms: Mapping[str, StoredForm], *, reroutes: bool
+) -> dict[str, Any]:
     """Return the fields of `quantization_config` with the format and all forms."""
     experts = survey.experts if compresses_experts(survey, forms) else ()
-    return write_forms(forms, {each.name: each.linears() for each in experts})
+    linears = {each.name: each.linears() for each in experts}
+    return write_forms(forms, linears, reroutes=reroutes)
 
 
 def stored_forms(survey: Survey, plan: Plan) -> dict[str, StoredForm]:
@@ -222,6 +286,13 @@ def stored_forms(survey: Survey, plan: Plan) -> dict[str, StoredForm]:
     sizes = {name: (linears[name].out_features, linears[name].in_features) for name in forms}
     for name, reason in misfits(forms, sizes):
         raise ValueError(f"plan: {name}: {reason}; give it another form or keep it dense instead")
+    for module in survey.experts:
+        for number in range(module.count):
+            names = module.expert(number)
+            if len({name in forms and forms[name].form == DROPPED for name in names}) > 1:
+                raise ValueError(
+                    f"plan: {module.name}.{number} is dropped in part; drop all of its linears"
+                )
     return forms
 
 
@@ -235,8 +306,14 @@ def _stored_form(linear: Linear, assignment: Assignment) -> StoredForm:
     )
 
 
-def _stored_specs(linear: Linear, form: StoredForm, dtype: str) -> list[TensorSpec]:
-    """The tensors that stand in the place of a linear's dense weight."""
+def _stored_specs(
+    linear: Linear, form: StoredForm, dtype: str, tied: Sequence[str]
+) -> list[TensorSpec]:
+    """The tensors that stand in the place of a linear's dense weight.
+
+    Args:
+        tied: Names of the linear and of those that use a tensor of it.
+    """
     tensors = FORMS[form.form].tensors(form, linear.out_features, linear.in_features)
     return [
         TensorSpec(
@@ -248,6 +325,7 @@ def _stored_specs(linear: Linear, form: StoredForm, dtype: str) -> list[TensorSp
             rank=form.rank,
             nonzeros=form.nonzeros,
             code=tensor.code,
+            members=tuple(tied) if tensor.part == MEAN else (),
         )
         for tensor in tensors
     ]

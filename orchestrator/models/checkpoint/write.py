@@ -28,6 +28,7 @@ from orchestrator.models.checkpoint.layout import (
     dtype_name,
     forms_fields,
     make_guard,
+    router_rows,
     stored_forms,
 )
 from orchestrator.models.checkpoint.output import (
@@ -176,7 +177,7 @@ def make_config(
         "AutoConfig": f"{module}.{survey.config_class}",
         **dict.fromkeys(auto_classes(survey.reads_images), f"{module}.{survey.architecture}"),
     }
-    fields = forms_fields(survey, forms)
+    fields = forms_fields(survey, forms, reroutes=bool(router_rows(survey, plan)))
     in_experts = {name for e in survey.experts for names in e.linears().values() for name in names}
     config["quantization_config"] = {
         "quant_method": METHOD,

@@ -282,7 +282,11 @@ def compare_kept(dense: LazyModel, compressed: LazyModel) -> tuple[int, str | No
         values (in the dtype of the copy), None if all are equal.
     """
     disk, kept = compressed.disk_names, 0
-    linears = {f"{linear.name}.weight" for linear in dense.survey().compressible}
+    survey = dense.survey()
+    linears = {f"{linear.name}.weight" for linear in survey.compressible}
+    for module in survey.experts:
+        # dropped experts have no bias, and their routers fewer rows
+        linears |= {*module.router, *(f"{n}.bias" for e in module.linears().values() for n in e)}
     for name, own in dense.disk_names.items():
         shape = dense.weights.shape(own)
         if name not in disk or compressed.weights.shape(disk[name]) != shape:

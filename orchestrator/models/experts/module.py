@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from orchestrator.models.experts.layout import ExpertsLayout
 
@@ -53,6 +53,9 @@ class Experts(nn.Module):
     The activation is the fused module's own: `native` is that module without its parameters, held
     outside of the child modules, so it has no name and no tensor.
 
+    An expert without a weight is gone: it is not called, and the tokens that choose it get nothing
+    from it. A router without its row chooses among the others; E is then their number.
+
     Cost: 3 products for every expert with at least one row, and one copy of the chosen rows; on a
     GPU one wait for the counts. On the meta device, where routing has no values, every expert
     is called once with one row.
@@ -62,6 +65,8 @@ class Experts(nn.Module):
         super().__init__()
         self.layout = layout
         self.num_experts = layout.num_experts
+        self.numbers = tuple(range(layout.num_experts))
+        """Number of the expert that each row of the router is for."""
         self.routed: RoutedRows | None = None
         """Rows of the expert that is being called, for forward hooks on its linears; else None."""
         bare = copy.copy(native)
@@ -108,16 +113,25 @@ class Experts(nn.Module):
         index_TK, weights_TK = (*routing, *named.values())
         return self._run_routed(hidden_states, index_TK, weights_TK)
 
+    def is_dropped(self, expert: int) -> bool:
+        """Test if an expert has no weight."""
+        return self.get_submodule(f"{expert}.down").weight is None
+
     def _run_routed(self, states_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         tokens, choices = index_TK.shape
         chosen_S, weights_S = index_TK.reshape(-1), weights_TK.reshape(-1)
         order_S = torch.argsort(chosen_S, stable=True)
-        counts = torch.bincount(chosen_S, minlength=self.num_experts).tolist()
-        parts = enumerate(torch.split(order_S, counts))
+        counts = torch.bincount(chosen_S, minlength=len(self.numbers)).tolist()
+        parts = dict(zip(self.numbers, torch.split(order_S, counts), strict=True))
+        called = {expert: places_N for expert, places_N in parts.items() if len(places_N)}
+        gone = [called.pop(expert) for expert in [*called] if self.is_dropped(expert)]
+        if not called:
+            return torch.zeros_like(states_TH)
+        if gone:
+            order_S = torch.cat([*called.values(), *gone])
         routed = {
             expert: RoutedRows(places_N // choices, weights_S[places_N])
-            for expert, places_N in parts
-            if len(places_N)
+            for expert, places_N in called.items()
         }
         outputs = [
             self._before_activation(expert, states_TH[rows.tokens_N], rows)
@@ -129,6 +143,8 @@ class Experts(nn.Module):
         inners = torch.split(inner_SI, [len(rows.tokens_N) for rows in routed.values()])
         pairs = zip(routed.items(), inners, strict=True)
         output_SH = torch.cat([self._down(expert, inner, rows) for (expert, rows), inner in pairs])
+        if gone:
+            output_SH = pad(output_SH, (0, 0, 0, len(order_S) - len(output_SH)))
         output_SH = output_SH * weights_S[order_S, None]
         inverse_S = torch.empty_like(order_S)
         inverse_S[order_S] = torch.arange(len(order_S), device=order_S.device)
@@ -136,12 +152,12 @@ class Experts(nn.Module):
         return summed_TH.to(states_TH.dtype)
 
     def _run_scored(self, states: Tensor) -> Tensor:
-        states_ETH = states.view(self.num_experts, -1, self.layout.hidden)
+        states_ETH = states.view(len(self.numbers), -1, self.layout.hidden)
         outputs = []
-        for expert, states_TH in enumerate(states_ETH):
+        for expert, states_TH in zip(self.numbers, states_ETH, strict=True):
             (tokens_N,) = states_TH.ne(0).any(dim=-1).nonzero(as_tuple=True)
             output_TH = torch.zeros_like(states_TH)
-            if len(tokens_N):
+            if len(tokens_N) and not self.is_dropped(expert):
                 output_NH = self._run(expert, states_TH[tokens_N], RoutedRows(tokens_N, None))
                 output_TH = output_TH.index_put((tokens_N,), output_NH)
             outputs.append(output_TH)

@@ -15,6 +15,8 @@ METHOD = "orchestrator"
 FORMAT_VERSION = 1
 EXPERTS_VERSION = 2
 """Format of checkpoints with compressed experts, which programs for the other one cannot load."""
+ROUTER_VERSION = 3
+"""Format of those whose routers have rows only for the experts that are not dropped."""
 FIELDS = (
     "quant_method",
     "format_version",
@@ -27,8 +29,12 @@ FIELDS = (
 )
 EXPERTS = "experts"
 """Field of the second format: experts modules by name, with the linears of all their experts."""
+ROUTER, REDUCED = "router", "reduced"
+"""Field of the third format, and its value."""
 PARTS = ("gate", "up", "down")
 """Linears of an expert; the first is left out where experts have no gate."""
+DROPPED = "dropped"
+"""Form of the linears of an expert that is gone."""
 NUMBERS = ("rank", "nonzeros")
 ENTRY_FIELDS = ("form", *NUMBERS, "index", "basis")
 """Fields of the linears of one name in all experts of a module: a list with an item for each
@@ -49,19 +55,22 @@ def read_forms(quantization_config: Mapping[str, Any]) -> dict[str, StoredForm]:
     if method != METHOD:
         raise InputError(f"{where}.quant_method: found {reprlib.repr(method)}, need {METHOD!r}")
     version = quantization_config.get("format_version")
-    if type(version) is not int or version not in (FORMAT_VERSION, EXPERTS_VERSION):
+    if type(version) is not int or not FORMAT_VERSION <= version <= ROUTER_VERSION:
         raise InputError(
             f"{where}.format_version: found {reprlib.repr(version)}, this program reads "
-            f"{FORMAT_VERSION} and {EXPERTS_VERSION}; load it with the version of orchestrator "
+            f"{FORMAT_VERSION} to {ROUTER_VERSION}; load it with the version of orchestrator "
             "that wrote it"
         )
-    known = FIELDS if version == FORMAT_VERSION else (*FIELDS, EXPERTS)
+    known = (*FIELDS, EXPERTS, ROUTER)[: len(FIELDS) + version - FORMAT_VERSION]
     if unknown := [field for field in quantization_config if field not in known]:
         raise InputError(
             f"{where}: unknown field {reprlib.repr(unknown[0])}; known are {', '.join(known)}"
         )
+    if version == ROUTER_VERSION and quantization_config.get(ROUTER) != REDUCED:
+        found = reprlib.repr(quantization_config.get(ROUTER))
+        raise InputError(f"{where}.{ROUTER}: found {found}, need {REDUCED!r}")
     entries = dict(_object(where, "modules", quantization_config))
-    if version == EXPERTS_VERSION:
+    if version > FORMAT_VERSION:
         for module, parts in _object(where, EXPERTS, quantization_config).items():
             for name, entry in _read_experts(f"{where}.{EXPERTS}[{module!r}]", module, parts):
                 if name in entries:
@@ -73,13 +82,17 @@ def read_forms(quantization_config: Mapping[str, Any]) -> dict[str, StoredForm]:
 
 
 def write_forms(
-    forms: Mapping[str, StoredForm], experts: Mapping[str, Mapping[str, Sequence[str]]]
+    forms: Mapping[str, StoredForm],
+    experts: Mapping[str, Mapping[str, Sequence[str]]],
+    *,
+    reroutes: bool = False,
 ) -> dict[str, Any]:
-    """Make the fields `format_version`, `modules` and, with compressed experts, `experts`.
+    """Make the fields `format_version`, `modules`, with compressed experts `experts`, and `router`.
 
     Args:
         experts: By the name of an experts module and of a linear, its names in all experts; empty
             if experts are stored as the model's class does.
+        reroutes: True if routers have no rows for dropped experts.
     """
     inside = {name for parts in experts.values() for names in parts.values() for name in names}
     modules = {name: form.to_json() for name, form in forms.items() if name not in inside}
@@ -93,7 +106,10 @@ def write_forms(
         module: {part: column for part, column in parts.items() if column}
         for module, parts in written.items()
     }
-    return {"format_version": EXPERTS_VERSION, "modules": modules, EXPERTS: compressed}
+    fields = {"modules": modules, EXPERTS: compressed}
+    if reroutes:
+        return {"format_version": ROUTER_VERSION, **fields, ROUTER: REDUCED}
+    return {"format_version": EXPERTS_VERSION, **fields}
 
 
 def misfits(
@@ -113,7 +129,7 @@ def misfits(
         groups.setdefault(form.basis or name, []).append(name)
     for name, form in forms.items():
         module, (outputs, inputs) = FORMS[form.form], sizes[name]
-        reason = _field_misfit(form, outputs, inputs)
+        reason = _field_misfit(form, outputs, inputs) or _dropped_misfit(name, forms)
         if not reason and form.basis:
             reason = _basis_misfit(name, forms, sizes)
         elif not reason:
@@ -209,6 +225,20 @@ def _field_misfit(form: StoredForm, out_features: int, in_features: int) -> str:
     return ""
 
 
+def _dropped_misfit(name: str, forms: Mapping[str, StoredForm]) -> str:
+    """Reason why a linear cannot be gone, or stay where others of its expert go."""
+    expert, _, part = name.rpartition(".")
+    others = [f"{expert}.{each}" for each in PARTS[1:]]
+    dropped = [other for other in others if other in forms and forms[other].form == DROPPED]
+    if forms[name].form == DROPPED:
+        if part in PARTS and expert.rpartition(".")[2].isdecimal() and dropped == others:
+            return ""
+        return f"found {DROPPED}, which all linears of an expert are, or none of them"
+    if part in PARTS and dropped:
+        return f"found {forms[name].form} in an expert of which {dropped[0]} is {DROPPED}"
+    return ""
+
+
 def _basis_misfit(
     name: str, forms: Mapping[str, StoredForm], sizes: Mapping[str, tuple[int, int]]
 ) -> str:
@@ -216,6 +246,9 @@ def _basis_misfit(
     form, basis = forms[name], forms.get(forms[name].basis)
     if basis is None or basis.form != form.form or basis.basis:
         return f"found basis {reprlib.repr(form.basis)}, need a {form.form} linear with its own"
+    if "rank" not in FORMS[form.form].fields and sizes[form.basis] != sizes[name]:
+        found, own = (f"[{', '.join(map(str, each))}]" for each in (sizes[form.basis], sizes[name]))
+        return f"found the weight of {form.basis}, which is {found}, its own is {own}"
     side = 0 if FORMS[form.form].basis_tensor == "weight" else 1
     own, other = sizes[name][side], sizes[form.basis][side]
     if (basis.rank, other) != (form.rank, own):

@@ -68,13 +68,22 @@ def experts_of(model: PreTrainedModel) -> dict[str, Experts]:
     }
 
 
+GONE = -1
+"""Entry of a guard for a linear of an expert that is dropped."""
+
+
+def guard_entry(form: StoredForm) -> int:
+    """Return the entry of a guard for a linear: its rank, 0 without one, or `GONE`."""
+    return GONE if form.form == "dropped" else form.rank
+
+
 def guard_values(
     ranks: Mapping[str, int], module: str, parts: Collection[str], *, experts: int
 ) -> Tensor:
-    """Return the guard of a module, int32 [parts, E]: the rank of each linear, 0 without one.
+    """Return the guard of a module, int32 [parts, E]: the entry of each linear, 0 if it is dense.
 
     Args:
-        ranks: Ranks by the name of the linear.
+        ranks: Results of `guard_entry` by the name of the linear.
         module: Name of the experts module.
     """
     rows = [[ranks.get(f"{module}.{e}.{part}", 0) for e in range(experts)] for part in parts]
@@ -87,7 +96,7 @@ def check_guards(model: PreTrainedModel, forms: Mapping[str, StoredForm]) -> Non
     Raises:
         InputError: A guard has other ranks, so that files and config are of different models.
     """
-    ranks = {without_prefix(model, name): form.rank for name, form in forms.items()}
+    ranks = {without_prefix(model, name): guard_entry(form) for name, form in forms.items()}
     for name, experts in experts_of(model).items():
         layout = experts.layout
         guard = experts._buffers.get(layout.fused_name("up", "weight"))
@@ -102,6 +111,17 @@ def check_guard(module: str, found: Tensor, expected: Tensor) -> None:
             f"{module}: the ranks that are stored with the experts are not those of config.json; "
             "the checkpoint is damaged, or files of different checkpoints are mixed"
         )
+
+
+def check_dropped(experts: Mapping[str, Experts]) -> None:
+    """Raise InputError if only some linears of an expert are dropped."""
+    for name, module in experts.items():
+        for number, expert in module.named_children():
+            if len({each.weight is None for each in expert.children()}) > 1:
+                raise InputError(
+                    f"config.json: quantization_config.experts[{name!r}]: expert {number} is "
+                    "dropped in part; the config does not belong to this model"
+                )
 
 
 def check_names(model: PreTrainedModel, names: Iterable[str]) -> None:

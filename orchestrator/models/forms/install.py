@@ -9,10 +9,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.errors import InputError
+from orchestrator.models.experts.module import Experts
+from orchestrator.models.experts.router import reduce_router
 from orchestrator.models.forms import FORMS
 from orchestrator.models.forms.base import FormLinear, StoredForm
-from orchestrator.models.forms.config import EXPERTS, misfits, read_forms
-from orchestrator.models.forms.guards import check_names, install_experts, without_prefix
+from orchestrator.models.forms.config import EXPERTS, REDUCED, ROUTER, misfits, read_forms
+from orchestrator.models.forms.guards import (
+    check_dropped,
+    check_names,
+    install_experts,
+    without_prefix,
+)
 
 
 def install_forms(model: PreTrainedModel, quantization_config: Mapping[str, Any]) -> None:
@@ -20,8 +27,9 @@ def install_forms(model: PreTrainedModel, quantization_config: Mapping[str, Any]
 
     Device and dtype are those of the weight that goes; on the meta device no memory is allocated.
     A model without the head, whose modules lack the `model.` in front, takes the same config.
-    If experts are compressed, all experts are replaced by `Experts` first. A shared basis is
-    registered as tied, which loading and saving act on; it is not yet tied.
+    If experts are compressed, all experts are replaced by `Experts` first; routers may lose the
+    rows of those that are dropped. A shared basis is registered as tied, which loading and saving
+    act on; it is not yet tied.
 
     Raises:
         InputError: The config is invalid, names no linear of this model, or gives a form that
@@ -50,6 +58,10 @@ def install_forms(model: PreTrainedModel, quantization_config: Mapping[str, Any]
             replacement._tied_weights_keys = {tensor: basis}  # type: ignore[assignment]
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)
+    check_dropped(experts)
+    if quantization_config.get(ROUTER) == REDUCED:
+        for name in [name for name, each in model.named_modules() if isinstance(each, Experts)]:
+            reduce_router(model, name)
     stored = (f"{name}.{key}" for name, each in experts.items() for key in each.state_dict())
     check_names(model, stored)
 

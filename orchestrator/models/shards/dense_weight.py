@@ -13,7 +13,7 @@ from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.weights import Checkpoint
 from orchestrator.models.experts.module import Experts
 from orchestrator.models.forms.base import FormLinear, StoredForm
-from orchestrator.models.forms.guards import check_guard, guard_values
+from orchestrator.models.forms.guards import check_guard, guard_entry, guard_values
 from orchestrator.models.survey.names import Names
 
 
@@ -49,7 +49,7 @@ def check_stored_guards(
     Raises:
         InputError: They differ.
     """
-    ranks = {name: form.rank for name, form in forms.items()}
+    ranks = {name: guard_entry(form) for name, form in forms.items()}
     for name, module in model.named_modules():
         for key in module._buffers if isinstance(module, Experts) else ():
             guard = weights.read(names.disk[f"{name}.{key}"])

@@ -22,6 +22,7 @@ from orchestrator.models.checkpoint.layout import (
     dtype_name,
     forms_fields,
     layout,
+    router_rows,
     stored_forms,
 )
 from orchestrator.models.checkpoint.planned import PlannedCheckpoint
@@ -155,7 +156,9 @@ class LazyModel:
             max_shard_bytes=sys.maxsize,
             splits_experts=True,
         )
-        forms = {"quant_method": METHOD, **forms_fields(survey, stored_forms(survey, plan))}
+        reroutes = bool(router_rows(survey, plan))
+        fields = forms_fields(survey, stored_forms(survey, plan), reroutes=reroutes)
+        forms = {"quant_method": METHOD, **fields}
         return LazyModel(
             replace(self._architecture, forms=forms),
             PlannedCheckpoint(self.weights, files, read),

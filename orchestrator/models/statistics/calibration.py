@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from transformers.pytorch_utils import Conv1D
 
+from orchestrator.linalg.activation import Activation
 from orchestrator.linalg.cosine import Cosine
 from orchestrator.linalg.gram import Gram
-from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram
+from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, Statistic
 from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.experts.module import RoutedRows
@@ -51,8 +52,9 @@ class Calibration:
     Statistics of an expert are of the rows that are routed to it. Without `curvature` its Grams are
     of rows times the router's weights, by which the expert's error reaches the residual stream;
     gradients contain these weights. An expert with fewer tokens than channels gets
-    `POOLED_TOKENS` tokens of the mean over the block's experts in addition. Statistics of a linear
-    in a vision tower are of all patches of the images.
+    `POOLED_TOKENS` tokens of the mean over the block's experts in addition; its Gram of n tokens is
+    then scaled to n + 1, so that an allocation gives it what its use is worth. Statistics of a
+    linear in a vision tower are of all patches of the images.
 
     Args:
         magnitudes: Also accumulate the mean magnitudes of the inputs.
@@ -77,6 +79,7 @@ class Calibration:
         self._grams: dict[str, Gram] = {}
         self._magnitudes: dict[str, Magnitude] = {}
         self._curvatures: dict[str, Gram] = {}
+        self._activations: dict[str, Activation] = {}
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
         self._rows = ChunkRows(shard, is_weighted=weighted and not curvature)
@@ -202,10 +205,11 @@ class Calibration:
         self._magnitude_pools.settle(self._magnitudes)
         self._curvature_pools.settle(self._curvatures)
 
-    def statistic(self, linear: Linear) -> InputGram | OutputGram:
+    def statistic(self, linear: Linear) -> Statistic:
         """Return the accumulated statistics of one linear."""
         source, side = self._sources[linear.name]
         moment, _, most = self._gram_pools.moment(source, self._grams)
+        moment *= self._gram_pools.use(source, self._grams)
         magnitude_I = curvature = None
         if linear.site in self._magnitudes:
             magnitude_I = self._magnitude_pools.mean(linear.site, self._magnitudes)

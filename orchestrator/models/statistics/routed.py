@@ -21,7 +21,8 @@ POOLED_TOKENS = 32
 """Tokens of the block's mean that are added to the statistics of a rare expert.
 
 They decide little about accuracy. An expert without a token has no energy, and an allocation over
-the whole model would cut it to its smallest rank."""
+the whole model would cut it to its smallest rank. Of a second moment of inputs they count as one
+token more than its own, see `Pools.use`."""
 
 
 class ChunkRows:
@@ -109,6 +110,17 @@ class Pools:
         if added is None:
             return own.matrix(), own.tokens, own.tokens
         return own.matrix() + added[0], own.tokens + POOLED_TOKENS, added[1]
+
+    def use(self, name: str, statistics: Mapping[str, Gram | Magnitude]) -> float:
+        """Return the factor that scales a moment with mean tokens to the use of its expert.
+
+        Mean tokens complete the directions of n tokens of its own, and would count as uses that
+        the expert does not have. The scaled sum counts n + 1 tokens: of the next token too it is
+        not impossible that it is routed to the expert (the rule of succession).
+        """
+        own = statistics[name].tokens
+        is_pooled = self._added(name, statistics) is not None
+        return (own + 1) / (own + POOLED_TOKENS) if is_pooled else 1.0
 
     def mean(self, name: str, magnitudes: Mapping[str, Magnitude]) -> Tensor:
         """Return a mean magnitude, with mean tokens if it has few of its own; float64."""

@@ -7,6 +7,7 @@ from fractions import Fraction
 from transformers import PretrainedConfig, PreTrainedModel
 
 from orchestrator.models.experts.module import Experts
+from orchestrator.models.experts.router import can_lose_rows, find_router, row_tensors
 from orchestrator.models.forms import FORMS
 from orchestrator.models.forms.base import StoredForm
 from orchestrator.models.forms.guards import check_names
@@ -27,7 +28,7 @@ def survey_experts(model: PreTrainedModel, blocks: str) -> tuple[ExpertsModule, 
         InputError: Loading would change the name under which a form of a linear of an expert is
             stored.
     """
-    found = []
+    found, tried = [], dict[type, bool]()
     for name, module in model.named_modules():
         if isinstance(module, Experts) and name.startswith(f"{blocks}."):
             found.append(
@@ -37,6 +38,7 @@ def survey_experts(model: PreTrainedModel, blocks: str) -> tuple[ExpertsModule, 
                     parts=module.layout.parts,
                     count=module.num_experts,
                     chosen=_chosen(model.config, module.num_experts),
+                    router=_router(model, name, module, tried),
                     guard=module.layout.fused_name("up", "weight"),
                 )
             )
@@ -65,6 +67,25 @@ def _chosen(config: PretrainedConfig, experts: int) -> int:
     found = [getattr(part, name, None) for part in (text, config) for name in CHOSEN]
     known = [number for number in found if type(number) is int and number > 0]
     return min(known[0], experts) if known else experts
+
+
+def _router(
+    model: PreTrainedModel, name: str, experts: Experts, tried: dict[type, bool]
+) -> tuple[str, ...]:
+    """Return the tensors of a router that can lose rows; none if it cannot.
+
+    Args:
+        tried: Answers by class, added to: blocks differ in values alone.
+    """
+    found = find_router(model, name)
+    if found is None:
+        return ()
+    path, router = found
+    if type(router) not in tried:
+        tried[type(router)] = can_lose_rows(router, experts.num_experts)
+    if not tried[type(router)]:
+        return ()
+    return tuple(f"{path}.{key}" for key in row_tensors(router, experts.num_experts))
 
 
 def _tensors_of_forms() -> set[str]:

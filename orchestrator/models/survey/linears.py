@@ -62,7 +62,7 @@ def find_routers(block: nn.Module) -> dict[str, int]:
             if isinstance(child, Experts):
                 beside = [other for other, _ in module.named_children() if other != name]
                 paths = [f"{path}.{other}".lstrip(".") for other in beside]
-                routers.update(dict.fromkeys([path, *paths], child.num_experts))
+                routers.update(dict.fromkeys([path, *paths], len(child.numbers)))
     return routers
 
 

@@ -9,21 +9,25 @@ two files and an entry point.
 
 from orchestrator.plan.forms.base import Divided, Form
 from orchestrator.plan.forms.dense import DENSE
+from orchestrator.plan.forms.dropped import DROPPED
 from orchestrator.plan.forms.low_rank import LOW_RANK
 from orchestrator.plan.forms.low_rank_sparse import LOW_RANK_SPARSE
 from orchestrator.plan.forms.output_basis import OUTPUT_BASIS
 from orchestrator.plan.forms.pivoted import PIVOTED
 from orchestrator.plan.forms.sparse import SPARSE
+from orchestrator.plan.forms.tied import TIED
 from orchestrator.registry import Registry
 
 __all__ = [
     "DENSE",
+    "DROPPED",
     "FORMS",
     "LOW_RANK",
     "LOW_RANK_SPARSE",
     "OUTPUT_BASIS",
     "PIVOTED",
     "SPARSE",
+    "TIED",
     "Divided",
     "Form",
     "stored_as",
@@ -38,6 +42,8 @@ FORMS: Registry[Form] = Registry(
         "pivoted": "orchestrator.plan.forms.pivoted:PIVOTED",
         "sparse": "orchestrator.plan.forms.sparse:SPARSE",
         "low_rank_sparse": "orchestrator.plan.forms.low_rank_sparse:LOW_RANK_SPARSE",
+        "tied": "orchestrator.plan.forms.tied:TIED",
+        "dropped": "orchestrator.plan.forms.dropped:DROPPED",
     },
     base=Form,
     makes=True,

@@ -9,7 +9,9 @@ from orchestrator.plan.linear import Linear
 
 Ranks = TypeVar("Ranks", int, np.ndarray)
 """One rank or many."""
-Divided = Literal["ranks", "entries", "ranks and entries together", "linears"]
+Divided = Literal[
+    "ranks", "entries", "ranks and entries together", "linears", "experts", "clusters"
+]
 """Parts of linears that an allocation divides a budget into."""
 
 

@@ -119,6 +119,8 @@ def _linear(
         if budget.cost is not VALUES and not budget.ranks.count(linear):
             reason = "no allowed rank costs less than the dense weight"
         return {**entry, "why_dense": reason, "activation_error": 0.0, "weight_error": 0.0}
+    if assigned.form == "dropped":
+        return {**entry, "activation_error": 1.0, "weight_error": 1.0}
     entry |= {size: getattr(assigned, size) for size in kind.sizes}
     if assigned.basis:
         entry["basis"] = assigned.basis

@@ -22,7 +22,7 @@ from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.calibration import Calibration, as_dense, dense_weight
-from orchestrator.plan.forms import FORMS
+from orchestrator.plan.forms import DROPPED, FORMS
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 from orchestrator.runtime.worker import Emitted, Stored, Worker
@@ -106,6 +106,10 @@ class RefitWorker(Worker):
             weight_OI = dense_weight(shard.module(linear.name))
             weight_OR, down_RI = (each.to(weight_OI) for each in self._factors(linear))
             torch.matmul(weight_OR, down_RI, out=weight_OI)
+        for linear in linears:
+            if self.settings.plan.assignments[linear.name].form == DROPPED.name:
+                for parameter in shard.module(linear.name).parameters():
+                    parameter.zero_()
         fitted = filter(self.settings.is_fitted, linears)
         wanted = [each for each in fitted if each.block in todo]
         return Calibration(shard, wanted, lambda linear, site: "input")

@@ -11,6 +11,7 @@ from orchestrator.models.checkpoint.layout import FileSpec, layout
 from orchestrator.models.checkpoint.output import check_out, claim_out
 from orchestrator.models.checkpoint.weights import parse_dtype
 from orchestrator.models.checkpoint.write import finish
+from orchestrator.models.forms.config import REDUCED
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.plan.result import REPORT_FILE, Result
 from orchestrator.recipe.recipe import ADDED, SCHEDULE
@@ -181,6 +182,8 @@ def _report(
     if tokens := expert_tokens(planned.facts):
         warnings = expert_warnings(tokens, planned.linears)
         report["experts"] = {"tokens": tokens, "warnings": warnings}
+        if planned.plan.reroutes:
+            report["experts"]["router"] = REDUCED
     if planned.costs:
         report["costs"] = dict(planned.costs)
     report |= planned.scores.report
@@ -264,6 +267,7 @@ def _result_of(report: dict[str, Any], out: Place, run: RunDirectory) -> Result:
         assignments=assignments,
         budget_values=report["values"]["budget"],
         stored_values=report["values"]["stored"],
+        reroutes=report.get("experts", {}).get("router") == REDUCED,
     )
     kept, parameters = report["kept"], report["values"]["model_after"]
     run.record_output(

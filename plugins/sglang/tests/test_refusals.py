@@ -36,8 +36,8 @@ def test_all_tensors_of_a_linear_under_a_name_that_sglang_drops(load, reference,
 
 CHANGES = {
     "format": (
-        lambda forms: forms.update(format_version=3),
-        "format_version: found 3, this program reads 1 and 2",
+        lambda forms: forms.update(format_version=4),
+        "format_version: found 4, this program reads 1 to 3",
     ),
     "form": (
         lambda forms: forms["modules"].update({UP: {"form": "folded"}}),

@@ -41,8 +41,8 @@ def test_a_linear_that_the_model_lacks(reference, tmp_path):
 
 CHANGES = {
     "format": (
-        lambda config: config[FORMS].update(format_version=3),
-        "format_version: found 3, this program reads 1 and 2",
+        lambda config: config[FORMS].update(format_version=4),
+        "format_version: found 4, this program reads 1 to 3",
     ),
     "form": (
         lambda config: config[FORMS]["modules"].update({UP: {"form": "folded"}}),

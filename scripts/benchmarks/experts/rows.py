@@ -14,5 +14,16 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
         "method": "expert-sharing",
         "options": {"expert-sharing": {"refit": "always"}},
     },
+    "two-sided, drop": {
+        "method": "two-sided",
+        "options": {"threshold": {"drop": "reroute"}},
+    },
+    "two-sided, drop, zero": {
+        "method": "two-sided",
+        "options": {"threshold": {"drop": "zero"}},
+    },
+    "reap": {"method": "reap"},
+    "reap, model": {"method": "reap", "options": {"reap": {"scope": "model"}}},
+    "reap, zero": {"method": "reap", "options": {"reap": {"router": "zero"}}},
 }
 """All get the same kept fraction of the values of the experts."""

@@ -68,9 +68,12 @@ def test_a_module_has_the_tensors_of_its_form(name, data):
         tensor.name: (tensor.dtype or torch.bfloat16, tensor.shape)
         for tensor in FORMS[name].tensors(stored, *sizes)
     }
-    shape = (sizes[0], stored.rank) if name == "output_basis" else (stored.rank, sizes[1])
+    shape = (stored.rank, sizes[1])
+    if FORMS[name].basis_tensor == "weight":
+        shape = (sizes[0], stored.rank or sizes[1])
     shared = {FORMS[name].basis_tensor: (torch.bfloat16, shape)} if shares else {}
-    assert found == declared | shared | {"bias": (torch.bfloat16, (sizes[0],))}
+    bias = {"bias": (torch.bfloat16, (sizes[0],))} if FORMS[name].keeps_bias else {}
+    assert found == declared | shared | bias
     assert (module.in_features, module.out_features) == sizes[::-1]
     assert {*module.parts} == {part for part, _ in module.named_children()}
 

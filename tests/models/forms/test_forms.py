@@ -227,7 +227,8 @@ def test_a_model_without_head_accepts_the_same_config():
     ("given", "message"),
     [
         (config(quant_method="gptq"), "found 'gptq', need 'orchestrator'"),
-        (config(format_version=3), "found 3, this program reads 1 and 2; load it with"),
+        (config(format_version=4), "found 4, this program reads 1 to 3; load it with"),
+        (config(format_version=3), "router: found None, need 'reduced'"),
         (config(format_version=2), "experts: found None, need an object"),
         (config(experts={}), "unknown field 'experts'"),
         (config(format_version=True), "found True, this program reads 1"),

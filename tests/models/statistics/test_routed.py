@@ -152,7 +152,8 @@ def test_one_sided_rows_have_the_weights_of_the_router(family, side, moe_checkpo
 
 
 def test_rare_experts_have_tokens_of_the_mean(moe_checkpoint):
-    """With few tokens, 32 mean tokens of the block's experts are added, on both sides."""
+    """With few tokens, 32 mean tokens of the block's experts are added, on both sides; then the sum
+    over n inputs counts as n + 1."""
     chunk = chunk_of(3, length=6, padded=2)
     direct = Direct("qwen3_moe")
     direct.run(chunk, label_gradient(chunk.mask))
@@ -171,7 +172,8 @@ def test_rare_experts_have_tokens_of_the_mean(moe_checkpoint):
             statistic = found[f"{direct.name}.{name}"]
             own = rows[name]
             assert len(own) == counts[f"{direct.name}.{name[0]}"] < 24
-            close(statistic.matrix_II, own.T @ own + added * all_rows.T @ all_rows)
+            pooled = own.T @ own + added * all_rows.T @ all_rows
+            close(statistic.matrix_II, pooled * (len(own) + 1) / (len(own) + POOLED_TOKENS))
             expected = (own.abs().sum(0) + added * all_rows.abs().sum(0)) / (
                 len(own) + POOLED_TOKENS
             )

@@ -18,7 +18,7 @@ from orchestrator.models.experts.layout import ExpertsLayout
 from orchestrator.models.experts.replace import find_experts
 from orchestrator.models.forms.base import FormLinear, StoredForm
 from orchestrator.models.forms.config import METHOD, read_forms, write_forms
-from orchestrator.models.forms.guards import experts_of, guard_values, without_prefix
+from orchestrator.models.forms.guards import experts_of, guard_entry, guard_values, without_prefix
 from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.forms.install import install_forms
 from orchestrator.models.forms.pivoted import PivotedLinear
@@ -48,7 +48,8 @@ class MadeMoe:
 def some_forms(layouts: Mapping[str, ExpertsLayout]) -> dict[str, StoredForm]:
     """Return forms of the linears of all experts, each kind in every module.
 
-    The gates of two experts of a module share a basis of inputs, the downs of two one of outputs.
+    The gates of two experts of a module share a basis of inputs, the downs of two one of outputs,
+    and another expert is dropped.
     """
     by_module = expert_names(layouts).values()
     names = [name for parts in by_module for each in parts.values() for name in each]
@@ -60,7 +61,9 @@ def some_forms(layouts: Mapping[str, ExpertsLayout]) -> dict[str, StoredForm]:
         forms[f"{module}.3.gate"] = StoredForm(form="low_rank", rank=6, basis=basis)
         written = f"{module}.0.down"
         forms[written] = StoredForm(form="output_basis", rank=7)
-        forms[f"{module}.2.down"] = StoredForm(form="output_basis", rank=7, basis=written)
+        forms[f"{module}.3.down"] = StoredForm(form="output_basis", rank=7, basis=written)
+        gone = (f"{module}.2.{part}" for part in ("gate", "up", "down"))
+        forms |= dict.fromkeys(gone, StoredForm(form="dropped"))
     return forms
 
 
@@ -111,7 +114,7 @@ def store_moe(family: str, directory: Path, dtype: torch.dtype = torch.float32) 
     install_forms(model, config)
     fill(model)
     forms = read_forms(config)
-    ranks = {without_prefix(model, name): form.rank for name, form in forms.items()}
+    ranks = {without_prefix(model, name): guard_entry(form) for name, form in forms.items()}
     for name, experts in experts_of(model).items():
         parts, count = experts.layout.parts, experts.num_experts
         guard = guard_values(ranks, name, parts, experts=count)

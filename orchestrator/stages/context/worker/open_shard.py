@@ -11,6 +11,7 @@ from orchestrator.device.malloc import return_freed_memory
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
+from orchestrator.models.statistics.activations import ActivationCalibration
 from orchestrator.models.statistics.calibration import Calibration
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored, Worker
@@ -47,8 +48,10 @@ class DenseModel:
         Args:
             options: Options of `Calibration`.
         """
+        is_of_experts = self._task.method.expert_activations
+        kind = ActivationCalibration if is_of_experts else Calibration
         return self.open_with(
-            blocks, lambda shard: Calibration(shard, linears, self._task.side, **options)
+            blocks, lambda shard: kind(shard, linears, self._task.side, **options)
         )
 
     def open_with(self, blocks: range, calibrate: Callable[[Shard], Calibration]) -> "OpenShard":

@@ -19,6 +19,7 @@ from orchestrator.methods.kinds.ranked import MaskedParts
 from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec
 from orchestrator.models.checkpoint.weights import Checkpoint, Weights
 from orchestrator.models.checkpoint.write import write_file
+from orchestrator.models.forms.config import ROUTER
 from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.survey.architecture import Architecture
 from orchestrator.models.survey.expert_weights import view_experts
@@ -108,7 +109,10 @@ class DenseTensors:
         return view_experts(Weights.open(self._model), Architecture.read(self._model))
 
     def read(self, tensor: TensorSpec) -> Tensor | None:
-        return self._weights.read(tensor.source) if tensor.part == "copy" else None
+        if tensor.part not in ("copy", ROUTER):
+            return None
+        found = self._weights.read(tensor.source)
+        return found[list(tensor.experts)] if tensor.part == ROUTER else found
 
 
 class Decompositions:

@@ -4,11 +4,13 @@ Copies of orchestrator's sources. Of the modules only the class methods are used
 """
 
 from orchestrator_vllm.forms.base import FormLinear
+from orchestrator_vllm.forms.dropped import DroppedLinear
 from orchestrator_vllm.forms.low_rank import LowRankLinear
 from orchestrator_vllm.forms.low_rank_sparse import LowRankSparseLinear
 from orchestrator_vllm.forms.output_basis import OutputBasisLinear
 from orchestrator_vllm.forms.pivoted import PivotedLinear
 from orchestrator_vllm.forms.sparse import SparseLinear
+from orchestrator_vllm.forms.tied import TiedLinear
 
 FORMS: dict[str, type[FormLinear]] = {
     "low_rank": LowRankLinear,
@@ -16,4 +18,6 @@ FORMS: dict[str, type[FormLinear]] = {
     "pivoted": PivotedLinear,
     "sparse": SparseLinear,
     "low_rank_sparse": LowRankSparseLinear,
+    "tied": TiedLinear,
+    "dropped": DroppedLinear,
 }

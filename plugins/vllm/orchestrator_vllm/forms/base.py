@@ -3,9 +3,10 @@
 
 Every one keeps under the name `weight` a tensor that cannot have the dense weight's shape, on
 purpose: a program that does not know the form finds the wrong shape and stops, where a missing
-tensor would have been filled with random values. None is an `nn.Linear`: programs that look for
-those take `weight` for the dense matrix. Values are parameters in one dtype, indices are buffers
-of whole numbers that no cast of the model changes.
+tensor would have been filled with random values; for experts that are gone or tied, the guard of
+their block does that. None is an `nn.Linear`: programs that look for those take `weight` for the
+dense matrix. Values are parameters in one dtype, indices are buffers of whole numbers that no cast
+of the model changes.
 
 The file of a form imports torch, `orchestrator_vllm.forms.errors` and this package only: its text becomes part
 of the file that loads a checkpoint without orchestrator (`orchestrator.hf.bootstrap`).
@@ -127,6 +128,8 @@ class FormLinear(nn.Module, ABC):
     basis_tensor: ClassVar[str] = "down.weight"
     """Tensor that linears share which have `basis` among their fields: of the inputs, or `weight`
     of the outputs."""
+    keeps_bias: ClassVar[bool] = True
+    """False if the bias of the linear goes with its weight."""
     stored_with_values: ClassVar[tuple[str, ...]] = ()
     """Buffers that a unit of trained values stores too: those computed after the plan, whose own
     unit is removed once the values are trained."""

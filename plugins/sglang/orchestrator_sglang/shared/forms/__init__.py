@@ -4,11 +4,13 @@ Copies of orchestrator's sources. Of the modules only the class methods are used
 """
 
 from orchestrator_sglang.shared.forms.base import FormLinear
+from orchestrator_sglang.shared.forms.dropped import DroppedLinear
 from orchestrator_sglang.shared.forms.low_rank import LowRankLinear
 from orchestrator_sglang.shared.forms.low_rank_sparse import LowRankSparseLinear
 from orchestrator_sglang.shared.forms.output_basis import OutputBasisLinear
 from orchestrator_sglang.shared.forms.pivoted import PivotedLinear
 from orchestrator_sglang.shared.forms.sparse import SparseLinear
+from orchestrator_sglang.shared.forms.tied import TiedLinear
 
 FORMS: dict[str, type[FormLinear]] = {
     "low_rank": LowRankLinear,
@@ -16,4 +18,6 @@ FORMS: dict[str, type[FormLinear]] = {
     "pivoted": PivotedLinear,
     "sparse": SparseLinear,
     "low_rank_sparse": LowRankSparseLinear,
+    "tied": TiedLinear,
+    "dropped": DroppedLinear,
 }
