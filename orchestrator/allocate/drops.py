@@ -126,7 +126,7 @@ def check_droppable(linears: Sequence[Linear], budget: Budget) -> None:
 
 
 def _choices(budget: Budget) -> dict[str, int]:
-    return {module.name: module.choices for module in budget.experts}
+    return {module.name: module.chosen for module in budget.experts}
 
 
 def _chains(

@@ -63,7 +63,7 @@ class ReapAllocator(Allocator):
             for experts in ranked.values():
                 kept += experts[: budget.floor(len(experts))]
         else:
-            chosen = {each.name: each.choices for each in budget.experts}
+            chosen = {each.name: each.chosen for each in budget.experts}
             for module, experts in ranked.items():
                 kept += experts[: chosen[module]]
             others = [e for module, each in ranked.items() for e in each[chosen[module] :]]
@@ -90,7 +90,7 @@ class ReapAllocator(Allocator):
         """
         if self.router == "reroute":
             check_routers(budget.experts, "reap.router=zero")
-        chosen = {each.name: each.choices for each in budget.experts}
+        chosen = {each.name: each.chosen for each in budget.experts}
         modules = experts_by_module(linears, budget.experts)
         for module, experts in modules.items():
             count, least = budget.floor(len(experts)), chosen[module]

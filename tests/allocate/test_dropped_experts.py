@@ -54,7 +54,7 @@ def test_laws(seed, keep, scale):
         return
     assert plan.stored_values <= plan.budget_values == budget.share(linears)
     for module in modules:
-        assert len(dropped_of(plan, module)) <= module.count - module.choices
+        assert len(dropped_of(plan, module)) <= module.count - module.chosen
     try:
         plain = PLAIN(linears, curves, budget, {})
     except InfeasibleError:

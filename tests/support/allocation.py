@@ -50,7 +50,7 @@ def make_experts(blocks, count, *, choices=2, hidden=8, inner=4):
             block=block,
             parts=("gate", "up", "down"),
             count=count,
-            choices=choices,
+            chosen=choices,
             router=("blocks.0.mlp.gate.weight",),
             guard="gate_up_proj",
         )
