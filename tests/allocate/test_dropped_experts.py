@@ -9,10 +9,13 @@ from allocation import make_curves, make_experts, make_linears
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.allocate.budget import Budget
+from orchestrator.allocate.budget import Budget, plan_cost
 from orchestrator.allocate.drops import predicted_loss
+from orchestrator.allocate.fill import fill_budget
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.errors import InfeasibleError, UsageError
+from orchestrator.plan.codecs import CODECS
+from orchestrator.plan.cost import OPERATIONS, VALUES
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.plan import Assignment, Plan
 
@@ -120,6 +123,22 @@ def lower_hull(points):
             hull.pop()
         hull.append((x, y))
     return hull
+
+
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_other_limits_are_met(in_bytes):
+    """A budget of multiply-adds or of bytes is met by a plan that drops experts."""
+    modules, linears, curves = make_case(3, blocks=1, count=4, choices=1)
+    cost = VALUES if in_bytes else OPERATIONS
+    budget = Budget(0.4, LOW_RANK, in_bytes=in_bytes, cost=cost, experts=modules)
+
+    def divide(given):
+        return DROPPING(linears, curves, given, {})
+
+    options = {"divides_costs": DROPPING.divides_costs}
+    plan = fill_budget(divide, linears, budget, CODECS["bfloat16"], **options)
+    assert dropped_of(plan, modules[0])
+    assert plan_cost(linears, plan.assignments, cost) <= budget.share(linears)
 
 
 def test_settings_that_exclude_each_other():
