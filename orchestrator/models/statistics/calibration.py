@@ -3,7 +3,7 @@
 Shape suffixes: T tokens, O outputs, I inputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -16,18 +16,21 @@ from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram
 from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.linalg.tensor_cores import tensor_cores
-from orchestrator.models.experts.module import RoutedRows
+from orchestrator.models.experts.module import Experts, RoutedRows
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
+from orchestrator.models.statistics.expert_rows import ExpertRows, GramOfRows, empty_rows
 from orchestrator.models.statistics.residual_cosines import ResidualCosines
 from orchestrator.models.statistics.routed import (
     ChunkRows,
     Pools,
-    expert_name,
+    PoolSum,
+    SecondMoment,
     experts_of,
     pool_of,
     rows_of,
 )
+from orchestrator.plan.experts import expert_name, module_of_experts, reads_tokens
 from orchestrator.plan.linear import Linear
 
 Side = Literal["input", "output"]
@@ -58,6 +61,9 @@ class Calibration:
         curvature: Also accumulate gradients.
         outputs: Accumulate gradients as g even if O > I.
         weighted: Weight the rows of experts as described; False: they count alike.
+        tokens: Tokens of all chunks, if known. Inputs of experts are then kept as rows where that
+            takes less memory (`plan.experts`). Chunks that pass again must have the same index
+            and the same values.
     """
 
     def __init__(
@@ -70,10 +76,11 @@ class Calibration:
         curvature: bool = False,
         outputs: bool = False,
         weighted: bool = True,
+        tokens: int | None = None,
     ) -> None:
         blocks = {linear.block for linear in linears}
         self._shard = shard
-        self._grams: dict[str, Gram] = {}
+        self._grams: dict[str, Gram | GramOfRows] = {}
         self._magnitudes: dict[str, Magnitude] = {}
         self._curvatures: dict[str, Gram] = {}
         self._sources: dict[str, tuple[str, Side]] = {}
@@ -87,45 +94,95 @@ class Calibration:
         sites: dict[str, list[Linear]] = {}
         for linear in linears:
             sites.setdefault(linear.site, []).append(linear)
+        sides = {linear.name: side(linear, sites[linear.site]) for linear in linears}
+        grams = {
+            linear: _gram_of(linear, sides[linear.name])
+            for linear in linears
+            if self._experts[linear.name] is not None
+        }
+        itemsize = min((dense_weight(shard.module(x.name)).itemsize for x in grams), default=0)
+        self.expert_rows = empty_rows(self._rows, grams, tokens=tokens, itemsize=itemsize)
+        """Inputs that are kept in place of Grams, by the module of their experts."""
         for linear in linears:
-            self._request(linear, side(linear, sites[linear.site]))
+            self._request(linear, sides[linear.name])
             if magnitudes and linear.site not in self._magnitudes:
                 self._request_magnitude(linear)
             if curvature:
                 self._request_curvature(linear, outputs)
 
     def _request(self, linear: Linear, side: Side) -> None:
-        source = linear.site if side == "input" else f"{linear.name} output"
+        source, size = _gram_of(linear, side)
         self._sources[linear.name] = source, side
         if source in self._grams:
             return
         module = self._shard.module(linear.name)
-        size = linear.in_features if side == "input" else linear.out_features
-        gram = self._grams[source] = Gram(size, dense_weight(module).device)
         experts = self._experts[linear.name]
         if experts is not None:
             self._gram_pools.add(source, pool_of(linear, side))
+        if experts is not None and reads_tokens(linear):
+            rows = self.expert_rows.get(module_of_experts(linear))
+            if rows is not None:
+                self._keep_rows(linear, experts, rows)
+                return
+        gram = self._grams[source] = Gram(size, dense_weight(module).device)
 
         def gather_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            gram.update(select(inputs[0]))
-
-        def select(states: Tensor) -> Tensor:
-            return self._rows.select(states, rows_of(experts), weighted=True)
+            gram.update(self._rows.select(inputs[0], rows_of(experts), weighted=True))
 
         def gather_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if module.bias is None and output.dtype.itemsize >= 4:
-                gram.update(select(output))
-            else:
-                rows_TI, weight_OI = select(inputs[0]), dense_weight(module)
-                with tensor_cores(rows_TI.dtype, weight_OI.dtype):
-                    rows_TO = apply_linear(rows_TI.float(), weight_OI.float())
-                gram.update(rows_TO)
+            self._add_output(gram, module, inputs[0], rows_of(experts), output=output)
 
         self._hooks.append(
             module.register_forward_pre_hook(gather_input)
             if side == "input"
             else module.register_forward_hook(gather_output)
         )
+
+    def _keep_rows(self, linear: Linear, experts: Experts, rows: ExpertRows) -> None:
+        """Keep the rows of an expert, and gather their Gram when it is needed."""
+        module, expert = self._shard.module(linear.name), expert_name(linear)
+        source, side = self._sources[linear.name]
+        size = linear.in_features if side == "input" else linear.out_features
+        empty = partial(Gram, size, dense_weight(module).device)
+
+        def gather(gram: Gram, states_NH: Tensor, routed: RoutedRows) -> None:
+            if side == "input":
+                gram.update(self._rows.select(states_NH, routed, weighted=True))
+            else:
+                self._add_output(gram, module, states_NH, routed)
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            routed = rows_of(experts)
+            assert routed is not None
+            rows.keep(expert, inputs[0], routed)
+
+        self._grams[source] = GramOfRows(empty, size, rows=rows, expert=expert, gather=gather)
+        self._hooks.append(module.register_forward_pre_hook(keep))
+
+    def _add_output(
+        self,
+        gram: Gram,
+        module: nn.Module,
+        states: Tensor,
+        routed: RoutedRows | None,
+        *,
+        output: Tensor | None = None,
+    ) -> None:
+        """Add `W x` of the rows of the current chunk, in float32 and without the bias.
+
+        Args:
+            states: Inputs of the linear.
+            output: Its output, if it was computed.
+        """
+        weight_OI = dense_weight(module)
+        if module.bias is None and (states if output is None else output).dtype.itemsize >= 4:
+            output = apply_linear(states, weight_OI) if output is None else output
+            gram.update(self._rows.select(output, routed, weighted=True))
+            return
+        rows_TI = self._rows.select(states, routed, weighted=True)
+        with tensor_cores(rows_TI.dtype, weight_OI.dtype):
+            rows_TO = apply_linear(rows_TI.float(), weight_OI.float())
+        gram.update(rows_TO)
 
     def _request_magnitude(self, linear: Linear) -> None:
         module = self._shard.module(linear.name)
@@ -179,24 +236,102 @@ class Calibration:
         self._rows.start(chunk)
         return self._shard.backward(chunk, grads)
 
-    def flush_writes(self) -> None:
+    def flush_writes(self, *, pools: bool = True) -> None:
         """End the accumulation: later chunks are ignored, and each Gram takes 8 n^2 bytes.
 
         Removes the hooks, which hold references to the Grams; `forget` frees memory only then.
+
+        Args:
+            pools: Sum over the experts of a block for rare ones; False: `pool` does it.
         """
+        self._remove_hooks()
+        for gram in (*self._grams.values(), *self._curvatures.values()):
+            gram.flush_writes()
+        for kept, statistics in self._pooled().values() if pools else ():
+            kept.settle(statistics)
+
+    def _remove_hooks(self) -> None:
         self._residual_cosines.close()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-        for gram in (*self._grams.values(), *self._curvatures.values()):
-            gram.flush_writes()
-        self._gram_pools.settle(self._grams)
-        self._magnitude_pools.settle(self._magnitudes)
-        self._curvature_pools.settle(self._curvatures)
+        self._hooks, self.expert_rows = [], {}
+
+    def _pooled(self) -> dict[str, tuple[Pools, Mapping[str, SecondMoment | Magnitude]]]:
+        """Return the pools of every kind of statistics, and the statistics."""
+        return {
+            "gram": (self._gram_pools, self._grams),
+            "magnitude": (self._magnitude_pools, self._magnitudes),
+            "curvature": (self._curvature_pools, self._curvatures),
+        }
+
+    def pool(self, linears: Sequence[Linear], earlier: Mapping[str, PoolSum]) -> dict[str, PoolSum]:
+        """Add one of several groups of experts of a block to the sums over those before it.
+
+        Args:
+            linears: Linears of this group.
+            earlier: What this method has returned for the group before; empty for the first.
+
+        Returns:
+            The sums, by kind of statistics and pool.
+        """
+        found: dict[str, PoolSum] = {}
+        for kind, (pools, statistics) in self._pooled().items():
+            start = f"{kind} "
+            names = [self._named(linear)[kind] for linear in linears]
+            before = {
+                name.removeprefix(start): each
+                for name, each in earlier.items()
+                if name.startswith(start)
+            }
+            sums = pools.extend(names, statistics, before)
+            found |= {f"{start}{name}": each for name, each in sums.items()}
+        return found
+
+    def _named(self, linear: Linear) -> dict[str, str]:
+        """Return the names of a linear's statistics by kind; it may lack some."""
+        source, _ = self._sources[linear.name]
+        return {"gram": source, "magnitude": linear.site, "curvature": linear.name}
+
+    def is_rare(self, linear: Linear) -> bool:
+        """Return True if a statistic of the linear needs the sums over all experts of its block."""
+        names = self._named(linear)
+        return any(
+            pools.is_short(names[kind], statistics)
+            for kind, (pools, statistics) in self._pooled().items()
+        )
+
+    def sums(self, linear: Linear) -> dict[str, PoolSum]:
+        """Return the sums of a linear without mean tokens, and their tokens, for `restore`."""
+        source, side = self._sources[linear.name]
+        gram = self._grams[source]
+        found: dict[str, PoolSum] = {side: (gram.matrix(), gram.tokens)}
+        if (magnitude := self._magnitudes.get(linear.site)) is not None:
+            found["magnitude"] = magnitude.sum(), magnitude.tokens
+        if (curvature := self._curvatures.get(linear.name)) is not None:
+            found["curvature"] = curvature.matrix(), curvature.tokens
+        return found
+
+    def restore(self, linear: Linear, sums: Mapping[str, PoolSum]) -> None:
+        """Take over the sums of an expert's linear from another pass, after `flush_writes`."""
+        side: Side = "input" if "input" in sums else "output"
+        source, _ = _gram_of(linear, side)
+        self._sources[linear.name] = source, side
+        self._grams[source] = Gram.of(*sums[side])
+        self._gram_pools.add(source, pool_of(linear, side))
+        if "magnitude" in sums:
+            self._magnitudes[linear.site] = Magnitude.of(*sums["magnitude"])
+            self._magnitude_pools.add(linear.site, pool_of(linear, "input"))
+        if "curvature" in sums:
+            self._curvatures[linear.name] = Gram.of(*sums["curvature"])
+            self._curvature_pools.add(linear.name, pool_of(linear, "output"))
 
     def statistic(self, linear: Linear) -> InputGram | OutputGram:
         """Return the accumulated statistics of one linear."""
         source, side = self._sources[linear.name]
+        gram = self._grams[source]
+        if isinstance(gram, GramOfRows):
+            # gate and up may share it; `forget` frees it after the last of them
+            self._grams[source] = gram.made()
         moment, _, most = self._gram_pools.moment(source, self._grams)
         magnitude_I = curvature = None
         if linear.site in self._magnitudes:
@@ -232,10 +367,17 @@ class Calibration:
         self._grams = {source: gram for source, gram in self._grams.items() if source in used}
 
     def close(self) -> None:
-        self.flush_writes()
+        self._remove_hooks()
         self._sources = {}
         self._grams, self._magnitudes, self._curvatures = {}, {}, {}
         self._gram_pools, self._magnitude_pools, self._curvature_pools = Pools(), Pools(), Pools()
+
+
+def _gram_of(linear: Linear, side: Side) -> tuple[str, int]:
+    """Return the source of a linear's Gram, and its number of channels."""
+    if side == "input":
+        return linear.site, linear.in_features
+    return f"{linear.name} output", linear.out_features
 
 
 def dense_weight(module: nn.Module) -> Tensor:

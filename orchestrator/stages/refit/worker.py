@@ -99,7 +99,8 @@ class RefitWorker(Worker):
             weight_OR, down_RI = (each.to(weight_OI) for each in self._factors(linear))
             torch.matmul(weight_OR, down_RI, out=weight_OI)
         wanted = [each for each in linears if each.block in todo and self.settings.is_cut(each)]
-        return Calibration(shard, wanted, lambda linear, site: "input")
+        tokens = self.dense.tokens.ids.size
+        return Calibration(shard, wanted, lambda linear, site: "input", tokens=tokens)
 
     def read_ahead(self, blocks: range) -> None:
         """Prefetch the dense weights of later blocks into the system's cache."""
