@@ -144,7 +144,7 @@ def plan(
     """Forecast memory, time and cost of a recipe, from config and headers alone.
 
     Args:
-        recipe: Its model is a directory, a cached hub id, or a config.json (`shapes.FAMILIES`).
+        recipe: Its model is a directory, a cached hub id, or a config.json.
         gpus: Number of workers, one per GPU; a number in `recipe.workers` takes precedence.
         gpu: A name of `orchestrator.forecast.rates.known_devices`.
         gpu_memory: Such as "80GB"; None means that of the device.
@@ -154,8 +154,8 @@ def plan(
 
     Raises:
         UsageError: A name or a number is not allowed.
-        InputError: A run would refuse the model or the text, or the family of the model requires
-            the headers. A text beside a config alone is not looked up.
+        InputError: A run would refuse the model or the text. A text beside a config alone is not
+            looked up.
     """
     from orchestrator.api.checks import check_text
     from orchestrator.errors import UsageError

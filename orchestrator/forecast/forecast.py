@@ -125,7 +125,7 @@ class _Forecasting:
             run=self.storage.stages,
             segments=len(self.storage.segments),
             keeps_states=self.storage.keeps_states,
-            moved_bytes=2 * self._chunks() * (self.shards - 1),
+            moved_bytes=2 * self._chunks() * (self.shards - 1) * self.groups,
             final=self._final(),
             index_bytes=self.costs.index_bytes,
             float64=float64,

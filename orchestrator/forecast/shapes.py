@@ -1,8 +1,9 @@
 """Sizes of a model that decide time and memory, from its config or with its headers.
 
-A config alone is enough for the families of `FAMILIES`. Of another one the tensors' headers say
-which matrices its blocks hold; that linears read the same input they do not say, so there each
-linear is counted with a statistic of its own, which forecasts too much rather than too little.
+For the families of `FAMILIES` there are formulas, without torch. Of another one the class is built
+and surveyed (`surveyed`). Without a survey the tensors' headers say which matrices the blocks hold;
+that linears read the same input they do not say, so there each linear is counted with a statistic
+of its own, which forecasts too much rather than too little.
 """
 
 import math
@@ -10,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from orchestrator.errors import InputError
@@ -40,7 +42,7 @@ _NOT_TEXT = re.compile(r"vision|visual|image|audio")
 _SITES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Shapes:
     """Matrices of a model and numbers of its other values."""
 
@@ -70,14 +72,18 @@ class Shapes:
 
     def is_expert(self, name: str) -> bool:
         """Test if a linear or a statistic, by its name, is an expert's."""
-        return name.startswith(tuple(f"{each}." for each in self.experts))
+        return name.startswith(self._expert_starts)
+
+    @cached_property
+    def _expert_starts(self) -> tuple[str, ...]:
+        return tuple(f"{each}." for each in self.experts)
 
     @property
     def idle_values(self) -> float:
         """Values of a block that a token does not use, of experts that it is not routed to."""
         return (1 - self.routed) * self.expert_values
 
-    @property
+    @cached_property
     def heaviest(self) -> tuple[Linear, ...]:
         """The linears of the block that has the most values in them; every block counts as it."""
         values = Counter[int]()
@@ -150,8 +156,8 @@ def from_config(config: Mapping[str, Any], where: str) -> Shapes:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise InputError(
-            f"{where}: model_type is {family!r}; of {', '.join(FAMILIES)} a config is enough, of "
-            "others the safetensors files are needed beside it (their headers are read)"
+            f"{where}: model_type is {family!r}; formulas are known of {', '.join(FAMILIES)}, of "
+            "others a survey is needed, or headers"
         )
     hidden = _number(config, "hidden_size", where)
     blocks = _number(config, "num_hidden_layers", where, most=BLOCK_LIMIT)

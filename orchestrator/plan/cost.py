@@ -1,7 +1,8 @@
 """Costs that a budget limits: stored values, multiply-adds of a token, or measured seconds.
 
 Costs are whole numbers, times in picoseconds, so that sums are exact and do not depend on their
-order. The cost of factors does not fall as the rank grows.
+order. The cost of factors does not fall as the rank grows. Operations and times of an expert that a
+fraction K / E of the tokens is routed to are that fraction of those of all tokens, rounded up.
 """
 
 from abc import ABC, abstractmethod
@@ -71,21 +72,22 @@ class OperationCost(Cost):
 
     Those of two factors, plain or pivoted, are as many as their values. Linears that share a basis
     are in different blocks and have different inputs, so that each multiplies by it. A sparse
-    weight is multiplied as a dense one, and so are entries beside factors, in addition to them.
-    Each expert counts as if every token passed it.
+    weight is multiplied as a dense one, and so are entries beside factors, in addition to them. An
+    expert counts by the part of the tokens that it sees: if all see equally many, the sum is what
+    the average token costs.
     """
 
     name = "operations"
     field = "keep_flops"
 
     def dense(self, linear: Linear) -> int:
-        return linear.values
+        return _of_seen_tokens(linear, linear.values)
 
     def factors(self, linear: Linear, form: Form, rank: Ranks) -> Ranks:
-        return form.factor_values(linear, rank)
+        return _of_seen_tokens(linear, form.factor_values(linear, rank))
 
     def of(self, linear: Linear, assignment: Assignment) -> int:
-        return FORMS[assignment.form].operations(linear, assignment)
+        return _of_seen_tokens(linear, FORMS[assignment.form].operations(linear, assignment))
 
     def shown(self, cost: int) -> str:
         return f"{cost} multiply-adds a token"
@@ -96,7 +98,8 @@ class TimeCost(Cost):
 
     The times of each shape and form are made not to fall with the rank (`isotonic`), so that noise
     makes no larger rank cheaper, and interpolated linearly between measured ranks. A rank below the
-    smallest measured one takes its time. One above the largest is never faster than dense.
+    smallest measured one takes its time. One above the largest is never faster than dense. The time
+    of an expert is taken to be proportional to its tokens.
 
     Raises:
         InputError: From `dense` and `factors`: the table lacks the shape.
@@ -112,17 +115,16 @@ class TimeCost(Cost):
         self._forms = {shape: _monotone(each) for shape, each in table.shapes.items()}
 
     def dense(self, linear: Linear) -> int:
-        self.table.times(linear)
-        return self._dense[linear.out_features, linear.in_features]
+        return _of_seen_tokens(linear, self._dense_of_all(linear))
 
     def factors(self, linear: Linear, form: Form, rank: Ranks) -> Ranks:
-        dense = self.dense(linear)
+        dense = self._dense_of_all(linear)
         ranks, times = self._forms[linear.out_features, linear.in_features].get(form.name, NEVER)
         slow = max(dense, int(times.max(initial=0)))
         found = np.rint(np.interp(rank, ranks, times, right=slow))
         if isinstance(rank, np.ndarray):
-            return np.asarray(found, dtype=np.int64)
-        return int(found)
+            return _of_seen_tokens(linear, np.asarray(found, dtype=np.int64))
+        return _of_seen_tokens(linear, int(found))
 
     def of(self, linear: Linear, assignment: Assignment) -> int:
         """Return the time of an assignment; a sparse weight is multiplied as a dense one."""
@@ -130,6 +132,11 @@ class TimeCost(Cost):
         if not form.is_factored:
             return self.dense(linear)
         return self.factors(linear, form, assignment.rank)
+
+    def _dense_of_all(self, linear: Linear) -> int:
+        """Return the time of the dense weight if all tokens pass it."""
+        self.table.times(linear)
+        return self._dense[linear.out_features, linear.in_features]
 
     def shown(self, cost: int) -> str:
         return f"{1e6 * cost / PICOSECONDS:.1f} us"
@@ -140,6 +147,12 @@ VALUES = ValueCost()
 OPERATIONS = OperationCost()
 NEVER = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
 """Times of a form that was not measured: no rank is within them."""
+
+
+def _of_seen_tokens(linear: Linear, cost: Ranks) -> Ranks:
+    """Return the cost for the part of the tokens that a linear sees, rounded up."""
+    part = linear.routed
+    return cost if part == 1 else -(-cost * part.numerator // part.denominator)
 
 
 def picoseconds(seconds: float) -> int:

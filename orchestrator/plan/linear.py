@@ -1,6 +1,7 @@
 """Linears of a model, and the survey that lists them."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,9 @@ class Linear:
     has_bias: bool
     norm: str = ""
     """Module name of the norm that its input comes from; empty where it comes from no module."""
+    routed: Fraction = Fraction(1)
+    """Fraction of the tokens that it sees; of an expert, those that are routed to it, if all see
+    equally many."""
 
     @property
     def sublayer(self) -> str:
@@ -52,6 +56,8 @@ class ExpertsModule:
     """Names of the linears of an expert: `gate`, if experts have one, `up` and `down`."""
     count: int
     """Number of experts."""
+    chosen: int
+    """Number of experts that a token is routed to."""
     guard: str
     """Name of a fused tensor of the module, `gate_up_proj`, under which a checkpoint with
     compressed experts stores their ranks."""
@@ -62,11 +68,28 @@ class ExpertsModule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """Numbers of values by place, tied ones once, and sizes of the language model."""
+
+    front: int
+    """Values before the first block: embeddings, and a vision tower."""
+    block: int
+    """Values of the largest block."""
+    tail: int
+    """Values after the last block."""
+    total: int
+    hidden: int
+    """Channels of the hidden states."""
+    vocabulary: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """Content of a checkpoint, from its config and tensor headers alone."""
+    """Content of a checkpoint, from its config and tensor headers, or from a config alone."""
 
     fingerprint: str
-    """Hash of config and tensor index (names, shapes, dtypes, file sizes): the model's identity."""
+    """Hash of config and tensor index (names, shapes, dtypes, file sizes): the model's identity;
+    empty for a config alone."""
     architecture: str
     """Class name of the model, `LlamaForCausalLM`."""
     config_class: str
@@ -79,6 +102,8 @@ class Survey:
     """Every linear of every block, in block order and, within a block, in call order."""
     total_parameters: int
     """Distinct parameters of the whole model; tied ones count once, unless stored values differ."""
+    sizes: ModelSizes
+    """Values of the stored tensors that the model has, buffers included."""
     unused: tuple[str, ...] = ()
     """Names of stored tensors that the model's class does not have; they are left out."""
     experts: tuple[ExpertsModule, ...] = ()

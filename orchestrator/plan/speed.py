@@ -16,8 +16,9 @@ def speed_forecast(report: Mapping[str, Any]) -> dict[str, Any]:
 
     `at_most` bounds the speed of the targeted linears, alone and all together, over that of the
     dense ones: in prefill by operations (`OperationCost`), in decoding by the bytes that a token
-    reads. A kernel, its calls, attention and norms only lower it. `measured` is the speed by the
-    table of times, if the recipe names one, at its number of tokens.
+    reads. An expert counts by the part of the tokens that it sees, `routed` in the report. A
+    kernel, its calls, attention and norms only lower it. `measured` is the speed by the table of
+    times, if the recipe names one, at its number of tokens.
     """
     found = _bounds(report)
     times = report.get("costs", {}).get("microseconds")
@@ -38,11 +39,12 @@ def _bounds(report: Mapping[str, Any]) -> dict[str, Any]:
         cut = Assignment(**{size: entry[size] for size in SIZES if size in entry})
         linear, form = _linear(name, *entry["shape"]), FORMS[cut.form]
         operations = form.operations(linear, cut)
-        dense += linear.values
-        planned += operations
+        part = entry.get("routed", 1)
+        dense += part * linear.values
+        planned += part * operations
         # an index of entries is left out: the dense weight that they are made of is read
         index = form.index_bytes(linear, cut) if form.is_factored else 0
-        read += itemsize * operations + index
+        read += part * (itemsize * operations + index)
     return {"at_most": {"prefill": dense / planned, "decode": itemsize * dense / read}}
 
 

@@ -7,12 +7,11 @@ import torch
 
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.forecast.expected import expected
-from orchestrator.forecast.experts import with_experts
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Forecast, Resources
 from orchestrator.forecast.rates import Machine, largest_memory, nominal_rates
-from orchestrator.forecast.shapes import read_shapes
-from orchestrator.models.checkpoint.headers import read_json
+from orchestrator.forecast.shapes import FAMILIES, read_shapes
+from orchestrator.forecast.surveyed import surveyed_shapes
 from orchestrator.models.evaluation.machine import host_bytes
 from orchestrator.plan.linear import Survey
 from orchestrator.readable import size
@@ -55,9 +54,10 @@ def check_memory(
     if measured is not None:
         resources = replace(resources, memory_bytes=float(measured))
     try:
-        shapes = read_shapes(model)
-        if survey is not None and survey.experts:
-            shapes = with_experts(shapes, survey, read_json(model / "config.json"))
+        if survey is None or survey.model_type in FAMILIES:
+            shapes = read_shapes(model)
+        else:
+            shapes = surveyed_shapes(survey)
         found = forecast(shapes, recipe, resources)
         monitor.progress.expected = expected(found, shapes, recipe, resources)
     except (InputError, UsageError) as error:

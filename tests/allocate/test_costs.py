@@ -1,6 +1,8 @@
 """Budgets of operations and of measured time: closed forms, laws, and the optimum."""
 
 import re
+from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -81,6 +83,39 @@ def test_operations_are_those_of_the_modules():
         Assignment(form="low_rank_sparse", rank=7, nonzeros=9): 600 + 7 * 50,
     }
     assert {cut: OPERATIONS.of(linear, cut) for cut in cuts} == cuts
+
+
+@FORMS
+def test_an_expert_costs_its_part_of_the_tokens(form):
+    """Three eighths of operations and time, rounded up, dense and at every rank; the same ranks are
+    allowed."""
+    (linear,) = make_linears([(30, 20)])
+    expert, ranks = replace(linear, routed=Fraction(3, 8)), np.arange(1, 12)
+    for cost in (OPERATIONS, time_cost([linear], bumps=1.0)):
+        pairs = [(cost.dense(linear), cost.dense(expert))]
+        pairs += [(cost.factors(each, form, ranks) for each in (linear, expert))]
+        cut = Assignment(form=form.name, rank=7)
+        pairs += [(cost.of(linear, cut), cost.of(expert, cut))]
+        for whole, part in pairs:
+            assert np.array_equal(part, np.ceil(whole * 3 / 8))
+        allowed = AllowedRanks(form, cost=cost)
+        assert allowed.count(expert) == allowed.count(linear) > 0
+
+
+def test_experts_get_the_ranks_that_their_operations_leave():
+    """If all linears see half of the tokens, the plan is that of all tokens, as all costs are even;
+    of two equal linears the one that sees fewer gets the larger rank."""
+    halved = [replace(each, routed=Fraction(1, 2)) for each in MODEL]
+    for name in ("threshold", "uniform"):
+        plans = [fill(name, model, Budget(0.6, cost=OPERATIONS)) for model in (MODEL, halved)]
+        assert plans[0].assignments == plans[1].assignments
+    one, other = make_linears([(64, 64), (64, 64)])
+    other = replace(other, routed=Fraction(1, 8))
+    energies = np.geomspace(1, 1e-3, 64)
+    curves = {each.name: make_curve(each.name, energies) for each in (one, other)}
+    plan = fill("threshold", [one, other], Budget(0.5, cost=OPERATIONS), curves).assignments
+    assert plan[one.name].form == "low_rank"
+    assert plan[other.name].form == "dense" or plan[other.name].rank > plan[one.name].rank
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=12))

@@ -166,7 +166,7 @@ def tiny_dir(tmp_path_factory):
 
 
 BAD = {
-    "another family": ({"model_type": "mamba"}, "model_type is 'mamba'; of llama, mistral"),
+    "another family, without a class": ({"model_type": "mamba"}, "architectures is None"),
     "no number": ({"hidden_size": "wide"}, "hidden_size is 'wide'; a whole number from 1"),
     "too many blocks": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; the limit"),
     "nothing": ({"vocab_size": None}, "vocab_size is None"),

@@ -1,25 +1,38 @@
 """Forecasts of mixtures of experts: linears of the survey, and the tokens that an expert sees."""
 
-import json
+from dataclasses import replace
 
 import pytest
-from moe.families import EXPERTS
+from moe.families import BLOCKS, EXPERTS, MOE_FAMILIES
 
-from orchestrator.forecast.experts import with_experts
-from orchestrator.forecast.shapes import read_shapes
+from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.outcome import Resources
+from orchestrator.forecast.rates import machine_of
 from orchestrator.forecast.statistics import gathering, method_statistics
-from orchestrator.forecast.work import forward_flops
+from orchestrator.forecast.surveyed import surveyed_shapes
+from orchestrator.forecast.work import DRIFT_FLOPS, forward_flops
 from orchestrator.methods import METHODS
 from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.recipe.recipe import make_recipe
+from orchestrator.stages.plannable import plannable_shapes
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama4", "llava", "qwen2_5_vl"])
+def test_a_config_is_enough(family, checkpoint, moe_checkpoint):
+    """The shapes are those that the survey of the checkpoint gives."""
+    directory = (moe_checkpoint if family in MOE_FAMILIES else checkpoint)(family)
+    survey = LazyModel.open(directory).survey()
+    shapes = plannable_shapes(directory / "config.json")
+    assert shapes == surveyed_shapes(survey)
+    assert shapes.linears == survey.linears
+    assert (shapes.vocabulary, shapes.hidden) == (96, 32)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
-def test_linears_are_those_of_the_survey(family, moe_checkpoint):
+def test_experts_are_those_of_the_survey(family, moe_checkpoint):
     """Whatever the names and the layout on disk, so that selectors of `plan` are those of a run."""
     survey = LazyModel.open(moe_checkpoint(family)).survey()
-    config = json.loads((moe_checkpoint(family) / "config.json").read_bytes())
-    shapes = with_experts(read_shapes(moe_checkpoint(family)), survey, config)
-    assert shapes.linears == survey.linears
+    shapes = surveyed_shapes(survey)
     assert len(shapes.narrowed(["*.experts.*"], []).linears) >= 3 * 3 * EXPERTS
     block = [each.values for each in survey.of_block(3) if ".experts." in each.name]
     assert (shapes.expert_values, shapes.routed) == (sum(block), 2 / EXPERTS)
@@ -27,20 +40,28 @@ def test_linears_are_those_of_the_survey(family, moe_checkpoint):
 
 def test_work_is_that_of_the_chosen_experts(moe_checkpoint):
     """A token uses two of four experts; an expert's Gram has half of the tokens."""
-    survey = LazyModel.open(moe_checkpoint("qwen3_moe")).survey()
-    plain = read_shapes(moe_checkpoint("qwen3_moe"))
-    shapes = with_experts(plain, survey, {"num_experts_per_tok": 2})
-    assert shapes.block_values == plain.block_values
-    assert forward_flops(plain, 8) - forward_flops(shapes, 8) == 2 * 8 * shapes.expert_values / 2
-    every = with_experts(plain, survey, {})
-    assert forward_flops(every, 8) == forward_flops(plain, 8)
+    shapes = surveyed_shapes(LazyModel.open(moe_checkpoint("qwen3_moe")).survey())
+    every = replace(shapes, routed=1.0)
+    assert forward_flops(every, 8) - forward_flops(shapes, 8) == 2 * 8 * shapes.expert_values / 2
     statistics = method_statistics(shapes.heaviest, METHODS["svd"])
     routed, all_tokens = (gathering(each, statistics, 8, 4).flops for each in (shapes, every))
     assert routed < all_tokens
 
 
-def test_a_model_without_experts_is_unchanged(checkpoint):
-    """The same object."""
-    survey = LazyModel.open(checkpoint("llama")).survey()
-    shapes = read_shapes(checkpoint("llama"))
-    assert with_experts(shapes, survey, {}) is shapes
+def test_a_pass_of_a_walk_serves_the_sites_of_many_experts(moe_checkpoint):
+    """Compensation passes the chunks once for q, k and v, once for o, once for all gates and ups,
+    and once for all downs, each half of a block in both models; moments are of the tokens seen."""
+    shapes = surveyed_shapes(LazyModel.open(moe_checkpoint("mixtral")).survey())
+    fields = {"method": "svd-llm", "keep": 0.8, "compensate": "input", "dtype": "float32"}
+    asked = make_recipe({"model": "m", "out": "o", "samples": 5, "sequence_length": 8} | fields)
+    found = forecast(
+        shapes, asked, Resources(workers=1, machine=machine_of("H100"), memory_bytes=None)
+    )
+    (walk,) = [each for each in found.stages if each.name == "walk"]
+    passed = forward_flops(shapes, 8)
+    moments = DRIFT_FLOPS * 8 * (2 * 32**2 + EXPERTS * (32**2 + 48**2) * 2 / EXPERTS)
+    sites = [*(each.in_features for each in shapes.heaviest if each.name == each.site)]
+    fits = sum(6 * each.values * each.in_features for each in shapes.heaviest)
+    solved = 4 * sum(n**3 for n in sites) + fits
+    by_hand = BLOCKS * (5 * (3 * passed + 2 * passed * 4 / 2 + moments) + solved)
+    assert walk.flops == pytest.approx(by_hand)

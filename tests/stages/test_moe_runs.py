@@ -1,5 +1,6 @@
 """Runs on mixtures of experts: statistics, factors and files of every expert's linears."""
 
+import math
 import shutil
 from functools import cache
 
@@ -12,8 +13,10 @@ from sharded import HALVES, sharded_logits
 from transformers import AutoModelForCausalLM
 
 import orchestrator.hf  # noqa: F401 # compressed checkpoints are loaded by transformers
+from orchestrator import retarget
 from orchestrator.models.experts.replace import replace_experts
 from orchestrator.models.shards.lazy_model import LazyModel
+from orchestrator.plan.speed import speed_forecast
 
 SMALL = {"samples": 2, "sequence_length": 24, "shards": 2}
 TWO_SIDED = {"method": "two-sided", "options": {"two-sided": {"draws": 2}}}
@@ -67,6 +70,21 @@ def test_experts_have_ranks_and_token_counts_of_their_own(reference):
         assert sum(tokens[name] for name in names) == 2 * 6 * 48
     plan = reference.plan.assignments
     assert len({each.rank for name, each in plan.items() if ".experts." in name}) > 2
+
+
+def test_an_expert_costs_its_part_of_the_tokens(reference, tmp_path):
+    """With two of four experts a token, half of its operations: in the budget, in the report, and
+    in the bound of the speed, up to the rounding of each linear."""
+    result = retarget(reference.run_dir, tmp_path / "cut", keep_flops=0.5, executor="local")
+    operations = result.report["costs"]["operations"]
+    dense = 0.0
+    for name, entry in result.report["linears"].items():
+        assert entry.get("routed", 1) == (0.5 if ".experts." in name else 1)
+        dense += math.prod(entry["shape"]) * entry.get("routed", 1)
+    assert operations["dense"] == dense
+    assert 0.49 * dense < operations["planned"] <= 0.5 * dense
+    bound = speed_forecast(result.report)["at_most"]["prefill"]
+    assert bound == pytest.approx(dense / operations["planned"], rel=5e-3)
 
 
 def test_the_errors_are_of_the_routed_tokens(moe_model, moe_text, tmp_path):

@@ -6,6 +6,7 @@ numbers first: what does not compute the same as `Experts` is refused.
 
 import copy
 import inspect
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -40,12 +41,7 @@ def replace_experts(model: nn.Module) -> dict[str, ExpertsLayout]:
             the model has more than `MOST_EXPERT_LINEARS` linears of experts.
     """
     layouts = find_experts(model)
-    count = sum(layout.num_experts * len(layout.parts) for layout in layouts.values())
-    if count > MOST_EXPERT_LINEARS:
-        raise InputError(
-            f"{type(model).__name__}: {count:,} linears of experts; "
-            f"at most {MOST_EXPERT_LINEARS:,} are supported"
-        )
+    check_count(type(model).__name__, layouts.values())
     checked = set()
     for name, layout in layouts.items():
         native = model.get_submodule(name)
@@ -58,6 +54,15 @@ def replace_experts(model: nn.Module) -> dict[str, ExpertsLayout]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, experts)
     return layouts
+
+
+def check_count(name: str, layouts: Iterable[ExpertsLayout]) -> None:
+    """Raise InputError if a model has more than `MOST_EXPERT_LINEARS` linears of experts."""
+    count = sum(layout.num_experts * len(layout.parts) for layout in layouts)
+    if count > MOST_EXPERT_LINEARS:
+        raise InputError(
+            f"{name}: {count:,} linears of experts; at most {MOST_EXPERT_LINEARS:,} are supported"
+        )
 
 
 def find_experts(model: nn.Module) -> dict[str, ExpertsLayout]:

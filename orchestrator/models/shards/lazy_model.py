@@ -6,6 +6,7 @@ may open the same model one after the other in a process: its structure is trace
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -39,10 +40,11 @@ from orchestrator.models.survey.architecture import (
 )
 from orchestrator.models.survey.discovery import Discovery, discover, phantom
 from orchestrator.models.survey.expert_weights import view_experts
-from orchestrator.models.survey.experts import survey_experts
+from orchestrator.models.survey.experts import survey_experts, with_routing
 from orchestrator.models.survey.image_models import reads_images
 from orchestrator.models.survey.linears import check_parameters
 from orchestrator.models.survey.names import Names, map_names
+from orchestrator.models.survey.regions import block_of, find_regions, model_sizes
 from orchestrator.plan.linear import Survey
 from orchestrator.plan.plan import Plan
 from orchestrator.store.places import Place
@@ -90,6 +92,7 @@ class LazyModel:
         }
         self._order = tuple(traced.state_dict())
         self._discovery, is_traced = self._trace(traced, blocks)
+        self._linears = with_routing(self._discovery.linears, self._experts)
         self._unused: PreTrainedModel | None = None if is_traced else traced
         """The built model, unless its trace has used it up."""
         self._shard: Shard | None = None
@@ -238,17 +241,12 @@ class LazyModel:
         Each group is in model order. Tensors not used for text (a vision tower) belong to the
         front if they precede the blocks, else to the tail.
         """
-        first_block = min(i for i, name in enumerate(self._order) if self._block(name) is not None)
-        tail = set(self.tail_names) - set(self.front_names)
+        regions = find_regions(self._order, self.prefix, self._discovery)
         parts: dict[Region, list[StoredTensor]] = {"front": [], "block": [], "tail": []}
-        for position, name in enumerate(self._order):
+        for name in self._order:
             if name not in self.names.disk:
                 continue
-            disk_name, block = self.names.disk[name], self._block(name)
-            place: Region = "block"
-            if block is None:
-                is_front = name in self.front_names or (name not in tail and position < first_block)
-                place = "front" if is_front else "tail"
+            disk_name, (place, block) = self.names.disk[name], regions[name]
             parts[place].append(
                 StoredTensor(
                     name=name,
@@ -273,7 +271,7 @@ class LazyModel:
                 f"{self.directory}: already compressed by orchestrator; a dense checkpoint is "
                 "needed (export --format dense makes one)"
             )
-        linears = self._discovery.linears
+        linears = self._linears
         if not linears:
             raise InputError(f"{self.directory}: no block has a linear")
         return Survey(
@@ -285,6 +283,10 @@ class LazyModel:
             num_blocks=self.num_blocks,
             linears=linears,
             total_parameters=self.total_parameters,
+            sizes=model_sizes(
+                ((each.place, each.block, math.prod(each.shape)) for each in self.tensors()),
+                self.config,
+            ),
             unused=self.names.unused,
             experts=self._experts,
             has_own_head=bool(self.separate) and not self.names.tied,
@@ -313,7 +315,7 @@ class LazyModel:
             names += self.block_names(block)
         if blocks.stop == self.num_blocks:
             names += self.tail_names
-        linears = tuple(x for x in self._discovery.linears if x.block in blocks)
+        linears = tuple(x for x in self._linears if x.block in blocks)
         text = {*self.front_names, *self.tail_names, *self._discovery.arguments}
         beside = [n for n in self._order if self._block(n) is None and n not in text]
         self._shard = Shard(
@@ -360,8 +362,7 @@ class LazyModel:
 
     def _block(self, name: str) -> int | None:
         """Index of the block that contains a tensor; None outside the blocks."""
-        start = f"{self.prefix}."
-        return int(name[len(start) :].split(".")[0]) if name.startswith(start) else None
+        return block_of(name, self.prefix)
 
     def load(self, name: str) -> Tensor:
         """Load a tensor by its name in the model; checks and casts it on the device.

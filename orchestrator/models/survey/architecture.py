@@ -49,14 +49,16 @@ class Architecture:
 
     @classmethod
     def read(cls, place: Place) -> "Architecture":
-        """Read the config.json of a checkpoint.
+        """Read the config.json of a checkpoint, or a config alone, a local file.
 
         Raises:
             InputError: The class or model type is unknown or missing, another program has
                 quantised the checkpoint, or a number is not finite.
         """
-        directory = small_files(place)
-        path = directory / "config.json"
+        if isinstance(place, Path) and place.is_file():
+            path = place
+        else:
+            path = small_files(place) / "config.json"
         content = read_json(path)
         check_not_quantised(path, content, ours=METHOD)
         check_config(path, content)
@@ -69,7 +71,7 @@ class Architecture:
         model_class = _find_class(path, content.get("architectures"))
         try:
             config = AutoConfig.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
+                path, trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # a config class may raise anything on unexpected values
             raise InputError(f"{path}: not a valid {model_type} config: {brief(error)}") from error
@@ -88,7 +90,7 @@ class Architecture:
         # Removed, because building the class would otherwise look for the quantiser's modules.
         for key in FORMS_KEYS:
             vars(config).pop(key, None)
-        return cls(directory, model_class, config, content.get("quantization_config"))
+        return cls(path.parent, model_class, config, content.get("quantization_config"))
 
     def build(self, dtype: torch.dtype, *, stored: int) -> PreTrainedModel:
         """Build the model in eval mode with every parameter and buffer on the meta device.
@@ -106,10 +108,7 @@ class Architecture:
             raise InputError(f"{self.directory}: {error}") from error
         if self.forms is not None:
             install_forms(model, self.forms)
-        for parameter in model.parameters():
-            mark_initialized(parameter)
-        for module in model.modules():
-            mark_initialized(module)
+        mark_all_initialized(model)
         return model.eval()
 
     def build_native(self, dtype: torch.dtype, *, stored: int) -> PreTrainedModel:
@@ -200,6 +199,12 @@ def recompute_buffers(model: PreTrainedModel, modules: Iterable[Any], device: to
 def mark_initialized(value: Any) -> None:
     """Mark a module or tensor so that transformers does not initialise it again."""
     value._is_hf_initialized = True
+
+
+def mark_all_initialized(model: PreTrainedModel) -> None:
+    """Mark all modules and parameters, which have no values to compute."""
+    for each in (*model.parameters(), *model.modules()):
+        mark_initialized(each)
 
 
 def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ only shapes. The trace shows which parameters the input, the output and the bloc
 depend on, in which order a block calls its linears, and which linears read the same input.
 """
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from orchestrator.models.survey.architecture import (
 )
 from orchestrator.models.survey.image_models import reads_images
 from orchestrator.models.survey.linears import LinearCalls
+from orchestrator.models.survey.repeats import repeat_linears
 from orchestrator.models.survey.trees import map_tensors
 from orchestrator.plan.linear import Linear
 
@@ -45,17 +46,27 @@ class Discovery:
 
 
 def discover(
-    model: PreTrainedModel, prefix: str, blocks: nn.ModuleList, *, where: str, is_dense: bool
+    model: PreTrainedModel,
+    prefix: str,
+    blocks: nn.ModuleList,
+    *,
+    where: str,
+    is_dense: bool,
+    first: Sequence[int] = (),
 ) -> Discovery:
     """Trace one forward pass. The model must be on the meta device and cannot be used afterwards.
 
     Linears are recorded only if `is_dense`; a compressed checkpoint has `is_dense=False`.
 
+    Args:
+        first: For every block the first one that is built equally (`repeats.find_repeats`). Only
+            that one runs; the others take over its outputs and linears. Empty: all run.
+
     Raises:
         InputError: The model does not run each block once and in order, does not return logits,
             or does not call every linear of a block exactly once.
     """
-    trace = _Trace(model, prefix, blocks, where=where, is_dense=is_dense)
+    trace = _Trace(model, prefix, blocks, where=where, is_dense=is_dense, first=first)
     try:
         return trace.run()
     except InputError:
@@ -85,9 +96,13 @@ class _Trace:
         *,
         where: str,
         is_dense: bool,
+        first: Sequence[int],
     ) -> None:
         self.model, self.prefix, self.blocks = model, prefix, blocks
         self.where, self.is_dense = where, is_dense
+        self.first = first or range(len(blocks))
+        self.outputs: dict[int, Any] = {}
+        """Outputs on the meta device of the blocks that ran, without values."""
         self.outer = [name for name in model.state_dict() if not name.startswith(f"{prefix}.")]
         self.owners: dict[int, str] = {}
         """Name of every placeholder parameter, by its id."""
@@ -97,7 +112,8 @@ class _Trace:
         self.front: set[str] = set()
         self.arguments: set[str] = set()
         self.extras: set[str] = set()
-        self.linears: list[Linear] = []
+        self.linears: dict[int, list[Linear]] = {}
+        """Linears by block."""
 
     def run(self) -> Discovery:
         inner = {id(module) for module in self.blocks.modules()}
@@ -132,7 +148,7 @@ class _Trace:
             tail=self._ordered(tail),
             arguments=self._ordered(self.arguments),
             extras=tuple(sorted(self.extras)),
-            linears=tuple(self.linears),
+            linears=tuple(linear for found in self.linears.values() for linear in found),
         )
 
     def _check_skipped(self) -> None:
@@ -168,7 +184,10 @@ class _Trace:
         else:
             self.arguments |= needed
         keys = {k: set(v) for k, v in kwargs.items() if isinstance(v, MutableMapping)}
-        output = self._run_on_meta(index, forward, args=args, kwargs=kwargs)
+        if self.first[index] == index:
+            output = self._run_on_meta(index, forward, args=args, kwargs=kwargs)
+        else:
+            output = self._repeat(index)
         self.extras |= {name for name, before in keys.items() if set(kwargs[name]) != before}
         if not isinstance(output, Tensor | tuple):
             raise InputError(
@@ -196,8 +215,15 @@ class _Trace:
         calls = LinearCalls(f"{self.prefix}.{index}", self.blocks[index] if self.is_dense else None)
         with torch.no_grad(), calls:
             output = forward(*meta_args, **meta_kwargs)
-        self.linears += calls.linears(self.where, index)
+        self.linears[index] = calls.linears(self.where, index)
+        self.outputs[index] = output
         return output
+
+    def _repeat(self, index: int) -> Any:
+        """Take over linears and output of an equal block."""
+        first = self.first[index]
+        self.linears[index] = list(repeat_linears(self.linears[first], self.prefix, index))
+        return self.outputs[first]
 
     def _reached(self, tree: Any) -> set[str]:
         """Names of the placeholders that the tensors in `tree` were computed from."""

@@ -1,13 +1,20 @@
 """Experts modules of a model, and the names that compressed experts would be stored under."""
 
-from transformers import PreTrainedModel
+from collections.abc import Iterable
+from dataclasses import replace
+from fractions import Fraction
+
+from transformers import PretrainedConfig, PreTrainedModel
 
 from orchestrator.models.experts.module import Experts
 from orchestrator.models.forms import FORMS
 from orchestrator.models.forms.base import StoredForm
 from orchestrator.models.forms.guards import check_names
 from orchestrator.models.forms.index_codes import INDEX_CODES
-from orchestrator.plan.linear import ExpertsModule
+from orchestrator.plan.linear import ExpertsModule, Linear
+
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""Names of the number of experts of a token in configs."""
 
 
 def survey_experts(model: PreTrainedModel, blocks: str) -> tuple[ExpertsModule, ...]:
@@ -29,6 +36,7 @@ def survey_experts(model: PreTrainedModel, blocks: str) -> tuple[ExpertsModule, 
                     block=int(name.removeprefix(f"{blocks}.").partition(".")[0]),
                     parts=module.layout.parts,
                     count=module.num_experts,
+                    chosen=_chosen(model.config, module.num_experts),
                     guard=module.layout.fused_name("up", "weight"),
                 )
             )
@@ -39,6 +47,24 @@ def survey_experts(model: PreTrainedModel, blocks: str) -> tuple[ExpertsModule, 
         + [f"{each.name}.{each.guard}" for each in found],
     )
     return tuple(found)
+
+
+def with_routing(linears: Iterable[Linear], experts: Iterable[ExpertsModule]) -> tuple[Linear, ...]:
+    """Return the linears, those of experts with the fraction of the tokens that they see."""
+    routed = {each.name: Fraction(each.chosen, each.count) for each in experts}
+    modules = ((linear, linear.name.rsplit(".", 2)[0]) for linear in linears)
+    return tuple(
+        replace(linear, routed=routed[module]) if module in routed else linear
+        for linear, module in modules
+    )
+
+
+def _chosen(config: PretrainedConfig, experts: int) -> int:
+    """Return the number of experts of a token; all if the config does not say it."""
+    text = config.get_text_config(decoder=True)
+    found = [getattr(part, name, None) for part in (text, config) for name in CHOSEN]
+    known = [number for number in found if type(number) is int and number > 0]
+    return min(known[0], experts) if known else experts
 
 
 def _tensors_of_forms() -> set[str]:

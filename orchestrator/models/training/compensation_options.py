@@ -6,6 +6,11 @@ from orchestrator.errors import UsageError
 from orchestrator.recipe.options import check_choice, check_number
 
 BASES = ("kept", "new")
+TOGETHER_BYTES = 2**32
+"""Memory of the moments that are gathered in one pass of the chunks; of one site at least."""
+SITE_BYTES = 56
+"""Bytes of the moments of a site, per squared channel: three moments of dense and compressed
+inputs, summed and read out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

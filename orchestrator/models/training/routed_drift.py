@@ -14,13 +14,9 @@ from orchestrator.linalg.compensate import DriftGram
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.routed import experts_of
+from orchestrator.models.training.compensation_options import SITE_BYTES, TOGETHER_BYTES
 from orchestrator.plan.experts import module_of_experts
 from orchestrator.plan.linear import Linear
-
-TOGETHER_BYTES = 2**32
-"""Memory of the moments that are gathered in one pass of the chunks; of one site at least."""
-SITE_BYTES = 56
-"""Bytes of the moments of a site, per squared channel."""
 
 
 class TokenRows(NamedTuple):

@@ -38,6 +38,8 @@ def make_report(
     between its measured points, and of `cap` the first is an estimate from random combinations of
     the inputs (`linalg.ranked.SKETCH`).
 
+    Of an expert `routed` is the part of the tokens that it sees if all see equally many.
+
     `values` are counted without indices, `bytes` with them, in the dtype that is written.
     `left_out` lists stored tensors that the model's class does not have, if there are any.
 
@@ -110,6 +112,8 @@ def _linear(
         "values": assigned.stored_values(linear),
         "numerics": facts["numerics"],
     }
+    if linear.routed != 1:
+        entry["routed"] = float(linear.routed)
     if assigned.form == "dense":
         reason = "its share of the budget holds the whole weight"
         if budget.cost is not VALUES and not budget.ranks.count(linear):

@@ -16,12 +16,11 @@ from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
 from orchestrator.forecast.storage import TRAINED_BYTES
 from orchestrator.forecast.work import DRIFT_FLOPS, Work, kept_values
+from orchestrator.models.training.compensation_options import SITE_BYTES, TOGETHER_BYTES
 from orchestrator.models.training.refine_options import RefineOptions
 
 UNITS = {"walk": "walked blocks", "sweep": "swept blocks"}
 """Units in the run directory, by stage."""
-MOMENT_BYTES = 56
-"""Bytes by squared channel: three moments of dense and compressed inputs, summed and read out."""
 
 
 class WalkCost(StageCost):
@@ -95,13 +94,19 @@ class WalkCost(StageCost):
         return one
 
     def _drift(self) -> Work:
-        """One sequence up to each site of a block of both models, and its moments there."""
-        costs = self.setting.costs
-        sites = costs.input_sites
+        """One sequence up to each site of a block of both models, and its moments there.
+
+        A pass serves the sites of many experts (`routed_drift.split_sites`).
+        """
+        costs, shapes = self.setting.costs, self.setting.shapes
+        sites = {each.site: each.in_features for each in shapes.heaviest}
         passes = costs.forward(1) + costs.forward_in_float32(1)
         # a pass ends at its site: half of the block on average
-        total = passes.times(len(sites) / 2)
-        moments = sum(DRIFT_FLOPS * self.setting.tokens * n * n for n in sites)
+        total = passes.times(len(_passes(shapes)) / 2)
+        seen = {site: shapes.routed if shapes.is_expert(site) else 1 for site in sites}
+        moments = sum(
+            DRIFT_FLOPS * self.setting.tokens * seen[site] * n * n for site, n in sites.items()
+        )
         return total + Work(single=moments)
 
     def _solves(self) -> Work:
@@ -141,10 +146,8 @@ def walking(
         refines: True if the block is trained.
     """
     state = tokens * sequences * shapes.hidden
-    solving = max(
-        max(MOMENT_BYTES * each.in_features**2, 32 * each.in_features**2 + 32 * each.values)
-        for each in shapes.heaviest
-    )
+    fitting = max(32 * each.in_features**2 + 32 * each.values for each in shapes.heaviest)
+    gathering = max(SITE_BYTES * sum(n * n for n in together) for together in _passes(shapes))
     training = trained_block(shapes, kept, even, REFINED_BYTES if refines else 4)
     return Footprint(
         {
@@ -152,7 +155,22 @@ def walking(
             "dense block": (shapes.block_values + shapes.front_values) * itemsize,
             "compressed block": 4 * shapes.front_values + training,
             "streams": int(state * (2 * itemsize + 4 + 4 / replicas)),
-            "moments": solving if compensates else 0,
+            "moments": max(fitting, gathering) if compensates else 0,
             "activations": activation_bytes(shapes, tokens, 4, 1),
         }
     )
+
+
+def _passes(shapes: Shapes) -> list[list[int]]:
+    """Channels of the sites of a block that each pass of the chunks gathers together."""
+    sites = {each.site: each.in_features for each in shapes.heaviest}
+    found = [[n] for site, n in sites.items() if not shapes.is_expert(site)]
+    for is_last in (False, True):
+        routed = [
+            n
+            for site, n in sites.items()
+            if shapes.is_expert(site) and site.endswith(".down") == is_last
+        ]
+        count = max(1, TOGETHER_BYTES // (SITE_BYTES * routed[0] ** 2)) if routed else 1
+        found += [routed[start : start + count] for start in range(0, len(routed), count)]
+    return found

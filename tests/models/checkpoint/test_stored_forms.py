@@ -28,7 +28,7 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.forms import LOW_RANK, PIVOTED
 from orchestrator.plan.forms.index_sizes import index_code
-from orchestrator.plan.linear import Linear, Survey
+from orchestrator.plan.linear import Linear, ModelSizes, Survey
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.stages.context.worker.stored import StoredFile, coded
 
@@ -212,6 +212,7 @@ def test_any_number_of_entries_is_a_prefix_of_a_unit(tmp_path, nonzeros):
         num_blocks=1,
         linears=(linear,),
         total_parameters=120,
+        sizes=ModelSizes(front=0, block=120, tail=0, total=120, hidden=15, vocabulary=0),
     )
     tensor = StoredTensor(
         name="a.weight",
