@@ -1,13 +1,22 @@
 """Experts in groups: results are those of one pass over all, to the bit."""
 
 import json
+import math
 import shutil
 
 import pytest
 from pipeline import add_tokenizer, contents, run, write_text
 
+from orchestrator.forecast.forecast import forecast
+from orchestrator.forecast.outcome import Resources
+from orchestrator.forecast.rates import Machine, nominal_rates
+from orchestrator.forecast.room import USABLE
+from orchestrator.forecast.surveyed import surveyed_shapes
+from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.plan.experts import expert_groups
 from orchestrator.plan.linear import Linear
+from orchestrator.recipe.recipe import make_recipe
+from orchestrator.stages import admission
 
 SMALL = {"samples": 2, "sequence_length": 24, "shards": 2}
 CASES = {
@@ -49,18 +58,34 @@ def same(found, expected):
     assert reports[0]["experts"] == reports[1]["experts"]
 
 
-@pytest.mark.parametrize("groups", [2, 3])
-def test_groups_of_experts_change_no_bit(groups, case, tmp_path):
+def room_for(model, text, fields):
+    """Memory of a host in which these fields fit, and not a byte more."""
+    asked = {"model": str(model), "out": "o", "keep": 0.5, "calibration": str(text), **fields}
+    machine = Machine("", None, (nominal_rates(None),), is_gpu=False)
+    resources = Resources(workers=1, machine=machine, memory_bytes=None)
+    shapes = surveyed_shapes(LazyModel.open(model).survey())
+    held = forecast(shapes, make_recipe(asked), resources).stages[0].device.total
+    return math.ceil(held / USABLE)
+
+
+@pytest.mark.parametrize("groups", ["auto", 3])
+def test_groups_of_experts_change_no_bit(groups, case, tmp_path, monkeypatch):
     """Units of blocks and output files are equal; some experts are rare, and need the sums over
-    all experts of their block. The units of groups are gone at the end."""
+    all experts of their block. The units of groups are gone at the end. By default there are the
+    fewest groups that fit in memory."""
     model, text, fields, expected = case
     counts = expected.report["experts"]["tokens"].values()
     assert min(counts) < 24 < max(counts)
+    if groups == "auto":
+        # a run without a number of shards has one block in each
+        fields = {name: each for name, each in fields.items() if name != "shards"}
+        room = room_for(model, text, {**fields, "expert_groups": 2})
+        monkeypatch.setattr(admission, "host_bytes", lambda: room)
     seen = []
     follow = lambda event: seen.append(event.get("unit"))  # noqa: E731
     result = run(model, tmp_path / "out", text, expert_groups=groups, on_event=follow, **fields)
     same(result, expected)
-    assert f"block 2, experts 1 of {groups}" in seen
+    assert f"block 2, experts 1 of {2 if groups == 'auto' else groups}" in seen
 
 
 def test_a_run_resumes_between_groups(case, tmp_path):
