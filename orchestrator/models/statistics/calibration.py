@@ -25,7 +25,7 @@ from orchestrator.models.statistics.routed import (
     ChunkRows,
     Pools,
     PoolSum,
-    SecondMoment,
+    RunningMoment,
     experts_of,
     pool_of,
     rows_of,
@@ -256,7 +256,7 @@ class Calibration:
             hook.remove()
         self._hooks, self.expert_rows = [], {}
 
-    def _pooled(self) -> dict[str, tuple[Pools, Mapping[str, SecondMoment | Magnitude]]]:
+    def _pooled(self) -> dict[str, tuple[Pools, Mapping[str, RunningMoment | Magnitude]]]:
         """Return the pools of every kind of statistics, and the statistics."""
         return {
             "gram": (self._gram_pools, self._grams),

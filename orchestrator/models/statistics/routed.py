@@ -29,7 +29,7 @@ PoolSum = tuple[Tensor, int]
 """Sum over the experts of a block, and its number of tokens."""
 
 
-class SecondMoment(Protocol):
+class RunningMoment(Protocol):
     """Second moment of rows: a `Gram`, or one that is made from rows."""
 
     n: int
@@ -142,7 +142,7 @@ class Pools:
         """Pool a statistic with the others of a group."""
         self._groups[name] = group
 
-    def settle(self, statistics: Mapping[str, SecondMoment | Magnitude]) -> None:
+    def settle(self, statistics: Mapping[str, RunningMoment | Magnitude]) -> None:
         """Compute the sums that are needed, while all statistics are there; once."""
         if self._is_settled:
             return
@@ -153,7 +153,7 @@ class Pools:
     def extend(
         self,
         names: Iterable[str],
-        statistics: Mapping[str, SecondMoment | Magnitude],
+        statistics: Mapping[str, RunningMoment | Magnitude],
         earlier: Mapping[str, PoolSum],
     ) -> dict[str, PoolSum]:
         """Add the statistics of experts to the sums over those before them, in place of `settle`.
@@ -171,11 +171,11 @@ class Pools:
         self._sums |= found
         return found
 
-    def is_short(self, name: str, statistics: Mapping[str, SecondMoment | Magnitude]) -> bool:
+    def is_short(self, name: str, statistics: Mapping[str, RunningMoment | Magnitude]) -> bool:
         """Return True if mean tokens are added to a statistic."""
         return name in self._groups and is_rare(statistics[name])
 
-    def moment(self, name: str, grams: Mapping[str, SecondMoment]) -> tuple[Tensor, int, int]:
+    def moment(self, name: str, grams: Mapping[str, RunningMoment]) -> tuple[Tensor, int, int]:
         """Return a second moment, with mean tokens if it has few of its own; float64.
 
         Returns:
@@ -194,7 +194,7 @@ class Pools:
         return (_total(own) + added[0]) / (own.tokens + POOLED_TOKENS)
 
     def _added(
-        self, name: str, statistics: Mapping[str, SecondMoment | Magnitude]
+        self, name: str, statistics: Mapping[str, RunningMoment | Magnitude]
     ) -> PoolSum | None:
         """Return the sum to add, and the number of rows that it is the mean of; None: no need."""
         if not self.is_short(name, statistics):
@@ -206,7 +206,7 @@ class Pools:
     def _sum(
         self,
         group: str,
-        statistics: Mapping[str, SecondMoment | Magnitude],
+        statistics: Mapping[str, RunningMoment | Magnitude],
         earlier: PoolSum | None = None,
     ) -> PoolSum:
         members = [statistics[name] for name in self._groups if self._groups[name] == group]
@@ -220,7 +220,7 @@ class Pools:
         return total, tokens
 
 
-def _total(statistic: SecondMoment | Magnitude) -> Tensor:
+def _total(statistic: RunningMoment | Magnitude) -> Tensor:
     """Return the sum over tokens: a second moment, or magnitudes."""
     if isinstance(statistic, Magnitude):
         return statistic.mean() * statistic.tokens
@@ -240,7 +240,7 @@ def rows_of(experts: Experts | None) -> RoutedRows | None:
     return None if experts is None else experts.routed
 
 
-def is_rare(statistic: SecondMoment | Magnitude) -> bool:
+def is_rare(statistic: RunningMoment | Magnitude) -> bool:
     """Return True if there are fewer tokens than channels."""
     return statistic.tokens < statistic.n
 

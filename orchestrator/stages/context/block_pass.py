@@ -112,11 +112,8 @@ class BlockPass:
         memory of a worker, it is divided, and another forward pass computes the chunks at the new
         boundaries.
 
-        Args:
-            committed: As in `forward`.
-
         Returns:
-            The facts of the units of these keys, by block.
+            The facts of the units of these keys, by block; `committed` as in `forward`.
         """
         done, workers = self._done(keys, stage, committed), stage.workers
         cut, count = self._cut(workers), draws * self.sequences
