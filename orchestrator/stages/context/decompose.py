@@ -45,7 +45,7 @@ def calibrate_and_decompose(
             keyed.run.units.drop(group.key(keys[block]))
 
     passes = replace(passes, experts=groups[-1], on_committed=drop_groups)
-    facts = _gather(keyed, passes, keys, stage, committed)
+    facts = _gather(keyed, passes, keys, stage, committed=committed)
     return decomposed(keyed, forecast, facts)
 
 
@@ -54,6 +54,7 @@ def _gather(
     passes: BlockPass,
     keys: Mapping[int, str],
     stage: RunningStage,
+    *,
     committed: Mapping[int, dict[str, Any]] | None = None,
 ) -> dict[int, dict[str, Any]]:
     """Gather statistics in one pass, forward or also backward; gives the facts of its units."""
