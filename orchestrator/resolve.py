@@ -131,6 +131,11 @@ def _resolve(asked: Recipe) -> ResolvedRecipe:
     _, options = split_options(recipe, recipe.allocation)
     allocator = make_allocator(recipe.allocation, options, method.form)
     _check_measures(recipe, method)
+    if isinstance(recipe.expert_groups, int) and not method.takes_experts_apart:
+        raise UsageError(
+            f"expert_groups is {recipe.expert_groups}, but {method.name} takes all experts of a "
+            "block together; leave it out"
+        )
     multiple = _rank_multiple(recipe, method)
     traits = MethodTraits(
         name=method.name,

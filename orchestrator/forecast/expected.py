@@ -31,6 +31,7 @@ def expected(found: Forecast, shapes: Shapes, recipe: Recipe, resources: Resourc
         rates=tuple(resources.machine.rows),
         workers=found.workers,
         shards=found.shards,
+        groups=found.expert_groups,
     )
     work: dict[str, Mapping[str, Work]] = {
         "calibrate": _calibration(costs, found.blocks_a_shard),

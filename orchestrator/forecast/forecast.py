@@ -6,17 +6,24 @@ from typing import Any
 
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.doubles import float64_remark, float64_seconds
-from orchestrator.forecast.fixed_stages import calibration_memory, one_block_remedy, stage_costs
+from orchestrator.forecast.fixed_stages import (
+    calibration_memory,
+    fewest_groups,
+    one_block_remedy,
+    stage_costs,
+)
 from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.outcome import Forecast, Resources, StageForecast
 from orchestrator.forecast.rates import Rates
 from orchestrator.forecast.room import MOST_BLOCKS, Room
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.stage_cost import Setting
+from orchestrator.forecast.statistics import kept_rows, method_statistics
 from orchestrator.forecast.storage import Storage
 from orchestrator.forecast.work import Work
 from orchestrator.plan.cost import VALUES
 from orchestrator.plan.cut import cut_blocks, default_shards
+from orchestrator.plan.experts import GRAM_BYTES, expert_groups, most_experts
 from orchestrator.readable import size
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import ResolvedRecipe, check_towers, resolve
@@ -65,7 +72,8 @@ class _Forecasting:
         limit = resources.memory_bytes or resources.machine.memory_bytes
         self.room = Room(limit, resources.machine.is_gpu)
         group = self.method.grouping.size
-        self.blocks = max(self._blocks_that_fit(), group)
+        self.groups = fewest_groups(self.costs, self.room)
+        self.blocks = max(self._blocks_that_fit(), group) if self.groups == 1 else group
         shards = recipe.shards or max(
             default_shards(shapes.num_blocks, self.workers, self.blocks), 1
         )
@@ -76,12 +84,13 @@ class _Forecasting:
             rates=tuple(resources.machine.rows),
             workers=self.workers,
             shards=self.shards,
+            groups=self.groups,
         )
         self.later = stage_costs(self.setting, resolved)
         self.storage = Storage(self.setting, self.later)
 
     def _calibrating(self, blocks: int) -> Footprint:
-        return calibration_memory(self.costs, self.room, blocks)
+        return calibration_memory(self.costs, self.room, blocks, self.groups)
 
     def _blocks_that_fit(self) -> int:
         """Blocks of a shard that fit in memory; a run cuts its shards in the same way."""
@@ -108,6 +117,7 @@ class _Forecasting:
             shards=self.shards,
             blocks_a_shard=-(-self.shapes.num_blocks // self.shards),
             blocks_that_fit=self.blocks,
+            experts=self._experts(),
             waves=-(-self.shards // self.workers),
             stages=tuple(stages),
             limits={
@@ -119,7 +129,7 @@ class _Forecasting:
             run=self.storage.stages,
             segments=len(self.storage.segments),
             keeps_states=self.storage.keeps_states,
-            moved_bytes=2 * self._chunks() * (self.shards - 1),
+            moved_bytes=2 * self._chunks() * (self.shards - 1) * self.groups,
             final=self._final(),
             index_bytes=self.costs.index_bytes,
             float64=float64,
@@ -144,14 +154,24 @@ class _Forecasting:
         """Shards in waves: load, pass all chunks, decompose; shards of a wave start one by one.
 
         With gradients there are two passes. The first only stores chunks at boundaries, and is
-        repeated for all segments but the last.
+        repeated for all segments but the last. All passes are repeated for every group of experts,
+        which has its part of the products of statistics.
         """
         blocks = -(-self.shapes.num_blocks // self.shards)
-        draws, costs, sequences = self.method.label_draws, self.costs, self.sequences
+        draws, costs, sequences, groups = (
+            self.method.label_draws,
+            self.costs,
+            self.sequences,
+            self.groups,
+        )
         carried = costs.goes() + (costs.comes() if self.shards > 1 else Work())
-        finish = costs.finish().times(blocks)
-        gather = costs.gather(blocks) + carried
+        finish = costs.finish().times(blocks / groups)
+        bare = costs.forward(blocks).times(2 if draws else 1)
+        part = costs.gather(blocks) + bare.times(-1)
+        gather = costs.gather(blocks) if groups == 1 else bare + part.times(1 / groups)
+        gather += carried
         passes = [(gather, sequences, finish, self.shards)]
+        repeated = bare.flops * max(draws, 1)
         flops = costs.compute().flops
         if draws:
             back = gather + (costs.comes() if self.shards > 1 else Work())
@@ -162,12 +182,16 @@ class _Forecasting:
                 *((forward, sequences, Work(), shards) for shards in segments[:-1]),
                 *((back, draws * sequences, finish, shards) for shards in segments),
             ]
-            flops += sum(segments[:-1]) * sequences * costs.forward(blocks).flops
+            again = sum(segments[:-1]) * sequences * costs.forward(blocks).flops
+            flops += groups * again
+            repeated += costs.forward(blocks).flops
+        flops += (groups - 1) * sequences * self.shards * repeated
         # the worker with the last block computes the logits as well
-        head = costs.head().times(draws * sequences)
+        head = costs.head().times(draws * sequences * groups)
+        flops += (groups - 1) * costs.head().times(draws * sequences).flops
 
         def take(rates: Rates) -> float:
-            return head.seconds(rates) + sum(
+            return head.seconds(rates) + groups * sum(
                 self._waves(costs.load(blocks) + end, chunk, rates, count=count, shards=shards)
                 for chunk, count, end, shards in passes
             )
@@ -178,6 +202,22 @@ class _Forecasting:
             seconds=self.setting.seconds(take),
             device=self._calibrating(blocks),
         )
+
+    def _experts(self) -> dict[str, int]:
+        """Memory of the statistics of the experts of a block; empty if there are none."""
+        shapes, costs = self.shapes, self.costs
+        linears = [each for each in shapes.heaviest if shapes.is_expert(each.name)]
+        if not linears:
+            return {}
+        (first, *_) = expert_groups(linears, frozenset(shapes.experts), self.groups)
+        statistics = method_statistics(first, self.method)
+        rows = kept_rows(shapes, statistics, self.tokens * self.sequences, costs.itemsize)
+        return {
+            "count": most_experts(linears, frozenset(shapes.experts)),
+            "groups": self.groups,
+            "rows": rows.size,
+            "grams": GRAM_BYTES * (statistics.entries - rows.entries),
+        }
 
     def _waves(self, ends: Work, chunk: Work, rates: Rates, *, count: int, shards: int) -> float:
         """Seconds of a pass: shards in waves, and the delay until the last shard has begun."""
@@ -231,4 +271,4 @@ class _Forecasting:
         """Changes with which a stage fits."""
         if stage in self.later:
             return self.later[stage].remedy()
-        return one_block_remedy(self.costs, self.room)
+        return one_block_remedy(self.costs, self.room, self.groups)

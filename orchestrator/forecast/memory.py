@@ -7,14 +7,20 @@ device.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from orchestrator.forecast.shapes import Shapes
-from orchestrator.forecast.statistics import joint_linears, method_statistics
+from orchestrator.forecast.statistics import (
+    BlockStatistics,
+    KeptRows,
+    joint_linears,
+    kept_rows,
+    method_statistics,
+)
 from orchestrator.methods.base import Method
 from orchestrator.methods.kinds.costs.base import LinearStatistics
+from orchestrator.plan.experts import GRAM_BYTES, expert_groups
 
-GRAM_BYTES = 12
-"""Bytes of a Gram's entry while chunks pass: a float64 sum and a float32 one."""
 SETTLED_BYTES = 8
 """Bytes of a Gram's entry once all chunks have passed: the float64 sum."""
 REFINED_BYTES = 24
@@ -56,32 +62,41 @@ def calibration(
     itemsize: int,
     pivoted: bool,
     gpu: bool = False,
+    groups: int = 1,
 ) -> Footprint:
     """Footprint of a shard while chunks pass or a block is finished.
 
     Grams exist from the first chunk on, and each is freed as its linear is decomposed, so the peak
-    is found by going through the heaviest block.
+    is found by going through the heaviest block. Rows of experts are freed with the last linear
+    that a Gram is made of them for.
 
     Args:
         tokens: Tokens of a sequence.
         sequences: All sequences; directions beyond their tokens are completed without a Gram.
         itemsize: Bytes of a value in the passes.
         gpu: True if the worker has a GPU; the peak is then that of its memory.
+        groups: Groups of experts, whose statistics are gathered one after the other.
     """
-    statistics = method_statistics(shapes.heaviest, method)
-    entries, backward = blocks * statistics.entries, statistics.has_gradients
+    known, backward = tokens * sequences, method.label_draws > 0
     weights = {"process": PROCESS_BYTES, "weights": blocks * shapes.block_values * itemsize}
     activations = activation_bytes(shapes, tokens, itemsize, blocks if backward else 1)
     logits = 3 * 4 * tokens * shapes.vocabulary if backward else 0
-    passing = {
-        **weights,
-        "embeddings": shapes.front_values * itemsize,
-        "Grams": GRAM_BYTES * entries,
-        "activations": activations + logits,
-    }
-    known = tokens * sequences
-    finishing = _finishing(shapes, method, blocks, itemsize, pivoted=pivoted, known=known)
-    moments = [passing, *({**weights, **each} for each in finishing)]
+    moments: list[dict[str, int]] = []
+    for linears in expert_groups(shapes.heaviest, frozenset(shapes.experts), groups):
+        statistics = method_statistics(linears, method)
+        rows = kept_rows(shapes, statistics, known, itemsize)
+        moments.append(
+            {
+                **weights,
+                "embeddings": shapes.front_values * itemsize,
+                "Grams": GRAM_BYTES * blocks * (statistics.entries - rows.entries),
+                **rows.part(blocks * rows.size),
+                "activations": activations + logits,
+            }
+        )
+        held = _Held(shapes, method, statistics, rows, blocks)
+        about: dict[str, Any] = {"itemsize": itemsize, "pivoted": pivoted, "known": known}
+        moments += [{**weights, **each} for each in _finishing(held, **about)]
     footprints = [Footprint(each) for each in moments]
     return max(footprints, key=lambda each: (on_gpu(each) if gpu else each).total)
 
@@ -93,20 +108,34 @@ def on_gpu(found: Footprint) -> Footprint:
     return Footprint({"context": CONTEXT_BYTES, **tensors, "fragmentation": unused})
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Statistics of one pass through a shard."""
+
+    shapes: Shapes
+    method: Method
+    statistics: BlockStatistics
+    rows: KeptRows
+    blocks: int
+
+
 def _finishing(
-    shapes: Shapes, method: Method, blocks: int, itemsize: int, *, pivoted: bool, known: int
+    held: _Held, *, itemsize: int, pivoted: bool, known: int
 ) -> Iterator[dict[str, int]]:
     """Footprints while a linear of the first block is decomposed and the previous one written.
 
     Embeddings and float32 sums are freed by then. A Gram is freed once the last linear that needs
-    it has its copy.
+    it has its copy. Sums over all experts of the block are there for those with few tokens.
 
     Args:
         known: The largest rank that a Gram can have.
     """
-    linears, cost = shapes.heaviest, method.kind.cost
-    statistics = method_statistics(linears, method)
-    entries, written = blocks * statistics.entries, 0
+    shapes, method, statistics, rows = held.shapes, held.method, held.statistics, held.rows
+    linears, cost, written = statistics.linears, method.kind.cost, 0
+    entries, kept = held.blocks * (statistics.entries - rows.entries), held.blocks * rows.size
+    last = {statistics.source(each): place for place, each in enumerate(linears)}
+    end_of_rows = max((last[each] for each in rows.sources), default=-1)
+    pools = sum(n * n for n in statistics.pools(shapes).values())
     joint = joint_linears(linears, method.grouping)
     for place, linear in enumerate(linears):
         source, given = statistics.source(linear), statistics.of(linear)
@@ -116,14 +145,27 @@ def _finishing(
         others = whole.values // linear.values - 1
         read = min(others, 1) if linear.experts else others
         summed = 8 * given.gram**2 * read + (itemsize * whole.values if others else 0)
-        before = {"written": written, "Grams": SETTLED_BYTES * entries}
-        yield {**before, "decomposition": _reading(given) + summed}
-        if source not in {statistics.source(each) for each in linears[place + 1 :]}:
-            entries -= given.gram**2
+        # one that is made of rows is there from the first linear that needs it
+        made = rows.sources.get(source, 0) ** 2
+        yield {
+            "written": written,
+            **rows.part(kept),
+            "Grams": SETTLED_BYTES * (entries + made + pools),
+            "decomposition": _reading(given) + summed,
+        }
+        if last[source] == place:
+            entries -= 0 if made else given.gram**2
+            made = 0
+        kept -= rows.size if place == end_of_rows else 0
         entries -= given.curvature**2
         rank = cost.stored_rank(whole, pivoted=pivoted)
         working = cost.workspace(whole, statistics.of(whole, known), rank) + summed
-        yield {**before, "Grams": SETTLED_BYTES * entries, "decomposition": working}
+        yield {
+            "written": written,
+            **rows.part(kept),
+            "Grams": SETTLED_BYTES * (entries + made + pools),
+            "decomposition": working,
+        }
         written = cost.stored_bytes(whole, pivoted=pivoted, itemsize=shapes.itemsize)
 
 

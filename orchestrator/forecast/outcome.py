@@ -47,6 +47,9 @@ class Forecast:
     blocks_a_shard: int
     blocks_that_fit: int
     """Blocks of a shard: two at most unless more share a basis."""
+    experts: Mapping[str, int]
+    """Experts of a block, their groups, and the bytes of rows and Grams of one group; empty without
+    targeted experts."""
     waves: int
     stages: tuple[StageForecast, ...]
     limits: Mapping[str, float | None]
@@ -73,6 +76,11 @@ class Forecast:
     sources: tuple[str, ...]
     infeasible: tuple[str, ...]
     """Reasons the run is infeasible, each with a remedy; empty if it is feasible."""
+
+    @property
+    def expert_groups(self) -> int:
+        """Groups of experts, each gathered by passes of its own."""
+        return self.experts.get("groups", 1)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -109,4 +117,7 @@ class Forecast:
 
     def to_json(self) -> dict[str, Any]:
         figures = {"seconds": self.seconds, "money": self.money, "run_bytes": self.run_bytes}
-        return {**asdict(self), **figures, "result_bytes": self.result_bytes}
+        said = asdict(self)
+        if not self.experts:
+            del said["experts"]
+        return {**said, **figures, "result_bytes": self.result_bytes}

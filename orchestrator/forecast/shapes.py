@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from orchestrator.errors import InputError, UsageError
@@ -41,7 +42,7 @@ _NOT_TEXT = re.compile(r"vision|visual|image|audio")
 _SITES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Shapes:
     """Matrices of a model and numbers of its other values."""
 
@@ -73,14 +74,18 @@ class Shapes:
 
     def is_expert(self, name: str) -> bool:
         """Test if a linear or a statistic, by its name, is an expert's."""
-        return name.startswith(tuple(f"{each}." for each in self.experts))
+        return name.startswith(self._expert_starts)
+
+    @cached_property
+    def _expert_starts(self) -> tuple[str, ...]:
+        return tuple(f"{each}." for each in self.experts)
 
     @property
     def idle_values(self) -> float:
         """Values of a block that a token does not use, of experts that it is not routed to."""
         return (1 - self.routed) * self.expert_values
 
-    @property
+    @cached_property
     def heaviest(self) -> tuple[Linear, ...]:
         """The linears of the block that has the most values in them; every block counts as it."""
         values = Counter[int]()

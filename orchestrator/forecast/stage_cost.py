@@ -30,6 +30,8 @@ class Setting:
     workers: int
     shards: int
     """Shards of the calibration."""
+    groups: int = 1
+    """Groups of experts, each with passes of its own."""
 
     @property
     def shapes(self) -> Shapes:

@@ -10,6 +10,14 @@ from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.work import TRIANGLE, Work, computed, forward_flops
 from orchestrator.methods.base import Method
 from orchestrator.methods.kinds.costs.base import LinearStatistics
+from orchestrator.plan.experts import (
+    ROUTED_BYTES,
+    are_rows_smaller,
+    expert_name,
+    module_of_experts,
+    reads_tokens,
+    rows_bytes,
+)
 from orchestrator.plan.grouping import Grouping, stack
 from orchestrator.plan.linear import Linear
 
@@ -62,6 +70,60 @@ class BlockStatistics:
         curvatures = [self.curvature(each) for each in self.linears]
         return sum(n * n for n in [*self.grams.values(), *curvatures])
 
+    def pools(self, shapes: Shapes) -> dict[str, int]:
+        """Channels of the sums over the experts of the block, for experts with few tokens."""
+        found = dict[str, int]()
+        for linear in self.linears:
+            if not shapes.is_expert(linear.name):
+                continue
+            module, part = module_of_experts(linear), linear.name.rpartition(".")[2]
+            source = self.source(linear)
+            is_shared = source == linear.site and reads_tokens(linear)
+            found[f"{module} {'inputs' if is_shared else part}"] = self.grams[source]
+            found[f"{module} {part} gradients"] = self.curvature(linear)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRows:
+    """Inputs of the experts of a block that are kept as rows in place of Grams."""
+
+    size: int
+    """Bytes of the rows, each token once, and of the tokens of every expert."""
+    sources: Mapping[str, int]
+    """Channels of the Grams that are made from them, one at a time, by their source."""
+
+    @property
+    def entries(self) -> int:
+        """Entries of these Grams."""
+        return sum(n * n for n in self.sources.values())
+
+    def part(self, held: int) -> dict[str, int]:
+        """Part of a footprint for bytes of rows that are held; empty for blocks without rows."""
+        return {"expert rows": held} if self.sources else {}
+
+
+def kept_rows(shapes: Shapes, statistics: BlockStatistics, tokens: int, itemsize: int) -> KeptRows:
+    """The inputs that a worker keeps as rows, by the rule of `plan.experts`.
+
+    Args:
+        tokens: Tokens of all sequences.
+        itemsize: Bytes of a value in the passes.
+    """
+    modules: dict[str, list[Linear]] = {}
+    for linear in statistics.linears:
+        if shapes.is_expert(linear.name) and reads_tokens(linear):
+            modules.setdefault(module_of_experts(linear), []).append(linear)
+    size, sources = 0, dict[str, int]()
+    for linears in modules.values():
+        found = {source: statistics.grams[source] for source in map(statistics.source, linears)}
+        rows = rows_bytes(tokens, linears[0].in_features, itemsize)
+        if are_rows_smaller(rows, found.values()):
+            experts = len({expert_name(each) for each in linears})
+            size += rows + int(tokens * shapes.routed * experts) * ROUTED_BYTES
+            sources |= found
+    return KeptRows(size, sources)
+
 
 def method_statistics(linears: Sequence[Linear], method: Method) -> BlockStatistics:
     """The statistics that a method needs of the linears of a block.
@@ -78,11 +140,11 @@ def method_statistics(linears: Sequence[Linear], method: Method) -> BlockStatist
 
 
 def _method_grams(linears: Sequence[Linear], method: Method) -> Iterator[tuple[str, int]]:
+    sites: dict[str, list[Linear]] = {}
     for linear in linears:
-        if method.expert_activations:
-            yield linear.site, 0
-            continue
-        site = [each for each in linears if each.site == linear.site]
+        sites.setdefault(linear.site, []).append(linear)
+    for linear in linears:
+        site = sites[linear.site]
         if method.grouping.joins(linear) or method.side(linear, site) == "input":
             yield linear.site, linear.in_features
         else:

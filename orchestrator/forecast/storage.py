@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from orchestrator.forecast.costs import Costs
-from orchestrator.forecast.memory import Footprint
+from orchestrator.forecast.memory import SETTLED_BYTES, Footprint
 from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
+from orchestrator.forecast.statistics import method_statistics
 from orchestrator.plan.cut import cut_segments
 from orchestrator.stage_names import CALIBRATE
 
@@ -71,9 +72,8 @@ class Storage:
     def _calibrating(self, segments: Sequence[range]) -> Footprint:
         """Content at the end of a shard, with its decompositions and still with its chunks."""
         if not self._costs.label_draws:
-            return _footprint(
-                {"decompositions": self._decompositions, "chunks": self.setting.in_flight}
-            )
+            parts = {"decompositions": self._decompositions, "chunks": self.setting.in_flight}
+            return _footprint(parts | self._group_units)
         moments = [
             self._back_through(shard, before + shard - segment.start)
             for before, segment in enumerate(segments)
@@ -88,13 +88,35 @@ class Storage:
         """
         done = self.setting.shards - shard
         flowing = min(self.setting.workers + (done > 1), shard + (done > 1))
+        # with groups of experts, earlier passes have left their part of all blocks
+        made = self.setting.shards if self.setting.groups > 1 else done
         return _footprint(
             {
-                "decompositions": self._decompositions * done / self.setting.shards,
+                "decompositions": self._decompositions * made / self.setting.shards,
+                **self._group_units,
                 "chunks": kept * self._costs.boundary,
                 "gradients": flowing * self._costs.label_draws * self._costs.boundary,
             }
         )
+
+    @cached_property
+    def _group_units(self) -> dict[str, float]:
+        """Content of the units of expert groups beside decompositions; empty for one group.
+
+        For each block the sums over all experts, and the statistics of experts with fewer tokens
+        than channels if all have equally many; once the results of a block, which are copied.
+        """
+        groups, costs, shapes = self.setting.groups, self._costs, self.setting.shapes
+        if groups == 1:
+            return {}
+        statistics = method_statistics(shapes.heaviest, costs.method)
+        tokens = costs.tokens * costs.sequences * shapes.routed
+        given = [statistics.of(each) for each in shapes.heaviest if shapes.is_expert(each.name)]
+        sizes = [each.gram for each in given] + [each.curvature for each in given]
+        rare = sum(n * n for n in sizes if tokens < n) * (groups - 1) / groups
+        pools = sum(n * n for n in statistics.pools(shapes).values()) * (groups - 1)
+        copies = self._decompositions / shapes.num_blocks
+        return {"expert groups": SETTLED_BYTES * shapes.num_blocks * (rare + pools) + copies}
 
     @cached_property
     def _decompositions(self) -> float:

@@ -15,6 +15,7 @@ def lines(found: Forecast) -> list[str]:
         "machine": f"{counted(found.workers, 'worker')} on {found.machine}",
         "shards": f"{found.shards} of at most {counted(found.blocks_a_shard, 'block')}, in "
         f"{counted(found.waves, 'wave')}",
+        **_experts(found),
         **_memory(found),
         "run directory": f"{size(found.run_bytes)}, in {found.run_peak}: "
         + _parts(found.run[found.run_peak].parts),
@@ -53,6 +54,17 @@ def _memory(found: Forecast) -> dict[str, str]:
         return {"host memory of a worker": held}
     host = f"{size(found.host.total)}: {_parts(found.host.parts)}"
     return {"device memory of a worker": held, "host memory of a worker": host}
+
+
+def _experts(found: Forecast) -> dict[str, str]:
+    """Row about the statistics of a block's experts, if it has some."""
+    if not found.experts:
+        return {}
+    about, groups = found.experts, found.expert_groups
+    parts = {"inputs of gate and up as rows": about["rows"], "Grams": about["grams"]}
+    held = ", ".join(f"{name} {size(each)}" for name, each in parts.items() if each)
+    of = f"in {groups} groups, each with passes of its own" if groups > 1 else "all at once"
+    return {"expert statistics": f"{counted(about['count'], 'expert')} of a block {of}: {held}"}
 
 
 def _float64(found: Forecast) -> dict[str, str]:

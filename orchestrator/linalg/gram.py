@@ -41,6 +41,15 @@ class Gram:
         self._recent_tokens = 0
         self._is_settled = False
 
+    @classmethod
+    def of(cls, matrix_II: Tensor, tokens: int) -> Self:
+        """Return the Gram whose `matrix` and number of rows these are; it takes no more rows."""
+        gram = cls(0)
+        gram.n, gram.tokens, gram._sum_II = len(matrix_II), tokens, matrix_II
+        gram._recent_II = matrix_II.new_zeros((), dtype=torch.float32)
+        gram._is_settled = True
+        return gram
+
     def update(self, rows_TI: Tensor) -> Self:
         """Add the rows selected by the token mask, in any floating dtype.
 

@@ -26,6 +26,17 @@ class Magnitude:
         """Number of rows added so far."""
         self._sum_I = torch.zeros(n, dtype=torch.float64, device=device)
 
+    @classmethod
+    def of(cls, sum_I: Tensor, tokens: int) -> Self:
+        """Return the instance whose sum and number of rows these are."""
+        magnitude = cls(0)
+        magnitude.n, magnitude.tokens, magnitude._sum_I = len(sum_I), tokens, sum_I
+        return magnitude
+
+    def sum(self) -> Tensor:
+        """Sum of |x_j| over the rows, float64 [n]."""
+        return self._sum_I
+
     def update(self, rows_TI: Tensor) -> Self:
         """Add the rows selected by the token mask, in any floating dtype."""
         if rows_TI.ndim != 2 or rows_TI.shape[1] != self.n:

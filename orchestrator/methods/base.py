@@ -67,6 +67,11 @@ class Method(Protocol):
         """Groups of linears that are decomposed as one and share its basis; none by default."""
         return Grouping()
 
+    @property
+    def takes_experts_apart(self) -> bool:
+        """True if the experts of a block can be calibrated in several passes, group by group."""
+        return not (self.expert_activations or self.grouping.experts)
+
     def refits(self, keep: float) -> bool:
         """Return True if left factors are refitted to the inputs of the compressed model."""
         return False

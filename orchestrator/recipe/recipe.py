@@ -17,6 +17,7 @@ from orchestrator.recipe.options import check_choice
 from orchestrator.recipe.presets import DEFAULT_PRESET, PRESETS, over_preset
 from orchestrator.recipe.values import (
     brief,
+    check_expert_groups,
     check_options,
     check_rank_multiple,
     size_in_bytes,
@@ -213,6 +214,14 @@ class Recipe(Execution, CompressionFields):
 
     allow_infeasible: bool = option(
         False, "run even if the forecast exceeds the memory", schedule=True
+    )
+    expert_groups: int | str | None = option(
+        None,
+        "calibrate the experts of a block in N groups, each by a pass of its own (default: auto, "
+        "the fewest with which a block fits in the forecast)",
+        check=check_expert_groups,
+        metavar="N",
+        schedule=True,
     )
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options of a method or an allocator, by its name, and of `compensation`, `refinement` and

@@ -131,6 +131,15 @@ def check_rank_multiple(multiple: int | str | None) -> None:
         )
 
 
+def check_expert_groups(groups: int | str | None) -> None:
+    """Raise UsageError unless the value is `auto` or a number of 1 or above; None is not given."""
+    is_number = isinstance(groups, int) and groups >= 1
+    if not (is_number or groups in ("auto", None)):
+        raise UsageError(
+            f"expert_groups is {brief(groups)}; it must be auto, or a number of 1 or above"
+        )
+
+
 def size_in_bytes(text: str) -> int:
     """Parse "5GB", "200MB", "1.5 GiB" or "4096" to bytes; KB is 1000 bytes, KiB 1024.
 

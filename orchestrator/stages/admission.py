@@ -68,7 +68,9 @@ def check_memory(
     what = f"a worker holds up to {size(peak.device.total)}, in {peak.name}"
     of = f" of {size(room)} assumed from its GPU's type" if room and _is_assumed(recipe) else ""
     of = f" of {size(measured)}" if measured is not None else of
-    monitor.note(f"forecast: {what}{of}; the run directory {size(found.run_bytes)}")
+    groups = found.expert_groups
+    in_groups = f", with the experts of a block in {groups} groups" if groups > 1 else ""
+    monitor.note(f"forecast: {what}{of}{in_groups}; the run directory {size(found.run_bytes)}")
     if found.infeasible and not recipe.allow_infeasible:
         raise InfeasibleError(
             f"{found.infeasible[0]}; `orchestrator plan` says more, and --allow-infeasible tries "

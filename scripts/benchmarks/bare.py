@@ -22,7 +22,8 @@ from orchestrator.models.inputs.text import load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
-from orchestrator.models.statistics.calibration import Calibration, dense_weight
+from orchestrator.models.statistics.calibration import Calibration
+from orchestrator.models.statistics.orientation import dense_weight
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.stages.context.tokens import TokenArrays, first_chunk
 

@@ -23,7 +23,7 @@ from orchestrator.errors import InfeasibleError, InputError, StoppedError, Usage
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
-from orchestrator.models.statistics.calibration import dense_weight
+from orchestrator.models.statistics.orientation import dense_weight
 from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.forms import LOW_RANK
 

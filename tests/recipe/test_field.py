@@ -61,7 +61,8 @@ def test_a_recipe_and_an_evaluation_share_the_checks_of_their_execution(given, s
             make()
 
 
-def test_the_schedule_is_that_of_the_execution_and_of_three_other_fields():
+def test_the_schedule_is_that_of_the_execution_and_of_four_other_fields():
     """All fields of an execution belong to the schedule; `seed` does not."""
-    assert {*SCHEDULE} == {*described(Execution), "out", "download", "allow_infeasible"}
+    others = {"out", "download", "allow_infeasible", "expert_groups"}
+    assert {*SCHEDULE} == {*described(Execution), *others}
     assert "seed" not in SCHEDULE

@@ -25,6 +25,8 @@ class RoutedRows(NamedTuple):
     """Token of each row, as an index into the flattened [B T], int64."""
     weights_N: Tensor | None
     """Router's weight by which the row's output is multiplied; None: the inputs contain it."""
+    states_TH: Tensor | None = None
+    """Input of the experts, whose rows `tokens_N` these are; None: every expert has its own."""
 
 
 class ExpertLinear(nn.Linear):
@@ -130,7 +132,7 @@ class Experts(nn.Module):
         if gone:
             order_S = torch.cat([*called.values(), *gone])
         routed = {
-            expert: RoutedRows(places_N // choices, weights_S[places_N])
+            expert: RoutedRows(places_N // choices, weights_S[places_N], states_TH)
             for expert, places_N in called.items()
         }
         outputs = [

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from orchestrator.linalg.activation import Activation
-from orchestrator.models.statistics.calibration import Calibration, Side, dense_weight
-from orchestrator.models.statistics.routed import expert_name, rows_of
+from orchestrator.models.statistics.calibration import Calibration, Side
+from orchestrator.models.statistics.orientation import dense_weight
+from orchestrator.models.statistics.routed import rows_of
+from orchestrator.plan.experts import expert_name
 from orchestrator.plan.linear import Linear
 
 

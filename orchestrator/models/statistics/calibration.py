@@ -3,13 +3,12 @@
 Shape suffixes: T tokens, O outputs, I inputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
-from transformers.pytorch_utils import Conv1D
 
 from orchestrator.linalg.activation import Activation
 from orchestrator.linalg.cosine import Cosine
@@ -17,18 +16,22 @@ from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, Statistic
 from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.linalg.tensor_cores import tensor_cores
-from orchestrator.models.experts.module import RoutedRows
+from orchestrator.models.experts.module import Experts, RoutedRows
 from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard
+from orchestrator.models.statistics.expert_rows import ExpertRows, GramOfRows, empty_rows
+from orchestrator.models.statistics.orientation import dense_weight
 from orchestrator.models.statistics.residual_cosines import ResidualCosines
 from orchestrator.models.statistics.routed import (
     ChunkRows,
     Pools,
-    expert_name,
+    PoolSum,
+    RunningMoment,
     experts_of,
     pool_of,
     rows_of,
 )
+from orchestrator.plan.experts import expert_name, module_of_experts, reads_tokens
 from orchestrator.plan.linear import Linear
 
 Side = Literal["input", "output"]
@@ -61,6 +64,9 @@ class Calibration:
         curvature: Also accumulate gradients.
         outputs: Function of a linear: True to accumulate its gradients as g even if O > I.
         weighted: Weight the rows of experts as described; False: they count alike.
+        tokens: Tokens of all chunks, if known. Inputs of experts are then kept as rows where that
+            takes less memory (`plan.experts`). Chunks that pass again must have the same index
+            and the same values.
     """
 
     def __init__(
@@ -73,10 +79,11 @@ class Calibration:
         curvature: bool = False,
         outputs: Callable[[Linear], bool] = lambda _: False,
         weighted: bool = True,
+        tokens: int | None = None,
     ) -> None:
         blocks = {linear.block for linear in linears}
         self._shard = shard
-        self._grams: dict[str, Gram] = {}
+        self._grams: dict[str, Gram | GramOfRows] = {}
         self._magnitudes: dict[str, Magnitude] = {}
         self._curvatures: dict[str, Gram] = {}
         self._activations: dict[str, Activation] = {}
@@ -91,39 +98,43 @@ class Calibration:
         sites: dict[str, list[Linear]] = {}
         for linear in linears:
             sites.setdefault(linear.site, []).append(linear)
+        sides = {linear.name: side(linear, sites[linear.site]) for linear in linears}
+        grams = {
+            linear: _gram_of(linear, sides[linear.name])
+            for linear in linears
+            if self._experts[linear.name] is not None
+        }
+        itemsize = min((dense_weight(shard.module(x.name)).itemsize for x in grams), default=0)
+        self.expert_rows = empty_rows(self._rows, grams, tokens=tokens, itemsize=itemsize)
+        """Inputs that are kept in place of Grams, by the module of their experts."""
         for linear in linears:
-            self._request(linear, side(linear, sites[linear.site]))
+            self._request(linear, sides[linear.name])
             if magnitudes and linear.site not in self._magnitudes:
                 self._request_magnitude(linear)
             if curvature:
                 self._request_curvature(linear, as_is=outputs(linear))
 
     def _request(self, linear: Linear, side: Side) -> None:
-        source = linear.site if side == "input" else f"{linear.name} output"
+        source, size = _gram_of(linear, side)
         self._sources[linear.name] = source, side
         if source in self._grams:
             return
         module = self._shard.module(linear.name)
-        size = linear.in_features if side == "input" else linear.out_features
-        gram = self._grams[source] = Gram(size, dense_weight(module).device)
         experts = self._experts[linear.name]
         if experts is not None:
             self._gram_pools.add(source, pool_of(linear, side))
+        if experts is not None and reads_tokens(linear):
+            rows = self.expert_rows.get(module_of_experts(linear))
+            if rows is not None:
+                self._keep_rows(linear, experts, rows)
+                return
+        gram = self._grams[source] = Gram(size, dense_weight(module).device)
 
         def gather_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            gram.update(select(inputs[0]))
-
-        def select(states: Tensor) -> Tensor:
-            return self._select(linear, states, weighted=True)
+            gram.update(self._select(linear, inputs[0], rows_of(experts), weighted=True))
 
         def gather_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if module.bias is None and output.dtype.itemsize >= 4:
-                gram.update(select(output))
-            else:
-                rows_TI, weight_OI = select(inputs[0]), dense_weight(module)
-                with tensor_cores(rows_TI.dtype, weight_OI.dtype):
-                    rows_TO = apply_linear(rows_TI.float(), weight_OI.float())
-                gram.update(rows_TO)
+            self._add_output(gram, linear, inputs[0], rows_of(experts), output=output)
 
         self._hooks.append(
             module.register_forward_pre_hook(gather_input)
@@ -131,12 +142,60 @@ class Calibration:
             else module.register_forward_hook(gather_output)
         )
 
-    def _select(self, linear: Linear, states: Tensor, *, weighted: bool = False) -> Tensor:
+    def _select(
+        self, linear: Linear, states: Tensor, routed: RoutedRows | None, *, weighted: bool = False
+    ) -> Tensor:
         """Select the rows that count for a linear: all patches of images in a vision tower."""
         if linear.tower:
             return rows_at(states.detach(), None)
-        routed = rows_of(self._experts[linear.name])
         return self._rows.select(states, routed, weighted=weighted)
+
+    def _keep_rows(self, linear: Linear, experts: Experts, rows: ExpertRows) -> None:
+        """Keep the rows of an expert, and gather their Gram when it is needed."""
+        module, expert = self._shard.module(linear.name), expert_name(linear)
+        source, side = self._sources[linear.name]
+        size = linear.in_features if side == "input" else linear.out_features
+        empty = partial(Gram, size, dense_weight(module).device)
+
+        def gather(gram: Gram, states_NH: Tensor, routed: RoutedRows) -> None:
+            if side == "input":
+                gram.update(self._rows.select(states_NH, routed, weighted=True))
+            else:
+                self._add_output(gram, linear, states_NH, routed)
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            routed = rows_of(experts)
+            assert routed is not None
+            rows.keep(expert, inputs[0], routed)
+
+        self._grams[source] = GramOfRows(empty, size, rows=rows, expert=expert, gather=gather)
+        self._hooks.append(module.register_forward_pre_hook(keep))
+
+    def _add_output(
+        self,
+        gram: Gram,
+        linear: Linear,
+        states: Tensor,
+        routed: RoutedRows | None,
+        *,
+        output: Tensor | None = None,
+    ) -> None:
+        """Add `W x` of the rows of the current chunk, in float32 and without the bias.
+
+        Args:
+            states: Inputs of the linear.
+            output: Its output, if it was computed.
+        """
+        module = self._shard.module(linear.name)
+        weight_OI = dense_weight(module)
+        if module.bias is None and (states if output is None else output).dtype.itemsize >= 4:
+            output = apply_linear(states, weight_OI) if output is None else output
+            gram.update(self._select(linear, output, routed, weighted=True))
+            return
+        rows_TI = self._select(linear, states, routed, weighted=True)
+        with tensor_cores(rows_TI.dtype, weight_OI.dtype):
+            rows_TO = apply_linear(rows_TI.float(), weight_OI.float())
+        gram.update(rows_TO)
 
     def _request_magnitude(self, linear: Linear) -> None:
         module = self._shard.module(linear.name)
@@ -147,7 +206,7 @@ class Calibration:
             self._magnitude_pools.add(linear.site, pool_of(linear, "input"))
 
         def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            magnitude.update(self._select(linear, inputs[0]))
+            magnitude.update(self._select(linear, inputs[0], rows_of(experts)))
 
         self._hooks.append(module.register_forward_pre_hook(gather))
 
@@ -190,24 +249,102 @@ class Calibration:
         self._rows.start(chunk)
         return self._shard.backward(chunk, grads)
 
-    def flush_writes(self) -> None:
+    def flush_writes(self, *, pools: bool = True) -> None:
         """End the accumulation: later chunks are ignored, and each Gram takes 8 n^2 bytes.
 
         Removes the hooks, which hold references to the Grams; `forget` frees memory only then.
+
+        Args:
+            pools: Sum over the experts of a block for rare ones; False: `pool` does it.
         """
+        self._remove_hooks()
+        for gram in (*self._grams.values(), *self._curvatures.values()):
+            gram.flush_writes()
+        for kept, statistics in self._pooled().values() if pools else ():
+            kept.settle(statistics)
+
+    def _remove_hooks(self) -> None:
         self._residual_cosines.close()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-        for gram in (*self._grams.values(), *self._curvatures.values()):
-            gram.flush_writes()
-        self._gram_pools.settle(self._grams)
-        self._magnitude_pools.settle(self._magnitudes)
-        self._curvature_pools.settle(self._curvatures)
+        self._hooks, self.expert_rows = [], {}
+
+    def _pooled(self) -> dict[str, tuple[Pools, Mapping[str, RunningMoment | Magnitude]]]:
+        """Return the pools of every kind of statistics, and the statistics."""
+        return {
+            "gram": (self._gram_pools, self._grams),
+            "magnitude": (self._magnitude_pools, self._magnitudes),
+            "curvature": (self._curvature_pools, self._curvatures),
+        }
+
+    def pool(self, linears: Sequence[Linear], earlier: Mapping[str, PoolSum]) -> dict[str, PoolSum]:
+        """Add one of several groups of experts of a block to the sums over those before it.
+
+        Args:
+            linears: Linears of this group.
+            earlier: What this method has returned for the group before; empty for the first.
+
+        Returns:
+            The sums, by kind of statistics and pool.
+        """
+        found: dict[str, PoolSum] = {}
+        for kind, (pools, statistics) in self._pooled().items():
+            start = f"{kind} "
+            names = [self._named(linear)[kind] for linear in linears]
+            before = {
+                name.removeprefix(start): each
+                for name, each in earlier.items()
+                if name.startswith(start)
+            }
+            sums = pools.extend(names, statistics, before)
+            found |= {f"{start}{name}": each for name, each in sums.items()}
+        return found
+
+    def _named(self, linear: Linear) -> dict[str, str]:
+        """Return the names of a linear's statistics by kind; it may lack some."""
+        source, _ = self._sources[linear.name]
+        return {"gram": source, "magnitude": linear.site, "curvature": linear.name}
+
+    def is_rare(self, linear: Linear) -> bool:
+        """Return True if a statistic of the linear needs the sums over all experts of its block."""
+        names = self._named(linear)
+        return any(
+            pools.is_short(names[kind], statistics)
+            for kind, (pools, statistics) in self._pooled().items()
+        )
+
+    def sums(self, linear: Linear) -> dict[str, PoolSum]:
+        """Return the sums of a linear without mean tokens, and their tokens, for `restore`."""
+        source, side = self._sources[linear.name]
+        gram = self._grams[source]
+        found: dict[str, PoolSum] = {side: (gram.matrix(), gram.tokens)}
+        if (magnitude := self._magnitudes.get(linear.site)) is not None:
+            found["magnitude"] = magnitude.sum(), magnitude.tokens
+        if (curvature := self._curvatures.get(linear.name)) is not None:
+            found["curvature"] = curvature.matrix(), curvature.tokens
+        return found
+
+    def restore(self, linear: Linear, sums: Mapping[str, PoolSum]) -> None:
+        """Take over the sums of an expert's linear from another pass, after `flush_writes`."""
+        side: Side = "input" if "input" in sums else "output"
+        source, _ = _gram_of(linear, side)
+        self._sources[linear.name] = source, side
+        self._grams[source] = Gram.of(*sums[side])
+        self._gram_pools.add(source, pool_of(linear, side))
+        if "magnitude" in sums:
+            self._magnitudes[linear.site] = Magnitude.of(*sums["magnitude"])
+            self._magnitude_pools.add(linear.site, pool_of(linear, "input"))
+        if "curvature" in sums:
+            self._curvatures[linear.name] = Gram.of(*sums["curvature"])
+            self._curvature_pools.add(linear.name, pool_of(linear, "output"))
 
     def statistic(self, linear: Linear) -> Statistic:
         """Return the accumulated statistics of one linear."""
         source, side = self._sources[linear.name]
+        gram = self._grams[source]
+        if isinstance(gram, GramOfRows):
+            # gate and up may share it; `forget` frees it after the last of them
+            self._grams[source] = gram.made()
         moment, _, most = self._gram_pools.moment(source, self._grams)
         moment *= self._gram_pools.use(source, self._grams)
         magnitude_I = curvature = None
@@ -244,19 +381,14 @@ class Calibration:
         self._grams = {source: gram for source, gram in self._grams.items() if source in used}
 
     def close(self) -> None:
-        self.flush_writes()
+        self._remove_hooks()
         self._sources = {}
         self._grams, self._magnitudes, self._curvatures = {}, {}, {}
         self._gram_pools, self._magnitude_pools, self._curvature_pools = Pools(), Pools(), Pools()
 
 
-def dense_weight(module: nn.Module) -> Tensor:
-    """Weight of an `nn.Linear` or `Conv1D` as [outputs, inputs]; a view."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return as_dense(module, weight.detach())
-
-
-def as_dense(module: nn.Module, weight: Tensor) -> Tensor:
-    """Transpose a weight stored for this module to [outputs, inputs] if necessary; a view."""
-    return weight.T if isinstance(module, Conv1D) else weight
+def _gram_of(linear: Linear, side: Side) -> tuple[str, int]:
+    """Return the source of a linear's Gram, and its number of channels."""
+    if side == "input":
+        return linear.site, linear.in_features
+    return f"{linear.name} output", linear.out_features

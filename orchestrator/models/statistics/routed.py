@@ -4,17 +4,18 @@ An expert sees only the tokens that are routed to it, in an order of their own. 
 T tokens of a chunk, N rows of a call, C channels.
 """
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from orchestrator.device.transport import bring
-from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.models.experts.module import Experts, RoutedRows
 from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard
+from orchestrator.plan.experts import module_of_experts, reads_tokens
 from orchestrator.plan.linear import Linear
 
 POOLED_TOKENS = 32
@@ -23,6 +24,56 @@ POOLED_TOKENS = 32
 They decide little about accuracy. An expert without a token has no energy, and an allocation over
 the whole model would cut it to its smallest rank. Of a second moment of inputs they count as one
 token more than its own, see `Pools.use`."""
+
+
+PoolSum = tuple[Tensor, int]
+"""Sum over the experts of a block, and its number of tokens."""
+
+
+class RunningMoment(Protocol):
+    """Second moment of rows: a `Gram`, or one that is made from rows."""
+
+    n: int
+
+    @property
+    def tokens(self) -> int: ...
+
+    def matrix(self) -> Tensor:
+        """Return the matrix, float64 [n, n]."""
+        ...
+
+    def flush_writes(self) -> None:
+        """End the accumulation."""
+        ...
+
+
+class RealTokens:
+    """Tokens of a chunk that are not padding."""
+
+    def __init__(self, chunk: Chunk, device: torch.device) -> None:
+        self.index = chunk.index
+        """Index of the chunk."""
+        self._places_N = chunk.places(device)
+        self._mask, self._device = chunk.mask, device
+        self._is_real_T: Tensor | None = None
+
+    def rows(self, states: Tensor) -> Tensor:
+        """Select the rows [N, C] of states of all tokens [B, T, C]."""
+        return rows_at(states, self._places_N)
+
+    def are_real(self, tokens_N: Tensor) -> Tensor | None:
+        """Test tokens, by their index in the flattened chunk; None: all of the chunk are real."""
+        if self._places_N is None:
+            return None
+        if self._is_real_T is None:
+            # copied for the first expert that needs it
+            self._is_real_T = bring(self._mask.reshape(-1), self._device)
+        return self._is_real_T[tokens_N]
+
+    def count(self, tokens_N: Tensor) -> int:
+        """Count the real ones among tokens."""
+        is_real_N = self.are_real(tokens_N)
+        return len(tokens_N) if is_real_N is None else int(is_real_N.sum())
 
 
 class ChunkRows:
@@ -34,15 +85,23 @@ class ChunkRows:
     """
 
     def __init__(self, shard: Shard, *, is_weighted: bool) -> None:
-        self._shard, self._is_weighted = shard, is_weighted
-        self._places_N: Tensor | None = None
-        self._mask: Tensor | None = None
-        self._is_real_T: Tensor | None = None
+        self.is_weighted = is_weighted
+        self._shard = shard
+        self._real: RealTokens | None = None
 
     def start(self, chunk: Chunk) -> None:
         """Take the mask of a chunk; once per chunk, since all hooks select with the same."""
-        self._places_N = chunk.places(self._shard.device)
-        self._mask, self._is_real_T = chunk.mask, None
+        self.real = RealTokens(chunk, self._shard.device)
+
+    @property
+    def real(self) -> RealTokens:
+        """Real tokens of the current chunk."""
+        assert self._real is not None
+        return self._real
+
+    @real.setter
+    def real(self, real: RealTokens) -> None:
+        self._real = real
 
     def select(
         self, states: Tensor, routed: RoutedRows | None = None, *, weighted: bool = False
@@ -56,22 +115,14 @@ class ChunkRows:
         """
         states = states.detach()
         if routed is None:
-            return rows_at(states, self._places_N)
-        weights_N = routed.weights_N
-        if self._places_N is not None:
-            is_real_N = self._is_real()[routed.tokens_N]
+            return self.real.rows(states)
+        weights_N, is_real_N = routed.weights_N, self.real.are_real(routed.tokens_N)
+        if is_real_N is not None:
             states = states[is_real_N]
             weights_N = None if weights_N is None else weights_N[is_real_N]
-        if weights_N is None or not (weighted and self._is_weighted):
+        if weights_N is None or not (weighted and self.is_weighted):
             return states
         return states.float() * weights_N.detach().float()[:, None]
-
-    def _is_real(self) -> Tensor:
-        """Mask [B T] of the chunk on the device, copied for the first expert that needs it."""
-        if self._is_real_T is None:
-            assert self._mask is not None
-            self._is_real_T = bring(self._mask.reshape(-1), self._shard.device)
-        return self._is_real_T
 
 
 class Pools:
@@ -84,7 +135,7 @@ class Pools:
     def __init__(self) -> None:
         self._groups: dict[str, str] = {}
         """Group of each pooled statistic, by name."""
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._sums: dict[str, PoolSum] = {}
         """Sum and number of tokens of groups, once `settle` has fixed them."""
         self._is_settled = False
 
@@ -92,7 +143,7 @@ class Pools:
         """Pool a statistic with the others of a group."""
         self._groups[name] = group
 
-    def settle(self, statistics: Mapping[str, Gram | Magnitude]) -> None:
+    def settle(self, statistics: Mapping[str, RunningMoment | Magnitude]) -> None:
         """Compute the sums that are needed, while all statistics are there; once."""
         if self._is_settled:
             return
@@ -100,7 +151,32 @@ class Pools:
         needed = {self._groups[name] for name in self._groups if is_rare(statistics[name])}
         self._sums = {group: self._sum(group, statistics) for group in needed}
 
-    def moment(self, name: str, grams: Mapping[str, Gram]) -> tuple[Tensor, int, int]:
+    def extend(
+        self,
+        names: Iterable[str],
+        statistics: Mapping[str, RunningMoment | Magnitude],
+        earlier: Mapping[str, PoolSum],
+    ) -> dict[str, PoolSum]:
+        """Add the statistics of experts to the sums over those before them, in place of `settle`.
+
+        Args:
+            names: Statistics of a block; those of its groups that are here are added.
+            earlier: Sums over the experts before these, by group.
+
+        Returns:
+            The sums by group; that of all experts if these are the last.
+        """
+        own = [self._groups[name] for name in names if name in self._groups]
+        groups = dict.fromkeys([*earlier, *own])
+        found = {group: self._sum(group, statistics, earlier.get(group)) for group in groups}
+        self._sums |= found
+        return found
+
+    def is_short(self, name: str, statistics: Mapping[str, RunningMoment | Magnitude]) -> bool:
+        """Return True if mean tokens are added to a statistic."""
+        return name in self._groups and is_rare(statistics[name])
+
+    def moment(self, name: str, grams: Mapping[str, RunningMoment]) -> tuple[Tensor, int, int]:
         """Return a second moment, with mean tokens if it has few of its own; float64.
 
         Returns:
@@ -111,7 +187,7 @@ class Pools:
             return own.matrix(), own.tokens, own.tokens
         return own.matrix() + added[0], own.tokens + POOLED_TOKENS, added[1]
 
-    def use(self, name: str, statistics: Mapping[str, Gram | Magnitude]) -> float:
+    def use(self, name: str, statistics: Mapping[str, RunningMoment | Magnitude]) -> float:
         """Return the factor that scales a moment with mean tokens to the use of its expert.
 
         Mean tokens complete the directions of n tokens of its own, and would count as uses that
@@ -130,29 +206,37 @@ class Pools:
         return (_total(own) + added[0]) / (own.tokens + POOLED_TOKENS)
 
     def _added(
-        self, name: str, statistics: Mapping[str, Gram | Magnitude]
-    ) -> tuple[Tensor, int] | None:
+        self, name: str, statistics: Mapping[str, RunningMoment | Magnitude]
+    ) -> PoolSum | None:
         """Return the sum to add, and the number of rows that it is the mean of; None: no need."""
-        group = self._groups.get(name)
-        if group is None or not is_rare(statistics[name]):
+        if not self.is_short(name, statistics):
             return None
+        group = self._groups[name]
         total, tokens = self._sums.get(group) or self._sum(group, statistics)
         return (total * (POOLED_TOKENS / tokens), tokens) if tokens else None
 
-    def _sum(self, group: str, statistics: Mapping[str, Gram | Magnitude]) -> tuple[Tensor, int]:
-        first, *others = (statistics[name] for name in self._groups if self._groups[name] == group)
-        total, tokens = _total(first), first.tokens
-        for each in others:
+    def _sum(
+        self,
+        group: str,
+        statistics: Mapping[str, RunningMoment | Magnitude],
+        earlier: PoolSum | None = None,
+    ) -> PoolSum:
+        members = [statistics[name] for name in self._groups if self._groups[name] == group]
+        if earlier is None:
+            first, *members = members
+            earlier = _total(first), first.tokens
+        total, tokens = earlier
+        for each in members:
             total += _total(each)
             tokens += each.tokens
         return total, tokens
 
 
-def _total(statistic: Gram | Magnitude) -> Tensor:
+def _total(statistic: RunningMoment | Magnitude) -> Tensor:
     """Return the sum over tokens: a second moment, or magnitudes."""
-    if isinstance(statistic, Gram):
-        return statistic.matrix()
-    return statistic.mean() * statistic.tokens
+    if isinstance(statistic, Magnitude):
+        return statistic.mean() * statistic.tokens
+    return statistic.matrix()
 
 
 def experts_of(shard: Shard, linear: Linear) -> Experts | None:
@@ -168,19 +252,9 @@ def rows_of(experts: Experts | None) -> RoutedRows | None:
     return None if experts is None else experts.routed
 
 
-def is_rare(statistic: Gram | Magnitude) -> bool:
+def is_rare(statistic: RunningMoment | Magnitude) -> bool:
     """Return True if there are fewer tokens than channels."""
     return statistic.tokens < statistic.n
-
-
-def expert_name(linear: Linear) -> str:
-    """Return the name of the module of the expert that a linear belongs to."""
-    return linear.name.rpartition(".")[0]
-
-
-def module_of_experts(linear: Linear) -> str:
-    """Return the name of the module of experts that an expert's linear belongs to."""
-    return linear.name.rsplit(".", 2)[0]
 
 
 def pool_of(linear: Linear, side: Literal["input", "output"]) -> str:
@@ -188,6 +262,6 @@ def pool_of(linear: Linear, side: Literal["input", "output"]) -> str:
 
     Gate and up of an expert have one input.
     """
-    part = linear.name.rpartition(".")[2]
-    is_first = side == "input" and part != "down"
-    return f"{module_of_experts(linear)} {'gate and up' if is_first else part} {side}"
+    is_first = side == "input" and reads_tokens(linear)
+    part = "gate and up" if is_first else linear.name.rpartition(".")[2]
+    return f"{module_of_experts(linear)} {part} {side}"

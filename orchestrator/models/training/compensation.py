@@ -23,7 +23,7 @@ from orchestrator.linalg.pivot import pivot
 from orchestrator.models.forms.base import Factored, FormLinear
 from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard
-from orchestrator.models.statistics.calibration import dense_weight
+from orchestrator.models.statistics.orientation import dense_weight
 from orchestrator.models.statistics.routed import experts_of
 from orchestrator.models.training.compensation_options import CompensationOptions
 from orchestrator.models.training.routed_drift import gather_routed, split_sites

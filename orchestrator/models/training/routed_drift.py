@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from orchestrator.linalg.compensate import DriftGram
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
-from orchestrator.models.statistics.routed import experts_of, module_of_experts
+from orchestrator.models.statistics.routed import experts_of
 from orchestrator.models.training.compensation_options import SITE_BYTES, TOGETHER_BYTES
+from orchestrator.plan.experts import module_of_experts
 from orchestrator.plan.linear import Linear
 
 

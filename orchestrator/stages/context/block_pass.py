@@ -22,7 +22,9 @@ from orchestrator.runtime.resume import reusable_units
 from orchestrator.runtime.run_pass import run_pass
 from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.runtime.workers import WorkerGroup
+from orchestrator.stages.context.expert_group import WHOLE, ExpertGroup
 from orchestrator.stages.context.running_stage import RunningStage
+from orchestrator.stages.context.worker.compress_worker import GatherStatistics
 from orchestrator.stages.context.worker.curvature_worker import BackwardPass
 from orchestrator.store.chunks import Chunks
 from orchestrator.store.run import RunDirectory
@@ -59,6 +61,8 @@ class BlockPass:
     """Deadlines of calls in seconds, by method of the worker (see `Deadlines`)."""
     on_committed: Callable[[int], None] = lambda block: None
     """Called with every block once its unit is committed."""
+    experts: ExpertGroup = WHOLE
+    """Experts whose statistics the pass gathers."""
 
     def forward(
         self,
@@ -74,13 +78,7 @@ class BlockPass:
         Args:
             committed: Result of `committed`, if the caller has it already.
         """
-        if committed is None:
-            done = self._committed_arrays(keys, stage)
-        else:
-            done = {block: with_arrays(facts) for block, facts in committed.items()}
-        for block in done:
-            self.on_committed(block)
-        workers = stage.workers
+        done, workers = self._done(keys, stage, committed), stage.workers
         cut = self._cut(workers)
         schedule = ShardPass(
             cut,
@@ -88,8 +86,11 @@ class BlockPass:
             num_chunks=self.sequences,
             present=self._present(pass_key, [blocks.start for blocks in cut], workers),
             joints=self._joints,
+            about=() if self.experts == WHOLE else (GatherStatistics(self.experts),),
         )
-        self._perform(schedule, pass_key, done, keys, stage=stage)
+        work = {"gather": self.sequences * self.num_blocks, "open": self.num_blocks}
+        ahead = self._passes_ahead(Counter(work), self.sequences * len(cut), keys)
+        self._perform(schedule, pass_key, done, keys, stage=stage, ahead=ahead)
         return done
 
     def backward(
@@ -100,6 +101,7 @@ class BlockPass:
         draws: int,
         keys: Mapping[int, str],
         stage: RunningStage,
+        committed: Mapping[int, dict[str, Any]] | None = None,
     ) -> dict[int, dict[str, Any]]:
         """Pass gradients from the last block to the first, `draws` for every sequence.
 
@@ -111,9 +113,9 @@ class BlockPass:
         boundaries.
 
         Returns:
-            The facts of the units of these keys, by block.
+            The facts of the units of these keys, by block; `committed` as in `forward`.
         """
-        done, workers = self._committed_arrays(keys, stage), stage.workers
+        done, workers = self._done(keys, stage, committed), stage.workers
         cut, count = self._cut(workers), draws * self.sequences
         dense = self.run.chunks(dense_key, workers.environment)
 
@@ -133,7 +135,7 @@ class BlockPass:
                 backward=True,
                 joints=self._joints,
                 reads_beside=True,
-                about=(BackwardPass(),),
+                about=(BackwardPass(self.experts),),
             )
 
         while todo := keys.keys() - done.keys():
@@ -229,10 +231,17 @@ class BlockPass:
             stage.monitor.note(text, stage=name, blocks=sorted(done))
         return done
 
-    def _committed_arrays(
-        self, keys: Mapping[int, str], stage: RunningStage
+    def _done(
+        self,
+        keys: Mapping[int, str],
+        stage: RunningStage,
+        committed: Mapping[int, dict[str, Any]] | None,
     ) -> dict[int, dict[str, Any]]:
-        committed = self.committed(keys, stage)
+        """Facts of the units that are not computed again, by block."""
+        if committed is None:
+            committed = self.committed(keys, stage)
+        for block in committed:
+            self.on_committed(block)
         return {block: with_arrays(facts) for block, facts in committed.items()}
 
     @property
@@ -298,6 +307,20 @@ class BlockPass:
         passages = count * len(shards) + self.sequences * len(repeated)
         return Ahead(to_do=dict(to_do), count=passages)
 
+    def _passes_ahead(self, work: Counter[str], passages: int, keys: Collection[int]) -> Ahead:
+        """Work of the passes of later expert groups.
+
+        Args:
+            work: Units of one pass by kind, but for the blocks that it finishes.
+            passages: Chunks that pass a shard in one pass.
+        """
+        later = self.experts.count - self.experts.place - 1
+        to_do = work + Counter(finish=len(keys))
+        return Ahead(
+            to_do={kind: later * each for kind, each in to_do.items()} if later else {},
+            count=later * passages,
+        )
+
     def _perform(
         self,
         schedule: ShardPass,
@@ -351,7 +374,9 @@ class BlockPass:
         about = {"block": block, "seconds": seconds, "bytes": size, **where} | (
             {"losses": losses_of(trained)} if "epochs" in trained else {}
         )
-        stage.progress(len(done), len(keys), unit=f"block {block}", **about)
+        part = "" if self.experts == WHOLE else f", experts {self.experts.place + 1}"
+        part += f" of {self.experts.count}" if part else ""
+        stage.progress(len(done), len(keys), unit=f"block {block}{part}", **about)
 
 
 def _next_segment(

@@ -8,10 +8,12 @@ from orchestrator.forecast.outcome import Forecast
 from orchestrator.forecast.room import MOST_BLOCKS
 from orchestrator.forecast.statistics import decomposing_block
 from orchestrator.models.checkpoint.weights import parse_dtype
+from orchestrator.plan.experts import most_experts
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.deadline import slowly
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.block_pass import BlockPass
+from orchestrator.stages.context.expert_group import WHOLE, ExpertGroup
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.values import Decomposed, Keyed, extended
@@ -25,17 +27,58 @@ def calibrate_and_decompose(
 ) -> Decomposed:
     """Pass all chunks through the shards; each block is decomposed where its statistics are.
 
-    Blocks that an earlier run has committed in this environment are not computed again.
+    Blocks that an earlier run has committed in this environment are not computed again. With
+    several groups of experts the chunks pass once for each; see `ExpertGroup`.
     """
     seconds = _finish_seconds(keyed, stage.workers)
     passes = replace(block_pass(keyed, forecast), patience={"finish": seconds})
-    keys = keyed.block_keys
-    if keyed.needs_gradients:
-        both = keyed.pass_key, keyed.statistics_key
-        facts = passes.backward(*both, draws=keyed.method.label_draws, keys=keys, stage=stage)
-    else:
-        facts = passes.forward(keyed.pass_key, keys, stage)
+    groups, keys = _expert_groups(keyed, forecast), keyed.block_keys
+    committed = passes.committed(keys, stage) if len(groups) > 1 else None
+    for group in groups[:-1]:
+        there = group.keys(keys, keyed.linears, keyed.grouping)
+        there = {block: key for block, key in there.items() if block not in (committed or {})}
+        _gather(keyed, replace(passes, experts=group), there, stage)
+
+    def drop_groups(block: int) -> None:
+        """Remove the units of groups that the unit of a block contains now."""
+        for group in groups[:-1]:
+            keyed.run.units.drop(group.key(keys[block]))
+
+    passes = replace(passes, experts=groups[-1], on_committed=drop_groups)
+    facts = _gather(keyed, passes, keys, stage, committed=committed)
     return decomposed(keyed, forecast, facts)
+
+
+def _gather(
+    keyed: Keyed,
+    passes: BlockPass,
+    keys: Mapping[int, str],
+    stage: RunningStage,
+    *,
+    committed: Mapping[int, dict[str, Any]] | None = None,
+) -> dict[int, dict[str, Any]]:
+    """Gather statistics in one pass, forward or also backward; gives the facts of its units."""
+    if not keyed.needs_gradients:
+        return passes.forward(keyed.pass_key, keys, stage, committed)
+    return passes.backward(
+        keyed.pass_key,
+        keyed.statistics_key,
+        draws=keyed.method.label_draws,
+        keys=keys,
+        stage=stage,
+        committed=committed,
+    )
+
+
+def _expert_groups(keyed: Keyed, forecast: Forecast | None) -> list[ExpertGroup]:
+    """The groups of experts, as the recipe or the forecast says; one without experts."""
+    modules = frozenset(each.name for each in keyed.survey.experts)
+    asked, most = keyed.recipe.expert_groups, most_experts(keyed.linears, modules)
+    found = asked if isinstance(asked, int) else forecast.expert_groups if forecast else 1
+    count = max(1, min(found, most))
+    if count == 1 or not keyed.method.takes_experts_apart:
+        return [WHOLE]
+    return [ExpertGroup(place=place, count=count, modules=modules) for place in range(count)]
 
 
 def decomposed(

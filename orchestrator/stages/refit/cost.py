@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from orchestrator.forecast.memory import (
-    GRAM_BYTES,
     PROCESS_BYTES,
     SETTLED_BYTES,
     Footprint,
@@ -12,8 +11,9 @@ from orchestrator.forecast.memory import (
 from orchestrator.forecast.outcome import StageForecast
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.stage_cost import Parts, StageCost
-from orchestrator.forecast.statistics import gathering, input_statistics
+from orchestrator.forecast.statistics import gathering, input_statistics, kept_rows
 from orchestrator.forecast.work import Work
+from orchestrator.plan.experts import GRAM_BYTES
 
 
 class RefitCost(StageCost):
@@ -28,7 +28,13 @@ class RefitCost(StageCost):
             name="refit",
             flops=setting.shards * one.flops,
             seconds=setting.seconds(lambda rates: waves * one.overlapped(rates)),
-            device=refitting(setting.shapes, blocks, tokens=setting.tokens, itemsize=itemsize),
+            device=refitting(
+                setting.shapes,
+                blocks,
+                tokens=setting.tokens,
+                sequences=setting.sequences,
+                itemsize=itemsize,
+            ),
         )
 
     def shares(self) -> Mapping[str, Work]:
@@ -62,19 +68,24 @@ class RefitCost(StageCost):
         return f"--option {self.setting.recipe.method}.refit=never leaves it out"
 
 
-def refitting(shapes: Shapes, blocks: int, *, tokens: int, itemsize: int) -> Footprint:
+def refitting(
+    shapes: Shapes, blocks: int, *, tokens: int, sequences: int, itemsize: int
+) -> Footprint:
     """Footprint of a shard of the cut model whose left factors are fitted to their own inputs."""
-    sites = {linear.site: linear.in_features for linear in shapes.heaviest}
+    statistics = input_statistics(shapes.heaviest)
+    sites, rows = statistics.grams, kept_rows(shapes, statistics, tokens * sequences, itemsize)
     largest = max(linear.values for linear in shapes.heaviest)
-    entries = blocks * sum(n * n for n in sites.values())
+    entries = blocks * (statistics.entries - rows.entries)
     weights = {"process": PROCESS_BYTES, "weights": blocks * shapes.block_values * itemsize}
     passing = {
         "embeddings": shapes.front_values * itemsize,
         "Grams": GRAM_BYTES * entries,
+        **rows.part(blocks * rows.size),
         "activations": activation_bytes(shapes, tokens, itemsize, 1),
     }
     fitting = {
-        "Grams": SETTLED_BYTES * entries,
+        "Grams": SETTLED_BYTES * (entries + max(rows.sources.values(), default=0) ** 2),
+        **rows.part(blocks * rows.size),
         "fit": 3 * 8 * max(n * n for n in sites.values()) + 3 * 8 * largest,
     }
     moments = [Footprint(weights | each) for each in (passing, fitting)]

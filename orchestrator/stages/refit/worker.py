@@ -21,7 +21,8 @@ from orchestrator.models.checkpoint.layout import TensorSpec
 from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
-from orchestrator.models.statistics.calibration import Calibration, as_dense, dense_weight
+from orchestrator.models.statistics.calibration import Calibration
+from orchestrator.models.statistics.orientation import as_dense, dense_weight
 from orchestrator.plan.forms import DROPPED, FORMS
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
@@ -112,7 +113,8 @@ class RefitWorker(Worker):
                     parameter.zero_()
         fitted = filter(self.settings.is_fitted, linears)
         wanted = [each for each in fitted if each.block in todo]
-        return Calibration(shard, wanted, lambda linear, site: "input")
+        tokens = self.dense.tokens.ids.size
+        return Calibration(shard, wanted, lambda linear, site: "input", tokens=tokens)
 
     def read_ahead(self, blocks: range) -> None:
         """Prefetch the dense weights of later blocks into the system's cache."""

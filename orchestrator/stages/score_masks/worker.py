@@ -8,7 +8,7 @@ from torch import Tensor
 from orchestrator.device.malloc import return_freed_memory
 from orchestrator.methods.kinds.ranked import MaskedParts
 from orchestrator.models.evaluation.scoring import score
-from orchestrator.models.statistics.calibration import as_dense, dense_weight
+from orchestrator.models.statistics.orientation import as_dense, dense_weight
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored
 from orchestrator.stages.context.masks import read_candidates

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orchestrator.models.evaluation.scoring import score
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.statistics.calibration import dense_weight
+from orchestrator.models.statistics.orientation import dense_weight
 from orchestrator.runtime.worker import Emitted, Stored
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.context.worker.open_shard import OpenShard

@@ -13,7 +13,8 @@ from orchestrator.methods import METHODS
 from orchestrator.models.evaluation.scoring import draw_label_gradient
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
-from orchestrator.models.statistics.calibration import Calibration, dense_weight
+from orchestrator.models.statistics.calibration import Calibration
+from orchestrator.models.statistics.orientation import dense_weight
 
 TOKENS = torch.arange(40).view(2, 20) * 7 % 96
 

@@ -81,6 +81,7 @@ def gathered(lazy_model, chunks, side, **options):
         shard.freeze()
         linears = [x for x in shard.linears if x.block == BLOCKS - 1 and ".experts." in x.name]
         calibration = Calibration(shard, linears, side, **options)
+        assert bool(calibration.expert_rows) == ("tokens" in options)
         for chunk in chunks:
             if options.get("curvature"):
                 calibration.backward(chunk, label_gradient(chunk.mask))
@@ -91,6 +92,50 @@ def gathered(lazy_model, chunks, side, **options):
         found = {linear.name: calibration.statistic(linear) for linear in linears}
         calibration.close()
     return found, counts
+
+
+def fields(statistic):
+    """Tensors and counts of a statistic."""
+    curvature = statistic.curvature
+    found = {"gram": getattr(statistic, "matrix_II", None), "magnitude": statistic.magnitude_I}
+    found |= {} if curvature is None else {"curvature": curvature.matrix_KK}
+    found |= {"output": getattr(statistic, "matrix_OO", None)}
+    counts = statistic.tokens, curvature and curvature.gradients
+    return {name: each for name, each in found.items() if each is not None}, counts
+
+
+ROWS = {
+    "weighted outputs": ("mixtral", "output", {}),
+    "outputs with a bias": ("gpt_oss", "output", {"weighted": False, "dtype": torch.bfloat16}),
+    "two-sided": ("deepseek_v3", "input", {"curvature": True, "magnitudes": True}),
+    "scored": ("llama4", "input", {"magnitudes": True}),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_grams_of_rows_have_the_bits_of_sums(case, moe_checkpoint):
+    """Rows that are kept until a Gram is needed give all statistics bit for bit, also of padded
+    chunks, of one that passes again and of rare experts, which need the Grams of all others."""
+    family, side, options = ROWS[case]
+    lazy_model = LazyModel.open(moe_checkpoint(family), dtype=options.get("dtype"))
+    given = {name: each for name, each in options.items() if name != "dtype"}
+    chunks = [
+        chunk_of(0, length=3, padded=1),
+        chunk_of(1, length=4, padded=2),
+        chunk_of(2, 2, padded=0),
+    ]
+    chunks = [*chunks, chunks[1]]
+    sums, counts = gathered(lazy_model, chunks, lambda linear, site: side, **given)
+    # 320 tokens of 32 channels are fewer bytes than four Grams of them
+    given["tokens"] = 320
+    rows, counts_of_rows = gathered(lazy_model, chunks, lambda linear, site: side, **given)
+    assert counts == counts_of_rows
+    assert min(counts.values()) < 32, "some expert is rare"
+    for name, statistic in sums.items():
+        (expected, numbers), (found, numbers_of_rows) = fields(statistic), fields(rows[name])
+        assert numbers == numbers_of_rows
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def close(found, expected, rtol=1e-5):

@@ -3,11 +3,14 @@
 Shape suffixes: O outputs, I inputs.
 """
 
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors.torch import save_file
@@ -18,11 +21,20 @@ from orchestrator.linalg.joint import on_top, side_by_side
 from orchestrator.linalg.low_rank import InputGram, OutputGram, summed
 from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.statistics.calibration import dense_weight
+from orchestrator.models.statistics.orientation import dense_weight
+from orchestrator.models.statistics.routed import PoolSum
+from orchestrator.plan.experts import expert_name
 from orchestrator.plan.grouping import is_wide, stack
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored, Worker
+from orchestrator.stages.context.expert_group import WHOLE, ExpertGroup
 from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.worker.expert_units import (
+    POOLS_FILE,
+    EarlierGroups,
+    save_sums,
+    statistics_file,
+)
 from orchestrator.stages.context.worker.open_shard import (
     DenseModel,
     OpenPass,
@@ -50,6 +62,22 @@ class PassRequest(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class GatherStatistics:
+    """Request for the forward pass that gathers statistics."""
+
+    group: ExpertGroup = WHOLE
+    """Experts whose statistics are gathered."""
+
+    def start(
+        self, worker: "CompressionWorker", blocks: range, todo: tuple[int, ...]
+    ) -> StatisticsPass:
+        task = worker.task
+        linears, magnitudes = task.of_groups(todo), task.method.magnitudes
+        opened = worker.dense.open(blocks, linears, group=self.group, magnitudes=magnitudes)
+        return StatisticsPass(worker, opened, worker.dense_chunks)
+
+
 class CompressionWorker(Worker):
     """Holds one shard at a time: for statistics, or for the pass that a stage asks for."""
 
@@ -69,21 +97,18 @@ class CompressionWorker(Worker):
         return self._slot.current
 
     def open(
-        self, blocks: tuple[int, int], todo: tuple[int, ...], request: PassRequest | None = None
+        self,
+        blocks: tuple[int, int],
+        todo: tuple[int, ...],
+        request: PassRequest = GatherStatistics(),
     ) -> None:
         """Load a shard, with empty statistics of the blocks that are not committed.
 
         Args:
-            request: Another pass, in place of the one that gathers statistics.
+            request: The pass.
         """
         self._slot.close()
-        part = range(*blocks)
-        if request is not None:
-            self._slot.put(request.start(self, part, todo))
-        else:
-            linears, magnitudes = self.task.of_groups(todo), self.task.method.magnitudes
-            opened = self.dense.open(part, linears, magnitudes=magnitudes)
-            self._slot.put(StatisticsPass(self, opened, self.dense_chunks))
+        self._slot.put(request.start(self, range(*blocks), todo))
         self.chunks = self.open_pass.chunks
 
     def read_ahead(self, blocks: range) -> None:
@@ -100,47 +125,89 @@ class CompressionWorker(Worker):
     def finish(self, block: int) -> dict[str, Any]:
         """Decompose the linears of a group of blocks and commit them, one file each.
 
-        Linears that share a basis are one tall or wide weight; their statistics are summed.
+        Linears that share a basis are one tall or wide weight; their statistics are summed. Of
+        several groups of experts the last one commits the results of all; see `ExpertGroup`.
 
         Returns the unit's facts: for each linear those of its kind of result, cosines, and seconds.
         """
-        opened = self.open_pass.opened
-        start = time.monotonic()
-        grouping = self.task.grouping
+        opened, grouping, start = self.open_pass.opened, self.task.grouping, time.monotonic()
+        group, key = opened.group, self.task.block_keys[block]
         blocks = range(block, block + grouping.size)
-        opened.settle()
         linears = [each for each in self.task.linears if each.block in blocks]
+        earlier = EarlierGroups(self, key, group, linears)
+        opened.settle()
+        own = group.linears(linears, grouping)
+        before = earlier.pools()
+        pools = {} if before is None else opened.calibration.pool(own, before)
         # every label draw repeats the rows
         draws = max(self.task.method.label_draws, 1)
-        routed = opened.calibration.expert_tokens(linears).items()
-        expert_tokens = {name: tokens // draws for name, tokens in routed}
-        groups = grouping.groups(linears)
-        unit = self.run.units.begin(self.task.block_keys[block])
-        results = []
-        with ThreadPoolExecutor(max_workers=1) as disk:
-            saved: Future[None] | None = None
-            for group in groups:
-                found, stored = self._decompose(opened, group)
-                results.append(found)
-                if saved is not None:
-                    saved.result()
-                # one linear is written while the next one is decomposed
-                saved = disk.submit(_save, stored, unit, factors_file(group[0]))
-                del stored
-            if saved is not None:
-                saved.result()
-        facts = {
-            "linears": results,
-            "cosines": {
+        routed = opened.calibration.expert_tokens(own).items()
+        tokens = earlier.expert_tokens | {name: count // draws for name, count in routed}
+        unit = self.run.units.begin(group.key(key))
+        facts: dict[str, Any] = {}
+        if group.is_last:
+            facts["linears"] = self._commit_all(grouping.groups(linears), earlier, unit)
+            facts["cosines"] = {
                 name: {"mean": cosine.mean, "tokens": cosine.tokens}
                 for each in blocks
                 for name, cosine in opened.calibration.cosines(each).items()
-            },
-            **({"expert_tokens": expert_tokens} if expert_tokens else {}),
-            "timings": {"seconds": time.monotonic() - start, "memory": self.usage().to_json()},
-        }
+            }
+        else:
+            facts |= self._commit_part(grouping.groups(own), pools, unit)
+        if tokens:
+            named = dict.fromkeys(map(expert_name, linears))
+            facts["expert_tokens"] = {name: tokens[name] for name in named if name in tokens}
+        seconds, memory = time.monotonic() - start, self.usage().to_json()
+        facts["timings"] = {"seconds": seconds, "memory": memory}
         unit.commit(environment=self.environment(), facts=facts)
         return facts
+
+    def _commit_all(
+        self, groups: Sequence[Sequence[Linear]], earlier: EarlierGroups, unit: UnitWriter
+    ) -> list[dict[str, Any]]:
+        """Write the results of all linears of a block; returns their facts."""
+        opened, results = self.open_pass.opened, []
+        with InTurn() as disk:
+            for group in groups:
+                name = factors_file(group[0])
+                if (result := earlier.result(group[0], name)) is not None:
+                    found, path = result
+                    disk.submit(_copy, path, unit, name)
+                else:
+                    if (sums := earlier.statistics(group[0])) is not None:
+                        opened.calibration.restore(group[0], sums)
+                    found, stored = self._decompose(opened, group)
+                    disk.submit(_save, stored, unit, name)
+                    del stored
+                results.append(found)
+        return results
+
+    def _commit_part(
+        self, groups: Sequence[Sequence[Linear]], pools: Mapping[str, PoolSum], unit: UnitWriter
+    ) -> dict[str, Any]:
+        """Write the results of a group of experts that is not the last; returns their facts.
+
+        Rare experts are left to the last group, which knows the sums over all.
+
+        Args:
+            pools: Sums over the experts of this group and those before it.
+        """
+        calibration = self.open_pass.opened.calibration
+        results, deferred = [], []
+        with InTurn() as disk:
+            disk.submit(save_sums, pools, unit, POOLS_FILE)
+            for group in groups:
+                first = group[0]
+                if calibration.is_rare(first):
+                    deferred.append(first.name)
+                    disk.submit(save_sums, calibration.sums(first), unit, statistics_file(first))
+                    calibration.forget(group)
+                    continue
+                found, stored = self._decompose(self.open_pass.opened, group)
+                results.append(found)
+                disk.submit(_save, stored, unit, factors_file(first))
+                del stored
+        return {"linears": results, "deferred": deferred}
 
     def _decompose(
         self, opened: OpenShard, group: Sequence[Linear]
@@ -203,6 +270,35 @@ def _joined(opened: OpenShard, group: Sequence[Linear]) -> tuple[Tensor, InputGr
     if group[0].experts:
         return on_top(weights, statistics, [each.site for each in group])
     return torch.cat(weights), summed(list(statistics))
+
+
+class InTurn:
+    """Thread that writes one file while the next one is computed; no more than one waits."""
+
+    def __enter__(self) -> Self:
+        self._disk = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[None] | None = None
+        return self
+
+    def submit(self, write: Callable[..., None], *given: Any) -> None:
+        """Write a file once those before it are written.
+
+        Raises:
+            Exception: The file before it could not be written.
+        """
+        if self._last is not None:
+            self._last.result()
+        self._last = self._disk.submit(write, *given)
+
+    def __exit__(self, *exception: object) -> None:
+        self._disk.shutdown()
+        if self._last is not None and exception[0] is None:
+            self._last.result()
+
+
+def _copy(path: Path, unit: UnitWriter, name: str) -> None:
+    with unit.file(name) as copy:
+        shutil.copyfile(path, copy)
 
 
 def _save(tensors: dict[str, Tensor], unit: UnitWriter, name: str) -> None:

@@ -12,6 +12,7 @@ from orchestrator.models.evaluation.scoring import draw_label_gradient
 from orchestrator.models.shards.chunk import BlockState, Chunk
 from orchestrator.randomness import Randomness
 from orchestrator.runtime.worker import Emitted, Stored
+from orchestrator.stages.context.expert_group import WHOLE, ExpertGroup
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.context.worker.open_shard import OpenShard
 from orchestrator.store.chunks import MissingChunk
@@ -32,6 +33,9 @@ class BackwardSettings:
 class BackwardPass:
     """Request for the backward pass; the forward pass has left chunks at the shards' inputs."""
 
+    group: ExpertGroup = WHOLE
+    """Experts whose statistics are gathered."""
+
     def start(
         self, worker: CompressionWorker, blocks: range, todo: tuple[int, ...]
     ) -> "GradientPass":
@@ -39,6 +43,7 @@ class BackwardPass:
         opened = worker.dense.open(
             blocks,
             worker.task.of_groups(todo),
+            group=self.group,
             magnitudes=method.magnitudes,
             curvature=True,
             outputs=worker.task.output_curvature,

@@ -1,7 +1,7 @@
 """The dense model on a worker, one shard at a time, and passes of chunks through a shard."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from orchestrator.models.statistics.activations import ActivationCalibration
 from orchestrator.models.statistics.calibration import Calibration
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored, Worker
+from orchestrator.stages.context.expert_group import WHOLE, ExpertGroup
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.tokens import TokenArrays, first_chunk, read_tokens
 from orchestrator.store.chunks import Chunks
@@ -42,17 +43,27 @@ class DenseModel:
         """Return a sequence at the model's input."""
         return first_chunk(self.tokens, sequence)
 
-    def open(self, blocks: range, linears: Sequence[Linear] = (), **options: Any) -> "OpenShard":
+    def open(
+        self,
+        blocks: range,
+        linears: Sequence[Linear] = (),
+        *,
+        group: ExpertGroup = WHOLE,
+        **options: Any,
+    ) -> "OpenShard":
         """Load a shard, with empty statistics of these linears.
 
         Args:
+            group: Experts whose statistics are gathered.
             options: Options of `Calibration`.
         """
-        is_of_experts = self._task.method.expert_activations
-        kind = ActivationCalibration if is_of_experts else Calibration
-        return self.open_with(
-            blocks, lambda shard: kind(shard, linears, self._task.side, **options)
+        task, tokens = self._task, self.tokens.ids.size
+        chosen = group.linears(linears, task.grouping)
+        kind = ActivationCalibration if task.method.expert_activations else Calibration
+        opened = self.open_with(
+            blocks, lambda shard: kind(shard, chosen, task.side, tokens=tokens, **options)
         )
+        return replace(opened, group=group)
 
     def open_with(self, blocks: range, calibrate: Callable[[Shard], Calibration]) -> "OpenShard":
         """Load a shard, with the statistics that a function makes of it."""
@@ -72,6 +83,8 @@ class OpenShard:
     model: DenseModel
     shard: Shard
     calibration: Calibration
+    group: ExpertGroup = WHOLE
+    """Experts whose statistics are gathered."""
 
     @property
     def blocks(self) -> range:
@@ -97,7 +110,7 @@ class OpenShard:
 
         For a 70B model: 2.1 GB of embeddings or head, and a third of the Grams.
         """
-        self.calibration.flush_writes()
+        self.calibration.flush_writes(pools=self.group.count == 1)
         self.shard.free_ends()
 
     def close(self) -> None:

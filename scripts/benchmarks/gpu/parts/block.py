@@ -18,7 +18,8 @@ from orchestrator.methods.base import Method
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
-from orchestrator.models.statistics.calibration import Calibration, dense_weight
+from orchestrator.models.statistics.calibration import Calibration
+from orchestrator.models.statistics.orientation import dense_weight
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.linear import Linear
 
