@@ -38,6 +38,8 @@ class Method(Protocol):
     expert_activations: ClassVar[bool] = False
     """True if `decompose` needs the activation of the linear's expert, and no Gram. Only linears of
     experts are targeted then."""
+    expert_outputs: ClassVar[bool] = False
+    """True if the activation of an expert is its distances from the outputs of the others."""
     magnitudes: ClassVar[bool] = False
     """True if `decompose` needs the mean magnitude of every input beside a Gram."""
     output_curvature: ClassVar[bool] = False

@@ -13,6 +13,7 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.activations import ActivationCalibration
 from orchestrator.models.statistics.calibration import Calibration
+from orchestrator.models.statistics.expert_outputs import OutputsCalibration
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored, Worker
 from orchestrator.stages.context.task import CompressionTask
@@ -48,8 +49,11 @@ class DenseModel:
         Args:
             options: Options of `Calibration`.
         """
-        is_of_experts = self._task.method.expert_activations
-        kind = ActivationCalibration if is_of_experts else Calibration
+        method, kind = self._task.method, Calibration
+        if method.expert_outputs:
+            kind = OutputsCalibration
+        elif method.expert_activations:
+            kind = ActivationCalibration
         return self.open_with(
             blocks, lambda shard: kind(shard, linears, self._task.side, **options)
         )
