@@ -101,7 +101,7 @@ def joint_linears(linears: Sequence[Linear], grouping: Grouping) -> dict[str, Li
     Args:
         linears: Those of one block; groups over blocks are taken as of full size.
     """
-    joint = {}
+    joint: dict[str, Linear] = {}
     for group in grouping.groups(linears):
         whole = stack(group)
         if grouping.joins(whole) and not whole.experts:

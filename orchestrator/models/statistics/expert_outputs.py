@@ -46,7 +46,8 @@ class OutputsCalibration(Calibration):
     def _gather(
         self, name: str, experts: Experts, given: tuple[Tensor, ...], named: dict[str, Any]
     ) -> None:
-        states, *routing = (*given, *named.values())
+        arguments: list[Tensor] = [*given, *named.values()]
+        states, routing = arguments[0], arguments[1:]
         counts_E = self._routed[name]
         if experts.layout.takes_scored_inputs:
             states_ETH = states.view(experts.num_experts, -1, experts.layout.hidden)
