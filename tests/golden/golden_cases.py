@@ -66,6 +66,7 @@ _METHODS: dict[str, dict[str, Any]] = {
         "options": {"two-sided-sparse": {"steps": 0, "densities": "0 0.2 0.5"}},
     },
     "wanda": {"method": "wanda"},
+    "expert-sharing": {"model": "qwen3_moe", "method": "expert-sharing"},
     "reap": {"model": "qwen3_moe", "method": "reap"},
     "merge-experts": {"model": "qwen3_moe", "method": "merge-experts"},
 }
