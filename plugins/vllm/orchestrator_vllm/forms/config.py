@@ -222,7 +222,7 @@ def _field_misfit(form: StoredForm, out_features: int, in_features: int) -> str:
             return f"found {name} {value} for {form.form}, {linear} takes {need}"
     if form.basis and "basis" not in optional:
         having = ", ".join(name for name, each in FORMS.items() if "basis" in each.optional)
-        return f"found a shared basis for {form.form}, only {having} has one"
+        return f"found a shared basis for {form.form}, only {having} have one"
     return ""
 
 
