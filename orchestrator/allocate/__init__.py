@@ -37,6 +37,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "strs": "orchestrator.allocate.strs:Strs",
         "threshold": "orchestrator.allocate.threshold:Threshold",
         "cap": "orchestrator.allocate.cap:CapAllocator",
+        "merge-experts": "orchestrator.allocate.experts.merge_experts:MergeExpertsAllocator",
         "reap": "orchestrator.allocate.reap:ReapAllocator",
         "two-sided-sparse": "orchestrator.allocate.two_sided_sparse:TwoSidedSparseAllocator",
     },

@@ -114,7 +114,7 @@ class Shapes:
         """
         found = tuple(each for each in self.linears if self.is_expert(each.name))
         if not found:
-            raise UsageError("the method drops experts: the model has none; give another method")
+            raise UsageError("the method is for experts: the model has none; give another method")
         return replace(self, linears=found)
 
     @property

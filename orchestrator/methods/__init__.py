@@ -27,6 +27,7 @@ METHODS: Registry[Method] = Registry(
         "expert-sharing": "orchestrator.methods.expert_sharing:ExpertSharing",
         "wanda": "orchestrator.methods.wanda:Wanda",
         "reap": "orchestrator.methods.reap:Reap",
+        "merge-experts": "orchestrator.methods.merge_experts:MergeExperts",
     },
     base=Method,
     makes=True,

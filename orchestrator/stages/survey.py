@@ -48,7 +48,7 @@ def survey(asked: Asked) -> Surveyed:
         linears = linears_of_experts(linears, found.experts)
         if not linears:
             raise UsageError(
-                f"{recipe.method} drops experts, and {asked.model} has none among the targeted "
+                f"{recipe.method} is for experts, and {asked.model} has none among the targeted "
                 "linears; give another method"
             )
     asked = replace(asked, budget=replace(asked.budget, experts=found.experts))

@@ -60,7 +60,7 @@ def test_statistics_are_those_that_a_worker_gathers(name, small):
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(24, 10), (10, 24), (16, 16)])
 @pytest.mark.parametrize(
-    "name", [n for n, m in METHODS.items() if m.form not in ("low_rank_sparse", "dropped")]
+    "name", [n for n, m in METHODS.items() if m.form not in ("low_rank_sparse", "dropped", "tied")]
 )
 def test_a_unit_stores_what_is_forecast(name, outputs, inputs):
     """Two factors up to the stored rank, or all entries with their positions."""

@@ -68,6 +68,7 @@ _METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda"},
     "expert-sharing": {"model": "qwen3_moe", "method": "expert-sharing"},
     "reap": {"model": "qwen3_moe", "method": "reap"},
+    "merge-experts": {"model": "qwen3_moe", "method": "merge-experts"},
 }
 _ALLOCATIONS: dict[str, dict[str, Any]] = {
     "allocation-svd-llm-v2": {"method": "svd", "allocation": "svd-llm-v2"},

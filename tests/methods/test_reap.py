@@ -207,7 +207,7 @@ def test_later_stages_pass_dropped_experts(places, tmp_path):
 def test_a_model_without_experts_is_refused(checkpoint, tmp_path):
     """Nothing could be dropped; the message names the method."""
     model = add_tokenizer(shutil.copytree(checkpoint("llama"), tmp_path / "dense"))
-    with pytest.raises(UsageError, match=r"reap drops experts, and .* has none"):
+    with pytest.raises(UsageError, match=r"reap is for experts, and .* has none"):
         run(model, tmp_path / "out", write_text(tmp_path / "text.txt"), method="reap")
 
 

@@ -172,6 +172,11 @@ class Experts(nn.Module):
             self._run(expert, states[:1].clone(), rows)
         return torch.empty_like(states)
 
+    def output(self, expert: int, states_NH: Tensor) -> Tensor:
+        """Compute the output [N, H] of one expert for any rows, wherever the router sends them."""
+        rows = torch.arange(len(states_NH), device=states_NH.device)
+        return self._run(expert, states_NH, RoutedRows(rows, None))
+
     def _run(self, expert: int, states_NH: Tensor, rows: RoutedRows) -> Tensor:
         """Compute the output [N, H] of one expert, without the router's weights."""
         inner_NI = self._activate(self._before_activation(expert, states_NH, rows))

@@ -25,5 +25,6 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "reap": {"method": "reap"},
     "reap, model": {"method": "reap", "options": {"reap": {"scope": "model"}}},
     "reap, zero": {"method": "reap", "options": {"reap": {"router": "zero"}}},
+    "merge-experts": {"method": "merge-experts"},
 }
 """All get the same kept fraction of the values of the experts."""

@@ -297,12 +297,18 @@ Q, K, DOWN = (
         ({Q: Assignment(form="low_rank", rank=3, nonzeros=3)}, "found nonzeros 3 for low_rank"),
         ({Q: Assignment(form="pivoted")}, "found rank 0 for pivoted"),
         ({Q: Assignment(form="pivoted", rank=32)}, r"pivoted a \[32, 32\] linear takes 1 to 31"),
-        ({Q: Assignment(form="pivoted", rank=3, basis=K)}, "only low_rank has one"),
+        (
+            {Q: Assignment(form="pivoted", rank=3, basis=K)},
+            "only low_rank, output_basis, tied have",
+        ),
         ({Q: Assignment(form="sparse")}, "found nonzeros 0 for sparse"),
         ({Q: Assignment(form="sparse", nonzeros=-1)}, "found nonzeros -1 for sparse"),
         ({Q: Assignment(form="sparse", nonzeros=1024)}, "which store 1024 values"),
         ({Q: Assignment(form="sparse", rank=1, nonzeros=3)}, "found rank 1 for sparse"),
-        ({Q: Assignment(form="sparse", nonzeros=3, basis=K)}, "only low_rank has one"),
+        (
+            {Q: Assignment(form="sparse", nonzeros=3, basis=K)},
+            "only low_rank, output_basis, tied have",
+        ),
         ({Q: Assignment(form="low_rank_sparse", rank=3)}, "found nonzeros 0 for low_rank_sparse"),
         ({Q: Assignment(form="low_rank_sparse", nonzeros=3)}, "found rank 0 for low_rank_sparse"),
         (

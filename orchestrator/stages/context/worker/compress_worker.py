@@ -47,6 +47,7 @@ from orchestrator.stages.context.worker.stored import (
     Decompositions,
     DenseTensors,
     KeptCandidates,
+    MergedWeights,
     StoredTensors,
     factors_file,
     host_tensors,
@@ -255,8 +256,9 @@ def planned_tensors(
     """
     kept = KeptCandidates(choice, decompositions, task) if choice else None
     chosen = (kept,) if kept else ()
-    pivoted = PivotedFactors(task, decompositions.run)
-    return StoredTensors((DenseTensors(task.model), pivoted, *chosen, decompositions), kept)
+    dense, pivoted = DenseTensors(task.model), PivotedFactors(task, decompositions.run)
+    merged = MergedWeights(dense, decompositions)
+    return StoredTensors((dense, pivoted, *chosen, merged, decompositions), kept)
 
 
 def _joined(opened: OpenShard, group: Sequence[Linear]) -> tuple[Tensor, InputGram | OutputGram]:

@@ -13,6 +13,7 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.activations import ActivationCalibration
 from orchestrator.models.statistics.calibration import Calibration
+from orchestrator.models.statistics.expert_outputs import OutputsCalibration
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored, Worker
 from orchestrator.stages.context.expert_group import WHOLE, ExpertGroup
@@ -57,9 +58,12 @@ class DenseModel:
             group: Experts whose statistics are gathered.
             options: Options of `Calibration`.
         """
-        task, tokens = self._task, self.tokens.ids.size
+        task, tokens, kind = self._task, self.tokens.ids.size, Calibration
+        if task.method.expert_outputs:
+            kind = OutputsCalibration
+        elif task.method.expert_activations:
+            kind = ActivationCalibration
         chosen = group.linears(linears, task.grouping)
-        kind = ActivationCalibration if task.method.expert_activations else Calibration
         opened = self.open_with(
             blocks, lambda shard: kind(shard, chosen, task.side, tokens=tokens, **options)
         )

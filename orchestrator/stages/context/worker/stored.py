@@ -16,7 +16,7 @@ from torch import Tensor
 from orchestrator.device.transport import download, upload
 from orchestrator.methods.kinds.base import Factor, Kind
 from orchestrator.methods.kinds.ranked import MaskedParts
-from orchestrator.models.checkpoint.layout import FileSpec, TensorSpec
+from orchestrator.models.checkpoint.layout import MEAN, FileSpec, TensorSpec
 from orchestrator.models.checkpoint.weights import Checkpoint, Weights
 from orchestrator.models.checkpoint.write import write_file
 from orchestrator.models.forms.config import ROUTER
@@ -114,6 +114,28 @@ class DenseTensors:
         found = self._weights.read(tensor.source)
         return found[list(tensor.experts)] if tensor.part == ROUTER else found
 
+    def weight(self, linear: str) -> Tensor:
+        """Return the dense weight of a linear, in its own layout."""
+        return self._weights.read(f"{linear}.weight")
+
+
+class MergedWeights:
+    """Means of dense weights by the calibration tokens of each; equal ones if there are none."""
+
+    def __init__(self, dense: DenseTensors, decompositions: "Decompositions") -> None:
+        self._dense, self._decompositions = dense, decompositions
+
+    def read(self, tensor: TensorSpec) -> Tensor | None:
+        """Return the mean, float64: that of equal weights is exact. Memory: two weights."""
+        if tensor.part != MEAN:
+            return None
+        tokens = [int(self._decompositions.whole(name, "tokens")) for name in tensor.members]
+        counts = tokens if any(tokens) else [1] * len(tokens)
+        total_OI = torch.zeros(tensor.shape, dtype=torch.float64)
+        for name, count in zip(tensor.members, counts, strict=True):
+            total_OI.add_(self._dense.weight(name).double(), alpha=count)
+        return total_OI / sum(counts)
+
 
 class Decompositions:
     """The decompositions of the linears, cut to the sizes that tensors have in the plan."""
@@ -156,6 +178,10 @@ class Decompositions:
             # on the host: the last ones would stay on the device as long as the worker
             self._last = wanted, (values_N.cpu(), positions_N.cpu())
         return self._last[1]
+
+    def whole(self, linear: str, name: str) -> Tensor:
+        """Return a stored tensor of a linear."""
+        return self.stored(self._task.linear(linear)).whole(name)
 
     def stored(self, linear: Linear) -> StoredFile:
         """Return the file of a linear, or of those that share its basis."""

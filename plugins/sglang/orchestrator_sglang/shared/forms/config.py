@@ -222,7 +222,7 @@ def _field_misfit(form: StoredForm, out_features: int, in_features: int) -> str:
             return f"found {name} {value} for {form.form}, {linear} takes {need}"
     if form.basis and "basis" not in optional:
         having = ", ".join(name for name, each in FORMS.items() if "basis" in each.optional)
-        return f"found a shared basis for {form.form}, only {having} has one"
+        return f"found a shared basis for {form.form}, only {having} have one"
     return ""
 
 
@@ -248,10 +248,7 @@ def _basis_misfit(
     if basis is None or basis.form != form.form or basis.basis:
         return f"found basis {reprlib.repr(form.basis)}, need a {form.form} linear with its own"
     if "rank" not in FORMS[form.form].fields and sizes[form.basis] != sizes[name]:
-        found, needed = (
-            f"[{', '.join(map(str, each))}]" for each in (sizes[form.basis], sizes[name])
-        )
-        return f"found the weight of {form.basis}, which is {found}, its own is {needed}"
+        return f"found the weight of {form.basis}, {sizes[form.basis]}, its own is {sizes[name]}"
     side = 0 if FORMS[form.form].basis_tensor == "weight" else 1
     own, other = sizes[name][side], sizes[form.basis][side]
     if (basis.rank, other) != (form.rank, own):

@@ -61,7 +61,7 @@ class TiedLinear(FormLinear):
     def tensors(
         cls, stored: StoredForm, out_features: int, in_features: int
     ) -> tuple[FormTensor, ...]:
-        """The weight, a mean of dense ones; none if it is another linear's."""
+        """The weight, a mean of dense ones; an empty tuple if it is another linear's."""
         shape = (out_features, in_features)
         return () if stored.basis else (FormTensor(name="weight", part="mean", shape=shape),)
 
@@ -80,7 +80,7 @@ class TiedLinear(FormLinear):
 
     @property
     def adaptable(self) -> tuple[str, ...]:
-        """None: an adapter of one linear would change the weight of all."""
+        """Return an empty tuple: an adapter of one linear would change the weight of all."""
         return ()
 
     def extra_repr(self) -> str:

@@ -1,0 +1,1 @@
+"""Allocators of whole experts."""
