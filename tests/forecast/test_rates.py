@@ -15,7 +15,7 @@ from orchestrator.forecast.rates import (
     largest_memory,
     machine_of,
 )
-from orchestrator.forecast.statistics import stacked
+from orchestrator.forecast.statistics import joint_linears
 from orchestrator.linalg import pivot
 from orchestrator.linalg.eigen import LARGEST
 from orchestrator.methods import METHODS
@@ -85,7 +85,7 @@ def test_no_eigendecomposition_is_too_large_for_a_gpu(method, name):
     `tests/linalg/test_eigen.py` tests the methods at this size."""
     shapes, made = shapes_of(name), METHODS[method]
     wide = max(max(each.in_features, each.out_features) for each in shapes.linears)
-    for linear in (stacked(each, made.grouping) for each in shapes.linears):
+    for linear in (joint_linears([each], made.grouping)[each.name] for each in shapes.linears):
         side = work.eigen_side(linear)
         assert side <= shapes.hidden <= LARGEST["cuda"]
         given = LinearStatistics(linear.in_features)
