@@ -38,7 +38,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "threshold": "orchestrator.allocate.threshold:Threshold",
         "cap": "orchestrator.allocate.cap:CapAllocator",
         "merge-experts": "orchestrator.allocate.experts.merge_experts:MergeExpertsAllocator",
-        "reap": "orchestrator.allocate.reap:ReapAllocator",
+        "reap": "orchestrator.allocate.experts.reap:ReapAllocator",
         "two-sided-sparse": "orchestrator.allocate.two_sided_sparse:TwoSidedSparseAllocator",
     },
     base=Allocator,

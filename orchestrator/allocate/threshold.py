@@ -11,7 +11,7 @@ import numpy as np
 
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import Budget, make_plan
-from orchestrator.allocate.drops import check_droppable, spend_dropping
+from orchestrator.allocate.experts.drops import check_droppable, spend_dropping
 from orchestrator.allocate.sampled_curve import SampledCurve, sample_curve
 from orchestrator.allocate.steps import (
     EVERY_RANK,

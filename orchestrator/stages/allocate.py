@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.allocate.base import Scoring
 from orchestrator.allocate.budget import Budget, plan_cost
-from orchestrator.allocate.drops import predicted_loss
+from orchestrator.allocate.experts.drops import predicted_loss
 from orchestrator.allocate.fill import fill_budget
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.cost import OPERATIONS, PICOSECONDS, VALUES, Cost, TimeCost

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.allocate.budget import Budget, plan_cost
-from orchestrator.allocate.drops import predicted_loss
+from orchestrator.allocate.experts.drops import predicted_loss
 from orchestrator.allocate.fill import fill_budget
 from orchestrator.allocate.threshold import Threshold
 from orchestrator.errors import InfeasibleError, UsageError

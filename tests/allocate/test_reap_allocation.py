@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.reap import ReapAllocator
+from orchestrator.allocate.experts.reap import ReapAllocator
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.forms import DROPPED
 from orchestrator.plan.saliency import Saliency
