@@ -10,7 +10,7 @@ import families
 import pytest
 import torch
 from families import _llama, write_checkpoint, write_model
-from pipeline import SENTENCES, add_tokenizer, contents, run, write_text
+from pipeline import SENTENCES, add_tokenizer, contents, run, with_tokenizer, write_text
 from pretend import TO_HOST, pretended_device
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,6 +36,7 @@ FEW = {
 """Fields for fewer trials, by method."""
 REFINEMENT = {"epochs": 2, "batches": 1, "learning_rate": 2e-4}
 TRAINING = {"epochs": 2, "batches": 1, "every": 1, "learning_rate": 2e-4, "top_k": 24}
+OF_EXPERTS = ("expert-sharing", "merge-experts", "reap")
 FORMS = {
     "low_rank": {},
     "pivoted": {"storage": "pivoted"},
@@ -144,7 +145,7 @@ def assert_a_step_is_read_once(device):
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [
-        *((name, "bfloat16") for name, each in METHODS.items() if not each.expert_activations),
+        *((name, "bfloat16") for name in METHODS if name not in OF_EXPERTS),
         *((method, "float32") for method in ("svd-llm", "cap", "two-sided", "two-sided-sparse")),
     ],
 )
@@ -156,6 +157,13 @@ def test_methods(method, dtype, model, text, tmp_path):
         passes = 2 if METHODS[method].label_draws else 1
         waits = Counter(each.site for each in device.reads if each.site.file in PASSES)
         assert all(count <= 2 * 2 * passes for count in waits.values()), waits
+
+
+@pytest.mark.parametrize("method", ["two-sided", *OF_EXPERTS])
+def test_methods_of_experts(method, moe_checkpoint, text, tmp_path):
+    """Statistics of routed tokens, and methods for experts, give the CPU's files."""
+    dense = with_tokenizer(moe_checkpoint("qwen3_moe"), tmp_path / "dense")
+    compress_on_both(dense, text, tmp_path, method=method)
 
 
 @pytest.mark.slow

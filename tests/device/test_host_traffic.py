@@ -63,7 +63,7 @@ def gathered(model, padding, device, pretended=None):
     """Statistics of a forward and backward pass; of a device, only the traffic in the pass."""
     lazy_model = LazyModel.open(model, dtype=torch.float32, device=device)
     with lazy_model.shard(range(BLOCKS)) as shard:
-        options = {"magnitudes": True, "curvature": True, "outputs": True}
+        options = {"magnitudes": True, "curvature": True, "outputs": lambda _: True}
         calibration = Calibration(shard, shard.linears, lambda *_: "input", **options)
         if pretended is not None:
             pretended.clear()

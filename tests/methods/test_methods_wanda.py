@@ -156,7 +156,9 @@ def test_all_entries_are_the_dense_weight():
 
 
 @pytest.mark.parametrize("name", sorted(set(ALLOCATORS) - {"uniform"}))
-def test_rank_allocations_are_refused_for_a_sparse_form(name):
+def test_other_allocations_are_refused_for_a_sparse_form(name):
     """One clear message that lists the possible allocations."""
-    with pytest.raises(UsageError, match=rf"'{name}' divides ranks.*one of uniform"):
+    with pytest.raises(
+        UsageError, match=rf"'{name}' divides (ranks|experts|clusters).*one of uniform"
+    ):
         make_allocator(name, {}, "sparse")

@@ -23,6 +23,7 @@ from orchestrator.models.survey.image_models import reads_images
 from orchestrator.models.survey.linears import check_parameters
 from orchestrator.models.survey.regions import find_regions, model_sizes
 from orchestrator.models.survey.repeats import find_repeats, repeat_experts
+from orchestrator.models.survey.tower import tower_linears
 from orchestrator.plan.linear import Survey
 from orchestrator.store.places import Place
 
@@ -83,6 +84,7 @@ def survey_config(place: Place) -> Survey:
         ),
         experts=experts,
         reads_images=reads_images(model_class.__name__),
+        tower=tower_linears(model, prefix),
     )
 
 

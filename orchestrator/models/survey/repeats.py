@@ -63,7 +63,12 @@ def repeat_experts(
         first: First block of the kind of every block.
     """
     return tuple(
-        replace(each, name=_moved(each.name, prefix, source, block), block=block)
+        replace(
+            each,
+            name=_moved(each.name, prefix, source, block),
+            block=block,
+            router=tuple(_moved(name, prefix, source, block) for name in each.router),
+        )
         for block, source in enumerate(first)
         for each in found
         if each.block == source
