@@ -264,7 +264,8 @@ def retention(points: Sequence[Point], *, label: str) -> Markup:
     drawn.append(element("path", d=f"M{x(best[0][0])} {y(best[0][1])}{steps}", class_="line"))
     for point in points:
         says = f"{point.name}: {point.x:,.0f} bytes, retention {point.y:.1%}"
-        drawn += _named(point, x(point.x), y(point.y), says=says, wide=wide)
+        # names above the line
+        drawn += _named(point, x(point.x), y(point.y), says=says, wide=wide, below=-6)
     drawn.append(text(f"bytes of the weights, {unit}", wide, high + 34, text_anchor="end"))
     return svg(wide, high + 38, label, *drawn, is_fixed=True)
 
@@ -275,8 +276,14 @@ def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
     return min(values) - pad, max(values) + pad
 
 
-def _named(point: Point, x: float, y: float, *, says: str, wide: float) -> list[Markup]:
-    """Draw a point with its name, to the left if there is no room to the right."""
+def _named(
+    point: Point, x: float, y: float, *, says: str, wide: float, below: float = 4
+) -> list[Markup]:
+    """Draw a point with its name, to the left if there is no room to the right.
+
+    Args:
+        below: Pixels from the point down to the base line of the name.
+    """
     at = {"cx": rounded(x), "cy": rounded(y)}
     opacity = None if point.is_best else 0.35
     circle = element(
@@ -284,8 +291,8 @@ def _named(point: Point, x: float, y: float, *, says: str, wide: float) -> list[
     )
     is_right = at["cx"] > wide - 7 * len(point.name) - 10
     anchor, shift = ("end", -8) if is_right else ("start", 8)
-    name = text(point.name, at["cx"] + shift, at["cy"] + 4, text_anchor=anchor, class_="name")
-    return [circle, name]
+    where = at["cx"] + shift, at["cy"] + below
+    return [circle, text(point.name, *where, text_anchor=anchor, class_="name")]
 
 
 def even_ticks(least: float, most: float, most_ticks: int = 8) -> list[float]:
