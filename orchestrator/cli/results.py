@@ -5,7 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.plan.result import Result, kept_bytes, rank_multiples
+from orchestrator.errors import InputError
+from orchestrator.plan.result import (
+    Result,
+    bits_per_weight,
+    bits_texts,
+    kept_bytes,
+    rank_multiples,
+    read_report,
+)
 from orchestrator.plan.speed import forecast_texts
 from orchestrator.readable import counted
 from orchestrator.usage import Usage
@@ -34,6 +42,20 @@ def kept_rows(report: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def bits_rows(report: Mapping[str, Any]) -> dict[str, str]:
+    """Bits per weight of the linears beside the rates; empty if the report has no sizes."""
+    found = bits_texts(report)
+    return {"bits per weight of the linears": ", ".join(filter(None, found))} if found else {}
+
+
+def _bits_of(model: Mapping[str, Any]) -> dict[str, str]:
+    """Bits per weight of an evaluated checkpoint; empty if it is dense, or its report unusable."""
+    try:
+        return bits_rows(read_report(Path(str(model["path"]))))
+    except (AttributeError, InputError, TypeError):
+        return {}
+
+
 def print_evaluation(report: Mapping[str, Any]) -> None:
     """Print one row per quantity and one column per model, the dense one first; then the
     comparison."""
@@ -47,6 +69,8 @@ def print_evaluation(report: Mapping[str, Any]) -> None:
         label = name.replace("_", " ")
         table.append([label, *("unknown" if v is None else shown(v) for v in values)])
     print_table(table)
+    for name, bits in _bits_of(models[-1]).items():
+        print(f"{name}: {bits}")
     is_base = report.get("against_is_base", True)
     if "kl" in report:
         from_what = "the dense model" if is_base else table[0][1]
@@ -114,6 +138,7 @@ def print_result(result: Result, as_json: bool) -> None:
             **kept_rows(result.report),
             "kept fraction of the whole model": f"{kept['model']:.4f}",
             "parameters": f"{values['model_before']:,} before, {values['model_after']:,} after",
+            **bits_rows(result.report),
             **({"ranks": "; ".join(filter(None, multiples))} if multiples else {}),
             **({"left dense": dense} if costs else {}),
             **{name: f"{found} {says}" for name, (found, says) in speeds.items()},
@@ -124,8 +149,9 @@ def print_result(result: Result, as_json: bool) -> None:
 
 
 def _with_forecast(result: Result) -> dict[str, Any]:
-    """Report with the forecast of the speed, which follows from it."""
-    return {**result.report, "speed_forecast": result.speed_forecast}
+    """Report with the bits per weight and the forecast of the speed, which follow from it."""
+    bits = bits_per_weight(result.report)
+    return {**result.report, "bits_per_weight": bits, "speed_forecast": result.speed_forecast}
 
 
 def print_results(results: Sequence[Result], as_json: bool, *, is_one: bool) -> None:

@@ -22,6 +22,7 @@ from orchestrator.pages.evaluations import (
     text_of,
 )
 from orchestrator.pages.sources import Source
+from orchestrator.plan.result import bits_texts
 from orchestrator.readable import size
 from orchestrator.version import __version__
 
@@ -116,6 +117,9 @@ def _summary(source: Source, base: str) -> str:
         "kept parameters of the whole model": f"{kept['model']:.1%}",
         "parameters": f"{values['model_after']:,} (dense: {values['model_before']:,})",
     }
+    if bits := bits_texts(report):
+        found, says = bits
+        rows["bits per weight of the targeted linears"] = f"{found} ({says})" if says else found
     if source.out_bytes is not None:
         dense = f" (dense: {size(source.dense_bytes)})" if source.dense_bytes else ""
         rows["weights on disk"] = f"{size(source.out_bytes)}{dense}"

@@ -18,8 +18,10 @@ from orchestrator.pages.evaluations import (
 )
 from orchestrator.pages.linears import by_role, entries, kept_of
 from orchestrator.pages.markup import Markup, element, page, section, write_page
+from orchestrator.pages.retention import retention_section
 from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.tables import DASH, cell, head, number, row_head
+from orchestrator.plan.result import bits_per_weight, compression_rates
 from orchestrator.readable import duration
 from orchestrator.recipe.recipe import SCHEDULE
 from orchestrator.store.places import Place
@@ -59,6 +61,7 @@ def comparison_page(sources: Sequence[Source]) -> Markup:
         _sizes(names, sources),
         *_evaluations(names, sources),
         _tasks(names, sources),
+        retention_section(names, sources),
         _kept_by_role(names, sources),
         _timings(names, sources),
         _left_out(names, sources),
@@ -111,6 +114,7 @@ def _sizes(names: Sequence[str], sources: Sequence[Source]) -> Markup | None:
     for name, source in zip(names, sources, strict=True):
         kept, values = source.report.get("kept", {}), source.report.get("values", {})
         in_linears = source.report.get("bytes", {}).get("stored")
+        bits, rates = bits_per_weight(source.report), compression_rates(source.report)
         rows.append(
             [
                 row_head(name),
@@ -120,12 +124,15 @@ def _sizes(names: Sequence[str], sources: Sequence[Source]) -> Markup | None:
                     for k in ("stored", "slack", "model_after")
                 ),
                 number(tables.count(in_linears), in_linears),
+                number(DASH if bits is None else f"{bits:.3f}", bits),
+                *(number(DASH if r is None else f"{r:.1%}", r) for r in rates or (None, None)),
                 number(tables.count(source.out_bytes), source.out_bytes),
             ]
         )
     named = (
         *("kept of the linears", "kept of the model", "values of the linears", "below the budget"),
-        *("parameters", "bytes of the linears", "bytes of the weights"),
+        *("parameters", "bytes of the linears", "bits per weight", "compression rate"),
+        *("compression rate without indices", "bytes of the weights"),
     )
     heads = [head("run"), *(head(each, "n") for each in named)]
     return section("Size", tables.table(heads, rows, label="size", is_sortable=True))
@@ -150,7 +157,7 @@ def _evaluations(names: Sequence[str], sources: Sequence[Source]) -> Iterator[Ma
 
 
 def _tasks(names: Sequence[str], sources: Sequence[Source]) -> Markup | None:
-    """Table of tasks: the dense model in the first row, then each run with its retention."""
+    """Table of the metrics of tasks: the dense model in the first row, then each run."""
     found = {
         name: {task_key(row): row for row in task_rows(source.evaluations)}
         for name, source in zip(names, sources, strict=True)
@@ -165,14 +172,10 @@ def _tasks(names: Sequence[str], sources: Sequence[Source]) -> Markup | None:
         known = [(k, r.get("against")) for each in found.values() for k, r in each.items()]
         dense = {key: value for key, value in known if value is not None}
         rows.append([row_head("dense"), *(score(dense.get(key)) for key in keys)])
-        rows[0] += [number(DASH)] * len(keys)
     for name, own in found.items():
-        kept = [own.get(key, {}).get("retention") for key in keys]
-        shown = (number(DASH if each is None else f"{each:.1%}", each) for each in kept)
         scores = (score(own.get(key, {}).get("model")) for key in keys)
-        rows.append([row_head(name), *scores, *shown])
+        rows.append([row_head(name), *scores])
     heads = [head("run"), *(head(key, "n") for key in keys)]
-    heads += [head(f"retention, {key}", "n") for key in keys]
     return section("Tasks", tables.table(heads, rows, label="tasks", is_sortable=True))
 
 

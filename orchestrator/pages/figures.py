@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.pages.markup import Markup, element, joined
+from orchestrator.readable import size
 
 POINTS = 64
 """Number of points of a curve; denser at small ranks, where it bends."""
@@ -165,8 +166,8 @@ def energy_lines(lines: Sequence[Line], *, break_even: int | None, label: str) -
         share = 1 - 10.0**-nines
         drawn.append(element("path", d=f"M{left} {y(share)}H{wide}", class_="axis"))
         drawn.append(text(f"{share:.{nines}f}", left - 6, y(share) + 4, text_anchor="end"))
-    for size in even_ticks(0, longest, most_ticks=4):
-        drawn.append(text(f"{size:g}", x(size), high + 15, text_anchor="middle"))
+    for tick in even_ticks(0, longest, most_ticks=4):
+        drawn.append(text(f"{tick:g}", x(tick), high + 15, text_anchor="middle"))
     if break_even is not None and break_even <= longest:
         title = element("title", f"break-even rank {break_even:,}")
         drawn.append(element("path", title, d=f"M{x(break_even)} 6V{high}", class_="mark"))
@@ -196,6 +197,8 @@ class Point:
     name: str
     x: float
     y: float
+    is_best: bool = True
+    """False for a point that is drawn faintly."""
 
 
 def scatter(points: Sequence[Point], *, level: float | None, label: str) -> Markup:
@@ -229,15 +232,67 @@ def scatter(points: Sequence[Point], *, level: float | None, label: str) -> Mark
         drawn.append(text(f"dense {level:.2f}", wide, height - 5, text_anchor="end"))
     for point in points:
         says = f"{point.name}: kept {point.x:.4f}, perplexity {point.y:.2f}"
-        at = {"cx": rounded(x(point.x)), "cy": rounded(y(point.y))}
-        drawn.append(element("circle", element("title", says), r=4, class_="hue", **at))
-        is_right = at["cx"] > wide - 7 * len(point.name) - 10
-        anchor, shift = ("end", -8) if is_right else ("start", 8)
-        drawn.append(
-            text(point.name, at["cx"] + shift, at["cy"] + 4, text_anchor=anchor, class_="name")
-        )
+        drawn += _named(point, x(point.x), y(point.y), says=says, wide=wide)
     drawn.append(text("kept fraction of the targeted linears", wide, high + 34, text_anchor="end"))
     return svg(wide, high + 38, label, *drawn, is_fixed=True)
+
+
+def retention(points: Sequence[Point], *, label: str) -> Markup:
+    """Draw retention over bytes, with the line of the most retention within so many bytes."""
+    wide, high, left = 460.0, 260.0, 44.0
+    largest = max(point.x for point in points)
+    amount, unit = size(largest).split()
+    scale = 1000.0 ** round(math.log(largest / float(amount), 1000))
+    least, most = _padded([point.x / scale for point in points], 0.02)
+    low, top = _padded([100 * point.y for point in points], 1.0)
+
+    def x(stored: float) -> float:
+        return rounded(left + (wide - left) * (stored / scale - least) / (most - least))
+
+    def y(kept: float) -> float:
+        return rounded(6 + (high - 6) * (top - 100 * kept) / (top - low))
+
+    drawn = [element("path", d=f"M{left} 6V{high}H{wide}", class_="axis")]
+    for percent in even_ticks(low, top):
+        height = y(percent / 100)
+        drawn.append(element("path", d=f"M{left} {height}H{wide}", class_="axis"))
+        drawn.append(text(f"{percent:.4g}%", left - 6, height + 4, text_anchor="end"))
+    for stored in even_ticks(least, most):
+        drawn.append(text(f"{stored:.4g}", x(stored * scale), high + 16, text_anchor="middle"))
+    best = sorted((point.x, point.y) for point in points if point.is_best)
+    steps = "".join(f"H{x(stored)}V{y(kept)}" for stored, kept in best)
+    drawn.append(element("path", d=f"M{x(best[0][0])} {y(best[0][1])}{steps}", class_="line"))
+    for point in points:
+        says = f"{point.name}: {point.x:,.0f} bytes, retention {point.y:.1%}"
+        # names above the line
+        drawn += _named(point, x(point.x), y(point.y), says=says, wide=wide, below=-6)
+    drawn.append(text(f"bytes of the weights, {unit}", wide, high + 34, text_anchor="end"))
+    return svg(wide, high + 38, label, *drawn, is_fixed=True)
+
+
+def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Return a range around values, wider than theirs by an eighth or `least` at each end."""
+    pad = max(0.12 * (max(values) - min(values)), least)
+    return min(values) - pad, max(values) + pad
+
+
+def _named(
+    point: Point, x: float, y: float, *, says: str, wide: float, below: float = 4
+) -> list[Markup]:
+    """Draw a point with its name, to the left if there is no room to the right.
+
+    Args:
+        below: Pixels from the point down to the base line of the name.
+    """
+    at = {"cx": rounded(x), "cy": rounded(y)}
+    opacity = None if point.is_best else 0.35
+    circle = element(
+        "circle", element("title", says), r=4, class_="hue", fill_opacity=opacity, **at
+    )
+    is_right = at["cx"] > wide - 7 * len(point.name) - 10
+    anchor, shift = ("end", -8) if is_right else ("start", 8)
+    where = at["cx"] + shift, at["cy"] + below
+    return [circle, text(point.name, *where, text_anchor=anchor, class_="name")]
 
 
 def even_ticks(least: float, most: float, most_ticks: int = 8) -> list[float]:

@@ -13,7 +13,7 @@ from orchestrator.pages.memory import memory
 from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.speeds import speeds
 from orchestrator.pages.tables import cell, head, number, row_head
-from orchestrator.plan.result import kept_bytes, rank_multiples
+from orchestrator.plan.result import bits_texts, kept_bytes, rank_multiples
 from orchestrator.plan.speed import forecast_texts, speed_forecast
 from orchestrator.readable import counted, duration, size
 from orchestrator.recipe.recipe import SCHEDULE
@@ -196,6 +196,8 @@ def _key_figures(source: Source) -> Markup | None:
         before = linear_bytes.get("dense_linears")
         said = f"{size(before)} before" if before is not None else ""
         shown.append(("bytes of the linears", size(linear_bytes["stored"]), said))
+    if bits := bits_texts(source.report):
+        shown.append(("bits per weight of the linears", *bits))
     if source.out_bytes is not None:
         said = f"{size(source.dense_bytes)} before" if source.dense_bytes is not None else ""
         shown.append(("weights on disk", size(source.out_bytes), said))

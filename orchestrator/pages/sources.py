@@ -19,7 +19,7 @@ import numpy as np
 from orchestrator.errors import InputError
 from orchestrator.pages.happened import UNLISTED
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.result import BENCH_SUFFIX, REPORT_FILE
+from orchestrator.plan.result import BENCH_SUFFIX, REPORT_FILE, read_report
 from orchestrator.readable import counted
 from orchestrator.recipe.recipe import SCHEDULE, Recipe
 from orchestrator.store.files import parse_json, size_of
@@ -102,7 +102,7 @@ def read_source(place: Place) -> Source:
     out: Place | None
     run: Place | None
     if (place / REPORT_FILE).is_file():
-        out, report = place, _read_report(place)
+        out, report = place, read_report(place)
         run, description = _run_of(place, report)
     else:
         run, description = place, RunDirectory(place).description()
@@ -111,7 +111,7 @@ def read_source(place: Place) -> Source:
                 f"{place}: is not a run of `compress`; name the run directory of a compression"
             )
         out = parse_place(description["out"]) if description.get("out") else None
-        report = _read_report(out) if out and (out / REPORT_FILE).is_file() else {}
+        report = read_report(out) if out and (out / REPORT_FILE).is_file() else {}
     speaks_of_out = run is not None and description.get("out") in (None, str(out))
     status = RunDirectory(run).status() if run and speaks_of_out else {}
     asked = description.get("recipe", {}) if speaks_of_out else {}
@@ -137,17 +137,6 @@ def read_source(place: Place) -> Source:
         dense_bytes=_weight_bytes(Path(dense)) if dense else None,
         remarks=[*remarks, *left_out, *stale],
     )
-
-
-def _read_report(out: Place) -> dict[str, Any]:
-    path = out / REPORT_FILE
-    try:
-        report = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(report, dict):
-        raise InputError(f"{path}: contains {type(report).__name__}, not an object")
-    return report
 
 
 def _run_of(out: Place, report: Mapping[str, Any]) -> tuple[Place | None, dict[str, Any]]:

@@ -12,6 +12,7 @@ from orchestrator.cli.main import main
 from orchestrator.cli.results import retention_text
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.pages.sources import read_source
+from orchestrator.plan.result import REPORT_FILE, bits_per_weight
 from orchestrator.stages.evaluate.tasks import compared
 
 pytest.importorskip("lm_eval")
@@ -80,6 +81,8 @@ def test_a_repeated_evaluation_computes_nothing(place, report, capsys):
     # the report is written again
     assert (code, len(after), sum(after[path] != units[path] for path in units)) == (0, 5, 1)
     table = printed.splitlines()
+    bits = bits_per_weight(json.loads((place / "out" / REPORT_FILE).read_text()))
+    assert any(line == f"bits per weight of the linears: {bits:.3f}" for line in table)
     assert table[-3].split() == ["task", "metric", "documents", "dense", "out", "retention"]
     kept = f"{report['tasks'][0]['retention']:.1%}"
     assert (table[-2].split()[:3], table[-2].split()[-1]) == (["ships", "acc", "24"], kept)
@@ -98,6 +101,7 @@ def test_pages_show_tasks(place, report, tmp_path):
             cell = f"{shown['value']:.4f} ± {shown['stderr']:.4f}"
             assert f">{cell}</td>" in page.read_text()
         assert f">{row['retention']:.1%}</td>" in page.read_text()
+    assert "Retention over bytes" in pages[1].read_text()
 
 
 def test_a_part_of_a_task_is_evaluated_beside_a_text(place, capsys):

@@ -17,6 +17,7 @@ from orchestrator import api
 from orchestrator.cli.main import main
 from orchestrator.hub.card import published_card
 from orchestrator.pages.sources import read_source
+from orchestrator.plan.result import bits_per_weight
 
 REPO = "someone/tiny"
 
@@ -135,6 +136,9 @@ def test_the_card_has_the_figures_of_report_and_evaluation(out, capsys):
     card = ModelCard(capsys.readouterr().out)
     report = json.loads((out / "orchestrator_report.json").read_text())
     assert f"| parameters | {report['values']['model_after']:,} (dense: " in card.text
+    assert (
+        f"| bits per weight of the targeted linears | {bits_per_weight(report):.3f} |" in card.text
+    )
     (found,) = [
         manifest["facts"]
         for path in (out.parent / "out.evaluation").glob("units/*/*/manifest.json")

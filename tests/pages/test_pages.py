@@ -17,6 +17,7 @@ from orchestrator.pages.figures import Line
 from orchestrator.pages.linears import by_role, entries, heat_cells, place, size_at
 from orchestrator.pages.markup import Markup, element
 from orchestrator.pages.sources import read_source
+from orchestrator.plan.result import bits_per_weight
 from orchestrator.store.files import write_json
 from orchestrator.store.run import RunDirectory
 
@@ -97,6 +98,7 @@ def test_the_page_says_what_the_report_says(runs):
         assert f"{report['kept'][number]:.4f}" in page.texts
     for number in ("stored", "model_after"):
         assert f"{report['values'][number]:,}" in page.text
+    assert f"{bits_per_weight(report):.3f}" in page.texts
     for linear in report["linears"].values():
         assert {str(linear["weight_error"]), str(linear["activation_error"])} <= page.values
     assert {f"{seconds}" for seconds in report["timings"]["seconds"].values()} <= page.values
@@ -315,6 +317,7 @@ def test_compare_shows_what_differs(runs, tmp_path):
     for result in runs:
         report = result.report
         assert str(report["values"]["stored"]) in page.values
+        assert str(bits_per_weight(report)) in page.values
         assert str(sum(report["timings"]["seconds"].values())) in page.values
         kept = sum(e["values"] for n, e in report["linears"].items() if n.endswith("down_proj"))
         assert str(kept / (4 * 32 * 48)) in page.values

@@ -12,6 +12,7 @@ from orchestrator import retarget
 from orchestrator.cli.main import main
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.pages.report import rendered_report
+from orchestrator.plan.result import bits_per_weight
 from orchestrator.plan.speed import speed_forecast
 
 FEW = {"samples": 2, "sequence_length": 16}
@@ -112,7 +113,9 @@ def test_the_forecast_is_shown(timed, made, table, capsys):
     assert f"{said} {times['planned']:,.0f} us of the linears at 1 token" in shown
     assert "left dense" in shown
     assert main([*again, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["speed_forecast"]
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["bits_per_weight"] == bits_per_weight(shown)
+    found = shown["speed_forecast"]
     assert found["measured"]["speed"] == times["dense"] / times["planned"]
     assert found["at_most"].keys() == {"prefill", "decode"}
 

@@ -14,6 +14,7 @@ from orchestrator import verify
 from orchestrator.cli.main import main
 from orchestrator.models.evaluation.verification import sampled
 from orchestrator.pages.evaluations import before_and_after, evaluated_text
+from orchestrator.plan.result import bits_per_weight
 
 RECIPES = {
     "svd-llm": {},
@@ -38,7 +39,8 @@ def llama(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_checkpoint_of_a_run_is_sound(name, llama, text, tmp_path):
-    """All forms; errors match the report up to rounding to 16 bits, where it has no estimates."""
+    """All forms; errors match the report up to rounding to 16 bits, where it has no estimates, and
+    the bits per weight are those of the tensors in the files, never fewer than in theory."""
     result = run(llama, tmp_path / "out", text, max_shard_size="30KB", **RECIPES[name])
     found = verify(result.out, against=llama, linears=100)
     assert found["problems"] == []
@@ -52,6 +54,20 @@ def test_the_checkpoint_of_a_run_is_sound(name, llama, text, tmp_path):
         for linear in found["linears"].values():
             assert linear["error"] == pytest.approx(linear["reported"], rel=0.01, abs=1e-3)
     assert 0 < found["logits"]["kl"] < 5
+    bits = 8 * bytes_of_linears(result) / result.report["values"]["dense_linears"]
+    assert bits_per_weight(result.report) == bits
+    assert bits >= 32 * result.report["kept"]["linears"]
+    has_index = name in ("pivoted", "sparse", "both", "fitted")
+    assert (bits > 32 * result.report["kept"]["linears"]) == has_index
+
+
+def bytes_of_linears(result):
+    """Bytes of all tensors of the targeted linears in the files; the model has no biases."""
+    tensors = {}
+    for path in result.out.glob("*.safetensors"):
+        tensors |= load_file(path)
+    below = tuple(f"{name}." for name in result.report["linears"])
+    return sum(each.nbytes for name, each in tensors.items() if name.startswith(below))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "falcon"])
