@@ -46,6 +46,10 @@ class CatalogueEntry:
     """First sentences of its documentation."""
     source: str
     """Publication; empty if it was derived here."""
+    departure: str = ""
+    """Difference of a method from its publication."""
+    use: str = ""
+    """Advice on when to take a method."""
     package: str
     """Name and version of the package that it is from; empty for this one."""
     options: tuple[OptionEntry, ...] = ()
@@ -74,6 +78,8 @@ def _entry(registry: Registry[Any], name: str) -> CatalogueEntry:
         name=name,
         summary=" ".join((inspect.getdoc(owner) or "").split("\n\n")[0].split()),
         source=getattr(owner, "source", ""),
+        departure=getattr(owner, "departure", ""),
+        use=getattr(owner, "use", ""),
         package=package,
         options=tuple(option for table, each in tables.items() for option in _options(table, each)),
     )

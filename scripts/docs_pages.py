@@ -1,5 +1,7 @@
 """Hook of mkdocs: pages that are made from sources when the documentation is built.
 
+    python scripts/docs_pages.py --write      write the table of methods into docs/methods.md
+
 The home page is the README; the reference is made from the parser, the fields of a recipe and the
 catalogue, so that it cannot differ from them.
 """
@@ -8,6 +10,7 @@ import argparse
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +21,7 @@ FILES = {
     "changelog.md": "CHANGELOG.md",
 }
 """Pages that are files of the repository."""
+METHODS = ROOT / "docs" / "methods.md"
 TYPES = {bool: "true or false", float: "number", int: "whole number", str: "string"}
 GENERATED = "Generated from the sources of this version.\n"
 
@@ -153,12 +157,37 @@ def options() -> Iterator[str]:
                 continue
             source = f" ({entry.source})" if entry.source else ""
             yield f"### {entry.name}\n\n{text(entry.summary)}{source}\n"
+            if entry.departure:
+                yield f"Differs: {text(entry.departure)}\n\nUse: {text(entry.use)}\n"
             if entry.options:
                 yield "| option | default | meaning |\n|---|---|---|"
             for each in entry.options:
                 default = f"`{toml_value(each.default)}`"
                 yield row(f"`{each.table}.{each.name}`", default, cell(each.help))
             yield ""
+
+
+def methods_table() -> str:
+    """Write the methods of this package: definition, source, differences from it, advice."""
+    from orchestrator.catalogue import catalogue
+
+    rows = ["| `--method` | definition | source | differs | use |", "|---|---|---|---|---|"]
+    for entry in catalogue()["methods"]:
+        if not entry.package:
+            source = re.sub(r"(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", entry.source)
+            said = (cell(each) for each in (entry.summary, entry.departure, entry.use))
+            definition, departure, use = said
+            source = source.removeprefix("arXiv ") or "derived here"
+            rows.append(row(f"`{entry.name}`", definition, source, departure, use))
+    return "\n".join(rows) + "\n"
+
+
+def with_methods(page: str) -> str:
+    """Put the table of methods in the place of the first table of a page."""
+    lines = page.splitlines(keepends=True)
+    start = next(place for place, line in enumerate(lines) if line.startswith("|"))
+    rest = "".join(dropwhile(lambda line: line.startswith("|"), lines[start:]))
+    return "".join(lines[:start]) + methods_table() + rest
 
 
 def row(*cells: str) -> str:
@@ -180,3 +209,15 @@ def text(said: str) -> str:
 def sentence(said: str) -> str:
     """Begin with a capital letter, except in a name."""
     return said[:1].upper() + said[1:]
+
+
+def main() -> None:
+    """Write the table of methods, with `--write`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", required=True)
+    parser.parse_args()
+    METHODS.write_text(with_methods(METHODS.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -260,6 +260,8 @@ def test_it_is_listed(toy, capsys):
         "name": "diagonal",
         "summary": "Keep one weight of each output.",
         "source": "arXiv 0000.00000",
+        "departure": "",
+        "use": "",
         "package": "toy 1.0",
         "error": "",
         "options": [

@@ -29,6 +29,10 @@ class Method(Protocol):
     name: ClassVar[str]
     source: ClassVar[str] = ""
     """Publication, `arXiv 2403.07378`; empty if it was derived here."""
+    departure: ClassVar[str] = ""
+    """Sentence on what differs from the publication or its code."""
+    use: ClassVar[str] = ""
+    """Sentence on when to take it."""
     version: ClassVar[int] = 1
     """Raised when the method's results change; older units are then computed again."""
     form: ClassVar[str] = "low_rank"

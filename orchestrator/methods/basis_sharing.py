@@ -24,6 +24,10 @@ class BasisSharing(SvdLlm):
 
     name: ClassVar[str] = "basis-sharing"
     source: ClassVar[str] = "arXiv 2410.03765"
+    departure: ClassVar[str] = (
+        "A shorter last group has a rank of its own; no Cholesky factor and no inverse."
+    )
+    use: ClassVar[str] = "To compare with: close to `svd-llm` in our results."
     allocation: ClassVar[str] = "uniform"
 
     group: int = 2

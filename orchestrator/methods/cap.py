@@ -47,6 +47,11 @@ class Cap(Method):
 
     name: ClassVar[str] = "cap"
     source: ClassVar[str] = "arXiv 2505.03801"
+    departure: ClassVar[str] = (
+        "Schedule, stopping rule and utilities are ours, as the sources leave them open; the "
+        "factors of L are not balanced."
+    )
+    use: ClassVar[str] = "To compare with: `two-sided-sparse` lost far less in our results."
     version: ClassVar[int] = 3
     form: ClassVar[str] = "low_rank_sparse"
     allocation: ClassVar[str] = "cap"

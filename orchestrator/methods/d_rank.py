@@ -20,6 +20,11 @@ class DRank(BasisSharing):
 
     name: ClassVar[str] = "d-rank"
     source: ClassVar[str] = "arXiv 2509.25622"
+    departure: ClassVar[str] = (
+        "Ranks are the optimum over integers, and nothing is refitted; `d-rank.setting`, "
+        "`d-rank.beta` and `d-rank.refit` restore the paper's."
+    )
+    use: ClassVar[str] = "To compare with: `svd-llm` lost less in our results."
     allocation: ClassVar[str] = "d-rank"
 
     group: int = 1

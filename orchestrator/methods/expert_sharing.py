@@ -32,6 +32,13 @@ class ExpertSharing(TwoSided):
 
     name: ClassVar[str] = "expert-sharing"
     source: ClassVar[str] = "arXiv 2503.23100, 2506.23266"
+    departure: ClassVar[str] = (
+        "Bases are calibrated, in the norms of `two-sided`, where MoLAE has no calibration; "
+        "experts are not clustered, as in Sub-MoE."
+    )
+    use: ClassVar[str] = (
+        "For experts that are used evenly, with `expert-sharing.refit=always`; else `two-sided`."
+    )
 
     refit: Literal["never", "above_forty", "always"] = "never"
     """Condition of a refit of left factors to the compressed model's inputs, with the basis kept;

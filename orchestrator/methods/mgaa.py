@@ -17,4 +17,9 @@ class Mgaa(SvdLlm):
 
     name: ClassVar[str] = "mgaa"
     source: ClassVar[str] = "arXiv 2507.03294"
+    departure: ClassVar[str] = (
+        "A reconstruction: neither the paper's formula from cosine to kept fraction nor the "
+        "method that it was tried with is public."
+    )
+    use: ClassVar[str] = "Without gradients: of such low-rank methods it lost least in our results."
     allocation: ClassVar[str] = "mgaa"

@@ -29,6 +29,13 @@ class Reap(Method):
 
     name: ClassVar[str] = "reap"
     source: ClassVar[str] = "arXiv 2510.13999"
+    departure: ClassVar[str] = (
+        "The number of experts follows from the kept fraction; where the router scales inputs, "
+        "so are those of the norm."
+    )
+    use: ClassVar[str] = (
+        "For a model of the same class with fewer experts; `two-sided` lost less in our results."
+    )
     decomposition: ClassVar[str] = "reap"
     form: ClassVar[str] = "dropped"
     allocation: ClassVar[str] = "reap"

@@ -23,6 +23,8 @@ class Svd(Method):
 
     name: ClassVar[str] = "svd"
     source: ClassVar[str] = "Eckart and Young, 1936"
+    departure: ClassVar[str] = "Not at all; calibration tokens serve the report alone."
+    use: ClassVar[str] = "As the baseline without statistics."
     decomposition: ClassVar[str] = "svd"
 
     @property

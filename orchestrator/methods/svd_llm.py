@@ -33,6 +33,13 @@ class SvdLlm(Method):
 
     name: ClassVar[str] = "svd-llm"
     source: ClassVar[str] = "arXiv 2403.07378"
+    departure: ClassVar[str] = (
+        "Sums in float64, no Cholesky factor and no inverse; the update of left factors is the "
+        "option `refit`, after one pass for all blocks."
+    )
+    use: ClassVar[str] = (
+        "Without gradients, in one forward pass; with `--refine in_order` it is AA-SVD."
+    )
     decomposition: ClassVar[str] = "whitened-svd"
 
     refit: Literal["never", "above_forty", "always"] = "never"

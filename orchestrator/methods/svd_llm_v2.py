@@ -16,4 +16,9 @@ class SvdLlmV2(SvdLlm):
 
     name: ClassVar[str] = "svd-llm-v2"
     source: ClassVar[str] = "arXiv 2503.12340"
+    departure: ClassVar[str] = (
+        "One decomposition in place of two SVDs, equal to them in exact arithmetic; "
+        "`svd-llm-v2.most_removed` bounds what one linear loses."
+    )
+    use: ClassVar[str] = "To compare with: no better than `svd-llm` in our results."
     allocation: ClassVar[str] = "svd-llm-v2"

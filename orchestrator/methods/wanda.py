@@ -33,6 +33,11 @@ class Wanda(Method):
 
     name: ClassVar[str] = "wanda"
     source: ClassVar[str] = "arXiv 2306.11695"
+    departure: ClassVar[str] = (
+        "Blocks are pruned on inputs of the dense model, not of the pruned blocks before; no n:m "
+        "patterns."
+    )
+    use: ClassVar[str] = "As the sparse baseline, in one forward pass; it saves bytes and no time."
     decomposition: ClassVar[str] = "wanda"
     form: ClassVar[str] = "sparse"
 

@@ -10,9 +10,13 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from docs_blocks import PAGES, README
+from docs_pages import METHODS as METHODS_PAGE
+from docs_pages import with_methods
 
 from orchestrator import api
+from orchestrator.cli.main import main
 from orchestrator.cli.verbs import VERBS
+from orchestrator.methods import METHODS
 from orchestrator.recipe.field import described
 from orchestrator.recipe.recipe import Recipe
 
@@ -72,6 +76,20 @@ def test_the_reference_has_every_field_and_verb(site):
     options = str(SitePage(site / "reference" / "options.html"))
     assert "mgaa.t" in options
     assert "Largest fraction that may be removed of one linear." in options
+
+
+def test_every_method_says_how_it_differs_and_when_to_use_it(capsys):
+    """Each in its own words, not its base class's: in the table of the page, which
+    `python scripts/docs_pages.py --write` writes, and in `orchestrator methods`."""
+    page = METHODS_PAGE.read_text()
+    assert page == with_methods(page)
+    assert main(["methods"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name in METHODS:
+        own = vars(type(METHODS[name]))
+        assert own.get("departure"), name
+        assert own.get("use"), name
+        assert f"Differs: {own['departure']} Use: {own['use']}" in printed, name
 
 
 def test_the_home_page_is_the_readme(site):

@@ -53,6 +53,8 @@ def _section(kind: str, entries: "list[CatalogueEntry]") -> Iterator[str]:
         origin = [entry.source or derived, f"from {entry.package}" if entry.package else ""]
         if any(origin):
             yield from _indented("; ".join(filter(None, origin)))
+        yield from _indented(f"Differs: {entry.departure}") if entry.departure else ()
+        yield from _indented(f"Use: {entry.use}") if entry.use else ()
         for table in {option.table: None for option in entry.options}:
             if listed.setdefault(table, entry.name) != entry.name:
                 yield from _indented(f"{table}: see {listed[table]}", deeper="    ")
@@ -67,6 +69,7 @@ def _indented(text: str, deeper: str = "") -> list[str]:
     return wrap(
         text.strip(),
         width=WIDTH,
+        break_on_hyphens=False,  # names stay whole
         initial_indent=f"    {deeper}",
         subsequent_indent=f"    {deeper}  " if deeper else "    ",
     )
