@@ -24,9 +24,9 @@ from orchestrator.allocate.steps import (
 from orchestrator.errors import UsageError
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.expert_groups import check_routers
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
+from orchestrator.plan.whole_experts import check_routers
 from orchestrator.recipe.options import check_choice, check_number
 
 MOST_STEPS = 100_000_000

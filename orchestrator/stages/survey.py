@@ -15,8 +15,8 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.image_models import image_token
 from orchestrator.models.survey.select import select
 from orchestrator.plan.cost import VALUES
-from orchestrator.plan.expert_groups import linears_of_experts
 from orchestrator.plan.linear import Linear
+from orchestrator.plan.whole_experts import linears_of_experts
 from orchestrator.recipe.recipe import LONGEST_SEQUENCE, MOST_SAMPLES, TOKENS_PER_INPUT
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.context.values import Asked, Surveyed, extended
