@@ -52,16 +52,7 @@ def survey(asked: Asked) -> Surveyed:
                 "linears; give another method"
             )
     asked = replace(asked, budget=replace(asked.budget, experts=found.experts))
-    if grouping.size > 1 and not any(map(grouping.joins, linears)):
-        raise UsageError(
-            f"{recipe.method}: group is {grouping.size}, but no targeted linear is "
-            f"named one of {', '.join(grouping.kinds)}; give group 1"
-        )
-    if grouping.experts and not any(each.experts for each in linears):
-        raise UsageError(
-            f"{recipe.method}: no targeted linear is an expert's, so none share a basis; target "
-            "experts, as *.experts.*, or give method two-sided"
-        )
+    grouping.check(linears, asked.method.name)
     # other costs of a shared basis are those of its linears
     is_of_values = asked.budget.cost is VALUES
     checked = grouping.stacked(linears) if is_of_values else linears
