@@ -131,6 +131,7 @@ def _resolve(asked: Recipe) -> ResolvedRecipe:
     _, options = split_options(recipe, recipe.allocation)
     allocator = make_allocator(recipe.allocation, options, method.form)
     _check_measures(recipe, method)
+    _check_drop(recipe, method, allocator)
     if isinstance(recipe.expert_groups, int) and not method.takes_experts_apart:
         raise UsageError(
             f"expert_groups is {recipe.expert_groups}, but {method.name} takes all experts of a "
@@ -187,6 +188,21 @@ def _check_measures(recipe: Recipe, method: Method) -> None:
         )
 
 
+def _check_drop(recipe: Recipe, method: Method, allocator: Allocator) -> None:
+    """Raises UsageError where experts cannot be dropped one by one, or where that saves nothing."""
+    asked = f"{recipe.allocation}: drop is {allocator.drop!r}"
+    if allocator.drop != "no" and method.grouping.experts:
+        raise UsageError(
+            f"{asked}, and {method.name} gives the experts of a block one basis; leave drop out, "
+            "or give method two-sided"
+        )
+    if allocator.drop == "reroute" and recipe.size_field in (OperationCost.field, TimeCost.field):
+        raise UsageError(
+            f"{asked} and {recipe.size_field} is given: a token that is routed again takes as many "
+            "experts, so that dropped ones save no operations; give drop 'zero', or keep"
+        )
+
+
 def _rank_multiple(recipe: Recipe, method: Method) -> Multiple:
     """Return the number of which ranks are multiples; 1 where a cut is no rank.
 
@@ -208,16 +224,18 @@ def _cost(recipe: Recipe, method: Method, multiple: Multiple, table: LatencyTabl
     """Return the cost that the size of the recipe is a fraction of.
 
     Raises:
-        UsageError: Of operations or time, for a method that keeps entries; of time, for ranks that
-            are no multiples.
+        UsageError: Of operations or time, for a method that keeps entries or experts; of time, for
+            ranks that are no multiples.
     """
     if recipe.size_field not in (OperationCost.field, TimeCost.field):
         return VALUES
     if (divided := FORMS[method.form].divided) != "ranks":
+        reason = "and a sparse weight is multiplied as a dense one, which saves no operations"
+        if divided in ("experts", "clusters"):
+            reason = "and a token takes as many experts as before, which saves no operations"
         raise UsageError(
-            f"{recipe.size_field}: {method.name} keeps {divided}, and a sparse weight is "
-            "multiplied as a dense one, which saves no operations; give keep, or a method of low "
-            "rank"
+            f"{recipe.size_field}: {method.name} keeps {divided}, {reason}; give keep, or a method "
+            "of low rank"
         )
     if table is None or recipe.size_field == OperationCost.field:
         return OPERATIONS

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from enum import Enum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from orchestrator.allocate.budget import Budget
 from orchestrator.plan.curve import Curve
@@ -42,6 +42,12 @@ class Allocator(Protocol):
         """
         return False
 
+    @property
+    def drop(self) -> Literal["no", "zero", "reroute"]:
+        """Experts that a plan of ranks may drop: none; some, with routers as they are, or without
+        the rows of those."""
+        return "no"
+
     def __init__(self, **options: Any) -> None:
         """Raises UsageError for an option's value that is not allowed."""
         return None
@@ -61,7 +67,7 @@ class Allocator(Protocol):
         """Raise the errors of `Budget.total` for a budget that no plan meets.
 
         Args:
-            linears: Tall linears of groups; of another cost than values their members.
+            linears: Joint linears of groups; of another cost than values their members.
         """
         budget.total(linears)
 

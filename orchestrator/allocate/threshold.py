@@ -24,9 +24,9 @@ from orchestrator.allocate.steps import (
 from orchestrator.errors import UsageError
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.curve import Curve
-from orchestrator.plan.expert_groups import check_routers
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
+from orchestrator.plan.whole_experts import check_routers
 from orchestrator.recipe.options import check_choice, check_number
 
 MOST_STEPS = 100_000_000
@@ -56,9 +56,9 @@ class Threshold(Allocator):
     `hull` divides any cost of the budget: values, operations or measured time. `break_even` is a
     rule about values.
 
-    With `drop`, rank 0 of a whole expert is a step too: see `allocate.drops`. The curves must be in
-    nats, as those of two-sided factors are. Of other costs than values, the largest plan of values
-    within them is taken.
+    With `drop`, rank 0 of a whole expert is a step too (`allocate.experts.drops`). Its loss is in
+    the unit of the curves, and so unrelated to that of the model where it is not nats. Of other
+    costs than values, the largest plan of values within them is taken.
 
     With `floor` above 0 the first part of the budget goes to a uniform share of every linear. Then
     the rank of a linear may fall as the budget grows; the stored total does not.

@@ -49,14 +49,22 @@ def costs_of(shapes: Shapes, resolved: ResolvedRecipe) -> Costs:
     Raises:
         UsageError: A selector of the recipe covers no linear, or one in a vision tower that the
             recipe cannot compress.
-        InfeasibleError: No plan is within a budget of operations or time.
+        InfeasibleError: No plan is within a budget of operations or time, or with experts within
+            any.
         InputError: A table of times lacks the shape of a linear.
     """
     recipe = resolved.recipe
     targeted = shapes.narrowed(recipe.target, recipe.ignore)
     check_towers(targeted.linears, resolved)
     if resolved.method.expert_activations:
-        targeted = targeted.of_experts()
+        targeted = targeted.of_experts(resolved.method.name)
+    grouping = resolved.method.grouping
+    grouping.check(targeted.linears, resolved.method.name)
+    if shapes.modules or resolved.allocator.drop != "no":
+        is_of_values = resolved.budget.cost is VALUES
+        checked = grouping.stacked(targeted.linears) if is_of_values else targeted.linears
+        budget = replace(resolved.budget, experts=shapes.modules)
+        resolved.allocator.check_budget(checked, budget)
     if resolved.budget.cost is not VALUES:
         resolved.budget.total(targeted.linears)
     return Costs(targeted, recipe, resolved.method, resolved.allocator, resolved.budget)

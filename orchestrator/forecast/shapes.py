@@ -23,7 +23,7 @@ from orchestrator.models.checkpoint.headers import (
 )
 from orchestrator.models.survey.select import select
 from orchestrator.plan.codecs import itemsize_of
-from orchestrator.plan.linear import Linear
+from orchestrator.plan.linear import ExpertsModule, Linear
 from orchestrator.store.places import Place
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -63,14 +63,19 @@ class Shapes:
     """Heads times their channels."""
     itemsize: int
     """Bytes of a value on disk."""
-    experts: tuple[str, ...] = ()
-    """Names of the modules of experts, whose linears see a part of the tokens."""
+    modules: tuple[ExpertsModule, ...] = ()
+    """Modules of experts, whose linears see a part of the tokens."""
     expert_values: int = 0
     """Values of the experts of a block."""
     tower: tuple[Linear, ...] = ()
     """The linears of a vision tower."""
     routed: float = 1.0
     """Fraction of the tokens that an expert sees, if all see equally many."""
+
+    @cached_property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the modules of experts."""
+        return tuple(each.name for each in self.modules)
 
     def is_expert(self, name: str) -> bool:
         """Test if a linear or a statistic, by its name, is an expert's."""
@@ -106,15 +111,18 @@ class Shapes:
         every = (*self.tower, *self.linears)
         return replace(self, linears=tuple(each for each in every if each.name in chosen))
 
-    def of_experts(self) -> "Shapes":
-        """Shapes with the linears of experts only.
+    def of_experts(self, method: str) -> "Shapes":
+        """Shapes with the linears of experts only, for a method that measures experts as wholes.
 
         Raises:
             UsageError: There are none.
         """
         found = tuple(each for each in self.linears if self.is_expert(each.name))
         if not found:
-            raise UsageError("the method is for experts: the model has none; give another method")
+            raise UsageError(
+                f"{method} is for experts, and the model has none among the targeted linears; give "
+                "another method"
+            )
         return replace(self, linears=found)
 
     @property

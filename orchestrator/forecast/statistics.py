@@ -28,12 +28,14 @@ class BlockStatistics:
 
     linears: tuple[Linear, ...]
     grams: Mapping[str, int]
-    """Channels of the Grams by their source: a site, or `NAME output` of a linear."""
+    """Channels of the Grams by their source: a site, or `NAME output` of a linear; 0 for none."""
     has_gradients: bool = False
     output_curvature: bool = False
     """True if gradients are those of the outputs, also where O > I."""
     grouping: Grouping = field(default_factory=Grouping)
     """Groups, of which those with a basis of outputs have gradients of the outputs too."""
+    runs_every_expert: bool = False
+    """True if every expert runs on every token, beside those that the router chooses."""
 
     def source(self, linear: Linear) -> str:
         """The source of the Gram that a linear is decomposed with."""
@@ -60,7 +62,7 @@ class BlockStatistics:
         """
         source = self.source(linear)
         gram = self.grams[source]
-        if source == linear.site and gram != linear.in_features:
+        if source == linear.site and gram not in (0, linear.in_features):
             gram = linear.out_features  # of linears side by side, the moment of their outputs
         return LinearStatistics(gram, self.curvature(linear), known)
 
@@ -128,14 +130,17 @@ def kept_rows(shapes: Shapes, statistics: BlockStatistics, tokens: int, itemsize
 def method_statistics(linears: Sequence[Linear], method: Method) -> BlockStatistics:
     """The statistics that a method needs of the linears of a block.
 
-    Linears that share a basis have the Gram of their inputs.
+    Linears that share a basis have the Gram of their inputs. A number or a row of an expert in the
+    place of Grams is not counted.
     """
+    none = dict.fromkeys((each.site for each in linears), 0)
     return BlockStatistics(
         linears=tuple(linears),
-        grams=dict(_method_grams(linears, method)),
+        grams=none if method.expert_activations else dict(_method_grams(linears, method)),
         has_gradients=method.label_draws > 0,
         output_curvature=method.output_curvature,
         grouping=method.grouping,
+        runs_every_expert=method.expert_outputs,
     )
 
 
@@ -180,6 +185,8 @@ def gathering(shapes: Shapes, statistics: BlockStatistics, tokens: int, itemsize
     sites = {each.site for each in statistics.linears}
     passes = 2 if statistics.has_gradients else 1
     total = computed(forward_flops(shapes, tokens), itemsize).times(passes)
+    if statistics.runs_every_expert:
+        total += computed(2.0 * tokens * shapes.expert_values, itemsize)
 
     def as_passed(flops: float) -> Work:
         """Products of values of the pass, in its dtype, with results in float32."""

@@ -26,7 +26,7 @@ def surveyed_shapes(survey: Survey) -> Shapes:
         vocabulary=sizes.vocabulary,
         attention=max(heads, default=sizes.hidden),
         itemsize=itemsize_of(survey.dtype, 4),
-        experts=tuple(each.name for each in survey.experts),
+        modules=survey.experts,
         tower=survey.tower,
     )
     if not survey.experts:

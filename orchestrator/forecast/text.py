@@ -64,6 +64,7 @@ def _experts(found: Forecast) -> dict[str, str]:
     parts = {"inputs of gate and up as rows": about["rows"], "Grams": about["grams"]}
     held = ", ".join(f"{name} {size(each)}" for name, each in parts.items() if each)
     of = f"in {groups} groups, each with passes of its own" if groups > 1 else "all at once"
+    held = held or "no Grams"
     return {"expert statistics": f"{counted(about['count'], 'expert')} of a block {of}: {held}"}
 
 

@@ -15,7 +15,7 @@ class BasisSharing(SvdLlm):
     With W the weights on top of each other, [n m, k], and H the sum of their inputs' second
     moments, `W' = U_r U_rᵀ W` as in SVD-LLM: the basis `U_rᵀ W` [r, k] is stored once, with the
     group's first linear, and each linear keeps its own rows of U_r. Of all shared bases of r
-    vectors it loses least on the sum of the moments. Ranks are those of the tall matrix: uniform
+    vectors it loses least on the sum of the moments. Ranks are those of the joint linear: uniform
     gives `floor(kept n m k / (n m + k))`.
 
     Departures from the authors' code: a shorter last group gets its own rank, where theirs reuses

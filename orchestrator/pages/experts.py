@@ -34,6 +34,9 @@ def experts_map(report: Mapping[str, Any], found: Sequence[LinearRow]) -> Markup
             says = f"{name}: kept {kept:.4f} of {len(linears[name])} linears, {count:,} tokens"
             if all(entry.form == "dropped" for entry in linears[name]):
                 says = f"{name}: dropped, {count:,} tokens"
+            if bases := {entry.facts["basis"] for entry in linears[name] if _is_tied(entry)}:
+                first = min(bases).rsplit(".", 2)[1]
+                says = f"{name}: has the weights of expert {first}, {count:,} tokens"
             is_dense = all(entry.form == "dense" for entry in linears[name])
             cells[row, int(expert)] = Cell(kept, is_dense, says)
     if not cells:
@@ -68,6 +71,11 @@ def experts_map(report: Mapping[str, Any], found: Sequence[LinearRow]) -> Markup
         ),
         tables.table(heads, rows, label="calibration tokens of experts by block"),
     )
+
+
+def _is_tied(entry: LinearRow) -> bool:
+    """Test if a linear has the weight of another expert's."""
+    return entry.form == "tied" and bool(entry.facts.get("basis"))
 
 
 def _spread(counts: Sequence[int]) -> tuple[int, int, int]:

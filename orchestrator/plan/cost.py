@@ -70,11 +70,11 @@ class ValueCost(Cost):
 class OperationCost(Cost):
     """Multiply-adds of one token, as the modules of the forms compute: see `Form.operations`.
 
-    Those of two factors, plain or pivoted, are as many as their values. Linears that share a basis
-    are in different blocks and have different inputs, so that each multiplies by it. A sparse
-    weight is multiplied as a dense one, and so are entries beside factors, in addition to them. An
-    expert counts by the part of the tokens that it sees: if all see equally many, the sum is what
-    the average token costs.
+    Those of two factors, plain or pivoted, are as many as their values. Each of the linears that
+    share a basis multiplies by it: they are in different blocks with different inputs, or experts,
+    which are computed one by one. A sparse weight is multiplied as a dense one, and so are entries
+    beside factors, in addition to them. An expert counts by the part of the tokens that it sees: if
+    all see equally many, the sum is what the average token costs.
     """
 
     name = "operations"

@@ -1,4 +1,4 @@
-"""Groups of linears that share one basis, as one wide or tall linear that any allocator takes.
+"""Groups of linears that share one basis, as one joint linear that any allocator takes.
 
 The linears of one role in n consecutive blocks stand on top of each other: [n m, k] outputs by
 inputs, so rank r stores r (n m + k) values: n left factors [m, r] and one basis [r, k]. So do gates
@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from orchestrator.errors import UsageError
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 
@@ -53,6 +54,19 @@ class Grouping:
     def shares_outputs(self, linear: Linear) -> bool:
         """True if the linear may share an output basis."""
         return self.joins(linear) and is_wide([linear])
+
+    def check(self, linears: Sequence[Linear], method: str) -> None:
+        """Raise UsageError if the method shares bases, and none of these linears can have one."""
+        if self.size > 1 and not any(map(self.joins, linears)):
+            raise UsageError(
+                f"{method}: group is {self.size}, but no targeted linear is named one of "
+                f"{', '.join(self.kinds)}; give group 1"
+            )
+        if self.experts and not any(each.experts for each in linears):
+            raise UsageError(
+                f"{method}: no targeted linear is an expert's, so none share a basis; target "
+                "experts, as *.experts.*, or give method two-sided"
+            )
 
     def groups(self, linears: Sequence[Linear]) -> list[tuple[Linear, ...]]:
         """The linears, grouped, in the order of each group's first member."""

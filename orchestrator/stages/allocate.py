@@ -40,7 +40,7 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
         return grouping.spread(linears, plan)
 
     def planned(budget: Budget) -> Plan:
-        # shares of a group are those of its tall linear, whose basis each member multiplies by
+        # shares of a group are those of its joint linear, whose basis each member multiplies by
         divides = decomposed.allocator.divides_costs and not grouping.is_shared
         return fill_budget(divide, linears, budget, decomposed.codec, divides_costs=divides)
 

@@ -125,7 +125,9 @@ def _perform(
         _describe(keyed)
         with _running(CALIBRATE, workers, monitor) as stage:
             decomposed = calibrate_and_decompose(keyed, forecast, stage)
-            for warning in expert_warnings(expert_tokens(decomposed.facts), keyed.linears):
+            wholes = keyed.method.expert_activations
+            tokens = expert_tokens(decomposed.facts)
+            for warning in expert_warnings(tokens, keyed.linears, as_wholes=wholes):
                 monitor.note(f"warning: {warning}")
         scores = Scores()
         if keyed.allocator.scoring is not Scoring.NONE:

@@ -15,8 +15,8 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.image_models import image_token
 from orchestrator.models.survey.select import select
 from orchestrator.plan.cost import VALUES
-from orchestrator.plan.expert_groups import linears_of_experts
 from orchestrator.plan.linear import Linear
+from orchestrator.plan.whole_experts import linears_of_experts
 from orchestrator.recipe.recipe import LONGEST_SEQUENCE, MOST_SAMPLES, TOKENS_PER_INPUT
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.context.values import Asked, Surveyed, extended
@@ -52,16 +52,7 @@ def survey(asked: Asked) -> Surveyed:
                 "linears; give another method"
             )
     asked = replace(asked, budget=replace(asked.budget, experts=found.experts))
-    if grouping.size > 1 and not any(map(grouping.joins, linears)):
-        raise UsageError(
-            f"{recipe.method}: group is {grouping.size}, but no targeted linear is "
-            f"named one of {', '.join(grouping.kinds)}; give group 1"
-        )
-    if grouping.experts and not any(each.experts for each in linears):
-        raise UsageError(
-            f"{recipe.method}: no targeted linear is an expert's, so none share a basis; target "
-            "experts, as *.experts.*, or give method two-sided"
-        )
+    grouping.check(linears, asked.method.name)
     # other costs of a shared basis are those of its linears
     is_of_values = asked.budget.cost is VALUES
     checked = grouping.stacked(linears) if is_of_values else linears

@@ -18,6 +18,8 @@ from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.cost import OPERATIONS, VALUES
 from orchestrator.plan.forms import LOW_RANK
 from orchestrator.plan.plan import Assignment, Plan
+from orchestrator.recipe.recipe import Recipe
+from orchestrator.resolve import resolve
 
 DROPPING, PLAIN = Threshold(drop="zero"), Threshold()
 
@@ -149,3 +151,19 @@ def test_settings_that_exclude_each_other():
     linears = make_linears([(6, 6)])
     with pytest.raises(UsageError, match="no linear of any is targeted"):
         DROPPING(linears, make_curves(linears), Budget(0.8), {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"method": "expert-sharing", "keep": 0.5}, "gives the experts of a block one basis"),
+        ({"method": "two-sided", "keep_flops": 0.5}, "a token that is routed again takes as many"),
+        ({"method": "reap", "keep_flops": 0.5}, "reap keeps experts, and a token takes as many"),
+        ({"method": "reap", "keep": 0.5, "storage": "pivoted"}, "reap keeps the form dropped"),
+    ],
+)
+def test_drops_that_are_no_result_or_save_nothing(fields, says):
+    """One line says why, before a file is read."""
+    options = {"threshold": {"drop": "reroute"}} if fields["method"] != "reap" else {}
+    with pytest.raises(UsageError, match=says):
+        resolve(Recipe(model="m", out="o", options=options, **fields))

@@ -3,13 +3,14 @@
 import pytest
 from forecast_shapes import recipe
 
+from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.forecast.forecast import forecast
 from orchestrator.forecast.outcome import Resources
 from orchestrator.forecast.rates import machine_of
 from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.text import lines
 from orchestrator.plan.experts import GRAM_BYTES, ROUTED_BYTES
-from orchestrator.plan.linear import Linear
+from orchestrator.plan.linear import ExpertsModule, Linear
 
 EXPERTS, HIDDEN, INNER, CHOSEN, TOKENS = 256, 7168, 2048, 8, 128 * 2048
 BLOCKS = 2
@@ -43,6 +44,19 @@ def linears(block):
             yield Linear(**names, **sizes, **about)
 
 
+def experts_module(block):
+    """Experts of a block, whose router compares groups of them."""
+    return ExpertsModule(
+        name=f"model.layers.{block}.mlp.experts",
+        block=block,
+        parts=("gate", "up", "down"),
+        count=EXPERTS,
+        chosen=CHOSEN,
+        router=(),
+        guard="gate_up_proj",
+    )
+
+
 @pytest.fixture(scope="module")
 def deepseek():
     """Shapes of DeepSeek-V3 with few blocks."""
@@ -61,7 +75,7 @@ def deepseek():
         vocabulary=129280,
         attention=128 * 192,
         itemsize=2,
-        experts=tuple(f"model.layers.{block}.mlp.experts" for block in range(BLOCKS)),
+        modules=tuple(map(experts_module, range(BLOCKS))),
         expert_values=3 * EXPERTS * HIDDEN * INNER,
         routed=CHOSEN / EXPERTS,
     )
@@ -105,6 +119,26 @@ def test_experts_fit_in_the_fewest_groups(deepseek):
     fields = {"method": "two-sided", "memory": 60e9}
     assert not planned(deepseek, expert_groups=smaller, **fields).infeasible
     assert planned(deepseek, expert_groups=smaller - 1, **fields).infeasible
+
+
+def test_whole_experts_have_no_grams(deepseek):
+    """`reap` and `merge-experts` gather a number or a row of an expert; the second also runs every
+    expert on every token."""
+    zero = {"options": {"reap": {"router": "zero"}}}
+    reap = planned(deepseek, method="reap", **zero)
+    merge = planned(deepseek, method="merge-experts")
+    rows = planned(deepseek).stages[0].device.total
+    for found in (reap, merge):
+        assert found.experts == {"count": EXPERTS, "groups": 1, "rows": 0, "grams": 0}
+        assert found.stages[0].device.parts["Grams"] == 0
+        assert found.stages[0].device.total < rows
+        assert any(line.endswith("all at once: no Grams") for line in lines(found))
+    more = merge.stages[0].flops - reap.stages[0].flops
+    assert more == pytest.approx(2 * TOKENS * BLOCKS * deepseek.expert_values)
+    with pytest.raises(UsageError, match="router does not choose among fewer"):
+        planned(deepseek, method="reap")
+    with pytest.raises(InfeasibleError, match=r"of the 256 experts of .* is 2, and its router"):
+        planned(deepseek, method="reap", keep=0.01, **zero)
 
 
 def test_groups_cost_their_passes(deepseek):

@@ -37,7 +37,12 @@ def test_more_machines_take_less_time_and_hold_no_more(name, preset, config):
     assert preset == "fast" or sorted(training, reverse=True) == training
 
 
-@pytest.mark.parametrize("method", [n for n, m in METHODS.items() if not m.expert_activations])
+def needs_experts(method):
+    return method.expert_activations or method.grouping.experts
+
+
+# those of experts alone refuse a model without any
+@pytest.mark.parametrize("method", [n for n, m in METHODS.items() if not needs_experts(m)])
 def test_every_method_and_stage_has_a_forecast(method, config):
     """Positive times and bytes; longer sequences and more blocks take more memory."""
     path = config("Llama-3-8B", dtype="bfloat16")

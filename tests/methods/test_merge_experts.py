@@ -14,6 +14,8 @@ from orchestrator import retarget, verify
 from orchestrator.hf.export import export_dense
 from orchestrator.models.experts.replace import replace_experts
 from orchestrator.models.forms.tied import TiedLinear
+from orchestrator.pages.experts import experts_map
+from orchestrator.pages.linears import entries
 
 PARTS = ("gate", "up", "down")
 
@@ -82,6 +84,14 @@ def test_a_checkpoint_is_sound_and_saved_again(merged, twins, tmp_path):
     )
     assert exported.keys() == dense.keys()
     assert all(torch.equal(exported[name], dense[name]) for name in dense)
+
+
+def test_the_map_names_the_expert_that_has_the_weights(merged):
+    """An expert without weights of its own is not taken for a dropped one."""
+    page = str(experts_map(merged.report, entries(merged.report)))
+    name = "model.layers.2.mlp.experts.3"
+    tokens = merged.report["experts"]["tokens"][name]
+    assert f"{name}: has the weights of expert 1, {tokens:,} tokens" in page
 
 
 def test_weights_are_means_by_tokens(merged, twins, tmp_path):

@@ -121,6 +121,12 @@ def test_each_block_loses_the_least_salient(pruned):
         assert max(found["dropped"]) <= min(found["dense"])
 
 
+def test_a_token_that_is_routed_again_takes_as_many_experts(pruned):
+    """Nothing is faster; with half of the experts gone and the router as it is, twice as much."""
+    for family, speed in (("qwen3_moe", 1), ("gpt_oss", 2)):
+        assert pruned[family].speed_forecast["at_most"] == {"prefill": speed, "decode": speed}
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_dropped_experts_are_gone(family, pruned, tmp_path):
     """Logits are those of a smaller model of the class, or of the dense one with zeros in their

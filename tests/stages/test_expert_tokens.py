@@ -31,6 +31,8 @@ def test_rare_experts_are_counted_and_the_rarest_is_named():
     assert "3 of 4 experts have fewer calibration tokens than inputs" in short
     assert expert_warnings(dict.fromkeys(names, 16), linears(4)) == []
     assert expert_warnings({}, []) == []
+    (few,) = expert_warnings(tokens, linears(4), as_wholes=True)
+    assert "their measurements are poor" in few
 
 
 def test_tokens_of_all_blocks_are_joined_in_order():

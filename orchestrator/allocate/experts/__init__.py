@@ -1,1 +1,1 @@
-"""Allocators of whole experts."""
+"""Allocations of whole experts: of their number, and of one threshold that may drop some."""

@@ -24,10 +24,10 @@ from orchestrator.allocate.steps import (
     spend,
 )
 from orchestrator.errors import InfeasibleError, UsageError
-from orchestrator.plan.expert_groups import Expert, experts_by_module
 from orchestrator.plan.forms import DROPPED
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
+from orchestrator.plan.whole_experts import Expert, experts_by_module
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from orchestrator.allocate.budget import Budget, make_plan
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.dendrogram import Merge, average_linkage, clusters
 from orchestrator.plan.expert_distances import ExpertDistances
-from orchestrator.plan.expert_groups import Expert, experts_by_module
 from orchestrator.plan.forms import Divided
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
+from orchestrator.plan.whole_experts import Expert, experts_by_module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import Budget, make_plan
 from orchestrator.errors import InfeasibleError
-from orchestrator.plan.expert_groups import Expert, check_routers, experts_by_module
 from orchestrator.plan.forms import Divided
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.plan.saliency import Saliency
+from orchestrator.plan.whole_experts import Expert, check_routers, experts_by_module
 from orchestrator.recipe.options import check_choice
 
 

@@ -68,7 +68,7 @@ def reduce_router(model: nn.Module, name: str) -> None:
 
 
 def can_lose_rows(router: nn.Module, count: int) -> bool:
-    """Test if a router without an expert's row decides as the whole one of which that is lowest.
+    """Test if a router without the row of an expert decides as the whole one with that row lowest.
 
     Tried on random numbers, 5 tokens of its own width on the CPU in float32; no value is read. One
     that compares groups of experts does not, nor does code that fails on another number of rows.

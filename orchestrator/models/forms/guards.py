@@ -149,7 +149,7 @@ def conversions_of(model: PreTrainedModel) -> list[Any]:
 
 
 def without_guards(model: PreTrainedModel, rules: Sequence[Any]) -> list[Any]:
-    """Leave out the conversions of fused tensors in the place of which guards are stored.
+    """Leave out the conversions of fused tensors that guards are stored in the place of.
 
     Such a rule transposes a tensor if its shape is not that of the parameter (Qwen3-VL-MoE), and a
     guard is no parameter.

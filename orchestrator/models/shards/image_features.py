@@ -27,7 +27,7 @@ PIXELS = "pixel_values"
 EMBEDDED = "pooler_output"
 """Part of the tower's output that replaces embeddings, so that the first block alone reads it."""
 ADDED = "deepstack_features"
-"""List of which entry i is added to the states behind block i."""
+"""List whose entry i is added to the states behind block i."""
 _INNER_STATES = frozenset({"last_hidden_state", "hidden_states", "attentions"})
 """Parts of the tower's output that no language model reads."""
 
@@ -116,7 +116,7 @@ def _plain(output: Any) -> Any:
 def _needed(output: Any, block: int) -> Any:
     """Features of a call with hollow tensors where no block from this one on reads the values.
 
-    What a block before it returns is replaced by the received state, and so is what is added to it.
+    The received state replaces the outputs of blocks before it, with everything added to them.
     """
     if not isinstance(output, Mapping):
         return map_tensors(hollow, output)

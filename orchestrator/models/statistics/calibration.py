@@ -56,8 +56,8 @@ class Calibration:
     of rows times the router's weights, by which the expert's error reaches the residual stream;
     gradients contain these weights. An expert with fewer tokens than channels gets
     `POOLED_TOKENS` tokens of the mean over the block's experts in addition; its Gram of n tokens is
-    then scaled to n + 1, so that an allocation gives it what its use is worth. Statistics of a
-    linear in a vision tower are of all patches of the images.
+    then scaled to n + 1, so that an allocation gives it values by its use. Statistics of a linear
+    in a vision tower are of all patches of the images.
 
     Args:
         magnitudes: Also accumulate the mean magnitudes of the inputs.
@@ -282,7 +282,7 @@ class Calibration:
 
         Args:
             linears: Linears of this group.
-            earlier: What this method has returned for the group before; empty for the first.
+            earlier: Result of this method for the group before; empty for the first.
 
         Returns:
             The sums, by kind of statistics and pool.

@@ -37,8 +37,8 @@ WIDEST = 2**20
 def survey_config(place: Place) -> Survey:
     """Survey the model of a config.json, without a fingerprint.
 
-    It is what a survey of its checkpoint says (`LazyModel.survey`), if that stores what the class
-    saves: a tied head is not stored again, and nothing is stored that the class does not have.
+    It equals the survey of the checkpoint (`LazyModel.survey`) that the class would save: a tied
+    head is not stored again, and nothing is stored that the class does not have.
 
     Cost: a build of the class on the meta device and a trace of each kind of block; seconds.
 

@@ -22,7 +22,9 @@ def expert_tokens(facts: Mapping[int, Mapping[str, Any]]) -> dict[str, int]:
     }
 
 
-def expert_warnings(tokens: Mapping[str, int], linears: Sequence[Linear]) -> list[str]:
+def expert_warnings(
+    tokens: Mapping[str, int], linears: Sequence[Linear], *, as_wholes: bool = False
+) -> list[str]:
     """Return sentences about experts with few calibration tokens.
 
     With fewer tokens than channels a second moment is singular; such experts get tokens of the mean
@@ -30,6 +32,7 @@ def expert_warnings(tokens: Mapping[str, int], linears: Sequence[Linear]) -> lis
 
     Args:
         linears: The targeted linears.
+        as_wholes: True if experts are measured as wholes, without second moments.
     """
     channels: dict[str, int] = {}
     for linear in linears:
@@ -40,13 +43,13 @@ def expert_warnings(tokens: Mapping[str, int], linears: Sequence[Linear]) -> lis
     few = [name for name, count in tokens.items() if count < FEW_TOKENS]
     if few:
         fewest = min(few, key=lambda name: tokens[name])
+        poor = "measurements are poor" if as_wholes else "factors follow the mean of the block"
         warnings.append(
             f"{len(few)} of {len(tokens)} experts have fewer than {FEW_TOKENS} calibration tokens "
-            f"({fewest} has {tokens[fewest]}); their factors follow the mean of the block: give "
-            "more text, or text that uses them"
+            f"({fewest} has {tokens[fewest]}); their {poor}: give more text, or text that uses them"
         )
     short = [name for name, count in tokens.items() if count < channels.get(name, 0)]
-    if short:
+    if short and not as_wholes:
         warnings.append(
             f"{len(short)} of {len(tokens)} experts have fewer calibration tokens than inputs; "
             "statistics of these are poor: give more text"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from orchestrator.errors import UsageError
+from orchestrator.plan.forms import FORMS
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages.base import MethodTraits, Stage
 
@@ -33,9 +34,10 @@ class Pivot(Stage):
         if recipe.storage != "pivoted":
             return
         if method.form != "low_rank":
+            kept = "entries" if FORMS[method.form].has_nonzeros else f"the form {method.form}"
             raise UsageError(
                 f"storage is 'pivoted', which is for the factors of a low rank; {method.name} "
-                "keeps entries; give storage 'plain'"
+                f"keeps {kept}; give storage 'plain'"
             )
         if method.grouping.size > 1:
             raise UsageError(

@@ -180,7 +180,9 @@ def _report(
     if planned.multiples:
         report["rank_multiple"] = dict(planned.multiples)
     if tokens := expert_tokens(planned.facts):
-        warnings = expert_warnings(tokens, planned.linears)
+        warnings = expert_warnings(
+            tokens, planned.linears, as_wholes=planned.method.expert_activations
+        )
         report["experts"] = {"tokens": tokens, "warnings": warnings}
         if planned.plan.reroutes:
             report["experts"]["router"] = REDUCED

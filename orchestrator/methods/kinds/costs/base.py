@@ -30,7 +30,7 @@ class LinearStatistics:
 class KindCost(ABC):
     """Cost of results of one kind: what a unit stores, and what a decomposition takes.
 
-    A linear of this interface may be a tall one, of linears that share a basis. Loaded without
+    A linear of this interface may be a joint one, of linears that share a basis. Loaded without
     torch, like the kinds.
     """
 

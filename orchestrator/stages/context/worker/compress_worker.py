@@ -126,7 +126,7 @@ class CompressionWorker(Worker):
     def finish(self, block: int) -> dict[str, Any]:
         """Decompose the linears of a group of blocks and commit them, one file each.
 
-        Linears that share a basis are one tall or wide weight; their statistics are summed. Of
+        Linears that share a basis are one joint linear; their statistics are summed. Of
         several groups of experts the last one commits the results of all; see `ExpertGroup`.
 
         Returns the unit's facts: for each linear those of its kind of result, cosines, and seconds.

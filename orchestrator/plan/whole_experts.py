@@ -1,4 +1,4 @@
-"""Linears of experts, together: what an allocation drops or keeps as one."""
+"""Experts as wholes: what an allocation drops, merges or keeps as one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
