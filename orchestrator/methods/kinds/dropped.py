@@ -23,9 +23,9 @@ class DroppedKind(Kind["Activation"]):
 
     @property
     def cost(self) -> "KindCost":
-        from orchestrator.methods.kinds.costs.dropped import DroppedCost
+        from orchestrator.methods.kinds.costs.one_number import OneNumberCost
 
-        return DroppedCost()
+        return OneNumberCost()
 
     def facts(self, name: str, weight_OI: "Tensor", result: "Activation") -> dict[str, Any]:
         mean = float(result.mean())
@@ -40,7 +40,7 @@ class DroppedKind(Kind["Activation"]):
         return Saliency.from_json(facts["curve"])
 
     def errors(self, facts: Mapping[str, Any], linear: Linear, assigned: Assignment) -> Errors:
-        """Return 1 for both: nothing is left of the linear."""
+        """Return 1 for both: no value of the linear is kept."""
         return {"activation_error": 1.0, "weight_error": 1.0}
 
 

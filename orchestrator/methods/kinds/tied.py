@@ -23,9 +23,9 @@ class TiedKind(Kind["OutputDistances"]):
 
     @property
     def cost(self) -> "KindCost":
-        from orchestrator.methods.kinds.costs.tied import TiedCost
+        from orchestrator.methods.kinds.costs.one_number import OneNumberCost
 
-        return TiedCost()
+        return OneNumberCost()
 
     def facts(self, name: str, weight_OI: "Tensor", result: "OutputDistances") -> dict[str, Any]:
         apart = tuple(result.distances_E.tolist())
