@@ -16,10 +16,8 @@ LEAST: dict[Divided, str] = {
     "entries": "one entry",
     "ranks and entries together": "rank 1",
     "linears": "the cut",
-    "clusters": "nothing",
-    "experts": "nothing",
 }
-"""Smallest size of a linear in a message, except of ranks alone."""
+"""Smallest size of a linear in a message, except of ranks alone, and of experts, which may be 0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from orchestrator.errors import InputError, UsageError
+from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import (
     ITEMSIZES,
     Headers,
@@ -24,6 +24,7 @@ from orchestrator.models.checkpoint.headers import (
 from orchestrator.models.survey.select import select
 from orchestrator.plan.codecs import itemsize_of
 from orchestrator.plan.linear import ExpertsModule, Linear
+from orchestrator.plan.whole_experts import linears_of_experts
 from orchestrator.store.places import Place
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -115,15 +116,9 @@ class Shapes:
         """Shapes with the linears of experts only, for a method that measures experts as wholes.
 
         Raises:
-            UsageError: There are none.
+            UsageError: As `linears_of_experts`.
         """
-        found = tuple(each for each in self.linears if self.is_expert(each.name))
-        if not found:
-            raise UsageError(
-                f"{method} is for experts, and the model has none among the targeted linears; give "
-                "another method"
-            )
-        return replace(self, linears=found)
+        return replace(self, linears=linears_of_experts(self.linears, self.modules, method))
 
     @property
     def head_values(self) -> int:

@@ -75,13 +75,13 @@ def fewer_experts(
 
 def _recounted(config: Mapping[str, Any], whole: int, count: int) -> dict[str, Any]:
     """Copy of a config, and of those in it, with another number of experts."""
-    inner = {key: _recounted(each, whole, count) for key, each in config.items() if _is_part(each)}
+    inner = {
+        key: _recounted(each, whole, count)
+        for key, each in config.items()
+        if isinstance(each, Mapping)
+    }
     counts = {key: count for key in COUNT_KEYS if config.get(key) == whole}
     return {**config, **inner, **counts}
-
-
-def _is_part(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 def renumbered(files: Sequence[FileSpec], modules: Mapping[str, Experts]) -> tuple[FileSpec, ...]:

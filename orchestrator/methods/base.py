@@ -43,7 +43,7 @@ class Method(Protocol):
     """True if `decompose` needs the activation of the linear's expert, and no Gram. Only linears of
     experts are targeted then."""
     expert_outputs: ClassVar[bool] = False
-    """True if the activation of an expert is its distances from the outputs of the others."""
+    """True if that activation is the distances of its mean output from those of the others."""
     magnitudes: ClassVar[bool] = False
     """True if `decompose` needs the mean magnitude of every input beside a Gram."""
     output_curvature: ClassVar[bool] = False
@@ -76,7 +76,7 @@ class Method(Protocol):
     @property
     def takes_experts_apart(self) -> bool:
         """True if the experts of a block can be calibrated in several passes, group by group."""
-        return not (self.expert_activations or self.expert_outputs or self.grouping.experts)
+        return not (self.expert_activations or self.grouping.experts)
 
     def refits(self, keep: float) -> bool:
         """Return True if left factors are refitted to the inputs of the compressed model."""

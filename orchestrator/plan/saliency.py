@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.errors import InputError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saliency:
@@ -20,4 +22,10 @@ class Saliency:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Saliency":
-        return cls(name=value["name"], mean=value["mean"], tokens=value["tokens"])
+        """Read the result of `to_json`; raises InputError if it is not one."""
+        try:
+            mean, tokens = float(value["mean"]), int(value["tokens"])
+            return cls(name=str(value["name"]), mean=mean, tokens=tokens)
+        except (LookupError, TypeError, ValueError) as error:
+            said = repr(str(error)[:200])
+            raise InputError(f"saliency: a field is missing or no number: {said}") from error

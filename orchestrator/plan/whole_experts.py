@@ -20,11 +20,26 @@ class Expert:
 
 
 def linears_of_experts(
-    linears: Sequence[Linear], modules: Sequence[ExpertsModule]
+    linears: Sequence[Linear], modules: Sequence[ExpertsModule], method: str
 ) -> tuple[Linear, ...]:
-    """Return those of the linears that belong to experts."""
+    """Return those of the targeted linears that belong to experts, for a method that is for them.
+
+    Raises:
+        UsageError: There are none.
+    """
     names = {name for module in modules for each in module.linears().values() for name in each}
-    return tuple(linear for linear in linears if linear.name in names)
+    found = tuple(linear for linear in linears if linear.name in names)
+    if not found:
+        raise UsageError(
+            f"{method} is for experts, and the model has none among the targeted linears; give "
+            "another method"
+        )
+    return found
+
+
+def chosen_by_module(modules: Sequence[ExpertsModule]) -> dict[str, int]:
+    """Return the number of experts that a router chooses for a token, by the name of the module."""
+    return {module.name: module.chosen for module in modules}
 
 
 def check_routers(modules: Sequence[ExpertsModule], option: str) -> None:

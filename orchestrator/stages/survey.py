@@ -45,12 +45,7 @@ def survey(asked: Asked) -> Surveyed:
     chosen = set(select(names, recipe.target, recipe.ignore, tower=tower))
     linears = tuple(each for each in found.compressible if each.name in chosen)
     if asked.method.expert_activations:
-        linears = linears_of_experts(linears, found.experts)
-        if not linears:
-            raise UsageError(
-                f"{recipe.method} is for experts, and {asked.model} has none among the targeted "
-                "linears; give another method"
-            )
+        linears = linears_of_experts(linears, found.experts, asked.method.name)
     asked = replace(asked, budget=replace(asked.budget, experts=found.experts))
     grouping.check(linears, asked.method.name)
     # other costs of a shared basis are those of its linears

@@ -2,7 +2,7 @@
 
 The loss of an expert as a function of its values starts at (0, loss without it) and goes on with
 the merged steps of its linears, once each has its first one. On the lower convex hull of these
-points the first segment, from nothing to a first size, is one step: the expert is dropped if that
+points the first segment, from 0 values to a first size, is one step: the expert is dropped if that
 gains less per value than the threshold. The loss without an expert is the total of the curve of
 `down`, whose outputs are then all lost; gate and up matter through them alone.
 
@@ -27,7 +27,7 @@ from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.forms import DROPPED
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
-from orchestrator.plan.whole_experts import Expert, experts_by_module
+from orchestrator.plan.whole_experts import Expert, chosen_by_module, experts_by_module
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def check_droppable(linears: Sequence[Linear], budget: Budget) -> None:
         UsageError: There are no experts; as `experts_by_module`.
         InfeasibleError: The smallest sizes of what cannot be dropped cost more than the budget.
     """
-    modules, chosen = experts_by_module(linears, budget.experts), _choices(budget)
+    modules, chosen = experts_by_module(linears, budget.experts), chosen_by_module(budget.experts)
     if not modules:
         raise UsageError(
             "threshold: drop is for experts, and no linear of any is targeted; leave it out"
@@ -125,10 +125,6 @@ def check_droppable(linears: Sequence[Linear], budget: Budget) -> None:
         raise too_small(budget, total, dense, least=least, what=what)
 
 
-def _choices(budget: Budget) -> dict[str, int]:
-    return {module.name: module.chosen for module in budget.experts}
-
-
 def _chains(
     linears: Sequence[Linear],
     curves: Mapping[str, Any],
@@ -139,7 +135,7 @@ def _chains(
     places = {linear.name: place for place, linear in enumerate(linears)}
     chains: dict[int, _Chain] = {}
     inside: set[int] = set()
-    chosen = _choices(budget)
+    chosen = chosen_by_module(budget.experts)
     for name, experts in experts_by_module(linears, budget.experts).items():
         at = [tuple(places[each.name] for each in expert.linears) for expert in experts]
         made = [_chain_of(expert, p, curves, steps) for expert, p in zip(experts, at, strict=True)]
@@ -226,7 +222,7 @@ def _without_dropping(
 def predicted_loss(linears: Sequence[Linear], curves: Mapping[str, Any], plan: Plan) -> float:
     """Return the sum of the curves' losses at the sizes of a plan.
 
-    A dense linear loses nothing; of a dropped expert the loss is all of `down`'s.
+    The loss of a dense linear is 0, that of a dropped expert the total of `down`.
     """
     lost = 0.0
     for linear in linears:

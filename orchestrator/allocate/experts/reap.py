@@ -11,7 +11,12 @@ from orchestrator.plan.forms import Divided
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.plan.saliency import Saliency
-from orchestrator.plan.whole_experts import Expert, check_routers, experts_by_module
+from orchestrator.plan.whole_experts import (
+    Expert,
+    check_routers,
+    chosen_by_module,
+    experts_by_module,
+)
 from orchestrator.recipe.options import check_choice
 
 
@@ -30,7 +35,7 @@ class ReapAllocator(Allocator):
     scope: Literal["block", "model"] = "block"
     """Experts among which saliencies are compared: those of a block, or of the whole model."""
     router: Literal["reroute", "zero"] = "reroute"
-    """Router without dropped experts, as published, or as it is, with nothing from those."""
+    """Routers lose the rows of dropped experts, as published, or stay; outputs of those are 0."""
 
     def __post_init__(self) -> None:
         check_choice("reap: scope", self.scope, ("block", "model"))
@@ -63,7 +68,7 @@ class ReapAllocator(Allocator):
             for experts in ranked.values():
                 kept += experts[: budget.floor(len(experts))]
         else:
-            chosen = {each.name: each.chosen for each in budget.experts}
+            chosen = chosen_by_module(budget.experts)
             for module, experts in ranked.items():
                 kept += experts[: chosen[module]]
             others = [e for module, each in ranked.items() for e in each[chosen[module] :]]
@@ -90,7 +95,7 @@ class ReapAllocator(Allocator):
         """
         if self.router == "reroute":
             check_routers(budget.experts, "reap.router=zero")
-        chosen = {each.name: each.chosen for each in budget.experts}
+        chosen = chosen_by_module(budget.experts)
         modules = experts_by_module(linears, budget.experts)
         for module, experts in modules.items():
             count, least = budget.floor(len(experts)), chosen[module]

@@ -21,6 +21,10 @@ from orchestrator.errors import InputError
 from orchestrator.models.experts.module import Experts
 from orchestrator.models.experts.replace import replace_experts
 from orchestrator.models.forms.base import StoredForm
+from orchestrator.models.forms.config import DROPPED
+
+GONE = -1
+"""Entry of a guard for a linear of an expert that is dropped."""
 
 
 def install_experts(model: PreTrainedModel, names: Collection[str]) -> dict[str, Experts]:
@@ -68,13 +72,9 @@ def experts_of(model: PreTrainedModel) -> dict[str, Experts]:
     }
 
 
-GONE = -1
-"""Entry of a guard for a linear of an expert that is dropped."""
-
-
 def guard_entry(form: StoredForm) -> int:
     """Return the entry of a guard for a linear: its rank, 0 without one, or `GONE`."""
-    return GONE if form.form == "dropped" else form.rank
+    return GONE if form.form == DROPPED else form.rank
 
 
 def guard_values(

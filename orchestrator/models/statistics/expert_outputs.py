@@ -67,7 +67,7 @@ class OutputsCalibration(Calibration):
 
     def statistic(self, linear: Linear) -> OutputDistances:  # type: ignore[override] # no Gram
         """Return the tokens of the expert that a linear belongs to; of `down` the distances too."""
-        name, expert = module_of_experts(linear), int(expert_name(linear).rpartition(".")[2])
+        name, expert = _place(linear)
         apart_E = torch.zeros(0, dtype=torch.float64)
         if linear.name.endswith(".down"):
             means_EH = torch.stack([each.mean() for each in self._means[name]])
@@ -76,12 +76,13 @@ class OutputsCalibration(Calibration):
 
     def expert_tokens(self, linears: Sequence[Linear]) -> dict[str, int]:
         """Return the number of tokens of the experts of linears; see `Calibration`."""
-        return {
-            expert_name(each): int(
-                self._routed[module_of_experts(each)][int(expert_name(each).rpartition(".")[2])]
-            )
-            for each in linears
-        }
+        places = {expert_name(each): _place(each) for each in linears}
+        return {each: int(self._routed[name][expert]) for each, (name, expert) in places.items()}
 
     def forget(self, linears: Sequence[Linear]) -> None:
         """Keep the statistics: they are one row for each expert."""
+
+
+def _place(linear: Linear) -> tuple[str, int]:
+    """Return the name of the experts module of a linear, and the number of the expert in it."""
+    return module_of_experts(linear), int(expert_name(linear).rpartition(".")[2])

@@ -12,6 +12,7 @@ from orchestrator.models.forms import FORMS
 from orchestrator.models.forms.base import StoredForm
 from orchestrator.models.forms.guards import check_names
 from orchestrator.models.forms.index_codes import INDEX_CODES
+from orchestrator.plan.experts import module_of_experts
 from orchestrator.plan.linear import ExpertsModule, Linear
 
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -54,7 +55,7 @@ def survey_experts(model: PreTrainedModel, blocks: str) -> tuple[ExpertsModule, 
 def with_routing(linears: Iterable[Linear], experts: Iterable[ExpertsModule]) -> tuple[Linear, ...]:
     """Return the linears, those of experts with the fraction of the tokens that they see."""
     routed = {each.name: Fraction(each.chosen, each.count) for each in experts}
-    modules = ((linear, linear.name.rsplit(".", 2)[0]) for linear in linears)
+    modules = ((linear, module_of_experts(linear)) for linear in linears)
     return tuple(
         replace(linear, routed=routed[module]) if module in routed else linear
         for linear, module in modules
