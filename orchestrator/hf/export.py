@@ -41,8 +41,8 @@ def export_dense(directory: Path, out: Path) -> None:
     Products and sums are taken in fp32 on the CPU and cast to the stored dtype. Memory: one linear
     and what is stored of it in fp32; of experts that are stored as one tensor, one expert. The
     result has the native tensor names, with experts the names and the layout on disk, and loads
-    with stock transformers; its logits differ from the compressed model's by rounding. It saves
-    nothing, except where routers lost the rows of dropped experts: then it has fewer of them.
+    with stock transformers; its logits differ from the compressed model's by rounding. It has
+    the size of the dense model, or fewer experts where routers lost the rows of dropped ones.
 
     Raises:
         UsageError: `out` holds something else.

@@ -21,7 +21,7 @@ class DRank(BasisSharing):
     name: ClassVar[str] = "d-rank"
     source: ClassVar[str] = "arXiv 2509.25622"
     departure: ClassVar[str] = (
-        "Ranks are the optimum over integers, and nothing is refitted; `d-rank.setting`, "
+        "Ranks are the optimum over integers, and no factor is refitted; `d-rank.setting`, "
         "`d-rank.beta` and `d-rank.refit` restore the paper's."
     )
     use: ClassVar[str] = "To compare with: `svd-llm` lost less in our results."

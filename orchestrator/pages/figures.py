@@ -238,7 +238,7 @@ def scatter(points: Sequence[Point], *, level: float | None, label: str) -> Mark
 
 
 def retention(points: Sequence[Point], *, label: str) -> Markup:
-    """Draw retention over bytes, with the line of the most retention within so many bytes."""
+    """Draw retention over bytes, with the frontier as a line."""
     wide, high, left = 460.0, 260.0, 44.0
     largest = max(point.x for point in points)
     amount, unit = size(largest).split()

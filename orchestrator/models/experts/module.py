@@ -55,8 +55,8 @@ class Experts(nn.Module):
     The activation is the fused module's own: `native` is that module without its parameters, held
     outside of the child modules, so it has no name and no tensor.
 
-    An expert without a weight is gone: it is not called, and the tokens that choose it get nothing
-    from it. A router without its row chooses among the others; E is then their number.
+    An expert without a weight is dropped: it is not called, and its output is 0 for the tokens that
+    choose it. A router without its row chooses among the others; E is then their number.
 
     Cost: 3 products for every expert with at least one row, and one copy of the chosen rows; on a
     GPU one wait for the counts. On the meta device, where routing has no values, every expert

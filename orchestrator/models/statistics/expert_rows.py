@@ -144,7 +144,7 @@ class GramOfRows:
         return self.made().matrix()
 
     def flush_writes(self) -> None:
-        """Do nothing: there is no sum to free."""
+        """Keep the rows: there is no sum to free."""
 
 
 def _count(passed: _Passed, expert: str) -> int:

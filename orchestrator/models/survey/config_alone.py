@@ -38,7 +38,7 @@ def survey_config(place: Place) -> Survey:
     """Survey the model of a config.json, without a fingerprint.
 
     It equals the survey of the checkpoint (`LazyModel.survey`) that the class would save: a tied
-    head is not stored again, and nothing is stored that the class does not have.
+    head is not stored again, and all stored tensors are those of the class.
 
     Cost: a build of the class on the meta device and a trace of each kind of block; seconds.
 

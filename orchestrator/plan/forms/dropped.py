@@ -5,7 +5,7 @@ from orchestrator.plan.linear import Linear
 
 
 class DroppedForm(Form):
-    """Nothing is stored of the linear, whose outputs are 0.
+    """No tensor of the linear is stored; its outputs are 0.
 
     The linears of an expert are dropped together, so that a plan decides about whole experts.
     """
