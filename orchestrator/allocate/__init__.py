@@ -36,10 +36,10 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "mgaa": "orchestrator.allocate.mgaa:MgaaAllocator",
         "strs": "orchestrator.allocate.strs:Strs",
         "threshold": "orchestrator.allocate.threshold:Threshold",
-        "cap": "orchestrator.allocate.cap:CapAllocator",
+        "cap": "orchestrator.allocate.sparsity.cap:CapAllocator",
         "merge-experts": "orchestrator.allocate.experts.merge_experts:MergeExpertsAllocator",
         "reap": "orchestrator.allocate.experts.reap:ReapAllocator",
-        "two-sided-sparse": "orchestrator.allocate.two_sided_sparse:TwoSidedSparseAllocator",
+        "two-sided-sparse": "orchestrator.allocate.sparsity.two_sided:TwoSidedSparseAllocator",
     },
     base=Allocator,
 )

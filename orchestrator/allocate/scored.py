@@ -6,9 +6,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from orchestrator.allocate.base import Scoring
-from orchestrator.allocate.bernoulli import Baseline, CandidatePool, Draw
 from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.choice import Choice
+from orchestrator.allocate.sparsity.bernoulli import Baseline, CandidatePool, Draw
+from orchestrator.allocate.sparsity.choice import Choice
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.linear import Linear

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from orchestrator.errors import InputError
 from orchestrator.linalg.gram import check_finite
 from orchestrator.linalg.low_rank import InputGram
-from orchestrator.linalg.rpca import RobustPCA
+from orchestrator.linalg.sparsity.rpca import RobustPCA
 
 Utility = Literal["activation", "magnitude"]
 SKETCH = 128

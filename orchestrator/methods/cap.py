@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from orchestrator.linalg.low_rank import InputGram, OutputGram
     from orchestrator.linalg.ranked import RankedParts, Utility
-    from orchestrator.linalg.rpca import Solver
+    from orchestrator.linalg.sparsity.rpca import Solver
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Cap(Method):
         """
         from orchestrator.linalg.low_rank import InputGram
         from orchestrator.linalg.ranked import rank_parts
-        from orchestrator.linalg.rpca import rpca
+        from orchestrator.linalg.sparsity.rpca import rpca
 
         if not isinstance(statistic, InputGram):
             raise ValueError("cap needs the Gram of the inputs, not that of the outputs")

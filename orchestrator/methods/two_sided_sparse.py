@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from orchestrator.linalg.low_rank import InputGram, OutputGram
-    from orchestrator.linalg.two_sided_sparse import SparseLowRank
+    from orchestrator.linalg.sparsity.two_sided_sparse import SparseLowRank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +26,8 @@ class TwoSidedSparse(Method):
     C_ii H_jj W_ij²; at each of a few densities the rest is truncated to every rank at its least
     loss. The allocation of the same name chooses entries and rank of every linear from these losses
     under one budget, so a linear may come out dense, sparse, as factors, or as both. Then the
-    chosen entries are fitted together to what the factors leave (`linalg.fit_entries`); the losses
-    that are allocated by, and reported, are those before.
+    chosen entries are fitted together to what the factors leave (`linalg.sparsity.fit_entries`);
+    the losses that are allocated by, and reported, are those before.
 
     Stored of each linear for any later size: the weight, two diagonals, from which the entries
     follow when files are written, and the factors at every density. Of a weight of 16 bits, with
@@ -106,7 +106,7 @@ class TwoSidedSparse(Method):
             InputError: As `sparse_low_rank`.
         """
         from orchestrator.linalg.low_rank import InputGram
-        from orchestrator.linalg.two_sided_sparse import sparse_low_rank
+        from orchestrator.linalg.sparsity.two_sided_sparse import sparse_low_rank
 
         if not isinstance(statistic, InputGram):
             raise ValueError("two-sided-sparse needs the Gram of the inputs, not of the outputs")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from orchestrator.linalg.low_rank import InputGram, OutputGram
-    from orchestrator.linalg.sparse import Sparse
+    from orchestrator.linalg.sparsity.sparse import Sparse
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Wanda(Method):
             InputError: As `sort_within_rows`; also when H has a negative diagonal.
         """
         from orchestrator.linalg.low_rank import InputGram
-        from orchestrator.linalg.sparse import sort_within_rows
+        from orchestrator.linalg.sparsity.sparse import sort_within_rows
 
         if not isinstance(statistic, InputGram):
             raise ValueError("wanda needs the Gram of the inputs, not that of the outputs")

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from orchestrator.linalg.low_rank import Precision
-from orchestrator.linalg.rpca import RobustPCA, Solver, rpca
+from orchestrator.linalg.sparsity.rpca import RobustPCA, Solver, rpca
 
 PARTS = ("split", "large")
 TARGETS: dict[Precision, float] = {"exact": 1.7, "fast": 3.0}

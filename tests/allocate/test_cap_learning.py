@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from allocation import make_linears
 
-from orchestrator.allocate.bernoulli import (
+from orchestrator.allocate.sparsity.bernoulli import (
     Baseline,
     Draw,
     learn,
     make_pool,
     score_function,
 )
-from orchestrator.allocate.cap import CapAllocator
-from orchestrator.allocate.choice import choose
+from orchestrator.allocate.sparsity.cap import CapAllocator
+from orchestrator.allocate.sparsity.choice import choose
 from orchestrator.plan.candidates import Candidates
 
 

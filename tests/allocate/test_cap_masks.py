@@ -9,14 +9,14 @@ from allocation import assert_invariants, make_linears, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.allocate.bernoulli import (
+from orchestrator.allocate.budget import Budget
+from orchestrator.allocate.sparsity.bernoulli import (
     initial,
     make_pool,
     project,
 )
-from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.cap import CapAllocator
-from orchestrator.allocate.choice import choose
+from orchestrator.allocate.sparsity.cap import CapAllocator
+from orchestrator.allocate.sparsity.choice import choose
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.forms import LOW_RANK, LOW_RANK_SPARSE

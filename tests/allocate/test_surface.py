@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchestrator.allocate import ALLOCATORS, make_allocator
 from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.fill import fill_budget
-from orchestrator.allocate.two_sided_sparse import TwoSidedSparseAllocator
+from orchestrator.allocate.sparsity.two_sided import TwoSidedSparseAllocator
 from orchestrator.errors import InfeasibleError, UsageError
 from orchestrator.plan.codecs import CODECS
 from orchestrator.plan.forms import LOW_RANK, LOW_RANK_SPARSE

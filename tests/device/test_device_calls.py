@@ -16,18 +16,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestrator.linalg.compensate import DriftGram, Factors, compensate, input_map
 from orchestrator.linalg.cosine import Cosine
-from orchestrator.linalg.fit_entries import correlations, fit_entries, second_moment_of
 from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, decompose
-from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.linalg.pivot import pivot
 from orchestrator.linalg.ranked import rank_parts
 from orchestrator.linalg.refit import refit
-from orchestrator.linalg.rpca import rpca
 from orchestrator.linalg.scaled import decompose_scaled
-from orchestrator.linalg.sparse import sort_within_rows
+from orchestrator.linalg.sparsity.fit_entries import correlations, fit_entries, second_moment_of
+from orchestrator.linalg.sparsity.magnitude import Magnitude
+from orchestrator.linalg.sparsity.rpca import rpca
+from orchestrator.linalg.sparsity.sparse import sort_within_rows
+from orchestrator.linalg.sparsity.two_sided_sparse import sparse_low_rank
 from orchestrator.linalg.two_sided import decompose_two_sided
-from orchestrator.linalg.two_sided_sparse import sparse_low_rank
 from orchestrator.models.evaluation.scoring import draw_label_gradient, score
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel

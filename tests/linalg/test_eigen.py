@@ -21,7 +21,7 @@ from orchestrator.forecast.work import eigen_side
 from orchestrator.linalg.eigen import LARGEST, Eigensolver, attempts
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, decompose
 from orchestrator.linalg.refit import refit
-from orchestrator.linalg.rpca import rpca
+from orchestrator.linalg.sparsity.rpca import rpca
 from orchestrator.methods import METHODS
 from orchestrator.plan.linear import Linear
 

@@ -6,7 +6,7 @@ import torch
 from matrices import gaussian, menagerie
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orchestrator.linalg.fit_entries import correlations, fit_entries, second_moment_of
+from orchestrator.linalg.sparsity.fit_entries import correlations, fit_entries, second_moment_of
 
 OUTPUTS, INPUTS = 7, 5
 
@@ -107,7 +107,7 @@ def test_dtypes(dtype):
 def test_a_packed_moment_is_reproduced(size, rank, entries, monkeypatch):
     """The diagonal's root and the correlations reproduce the moment, to half precision, for bands
     of one row, of several, and of all rows."""
-    monkeypatch.setattr("orchestrator.linalg.fit_entries.BAND_ENTRIES", entries)
+    monkeypatch.setattr("orchestrator.linalg.sparsity.fit_entries.BAND_ENTRIES", entries)
     matrix_NN = moment(size, 4, rank=rank)
     matrix_NN[size // 2] = matrix_NN[:, size // 2] = 0
     root_N = matrix_NN.diagonal().sqrt().float()

@@ -10,7 +10,7 @@ from matrices import gaussian, generator, orthonormal
 from torch import Tensor
 
 from orchestrator.errors import InputError
-from orchestrator.linalg.rpca import RobustPCA, rpca
+from orchestrator.linalg.sparsity.rpca import RobustPCA, rpca
 
 SHAPES = [(90, 60), (60, 90), (70, 70)]
 

@@ -8,7 +8,7 @@ from orchestrator.errors import InputError
 from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import InputGram
 from orchestrator.linalg.ranked import RIDGES, SKETCH, rank_parts, sketched_energy
-from orchestrator.linalg.rpca import rpca
+from orchestrator.linalg.sparsity.rpca import rpca
 from orchestrator.methods.kinds.ranked import CandidateValues, MaskedParts
 from orchestrator.runtime.calls import Open, Step
 from orchestrator.runtime.shard_pass import ShardPass

@@ -8,8 +8,8 @@ from matrices import gaussian, menagerie, of_model
 
 from orchestrator.errors import InputError, UsageError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
-from orchestrator.linalg.magnitude import Magnitude
 from orchestrator.linalg.scaled import decompose_scaled
+from orchestrator.linalg.sparsity.magnitude import Magnitude
 from orchestrator.methods import METHODS, make_method
 
 SPECIMENS = {name: each for name, each in menagerie().items() if name != "zero_inputs"}

@@ -10,7 +10,7 @@ from orchestrator.allocate import ALLOCATORS, make_allocator
 from orchestrator.allocate.budget import Budget
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.linalg.low_rank import InputGram, OutputGram
-from orchestrator.linalg.sparse import PARTS, part_edges
+from orchestrator.linalg.sparsity.sparse import PARTS, part_edges
 from orchestrator.methods import METHODS
 from orchestrator.plan.forms import SPARSE
 from orchestrator.plan.linear import Linear

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 import orchestrator
 from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram
-from orchestrator.linalg.two_sided import decompose_two_sided
-from orchestrator.linalg.two_sided_sparse import (
+from orchestrator.linalg.sparsity.two_sided_sparse import (
     DENSE_SHARES,
     RANKS,
     entry_order,
     sparse_low_rank,
 )
+from orchestrator.linalg.two_sided import decompose_two_sided
 from orchestrator.methods import METHODS, make_method
 from orchestrator.methods.kinds.sparse_low_rank import SparseLowRankKind
 from orchestrator.stages.context.worker.stored import StoredFile

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from orchestrator.linalg.sparse import Sparse
+    from orchestrator.linalg.sparsity.sparse import Sparse
     from orchestrator.methods.kinds.costs.base import KindCost
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from orchestrator.linalg.two_sided_sparse import SparseLowRank
+    from orchestrator.linalg.sparsity.two_sided_sparse import SparseLowRank
     from orchestrator.methods.kinds.costs.base import KindCost
 
 
@@ -102,8 +102,8 @@ class SparseLowRankKind(Kind["SparseLowRank"]):
         """
         import torch
 
-        from orchestrator.linalg.fit_entries import fit_entries, second_moment_of
-        from orchestrator.linalg.two_sided_sparse import entry_order
+        from orchestrator.linalg.sparsity.fit_entries import fit_entries, second_moment_of
+        from orchestrator.linalg.sparsity.two_sided_sparse import entry_order
 
         weight_OI, curvature_O, square_I = map(stored.whole, ("dense", "curvature", "square"))
         positions_N = entry_order(weight_OI, curvature_O, square_I)[:nonzeros].sort().values

@@ -14,7 +14,7 @@ from orchestrator.linalg.activation import Activation
 from orchestrator.linalg.cosine import Cosine
 from orchestrator.linalg.gram import Gram
 from orchestrator.linalg.low_rank import Curvature, InputGram, OutputGram, Statistic
-from orchestrator.linalg.magnitude import Magnitude
+from orchestrator.linalg.sparsity.magnitude import Magnitude
 from orchestrator.linalg.tensor_cores import tensor_cores
 from orchestrator.models.experts.module import Experts, RoutedRows
 from orchestrator.models.shards.chunk import Chunk, rows_at

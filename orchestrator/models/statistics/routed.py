@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.device.transport import bring
-from orchestrator.linalg.magnitude import Magnitude
+from orchestrator.linalg.sparsity.magnitude import Magnitude
 from orchestrator.models.experts.module import Experts, RoutedRows
 from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard

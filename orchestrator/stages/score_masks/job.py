@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.allocate.bernoulli import CandidatePool, Draw
 from orchestrator.allocate.budget import Budget
-from orchestrator.allocate.choice import Choice, choose
 from orchestrator.allocate.fill import fill_budget
 from orchestrator.allocate.scored import MaskAllocator
+from orchestrator.allocate.sparsity.bernoulli import CandidatePool, Draw
+from orchestrator.allocate.sparsity.choice import Choice, choose
 from orchestrator.errors import InputError
 from orchestrator.models.evaluation.scoring import Score
 from orchestrator.plan.plan import Plan

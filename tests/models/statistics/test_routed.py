@@ -5,7 +5,7 @@ import torch
 from moe.families import BLOCKS, MOE_FAMILIES, VOCABULARY, make_moe
 
 from orchestrator.linalg.gram import Gram
-from orchestrator.linalg.magnitude import Magnitude
+from orchestrator.linalg.sparsity.magnitude import Magnitude
 from orchestrator.models.evaluation.scoring import draw_label_gradient
 from orchestrator.models.experts.module import Experts
 from orchestrator.models.experts.replace import replace_experts

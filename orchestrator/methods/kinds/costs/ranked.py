@@ -1,4 +1,4 @@
-"""Cost of both parts of a robust PCA, by `linalg.rpca` and `linalg.ranked`."""
+"""Cost of both parts of a robust PCA, by `linalg.sparsity.rpca` and `linalg.ranked`."""
 
 from typing import ClassVar
 

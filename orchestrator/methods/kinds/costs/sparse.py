@@ -1,4 +1,4 @@
-"""Cost of entries alone, by `linalg.sparse`."""
+"""Cost of entries alone, by `linalg.sparsity.sparse`."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""Cost of entries with two-sided factors beside them, by `linalg.two_sided_sparse`."""
+"""Cost of entries with two-sided factors beside them, by `linalg.sparsity.two_sided_sparse`."""
 
 from typing import ClassVar
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from orchestrator.linalg.fit_entries import correlations
 from orchestrator.linalg.gram import check_finite
 from orchestrator.linalg.low_rank import Curvature, InputGram
+from orchestrator.linalg.sparsity.fit_entries import correlations
 from orchestrator.linalg.two_sided import TwoSidedLowRank, decompose_two_sided
 
 RANKS = 12

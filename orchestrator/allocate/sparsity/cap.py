@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from orchestrator.allocate.base import Allocator, Scoring
-from orchestrator.allocate.bernoulli import (
+from orchestrator.allocate.budget import Budget, make_plan
+from orchestrator.allocate.sparsity.bernoulli import (
     Across,
     Baseline,
     CandidatePool,
@@ -19,8 +20,7 @@ from orchestrator.allocate.bernoulli import (
     make_pool,
     project,
 )
-from orchestrator.allocate.budget import Budget, make_plan
-from orchestrator.allocate.choice import Choice, choose
+from orchestrator.allocate.sparsity.choice import Choice, choose
 from orchestrator.errors import UsageError
 from orchestrator.plan.candidates import Candidates
 from orchestrator.plan.forms import Divided

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.allocate.bernoulli import CandidatePool
+from orchestrator.allocate.sparsity.bernoulli import CandidatePool
 from orchestrator.plan.forms import LOW_RANK
 
 

@@ -1,0 +1,1 @@
+"""Allocations to entries, and to entries beside directions (CAP)."""

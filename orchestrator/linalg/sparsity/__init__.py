@@ -1,0 +1,1 @@
+"""Entries of a matrix to keep: by score, and beside low rank."""
