@@ -14,7 +14,15 @@ from orchestrator.errors import UsageError
 from orchestrator.methods import METHODS, make_method
 from orchestrator.methods.base import Method
 from orchestrator.plan.allowed_ranks import Multiple
-from orchestrator.plan.cost import OPERATIONS, VALUES, Cost, OperationCost, TimeCost
+from orchestrator.plan.cost import (
+    CACHE,
+    OPERATIONS,
+    VALUES,
+    CacheCost,
+    Cost,
+    OperationCost,
+    TimeCost,
+)
 from orchestrator.plan.forms import FORMS, stored_as
 from orchestrator.plan.latency_table import LatencyTable, read_latency_table
 from orchestrator.plan.linear import Linear
@@ -67,7 +75,29 @@ def resolve(asked: Recipe, *, inherited: Collection[str] = ()) -> ResolvedRecipe
     return replace(resolved, recipe=without_options(resolved.recipe, unused))
 
 
-def check_towers(linears: Sequence[Linear], resolved: ResolvedRecipe) -> None:
+def check_targets(linears: Sequence[Linear], resolved: ResolvedRecipe) -> None:
+    """Check that a recipe can compress the targeted linears.
+
+    Raises:
+        UsageError: Its size or its allocation is about keys and values, of which there are none, or
+            not only; or there are linears of a vision tower that it cannot compress.
+    """
+    allocator, cost = resolved.allocator, resolved.budget.cost
+    if cost is CACHE and not any(each.is_cached for each in linears):
+        raise UsageError(
+            f"{cost.field}: none of {len(linears)} targeted linears is a k_proj or v_proj, whose "
+            "outputs are cached; target those, or give keep"
+        )
+    other = next((each.name for each in linears if not each.is_cached), None)
+    if allocator.is_for_cache and cost is not CACHE and other is not None:
+        raise UsageError(
+            f"allocation {resolved.recipe.allocation} divides keys and values, and {other} is "
+            "targeted; give --target '*.k_proj,*.v_proj'"
+        )
+    _check_towers(linears, resolved)
+
+
+def _check_towers(linears: Sequence[Linear], resolved: ResolvedRecipe) -> None:
     """Check that a recipe can compress those of the targeted linears that are in a vision tower.
 
     Only forward passes of the first shard run a tower: there are no gradients in it, no residual
@@ -224,19 +254,23 @@ def _cost(recipe: Recipe, method: Method, multiple: Multiple, table: LatencyTabl
     """Return the cost that the size of the recipe is a fraction of.
 
     Raises:
-        UsageError: Of operations or time, for a method that keeps entries or experts; of time, for
-            ranks that are no multiples.
+        UsageError: Of operations, time or cache, for a method that keeps entries or experts; of
+            time, for ranks that are no multiples.
     """
-    if recipe.size_field not in (OperationCost.field, TimeCost.field):
+    if recipe.size_field not in (OperationCost.field, TimeCost.field, CacheCost.field):
         return VALUES
     if (divided := FORMS[method.form].divided) != "ranks":
         reason = "and a sparse weight is multiplied as a dense one, which saves no operations"
-        if divided in ("experts", "clusters"):
+        if recipe.size_field == CacheCost.field:
+            reason = "and a cache stores latents of factors alone"
+        elif divided in ("experts", "clusters"):
             reason = "and a token takes as many experts as before, which saves no operations"
         raise UsageError(
             f"{recipe.size_field}: {method.name} keeps {divided}, {reason}; give keep, or a method "
             "of low rank"
         )
+    if recipe.size_field == CacheCost.field:
+        return CACHE
     if table is None or recipe.size_field == OperationCost.field:
         return OPERATIONS
     if multiple == 1:

@@ -7,7 +7,8 @@ returns a `Plan`. Laws of all allocators, tested by one set of tests:
 - every linear has at least rank 1 or is dense, unless its expert is dropped, which needs an option
   or a method that asks for it; every rank is below break-even;
 - a budget below the stored values of rank 1 everywhere raises `InfeasibleError`;
-- exchanging the data of two blocks exchanges their assignments.
+- exchanging the data of two blocks exchanges their assignments, unless ranks fall with depth
+  (`lorc`).
 
 Laws of allocators whose docstring names no exception, where every rank is allowed:
 
@@ -34,6 +35,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "svd-llm-v2": "orchestrator.allocate.svd_llm_v2:SvdLlmV2Allocator",
         "d-rank": "orchestrator.allocate.d_rank:DRankAllocator",
         "mgaa": "orchestrator.allocate.mgaa:MgaaAllocator",
+        "lorc": "orchestrator.allocate.lorc:Lorc",
         "strs": "orchestrator.allocate.strs:Strs",
         "threshold": "orchestrator.allocate.threshold:Threshold",
         "cap": "orchestrator.allocate.sparsity.cap:CapAllocator",

@@ -33,6 +33,9 @@ class Allocator(Protocol):
     scoring: ClassVar[Scoring] = Scoring.NONE
     needs_cosines: ClassVar[bool] = False
     """True if it asks for the cosine of every sublayer of a targeted linear."""
+    is_for_cache: ClassVar[bool] = False
+    """True if it is about keys and values alone, so that other targeted linears are refused, unless
+    the cost is that of the cache."""
 
     @property
     def divides_costs(self) -> bool:

@@ -53,8 +53,8 @@ class Threshold(Allocator):
     Of ranks that are multiples, a step is one multiple: the optimum is over multiples, not that of
     every rank, rounded.
 
-    `hull` divides any cost of the budget: values, operations or measured time. `break_even` is a
-    rule about values.
+    `hull` divides any cost of the budget: values, operations, cache or measured time. `break_even`
+    is a rule about values.
 
     With `drop`, rank 0 of a whole expert is a step too (`allocate.experts.drops`). Its loss is in
     the unit of the curves, and so unrelated to that of the model where it is not nats. Of other
@@ -135,6 +135,9 @@ class Threshold(Allocator):
         found = self._steps(linear, curve, ranks)
         if self.dense == "break_even":
             return rates(found.cost_K, found.gain_K)
+        if not found.cost_K.any():
+            # what costs nothing, as a cache that a linear does not have, is taken first
+            return np.zeros(len(found.cost_K))
         if not ranks.cost.has_fixed_part or len(found.cost_K) == 1:
             return hull_rates(found.cost_K, found.gain_K)
         # the first step is taken in any case, so that what it costs is no reason against others

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError
+from orchestrator.plan.cache_size import cache_bytes, cache_texts
 from orchestrator.plan.result import (
     Result,
     bits_per_weight,
@@ -31,7 +32,7 @@ def kept_rows(report: Mapping[str, Any]) -> dict[str, str]:
     """Kept fractions of the linears in values and in bytes, the requested one first."""
     kept, costs = report["kept"], report.get("costs", {})
     fractions = {"values": kept["linears"], "bytes": kept_bytes(report) or 0.0}
-    for name, spent in (("operations", "operations"), ("time", "microseconds")):
+    for name, spent in (("operations", "operations"), ("time", "microseconds"), ("cache", "cache")):
         if spent in costs:
             fractions[name] = costs[spent]["planned"] / costs[spent]["dense"]
     asked = kept["asked_of"]
@@ -131,6 +132,7 @@ def print_result(result: Result, as_json: bool) -> None:
         return
     kept, values = result.report["kept"], result.report["values"]
     multiples, speeds = rank_multiples(result.report), forecast_texts(result.speed_forecast)
+    cache = cache_texts(result.report)
     costs, linears = result.report.get("costs", {}), result.report.get("linears", {})
     dense = f"{costs.get('dense_linears')} of {counted(len(linears), 'linear')}"
     print_rows(
@@ -139,6 +141,7 @@ def print_result(result: Result, as_json: bool) -> None:
             "kept fraction of the whole model": f"{kept['model']:.4f}",
             "parameters": f"{values['model_before']:,} before, {values['model_after']:,} after",
             **bits_rows(result.report),
+            **({"cache of a token": ", ".join(cache)} if cache else {}),
             **({"ranks": "; ".join(filter(None, multiples))} if multiples else {}),
             **({"left dense": dense} if costs else {}),
             **{name: f"{found} {says}" for name, (found, says) in speeds.items()},
@@ -149,9 +152,14 @@ def print_result(result: Result, as_json: bool) -> None:
 
 
 def _with_forecast(result: Result) -> dict[str, Any]:
-    """Report with the bits per weight and the forecast of the speed, which follow from it."""
-    bits = bits_per_weight(result.report)
-    return {**result.report, "bits_per_weight": bits, "speed_forecast": result.speed_forecast}
+    """Report with the bits per weight, the cache of a token and the forecast of the speed, which
+    follow from it."""
+    return {
+        **result.report,
+        "bits_per_weight": bits_per_weight(result.report),
+        "cache_bytes": cache_bytes(result.report),
+        "speed_forecast": result.speed_forecast,
+    }
 
 
 def print_results(results: Sequence[Result], as_json: bool, *, is_one: bool) -> None:

@@ -26,7 +26,7 @@ from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.experts import GRAM_BYTES, expert_groups, most_experts
 from orchestrator.readable import size
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.resolve import ResolvedRecipe, check_towers, resolve
+from orchestrator.resolve import ResolvedRecipe, check_targets, resolve
 from orchestrator.stage_names import CALIBRATE
 
 HOST_PROCESS = 1_500_000_000
@@ -55,7 +55,7 @@ def costs_of(shapes: Shapes, resolved: ResolvedRecipe) -> Costs:
     """
     recipe = resolved.recipe
     targeted = shapes.narrowed(recipe.target, recipe.ignore)
-    check_towers(targeted.linears, resolved)
+    check_targets(targeted.linears, resolved)
     if resolved.method.expert_activations:
         targeted = targeted.of_experts(resolved.method.name)
     grouping = resolved.method.grouping

@@ -17,10 +17,8 @@ from transformers.cache_utils import Cache
 
 from orchestrator.errors import UsageError
 from orchestrator.hf.latent_layer import LatentLayer
+from orchestrator.plan.cache_size import LATENT_KEYS
 
-FAMILIES = ("Gemma2", "Llama", "Mistral", "OPT", "Qwen2", "Qwen3")
-"""Families whose keys are k_proj's outputs, normalised by k_norm if there is one, and rotated by
-the decoder's rotation if there is one."""
 CHANGING = ("dynamic", "longrope")
 """Rotations whose frequencies change with the length, so that a key rotated anew is another one."""
 
@@ -40,14 +38,14 @@ def latent_attention(model: PreTrainedModel) -> PreTrainedModel:
     cache the model computes what it did. Another call has no effect.
 
     Raises:
-        UsageError: The family is not one of `FAMILIES`, or the rotation of its keys changes with
+        UsageError: The family is not one of `LATENT_KEYS`, or the rotation of its keys changes with
             the length.
     """
-    found = [each for each in model.modules() if family_of(each) in FAMILIES]
+    found = [each for each in model.modules() if family_of(each) in LATENT_KEYS]
     if not found:
         raise UsageError(
             f"latent_attention: {type(model).__name__} has no attention of "
-            f"{', '.join(FAMILIES)}; latent_cache(model) alone stores values as latents for more"
+            f"{', '.join(LATENT_KEYS)}; latent_cache(model) alone stores values as latents for more"
         )
     kind = rotation_of(model)
     if kind in CHANGING:

@@ -15,16 +15,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from orchestrator.errors import InputError, UsageError
 from orchestrator.hf.latent_attention import family_of, rotary_of, tells
 from orchestrator.hf.latent_layer import (
-    FullPart,
-    LatentPart,
-    LatentLayer,
     CachedPart,
+    FullPart,
+    LatentLayer,
+    LatentPart,
     ProjectedPart,
 )
 from orchestrator.models.forms.low_rank import LowRankLinear
-
-FAMILIES = ("Gemma2", "Gemma3", "Llama", "Mistral", "OPT", "Qwen2", "Qwen3")
-"""Families whose values are v_proj's outputs."""
+from orchestrator.plan.cache_size import LATENT_VALUES
 
 
 class LatentCache(DynamicCache):  # type: ignore[misc] # transformers has no types
@@ -38,11 +36,11 @@ class LatentCache(DynamicCache):  # type: ignore[misc] # transformers has no typ
         super().__init__(config=model.config)
         found = {each.layer_idx: each for each in model.modules() if _stores_values(each)}
         if found.keys() != {*range(len(self.layers))}:
+            lacking = len(self.layers) - len(found)
             raise UsageError(
                 f"latent_cache: {type(model).__name__} has no attention of "
-                f"{', '.join(FAMILIES)} in {len(self.layers) - len(found)} of {len(self.layers)} "
-                "blocks; generate with the cache of transformers, a QuantizedCache for a smaller "
-                "one"
+                f"{', '.join(LATENT_VALUES)} in {lacking} of {len(self.layers)} blocks; generate "
+                "with the cache of transformers, or a QuantizedCache for a smaller one"
             )
         rotary = rotary_of(model)
         self.bytes_a_token = self.dense_bytes_a_token = 0
@@ -73,9 +71,9 @@ def latent_cache(model: PreTrainedModel) -> LatentCache:
     """Make an empty cache that stores the latents of values, and of keys if the model tells them.
 
     Values v = U c + bias of a low-rank or pivoted v_proj are stored as R numbers a token, by the
-    projection that `ProjectedPart` states. After `latent_attention(model)` keys are stored as R numbers
-    and a position, int32, and values as the latents of their linear, without a projection: see
-    `LatentPart`. Tokens are the same as without, logits but for rounding.
+    projection that `ProjectedPart` states. After `latent_attention(model)` keys are stored as R
+    numbers and a position, int32, and values as the latents of their linear, without a projection:
+    see `LatentPart`. Tokens are the same as without, logits but for rounding.
 
     Bytes a token: in every block the itemsize times the ranks of k_proj and v_proj, or their
     outputs where one is not low-rank or not told, and 4 for the position.
@@ -84,7 +82,7 @@ def latent_cache(model: PreTrainedModel) -> LatentCache:
     float64: `cache.reset()` empties a cache for the next text. The model must be on its device.
 
     Raises:
-        UsageError: The family is not one of `FAMILIES`, or no token would be smaller.
+        UsageError: The family is not one of `LATENT_VALUES`, or no token would be smaller.
         InputError: A factor is offloaded.
     """
     cache = LatentCache(model)
@@ -99,7 +97,7 @@ def latent_cache(model: PreTrainedModel) -> LatentCache:
 
 
 def _stores_values(module: nn.Module) -> bool:
-    return family_of(module) in FAMILIES
+    return family_of(module) in LATENT_VALUES
 
 
 def _width(module: Any) -> int:

@@ -18,9 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from orchestrator.errors import InputError
 from orchestrator.models.forms.low_rank import LowRankLinear
-
-POSITION_BYTES = 4
-"""Bytes of a token's position, int32."""
+from orchestrator.plan.cache_size import POSITION_BYTES
 
 
 class CachedPart(ABC):
@@ -82,11 +80,12 @@ class ProjectedPart(CachedPart):
         outputs_BTO = states_BNTD.transpose(1, 2).flatten(2)
         if self.bias_O is not None:
             outputs_BTO = outputs_BTO - self.bias_O
-        return (outputs_BTO @ self.basis_OR)[:, None]
+        latents_BTR: Tensor = outputs_BTO @ self.basis_OR
+        return latents_BTR[:, None]
 
     def restored(self, stored_B1TS: Tensor, positions_BT: Tensor | None) -> Tensor:
         outputs_BTO = linear(stored_B1TS[:, 0], self.basis_OR, self.bias_O)
-        return outputs_BTO.unflatten(2, (-1, self.head)).transpose(1, 2)
+        return _by_head(outputs_BTO, self.head).transpose(1, 2)
 
 
 class LatentPart(CachedPart):
@@ -121,7 +120,7 @@ class LatentPart(CachedPart):
 
     def restored(self, stored_B1TS: Tensor, positions_BT: Tensor | None) -> Tensor:
         outputs_BTO = linear(stored_B1TS[:, 0], self.left_OR, self.bias_O)
-        heads_BTND = outputs_BTO.unflatten(2, (-1, self.head))
+        heads_BTND = _by_head(outputs_BTO, self.head)
         if self.norm is not None:
             heads_BTND = self.norm(heads_BTND)
         states_BNTD = heads_BTND.transpose(1, 2)
@@ -129,6 +128,11 @@ class LatentPart(CachedPart):
             return states_BNTD
         assert positions_BT is not None
         return _rotated(states_BNTD, *self.rotary(stored_B1TS, positions_BT))
+
+
+def _by_head(outputs_BTO: Tensor, head: int) -> Tensor:
+    """Return the outputs as [B, T, N, D]."""
+    return outputs_BTO.view(*outputs_BTO.shape[:2], -1, head)
 
 
 def _bias(module: LowRankLinear) -> Tensor | None:
@@ -175,7 +179,7 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc] # transformers has no typ
                     "are rotated; give them"
                 )
             positions_BT = positions_BT.expand(len(inputs_BTI), -1).to(torch.int32)
-        self._told = inputs_BTI, positions_BT
+        self._told = inputs_BTI, positions_BT if self.has_positions else None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -196,9 +200,9 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc] # transformers has no typ
         self._check(states)
         stored = [p.stored(s, inputs_BTI) for p, s in zip(self.parts, states, strict=True)]
         every = super().update(*stored)
-        if self.has_positions:
-            known = [] if is_first else [self.positions_BT]
-            self.positions_BT = torch.cat([*known, positions_BT], dim=1)
+        pair = (None if is_first else self.positions_BT), positions_BT
+        if known := [each for each in pair if each is not None]:
+            self.positions_BT = torch.cat(known, dim=1)
         if is_first:
             return states
         keys, values = self.parts

@@ -22,6 +22,7 @@ from orchestrator.pages.evaluations import (
     text_of,
 )
 from orchestrator.pages.sources import Source
+from orchestrator.plan.cache_size import cache_texts
 from orchestrator.plan.result import bits_texts
 from orchestrator.readable import size
 from orchestrator.version import __version__
@@ -120,6 +121,8 @@ def _summary(source: Source, base: str) -> str:
     if bits := bits_texts(report):
         found, says = bits
         rows["bits per weight of the targeted linears"] = f"{found} ({says})" if says else found
+    if cache := cache_texts(report):
+        rows["cache of a token, by `latent_cache`"] = ", ".join(cache)
     if source.out_bytes is not None:
         dense = f" (dense: {size(source.dense_bytes)})" if source.dense_bytes else ""
         rows["weights on disk"] = f"{size(source.out_bytes)}{dense}"

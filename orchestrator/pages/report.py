@@ -13,6 +13,7 @@ from orchestrator.pages.memory import memory
 from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.speeds import speeds
 from orchestrator.pages.tables import cell, head, number, row_head
+from orchestrator.plan.cache_size import cache_texts
 from orchestrator.plan.result import bits_texts, kept_bytes, rank_multiples
 from orchestrator.plan.speed import forecast_texts, speed_forecast
 from orchestrator.readable import counted, duration, size
@@ -32,6 +33,7 @@ KEPT_OF = {
     "keep_bytes": "bytes",
     "keep_flops": "operations",
     "keep_latency": "time",
+    "keep_cache": "cache",
 }
 """Fields of a size, with the quantity of which each is a fraction."""
 WANTED = {
@@ -162,7 +164,7 @@ def _key_figures(source: Source) -> Markup | None:
     shown: list[tuple[str, str, str]] = []
     if "linears" in kept:
         asked = f", requested {kept['asked']:g}" if "asked" in kept else ""
-        if kept.get("asked_of") in ("operations", "time"):
+        if kept.get("asked_of") in ("operations", "time", "cache"):
             asked += f" of {kept['asked_of']}"
         in_bytes = kept_bytes(source.report) if kept.get("asked_of") == "bytes" else None
         if in_bytes is not None:
@@ -198,6 +200,8 @@ def _key_figures(source: Source) -> Markup | None:
         shown.append(("bytes of the linears", size(linear_bytes["stored"]), said))
     if bits := bits_texts(source.report):
         shown.append(("bits per weight of the linears", *bits))
+    if cache := cache_texts(source.report):
+        shown.append(("cache of a token", *cache))
     if source.out_bytes is not None:
         said = f"{size(source.dense_bytes)} before" if source.dense_bytes is not None else ""
         shown.append(("weights on disk", size(source.out_bytes), said))

@@ -1,4 +1,4 @@
-"""Costs that a budget limits: stored values, multiply-adds of a token, or measured seconds.
+"""Costs that a budget limits: stored values, multiply-adds or cache of a token, measured seconds.
 
 Costs are whole numbers, times in picoseconds, so that sums are exact and do not depend on their
 order. The cost of factors does not fall as the rank grows. Operations and times of an expert that a
@@ -93,6 +93,32 @@ class OperationCost(Cost):
         return f"{cost} multiply-adds a token"
 
 
+class CacheCost(Cost):
+    """Numbers that a cache stores of one token: outputs of keys and values, or their latents.
+
+    Linears of low rank R count R, where `orchestrator.hf.latent_cache` stores latents, and others
+    their outputs. A token's position, 4 bytes a block with latent keys, is left out: the dtype of
+    the cache is not known here. Linears other than k_proj and v_proj have no cache, so that no
+    factors of theirs cost less than dense, and they stay dense.
+    """
+
+    name = "cache"
+    field = "keep_cache"
+
+    def dense(self, linear: Linear) -> int:
+        return linear.out_features if linear.is_cached else 0
+
+    def factors(self, linear: Linear, form: Form, rank: Ranks) -> Ranks:
+        return rank if linear.is_cached else 0 * rank
+
+    def of(self, linear: Linear, assignment: Assignment) -> int:
+        is_latent = FORMS[assignment.form].is_factored and linear.is_cached
+        return assignment.rank if is_latent else self.dense(linear)
+
+    def shown(self, cost: int) -> str:
+        return f"{cost} cached numbers a token"
+
+
 class TimeCost(Cost):
     """Measured time of a linear on the device of a table, in picoseconds, all its tokens together.
 
@@ -150,6 +176,7 @@ class TimeCost(Cost):
 VALUES = ValueCost()
 """Stored values, the cost that all allocators divide."""
 OPERATIONS = OperationCost()
+CACHE = CacheCost()
 NEVER = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
 """Times of a form that was not measured: no rank is within them."""
 

@@ -45,6 +45,11 @@ class Linear:
         return found[1] if found else ""
 
     @property
+    def is_cached(self) -> bool:
+        """True for keys and values of the language model, which a cache stores of every token."""
+        return self.part in ("k_proj", "v_proj") and not self.tower
+
+    @property
     def part(self) -> str:
         """Last part of its name, `down_proj`, and `down` for the linear of an expert."""
         return self.name.rpartition(".")[2]

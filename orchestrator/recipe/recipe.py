@@ -25,7 +25,7 @@ from orchestrator.recipe.values import (
     toml_value,
 )
 
-SIZE_FIELDS = ("keep", "keep_bytes", "keep_flops", "keep_latency")
+SIZE_FIELDS = ("keep", "keep_bytes", "keep_flops", "keep_latency", "keep_cache")
 """Fields of the size, of which a recipe has exactly one."""
 NEVER_OPTIONS = ("model", "out", *SIZE_FIELDS, "method", "calibration")
 """Fields after which no option is named."""
@@ -84,6 +84,13 @@ class CompressionFields:
     keep_latency: float | None = option(
         None,
         "fraction of their time to keep, by the measurements of --latency-table; instead of --keep",
+        is_fraction=True,
+        metavar="FRACTION",
+        added=True,
+    )
+    keep_cache: float | None = option(
+        None,
+        "fraction of the cache of their keys and values to keep, as latents; instead of --keep",
         is_fraction=True,
         metavar="FRACTION",
         added=True,

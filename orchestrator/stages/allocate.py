@@ -11,7 +11,7 @@ from orchestrator.allocate.budget import Budget, plan_cost
 from orchestrator.allocate.experts.drops import predicted_loss
 from orchestrator.allocate.fill import fill_budget
 from orchestrator.errors import InfeasibleError
-from orchestrator.plan.cost import OPERATIONS, PICOSECONDS, VALUES, Cost, TimeCost
+from orchestrator.plan.cost import CACHE, OPERATIONS, PICOSECONDS, VALUES, Cost, TimeCost
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 from orchestrator.stages.context.values import Decomposed, Planned, Scores, extended
@@ -82,8 +82,8 @@ def _multiples(
 
 
 def _costs(decomposed: Decomposed, plan: Plan, curves: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts about operations, time and loss of a plan that is limited by one of them, or whose
-    times are known; empty otherwise."""
+    """Facts about operations, time, cache and loss of a plan that is limited by one of them, or
+    whose times are known; empty otherwise."""
     budget, linears, table = decomposed.budget, decomposed.linears, decomposed.latency_table
     if budget.cost is VALUES and table is None:
         return {}
@@ -92,6 +92,8 @@ def _costs(decomposed: Decomposed, plan: Plan, curves: Mapping[str, Any]) -> dic
         "dense_linears": sum(each.form == "dense" for each in plan.assignments.values()),
         "operations": _spent(OPERATIONS, linears, plan),
     }
+    if budget.cost is CACHE:
+        entry["cache"] = _spent(CACHE, linears, plan)
     if table is not None:
         time = TimeCost(table)
         spent = _spent(time, linears, plan)

@@ -15,7 +15,7 @@ from orchestrator.forecast.outcome import Forecast
 from orchestrator.models.checkpoint.output import leased_out
 from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.resolve import check_towers, resolve
+from orchestrator.resolve import check_targets, resolve
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
 from orchestrator.stage_names import (
@@ -70,7 +70,7 @@ def compress(
         monitor.guard(lease)
         with monitor.stage(SURVEY):
             surveyed = survey(asked)
-            check_towers(surveyed.linears, resolved)
+            check_targets(surveyed.linears, resolved)
             if surveyed.survey.unused:
                 monitor.note(left_out(asked.model, surveyed.survey.unused))
         monitor.event(_surveyed(surveyed, resolved.stage_names))

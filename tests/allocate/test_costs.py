@@ -29,7 +29,7 @@ from orchestrator.allocate.uniform import Uniform
 from orchestrator.errors import InfeasibleError, InputError
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.codecs import CODECS
-from orchestrator.plan.cost import OPERATIONS, VALUES, TimeCost, isotonic, picoseconds
+from orchestrator.plan.cost import CACHE, OPERATIONS, VALUES, TimeCost, isotonic, picoseconds
 from orchestrator.plan.forms import LOW_RANK, PIVOTED
 from orchestrator.plan.latency_table import parse_latency_table
 from orchestrator.plan.plan import Assignment
@@ -186,12 +186,13 @@ def test_operations_of_factors_are_their_values(form):
 
 @FORMS
 @pytest.mark.parametrize("name", RANK_ALLOCATORS)
-@pytest.mark.parametrize("kind", ["operations", "time"])
+@pytest.mark.parametrize("kind", ["operations", "time", "cache"])
 def test_every_allocator_meets_the_budget(name, kind, form):
     """Within the cost; a linear whose factors would cost no less is dense, and all are at 1."""
     if name == "d-rank" and form is PIVOTED:
         return
-    cost = OPERATIONS if kind == "operations" else time_cost(MODEL, bumps=1.0)
+    known = {"operations": OPERATIONS, "cache": CACHE}
+    cost = known.get(kind) or time_cost(MODEL, bumps=1.0)
     dense = sum(map(cost.dense, MODEL))
     for kept in (0.5, 0.75, 1.0):
         plan = fill(name, MODEL, Budget(kept, form, cost=cost))

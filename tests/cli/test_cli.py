@@ -336,7 +336,7 @@ def test_wrong_arguments_end_with_2(arguments, says, capsys):
 @pytest.mark.parametrize(
     ("flags", "code", "says"),
     [
-        ([], 2, "recipe: none of keep, keep_bytes, keep_flops, keep_latency given"),
+        ([], 2, "recipe: none of keep, keep_bytes, keep_flops, keep_latency, keep_cache given"),
         (["--keep", "1.5"], 2, "keep is 1.5"),
         (["--keep", "nan"], 2, "keep is nan"),
         (["--keep", "0.8", "--recipe", "none.toml"], 2, "none.toml"),
