@@ -81,6 +81,13 @@ _ALLOCATIONS: dict[str, dict[str, Any]] = {
         "options": _FEW_TRIALS,
     },
     "allocation-threshold": {"allocation": "threshold"},
+    "allocation-lorc": {
+        "method": "svd",
+        "allocation": "lorc",
+        "target": ("*.k_proj", "*.v_proj"),
+        "keep": None,
+        "keep_cache": 0.5,
+    },
     "bytes-factors": {"keep": None, "keep_bytes": 0.6},
     "bytes-pivoted": {"keep": None, "keep_bytes": 0.6, "storage": "pivoted"},
     "bytes-sparse": {"method": "wanda", "keep": None, "keep_bytes": 0.5},
