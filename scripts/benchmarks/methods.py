@@ -29,6 +29,7 @@ from benchmarks.zero_shot import ARC_FILE, LAMBADA_FILE, arc_easy, lambada, samp
 from orchestrator import api
 from orchestrator.cli.lines import Lines
 from orchestrator.models.inputs.tokenizer import load_tokenizer
+from orchestrator.plan.cache_size import cache_bytes
 from orchestrator.plan.result import Result
 from orchestrator.recipe.presets import PRESETS
 from orchestrator.recipe.recipe import Recipe
@@ -38,6 +39,8 @@ C4_STRIDE = 29
 Row = Mapping[str, Any]
 """Fields of a recipe."""
 
+CACHED: Row = {"target": ("*.k_proj", "*.v_proj"), "rank_multiple": "auto", "keep_cache": None}
+"""Rows whose sizes are fractions of the cache of keys and values, which alone are cut."""
 ROWS: Mapping[str, Row] = {
     "svd": {"method": "svd"},
     "asvd": {"method": "asvd"},
@@ -57,6 +60,8 @@ ROWS: Mapping[str, Row] = {
     "two-sided (pivoted)": PRESETS["fast"],
     "best": PRESETS["best"],
     "two-sided-sparse": {"method": "two-sided-sparse"},
+    "lorc (cache)": {"method": "svd", "allocation": "lorc", **CACHED},
+    "two-sided (cache)": {"method": "two-sided", **CACHED},
 }
 
 
@@ -99,7 +104,8 @@ def once(path: Path, work: Any) -> dict[str, Any]:
 
 def row(options: argparse.Namespace, name: str, keep: float) -> dict[str, Any]:
     say(f"{name} at {keep:g}")
-    result = compress(options, ROWS[name], f"{name.replace(' ', '-')}-{keep:g}", keep=keep)
+    size = {"keep_cache" if "keep_cache" in ROWS[name] else "keep": keep}
+    result = compress(options, ROWS[name], f"{name.replace(' ', '-')}-{keep:g}", **size)
     return measure(options, result.out) | facts(result)
 
 
@@ -126,6 +132,7 @@ def facts(result: Result) -> dict[str, Any]:
         "stages": result.report["timings"]["seconds"],
         "kept": result.report["kept"]["linears"],
         "values": result.report["values"]["stored"],
+        "cache": cache_bytes(result.report),
     }
 
 
