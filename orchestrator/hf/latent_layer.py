@@ -142,8 +142,13 @@ def _bias(module: LowRankLinear) -> Tensor | None:
 def _rotated(states_BNTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
     """Rotate pairs (i, i + D / 2) of each head, as Llama and its relatives do."""
     first, second = states_BNTD.chunk(2, dim=-1)
-    turned_BNTD = torch.cat([-second, first], dim=-1)
-    return states_BNTD * cos_BTD[:, None] + turned_BNTD * sin_BTD[:, None]
+    sin_first, sin_second = sin_BTD[:, None].chunk(2, dim=-1)
+    rotated_BNTD = states_BNTD * cos_BTD[:, None]
+    # in place, as all tokens are rotated at every call: twice as fast on a CPU
+    into_first, into_second = rotated_BNTD.chunk(2, dim=-1)
+    into_first.addcmul_(second, sin_first, value=-1)
+    into_second.addcmul_(first, sin_second)
+    return rotated_BNTD
 
 
 class LatentLayer(DynamicLayer):  # type: ignore[misc] # transformers has no types

@@ -50,7 +50,7 @@ from orchestrator.stages.evaluate.values import (
 from orchestrator.stages.evaluate.worker import EvaluationWorker
 from orchestrator.stages.request import ask
 from orchestrator.stages.score import score
-from orchestrator.stages.survey import left_out, read_calibration, survey
+from orchestrator.stages.survey import left_out, read_calibration, survey, without_cache
 from orchestrator.stages.write.job import finished, layout_of, write_files, write_small_files
 from orchestrator.store.lease import Lease
 from orchestrator.store.run import RunDirectory
@@ -73,6 +73,8 @@ def compress(
             check_targets(surveyed.linears, resolved)
             if surveyed.survey.unused:
                 monitor.note(left_out(asked.model, surveyed.survey.unused))
+            if said := without_cache(surveyed):
+                monitor.note(said)
         monitor.event(_surveyed(surveyed, resolved.stage_names))
         with monitor.stage(READ):
             keyed = assign_keys(surveyed, *read_calibration(surveyed))

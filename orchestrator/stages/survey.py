@@ -14,7 +14,7 @@ from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.image_models import image_token
 from orchestrator.models.survey.select import select
-from orchestrator.plan.cost import VALUES
+from orchestrator.plan.cost import CACHE, VALUES
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.whole_experts import linears_of_experts
 from orchestrator.recipe.recipe import LONGEST_SEQUENCE, MOST_SAMPLES, TOKENS_PER_INPUT
@@ -76,6 +76,18 @@ def _check_table(surveyed: Surveyed) -> None:
             f"result is written in {written}; measure with --dtype {written}, or give "
             f"--output-dtype {table.dtype}"
         )
+
+
+def without_cache(surveyed: Surveyed) -> str:
+    """Line about targeted linears that are decomposed although a size in cache leaves them dense;
+    empty if there are none."""
+    others = {each.role for each in surveyed.linears if not each.is_cached}
+    if surveyed.budget.cost is not CACHE or surveyed.previous is not None or not others:
+        return ""
+    return (
+        f"keep_cache: {', '.join(sorted(others))} have no cache and stay dense; leave them out: "
+        "--target '*.k_proj,*.v_proj'"
+    )
 
 
 def left_out(model: object, unused: Sequence[str]) -> str:

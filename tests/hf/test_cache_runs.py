@@ -31,11 +31,22 @@ def dense(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(dense, text, tmp_path_factory):
-    """LoRC at half of the cache."""
+def notes():
+    """Notes of the run below."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def made(dense, text, notes, tmp_path_factory):
+    """LoRC at half of the cache; keys and values alone are cut."""
     fields = {"method": "svd", "allocation": "lorc", "keep": None, "keep_cache": 0.5}
-    out = tmp_path_factory.mktemp("made") / "out"
-    return run(dense, out, text, target=(TARGET,), **fields, **FEW)
+    fields["target"] = (TARGET, "*.up_proj")
+
+    def hear(event):
+        if event["event"] == "note":
+            notes.append(event["text"])
+
+    return run(dense, tmp_path_factory.mktemp("made") / "out", text, on_event=hear, **fields, **FEW)
 
 
 def sizes_of(model):
@@ -50,14 +61,16 @@ def sizes_of(model):
     return found
 
 
-def test_lorc_keeps_a_fraction_of_the_cache(made, capsys):
-    """The report's bytes are those of the caches; with positions they are above the budget by 4 a
-    block. Ranks fall with depth, and the loaded model generates the same tokens."""
+def test_lorc_keeps_a_fraction_of_the_cache(made, notes):
+    """Other linears are said to stay dense. The report's bytes are those of the caches; with
+    positions they are above the budget by 4 a block. Ranks fall with depth, and the loaded model generates the same tokens."""
     model = AutoModelForCausalLM.from_pretrained(made.out)
     spent = made.report["costs"]["cache"]
     sizes = cache_bytes(made.report)
     cut = {name: each for name, each in made.report["linears"].items() if "rank" in each}
     blocks = sum(name.endswith("k_proj") for name in cut)
+    assert any(text.startswith("keep_cache: mlp.up_proj have no cache") for text in notes)
+    assert not any("up_proj" in name for name in cut)
     assert spent["dense"] == 4 * 2 * 16
     assert spent["planned"] <= 0.5 * spent["dense"]
     assert sizes == sizes_of(model)

@@ -1,6 +1,7 @@
 """Caches of latents: tokens and logits are those of the cache of transformers, in fewer bytes."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ ALL_FULL = ("llama", "mistral", "qwen2", "qwen3", "opt")
 """Families whose layers have no sliding window here."""
 SLIDING = {"gemma2": 2, "gemma3": 2}
 """Families with both kinds of layers, and their number of full ones."""
+SHARED = partial(LowRankLinear, shares_basis=True)
 PADDED = torch.tensor([[0, 0, 0, 7, 8, 9, 4, 5], [5, 6, 7, 8, 9, 3, 2, 1]])
 """Two texts, the first with padding at its left."""
 MASK = (PADDED > 0).long()
@@ -112,10 +114,13 @@ def test_logits_and_tokens_are_those_of_the_full_cache(family, keys):
         assert (moved[:, 1:] - expected[:, :-1]).abs().max() > 100 * NEAR["atol"]
 
 
-@pytest.mark.parametrize("form", [LowRankLinear, PivotedLinear])
+@pytest.mark.parametrize(
+    "form", [LowRankLinear, PivotedLinear, SHARED], ids=["low", "pivoted", "shared"]
+)
 @pytest.mark.parametrize("parts", [("k_proj",), ("v_proj",), ("k_proj", "v_proj")])
 def test_either_may_be_dense_and_factors_pivoted(form, parts):
-    """A dense linear's outputs are stored whole, and its cache is exact as well."""
+    """A dense linear's outputs are stored whole, and its cache is exact as well; so is that of
+    a basis that linears share."""
     model = make("qwen2", parts, form)
     expected = decoded(model, DynamicCache(config=model.config))
     if "v_proj" in parts:
