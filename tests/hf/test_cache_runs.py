@@ -63,7 +63,8 @@ def sizes_of(model):
 
 def test_lorc_keeps_a_fraction_of_the_cache(made, notes):
     """Other linears are said to stay dense. The report's bytes are those of the caches; with
-    positions they are above the budget by 4 a block. Ranks fall with depth, and the loaded model generates the same tokens."""
+    positions they are above the budget by 4 a block. Ranks fall with depth, and the loaded model
+    generates the same tokens."""
     model = AutoModelForCausalLM.from_pretrained(made.out)
     spent = made.report["costs"]["cache"]
     sizes = cache_bytes(made.report)
