@@ -5,11 +5,11 @@ from typing import Any
 
 from orchestrator.plan.forms import FORMS
 
-LATENT_VALUES = ("Gemma2", "Gemma3", "Llama", "Mistral", "OPT", "Qwen2", "Qwen3")
-"""Families of transformers whose values are v_proj's outputs."""
-LATENT_KEYS = ("Gemma2", "Llama", "Mistral", "OPT", "Qwen2", "Qwen3")
-"""Families whose keys are k_proj's outputs, normalised by k_norm if there is one, and rotated by
-the decoder's rotation if there is one."""
+LATENT_KEYS = ("Gemma2", "Llama", "Mistral", "Mixtral", "OPT", "Qwen2", "Qwen3", "Qwen3Moe")
+"""Families of transformers whose keys are k_proj's outputs, normalised by k_norm if there is one,
+and rotated by the decoder's rotation if there is one."""
+LATENT_VALUES = (*LATENT_KEYS, "Gemma3")
+"""Families whose values are v_proj's outputs."""
 UNROTATED = ("OPT",)
 """Families whose keys are not rotated, so that a cache needs no positions."""
 POSITION_BYTES = 4

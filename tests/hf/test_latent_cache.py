@@ -7,6 +7,7 @@ import pytest
 import torch
 from compressed import TOKENS
 from families import FAMILIES
+from moe.families import MOE_FAMILIES
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from orchestrator.errors import InputError, UsageError
@@ -17,7 +18,7 @@ from orchestrator.models.forms.pivoted import PivotedLinear
 RANK = 4
 NEAR = {"rtol": 0, "atol": 2e-6}
 """Tolerance of logits in float32, whose largest is about 1."""
-ALL_FULL = ("llama", "mistral", "qwen2", "qwen3", "opt")
+ALL_FULL = ("llama", "mistral", "qwen2", "qwen3", "opt", "mixtral", "qwen3_moe")
 """Families whose layers have no sliding window here."""
 SLIDING = {"gemma2": 2, "gemma3": 2}
 """Families with both kinds of layers, and their number of full ones."""
@@ -45,7 +46,7 @@ def make(family, parts=("k_proj", "v_proj"), form=LowRankLinear):
     """Return a tiny model with these linears of low rank, and scores that differ from token to
     token; a Mistral has no window."""
     generator = torch.Generator().manual_seed(0)
-    model = FAMILIES[family]()
+    model = {**FAMILIES, **MOE_FAMILIES}[family]()
     if family == "mistral":
         model.config.sliding_window = None
         model = type(model)(model.config)
