@@ -39,7 +39,7 @@ class Lorc(Allocator):
 
     so that the first block gets d_max, the last one d_min, and blocks of equal κ̃ equal ranks; all
     of them d_min if all are equal. Ranks are rounded down to allowed ones; a share of 1 is dense,
-    and one between the largest allowed rank and 1 gets that rank.
+    and one between the largest allowed rank and 1 gets that rank. What rounding leaves is slack.
 
     The formula of d_l is a reconstruction: a digest of the paper states the product and that
     shallow blocks keep more, and neither d_max nor d_min was found. Departures:
