@@ -85,6 +85,7 @@ class DirectionGradients:
         self._weight_OI = weight_OI
         self._working_KK: Tensor | None = None
         self._basis_KK: Tensor | None = None
+        self._value_K: Tensor | None = None
         self.sequences = 0
         """Number of sequences added so far."""
         size = min(weight_OI.shape)
@@ -98,13 +99,29 @@ class DirectionGradients:
         """Left singular vectors of the weight as columns if O <= I, else the right ones, by
         descending singular value; float64."""
         if self._basis_KK is None:
-            outputs, inputs = self._weight_OI.shape
-            wide_OI = self._weight_OI.double()
-            check_finite("weight", wide_OI)
-            square_KK = wide_OI @ wide_OI.T if outputs <= inputs else wide_OI.T @ wide_OI
-            _, vectors_KK = Eigensolver().decompose(square_KK, upper=True)
-            self._basis_KK = vectors_KK.flip(1).contiguous()
+            self._decompose()
+        assert self._basis_KK is not None
         return self._basis_KK
+
+    @property
+    def value_K(self) -> Tensor:
+        """Singular values, descending, float64; accurate to about 1e-8 of the largest."""
+        if self._value_K is None:
+            self._decompose()
+        assert self._value_K is not None
+        return self._value_K
+
+    def _decompose(self) -> None:
+        """Compute the basis and the singular values."""
+        outputs, inputs = self._weight_OI.shape
+        wide_OI = self._weight_OI.double()
+        check_finite("weight", wide_OI)
+        square_KK = wide_OI @ wide_OI.T if outputs <= inputs else wide_OI.T @ wide_OI
+        del wide_OI
+        energies_K, vectors_KK = Eigensolver().decompose(square_KK, upper=True)
+        del square_KK
+        self._value_K = energies_K.flip(0).clamp(min=0).sqrt()
+        self._basis_KK = vectors_KK.flip(1)
 
     def images(self, inputs_TI: Tensor) -> Tensor:
         """Return the inputs in the basis, [T, K]: d_iᵀ x if O <= I, else v_iᵀ x."""
@@ -125,6 +142,17 @@ class DirectionGradients:
         self.square_K += h_K.square()
         self.sequences += 1
         return self
+
+    def left(self) -> Tensor:
+        """Return the left singular vectors u_i as columns, float64 [O, K].
+
+        If O > I they are those of W V by Householder reflections, which have orthonormal columns
+        for any weight; 2 O K² multiply-adds.
+        """
+        if self._weight_OI.shape[0] <= self._weight_OI.shape[1]:
+            return self.basis_KK
+        left_OK: Tensor = torch.linalg.qr(self._weight_OI.double() @ self.basis_KK)[0]
+        return left_OK
 
     def settle(self) -> None:
         """Free the float32 copy of the basis, 4 K² bytes, after the last sequence."""

@@ -53,6 +53,9 @@ class Method(Protocol):
     """Statistic of the gradients, where `label_draws` asks for some: the second moment of those of
     the outputs; or, gathered with the inputs, the gradient of the weight [O, I], or those of the
     gates of its singular directions, sequence by sequence."""
+    block_cosines: ClassVar[bool] = False
+    """True if cosines of whole blocks are computed whatever the allocation is, which may be the
+    allocation `grasp` of a later size."""
     output_curvature: ClassVar[bool] = False
     """True if the curvature is that of the outputs, [O, O], also where O > I."""
 

@@ -65,6 +65,7 @@ class Calibration:
         curvature: Also accumulate gradients.
         outputs: Function of a linear: True to accumulate its gradients as g even if O > I.
         gradient: Also accumulate gradients by weights or their directions, by `backward` too.
+        block_cosines: Also compute the cosine of the residual stream before and after each block.
         weighted: Weight the rows of experts as described; False: they count alike.
         tokens: Tokens of all chunks, if known. Inputs of experts are then kept as rows where that
             takes less memory (`plan.experts`). Chunks that pass again must have the same index
@@ -81,10 +82,10 @@ class Calibration:
         curvature: bool = False,
         outputs: Callable[[Linear], bool] = lambda _: False,
         gradient: PairedKind | None = None,
+        block_cosines: bool = False,
         weighted: bool = True,
         tokens: int | None = None,
     ) -> None:
-        blocks = {linear.block for linear in linears}
         self._shard = shard
         self._grams: dict[str, Gram | GramOfRows] = {}
         self._magnitudes: dict[str, Magnitude] = {}
@@ -93,11 +94,12 @@ class Calibration:
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
         self._rows = ChunkRows(shard, is_weighted=weighted and not (curvature or gradient))
-        self._gradients = PairedGradients(shard, self._rows)
         self._experts = {linear.name: experts_of(shard, linear) for linear in linears}
+        self._gradients = PairedGradients(shard, self._rows, self._experts)
         self._gram_pools, self._magnitude_pools, self._curvature_pools = Pools(), Pools(), Pools()
         self._residual_cosines = ResidualCosines(
-            shard, [linear for linear in shard.linears if linear.block in blocks], self._rows.select
+            *(shard, {linear.block for linear in linears}, self._rows.select),
+            of_blocks=block_cosines,
         )
         sites: dict[str, list[Linear]] = {}
         for linear in linears:
@@ -118,8 +120,7 @@ class Calibration:
             if curvature:
                 self._request_curvature(linear, as_is=outputs(linear))
             if gradient:
-                experts = self._experts[linear.name]
-                self._hooks.append(self._gradients.request(linear, experts, gradient))
+                self._hooks.append(self._gradients.request(linear, gradient))
 
     def _request(self, linear: Linear, side: Side) -> None:
         source, size = _gram_of(linear, side)
@@ -370,9 +371,9 @@ class Calibration:
         }
 
     def cosines(self, block: int) -> dict[str, Cosine]:
-        """Return the residual-stream cosines of a block's sublayers, by the sublayer's name."""
+        """Return the cosines of the residual stream of a block, `3`, and its sublayers, `3.mlp`."""
         found = self._residual_cosines.cosines.items()
-        return {name: cosine for name, cosine in found if name.startswith(f"{block}.")}
+        return {name: each for name, each in found if name.partition(".")[0] == f"{block}"}
 
     def forget(self, linears: Sequence[Linear]) -> None:
         """Free the Grams used only by these linears; call after `flush_writes`."""
@@ -388,7 +389,7 @@ class Calibration:
         self._sources = {}
         self._grams, self._magnitudes, self._curvatures = {}, {}, {}
         self._gram_pools, self._magnitude_pools, self._curvature_pools = Pools(), Pools(), Pools()
-        self._gradients = PairedGradients(self._shard, self._rows)
+        self._gradients = PairedGradients(self._shard, self._rows, self._experts)
 
 
 def _gram_of(linear: Linear, side: Side) -> tuple[str, int]:

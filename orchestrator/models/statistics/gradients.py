@@ -3,7 +3,7 @@
 Shape suffixes: T tokens, O outputs, I inputs, K directions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -54,19 +54,21 @@ class PairedGradients:
 
     Inputs of an expert are not weighted: its gradients contain the router's weights. Between the
     forward and the backward pass of a chunk a linear holds its inputs, or T K numbers of them.
+
+    Args:
+        experts: Experts that a linear belongs to, by its name; None if it is not an expert's.
     """
 
-    def __init__(self, shard: Shard, rows: ChunkRows) -> None:
-        self._shard, self._rows = shard, rows
+    def __init__(
+        self, shard: Shard, rows: ChunkRows, experts: Mapping[str, Experts | None]
+    ) -> None:
+        self._shard, self._rows, self._experts = shard, rows, experts
         self._found: dict[str, PairedGradient] = {}
 
-    def request(self, linear: Linear, experts: Experts | None, kind: PairedKind) -> Any:
-        """Accumulate the statistic of a linear in later passes. Returns the hook, to be removed.
-
-        Args:
-            experts: Experts that it belongs to, if it is an expert's.
-        """
-        module, select = self._shard.module(linear.name), self._rows.select
+    def request(self, linear: Linear, kind: PairedKind) -> Any:
+        """Accumulate the statistic of a linear in later passes. Returns the hook, to be removed."""
+        module, experts = self._shard.module(linear.name), self._experts[linear.name]
+        select = self._rows.select
         found = KINDS[kind](dense_weight(module))
         self._found[linear.name] = found
 

@@ -64,5 +64,6 @@ def _block_keys(surveyed: Surveyed, statistics_key: str) -> dict[int, str]:
                 linears=[[each.name for each in g] for g in grouping.groups(linears)],
                 output_dtype=surveyed.recipe.output_dtype,
                 **({"ranks": "all"} if surveyed.is_pivoted else {}),
+                **({"cosines": "blocks"} if surveyed.block_cosines else {}),
             )
     return keys
