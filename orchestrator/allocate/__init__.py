@@ -38,6 +38,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "lorc": "orchestrator.allocate.lorc:Lorc",
         "strs": "orchestrator.allocate.strs:Strs",
         "threshold": "orchestrator.allocate.threshold:Threshold",
+        "grasp": "orchestrator.allocate.grasp:GraspAllocator",
         "cap": "orchestrator.allocate.sparsity.cap:CapAllocator",
         "merge-experts": "orchestrator.allocate.experts.merge_experts:MergeExpertsAllocator",
         "reap": "orchestrator.allocate.experts.reap:ReapAllocator",

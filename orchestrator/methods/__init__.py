@@ -23,6 +23,7 @@ METHODS: Registry[Method] = Registry(
         "mgaa": "orchestrator.methods.mgaa:Mgaa",
         "cap": "orchestrator.methods.cap:Cap",
         "two-sided": "orchestrator.methods.two_sided:TwoSided",
+        "grasp": "orchestrator.methods.grasp:Grasp",
         "two-sided-sparse": "orchestrator.methods.two_sided_sparse:TwoSidedSparse",
         "expert-sharing": "orchestrator.methods.expert_sharing:ExpertSharing",
         "wanda": "orchestrator.methods.wanda:Wanda",

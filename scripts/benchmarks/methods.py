@@ -62,6 +62,13 @@ ROWS: Mapping[str, Row] = {
     "two-sided-sparse": {"method": "two-sided-sparse"},
     "lorc (cache)": {"method": "svd", "allocation": "lorc", **CACHED},
     "two-sided (cache)": {"method": "two-sided", **CACHED},
+    "grasp": {"method": "grasp"},
+    "grasp (all blocks)": {"method": "grasp", "allocation": "threshold"},
+    "grasp (signed)": {"method": "grasp", "options": {"grasp": {"aggregate": "signed"}}},
+    "grasp (published)": {
+        "method": "grasp",
+        "options": {"grasp": {"aggregate": "signed", "labels": "after_next"}},
+    },
 }
 
 

@@ -10,6 +10,7 @@ from pipeline import write_llama
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.forecast.statistics import method_statistics
 from orchestrator.linalg import ranked
+from orchestrator.linalg.gradients import DirectionGradients
 from orchestrator.linalg.low_rank import Curvature, InputGram
 from orchestrator.methods import METHODS
 from orchestrator.methods.kinds.base import Kind
@@ -40,7 +41,8 @@ def test_statistics_are_those_that_a_worker_gathers(name, small):
         assert [each.name for each in shard.linears] == [each.name for each in expected.linears]
         calibration = Calibration(
             *(shard, shard.linears, side),
-            curvature=method.label_draws > 0,
+            curvature=method.label_draws > 0 and method.gradient == "curvature",
+            gradient=None if method.gradient == "curvature" else method.gradient,
             outputs=lambda _: method.output_curvature,
         )
         entries = {}
@@ -56,6 +58,13 @@ def test_statistics_are_those_that_a_worker_gathers(name, small):
             entries[f"{linear.name} gradients"] = len(curvature) ** 2
         assert sum(entries.values()) == expected.entries
         calibration.close()
+
+
+def gradient_of(specimen):
+    """Gradients of the directions of a weight, of one sequence."""
+    found = DirectionGradients(specimen.weight_OI)
+    inputs_TI = specimen.inputs_TI
+    return found.update(found.images(inputs_TI), inputs_TI @ specimen.weight_OI.T)
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(24, 10), (10, 24), (16, 16)])
@@ -75,6 +84,7 @@ def test_a_unit_stores_what_is_forecast(name, outputs, inputs):
         specimen.gram_II,
         magnitude_I=specimen.inputs_TI.abs().mean(dim=0),
         curvature=Curvature(rows_TK.T @ rows_TK, len(rows_TK)),
+        gradient=gradient_of(specimen),
     )
     cost = method.kind.cost
     rank = cost.stored_rank(linear, pivoted=False)
