@@ -47,6 +47,18 @@ class Curvature:
 
 
 @dataclass(frozen=True, slots=True)
+class InputMeans:
+    """Statistic of a linear: means of its inputs by groups of sequences, and its bias."""
+
+    sums_GI: Tensor
+    """Sum of the input rows of each group, float64."""
+    tokens_G: Tensor
+    """Number of the rows, float64, 1 or more."""
+    bias_O: Tensor | None = None
+    """Bias of the dense linear; None: it has none."""
+
+
+@dataclass(frozen=True, slots=True)
 class InputGram:
     """Statistic of a site: H = sum x x^T over the input rows x of its linears."""
 
@@ -57,6 +69,8 @@ class InputGram:
     """Mean of |x_j| over the rows, float64, if the method needs it."""
     curvature: Curvature | None = None
     """Curvature of the loss with respect to the outputs, if the method needs it."""
+    means: InputMeans | None = None
+    """Means of the inputs, if the method needs them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +84,8 @@ class OutputGram:
     """Mean of |x_j| over the input rows, float64, if the method needs it."""
     curvature: Curvature | None = None
     """Curvature of the loss with respect to the outputs, if the method needs it."""
+    means: InputMeans | None = None
+    """Means of the inputs, if the method needs them."""
 
 
 Statistic = InputGram | OutputGram

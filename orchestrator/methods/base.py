@@ -46,6 +46,9 @@ class Method(Protocol):
     """True if that activation is the distances of its mean output from those of the others."""
     magnitudes: ClassVar[bool] = False
     """True if `decompose` needs the mean magnitude of every input beside a Gram."""
+    input_means: ClassVar[bool] = False
+    """True if `decompose` needs the means of the inputs beside a Gram. Linears of experts are
+    refused then."""
     output_curvature: ClassVar[bool] = False
     """True if the curvature is that of the outputs, [O, O], also where O > I."""
 

@@ -16,7 +16,7 @@ from orchestrator.models.survey.image_models import image_token
 from orchestrator.models.survey.select import select
 from orchestrator.plan.cost import VALUES
 from orchestrator.plan.linear import Linear
-from orchestrator.plan.whole_experts import linears_of_experts
+from orchestrator.plan.whole_experts import check_no_experts, linears_of_experts
 from orchestrator.recipe.recipe import LONGEST_SEQUENCE, MOST_SAMPLES, TOKENS_PER_INPUT
 from orchestrator.stages.context.tokens import commit_tokens
 from orchestrator.stages.context.values import Asked, Surveyed, extended
@@ -46,6 +46,8 @@ def survey(asked: Asked) -> Surveyed:
     linears = tuple(each for each in found.compressible if each.name in chosen)
     if asked.method.expert_activations:
         linears = linears_of_experts(linears, found.experts, asked.method.name)
+    if asked.method.input_means:
+        check_no_experts(linears, asked.method.name)
     asked = replace(asked, budget=replace(asked.budget, experts=found.experts))
     grouping.check(linears, asked.method.name)
     # other costs of a shared basis are those of its linears

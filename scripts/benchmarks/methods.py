@@ -51,6 +51,8 @@ ROWS: Mapping[str, Row] = {
     },
     "d-rank": {"method": "d-rank"},
     "mgaa": {"method": "mgaa"},
+    "bolaco": {"method": "bolaco"},
+    "bolaco (pooled)": {"method": "bolaco", "options": {"bolaco": {"covariance": "pooled"}}},
     "wanda": {"method": "wanda"},
     "cap": {"method": "cap"},
     "two-sided": {"method": "two-sided"},

@@ -75,6 +75,7 @@ def test_a_unit_stores_what_is_forecast(name, outputs, inputs):
         specimen.gram_II,
         magnitude_I=specimen.inputs_TI.abs().mean(dim=0),
         curvature=Curvature(rows_TK.T @ rows_TK, len(rows_TK)),
+        means=specimen.means(),
     )
     cost = method.kind.cost
     rank = cost.stored_rank(linear, pivoted=False)

@@ -88,6 +88,7 @@ STAGES = {
     "svd-llm": {"method": "svd-llm"},
     "svd": {"method": "svd"},
     "basis-sharing": {"method": "basis-sharing"},
+    "bolaco": {"method": "bolaco"},
     "wanda": {"method": "wanda"},
 }
 
