@@ -84,7 +84,7 @@ def check_towers(linears: Sequence[Linear], resolved: ResolvedRecipe) -> None:
         f"method {method.name}, which needs gradients": method.label_draws > 0,
         f"method {method.name} with shared bases": method.grouping.size > 1,
         f"allocation {resolved.recipe.allocation}, which needs residual cosines": (
-            allocator.needs_cosines
+            allocator.needs_cosines or allocator.needs_block_cosines
         ),
         f"allocation {resolved.recipe.allocation}, which needs losses of the model": (
             allocator.scoring is not Scoring.NONE

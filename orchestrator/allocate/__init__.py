@@ -36,6 +36,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "mgaa": "orchestrator.allocate.mgaa:MgaaAllocator",
         "strs": "orchestrator.allocate.strs:Strs",
         "threshold": "orchestrator.allocate.threshold:Threshold",
+        "grasp": "orchestrator.allocate.grasp:GraspAllocator",
         "cap": "orchestrator.allocate.sparsity.cap:CapAllocator",
         "merge-experts": "orchestrator.allocate.experts.merge_experts:MergeExpertsAllocator",
         "reap": "orchestrator.allocate.experts.reap:ReapAllocator",

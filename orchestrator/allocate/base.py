@@ -33,6 +33,8 @@ class Allocator(Protocol):
     scoring: ClassVar[Scoring] = Scoring.NONE
     needs_cosines: ClassVar[bool] = False
     """True if it asks for the cosine of every sublayer of a targeted linear."""
+    needs_block_cosines: ClassVar[bool] = False
+    """True if it asks for the cosine of every block of a targeted linear."""
 
     @property
     def divides_costs(self) -> bool:
@@ -60,7 +62,8 @@ class Allocator(Protocol):
         cosines: Mapping[str, float],
     ) -> Plan:
         """`cosines`: by `Linear.sublayer`, the mean over calibration tokens of the cosine between
-        the residual stream before and after it."""
+        the residual stream before and after it; where they are asked for, by its
+        number, `3`, that of a whole block."""
         ...
 
     def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
@@ -75,6 +78,12 @@ class Allocator(Protocol):
     def is_even(self) -> bool:
         """True if every linear keeps the same fraction of its values, up to rounding."""
         return False
+
+    def facts(
+        self, linears: Sequence[Linear], cosines: Mapping[str, float], plan: Plan
+    ) -> dict[str, Any]:
+        """Return entries of the report about a plan, by name; none by default."""
+        return {}
 
     def scoring_passes(self, num_linears: int) -> float:
         """Return the cost of `scoring`, in passes of one sequence through the whole model.

@@ -89,9 +89,10 @@ def calibration(
             {
                 **weights,
                 "embeddings": shapes.front_values * itemsize,
-                "Grams": GRAM_BYTES * blocks * (statistics.entries - rows.entries),
+                "Grams": GRAM_BYTES * blocks * (statistics.entries - rows.entries)
+                + blocks * _gradients(statistics, settled=False),
                 **rows.part(blocks * rows.size),
-                "activations": activations + logits,
+                "activations": activations + logits + statistics.basis_bytes,
             }
         )
         held = _Held(shapes, method, statistics, rows, blocks)
@@ -132,6 +133,7 @@ def _finishing(
     """
     shapes, method, statistics, rows = held.shapes, held.method, held.statistics, held.rows
     linears, cost, written = statistics.linears, method.kind.cost, 0
+    paired = held.blocks * _gradients(statistics, settled=True)
     entries, kept = held.blocks * (statistics.entries - rows.entries), held.blocks * rows.size
     last = {statistics.source(each): place for place, each in enumerate(linears)}
     end_of_rows = max((last[each] for each in rows.sources), default=-1)
@@ -150,7 +152,7 @@ def _finishing(
         yield {
             "written": written,
             **rows.part(kept),
-            "Grams": SETTLED_BYTES * (entries + made + pools),
+            "Grams": SETTLED_BYTES * (entries + made + pools) + paired,
             "decomposition": _reading(given) + summed,
         }
         if last[source] == place:
@@ -158,15 +160,21 @@ def _finishing(
             made = 0
         kept -= rows.size if place == end_of_rows else 0
         entries -= given.curvature**2
+        paired -= statistics.gradient_bytes(linear, settled=True)
         rank = cost.stored_rank(whole, pivoted=pivoted)
         working = cost.workspace(whole, statistics.of(whole, known), rank) + summed
         yield {
             "written": written,
             **rows.part(kept),
-            "Grams": SETTLED_BYTES * (entries + made + pools),
+            "Grams": SETTLED_BYTES * (entries + made + pools) + paired,
             "decomposition": working,
         }
         written = cost.stored_bytes(whole, pivoted=pivoted, itemsize=shapes.itemsize)
+
+
+def _gradients(statistics: BlockStatistics, *, settled: bool) -> int:
+    """Bytes of the gradients by weights or directions of a block."""
+    return sum(statistics.gradient_bytes(each, settled=settled) for each in statistics.linears)
 
 
 def _reading(given: LinearStatistics) -> int:

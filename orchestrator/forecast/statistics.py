@@ -10,6 +10,7 @@ from orchestrator.forecast.shapes import Shapes
 from orchestrator.forecast.work import TRIANGLE, Work, computed, forward_flops
 from orchestrator.methods.base import Method
 from orchestrator.methods.kinds.costs.base import LinearStatistics
+from orchestrator.methods.kinds.costs.workspaces import EIGENVECTOR_COPIES
 from orchestrator.plan.experts import (
     ROUTED_BYTES,
     are_rows_smaller,
@@ -30,6 +31,8 @@ class BlockStatistics:
     grams: Mapping[str, int]
     """Channels of the Grams by their source: a site, or `NAME output` of a linear; 0 for none."""
     has_gradients: bool = False
+    gradient: str = "curvature"
+    """Statistic of the gradients, as `Method.gradient`."""
     output_curvature: bool = False
     """True if gradients are those of the outputs, also where O > I."""
     grouping: Grouping = field(default_factory=Grouping)
@@ -43,8 +46,8 @@ class BlockStatistics:
         return output if output in self.grams else linear.site
 
     def curvature(self, linear: Linear) -> int:
-        """Channels of the second moment of a linear's gradients; 0 without gradients."""
-        if not self.has_gradients:
+        """Channels of the second moment of a linear's gradients; 0 if there is none."""
+        if not self.has_gradients or self.gradient != "curvature":
             return 0
         outputs, inputs = linear.out_features, linear.in_features
         as_is = self.output_curvature or self.grouping.shares_outputs(linear)
@@ -53,6 +56,28 @@ class BlockStatistics:
     def is_turned(self, linear: Linear) -> bool:
         """True if gradients are mapped to the inputs' side for their second moment."""
         return 0 < self.curvature(linear) < linear.out_features
+
+    def gradient_bytes(self, linear: Linear, *, settled: bool) -> int:
+        """Bytes of the gradient of a linear's weight, or of its directions with their basis.
+
+        Args:
+            settled: True once all chunks have passed.
+        """
+        if not self.has_gradients or self.gradient == "curvature":
+            return 0
+        if self.gradient == "weight":
+            return 4 * linear.values
+        narrow = min(linear.out_features, linear.in_features)
+        return (8 if settled else 12) * narrow * narrow
+
+    @property
+    def basis_bytes(self) -> int:
+        """Temporary bytes while the largest basis of directions is computed, in float64."""
+        if not self.has_gradients or self.gradient != "directions":
+            return 0
+        narrow = {each: min(each.out_features, each.in_features) for each in self.linears}
+        forming = max(8 * (each.values + size * size) for each, size in narrow.items())
+        return max(forming, EIGENVECTOR_COPIES * 8 * max(narrow.values()) ** 2)
 
     def of(self, linear: Linear, known: int | None = None) -> LinearStatistics:
         """Sizes of the statistics of one linear, or of the joint one that has its name.
@@ -138,6 +163,7 @@ def method_statistics(linears: Sequence[Linear], method: Method) -> BlockStatist
         linears=tuple(linears),
         grams=none if method.expert_activations else dict(_method_grams(linears, method)),
         has_gradients=method.label_draws > 0,
+        gradient=method.gradient,
         output_curvature=method.output_curvature,
         grouping=method.grouping,
         runs_every_expert=method.expert_outputs,
@@ -208,8 +234,13 @@ def gathering(shapes: Shapes, statistics: BlockStatistics, tokens: int, itemsize
             total += product
         if statistics.is_turned(linear):
             total += product + Work(single=gram(linear.name, statistics.curvature(linear)))
-        elif statistics.has_gradients:
+        elif statistics.curvature(linear):
             total += as_passed(gram(linear.name, statistics.curvature(linear)))
+        elif statistics.has_gradients:
+            total += product
+            if statistics.gradient == "directions":
+                narrow = min(linear.out_features, linear.in_features)
+                total += Work(single=4.0 * seen(linear.name) * narrow * narrow)
     return total
 
 

@@ -23,9 +23,14 @@ class Cosine:
     A monoid: `Cosine()` is the unit, `update` adds tokens, `merge` adds another instance. Products
     are float32, or float64 for float64 rows; the sum over tokens is float64. If one vector of a
     token is zero, its cosine counts as 0. Costs 3 T C multiply-adds.
+
+    Args:
+        undefined: Value of every undefined cosine in place of 0 and of NaN: of a zero vector, or of
+            values that overflow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, undefined: float | None = None) -> None:
+        self._undefined = undefined
         self._sum: Tensor | float = 0.0
         self.tokens = 0
 
@@ -37,7 +42,9 @@ class Cosine:
         apart_T, longer_T = norm(after_TC - before_TC, dim=-1), after_T - before_T
         product_T = before_T * after_T
         gap_T = (apart_T - longer_T) * (apart_T + longer_T) / (2 * product_T)
-        cosine_T = torch.where(product_T > 0, 1 - gap_T, 0.0)
+        cosine_T = torch.where(product_T > 0, 1 - gap_T, self._undefined or 0.0)
+        if self._undefined is not None:
+            cosine_T = torch.where(cosine_T.isfinite(), cosine_T, self._undefined)
         # kept as a tensor: on a GPU, reading it would wait for all earlier work
         self._sum = self._sum + cosine_T.sum(dtype=torch.float64)
         self.tokens += len(before_TC)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from orchestrator.errors import InputError
 from orchestrator.linalg.eigen import Eigensolver
+from orchestrator.linalg.gradients import DirectionGradients, WeightGradient
 from orchestrator.linalg.gram import add_upper_product, check_finite
 
 Precision = Literal["exact", "fast"]
@@ -69,6 +70,8 @@ class InputGram:
     """Mean of |x_j| over the rows, float64, if the method needs it."""
     curvature: Curvature | None = None
     """Curvature of the loss with respect to the outputs, if the method needs it."""
+    gradient: WeightGradient | DirectionGradients | None = None
+    """Gradient of the loss by the weight or by its directions, if the method needs it."""
     means: InputMeans | None = None
     """Means of the inputs, if the method needs them."""
 
@@ -84,6 +87,8 @@ class OutputGram:
     """Mean of |x_j| over the input rows, float64, if the method needs it."""
     curvature: Curvature | None = None
     """Curvature of the loss with respect to the outputs, if the method needs it."""
+    gradient: WeightGradient | DirectionGradients | None = None
+    """Gradient of the loss by the weight or by its directions, if the method needs it."""
     means: InputMeans | None = None
     """Means of the inputs, if the method needs them."""
 

@@ -62,7 +62,62 @@ def decompose_scaled(
         own = OutputGram(_outer(weight_OI.double() * scale_I))
     else:
         own = InputGram(scale_I.double().square().diag())
-    result = decompose(weight_OI, own, rank)
+    return _measured(weight_OI, decompose(weight_OI, own, rank), statistic)
+
+
+def decompose_in_order(
+    weight_OI: Tensor, statistic: Statistic, rank: int, *, left_OK: Tensor, energies_K: Tensor
+) -> ScaledLowRank:
+    """Compute the factors, for every rank up to `rank`, of given directions in descending order of
+    given energies.
+
+    Directions with equal energies keep their order. Whatever it is, `W' = U_r (U_r^T W)` with U_r
+    of the directions that are kept, all of them reproduce W, and losses of outputs and weight
+    follow as in `decompose_scaled`. Energies and total say what a cut loses in the unit of
+    `energies_K`.
+
+    Dtype and device as in `decompose`. O(O I K).
+
+    Args:
+        left_OK: Orthonormal columns that span those of the weight, float64.
+        energies_K: Not negative, float64.
+
+    Raises:
+        InputError: The weight, the energies or the statistic contains NaN or infinity.
+    """
+    check_finite("weight", weight_OI)
+    check_finite("energies", energies_K)
+    check_finite("statistic", _matrix(statistic))
+    order_K = energies_K.argsort(descending=True, stable=True)
+    left_OR = left_OK[:, order_K[:rank]]
+    # of a tall weight it is a copy that no one else holds
+    del left_OK
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
+    weight_OR, down_RI = left_OR.to(dtype).contiguous(), (left_OR.T @ weight_OI.double()).to(dtype)
+    del left_OR
+    result = LowRank(
+        weight_OR=weight_OR,
+        down_RI=down_RI,
+        energies_K=energies_K[order_K],
+        total=float(energies_K.sum()),
+        report={
+            "basis": "identity" if len(weight_OI) <= weight_OI.shape[1] else "householder",
+            "known_rank": int(energies_K.count_nonzero()),
+            "orthonormality": _orthonormality(weight_OR),
+        },
+    )
+    return _measured(weight_OI, result, statistic)
+
+
+def _orthonormality(weight_OR: Tensor) -> float:
+    """Return the largest entry of |U^T U - 1|."""
+    square_RR = weight_OR.T @ weight_OR
+    square_RR.diagonal().sub_(1)
+    return float(square_RR.abs().max())
+
+
+def _measured(weight_OI: Tensor, result: LowRank, statistic: Statistic) -> ScaledLowRank:
+    """Add the energies of the outputs to factors with orthonormal columns."""
     activation_R, activation_total = explained(weight_OI, result, statistic)
     return ScaledLowRank(
         **{field.name: getattr(result, field.name) for field in fields(result)},

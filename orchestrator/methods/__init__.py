@@ -24,6 +24,7 @@ METHODS: Registry[Method] = Registry(
         "bolaco": "orchestrator.methods.bolaco:Bolaco",
         "cap": "orchestrator.methods.cap:Cap",
         "two-sided": "orchestrator.methods.two_sided:TwoSided",
+        "grasp": "orchestrator.methods.grasp:Grasp",
         "two-sided-sparse": "orchestrator.methods.two_sided_sparse:TwoSidedSparse",
         "expert-sharing": "orchestrator.methods.expert_sharing:ExpertSharing",
         "wanda": "orchestrator.methods.wanda:Wanda",

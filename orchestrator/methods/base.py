@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from orchestrator.linalg.low_rank import InputGram, OutputGram
 
 
+Labels = Literal["drawn", "next", "after_next"]
+
+
 class Method(Protocol):
     """A published method that turns a linear and its statistics into a result to cut from.
 
@@ -49,6 +52,13 @@ class Method(Protocol):
     input_means: ClassVar[bool] = False
     """True if `decompose` needs the means of the inputs beside a Gram. Linears of experts are
     refused then."""
+    gradient: ClassVar[Literal["curvature", "weight", "directions"]] = "curvature"
+    """Statistic of the gradients, where `label_draws` asks for some: the second moment of those of
+    the outputs; or, gathered with the inputs, the gradient of the weight [O, I], or those of the
+    gates of its singular directions, sequence by sequence."""
+    block_cosines: ClassVar[bool] = False
+    """True if cosines of whole blocks are computed whatever the allocation is, which may be the
+    allocation `grasp` of a later size."""
     output_curvature: ClassVar[bool] = False
     """True if the curvature is that of the outputs, [O, O], also where O > I."""
 
@@ -62,6 +72,12 @@ class Method(Protocol):
         """Number of labels drawn for each token; the gradients of their losses give the curvature
         that `decompose` needs. 0: no backward pass."""
         return 0
+
+    @property
+    def labels(self) -> Labels:
+        """Labels of the loss: drawn from the model's own distribution, or the token of the text
+        that follows, or the one after it."""
+        return "drawn"
 
     @property
     def decomposition(self) -> str:
@@ -79,7 +95,8 @@ class Method(Protocol):
     @property
     def takes_experts_apart(self) -> bool:
         """True if the experts of a block can be calibrated in several passes, group by group."""
-        return not (self.expert_activations or self.grouping.experts)
+        is_pooled = self.gradient == "curvature"
+        return is_pooled and not (self.expert_activations or self.grouping.experts)
 
     def refits(self, keep: float) -> bool:
         """Return True if left factors are refitted to the inputs of the compressed model."""

@@ -45,6 +45,8 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
         return fill_budget(divide, linears, budget, decomposed.codec, divides_costs=divides)
 
     plan = planned(decomposed.budget)
+    about = decomposed.allocator.facts(linears, cosines, plan)
+    scores = replace(scores, report={**scores.report, **about})
     facts = {
         "multiples": _multiples(decomposed, plan, planned, curves),
         "costs": _costs(decomposed, plan, curves),

@@ -59,6 +59,12 @@ ROWS: Mapping[str, Row] = {
     "two-sided (pivoted)": PRESETS["fast"],
     "best": PRESETS["best"],
     "two-sided-sparse": {"method": "two-sided-sparse"},
+    "grasp": {"method": "grasp"},
+    "grasp (all blocks)": {"method": "grasp", "allocation": "threshold"},
+    "grasp (signed)": {
+        "method": "grasp",
+        "options": {"grasp": {"aggregate": "signed", "labels": "after_next"}},
+    },
 }
 
 

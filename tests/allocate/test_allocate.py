@@ -22,6 +22,7 @@ from orchestrator.allocate import make_allocator
 from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.d_rank import DRankAllocator
 from orchestrator.allocate.fill import fill_budget
+from orchestrator.allocate.grasp import GraspAllocator
 from orchestrator.allocate.mgaa import RULES, MgaaAllocator
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.strs import Strs
@@ -71,6 +72,10 @@ CASES = {
         )
         for rule in RULES
     },
+    # a larger budget cuts fewer blocks, whose linears may keep less
+    "grasp": (GraspAllocator(), {DENSE, WHOLE}),
+    "grasp least": (GraspAllocator(least=0.8), {DENSE, WHOLE}),
+    "grasp importance": (GraspAllocator(cut="importance"), {DENSE, WHOLE}),
     # sensitivities are exchanged with their curves
     "strs": (Strs(grid="0.2 0.4 0.6 0.8 0.9"), {GROWS, DENSE, TYPES, WHOLE}),
 }
@@ -171,7 +176,10 @@ def test_blocks_may_be_exchanged(case):
     other = {each.name: f"blocks.{at_other(each.block)}.{each.role}" for each in SMALL}
     moved = {name: replace(curves[other[name]], name=name) for name in other}
     parts = {name: name.partition(".") for name in cosines}
-    turned = {n: cosines[f"{at_other(int(block))}.{part}"] for n, (block, _, part) in parts.items()}
+    turned = {
+        name: cosines[f"{at_other(int(block))}{dot}{part}"]
+        for name, (block, dot, part) in parts.items()
+    }
     after = run(case, SMALL, 0.7, moved, turned)
     assert after.assignments == {name: plan.assignments[other[name]] for name in other}
 

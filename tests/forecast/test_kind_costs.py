@@ -40,7 +40,8 @@ def test_statistics_are_those_that_a_worker_gathers(name, small):
         assert [each.name for each in shard.linears] == [each.name for each in expected.linears]
         calibration = Calibration(
             *(shard, shard.linears, side),
-            curvature=method.label_draws > 0,
+            curvature=method.label_draws > 0 and method.gradient == "curvature",
+            gradient=None if method.gradient == "curvature" else method.gradient,
             outputs=lambda _: method.output_curvature,
         )
         entries = {}
@@ -76,6 +77,7 @@ def test_a_unit_stores_what_is_forecast(name, outputs, inputs):
         magnitude_I=specimen.inputs_TI.abs().mean(dim=0),
         curvature=Curvature(rows_TK.T @ rows_TK, len(rows_TK)),
         means=specimen.means(),
+        gradient=specimen.gradient(method.gradient),
     )
     cost = method.kind.cost
     rank = cost.stored_rank(linear, pivoted=False)

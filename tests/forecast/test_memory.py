@@ -87,6 +87,7 @@ STAGES = {
     "two-sided": {"method": "two-sided", "storage": "pivoted"},
     "svd-llm": {"method": "svd-llm"},
     "svd": {"method": "svd"},
+    "grasp": {"method": "grasp", "allocation": "threshold"},
     "basis-sharing": {"method": "basis-sharing"},
     "bolaco": {"method": "bolaco"},
     "wanda": {"method": "wanda"},

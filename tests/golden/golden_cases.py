@@ -59,6 +59,7 @@ _METHODS: dict[str, dict[str, Any]] = {
     },
     "two-sided": {"method": "two-sided"},
     "two-sided-draws": {"method": "two-sided", "options": {"two-sided": {"draws": 2}}, "seed": 7},
+    "grasp": {"method": "grasp"},
     "two-sided-sparse": {"method": "two-sided-sparse"},
     "two-sided-sparse-unfitted": {
         "method": "two-sided-sparse",

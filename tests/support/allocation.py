@@ -96,8 +96,11 @@ def make_curves(linears, seed=0, form=LOW_RANK):
 
 
 def make_cosines(linears, seed=0):
+    """Make random cosines of all sublayers, and then of all blocks."""
     rng = np.random.default_rng(seed)
-    return {name: rng.uniform(0.4, 0.99) for name in sorted({each.sublayer for each in linears})}
+    sublayers = sorted({each.sublayer for each in linears})
+    blocks = sorted({f"{each.block}" for each in linears})
+    return {name: rng.uniform(0.4, 0.99) for name in (*sublayers, *blocks)}
 
 
 def assert_invariants(plan, linears, keep, form=LOW_RANK):

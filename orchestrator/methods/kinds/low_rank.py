@@ -95,6 +95,16 @@ class ScaledKind(LowRankKind[S]):
         }
 
 
+class OrderedKind(ScaledKind["ScaledLowRank"]):
+    """Factors whose directions are those of the plain SVD, in the order of an importance."""
+
+    @property
+    def cost(self) -> "KindCost":
+        from orchestrator.methods.kinds.costs.ordered import OrderedCost
+
+        return OrderedCost()
+
+
 class TwoSidedKind(ScaledKind["TwoSidedLowRank"]):
     """Factors that are orthonormal in the curvature's norm, so their shares of |W|² are apart."""
 
@@ -151,6 +161,7 @@ class AffineKind(ScaledKind["AffineLowRank"]):
 
 LOW_RANK: LowRankKind["LowRank"] = LowRankKind()
 SCALED: ScaledKind["ScaledLowRank"] = ScaledKind()
+ORDERED = OrderedKind()
 TWO_SIDED = TwoSidedKind()
 AFFINE = AffineKind()
 

@@ -135,6 +135,32 @@ def draw_label_gradient(logits_BTV: Tensor, mask_BT: Tensor, generator: torch.Ge
     return grad_BTV
 
 
+def text_label_gradient(
+    logits_BTV: Tensor, tokens_BT: Tensor, text_BT: Tensor, *, ahead: int = 1
+) -> Tensor:
+    """Compute the logit gradient of −Σ log p(label), with labels from the text.
+
+    The label of token t is token t + `ahead` of its sequence; a token without one has no loss. It
+    is `p − 1[label]` [B, T, V] in the logits' dtype. The loss is a sum over predictions, not their
+    mean.
+
+    Args:
+        tokens_BT: On the host, as the next.
+        text_BT: True for real tokens of text, bool [B, T]; labels are among them.
+    """
+    grad_BTV = torch.zeros_like(logits_BTV)
+    dtype = torch.promote_types(logits_BTV.dtype, torch.float32)
+    for row, is_text_T in enumerate(text_BT):
+        places_P = is_text_T[ahead:].nonzero().squeeze(1)
+        for slice_P in torch.split(places_P, SLICE_TOKENS):
+            where_P = bring(slice_P, logits_BTV.device)
+            label_P1 = bring(tokens_BT[row, slice_P + ahead], logits_BTV.device)[:, None]
+            p_PV = torch.softmax(logits_BTV[row, where_P].to(dtype), dim=-1)
+            p_PV.scatter_add_(1, label_P1, torch.full_like(label_P1, -1, dtype=p_PV.dtype))
+            grad_BTV[row, where_P] = p_PV.to(grad_BTV.dtype)
+    return grad_BTV
+
+
 def _draw(p_TV: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one outcome per distribution, int64 [T, 1]: the first of exponential waits of rate p.
 

@@ -20,6 +20,7 @@ from orchestrator.models.experts.module import Experts, RoutedRows
 from orchestrator.models.shards.chunk import Chunk, rows_at
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.expert_rows import ExpertRows, GramOfRows, empty_rows
+from orchestrator.models.statistics.gradients import PairedGradients, PairedKind, on_gradient
 from orchestrator.models.statistics.orientation import dense_weight
 from orchestrator.models.statistics.residual_cosines import ResidualCosines
 from orchestrator.models.statistics.routed import (
@@ -63,6 +64,8 @@ class Calibration:
         magnitudes: Also accumulate the mean magnitudes of the inputs.
         curvature: Also accumulate gradients.
         outputs: Function of a linear: True to accumulate its gradients as g even if O > I.
+        gradient: Also accumulate gradients by weights or their directions, by `backward` too.
+        block_cosines: Also compute the cosine of the residual stream before and after each block.
         weighted: Weight the rows of experts as described; False: they count alike.
         tokens: Tokens of all chunks, if known. Inputs of experts are then kept as rows where that
             takes less memory (`plan.experts`). Chunks that pass again must have the same index
@@ -78,10 +81,11 @@ class Calibration:
         magnitudes: bool = False,
         curvature: bool = False,
         outputs: Callable[[Linear], bool] = lambda _: False,
+        gradient: PairedKind | None = None,
+        block_cosines: bool = False,
         weighted: bool = True,
         tokens: int | None = None,
     ) -> None:
-        blocks = {linear.block for linear in linears}
         self._shard = shard
         self._grams: dict[str, Gram | GramOfRows] = {}
         self._magnitudes: dict[str, Magnitude] = {}
@@ -89,11 +93,13 @@ class Calibration:
         self._activations: dict[str, Activation] = {}
         self._sources: dict[str, tuple[str, Side]] = {}
         self._hooks: list[Any] = []
-        self._rows = ChunkRows(shard, is_weighted=weighted and not curvature)
+        self._rows = ChunkRows(shard, is_weighted=weighted and not (curvature or gradient))
         self._experts = {linear.name: experts_of(shard, linear) for linear in linears}
+        self._gradients = PairedGradients(shard, self._rows, self._experts)
         self._gram_pools, self._magnitude_pools, self._curvature_pools = Pools(), Pools(), Pools()
         self._residual_cosines = ResidualCosines(
-            shard, [linear for linear in shard.linears if linear.block in blocks], self._rows.select
+            *(shard, {linear.block for linear in linears}, self._rows.select),
+            of_blocks=block_cosines,
         )
         sites: dict[str, list[Linear]] = {}
         for linear in linears:
@@ -113,6 +119,8 @@ class Calibration:
                 self._request_magnitude(linear)
             if curvature:
                 self._request_curvature(linear, as_is=outputs(linear))
+            if gradient:
+                self._hooks.append(self._gradients.request(linear, gradient))
 
     def _request(self, linear: Linear, side: Side) -> None:
         source, size = _gram_of(linear, side)
@@ -229,13 +237,7 @@ class Calibration:
                     rows_TI = rows_TO.float() @ weight_OI.float()
                 gram.update(rows_TI)
 
-        def monitor(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            # the model's first linears have no predecessor that requires a gradient
-            # the rows of an expert are known during its forward pass alone
-            hook = partial(gather, routed=rows_of(experts))
-            output.requires_grad_().register_hook(hook)  # type: ignore[no-untyped-call]
-
-        self._hooks.append(module.register_forward_hook(monitor))
+        self._hooks.append(on_gradient(module, experts, lambda _: gather))
 
     def forward(self, chunk: Chunk) -> Chunk:
         """Pass one chunk through the shard and add it to the statistics."""
@@ -260,6 +262,7 @@ class Calibration:
         self._remove_hooks()
         for gram in (*self._grams.values(), *self._curvatures.values()):
             gram.flush_writes()
+        self._gradients.settle()
         for kept, statistics in self._pooled().values() if pools else ():
             kept.settle(statistics)
 
@@ -354,7 +357,7 @@ class Calibration:
             matrix_KK, rows, _ = self._curvature_pools.moment(linear.name, self._curvatures)
             curvature = Curvature(matrix_KK, rows)
         kind = InputGram if side == "input" else OutputGram
-        return kind(moment, most, magnitude_I, curvature)
+        return kind(moment, most, magnitude_I, curvature, self._gradients.of(linear))
 
     def expert_tokens(self, linears: Sequence[Linear]) -> dict[str, int]:
         """Return the number of tokens of the experts of linears, by the name of their module.
@@ -368,15 +371,16 @@ class Calibration:
         }
 
     def cosines(self, block: int) -> dict[str, Cosine]:
-        """Return the residual-stream cosines of a block's sublayers, by the sublayer's name."""
+        """Return the cosines of the residual stream of a block, `3`, and its sublayers, `3.mlp`."""
         found = self._residual_cosines.cosines.items()
-        return {name: cosine for name, cosine in found if name.startswith(f"{block}.")}
+        return {name: each for name, each in found if name.partition(".")[0] == f"{block}"}
 
     def forget(self, linears: Sequence[Linear]) -> None:
         """Free the Grams used only by these linears; call after `flush_writes`."""
         for linear in linears:
             self._sources.pop(linear.name, None)
             self._curvatures.pop(linear.name, None)
+            self._gradients.forget(linear)
         used = {source for source, _ in self._sources.values()}
         self._grams = {source: gram for source, gram in self._grams.items() if source in used}
 
@@ -385,6 +389,7 @@ class Calibration:
         self._sources = {}
         self._grams, self._magnitudes, self._curvatures = {}, {}, {}
         self._gram_pools, self._magnitude_pools, self._curvature_pools = Pools(), Pools(), Pools()
+        self._gradients = PairedGradients(self._shard, self._rows, self._experts)
 
 
 def _gram_of(linear: Linear, side: Side) -> tuple[str, int]:

@@ -30,8 +30,10 @@ def assign_keys(surveyed: Surveyed, tokens_key: str, token_report: Mapping[str, 
     pass_key = unit_key("calibrate", CALIBRATE_VERSION, inputs, dtype=str(surveyed.dtype))
     statistics_key = pass_key
     if surveyed.needs_gradients:
-        draws = {"labels": method.label_draws, "seed": surveyed.randomness.seed}
-        statistics_key = unit_key("curvature", CURVATURE_VERSION, [pass_key], **draws)
+        labels: dict[str, Any] = {"labels": method.label_draws, "seed": surveyed.randomness.seed}
+        if method.labels != "drawn":
+            labels = {"labels": method.labels}
+        statistics_key = unit_key("curvature", CURVATURE_VERSION, [pass_key], **labels)
     block_keys = _block_keys(surveyed, statistics_key)
     decisive = {"recipe": recipe.to_toml(schedule=False)}
     if (table := surveyed.latency_table) is not None:
@@ -62,5 +64,6 @@ def _block_keys(surveyed: Surveyed, statistics_key: str) -> dict[int, str]:
                 linears=[[each.name for each in g] for g in grouping.groups(linears)],
                 output_dtype=surveyed.recipe.output_dtype,
                 **({"ranks": "all"} if surveyed.is_pivoted else {}),
+                **({"cosines": "blocks"} if surveyed.block_cosines else {}),
             )
     return keys

@@ -35,6 +35,8 @@ class CompressionTask(Task):
     tokens_key: str
     block_keys: Mapping[int, str]
     """Keys of the units of decompositions, by the first block of each group of blocks."""
+    block_cosines: bool = False
+    """True if the cosine of every block's input and output is computed."""
     refit_keys: Mapping[int, str] = field(default_factory=dict)
     """Keys of the units of refitted left factors, by block; empty if there are none."""
     settings: Any = None

@@ -83,6 +83,11 @@ class Asked:
         """True if the statistics need gradients of the loss, from backward passes."""
         return self.method.label_draws > 0
 
+    @property
+    def block_cosines(self) -> bool:
+        """True if the cosine of every block's input and output is computed."""
+        return self.method.block_cosines or self.allocator.needs_block_cosines
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surveyed(Asked):

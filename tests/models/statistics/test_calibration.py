@@ -122,25 +122,31 @@ def test_svd_llm_requests_the_smaller_gram(model):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "gpt_neox", "falcon"])
 def test_cosines_compare_the_stream_before_and_after_each_sublayer(family, checkpoint):
-    """Sequential sublayers each have their own cosine; parallel ones share that of the block."""
+    """Sequential sublayers each have their own cosine; parallel ones share that of the block. A
+    block has its own pair, also the last one of the shard, of which the shard alone tells."""
     tokens = torch.arange(30)[None] * 7 % 96
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 25:] = False
     lazy_model = LazyModel.open(checkpoint(family))
     with lazy_model.shard(range(lazy_model.num_blocks)) as shard:
-        calibration = Calibration(shard, shard.linears, METHODS["svd-llm"].side)
-        calibration.forward(Chunk(0, tokens, mask))
+        calibration = Calibration(shard, shard.linears, METHODS["svd-llm"].side, block_cosines=True)
+        passed = calibration.forward(Chunk(0, tokens, mask)).payload.tensors()[0]
         found = [calibration.cosines(block) for block in range(4)]
         calibration.close()
     whole = AutoModelForCausalLM.from_pretrained(checkpoint(family))
     with torch.no_grad():
         states = whole(input_ids=tokens, output_hidden_states=True).hidden_states
-    for block in range(3):
+    # the whole model's last state is behind its final norm
+    states = (*states[:4], passed)
+    for block in range(4):
+        own = found[block].pop(f"{block}")
         cosines = list(found[block].values())
         assert {cosine.tokens for cosine in cosines} == {25}
         assert len(cosines) == 2
         before, after = (state[0, :25].double() for state in states[block : block + 2])
         whole_block = torch.cosine_similarity(before, after, dim=-1).mean().item()
+        assert own.mean == pytest.approx(whole_block, rel=1e-5)
+        assert own.tokens == 25
         if family in ("gpt_neox", "falcon"):
             assert [c.mean for c in cosines] == pytest.approx([whole_block] * 2, rel=1e-5)
         else:
@@ -154,7 +160,7 @@ def test_the_stream_between_sublayers_is_that_of_the_model(model):
     mask = torch.ones_like(tokens, dtype=torch.bool)
     lazy_model = LazyModel.open(model)
     with lazy_model.shard(range(2)) as shard:
-        calibration = Calibration(shard, shard.linears, METHODS["svd-llm"].side)
+        calibration = Calibration(shard, shard.linears, METHODS["svd-llm"].side, block_cosines=True)
         calibration.forward(Chunk(0, tokens, mask))
         found = calibration.cosines(1)
     whole = AutoModelForCausalLM.from_pretrained(model)
@@ -169,6 +175,7 @@ def test_the_stream_between_sublayers_is_that_of_the_model(model):
     expected = {
         "1.self_attn": torch.cosine_similarity(seen["before"], between, dim=-1).mean().item(),
         "1.mlp": torch.cosine_similarity(between, seen["after"], dim=-1).mean().item(),
+        "1": torch.cosine_similarity(seen["before"], seen["after"], dim=-1).mean().item(),
     }
     assert {name: cosine.mean for name, cosine in found.items()} == pytest.approx(expected)
 

@@ -225,6 +225,8 @@ class CompressionWorker(Worker):
                 f"{linear.name}: the model does not run it on the images of the calibration; leave "
                 "it out by --ignore"
             )
+        if method.gradient != "curvature" and statistic.gradient is not None:
+            statistic.gradient.check(linear.name)
         # a statistic is a copy: its Grams are freed before the decomposition takes memory
         opened.calibration.forget(group)
         rank = max(self.task.form.break_even(linear), 1)

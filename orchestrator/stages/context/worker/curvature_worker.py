@@ -1,14 +1,15 @@
-"""Backward pass of gradients through the shards, for the curvature of the loss.
+"""Backward pass of gradients through the shards, for the statistics that methods make of them.
 
 Shape suffixes: B sequences, T tokens, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from orchestrator.models.evaluation.scoring import draw_label_gradient
+from orchestrator.models.evaluation.scoring import draw_label_gradient, text_label_gradient
 from orchestrator.models.shards.chunk import BlockState, Chunk
 from orchestrator.randomness import Randomness
 from orchestrator.runtime.worker import Emitted, Stored
@@ -45,7 +46,8 @@ class BackwardPass:
             worker.task.of_groups(todo),
             group=self.group,
             magnitudes=method.magnitudes,
-            curvature=True,
+            curvature=method.gradient == "curvature",
+            gradient=None if method.gradient == "curvature" else method.gradient,
             outputs=worker.task.output_curvature,
         )
         opened.shard.freeze()
@@ -65,19 +67,24 @@ class GradientPass:
         worker, opened = self._worker, self.opened
         chunk = self._dense_chunk(index % self._settings.sequences)
         if opened.shard.is_last:
-            # one stream of random numbers for each draw, on whichever worker
-            generator = self._settings.randomness.labels(index, worker.device)
-
-            def grads(logits_BTV: Tensor) -> Tensor:
-                return draw_label_gradient(logits_BTV, chunk.mask, generator)
-
-            passed = opened.calibration.backward(chunk, grads)
+            passed = opened.calibration.backward(chunk, partial(self._label_gradient, index, chunk))
         else:
             payload = worker.input_chunk(opened.blocks.stop, index, record).payload
             assert payload is not None
             passed = opened.calibration.backward(chunk, list(payload.output))
         gradients = Chunk(index, chunk.tokens, chunk.mask, BlockState(tuple(passed)))
         return None, worker.emit(opened.blocks.start, gradients) if emit else None
+
+    def _label_gradient(self, index: int, chunk: Chunk, logits_BTV: Tensor) -> Tensor:
+        """Return the gradient of the loss of a chunk with respect to its logits."""
+        labels = self._worker.task.method.labels
+        if labels == "drawn":
+            # one stream of random numbers for each draw, on whichever worker
+            generator = self._settings.randomness.labels(index, self._worker.device)
+            return draw_label_gradient(logits_BTV, chunk.mask, generator)
+        text_BT = chunk.mask if chunk.images is None else chunk.mask & ~chunk.images
+        ahead = 1 if labels == "next" else 2
+        return text_label_gradient(logits_BTV, chunk.tokens, text_BT, ahead=ahead)
 
     def _dense_chunk(self, sequence: int) -> Chunk:
         """Return the shard's input, as the forward pass has stored it.

@@ -60,6 +60,7 @@ class DenseModel:
             options: Options of `Calibration`.
         """
         task, tokens, kind = self._task, self.tokens.ids.size, Calibration
+        options |= {"tokens": tokens, "block_cosines": task.block_cosines}
         if task.method.expert_outputs:
             kind = OutputsCalibration
         elif task.method.expert_activations:
@@ -67,9 +68,7 @@ class DenseModel:
         elif task.method.input_means:
             kind = MeansCalibration
         chosen = group.linears(linears, task.grouping)
-        opened = self.open_with(
-            blocks, lambda shard: kind(shard, chosen, task.side, tokens=tokens, **options)
-        )
+        opened = self.open_with(blocks, lambda shard: kind(shard, chosen, task.side, **options))
         return replace(opened, group=group)
 
     def open_with(self, blocks: range, calibrate: Callable[[Shard], Calibration]) -> "OpenShard":

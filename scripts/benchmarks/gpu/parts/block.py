@@ -57,7 +57,8 @@ def pass_and_cut(bench: Bench, shard: Shard, method: Method, chunks: list[Chunk]
         shard,
         shard.linears,
         method.side,
-        curvature=backward,
+        curvature=backward and method.gradient == "curvature",
+        gradient=None if method.gradient == "curvature" else method.gradient,
         outputs=lambda _: method.output_curvature,
     )
     seconds, pack_seconds = [], None
