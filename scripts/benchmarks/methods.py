@@ -53,6 +53,8 @@ ROWS: Mapping[str, Row] = {
     "mgaa": {"method": "mgaa"},
     "bolaco": {"method": "bolaco"},
     "bolaco (pooled)": {"method": "bolaco", "options": {"bolaco": {"covariance": "pooled"}}},
+    "lpaf": {"method": "lpaf"},
+    "lpaf (inputs)": {"method": "lpaf", "options": {"lpaf": {"norm": "inputs"}}},
     "wanda": {"method": "wanda"},
     "cap": {"method": "cap"},
     "two-sided": {"method": "two-sided"},

@@ -90,6 +90,7 @@ STAGES = {
     "grasp": {"method": "grasp", "allocation": "threshold"},
     "basis-sharing": {"method": "basis-sharing"},
     "bolaco": {"method": "bolaco"},
+    "lpaf": {"method": "lpaf"},
     "wanda": {"method": "wanda"},
 }
 
