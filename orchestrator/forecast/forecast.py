@@ -63,14 +63,15 @@ def costs_of(shapes: Shapes, resolved: ResolvedRecipe) -> Costs:
         check_no_experts(targeted.linears, resolved.method.name)
     grouping = resolved.method.grouping
     grouping.check(targeted.linears, resolved.method.name)
-    if shapes.modules or resolved.allocator.drop != "no":
+    allocator = resolved.allocator
+    if shapes.modules or allocator.drop != "no" or allocator.needs_block_cosines:
         is_of_values = resolved.budget.cost is VALUES
         checked = grouping.stacked(targeted.linears) if is_of_values else targeted.linears
         budget = replace(resolved.budget, experts=shapes.modules)
-        resolved.allocator.check_budget(checked, budget)
+        allocator.check_budget(checked, budget)
     if resolved.budget.cost is not VALUES:
         resolved.budget.total(targeted.linears)
-    return Costs(targeted, recipe, resolved.method, resolved.allocator, resolved.budget)
+    return Costs(targeted, recipe, resolved.method, allocator, resolved.budget)
 
 
 class _Forecasting:

@@ -38,11 +38,12 @@ class Grasp(Method):
     Cost: one forward pass, and one backward pass with T (O I + 2 K²) multiply-adds for each linear,
     K = min(O, I); a [K, K] basis of every linear of the open blocks is held.
 
-    Read in the authors' code; departures: `signed` sums are of a sequence's summed loss, where
-    theirs are of its mean, a common factor; all gradients are of the dense model at once, where
-    theirs are taken again after each cut, from the last redundant block to the first; biases stay;
-    labels are the next token (`next`), where the code's are the one after it (`after_next`), since
-    its loader and the model both shift them. Factors are U and Uᵀ W, with the same product.
+    After the authors' code (739125c). Departures: `signed` sums are of a sequence's summed loss,
+    where theirs are of its mean, a common factor for windows of equal length; all gradients are of
+    the dense model at once, where theirs are taken again after each cut, from the last redundant
+    block to the first; biases stay; labels are the next token (`next`), where the code's are the
+    one after it (`after_next`), since its loader and the model both shift them. Factors are U and
+    Uᵀ W, with the same product.
     """
 
     name: ClassVar[str] = "grasp"

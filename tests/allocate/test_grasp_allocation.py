@@ -58,7 +58,7 @@ def test_no_fewer_blocks_would_do(percent, least):
 
 
 def test_a_share_of_the_importance_is_the_fewest_directions():
-    """Of every redundant linear the rank is the smallest that captures τ, one τ for all; only the
+    """The rank of every redundant linear is the smallest that captures τ, one τ for all; only the
     budget ends it before."""
     linears, curves, cosines = model(4)
     plan = GraspAllocator(blocks=2, cut="importance")(linears, curves, Budget(0.7), cosines)
@@ -86,7 +86,7 @@ def test_with_a_number_of_blocks_no_rank_falls_as_the_budget_grows(cut):
 
 
 def test_exchanged_cosines_exchange_blocks():
-    """Of equal blocks the one with the other's cosine gets the other's assignments."""
+    """Blocks with equal curves get the assignments of the block whose cosine they get."""
     linears, _, cosines = model(6)
     curves = {
         each.name: make_curves(make_model(LAYERS, 1))[f"blocks.0.{each.role}"] for each in linears

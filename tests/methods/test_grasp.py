@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from orchestrator import retarget
-from orchestrator.errors import InputError, UsageError
+from orchestrator.api import plan
+from orchestrator.errors import InfeasibleError, InputError, UsageError
 from orchestrator.linalg.cosine import Cosine
 from orchestrator.linalg.gradients import DirectionGradients
 from orchestrator.linalg.low_rank import InputGram
 from orchestrator.methods import make_method
+from orchestrator.recipe.recipe import make_recipe
 
 SPECIMENS = menagerie()
 
@@ -204,3 +206,19 @@ def test_more_blocks_than_the_model_has_are_refused_before_calibration(llama, te
             on_event=events.append,
         )
     assert not [each for each in events if each.get("stage") == "calibrate"]
+
+
+def test_a_forecast_refuses_what_a_run_would(llama):
+    """Too many blocks, and two blocks of five at a budget below the other three, fail in `plan`;
+    one that is met is forecast with a backward pass."""
+    asked = {"model": str(llama), "out": "o", "method": "grasp", "samples": 6}
+    for blocks, error, keep in ((6, UsageError, 0.8), (2, InfeasibleError, 0.55)):
+        options = {"grasp": {"blocks": blocks}}
+        with pytest.raises(error, match="blocks"):
+            plan(make_recipe({**asked, "options": options, "keep": keep}))
+    found, plain = (
+        plan(make_recipe({**asked, "sequence_length": 48, "keep": 0.8, "method": name}))
+        for name in ("grasp", "svd")
+    )
+    seconds = [each.stages[0].seconds["data_sheet"] for each in (found, plain)]
+    assert seconds[0] > 1.2 * seconds[1]

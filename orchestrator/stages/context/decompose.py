@@ -30,8 +30,14 @@ def calibrate_and_decompose(
     Blocks that an earlier run has committed in this environment are not computed again. With
     several groups of experts the chunks pass once for each; see `ExpertGroup`.
     """
-    seconds = _finish_seconds(keyed, stage.workers)
-    passes = replace(block_pass(keyed, forecast), patience={"finish": seconds})
+    passes = block_pass(keyed, forecast)
+    patience = {"finish": _finish_seconds(keyed, stage.workers)}
+    if keyed.method.gradient == "directions":
+        # the first chunk of a shard computes the bases of all of its blocks
+        shards = keyed.recipe.shards
+        blocks = -(-keyed.survey.num_blocks // shards) if shards else passes.blocks
+        patience["step"] = blocks * patience["finish"]
+    passes = replace(passes, patience=patience)
     groups, keys = _expert_groups(keyed, forecast), keyed.block_keys
     committed = passes.committed(keys, stage) if len(groups) > 1 else None
     for group in groups[:-1]:
