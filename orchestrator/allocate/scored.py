@@ -115,6 +115,11 @@ class PlanAllocator(Protocol):
         ...
 
     @property
+    def divergence(self) -> float:
+        """Weight of the divergence from the dense model, beside the cross-entropy."""
+        ...
+
+    @property
     def trials(self) -> int:
         """Number of measured plans."""
         ...

@@ -56,9 +56,10 @@ class SearchAllocator(Allocator):
 
     Departures from the authors' code: samples outside of the window are moved to its end instead of
     drawn again; a fraction of 1 is the dense weight, not break-even rank; v is a type of its own
-    instead of dense (`--ignore '*.v_proj'` for that); the loss is the mean cross-entropy, without
-    1e-3 of the KL divergence from the dense model; all of `text` counts, not the sequences whose
-    loss varies most. The space `exact`, the start from closed forms and batches are ours.
+    instead of dense (`--ignore '*.v_proj'` for that); the loss is the mean cross-entropy, not the
+    perplexity, with `divergence` times the KL divergence from the dense model, 0 instead of 1e-3;
+    all of `text` counts, not the sequences whose loss varies most. The space `exact`, the start
+    from closed forms and batches are ours.
     """
 
     source: ClassVar[str] = "arXiv 2405.10616"
@@ -68,6 +69,9 @@ class SearchAllocator(Allocator):
     the calibration's field, layout and sequence length."""
     sequences: int = 32
     """Number of its sequences, the first ones."""
+    divergence: float = 0.0
+    """Weight of the KL divergence from the dense model beside the cross-entropy of the text; a
+    large one compares distributions alone. The published one is 0.001, beside the perplexity."""
     depths: int = 1
     """Parts of consecutive blocks with fractions of their own; 1 and 4 are published."""
     around: Literal["uniform", "threshold"] = "uniform"
@@ -92,6 +96,7 @@ class SearchAllocator(Allocator):
         check_choice("search: space", self.space, ("exact", "window"))
         check_choice("search: sampler", self.sampler, ("gp", "tpe", "random"))
         check_number("search: low", self.low, 1e-3, 1)
+        check_number("search: divergence", self.divergence, 0, 1e6)
         check_number("search: spread", self.spread, 1e-3, 10)
         check_number("search: window", self.window, 0, 1)
         for name, least in (("sequences", 1), ("depths", 1), ("trials", 3), ("batch", 1)):
@@ -104,8 +109,9 @@ class SearchAllocator(Allocator):
             )
 
     def scoring_passes(self, num_linears: int) -> float:
-        """Return the passes of all plans; every one passes the whole model."""
-        return float(self.trials * self.sequences)
+        """Return the passes of all plans, and of the dense model if there is a divergence from it;
+        each is through the whole model."""
+        return float((self.trials + (self.divergence > 0)) * self.sequences)
 
     def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
         """Raise the errors of `total`, or of another cost than values those of `Budget.total`."""

@@ -179,4 +179,5 @@ def test_an_option_that_is_not_allowed_is_refused(options, message):
 def test_all_trials_are_forecast():
     """Every plan passes every sequence through the whole model, whatever its linears."""
     assert SearchAllocator(trials=20, sequences=6).scoring_passes(28) == 120
+    assert SearchAllocator(trials=20, sequences=6, divergence=0.1).scoring_passes(28) == 126
     assert replace(SearchAllocator(), batch=3).scoring_passes(1) == 50 * 32

@@ -9,7 +9,7 @@ stopped goes on as if it had not been, and one with more trials goes on where a 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 from orchestrator.allocate.scored import PlanAllocator
@@ -29,6 +29,8 @@ from orchestrator.stages.score_plans.worker import PlanTrial, PlanTrials
 from orchestrator.store.files import digest_json
 from orchestrator.store.units import unit_key
 
+TARGETS_VERSION = 1
+"""Raised when the distributions of the dense model change."""
 POINTS_VERSION = 1
 """Raised when the choice of points changes."""
 LOSS_VERSION = 1
@@ -46,7 +48,7 @@ class TriedPlan:
     """None for a plan outside the space that is searched."""
     plan: Plan
     loss: float = math.nan
-    """Mean cross-entropy, in nats; may be infinite or NaN."""
+    """Mean cross-entropy, with the weighted divergence, in nats; may be infinite or NaN."""
 
     @property
     def is_finite(self) -> bool:
@@ -78,6 +80,8 @@ class PlanSearch:
             InputError: No loss is finite.
         """
         starts, batch = self._starts(), self._allocator.batch
+        if self._targets:
+            self._make_targets()
         # without a coordinate there is nothing to choose
         total = self._allocator.trials if self._bounds else len(starts)
         for first in range(0, total, batch):
@@ -147,13 +151,56 @@ class PlanSearch:
         if len(found) < len(distinct):
             self._run(distinct, found, total)
         return [
-            replace(each, loss=_loss(found[key])) for each, key in zip(batch, keys, strict=True)
+            replace(each, loss=self._loss(found[key]))
+            for each, key in zip(batch, keys, strict=True)
         ]
+
+    @cached_property
+    def _targets(self) -> tuple[str, ...]:
+        """Keys of the dense model's distributions, by sequence; none if their weight is 0."""
+        inputs = [self._job.pass_key, self._text.key]
+        return tuple(
+            unit_key("search-targets", TARGETS_VERSION, inputs, sequence=sequence)
+            for sequence in range(self._text.sequences if self._allocator.divergence else 0)
+        )
+
+    def _make_targets(self) -> None:
+        """Pass the text through the dense model, unless all of its distributions are there."""
+        job, workers, monitor = self._job, self._workers, self._monitor
+        keys = dict(enumerate(self._targets))
+        there = reusable_units(job.run.units, keys, workers, monitor, stage=self._stage.name)
+        if len(there) == len(keys):
+            return
+        pass_key = digest_json(self._targets)
+        chunks = job.run.chunks(pass_key, workers.environment)
+        cut = workers.cut(job.survey.num_blocks)
+        about = self._about(pass_key, (PlanTrial(),))
+        schedule = ShardPass(
+            cut,
+            todo=(),
+            num_chunks=len(keys),
+            present=[chunks.present(each.start, len(keys)) for each in cut],
+            results=set(there),
+            joints=range(job.survey.num_blocks),
+            about=(replace(about, makes_targets=True),),
+        )
+        run_pass(workers, monitor, schedule, chunks)
+
+    def _about(self, pass_key: str, trials: tuple[PlanTrial, ...]) -> PlanTrials:
+        """The request for a pass of these models on the text."""
+        text = self._text
+        return PlanTrials(pass_key, text.key, trials, text.sequences, targets=self._targets)
 
     def _loss_key(self, trial: PlanTrial) -> str:
         job = self._job
-        inputs = [job.pass_key, *job.block_keys.values(), self._text.key]
+        inputs = [job.pass_key, *job.block_keys.values(), self._text.key, *self._targets]
         return unit_key("plan-loss", LOSS_VERSION, inputs, ranks=digest_json(trial.ranks))
+
+    def _loss(self, facts: Mapping[str, Any]) -> float:
+        """Mean cross-entropy of a model, and the weighted mean divergence, in nats."""
+        total = Score.from_json(facts["score"])
+        loss = total.loss + self._allocator.divergence * total.divergence
+        return loss / total.predictions if total.predictions else math.nan
 
     def _run(
         self, trials: Mapping[str, PlanTrial], found: dict[str, dict[str, Any]], total: int
@@ -177,7 +224,7 @@ class PlanSearch:
             present=[chunks.present(each.start, count) for each in cut],
             results={index for name in found for index in ranges[name]},
             joints=range(num_blocks),
-            about=(PlanTrials(pass_key, self._text.key, tuple(trials.values()), sequences),),
+            about=(self._about(pass_key, tuple(trials.values())),),
         )
         scores: dict[int, Score] = {}
 
@@ -242,12 +289,6 @@ def _trial(plan: Plan) -> PlanTrial:
     """The trial of a plan: ranks of the linears that it cuts."""
     assignments = plan.assignments.items()
     return PlanTrial({name: each.rank for name, each in assignments if each.form != "dense"})
-
-
-def _loss(facts: Mapping[str, Any]) -> float:
-    """Mean cross-entropy of a model, in nats."""
-    total = Score.from_json(facts["score"])
-    return total.loss / total.predictions if total.predictions else math.nan
 
 
 def _sentence(report: Mapping[str, Any]) -> str:

@@ -6,16 +6,25 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from orchestrator.device.malloc import return_freed_memory
 from orchestrator.models.evaluation.scoring import score
+from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.statistics.orientation import as_dense, dense_weight
+from orchestrator.models.training.distill import TopK, distill
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored
 from orchestrator.stages.context.tokens import TokenArrays, first_chunk, read_tokens
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
 from orchestrator.stages.context.worker.open_shard import OpenShard
+
+TARGETS_FILE = "targets.safetensors"
+TOP_K = 256
+"""Most probable outcomes of a token that are stored of the dense model, 2 kB a token. The
+divergence over these, with the rest as one, is a lower bound of that over the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,11 @@ class PlanTrials:
     trials: tuple[PlanTrial, ...]
     chunks: int
     """Sequences of the text; sequence s of trial t is chunk t · chunks + s of the pass."""
+    targets: tuple[str, ...] = ()
+    """Keys of the units with the dense model's distributions, by sequence; empty if losses are
+    those of the text alone."""
+    makes_targets: bool = False
+    """True for the pass of the dense model that leaves these units, in the place of scores."""
 
     def start(self, worker: CompressionWorker, blocks: range, todo: tuple[int, ...]) -> "CutByPlan":
         return CutByPlan(worker, worker.dense.open(blocks), self)
@@ -71,9 +85,31 @@ class CutByPlan:
         if not shard.is_last:
             passed = shard.forward(chunk)
             return None, worker.emit(shard.blocks.stop, passed) if emit else None
-        logits = shard.logits(chunk)
-        found = score(chunk.tokens, chunk.mask, logits, None, predicting_BT=chunk.predicting)
+        logits_BTV = shard.logits(chunk)
+        if self._trials.makes_targets:
+            return self._commit_targets(sequence, logits_BTV), None
+        found = score(chunk.tokens, chunk.mask, logits_BTV, None, predicting_BT=chunk.predicting)
+        if self._trials.targets:
+            found = replace(found, divergence=self._divergence(sequence, chunk, logits_BTV))
         return found.to_json(), None
+
+    def _commit_targets(self, sequence: int, logits_BTV: Tensor) -> dict[str, Any]:
+        """Commit the distributions of the dense model at the tokens of a sequence."""
+        unit = self._worker.run.units.begin(self._trials.targets[sequence])
+        with unit.file(TARGETS_FILE) as path:
+            save_file(TopK.of(logits_BTV, TOP_K, 1.0).tensors(), path)
+        unit.commit(environment=self._worker.environment(), facts={})
+        return {}
+
+    def _divergence(self, sequence: int, chunk: Chunk, logits_BTV: Tensor) -> float:
+        """Sum the divergence from the dense model over the tokens whose next one counts."""
+        path = self._worker.run.units.file(self._trials.targets[sequence], TARGETS_FILE)
+        targets, mask_BT = TopK.from_tensors(load_file(path)), chunk.mask.cpu()
+        counted_BT = mask_BT if chunk.predicting is None else chunk.predicting.cpu() & mask_BT
+        is_followed_BT = pad(mask_BT[:, 1:], (0, 1), value=False)
+        where_BT = counted_BT & is_followed_BT
+        found, _ = distill(logits_BTV, chunk.tokens, where_BT, targets, temperature=1.0)
+        return found.divergence
 
     def next_inputs(self, index: int) -> list[Stored]:
         return self.opened.stored_inputs(self.chunks, index)

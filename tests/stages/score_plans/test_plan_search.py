@@ -63,11 +63,11 @@ def test_the_plan_is_the_best_of_all_trials(searched):
     assert report["not_finite"] == 0
 
 
-def log_perplexity(out, held_out):
-    """Mean loss of a checkpoint on the sequences of a search, by an evaluation."""
+def losses_by_evaluation(out, held_out, **given):
+    """Mean loss of a checkpoint on the sequences of a search, and its divergence from another."""
     text = {"text": str(held_out), "samples": 2, "sequence_length": 48}
-    found = evaluate(out, executor="local", **text)
-    return math.log(found["models"]["model"]["perplexity"])
+    found = evaluate(out, executor="local", **text, **given)
+    return math.log(found["models"]["model"]["perplexity"]), found.get("kl")
 
 
 METHODS_OF_RANKS = [name for name in METHODS if FORMS[METHODS[name].form].divided == "ranks"]
@@ -83,7 +83,29 @@ def test_the_loss_is_that_of_the_written_model(method, llama2, text, held_out, t
     given = {"method": method, "allocation": "search", "options": options, "keep": 0.6}
     result = run(llama2, tmp_path / "out", text, **given)
     loss = result.report["search"]["loss"]
-    assert log_perplexity(result.out, held_out) == pytest.approx(loss, abs=1e-5)
+    assert losses_by_evaluation(result.out, held_out)[0] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_divergence_from_the_dense_model_counts(llama2, text, held_out, tmp_path):
+    """With its weight beside the cross-entropy, both as an evaluation finds them; the text passes
+    the dense model once, also for further plans."""
+    given = {"keep": 0.6, "shards": 2, "options": {"divergence": 3.0, "trials": 3}}
+    result = search(llama2, tmp_path / "out", text, held_out, **given)
+    loss, divergence = losses_by_evaluation(result.out, held_out, against=llama2)
+    found = result.report["search"]["loss"]
+    assert divergence > 0.01
+    assert found == pytest.approx(loss + 3 * divergence, abs=1e-5)
+    units = {path.parent for path in (tmp_path / "out.run").rglob("targets.safetensors")}
+    written = {path: path.stat().st_mtime_ns for path in units}
+    given["options"] |= {"trials": 6, "divergence": 0.5}
+    more = search(
+        llama2, tmp_path / "out2", text, held_out, run_dir=str(tmp_path / "out.run"), **given
+    )
+    assert len(written) == 2
+    assert written == {path: path.stat().st_mtime_ns for path in units}
+    one, two = (each.report["search"]["trials"] for each in (result, more))
+    ratios = [(a["loss"] - b["loss"]) / 2.5 for a, b in zip(one[:3], two[:3], strict=True)]
+    assert min(ratios) > 0.01
 
 
 def test_workers_do_not_decide_the_course(searched, llama3, text, held_out, tmp_path, monkeypatch):
