@@ -88,8 +88,10 @@ class SearchAllocator(Allocator):
     """Number of measured plans, those of closed forms included."""
     batch: int = 8
     """Plans that are chosen at once. With the seed it decides the course; workers do not."""
-    sampler: Literal["gp", "tpe", "random"] = "tpe"
-    """Sampler of Optuna: Gaussian process, Parzen estimators, or random points to compare with."""
+    sampler: Literal["gp", "tpe", "random"] = "gp"
+    """Sampler of Optuna: Gaussian process as published, Parzen estimators, or random points to
+    compare with. Of separable functions 50 trials gained as much by both in 6 groups, and by `gp`
+    more than twice as much in 24."""
 
     def __post_init__(self) -> None:
         check_choice("search: around", self.around, ("uniform", "threshold"))

@@ -67,7 +67,7 @@ ROWS: Mapping[str, Row] = {
     "two-sided-sparse": {"method": "two-sided-sparse"},
     "svd-llm (search)": {"method": "svd-llm", **searched()},
     "two-sided (search)": {"method": "two-sided", **searched()},
-    "two-sided (search by gp)": {"method": "two-sided", **searched(sampler="gp")},
+    "two-sided (search by tpe)": {"method": "two-sided", **searched(sampler="tpe")},
     "two-sided (search around)": {
         "method": "two-sided",
         **searched(around="threshold", depths=4, low=0.05),
