@@ -37,6 +37,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "mgaa": "orchestrator.allocate.mgaa:MgaaAllocator",
         "lorc": "orchestrator.allocate.lorc:Lorc",
         "strs": "orchestrator.allocate.strs:Strs",
+        "search": "orchestrator.allocate.search:SearchAllocator",
         "threshold": "orchestrator.allocate.threshold:Threshold",
         "grasp": "orchestrator.allocate.grasp:GraspAllocator",
         "cap": "orchestrator.allocate.sparsity.cap:CapAllocator",

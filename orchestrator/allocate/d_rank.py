@@ -88,15 +88,15 @@ class DRankAllocator(Allocator):
         """Allocate the budget.
 
         Raises:
-            UsageError: Factors are pivoted, or beta is above 0 without exactly one type each of
-                q_proj, k_proj and v_proj.
+            UsageError: Ranks of the form differ in price, or beta is above 0 without exactly one
+                type each of q_proj, k_proj and v_proj.
             InfeasibleError: As `Budget.total`; also if a budget is below rank 1 for each of its
                 linears.
         """
         if not budget.form.has_fixed_price:
             raise UsageError(
-                "d-rank: its formulas want one price for every rank, and that of pivoted ranks "
-                "falls; give storage 'plain', or another allocation"
+                "d-rank: its formulas want one price for every rank, and that of "
+                f"{budget.form.name} ranks falls; give storage 'plain', or another allocation"
             )
         total = budget.total(linears)
         types = by_role(linears)

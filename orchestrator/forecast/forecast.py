@@ -24,6 +24,7 @@ from orchestrator.forecast.work import Work
 from orchestrator.plan.cost import VALUES
 from orchestrator.plan.cut import cut_blocks, default_shards
 from orchestrator.plan.experts import GRAM_BYTES, expert_groups, most_experts
+from orchestrator.plan.whole_experts import check_no_experts
 from orchestrator.readable import size
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.resolve import ResolvedRecipe, check_targets, resolve
@@ -58,6 +59,8 @@ def costs_of(shapes: Shapes, resolved: ResolvedRecipe) -> Costs:
     check_targets(targeted.linears, resolved)
     if resolved.method.expert_activations:
         targeted = targeted.of_experts(resolved.method.name)
+    if resolved.method.input_means:
+        check_no_experts(targeted.linears, resolved.method.name)
     grouping = resolved.method.grouping
     grouping.check(targeted.linears, resolved.method.name)
     allocator = resolved.allocator

@@ -3,7 +3,7 @@
 Shape suffixes: O outputs, I inputs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from orchestrator.errors import InputError
 from orchestrator.hf.dense_layout import EXPERTS, DenseLayout
 from orchestrator.hf.fewer_experts import (
     ZEROS,
@@ -46,7 +47,8 @@ def export_dense(directory: Path, out: Path) -> None:
 
     Raises:
         UsageError: `out` holds something else.
-        InputError: `directory` holds no sound checkpoint that orchestrator compressed.
+        InputError: `directory` holds no sound checkpoint that orchestrator compressed, or a linear
+            has a bias for which the class of the dense model has no place.
         OrchestratorError: `out` cannot be written.
     """
     check_compressed(directory, "export")
@@ -56,7 +58,9 @@ def export_dense(directory: Path, out: Path) -> None:
     dense = replace(architecture, forms=None)
     model = dense.build(torch.float32, stored=len(stored.names))
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    places = {*model.state_dict()}
     install_forms(model, config["quantization_config"])
+    _check_biases(model, places)
     weights = view_experts(stored, architecture)
     names = map_names(model, weights)
     files = _dense_files(model, weights, names, places=_places(stored), transposed=transposed)
@@ -90,6 +94,17 @@ def export_dense(directory: Path, out: Path) -> None:
     write_index(out, files)
     dropped = {"quantization_config", "auto_map"}
     seal(out, {key: value for key, value in config.items() if key not in dropped})
+
+
+def _check_biases(model: PreTrainedModel, places: Collection[str]) -> None:
+    """Raise InputError if a compressed linear has a bias that the dense model has no tensor for."""
+    for name, module in model.named_modules():
+        is_own = isinstance(module, FormLinear) and module.bias is not None
+        if is_own and not module.keeps_bias and f"{name}.bias" not in places:
+            raise InputError(
+                f"{name}: its bias has no place in a dense {type(model).__name__}, so that it "
+                "cannot be exported; load the compressed checkpoint itself"
+            )
 
 
 def _places(stored: Weights) -> Mapping[str, str]:

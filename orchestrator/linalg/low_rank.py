@@ -48,6 +48,18 @@ class Curvature:
 
 
 @dataclass(frozen=True, slots=True)
+class InputMeans:
+    """Statistic of a linear: means of its inputs by groups of sequences, and its bias."""
+
+    sums_GI: Tensor
+    """Sum of the input rows of each group, float64."""
+    tokens_G: Tensor
+    """Number of the rows, float64, 1 or more."""
+    bias_O: Tensor | None = None
+    """Bias of the dense linear; None: it has none."""
+
+
+@dataclass(frozen=True, slots=True)
 class InputGram:
     """Statistic of a site: H = sum x x^T over the input rows x of its linears."""
 
@@ -60,6 +72,8 @@ class InputGram:
     """Curvature of the loss with respect to the outputs, if the method needs it."""
     gradient: WeightGradient | DirectionGradients | None = None
     """Gradient of the loss by the weight or by its directions, if the method needs it."""
+    means: InputMeans | None = None
+    """Means of the inputs, if the method needs them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +89,8 @@ class OutputGram:
     """Curvature of the loss with respect to the outputs, if the method needs it."""
     gradient: WeightGradient | DirectionGradients | None = None
     """Gradient of the loss by the weight or by its directions, if the method needs it."""
+    means: InputMeans | None = None
+    """Means of the inputs, if the method needs them."""
 
 
 Statistic = InputGram | OutputGram

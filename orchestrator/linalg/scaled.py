@@ -118,7 +118,7 @@ def _orthonormality(weight_OR: Tensor) -> float:
 
 def _measured(weight_OI: Tensor, result: LowRank, statistic: Statistic) -> ScaledLowRank:
     """Add the energies of the outputs to factors with orthonormal columns."""
-    activation_R, activation_total = _explained(weight_OI, result, statistic)
+    activation_R, activation_total = explained(weight_OI, result, statistic)
     return ScaledLowRank(
         **{field.name: getattr(result, field.name) for field in fields(result)},
         activation_R=activation_R,
@@ -130,7 +130,7 @@ def _outer(rows_OI: Tensor) -> Tensor:
     return rows_OI @ rows_OI.T
 
 
-def _explained(weight_OI: Tensor, result: LowRank, statistic: Statistic) -> tuple[Tensor, float]:
+def explained(weight_OI: Tensor, result: LowRank, statistic: Statistic) -> tuple[Tensor, float]:
     """Compute `diag(U^T W H W^T U)` and `trace(W H W^T)`, products and sums in float64."""
     if isinstance(statistic, InputGram):
         matrix, rows, whole = statistic.matrix_II.double(), result.down_RI, weight_OI

@@ -21,6 +21,8 @@ METHODS: Registry[Method] = Registry(
         "basis-sharing": "orchestrator.methods.basis_sharing:BasisSharing",
         "d-rank": "orchestrator.methods.d_rank:DRank",
         "mgaa": "orchestrator.methods.mgaa:Mgaa",
+        "lpaf": "orchestrator.methods.lpaf:Lpaf",
+        "bolaco": "orchestrator.methods.bolaco:Bolaco",
         "cap": "orchestrator.methods.cap:Cap",
         "two-sided": "orchestrator.methods.two_sided:TwoSided",
         "grasp": "orchestrator.methods.grasp:Grasp",

@@ -49,6 +49,9 @@ class Method(Protocol):
     """True if that activation is the distances of its mean output from those of the others."""
     magnitudes: ClassVar[bool] = False
     """True if `decompose` needs the mean magnitude of every input beside a Gram."""
+    input_means: ClassVar[bool] = False
+    """True if `decompose` needs the means of the inputs beside a Gram. Linears of experts are
+    refused then."""
     gradient: ClassVar[Literal["curvature", "weight", "directions"]] = "curvature"
     """Statistic of the gradients, where `label_draws` asks for some: the second moment of those of
     the outputs; or, gathered with the inputs, the gradient of the weight [O, I], or those of the

@@ -145,7 +145,8 @@ class TimeCost(Cost):
 
     def factors(self, linear: Linear, form: Form, rank: Ranks) -> Ranks:
         dense = self._dense_of_all(linear)
-        ranks, times = self._forms[linear.out_features, linear.in_features].get(form.name, NEVER)
+        forms = self._forms[linear.out_features, linear.in_features]
+        ranks, times = forms.get(form.timed_as or form.name, NEVER)
         slow = max(dense, int(times.max(initial=0)))
         found = np.rint(np.interp(rank, ranks, times, right=slow))
         if isinstance(rank, np.ndarray):

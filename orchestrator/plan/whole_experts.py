@@ -37,6 +37,16 @@ def linears_of_experts(
     return found
 
 
+def check_no_experts(linears: Sequence[Linear], method: str) -> None:
+    """Raise UsageError if a targeted linear is an expert's, for a method that is not for them."""
+    for linear in linears:
+        if linear.experts:
+            raise UsageError(
+                f"{linear.name} is an expert's, whose mean inputs {method} does not take; leave "
+                "experts out by --ignore '*.experts.*', or give method svd-llm"
+            )
+
+
 def chosen_by_module(modules: Sequence[ExpertsModule]) -> dict[str, int]:
     """Return the number of experts that a router chooses for a token, by the name of the module."""
     return {module.name: module.chosen for module in modules}

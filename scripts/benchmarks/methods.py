@@ -41,6 +41,14 @@ Row = Mapping[str, Any]
 
 CACHED: Row = {"target": ("*.k_proj", "*.v_proj"), "rank_multiple": "auto", "keep_cache": None}
 """Rows whose sizes are fractions of the cache of keys and values, which alone are cut."""
+HELD_OUT_FILE = "wikitext2/wiki.valid.raw"
+
+
+def searched(**options: Any) -> dict[str, Any]:
+    """Fields of a search for the plan, whose text `compress` adds."""
+    return {"allocation": "search", "options": {"search": {"sequences": 8, **options}}}
+
+
 ROWS: Mapping[str, Row] = {
     "svd": {"method": "svd"},
     "asvd": {"method": "asvd"},
@@ -54,6 +62,10 @@ ROWS: Mapping[str, Row] = {
     },
     "d-rank": {"method": "d-rank"},
     "mgaa": {"method": "mgaa"},
+    "bolaco": {"method": "bolaco"},
+    "bolaco (pooled)": {"method": "bolaco", "options": {"bolaco": {"covariance": "pooled"}}},
+    "lpaf": {"method": "lpaf"},
+    "lpaf (inputs)": {"method": "lpaf", "options": {"lpaf": {"norm": "inputs"}}},
     "wanda": {"method": "wanda"},
     "cap": {"method": "cap"},
     "two-sided": {"method": "two-sided"},
@@ -68,6 +80,14 @@ ROWS: Mapping[str, Row] = {
     "grasp (published)": {
         "method": "grasp",
         "options": {"grasp": {"aggregate": "signed", "labels": "after_next"}},
+    },
+    "bolaco (search)": {"method": "bolaco", **searched()},
+    "svd-llm (search)": {"method": "svd-llm", **searched()},
+    "two-sided (search)": {"method": "two-sided", **searched()},
+    "two-sided (search by tpe)": {"method": "two-sided", **searched(sampler="tpe")},
+    "two-sided (search around)": {
+        "method": "two-sided",
+        **searched(around="threshold", depths=4, low=0.05),
     },
 }
 
@@ -119,6 +139,14 @@ def row(options: argparse.Namespace, name: str, keep: float) -> dict[str, Any]:
 def compress(options: argparse.Namespace, given: Row, name: str, **fields: Any) -> Result:
     """Compress with the small protocol and these fields, in the run directory shared by all
     rows."""
+    if given.get("allocation") == "search":
+        # neither the calibration text nor that of the perplexities
+        held_out = options.work / "held-out.txt"
+        held_out.write_bytes((options.data / HELD_OUT_FILE).read_bytes())
+        given = {
+            **given,
+            "options": {"search": {**given["options"]["search"], "text": str(held_out)}},
+        }
     recipe = Recipe(
         model=str(options.model),
         out=str(options.work / "out" / name),

@@ -10,7 +10,6 @@ from pipeline import write_llama
 from orchestrator.forecast.shapes import read_shapes
 from orchestrator.forecast.statistics import method_statistics
 from orchestrator.linalg import ranked
-from orchestrator.linalg.gradients import DirectionGradients
 from orchestrator.linalg.low_rank import Curvature, InputGram
 from orchestrator.methods import METHODS
 from orchestrator.methods.kinds.base import Kind
@@ -60,13 +59,6 @@ def test_statistics_are_those_that_a_worker_gathers(name, small):
         calibration.close()
 
 
-def gradient_of(specimen):
-    """Gradients of the directions of a weight, of one sequence."""
-    found = DirectionGradients(specimen.weight_OI)
-    inputs_TI = specimen.inputs_TI
-    return found.update(found.images(inputs_TI), inputs_TI @ specimen.weight_OI.T)
-
-
 @pytest.mark.parametrize(("outputs", "inputs"), [(24, 10), (10, 24), (16, 16)])
 @pytest.mark.parametrize(
     "name", [n for n, m in METHODS.items() if m.form not in ("low_rank_sparse", "dropped", "tied")]
@@ -84,7 +76,8 @@ def test_a_unit_stores_what_is_forecast(name, outputs, inputs):
         specimen.gram_II,
         magnitude_I=specimen.inputs_TI.abs().mean(dim=0),
         curvature=Curvature(rows_TK.T @ rows_TK, len(rows_TK)),
-        gradient=gradient_of(specimen),
+        means=specimen.means(),
+        gradient=specimen.gradient(method.gradient),
     )
     cost = method.kind.cost
     rank = cost.stored_rank(linear, pivoted=False)

@@ -89,6 +89,8 @@ STAGES = {
     "svd": {"method": "svd"},
     "grasp": {"method": "grasp", "allocation": "threshold"},
     "basis-sharing": {"method": "basis-sharing"},
+    "bolaco": {"method": "bolaco"},
+    "lpaf": {"method": "lpaf"},
     "wanda": {"method": "wanda"},
 }
 

@@ -9,7 +9,7 @@ import socket
 
 import pytest
 import torch
-from compressed import TOKENS, compress, half_plan, logits, mixed_plan, plan_of
+from compressed import TOKENS, affine_plan, compress, half_plan, logits, mixed_plan, plan_of
 from families import write_checkpoint
 from image_text.inputs import image_inputs
 from moe.stored import assert_same, store_moe
@@ -256,6 +256,7 @@ CASES = {
     "llama, pivoted and dense": ("llama", pivoted_plan),
     "llama, shared bases": ("llama", shared_plan),
     "llama, every form": ("llama", mixed_plan),
+    "llama, affine": ("llama", affine_plan),
     "qwen2 with biases, every form": ("qwen2", mixed_plan),
 }
 MOE_CASES = {

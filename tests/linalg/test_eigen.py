@@ -279,7 +279,8 @@ def test_no_method_decomposes_more_than_the_smaller_side(method, outputs, inputs
     bend = bend_OO if curvature else given.weight_OI.T @ bend_OO @ given.weight_OI
     curvature = Curvature(bend, 50) if made.label_draws else None
     magnitude_I = rows_TI.abs().mean(dim=0)
-    about = (len(rows_TI), magnitude_I, curvature)
+    gradient = given.gradient(made.gradient, tokens)
+    about = (len(rows_TI), magnitude_I, curvature, gradient, given.means(tokens))
     statistic = (
         InputGram(gram_II, *about)
         if side == "input"

@@ -41,6 +41,8 @@ def decomposed(specimen, tmp_path):
             specimen.gram_II,
             magnitude_I=specimen.inputs_TI.abs().mean(dim=0),
             curvature=Curvature(rows_TK.T @ rows_TK, len(rows_TK)),
+            gradient=specimen.gradient(method.gradient),
+            means=specimen.means(),
         )
         kind, result = method.kind, method.decompose(weight_OI, statistic, INPUTS)
         path = tmp_path / f"{name}.safetensors"

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from orchestrator.allocate.steps import step_costs
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.codecs import CODECS
-from orchestrator.plan.forms import FORMS, LOW_RANK, PIVOTED, stored_as
+from orchestrator.plan.forms import AFFINE, FORMS, LOW_RANK, PIVOTED, stored_as
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment
 
 SIDES = st.integers(1, 60)
-FACTORED = st.sampled_from([LOW_RANK, PIVOTED])
+FACTORED = st.sampled_from([LOW_RANK, AFFINE, PIVOTED])
 
 
 def linear_of(outputs, inputs):
@@ -24,7 +24,8 @@ def linear_of(outputs, inputs):
 
 @given(outputs=SIDES, inputs=SIDES, form=FACTORED)
 def test_steps_cost_what_ranks_store(outputs, inputs, form):
-    """Step r of pivoted factors adds m + n - 2 r + 1 values; steps end with the dense weight."""
+    """Step r of pivoted factors adds m + n - 2 r + 1 values; the first of affine ones their m
+    biases; steps end with the dense weight."""
     linear = linear_of(outputs, inputs)
     costs = step_costs(linear, AllowedRanks(form))
     assert costs.dtype == np.int64
@@ -36,6 +37,9 @@ def test_steps_cost_what_ranks_store(outputs, inputs, form):
     if form is PIVOTED and len(costs) > 1:
         ranks = np.arange(1, len(costs))
         assert costs[:-1].tolist() == (outputs + inputs - 2 * ranks + 1).tolist()
+    if form is AFFINE and len(costs) > 1:
+        added = [inputs + outputs + outputs, *[outputs + inputs] * (len(costs) - 2)]
+        assert costs[:-1].tolist() == added
     assert form.has_fixed_price == (form is LOW_RANK)
 
 
@@ -45,8 +49,8 @@ def test_the_rank_within_a_number_of_values_is_the_largest(outputs, inputs, form
     linear = linear_of(outputs, inputs)
     values = data.draw(st.integers(0, linear.values))
     rank = form.rank_within(linear, values)
-    assert form.factor_values(linear, rank) <= values
-    if form is LOW_RANK or rank < form.break_even(linear):
+    assert form.factor_values(linear, rank) <= values or not rank
+    if form is not PIVOTED or rank < form.break_even(linear):
         assert form.factor_values(linear, rank + 1) > values
 
 
@@ -87,6 +91,7 @@ def test_the_form_of_factors_is_the_method_s_or_that_of_the_storage():
         (Assignment(form="dense"), 60_000, 0),
         (Assignment(form="low_rank", rank=7), 7 * 500, 0),
         (Assignment(form="low_rank", rank=7, basis="a"), 7 * 200, 0),
+        (Assignment(form="affine", rank=7), 7 * 500 + 200, 0),
         (Assignment(form="pivoted", rank=7), 7 * 493, 800),
         (Assignment(form="pivoted", rank=199), 59_899, 800),
         (Assignment(form="sparse", nonzeros=30_000), 30_000, 7_500),

@@ -112,6 +112,14 @@ def test_linears_with_entries_are_served_dense():
         read_served(config | {"format_version": 4})
 
 
+def test_a_bias_of_factors_is_refused():
+    """Before a weight is read, in one line that names the linear."""
+    modules = {"a": {"form": "low_rank", "rank": 1}, "b.q_proj": {"form": "affine", "rank": 2}}
+    config = {"quant_method": "orchestrator", "format_version": 1, "modules": modules}
+    with pytest.raises(InputError, match=r"modules\['b.q_proj'\]: found affine"):
+        read_served(config)
+
+
 def test_compressed_experts_are_refused():
     """By the config, before any layer is made."""
     experts = {"layers.0.experts": {"up": {"form": "low_rank", "rank": [2, 0]}}}

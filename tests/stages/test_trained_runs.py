@@ -45,6 +45,7 @@ def recomputed(llama, text, tmp_path_factory):
 
 CASES = {
     "low_rank": {},
+    "affine": {"method": "bolaco"},
     "pivoted": {"storage": "pivoted"},
     "sparse": {"method": "wanda"},
     "low_rank_sparse": {"method": "cap", "options": {"cap": {"stage2": False}}},

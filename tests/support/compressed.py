@@ -21,7 +21,7 @@ from orchestrator.models.experts.replace import replace_experts
 from orchestrator.models.forms.index_codes import encode
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.lazy_model import LazyModel
-from orchestrator.plan.forms import LOW_RANK
+from orchestrator.plan.forms import AFFINE, LOW_RANK
 from orchestrator.plan.linear import Linear, Survey
 from orchestrator.plan.plan import Assignment, Plan
 
@@ -50,8 +50,8 @@ class Compressed:
     plan: Plan
     files: tuple[FileSpec, ...]
     parts: Mapping[str, Mapping[str, Tensor]]
-    """Tensors of every linear that is not dense: `weight` and `down`, and their pivoted form;
-    `values` and `positions`."""
+    """Tensors of every linear that is not dense: `weight` and `down`, their pivoted form or their
+    `bias`; `values` and `positions`."""
 
     @property
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -110,6 +110,15 @@ def _assignment_in_turn(linear: Linear, turn: int) -> Assignment:
         Assignment(form="pivoted", rank=LOW_RANK.break_even(linear) + 1),
         Assignment(form="dense"),
     )[turn % 7]
+
+
+def affine_plan(survey: Survey) -> Plan:
+    """Plan half of the break-even rank, and a bias, for every linear."""
+    assignments = {
+        linear.name: Assignment(form="affine", rank=AFFINE.break_even(linear) // 2)
+        for linear in survey.linears
+    }
+    return plan_of(survey, assignments)
 
 
 def plan_of(survey: Survey, assignments: Mapping[str, Assignment]) -> Plan:
@@ -207,6 +216,8 @@ def _cut(weights: list[Tensor], assignment: Assignment) -> list[dict[str, Tensor
         down_RI = u_OR.T @ tall_OI
         for part, rows_OR in zip(parts, u_OR.split([len(each) for each in weights]), strict=True):
             part |= {"weight": rows_OR.contiguous(), "down": down_RI}
+        if assignment.form == "affine":
+            parts[0] |= {"bias": tall_OI.sum(dim=1)}
         if assignment.form == "pivoted":
             found = pivot(u_OR, down_RI)
             parts[0] |= {"others": found.weight_SR, "pivots": found.down_RI}
@@ -248,6 +259,8 @@ def dense_reference(compressed: Compressed) -> PreTrainedModel:
         module, weight_OI = model.get_submodule(name), compressed.dense_weight(name)
         weight = weight_OI.T if isinstance(module, Conv1D) else weight_OI
         module.weight = nn.Parameter(weight.to(module.weight.dtype))
+        if "bias" in compressed.parts[name]:
+            module.bias = nn.Parameter(compressed.parts[name]["bias"])
     return model.eval()
 
 

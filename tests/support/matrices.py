@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orchestrator.linalg.low_rank import InputGram, OutputGram
+from orchestrator.linalg.gradients import DirectionGradients, WeightGradient
+from orchestrator.linalg.low_rank import InputGram, InputMeans, OutputGram
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -42,6 +43,22 @@ class Specimen:
         energies_K = sigma.new_zeros(min(self.weight_OI.shape))
         energies_K[: len(sigma)] = sigma[: len(energies_K)]
         return energies_K
+
+    def means(self, tokens: int | None = None) -> InputMeans:
+        """Means of the first rows, all by default, as those of one group."""
+        rows_TI = self.inputs_TI[:tokens]
+        return InputMeans(rows_TI.sum(dim=0)[None], torch.tensor([float(len(rows_TI))]).double())
+
+    def gradient(
+        self, kind: str, tokens: int | None = None
+    ) -> WeightGradient | DirectionGradients | None:
+        """Gradients of ½|W x|² over the first rows, of one sequence, in the form of a method's
+        trait."""
+        if kind == "curvature":
+            return None
+        found = {"weight": WeightGradient, "directions": DirectionGradients}[kind](self.weight_OI)
+        rows_TI = self.inputs_TI[:tokens]
+        return found.update(found.images(rows_TI), rows_TI @ self.weight_OI.T)
 
     def statistic(self, side: str) -> InputGram | OutputGram:
         if side == "input":

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from orchestrator.linalg.affine import AffineLowRank
     from orchestrator.linalg.low_rank import LowRank
     from orchestrator.linalg.scaled import ScaledLowRank
     from orchestrator.linalg.two_sided import TwoSidedLowRank
@@ -117,10 +118,52 @@ class TwoSidedKind(ScaledKind["TwoSidedLowRank"]):
         return result.weight_R
 
 
+class AffineKind(ScaledKind["AffineLowRank"]):
+    """Factors beside a bias, which follows from the rank: the means that it keeps are stored."""
+
+    @property
+    def cost(self) -> "KindCost":
+        from orchestrator.methods.kinds.costs.low_rank import AffineCost
+
+        return AffineCost()
+
+    def facts(self, name: str, weight_OI: "Tensor", result: "AffineLowRank") -> dict[str, Any]:
+        return super().facts(name, weight_OI, result) | {"mean_energy": result.mean_energy}
+
+    def tensors(self, result: "AffineLowRank", dtype: "torch.dtype") -> dict[str, "Tensor"]:
+        """Return both factors with ranks as rows, and the means of inputs and outputs, float64."""
+        means = {"input_mean": result.input_mean_I, "output_mean": result.output_mean_O}
+        return super().tensors(result, dtype) | means
+
+    def errors(self, facts: Mapping[str, Any], linear: Linear, assigned: Assignment) -> Errors:
+        """Return the fraction of the outputs that factors and bias lose, and that of the weight.
+
+        The bias keeps the mean of the outputs, so that only what varies can be lost.
+        """
+        total, rank = facts["activation_total"], assigned.rank
+        lost = _tail(facts["activation_energies"], rank, total) * total
+        whole = total + facts["mean_energy"]
+        return {
+            "activation_error": lost / whole if whole else 0.0,
+            "weight_error": _tail(facts["weight_energies"], rank, facts["weight_total"]),
+        }
+
+    def part(self, stored: StoredLinear, part: str, *, rank: int, nonzeros: int) -> "Tensor":
+        """Return `bias` [O], by which the stored factors of this rank keep the mean output."""
+        from orchestrator.linalg.affine import affine_bias
+
+        if part != "bias":
+            return super().part(stored, part, rank=rank, nonzeros=nonzeros)
+        weight_OR = prefix_factor(stored, "weight", rank)
+        means = stored.whole("output_mean"), stored.whole("input_mean")
+        return affine_bias(*means, weight_OR, prefix_factor(stored, "down", rank))
+
+
 LOW_RANK: LowRankKind["LowRank"] = LowRankKind()
 SCALED: ScaledKind["ScaledLowRank"] = ScaledKind()
 ORDERED = OrderedKind()
 TWO_SIDED = TwoSidedKind()
+AFFINE = AffineKind()
 
 
 def _tail(energies: Sequence[float] | np.ndarray, kept: int, total: float) -> float:

@@ -21,6 +21,7 @@ from orchestrator.errors import InputError
 from orchestrator.models.checkpoint.headers import read_json
 from orchestrator.models.checkpoint.weights import Weights
 from orchestrator.models.evaluation.stored_files import check_files
+from orchestrator.models.forms import FORMS
 from orchestrator.models.forms.config import read_forms
 from orchestrator.models.forms.install import install_forms
 from orchestrator.models.shards.chunk import Chunk
@@ -281,7 +282,7 @@ def compare_kept(dense: LazyModel, compressed: LazyModel) -> tuple[int, str | No
         Their number, and the name of the first one that the dense model lacks or has with other
         values (in the dtype of the copy), None if all are equal.
     """
-    disk, kept = compressed.disk_names, 0
+    disk, kept, replaced = compressed.disk_names, 0, _own_biases(compressed)
     survey = dense.survey()
     linears = {f"{linear.name}.weight" for linear in survey.compressible}
     for module in survey.experts:
@@ -293,11 +294,20 @@ def compare_kept(dense: LazyModel, compressed: LazyModel) -> tuple[int, str | No
             if name in linears:
                 continue  # in another form
             return kept, name
+        if name in replaced:
+            continue
         copy = compressed.weights.read(disk[name])
         if not torch.equal(dense.weights.read(own).to(copy.dtype), copy):
             return kept, name
         kept += 1
     return kept, None
+
+
+def _own_biases(compressed: LazyModel) -> set[str]:
+    """Return the names of biases that belong to a form, in the place of those of dense linears."""
+    forms = Architecture.read(compressed.weights.directory).forms
+    found = read_forms(forms) if forms else {}
+    return {f"{name}.bias" for name, form in found.items() if not FORMS[form.form].keeps_bias}
 
 
 def _logits(lazy_model: LazyModel, chunk: Chunk) -> Tensor:

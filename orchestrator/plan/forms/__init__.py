@@ -7,6 +7,7 @@ A new form is one file there, one file here, and one line in `FORMS`; a form of 
 two files and an entry point.
 """
 
+from orchestrator.plan.forms.affine import AFFINE
 from orchestrator.plan.forms.base import Divided, Form
 from orchestrator.plan.forms.dense import DENSE
 from orchestrator.plan.forms.dropped import DROPPED
@@ -19,6 +20,7 @@ from orchestrator.plan.forms.tied import TIED
 from orchestrator.registry import Registry
 
 __all__ = [
+    "AFFINE",
     "DENSE",
     "DROPPED",
     "FORMS",
@@ -38,6 +40,7 @@ FORMS: Registry[Form] = Registry(
     {
         "dense": "orchestrator.plan.forms.dense:DENSE",
         "low_rank": "orchestrator.plan.forms.low_rank:LOW_RANK",
+        "affine": "orchestrator.plan.forms.affine:AFFINE",
         "output_basis": "orchestrator.plan.forms.output_basis:OUTPUT_BASIS",
         "pivoted": "orchestrator.plan.forms.pivoted:PIVOTED",
         "sparse": "orchestrator.plan.forms.sparse:SPARSE",

@@ -48,10 +48,14 @@ class Form(ABC):
     """Path of its class of `FormLinear`, `package.file:Class`; empty for dense weights alone."""
     has_rank: ClassVar[bool] = False
     has_nonzeros: ClassVar[bool] = False
+    has_bias: ClassVar[bool] = False
+    """True if it stores a bias of its own, in the place of the dense linear's."""
     shares_left: ClassVar[bool] = False
     """True if the left factor may be that of several linears, so that none can change it alone."""
     has_fixed_price: ClassVar[bool] = True
     """True if every rank adds the same number of values."""
+    timed_as: ClassVar[str] = ""
+    """Form of a latency table whose times it takes; empty: its own."""
 
     @property
     def divided(self) -> Divided:

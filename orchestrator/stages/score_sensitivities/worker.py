@@ -3,14 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from orchestrator.models.evaluation.scoring import score
 from orchestrator.models.shards.chunk import Chunk
-from orchestrator.models.statistics.orientation import dense_weight
 from orchestrator.runtime.worker import Emitted, Stored
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
+from orchestrator.stages.context.worker.cut_linears import CutLinear
 from orchestrator.stages.context.worker.open_shard import OpenShard
 from orchestrator.store.chunks import Record
 
@@ -54,7 +51,7 @@ class CutModels:
         self._worker, self.opened, self._trials = worker, opened, trials
         self.chunks = worker.run.chunks(trials.pass_key, worker.environment())
         self._number = 0
-        self._whole: list[tuple[Tensor, Tensor]] = []
+        self._cuts: list[CutLinear] = []
         self._dense_states: dict[tuple[int, int], Chunk] = {}
 
     def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
@@ -116,17 +113,12 @@ class CutModels:
     def _cut(self, number: int) -> None:
         """Restore the dense weights of the previous trial and truncate those of this one."""
         worker, shard = self._worker, self.opened.shard
-        for weight_OI, whole_OI in self._whole:
-            weight_OI.copy_(whole_OI)
-        self._whole, self._number = [], number
+        for cut in self._cuts:
+            cut.restore()
+        self._cuts, self._number = [], number
         trial = self._trials.trials[number]
         for linear in worker.task.linears:
             if linear.name not in trial.linears or linear.block not in shard.blocks:
                 continue
-            weight_OI = dense_weight(shard.module(linear.name))
-            self._whole.append((weight_OI, weight_OI.clone()))
-            dtype = torch.promote_types(weight_OI.dtype, torch.float32)
-            factors = worker.decompositions
-            weight_OR = factors.factor(linear, "weight", trial.rank).to(dtype)
-            down_RI = factors.factor(linear, "down", trial.rank).to(dtype)
-            weight_OI.copy_(weight_OR @ down_RI)
+            module = shard.module(linear.name)
+            self._cuts.append(CutLinear.put(module, linear, trial.rank, worker.decompositions))

@@ -130,6 +130,11 @@ def _check_compensation(recipe: Recipe, method: MethodTraits) -> None:
             f"{asked}, which fits factors; {method.name} keeps {kept} alone; give compensate "
             "'none', or refine 'in_order', which trains them"
         )
+    if form.has_bias:
+        raise UsageError(
+            f"{asked}, which fits factors, and the bias of {method.name} would stay that of the "
+            "factors before; give compensate 'none', or refine 'in_order', which trains both"
+        )
     if method.grouping.size > 1:
         raise UsageError(
             f"{asked} and {method.name}'s group is {method.grouping.size}; a basis that blocks "

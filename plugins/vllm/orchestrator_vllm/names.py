@@ -7,13 +7,16 @@ from orchestrator_vllm.forms.base import StoredForm
 from orchestrator_vllm.forms.config import EXPERTS, read_forms
 from orchestrator_vllm.forms.errors import InputError
 
+AFFINE = "affine"
+"""Form whose bias the layers of a server have no place for."""
+
 
 def read_served(config: Mapping[str, Any]) -> dict[str, StoredForm]:
     """Read the form of every compressed linear from the field `quantization_config`.
 
     Raises:
-        InputError: A field is wrong, the format is one that this version does not read, or experts
-            are compressed.
+        InputError: A field is wrong, the format is one that this version does not read, experts are
+            compressed, or a linear has a bias of its own.
     """
     forms = read_forms(config)
     if EXPERTS in config:
@@ -21,6 +24,12 @@ def read_served(config: Mapping[str, Any]) -> dict[str, StoredForm]:
             f"config.json: quantization_config.{EXPERTS}: compressed experts are not served yet; "
             "serve the dense export"
         )
+    for name, form in forms.items():
+        if form.form == AFFINE:
+            raise InputError(
+                f"config.json: quantization_config.modules[{name!r}]: found {AFFINE}, a linear "
+                "with a bias of its own, which is not served; load the checkpoint with transformers"
+            )
     check_bases(forms)
     return forms
 

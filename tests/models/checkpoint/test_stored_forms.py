@@ -8,6 +8,7 @@ import pytest
 import torch
 from compressed import (
     TOKENS,
+    affine_plan,
     close_to,
     compress,
     dense_reference,
@@ -19,6 +20,7 @@ from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from orchestrator.errors import InputError
 from orchestrator.hf.export import export_dense
 from orchestrator.methods.kinds.sparse import SPARSE
 from orchestrator.models.checkpoint.layout import layout
@@ -32,7 +34,7 @@ from orchestrator.plan.linear import Linear, ModelSizes, Survey
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.stages.context.worker.stored import StoredFile, coded
 
-FORMS = ("low_rank", "pivoted", "sparse", "low_rank_sparse", "shared")
+FORMS = ("low_rank", "affine", "pivoted", "sparse", "low_rank_sparse", "shared")
 
 
 def one_form(form):
@@ -47,6 +49,8 @@ def one_form(form):
             return plan_of(survey, assignments)
         if form == "low_rank":
             return half_plan(survey)
+        if form == "affine":
+            return affine_plan(survey)
         if form == "pivoted":
             # the largest rank that saves values
             assignments = {
@@ -143,6 +147,37 @@ def test_a_form_loads_saves_and_generates(form, made_with, tmp_path):
     generated = again.generate(TOKENS, max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert generated[0, TOKENS.shape[1]] == logits(model)[0, -1].argmax()
     assert again.num_parameters() == sum(t.values for file in made.files for t in file.tensors)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_a_bias_of_factors_takes_the_place_of_the_dense_one(family, checkpoint, tmp_path):
+    """With a dense bias and without one: it is stored once, the plan counts it where it is new, and
+    the logits are those of the dense model with weight and bias replaced."""
+    made = compress(checkpoint(family), tmp_path / "out", make_plan=affine_plan)
+    model = AutoModelForCausalLM.from_pretrained(made.directory)
+    reference = logits(dense_reference(made))
+    torch.testing.assert_close(logits(model), reference, **close_to(reference))
+    linears = made.survey.linears
+    new = sum(each.out_features for each in linears if not each.has_bias)
+    ranks = sum(made.plan.assignments[each.name].rank * each.rank_cost for each in linears)
+    assert made.plan.stored_values == ranks + new
+    dense = sum(each.values for each in linears)
+    expected = made.survey.total_parameters - dense + made.plan.stored_values
+    assert model.num_parameters() == LazyModel.open(made.directory).total_parameters == expected
+
+
+def test_a_bias_is_exported_where_the_class_has_one(checkpoint, tmp_path):
+    """A dense GPT-2 has biases, and the exported model the same logits; a Llama has none, so that
+    the export stops before it writes."""
+    made = compress(checkpoint("gpt2"), tmp_path / "gpt2", make_plan=affine_plan)
+    export_dense(made.directory, tmp_path / "dense")
+    reference = logits(AutoModelForCausalLM.from_pretrained(made.directory))
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
+    torch.testing.assert_close(found, reference, **close_to(reference))
+    made = compress(checkpoint("llama"), tmp_path / "llama", make_plan=affine_plan)
+    with pytest.raises(InputError, match=r"q_proj: its bias has no place in a dense LlamaFor"):
+        export_dense(made.directory, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("form", FORMS)

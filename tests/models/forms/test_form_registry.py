@@ -81,7 +81,7 @@ def test_a_module_has_the_tensors_of_its_form(name, data):
 @given(data=st.data())
 def test_ranks_fit_below_break_even(data):
     """The module refuses the ranks that the plan's half says save nothing."""
-    name = data.draw(st.sampled_from(["low_rank", "pivoted", "output_basis"]))
+    name = data.draw(st.sampled_from(["low_rank", "affine", "pivoted", "output_basis"]))
     linear, _, stored = data.draw(assignments(name))
     misfit = FORMS[name].misfit(stored, linear.out_features, linear.in_features)
     assert bool(misfit) == (stored.rank >= SIZES[name].break_even(linear))

@@ -3,6 +3,7 @@
 from orchestrator.forecast.work import TRIANGLE, Work, eigen_side
 from orchestrator.methods.kinds.costs.base import KindCost, LinearStatistics
 from orchestrator.methods.kinds.costs.workspaces import one_sided
+from orchestrator.plan.forms import AFFINE
 from orchestrator.plan.linear import Linear
 
 
@@ -39,6 +40,21 @@ class ScaledCost(LowRankCost):
 
     def _statistics(self, linear: Linear, given: LinearStatistics) -> int:
         return super()._statistics(linear, given) + 8 * eigen_side(linear) ** 2
+
+
+class AffineCost(LowRankCost):
+    """Factors beside a bias, for which the means of inputs and outputs are stored in float64."""
+
+    def _statistics(self, linear: Linear, given: LinearStatistics) -> int:
+        """Bytes of the Gram, and of the Gram about the mean."""
+        return 2 * super()._statistics(linear, given)
+
+    def stored_rank(self, linear: Linear, *, pivoted: bool) -> int:
+        return max(AFFINE.break_even(linear), 1)
+
+    def stored_bytes(self, linear: Linear, *, pivoted: bool, itemsize: int) -> int:
+        factors = super().stored_bytes(linear, pivoted=pivoted, itemsize=itemsize)
+        return factors + 8 * linear.rank_cost
 
 
 def spanning(linear: Linear) -> float:

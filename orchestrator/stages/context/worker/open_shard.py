@@ -14,6 +14,7 @@ from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.activations import ActivationCalibration
 from orchestrator.models.statistics.calibration import Calibration
 from orchestrator.models.statistics.expert_outputs import OutputsCalibration
+from orchestrator.models.statistics.input_means import MeansCalibration
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored, Worker
 from orchestrator.stages.context.expert_group import WHOLE, ExpertGroup
@@ -64,6 +65,8 @@ class DenseModel:
             kind = OutputsCalibration
         elif task.method.expert_activations:
             kind = ActivationCalibration
+        elif task.method.input_means:
+            kind = MeansCalibration
         chosen = group.linears(linears, task.grouping)
         opened = self.open_with(blocks, lambda shard: kind(shard, chosen, task.side, **options))
         return replace(opened, group=group)

@@ -168,6 +168,12 @@ class Decompositions:
         stored = self.stored(linear)
         return self._kind.factor(stored, part, channels, rank=rank, nonzeros=nonzeros)
 
+    def bias(self, linear: Linear, rank: int) -> Tensor | None:
+        """Return the bias of factors of a rank, on the device; None: the form has none."""
+        if not self._task.form.has_bias:
+            return None
+        return self._kind.part(self.stored(linear), "bias", rank=rank, nonzeros=0)
+
     def _entries(self, linear: Linear, tensor: TensorSpec) -> tuple[Tensor, Tensor]:
         """Return values and positions; the last ones are kept, since a linear's parts adjoin."""
         wanted = linear.name, tensor.nonzeros

@@ -3,6 +3,7 @@
 Copies of orchestrator's sources. Of the modules only the class methods are used here.
 """
 
+from orchestrator_sglang.shared.forms.affine import AffineLinear
 from orchestrator_sglang.shared.forms.base import FormLinear
 from orchestrator_sglang.shared.forms.dropped import DroppedLinear
 from orchestrator_sglang.shared.forms.low_rank import LowRankLinear
@@ -14,6 +15,7 @@ from orchestrator_sglang.shared.forms.tied import TiedLinear
 
 FORMS: dict[str, type[FormLinear]] = {
     "low_rank": LowRankLinear,
+    "affine": AffineLinear,
     "output_basis": OutputBasisLinear,
     "pivoted": PivotedLinear,
     "sparse": SparseLinear,
