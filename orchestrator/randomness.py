@@ -38,6 +38,10 @@ class Randomness:
         """Return the words of a mask, for `generator`; each linear adds its name."""
         return (self.seed, iteration, sample)
 
+    def budget(self, step: int) -> tuple[int, ...]:
+        """Return the words of the budget that a step of gates is under."""
+        return (self.seed, step)
+
     def block_order(self, block: int, epoch: int) -> "torch.Generator":
         """Return the generator of the order of chunks in the training of one block."""
         return generator(self.seed, block, epoch)
