@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Stop = Literal["end", "patience", "diverged"]
+Stop = Literal["end", "patience", "diverged", "size"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
