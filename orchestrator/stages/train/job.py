@@ -33,8 +33,8 @@ from orchestrator.stages.context.values import Planned
 from orchestrator.stages.train.worker import TrainSettings, TrainWorker, best_key
 from orchestrator.store.units import unit_key
 
-TRAIN_VERSION = 2
-"""Raised when a trained tensor changes."""
+TRAIN_VERSION = {"all": 2, "lean": 2, "light": 3}
+"""Raised when a tensor that is trained in the mode changes."""
 BYTES = {"all": 16, "lean": 12, "light": 16}
 """Bytes of value, gradient and moments of a trained parameter."""
 
@@ -66,7 +66,7 @@ class TrainJob(StageJob):
             planned,
             earlier,
             name=self.name,
-            version=TRAIN_VERSION,
+            version=TRAIN_VERSION[mode],
             blocks=changed_blocks(planned),
             options=asdict(options),
             mode=mode,
@@ -178,7 +178,7 @@ class TrainJob(StageJob):
     @property
     def _progress_key(self) -> str:
         """Key of the unit that names the last snapshot."""
-        return unit_key("snapshots", TRAIN_VERSION, [self.key])
+        return unit_key("snapshots", TRAIN_VERSION[self._mode], [self.key])
 
     def _left(
         self, workers: WorkerGroup, monitor: RunMonitor, done: Collection[int]
