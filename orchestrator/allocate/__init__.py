@@ -34,6 +34,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "svd-llm-v2": "orchestrator.allocate.svd_llm_v2:SvdLlmV2Allocator",
         "d-rank": "orchestrator.allocate.d_rank:DRankAllocator",
         "mgaa": "orchestrator.allocate.mgaa:MgaaAllocator",
+        "learned": "orchestrator.allocate.learned:Learned",
         "strs": "orchestrator.allocate.strs:Strs",
         "threshold": "orchestrator.allocate.threshold:Threshold",
         "cap": "orchestrator.allocate.sparsity.cap:CapAllocator",

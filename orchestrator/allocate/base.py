@@ -20,6 +20,8 @@ class Scoring(Enum):
     """Losses of masked models; the allocator learns from them which candidates are kept."""
     SENSITIVITIES = "sensitivities"
     """Losses of models with a single linear cut, at every rank of the allocator's grid."""
+    GATES = "gates"
+    """Scores of all directions, learned together on the loss of the gated model."""
 
 
 class Allocator(Protocol):

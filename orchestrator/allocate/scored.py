@@ -1,7 +1,7 @@
 """Interfaces of allocators that ask for losses of the model, as the scoring stages use them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -99,8 +99,49 @@ class MaskAllocator(Protocol):
         ...
 
 
+@runtime_checkable
+class GateAllocator(Protocol):
+    """Allocator with `Scoring.GATES`: it takes curves with learned scores; see `Learned`."""
+
+    @property
+    def rate(self) -> float: ...
+
+    @property
+    def stop(self) -> float: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def penalty_by(self) -> str: ...
+
+    @property
+    def cross_entropy(self) -> float: ...
+
+    @property
+    def divergence(self) -> float: ...
+
+    @property
+    def every(self) -> int: ...
+
+    @property
+    def held_out(self) -> float: ...
+
+    def penalty_at(self, step: int) -> float:
+        """Weight of the L1 term in a step, counted from 1."""
+        ...
+
+    def decisive(self) -> dict[str, Any]:
+        """Options that decide the scores."""
+        ...
+
+
 INTERFACES: Mapping[Scoring, type] = {
     Scoring.MASKS: MaskAllocator,
     Scoring.SENSITIVITIES: SensitivityAllocator,
+    Scoring.GATES: GateAllocator,
 }
 """Interface of the allocators that ask for these losses."""

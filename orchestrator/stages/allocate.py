@@ -10,6 +10,7 @@ from orchestrator.allocate.base import Scoring
 from orchestrator.allocate.budget import Budget, plan_cost
 from orchestrator.allocate.experts.drops import predicted_loss
 from orchestrator.allocate.fill import fill_budget
+from orchestrator.allocate.learned import extrapolates
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.cost import OPERATIONS, PICOSECONDS, VALUES, Cost, TimeCost
 from orchestrator.plan.linear import Linear
@@ -45,6 +46,10 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
         return fill_budget(divide, linears, budget, decomposed.codec, divides_costs=divides)
 
     plan = planned(decomposed.budget)
+    if scores.learned:
+        extrapolated = extrapolates(stacked, curves, plan, decomposed.budget.ranks)
+        said = {**scores.report["learn"], "extrapolated": extrapolated}
+        scores = replace(scores, report={**scores.report, "learn": said})
     facts = {
         "multiples": _multiples(decomposed, plan, planned, curves),
         "costs": _costs(decomposed, plan, curves),
@@ -112,9 +117,12 @@ def _spent(cost: Cost, linears: Sequence[Linear], plan: Plan) -> dict[str, int]:
 
 
 def _curves(decomposed: Decomposed, scores: Scores) -> dict[str, Any]:
-    """Curves by linear, those of sensitivities with their losses."""
+    """Curves by linear, with sensitivities or learned scores and their order if there are some."""
     read = decomposed.method.kind.curve
     curves = {name: read(result) for name, result in decomposed.results.items()}
     for name, losses in scores.losses.items():
         curves[name] = replace(curves[name], sensitivities=losses)
+    for name, (order_K, found) in scores.learned.items():
+        energies = curves[name].energies[order_K]
+        curves[name] = replace(curves[name], energies=energies, scores=found)
     return curves

@@ -22,6 +22,7 @@ from orchestrator.allocate import make_allocator
 from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.d_rank import DRankAllocator
 from orchestrator.allocate.fill import fill_budget
+from orchestrator.allocate.learned import Learned
 from orchestrator.allocate.mgaa import RULES, MgaaAllocator
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.strs import Strs
@@ -71,6 +72,8 @@ CASES = {
         )
         for rule in RULES
     },
+    # scores are exchanged with their curves
+    "learned": (Learned(below_stop="allow"), {GROWS, DENSE, TYPES, WHOLE}),
     # sensitivities are exchanged with their curves
     "strs": (Strs(grid="0.2 0.4 0.6 0.8 0.9"), {GROWS, DENSE, TYPES, WHOLE}),
 }

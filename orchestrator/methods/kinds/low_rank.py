@@ -97,6 +97,8 @@ class ScaledKind(LowRankKind[S]):
 class TwoSidedKind(ScaledKind["TwoSidedLowRank"]):
     """Factors that are orthonormal in the curvature's norm, so their shares of |W|² are apart."""
 
+    has_additive_errors = False
+
     @property
     def cost(self) -> "KindCost":
         from orchestrator.methods.kinds.costs.two_sided import TwoSidedCost

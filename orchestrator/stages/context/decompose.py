@@ -143,6 +143,7 @@ def compression_task(keyed: Keyed, *, pass_key: str = "", settings: Any = None) 
         grouping=keyed.grouping,
         tokens_key=keyed.tokens_key,
         block_keys=keyed.block_keys,
+        order_keys=keyed.orders,
         settings=settings,
     )
 
