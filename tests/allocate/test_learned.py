@@ -64,7 +64,7 @@ def test_directions_that_close_before_the_tail_leave_with_it():
 
 
 def test_ties_are_in_the_order_of_energy_per_value():
-    """Of two linears whose directions closed in one step, the one with more energy keeps more."""
+    """If directions of two linears closed in one step, the linear with more energy keeps more."""
     linears = make_linears([(8, 8), (8, 8)])
     curves = make_curves(linears)
     for each, scale in zip(linears, (1.0, 100.0), strict=True):

@@ -6,7 +6,6 @@ Shape suffixes: K directions of a linear, N = K + 1 gates: its directions, and l
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,28 +31,25 @@ class GatePull:
     dense weight to K': what closed directions would have saved is the tail's while it is open.
     """
 
-    direction: np.ndarray
+    direction: Tensor
     """float32 [K + 1]; of K' = 0 as of 1."""
-    tail: np.ndarray
+    tail: Tensor
     """float32 [K + 1]."""
 
     @classmethod
     def by_count(cls, linear: Linear, form: Form) -> "GatePull":
         """Return equal weights of all gates."""
-        ones = np.ones(num_directions(linear, form) + 1, dtype=np.float32)
+        ones = torch.ones(num_directions(linear, form) + 1)
         return cls(direction=ones, tail=ones)
 
     @classmethod
     def by_cost(cls, linear: Linear, form: Form, mean: float) -> "GatePull":
         """Return the numbers of values that closing a gate saves, over `mean`."""
-        ranks = np.arange(num_directions(linear, form) + 1, dtype=np.int64)
-        values = np.asarray(form.factor_values(linear, ranks), dtype=np.float64)
-        saved = np.diff(values, prepend=values[0])
-        saved[0] = saved[1]
-        tail = linear.values - values
-        return cls(
-            direction=(saved / mean).astype(np.float32), tail=(tail / mean).astype(np.float32)
-        )
+        ranks = range(num_directions(linear, form) + 1)
+        values = [form.factor_values(linear, rank) for rank in ranks]
+        saved = [values[max(rank, 1)] - values[max(rank, 1) - 1] for rank in ranks]
+        tail = [linear.values - each for each in values]
+        return cls(direction=torch.tensor(saved) / mean, tail=torch.tensor(tail) / mean)
 
 
 def num_directions(linear: Linear, form: Form) -> int:
@@ -95,8 +91,7 @@ class GateScores:
         assert gated.tail is not None
         self._gates, self._tail = gated.gates_R, gated.tail
         device, count = gated.gates_R.device, len(gated.gates_R) + 1
-        self._direction = torch.from_numpy(pull.direction).to(device)
-        self._tail_pull = torch.from_numpy(pull.tail).to(device)
+        self._direction, self._tail_pull = pull.direction.to(device), pull.tail.to(device)
         self.score = torch.ones(count, device=device)
         self.mean, self.square = torch.zeros_like(self.score), torch.zeros_like(self.score)
         self.closed = torch.zeros(count, dtype=torch.int32, device=device)
@@ -216,11 +211,10 @@ class GateTraining:
             gates.apply()
 
 
-def final_scores(state: Mapping[str, Tensor], last: int) -> dict[str, np.ndarray]:
+def final_scores(state: Mapping[str, Tensor], last: int) -> dict[str, Tensor]:
     """Return the scores of a block's linears after the step `last`, [N], from its state."""
     names = [name.removeprefix("score.") for name in state if name.startswith("score.")]
-    found = {n: scores_after(state[f"score.{n}"], state[f"closed.{n}"], last) for n in names}
-    return {name: score.numpy() for name, score in found.items()}
+    return {n: scores_after(state[f"score.{n}"], state[f"closed.{n}"], last) for n in names}
 
 
 def scores_after(score: Tensor, closed: Tensor, last: int) -> Tensor:

@@ -111,6 +111,9 @@ class Learning:
         mask = read_tokens(job.run, job.tokens_key).mask
         lengths = [(int(row.sum()), int((row[1:] & row[:-1]).sum())) for row in mask]
         snapshots, sizes, counts = self._left(stage)
+        if not snapshots:
+            # the units that it describes are about to be overwritten
+            job.run.units.drop(self._progress_key)
         pipeline = LearnPipeline(
             course,
             lengths,
@@ -135,7 +138,10 @@ class Learning:
                 stage.progress(step, course.steps, unit=f"step {step}", tokens_per_second=speed)
             if len(pipeline.snapshots) > before:
                 self._note(pipeline, stage)
-                monitor.event({"event": "snapshot", **asdict(pipeline.snapshots[-1])})
+                step, kept = pipeline.step, pipeline.sizes[pipeline.step]
+                loss = pipeline.snapshots[-1].held_out
+                text = f"step {step}: {kept:.4f} of the values, held-out loss {loss:.4f}"
+                monitor.note(text, stage=stage.name, step=step)
 
         dispatch(
             stage.workers.pool,
@@ -166,12 +172,15 @@ class Learning:
     def _facts(self, pipeline: LearnPipeline) -> dict[str, Any]:
         """Facts of the learning, the same for two equal runs."""
         counts = pipeline.counts
+        gates = sum(self._gates.values()) + len(self._gates)
+        is_open = sum(directions + has_tail for directions, has_tail in counts.values())
         return {
             "steps": pipeline.step,
             "stop": pipeline.stop,
             "kept": pipeline.sizes[pipeline.step],
-            "gates": sum(self._gates.values()) + len(self._gates),
-            "open": sum(directions + has_tail for directions, has_tail in counts.values()),
+            "gates": gates,
+            "open": is_open,
+            "closed": gates - is_open,
             "emptied": [name for name in self._gates if counts.get(name, (1, True)) == (0, False)],
             "snapshots": [
                 {**asdict(each), "kept": pipeline.sizes[each.step]} for each in pipeline.snapshots

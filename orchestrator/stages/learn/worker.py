@@ -130,5 +130,5 @@ class LearnWorker(Worker):
         path = self.run.units.file(snapshot_key(self.task.pass_key, step, block), FILE)
         found = final_scores(load_file(path), step)
         unit = self.run.units.begin(self.settings.keys[block])
-        write_scores(unit, {name: order_by_score(scores) for name, scores in found.items()})
+        write_scores(unit, {name: order_by_score(each.numpy()) for name, each in found.items()})
         unit.commit(environment=self.environment(), facts=facts)
