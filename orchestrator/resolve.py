@@ -28,7 +28,7 @@ from orchestrator.plan.latency_table import LatencyTable, read_latency_table
 from orchestrator.plan.linear import Linear
 from orchestrator.recipe.options import option_names
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.stage_names import CALIBRATE, SCORE, WRITE
+from orchestrator.stage_names import CALIBRATE, LEARN, SCORE, WRITE
 from orchestrator.stages import option_tables, stage_classes
 from orchestrator.stages.base import MethodTraits, Stage, stages_of
 
@@ -51,8 +51,15 @@ class ResolvedRecipe:
     @property
     def stage_names(self) -> tuple[str, ...]:
         """Names of the stages of the run that have units or forecasts, in order."""
-        scores = () if self.allocator.scoring is Scoring.NONE else (SCORE,)
-        return (CALIBRATE, *scores, *(stage.name for stage in self.stages), WRITE)
+        scores = scoring_stage(self.allocator)
+        return (CALIBRATE, *filter(None, [scores]), *(stage.name for stage in self.stages), WRITE)
+
+
+def scoring_stage(allocator: Allocator) -> str:
+    """Return the name of the stage that measures for an allocator; empty if it asks for none."""
+    if allocator.scoring is Scoring.NONE:
+        return ""
+    return LEARN if allocator.scoring is Scoring.GATES else SCORE
 
 
 def resolve(asked: Recipe, *, inherited: Collection[str] = ()) -> ResolvedRecipe:
@@ -163,6 +170,7 @@ def _resolve(asked: Recipe) -> ResolvedRecipe:
     _check_measures(recipe, method)
     _check_drop(recipe, method, allocator)
     _check_held_out(recipe, allocator)
+    _check_gates(recipe, method, allocator)
     if isinstance(recipe.expert_groups, int) and not method.takes_experts_apart:
         raise UsageError(
             f"expert_groups is {recipe.expert_groups}, but {method.name} takes all experts of a "
@@ -191,11 +199,16 @@ def _resolve(asked: Recipe) -> ResolvedRecipe:
     )
 
 
-def estimates_errors(method: str | None) -> bool:
-    """Test if a method is known and the errors of linears in its reports are estimates."""
+def estimates_errors(method: str | None, *, in_order: bool = False) -> bool:
+    """Test if a method is known and the errors of linears in its reports are estimates.
+
+    Args:
+        in_order: True if directions are kept in a learned order.
+    """
     if method is None or method not in METHODS:
         return False
-    return not METHODS[method].kind.has_exact_errors
+    kind = METHODS[method].kind
+    return not (kind.has_exact_errors and (kind.has_additive_errors or not in_order))
 
 
 def split_options(recipe: Recipe, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -249,6 +262,17 @@ def _check_held_out(recipe: Recipe, allocator: Allocator) -> None:
         raise UsageError(
             f"{name}: text {text} is the calibration text, which favours plans that fit it alone; "
             "give held-out text"
+        )
+
+
+def _check_gates(recipe: Recipe, method: Method, allocator: Allocator) -> None:
+    """Raises UsageError for gates of directions that several linears share."""
+    if allocator.scoring is not Scoring.GATES:
+        return
+    if method.grouping.experts or method.grouping.size > 1:
+        raise UsageError(
+            f"allocation is {recipe.allocation!r}, whose gates are those of one linear each, and "
+            f"{method.name} gives several linears one basis; give method two-sided, or group 1"
         )
 
 

@@ -14,6 +14,8 @@ CALIBRATE = "calibrate"
 """Statistics and decomposition of all linears."""
 SCORE = "score"
 """Measurement of the losses that an allocator asks for; left out if it asks for none."""
+LEARN = "learn"
+"""Learning of the scores that an allocator asks for, in the place of `score`."""
 ALLOCATE = "allocate"
 """Division of the budget; the plan is its result."""
 WRITE = "write"
@@ -23,5 +25,5 @@ EVALUATE = "evaluate"
 TASKS = "tasks"
 """Tasks of lm-evaluation-harness, in an evaluation."""
 
-FIXED = (SURVEY, READ, VERIFY, CALIBRATE, SCORE, ALLOCATE, WRITE, EVALUATE, TASKS)
+FIXED = (SURVEY, READ, VERIFY, CALIBRATE, SCORE, LEARN, ALLOCATE, WRITE, EVALUATE, TASKS)
 """Names that no stage of another package may have."""

@@ -36,6 +36,8 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "d-rank": "orchestrator.allocate.d_rank:DRankAllocator",
         "mgaa": "orchestrator.allocate.mgaa:MgaaAllocator",
         "lorc": "orchestrator.allocate.lorc:Lorc",
+        "learned": "orchestrator.allocate.learned:Learned",
+        "soco": "orchestrator.allocate.soco:Soco",
         "strs": "orchestrator.allocate.strs:Strs",
         "search": "orchestrator.allocate.search:SearchAllocator",
         "threshold": "orchestrator.allocate.threshold:Threshold",

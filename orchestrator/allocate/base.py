@@ -22,6 +22,8 @@ class Scoring(Enum):
     """Losses of models with a single linear cut, at every rank of the allocator's grid."""
     PLANS = "plans"
     """Losses of models that are cut by whole plans, on held-out text; the allocator says which."""
+    GATES = "gates"
+    """Scores of all directions, learned together on the loss of the gated model."""
 
 
 class Allocator(Protocol):

@@ -1,7 +1,7 @@
 """Interfaces of allocators that ask for losses of the model, as the scoring stages use them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -161,9 +161,62 @@ class PlanAllocator(Protocol):
         ...
 
 
+@runtime_checkable
+class GateAllocator(Protocol):
+    """Allocator with `Scoring.GATES`: it takes curves with learned scores; see `Learned`."""
+
+    polarises: ClassVar[bool]
+    """True if gates are polarised (`Soco`), False if an L1 term closes them (`Learned`)."""
+
+    @property
+    def rate(self) -> float: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def penalty_by(self) -> str: ...
+
+    @property
+    def cross_entropy(self) -> float: ...
+
+    @property
+    def divergence(self) -> float: ...
+
+    @property
+    def every(self) -> int: ...
+
+    @property
+    def held_out(self) -> float: ...
+
+    def weights_at(self, step: int, kept: float) -> tuple[float, float]:
+        """Return the weights of the size's slope and of the polarisation in a step, from 1.
+
+        Args:
+            kept: Kept fraction by the gates before it; 1 if they are not polarised.
+        """
+        ...
+
+    def ends_at(self, kept: float) -> bool:
+        """Test if a kept fraction of open gates ends the learning before its last step."""
+        ...
+
+    def has_gains(self, kept: float) -> bool:
+        """Test if directions of a plan of this size are amplified by their gates."""
+        ...
+
+    def decisive(self) -> dict[str, Any]:
+        """Options that decide the scores."""
+        ...
+
+
 INTERFACES: Mapping[Scoring, type] = {
     Scoring.MASKS: MaskAllocator,
     Scoring.PLANS: PlanAllocator,
     Scoring.SENSITIVITIES: SensitivityAllocator,
+    Scoring.GATES: GateAllocator,
 }
 """Interface of the allocators that ask for these losses."""

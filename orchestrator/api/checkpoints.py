@@ -110,11 +110,14 @@ def verify(
         raise UsageError(f"linears is {linears}; it must be 0 or above")
     from orchestrator.models.evaluation.verification import verify as perform
     from orchestrator.resolve import estimates_errors
+    from orchestrator.stage_names import LEARN
     from orchestrator.stages import STAGES
 
     def changes_errors(report: Mapping[str, Any]) -> bool:
         """Only stages that the report has are imported."""
-        if estimates_errors(report.get("recipe", {}).get("method")):
+        method, in_order = report.get("recipe", {}).get("method"), LEARN in report
+        has_gains = in_order and report[LEARN].get("gains", False)
+        if has_gains or estimates_errors(method, in_order=in_order):
             return True
         return any(name in report and STAGES[name].changes_errors for name in STAGES)
 

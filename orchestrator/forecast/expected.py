@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from orchestrator.forecast.costs import Costs
+from orchestrator.forecast.fixed_stages import LearnCost
 from orchestrator.forecast.forecast import costs_of
 from orchestrator.forecast.outcome import Forecast, Resources
 from orchestrator.forecast.room import Room
@@ -36,6 +37,7 @@ def expected(found: Forecast, shapes: Shapes, recipe: Recipe, resources: Resourc
     work: dict[str, Mapping[str, Work]] = {
         "calibrate": _calibration(costs, found.blocks_a_shard),
         "score": _scoring(costs, found.blocks_a_shard),
+        "learn": LearnCost(setting).shares(),
         "write": {"write": costs.file()},
     }
     work |= {stage.name: stage.cost(setting).shares() for stage in resolved.stages}

@@ -11,17 +11,25 @@ from orchestrator.forecast.memory import Footprint
 from orchestrator.forecast.outcome import StageForecast
 from orchestrator.forecast.room import Room
 from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
-from orchestrator.forecast.work import Work
+from orchestrator.forecast.work import Work, computed
+from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.plan.experts import most_experts
+from orchestrator.plan.linear import Linear
 from orchestrator.readable import size
 from orchestrator.resolve import ResolvedRecipe
-from orchestrator.stage_names import SCORE, WRITE
+from orchestrator.stage_names import LEARN, SCORE, WRITE
+
+GATE_BYTES = 24
+"""Bytes of a gate that is learned: score, two moments, step in which it closed, gate, gradient."""
+GATE_STATE_BYTES = 16
+"""Bytes of a gate in a snapshot; the last one and the one that is being written exist."""
 
 
 def stage_costs(setting: Setting, resolved: ResolvedRecipe) -> dict[str, StageCost]:
     """Costs of all stages after calibration, by name, in the order of the run."""
     costs: Mapping[str, StageCost] = {
         SCORE: ScoreCost(setting),
+        LEARN: LearnCost(setting),
         **{stage.name: stage.cost(setting) for stage in resolved.stages},
         WRITE: WriteCost(setting),
     }
@@ -93,6 +101,125 @@ class ScoreCost(StageCost):
 
     def remedy(self) -> str:
         return one_block_remedy(self.setting.costs, self.setting.room, self.setting.groups)
+
+
+class LearnCost(StageCost):
+    """Steps of a pipeline over the dense model with factors beside its weights.
+
+    A sequence of a step passes forward twice and back to the inputs once, with two products, of the
+    weight and of the factors, each time; there are no gradients of weights. The number of steps is
+    an estimate, see `Allocator.scoring_passes`, which counts products of weights alone.
+    """
+
+    def forecast(self, held: Footprint) -> StageForecast:
+        setting, workers = self.setting, self.setting.workers
+        step = self._pass().times(3.0 * self._blocks) + setting.costs.head()
+        work = step.times(self._passes / 3)
+        micro = max(getattr(setting.costs.allocator, "batch", 1), 1)
+        filling = (micro + workers - 1) / micro
+        return StageForecast(
+            name=LEARN,
+            flops=work.flops,
+            seconds=setting.seconds(lambda rates: work.seconds(rates) / workers * filling),
+            device=self._memory(min(workers, self._blocks)),
+        )
+
+    def shares(self) -> Mapping[str, Work]:
+        """A sequence passes a block; the last shard has the head beside its blocks."""
+        setting, costs = self.setting, self.setting.costs
+        forward = self._pass()
+        blocks = -(-self._blocks // min(setting.workers, self._blocks))
+        head = Work(single=costs.head().flops / blocks)
+        return {
+            "open": costs.load(1),
+            "take": costs.load(1).times(2),
+            "forward": forward,
+            "score": costs.forward(1) + head.times(1 / 3),
+            "backward": forward.times(2),
+            "turn": forward.times(3) + head,
+            "evaluate": forward + head.times(1 / 3),
+            "update": Work(read=GATE_BYTES * self._gates),
+            "snapshot": Work(write=GATE_STATE_BYTES * self._gates),
+            "commit": Work(write=8 * self._gates),
+        }
+
+    def content(self, before: Parts) -> tuple[Parts, Parts]:
+        """Targets of a divergence and two snapshots, then the scores, float32, and the orders,
+        int32, with the gains of polarised gates."""
+        gates = self._gates * self._blocks
+        is_polarised = getattr(self.setting.costs.allocator, "polarises", False)
+        held = {**before, "targets": self._targets} if self._targets else before
+        after = {**held, "scores": (12 if is_polarised else 8) * gates}
+        return {**held, "scores": (8 + 2 * GATE_STATE_BYTES) * gates}, after
+
+    @property
+    def _targets(self) -> float:
+        """Bytes of the dense model's top-k for all sequences, if the loss has a divergence."""
+        setting = self.setting
+        if not getattr(setting.costs.allocator, "divergence", 0):
+            return 0.0
+        outcomes = min(TrainOptions().top_k, setting.shapes.vocabulary)
+        return float(setting.sequences * setting.tokens * (8 * outcomes + 4))
+
+    def remedy(self) -> str:
+        """The fewest workers with which it fits."""
+        counts = range(self.setting.workers, self._blocks + 1)
+        fits = (n for n in counts if self.setting.room.fits(self._memory(n)))
+        if (workers := next(fits, None)) is not None:
+            return f"what fits: {workers} workers"
+        return "--allocation threshold needs no learning"
+
+    @property
+    def _blocks(self) -> int:
+        return self.setting.shapes.num_blocks
+
+    @property
+    def _passes(self) -> float:
+        return self.setting.costs.allocator.scoring_passes(len(self.setting.shapes.linears))
+
+    @property
+    def _ranks(self) -> list[tuple[Linear, int]]:
+        """Linears of a block, with the number of their directions."""
+        form = self.setting.costs.budget.form
+        return [(each, form.break_even(each) - 1) for each in self.setting.shapes.heaviest]
+
+    @property
+    def _gates(self) -> float:
+        """Gates of a block."""
+        return float(sum(rank + 1 for _, rank in self._ranks))
+
+    @property
+    def _factor_values(self) -> float:
+        """Values of the factors of a block."""
+        return float(sum(rank * linear.rank_cost for linear, rank in self._ranks))
+
+    def _pass(self) -> Work:
+        """Products of a sequence with a block and its factors, in one direction."""
+        setting = self.setting
+        routed = 1 - setting.shapes.idle_values / setting.shapes.block_values
+        factors = 2.0 * setting.tokens * self._factor_values * routed
+        return setting.costs.forward(1) + computed(factors, setting.costs.itemsize)
+
+    def _memory(self, workers: int) -> Footprint:
+        """Footprint of one worker's shard, if `workers` hold the whole model between them."""
+        setting, shapes = self.setting, self.setting.shapes
+        size, tokens, blocks = setting.costs.itemsize, setting.tokens, -(-self._blocks // workers)
+        inner = sum(rank + linear.in_features for linear, rank in self._ranks)
+        logits = 4 * 4 * tokens * shapes.vocabulary
+        between = size * tokens * shapes.hidden * (blocks + 2 * workers)
+        return Footprint(
+            {
+                "process": memory.PROCESS_BYTES,
+                "weights": blocks * shapes.block_values * size,
+                "factors": int(blocks * self._factor_values) * size,
+                "gates": int(GATE_BYTES * blocks * self._gates),
+                "embeddings or head": size * max(shapes.front_values, shapes.head_values),
+                "activations": memory.activation_bytes(shapes, tokens, size, 1)
+                + size * tokens * inner
+                + logits
+                + between,
+            }
+        )
 
 
 class WriteCost(StageCost):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from orchestrator.allocate.base import Scoring
 from orchestrator.forecast.costs import Costs
 from orchestrator.forecast.doubles import float64_remark, float64_seconds
 from orchestrator.forecast.fixed_stages import (
@@ -64,7 +65,8 @@ def costs_of(shapes: Shapes, resolved: ResolvedRecipe) -> Costs:
     grouping = resolved.method.grouping
     grouping.check(targeted.linears, resolved.method.name)
     allocator = resolved.allocator
-    if shapes.modules or allocator.drop != "no" or allocator.needs_block_cosines:
+    is_asked = allocator.needs_block_cosines or allocator.scoring is Scoring.GATES
+    if shapes.modules or allocator.drop != "no" or is_asked:
         is_of_values = resolved.budget.cost is VALUES
         checked = grouping.stacked(targeted.linears) if is_of_values else targeted.linears
         budget = replace(resolved.budget, experts=shapes.modules)

@@ -26,6 +26,10 @@ class Curve:
     """Mean cross-entropy of the model with this linear alone truncated, by rank, at the ranks that
     an allocation asks for. Measured separately; not part of the JSON."""
 
+    scores: np.ndarray | None = None
+    """Learned scores of the directions, descending, and of all that they leave of the weight; not
+    part of the JSON. The energies are then those of the directions in this order."""
+
     def loss(self, rank: int) -> float:
         """Squared error, in the method's norm, of the best approximation of this rank."""
         return max(self.total - float(self.energies[:rank].sum()), 0.0)

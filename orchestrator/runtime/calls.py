@@ -5,7 +5,7 @@ state, without Ray and without tensors, so its decisions are tested as values: i
 (`calls(idle)`), is informed of their ends (`succeeded`, `lost`) and of workers that are given up
 (`retired`), and says when it has `finished`. `IndependentCalls` holds independent units;
 `shard_pass` moves chunks through shards, `replicated_blocks` processes blocks sequentially, and
-`stages.train.pipeline` trains.
+`stages.context.pipeline` trains.
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,6 +10,7 @@ from orchestrator.allocate.base import Scoring
 from orchestrator.allocate.budget import Budget, plan_cost
 from orchestrator.allocate.experts.drops import predicted_loss
 from orchestrator.allocate.fill import fill_budget
+from orchestrator.allocate.learned import extrapolates
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.cost import CACHE, OPERATIONS, PICOSECONDS, VALUES, Cost, TimeCost
 from orchestrator.plan.linear import Linear
@@ -32,7 +33,7 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
     if scores.plan is not None and decomposed.allocator.scoring is Scoring.MASKS:
         facts: dict[str, Any] = {"multiples": {}, "costs": _costs(decomposed, scores.plan, {})}
         return extended(decomposed, Planned, plan=scores.plan, curves={}, scores=scores, **facts)
-    linears, curves, cosines, _ = dividing(decomposed, scores.losses)
+    linears, curves, cosines, _ = dividing(decomposed, scores)
 
     def planned(budget: Budget) -> Plan:
         allocator = decomposed.allocator
@@ -44,7 +45,10 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
         )
 
     plan = scores.plan or planned(decomposed.budget)
-    about = decomposed.allocator.facts(decomposed.linears, cosines, plan)
+    about = dict(decomposed.allocator.facts(decomposed.linears, cosines, plan))
+    if scores.learned:
+        extrapolated = extrapolates(linears, curves, plan, decomposed.budget.ranks)
+        about["learn"] = {**scores.report["learn"], "extrapolated": extrapolated}
     scores = replace(scores, report={**scores.report, **about})
     facts = {
         "multiples": _multiples(decomposed, plan, planned, curves),
@@ -53,7 +57,7 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
     return extended(decomposed, Planned, plan=plan, curves=curves, scores=scores, **facts)
 
 
-def dividing(decomposed: Decomposed, losses: Mapping[str, Mapping[int, float]] = {}) -> Dividing:
+def dividing(decomposed: Decomposed, scores: Scores) -> Dividing:
     """Return what an allocator is given beside the budget, joint linears of groups among it."""
     cosines = {
         sublayer: cosine["mean"]
@@ -62,7 +66,7 @@ def dividing(decomposed: Decomposed, losses: Mapping[str, Mapping[int, float]] =
     }
     return Dividing(
         linears=decomposed.grouping.stacked(decomposed.linears),
-        curves=_curves(decomposed, losses),
+        curves=_curves(decomposed, scores),
         cosines=cosines,
         filled=lambda divide: _filled(decomposed, divide, decomposed.budget),
     )
@@ -148,10 +152,13 @@ def _spent(cost: Cost, linears: Sequence[Linear], plan: Plan) -> dict[str, int]:
     return {"dense": dense, "planned": plan_cost(linears, plan.assignments, cost)}
 
 
-def _curves(decomposed: Decomposed, losses: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
-    """Curves by linear, those of sensitivities with their losses."""
+def _curves(decomposed: Decomposed, scores: Scores) -> dict[str, Any]:
+    """Curves by linear, with sensitivities or learned scores and their order if there are some."""
     read = decomposed.method.kind.curve
     curves = {name: read(result) for name, result in decomposed.results.items()}
-    for name, by_rank in losses.items():
-        curves[name] = replace(curves[name], sensitivities=by_rank)
+    for name, losses in scores.losses.items():
+        curves[name] = replace(curves[name], sensitivities=losses)
+    for name, learned in scores.learned.items():
+        energies = curves[name].energies[learned.order_K]
+        curves[name] = replace(curves[name], energies=energies, scores=learned.scores)
     return curves

@@ -9,19 +9,19 @@ from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
-from orchestrator.allocate.base import Scoring
 from orchestrator.events import OnEvent
 from orchestrator.forecast.outcome import Forecast
 from orchestrator.models.checkpoint.output import leased_out
 from orchestrator.plan.result import Result
 from orchestrator.recipe.recipe import Recipe
-from orchestrator.resolve import check_targets, resolve
+from orchestrator.resolve import check_targets, resolve, scoring_stage
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.workers import WorkerGroup, connected, start_workers
 from orchestrator.stage_names import (
     ALLOCATE,
     CALIBRATE,
     EVALUATE,
+    LEARN,
     READ,
     SCORE,
     SURVEY,
@@ -31,7 +31,11 @@ from orchestrator.stage_names import (
 from orchestrator.stages.admission import check_memory, recheck_memory
 from orchestrator.stages.allocate import allocate
 from orchestrator.stages.base import Stage
-from orchestrator.stages.context.decompose import calibrate_and_decompose, calibration_task
+from orchestrator.stages.context.decompose import (
+    calibrate_and_decompose,
+    calibration_task,
+    compression_task,
+)
 from orchestrator.stages.context.experts import expert_tokens, expert_warnings
 from orchestrator.stages.context.keys import assign_keys
 from orchestrator.stages.context.previous_run import PreviousRun
@@ -49,7 +53,7 @@ from orchestrator.stages.evaluate.values import (
 )
 from orchestrator.stages.evaluate.worker import EvaluationWorker
 from orchestrator.stages.request import ask
-from orchestrator.stages.score import score
+from orchestrator.stages.score import score, scoring_workers
 from orchestrator.stages.survey import (
     left_out,
     read_calibration,
@@ -113,7 +117,7 @@ def _surveyed(surveyed: Surveyed, stages: Sequence[str]) -> dict[str, Any]:
     Args:
         stages: Names of the stages with units or forecasts, in order.
     """
-    before = [name for name in stages if name in (CALIBRATE, SCORE)]
+    before = [name for name in stages if name in (CALIBRATE, SCORE, LEARN)]
     return {
         "event": "surveyed",
         "blocks": surveyed.survey.num_blocks,
@@ -140,11 +144,14 @@ def _perform(
             for warning in expert_warnings(tokens, keyed.linears, as_wholes=wholes):
                 monitor.note(f"warning: {warning}")
         scores = Scores()
-        if keyed.allocator.scoring is not Scoring.NONE:
-            with _running(SCORE, workers, monitor) as stage:
+        if scoring := scoring_stage(keyed.allocator):
+            workers = scoring_workers(decomposed, workers)
+            with _running(scoring, workers, monitor) as stage:
                 scores = score(decomposed, stage)
         with monitor.stage(ALLOCATE):
             planned = allocate(decomposed, scores)
+        if planned.orders:
+            workers = workers.reassigned(CompressionWorker, compression_task(planned))
         jobs, done = _jobs(stages, planned), []
         for job, following in zip_longest(jobs, jobs[1:]):
             # its task depends on the plan

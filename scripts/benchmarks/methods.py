@@ -70,6 +70,19 @@ ROWS: Mapping[str, Row] = {
     "cap": {"method": "cap"},
     "two-sided": {"method": "two-sided"},
     "two-sided (pivoted)": PRESETS["fast"],
+    "two-sided (learned)": {
+        "method": "two-sided",
+        "allocation": "learned",
+        # a schedule 40 times as short, for 32 windows on a CPU
+        "options": {
+            "learned": {"rate": 0.1, "growth": 1.1, "growth_every": 1, "batch": 2, "every": 5}
+        },
+    },
+    "two-sided (soco)": {
+        "method": "two-sided",
+        "allocation": "soco",
+        "options": {"soco": {"rate": 0.1, "steps": 120, "batch": 2, "every": 20}},
+    },
     "best": PRESETS["best"],
     "two-sided-sparse": {"method": "two-sided-sparse"},
     "lorc (cache)": {"method": "svd", "allocation": "lorc", **CACHED},

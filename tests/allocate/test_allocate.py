@@ -23,9 +23,11 @@ from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.d_rank import DRankAllocator
 from orchestrator.allocate.fill import fill_budget
 from orchestrator.allocate.grasp import GraspAllocator
+from orchestrator.allocate.learned import Learned
 from orchestrator.allocate.lorc import Lorc
 from orchestrator.allocate.mgaa import RULES, MgaaAllocator
 from orchestrator.allocate.search import SearchAllocator
+from orchestrator.allocate.soco import Soco
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2Allocator
@@ -84,6 +86,9 @@ CASES = {
     # without losses: the plan of equal coordinates
     "search": (SearchAllocator(), {GROWS, DENSE, TYPES, WHOLE}),
     "search window": (SearchAllocator(space="window"), {GROWS, DENSE, TYPES, WHOLE}),
+    # scores are exchanged with their curves
+    "learned": (Learned(below_stop="allow"), {GROWS, DENSE, TYPES, WHOLE}),
+    "soco": (Soco(below_target="allow"), {GROWS, DENSE, TYPES, WHOLE}),
     # sensitivities are exchanged with their curves
     "strs": (Strs(grid="0.2 0.4 0.6 0.8 0.9"), {GROWS, DENSE, TYPES, WHOLE}),
 }

@@ -24,6 +24,7 @@ _TRAINING = {
 _UNFITTED = {"basis-sharing": {"refit": "never"}}
 _INITIAL = {"cap": {"stage2": False}}
 _FEW_TRIALS = {"strs": {"grid": "0.4 0.8", "windows": 1}}
+_FEW_STEPS = {"rate": 0.25, "penalty": 0.01, "growth": 2.0, "growth_every": 1, "batch": 2}
 
 _METHODS: dict[str, dict[str, Any]] = {
     "svd": {"method": "svd"},
@@ -75,6 +76,16 @@ _ALLOCATIONS: dict[str, dict[str, Any]] = {
     "allocation-svd-llm-v2": {"method": "svd", "allocation": "svd-llm-v2"},
     "allocation-d-rank": {"allocation": "d-rank"},
     "allocation-mgaa": {"method": "two-sided", "allocation": "mgaa"},
+    "allocation-learned": {
+        "method": "two-sided",
+        "allocation": "learned",
+        "options": {"learned": {**_FEW_STEPS, "steps": 20, "every": 2}},
+    },
+    "allocation-soco": {
+        "method": "two-sided",
+        "allocation": "soco",
+        "options": {"soco": {"rate": 0.3, "steps": 8, "every": 4, "batch": 2, "target": 0.5}},
+    },
     "allocation-strs": {"allocation": "strs", "options": _FEW_TRIALS},
     "allocation-strs-curvature": {
         "method": "two-sided",

@@ -7,8 +7,9 @@ import pytest
 
 from orchestrator.models.training.train_options import TrainOptions, plan_course
 from orchestrator.randomness import Randomness
-from orchestrator.stages.train.pipeline import WINDOW, Pipeline, Snapshot
-from orchestrator.stages.train.program import program
+from orchestrator.stages.context.pipeline.program import program
+from orchestrator.stages.context.pipeline.schedule import WINDOW, Pipeline
+from orchestrator.stages.context.pipeline.snapshot import Snapshot
 
 SEQUENCES = 11
 LENGTHS = [(20 + i, 19 + i) for i in range(SEQUENCES)]

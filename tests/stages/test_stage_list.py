@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.allocate import ALLOCATORS
 from orchestrator.allocate.base import Allocator, Scoring
+from orchestrator.allocate.learned import Learned
 from orchestrator.allocate.sparsity.cap import CapAllocator
 from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.threshold import Threshold
@@ -82,11 +83,16 @@ def test_an_unknown_option_of_a_stage_is_refused(table):
 
 
 def test_allocators_declare_the_losses_that_they_need():
-    """Three allocators take losses of the model; that is no option of theirs."""
+    """Five allocators take losses of the model, or learned scores; that is no option of theirs."""
     needed = {name: each.scoring for name, each in ALLOCATORS.items()}
     scoring = {name: each for name, each in needed.items() if each is not Scoring.NONE}
-    known = {"strs": Scoring.SENSITIVITIES, "cap": Scoring.MASKS, "search": Scoring.PLANS}
-    assert scoring == known
+    assert scoring == {
+        "strs": Scoring.SENSITIVITIES,
+        "cap": Scoring.MASKS,
+        "search": Scoring.PLANS,
+        "learned": Scoring.GATES,
+        "soco": Scoring.GATES,
+    }
     for each in ALLOCATORS.values():
         assert Allocator in each.__mro__
         assert "scoring" not in {field.name for field in fields(each)}
@@ -97,6 +103,7 @@ def test_allocators_tell_what_their_losses_cost():
     assert CapAllocator(iterations=5, samples=2, chunks=3).scoring_passes(28) == 5 * 2 * 3
     assert Strs(grid="0.2, 0.5 0.7", windows=4).scoring_passes(28) == 3 * 4 * 28 / 2
     assert Threshold().scoring_passes(28) == 0
+    assert Learned(steps=500, batch=2).scoring_passes(28) == 3 * 500 * 2
 
 
 def test_a_uniform_allocation_is_even():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import orchestrator
 from orchestrator.errors import StoppedError, UsageError
-from orchestrator.stages.train import worker as train_worker
+from orchestrator.stages.context.pipeline import shard as pipeline_shard
 from orchestrator.store.run import RunDirectory
 
 TOKENS = torch.arange(2, 34)[None] * 5 % 96
@@ -180,7 +180,7 @@ def test_snapshots_go_when_they_are_neither_last_nor_best(llama2, text, tmp_path
     run_dir, most = RunDirectory(tmp_path / "out.run"), []
 
     def states():
-        return list(run_dir.units.root.rglob(train_worker.FILE))
+        return list(run_dir.units.root.rglob(pipeline_shard.FILE))
 
     def count(event):
         if event["event"] in ("unit", "snapshot"):

@@ -92,7 +92,17 @@ def make_curves(linears, seed=0, form=LOW_RANK):
         drawn = rng.uniform(2, 9, size=form.break_even(linear))
         sensitivities = {rank: float(loss) for rank, loss in enumerate(drawn) if rank}
         curves[linear.name] = replace(curves[linear.name], sensitivities=sensitivities)
+    for linear in linears:
+        scores = make_scores(rng, form.break_even(linear) - 1)
+        curves[linear.name] = replace(curves[linear.name], scores=scores)
     return curves
+
+
+def make_scores(rng, count):
+    """Draw scores of directions, descending, and of the tail: a tenth is open, others have ties."""
+    closed_N = -rng.integers(1, 40, size=count + 1).astype(float)
+    opened_N = np.where(rng.random(count + 1) < 0.1, rng.random(count + 1), closed_N)
+    return np.append(np.sort(opened_N[:-1])[::-1], closed_N[-1])
 
 
 def make_cosines(linears, seed=0):

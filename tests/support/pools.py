@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from orchestrator.runtime import workers
 from orchestrator.runtime.pool import LocalPool, Outcome
-from orchestrator.stages.train.commands import PassCommand
+from orchestrator.stages.context.pipeline.commands import PassCommand
 
 
 def crossed(value: Any) -> Any:

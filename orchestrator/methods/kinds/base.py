@@ -46,6 +46,10 @@ class Kind(ABC, Generic[R]):
     has_exact_errors: ClassVar[bool] = True
     """False if `errors` are estimates, which a check of the files does not compare with."""
 
+    has_additive_errors: ClassVar[bool] = True
+    """False if the weight error of directions in another order than the stored one is no sum over
+    them, so that `errors` of such a cut are estimates."""
+
     @property
     def cost(self) -> "KindCost":
         """Cost of a result for the forecast: that of two factors, `LOW_RANK`, by default.

@@ -108,6 +108,8 @@ class OrderedKind(ScaledKind["ScaledLowRank"]):
 class TwoSidedKind(ScaledKind["TwoSidedLowRank"]):
     """Factors that are orthonormal in the curvature's norm, so their shares of |W|² are apart."""
 
+    has_additive_errors = False
+
     @property
     def cost(self) -> "KindCost":
         from orchestrator.methods.kinds.costs.two_sided import TwoSidedCost

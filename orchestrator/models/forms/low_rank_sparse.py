@@ -1,5 +1,6 @@
 """Two factors of a weight, and some entries of what they leave."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -71,6 +72,10 @@ class LowRankSparseLinear(LowRankLinear):
     def forward(self, input: Tensor) -> Tensor:
         sparse: Tensor = self.sparse(input)
         return super().forward(input) + sparse
+
+    def _gated(self, gate: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        sparse: Tensor = self.sparse(input)
+        return super()._gated(gate, input) + sparse
 
     def dense_weight(self) -> Tensor:
         """Product and entries together, [O, I]."""

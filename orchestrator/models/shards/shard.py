@@ -69,11 +69,12 @@ class Shard:
         self._images = ImageFeatures(empty.model, self._load_for_images)
         self._is_frozen = self._lacks_ends = False
         self._replaced: list[tuple[str, Tensor]] = []
+        self._stood_in: list[nn.Module] = []
         try:
             self._recompute_buffers()
             self._load(sources)
             for index, block in enumerate(empty.blocks):
-                block.forward = partial(self._visit, index, block.forward)
+                self.run_as(block, partial(self._visit, index, block.forward))
         except BaseException:
             self.close()
             raise
@@ -94,8 +95,8 @@ class Shard:
         if not self.is_open:
             return
         self.is_open = False
-        for block in self._empty.blocks:
-            vars(block).pop("forward", None)
+        for module in self._stood_in:
+            vars(module).pop("forward", None)
         for name, tensor in reversed(self._replaced):
             set_tensor(self._empty.model, name, tensor)
         self._replaced.clear()
@@ -197,6 +198,11 @@ class Shard:
             if self._is_frozen:
                 self.freeze()
 
+    def run_as(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Run another function in the place of a module's forward until the shard is closed."""
+        self._stood_in.append(module)
+        vars(module)["forward"] = forward
+
     def freeze(self) -> None:
         """Disable gradients of all parameters; later passes give activation gradients only."""
         self._is_frozen = True
@@ -253,11 +259,8 @@ class Shard:
         for name, basis in self._empty.model.all_tied_weights_keys.items():
             groups.setdefault(basis, {basis}).add(name)
         shared = {name for group in groups.values() if not group <= loaded.keys() for name in group}
-        return {
-            name: parameter
-            for name, parameter in loaded.items()
-            if self._is_inside(name) and name not in shared
-        }
+        inside = {name: each for name, each in loaded.items() if self._is_inside(name)}
+        return {name: each for name, each in inside.items() if name not in shared}
 
     def _is_inside(self, name: str) -> bool:
         """Test if a tensor or module name lies within the shard's blocks."""
@@ -386,8 +389,7 @@ class Shard:
             old = module._buffers[child] if is_buffer else module._parameters[child]
             assert old is not None
             self._replaced.append((name, old))
-            new = loaded[source]
-            set_tensor(model, name, new.detach() if is_buffer else new)
+            set_tensor(model, name, loaded[source].detach() if is_buffer else loaded[source])
 
 
 class _LastBlockDone(BaseException):

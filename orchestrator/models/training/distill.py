@@ -91,7 +91,7 @@ def distill(
     logits_BTV: Tensor,
     tokens_BT: Tensor,
     mask_BT: Tensor,
-    targets: TopK | Tensor,
+    targets: TopK | Tensor | None,
     *,
     temperature: float,
     weights: LossWeights | None = None,
@@ -115,10 +115,10 @@ def distill(
 
     Args:
         tokens_BT, mask_BT: On the host; otherwise the device is read first.
-        targets: Top-k of the other model at the same temperature, or its full logits [B, T, V].
+        targets: Top-k of the other model at that temperature, its full logits, or None: KL is 0.
     """
     device = logits_BTV.device
-    targets = bring(targets, device) if isinstance(targets, Tensor) else targets.to(device)
+    targets = _brought(targets, device)
     grad_BTV = None if weights is None else torch.zeros_like(logits_BTV)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for row, (tokens_T, mask_T) in enumerate(zip(tokens_BT.cpu(), mask_BT.cpu(), strict=True)):
@@ -149,6 +149,12 @@ def distill(
     return Losses(divergence=divergence, cross_entropy=cross_entropy), grad_BTV
 
 
+def _brought(targets: TopK | Tensor | None, device: torch.device) -> TopK | Tensor | None:
+    if targets is None or isinstance(targets, Tensor):
+        return targets if targets is None else bring(targets, device)
+    return targets.to(device)
+
+
 def _predictions(tokens_T: Tensor, mask_T: Tensor, where_T: Tensor) -> Tensor:
     """Stack positions of some real tokens, next tokens, and if those are real; int64 [3, T]."""
     following_T = (where_T + 1).clamp(max=len(tokens_T) - 1)
@@ -165,7 +171,7 @@ def _cross_entropy_gradient(log_q_TV: Tensor, label_T: Tensor, real_T: Tensor) -
 
 def _divergence(
     logits_TV: Tensor,
-    targets: TopK | Tensor,
+    targets: TopK | Tensor | None,
     row: int,
     where_T: Tensor,
     *,
@@ -173,6 +179,9 @@ def _divergence(
     has_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Sum τ² KL over some tokens, float64; also its gradient with respect to their logits."""
+    if targets is None:
+        zero = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
+        return zero, torch.zeros_like(logits_TV) if has_gradient else None
     log_q_TV = (logits_TV / temperature).log_softmax(dim=-1)
     q_TV = log_q_TV.exp()
     if isinstance(targets, Tensor):

@@ -1,6 +1,7 @@
 """Trained parameters of a shard's blocks and their AdamW steps."""
 
 from collections.abc import Collection, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from orchestrator.device.transport import CPU
 from orchestrator.errors import InfeasibleError
 from orchestrator.models.forms.base import ParameterScales
 from orchestrator.models.shards.shard import Shard
+from orchestrator.models.training.gated import scaled
 from orchestrator.models.training.refine import trained_parameters
 from orchestrator.models.training.train_options import MODES
 
@@ -35,8 +37,11 @@ class Training:
       by 0.999 changes v by less than half of bfloat16's last place, so v could only increase.
     - `light`: norms, biases, and one scale per direction of a low-rank factor (per output of a
       sparse part) instead of its values: W = W0 diag(s), or diag(s) W0. 16 bytes per scale, about
-      a thousandth as many as values; also 8 bytes (W0 and W) per value of the left factors and the
-      sparse parts, 4 more during the block's backward pass, and 4 per value of the right factors.
+      a thousandth as many as values, and 8 more per output of a sparse part. Scales are multiplied
+      with activations (`scaled`), and with values only in `tensors`: no gradient of a factor or of
+      entries is made, and a value takes the 4 bytes of loading it. If the `ParameterScales` of
+      another package's form have no `gated`, a value takes 8 (W0 and W), and 4 more during the
+      backward pass.
 
     Dense weights and the other blocks are not trained in any mode. A basis shared by blocks is
     trained if the shard contains all of them, as a tensor of the block that has its name on disk;
@@ -67,7 +72,6 @@ class Training:
             if block in blocks and name in stored:
                 trained = _trained(shard, name, parameter, mode)
                 if trained is not None:
-                    parameter.requires_grad_(True)
                     self._by_block[block][name] = trained
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -86,7 +90,7 @@ class Training:
         """Bytes that gradients and moments will take besides the loaded weights; no activations."""
         moment = 2 if self._mode == "lean" else 4
         in_backward = [
-            sum(e.parameter.numel() for e in entries.values() if isinstance(e, _Scaled))
+            sum(e.parameter.numel() for e in entries.values() if isinstance(e, _ScaledParameter))
             for entries in self._by_block.values()
         ]
         return (4 + 2 * moment) * sum(self.num_parameters.values()) + 4 * max(in_backward)
@@ -181,7 +185,7 @@ class Training:
     def tensors(self, block: int) -> dict[str, Tensor]:
         """Return a block's trained parameters by name, with scales multiplied in, on the CPU."""
         entries = self._by_block[block].items()
-        return {name: entry.parameter.detach().to(CPU, copy=True) for name, entry in entries}
+        return {name: entry.tensor().detach().to(CPU, copy=True) for name, entry in entries}
 
 
 def _squared_norms(tensors: list[Tensor]) -> list[float]:
@@ -203,7 +207,7 @@ class _DirectParameter:
     """Parameter that is trained directly."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter = parameter
+        self.parameter = parameter.requires_grad_(True)
 
     @property
     def value(self) -> Tensor:
@@ -222,9 +226,25 @@ class _DirectParameter:
     def apply(self) -> None:
         """No-op: the value is the parameter's own memory."""
 
+    def tensor(self) -> Tensor:
+        """The parameter as it is stored."""
+        return self.parameter
 
-class _Scaled(_DirectParameter):
-    """Parameter W0 of which only scales are trained."""
+
+class _GatedParameter(_DirectParameter):
+    """Scales of a parameter that are multiplied with activations; it has no gradient itself."""
+
+    def __init__(self, parameter: nn.Parameter, scales: ParameterScales) -> None:
+        gates = torch.ones(scales.count, dtype=torch.float32, device=parameter.device)
+        super().__init__(nn.Parameter(gates))
+        self._base, self._scales = parameter.detach(), scales
+
+    def tensor(self) -> Tensor:
+        return self._base * self._scales.spread(self.value)
+
+
+class _ScaledParameter(_DirectParameter):
+    """Parameter W0 of which only scales are trained, multiplied with its values."""
 
     def __init__(self, parameter: nn.Parameter, scales: ParameterScales) -> None:
         super().__init__(parameter)
@@ -264,6 +284,11 @@ def _trained(
     if found is not None:
         path, module = found
         scales = module.scales().get(name.removeprefix(f"{path}."))
+        if scales is not None and scales.gated is not None:
+            gated = _GatedParameter(parameter, scales)
+            gate = partial(scaled, gates=gated.parameter)
+            shard.run_as(module, partial(scales.gated, gate))
+            return gated
         if scales is not None:
-            return _Scaled(parameter, scales)
+            return _ScaledParameter(parameter, scales)
     return _DirectParameter(parameter) if parameter.dim() < 2 else None

@@ -87,14 +87,37 @@ def plan_course(options: TrainOptions, sequences: int, randomness: Randomness) -
     Raises:
         ValueError: Fewer than two sequences.
     """
+    training, held_out = split(sequences, options.held_out)
+    number = min(options.batches, len(training))
+    steps = options.epochs * number
+    batches = _drawn(training, number, steps, randomness)
+    return Course(options=options, batches=batches, held_out=tuple(held_out))
+
+
+def plan_steps(
+    options: TrainOptions, sequences: int, randomness: Randomness, *, size: int, steps: int
+) -> Course:
+    """Plan `steps` steps of at most `size` sequences, as in `plan_course`, over as many epochs.
+
+    Raises:
+        ValueError: Fewer than two sequences.
+    """
+    training, held_out = split(sequences, options.held_out)
+    batches = _drawn(training, -(-len(training) // size), steps, randomness)
+    return Course(options=options, batches=batches, held_out=tuple(held_out))
+
+
+def _drawn(
+    training: list[int], number: int, steps: int, randomness: Randomness
+) -> tuple[tuple[int, ...], ...]:
+    """Divide the sequences of each epoch into `number` batches, for so many steps."""
     # imported here because a forecast reads the options without torch
     import torch
 
-    training, held_out = split(sequences, options.held_out)
-    number = min(options.batches, len(training))
     batches: list[tuple[int, ...]] = []
-    for epoch in range(options.epochs):
-        order = torch.randperm(len(training), generator=randomness.model_order(epoch))
+    while len(batches) < steps:
+        generator = randomness.model_order(len(batches) // number)
+        order = torch.randperm(len(training), generator=generator)
         for places in order.tensor_split(number):
             batches.append(tuple(training[place] for place in places.tolist()))
-    return Course(options=options, batches=tuple(batches), held_out=tuple(held_out))
+    return tuple(batches[:steps])

@@ -150,6 +150,8 @@ def compression_task(keyed: Keyed, *, pass_key: str = "", settings: Any = None) 
         tokens_key=keyed.tokens_key,
         block_keys=keyed.block_keys,
         block_cosines=keyed.block_cosines,
+        order_keys=keyed.orders,
+        has_gains=keyed.has_gains,
         settings=settings,
     )
 

@@ -39,6 +39,11 @@ class CompressionTask(Task):
     """True if the cosine of every block's input and output is computed."""
     refit_keys: Mapping[int, str] = field(default_factory=dict)
     """Keys of the units of refitted left factors, by block; empty if there are none."""
+    order_keys: Mapping[int, str] = field(default_factory=dict)
+    """Keys of the units of learned scores, by block, in whose order directions are kept; empty if
+    the first ones are."""
+    has_gains: bool = False
+    """True if the left factor of a direction is multiplied by its learned gain."""
     settings: Any = None
     """Settings of the stage, of the type that its worker class takes."""
     _by_name: Mapping[str, Linear] = field(init=False, repr=False, compare=False)
@@ -67,8 +72,12 @@ class CompressionTask(Task):
 
     def made_by(self, linear: Linear) -> list[str]:
         """Return the keys of the units that a linear's factors are cut from."""
-        refit = [self.refit_keys[linear.block]] if linear.block in self.refit_keys else []
-        return [self.block_keys[self.grouping.first(linear.block)], *refit]
+        later = [
+            keys[linear.block]
+            for keys in (self.order_keys, self.refit_keys)
+            if linear.block in keys
+        ]
+        return [self.block_keys[self.grouping.first(linear.block)], *later]
 
     def pivoted_key(self, linear: Linear, rank: int) -> str:
         """Return the key of the unit of a linear's pivoted factors."""

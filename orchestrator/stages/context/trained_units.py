@@ -51,7 +51,7 @@ def trained_units(
     """
     trained = [each for each in earlier if each.trained_units is not None]
     before = [each.key for each in trained]
-    inputs = [planned.pass_key, *planned.block_keys.values(), *planned.choice, *before]
+    inputs = [planned.pass_key, *planned.block_keys.values(), *planned.chosen_by, *before]
     plan, randomness = planned.plan, planned.randomness
     key = unit_key(name, version, inputs, plan=plan.to_json(), seed=randomness.seed, **decisive)
     return TrainedUnits(

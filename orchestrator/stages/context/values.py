@@ -30,6 +30,7 @@ from orchestrator.plan.plan import Plan
 from orchestrator.randomness import Randomness
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages.context.previous_run import PreviousRun
+from orchestrator.stages.context.worker.orders import DirectionScores
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 
@@ -149,6 +150,16 @@ class Keyed(Surveyed):
     """Text on which plans are compared; None if the allocator compares none."""
 
     @property
+    def orders(self) -> Mapping[int, str]:
+        """See `Scores`; empty before there is a plan."""
+        return {}
+
+    @property
+    def has_gains(self) -> bool:
+        """See `Scores`."""
+        return False
+
+    @property
     def sequences(self) -> int:
         """Number of calibration sequences."""
         sequences: int = self.token_report["sequences"]
@@ -194,6 +205,13 @@ class Scores:
     """The plan, if losses of masked models, or of whole plans, decide it."""
     choice: tuple[str, ...] = ()
     """Key of the unit with the candidates that are kept; empty if factors are cut to a prefix."""
+    learned: Mapping[str, DirectionScores] = field(default_factory=dict)
+    """Learned scores of the directions, by linear."""
+    orders: Mapping[int, str] = field(default_factory=dict)
+    """Keys of the units of learned scores, by block; empty if factors are cut to a prefix of the
+    stored directions."""
+    has_gains: bool = False
+    """True if the directions that are kept are amplified by their gates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +232,20 @@ class Planned(Decomposed):
     def choice(self) -> tuple[str, ...]:
         """See `Scores`."""
         return self.scores.choice
+
+    @property
+    def orders(self) -> Mapping[int, str]:
+        return self.scores.orders
+
+    @property
+    def has_gains(self) -> bool:
+        return self.scores.has_gains
+
+    @property
+    def chosen_by(self) -> tuple[str, ...]:
+        """Keys of the units that say which parts a plan keeps, where a size does not."""
+        gains = ("gains",) if self.scores.has_gains else ()
+        return (*self.scores.choice, *self.scores.orders.values(), *gains)
 
 
 def extended(value: Any, to: type[Value], **more: Any) -> Value:

@@ -24,7 +24,7 @@ class RefitJob(StageJob):
 
     def __init__(self, planned: Planned) -> None:
         self._planned = planned
-        inputs = [planned.pass_key, *planned.block_keys.values()]
+        inputs = [planned.pass_key, *planned.block_keys.values(), *planned.chosen_by]
         plan = planned.plan.to_json()
         self.key = unit_key("calibrate cut", REFIT_VERSION, inputs, plan=plan)
         forms = {name: FORMS[each.form] for name, each in planned.plan.assignments.items()}

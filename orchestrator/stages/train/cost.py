@@ -16,10 +16,13 @@ from orchestrator.forecast.storage import SMALL_BYTES
 from orchestrator.forecast.work import Work, kept_values, trained
 from orchestrator.models.training.train_options import TrainOptions
 
-TRAINED_BYTES: Mapping[str, int] = {"all": 16, "lean": 12, "light": 8}
-"""Bytes of a parameter of the trained model; `light` holds W0 and W of the left factors."""
+TRAINED_BYTES: Mapping[str, int] = {"all": 16, "lean": 12, "light": 4}
+"""Bytes of a parameter of the trained model. `light` holds it alone; scales are left out."""
 STATE_BYTES: Mapping[str, int] = {"all": 12, "lean": 8, "light": 0}
 """Bytes of a trained value in a snapshot, with its moments. Scales and norms are left out."""
+BACKWARD: Mapping[str, int] = {"all": 2, "lean": 2, "light": 1}
+"""Cost of a backward pass in forward passes, its recomputation left out; `light` needs gradients
+of inputs alone."""
 MOST_SNAPSHOTS = 3
 """Snapshots of a training: the last one, the best, and the one that is being written."""
 TRAINING_ROOM = 4.0
@@ -38,7 +41,8 @@ class TrainCost(StageCost):
     def forecast(self, held: Footprint) -> StageForecast:
         setting, options, workers = self.setting, self._options, self.setting.workers
         shapes, costs, blocks = setting.shapes, setting.costs, setting.shapes.num_blocks
-        step = trained(shapes, setting.kept, setting.tokens) * 4 / 3 * blocks
+        passes = 2 + BACKWARD[self._mode]
+        step = trained(shapes, setting.kept, setting.tokens) * passes / 3 * blocks
         step += costs.head().flops
         work = Work(single=options.epochs * setting.sequences * step)
         micro = max(setting.sequences // options.batches, 1)
@@ -70,14 +74,15 @@ class TrainCost(StageCost):
         few = -(-setting.shapes.num_blocks // setting.shards)
         forward = Work(single=trained(setting.shapes, setting.kept, setting.tokens) / 3)
         head = Work(single=costs.head().flops / blocks)
+        backward = forward.times(1 + BACKWARD[self._mode])
         values = float(kept_values(setting.shapes, setting.kept))
         return {
             "open": costs.load(1),
             "take": Work(read=values * setting.costs.out_itemsize),
             "forward": forward,
             "score": costs.forward(1) + costs.head().times(1 / 3 / few),
-            "backward": forward.times(3),
-            "turn": forward.times(3) + head,
+            "backward": backward,
+            "turn": backward + head,
             "evaluate": forward + head.times(1 / 3),
             "update": Work(read=16 * values),
             "snapshot": Work(write=STATE_BYTES[self._mode] * values),

@@ -14,28 +14,27 @@ from orchestrator.runtime.dispatch import dispatch
 from orchestrator.runtime.monitor import RunMonitor
 from orchestrator.runtime.policy import FailurePolicy
 from orchestrator.runtime.resume import reusable_units
-from orchestrator.runtime.run_pass import run_pass
-from orchestrator.runtime.shard_pass import ShardPass
 from orchestrator.runtime.verify import verified_units
 from orchestrator.runtime.worker import Worker
 from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.context.decompose import block_pass, compression_task
+from orchestrator.stages.context.pipeline.commands import CommitTrained, TakeShard, Turn, Update
+from orchestrator.stages.context.pipeline.program import work_left
+from orchestrator.stages.context.pipeline.schedule import Pipeline
+from orchestrator.stages.context.pipeline.shard import snapshot_key
+from orchestrator.stages.context.pipeline.snapshot import Snapshot
+from orchestrator.stages.context.pipeline.targets import make_targets, target_keys
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageJob, StageResult
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.tokens import read_tokens
 from orchestrator.stages.context.trained_units import changed_blocks, trained_units
 from orchestrator.stages.context.values import Planned
-from orchestrator.stages.train.commands import CommitTrained, TakeShard, Turn, Update
-from orchestrator.stages.train.pipeline import Pipeline, Snapshot
-from orchestrator.stages.train.program import work_left
-from orchestrator.stages.train.worker import TrainSettings, TrainWorker, best_key, snapshot_key
+from orchestrator.stages.train.worker import TrainSettings, TrainWorker, best_key
 from orchestrator.store.units import unit_key
 
-TRAIN_VERSION = 2
-"""Raised when a trained tensor changes."""
-TARGETS_VERSION = 1
-"""Raised when the stored targets change."""
+TRAIN_VERSION = {"all": 2, "lean": 2, "light": 3}
+"""Raised when a tensor that is trained in the mode changes."""
 BYTES = {"all": 16, "lean": 12, "light": 16}
 """Bytes of value, gradient and moments of a trained parameter."""
 
@@ -67,7 +66,7 @@ class TrainJob(StageJob):
             planned,
             earlier,
             name=self.name,
-            version=TRAIN_VERSION,
+            version=TRAIN_VERSION[mode],
             blocks=changed_blocks(planned),
             options=asdict(options),
             mode=mode,
@@ -79,15 +78,10 @@ class TrainJob(StageJob):
 
     @cached_property
     def _target_keys(self) -> tuple[str, ...]:
-        """Keys of the units of the dense model's top-k; they do not depend on the plan."""
-        options = self._options
-        if options.targets == "recomputed":
+        """Keys of the units of the dense model's top-k; empty if they are recomputed."""
+        if self._options.targets == "recomputed":
             return ()
-        kept = {"top_k": options.top_k, "temperature": options.temperature}
-        return tuple(
-            unit_key("targets", TARGETS_VERSION, [self._planned.pass_key], sequence=index, **kept)
-            for index in range(self._planned.sequences)
-        )
+        return target_keys(self._planned, self._options)
 
     @property
     def task(self) -> CompressionTask:
@@ -117,37 +111,11 @@ class TrainJob(StageJob):
             return self._result(next(iter(done.values()), untrained))
         shards = [(self._planned.survey.num_blocks, ())]
         steps = work_left(shards, self._course, keeps_states=self._keeps_states)
-        self._make_targets(stage, Ahead(to_do=steps | self._commits(done)))
+        ahead = Ahead(to_do=steps | self._commits(done))
+        make_targets(self._planned, self.key, self._target_keys, stage, ahead=ahead)
         facts = self._train(stage, done)
         self._commit(stage, done, facts)
         return self._result(facts)
-
-    def _make_targets(self, stage: RunningStage, ahead: Ahead) -> None:
-        """Pass dense chunks through all shards, for the targets that do not exist yet.
-
-        Args:
-            ahead: Work of the steps that follow.
-        """
-        job, workers, monitor = self._planned, stage.workers, stage.monitor
-        keys = dict(enumerate(self._target_keys))
-        results = set(
-            reusable_units(
-                job.run.units, keys, workers, monitor, stage="targets", called="targets {}"
-            )
-        )
-        if len(results) == len(keys):
-            return
-        num_blocks, size = job.survey.num_blocks, job.grouping.size
-        cut = workers.cut(num_blocks, group=size)
-        chunks = job.run.chunks(self.key, workers.environment)
-        schedule = ShardPass(
-            cut,
-            todo=(),
-            num_chunks=self._planned.sequences,
-            present=[chunks.present(blocks.start, self._planned.sequences) for blocks in cut],
-            results=results,
-        )
-        run_pass(workers, monitor, schedule, chunks, ahead=ahead)
 
     def _train(self, stage: RunningStage, done: Collection[int]) -> dict[str, Any]:
         """Perform the steps after the last snapshot; gives the facts of the training."""
@@ -210,7 +178,7 @@ class TrainJob(StageJob):
     @property
     def _progress_key(self) -> str:
         """Key of the unit that names the last snapshot."""
-        return unit_key("snapshots", TRAIN_VERSION, [self.key])
+        return unit_key("snapshots", TRAIN_VERSION[self._mode], [self.key])
 
     def _left(
         self, workers: WorkerGroup, monitor: RunMonitor, done: Collection[int]

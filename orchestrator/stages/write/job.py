@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from orchestrator.errors import UsageError
 from orchestrator.hf.bootstrap import bootstrap_source
 from orchestrator.models.checkpoint.headers import read_json
@@ -29,6 +31,7 @@ from orchestrator.stages.context.report import make_report
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.stage_job import StageResult
 from orchestrator.stages.context.values import Keyed, Planned
+from orchestrator.stages.context.worker.orders import DirectionScores
 from orchestrator.store.files import digest_json
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
@@ -123,7 +126,7 @@ def write_files(
 
 
 def _key(planned: Planned, spec: FileSpec, done: Sequence[StageResult]) -> str:
-    inputs = [planned.survey.fingerprint, *planned.block_keys.values(), *planned.choice]
+    inputs = [planned.survey.fingerprint, *planned.block_keys.values(), *planned.chosen_by]
     inputs += [each.key for each in done]
     return unit_key("write", WRITE_VERSION, inputs, spec=digest_json(spec.to_json()))
 
@@ -242,14 +245,25 @@ def _facts(
 ) -> dict[str, dict[str, Any]]:
     """Facts of the decomposition and measurements of later stages, by linear."""
     results, errors = planned.results, _errors(files)
+    learned = planned.scores.learned
     facts = {
-        name: {**results[first], **errors.get(name, {})}
+        name: {**_in_order(results[first], learned.get(name)), **errors.get(name, {})}
         for name, first in _first_of(planned).items()
     }
     for each in done:
         for name, said in each.numerics.items():
             facts[name]["numerics"] = facts[name]["numerics"] | {each.name: said}
     return facts
+
+
+def _in_order(facts: Mapping[str, Any], learned: DirectionScores | None) -> Mapping[str, Any]:
+    """Facts of a decomposition whose directions are kept in a learned order, if there is one."""
+    if learned is None:
+        return facts
+    curve = {**facts["curve"], "energies": np.asarray(facts["curve"]["energies"])[learned.order_K]}
+    named = {n: facts[n] for n in ("activation_energies", "weight_energies") if n in facts}
+    ordered = {name: np.asarray(each)[learned.order_K] for name, each in named.items()}
+    return {**facts, **ordered, "curve": curve}
 
 
 def _errors(files: Facts) -> dict[str, Any]:

@@ -73,8 +73,12 @@ class TwoMatrices(FormLinear):
                 count=self.weight.shape[1],
                 spread=lambda scale_R: scale_R,
                 gather=lambda values_OR: values_OR.sum(dim=0),
+                gated=self.gated,
             )
         }
+
+    def gated(self, gate, input):
+        return linear(gate(self.down(input)), self.weight, self.bias)
 
 
 def replace_low_rank(modules, parent_of):
@@ -153,6 +157,20 @@ def test_the_same_tensors_in_another_form_are_changed_to_the_same_bits(
     before = shard.parameters()
     for name in others:
         assert not torch.equal(found[f"{path}.{name}.weight"], before[f"{path}.{name}.weight"])
+
+
+def test_a_form_whose_activations_are_not_scaled_is_trained_to_the_same_values(
+    checkpoint, compressed, monkeypatch
+):
+    """Scales multiplied with values or with activations are one training, to rounding."""
+    with LazyModel.open(checkpoint("llama"), dtype=torch.float32).shard(range(1)) as first:
+        chunks = [first.forward(chunk) for chunk in some_chunks(2)]
+    expected = trained_lightly(None, compressed("llama"), chunks, replaced=True)
+    monkeypatch.setattr(TwoMatrices, "gated", None)
+    found = trained_lightly(None, compressed("llama"), chunks, replaced=True)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("factor", ["weight", "down"])

@@ -5,7 +5,7 @@ Shape suffixes: N entries.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -27,6 +27,7 @@ from orchestrator.plan.grouping import is_wide
 from orchestrator.plan.linear import Linear
 from orchestrator.stages.context.masks import read_candidates
 from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.worker.orders import read_scores
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 
@@ -98,6 +99,26 @@ class StoredFile:
             return upload(stored[:rows, columns.start : columns.stop], self.device)
 
 
+@dataclass(frozen=True, slots=True)
+class OrderedFile(StoredFile):
+    """Stored tensors of which directions, the rows, are kept in another order."""
+
+    order_K: Tensor
+    """Indices of the rows, best first."""
+    gains_K: Tensor | None = None
+    """Factors of the rows of `weight` in this order, float32; None: they stay as they are."""
+
+    def prefix(self, name: str, rows: int, columns: range | None = None) -> Tensor:
+        """Return the rows that are kept first; the tensor is read as a whole."""
+        stored = self.whole(name)[self.order_K[:rows].to(self.device)]
+        if self.gains_K is not None and name == "weight":
+            gained = stored * self.gains_K[:rows, None].to(self.device)
+            stored = gained.to(stored.dtype)
+        if columns is None:
+            return stored
+        return stored[:, columns.start : columns.stop].contiguous()
+
+
 class DenseTensors:
     """Tensors that the compressed model has in common with the dense one."""
 
@@ -147,6 +168,7 @@ class Decompositions:
             linear.name: group for group in task.grouping.groups(task.linears) for linear in group
         }
         self._last: tuple[tuple[str, int], tuple[Tensor, Tensor]] | None = None
+        self._scores = cache(partial(read_scores, run))
 
     def read(self, tensor: TensorSpec) -> Tensor | None:
         linear = self._task.linear(tensor.source)
@@ -193,7 +215,15 @@ class Decompositions:
         """Return the file of a linear, or of those that share its basis."""
         first = self._groups[linear.name][0]
         key = self._task.block_keys[self._task.grouping.first(first.block)]
-        return StoredFile(self.run.units.file(key, factors_file(first)), self._device)
+        path = self.run.units.file(key, factors_file(first))
+        if linear.block in self._task.order_keys:
+            scores = self._scores(self._task.order_keys[linear.block])
+            if linear.name in scores:
+                order_K, _, gains_K = scores[linear.name]
+                has_gains = self._task.has_gains and gains_K is not None
+                gains = torch.from_numpy(gains_K) if has_gains else None
+                return OrderedFile(path, self._device, torch.from_numpy(order_K).long(), gains)
+        return StoredFile(path, self._device)
 
 
 class KeptCandidates:

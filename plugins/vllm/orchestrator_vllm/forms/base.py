@@ -58,6 +58,10 @@ class FormTensor:
     """Code of the index that the tensor is a part of, or that its values stand by."""
 
 
+Gated = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+"""Outputs [..., O] of inputs [..., I], given the product of activations and scales."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterScales:
     """Scales s of a parameter W0, trained in place of its values: W = W0 * spread(s)."""
@@ -68,6 +72,9 @@ class ParameterScales:
     """Expands the scales [count] to a shape that broadcasts to the parameter's."""
     gather: Callable[[Tensor], Tensor]
     """Sums values of the parameter's shape over those that each scale multiplies, to [count]."""
+    gated: Gated | None = None
+    """The module with its activations [..., count] scaled where that gives the same outputs, so
+    that no gradient of the parameter is made; None: the parameter is scaled."""
 
 
 Pivot = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]

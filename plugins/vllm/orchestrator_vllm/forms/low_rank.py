@@ -4,7 +4,7 @@
 Shape suffixes: O outputs, I inputs, R rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -172,8 +172,12 @@ class LowRankLinear(FormLinear):
                 count=self.rank,
                 spread=lambda scale_R: scale_R,
                 gather=lambda values_OR: values_OR.sum(dim=0),
+                gated=self._gated,
             )
         }
+
+    def _gated(self, gate: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        return linear(gate(self.down(input)), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return (

@@ -4,6 +4,7 @@
 Shape suffixes: O outputs, I inputs, R rank, S = O - R.
 """
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -139,8 +140,15 @@ class PivotedLinear(LowRankLinear):
         if not torch.is_grad_enabled() and self._writes_slices(input):
             return self._inferred(input)
         pivots = self.down(input)
-        outputs = torch.cat([pivots, linear(pivots, self.weight)], dim=-1)
-        ordered = _in_order(outputs, self.index)
+        return self._ordered(pivots, linear(pivots, self.weight))
+
+    def _gated(self, gate: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        """The directions of `weight` alone are scaled, not the pivots."""
+        pivots = self.down(input)
+        return self._ordered(pivots, linear(gate(pivots), self.weight))
+
+    def _ordered(self, pivots: Tensor, others: Tensor) -> Tensor:
+        ordered = _in_order(torch.cat([pivots, others], dim=-1), self.index)
         return ordered if self.bias is None else ordered + self.bias
 
     def _writes_slices(self, input: Tensor) -> bool:

@@ -1,6 +1,7 @@
 # Copy of orchestrator/models/forms/low_rank_sparse.py, by scripts/vendor_forms.py; change that file.
 """Two factors of a weight, and some entries of what they leave."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -72,6 +73,10 @@ class LowRankSparseLinear(LowRankLinear):
     def forward(self, input: Tensor) -> Tensor:
         sparse: Tensor = self.sparse(input)
         return super().forward(input) + sparse
+
+    def _gated(self, gate: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        sparse: Tensor = self.sparse(input)
+        return super()._gated(gate, input) + sparse
 
     def dense_weight(self) -> Tensor:
         """Product and entries together, [O, I]."""

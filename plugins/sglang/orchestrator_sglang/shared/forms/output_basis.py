@@ -4,7 +4,7 @@
 Shape suffixes: O outputs, I inputs, R rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -101,8 +101,12 @@ class OutputBasisLinear(FormLinear):
                 count=self.rank,
                 spread=lambda scale_R: scale_R[:, None],
                 gather=lambda values_RI: values_RI.sum(dim=1),
+                gated=self._gated,
             )
         }
+
+    def _gated(self, gate: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        return linear(gate(self.down(input)), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return (

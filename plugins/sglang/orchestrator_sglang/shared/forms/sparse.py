@@ -5,7 +5,7 @@ Shape suffixes: O outputs, I inputs, N nonzeros.
 """
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -142,8 +142,13 @@ class SparseLinear(FormLinear):
                 gather=lambda values_N: torch.segment_reduce(
                     values_N, "sum", lengths=counts_O, unsafe=True
                 ),
+                gated=self._gated,
             )
         }
+
+    def _gated(self, gate: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        product = gate(linear(input, self.dense_weight()))
+        return product if self.bias is None else product + self.bias
 
     @property
     def indexed(self) -> str:

@@ -24,13 +24,13 @@ Rules, asserted by the tests:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from orchestrator.models.training.train_options import Course
 from orchestrator.plan.cut import cut_blocks
 from orchestrator.progress.tally import Counted
 from orchestrator.runtime.calls import Call, Command
-from orchestrator.stages.train.commands import (
+from orchestrator.stages.context.pipeline.commands import (
     Backward,
     EvaluateSequence,
     Forward,
@@ -41,30 +41,13 @@ from orchestrator.stages.train.commands import (
     Turn,
     Update,
 )
-from orchestrator.stages.train.program import Move, program, work_left
+from orchestrator.stages.context.pipeline.program import Move, program, work_left
+from orchestrator.stages.context.pipeline.snapshot import Snapshot, Stop
 
-Stop = Literal["end", "patience", "diverged"]
 WINDOW = 4
 """Held-out sequences that wait between two shards; the program itself bounds those of steps."""
 CLIP_EPSILON = 1e-6
 """Added to the norm, as `torch.nn.utils.clip_grad_norm_` does."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """Measurements at a snapshot; the first one is the start."""
-
-    step: int
-    train: float | None
-    """Loss over the training sequences since the last snapshot, each before its own step."""
-    held_out: float
-    """Loss over the held-out sequences, which decides."""
-    divergence: float
-    """Mean KL(dense || compressed) over the held-out tokens."""
-    cross_entropy: float
-    """Mean over the held-out predictions."""
-    gradient: float | None
-    """Mean norm of the gradient before clipping, over the steps."""
 
 
 @dataclass(slots=True)
@@ -242,14 +225,18 @@ class Pipeline:
             case "update":
                 if (norm := self._norm(step)) is None:
                     return None
-                scale = min(1.0, self._course.options.clip / (norm + CLIP_EPSILON))
-                return Update(step, scale, self._course.rate(step - 1))
+                return self._update(step, norm)
             case "snapshot":
                 return SaveSnapshot(step)
             case "keep":
                 if (loss := self._held_out_loss()) is None:
                     return None
                 return KeepValues(step, loss[0] < self.best.held_out)
+
+    def _update(self, step: int, norm: float) -> Command:
+        """Command of a step of the optimiser, given the norm of its gradient."""
+        scale = min(1.0, self._course.options.clip / (norm + CLIP_EPSILON))
+        return Update(step, scale, self._course.rate(step - 1))
 
     def _weights(self, step: int) -> tuple[float, float]:
         """Weights of a token's divergence and a prediction's cross-entropy in a step's loss."""

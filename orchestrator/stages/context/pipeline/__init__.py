@@ -1,0 +1,1 @@
+"""Pipeline over shards that trains a whole model: schedule, commands and the workers' part."""

@@ -1,0 +1,1 @@
+"""Scores of directions, learned on the loss of the gated model, before there is a plan."""

@@ -1,0 +1,165 @@
+"""Worker of the learning: a shard of the dense model whose linears have gates."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from orchestrator.models.checkpoint.weights import fingerprint_of
+from orchestrator.models.shards.chunk import Chunk
+from orchestrator.models.shards.shard import Shard
+from orchestrator.models.statistics.orientation import dense_weight
+from orchestrator.models.training.gate_scores import (
+    GateScores,
+    GateTraining,
+    LearnedGates,
+    final_scores,
+    gate_pulls,
+    num_directions,
+)
+from orchestrator.models.training.gated import GatedLowRankLinear
+from orchestrator.models.training.polarised import PolarisedGates, final_gates, gate_fractions
+from orchestrator.models.training.train_options import TrainOptions
+from orchestrator.plan.linear import Linear
+from orchestrator.runtime.calls import Command
+from orchestrator.runtime.worker import Emitted, Stored, Worker
+from orchestrator.stages.context.pipeline.commands import PassCommand
+from orchestrator.stages.context.pipeline.shard import (
+    FILE,
+    OpenTraining,
+    PipelineShard,
+    snapshot_key,
+)
+from orchestrator.stages.context.task import CompressionTask
+from orchestrator.stages.context.worker.open_shard import DenseModel
+from orchestrator.stages.context.worker.orders import order_by_score, write_scores
+from orchestrator.stages.context.worker.stored import Decompositions
+
+MakeGates = Callable[[Linear, GatedLowRankLinear], LearnedGates]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnSettings:
+    """Settings of the learning of scores."""
+
+    options: TrainOptions
+    penalty_by: str
+    polarises: bool
+    keys: Mapping[int, str]
+    """Keys of the units of scores, by block."""
+    target_keys: tuple[str, ...]
+
+
+class LearnWorker(Worker):
+    """Learns scores on a shard of the dense model, whose targeted linears have gates.
+
+    Weights and factors stay in the dtype of the passes; scores and gradients of gates are float32.
+    """
+
+    def __init__(self, task: CompressionTask) -> None:
+        super().__init__(task, unpack=Chunk.unpack, fingerprint=fingerprint_of)
+        self.task = task
+        self.settings: LearnSettings = task.settings
+        self.dense = DenseModel(task, self.run, self.device)
+        self._decompositions = Decompositions(task, self.run, self.device)
+        self.pipeline = PipelineShard(self, task, self.dense, self._gated_shard)
+
+    def perform(self, command: Command, record: Emitted) -> tuple[Any, Emitted]:
+        """Execute a command; a pass of the pipeline takes its input chunk and emits its own."""
+        if isinstance(command, PassCommand):
+            return self.pipeline.perform(command, record)
+        return super().perform(command, record)
+
+    def open(self, blocks: tuple[int, int], todo: tuple[int, ...], *about: Any) -> None:
+        """Load a dense shard, for the targets."""
+        self.pipeline.open(range(*blocks))
+
+    def read_ahead(self, blocks: range) -> None:
+        """Prefetch the dense weights of later blocks into the system's cache."""
+        self.dense.lazy.read_ahead(blocks)
+
+    def step(self, index: int, emit: bool, record: Emitted) -> tuple[Any, Emitted]:
+        """Pass a dense chunk on; after the last block its top-k is committed."""
+        return self.pipeline.step(index, emit, record)
+
+    def next_inputs(self, index: int) -> list[Stored]:
+        return self.pipeline.next_inputs(index)
+
+    def take(self, blocks: tuple[int, int], step: int) -> dict[str, Any]:
+        """Open a shard at the snapshot after a step; at step 0 all gates are open."""
+        found = self.pipeline.take(range(*blocks), step)
+        return {**found, "sizes": self.pipeline.work.training.sizes()}
+
+    def _gated_shard(self, blocks: range) -> OpenTraining[GateTraining]:
+        task = self.task
+        gated = [each for each in task.linears if num_directions(each, task.form)]
+        make = self._polarised(gated) if self.settings.polarises else self._pulled(gated)
+        model = self.dense.lazy.shard(blocks)
+        try:
+            model.freeze()
+            gates: dict[int, dict[str, LearnedGates]] = {block: {} for block in blocks}
+            for linear in gated:
+                if linear.block in blocks:
+                    gates[linear.block][linear.name] = make(linear, self._gate(model, linear))
+        except BaseException:
+            model.close()
+            raise
+        return OpenTraining(model, GateTraining(gates))
+
+    def _pulled(self, linears: list[Linear]) -> MakeGates:
+        """Return the constructor of the scores of linears."""
+        pulls = gate_pulls(linears, self.task.form, self.settings.penalty_by)
+        return lambda linear, gated: GateScores(gated, pulls[linear.name])
+
+    def _polarised(self, linears: list[Linear]) -> MakeGates:
+        """Return the constructor of the polarised gates of linears."""
+        form, total = self.task.form, sum(each.values for each in linears)
+
+        def make(linear: Linear, gated: GatedLowRankLinear) -> LearnedGates:
+            count = num_directions(linear, form)
+            return PolarisedGates(gated, gate_fractions(linear, form, count, total))
+
+        return make
+
+    def _gate(self, model: Shard, linear: Linear) -> GatedLowRankLinear:
+        """Give a linear of an open shard gates for its stored directions."""
+        module, count = model.module(linear.name), num_directions(linear, self.task.form)
+        weight_OI = dense_weight(module)
+        left_OR, right_RI = (
+            self._decompositions.factor(linear, part, count).to(weight_OI)
+            for part in ("weight", "down")
+        )
+        bias = getattr(module, "bias", None)
+        bias_O = bias if isinstance(bias, Tensor | nn.Parameter) else None
+        gated = GatedLowRankLinear(left_OR, right_RI, weight_OI, bias_O)
+        model.run_as(module, gated.__call__)
+        return gated
+
+    def update(self, step: int, rate: float, penalty: float, polarisation: float) -> dict[str, Any]:
+        """Make one step of all gates of the shard. Returns the parts of the kept fraction."""
+        training = self.pipeline.work.training
+        training.update(step, rate, penalty, polarisation)
+        return {"sizes": training.sizes() if self.settings.polarises else {}}
+
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """Commit the state of every block. Returns the counts of open gates by linear."""
+        self.pipeline.snapshot(step)
+        return {"counts": self.pipeline.work.training.counts()}
+
+    def commit(self, block: int, step: int, facts: dict[str, Any]) -> None:
+        """Commit the scores of a block after the last step."""
+        path = self.run.units.file(snapshot_key(self.task.pass_key, step, block), FILE)
+        state = load_file(path)
+        if self.settings.polarises:
+            ended = final_gates(state)
+        else:
+            ended = {name: (each,) for name, each in final_scores(state, step).items()}
+        found = {
+            name: order_by_score(*(tensor.numpy() for tensor in each))
+            for name, each in ended.items()
+        }
+        unit = self.run.units.begin(self.settings.keys[block])
+        write_scores(unit, found)
+        unit.commit(environment=self.environment(), facts=facts)
