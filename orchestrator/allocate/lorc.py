@@ -10,8 +10,8 @@ import numpy as np
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import Budget, make_plan, plan_cost
 from orchestrator.errors import InputError
-from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.curve import Curve
+from orchestrator.plan.forms import Form
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment, Plan
 from orchestrator.recipe.options import check_number
@@ -81,14 +81,18 @@ class Lorc(Allocator):
             InfeasibleError: As `Budget.total`.
             InputError: A singular value is not a number.
         """
-        total, ranks = budget.total(linears), budget.ranks
+        total, form = budget.total(linears), budget.form
         depth = depths(linears, curves)
+        allowed = [(each, budget.ranks.of(each)) for each in linears]
 
         def at(step: int) -> dict[str, Assignment]:
             first = self.largest * min(step / STEPS, 1)
             last = self.largest * max(step / STEPS - 1, 0)
             shares = {block: first * (1 - t) + last * t for block, t in depth.items()}
-            return {each.name: _assigned(each, shares[each.block], ranks) for each in linears}
+            return {
+                each.name: _assigned(each, shares[each.block], ranks, form)
+                for each, ranks in allowed
+            }
 
         # the smallest of every linear, which the budget holds
         low, high = 0, 2 * STEPS
@@ -141,11 +145,11 @@ def log_condition(linear: Linear, curve: Curve) -> float:
     return 0.5 * math.log(most / max(least, SMALLEST**2 * most))
 
 
-def _assigned(linear: Linear, share: float, ranks: AllowedRanks) -> Assignment:
+def _assigned(linear: Linear, share: float, ranks: np.ndarray, form: Form) -> Assignment:
     """Assign a share of the width, rounded down to an allowed rank, at least the smallest."""
-    width, allowed = min(linear.out_features, linear.in_features), ranks.of(linear)
-    if share >= 1 or not len(allowed):
+    if share >= 1 or not len(ranks):
         return Assignment(form="dense")
     # a share is a float; corrects less than one value in total
-    fits = int(np.searchsorted(allowed, math.floor(share * width * (1 + 1e-13)), side="right"))
-    return Assignment(form=ranks.form.name, rank=int(allowed[max(fits, 1) - 1]))
+    width = min(linear.out_features, linear.in_features) * (1 + 1e-13)
+    fits = int(np.searchsorted(ranks, math.floor(share * width), side="right"))
+    return Assignment(form=form.name, rank=int(ranks[max(fits, 1) - 1]))
