@@ -54,7 +54,7 @@ class SearchAllocator(Allocator):
 
     O(n) for a plan, and that of `Threshold` if it is around it; a loss costs `sequences` passes.
 
-    Departures from the authors' code: samples outside of the window are moved to its end instead of
+    Departures from the authors' code: points outside of the window are moved to its end instead of
     drawn again; a fraction of 1 is the dense weight, not break-even rank; v is a type of its own
     instead of dense (`--ignore '*.v_proj'` for that); the loss is the mean cross-entropy, not the
     perplexity, with `divergence` times the KL divergence from the dense model, 0 instead of 1e-3;

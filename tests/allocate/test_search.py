@@ -51,7 +51,7 @@ def test_every_point_fills_the_budget(seed, percent, depths):
 
 @given(seed=seeds, percent=st.integers(35, 100))
 @settings(deadline=None, max_examples=40)
-def test_a_sample_of_the_window_lies_in_the_window(seed, percent):
+def test_a_point_of_the_window_lies_in_the_window(seed, percent):
     """It stores between the budget and 0.1 of the dense values less, up to rounding to ranks, and
     has the published ranks floor(ρ m n / (m + n)) where its own fractions are in the window."""
     search, kept = SearchAllocator(space="window"), percent / 100

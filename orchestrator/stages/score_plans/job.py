@@ -89,7 +89,8 @@ class PlanSearch:
             points = self._points(first // batch, batch - len(given)) if self._bounds else []
             asked = [self._at(point, "asked") for point in points]
             self._tried += self._measured([*given, *asked][: total - first], total)
-            if not any(each.is_finite for each in self._tried):
+            is_known = len(self._tried) >= len(starts)
+            if is_known and not any(each.is_finite for each in self._tried):
                 raise InputError(
                     f"score: none of the first {len(self._tried)} plans has a finite loss on "
                     f"{self._allocator.text}; keep more, or give a method that loses less"
@@ -257,7 +258,7 @@ class PlanSearch:
             "trials": [
                 {
                     "origin": each.origin,
-                    "point": each.point,
+                    "point": None if each.point is None else [*each.point],
                     "kept": [*allocator.kept(linears, each.plan).values()],
                     "stored": each.plan.stored_values,
                     # a loss that is not finite was told as the worst finite one so far
@@ -275,9 +276,13 @@ class PlanSearch:
 def told_losses(tried: Sequence[TriedPlan]) -> list[tuple[Point, float]]:
     """Points with their losses, in the order of their choice.
 
-    Those that are not finite have the worst finite loss so far; there is one.
+    Those that are not finite have the worst finite loss so far; nothing is told before there is
+    one.
     """
-    worst = max((each.loss for each in tried if each.is_finite), default=math.nan)
+    finite = [each.loss for each in tried if each.is_finite]
+    if not finite:
+        return []
+    worst = max(finite)
     return [
         (each.point, each.loss if each.is_finite else worst)
         for each in tried

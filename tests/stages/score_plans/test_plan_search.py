@@ -202,6 +202,14 @@ def test_another_text_is_another_result(searched, llama3, text, held_out, tmp_pa
     assert other.report["key"] != same.report["key"]
 
 
+def test_one_group_of_linears_is_not_searched(llama2, text, held_out, tmp_path):
+    """Its fraction is the budget's: the plans of closed form are measured, and nothing is asked."""
+    given = {"target": ("*up_proj",), "options": {"batch": 1}}
+    report = search(llama2, tmp_path / "out", text, held_out, **given).report["search"]
+    assert [each["point"] for each in report["trials"]] == [[], None, []]
+    assert report["groups"] == ["mlp.up_proj"]
+
+
 def refused(message, llama3, tmp_path, *given, error=UsageError, **fields):
     """Assert that a search is refused before anything is computed."""
     events = []
@@ -237,6 +245,7 @@ def test_a_loss_that_is_not_finite_is_told_as_the_worst():
         TriedPlan("asked", (2.0,), plan, 3.0),
         TriedPlan("asked", (3.0,), plan, math.inf),
     ]
+    assert told_losses(tried[2:3]) == []
     assert told_losses(tried) == [((0.0,), 2.0), ((1.0,), 3.0), ((2.0,), 3.0), ((3.0,), 3.0)]
 
 
