@@ -35,6 +35,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "d-rank": "orchestrator.allocate.d_rank:DRankAllocator",
         "mgaa": "orchestrator.allocate.mgaa:MgaaAllocator",
         "learned": "orchestrator.allocate.learned:Learned",
+        "soco": "orchestrator.allocate.soco:Soco",
         "strs": "orchestrator.allocate.strs:Strs",
         "threshold": "orchestrator.allocate.threshold:Threshold",
         "cap": "orchestrator.allocate.sparsity.cap:CapAllocator",

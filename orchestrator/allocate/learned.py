@@ -58,6 +58,7 @@ class Learned(Allocator):
 
     source: ClassVar[str] = "arXiv 2502.01717"
     scoring: ClassVar[Scoring] = Scoring.GATES
+    polarises: ClassVar[bool] = False
     rate: float = 2.5e-3
     """Learning rate of Adam: a gate that is pulled down all the time closes in 1 / rate steps."""
     penalty: float = 2e-5
@@ -114,9 +115,17 @@ class Learned(Allocator):
         del options["below_stop"]
         return options
 
-    def penalty_at(self, step: int) -> float:
-        """Weight of the L1 term in a step, counted from 1; a function of the step alone."""
-        return float(self.penalty * self.growth ** ((step - 1) // self.growth_every))
+    def weights_at(self, step: int, kept: float) -> tuple[float, float]:
+        """Return the weight of the L1 term in a step, counted from 1, a function of it alone."""
+        return self.penalty * self.growth ** ((step - 1) // self.growth_every), 0.0
+
+    def ends_at(self, kept: float) -> bool:
+        """Test if a kept fraction of open gates is small enough."""
+        return kept <= self.stop
+
+    def has_gains(self, kept: float) -> bool:
+        """Return False: open gates are 1."""
+        return False
 
     @property
     def expected_steps(self) -> int:
@@ -154,11 +163,9 @@ class Learned(Allocator):
                 `below_stop` refuses.
             InputError: Scores of a linear are missing.
         """
-        total = budget.total(linears)
-        steps = [learned_steps(each, curves[each.name], budget.ranks) for each in linears]
-        taken = spend(linears, _keys(steps), total, where="the model", ranks=budget.ranks)
-        plan = make_plan(linears, taken, total, budget.cost)
+        plan = plan_of_scores(linears, curves, budget)
         if self.below_stop == "refuse" and extrapolates(linears, curves, plan, budget.ranks):
+            steps = [learned_steps(each, curves[each.name], budget.ranks) for each in linears]
             open_steps = zip(linears, steps, strict=True)
             least = sum(_open_cost(linear, each, budget.ranks) for linear, each in open_steps)
             dense = sum(map(budget.cost.dense, linears))
@@ -169,6 +176,19 @@ class Learned(Allocator):
                 "learned.below_stop=allow"
             )
         return plan
+
+
+def plan_of_scores(linears: Sequence[Linear], curves: Mapping[str, Curve], budget: Budget) -> Plan:
+    """Return the plan that keeps the directions of the highest scores.
+
+    Raises:
+        InfeasibleError: As `Budget.total`.
+        InputError: Scores of a linear are missing.
+    """
+    total = budget.total(linears)
+    steps = [learned_steps(each, curves[each.name], budget.ranks) for each in linears]
+    taken = spend(linears, _keys(steps), total, where="the model", ranks=budget.ranks)
+    return make_plan(linears, taken, total, budget.cost)
 
 
 class LearnedSteps(NamedTuple):

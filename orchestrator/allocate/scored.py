@@ -1,7 +1,7 @@
 """Interfaces of allocators that ask for losses of the model, as the scoring stages use them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -103,11 +103,11 @@ class MaskAllocator(Protocol):
 class GateAllocator(Protocol):
     """Allocator with `Scoring.GATES`: it takes curves with learned scores; see `Learned`."""
 
-    @property
-    def rate(self) -> float: ...
+    polarises: ClassVar[bool]
+    """True if gates are polarised (`Soco`), False if an L1 term closes them (`Learned`)."""
 
     @property
-    def stop(self) -> float: ...
+    def rate(self) -> float: ...
 
     @property
     def steps(self) -> int: ...
@@ -130,8 +130,20 @@ class GateAllocator(Protocol):
     @property
     def held_out(self) -> float: ...
 
-    def penalty_at(self, step: int) -> float:
-        """Weight of the L1 term in a step, counted from 1."""
+    def weights_at(self, step: int, kept: float) -> tuple[float, float]:
+        """Return the weights of the size's slope and of the polarisation in a step, from 1.
+
+        Args:
+            kept: Kept fraction by the gates before it; 1 if they are not polarised.
+        """
+        ...
+
+    def ends_at(self, kept: float) -> bool:
+        """Test if a kept fraction of open gates ends the learning before its last step."""
+        ...
+
+    def has_gains(self, kept: float) -> bool:
+        """Test if directions of a plan of this size are amplified by their gates."""
         ...
 
     def decisive(self) -> dict[str, Any]:

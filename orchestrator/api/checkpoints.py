@@ -116,7 +116,8 @@ def verify(
     def changes_errors(report: Mapping[str, Any]) -> bool:
         """Only stages that the report has are imported."""
         method, in_order = report.get("recipe", {}).get("method"), LEARN in report
-        if estimates_errors(method, in_order=in_order):
+        has_gains = in_order and report[LEARN].get("gains", False)
+        if has_gains or estimates_errors(method, in_order=in_order):
             return True
         return any(name in report and STAGES[name].changes_errors for name in STAGES)
 

@@ -12,6 +12,7 @@ from orchestrator.forecast.outcome import StageForecast
 from orchestrator.forecast.room import Room
 from orchestrator.forecast.stage_cost import Parts, Setting, StageCost
 from orchestrator.forecast.work import Work, computed
+from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.plan.experts import most_experts
 from orchestrator.plan.linear import Linear
 from orchestrator.readable import size
@@ -143,10 +144,22 @@ class LearnCost(StageCost):
         }
 
     def content(self, before: Parts) -> tuple[Parts, Parts]:
-        """Two snapshots, then the scores, float32, and the orders, int32."""
+        """Targets of a divergence and two snapshots, then the scores, float32, and the orders,
+        int32, with the gains of polarised gates."""
         gates = self._gates * self._blocks
-        after = {**before, "scores": 8 * gates}
-        return {**before, "scores": (8 + 2 * GATE_STATE_BYTES) * gates}, after
+        is_polarised = getattr(self.setting.costs.allocator, "polarises", False)
+        held = {**before, "targets": self._targets} if self._targets else before
+        after = {**held, "scores": (12 if is_polarised else 8) * gates}
+        return {**held, "scores": (8 + 2 * GATE_STATE_BYTES) * gates}, after
+
+    @property
+    def _targets(self) -> float:
+        """Bytes of the dense model's top-k for all sequences, if the loss has a divergence."""
+        setting = self.setting
+        if not getattr(setting.costs.allocator, "divergence", 0):
+            return 0.0
+        outcomes = min(TrainOptions().top_k, setting.shapes.vocabulary)
+        return float(setting.sequences * setting.tokens * (8 * outcomes + 4))
 
     def remedy(self) -> str:
         """The fewest workers with which it fits."""

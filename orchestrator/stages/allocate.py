@@ -122,7 +122,7 @@ def _curves(decomposed: Decomposed, scores: Scores) -> dict[str, Any]:
     curves = {name: read(result) for name, result in decomposed.results.items()}
     for name, losses in scores.losses.items():
         curves[name] = replace(curves[name], sensitivities=losses)
-    for name, (order_K, found) in scores.learned.items():
-        energies = curves[name].energies[order_K]
-        curves[name] = replace(curves[name], energies=energies, scores=found)
+    for name, learned in scores.learned.items():
+        energies = curves[name].energies[learned.order_K]
+        curves[name] = replace(curves[name], energies=energies, scores=learned.scores)
     return curves

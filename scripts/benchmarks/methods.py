@@ -63,6 +63,11 @@ ROWS: Mapping[str, Row] = {
             "learned": {"rate": 0.1, "growth": 1.1, "growth_every": 1, "batch": 2, "every": 5}
         },
     },
+    "two-sided (soco)": {
+        "method": "two-sided",
+        "allocation": "soco",
+        "options": {"soco": {"rate": 0.1, "steps": 120, "batch": 2, "every": 20}},
+    },
     "best": PRESETS["best"],
     "two-sided-sparse": {"method": "two-sided-sparse"},
 }

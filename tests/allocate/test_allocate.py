@@ -24,6 +24,7 @@ from orchestrator.allocate.d_rank import DRankAllocator
 from orchestrator.allocate.fill import fill_budget
 from orchestrator.allocate.learned import Learned
 from orchestrator.allocate.mgaa import RULES, MgaaAllocator
+from orchestrator.allocate.soco import Soco
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2Allocator
@@ -74,6 +75,7 @@ CASES = {
     },
     # scores are exchanged with their curves
     "learned": (Learned(below_stop="allow"), {GROWS, DENSE, TYPES, WHOLE}),
+    "soco": (Soco(below_target="allow"), {GROWS, DENSE, TYPES, WHOLE}),
     # sensitivities are exchanged with their curves
     "strs": (Strs(grid="0.2 0.4 0.6 0.8 0.9"), {GROWS, DENSE, TYPES, WHOLE}),
 }

@@ -96,7 +96,10 @@ def test_sizes_below_the_open_gates_are_refused_or_extrapolated():
 
 def test_the_pull_follows_from_the_step_alone():
     """1.01 to the power of the fourth part of the step: 12 times after 1,000, 145 after 2,000."""
-    pull = Learned().penalty_at
+
+    def pull(step):
+        return Learned().weights_at(step, 1.0)[0]
+
     assert [pull(step) / 2e-5 for step in (1, 4, 5)] == pytest.approx([1, 1, 1.01])
     assert [round(pull(1000 * n + 1) / 2e-5) for n in (1, 2, 3, 4)] == [12, 145, 1742, 20959]
     assert Learned().expected_steps == 3000

@@ -80,6 +80,11 @@ _ALLOCATIONS: dict[str, dict[str, Any]] = {
         "allocation": "learned",
         "options": {"learned": {**_FEW_STEPS, "steps": 20, "every": 2}},
     },
+    "allocation-soco": {
+        "method": "two-sided",
+        "allocation": "soco",
+        "options": {"soco": {"rate": 0.3, "steps": 8, "every": 4, "batch": 2, "target": 0.5}},
+    },
     "allocation-strs": {"allocation": "strs", "options": _FEW_TRIALS},
     "allocation-strs-curvature": {
         "method": "two-sided",

@@ -3,6 +3,7 @@
 Shape suffixes: K directions of a linear, N = K + 1 gates: its directions, and last its tail.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -71,7 +72,57 @@ def gate_pulls(linears: list[Linear], form: Form, penalty_by: str) -> dict[str, 
     return {each.name: GatePull.by_cost(each, form, mean) for each in gated}
 
 
-class GateScores:
+class LearnedGates(ABC):
+    """Gates of one linear with the numbers that are learned for them, float32 on their device."""
+
+    def __init__(self, gated: GatedLowRankLinear) -> None:
+        assert gated.tail is not None
+        self._gates, self._tail = gated.gates_R, gated.tail
+
+    @property
+    def count(self) -> int:
+        """Number of gates, N."""
+        return len(self._gates) + 1
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient of the loss for every gate, closed ones too, float32 [N]; 0 before a pass."""
+        parts = [self._gates, self._tail]
+        found = [torch.zeros_like(each) if each.grad is None else each.grad for each in parts]
+        return torch.cat(found)
+
+    def clear(self) -> None:
+        """Clear the gradient."""
+        self._gates.grad = self._tail.grad = None
+
+    @torch.no_grad()
+    def set(self, gates_N: Tensor) -> None:
+        """Write the gates of the next passes."""
+        self._gates.copy_(gates_N[:-1])
+        self._tail.copy_(gates_N[-1:])
+
+    @abstractmethod
+    def update(self, step: int, rate: float, *, penalty: float, polarisation: float) -> None:
+        """Perform a step, counted from 1, clear the gradient, and set the gates."""
+
+    @abstractmethod
+    def apply(self) -> None:
+        """Set the gates by the state."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that the next step depends on, themselves, by name."""
+
+    @abstractmethod
+    def open_gates(self) -> Tensor:
+        """Return which gates are open, bool [N]."""
+
+    def size(self) -> Tensor:
+        """Part of the kept fraction that this linear is, float64 []; 0 if the loss has no size."""
+        return torch.zeros((), dtype=torch.float64, device=self._gates.device)
+
+
+class GateScores(LearnedGates):
     """Scores of the gates of one linear; a gate is open, 1, while its score is above 0.
 
     With h the gradient of the loss for an open gate, λ and w as in `allocate.learned.Learned`, step
@@ -88,21 +139,13 @@ class GateScores:
     """
 
     def __init__(self, gated: GatedLowRankLinear, pull: GatePull) -> None:
-        assert gated.tail is not None
-        self._gates, self._tail = gated.gates_R, gated.tail
-        device, count = gated.gates_R.device, len(gated.gates_R) + 1
+        super().__init__(gated)
+        device = self._gates.device
         self._direction, self._tail_pull = pull.direction.to(device), pull.tail.to(device)
-        self.score = torch.ones(count, device=device)
+        self.score = torch.ones(self.count, device=device)
         self.mean, self.square = torch.zeros_like(self.score), torch.zeros_like(self.score)
-        self.closed = torch.zeros(count, dtype=torch.int32, device=device)
+        self.closed = torch.zeros(self.count, dtype=torch.int32, device=device)
         """Step in which the gate closed; 0: it is open."""
-
-    @property
-    def gradient(self) -> Tensor:
-        """Gradient of the loss for every gate, closed ones too, float32 [N]; 0 before a pass."""
-        parts = [self._gates, self._tail]
-        found = [torch.zeros_like(each) if each.grad is None else each.grad for each in parts]
-        return torch.cat([found[0], found[1].reshape(1)])
 
     @property
     def open(self) -> Tensor:
@@ -110,7 +153,7 @@ class GateScores:
         return self.closed == 0
 
     @torch.no_grad()
-    def update(self, step: int, rate: float, penalty: float) -> None:
+    def update(self, step: int, rate: float, *, penalty: float, polarisation: float = 0.0) -> None:
         """Perform a step, counted from 1, and clear the gradient."""
         first, second = BETAS
         is_open, directions = self.open, self.open[:-1].sum()
@@ -122,7 +165,7 @@ class GateScores:
         root = self.square.sqrt().div_((1 - second**step) ** 0.5).add_(EPSILON)
         self.score.addcdiv_(self.mean, root, value=-rate / (1 - first**step))
         self.closed.masked_fill_(is_open & (self.score <= 0), step)
-        self._gates.grad = self._tail.grad = None
+        self.clear()
         self.apply()
 
     @torch.no_grad()
@@ -132,22 +175,31 @@ class GateScores:
         # scores of closed gates are below those of open ones: the last of all is kept
         last = scores_after(self.score, self.closed, LAST_STEP)[:-1].argmax()
         gates[:-1].index_fill_(0, last, 1.0)
-        self._gates.copy_(gates[:-1])
-        self._tail.copy_(gates[-1])
+        self.set(gates)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that the next step depends on, themselves, by name."""
+        return {part: getattr(self, part) for part in STATE}
+
+    def open_gates(self) -> Tensor:
+        """Return which gates are open, bool [N]; those with a score above 0."""
+        assert bool((self.open == (self.score > 0)).all()), "a gate has opened again"
+        return self.open
 
 
 class GateTraining:
-    """Scores of the gates in a shard's blocks; see `GateScores`.
+    """Learned gates of a shard's blocks; see `GateScores` and `PolarisedGates`.
 
     The state of a block is independent of other blocks, so a model may be cut into shards in any
     way, and the state of one cut continues in another, bit for bit.
 
     Args:
-        gates: Scores by block and by the name of the linear.
+        gates: Gates by block and by the name of the linear.
     """
 
-    def __init__(self, gates: Mapping[int, Mapping[str, GateScores]]) -> None:
+    def __init__(self, gates: Mapping[int, Mapping[str, LearnedGates]]) -> None:
         self._gates = gates
+        self._named = {name: found for each in gates.values() for name, found in each.items()}
 
     @property
     def blocks(self) -> list[int]:
@@ -157,7 +209,7 @@ class GateTraining:
     @property
     def num_parameters(self) -> dict[int, int]:
         """Number of gates of each block."""
-        return {b: sum(len(e.score) for e in self._gates[b].values()) for b in self.blocks}
+        return {b: sum(e.count for e in self._gates[b].values()) for b in self.blocks}
 
     def check_room(self, free: int) -> None:
         """Raise InfeasibleError if `free` bytes of device memory do not hold the gradients."""
@@ -182,32 +234,36 @@ class GateTraining:
             found[block] = sum(torch.stack(squares).tolist(), 0.0) if squares else 0.0
         return found
 
-    def update(self, step: int, rate: float, penalty: float) -> None:
+    def update(self, step: int, rate: float, penalty: float, polarisation: float) -> None:
         """Perform a step of all gates."""
-        for each in self._gates.values():
-            for gates in each.values():
-                gates.update(step, rate, penalty)
+        for gates in self._named.values():
+            gates.update(step, rate, penalty=penalty, polarisation=polarisation)
+
+    def sizes(self) -> dict[str, float]:
+        """Return the part of the kept fraction that each linear is, with one device read."""
+        if not self._named:
+            return {}
+        found = torch.stack([gates.size() for gates in self._named.values()]).tolist()
+        return dict(zip(self._named, found, strict=True))
 
     def counts(self) -> dict[str, tuple[int, bool]]:
         """Return the number of open directions of each linear, and True if its tail is open."""
-        named = {name: gates for each in self._gates.values() for name, gates in each.items()}
-        for name, gates in named.items():
-            assert bool((gates.open == (gates.score > 0)).all()), f"{name}: a gate has opened again"
-        return {n: (int(g.open[:-1].sum()), bool(g.open[-1])) for n, g in named.items()}
+        found = {name: gates.open_gates() for name, gates in self._named.items()}
+        return {name: (int(each[:-1].sum()), bool(each[-1])) for name, each in found.items()}
 
     def state(self, block: int) -> dict[str, Tensor]:
         """Return everything that a block's next step depends on, on the CPU."""
         return {
-            f"{part}.{name}": getattr(gates, part).to(CPU, copy=True)
+            f"{part}.{name}": tensor.to(CPU, copy=True)
             for name, gates in self._gates[block].items()
-            for part in STATE
+            for part, tensor in gates.state().items()
         }
 
     def load(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Restore a block from the tensors of `state`."""
         for name, gates in self._gates[block].items():
-            for part in STATE:
-                getattr(gates, part).copy_(tensors[f"{part}.{name}"])
+            for part, tensor in gates.state().items():
+                tensor.copy_(tensors[f"{part}.{name}"])
             gates.apply()
 
 

@@ -144,6 +144,7 @@ def compression_task(keyed: Keyed, *, pass_key: str = "", settings: Any = None) 
         tokens_key=keyed.tokens_key,
         block_keys=keyed.block_keys,
         order_keys=keyed.orders,
+        has_gains=keyed.has_gains,
         settings=settings,
     )
 

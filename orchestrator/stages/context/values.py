@@ -132,6 +132,11 @@ class Keyed(Surveyed):
         return {}
 
     @property
+    def has_gains(self) -> bool:
+        """See `Scores`."""
+        return False
+
+    @property
     def sequences(self) -> int:
         """Number of calibration sequences."""
         sequences: int = self.token_report["sequences"]
@@ -168,6 +173,8 @@ class Scores:
     orders: Mapping[int, str] = field(default_factory=dict)
     """Keys of the units of learned scores, by block; empty if factors are cut to a prefix of the
     stored directions."""
+    has_gains: bool = False
+    """True if the directions that are kept are amplified by their gates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,9 +201,14 @@ class Planned(Decomposed):
         return self.scores.orders
 
     @property
+    def has_gains(self) -> bool:
+        return self.scores.has_gains
+
+    @property
     def chosen_by(self) -> tuple[str, ...]:
         """Keys of the units that say which parts a plan keeps, where a size does not."""
-        return (*self.scores.choice, *self.scores.orders.values())
+        gains = ("gains",) if self.scores.has_gains else ()
+        return (*self.scores.choice, *self.scores.orders.values(), *gains)
 
 
 def extended(value: Any, to: type[Value], **more: Any) -> Value:

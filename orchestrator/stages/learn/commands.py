@@ -9,13 +9,14 @@ from orchestrator.runtime.calls import Command
 
 @dataclass(frozen=True, slots=True)
 class UpdateScores(Command):
-    """Take a step of the optimiser, with the weight of the L1 term."""
+    """Take a step of the optimiser, with the weights of the size's slope and the polarisation."""
 
     method: ClassVar[str] = "update"
 
     step: int
     rate: float
     penalty: float
+    polarisation: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,10 @@ from orchestrator.store.units import unit_key
 
 LEARN_VERSION = 1
 """Raised when a score changes."""
+RECONSTRUCTION = (
+    "of SoCo (arXiv 2502.15092) by its abstract; losses, rates and lengths of phases are ours"
+)
+"""Remark of the report on polarised gates."""
 
 
 class Learning:
@@ -64,7 +68,7 @@ class Learning:
         sequences = self._job.sequences
         if sequences < 2:
             raise UsageError(
-                f"allocation is 'learned' and there is {sequences} sequence; two are needed, one "
+                f"the allocation learns and there is {sequences} sequence; two are needed, one "
                 "to learn on and one to hold out"
             )
         return plan_learning(self._allocator, sequences, self._job.randomness)
@@ -79,6 +83,7 @@ class Learning:
         settings = LearnSettings(
             options=self._course.options,
             penalty_by=self._allocator.penalty_by,
+            polarises=self._allocator.polarises,
             keys=self.keys,
             target_keys=self._target_keys,
         )
@@ -102,8 +107,13 @@ class Learning:
             for key in self.keys.values()
             for name, each in read_scores(job.run, key).items()
         }
-        facts = next(iter(done.values()), {})
-        return Scores(report={"learn": facts}, learned=learned, orders=self.keys)
+        has_gains = self._allocator.has_gains(job.budget.kept)
+        facts = dict(next(iter(done.values()), {}))
+        if self._allocator.polarises:
+            facts |= {"gains": has_gains, "reconstruction": RECONSTRUCTION}
+        return Scores(
+            report={"learn": facts}, learned=learned, orders=self.keys, has_gains=has_gains
+        )
 
     def _train(self, stage: RunningStage) -> dict[str, Any]:
         """Perform the steps after the last snapshot; gives the facts of the learning."""

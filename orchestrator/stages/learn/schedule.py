@@ -1,5 +1,6 @@
 """Schedule of the learning: the pipeline with an L1 term, until open gates store little enough."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ from orchestrator.allocate.scored import GateAllocator
 from orchestrator.models.training.train_options import Course, TrainOptions, plan_steps
 from orchestrator.randomness import Randomness
 from orchestrator.runtime.calls import Call, Command
-from orchestrator.stages.context.pipeline.commands import SaveSnapshot
+from orchestrator.stages.context.pipeline.commands import SaveSnapshot, TakeShard
 from orchestrator.stages.context.pipeline.schedule import Pipeline
 from orchestrator.stages.context.pipeline.snapshot import Snapshot, Stop
 from orchestrator.stages.learn.commands import UpdateScores
@@ -40,8 +41,8 @@ def plan_learning(allocator: GateAllocator, sequences: int, randomness: Randomne
 class LearnPipeline(Pipeline):
     """Pipeline whose steps are those of scores, and which ends by the size of the open gates.
 
-    The weight of the L1 term follows from the number of the step alone, and sizes from counts of
-    gates, which no cut of the model changes.
+    Weights of terms follow from the number of the step and, of polarised gates, from the kept
+    fraction before it; sizes from counts of gates. No cut of the model changes either.
 
     Args:
         kept: Returns the kept fraction of counts of open gates.
@@ -63,6 +64,7 @@ class LearnPipeline(Pipeline):
         self._allocator, self._kept = allocator, kept
         self.sizes = {0: 1.0, **sizes}
         self.counts: dict[str, tuple[int, bool]] = {}
+        self._parts: dict[int, dict[str, float]] = {}
         super().__init__(course, lengths, num_blocks=num_blocks, group=group, snapshots=snapshots)
 
     @property
@@ -71,16 +73,24 @@ class LearnPipeline(Pipeline):
             return "diverged"
         if not self.snapshots:
             return None
-        if self.sizes[self.step] <= self._allocator.stop:
+        if self._allocator.ends_at(self.sizes[self.step]):
             return "size"
         return "end" if self.step == self._course.steps else None
 
     def _update(self, step: int, norm: float) -> Command:
         """Command of a step; gradients are not clipped."""
-        return UpdateScores(step, self._course.rate(step - 1), self._allocator.penalty_at(step))
+        # exact, so that the order of the linears does not matter
+        kept = math.fsum(self._parts[step - 1].values()) if self._allocator.polarises else 1.0
+        rate = self._course.rate(step - 1)
+        return UpdateScores(step, rate, *self._allocator.weights_at(step, kept))
 
     def record_result(self, call: Call, value: Any) -> None:
-        """Record the result of a successful call: also counts of open gates at a snapshot."""
+        """Record the result of a successful call: also counts of open gates at a snapshot, and
+        parts of the kept fraction after a step, which a later step of another shard keeps."""
+        if isinstance(call.command, UpdateScores | TakeShard) and self._counts(call):
+            step = call.command.step
+            self._parts.setdefault(step, {}).update(value["sizes"])
+            self._parts.pop(step - 2, None)
         if isinstance(call.command, SaveSnapshot) and self._counts(call):
             self.counts |= value["counts"]
             self.sizes[call.command.step] = self._kept(self.counts)

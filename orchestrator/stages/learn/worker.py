@@ -1,6 +1,6 @@
 """Worker of the learning: a shard of the dense model whose linears have gates."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,15 @@ from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
 from orchestrator.models.statistics.orientation import dense_weight
 from orchestrator.models.training.gate_scores import (
-    GatePull,
     GateScores,
     GateTraining,
+    LearnedGates,
     final_scores,
     gate_pulls,
+    num_directions,
 )
 from orchestrator.models.training.gated import GatedLowRankLinear
+from orchestrator.models.training.polarised import PolarisedGates, final_gates, gate_fractions
 from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.calls import Command
@@ -35,6 +37,8 @@ from orchestrator.stages.context.worker.open_shard import DenseModel
 from orchestrator.stages.context.worker.orders import order_by_score, write_scores
 from orchestrator.stages.context.worker.stored import Decompositions
 
+MakeGates = Callable[[Linear, GatedLowRankLinear], LearnedGates]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnSettings:
@@ -42,6 +46,7 @@ class LearnSettings:
 
     options: TrainOptions
     penalty_by: str
+    polarises: bool
     keys: Mapping[int, str]
     """Keys of the units of scores, by block."""
     target_keys: tuple[str, ...]
@@ -84,27 +89,43 @@ class LearnWorker(Worker):
 
     def take(self, blocks: tuple[int, int], step: int) -> dict[str, Any]:
         """Open a shard at the snapshot after a step; at step 0 all gates are open."""
-        return self.pipeline.take(range(*blocks), step)
+        found = self.pipeline.take(range(*blocks), step)
+        return {**found, "sizes": self.pipeline.work.training.sizes()}
 
     def _gated_shard(self, blocks: range) -> OpenTraining[GateTraining]:
         task = self.task
-        pulls = gate_pulls(list(task.linears), task.form, self.settings.penalty_by)
+        gated = [each for each in task.linears if num_directions(each, task.form)]
+        make = self._polarised(gated) if self.settings.polarises else self._pulled(gated)
         model = self.dense.lazy.shard(blocks)
         try:
             model.freeze()
-            gates: dict[int, dict[str, GateScores]] = {block: {} for block in blocks}
-            for linear in task.linears:
-                if linear.block in blocks and linear.name in pulls:
-                    scores = self._gate(model, linear, pulls[linear.name])
-                    gates[linear.block][linear.name] = scores
+            gates: dict[int, dict[str, LearnedGates]] = {block: {} for block in blocks}
+            for linear in gated:
+                if linear.block in blocks:
+                    gates[linear.block][linear.name] = make(linear, self._gate(model, linear))
         except BaseException:
             model.close()
             raise
         return OpenTraining(model, GateTraining(gates))
 
-    def _gate(self, model: Shard, linear: Linear, pull: GatePull) -> GateScores:
+    def _pulled(self, linears: list[Linear]) -> MakeGates:
+        """Return the constructor of the scores of linears."""
+        pulls = gate_pulls(linears, self.task.form, self.settings.penalty_by)
+        return lambda linear, gated: GateScores(gated, pulls[linear.name])
+
+    def _polarised(self, linears: list[Linear]) -> MakeGates:
+        """Return the constructor of the polarised gates of linears."""
+        form, total = self.task.form, sum(each.values for each in linears)
+
+        def make(linear: Linear, gated: GatedLowRankLinear) -> LearnedGates:
+            count = num_directions(linear, form)
+            return PolarisedGates(gated, gate_fractions(linear, form, count, total))
+
+        return make
+
+    def _gate(self, model: Shard, linear: Linear) -> GatedLowRankLinear:
         """Give a linear of an open shard gates for its stored directions."""
-        module, count = model.module(linear.name), len(pull.tail) - 1
+        module, count = model.module(linear.name), num_directions(linear, self.task.form)
         weight_OI = dense_weight(module)
         left_OR, right_RI = (
             self._decompositions.factor(linear, part, count).to(weight_OI)
@@ -114,11 +135,13 @@ class LearnWorker(Worker):
         bias_O = bias if isinstance(bias, Tensor | nn.Parameter) else None
         gated = GatedLowRankLinear(left_OR, right_RI, weight_OI, bias_O)
         model.run_as(module, gated.__call__)
-        return GateScores(gated, pull)
+        return gated
 
-    def update(self, step: int, rate: float, penalty: float) -> None:
-        """Make one step of all scores of the shard."""
-        self.pipeline.work.training.update(step, rate, penalty)
+    def update(self, step: int, rate: float, penalty: float, polarisation: float) -> dict[str, Any]:
+        """Make one step of all gates of the shard. Returns the parts of the kept fraction."""
+        training = self.pipeline.work.training
+        training.update(step, rate, penalty, polarisation)
+        return {"sizes": training.sizes() if self.settings.polarises else {}}
 
     def snapshot(self, step: int) -> dict[str, Any]:
         """Commit the state of every block. Returns the counts of open gates by linear."""
@@ -128,7 +151,15 @@ class LearnWorker(Worker):
     def commit(self, block: int, step: int, facts: dict[str, Any]) -> None:
         """Commit the scores of a block after the last step."""
         path = self.run.units.file(snapshot_key(self.task.pass_key, step, block), FILE)
-        found = final_scores(load_file(path), step)
+        state = load_file(path)
+        if self.settings.polarises:
+            ended = final_gates(state)
+        else:
+            ended = {name: (each,) for name, each in final_scores(state, step).items()}
+        found = {
+            name: order_by_score(*(tensor.numpy() for tensor in each))
+            for name, each in ended.items()
+        }
         unit = self.run.units.begin(self.settings.keys[block])
-        write_scores(unit, {name: order_by_score(each.numpy()) for name, each in found.items()})
+        write_scores(unit, found)
         unit.commit(environment=self.environment(), facts=facts)

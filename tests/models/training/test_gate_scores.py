@@ -40,7 +40,7 @@ def step(scores, gated, gradient_N, number, *, rate=RATE, penalty=0.0):
     gated.tail.grad = torch.as_tensor(gradient_N[-1:], dtype=torch.float32).reshape(
         gated.tail.shape
     )
-    scores.update(number, rate, penalty)
+    scores.update(number, rate, penalty=penalty)
 
 
 def test_gates_close_in_the_steps_of_the_authors_units():

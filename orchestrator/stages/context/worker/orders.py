@@ -13,6 +13,7 @@ from orchestrator.store.run import RunDirectory
 from orchestrator.store.units import UnitWriter
 
 SCORES_FILE = "scores.safetensors"
+PARTS = ("order", "scores", "gains")
 
 
 class DirectionScores(NamedTuple):
@@ -22,22 +23,29 @@ class DirectionScores(NamedTuple):
     """Indices of the stored directions, best first, int32."""
     scores: np.ndarray
     """Scores in this order, and last that of all that the directions leave, float32 [K + 1]."""
+    gains_K: np.ndarray | None = None
+    """Factors of the directions in this order, float32; None: all are 1."""
 
 
-def order_by_score(scores: np.ndarray) -> DirectionScores:
+def order_by_score(scores: np.ndarray, gains: np.ndarray | None = None) -> DirectionScores:
     """Sort scores of stored directions [K], and of the tail behind them; ties keep their order.
 
     Directions are stored by descending energy, so that ties are in the order of energies.
+
+    Args:
+        gains: Of the stored directions; None: all are 1.
     """
     order_K = np.argsort(-scores[:-1], kind="stable").astype(np.int32)
-    return DirectionScores(order_K, np.append(scores[:-1][order_K], scores[-1]))
+    gains_K = None if gains is None else gains[order_K]
+    return DirectionScores(order_K, np.append(scores[:-1][order_K], scores[-1]), gains_K)
 
 
 def write_scores(unit: UnitWriter, found: Mapping[str, DirectionScores]) -> None:
     """Write the scores of the linears of a block as a file of a unit."""
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, each in found.items():
-        arrays[f"{name}.order"], arrays[f"{name}.scores"] = each
+        parts = zip(PARTS, each, strict=True)
+        arrays |= {f"{name}.{part}": array for part, array in parts if array is not None}
     with unit.file(SCORES_FILE) as path:
         save_file(arrays, path)
 
@@ -46,4 +54,7 @@ def read_scores(run: RunDirectory, key: str) -> dict[str, DirectionScores]:
     """Return the scores of a unit, by linear."""
     arrays = load_file(run.units.file(key, SCORES_FILE))
     names = [name.removesuffix(".order") for name in arrays if name.endswith(".order")]
-    return {n: DirectionScores(arrays[f"{n}.order"], arrays[f"{n}.scores"]) for n in names}
+    return {
+        name: DirectionScores(*(arrays[f"{name}.{p}"] for p in PARTS if f"{name}.{p}" in arrays))
+        for name in names
+    }

@@ -105,10 +105,15 @@ class OrderedFile(StoredFile):
 
     order_K: Tensor
     """Indices of the rows, best first."""
+    gains_K: Tensor | None = None
+    """Factors of the rows of `weight` in this order, float32; None: they stay as they are."""
 
     def prefix(self, name: str, rows: int, columns: range | None = None) -> Tensor:
         """Return the rows that are kept first; the tensor is read as a whole."""
         stored = self.whole(name)[self.order_K[:rows].to(self.device)]
+        if self.gains_K is not None and name == "weight":
+            gained = stored * self.gains_K[:rows, None].to(self.device)
+            stored = gained.to(stored.dtype)
         if columns is None:
             return stored
         return stored[:, columns.start : columns.stop].contiguous()
@@ -208,8 +213,10 @@ class Decompositions:
         if linear.block in self._task.order_keys:
             scores = self._scores(self._task.order_keys[linear.block])
             if linear.name in scores:
-                order_K = torch.from_numpy(scores[linear.name].order_K).long()
-                return OrderedFile(path, self._device, order_K)
+                order_K, _, gains_K = scores[linear.name]
+                has_gains = self._task.has_gains and gains_K is not None
+                gains = torch.from_numpy(gains_K) if has_gains else None
+                return OrderedFile(path, self._device, torch.from_numpy(order_K).long(), gains)
         return StoredFile(path, self._device)
 
 

@@ -5,13 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.allocate.polarisation import (
+from orchestrator.allocate import make_allocator
+from orchestrator.allocate.soco import (
     HEIGHT,
+    WITHIN,
+    Soco,
     drawn_budget,
     polarisation_at,
     pull_at,
     threshold_at,
 )
+from orchestrator.errors import UsageError
 from orchestrator.randomness import Randomness
 
 
@@ -31,11 +35,31 @@ def test_weights_are_0_then_oscillate_then_rise(steps):
         assert turns.sum() >= 7
 
 
-def test_a_pull_has_the_sign_of_the_distance():
-    """It is the derivative of weight |kept - target|, 0 at the kink."""
+def test_a_pull_is_the_slope_of_the_distance():
+    """The weight outside of the rounded kink, with the sign of the distance; linear within."""
     assert pull_at(0.7, 0.6, 2.0) == 2.0
     assert pull_at(0.5, 0.6, 2.0) == -2.0
     assert pull_at(0.6, 0.6, 2.0) == 0
+    assert pull_at(0.6 + WITHIN / 4, 0.6, 2.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": 0}, "one must be above 0"),
+        ({"target": 0}, "soco: target"),
+        ({"below_target": "maybe"}, "allow, refuse|refuse, allow"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(options, message):
+    """Each in one line."""
+    with pytest.raises(UsageError, match=message):
+        make_allocator("soco", options)
+
+
+def test_gains_are_for_the_target_and_below():
+    """Gates that are kept above the target may be near 0, which is no gain."""
+    assert [Soco(target=0.6).has_gains(kept) for kept in (0.5, 0.6, 0.61)] == [True, True, False]
 
 
 def test_budgets_follow_from_the_seed_and_the_step():

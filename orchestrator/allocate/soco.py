@@ -1,0 +1,198 @@
+"""Directions by gates that a loss polarises at one size; kept ones may be amplified.
+
+Indices: N gates.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from orchestrator.allocate.base import Allocator, Scoring
+from orchestrator.allocate.budget import Budget
+from orchestrator.allocate.learned import plan_of_scores
+from orchestrator.errors import UsageError
+from orchestrator.plan.cost import VALUES
+from orchestrator.plan.curve import Curve
+from orchestrator.plan.linear import Linear
+from orchestrator.plan.plan import Plan
+from orchestrator.recipe.options import check_choice, check_number, check_whole
+
+SHARES = (0.5, 0.25, 0.25)
+"""Fractions of the steps in the three phases."""
+WAVES = 4
+"""Oscillations of the polarisation's weight in the second phase."""
+HEIGHT = 0.1
+"""Largest weight in the second phase, as a fraction of the last one."""
+
+WITHIN = 0.02
+"""Distance of the kept fraction from its target within which the slope of the size is linear."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Soco(Allocator):
+    """SoCo, a reconstruction: gates from 0 to 2 that a loss drives to 0 or to 1 and above.
+
+    Every direction of every linear has a gate, and so has its tail, all that the stored directions
+    leave of the weight. Gates begin at 1, where the model is the dense one, and follow Adam on
+
+        KL(dense || gated) + size |kept - target| + λ2(t) Σ w s̃ (1 - s̃),    s̃ = min(s, 1)
+
+    (`models.training.polarised`). In the first half of the steps λ2 is 0: the size comes to its
+    target by what the divergence minds least. In the next quarter λ2 oscillates below a tenth of
+    `polarisation`, in the last one it rises to it, so that gates part at a half. A size takes steps
+    of all linears in the order of their gates, as of `learned`, and nothing is trained for it. At
+    the target and below, the left factor of a kept direction is multiplied by its gate, its gain,
+    which makes up for directions that are cut; above, directions with gates near 0 are kept too,
+    and all as they are.
+
+    Laws: all of `orchestrator.allocate`, with gates in place of curves.
+
+    Reconstruction: of the original the abstract and a digest are known, not its losses, rates,
+    lengths and weights of phases, and not its "deviation" term, which is missing here. The tail and
+    the basis of the method are ours. One target: gains trained under several budgets in turn are
+    left out.
+
+    Source: arXiv 2502.15092. O(n log n) in the number of directions.
+    """
+
+    source: ClassVar[str] = "arXiv 2502.15092"
+    scoring: ClassVar[Scoring] = Scoring.GATES
+    polarises: ClassVar[bool] = True
+    penalty_by: ClassVar[str] = "cost"
+    target: float = 0.6
+    """Kept fraction of values that the gates are driven to: the smallest size, and the largest one
+    with gains."""
+    rate: float = 0.02
+    """Learning rate of Adam, on the logits of the gates."""
+    size: float = 10.0
+    """Weight of the distance of the kept fraction to its target, in nats."""
+    polarisation: float = 5.0
+    """Weight of the polarisation in the last step, in nats. Above `size` it would open gates of
+    more than a half while too much is kept."""
+    steps: int = 2000
+    """Number of steps."""
+    batch: int = 4
+    """Sequences of a step."""
+    divergence: float = 1.0
+    """Weight of KL(dense || gated), averaged over tokens."""
+    cross_entropy: float = 0.0
+    """Weight of the cross-entropy of the text's next tokens, averaged over predictions."""
+    every: int = 50
+    """Steps between snapshots."""
+    held_out: float = 0.125
+    """Fraction of the sequences on which the loss at a snapshot is measured, for the report."""
+    below_target: Literal["refuse", "allow"] = "refuse"
+    """Sizes below the target: refused, or by the gates that are open at the target."""
+
+    def __post_init__(self) -> None:
+        check_number("soco: target", self.target, 1e-3, 1)
+        check_number("soco: rate", self.rate, 1e-6, 1)
+        check_number("soco: size", self.size, 0, 1e6)
+        check_number("soco: polarisation", self.polarisation, 0, 1e6)
+        check_whole("soco: steps", self.steps, 1, 1_000_000)
+        check_whole("soco: batch", self.batch, 1, 100_000)
+        check_number("soco: divergence", self.divergence, 0, 1e6)
+        check_number("soco: cross_entropy", self.cross_entropy, 0, 1e6)
+        check_whole("soco: every", self.every, 1, 100_000)
+        check_number("soco: held_out", self.held_out, 1e-6, 0.5)
+        check_choice("soco: below_target", self.below_target, ("refuse", "allow"))
+        if not self.divergence and not self.cross_entropy:
+            raise UsageError(
+                "soco: divergence and cross_entropy are 0, and the size alone would close gates "
+                "without regard to the model; one must be above 0"
+            )
+
+    @property
+    def divides_costs(self) -> bool:
+        return True
+
+    def decisive(self) -> dict[str, Any]:
+        """Options that decide the gates."""
+        options = asdict(self) | {"loss": "polarised"}
+        del options["below_target"]
+        return options
+
+    def weights_at(self, step: int, kept: float) -> tuple[float, float]:
+        """Return the slope of the size's term and the weight of the polarisation in a step."""
+        pull = pull_at(kept, self.target, self.size)
+        return pull, polarisation_at(step, self.steps, self.polarisation)
+
+    def ends_at(self, kept: float) -> bool:
+        """Return False: all steps are taken."""
+        return False
+
+    def has_gains(self, kept: float) -> bool:
+        """Test if directions are amplified: at the target and below."""
+        return kept <= self.target
+
+    def scoring_passes(self, num_linears: int) -> float:
+        """Return three passes for a sequence of a step: forward, forward again, and back."""
+        return 3.0 * self.steps * self.batch
+
+    def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
+        """Raise the errors of `Budget.total`, and UsageError for a size below the target."""
+        budget.total(linears)
+        if self.below_target == "refuse" and budget.cost is VALUES and budget.kept < self.target:
+            raise UsageError(
+                f"keep: {budget.kept} is below {self.target}, the size that soco.target learns; "
+                "keep more, give a lower soco.target, or soco.below_target=allow"
+            )
+
+    def __call__(
+        self,
+        linears: Sequence[Linear],
+        curves: Mapping[str, Curve],
+        budget: Budget,
+        cosines: Mapping[str, float],
+    ) -> Plan:
+        """Return the plan that keeps the directions of the largest gates.
+
+        Raises:
+            InfeasibleError: As `Budget.total`.
+            InputError: Gates of a linear are missing.
+        """
+        return plan_of_scores(linears, curves, budget)
+
+
+def polarisation_at(step: int, steps: int, last: float) -> float:
+    """Return the weight λ2 of the polarisation in a step, counted from 1, of `steps`.
+
+    It is 0 in the first phase; HEIGHT last (1 - cos(2π WAVES u)) / 2 in the second, u from 0 to 1
+    over it; and rises linearly from 0 to `last` over the third, reached in the last step. A
+    function of the step alone.
+    """
+    explored, refined = SHARES[0] * steps, (SHARES[0] + SHARES[1]) * steps
+    if step <= explored:
+        return 0.0
+    if step <= refined:
+        place = (step - explored) / (refined - explored)
+        return HEIGHT * last * (1 - math.cos(2 * math.pi * WAVES * place)) / 2
+    return last * (step - refined) / (steps - refined)
+
+
+def pull_at(kept: float, target: float, weight: float) -> float:
+    """Return the slope of weight · |kept - target| by the kept fraction, its kink rounded.
+
+    It is linear within `WITHIN` of the target, where a slope of two values would fill Adam's second
+    moments and drown the polarisation.
+    """
+    return weight * min(max((kept - target) / WITHIN, -1.0), 1.0)
+
+
+def drawn_budget(budgets: Sequence[float], words: tuple[int, ...]) -> float:
+    """Draw the budget of a step, by the words of its generator (`Randomness.budget`)."""
+    return budgets[int(np.random.default_rng(words).integers(len(budgets)))]
+
+
+def threshold_at(gates_N: np.ndarray, costs_N: np.ndarray, values: float) -> float:
+    """Return the least threshold above which gates cost no more than `values` together.
+
+    Of equal gates all are above it or none, so that neither their order nor a cut of the model
+    matters. -inf if all gates fit. O(N log N).
+    """
+    order_N = np.argsort(-gates_N, kind="stable")
+    over_N = np.cumsum(costs_N[order_N], dtype=np.float64) > values
+    return float(gates_N[order_N[over_N.argmax()]]) if over_N.any() else -math.inf
