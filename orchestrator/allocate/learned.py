@@ -46,6 +46,9 @@ class Learned(Allocator):
     ("count"). While the tail is open a linear is stored dense, and what its closed directions would
     save is counted as the tail's; directions that close before it are kept until it closes.
 
+    Adam divides by the size of the gradients, so their noise takes every score, whatever its
+    importance, about rate · √T away from its course: a schedule may not be much shorter.
+
     Laws: all of `orchestrator.allocate`, with scores in place of curves.
 
     Departures from the authors' code: the scores are in units where they begin at 1, and Adam's
