@@ -21,11 +21,11 @@ from orchestrator.plan.plan import Plan
 from orchestrator.recipe.options import check_choice, check_number, check_whole
 
 SHARES = (0.5, 0.25, 0.25)
-"""Fractions of the steps in the phases: exploration, refinement, sparsification."""
+"""Fractions of the steps in the three phases."""
 WAVES = 4
-"""Oscillations of the weight in the refinement."""
+"""Oscillations of the polarisation's weight in the second phase."""
 HEIGHT = 0.1
-"""Largest weight in the refinement, as a fraction of the last one."""
+"""Largest weight in the second phase, as a fraction of the last one."""
 
 WITHIN = 0.02
 """Distance of the kept fraction from its target within which the slope of the size is linear."""
@@ -160,9 +160,9 @@ class Soco(Allocator):
 def polarisation_at(step: int, steps: int, last: float) -> float:
     """Return the weight λ2 of the polarisation in a step, counted from 1, of `steps`.
 
-    It is 0 in the exploration; HEIGHT last (1 - cos(2π WAVES u)) / 2 in the refinement, u from 0 to
-    1 over it; and rises linearly from 0 to `last` over the sparsification, reached in the last
-    step. A function of the step alone.
+    It is 0 in the first phase; HEIGHT last (1 - cos(2π WAVES u)) / 2 in the second, u from 0 to 1
+    over it; and rises linearly from 0 to `last` over the third, reached in the last step. A
+    function of the step alone.
     """
     explored, refined = SHARES[0] * steps, (SHARES[0] + SHARES[1]) * steps
     if step <= explored:
