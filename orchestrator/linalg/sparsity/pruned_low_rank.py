@@ -52,8 +52,7 @@ def decompose_pruned(
     the entries, the rows and columns that have any, and the ranks of M ∘ W and of W: singular
     values above max(O, I) eps of float32 times the largest.
 
-    Dtype, device and bits as in `linalg.low_rank.decompose`. O(O I² + K³), three times its
-    eigendecompositions, and a sort of the scores.
+    Dtype, device and bits as in `linalg.low_rank.decompose`, with three times its O(K³).
 
     Args:
         statistic: Gram of the inputs of W.
