@@ -38,6 +38,11 @@ class Randomness:
         """Return the words of a mask, for `generator`; each linear adds its name."""
         return (self.seed, iteration, sample)
 
+    def points(self, batch: int) -> int:
+        """Return the seed, of 32 bits, of the points that a search tries in one batch."""
+        digest = hashlib.blake2b(f"points {self.seed} {batch}".encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "little")
+
     def block_order(self, block: int, epoch: int) -> "torch.Generator":
         """Return the generator of the order of chunks in the training of one block."""
         return generator(self.seed, block, epoch)

@@ -132,6 +132,7 @@ def _resolve(asked: Recipe) -> ResolvedRecipe:
     allocator = make_allocator(recipe.allocation, options, method.form)
     _check_measures(recipe, method)
     _check_drop(recipe, method, allocator)
+    _check_held_out(recipe, allocator)
     if isinstance(recipe.expert_groups, int) and not method.takes_experts_apart:
         raise UsageError(
             f"expert_groups is {recipe.expert_groups}, but {method.name} takes all experts of a "
@@ -200,6 +201,24 @@ def _check_drop(recipe: Recipe, method: Method, allocator: Allocator) -> None:
         raise UsageError(
             f"{asked} and {recipe.size_field} is given: a token that is routed again takes as many "
             "experts, so that dropped ones save no operations; give drop 'zero', or keep"
+        )
+
+
+def _check_held_out(recipe: Recipe, allocator: Allocator) -> None:
+    """Raises UsageError if plans are to be compared without a text, or on that of the
+    calibration."""
+    if allocator.scoring is not Scoring.PLANS:
+        return
+    name, text = recipe.allocation, getattr(allocator, "text", "")
+    if not text:
+        raise UsageError(
+            f"{name}: text is empty, and plans are compared on held-out text; give "
+            f"--option {name}.text=FILE"
+        )
+    if text == recipe.calibration:
+        raise UsageError(
+            f"{name}: text {text} is the calibration text, which favours plans that fit it alone; "
+            "give held-out text"
         )
 
 

@@ -35,6 +35,7 @@ ALLOCATORS: Registry[type[Allocator]] = Registry(
         "d-rank": "orchestrator.allocate.d_rank:DRankAllocator",
         "mgaa": "orchestrator.allocate.mgaa:MgaaAllocator",
         "strs": "orchestrator.allocate.strs:Strs",
+        "search": "orchestrator.allocate.search:SearchAllocator",
         "threshold": "orchestrator.allocate.threshold:Threshold",
         "grasp": "orchestrator.allocate.grasp:GraspAllocator",
         "cap": "orchestrator.allocate.sparsity.cap:CapAllocator",

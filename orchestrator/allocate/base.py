@@ -20,6 +20,8 @@ class Scoring(Enum):
     """Losses of masked models; the allocator learns from them which candidates are kept."""
     SENSITIVITIES = "sensitivities"
     """Losses of models with a single linear cut, at every rank of the allocator's grid."""
+    PLANS = "plans"
+    """Losses of models that are cut by whole plans, on held-out text; the allocator says which."""
 
 
 class Allocator(Protocol):

@@ -7,13 +7,19 @@ LEAST_SCORE = 1e-12
 
 
 def find_scale(
-    score_N: np.ndarray, size_N: np.ndarray, total: float, *, low: float, high: float
+    score_N: np.ndarray,
+    size_N: np.ndarray,
+    total: float,
+    *,
+    low: float | np.ndarray,
+    high: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find fractions clip(a · score, low, high) with weighted sum `total`, from below and above.
 
     The sum grows with a, so bisection to adjacent floats brackets the root. Both ends are returned,
     so that the caller chooses the side that must not be exceeded. A total outside the reach of the
-    bounds gives the bound itself, twice. Each fraction grows with `total`.
+    bounds gives the bound itself, twice. Each fraction grows with `total`. `low` is one number or
+    [N].
     """
     score_N = np.maximum(score_N, LEAST_SCORE)
 

@@ -1,7 +1,7 @@
 """Interfaces of allocators that ask for losses of the model, as the scoring stages use them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from orchestrator.allocate.sparsity.bernoulli import Baseline, CandidatePool, Dr
 from orchestrator.allocate.sparsity.choice import Choice
 from orchestrator.plan.allowed_ranks import AllowedRanks
 from orchestrator.plan.candidates import Candidates
+from orchestrator.plan.curve import Curve
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
 
@@ -99,8 +100,70 @@ class MaskAllocator(Protocol):
         ...
 
 
+@runtime_checkable
+class PlanAllocator(Protocol):
+    """Allocator with `Scoring.PLANS`: its plans are points of a box, compared by their losses."""
+
+    @property
+    def text(self) -> str:
+        """Held-out text on which plans are compared; empty if none was given."""
+        ...
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences of the text, the first ones."""
+        ...
+
+    @property
+    def divergence(self) -> float:
+        """Weight of the divergence from the dense model, beside the cross-entropy."""
+        ...
+
+    @property
+    def trials(self) -> int:
+        """Number of measured plans."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Plans that are chosen at once."""
+        ...
+
+    @property
+    def sampler(self) -> Literal["gp", "tpe", "random"]:
+        """Sampler of further points."""
+        ...
+
+    def bounds(self, linears: Sequence[Linear]) -> tuple[tuple[float, float], ...]:
+        """Least and largest value of each coordinate."""
+        ...
+
+    def even(self, linears: Sequence[Linear], budget: Budget) -> tuple[float, ...]:
+        """Point in the middle of the search."""
+        ...
+
+    def locate(self, linears: Sequence[Linear], plan: Plan) -> tuple[float, ...]:
+        """Point next to any plan."""
+        ...
+
+    def kept(self, linears: Sequence[Linear], plan: Plan) -> Mapping[str, float]:
+        """Kept fraction of each group of linears, for the report."""
+        ...
+
+    def plan(
+        self,
+        linears: Sequence[Linear],
+        curves: Mapping[str, Curve],
+        budget: Budget,
+        point: tuple[float, ...],
+    ) -> Plan:
+        """Plan of a point."""
+        ...
+
+
 INTERFACES: Mapping[Scoring, type] = {
     Scoring.MASKS: MaskAllocator,
+    Scoring.PLANS: PlanAllocator,
     Scoring.SENSITIVITIES: SensitivityAllocator,
 }
 """Interface of the allocators that ask for these losses."""

@@ -126,6 +126,23 @@ def spend(
     }
 
 
+def spend_shares(
+    linears: Sequence[Linear], shares: Sequence[int], budget: int, ranks: AllowedRanks
+) -> dict[str, Assignment]:
+    """Take the steps that the share of each linear holds, then those that exceed it least.
+
+    Ties follow the order of the linears.
+
+    Raises:
+        InfeasibleError: As `spend`.
+    """
+    keys = [
+        np.cumsum(step_costs(each, ranks)) - share
+        for each, share in zip(linears, shares, strict=True)
+    ]
+    return spend(linears, keys, budget, where="the model", ranks=ranks)
+
+
 def cut_at(
     linear: Linear, steps: int, ranks: AllowedRanks, end: np.ndarray | None, *, left: int
 ) -> Assignment:

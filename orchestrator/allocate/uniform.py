@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from orchestrator.allocate.base import Allocator
 from orchestrator.allocate.budget import Budget, assign_rank, make_plan
-from orchestrator.allocate.steps import spend, step_costs
+from orchestrator.allocate.steps import spend_shares
 from orchestrator.errors import InfeasibleError
 from orchestrator.plan.curve import Curve
 from orchestrator.plan.forms import Divided
@@ -66,8 +64,7 @@ def _multiples(linears: Sequence[Linear], budget: Budget, total: int) -> dict[st
     Raises:
         InfeasibleError: The smallest multiples store more than the budget.
     """
-    keys = [np.cumsum(step_costs(each, budget.ranks)) - budget.share([each]) for each in linears]
-    return spend(linears, keys, total, where="the model", ranks=budget.ranks)
+    return spend_shares(linears, [budget.share([each]) for each in linears], total, budget.ranks)
 
 
 def _rank(linear: Linear, budget: Budget) -> Assignment:

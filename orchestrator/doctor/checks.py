@@ -25,6 +25,7 @@ PURPOSES = {
     "lm-eval": "tasks of lm-evaluation-harness (`evaluate --tasks`, `lm-eval`)",
     "mlflow": "`--track mlflow`",
     "recovery": "training of adapters on a compressed model (scripts/recover.py)",
+    "search": "`--allocation search`",
     "tensorboard": "`--track tensorboard`",
     "trackio": "`--track trackio`",
     "vision": "calibration and evaluation on images",

@@ -10,6 +10,7 @@ from orchestrator.pages.happened import happened
 from orchestrator.pages.linears import entries
 from orchestrator.pages.markup import Markup, element, joined, page, section, write_page
 from orchestrator.pages.memory import memory
+from orchestrator.pages.searched_plans import searched_plans
 from orchestrator.pages.sources import Source, read_source, whole
 from orchestrator.pages.speeds import speeds
 from orchestrator.pages.tables import cell, head, number, row_head
@@ -24,7 +25,7 @@ from orchestrator.version import __version__
 KNOWN = {
     *("format_version", "producer", "key", "base_fingerprint", "architecture", "recipe", "kept"),
     *("bytes", "calibration", "values", "linears", "not_targeted", "timings"),
-    *("files", "rank_multiple", "experts"),
+    *("files", "rank_multiple", "experts", "search"),
 }
 """Report fields with a dedicated place, and digests; all others are listed as "Also reported"."""
 KEPT_OF = {
@@ -106,6 +107,7 @@ def report_page(source: Source) -> Markup:
         linear_sections.heat_map(found, source.report.get("not_targeted", ())),
         experts_map(source.report, found),
         linear_sections.budget(found),
+        searched_plans(source.report.get("search", {})),
         linear_sections.rank_curves(found, source.rank_shares),
         linear_sections.density_curves(found, source.density_shares),
         evaluation_section(source.evaluations, "Before and after"),

@@ -14,7 +14,13 @@ from orchestrator.errors import InfeasibleError
 from orchestrator.plan.cost import OPERATIONS, PICOSECONDS, VALUES, Cost, TimeCost
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Plan
-from orchestrator.stages.context.values import Decomposed, Planned, Scores, extended
+from orchestrator.stages.context.values import (
+    Decomposed,
+    Dividing,
+    Planned,
+    Scores,
+    extended,
+)
 
 
 def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
@@ -23,35 +29,62 @@ def allocate(decomposed: Decomposed, scores: Scores) -> Planned:
     Raises:
         UsageError, InfeasibleError: As the allocator.
     """
-    if scores.plan is not None:
+    if scores.plan is not None and decomposed.allocator.scoring is Scoring.MASKS:
         facts: dict[str, Any] = {"multiples": {}, "costs": _costs(decomposed, scores.plan, {})}
         return extended(decomposed, Planned, plan=scores.plan, curves={}, scores=scores, **facts)
-    curves = _curves(decomposed, scores)
-    cosines = {
-        sublayer: cosine["mean"]
-        for facts in decomposed.facts.values()
-        for sublayer, cosine in facts["cosines"].items()
-    }
-    grouping, linears = decomposed.grouping, decomposed.linears
-    stacked = grouping.stacked(linears)
-
-    def divide(budget: Budget) -> Plan:
-        plan = decomposed.allocator(stacked, curves, budget, cosines)
-        return grouping.spread(linears, plan)
+    linears, curves, cosines, _ = dividing(decomposed, scores.losses)
 
     def planned(budget: Budget) -> Plan:
-        # shares of a group are those of its joint linear, whose basis each member multiplies by
-        divides = decomposed.allocator.divides_costs and not grouping.is_shared
-        return fill_budget(divide, linears, budget, decomposed.codec, divides_costs=divides)
+        allocator = decomposed.allocator
+        return _filled(
+            decomposed,
+            lambda part: allocator(linears, curves, part, cosines),
+            budget,
+            divides_costs=allocator.divides_costs,
+        )
 
-    plan = planned(decomposed.budget)
-    about = decomposed.allocator.facts(linears, cosines, plan)
+    plan = scores.plan or planned(decomposed.budget)
+    about = decomposed.allocator.facts(decomposed.linears, cosines, plan)
     scores = replace(scores, report={**scores.report, **about})
     facts = {
         "multiples": _multiples(decomposed, plan, planned, curves),
         "costs": _costs(decomposed, plan, curves),
     }
     return extended(decomposed, Planned, plan=plan, curves=curves, scores=scores, **facts)
+
+
+def dividing(decomposed: Decomposed, losses: Mapping[str, Mapping[int, float]] = {}) -> Dividing:
+    """Return what an allocator is given beside the budget, joint linears of groups among it."""
+    cosines = {
+        sublayer: cosine["mean"]
+        for facts in decomposed.facts.values()
+        for sublayer, cosine in facts["cosines"].items()
+    }
+    return Dividing(
+        linears=decomposed.grouping.stacked(decomposed.linears),
+        curves=_curves(decomposed, losses),
+        cosines=cosines,
+        filled=lambda divide: _filled(decomposed, divide, decomposed.budget),
+    )
+
+
+def _filled(
+    decomposed: Decomposed,
+    divide: Callable[[Budget], Plan],
+    budget: Budget,
+    *,
+    divides_costs: bool = False,
+) -> Plan:
+    """Return the plan of all linears that fills a budget, by a function that plans joint ones."""
+    grouping, linears = decomposed.grouping, decomposed.linears
+    return fill_budget(
+        lambda part: grouping.spread(linears, divide(part)),
+        linears,
+        budget,
+        decomposed.codec,
+        # shares of a group are those of its joint linear, whose basis each member multiplies by
+        divides_costs=divides_costs and not grouping.is_shared,
+    )
 
 
 def _multiples(
@@ -113,10 +146,10 @@ def _spent(cost: Cost, linears: Sequence[Linear], plan: Plan) -> dict[str, int]:
     return {"dense": dense, "planned": plan_cost(linears, plan.assignments, cost)}
 
 
-def _curves(decomposed: Decomposed, scores: Scores) -> dict[str, Any]:
+def _curves(decomposed: Decomposed, losses: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
     """Curves by linear, those of sensitivities with their losses."""
     read = decomposed.method.kind.curve
     curves = {name: read(result) for name, result in decomposed.results.items()}
-    for name, losses in scores.losses.items():
-        curves[name] = replace(curves[name], sensitivities=losses)
+    for name, by_rank in losses.items():
+        curves[name] = replace(curves[name], sensitivities=by_rank)
     return curves

@@ -50,7 +50,7 @@ from orchestrator.stages.evaluate.values import (
 from orchestrator.stages.evaluate.worker import EvaluationWorker
 from orchestrator.stages.request import ask
 from orchestrator.stages.score import score
-from orchestrator.stages.survey import left_out, read_calibration, survey
+from orchestrator.stages.survey import left_out, read_calibration, read_held_out, survey
 from orchestrator.stages.write.job import finished, layout_of, write_files, write_small_files
 from orchestrator.store.lease import Lease
 from orchestrator.store.run import RunDirectory
@@ -75,7 +75,9 @@ def compress(
                 monitor.note(left_out(asked.model, surveyed.survey.unused))
         monitor.event(_surveyed(surveyed, resolved.stage_names))
         with monitor.stage(READ):
-            keyed = assign_keys(surveyed, *read_calibration(surveyed))
+            calibration = read_calibration(surveyed)
+            held_out = read_held_out(surveyed, calibration)
+            keyed = assign_keys(surveyed, *calibration, held_out)
             for warning in keyed.token_report.get("warnings", ()):
                 monitor.note(f"warning: {warning}")
             _describe(keyed, keeps_earlier=True)

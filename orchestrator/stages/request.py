@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from orchestrator.allocate.base import Scoring
 from orchestrator.errors import InputError, UsageError
 from orchestrator.models.checkpoint.output import check_out
 from orchestrator.models.survey.locate import locate
@@ -12,6 +13,7 @@ from orchestrator.resolve import ResolvedRecipe
 from orchestrator.stages.context.previous_run import PreviousRun
 from orchestrator.stages.context.run_places import places_of
 from orchestrator.stages.context.values import Asked
+from orchestrator.stages.score_plans.sampler import check_installed
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 
@@ -21,9 +23,11 @@ def ask(recipe: Recipe, resolved: ResolvedRecipe, previous: PreviousRun | None =
 
     Raises:
         UsageError: The output or the run directory holds something else, or lies in the model or in
-            the other one.
+            the other one; Optuna is needed and not installed.
         InputError: The model is not found.
     """
+    if resolved.allocator.scoring is Scoring.PLANS:
+        check_installed()
     if previous is None:
         model, base_model = _model(recipe)
     else:

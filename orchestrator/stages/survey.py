@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from orchestrator.allocate.base import Scoring
+from orchestrator.allocate.scored import PlanAllocator
 from orchestrator.errors import InputError, UsageError
 from orchestrator.models.checkpoint.weights import parse_dtype
 from orchestrator.models.inputs.encoder import NO_TEMPLATE
 from orchestrator.models.inputs.image_reader import image_reader
 from orchestrator.models.inputs.sources import BUNDLED, named_source
-from orchestrator.models.inputs.text import load_tokens
+from orchestrator.models.inputs.text import Tokens, load_tokens
 from orchestrator.models.inputs.tokenizer import load_tokenizer
 from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.survey.image_models import image_token
@@ -18,8 +20,8 @@ from orchestrator.plan.cost import VALUES
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.whole_experts import check_no_experts, linears_of_experts
 from orchestrator.recipe.recipe import LONGEST_SEQUENCE, MOST_SAMPLES, TOKENS_PER_INPUT
-from orchestrator.stages.context.tokens import commit_tokens
-from orchestrator.stages.context.values import Asked, Surveyed, extended
+from orchestrator.stages.context.tokens import commit_tokens, read_tokens
+from orchestrator.stages.context.values import Asked, HeldOut, Surveyed, extended
 
 
 class CalibrationTokens(NamedTuple):
@@ -98,22 +100,17 @@ def read_calibration(surveyed: Surveyed) -> CalibrationTokens:
     recipe = surveyed.recipe
     if surveyed.previous is not None:
         return CalibrationTokens(surveyed.previous.tokens_key, surveyed.previous.tokens)
-    tokens = load_tokens(
-        named_source(recipe.calibration),
-        field=recipe.calibration_field,
+    tokens = _load(
+        surveyed,
+        recipe.calibration,
         samples=recipe.samples or MOST_SAMPLES,
         sequence_length=recipe.sequence_length
         or min(LONGEST_SEQUENCE, surveyed.positions or LONGEST_SEQUENCE),
         fewer=recipe.samples is None,
         shorter=recipe.samples is None and recipe.sequence_length is None,
         sampling=recipe.sampling,
-        layout=recipe.layout,
-        chat_template=recipe.chat_template,
         rng=surveyed.randomness.calibration(),
-        tokenizer=load_tokenizer(surveyed.model),
-        images=image_reader(surveyed.model, surveyed.image_token),
     )
-    tokens.check_within(surveyed.vocabulary, surveyed.model, image_token=surveyed.image_token)
     if not tokens.inputs and any(each.tower for each in surveyed.linears):
         raise InputError(
             f"{recipe.calibration}: has no images, and --target names linears of a vision tower; "
@@ -123,6 +120,56 @@ def read_calibration(surveyed: Surveyed) -> CalibrationTokens:
     if warnings:
         tokens = replace(tokens, report={**tokens.report, "warnings": warnings})
     return CalibrationTokens(commit_tokens(surveyed.run, tokens), tokens.report)
+
+
+def _load(surveyed: Surveyed, source: str | None, **wanted: Any) -> Tokens:
+    """Tokenise a text as the recipe reads texts; arguments as those of `load_tokens`.
+
+    Raises:
+        UsageError, InputError: As `read_calibration`.
+    """
+    tokens = load_tokens(
+        named_source(source),
+        field=surveyed.recipe.calibration_field,
+        layout=surveyed.recipe.layout,
+        chat_template=surveyed.recipe.chat_template,
+        tokenizer=load_tokenizer(surveyed.model),
+        images=image_reader(surveyed.model, surveyed.image_token),
+        **wanted,
+    )
+    tokens.check_within(surveyed.vocabulary, surveyed.model, image_token=surveyed.image_token)
+    return tokens
+
+
+def read_held_out(surveyed: Surveyed, calibration: CalibrationTokens) -> HeldOut | None:
+    """Tokenise and commit the text on which the allocator compares plans; None if it has none.
+
+    Its sequences are as long as those of the calibration; a short text gives fewer.
+
+    Raises:
+        UsageError: A sequence of it is one of the calibration.
+        InputError: As `read_calibration`.
+    """
+    allocator = surveyed.allocator
+    if allocator.scoring is not Scoring.PLANS:
+        return None
+    assert isinstance(allocator, PlanAllocator)  # checked by `make_allocator`
+    tokens = _load(
+        surveyed,
+        allocator.text,
+        samples=allocator.sequences,
+        sequence_length=calibration.report["sequence_length"],
+        fewer=True,
+    )
+    used = read_tokens(surveyed.run, calibration.key)
+    known = {ids[mask].tobytes() for ids, mask in zip(used.ids, used.mask, strict=True)}
+    for number, (ids, mask) in enumerate(zip(tokens.ids, tokens.mask, strict=True), start=1):
+        if ids[mask].tobytes() in known:
+            raise UsageError(
+                f"search: sequence {number} of text {allocator.text} is one of the calibration, "
+                "which favours plans that fit it alone; give held-out text"
+            )
+    return HeldOut(key=commit_tokens(surveyed.run, tokens), report=tokens.report)
 
 
 def calibration_warnings(report: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:

@@ -38,6 +38,14 @@ C4_STRIDE = 29
 Row = Mapping[str, Any]
 """Fields of a recipe."""
 
+HELD_OUT_FILE = "wikitext2/wiki.valid.raw"
+
+
+def searched(**options: Any) -> dict[str, Any]:
+    """Fields of a search for the plan, whose text `compress` adds."""
+    return {"allocation": "search", "options": {"search": {"sequences": 8, **options}}}
+
+
 ROWS: Mapping[str, Row] = {
     "svd": {"method": "svd"},
     "asvd": {"method": "asvd"},
@@ -66,6 +74,13 @@ ROWS: Mapping[str, Row] = {
     "grasp (signed)": {
         "method": "grasp",
         "options": {"grasp": {"aggregate": "signed", "labels": "after_next"}},
+    },
+    "svd-llm (search)": {"method": "svd-llm", **searched()},
+    "two-sided (search)": {"method": "two-sided", **searched()},
+    "two-sided (search by tpe)": {"method": "two-sided", **searched(sampler="tpe")},
+    "two-sided (search around)": {
+        "method": "two-sided",
+        **searched(around="threshold", depths=4, low=0.05),
     },
 }
 
@@ -116,6 +131,14 @@ def row(options: argparse.Namespace, name: str, keep: float) -> dict[str, Any]:
 def compress(options: argparse.Namespace, given: Row, name: str, **fields: Any) -> Result:
     """Compress with the small protocol and these fields, in the run directory shared by all
     rows."""
+    if given.get("allocation") == "search":
+        # neither the calibration text nor that of the perplexities
+        held_out = options.work / "held-out.txt"
+        held_out.write_bytes((options.data / HELD_OUT_FILE).read_bytes())
+        given = {
+            **given,
+            "options": {"search": {**given["options"]["search"], "text": str(held_out)}},
+        }
     recipe = Recipe(
         model=str(options.model),
         out=str(options.work / "out" / name),

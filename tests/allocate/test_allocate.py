@@ -24,6 +24,7 @@ from orchestrator.allocate.d_rank import DRankAllocator
 from orchestrator.allocate.fill import fill_budget
 from orchestrator.allocate.grasp import GraspAllocator
 from orchestrator.allocate.mgaa import RULES, MgaaAllocator
+from orchestrator.allocate.search import SearchAllocator
 from orchestrator.allocate.steps import spend, step_costs
 from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.svd_llm_v2 import SvdLlmV2Allocator
@@ -76,6 +77,9 @@ CASES = {
     "grasp": (GraspAllocator(), {DENSE, WHOLE}),
     "grasp least": (GraspAllocator(least=0.8), {DENSE, WHOLE}),
     "grasp importance": (GraspAllocator(cut="importance"), {DENSE, WHOLE}),
+    # without losses: the plan of equal coordinates
+    "search": (SearchAllocator(), {GROWS, DENSE, TYPES, WHOLE}),
+    "search window": (SearchAllocator(space="window"), {GROWS, DENSE, TYPES, WHOLE}),
     # sensitivities are exchanged with their curves
     "strs": (Strs(grid="0.2 0.4 0.6 0.8 0.9"), {GROWS, DENSE, TYPES, WHOLE}),
 }

@@ -81,6 +81,12 @@ _ALLOCATIONS: dict[str, dict[str, Any]] = {
         "allocation": "strs",
         "options": _FEW_TRIALS,
     },
+    "allocation-search": {
+        "allocation": "search",
+        "options": {
+            "search": {"text": "held_out.txt", "sequences": 2, "trials": 5, "sampler": "random"}
+        },
+    },
     "allocation-threshold": {"allocation": "threshold"},
     "bytes-factors": {"keep": None, "keep_bytes": 0.6},
     "bytes-pivoted": {"keep": None, "keep_bytes": 0.6, "storage": "pivoted"},

@@ -234,13 +234,14 @@ def test_flags_in_the_text_exist(page):
 
 
 def test_sections_of_the_report_are_those_of_the_page(prepared, monkeypatch, capsys):
-    """The table of docs/report.md has every section of a report, and three that this one lacks."""
+    """The table of docs/report.md has every section of a report, and four that this one lacks."""
     monkeypatch.chdir(prepared)
     assert perform(["orchestrator", "report", "small.run", "--output", "page.html"])[0] == 0
     sections = re.findall(r"<h2[^>]*>(.*?)</h2>", (prepared / "page.html").read_text())
     rows = re.findall(r"^\| ([A-Z][^|]*) \|", (ROOT / "docs" / "report.md").read_text(), re.M)
     assert [name for name in rows if name not in sections] == [
         "Experts",
+        "Plans of the search",
         "Before and after",
         "Speed",
     ]

@@ -96,6 +96,7 @@ MAY_IMPORT = {
 STAGE = f"{MAY_IMPORT['stages.context']} stages.context hf"
 """Packages that a stage may import; stages do not import each other."""
 MAY_IMPORT["stages.evaluate"] = f"{STAGE} harness"
+MAY_IMPORT["stages.score_plans"] = f"{STAGE} optuna"
 KNOWN = {
     "runtime": "runtime.ray",
 }
@@ -103,7 +104,7 @@ KNOWN = {
 NESTED = {"models", "runtime", "stages"}
 """Packages whose sub-packages have separate rules."""
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "lm_eval", "pyarrow", "ray", "rich", "torch"}
-HEAVY |= {"transformers"}
+HEAVY |= {"optuna", "transformers"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -208,6 +209,14 @@ def test_ray_is_imported_by_its_package_alone():
     assert {package_of(module_of(path)) for path in users} == {"runtime.ray"}
     private = {path.name for path in users if any(map(is_private_ray, syntax(path)))}
     assert private == {"cluster.py"}
+
+
+def test_optuna_is_imported_by_the_driver_in_one_file():
+    """An extra that workers do without: no worker's module imports the file that imports it."""
+    (user,) = [module for module, path in MODULES.items() if "optuna" in imports(path)[1]]
+    assert user == "stages.score_plans.sampler"
+    users = {module for module, path in MODULES.items() if user in imports(path)[0]}
+    assert users == {"stages.request", "stages.score_plans.job"}
 
 
 def is_private_ray(node: ast.AST) -> bool:

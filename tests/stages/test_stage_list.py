@@ -82,10 +82,11 @@ def test_an_unknown_option_of_a_stage_is_refused(table):
 
 
 def test_allocators_declare_the_losses_that_they_need():
-    """Two allocators take losses of the model; that is no option of theirs."""
+    """Three allocators take losses of the model; that is no option of theirs."""
     needed = {name: each.scoring for name, each in ALLOCATORS.items()}
     scoring = {name: each for name, each in needed.items() if each is not Scoring.NONE}
-    assert scoring == {"strs": Scoring.SENSITIVITIES, "cap": Scoring.MASKS}
+    known = {"strs": Scoring.SENSITIVITIES, "cap": Scoring.MASKS, "search": Scoring.PLANS}
+    assert scoring == known
     for each in ALLOCATORS.values():
         assert Allocator in each.__mro__
         assert "scoring" not in {field.name for field in fields(each)}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.stages.context.values import Keyed, Surveyed, extended
+from orchestrator.stages.context.values import HeldOut, Keyed, Surveyed, extended
 from orchestrator.store.units import unit_key
 
 CALIBRATE_VERSION = 2
@@ -18,7 +18,12 @@ WRITE_VERSION = 2
 """Raised when the bytes of a written file change, or its facts."""
 
 
-def assign_keys(surveyed: Surveyed, tokens_key: str, token_report: Mapping[str, Any]) -> Keyed:
+def assign_keys(
+    surveyed: Surveyed,
+    tokens_key: str,
+    token_report: Mapping[str, Any],
+    held_out: HeldOut | None = None,
+) -> Keyed:
     """Keys of passes, decompositions and result, from the model, the tokens and the recipe.
 
     The recipe gets the number and the length of the sequences, where it gives none.
@@ -38,6 +43,8 @@ def assign_keys(surveyed: Surveyed, tokens_key: str, token_report: Mapping[str, 
     decisive = {"recipe": recipe.to_toml(schedule=False)}
     if (table := surveyed.latency_table) is not None:
         decisive["latency_table"] = table.digest
+    if held_out is not None:
+        decisive["held_out"] = held_out.key
     return extended(
         surveyed,
         Keyed,
@@ -46,6 +53,7 @@ def assign_keys(surveyed: Surveyed, tokens_key: str, token_report: Mapping[str, 
         pass_key=pass_key,
         statistics_key=statistics_key,
         block_keys=block_keys,
+        held_out=held_out,
         key=unit_key("compress", WRITE_VERSION, [*block_keys.values()], **decisive),
     )
 

@@ -10,9 +10,9 @@ Each has the fields of those before it, so a stage takes the earliest one that s
 names, curves and keys; weights, statistics and factors are in the workers alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -114,6 +114,22 @@ class Surveyed(Asked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Committed tokens of the text on which an allocator compares plans."""
+
+    key: str
+    """Key of their unit."""
+    report: Mapping[str, Any]
+    """Facts of that unit."""
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        sequences: int = self.report["sequences"]
+        return sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Keyed(Surveyed):
     """Keys of the calibration's units, of the decompositions and of the result."""
 
@@ -129,6 +145,8 @@ class Keyed(Surveyed):
     without targeted linears have none."""
     key: str
     """Key of the result: everything that decides its bytes, except the environment."""
+    held_out: HeldOut | None = None
+    """Text on which plans are compared; None if the allocator compares none."""
 
     @property
     def sequences(self) -> int:
@@ -149,6 +167,20 @@ class Decomposed(Keyed):
     """Facts of every decomposition, by the name of its first linear."""
 
 
+class Dividing(NamedTuple):
+    """Inputs of an allocator beside the budget, and the way from its plans to those of the model.
+
+    Linears that share a basis are one joint linear, under the name of the first.
+    """
+
+    linears: Sequence[Linear]
+    curves: Mapping[str, Any]
+    cosines: Mapping[str, float]
+    filled: Callable[[Callable[[Budget], Plan]], Plan]
+    """Returns the plan of all linears that fills the budget, of whatever cost, by a function that
+    divides values over the joint ones."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """Losses that the allocator has asked for, and what was chosen by them."""
@@ -159,7 +191,7 @@ class Scores:
     """Sensitivities: mean cross-entropy by linear (the first of a group) and by the rank that it
     alone is cut to."""
     plan: Plan | None = None
-    """The plan, if losses of masked models decide it."""
+    """The plan, if losses of masked models, or of whole plans, decide it."""
     choice: tuple[str, ...] = ()
     """Key of the unit with the candidates that are kept; empty if factors are cut to a prefix."""
 
