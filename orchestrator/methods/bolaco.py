@@ -29,6 +29,9 @@ class Bolaco(Method):
     covariance within each: variance between the means of the groups is left out. The optimum is
     that of `total`, the default.
 
+    Ranks come from the paper's search over whole plans, the allocation `search`; `uniform`, the
+    default, needs neither its held-out text nor Optuna.
+
     Departures from the authors' code: ranks at break-even and above stay dense, where theirs
     stores factors that save nothing; ranks are multiples by `--rank-multiple 8` only; groups count
     by their tokens, equal if all sequences are full; sums in float64. Their targets are a recipe:

@@ -75,6 +75,7 @@ ROWS: Mapping[str, Row] = {
         "method": "grasp",
         "options": {"grasp": {"aggregate": "signed", "labels": "after_next"}},
     },
+    "bolaco (search)": {"method": "bolaco", **searched()},
     "svd-llm (search)": {"method": "svd-llm", **searched()},
     "two-sided (search)": {"method": "two-sided", **searched()},
     "two-sided (search by tpe)": {"method": "two-sided", **searched(sampler="tpe")},

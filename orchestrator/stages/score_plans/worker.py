@@ -5,9 +5,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from orchestrator.device.malloc import return_freed_memory
@@ -19,6 +18,7 @@ from orchestrator.plan.linear import Linear
 from orchestrator.runtime.worker import Emitted, Stored
 from orchestrator.stages.context.tokens import TokenArrays, first_chunk, read_tokens
 from orchestrator.stages.context.worker.compress_worker import CompressionWorker
+from orchestrator.stages.context.worker.cut_linears import bias_of, put_cut
 from orchestrator.stages.context.worker.open_shard import OpenShard
 
 TARGETS_FILE = "targets.safetensors"
@@ -66,6 +66,7 @@ class CutByPlan:
         self.chunks = worker.run.chunks(trials.pass_key, worker.environment())
         self._number: int | None = None
         self._ranks: dict[str, int] = {}
+        self._biases: dict[str, nn.Parameter | None] = {}
 
     @cached_property
     def _tokens(self) -> TokenArrays:
@@ -115,24 +116,23 @@ class CutByPlan:
         return self.opened.stored_inputs(self.chunks, index)
 
     def _cut(self, number: int) -> None:
-        """Put the products of a trial's factors in place, where its ranks are others."""
+        """Put the products of a trial's factors and their biases in place, where its ranks are
+        others."""
         shard, ranks = self.opened.shard, self._trials.trials[number].ranks
         for linear in self._worker.task.linears:
             before, rank = self._ranks.get(linear.name, 0), ranks.get(linear.name, 0)
             if linear.block not in shard.blocks or rank == before:
                 continue
-            weight_OI = dense_weight(shard.module(linear.name))
-            weight_OI.copy_(self._product(linear, rank) if rank else self._dense(linear))
+            module = shard.module(linear.name)
+            self._biases.setdefault(linear.name, bias_of(module))
+            if rank:
+                put_cut(module, linear, rank, self._worker.decompositions)
+            else:
+                dense_weight(module).copy_(self._dense(linear))
+                module.register_parameter("bias", self._biases[linear.name])
             self._ranks[linear.name] = rank
         self._number = number
         return_freed_memory()
-
-    def _product(self, linear: Linear, rank: int) -> Tensor:
-        """Compute the product of the stored factors, cut to a rank, at least in float32."""
-        factors = self._worker.decompositions
-        weight_OR = factors.factor(linear, "weight", rank)
-        dtype = torch.promote_types(weight_OR.dtype, torch.float32)
-        return weight_OR.to(dtype) @ factors.factor(linear, "down", rank).to(dtype)
 
     def _dense(self, linear: Linear) -> Tensor:
         """Read the dense weight again."""
