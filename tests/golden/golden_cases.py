@@ -40,6 +40,13 @@ _METHODS: dict[str, dict[str, Any]] = {
     "d-rank": {"method": "d-rank"},
     "d-rank-shared": {"method": "d-rank", "options": {"d-rank": {"group": 2}}},
     "mgaa": {"method": "mgaa"},
+    "bolaco": {"method": "bolaco"},
+    "bolaco-pooled": {"method": "bolaco", "options": {"bolaco": {"covariance": "pooled"}}},
+    "lpaf": {"method": "lpaf"},
+    "lpaf-inputs": {
+        "method": "lpaf",
+        "options": {"lpaf": {"norm": "inputs", "weights": "none", "density": 0.8}},
+    },
     "cap": {"method": "cap", "options": {"cap": {"iterations": 2, "samples": 2, "chunks": 2}}},
     "cap-fixed": {
         "method": "cap",
