@@ -7,6 +7,7 @@ import pytest
 from orchestrator.allocate import ALLOCATORS
 from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.learned import Learned
+from orchestrator.allocate.soco import Soco
 from orchestrator.allocate.sparsity.cap import CapAllocator
 from orchestrator.allocate.strs import Strs
 from orchestrator.allocate.threshold import Threshold
@@ -83,11 +84,11 @@ def test_an_unknown_option_of_a_stage_is_refused(table):
 
 
 def test_allocators_declare_the_losses_that_they_need():
-    """Two allocators take losses of the model, one takes learned scores; that is no option."""
+    """Two allocators take losses of the model, two take learned scores; that is no option."""
     needed = {name: each.scoring for name, each in ALLOCATORS.items()}
     scoring = {name: each for name, each in needed.items() if each is not Scoring.NONE}
     asked = {"strs": Scoring.SENSITIVITIES, "cap": Scoring.MASKS, "learned": Scoring.GATES}
-    assert scoring == asked
+    assert scoring == asked | {"soco": Scoring.GATES}
     for each in ALLOCATORS.values():
         assert Allocator in each.__mro__
         assert "scoring" not in {field.name for field in fields(each)}
@@ -99,6 +100,7 @@ def test_allocators_tell_what_their_losses_cost():
     assert Strs(grid="0.2, 0.5 0.7", windows=4).scoring_passes(28) == 3 * 4 * 28 / 2
     assert Threshold().scoring_passes(28) == 0
     assert Learned(steps=500, batch=2).scoring_passes(28) == 3 * 500 * 2
+    assert Soco(steps=500, batch=2).scoring_passes(28) == 3 * 500 * 2
 
 
 def test_a_uniform_allocation_is_even():
