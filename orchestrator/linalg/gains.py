@@ -55,4 +55,5 @@ def closed_gains(
     scale_K = torch.where(scale_K.isfinite(), scale_K, 0)
     scaled_KK = scale_K[:, None] * moment_KK * scale_K
     inverse_KK = torch.linalg.pinv((scaled_KK + scaled_KK.T) / 2, rtol=1e-12, hermitian=True)
-    return 1 + scale_K * (inverse_KK @ (scale_K * lost_K))
+    gains_K: Tensor = 1 + scale_K * (inverse_KK @ (scale_K * lost_K))
+    return gains_K
