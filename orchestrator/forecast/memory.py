@@ -92,7 +92,10 @@ def calibration(
                 "Grams": GRAM_BYTES * blocks * (statistics.entries - rows.entries)
                 + blocks * _gradients(statistics, settled=False),
                 **rows.part(blocks * rows.size),
-                "activations": activations + logits + statistics.basis_bytes,
+                "activations": activations
+                + logits
+                + blocks * statistics.paired_bytes(tokens, itemsize)
+                + statistics.basis_bytes,
             }
         )
         held = _Held(shapes, method, statistics, rows, blocks)

@@ -70,6 +70,16 @@ class BlockStatistics:
         narrow = min(linear.out_features, linear.in_features)
         return (8 if settled else 12) * narrow * narrow
 
+    def paired_bytes(self, tokens: float, itemsize: int) -> int:
+        """Bytes that a pass of one sequence keeps of inputs until the gradients come back."""
+        if not self.has_gradients or self.gradient == "curvature":
+            return 0
+        if self.gradient == "weight":
+            inputs = {each.site: each.in_features for each in self.linears}
+            return int(itemsize * tokens * sum(inputs.values()))
+        narrow = (min(each.out_features, each.in_features) for each in self.linears)
+        return int(4 * tokens * sum(narrow))
+
     @property
     def basis_bytes(self) -> int:
         """Temporary bytes while the largest basis of directions is computed, in float64."""

@@ -26,9 +26,8 @@ class Grasp(Method):
     of the weight. Its importance is Σ h² over calibration sequences (`aggregate` `square`), the
     diagonal of the empirical Fisher information of the gates: to second order, and with directions
     taken as independent, cutting it costs half of that in nats. As published (`signed`) it is
-    |Σ h|, the first-order change of the loss on the whole text; since the mean gradient of a
-    trained model is near zero, it is smaller than its noise on little text. Kept directions are
-    unchanged: W' = U_r U_rᵀ W with U_r the r most important left singular vectors.
+    |Σ h|, the first-order change of the loss on the whole text. Kept directions are unchanged:
+    W' = U_r U_rᵀ W with U_r the r most important left singular vectors.
 
     Curves are in the unit of the importance, which is not the norm of the outputs: what a cut loses
     of these is in the report alone. `square` and `taylor` compare linears of the whole model, so

@@ -71,7 +71,8 @@ ROWS: Mapping[str, Row] = {
     "two-sided-sparse": {"method": "two-sided-sparse"},
     "grasp": {"method": "grasp"},
     "grasp (all blocks)": {"method": "grasp", "allocation": "threshold"},
-    "grasp (signed)": {
+    "grasp (signed)": {"method": "grasp", "options": {"grasp": {"aggregate": "signed"}}},
+    "grasp (published)": {
         "method": "grasp",
         "options": {"grasp": {"aggregate": "signed", "labels": "after_next"}},
     },
