@@ -80,7 +80,8 @@ def test_a_plan_for_experts_stores_the_same_spread_over_them():
     is stored once, with the group's first linear."""
     linears = make_model(OF_EXPERTS, blocks=3)
     joint = SHARING.stacked(linears)
-    cosines = dict.fromkeys({each.sublayer for each in joint}, 0.8)
+    parts = {name for each in linears for name in (each.sublayer, f"{each.block}")}
+    cosines = dict.fromkeys(parts, 0.8)
     for name, allocator in RANK_ALLOCATORS.items():
         plan = allocator()(joint, make_curves(joint), Budget(0.7), cosines)
         spread = SHARING.spread(linears, plan)
@@ -102,7 +103,8 @@ def test_a_plan_for_groups_stores_the_same_spread_over_their_linears():
     linears = make_model(SHAPES, blocks=5)
     tall = GROUPING.stacked(linears)
     curves = make_curves(tall)
-    cosines = dict.fromkeys({each.sublayer for each in linears}, 0.8)
+    parts = {name for each in linears for name in (each.sublayer, f"{each.block}")}
+    cosines = dict.fromkeys(parts, 0.8)
     for name, allocator in RANK_ALLOCATORS.items():
         plan = allocator()(tall, curves, Budget(0.7), cosines)
         spread = GROUPING.spread(linears, plan)
