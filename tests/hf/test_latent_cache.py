@@ -7,6 +7,7 @@ import pytest
 import torch
 from compressed import TOKENS
 from families import FAMILIES
+from image_text.families import IMAGE_FAMILIES
 from moe.families import MOE_FAMILIES
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -46,7 +47,7 @@ def make(family, parts=("k_proj", "v_proj"), form=LowRankLinear):
     """Return a tiny model with these linears of low rank, and scores that differ from token to
     token; a Mistral has no window."""
     generator = torch.Generator().manual_seed(0)
-    model = {**FAMILIES, **MOE_FAMILIES}[family]()
+    model = {**FAMILIES, **MOE_FAMILIES, **IMAGE_FAMILIES}[family]()
     if family == "mistral":
         model.config.sliding_window = None
         model = type(model)(model.config)
@@ -131,6 +132,16 @@ def test_either_may_be_dense_and_factors_pivoted(form, parts):
     assert cache.bytes_a_token == 4 * 4 * (RANK * len(parts) + 16 * (2 - len(parts))) + (
         16 if "k_proj" in parts else 0
     )
+
+
+def test_the_language_model_of_llava_has_one():
+    """The attention of its vision tower is left alone; tokens are the same."""
+    model = make("llava")
+    full, cache = DynamicCache(config=model.config), latent_cache(latent_attention(model))
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
+    found = model.generate(TOKENS, past_key_values=cache, **options)
+    assert torch.equal(found, model.generate(TOKENS, past_key_values=full, **options))
+    assert cache.bytes_a_token == len(cache.layers) * (4 * 2 * RANK + 4)
 
 
 @pytest.mark.parametrize("family", SLIDING)
