@@ -26,7 +26,9 @@ from setuptools.build_meta import build_sdist, build_wheel
 dist, unpacked = sys.argv[1:]
 archive = build_sdist(dist)
 with tarfile.open(os.path.join(dist, archive)) as tar:
-    tar.extractall(unpacked, filter="data")
+    # `filter` is an argument since Python 3.11.4
+    tar.extraction_filter = getattr(tarfile, "data_filter", None)
+    tar.extractall(unpacked)
 os.chdir(os.path.join(unpacked, archive.removesuffix(".tar.gz")))
 build_wheel(dist)
 """
