@@ -32,6 +32,9 @@ class Allocator(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     source: ClassVar[str] = ""
     """Publication, `arXiv 2312.05821`; empty if it was derived here."""
+    reconstruction: ClassVar[str] = ""
+    """Sentence for the report on what of the publication is not known, so that it is ours; empty if
+    all is known."""
     divides: ClassVar[tuple[Divided, ...]] = ("ranks",)
     """Parts of linears that a plan is made of; see `Form.divided`."""
     scoring: ClassVar[Scoring] = Scoring.NONE

@@ -56,6 +56,9 @@ class Lorc(Allocator):
     """
 
     source: ClassVar[str] = "arXiv 2410.03111"
+    reconstruction: ClassVar[str] = (
+        "Of arXiv 2410.03111 a digest is known: the formula of ranks and its bounds are ours."
+    )
     is_for_cache: ClassVar[bool] = True
 
     largest: float = 1.0

@@ -49,6 +49,9 @@ class MgaaAllocator(Allocator):
     """
 
     source: ClassVar[str] = "arXiv 2507.03294"
+    reconstruction: ClassVar[str] = (
+        "Of arXiv 2507.03294 two principles are known; the rule from cosine to fraction is ours."
+    )
     needs_cosines: ClassVar[bool] = True
     rule: Literal["power", "softmax", "linear", "retain"] = "power"
     """Kept ∝ (1 − c)^t (`power`) or the angle arccos(c) (`retain`); removed ∝

@@ -34,6 +34,9 @@ class Method(Protocol):
     """Publication, `arXiv 2403.07378`; empty if it was derived here."""
     departure: ClassVar[str] = ""
     """Sentence on what differs from the publication or its code."""
+    reconstruction: ClassVar[str] = ""
+    """Sentence for the report on what of the publication is not known, so that it is ours; empty if
+    all is known."""
     use: ClassVar[str] = ""
     """Sentence on when to take it."""
     version: ClassVar[int] = 1

@@ -46,6 +46,9 @@ class Lpaf(Method):
     use: ClassVar[str] = (
         "To compare with, and to see in the report if pruned weights have a lower rank."
     )
+    reconstruction: ClassVar[str] = (
+        "Of arXiv 2306.14152 the abstract is known: scores, weights of rows and density are ours."
+    )
     gradient: ClassVar[Literal["curvature", "weight", "directions"]] = "weight"
 
     density: float = 0.5

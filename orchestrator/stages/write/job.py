@@ -156,6 +156,16 @@ def write_small_files(
     return _result_of(report, planned.out, planned.run)
 
 
+def _reconstructed(planned: Planned) -> dict[str, str]:
+    """Remarks on publications that are known in part, by the method or allocation after them."""
+    method, allocation = planned.method, planned.recipe.allocation
+    remarks = {
+        f"method {method.name}": method.reconstruction,
+        f"allocation {allocation}": planned.allocator.reconstruction,
+    }
+    return {name: remark for name, remark in remarks.items() if remark}
+
+
 def _report(
     planned: Planned, files: Facts, done: Sequence[StageResult], timings: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -191,6 +201,8 @@ def _report(
             report["experts"]["router"] = REDUCED
     if planned.costs:
         report["costs"] = dict(planned.costs)
+    if reconstructed := _reconstructed(planned):
+        report["reconstructions"] = reconstructed
     report |= planned.scores.report
     for each in done:
         report[each.name] = each.report
