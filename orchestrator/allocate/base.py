@@ -32,6 +32,10 @@ class Allocator(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     source: ClassVar[str] = ""
     """Publication, `arXiv 2312.05821`; empty if it was derived here."""
+    departure: ClassVar[str] = ""
+    """Difference from the publication, in a sentence; empty where that of a method says it."""
+    use: ClassVar[str] = ""
+    """Advice on when to take it, in a sentence; empty as `departure`."""
     divides: ClassVar[tuple[Divided, ...]] = ("ranks",)
     """Parts of linears that a plan is made of; see `Form.divided`."""
     scoring: ClassVar[Scoring] = Scoring.NONE

@@ -56,6 +56,14 @@ class Lorc(Allocator):
     """
 
     source: ClassVar[str] = "arXiv 2410.03111"
+    departure: ClassVar[str] = (
+        "The formula of ranks is a reconstruction; the smallest rank follows from the budget; "
+        "queries and attention are those of transformers."
+    )
+    use: ClassVar[str] = (
+        "For a smaller cache without calibration: `--method svd --keep-cache`. It saves memory "
+        "and no time."
+    )
     is_for_cache: ClassVar[bool] = True
 
     largest: float = 1.0
