@@ -47,9 +47,9 @@ class CatalogueEntry:
     source: str
     """Publication; empty if it was derived here."""
     departure: str = ""
-    """Difference of a method from its publication."""
+    """Difference of a method or an allocation from its publication."""
     use: str = ""
-    """Advice on when to take a method."""
+    """Advice on when to take a method or an allocation."""
     package: str
     """Name and version of the package that it is from; empty for this one."""
     options: tuple[OptionEntry, ...] = ()

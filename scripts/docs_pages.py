@@ -168,17 +168,22 @@ def options() -> Iterator[str]:
 
 
 def methods_table() -> str:
-    """Write the methods of this package: definition, source, differences from it, advice."""
+    """Write the methods of this package, and the allocations that are published apart from one:
+    definition, source, differences from it, advice."""
     from orchestrator.catalogue import catalogue
 
     rows = ["| `--method` | definition | source | differs | use |", "|---|---|---|---|---|"]
-    for entry in catalogue()["methods"]:
+    found = catalogue()
+    entries = [(entry.name, entry) for entry in found["methods"]]
+    apart = (entry for entry in found["allocators"] if entry.departure)
+    entries += [(f"--allocation {entry.name}", entry) for entry in apart]
+    for name, entry in entries:
         if not entry.package:
             source = re.sub(r"(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", entry.source)
             said = (cell(each) for each in (entry.summary, entry.departure, entry.use))
             definition, departure, use = said
             source = source.removeprefix("arXiv ") or "derived here"
-            rows.append(row(f"`{entry.name}`", definition, source, departure, use))
+            rows.append(row(f"`{name}`", definition, source, departure, use))
     return "\n".join(rows) + "\n"
 
 

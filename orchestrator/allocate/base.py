@@ -35,6 +35,10 @@ class Allocator(Protocol):
     reconstruction: ClassVar[str] = ""
     """Sentence for the report on what of the publication is not known, so that it is ours; empty if
     all is known."""
+    departure: ClassVar[str] = ""
+    """Difference from the publication, in a sentence; empty where that of a method says it."""
+    use: ClassVar[str] = ""
+    """Advice on when to take it, in a sentence; empty as `departure`."""
     divides: ClassVar[tuple[Divided, ...]] = ("ranks",)
     """Parts of linears that a plan is made of; see `Form.divided`."""
     scoring: ClassVar[Scoring] = Scoring.NONE

@@ -95,8 +95,9 @@ class DRankAllocator(Allocator):
         """
         if not budget.form.has_fixed_price:
             raise UsageError(
-                "d-rank: its formulas want one price for every rank, and that of "
-                f"{budget.form.name} ranks falls; give storage 'plain', or another allocation"
+                "d-rank: its formulas want one price for every rank, and ranks of form "
+                f"{budget.form.name!r} differ in price; give another allocation, or storage "
+                "'plain' if factors are pivoted"
             )
         total = budget.total(linears)
         types = by_role(linears)

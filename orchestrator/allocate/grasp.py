@@ -45,6 +45,14 @@ class GraspAllocator(Allocator):
     """
 
     source: ClassVar[str] = "arXiv 2501.00339"
+    departure: ClassVar[str] = (
+        "The number of blocks follows from the budget unless `grasp.blocks` fixes it; blocks are "
+        "not chosen by the angle of last tokens."
+    )
+    use: ClassVar[str] = (
+        "To cut few redundant blocks deeply, with the directions of any low-rank method. Not "
+        "measured yet."
+    )
     needs_block_cosines: ClassVar[bool] = True
 
     blocks: int = 0

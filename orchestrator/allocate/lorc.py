@@ -59,6 +59,14 @@ class Lorc(Allocator):
     reconstruction: ClassVar[str] = (
         "Of arXiv 2410.03111 a digest is known: the formula of ranks and its bounds are ours."
     )
+    departure: ClassVar[str] = (
+        "The formula of ranks is a reconstruction; the smallest rank follows from the budget; "
+        "queries and attention are those of transformers."
+    )
+    use: ClassVar[str] = (
+        "For a smaller cache without calibration: `--method svd --keep-cache`. It saves memory "
+        "and no time."
+    )
     is_for_cache: ClassVar[bool] = True
 
     largest: float = 1.0

@@ -63,6 +63,14 @@ class SearchAllocator(Allocator):
     """
 
     source: ClassVar[str] = "arXiv 2405.10616"
+    departure: ClassVar[str] = (
+        "Plans fill the budget, closed forms are measured first, and the loss is the mean cross-"
+        "entropy; `search.space=window` restores the published space."
+    )
+    use: ClassVar[str] = (
+        "With held-out text, where curves of the method say little about the loss of the model. "
+        "Its quality is not measured yet."
+    )
     scoring: ClassVar[Scoring] = Scoring.PLANS
     text: str = ""
     """Held-out text on which plans are compared, a file or source as for the calibration; read with

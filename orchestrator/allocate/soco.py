@@ -59,6 +59,11 @@ class Soco(Allocator):
     """
 
     source: ClassVar[str] = "arXiv 2502.15092"
+    departure: ClassVar[str] = (
+        "A reconstruction from the abstract: the form of gates, losses, rates and phases are "
+        "ours; the `deviation` term is unknown and missing."
+    )
+    use: ClassVar[str] = "To compare with. Its quality is not measured yet."
     scoring: ClassVar[Scoring] = Scoring.GATES
     polarises: ClassVar[bool] = True
     penalty_by: ClassVar[str] = "cost"

@@ -14,6 +14,7 @@ from docs_pages import METHODS as METHODS_PAGE
 from docs_pages import with_methods
 
 from orchestrator import api
+from orchestrator.allocate import ALLOCATORS
 from orchestrator.cli.main import main
 from orchestrator.cli.verbs import VERBS
 from orchestrator.methods import METHODS
@@ -85,11 +86,22 @@ def test_every_method_says_how_it_differs_and_when_to_use_it(capsys):
     assert page == with_methods(page)
     assert main(["methods"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for name in METHODS:
-        own = vars(type(METHODS[name]))
-        assert own.get("departure"), name
-        assert own.get("use"), name
-        assert f"Differs: {own['departure']} Use: {own['use']}" in printed, name
+    allocators = [each for each in map(ALLOCATORS.__getitem__, ALLOCATORS) if each.departure]
+    assert {"Learned", "Lorc", "Soco"} <= {each.__name__ for each in allocators}
+    for each in (*map(type, map(METHODS.__getitem__, METHODS)), *allocators):
+        own = vars(each)
+        assert own.get("departure"), each
+        assert own.get("use"), each
+        assert f"Differs: {own['departure']} Use: {own['use']}" in printed, each
+
+
+def test_the_page_of_methods_has_every_publication():
+    """Whatever a method or an allocation is named after."""
+    page = METHODS_PAGE.read_text()
+    sources = [each.source for table in (METHODS, ALLOCATORS) for each in map(table.get, table)]
+    numbers = re.findall(r"\d{4}\.\d{5}", " ".join(sources))
+    assert len(numbers) > 20
+    assert [number for number in numbers if number not in page] == []
 
 
 def test_the_home_page_is_the_readme(site):

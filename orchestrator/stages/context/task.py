@@ -71,13 +71,15 @@ class CompressionTask(Task):
         return self.method.output_curvature or self.grouping.shares_outputs(linear)
 
     def made_by(self, linear: Linear) -> list[str]:
-        """Return the keys of the units that a linear's factors are cut from."""
+        """Return the keys of the units that a linear's factors are cut from, and `gains` if its
+        directions are amplified."""
         later = [
             keys[linear.block]
             for keys in (self.order_keys, self.refit_keys)
             if linear.block in keys
         ]
-        return [self.block_keys[self.grouping.first(linear.block)], *later]
+        gains = ["gains"] if self.has_gains else []
+        return [self.block_keys[self.grouping.first(linear.block)], *later, *gains]
 
     def pivoted_key(self, linear: Linear, rank: int) -> str:
         """Return the key of the unit of a linear's pivoted factors."""

@@ -80,9 +80,16 @@ def test_workers_and_losses_change_no_bit(first, llama3, text, tmp_path, monkeyp
 
 
 def test_pivoted_factors_have_gains_too(llama2, text, tmp_path):
-    """They are pivoted after the gains; the files are sound, and sizes below are refused."""
+    """They are pivoted after the gains, and anew for a size without; the files are sound, and sizes
+    below are refused."""
     found = polarised(llama2, tmp_path / "out", text, storage="pivoted")
     assert found.report["learn"]["gains"]
     assert verify(found.out, against=llama2)["problems"] == []
+    # above the target by less than a rank: the plan stays, the gains do not
+    plain = retarget(found.run_dir, tmp_path / "plain", keep=0.60001, executor="local")
+    assert plain.plan.assignments == found.plan.assignments
+    assert not plain.report["learn"]["gains"]
+    stored = [load_file(each.out / "model.safetensors") for each in (found, plain)]
+    assert any(not torch.equal(tensor, stored[1][name]) for name, tensor in stored[0].items())
     with pytest.raises(UsageError, match=r"keep: 0\.4 is below 0\.6, the size that soco\.target"):
         retarget(found.run_dir, tmp_path / "cut", keep=0.4, executor="local")
