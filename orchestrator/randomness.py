@@ -47,6 +47,13 @@ class Randomness:
         """Return the words of the budget that a step of gates is under."""
         return (self.seed, step)
 
+    def mixed(self, step: int, linear: str) -> float:
+        """Return a number in [0, 1) for a linear in a step of a mixed training."""
+        words = json.dumps(("mixed", self.seed, step, linear))
+        digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
+        # 53 bits, which a float64 has: more could be rounded to 1
+        return (int.from_bytes(digest, "little") >> 11) / 2**53
+
     def block_order(self, block: int, epoch: int) -> "torch.Generator":
         """Return the generator of the order of chunks in the training of one block."""
         return generator(self.seed, block, epoch)

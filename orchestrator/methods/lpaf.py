@@ -29,8 +29,9 @@ class Lpaf(Method):
     A reconstruction: of the publication only the abstract is known here. It says that fine-tuned
     weights have full rank, that first-order pruning leaves weights of low rank, and that factors
     start from a sparsity-aware SVD; formulas, density and code were not found, so scores, weights
-    of rows and the density are ours. Its pruning follows a training, movement scores, and its
-    training of sparse and factored weights mixed comes after; neither is here.
+    of rows and the density are ours. Its pruning follows a training, movement scores, which are
+    not here. Its training of sparse and factored weights mixed comes after: `--train` with
+    `training.mixed` (`models.training.mixed`), for which the mask is stored beside the factors.
 
     The premise can be tested: the report has the rank of M ∘ W beside that of W, and the energy
     that as many directions as the plan gives hold of both. A mask without empty rows or columns
@@ -41,7 +42,7 @@ class Lpaf(Method):
     source: ClassVar[str] = "arXiv 2306.14152"
     departure: ClassVar[str] = (
         "A reconstruction from the abstract: scores by one backward pass, the weights of rows and "
-        "the density are ours; no training of mixed rank."
+        "the density are ours, as is the course of its mixed training (`training.mixed`)."
     )
     use: ClassVar[str] = (
         "To compare with, and to see in the report if pruned weights have a lower rank."

@@ -66,6 +66,8 @@ ROWS: Mapping[str, Row] = {
     "bolaco (pooled)": {"method": "bolaco", "options": {"bolaco": {"covariance": "pooled"}}},
     "lpaf": {"method": "lpaf"},
     "lpaf (inputs)": {"method": "lpaf", "options": {"lpaf": {"norm": "inputs"}}},
+    "lpaf (trained)": {"method": "lpaf", "train": "all"},
+    "lpaf (mixed)": {"method": "lpaf", "train": "all", "options": {"training": {"mixed": 0.5}}},
     "wanda": {"method": "wanda"},
     "cap": {"method": "cap"},
     "two-sided": {"method": "two-sided"},

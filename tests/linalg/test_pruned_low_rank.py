@@ -8,6 +8,7 @@ from matrices import Specimen, gaussian, of_model
 
 from orchestrator.errors import InputError
 from orchestrator.linalg.low_rank import Curvature, InputGram
+from orchestrator.linalg.sparsity import pruned_low_rank
 from orchestrator.linalg.sparsity.pruned_low_rank import decompose_pruned
 from orchestrator.linalg.two_sided import decompose_two_sided
 from orchestrator.methods import METHODS
@@ -49,6 +50,21 @@ def test_no_pruning_and_no_weights_are_the_plain_svd(shape):
         torch.testing.assert_close(*products, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(found.activation_R, plain.activation_R, rtol=1e-6, atol=1e-9)
     assert found.report["density"] == 1.0
+
+
+@pytest.mark.parametrize(("shape", "density"), [((7, 5), 0.4), ((6, 4), 0.01), ((4, 8), 1.0)])
+def test_the_stored_bits_are_those_of_the_mask(shape, density):
+    """Any dtype of the weight is masked to the bit; the bits take a byte for eight entries."""
+    specimen, score_OI = of_model(*shape), gaussian(*shape, seed=4).abs()
+    found = pruned(specimen, score_OI, 2, density=density)
+    assert found.mask_B.shape == (-(-score_OI.numel() // 8),)
+    expected_OI = masked(specimen.weight_OI, score_OI, density)
+    if "only_row" in found.report:
+        row = int(score_OI.sum(dim=1).argmax())
+        expected_OI[row] = specimen.weight_OI[row]
+    for dtype in (torch.float64, torch.bfloat16):
+        weight_OI = pruned_low_rank.masked(specimen.weight_OI.to(dtype), found.mask_B)
+        assert torch.equal(weight_OI, expected_OI.to(dtype))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])

@@ -263,6 +263,15 @@ def test_patience_ends_it():
     assert pipeline.best.held_out == min(each.held_out for each in pipeline.snapshots)
 
 
+def test_patience_begins_when_no_weights_are_mixed_any_more():
+    """Snapshots before the end of the mixed steps do not count."""
+    given = {"epochs": 50, "batches": 3, "every": 2, "patience": 3, "held_out": 0.2}
+    pipeline = SimulatedPipeline(2, options=TrainOptions(mixed=0.4, **given)).run().pipeline
+    assert pipeline.stop == "patience"
+    assert pipeline.best.step < 60
+    assert pipeline.snapshots[-1].step == 60 + 3 * 2
+
+
 def test_a_gradient_that_is_no_number_ends_it():
     """No shard steps then; earlier results are kept."""
     simulation = SimulatedPipeline(3)

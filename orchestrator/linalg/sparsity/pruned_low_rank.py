@@ -1,6 +1,6 @@
 """Low-rank factors of a pruned weight, optimal beside weights of its rows.
 
-Shape suffixes: O outputs, I inputs, K = min(O, I), R rank.
+Shape suffixes: O outputs, I inputs, K = min(O, I), R rank, B = ceil(O I / 8) bytes of a mask.
 """
 
 import math
@@ -27,6 +27,8 @@ class PrunedLowRank(TwoSidedLowRank):
     """Squared singular values of M ∘ W."""
     dense_K: Tensor
     """Squared singular values of W."""
+    mask_B: Tensor
+    """The bits of M by position, uint8: eight to a byte, the first one lowest."""
 
 
 def decompose_pruned(
@@ -57,8 +59,7 @@ def decompose_pruned(
     Args:
         statistic: Gram of the inputs of W.
         score_OI: Scores, 0 or above.
-        density: Fraction of the entries that M keeps, rounded down; if that is none, all of the row
-            with the largest sum of scores.
+        density: Fraction of entries that M keeps, rounded down; if none, the row of largest sum S.
 
     Raises:
         InputError: The weight, the scores or the Gram contain NaN or infinity, or all scores are 0.
@@ -76,7 +77,7 @@ def decompose_pruned(
     ranks = {"weight_rank": _rank(dense_K, max(weight_OI.shape))}
     left_OR = (result.weight_OR.double() / pruned.scale_O1).to(result.weight_OR.dtype)
     result = replace(result, weight_OR=left_OR, report=result.report | pruned.report | ranks)
-    pruned_K = pruned.energies_K
+    pruned_K, mask_B = pruned.energies_K, pruned.mask_B
     # for a 70B model each of these matrices is 0.2 to 1.9 GB: free each after its last use
     del given, pruned
     factors, moment_II = (left_OR, result.down_RI), statistic.matrix_II.double()
@@ -88,7 +89,23 @@ def decompose_pruned(
         weight_R=_explained(weight_OI, *factors, None)[0],
         pruned_K=pruned_K,
         dense_K=dense_K,
+        mask_B=mask_B,
     )
+
+
+def masked(weight_OI: Tensor, mask_B: Tensor) -> Tensor:
+    """Return M ∘ W in the dtype of W, from the packed bits of M: a copy, and 2 bytes an entry."""
+    shifts_8 = torch.arange(8, dtype=torch.uint8, device=mask_B.device)
+    bits_N = ((mask_B[:, None] >> shifts_8) & 1).view(-1)[: weight_OI.numel()]
+    return torch.where(bits_N.view(weight_OI.shape).bool(), weight_OI, 0)
+
+
+def _packed(mask_OI: Tensor) -> Tensor:
+    """Pack a mask to bits [B]."""
+    padding = -mask_OI.numel() % 8
+    bits_B8 = torch.nn.functional.pad(mask_OI.flatten().to(torch.uint8), (0, padding)).view(-1, 8)
+    shifts_8 = torch.arange(8, dtype=torch.uint8, device=mask_OI.device)
+    return (bits_B8 << shifts_8).sum(dim=1, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +117,7 @@ class _Pruned:
     """Weights of the rows, float64."""
     energies_K: Tensor
     """Squared singular values of the pruned weight, not scaled."""
+    mask_B: Tensor
     report: dict[str, float | int | str]
 
 
@@ -122,7 +140,8 @@ def _prune(weight_OI: Tensor, score_OI: Tensor, density: float, *, weighs_rows: 
         **({} if row is None else {"only_row": row}),
     }
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
-    return _Pruned((scale_O1 * pruned_OI).to(dtype), scale_O1, energies_K, report)
+    scaled_OI = (scale_O1 * pruned_OI).to(dtype)
+    return _Pruned(scaled_OI, scale_O1, energies_K, _packed(mask_OI), report)
 
 
 def _keep(score_OI: Tensor, density: float) -> tuple[Tensor, int | None]:

@@ -117,6 +117,14 @@ class Kind(ABC, Generic[R]):
         """
         raise ValueError(f"{type(self).__name__} has no entries")
 
+    def decomposed(self, stored: StoredLinear, weight_OI: "Tensor") -> "Tensor":
+        """Return the weight whose decomposition the result is: the dense one, unless it was pruned.
+
+        Args:
+            weight_OI: The dense weight, on the reader's device; returned itself if it is that.
+        """
+        return weight_OI
+
     def part(self, stored: StoredLinear, part: str, *, rank: int, nonzeros: int) -> "Tensor":
         """Return another part of a form, as its `FormTensor` names it, on the reader's device.
 

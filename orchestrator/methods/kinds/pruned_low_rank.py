@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator.methods.kinds.base import Errors
+from orchestrator.methods.kinds.base import Errors, StoredLinear
 from orchestrator.methods.kinds.low_rank import ScaledKind
 from orchestrator.plan.linear import Linear
 from orchestrator.plan.plan import Assignment
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from orchestrator.linalg.sparsity.pruned_low_rank import PrunedLowRank
@@ -36,6 +37,16 @@ class PrunedKind(ScaledKind["PrunedLowRank"]):
     def facts(self, name: str, weight_OI: "Tensor", result: "PrunedLowRank") -> dict[str, Any]:
         spectra = {"pruned": result.pruned_K.tolist(), "dense": result.dense_K.tolist()}
         return super().facts(name, weight_OI, result) | {"spectra": spectra}
+
+    def tensors(self, result: "PrunedLowRank", dtype: "torch.dtype") -> dict[str, "Tensor"]:
+        """Return both factors with ranks as rows, and the mask of the pruning, packed to bits."""
+        return super().tensors(result, dtype) | {"mask": result.mask_B}
+
+    def decomposed(self, stored: StoredLinear, weight_OI: "Tensor") -> "Tensor":
+        """Return M ∘ W; see `Kind`."""
+        from orchestrator.linalg.sparsity.pruned_low_rank import masked
+
+        return masked(weight_OI, stored.whole("mask"))
 
     def errors(self, facts: Mapping[str, Any], linear: Linear, assigned: Assignment) -> Errors:
         held = {

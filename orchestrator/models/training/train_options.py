@@ -1,6 +1,7 @@
 """Options of the whole-model training, and the assignment of sequences to steps."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from orchestrator.errors import UsageError
 from orchestrator.models.training.refine_options import check_optimizer_options, rate, split
@@ -45,6 +46,10 @@ class TrainOptions:
     """Steps between snapshots; the held-out loss is evaluated at each."""
     patience: int = 5
     """Training ends after this number of snapshots without a better state."""
+    mixed: float = 0.0
+    """Fraction of the steps over which linears turn from the weight that was decomposed to what
+    the plan stores: each linear by chance in each step, with a chance that falls from 1 to 0; 0:
+    all of them from the first step on."""
 
     def __post_init__(self) -> None:
         check_optimizer_options("training", self)
@@ -55,8 +60,15 @@ class TrainOptions:
         check_choice("training: targets", self.targets, TARGETS)
         check_whole("training: top_k", self.top_k, 1, 1_000_000)
         check_whole("training: every", self.every, 1, 100_000)
+        check_number("training: mixed", self.mixed, 0, 1)
         if not self.divergence and not self.cross_entropy:
             raise UsageError("training: divergence and cross_entropy are 0; one must be above")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options by name, without `mixed` if it is off: units have the keys that they
+        had before it was there."""
+        options = asdict(self)
+        return options if self.mixed else {n: each for n, each in options.items() if n != "mixed"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +83,11 @@ class Course:
     @property
     def steps(self) -> int:
         return len(self.batches)
+
+    @property
+    def mixed_steps(self) -> float:
+        """Steps over which linears turn from their decomposed weights to their forms."""
+        return self.options.mixed * self.steps
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""

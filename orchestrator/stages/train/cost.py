@@ -42,14 +42,18 @@ class TrainCost(StageCost):
         setting, options, workers = self.setting, self._options, self.setting.workers
         shapes, costs, blocks = setting.shapes, setting.costs, setting.shapes.num_blocks
         passes = 2 + BACKWARD[self._mode]
-        step = trained(shapes, setting.kept, setting.tokens) * passes / 3 * blocks
+        # a linear passes by its decomposed weight in half of the mixed steps
+        whole = options.mixed / 2
+        each = (1 - whole) * trained(shapes, setting.kept, setting.tokens)
+        each += whole * trained(shapes, 1.0, setting.tokens)
+        step = each * passes / 3 * blocks
         step += costs.head().flops
         work = Work(single=options.epochs * setting.sequences * step)
         micro = max(setting.sequences // options.batches, 1)
         filling = (micro + workers - 1) / micro
         keeps_states = self.keeps_states(held)
-        each = STATE_BYTES[self._mode] if keeps_states else costs.out_itemsize
-        state = float(each * blocks) * kept_values(shapes, setting.kept)
+        stored = STATE_BYTES[self._mode] if keeps_states else costs.out_itemsize
+        state = float(stored * blocks) * kept_values(shapes, setting.kept)
         snapshots = options.epochs * options.batches / options.every
         saving = Work(write=state * snapshots / workers)
 
@@ -91,15 +95,22 @@ class TrainCost(StageCost):
         }
 
     def _memory(self, mode: str, workers: int) -> Footprint:
-        return training(
-            self.setting.shapes,
-            self.setting.kept,
-            self.setting.is_even,
+        setting, options = self.setting, self._options
+        held = training(
+            setting.shapes,
+            setting.kept,
+            setting.is_even,
             mode,
             workers=workers,
-            tokens=self.setting.tokens,
-            stored_targets=self._options.targets == "stored",
+            tokens=setting.tokens,
+            stored_targets=options.targets == "stored",
         )
+        if not options.mixed:
+            return held
+        # the dense shard that the weights are read from has all of its blocks
+        blocks = -(-setting.shapes.num_blocks // workers)
+        mixed = blocks * setting.shapes.block_values * setting.costs.itemsize
+        return Footprint({**held.parts, "decomposed weights": mixed})
 
     def content(self, before: Parts) -> tuple[Parts, Parts]:
         """Targets, and snapshots: states, or the best values if states are too large.

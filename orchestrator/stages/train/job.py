@@ -38,6 +38,12 @@ TRAIN_VERSION = {"all": 2, "lean": 2, "light": 3}
 BYTES = {"all": 16, "lean": 12, "light": 16}
 """Bytes of value, gradient and moments of a trained parameter."""
 
+RECONSTRUCTION = (
+    "of LPAF (arXiv 2306.14152) the abstract names mixed-rank fine-tuning; the course of the mixed "
+    "steps, and the dense weight as their start for other methods, are ours"
+)
+"""Said in the report of a mixed training."""
+
 
 class TrainJob(StageJob):
     """All blocks at once, towards the next-token distribution of the dense model, and the text.
@@ -68,7 +74,7 @@ class TrainJob(StageJob):
             name=self.name,
             version=TRAIN_VERSION[mode],
             blocks=changed_blocks(planned),
-            options=asdict(options),
+            options=options.to_json(),
             mode=mode,
         )
         self.key = self._units.key
@@ -90,6 +96,7 @@ class TrainJob(StageJob):
             options=self._options,
             mode=self._mode,
             target_keys=self._target_keys,
+            mixed_steps=self._course.mixed_steps,
         )
         return compression_task(self._planned, pass_key=self.key, settings=settings)
 
@@ -297,7 +304,7 @@ class TrainJob(StageJob):
         tokens = self._planned.token_report["sequence_length"]
         report = {
             "mode": self._mode,
-            "options": asdict(self._options),
+            "options": self._options.to_json(),
             "errors": "errors of linears are those before the model was trained",
             "snapshots": snapshots,
             "best_step": facts["best"],
@@ -310,6 +317,8 @@ class TrainJob(StageJob):
                 "targets": token_bytes * tokens * self._planned.sequences,
             },
         }
+        if self._options.mixed:
+            report["reconstruction"] = RECONSTRUCTION
         return StageResult(
             name=self.name,
             key=self.key,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from orchestrator.errors import UsageError
 from orchestrator.models.training.train_options import TrainOptions
+from orchestrator.plan.forms import FORMS
 from orchestrator.recipe.options import check_known, option_names
 from orchestrator.recipe.recipe import Recipe
 from orchestrator.stages.base import MethodTraits, Stage
@@ -42,7 +43,12 @@ class Train(Stage):
                 f"train is {recipe.train!r} and {method.name}'s refit is on; training fits left "
                 "factors too, so give refit 'never' or train 'none'"
             )
-        train_options(recipe)
+        options, form = train_options(recipe), FORMS[method.form]
+        if recipe.train != "none" and options.mixed and not (form.has_rank or form.has_nonzeros):
+            raise UsageError(
+                f"training.mixed is {options.mixed} and {method.name} leaves linears that are "
+                f"{form.name}, which no training turns to; give training.mixed 0"
+            )
 
     def job(self, planned: "Planned", earlier: "Sequence[StageJob]") -> "StageJob":
         from orchestrator.stages.train.job import TrainJob

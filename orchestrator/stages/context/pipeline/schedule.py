@@ -112,7 +112,9 @@ class Pipeline:
             return None
         if self.snapshots[-1].step == self._course.steps:
             return "end"
-        since = sum(each.step > self.best.step for each in self.snapshots)
+        # while linears turn to their forms, a state that is no better is no sign of the end
+        first = max(self.best.step, self._course.mixed_steps)
+        since = sum(each.step > first for each in self.snapshots)
         return "patience" if since >= self._course.options.patience else None
 
     @property
