@@ -117,9 +117,9 @@ def test_the_order_is_that_of_the_loss_and_best_of_all_subsets():
 
 
 def test_without_a_tail_a_linear_is_whole_as_long_as_break_even_is_open():
-    """Of 7 directions 3 may be stored: the linear is whole while more than 3 gates are open, those
-    behind them too; it is left with the stored ones that are open, or the last of them to close;
-    and the tail's score is that of the fourth best."""
+    """Three of 7 directions may be stored: the linear is whole while more than 3 gates are open,
+    those behind them too; it is left with the stored ones that are open, or the last of them to
+    close; and the tail's score is that of the fourth best."""
     draw = torch.Generator().manual_seed(3)
     gated = GatedLowRankLinear(torch.randn(8, 7, generator=draw), torch.randn(7, 8, generator=draw))
     ones = torch.ones(4)
