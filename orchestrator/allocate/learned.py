@@ -24,6 +24,9 @@ from orchestrator.recipe.options import check_choice, check_number, check_whole
 ENDING_PENALTY = 2e-5 * 1.01**750
 """Weight of the L1 term at which a learning is expected to end."""
 
+LATER = (("tail", "gate"),)
+"""Options that came later, at the values that give what was learned before."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned(Allocator):
@@ -46,15 +49,21 @@ class Learned(Allocator):
     ("count"). While the tail is open a linear is stored dense, and what its closed directions would
     save is counted as the tail's; directions that close before it are kept until it closes.
 
+    With `tail` "full" every one of the min(O, I) directions has a gate, as published; those behind
+    the stored ones are the SVD of the rest of the weight, made when a shard opens. A linear is
+    dense while as many gates are open as break-even has ranks, whichever they are: its tail has
+    the score of the best direction of which that is no longer true. Directions that are not stored
+    count for that alone, and are gone once the linear is cut.
+
     Adam divides by the size of the gradients, so their noise takes every score, whatever its
     importance, about rate · √T away from its course: a schedule may not be much shorter.
 
     Laws: all of `orchestrator.allocate`, with scores in place of curves.
 
     Departures from the authors' code: the scores are in units where they begin at 1, and Adam's
-    epsilon with them; the basis is that of the method, not of the plain SVD; a tail in place of the
-    directions above break-even, which save nothing; costs in the penalty; no adapters, no second
-    training. The data set, the length of sequences and bfloat16 are those of the recipe.
+    epsilon with them; the basis is that of the method (`svd` has the paper's); by default a tail in
+    place of the directions above break-even, which save nothing; costs in the penalty; no adapters,
+    no second training. The data set, the length of sequences and bfloat16 are those of the recipe.
 
     Source: arXiv 2502.01717. O(n log n) in the number of directions.
     """
@@ -85,6 +94,9 @@ class Learned(Allocator):
     """Sequences of a step."""
     penalty_by: Literal["cost", "count"] = "cost"
     """Weight of a gate in the L1 term: by the values that it saves, or 1."""
+    tail: Literal["gate", "full"] = "gate"
+    """Above break-even one gate for all that the stored directions leave, or one for each of the
+    min(O, I) directions, which the paper has."""
     cross_entropy: float = 1.0
     """Weight of the cross-entropy of the text's next tokens, averaged over predictions."""
     divergence: float = 0.0
@@ -105,6 +117,7 @@ class Learned(Allocator):
         check_whole("learned: steps", self.steps, 1, 1_000_000)
         check_whole("learned: batch", self.batch, 1, 100_000)
         check_choice("learned: penalty_by", self.penalty_by, ("cost", "count"))
+        check_choice("learned: tail", self.tail, ("gate", "full"))
         check_number("learned: cross_entropy", self.cross_entropy, 0, 1e6)
         check_number("learned: divergence", self.divergence, 0, 1e6)
         check_whole("learned: every", self.every, 1, 100_000)
@@ -124,7 +137,8 @@ class Learned(Allocator):
         """Options that decide the scores."""
         options = asdict(self)
         del options["below_stop"]
-        return options
+        # added later: keys without them are as before
+        return {name: each for name, each in options.items() if (name, each) not in LATER}
 
     def weights_at(self, step: int, kept: float) -> tuple[float, float]:
         """Return the weight of the L1 term in a step, counted from 1, a function of it alone."""

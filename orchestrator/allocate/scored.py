@@ -181,6 +181,11 @@ class GateAllocator(Protocol):
     def penalty_by(self) -> str: ...
 
     @property
+    def tail(self) -> str:
+        """ "gate" or "full": gates above break-even; see `Learned`."""
+        ...
+
+    @property
     def cross_entropy(self) -> float: ...
 
     @property

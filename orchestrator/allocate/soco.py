@@ -67,6 +67,7 @@ class Soco(Allocator):
     scoring: ClassVar[Scoring] = Scoring.GATES
     polarises: ClassVar[bool] = True
     penalty_by: ClassVar[str] = "cost"
+    tail: ClassVar[str] = "gate"
     target: float = 0.6
     """Kept fraction of values that the gates are driven to: the smallest size, and the largest one
     with gains."""

@@ -107,8 +107,9 @@ class LearnCost(StageCost):
     """Steps of a pipeline over the dense model with factors beside its weights.
 
     A sequence of a step passes forward twice and back to the inputs once, with two products, of the
-    weight and of the factors, each time; there are no gradients of weights. The number of steps is
-    an estimate, see `Allocator.scoring_passes`, which counts products of weights alone.
+    weight and of the factors, each time, or with those of the factors of all directions if all have
+    gates (their decomposition is not counted); there are no gradients of weights. The number of
+    steps is an estimate, see `Allocator.scoring_passes`, which counts products of weights alone.
     """
 
     def forecast(self, held: Footprint) -> StageForecast:
@@ -178,15 +179,23 @@ class LearnCost(StageCost):
         return self.setting.costs.allocator.scoring_passes(len(self.setting.shapes.linears))
 
     @property
+    def _is_full(self) -> bool:
+        """True if all directions have gates, in place of a tail."""
+        return getattr(self.setting.costs.allocator, "tail", "gate") == "full"
+
+    @property
     def _ranks(self) -> list[tuple[Linear, int]]:
-        """Linears of a block, with the number of their directions."""
+        """Linears of a block, with the number of their directions that have gates."""
+        heaviest = self.setting.shapes.heaviest
+        if self._is_full:
+            return [(each, min(each.out_features, each.in_features)) for each in heaviest]
         form = self.setting.costs.budget.form
-        return [(each, form.break_even(each) - 1) for each in self.setting.shapes.heaviest]
+        return [(each, form.break_even(each) - 1) for each in heaviest]
 
     @property
     def _gates(self) -> float:
         """Gates of a block."""
-        return float(sum(rank + 1 for _, rank in self._ranks))
+        return float(sum(rank + (not self._is_full) for _, rank in self._ranks))
 
     @property
     def _factor_values(self) -> float:
@@ -197,7 +206,8 @@ class LearnCost(StageCost):
         """Products of a sequence with a block and its factors, in one direction."""
         setting = self.setting
         routed = 1 - setting.shapes.idle_values / setting.shapes.block_values
-        factors = 2.0 * setting.tokens * self._factor_values * routed
+        weights = sum(each.values for each, _ in self._ranks) if self._is_full else 0
+        factors = 2.0 * setting.tokens * (self._factor_values - weights) * routed
         return setting.costs.forward(1) + computed(factors, setting.costs.itemsize)
 
     def _memory(self, workers: int) -> Footprint:

@@ -42,6 +42,8 @@ Row = Mapping[str, Any]
 CACHED: Row = {"target": ("*.k_proj", "*.v_proj"), "rank_multiple": "auto", "keep_cache": None}
 """Rows whose sizes are fractions of the cache of keys and values, which alone are cut."""
 HELD_OUT_FILE = "wikitext2/wiki.valid.raw"
+SHORT = {"rate": 0.02, "growth": 1.02, "growth_every": 1, "batch": 1, "every": 25}
+"""A learning an eighth as long, some 375 steps of one window: hours of a CPU."""
 
 
 def searched(**options: Any) -> dict[str, Any]:
@@ -75,10 +77,12 @@ ROWS: Mapping[str, Row] = {
     "two-sided (learned)": {
         "method": "two-sided",
         "allocation": "learned",
-        # a schedule an eighth as long, some 375 steps of one window: hours of a CPU
-        "options": {
-            "learned": {"rate": 0.02, "growth": 1.02, "growth_every": 1, "batch": 1, "every": 25}
-        },
+        "options": {"learned": SHORT},
+    },
+    "svd (learned, paper)": {
+        "method": "svd",
+        "allocation": "learned",
+        "options": {"learned": {**SHORT, "tail": "full", "penalty_by": "count"}},
     },
     "two-sided (soco)": {
         "method": "two-sided",

@@ -42,6 +42,22 @@ def test_a_step_takes_twelve_operations_a_value_and_token(config):
     assert learning(forecast(path, options=options)).flops == pytest.approx(stage.flops / 10)
 
 
+def test_gates_of_all_directions_have_factors_in_the_place_of_weights(config):
+    """O I + K² values of factors pass instead of two times O I; gates are K a linear."""
+    shapes = shapes_of(NAME)
+    path = config(NAME, dtype="bfloat16", tie_word_embeddings=False)
+    tail, full = (
+        learning(forecast(path, options={"learned": {"tail": each}})) for each in ("gate", "full")
+    )
+    smaller = [min(each.out_features, each.in_features) for each in shapes.linears]
+    squares, targeted = sum(k * k for k in smaller), sum(each.values for each in shapes.linears)
+    tokens = Learned().expected_steps * Learned().batch * TOKENS
+    fewer = 6 * tokens * (targeted - squares)
+    assert tail.flops - full.flops == pytest.approx(fewer, rel=2e-3)
+    assert full.device.parts["gates"] == 24 * sum(smaller) / 8
+    assert full.device.parts["factors"] == pytest.approx(2 * (targeted + squares) / 8, rel=1e-3)
+
+
 def test_a_size_that_will_not_be_learned_is_refused(config):
     """By the forecast too."""
     path = config(NAME, dtype="bfloat16", tie_word_embeddings=False)

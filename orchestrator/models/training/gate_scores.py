@@ -1,6 +1,7 @@
 """Scores of gates of a shard's linears, and their steps of Adam under an L1 pull.
 
-Shape suffixes: K directions of a linear, N = K + 1 gates: its directions, and last its tail.
+Shape suffixes: K directions of a linear that a plan may store, N gates: K + 1, its directions and
+last its tail, or without a tail all min(O, I) directions, those that may be stored first.
 """
 
 from abc import ABC, abstractmethod
@@ -76,30 +77,32 @@ class LearnedGates(ABC):
     """Gates of one linear with the numbers that are learned for them, float32 on their device."""
 
     def __init__(self, gated: GatedLowRankLinear) -> None:
-        assert gated.tail is not None
         self._gates, self._tail = gated.gates_R, gated.tail
+        self._parts = [self._gates] if self._tail is None else [self._gates, self._tail]
 
     @property
     def count(self) -> int:
         """Number of gates, N."""
-        return len(self._gates) + 1
+        return sum(map(len, self._parts))
 
     @property
     def gradient(self) -> Tensor:
         """Gradient of the loss for every gate, closed ones too, float32 [N]; 0 before a pass."""
-        parts = [self._gates, self._tail]
+        parts = self._parts
         found = [torch.zeros_like(each) if each.grad is None else each.grad for each in parts]
         return torch.cat(found)
 
     def clear(self) -> None:
         """Clear the gradient."""
-        self._gates.grad = self._tail.grad = None
+        for part in self._parts:
+            part.grad = None
 
     @torch.no_grad()
     def set(self, gates_N: Tensor) -> None:
         """Write the gates of the next passes."""
-        self._gates.copy_(gates_N[:-1])
-        self._tail.copy_(gates_N[-1:])
+        sizes = [len(part) for part in self._parts]
+        for part, gates in zip(self._parts, torch.split(gates_N, sizes), strict=True):
+            part.copy_(gates)
 
     @abstractmethod
     def update(self, step: int, rate: float, *, penalty: float, polarisation: float) -> None:
@@ -116,6 +119,12 @@ class LearnedGates(ABC):
     @abstractmethod
     def open_gates(self) -> Tensor:
         """Return which gates are open, bool [N]."""
+
+    def counts(self) -> tuple[int, bool]:
+        """Return the number of open directions that may be stored, and True if the linear is
+        whole: its tail is open."""
+        open_N = self.open_gates()
+        return int(open_N[:-1].sum()), bool(open_N[-1])
 
     def size(self) -> Tensor:
         """Part of the kept fraction that this linear is, float64 []; 0 if the loss has no size."""
@@ -135,13 +144,20 @@ class GateScores(LearnedGates):
     step after which s is at most 0; m is then above 0 and only decays, so none opens again. Of a
     linear whose directions are all closed the last one to close passes on as the one that is kept.
 
+    Without a tail all N directions have gates, of which those behind the first K are never stored:
+    the linear is whole as long as more than K gates are open, in whatever place.
+
     Cost of a step: O(N). The device is not read.
+
+    Args:
+        pull: Its size says K.
     """
 
     def __init__(self, gated: GatedLowRankLinear, pull: GatePull) -> None:
         super().__init__(gated)
         device = self._gates.device
         self._direction, self._tail_pull = pull.direction.to(device), pull.tail.to(device)
+        self._stored = len(pull.direction) - 1
         self.score = torch.ones(self.count, device=device)
         self.mean, self.square = torch.zeros_like(self.score), torch.zeros_like(self.score)
         self.closed = torch.zeros(self.count, dtype=torch.int32, device=device)
@@ -156,9 +172,11 @@ class GateScores(LearnedGates):
     def update(self, step: int, rate: float, *, penalty: float, polarisation: float = 0.0) -> None:
         """Perform a step, counted from 1, and clear the gradient."""
         first, second = BETAS
-        is_open, directions = self.open, self.open[:-1].sum()
+        is_open = self.open
+        directions = is_open[: len(self._gates)].sum().clamp(max=self._stored)
         pull = self._direction[directions].repeat(len(self.score))
-        pull[-1] = self._tail_pull[directions]
+        if self._tail is not None:
+            pull[-1] = self._tail_pull[directions]
         gradient = torch.where(is_open, self.gradient + penalty * pull, 0.0)
         self.mean.lerp_(gradient, 1 - first)
         self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
@@ -173,8 +191,8 @@ class GateScores(LearnedGates):
         """Write the gates of the next passes."""
         gates = self.open.float()
         # scores of closed gates are below those of open ones: the last of all is kept
-        last = scores_after(self.score, self.closed, LAST_STEP)[:-1].argmax()
-        gates[:-1].index_fill_(0, last, 1.0)
+        last = scores_after(self.score, self.closed, LAST_STEP)[: self._stored].argmax()
+        gates[: self._stored].index_fill_(0, last, 1.0)
         self.set(gates)
 
     def state(self) -> dict[str, Tensor]:
@@ -185,6 +203,12 @@ class GateScores(LearnedGates):
         """Return which gates are open, bool [N]; those with a score above 0."""
         assert bool((self.open == (self.score > 0)).all()), "a gate has opened again"
         return self.open
+
+    def counts(self) -> tuple[int, bool]:
+        if self._tail is not None:
+            return super().counts()
+        open_N = self.open_gates()
+        return int(open_N[: self._stored].sum()), int(open_N.sum()) > self._stored
 
 
 class GateTraining:
@@ -247,9 +271,8 @@ class GateTraining:
         return dict(zip(self._named, found, strict=True))
 
     def counts(self) -> dict[str, tuple[int, bool]]:
-        """Return the number of open directions of each linear, and True if its tail is open."""
-        found = {name: gates.open_gates() for name, gates in self._named.items()}
-        return {name: (int(each[:-1].sum()), bool(each[-1])) for name, each in found.items()}
+        """Return the counts of each linear, see `LearnedGates.counts`."""
+        return {name: gates.counts() for name, gates in self._named.items()}
 
     def state(self, block: int) -> dict[str, Tensor]:
         """Return everything that a block's next step depends on, on the CPU."""
@@ -276,3 +299,13 @@ def final_scores(state: Mapping[str, Tensor], last: int) -> dict[str, Tensor]:
 def scores_after(score: Tensor, closed: Tensor, last: int) -> Tensor:
     """Return scores [N] after the step `last`: of a gate that closed in step t, -(last - t + 1)."""
     return torch.where(closed == 0, score, (closed - last - 1).to(score.dtype))
+
+
+def with_tail(scores_N: Tensor, stored: int) -> Tensor:
+    """Return the scores [K + 1] of the K stored directions and of a tail, from those of all N.
+
+    A linear is whole as long as more than K gates are open: the tail closes with the gate of the
+    (K + 1)-th best direction, whether that is stored or not.
+    """
+    ranked_N = scores_N.sort(descending=True).values
+    return torch.cat([scores_N[:stored], ranked_N[stored : stored + 1]])

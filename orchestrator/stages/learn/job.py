@@ -83,6 +83,7 @@ class Learning:
         settings = LearnSettings(
             options=self._course.options,
             penalty_by=self._allocator.penalty_by,
+            tail=self._allocator.tail,
             polarises=self._allocator.polarises,
             keys=self.keys,
             target_keys=self._target_keys,

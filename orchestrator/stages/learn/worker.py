@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from orchestrator.linalg.extend import extend_directions
 from orchestrator.models.checkpoint.weights import fingerprint_of
 from orchestrator.models.shards.chunk import Chunk
 from orchestrator.models.shards.shard import Shard
@@ -18,6 +19,7 @@ from orchestrator.models.training.gate_scores import (
     final_scores,
     gate_pulls,
     num_directions,
+    with_tail,
 )
 from orchestrator.models.training.gated import GatedLowRankLinear
 from orchestrator.models.training.polarised import PolarisedGates, final_gates, gate_fractions
@@ -46,6 +48,8 @@ class LearnSettings:
 
     options: TrainOptions
     penalty_by: str
+    tail: str
+    """"gate" or "full"; see `allocate.learned.Learned`."""
     polarises: bool
     keys: Mapping[int, str]
     """Keys of the units of scores, by block."""
@@ -124,7 +128,7 @@ class LearnWorker(Worker):
         return make
 
     def _gate(self, model: Shard, linear: Linear) -> GatedLowRankLinear:
-        """Give a linear of an open shard gates for its stored directions."""
+        """Give a linear of an open shard gates for its directions."""
         module, count = model.module(linear.name), num_directions(linear, self.task.form)
         weight_OI = dense_weight(module)
         left_OR, right_RI = (
@@ -133,7 +137,12 @@ class LearnWorker(Worker):
         )
         bias = getattr(module, "bias", None)
         bias_O = bias if isinstance(bias, Tensor | nn.Parameter) else None
-        gated = GatedLowRankLinear(left_OR, right_RI, weight_OI, bias_O)
+        if self.settings.tail == "full":
+            gated = GatedLowRankLinear(
+                *extend_directions(weight_OI, left_OR, right_RI), bias_O=bias_O
+            )
+        else:
+            gated = GatedLowRankLinear(left_OR, right_RI, weight_OI, bias_O)
         model.run_as(module, gated.__call__)
         return gated
 
@@ -155,7 +164,7 @@ class LearnWorker(Worker):
         if self.settings.polarises:
             ended = final_gates(state)
         else:
-            ended = {name: (each,) for name, each in final_scores(state, step).items()}
+            ended = {name: (self._final(name, s),) for name, s in final_scores(state, step).items()}
         found = {
             name: order_by_score(*(tensor.numpy() for tensor in each))
             for name, each in ended.items()
@@ -163,3 +172,9 @@ class LearnWorker(Worker):
         unit = self.run.units.begin(self.settings.keys[block])
         write_scores(unit, found)
         unit.commit(environment=self.environment(), facts=facts)
+
+    def _final(self, name: str, scores_N: Tensor) -> Tensor:
+        """Return the scores of the directions of a linear that may be stored, and of its tail."""
+        if self.settings.tail == "gate":
+            return scores_N
+        return with_tail(scores_N, num_directions(self.task.linear(name), self.task.form))

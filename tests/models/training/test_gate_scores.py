@@ -12,6 +12,8 @@ from orchestrator.models.training.gate_scores import (
     GateTraining,
     final_scores,
     gate_pulls,
+    scores_after,
+    with_tail,
 )
 from orchestrator.models.training.gated import GatedLowRankLinear
 from orchestrator.plan.forms import LOW_RANK, PIVOTED
@@ -112,6 +114,31 @@ def test_the_order_is_that_of_the_loss_and_best_of_all_subsets():
             for kept in itertools.combinations(range(8), size)
         }
         assert lost[tuple(sorted(order[:size].tolist()))] == pytest.approx(min(lost.values()))
+
+
+def test_without_a_tail_a_linear_is_whole_as_long_as_break_even_is_open():
+    """Three of 7 directions may be stored: the linear is whole while more than 3 gates are open,
+    those behind them too; it is left with the stored ones that are open, or the last of them to
+    close; and the tail's score is that of the fourth best."""
+    draw = torch.Generator().manual_seed(3)
+    gated = GatedLowRankLinear(torch.randn(8, 7, generator=draw), torch.randn(7, 8, generator=draw))
+    ones = torch.ones(4)
+    scores = GateScores(gated, GatePull(direction=ones, tail=ones))
+    closes = torch.tensor([70, 20, 50, 40, 60, 10, 30])
+    seen = []
+    for number in range(1, 200):
+        gated.gates_R.grad = torch.where(number > closes, 1e-3, -1e-3)
+        scores.update(number, 0.05, penalty=0.0)
+        is_open = scores.open
+        count, is_whole = scores.counts()
+        assert count == int(is_open[:3].sum())
+        assert is_whole == (int(is_open.sum()) > 3)
+        seen.append((count, is_whole))
+        found = with_tail(scores_after(scores.score, scores.closed, number), 3)
+        assert (float(found[-1]) > 0) == is_whole
+        assert len(found) == 4
+    assert list(dict.fromkeys(seen)) == [(3, True), (2, True), (2, False), (1, False), (0, False)]
+    assert gated.gates_R.tolist() == [1, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("form", [LOW_RANK, PIVOTED], ids=lambda form: form.name)

@@ -1,0 +1,92 @@
+"""The setting of ACIP as published: gates for all directions."""
+
+import pytest
+import torch
+from pipeline import contents, run
+from pools import several
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from orchestrator import load, retarget
+from orchestrator.linalg.extend import extend_directions
+from orchestrator.models.training.gated import GatedLowRankLinear
+
+PAPER = {"tail": "full", "penalty_by": "count"}
+FAST = {"rate": 0.2, "penalty": 0.002, "growth": 1.5, "growth_every": 1, "batch": 2}
+FAST |= {"steps": 30, "every": 2, "stop": 0.5}
+TOKENS = torch.arange(2, 34)[None] * 5 % 96
+
+
+def learned(model, out, text, *, options=None, **fields):
+    options = {"learned": FAST | PAPER | (options or {})}
+    fields = {"method": "svd", "keep": 0.9} | fields
+    return run(model, out, text, allocation="learned", options=options, **fields)
+
+
+@pytest.fixture(scope="module")
+def first(llama3, text, tmp_path_factory):
+    """Run in one process and one shard."""
+    return learned(llama3, tmp_path_factory.mktemp("first") / "out", text, shards=1)
+
+
+def units(found, name):
+    """All tensors of the files of a name in a run directory, but for the name of the file."""
+    return [(path, load_file(path)) for path in sorted(found.run_dir.rglob(name))]
+
+
+def gated_logits(found, dense):
+    """Logits of the dense model with gates, all closed but those that the plan keeps."""
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    scores = {}
+    for _, tensors in units(found, "scores.safetensors"):
+        scores |= tensors
+    for name, assigned in found.plan.assignments.items():
+        ((_, factors),) = units(found, f"{name}.safetensors")
+        module, order_K = model.get_submodule(name), scores[f"{name}.order"].long()
+        parts = factors["weight"][: len(order_K)].T, factors["down"][: len(order_K)]
+        gated = GatedLowRankLinear(*extend_directions(module.weight.detach(), *parts))
+        if assigned.form != "dense":
+            gated.gates_R.data.zero_()[order_K[: assigned.rank]] = 1
+        module.forward = gated.forward
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def test_learning_begins_at_the_dense_model(first, llama3, text, tmp_path):
+    """The loss of the first snapshot is that with a tail, which is the dense one to the bit."""
+    found = learned(
+        llama3, tmp_path / "out", text, options={"tail": "gate", "steps": 1, "below_stop": "allow"}
+    )
+    losses = [each.report["learn"]["snapshots"][0]["held_out"] for each in (first, found)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert first.report["learn"]["kept"] <= FAST["stop"]
+
+
+def test_the_written_model_is_the_gated_one(first, llama3):
+    """With the gates open that the plan keeps, and all of linears that stay dense; both occur."""
+    forms = {each.form for each in first.plan.assignments.values()}
+    assert forms == {"dense", "low_rank"}
+    with torch.no_grad():
+        written = load(first.out)(input_ids=TOKENS).logits
+    torch.testing.assert_close(gated_logits(first, llama3), written, rtol=0, atol=2e-5)
+
+
+def test_another_size_is_a_part_and_needs_no_learning(first, llama3, text, tmp_path):
+    """The bytes of a run of that size, whose ranks are no larger."""
+    events = []
+    cut = retarget(
+        first.run_dir, tmp_path / "cut", keep=0.55, executor="local", on_event=events.append
+    )
+    assert {e["stage"] for e in events if e["event"] == "unit"} == {"verify", "write"}
+    alone = learned(llama3, tmp_path / "alone", text, keep=0.55)
+    assert contents(cut.out) == contents(alone.out)
+    for name, larger in first.plan.assignments.items():
+        smaller = cut.plan.assignments[name]
+        assert larger.form == "dense" or 0 < smaller.rank <= larger.rank
+
+
+def test_workers_and_losses_change_no_bit(first, llama3, text, tmp_path, monkeypatch):
+    """Three workers, of which some are lost."""
+    several(monkeypatch, size=3, losses=(9, 20, 40), replaces=False)
+    found = learned(llama3, tmp_path / "out", text, shards=2)
+    assert contents(found.out) == contents(first.out)
