@@ -43,10 +43,6 @@ class Randomness:
         digest = hashlib.blake2b(f"points {self.seed} {batch}".encode(), digest_size=4).digest()
         return int.from_bytes(digest, "little")
 
-    def budget(self, step: int) -> tuple[int, ...]:
-        """Return the words of the budget that a step of gates is under."""
-        return (self.seed, step)
-
     def block_order(self, block: int, epoch: int) -> "torch.Generator":
         """Return the generator of the order of chunks in the training of one block."""
         return generator(self.seed, block, epoch)

@@ -73,33 +73,37 @@ def gate_pulls(linears: list[Linear], form: Form, penalty_by: str) -> dict[str, 
 
 
 class LearnedGates(ABC):
-    """Gates of one linear with the numbers that are learned for them, float32 on their device."""
+    """Gates of one linear with the numbers that are learned for them, float32 on their device.
+
+    Without a tail there are N = R of them.
+    """
 
     def __init__(self, gated: GatedLowRankLinear) -> None:
-        assert gated.tail is not None
         self._gates, self._tail = gated.gates_R, gated.tail
+        self._parts = [gated.gates_R] if gated.tail is None else [gated.gates_R, gated.tail]
 
     @property
     def count(self) -> int:
         """Number of gates, N."""
-        return len(self._gates) + 1
+        return sum(map(len, self._parts))
 
     @property
     def gradient(self) -> Tensor:
         """Gradient of the loss for every gate, closed ones too, float32 [N]; 0 before a pass."""
-        parts = [self._gates, self._tail]
-        found = [torch.zeros_like(each) if each.grad is None else each.grad for each in parts]
-        return torch.cat(found)
+        of = self._parts
+        return torch.cat([torch.zeros_like(e) if e.grad is None else e.grad for e in of])
 
     def clear(self) -> None:
         """Clear the gradient."""
-        self._gates.grad = self._tail.grad = None
+        for each in self._parts:
+            each.grad = None
 
     @torch.no_grad()
     def set(self, gates_N: Tensor) -> None:
         """Write the gates of the next passes."""
-        self._gates.copy_(gates_N[:-1])
-        self._tail.copy_(gates_N[-1:])
+        sizes = [*map(len, self._parts)]
+        for part, values in zip(self._parts, torch.split(gates_N, sizes), strict=True):
+            part.copy_(values)
 
     @abstractmethod
     def update(self, step: int, rate: float, *, penalty: float, polarisation: float) -> None:

@@ -42,8 +42,8 @@ class CompressionTask(Task):
     order_keys: Mapping[int, str] = field(default_factory=dict)
     """Keys of the units of learned scores, by block, in whose order directions are kept; empty if
     the first ones are."""
-    has_gains: bool = False
-    """True if the left factor of a direction is multiplied by its learned gain."""
+    gain_keys: Mapping[int, str] = field(default_factory=dict)
+    """Keys of the units of gains, by block, by which left factors of directions are multiplied."""
     settings: Any = None
     """Settings of the stage, of the type that its worker class takes."""
     _by_name: Mapping[str, Linear] = field(init=False, repr=False, compare=False)
