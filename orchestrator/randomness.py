@@ -43,10 +43,6 @@ class Randomness:
         digest = hashlib.blake2b(f"points {self.seed} {batch}".encode(), digest_size=4).digest()
         return int.from_bytes(digest, "little")
 
-    def budget(self, step: int) -> tuple[int, ...]:
-        """Return the words of the budget that a step of gates is under."""
-        return (self.seed, step)
-
     def mixed(self, step: int, linear: str) -> float:
         """Return a number in [0, 1) for a linear in a step of a mixed training."""
         words = json.dumps(("mixed", self.seed, step, linear))

@@ -32,6 +32,9 @@ from orchestrator.stage_names import CALIBRATE, LEARN, SCORE, WRITE
 from orchestrator.stages import option_tables, stage_classes
 from orchestrator.stages.base import MethodTraits, Stage, stages_of
 
+POLARISED_SIZES = ("keep_flops", "keep_latency", "keep_cache")
+"""Sizes that gates are not polarised at."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedRecipe:
@@ -266,9 +269,16 @@ def _check_held_out(recipe: Recipe, allocator: Allocator) -> None:
 
 
 def _check_gates(recipe: Recipe, method: Method, allocator: Allocator) -> None:
-    """Raises UsageError for gates of directions that several linears share."""
+    """Raises UsageError for gates of directions that several linears share, or that are polarised
+    at a size of another kind."""
     if allocator.scoring is not Scoring.GATES:
         return
+    given = [name for name in POLARISED_SIZES if getattr(recipe, name) is not None]
+    if given and getattr(allocator, "polarises", False):
+        raise UsageError(
+            f"{given[0]} is {getattr(recipe, given[0])}, but {recipe.allocation} drives gates to a "
+            "fraction of the values; give keep or keep_bytes"
+        )
     if method.grouping.experts or method.grouping.size > 1:
         raise UsageError(
             f"allocation is {recipe.allocation!r}, whose gates are those of one linear each, and "

@@ -148,9 +148,14 @@ class Learned(Allocator):
         """Test if a kept fraction of open gates is small enough."""
         return kept <= self.stop
 
-    def has_gains(self, kept: float) -> bool:
-        """Return False: open gates are 1."""
-        return False
+    @property
+    def gain_budgets(self) -> tuple[float, ...]:
+        """None: open gates are 1."""
+        return ()
+
+    def gain_budget(self, kept: float) -> float | None:
+        """Return None: open gates are 1."""
+        return None
 
     @property
     def expected_steps(self) -> int:

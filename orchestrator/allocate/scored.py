@@ -209,8 +209,13 @@ class GateAllocator(Protocol):
         """Test if a kept fraction of open gates ends the learning before its last step."""
         ...
 
-    def has_gains(self, kept: float) -> bool:
-        """Test if directions of a plan of this size are amplified by their gates."""
+    @property
+    def gain_budgets(self) -> tuple[float, ...]:
+        """Kept fractions with gains of their own, ascending; empty: the gates are the gains."""
+        ...
+
+    def gain_budget(self, kept: float) -> float | None:
+        """Return the budget whose gains a plan of this size takes; None: it has none."""
         ...
 
     def decisive(self) -> dict[str, Any]:

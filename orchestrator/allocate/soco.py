@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
 from orchestrator.allocate.base import Allocator, Scoring
 from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.learned import plan_of_scores
@@ -48,17 +46,26 @@ class Soco(Allocator):
     which makes up for directions that are cut; above, directions with gates near 0 are kept too,
     and all as they are.
 
+    With `budgets` the smallest one is the target, and each has gains of its own: the directions
+    that the plan of this size keeps are trained as gates (`DirectionGains`) on the model's loss
+    alone, without tails, for as many steps as the third phase has. Other gates are closed
+    meanwhile, and dense linears have none. A size takes the gains of the nearest budget at or above
+    it, where all that it keeps is kept too; above the largest one directions are as they are.
+
     Laws: all of `orchestrator.allocate`, with gates in place of curves.
 
     Reconstruction: of the original the abstract and a digest are known, not its losses, rates,
-    lengths and weights of phases, and not its "deviation" term, which is missing here. The tail and
-    the basis of the method are ours. One target: gains trained under several budgets in turn are
-    left out.
+    lengths and weights of phases, and not its "deviation" term, which is missing here. The tail,
+    the basis of the method and the training of gains are ours. Budgets are trained one after the
+    other: they have no number in common, so drawing one of them for each step would do the same.
 
     Source: arXiv 2502.15092. O(n log n) in the number of directions.
     """
 
     source: ClassVar[str] = "arXiv 2502.15092"
+    reconstruction: ClassVar[str] = (
+        "Of arXiv 2502.15092 the abstract is known: losses, rates and lengths of phases are ours."
+    )
     departure: ClassVar[str] = (
         "A reconstruction from the abstract: the form of gates, losses, rates and phases are "
         "ours; the `deviation` term is unknown and missing."
@@ -70,7 +77,10 @@ class Soco(Allocator):
     tail: ClassVar[str] = "gate"
     target: float = 0.6
     """Kept fraction of values that the gates are driven to: the smallest size, and the largest one
-    with gains."""
+    with gains, unless `budgets` are given."""
+    budgets: str = ""
+    """Kept fractions of values with gains of their own, ascending, the smallest one in place of
+    `target`. Empty: the gates at the target are the gains."""
     rate: float = 0.02
     """Learning rate of Adam, on the logits of the gates."""
     size: float = 10.0
@@ -95,6 +105,7 @@ class Soco(Allocator):
 
     def __post_init__(self) -> None:
         check_number("soco: target", self.target, 1e-3, 1)
+        self._check_budgets()
         check_number("soco: rate", self.rate, 1e-6, 1)
         check_number("soco: size", self.size, 0, 1e6)
         check_number("soco: polarisation", self.polarisation, 0, 1e6)
@@ -111,40 +122,71 @@ class Soco(Allocator):
                 "without regard to the model; one must be above 0"
             )
 
+    def _check_budgets(self) -> None:
+        text = 'it must be ascending numbers like "0.4 0.6 0.8"'
+        if not isinstance(self.budgets, str):
+            raise UsageError(f"soco: budgets is {self.budgets!r}; {text}")
+        try:
+            found = self.gain_budgets
+        except ValueError as error:
+            raise UsageError(f"soco: budgets is {self.budgets!r}; {text}") from error
+        if sorted(set(found)) != [*found]:
+            raise UsageError(f"soco: budgets is {self.budgets!r}; {text}")
+        for each in found:
+            check_number("soco: budgets", each, 1e-3, 1)
+
     @property
     def divides_costs(self) -> bool:
         return True
 
+    @property
+    def gain_budgets(self) -> tuple[float, ...]:
+        """Budgets with gains of their own, ascending."""
+        return tuple(float(word) for word in self.budgets.replace(",", " ").split())
+
+    @property
+    def smallest(self) -> float:
+        """Kept fraction that the gates are driven to."""
+        return min(self.gain_budgets, default=self.target)
+
     def decisive(self) -> dict[str, Any]:
         """Options that decide the gates."""
-        options = asdict(self) | {"loss": "polarised"}
-        del options["below_target"]
+        options = asdict(self) | {"loss": "polarised", "target": self.smallest}
+        del options["below_target"], options["budgets"]
         return options
 
     def weights_at(self, step: int, kept: float) -> tuple[float, float]:
         """Return the slope of the size's term and the weight of the polarisation in a step."""
-        pull = pull_at(kept, self.target, self.size)
+        pull = pull_at(kept, self.smallest, self.size)
         return pull, polarisation_at(step, self.steps, self.polarisation)
 
     def ends_at(self, kept: float) -> bool:
         """Return False: all steps are taken."""
         return False
 
-    def has_gains(self, kept: float) -> bool:
-        """Test if directions are amplified: at the target and below."""
-        return kept <= self.target
+    def gain_budget(self, kept: float) -> float | None:
+        """Return the nearest budget at or above a size, the target if there is none but it."""
+        budgets = self.gain_budgets or (self.target,)
+        return min((each for each in budgets if each >= kept), default=None)
+
+    def of_gains(self) -> "SocoGains":
+        """Return the course of the gains of one budget."""
+        return SocoGains(**asdict(self) | {"steps": max(round(SHARES[-1] * self.steps), 1)})
 
     def scoring_passes(self, num_linears: int) -> float:
-        """Return three passes for a sequence of a step: forward, forward again, and back."""
-        return 3.0 * self.steps * self.batch
+        """Return three passes for a sequence of a step: forward, forward again, and back; those of
+        gains, in a smaller model, are counted as the others."""
+        steps = self.steps + len(self.gain_budgets) * self.of_gains().steps
+        return 3.0 * steps * self.batch
 
     def check_budget(self, linears: Sequence[Linear], budget: Budget) -> None:
         """Raise the errors of `Budget.total`, and UsageError for a size below the target."""
         budget.total(linears)
-        if self.below_target == "refuse" and budget.cost is VALUES and budget.kept < self.target:
+        least, option = self.smallest, "soco.budgets" if self.budgets else "soco.target"
+        if self.below_target == "refuse" and budget.cost is VALUES and budget.kept < least:
             raise UsageError(
-                f"keep: {budget.kept} is below {self.target}, the size that soco.target learns; "
-                "keep more, give a lower soco.target, or soco.below_target=allow"
+                f"keep: {budget.kept} is below {least}, the size that {option} learns; keep more, "
+                f"give {option} a lower one, or soco.below_target=allow"
             )
 
     def __call__(
@@ -161,6 +203,17 @@ class Soco(Allocator):
             InputError: Gates of a linear are missing.
         """
         return plan_of_scores(linears, curves, budget)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SocoGains(Soco):
+    """Course of gains under a plan: steps by the model's loss alone, without other terms."""
+
+    polarises: ClassVar[bool] = False
+
+    def weights_at(self, step: int, kept: float) -> tuple[float, float]:
+        """Return no weight of a size and of a polarisation."""
+        return 0.0, 0.0
 
 
 def polarisation_at(step: int, steps: int, last: float) -> float:
@@ -186,19 +239,3 @@ def pull_at(kept: float, target: float, weight: float) -> float:
     moments and drown the polarisation.
     """
     return weight * min(max((kept - target) / WITHIN, -1.0), 1.0)
-
-
-def drawn_budget(budgets: Sequence[float], words: tuple[int, ...]) -> float:
-    """Draw the budget of a step, by the words of its generator (`Randomness.budget`)."""
-    return budgets[int(np.random.default_rng(words).integers(len(budgets)))]
-
-
-def threshold_at(gates_N: np.ndarray, costs_N: np.ndarray, values: float) -> float:
-    """Return the least threshold above which gates cost no more than `values` together.
-
-    Of equal gates all are above it or none, so that neither their order nor a cut of the model
-    matters. -inf if all gates fit. O(N log N).
-    """
-    order_N = np.argsort(-gates_N, kind="stable")
-    over_N = np.cumsum(costs_N[order_N], dtype=np.float64) > values
-    return float(gates_N[order_N[over_N.argmax()]]) if over_N.any() else -math.inf

@@ -146,12 +146,14 @@ class LearnCost(StageCost):
 
     def content(self, before: Parts) -> tuple[Parts, Parts]:
         """Targets of a divergence and two snapshots, then the scores, float32, and the orders,
-        int32, with the gains of polarised gates."""
-        gates = self._gates * self._blocks
-        is_polarised = getattr(self.setting.costs.allocator, "polarises", False)
+        int32, with the gains of polarised gates, and those of each budget."""
+        gates, allocator = self._gates * self._blocks, self.setting.costs.allocator
+        of_gates = 4 if getattr(allocator, "polarises", False) else 0
+        of_budgets = 4 * len(getattr(allocator, "gain_budgets", ()))
         held = {**before, "targets": self._targets} if self._targets else before
-        after = {**held, "scores": (12 if is_polarised else 8) * gates}
-        return {**held, "scores": (8 + 2 * GATE_STATE_BYTES) * gates}, after
+        after = {**held, "scores": (8 + of_gates + of_budgets) * gates}
+        peak = 8 + of_budgets + 2 * GATE_STATE_BYTES
+        return {**held, "scores": peak * gates}, after
 
     @property
     def _targets(self) -> float:

@@ -11,6 +11,7 @@ from orchestrator.runtime.workers import WorkerGroup
 from orchestrator.stages.allocate import dividing
 from orchestrator.stages.context.running_stage import RunningStage
 from orchestrator.stages.context.values import Decomposed, Scores
+from orchestrator.stages.learn.gains import with_gains
 from orchestrator.stages.learn.job import Learning
 from orchestrator.stages.learn.worker import LearnWorker
 from orchestrator.stages.score_masks.job import MaskScoring
@@ -44,6 +45,9 @@ def score(decomposed: Decomposed, stage: RunningStage) -> Scores:
         return PlanSearch(decomposed, allocator, stage, dividing(decomposed, Scores())).search()
     if allocator.scoring is Scoring.GATES:
         assert isinstance(allocator, GateAllocator)
-        return Learning(decomposed, allocator).learn(stage)
+        scores = Learning(decomposed, allocator).learn(stage)
+        if not allocator.gain_budgets:
+            return scores
+        return with_gains(decomposed, scores, dividing(decomposed, scores), stage)
     assert isinstance(allocator, MaskAllocator)
     return MaskScoring(decomposed, allocator, stage).learn()

@@ -89,6 +89,13 @@ ROWS: Mapping[str, Row] = {
         "allocation": "soco",
         "options": {"soco": {"rate": 0.1, "steps": 120, "batch": 2, "every": 20}},
     },
+    "two-sided (soco, two budgets)": {
+        "method": "two-sided",
+        "allocation": "soco",
+        "options": {
+            "soco": {"rate": 0.1, "steps": 120, "batch": 2, "every": 20, "budgets": "0.6 0.8"}
+        },
+    },
     "best": PRESETS["best"],
     "two-sided-sparse": {"method": "two-sided-sparse"},
     "lorc (cache)": {"method": "svd", "allocation": "lorc", **CACHED},

@@ -1,22 +1,19 @@
-"""Course of polarised gates: weights by step, budgets from the seed, thresholds within a budget."""
+"""Course of polarised gates: weights by step, and the budgets with gains of their own."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from orchestrator.allocate import make_allocator
+from orchestrator.allocate.budget import Budget
 from orchestrator.allocate.soco import (
     HEIGHT,
     WITHIN,
     Soco,
-    drawn_budget,
     polarisation_at,
     pull_at,
-    threshold_at,
 )
 from orchestrator.errors import UsageError
-from orchestrator.randomness import Randomness
+from orchestrator.plan.linear import Linear
 
 
 @pytest.mark.parametrize("steps", [4, 100, 1000])
@@ -49,6 +46,9 @@ def test_a_pull_is_the_slope_of_the_distance():
         ({"divergence": 0}, "one must be above 0"),
         ({"target": 0}, "soco: target"),
         ({"below_target": "maybe"}, "allow, refuse|refuse, allow"),
+        ({"budgets": "0.6 0.4"}, "must be ascending numbers"),
+        ({"budgets": "half"}, "must be ascending numbers"),
+        ({"budgets": "0.5 1.5"}, "soco: budgets is 1.5"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(options, message):
@@ -57,34 +57,37 @@ def test_options_that_cannot_be_used_are_refused(options, message):
         make_allocator("soco", options)
 
 
-def test_gains_are_for_the_target_and_below():
-    """Gates that are kept above the target may be near 0, which is no gain."""
-    assert [Soco(target=0.6).has_gains(kept) for kept in (0.5, 0.6, 0.61)] == [True, True, False]
-
-
-def test_budgets_follow_from_the_seed_and_the_step():
-    """Every budget is drawn about equally often; another seed draws others, the same seed the
-    same, in any order of steps."""
-    budgets = (0.4, 0.6, 0.8)
-    drawn = [drawn_budget(budgets, Randomness(0).budget(step)) for step in range(1, 601)]
-    assert all(150 < drawn.count(each) < 250 for each in budgets)
-    assert drawn[99:89:-1] == [
-        drawn_budget(budgets, Randomness(0).budget(step)) for step in range(100, 90, -1)
-    ]
-    assert drawn != [drawn_budget(budgets, Randomness(1).budget(step)) for step in range(1, 601)]
-    assert {drawn_budget((0.5,), Randomness(0).budget(step)) for step in range(9)} == {0.5}
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.5]), st.integers(1, 9)), min_size=1),
-    st.integers(0, 60),
+@pytest.mark.parametrize(
+    ("options", "sizes", "taken"),
+    [
+        ({"target": 0.6}, (0.5, 0.6, 0.61), [0.6, 0.6, None]),
+        (
+            {"budgets": "0.4 0.6, 0.8"},
+            (0.3, 0.4, 0.41, 0.6, 0.75, 0.9),
+            [0.4, 0.4, 0.6, 0.6, 0.8, None],
+        ),
+    ],
 )
-def test_a_threshold_keeps_the_largest_gates_that_fit(gates, values):
-    """Gates above it fit, and with those at the threshold they would not."""
-    gates_N, costs_N = (np.array(each) for each in zip(*gates, strict=True))
-    found = threshold_at(gates_N, costs_N, values)
-    assert costs_N[gates_N > found].sum() <= values
-    if found > -np.inf:
-        assert costs_N[gates_N >= found].sum() > values
-    else:
-        assert costs_N.sum() <= values
+def test_a_size_takes_the_gains_of_the_nearest_budget_at_or_above_it(options, sizes, taken):
+    """There all that it keeps is kept; above the largest one gates that are kept may be near 0,
+    which is no gain."""
+    soco = make_allocator("soco", options)
+    assert [soco.gain_budget(kept) for kept in sizes] == taken
+
+
+def test_the_smallest_budget_is_the_target():
+    """It decides the scores alone: other budgets find them. Each has the steps of the third phase,
+    without terms, and costs as many passes."""
+    alone, several = Soco(target=0.4, steps=100), Soco(budgets="0.4 0.6", steps=100)
+    assert several.decisive() == alone.decisive() != Soco(steps=100).decisive()
+    gains = several.of_gains()
+    assert (gains.steps, gains.weights_at(25, 0.9)) == (25, (0, 0))
+    assert several.scoring_passes(7) == 1.5 * alone.scoring_passes(7)
+    linears = [
+        Linear(
+            name="a", block=0, role="a", site="a", out_features=20, in_features=20, has_bias=False
+        )
+    ]
+    several.check_budget(linears, Budget(0.4))
+    with pytest.raises(UsageError, match=r"0\.3 is below 0\.4, the size that soco\.budgets learns"):
+        several.check_budget(linears, Budget(0.3))

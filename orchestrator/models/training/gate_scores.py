@@ -74,7 +74,10 @@ def gate_pulls(linears: list[Linear], form: Form, penalty_by: str) -> dict[str, 
 
 
 class LearnedGates(ABC):
-    """Gates of one linear with the numbers that are learned for them, float32 on their device."""
+    """Gates of one linear with the numbers that are learned for them, float32 on their device.
+
+    Without a tail there are N = R of them.
+    """
 
     def __init__(self, gated: GatedLowRankLinear) -> None:
         self._gates, self._tail = gated.gates_R, gated.tail

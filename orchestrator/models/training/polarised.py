@@ -1,6 +1,7 @@
 """Gates between closed and amplified that a loss polarises, and their steps of Adam.
 
-Shape suffixes: R directions, N = R + 1 gates of a linear: its directions, and last its tail.
+Shape suffixes: R directions, N = R + 1 gates of a linear: its directions, and last its tail; K kept
+directions of a plan.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,46 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 
 
-class PolarisedGates(LearnedGates):
+class LogitGates(LearnedGates):
+    """Gates s = 2 sigmoid(a) of one linear, whose logits a follow Adam, in float32."""
+
+    def __init__(self, gated: GatedLowRankLinear, logit_N: Tensor) -> None:
+        super().__init__(gated)
+        self.logit_N = logit_N
+        self.mean_N, self.square_N = torch.zeros_like(logit_N), torch.zeros_like(logit_N)
+
+    @property
+    def gates_N(self) -> Tensor:
+        """Gates of the next passes."""
+        return gates_of(self.logit_N)
+
+    @torch.no_grad()
+    def _step(self, slope_N: Tensor, step: int, rate: float) -> None:
+        """Perform a step, counted from 1, down a slope by the gates; clear the gradient."""
+        first, second = BETAS
+        gates_N = self.gates_N
+        gradient_N = gates_N * (1 - gates_N / LARGEST) * slope_N
+        self.mean_N.lerp_(gradient_N, 1 - first)
+        self.square_N.mul_(second).addcmul_(gradient_N, gradient_N, value=1 - second)
+        root_N = self.square_N.sqrt().div_((1 - second**step) ** 0.5).add_(EPSILON)
+        self.logit_N.addcdiv_(self.mean_N, root_N, value=-rate / (1 - first**step))
+        self.clear()
+        self.apply()
+
+    def apply(self) -> None:
+        """Write the gates of the next passes."""
+        self.set(self.gates_N)
+
+    def open_gates(self) -> Tensor:
+        """Return which gates are above a half, bool [N]."""
+        return self.gates_N > PARTED
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that the next step depends on, themselves, by name."""
+        return {"logit": self.logit_N, "mean": self.mean_N, "square": self.square_N}
+
+
+class PolarisedGates(LogitGates):
     """Gates s = 2 sigmoid(a) of one linear, of which the logits a are trained.
 
     The loss is that of the gated model, with gradient h by the gates, and, over all linears,
@@ -47,15 +87,8 @@ class PolarisedGates(LearnedGates):
     """
 
     def __init__(self, gated: GatedLowRankLinear, fractions_N: Tensor) -> None:
-        super().__init__(gated)
         self._fractions_N = fractions_N.to(gated.gates_R.device)
-        self.logit_N = torch.zeros_like(self._fractions_N)
-        self.mean_N, self.square_N = torch.zeros_like(self.logit_N), torch.zeros_like(self.logit_N)
-
-    @property
-    def gates_N(self) -> Tensor:
-        """Gates of the next passes."""
-        return gates_of(self.logit_N)
+        super().__init__(gated, torch.zeros_like(self._fractions_N))
 
     def size(self) -> Tensor:
         """Part of ρ that this linear is, float64 []."""
@@ -78,29 +111,37 @@ class PolarisedGates(LearnedGates):
             penalty: λ1 times the sign of ρ - target.
             polarisation: λ2 of the step.
         """
-        first, second = BETAS
         gates_N = self.gates_N
         mixed_N = self._fractions_N * (1 - 2 * gates_N) * (gates_N < 1)
         terms_N = penalty * self._size_slope(gates_N) + polarisation * mixed_N
-        gradient_N = gates_N * (1 - gates_N / LARGEST) * (self.gradient + terms_N)
-        self.mean_N.lerp_(gradient_N, 1 - first)
-        self.square_N.mul_(second).addcmul_(gradient_N, gradient_N, value=1 - second)
-        root_N = self.square_N.sqrt().div_((1 - second**step) ** 0.5).add_(EPSILON)
-        self.logit_N.addcdiv_(self.mean_N, root_N, value=-rate / (1 - first**step))
-        self.clear()
+        self._step(self.gradient + terms_N, step, rate)
+
+
+class DirectionGains(LogitGates):
+    """Gains of the directions of one linear that a plan keeps, trained on the model's loss alone.
+
+    The model is the compressed one, so that what gains learn is what its weights will be. An open
+    gate of the learning is where its gain begins, and a closed one, kept by a larger size, at 1.
+
+    Ours, as the training of gains after that of gates is.
+
+    Args:
+        gated: Without a tail; its factors are those of the plan.
+        gates_K: Gates that the directions had at the end of the learning.
+    """
+
+    def __init__(self, gated: GatedLowRankLinear, gates_K: Tensor) -> None:
+        assert gated.tail is None
+        gates_K = gates_K.to(gated.gates_R)
+        begun_K = torch.where(gates_K > PARTED, torch.logit(gates_K / LARGEST), 0.0)
+        super().__init__(gated, begun_K)
         self.apply()
 
-    def apply(self) -> None:
-        """Write the gates of the next passes."""
-        self.set(self.gates_N)
-
-    def open_gates(self) -> Tensor:
-        """Return which gates are above a half, bool [N]."""
-        return self.gates_N > PARTED
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensors that the next step depends on, themselves, by name."""
-        return {"logit": self.logit_N, "mean": self.mean_N, "square": self.square_N}
+    def update(
+        self, step: int, rate: float, *, penalty: float = 0.0, polarisation: float = 0.0
+    ) -> None:
+        """Perform a step, counted from 1, clear the gradient, and set the gates."""
+        self._step(self.gradient, step, rate)
 
 
 def gates_of(logit_N: Tensor) -> Tensor:
@@ -119,14 +160,12 @@ def gate_fractions(linear: Linear, form: Form, directions: int, total: int) -> T
     return (each_N / total).float()
 
 
-def final_gates(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    """Return the scores [N] and gains [R] of a block's linears, by name, from its state.
+def final_gates(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gates of a block's linears, [N] or [K], by name, from its state."""
+    names = [name.removeprefix("logit.") for name in state if name.startswith("logit.")]
+    return {name: gates_of(state[f"logit.{name}"]) for name in names}
 
-    A score is the gate less a half, so that it is above 0 for open gates; a gain is the gate.
-    """
-    found: dict[str, tuple[Tensor, ...]] = {}
-    for name, logit_N in state.items():
-        if name.startswith("logit."):
-            gates_N = gates_of(logit_N)
-            found[name.removeprefix("logit.")] = (gates_N - PARTED, gates_N[:-1])
-    return found
+
+def scores_and_gains(gates_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scores [N], above 0 for open gates, and gains [R], the gates of the directions."""
+    return gates_N - PARTED, gates_N[:-1]

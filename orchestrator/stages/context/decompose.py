@@ -151,7 +151,7 @@ def compression_task(keyed: Keyed, *, pass_key: str = "", settings: Any = None) 
         block_keys=keyed.block_keys,
         block_cosines=keyed.block_cosines,
         order_keys=keyed.orders,
-        has_gains=keyed.has_gains,
+        gain_keys=keyed.gains,
         settings=settings,
     )
 

@@ -42,8 +42,8 @@ class CompressionTask(Task):
     order_keys: Mapping[int, str] = field(default_factory=dict)
     """Keys of the units of learned scores, by block, in whose order directions are kept; empty if
     the first ones are."""
-    has_gains: bool = False
-    """True if the left factor of a direction is multiplied by its learned gain."""
+    gain_keys: Mapping[int, str] = field(default_factory=dict)
+    """Keys of the units of gains, by block, by which left factors of directions are multiplied."""
     settings: Any = None
     """Settings of the stage, of the type that its worker class takes."""
     _by_name: Mapping[str, Linear] = field(init=False, repr=False, compare=False)
@@ -71,15 +71,13 @@ class CompressionTask(Task):
         return self.method.output_curvature or self.grouping.shares_outputs(linear)
 
     def made_by(self, linear: Linear) -> list[str]:
-        """Return the keys of the units that a linear's factors are cut from, and `gains` if its
-        directions are amplified."""
+        """Return the keys of the units that a linear's factors are made of."""
         later = [
             keys[linear.block]
-            for keys in (self.order_keys, self.refit_keys)
+            for keys in (self.order_keys, self.refit_keys, self.gain_keys)
             if linear.block in keys
         ]
-        gains = ["gains"] if self.has_gains else []
-        return [self.block_keys[self.grouping.first(linear.block)], *later, *gains]
+        return [self.block_keys[self.grouping.first(linear.block)], *later]
 
     def pivoted_key(self, linear: Linear, rank: int) -> str:
         """Return the key of the unit of a linear's pivoted factors."""

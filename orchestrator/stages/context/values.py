@@ -155,9 +155,9 @@ class Keyed(Surveyed):
         return {}
 
     @property
-    def has_gains(self) -> bool:
-        """See `Scores`."""
-        return False
+    def gains(self) -> Mapping[int, str]:
+        """See `Scores`; empty before there is a plan."""
+        return {}
 
     @property
     def sequences(self) -> int:
@@ -210,8 +210,9 @@ class Scores:
     orders: Mapping[int, str] = field(default_factory=dict)
     """Keys of the units of learned scores, by block; empty if factors are cut to a prefix of the
     stored directions."""
-    has_gains: bool = False
-    """True if the directions that are kept are amplified by their gates."""
+    gains: Mapping[int, str] = field(default_factory=dict)
+    """Keys of the units of gains by which kept directions are multiplied, by block; those of the
+    scores if the gates are the gains; empty if there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,14 +239,15 @@ class Planned(Decomposed):
         return self.scores.orders
 
     @property
-    def has_gains(self) -> bool:
-        return self.scores.has_gains
+    def gains(self) -> Mapping[int, str]:
+        return self.scores.gains
 
     @property
     def chosen_by(self) -> tuple[str, ...]:
         """Keys of the units that say which parts a plan keeps, where a size does not."""
-        gains = ("gains",) if self.scores.has_gains else ()
-        return (*self.scores.choice, *self.scores.orders.values(), *gains)
+        orders, gains = self.scores.orders, self.scores.gains
+        of_gains = ("gains",) if gains and gains == orders else tuple(gains.values())
+        return (*self.scores.choice, *orders.values(), *of_gains)
 
 
 def extended(value: Any, to: type[Value], **more: Any) -> Value:

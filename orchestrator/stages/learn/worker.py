@@ -22,7 +22,13 @@ from orchestrator.models.training.gate_scores import (
     with_tail,
 )
 from orchestrator.models.training.gated import GatedLowRankLinear
-from orchestrator.models.training.polarised import PolarisedGates, final_gates, gate_fractions
+from orchestrator.models.training.polarised import (
+    DirectionGains,
+    PolarisedGates,
+    final_gates,
+    gate_fractions,
+    scores_and_gains,
+)
 from orchestrator.models.training.train_options import TrainOptions
 from orchestrator.plan.linear import Linear
 from orchestrator.runtime.calls import Command
@@ -36,7 +42,12 @@ from orchestrator.stages.context.pipeline.shard import (
 )
 from orchestrator.stages.context.task import CompressionTask
 from orchestrator.stages.context.worker.open_shard import DenseModel
-from orchestrator.stages.context.worker.orders import order_by_score, write_scores
+from orchestrator.stages.context.worker.orders import (
+    DirectionScores,
+    order_by_score,
+    write_gains,
+    write_scores,
+)
 from orchestrator.stages.context.worker.stored import Decompositions
 
 MakeGates = Callable[[Linear, GatedLowRankLinear], LearnedGates]
@@ -48,16 +59,19 @@ class LearnSettings:
 
     options: TrainOptions
     penalty_by: str
-    tail: str
-    """"gate" or "full"; see `allocate.learned.Learned`."""
     polarises: bool
     keys: Mapping[int, str]
     """Keys of the units of scores, by block."""
     target_keys: tuple[str, ...]
+    tail: str = "gate"
+    """"gate" or "full"; see `allocate.learned.Learned`."""
+    ranks: Mapping[str, int] | None = None
+    """Ranks of the linears that a plan cuts, whose gains are learned; None: scores are."""
 
 
 class LearnWorker(Worker):
-    """Learns scores on a shard of the dense model, whose targeted linears have gates.
+    """Learns scores on a shard of the dense model, whose targeted linears have gates, or gains on
+    one of the model that a plan cuts.
 
     Weights and factors stay in the dtype of the passes; scores and gradients of gates are float32.
     """
@@ -98,8 +112,8 @@ class LearnWorker(Worker):
 
     def _gated_shard(self, blocks: range) -> OpenTraining[GateTraining]:
         task = self.task
-        gated = [each for each in task.linears if num_directions(each, task.form)]
-        make = self._polarised(gated) if self.settings.polarises else self._pulled(gated)
+        gated = [each for each in task.linears if self._num_gated(each)]
+        make = self._maker(gated)
         model = self.dense.lazy.shard(blocks)
         try:
             model.freeze()
@@ -111,6 +125,25 @@ class LearnWorker(Worker):
             model.close()
             raise
         return OpenTraining(model, GateTraining(gates))
+
+    def _num_gated(self, linear: Linear) -> int:
+        """Directions of a linear that have a gate."""
+        ranks = self.settings.ranks
+        return (
+            num_directions(linear, self.task.form) if ranks is None else ranks.get(linear.name, 0)
+        )
+
+    def _maker(self, linears: list[Linear]) -> MakeGates:
+        """Return the constructor of the gates of linears."""
+        if self.settings.ranks is not None:
+            return self._gains
+        return self._polarised(linears) if self.settings.polarises else self._pulled(linears)
+
+    def _gains(self, linear: Linear, gated: GatedLowRankLinear) -> LearnedGates:
+        """Make the gains of a linear, which begin at its gates."""
+        gates_K = self._decompositions.gains(linear)
+        assert gates_K is not None  # polarised gates are stored with the scores
+        return DirectionGains(gated, gates_K[: self._num_gated(linear)])
 
     def _pulled(self, linears: list[Linear]) -> MakeGates:
         """Return the constructor of the scores of linears."""
@@ -128,8 +161,8 @@ class LearnWorker(Worker):
         return make
 
     def _gate(self, model: Shard, linear: Linear) -> GatedLowRankLinear:
-        """Give a linear of an open shard gates for its directions."""
-        module, count = model.module(linear.name), num_directions(linear, self.task.form)
+        """Give a linear of an open shard gates for its directions, and its tail if it has one."""
+        module, count = model.module(linear.name), self._num_gated(linear)
         weight_OI = dense_weight(module)
         left_OR, right_RI = (
             self._decompositions.factor(linear, part, count).to(weight_OI)
@@ -142,7 +175,8 @@ class LearnWorker(Worker):
                 *extend_directions(weight_OI, left_OR, right_RI), bias_O=bias_O
             )
         else:
-            gated = GatedLowRankLinear(left_OR, right_RI, weight_OI, bias_O)
+            tail_OI = weight_OI if self.settings.ranks is None else None
+            gated = GatedLowRankLinear(left_OR, right_RI, tail_OI, bias_O)
         model.run_as(module, gated.__call__)
         return gated
 
@@ -153,25 +187,35 @@ class LearnWorker(Worker):
         return {"sizes": training.sizes() if self.settings.polarises else {}}
 
     def snapshot(self, step: int) -> dict[str, Any]:
-        """Commit the state of every block. Returns the counts of open gates by linear."""
+        """Commit the state of every block. Returns the counts of open gates by linear, or none of
+        gains."""
         self.pipeline.snapshot(step)
-        return {"counts": self.pipeline.work.training.counts()}
+        counts = self.settings.ranks is None
+        return {"counts": self.pipeline.work.training.counts() if counts else {}}
 
     def commit(self, block: int, step: int, facts: dict[str, Any]) -> None:
-        """Commit the scores of a block after the last step."""
+        """Commit the scores, or the gains, of a block after the last step."""
         path = self.run.units.file(snapshot_key(self.task.pass_key, step, block), FILE)
         state = load_file(path)
+        unit = self.run.units.begin(self.settings.keys[block])
+        if self.settings.ranks is not None:
+            write_gains(unit, {name: each.numpy() for name, each in final_gates(state).items()})
+        else:
+            write_scores(unit, self._ordered(state, step))
+        unit.commit(environment=self.environment(), facts=facts)
+
+    def _ordered(self, state: Mapping[str, Tensor], step: int) -> dict[str, DirectionScores]:
+        """Return the scores of a block's linears after the last step, with gains if they are
+        polarised."""
+        ended: dict[str, tuple[Tensor, ...]]
         if self.settings.polarises:
-            ended = final_gates(state)
+            ended = {name: scores_and_gains(each) for name, each in final_gates(state).items()}
         else:
             ended = {name: (self._final(name, s),) for name, s in final_scores(state, step).items()}
-        found = {
+        return {
             name: order_by_score(*(tensor.numpy() for tensor in each))
             for name, each in ended.items()
         }
-        unit = self.run.units.begin(self.settings.keys[block])
-        write_scores(unit, found)
-        unit.commit(environment=self.environment(), facts=facts)
 
     def _final(self, name: str, scores_N: Tensor) -> Tensor:
         """Return the scores of the directions of a linear that may be stored, and of its tail."""

@@ -10,7 +10,12 @@ from orchestrator.models.shards.lazy_model import LazyModel
 from orchestrator.models.statistics.orientation import dense_weight
 from orchestrator.models.training.distill import LossWeights, distill
 from orchestrator.models.training.gated import GatedLowRankLinear
-from orchestrator.models.training.polarised import PolarisedGates, final_gates, gate_fractions
+from orchestrator.models.training.polarised import (
+    PolarisedGates,
+    final_gates,
+    gate_fractions,
+    scores_and_gains,
+)
 from orchestrator.plan.forms import LOW_RANK, PIVOTED
 from orchestrator.plan.linear import Linear
 
@@ -123,7 +128,7 @@ def test_the_size_of_closed_and_open_gates_is_that_of_the_plan(form):
             stored = linear.values if tail else form.factor_values(linear, rank)
             assert float(gates.size()) == pytest.approx(stored / linear.values, rel=1e-6)
             assert gates.open_gates().tolist() == [True] * rank + [False] * (count - rank) + [tail]
-    scores, gains = final_gates({"logit.a": gates.logit_N})["a"]
+    scores, gains = scores_and_gains(final_gates({"logit.a": gates.logit_N})["a"])
     assert (scores > 0).tolist() == gates.open_gates().tolist()
     assert gains.tolist() == gates.gates_N[:-1].tolist()
 

@@ -37,7 +37,7 @@ def test_gates_part_and_amplify(first):
     """All steps are taken, gates have parted on both sides of a half, and some are above 1."""
     report = first.report["learn"]
     assert (report["stop"], report["steps"], report["gains"]) == ("end", 12, True)
-    assert "2502.15092" in report["reconstruction"]
+    assert "2502.15092" in first.report["reconstructions"]["allocation soco"]
     sizes = [each["kept"] for each in report["snapshots"]]
     assert sizes[0] == 1 > report["kept"] == sizes[-1]
     assert first.plan.stored_values <= first.plan.budget_values
@@ -93,3 +93,5 @@ def test_pivoted_factors_have_gains_too(llama2, text, tmp_path):
     assert any(not torch.equal(tensor, stored[1][name]) for name, tensor in stored[0].items())
     with pytest.raises(UsageError, match=r"keep: 0\.4 is below 0\.6, the size that soco\.target"):
         retarget(found.run_dir, tmp_path / "cut", keep=0.4, executor="local")
+    with pytest.raises(UsageError, match=r"drives gates to a fraction of the values"):
+        retarget(found.run_dir, tmp_path / "cut", keep_flops=0.5, executor="local")

@@ -50,6 +50,22 @@ def write_scores(unit: UnitWriter, found: Mapping[str, DirectionScores]) -> None
         save_file(arrays, path)
 
 
+def write_gains(unit: UnitWriter, gains: Mapping[str, np.ndarray]) -> None:
+    """Write the gains of the linears of a block, each of the directions that its plan keeps."""
+    with unit.file(SCORES_FILE) as path:
+        save_file({f"{name}.gains": gains_K for name, gains_K in gains.items()}, path)
+
+
+def read_gains(run: RunDirectory, key: str) -> dict[str, np.ndarray]:
+    """Return the gains of a unit of scores, or of gains alone, by linear."""
+    arrays = load_file(run.units.file(key, SCORES_FILE))
+    return {
+        name.removesuffix(".gains"): array
+        for name, array in arrays.items()
+        if name.endswith(".gains")
+    }
+
+
 def read_scores(run: RunDirectory, key: str) -> dict[str, DirectionScores]:
     """Return the scores of a unit, by linear."""
     arrays = load_file(run.units.file(key, SCORES_FILE))

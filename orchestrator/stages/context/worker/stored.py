@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 
 from orchestrator.device.transport import download, upload
 from orchestrator.methods.kinds.base import Factor, Kind
@@ -27,7 +28,7 @@ from orchestrator.plan.grouping import is_wide
 from orchestrator.plan.linear import Linear
 from orchestrator.stages.context.masks import read_candidates
 from orchestrator.stages.context.task import CompressionTask
-from orchestrator.stages.context.worker.orders import read_scores
+from orchestrator.stages.context.worker.orders import read_gains, read_scores
 from orchestrator.store.places import Place
 from orchestrator.store.run import RunDirectory
 
@@ -169,6 +170,7 @@ class Decompositions:
         }
         self._last: tuple[tuple[str, int], tuple[Tensor, Tensor]] | None = None
         self._scores = cache(partial(read_scores, run))
+        self._gains = cache(partial(read_gains, run))
 
     def read(self, tensor: TensorSpec) -> Tensor | None:
         linear = self._task.linear(tensor.source)
@@ -219,11 +221,24 @@ class Decompositions:
         if linear.block in self._task.order_keys:
             scores = self._scores(self._task.order_keys[linear.block])
             if linear.name in scores:
-                order_K, _, gains_K = scores[linear.name]
-                has_gains = self._task.has_gains and gains_K is not None
-                gains = torch.from_numpy(gains_K) if has_gains else None
-                return OrderedFile(path, self._device, torch.from_numpy(order_K).long(), gains)
+                order_K = torch.from_numpy(scores[linear.name].order_K).long()
+                return OrderedFile(path, self._device, order_K, self._plan_gains(linear, order_K))
         return StoredFile(path, self._device)
+
+    def gains(self, linear: Linear) -> Tensor | None:
+        """Return the gates of a linear's directions that its scores are from, in their order,
+        float32 [K]; None if gates were not polarised."""
+        gains_K = self._scores(self._task.order_keys[linear.block])[linear.name].gains_K
+        return None if gains_K is None else torch.from_numpy(gains_K)
+
+    def _plan_gains(self, linear: Linear, order_K: Tensor) -> Tensor | None:
+        """Return the gains of the plan, in order, 1 behind the directions that have some."""
+        key = self._task.gain_keys.get(linear.block)
+        found_K = None if key is None else self._gains(key).get(linear.name)
+        if found_K is None:
+            return None
+        gains_K = torch.from_numpy(found_K)
+        return pad(gains_K, (0, len(order_K) - len(gains_K)), value=1.0)
 
 
 class KeptCandidates:
