@@ -70,8 +70,8 @@ def test_a_size_between_budgets_needs_no_text_and_has_the_bytes_of_a_run_of_it(
 
 
 def test_left_factors_are_multiplied_by_the_gains_of_the_budget(first, tmp_path):
-    """Factors of the decomposition, which sizes above all budgets store, times the gains of the unit
-    whose directions are those of the plan of the nearest budget."""
+    """Factors of the decomposition, which sizes above all budgets store, times the gains of the
+    unit whose directions are those of the plan of the nearest budget."""
     plain, _ = cut(first, tmp_path / "plain", 0.8)
     assert not plain.report["learn"]["gains"]
     at_budget, _ = cut(first, tmp_path / "budget", 0.7)
