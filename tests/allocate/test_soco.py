@@ -69,7 +69,7 @@ def test_options_that_cannot_be_used_are_refused(options, message):
     ],
 )
 def test_a_size_takes_the_gains_of_the_nearest_budget_at_or_above_it(options, sizes, taken):
-    """There all that it keeps is kept; above the largest one gates that are kept may be near 0,
+    """All that it keeps is kept there; above the largest one gates that are kept may be near 0,
     which is no gain."""
     soco = make_allocator("soco", options)
     assert [soco.gain_budget(kept) for kept in sizes] == taken

@@ -41,8 +41,8 @@ def lefts(found):
 
 
 def test_each_budget_has_gains_of_its_own(first):
-    """As many as its plan keeps directions, trained for the steps of the third phase; the smallest
-    budget is the target."""
+    """Directions that its plan keeps have one each, trained for the steps of the third phase; the
+    smallest budget is the target."""
     report = first.report["learn"]
     assert (report["steps"], report["gains"], report["gains_of"]) == (12, True, 0.5)
     small, large = report["budgets"]["0.5"], report["budgets"]["0.7"]
